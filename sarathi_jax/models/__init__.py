@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as pure functions over nested dicts of arrays.
+
+  from sarathi_jax import models
+  params = models.init_params(config, jax.random.key(0), jnp.float32)
+  hidden, kv = models.forward(
+    config, params, kv, tokens, positions, rope_lens, attend)
+  logits = models.unembed(config, params, hidden[last_rows])
+
+`config` is a `models.config.ModelConfig`, `params` what `param_specs(config)`
+describes, and `attend` the one thing that a model does not know: where keys
+and values are kept. `causal_attend` is the one for a sequence without a cache.
+
+One legend of letters for the whole project:
+
+  T  tokens of a batch          D  model width
+  S  sequences                  H  query heads
+  P  pages a sequence           K  key and value heads
+  N  pages in the pool          G  = H / K
+  L  layers                     h  numbers a head
+  V  vocabulary                 F  MLP width
+  E  experts
+
+Importing this package loads no JAX; its functions do when first touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from sarathi_jax.models.attention import Attend, causal_attend
+  from sarathi_jax.models.spec import ParamSpec
+  from sarathi_jax.models.transformer import (
+    forward, init_params, param_specs, unembed)
+
+__all__ = ['Attend', 'FAMILIES', 'ParamSpec', 'causal_attend', 'forward',
+           'init_params', 'param_specs', 'unembed']
+
+# ModelConfig.family -> the module with its block.
+FAMILIES: Mapping[str, str] = {
+  'falcon': 'sarathi_jax.models.falcon',
+  'llama': 'sarathi_jax.models.llama',
+  'mixtral': 'sarathi_jax.models.mixtral',
+}
+
+_HOMES: Mapping[str, str] = {
+  'Attend': 'attention', 'causal_attend': 'attention', 'ParamSpec': 'spec',
+  'forward': 'transformer', 'init_params': 'transformer',
+  'param_specs': 'transformer', 'unembed': 'transformer',
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOMES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)

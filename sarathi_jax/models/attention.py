@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention of all families, but for where keys and values are kept."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import layers
+from sarathi_jax.models import rope
+from sarathi_jax.models import spec
+
+LayerKv = Any  # whatever `attend` keeps for one layer
+
+
+class Attend(Protocol):
+  """Keeps the new keys and values of one layer, and attends to all of them."""
+
+  def __call__(
+    self,
+    layer_kv: LayerKv,
+    q: Float[Array, 'T H h'],
+    k: Float[Array, 'T K h'],
+    v: Float[Array, 'T K h'],
+    *,
+    scale: float,
+    window: int | None,
+  ) -> tuple[Float[Array, 'T H h'], LayerKv]:
+    """Query head j reads key and value head j // G.
+
+    Args:
+      layer_kv: what this layer kept so far.
+      q: queries, rotated.
+      k: keys, rotated.
+      v: values.
+      scale: multiplies q . k.
+      window: a token at p attends to (p - window, p]; None: to [0, p].
+
+    Returns:
+      The mix of values for every query, and the layer's new state.
+    """
+
+
+def causal_attend(
+  layer_kv: LayerKv,
+  q: Float[Array, 'T H h'],
+  k: Float[Array, 'T K h'],
+  v: Float[Array, 'T K h'],
+  *,
+  scale: float,
+  window: int | None,
+) -> tuple[Float[Array, 'T H h'], LayerKv]:
+  """An `Attend` for one whole sequence, at positions 0 to T - 1, no cache.
+
+  For training, tests, and as the naive reference. Rows after a sequence's
+  end may hold anything: none before them looks there.
+  """
+  num_tokens, num_heads, head_dim = q.shape
+  grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)  # [T, K, G, h]
+  scores = jnp.einsum('tkgh,skh->kgts', grouped, k,
+                      preferred_element_type=jnp.float32) * scale
+  distance = (jnp.arange(num_tokens)[:, None]
+              - jnp.arange(num_tokens)[None, :])
+  seen = distance >= 0
+  if window is not None:
+    seen &= distance < window
+  scores = jnp.where(seen[None, None, :, :], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  out = jnp.einsum('kgts,skh->tkgh', weights, v)
+  return out.reshape(num_tokens, num_heads, head_dim), layer_kv
+
+
+def attention(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  layer_kv: LayerKv,
+  x: Float[Array, 'T D'],
+  *,
+  rotation: rope.Rotation,
+  window: int | None,
+  attend: Attend,
+) -> tuple[Float[Array, 'T D'], LayerKv]:
+  """Projects, rotates, attends, and projects back.
+
+  Heads of q and k are normalized first if `params` holds the norms (Qwen3).
+  """
+  def heads(name: str) -> jax.Array:
+    split = layers.project(params, name, x).reshape(
+      x.shape[0], -1, config.head_dim)
+    norm = params.get(f'{name}_norm')
+    return split if norm is None else layers.rms_norm(
+      norm, split, config.norm_eps)
+
+  q, k = rope.apply(heads('q'), rotation), rope.apply(heads('k'), rotation)
+  out, layer_kv = attend(layer_kv, q, k, heads('v'),
+                         scale=config.head_dim**-0.5, window=window)
+  out = out.reshape(x.shape[0], -1)
+  return layers.project_out(params, 'o', out), layer_kv
+
+
+def attention_specs(
+  config: config_lib.ModelConfig,
+  *,
+  qkv_bias: bool = False,
+  o_bias: bool = False,
+  qk_norm: bool = False,
+) -> dict[str, Any]:
+  """Parameters of `attention`."""
+  width = ('embed', config.hidden_size)
+  heads = ('heads', config.num_heads * config.head_dim)
+  kv_heads = ('kv_heads', config.num_kv_heads * config.head_dim)
+  inner = {'q': heads, 'k': kv_heads, 'v': kv_heads}
+  specs: dict[str, Any] = {
+    name: spec.matrix(width, axis) for name, axis in inner.items()}
+  specs['o'] = spec.matrix(heads, width)
+  if qkv_bias:
+    specs |= {f'{name}_bias': spec.bias(axis) for name, axis in inner.items()}
+  if o_bias:
+    specs['o_bias'] = spec.bias(width)
+  if qk_norm:
+    specs |= {f'{name}_norm': {'scale': spec.scale(config.head_dim, None)}
+              for name in ('q', 'k')}
+  return specs

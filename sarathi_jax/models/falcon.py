@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Falcon (https://arxiv.org/abs/2311.16867), with rotary embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from sarathi_jax.models import attention
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import layers
+from sarathi_jax.models import rope
+
+norm = layers.layer_norm
+norm_specs = layers.layer_norm_specs
+
+
+def layer_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
+  """Parameters of one `block`; 'mlp_norm' only where there are two norms."""
+  specs = {
+    'attn_norm': norm_specs(config.hidden_size),
+    'attn': attention.attention_specs(
+      config, qkv_bias=config.bias, o_bias=config.bias),
+    'mlp': layers.mlp_specs(config, gated=False, bias=config.bias),
+  }
+  if config.num_norms == 2:
+    specs['mlp_norm'] = norm_specs(config.hidden_size)
+  return specs
+
+
+def block(
+  config: config_lib.FalconConfig,
+  params: layers.Params,
+  layer_kv: attention.LayerKv,
+  x: Float[Array, 'T D'],
+  *,
+  rotation: rope.Rotation,
+  window: int | None,
+  attend: attention.Attend,
+) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
+  """Attention and the MLP, side by side or one after the other."""
+  normed = norm(params['attn_norm'], x, config.norm_eps)
+  out, layer_kv = attention.attention(
+    config, params['attn'], layer_kv, normed,
+    rotation=rotation, window=window, attend=attend)
+  if not config.parallel:
+    x, out = x + out, None
+  if config.num_norms == 2:
+    normed = norm(params['mlp_norm'], x, config.norm_eps)
+  mlp = layers.plain_mlp(params['mlp'], normed, config.activation)
+  return x + (mlp if out is None else mlp + out), layer_kv

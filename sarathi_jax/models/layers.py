@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small layers: norms, projections, MLPs. Statistics are in float32.
+
+Sizes come from the arrays, never from a config, so that the same code runs on
+a shard. `project_out` is where the columns of `heads` and `mlp` are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import spec
+
+Params = Any  # pytree of arrays
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  'silu': jax.nn.silu,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+  'relu': jax.nn.relu,
+}
+
+
+def embed(table: Float[Array, 'V D'], tokens: Int[Array, 'T']
+          ) -> Float[Array, 'T D']:
+  """Rows of the embedding."""
+  return jnp.take(table, tokens, axis=0)
+
+
+def rms_norm(params: Params, x: Float[Array, '*rows D'], eps: float
+             ) -> Float[Array, '*rows D']:
+  """Divides by the root mean square over the last axis."""
+  x32 = x.astype(jnp.float32)
+  variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(variance + eps)
+  return (normed * _rows(params['scale'], x)).astype(x.dtype)
+
+
+def layer_norm(params: Params, x: Float[Array, '*rows D'], eps: float
+               ) -> Float[Array, '*rows D']:
+  """Subtracts the mean, divides by the deviation, over the last axis."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(variance + eps)
+  scaled = normed * _rows(params['scale'], x) + _rows(params['bias'], x)
+  return scaled.astype(x.dtype)
+
+
+def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:
+  """Gives a vector in float32 the rank of `like`: ranks never promote."""
+  return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def project(params: Params, name: str, x: Float[Array, 'T D']
+            ) -> Float[Array, 'T columns']:
+  """x @ W, plus the bias called `name`_bias if there is one."""
+  return _add_bias(x @ params[name], params.get(f'{name}_bias'))
+
+
+def project_out(params: Params, name: str, x: Float[Array, 'T rows']
+                ) -> Float[Array, 'T D']:
+  """As `project`, over an axis that may be sharded."""
+  return _add_bias(x @ params[name], params.get(f'{name}_bias'))
+
+
+def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+  return x if bias is None else x + bias[None, :]
+
+
+def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str
+              ) -> Float[Array, 'T D']:
+  """down(act(gate(x)) * up(x)), as Llama has it."""
+  gate = ACTIVATIONS[activation](project(params, 'gate', x))
+  return project_out(params, 'down', gate * project(params, 'up', x))
+
+
+def plain_mlp(params: Params, x: Float[Array, 'T D'], activation: str
+              ) -> Float[Array, 'T D']:
+  """down(act(up(x))), as Falcon has it."""
+  up = ACTIVATIONS[activation](project(params, 'up', x))
+  return project_out(params, 'down', up)
+
+
+def mlp_specs(config: config_lib.ModelConfig, *, gated: bool, bias: bool
+              ) -> dict[str, spec.ParamSpec]:
+  """Parameters of either MLP."""
+  width = ('embed', config.hidden_size)
+  inner = ('mlp', config.intermediate_size)
+  specs = {name: spec.matrix(width, inner)
+           for name in (('gate', 'up') if gated else ('up',))}
+  specs['down'] = spec.matrix(inner, width)
+  if bias:
+    specs |= {f'{name}_bias': spec.bias(width if name == 'down' else inner)
+              for name in tuple(specs)}
+  return specs
+
+
+def rms_norm_specs(size: int) -> dict[str, spec.ParamSpec]:
+  """Parameters of `rms_norm`."""
+  return {'scale': spec.scale(size)}
+
+
+def layer_norm_specs(size: int) -> dict[str, spec.ParamSpec]:
+  """Parameters of `layer_norm`."""
+  return {'scale': spec.scale(size), 'bias': spec.bias(('embed', size))}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama, Mistral, Yi, Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from sarathi_jax.models import attention
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import layers
+from sarathi_jax.models import rope
+
+norm = layers.rms_norm
+norm_specs = layers.rms_norm_specs
+
+
+def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
+  """Parameters of one `block`."""
+  return {
+    'attn_norm': norm_specs(config.hidden_size),
+    'attn': attention.attention_specs(
+      config, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
+      qk_norm=config.qk_norm),
+    'mlp_norm': norm_specs(config.hidden_size),
+    'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias),
+  }
+
+
+def block(
+  config: config_lib.LlamaConfig,
+  params: layers.Params,
+  layer_kv: attention.LayerKv,
+  x: Float[Array, 'T D'],
+  *,
+  rotation: rope.Rotation,
+  window: int | None,
+  attend: attention.Attend,
+) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
+  """Attention, then the MLP, each added to the residual stream."""
+  normed = norm(params['attn_norm'], x, config.norm_eps)
+  out, layer_kv = attention.attention(
+    config, params['attn'], layer_kv, normed,
+    rotation=rotation, window=window, attend=attend)
+  x = x + out
+  normed = norm(params['mlp_norm'], x, config.norm_eps)
+  return x + layers.gated_mlp(params['mlp'], normed, config.activation), layer_kv

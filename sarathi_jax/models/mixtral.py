@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtral (https://arxiv.org/abs/2401.04088)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from sarathi_jax.models import attention
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import layers
+from sarathi_jax.models import moe
+from sarathi_jax.models import rope
+
+norm = layers.rms_norm
+norm_specs = layers.rms_norm_specs
+
+
+def layer_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
+  """Parameters of one `block`."""
+  return {
+    'attn_norm': norm_specs(config.hidden_size),
+    'attn': attention.attention_specs(config),
+    'mlp_norm': norm_specs(config.hidden_size),
+    'moe': moe.moe_specs(config),
+  }
+
+
+def block(
+  config: config_lib.MixtralConfig,
+  params: layers.Params,
+  layer_kv: attention.LayerKv,
+  x: Float[Array, 'T D'],
+  *,
+  rotation: rope.Rotation,
+  window: int | None,
+  attend: attention.Attend,
+) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
+  """Attention, then the experts, each added to the residual stream."""
+  normed = norm(params['attn_norm'], x, config.norm_eps)
+  out, layer_kv = attention.attention(
+    config, params['attn'], layer_kv, normed,
+    rotation=rotation, window=window, attend=attend)
+  x = x + out
+  normed = norm(params['mlp_norm'], x, config.norm_eps)
+  return x + moe.moe(config, params['moe'], normed), layer_kv

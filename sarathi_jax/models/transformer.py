@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is around the blocks, the same for all families.
+
+A family's module (see `FAMILIES`) has `layer_specs`, `block`, and the norm that
+it uses, `norm` and `norm_specs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import importlib
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sarathi_jax import models
+from sarathi_jax.models import attention
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import layers
+from sarathi_jax.models import rope
+from sarathi_jax.models import spec
+
+
+def _family(config: config_lib.ModelConfig) -> Any:
+  return importlib.import_module(models.FAMILIES[config.family])
+
+
+def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """What the parameters are: a tree of ParamSpec, shaped as the params.
+
+    {'embed': [V, D],
+     'layers': [{'attn_norm', 'attn': {'q': [D, H*h], ...}, ...}, ...],
+     'final_norm': {'scale': [D], ...},
+     'lm_head': [D, V]}   # not if the embeddings are tied
+
+  All matrices are [in, out].
+  """
+  family = _family(config)
+  vocab, width = ('vocab', config.vocab_size), ('embed', config.hidden_size)
+  specs = {
+    'embed': spec.matrix(vocab, width),
+    'layers': [family.layer_specs(config) for _ in range(config.num_layers)],
+    'final_norm': family.norm_specs(config.hidden_size),
+  }
+  if not config.tie_word_embeddings:
+    specs['lm_head'] = spec.matrix(width, vocab)
+  return specs
+
+
+def init_params(
+  config: config_lib.ModelConfig,
+  key: Array,
+  dtype: Any = jnp.float32,
+  scale: float = 0.02,
+) -> layers.Params:
+  """Random parameters: normal, of deviation `scale`.
+
+  Norms are drawn around 1 and biases around 0, not at them, so that a test
+  notices where one is left out. Every leaf has its own key, from its name.
+  """
+  centers = {'normal': 0.0, 'bias': 0.0, 'scale': 1.0}
+
+  def draw(path: Any, leaf: spec.ParamSpec) -> jax.Array:
+    name = jax.tree_util.keystr(path)
+    leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    drawn = jax.random.normal(leaf_key, leaf.shape, jnp.float32)
+    return (centers[leaf.init] + scale * drawn).astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, param_specs(config))
+
+
+def forward(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  kv: Sequence[attention.LayerKv],
+  tokens: Int[Array, 'T'],
+  positions: Int[Array, 'T'],
+  rope_lens: Int[Array, 'T'] | None,
+  attend: attention.Attend,
+) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
+  """Runs tokens through all layers.
+
+  Args:
+    config: the model.
+    params: as `param_specs` says, in one dtype, which matmuls and the residual
+      stream use; norms, softmax and rotations are in float32.
+    kv: what `attend` keeps, one a layer. `[None] * L` for `causal_attend`.
+    tokens: ids.
+    positions: of the tokens in their sequences.
+    rope_lens: see `rope.tables`; None unless the rope is 'dynamic'.
+    attend: keeps keys and values, and attends.
+
+  Returns:
+    The residual stream after the last norm, and the new `kv`.
+  """
+  family = _family(config)
+  kv = list(kv)
+  x = layers.embed(params['embed'], tokens)
+  rotation = rope.tables(config.rope, config.head_dim, positions, rope_lens)
+  for i, layer in enumerate(params['layers']):
+    x, kv[i] = family.block(
+      config, layer, kv[i], x, rotation=rotation,
+      window=config.layer_window(i), attend=attend)
+  return family.norm(params['final_norm'], x, config.norm_eps), kv
+
+
+def unembed(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  hidden: Float[Array, 'S D'],
+) -> Float[Array, 'S V']:
+  """Logits in float32, summed in float32 whatever the params' dtype is."""
+  if config.tie_word_embeddings:
+    return jnp.einsum('sd,vd->sv', hidden, params['embed'],
+                      preferred_element_type=jnp.float32)
+  return jnp.matmul(hidden, params['lm_head'],
+                    preferred_element_type=jnp.float32)
