@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: frozen, self-validating, standard library only.
+
+A user writes an `EngineConfig`. The scheduler's `SchedulerConfig` is resolved
+from it once the model and the size of the KV cache are known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from sarathi_jax import errors
+
+# GEMM tiles: 257 tokens cost a third more than 256 on an A100 (paper, 4.3).
+TILE = 128
+
+
+def check(ok: bool, field: str, value: Any, rule: str) -> None:
+  """Raises ConfigError unless `ok`."""
+  if not ok:
+    raise errors.ConfigError(f'{field}={value!r}: {rule}.')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+  """What an engine is asked to be.
+
+  Attributes:
+    policy: 'sarathi', 'vllm', 'orca' or 'faster_transformer'.
+    token_budget: the most tokens of a step, decodes counted in. Policies that
+      take prompts whole exceed it by a single prompt where they must.
+    max_num_seqs: the most sequences running at once; <= token_budget.
+    max_model_len: the most tokens of a sequence, prompt and output; None for
+      what the model was made for.
+    page_size: tokens in a page of the KV cache.
+    num_pages: pages in the KV cache; None for as many as fit.
+    kv_cache_gib: size of the KV cache, GiB; None for what is free on the
+      device (on a CPU, which can't tell: 1 GiB).
+    memory_utilization: the part of a device's memory that may be used, where
+      the size of the KV cache is not given.
+    look_ahead: launch a step before the one before it was fetched.
+    short_prompt_share: the part of a step's prefill tokens that a prompt
+      leaves to the prompts behind it, in [0, 1).
+    attention: an implementation of ragged_paged_attention; None picks one.
+    seed: of the random numbers of requests without a seed of their own.
+    compilation_cache_dir: where compiled steps are kept between runs; None
+      for no such cache.
+  """
+
+  policy: str = 'sarathi'
+  token_budget: int = 512
+  max_num_seqs: int = 128
+  max_model_len: int | None = None
+  page_size: int = 64
+  num_pages: int | None = None
+  kv_cache_gib: float | None = None
+  memory_utilization: float = 0.9
+  look_ahead: bool = True
+  short_prompt_share: float = 0.25
+  attention: str | None = None
+  seed: int = 0
+  compilation_cache_dir: str | None = None
+
+  def __post_init__(self) -> None:
+    for field in ('token_budget', 'max_num_seqs', 'page_size'):
+      value = getattr(self, field)
+      check(isinstance(value, int) and value >= 1, field, value,
+            'must be an integer >= 1')
+    for field in ('max_model_len', 'num_pages'):
+      value = getattr(self, field)
+      check(value is None or (isinstance(value, int) and value >= 1), field,
+            value, 'must be an integer >= 1')
+    check(self.token_budget >= self.max_num_seqs, 'token_budget',
+          self.token_budget,
+          f'must be at least max_num_seqs={self.max_num_seqs}, or a decode '
+          'could be left out of a step')
+    check(self.kv_cache_gib is None or self.kv_cache_gib > 0, 'kv_cache_gib',
+          self.kv_cache_gib, 'must be > 0')
+    check(0 < self.memory_utilization <= 1, 'memory_utilization',
+          self.memory_utilization, 'must be in (0, 1]')
+    check(0 <= self.short_prompt_share < 1, 'short_prompt_share',
+          self.short_prompt_share, 'must be in [0, 1)')
+    check(0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+  """What a scheduler needs to know.
+
+  Attributes:
+    token_budget, max_num_seqs, short_prompt_share: see `EngineConfig`.
+    max_model_len: the most tokens of a sequence.
+    num_pages, page_size: the KV cache.
+    num_stages: pipeline stages. A sequence's next token can be launched once
+      that many steps were.
+    look_ahead: whether one batch more than stages may be in flight.
+    eos_token_ids: tokens that end a sequence, unless it ignores them.
+    seed: see `EngineConfig`.
+  """
+
+  token_budget: int
+  max_num_seqs: int
+  max_model_len: int
+  num_pages: int
+  page_size: int
+  num_stages: int = 1
+  look_ahead: bool = True
+  short_prompt_share: float = 0.25
+  eos_token_ids: frozenset[int] = frozenset()
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    check(self.token_budget >= self.max_num_seqs, 'token_budget',
+          self.token_budget,
+          f'must be at least max_num_seqs={self.max_num_seqs}')
+    check(self.num_pages * self.page_size >= self.max_model_len, 'num_pages',
+          self.num_pages,
+          f'{self.num_pages * self.page_size} tokens of KV cache are too few '
+          f'for one sequence of max_model_len={self.max_model_len}; lower '
+          'max_model_len or raise kv_cache_gib')
+
+  @property
+  def max_in_flight(self) -> int:
+    """The most batches launched and not yet completed."""
+    return self.num_stages + self.look_ahead
+
+  @property
+  def pages_per_seq(self) -> int:
+    return math.ceil(self.max_model_len / self.page_size)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, by the checkpoint's own tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import pathlib
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders
+
+from sarathi_jax import errors
+
+Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
+
+
+class Tokenizer:
+  """A Hugging Face tokenizer. Thread-safe.
+
+  Args:
+    path: the folder that holds tokenizer.json and, for chats,
+      tokenizer_config.json with a chat template.
+
+  Raises:
+    CheckpointError: tokenizer.json is damaged.
+  """
+
+  def __init__(self, path: str | pathlib.Path) -> None:
+    self._path = pathlib.Path(path)
+    self._chat_tokenizer: Any = None
+    file = self._path / 'tokenizer.json'
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises plain Exception.
+      raise errors.CheckpointError(
+        f'{file}: not a tokenizer that can be read: {error}') from error
+
+  @classmethod
+  def from_folder(cls, path: str | pathlib.Path) -> Tokenizer | None:
+    """The folder's tokenizer; None if it has none."""
+    if not (pathlib.Path(path) / 'tokenizer.json').exists():
+      return None
+    return cls(path)
+
+  def encode(self, text: str) -> tuple[int, ...]:
+    """Token ids of a prompt, with the special tokens that start one."""
+    try:
+      return tuple(self._tokenizer.encode(text).ids)
+    except Exception as error:  # Lone surrogates, for example.
+      raise errors.InvalidRequestError(
+        f'prompt: can\'t be tokenized: {error}') from error
+
+  def decode(self, token_ids: Iterable[int],
+             skip_special_tokens: bool = True) -> str:
+    return self._tokenizer.decode(
+      list(token_ids), skip_special_tokens=skip_special_tokens)
+
+  def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Token ids of a chat, up to where the assistant's answer begins."""
+    if self._chat_tokenizer is None:
+      # Only chats pay for importing transformers.
+      import transformers  # pylint: disable=import-outside-toplevel
+      self._chat_tokenizer = transformers.AutoTokenizer.from_pretrained(
+        self._path)
+    if not self._chat_tokenizer.chat_template:
+      raise errors.UnsupportedError(
+        'messages: this model has no chat template; send a prompt.')
+    try:
+      text = self._chat_tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # Templates raise what they like.
+      raise errors.InvalidRequestError(
+        f'messages: the chat template refused them: {error}') from error
+    # The template writes the special tokens itself.
+    return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+  def stream(self, prompt: Sequence[int],
+             skip_special_tokens: bool) -> TextStream:
+    """Decodes the tokens that follow `prompt`, one at a time."""
+    return TextStream(self._tokenizer, prompt, skip_special_tokens)
+
+
+class TextStream:
+  """Turns tokens into text as they come; whole characters only."""
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: Sequence[int],
+               skip_special_tokens: bool) -> None:
+    self._tokenizer = tokenizer
+    self._skip = skip_special_tokens
+    # The prompt's end tells whether the first word begins with a space.
+    self._stream = decoders.DecodeStream(
+      ids=list(prompt[-6:]), skip_special_tokens=skip_special_tokens)
+
+  def step(self, token: int) -> str:
+    """The text that `token` completes; '' in the middle of a character."""
+    try:
+      return self._stream.step(self._tokenizer, token) or ''
+    except Exception:  # 'Invalid prefix': text that the next token rewrites.
+      self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
+      return self._stream.step(self._tokenizer, token) or ''

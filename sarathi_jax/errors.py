@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that sarathi_jax raises on purpose.
+
+  SarathiError
+  ├── InvalidRequestError   the request is wrong: gRPC INVALID_ARGUMENT
+  │   └── UnsupportedError  the request is right, but asks what we don't do
+  ├── CapacityError         too much at once: gRPC RESOURCE_EXHAUSTED
+  ├── ConfigError           the engine's configuration or model is wrong
+  │   └── CheckpointError   a checkpoint is missing, damaged or unknown
+  └── EngineDeadError       the engine stopped; nothing more will be served
+
+A message names the field, the value it got, and the rule.
+"""
+
+
+class SarathiError(Exception):
+  """The root of the errors below."""
+
+
+class InvalidRequestError(SarathiError, ValueError):
+  """A request that can never be served as it stands."""
+
+
+class UnsupportedError(InvalidRequestError):
+  """A request for something that this engine does not do."""
+
+
+class CapacityError(SarathiError):
+  """A request that there is no room for at the moment."""
+
+
+class ConfigError(SarathiError, ValueError):
+  """A configuration that can't work, found before anything is loaded."""
+
+
+class CheckpointError(ConfigError):
+  """A checkpoint that can't be loaded or converted."""
+
+
+class EngineDeadError(SarathiError):
+  """The engine has stopped after a fault; its cause is `__cause__`."""

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every policy shares: queues, pages, preemption and completion.
+
+A policy is one generator, `_plan`. Whatever it plans, the base class sees to
+it that
+
+- each ready decode has a page for its next token, or the step waits until
+  enough batches in flight have completed;
+- the youngest sequences give up their pages first, and are recomputed later;
+- what is in flight is never preempted;
+- requests are admitted first come, first served.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Iterator
+import random
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import sequence
+
+Sequence = sequence.Sequence
+
+
+class Scheduler(abc.ABC):
+  """Owns the queues, the sequences and the pages.
+
+  One thread at a time may call it, except `check`, which is pure.
+  """
+
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    self.config = config
+    self.pages = pages.PagePool(config.num_pages, config.page_size)
+    self.waiting: deque[Sequence] = deque()  # by arrival
+    self.running: list[Sequence] = []  # by arrival
+    self.num_preemptions = 0
+    self._slots = list(range(config.max_num_seqs))[::-1]
+    self._live: dict[str, Sequence] = {}  # waiting or running
+    self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
+      deque())
+    self._step = 0
+    self._preempted: list[str] = []
+    self._random = random.Random(config.seed)
+
+  # -- What a policy defines --
+
+  @classmethod
+  def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
+    """The most tokens that a step of this policy holds."""
+    return max(config.token_budget, config.max_model_len)
+
+  @abc.abstractmethod
+  def _plan(self, now: float,
+            decodes: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+    """Yields (sequence, number of its tokens to compute) for the next batch.
+
+    Args:
+      now: seconds on the engine's clock.
+      decodes: every running sequence whose next token can be computed; each
+        has the page for it.
+    """
+
+  # -- What the engine calls --
+
+  def check(self, request: types.Request) -> None:
+    """Raises InvalidRequestError for a request that can never be served."""
+    num_tokens = len(request.prompt_token_ids)
+    if not num_tokens:
+      raise errors.InvalidRequestError(
+        f'{request.request_id}: the prompt is empty; it must have at least '
+        'one token.')
+    if num_tokens >= self.config.max_model_len:
+      raise errors.InvalidRequestError(
+        f'{request.request_id}: a prompt of {num_tokens} tokens leaves no '
+        f'room to generate; max_model_len={self.config.max_model_len}.')
+
+  def add(self, request: types.Request) -> Sequence:
+    """Queues a request.
+
+    Returns:
+      Its progress, to be read only.
+
+    Raises:
+      InvalidRequestError: it can never be served, or its id is taken.
+    """
+    self.check(request)
+    if request.request_id in self._live:
+      raise errors.InvalidRequestError(
+        f'request_id={request.request_id!r}: a request of this id is running '
+        'or waiting; ids must be unique.')
+    sampling = request.sampling
+    prompt_len = len(request.prompt_token_ids)
+    room = self.config.max_model_len - prompt_len
+    seq = Sequence(
+      request=request,
+      seed=(self._random.getrandbits(31) if sampling.seed is None
+            else sampling.seed),
+      stop_ids=(frozenset(sampling.stop_token_ids)
+                | (frozenset() if sampling.ignore_eos
+                   else self.config.eos_token_ids)),
+      max_len=prompt_len + min(sampling.max_tokens or room, room),
+      tokens=list(request.prompt_token_ids))
+    self._live[request.request_id] = seq
+    self.waiting.append(seq)
+    return seq
+
+  def remove(self, request_id: str) -> bool:
+    """Ends a request now and frees its pages; False if it is unknown.
+
+    What batches in flight still compute for it is void. Its pages may be
+    reused at once, as the device runs batches in order.
+    """
+    seq = self._live.get(request_id)
+    if seq is None:
+      return False
+    if seq.slot < 0:
+      self.waiting.remove(seq)
+      del self._live[request_id]
+      seq.is_finished = True
+    else:
+      self._finish(seq)
+    return True
+
+  def preempt_all(self) -> None:
+    """Takes back all pages: every running sequence is to be recomputed."""
+    assert not self._in_flight
+    for seq in reversed(list(self.running)):
+      self._preempt(seq)
+
+  @property
+  def is_idle(self) -> bool:
+    return not self._live
+
+  @property
+  def num_in_flight(self) -> int:
+    return len(self._in_flight)
+
+  def schedule(self, now: float) -> types.ScheduledBatch:
+    """Plans the next step.
+
+    Returns:
+      A batch to launch; without chunks if there is nothing to do, or nothing
+      before a batch in flight completes.
+    """
+    self._preempted = []
+    chunks: list[types.Chunk] = []
+    seqs: list[Sequence] = []
+    num_tokens = 0
+    if len(self._in_flight) < self.config.max_in_flight:
+      decodes = self._secure_decodes()
+      while decodes is not None:
+        for seq, n in self._plan(now, decodes):
+          chunks.append(self._take(seq, n))
+          seqs.append(seq)
+          num_tokens += n
+        if chunks or self._in_flight or len(self.running) < 2:
+          break
+        # Prefills alone hold all pages, and none has enough to go on.
+        self._preempt(self.running[-1])
+    batch = types.ScheduledBatch(
+      self._step, tuple(chunks), num_tokens, tuple(self._preempted))
+    if chunks:
+      self._in_flight.append((batch, seqs))
+      self._step += 1
+    return batch
+
+  def complete(self, batch: types.ScheduledBatch,
+               sampled: types.Sampled) -> list[types.TokenEvent]:
+    """Takes in the tokens of the oldest batch in flight."""
+    oldest, seqs = self._in_flight.popleft()
+    assert oldest is batch, 'batches complete in the order of their launch'
+    events = []
+    for seq, chunk, token, logprob in zip(
+        seqs, batch.chunks, sampled.tokens, sampled.logprobs):
+      seq.num_in_flight -= 1
+      if seq.is_finished or not chunk.samples:
+        continue
+      seq.num_pending -= 1
+      seq.tokens.append(token)
+      reason = None
+      if token in seq.stop_ids:
+        reason = types.FinishReason.STOP
+      elif len(seq.tokens) >= seq.max_len:
+        reason = types.FinishReason.LENGTH
+      if reason is not None:
+        self._finish(seq)
+      events.append(
+        types.TokenEvent(chunk.request_id, token, logprob, reason))
+    return events
+
+  # -- What policies are built from --
+
+  def _prefills(self) -> Iterator[Sequence]:
+    """Running sequences with tokens left to prefill, by arrival."""
+    return (s for s in self.running if s.is_prefilling)
+
+  def _next_to_admit(self, now: float) -> Sequence | None:
+    """The head of the queue, if it has arrived and a slot is free.
+
+    None in a step that preempts: a newcomer would take the room just made.
+    """
+    if not (self.waiting and self._slots) or self._preempted:
+      return None
+    seq = self.waiting[0]
+    return seq if seq.request.arrival_time <= now else None
+
+  def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
+    """Moves the head of the queue to running, if that can be done now.
+
+    Args:
+      now: seconds on the engine's clock.
+      reserve: the number of tokens to take pages for at once; None takes
+        none now, but admits only if the whole prefill would fit beside what
+        the prefills under way have yet to take.
+    """
+    seq = self._next_to_admit(now)
+    if seq is None:
+      return None
+    num_pages = self.pages.num_for(
+      len(seq.tokens) if reserve is None else reserve)
+    owed = 0
+    if reserve is None:
+      owed = sum(self.pages.num_for(s.prefill_len) - len(s.pages)
+                 for s in self._prefills())
+    if num_pages + owed > self.pages.num_free:
+      return None
+    self.waiting.popleft()
+    seq.prefill_len = len(seq.tokens)
+    seq.slot = self._slots.pop()
+    if seq.first_scheduled_time is None:
+      seq.first_scheduled_time = now
+    if reserve is not None:
+      self._grow(seq, reserve)
+    self.running.append(seq)
+    return seq
+
+  def _num_that_fit(self, seq: Sequence) -> int:
+    """Tokens that could be computed next for `seq`, by pages alone."""
+    num_pages = len(seq.pages) + self.pages.num_free
+    return num_pages * self.pages.page_size - seq.num_computed
+
+  # -- Private --
+
+  def _grow(self, seq: Sequence, num_tokens: int) -> None:
+    missing = self.pages.num_for(num_tokens) - len(seq.pages)
+    if missing > 0:
+      seq.pages.extend(self.pages.take(missing))
+      seq.page_table = tuple(seq.pages)
+
+  def _secure_decodes(self) -> list[Sequence] | None:
+    """Every ready decode, each with the page for its next token.
+
+    Preempts the youngest sequences where pages are short.
+
+    Returns:
+      None if that takes pages of sequences in flight: the step must wait.
+    """
+    ready_step = self._step - self.config.num_stages
+    page_size = self.pages.page_size
+    while True:
+      decodes = [
+        s for s in self.running
+        if s.num_computed >= s.prefill_len and s.last_step <= ready_step
+        and len(s.tokens) + s.num_pending < s.max_len]
+      starved = [s for s in decodes
+                 if s.num_computed == len(s.pages) * page_size]
+      if len(starved) <= self.pages.num_free:
+        for s in starved:
+          self._grow(s, s.num_computed + 1)
+        return decodes
+      victim = next(
+        (s for s in reversed(self.running) if not s.num_in_flight), None)
+      if victim is None:
+        return None
+      self._preempt(victim)
+
+  def _take(self, seq: Sequence, n: int) -> types.Chunk:
+    start = seq.num_computed
+    stop = start + n
+    is_prefill = start < seq.prefill_len
+    if is_prefill:
+      self._grow(seq, stop)
+      tokens = tuple(seq.tokens[start:stop])
+      samples = stop == seq.prefill_len
+    else:
+      tokens = () if seq.num_pending else (seq.tokens[start],)
+      samples = True
+    seq.num_computed = stop
+    seq.num_pending += samples
+    seq.num_in_flight += 1
+    seq.last_step = self._step
+    request = seq.request
+    return types.Chunk(
+      request.request_id, seq.slot, start, tokens, n, seq.page_table,
+      is_prefill, samples, len(request.prompt_token_ids), seq.seed,
+      request.sampling)
+
+  def _preempt(self, seq: Sequence) -> None:
+    assert not seq.num_in_flight and not seq.num_pending
+    self._release(seq)
+    seq.num_computed = seq.prefill_len = 0
+    seq.num_preemptions += 1
+    self.num_preemptions += 1
+    self.waiting.appendleft(seq)
+    self._preempted.append(seq.request.request_id)
+
+  def _finish(self, seq: Sequence) -> None:
+    self._release(seq)
+    del self._live[seq.request.request_id]
+    seq.is_finished = True
+
+  def _release(self, seq: Sequence) -> None:
+    self.running.remove(seq)
+    self.pages.give_back(seq.pages)
+    self._slots.append(seq.slot)
+    seq.slot = -1
+    seq.pages = []
+    seq.page_table = ()
