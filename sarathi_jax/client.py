@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command-line client of the server's own protocol, sarathi.v1.
+
+  python -m sarathi_jax.client "Once upon a time" --max_tokens=64
+
+Text goes to stdout as it comes; counts and times to stderr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import json
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+from google.protobuf import json_format
+import grpc
+
+from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server import sarathi_pb2_grpc
+
+FLAGS = flags.FLAGS
+
+# Unset ones are not sent: the server's defaults hold.
+_SAMPLING: tuple[tuple[str, Callable[..., Any], str], ...] = (
+  ('max_tokens', flags.DEFINE_integer, 'The most tokens to generate.'),
+  ('fill_context', flags.DEFINE_bool,
+   'Generate as much as the context has room for.'),
+  ('temperature', flags.DEFINE_float, '0 for the likeliest tokens.'),
+  ('top_k', flags.DEFINE_integer, 'Sample among the k likeliest tokens.'),
+  ('top_p', flags.DEFINE_float,
+   'Sample among the likeliest tokens that make up this probability.'),
+  ('min_p', flags.DEFINE_float,
+   'Drop tokens less likely than this fraction of the likeliest one.'),
+  ('seed', flags.DEFINE_integer, 'The same seed gives the same tokens.'),
+  ('stop', flags.DEFINE_multi_string,
+   'A text that ends the output; may be given several times.'),
+  ('stop_token_ids', flags.DEFINE_multi_integer,
+   'A token that ends the output; may be given several times.'),
+  ('include_stop_str_in_output', flags.DEFINE_bool,
+   'Keep the stop text at the end of the output.'),
+  ('ignore_eos', flags.DEFINE_bool, 'Go on past the end of sequence.'),
+  ('skip_special_tokens', flags.DEFINE_bool,
+   'Leave special tokens out of the text.'),
+  ('logprobs', flags.DEFINE_integer,
+   '0: log-probabilities of the sampled tokens, which --json always shows.'),
+)
+
+_EXIT_CANCELLED = 130  # as a shell reports a process that Ctrl-C ended
+
+
+def define_flags() -> None:
+  """Not done on import, which may find flags of these names."""
+  flags.DEFINE_string('target', 'localhost:50051', 'The server, host:port.')
+  flags.DEFINE_bool(
+    'chat', False,
+    'Send the prompt as the user of a chat, by the checkpoint\'s template.')
+  flags.DEFINE_string('system', None, 'The system message of a chat.')
+  flags.DEFINE_list(
+    'token_ids', None,
+    'A prompt of token ids, such as 1,15043. Token ids are printed, too.')
+  flags.DEFINE_bool(
+    'json', False, 'Print every message of the server as a line of JSON.')
+  flags.DEFINE_string(
+    'request_id', None, 'An id for the request; else the server makes one.')
+  flags.DEFINE_float(
+    'timeout_s', None, 'Give up after this many seconds.', lower_bound=0)
+  for name, define, text in _SAMPLING:
+    define(name, None, text)
+
+
+def main(argv: list[str]) -> None:
+  try:
+    request = _request(argv[1:])
+  except ValueError as error:
+    raise app.UsageError(str(error)) from error
+  with grpc.insecure_channel(FLAGS.target) as channel:
+    stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
+    call: Any = stub.Generate(request, timeout=FLAGS.timeout_s)
+    try:
+      _print(call)
+    except KeyboardInterrupt:
+      call.cancel()
+      _say('\ncancelled')
+      sys.exit(_EXIT_CANCELLED)
+    except grpc.RpcError:
+      _say(f'error: {_explain(call)}')
+      sys.exit(1)
+
+
+def _request(prompts: list[str]) -> pb.GenerateRequest:
+  """Makes the message of the command line; ValueError if it is no good."""
+  sampling = pb.SamplingParams(
+    **{name: FLAGS[name].value for name, _, _ in _SAMPLING})
+  request = pb.GenerateRequest(
+    request_id=FLAGS.request_id, sampling=sampling)
+  if len(prompts) + (FLAGS.token_ids is not None) != 1:
+    raise ValueError('give one prompt, in quotes, or --token_ids')
+  if FLAGS.token_ids is not None:
+    request.token_ids.ids.extend(int(i) for i in FLAGS.token_ids)
+  elif FLAGS.chat:
+    if FLAGS.system is not None:
+      request.chat.messages.add(role='system', content=FLAGS.system)
+    request.chat.messages.add(role='user', content=prompts[0])
+  else:
+    request.text = prompts[0]
+  return request
+
+
+def _print(responses: Iterator[pb.GenerateResponse]) -> None:
+  show = next(show for is_on, show in (
+    (FLAGS.json, _json), (FLAGS.token_ids is not None, _ids), (True, _text),
+  ) if is_on)
+  for response in responses:
+    print(show(response), end='', flush=True)
+    if response.HasField('finished') and not FLAGS.json:
+      print(flush=True)
+      _say(_summary(response.finished))
+
+
+def _json(response: pb.GenerateResponse) -> str:
+  return json.dumps(json_format.MessageToDict(
+    response, preserving_proto_field_name=True), ensure_ascii=False) + '\n'
+
+
+def _ids(response: pb.GenerateResponse) -> str:
+  return ''.join(f'{token} ' for token in response.token_ids)
+
+
+def _text(response: pb.GenerateResponse) -> str:
+  return response.text
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def _summary(finished: pb.Finished) -> str:
+  """'9 prompt tokens, 16 generated, length, ttft 12.3 ms, tpot 4.5 ms'"""
+  reason = pb.FinishReason.Name(finished.finish_reason)
+  timing = finished.timing
+  return ', '.join([
+    f'{finished.usage.prompt_tokens} prompt tokens',
+    f'{finished.usage.completion_tokens} generated',
+    reason.removeprefix('FINISH_REASON_').lower(),
+    *(f'{name} {getattr(timing, f"{name}_s") * 1e3:.1f} ms'
+      for name in ('ttft', 'tpot') if timing.HasField(f'{name}_s')),
+  ])
+
+
+def _explain(call: Any) -> str:
+  """What went wrong, and what to do about it."""
+  code, details = call.code(), call.details()
+  if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    return f'no end within --timeout_s={FLAGS.timeout_s:g}'
+  if code is not grpc.StatusCode.UNAVAILABLE:
+    return f'{code.name}: {details}'
+  if 'connect' not in details:  # the server's own words
+    return f'{FLAGS.target}: {details}'
+  return (f'no server at {FLAGS.target}; start one with '
+          'python -m sarathi_jax.server, or give its --target')
+
+
+def cli() -> None:
+  define_flags()
+  app.run(main)
+
+
+if __name__ == '__main__':
+  cli()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of an engine whose tokens count up; see fake.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import fake  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder(
+    tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return fake.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+
+
+@pytest.fixture(scope='module')
+def server(tokenizer_folder: pathlib.Path) -> Iterator[fake.RunningServer]:
+  """One that steps freely, shared by a module's tests."""
+  with contextlib.closing(fake.RunningServer(functools.partial(
+      fake.make_engine, tokenizer_folder=tokenizer_folder,
+      eos_token_ids=frozenset({60})))) as running:
+    yield running
+
+
+@pytest.fixture
+def gated() -> Iterator[Callable[..., Any]]:
+  """Makes (server, runner) whose steps the test lets through."""
+  with contextlib.ExitStack() as stack:
+
+    def make(*, drain_s: float = fake.TIMEOUT_S, **changes: Any) -> Any:
+      runners: list[fake.GatedRunner] = []
+
+      def make_runner(*args: int) -> fake.GatedRunner:
+        runners.append(fake.GatedRunner(*args))
+        return runners[0]
+
+      running = fake.RunningServer(functools.partial(
+        fake.make_engine, make_runner, **changes), drain_s=drain_s)
+      stack.callback(running.close)
+      stack.callback(runners[0].open)
+      return running, runners[0]
+
+    yield make

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine whose tokens count up, in a server on a thread of its own.
+
+Run as a script it is a server process: python tests/server/fake.py PORT
+DRAIN_S FOLDER-OF-A-TOKENIZER
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+import pathlib
+import sys
+import threading
+import time
+from typing import Any
+
+import grpc
+import tokenizers
+from tokenizers import models
+from tokenizers import pre_tokenizers
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import fake_runner
+from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server import server as server_lib
+
+VOCAB_SIZE = 64
+TIMEOUT_S = 20.0  # of what should take milliseconds
+
+
+class GatedRunner(fake_runner.FakeRunner):
+  """Completes a step for every `let(1)`, or all of them once `opened`."""
+
+  def __init__(self, *args: Any) -> None:
+    super().__init__(*args)
+    self._steps = threading.Semaphore(0)
+    self._is_open = False
+    self.fault: Exception | None = None
+
+  def let(self, num_steps: int) -> None:
+    self._steps.release(num_steps)
+
+  def open(self) -> None:
+    self._is_open = True
+    self._steps.release()
+
+  def fetch(self, pending: types.Sampled) -> types.Sampled:
+    if not self._is_open:
+      self._steps.acquire()
+    if self.fault is not None:
+      raise self.fault
+    return super().fetch(pending)
+
+
+def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+  """Text is words 't0' to 't63', each the token of its number."""
+  words = tokenizers.Tokenizer(models.WordLevel(
+    {f't{i}': i for i in range(VOCAB_SIZE)}, unk_token='t0'))
+  words.pre_tokenizer = pre_tokenizers.Whitespace()
+  words.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+def make_engine(
+    runner: Callable[[int, int], fake_runner.FakeRunner] = (
+      fake_runner.FakeRunner),
+    tokenizer_folder: pathlib.Path | None = None, **changes: Any,
+) -> engine_lib.Engine:
+  """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
+  config = config_lib.SchedulerConfig(**{
+    'token_budget': 8, 'max_num_seqs': 4, 'max_model_len': 128,
+    'num_pages': 64, 'page_size': 4, **changes})
+  info = engine_lib.EngineInfo(
+    model_name='counting', family='fake', vocab_size=VOCAB_SIZE,
+    max_model_len=config.max_model_len,
+    eos_token_ids=tuple(sorted(config.eos_token_ids)), policy='sarathi',
+    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+    num_pages=config.num_pages, page_size=config.page_size)
+  return engine_lib.Engine(
+    scheduler_lib.policy_class('sarathi')(config),
+    runner(VOCAB_SIZE, config.max_num_seqs), info=info,
+    tokenizer=(None if tokenizer_folder is None
+               else tokenizer_lib.Tokenizer(tokenizer_folder)))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+  """Waits for what another thread is about to bring about."""
+  deadline = time.monotonic() + TIMEOUT_S
+  while not condition():
+    assert time.monotonic() < deadline, 'it did not come about'
+    time.sleep(0.002)
+
+
+class RunningServer:
+  """A server on its own event loop and thread, and a client of it."""
+
+  def __init__(self, make: Callable[[], engine_lib.Engine], *,
+               drain_s: float = TIMEOUT_S, wait: bool = True) -> None:
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever)
+    self._thread.start()
+    self.server = self.run(self._make(make, drain_s))
+    self.run(self.server.start())
+    self.warming = asyncio.run_coroutine_threadsafe(
+      self.server.warm(), self._loop)
+    self.channel = grpc.insecure_channel(f'127.0.0.1:{self.server.port}')
+    self.stub: Any = sarathi_pb2_grpc.SarathiStub(self.channel)
+    if wait:
+      self.warming.result(TIMEOUT_S)
+
+  async def _make(self, make: Callable[[], engine_lib.Engine],
+                  drain_s: float) -> server_lib.Server:
+    config = server_lib.ServerConfig(port=0, drain_s=drain_s)
+    return server_lib.Server(config, make)
+
+  @property
+  def engine(self) -> engine_lib.Engine:
+    return self.server.frontend.engine
+
+  def submit(self, work: Coroutine[Any, Any, Any]) -> Any:
+    """Starts work on the server's event loop; returns its future."""
+    return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+  def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+    return self.submit(work).result(TIMEOUT_S)
+
+  def generate(self, *, timeout: float = TIMEOUT_S, sampling: Any = None,
+               **fields: Any) -> Any:
+    """A call; `token_ids` may be a list, `sampling` a dict."""
+    if 'token_ids' in fields:
+      fields['token_ids'] = pb.TokenIds(ids=fields['token_ids'])
+    return self.stub.Generate(pb.GenerateRequest(
+      sampling=pb.SamplingParams(**(sampling or {})), **fields),
+      timeout=timeout)
+
+  def stats(self) -> Any:
+    return self.stub.GetStats(pb.GetStatsRequest(), timeout=TIMEOUT_S)
+
+  def all_pages_are_free(self) -> bool:
+    stats = self.stats()
+    return (stats.num_free_pages == stats.num_pages
+            and not stats.num_running + stats.num_waiting)
+
+  def is_alive(self) -> bool:
+    """Whether a good request is still answered, and no page is lost."""
+    tokens = [t for r in self.generate(token_ids=[1, 2], sampling={
+      'max_tokens': 3}) for t in r.token_ids]
+    return tokens == [3, 4, 5] and self.all_pages_are_free()
+
+  def close(self) -> None:
+    self.channel.close()
+    self.run(self.server.stop())
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+    self._loop.close()
+
+
+if __name__ == '__main__':
+  from sarathi_jax.server import main
+
+  main.run(
+    server_lib.ServerConfig(port=int(sys.argv[1]), drain_s=float(sys.argv[2])),
+    lambda: make_engine(tokenizer_folder=pathlib.Path(sys.argv[3]),
+                        max_model_len=2**20, num_pages=2**18),
+    'Loading')
