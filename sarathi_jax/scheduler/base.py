@@ -258,14 +258,15 @@ class Scheduler(abc.ABC):
     Preempts the youngest sequences where pages are short.
 
     Returns:
-      None if that takes pages of sequences in flight: the step must wait.
+      None if the youngest is in flight: the step must wait.
     """
     ready_step = self._step - self.config.num_stages
     page_size = self.pages.page_size
     while True:
       decodes = [
         s for s in self.running
-        if s.num_computed >= s.prefill_len and s.last_step <= ready_step
+        if s.num_computed >= s.prefill_len
+        and (s.last_step <= ready_step or not s.num_in_flight)
         and len(s.tokens) + s.num_pending < s.max_len]
       starved = [s for s in decodes
                  if s.num_computed == len(s.pages) * page_size]
@@ -273,11 +274,12 @@ class Scheduler(abc.ABC):
         for s in starved:
           self._grow(s, s.num_computed + 1)
         return decodes
-      victim = next(
-        (s for s in reversed(self.running) if not s.num_in_flight), None)
-      if victim is None:
+      # None but the youngest: who runs and who waits stays in order of
+      # arrival, and the oldest always gets on.
+      youngest = self.running[-1]
+      if youngest.num_in_flight:
         return None
-      self._preempt(victim)
+      self._preempt(youngest)
 
   def _take(self, seq: Sequence, n: int) -> types.Chunk:
     start = seq.num_computed

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives a scheduler, plays the device, and checks every batch from outside.
+
+What is right is said here a second time, without a look at how the scheduler
+does it: from the requests, the batches and the tokens alone. Of the
+scheduler's own state only the queues' order and the pages held are read.
+
+The device is simulated: the token at position p of a request is
+`token_at(request_id, p)`, so that a wrong token, position, slot or order shows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+import dataclasses
+import math
+import zlib
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+
+VOCAB = 1000
+
+
+def token_at(request_id: str, position: int) -> int:
+  """The token that the simulated model says at a position of a request."""
+  return zlib.crc32(f'{request_id}:{position}'.encode()) % VOCAB
+
+
+def make_request(request_id: str, prompt_len: int, max_tokens: int | None,
+                 stop_token_ids: tuple[int, ...] = (),
+                 arrival_time: float = 0.0) -> types.Request:
+  return types.Request(
+    request_id=request_id,
+    prompt_token_ids=tuple(token_at(request_id, p) for p in range(prompt_len)),
+    sampling=types.SamplingParams(
+      max_tokens=max_tokens, stop_token_ids=stop_token_ids),
+    arrival_time=arrival_time)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Known:
+  """What is known of one request from the outside.
+
+  Attributes:
+    request: what was asked.
+    order: counts the requests as they were added.
+    max_len: its length at which it must end.
+    num_computed: tokens in the cache.
+    num_tokens: its length, tokens still on the device included.
+    num_on_host: its length as far as completed batches tell.
+    newest_step: the step that sampled its newest token; -1 for the prompt.
+    flights: steps in flight that hold it.
+    is_gone: finished or removed.
+  """
+
+  request: types.Request
+  order: int
+  max_len: int
+  num_computed: int = 0
+  num_tokens: int = 0
+  num_on_host: int = 0
+  newest_step: int = -1
+  flights: set[int] = dataclasses.field(default_factory=set)
+  seed: int | None = None
+  finish_reason: types.FinishReason | None = None
+  is_gone: bool = False
+
+  @property
+  def id(self) -> str:
+    return self.request.request_id
+
+
+class Checker:
+  """Calls a scheduler as an engine does; AssertionError where it errs."""
+
+  def __init__(self, scheduler: scheduler_lib.Scheduler, policy: str) -> None:
+    self.scheduler = scheduler
+    self.policy = policy
+    self.config = scheduler.config
+    self.live: dict[str, Known] = {}
+    self.finished: dict[str, Known] = {}
+    self.num_steps = 0
+    self.num_preempted = 0
+    self._num_added = 0
+    self._in_flight: deque[
+      tuple[types.ScheduledBatch, list[Known], list[int]]] = deque()
+    # slot -> (request, position, token, step) that the device sampled last.
+    self._slots: dict[int, tuple[Known, int, int, int]] = {}
+
+  # -- What an engine does --
+
+  def add(self, request: types.Request) -> None:
+    self.scheduler.add(request)
+    prompt_len = len(request.prompt_token_ids)
+    max_tokens = request.sampling.max_tokens or self.config.max_model_len
+    self.live[request.request_id] = Known(
+      request=request, order=self._num_added,
+      max_len=min(prompt_len + max_tokens, self.config.max_model_len),
+      num_tokens=prompt_len, num_on_host=prompt_len)
+    self._num_added += 1
+
+  def remove(self, request_id: str) -> None:
+    assert self.scheduler.remove(request_id)
+    assert not self.scheduler.remove(request_id), 'removed twice'
+    self._forget(self.live[request_id])
+    self._check_state()
+
+  def preempt_all(self) -> None:
+    self.scheduler.preempt_all()
+    for known in self.live.values():
+      known.num_computed = 0
+      known.newest_step = -1
+    self._check_state()
+    assert self.scheduler.pages.num_free == self.config.num_pages
+
+  @property
+  def num_in_flight(self) -> int:
+    return len(self._in_flight)
+
+  @property
+  def is_idle(self) -> bool:
+    return not (self.live or self._in_flight)
+
+  def schedule(self, now: float = math.inf) -> types.ScheduledBatch:
+    can_launch = len(self._in_flight) < self.config.max_in_flight
+    batch = self.scheduler.schedule(now)
+    assert batch.step == self.num_steps
+    self._check_preempted(batch)
+    ready = [k for k in self.live.values() if self._is_ready(k)]
+    if not batch.chunks:
+      self._check_empty(can_launch, ready, now)
+    else:
+      assert can_launch, 'more batches in flight than allowed'
+      self._check_limits(batch)
+      self._check_decodes(batch, ready)
+      self._launch(batch)
+    self._check_state()
+    return batch
+
+  def complete(self) -> list[types.TokenEvent]:
+    """Completes the oldest batch in flight."""
+    batch, knowns, tokens = self._in_flight.popleft()
+    expected = []
+    for known, chunk, token in zip(knowns, batch.chunks, tokens, strict=True):
+      known.flights.discard(batch.step)
+      if known.is_gone or not chunk.samples:
+        continue
+      known.num_on_host += 1
+      if token in known.request.sampling.stop_token_ids:
+        known.finish_reason = types.FinishReason.STOP
+      elif known.num_on_host == known.max_len:
+        known.finish_reason = types.FinishReason.LENGTH
+      expected.append(types.TokenEvent(
+        known.id, token, -token / VOCAB, known.finish_reason))
+      if known.finish_reason:
+        self.finished[known.id] = known
+        self._forget(known)
+    events = self.scheduler.complete(
+      batch, types.Sampled(tokens, [-t / VOCAB for t in tokens]))
+    assert events == expected
+    self._check_state()
+    return events
+
+  def drain(self) -> None:
+    """Runs everything to its end, within a bound on the number of steps."""
+    lens = [k.max_len for k in self.live.values()]
+    # Each step computes a token, of which a preemption voids at most a whole
+    # sequence's, and the oldest sequence is never preempted.
+    last_step = self.num_steps + sum(lens) * (len(lens) + 1)
+    while not self.is_idle:
+      if not self.schedule().chunks:
+        assert self._in_flight, f'deadlock: {list(self.live)} are stuck'
+        self.complete()
+      assert self.num_steps <= last_step, 'livelock'
+    assert self.scheduler.is_idle
+    assert self.scheduler.pages.num_free == self.config.num_pages
+
+  # -- What must hold --
+
+  def _is_ready(self, known: Known) -> bool:
+    """Whether the next token is a decode that this step could compute."""
+    newest_is_there = (known.newest_step not in known.flights
+                       or known.newest_step
+                       <= self.num_steps - self.config.num_stages)
+    return (known.newest_step >= 0 and known.num_tokens < known.max_len
+            and known.num_computed == known.num_tokens - 1 and newest_is_there)
+
+  def _needs_page(self, known: Known) -> bool:
+    held = next(s for s in self.scheduler.running if s.request is known.request)
+    return known.num_computed >= len(held.pages) * self.config.page_size
+
+  def _check_preempted(self, batch: types.ScheduledBatch) -> None:
+    assert len(set(batch.preempted)) == len(batch.preempted)
+    self.num_preempted += len(batch.preempted)
+    for request_id in batch.preempted:
+      known = self.live[request_id]
+      assert not known.flights, f'{known.id} was preempted in flight'
+      known.num_computed = 0
+      known.newest_step = -1
+
+  def _check_empty(self, can_launch: bool, ready: list[Known],
+                   now: float) -> None:
+    """An empty batch: all is done, or waits for a batch in flight."""
+    if not can_launch:
+      return
+    starved = [k for k in ready if self._needs_page(k)]
+    assert not ready or (
+      self._in_flight and len(starved) > self.scheduler.pages.num_free), (
+        f'nothing was scheduled though {[k.id for k in ready]} are ready')
+    arrived = [k for k in self.live.values()
+               if k.request.arrival_time <= now]
+    assert self._in_flight or not arrived, (
+      f'deadlock: {[k.id for k in arrived]} are stuck')
+
+  def _check_limits(self, batch: types.ScheduledBatch) -> None:
+    chunks, config = batch.chunks, self.config
+    limit = {
+      'sarathi': config.token_budget,
+      'vllm': max(config.token_budget, config.max_model_len),
+      'faster_transformer': max(config.token_budget, config.max_model_len),
+      'orca': max(config.token_budget, config.max_model_len)
+              + config.max_num_seqs,
+    }[self.policy]
+    assert limit == self.scheduler.max_step_tokens(config)
+    assert batch.num_tokens == sum(c.num_tokens for c in chunks) <= limit
+    assert len(chunks) <= config.max_num_seqs
+    assert len({c.request_id for c in chunks}) == len(chunks)
+    assert len({c.slot for c in chunks}) == len(chunks)
+    kinds = [c.is_prefill for c in chunks]
+    assert kinds == sorted(kinds), 'decodes come first'
+
+  def _check_decodes(self, batch: types.ScheduledBatch,
+                     ready: list[Known]) -> None:
+    decodes = {c.request_id for c in batch.chunks if not c.is_prefill}
+    prefills = [c for c in batch.chunks if c.is_prefill]
+    assert decodes <= {k.id for k in ready}
+    if self.policy == 'vllm' and prefills:  # It stalls decodes: that is its way.
+      assert not decodes
+      return
+    left_out = {k.id for k in ready} - decodes
+    assert not left_out, f'stalled: {left_out}'
+    if self.policy == 'faster_transformer':
+      assert not (decodes and prefills)
+
+  def _launch(self, batch: types.ScheduledBatch) -> None:
+    knowns = []
+    tokens = []
+    for chunk in batch.chunks:
+      known = self.live[chunk.request_id]
+      assert known.request.arrival_time < math.inf
+      self._check_chunk(batch.step, known, chunk)
+      known.num_computed += chunk.num_tokens
+      known.flights.add(batch.step)
+      token = token_at(known.id, known.num_computed)
+      if chunk.samples:
+        known.num_tokens = known.num_computed + 1
+        known.newest_step = batch.step
+        self._slots[chunk.slot] = (
+          known, known.num_computed, token, batch.step)
+      knowns.append(known)
+      tokens.append(token)
+    self._in_flight.append((batch, knowns, tokens))
+    self.num_steps += 1
+
+  def _check_chunk(self, step: int, known: Known, chunk: types.Chunk) -> None:
+    n, start = chunk.num_tokens, chunk.start
+    stop = start + n
+    assert n >= 1
+    assert start == known.num_computed, f'{known.id}: chunks must tile'
+    assert stop <= known.num_tokens < known.max_len + 1
+    assert chunk.samples == (stop == known.num_tokens)
+    assert chunk.is_prefill == (known.newest_step < 0)
+    if stop <= known.num_on_host:
+      assert chunk.tokens == tuple(
+        token_at(known.id, p) for p in range(start, stop))
+    else:
+      owner, position, _, sampled_at = self._slots[chunk.slot]
+      assert (chunk.tokens, n) == ((), 1)
+      assert owner is known and position == start, 'slot of another sequence'
+      assert sampled_at <= step - self.config.num_stages
+    self._check_page_table(chunk)
+    assert chunk.prompt_len == len(known.request.prompt_token_ids)
+    assert chunk.sampling is known.request.sampling
+    known.seed = chunk.seed if known.seed is None else known.seed
+    assert chunk.seed == known.seed
+
+  def _check_page_table(self, chunk: types.Chunk) -> None:
+    num_tokens = chunk.start + chunk.num_tokens
+    if self.policy in ('orca', 'faster_transformer'):
+      num_tokens = self.config.max_model_len  # They reserve for the longest.
+    assert len(chunk.page_table) == math.ceil(
+      num_tokens / self.config.page_size)
+    held = next(s for s in self.scheduler.running
+                if s.request.request_id == chunk.request_id)
+    assert chunk.page_table == tuple(held.pages)[:len(chunk.page_table)]
+    assert chunk.slot == held.slot
+
+  def _check_state(self) -> None:
+    scheduler, config = self.scheduler, self.config
+    running = [s.request.request_id for s in scheduler.running]
+    waiting = [s.request.request_id for s in scheduler.waiting]
+    assert len(running) + len(waiting) == len(self.live)
+    order = [self.live[i].order for i in running + waiting]
+    assert order == sorted(order), 'not first come, first served'
+    held = [p for s in scheduler.running for p in s.pages]
+    assert len(set(held)) == len(held), 'a page has two owners'
+    assert set(held) <= set(range(config.num_pages))
+    assert len(held) + scheduler.pages.num_free == config.num_pages
+    slots = {s.slot for s in scheduler.running}
+    assert len(slots) == len(running)
+    assert slots <= set(range(config.max_num_seqs))
+    assert all(not s.pages for s in scheduler.waiting)
+
+  def _forget(self, known: Known) -> None:
+    known.is_gone = True
+    del self.live[known.id]
+
+
+def make_checker(policy: str, config: config_lib.SchedulerConfig) -> Checker:
+  return Checker(scheduler_lib.policy_class(policy)(config), policy)

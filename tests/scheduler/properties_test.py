@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds under every policy, whatever comes. See `checker`."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import hypothesis
+from hypothesis import stateful
+from hypothesis import strategies as st
+import pytest
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from tests.scheduler import checker as checker_lib
+
+POLICIES = tuple(scheduler_lib.POLICIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """A configuration, and how wild the driver is.
+
+  Attributes:
+    config: of the scheduler.
+    num_requests: to be added over the run.
+    arrival_rate, abort_rate: chance of one before a step.
+    eager: the chance to complete a batch before more can't be launched.
+    stop_rate: the part of the vocabulary that ends a request.
+  """
+
+  config: config_lib.SchedulerConfig
+  num_requests: int
+  arrival_rate: float
+  abort_rate: float
+  eager: float
+  stop_rate: float
+
+
+def make_workload(rng: random.Random) -> Workload:
+  """Draws one; pages are scarce in most."""
+  max_model_len = rng.randint(2, rng.choice((8, 60)))
+  page_size = rng.randint(1, 8)
+  per_seq = -(-max_model_len // page_size)
+  max_num_seqs = rng.randint(1, 8)
+  return Workload(
+    config=config_lib.SchedulerConfig(
+      token_budget=rng.randint(max_num_seqs, max_num_seqs + 24),
+      max_num_seqs=max_num_seqs,
+      max_model_len=max_model_len,
+      num_pages=per_seq + rng.randint(0, per_seq * rng.choice((1, 2, 8))),
+      page_size=page_size,
+      num_stages=rng.randint(1, 3),
+      look_ahead=rng.random() < 0.5,
+      short_prompt_share=rng.choice((0.0, 0.25, 0.9))),
+    num_requests=rng.randint(1, 16),
+    arrival_rate=rng.choice((0.2, 0.5, 1.0)),
+    abort_rate=rng.choice((0.0, 0.0, 0.05)),
+    eager=rng.choice((0.0, 0.3, 1.0)),
+    stop_rate=rng.choice((0.0, 0.0, 0.05)))
+
+
+def draw_request(rng: random.Random, request_id: str, workload: Workload,
+                 arrival_time: float) -> types.Request:
+  max_model_len = workload.config.max_model_len
+  return checker_lib.make_request(
+    request_id,
+    prompt_len=rng.randint(
+      1, max(1, (max_model_len - 1) // rng.choice((1, 4, 10)))),
+    max_tokens=rng.choice((None, None, 1, rng.randint(1, max_model_len))),
+    stop_token_ids=tuple(
+      range(int(workload.stop_rate * checker_lib.VOCAB))),
+    arrival_time=arrival_time)
+
+
+def drive(checker: checker_lib.Checker, workload: Workload,
+          rng: random.Random) -> None:
+  """Arrivals, steps, late completions and aborts, until all is done."""
+  num_added = 0
+  now = arrival = 0.0
+  while num_added < workload.num_requests:
+    now += 1.0
+    while (num_added < workload.num_requests
+           and rng.random() < workload.arrival_rate):
+      # Some are known ahead, as the simulator's are.
+      arrival = max(arrival, now + rng.choice((0.0, 0.0, 1.5)))
+      checker.add(draw_request(rng, f'r{num_added}', workload, arrival))
+      num_added += 1
+    if checker.live and rng.random() < workload.abort_rate:
+      checker.remove(rng.choice(sorted(checker.live)))
+    launched = checker.schedule(now).chunks
+    if checker.num_in_flight and (
+        not launched or rng.random() < workload.eager):
+      checker.complete()
+  checker.drain()
+
+
+def run(policy: str, seed: int) -> checker_lib.Checker:
+  rng = random.Random(seed)
+  workload = make_workload(rng)
+  checker = checker_lib.make_checker(policy, workload.config)
+  drive(checker, workload, rng)
+  return checker
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+@hypothesis.given(rng=st.randoms(use_true_random=False))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
+  workload = make_workload(rng)
+  drive(checker_lib.make_checker(policy, workload.config), workload, rng)
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+def test_soak(policy: str) -> None:
+  """Some 5,000 steps a policy of what hypothesis would not draw."""
+  num_steps = num_preempted = num_finished = 0
+  seed = 0
+  while num_steps < 5000:
+    checker = run(policy, seed)
+    num_steps += checker.num_steps
+    num_preempted += checker.num_preempted
+    num_finished += len(checker.finished)
+    seed += 1
+  assert num_finished > 100
+  # Where all memory is reserved at first, nothing is ever preempted.
+  assert (num_preempted > 100) == (policy in ('sarathi', 'vllm'))
+
+
+class Machine(stateful.RuleBasedStateMachine):
+  """Any order of calls that an engine may make."""
+
+  @stateful.initialize(policy=st.sampled_from(POLICIES),
+                       rng=st.randoms(use_true_random=False))
+  def start(self, policy: str, rng: random.Random) -> None:
+    self.workload = make_workload(rng)
+    self.checker = checker_lib.make_checker(policy, self.workload.config)
+    self.num_added = 0
+
+  @stateful.rule(rng=st.randoms(use_true_random=False))
+  def add(self, rng: random.Random) -> None:
+    self.checker.add(
+      draw_request(rng, f'r{self.num_added}', self.workload, 0.0))
+    self.num_added += 1
+
+  @stateful.rule()
+  def schedule(self) -> None:
+    self.checker.schedule()
+
+  @stateful.precondition(lambda self: self.checker.num_in_flight)
+  @stateful.rule()
+  def complete(self) -> None:
+    self.checker.complete()
+
+  @stateful.precondition(lambda self: self.checker.live)
+  @stateful.rule(data=st.data())
+  def remove(self, data: st.DataObject) -> None:
+    self.checker.remove(data.draw(st.sampled_from(sorted(self.checker.live))))
+
+  @stateful.precondition(lambda self: not self.checker.num_in_flight)
+  @stateful.rule()
+  def preempt_all(self) -> None:
+    self.checker.preempt_all()
+
+  def teardown(self) -> None:
+    if hasattr(self, 'checker'):
+      self.checker.drain()
+
+
+Machine.TestCase.settings = hypothesis.settings(
+  max_examples=80, stateful_step_count=40, deadline=None)
+MachineTest = Machine.TestCase
