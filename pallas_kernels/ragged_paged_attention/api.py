@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to call: attention over paged keys and values, and their cache.
+
+Shape letters: T tokens of the batch, S sequences, P pages a sequence, N pages
+in the pool, H query heads, K key-value heads, h head dim. T, S, P and N are
+static; how many tokens, sequences and pages are real is in the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ragged_paged_attention import reference
+from pallas_kernels.ragged_paged_attention import xla
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
+  'reference': reference.ragged_paged_attention,
+  'xla': xla.ragged_paged_attention,
+}
+# What `implementation=None` means where the computation runs.
+_DEFAULTS = {'cpu': 'xla', 'gpu': 'xla', 'tpu': 'xla'}
+
+_DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
+_RANKS = {'q': 3, 'k_pages': 4, 'v_pages': 4, 'kv_lens': 1,
+          'page_indices': 2, 'cu_q_lens': 1, 'distribution': 1}
+
+
+def ragged_paged_attention(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  scale: float,
+  sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Causal attention of a hybrid batch to the paged cache of its sequences.
+
+  Sequences [0, num_decodes) are decodes with exactly one query each, so that
+  token i belongs to sequence i. Sequences [num_decodes, num_seqs) are chunks
+  of prefills, of any length. The rest is padding. Query j of sequence s is at
+  position kv_lens[s] - q_len + j and attends to the positions up to its own.
+
+  Worked example: two decodes, then a chunk of 3 tokens that ends a prompt of
+  5; page_size=4. kv_lens = [6, 3, 5, 0], cu_q_lens = [0, 1, 2, 5, 5],
+  distribution = [2, 3], page_indices = [[7, 2], [4, 0], [1, 3], [0, 0]];
+  tokens 2 to 4 are at positions 2 to 4 of pages 1 and 3.
+
+  Args:
+    q: [T, H, h], float32, bfloat16 or float16.
+    k_pages: [N, K, page_size, h], the dtype of q. Holds the keys of this
+      batch's own tokens already (`write_kv`).
+    v_pages: like k_pages.
+    kv_lens: int32 [S], tokens in the cache, the new ones included; 0 for
+      padding.
+    page_indices: int32 [S, P], the pages of a sequence in order; only those
+      that hold its tokens are read.
+    cu_q_lens: int32 [S + 1], where in [0, T] a sequence's tokens start; the
+      end is repeated for padding.
+    distribution: int32 [2], (num_decodes, num_seqs).
+    scale: multiplies q . k.
+    sliding_window: a query at p attends to (p - sliding_window, p]; None:
+      to [0, p].
+    soft_cap: scores become soft_cap * tanh(score / soft_cap).
+    implementation: a key of `IMPLEMENTATIONS`; None: by platform.
+
+  Returns:
+    [T, H, h] of q's dtype. Rows of padding are finite and mean nothing.
+
+  Raises:
+    ValueError: shapes, dtypes or options don't fit; says which and why.
+  """
+  static_validate(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens,
+                  distribution, sliding_window=sliding_window,
+                  soft_cap=soft_cap)
+  return _choose(implementation)(
+    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
+    scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+
+
+def page_shape(
+  num_pages: int,
+  page_size: int,
+  num_kv_heads: int,
+  head_dim: int,
+) -> tuple[int, int, int, int]:
+  """The shape [N, K, page_size, h] of one layer's keys, or values."""
+  return num_pages, num_kv_heads, page_size, head_dim
+
+
+def init_pages(
+  num_pages: int,
+  page_size: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+  """Zeroed keys and values of one layer, each of `page_shape`."""
+  shape = page_shape(num_pages, page_size, num_kv_heads, head_dim)
+  return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def write_kv(
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  slot_mapping: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Puts new keys and values into their pages; in place where donated.
+
+  Args:
+    k_pages: [N, K, page_size, h].
+    v_pages: like k_pages.
+    k: [T, K, h], the new keys.
+    v: like k.
+    slot_mapping: int32 [T], page * page_size + offset of every token, all
+      different; those outside [0, N * page_size) are dropped (padding).
+
+  Returns:
+    The pages, updated.
+  """
+  num_pages, _, page_size, _ = k_pages.shape
+  num_slots = num_pages * page_size
+  # A negative index would count from the end.
+  slots = jnp.where(slot_mapping < 0, num_slots, slot_mapping)
+  page, offset = slots // page_size, slots % page_size
+  return tuple(
+    pages.at[page, :, offset, :].set(
+      new.astype(pages.dtype), mode='drop', unique_indices=True)
+    for pages, new in ((k_pages, k), (v_pages, v)))
+
+
+def static_validate(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  sliding_window: int | None = None,
+  soft_cap: float | None = None,
+) -> None:
+  """Checks what is known while tracing: ranks, shapes, dtypes, options.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  arrays = dict(q=q, k_pages=k_pages, v_pages=v_pages, kv_lens=kv_lens,
+                page_indices=page_indices, cu_q_lens=cu_q_lens,
+                distribution=distribution)
+  for name, rank in _RANKS.items():
+    _check(arrays[name].ndim == rank, name, arrays[name].shape,
+           f'must have {rank} axes')
+  for name in ('kv_lens', 'page_indices', 'cu_q_lens', 'distribution'):
+    _check(arrays[name].dtype == jnp.int32, name, arrays[name].dtype,
+           'must be int32')
+  _check(q.dtype in _DTYPES, 'q', q.dtype,
+         f'must be one of {", ".join(d.name for d in _DTYPES)}')
+  _check(k_pages.dtype == q.dtype, 'k_pages', k_pages.dtype,
+         f'must be the dtype of q, {q.dtype}')
+  _check(v_pages.dtype == q.dtype, 'v_pages', v_pages.dtype,
+         f'must be the dtype of q, {q.dtype}')
+  _check(v_pages.shape == k_pages.shape, 'v_pages', v_pages.shape,
+         f'must have the shape of k_pages, {k_pages.shape}')
+  num_heads, head_dim = q.shape[1:]
+  num_kv_heads = k_pages.shape[1]
+  _check(min(k_pages.shape) > 0, 'k_pages', k_pages.shape,
+         'must have no empty axis')
+  _check(k_pages.shape[3] == head_dim, 'k_pages', k_pages.shape,
+         f'last axis must be the head dim of q, {head_dim}')
+  _check(num_heads > 0 and num_heads % num_kv_heads == 0, 'q', q.shape,
+         f'heads must be a multiple of the {num_kv_heads} of k_pages')
+  num_seqs = kv_lens.shape[0]
+  _check(page_indices.shape[0] == num_seqs, 'page_indices',
+         page_indices.shape, f'must have {num_seqs} rows, as kv_lens')
+  _check(cu_q_lens.shape[0] == num_seqs + 1, 'cu_q_lens', cu_q_lens.shape,
+         f'must have one entry more than kv_lens, {num_seqs + 1}')
+  _check(distribution.shape == (2,), 'distribution', distribution.shape,
+         'must be (2,)')
+  _check(sliding_window is None or sliding_window >= 1, 'sliding_window',
+         sliding_window, 'must be None or at least 1')
+  _check(soft_cap is None or soft_cap > 0, 'soft_cap', soft_cap,
+         'must be None or above 0')
+
+
+def dynamic_validate(
+  q: jax.Array,
+  k_pages: jax.Array,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+) -> None:
+  """Checks values, which no jitted code can: for tests and debugging.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  num_decodes, num_seqs = (int(n) for n in np.asarray(distribution))
+  lens, starts = np.asarray(kv_lens), np.asarray(cu_q_lens)
+  q_lens = np.diff(starts)
+  num_pages, _, page_size, _ = k_pages.shape
+  most = page_indices.shape[1] * page_size
+  _check(0 <= num_decodes <= num_seqs <= len(lens), 'distribution',
+         (num_decodes, num_seqs),
+         f'must ascend within [0, {len(lens)}], the rows of kv_lens')
+  _check(starts[0] == 0 and (q_lens >= 0).all(), 'cu_q_lens', starts,
+         'must start at 0 and not descend')
+  _check(starts[-1] <= q.shape[0], 'cu_q_lens', starts,
+         f'must end within the {q.shape[0]} tokens of q')
+  _check((q_lens[:num_decodes] == 1).all(), 'cu_q_lens', starts,
+         f'the first {num_decodes} sequences are decodes, of one token each')
+  _check((q_lens[num_seqs:] == 0).all(), 'cu_q_lens', starts,
+         f'must not grow after the {num_seqs} sequences')
+  _check((lens[num_seqs:] == 0).all(), 'kv_lens', lens,
+         f'must be 0 after the {num_seqs} sequences')
+  _check((lens >= q_lens).all(), 'kv_lens', lens,
+         f'must count the new tokens too, {q_lens}')
+  _check((lens <= most).all(), 'kv_lens', lens,
+         f'must fit the page_indices, {most} tokens')
+  for s in range(num_seqs):
+    used = np.asarray(page_indices)[s, :-(-int(lens[s]) // page_size)]
+    _check(((used >= 0) & (used < num_pages)).all(), f'page_indices[{s}]',
+           used, f'must be in [0, {num_pages})')
+
+
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
+  if not ok:
+    raise ValueError(f'{name}={value}: {rule}.')
+
+
+def _choose(implementation: str | None) -> Callable[..., jax.Array]:
+  name = _DEFAULTS.get(jax.default_backend(), 'xla') if (
+    implementation is None) else implementation
+  if name not in IMPLEMENTATIONS:
+    raise ValueError(f'{implementation=}: must be None or one of '
+                     f'{", ".join(sorted(IMPLEMENTATIONS))}.')
+  return IMPLEMENTATIONS[name]

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases that tests compare and benchmarks time, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArgSpec:
+  """One batch, from which `make` draws the arguments of the operation.
+
+  Attributes:
+    name: for tables and test ids.
+    contexts: tokens in the cache of every sequence, its new ones included.
+    q_lens: new tokens of the sequences from `num_decodes` on; the decodes
+      before them have one each.
+    num_decodes: how many sequences decode.
+    num_heads: H.
+    num_kv_heads: K.
+    head_dim: h.
+    page_size: tokens a page.
+    max_tokens: T, the tokens with padding; 0 for no padding.
+    max_seqs: S, the sequences with padding; 0 for no padding.
+    max_pages: P; 0 for what the longest context needs.
+    dtype: of queries, keys and values.
+    sliding_window: see `api.ragged_paged_attention`.
+    soft_cap: see `api.ragged_paged_attention`.
+  """
+
+  name: str
+  contexts: tuple[int, ...]
+  q_lens: tuple[int, ...] = ()
+  num_decodes: int = 0
+  num_heads: int = 8
+  num_kv_heads: int = 4
+  head_dim: int = 64
+  page_size: int = 64
+  max_tokens: int = 0
+  max_seqs: int = 0
+  max_pages: int = 0
+  dtype: str = 'float32'
+  sliding_window: int | None = None
+  soft_cap: float | None = None
+
+  @property
+  def all_q_lens(self) -> tuple[int, ...]:
+    """New tokens of every sequence."""
+    return (1,) * self.num_decodes + self.q_lens
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """The keyword arguments of the operation."""
+    return dict(scale=self.head_dim**-0.5, soft_cap=self.soft_cap,
+                sliding_window=self.sliding_window)
+
+
+def make(
+  spec: ArgSpec,
+  seed: int = 0,
+  unused: float = 0.0,
+) -> dict[str, Any]:
+  """Draws the arrays of a spec.
+
+  Pages are dealt in random order from a pool with one page to spare, which
+  padding of `page_indices` points to.
+
+  Args:
+    spec: the batch.
+    seed: of the random numbers.
+    unused: what fills every slot that must not be read.
+
+  Returns:
+    The arguments of `api.ragged_paged_attention`, by name, but for options.
+  """
+  rng = np.random.default_rng(seed)
+  q_lens = np.array(spec.all_q_lens, np.int32)
+  contexts = np.array(spec.contexts, np.int32)
+  num_seqs = len(contexts)
+  if len(q_lens) != num_seqs:
+    raise ValueError(f'{spec.name}: {len(q_lens)} q_lens, {num_seqs} contexts')
+  seqs = spec.max_seqs or max(num_seqs, 1)
+  tokens = spec.max_tokens or max(int(q_lens.sum()), 1)
+  counts = -(-contexts // spec.page_size)
+  pages = spec.max_pages or max(int(counts.max(initial=0)), 1)
+  pool = int(counts.sum()) + 1
+  deck = rng.permutation(pool)
+  page_indices = np.full((seqs, pages), deck[-1], np.int32)
+  shape = (pool, spec.num_kv_heads, spec.page_size, spec.head_dim)
+  k, v = np.full((2, *shape), unused, np.float32)
+  for s, count in enumerate(counts):
+    dealt, deck = deck[:count], deck[count:]
+    page_indices[s, :count] = dealt
+    for i, page in enumerate(dealt):
+      rows = min(spec.page_size, int(contexts[s]) - i * spec.page_size)
+      size = (spec.num_kv_heads, rows, spec.head_dim)
+      k[page, :, :rows], v[page, :, :rows] = rng.standard_normal((2, *size))
+  kv_lens = np.zeros(seqs, np.int32)
+  kv_lens[:num_seqs] = contexts
+  starts = np.concatenate(([0], np.cumsum(q_lens))).astype(np.int32)
+  cu_q_lens = np.full(seqs + 1, starts[-1], np.int32)
+  cu_q_lens[:num_seqs + 1] = starts
+  q = rng.standard_normal((tokens, spec.num_heads, spec.head_dim))
+  floats = {'q': q, 'k_pages': k, 'v_pages': v}
+  ints = {'kv_lens': kv_lens, 'page_indices': page_indices,
+          'cu_q_lens': cu_q_lens,
+          'distribution': np.array([spec.num_decodes, num_seqs], np.int32)}
+  return ({name: jnp.asarray(x, spec.dtype) for name, x in floats.items()}
+          | {name: jnp.asarray(x) for name, x in ints.items()})
+
+
+def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
+  """`count` lengths, evenly from low to high, in a shuffled order."""
+  lens = np.linspace(low, high, count).round().astype(int)
+  return tuple(int(n) for n in np.random.default_rng(0).permutation(lens))
+
+
+_43M = dict(num_heads=8, num_kv_heads=4, head_dim=64, max_seqs=32)
+_150M = dict(num_heads=16, num_kv_heads=4, head_dim=64, max_seqs=32)
+_DECODES = dict(contexts=_spread(100, 384, 32), num_decodes=32, max_pages=16)
+_CHUNKS = dict(contexts=(128, 213, 299, 384), q_lens=(128,) * 4, max_pages=16)
+_HYBRID = dict(contexts=(*_spread(100, 384, 28), 484), q_lens=(484,),
+               num_decodes=28, max_pages=16)
+
+BENCHMARKS: tuple[ArgSpec, ...] = (
+  ArgSpec(name='decode_43m', **_DECODES, **_43M),
+  ArgSpec(name='decode_150m', **_DECODES, **_150M),
+  ArgSpec(name='decode_150m_bf16', dtype='bfloat16', **_DECODES, **_150M),
+  ArgSpec(name='decode_one_2k', contexts=(2048,), num_decodes=1, **_150M),
+  ArgSpec(name='decode_window', sliding_window=128, **_DECODES, **_150M),
+  ArgSpec(name='prefill_43m', max_tokens=512, **_CHUNKS, **_43M),
+  ArgSpec(name='prefill_150m', max_tokens=512, **_CHUNKS, **_150M),
+  ArgSpec(name='hybrid_43m', max_tokens=512, **_HYBRID, **_43M),
+  ArgSpec(name='hybrid_150m', max_tokens=512, **_HYBRID, **_150M),
+)
+
+BY_NAME: Mapping[str, ArgSpec] = {spec.name: spec for spec in BENCHMARKS}
