@@ -176,7 +176,7 @@ class Scheduler(abc.ABC):
     assert oldest is batch, 'batches complete in the order of their launch'
     events = []
     for seq, chunk, token, logprob in zip(
-        seqs, batch.chunks, sampled.tokens, sampled.logprobs):
+        seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
       seq.num_in_flight -= 1
       if seq.is_finished or not chunk.samples:
         continue

@@ -86,8 +86,8 @@ class Checker:
     self._num_added = 0
     self._in_flight: deque[
       tuple[types.ScheduledBatch, list[Known], list[int]]] = deque()
-    # slot -> (request, position, token, step) that the device sampled last.
-    self._slots: dict[int, tuple[Known, int, int, int]] = {}
+    # slot -> (request, position, step) that the device sampled last.
+    self._slots: dict[int, tuple[Known, int, int]] = {}
 
   # -- What an engine does --
 
@@ -102,7 +102,7 @@ class Checker:
     self._num_added += 1
 
   def remove(self, request_id: str) -> None:
-    assert self.scheduler.remove(request_id)
+    assert self.scheduler.remove(request_id), 'not removed'
     assert not self.scheduler.remove(request_id), 'removed twice'
     self._forget(self.live[request_id])
     self._check_state()
@@ -113,7 +113,6 @@ class Checker:
       known.num_computed = 0
       known.newest_step = -1
     self._check_state()
-    assert self.scheduler.pages.num_free == self.config.num_pages
 
   @property
   def num_in_flight(self) -> int:
@@ -126,7 +125,7 @@ class Checker:
   def schedule(self, now: float = math.inf) -> types.ScheduledBatch:
     can_launch = len(self._in_flight) < self.config.max_in_flight
     batch = self.scheduler.schedule(now)
-    assert batch.step == self.num_steps
+    assert batch.step == self.num_steps, 'steps are counted from 0'
     self._check_preempted(batch)
     ready = [k for k in self.live.values() if self._is_ready(k)]
     if not batch.chunks:
@@ -159,7 +158,7 @@ class Checker:
         self._forget(known)
     events = self.scheduler.complete(
       batch, types.Sampled(tokens, [-t / VOCAB for t in tokens]))
-    assert events == expected
+    assert events == expected, f'events: {events}, expected {expected}'
     self._check_state()
     return events
 
@@ -174,8 +173,7 @@ class Checker:
         assert self._in_flight, f'deadlock: {list(self.live)} are stuck'
         self.complete()
       assert self.num_steps <= last_step, 'livelock'
-    assert self.scheduler.is_idle
-    assert self.scheduler.pages.num_free == self.config.num_pages
+    assert self.scheduler.is_idle, 'not idle at the end'
 
   # -- What must hold --
 
@@ -192,7 +190,7 @@ class Checker:
     return known.num_computed >= len(held.pages) * self.config.page_size
 
   def _check_preempted(self, batch: types.ScheduledBatch) -> None:
-    assert len(set(batch.preempted)) == len(batch.preempted)
+    assert len(set(batch.preempted)) == len(batch.preempted), 'named twice'
     self.num_preempted += len(batch.preempted)
     for request_id in batch.preempted:
       known = self.live[request_id]
@@ -223,11 +221,13 @@ class Checker:
       'orca': max(config.token_budget, config.max_model_len)
               + config.max_num_seqs,
     }[self.policy]
-    assert limit == self.scheduler.max_step_tokens(config)
-    assert batch.num_tokens == sum(c.num_tokens for c in chunks) <= limit
-    assert len(chunks) <= config.max_num_seqs
-    assert len({c.request_id for c in chunks}) == len(chunks)
-    assert len({c.slot for c in chunks}) == len(chunks)
+    assert limit == self.scheduler.max_step_tokens(config), 'another limit'
+    assert batch.num_tokens == sum(c.num_tokens for c in chunks), 'bad sum'
+    assert batch.num_tokens <= limit, 'more tokens than the limit'
+    assert len(chunks) <= config.max_num_seqs, 'too many sequences'
+    assert len({c.request_id for c in chunks}) == len(chunks), (
+      'a request is in the batch twice')
+    assert len({c.slot for c in chunks}) == len(chunks), 'a slot is shared'
     kinds = [c.is_prefill for c in chunks]
     assert kinds == sorted(kinds), 'decodes come first'
 
@@ -235,21 +235,20 @@ class Checker:
                      ready: list[Known]) -> None:
     decodes = {c.request_id for c in batch.chunks if not c.is_prefill}
     prefills = [c for c in batch.chunks if c.is_prefill]
-    assert decodes <= {k.id for k in ready}
-    if self.policy == 'vllm' and prefills:  # It stalls decodes: that is its way.
-      assert not decodes
+    assert decodes <= {k.id for k in ready}, 'a decode that was not ready'
+    if self.policy == 'vllm' and prefills:  # Stalling decodes is its way.
+      assert not decodes, 'prefills and decodes in one batch'
       return
     left_out = {k.id for k in ready} - decodes
     assert not left_out, f'stalled: {left_out}'
     if self.policy == 'faster_transformer':
-      assert not (decodes and prefills)
+      assert not (decodes and prefills), 'prefills and decodes in one batch'
 
   def _launch(self, batch: types.ScheduledBatch) -> None:
     knowns = []
     tokens = []
     for chunk in batch.chunks:
       known = self.live[chunk.request_id]
-      assert known.request.arrival_time < math.inf
       self._check_chunk(batch.step, known, chunk)
       known.num_computed += chunk.num_tokens
       known.flights.add(batch.step)
@@ -257,8 +256,7 @@ class Checker:
       if chunk.samples:
         known.num_tokens = known.num_computed + 1
         known.newest_step = batch.step
-        self._slots[chunk.slot] = (
-          known, known.num_computed, token, batch.step)
+        self._slots[chunk.slot] = known, known.num_computed, batch.step
       knowns.append(known)
       tokens.append(token)
     self._in_flight.append((batch, knowns, tokens))
@@ -267,51 +265,59 @@ class Checker:
   def _check_chunk(self, step: int, known: Known, chunk: types.Chunk) -> None:
     n, start = chunk.num_tokens, chunk.start
     stop = start + n
-    assert n >= 1
+    assert n >= 1, f'{known.id}: a chunk without tokens'
     assert start == known.num_computed, f'{known.id}: chunks must tile'
-    assert stop <= known.num_tokens < known.max_len + 1
-    assert chunk.samples == (stop == known.num_tokens)
-    assert chunk.is_prefill == (known.newest_step < 0)
+    assert stop <= known.num_tokens < known.max_len, f'{known.id}: too long'
+    assert chunk.samples == (stop == known.num_tokens), (
+      f'{known.id}: a chunk samples where it reaches the end, only there')
+    assert chunk.is_prefill == (known.newest_step < 0), (
+      f'{known.id}: {chunk.is_prefill=}')
     if stop <= known.num_on_host:
       assert chunk.tokens == tuple(
-        token_at(known.id, p) for p in range(start, stop))
+        token_at(known.id, p) for p in range(start, stop)), (
+          f'{known.id}: wrong tokens')
     else:
-      owner, position, _, sampled_at = self._slots[chunk.slot]
-      assert (chunk.tokens, n) == ((), 1)
+      owner, position, sampled_at = self._slots[chunk.slot]
+      assert (chunk.tokens, n) == ((), 1), (
+        f'{known.id}: a token that only the device can know')
       assert owner is known and position == start, 'slot of another sequence'
-      assert sampled_at <= step - self.config.num_stages
+      assert sampled_at <= step - self.config.num_stages, (
+        f'{known.id}: its last token is not sampled yet')
     self._check_page_table(chunk)
-    assert chunk.prompt_len == len(known.request.prompt_token_ids)
-    assert chunk.sampling is known.request.sampling
     known.seed = chunk.seed if known.seed is None else known.seed
-    assert chunk.seed == known.seed
+    assert (chunk.prompt_len, chunk.seed, chunk.sampling) == (
+      len(known.request.prompt_token_ids), known.seed,
+      known.request.sampling), f'{known.id}: not as requested'
 
   def _check_page_table(self, chunk: types.Chunk) -> None:
     num_tokens = chunk.start + chunk.num_tokens
     if self.policy in ('orca', 'faster_transformer'):
       num_tokens = self.config.max_model_len  # They reserve for the longest.
     assert len(chunk.page_table) == math.ceil(
-      num_tokens / self.config.page_size)
+      num_tokens / self.config.page_size), (
+        f'{chunk.request_id}: too few or too many pages')
     held = next(s for s in self.scheduler.running
                 if s.request.request_id == chunk.request_id)
-    assert chunk.page_table == tuple(held.pages)[:len(chunk.page_table)]
-    assert chunk.slot == held.slot
+    assert chunk.page_table == tuple(held.pages)[:len(chunk.page_table)], (
+      f'{chunk.request_id}: pages of another')
+    assert chunk.slot == held.slot, f'{chunk.request_id}: another slot'
 
   def _check_state(self) -> None:
     scheduler, config = self.scheduler, self.config
     running = [s.request.request_id for s in scheduler.running]
     waiting = [s.request.request_id for s in scheduler.waiting]
-    assert len(running) + len(waiting) == len(self.live)
+    assert len(running) + len(waiting) == len(self.live), 'one was lost'
     order = [self.live[i].order for i in running + waiting]
     assert order == sorted(order), 'not first come, first served'
     held = [p for s in scheduler.running for p in s.pages]
     assert len(set(held)) == len(held), 'a page has two owners'
-    assert set(held) <= set(range(config.num_pages))
-    assert len(held) + scheduler.pages.num_free == config.num_pages
+    assert set(held) <= set(range(config.num_pages)), 'no such page'
+    assert len(held) + scheduler.pages.num_free == config.num_pages, (
+      'pages were lost or made')
     slots = {s.slot for s in scheduler.running}
-    assert len(slots) == len(running)
-    assert slots <= set(range(config.max_num_seqs))
-    assert all(not s.pages for s in scheduler.waiting)
+    assert len(slots) == len(running), 'a slot is shared'
+    assert slots <= set(range(config.max_num_seqs)), 'no such slot'
+    assert not any(s.pages for s in scheduler.waiting), 'waits with pages'
 
   def _forget(self, known: Known) -> None:
     known.is_gone = True

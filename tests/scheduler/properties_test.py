@@ -41,22 +41,22 @@ class Workload:
 
 def make_workload(rng: random.Random) -> Workload:
   """Draws one; pages are scarce in most."""
-  max_model_len = rng.randint(2, rng.choice((8, 60)))
-  page_size = rng.randint(1, 8)
+  max_model_len = rng.randint(2, rng.choice((8, 60, 60)))
+  page_size = rng.randint(1, rng.choice((2, 8)))
   per_seq = -(-max_model_len // page_size)
-  max_num_seqs = rng.randint(1, 8)
+  max_num_seqs = rng.randint(1, rng.choice((2, 8, 8)))
   return Workload(
     config=config_lib.SchedulerConfig(
       token_budget=rng.randint(max_num_seqs, max_num_seqs + 24),
       max_num_seqs=max_num_seqs,
       max_model_len=max_model_len,
-      num_pages=per_seq + rng.randint(0, per_seq * rng.choice((1, 2, 8))),
+      num_pages=per_seq + rng.choice((0, 1, per_seq // 2, 8 * per_seq)),
       page_size=page_size,
       num_stages=rng.randint(1, 3),
       look_ahead=rng.random() < 0.5,
       short_prompt_share=rng.choice((0.0, 0.25, 0.9))),
     num_requests=rng.randint(1, 16),
-    arrival_rate=rng.choice((0.2, 0.5, 1.0)),
+    arrival_rate=rng.choice((0.2, 0.8, 1.0)),
     abort_rate=rng.choice((0.0, 0.0, 0.05)),
     eager=rng.choice((0.0, 0.3, 1.0)),
     stop_rate=rng.choice((0.0, 0.0, 0.05)))
@@ -68,7 +68,7 @@ def draw_request(rng: random.Random, request_id: str, workload: Workload,
   return checker_lib.make_request(
     request_id,
     prompt_len=rng.randint(
-      1, max(1, (max_model_len - 1) // rng.choice((1, 4, 10)))),
+      1, max(1, (max_model_len - 1) // rng.choice((1, 10, 10)))),
     max_tokens=rng.choice((None, None, 1, rng.randint(1, max_model_len))),
     stop_token_ids=tuple(
       range(int(workload.stop_rate * checker_lib.VOCAB))),
@@ -126,7 +126,7 @@ def test_soak(policy: str) -> None:
     seed += 1
   assert num_finished > 100
   # Where all memory is reserved at first, nothing is ever preempted.
-  assert (num_preempted > 100) == (policy in ('sarathi', 'vllm'))
+  assert (num_preempted > 50) == (policy in ('sarathi', 'vllm'))
 
 
 class Machine(stateful.RuleBasedStateMachine):

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checker finds fault with schedulers that are broken on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import random
+
+import pytest
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import types
+from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import sarathi
+from sarathi_jax.scheduler import sequence
+from tests.scheduler import checker as checker_lib
+from tests.scheduler import properties_test
+
+Plan = Iterator[tuple[sequence.Sequence, int]]
+
+
+class LeavesOutADecode(sarathi.SarathiScheduler):
+  def _plan(self, now: float, decodes: list[sequence.Sequence]) -> Plan:
+    return super()._plan(now, decodes[:-1] if len(decodes) > 1 else decodes)
+
+
+class ExceedsTheBudget(sarathi.SarathiScheduler):
+  def _plan(self, now: float, decodes: list[sequence.Sequence]) -> Plan:
+    for seq, n in super()._plan(now, decodes):
+      yield seq, min(seq.num_left, 2 * n) if n > 1 else n
+
+
+class SkipsAToken(sarathi.SarathiScheduler):
+  def _take(self, seq: sequence.Sequence, n: int) -> types.Chunk:
+    if seq.num_left > n:
+      seq.num_computed += 1
+    return super()._take(seq, n)
+
+
+class TakesPromptsTwice(sarathi.SarathiScheduler):
+  def _plan(self, now: float, decodes: list[sequence.Sequence]) -> Plan:
+    for seq, n in super()._plan(now, decodes):
+      if n > 1:
+        yield seq, 1
+      yield seq, max(1, n - 1)
+
+
+class CarriesAStaleToken(sarathi.SarathiScheduler):
+  def _take(self, seq: sequence.Sequence, n: int) -> types.Chunk:
+    chunk = super()._take(seq, n)
+    return chunk._replace(tokens=chunk.tokens or (seq.tokens[-1],))
+
+
+class SamplesTooEarly(sarathi.SarathiScheduler):
+  def _take(self, seq: sequence.Sequence, n: int) -> types.Chunk:
+    return super()._take(seq, n)._replace(samples=True)
+
+
+class AdmitsTheLastFirst(sarathi.SarathiScheduler):
+  def _admit(self, now: float,
+             reserve: int | None = None) -> sequence.Sequence | None:
+    self.waiting.reverse()
+    try:
+      return super()._admit(now, reserve)
+    finally:
+      self.waiting.reverse()
+
+
+class PreemptsTheOldest(sarathi.SarathiScheduler):
+  def _preempt(self, seq: sequence.Sequence) -> None:
+    oldest = next(s for s in self.running if not s.num_in_flight)
+    super()._preempt(oldest)
+
+
+class PreemptsInFlight(sarathi.SarathiScheduler):
+  def _secure_decodes(self) -> list[sequence.Sequence] | None:
+    while (decodes := super()._secure_decodes()) is None:
+      youngest = self.running[-1]
+      youngest.num_in_flight = youngest.num_pending = 0
+      self._preempt(youngest)
+    return decodes
+
+
+class NeverPreempts(sarathi.SarathiScheduler):
+  def _secure_decodes(self) -> list[sequence.Sequence] | None:
+    return super()._secure_decodes() if self.pages.num_free else None
+
+  def _preempt(self, seq: sequence.Sequence) -> None:
+    pass
+
+
+class CountsTheOutputAnew(sarathi.SarathiScheduler):
+  """A request may generate max_tokens again after each preemption."""
+
+  def _preempt(self, seq: sequence.Sequence) -> None:
+    super()._preempt(seq)
+    seq.max_len = min(self.config.max_model_len, seq.max_len + seq.num_output)
+
+
+class SharesASlot(sarathi.SarathiScheduler):
+  def _admit(self, now: float,
+             reserve: int | None = None) -> sequence.Sequence | None:
+    seq = super()._admit(now, reserve)
+    if seq is not None:
+      seq.slot = 0
+    return seq
+
+
+class ForgetsAPage(sarathi.SarathiScheduler):
+  def _release(self, seq: sequence.Sequence) -> None:
+    seq.pages = seq.pages[1:]
+    super()._release(seq)
+
+
+class GivesAPageTwice(sarathi.SarathiScheduler):
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self.pages = _DoublePool(config.num_pages, config.page_size)
+
+
+class _DoublePool(pages.PagePool):
+  def take(self, num_pages: int) -> list[int]:
+    super().take(num_pages)
+    return list(range(num_pages))
+
+
+class TakesTooManyPages(sarathi.SarathiScheduler):
+  def _grow(self, seq: sequence.Sequence, num_tokens: int) -> None:
+    spare = self.pages.num_free > 2
+    super()._grow(seq, num_tokens + spare * self.pages.page_size)
+
+
+class AdmitsNobody(sarathi.SarathiScheduler):
+  def _admit(self, now: float,
+             reserve: int | None = None) -> sequence.Sequence | None:
+    return None
+
+
+# class -> a part of what the checker says of it.
+BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
+  LeavesOutADecode: 'stalled',
+  ExceedsTheBudget: 'more tokens than the limit',
+  SkipsAToken: 'chunks must tile',
+  TakesPromptsTwice: 'a request is in the batch twice',
+  CarriesAStaleToken: 'a token that only the device can know',
+  SamplesTooEarly: 'a chunk samples where it reaches the end',
+  AdmitsTheLastFirst: 'not first come, first served',
+  PreemptsTheOldest: 'not first come, first served',
+  PreemptsInFlight: 'was preempted in flight',
+  NeverPreempts: 'nothing was scheduled',
+  CountsTheOutputAnew: 'events',
+  SharesASlot: 'a slot is shared',
+  ForgetsAPage: 'pages were lost or made',
+  GivesAPageTwice: 'a page has two owners',
+  TakesTooManyPages: 'too few or too many pages',
+  AdmitsNobody: 'deadlock',
+}
+
+
+def first_fault(scheduler_class: Callable[
+    [config_lib.SchedulerConfig], sarathi.SarathiScheduler]) -> str | None:
+  """What the checker says of a class on the soak's workloads."""
+  for seed in range(100):
+    rng = random.Random(seed)
+    workload = properties_test.make_workload(rng)
+    checker = checker_lib.Checker(scheduler_class(workload.config), 'sarathi')
+    try:
+      properties_test.drive(checker, workload, rng)
+    except AssertionError as error:
+      return str(error)
+  return None
+
+
+@pytest.mark.parametrize(
+  ('broken', 'message'), BROKEN.items(), ids=[c.__name__ for c in BROKEN])
+def test_finds_the_fault(
+    broken: type[sarathi.SarathiScheduler], message: str) -> None:
+  fault = first_fault(broken)
+  assert fault is not None
+  assert message in fault
+
+
+def test_finds_no_fault_with_the_real_one() -> None:
+  assert first_fault(sarathi.SarathiScheduler) is None
