@@ -194,6 +194,16 @@ class ModelConfig:
            'rope.rotary_dim', rotary_dim,
            f'must be even and at most head_dim={self.head_dim}')
 
+  @property
+  def context_len(self) -> int:
+    """Tokens that a sequence may have, scaled rotary embeddings included."""
+    rope = self.rope
+    if rope.kind not in ('linear', 'dynamic', 'yarn'):
+      return self.max_position_embeddings
+    original = rope.original_max_position or self.max_position_embeddings
+    return max(self.max_position_embeddings,
+               int(original * (rope.factor or 1)))
+
   def layer_window(self, layer: int) -> int | None:
     """The sliding window of one layer in [0, L), or None."""
     del layer

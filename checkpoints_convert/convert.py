@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One conversion, from a folder to a folder, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert import hf_config
+from checkpoints_convert import orbax_writer
+from checkpoints_convert import rules as rules_lib
+from checkpoints_convert import safetensors_reader
+from checkpoints_convert import tokenizer_files
+from checkpoints_convert import transforms
+from sarathi_jax import checkpoint
+from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
+
+# The dtypes that parameters can have -> what safetensors calls them.
+DTYPES: Mapping[str, str] = {
+  'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
+
+Bar = Callable[[str, int], contextlib.AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def no_bar(title: str, total: int) -> Iterator[orbax_writer.Progress]:
+  """A progress bar that is not there."""
+  del title, total
+  yield lambda num_bytes: None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+  """A conversion that is known to fit, before any of it is done.
+
+  Attributes:
+    folder: of the Hugging Face checkpoint.
+    model: what it is.
+    dtype: what its parameters become, such as 'bfloat16'.
+    leaves: a tree of `transforms.Leaf`.
+    raw: the decoded config.json.
+  """
+
+  folder: pathlib.Path
+  model: config_lib.ModelConfig
+  dtype: str
+  leaves: Any
+  raw: Mapping[str, Any]
+
+  def all_leaves(self) -> list[transforms.Leaf]:
+    return list(_flatten(self.leaves))
+
+  @property
+  def num_bytes(self) -> int:
+    return sum(leaf.num_bytes for leaf in self.all_leaves())
+
+
+def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
+              dtype: str | None) -> Plan:
+  """Checks everything that can be checked without reading a tensor.
+
+  Args:
+    folder: of the checkpoint.
+    reader: of its tensors.
+    dtype: one of `DTYPES`; None for what most of the checkpoint is in.
+
+  Raises:
+    CheckpointError: something about the checkpoint is not known, or missing.
+  """
+  if dtype is not None and dtype not in DTYPES:
+    raise errors.CheckpointError(
+      f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.')
+  model, rules, raw = hf_config.read(folder)
+  dtype = dtype or _main_dtype(reader.tensors)
+  model, tensors = _untie(model, reader)
+  leaves = rules_lib.plan(
+    tensors, rules, models.param_specs(model),
+    safetensors_reader.DTYPES[DTYPES[dtype]])
+  return Plan(folder, model, dtype, leaves, raw)
+
+
+def convert(folder: pathlib.Path, target: pathlib.Path, *,
+            dtype: str | None = None, check: bool = False, bar: Bar = no_bar
+            ) -> Plan:
+  """Converts a Hugging Face checkpoint.
+
+  All is written to a hidden folder beside the target, synced, and renamed. So
+  the target is there and whole, or it is not there; what a killed
+  conversion leaves is removed by the next one.
+
+  Args:
+    folder: of the checkpoint.
+    target: the folder to make; one that holds anything is refused.
+    dtype: see `make_plan`.
+    check: whether to read everything back and compare.
+    bar: makes progress bars.
+
+  Returns:
+    What was done.
+
+  Raises:
+    CheckpointError: the checkpoint can't be converted, or the target can't be
+      written.
+  """
+  target = pathlib.Path(os.path.abspath(target))
+  _check_free(target)
+  with safetensors_reader.Reader(folder) as reader:
+    plan = make_plan(folder, reader, dtype)
+    with _write_errors(target), _staging(target, plan.num_bytes) as staging:
+      with bar('converting', plan.num_bytes) as progress:
+        orbax_writer.write(staging / checkpoint.PARAMS, plan.leaves, reader,
+                           progress)
+      tokenizer_files.write(folder, staging)
+      _write_metadata(plan, staging)
+      if check:
+        compare(plan, staging, reader, bar)
+      _sync(staging)
+      os.rename(staging, target)
+      _sync_one(target.parent)
+  return plan
+
+
+def verify(folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
+           ) -> None:
+  """Compares a converted checkpoint with what it was made from, bit by bit.
+
+  Raises:
+    CheckpointError: a parameter differs, by name.
+  """
+  metadata = checkpoint.load_metadata(target)
+  with safetensors_reader.Reader(folder) as reader:
+    plan = make_plan(folder, reader, metadata.dtype)
+    if plan.model != metadata.model:
+      raise errors.CheckpointError(
+        f'{target}: is of another model than {folder}.')
+    compare(plan, target, reader, bar)
+
+
+def compare(plan: Plan, target: pathlib.Path,
+            reader: safetensors_reader.Reader, bar: Bar) -> None:
+  """Reads every parameter back and compares it with its tensors."""
+  with bar('verifying', plan.num_bytes) as progress:
+    for leaf in plan.all_leaves():
+      folder = target / checkpoint.PARAMS / leaf.path
+      for chunk in leaf.chunks():
+        stored = _read_back(folder, leaf, chunk)
+        rows = leaf.rows(reader, chunk)
+        # NumPy's transpose, not the one that laid the chunk out.
+        expected = rows.T if chunk.part.transpose else rows
+        if leaf.stacked:
+          expected = expected[None]
+        if (stored.dtype != expected.dtype
+            or not np.array_equal(_bits(stored), _bits(expected))):
+          raise errors.CheckpointError(
+            f'{leaf.path}: differs from {chunk.part.tensor.name}, rows '
+            f'[{chunk.start}, {chunk.stop}).')
+        progress(stored.nbytes)
+
+
+def _read_back(folder: pathlib.Path, leaf: transforms.Leaf,
+               chunk: transforms.Chunk) -> np.ndarray:
+  try:
+    return orbax_writer.read_chunk(folder, chunk.index)
+  except ValueError as e:  # what tensorstore raises for everything
+    raise errors.CheckpointError(f'{leaf.path}: can not be read: {e}') from e
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+  return values.view(f'u{values.itemsize}')
+
+
+def _flatten(tree: Any) -> Iterator[transforms.Leaf]:
+  if isinstance(tree, transforms.Leaf):
+    yield tree
+  else:
+    for child in tree.values() if isinstance(tree, dict) else tree:
+      yield from _flatten(child)
+
+
+def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
+  """The dtype that most bytes are in; config.json is sometimes mistaken."""
+  sizes: dict[str, int] = {}
+  for tensor in tensors.values():
+    name = {stored: name for name, stored in DTYPES.items()}.get(tensor.dtype)
+    if name is None:
+      _ = tensor.numpy_dtype  # raises, by name
+    sizes[str(name)] = sizes.get(str(name), 0) + tensor.num_bytes
+  if not sizes:
+    raise errors.CheckpointError('the checkpoint holds no tensors.')
+  return max(sizes, key=lambda name: sizes[name])
+
+
+def _untie(model: config_lib.ModelConfig, reader: safetensors_reader.Reader
+           ) -> tuple[config_lib.ModelConfig,
+                      dict[str, safetensors_reader.Tensor]]:
+  """Settles what a checkpoint means that says it is tied, and has two tables.
+
+  As transformers does: if they are equal one is dropped, if not they are two.
+  """
+  tensors = dict(reader.tensors)
+  head = tensors.get('lm_head.weight')
+  if not model.tie_word_embeddings or head is None:
+    return model, tensors
+  embed = next((tensor for name, tensor in tensors.items()
+                if name.endswith(('.embed_tokens.weight',
+                                  '.word_embeddings.weight'))), None)
+  if embed is not None and _equal(embed, head, reader):
+    del tensors['lm_head.weight']
+    return model, tensors
+  return dataclasses.replace(model, tie_word_embeddings=False), tensors
+
+
+def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
+           reader: safetensors_reader.Reader) -> bool:
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)
+  return all(
+    np.array_equal(_bits(reader.read_rows(a, start, stop)),
+                   _bits(reader.read_rows(b, start, stop)))
+    for start in range(0, a.shape[0], step)
+    for stop in (min(start + step, a.shape[0]),))
+
+
+def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:
+  generation = {}
+  if (plan.folder / 'generation_config.json').is_file():
+    generation = hf_config.read_json(plan.folder / 'generation_config.json')
+  metadata = checkpoint.CheckpointMetadata(
+    model=plan.model,
+    dtype=plan.dtype,
+    eos_token_ids=_ids(generation.get('eos_token_id',
+                                      plan.raw.get('eos_token_id'))),
+    bos_token_id=generation.get('bos_token_id', plan.raw.get('bos_token_id')),
+    pad_token_id=generation.get('pad_token_id', plan.raw.get('pad_token_id')),
+    generation={name: generation[name] for name in checkpoint.GENERATION_FIELDS
+                if generation.get(name) is not None},
+    source={
+      'format': 'huggingface',
+      'name': plan.folder.name,
+      'architecture': (plan.raw.get('architectures') or [None])[0],
+    })
+  checkpoint.write_metadata(folder, metadata)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+  if value is None:
+    return ()
+  return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _check_free(target: pathlib.Path) -> None:
+  if target.is_dir() and not any(target.iterdir()):
+    return
+  if target.exists() or target.is_symlink():
+    raise errors.CheckpointError(
+      f'target={str(target)!r}: exists; remove it or name another.')
+
+
+@contextlib.contextmanager
+def _write_errors(target: pathlib.Path) -> Iterator[None]:
+  """Names the target in errors about writing it."""
+  try:
+    yield
+  except errors.CheckpointError:
+    raise
+  except (OSError, ValueError) as e:  # tensorstore raises ValueError
+    raise errors.CheckpointError(
+      f'target={str(target)!r}: can not be written: {e}') from e
+
+
+@contextlib.contextmanager
+def _staging(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+  """An empty folder beside the target, ours alone as long as this lasts."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  staging = target.parent / f'.{target.name}.converting'
+  staging.mkdir(exist_ok=True)
+  lock = os.open(staging, os.O_RDONLY)
+  try:
+    _lock(lock, staging, target)
+    _empty(staging)
+    free = shutil.disk_usage(staging).free
+    if free < num_bytes:
+      raise errors.CheckpointError(
+        f'target={str(target)!r}: needs {num_bytes} bytes, but the disk has '
+        f'{free} left.')
+    yield staging
+  except BaseException as e:
+    if not isinstance(e, _Busy):
+      shutil.rmtree(staging, ignore_errors=True)
+    raise
+  finally:
+    os.close(lock)
+
+
+class _Busy(errors.CheckpointError):
+  """Another process converts to the same target."""
+
+
+def _lock(lock: int, staging: pathlib.Path, target: pathlib.Path) -> None:
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    ours = os.path.samestat(os.fstat(lock), os.stat(staging))
+  except (BlockingIOError, FileNotFoundError):
+    ours = False
+  if not ours:
+    raise _Busy(
+      f'target={str(target)!r}: another conversion is writing it now.')
+
+
+def _empty(folder: pathlib.Path) -> None:
+  for path in folder.iterdir():
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    else:
+      path.unlink()
+
+
+def _sync(folder: pathlib.Path) -> None:
+  """Puts every file and folder on the disk."""
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      _sync_one(pathlib.Path(parent, name))
+    _sync_one(pathlib.Path(parent))
+
+
+def _sync_one(path: pathlib.Path) -> None:
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)

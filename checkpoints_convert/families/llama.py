@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama 2 and 3, and Yi, which is published as Llama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints_convert import hf_config
+from checkpoints_convert import rules as rules_lib
+from sarathi_jax.models import config as config_lib
+
+_LAYER = 'model.layers.{layer}'
+
+TOP_RULES: tuple[rules_lib.Rule, ...] = (
+  rules_lib.Rule('model.embed_tokens.weight', 'embed'),
+  rules_lib.Rule('model.norm.weight', 'final_norm.scale'),
+  rules_lib.Rule('lm_head.weight', 'lm_head', transpose=True),
+  rules_lib.Rule(f'{_LAYER}.input_layernorm.weight',
+                 'layers.{layer}.attn_norm.scale'),
+  rules_lib.Rule(f'{_LAYER}.post_attention_layernorm.weight',
+                 'layers.{layer}.mlp_norm.scale'),
+  # Written by old versions of transformers; config.json says the same.
+  rules_lib.Rule(f'{_LAYER}.self_attn.rotary_emb.inv_freq', None),
+)
+
+ATTENTION_RULES: tuple[rules_lib.Rule, ...] = sum(
+  (rules_lib.linear(f'{_LAYER}.self_attn.{name}_proj',
+                    'layers.{layer}.attn.' + name) for name in 'qkvo'), ())
+
+MLP_RULES: tuple[rules_lib.Rule, ...] = sum(
+  (rules_lib.linear(f'{_LAYER}.mlp.{name}_proj', 'layers.{layer}.mlp.' + name)
+   for name in ('gate', 'up', 'down')), ())
+
+
+def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
+  """As transformers' LlamaConfig has it."""
+  bias = attributes.take('attention_bias', False)
+  return config_lib.LlamaConfig(
+    qkv_bias=bias, o_bias=bias, mlp_bias=attributes.take('mlp_bias', False),
+    **hf_config.common(attributes, kv_heads=None, theta=10000.0, eps=1e-6,
+                       positions=2048))
+
+
+def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
+  """Where the tensors go; the same for all of them."""
+  del config
+  return TOP_RULES + ATTENTION_RULES + MLP_RULES

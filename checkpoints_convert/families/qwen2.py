@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints_convert import hf_config
+from checkpoints_convert.families import llama
+from sarathi_jax.models import config as config_lib
+
+rules = llama.rules
+
+
+def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
+  """As transformers' Qwen2Config has it."""
+  fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
+                            positions=32768)
+  return config_lib.LlamaConfig(
+    qkv_bias=True, **fields, **windows(attributes, fields['num_layers']))
+
+
+def windows(attributes: hf_config.Attributes, num_layers: int
+            ) -> dict[str, Any]:
+  """The sliding window, and which layers have it.
+
+  Newer files list `layer_types`; in older ones the layers from
+  `max_window_layers` on have it, if `use_sliding_window` says so.
+  """
+  window = attributes.take('sliding_window', 4096)
+  first = attributes.take('max_window_layers', 28)
+  types = attributes.take('layer_types')
+  if not attributes.take('use_sliding_window', False):
+    window = None
+  if types is None:
+    types = ['sliding_attention' if window is not None and i >= first
+             else 'full_attention' for i in range(num_layers)]
+  known = {'sliding_attention', 'full_attention'}
+  if len(types) != num_layers or not known.issuperset(types):
+    raise attributes.refuse(
+      'layer_types', types, f'must be one of {sorted(known)} for each of the '
+      f'{num_layers} layers')
+  layers = tuple(
+    i for i, kind in enumerate(types) if kind == 'sliding_attention')
+  if layers and window is None:
+    raise attributes.refuse(
+      'layer_types', types, 'has sliding_attention, but there is no window')
+  if not layers:
+    return {}
+  if len(layers) == num_layers:
+    return dict(sliding_window=window)
+  return dict(sliding_window=window, window_layers=layers)

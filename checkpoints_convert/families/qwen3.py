@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3: Llama with normalized heads of q and k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints_convert import hf_config
+from checkpoints_convert import rules as rules_lib
+from checkpoints_convert.families import llama
+from checkpoints_convert.families import qwen2
+from sarathi_jax.models import config as config_lib
+
+_NORM_RULES = tuple(
+  rules_lib.Rule(f'model.layers.{{layer}}.self_attn.{name}_norm.weight',
+                 f'layers.{{layer}}.attn.{name}_norm.scale')
+  for name in 'qk')
+
+
+def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
+  """As transformers' Qwen3Config has it."""
+  head_dim = attributes.take('head_dim', 128)
+  fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
+                            positions=32768)
+  bias = attributes.take('attention_bias', False)
+  return config_lib.LlamaConfig(
+    qk_norm=True, qkv_bias=bias, o_bias=bias, **{**fields, 'head_dim': head_dim},
+    **qwen2.windows(attributes, fields['num_layers']))
+
+
+def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
+  """Llama's, and the norms."""
+  return llama.rules(config) + _NORM_RULES

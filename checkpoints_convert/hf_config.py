@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads config.json as a closed world.
+
+Every attribute is taken by a family, ignored here by name, or at the value
+that changes nothing; anything else is refused by name, so that no new variant
+of a model is ever converted to something else. Defaults are those of
+transformers' config classes, which leave out what equals them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import pathlib
+from typing import Any
+
+from checkpoints_convert import families
+from sarathi_jax import errors
+from sarathi_jax.models import config as config_lib
+
+# They say nothing about inference, or what is read elsewhere.
+IGNORED = frozenset((
+  '_attn_implementation_autoset', '_name_or_path', 'architectures',
+  'attention_dropout', 'auto_map', 'bos_token_id', 'dtype', 'eos_token_id',
+  'hidden_dropout', 'id2label', 'initializer_range', 'label2id', 'model_type',
+  'output_attentions', 'output_hidden_states', 'output_router_logits',
+  'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict',
+  'router_aux_loss_coef', 'router_jitter_noise', 'torch_dtype',
+  'transformers_version', 'unsloth_fixed', 'unsloth_version', 'use_cache',
+))
+
+# Attributes that may be there as long as they change nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'add_cross_attention': (False,),
+  'apply_residual_connection_post_layernorm': (False,),
+  'chunk_size_feed_forward': (0,),
+  'cross_attention_hidden_size': (None,),
+  'is_decoder': (False, True),
+  'is_encoder_decoder': (False,),
+  'partial_rotary_factor': (None, 1, 1.0),
+  'pruned_heads': (None, {}),
+  'tie_encoder_decoder': (False,),
+}
+
+ACTIVATIONS: Mapping[str, str] = {
+  'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'relu': 'relu',
+  'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
+}
+
+
+class Attributes:
+  """The attributes of a config.json, each taken at most once by name."""
+
+  def __init__(self, values: Mapping[str, Any], where: str):
+    self._values = dict(values)
+    self._where = where
+
+  def take(self, name: str, default: Any = None) -> Any:
+    """The attribute's value; `default` if it is absent."""
+    return self._values.pop(name, default)
+
+  def require(self, name: str) -> Any:
+    """The attribute's value, which has no default."""
+    if self._values.get(name) is None:
+      raise self.error(f'{name}: missing')
+    return self._values.pop(name)
+
+  def refuse(self, name: str, value: Any, rule: str) -> errors.CheckpointError:
+    """The error for a value that can't be honoured."""
+    return self.error(f'{name}={value!r}: {rule}')
+
+  def error(self, message: str) -> errors.CheckpointError:
+    return errors.CheckpointError(f'{self._where}: {message}.')
+
+  def finish(self) -> None:
+    """Refuses whatever nobody took."""
+    for name, value in self._values.items():
+      if name in IGNORED or value in NEUTRAL.get(name, ()):
+        continue
+      if name == 'quantization_config':
+        raise self.refuse(
+          name, value, 'quantized checkpoints are not supported')
+      raise self.refuse(
+        name, value, 'this attribute is not supported, and might change what '
+        'the model computes')
+
+
+def read(folder: pathlib.Path
+         ) -> tuple[config_lib.ModelConfig, Sequence[Any], dict[str, Any]]:
+  """Reads the config of a Hugging Face checkpoint.
+
+  Args:
+    folder: holds config.json.
+
+  Returns:
+    The model, its family's rules, and the decoded config.json.
+
+  Raises:
+    CheckpointError: no or damaged config.json, an architecture that is not
+      supported, or an attribute that is not, each by name.
+  """
+  path = folder / 'config.json'
+  raw = read_json(path)
+  family = families.find(_architecture(raw, path))
+  attributes = Attributes(raw, str(path))
+  try:
+    model = family.read_config(attributes)
+  except errors.CheckpointError:
+    raise
+  except errors.ConfigError as e:
+    raise attributes.error(str(e).rstrip('.')) from e
+  attributes.finish()
+  return model, family.rules(model), raw
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """An object from a file.
+
+  Raises:
+    CheckpointError: no such file, or not a JSON object.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except FileNotFoundError as e:
+    raise errors.CheckpointError(f'{path}: missing.') from e
+  except (OSError, ValueError) as e:
+    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
+  if not isinstance(value, dict):
+    raise errors.CheckpointError(f'{path}: is not a JSON object.')
+  return value
+
+
+def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
+  names = raw.get('architectures') or [raw.get('model_type')]
+  if not isinstance(names, list) or len(names) != 1 or not names[0]:
+    raise errors.CheckpointError(
+      f'{path}: architectures={names!r}: must name one architecture.')
+  return str(names[0])
+
+
+def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
+           eps: float, positions: int, tied: bool = False) -> dict[str, Any]:
+  """The fields that Llama-like families share.
+
+  Args:
+    attributes: taken from.
+    kv_heads: the default of num_key_value_heads; None for as many as heads.
+    theta: the default of rope_theta.
+    eps: the default of rms_norm_eps.
+    positions: the default of max_position_embeddings.
+    tied: the default of tie_word_embeddings.
+  """
+  num_heads = attributes.require('num_attention_heads')
+  hidden_size = attributes.require('hidden_size')
+  rope, length = read_rope(
+    attributes, theta, attributes.take('max_position_embeddings', positions))
+  return dict(
+    vocab_size=attributes.require('vocab_size'),
+    hidden_size=hidden_size,
+    intermediate_size=attributes.require('intermediate_size'),
+    num_layers=attributes.require('num_hidden_layers'),
+    num_heads=num_heads,
+    num_kv_heads=(attributes.take('num_key_value_heads', kv_heads)
+                  or num_heads),
+    head_dim=attributes.take('head_dim') or hidden_size // num_heads,
+    max_position_embeddings=length,
+    norm_eps=attributes.take('rms_norm_eps', eps),
+    activation=activation(attributes, 'hidden_act', 'silu'),
+    rope=rope,
+    tie_word_embeddings=attributes.take('tie_word_embeddings', tied),
+  )
+
+
+def activation(attributes: Attributes, name: str, default: str) -> str:
+  """Our name of an activation function."""
+  value = attributes.take(name, default)
+  if value not in ACTIVATIONS:
+    raise attributes.refuse(
+      name, value, f'must be one of {", ".join(ACTIVATIONS)}')
+  return ACTIVATIONS[value]
+
+
+def read_rope(attributes: Attributes, theta: float, positions: int
+              ) -> tuple[config_lib.RopeConfig, int]:
+  """Rotary embedding and context length.
+
+  transformers 5 writes `rope_parameters`, older ones `rope_theta` and
+  `rope_scaling`.
+
+  Args:
+    attributes: taken from.
+    theta: the default of rope_theta.
+    positions: max_position_embeddings.
+
+  Returns:
+    The embedding, and the tokens of context that it is good for:
+    `positions`, times the factor where positions is from before the scaling.
+  """
+  theta = attributes.take('rope_theta', theta)
+  scaling = attributes.take('rope_scaling')
+  both = attributes.take('rope_parameters') or {}
+  values = {**both, **(scaling or {})}
+  for name, value in values.items():
+    if isinstance(value, dict):
+      raise attributes.refuse(
+        f'rope_parameters.{name}', value, 'one for all layers is supported')
+  old_name = values.pop('type', None)
+  kind = values.pop('rope_type', None) or old_name or 'default'
+  if kind not in _ROPES:
+    raise attributes.refuse(
+      'rope_type', kind, f'must be one of {", ".join(_ROPES)}')
+  if values.pop('partial_rotary_factor', 1.0) not in (None, 1.0):
+    raise attributes.error('partial_rotary_factor: only 1 is supported')
+  theta = values.pop('rope_theta', None) or theta
+  numbers = {name: value for name, value in values.items()
+             if value is not None}
+  rope, length = _ROPES[kind](numbers, theta, positions)
+  if numbers:
+    raise attributes.error(
+      f'rope_type={kind!r} with {", ".join(sorted(numbers))}: not supported')
+  return rope, length
+
+
+_Rope = tuple[config_lib.RopeConfig, int]
+
+
+def _default(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  # Scalings are sometimes switched off by their type alone.
+  numbers.pop('factor', None)
+  numbers.pop('original_max_position_embeddings', None)
+  return config_lib.RopeConfig(theta=float(theta)), positions
+
+
+def _linear(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  factor = numbers.pop('factor', None)
+  rope = config_lib.RopeConfig(
+    theta=float(theta), kind='linear', factor=factor)
+  return rope, int(positions * rope.factor)  # type: ignore[operator]
+
+
+def _dynamic(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  # transformers scales from max_position_embeddings, whatever else is said.
+  numbers.pop('original_max_position_embeddings', None)
+  rope = config_lib.RopeConfig(
+    theta=float(theta), kind='dynamic', factor=numbers.pop('factor', None),
+    original_max_position=positions)
+  return rope, int(positions * rope.factor)  # type: ignore[operator]
+
+
+def _llama3(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  rope = config_lib.RopeConfig(
+    theta=float(theta), kind='llama3', factor=numbers.pop('factor', None),
+    original_max_position=numbers.pop(
+      'original_max_position_embeddings', positions),
+    low_freq_factor=numbers.pop('low_freq_factor', None),
+    high_freq_factor=numbers.pop('high_freq_factor', None))
+  return rope, positions
+
+
+def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  factor = numbers.pop('factor', None)
+  original = numbers.pop('original_max_position_embeddings', positions)
+  if factor is None:
+    factor = positions / original
+  mscale = numbers.pop('mscale', None)
+  mscale_all_dim = numbers.pop('mscale_all_dim', None)
+  attention_factor = numbers.pop('attention_factor', None)
+  if attention_factor is None:
+    attention_factor = _temperature(factor)
+    if mscale and mscale_all_dim:
+      attention_factor = (
+        _temperature(factor, mscale)
+        / _temperature(factor, mscale_all_dim))
+  rope = config_lib.RopeConfig(
+    theta=float(theta), kind='yarn', factor=factor,
+    original_max_position=original, attention_factor=attention_factor,
+    beta_fast=numbers.pop('beta_fast', None) or 32,
+    beta_slow=numbers.pop('beta_slow', None) or 1,
+    truncate=numbers.pop('truncate', True))
+  return rope, int(original * factor)
+
+
+def _temperature(factor: float, mscale: float = 1.0) -> float:
+  """What YaRN multiplies cos and sin with, where nothing else is said."""
+  return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+_ROPES = {'default': _default, 'linear': _linear, 'dynamic': _dynamic,
+          'llama3': _llama3, 'yarn': _yarn}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts a Hugging Face checkpoint for sarathi_jax.
+
+  python -m checkpoints_convert \\
+    --source=DIR_OR_HUB_ID --target=DIR [--dtype=bfloat16] [--verify]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'A Hugging Face checkpoint: a folder, or an id on the hub.',
+  required=True)
+_TARGET = flags.DEFINE_string(
+  'target', None, 'The folder to make.', required=True)
+_DTYPE = flags.DEFINE_enum(
+  'dtype', None, ['bfloat16', 'float16', 'float32'],
+  'What to store the parameters in; by default, what they are in.')
+_VERIFY = flags.DEFINE_bool(
+  'verify', False, 'Read everything back and compare it, bit by bit.')
+
+
+@contextlib.contextmanager
+def _bar(title: str, total: int) -> Iterator[Any]:
+  """A progress bar in bytes."""
+  import tqdm  # not needed for --help
+  with tqdm.tqdm(total=total, desc=title, unit='B', unit_scale=True,
+                 mininterval=0.5) as bar:
+    yield bar.update
+
+
+def _main(argv: Sequence[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  # Nothing is computed, so no accelerator is to be taken. JAX reads this when
+  # it is imported, which is why the imports are here.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  from checkpoints_convert import convert
+  from checkpoints_convert import source
+  from sarathi_jax import errors
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.ERROR)  # orbax says a lot
+  start = time.monotonic()
+  try:
+    plan = convert.convert(
+      source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
+      dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar)
+  except errors.CheckpointError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 1
+  seconds = time.monotonic() - start
+  print(f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
+        f'{plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s'
+        f'{", verified" if _VERIFY.value else ""}')
+  return 0
+
+
+def run() -> None:
+  """The console script `sarathi-convert`."""
+  app.run(_main)

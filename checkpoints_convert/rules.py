@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matches the tensors of a checkpoint to the parameters of a model.
+
+A closed world: a tensor that no rule names, a parameter that no tensor fills,
+and a shape that is not the model's are errors, each by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert import safetensors_reader
+from checkpoints_convert import transforms
+from sarathi_jax import errors
+from sarathi_jax.models import spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+  """Where a tensor goes.
+
+  Attributes:
+    tensor: the tensor's name, with {layer} and {expert} for numbers.
+    leaf: the parameter's path, with {layer}; None if the tensor is known and
+      not needed.
+    transpose: whether [out, in] becomes [in, out].
+    select: which rows; None for all. The rules of one tensor share its rows
+      among them.
+  """
+
+  tensor: str
+  leaf: str | None
+  transpose: bool = False
+  select: transforms.Select | None = None
+
+
+def linear(tensor: str, leaf: str,
+           select: transforms.Select | None = None) -> tuple[Rule, Rule]:
+  """A linear layer's weight and its bias, should it have one."""
+  return (Rule(f'{tensor}.weight', leaf, transpose=True, select=select),
+          Rule(f'{tensor}.bias', f'{leaf}_bias', select=select))
+
+
+def plan(
+  tensors: Mapping[str, safetensors_reader.Tensor],
+  rules: Sequence[Rule],
+  specs: Any,
+  dtype: np.dtype,
+) -> Any:
+  """Says where every parameter comes from.
+
+  Args:
+    tensors: all of the checkpoint, by name.
+    rules: the family's.
+    specs: a tree of ParamSpec.
+    dtype: of the parameters.
+
+  Returns:
+    A tree of Leaf, shaped as `specs`.
+
+  Raises:
+    CheckpointError: a tensor without a rule or without a place in the model,
+      a parameter without a tensor, or a wrong shape; by name.
+  """
+  wanted = dict(leaf_specs(specs))
+  parts = _match(tensors, rules, wanted)
+  missing = [_missing(path, rules) for path in wanted if path not in parts]
+  if missing:
+    raise errors.CheckpointError(
+      f'the checkpoint lacks {_some(missing)}, which the model needs.')
+  leaves = {path: _leaf(path, parts[path], wanted[path], dtype)
+            for path in wanted}
+  return map_specs(lambda path, _: leaves[path], specs)
+
+
+def leaf_specs(specs: Any, prefix: str = ''
+               ) -> Iterator[tuple[str, spec.ParamSpec]]:
+  """Every parameter's path and spec."""
+  if isinstance(specs, spec.ParamSpec):
+    yield prefix, specs
+    return
+  items = specs.items() if isinstance(specs, dict) else enumerate(specs)
+  for key, value in items:
+    yield from leaf_specs(value, f'{prefix}.{key}' if prefix else str(key))
+
+
+def map_specs(function: Any, specs: Any, prefix: str = '') -> Any:
+  """The same tree, with function(path, spec) for leaves."""
+  if isinstance(specs, spec.ParamSpec):
+    return function(prefix, specs)
+  if isinstance(specs, dict):
+    return {key: map_specs(function, value, f'{prefix}.{key}'.lstrip('.'))
+            for key, value in specs.items()}
+  return [map_specs(function, value, f'{prefix}.{i}')
+          for i, value in enumerate(specs)]
+
+
+_Parts = dict[str, dict[int | None, transforms.Part]]
+
+
+def _match(tensors: Mapping[str, safetensors_reader.Tensor],
+           rules: Sequence[Rule], wanted: Mapping[str, Any]) -> _Parts:
+  patterns: dict[str, list[Rule]] = {}
+  for rule in rules:
+    patterns.setdefault(rule.tensor, []).append(rule)
+  compiled = [(_regex(pattern), group) for pattern, group in patterns.items()]
+  parts: _Parts = {}
+  unknown = []
+  for name, tensor in tensors.items():
+    hits = [(m, group) for regex, group in compiled
+            if (m := regex.fullmatch(name))]
+    assert len(hits) <= 1, f'{name} matches several rules'
+    placed = bool(hits) and _place(tensor, *hits[0], wanted, parts)
+    if not placed:
+      unknown.append(name)
+  if unknown:
+    raise errors.CheckpointError(
+      f'the checkpoint holds {_some(unknown)}, for which this model has no '
+      'use.')
+  return parts
+
+
+def _place(tensor: safetensors_reader.Tensor, match: re.Match[str],
+           group: Sequence[Rule], wanted: Mapping[str, Any],
+           parts: _Parts) -> bool:
+  """Adds the tensor to `parts`; False if the model has no such parameter."""
+  numbers = match.groupdict()
+  expert = int(numbers['expert']) if 'expert' in numbers else None
+  used = 0
+  for rule in group:
+    if rule.leaf is None:
+      return True
+    path = rule.leaf.format(**numbers)
+    if path not in wanted:
+      return False
+    part = transforms.Part(tensor, rule.transpose, rule.select)
+    _check_rank(tensor, part)
+    slots = parts.setdefault(path, {})
+    if expert in slots:
+      raise errors.CheckpointError(
+        f'{path}: both {slots[expert].tensor.name} and {tensor.name} fill it.')
+    slots[expert] = part
+    used += part.num_rows
+  if used != tensor.shape[0]:
+    raise errors.CheckpointError(
+      f'{tensor.name}: has {tensor.shape[0]} rows, of which the model uses '
+      f'{used}.')
+  return True
+
+
+def _check_rank(tensor: safetensors_reader.Tensor,
+                part: transforms.Part) -> None:
+  rank = 2 if part.transpose else len(tensor.shape)
+  if len(tensor.shape) != max(rank, 1) or 0 in tensor.shape:
+    raise errors.CheckpointError(
+      f'{tensor.name}: shape {tensor.shape} does not fit this model.')
+
+
+def _leaf(path: str, slots: Mapping[int | None, transforms.Part],
+          wanted: spec.ParamSpec, dtype: np.dtype) -> transforms.Leaf:
+  stacked = None not in slots
+  count = wanted.shape[0] if stacked else 1
+  keys: Iterable[int | None] = range(count) if stacked else (None,)
+  absent = [key for key in keys if key not in slots]
+  if absent or len(slots) != count:
+    raise errors.CheckpointError(
+      f'{path}: the checkpoint has parts {sorted(slots, key=str)}, the model '
+      f'wants {count} of them.')
+  parts = tuple(slots[key] for key in keys)
+  expected = wanted.shape[1:] if stacked else wanted.shape
+  for part in parts:
+    if part.shape != expected:
+      raise errors.CheckpointError(
+        f'{part.tensor.name}: shape {part.tensor.shape} makes {path} '
+        f'{part.shape}; the model wants {expected}.')
+  return transforms.Leaf(path, wanted.shape, dtype, parts, stacked)
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+  escaped = re.escape(pattern)
+  return re.compile(re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>[0-9]+)', escaped))
+
+
+def _missing(path: str, rules: Sequence[Rule]) -> str:
+  """The name of a tensor that would fill the path."""
+  for rule in rules:
+    if rule.leaf and (m := _regex(rule.leaf).fullmatch(path)):
+      return rule.tensor.format(**{'expert': 0, **m.groupdict()})
+  return path
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+  more = f' and {len(names) - limit} more' if len(names) > limit else ''
+  return ', '.join(names[:limit]) + more

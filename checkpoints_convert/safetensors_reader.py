@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads rows of tensors out of safetensors files, one file or sharded.
+
+The format (https://huggingface.co/docs/safetensors) is a length, a JSON header
+and the bytes. It is read with `pread` and not mapped: mapped pages count as
+this process's memory, and a truncated file is a signal instead of an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from sarathi_jax import errors
+
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+_PICKLED = ('.bin', '.pt', '.pth', '.ckpt')
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+DTYPES: Mapping[str, np.dtype] = {
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F16': np.dtype(np.float16),
+  'F32': np.dtype(np.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tensor:
+  """Where a tensor lies.
+
+  Attributes:
+    name: as in the file.
+    shape: as in the file.
+    dtype: a name in the file's header, such as 'BF16'.
+    path: the file.
+    offset: of its first byte in the file.
+    num_bytes: its size.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  path: pathlib.Path
+  offset: int
+  num_bytes: int
+
+  @property
+  def numpy_dtype(self) -> np.dtype:
+    if self.dtype not in DTYPES:
+      raise errors.CheckpointError(
+        f'{self.name}: dtype={self.dtype} can not be converted; supported: '
+        f'{", ".join(DTYPES)}. Quantized checkpoints are not supported.')
+    return DTYPES[self.dtype]
+
+
+class Reader:
+  """Open safetensors files. Reads are safe from several threads."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Reads all headers.
+
+    Args:
+      folder: holds model.safetensors, or shards and their index.
+
+    Raises:
+      CheckpointError: no safetensors file, a shard that is missing or
+        truncated, a damaged header, or an index that does not match.
+    """
+    self._files: dict[pathlib.Path, int] = {}
+    self.tensors: dict[str, Tensor] = {}
+    try:
+      for path, names in _files(folder).items():
+        self._add(path, names)
+    except BaseException:
+      self.close()
+      raise
+
+  def _add(self, path: pathlib.Path, names: frozenset[str] | None) -> None:
+    if not path.is_file():
+      raise errors.CheckpointError(
+        f'{path}: missing, though the index {INDEX} names it.')
+    tensors = _read_header(path)
+    if names is not None and names != tensors.keys():
+      odd = sorted(names ^ tensors.keys())
+      raise errors.CheckpointError(
+        f'{path}: its tensors are not those that {INDEX} says; first '
+        f'difference: {odd[0]}.')
+    twice = tensors.keys() & self.tensors.keys()
+    if twice:
+      raise errors.CheckpointError(f'{path}: {min(twice)} is in two files.')
+    self.tensors |= tensors
+    self._files[path] = os.open(path, os.O_RDONLY)
+
+  def read_rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) along the first axis."""
+    row_shape = tensor.shape[1:]
+    rows = np.empty((stop - start, *row_shape), tensor.numpy_dtype)
+    row_bytes = math.prod(row_shape) * rows.itemsize
+    view = memoryview(rows.reshape(-1).view(np.uint8))
+    offset = tensor.offset + start * row_bytes
+    file = self._files[tensor.path]
+    while view:
+      got = os.preadv(file, [view], offset)
+      if not got:
+        raise errors.CheckpointError(
+          f'{tensor.path}: truncated inside {tensor.name}.')
+      view, offset = view[got:], offset + got
+    return rows
+
+  def close(self) -> None:
+    for file in self._files.values():
+      os.close(file)
+    self._files.clear()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self.close()
+
+
+def _files(folder: pathlib.Path
+           ) -> dict[pathlib.Path, frozenset[str] | None]:
+  """The files to read, with the tensors that the index says are in each."""
+  if (folder / INDEX).is_file():
+    return _index_files(folder)
+  found = sorted(folder.glob('*.safetensors'))
+  if (folder / SINGLE).is_file():
+    found = [folder / SINGLE]
+  if len(found) == 1:
+    return {found[0]: None}
+  if found:
+    raise errors.CheckpointError(
+      f'{folder}: {len(found)} safetensors files, but no {INDEX}.')
+  pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
+  if pickled:
+    raise errors.CheckpointError(
+      f'{folder / pickled[0]}: a pickled checkpoint, which can run any code '
+      'when it is read, is refused. Save the model as safetensors.')
+  raise errors.CheckpointError(f'{folder}: holds no safetensors file.')
+
+
+def _index_files(folder: pathlib.Path
+                 ) -> dict[pathlib.Path, frozenset[str] | None]:
+  try:
+    weight_map = json.loads((folder / INDEX).read_bytes())['weight_map']
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+      shards.setdefault(shard, set()).add(name)
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise errors.CheckpointError(
+      f'{folder / INDEX}: not a valid index: {e}.') from e
+  for shard in shards:
+    if pathlib.PurePath(shard).name != shard:
+      raise errors.CheckpointError(
+        f'{folder / INDEX}: shard {shard!r} is not a plain file name.')
+  return {folder / shard: frozenset(names)
+          for shard, names in sorted(shards.items())}
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  size = path.stat().st_size
+  with path.open('rb') as file:
+    length = int.from_bytes(file.read(8), 'little')
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+      raise errors.CheckpointError(f'{path}: truncated or not safetensors.')
+    raw = file.read(length)
+  try:
+    header = json.loads(raw)
+    header.pop('__metadata__', None)
+    tensors = {name: _tensor(path, name, entry, 8 + length)
+               for name, entry in header.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    if isinstance(e, errors.CheckpointError):
+      raise
+    raise errors.CheckpointError(f'{path}: damaged header: {e}.') from e
+  for tensor in tensors.values():
+    if tensor.offset + tensor.num_bytes > size:
+      raise errors.CheckpointError(
+        f'{path}: truncated: {tensor.name} ends at byte '
+        f'{tensor.offset + tensor.num_bytes} of {size}.')
+  return tensors
+
+
+def _tensor(path: pathlib.Path, name: str, entry: Mapping[str, Any],
+            base: int) -> Tensor:
+  start, stop = entry['data_offsets']
+  tensor = Tensor(name, tuple(entry['shape']), entry['dtype'], path,
+                  base + start, stop - start)
+  if tensor.dtype in DTYPES:
+    wanted = math.prod(tensor.shape) * tensor.numpy_dtype.itemsize
+    if tensor.num_bytes != wanted:
+      raise errors.CheckpointError(
+        f'{path}: damaged header: {name} of shape {tensor.shape} takes '
+        f'{wanted} bytes, not {tensor.num_bytes}.')
+  return tensor

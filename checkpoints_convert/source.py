@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the folder of a Hugging Face checkpoint, here or on the hub."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+from sarathi_jax import errors
+
+_HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
+_FILES = ('*.json', '*.safetensors', 'tokenizer.model', '*.jinja')
+
+
+def locate(source: str) -> pathlib.Path:
+  """The folder that `source` names.
+
+  Args:
+    source: a folder, or a hub id such as 'org/name', which is downloaded to
+      Hugging Face's own cache, or found there.
+
+  Raises:
+    CheckpointError: neither a folder nor a model on the hub.
+  """
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    return folder.resolve()
+  if folder.exists():
+    raise errors.CheckpointError(f'{source}: is not a folder.')
+  if not _HUB_ID.fullmatch(source):
+    raise errors.CheckpointError(
+      f'{source}: no such folder, and not a hub id (org/name).')
+  return _download(source)
+
+
+def _download(hub_id: str) -> pathlib.Path:
+  # Imported late: most conversions read a folder.
+  import huggingface_hub
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(hub_id, allow_patterns=_FILES))
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+    reason = str(e).strip().splitlines()
+    raise errors.CheckpointError(
+      f'{hub_id}: no such folder, and the hub does not give it: '
+      f'{reason[0] if reason else type(e).__name__}') from e

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A converted checkpoint: what it is, and its parameters.
+
+A folder with
+
+  sarathi.json   what `CheckpointMetadata` says; written last
+  params/        the parameters, an orbax checkpoint
+  tokenizer.json, tokenizer_config.json ...   where the model has a tokenizer
+
+`load_metadata` needs no JAX; `restore_params` puts the arrays on devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
+
+FORMAT_VERSION = 1
+METADATA = 'sarathi.json'
+PARAMS = 'params'
+
+DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
+
+# What of generation_config.json is kept: names of SamplingParams' fields, and
+# do_sample, without which transformers ignores them.
+GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
+
+_PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMetadata:
+  """What sarathi.json says.
+
+  Attributes:
+    model: the model.
+    dtype: of the parameters: one of `DTYPE_BYTES`.
+    eos_token_ids: the tokens that end an output.
+    bos_token_id: the token that a text starts with, if the model has one.
+    pad_token_id: the token for padding, if the model has one.
+    generation: the sampling that its makers recommend: `GENERATION_FIELDS`.
+    source: where it came from.
+  """
+
+  model: config_lib.ModelConfig
+  dtype: str
+  eos_token_ids: tuple[int, ...] = ()
+  bos_token_id: int | None = None
+  pad_token_id: int | None = None
+  generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    _check(self.dtype in DTYPE_BYTES, 'dtype', self.dtype,
+           f'must be one of {", ".join(DTYPE_BYTES)}')
+    object.__setattr__(self, 'eos_token_ids', tuple(self.eos_token_ids))
+    _check(all(_is_id(token) for token in self.eos_token_ids),
+           'eos_token_ids', self.eos_token_ids, 'must be token ids')
+    for name in ('bos_token_id', 'pad_token_id'):
+      value = getattr(self, name)
+      _check(value is None or _is_id(value), name, value,
+             'must be a token id or null')
+    for name in ('generation', 'source'):
+      value = getattr(self, name)
+      _check(isinstance(value, Mapping), name, value, 'must be an object')
+
+
+def _check(ok: bool, field: str, value: object, rule: str) -> None:
+  if not ok:
+    raise errors.CheckpointError(f'{field}={value!r}: {rule}.')
+
+
+def _is_id(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def load_metadata(directory: _PathLike) -> CheckpointMetadata:
+  """Reads sarathi.json. Loads no JAX.
+
+  Raises:
+    CheckpointError: no such folder, no or damaged sarathi.json, an unknown
+      format version or field, or a model that is not valid.
+  """
+  directory = pathlib.Path(directory)
+  path = directory / METADATA
+  if not directory.is_dir():
+    raise errors.CheckpointError(f'{directory}: no such folder.')
+  try:
+    fields = json.loads(path.read_bytes())
+  except FileNotFoundError as e:
+    raise errors.CheckpointError(
+      f'{directory}: not a converted checkpoint: it holds no {METADATA}. '
+      'Convert it with python -m checkpoints_convert.') from e
+  except (OSError, ValueError) as e:
+    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
+  if not isinstance(fields, dict):
+    raise errors.CheckpointError(f'{path}: is not a JSON object.')
+  version = fields.pop('format_version', None)
+  if version != FORMAT_VERSION:
+    raise errors.CheckpointError(
+      f'{path}: format_version={version!r}: must be {FORMAT_VERSION}; convert '
+      'the checkpoint again.')
+  try:
+    return _parse(fields)
+  except errors.ConfigError as e:
+    raise errors.CheckpointError(f'{path}: {e}') from e
+
+
+def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
+  known = {field.name for field in dataclasses.fields(CheckpointMetadata)}
+  _check(known >= fields.keys(), 'fields', sorted(fields.keys() - known),
+         'unknown')
+  for name in ('model', 'dtype'):
+    _check(name in fields, name, None, 'missing')
+  model = config_lib.ModelConfig.from_dict(fields.pop('model'))
+  _check(isinstance(fields.get('eos_token_ids', []), list), 'eos_token_ids',
+         fields.get('eos_token_ids'), 'must be a list')
+  return CheckpointMetadata(model=model, **fields)
+
+
+def write_metadata(directory: _PathLike, metadata: CheckpointMetadata) -> None:
+  """Writes sarathi.json, which makes the folder a checkpoint."""
+  fields = {field.name: getattr(metadata, field.name)
+            for field in dataclasses.fields(metadata)}
+  fields = {'format_version': FORMAT_VERSION, **fields,
+            'model': metadata.model.to_dict()}
+  path = pathlib.Path(directory, METADATA)
+  path.write_text(json.dumps(fields, indent=2) + '\n')
+
+
+def restore_params(directory: _PathLike, sharding: Any = None) -> Any:
+  """Reads the parameters, straight onto devices.
+
+  Args:
+    directory: a converted checkpoint.
+    sharding: a jax.sharding.Sharding for all, or a tree of them shaped as the
+      parameters; None for the first device.
+
+  Returns:
+    The parameters, as `models.param_specs` describes them, jax.Arrays.
+
+  Raises:
+    CheckpointError: `load_metadata`'s reasons, or an array that is missing,
+      truncated or of another shape, by name.
+  """
+  metadata = load_metadata(directory)
+  import jax  # so that metadata can be had without
+  import orbax.checkpoint as ocp
+  specs = models.param_specs(metadata.model)
+  folder = pathlib.Path(os.path.abspath(directory)) / PARAMS
+  _check_arrays(folder, specs, metadata.dtype)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  if isinstance(sharding, jax.sharding.Sharding):
+    one = sharding
+    sharding = jax.tree.map(lambda _: one, specs)
+  args = jax.tree.map(
+    lambda leaf, where: ocp.ArrayRestoreArgs(
+      restore_type=jax.Array, dtype=metadata.dtype, sharding=where,
+      global_shape=leaf.shape, strict=True),
+    specs, sharding)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    try:
+      return checkpointer.restore(
+        folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args))
+    except (OSError, ValueError, KeyError) as e:
+      raise errors.CheckpointError(f'{folder}: can not be read: {e}') from e
+
+
+def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
+  """Finds what is missing or truncated from names and sizes alone.
+
+  An OCDBT checkpoint, which somebody else wrote, is left to orbax to check.
+  """
+  if not folder.is_dir():
+    raise errors.CheckpointError(f'{folder}: no such folder.')
+  if (folder / 'manifest.ocdbt').exists():
+    return
+  import jax
+  for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
+    name = '.'.join(str(getattr(key, 'key', getattr(key, 'idx', None)))
+                    for key in path)
+    _check_array(folder / name, name, leaf.shape, dtype)
+
+
+def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
+                 dtype: str) -> None:
+  try:
+    stored = json.loads((folder / '.zarray').read_bytes())
+    chunks = tuple(stored['chunks'])
+    stored_shape = tuple(stored['shape'])
+  except FileNotFoundError as e:
+    raise errors.CheckpointError(f'{folder.parent}: lacks {name}.') from e
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.CheckpointError(f'{folder / ".zarray"}: damaged: {e}.') from e
+  if stored_shape != shape:
+    raise errors.CheckpointError(
+      f'{folder.parent}: {name} has shape {stored_shape}; the model wants '
+      f'{shape}.')
+  if stored.get('compressor') is not None:
+    return
+  num_bytes = math.prod(chunks) * DTYPE_BYTES[dtype]
+  grid = [range(-(-size // chunk))
+          for size, chunk in zip(shape, chunks, strict=True)]
+  for index in itertools.product(*grid):
+    path = folder / '.'.join(map(str, index))
+    size = path.stat().st_size if path.exists() else None
+    if size != num_bytes:
+      problem = 'missing' if size is None else f'{size} bytes'
+      raise errors.CheckpointError(
+        f'{path}: {problem}, so {name} is truncated; it must be {num_bytes} '
+        'bytes.')
+
+
+def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike) -> pathlib.Path:
+  """The converted checkpoint that is meant, converting it if need be.
+
+  Args:
+    path_or_hub_id: a converted checkpoint, which is returned as it is; or a
+      Hugging Face folder, or hub id, which is converted once.
+    cache_dir: where to keep what is converted. Its key is the source's path,
+      and the names, sizes and times of its files.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or it can't be converted.
+  """
+  folder = pathlib.Path(path_or_hub_id)
+  if (folder / METADATA).is_file():
+    return folder
+  if folder.is_dir() and not (folder / 'config.json').is_file():
+    raise errors.CheckpointError(
+      f'{folder}: neither a converted checkpoint, with {METADATA}, nor one of '
+      'Hugging Face, with config.json.')
+  # The converter imports this module, and takes seconds to import.
+  from checkpoints_convert import convert
+  from checkpoints_convert import source
+  origin = source.locate(str(path_or_hub_id))
+  target = pathlib.Path(cache_dir) / f'{origin.name}-{_fingerprint(origin)}'
+  if not (target / METADATA).is_file():
+    convert.convert(origin, target)
+  return target
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+  facts = [str(folder)]
+  for path in sorted(folder.iterdir()):
+    if path.is_file():
+      status = path.stat()
+      facts.append(f'{path.name} {status.st_size} {status.st_mtime_ns}')
+  return hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models compute what Hugging Face's do: logits, and 64 greedy tokens.
+
+A tiny random checkpoint of every family and variant is made by transformers,
+converted by our converter, restored, and run as a naive full recompute. The
+weights are large, and no bias or norm is left where it changes nothing:
+transformers' own initialization gives outputs of a few repeated tokens,
+which agree whatever is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from checkpoints_convert import convert
+from sarathi_jax import checkpoint
+from sarathi_jax import models
+
+NUM_NEW = 64
+PROMPT_LEN = 40  # more than WINDOW and CONTEXT
+WINDOW = 12
+CONTEXT = 32  # of the original, for those rotary embeddings that are scaled
+TOLERANCE = 1e-4
+
+_SIZES = dict(
+  vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+  max_position_embeddings=128, initializer_range=0.12)
+_GATED = dict(_SIZES, intermediate_size=96, num_key_value_heads=2)
+
+
+def _llama(**fields: Any) -> Any:
+  return transformers.LlamaConfig(**{**_GATED, **fields})
+
+
+def _scaled(rope_type: str, **fields: Any) -> Any:
+  rope = dict(rope_type=rope_type, rope_theta=10000.0, factor=4.0)
+  return rope | fields
+
+
+def _falcon(**fields: Any) -> Any:
+  return transformers.FalconConfig(**{**_SIZES, **fields})
+
+
+_YARN = _scaled('yarn', original_max_position_embeddings=CONTEXT)
+
+CASES: Mapping[str, Any] = {
+  'llama_mha': lambda: _llama(num_key_value_heads=4),
+  'llama_gqa': _llama,
+  'llama_mqa_tied': lambda: _llama(
+    num_key_value_heads=1, tie_word_embeddings=True),
+  'llama_biases': lambda: _llama(attention_bias=True, mlp_bias=True),
+  'llama_head_dim': lambda: _llama(head_dim=24, hidden_act='gelu_new'),
+  'llama_linear': lambda: _llama(
+    rope_parameters=_scaled('linear'), max_position_embeddings=CONTEXT),
+  'llama_dynamic': lambda: _llama(
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT),
+  'llama3': lambda: _llama(rope_parameters=_scaled(
+    'llama3', original_max_position_embeddings=CONTEXT, low_freq_factor=1.0,
+    high_freq_factor=4.0, rope_theta=500000.0)),
+  'llama_yarn': lambda: _llama(rope_parameters=_YARN),
+  'llama_yarn_numbers': lambda: _llama(rope_parameters=dict(
+    _YARN, beta_fast=16.0, beta_slow=2.0, mscale=0.8, mscale_all_dim=0.5,
+    truncate=False)),
+  'yi': lambda: _llama(rope_parameters=dict(
+    rope_type='default', rope_theta=5000000.0), rms_norm_eps=1e-5),
+  'mistral_window': lambda: transformers.MistralConfig(
+    **_GATED, sliding_window=WINDOW),
+  'mistral_no_window': lambda: transformers.MistralConfig(
+    **_GATED, sliding_window=None, head_dim=24),
+  'qwen2': lambda: transformers.Qwen2Config(**_GATED),
+  'qwen2_tied_windows': lambda: transformers.Qwen2Config(
+    **_GATED, tie_word_embeddings=True, use_sliding_window=True,
+    sliding_window=WINDOW, max_window_layers=1),
+  'qwen3': lambda: transformers.Qwen3Config(**_GATED, head_dim=24),
+  'qwen3_biases_windows': lambda: transformers.Qwen3Config(
+    **_GATED, head_dim=8, attention_bias=True, tie_word_embeddings=True,
+    use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0),
+  'qwen3_yarn': lambda: transformers.Qwen3Config(
+    **_GATED, head_dim=24, rope_parameters=_YARN),
+  'mixtral': lambda: transformers.MixtralConfig(
+    **_GATED, num_local_experts=4, num_experts_per_tok=2),
+  'mixtral_window_top3': lambda: transformers.MixtralConfig(
+    **_GATED, num_local_experts=5, num_experts_per_tok=3,
+    sliding_window=WINDOW),
+  'falcon_7b': _falcon,
+  'falcon_7b_untied_biases': lambda: _falcon(
+    bias=True, tie_word_embeddings=False),
+  'falcon_40b': lambda: _falcon(
+    new_decoder_architecture=True, num_kv_heads=2),
+  'falcon_11b_one_norm': lambda: _falcon(
+    new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1,
+    ffn_hidden_size=80),
+  'falcon_sequential_mha': lambda: _falcon(
+    multi_query=False, parallel_attn=False, bias=True),
+  'falcon_dynamic': lambda: _falcon(
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What transformers computes.
+
+  Attributes:
+    prompt: token ids.
+    prompt_logits: [PROMPT_LEN, V].
+    tokens: the NUM_NEW greedy ones.
+    logits: [NUM_NEW, V], what they were chosen from.
+  """
+
+  prompt: np.ndarray
+  prompt_logits: np.ndarray
+  tokens: np.ndarray
+  logits: np.ndarray
+
+
+def make_model(config: Any) -> Any:
+  """A random model in which every weight matters."""
+  torch.set_num_threads(1)
+  torch.manual_seed(1)
+  model = transformers.AutoModelForCausalLM.from_config(
+    config, dtype=torch.float32).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.ndim == 1:  # norms and biases
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    # Or each token's likeliest successor is the same, or itself.
+    model.get_input_embeddings().weight.mul_(0.1)
+  return model
+
+
+def run_reference(model: Any) -> Reference:
+  """Runs generate, as a user of transformers would."""
+  prompt = torch.randint(
+    3, model.config.vocab_size, (1, PROMPT_LEN),
+    generator=torch.Generator().manual_seed(2))
+  model.generation_config.eos_token_id = None
+  with torch.no_grad():
+    prompt_logits = model(prompt).logits[0]
+    out = model.generate(
+      prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+      max_new_tokens=NUM_NEW, output_logits=True, pad_token_id=0,
+      return_dict_in_generate=True)
+  return Reference(
+    prompt[0].numpy(), prompt_logits.numpy(),
+    out.sequences[0, PROMPT_LEN:].numpy(), torch.cat(out.logits).numpy())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: Any, params: Any, tokens: Any) -> Any:
+  """Logits of a whole sequence [T] whose first PROMPT_LEN are the prompt."""
+  positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+  rope_lens = jnp.maximum(positions + 1, PROMPT_LEN)
+  hidden, _ = models.forward(
+    config, params, [None] * config.num_layers, tokens, positions, rope_lens,
+    models.causal_attend)
+  return models.unembed(config, params, hidden)
+
+
+def run_ours(config: Any, params: Any, prompt: np.ndarray) -> Reference:
+  """Computes everything anew for every token, padded to the final length."""
+  tokens = np.zeros(PROMPT_LEN + NUM_NEW, np.int32)
+  tokens[:PROMPT_LEN] = prompt
+  chosen_from = []
+  for length in range(PROMPT_LEN, PROMPT_LEN + NUM_NEW):
+    logits = np.asarray(_logits(config, params, tokens))
+    chosen_from.append(logits[length - 1])
+    tokens[length] = logits[length - 1].argmax()
+  return Reference(prompt, logits[:PROMPT_LEN], tokens[PROMPT_LEN:],
+                   np.stack(chosen_from))
+
+
+def check(ours: Reference, theirs: Reference) -> None:
+  """Logits within the tolerance; tokens equal up to a tie of the reference."""
+  np.testing.assert_allclose(
+    ours.prompt_logits, theirs.prompt_logits, atol=TOLERANCE, rtol=0)
+  for i, token in enumerate(theirs.tokens):
+    np.testing.assert_allclose(
+      ours.logits[i], theirs.logits[i], atol=TOLERANCE, rtol=0)
+    if ours.tokens[i] != token:
+      second, first = np.sort(theirs.logits[i])[-2:]
+      assert first - second < TOLERANCE, f'token {i} differs'
+      return  # the two go different ways from here
+
+
+def _convert(model: Any, folder: pathlib.Path) -> tuple[Any, Any]:
+  model.save_pretrained(folder / 'hf')
+  convert.convert(folder / 'hf', folder / 'out', check=True)
+  return (checkpoint.load_metadata(folder / 'out').model,
+          checkpoint.restore_params(folder / 'out'))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
+  model = make_model(CASES[name]())
+  theirs = run_reference(model)
+  assert len(set(theirs.tokens.tolist())) >= 8, 'proves nothing'
+  config, params = _convert(model, tmp_path)
+  check(run_ours(config, params, theirs.prompt), theirs)
+
+
+def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
+  model = make_model(_llama())
+  theirs = run_reference(model)
+  config, params = _convert(model, tmp_path)
+  up = params['layers'][1]['mlp']['up']
+  params['layers'][1]['mlp']['up'] = up.at[3, 5].add(0.1)
+  with pytest.raises(AssertionError):
+    check(run_ours(config, params, theirs.prompt), theirs)
