@@ -150,7 +150,8 @@ class EngineThread:
     return await asyncio.wrap_future(result)
 
   def stop(self) -> None:
-    """Ends the thread after its step; what is left gets EngineDeadError."""
+    """Ends the thread after its step; what is left gets EngineDeadError then,
+    and whoever submits another request at once."""
     with self._wakeup:
       self._stopping = True
       self._wakeup.notify()
@@ -164,6 +165,8 @@ class EngineThread:
   def _send(self, command: _Command) -> None:
     with self._wakeup:
       gone = self._gone
+      if self._stopping and gone is None:
+        gone = functools.partial(gone_error, None)
       if gone is None:
         self._inbox.append(command)
         self._wakeup.notify()
@@ -183,6 +186,7 @@ class EngineThread:
       while (commands := self._receive(wait=not engine.has_work)) is not None:
         for command in commands:
           command.run(engine)
+        self._flush()  # refusals need not wait for a step
         for delta in engine.step():
           self._route(delta)
         self._flush()
@@ -249,7 +253,7 @@ class EngineThread:
         raise
 
   def _end(self, fault: BaseException | None) -> None:
-    gone = functools.partial(_gone_error, fault)
+    gone = functools.partial(gone_error, fault)
     with self._wakeup:
       self._gone = gone
       commands, self._inbox = self._inbox, []
@@ -271,8 +275,9 @@ def _put_all(
     stream.put(item)
 
 
-def _gone_error(fault: BaseException | None) -> errors.EngineDeadError:
-  """A new one for every reader: raising an exception changes it."""
+def gone_error(fault: BaseException | None) -> errors.EngineDeadError:
+  """Makes the end of a stream of an engine that stopped, of itself or by a
+  fault. A new one for every reader, as raising an exception changes it."""
   if fault is None:
     return errors.EngineDeadError('the server is shutting down')
   error = errors.EngineDeadError(

@@ -8,7 +8,7 @@ and sees to it that a request ends when its reader does. Imports no gRPC.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 import contextlib
 import enum
 import uuid
@@ -16,13 +16,13 @@ import uuid
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import engine_thread as engine_thread_lib
 
-# Text, token ids, or chat messages with a 'role' and a 'content'.
-Prompt = str | tuple[int, ...] | Sequence[Mapping[str, str]]
+Prompt = tokenizer_lib.Prompt
 
-# Prompts up to this many characters, tokens or messages are prepared at once,
-# which takes less than the way to another thread and back.
+# Texts and token ids up to this length are prepared at once, which takes less
+# than the way to another thread and back.
 _INLINE_LEN = 1024
 
 
@@ -45,6 +45,7 @@ class Frontend:
     self._engine_thread = engine_thread
     self._engine: engine_lib.Engine | None = None
     self._num_open = 0
+    self._streams: set[engine_thread_lib.Stream] = set()
     self._all_closed = asyncio.Event()
     self._all_closed.set()
 
@@ -81,6 +82,11 @@ class Frontend:
     """Waits until no request is open."""
     await self._all_closed.wait()
 
+  def cut_off(self) -> None:
+    """Ends what is open at once, however long the engine's step takes."""
+    for stream in self._streams:
+      stream.put(engine_thread_lib.gone_error(None))
+
   @contextlib.asynccontextmanager
   async def open(
       self, prompt: Prompt, sampling: types.SamplingParams,
@@ -99,13 +105,20 @@ class Frontend:
     """
     if self.state is not State.SERVING:
       raise errors.EngineDeadError(self.state.value)
+    if request_id == '':
+      raise errors.InvalidRequestError(
+        'request_id=\'\': must not be empty; leave it out to have one made.')
     self._num_open += 1
     self._all_closed.clear()
     try:
       request = await self._prepare(
         prompt, sampling, uuid.uuid4().hex if request_id is None else request_id)
       with contextlib.closing(self._engine_thread.submit(request)) as stream:
-        yield stream
+        self._streams.add(stream)
+        try:
+          yield stream
+        finally:
+          self._streams.remove(stream)
     finally:
       self._num_open -= 1
       if not self._num_open:
@@ -114,16 +127,10 @@ class Frontend:
   async def _prepare(self, prompt: Prompt, sampling: types.SamplingParams,
                      request_id: str) -> types.Request:
     args = (self.engine, prompt, sampling, request_id, self.engine.clock())
-    if _is_short(prompt):
+    if isinstance(prompt, (str, tuple)) and len(prompt) <= _INLINE_LEN:
       return prepare(*args)
     return await asyncio.get_running_loop().run_in_executor(
       None, prepare, *args)
-
-
-def _is_short(prompt: Prompt) -> bool:
-  if isinstance(prompt, (str, tuple)):
-    return len(prompt) <= _INLINE_LEN
-  return False
 
 
 def prepare(engine: engine_lib.Engine, prompt: Prompt,
@@ -134,22 +141,10 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt,
   Raises:
     InvalidRequestError: the request can't be served.
   """
+  if not len(prompt):  # else a tokenizer may make a lone BOS of it
+    raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
   request = types.Request(
-    request_id=request_id, prompt_token_ids=_encode(engine, prompt),
-    sampling=sampling, arrival_time=arrival_time)
+    request_id=request_id, sampling=sampling, arrival_time=arrival_time,
+    prompt_token_ids=tokenizer_lib.encode_prompt(engine.tokenizer, prompt))
   engine.check(request)
   return request
-
-
-def _encode(engine: engine_lib.Engine, prompt: Prompt) -> tuple[int, ...]:
-  if isinstance(prompt, tuple):
-    return prompt
-  if not prompt:
-    raise errors.InvalidRequestError(
-      f'input={prompt!r}: the prompt is empty.')
-  if engine.tokenizer is None:
-    raise errors.InvalidRequestError(
-      'input: this checkpoint has no tokenizer; send token_ids.')
-  if isinstance(prompt, str):
-    return tuple(engine.tokenizer.encode(prompt))
-  return tuple(engine.tokenizer.apply_chat_template(prompt))

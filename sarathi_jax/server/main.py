@@ -26,8 +26,6 @@ from sarathi_jax.server import server as server_lib
 
 FLAGS = flags.FLAGS
 
-_CONSOLE = rich.console.Console(highlight=False)
-
 
 def define_flags() -> None:
   """Not done on import, which may find flags of these names."""
@@ -54,16 +52,15 @@ def main(argv: list[str]) -> None:
     config = server_lib.ServerConfig(
       host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
     engine_config = engine_flags.engine_config_from_flags()
-
-    def make_engine() -> engine_lib.Engine:
-      # Here, so that a wrong flag is found before JAX is loaded.
-      from sarathi_jax import llm
-      return llm.build_engine(FLAGS.checkpoint, engine_config)
-
-    run(config, make_engine, f'Loading {FLAGS.checkpoint}')
   except errors.SarathiError as error:
-    _CONSOLE.print(f'error: {error}', style='red', markup=False)
-    sys.exit(1)
+    _fail(error)
+
+  def make_engine() -> engine_lib.Engine:
+    # Not on top: a flag that is wrong or a port in use is told at once.
+    from sarathi_jax import llm
+    return llm.build_engine(FLAGS.checkpoint, engine_config)
+
+  run(config, make_engine, f'Loading {FLAGS.checkpoint}')
 
 
 def run(config: server_lib.ServerConfig,
@@ -74,36 +71,33 @@ def run(config: server_lib.ServerConfig,
     config: where.
     make_engine: makes the engine, warm.
     title: what to tell while that goes on.
-
-  Raises:
-    ConfigError: the address can't be had.
-    Exception: whatever make_engine raised.
   """
+  console = rich.console.Console(highlight=False)
+
+  def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
+    console.print(_table(info))
+    target = '' if port == 50051 else f'--target=localhost:{port} '
+    console.print(
+      f'Serving at {config.host}:{port}. Try:\n'
+      f'  python -m sarathi_jax.client {target}"Once upon a time"',
+      markup=False, soft_wrap=True)
+
   async def serve() -> tuple[int, bool]:
     server = server_lib.Server(config, make_engine)
-    _CONSOLE.print(title, markup=False)
-    code = await server_lib.serve(server, _print_ready(config.host))
+    code = await server_lib.serve(server, on_ready)
     return code, server.is_stuck
 
-  code, is_stuck = asyncio.run(serve())
+  console.print(title, markup=False, soft_wrap=True)
+  try:
+    code, is_stuck = asyncio.run(serve())
+  except errors.SarathiError as error:
+    _fail(error)
   if is_stuck:
-    # The step or the compilation that the engine's thread is in can't be
+    # What the engine's thread is in, a long step or a compilation, can't be
     # interrupted, and Python can't end cleanly beside it.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
-
-
-def _print_ready(
-    host: str) -> Callable[[engine_lib.EngineInfo, int], None]:
-  def print_ready(info: engine_lib.EngineInfo, port: int) -> None:
-    _CONSOLE.print(_table(info))
-    _CONSOLE.print(f'Serving at {host}:{port}. Try:', markup=False)
-    target = '' if port == 50051 else f' --target=localhost:{port}'
-    _CONSOLE.print(
-      f'  python -m sarathi_jax.client{target} "Once upon a time"',
-      markup=False, soft_wrap=True)
-  return print_ready
 
 
 def _table(info: engine_lib.EngineInfo) -> rich.table.Table:
@@ -117,6 +111,11 @@ def _table(info: engine_lib.EngineInfo) -> rich.table.Table:
   ):
     table.add_row(name, value)
   return table
+
+
+def _fail(error: errors.SarathiError) -> NoReturn:
+  print(f'error: {error}', file=sys.stderr)
+  sys.exit(1)
 
 
 def cli() -> None:

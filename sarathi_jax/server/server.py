@@ -28,6 +28,7 @@ from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server import malformed
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import service
 
@@ -43,8 +44,9 @@ _CHANNEL_OPTIONS = (
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _HEALTH_NAMES = ('', service.NAME)
-# For the last messages of streams that have just ended to be sent.
-_FLUSH_S = 1.0
+# For the last messages of streams that have just ended to be sent, and for a
+# step under way to end.
+_GRACE_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,8 @@ class Server:
       make_engine, asyncio.get_running_loop(), self._on_death)
     self.frontend = frontend_lib.Frontend(self._engine_thread)
     self._health = health.aio.HealthServicer()
-    self._grpc = grpc.aio.server(options=_CHANNEL_OPTIONS)
+    self._grpc = grpc.aio.server(
+      interceptors=(malformed.Interceptor(),), options=_CHANNEL_OPTIONS)
     self._tasks: set[asyncio.Task[None]] = set()
 
   async def start(self) -> None:
@@ -133,9 +136,10 @@ class Server:
     """Cuts off what is left."""
     self.frontend.state = frontend_lib.State.DRAINING
     self._engine_thread.stop()
+    self.frontend.cut_off()
+    await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
-      None, self._engine_thread.join, _FLUSH_S)
-    await self._grpc.stop(_FLUSH_S)
+      None, self._engine_thread.join, _GRACE_S)
 
   @property
   def is_stuck(self) -> bool:
@@ -149,8 +153,7 @@ class Server:
     self._tasks.add(task)  # the loop itself holds tasks weakly
     task.add_done_callback(self._tasks.discard)
 
-  async def _set_health(
-      self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+  async def _set_health(self, status: int) -> None:
     for name in _HEALTH_NAMES:
       await self._health.set(name, status)
 

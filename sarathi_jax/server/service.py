@@ -152,10 +152,11 @@ def refuse_unknown(message: message_lib.Message) -> None:
   Raises:
     UnsupportedError: a field that this server does not know.
   """
-  for field in unknown_fields.UnknownFieldSet(message):
+  unknown = unknown_fields.UnknownFieldSet(message)
+  if len(unknown):
     raise errors.UnsupportedError(
       f'{message.DESCRIPTOR.full_name}: this server does not know its field '
-      f'number {field.field_number}.')
+      f'number {unknown[0].field_number}.')
   for field, value in message.ListFields():
     if field.message_type is not None:
       for part in value if field.is_repeated else (value,):

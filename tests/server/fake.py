@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine whose tokens count up, in a server on a thread of its own.
 
-Run as a script it is a server process: python tests/server/fake.py PORT
-DRAIN_S FOLDER-OF-A-TOKENIZER
+Run as a script it is a server process; see `main`.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ class RunningServer:
     self.warming = asyncio.run_coroutine_threadsafe(
       self.server.warm(), self._loop)
     self.channel = grpc.insecure_channel(f'127.0.0.1:{self.server.port}')
-    self.stub: Any = sarathi_pb2_grpc.SarathiStub(self.channel)
+    self.stub = self.stub_of(self.channel)
     if wait:
       self.warming.result(TIMEOUT_S)
 
@@ -118,6 +117,10 @@ class RunningServer:
                   drain_s: float) -> server_lib.Server:
     config = server_lib.ServerConfig(port=0, drain_s=drain_s)
     return server_lib.Server(config, make)
+
+  @staticmethod
+  def stub_of(channel: grpc.Channel) -> Any:
+    return sarathi_pb2_grpc.SarathiStub(channel)
 
   @property
   def engine(self) -> engine_lib.Engine:
@@ -129,6 +132,11 @@ class RunningServer:
 
   def run(self, work: Coroutine[Any, Any, Any]) -> Any:
     return self.submit(work).result(TIMEOUT_S)
+
+  def wait_until_open(self, num_requests: int) -> None:
+    """Waits until so many short requests are with the engine's thread."""
+    wait_until(lambda: self.server.frontend.num_open == num_requests)
+    self.run(asyncio.sleep(0))  # what counted them has submitted them, too
 
   def generate(self, *, timeout: float = TIMEOUT_S, sampling: Any = None,
                **fields: Any) -> Any:
@@ -161,11 +169,21 @@ class RunningServer:
     self._loop.close()
 
 
-if __name__ == '__main__':
-  from sarathi_jax.server import main
+def main() -> None:
+  """PORT DRAIN_S [FOLDER-OF-A-TOKENIZER]; loads for ever without the last."""
+  from sarathi_jax.server import main as main_lib
 
-  main.run(
-    server_lib.ServerConfig(port=int(sys.argv[1]), drain_s=float(sys.argv[2])),
-    lambda: make_engine(tokenizer_folder=pathlib.Path(sys.argv[3]),
-                        max_model_len=2**20, num_pages=2**18),
-    'Loading')
+  port, drain_s, *folder = sys.argv[1:]
+
+  def make() -> engine_lib.Engine:
+    if not folder:
+      threading.Event().wait()
+    return make_engine(tokenizer_folder=pathlib.Path(folder[0]),
+                       max_model_len=2**20, num_pages=2**18)
+
+  main_lib.run(server_lib.ServerConfig(port=int(port), drain_s=float(drain_s)),
+               make, 'Loading')
+
+
+if __name__ == '__main__':
+  main()

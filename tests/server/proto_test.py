@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol says what the engine's types say, and is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sarathi_jax import types
+from sarathi_jax.engine import engine
+from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server import service
+
+ROOT = pathlib.Path(__file__).parents[2]
+GENERATED = ('sarathi_pb2.py', 'sarathi_pb2.pyi', 'sarathi_pb2_grpc.py')
+
+
+def _names(message: type) -> set[str]:
+  return {field.name for field in message.DESCRIPTOR.fields}
+
+
+def _fields(cls: type) -> set[str]:
+  return {field.name for field in dataclasses.fields(cls)}
+
+
+def test_generated_code_is_up_to_date(tmp_path: pathlib.Path) -> None:
+  assert importlib.metadata.version('grpcio-tools') == '1.81.1', (
+    'scripts/gen_proto is for this version; see there')
+  subprocess.run([ROOT / 'scripts' / 'gen_proto', tmp_path], check=True,
+                 env={**os.environ, 'PYTHON': sys.executable})
+  for name in GENERATED:
+    path = f'sarathi_jax/server/{name}'
+    assert (tmp_path / path).read_text() == (ROOT / path).read_text(), (
+      f'{path} is stale: run scripts/gen_proto')
+
+
+def test_messages_have_the_fields_of_the_types() -> None:
+  assert _names(pb.SamplingParams) == (
+    _fields(types.SamplingParams) | {'fill_context'})
+  assert _names(pb.GetModelInfoResponse) == (
+    _fields(engine.EngineInfo) | {'has_tokenizer'})
+  assert _names(pb.GetStatsResponse) == _fields(engine.EngineStats)
+  assert _names(pb.Timing) | {'num_prompt_tokens', 'num_output_tokens'} == (
+    _fields(types.RequestMetrics))
+  assert {name.removeprefix('FINISH_REASON_').lower()
+          for name in pb.FinishReason.keys()} - {'unspecified'} == {
+    reason.value for reason in types.FinishReason}
+
+
+def test_every_sampling_field_arrives() -> None:
+  sampling = types.SamplingParams(
+    max_tokens=3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=7,
+    stop=('a', 'b'), stop_token_ids=(1, 2), include_stop_str_in_output=True,
+    ignore_eos=True, skip_special_tokens=False, logprobs=0)
+  default = types.SamplingParams()
+  for name in _fields(types.SamplingParams):
+    assert getattr(sampling, name) != getattr(default, name)
+  assert service.sampling_of(
+    pb.SamplingParams(**dataclasses.asdict(sampling))) == sampling
+
+
+def test_unset_sampling_is_the_default() -> None:
+  assert service.sampling_of(pb.SamplingParams()) == types.SamplingParams()
+  assert service.sampling_of(
+    pb.SamplingParams(fill_context=False)) == types.SamplingParams()
+  assert service.sampling_of(
+    pb.SamplingParams(fill_context=True)).max_tokens is None
+
+
+def test_a_zero_that_was_set_is_not_taken_for_unset() -> None:
+  assert service.sampling_of(
+    pb.SamplingParams(temperature=0.0, seed=0, skip_special_tokens=False)
+  ) == types.SamplingParams(temperature=0.0, seed=0, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize('module', ['service', 'server', 'main'])
+def test_the_server_loads_no_jax(module: str) -> None:
+  code = (f'import sys, sarathi_jax.server.{module}; '
+          'print({"jax", "torch", "transformers"} & set(sys.modules))')
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+    check=True)
+  assert done.stdout.strip() == 'set()'
+
+
+def test_the_client_loads_only_the_protocol() -> None:
+  code = ('import sys, sarathi_jax.client; print(sorted(m for m in sys.modules '
+          'if m.startswith("sarathi_jax.") or m == "jax"))')
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+    check=True)
+  assert done.stdout.strip() == str([
+    'sarathi_jax.client', 'sarathi_jax.server',
+    'sarathi_jax.server.sarathi_pb2', 'sarathi_jax.server.sarathi_pb2_grpc'])
