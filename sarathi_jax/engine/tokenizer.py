@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import operator
 import pathlib
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import decoders
 from sarathi_jax import errors
 
 Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Tokenizer:
@@ -99,3 +101,26 @@ class TextStream:
     except Exception:  # 'Invalid prefix': text that the next token rewrites.
       self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
       return self._stream.step(self._tokenizer, token) or ''
+
+
+def encode_prompt(tokenizer: Tokenizer | None,
+                  prompt: Prompt) -> tuple[int, ...]:
+  """Token ids of a text, of a chat, or of token ids.
+
+  Raises:
+    InvalidRequestError: it is none of these, or there is no tokenizer.
+  """
+  is_chat = (not isinstance(prompt, str) and len(prompt) > 0
+             and isinstance(prompt[0], Mapping))
+  if isinstance(prompt, str) or is_chat:
+    if tokenizer is None:
+      raise errors.UnsupportedError(
+        'prompt: this model has no tokenizer; send token ids.')
+    return (tokenizer.apply_chat_template(prompt) if is_chat  # type: ignore
+            else tokenizer.encode(prompt))  # type: ignore
+  try:
+    return tuple(operator.index(token) for token in prompt)  # type: ignore
+  except TypeError:
+    raise errors.InvalidRequestError(
+      f'prompt={prompt!r}: must be a text, a list of token ids, or a list of '
+      'messages.') from None

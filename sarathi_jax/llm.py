@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine inside a JAX program: `LLM`. And what mains build engines with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sarathi_jax import checkpoint
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import collector
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import device_runner
+
+Params = Any  # a pytree of arrays, as models.param_specs says
+Prompt = tokenizer_lib.Prompt
+OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+  leaves, _ = jax.tree.flatten_with_path(
+    tree, is_leaf=lambda x: isinstance(x, models.ParamSpec))
+  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+          for path, leaf in leaves}
+
+
+def check_params(model: model_config_lib.ModelConfig, params: Params,
+                 dtype: Any = None) -> None:
+  """Holds live arrays to what the model takes.
+
+  Raises:
+    ConfigError: a leaf is missing, unknown, or of another shape or dtype;
+      names it.
+  """
+  specs = _named_leaves(models.param_specs(model))
+  leaves = _named_leaves(params)
+  for name in [*(specs.keys() - leaves.keys()),
+               *(leaves.keys() - specs.keys())]:
+    kind = 'missing' if name in specs else 'unknown'
+    raise errors.ConfigError(f'params.{name}: {kind} in a {model.family}.')
+  dtype = jnp.dtype(dtype or next(iter(leaves.values())).dtype)
+  for name, leaf in leaves.items():
+    if leaf.shape != specs[name].shape or leaf.dtype != dtype:
+      raise errors.ConfigError(
+        f'params.{name}: is {leaf.dtype}{list(leaf.shape)}; must be '
+        f'{dtype}{list(specs[name].shape)}.')
+
+
+def _check_device(params: Params, mesh: jax.sharding.Mesh | None) -> None:
+  devices = set(itertools.chain.from_iterable(
+    leaf.devices() for leaf in jax.tree.leaves(params)))
+  devices |= set(() if mesh is None else mesh.devices.flat)
+  if len(devices) > 1:
+    raise errors.UnsupportedError(
+      f'params or mesh span {len(devices)} devices: parallelism over devices '
+      'is not supported; put them on one.')
+
+
+class LLM:
+  """A language model that continues prompts, for use inside JAX programs.
+
+    llm = LLM.from_checkpoint('/path/to/checkpoint')
+    done, = llm.generate('Once upon', SamplingParams(temperature=0))
+    print(done.text, done.logprobs)
+
+  With live arrays, in a training loop on the same device:
+
+    llm = LLM(model_config, params=state.params, tokenizer=tokenizer)
+    for batch in data:
+      state = train_step(state, batch)
+      llm.update_params(state.params)     # no copy, no compile
+      rollouts = llm.generate(prompts, SamplingParams(seed=step))
+
+  Not thread-safe. Every step is compiled when it is made.
+
+  Args:
+    model: what the model is.
+    params: its weights; see `models.param_specs`. They are not copied, so
+      they must not be donated or deleted while this serves them.
+    mesh: where they are; of one device.
+    tokenizer: or the folder of one; None for token ids only.
+    config: of the engine.
+    eos_token_ids: tokens that end a sequence.
+    model_name: for people.
+    on_compiled: told how many steps are compiled, of how many.
+
+  Raises:
+    ConfigError: params, model or config don't fit each other or the device.
+  """
+
+  def __init__(self, model: model_config_lib.ModelConfig, params: Params, *,
+               mesh: jax.sharding.Mesh | None = None,
+               tokenizer: tokenizer_lib.Tokenizer | str | None = None,
+               config: config_lib.EngineConfig | None = None,
+               eos_token_ids: Sequence[int] = (), model_name: str = '',
+               on_compiled: OnCompiled = lambda done, total: None) -> None:
+    config = config or config_lib.EngineConfig()
+    policy = scheduler_lib.policy_class(config.policy)
+    if isinstance(tokenizer, (str, pathlib.Path)):
+      tokenizer = tokenizer_lib.Tokenizer(tokenizer)
+    check_params(model, params)
+    _check_device(params, mesh)
+    config_lib.check(
+      (config.max_model_len or 1) <= model.context_len, 'max_model_len',
+      config.max_model_len,
+      f'the model was made for at most {model.context_len} tokens')
+    if config.compilation_cache_dir:
+      _keep_compiled_in(config.compilation_cache_dir)
+
+    def limits(max_model_len: int,
+               num_pages: int) -> config_lib.SchedulerConfig:
+      return config_lib.SchedulerConfig(
+        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len, num_pages=num_pages,
+        page_size=config.page_size, look_ahead=config.look_ahead,
+        short_prompt_share=config.short_prompt_share,
+        eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
+
+    def max_step_tokens(max_model_len: int) -> int:
+      return policy.max_step_tokens(limits(max_model_len, max_model_len))
+
+    self.model = model
+    self._runner = device_runner.DeviceRunner(
+      model, params, config, max_step_tokens, on_compiled)
+    scheduler_config = limits(
+      self._runner.max_model_len, self._runner.num_pages)
+    self.engine = engine_lib.Engine(
+      policy(scheduler_config), self._runner, tokenizer=tokenizer,
+      info=engine_lib.EngineInfo(
+        model_name=model_name, family=model.family,
+        vocab_size=model.vocab_size,
+        max_model_len=scheduler_config.max_model_len,
+        eos_token_ids=tuple(eos_token_ids), policy=config.policy,
+        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+        num_pages=scheduler_config.num_pages, page_size=config.page_size))
+    self._dtype = jax.tree.leaves(params)[0].dtype
+    self._ids = itertools.count()
+
+  @classmethod
+  def from_checkpoint(
+      cls, path: str | pathlib.Path, *,
+      config: config_lib.EngineConfig | None = None,
+      cache_dir: str | pathlib.Path | None = None,
+      on_compiled: OnCompiled = lambda done, total: None) -> LLM:
+    """Loads a converted checkpoint, or a Hugging Face one.
+
+    Args:
+      path: folder of either kind, or a hub id.
+      config: of the engine.
+      cache_dir: where Hugging Face checkpoints are kept converted.
+      on_compiled: see `LLM`.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged or not supported.
+    """
+    folder = checkpoint.resolve(str(path), cache_dir)
+    metadata = checkpoint.load_metadata(folder)
+    return cls(
+      metadata.model, checkpoint.restore_params(folder), config=config,
+      tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
+      eos_token_ids=metadata.eos_token_ids,
+      model_name=pathlib.Path(path).name, on_compiled=on_compiled)
+
+  def generate(self, prompts: Prompt | Sequence[Prompt],
+               sampling: types.SamplingParams
+               | Sequence[types.SamplingParams] | None = None,
+               ) -> list[types.Completion]:
+    """Continues prompts, all at once, and waits for the last.
+
+    Args:
+      prompts: texts, lists of token ids, or chats (lists of messages); one or
+        a list of them.
+      sampling: for all of them, or one each.
+
+    Returns:
+      One completion a prompt, in order.
+
+    Raises:
+      InvalidRequestError: one can't be served; then none was started.
+    """
+    requests = self._requests(prompts, sampling)
+    collected = {r.request_id: collector.Collector(r) for r in requests}
+    done: dict[str, types.Completion] = {}
+    for delta in self._run(requests):
+      if completion := collected[delta.request_id].add(delta):
+        done[delta.request_id] = completion
+    return [done[r.request_id] for r in requests]
+
+  def stream(self, prompt: Prompt,
+             sampling: types.SamplingParams | None = None,
+             ) -> Iterator[types.OutputDelta]:
+    """Continues one prompt, token by token.
+
+    Leaving the loop early aborts the request.
+    """
+    return self._run(self._requests([prompt], sampling))
+
+  def update_params(self, params: Params) -> None:
+    """Serves new weights from now on, without compiling or copying.
+
+    What the KV cache holds is forgotten: requests under way are recomputed.
+
+    Raises:
+      ConfigError: another tree, shape or dtype; the old weights stay.
+    """
+    check_params(self.model, params, self._dtype)
+    _check_device(params, None)
+    self.engine.invalidate_cache()
+    self._runner.update_params(params)
+
+  def _run(self, requests: Sequence[types.Request],
+           ) -> Iterator[types.OutputDelta]:
+    """Runs requests to their end; aborts those left if the caller leaves."""
+    left = set()
+    try:
+      for request in requests:
+        self.engine.add(request)
+        left.add(request.request_id)
+      while left:
+        for delta in self.engine.step():
+          if delta.request_id in left:
+            if delta.finish_reason:
+              left.remove(delta.request_id)
+            yield delta
+    finally:
+      for request_id in left:
+        self.engine.abort(request_id)
+
+  def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
+    if _is_one_prompt(prompts):
+      prompts = [prompts]
+    prompts = list(prompts)
+    if sampling is None or isinstance(sampling, types.SamplingParams):
+      sampling = [sampling or types.SamplingParams()] * len(prompts)
+    if len(sampling) != len(prompts):
+      raise errors.InvalidRequestError(
+        f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '
+        'for all, or one each.')
+    now = self.engine.clock()
+    requests = [
+      types.Request(
+        request_id=f'llm-{next(self._ids)}', sampling=params,
+        prompt_token_ids=tokenizer_lib.encode_prompt(
+          self.engine.tokenizer, prompt),
+        arrival_time=now)
+      for prompt, params in zip(prompts, sampling)]
+    for request in requests:
+      self.engine.check(request)
+    return requests
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+  """A text, a list of token ids, or a chat; not a list of these."""
+  return isinstance(prompts, str) or (
+    len(prompts) > 0 and (isinstance(prompts[0], Mapping)
+                          or hasattr(prompts[0], '__index__')))
+
+
+def _keep_compiled_in(folder: str) -> None:
+  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scheduled batch as one int32 array, and back. NumPy; loads no JAX.
+
+All integers of a step travel to the device in one buffer, since each transfer
+costs more than its bytes. `BatchLayout` says where each field lies in it.
+
+Example, page_size=4, two decodes and a chunk, T=8, S=3, P=3:
+
+  sequence     computed  tokens now   cu_q_lens  kv_lens  page_indices
+  'a' decode   5         [7]          0..1       6        [2, 0, .]
+  'b' decode   3         on device    1..2       4        [5, ., .]
+  'c' chunk    4         [1, 2, 3]    2..5       7        [1, 3, .]
+
+  tokens = [7, 0, 1, 2, 3, 0, 0, 0]    'b' takes its token from slot 'b'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sarathi_jax import types
+
+# Bits of `flags`.
+FROM_DEVICE = 1  # the row's one token is in the device's array, by slot
+SAMPLES = 2  # a token is sampled from the row's last position
+
+
+class BatchArrays(NamedTuple):
+  """A batch's fields; int32 where not said otherwise. Padded rows are 0.
+
+  Attributes:
+    tokens: [T] ids.
+    cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
+    kv_lens: [S] tokens in the cache once this batch's were written.
+    page_indices: [S, P].
+    distribution: [2] number of decodes (first), number of sequences.
+    slots: [S] see `types.Chunk`.
+    flags: [S] FROM_DEVICE, SAMPLES.
+    prompt_lens, seeds, top_k: [S].
+    temperature, top_p, min_p: [S] float32.
+  """
+
+  tokens: Any
+  cu_q_lens: Any
+  kv_lens: Any
+  page_indices: Any
+  distribution: Any
+  slots: Any
+  flags: Any
+  prompt_lens: Any
+  seeds: Any
+  top_k: Any
+  temperature: Any
+  top_p: Any
+  min_p: Any
+
+
+_FLOATS = ('temperature', 'top_p', 'min_p')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchLayout:
+  """Where the fields of a batch lie in its buffer.
+
+  Attributes:
+    num_tokens: T, the bucket of the ladder.
+    num_rows: S, the most sequences such a batch has.
+    pages_per_seq: P.
+  """
+
+  num_tokens: int
+  num_rows: int
+  pages_per_seq: int
+
+  @property
+  def shapes(self) -> BatchArrays:
+    """The shape of each field, in the order they lie in the buffer."""
+    row = (self.num_rows,)
+    return BatchArrays(
+      (self.num_tokens,), (self.num_rows + 1,), row,
+      (self.num_rows, self.pages_per_seq), (2,), *[row] * 8)
+
+  @property
+  def size(self) -> int:
+    """int32 values in a buffer."""
+    return sum(int(np.prod(shape)) for shape in self.shapes)
+
+  def split(self, buffer: Any, to_float: Callable[[Any], Any]) -> BatchArrays:
+    """Views of a buffer's fields, NumPy's or JAX's.
+
+    Args:
+      buffer: [size] int32.
+      to_float: reinterprets int32 bits as float32.
+    """
+    fields, start = {}, 0
+    for name, shape in self.shapes._asdict().items():
+      stop = start + int(np.prod(shape))
+      field = buffer[start:stop].reshape(shape)
+      fields[name] = to_float(field) if name in _FLOATS else field
+      start = stop
+    return BatchArrays(**fields)
+
+
+class BatchBuilder:
+  """Packs batches. The result depends on the batch alone.
+
+  It remembers each slot's page table and sampling parameters as arrays: a
+  chunk passes on the same tuple until a page is added, and converting 256 of
+  them anew would cost more than the rest of the step's host work.
+  """
+
+  def __init__(self, max_num_seqs: int, pages_per_seq: int) -> None:
+    self._known: list[tuple[int, ...] | None] = [None] * max_num_seqs
+    self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
+    self._floats = np.zeros((3, max_num_seqs), np.float32)
+    self._top_k = np.zeros(max_num_seqs, np.int32)
+
+  def build(self, batch: types.ScheduledBatch,
+            layout: BatchLayout) -> np.ndarray:
+    """Packs a batch into a fresh [layout.size] int32 buffer."""
+    n = len(batch.chunks)
+    columns = types.Chunk(*zip(*batch.chunks))
+    buffer = np.zeros(layout.size, np.int32)
+    fields = layout.split(buffer, lambda bits: bits.view(np.float32))
+    for slot, table, sampling in zip(
+        columns.slot, columns.page_table, columns.sampling):
+      if self._known[slot] is not table:
+        self._remember(slot, table, sampling)
+    slots = np.array(columns.slot, np.int32)
+    fields.slots[:n] = slots
+    np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
+    fields.temperature[:n], fields.top_p[:n], fields.min_p[:n] = (
+      self._floats[:, slots])
+    fields.top_k[:n] = self._top_k[slots]
+    q_lens = np.array(columns.num_tokens, np.int32)
+    np.cumsum(q_lens, out=fields.cu_q_lens[1:n + 1])
+    fields.cu_q_lens[n + 1:] = batch.num_tokens
+    fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
+    fields.prompt_lens[:n] = columns.prompt_len
+    fields.seeds[:n] = columns.seed
+    fields.flags[:n] = [
+      (FROM_DEVICE if not tokens else 0) | (SAMPLES if samples else 0)
+      for tokens, samples in zip(columns.tokens, columns.samples)]
+    fields.tokens[:batch.num_tokens] = np.fromiter(
+      itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
+      np.int32, batch.num_tokens)
+    fields.distribution[:] = n - sum(columns.is_prefill), n
+    return buffer
+
+  def _remember(self, slot: int, table: tuple[int, ...],
+                sampling: types.SamplingParams) -> None:
+    self._pages[slot, :len(table)] = table
+    self._floats[:, slot] = (
+      sampling.temperature, sampling.top_p, sampling.min_p)
+    self._top_k[slot] = max(sampling.top_k, 0)
+    self._known[slot] = table
+
+
+def ladder(max_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
+  """Token counts to compile the step for, ascending.
+
+  Powers of two up to a half of the largest, then eighths of it in multiples
+  of 128: hybrid batches are near the budget nearly always, and padding there
+  is paid in full. The number of decodes at full load is one of them, too.
+
+    ladder(512, 128) -> (8, 16, 32, 64, 128, 256, 384, 512)
+  """
+  sizes = {max_tokens, min(max_num_seqs, max_tokens)}
+  size = 8
+  while size < max_tokens:
+    sizes.add(size)
+    size *= 2
+  step = max(128, -(-max_tokens // 8 // 128) * 128)
+  sizes.update(range(step, max_tokens, step)[max_tokens // 2 // step:])
+  return tuple(sorted(sizes))

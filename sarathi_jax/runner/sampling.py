@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing tokens, on the device.
+
+The random numbers of a token are those of `fold_in(fold_in(key, seed),
+position)`: a request's tokens depend on its seed alone, not on its batch,
+nor on chunks, preemptions or parallelism.
+
+Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Their
+thresholds are found by bisecting the bits of a float, 32 passes over the
+logits, instead of by sorting them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+_NEVER = -jnp.inf
+
+
+def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
+  """Bits of floats as unsigned integers of the same order."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  sign = jnp.uint32(0x80000000)
+  return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _largest_threshold(
+    keys: UInt[Array, 'S V'],
+    enough: Callable[[Bool[Array, 'S V']], Bool[Array, 'S']],
+) -> Bool[Array, 'S V']:
+  """The fewest largest keys of each row that are `enough`; ties all stay."""
+  def set_bit(i: Array, threshold: Array) -> Array:
+    candidate = threshold | (jnp.uint32(0x80000000) >> i.astype(jnp.uint32))
+    keep = enough(keys >= candidate[:, None])
+    return jnp.where(keep, candidate, threshold)
+
+  zeros = jnp.zeros(keys.shape[0], jnp.uint32)
+  return keys >= lax.fori_loop(0, 32, set_bit, zeros)[:, None]
+
+
+def filter_logits(
+    logits: Float[Array, 'S V'],
+    top_k: Int[Array, 'S'],
+    top_p: Float[Array, 'S'],
+    min_p: Float[Array, 'S'],
+) -> Float[Array, 'S V']:
+  """Logits with those of tokens that may not be sampled at minus infinity.
+
+  Args:
+    logits: divided by the temperature.
+    top_k: the likeliest tokens to keep; 0 for all.
+    top_p: keep the likeliest tokens that make up this probability.
+    min_p: keep tokens at least this fraction as likely as the likeliest.
+  """
+  relative = logits - logits.max(axis=-1, keepdims=True)
+  logits = jnp.where(relative >= jnp.log(min_p)[:, None], logits, _NEVER)
+  keys = _sortable(logits)
+  k = jnp.where(top_k > 0, top_k, logits.shape[-1])
+  kept = _largest_threshold(keys, lambda m: m.sum(-1, dtype=jnp.int32) >= k)
+  logits = jnp.where(kept, logits, _NEVER)
+  probs = jax.nn.softmax(logits, axis=-1)
+  kept = _largest_threshold(
+    keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p)
+  return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
+
+
+def sample(
+    logits: Float[Array, 'S V'],
+    temperature: Float[Array, 'S'],
+    top_k: Int[Array, 'S'],
+    top_p: Float[Array, 'S'],
+    min_p: Float[Array, 'S'],
+    seeds: Int[Array, 'S'],
+    positions: Int[Array, 'S'],
+) -> tuple[Int[Array, 'S'], Float[Array, 'S']]:
+  """Samples a token a row. Rows, and batches, only pay for what they ask.
+
+  Args:
+    logits: float32.
+    temperature: 0 for the likeliest token.
+    top_k, top_p, min_p: see `filter_logits`.
+    seeds: of the requests.
+    positions: of the sampled tokens in their sequences.
+
+  Returns:
+    Token ids (int32) and their log-probabilities under `logits` as they came,
+    before temperature and filters.
+  """
+  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def draw() -> Array:
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    scaled = lax.cond(
+      is_filtered.any(),
+      lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, scaled)
+
+    def noise(seed: Array, position: Array) -> Array:
+      key = jax.random.fold_in(jax.random.key(0), seed)
+      return jax.random.gumbel(
+        jax.random.fold_in(key, position), logits.shape[-1:])
+
+    drawn = jnp.argmax(scaled + jax.vmap(noise)(seeds, positions), axis=-1)
+    return jnp.where(temperature > 0, drawn.astype(jnp.int32), greedy)
+
+  tokens = lax.cond((temperature > 0).any(), draw, lambda: greedy)
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
