@@ -105,7 +105,7 @@ class Reader:
     row_shape = tensor.shape[1:]
     rows = np.empty((stop - start, *row_shape), tensor.numpy_dtype)
     row_bytes = math.prod(row_shape) * rows.itemsize
-    view = memoryview(rows.reshape(-1).view(np.uint8))
+    view = rows.reshape(-1).view(np.uint8).data
     offset = tensor.offset + start * row_bytes
     file = self._files[tensor.path]
     while view:

@@ -38,7 +38,7 @@ def _download(hub_id: str) -> pathlib.Path:
   import huggingface_hub
   try:
     return pathlib.Path(
-      huggingface_hub.snapshot_download(hub_id, allow_patterns=_FILES))
+      huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_FILES)))
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
     reason = str(e).strip().splitlines()
     raise errors.CheckpointError(

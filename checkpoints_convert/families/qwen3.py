@@ -24,7 +24,8 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
                             positions=32768)
   bias = attributes.take('attention_bias', False)
   return config_lib.LlamaConfig(
-    qk_norm=True, qkv_bias=bias, o_bias=bias, **{**fields, 'head_dim': head_dim},
+    qk_norm=True, qkv_bias=bias, o_bias=bias,
+    **{**fields, 'head_dim': head_dim},
     **qwen2.windows(attributes, fields['num_layers']))
 
 

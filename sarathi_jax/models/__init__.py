@@ -31,13 +31,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from sarathi_jax.models.attention import Attend, causal_attend
+  from sarathi_jax.models.attention import Attend
+  from sarathi_jax.models.attention import causal_attend
   from sarathi_jax.models.spec import ParamSpec
-  from sarathi_jax.models.transformer import (
-    forward, init_params, param_specs, unembed)
+  from sarathi_jax.models.transformer import forward
+  from sarathi_jax.models.transformer import init_params
+  from sarathi_jax.models.transformer import param_specs
+  from sarathi_jax.models.transformer import unembed
 
-__all__ = ['Attend', 'FAMILIES', 'ParamSpec', 'causal_attend', 'forward',
-           'init_params', 'param_specs', 'unembed']
+__all__ = [
+  'FAMILIES',
+  'Attend',
+  'ParamSpec',
+  'causal_attend',
+  'forward',
+  'init_params',
+  'param_specs',
+  'unembed',
+]
 
 # ModelConfig.family -> the module with its block.
 FAMILIES: Mapping[str, str] = {

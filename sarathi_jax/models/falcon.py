@@ -44,9 +44,8 @@ def block(
   out, layer_kv = attention.attention(
     config, params['attn'], layer_kv, normed,
     rotation=rotation, window=window, attend=attend)
-  if not config.parallel:
-    x, out = x + out, None
+  mlp_input = x if config.parallel else x + out
   if config.num_norms == 2:
-    normed = norm(params['mlp_norm'], x, config.norm_eps)
+    normed = norm(params['mlp_norm'], mlp_input, config.norm_eps)
   mlp = layers.plain_mlp(params['mlp'], normed, config.activation)
-  return x + (mlp if out is None else mlp + out), layer_kv
+  return x + (mlp + out), layer_kv

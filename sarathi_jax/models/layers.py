@@ -28,10 +28,10 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def embed(table: Float[Array, 'V D'], tokens: Int[Array, 'T']
+def embed(table: Float[Array, 'V D'], tokens: Int[Array, ' T']
           ) -> Float[Array, 'T D']:
-  """Rows of the embedding."""
-  return jnp.take(table, tokens, axis=0)
+  """Rows of the embedding. Ids outside [0, V) are the caller's to refuse."""
+  return jnp.take(table, tokens, axis=0, mode='clip')
 
 
 def rms_norm(params: Params, x: Float[Array, '*rows D'], eps: float

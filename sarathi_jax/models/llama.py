@@ -45,4 +45,5 @@ def block(
     rotation=rotation, window=window, attend=attend)
   x = x + out
   normed = norm(params['mlp_norm'], x, config.norm_eps)
-  return x + layers.gated_mlp(params['mlp'], normed, config.activation), layer_kv
+  x = x + layers.gated_mlp(params['mlp'], normed, config.activation)
+  return x, layer_kv

@@ -23,8 +23,8 @@ Rotation = tuple[Array, Array]  # cos, sin [T, rotary_dim / 2] float32
 def tables(
   config: config_lib.RopeConfig,
   head_dim: int,
-  positions: Int[Array, 'T'],
-  rope_lens: Int[Array, 'T'] | None,
+  positions: Int[Array, ' T'],
+  rope_lens: Int[Array, ' T'] | None,
 ) -> Rotation:
   """The cosine and sine of every token's angles.
 
@@ -124,7 +124,7 @@ _STATIC: Mapping[
 
 
 def _dynamic(config: config_lib.RopeConfig, dim: int,
-             lens: Int[Array, 'T']) -> Float[Array, 'T pairs']:
+             lens: Int[Array, ' T']) -> Float[Array, 'T pairs']:
   """Dynamic NTK: the base grows with the length beyond the original."""
   assert config.factor and config.original_max_position
   original = config.original_max_position

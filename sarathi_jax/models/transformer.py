@@ -72,13 +72,13 @@ def init_params(
   return jax.tree_util.tree_map_with_path(draw, param_specs(config))
 
 
-def forward(
+def forward(  # noqa: PLR0917 - the order that a step has them in
   config: config_lib.ModelConfig,
   params: layers.Params,
   kv: Sequence[attention.LayerKv],
-  tokens: Int[Array, 'T'],
-  positions: Int[Array, 'T'],
-  rope_lens: Int[Array, 'T'] | None,
+  tokens: Int[Array, ' T'],
+  positions: Int[Array, ' T'],
+  rope_lens: Int[Array, ' T'] | None,
   attend: attention.Attend,
 ) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
   """Runs tokens through all layers.
