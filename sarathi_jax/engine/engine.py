@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 import dataclasses
+import numbers
 import time
 from typing import Any, Protocol
 
@@ -116,6 +117,12 @@ class Engine:
     sampling = request.sampling
     for field, ids in (('prompt_token_ids', request.prompt_token_ids),
                        ('stop_token_ids', sampling.stop_token_ids)):
+      for kind in set(map(type, ids)):
+        if kind is bool or not issubclass(kind, numbers.Integral):
+          bad = next(i for i in ids if type(i) is kind)
+          raise errors.InvalidRequestError(
+            f'{request.request_id}: {field} has {bad!r}; token ids must be '
+            'integers.')
       if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
         bad = next(i for i in ids if not 0 <= i < self.info.vocab_size)
         raise errors.InvalidRequestError(
@@ -139,6 +146,7 @@ class Engine:
     if self._live.pop(request_id, None) is None:
       return False
     self._scheduler.remove(request_id)
+    self._drained = [d for d in self._drained if d.request_id != request_id]
     self.metrics.num_aborted += 1
     return True
 
@@ -216,7 +224,7 @@ class Engine:
         if reason is None:
           self._scheduler.remove(request_id)
         reason = types.FinishReason.STOP
-      elif reason is types.FinishReason.LENGTH:
+      elif reason is not None:
         text += live.detokenizer.flush()
     if reason is None:
       return types.OutputDelta(request_id, text, (token,), (logprob,))
