@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 from sarathi_jax import errors
@@ -21,6 +22,11 @@ def check(ok: bool, field: str, value: Any, rule: str) -> None:
   """Raises ConfigError unless `ok`."""
   if not ok:
     raise errors.ConfigError(f'{field}={value!r}: {rule}.')
+
+
+def default_cache_dir() -> pathlib.Path:
+  """Where what is made anew only once is kept: converted checkpoints."""
+  return pathlib.Path('~/.cache/sarathi_jax').expanduser()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

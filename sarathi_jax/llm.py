@@ -164,7 +164,8 @@ class LLM:
     Raises:
       CheckpointError: there is none, or it is damaged or not supported.
     """
-    folder = checkpoint.resolve(str(path), cache_dir)
+    folder = checkpoint.resolve(
+      path, cache_dir or config_lib.default_cache_dir())
     metadata = checkpoint.load_metadata(folder)
     return cls(
       metadata.model, checkpoint.restore_params(folder), config=config,

@@ -48,7 +48,7 @@ class StepPrograms:
       for n in self.sizes}
     self._steps: dict[int, Any] = {}
     self._max_num_seqs = max_num_seqs
-    self._fixed = dict(model=model, page_size=page_size, attention=attention)
+    self._fixed: dict[str, Any] = dict(model=model, page_size=page_size, attention=attention)
 
   def lower(self, size: int, params: Params, kv: Any) -> Any:
     """The step of one size, lowered for arguments like these."""
@@ -79,9 +79,10 @@ class StepPrograms:
   def temp_bytes(self, params: Params, kv: Any) -> int:
     """Device memory that the largest step needs beside its arguments."""
     compiled = self.lower(self.sizes[-1], params, kv).compile()
-    analysis = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - (
+    analysis: Any = compiled.memory_analysis()
+    extra: int = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - (
       analysis.alias_size_in_bytes)
+    return extra
 
   def size_for(self, num_tokens: int) -> int:
     """The smallest compiled size that holds so many tokens."""

@@ -17,10 +17,10 @@ from typing import NoReturn
 from absl import app
 from absl import flags
 import rich.console
-import rich.table
 
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
+from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import server as server_lib
 
@@ -52,33 +52,33 @@ def main(argv: list[str]) -> None:
     config = server_lib.ServerConfig(
       host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
     engine_config = engine_flags.engine_config_from_flags()
+    scheduler_lib.policy_class(engine_config.policy)  # now, not once loaded
   except errors.SarathiError as error:
     _fail(error)
 
   def make_engine() -> engine_lib.Engine:
     # Not on top: a flag that is wrong or a port in use is told at once.
-    from sarathi_jax import llm
-    return llm.build_engine(FLAGS.checkpoint, engine_config)
+    from sarathi_jax import loading
+    return loading.load_llm(
+      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir).engine
 
-  run(config, make_engine, f'Loading {FLAGS.checkpoint}')
+  run(config, make_engine)
 
 
 def run(config: server_lib.ServerConfig,
-        make_engine: Callable[[], engine_lib.Engine], title: str) -> NoReturn:
+        make_engine: Callable[[], engine_lib.Engine]) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
     config: where.
-    make_engine: makes the engine, warm.
-    title: what to tell while that goes on.
+    make_engine: makes the engine, warm, and shows how far it is.
   """
   console = rich.console.Console(highlight=False)
 
   def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
-    console.print(_table(info))
     target = '' if port == 50051 else f'--target=localhost:{port} '
     console.print(
-      f'Serving at {config.host}:{port}. Try:\n'
+      f'Serving {info.model_name} at {config.host}:{port}. Try:\n'
       f'  python -m sarathi_jax.client {target}"Once upon a time"',
       markup=False, soft_wrap=True)
 
@@ -87,7 +87,6 @@ def run(config: server_lib.ServerConfig,
     code = await server_lib.serve(server, on_ready)
     return code, server.is_stuck
 
-  console.print(title, markup=False, soft_wrap=True)
   try:
     code, is_stuck = asyncio.run(serve())
   except errors.SarathiError as error:
@@ -98,19 +97,6 @@ def run(config: server_lib.ServerConfig,
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
-
-
-def _table(info: engine_lib.EngineInfo) -> rich.table.Table:
-  table = rich.table.Table(show_header=False, box=None)
-  for name, value in (
-      ('model', f'{info.model_name} ({info.family})'),
-      ('context', f'{info.max_model_len} tokens'),
-      ('policy', f'{info.policy}, {info.token_budget} tokens a step'),
-      ('sequences', f'{info.max_num_seqs} at once'),
-      ('KV cache', f'{info.num_pages} pages of {info.page_size} tokens'),
-  ):
-    table.add_row(name, value)
-  return table
 
 
 def _fail(error: errors.SarathiError) -> NoReturn:

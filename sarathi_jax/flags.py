@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that all mains share: they make an `EngineConfig`. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import runpy
+from typing import Any
+
+from absl import flags
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+
+FLAGS = flags.FLAGS
+
+# Field of EngineConfig -> (kind of flag, help). Without a flag, the value is
+# that of --config, else the default.
+_ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
+  'policy': (flags.DEFINE_string,
+             'sarathi, vllm, orca or faster_transformer.'),
+  'token_budget': (flags.DEFINE_integer, 'The most tokens of a step.'),
+  'max_num_seqs': (flags.DEFINE_integer,
+                   'The most sequences running at once.'),
+  'max_model_len': (flags.DEFINE_integer,
+                    'The most tokens of a sequence, prompt and output.'),
+  'page_size': (flags.DEFINE_integer, 'Tokens in a page of the KV cache.'),
+  'num_pages': (flags.DEFINE_integer, 'Pages in the KV cache.'),
+  'kv_cache_gib': (flags.DEFINE_float, 'Size of the KV cache, GiB.'),
+  'memory_utilization': (flags.DEFINE_float,
+                         'The part of the device\'s memory to use.'),
+  'look_ahead': (flags.DEFINE_bool,
+                 'Launch a step before the one before it was fetched.'),
+  'short_prompt_share': (
+    flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
+    'leaves to shorter ones behind it.'),
+  'attention': (flags.DEFINE_string, 'Implementation of attention.'),
+  'seed': (flags.DEFINE_integer,
+           'Of the random numbers of requests without a seed.'),
+}
+
+
+def define_engine_flags() -> None:
+  """Defines a flag for every field of EngineConfig, and --config."""
+  flags.DEFINE_string(
+    'config', None, 'Python file with get_config() -> EngineConfig; see '
+    'configs/. Other flags override its fields.')
+  flags.DEFINE_string(
+    'cache_dir', str(config_lib.default_cache_dir()), 'Where compiled steps and converted '
+    'Hugging Face checkpoints are kept; empty: compiled steps are not kept.')
+  for name, (define, text) in _ENGINE_FLAGS.items():
+    define(name, None, text)
+
+
+def engine_config_from_flags() -> config_lib.EngineConfig:
+  """The configuration that the flags ask for.
+
+  Raises:
+    ConfigError: it can't work, or --config can't be read.
+  """
+  config = _config_file(FLAGS.config) if FLAGS.config else (
+    config_lib.EngineConfig())
+  given: dict[str, Any] = {
+    name: FLAGS[name].value for name in _ENGINE_FLAGS
+    if FLAGS[name].value is not None}
+  if FLAGS.cache_dir and config.compilation_cache_dir is None:
+    given['compilation_cache_dir'] = str(
+      pathlib.Path(FLAGS.cache_dir) / 'compiled')
+  return dataclasses.replace(config, **given)
+
+
+def _config_file(path: str) -> config_lib.EngineConfig:
+  try:
+    config = runpy.run_path(path)['get_config']()
+  except FileNotFoundError:
+    raise errors.ConfigError(f'config={path!r}: no such file.') from None
+  except KeyError:
+    raise errors.ConfigError(
+      f'config={path!r}: must define get_config().') from None
+  if not isinstance(config, config_lib.EngineConfig):
+    raise errors.ConfigError(
+      f'config={path!r}: get_config() must return an EngineConfig, not '
+      f'{config!r}.')
+  return config

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model for a main, and shows how far it is."""
+
+from __future__ import annotations
+
+import time
+
+import rich.console
+import rich.progress
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import llm as llm_lib
+
+
+def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
+             cache_dir: str | None = None,
+             console: rich.console.Console | None = None) -> llm_lib.LLM:
+  """`LLM.from_checkpoint` with a progress bar on standard error."""
+  console = console or rich.console.Console(stderr=True)
+  start = time.monotonic()
+  with rich.progress.Progress(
+      rich.progress.TextColumn('{task.description}'),
+      rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
+      rich.progress.TimeElapsedColumn(), console=console,
+      transient=True) as progress:
+    task = progress.add_task('Loading weights', total=None)
+
+    def on_compiled(done: int, total: int) -> None:
+      progress.update(task, description='Compiling steps', completed=done,
+                      total=total)
+
+    llm = llm_lib.LLM.from_checkpoint(
+      checkpoint, config=config, cache_dir=cache_dir,
+      on_compiled=on_compiled)
+  info = llm.engine.info
+  console.print(
+    f'[bold]{info.model_name}[/] ({info.family}) ready after '
+    f'{time.monotonic() - start:.1f} s: {info.policy}, '
+    f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
+    f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
+    f'{info.max_model_len:,} a sequence.', highlight=False)
+  return llm
