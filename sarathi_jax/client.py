@@ -163,10 +163,10 @@ def _explain(call: Any) -> str:
           'python -m sarathi_jax.server, or give its --target')
 
 
-def cli() -> None:
+def run() -> None:
   define_flags()
   app.run(main)
 
 
 if __name__ == '__main__':
-  cli()
+  run()

@@ -3,4 +3,4 @@
 
 from sarathi_jax.server import main
 
-main.cli()
+main.run()

@@ -97,7 +97,8 @@ class EngineThread:
     self._wakeup = threading.Condition()  # guards the next three
     self._inbox: list[_Command] = []
     self._stopping = False
-    self._gone: Callable[[], errors.EngineDeadError] | None = None  # once it is over
+    # Makes errors for those who come too late; None while it goes on.
+    self._gone: Callable[[], errors.EngineDeadError] | None = None
     # The engine thread's own. Deltas are routed here, not by request id on
     # the event loop, where one of a request just closed could still reach
     # another that took over its id.

@@ -112,7 +112,7 @@ class Frontend:
     self._all_closed.clear()
     try:
       request = await self._prepare(
-        prompt, sampling, uuid.uuid4().hex if request_id is None else request_id)
+        prompt, sampling, request_id or uuid.uuid4().hex)
       with contextlib.closing(self._engine_thread.submit(request)) as stream:
         self._streams.add(stream)
         try:

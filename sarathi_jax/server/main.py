@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir).engine
 
-  run(config, make_engine)
+  serve(config, make_engine)
 
 
-def run(config: server_lib.ServerConfig,
-        make_engine: Callable[[], engine_lib.Engine]) -> NoReturn:
+def serve(config: server_lib.ServerConfig,
+          make_engine: Callable[[], engine_lib.Engine]) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
@@ -82,13 +82,13 @@ def run(config: server_lib.ServerConfig,
       f'  python -m sarathi_jax.client {target}"Once upon a time"',
       markup=False, soft_wrap=True)
 
-  async def serve() -> tuple[int, bool]:
+  async def served() -> tuple[int, bool]:
     server = server_lib.Server(config, make_engine)
     code = await server_lib.serve(server, on_ready)
     return code, server.is_stuck
 
   try:
-    code, is_stuck = asyncio.run(serve())
+    code, is_stuck = asyncio.run(served())
   except errors.SarathiError as error:
     _fail(error)
   if is_stuck:
@@ -104,7 +104,7 @@ def _fail(error: errors.SarathiError) -> NoReturn:
   sys.exit(1)
 
 
-def cli() -> None:
+def run() -> None:
   """The console script sarathi-serve."""
   define_flags()
   app.run(main)

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 import dataclasses
 import signal
+import socket
 from typing import Any
 
 from absl import logging
@@ -102,13 +103,7 @@ class Server:
     health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
     reflection.enable_server_reflection(
       (service.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-    address = f'{self._config.host}:{self._config.port}'
-    try:
-      self.port = self._grpc.add_insecure_port(address)
-    except RuntimeError as error:
-      raise errors.ConfigError(
-        f'port={self._config.port}: can\'t listen at {address}; is another '
-        'server running there? Choose a --port that is free.') from error
+    self.port = _bind(self._grpc, self._config)
     await self._grpc.start()
     self._loading = self._engine_thread.start()
 
@@ -156,6 +151,25 @@ class Server:
   async def _set_health(self, status: int) -> None:
     for name in _HEALTH_NAMES:
       await self._health.set(name, status)
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+  """Returns the port; ConfigError if the address can't be had."""
+  host, port = config.host, config.port
+  address = f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+  try:
+    # gRPC would not tell why, but log it.
+    family, kind, protocol, _, location = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(location)
+    return server.add_insecure_port(address)
+  except (OSError, RuntimeError) as error:
+    reason = getattr(error, 'strerror', None) or str(error)
+    raise errors.ConfigError(
+      f'port={port}: can\'t listen at {address}: {reason}. Is another server '
+      'running there? Then choose another --port.') from error
 
 
 async def serve(server: Server,

@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import fake
 import grpc
 import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import status
+from tests.server import fake
 
 IDS = {'token_ids': [1, 2]}
 

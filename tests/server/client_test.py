@@ -12,8 +12,9 @@ import subprocess
 import sys
 from typing import Any
 
-import fake
 import pytest
+
+from tests.server import fake
 
 ROOT = pathlib.Path(__file__).parents[2]
 

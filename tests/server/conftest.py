@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import pathlib
-import sys
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-
-import fake  # noqa: E402
+from tests.server import fake
 
 
 @pytest.fixture(scope='session')

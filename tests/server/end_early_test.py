@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import fake
 import grpc
 import pytest
 
 from sarathi_jax.server import sarathi_pb2 as pb
+from tests.server import fake
 
 LONG = {'max_tokens': 100}
 

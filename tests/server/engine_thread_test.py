@@ -6,17 +6,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 import contextlib
+import functools
 import random
 import threading
 from typing import Any
 
-import fake
 import pytest
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import engine_thread
+from tests.server import fake
 
 
 def _request(request_id: str, *, max_tokens: int = 5,
@@ -182,11 +183,12 @@ def test_everything_runs_on_one_thread() -> None:
     return fake.make_engine()
 
   async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
+    def spy(method: Callable[..., Any], *args: Any) -> Any:
+      threads.add(threading.get_ident())
+      return method(*args)
+
     for name in ('add', 'abort', 'step', 'stats'):
-      def spied(*args: Any, method: Any = getattr(engine, name)) -> Any:
-        threads.add(threading.get_ident())
-        return method(*args)
-      setattr(engine, name, spied)
+      setattr(engine, name, functools.partial(spy, getattr(engine, name)))
     thread.submit(_request('b', max_tokens=100)).close()
     await _tokens(thread.submit(_request('a')))
     await thread.call(lambda engine: engine.stats())

@@ -170,19 +170,20 @@ class RunningServer:
 
 
 def main() -> None:
-  """PORT DRAIN_S [FOLDER-OF-A-TOKENIZER]; loads for ever without the last."""
+  """PORT DRAIN_S [TOKENIZER-FOLDER]; without the last loading is stuck."""
   from sarathi_jax.server import main as main_lib
 
   port, drain_s, *folder = sys.argv[1:]
 
   def make() -> engine_lib.Engine:
     if not folder:
+      print('Stuck', flush=True)
       threading.Event().wait()
     return make_engine(tokenizer_folder=pathlib.Path(folder[0]),
                        max_model_len=2**20, num_pages=2**18)
 
-  main_lib.run(server_lib.ServerConfig(port=int(port), drain_s=float(drain_s)),
-               make, 'Loading')
+  main_lib.serve(
+    server_lib.ServerConfig(port=int(port), drain_s=float(drain_s)), make)
 
 
 if __name__ == '__main__':

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import uuid
 
-import fake
 import pytest
 
 from sarathi_jax.server import sarathi_pb2 as pb
+from tests.server import fake
 
 
 def _tokens(responses: list[pb.GenerateResponse]) -> list[int]:

@@ -8,7 +8,6 @@ import contextlib
 import threading
 from typing import Any
 
-import fake
 import grpc
 from grpc_health.v1 import health_pb2
 from grpc_health.v1 import health_pb2_grpc
@@ -19,6 +18,7 @@ from sarathi_jax import errors
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import server as server_lib
 from sarathi_jax.server import service
+from tests.server import fake
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -136,7 +136,7 @@ def test_a_port_in_use_is_refused(server: fake.RunningServer) -> None:
     await server_lib.Server(config, fake.make_engine).start()
 
   with pytest.raises(errors.ConfigError,
-                     match=f'port={server.server.port}: .*another server'):
+                     match=f'port={server.server.port}: .*in use'):
     server.run(start_another())
 
 

@@ -49,7 +49,7 @@ def test_messages_have_the_fields_of_the_types() -> None:
   assert _names(pb.Timing) | {'num_prompt_tokens', 'num_output_tokens'} == (
     _fields(types.RequestMetrics))
   assert {name.removeprefix('FINISH_REASON_').lower()
-          for name in pb.FinishReason.keys()} - {'unspecified'} == {
+          for name, _ in pb.FinishReason.items()} - {'unspecified'} == {
     reason.value for reason in types.FinishReason}
 
 
