@@ -66,6 +66,20 @@ class Attributes:
       raise self.error(f'{name}: missing')
     return self._values.pop(name)
 
+  def size(self, name: str, default: int | None = None) -> int:
+    """An integer >= 1, which is calculated with here.
+
+    Args:
+      name: the attribute.
+      default: for when it is absent; None if it must not be.
+    """
+    value = self.take(name, default)
+    if value is None:
+      raise self.error(f'{name}: missing')
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise self.refuse(name, value, 'must be an integer >= 1')
+    return value
+
   def refuse(self, name: str, value: Any, rule: str) -> errors.CheckpointError:
     """The error for a value that can't be honoured."""
     return self.error(f'{name}={value!r}: {rule}')
@@ -110,6 +124,8 @@ def read(folder: pathlib.Path
     raise
   except errors.ConfigError as e:
     raise attributes.error(str(e).rstrip('.')) from e
+  except (AttributeError, TypeError, ValueError) as e:
+    raise attributes.error(f'an attribute is of the wrong type: {e}') from e
   attributes.finish()
   return model, family.rules(model), raw
 
@@ -151,15 +167,15 @@ def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
     positions: the default of max_position_embeddings.
     tied: the default of tie_word_embeddings.
   """
-  num_heads = attributes.require('num_attention_heads')
-  hidden_size = attributes.require('hidden_size')
+  num_heads = attributes.size('num_attention_heads')
+  hidden_size = attributes.size('hidden_size')
   rope, length = read_rope(
-    attributes, theta, attributes.take('max_position_embeddings', positions))
+    attributes, theta, attributes.size('max_position_embeddings', positions))
   return dict(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.require('intermediate_size'),
-    num_layers=attributes.require('num_hidden_layers'),
+    num_layers=attributes.size('num_hidden_layers'),
     num_heads=num_heads,
     num_kv_heads=(attributes.take('num_key_value_heads', kv_heads)
                   or num_heads),

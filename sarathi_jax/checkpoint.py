@@ -31,6 +31,8 @@ METADATA = 'sarathi.json'
 PARAMS = 'params'
 
 DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
+_ZARR_DTYPES: Mapping[str, str] = {
+  'bfloat16': 'bfloat16', 'float16': '<f2', 'float32': '<f4'}
 
 # What of generation_config.json is kept: names of SamplingParams' fields, and
 # do_sample, without which transformers ignores them.
@@ -208,6 +210,10 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
     raise errors.CheckpointError(
       f'{folder.parent}: {name} has shape {stored_shape}; the model wants '
       f'{shape}.')
+  if stored.get('dtype') != _ZARR_DTYPES[dtype]:
+    raise errors.CheckpointError(
+      f'{folder.parent}: {name} is stored as {stored.get("dtype")}, and not '
+      f'as {dtype}.')
   if stored.get('compressor') is not None:
     return
   num_bytes = math.prod(chunks) * DTYPE_BYTES[dtype]

@@ -24,16 +24,16 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
   if attributes.take('alibi', False):
     raise attributes.refuse(
       'alibi', True, 'only Falcon models with rotary embeddings are supported')
-  hidden_size = attributes.require('hidden_size')
-  num_heads = attributes.require('num_attention_heads')
+  hidden_size = attributes.size('hidden_size')
+  num_heads = attributes.size('num_attention_heads')
   parallel, num_norms, num_kv_heads = _variant(attributes, num_heads)
   rope, length = hf_config.read_rope(
-    attributes, 10000.0, attributes.take('max_position_embeddings', 2048))
+    attributes, 10000.0, attributes.size('max_position_embeddings', 2048))
   return config_lib.FalconConfig(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.take('ffn_hidden_size') or 4 * hidden_size,
-    num_layers=attributes.require('num_hidden_layers'),
+    num_layers=attributes.size('num_hidden_layers'),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=hidden_size // num_heads,
