@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small byte-level BPE tokenizer, trained on the spot."""
+"""Small tokenizers of the two kinds that checkpoints have, made on the spot."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pathlib
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
+from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import processors
 from tokenizers import trainers
@@ -43,10 +44,28 @@ def make() -> tokenizers.Tokenizer:
   return tokenizer
 
 
+@functools.cache
+def make_sentencepiece() -> tokenizers.Tokenizer:
+  """As Llama 2's: spaces belong to words, and strange characters are bytes."""
+  pieces = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)),
+            *'\u2581abcdefghijklmnopqrstuvwxyz.,', 'th', 'the', '\u2581the']
+  tokenizer = tokenizers.Tokenizer(models.BPE(
+    vocab={piece: i for i, piece in enumerate(pieces)},
+    merges=[('t', 'h'), ('th', 'e'), ('\u2581', 'the')],
+    unk_token='<unk>', byte_fallback=True, fuse_unk=True))
+  tokenizer.normalizer = normalizers.Sequence([
+    normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+  tokenizer.decoder = decoders.Sequence([
+    decoders.Replace('\u2581', ' '), decoders.ByteFallback(),
+    decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+  tokenizer.add_special_tokens(['<s>', '</s>'])
+  return tokenizer
+
+
 def write(folder: pathlib.Path, chat_template: str | None = CHAT_TEMPLATE,
-          ) -> pathlib.Path:
+          tokenizer: tokenizers.Tokenizer | None = None) -> pathlib.Path:
   """Writes the files of a checkpoint's tokenizer; returns the folder."""
-  make().save(str(folder / 'tokenizer.json'))
+  (tokenizer or make()).save(str(folder / 'tokenizer.json'))
   config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>',
             'eos_token': '</s>'}
   if chat_template is not None:

@@ -106,7 +106,7 @@ class Engine:
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
     self._scheduler = scheduler
-    self._runner = runner
+    self.runner = runner
     self._live: dict[str, _Live] = {}
     self._in_flight: deque[tuple[types.ScheduledBatch, Pending]] = deque()
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
@@ -157,9 +157,9 @@ class Engine:
   def step(self) -> list[types.OutputDelta]:
     """Launches what can be launched, then completes the oldest batch."""
     while (batch := self._scheduler.schedule(self.clock())).chunks:
-      self._in_flight.append((batch, self._runner.launch(batch)))
+      self._in_flight.append((batch, self.runner.launch(batch)))
       self.metrics.record_step(
-        batch.num_tokens, self._runner.num_rows(batch.num_tokens))
+        batch.num_tokens, self.runner.num_rows(batch.num_tokens))
     outputs, self._drained = self._drained, []
     if self._in_flight:
       outputs += self._complete_oldest()
@@ -189,7 +189,7 @@ class Engine:
 
   def _complete_oldest(self) -> list[types.OutputDelta]:
     batch, pending = self._in_flight.popleft()
-    events = self._scheduler.complete(batch, self._runner.fetch(pending))
+    events = self._scheduler.complete(batch, self.runner.fetch(pending))
     now = self.clock()
     self._record_times(events, now)
     return [self._output(event, now) for event in events]
@@ -206,8 +206,7 @@ class Engine:
       else:
         gap = now - times.last_token
         gaps.append(gap)
-        if gap > times.max_gap:
-          times.max_gap = gap
+        times.max_gap = max(times.max_gap, gap)
       times.last_token = now
     self.metrics.tbt_s.add(gaps)
     self.metrics.ttft_s.add(first)

@@ -101,7 +101,7 @@ class EngineMetrics:
 
 @dataclasses.dataclass(slots=True)
 class RequestTimes:
-  """When the tokens of a running request came, seconds on the engine's clock."""
+  """When a running request's tokens came, seconds on the engine's clock."""
 
   first_token: float | None = None
   last_token: float | None = None

@@ -90,9 +90,27 @@ class TextStream:
                skip_special_tokens: bool) -> None:
     self._tokenizer = tokenizer
     self._skip = skip_special_tokens
-    # The prompt's end tells whether the first word begins with a space.
+    seen, unfinished = self._split(prompt)
     self._stream = decoders.DecodeStream(
-      ids=list(prompt[-6:]), skip_special_tokens=skip_special_tokens)
+      ids=seen, skip_special_tokens=skip_special_tokens)
+    for token in unfinished:
+      self.step(token)
+
+  def _split(self, prompt: Sequence[int]) -> tuple[list[int], Sequence[int]]:
+    """The prompt's end, and what it leaves of an unfinished character.
+
+    The end tells whether the first word begins with a space. It must be whole
+    characters (of up to four tokens each), or the stream would repeat them.
+    """
+    for stop in range(len(prompt), max(len(prompt) - 4, 0), -1):
+      for start in range(stop - 6, stop - 10, -1):
+        seen = list(prompt[max(start, 0):stop])
+        text = self._tokenizer.decode(seen, skip_special_tokens=self._skip)
+        if '\ufffd' not in text:
+          return seen, prompt[stop:]
+        if start <= 0:
+          break
+    return [], ()
 
   def step(self, token: int) -> str:
     """The text that `token` completes; '' in the middle of a character."""

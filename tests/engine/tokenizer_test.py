@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to ids and back, whole and as a stream."""
+
+from __future__ import annotations
+
+import pathlib
+
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+import tokenizers
+
+from sarathi_jax import errors
+from sarathi_jax.engine import tokenizer as tokenizer_lib
+from tests import tokenizer_fixture
+
+PIECES = ('the ', 'fox', 'a ', ' ', '  ', '\n', 'x', 'é', '日本', '🎉')
+texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map(''.join)
+
+
+@pytest.fixture(scope='module', params=['byte_level', 'sentencepiece'])
+def tokenizer(request: pytest.FixtureRequest,
+              tmp_path_factory: pytest.TempPathFactory,
+              ) -> tokenizer_lib.Tokenizer:
+  made: tokenizers.Tokenizer = {
+    'byte_level': tokenizer_fixture.make,
+    'sentencepiece': tokenizer_fixture.make_sentencepiece}[request.param]()
+  return tokenizer_lib.Tokenizer(tokenizer_fixture.write(
+    tmp_path_factory.mktemp('tokenizer'), tokenizer=made))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return tokenizer_fixture.write(tmp_path_factory.mktemp('tokenizer'))
+
+
+@hypothesis.given(text=texts, data=st.data())
+@hypothesis.settings(max_examples=200, deadline=None)
+def test_a_stream_says_what_follows_the_prompt(
+    tokenizer: tokenizer_lib.Tokenizer, text: str, data: st.DataObject,
+) -> None:
+  """The prompt may end anywhere, within a character too."""
+  ids = tokenizer.encode(text)
+  cut = data.draw(st.integers(0, len(ids)), 'length of the prompt')
+  stream = tokenizer.stream(ids[:cut], skip_special_tokens=True)
+  new = [stream.step(token) for token in ids[cut:]]
+  prefixes = (tokenizer.decode(ids[:n]) for n in range(cut + 1))
+  whole = max((p for p in prefixes if '\ufffd' not in p), key=len)
+  assert whole + ''.join(new) == tokenizer.decode(ids)
+  assert '\ufffd' not in ''.join(new)
+
+
+def test_a_character_comes_whole_with_its_last_token(
+    folder: pathlib.Path) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(folder)
+  ids = tokenizer.encode('é🎉')
+  assert len(ids) == 1 + 2 + 4  # '<s>', then a token for each byte.
+  stream = tokenizer.stream((), skip_special_tokens=True)
+  assert [stream.step(t) for t in ids] == ['', '', 'é', '', '', '', '🎉']
+
+
+def test_broken_bytes_are_marked_and_the_text_goes_on(
+    folder: pathlib.Path) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(folder)
+  first_bytes = tokenizer.encode('🎉')[1:3]
+  stream = tokenizer.stream(tokenizer.encode('a'), skip_special_tokens=True)
+  ids = (*first_bytes, *tokenizer.encode(' the')[1:])
+  assert ''.join(stream.step(t) for t in ids) == '\ufffd the'
+
+
+def test_special_tokens_are_shown_where_asked_for(
+    folder: pathlib.Path) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(folder)
+  ids = (tokenizer_fixture.EOS, *tokenizer.encode('x')[1:])
+  for skip, text in ((True, 'x'), (False, '</s>x')):
+    stream = tokenizer.stream(tokenizer.encode('a'), skip_special_tokens=skip)
+    assert ''.join(stream.step(t) for t in ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=skip) == text
+
+
+def test_a_prompt_begins_with_its_special_token(folder: pathlib.Path) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(folder)
+  assert tokenizer.encode('the')[0] == tokenizer_fixture.BOS
+  assert tokenizer.encode('') == (tokenizer_fixture.BOS,)
+
+
+def test_text_that_is_no_unicode_is_refused(folder: pathlib.Path) -> None:
+  with pytest.raises(errors.InvalidRequestError, match='prompt: can\'t be'):
+    tokenizer_lib.Tokenizer(folder).encode('a\ud800')
+
+
+def test_a_chat_has_one_start_and_ends_at_the_answer(
+    folder: pathlib.Path) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(folder)
+  ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'the fox'}])
+  assert ids.count(tokenizer_fixture.BOS) == 1
+  assert tokenizer.decode(ids) == '[user] the fox\n[assistant]'
+
+
+def test_a_chat_without_a_template_is_refused(tmp_path: pathlib.Path) -> None:
+  tokenizer_fixture.write(tmp_path, chat_template=None)
+  with pytest.raises(errors.UnsupportedError, match='no chat template'):
+    tokenizer_lib.Tokenizer(tmp_path).apply_chat_template(
+      [{'role': 'user', 'content': 'x'}])
+
+
+def test_a_chat_that_the_template_refuses_is_refused(
+    tmp_path: pathlib.Path) -> None:
+  tokenizer_fixture.write(
+    tmp_path, chat_template="{{ raise_exception('only one system role') }}")
+  with pytest.raises(errors.InvalidRequestError, match='only one system role'):
+    tokenizer_lib.Tokenizer(tmp_path).apply_chat_template(
+      [{'role': 'user', 'content': 'x'}])
+
+
+def test_a_damaged_file_is_named(tmp_path: pathlib.Path) -> None:
+  (tmp_path / 'tokenizer.json').write_text('{"version": ')
+  with pytest.raises(errors.CheckpointError, match=r'tokenizer\.json: not a'):
+    tokenizer_lib.Tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_has_none(
+    tmp_path: pathlib.Path, folder: pathlib.Path) -> None:
+  assert tokenizer_lib.Tokenizer.from_folder(tmp_path) is None
+  assert tokenizer_lib.Tokenizer.from_folder(folder) is not None
