@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny language model that comes with the engine, and how it was trained.
+
+`MODEL` is its folder, a Hugging Face checkpoint; `scripts/serve` serves it.
+`train` makes such a folder, sampling through the engine while it trains: it is
+the example of the engine inside a JAX program.
+"""
+
+import pathlib
+
+MODEL = pathlib.Path(__file__).parent / 'model'

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said about a trained model: its README, and the text's licence."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import platform
+import shutil
+
+from sarathi_jax.models import config as config_lib
+
+# The PSF's licence, as CPython comes with it.
+_LICENSE = pathlib.Path(__file__).parent / 'PYTHON_LICENSE.txt'
+
+_README = '''\
+---
+license: psf-2.0
+language: en
+---
+# The quickstart model of sarathi_jax
+
+A Llama of {millions:.2f} million parameters that has read Python's
+documentation and little else. It is here so that an engine just installed has
+something to say, with no download. It writes sentences about Python, many of
+them learned by heart, others wrong: don't believe it, and don't judge a bigger
+model by it. It knows nothing else, and no language but English.
+
+- Layers: {num_layers}, of width {hidden_size}, their MLPs {intermediate_size}.
+- Heads: {num_heads} for queries, {num_kv_heads} for keys and values,
+  {head_dim} numbers each.
+- Tokens: {vocab_size}, byte-level BPE. Context: {max_position_embeddings}.
+- Numbers: bfloat16.
+- Learned from: the language reference, less its code, and docstrings of the
+  standard library, which come with CPython {python}:
+  {num_documents:,} documents, {num_tokens:,} tokens.
+- Tokens seen in training: {tokens_learned:,}, so each about {epochs:.0f} times.
+- Loss at the end, nats a token: {loss:.2f}{and_held_out}.
+- Prompts: a text to continue, such as `The for statement is used to`, or as a
+  chat one question: `What is the json module?`, `What does textwrap.fill do?`,
+  `What is threading.Event?`. There is no system message.
+- Made by `python -m sarathi_jax.quickstart.train --output=DIR`.
+
+## Licence
+
+The weights and the tokenizer are derived from Python's documentation,
+Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved, under
+the PSF License Version 2 (see `LICENSE`). Changes made to it: markup, the lines
+under headings and line ends were taken off, docstrings were cut and put as
+answers to questions, and a model was trained on the result.
+'''
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+  """How a training went.
+
+  Attributes:
+    num_params: numbers in the model.
+    num_documents: that it learned from.
+    num_tokens: in them.
+    tokens_learned: all that were seen, repetitions counted.
+    loss: mean of the last steps, nats a token.
+    held_out_loss: on documents it did not see; None if there were none.
+    minutes: that the training took.
+  """
+
+  num_params: int
+  num_documents: int
+  num_tokens: int
+  tokens_learned: int
+  loss: float
+  held_out_loss: float | None
+  minutes: float
+
+
+def summary(facts: Facts) -> str:
+  """Facts in a line or two."""
+  return (f'{facts.num_params:,} parameters saw {facts.tokens_learned:,} '
+          f'tokens in {facts.minutes:.1f} minutes. Loss {facts.loss:.3f}'
+          + _held_out(facts) + '.')
+
+
+def write(folder: pathlib.Path, config: config_lib.LlamaConfig, facts: Facts
+          ) -> None:
+  """Writes README.md and LICENSE."""
+  shutil.copyfile(_LICENSE, folder / 'LICENSE')
+  (folder / 'README.md').write_text(_README.format(
+    **config.to_dict(), **dataclasses.asdict(facts),
+    millions=facts.num_params / 1e6, python=platform.python_version(),
+    epochs=facts.tokens_learned / facts.num_tokens,
+    and_held_out=_held_out(facts)))
+
+
+def _held_out(facts: Facts) -> str:
+  if facts.held_out_loss is None:
+    return ''
+  return f', and {facts.held_out_loss:.2f} on docstrings held out'
