@@ -134,14 +134,16 @@ def _unseen(paragraphs: Sequence[str], seen: set[str]) -> Iterator[str]:
 
 
 def _without_code(paragraphs: Iterable[str]) -> Iterator[str]:
-  """Without grammar, code, and the sentences that announce them.
+  """Without grammar and code: a model this small is better at one thing.
 
-  A tiny model learns either to write code or to write sentences.
+  A paragraph that announces code ends there, or goes too if it is short.
   """
   before = ''
   for paragraph in paragraphs:
     is_code = paragraph.startswith(' ') or '\n' in paragraph
-    if before and not (is_code and before.endswith(':')):
+    if is_code and before.endswith(':'):
+      before = before[:-1] + '.' if len(before) > 60 else ''
+    if before:
       yield before
     before = '' if is_code else paragraph
   if before:

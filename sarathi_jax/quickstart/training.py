@@ -96,8 +96,9 @@ def loss(config: config_lib.ModelConfig, params: Params,
   """Mean negative log-likelihood of every token but the first, in nats."""
   logits = jax.vmap(functools.partial(sequence_logits, config, params))(
     batch[:, :-1])
-  return optax.softmax_cross_entropy_with_integer_labels(
+  value: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch[:, 1:]).mean()
+  return value
 
 
 # The state is not donated: an engine may be serving its very arrays.
@@ -108,7 +109,9 @@ def train_step(config: config_lib.ModelConfig, state: TrainState,
   """One step of gradient descent: the new state, and the loss before it."""
   value, gradients = jax.value_and_grad(
     functools.partial(loss, config))(state.params, batch)
-  return state.apply_gradients(grads=gradients), value
+  new = state.apply_gradients(  # type: ignore[no-untyped-call]
+    grads=gradients)
+  return new, value
 
 
 def held_out_loss(config: config_lib.ModelConfig, params: Params,

@@ -46,9 +46,10 @@ def test_paragraphs_of_code_are_left_alone() -> None:
 
 
 def test_code_goes_with_what_announces_it() -> None:
+  told = 'x' * 70
   assert list(text._without_code(
-    ['Title', 'Such as:', '   f(x)', 'More.', 'A list:', '* one', 'a\nb'])
-  ) == ['Title', 'More.', 'A list:', '* one']
+    ['Title', 'Such as:', '   f(x)', told + ':', '   g(x)', 'A list:', '* one',
+     'a\nb'])) == ['Title', told + '.', 'A list:', '* one']
 
 
 def test_docstrings_become_answers(docs: list[text.Document]) -> None:
