@@ -106,7 +106,7 @@ class Engine:
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
     self._scheduler = scheduler
-    self.runner = runner
+    self._runner = runner
     self._live: dict[str, _Live] = {}
     self._in_flight: deque[tuple[types.ScheduledBatch, Pending]] = deque()
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
@@ -157,9 +157,9 @@ class Engine:
   def step(self) -> list[types.OutputDelta]:
     """Launches what can be launched, then completes the oldest batch."""
     while (batch := self._scheduler.schedule(self.clock())).chunks:
-      self._in_flight.append((batch, self.runner.launch(batch)))
+      self._in_flight.append((batch, self._runner.launch(batch)))
       self.metrics.record_step(
-        batch.num_tokens, self.runner.num_rows(batch.num_tokens))
+        batch.num_tokens, self._runner.num_rows(batch.num_tokens))
     outputs, self._drained = self._drained, []
     if self._in_flight:
       outputs += self._complete_oldest()
@@ -189,8 +189,11 @@ class Engine:
 
   def _complete_oldest(self) -> list[types.OutputDelta]:
     batch, pending = self._in_flight.popleft()
-    events = self._scheduler.complete(batch, self.runner.fetch(pending))
+    start = self.clock()
+    sampled = self._runner.fetch(pending)
     now = self.clock()
+    self.metrics.wait_s += now - start
+    events = self._scheduler.complete(batch, sampled)
     self._record_times(events, now)
     return [self._output(event, now) for event in events]
 

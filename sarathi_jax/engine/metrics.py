@@ -63,6 +63,7 @@ class EngineMetrics:
     num_steps: batches launched.
     num_scheduled_tokens: tokens they held.
     num_padded_tokens: rows computed for nothing, to fill compiled shapes.
+    wait_s: what the host spent waiting for batches; the rest is its own work.
     num_prompt_tokens, num_output_tokens: of finished requests.
     num_finished: requests that ended by themselves.
     num_aborted: requests that were removed.
@@ -72,6 +73,7 @@ class EngineMetrics:
   num_steps: int = 0
   num_scheduled_tokens: int = 0
   num_padded_tokens: int = 0
+  wait_s: float = 0.0
   num_prompt_tokens: int = 0
   num_output_tokens: int = 0
   num_finished: int = 0

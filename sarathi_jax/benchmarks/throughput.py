@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second of the whole engine, on a model of random weights.
+
+  python -m sarathi_jax.benchmarks.throughput --model=43m --num_requests=32
+
+Random prompts of the given lengths, all at once, greedy. The first run warms
+up; the others are measured, each on fresh prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import random
+import statistics
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+import rich.table
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import flags as engine_flags
+from sarathi_jax import llm as llm_lib
+from sarathi_jax import models
+from sarathi_jax import types
+from sarathi_jax.benchmarks import common
+from sarathi_jax.models import config as model_config_lib
+
+FLAGS = flags.FLAGS
+
+
+def _llama(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int,
+           vocab: int, context: int) -> model_config_lib.LlamaConfig:
+  return model_config_lib.LlamaConfig(
+    vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
+    num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+    head_dim=hidden // heads, max_position_embeddings=context)
+
+
+MODELS = {
+  '43m': _llama(12, 512, 1376, 8, 4, 8192, 2048),
+  '150m': _llama(12, 1024, 2752, 16, 4, 8192, 2048),
+  'tinyllama-1.1b': _llama(22, 2048, 5632, 32, 4, 32000, 2048),
+  'mistral-7b': _llama(32, 4096, 14336, 32, 8, 32000, 32768),
+}
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum('model', '43m', list(MODELS), 'Shape of the model.')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'],
+                    'Of weights, compute and cache.')
+  flags.DEFINE_integer('num_requests', 32, 'A run.')
+  flags.DEFINE_list('prompt_lens', ['32', '64', '128', '256'],
+                    'Lengths to draw from, tokens.')
+  flags.DEFINE_list('output_lens', ['32', '64', '128'],
+                    'Lengths to draw from, tokens.')
+  flags.DEFINE_integer('runs', 3, 'Measured runs.')
+  flags.DEFINE_string('json', None, 'File for the results.')
+  engine_flags.define_engine_flags()
+
+
+def _draw(rng: random.Random, vocab_size: int,
+          ) -> tuple[list[list[int]], list[types.SamplingParams]]:
+  prompts, sampling = [], []
+  for _ in range(FLAGS.num_requests):
+    length = int(rng.choice(FLAGS.prompt_lens))
+    prompts.append([rng.randrange(vocab_size) for _ in range(length)])
+    sampling.append(types.SamplingParams(
+      temperature=0, ignore_eos=True,
+      max_tokens=int(rng.choice(FLAGS.output_lens))))
+  return prompts, sampling
+
+
+def run(llm: llm_lib.LLM, seed: int) -> dict[str, float]:
+  """One run's numbers."""
+  prompts, sampling = _draw(random.Random(seed), llm.model.vocab_size)
+  metrics = llm.engine.metrics
+  num_steps, wait_s = metrics.num_steps, metrics.wait_s
+  start = time.perf_counter()
+  done = llm.generate(prompts, sampling)
+  seconds = time.perf_counter() - start
+  num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
+  output = sum(len(d.token_ids) for d in done)
+  return {
+    'seconds': seconds, 'output_tokens': output,
+    'prompt_tokens': sum(map(len, prompts)),
+    'output_tokens_per_s': output / seconds, 'steps': num_steps,
+    'step_ms': seconds / num_steps * 1e3,
+    'host_ms_per_step': (seconds - wait_s) / num_steps * 1e3,
+    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done)}
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  console = rich.console.Console(highlight=False)
+  model = MODELS[FLAGS.model]
+  config = engine_flags.engine_config_from_flags()
+  with rich.progress.Progress(console=console, transient=True) as progress:
+    task = progress.add_task('Making weights', total=None)
+    params = jax.jit(lambda: models.init_params(
+      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))()
+
+    def on_compiled(done: int, total: int) -> None:
+      progress.update(task, description='Compiling', completed=done,
+                      total=total)
+
+    llm = llm_lib.LLM(model, params, config=config, on_compiled=on_compiled)
+    progress.reset(task, description='Running', total=FLAGS.runs + 1)
+    rows = []
+    for seed in range(FLAGS.runs + 1):
+      rows.append(run(llm, seed))
+      progress.advance(task)
+  _report(console, config, llm, rows)
+
+
+def _report(console: rich.console.Console, config: config_lib.EngineConfig,
+            llm: llm_lib.LLM, rows: list[dict[str, float]]) -> None:
+  device = jax.devices()[0].device_kind
+  table = rich.table.Table(
+    'run', *rows[0], title=f'{FLAGS.model} {FLAGS.dtype} on {device}, '
+    f'{config.policy}, {config.token_budget} tokens a step')
+  form: Callable[[float], str] = lambda v: f'{v:,.0f}' if v > 99 else f'{v:.3g}'
+  for i, row in enumerate(rows):
+    table.add_row('warm-up' if i == 0 else str(i), *map(form, row.values()))
+  console.print(table)
+  waste = llm.engine.stats().padding_waste
+  console.print(f'{waste:.1%} of the rows computed were padding.')
+  common.write_json(FLAGS.json, 'throughput', FLAGS, rows[1:], device=device,
+                    padding_waste=waste)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
