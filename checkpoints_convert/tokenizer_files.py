@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes the tokenizer along, so that tokenizer.json alone is enough.
 
-The engine reads tokenizer.json with the `tokenizers` library. Checkpoints from
-before it have tokenizer.model only, and in some the flags in
-tokenizer_config.json say whether to add bos and eos, against tokenizer.json:
-for those, transformers builds the tokenizer, and what it built is saved.
+The engine reads tokenizer.json with the `tokenizers` library. Where there is
+one it is authoritative, as in transformers 5, which no longer looks at the
+flags add_bos_token and add_eos_token of tokenizer_config.json beside it. Where
+there is only tokenizer.model, or vocab.json and merges.txt, transformers
+builds the tokenizer, by those flags, and what it built is saved.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-from typing import Any
 
 from sarathi_jax import errors
 
@@ -21,7 +21,7 @@ FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
          'chat_template.jinja', 'chat_template.json', 'generation_config.json')
 
 # What a tokenizer can be built from.
-_SOURCES = ('tokenizer.model', 'vocab.json', 'merges.txt')
+_SOURCES = ('tokenizer.model', 'vocab.json')
 
 
 def write(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -36,48 +36,23 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
   """
   for name in FILES:
     if (folder / name).is_file():
+      _check(folder / name)
       shutil.copyfile(folder / name, target / name)
-  if (folder / 'tokenizer.json').is_file():
-    complete = _obeys_flags(folder)
-  else:
-    complete = not any((folder / name).is_file() for name in _SOURCES)
-  if not complete:
+  has_sources = any((folder / name).is_file() for name in _SOURCES)
+  if has_sources and not (folder / 'tokenizer.json').is_file():
     _build(folder, target)
 
 
-def _obeys_flags(folder: pathlib.Path) -> bool:
-  """Whether tokenizer.json adds what tokenizer_config.json says."""
-  import tokenizers  # no other part needs it
+def _check(path: pathlib.Path) -> None:
+  """Finds a damaged file now, and not when the model is to be served."""
   try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  except Exception as e:  # the library raises nothing narrower
-    raise errors.CheckpointError(
-      f'{folder / "tokenizer.json"}: can not be read: {e}') from e
-  flags = _flags(folder / 'tokenizer_config.json')
-  bare = tokenizer.encode('a', add_special_tokens=False).tokens
-  full = tokenizer.encode('a', add_special_tokens=True).tokens
-  for flag, token, edge in (('add_bos_token', 'bos_token', 0),
-                            ('add_eos_token', 'eos_token', -1)):
-    if flags.get(flag) is None:
-      continue
-    added = len(full) > len(bare) and full[edge] == _text(flags.get(token))
-    if added != flags[flag]:
-      return False
-  return True
-
-
-def _flags(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    flags = json.loads(path.read_bytes())
-  except ValueError as e:
-    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
-  return flags if isinstance(flags, dict) else {}
-
-
-def _text(token: Any) -> Any:
-  return token.get('content') if isinstance(token, dict) else token
+    if path.name == 'tokenizer.json':
+      import tokenizers  # not needed without a tokenizer
+      tokenizers.Tokenizer.from_file(str(path))
+    elif path.suffix == '.json':
+      json.loads(path.read_bytes())
+  except Exception as e:  # tokenizers raises nothing narrower
+    raise errors.CheckpointError(f'{path}: can not be read: {e}') from e
 
 
 def _build(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -87,4 +62,5 @@ def _build(folder: pathlib.Path, target: pathlib.Path) -> None:
     tokenizer.backend_tokenizer.save(str(target / 'tokenizer.json'))
   except Exception as e:  # whatever a tokenizer's own code raises
     raise errors.CheckpointError(
-      f'{folder}: its tokenizer can not be converted: {e}') from e
+      f'{folder}: transformers can not make tokenizer.json of its tokenizer '
+      f'(for tokenizer.model it needs sentencepiece): {e}') from e

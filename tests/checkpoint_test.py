@@ -102,7 +102,7 @@ def test_truncated_chunk(copy: pathlib.Path) -> None:
 
 def test_wrong_shape(copy: pathlib.Path) -> None:
   _edit(copy, lambda fields: fields['model'].update(intermediate_size=32))
-  _refused(copy, r'layers\.0\.mlp\.gate has shape \(16, 24\).*\(16, 32\)')
+  _refused(copy, r'layers\.0\.mlp\.down has shape \(24, 16\).*\(32, 16\)')
 
 
 def test_wrong_dtype(copy: pathlib.Path) -> None:
@@ -182,5 +182,5 @@ def test_resolve_nothing(make: bool, tmp_path: pathlib.Path) -> None:
   if make:
     folder.mkdir()
   with pytest.raises(errors.CheckpointError,
-                     match='neither a converted|no such folder'):
+                     match=r'neither a converted|no such folder'):
     checkpoint.resolve(folder, tmp_path / 'cache')

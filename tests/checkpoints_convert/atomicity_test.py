@@ -82,7 +82,7 @@ def test_what_a_killed_one_left_does_not_load(tmp_path: pathlib.Path) -> None:
   target = tmp_path / 'out'
   convert.convert(folder, target)
   (target / 'sarathi.json').unlink()
-  with pytest.raises(errors.CheckpointError, match='holds no sarathi.json'):
+  with pytest.raises(errors.CheckpointError, match=r'holds no sarathi\.json'):
     checkpoint.restore_params(target)
 
 

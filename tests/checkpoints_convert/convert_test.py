@@ -86,7 +86,7 @@ def test_numbers_too_large_for_float16_are_refused(
   tensors = fake.random_tensors(fake.llama_shapes(), 'bfloat16')
   tensors['model.layers.0.mlp.up_proj.weight'][2, 3] = 1e6
   folder = fake.write(tmp_path / 'hf', fake.llama_config(), tensors)
-  with pytest.raises(errors.CheckpointError, match='layers.0.mlp.up_proj'):
+  with pytest.raises(errors.CheckpointError, match=r'layers\.0\.mlp\.up_proj'):
     convert.convert(folder, tmp_path / 'out', dtype='float16')
   assert os.listdir(tmp_path) == ['hf']
 

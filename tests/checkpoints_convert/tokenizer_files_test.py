@@ -48,10 +48,13 @@ def _written(tmp_path: pathlib.Path) -> pathlib.Path:
   return target
 
 
-@pytest.mark.parametrize('flags', [{}, {'add_bos_token': True}])
-def test_a_tokenizer_that_agrees_is_copied(
-  flags: dict[str, object], tmp_path: pathlib.Path) -> None:
-  _make(tmp_path / 'hf', adds_bos=True, **flags)
+@pytest.mark.parametrize('adds_bos', [True, False])
+@pytest.mark.parametrize('flags', [
+  {}, {'add_bos_token': True}, {'add_bos_token': False, 'add_eos_token': True}])
+def test_tokenizer_json_is_copied(
+  adds_bos: bool, flags: dict[str, object], tmp_path: pathlib.Path) -> None:
+  """And gives what transformers gives, whatever the flags are."""
+  _make(tmp_path / 'hf', adds_bos=adds_bos, **flags)
   (tmp_path / 'hf' / 'chat_template.jinja').write_text('{{ messages }}')
   (tmp_path / 'hf' / 'README.md').touch()
   target = _written(tmp_path)
@@ -59,42 +62,33 @@ def test_a_tokenizer_that_agrees_is_copied(
     'chat_template.jinja', 'tokenizer.json', 'tokenizer_config.json']
   for path in target.iterdir():
     assert path.read_bytes() == (tmp_path / 'hf' / path.name).read_bytes()
-  assert _encode(target, 'a') == [0, 3]
-
-
-@pytest.mark.parametrize('bos', [True, False])
-@pytest.mark.parametrize('eos', [True, False])
-def test_flags_are_baked_in(bos: bool, eos: bool, tmp_path: pathlib.Path
-                            ) -> None:
-  """What transformers does with flags, `tokenizers` does without them."""
-  _make(tmp_path / 'hf', adds_bos=not bos, add_bos_token=bos,
-        add_eos_token=eos)
-  target = _written(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf'))
   for text in _TEXTS:
     assert _encode(target, text) == theirs(text).input_ids
-  assert _encode(target, 'b') == [0] * bos + [4] + [1] * eos
+  assert _encode(target, 'b') == [0] * adds_bos + [4]
 
 
-def test_sentencepiece_alone(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('eos', [True, False])
+def test_sentencepiece_alone(eos: bool, tmp_path: pathlib.Path) -> None:
   folder = tmp_path / 'hf'
   folder.mkdir()
   corpus = tmp_path / 'corpus.txt'
   corpus.write_text('the cat sat on the mat with a hat\n' * 50)
   sentencepiece.SentencePieceTrainer.train(
-    input=str(corpus), model_prefix=str(folder / 'tokenizer'), vocab_size=60,
-    model_type='bpe', byte_fallback=False, minloglevel=2)
+    input=str(corpus), model_prefix=str(folder / 'tokenizer'), vocab_size=290,
+    model_type='bpe', byte_fallback=True, minloglevel=2)
   (folder / 'tokenizer.vocab').unlink()
   (folder / 'config.json').write_text('{"model_type": "llama"}')
   (folder / 'tokenizer_config.json').write_text(json.dumps(
     dict(tokenizer_class='LlamaTokenizer', add_bos_token=True,
-         add_eos_token=False, bos_token='<s>', eos_token='</s>',
+         add_eos_token=eos, bos_token='<s>', eos_token='</s>',
          unk_token='<unk>')))
   target = _written(tmp_path)
   pieces = sentencepiece.SentencePieceProcessor(
-    str(folder / 'tokenizer.model'))
-  for text in ('the cat', 'a hat on the mat', 'sat'):
-    assert _encode(target, text) == [pieces.bos_id(), *pieces.encode(text)]
+    model_file=str(folder / 'tokenizer.model'))
+  for text in ('the cat', 'a hat on the mat', 'sat at \u00e9'):
+    assert _encode(target, text) == [
+      pieces.bos_id(), *pieces.encode(text), *[pieces.eos_id()] * eos]
 
 
 def test_no_tokenizer(tmp_path: pathlib.Path) -> None:

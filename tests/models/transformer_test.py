@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes under JAX's strict rules, in every dtype, and on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import moe
+from sarathi_jax.models import spec
+
+_SIZES: dict[str, Any] = dict(
+  vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2,
+  num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64)
+
+CONFIGS: dict[str, config_lib.ModelConfig] = {
+  'llama': config_lib.LlamaConfig(**_SIZES),
+  'llama_everything': config_lib.LlamaConfig(
+    **_SIZES, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True,
+    sliding_window=3, window_layers=(1,), tie_word_embeddings=True,
+    rope=config_lib.RopeConfig(rotary_dim=4)),
+  'mixtral': config_lib.MixtralConfig(
+    **_SIZES, num_experts=4, experts_per_token=2),
+  'falcon': config_lib.FalconConfig(**_SIZES, activation='gelu'),
+  'falcon_sequential': config_lib.FalconConfig(
+    **_SIZES, activation='gelu', bias=True, num_norms=2, parallel=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _strict() -> Iterator[None]:
+  with (jax.numpy_rank_promotion('raise'),
+        jax.numpy_dtype_promotion('strict')):
+    yield
+
+
+def _tokens(length: int) -> jax.Array:
+  return jax.random.randint(jax.random.key(5), (length,), 0, 50)
+
+
+def _logits(config: config_lib.ModelConfig, params: Any, tokens: jax.Array
+            ) -> jax.Array:
+  positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+  hidden, kv = models.forward(
+    config, params, [None] * config.num_layers, tokens, positions, None,
+    models.causal_attend)
+  assert kv == [None] * config.num_layers
+  assert hidden.dtype == params['embed'].dtype
+  return models.unembed(config, params, hidden)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_dtypes(name: str, dtype: str) -> None:
+  """Every dtype works, and gives about what float32 does."""
+  config = CONFIGS[name]
+  params = models.init_params(config, jax.random.key(0), dtype, scale=0.1)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+  logits = _logits(config, params, _tokens(9))
+  assert logits.dtype == jnp.float32 and logits.shape == (9, 50)
+  exact = _logits(config, jax.tree.map(
+    lambda leaf: leaf.astype(jnp.float32), params), _tokens(9))
+  np.testing.assert_allclose(logits, exact, atol=0.05)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_params_are_what_the_specs_say(name: str) -> None:
+  config = CONFIGS[name]
+  specs = models.param_specs(config)
+  params = models.init_params(config, jax.random.key(0))
+  checked = jax.tree.map(
+    lambda want, leaf: want.shape == leaf.shape and (
+      len(want.axes) == leaf.ndim), specs, params)
+  assert all(jax.tree.leaves(checked))
+  assert isinstance(specs['embed'], spec.ParamSpec)
+
+
+def test_init_is_random_where_it_could_hide_a_mistake() -> None:
+  config = CONFIGS['falcon_sequential']
+  params = models.init_params(config, jax.random.key(0), scale=0.02)
+  layer = params['layers'][0]
+  scale, bias = layer['attn_norm']['scale'], layer['mlp']['up_bias']
+  assert 0.9 < scale.min() < 1 < scale.max() < 1.1
+  assert -0.1 < bias.min() < 0 < bias.max() < 0.1
+  other = params['layers'][1]
+  assert not jnp.array_equal(layer['attn']['q'], other['attn']['q'])
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_parameter_matters(name: str) -> None:
+  """A leaf that the forward pass forgets has a gradient of zero."""
+  config = CONFIGS[name]
+  params = models.init_params(config, jax.random.key(0), scale=0.3)
+  mixing = jax.random.normal(jax.random.key(1), (12, 50))
+  grads = jax.grad(lambda params: jnp.sum(
+    _logits(config, params, _tokens(12)) * mixing))(params)
+  zero = [jax.tree_util.keystr(path)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+          if float(jnp.abs(leaf).max()) < 1e-6]
+  # A bias on all keys shifts a row of scores by a constant.
+  assert not zero, zero
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_padding_after_the_end_changes_nothing(name: str) -> None:
+  config = CONFIGS[name]
+  params = models.init_params(config, jax.random.key(0), scale=0.2)
+  tokens = _tokens(12)
+  np.testing.assert_allclose(
+    _logits(config, params, tokens)[:7], _logits(config, params, tokens[:7]),
+    atol=1e-5)
+
+
+def test_window_is_so_many_tokens_and_itself() -> None:
+  """A token three back is out of a window of three."""
+  q = jnp.zeros((5, 2, 4))
+  k = jnp.zeros((5, 1, 4))
+  v = jnp.eye(5)[:, None, :4] + jnp.zeros((5, 1, 4))
+  out, _ = models.causal_attend(None, q, k, v, scale=1.0, window=3)
+  third = 1 / 3
+  np.testing.assert_allclose(out[3, 0], [0, third, third, third], atol=1e-6)
+  np.testing.assert_allclose(out[4, 1], [0, 0, third, third], atol=1e-6)
+  np.testing.assert_allclose(out[1, 1], [0.5, 0.5, 0, 0], atol=1e-6)
+
+
+def test_query_heads_read_their_group() -> None:
+  """Heads 0 and 1 read key and value head 0, heads 2 and 3 head 1."""
+  v = jnp.stack([jnp.zeros((3, 2)), jnp.ones((3, 2))], axis=1)
+  out, _ = models.causal_attend(
+    None, jnp.ones((3, 4, 2)), v, v, scale=1.0, window=None)
+  assert out[2, :, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_route_chooses_and_normalizes() -> None:
+  config = CONFIGS['mixtral']
+  assert isinstance(config, config_lib.MixtralConfig)
+  x = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
+  router = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]))
+  weights = moe.route(config, router, x)
+  np.testing.assert_allclose(weights[0], [0, 0, 3 / 7, 4 / 7], atol=1e-6)
+  assert weights[1, 0] == pytest.approx(7 / 8)
+  np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
+  assert ((weights > 0).sum(axis=1) == 2).all()
+
+
+def test_moe_is_the_sum_over_the_chosen_experts() -> None:
+  config = CONFIGS['mixtral']
+  assert isinstance(config, config_lib.MixtralConfig)
+  params = models.init_params(config, jax.random.key(0), scale=0.3)
+  layer = params['layers'][0]['moe']
+  x = jax.random.normal(jax.random.key(2), (6, 32))
+  weights = moe.route(config, layer['router'], x)
+  expected = np.zeros((6, 32), np.float32)
+  for t in range(6):
+    for e in np.flatnonzero(weights[t]):
+      inner = (jax.nn.silu(x[t] @ layer['gate'][e])
+               * (x[t] @ layer['up'][e]))
+      expected[t] += weights[t, e] * (inner @ layer['down'][e])
+  np.testing.assert_allclose(
+    moe.moe(config, layer, x), expected, atol=1e-4)
+
+
+def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:
+  """Half of the heads and of the MLP, twice, sum to the whole: what a shard
+  computes before the psum."""
+  config = CONFIGS['llama']
+  params = models.init_params(config, jax.random.key(0), scale=0.2)
+  specs = models.param_specs(config)
+  split = {'heads', 'kv_heads', 'mlp'}
+
+  def half(leaf: jax.Array, want: spec.ParamSpec, which: int) -> jax.Array:
+    for axis, name in enumerate(want.axes):
+      if name in split:
+        return jnp.split(leaf, 2, axis)[which]
+    return leaf
+
+  from sarathi_jax.models import attention
+  from sarathi_jax.models import layers
+  from sarathi_jax.models import rope
+  x = jax.random.normal(jax.random.key(3), (5, 32))
+  rotation = rope.tables(config.rope, 8, jnp.arange(5), None)
+
+  def run(layer: Any) -> tuple[jax.Array, jax.Array]:
+    out, _ = attention.attention(
+      config, layer['attn'], None, x, rotation=rotation, window=None,
+      attend=models.causal_attend)
+    return out, layers.gated_mlp(layer['mlp'], x, 'silu')
+
+  layer, want = params['layers'][0], specs['layers'][0]
+  shards = [run(jax.tree.map(
+    lambda leaf, spec, which=which: half(leaf, spec, which), layer, want))
+    for which in range(2)]
+  for whole, first, second in zip(run(layer), *shards, strict=True):
+    np.testing.assert_allclose(whole, first + second, atol=1e-5)
