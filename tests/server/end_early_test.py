@@ -121,18 +121,18 @@ def test_abort_ends_the_stream_with_its_usage(
 def test_a_duplicate_id_is_refused_and_does_not_end_the_first(
     gated: Callable[..., Any]) -> None:
   running, runner = gated()
-  first = running.generate(
-    token_ids=[1], request_id='a', sampling={'max_tokens': 5})
+  first = running.generate(token_ids=[1], request_id='a', sampling=LONG)
   runner.let(1)
   assert next(first).token_ids[0] == 2
   second = running.generate(token_ids=[30], request_id='a')
-  running.wait_until_open(2)
+  fake.wait_until(lambda: second.done() or bool(runner.let(1)))
   runner.open()
   with pytest.raises(grpc.RpcError):
     next(second)
   assert second.code() is grpc.StatusCode.INVALID_ARGUMENT
   assert 'request_id=\'a\'' in second.details()
-  assert [r.token_ids[0] for r in first] == [3, 4, 5, 6]
+  assert [r.token_ids[0] for r in first] == [
+    (1 + k) % 64 for k in range(2, 101)]
   assert running.is_alive()
 
 
