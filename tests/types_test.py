@@ -122,7 +122,7 @@ def test_the_ends_of_each_range_are_accepted(field: str, value: Any) -> None:
 
 
 def test_stop_takes_a_string_or_a_list() -> None:
-  assert types.SamplingParams(stop='ab').stop == ('ab',)
+  assert types.SamplingParams(stop='ab').stop == ('ab',)  # type: ignore
   assert types.SamplingParams(stop=['a', 'b']).stop == ('a', 'b')  # type: ignore
   params = types.SamplingParams.from_dict({'stop': ['a'], 'seed': 3})
   assert params == types.SamplingParams(stop=('a',), seed=3)

@@ -337,7 +337,7 @@ def test_without_work_a_step_is_empty() -> None:
 
 def test_seeds_are_the_requests_own_or_the_engines() -> None:
   def seeds(**sampling: Any) -> list[int]:
-    found = []
+    found: list[int] = []
 
     class Recorder(harness.ScriptRunner):
       def launch(self, batch: types.ScheduledBatch) -> types.Sampled:

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom, held against every file; BUILD against the tree."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+import dataclasses
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests import build_file
+from tests import source_tree
+
+ANY = ('',)  # Every module's name begins with it.
+# What all of sarathi_jax may import.
+_BASE = ('sarathi_jax.types', 'sarathi_jax.config', 'sarathi_jax.errors')
+# Layer -> the layers that it may import beside itself and the base; with '~'
+# only inside functions. A module is of the layer with the longest name that
+# begins its own.
+MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
+  'sarathi_jax.types': (),
+  'sarathi_jax.config': (),
+  'sarathi_jax.errors': (),
+  'sarathi_jax.scheduler': (),
+  'sarathi_jax.engine': ('sarathi_jax.scheduler',),
+  'sarathi_jax.simulator': ('sarathi_jax.engine', 'sarathi_jax.scheduler'),
+  'pallas_kernels': (),
+  'sarathi_jax.models': ('pallas_kernels',),
+  'sarathi_jax.runner': (
+    'sarathi_jax.models', 'sarathi_jax.engine.engine', 'pallas_kernels'),
+  'sarathi_jax.checkpoint': ('sarathi_jax.models', '~checkpoints_convert'),
+  'checkpoints_convert': ('sarathi_jax.models', 'sarathi_jax.checkpoint'),
+  'sarathi_jax.flags': (),
+  'sarathi_jax.report': ('sarathi_jax.engine',),
+  'sarathi_jax.llm': (
+    'sarathi_jax.checkpoint', 'sarathi_jax.engine', 'sarathi_jax.models',
+    'sarathi_jax.runner', 'sarathi_jax.scheduler'),
+  'sarathi_jax.loading': ('sarathi_jax.llm',),
+  'sarathi_jax.offline': (
+    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.report',
+    '~sarathi_jax.loading'),
+  'sarathi_jax.server': (
+    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.scheduler',
+    '~sarathi_jax.loading'),
+  'sarathi_jax.client': ('sarathi_jax.server',),
+  'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
+  'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),
+  'sarathi_jax.benchmarks': ANY,
+  'configs': ('sarathi_jax',),
+  'tests': ANY,
+}
+# The layers that are to run without much, and what of others they may import.
+MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
+  'sarathi_jax.types': (),
+  'sarathi_jax.config': (),
+  'sarathi_jax.errors': (),
+  'sarathi_jax.scheduler': (),
+  'sarathi_jax.models.config': (),
+  'sarathi_jax.models.spec': (),
+  'sarathi_jax.engine': ('tokenizers', '~transformers'),
+  'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
+  'sarathi_jax.runner.batch': ('numpy',),
+  'sarathi_jax.server': (
+    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich'),
+  'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
+  'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
+}
+WITHOUT_JAX = (
+  'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
+  'sarathi_jax.engine.fake_runner', 'sarathi_jax.engine.collector',
+  'sarathi_jax.simulator', 'sarathi_jax.models.config',
+  'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
+  'sarathi_jax.server.service', 'sarathi_jax.server.main',
+  'sarathi_jax.client')
+# These run the engines we compare with, by the Python of their own.
+_PEERS = 'sarathi_jax.benchmarks.peer_workers'
+_DEFS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_MAINS = ('main', 'run', 'define_flags')  # Their module says what they do.
+# Dependencies of our dependencies, which come with them.
+_COME_ALONG = {'huggingface_hub': 'transformers', 'tqdm': 'transformers',
+               'tensorstore': 'orbax-checkpoint'}
+
+FILES = source_tree.files()
+OURS = {name: f for name, f in FILES.items()
+        if name.partition('.')[0] in source_tree.PACKAGES
+        and not f.is_generated}
+
+
+def begins(module: str, prefix: str) -> bool:
+  """Whether a module is one of a layer's, by the layer's name."""
+  if prefix == 'sarathi_jax':  # The package itself, not what is below it.
+    return module == prefix
+  return not prefix or f'{module}.'.startswith(f'{prefix}.')
+
+
+def layer_of(module: str, layers: Mapping[str, tuple[str, ...]]) -> str | None:
+  """The longest name in `layers` that begins `module`."""
+  return max((n for n in layers if begins(module, n)), key=len, default=None)
+
+
+def is_allowed(used: source_tree.Import, allowed: tuple[str, ...]) -> bool:
+  return any(
+    begins(used.module, name.lstrip('~'))
+    and (used.is_lazy or not name.startswith('~')) for name in allowed)
+
+
+def test_every_module_has_its_layer() -> None:
+  """A new module of sarathi_jax goes into MAY_IMPORT, with thought."""
+  assert not [n for n in FILES if layer_of(n, MAY_IMPORT) is None]
+
+
+@pytest.mark.parametrize('file', FILES.values(), ids=lambda f: f.path)
+def test_imports_follow_the_layers(file: source_tree.File) -> None:
+  layer = layer_of(file.module, MAY_IMPORT)
+  assert layer is not None
+  allowed = (layer, *MAY_IMPORT[layer])
+  if layer != 'pallas_kernels':
+    allowed += _BASE
+  for used in file.imports:
+    assert not used.is_ours or is_allowed(used, allowed), (
+      f'{layer} may not import {used}')
+
+
+@pytest.mark.parametrize('file', FILES.values(), ids=lambda f: f.path)
+def test_other_imports_are_few(file: source_tree.File) -> None:
+  others = [i for i in file.imports if not i.is_ours]
+  layer = layer_of(file.module, MAY_IMPORT_OTHERS)
+  if layer is not None:
+    assert not [i for i in others
+                if not is_allowed(i, MAY_IMPORT_OTHERS[layer])]
+  if not (begins(file.module, 'tests') or begins(file.module, _PEERS)):
+    assert 'torch' not in {i.module for i in others}
+
+
+@pytest.mark.parametrize('name', WITHOUT_JAX)
+def test_loads_no_jax(name: str) -> None:
+  if name not in FILES:
+    pytest.skip('not there yet')
+  heavy = ('jax', 'jaxlib', 'flax', 'orbax', 'torch', 'transformers')
+  subprocess.run(
+    [sys.executable, '-c', f'import {name}, sys\n'
+     f'loaded = [m for m in {heavy} if m in sys.modules]\n'
+     'assert not loaded, loaded'], cwd=source_tree.ROOT, check=True)
+
+
+def test_what_is_imported_is_declared() -> None:
+  project = tomllib.loads(
+    (source_tree.ROOT / 'pyproject.toml').read_text())['project']
+  lines = [*project['dependencies'],
+           *project['optional-dependencies']['quickstart']]
+  declared = {re.split(r'[^\w-]', line)[0] for line in lines}
+  used = {_COME_ALONG.get(i.module) or build_file.distribution(i.module)
+          for name, f in FILES.items() for i in f.imports
+          if name in OURS and not begins(name, _PEERS) and not i.is_ours}
+  assert used <= declared
+
+
+def public_defs(file: source_tree.File) -> Iterator[
+    ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+  """Its functions and classes whose names say that others may use them."""
+  for node in file.tree.body:
+    if (isinstance(node, _DEFS) and not node.name.startswith('_')
+        and node.name not in _MAINS):
+      yield node
+
+
+@pytest.mark.parametrize('file', OURS.values(), ids=lambda f: f.path)
+def test_what_is_public_is_documented(file: source_tree.File) -> None:
+  assert ast.get_docstring(file.tree), 'a module says what it owns'
+  assert not [n.name for n in public_defs(file) if not ast.get_docstring(n)]
+
+
+@pytest.mark.parametrize(
+  'file', [f for f in FILES.values() if not f.is_generated],
+  ids=lambda f: f.path)
+def test_files_are_short_and_licensed(file: source_tree.File) -> None:
+  assert file.num_lines <= 600
+  first = (source_tree.ROOT / file.path).read_text().partition('\n')[0]
+  assert first == '# SPDX-License-Identifier: Apache-2.0'
+
+
+@pytest.mark.parametrize(
+  'file', [f for f in OURS.values() if any(
+    isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'
+    for n in f.tree.body)], ids=lambda f: f.path)
+def test_all_is_sorted_and_complete(file: source_tree.File) -> None:
+  module = importlib.import_module(file.module)
+  names = list(module.__all__)
+  constants_first = sorted(names, key=lambda n: (
+    not n.isupper(), not n[0].isupper(), n))
+  assert names in (sorted(names), constants_first)
+  assert all(hasattr(module, name) for name in names)
+  assert {n.name for n in public_defs(file)} <= set(names)
+  for node in ast.walk(file.tree):  # What it imports in order to export it.
+    if isinstance(node, ast.ImportFrom):
+      assert {a.asname for a in node.names if a.asname == a.name} <= set(names)
+
+
+def test_build_is_up_to_date() -> None:
+  assert build_file.PATH.read_text() == build_file.render(), (
+    'BUILD differs from the tree: run scripts/update_build')
+
+
+def test_build_has_each_file_once() -> None:
+  text = build_file.PATH.read_text()
+  srcs = re.findall(r'srcs = \[(.*?)\]', text, re.S)
+  listed = [p for s in srcs for p in re.findall(r'"([^"]+\.py)"', s)]
+  assert sorted(listed) == sorted(f.path for f in FILES.values())
+
+
+def test_build_has_no_cycle() -> None:
+  assert build_file.cycle(build_file.targets(FILES)) is None
+
+
+def make_file(path: str, text: str) -> source_tree.File:
+  """A file of these contents, imports included."""
+  names = frozenset({'sarathi_jax.errors', 'sarathi_jax.types',
+                     'sarathi_jax.models', 'sarathi_jax.models.rope'})
+  file = source_tree.File(
+    path, source_tree.module_name(pathlib.PurePath(path)), ast.parse(text), 1)
+  return dataclasses.replace(
+    file, imports=frozenset(source_tree.read_imports(file, names)))
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+  ('from sarathi_jax import types', {('sarathi_jax.types', False)}),
+  ('import sarathi_jax.models.rope as r', {('sarathi_jax.models.rope', False)}),
+  ('from sarathi_jax.models import rope, apply',
+   {('sarathi_jax.models.rope', False), ('sarathi_jax.models', False)}),
+  ('def f():\n  import jax.numpy as jnp', {('jax', True)}),
+  ('if TYPE_CHECKING:\n  import jax', {('jax', True)}),
+  ('class C:\n  import jax', {('jax', False)}),
+  ('try:\n  import jax\nexcept ImportError:\n  pass', {('jax', False)}),
+  ('import os, sys', set()),
+])
+def test_imports_are_read(text: str, expected: set[tuple[str, bool]]) -> None:
+  file = make_file('sarathi_jax/errors.py', text)
+  assert {(i.module, i.is_lazy) for i in file.imports} == expected
+
+
+@pytest.mark.parametrize(('path', 'text'), [
+  ('sarathi_jax/scheduler/new.py', 'import sarathi_jax.engine.engine'),
+  ('sarathi_jax/engine/new.py', 'from sarathi_jax.runner import step'),
+  ('sarathi_jax/models/new.py', 'from sarathi_jax import llm'),
+  ('pallas_kernels/new.py', 'from sarathi_jax import types'),
+  ('sarathi_jax/checkpoint.py', 'import checkpoints_convert.main'),
+  ('sarathi_jax/__init__.py', 'import sarathi_jax.llm'),
+  ('sarathi_jax/server/new.py', 'import sarathi_jax.loading'),
+])
+def test_a_forbidden_import_is_found(path: str, text: str) -> None:
+  with pytest.raises(AssertionError, match='may not import'):
+    test_imports_follow_the_layers(make_file(path, text))
+
+
+@pytest.mark.parametrize(('path', 'text'), [
+  ('sarathi_jax/scheduler/new.py', 'import numpy'),
+  ('sarathi_jax/engine/new.py', 'import jax'),
+  ('sarathi_jax/engine/new.py', 'import transformers'),
+  ('sarathi_jax/runner/new.py', 'def f():\n  import torch'),
+])
+def test_a_forbidden_import_of_others_is_found(path: str, text: str) -> None:
+  with pytest.raises(AssertionError):
+    test_other_imports_are_few(make_file(path, text))
+
+
+def test_two_targets_that_need_each_other_are_found() -> None:
+  files = [
+    make_file('sarathi_jax/types.py', 'from sarathi_jax import errors'),
+    make_file('sarathi_jax/errors.py', 'from sarathi_jax import types')]
+  found = build_file.targets({f.module: f for f in files})
+  assert found['sarathi_jax/types'].deps == {'sarathi_jax/errors'}
+  assert build_file.cycle(found) is not None
