@@ -9,6 +9,7 @@ Text goes to stdout as it comes; counts and times to stderr.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import contextlib
 import json
 import sys
 from typing import Any
@@ -165,7 +166,8 @@ def _explain(call: Any) -> str:
 
 def run() -> None:
   define_flags()
-  app.run(main)
+  with contextlib.suppress(BrokenPipeError):
+    app.run(main)
 
 
 if __name__ == '__main__':

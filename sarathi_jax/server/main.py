@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from absl import app
 from absl import flags
+from absl import logging
 import rich.console
 
 from sarathi_jax import errors
@@ -48,6 +49,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
+  if not FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
   try:
     config = server_lib.ServerConfig(
       host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
