@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders
 
 from sarathi_jax import errors
+from sarathi_jax.engine import chat
 
 Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -22,21 +23,21 @@ class Tokenizer:
 
   Args:
     path: the folder that holds tokenizer.json and, for chats,
-      tokenizer_config.json with a chat template.
+      a chat template.
 
   Raises:
-    CheckpointError: tokenizer.json is damaged.
+    CheckpointError: tokenizer.json or the template is damaged.
   """
 
   def __init__(self, path: str | pathlib.Path) -> None:
-    self._path = pathlib.Path(path)
-    self._chat_tokenizer: Any = None
-    file = self._path / 'tokenizer.json'
+    folder = pathlib.Path(path)
+    file = folder / 'tokenizer.json'
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # The library raises plain Exception.
       raise errors.CheckpointError(
         f'{file}: not a tokenizer that can be read: {error}') from error
+    self._chat = chat.ChatTemplate.from_folder(folder)
 
   @classmethod
   def from_folder(cls, path: str | pathlib.Path) -> Tokenizer | None:
@@ -60,20 +61,10 @@ class Tokenizer:
 
   def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
     """Token ids of a chat, up to where the assistant's answer begins."""
-    if self._chat_tokenizer is None:
-      # Only chats pay for importing transformers.
-      import transformers  # pylint: disable=import-outside-toplevel
-      self._chat_tokenizer = transformers.AutoTokenizer.from_pretrained(
-        self._path)
-    if not self._chat_tokenizer.chat_template:
+    if self._chat is None:
       raise errors.UnsupportedError(
         'messages: this model has no chat template; send a prompt.')
-    try:
-      text = self._chat_tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # Templates raise what they like.
-      raise errors.InvalidRequestError(
-        f'messages: the chat template refused them: {error}') from error
+    text = self._chat.render(messages)
     # The template writes the special tokens itself.
     return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -131,6 +122,9 @@ def encode_prompt(tokenizer: Tokenizer | None,
   is_chat = (not isinstance(prompt, str) and len(prompt) > 0
              and isinstance(prompt[0], Mapping))
   if isinstance(prompt, str) or is_chat:
+    if not prompt:
+      # Not left to the tokenizer, which may add a token that starts a text.
+      raise errors.InvalidRequestError('prompt=\'\': must not be empty.')
     if tokenizer is None:
       raise errors.UnsupportedError(
         'prompt: this model has no tokenizer; send token ids.')

@@ -21,7 +21,6 @@ import rich.console
 
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
-from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import server as server_lib
 
@@ -55,7 +54,6 @@ def main(argv: list[str]) -> None:
     config = server_lib.ServerConfig(
       host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
     engine_config = engine_flags.engine_config_from_flags()
-    scheduler_lib.policy_class(engine_config.policy)  # now, not once loaded
   except errors.SarathiError as error:
     _fail(error)
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lays out chats by a checkpoint's own template, as transformers would.
+
+Rendered here with jinja2: importing transformers for it takes seconds, which
+the first chat would wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import datetime
+import json
+import pathlib
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import ext
+from jinja2 import sandbox
+
+from sarathi_jax import errors
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}`, which marks what a model wrote; here it means nothing."""
+
+  tags = {'generation'}  # noqa: RUF012
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+
+def _raise(message: str) -> NoReturn:
+  raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+  # Not jinja2's own, which escapes for HTML.
+  return json.dumps(value, **({'ensure_ascii': False} | options))
+
+
+class ChatTemplate:
+  """A chat template.
+
+  Args:
+    source: jinja2.
+    special_tokens: what it may name, such as bos_token.
+
+  Raises:
+    CheckpointError: it is not a template.
+  """
+
+  def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    environment = sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True,
+      extensions=[ext.loopcontrols, _Generation])
+    environment.filters['tojson'] = _to_json
+    environment.globals['raise_exception'] = _raise
+    environment.globals['strftime_now'] = (
+      lambda form: datetime.datetime.now().strftime(form))
+    self._special_tokens = dict(special_tokens)
+    try:
+      self._template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+      raise errors.CheckpointError(
+        f'chat template: can\'t be read: {error}') from error
+
+  @classmethod
+  def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
+    """The template of a checkpoint; None if it has none."""
+    config = _read_json(folder / 'tokenizer_config.json')
+    source = config.get('chat_template')
+    if isinstance(source, list):  # Several, by name.
+      named = {entry['name']: entry['template'] for entry in source}
+      source = named.get('default')
+    file = folder / 'chat_template.jinja'
+    if file.is_file():
+      source = file.read_text(encoding='utf-8')
+    if not source:
+      return None
+    tokens = _read_json(folder / 'special_tokens_map.json') | config
+    return cls(source, {
+      name: value['content'] if isinstance(value, dict) else value
+      for name, value in tokens.items()
+      if name.endswith('_token') and isinstance(value, (str, dict))})
+
+  def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a chat, up to where the assistant's answer begins.
+
+    Raises:
+      InvalidRequestError: the template refuses these messages.
+    """
+    try:
+      return self._template.render(
+        messages=list(messages), add_generation_prompt=True, tools=None,
+        documents=None, **self._special_tokens)
+    except Exception as error:  # What a template raises is its own affair.
+      raise errors.InvalidRequestError(
+        f'messages: the chat template refused them: {error}') from error
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  if not file.is_file():
+    return {}
+  try:
+    fields = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise errors.CheckpointError(f'{file}: not JSON: {error}') from error
+  return fields if isinstance(fields, dict) else {}
