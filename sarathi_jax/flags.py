@@ -6,12 +6,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import runpy
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from absl import flags
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import scheduler
 
 FLAGS = flags.FLAGS
 
@@ -47,8 +49,9 @@ def define_engine_flags() -> None:
     'config', None, 'Python file with get_config() -> EngineConfig; see '
     'configs/. Other flags override its fields.')
   flags.DEFINE_string(
-    'cache_dir', str(config_lib.default_cache_dir()), 'Where compiled steps and converted '
-    'Hugging Face checkpoints are kept; empty: compiled steps are not kept.')
+    'cache_dir', str(config_lib.default_cache_dir()),
+    'Where compiled steps and converted Hugging Face checkpoints are kept; '
+    'empty: compiled steps are not kept.')
   for name, (define, text) in _ENGINE_FLAGS.items():
     define(name, None, text)
 
@@ -57,7 +60,8 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
   """The configuration that the flags ask for.
 
   Raises:
-    ConfigError: it can't work, or --config can't be read.
+    ConfigError: it can't work, or --config can't be read. What depends on
+      the model is checked when that is loaded.
   """
   config = _config_file(FLAGS.config) if FLAGS.config else (
     config_lib.EngineConfig())
@@ -66,20 +70,29 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
     if FLAGS[name].value is not None}
   if FLAGS.cache_dir and config.compilation_cache_dir is None:
     given['compilation_cache_dir'] = str(
-      pathlib.Path(FLAGS.cache_dir) / 'compiled')
-  return dataclasses.replace(config, **given)
+      pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled')
+  config = dataclasses.replace(config, **given)
+  scheduler.policy_class(config.policy)
+  return config
 
 
 def _config_file(path: str) -> config_lib.EngineConfig:
+  def fail(problem: str) -> NoReturn:
+    raise errors.ConfigError(f'config={path!r}: {problem}.')
+
+  if not pathlib.Path(path).is_file():
+    fail('no such file')
   try:
-    config = runpy.run_path(path)['get_config']()
-  except FileNotFoundError:
-    raise errors.ConfigError(f'config={path!r}: no such file.') from None
-  except KeyError:
-    raise errors.ConfigError(
-      f'config={path!r}: must define get_config().') from None
+    get_config = runpy.run_path(path).get('get_config')
+    if not callable(get_config):
+      fail('must define get_config()')
+    config = get_config()
+  except errors.SarathiError:
+    raise
+  except Exception as error:  # It may raise what it likes.
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    where = f' (line {line.lineno})' if line.filename == path else ''
+    fail(f'{type(error).__name__}: {error}{where}')
   if not isinstance(config, config_lib.EngineConfig):
-    raise errors.ConfigError(
-      f'config={path!r}: get_config() must return an EngineConfig, not '
-      f'{config!r}.')
+    fail(f'get_config() must return an EngineConfig, not {config!r}')
   return config

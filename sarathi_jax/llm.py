@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import itertools
 import pathlib
+import signal
+import threading
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+import numpy as np
 
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import collector
@@ -22,49 +26,21 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import params as params_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt
 OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  leaves, _ = jax.tree.flatten_with_path(
-    tree, is_leaf=lambda x: isinstance(x, models.ParamSpec))
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-          for path, leaf in leaves}
-
-
-def check_params(model: model_config_lib.ModelConfig, params: Params,
-                 dtype: Any = None) -> None:
-  """Holds live arrays to what the model takes.
-
-  Raises:
-    ConfigError: a leaf is missing, unknown, or of another shape or dtype;
-      names it.
-  """
-  specs = _named_leaves(models.param_specs(model))
-  leaves = _named_leaves(params)
-  for name in [*(specs.keys() - leaves.keys()),
-               *(leaves.keys() - specs.keys())]:
-    kind = 'missing' if name in specs else 'unknown'
-    raise errors.ConfigError(f'params.{name}: {kind} in a {model.family}.')
-  dtype = jnp.dtype(dtype or next(iter(leaves.values())).dtype)
-  for name, leaf in leaves.items():
-    if leaf.shape != specs[name].shape or leaf.dtype != dtype:
-      raise errors.ConfigError(
-        f'params.{name}: is {leaf.dtype}{list(leaf.shape)}; must be '
-        f'{dtype}{list(specs[name].shape)}.')
-
-
-def _check_device(params: Params, mesh: jax.sharding.Mesh | None) -> None:
-  devices = set(itertools.chain.from_iterable(
-    leaf.devices() for leaf in jax.tree.leaves(params)))
-  devices |= set(() if mesh is None else mesh.devices.flat)
-  if len(devices) > 1:
-    raise errors.UnsupportedError(
-      f'params or mesh span {len(devices)} devices: parallelism over devices '
-      'is not supported; put them on one.')
+def _check_config(model: model_config_lib.ModelConfig,
+                  config: config_lib.EngineConfig) -> None:
+  """What can be told before weights are loaded."""
+  scheduler_lib.policy_class(config.policy)
+  config_lib.check(
+    (config.max_model_len or 1) <= model.context_len, 'max_model_len',
+    config.max_model_len,
+    f'the model was made for at most {model.context_len} tokens')
 
 
 class LLM:
@@ -78,17 +54,23 @@ class LLM:
 
     llm = LLM(model_config, params=state.params, tokenizer=tokenizer)
     for batch in data:
-      state = train_step(state, batch)
+      state = train_step(state, batch)    # may donate the old state
       llm.update_params(state.params)     # no copy, no compile
       rollouts = llm.generate(prompts, SamplingParams(seed=step))
 
-  Not thread-safe. Every step is compiled when it is made.
+  A train step that donates its state deletes the weights that are served:
+  call `update_params` with the new ones before anything is generated again.
+
+  Every step is compiled when an LLM is made. It uses no threads and no event
+  loop once that is done, and is not thread-safe. Ctrl-C, or a notebook's stop
+  button, ends a `generate` or `stream` between two steps, and leaves the LLM
+  in order.
 
   Args:
     model: what the model is.
     params: its weights; see `models.param_specs`. They are not copied, so
       they must not be donated or deleted while this serves them.
-    mesh: where they are; of one device.
+    mesh: where they are, of one device; None for where they are.
     tokenizer: or the folder of one; None for token ids only.
     config: of the engine.
     eos_token_ids: tokens that end a sequence.
@@ -106,15 +88,15 @@ class LLM:
                eos_token_ids: Sequence[int] = (), model_name: str = '',
                on_compiled: OnCompiled = lambda done, total: None) -> None:
     config = config or config_lib.EngineConfig()
+    _check_config(model, config)
     policy = scheduler_lib.policy_class(config.policy)
     if isinstance(tokenizer, (str, pathlib.Path)):
       tokenizer = tokenizer_lib.Tokenizer(tokenizer)
-    check_params(model, params)
-    _check_device(params, mesh)
     config_lib.check(
-      (config.max_model_len or 1) <= model.context_len, 'max_model_len',
-      config.max_model_len,
-      f'the model was made for at most {model.context_len} tokens')
+      mesh is None or mesh.size == 1, 'mesh', mesh,
+      'must have one device: parallelism over devices is not supported')
+    params = params_lib.check_params(
+      model, params, device=None if mesh is None else mesh.devices.item())
     if config.compilation_cache_dir:
       _keep_compiled_in(config.compilation_cache_dir)
 
@@ -146,6 +128,8 @@ class LLM:
         num_pages=scheduler_config.num_pages, page_size=config.page_size))
     self._dtype = jax.tree.leaves(params)[0].dtype
     self._ids = itertools.count()
+    self._inboxes: dict[str, deque[types.OutputDelta]] = {}  # by request
+    self._fault: Exception | None = None
 
   @classmethod
   def from_checkpoint(
@@ -167,11 +151,12 @@ class LLM:
     folder = checkpoint.resolve(
       path, cache_dir or config_lib.default_cache_dir())
     metadata = checkpoint.load_metadata(folder)
+    _check_config(metadata.model, config or config_lib.EngineConfig())
     return cls(
       metadata.model, checkpoint.restore_params(folder), config=config,
       tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
       eos_token_ids=metadata.eos_token_ids,
-      model_name=pathlib.Path(path).name, on_compiled=on_compiled)
+      model_name=pathlib.Path(path).absolute().name, on_compiled=on_compiled)
 
   def generate(self, prompts: Prompt | Sequence[Prompt],
                sampling: types.SamplingParams
@@ -189,6 +174,8 @@ class LLM:
 
     Raises:
       InvalidRequestError: one can't be served; then none was started.
+      ConfigError: the weights were donated; see `update_params`.
+      EngineDeadError: a step failed; make a new LLM.
     """
     requests = self._requests(prompts, sampling)
     collected = {r.request_id: collector.Collector(r) for r in requests}
@@ -203,7 +190,8 @@ class LLM:
              ) -> Iterator[types.OutputDelta]:
     """Continues one prompt, token by token.
 
-    Leaving the loop early aborts the request.
+    Leaving the loop early aborts the request. Several streams may be read in
+    turn, and `generate` called in between: their requests share the steps.
     """
     return self._run(self._requests([prompt], sampling))
 
@@ -215,28 +203,59 @@ class LLM:
     Raises:
       ConfigError: another tree, shape or dtype; the old weights stay.
     """
-    check_params(self.model, params, self._dtype)
-    _check_device(params, None)
-    self.engine.invalidate_cache()
-    self._runner.update_params(params)
+    params = params_lib.check_params(
+      self.model, params, self._dtype, self._runner.device)
+    with self._step():
+      self.engine.invalidate_cache()
+      self._runner.update_params(params)
 
   def _run(self, requests: Sequence[types.Request],
            ) -> Iterator[types.OutputDelta]:
-    """Runs requests to their end; aborts those left if the caller leaves."""
-    left = set()
+    """Runs requests to their end; aborts those left if the caller leaves.
+
+    Runs may take turns: what a step brings for another one waits in its inbox.
+    """
+    inbox: deque[types.OutputDelta] = deque()
+    left = {request.request_id for request in requests}
     try:
       for request in requests:
         self.engine.add(request)
-        left.add(request.request_id)
+        self._inboxes[request.request_id] = inbox
       while left:
-        for delta in self.engine.step():
-          if delta.request_id in left:
-            if delta.finish_reason:
-              left.remove(delta.request_id)
-            yield delta
+        if not inbox:
+          self._fill_inboxes()
+        while inbox:
+          delta = inbox.popleft()
+          if delta.finish_reason:
+            left.remove(delta.request_id)
+          yield delta
     finally:
-      for request_id in left:
-        self.engine.abort(request_id)
+      for request in requests:
+        self._inboxes.pop(request.request_id, None)
+        self.engine.abort(request.request_id)
+
+  def _fill_inboxes(self) -> None:
+    if not self._runner.has_params:
+      raise errors.ConfigError(
+        'params: were deleted, or donated to a computation; call '
+        'update_params with those that took their place.')
+    with self._step():
+      for delta in self.engine.step():
+        if delta.request_id in self._inboxes:
+          self._inboxes[delta.request_id].append(delta)
+
+  @contextlib.contextmanager
+  def _step(self) -> Iterator[None]:
+    """What must be done whole, or the engine is of no use any more."""
+    if self._fault is None:
+      try:
+        with _ctrl_c_waits():
+          yield
+        return
+      except Exception as error:  # A device's faults have no common type.
+        self._fault = error
+    raise errors.EngineDeadError(
+      f'the engine stopped: {self._fault}; make a new LLM.') from self._fault
 
   def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
     if _is_one_prompt(prompts):
@@ -253,9 +272,9 @@ class LLM:
       types.Request(
         request_id=f'llm-{next(self._ids)}', sampling=params,
         prompt_token_ids=tokenizer_lib.encode_prompt(
-          self.engine.tokenizer, prompt),
+          self.engine.tokenizer, _plain(prompt)),
         arrival_time=now)
-      for prompt, params in zip(prompts, sampling)]
+      for prompt, params in zip(prompts, sampling, strict=True)]
     for request in requests:
       self.engine.check(request)
     return requests
@@ -263,12 +282,46 @@ class LLM:
 
 def _is_one_prompt(prompts: Any) -> bool:
   """A text, a list of token ids, or a chat; not a list of these."""
-  return isinstance(prompts, str) or (
-    len(prompts) > 0 and (isinstance(prompts[0], Mapping)
-                          or hasattr(prompts[0], '__index__')))
+  if isinstance(prompts, str):
+    return True
+  if not len(prompts):
+    return False
+  is_number = hasattr(prompts[0], '__index__') and not np.ndim(prompts[0])
+  return is_number or isinstance(prompts[0], Mapping)
+
+
+def _plain(prompt: Any) -> Any:
+  """An array of token ids as a list of them."""
+  is_array = isinstance(prompt, (np.ndarray, jax.Array))
+  return np.asarray(prompt).tolist() if is_array else prompt
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+  """Handles a Ctrl-C, or a notebook's stop button, once the block is done."""
+  handler = signal.getsignal(signal.SIGINT)
+  if (threading.current_thread() is not threading.main_thread()
+      or not callable(handler)):
+    yield
+    return
+  pressed: list[Any] = []
+  signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    if pressed:
+      handler(*pressed[0])
 
 
 def _keep_compiled_in(folder: str) -> None:
-  pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  try:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.ConfigError(
+      f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
+    ) from error
+  # If anything was compiled without one, JAX would go on without.
+  compilation_cache.reset_cache()
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import rich.console
+import rich.markup
 import rich.progress
 
 from sarathi_jax import config as config_lib
@@ -30,12 +32,13 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
                       total=total)
 
     llm = llm_lib.LLM.from_checkpoint(
-      checkpoint, config=config, cache_dir=cache_dir,
+      os.path.expanduser(checkpoint), config=config,
+      cache_dir=cache_dir and os.path.expanduser(cache_dir),
       on_compiled=on_compiled)
   info = llm.engine.info
   console.print(
-    f'[bold]{info.model_name}[/] ({info.family}) ready after '
-    f'{time.monotonic() - start:.1f} s: {info.policy}, '
+    f'[bold]{rich.markup.escape(info.model_name)}[/] ({info.family}) ready '
+    f'after {time.monotonic() - start:.1f} s: {info.policy}, '
     f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
     f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
     f'{info.max_model_len:,} a sequence.', highlight=False)

@@ -10,23 +10,27 @@ A line of the input is an object with one of `prompt` (text),
 finish, in any order. A line that can't be served becomes a result with
 `error` and `line`, and the rest is still done. After an interruption,
 --resume goes on with what is missing.
+
+A request without a seed has one made of --seed and its id: what is sampled
+does not depend on interruptions, nor on how requests are scheduled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import json
 import os
 import pathlib
+import random
 import sys
 import time
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
 import rich.console
+import rich.markup
 import rich.progress
 
 from sarathi_jax import errors
@@ -63,6 +67,13 @@ class Line(NamedTuple):
   error: str | None
 
 
+class Written(NamedTuple):
+  """What an output holds: ids of those done, numbers of lines refused."""
+
+  ids: set[str]
+  lines: set[int]
+
+
 def define_flags() -> None:
   """Not done on import, which may find flags of these names."""
   flags.DEFINE_string(
@@ -78,65 +89,107 @@ def define_flags() -> None:
 
 
 def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
-               engine: engine_lib.Engine) -> Line:
+               seed: int, engine: engine_lib.Engine) -> Line:
   """Makes a request of a line, or says what is wrong with it."""
   request_id = f'line-{number}'
   try:
-    fields = json.loads(text.decode('utf-8'))
-    if not isinstance(fields, dict):
-      raise errors.InvalidRequestError('must be a JSON object.')
-    request_id = fields.get('request_id', request_id)
-    if not isinstance(request_id, str) or not request_id:
+    fields = _decode(text)
+    given_id = fields.get('request_id', request_id)
+    if not isinstance(given_id, str) or not given_id:
       raise errors.InvalidRequestError(
-        f'request_id={request_id!r}: must be a text that is not empty.')
-    if unknown := fields.keys() - _KEYS:
-      raise errors.InvalidRequestError(
-        f'{min(unknown)}: unknown key; known: {", ".join(sorted(_KEYS))}.')
-    prompts = [key for key in _PROMPT_KEYS if key in fields]
-    if len(prompts) != 1:
-      raise errors.InvalidRequestError(
-        f'must have one of {", ".join(_PROMPT_KEYS)}; has '
-        f'{", ".join(prompts) or "none"}.')
+        f'request_id={given_id!r}: must be a text that is not empty.')
+    request_id = given_id
     request = types.Request(
       request_id=request_id,
-      prompt_token_ids=_encode(engine, prompts[0], fields[prompts[0]]),
-      sampling=types.SamplingParams.from_dict(
-        {**defaults, **(fields.get('sampling') or {})}),
+      prompt_token_ids=_prompt(fields, engine),
+      sampling=_sampling(fields, defaults, f'{seed} {request_id!r}'),
       arrival_time=engine.clock())
     engine.check(request)
-    return Line(number, request_id, request, None)
-  except UnicodeDecodeError as error:
-    message = f'not UTF-8: {error}'
-  except json.JSONDecodeError as error:
-    message = f'not JSON: {error}'
   except errors.InvalidRequestError as error:
-    message = str(error)
-  return Line(number, str(request_id), None, message)
+    return Line(number, request_id, None, str(error))
+  return Line(number, request_id, request, None)
 
 
-def _encode(engine: engine_lib.Engine, key: str, value: Any,
-            ) -> tuple[int, ...]:
-  is_right = {
-    'prompt': isinstance(value, str),
-    'prompt_token_ids': isinstance(value, list) and all(
-      isinstance(v, int) and not isinstance(v, bool) for v in value),
-    'messages': isinstance(value, list) and bool(value) and all(
-      isinstance(v, dict) for v in value)}[key]
+def _decode(text: bytes) -> dict[str, Any]:
+  try:
+    fields = json.loads(text.decode('utf-8-sig'))
+  except UnicodeDecodeError as error:
+    raise errors.InvalidRequestError(f'not UTF-8: {error}.') from error
+  except (ValueError, RecursionError) as error:
+    raise errors.InvalidRequestError(f'not JSON: {error}.') from error
+  if not isinstance(fields, dict):
+    raise errors.InvalidRequestError('must be a JSON object.')
+  if unknown := fields.keys() - _KEYS:
+    raise errors.InvalidRequestError(
+      f'{min(unknown)}: unknown key; known: {", ".join(sorted(_KEYS))}.')
+  return fields
+
+
+def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
+              seed: str) -> types.SamplingParams:
+  given = fields.get('sampling')
+  if not isinstance(given, dict | None):
+    raise errors.InvalidRequestError(
+      f'sampling={given!r}: must be an object of sampling fields.')
+  sampling = types.SamplingParams.from_dict({**defaults, **(given or {})})
+  if sampling.seed is not None:
+    return sampling
+  return dataclasses.replace(
+    sampling, seed=random.Random(seed).randint(0, types.MAX_SEED))
+
+
+def _prompt(fields: Mapping[str, Any],
+            engine: engine_lib.Engine) -> tuple[int, ...]:
+  keys = [key for key in _PROMPT_KEYS if key in fields]
+  if len(keys) != 1:
+    raise errors.InvalidRequestError(
+      f'must have one of {", ".join(_PROMPT_KEYS)}; has '
+      f'{", ".join(keys) or "none"}.')
+  key, value = keys[0], fields[keys[0]]
+  is_right, rule = {
+    'prompt': (isinstance(value, str), 'a text'),
+    'prompt_token_ids': (_are_all(int, value), 'a list of integers'),
+    'messages': (_are_all(dict, value) and value,
+                 'a list of objects with role and content')}[key]
   if not is_right:
-    rule = {'prompt': 'a text', 'prompt_token_ids': 'a list of integers',
-            'messages': 'a list of objects with role and content'}[key]
     raise errors.InvalidRequestError(f'{key}={value!r}: must be {rule}.')
   return tokenizer_lib.encode_prompt(engine.tokenizer, value)
 
 
+def _are_all(kind: type, values: Any) -> bool:
+  return isinstance(values, list) and all(type(v) is kind for v in values)
+
+
+def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
+  """The lines that an output lacks; an id's second line is refused."""
+  seen: set[str] = set()
+  for line in lines:
+    if line.request is None:
+      if line.number not in written.lines:
+        yield line
+    elif line.request_id in seen:
+      if line.number not in written.lines:
+        yield Line(line.number, line.request_id, None,
+                   'request_id: an earlier line has it, too.')
+    else:
+      seen.add(line.request_id)
+      if line.request_id not in written.ids:
+        yield line
+
+
 def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
+              on_tokens: Callable[[int], None] = lambda num_tokens: None,
               ) -> Iterator[dict[str, Any]]:
   """Runs requests to their end and yields results as they come.
 
   Lines are read as the engine makes room, not all at once.
+
+  Args:
+    engine: an idle one.
+    lines: of different ids.
+    on_tokens: told of every step's new tokens.
   """
   live: dict[str, collector.Collector] = {}
-  seen: set[str] = set()
   max_live = 2 * engine.info.max_num_seqs
   is_last = False
   while live or not is_last:
@@ -144,15 +197,15 @@ def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
       line = next(lines, None)
       if line is None:
         is_last = True
-      elif line.request is None or line.request_id in seen:
-        error = line.error or 'request_id: an earlier line has it, too.'
+      elif line.request is None:
         yield {'request_id': line.request_id, 'line': line.number,
-               'error': error}
+               'error': line.error}
       else:
-        seen.add(line.request_id)
         live[line.request_id] = collector.Collector(line.request)
         engine.add(line.request)
-    for delta in engine.step():
+    deltas = engine.step()
+    on_tokens(sum(len(delta.token_ids) for delta in deltas))
+    for delta in deltas:
       if done := live[delta.request_id].add(delta):
         del live[delta.request_id]
         yield _result(done)
@@ -170,16 +223,21 @@ def _result(done: types.Completion) -> dict[str, Any]:
   }
 
 
-def _written_ids(path: pathlib.Path) -> set[str]:
-  """Ids in an output; a last line that was cut off is removed."""
-  ids: set[str] = set()
+def _read_written(path: pathlib.Path) -> Written:
+  """What an output holds; a last line that was cut off is removed."""
+  written = Written(set(), set())
   whole = 0
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
       if not line.endswith(b'\n'):
         break
       try:
-        ids.add(json.loads(line)['request_id'])
+        result = json.loads(line)
+        if 'error' in result:
+          written.lines.add(result['line'])
+        else:
+          result['metrics']  # An input, given by mistake, has ids only.
+          written.ids.add(result['request_id'])
       except (ValueError, KeyError, TypeError):
         raise errors.ConfigError(
           f'output={str(path)!r}: line {number} is not one of our results; '
@@ -187,68 +245,96 @@ def _written_ids(path: pathlib.Path) -> set[str]:
       whole += len(line)
   if whole < path.stat().st_size:
     os.truncate(path, whole)
-  return ids
+  return written
 
 
-def _open_output(path: pathlib.Path, resume: bool,
-                 ) -> tuple[BinaryIO, set[str]]:
+class _Output:
+  """The file of results, each written at once."""
+
+  def __init__(self, path: pathlib.Path, resume: bool) -> None:
+    self._path = path
+    self.written = Written(set(), set())
+    try:
+      if path.is_file() and path.stat().st_size:
+        if not resume:
+          raise errors.ConfigError(
+            f'output={str(path)!r}: exists; --resume goes on with it.')
+        self.written = _read_written(path)
+      self._file = path.open('ab', buffering=0)
+    except OSError as error:
+      raise self._error(error) from error
+
+  def _error(self, error: OSError, hint: str = '') -> errors.ConfigError:
+    return errors.ConfigError(
+      f'output={str(self._path)!r}: can\'t be written: {error.strerror}'
+      f'{hint}.')
+
+  def write(self, result: Mapping[str, Any]) -> None:
+    text = json.dumps(result, ensure_ascii=False) + '\n'
+    # Half a pair of UTF-16 has no UTF-8; what it becomes is JSON's escape.
+    rest = memoryview(text.encode('utf-8', 'backslashreplace'))
+    try:
+      while rest:
+        rest = rest[self._file.write(rest):]
+    except OSError as error:
+      raise self._error(
+        error, '; --resume goes on with what is missing') from error
+
+
+def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:
+  """Lines that are not blank, with their numbers."""
   try:
-    ids: set[str] = set()
-    if path.is_file() and path.stat().st_size:
-      if not resume:
-        raise errors.ConfigError(
-          f'output={str(path)!r}: exists; --resume goes on with it.')
-      ids = _written_ids(path)
-    return path.open('ab', buffering=0), ids
-  except OSError as error:
-    raise errors.ConfigError(
-      f'output={str(path)!r}: can\'t be written: {error.strerror}.') from error
-
-
-def _read_prompts(path: pathlib.Path) -> list[bytes]:
-  try:
-    with path.open('rb') as file:
-      return [line for line in file.read().split(b'\n')]
+    lines = path.read_bytes().split(b'\n')
   except OSError as error:
     raise errors.ConfigError(
       f'prompts={str(path)!r}: can\'t be read: {error.strerror}.') from error
+  return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn('{task.fields[rate]:,.0f} tokens/s'),
+    rich.progress.TimeRemainingColumn(), console=console, transient=True)
 
 
 def _run(console: rich.console.Console) -> None:
-  prompts = _read_prompts(pathlib.Path(FLAGS.prompts))
-  numbered = [(i, p) for i, p in enumerate(prompts, 1) if p.strip()]
+  prompts = _read_prompts(pathlib.Path(FLAGS.prompts).expanduser())
   config = engine_flags.engine_config_from_flags()
   defaults = {name: FLAGS[name].value for name in _SAMPLING_FLAGS
               if FLAGS[name].value is not None}
   types.SamplingParams.from_dict(defaults)
-  output, written = _open_output(pathlib.Path(FLAGS.output), FLAGS.resume)
+  output = _Output(pathlib.Path(FLAGS.output).expanduser(), FLAGS.resume)
   # Not on top: a wrong flag is told before JAX is loaded.
   from sarathi_jax import loading
   engine = loading.load_llm(
     FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
     console=console).engine
-  num_errors = 0
+  lines = (parse_line(number, text, defaults, config.seed, engine)
+           for number, text in prompts)
+  num_written = len(output.written.ids) + len(output.written.lines)
+  num_errors = num_tokens = 0
   start = time.monotonic()
-  with output, rich.progress.Progress(
-      rich.progress.TextColumn('{task.description}'),
-      rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeRemainingColumn(), rich.progress.TextColumn(
-        '{task.fields[rate]:,.0f} tokens/s'),
-      console=console, transient=True) as progress:
-    task = progress.add_task('Generating', total=len(numbered), rate=0.0)
-    lines = (parse_line(i, p, defaults, engine) for i, p in numbered)
-    todo = (line for line in lines if line.request_id not in written)
-    progress.update(task, total=None if written else len(numbered))
-    for result in run_lines(engine, todo):
-      output.write(json.dumps(result, ensure_ascii=False).encode() + b'\n')
+  with _progress(console) as progress:
+    task = progress.add_task('Generating', total=len(prompts), rate=0.0,
+                             completed=num_written)
+
+    def on_tokens(n: int) -> None:
+      nonlocal num_tokens
+      num_tokens += n
+      progress.update(task, rate=num_tokens / (time.monotonic() - start))
+
+    for result in run_lines(
+        engine, unwritten(lines, output.written), on_tokens):
+      output.write(result)
       num_errors += 'error' in result
-      progress.update(task, advance=1, rate=engine.metrics.num_output_tokens
-                      / (time.monotonic() - start))
+      progress.advance(task)
+  if num_written:
+    console.print(f'{num_written:,} results were there already.')
   console.print(report.summary_table(
     engine.metrics, time.monotonic() - start, engine.stats().num_preemptions,
     num_errors))
-  if written:
-    console.print(f'{len(written):,} results were there already.')
 
 
 def main(argv: list[str]) -> None:
@@ -258,23 +344,18 @@ def main(argv: list[str]) -> None:
   try:
     _run(console)
   except errors.SarathiError as error:
-    console.print(f'[red]error:[/] {error}', soft_wrap=True)
-    sys.exit(1)
-  except OSError as error:
     console.print(
-      f'[red]error:[/] output={FLAGS.output!r}: {error.strerror}; --resume '
-      'goes on with what is missing.', soft_wrap=True)
+      f'[red]error:[/] {rich.markup.escape(str(error))}', soft_wrap=True)
     sys.exit(1)
   except KeyboardInterrupt:
-    console.print('\nInterrupted; --resume goes on with what is missing.')
+    console.print('Interrupted; --resume goes on with what is missing.')
     sys.exit(130)
 
 
 def run() -> None:
   """The console script."""
   define_flags()
-  with contextlib.suppress(BrokenPipeError):
-    app.run(main)
+  app.run(main)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -61,6 +61,8 @@ class BatchArrays(NamedTuple):
 
 
 _FLOATS = ('temperature', 'top_p', 'min_p')
+_FLOAT32_MAX = np.finfo(np.float32).max
+_INT32_MAX = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,12 +112,13 @@ class BatchBuilder:
   """Packs batches. The result depends on the batch alone.
 
   It remembers each slot's page table and sampling parameters as arrays: a
-  chunk passes on the same tuple until a page is added, and converting 256 of
-  them anew would cost more than the rest of the step's host work.
+  chunk passes on the same objects until a page is added, and converting 256
+  of them anew would cost more than the rest of the step's host work.
   """
 
   def __init__(self, max_num_seqs: int, pages_per_seq: int) -> None:
-    self._known: list[tuple[int, ...] | None] = [None] * max_num_seqs
+    self._tables: list[tuple[int, ...] | None] = [None] * max_num_seqs
+    self._sampling: list[types.SamplingParams | None] = [None] * max_num_seqs
     self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
     self._floats = np.zeros((3, max_num_seqs), np.float32)
     self._top_k = np.zeros(max_num_seqs, np.int32)
@@ -124,13 +127,16 @@ class BatchBuilder:
             layout: BatchLayout) -> np.ndarray:
     """Packs a batch into a fresh [layout.size] int32 buffer."""
     n = len(batch.chunks)
-    columns = types.Chunk(*zip(*batch.chunks))
+    columns: Any = types.Chunk(  # A tuple of each field.
+      *cast(Any, zip(*batch.chunks, strict=True)))
     buffer = np.zeros(layout.size, np.int32)
     fields = layout.split(buffer, lambda bits: bits.view(np.float32))
     for slot, table, sampling in zip(
-        columns.slot, columns.page_table, columns.sampling):
-      if self._known[slot] is not table:
-        self._remember(slot, table, sampling)
+        columns.slot, columns.page_table, columns.sampling, strict=True):
+      if self._tables[slot] is not table:
+        self._remember_table(slot, table)
+      if self._sampling[slot] is not sampling:
+        self._remember_sampling(slot, sampling)
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
     np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
@@ -145,20 +151,25 @@ class BatchBuilder:
     fields.seeds[:n] = columns.seed
     fields.flags[:n] = [
       (FROM_DEVICE if not tokens else 0) | (SAMPLES if samples else 0)
-      for tokens, samples in zip(columns.tokens, columns.samples)]
+      for tokens, samples in zip(
+        columns.tokens, columns.samples, strict=True)]
     fields.tokens[:batch.num_tokens] = np.fromiter(
       itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
       np.int32, batch.num_tokens)
     fields.distribution[:] = n - sum(columns.is_prefill), n
     return buffer
 
-  def _remember(self, slot: int, table: tuple[int, ...],
-                sampling: types.SamplingParams) -> None:
+  def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
     self._pages[slot, :len(table)] = table
-    self._floats[:, slot] = (
-      sampling.temperature, sampling.top_p, sampling.min_p)
-    self._top_k[slot] = max(sampling.top_k, 0)
-    self._known[slot] = table
+    self._pages[slot, len(table):] = 0  # of the request here before
+    self._tables[slot] = table
+
+  def _remember_sampling(self, slot: int,
+                         sampling: types.SamplingParams) -> None:
+    self._floats[:, slot] = np.minimum(
+      (sampling.temperature, sampling.top_p, sampling.min_p), _FLOAT32_MAX)
+    self._top_k[slot] = min(max(sampling.top_k, 0), _INT32_MAX)
+    self._sampling[slot] = sampling
 
 
 def ladder(max_tokens: int, max_num_seqs: int) -> tuple[int, ...]:

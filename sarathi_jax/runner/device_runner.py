@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
@@ -48,7 +50,8 @@ class StepPrograms:
       for n in self.sizes}
     self._steps: dict[int, Any] = {}
     self._max_num_seqs = max_num_seqs
-    self._fixed: dict[str, Any] = dict(model=model, page_size=page_size, attention=attention)
+    self._fixed: dict[str, Any] = dict(
+      model=model, page_size=page_size, attention=attention)
 
   def lower(self, size: int, params: Params, kv: Any) -> Any:
     """The step of one size, lowered for arguments like these."""
@@ -69,12 +72,15 @@ class StepPrograms:
   def compile(self, params: Params, kv: Any, on_compiled: OnCompiled) -> None:
     """Compiles all sizes, the largest first, several at a time."""
     with futures.ThreadPoolExecutor(max_workers=4) as pool:
-      jobs = {
-        pool.submit(self.lower(n, params, kv).compile): n
-        for n in reversed(self.sizes)}
-      for done, job in enumerate(futures.as_completed(jobs), 1):
-        self._steps[jobs[job]] = job.result()
-        on_compiled(done, len(jobs))
+      try:
+        jobs = {
+          pool.submit(self.lower(n, params, kv).compile): n
+          for n in reversed(self.sizes)}
+        for done, job in enumerate(futures.as_completed(jobs), 1):
+          self._steps[jobs[job]] = job.result()
+          on_compiled(done, len(jobs))
+      finally:  # After Ctrl-C, don't wait for those not begun.
+        pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, params: Params, kv: Any) -> int:
     """Device memory that the largest step needs beside its arguments."""
@@ -106,9 +112,10 @@ class DeviceRunner:
     on_compiled: told of the progress.
 
   Raises:
-    ConfigError: the KV cache has no room.
+    ConfigError: the KV cache has no room, or attention is unknown.
 
   Attributes:
+    device: where it runs.
     num_pages: pages of the KV cache.
     max_model_len: the most tokens of a sequence.
     num_programs: compiled steps.
@@ -118,11 +125,17 @@ class DeviceRunner:
                config: config_lib.EngineConfig,
                max_step_tokens: Callable[[int], int],
                on_compiled: OnCompiled = lambda done, total: None) -> None:
-    self._leaves, self._treedef = jax.tree.flatten(params)
+    self._leaves = jax.tree.leaves(params)
     dtype = self._leaves[0].dtype
     device, = self._leaves[0].devices()
+    self.device: jax.Device = device
     context = config.max_model_len or model.context_len
     page_size = config.page_size
+    # The reference is a loop in Python, for tests of the others.
+    known = [name for name in rpa.IMPLEMENTATIONS if name != 'reference']
+    config_lib.check(
+      config.attention in (None, *known), 'attention', config.attention,
+      f'must be one of {", ".join(known)}')
 
     def programs(max_model_len: int) -> StepPrograms:
       return StepPrograms(
@@ -144,7 +157,7 @@ class DeviceRunner:
       self.max_model_len = min(context, self.num_pages * page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
-      self._kv = kv_cache.init(model, self.num_pages, page_size, dtype)
+      self._kv = _init_kv(model, self.num_pages, page_size, dtype)
       self._last_tokens = jnp.zeros(config.max_num_seqs, jnp.int32)
       self._programs.compile(params, self._kv, on_compiled)
     self._builder = batch_lib.BatchBuilder(
@@ -165,8 +178,26 @@ class DeviceRunner:
   def num_rows(self, num_tokens: int) -> int:
     return self._programs.size_for(num_tokens)
 
+  @property
+  def has_params(self) -> bool:
+    """False once an array of the weights was donated or deleted."""
+    return not any(leaf.is_deleted() for leaf in self._leaves)
+
   def update_params(self, params: Params) -> None:
     """Replaces the weights: the same tree, shapes, dtypes and device."""
-    leaves, treedef = jax.tree.flatten(params)
-    assert treedef == self._treedef
-    self._leaves = leaves
+    self._leaves = jax.tree.leaves(params)
+
+
+def _init_kv(model: model_config_lib.ModelConfig, num_pages: int,
+             page_size: int, dtype: Any) -> list[kv_cache.LayerKv]:
+  try:
+    return jax.block_until_ready(
+      kv_cache.init(model, num_pages, page_size, dtype))
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    size = num_pages * kv_cache.page_bytes(model, page_size, dtype)
+    raise errors.ConfigError(
+      f'num_pages={num_pages}: {size / kv_cache.GIB:.3g} GiB of KV cache are '
+      'more than the device has free; lower num_pages or kv_cache_gib.'
+    ) from error

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from pallas_kernels import ragged_paged_attention as rpa
 
+from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.models import config as model_config_lib
@@ -39,7 +39,7 @@ def init(model: model_config_lib.ModelConfig, num_pages: int, page_size: int,
     for _ in range(model.num_layers)]
 
 
-def choose_num_pages(
+def choose_num_pages(  # noqa: PLR0917
     model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
     max_model_len: int, dtype: Any, device: Any, temp_bytes: int) -> int:
   """Pages for the cache: as configured, or as many as there is memory for.
@@ -56,11 +56,12 @@ def choose_num_pages(
     ConfigError: there is no room, for one sequence of `config.max_model_len`
       if that is given, else for a single page.
   """
-  if config.num_pages is not None:
-    return config.num_pages
   size = page_bytes(model, config.page_size, dtype)
   stats = device.memory_stats()
-  if config.kv_cache_gib is not None:
+  free: float
+  if config.num_pages is not None:
+    free, source = config.num_pages * size, 'num_pages'
+  elif config.kv_cache_gib is not None:
     free, source = config.kv_cache_gib * GIB, 'kv_cache_gib'
   elif stats and 'bytes_limit' in stats:
     free = (stats['bytes_limit'] * config.memory_utilization
@@ -68,13 +69,15 @@ def choose_num_pages(
     source = 'what is free on the device'
   else:
     free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'
-  num_pages = int(free // size)
   per_seq = math.ceil(max_model_len / config.page_size)
+  most = config.num_pages or per_seq * config.max_num_seqs
+  num_pages = int(min(free, most * size) // size)
   needed = 1 if config.max_model_len is None else per_seq
   if num_pages < needed:
+    what = 'a page' if config.max_model_len is None else 'a sequence'
     raise errors.ConfigError(
-      f'max_model_len={config.max_model_len}: it needs '
-      f'{needed * size / GIB:.3f} GiB of KV cache, but there are '
-      f'{max(free, 0) / GIB:.3f} GiB ({source}); lower max_model_len or set '
-      'kv_cache_gib.')
-  return min(num_pages, per_seq * config.max_num_seqs)
+      f'max_model_len={config.max_model_len}: {what} needs '
+      f'{needed * size / GIB:.3g} GiB of KV cache, {needed} pages, but there '
+      f'are {max(free, 0) / GIB:.3g} GiB ({source}); lower max_model_len or '
+      'set kv_cache_gib.')
+  return num_pages

@@ -5,9 +5,10 @@ The random numbers of a token are those of `fold_in(fold_in(key, seed),
 position)`: a request's tokens depend on its seed alone, not on its batch,
 nor on chunks, preemptions or parallelism.
 
-Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Their
-thresholds are found by bisecting the bits of a float, 32 passes over the
-logits, instead of by sorting them.
+Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Tokens
+as likely as the last that a filter keeps are kept, too. Thresholds are found
+by bisecting the bits of a float, 32 passes over the logits, instead of by
+sorting them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _NEVER = -jnp.inf
 
 def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
   """Bits of floats as unsigned integers of the same order."""
+  x = jnp.where(x == 0, 0, x)  # -0.0 is no less than 0.0.
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   sign = jnp.uint32(0x80000000)
   return jnp.where(bits >= sign, ~bits, bits | sign)
@@ -31,7 +33,7 @@ def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
 
 def _largest_threshold(
     keys: UInt[Array, 'S V'],
-    enough: Callable[[Bool[Array, 'S V']], Bool[Array, 'S']],
+    enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
 ) -> Bool[Array, 'S V']:
   """The fewest largest keys of each row that are `enough`; ties all stay."""
   def set_bit(i: Array, threshold: Array) -> Array:
@@ -45,14 +47,14 @@ def _largest_threshold(
 
 def filter_logits(
     logits: Float[Array, 'S V'],
-    top_k: Int[Array, 'S'],
-    top_p: Float[Array, 'S'],
-    min_p: Float[Array, 'S'],
+    top_k: Int[Array, ' S'],
+    top_p: Float[Array, ' S'],
+    min_p: Float[Array, ' S'],
 ) -> Float[Array, 'S V']:
   """Logits with those of tokens that may not be sampled at minus infinity.
 
   Args:
-    logits: divided by the temperature.
+    logits: float32, divided by the temperature.
     top_k: the likeliest tokens to keep; 0 for all.
     top_p: keep the likeliest tokens that make up this probability.
     min_p: keep tokens at least this fraction as likely as the likeliest.
@@ -64,20 +66,21 @@ def filter_logits(
   kept = _largest_threshold(keys, lambda m: m.sum(-1, dtype=jnp.int32) >= k)
   logits = jnp.where(kept, logits, _NEVER)
   probs = jax.nn.softmax(logits, axis=-1)
+  top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # One is kept.
   kept = _largest_threshold(
     keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p)
   return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
 
 
-def sample(
+def sample(  # noqa: PLR0917 - a column of the batch each
     logits: Float[Array, 'S V'],
-    temperature: Float[Array, 'S'],
-    top_k: Int[Array, 'S'],
-    top_p: Float[Array, 'S'],
-    min_p: Float[Array, 'S'],
-    seeds: Int[Array, 'S'],
-    positions: Int[Array, 'S'],
-) -> tuple[Int[Array, 'S'], Float[Array, 'S']]:
+    temperature: Float[Array, ' S'],
+    top_k: Int[Array, ' S'],
+    top_p: Float[Array, ' S'],
+    min_p: Float[Array, ' S'],
+    seeds: Int[Array, ' S'],
+    positions: Int[Array, ' S'],
+) -> tuple[Int[Array, ' S'], Float[Array, ' S']]:
   """Samples a token a row. Rows, and batches, only pay for what they ask.
 
   Args:
@@ -94,16 +97,19 @@ def sample(
   greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def draw() -> Array:
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+    # The largest is 0, or a low temperature would make several infinite.
+    scaled = logits - logits.max(axis=-1, keepdims=True)
+    scaled = scaled / jnp.where(temperature > 0, temperature, 1)[:, None]
     is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
     scaled = lax.cond(
       is_filtered.any(),
       lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, scaled)
 
     def noise(seed: Array, position: Array) -> Array:
-      key = jax.random.fold_in(jax.random.key(0), seed)
-      return jax.random.gumbel(
-        jax.random.fold_in(key, position), logits.shape[-1:])
+      # Not the program's default generator, which may depend on the batch.
+      key = jax.random.key(0, impl='threefry2x32')
+      key = jax.random.fold_in(jax.random.fold_in(key, seed), position)
+      return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     drawn = jnp.argmax(scaled + jax.vmap(noise)(seeds, positions), axis=-1)
     return jnp.where(temperature > 0, drawn.astype(jnp.int32), greedy)

@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
-from pallas_kernels import ragged_paged_attention as rpa
 
+from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
@@ -28,8 +27,8 @@ def _to_float(bits: Array) -> Array:
 def stage_step(
     params: Params,
     kv: Sequence[kv_cache.LayerKv],
-    last_tokens: Int[Array, 'slots'],
-    buffer: Int[Array, 'size'],
+    last_tokens: Int[Array, ' slots'],
+    buffer: Int[Array, ' size'],
     *,
     model: model_config_lib.ModelConfig,
     layout: batch_lib.BatchLayout,
@@ -53,8 +52,8 @@ def stage_step(
   num_rows = layout.num_rows
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
   row = jnp.minimum(
-    jnp.searchsorted(b.cu_q_lens[1:], index, side='right',
-                     method='compare_all').astype(jnp.int32), num_rows - 1)
+    jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
+    num_rows - 1)
   is_real = index < b.cu_q_lens[-1]
   # A row's tokens are its sequence's last ones.
   positions = jnp.where(
