@@ -36,7 +36,8 @@ TOLERANCE = 1e-4
 _SIZES: dict[str, Any] = dict(
   vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
   max_position_embeddings=128, initializer_range=0.12)
-_GATED: dict[str, Any] = dict(_SIZES, intermediate_size=96, num_key_value_heads=2)
+_GATED: dict[str, Any] = dict(
+  _SIZES, intermediate_size=96, num_key_value_heads=2)
 
 
 def _llama(**fields: Any) -> Any:
