@@ -187,7 +187,7 @@ pieces = st.text(alphabet='abé🎉', min_size=1, max_size=4)
 @hypothesis.given(
   text=st.text(alphabet='abé🎉', min_size=1, max_size=16),
   stop=st.lists(pieces, max_size=3), keep=st.booleans())
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 def test_streaming_equals_searching_the_text_so_far(
     tokenizer: tokenizer_lib.Tokenizer, text: str, stop: list[str], keep: bool,
 ) -> None:

@@ -16,7 +16,7 @@ ranks = st.floats(0, 1)
 
 
 @hypothesis.given(values=values, q=ranks)
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 def test_a_quantile_is_within_one_percent(
     values: list[float], q: float) -> None:
   quantiles = metrics.Quantiles()
@@ -29,7 +29,7 @@ def test_a_quantile_is_within_one_percent(
 
 
 @hypothesis.given(values=values)
-@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.settings(max_examples=50)
 def test_batches_add_up(values: list[float]) -> None:
   whole, parts = metrics.Quantiles(), metrics.Quantiles()
   whole.add(values)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @hypothesis.given(text=texts, data=st.data())
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=200)
 def test_a_stream_says_what_follows_the_prompt(
     tokenizer: tokenizer_lib.Tokenizer, text: str, data: st.DataObject,
 ) -> None:

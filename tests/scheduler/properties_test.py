@@ -107,7 +107,7 @@ def run(policy: str, seed: int) -> checker_lib.Checker:
 
 @pytest.mark.parametrize('policy', POLICIES)
 @hypothesis.given(rng=st.randoms(use_true_random=False))
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
   workload = make_workload(rng)
   drive(checker_lib.make_checker(policy, workload.config), workload, rng)
@@ -170,5 +170,5 @@ class Machine(stateful.RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = hypothesis.settings(
-  max_examples=80, stateful_step_count=40, deadline=None)
+  max_examples=80, stateful_step_count=40)
 MachineTest = Machine.TestCase

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strictness for all tests: types and ranks in JAX, no network, no luck.
+
+JAX is told by its environment variables, so that tests of the layers without
+JAX need not load it, and the processes that tests start are strict, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+
+import hypothesis
+import pytest
+
+os.environ.update(
+  JAX_NUMPY_DTYPE_PROMOTION='strict',
+  JAX_NUMPY_RANK_PROMOTION='allow',
+  HF_HUB_OFFLINE='1',
+)
+
+# On a busy machine time says nothing about the code.
+hypothesis.settings.register_profile(
+  'project', deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile('project')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _training_mixes_types(request: pytest.FixtureRequest) -> Iterator[None]:
+  """optax's own updates multiply integers by floats."""
+  if 'quickstart' not in request.path.parts:
+    yield
+    return
+  import jax
+  with (pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion('standard')):
+    patch.setenv('JAX_NUMPY_DTYPE_PROMOTION', 'standard')
+    yield
