@@ -4,7 +4,7 @@
 from pallas_kernels.ragged_paged_attention.api import dynamic_validate
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 from pallas_kernels.ragged_paged_attention.api import init_pages
-from pallas_kernels.ragged_paged_attention.api import page_shape
+from pallas_kernels.ragged_paged_attention.api import pages_from_rows
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.api import static_validate
 from pallas_kernels.ragged_paged_attention.api import write_kv
@@ -13,7 +13,7 @@ __all__ = [
   'IMPLEMENTATIONS',
   'dynamic_validate',
   'init_pages',
-  'page_shape',
+  'pages_from_rows',
   'ragged_paged_attention',
   'static_validate',
   'write_kv',

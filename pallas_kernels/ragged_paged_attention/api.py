@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import reference
 from pallas_kernels.ragged_paged_attention import xla
 
@@ -21,12 +22,13 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'reference': reference.ragged_paged_attention,
   'xla': xla.ragged_paged_attention,
 }
+_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES}
 # What `implementation=None` means where the computation runs.
 _DEFAULTS = {'cpu': 'xla', 'gpu': 'xla', 'tpu': 'xla'}
 
 _DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
-_RANKS = {'q': 3, 'k_pages': 4, 'v_pages': 4, 'kv_lens': 1,
-          'page_indices': 2, 'cu_q_lens': 1, 'distribution': 1}
+_RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
+          'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
 
 
 def ragged_paged_attention(
@@ -57,8 +59,8 @@ def ragged_paged_attention(
 
   Args:
     q: [T, H, h], float32, bfloat16 or float16.
-    k_pages: [N, K, page_size, h], the dtype of q. Holds the keys of this
-      batch's own tokens already (`write_kv`).
+    k_pages: from `init_pages` for this implementation, the dtype of q. Holds
+      the keys of this batch's own tokens already (`write_kv`).
     v_pages: like k_pages.
     kv_lens: int32 [S], tokens in the cache, the new ones included; 0 for
       padding.
@@ -79,22 +81,13 @@ def ragged_paged_attention(
   Raises:
     ValueError: shapes, dtypes or options don't fit; says which and why.
   """
+  name = _choose(implementation)
   static_validate(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens,
                   distribution, sliding_window=sliding_window,
                   soft_cap=soft_cap)
-  return _choose(implementation)(
+  return IMPLEMENTATIONS[name](
     q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
     scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
-
-
-def page_shape(
-  num_pages: int,
-  page_size: int,
-  num_kv_heads: int,
-  head_dim: int,
-) -> tuple[int, int, int, int]:
-  """The shape [N, K, page_size, h] of one layer's keys, or values."""
-  return num_pages, num_kv_heads, page_size, head_dim
 
 
 def init_pages(
@@ -103,10 +96,34 @@ def init_pages(
   num_kv_heads: int,
   head_dim: int,
   dtype: jax.typing.DTypeLike,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Zeroed keys and values of one layer, each of `page_shape`."""
-  shape = page_shape(num_pages, page_size, num_kv_heads, head_dim)
-  return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+  """Zeroed keys and values of one layer.
+
+  Args:
+    num_pages: N.
+    page_size: tokens a page.
+    num_kv_heads: K.
+    head_dim: h.
+    dtype: float32, bfloat16 or float16.
+    implementation: what will read them; None: by platform.
+
+  Returns:
+    (k_pages, v_pages) in the implementation's layout (see `layout`): N comes
+    first and K second; the rest is its own business.
+  """
+  return layout.init(_LAYOUTS[_choose(implementation)], num_pages, page_size,
+                     num_kv_heads, head_dim, dtype)
+
+
+def pages_from_rows(
+  k_rows: jax.Array,
+  v_rows: jax.Array,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Lays out pages given as [N, K, page_size, h] for an implementation."""
+  return layout.from_rows(
+    _LAYOUTS[_choose(implementation)], k_rows, v_rows)
 
 
 def write_kv(
@@ -119,7 +136,7 @@ def write_kv(
   """Puts new keys and values into their pages; in place where donated.
 
   Args:
-    k_pages: [N, K, page_size, h].
+    k_pages: as `init_pages` made them, for any implementation.
     v_pages: like k_pages.
     k: [T, K, h], the new keys.
     v: like k.
@@ -129,15 +146,7 @@ def write_kv(
   Returns:
     The pages, updated.
   """
-  num_pages, _, page_size, _ = k_pages.shape
-  num_slots = num_pages * page_size
-  # A negative index would count from the end.
-  slots = jnp.where(slot_mapping < 0, num_slots, slot_mapping)
-  page, offset = slots // page_size, slots % page_size
-  return tuple(
-    pages.at[page, :, offset, :].set(
-      new.astype(pages.dtype), mode='drop', unique_indices=True)
-    for pages, new in ((k_pages, k), (v_pages, v)))
+  return layout.write(k_pages, v_pages, k, v, slot_mapping)
 
 
 def static_validate(
@@ -160,9 +169,9 @@ def static_validate(
   arrays = dict(q=q, k_pages=k_pages, v_pages=v_pages, kv_lens=kv_lens,
                 page_indices=page_indices, cu_q_lens=cu_q_lens,
                 distribution=distribution)
-  for name, rank in _RANKS.items():
-    _check(arrays[name].ndim == rank, name, arrays[name].shape,
-           f'must have {rank} axes')
+  for name, ranks in _RANKS.items():
+    _check(arrays[name].ndim in ranks, name, arrays[name].shape,
+           f'must have {" or ".join(map(str, ranks))} axes')
   for name in ('kv_lens', 'page_indices', 'cu_q_lens', 'distribution'):
     _check(arrays[name].dtype == jnp.int32, name, arrays[name].dtype,
            'must be int32')
@@ -172,14 +181,18 @@ def static_validate(
          f'must be the dtype of q, {q.dtype}')
   _check(v_pages.dtype == q.dtype, 'v_pages', v_pages.dtype,
          f'must be the dtype of q, {q.dtype}')
-  _check(v_pages.shape == k_pages.shape, 'v_pages', v_pages.shape,
-         f'must have the shape of k_pages, {k_pages.shape}')
+  num_pages, num_kv_heads, page_size, kv_head_dim = layout.sizes(k_pages)
   num_heads, head_dim = q.shape[1:]
-  num_kv_heads = k_pages.shape[1]
+  _check(kv_head_dim == head_dim, 'k_pages', k_pages.shape,
+         f'its head dim must be that of q, {head_dim}')
+  like = jax.eval_shape(lambda: layout.init(
+    layout.ROWS if k_pages.ndim == 4 else layout.TILES, num_pages, page_size,
+    num_kv_heads, head_dim, q.dtype))
+  for name, expected in zip(('k_pages', 'v_pages'), like, strict=True):
+    _check(arrays[name].shape == expected.shape, name, arrays[name].shape,
+           f'must be {expected.shape}, as from init_pages')
   _check(min(k_pages.shape) > 0, 'k_pages', k_pages.shape,
          'must have no empty axis')
-  _check(k_pages.shape[3] == head_dim, 'k_pages', k_pages.shape,
-         f'last axis must be the head dim of q, {head_dim}')
   _check(num_heads > 0 and num_heads % num_kv_heads == 0, 'q', q.shape,
          f'heads must be a multiple of the {num_kv_heads} of k_pages')
   num_seqs = kv_lens.shape[0]
@@ -211,7 +224,7 @@ def dynamic_validate(
   num_decodes, num_seqs = (int(n) for n in np.asarray(distribution))
   lens, starts = np.asarray(kv_lens), np.asarray(cu_q_lens)
   q_lens = np.diff(starts)
-  num_pages, _, page_size, _ = k_pages.shape
+  num_pages, _, page_size, _ = layout.sizes(k_pages)
   most = page_indices.shape[1] * page_size
   _check(0 <= num_decodes <= num_seqs <= len(lens), 'distribution',
          (num_decodes, num_seqs),
@@ -241,10 +254,10 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
     raise ValueError(f'{name}={value}: {rule}.')
 
 
-def _choose(implementation: str | None) -> Callable[..., jax.Array]:
-  name = _DEFAULTS.get(jax.default_backend(), 'xla') if (
-    implementation is None) else implementation
-  if name not in IMPLEMENTATIONS:
+def _choose(implementation: str | None) -> str:
+  if implementation is None:
+    return _DEFAULTS[jax.default_backend()]
+  if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'{implementation=}: must be None or one of '
                      f'{", ".join(sorted(IMPLEMENTATIONS))}.')
-  return IMPLEMENTATIONS[name]
+  return implementation

@@ -76,7 +76,8 @@ def make(
     unused: what fills every slot that must not be read.
 
   Returns:
-    The arguments of `api.ragged_paged_attention`, by name, but for options.
+    The arguments of `api.ragged_paged_attention`, by name, but for options;
+    the pages as rows, for `api.pages_from_rows`.
   """
   rng = np.random.default_rng(seed)
   q_lens = np.array(spec.all_q_lens, np.int32)

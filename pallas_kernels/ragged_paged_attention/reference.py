@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import layout
+
 
 def ragged_paged_attention(
   q: jax.Array,  # [T, H, h]
-  k_pages: jax.Array,  # [N, K, page_size, h]
-  v_pages: jax.Array,  # [N, K, page_size, h]
+  k_pages: jax.Array,  # any layout
+  v_pages: jax.Array,
   kv_lens: jax.Array,  # [S]
   page_indices: jax.Array,  # [S, P]
   cu_q_lens: jax.Array,  # [S + 1]
@@ -26,7 +28,7 @@ def ragged_paged_attention(
 ) -> jax.Array:
   """See `api.ragged_paged_attention`. Rows of padding are zero."""
   queries = np.asarray(q)
-  keys, values = np.asarray(k_pages), np.asarray(v_pages)
+  keys, values = map(np.asarray, layout.to_rows(k_pages, v_pages))
   lens, tables, starts = map(
     np.asarray, (kv_lens, page_indices, cu_q_lens))
   out = np.zeros(queries.shape, np.float32)

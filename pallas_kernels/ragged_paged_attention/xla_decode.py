@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes in plain JAX: one query each of many sequences, bound by memory.
+
+The pages in use, of all decodes, form one list of work items; a loop takes
+a block of them a turn, so its length is that of the work and not that of the
+longest context. What makes it fast on XLA's CPU backend, as of JAX 0.10:
+
+- No matmul: its operand, the gathered pages, would be written and read once
+  more. `_mix` is an elementwise expression without a reduction, unrolled over
+  the channels, which the compiler fuses with the gather and vectorizes.
+- Gathers are indexed once per query head. Read once and broadcast to the
+  heads of a group, XLA would not fuse them.
+- Each `_mix` stands in a conditional that is always taken. Without that wall
+  around them XLA fuses the neighbours, and leaves the gathers out.
+- Blocks are large enough for XLA to share each fusion among its threads; two
+  loops would not run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import functools
+import operator
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite: the difference of two of them is no NaN
+_BLOCK = 32  # work items, of a page each
+_SUMS = 4  # independent ones, since a chain of additions waits for each
+
+
+def decodes(
+  q: jax.Array,  # [S, K, G, h], float32 and scaled
+  k_pages: jax.Array,  # [N, K, page_size / l, h, l]
+  v_pages: jax.Array,  # [N, K, h / l, page_size, l]
+  kv_lens: jax.Array,  # [S]
+  page_indices: jax.Array,  # [S, P]
+  num_decodes: jax.Array,
+  *,
+  sliding_window: int | None,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Returns float32 [S, K, G, h]; rows from num_decodes on mean nothing."""
+  num_seqs = q.shape[0]
+  tiles, _, lanes = k_pages.shape[2:]
+  page_size = tiles * lanes
+  items, total = _work_items(
+    kv_lens, page_indices, num_decodes, page_size, sliding_window)
+  positions = jnp.arange(page_size, dtype=jnp.int32).reshape(tiles, lanes)
+  q = jnp.pad(q, ((0, 1), (0, 0), (0, 0), (0, 0)))  # for items of padding
+  wall = total > 0
+
+  def block(b: jax.Array, state: tuple[jax.Array, ...]):
+    seq, page, start, stop = (
+      lax.dynamic_slice_in_dim(x, b * _BLOCK, _BLOCK) for x in items)
+    # Items are in order, so a block's sequences are within _BLOCK rows.
+    first = seq[0]
+    rows = [lax.dynamic_slice_in_dim(x, first, _BLOCK) for x in state]
+    belongs = (seq - first)[None, :] == jnp.arange(_BLOCK)[:, None]
+    seen = ((positions >= start[:, None, None])
+            & (positions < stop[:, None, None]))  # [block, tiles, lanes]
+    scores = _walled(wall, _scores, q[seq], k_pages, page)
+    if soft_cap is not None:
+      scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    top = _row_max(belongs, scores.max((3, 4)), rows[1])  # [block, K, G]
+    item_top = top[jnp.minimum(seq - first, _BLOCK - 1)]
+    weights = jnp.where(
+      seen[:, None, None], jnp.exp(scores - item_top[..., None, None]), 0)
+    mixed = _walled(wall, _mixed, weights, v_pages, page, seen)
+    decay = jnp.exp(rows[1] - top)
+    new = (rows[0] * decay[..., None, None] + _row_sum(belongs, mixed),
+           top,
+           rows[2] * decay + _row_sum(belongs, weights.sum((3, 4))))
+    return tuple(lax.dynamic_update_slice_in_dim(x, y, first, 0)
+                 for x, y in zip(state, new, strict=True))
+
+  rows, heads = num_seqs + _BLOCK, q.shape[1:3]
+  channels = v_pages.shape[2], v_pages.shape[4]
+  acc, _, norm = lax.fori_loop(
+    0, (total + _BLOCK - 1) // _BLOCK, block,
+    (jnp.zeros((rows, *heads, *channels), jnp.float32),
+     jnp.full((rows, *heads), _MASKED, jnp.float32),
+     jnp.zeros((rows, *heads), jnp.float32)))
+  out = acc[:num_seqs] / norm[:num_seqs, ..., None, None]
+  return out.reshape(num_seqs, *q.shape[1:])
+
+
+def _work_items(
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  num_decodes: jax.Array,
+  page_size: int,
+  sliding_window: int | None,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+  """Lists the pages that decodes attend to, ordered by sequence.
+
+  Worked example: page_size=4, kv_lens=[6, 3], page_indices=[[7, 2], [4, 0]]
+  -> seq [0, 0, 1], page [7, 2, 4], start [0, -4, 0], stop [6, 2, 3].
+
+  Returns:
+    (seq, page, start, stop), each int32 [items], padded to whole blocks with
+    seq S and start = stop = 0; in a page, positions [start, stop) are seen.
+    And how many items are real.
+  """
+  num_seqs, pages = page_indices.shape
+  live = jnp.arange(num_seqs) < num_decodes
+  stop = jnp.where(live, kv_lens, 0)
+  start = jnp.zeros_like(stop) if sliding_window is None else (
+    jnp.maximum(stop - sliding_window, 0))
+  first = start // page_size
+  counts = jnp.where(live, (stop + page_size - 1) // page_size - first, 0)
+  ends = jnp.cumsum(counts)
+  size = -(-num_seqs * pages // _BLOCK) * _BLOCK
+  item = jnp.arange(size, dtype=jnp.int32)
+  seq = jnp.repeat(jnp.arange(num_seqs, dtype=jnp.int32), counts,
+                   total_repeat_length=size)
+  column = item - (ends - counts)[seq] + first[seq]
+  real = item < ends[-1]
+  page = page_indices[seq, jnp.clip(column, 0, pages - 1)]
+  return (jnp.where(real, seq, num_seqs),
+          jnp.where(real, page, 0),
+          jnp.where(real, start[seq] - column * page_size, 0),
+          jnp.where(real, stop[seq] - column * page_size, 0)), ends[-1]
+
+
+def _scores(q: jax.Array, k_pages: jax.Array, page: jax.Array) -> jax.Array:
+  """q . k: [block, K, G, h] -> [block, K, G, page_size / l, l]."""
+  return _mix([q[..., c] for c in range(q.shape[-1])], k_pages, page)
+
+
+def _mixed(
+  weights: jax.Array,  # [block, K, G, page_size / l, l]
+  v_pages: jax.Array,
+  page: jax.Array,
+  seen: jax.Array,  # [block, page_size / l, l]
+) -> jax.Array:
+  """Values, weighted and summed: [block, K, G, h / l, l]."""
+  weights = weights.reshape(*weights.shape[:3], -1)
+  keep = -seen.reshape(len(seen), -1).astype(jnp.int32)  # all bits, or none
+  columns = range(weights.shape[-1])
+  return _mix([weights[..., c] for c in columns], v_pages, page,
+              [keep[:, c] for c in columns])
+
+
+def _mix(
+  factors: Sequence[jax.Array],  # C of [block, K, G]
+  pages: jax.Array,  # [N, K, A, C, l]
+  page: jax.Array,  # [block]
+  keep: Sequence[jax.Array] | None = None,  # C of [block]
+) -> jax.Array:
+  """sum_c factors[c] * pages[page, :, :, c], [block, K, G, A, l].
+
+  Where keep[c] is 0 a factor of 0 meets 0, whatever the page holds (NaN).
+  """
+  num_pages, num_kv_heads, _, _, lanes = pages.shape
+  row = page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)
+  row = jnp.broadcast_to(row[..., None, None], (*factors[0].shape, 1))
+  by_head = pages.reshape(num_pages * num_kv_heads, *pages.shape[2:])
+  numbers = lax.GatherDimensionNumbers(
+    offset_dims=(3, 4), collapsed_slice_dims=(0,), start_index_map=(0,))
+  sums: list[jax.Array] = []
+  for c, factor in enumerate(factors):
+    x = lax.gather(by_head[:, :, c], row, numbers,
+                   (1, pages.shape[2], lanes), mode='promise_in_bounds')
+    x = x.astype(jnp.float32)
+    if keep is not None:
+      bits = lax.bitcast_convert_type(x, jnp.int32)
+      bits &= keep[c][:, None, None, None, None]
+      x = lax.bitcast_convert_type(bits, jnp.float32)
+    x = factor[..., None, None] * x
+    if c < _SUMS:
+      sums.append(x)
+    else:
+      sums[c % _SUMS] += x
+  return functools.reduce(operator.add, sums)
+
+
+def _walled(
+  wall: jax.Array,  # always true, which XLA does not know
+  function: Callable[..., jax.Array],
+  *args: jax.Array,
+) -> jax.Array:
+  """function(*args), fused with nothing outside."""
+  out = jax.eval_shape(function, *args)
+  return lax.cond(wall, function,
+                  lambda *_: jnp.zeros(out.shape, out.dtype), *args)
+
+
+def _row_max(belongs: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:
+  """The highest of a row's items and its old value."""
+  mine = jnp.where(belongs[:, :, None, None], x[None], _MASKED)
+  return jnp.maximum(old, mine.max(1))
+
+
+def _row_sum(belongs: jax.Array, x: jax.Array) -> jax.Array:
+  """The sum of a row's items. A matmul, for scatters are slow on CPUs."""
+  flat = x.reshape(len(x), -1)
+  return jnp.dot(belongs.astype(jnp.float32), flat,
+                 precision='highest').reshape(x.shape)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks of prefills in plain JAX: matmuls, bound by arithmetic.
+
+A tile of a chunk's queries after the other meets the pages before it, some at
+once, with the online softmax.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+_MASKED = -1e30  # finite: the difference of two of them is no NaN
+_TILE = 128  # queries
+_BLOCK = 128  # keys, in whole pages
+
+
+def chunks(
+  out: jax.Array,  # [T, K, G, h], float32
+  q: jax.Array,  # [T, K, G, h], float32 and scaled
+  k_pages: jax.Array,  # [N, K, page_size / l, h, l]
+  v_pages: jax.Array,  # [N, K, h / l, page_size, l]
+  kv_lens: jax.Array,  # [S]
+  page_indices: jax.Array,  # [S, P]
+  cu_q_lens: jax.Array,  # [S + 1]
+  distribution: jax.Array,  # [2]
+  *,
+  sliding_window: int | None,
+  soft_cap: float | None,
+) -> jax.Array:
+  """Returns `out` with the rows of the chunks set.
+
+  Rows after the last chunk, of padding, may be set too, to finite values.
+  """
+  num_tokens, num_kv_heads, group, head_dim = q.shape
+  size = min(_TILE, num_tokens)
+  page_size = k_pages.shape[2] * k_pages.shape[4]
+  per_block = min(max(_BLOCK // page_size, 1), page_indices.shape[1])
+  block_size = per_block * page_size
+  # A tile may stand out: its rows beyond a chunk are the next one's, whose
+  # tiles come later, or padding's.
+  q, out = (jnp.pad(x, ((0, size), (0, 0), (0, 0), (0, 0))) for x in (q, out))
+  tables = jnp.pad(page_indices, ((0, 0), (0, per_block)))
+
+  def tile(s: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
+    """Attention of the tile at `row`, its first query at position `at`."""
+    queries = lax.dynamic_slice_in_dim(q, row, size)
+    queries = queries.transpose(1, 2, 0, 3).reshape(
+      num_kv_heads, group * size, head_dim)
+    stop = jnp.minimum(at + size, kv_lens[s])
+    q_at = jnp.tile(at + jnp.arange(size), group)[:, None]
+    first = 0 if sliding_window is None else (
+      jnp.maximum(at - sliding_window + 1, 0) // block_size)
+
+    def block(b: jax.Array, state: tuple[jax.Array, ...]):
+      acc, top, norm = state
+      k_at = b * block_size + jnp.arange(block_size)
+      used = k_at[::page_size] < stop
+      pages = jnp.where(used, lax.dynamic_slice(
+        tables, (s, b * per_block), (1, per_block))[0], 0)
+      k = _keys(k_pages, pages)
+      v = jnp.where((k_at < stop)[:, None], _values(v_pages, pages), 0)
+      scores = jnp.einsum('kth,khp->ktp', queries, k)
+      if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+      seen = k_at <= q_at
+      if sliding_window is not None:
+        seen &= k_at > q_at - sliding_window
+      scores = jnp.where(seen, scores, _MASKED)
+      new_top = jnp.maximum(top, scores.max(-1))
+      decay = jnp.exp(top - new_top)
+      weights = jnp.exp(scores - new_top[..., None])
+      return (acc * decay[..., None] + jnp.einsum('ktp,kph->kth', weights, v),
+              new_top, norm * decay + weights.sum(-1))
+
+    rows = num_kv_heads, group * size
+    acc, _, norm = lax.fori_loop(
+      first, (stop + block_size - 1) // block_size, block,
+      (jnp.zeros((*rows, head_dim), jnp.float32),
+       jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)))
+    return (acc / norm[..., None]).reshape(
+      num_kv_heads, group, size, head_dim).transpose(2, 0, 1, 3)
+
+  def chunk(s: jax.Array, out: jax.Array) -> jax.Array:
+    start, q_len = cu_q_lens[s], cu_q_lens[s + 1] - cu_q_lens[s]
+
+    def step(t: jax.Array, out: jax.Array) -> jax.Array:
+      row = start + t * size
+      return lax.dynamic_update_slice_in_dim(
+        out, tile(s, row, kv_lens[s] - q_len + t * size), row, 0)
+
+    return lax.fori_loop(0, (q_len + size - 1) // size, step, out)
+
+  return lax.fori_loop(
+    distribution[0], distribution[1], chunk, out)[:num_tokens]
+
+
+def _keys(k_pages: jax.Array, pages: jax.Array) -> jax.Array:
+  """The keys of some pages, [K, h, len(pages) * page_size], float32."""
+  tiles = k_pages[pages].transpose(1, 3, 0, 2, 4)  # [K, h, pages, tiles, l]
+  return tiles.reshape(*tiles.shape[:2], -1).astype(jnp.float32)
+
+
+def _values(v_pages: jax.Array, pages: jax.Array) -> jax.Array:
+  """The values of some pages, [K, len(pages) * page_size, h], float32."""
+  tiles = v_pages[pages].transpose(1, 0, 3, 2, 4)  # [K, pages, p, h / l, l]
+  heads, count, page_size = tiles.shape[:3]
+  return tiles.reshape(heads, count * page_size, -1).astype(jnp.float32)
