@@ -18,6 +18,7 @@ from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.scheduler import sequence
 
+_STOP = types.FinishReason.STOP
 Pending = Any  # What a runner returns for a batch that is being computed.
 
 
@@ -194,14 +195,14 @@ class Engine:
     now = self.clock()
     self.metrics.wait_s += now - start
     events = self._scheduler.complete(batch, sampled)
-    self._record_times(events, now)
-    return [self._output(event, now) for event in events]
+    lives = [self._live[event[0]] for event in events]
+    self._record_times(lives, now)
+    return [self._output(event, live, now)
+            for event, live in zip(events, lives, strict=True)]
 
-  def _record_times(self, events: Iterable[types.TokenEvent],
-                    now: float) -> None:
+  def _record_times(self, lives: Iterable[_Live], now: float) -> None:
     gaps, first = [], []
-    for event in events:
-      live = self._live[event.request_id]
+    for live in lives:
       times = live.times
       if times.last_token is None:
         times.first_token = now
@@ -209,29 +210,29 @@ class Engine:
       else:
         gap = now - times.last_token
         gaps.append(gap)
-        times.max_gap = max(times.max_gap, gap)
+        if gap > times.max_gap:  # noqa: PLR1730 (this is what most steps do)
+          times.max_gap = gap
       times.last_token = now
     self.metrics.tbt_s.add(gaps)
     self.metrics.ttft_s.add(first)
 
-  def _output(self, event: types.TokenEvent, now: float) -> types.OutputDelta:
+  def _output(self, event: types.TokenEvent, live: _Live,
+              now: float) -> types.OutputDelta:
     request_id, token, logprob, reason = event
-    live = self._live[request_id]
     text = ''
     stop_reason: int | str | None = None
     if live.detokenizer is not None:
-      text, stop_reason = live.detokenizer.step(
-        token, reason is types.FinishReason.STOP)
-      if stop_reason is not None:
-        if reason is None:
-          self._scheduler.remove(request_id)
-        reason = types.FinishReason.STOP
-      elif reason is not None:
-        text += live.detokenizer.flush()
-    if reason is None:
+      text, stop_reason = live.detokenizer.step(token, reason is _STOP)
+    if reason is None and stop_reason is None:
       return types.OutputDelta(request_id, text, (token,), (logprob,))
-    if (stop_reason is None and reason is types.FinishReason.STOP
-        and token in live.seq.request.sampling.stop_token_ids):
+    if live.detokenizer is not None and stop_reason is None:
+      text += live.detokenizer.flush()
+    if stop_reason is not None:
+      if reason is None:
+        self._scheduler.remove(request_id)
+      reason = _STOP
+    elif (reason is _STOP
+          and token in live.seq.request.sampling.stop_token_ids):
       stop_reason = token
     del self._live[request_id]
     summary = live.times.summary(live.seq, now)
