@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches packed by hand: this is the documentation of the buffer."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from sarathi_jax import types
+from sarathi_jax.runner import batch as batch_lib
+
+PAGE_SIZE = 4
+LAYOUT = batch_lib.BatchLayout(num_tokens=8, num_rows=4, pages_per_seq=3)
+GREEDY = types.SamplingParams(temperature=0)
+
+
+def chunk(request_id: str, *, slot: int, start: int, tokens: tuple[int, ...],
+          pages: tuple[int, ...], **fields) -> types.Chunk:
+  """A decode if `tokens` is empty or `is_prefill` is not given."""
+  fields = dict(
+    num_tokens=len(tokens) or 1, is_prefill=False, samples=True, prompt_len=0,
+    seed=0, sampling=GREEDY) | fields
+  return types.Chunk(request_id=request_id, slot=slot, start=start,
+                     tokens=tokens, page_table=pages, **fields)
+
+
+def batch(*chunks: types.Chunk) -> types.ScheduledBatch:
+  return types.ScheduledBatch(0, chunks, sum(c.num_tokens for c in chunks))
+
+
+def build(builder: batch_lib.BatchBuilder, *chunks: types.Chunk,
+          layout: batch_lib.BatchLayout = LAYOUT) -> batch_lib.BatchArrays:
+  buffer = builder.build(batch(*chunks), layout)
+  assert buffer.dtype == np.int32 and buffer.shape == (layout.size,)
+  return layout.split(buffer, lambda bits: bits.view(np.float32))
+
+
+@pytest.fixture
+def builder() -> batch_lib.BatchBuilder:
+  return batch_lib.BatchBuilder(max_num_seqs=6, pages_per_seq=3)
+
+
+# The example of the module's docstring.
+A = chunk('a', slot=5, start=5, tokens=(7,), pages=(2, 0), prompt_len=4,
+          seed=11, sampling=types.SamplingParams(temperature=0.5, top_k=3))
+B = chunk('b', slot=0, start=3, tokens=(), pages=(5,), prompt_len=2, seed=12,
+          sampling=types.SamplingParams(top_p=0.25, top_k=-1))
+C = chunk('c', slot=2, start=4, tokens=(1, 2, 3), pages=(1, 3), prompt_len=9,
+          seed=13, is_prefill=True, samples=False,
+          sampling=types.SamplingParams(min_p=0.125, temperature=2))
+
+EXPECTED = batch_lib.BatchArrays(
+  tokens=[7, 0, 1, 2, 3, 0, 0, 0],  # b's is on the device
+  cu_q_lens=[0, 1, 2, 5, 5],
+  kv_lens=[6, 4, 7, 0],
+  page_indices=[[2, 0, 0], [5, 0, 0], [1, 3, 0], [0, 0, 0]],
+  distribution=[2, 3],
+  slots=[5, 0, 2, 0],
+  flags=[batch_lib.SAMPLES, batch_lib.SAMPLES | batch_lib.FROM_DEVICE, 0, 0],
+  prompt_lens=[4, 2, 9, 0],
+  seeds=[11, 12, 13, 0],
+  top_k=[3, 0, 0, 0],
+  temperature=[0.5, 1, 2, 0],
+  top_p=[1, 0.25, 1, 0],
+  min_p=[0, 0, 0.125, 0])
+
+
+def assert_equal(got: batch_lib.BatchArrays,
+                 expected: batch_lib.BatchArrays) -> None:
+  for name, array in got._asdict().items():
+    np.testing.assert_array_equal(array, getattr(expected, name), name)
+
+
+def test_a_hybrid_batch_by_hand(builder):
+  got = build(builder, A, B, C)
+  assert_equal(got, EXPECTED)
+  for name in ('temperature', 'top_p', 'min_p'):
+    assert getattr(got, name).dtype == np.float32
+
+
+def test_the_buffer_is_fresh(builder):
+  """A device may still be reading the one before."""
+  first = builder.build(batch(A, B, C), LAYOUT)
+  before = first.copy()
+  second = builder.build(batch(B), LAYOUT)
+  assert not np.shares_memory(first, second)
+  np.testing.assert_array_equal(first, before)
+
+
+def test_a_result_depends_on_the_batch_alone(builder):
+  """Not on those who had the slots before, with more pages and filters."""
+  for slot in (5, 0, 2):
+    build(builder, chunk(
+      'z', slot=slot, start=9, tokens=(1,), pages=(3, 4, 5), seed=99,
+      prompt_len=7, sampling=types.SamplingParams(
+        temperature=3, top_k=9, top_p=0.5, min_p=0.5)))
+  assert_equal(build(builder, A, B, C), EXPECTED)
+
+
+def test_a_slot_is_reused_by_a_request_with_an_equal_table(builder):
+  pages = (4,)
+  old = chunk('old', slot=1, start=0, tokens=(1,), pages=pages,
+              sampling=types.SamplingParams(temperature=1, top_k=7))
+  new = old._replace(request_id='new', sampling=GREEDY)
+  assert build(builder, old).top_k[0] == 7
+  got = build(builder, new)
+  assert (got.top_k[0], got.temperature[0]) == (0, 0)
+
+
+def test_a_page_table_grows(builder):
+  grown = B._replace(start=4, page_table=(5, 9))
+  build(builder, B)
+  got = build(builder, grown)
+  np.testing.assert_array_equal(got.page_indices[0], [5, 9, 0])
+  assert got.kv_lens[0] == 5
+
+
+def test_all_rows_pending_and_none_padded(builder):
+  layout = batch_lib.BatchLayout(num_tokens=2, num_rows=2, pages_per_seq=3)
+  got = build(builder, B, A._replace(tokens=()), layout=layout)
+  np.testing.assert_array_equal(got.tokens, [0, 0])
+  np.testing.assert_array_equal(got.cu_q_lens, [0, 1, 2])
+  np.testing.assert_array_equal(got.distribution, [2, 2])
+  assert (got.flags & batch_lib.FROM_DEVICE).all()
+
+
+def test_parameters_beyond_32_bits_are_as_good_as_the_largest(builder):
+  wild = types.SamplingParams(temperature=1e300, top_k=2**40, top_p=1e-300)
+  got = build(builder, A._replace(sampling=wild))
+  assert got.top_k[0] == 2**31 - 1
+  assert got.temperature[0] == np.finfo(np.float32).max
+  assert got.top_p[0] == 0
+
+
+@given(num_tokens=st.integers(1, 40), num_rows=st.integers(1, 9),
+       pages_per_seq=st.integers(1, 9))
+def test_fields_tile_the_buffer(num_tokens, num_rows, pages_per_seq):
+  layout = batch_lib.BatchLayout(num_tokens, num_rows, pages_per_seq)
+  buffer = np.arange(layout.size, dtype=np.int32)
+  fields = layout.split(buffer, lambda bits: bits)
+  np.testing.assert_array_equal(
+    np.concatenate([np.ravel(f) for f in fields]), buffer)
+  assert fields.tokens.shape == (num_tokens,)
+  assert fields.page_indices.shape == (num_rows, pages_per_seq)
+
+
+def test_ladder_by_hand():
+  assert batch_lib.ladder(512, 128) == (8, 16, 32, 64, 128, 256, 384, 512)
+  assert batch_lib.ladder(4, 4) == (4,)
+  assert batch_lib.ladder(2048, 100) == (
+    8, 16, 32, 64, 100, 128, 256, 512, 1024, 1280, 1536, 1792, 2048)
+
+
+@given(max_tokens=st.integers(1, 20_000), max_num_seqs=st.integers(1, 2_000))
+def test_ladder(max_tokens, max_num_seqs):
+  sizes = batch_lib.ladder(max_tokens, max_num_seqs)
+  assert list(sizes) == sorted(set(sizes))
+  assert sizes[0] >= 1 and sizes[-1] == max_tokens
+  assert min(max_num_seqs, max_tokens) in sizes
+  eighth = -(-max_tokens // 8 // 128) * 128 or 128
+  for below, above in zip((0, *sizes), sizes, strict=False):
+    if above > max_tokens / 2 + eighth:
+      assert above - below <= eighth  # Near the budget, where batches are.
+    assert above <= max(2 * below, 8)  # At most half of a step is padding.
+  assert len(sizes) <= 12 + max_tokens.bit_length()

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compiled, when; that the KV cache is never copied; its size."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import types as python_types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import ragged_paged_attention as rpa
+from sarathi_jax import errors
+from sarathi_jax import llm as llm_lib
+from sarathi_jax import types
+from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import kv_cache
+from tests import tiny
+
+MODEL = tiny.MODEL
+NUM_PAGES, PAGE_SIZE = 12, 8  # few, so that requests are preempted
+
+
+class Served:
+  """An LLM, and what was compiled for it."""
+
+  def __init__(self) -> None:
+    self.progress: list[tuple[int, int]] = []
+    params = tiny.make_params()
+    with tiny.count_compiles() as self.compiled:
+      self.llm = llm_lib.LLM(
+        MODEL, params, config=tiny.engine_config(
+          token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE),
+        on_compiled=lambda *n: self.progress.append(n))
+
+
+@pytest.fixture(scope='module')
+def served() -> Served:
+  return Served()
+
+
+def test_warm_up_compiles_exactly_the_ladder(served):
+  sizes = batch_lib.ladder(16, 4)
+  assert sizes == (4, 8, 16)
+  assert served.compiled.count('jit(run)') == len(sizes)
+  assert served.progress == [(1, 3), (2, 3), (3, 3)]
+  engine = served.llm.engine
+  assert [engine._runner.num_rows(n) for n in (1, 4, 5, 8, 9, 16)] == (
+    [4, 4, 8, 8, 16, 16])
+
+
+def random_request(rng: random.Random, i: int) -> types.Request:
+  temperature = rng.choice([0, 0, 0.7, 1.5])
+  return types.Request(
+    request_id=str(i),
+    prompt_token_ids=tuple(
+      rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 50))),
+    sampling=types.SamplingParams(
+      temperature=temperature, max_tokens=rng.randint(1, 12),
+      top_k=rng.choice([0, 5]), top_p=rng.choice([1, 0.9]),
+      min_p=rng.choice([0, 0.05]), seed=rng.choice([None, 3])))
+
+
+def test_a_soak_of_500_mixed_requests_compiles_nothing(served):
+  rng = random.Random(0)
+  engine = served.llm.engine
+  waiting = [random_request(rng, i) for i in range(500)]
+  live: set[str] = set()
+  num_done = num_aborted = 0
+  with tiny.count_compiles() as compiled:
+    while waiting or live:
+      while waiting and len(live) < rng.randint(1, 12):
+        request = waiting.pop()
+        live.add(request.request_id)
+        engine.add(request)
+      for delta in engine.step():
+        if delta.finish_reason:
+          live.remove(delta.request_id)
+          num_done += 1
+      if live and rng.random() < 0.03:
+        request_id = rng.choice(sorted(live))
+        assert engine.abort(request_id)
+        live.remove(request_id)
+        num_aborted += 1
+  assert compiled == []
+  assert num_done + num_aborted == 500
+  assert num_aborted > 10
+  engine.drain()
+  stats = engine.stats()
+  assert stats.num_preemptions > 10
+  assert stats.num_free_pages == NUM_PAGES
+
+
+def kv_copies(compiled_text: str, shape: tuple[int, ...]) -> list[str]:
+  pattern = rf'= f32\[{",".join(map(str, shape))}\]\S* copy(?:-start)?\(.*'
+  return re.findall(pattern, compiled_text)
+
+
+def test_the_kv_cache_is_updated_in_place(served):
+  runner: Any = served.llm.engine._runner
+  num_bytes = NUM_PAGES * kv_cache.page_bytes(MODEL, PAGE_SIZE, jnp.float32)
+  shape, = {pages.shape for pages in jax.tree.leaves(runner._kv)}
+  assert math.prod(shape) * 4 * 2 == num_bytes
+  for size in (4, 8, 16):
+    compiled = runner._programs[size]
+    assert compiled.memory_analysis().alias_size_in_bytes >= num_bytes
+    assert kv_copies(compiled.as_text(), shape) == []
+
+
+def test_a_copy_of_the_kv_cache_would_be_found():
+  """The negative control: without donation."""
+  pages, _ = rpa.init_pages(5, PAGE_SIZE, 1, 8, jnp.float32)
+  new = jnp.ones((3, 1, 8))
+  compiled = jax.jit(rpa.write_kv).lower(
+    pages, pages, new, new, jnp.arange(3, dtype=jnp.int32)).compile()
+  assert compiled.memory_analysis().alias_size_in_bytes == 0
+  assert len(kv_copies(compiled.as_text(), pages.shape)) >= 2
+
+
+GIB = 2**30
+# 2 arrays * 1 layer * 1 head * 8 numbers * 4 bytes, in pages of 8 tokens.
+PAGE_BYTES = 512
+
+
+def device(**stats: int) -> Any:
+  return python_types.SimpleNamespace(memory_stats=lambda: stats or None)
+
+
+def choose(temp_bytes: int = 0, stats: Any = None, **fields: Any) -> int:
+  config = tiny.engine_config(**{'num_pages': None, **fields})
+  return kv_cache.choose_num_pages(
+    MODEL, config, config.max_model_len or MODEL.context_len, jnp.float32,
+    device(**stats or {}), temp_bytes)
+
+
+def test_the_kv_cache_has_the_pages_asked_for():
+  assert kv_cache.page_bytes(MODEL, PAGE_SIZE, jnp.float32) == PAGE_BYTES
+  assert kv_cache.page_bytes(MODEL, 16, jnp.bfloat16) == PAGE_BYTES
+  assert choose(num_pages=7) == 7
+  # Before what is free.
+  assert choose(num_pages=7, stats=dict(bytes_limit=1, bytes_in_use=0)) == 7
+  assert choose(kv_cache_gib=9.5 * PAGE_BYTES / GIB) == 9
+
+
+def test_the_kv_cache_takes_no_more_than_can_be_used():
+  assert choose() == 4 * 8  # of the default GiB
+  assert choose(kv_cache_gib=float('inf')) == 4 * 8
+
+
+def test_the_kv_cache_takes_what_is_free():
+  stats = dict(bytes_limit=100 * PAGE_BYTES, bytes_in_use=60 * PAGE_BYTES)
+  assert choose(stats=stats) == 30  # 0.9 of all, less what is used
+  assert choose(stats=stats, memory_utilization=0.75) == 15
+  assert choose(stats=stats, temp_bytes=10 * PAGE_BYTES) == 20
+
+
+@pytest.mark.parametrize('fields,words', [
+  (dict(num_pages=3, max_model_len=25),
+   ['max_model_len=25', '4 pages', '1.91e-06 GiB', '1.43e-06', 'num_pages']),
+  (dict(kv_cache_gib=3 * PAGE_BYTES / GIB, max_model_len=25),
+   ['max_model_len=25', '1.91e-06', '1.43e-06', 'kv_cache_gib']),
+  (dict(kv_cache_gib=PAGE_BYTES / 2 / GIB), ['a page', '1 pages']),
+  (dict(stats=dict(bytes_limit=10, bytes_in_use=10_000)),
+   ['are 0 GiB', 'free on the device']),
+])
+def test_too_small_a_kv_cache_is_refused_with_its_numbers(fields, words):
+  with pytest.raises(errors.ConfigError) as caught:
+    choose(**fields)
+  for word in words:
+    assert word in str(caught.value)
+
+
+def runner_of(**fields: Any) -> device_runner.DeviceRunner:
+  """One program to compile."""
+  config = tiny.engine_config(**{'token_budget': 4, **fields})
+  return device_runner.DeviceRunner(
+    MODEL, tiny.make_params(), config, lambda max_model_len: 4)
+
+
+def test_a_device_without_room_for_the_pages_is_named():
+  with pytest.raises(errors.ConfigError, match=r'num_pages=\d+: 9.31e\+05 GiB'):
+    runner_of(num_pages=2 * 10**15 // PAGE_BYTES // 2)
+
+
+@pytest.mark.parametrize('attention', ['flash', 'reference'])
+def test_an_unknown_attention_is_refused(attention):
+  with pytest.raises(errors.ConfigError, match=f"attention='{attention}'.*xla"):
+    runner_of(attention=attention)
+
+
+def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
+  """The largest step is compiled on trial, and what it needs is kept free."""
+  kind = type(jax.devices()[0])
+  limit = 10 * 2**20
+  monkeypatch.setattr(kind, 'memory_stats', lambda self: dict(
+    bytes_limit=limit, bytes_in_use=limit // 2))
+  needed = []
+  temp_bytes = device_runner.StepPrograms.temp_bytes
+
+  def remember(*args: Any) -> int:
+    needed.append(temp_bytes(*args))
+    return needed[-1]
+
+  monkeypatch.setattr(device_runner.StepPrograms, 'temp_bytes', remember)
+  runner = runner_of(num_pages=None, memory_utilization=0.52)
+  free = limit * 0.52 - limit // 2
+  assert needed[0] > 4 * MODEL.vocab_size * 4  # At least the logits.
+  assert runner.num_pages == min(32, int((free - needed[0]) // PAGE_BYTES))
+  assert runner.num_programs == 1

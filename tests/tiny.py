@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model so small that compiling it is what takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+
+import jax
+from jax import monitoring
+import jax.numpy as jnp
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import models
+from sarathi_jax.models import config as model_config_lib
+
+# Its vocabulary is that of tokenizer_fixture.
+MODEL = model_config_lib.LlamaConfig(
+  vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1,
+  num_heads=2, num_kv_heads=1, head_dim=8, max_position_embeddings=64)
+
+
+def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
+  """Lively weights: outputs that don't repeat themselves."""
+  return models.init_params(MODEL, jax.random.key(seed), dtype, scale=0.4)
+
+
+def engine_config(**fields: Any) -> config_lib.EngineConfig:
+  """Two programs to compile, of 4 and of 8 tokens."""
+  return config_lib.EngineConfig(**(dict(
+    token_budget=8, max_num_seqs=4, page_size=8, num_pages=24) | fields))
+
+
+@contextlib.contextmanager
+def count_compiles() -> Iterator[list[str]]:
+  """The functions that XLA compiles meanwhile."""
+  names: list[str] = []
+
+  def listen(event: str, duration: float, **fields: Any) -> None:
+    del duration
+    if event == '/jax/core/compile/backend_compile_duration':
+      names.append(fields['fun_name'])
+
+  monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    monitoring.unregister_event_duration_listener(listen)
