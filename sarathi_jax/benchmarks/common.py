@@ -44,17 +44,19 @@ def write_json(path: str | None, benchmark: str, flags: Any,
 
   Args:
     path: the file.
-    benchmark: its module's name; its flags are kept.
+    benchmark: its module's name; its flags, and the engine's, are kept.
     flags: absl's FLAGS.
     results: anything that JSON can hold.
     **more: further facts, such as the device.
   """
   if not path:
     return
+  # absl names the main module by its file, others by their dotted names.
+  ours = (f'{benchmark}.py', f'.{benchmark}', 'sarathi_jax.flags')
   values = {
-    flag.name: flag.value for module, defined in flags.flags_by_module_dict()
-    .items() if module.endswith((benchmark, '__main__')) or module == 'main'
-    for flag in defined}
+    flag.name: flag.value
+    for module, defined in flags.flags_by_module_dict().items()
+    if module.endswith(ours) for flag in defined}
   pathlib.Path(path).write_text(json.dumps({
     'benchmark': benchmark, 'date': datetime.date.today().isoformat(),
     'machine': machine(), **more, 'flags': values, 'results': results,

@@ -128,7 +128,7 @@ def make_engine(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
   scheduler: Any = policy(config)
   runner: Any = TextRunner(
     text, num_running, policy.max_step_tokens(config), watch)
-  engine: Any = engine_lib.Engine(
+  engine = engine_lib.Engine(
     scheduler, runner, tokenizer=tokenizer, info=engine_lib.EngineInfo(
       model_name='text', family='none', vocab_size=2**31,
       max_model_len=MAX_MODEL_LEN, eos_token_ids=(), policy=FLAGS.policy,
@@ -182,7 +182,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
   console = rich.console.Console(highlight=False)
   tokenizer = tokenizer_lib.Tokenizer(FLAGS.tokenizer)
-  text = tokenizer.encode('\n'.join(pydoc_data.topics.topics.values())[:400_000])
+  manual = '\n'.join(pydoc_data.topics.topics.values())  # Python's own.
+  text = tokenizer.encode(manual[:400_000])
   cases = list(itertools.product(
     map(int, FLAGS.running), map(int, FLAGS.waiting)))
   rows = []

@@ -47,8 +47,9 @@ class Detokenizer:
     if ended_by_token and not self._keep_stop:
       return self.flush(), None
     new = self._stream.step(token)
-    if not self._stops:
-      return new, None
+    return self._find_stop(new) if self._stops else (new, None)
+
+  def _find_stop(self, new: str) -> tuple[str, str | None]:
     text = self._held + new
     found = [(text.find(s), s) for s in self._stops if s in text]
     if found:

@@ -103,6 +103,7 @@ class Scheduler(abc.ABC):
       stop_ids=(frozenset(sampling.stop_token_ids)
                 | (frozenset() if sampling.ignore_eos
                    else self.config.eos_token_ids)),
+      prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids))
     self._live[request.request_id] = seq
@@ -285,13 +286,14 @@ class Scheduler(abc.ABC):
     start = seq.num_computed
     stop = start + n
     is_prefill = start < seq.prefill_len
+    samples = True
+    tokens: tuple[int, ...] = ()
     if is_prefill:
       self._grow(seq, stop)
       tokens = tuple(seq.tokens[start:stop])
       samples = stop == seq.prefill_len
-    else:
-      tokens = () if seq.num_pending else (seq.tokens[start],)
-      samples = True
+    elif not seq.num_pending:
+      tokens = (seq.tokens[start],)
     seq.num_computed = stop
     seq.num_pending += samples
     seq.num_in_flight += 1
@@ -299,7 +301,7 @@ class Scheduler(abc.ABC):
     request = seq.request
     return types.Chunk(
       request.request_id, seq.slot, start, tokens, n, seq.page_table,
-      is_prefill, samples, len(request.prompt_token_ids), seq.seed,
+      is_prefill, samples, seq.prompt_len, seq.seed,
       request.sampling)
 
   def _preempt(self, seq: Sequence) -> None:

@@ -21,6 +21,7 @@ class Sequence:
     request: what was asked.
     seed: of its random numbers.
     stop_ids: tokens that end it.
+    prompt_len: tokens of the prompt.
     max_len: its length, prompt and output, at which it ends.
     tokens: prompt and output, as far as known here.
     num_computed: see above.
@@ -40,6 +41,7 @@ class Sequence:
   request: types.Request
   seed: int
   stop_ids: frozenset[int]
+  prompt_len: int
   max_len: int
   tokens: list[int]
   num_computed: int = 0
@@ -55,12 +57,8 @@ class Sequence:
   is_finished: bool = False
 
   @property
-  def prompt_len(self) -> int:
-    return len(self.request.prompt_token_ids)
-
-  @property
   def num_output(self) -> int:
-    return len(self.tokens) - len(self.request.prompt_token_ids)
+    return len(self.tokens) - self.prompt_len
 
   @property
   def is_prefilling(self) -> bool:
