@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax import monitoring
 import jax.numpy as jnp
+import numpy as np
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
@@ -22,8 +23,12 @@ MODEL = model_config_lib.LlamaConfig(
 
 
 def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
-  """Lively weights: outputs that don't repeat themselves."""
-  return models.init_params(MODEL, jax.random.key(seed), dtype, scale=0.4)
+  """Lively weights, drawn by NumPy, which need not be compiled."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: jnp.asarray(
+      (leaf.init == 'scale') + rng.normal(0, 0.4, leaf.shape), dtype),
+    models.param_specs(MODEL))
 
 
 def engine_config(**fields: Any) -> config_lib.EngineConfig:
