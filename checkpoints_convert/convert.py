@@ -149,12 +149,13 @@ def verify(folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
 def compare(plan: Plan, target: pathlib.Path,
             reader: safetensors_reader.Reader, bar: Bar) -> None:
   """Reads every parameter back and compares it with its tensors."""
+  scratch = transforms.Scratch()
   with bar('verifying', plan.num_bytes) as progress:
     for leaf in plan.all_leaves():
       folder = target / checkpoint.PARAMS / leaf.path
       for chunk in leaf.chunks():
         stored = _read_back(folder, leaf, chunk)
-        rows = leaf.rows(reader, chunk)
+        rows = leaf.rows(reader, chunk, scratch)
         # NumPy's transpose, not the one that laid the chunk out.
         expected = rows.T if chunk.part.transpose else rows
         if leaf.stacked:
@@ -225,11 +226,14 @@ def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
   if a.shape != b.shape or a.dtype != b.dtype:
     return False
   step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)
-  return all(
-    np.array_equal(_bits(reader.read_rows(a, start, stop)),
-                   _bits(reader.read_rows(b, start, stop)))
-    for start in range(0, a.shape[0], step)
-    for stop in (min(start + step, a.shape[0]),))
+  for start in range(0, a.shape[0], step):
+    shape = (min(step, a.shape[0] - start), *a.shape[1:])
+    rows = [np.empty(shape, tensor.numpy_dtype) for tensor in (a, b)]
+    for tensor, into in zip((a, b), rows, strict=True):
+      reader.read_rows(tensor, start, into)
+    if not np.array_equal(_bits(rows[0]), _bits(rows[1])):
+      return False
+  return True
 
 
 def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:

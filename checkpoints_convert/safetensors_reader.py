@@ -100,11 +100,9 @@ class Reader:
     self.tensors |= tensors
     self._files[path] = os.open(path, os.O_RDONLY)
 
-  def read_rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) along the first axis."""
-    row_shape = tensor.shape[1:]
-    rows = np.empty((stop - start, *row_shape), tensor.numpy_dtype)
-    row_bytes = math.prod(row_shape) * rows.itemsize
+  def read_rows(self, tensor: Tensor, start: int, rows: np.ndarray) -> None:
+    """Fills `rows`, in C order, with those from `start` on."""
+    row_bytes = math.prod(tensor.shape[1:]) * rows.itemsize
     view = rows.reshape(-1).view(np.uint8).data
     offset = tensor.offset + start * row_bytes
     file = self._files[tensor.path]
@@ -114,7 +112,6 @@ class Reader:
         raise errors.CheckpointError(
           f'{tensor.path}: truncated inside {tensor.name}.')
       view, offset = view[got:], offset + got
-    return rows
 
   def close(self) -> None:
     for file in self._files.values():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
+import math
+import mmap
 
 import numpy as np
 
@@ -17,6 +19,28 @@ from checkpoints_convert import safetensors_reader
 from sarathi_jax import errors
 
 CHUNK_BYTES = 16 * 2**20
+
+
+class Scratch:
+  """Memory that one thread uses again for every chunk.
+
+  Fresh memory costs the system more than all else that a conversion does:
+  its pages are cleared before they are overwritten.
+  """
+
+  def __init__(self) -> None:
+    self._buffers: dict[str, np.ndarray] = {}
+
+  def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype
+           ) -> np.ndarray:
+    """An array of any content, until the next call with this name."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = self._buffers.get(name)
+    if buffer is None or buffer.size < size:
+      # Page-aligned, as direct writes have to be.
+      buffer = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
+      self._buffers[name] = buffer
+    return buffer[:size].view(dtype).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,20 +77,20 @@ class Part:
     shape = (self.num_rows, *self.tensor.shape[1:])
     return shape[::-1] if self.transpose else shape
 
-  def read(self, reader: safetensors_reader.Reader, start: int, stop: int
-           ) -> np.ndarray:
-    """Rows [start, stop) of those selected, as they are in the file."""
+  def read(self, reader: safetensors_reader.Reader, start: int,
+           rows: np.ndarray) -> None:
+    """Fills `rows` with the selected ones from `start` on, as in the file."""
     if self.select is None:
-      return reader.read_rows(self.tensor, start, stop)
+      reader.read_rows(self.tensor, start, rows)
+      return
     stride, offset, width = dataclasses.astuple(self.select)
-    pieces = []
-    while start < stop:
-      group, within = divmod(start, width)
-      length = min(width - within, stop - start)
-      first = group * stride + offset + within
-      pieces.append(reader.read_rows(self.tensor, first, first + length))
-      start += length
-    return np.concatenate(pieces)
+    done = 0
+    while done < len(rows):
+      group, within = divmod(start + done, width)
+      length = min(width - within, len(rows) - done)
+      reader.read_rows(self.tensor, group * stride + offset + within,
+                       rows[done:done + length])
+      done += length
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +125,11 @@ class Leaf:
   def num_bytes(self) -> int:
     return int(np.prod(self.shape)) * self.dtype.itemsize
 
+  def chunk_bytes(self, chunk: Chunk) -> int:
+    """Of the parameter, which is less than what is stored at its end."""
+    lengths = (piece.stop - piece.start for piece in chunk.index)
+    return math.prod(lengths) * self.dtype.itemsize
+
   @property
   def _axis(self) -> int:
     """The axis that chunks divide, which is the rows of the tensor."""
@@ -129,18 +158,28 @@ class Leaf:
           index[0] = slice(i, i + 1)
         yield Chunk(part, start, stop, tuple(index))
 
-  def compute(self, reader: safetensors_reader.Reader, chunk: Chunk
-              ) -> np.ndarray:
-    """The chunk's rows, cast and laid out as they are stored."""
-    rows = self.rows(reader, chunk)
-    laid_out = transposed(rows) if chunk.part.transpose else rows
-    return laid_out[None] if self.stacked else laid_out
+  def compute(self, reader: safetensors_reader.Reader, chunk: Chunk,
+              scratch: Scratch) -> np.ndarray:
+    """The chunk as it is stored: of `chunk_shape`, zeros after its end."""
+    rows = self.rows(reader, chunk, scratch)
+    stored = scratch.take('stored', self.chunk_shape, self.dtype)
+    part = stored[0] if self.stacked else stored
+    if chunk.part.transpose:
+      transpose(rows, part[:, :len(rows)])
+      part[:, len(rows):] = 0
+    else:
+      part[:len(rows)] = rows
+      part[len(rows):] = 0
+    return stored
 
-  def rows(self, reader: safetensors_reader.Reader, chunk: Chunk
-           ) -> np.ndarray:
+  def rows(self, reader: safetensors_reader.Reader, chunk: Chunk,
+           scratch: Scratch) -> np.ndarray:
     """The chunk's rows, cast, laid out as they are in the file."""
-    rows = chunk.part.read(reader, chunk.start, chunk.stop)
-    return cast(rows, self.dtype, chunk.part.tensor.name)
+    tensor = chunk.part.tensor
+    shape = (chunk.stop - chunk.start, *tensor.shape[1:])
+    rows = scratch.take('rows', shape, tensor.numpy_dtype)
+    chunk.part.read(reader, chunk.start, rows)
+    return cast(rows, self.dtype, tensor.name)
 
 
 def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -161,15 +200,14 @@ def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   return narrowed
 
 
-def transposed(rows: np.ndarray) -> np.ndarray:
-  """rows.T in C order.
+def transpose(rows: np.ndarray, result: np.ndarray) -> None:
+  """Sets result to rows.T.
 
   Sixteen rows at a time, so that a cache line of the result is filled at once:
   several times as fast as NumPy's own way, which walks one column after
   another. As integers, since NumPy copies those without a call an element.
   """
   bits = rows.view(f'u{rows.itemsize}')
-  result = np.empty(bits.shape[::-1], bits.dtype)
+  result = result.view(bits.dtype)
   for start in range(0, len(bits), 16):
     result[:, start:start + 16] = bits[start:start + 16].T
-  return result.view(rows.dtype)

@@ -264,7 +264,8 @@ def test_unknown_dtype(tmp_path: pathlib.Path) -> None:
     convert.convert(folder, tmp_path / 'out', dtype='int8')
 
 
-@pytest.mark.parametrize('name', ['/no/such/folder', 'a/b/c', 'a b'])
+@pytest.mark.parametrize(
+  'name', ['/no/such/folder', 'a/b/c', 'a b', 'org/none'])
 def test_source_that_is_nothing(name: str) -> None:
   with pytest.raises(errors.CheckpointError, match='no such folder'):
     source.locate(name)

@@ -140,10 +140,10 @@ def test_verify_finds_a_flipped_bit(tmp_path: pathlib.Path) -> None:
 def test_verify_notices_a_change_while_converting(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   """What --verify is for: whatever was written wrong leaves no target."""
-  def wrong(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows.T[:, ::-1])
+  def wrong(rows: np.ndarray, result: np.ndarray) -> None:
+    result[:] = rows.T[:, ::-1]
 
-  monkeypatch.setattr(transforms, 'transposed', wrong)
+  monkeypatch.setattr(transforms, 'transpose', wrong)
   folder = fake.llama(tmp_path / 'hf')
   with pytest.raises(errors.CheckpointError, match='differs'):
     convert.convert(folder, tmp_path / 'out', check=True)
@@ -167,9 +167,9 @@ def test_metadata_and_generation_defaults(tmp_path: pathlib.Path) -> None:
 def test_select_walks_the_groups() -> None:
   """Two groups of two queries, a key and a value, each of one row."""
   class Rows:
-    def read_rows(self, tensor: Any, start: int, stop: int) -> np.ndarray:
+    def read_rows(self, tensor: Any, start: int, rows: np.ndarray) -> None:
       del tensor
-      return np.arange(start, stop)[:, None]
+      rows[:, 0] = range(start, start + len(rows))
 
   tensor = safetensors_reader.Tensor(
     'qkv', (8, 1), 'F32', pathlib.Path(), 0, 32)
@@ -179,17 +179,18 @@ def test_select_walks_the_groups() -> None:
     assert part.num_rows == len(rows)
     for start in range(len(rows)):
       for stop in range(start + 1, len(rows) + 1):
-        read = part.read(Rows(), start, stop)  # type: ignore[arg-type]
+        read = np.zeros((stop - start, 1))
+        part.read(Rows(), start, read)  # type: ignore[arg-type]
         assert read[:, 0].tolist() == rows[start:stop]
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (16, 5), (17, 40), (50, 3)])
 @pytest.mark.parametrize('dtype', fake.DTYPES)
-def test_transposed(shape: tuple[int, int], dtype: str) -> None:
+def test_transpose(shape: tuple[int, int], dtype: str) -> None:
   rows = np.arange(shape[0] * shape[1]).reshape(shape).astype(
     fake.DTYPES[dtype])
-  ours = transforms.transposed(rows)
-  assert ours.flags.c_contiguous and ours.dtype == rows.dtype
+  ours = np.zeros(shape[::-1], rows.dtype)
+  transforms.transpose(rows, ours)
   np.testing.assert_array_equal(ours, rows.T)
 
 
