@@ -28,6 +28,7 @@ class ArgSpec:
     max_tokens: T, the tokens with padding; 0 for no padding.
     max_seqs: S, the sequences with padding; 0 for no padding.
     max_pages: P; 0 for what the longest context needs.
+    num_pages: N; 0 for what the contexts need and one to spare.
     dtype: of queries, keys and values.
     sliding_window: see `api.ragged_paged_attention`.
     soft_cap: see `api.ragged_paged_attention`.
@@ -44,6 +45,7 @@ class ArgSpec:
   max_tokens: int = 0
   max_seqs: int = 0
   max_pages: int = 0
+  num_pages: int = 0
   dtype: str = 'float32'
   sliding_window: int | None = None
   soft_cap: float | None = None
@@ -67,7 +69,7 @@ def make(
 ) -> dict[str, Any]:
   """Draws the arrays of a spec.
 
-  Pages are dealt in random order from a pool with one page to spare, which
+  Pages are dealt in random order from a pool with a page to spare, which the
   padding of `page_indices` points to.
 
   Args:
@@ -89,7 +91,9 @@ def make(
   tokens = spec.max_tokens or max(int(q_lens.sum()), 1)
   counts = -(-contexts // spec.page_size)
   pages = spec.max_pages or max(int(counts.max(initial=0)), 1)
-  pool = int(counts.sum()) + 1
+  pool = spec.num_pages or int(counts.sum()) + 1
+  if pool <= counts.sum():
+    raise ValueError(f'{spec.name}: {counts.sum()} pages of {pool}, none spare')
   deck = rng.permutation(pool)
   page_indices = np.full((seqs, pages), deck[-1], np.int32)
   shape = (pool, spec.num_kv_heads, spec.page_size, spec.head_dim)
@@ -140,4 +144,62 @@ BENCHMARKS: tuple[ArgSpec, ...] = (
   ArgSpec(name='hybrid_150m', max_tokens=512, **_HYBRID, **_150M),
 )
 
-BY_NAME: Mapping[str, ArgSpec] = {spec.name: spec for spec in BENCHMARKS}
+# Small shapes for tests; those that share all sizes share a compilation.
+_SMALL = dict(num_heads=4, num_kv_heads=2, head_dim=16, page_size=8,
+              max_tokens=64, max_seqs=8, max_pages=8, num_pages=65)
+_MIXED = dict(contexts=(9, 1, 64, 23, 40), q_lens=(23, 17), num_decodes=3,
+              **_SMALL)
+
+
+def _phases(page_size: int) -> tuple[ArgSpec, ...]:
+  """A chunk that starts at each phase of a page, behind two decodes."""
+  return tuple(
+    ArgSpec(name=f'phase_{start}', contexts=(5, 30, start + 19),
+            q_lens=(19,), num_decodes=2, **_SMALL)
+    for start in range(page_size))
+
+
+TESTS: tuple[ArgSpec, ...] = (
+  ArgSpec(name='empty', contexts=(), **_SMALL),
+  ArgSpec(name='one_token', contexts=(1,), num_decodes=1, **_SMALL),
+  ArgSpec(name='one_token_prefill', contexts=(1,), q_lens=(1,), **_SMALL),
+  ArgSpec(name='q_len_around_a_page', contexts=(1, 7, 8, 9),
+          q_lens=(1, 7, 8, 9), **_SMALL),
+  ArgSpec(name='late_chunks', contexts=(17, 23, 32, 33),
+          q_lens=(1, 7, 8, 9), **_SMALL),
+  ArgSpec(name='context_around_a_page', contexts=(7, 8, 9, 15, 16, 17),
+          num_decodes=6, **_SMALL),
+  ArgSpec(name='all_decodes_all_pages', contexts=(64,) * 8, num_decodes=8,
+          **_SMALL),
+  ArgSpec(name='whole_bucket_prefill', contexts=(64,), q_lens=(64,), **_SMALL),
+  *_phases(8),
+  *(ArgSpec(name=f'{n}_decodes', contexts=(20, 1, 64, 8, 33, 2, 17, 9),
+            q_lens=(1,) * (8 - n), num_decodes=n, **_SMALL)
+    for n in range(0, 9, 2)),
+  ArgSpec(name='mixed', **_MIXED),
+  ArgSpec(name='window_1', sliding_window=1, **_MIXED),
+  ArgSpec(name='window_9', sliding_window=9, **_MIXED),
+  ArgSpec(name='window_16', sliding_window=16, **_MIXED),
+  ArgSpec(name='window_wide', sliding_window=1000, **_MIXED),
+  ArgSpec(name='soft_cap', soft_cap=2.0, **_MIXED),
+  ArgSpec(name='window_soft_cap', sliding_window=9, soft_cap=2.0, **_MIXED),
+  ArgSpec(name='bfloat16', dtype='bfloat16', **_MIXED),
+  ArgSpec(name='float16', dtype='float16', **_MIXED),
+  ArgSpec(name='multi_head', **(_MIXED | dict(num_kv_heads=4))),
+  ArgSpec(name='multi_query', **(_MIXED | dict(num_kv_heads=1))),
+  ArgSpec(name='head_dim_24', **(_MIXED | dict(head_dim=24))),
+  ArgSpec(name='page_5', **(_MIXED | dict(page_size=5, max_pages=13))),
+  ArgSpec(name='page_1', contexts=(3, 6), q_lens=(2,), num_decodes=1,
+          num_heads=2, num_kv_heads=1, head_dim=2, page_size=1),
+  ArgSpec(name='tokens_below_seqs', contexts=(9, 17), num_decodes=2,
+          **(_SMALL | dict(max_tokens=2))),
+  ArgSpec(name='many', contexts=(*_spread(1, 64, 60), 40, 9, 1, 30),
+          q_lens=(33, 9, 1, 5), num_decodes=60, num_heads=4, num_kv_heads=2,
+          head_dim=16, page_size=16, max_tokens=128, max_seqs=64),
+  ArgSpec(name='many_tiles', contexts=(100, 330, 150), q_lens=(290, 150),
+          num_decodes=1, num_heads=4, num_kv_heads=2, head_dim=16,
+          page_size=16, max_tokens=512),
+)
+
+BY_NAME: Mapping[str, ArgSpec] = {
+  spec.name: spec for spec in BENCHMARKS + TESTS}

@@ -49,7 +49,9 @@ def chunks(
     queries = queries.transpose(1, 2, 0, 3).reshape(
       num_kv_heads, group * size, head_dim)
     stop = jnp.minimum(at + size, kv_lens[s])
-    q_at = jnp.tile(at + jnp.arange(size), group)[:, None]
+    # Rows beyond the chunk mean nothing, but must not see what is unused.
+    q_at = jnp.minimum(at + jnp.arange(size), kv_lens[s] - 1)
+    q_at = jnp.tile(q_at, group)[:, None]
     first = 0 if sliding_window is None else (
       jnp.maximum(at - sliding_window + 1, 0) // block_size)
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the implementations on the specs of `arg_specs`.
+
+Example:
+  python -m pallas_kernels.ragged_paged_attention.bench \
+    --specs=decode_43m,prefill_43m --implementations=xla --layers=12
+
+A row is the time of one call of each layer, with a cache of its own, so that
+a batch's keys and values don't stay in the processor's caches. Specs and
+implementations take turns, and the least time counts, for a busy machine only
+ever adds to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import arg_specs
+
+_SPECS = flags.DEFINE_list(
+  'specs', [spec.name for spec in arg_specs.BENCHMARKS],
+  'Names from arg_specs.')
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  'implementations', ['xla'], 'Those that can be jitted, of '
+  f'{", ".join(sorted(api.IMPLEMENTATIONS))}.')
+_LAYERS = flags.DEFINE_integer(
+  'layers', 12, 'Calls a step, each with its own pages.', lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+  'repeats', 20, 'Steps, of which the fastest counts.', lower_bound=1)
+_OUTPUT = flags.DEFINE_string('output', '', 'Where to write the rows as JSON.')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+  """One measurement.
+
+  Attributes:
+    spec: name of the batch.
+    implementation: name of the implementation.
+    ms: milliseconds of all layers.
+    gb_per_s: keys and values that had to be read, over the time.
+    gflop_per_s: multiplications and additions that had to be done, likewise.
+    compile_s: seconds to trace and compile.
+  """
+
+  spec: str
+  implementation: str
+  ms: float
+  gb_per_s: float
+  gflop_per_s: float
+  compile_s: float
+
+
+def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
+  """Bytes of keys and values, and operations, that one call needs."""
+  window = spec.sliding_window
+  rows = pairs = 0
+  for context, q_len in zip(spec.contexts, spec.all_q_lens, strict=True):
+    seen = [at + 1 if window is None else min(at + 1, window)
+            for at in range(context - q_len, context)]
+    pairs += sum(seen)
+    rows += max(seen) + q_len - 1 if window else context
+  size = 2 * spec.num_kv_heads * spec.head_dim * jnp.dtype(spec.dtype).itemsize
+  return rows * size, 4 * pairs * spec.num_heads * spec.head_dim
+
+
+def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,
+          ) -> tuple[Callable[[], Any], float]:
+  """A compiled step of all layers, and what compiling took."""
+  arrays = arg_specs.make(spec)
+  pages = api.pages_from_rows(
+    arrays.pop('k_pages'), arrays.pop('v_pages'), implementation)
+  caches = jax.block_until_ready(
+    [tuple(x + 0 for x in pages) for _ in range(layers)])
+  attend = functools.partial(
+    api.ragged_paged_attention, implementation=implementation, **spec.options)
+
+  def step(arrays: dict[str, jax.Array], caches: Any) -> jax.Array:
+    q = arrays['q']
+    for k_pages, v_pages in caches:  # each waits for the one before
+      q += attend(**(arrays | dict(q=q, k_pages=k_pages, v_pages=v_pages)))
+    return q
+
+  start = time.perf_counter()
+  compiled = jax.jit(step).lower(arrays, caches).compile()
+  seconds = time.perf_counter() - start
+  return functools.partial(compiled, arrays, caches), seconds
+
+
+def run(specs: Sequence[arg_specs.ArgSpec], implementations: Sequence[str],
+        layers: int, repeats: int) -> list[Row]:
+  """Measures every spec with every implementation."""
+  steps = {(spec, name): _step(spec, name, layers)
+           for spec in specs for name in implementations}
+  best = dict.fromkeys(steps, float('inf'))
+  for _ in range(repeats):
+    for key, (step, _) in steps.items():
+      start = time.perf_counter()
+      jax.block_until_ready(step())
+      best[key] = min(best[key], time.perf_counter() - start)
+  rows = []
+  for (spec, name), seconds in best.items():
+    num_bytes, operations = (n * layers for n in work(spec))
+    rows.append(Row(
+      spec=spec.name, implementation=name, ms=seconds * 1e3,
+      gb_per_s=num_bytes / seconds / 1e9,
+      gflop_per_s=operations / seconds / 1e9,
+      compile_s=steps[spec, name][1]))
+  return rows
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints a table, and writes JSON if asked."""
+  if len(argv) > 1:
+    raise app.UsageError(f'{argv[1]}: takes flags only.')
+  unknown = sorted(set(_SPECS.value) - set(arg_specs.BY_NAME))
+  if unknown:
+    raise app.UsageError(f'--specs={",".join(unknown)}: not among '
+                         f'{", ".join(sorted(arg_specs.BY_NAME))}.')
+  rows = run([arg_specs.BY_NAME[name] for name in _SPECS.value],
+             _IMPLEMENTATIONS.value, _LAYERS.value, _REPEATS.value)
+  print(f'{"spec":18} {"implementation":15} {"ms":>9} {"GB/s":>7} '
+        f'{"GFLOP/s":>8} {"compile s":>9}')
+  for r in rows:
+    print(f'{r.spec:18} {r.implementation:15} {r.ms:9.2f} {r.gb_per_s:7.1f} '
+          f'{r.gflop_per_s:8.1f} {r.compile_s:9.1f}')
+  if _OUTPUT.value:
+    pathlib.Path(_OUTPUT.value).write_text(json.dumps({
+      'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
+      'layers': _LAYERS.value, 'repeats': _REPEATS.value,
+      'rows': [dataclasses.asdict(row) for row in rows]}, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementations against the reference, on values that try to mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import arg_specs
+
+# Results are rounded once to their dtype; the rest is float32's.
+TOLERANCES = {'float32': 5e-6, 'bfloat16': 2e-2, 'float16': 2e-3}
+IMPLEMENTATIONS = sorted(set(rpa.IMPLEMENTATIONS) - {'reference'})
+
+MIXED = arg_specs.BY_NAME['mixed']
+
+_jitted = jax.jit(
+  rpa.ragged_paged_attention,
+  static_argnames=('scale', 'sliding_window', 'soft_cap', 'implementation'))
+
+
+def attend(spec: arg_specs.ArgSpec, arrays: Mapping[str, Any],
+           implementation: str) -> np.ndarray:
+  """The outputs of all rows, as float32."""
+  call = rpa.ragged_paged_attention if implementation == 'reference' else (
+    _jitted)
+  k_pages, v_pages = rpa.pages_from_rows(
+    arrays['k_pages'], arrays['v_pages'], implementation)
+  out = call(**(arrays | dict(k_pages=k_pages, v_pages=v_pages)),
+             **spec.options, implementation=implementation)
+  assert out.dtype == arrays['q'].dtype
+  return np.asarray(out, np.float32)
+
+
+def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
+  arrays = arg_specs.make(spec, seed, unused=float('nan'))
+  rpa.dynamic_validate(**{name: arrays[name] for name in (
+    'q', 'k_pages', 'kv_lens', 'page_indices', 'cu_q_lens', 'distribution')})
+  got = attend(spec, arrays, implementation)
+  want = attend(spec, arrays, 'reference')
+  real = sum(spec.all_q_lens)
+  assert np.isfinite(got).all()
+  np.testing.assert_allclose(got[:real], want[:real], rtol=0,
+                             atol=TOLERANCES[spec.dtype])
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('spec', arg_specs.TESTS, ids=lambda spec: spec.name)
+def test_equals_reference(spec: arg_specs.ArgSpec, implementation: str):
+  check(spec, implementation)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=40)
+def test_any_lengths(implementation: str, data: strategies.DataObject):
+  """Any values in one shape: nothing of them is compiled in."""
+  num_seqs = data.draw(strategies.integers(0, 8), 'num_seqs')
+  num_decodes = data.draw(strategies.integers(0, num_seqs), 'num_decodes')
+  room, q_lens = MIXED.max_tokens - num_decodes, []
+  for _ in range(num_seqs - num_decodes):
+    q_lens.append(data.draw(strategies.integers(1, room // 2 or 1), 'q_len'))
+    room -= q_lens[-1]
+    hypothesis.assume(room >= 0)
+  contexts = [data.draw(strategies.integers(n, 64), 'context')
+              for n in [1] * num_decodes + q_lens]
+  check(dataclasses.replace(
+    MIXED, name='drawn', contexts=tuple(contexts), q_lens=tuple(q_lens),
+    num_decodes=num_decodes), implementation,
+    seed=data.draw(strategies.integers(0, 99), 'seed'))
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=5)
+def test_any_shapes(implementation: str, data: strategies.DataObject):
+  def draw(*choices: Any) -> Any:
+    return data.draw(strategies.sampled_from(choices))
+  num_kv_heads = draw(1, 2, 3)
+  context = data.draw(strategies.integers(1, 70), 'context')
+  check(arg_specs.ArgSpec(
+    name='drawn', contexts=(context, 13, context), num_decodes=2,
+    q_lens=(data.draw(strategies.integers(1, context), 'q_len'),),
+    num_kv_heads=num_kv_heads, num_heads=num_kv_heads * draw(1, 2, 3),
+    head_dim=draw(4, 8, 20), page_size=draw(1, 3, 4, 16),
+    dtype=draw('float32', 'bfloat16'), soft_cap=draw(None, 3.0),
+    sliding_window=draw(None, 1, 10)), implementation)
+
+
+def test_a_wrong_page_or_position_is_noticed():
+  arrays = arg_specs.make(MIXED)
+  want = attend(MIXED, arrays, 'reference')
+  table = arrays['page_indices']
+  wrong = {
+    'page_indices': table.at[2, :2].set(table[2, 1::-1]),
+    'kv_lens': arrays['kv_lens'].at[4].add(-1),
+    'cu_q_lens': arrays['cu_q_lens'].at[4].add(1),
+  }
+  # The order of pages that are seen whole does not matter; of the chunk's
+  # own pages it does.
+  wrong['page_indices'] = table.at[4, 3:5].set(table[4, 4:2:-1])
+  for name, value in wrong.items():
+    got = attend(MIXED, arrays | {name: value}, 'xla')
+    real = sum(MIXED.all_q_lens)
+    assert np.abs(got - want)[:real].max() > 1e-2, name
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_batch_mates_change_nothing(implementation: str):
+  """What a sequence gets does not depend on who else is in the batch."""
+  arrays = arg_specs.make(MIXED)
+  together = attend(MIXED, arrays, implementation)
+  starts = np.asarray(arrays['cu_q_lens'])
+  for s, q_len in enumerate(MIXED.all_q_lens):
+    alone = dict(arrays)
+    for name in ('kv_lens', 'page_indices'):
+      rows = arrays[name]
+      alone[name] = jnp.zeros_like(rows).at[0].set(rows[s])
+    alone['q'] = jnp.roll(arrays['q'], -starts[s], axis=0)
+    alone['cu_q_lens'] = jnp.full_like(arrays['cu_q_lens'], q_len).at[0].set(0)
+    alone['distribution'] = jnp.array(
+      [int(s < MIXED.num_decodes), 1], jnp.int32)
+    np.testing.assert_allclose(
+      attend(MIXED, alone, implementation)[:q_len],
+      together[starts[s]:starts[s] + q_len], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_a_query_alone_is_a_decode_or_a_chunk(implementation: str):
+  """The two paths agree on what both can do."""
+  decodes, chunks = (arg_specs.BY_NAME[f'{n}_decodes'] for n in (8, 0))
+  np.testing.assert_allclose(
+    attend(decodes, arg_specs.make(decodes), implementation)[:8],
+    attend(chunks, arg_specs.make(chunks), implementation)[:8],
+    rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_one_compilation_serves_all_values(implementation: str):
+  traces = 0
+
+  @jax.jit
+  def counted(arrays: dict[str, Any]) -> jax.Array:
+    nonlocal traces
+    traces += 1
+    return rpa.ragged_paged_attention(
+      **arrays, **MIXED.options, implementation=implementation)
+
+  for name in ('mixed', 'empty', 'phase_3', '4_decodes'):
+    arrays = arg_specs.make(arg_specs.BY_NAME[name])
+    arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
+      arrays['k_pages'], arrays['v_pages'], implementation)
+    counted(arrays)
+  assert traces == 1
+
+
+def test_decodes_on_cpu_copy_no_pages():
+  """The gathers are fused: their results would be most of the temporaries."""
+  spec = dataclasses.replace(
+    arg_specs.BY_NAME['decode_43m'], head_dim=32, page_size=32)
+  arrays = arg_specs.make(spec)
+  arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
+    arrays['k_pages'], arrays['v_pages'], 'xla')
+  compiled = jax.jit(functools.partial(
+    rpa.ragged_paged_attention, implementation='xla', **spec.options)).lower(
+      **arrays).compile()
+  block = 32 * spec.num_kv_heads * spec.page_size * spec.head_dim * 4
+  assert compiled.memory_analysis().temp_size_in_bytes < 2 * block

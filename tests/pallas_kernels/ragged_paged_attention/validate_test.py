@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does not fit is refused, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import arg_specs
+
+SPEC = arg_specs.BY_NAME['mixed']
+
+
+def _arrays() -> dict[str, Any]:
+  arrays = arg_specs.make(SPEC)
+  arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
+    arrays['k_pages'], arrays['v_pages'])
+  return arrays
+
+
+def zeros(*shape: int, dtype: str = 'float32') -> Any:
+  return jnp.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(('name', 'value', 'match'), [
+  ('q', zeros(64, 64), r'q=\(64, 64\): must have 3 axes'),
+  ('q', zeros(64, 4, 16, dtype='int32'), 'q=int32: must be one of float32'),
+  ('q', zeros(64, 4, 16, dtype='float16'), 'k_pages=float32: must be the'),
+  ('q', zeros(64, 3, 16), r'q=\(64, 3, 16\): heads must be a multiple'),
+  ('q', zeros(64, 4, 32), r'k_pages=.*: its head dim must be that of q, 32'),
+  ('v_pages', zeros(65, 2, 2, 8, 8), r'v_pages=\(65, 2, 2, 8, 8\): must be'),
+  ('v_pages', zeros(64, 2, 1, 8, 16), r'v_pages=\(64, 2, 1, 8, 16\): must'),
+  ('k_pages', zeros(65, 2, 2, 16, 4), r'v_pages=|k_pages='),
+  ('kv_lens', zeros(8), 'kv_lens=float32: must be int32'),
+  ('kv_lens', zeros(8, 1, dtype='int32'), r'kv_lens=\(8, 1\): must have 1'),
+  ('page_indices', zeros(7, 8, dtype='int32'), 'page_indices=.* 8 rows'),
+  ('cu_q_lens', zeros(8, dtype='int32'), r'cu_q_lens=\(8,\): .*, 9'),
+  ('distribution', zeros(3, dtype='int32'), r'distribution=\(3,\)'),
+])
+def test_static(name: str, value: Any, match: str):
+  arrays = _arrays()
+  with pytest.raises(ValueError, match=match):
+    rpa.ragged_paged_attention(**(arrays | {name: value}), scale=1.0)
+
+
+@pytest.mark.parametrize(('options', 'match'), [
+  (dict(sliding_window=0), 'sliding_window=0: must be None or at least 1'),
+  (dict(soft_cap=0.0), r'soft_cap=0\.0: must be None or above 0'),
+  (dict(implementation='cuda'),
+   "implementation='cuda': must be None or one of reference, xla"),
+])
+def test_options(options: dict[str, Any], match: str):
+  with pytest.raises(ValueError, match=match):
+    rpa.ragged_paged_attention(**_arrays(), scale=1.0, **options)
+
+
+def test_unknown_implementation_of_pages():
+  with pytest.raises(ValueError, match='one of reference, xla'):
+    rpa.init_pages(2, 8, 2, 16, 'float32', 'cuda')
+
+
+@pytest.mark.parametrize(('name', 'index', 'value', 'match'), [
+  ('distribution', 0, 6, r'distribution=\(6, 5\): must ascend'),
+  ('distribution', 1, 9, r'distribution=\(3, 9\): must ascend'),
+  ('distribution', 0, 4, 'the first 4 sequences are decodes'),
+  ('distribution', 1, 4, 'must not grow after the 4 sequences'),
+  ('cu_q_lens', 0, 1, 'must start at 0'),
+  ('cu_q_lens', 4, 99, 'cu_q_lens=.*must start at 0 and not descend'),
+  ('cu_q_lens', 8, 65, 'must end within the 64 tokens'),
+  ('kv_lens', 3, 22, 'must count the new tokens too'),
+  ('kv_lens', 0, 65, 'must fit the page_indices, 64 tokens'),
+  ('kv_lens', 5, 1, 'kv_lens=.*must be 0 after the 5 sequences'),
+  ('page_indices', (0, 1), 65, r'page_indices\[0\]=.*must be in \[0, 65\)'),
+])
+def test_dynamic(name: str, index: Any, value: int, match: str):
+  arrays = _arrays()
+  arrays.pop('v_pages')
+  rpa.dynamic_validate(**arrays)
+  with pytest.raises(ValueError, match=match):
+    rpa.dynamic_validate(
+      **(arrays | {name: arrays[name].at[index].set(value)}))
