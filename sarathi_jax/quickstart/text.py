@@ -94,6 +94,12 @@ def split(docs: Sequence[Document]) -> tuple[list[Document], list[Document]]:
           [doc for doc in docs if held_out(doc)])
 
 
+def sentence_starts(body: str) -> list[int]:
+  """Where a text, its paragraphs and its sentences begin."""
+  return [0, *(match.end() for match in re.finditer(
+    r'\n\n|[.:!?] (?=[A-Z])', body))]
+
+
 def words(docs: Sequence[Document]) -> frozenset[str]:
   """Every word of the documents, in lower case."""
   return frozenset(

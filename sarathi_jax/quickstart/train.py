@@ -41,13 +41,14 @@ _OUTPUT = flags.DEFINE_string(
   'output', None, 'The folder to write, a Hugging Face checkpoint.',
   required=True)
 _STEPS = flags.DEFINE_integer(
-  'steps', 1000, 'Steps of gradient descent.', lower_bound=1)
+  'steps', 700, 'Steps of gradient descent.', lower_bound=1)
 _TOKENS = flags.DEFINE_integer(
   'tokens_per_step', 2048, 'Tokens a step learns from.', lower_bound=2)
 _LENGTH = flags.DEFINE_integer(
-  'sequence_length', 256,
-  'Tokens of a sequence, at first; the last tenth of the steps has sequences '
-  'as long as the context, and fewer of them.', lower_bound=1)
+  'sequence_length', 128,
+  'Tokens of a sequence, which begins with a sentence. In the last tenth of '
+  'the steps they are as long as the context, and begin anywhere.',
+  lower_bound=1)
 _CONTEXT = flags.DEFINE_integer(
   'context', 1024, 'The longest sequence the model is for.', lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float(
@@ -93,15 +94,21 @@ class _Sampler:
       yield prompt, completion.text
 
 
-def _windows(stream: np.ndarray) -> Iterator[np.ndarray]:
+def _batches(docs: Sequence[text.Document],
+             tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
   """What each step learns from: int32 [sequences, length + 1]."""
-  long_steps = _STEPS.value // 10
-  stages = ((_LENGTH.value, _STEPS.value - long_steps),
-            (_CONTEXT.value, long_steps))
-  for stage, (length, steps) in enumerate(stages):
-    yield from itertools.islice(
-      training.batches(stream, max(1, _TOKENS.value // length), length,
-                       seed=_SEED.value + stage), steps)
+  length, context = _LENGTH.value, _CONTEXT.value
+  num_long = _STEPS.value // 10
+  yield from itertools.islice(
+    training.packed(
+      training.examples(docs, tokenizer, length),
+      max(1, _TOKENS.value // length), length, seed=_SEED.value),
+    _STEPS.value - num_long)
+  yield from itertools.islice(
+    training.windows(
+      training.token_stream(docs, tokenizer, _SEED.value),
+      max(1, _TOKENS.value // context), context, seed=_SEED.value),
+    num_long)
 
 
 def _bar(console: rich_console.Console) -> rich_progress.Progress:
@@ -113,7 +120,7 @@ def _bar(console: rich_console.Console) -> rich_progress.Progress:
     rich_progress.TimeRemainingColumn(), console=console)
 
 
-def _train(config: config_lib.LlamaConfig, stream: np.ndarray,
+def _train(config: config_lib.LlamaConfig, docs: Sequence[text.Document],
            folder: pathlib.Path, tokenizer: tokenizers.Tokenizer,
            console: rich_console.Console) -> tuple[training.Params, float]:
   """Returns the trained parameters and the mean loss of the last steps.
@@ -128,7 +135,7 @@ def _train(config: config_lib.LlamaConfig, stream: np.ndarray,
   losses: list[float] = []
   with _bar(console) as bar:
     task = bar.add_task('', total=_STEPS.value, loss=0.0, rate=0.0)
-    for step, batch in enumerate(_windows(stream), 1):
+    for step, batch in enumerate(_batches(docs, tokenizer), 1):
       start = time.perf_counter()
       state, loss = training.train_step(config, state, jnp.asarray(batch))
       losses.append(float(loss))
@@ -165,18 +172,18 @@ def main(argv: Sequence[str]) -> None:
   learned, held_out = text.split(text.documents(_DOCUMENTS.value))
   tokenizer = tokenizer_lib.train(learned, _VOCAB.value)
   export.write_tokenizer(folder, tokenizer)
-  stream = training.token_stream(learned, tokenizer, _SEED.value)
   config = config_lib.LlamaConfig(
     vocab_size=tokenizer.get_vocab_size(), hidden_size=_WIDTH.value,
     intermediate_size=_MLP.value, num_layers=_LAYERS.value, num_heads=4,
     num_kv_heads=2, head_dim=64, max_position_embeddings=_CONTEXT.value,
     tie_word_embeddings=True)
-  console.print(f'{len(learned)} documents, {len(stream):,} tokens')
+  num_tokens = len(training.token_stream(learned, tokenizer, _SEED.value))
+  console.print(f'{len(learned):,} documents, {num_tokens:,} tokens')
   start = time.monotonic()
-  params, loss = _train(config, stream, folder, tokenizer, console)
+  params, loss = _train(config, learned, folder, tokenizer, console)
   facts = card.Facts(
     num_params=sum(x.size for x in jax.tree.leaves(params)),
-    num_documents=len(learned), num_tokens=len(stream),
+    num_documents=len(learned), num_tokens=num_tokens,
     tokens_learned=_STEPS.value * _TOKENS.value, loss=loss,
     held_out_loss=(_held_out_loss(config, params, held_out, tokenizer)
                    if held_out else None),

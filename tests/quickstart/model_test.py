@@ -40,7 +40,7 @@ def llm(folder: pathlib.Path) -> sarathi_jax.LLM:
 
 def _small() -> sarathi_jax.EngineConfig:
   return sarathi_jax.EngineConfig(
-    token_budget=64, max_num_seqs=4, max_model_len=128, page_size=32,
+    token_budget=16, max_num_seqs=4, max_model_len=128, page_size=32,
     num_pages=16)
 
 

@@ -33,13 +33,30 @@ def _config(tied: bool = True) -> config_lib.LlamaConfig:
 
 def test_windows_are_of_the_stream_and_cover_it() -> None:
   stream = np.arange(1000, dtype=np.int32)
-  windows = training.batches(stream, batch_size=4, num_tokens=10, seed=0)
+  windows = training.windows(stream, batch_size=4, num_tokens=10, seed=0)
   epoch = np.concatenate([next(windows) for _ in range(24)])
   assert epoch.shape == (96, 11)
   np.testing.assert_array_equal(np.diff(epoch, axis=1), 1)
   assert len(set(epoch[:, 0])) == 96
-  again = training.batches(stream, batch_size=4, num_tokens=10, seed=0)
+  again = training.windows(stream, batch_size=4, num_tokens=10, seed=0)
   np.testing.assert_array_equal(next(again), epoch[:4])
+
+
+def test_examples_begin_with_sentences_and_fill_rows() -> None:
+  docs = [text.Document('a', 'One two. Three: four.\n\nFive.'),
+          text.Document('b', 'Six, e.g. seven.')]
+  tokenizer = tokenizer_lib.train(docs, 300)
+  pieces = training.examples(docs, tokenizer, 100)
+  assert [tokenizer.decode(p, skip_special_tokens=False) for p in pieces] == [
+    'One two. Three: four.\n\nFive.<|end|>', 'Three: four.\n\nFive.<|end|>',
+    'Five.<|end|>', 'Six, e.g. seven.<|end|>']
+  assert max(map(len, training.examples(docs, tokenizer, 4))) == 5
+  batches = training.packed(pieces, batch_size=3, num_tokens=7, seed=0)
+  starts = {tuple(p[:3]) for p in pieces}
+  for _ in range(5):
+    batch = next(batches)
+    assert batch.shape == (3, 8)
+    assert {tuple(row[:3]) for row in batch} <= starts
 
 
 def test_stream_holds_every_document_with_its_end() -> None:
