@@ -17,8 +17,10 @@ does not depend on interruptions, nor on how requests are scheduled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -264,6 +266,9 @@ class _Output:
     except OSError as error:
       raise self._error(error) from error
 
+  def close(self) -> None:
+    self._file.close()
+
   def _error(self, error: OSError, hint: str = '') -> errors.ConfigError:
     return errors.ConfigError(
       f'output={str(self._path)!r}: can\'t be written: {error.strerror}'
@@ -299,25 +304,32 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
     rich.progress.TimeRemainingColumn(), console=console, transient=True)
 
 
-def _run(console: rich.console.Console) -> None:
+def _start(console: rich.console.Console) -> None:
   prompts = _read_prompts(pathlib.Path(FLAGS.prompts).expanduser())
   config = engine_flags.engine_config_from_flags()
   defaults = {name: FLAGS[name].value for name in _SAMPLING_FLAGS
               if FLAGS[name].value is not None}
   types.SamplingParams.from_dict(defaults)
-  output = _Output(pathlib.Path(FLAGS.output).expanduser(), FLAGS.resume)
-  # Not on top: a wrong flag is told before JAX is loaded.
-  from sarathi_jax import loading
-  engine = loading.load_llm(
-    FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
-    console=console).engine
-  lines = (parse_line(number, text, defaults, config.seed, engine)
-           for number, text in prompts)
+  path = pathlib.Path(FLAGS.output).expanduser()
+  with contextlib.closing(_Output(path, FLAGS.resume)) as output:
+    # Not on top: a wrong flag is told before JAX is loaded.
+    from sarathi_jax import loading
+    engine = loading.load_llm(
+      FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
+      console=console).engine
+    lines = [functools.partial(
+      parse_line, number, text, defaults, config.seed, engine)
+      for number, text in prompts]
+    _run(engine, lines, output, console)
+
+
+def _run(engine: engine_lib.Engine, lines: Sequence[Callable[[], Line]],
+         output: _Output, console: rich.console.Console) -> None:
   num_written = len(output.written.ids) + len(output.written.lines)
   num_errors = num_tokens = 0
   start = time.monotonic()
   with _progress(console) as progress:
-    task = progress.add_task('Generating', total=len(prompts), rate=0.0,
+    task = progress.add_task('Generating', total=len(lines), rate=0.0,
                              completed=num_written)
 
     def on_tokens(n: int) -> None:
@@ -326,7 +338,8 @@ def _run(console: rich.console.Console) -> None:
       progress.update(task, rate=num_tokens / (time.monotonic() - start))
 
     for result in run_lines(
-        engine, unwritten(lines, output.written), on_tokens):
+        engine, unwritten((parse() for parse in lines), output.written),
+        on_tokens):
       output.write(result)
       num_errors += 'error' in result
       progress.advance(task)
@@ -342,7 +355,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
   console = rich.console.Console(stderr=True, highlight=False)
   try:
-    _run(console)
+    _start(console)
   except errors.SarathiError as error:
     console.print(
       f'[red]error:[/] {rich.markup.escape(str(error))}', soft_wrap=True)

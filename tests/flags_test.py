@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every field of EngineConfig can be told by a flag, and by --config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+from absl import flags as absl
+import pytest
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import flags
+from tests import absl_flags
+
+FIELDS = {f.name: f for f in dataclasses.fields(config_lib.EngineConfig)}
+# Another value than the default for each; they fit together.
+VALUES = dict(
+  policy='vllm', token_budget=256, max_num_seqs=64, max_model_len=100,
+  page_size=16, num_pages=99, kv_cache_gib=0.5, memory_utilization=0.5,
+  look_ahead=False, short_prompt_share=0.5, attention='xla', seed=9)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _flags() -> Iterator[None]:
+  with absl_flags.defined(flags.define_engine_flags):
+    yield
+
+
+def config_of(*args: str) -> config_lib.EngineConfig:
+  absl_flags.parse('--cache_dir=', *args)
+  return flags.engine_config_from_flags()
+
+
+def write(folder: pathlib.Path, text: str) -> str:
+  path = folder / 'deployment.py'
+  path.write_text(text)
+  return str(path)
+
+
+def test_every_field_has_a_flag():
+  # The cache of compiled steps is in --cache_dir, with what else is kept.
+  assert set(VALUES) == set(FIELDS) - {'compilation_cache_dir'}
+  for name in VALUES:
+    assert absl.FLAGS[name].help
+
+
+def test_defaults_are_those_of_the_config():
+  assert config_of() == config_lib.EngineConfig()
+  for name, value in VALUES.items():
+    assert value != FIELDS[name].default, name
+
+
+def test_flags_set_fields():
+  args = [f'--{name}={value}' for name, value in VALUES.items()]
+  assert config_of(*args) == config_lib.EngineConfig(**VALUES)
+
+
+def test_flags_override_the_config_file(tmp_path):
+  path = write(tmp_path, '''
+from sarathi_jax import config
+def get_config():
+  return config.EngineConfig(policy='orca', token_budget=300, seed=5)
+''')
+  assert config_of(f'--config={path}') == config_lib.EngineConfig(
+    policy='orca', token_budget=300, seed=5)
+  # A flag at a default's value is a flag given.
+  assert config_of(f'--config={path}', '--policy=sarathi', '--seed=0') == (
+    config_lib.EngineConfig(token_budget=300))
+
+
+def test_compiled_steps_are_kept_in_the_cache_dir(tmp_path):
+  absl_flags.parse(f'--cache_dir={tmp_path}')
+  config = flags.engine_config_from_flags()
+  assert config.compilation_cache_dir == str(tmp_path / 'compiled')
+  absl_flags.parse('--cache_dir=~/kept')
+  config = flags.engine_config_from_flags()
+  assert config.compilation_cache_dir == os.path.expanduser('~/kept/compiled')
+
+
+def test_a_config_files_own_cache_is_left_to_it(tmp_path):
+  path = write(tmp_path, '''
+from sarathi_jax import config
+def get_config():
+  return config.EngineConfig(compilation_cache_dir='/elsewhere')
+''')
+  absl_flags.parse(f'--config={path}', f'--cache_dir={tmp_path}')
+  config = flags.engine_config_from_flags()
+  assert config.compilation_cache_dir == '/elsewhere'
+
+
+@pytest.mark.parametrize('args,words', [
+  (['--policy=fifo'], ["policy='fifo'", 'sarathi, vllm, orca']),
+  (['--token_budget=8', '--max_num_seqs=9'],
+   ['token_budget=8', 'max_num_seqs=9']),
+  (['--page_size=0'], ['page_size=0', '>= 1']),
+  (['--kv_cache_gib=nan'], ['kv_cache_gib=nan']),
+  (['--memory_utilization=1.5'], ['memory_utilization=1.5', '(0, 1]']),
+  (['--config=/no/such/file.py'], ['/no/such/file.py', 'no such file']),
+])
+def test_what_cant_work_is_refused(args, words):
+  with pytest.raises(errors.ConfigError) as caught:
+    config_of(*args)
+  for word in words:
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize('text,words', [
+  ('', ['must define get_config()']),
+  ('get_config = 3', ['must define get_config()']),
+  ('def get_config(): return {}', ['must return an EngineConfig, not {}']),
+  ('def get_config(:', ['SyntaxError', 'line 1']),
+  ('import no_such_module', ['ModuleNotFoundError', 'line 1']),
+  ('x = 1\ndef get_config():\n  return {}["key"]',
+   ['KeyError', "'key'", 'line 3']),
+  ('''
+from sarathi_jax import config
+def get_config(): return config.EngineConfig(token_budget=1)
+''', ['token_budget=1', 'max_num_seqs=128']),
+])
+def test_a_wrong_config_file_is_refused(tmp_path, text, words):
+  path = write(tmp_path, text)
+  with pytest.raises(errors.ConfigError) as caught:
+    config_of(f'--config={path}')
+  for word in words:
+    assert word in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_flags_load_no_jax():
+  """So a wrong one is told at once."""
+  code = (
+    'import sys; from sarathi_jax import flags; assert "jax" not in sys.modules')
+  root = pathlib.Path(__file__).parents[1]
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
