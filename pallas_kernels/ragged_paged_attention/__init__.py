@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a hybrid batch, decodes and prefill chunks, over paged KV."""
 
-from pallas_kernels.ragged_paged_attention.api import dynamic_validate
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
+from pallas_kernels.ragged_paged_attention.api import dynamic_validate
 from pallas_kernels.ragged_paged_attention.api import init_pages
 from pallas_kernels.ragged_paged_attention.api import pages_from_rows
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention

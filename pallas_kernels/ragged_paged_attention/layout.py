@@ -15,6 +15,7 @@ which.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ ROWS, TILES = 'rows', 'tiles'
 _LANES = 16
 
 
-def init(
+def init(  # noqa: PLR0917
   layout: str,
   num_pages: int,
   page_size: int,
@@ -32,9 +33,8 @@ def init(
   dtype: jax.typing.DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
   """Zeroed keys and values."""
-  if layout == ROWS:
-    shapes = [(page_size, head_dim)] * 2
-  else:
+  shapes: list[tuple[int, ...]] = [(page_size, head_dim)] * 2
+  if layout == TILES:
     l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
     shapes = [(page_size // l_k, head_dim, l_k),
               (head_dim // l_v, page_size, l_v)]
@@ -101,5 +101,5 @@ def write(
           _put(v_pages.at[page, :, :, offset], v))
 
 
-def _put(where, new: jax.Array) -> jax.Array:
+def _put(where: Any, new: jax.Array) -> jax.Array:
   return where.set(new, mode='drop', unique_indices=True)

@@ -27,11 +27,11 @@ from jax import lax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
-_BLOCK = 32  # work items, of a page each
+_BLOCK = 16  # work items, of a page each
 _SUMS = 4  # independent ones, since a chain of additions waits for each
 
 
-def decodes(
+def decodes(  # noqa: PLR0917
   q: jax.Array,  # [S, K, G, h], float32 and scaled
   k_pages: jax.Array,  # [N, K, page_size / l, h, l]
   v_pages: jax.Array,  # [N, K, h / l, page_size, l]

@@ -31,15 +31,17 @@ def _bench(*args: str) -> subprocess.CompletedProcess[str]:
 
 def test_prints_a_table_and_writes_json(tmp_path: pathlib.Path):
   output = tmp_path / 'rows.json'
-  done = _bench('--specs=mixed,one_token', '--layers=1', '--repeats=2',
+  done = _bench('--specs=page_1,tokens_below_seqs', '--layers=1', '--repeats=2',
                 f'--output={output}')
   assert done.returncode == 0, done.stderr
   header, *rows = done.stdout.splitlines()
   assert header.split()[:3] == ['spec', 'implementation', 'ms']
-  assert [row.split()[0] for row in rows] == ['mixed', 'one_token']
+  assert [row.split()[0] for row in rows] == [
+    'page_1', 'tokens_below_seqs']
   written = json.loads(output.read_text())
   assert written['layers'] == 1
-  assert [row['spec'] for row in written['rows']] == ['mixed', 'one_token']
+  assert [row['spec'] for row in written['rows']] == [
+    'page_1', 'tokens_below_seqs']
   assert all(row['ms'] > 0 for row in written['rows'])
 
 
