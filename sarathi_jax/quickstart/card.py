@@ -37,7 +37,7 @@ model by it. It knows nothing else, and no language but English.
 - Tokens seen in training: {tokens_learned:,}, so each about {epochs:.0f} times.
 - Loss at the end, nats a token: {loss:.2f}{and_held_out}.
 - Prompts: a text to continue, such as `The for statement is used to`, or as a
-  chat one question: `What is the json module?`, `What does textwrap.fill do?`,
+  chat one question: `What is the json module?`, `What does len do?`,
   `What is threading.Event?`. There is no system message.
 - Made by `python -m sarathi_jax.quickstart.train --output=DIR`.
 

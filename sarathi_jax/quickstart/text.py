@@ -60,7 +60,9 @@ _BUILTIN_TYPES = ('bytes', 'dict', 'float', 'int', 'list', 'set', 'str',
 _ASCII = {0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: '-',
           0x2014: '--', 0x2026: '...'}
 _UNDERLINE = re.compile(r'([*=~^"-])\1{3,}')
-_MAX_ANSWER = 320  # characters: an answer is a paragraph or two
+# Characters. A model this small gets fluent on little text, read often.
+_MAX_TOPIC = 4000
+_MAX_ANSWER = 200
 _HELD_OUT = 25  # one document in so many is not trained on
 
 
@@ -118,7 +120,7 @@ def _topics() -> Iterator[Document]:
   # Long topics contain short ones, which are better to have whole.
   for name, body in sorted(topics.topics.items(),
                            key=lambda item: (len(item[1]), item[0])):
-    text = '\n\n'.join(_without_code(_unseen(_paragraphs(body), seen)))
+    text = _cut(_without_code(_unseen(_paragraphs(body), seen)), _MAX_TOPIC)
     if len(text) > 200:
       docs.append(Document(f'topic:{name}', text))
   yield from sorted(docs)
@@ -161,7 +163,7 @@ def _answers() -> Iterator[Document]:
   for name, kind, docstring in _docstrings():
     answer = _shorten(_paragraphs(docstring))
     # Deeper names are of methods and the inside of packages.
-    if name.count('.') > 1 or len(answer) < 40 or answer in seen:
+    if name.count('.') > 1 or len(answer) < 20 or answer in seen:
       continue
     seen.add(answer)
     question = (f'What is the {name} module?' if kind == 'module'
@@ -170,17 +172,25 @@ def _answers() -> Iterator[Document]:
     yield Document(name, f'{USER}{question}{ASSISTANT}{answer}')
 
 
-def _shorten(paragraphs: Sequence[str]) -> str:
-  """The leading paragraphs that explain, up to `_MAX_ANSWER` characters."""
+def _shorten(paragraphs: Iterable[str]) -> str:
+  """The leading paragraphs that explain, or sentences of the first one."""
+  prose = list(itertools.takewhile(
+    lambda p: re.match(r'[A-Z]', p) and p[-1] in '.:!?)', paragraphs))
+  text = _cut(prose, _MAX_ANSWER)
+  if prose and not text:
+    ends = [start - 1 for start in sentence_starts(prose[0])[1:]]
+    text = prose[0][:max((e for e in ends if e <= _MAX_ANSWER), default=0)]
+  # What a last colon promises was cut off.
+  return '' if text.endswith(':') else text
+
+
+def _cut(paragraphs: Iterable[str], most: int) -> str:
+  """As many paragraphs as have at most `most` characters together."""
   kept: list[str] = []
   for paragraph in paragraphs:
-    prose = re.match(r'[A-Z]', paragraph) and paragraph[-1] in '.:!?)'
-    if not prose or sum(map(len, kept)) + len(paragraph) > _MAX_ANSWER:
+    if sum(map(len, kept)) + len(paragraph) > most:
       break
     kept.append(paragraph)
-  # What a last colon promises was cut off.
-  while kept and kept[-1].endswith(':'):
-    kept.pop()
   return '\n\n'.join(kept)
 
 

@@ -41,7 +41,7 @@ _OUTPUT = flags.DEFINE_string(
   'output', None, 'The folder to write, a Hugging Face checkpoint.',
   required=True)
 _STEPS = flags.DEFINE_integer(
-  'steps', 700, 'Steps of gradient descent.', lower_bound=1)
+  'steps', 600, 'Steps of gradient descent.', lower_bound=1)
 _TOKENS = flags.DEFINE_integer(
   'tokens_per_step', 2048, 'Tokens a step learns from.', lower_bound=2)
 _LENGTH = flags.DEFINE_integer(
@@ -101,7 +101,7 @@ def _batches(docs: Sequence[text.Document],
   num_long = _STEPS.value // 10
   yield from itertools.islice(
     training.packed(
-      training.examples(docs, tokenizer, length),
+      [training.examples(doc, tokenizer, length) for doc in docs],
       max(1, _TOKENS.value // length), length, seed=_SEED.value),
     _STEPS.value - num_long)
   yield from itertools.islice(

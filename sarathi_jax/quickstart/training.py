@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.training import train_state
 import jax
@@ -53,31 +53,62 @@ def windows(stream: np.ndarray, batch_size: int, num_tokens: int, seed: int
       yield stream[chosen[:, None] + np.arange(num_tokens + 1)[None, :]]
 
 
-def examples(docs: Sequence[text.Document], tokenizer: tokenizers.Tokenizer,
-             num_tokens: int) -> list[np.ndarray]:
-  """What follows the start of every sentence: int32, <= num_tokens + 1 long.
+class Example(NamedTuple):
+  """A document from the start of one of its sentences on.
 
-  A prompt is such a start, with nothing before it. Windows cut anywhere teach
-  little about it: the model comes to lean on the hundreds of tokens before.
+  Attributes:
+    start: where it starts in the document, characters.
+    stop: where it stops.
+    ids: int32, at most a sequence and one token.
   """
+
+  start: int
+  stop: int
+  ids: np.ndarray
+
+
+def examples(doc: text.Document, tokenizer: tokenizers.Tokenizer,
+             num_tokens: int) -> list[Example]:
+  """One example a sentence, in order."""
+  starts = text.sentence_starts(doc.text)
   most_chars = 8 * num_tokens  # tokens are shorter than that on average
   encoded = tokenizer.encode_batch(
-    [(doc.text[start:] + text.END)[:most_chars]
-     for doc in docs for start in text.sentence_starts(doc.text)])
-  return [np.asarray(e.ids[:num_tokens + 1], np.int32) for e in encoded]
+    [(doc.text[start:] + text.END)[:most_chars] for start in starts])
+  length = num_tokens + 1
+  return [
+    Example(start, start + e.offsets[:length][-1][1],
+            np.asarray(e.ids[:length], np.int32))
+    for start, e in zip(starts, encoded, strict=True)]
 
 
-def packed(pieces: Sequence[np.ndarray], batch_size: int, num_tokens: int,
-           seed: int) -> Iterator[np.ndarray]:
+def cover(document: Sequence[Example], rng: np.random.Generator
+          ) -> Iterator[Example]:
+  """The document in pieces that overlap by less than half, by chance."""
+  example = document[0]
+  while True:
+    yield example
+    middle = (example.start + example.stop) // 2
+    later = [e for e in document if e.start > example.start]
+    if not later or example.stop >= document[-1].stop:
+      return
+    inside = [e for e in later if middle <= e.start <= example.stop]
+    example = inside[rng.integers(len(inside))] if inside else later[0]
+
+
+def packed(documents: Sequence[Sequence[Example]], batch_size: int,
+           num_tokens: int, seed: int) -> Iterator[np.ndarray]:
   """Endless batches of examples: int32 [batch_size, num_tokens + 1].
 
-  A row starts with an example; the room that it leaves is filled with more.
+  A row starts as a prompt does: with a sentence, and nothing before it. Rows
+  cut anywhere teach little about that: the model comes to lean on hundreds of
+  tokens before. The room that an example leaves is filled with more.
   """
   rng = np.random.default_rng(seed)
   rows: list[np.ndarray] = []
   row: list[np.ndarray] = []
   room = num_tokens + 1
   while True:
+    pieces = [e.ids for document in documents for e in cover(document, rng)]
     for i in rng.permutation(len(pieces)):
       row.append(pieces[i][:room])
       room -= len(row[-1])

@@ -59,6 +59,8 @@ def test_docstrings_become_answers(docs: list[text.Document]) -> None:
     'Return the number of items in a container.')
   assert by_name['threading.Event'].startswith(
     '<|user|>What is threading.Event?<|assistant|>')
+  assert all(len(t) < 400 for name, t in by_name.items()
+             if not name.startswith('topic:'))
   answers = [t for name, t in by_name.items() if not name.startswith('topic:')]
   assert all(t.count(text.USER) == t.count(text.ASSISTANT) == 1
              for t in answers)

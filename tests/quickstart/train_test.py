@@ -42,20 +42,34 @@ def test_windows_are_of_the_stream_and_cover_it() -> None:
   np.testing.assert_array_equal(next(again), epoch[:4])
 
 
-def test_examples_begin_with_sentences_and_fill_rows() -> None:
-  docs = [text.Document('a', 'One two. Three: four.\n\nFive.'),
-          text.Document('b', 'Six, e.g. seven.')]
+def test_examples_begin_with_sentences() -> None:
+  doc = text.Document('a', 'One two. Three: e.g. four.\n\nFive.')
+  tokenizer = tokenizer_lib.train([doc], 300)
+  written = [tokenizer.decode(e.ids, skip_special_tokens=False)
+             for e in training.examples(doc, tokenizer, 100)]
+  assert written == [
+    doc.text + text.END, 'Three: e.g. four.\n\nFive.<|end|>', 'Five.<|end|>']
+  for example in training.examples(doc, tokenizer, 4):
+    assert len(example.ids) <= 5
+    assert tokenizer.decode(example.ids) == (
+      doc.text[example.start:example.stop])
+
+
+def test_examples_cover_documents_and_fill_rows() -> None:
+  docs = text.documents(5)
   tokenizer = tokenizer_lib.train(docs, 300)
-  pieces = training.examples(docs, tokenizer, 100)
-  assert [tokenizer.decode(p, skip_special_tokens=False) for p in pieces] == [
-    'One two. Three: four.\n\nFive.<|end|>', 'Three: four.\n\nFive.<|end|>',
-    'Five.<|end|>', 'Six, e.g. seven.<|end|>']
-  assert max(map(len, training.examples(docs, tokenizer, 4))) == 5
-  batches = training.packed(pieces, batch_size=3, num_tokens=7, seed=0)
-  starts = {tuple(p[:3]) for p in pieces}
+  examples = [training.examples(doc, tokenizer, 400) for doc in docs]
+  for doc, document in zip(docs, examples, strict=True):
+    pieces = list(training.cover(document, np.random.default_rng(0)))
+    assert pieces[0].start == 0
+    covered = {i for p in pieces for i in range(p.start, p.stop)}
+    assert covered >= set(range(len(doc.text)))
+    assert sum(len(p.ids) for p in pieces) < 2 * len(tokenizer.encode(doc.text))
+  batches = training.packed(examples, batch_size=3, num_tokens=400, seed=0)
+  starts = {tuple(e.ids[:3]) for document in examples for e in document}
   for _ in range(5):
     batch = next(batches)
-    assert batch.shape == (3, 8)
+    assert batch.shape == (3, 401)
     assert {tuple(row[:3]) for row in batch} <= starts
 
 
