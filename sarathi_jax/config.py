@@ -18,6 +18,14 @@ from sarathi_jax import errors
 TILE = 128
 
 
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+  return _is_int(value) or isinstance(value, float)
+
+
 def check(ok: bool, field: str, value: Any, rule: str) -> None:
   """Raises ConfigError unless `ok`."""
   if not ok:
@@ -72,23 +80,29 @@ class EngineConfig:
   def __post_init__(self) -> None:
     for field in ('token_budget', 'max_num_seqs', 'page_size'):
       value = getattr(self, field)
-      check(isinstance(value, int) and value >= 1, field, value,
+      check(_is_int(value) and value >= 1, field, value,
             'must be an integer >= 1')
     for field in ('max_model_len', 'num_pages'):
       value = getattr(self, field)
-      check(value is None or (isinstance(value, int) and value >= 1), field,
-            value, 'must be an integer >= 1')
+      check(value is None or (_is_int(value) and value >= 1), field, value,
+            'must be an integer >= 1')
     check(self.token_budget >= self.max_num_seqs, 'token_budget',
           self.token_budget,
           f'must be at least max_num_seqs={self.max_num_seqs}, or a decode '
           'could be left out of a step')
-    check(self.kv_cache_gib is None or self.kv_cache_gib > 0, 'kv_cache_gib',
-          self.kv_cache_gib, 'must be > 0')
-    check(0 < self.memory_utilization <= 1, 'memory_utilization',
+    check(self.kv_cache_gib is None
+          or (_is_real(self.kv_cache_gib) and self.kv_cache_gib > 0),
+          'kv_cache_gib', self.kv_cache_gib, 'must be > 0')
+    check(_is_real(self.memory_utilization)
+          and 0 < self.memory_utilization <= 1, 'memory_utilization',
           self.memory_utilization, 'must be in (0, 1]')
-    check(0 <= self.short_prompt_share < 1, 'short_prompt_share',
+    check(_is_real(self.short_prompt_share)
+          and 0 <= self.short_prompt_share < 1, 'short_prompt_share',
           self.short_prompt_share, 'must be in [0, 1)')
-    check(0 <= self.seed < 2**31, 'seed', self.seed, 'must be in [0, 2**31)')
+    check(isinstance(self.look_ahead, bool), 'look_ahead', self.look_ahead,
+          'must be true or false')
+    check(_is_int(self.seed) and 0 <= self.seed < 2**31, 'seed', self.seed,
+          'must be an integer in [0, 2**31)')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import enum
-import math
+import sys
 from typing import Any, NamedTuple
 
 from sarathi_jax import errors
@@ -19,16 +19,16 @@ from sarathi_jax import errors
 MAX_SEED = 2**31 - 1
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
-# which it changes nothing. Any other value is refused by name.
+# which it changes nothing. Any other value, but None, is refused by name.
 UNSUPPORTED_SAMPLING: Mapping[str, Any] = {
   'allowed_token_ids': None,
   'bad_words': (),
   'detokenize': True,
-  'extra_args': None,
+  'extra_args': {},
   'flat_logprobs': False,
   'frequency_penalty': 0.0,
   'guided_decoding': None,
-  'logit_bias': None,
+  'logit_bias': {},
   'logprob_token_ids': None,
   'logits_processors': None,
   'min_tokens': 0,
@@ -65,7 +65,7 @@ def _is_int(value: object) -> bool:
 
 def _is_real(value: object) -> bool:
   return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value))
+          and abs(value) <= sys.float_info.max)  # Integers may be beyond.
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,8 @@ class SamplingParams:
         raise errors.InvalidRequestError(
           f'{name}={value!r}: unknown sampling field; known: '
           f'{", ".join(sorted(known))}.')
-      elif value is not None and value != UNSUPPORTED_SAMPLING[name] and value:
+      elif value is not None and UNSUPPORTED_SAMPLING[name] != (
+          tuple(value) if isinstance(value, list) else value):
         raise errors.UnsupportedError(
           f'{name}={value!r}: this sampling field is not supported.')
     return cls(**kept)

@@ -15,7 +15,7 @@ import pytest
 
 os.environ.update(
   JAX_NUMPY_DTYPE_PROMOTION='strict',
-  JAX_NUMPY_RANK_PROMOTION='allow',
+  JAX_NUMPY_RANK_PROMOTION='raise',
   HF_HUB_OFFLINE='1',
 )
 

@@ -48,7 +48,8 @@ def decodes(  # noqa: PLR0917
   page_size = tiles * lanes
   items, total = _work_items(
     kv_lens, page_indices, num_decodes, page_size, sliding_window)
-  positions = jnp.arange(page_size, dtype=jnp.int32).reshape(tiles, lanes)
+  positions = jnp.arange(page_size, dtype=jnp.int32).reshape(
+    1, tiles, lanes)
   q = jnp.pad(q, ((0, 1), (0, 0), (0, 0), (0, 0)))  # for items of padding
   wall = total > 0
 
@@ -156,7 +157,7 @@ def _mix(
   Where keep[c] is 0 a factor of 0 meets 0, whatever the page holds (NaN).
   """
   num_pages, num_kv_heads, _, _, lanes = pages.shape
-  row = page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)
+  row = page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)[None]
   row = jnp.broadcast_to(row[..., None, None], (*factors[0].shape, 1))
   by_head = pages.reshape(num_pages * num_kv_heads, *pages.shape[2:])
   numbers = lax.GatherDimensionNumbers(

@@ -62,14 +62,14 @@ def chunks(  # noqa: PLR0917
       pages = jnp.where(used, lax.dynamic_slice(
         tables, (s, b * per_block), (1, per_block))[0], 0)
       k = _keys(k_pages, pages)
-      v = jnp.where((k_at < stop)[:, None], _values(v_pages, pages), 0)
+      v = jnp.where((k_at < stop)[None, :, None], _values(v_pages, pages), 0)
       scores = jnp.einsum('kth,khp->ktp', queries, k)
       if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-      seen = k_at <= q_at
+      seen = k_at[None] <= q_at
       if sliding_window is not None:
-        seen &= k_at > q_at - sliding_window
-      scores = jnp.where(seen, scores, _MASKED)
+        seen &= k_at[None] > q_at - sliding_window
+      scores = jnp.where(seen[None], scores, _MASKED)
       new_top = jnp.maximum(top, scores.max(-1))
       decay = jnp.exp(top - new_top)
       weights = jnp.exp(scores - new_top[..., None])
