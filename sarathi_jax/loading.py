@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import os
 import time
 
+from absl import flags
+from absl import logging
 import rich.console
 import rich.markup
 import rich.progress
@@ -14,22 +18,35 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Unless --verbosity asks for more: orbax says a lot."""
+  before = logging.get_verbosity()
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
+
+
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              cache_dir: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
   start = time.monotonic()
-  with rich.progress.Progress(
+  with _quiet(), rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
-      rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeElapsedColumn(), console=console,
-      transient=True) as progress:
-    task = progress.add_task('Loading weights', total=None)
+      rich.progress.BarColumn(),
+      rich.progress.TextColumn('{task.fields[count]}'),
+      rich.progress.TimeElapsedColumn(), console=console, transient=True,
+      disable=not console.is_terminal) as progress:
+    task = progress.add_task('Loading weights', total=None, count='')
 
     def on_compiled(done: int, total: int) -> None:
       progress.update(task, description='Compiling steps', completed=done,
-                      total=total)
+                      total=total, count=f'{done}/{total}')
 
     llm = llm_lib.LLM.from_checkpoint(
       os.path.expanduser(checkpoint), config=config,
@@ -41,5 +58,6 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     f'after {time.monotonic() - start:.1f} s: {info.policy}, '
     f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
     f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
-    f'{info.max_model_len:,} a sequence.', highlight=False)
+    f'{info.max_model_len:,} a sequence.',
+    highlight=False, soft_wrap=True)
   return llm

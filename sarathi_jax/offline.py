@@ -301,7 +301,8 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
     rich.progress.TextColumn('{task.fields[rate]:,.0f} tokens/s'),
-    rich.progress.TimeRemainingColumn(), console=console, transient=True)
+    rich.progress.TimeRemainingColumn(), console=console, transient=True,
+    disable=not console.is_terminal)
 
 
 def _start(console: rich.console.Console) -> None:
@@ -362,7 +363,8 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
   except KeyboardInterrupt:
     console.print('Interrupted; --resume goes on with what is missing.')
-    sys.exit(130)
+    # Python would wait for compilations, which can't be interrupted.
+    os._exit(130)
 
 
 def run() -> None:

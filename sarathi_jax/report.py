@@ -26,6 +26,8 @@ def summary_table(metrics: metrics_lib.EngineMetrics, seconds: float,
     num_errors: inputs that were refused.
   """
   table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+  table.add_column(style='bold')
+  table.add_column()
   seconds = max(seconds, 1e-9)
   rows = [
     ('requests', f'{metrics.num_finished:,} in {_seconds(seconds)}'),

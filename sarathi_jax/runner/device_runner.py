@@ -71,16 +71,17 @@ class StepPrograms:
 
   def compile(self, params: Params, kv: Any, on_compiled: OnCompiled) -> None:
     """Compiles all sizes, the largest first, several at a time."""
-    with futures.ThreadPoolExecutor(max_workers=4) as pool:
-      try:
-        jobs = {
-          pool.submit(self.lower(n, params, kv).compile): n
-          for n in reversed(self.sizes)}
-        for done, job in enumerate(futures.as_completed(jobs), 1):
-          self._steps[jobs[job]] = job.result()
-          on_compiled(done, len(jobs))
-      finally:  # After Ctrl-C, don't wait for those not begun.
-        pool.shutdown(wait=False, cancel_futures=True)
+    pool = futures.ThreadPoolExecutor(max_workers=4)
+    try:
+      jobs = {
+        pool.submit(self.lower(n, params, kv).compile): n
+        for n in reversed(self.sizes)}
+      on_compiled(0, len(jobs))
+      for done, job in enumerate(futures.as_completed(jobs), 1):
+        self._steps[jobs[job]] = job.result()
+        on_compiled(done, len(jobs))
+    finally:  # After Ctrl-C, which no compilation heeds, wait for none.
+      pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, params: Params, kv: Any) -> int:
     """Device memory that the largest step needs beside its arguments."""
