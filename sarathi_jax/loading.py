@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import gc
 import os
 import time
 
@@ -36,6 +37,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
   start = time.monotonic()
+  # A main has the GPU for itself; JAX would take three quarters of it.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
   with _quiet(), rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
       rich.progress.BarColumn(),
@@ -52,6 +55,10 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       os.path.expanduser(checkpoint), config=config,
       cache_dir=cache_dir and os.path.expanduser(cache_dir),
       on_compiled=on_compiled)
+  # What is there now stays: looking through it again and again for garbage
+  # would cost each step a third of its host time.
+  gc.collect()
+  gc.freeze()
   info = llm.engine.info
   console.print(
     f'[bold]{rich.markup.escape(info.model_name)}[/] ({info.family}) ready '

@@ -9,7 +9,6 @@ up; the others are measured, each on fresh prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import random
 import statistics
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 import jax.numpy as jnp
 import rich.console
@@ -98,6 +98,8 @@ def run(llm: llm_lib.LLM, seed: int) -> dict[str, float]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
+  if not FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # JAX says a lot
   console = rich.console.Console(highlight=False)
   model = MODELS[FLAGS.model]
   config = engine_flags.engine_config_from_flags()
@@ -123,11 +125,13 @@ def _report(console: rich.console.Console, config: config_lib.EngineConfig,
             llm: llm_lib.LLM, rows: list[dict[str, float]]) -> None:
   device = jax.devices()[0].device_kind
   table = rich.table.Table(
-    'run', *rows[0], title=f'{FLAGS.model} {FLAGS.dtype} on {device}, '
-    f'{config.policy}, {config.token_budget} tokens a step')
-  form: Callable[[float], str] = lambda v: f'{v:,.0f}' if v > 99 else f'{v:.3g}'
-  for i, row in enumerate(rows):
-    table.add_row('warm-up' if i == 0 else str(i), *map(form, row.values()))
+    '', *('warm-up' if i == 0 else f'run {i}' for i in range(len(rows))),
+    title=f'{FLAGS.model} {FLAGS.dtype} on {device}, {config.policy}, '
+    f'{config.token_budget} tokens a step')
+  for name in rows[0]:
+    table.add_row(name, *(
+      f'{row[name]:,.0f}' if row[name] > 99 else f'{row[name]:.3g}'
+      for row in rows))
   console.print(table)
   waste = llm.engine.stats().padding_waste
   console.print(f'{waste:.1%} of the rows computed were padding.')
