@@ -56,7 +56,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       cache_dir=cache_dir and os.path.expanduser(cache_dir),
       on_compiled=on_compiled)
   # What is there now stays: looking through it again and again for garbage
-  # would cost each step a third of its host time.
+  # costs each step some of its host time (benchmarks/host_overhead.py).
   gc.collect()
   gc.freeze()
   info = llm.engine.info
