@@ -120,7 +120,9 @@ def _topics() -> Iterator[Document]:
   # Long topics contain short ones, which are better to have whole.
   for name, body in sorted(topics.topics.items(),
                            key=lambda item: (len(item[1]), item[0])):
-    text = _cut(_without_code(_unseen(_paragraphs(body), seen)), _MAX_TOPIC)
+    # The title goes: prompts don't begin with one.
+    paragraphs = list(_unseen(_paragraphs(body), seen))[1:]
+    text = _cut(_without_code(paragraphs), _MAX_TOPIC)
     if len(text) > 200:
       docs.append(Document(f'topic:{name}', text))
   yield from sorted(docs)

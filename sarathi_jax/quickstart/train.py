@@ -67,7 +67,7 @@ _LAYERS = flags.DEFINE_integer('num_layers', 4, 'Its layers.')
 
 PROMPTS = (
   'The for statement is used to',
-  'An exception is',
+  'Exceptions are',
   f'{text.USER}What is the json module?{text.ASSISTANT}',
 )
 

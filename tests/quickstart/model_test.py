@@ -54,7 +54,7 @@ def test_it_is_small() -> None:
 
 def test_it_says_words(llm: sarathi_jax.LLM) -> None:
   known = text.words(text.documents())
-  prompts = [PROMPT, 'An exception is', 'A class definition',
+  prompts = [PROMPT, 'Exceptions are', 'A class definition',
              f'{text.USER}What does len do?{text.ASSISTANT}']
   for prompt, said in zip(prompts, llm.generate(
       prompts, sarathi_jax.SamplingParams(max_tokens=64, temperature=0)),

@@ -32,7 +32,7 @@ def test_order_is_the_same_every_time(docs: list[text.Document]) -> None:
 
 def test_prose_is_on_one_line_without_marks(docs: list[text.Document]) -> None:
   topic, = (doc for doc in docs if doc.name == 'topic:for')
-  assert topic.text.startswith('The for statement\n\nThe for statement is used')
+  assert topic.text.startswith('The for statement is used to iterate over the')
   assert '****' not in topic.text
   assert 'range(10)' not in topic.text  # code
 
