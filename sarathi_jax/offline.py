@@ -24,7 +24,6 @@ import functools
 import json
 import os
 import pathlib
-import random
 import sys
 import time
 from typing import Any, NamedTuple
@@ -37,13 +36,14 @@ import rich.progress
 
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
+from sarathi_jax import prompt_lines
 from sarathi_jax import report
 from sarathi_jax import types
 from sarathi_jax.engine import collector
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.engine import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
+Line = prompt_lines.Line
 
 _SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
   'max_tokens': (flags.DEFINE_integer, 'The most tokens to generate.'),
@@ -56,17 +56,6 @@ _SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
   'stop': (flags.DEFINE_multi_string, 'A string that ends the output.'),
   'ignore_eos': (flags.DEFINE_bool, 'Go on past the end of sequence.'),
 }
-_KEYS = {'request_id', 'prompt', 'prompt_token_ids', 'messages', 'sampling'}
-_PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
-
-
-class Line(NamedTuple):
-  """A line of the input: a request, or what is wrong with it."""
-
-  number: int  # from 1
-  request_id: str
-  request: types.Request | None
-  error: str | None
 
 
 class Written(NamedTuple):
@@ -88,78 +77,6 @@ def define_flags() -> None:
   engine_flags.define_engine_flags()
   for name, (define, text) in _SAMPLING_FLAGS.items():
     define(name, None, text)
-
-
-def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
-               seed: int, engine: engine_lib.Engine) -> Line:
-  """Makes a request of a line, or says what is wrong with it."""
-  request_id = f'line-{number}'
-  try:
-    fields = _decode(text)
-    given_id = fields.get('request_id', request_id)
-    if not isinstance(given_id, str) or not given_id:
-      raise errors.InvalidRequestError(
-        f'request_id={given_id!r}: must be a text that is not empty.')
-    request_id = given_id
-    request = types.Request(
-      request_id=request_id,
-      prompt_token_ids=_prompt(fields, engine),
-      sampling=_sampling(fields, defaults, f'{seed} {request_id!r}'),
-      arrival_time=engine.clock())
-    engine.check(request)
-  except errors.InvalidRequestError as error:
-    return Line(number, request_id, None, str(error))
-  return Line(number, request_id, request, None)
-
-
-def _decode(text: bytes) -> dict[str, Any]:
-  try:
-    fields = json.loads(text.decode('utf-8-sig'))
-  except UnicodeDecodeError as error:
-    raise errors.InvalidRequestError(f'not UTF-8: {error}.') from error
-  except (ValueError, RecursionError) as error:
-    raise errors.InvalidRequestError(f'not JSON: {error}.') from error
-  if not isinstance(fields, dict):
-    raise errors.InvalidRequestError('must be a JSON object.')
-  if unknown := fields.keys() - _KEYS:
-    raise errors.InvalidRequestError(
-      f'{min(unknown)}: unknown key; known: {", ".join(sorted(_KEYS))}.')
-  return fields
-
-
-def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
-              seed: str) -> types.SamplingParams:
-  given = fields.get('sampling')
-  if not isinstance(given, dict | None):
-    raise errors.InvalidRequestError(
-      f'sampling={given!r}: must be an object of sampling fields.')
-  sampling = types.SamplingParams.from_dict({**defaults, **(given or {})})
-  if sampling.seed is not None:
-    return sampling
-  return dataclasses.replace(
-    sampling, seed=random.Random(seed).randint(0, types.MAX_SEED))
-
-
-def _prompt(fields: Mapping[str, Any],
-            engine: engine_lib.Engine) -> tuple[int, ...]:
-  keys = [key for key in _PROMPT_KEYS if key in fields]
-  if len(keys) != 1:
-    raise errors.InvalidRequestError(
-      f'must have one of {", ".join(_PROMPT_KEYS)}; has '
-      f'{", ".join(keys) or "none"}.')
-  key, value = keys[0], fields[keys[0]]
-  is_right, rule = {
-    'prompt': (isinstance(value, str), 'a text'),
-    'prompt_token_ids': (_are_all(int, value), 'a list of integers'),
-    'messages': (_are_all(dict, value) and value,
-                 'a list of objects with role and content')}[key]
-  if not is_right:
-    raise errors.InvalidRequestError(f'{key}={value!r}: must be {rule}.')
-  return tokenizer_lib.encode_prompt(engine.tokenizer, value)
-
-
-def _are_all(kind: type, values: Any) -> bool:
-  return isinstance(values, list) and all(type(v) is kind for v in values)
 
 
 def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
@@ -319,7 +236,7 @@ def _start(console: rich.console.Console) -> None:
       FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
       console=console).engine
     lines = [functools.partial(
-      parse_line, number, text, defaults, config.seed, engine)
+      prompt_lines.parse_line, number, text, defaults, config.seed, engine)
       for number, text in prompts]
     _run(engine, lines, output, console)
 

@@ -31,7 +31,7 @@ _RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
           'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
 
 
-def ragged_paged_attention(  # noqa: PLR0917
+def ragged_paged_attention(
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
@@ -90,7 +90,7 @@ def ragged_paged_attention(  # noqa: PLR0917
     scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
 
 
-def init_pages(  # noqa: PLR0917
+def init_pages(
   num_pages: int,
   page_size: int,
   num_kv_heads: int,
@@ -149,7 +149,7 @@ def write_kv(
   return layout.write(k_pages, v_pages, k, v, slot_mapping)
 
 
-def static_validate(  # noqa: PLR0917
+def static_validate(
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
@@ -208,7 +208,7 @@ def static_validate(  # noqa: PLR0917
          'must be None or above 0')
 
 
-def dynamic_validate(  # noqa: PLR0917
+def dynamic_validate(
   q: jax.Array,
   k_pages: jax.Array,
   kv_lens: jax.Array,

@@ -24,7 +24,7 @@ ROWS, TILES = 'rows', 'tiles'
 _LANES = 16
 
 
-def init(  # noqa: PLR0917
+def init(
   layout: str,
   num_pages: int,
   page_size: int,

@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels.ragged_paged_attention import layout
 
 
-def ragged_paged_attention(  # noqa: PLR0917
+def ragged_paged_attention(
   q: jax.Array,  # [T, H, h]
   k_pages: jax.Array,  # any layout
   v_pages: jax.Array,

@@ -14,7 +14,7 @@ from pallas_kernels.ragged_paged_attention import xla_decode
 from pallas_kernels.ragged_paged_attention import xla_prefill
 
 
-def ragged_paged_attention(  # noqa: PLR0917
+def ragged_paged_attention(
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,

@@ -31,7 +31,7 @@ _BLOCK = 16  # work items, of a page each
 _SUMS = 4  # independent ones, since a chain of additions waits for each
 
 
-def decodes(  # noqa: PLR0917
+def decodes(
   q: jax.Array,  # [S, K, G, h], float32 and scaled
   k_pages: jax.Array,  # [N, K, page_size / l, h, l]
   v_pages: jax.Array,  # [N, K, h / l, page_size, l]

@@ -16,7 +16,7 @@ _TILE = 128  # queries
 _BLOCK = 128  # keys, in whole pages
 
 
-def chunks(  # noqa: PLR0917
+def chunks(
   out: jax.Array,  # [T, K, G, h], float32
   q: jax.Array,  # [T, K, G, h], float32 and scaled
   k_pages: jax.Array,  # [N, K, page_size / l, h, l]

@@ -51,7 +51,7 @@ class Worker:
 
   def __init__(self, name: str, command: list[str], model: str) -> None:
     self.name = name
-    self._log = tempfile.TemporaryFile('w+')
+    self._log = tempfile.TemporaryFile('w+')  # noqa: SIM115
     args = [f'--{flag}={FLAGS[flag].value}' for flag in (
       'num_requests', 'max_num_seqs', 'token_budget', 'threads')]
     self._process = subprocess.Popen(
@@ -86,9 +86,10 @@ class Worker:
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
   """The part of the tokens before the first that differs, over all outputs."""
   same = total = 0
-  for a, b in zip(ours, theirs):
+  for a, b in zip(ours, theirs, strict=True):
     total += len(a)
-    same += next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    differs = (x != y for x, y in zip(a, b, strict=True))
+    same += next((i for i, bad in enumerate(differs) if bad), len(a))
   return same / total
 
 
@@ -130,13 +131,15 @@ def _report(console: rich.console.Console, versions: dict[str, str],
   rows = []
   for name, theirs in runs.items():
     rates = [r['num_output_tokens'] / r['seconds'] for r in theirs[1:]]
-    ratios = [b['seconds'] / a['seconds'] for a, b in zip(ours, theirs)][1:]
+    ratios = [b['seconds'] / a['seconds']
+              for a, b in zip(ours, theirs, strict=True)][1:]
     rows.append({
       'engine': name, 'version': versions[name],
       'output_tokens_per_s': rates, 'median': statistics.median(rates),
       'best': max(rates), 'ours_over_theirs': statistics.median(ratios),
       'agreement': statistics.mean(
-        agreement(a['outputs'], b['outputs']) for a, b in zip(ours, theirs))})
+        agreement(a['outputs'], b['outputs'])
+        for a, b in zip(ours, theirs, strict=True))})
   table = rich.table.Table(
     'engine', 'version', 'median tokens/s', 'best', 'ours / theirs',
     'same tokens', title=f'{FLAGS.model_size} Llama, float32, '

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from typing import Any
 
 from absl import app
 from absl import flags

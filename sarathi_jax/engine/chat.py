@@ -21,7 +21,7 @@ from sarathi_jax import errors
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}`, which marks what a model wrote; here it means nothing."""
+  """`{% generation %}` marks what a model wrote; here it means nothing."""
 
   tags = {'generation'}  # noqa: RUF012
 

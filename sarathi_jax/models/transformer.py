@@ -72,7 +72,7 @@ def init_params(
   return jax.tree_util.tree_map_with_path(draw, param_specs(config))
 
 
-def forward(  # noqa: PLR0917 - the order that a step has them in
+def forward(
   config: config_lib.ModelConfig,
   params: layers.Params,
   kv: Sequence[attention.LayerKv],

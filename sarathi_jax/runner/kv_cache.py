@@ -39,7 +39,7 @@ def init(model: model_config_lib.ModelConfig, num_pages: int, page_size: int,
     for _ in range(model.num_layers)]
 
 
-def choose_num_pages(  # noqa: PLR0917
+def choose_num_pages(
     model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
     max_model_len: int, dtype: Any, device: Any, temp_bytes: int) -> int:
   """Pages for the cache: as configured, or as many as there is memory for.

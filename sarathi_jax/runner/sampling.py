@@ -72,7 +72,7 @@ def filter_logits(
   return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
 
 
-def sample(  # noqa: PLR0917 - a column of the batch each
+def sample(
     logits: Float[Array, 'S V'],
     temperature: Float[Array, ' S'],
     top_k: Int[Array, ' S'],

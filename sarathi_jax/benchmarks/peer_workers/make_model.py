@@ -6,11 +6,12 @@ tokens over and over, and agreement on them would prove nothing.
 """
 
 import sys
+from typing import Any
 
 import torch
 import transformers
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
   '43m': {'hidden_size': 512, 'intermediate_size': 1376,
           'num_attention_heads': 8},
   '150m': {'hidden_size': 1024, 'intermediate_size': 2752,

@@ -2,7 +2,9 @@
 """sarathi_jax, for `peers`."""
 
 import sarathi_jax
-from sarathi_jax import EngineConfig, LLM, SamplingParams
+from sarathi_jax import LLM
+from sarathi_jax import EngineConfig
+from sarathi_jax import SamplingParams
 from sarathi_jax.benchmarks.peer_workers import workload
 
 

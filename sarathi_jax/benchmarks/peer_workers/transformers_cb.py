@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' continuous batching (paged SDPA) on CPU, for `peers`."""
 
+from typing import Any
+
 import torch
 import transformers
 from transformers.generation import configuration_utils
@@ -21,7 +23,7 @@ def main() -> None:
     use_cuda_graph=False, auto_switch_to_flash=False)
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
-    done = {}
+    done: dict[str, Any] = {}
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=batching,
         block=True) as manager:

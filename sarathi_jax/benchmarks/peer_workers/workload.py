@@ -68,9 +68,8 @@ def serve(args: argparse.Namespace,
     start = time.perf_counter()
     outputs = generate(prompts)
     seconds = time.perf_counter() - start
-    wrong = [i for i, ((_, n), tokens) in enumerate(zip(prompts, outputs))
-             if len(tokens) != n]
-    assert not wrong, f'outputs of a wrong length: {wrong}'
+    lengths = [len(tokens) for tokens in outputs]
+    assert lengths == [n for _, n in prompts], 'outputs of a wrong length'
     print(json.dumps({
       'seconds': seconds, 'num_prompt_tokens': sum(len(p) for p, _ in prompts),
       'num_output_tokens': sum(n for _, n in prompts), 'outputs': outputs,

@@ -85,7 +85,7 @@ def test_is_in_place_when_donated(name: str):
 
 def test_write_then_attend_is_in_place():
   """As in a step: the cache is read in the program that updates it."""
-  def step(k_pages, v_pages, k, v, slots, ints):  # noqa: PLR0917
+  def step(k_pages, v_pages, k, v, slots, ints):
     pages = rpa.write_kv(k_pages, v_pages, k, v, slots)
     return pages, rpa.ragged_paged_attention(
       k, *pages, *ints, scale=1.0, implementation='xla')
