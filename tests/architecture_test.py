@@ -38,14 +38,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.checkpoint': ('sarathi_jax.models', '~checkpoints_convert'),
   'checkpoints_convert': ('sarathi_jax.models', 'sarathi_jax.checkpoint'),
   'sarathi_jax.flags': ('sarathi_jax.scheduler',),
+  'sarathi_jax.prompt_lines': ('sarathi_jax.engine',),
   'sarathi_jax.report': ('sarathi_jax.engine',),
   'sarathi_jax.llm': (
     'sarathi_jax.checkpoint', 'sarathi_jax.engine', 'sarathi_jax.models',
     'sarathi_jax.runner', 'sarathi_jax.scheduler'),
   'sarathi_jax.loading': ('sarathi_jax.llm',),
   'sarathi_jax.offline': (
-    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.report',
-    '~sarathi_jax.loading'),
+    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.prompt_lines',
+    'sarathi_jax.report', '~sarathi_jax.loading'),
   'sarathi_jax.server': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.scheduler',
     '~sarathi_jax.loading'),
