@@ -65,28 +65,29 @@ def decodes(
     scores = _walled(wall, _scores, q[seq], k_pages, page)
     if soft_cap is not None:
       scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    top = _row_max(belongs, scores.max((3, 4)), rows[1])  # [block, K, G]
+    scores = jnp.where(seen[:, None, :, None, :], scores, _MASKED)
+    top = _row_max(belongs, scores.max((2, 4)), rows[1])  # [block, K, G]
     item_top = top[jnp.minimum(seq - first, _BLOCK - 1)]
-    weights = jnp.where(
-      seen[:, None, None], jnp.exp(scores - item_top[..., None, None]), 0)
+    # What is masked weighs 0, for an item sees at least one position; padding
+    # does not, and adds nonsense to a row that nobody reads.
+    weights = jnp.exp(scores - item_top[:, :, None, :, None])
     mixed = _walled(wall, _mixed, weights, v_pages, page, seen)
     decay = jnp.exp(rows[1] - top)
-    new = (rows[0] * decay[..., None, None] + _row_sum(belongs, mixed),
+    new = (rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
            top,
-           rows[2] * decay + _row_sum(belongs, weights.sum((3, 4))))
+           rows[2] * decay + _row_sum(belongs, weights.sum((2, 4))))
     return tuple(lax.dynamic_update_slice_in_dim(x, y, first, 0)
                  for x, y in zip(state, new, strict=True))
 
-  rows, heads = num_seqs + _BLOCK, q.shape[1:3]
-  channels = v_pages.shape[2], v_pages.shape[4]
+  rows, (num_kv_heads, group) = num_seqs + _BLOCK, q.shape[1:3]
+  channels = v_pages.shape[2], group, v_pages.shape[4]
   acc, _, norm = lax.fori_loop(
     0, (total + _BLOCK - 1) // _BLOCK, block,
-    (jnp.zeros((rows, *heads, *channels), jnp.float32),
-     jnp.full((rows, *heads), _MASKED, jnp.float32),
-     jnp.zeros((rows, *heads), jnp.float32)))
-  out = acc[:num_seqs] / norm[:num_seqs, ..., None, None]
-  return out.reshape(num_seqs, *q.shape[1:])
+    (jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
+     jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
+     jnp.zeros((rows, num_kv_heads, group), jnp.float32)))
+  out = acc[:num_seqs] / norm[:num_seqs, :, None, :, None]
+  return out.swapaxes(2, 3).reshape(num_seqs, *q.shape[1:])
 
 
 def _work_items(
@@ -128,22 +129,22 @@ def _work_items(
 
 
 def _scores(q: jax.Array, k_pages: jax.Array, page: jax.Array) -> jax.Array:
-  """q . k: [block, K, G, h] -> [block, K, G, page_size / l, l]."""
+  """q . k: [block, K, G, h] -> [block, K, page_size / l, G, l]."""
   return _mix([q[..., c] for c in range(q.shape[-1])], k_pages, page)
 
 
 def _mixed(
-  weights: jax.Array,  # [block, K, G, page_size / l, l]
+  weights: jax.Array,  # [block, K, page_size / l, G, l]
   v_pages: jax.Array,
   page: jax.Array,
   seen: jax.Array,  # [block, page_size / l, l]
 ) -> jax.Array:
-  """Values, weighted and summed: [block, K, G, h / l, l]."""
-  weights = weights.reshape(*weights.shape[:3], -1)
+  """Values, weighted and summed: [block, K, h / l, G, l]."""
+  lanes = weights.shape[-1]
   keep = -seen.reshape(len(seen), -1).astype(jnp.int32)  # all bits, or none
-  columns = range(weights.shape[-1])
-  return _mix([weights[..., c] for c in columns], v_pages, page,
-              [keep[:, c] for c in columns])
+  columns = range(keep.shape[1])
+  return _mix([weights[:, :, c // lanes, :, c % lanes] for c in columns],
+              v_pages, page, [keep[:, c] for c in columns])
 
 
 def _mix(
@@ -152,26 +153,32 @@ def _mix(
   page: jax.Array,  # [block]
   keep: Sequence[jax.Array] | None = None,  # C of [block]
 ) -> jax.Array:
-  """sum_c factors[c] * pages[page, :, :, c], [block, K, G, A, l].
+  """sum_c factors[c] * pages[page, :, :, c], [block, K, A, G, l].
+
+  The heads of a group follow each other at every tile, which is then in the
+  nearest cache, and the loads of the next one overlap with them.
 
   Where keep[c] is 0 a factor of 0 meets 0, whatever the page holds (NaN).
   """
-  num_pages, num_kv_heads, _, _, lanes = pages.shape
-  row = page[:, None] * num_kv_heads + jnp.arange(num_kv_heads)[None]
-  row = jnp.broadcast_to(row[..., None, None], (*factors[0].shape, 1))
-  by_head = pages.reshape(num_pages * num_kv_heads, *pages.shape[2:])
+  num_kv_heads, num_tiles, _, lanes = pages.shape[1:]
+  tiles = pages.reshape(-1, *pages.shape[3:])  # [N * K * A, C, l]
+  per_page = num_kv_heads * num_tiles
+  tile = page[:, None] * per_page + jnp.arange(per_page, dtype=jnp.int32)[None]
+  tile = jnp.broadcast_to(
+    tile.reshape(-1, num_kv_heads, num_tiles, 1, 1),
+    (len(page), num_kv_heads, num_tiles, factors[0].shape[-1], 1))
   numbers = lax.GatherDimensionNumbers(
-    offset_dims=(3, 4), collapsed_slice_dims=(0,), start_index_map=(0,))
+    offset_dims=(4,), collapsed_slice_dims=(0,), start_index_map=(0,))
   sums: list[jax.Array] = []
   for c, factor in enumerate(factors):
-    x = lax.gather(by_head[:, :, c], row, numbers,
-                   (1, pages.shape[2], lanes), mode='promise_in_bounds')
+    x = lax.gather(tiles[:, c], tile, numbers, (1, lanes),
+                   mode='promise_in_bounds')
     x = x.astype(jnp.float32)
     if keep is not None:
       bits = lax.bitcast_convert_type(x, jnp.int32)
       bits &= keep[c][:, None, None, None, None]
       x = lax.bitcast_convert_type(bits, jnp.float32)
-    x = factor[..., None, None] * x
+    x = factor[:, :, None, :, None] * x
     if c < _SUMS:
       sums.append(x)
     else:
