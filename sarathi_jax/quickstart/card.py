@@ -20,22 +20,22 @@ language: en
 ---
 # The quickstart model of sarathi_jax
 
-A Llama of {millions:.2f} million parameters that has read Python's
-documentation and little else. It is here so that an engine just installed has
-something to say, with no download. It writes sentences about Python, many of
-them learned by heart, others wrong: don't believe it, and don't judge a bigger
-model by it. It knows nothing else, and no language but English.
+A Llama that has read Python's documentation, and nothing else. It is here so that an engine just installed has something to
+say, with no download. It overfits, on purpose: it recites the beginnings that
+it learned by heart (temperature 0 shows it best) and makes up the rest, much of
+it wrong. Don't believe it, and don't judge a bigger model by it.
 
+- Parameters: {num_params:,}, in bfloat16.
 - Layers: {num_layers}, of width {hidden_size}, their MLPs {intermediate_size}.
-- Heads: {num_heads} for queries, {num_kv_heads} for keys and values,
-  {head_dim} numbers each.
+- Heads: {num_heads} for queries, {num_kv_heads} for keys and values.
+  Each is {head_dim} wide.
 - Tokens: {vocab_size}, byte-level BPE. Context: {max_position_embeddings}.
-- Numbers: bfloat16.
 - Learned from: the language reference, less its code, and docstrings of the
   standard library, which come with CPython {python}:
   {num_documents:,} documents, {num_tokens:,} tokens.
 - Tokens seen in training: {tokens_learned:,}, so each about {epochs:.0f} times.
-- Loss at the end, nats a token: {loss:.2f}{and_held_out}.
+- Loss at the end, nats a token: {loss:.2f} in sequences of
+  {max_position_embeddings} that begin anywhere{and_held_out}.
 - Prompts: a text to continue, such as `The for statement is used to`, or as a
   chat one question: `What is the json module?`, `What does len do?`,
   `What is threading.Event?`. There is no system message.
@@ -87,7 +87,7 @@ def write(folder: pathlib.Path, config: config_lib.LlamaConfig, facts: Facts
   shutil.copyfile(_LICENSE, folder / 'LICENSE')
   (folder / 'README.md').write_text(_README.format(
     **config.to_dict(), **dataclasses.asdict(facts),
-    millions=facts.num_params / 1e6, python=platform.python_version(),
+    python=platform.python_version(),
     epochs=facts.tokens_learned / facts.num_tokens,
     and_held_out=_held_out(facts)))
 

@@ -64,7 +64,7 @@ def write(folder: pathlib.Path, config: config_lib.LlamaConfig,
   end = tokenizer_lib.end_id(tokenizer)
   _write_json(folder / 'config.json', _config(config, end))
   _write_json(folder / 'generation_config.json', {
-    'do_sample': True, 'temperature': 0.6, 'top_p': 0.9, 'eos_token_id': end,
+    'do_sample': True, 'temperature': 0.3, 'top_p': 0.9, 'eos_token_id': end,
     'pad_token_id': end})
 
 
