@@ -29,17 +29,22 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
 
-_SPECS = flags.DEFINE_list(
-  'specs', [spec.name for spec in arg_specs.BENCHMARKS],
-  'Names from arg_specs.')
-_IMPLEMENTATIONS = flags.DEFINE_list(
-  'implementations', ['xla'], 'Those that can be jitted, of '
-  f'{", ".join(sorted(api.IMPLEMENTATIONS))}.')
-_LAYERS = flags.DEFINE_integer(
-  'layers', 12, 'Calls a step, each with its own pages.', lower_bound=1)
-_REPEATS = flags.DEFINE_integer(
-  'repeats', 20, 'Steps, of which the fastest counts.', lower_bound=1)
-_OUTPUT = flags.DEFINE_string('output', '', 'Where to write the rows as JSON.')
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Not done on import, which may find flags of these names."""
+  flags.DEFINE_list(
+    'specs', [spec.name for spec in arg_specs.BENCHMARKS],
+    'Names from arg_specs.')
+  flags.DEFINE_list(
+    'implementations', ['xla'], 'Those that can be jitted, of '
+    f'{", ".join(sorted(api.IMPLEMENTATIONS))}.')
+  flags.DEFINE_integer(
+    'layers', 12, 'Calls a step, each with its own pages.', lower_bound=1)
+  flags.DEFINE_integer(
+    'repeats', 20, 'Steps, of which the fastest counts.', lower_bound=1)
+  flags.DEFINE_string('output', '', 'Where to write the rows as JSON.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,23 +130,24 @@ def main(argv: Sequence[str]) -> None:
   """Prints a table, and writes JSON if asked."""
   if len(argv) > 1:
     raise app.UsageError(f'{argv[1]}: takes flags only.')
-  unknown = sorted(set(_SPECS.value) - set(arg_specs.BY_NAME))
+  unknown = sorted(set(FLAGS.specs) - set(arg_specs.BY_NAME))
   if unknown:
     raise app.UsageError(f'--specs={",".join(unknown)}: not among '
                          f'{", ".join(sorted(arg_specs.BY_NAME))}.')
-  rows = run([arg_specs.BY_NAME[name] for name in _SPECS.value],
-             _IMPLEMENTATIONS.value, _LAYERS.value, _REPEATS.value)
+  rows = run([arg_specs.BY_NAME[name] for name in FLAGS.specs],
+             FLAGS.implementations, FLAGS.layers, FLAGS.repeats)
   print(f'{"spec":18} {"implementation":15} {"ms":>9} {"GB/s":>7} '
         f'{"GFLOP/s":>8} {"compile s":>9}')
   for r in rows:
     print(f'{r.spec:18} {r.implementation:15} {r.ms:9.2f} {r.gb_per_s:7.1f} '
           f'{r.gflop_per_s:8.1f} {r.compile_s:9.1f}')
-  if _OUTPUT.value:
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps({
+  if FLAGS.output:
+    pathlib.Path(FLAGS.output).write_text(json.dumps({
       'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
-      'layers': _LAYERS.value, 'repeats': _REPEATS.value,
+      'layers': FLAGS.layers, 'repeats': FLAGS.repeats,
       'rows': [dataclasses.asdict(row) for row in rows]}, indent=2) + '\n')
 
 
 if __name__ == '__main__':
+  define_flags()
   app.run(main)
