@@ -20,15 +20,16 @@ language: en
 ---
 # The quickstart model of sarathi_jax
 
-A Llama that has read Python's documentation, and nothing else. It is here so that an engine just installed has something to
-say, with no download. It overfits, on purpose: it recites the beginnings that
-it learned by heart (temperature 0 shows it best) and makes up the rest, much of
-it wrong. Don't believe it, and don't judge a bigger model by it.
+A Llama that has read Python's documentation, and nothing else. It is here so
+that an engine just installed has something to say, with no download. It
+overfits, on purpose: it recites what it learned by heart (best at temperature
+0) and makes up the rest, much of it wrong. Don't believe it, and don't judge
+a bigger model by it.
 
 - Parameters: {num_params:,}, in bfloat16.
 - Layers: {num_layers}, of width {hidden_size}, their MLPs {intermediate_size}.
-- Heads: {num_heads} for queries, {num_kv_heads} for keys and values.
-  Each is {head_dim} wide.
+- Heads: {num_heads} for queries, {num_kv_heads} for keys and values,
+  {head_dim} wide.
 - Tokens: {vocab_size}, byte-level BPE. Context: {max_position_embeddings}.
 - Learned from: the language reference, less its code, and docstrings of the
   standard library, which come with CPython {python}:
