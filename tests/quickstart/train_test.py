@@ -45,13 +45,13 @@ def test_windows_are_of_the_stream_and_cover_it() -> None:
 def test_examples_begin_with_sentences() -> None:
   doc = text.Document('a', 'One two. Three: e.g. four.\n\nFive.')
   tokenizer = tokenizer_lib.train([doc], 300)
-  written = [tokenizer.decode(e.ids, skip_special_tokens=False)
+  written = [tokenizer.decode(e.ids.tolist(), skip_special_tokens=False)
              for e in training.examples(doc, tokenizer, 100)]
   assert written == [
     doc.text + text.END, 'Three: e.g. four.\n\nFive.<|end|>', 'Five.<|end|>']
   for example in training.examples(doc, tokenizer, 4):
     assert len(example.ids) <= 5
-    assert tokenizer.decode(example.ids) == (
+    assert tokenizer.decode(example.ids.tolist()) == (
       doc.text[example.start:example.stop])
 
 
