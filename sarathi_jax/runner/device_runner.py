@@ -127,9 +127,9 @@ class DeviceRunner:
                max_step_tokens: Callable[[int], int],
                on_compiled: OnCompiled = lambda done, total: None) -> None:
     self._leaves = jax.tree.leaves(params)
-    dtype = self._leaves[0].dtype
     device, = self._leaves[0].devices()
     self.device: jax.Device = device
+    dtype = kv_cache.dtype_on(device, self._leaves[0].dtype)
     context = config.max_model_len or model.context_len
     page_size = config.page_size
     # The reference is a loop in Python, for tests of the others.

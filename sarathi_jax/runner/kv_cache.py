@@ -20,6 +20,15 @@ CPU_DEFAULT_GIB = 1.0
 LayerKv = tuple[jax.Array, jax.Array]  # pages of keys, pages of values
 
 
+def dtype_on(device: Any, dtype: Any) -> Any:
+  """The cache's dtype for weights of `dtype`.
+
+  XLA's CPU backend has no 16-bit floats: to move a few numbers of the cache,
+  each step would convert all of it to float32 and back.
+  """
+  return jnp.dtype(jnp.float32 if device.platform == 'cpu' else dtype)
+
+
 def page_bytes(model: model_config_lib.ModelConfig, page_size: int,
                dtype: Any) -> int:
   """Bytes of one page: keys and values of all layers."""

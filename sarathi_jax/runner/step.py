@@ -68,11 +68,13 @@ def stage_step(
 
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
              scale: float, window: int | None) -> tuple[Array, Any]:
+    # The cache may have a dtype of its own, see `kv_cache.dtype_on`.
+    q_kv, k, v = (x.astype(layer_kv[0].dtype) for x in (q, k, v))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
     out = rpa.ragged_paged_attention(
-      q, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
+      q_kv, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
       scale=scale, sliding_window=window, implementation=attention)
-    return out, pages
+    return out.astype(q.dtype), pages
 
   rope_lens = None
   if model.rope.kind == 'dynamic':
