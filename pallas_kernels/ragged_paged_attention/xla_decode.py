@@ -48,8 +48,7 @@ def decodes(
   page_size = tiles * lanes
   items, total = _work_items(
     kv_lens, page_indices, num_decodes, page_size, sliding_window)
-  positions = jnp.arange(page_size, dtype=jnp.int32).reshape(
-    1, tiles, lanes)
+  positions = jnp.arange(page_size, dtype=jnp.int32)[None]
   q = jnp.pad(q, ((0, 1), (0, 0), (0, 0), (0, 0)))  # for items of padding
   wall = total > 0
 
@@ -60,22 +59,23 @@ def decodes(
     first = seq[0]
     rows = [lax.dynamic_slice_in_dim(x, first, _BLOCK) for x in state]
     belongs = (seq - first)[None, :] == jnp.arange(_BLOCK)[:, None]
-    seen = ((positions >= start[:, None, None])
-            & (positions < stop[:, None, None]))  # [block, tiles, lanes]
+    seen = (positions >= start[:, None]) & (positions < stop[:, None])
     scores = _walled(wall, _scores, q[seq], k_pages, page)
     if soft_cap is not None:
       scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(seen[:, None, :, None, :], scores, _MASKED)
-    top = _row_max(belongs, scores.max((2, 4)), rows[1])  # [block, K, G]
+    # A long last axis: exp is not vectorized over one of `l`.
+    scores = scores.swapaxes(2, 3).reshape(_BLOCK, *q.shape[1:3], -1)
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    top = _row_max(belongs, scores.max(-1), rows[1])  # [block, K, G]
     item_top = top[jnp.minimum(seq - first, _BLOCK - 1)]
     # What is masked weighs 0, for an item sees at least one position; padding
     # does not, and adds nonsense to a row that nobody reads.
-    weights = jnp.exp(scores - item_top[:, :, None, :, None])
+    weights = jnp.exp(scores - item_top[..., None])
     mixed = _walled(wall, _mixed, weights, v_pages, page, seen)
     decay = jnp.exp(rows[1] - top)
     new = (rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
            top,
-           rows[2] * decay + _row_sum(belongs, weights.sum((2, 4))))
+           rows[2] * decay + _row_sum(belongs, weights.sum(-1)))
     return tuple(lax.dynamic_update_slice_in_dim(x, y, first, 0)
                  for x, y in zip(state, new, strict=True))
 
@@ -134,17 +134,16 @@ def _scores(q: jax.Array, k_pages: jax.Array, page: jax.Array) -> jax.Array:
 
 
 def _mixed(
-  weights: jax.Array,  # [block, K, page_size / l, G, l]
+  weights: jax.Array,  # [block, K, G, page_size]
   v_pages: jax.Array,
   page: jax.Array,
-  seen: jax.Array,  # [block, page_size / l, l]
+  seen: jax.Array,  # [block, page_size]
 ) -> jax.Array:
   """Values, weighted and summed: [block, K, h / l, G, l]."""
-  lanes = weights.shape[-1]
-  keep = -seen.reshape(len(seen), -1).astype(jnp.int32)  # all bits, or none
-  columns = range(keep.shape[1])
-  return _mix([weights[:, :, c // lanes, :, c % lanes] for c in columns],
-              v_pages, page, [keep[:, c] for c in columns])
+  keep = -seen.astype(jnp.int32)  # all bits, or none
+  columns = range(seen.shape[1])
+  return _mix([weights[..., c] for c in columns], v_pages, page,
+              [keep[:, c] for c in columns])
 
 
 def _mix(

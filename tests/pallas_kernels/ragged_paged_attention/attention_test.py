@@ -63,7 +63,7 @@ def test_equals_reference(spec: arg_specs.ArgSpec, implementation: str):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @hypothesis.given(data=strategies.data())
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=30)
 def test_any_lengths(implementation: str, data: strategies.DataObject):
   """Any values in one shape: nothing of them is compiled in."""
   num_seqs = data.draw(strategies.integers(0, 8), 'num_seqs')
@@ -83,7 +83,7 @@ def test_any_lengths(implementation: str, data: strategies.DataObject):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @hypothesis.given(data=strategies.data())
-@hypothesis.settings(max_examples=3)
+@hypothesis.settings(max_examples=2)
 def test_any_shapes(implementation: str, data: strategies.DataObject):
   def draw(*choices: Any) -> Any:
     return data.draw(strategies.sampled_from(choices))

@@ -31,7 +31,7 @@ def zeros(*shape: int, dtype: str = 'float32') -> Any:
   ('q', zeros(64, 4, 16, dtype='float16'), 'k_pages=float32: must be the'),
   ('q', zeros(64, 3, 16), r'q=\(64, 3, 16\): heads must be a multiple'),
   ('q', zeros(64, 4, 32), r'k_pages=.*: its head dim must be that of q, 32'),
-  ('v_pages', zeros(65, 2, 2, 8, 8), r'v_pages=\(65, 2, 2, 8, 8\): must be'),
+  ('v_pages', zeros(65, 2, 1, 8, 16), r'v_pages=\(65, 2, 1, 8, 16\): must'),
   ('v_pages', zeros(64, 2, 1, 8, 16), r'v_pages=\(64, 2, 1, 8, 16\): must'),
   ('k_pages', zeros(65, 2, 2, 16, 4), r'v_pages=|k_pages='),
   ('kv_lens', zeros(8), 'kv_lens=float32: must be int32'),
