@@ -3,6 +3,9 @@
 
 Everything but shapes may be traced. Loops are as long as the pages in use,
 not as the padding.
+
+On CPUs the cache should be float32: XLA gathers no 16-bit floats there, and
+converts the whole pool first, at every call.
 """
 
 from __future__ import annotations
