@@ -14,9 +14,6 @@ from typing import Any
 
 from sarathi_jax import errors
 
-# GEMM tiles: 257 tokens cost a third more than 256 on an A100 (paper, 4.3).
-TILE = 128
-
 
 def _is_int(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)

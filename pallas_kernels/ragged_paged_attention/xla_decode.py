@@ -49,7 +49,6 @@ def decodes(
   items, total = _work_items(
     kv_lens, page_indices, num_decodes, page_size, sliding_window)
   positions = jnp.arange(page_size, dtype=jnp.int32)[None]
-  q = jnp.pad(q, ((0, 1), (0, 0), (0, 0), (0, 0)))  # for items of padding
   wall = total > 0
 
   def block(b: jax.Array, state: tuple[jax.Array, ...]):
@@ -60,7 +59,8 @@ def decodes(
     rows = [lax.dynamic_slice_in_dim(x, first, _BLOCK) for x in state]
     belongs = (seq - first)[None, :] == jnp.arange(_BLOCK)[:, None]
     seen = (positions >= start[:, None]) & (positions < stop[:, None])
-    scores = _walled(wall, _scores, q[seq], k_pages, page)
+    scores = _walled(
+      wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_pages, page)
     if soft_cap is not None:
       scores = soft_cap * jnp.tanh(scores / soft_cap)
     # A long last axis: exp is not vectorized over one of `l`.

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
-_TILE = 128  # queries
+_TILE = 64  # queries
 _BLOCK = 128  # keys, in whole pages
 
 
@@ -29,29 +29,25 @@ def chunks(
   sliding_window: int | None,
   soft_cap: float | None,
 ) -> jax.Array:
-  """Returns `out` with the rows of the chunks set.
-
-  Rows after the last chunk, of padding, may be set too, to finite values.
-  """
+  """Returns `out` with the rows of the chunks set."""
   num_tokens, num_kv_heads, group, head_dim = q.shape
   size = min(_TILE, num_tokens)
   page_size = k_pages.shape[2] * k_pages.shape[4]
   per_block = min(max(_BLOCK // page_size, 1), page_indices.shape[1])
   block_size = per_block * page_size
-  # A tile may stand out: its rows beyond a chunk are the next one's, whose
-  # tiles come later, or padding's.
-  q, out = (jnp.pad(x, ((0, size), (0, 0), (0, 0), (0, 0))) for x in (q, out))
   tables = jnp.pad(page_indices, ((0, 0), (0, per_block)))
 
-  def tile(s: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
-    """Attention of the tile at `row`, its first query at position `at`."""
-    queries = lax.dynamic_slice_in_dim(q, row, size)
+  def tile(s: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
+    """Sets the chunk's rows from `row` on, as many as a tile holds."""
+    # No tile may stand out: the last one starts earlier, with rows of others.
+    start = jnp.minimum(row, num_tokens - size)
+    rows = start + jnp.arange(size)
+    queries = lax.dynamic_slice_in_dim(q, start, size)
     queries = queries.transpose(1, 2, 0, 3).reshape(
       num_kv_heads, group * size, head_dim)
+    at = row + kv_lens[s] - cu_q_lens[s + 1]  # position of `row`
     stop = jnp.minimum(at + size, kv_lens[s])
-    # Rows beyond the chunk mean nothing, but must not see what is unused.
-    q_at = jnp.minimum(at + jnp.arange(size), kv_lens[s] - 1)
-    q_at = jnp.tile(q_at, group)[:, None]
+    q_at = jnp.tile(at + rows - row, group)[:, None]
     first = 0 if sliding_window is None else (
       jnp.maximum(at - sliding_window + 1, 0) // block_size)
 
@@ -76,26 +72,26 @@ def chunks(
       return (acc * decay[..., None] + jnp.einsum('ktp,kph->kth', weights, v),
               new_top, norm * decay + weights.sum(-1))
 
-    rows = num_kv_heads, group * size
     acc, _, norm = lax.fori_loop(
       first, (stop + block_size - 1) // block_size, block,
-      (jnp.zeros((*rows, head_dim), jnp.float32),
-       jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)))
-    return (acc / norm[..., None]).reshape(
+      (jnp.zeros_like(queries),
+       jnp.full(queries.shape[:2], _MASKED, jnp.float32),
+       jnp.zeros(queries.shape[:2], jnp.float32)))
+    new = (acc / norm[..., None]).reshape(
       num_kv_heads, group, size, head_dim).transpose(2, 0, 1, 3)
+    mine = (rows >= row) & (rows < cu_q_lens[s + 1])
+    old = lax.dynamic_slice_in_dim(out, start, size)
+    return lax.dynamic_update_slice_in_dim(
+      out, jnp.where(mine[:, None, None, None], new, old), start, 0)
 
   def chunk(s: jax.Array, out: jax.Array) -> jax.Array:
-    start, q_len = cu_q_lens[s], cu_q_lens[s + 1] - cu_q_lens[s]
-
-    def step(t: jax.Array, out: jax.Array) -> jax.Array:
-      row = start + t * size
-      return lax.dynamic_update_slice_in_dim(
-        out, tile(s, row, kv_lens[s] - q_len + t * size), row, 0)
-
-    return lax.fori_loop(0, (q_len + size - 1) // size, step, out)
+    first, stop = cu_q_lens[s], cu_q_lens[s + 1]
+    return lax.fori_loop(
+      0, (stop - first + size - 1) // size,
+      lambda t, out: tile(s, first + t * size, out), out)
 
   return lax.fori_loop(
-    distribution[0], distribution[1], chunk, out)[:num_tokens]
+    distribution[0], distribution[1], chunk, out)
 
 
 def _keys(k_pages: jax.Array, pages: jax.Array) -> jax.Array:

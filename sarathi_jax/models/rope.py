@@ -9,8 +9,11 @@ float32, so that the frequencies agree to the last bit or so: at position
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 import math
 
+import jax
+from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -50,7 +53,20 @@ def tables(
     frequencies = jnp.asarray(_STATIC[config.kind](config, dim))[None, :]
   angles = positions.astype(jnp.float32)[:, None] * frequencies
   factor = config.attention_factor or 1.0
-  return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+  cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+  return lax.platform_dependent(
+    (cos, sin), cpu=functools.partial(_computed_once, positions[0] >= 0),
+    default=lambda rotation: rotation)
+
+
+def _computed_once(always: Array, rotation: Rotation) -> Rotation:
+  """Keeps XLA's CPU backend from computing sines in each layer and head.
+
+  It would fuse them with all that reads them, through any barrier but a
+  branch that it can't foresee.
+  """
+  return lax.cond(always, lambda x: x,
+                  lambda x: jax.tree.map(jnp.zeros_like, x), rotation)
 
 
 def apply(x: Float[Array, 'T heads h'], rotation: Rotation
@@ -60,8 +76,10 @@ def apply(x: Float[Array, 'T heads h'], rotation: Rotation
   half = cos.shape[-1]
   x32 = x.astype(jnp.float32)
   left, right, rest = jnp.split(x32, (half, 2 * half), axis=-1)
-  turned = (left * cos - right * sin, right * cos + left * sin, rest)
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+  turned = jnp.stack(
+    [left * cos - right * sin, right * cos + left * sin], axis=-2)
+  turned = turned.reshape(*x.shape[:-1], 2 * half)
+  return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
 def _exponents(dim: int) -> np.ndarray:

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import itertools
+import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -90,7 +92,7 @@ class BatchLayout:
   @property
   def size(self) -> int:
     """int32 values in a buffer."""
-    return sum(int(np.prod(shape)) for shape in self.shapes)
+    return _spans(self)[-1][1].stop
 
   def split(self, buffer: Any, to_float: Callable[[Any], Any]) -> BatchArrays:
     """Views of a buffer's fields, NumPy's or JAX's.
@@ -99,13 +101,19 @@ class BatchLayout:
       buffer: [size] int32.
       to_float: reinterprets int32 bits as float32.
     """
-    fields, start = {}, 0
-    for name, shape in self.shapes._asdict().items():
-      stop = start + int(np.prod(shape))
-      field = buffer[start:stop].reshape(shape)
-      fields[name] = to_float(field) if name in _FLOATS else field
-      start = stop
-    return BatchArrays(**fields)
+    fields = {name: buffer[span].reshape(shape)
+              for name, span, shape in _spans(self)}
+    return BatchArrays(**fields | {
+      name: to_float(fields[name]) for name in _FLOATS})
+
+
+@functools.cache  # Each step asks.
+def _spans(layout: BatchLayout) -> list[tuple[str, slice, tuple[int, ...]]]:
+  """Name, place and shape of each field."""
+  shapes = layout.shapes._asdict()
+  stops = list(itertools.accumulate(map(math.prod, shapes.values())))
+  return [(name, slice(stop - math.prod(shape), stop), shape)
+          for (name, shape), stop in zip(shapes.items(), stops, strict=True)]
 
 
 class BatchBuilder:

@@ -22,34 +22,31 @@ class SarathiScheduler(base.Scheduler):
       self, now: float, decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     budget = self.config.token_budget - len(decodes)
+    # Of the step, not of what is left: else each prompt would leave a part of
+    # a part, down to chunks of a single token.
+    share = int(budget * self.config.short_prompt_share)
     for seq in decodes:
       yield seq, 1
     prefills = list(self._prefills())
     for i, seq in enumerate(prefills):
-      if n := self._chunk_len(seq, budget, now, prefills[i + 1:]):
+      if n := self._chunk_len(seq, budget, share, now, prefills[i + 1:]):
         budget -= n
         yield seq, n
     while budget and (new := self._admit(now)):
-      if n := self._chunk_len(new, budget, now, []):
+      if n := self._chunk_len(new, budget, share, now, []):
         budget -= n
         yield new, n
 
-  def _chunk_len(self, seq: sequence.Sequence, budget: int, now: float,
-                 behind: list[sequence.Sequence]) -> int:
-    """How much of `budget` the prefill `seq` takes.
+  def _chunk_len(self, seq: sequence.Sequence, budget: int, share: int,
+                 now: float, behind: list[sequence.Sequence]) -> int:
+    """How much of what is left of the budget the prefill `seq` takes.
 
     All it can use, but for a share that shorter prompts behind it can: or a
     long prompt would hold them up for many steps.
     """
     n = min(seq.num_left, budget, self._num_that_fit(seq))
-    share = int(budget * self.config.short_prompt_share)
-    if n > budget - share:
-      n = budget - self._wanted_behind(seq, share, now, behind)
-      if n < min(seq.num_left, budget):  # End the chunk on a whole tile.
-        used = self.config.token_budget - budget
-        over = (used + n) % config_lib.TILE
-        n -= over if over < n else 0
-      n = min(n, seq.num_left, self._num_that_fit(seq))
+    if budget > share and n > budget - share:
+      n = min(n, budget - self._wanted_behind(seq, share, now, behind))
     return n
 
   def _wanted_behind(self, seq: sequence.Sequence, at_most: int, now: float,

@@ -147,15 +147,25 @@ def test_a_share_is_not_kept_where_no_sequence_can_be_admitted() -> None:
     'L[0,8)', 'L[8,16)', 'L[16,20)', 'S[0,2)']
 
 
-def test_chunks_cut_for_a_short_prompt_end_on_a_tile() -> None:
+def test_what_is_kept_for_a_short_prompt_is_what_it_needs() -> None:
   arrivals = {0: (request('D', 1, 9),),
               1: (request('L', 900, 1), request('S', 90, 1))}
   config = make_config(
     token_budget=512, max_model_len=1024, num_pages=999,
     short_prompt_share=0.25)
-  # 1 decode + 383 = three tiles of 128; then S; what is left of L is whole.
   assert play('sarathi', config, arrivals)[1:3] == [
-    'D1 L[0,383) S[0,90)', 'D2 L[383,894)']
+    'D1 L[0,421) S[0,90)', 'D2 L[421,900)']
+
+
+def test_the_share_is_not_cut_into_ever_smaller_ones() -> None:
+  arrivals = {0: tuple(request(name, n, 1) for name, n in (
+    ('A', 300), ('B', 200), ('C', 150), ('E', 100)))}
+  config = make_config(
+    token_budget=256, max_model_len=1024, num_pages=999,
+    short_prompt_share=0.25)
+  # 64 of 256 are kept for those behind A; B takes all that is kept.
+  assert play('sarathi', config, arrivals)[:2] == [
+    'A[0,192) B[0,64)', 'A[192,300) B[64,148) C[0,64)']
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
