@@ -72,6 +72,13 @@ def filter_logits(
   return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
 
 
+def _argmax(x: Float[Array, 'S V']) -> Int[Array, ' S']:
+  """As jnp.argmax, whose loop over pairs XLA does not vectorize on CPUs."""
+  index = jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]
+  is_top = x == x.max(axis=-1, keepdims=True)
+  return jnp.where(is_top, index, x.shape[-1] - 1).min(axis=-1)
+
+
 def sample(
     logits: Float[Array, 'S V'],
     temperature: Float[Array, ' S'],
@@ -94,7 +101,7 @@ def sample(
     Token ids (int32) and their log-probabilities under `logits` as they came,
     before temperature and filters.
   """
-  greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  greedy = _argmax(logits)
 
   def draw() -> Array:
     # The largest is 0, or a low temperature would make several infinite.
@@ -111,8 +118,8 @@ def sample(
       key = jax.random.fold_in(jax.random.fold_in(key, seed), position)
       return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    drawn = jnp.argmax(scaled + jax.vmap(noise)(seeds, positions), axis=-1)
-    return jnp.where(temperature > 0, drawn.astype(jnp.int32), greedy)
+    drawn = _argmax(scaled + jax.vmap(noise)(seeds, positions))
+    return jnp.where(temperature > 0, drawn, greedy)
 
   tokens = lax.cond((temperature > 0).any(), draw, lambda: greedy)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
