@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _TILE = 64  # queries
-_BLOCK = 128  # keys, in whole pages
+_BLOCK = 64  # keys, in whole pages
 
 
 def chunks(
