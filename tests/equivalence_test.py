@@ -27,12 +27,12 @@ from sarathi_jax.runner import sampling as sampling_lib
 
 MODEL = model_config_lib.LlamaConfig(
   vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2,
-  num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=96,
+  num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=96,
   sliding_window=40)
 MAX_LEN = MODEL.max_position_embeddings
 MAX_SEQS = 8
-PAGE_SIZE = 8
-PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 16
+PAGE_SIZE = 16
+PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
 UNLIMITED = 2 * MAX_LEN
 NUM_REQUESTS = 12
 
@@ -50,14 +50,24 @@ def params() -> Any:
   return models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.3)
 
 
+def make_runner(params, attention: str) -> device_runner.DeviceRunner:
+  config = config_lib.EngineConfig(
+    token_budget=UNLIMITED, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
+    num_pages=PLENTY, attention=attention)
+  return device_runner.DeviceRunner(
+    MODEL, params, config, lambda max_model_len: UNLIMITED + MAX_SEQS)
+
+
 @pytest.fixture(scope='module')
 def runner(params) -> device_runner.DeviceRunner:
   """One for all cases: schedulers differ, compiled steps don't."""
-  config = config_lib.EngineConfig(
-    token_budget=UNLIMITED, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
-    num_pages=PLENTY)
-  return device_runner.DeviceRunner(
-    MODEL, params, config, lambda max_model_len: UNLIMITED + MAX_SEQS)
+  return make_runner(params, 'xla')
+
+
+@pytest.fixture(scope='module')
+def kernel_runner(params) -> device_runner.DeviceRunner:
+  """With the GPU's kernel, interpreted: slow, so for some cases."""
+  return make_runner(params, 'pallas_triton')
 
 
 @pytest.fixture(scope='module')
@@ -146,6 +156,15 @@ def test_tokens_do_not_depend_on_how_they_are_computed(
   reserves = policy in ('orca', 'faster_transformer')  # Never preempt.
   if num_pages == SCARCE and not reserves:
     assert stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize('token_budget,num_pages,look_ahead', [
+  (MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True)])
+def test_the_kernel_computes_the_same(
+    kernel_runner, requests, expected, token_budget, num_pages, look_ahead):
+  test_tokens_do_not_depend_on_how_they_are_computed(
+    kernel_runner, requests, expected, 'sarathi', token_budget, num_pages,
+    look_ahead)
 
 
 def test_outputs_are_lively(expected):

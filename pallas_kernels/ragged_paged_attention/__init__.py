@@ -4,6 +4,7 @@
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
 from pallas_kernels.ragged_paged_attention.api import dynamic_validate
 from pallas_kernels.ragged_paged_attention.api import init_pages
+from pallas_kernels.ragged_paged_attention.api import make_plan
 from pallas_kernels.ragged_paged_attention.api import pages_from_rows
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.api import static_validate
@@ -13,6 +14,7 @@ __all__ = [
   'IMPLEMENTATIONS',
   'dynamic_validate',
   'init_pages',
+  'make_plan',
   'pages_from_rows',
   'ragged_paged_attention',
   'static_validate',

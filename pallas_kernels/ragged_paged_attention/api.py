@@ -9,23 +9,27 @@ static; how many tokens, sequences and pages are real is in the arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import reference
+from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import xla
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'reference': reference.ragged_paged_attention,
   'xla': xla.ragged_paged_attention,
+  'pallas_triton': pallas_triton.ragged_paged_attention,
 }
-_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES}
-# What `implementation=None` means where the computation runs.
-_DEFAULTS = {'cpu': 'xla', 'gpu': 'xla', 'tpu': 'xla'}
+_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
+            'pallas_triton': layout.ROWS}
 
+_log = logging.getLogger(__name__)
 _DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
 _RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
           'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
@@ -43,6 +47,7 @@ def ragged_paged_attention(
   scale: float,
   sliding_window: int | None = None,
   soft_cap: float | None = None,
+  plan: tuple[jax.Array, ...] | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Causal attention of a hybrid batch to the paged cache of its sequences.
@@ -73,21 +78,51 @@ def ragged_paged_attention(
     sliding_window: a query at p attends to (p - sliding_window, p]; None:
       to [0, p].
     soft_cap: scores become soft_cap * tanh(score / soft_cap).
-    implementation: a key of `IMPLEMENTATIONS`; None: by platform.
+    plan: of `make_plan` for these arguments, to share it among layers; None:
+      it is made here.
+    implementation: a key of `IMPLEMENTATIONS`; None: the one that the pages
+      were made for.
 
   Returns:
     [T, H, h] of q's dtype. Rows of padding are finite and mean nothing.
 
   Raises:
     ValueError: shapes, dtypes or options don't fit; says which and why.
+    NotImplementedError: they do, but this implementation can't do it.
   """
-  name = _choose(implementation)
+  name = _for_pages(k_pages) if implementation is None else (
+    _known(implementation))
   static_validate(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens,
                   distribution, sliding_window=sliding_window,
                   soft_cap=soft_cap)
+  _check(name == 'reference' or name == _for_pages(k_pages), 'k_pages',
+         k_pages.shape, f'must be as from init_pages for {name!r}')
+  planned = {} if plan is None else {'plan': plan}
   return IMPLEMENTATIONS[name](
     q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
-    scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **planned)
+
+
+def make_plan(
+  q: jax.Array,
+  k_pages: jax.Array,
+  kv_lens: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  sliding_window: int | None = None,
+) -> tuple[jax.Array, ...] | None:
+  """How a batch is cut into work; arguments as of the attention.
+
+  It depends on q and k_pages by their shapes only: layers that have these and
+  the window in common can share a plan. None if there is nothing to plan.
+  """
+  if _for_pages(k_pages) != 'pallas_triton':
+    return None
+  shape = tuning.Shape.of(q, k_pages)
+  return pallas_triton.make_plan(
+    kv_lens, cu_q_lens, distribution, num_tokens=q.shape[0],
+    sliding_window=sliding_window, sizes=tuning.choose(shape), shape=shape)
 
 
 def init_pages(
@@ -106,13 +141,21 @@ def init_pages(
     num_kv_heads: K.
     head_dim: h.
     dtype: float32, bfloat16 or float16.
-    implementation: what will read them; None: by platform.
+    implementation: what will read them; None: 'pallas_triton' on a GPU where
+      it can, else 'xla'.
 
   Returns:
     (k_pages, v_pages) in the implementation's layout (see `layout`): N comes
     first and K second; the rest is its own business.
+
+  Raises:
+    NotImplementedError: the implementation can't have such pages.
   """
-  return layout.init(_LAYOUTS[_choose(implementation)], num_pages, page_size,
+  if implementation is None:
+    implementation = _default(page_size, num_kv_heads, head_dim, dtype)
+  elif implementation == 'pallas_triton':
+    _triton_shape(page_size, num_kv_heads, head_dim, dtype)
+  return layout.init(_LAYOUTS[_known(implementation)], num_pages, page_size,
                      num_kv_heads, head_dim, dtype)
 
 
@@ -122,8 +165,10 @@ def pages_from_rows(
   implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Lays out pages given as [N, K, page_size, h] for an implementation."""
-  return layout.from_rows(
-    _LAYOUTS[_choose(implementation)], k_rows, v_rows)
+  if implementation is None:
+    _, num_kv_heads, page_size, head_dim = k_rows.shape
+    implementation = _default(page_size, num_kv_heads, head_dim, k_rows.dtype)
+  return layout.from_rows(_LAYOUTS[_known(implementation)], k_rows, v_rows)
 
 
 def write_kv(
@@ -254,10 +299,33 @@ def _check(ok: object, name: str, value: object, rule: str) -> None:
     raise ValueError(f'{name}={value}: {rule}.')
 
 
-def _choose(implementation: str | None) -> str:
-  if implementation is None:
-    return _DEFAULTS[jax.default_backend()]
+def _known(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'{implementation=}: must be None or one of '
                      f'{", ".join(sorted(IMPLEMENTATIONS))}.')
   return implementation
+
+
+def _for_pages(k_pages: jax.Array) -> str:
+  """The implementation that pages of this layout are for."""
+  return 'pallas_triton' if k_pages.ndim == 4 else 'xla'
+
+
+def _default(page_size: int, num_kv_heads: int, head_dim: int,
+             dtype: jax.typing.DTypeLike) -> str:
+  """What `implementation=None` means on the default device."""
+  if tuning.default_device().platform not in ('gpu', 'cuda'):
+    return 'xla'
+  try:
+    _triton_shape(page_size, num_kv_heads, head_dim, dtype)
+  except NotImplementedError as reason:
+    _log.warning('Attention falls back to plain XLA: %s', reason)
+    return 'xla'
+  return 'pallas_triton'
+
+
+def _triton_shape(page_size: int, num_kv_heads: int, head_dim: int,
+                  dtype: jax.typing.DTypeLike) -> None:
+  """Raises NotImplementedError if the kernel can't have such pages."""
+  tuning.choose(tuning.Shape(jnp.dtype(dtype).name, num_kv_heads, 1, head_dim,
+                             page_size))

@@ -138,6 +138,12 @@ class DeviceRunner:
       config.attention in (None, *known), 'attention', config.attention,
       f'must be one of {", ".join(known)}')
 
+    try:
+      jax.eval_shape(lambda: kv_cache.init(
+        model, 1, page_size, dtype, config.attention))
+    except NotImplementedError as error:
+      raise errors.UnsupportedError(str(error)) from error
+
     def programs(max_model_len: int) -> StepPrograms:
       return StepPrograms(
         model, page_size=page_size,
@@ -151,14 +157,15 @@ class DeviceRunner:
       if device.memory_stats():  # What is free after the largest step's needs.
         trial = programs(context)
         kv = jax.eval_shape(lambda: kv_cache.init(
-          model, trial.pages_per_seq, page_size, dtype))
+          model, trial.pages_per_seq, page_size, dtype, config.attention))
         temp_bytes = trial.temp_bytes(params, kv)
       self.num_pages = kv_cache.choose_num_pages(
         model, config, context, dtype, device, temp_bytes)
       self.max_model_len = min(context, self.num_pages * page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
-      self._kv = _init_kv(model, self.num_pages, page_size, dtype)
+      self._kv = _init_kv(
+        model, self.num_pages, page_size, dtype, config.attention)
       self._last_tokens = jnp.zeros(config.max_num_seqs, jnp.int32)
       self._programs.compile(params, self._kv, on_compiled)
     self._builder = batch_lib.BatchBuilder(
@@ -190,10 +197,11 @@ class DeviceRunner:
 
 
 def _init_kv(model: model_config_lib.ModelConfig, num_pages: int,
-             page_size: int, dtype: Any) -> list[kv_cache.LayerKv]:
+             page_size: int, dtype: Any, attention: str | None,
+             ) -> list[kv_cache.LayerKv]:
   try:
     return jax.block_until_ready(
-      kv_cache.init(model, num_pages, page_size, dtype))
+      kv_cache.init(model, num_pages, page_size, dtype, attention))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

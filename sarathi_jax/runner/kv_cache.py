@@ -37,14 +37,15 @@ def page_bytes(model: model_config_lib.ModelConfig, page_size: int,
 
 
 def init(model: model_config_lib.ModelConfig, num_pages: int, page_size: int,
-         dtype: Any) -> list[LayerKv]:
-  """Zeros, an array of keys and one of values a layer.
+         dtype: Any, attention: str | None = None) -> list[LayerKv]:
+  """Zeros, an array of keys and one of values a layer, laid out for attention.
 
   Zeros and not garbage: a kernel may multiply what it masks by 0.
   """
   return [
     rpa.init_pages(
-      num_pages, page_size, model.num_kv_heads, model.head_dim, dtype)
+      num_pages, page_size, model.num_kv_heads, model.head_dim, dtype,
+      attention)
     for _ in range(model.num_layers)]
 
 

@@ -66,14 +66,21 @@ def stage_step(
     is_real, b.page_indices[row, positions // page_size] * page_size
     + positions % page_size, num_slots)
 
+  plans: dict[int | None, Any] = {}  # by window: layers share their work
+
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
              scale: float, window: int | None) -> tuple[Array, Any]:
     # The cache may have a dtype of its own, see `kv_cache.dtype_on`.
     q_kv, k, v = (x.astype(layer_kv[0].dtype) for x in (q, k, v))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
+    if window not in plans:
+      plans[window] = rpa.make_plan(
+        q_kv, pages[0], b.kv_lens, b.cu_q_lens, b.distribution,
+        sliding_window=window)
     out = rpa.ragged_paged_attention(
       q_kv, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
-      scale=scale, sliding_window=window, implementation=attention)
+      scale=scale, sliding_window=window, plan=plans[window],
+      implementation=attention)
     return out.astype(q.dtype), pages
 
   rope_lens = None

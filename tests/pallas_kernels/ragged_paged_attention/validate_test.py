@@ -50,7 +50,7 @@ def test_static(name: str, value: Any, match: str):
   (dict(sliding_window=0), 'sliding_window=0: must be None or at least 1'),
   (dict(soft_cap=0.0), r'soft_cap=0\.0: must be None or above 0'),
   (dict(implementation='cuda'),
-   "implementation='cuda': must be None or one of reference, xla"),
+   "implementation='cuda': must be None or one of pallas_triton, reference, xla"),
 ])
 def test_options(options: dict[str, Any], match: str):
   with pytest.raises(ValueError, match=match):
@@ -58,7 +58,7 @@ def test_options(options: dict[str, Any], match: str):
 
 
 def test_unknown_implementation_of_pages():
-  with pytest.raises(ValueError, match='one of reference, xla'):
+  with pytest.raises(ValueError, match='one of pallas_triton, reference, xla'):
     rpa.init_pages(2, 8, 2, 16, 'float32', 'cuda')
 
 
@@ -82,3 +82,22 @@ def test_dynamic(name: str, index: Any, value: int, match: str):
   with pytest.raises(ValueError, match=match):
     rpa.dynamic_validate(
       **(arrays | {name: arrays[name].at[index].set(value)}))
+
+
+@pytest.mark.parametrize(('page_size', 'head_dim', 'match'), [
+  (8, 16, 'page_size=8: must be a power of two from 16 on'),
+  (48, 16, 'page_size=48: must be a power of two'),
+  (16, 20, 'head_dim=20: must be a multiple of 16'),
+  (16, 272, 'head_dim=272: must be at most 256'),
+])
+def test_what_the_kernel_cannot_do(page_size: int, head_dim: int, match: str):
+  with pytest.raises(NotImplementedError, match=match):
+    rpa.init_pages(2, page_size, 2, head_dim, 'float32', 'pallas_triton')
+
+
+def test_pages_for_another_implementation():
+  pages = rpa.init_pages(65, 16, 2, 16, 'float32', 'pallas_triton')
+  with pytest.raises(ValueError, match="must be as from init_pages for 'xla'"):
+    rpa.ragged_paged_attention(
+      **(_arrays() | dict(zip(('k_pages', 'v_pages'), pages, strict=True))),
+      scale=1.0, implementation='xla')

@@ -106,8 +106,8 @@ def test_write_then_attend_is_in_place():
 
 def test_init_pages_is_zero_and_of_the_layout():
   for name in rpa.IMPLEMENTATIONS:
-    for pages in rpa.init_pages(6, 8, 2, 20, jnp.bfloat16, name):
+    for pages in rpa.init_pages(6, 16, 2, 48, jnp.bfloat16, name):
       assert pages.shape[:2] == (6, 2)
-      assert pages.size == 6 * 8 * 2 * 20
+      assert pages.size == 6 * 16 * 2 * 48
       assert pages.dtype == jnp.bfloat16
       assert not pages.any()

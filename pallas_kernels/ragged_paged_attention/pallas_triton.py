@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas, lowered to Triton: NVIDIA GPUs from Ampere on.
+
+One launch does a hybrid batch by its plan (see `plan`): a block of the GPU
+takes a work item and a KV head, keeps a tile of query rows in registers, and
+walks over blocks of keys and values with the online softmax of
+FlashAttention-2 (arXiv 2307.08691). A second launch merges the partial
+results of split decodes.
+
+On CPUs it runs in Pallas's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import plan as plan_lib
+from pallas_kernels.ragged_paged_attention import tuning
+
+_MASKED = -1e30  # finite: the difference of two of them is no NaN
+
+
+def make_plan(
+  kv_lens: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  num_tokens: int,
+  sliding_window: int | None,
+  sizes: tuning.Sizes,
+  shape: tuning.Shape,
+) -> plan_lib.Plan:
+  """The plan of a traced batch, the same for all layers of one window."""
+  return plan_lib.make(
+    kv_lens, cu_q_lens, distribution, tiling=sizes.tiling(shape),
+    num_tokens=num_tokens, group=shape.group, sliding_window=sliding_window,
+    xp=jnp)
+
+
+def ragged_paged_attention(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  scale: float,
+  sliding_window: int | None = None,
+  soft_cap: float | None = None,
+  plan: plan_lib.Plan | None = None,
+  sizes: tuning.Sizes | None = None,
+) -> jax.Array:
+  """See `api.ragged_paged_attention`; the pages are rows (see `layout`).
+
+  Args:
+    plan: of `make_plan` for the same sizes; None makes it here.
+    sizes: None for what `tuning` has for the default device.
+
+  Raises:
+    NotImplementedError: the shapes are not such as the kernel can have.
+  """
+  shape = tuning.Shape.of(q, k_pages)
+  sizes = sizes or tuning.choose(shape)
+  if plan is None:
+    plan = make_plan(
+      kv_lens, cu_q_lens, distribution, num_tokens=q.shape[0],
+      sliding_window=sliding_window, sizes=sizes, shape=shape)
+
+  def run(*args: Any, interpret: bool) -> jax.Array:
+    return _launch(*args, shape=shape, sizes=sizes, scale=scale,
+                   sliding_window=sliding_window, soft_cap=soft_cap,
+                   interpret=interpret)
+
+  return lax.platform_dependent(
+    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, plan,
+    cpu=functools.partial(run, interpret=True),
+    default=functools.partial(run, interpret=False))
+
+
+def _launch(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  plan: plan_lib.Plan,
+  *,
+  shape: tuning.Shape,
+  sizes: tuning.Sizes,
+  scale: float,
+  sliding_window: int | None,
+  soft_cap: float | None,
+  interpret: bool,
+) -> jax.Array:
+  """Both kernels. The output takes the place of q, row by row."""
+  heads = shape.num_kv_heads
+  tiling = sizes.tiling(shape)
+  num_items, num_merges = len(plan.rows), len(plan.merge_seq)
+  slots = tiling.num_narrow(
+    q.shape[0], len(kv_lens), shape.group) + tiling.num_items
+  partial = (slots, heads, tiling.narrow_rows)
+  params = plgpu.CompilerParams(
+    num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+  out, *partials = pl.pallas_call(
+    functools.partial(
+      _attend, shape=shape, tiling=tiling, scale=scale, soft_cap=soft_cap,
+      sliding_window=sliding_window),
+    grid=(num_items * heads,),
+    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype),
+               jax.ShapeDtypeStruct((*partial, shape.head_dim), jnp.float32),
+               jax.ShapeDtypeStruct(partial, jnp.float32),
+               jax.ShapeDtypeStruct(partial, jnp.float32)],
+    input_output_aliases={0: 0}, compiler_params=params, interpret=interpret,
+    name='ragged_paged_attention',
+  )(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, *plan[:6])
+  return pl.pallas_call(
+    functools.partial(_merge, shape=shape, rows=tiling.narrow_rows),
+    grid=(num_merges * heads,),
+    out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    input_output_aliases={0: 0}, interpret=interpret,
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    name='merge_splits',
+  )(out, *partials, cu_q_lens, *plan[6:])
+
+
+def _attend(
+  q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
+  starts_ref: Any, rows_ref: Any, *refs: Any,
+  shape: tuning.Shape, tiling: plan_lib.Tiling, **options: Any,
+) -> None:
+  """Does one work item for one KV head."""
+  item = pl.program_id(0) // shape.num_kv_heads
+  head = pl.program_id(0) % shape.num_kv_heads
+  rows = rows_ref[item]
+  for size in (tiling.wide_rows, tiling.narrow_rows):
+    pl.when(rows == size)(functools.partial(
+      _attend_tile, item, head, q_ref, k_ref, v_ref, kv_lens_ref, pages_ref,
+      starts_ref, *refs, num_rows=size, may_split=size == tiling.narrow_rows,
+      shape=shape, block_n=tiling.block_n, **options))
+
+
+def _attend_tile(
+  item: jax.Array, head: jax.Array,
+  q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
+  starts_ref: Any, seq_ref: Any, first_row_ref: Any, start_ref: Any,
+  stop_ref: Any, slot_ref: Any, out_ref: Any, acc_ref: Any, top_ref: Any,
+  norm_ref: Any,
+  *,
+  num_rows: int,
+  may_split: bool,
+  shape: tuning.Shape,
+  block_n: int,
+  scale: float,
+  sliding_window: int | None,
+  soft_cap: float | None,
+) -> None:
+  seq, start, stop = seq_ref[item], start_ref[item], stop_ref[item]
+  tokens, heads, query = _rows(
+    starts_ref, seq, first_row_ref[item], head, num_rows, shape.group)
+  kv_len = kv_lens_ref[seq]
+  past = kv_len - (starts_ref[seq + 1] - starts_ref[seq])
+  q_at = past + query
+  queries = [plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
+             for d in shape.channels()]
+  dot = functools.partial(plgpu.dot, **shape.dot_options)
+
+  def body(masked: bool, j: jax.Array, state: Any) -> Any:
+    acc, top, norm, page = state
+    # Loaded a turn ahead: else the loads of keys would wait for it, and the
+    # compiler could not overlap them with the turn before.
+    next_page = pages_ref[
+      seq, jnp.minimum(j + 1, stop - 1) // (shape.page_size // block_n)]
+    at = j * block_n + jnp.arange(block_n, dtype=jnp.int32)
+    place = pl.ds((j % (shape.page_size // block_n)) * block_n, block_n)
+
+    def load(ref: Any) -> list[jax.Array]:
+      """A block's channels, of the positions that were written."""
+      return [
+        plgpu.load(ref.at[page, head, place, pl.ds(first, size)], **(
+          dict(mask=jnp.broadcast_to((at < kv_len)[:, None], (block_n, size)),
+               other=0.0) if masked else {}))
+        for first, size in shape.pieces]
+
+    scores = sum(dot(x, k.T) for x, k in zip(queries, load(k_ref),
+                                             strict=True))
+    if soft_cap is not None:
+      scores = soft_cap * jnp.tanh(scores * (scale / soft_cap))
+      scores *= math.log2(math.e)
+    else:
+      scores *= scale * math.log2(math.e)
+    if masked:
+      seen = at[None] <= q_at[:, None]
+      if sliding_window is not None:
+        seen &= at[None] > q_at[:, None] - sliding_window
+      scores = jnp.where(seen, scores, _MASKED)
+    new_top = jnp.maximum(top, scores.max(axis=1))
+    decay = jnp.exp2(top - new_top)
+    weights = jnp.exp2(scores - new_top[:, None])
+    acc = [a * decay[:, None] + dot(weights.astype(v.dtype), v)
+           for a, v in zip(acc, load(v_ref), strict=True)]
+    return acc, new_top, norm * decay + weights.sum(axis=1), next_page
+
+  # The blocks that all rows see entirely need no mask.
+  last = first_row_ref[item] + num_rows - 1
+  full_stop = jnp.clip((past + first_row_ref[item] // shape.group + 1)
+                       // block_n, start, stop)
+  state = (
+    [jnp.zeros((num_rows, size), jnp.float32) for _, size in shape.pieces],
+    jnp.full((num_rows,), _MASKED, jnp.float32),
+    jnp.zeros((num_rows,), jnp.float32),
+    pages_ref[seq, start // (shape.page_size // block_n)])
+  full_start = start
+  if sliding_window is not None:
+    oldest = past + last // shape.group - sliding_window + 1
+    full_start = jnp.clip(
+      (oldest + block_n - 1) // block_n, start, full_stop)
+    state = lax.fori_loop(
+      start, full_start, functools.partial(body, True), state)
+  state = lax.fori_loop(
+    full_start, full_stop, functools.partial(body, False), state)
+  acc, top, norm, _ = lax.fori_loop(
+    full_stop, stop, functools.partial(body, True), state)
+
+  slot = slot_ref[item]
+
+  def store_result() -> None:
+    for d, a in zip(shape.channels(), acc, strict=True):
+      plgpu.store(out_ref.at[tokens[:, None], heads[:, None], d[None]],
+                  (a / norm[:, None]).astype(out_ref.dtype))
+
+  def store_partial() -> None:
+    for (first, size), a in zip(shape.pieces, acc, strict=True):
+      plgpu.store(acc_ref.at[slot, head, :, pl.ds(first, size)], a)
+    plgpu.store(top_ref.at[slot, head, :], top)
+    plgpu.store(norm_ref.at[slot, head, :], norm)
+
+  if not may_split:
+    store_result()
+  else:
+    pl.when(slot < 0)(store_result)
+    pl.when(slot >= 0)(store_partial)
+
+
+def _merge(
+  _: Any, acc_ref: Any, top_ref: Any, norm_ref: Any, starts_ref: Any,
+  seq_ref: Any, row_ref: Any, slot_ref: Any, count_ref: Any, out_ref: Any,
+  *, shape: tuning.Shape, rows: int,
+) -> None:
+  """Puts the partial results of a narrow tile together, for one KV head."""
+  tile = pl.program_id(0) // shape.num_kv_heads
+  head = pl.program_id(0) % shape.num_kv_heads
+  count, slot = count_ref[tile], slot_ref[tile]
+
+  def body(i: jax.Array, state: Any) -> Any:
+    acc, top, norm = state
+    new = plgpu.load(top_ref.at[slot + i, head, :])
+    new_top = jnp.maximum(top, new)
+    old_weight, weight = jnp.exp2(top - new_top), jnp.exp2(new - new_top)
+    acc = [
+      a * old_weight[:, None] + weight[:, None] * plgpu.load(
+        acc_ref.at[slot + i, head, :, pl.ds(first, size)])
+      for a, (first, size) in zip(acc, shape.pieces, strict=True)]
+    return acc, new_top, norm * old_weight + weight * plgpu.load(
+      norm_ref.at[slot + i, head, :])
+
+  @pl.when(count > 0)
+  def _() -> None:
+    acc, _, norm = lax.fori_loop(0, count, body, (
+      [jnp.zeros((rows, size), jnp.float32) for _, size in shape.pieces],
+      jnp.full((rows,), _MASKED, jnp.float32),
+      jnp.zeros((rows,), jnp.float32)))
+    tokens, heads, _ = _rows(
+      starts_ref, seq_ref[tile], row_ref[tile], head, rows, shape.group)
+    for d, a in zip(shape.channels(), acc, strict=True):
+      plgpu.store(out_ref.at[tokens[:, None], heads[:, None], d[None]],
+                  (a / norm[:, None]).astype(out_ref.dtype))
+
+
+def _rows(
+  starts_ref: Any, seq: jax.Array, first_row: jax.Array, head: jax.Array,
+  num_rows: int, group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Token, head, and query of its sequence, of each row of a tile.
+
+  Rows beyond the sequence are its last row once more: they do the same and
+  store the same, so that neither loads nor stores need a mask.
+  """
+  start, stop = starts_ref[seq], starts_ref[seq + 1]
+  row = jnp.minimum(first_row + jnp.arange(num_rows, dtype=jnp.int32),
+                    (stop - start) * group - 1)
+  query = row // group
+  return start + query, head * group + row % group, query
+

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of the GPU kernel's tiles, by device and shape: a table.
+
+No entry was tuned on a GPU yet. They are what compiles for the device without
+a register spilled and leaves room for two blocks on each multiprocessor
+where it can (`python -m pallas_kernels.aot` shows it, and CI proves it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import plan as plan_lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+  """What a kernel is compiled for, beside the sizes of its arrays."""
+
+  dtype: str
+  num_kv_heads: int
+  group: int
+  head_dim: int
+  page_size: int
+
+  @classmethod
+  def of(cls, q: jax.Array, k_pages: jax.Array) -> Shape:
+    """The shape of a call.
+
+    Raises:
+      NotImplementedError: the kernel can't have it; says why.
+    """
+    _, num_kv_heads, page_size, head_dim = k_pages.shape
+    return cls(q.dtype.name, num_kv_heads, q.shape[1] // num_kv_heads,
+               head_dim, page_size)
+
+  def __post_init__(self) -> None:
+    _check(self.head_dim % 16 == 0, 'head_dim', self.head_dim,
+           'must be a multiple of 16')
+    _check(self.page_size >= 16 and not self.page_size & (self.page_size - 1),
+           'page_size', self.page_size, 'must be a power of two from 16 on')
+
+  @property
+  def pieces(self) -> tuple[tuple[int, int], ...]:
+    """The channels in powers of two, (first, size), as Triton needs them.
+
+    80 -> (0, 64), (64, 16)
+    """
+    sizes = [1 << i for i in reversed(range(self.head_dim.bit_length()))
+             if self.head_dim >> i & 1]
+    return tuple((sum(sizes[:i]), n) for i, n in enumerate(sizes))
+
+  def channels(self) -> list[jax.Array]:
+    """The indices of each piece's channels."""
+    return [first + jnp.arange(size, dtype=jnp.int32)
+            for first, size in self.pieces]
+
+  @property
+  def dot_options(self) -> dict[str, Any]:
+    """Of a matmul: float32 is not rounded to TensorFloat32."""
+    return dict(allow_tf32=False) if self.dtype == 'float32' else {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+  """Tiles and how they are compiled; see `plan.Tiling`.
+
+  Attributes:
+    wide_rows: query rows of a prefill's tile.
+    block_n: keys of a block.
+    num_warps: of a block of the GPU.
+    num_stages: of the pipeline that loads keys and values.
+    num_blocks: blocks that the GPU runs at once.
+  """
+
+  wide_rows: int
+  block_n: int
+  num_warps: int
+  num_stages: int
+  num_blocks: int
+
+  def tiling(self, shape: Shape) -> plan_lib.Tiling:
+    narrow = min(max(16, _power_of_two(shape.group)), self.wide_rows // 2)
+    return plan_lib.Tiling(
+      wide_rows=self.wide_rows, narrow_rows=narrow,
+      block_n=min(self.block_n, shape.page_size),
+      num_items=-(-2 * self.num_blocks // shape.num_kv_heads))
+
+
+# Multiprocessors of each device, by what jax.Device.device_kind begins with.
+_MULTIPROCESSORS = {
+  'NVIDIA A100': 108, 'NVIDIA A40': 84, 'NVIDIA H100': 132,
+  'NVIDIA H200': 132}
+
+# (device, 0 for any other; bytes of a number; head_dim up to) -> sizes but
+# for num_blocks.
+_HOPPER = ('NVIDIA H100', 'NVIDIA H200')
+_AMPERE_SIZES = {
+  (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 2),
+  (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 4, 2)}
+_HOPPER_SIZES = {
+  (2, 128): (64, 64, 4, 2), (2, 256): (64, 32, 8, 2),
+  (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 4, 2)}
+
+
+def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
+  """The sizes for a shape.
+
+  Args:
+    shape: of the call.
+    device_kind: as jax.Device has it; None: the default device's. Devices
+      that are not in the table get A40's sizes, the most modest.
+
+  Raises:
+    NotImplementedError: there are none for such a shape.
+  """
+  kind = (default_device().device_kind if device_kind is None
+          else device_kind)
+  known = next((k for k in _MULTIPROCESSORS if kind.startswith(k)), None)
+  table = _HOPPER_SIZES if known in _HOPPER else _AMPERE_SIZES
+  width = jnp.dtype(shape.dtype).itemsize
+  for (itemsize, head_dim), sizes in table.items():
+    if itemsize == width and shape.head_dim <= head_dim:
+      return Sizes(*sizes, num_blocks=2 * _MULTIPROCESSORS.get(
+        known or '', 84))
+  _check(width in (2, 4), 'dtype', shape.dtype,
+         'must be float32, bfloat16 or float16')
+  _check(False, 'head_dim', shape.head_dim, 'must be at most 256')
+  raise AssertionError
+
+
+def default_device() -> jax.Device:
+  """Where a computation runs that does not say where."""
+  device: Any = jax.config.jax_default_device
+  return jax.devices(device)[0] if device is None or isinstance(
+    device, str) else device
+
+
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
+  if not ok:
+    raise NotImplementedError(f'pallas_triton: {name}={value}: {rule}.')
+
+
+def _power_of_two(n: int) -> int:
+  return 1 << (n - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Something to compile for a GPU."""
+
+  name: str
+  function: Any
+  args: Any
+
+
+# Of real models: query heads, KV heads, head dim.
+_HEADS = {
+  'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
+  'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
+  'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
+  'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
+  'gemma-7b': (16, 16, 256)}
+
+
+def cases(device: str) -> Iterator[Case]:
+  """Every default configuration, for `pallas_kernels.aot`."""
+  del device  # The kernel asks for the default device.
+  from pallas_kernels.ragged_paged_attention import pallas_triton
+  for name, (heads, kv_heads, head_dim) in _HEADS.items():
+    for dtype in ('bfloat16', 'float16', 'float32'):
+      for window, cap in ((None, None), (4096, 30.0)):
+        if (name, dtype) != ('mistral-7b', 'bfloat16') and (
+            window or (dtype != 'bfloat16' and name not in (
+              'mistral-7b', 'gemma-7b'))):
+          continue
+        pages = jax.ShapeDtypeStruct((1024, kv_heads, 64, head_dim), dtype)
+        ints = [jax.ShapeDtypeStruct(shape, jnp.int32)
+                for shape in ((128,), (128, 128), (129,), (2,))]
+        yield Case(
+          f'{name} {dtype}' + (' window, cap' if window else ''),
+          functools.partial(
+            pallas_triton.ragged_paged_attention, scale=head_dim**-0.5,
+            sliding_window=window, soft_cap=cap),
+          (jax.ShapeDtypeStruct((512, heads, head_dim), dtype), pages, pages,
+           *ints))
