@@ -8,9 +8,10 @@ where it can (`python -m pallas_kernels.aot` shows it, and CI proves it).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -93,20 +94,29 @@ class Sizes:
       num_items=-(-2 * self.num_blocks // shape.num_kv_heads))
 
 
-# Multiprocessors of each device, by what jax.Device.device_kind begins with.
-_MULTIPROCESSORS = {
-  'NVIDIA A100': 108, 'NVIDIA A40': 84, 'NVIDIA H100': 132,
-  'NVIDIA H200': 132}
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Device:
+  """A row of the table.
 
-# (device, 0 for any other; bytes of a number; head_dim up to) -> sizes but
-# for num_blocks.
-_HOPPER = ('NVIDIA H100', 'NVIDIA H200')
-_AMPERE_SIZES = {
-  (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 2),
-  (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 4, 2)}
-_HOPPER_SIZES = {
-  (2, 128): (64, 64, 4, 2), (2, 256): (64, 32, 8, 2),
-  (4, 128): (32, 32, 4, 2), (4, 256): (32, 16, 4, 2)}
+  Attributes:
+    multiprocessors: SMs.
+    sizes: (bytes of a number, head_dim up to) -> Sizes but for num_blocks.
+  """
+
+  multiprocessors: int
+  sizes: Mapping[tuple[int, int], tuple[int, int, int, int]]
+
+
+_WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
+_A40 = _Device(84, {(2, 128): (64, 32, 4, 3)} | _WIDE)
+_H100 = _Device(132, {(2, 128): (64, 64, 4, 2)} | _WIDE)
+# By what jax.Device.device_kind begins with.
+_DEVICES: Mapping[str, _Device] = {
+  'NVIDIA A100': _Device(108, {(2, 128): (64, 32, 4, 2)} | _WIDE),
+  'NVIDIA A40': _A40,
+  'NVIDIA H100': _H100,
+  'NVIDIA H200': _H100,
+}
 
 
 def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
@@ -122,13 +132,12 @@ def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
   """
   kind = (default_device().device_kind if device_kind is None
           else device_kind)
-  known = next((k for k in _MULTIPROCESSORS if kind.startswith(k)), None)
-  table = _HOPPER_SIZES if known in _HOPPER else _AMPERE_SIZES
+  device = next(
+    (d for name, d in _DEVICES.items() if kind.startswith(name)), _A40)
   width = jnp.dtype(shape.dtype).itemsize
-  for (itemsize, head_dim), sizes in table.items():
+  for (itemsize, head_dim), sizes in device.sizes.items():
     if itemsize == width and shape.head_dim <= head_dim:
-      return Sizes(*sizes, num_blocks=2 * _MULTIPROCESSORS.get(
-        known or '', 84))
+      return Sizes(*sizes, num_blocks=2 * device.multiprocessors)
   _check(width in (2, 4), 'dtype', shape.dtype,
          'must be float32, bfloat16 or float16')
   _check(False, 'head_dim', shape.head_dim, 'must be at most 256')
@@ -174,19 +183,19 @@ def cases(device: str) -> Iterator[Case]:
   del device  # The kernel asks for the default device.
   from pallas_kernels.ragged_paged_attention import pallas_triton
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    for dtype in ('bfloat16', 'float16', 'float32'):
-      for window, cap in ((None, None), (4096, 30.0)):
-        if (name, dtype) != ('mistral-7b', 'bfloat16') and (
-            window or (dtype != 'bfloat16' and name not in (
-              'mistral-7b', 'gemma-7b'))):
-          continue
-        pages = jax.ShapeDtypeStruct((1024, kv_heads, 64, head_dim), dtype)
-        ints = [jax.ShapeDtypeStruct(shape, jnp.int32)
-                for shape in ((128,), (128, 128), (129,), (2,))]
-        yield Case(
-          f'{name} {dtype}' + (' window, cap' if window else ''),
-          functools.partial(
-            pallas_triton.ragged_paged_attention, scale=head_dim**-0.5,
-            sliding_window=window, soft_cap=cap),
-          (jax.ShapeDtypeStruct((512, heads, head_dim), dtype), pages, pages,
-           *ints))
+    plain = dict(sliding_window=None, soft_cap=None)
+    options = {'': plain}
+    dtypes = ['bfloat16']
+    if name in ('mistral-7b', 'gemma-7b'):
+      dtypes.append('float32')
+      options[' window, cap'] = dict(sliding_window=4096, soft_cap=30.0)
+    for dtype, option in itertools.product(dtypes, options):
+      pages = jax.ShapeDtypeStruct((1024, kv_heads, 64, head_dim), dtype)
+      ints = [jax.ShapeDtypeStruct(shape, jnp.int32)
+              for shape in ((128,), (128, 128), (129,), (2,))]
+      yield Case(
+        f'{name} {dtype}{option}', functools.partial(
+          pallas_triton.ragged_paged_attention, scale=head_dim**-0.5,
+          **options[option]),
+        (jax.ShapeDtypeStruct((512, heads, head_dim), dtype), pages, pages,
+         *ints))
