@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -173,7 +174,7 @@ def _attend_tile(
   q_at = past + query
   queries = [plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
              for d in shape.channels()]
-  dot = functools.partial(plgpu.dot, **shape.dot_options)
+  dot: Any = functools.partial(plgpu.dot, **shape.dot_options)
 
   def body(masked: bool, j: jax.Array, state: Any) -> Any:
     acc, top, norm, page = state
@@ -186,14 +187,17 @@ def _attend_tile(
 
     def load(ref: Any) -> list[jax.Array]:
       """A block's channels, of the positions that were written."""
+      blocks = [(ref.at[page, head, place, pl.ds(first, size)], size)
+                for first, size in shape.pieces]
+      if not masked:
+        return [plgpu.load(block) for block, _ in blocks]
+      written = (at < kv_len)[:, None]
       return [
-        plgpu.load(ref.at[page, head, place, pl.ds(first, size)], **(
-          dict(mask=jnp.broadcast_to((at < kv_len)[:, None], (block_n, size)),
-               other=0.0) if masked else {}))
-        for first, size in shape.pieces]
+        plgpu.load(block, other=0.0, mask=jnp.broadcast_to(
+          written, (block_n, size))) for block, size in blocks]
 
-    scores = sum(dot(x, k.T) for x, k in zip(queries, load(k_ref),
-                                             strict=True))
+    parts = zip(queries, load(k_ref), strict=True)
+    scores = functools.reduce(operator.add, (dot(x, k.T) for x, k in parts))
     if soft_cap is not None:
       scores = soft_cap * jnp.tanh(scores * (scale / soft_cap))
       scores *= math.log2(math.e)
@@ -253,11 +257,12 @@ def _attend_tile(
 
 
 def _merge(
-  _: Any, acc_ref: Any, top_ref: Any, norm_ref: Any, starts_ref: Any,
+  old_out_ref: Any, acc_ref: Any, top_ref: Any, norm_ref: Any, starts_ref: Any,
   seq_ref: Any, row_ref: Any, slot_ref: Any, count_ref: Any, out_ref: Any,
   *, shape: tuning.Shape, rows: int,
 ) -> None:
   """Puts the partial results of a narrow tile together, for one KV head."""
+  del old_out_ref  # It is out_ref.
   tile = pl.program_id(0) // shape.num_kv_heads
   head = pl.program_id(0) % shape.num_kv_heads
   count, slot = count_ref[tile], slot_ref[tile]
@@ -275,7 +280,7 @@ def _merge(
       norm_ref.at[slot + i, head, :])
 
   @pl.when(count > 0)
-  def _() -> None:
+  def put_together() -> None:
     acc, _, norm = lax.fori_loop(0, count, body, (
       [jnp.zeros((rows, size), jnp.float32) for _, size in shape.pieces],
       jnp.full((rows,), _MASKED, jnp.float32),

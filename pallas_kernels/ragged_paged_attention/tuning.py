@@ -146,7 +146,8 @@ def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
 
 def default_device() -> jax.Device:
   """Where a computation runs that does not say where."""
-  device: Any = jax.config.jax_default_device
+  config: Any = jax.config
+  device = config.jax_default_device
   return jax.devices(device)[0] if device is None or isinstance(
     device, str) else device
 
@@ -183,7 +184,7 @@ def cases(device: str) -> Iterator[Case]:
   del device  # The kernel asks for the default device.
   from pallas_kernels.ragged_paged_attention import pallas_triton
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    plain = dict(sliding_window=None, soft_cap=None)
+    plain: dict[str, Any] = dict(sliding_window=None, soft_cap=None)
     options = {'': plain}
     dtypes = ['bfloat16']
     if name in ('mistral-7b', 'gemma-7b'):

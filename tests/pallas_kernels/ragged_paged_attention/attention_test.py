@@ -19,9 +19,13 @@ from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import xla_decode
 
-# Results are rounded once to their dtype; the rest is float32's.
-TOLERANCES = {'float32': 5e-6, 'bfloat16': 2e-2, 'float16': 2e-3}
-IMPLEMENTATIONS = sorted(set(rpa.IMPLEMENTATIONS) - {'reference'})
+# Results are rounded once to their dtype; the rest is float32's, whose
+# exponentials a GPU approximates.
+TOLERANCES = {
+  'float32': 5e-6 if jax.default_backend() == 'cpu' else 5e-5,
+  'bfloat16': 2e-2, 'float16': 2e-3}
+IMPLEMENTATIONS = [
+  'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)]
 
 MIXED = arg_specs.BY_NAME['mixed']
 

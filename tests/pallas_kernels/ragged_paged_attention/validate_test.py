@@ -50,7 +50,7 @@ def test_static(name: str, value: Any, match: str):
   (dict(sliding_window=0), 'sliding_window=0: must be None or at least 1'),
   (dict(soft_cap=0.0), r'soft_cap=0\.0: must be None or above 0'),
   (dict(implementation='cuda'),
-   "implementation='cuda': must be None or one of pallas_triton, reference, xla"),
+   'must be None or one of pallas_triton, reference, xla'),
 ])
 def test_options(options: dict[str, Any], match: str):
   with pytest.raises(ValueError, match=match):

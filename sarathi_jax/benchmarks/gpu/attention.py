@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweeps the attention kernel, held against the device's own limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import ragged_paged_attention as rpa
+from sarathi_jax.benchmarks.gpu import timing
+
+_CHAIN = 8  # calls of a program: launching one costs as much as a short call
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+  """What is swept over.
+
+  Attributes:
+    num_heads, num_kv_heads, head_dim, dtype: of the model, Mistral-7B's.
+    pool_tokens: tokens in the cache; what needs more is left out.
+    decode_seqs, decode_contexts: every pair of them.
+    chunks, chunk_contexts: every pair; the context before the chunk.
+    hybrids: (decodes, their context, tokens of the chunk, context before it).
+  """
+
+  num_heads: int = 32
+  num_kv_heads: int = 8
+  head_dim: int = 128
+  dtype: str = 'bfloat16'
+  page_size: int = 64
+  pool_tokens: int = 2**21
+  decode_seqs: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
+  decode_contexts: tuple[int, ...] = (512, 1024, 2048, 8192, 32768)
+  chunks: tuple[int, ...] = (128, 512, 2048, 8192)
+  chunk_contexts: tuple[int, ...] = (0, 4096, 32768)
+  hybrids: tuple[tuple[int, int, int, int], ...] = (
+    (64, 1024, 448, 0), (64, 2048, 448, 4096), (128, 2048, 1920, 8192))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+  """One point: decodes, and at most one chunk."""
+
+  kind: str
+  decodes: int
+  context: int
+  chunk: int
+  before: int
+
+  @property
+  def num_tokens(self) -> int:
+    return self.decodes + self.chunk
+
+  @property
+  def lens(self) -> list[int]:
+    chunk = [self.before + self.chunk] if self.chunk else []
+    return [self.context] * self.decodes + chunk
+
+  def kv_bytes(self, sweep: Sweep) -> int:
+    """Keys and values that must be read at least once."""
+    return (2 * sum(self.lens) * sweep.num_kv_heads * sweep.head_dim
+            * jnp.dtype(sweep.dtype).itemsize)
+
+  def flops(self, sweep: Sweep) -> int:
+    """Of the pairs of query and key that causality leaves."""
+    pairs = self.decodes * self.context + self.chunk * self.before + (
+      self.chunk * (self.chunk + 1) // 2)
+    return 4 * pairs * sweep.num_heads * sweep.head_dim
+
+
+def batches(sweep: Sweep) -> Iterator[Batch]:
+  """All points that the cache holds."""
+  points = [Batch('decode', n, c, 0, 0) for n in sweep.decode_seqs
+            for c in sweep.decode_contexts]
+  points += [Batch('prefill', 0, 0, n, c) for n in sweep.chunks
+             for c in sweep.chunk_contexts]
+  for n, c, chunk, before in sweep.hybrids:
+    points += [Batch('hybrid', n, c, chunk, before),
+               Batch('its decodes', n, c, 0, 0),
+               Batch('its chunk', 0, 0, chunk, before)]
+  return (b for b in points if sum(b.lens) <= sweep.pool_tokens)
+
+
+class Kernel:
+  """The kernel on a cache; compiled once for each number of tokens."""
+
+  def __init__(self, sweep: Sweep, implementation: str) -> None:
+    self.sweep = sweep
+    num_pages = -(-sweep.pool_tokens // sweep.page_size)
+    shape = (num_pages, sweep.page_size, sweep.num_kv_heads, sweep.head_dim)
+    zeros = rpa.init_pages(*shape, sweep.dtype, implementation)
+    self._pages = [
+      jax.jit(lambda key, x=x: jax.random.normal(key, x.shape, x.dtype))(
+        jax.random.key(i)) for i, x in enumerate(zeros)]
+    self._order = np.random.default_rng(0).permutation(num_pages)
+    self._pages_per_seq = -(-max(
+      max(b.lens) for b in batches(sweep)) // sweep.page_size)
+    self._run = jax.jit(functools.partial(
+      _chain, scale=sweep.head_dim**-0.5, implementation=implementation))
+
+  def arguments(self, batch: Batch) -> tuple[Any, ...]:
+    lens = batch.lens
+    rows = max(8, len(lens))
+    tables = np.zeros((rows, self._pages_per_seq), np.int32)
+    at = 0
+    for i, n in enumerate(lens):
+      count = -(-n // self.sweep.page_size)
+      # Pages of the pool in a shuffled order, around if it ends.
+      tables[i, :count] = self._order[
+        np.arange(at, at + count) % len(self._order)]
+      at += count
+    kv_lens = np.zeros(rows, np.int32)
+    kv_lens[:len(lens)] = lens
+    starts = np.full(rows + 1, batch.num_tokens, np.int32)
+    starts[:batch.decodes + 1] = np.arange(batch.decodes + 1)
+    q = jax.random.normal(
+      jax.random.key(2), (max(8, batch.num_tokens), self.sweep.num_heads,
+                          self.sweep.head_dim), self.sweep.dtype)
+    return (q, *self._pages, *map(jnp.asarray, (
+      kv_lens, tables, starts,
+      np.array([batch.decodes, len(lens)], np.int32))))
+
+  def seconds(self, batch: Batch) -> float:
+    arguments = self.arguments(batch)
+    return timing.seconds(lambda: self._run(*arguments)) / _CHAIN
+
+
+def _chain(q: jax.Array, *arguments: jax.Array, **options: Any) -> jax.Array:
+  """Attention to attention's output, as in a model's layers."""
+  for _ in range(_CHAIN):
+    q = rpa.ragged_paged_attention(q, *arguments, **options)
+  return q
+
+
+def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
+  """jax.nn.dot_product_attention on keys that lie in a row, for comparison."""
+  rows, q_len = (batch.decodes, 1) if batch.decodes else (1, batch.chunk)
+  q, k, v = (jax.random.normal(
+    jax.random.key(i), (rows, n, heads, sweep.head_dim), sweep.dtype)
+    for i, (n, heads) in enumerate((
+      (q_len, sweep.num_heads), (batch.lens[0], sweep.num_kv_heads),
+      (batch.lens[0], sweep.num_kv_heads))))
+
+  def chain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    attend: Any = jax.nn.dot_product_attention
+    for _ in range(_CHAIN):
+      q = attend(q, k, v, is_causal=q_len > 1, implementation=implementation)
+    return q
+
+  run = jax.jit(chain)
+  return timing.seconds(lambda: run(q, k, v)) / _CHAIN
+
+
+def run(sweep: Sweep, limits: dict[str, float], implementation: str,
+        dense: str | None, on_row: Callable[[], None],
+        dense_bytes: int = 2**32) -> list[dict[str, Any]]:
+  """Measures all points.
+
+  Args:
+    sweep: the points.
+    limits: of `timing.limits`.
+    implementation: of the attention.
+    dense: implementation of jax.nn.dot_product_attention; None: without.
+    on_row: called after each.
+    dense_bytes: the most keys and values that the comparison may copy.
+  """
+  kernel = Kernel(sweep, implementation)
+  rows = []
+  for batch in batches(sweep):
+    took = kernel.seconds(batch)
+    bytes_per_s = batch.kv_bytes(sweep) / took
+    flops_per_s = batch.flops(sweep) / took
+    row = {
+      **dataclasses.asdict(batch), 'us': took * 1e6,
+      'tb_per_s': bytes_per_s / 1e12, 'tflop_per_s': flops_per_s / 1e12,
+      'of_copy': bytes_per_s / limits['copy_bytes_per_s'],
+      'of_matmul': flops_per_s / limits['matmul_flops_per_s']}
+    comparable = batch.kind == 'decode' or (
+      batch.kind == 'prefill' and not batch.before)
+    if dense and comparable and batch.kv_bytes(sweep) <= dense_bytes:
+      row['dense_over_ours'] = dense_seconds(sweep, batch, dense) / took
+    rows.append(row)
+    on_row()
+  return rows

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's steps against what the device's memory and arithmetic allow."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import llm as llm_lib
+from sarathi_jax import models
+from sarathi_jax import types
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import device_runner
+
+
+def _chunk(slot: int, start: int, num_tokens: int, pages_per_seq: int,
+           page_size: int) -> types.Chunk:
+  """Tokens of a sequence whose pages lie in a row."""
+  pages = -(-(start + num_tokens) // page_size)
+  return types.Chunk(
+    request_id=str(slot), slot=slot, start=start, tokens=(1,) * num_tokens,
+    num_tokens=num_tokens, is_prefill=num_tokens > 1, samples=True,
+    page_table=tuple(range(slot * pages_per_seq, slot * pages_per_seq + pages)),
+    prompt_len=start + num_tokens, seed=0,
+    sampling=types.SamplingParams(temperature=0))
+
+
+def _step_seconds(runner: device_runner.DeviceRunner,
+                  chunks: list[types.Chunk]) -> dict[str, float]:
+  """A step when steps follow each other, and one that is waited for."""
+  batch = types.ScheduledBatch(
+    0, tuple(chunks), sum(c.num_tokens for c in chunks))
+
+  def many(n: int) -> float:
+    start = time.perf_counter()
+    pending = [runner.launch(batch) for _ in range(n)]
+    runner.fetch(pending[-1])
+    return (time.perf_counter() - start) / n
+
+  many(2)
+  alone = statistics.median(many(1) for _ in range(9))
+  return {'step_s': statistics.median(many(10) for _ in range(5)),
+          'alone_s': alone}
+
+
+def steps(model: model_config_lib.ModelConfig, params: Any,
+          limits: dict[str, float], config: config_lib.EngineConfig,
+          points: tuple[tuple[str, int, int, int], ...],
+          ) -> list[dict[str, Any]]:
+  """Times steps of one kind of chunk.
+
+  Args:
+    model, params: what is run.
+    limits: of `timing.limits`.
+    config: with max_num_seqs, max_model_len and token_budget for the points.
+    points: (name, sequences, context before, tokens of each).
+
+  Returns:
+    Rows. of_floor: the step's time over that of reading weights and keys and
+    values once. mfu: of the measured rate of a matmul.
+  """
+  runner = device_runner.DeviceRunner(
+    model, params, config, lambda max_model_len: config.token_budget)
+  weights = sum(x.nbytes for x in jax.tree.leaves(params))
+  # Each token is multiplied with all but the embedding, which is looked up.
+  embed = params['embed'].size if not model.tie_word_embeddings else 0
+  active = sum(x.size for x in jax.tree.leaves(params)) - embed
+  per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
+    jax.tree.leaves(params)[0].dtype.itemsize)
+  pages_per_seq = -(-runner.max_model_len // config.page_size)
+  rows = []
+  for name, seqs, before, tokens in points:
+    row = _step_seconds(runner, [
+      _chunk(i, before, tokens, pages_per_seq, config.page_size)
+      for i in range(seqs)])
+    floor = (weights - embed * 2 + seqs * (before + tokens) * per_token) / (
+      limits['copy_bytes_per_s'])
+    pairs = seqs * (tokens * before + tokens * (tokens + 1) // 2)
+    flops = 2 * active * seqs * tokens + (
+      4 * pairs * model.num_layers * model.num_heads * model.head_dim)
+    rows.append({
+      'step': name, 'sequences': seqs, 'context': before, 'tokens': tokens,
+      **row, 'floor_s': floor, 'of_floor': row['step_s'] / floor,
+      'mfu': flops / row['step_s'] / limits['matmul_flops_per_s']})
+  return rows
+
+
+def serve(model: model_config_lib.ModelConfig, params: Any,
+          config: config_lib.EngineConfig, num_requests: int,
+          prompt_lens: tuple[int, ...], output_lens: tuple[int, ...],
+          ) -> dict[str, float]:
+  """Runs requests, all there at once, on the whole engine."""
+  rng = random.Random(0)
+  llm = llm_lib.LLM(model, params, config=config)
+  prompts = [[rng.randrange(model.vocab_size)
+              for _ in range(rng.choice(prompt_lens))]
+             for _ in range(num_requests)]
+  sampling = [types.SamplingParams(
+    temperature=0, ignore_eos=True, max_tokens=rng.choice(output_lens))
+    for _ in prompts]
+  llm.generate(prompts[:8], sampling[:8])
+  metrics = llm.engine.metrics
+  num_steps, wait_s = metrics.num_steps, metrics.wait_s
+  start = time.perf_counter()
+  done = llm.generate(prompts, sampling)
+  took = time.perf_counter() - start
+  num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
+  gaps = [d.metrics.max_tbt_s for d in done if d.metrics.max_tbt_s is not None]
+  return {
+    'output_tokens_per_s': sum(len(d.token_ids) for d in done) / took,
+    'prompt_tokens_per_s': sum(map(len, prompts)) / took,
+    'steps': num_steps, 'step_ms': took / num_steps * 1e3,
+    'host_ms_per_step': (took - wait_s) / num_steps * 1e3,
+    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done),
+    'worst_tbt_p50_s': statistics.median(gaps) if gaps else 0.0}
+
+
+def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:
+  """Random weights, made on the device leaf by leaf."""
+  make = jax.jit(lambda: models.init_params(
+    model, jax.random.key(0), jnp.dtype(dtype), scale=0.02))
+  return jax.block_until_ready(make())
+
+

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing on a device, and what the device itself can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def seconds(run: Callable[[], Any], repeats: int = 7,
+            at_least: float = 0.02) -> float:
+  """The median time of a call whose result is waited for.
+
+  Args:
+    run: returns arrays.
+    repeats: measurements.
+    at_least: seconds; calls are queued one behind the other to fill them, so
+      that launching hardly counts.
+  """
+  jax.block_until_ready(run())
+  start = time.perf_counter()
+  jax.block_until_ready(run())
+  calls = max(1, round(at_least / max(time.perf_counter() - start, 1e-6)))
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    for _ in range(calls):
+      out = run()
+    jax.block_until_ready(out)
+    times.append((time.perf_counter() - start) / calls)
+  return statistics.median(times)
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+  """Bytes a second, read and written, of a copy in the device's memory."""
+  x = jnp.zeros(num_bytes // 4, jnp.float32)
+  return 2 * x.nbytes / seconds(functools.partial(jax.jit(lambda x: x + 1), x))
+
+
+def matmul_rate(n: int, dtype: str = 'bfloat16') -> float:
+  """Operations a second of a product of [n, n] matrices of random numbers."""
+  a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(
+    dtype) for i in range(2))
+  return 2 * n**3 / seconds(functools.partial(jax.jit(jnp.matmul), a, b))
+
+
+def limits(num_bytes: int, n: int) -> dict[str, float]:
+  """What results are held against, measured on this device."""
+  return {'copy_bytes_per_s': copy_bandwidth(num_bytes),
+          'matmul_flops_per_s': matmul_rate(n)}
