@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts of the GPUs that kernels are compiled and tuned for. No JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+
+REGISTERS = 65536  # of 32 bits, of a multiprocessor; a block may have all
+_WARP = 32
+_MAX_REGISTERS = 255  # of a thread
+_REGISTER_UNIT = 256  # in which a warp is given registers
+_SHARED_UNIT = 128  # in which a block is given shared memory
+_SYSTEM_SHARED = 1024  # bytes of shared memory that CUDA takes for a block
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GpuTarget:
+  """One kind of GPU, from NVIDIA's documents.
+
+  Attributes:
+    device_kind: as jax.Device has it.
+    compute_capability: (major, minor).
+    multiprocessors: SMs.
+    lanes: float32 operations a clock and multiprocessor, an FMA as one.
+    shared_memory: bytes, of a multiprocessor.
+    shared_memory_per_block: bytes, the most that a block may ask for.
+    threads_per_multiprocessor: the most.
+    blocks_per_multiprocessor: the most.
+    memory_bytes: of the device.
+    bandwidth: bytes a second, of its memory.
+    l2_bytes: of its cache.
+    clock_ghz: the highest.
+  """
+
+  device_kind: str
+  compute_capability: tuple[int, int]
+  multiprocessors: int
+  lanes: int
+  shared_memory: int
+  shared_memory_per_block: int
+  threads_per_multiprocessor: int
+  blocks_per_multiprocessor: int
+  memory_bytes: int
+  bandwidth: int
+  l2_bytes: int
+  clock_ghz: float
+
+  def blocks_that_fit(self, threads: int, registers: int,
+                      shared_memory: int) -> int:
+    """Blocks (CTAs) that a multiprocessor runs at once.
+
+    Args:
+      threads: of a block.
+      registers: of a thread.
+      shared_memory: bytes, of a block.
+    """
+    warps = -(-threads // _WARP)
+    warp_registers = _round_up(max(registers, 1) * _WARP, _REGISTER_UNIT)
+    shared = _round_up(shared_memory + _SYSTEM_SHARED, _SHARED_UNIT)
+    if (shared_memory > self.shared_memory_per_block
+        or registers > _MAX_REGISTERS):
+      return 0
+    return min(
+      self.blocks_per_multiprocessor,
+      self.threads_per_multiprocessor // (warps * _WARP),
+      # Each of the four schedulers has a quarter of the registers.
+      REGISTERS // 4 // warp_registers * 4 // warps,
+      self.shared_memory // shared)
+
+  def text_proto(self) -> str:
+    """XLA's stream_executor.GpuTargetConfigProto."""
+    major, minor = self.compute_capability
+    # Hopper's own instructions (wgmma, TMA) are not of later GPUs.
+    feature = ' feature_extension: ACCELERATED_FEATURES' if major >= 9 else ''
+    return f'''\
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: {_WARP}
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared_memory}
+  threads_per_core_limit: {self.threads_per_multiprocessor}
+  core_count: {self.multiprocessors}
+  fpus_per_core: {self.lanes}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth}
+  l2_cache_size: {self.l2_bytes}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
+  shared_memory_per_block_optin: {self.shared_memory_per_block}
+  cuda_compute_capability {{ major: {major} minor: {minor}{feature} }}
+  registers_per_core_limit: {REGISTERS}
+  registers_per_block_limit: {REGISTERS}
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{self.device_kind}"
+'''
+
+
+TARGETS: Mapping[str, GpuTarget] = {
+  'a100': GpuTarget(
+    device_kind='NVIDIA A100-SXM4-80GB', compute_capability=(8, 0),
+    multiprocessors=108, lanes=64, shared_memory=167936,
+    shared_memory_per_block=166912, threads_per_multiprocessor=2048,
+    blocks_per_multiprocessor=32, memory_bytes=85_100_068_864,
+    bandwidth=2_039_040_000_000, l2_bytes=41_943_040, clock_ghz=1.41),
+  'a40': GpuTarget(
+    device_kind='NVIDIA A40', compute_capability=(8, 6),
+    multiprocessors=84, lanes=128, shared_memory=102400,
+    shared_memory_per_block=101376, threads_per_multiprocessor=1536,
+    blocks_per_multiprocessor=16, memory_bytes=47_800_000_000,
+    bandwidth=696_000_000_000, l2_bytes=6_291_456, clock_ghz=1.74),
+  'h100': GpuTarget(
+    device_kind='NVIDIA H100 80GB HBM3', compute_capability=(9, 0),
+    multiprocessors=132, lanes=128, shared_memory=233472,
+    shared_memory_per_block=232448, threads_per_multiprocessor=2048,
+    blocks_per_multiprocessor=32, memory_bytes=84_942_979_072,
+    bandwidth=3_352_320_000_000, l2_bytes=52_428_800, clock_ghz=1.98),
+}
+
+
+def get(name: str) -> GpuTarget:
+  """The target of this name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in TARGETS:
+    raise ValueError(f'device={name!r}: must be one of {", ".join(TARGETS)}.')
+  return TARGETS[name]
+
+
+def _round_up(n: int, unit: int) -> int:
+  return -(-n // unit) * unit
