@@ -63,6 +63,16 @@ class CheckpointMetadata:
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def default_sampling(self) -> dict[str, Any]:
+    """What the makers recommend, as fields of SamplingParams.
+
+    As vLLM has it: for requests that don't say. Nothing if the makers don't
+    sample: transformers then ignores the rest, too.
+    """
+    return {name: value for name, value in self.generation.items()
+            if name != 'do_sample' and self.generation.get('do_sample')}
+
   def __post_init__(self) -> None:
     _check(self.dtype in DTYPE_BYTES, 'dtype', self.dtype,
            f'must be one of {", ".join(DTYPE_BYTES)}')

@@ -75,6 +75,7 @@ class LLM:
     config: of the engine.
     eos_token_ids: tokens that end a sequence.
     model_name: for people.
+    default_sampling: fields of `SamplingParams` for requests without them.
     on_compiled: told how many steps are compiled, of how many.
 
   Raises:
@@ -86,7 +87,10 @@ class LLM:
                tokenizer: tokenizer_lib.Tokenizer | str | None = None,
                config: config_lib.EngineConfig | None = None,
                eos_token_ids: Sequence[int] = (), model_name: str = '',
+               default_sampling: Mapping[str, Any] | None = None,
                on_compiled: OnCompiled = lambda done, total: None) -> None:
+    default_sampling = dict(default_sampling or {})
+    types.SamplingParams.from_dict(default_sampling)
     config = config or config_lib.EngineConfig()
     _check_config(model, config)
     policy = scheduler_lib.policy_class(config.policy)
@@ -125,7 +129,8 @@ class LLM:
         max_model_len=scheduler_config.max_model_len,
         eos_token_ids=tuple(eos_token_ids), policy=config.policy,
         token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-        num_pages=scheduler_config.num_pages, page_size=config.page_size))
+        num_pages=scheduler_config.num_pages, page_size=config.page_size,
+        default_sampling=default_sampling))
     self._dtype = jax.tree.leaves(params)[0].dtype
     self._ids = itertools.count()
     self._inboxes: dict[str, deque[types.OutputDelta]] = {}  # by request
@@ -156,6 +161,7 @@ class LLM:
       metadata.model, checkpoint.restore_params(folder), config=config,
       tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
       eos_token_ids=metadata.eos_token_ids,
+      default_sampling=metadata.default_sampling,
       model_name=pathlib.Path(path).absolute().name, on_compiled=on_compiled)
 
   def generate(self, prompts: Prompt | Sequence[Prompt],
@@ -167,7 +173,8 @@ class LLM:
     Args:
       prompts: texts, lists of token ids, or chats (lists of messages); one or
         a list of them.
-      sampling: for all of them, or one each.
+      sampling: for all of them, or one each; None: what the makers of the
+        checkpoint recommend (`engine.info.default_sampling`).
 
     Returns:
       One completion a prompt, in order.
@@ -262,7 +269,8 @@ class LLM:
       prompts = [prompts]
     prompts = list(prompts)
     if sampling is None or isinstance(sampling, types.SamplingParams):
-      sampling = [sampling or types.SamplingParams()] * len(prompts)
+      sampling = [sampling or types.SamplingParams(
+        **self.engine.info.default_sampling)] * len(prompts)
     if len(sampling) != len(prompts):
       raise errors.InvalidRequestError(
         f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '

@@ -41,7 +41,9 @@ def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
     request = types.Request(
       request_id=request_id,
       prompt_token_ids=_prompt(fields, engine),
-      sampling=_sampling(fields, defaults, f'{seed} {request_id!r}'),
+      sampling=_sampling(
+        fields, {**engine.info.default_sampling, **defaults},
+        f'{seed} {request_id!r}'),
       arrival_time=engine.clock())
     engine.check(request)
   except errors.InvalidRequestError as error:

@@ -46,9 +46,9 @@ def make_llm(cache_dir, tmp_path_factory):
   words = tokenizer_lib.Tokenizer(folder)
 
   def make(params: Any, *, tokenizer: Any = words,
-           **fields: Any) -> llm_lib.LLM:
+           default_sampling: Any = None, **fields: Any) -> llm_lib.LLM:
     return llm_lib.LLM(
-      MODEL, params, tokenizer=tokenizer,
+      MODEL, params, tokenizer=tokenizer, default_sampling=default_sampling,
       config=tiny.engine_config(compilation_cache_dir=cache_dir, **fields))
 
   return make
@@ -470,3 +470,12 @@ def test_several_devices_are_refused_by_name():
 def test_the_public_names():
   assert sarathi_jax.LLM is llm_lib.LLM
   assert sarathi_jax.SamplingParams is types.SamplingParams
+
+
+def test_sampling_that_nobody_gave_is_what_the_makers_recommend(
+    make_llm, params, greedy):
+  recommended = dict(temperature=0.0, max_tokens=6)
+  llm = make_llm(params, default_sampling=recommended)
+  assert tokens_of(llm.generate(PROMPTS)) == greedy['old']
+  with pytest.raises(errors.InvalidRequestError, match='temperature=-1'):
+    make_llm(params, default_sampling=dict(temperature=-1))

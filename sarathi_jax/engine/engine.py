@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import numbers
 import time
@@ -47,6 +47,8 @@ class EngineInfo:
     eos_token_ids: tokens that end a sequence.
     policy, token_budget, max_num_seqs: of the scheduler.
     num_pages, page_size: of the KV cache.
+    default_sampling: values of `SamplingParams` for what a request leaves
+      open, where not those of `SamplingParams` itself.
   """
 
   model_name: str
@@ -59,6 +61,8 @@ class EngineInfo:
   max_num_seqs: int
   num_pages: int
   page_size: int
+  default_sampling: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

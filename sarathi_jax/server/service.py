@@ -6,6 +6,7 @@ Imports no JAX.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import message as message_lib
@@ -51,7 +52,8 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
     async with status.reported(context):
       refuse_unknown(request)
       async with self._frontend.open(
-          prompt_of(request), sampling_of(request.sampling),
+          prompt_of(request), sampling_of(
+            request.sampling, self._frontend.engine.info.default_sampling),
           request.request_id if request.HasField('request_id') else None,
       ) as stream:
         await _write(stream, context)
@@ -113,7 +115,9 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
         'input: one of text, token_ids, chat must be set.')
 
 
-def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
+def sampling_of(message: pb.SamplingParams,
+                defaults: Mapping[str, Any] | None = None,
+                ) -> types.SamplingParams:
   """Returns the parameters of a message; what is unset takes its default.
 
   Raises:
@@ -129,7 +133,7 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
       raise errors.InvalidRequestError(
         f'max_tokens={message.max_tokens}: excludes fill_context.')
     fields['max_tokens'] = None
-  return types.SamplingParams(**fields)
+  return types.SamplingParams(**{**(defaults or {}), **fields})
 
 
 def finished(delta: types.OutputDelta) -> pb.Finished:

@@ -161,6 +161,7 @@ def test_metadata_and_generation_defaults(tmp_path: pathlib.Path) -> None:
   assert (metadata.bos_token_id, metadata.pad_token_id) == (1, 0)
   assert metadata.generation == dict(
     temperature=0.6, top_p=0.9, do_sample=True)
+  assert metadata.default_sampling == dict(temperature=0.6, top_p=0.9)
   assert metadata.source['architecture'] == 'LlamaForCausalLM'
 
 

@@ -73,6 +73,13 @@ def test_unset_sampling_is_the_default() -> None:
     pb.SamplingParams(fill_context=True)).max_tokens is None
 
 
+def test_unset_sampling_is_what_the_model_recommends() -> None:
+  recommended = dict(temperature=0.6, top_p=0.9)
+  assert service.sampling_of(
+    pb.SamplingParams(temperature=0.0), recommended) == types.SamplingParams(
+      temperature=0.0, top_p=0.9)
+
+
 def test_a_zero_that_was_set_is_not_taken_for_unset() -> None:
   assert service.sampling_of(
     pb.SamplingParams(temperature=0.0, seed=0, skip_special_tokens=False)
