@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -18,6 +19,9 @@ os.environ.update(
   JAX_NUMPY_RANK_PROMOTION='raise',
   HF_HUB_OFFLINE='1',
 )
+
+# A shell's background jobs ignore Ctrl-C, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On a busy machine time says nothing about the code.
 hypothesis.settings.register_profile(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import arg_specs
+from pallas_kernels.ragged_paged_attention import tuning
 
 SPEC = arg_specs.BY_NAME['mixed']
 
@@ -101,3 +103,13 @@ def test_pages_for_another_implementation():
     rpa.ragged_paged_attention(
       **(_arrays() | dict(zip(('k_pages', 'v_pages'), pages, strict=True))),
       scale=1.0, implementation='xla')
+
+
+def test_a_gpu_gets_the_kernel_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+  monkeypatch.setattr(tuning, 'default_device', lambda: types.SimpleNamespace(
+    platform='gpu', device_kind='NVIDIA A100-SXM4-80GB'))
+  assert rpa.init_pages(2, 16, 2, 32, 'bfloat16')[0].ndim == 4
+  assert not caplog.text
+  assert rpa.init_pages(2, 8, 2, 32, 'bfloat16')[0].ndim == 5
+  assert 'falls back to plain XLA: pallas_triton: page_size=8' in caplog.text
