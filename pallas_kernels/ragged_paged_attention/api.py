@@ -9,6 +9,7 @@ static; how many tokens, sequences and pages are real is in the arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 import logging
 
 import jax
@@ -319,9 +320,14 @@ def _default(page_size: int, num_kv_heads: int, head_dim: int,
   try:
     _triton_shape(page_size, num_kv_heads, head_dim, dtype)
   except NotImplementedError as reason:
-    _log.warning('Attention falls back to plain XLA: %s', reason)
+    _say_once(f'Attention falls back to plain XLA: {reason}')
     return 'xla'
   return 'pallas_triton'
+
+
+@functools.cache  # Each layer asks.
+def _say_once(text: str) -> None:
+  _log.warning(text)
 
 
 def _triton_shape(page_size: int, num_kv_heads: int, head_dim: int,

@@ -16,6 +16,7 @@ import functools
 import math
 import operator
 from typing import Any
+import warnings
 
 import jax
 from jax import lax
@@ -25,6 +26,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import tuning
+
+# It says so at every lowering, from JAX 0.11 on. Nothing else serves Ampere.
+warnings.filterwarnings(
+  'ignore', '.*Pallas Triton backend is deprecated', DeprecationWarning)
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 

@@ -138,12 +138,6 @@ class DeviceRunner:
       config.attention in (None, *known), 'attention', config.attention,
       f'must be one of {", ".join(known)}')
 
-    try:
-      jax.eval_shape(lambda: kv_cache.init(
-        model, 1, page_size, dtype, config.attention))
-    except NotImplementedError as error:
-      raise errors.UnsupportedError(str(error)) from error
-
     def programs(max_model_len: int) -> StepPrograms:
       return StepPrograms(
         model, page_size=page_size,
@@ -153,6 +147,11 @@ class DeviceRunner:
         attention=config.attention)
 
     with jax.default_device(device):
+      try:
+        jax.eval_shape(lambda: kv_cache.init(
+          model, 1, page_size, dtype, config.attention))
+      except NotImplementedError as error:
+        raise errors.UnsupportedError(str(error)) from error
       temp_bytes = 0
       if device.memory_stats():  # What is free after the largest step's needs.
         trial = programs(context)

@@ -212,3 +212,8 @@ def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
   assert needed[0] > 4 * MODEL.vocab_size * 4  # At least the logits.
   assert runner.num_pages == min(32, int((free - needed[0]) // PAGE_BYTES))
   assert runner.num_programs == 1
+
+
+def test_a_kernel_that_cannot_have_the_pages_is_refused():
+  with pytest.raises(errors.UnsupportedError, match='head_dim=8: must be a'):
+    runner_of(attention='pallas_triton')
