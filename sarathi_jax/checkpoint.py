@@ -67,8 +67,8 @@ class CheckpointMetadata:
   def default_sampling(self) -> dict[str, Any]:
     """What the makers recommend, as fields of SamplingParams.
 
-    As vLLM has it: for requests that don't say. Nothing if the makers don't
-    sample: transformers then ignores the rest, too.
+    For requests that don't say. Nothing if the makers don't sample:
+    transformers then ignores the rest, too.
     """
     return {name: value for name, value in self.generation.items()
             if name != 'do_sample' and self.generation.get('do_sample')}

@@ -89,8 +89,10 @@ class LLM:
                eos_token_ids: Sequence[int] = (), model_name: str = '',
                default_sampling: Mapping[str, Any] | None = None,
                on_compiled: OnCompiled = lambda done, total: None) -> None:
-    default_sampling = dict(default_sampling or {})
-    types.SamplingParams.from_dict(default_sampling)
+    default = types.SamplingParams.from_dict(default_sampling or {})
+    default_sampling = {  # What it lacks changes nothing.
+      name: getattr(default, name) for name in default_sampling or {}
+      if hasattr(default, name)}
     config = config or config_lib.EngineConfig()
     _check_config(model, config)
     policy = scheduler_lib.policy_class(config.policy)

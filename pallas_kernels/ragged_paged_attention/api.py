@@ -315,7 +315,14 @@ def _for_pages(k_pages: jax.Array) -> str:
 def _default(page_size: int, num_kv_heads: int, head_dim: int,
              dtype: jax.typing.DTypeLike) -> str:
   """What `implementation=None` means on the default device."""
-  if tuning.default_device().platform not in ('gpu', 'cuda'):
+  device = tuning.default_device()
+  if device.platform not in ('gpu', 'cuda'):
+    return 'xla'
+  capability = str(getattr(device, 'compute_capability', ''))
+  major = capability.partition('.')[0]
+  if not major.isdigit() or int(major) < 8:
+    _say_once('Attention falls back to plain XLA: pallas_triton: '
+              f'compute_capability={capability}: must be 8.0 or above.')
     return 'xla'
   try:
     _triton_shape(page_size, num_kv_heads, head_dim, dtype)

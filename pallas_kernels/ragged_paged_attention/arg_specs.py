@@ -193,6 +193,8 @@ TESTS: tuple[ArgSpec, ...] = (
   ArgSpec(name='multi_query', **(_MIXED | dict(num_kv_heads=1))),
   ArgSpec(name='head_dim_24', **(_MIXED | dict(head_dim=24))),
   ArgSpec(name='head_dim_80', **(_MIXED | dict(head_dim=80))),
+  ArgSpec(name='head_dim_256', dtype='bfloat16', **(
+    _MIXED | dict(head_dim=256, page_size=64))),
   ArgSpec(name='groups_of_7', **(_MIXED | dict(num_heads=14))),
   ArgSpec(name='multi_query_71', **(
     _MIXED | dict(num_heads=71, num_kv_heads=1))),

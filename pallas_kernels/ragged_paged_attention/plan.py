@@ -171,7 +171,8 @@ def _expand(counts: Any, size: int, xp: Any) -> tuple[_Expanded, Any]:
   """
   ends = xp.cumsum(counts)
   index = xp.arange(size)
-  seq = xp.searchsorted(ends, index, side='right')
+  # Not searchsorted: traced, it is a loop, which ends a GPU's graph of kernels.
+  seq = xp.sum(ends[None, :] <= index[:, None], axis=1)
   seq = xp.minimum(seq, counts.shape[0] - 1)
   return _Expanded(seq, index - (ends - counts)[seq]), ends[-1]
 

@@ -33,7 +33,7 @@ _FINISH_REASONS = {
 _TIMING = tuple(field.name for field in pb.Timing.DESCRIPTOR.fields)
 _MODEL_INFO = tuple(
   field.name for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
-  if field.name != 'has_tokenizer')
+  if field.name not in ('has_tokenizer', 'default_sampling'))
 _STATS = tuple(field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -70,6 +70,7 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
       engine = self._frontend.engine
       return pb.GetModelInfoResponse(
         has_tokenizer=engine.tokenizer is not None,
+        default_sampling=pb.SamplingParams(**engine.info.default_sampling),
         **{name: getattr(engine.info, name) for name in _MODEL_INFO})
 
   async def GetStats(self, request: pb.GetStatsRequest,

@@ -132,10 +132,22 @@ class Kernel:
     return timing.seconds(lambda: self._run(*arguments)) / _CHAIN
 
 
-def _chain(q: jax.Array, *arguments: jax.Array, **options: Any) -> jax.Array:
-  """Attention to attention's output, as in a model's layers."""
+def _chain(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  tables: jax.Array,
+  starts: jax.Array,
+  distribution: jax.Array,
+  **options: Any,
+) -> jax.Array:
+  """Attention to attention's output under one plan, as in a model's layers."""
+  plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution)
   for _ in range(_CHAIN):
-    q = rpa.ragged_paged_attention(q, *arguments, **options)
+    q = rpa.ragged_paged_attention(
+      q, k_pages, v_pages, kv_lens, tables, starts, distribution, plan=plan,
+      **options)
   return q
 
 
@@ -181,11 +193,16 @@ def run(sweep: Sweep, limits: dict[str, float], implementation: str,
       **dataclasses.asdict(batch), 'us': took * 1e6,
       'tb_per_s': bytes_per_s / 1e12, 'tflop_per_s': flops_per_s / 1e12,
       'of_copy': bytes_per_s / limits['copy_bytes_per_s'],
-      'of_matmul': flops_per_s / limits['matmul_flops_per_s']}
+      'of_matmul': flops_per_s / limits['matmul_flops_per_s'],
+      # Small caches stay in the device's own; theirs is no memory's speed.
+      'kv_mb': batch.kv_bytes(sweep) / 1e6}
     comparable = batch.kind == 'decode' or (
       batch.kind == 'prefill' and not batch.before)
     if dense and comparable and batch.kv_bytes(sweep) <= dense_bytes:
-      row['dense_over_ours'] = dense_seconds(sweep, batch, dense) / took
+      try:
+        row['dense_over_ours'] = dense_seconds(sweep, batch, dense) / took
+      except Exception as error:  # Of any kind: the comparison is a guest.
+        row['dense_over_ours'] = f'{type(error).__name__}: {error}'[:60]
     rows.append(row)
     on_row()
   return rows

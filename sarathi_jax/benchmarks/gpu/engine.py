@@ -19,14 +19,14 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 
 
-def _chunk(slot: int, start: int, num_tokens: int, pages_per_seq: int,
+def _chunk(slot: int, start: int, num_tokens: int,
            page_size: int) -> types.Chunk:
-  """Tokens of a sequence whose pages lie in a row."""
+  """Tokens of a sequence whose pages lie in a row, behind those before it."""
   pages = -(-(start + num_tokens) // page_size)
   return types.Chunk(
     request_id=str(slot), slot=slot, start=start, tokens=(1,) * num_tokens,
     num_tokens=num_tokens, is_prefill=num_tokens > 1, samples=True,
-    page_table=tuple(range(slot * pages_per_seq, slot * pages_per_seq + pages)),
+    page_table=tuple(range(slot * pages, (slot + 1) * pages)),
     prompt_len=start + num_tokens, seed=0,
     sampling=types.SamplingParams(temperature=0))
 
@@ -68,21 +68,23 @@ def steps(model: model_config_lib.ModelConfig, params: Any,
   runner = device_runner.DeviceRunner(
     model, params, config, lambda max_model_len: config.token_budget)
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
-  # Each token is multiplied with all but the embedding, which is looked up.
-  embed = params['embed'].size if not model.tie_word_embeddings else 0
-  active = sum(x.size for x in jax.tree.leaves(params)) - embed
+  # The embedding is looked up; the head sees a sequence's last token only.
+  vocab = params['embed']
+  looked_up = 0 if model.tie_word_embeddings else vocab.nbytes
+  block_size = sum(x.size for x in jax.tree.leaves(params['layers']))
   per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
-    jax.tree.leaves(params)[0].dtype.itemsize)
-  pages_per_seq = -(-runner.max_model_len // config.page_size)
+    vocab.dtype.itemsize)
   rows = []
   for name, seqs, before, tokens in points:
+    needed = seqs * -(-(before + tokens) // config.page_size)
+    if needed > runner.num_pages:
+      continue  # Not on this device: its memory does not hold them.
     row = _step_seconds(runner, [
-      _chunk(i, before, tokens, pages_per_seq, config.page_size)
-      for i in range(seqs)])
-    floor = (weights - embed * 2 + seqs * (before + tokens) * per_token) / (
+      _chunk(i, before, tokens, config.page_size) for i in range(seqs)])
+    floor = (weights - looked_up + seqs * (before + tokens) * per_token) / (
       limits['copy_bytes_per_s'])
     pairs = seqs * (tokens * before + tokens * (tokens + 1) // 2)
-    flops = 2 * active * seqs * tokens + (
+    flops = 2 * seqs * (block_size * tokens + vocab.size) + (
       4 * pairs * model.num_layers * model.num_heads * model.head_dim)
     rows.append({
       'step': name, 'sequences': seqs, 'context': before, 'tokens': tokens,
@@ -122,7 +124,7 @@ def serve(model: model_config_lib.ModelConfig, params: Any,
 
 
 def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:
-  """Random weights, made on the device leaf by leaf."""
+  """Random weights, made on the device."""
   make = jax.jit(lambda: models.init_params(
     model, jax.random.key(0), jnp.dtype(dtype), scale=0.02))
   return jax.block_until_ready(make())

@@ -108,8 +108,13 @@ def test_pages_for_another_implementation():
 def test_a_gpu_gets_the_kernel_where_it_can(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
   monkeypatch.setattr(tuning, 'default_device', lambda: types.SimpleNamespace(
-    platform='gpu', device_kind='NVIDIA A100-SXM4-80GB'))
+    platform='gpu', device_kind='NVIDIA A100-SXM4-80GB',
+    compute_capability='8.0'))
   assert rpa.init_pages(2, 16, 2, 32, 'bfloat16')[0].ndim == 4
   assert not caplog.text
   assert rpa.init_pages(2, 8, 2, 32, 'bfloat16')[0].ndim == 5
   assert 'falls back to plain XLA: pallas_triton: page_size=8' in caplog.text
+  monkeypatch.setattr(tuning, 'default_device', lambda: types.SimpleNamespace(
+    platform='gpu', device_kind='Tesla V100', compute_capability='7.0'))
+  assert rpa.init_pages(2, 16, 2, 32, 'float16')[0].ndim == 5
+  assert 'compute_capability=7.0: must be 8.0 or above' in caplog.text
