@@ -38,6 +38,12 @@ def machine() -> dict[str, Any]:
     'versions': {p: v for p in _PACKAGES if (v := _version(p))}}
 
 
+def _without_folder(value: Any) -> Any:
+  """A path of this machine says nothing elsewhere, but for its last name."""
+  is_path = isinstance(value, str) and os.path.isabs(value)
+  return os.path.basename(value) if is_path else value
+
+
 def write_json(path: str | None, benchmark: str, flags: Any,
                results: Any, **more: Any) -> None:
   """Writes results with their circumstances; does nothing without a path.
@@ -54,7 +60,7 @@ def write_json(path: str | None, benchmark: str, flags: Any,
   # absl names the main module by its file, others by their dotted names.
   ours = (f'{benchmark}.py', f'.{benchmark}', 'sarathi_jax.flags')
   values = {
-    flag.name: flag.value
+    flag.name: _without_folder(flag.value)
     for module, defined in flags.flags_by_module_dict().items()
     if module.endswith(ours) for flag in defined}
   pathlib.Path(path).write_text(json.dumps({
