@@ -55,6 +55,8 @@ class EngineConfig:
     short_prompt_share: the part of a step's prefill tokens that a prompt
       leaves to the prompts behind it, in [0, 1).
     attention: an implementation of ragged_paged_attention; None picks one.
+    tp: tensor parallelism: devices that share each layer.
+    pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
     compilation_cache_dir: where compiled steps are kept between runs; None
       for no such cache.
@@ -71,11 +73,13 @@ class EngineConfig:
   look_ahead: bool = True
   short_prompt_share: float = 0.25
   attention: str | None = None
+  tp: int = 1
+  pp: int = 1
   seed: int = 0
   compilation_cache_dir: str | None = None
 
   def __post_init__(self) -> None:
-    for field in ('token_budget', 'max_num_seqs', 'page_size'):
+    for field in ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'):
       value = getattr(self, field)
       check(_is_int(value) and value >= 1, field, value,
             'must be an integer >= 1')

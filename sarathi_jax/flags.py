@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import runpy
-import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import errors
+from sarathi_jax import deployment
 from sarathi_jax import scheduler
 
 FLAGS = flags.FLAGS
@@ -38,6 +36,10 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
     'leaves to shorter ones behind it.'),
   'attention': (flags.DEFINE_string, 'Implementation of attention.'),
+  'tp': (flags.DEFINE_integer,
+         'Tensor parallelism: devices that share each layer.'),
+  'pp': (flags.DEFINE_integer,
+         'Pipeline parallelism: stages, of tp devices each.'),
   'seed': (flags.DEFINE_integer,
            'Of the random numbers of requests without a seed.'),
 }
@@ -63,7 +65,7 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
     ConfigError: it can't work, or --config can't be read. What depends on
       the model is checked when that is loaded.
   """
-  config = _config_file(FLAGS.config) if FLAGS.config else (
+  config = deployment.read(FLAGS.config).config if FLAGS.config else (
     config_lib.EngineConfig())
   given: dict[str, Any] = {
     name: FLAGS[name].value for name in _ENGINE_FLAGS
@@ -73,26 +75,4 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
       pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled')
   config = dataclasses.replace(config, **given)
   scheduler.policy_class(config.policy)
-  return config
-
-
-def _config_file(path: str) -> config_lib.EngineConfig:
-  def fail(problem: str) -> NoReturn:
-    raise errors.ConfigError(f'config={path!r}: {problem}.')
-
-  if not pathlib.Path(path).is_file():
-    fail('no such file')
-  try:
-    get_config = runpy.run_path(path).get('get_config')
-    if not callable(get_config):
-      fail('must define get_config()')
-    config = get_config()
-  except errors.SarathiError:
-    raise
-  except Exception as error:  # It may raise what it likes.
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    where = f' (line {line.lineno})' if line.filename == path else ''
-    fail(f'{type(error).__name__}: {error}{where}')
-  if not isinstance(config, config_lib.EngineConfig):
-    fail(f'get_config() must return an EngineConfig, not {config!r}')
   return config

@@ -38,6 +38,9 @@ def _check_config(model: model_config_lib.ModelConfig,
   """What can be told before weights are loaded."""
   scheduler_lib.policy_class(config.policy)
   config_lib.check(
+    config.tp == config.pp == 1, 'tp, pp', (config.tp, config.pp),
+    'parallelism over devices is not supported')
+  config_lib.check(
     (config.max_model_len or 1) <= model.context_len, 'max_model_len',
     config.max_model_len,
     f'the model was made for at most {model.context_len} tokens')

@@ -40,7 +40,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.models', 'sarathi_jax.engine.engine', 'pallas_kernels'),
   'sarathi_jax.checkpoint': ('sarathi_jax.models', '~checkpoints_convert'),
   'checkpoints_convert': ('sarathi_jax.models', 'sarathi_jax.checkpoint'),
-  'sarathi_jax.flags': ('sarathi_jax.scheduler',),
+  'sarathi_jax.deployment': ('sarathi_jax.models.config',),
+  'sarathi_jax.flags': ('sarathi_jax.deployment', 'sarathi_jax.scheduler'),
   'sarathi_jax.prompt_lines': ('sarathi_jax.engine',),
   'sarathi_jax.report': ('sarathi_jax.engine',),
   'sarathi_jax.llm': (
@@ -57,7 +58,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
   'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),
   'sarathi_jax.benchmarks': ANY,
-  'configs': ('sarathi_jax',),
+  'configs': ('sarathi_jax', 'sarathi_jax.models'),
   'tests': ANY,
 }
 # The layers that are to run without much, and what of others they may import.
@@ -67,6 +68,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.errors': (),
   'sarathi_jax.scheduler': (),
   'sarathi_jax.models.config': (),
+  'sarathi_jax.models.published': (),
   'sarathi_jax.models.spec': (),
   'sarathi_jax.engine': ('jinja2', 'tokenizers'),
   'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
@@ -79,7 +81,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
 WITHOUT_JAX = (
   'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
   'sarathi_jax.engine.fake_runner', 'sarathi_jax.engine.collector',
-  'sarathi_jax.models.config',
+  'sarathi_jax.models.published', 'sarathi_jax.deployment',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
   'sarathi_jax.server.service', 'sarathi_jax.server.main',
   'sarathi_jax.client')

@@ -20,6 +20,8 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'max_num_seqs': -1}, 'max_num_seqs=-1: must be an integer >= 1'),
   ({'max_num_seqs': '8'}, "max_num_seqs='8': must be an integer >= 1"),
   ({'max_num_seqs': True}, 'max_num_seqs=True: must be an integer >= 1'),
+  ({'tp': 0}, 'tp=0: must be an integer >= 1'),
+  ({'pp': '2'}, "pp='2': must be an integer >= 1"),
   ({'page_size': 0}, 'page_size=0: must be an integer >= 1'),
   ({'max_model_len': 0}, 'max_model_len=0: must be an integer >= 1'),
   ({'num_pages': 0}, 'num_pages=0: must be an integer >= 1'),

@@ -23,7 +23,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(config_lib.EngineConfig)}
 VALUES = dict(
   policy='vllm', token_budget=256, max_num_seqs=64, max_model_len=100,
   page_size=16, num_pages=99, kv_cache_gib=0.5, memory_utilization=0.5,
-  look_ahead=False, short_prompt_share=0.5, attention='xla', seed=9)
+  look_ahead=False, short_prompt_share=0.5, attention='xla', tp=2,
+  pp=4, seed=9)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -113,7 +114,17 @@ def test_what_cant_work_is_refused(args, words):
 @pytest.mark.parametrize('text,words', [
   ('', ['must define get_config()']),
   ('get_config = 3', ['must define get_config()']),
-  ('def get_config(): return {}', ['must return an EngineConfig, not {}']),
+  ('''
+from sarathi_jax import config
+def get_config(): return config.EngineConfig()
+def get_model(): return 7
+''', ['get_model() must return ModelConfig, not 7']),
+  ('''
+from sarathi_jax import config
+DEVICE = 7
+def get_config(): return config.EngineConfig()
+''', ['DEVICE must be a name', 'not 7']),
+  ('def get_config(): return {}', ['must return EngineConfig, not {}']),
   ('def get_config(:', ['SyntaxError', 'line 1']),
   ('import no_such_module', ['ModuleNotFoundError', 'line 1']),
   ('x = 1\ndef get_config():\n  return {}["key"]',

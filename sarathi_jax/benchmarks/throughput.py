@@ -29,6 +29,7 @@ from sarathi_jax import models
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import published
 
 FLAGS = flags.FLAGS
 
@@ -44,8 +45,7 @@ def _llama(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int,
 MODELS = {
   '43m': _llama(12, 512, 1376, 8, 4, 8192, 2048),
   '150m': _llama(12, 1024, 2752, 16, 4, 8192, 2048),
-  'tinyllama-1.1b': _llama(22, 2048, 5632, 32, 4, 32000, 2048),
-  'mistral-7b': _llama(32, 4096, 14336, 32, 8, 32000, 32768),
+  **published.MODELS,
 }
 
 

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama-3.1-70B on four H100-80G, TP4.
+
+  python -m checkpoints_convert --source=meta-llama/Llama-3.1-70B-Instruct \
+      --target=/checkpoints/llama-3-1-70b --dtype=bfloat16
+  scripts/serve /checkpoints/llama-3-1-70b \
+      --config=configs/llama_3_1_70b_h100_tp4.py
+
+For chat, and documents of up to 32k tokens.
+
+What it takes of the GPUs, checked without one:
+
+  python -m sarathi_jax.plan --config=configs/llama_3_1_70b_h100_tp4.py
+
+Speed: not yet measured.
+"""
+
+from sarathi_jax import EngineConfig
+from sarathi_jax.models import config
+from sarathi_jax.models import published
+
+DEVICE = 'h100'
+
+
+def get_config() -> EngineConfig:
+  return EngineConfig(
+    tp=4, token_budget=1024, max_num_seqs=256, max_model_len=32768)
+
+
+def get_model() -> config.ModelConfig:
+  return published.MODELS['llama-3.1-70b']

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3-32B on two H100-80G, TP2.
+
+  python -m checkpoints_convert --source=Qwen/Qwen3-32B \
+      --target=/checkpoints/qwen3-32b --dtype=bfloat16
+  scripts/serve /checkpoints/qwen3-32b --config=configs/qwen3_32b_h100_tp2.py
+
+All of its context.
+
+What it takes of the GPUs, checked without one:
+
+  python -m sarathi_jax.plan --config=configs/qwen3_32b_h100_tp2.py
+
+Speed: not yet measured.
+"""
+
+from sarathi_jax import EngineConfig
+from sarathi_jax.models import config
+from sarathi_jax.models import published
+
+DEVICE = 'h100'
+
+
+def get_config() -> EngineConfig:
+  return EngineConfig(
+    tp=2, token_budget=1024, max_num_seqs=256)
+
+
+def get_model() -> config.ModelConfig:
+  return published.MODELS['qwen3-32b']
