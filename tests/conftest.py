@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import os
 import signal
+import sys
 
 import hypothesis
 import pytest
@@ -28,6 +29,19 @@ hypothesis.settings.register_profile(
   'project', deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile('project')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _no_compilation_cache_is_left() -> Iterator[None]:
+  """JAX has one a process, and keeps it: an engine's is not the next file's."""
+  yield
+  if 'jax' not in sys.modules:
+    return
+  import jax
+  if jax.config.jax_compilation_cache_dir is not None:
+    from jax.experimental.compilation_cache import compilation_cache
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An LLM that is handed new weights, as in a training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sarathi_jax import errors
+from tests import tiny
+from tests.llm import common
+
+GREEDY, PROMPTS = common.GREEDY, common.PROMPTS
+tokens_of = common.tokens_of
+
+
+def test_new_weights_are_those_of_a_fresh_llm(llm, new_params, greedy):
+  assert greedy['old'] != greedy['new']
+  with tiny.count_compiles() as compiled:
+    assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']
+    llm.update_params(new_params)
+    assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
+  assert compiled == []
+
+
+def test_new_weights_in_the_middle_of_a_stream(llm, params, new_params,
+                                               make_llm):
+  """What was generated stays; what follows is of the new weights alone."""
+  prompt = PROMPTS[2]
+  tokens: list[int] = []
+  stream = llm.stream(prompt, GREEDY)
+  for _ in range(2):
+    tokens += next(stream).token_ids
+  llm.update_params(new_params)
+  for delta in stream:
+    tokens += delta.token_ids
+  assert delta.metrics.num_preemptions == 1
+  # What was in flight still came from the old weights.
+  num_old = 2 + llm.engine._scheduler.config.max_in_flight - 1
+  fresh = make_llm(new_params)
+  rest, = fresh.generate([*prompt, *tokens[:num_old]], GREEDY)
+  assert tuple(tokens[num_old:]) == rest.token_ids[:6 - num_old]
+  old, = make_llm(params).generate(prompt, GREEDY)
+  assert tuple(tokens[:num_old]) == old.token_ids[:num_old]
+  assert tuple(tokens) != old.token_ids
+
+
+def test_only_the_names_of_new_weights_count(llm, new_params, greedy):
+  """And one device's sharding is as good as another."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('x',))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  placed = jax.device_put(new_params, sharding)
+  llm.update_params({**placed, 'layers': tuple(placed['layers'])})
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
+
+
+def without(tree: Any, name: str) -> Any:
+  return {k: v for k, v in tree.items() if k != name}
+
+
+@pytest.mark.parametrize('change,words', [
+  (lambda p: without(p, 'embed'), ['params.embed', 'missing in a llama']),
+  (lambda p: {**p, 'extra': p['embed']}, ['params.extra', 'unknown']),
+  (lambda p: {**p, 'layers': p['layers'] * 2}, ['params.layers.1', 'unknown']),
+  (lambda p: {**p, 'embed': p['embed'].T},
+   ['params.embed', 'float32[16, 300]', 'float32[300, 16]']),
+  (lambda p: {**p, 'embed': p['embed'].astype(jnp.bfloat16)},
+   ['params.embed', 'bfloat16[300, 16]', 'must be float32']),
+  (lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p),
+   ['bfloat16', 'must be float32']),
+  (lambda p: {**p, 'embed': np.asarray(p['embed'])},
+   ['params.embed', 'ndarray', 'jax.Array']),
+])
+def test_wrong_weights_are_named_and_the_old_stay(llm, params, greedy, change,
+                                                  words):
+  with pytest.raises(errors.ConfigError) as caught:
+    llm.update_params(change(params))
+  for word in words:
+    assert word in str(caught.value)
+  assert tokens_of(llm.generate(PROMPTS[:1], GREEDY)) == greedy['old'][:1]
+
+
+def test_weights_of_a_dtype_that_attention_lacks(params, make_llm):
+  whole = jax.tree.map(lambda x: x.astype(jnp.int32), params)
+  with pytest.raises(errors.ConfigError, match=(
+      r'int32.*must be float32 or bfloat16 or float16')):
+    make_llm(whole)
+
+
+def test_weights_that_a_trainer_donated(llm, new_params, greedy):
+  """Named, and no harm done: the new ones are served next."""
+  donated = jax.tree.map(jnp.copy, new_params)
+  llm.update_params(donated)
+  stream = llm.stream(PROMPTS[0], GREEDY)
+  next(stream)
+  train_step = jax.jit(
+    lambda p: jax.tree.map(lambda x: x + 0, p), donate_argnums=0)
+  trained = train_step(donated)
+  with pytest.raises(errors.ConfigError, match=r'donated.*update_params'):
+    list(stream)
+  with pytest.raises(errors.ConfigError, match=r'donated.*update_params'):
+    llm.generate(PROMPTS, GREEDY)
+  with pytest.raises(errors.ConfigError, match='donated'):
+    llm.update_params(donated)
+  llm.update_params(trained)
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
+
+
+def test_a_training_loop(llm):
+  """The example of LLM's docstring: it gets likelier what is trained for."""
+  prompt, target = [5, 6, 7], 9
+  tokens = jnp.array([*prompt, *[target] * 3], jnp.int32)
+
+  def loss(params: Any) -> jax.Array:
+    return -common.all_logprobs(params, tokens)[2:5, target].sum()
+
+  def update(params: Any) -> Any:
+    return jax.tree.map(lambda p, g: p - 0.05 * g, params,
+                        jax.grad(loss)(params))
+
+  train_step = jax.jit(update, donate_argnums=0)
+  params = tiny.make_params()
+  rewards = []
+  for _ in range(10):
+    done, = llm.generate(prompt, GREEDY)
+    rewards.append(done.token_ids[:3].count(target))
+    params = train_step(params)
+    llm.update_params(params)
+  assert rewards[0] == 0 and rewards[-1] == 3
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_weights_in_half_precision(dtype, make_llm):
+  llm = make_llm(tiny.make_params(dtype=dtype), token_budget=4)
+  done = llm.generate(PROMPTS, GREEDY)
+  assert all(len(c.token_ids) == 6 for c in done)
+  assert all(np.isfinite(c.logprobs).all() for c in done)
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens_of(done)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offline runs, from the lines of the input to those of the output."""
+
+from __future__ import annotations
+
+from tests import tokenizer_fixture
+from tests.offline import runs
+
+VOCAB, GOOD = runs.VOCAB, runs.GOOD
+
+
+def test_the_format_of_results(run):
+  run.write(
+    {'prompt': 'The quick'},
+    {'request_id': 'ids', 'prompt_token_ids': [5, 6, 7],
+     'sampling': {'max_tokens': 2, 'temperature': 0}},
+    {'request_id': 'chat', 'messages': [{'role': 'user', 'content': 'Hi'}]},
+    b'  ',
+    {'prompt': 'Unic\u00f6de', 'sampling': None})
+  code, seen = run()
+  assert code == 0
+  results = {r['request_id']: r for r in run.results()}
+  assert set(results) == {'line-1', 'ids', 'chat', 'line-5'}
+  ids = results['ids']
+  assert set(ids) == {
+    'request_id', 'prompt_token_ids', 'token_ids', 'text', 'finish_reason',
+    'stop_reason', 'metrics'}
+  assert ids['prompt_token_ids'] == [5, 6, 7]
+  assert len(ids['token_ids']) == 2
+  assert ids['finish_reason'] == 'length' and ids['stop_reason'] is None
+  assert results['line-1']['prompt_token_ids'] == list(
+    tokenizer_fixture.make().encode('The quick').ids)
+  assert len(results['line-1']['token_ids']) == 5
+  times = ids['metrics']
+  assert times['num_prompt_tokens'] == 3
+  assert times['num_output_tokens'] == 2
+  assert 0 <= times['scheduling_delay_s'] <= times['ttft_s']
+  assert times['ttft_s'] <= times['e2e_s']
+  assert times['tpot_s'] > 0
+  for words in ('4 in ', '17 tokens', 'TTFT', 'TBT', 'padding', 'preemptions'):
+    assert words in seen
+  assert 'errors' not in seen
+
+
+def test_results_do_not_depend_on_order(run):
+  """Though they are sampled, without a seed."""
+  lines = [{'request_id': f'r{i}', 'prompt_token_ids': [i + 3] * (i + 1)}
+           for i in range(9)]
+  run.write(*lines)
+  assert run()[0] == 0
+  first = runs.by_id(run.results())
+  assert len({tuple(r['token_ids']) for r in first.values()}) == 9
+  run.output.unlink()
+  run.write(*reversed(lines))
+  assert run()[0] == 0
+  assert runs.by_id(run.results()) == first
+  run.output.unlink()
+  assert run('--seed=1')[0] == 0
+  assert runs.by_id(run.results()) != first
+
+
+def test_a_file_from_another_system(run):
+  """A byte order mark, CRLF, no newline at the end, half a pair in an id."""
+  run.prompts.write_bytes(
+    b'\xef\xbb\xbf{"request_id": "\\ud800", "prompt_token_ids": [5]}\r\n'
+    b'\r\n{"prompt_token_ids": [6]}')
+  assert run()[0] == 0
+  assert {r['request_id'] for r in run.results()} == {'\ud800', 'line-3'}
+  assert run('--resume')[0] == 0
+  assert len(run.results()) == 2
+
+
+def test_sampling_flags_are_for_lines_that_say_nothing_else(run):
+  run.write(GOOD, {'sampling': {'max_tokens': 2}, **GOOD})
+  assert run('--max_tokens=3', '--temperature=0', '--top_k=4', '--top_p=0.5',
+             '--min_p=0.1', '--noignore_eos', '--stop=zzz')[0] == 0
+  assert sorted(len(r['token_ids']) for r in run.results()) == [2, 3]
+
+
+def test_an_empty_input(run):
+  run.write()
+  code, seen = run()
+  assert code == 0 and run.results() == []
+  assert '0 in ' in seen
+
+
+def test_more_lines_than_the_engine_takes_at_once(run):
+  run.write(*[{'prompt_token_ids': [i % VOCAB]} for i in range(60)])
+  assert run('--max_tokens=2')[0] == 0
+  assert len(runs.by_id(run.results())) == 60
