@@ -24,7 +24,6 @@ class GpuTarget:
     multiprocessors: SMs.
     lanes: float32 operations a clock and multiprocessor, an FMA as one.
     shared_memory: bytes, of a multiprocessor.
-    shared_memory_per_block: bytes, the most that a block may ask for.
     threads_per_multiprocessor: the most.
     blocks_per_multiprocessor: the most.
     memory_bytes: of the device.
@@ -38,13 +37,17 @@ class GpuTarget:
   multiprocessors: int
   lanes: int
   shared_memory: int
-  shared_memory_per_block: int
   threads_per_multiprocessor: int
   blocks_per_multiprocessor: int
   memory_bytes: int
   bandwidth: int
   l2_bytes: int
   clock_ghz: float
+
+  @property
+  def shared_memory_per_block(self) -> int:
+    """Bytes, the most that a block may ask for."""
+    return self.shared_memory - _SYSTEM_SHARED
 
   def blocks_that_fit(self, threads: int, registers: int,
                       shared_memory: int) -> int:
@@ -107,21 +110,21 @@ TARGETS: Mapping[str, GpuTarget] = {
   'a100': GpuTarget(
     device_kind='NVIDIA A100-SXM4-80GB', compute_capability=(8, 0),
     multiprocessors=108, lanes=64, shared_memory=167936,
-    shared_memory_per_block=166912, threads_per_multiprocessor=2048,
-    blocks_per_multiprocessor=32, memory_bytes=85_100_068_864,
-    bandwidth=2_039_040_000_000, l2_bytes=41_943_040, clock_ghz=1.41),
+    threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
+    memory_bytes=85_100_068_864, bandwidth=2_039_040_000_000,
+    l2_bytes=41_943_040, clock_ghz=1.41),
   'a40': GpuTarget(
     device_kind='NVIDIA A40', compute_capability=(8, 6),
     multiprocessors=84, lanes=128, shared_memory=102400,
-    shared_memory_per_block=101376, threads_per_multiprocessor=1536,
-    blocks_per_multiprocessor=16, memory_bytes=47_800_000_000,
-    bandwidth=696_000_000_000, l2_bytes=6_291_456, clock_ghz=1.74),
+    threads_per_multiprocessor=1536, blocks_per_multiprocessor=16,
+    memory_bytes=47_800_000_000, bandwidth=696_000_000_000,
+    l2_bytes=6_291_456, clock_ghz=1.74),
   'h100': GpuTarget(
     device_kind='NVIDIA H100 80GB HBM3', compute_capability=(9, 0),
     multiprocessors=132, lanes=128, shared_memory=233472,
-    shared_memory_per_block=232448, threads_per_multiprocessor=2048,
-    blocks_per_multiprocessor=32, memory_bytes=84_942_979_072,
-    bandwidth=3_352_320_000_000, l2_bytes=52_428_800, clock_ghz=1.98),
+    threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
+    memory_bytes=84_942_979_072, bandwidth=3_352_320_000_000,
+    l2_bytes=52_428_800, clock_ghz=1.98),
 }
 
 

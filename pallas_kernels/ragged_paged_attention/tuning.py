@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu_targets
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 
 
@@ -94,29 +95,16 @@ class Sizes:
       num_items=-(-2 * self.num_blocks // shape.num_kv_heads))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Device:
-  """A row of the table.
-
-  Attributes:
-    multiprocessors: SMs.
-    sizes: (bytes of a number, head_dim up to) -> Sizes but for num_blocks.
-  """
-
-  multiprocessors: int
-  sizes: Mapping[tuple[int, int], tuple[int, int, int, int]]
-
-
+# (bytes of a number, head_dim up to) -> Sizes but for num_blocks.
 _WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
-_A40 = _Device(84, {(2, 128): (64, 32, 4, 3)} | _WIDE)
-_H100 = _Device(132, {(2, 128): (64, 64, 4, 2)} | _WIDE)
-# By what jax.Device.device_kind begins with.
-_DEVICES: Mapping[str, _Device] = {
-  'NVIDIA A100': _Device(108, {(2, 128): (64, 32, 4, 2)} | _WIDE),
-  'NVIDIA A40': _A40,
-  'NVIDIA H100': _H100,
-  'NVIDIA H200': _H100,
+_SIZES: Mapping[str, Mapping[tuple[int, int], tuple[int, int, int, int]]] = {
+  'a100': {(2, 128): (64, 32, 4, 2)} | _WIDE,
+  'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
+  'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
 }
+# By what jax.Device.device_kind begins with.
+_TARGETS = {'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
+            'NVIDIA H200': 'h100'}
 
 
 def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
@@ -132,12 +120,14 @@ def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
   """
   kind = (default_device().device_kind if device_kind is None
           else device_kind)
-  device = next(
-    (d for name, d in _DEVICES.items() if kind.startswith(name)), _A40)
+  target = next(
+    (name for begin, name in _TARGETS.items() if kind.startswith(begin)),
+    'a40')
   width = jnp.dtype(shape.dtype).itemsize
-  for (itemsize, head_dim), sizes in device.sizes.items():
+  for (itemsize, head_dim), sizes in _SIZES[target].items():
     if itemsize == width and shape.head_dim <= head_dim:
-      return Sizes(*sizes, num_blocks=2 * device.multiprocessors)
+      return Sizes(
+        *sizes, num_blocks=2 * gpu_targets.get(target).multiprocessors)
   _check(width in (2, 4), 'dtype', shape.dtype,
          'must be float32, bfloat16 or float16')
   _check(False, 'head_dim', shape.head_dim, 'must be at most 256')

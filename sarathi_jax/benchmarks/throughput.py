@@ -9,6 +9,7 @@ up; the others are measured, each on fresh prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import time
@@ -63,35 +64,42 @@ def define_flags() -> None:
   engine_flags.define_engine_flags()
 
 
-def _draw(rng: random.Random, vocab_size: int,
-          ) -> tuple[list[list[int]], list[types.SamplingParams]]:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+  """Requests that are there all at once; lengths in tokens, to draw from."""
+
+  num_requests: int
+  prompt_lens: tuple[int, ...]
+  output_lens: tuple[int, ...]
+
+
+def run(llm: llm_lib.LLM, workload: Workload, seed: int) -> dict[str, float]:
+  """One run's numbers, on random prompts that are fresh for every seed."""
+  rng = random.Random(seed)
   prompts, sampling = [], []
-  for _ in range(FLAGS.num_requests):
-    length = int(rng.choice(FLAGS.prompt_lens))
-    prompts.append([rng.randrange(vocab_size) for _ in range(length)])
+  for _ in range(workload.num_requests):
+    prompts.append([rng.randrange(llm.model.vocab_size)
+                    for _ in range(rng.choice(workload.prompt_lens))])
     sampling.append(types.SamplingParams(
       temperature=0, ignore_eos=True,
-      max_tokens=int(rng.choice(FLAGS.output_lens))))
-  return prompts, sampling
-
-
-def run(llm: llm_lib.LLM, seed: int) -> dict[str, float]:
-  """One run's numbers."""
-  prompts, sampling = _draw(random.Random(seed), llm.model.vocab_size)
+      max_tokens=rng.choice(workload.output_lens)))
   metrics = llm.engine.metrics
   num_steps, wait_s = metrics.num_steps, metrics.wait_s
   start = time.perf_counter()
   done = llm.generate(prompts, sampling)
   seconds = time.perf_counter() - start
   num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
-  output = sum(len(d.token_ids) for d in done)
+  output, prompt = (sum(map(len, x)) for x in (
+    [d.token_ids for d in done], prompts))
+  gaps = [d.metrics.max_tbt_s for d in done if d.metrics.max_tbt_s is not None]
   return {
-    'seconds': seconds, 'output_tokens': output,
-    'prompt_tokens': sum(map(len, prompts)),
-    'output_tokens_per_s': output / seconds, 'steps': num_steps,
+    'seconds': seconds, 'output_tokens': output, 'prompt_tokens': prompt,
+    'output_tokens_per_s': output / seconds,
+    'prompt_tokens_per_s': prompt / seconds, 'steps': num_steps,
     'step_ms': seconds / num_steps * 1e3,
     'host_ms_per_step': (seconds - wait_s) / num_steps * 1e3,
-    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done)}
+    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done),
+    'worst_tbt_p50_s': statistics.median(gaps) if gaps else 0.0}
 
 
 def main(argv: list[str]) -> None:
@@ -102,6 +110,10 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console(highlight=False)
   model = MODELS[FLAGS.model]
   config = engine_flags.engine_config_from_flags()
+  workload = Workload(
+    num_requests=FLAGS.num_requests,
+    prompt_lens=tuple(map(int, FLAGS.prompt_lens)),
+    output_lens=tuple(map(int, FLAGS.output_lens)))
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Making weights', total=None)
     params = jax.jit(lambda: models.init_params(
@@ -115,7 +127,7 @@ def main(argv: list[str]) -> None:
     progress.reset(task, description='Running', total=FLAGS.runs + 1)
     rows = []
     for seed in range(FLAGS.runs + 1):
-      rows.append(run(llm, seed))
+      rows.append(run(llm, workload, seed))
       progress.advance(task)
   _report(console, config, llm, rows)
 

@@ -16,7 +16,7 @@ from sarathi_jax.benchmarks.gpu import attention
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu_check', *args],
+    [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check', *args],
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import random
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -15,6 +15,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
+from sarathi_jax.benchmarks import throughput
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 
@@ -94,33 +95,12 @@ def steps(model: model_config_lib.ModelConfig, params: Any,
 
 
 def serve(model: model_config_lib.ModelConfig, params: Any,
-          config: config_lib.EngineConfig, num_requests: int,
-          prompt_lens: tuple[int, ...], output_lens: tuple[int, ...],
-          ) -> dict[str, float]:
+          config: config_lib.EngineConfig,
+          workload: throughput.Workload) -> dict[str, float]:
   """Runs requests, all there at once, on the whole engine."""
-  rng = random.Random(0)
   llm = llm_lib.LLM(model, params, config=config)
-  prompts = [[rng.randrange(model.vocab_size)
-              for _ in range(rng.choice(prompt_lens))]
-             for _ in range(num_requests)]
-  sampling = [types.SamplingParams(
-    temperature=0, ignore_eos=True, max_tokens=rng.choice(output_lens))
-    for _ in prompts]
-  llm.generate(prompts[:8], sampling[:8])
-  metrics = llm.engine.metrics
-  num_steps, wait_s = metrics.num_steps, metrics.wait_s
-  start = time.perf_counter()
-  done = llm.generate(prompts, sampling)
-  took = time.perf_counter() - start
-  num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
-  gaps = [d.metrics.max_tbt_s for d in done if d.metrics.max_tbt_s is not None]
-  return {
-    'output_tokens_per_s': sum(len(d.token_ids) for d in done) / took,
-    'prompt_tokens_per_s': sum(map(len, prompts)) / took,
-    'steps': num_steps, 'step_ms': took / num_steps * 1e3,
-    'host_ms_per_step': (took - wait_s) / num_steps * 1e3,
-    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done),
-    'worst_tbt_p50_s': statistics.median(gaps) if gaps else 0.0}
+  throughput.run(llm, dataclasses.replace(workload, num_requests=8), seed=0)
+  return throughput.run(llm, workload, seed=1)
 
 
 def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:

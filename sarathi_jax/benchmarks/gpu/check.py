@@ -40,7 +40,7 @@ from sarathi_jax.benchmarks.gpu import engine
 from sarathi_jax.benchmarks.gpu import timing
 
 FLAGS = flags.FLAGS
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = pathlib.Path(__file__).parents[3]
 Rows = list[dict[str, Any]]
 
 
@@ -64,17 +64,17 @@ class Size:
   matmul_n: int
   config: config_lib.EngineConfig
   points: tuple[tuple[str, int, int, int], ...]
-  num_requests: int
-  prompt_lens: tuple[int, ...]
-  output_lens: tuple[int, ...]
+  workload: throughput.Workload
   dense: str | None
 
 
 _SIZES: Mapping[str, Size] = {
   'full': Size(
     model='mistral-7b', dtype='bfloat16', sweep=attention.Sweep(),
-    copy_bytes=2**31, matmul_n=8192, dense='cudnn', num_requests=256,
-    prompt_lens=(32, 128, 512), output_lens=(16, 64, 128),
+    copy_bytes=2**31, matmul_n=8192, dense='cudnn',
+    workload=throughput.Workload(
+      num_requests=256, prompt_lens=(32, 128, 512),
+      output_lens=(16, 64, 128)),
     config=config_lib.EngineConfig(
       token_budget=2048, max_num_seqs=128, max_model_len=4096,
       num_pages=2112),
@@ -90,7 +90,8 @@ _SIZES: Mapping[str, Size] = {
     config=config_lib.EngineConfig(
       token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
     points=(('decode', 4, 63, 1), ('prefill 32', 1, 0, 32)),
-    num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
+    workload=throughput.Workload(
+      num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8))),
 }
 
 
@@ -125,8 +126,7 @@ def _engine(size: Size) -> Rows:
   model = throughput.MODELS[size.model]
   params = engine.make_params(model, size.dtype)
   rows = engine.steps(model, params, limits, size.config, size.points)
-  served = engine.serve(model, params, size.config, size.num_requests,
-                        size.prompt_lens, size.output_lens)
+  served = engine.serve(model, params, size.config, size.workload)
   return [*rows, {'step': 'serving', **served}]
 
 
@@ -146,7 +146,7 @@ def _run_stage(name: str, seconds: float) -> Rows:
       tempfile.TemporaryFile('w+')) as log:
     flag = f'{os.environ.get("XLA_FLAGS", "")} {_STAGE_ENV.get(name, "")}'
     process = subprocess.Popen(
-      [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu_check',
+      [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check',
        f'--run_stage={name}', f'--size={FLAGS.size}',
        f'--output={answer.name}'],
       cwd=_ROOT, stdout=log, stderr=log, start_new_session=True,
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
         console.print(str(error), markup=False)
         failed = True
         continue
-      common.write_json(str(path), 'gpu_check', FLAGS, done,
+      common.write_json(str(path), 'gpu.check', FLAGS, done,
                         device=device[1].strip(), jax=jax.__version__)
     _show(console, name, done[name])
     failed |= any(row.get('exit status') for row in done[name])

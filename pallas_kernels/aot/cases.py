@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles cases, and holds their kernels to what the device has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+import dataclasses
+import os
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any, Protocol
+
+import jax
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.aot import compiler
+from pallas_kernels.aot import kernels as kernels_lib
+from pallas_kernels.aot import toolkit
+
+
+class Case(Protocol):
+  """Something to compile."""
+
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def function(self) -> Callable[..., Any]: ...
+
+  @property
+  def args(self) -> Any: ...  # its positional ones: trees of ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Memory:
+  """Bytes of a step, and what the device has."""
+
+  weights: int
+  kv_cache: int
+  temporaries: int
+  device: int
+  kv_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+  """How a case compiled.
+
+  Attributes:
+    name: of the case.
+    seconds: to lower and compile it.
+    kernels: in the order of their launches, each once.
+    problems: why it must not ship; none if it may.
+    warnings: what ptxas says will be slow.
+    memory: of a step.
+    compiled: None where XLA refused.
+  """
+
+  name: str
+  seconds: float
+  kernels: Sequence[kernels_lib.Kernel]
+  problems: Sequence[str]
+  warnings: Sequence[str] = ()
+  memory: Memory | None = None
+  compiled: Any = dataclasses.field(default=None, repr=False)
+
+
+def check(cases: Iterable[Case], device: str,
+          on_done: Callable[[Result], None] = lambda result: None,
+          ) -> list[Result]:
+  """Compiles each case and looks at its kernels.
+
+  Args:
+    cases: what to compile.
+    device: 'a100', 'a40' or 'h100'.
+    on_done: told each result.
+  """
+  compiler.device_for(device)  # Once, and not in several threads.
+
+  def run(case: Case) -> Result:
+    def fn(*args: Any) -> Any:  # A new one: JAX recalls what it compiled.
+      return case.function(*args)
+
+    return measure(case.name, device, lambda: jax.jit(fn).lower(
+      *compiler.placed(case.args, device)))
+
+  results = []
+  with futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    for result in pool.map(run, cases):
+      results.append(result)
+      on_done(result)
+  return results
+
+
+def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
+  """Compiles what `lower` returns, and watches XLA and ptxas do it."""
+  target = gpu_targets.get(device)
+  kernels: list[kernels_lib.Kernel] = []
+  problems: list[str] = []
+  slow: list[str] = []
+  compiled = None
+  start = time.perf_counter()
+  with compiler.on(device), tempfile.TemporaryDirectory() as temp:
+    folder = pathlib.Path(temp)
+    try:
+      lowered = lower()
+      compiled = lowered.compile({
+        'xla_gpu_cuda_data_dir': str(toolkit.spying(folder)),
+        'xla_dump_to': str(folder / 'xla')})
+    except jax.errors.JaxRuntimeError as error:
+      problems.append(str(error).partition('\n')[0])
+    except Exception as error:
+      error.add_note(f'compiling {name} for {device}')
+      raise
+    seconds = time.perf_counter() - start
+    if compiled is not None:
+      ours = set(re.findall(r'\bname = "([^"]+)"', lowered.as_text()))
+      said = toolkit.read_log(folder)
+      kernels = list(kernels_lib.read(
+        folder / 'xla', said, ours, target))
+      slow = sorted(set(re.findall(r'Potential Performance Loss: (.*)', said)))
+  if compiled is not None and not any(kernel.is_ours for kernel in kernels):
+    problems.append('there is no Pallas kernel in it')
+  for kernel in kernels:
+    if kernel.is_ours and kernel.registers < 0:
+      problems.append(f'{kernel.name}: ptxas said nothing about it')
+    if kernel.is_ours and kernel.spill_bytes > 0:
+      problems.append(f'{kernel.name}: spills {kernel.spill_bytes:,} bytes of '
+                      'registers a thread')
+    if kernel.shared_memory > target.shared_memory_per_block:
+      problems.append(
+        f'{kernel.name}: asks for {kernel.shared_memory:,} bytes of shared '
+        f'memory; a block may have {target.shared_memory_per_block:,}')
+  return Result(name, seconds, kernels, problems, slow, compiled=compiled)

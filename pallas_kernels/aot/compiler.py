@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XLA's compiler, told to compile for a GPU that is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.aot import toolkit
+
+_HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32'}
+
+
+@functools.cache
+def device_for(name: str) -> Any:
+  """A jax.Device to compile for, 'a100', 'a40' or 'h100'; it can't run.
+
+  Raises:
+    ValueError: an unknown name.
+    toolkit.UnavailableError: no plugin, or no CUDA toolkit.
+  """
+  target = gpu_targets.get(name)
+  if reason := toolkit.missing():
+    raise toolkit.UnavailableError(reason)
+  return topologies.get_topology_desc(
+    platform='cuda', target_config=target.text_proto(), topology='1x1x1',
+  ).devices[0]
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
+  """What is traced within is for this device."""
+  with jax.default_device(device_for(device)):
+    yield
+
+
+def placed(args: Any, device: str) -> Any:
+  """A tree of ShapeDtypeStruct, as arrays that lie on this device."""
+  sharding = jax.sharding.SingleDeviceSharding(device_for(device))
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=sharding), args)
+
+
+def compile_for(fn: Callable[..., Any], args: Sequence[Any], device: str,
+                **jit_kwargs: Any) -> Any:
+  """Compiles a function for a GPU that is not here.
+
+  Args:
+    fn: to be jitted.
+    args: its positional arguments, trees of ShapeDtypeStruct.
+    device: 'a100', 'a40' or 'h100'.
+    **jit_kwargs: of jax.jit.
+
+  Returns:
+    The jax.stages.Compiled, to look at.
+
+  Raises:
+    ValueError, toolkit.UnavailableError: see `device_for`.
+    jax.errors.JaxRuntimeError: XLA refuses it, for too much shared memory
+      among other reasons.
+  """
+  with on(device):
+    return jax.jit(fn, **jit_kwargs).lower(*placed(args, device)).compile(
+      {'xla_gpu_cuda_data_dir': str(toolkit.find())})
+
+
+def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
+  """What speaks against a program's updating its cache in place.
+
+  Args:
+    compiled: the program.
+    donated: all of its arguments that are, a tree of ShapeDtypeStruct.
+    kv: the cache among them.
+  """
+  problems = []
+  aliased = compiled.memory_analysis().alias_size_in_bytes
+  if aliased != (expected := num_bytes(donated)):
+    problems.append(f'{aliased:,} bytes are updated in place; all that is '
+                    f'donated, the KV cache above all, is {expected:,}')
+  text = compiled.as_text()
+  for shape in sorted({_hlo_type(leaf) for leaf in jax.tree.leaves(kv)}):
+    copies = re.findall(
+      rf'^.*= \(?{re.escape(shape)}\S* .*?copy(?:-start)?\(.*$', text, re.M)
+    if copies:
+      problems.append(f'{len(copies)} copies of the KV cache, {shape}: '
+                      f'{copies[0].strip()[:100]}')
+  return problems
+
+
+def num_bytes(tree: Any) -> int:
+  """Of a tree of ShapeDtypeStruct."""
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize
+             for leaf in jax.tree.leaves(tree))
+
+
+def _hlo_type(leaf: Any) -> str:
+  """'bf16[8,128]'."""
+  return (f'{_HLO_TYPES[leaf.dtype.name]}'
+          f'[{",".join(map(str, leaf.shape))}]')

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each kernel of a compiled program takes of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import pathlib
+import re
+
+from pallas_kernels import gpu_targets
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+  """What one kernel takes of a multiprocessor.
+
+  Attributes:
+    name: as compiled; the second of a name ends in __1.
+    is_ours: it is Pallas's, not made by XLA.
+    threads: of a block (CTA).
+    registers: of a thread.
+    spill_bytes: stored and loaded, of a thread.
+    shared_memory: bytes, of a block.
+    blocks_per_sm: that run at once.
+  """
+
+  name: str
+  is_ours: bool
+  threads: int
+  registers: int
+  spill_bytes: int
+  shared_memory: int
+  blocks_per_sm: int
+
+
+def parse_ptxas(log: str) -> dict[str, tuple[int, int]]:
+  """(registers, bytes of spills) by kernel, from what `ptxas -v` said.
+
+  Spills of functions that a kernel calls are counted with it.
+  """
+  found: dict[str, tuple[int, int]] = {}
+  name, spills = '', 0
+  for line in log.splitlines():
+    if match := re.search(r"Compiling entry function '(\S+)'", line):
+      name, spills = match[1], 0
+    elif match := re.search(
+        r'(\d+) bytes spill stores, (\d+) bytes spill loads', line):
+      # The warning that says the same comes before any entry function.
+      spills += int(match[1]) + int(match[2])
+    elif (match := re.search(r'Used (\d+) registers', line)) and name:
+      found[name] = int(match[1]), spills
+  return found
+
+
+def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
+  """(threads, bytes of shared memory) by kernel, from XLA's list of thunks."""
+  return {
+    match[1]: (math.prod(map(int, match[2].split(','))), int(match[3]))
+    for match in re.finditer(
+      r'^\s*\d+: k\w*Kernel .*?(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]'
+      r'.*? shared_memory: (\d+) bytes', thunks, re.M)}
+
+
+def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
+         target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
+  """The kernels of a program, in the order of their launches.
+
+  Args:
+    dumps: the folder that XLA was told to dump to.
+    ptxas_log: what ptxas said when it compiled them.
+    ours: names of Pallas's kernels.
+    target: the device.
+  """
+  # XLA may compile a kernel several times; the last one is what it took.
+  used = parse_ptxas(ptxas_log)
+  files = sorted(dumps.glob('*.thunk_sequence.txt'))
+  launches = parse_launches('\n'.join(file.read_text() for file in files))
+  for name, (threads, shared) in launches.items():
+    registers, spills = used.get(name, (-1, 0))
+    yield Kernel(
+      name, re.sub(r'__\d+$', '', name) in ours, threads, registers, spills,
+      shared, target.blocks_that_fit(threads, registers, shared))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles kernels, or a model's whole step, for a GPU that is not here.
+
+  python -m pallas_kernels.aot --device=a40
+  python -m pallas_kernels.aot --device=h100 --model=configs/mistral_7b_h100.py
+
+Needs the wheels of the extra `aot`; no GPU and no driver. Fails if a kernel
+spills registers or asks for more shared memory than the device has; of a step
+also, if it copies the KV cache or needs more memory than the device has. It
+says nothing about speed: nothing runs, and XLA could not tune its matmuls.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+import jax
+import rich.console
+import rich.progress
+import rich.text
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.aot import cases as cases_lib
+from pallas_kernels.aot import report
+from pallas_kernels.aot import toolkit
+from pallas_kernels.ragged_paged_attention import tuning
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum('device', None, list(gpu_targets.TARGETS),
+                    'The GPU to compile for.', required=True)
+  flags.DEFINE_string(
+    'model', None, 'File of configs/, named after a model of '
+    'sarathi_jax.benchmarks.throughput: compile its largest step, in '
+    'bfloat16, instead of the kernels.')
+  flags.DEFINE_string('json', None, 'File for the results.')
+
+
+def _compile() -> list[cases_lib.Result]:
+  if FLAGS.model:
+    from pallas_kernels.aot import step  # Knows models, as nothing else here.
+    from sarathi_jax import errors
+    try:
+      return [step.check(FLAGS.model, FLAGS.device)]
+    except errors.SarathiError as error:
+      sys.exit(f'error: {error}')
+  cases = list(tuning.cases(FLAGS.device))
+  with rich.progress.Progress(transient=True) as progress:
+    task = progress.add_task('Compiling', total=len(cases))
+    return cases_lib.check(
+      cases, FLAGS.device, lambda result: progress.advance(task))
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  # The plugin must not look for a driver, nor XLA say all that it thinks.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)
+  if reason := toolkit.missing():
+    sys.exit(f'error: {reason}')
+  console = rich.console.Console(highlight=False)
+  results = _compile()
+  for table in report.tables(results, FLAGS.device):
+    console.print(table)
+  if FLAGS.json:
+    pathlib.Path(FLAGS.json).write_text(report.as_json(results, FLAGS.device))
+  said = [('yellow', r.name, w) for r in results for w in r.warnings]
+  failed = [('red', r.name, p) for r in results for p in r.problems]
+  for style, name, text in said + failed:
+    console.print(rich.text.Text(f'{name}: {text}', style), soft_wrap=True)
+  if failed:
+    sys.exit(f'error: {len(failed)} problems on {FLAGS.device}, see above')
+  console.print(f'{len(results)} of {len(results)} compile for '
+                f'{FLAGS.device}; no spills.')
+
+
+def run() -> None:
+  """The command."""
+  define_flags()
+  app.run(main)

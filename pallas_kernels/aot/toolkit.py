@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA's own compiler, ptxas: where it is, and what it says of kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import shlex
+import shutil
+
+_INSTALL = "install the extra: pip install 'sarathi-jax[aot]'"
+
+
+class UnavailableError(RuntimeError):
+  """What it takes to compile for GPUs is not installed; says what."""
+
+
+def missing() -> str | None:
+  """What is not installed and has to be, or None."""
+  if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin')
+             for n in (12, 13)):
+    return f"JAX's CUDA plugin is not installed; {_INSTALL}"
+  if find() is None:
+    return f'ptxas and libdevice of CUDA are not installed; {_INSTALL}'
+  return None
+
+
+def find() -> pathlib.Path | None:
+  """The folder with bin/ptxas: of NVIDIA's wheels, or CUDA's own."""
+  found = []
+  for module in ('nvidia.cu13', 'nvidia.cuda_nvcc'):
+    try:
+      spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+      continue
+    found += spec.submodule_search_locations or [] if spec else []
+  if ptxas := shutil.which('ptxas'):
+    found.append(str(pathlib.Path(ptxas).resolve().parent.parent))
+  return next((path for path in map(pathlib.Path, found)
+               if (path / 'bin' / 'ptxas').exists()
+               and (path / 'nvvm' / 'libdevice').exists()), None)
+
+
+def spying(folder: pathlib.Path) -> pathlib.Path:
+  """A CUDA toolkit whose ptxas writes all it knows into `folder`/log."""
+  real = find()
+  assert real is not None
+  root = folder / 'cuda'
+  (root / 'bin').mkdir(parents=True)
+  (folder / 'log').mkdir()
+  (root / 'nvvm').symlink_to(real / 'nvvm')
+  for tool in (real / 'bin').iterdir():
+    if tool.name != 'ptxas':
+      (root / 'bin' / tool.name).symlink_to(tool)
+  ptxas = shlex.quote(str(real / 'bin' / 'ptxas'))
+  log = shlex.quote(str(folder / 'log')) + '/$$'
+  # XLA reads why ptxas failed from standard error.
+  (root / 'bin' / 'ptxas').write_text(f'''#!/bin/sh
+case "$*" in *--version*|*--input-as-string*) exec {ptxas} "$@";; esac
+{ptxas} -v "$@" 2> {log}
+status=$?
+[ $status = 0 ] || cat {log} >&2
+exit $status
+''')
+  (root / 'bin' / 'ptxas').chmod(0o755)
+  return root
+
+
+def read_log(folder: pathlib.Path) -> str:
+  """All that the ptxas of `spying` wrote down, the latest at the end."""
+  logs = sorted((folder / 'log').iterdir(), key=lambda p: p.stat().st_mtime_ns)
+  return '\n'.join(log.read_text() for log in logs)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled for GPUs that are not here: what must be refused is.
+
+They need the wheels of the extra `aot`; scripts/test brings them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.aot import cases
+from pallas_kernels.aot import step
+from pallas_kernels.ragged_paged_attention import tuning
+from tests import source_tree
+from tests.pallas_kernels.aot import matmul
+
+DEVICES = list(gpu_targets.TARGETS)
+CONFIGS = {'a100': 'mistral_7b_a100', 'a40': 'mistral_7b_a100',
+           'h100': 'mistral_7b_h100'}
+_COMMAND = '''
+from pallas_kernels.aot import main
+from pallas_kernels.ragged_paged_attention import tuning
+from tests.pallas_kernels.aot import matmul
+import sys
+names = sys.argv.pop(1).split(',')
+tuning.cases = lambda device: (getattr(matmul, name) for name in names)
+main.run()
+'''
+
+
+@matmul.needs_wheels
+def test_a_good_kernel_passes() -> None:
+  result, = cases.check([matmul.GOOD], 'a40')
+  assert not result.problems
+  kernel, = result.kernels
+  assert (kernel.name, kernel.is_ours, kernel.threads) == ('good', True, 128)
+  assert 32 < kernel.registers < 255
+  assert kernel.spill_bytes == 0
+  assert kernel.shared_memory >= 2 * 64 * 64 * 2  # a block of each operand
+  assert kernel.blocks_per_sm >= 2
+
+
+@matmul.needs_wheels
+def test_a_kernel_is_measured_each_time() -> None:
+  """XLA keeps what it compiled before: ptxas must not be left out."""
+  again = dataclasses.replace(matmul.GOOD)
+  first, second = cases.check([matmul.GOOD, again], 'a100')
+  assert first.kernels == second.kernels
+  assert not first.problems and not second.problems
+
+
+@matmul.needs_wheels
+def test_spills_are_refused() -> None:
+  result, = cases.check([matmul.SPILLS], 'a40')
+  assert len(result.problems) == 1
+  assert 'spills: spills ' in result.problems[0]
+  assert result.kernels[0].registers == 255
+
+
+@matmul.needs_wheels
+def test_what_ptxas_calls_slow_is_told() -> None:
+  result, = cases.check([matmul.SPILLS], 'h100')
+  assert any('wgmma' in warning for warning in result.warnings)
+
+
+@matmul.needs_wheels
+def test_shared_memory_is_that_of_the_device() -> None:
+  result, = cases.check([matmul.TOO_MUCH_SHARED], 'a40')
+  assert 'Shared memory size limit exceeded' in result.problems[0]
+  assert '101376' in result.problems[0]
+  result, = cases.check([matmul.TOO_MUCH_SHARED], 'a100')
+  assert not result.problems
+  assert result.kernels[0].shared_memory > 101376
+
+
+@matmul.needs_wheels
+def test_a_case_without_a_kernel_is_refused() -> None:
+  case = tuning.Case('jnp', functools.partial(jnp.add, 1), matmul.GOOD.args[:1])
+  result, = cases.check([case], 'a40')
+  assert result.problems == ['there is no Pallas kernel in it']
+
+
+@matmul.needs_wheels
+@pytest.mark.parametrize(('names', 'status', 'words'), [
+  ('GOOD', 0, '1 of 1 compile for a40'),
+  ('GOOD,SPILLS,TOO_MUCH_SHARED', 1, 'spills: spills: spills '),
+])
+def test_command(names: str, status: int, words: str,
+                 tmp_path: pathlib.Path) -> None:
+  file = tmp_path / 'aot.json'
+  done = subprocess.run(
+    [sys.executable, '-c', _COMMAND, names, '--device=a40', f'--json={file}'],
+    cwd=source_tree.ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == status, done.stderr
+  assert words in done.stdout
+  found = json.loads(file.read_text())['cases']
+  assert [c['name'] for c in found] == [n.lower() for n in names.split(',')]
+  assert all(bool(c['problems']) == (c['name'] != 'good') for c in found)
+  if status:
+    assert 'error: 2 problems on a40' in done.stderr
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_configuration_compiles(device: str) -> None:
+  results = cases.check(tuning.cases(device), device)
+  assert results
+  assert not {r.name: r.problems for r in results if r.problems}
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('device', DEVICES)
+def test_mistrals_step_compiles_in_place(device: str) -> None:
+  config = source_tree.ROOT / 'configs' / f'{CONFIGS[device]}.py'
+  result = step.check(str(config), device)
+  assert not result.problems
+  assert result.memory is not None
+  assert result.memory.weights > 13 * 2**30
+  assert result.memory.kv_cache > 2 * 2**30
+  assert result.memory.temporaries < 2**30

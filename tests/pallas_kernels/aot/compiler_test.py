@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling for absent GPUs: what is missing is named, copies are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.aot import compiler
+from pallas_kernels.aot import toolkit
+from tests.pallas_kernels.aot import matmul
+
+
+def test_unknown_devices_are_refused() -> None:
+  with pytest.raises(ValueError, match=r"'b200': must be one of a100, a40"):
+    compiler.device_for('b200')
+
+
+def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(toolkit.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(toolkit.UnavailableError,
+                     match=r"pip install 'sarathi-jax\[aot\]'"):
+    compiler.device_for.__wrapped__('a40')
+
+
+@pytest.mark.parametrize(('update', 'donated', 'expected'), [
+  (lambda kv, x: kv.at[3].set(x), True, []),
+  (lambda kv, x: kv.at[3].set(x), False,
+   ['0 bytes are updated in place', 'copies of the KV cache']),
+  (lambda kv, x: (kv.at[3].set(x), kv.at[4].set(x)), True,
+   ['copies of the KV cache']),
+])
+def test_copies_of_the_cache_are_found(
+    update: Callable[..., Any], donated: bool, expected: list[str]) -> None:
+  kv, x = jnp.zeros((64, 4, 128)), jnp.ones((4, 128))
+  compiled = jax.jit(update, donate_argnums=0 if donated else ()).lower(
+    kv, x).compile()
+  problems = compiler.in_place_problems(compiled, kv, kv)
+  assert len(problems) == len(expected)
+  for problem, words in zip(problems, expected, strict=True):
+    assert words in problem
+
+
+@matmul.needs_wheels
+def test_compile_for_takes_options_of_jit() -> None:
+  kv = jax.ShapeDtypeStruct((64, 8, 64, 128), jnp.bfloat16)
+  compiled = compiler.compile_for(
+    lambda kv: kv.at[3].set(1), (kv,), 'h100', donate_argnums=0)
+  assert not compiler.in_place_problems(compiled, kv, kv)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a multiprocessor holds, worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from pallas_kernels import gpu_targets
+
+
+@pytest.mark.parametrize(('device', 'usage', 'expected'), [
+  ('a100', (128, 168, 53248), 3),  # by registers and shared memory
+  ('a40', (128, 168, 53248), 1),  # by shared memory
+  ('a40', (128, 40, 0), 12),  # by threads
+  ('a40', (32, 16, 0), 16),  # by blocks
+  ('a100', (32, 16, 0), 32),
+  ('h100', (128, 255, 0), 2),  # by registers
+  ('h100', (1024, 65, 0), 0),  # more registers than there are
+  ('a40', (128, 40, 101377), 0),
+])
+def test_blocks_that_fit(device: str, usage: tuple[int, int, int],
+                         expected: int) -> None:
+  assert gpu_targets.get(device).blocks_that_fit(*usage) == expected
+
+
+@pytest.mark.parametrize(('device', 'shared_memory'), [
+  ('a100', 166912), ('a40', 101376), ('h100', 232448)])
+def test_targets(device: str, shared_memory: int) -> None:
+  target = gpu_targets.get(device)
+  assert target.shared_memory_per_block == shared_memory  # as NVIDIA says
+  text = target.text_proto()
+  assert text.count('{') == text.count('}')
+  assert f'device_description_str: "{target.device_kind}"' in text
+  assert ('ACCELERATED_FEATURES' in text) == (device == 'h100')
