@@ -12,6 +12,7 @@ _MAX_REGISTERS = 255  # of a thread
 _REGISTER_UNIT = 256  # in which a warp is given registers
 _SHARED_UNIT = 128  # in which a block is given shared memory
 _SYSTEM_SHARED = 1024  # bytes of shared memory that CUDA takes for a block
+_CUDA = '12.9.0'  # of the driver and the runtime: XLA's graphs depend on it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,8 @@ gpu_device_info {{
   device_memory_size: {self.memory_bytes}
   shared_memory_per_block_optin: {self.shared_memory_per_block}
   cuda_compute_capability {{ major: {major} minor: {minor}{feature} }}
+  driver_version: "{_CUDA}"
+  runtime_version: "{_CUDA}"
   registers_per_core_limit: {REGISTERS}
   registers_per_block_limit: {REGISTERS}
   thread_dim_limit_x: 1024

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import pathlib
@@ -13,37 +13,23 @@ import threading
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 
+from sarathi_jax import building
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import collector
-from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
-from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
+from sarathi_jax.runner import placement
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt
-OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
-
-
-def _check_config(model: model_config_lib.ModelConfig,
-                  config: config_lib.EngineConfig) -> None:
-  """What can be told before weights are loaded."""
-  scheduler_lib.policy_class(config.policy)
-  config_lib.check(
-    config.tp == config.pp == 1, 'tp, pp', (config.tp, config.pp),
-    'parallelism over devices is not supported')
-  config_lib.check(
-    (config.max_model_len or 1) <= model.context_len, 'max_model_len',
-    config.max_model_len,
-    f'the model was made for at most {model.context_len} tokens')
+OnCompiled = building.OnCompiled
 
 
 class LLM:
@@ -53,7 +39,7 @@ class LLM:
     done, = llm.generate('Once upon', SamplingParams(temperature=0))
     print(done.text, done.logprobs)
 
-  With live arrays, in a training loop on the same device:
+  With live arrays, in a training loop on the same devices:
 
     llm = LLM(model_config, params=state.params, tokenizer=tokenizer)
     for batch in data:
@@ -73,7 +59,11 @@ class LLM:
     model: what the model is.
     params: its weights; see `models.param_specs`. They are not copied, so
       they must not be donated or deleted while this serves them.
-    mesh: where they are, of one device; None for where they are.
+    mesh: where to run; None for where they are, or on `config.tp *
+      config.pp` devices. Weights that lie there as the model needs them (see
+      `runner.placement`) are served as they are; others are copied there.
+    axis_names: for 'tp' and 'pp', the axes of `mesh` that play them, such as
+      {'tp': 'model'} or {'tp': ('fsdp', 'model')}; None: those named so.
     tokenizer: or the folder of one; None for token ids only.
     config: of the engine.
     eos_token_ids: tokens that end a sequence.
@@ -87,56 +77,33 @@ class LLM:
 
   def __init__(self, model: model_config_lib.ModelConfig, params: Params, *,
                mesh: jax.sharding.Mesh | None = None,
+               axis_names: mesh_lib.AxisNames | None = None,
                tokenizer: tokenizer_lib.Tokenizer | str | None = None,
                config: config_lib.EngineConfig | None = None,
                eos_token_ids: Sequence[int] = (), model_name: str = '',
                default_sampling: Mapping[str, Any] | None = None,
                on_compiled: OnCompiled = lambda done, total: None) -> None:
-    default = types.SamplingParams.from_dict(default_sampling or {})
-    default_sampling = {  # What it lacks changes nothing.
-      name: getattr(default, name) for name in default_sampling or {}
-      if hasattr(default, name)}
     config = config or config_lib.EngineConfig()
-    _check_config(model, config)
-    policy = scheduler_lib.policy_class(config.policy)
     if isinstance(tokenizer, (str, pathlib.Path)):
       tokenizer = tokenizer_lib.Tokenizer(tokenizer)
-    config_lib.check(
-      mesh is None or mesh.size == 1, 'mesh', mesh,
-      'must have one device: parallelism over devices is not supported')
-    params = params_lib.check_params(
-      model, params, device=None if mesh is None else mesh.devices.item())
-    if config.compilation_cache_dir:
-      _keep_compiled_in(config.compilation_cache_dir)
+    params = params_lib.check_params(model, params)
+    mesh = building.make_mesh(
+      model, config, users=mesh, axis_names=axis_names,
+      home=params_lib.devices_of(params))
+    self._start(
+      model, placement.place_live(model, mesh, params), mesh, config,
+      on_compiled, tokenizer=tokenizer, eos_token_ids=eos_token_ids,
+      model_name=model_name, default_sampling=default_sampling)
 
-    def limits(max_model_len: int,
-               num_pages: int) -> config_lib.SchedulerConfig:
-      return config_lib.SchedulerConfig(
-        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len, num_pages=num_pages,
-        page_size=config.page_size, look_ahead=config.look_ahead,
-        short_prompt_share=config.short_prompt_share,
-        eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
-
-    def max_step_tokens(max_model_len: int) -> int:
-      return policy.max_step_tokens(limits(max_model_len, max_model_len))
-
+  def _start(self, model: model_config_lib.ModelConfig, placed: Params,
+             mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
+             on_compiled: OnCompiled, **engine: Any) -> None:
+    """What is left to do once the weights are where they are to be."""
     self.model = model
-    self._runner = device_runner.DeviceRunner(
-      model, params, config, max_step_tokens, on_compiled)
-    scheduler_config = limits(
-      self._runner.max_model_len, self._runner.num_pages)
-    self.engine = engine_lib.Engine(
-      policy(scheduler_config), self._runner, tokenizer=tokenizer,
-      info=engine_lib.EngineInfo(
-        model_name=model_name, family=model.family,
-        vocab_size=model.vocab_size,
-        max_model_len=scheduler_config.max_model_len,
-        eos_token_ids=tuple(eos_token_ids), policy=config.policy,
-        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-        num_pages=scheduler_config.num_pages, page_size=config.page_size,
-        default_sampling=default_sampling))
-    self._dtype = jax.tree.leaves(params)[0].dtype
+    self._runner = building.build_runner(
+      model, placed, mesh, config, on_compiled)
+    self.engine = building.build_engine(model, self._runner, config, **engine)
+    self._dtype = jax.tree.leaves(placed)[0].dtype
     self._ids = itertools.count()
     self._inboxes: dict[str, deque[types.OutputDelta]] = {}  # by request
     self._fault: Exception | None = None
@@ -145,6 +112,8 @@ class LLM:
   def from_checkpoint(
       cls, path: str | pathlib.Path, *,
       config: config_lib.EngineConfig | None = None,
+      mesh: jax.sharding.Mesh | None = None,
+      axis_names: mesh_lib.AxisNames | None = None,
       cache_dir: str | pathlib.Path | None = None,
       on_compiled: OnCompiled = lambda done, total: None) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
@@ -152,6 +121,7 @@ class LLM:
     Args:
       path: folder of either kind, or a hub id.
       config: of the engine.
+      mesh, axis_names: see `LLM`; None: `config.tp * config.pp` devices.
       cache_dir: where Hugging Face checkpoints are kept converted.
       on_compiled: see `LLM`.
 
@@ -161,13 +131,18 @@ class LLM:
     folder = checkpoint.resolve(
       path, cache_dir or config_lib.default_cache_dir())
     metadata = checkpoint.load_metadata(folder)
-    _check_config(metadata.model, config or config_lib.EngineConfig())
-    return cls(
-      metadata.model, checkpoint.restore_params(folder), config=config,
+    config = config or config_lib.EngineConfig()
+    mesh = building.make_mesh(
+      metadata.model, config, users=mesh, axis_names=axis_names)
+    placed = placement.place_live(
+      metadata.model, mesh, checkpoint.restore_params(folder))
+    llm = object.__new__(cls)
+    llm._start(
+      metadata.model, placed, mesh, config, on_compiled,
       tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
       eos_token_ids=metadata.eos_token_ids,
       default_sampling=metadata.default_sampling,
-      model_name=pathlib.Path(path).absolute().name, on_compiled=on_compiled)
+      model_name=pathlib.Path(path).absolute().name)
 
   def generate(self, prompts: Prompt | Sequence[Prompt],
                sampling: types.SamplingParams
@@ -208,15 +183,15 @@ class LLM:
     return self._run(self._requests([prompt], sampling))
 
   def update_params(self, params: Params) -> None:
-    """Serves new weights from now on, without compiling or copying.
+    """Serves new weights from now on, without compiling.
 
-    What the KV cache holds is forgotten: requests under way are recomputed.
+    And without copying, where they lie as the engine's do. What the KV cache
+    holds is forgotten: requests under way are recomputed.
 
     Raises:
       ConfigError: another tree, shape or dtype; the old weights stay.
     """
-    params = params_lib.check_params(
-      self.model, params, self._dtype, self._runner.device)
+    params = params_lib.check_params(self.model, params, self._dtype)
     with self._step():
       self.engine.invalidate_cache()
       self._runner.update_params(params)
@@ -325,16 +300,3 @@ def _ctrl_c_waits() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
     if pressed:
       handler(*pressed[0])
-
-
-def _keep_compiled_in(folder: str) -> None:
-  try:
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.ConfigError(
-      f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
-    ) from error
-  # If anything was compiled without one, JAX would go on without.
-  compilation_cache.reset_cache()
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

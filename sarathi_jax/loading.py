@@ -17,6 +17,7 @@ import rich.progress
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
+from sarathi_jax import xla_flags
 
 
 @contextlib.contextmanager
@@ -37,8 +38,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
   start = time.monotonic()
-  # A main has the GPU for itself; JAX would take three quarters of it.
-  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
+  xla_flags.set_environment(os.environ)
   with _quiet(), rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
       rich.progress.BarColumn(),

@@ -32,7 +32,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.engine': ('sarathi_jax.scheduler',),
   'sarathi_jax.simulator': ('sarathi_jax.engine', 'sarathi_jax.scheduler'),
   'pallas_kernels': (),
-  'pallas_kernels.aot': ('pallas_kernels', '~pallas_kernels.aot.step'),
+  'pallas_kernels.aot': (
+    'pallas_kernels', '~pallas_kernels.aot.step', '~sarathi_jax.xla_flags'),
   'pallas_kernels.aot.step': (  # A kernel's proof may be the whole step's.
     'pallas_kernels', 'sarathi_jax.benchmarks', 'sarathi_jax.models',
     'sarathi_jax.runner', 'sarathi_jax.scheduler'),
@@ -45,10 +46,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.flags': ('sarathi_jax.deployment', 'sarathi_jax.scheduler'),
   'sarathi_jax.prompt_lines': ('sarathi_jax.engine',),
   'sarathi_jax.report': ('sarathi_jax.engine',),
+  'sarathi_jax.xla_flags': (),
   'sarathi_jax.llm': (
     'sarathi_jax.checkpoint', 'sarathi_jax.engine', 'sarathi_jax.models',
     'sarathi_jax.runner', 'sarathi_jax.scheduler'),
-  'sarathi_jax.loading': ('sarathi_jax.llm',),
+  'sarathi_jax.loading': ('sarathi_jax.llm', 'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.prompt_lines',
     'sarathi_jax.report', '~sarathi_jax.loading'),
@@ -68,6 +70,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.config': (),
   'sarathi_jax.errors': (),
   'sarathi_jax.scheduler': (),
+  'sarathi_jax.xla_flags': (),
   'sarathi_jax.models.config': (),
   'sarathi_jax.models.published': (),
   'sarathi_jax.models.spec': (),
@@ -83,6 +86,7 @@ WITHOUT_JAX = (
   'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
   'sarathi_jax.engine.fake_runner', 'sarathi_jax.engine.collector',
   'sarathi_jax.models.published', 'sarathi_jax.deployment',
+  'sarathi_jax.xla_flags',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
   'sarathi_jax.server.service', 'sarathi_jax.server.main',
   'sarathi_jax.client')

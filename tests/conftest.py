@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 os.environ.update(
+  JAX_NUM_CPU_DEVICES='8',
   JAX_NUMPY_DTYPE_PROMOTION='strict',
   JAX_NUMPY_RANK_PROMOTION='raise',
   HF_HUB_OFFLINE='1',

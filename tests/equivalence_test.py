@@ -13,17 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
-from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
-from sarathi_jax.runner import sampling as sampling_lib
+from sarathi_jax.runner import mesh as mesh_lib
+from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
   vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2,
@@ -34,15 +33,6 @@ MAX_SEQS = 8
 PAGE_SIZE = 16
 PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
 UNLIMITED = 2 * MAX_LEN
-NUM_REQUESTS = 12
-
-GREEDY = types.SamplingParams(temperature=0, max_tokens=20)
-SEEDED = (
-  types.SamplingParams(temperature=0.9, max_tokens=20, seed=1),
-  types.SamplingParams(temperature=1.3, top_k=20, seed=2, max_tokens=14),
-  types.SamplingParams(temperature=1.0, top_p=0.8, seed=3, max_tokens=17),
-  types.SamplingParams(
-    temperature=1.1, min_p=0.05, top_k=40, top_p=0.95, seed=4, max_tokens=9))
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +45,8 @@ def make_runner(params, attention: str) -> device_runner.DeviceRunner:
     token_budget=UNLIMITED, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
     num_pages=PLENTY, attention=attention)
   return device_runner.DeviceRunner(
-    MODEL, params, config, lambda max_model_len: UNLIMITED + MAX_SEQS)
+    MODEL, params, mesh_lib.make(), config,
+    lambda max_model_len: UNLIMITED + MAX_SEQS)
 
 
 @pytest.fixture(scope='module')
@@ -71,73 +62,21 @@ def kernel_runner(params) -> device_runner.DeviceRunner:
 
 
 @pytest.fixture(scope='module')
-def naive(params):
-  """Continues a prompt by recomputing everything for each token."""
-  @jax.jit
-  def next_token(tokens, length, temperature, top_k, top_p, min_p, seed):
-    hidden, _ = models.forward(
-      MODEL, params, [None] * MODEL.num_layers, tokens,
-      jnp.arange(MAX_LEN, dtype=jnp.int32), None, models.causal_attend)
-    logits = models.unembed(MODEL, params, hidden[length - 1][None])
-    rows = (temperature, top_k, top_p, min_p, seed, length)
-    token, logprob = sampling_lib.sample(logits, *(r[None] for r in rows))
-    return token[0], logprob[0]
-
-  def run(request: types.Request) -> tuple[list[int], list[float]]:
-    tokens = list(request.prompt_token_ids)
-    s = request.sampling
-    logprobs = []
-    for _ in range(min(s.max_tokens, MAX_LEN - len(tokens))):
-      padded = np.zeros(MAX_LEN, np.int32)
-      padded[:len(tokens)] = tokens
-      token, logprob = next_token(
-        padded, np.int32(len(tokens)), np.float32(s.temperature),
-        np.int32(s.top_k), np.float32(s.top_p), np.float32(s.min_p),
-        np.int32(s.seed or 0))
-      tokens.append(int(token))
-      logprobs.append(float(logprob))
-    return tokens[len(request.prompt_token_ids):], logprobs
-
-  return run
-
-
-@pytest.fixture(scope='module')
 def requests() -> list[types.Request]:
-  rng = np.random.default_rng(0)
-  lengths = [1, 2, 7, 8, 9, 90, 33, 60, 16, 75, 5, 41]
-  return [
-    types.Request(
-      request_id=f'{name}-{i}', sampling=params,
-      prompt_token_ids=tuple(rng.integers(0, MODEL.vocab_size, n).tolist()))
-    for i, n in enumerate(lengths)
-    for name, params in (('greedy', GREEDY), ('seeded', SEEDED[i % 4]))]
+  return naive.make_requests(
+    MODEL.vocab_size, [1, 2, 7, 8, 9, 90, 33, 60, 16, 75, 5, 41])
 
 
 @pytest.fixture(scope='module')
-def expected(naive, requests):
-  return {r.request_id: naive(r) for r in requests}
+def expected(params, requests):
+  recompute = naive.recompute(MODEL, params)
+  return {r.request_id: recompute(r) for r in requests}
 
 
-def run_engine(runner, requests, *, policy, token_budget, num_pages,
-               look_ahead):
-  scheduler = scheduler_lib.POLICIES[policy](config_lib.SchedulerConfig(
-    token_budget=token_budget, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN,
-    num_pages=num_pages, page_size=PAGE_SIZE, look_ahead=look_ahead))
-  engine = engine_lib.Engine(scheduler, runner, info=engine_lib.EngineInfo(
-    model_name='', family='', vocab_size=MODEL.vocab_size,
-    max_model_len=MAX_LEN, eos_token_ids=(), policy=policy,
-    token_budget=token_budget, max_num_seqs=MAX_SEQS, num_pages=num_pages,
-    page_size=PAGE_SIZE))
-  for request in requests:
-    engine.add(request)
-  got = {r.request_id: ([], []) for r in requests}
-  while engine.has_work:
-    for delta in engine.step():
-      got[delta.request_id][0].extend(delta.token_ids)
-      got[delta.request_id][1].extend(delta.logprobs)
-  stats = engine.stats()
-  assert stats.num_free_pages == num_pages
-  return got, stats
+def run_engine(runner, requests, **limits):
+  return naive.run_engine(
+    runner, requests, vocab_size=MODEL.vocab_size, max_num_seqs=MAX_SEQS,
+    max_model_len=MAX_LEN, page_size=PAGE_SIZE, **limits)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +89,7 @@ def test_tokens_do_not_depend_on_how_they_are_computed(
   got, stats = run_engine(
     runner, requests, policy=policy, token_budget=token_budget,
     num_pages=num_pages, look_ahead=look_ahead)
-  for request_id, (tokens, logprobs) in expected.items():
-    assert got[request_id][0] == tokens, request_id
-    np.testing.assert_allclose(got[request_id][1], logprobs, atol=2e-4)
+  naive.assert_same(got, expected)
   reserves = policy in ('orca', 'faster_transformer')  # Never preempt.
   if num_pages == SCARCE and not reserves:
     assert stats.num_preemptions > 0
@@ -182,7 +119,7 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
     token_budget=64, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
     num_pages=PLENTY)
   runner = device_runner.DeviceRunner(
-    MODEL, nudged, config, lambda max_model_len: 64)
+    MODEL, nudged, mesh_lib.make(), config, lambda max_model_len: 64)
   got, _ = run_engine(
     runner, requests, policy='sarathi', token_budget=64, num_pages=PLENTY,
     look_ahead=True)

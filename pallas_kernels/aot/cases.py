@@ -55,6 +55,8 @@ class Result:
     kernels: in the order of their launches, each once.
     problems: why it must not ship; none if it may.
     warnings: what ptxas says will be slow.
+    graphs: CUDA graphs that it is launched as, in parts.
+    outside_graphs: kinds of thunks that are in none.
     memory: of a step.
     compiled: None where XLA refused.
   """
@@ -64,6 +66,8 @@ class Result:
   kernels: Sequence[kernels_lib.Kernel]
   problems: Sequence[str]
   warnings: Sequence[str] = ()
+  graphs: int = 0
+  outside_graphs: Sequence[str] = ()
   memory: Memory | None = None
   compiled: Any = dataclasses.field(default=None, repr=False)
 
@@ -101,6 +105,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
   kernels: list[kernels_lib.Kernel] = []
   problems: list[str] = []
   slow: list[str] = []
+  graphs, outside = 0, list[str]()
   compiled = None
   start = time.perf_counter()
   with compiler.on(device), tempfile.TemporaryDirectory() as temp:
@@ -121,6 +126,8 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
       said = toolkit.read_log(folder)
       kernels = list(kernels_lib.read(
         folder / 'xla', said, ours, target))
+      graphs, outside = kernels_lib.parse_graphs(kernels_lib.read_thunks(
+        folder / 'xla', 'thunk_sequence_after_thunk_passes'))
       slow = sorted(set(re.findall(r'Potential Performance Loss: (.*)', said)))
   if compiled is not None and not any(kernel.is_ours for kernel in kernels):
     problems.append('there is no Pallas kernel in it')
@@ -134,4 +141,5 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
       problems.append(
         f'{kernel.name}: asks for {kernel.shared_memory:,} bytes of shared '
         f'memory; a block may have {target.shared_memory_per_block:,}')
-  return Result(name, seconds, kernels, problems, slow, compiled=compiled)
+  return Result(name, seconds, kernels, problems, slow, graphs, outside,
+                compiled=compiled)

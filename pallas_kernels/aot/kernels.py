@@ -63,6 +63,27 @@ def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
       r'.*? shared_memory: (\d+) bytes', thunks, re.M)}
 
 
+def parse_graphs(thunks: str) -> tuple[int, list[str]]:
+  """The number of CUDA graphs in XLA's list of thunks, as it ended up.
+
+  And the kinds of thunks that are in none, but launched one by one: what
+  'kConditional' and 'kWhile' depend on, the host waits for.
+  """
+  num_graphs = 0
+  outside = []
+  inside_from = -1  # the indentation of the graph that we are in
+  for spaces, kind in re.findall(r'^( *)\d+: (k\w+)', thunks, re.M):
+    depth = len(spaces)
+    if 0 <= inside_from < depth:
+      continue
+    is_graph = kind == 'kCommandBuffer'
+    num_graphs += is_graph
+    inside_from = depth if is_graph else -1
+    if not is_graph:
+      outside.append(kind)
+  return num_graphs, outside
+
+
 def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
          target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
   """The kernels of a program, in the order of their launches.
@@ -75,10 +96,15 @@ def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
   """
   # XLA may compile a kernel several times; the last one is what it took.
   used = parse_ptxas(ptxas_log)
-  files = sorted(dumps.glob('*.thunk_sequence.txt'))
-  launches = parse_launches('\n'.join(file.read_text() for file in files))
+  launches = parse_launches(read_thunks(dumps, 'thunk_sequence'))
   for name, (threads, shared) in launches.items():
     registers, spills = used.get(name, (-1, 0))
     yield Kernel(
       name, re.sub(r'__\d+$', '', name) in ours, threads, registers, spills,
       shared, target.blocks_that_fit(threads, registers, shared))
+
+
+def read_thunks(dumps: pathlib.Path, name: str) -> str:
+  """XLA's list of thunks; 'thunk_sequence_after_thunk_passes' has graphs."""
+  files = sorted(dumps.glob(f'*.{name}.txt'))
+  return '\n'.join(file.read_text() for file in files)

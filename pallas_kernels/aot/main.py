@@ -46,6 +46,8 @@ def _compile() -> list[cases_lib.Result]:
   if FLAGS.model:
     from pallas_kernels.aot import step  # Knows models, as nothing else here.
     from sarathi_jax import errors
+    from sarathi_jax import xla_flags
+    xla_flags.set_environment(os.environ)  # As whoever serves it does.
     try:
       return [step.check(FLAGS.model, FLAGS.device)]
     except errors.SarathiError as error:

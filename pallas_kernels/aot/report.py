@@ -19,7 +19,12 @@ def tables(results: Sequence[cases_lib.Result],
            device: str) -> Iterator[rich.table.Table]:
   """What the kernels take, and the memory of each step."""
   yield _kernels(results, device)
-  yield from (_memory(r.memory) for r in results if r.memory)
+  for r in results:
+    if r.memory:
+      table = _memory(r.memory)
+      table.caption = (f'{table.caption}; {r.graphs} CUDA graphs, '
+                       f'{len(r.outside_graphs)} launches in none')
+      yield table
 
 
 def as_json(results: Sequence[cases_lib.Result], device: str) -> str:
@@ -27,6 +32,7 @@ def as_json(results: Sequence[cases_lib.Result], device: str) -> str:
   cases = [{
     'name': r.name, 'seconds': round(r.seconds, 2),
     'problems': list(r.problems), 'warnings': list(r.warnings),
+    'graphs': r.graphs, 'outside_graphs': list(r.outside_graphs),
     'kernels': [dataclasses.asdict(k) for k in r.kernels],
     'memory': r.memory and dataclasses.asdict(r.memory)} for r in results]
   return json.dumps({'device': device, 'jax': jax.__version__,

@@ -54,7 +54,7 @@ def check(path: str, device: str) -> cases.Result:
     attention='pallas_triton')
   size = programs.sizes[-1]
   result = cases.measure(f'{pathlib.Path(path).stem}, {size} tokens', device,
-                    lambda: programs.lower(size, params, kv))
+                         lambda: programs.lower(size, params, kv))
   memory = cases.Memory(
     compiler.num_bytes(params), compiler.num_bytes(kv), 0,
     target.memory_bytes, num_pages * config.page_size)
@@ -67,6 +67,9 @@ def check(path: str, device: str) -> cases.Result:
   last_tokens = jax.ShapeDtypeStruct((config.max_num_seqs,), jnp.int32)
   problems = [*result.problems, *compiler.in_place_problems(
     result.compiled, (kv, last_tokens), kv)]
+  if waits := {'kConditional', 'kWhile'} & set(result.outside_graphs):
+    problems.append(f'{", ".join(sorted(waits))} in no CUDA graph: there the '
+                    'host waits for the device in the middle of a step')
   needed = memory.weights + memory.kv_cache + memory.temporaries
   if needed > memory.device:
     problems.append(f'it needs {needed:,} bytes of memory, and the device '

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import reference
@@ -100,8 +101,9 @@ def ragged_paged_attention(
          k_pages.shape, f'must be as from init_pages for {name!r}')
   planned = {} if plan is None else {'plan': plan}
   return IMPLEMENTATIONS[name](
-    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
-    scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, **planned)
+    q, k_pages, v_pages,
+    batch_lib.Batch(kv_lens, page_indices, cu_q_lens, distribution),
+    batch_lib.Options(scale, sliding_window, soft_cap), **planned)
 
 
 def make_plan(

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import tuning
 
@@ -55,14 +56,9 @@ def ragged_paged_attention(
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
-  kv_lens: jax.Array,
-  page_indices: jax.Array,
-  cu_q_lens: jax.Array,
-  distribution: jax.Array,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
   *,
-  scale: float,
-  sliding_window: int | None = None,
-  soft_cap: float | None = None,
   plan: plan_lib.Plan | None = None,
   sizes: tuning.Sizes | None = None,
 ) -> jax.Array:
@@ -79,34 +75,27 @@ def ragged_paged_attention(
   sizes = sizes or tuning.choose(shape)
   if plan is None:
     plan = make_plan(
-      kv_lens, cu_q_lens, distribution, num_tokens=q.shape[0],
-      sliding_window=sliding_window, sizes=sizes, shape=shape)
-
-  def run(*args: Any, interpret: bool) -> jax.Array:
-    return _launch(*args, shape=shape, sizes=sizes, scale=scale,
-                   sliding_window=sliding_window, soft_cap=soft_cap,
-                   interpret=interpret)
-
+      batch.kv_lens, batch.cu_q_lens, batch.distribution,
+      num_tokens=q.shape[0], sliding_window=options.sliding_window,
+      sizes=sizes, shape=shape)
+  launch = functools.partial(
+    _launch, shape=shape, sizes=sizes, options=options)
   return lax.platform_dependent(
-    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, plan,
-    cpu=functools.partial(run, interpret=True),
-    default=functools.partial(run, interpret=False))
+    q, k_pages, v_pages, batch, plan,
+    cpu=functools.partial(launch, interpret=True),
+    default=functools.partial(launch, interpret=False))
 
 
 def _launch(
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
-  kv_lens: jax.Array,
-  page_indices: jax.Array,
-  cu_q_lens: jax.Array,
+  batch: batch_lib.Batch,
   plan: plan_lib.Plan,
   *,
   shape: tuning.Shape,
   sizes: tuning.Sizes,
-  scale: float,
-  sliding_window: int | None,
-  soft_cap: float | None,
+  options: batch_lib.Options,
   interpret: bool,
 ) -> jax.Array:
   """Both kernels. The output takes the place of q, row by row."""
@@ -114,14 +103,12 @@ def _launch(
   tiling = sizes.tiling(shape)
   num_items, num_merges = len(plan.rows), len(plan.merge_seq)
   slots = tiling.num_narrow(
-    q.shape[0], len(kv_lens), shape.group) + tiling.num_items
+    q.shape[0], len(batch.kv_lens), shape.group) + tiling.num_items
   partial = (slots, heads, tiling.narrow_rows)
   params = plgpu.CompilerParams(
     num_warps=sizes.num_warps, num_stages=sizes.num_stages)
   out, *partials = pl.pallas_call(
-    functools.partial(
-      _attend, shape=shape, tiling=tiling, scale=scale, soft_cap=soft_cap,
-      sliding_window=sliding_window),
+    functools.partial(_attend, shape=shape, tiling=tiling, options=options),
     grid=(num_items * heads,),
     out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype),
                jax.ShapeDtypeStruct((*partial, shape.head_dim), jnp.float32),
@@ -129,7 +116,7 @@ def _launch(
                jax.ShapeDtypeStruct(partial, jnp.float32)],
     input_output_aliases={0: 0}, compiler_params=params, interpret=interpret,
     name='ragged_paged_attention',
-  )(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, *plan[:6])
+  )(q, k_pages, v_pages, *batch[:3], *plan[:6])
   return pl.pallas_call(
     functools.partial(_merge, shape=shape, rows=tiling.narrow_rows),
     grid=(num_merges * heads,),
@@ -137,13 +124,13 @@ def _launch(
     input_output_aliases={0: 0}, interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     name='merge_splits',
-  )(out, *partials, cu_q_lens, *plan[6:])
+  )(out, *partials, batch.cu_q_lens, *plan[6:])
 
 
 def _attend(
   q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
   starts_ref: Any, rows_ref: Any, *refs: Any,
-  shape: tuning.Shape, tiling: plan_lib.Tiling, **options: Any,
+  shape: tuning.Shape, tiling: plan_lib.Tiling, options: batch_lib.Options,
 ) -> None:
   """Does one work item for one KV head."""
   item = pl.program_id(0) // shape.num_kv_heads
@@ -153,7 +140,7 @@ def _attend(
     pl.when(rows == size)(functools.partial(
       _attend_tile, item, head, q_ref, k_ref, v_ref, kv_lens_ref, pages_ref,
       starts_ref, *refs, num_rows=size, may_split=size == tiling.narrow_rows,
-      shape=shape, block_n=tiling.block_n, **options))
+      shape=shape, block_n=tiling.block_n, options=options))
 
 
 def _attend_tile(
@@ -167,10 +154,9 @@ def _attend_tile(
   may_split: bool,
   shape: tuning.Shape,
   block_n: int,
-  scale: float,
-  sliding_window: int | None,
-  soft_cap: float | None,
+  options: batch_lib.Options,
 ) -> None:
+  scale, window = options.scale, options.sliding_window
   seq, start, stop = seq_ref[item], start_ref[item], stop_ref[item]
   tokens, heads, query = _rows(
     starts_ref, seq, first_row_ref[item], head, num_rows, shape.group)
@@ -203,15 +189,15 @@ def _attend_tile(
 
     parts = zip(queries, load(k_ref), strict=True)
     scores = functools.reduce(operator.add, (dot(x, k.T) for x, k in parts))
-    if soft_cap is not None:
-      scores = soft_cap * jnp.tanh(scores * (scale / soft_cap))
+    if (cap := options.soft_cap) is not None:
+      scores = cap * jnp.tanh(scores * (scale / cap))
       scores *= math.log2(math.e)
     else:
       scores *= scale * math.log2(math.e)
     if masked:
       seen = at[None] <= q_at[:, None]
-      if sliding_window is not None:
-        seen &= at[None] > q_at[:, None] - sliding_window
+      if window is not None:
+        seen &= at[None] > q_at[:, None] - window
       scores = jnp.where(seen, scores, _MASKED)
     new_top = jnp.maximum(top, scores.max(axis=1))
     decay = jnp.exp2(top - new_top)
@@ -230,8 +216,8 @@ def _attend_tile(
     jnp.zeros((num_rows,), jnp.float32),
     pages_ref[seq, start // (shape.page_size // block_n)])
   full_start = start
-  if sliding_window is not None:
-    oldest = past + last // shape.group - sliding_window + 1
+  if window is not None:
+    oldest = past + last // shape.group - window + 1
     full_start = jnp.clip(
       (oldest + block_n - 1) // block_n, start, full_stop)
     state = lax.fori_loop(

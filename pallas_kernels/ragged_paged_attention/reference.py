@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 
 
@@ -17,27 +18,20 @@ def ragged_paged_attention(
   q: jax.Array,  # [T, H, h]
   k_pages: jax.Array,  # any layout
   v_pages: jax.Array,
-  kv_lens: jax.Array,  # [S]
-  page_indices: jax.Array,  # [S, P]
-  cu_q_lens: jax.Array,  # [S + 1]
-  distribution: jax.Array,  # [2]
-  *,
-  scale: float,
-  sliding_window: int | None = None,
-  soft_cap: float | None = None,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
 ) -> jax.Array:
   """See `api.ragged_paged_attention`. Rows of padding are zero."""
   queries = np.asarray(q)
   keys, values = map(np.asarray, layout.to_rows(k_pages, v_pages))
-  lens, tables, starts = map(
-    np.asarray, (kv_lens, page_indices, cu_q_lens))
+  lens, tables, starts, distribution = map(np.asarray, batch)
   out = np.zeros(queries.shape, np.float32)
   for s in range(int(distribution[1])):
     start, stop, context = int(starts[s]), int(starts[s + 1]), int(lens[s])
     out[start:stop] = _attend(
       queries[start:stop].astype(np.float32),
       _gather(keys, tables[s], context), _gather(values, tables[s], context),
-      scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+      options)
   return jnp.asarray(out, q.dtype)
 
 
@@ -53,23 +47,21 @@ def _attend(
   q: np.ndarray,  # [q_len, H, h]
   k: np.ndarray,  # [context, K, h]
   v: np.ndarray,  # [context, K, h]
-  *,
-  scale: float,
-  sliding_window: int | None,
-  soft_cap: float | None,
+  options: batch_lib.Options,
 ) -> np.ndarray:
   """The last `q_len` rows of causal attention."""
   q_len, num_heads, head_dim = q.shape
   context, num_kv_heads, _ = k.shape
   grouped = q.reshape(q_len, num_kv_heads, -1, head_dim)
-  scores = np.einsum('qkgh,ckh->qkgc', grouped, k, optimize=True) * scale
-  if soft_cap is not None:
-    scores = soft_cap * np.tanh(scores / soft_cap)
+  scores = np.einsum('qkgh,ckh->qkgc', grouped, k, optimize=True)
+  scores *= options.scale
+  if (cap := options.soft_cap) is not None:
+    scores = cap * np.tanh(scores / cap)
   q_at = context - q_len + np.arange(q_len)
   distance = q_at[:, None] - np.arange(context)[None, :]
   seen = distance >= 0
-  if sliding_window is not None:
-    seen &= distance < sliding_window
+  if options.sliding_window is not None:
+    seen &= distance < options.sliding_window
   scores = np.where(seen[:, None, None, :], scores, -np.inf)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)

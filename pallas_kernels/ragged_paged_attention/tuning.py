@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu_targets
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 
 
@@ -174,19 +175,17 @@ def cases(device: str) -> Iterator[Case]:
   del device  # The kernel asks for the default device.
   from pallas_kernels.ragged_paged_attention import pallas_triton
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    plain: dict[str, Any] = dict(sliding_window=None, soft_cap=None)
-    options = {'': plain}
+    options = {'': batch_lib.Options(head_dim**-0.5)}
     dtypes = ['bfloat16']
     if name in ('mistral-7b', 'gemma-7b'):
       dtypes.append('float32')
-      options[' window, cap'] = dict(sliding_window=4096, soft_cap=30.0)
+      options[' window, cap'] = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
     for dtype, option in itertools.product(dtypes, options):
       pages = jax.ShapeDtypeStruct((1024, kv_heads, 64, head_dim), dtype)
-      ints = [jax.ShapeDtypeStruct(shape, jnp.int32)
-              for shape in ((128,), (128, 128), (129,), (2,))]
+      ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
+                   for shape in ((128,), (128, 128), (129,), (2,))]
       yield Case(
         f'{name} {dtype}{option}', functools.partial(
-          pallas_triton.ragged_paged_attention, scale=head_dim**-0.5,
-          **options[option]),
+          pallas_triton.ragged_paged_attention, options=options[option]),
         (jax.ShapeDtypeStruct((512, heads, head_dim), dtype), pages, pages,
-         *ints))
+         batch_lib.Batch(*ints)))

@@ -26,28 +26,27 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
+
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _BLOCK = 16  # work items, of a page each
 _SUMS = 4  # independent ones, since a chain of additions waits for each
 
 
 def decodes(
-  q: jax.Array,  # [S, K, G, h], float32 and scaled
+  q: jax.Array,  # [D, K, G, h], float32 and scaled; D <= S
   k_pages: jax.Array,  # [N, K, page_size / l, h, l]
   v_pages: jax.Array,  # [N, K, h / l, page_size, l]
-  kv_lens: jax.Array,  # [S]
-  page_indices: jax.Array,  # [S, P]
-  num_decodes: jax.Array,
-  *,
-  sliding_window: int | None,
-  soft_cap: float | None,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
 ) -> jax.Array:
-  """Returns float32 [S, K, G, h]; rows from num_decodes on mean nothing."""
+  """Returns float32 [D, K, G, h]; rows from num_decodes on mean nothing."""
   num_seqs = q.shape[0]
   tiles, _, lanes = k_pages.shape[2:]
   page_size = tiles * lanes
   items, total = _work_items(
-    kv_lens, page_indices, num_decodes, page_size, sliding_window)
+    batch.kv_lens[:num_seqs], batch.page_indices[:num_seqs],
+    batch.distribution[0], page_size, options.sliding_window)
   positions = jnp.arange(page_size, dtype=jnp.int32)[None]
   wall = total > 0
 
@@ -61,8 +60,8 @@ def decodes(
     seen = (positions >= start[:, None]) & (positions < stop[:, None])
     scores = _walled(
       wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_pages, page)
-    if soft_cap is not None:
-      scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if (cap := options.soft_cap) is not None:
+      scores = cap * jnp.tanh(scores / cap)
     # A long last axis: exp is not vectorized over one of `l`.
     scores = scores.swapaxes(2, 3).reshape(_BLOCK, *q.shape[1:3], -1)
     scores = jnp.where(seen[:, None, None], scores, _MASKED)

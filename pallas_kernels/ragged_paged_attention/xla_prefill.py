@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
+
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _TILE = 64  # queries
 _BLOCK = 64  # keys, in whole pages
@@ -21,15 +23,12 @@ def chunks(
   q: jax.Array,  # [T, K, G, h], float32 and scaled
   k_pages: jax.Array,  # [N, K, page_size / l, h, l]
   v_pages: jax.Array,  # [N, K, h / l, page_size, l]
-  kv_lens: jax.Array,  # [S]
-  page_indices: jax.Array,  # [S, P]
-  cu_q_lens: jax.Array,  # [S + 1]
-  distribution: jax.Array,  # [2]
-  *,
-  sliding_window: int | None,
-  soft_cap: float | None,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
 ) -> jax.Array:
   """Returns `out` with the rows of the chunks set."""
+  kv_lens, page_indices, cu_q_lens, distribution = batch
+  sliding_window = options.sliding_window
   num_tokens, num_kv_heads, group, head_dim = q.shape
   size = min(_TILE, num_tokens)
   page_size = k_pages.shape[2] * k_pages.shape[4]
@@ -60,8 +59,8 @@ def chunks(
       k = _keys(k_pages, pages)
       v = jnp.where((k_at < stop)[None, :, None], _values(v_pages, pages), 0)
       scores = jnp.einsum('kth,khp->ktp', queries, k)
-      if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+      if (cap := options.soft_cap) is not None:
+        scores = cap * jnp.tanh(scores / cap)
       seen = k_at[None] <= q_at
       if sliding_window is not None:
         seen &= k_at[None] > q_at - sliding_window

@@ -58,7 +58,8 @@ def write_json(path: str | None, benchmark: str, flags: Any,
   if not path:
     return
   # absl names the main module by its file, others by their dotted names.
-  ours = (f'{benchmark}.py', f'.{benchmark}', 'sarathi_jax.flags')
+  ours = (f'{benchmark.replace(".", "/")}.py', f'.{benchmark}',
+          'sarathi_jax.flags')
   values = {
     flag.name: _without_folder(flag.value)
     for module, defined in flags.flags_by_module_dict().items()

@@ -10,6 +10,7 @@ up; the others are measured, each on fresh prompts.
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import statistics
 import time
@@ -28,6 +29,7 @@ from sarathi_jax import flags as engine_flags
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
+from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import published
@@ -107,6 +109,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX says a lot
+  xla_flags.set_environment(os.environ)
   console = rich.console.Console(highlight=False)
   model = MODELS[FLAGS.model]
   config = engine_flags.engine_config_from_flags()

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
   from sarathi_jax.models.attention import Attend
   from sarathi_jax.models.attention import causal_attend
   from sarathi_jax.models.spec import ParamSpec
+  from sarathi_jax.models.transformer import final_norm
   from sarathi_jax.models.transformer import forward
   from sarathi_jax.models.transformer import init_params
   from sarathi_jax.models.transformer import param_specs
+  from sarathi_jax.models.transformer import run_layers
   from sarathi_jax.models.transformer import unembed
 
 __all__ = [
@@ -44,9 +46,11 @@ __all__ = [
   'Attend',
   'ParamSpec',
   'causal_attend',
+  'final_norm',
   'forward',
   'init_params',
   'param_specs',
+  'run_layers',
   'unembed',
 ]
 
@@ -59,8 +63,9 @@ FAMILIES: Mapping[str, str] = {
 
 _HOMES: Mapping[str, str] = {
   'Attend': 'attention', 'causal_attend': 'attention', 'ParamSpec': 'spec',
-  'forward': 'transformer', 'init_params': 'transformer',
-  'param_specs': 'transformer', 'unembed': 'transformer',
+  'final_norm': 'transformer', 'forward': 'transformer',
+  'init_params': 'transformer', 'param_specs': 'transformer',
+  'run_layers': 'transformer', 'unembed': 'transformer',
 }
 
 

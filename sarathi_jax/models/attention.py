@@ -12,9 +12,11 @@ from jaxtyping import Array, Float
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import rope
+from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 LayerKv = Any  # whatever `attend` keeps for one layer
+Window = Any  # int | None, or what else the `attend` that is given takes
 
 
 class Attend(Protocol):
@@ -81,10 +83,11 @@ def attention(
   x: Float[Array, 'T D'],
   *,
   rotation: rope.Rotation,
-  window: int | None,
+  window: Window,
   attend: Attend,
+  shards: sharding.Shards = sharding.WHOLE,
 ) -> tuple[Float[Array, 'T D'], LayerKv]:
-  """Projects, rotates, attends, and projects back.
+  """Projects, rotates, attends, and projects back; of a shard, a part.
 
   Heads of q and k are normalized first if `params` holds the norms (Qwen3).
   """
@@ -99,7 +102,7 @@ def attention(
   out, layer_kv = attend(layer_kv, q, k, heads('v'),
                          scale=config.head_dim**-0.5, window=window)
   out = out.reshape(x.shape[0], -1)
-  return layers.project_out(params, 'o', out), layer_kv
+  return layers.project_out(params, 'o', out, shards), layer_kv
 
 
 def attention_specs(

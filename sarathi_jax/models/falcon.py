@@ -11,6 +11,7 @@ from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import rope
+from sarathi_jax.models import sharding
 
 norm = layers.layer_norm
 norm_specs = layers.layer_norm_specs
@@ -36,16 +37,23 @@ def block(
   x: Float[Array, 'T D'],
   *,
   rotation: rope.Rotation,
-  window: int | None,
+  window: attention.Window,
   attend: attention.Attend,
+  shards: sharding.Shards,
 ) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
   """Attention and the MLP, side by side or one after the other."""
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(
     config, params['attn'], layer_kv, normed,
-    rotation=rotation, window=window, attend=attend)
-  mlp_input = x if config.parallel else x + out
+    rotation=rotation, window=window, attend=attend, shards=shards)
+  if config.parallel:
+    mlp_input = x
+  else:
+    out = shards.sum(out)
+    mlp_input = x + out
   if config.num_norms == 2:
     normed = norm(params['mlp_norm'], mlp_input, config.norm_eps)
-  mlp = layers.plain_mlp(params['mlp'], normed, config.activation)
-  return x + (mlp + out), layer_kv
+  mlp = layers.plain_mlp(params['mlp'], normed, config.activation, shards)
+  if config.parallel:  # One sum for both halves its traffic.
+    return x + shards.sum(mlp + out), layer_kv
+  return x + (shards.sum(mlp) + out), layer_kv

@@ -2,7 +2,7 @@
 """The small layers: norms, projections, MLPs. Statistics are in float32.
 
 Sizes come from the arrays, never from a config, so that the same code runs on
-a shard. `project_out` is where the columns of `heads` and `mlp` are summed.
+a shard. What `project_out` and the MLPs return there is a part of a sum.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 Params = Any  # pytree of arrays
@@ -26,12 +27,6 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
   'relu': jax.nn.relu,
 }
-
-
-def embed(table: Float[Array, 'V D'], tokens: Int[Array, ' T']
-          ) -> Float[Array, 'T D']:
-  """Rows of the embedding. Ids outside [0, V) are the caller's to refuse."""
-  return jnp.take(table, tokens, axis=0, mode='clip')
 
 
 def rms_norm(params: Params, x: Float[Array, '*rows D'], eps: float
@@ -65,28 +60,33 @@ def project(params: Params, name: str, x: Float[Array, 'T D']
   return _add_bias(x @ params[name], params.get(f'{name}_bias'))
 
 
-def project_out(params: Params, name: str, x: Float[Array, 'T rows']
-                ) -> Float[Array, 'T D']:
-  """As `project`, over an axis that may be sharded."""
-  return _add_bias(x @ params[name], params.get(f'{name}_bias'))
+def project_out(params: Params, name: str, x: Float[Array, 'T rows'],
+                shards: sharding.Shards) -> Float[Array, 'T D']:
+  """As `project`, over rows of which a shard has a part: of a sum a part."""
+  bias = params.get(f'{name}_bias')
+  return _add_bias(x @ params[name],
+                   None if bias is None else shards.once(bias))
 
 
 def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
   return x if bias is None else x + bias[None, :]
 
 
-def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str
+def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
+              shards: sharding.Shards = sharding.WHOLE,
               ) -> Float[Array, 'T D']:
-  """down(act(gate(x)) * up(x)), as Llama has it."""
+  """down(act(gate(x)) * up(x)), as Llama has it; of a shard, a part."""
   gate = ACTIVATIONS[activation](project(params, 'gate', x))
-  return project_out(params, 'down', gate * project(params, 'up', x))
+  return project_out(
+    params, 'down', gate * project(params, 'up', x), shards)
 
 
-def plain_mlp(params: Params, x: Float[Array, 'T D'], activation: str
+def plain_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
+              shards: sharding.Shards = sharding.WHOLE,
               ) -> Float[Array, 'T D']:
-  """down(act(up(x))), as Falcon has it."""
+  """down(act(up(x))), as Falcon has it; of a shard, a part."""
   up = ACTIVATIONS[activation](project(params, 'up', x))
-  return project_out(params, 'down', up)
+  return project_out(params, 'down', up, shards)
 
 
 def mlp_specs(config: config_lib.ModelConfig, *, gated: bool, bias: bool

@@ -11,6 +11,7 @@ from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import rope
+from sarathi_jax.models import sharding
 
 norm = layers.rms_norm
 norm_specs = layers.rms_norm_specs
@@ -35,15 +36,16 @@ def block(
   x: Float[Array, 'T D'],
   *,
   rotation: rope.Rotation,
-  window: int | None,
+  window: attention.Window,
   attend: attention.Attend,
+  shards: sharding.Shards,
 ) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
   """Attention, then the MLP, each added to the residual stream."""
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(
     config, params['attn'], layer_kv, normed,
-    rotation=rotation, window=window, attend=attend)
-  x = x + out
+    rotation=rotation, window=window, attend=attend, shards=shards)
+  x = x + shards.sum(out)
   normed = norm(params['mlp_norm'], x, config.norm_eps)
-  x = x + layers.gated_mlp(params['mlp'], normed, config.activation)
-  return x, layer_kv
+  out = layers.gated_mlp(params['mlp'], normed, config.activation, shards)
+  return x + shards.sum(out), layer_kv

@@ -35,7 +35,7 @@ def route(config: config_lib.MixtralConfig, router: Float[Array, 'D E'],
 
 def moe(config: config_lib.MixtralConfig, params: layers.Params,
         x: Float[Array, 'T D']) -> Float[Array, 'T D']:
-  """The weighted sum of the chosen experts' gated MLPs."""
+  """The weighted sum of the chosen experts' gated MLPs; of a shard, a part."""
   weights = route(config, params['router'], x)
   gate = layers.ACTIVATIONS[config.activation](
     jnp.einsum('td,edf->etf', x, params['gate']))

@@ -8,10 +8,11 @@ weights. To serve one, its checkpoint says all this itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from sarathi_jax.models import config
 
-_LLAMA_3_1 = dict(
+_LLAMA_3_1: dict[str, Any] = dict(
   vocab_size=128256, head_dim=128, num_kv_heads=8,
   max_position_embeddings=131072,
   rope=config.RopeConfig(

@@ -12,9 +12,10 @@ class ParamSpec:
 
   Attributes:
     shape: numbers along each axis.
-    axes: a name for each, or None: 'vocab', 'embed', 'heads' (H * h, whole
-      heads one after another), 'kv_heads' (K * h), 'mlp', 'experts'. Sharding
-      is said in terms of these.
+    axes: a name for each, or None: 'vocab', 'logits' (V of the output
+      matrix), 'embed', 'heads' (H * h, whole heads one after another),
+      'kv_heads' (K * h), 'mlp', 'experts'. Sharding is said in terms of
+      these.
     init: how to draw it at random: 'normal' around 0, 'scale' around 1,
       'bias' closely around 0.
   """

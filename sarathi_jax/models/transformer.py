@@ -21,6 +21,7 @@ from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import rope
+from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 
@@ -46,7 +47,7 @@ def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
     'final_norm': family.norm_specs(config.hidden_size),
   }
   if not config.tie_word_embeddings:
-    specs['lm_head'] = spec.matrix(width, vocab)
+    specs['lm_head'] = spec.matrix(width, ('logits', config.vocab_size))
   return specs
 
 
@@ -81,7 +82,7 @@ def forward(
   rope_lens: Int[Array, ' T'] | None,
   attend: attention.Attend,
 ) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
-  """Runs tokens through all layers.
+  """Runs tokens through all layers, on one device.
 
   Args:
     config: the model.
@@ -96,25 +97,69 @@ def forward(
   Returns:
     The residual stream after the last norm, and the new `kv`.
   """
+  x = sharding.WHOLE.embed(params['embed'], tokens)
+  x, kv = run_layers(
+    config, params['layers'], kv, x, positions, rope_lens, attend,
+    windows=[config.layer_window(i) for i in range(config.num_layers)])
+  return final_norm(config, params, x), kv
+
+
+def run_layers(
+  config: config_lib.ModelConfig,
+  params: Sequence[layers.Params],
+  kv: Sequence[attention.LayerKv],
+  x: Float[Array, 'T D'],
+  positions: Int[Array, ' T'],
+  rope_lens: Int[Array, ' T'] | None,
+  attend: attention.Attend,
+  *,
+  windows: Sequence[attention.Window],
+  shards: sharding.Shards = sharding.WHOLE,
+) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
+  """Runs the residual stream through some layers: a stage's, or all.
+
+  Args:
+    config, positions, rope_lens, attend: see `forward`.
+    params: of these layers; of a shard, its part of them.
+    kv: what `attend` keeps, one a layer.
+    x: the residual stream.
+    windows: of these layers, for `attend`.
+    shards: who has the other parts.
+
+  Returns:
+    The residual stream after the layers, and the new `kv`.
+  """
   family = _family(config)
   kv = list(kv)
-  x = layers.embed(params['embed'], tokens)
   rotation = rope.tables(config.rope, config.head_dim, positions, rope_lens)
-  for i, layer in enumerate(params['layers']):
+  for i, (layer, window) in enumerate(zip(params, windows, strict=True)):
     x, kv[i] = family.block(
-      config, layer, kv[i], x, rotation=rotation,
-      window=config.layer_window(i), attend=attend)
-  return family.norm(params['final_norm'], x, config.norm_eps), kv
+      config, layer, kv[i], x, rotation=rotation, window=window,
+      attend=attend, shards=shards)
+  return x, kv
+
+
+def final_norm(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  x: Float[Array, 'S D'],
+) -> Float[Array, 'S D']:
+  """What stands between the last layer and `unembed`."""
+  return _family(config).norm(params['final_norm'], x, config.norm_eps)
 
 
 def unembed(
   config: config_lib.ModelConfig,
   params: layers.Params,
   hidden: Float[Array, 'S D'],
+  shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'S V']:
-  """Logits in float32, summed in float32 whatever the params' dtype is."""
+  """Logits in float32, summed in float32 whatever the params' dtype is.
+
+  Of a shard, those of its part of the vocabulary.
+  """
   if config.tie_word_embeddings:
-    return jnp.einsum('sd,vd->sv', hidden, params['embed'],
+    return jnp.einsum('sd,vd->sv', hidden, shards.head_rows(params['embed']),
                       preferred_element_type=jnp.float32)
   return jnp.matmul(hidden, params['lm_head'],
                     preferred_element_type=jnp.float32)

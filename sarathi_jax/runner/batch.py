@@ -36,7 +36,6 @@ class BatchArrays(NamedTuple):
   """A batch's fields; int32 where not said otherwise. Padded rows are 0.
 
   Attributes:
-    tokens: [T] ids.
     cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
     kv_lens: [S] tokens in the cache once this batch's were written.
     page_indices: [S, P].
@@ -45,9 +44,9 @@ class BatchArrays(NamedTuple):
     flags: [S] FROM_DEVICE, SAMPLES.
     prompt_lens, seeds, top_k: [S].
     temperature, top_p, min_p: [S] float32.
+    tokens: [T] ids; the last, so that a buffer can be made longer.
   """
 
-  tokens: Any
   cu_q_lens: Any
   kv_lens: Any
   page_indices: Any
@@ -60,6 +59,7 @@ class BatchArrays(NamedTuple):
   temperature: Any
   top_p: Any
   min_p: Any
+  tokens: Any
 
 
 _FLOATS = ('temperature', 'top_p', 'min_p')
@@ -85,9 +85,9 @@ class BatchLayout:
   def shapes(self) -> BatchArrays:
     """The shape of each field, in the order they lie in the buffer."""
     row = (self.num_rows,)
-    return BatchArrays(
-      (self.num_tokens,), (self.num_rows + 1,), row,
-      (self.num_rows, self.pages_per_seq), (2,), *[row] * 8)
+    return BatchArrays._make((
+      (self.num_rows + 1,), row, (self.num_rows, self.pages_per_seq), (2,),
+      *[row] * 8, (self.num_tokens,)))
 
   @property
   def size(self) -> int:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs batches on a device. Owns the weights and the KV cache."""
+"""Runs batches on a mesh of devices. Owns the weights and the KV cache."""
 
 from __future__ import annotations
 
-import bisect
+from collections import deque
 from collections.abc import Callable
-from concurrent import futures
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from pallas_kernels import ragged_paged_attention as rpa
@@ -20,93 +20,47 @@ from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
-from sarathi_jax.runner import step
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
+from sarathi_jax.runner import programs as programs_lib
 
-Params = Any  # a pytree of arrays, as models.param_specs says
-OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+Params = Any  # a pytree of arrays, as placement.places says
+OnCompiled = programs_lib.OnCompiled
 
 
 class Pending(NamedTuple):
-  """A batch being computed."""
+  """A batch being computed.
 
-  num_chunks: int
-  sampled: jax.Array  # [2, S] int32, see step.stage_step
-
-
-class StepPrograms:
-  """The step, compiled for every size of the ladder.
-
-  A size that was not compiled at warm-up can't be run: no request can make
-  the engine compile while it serves.
+  Attributes:
+    num_chunks: its rows.
+    step: the step in which it leaves the last stage.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig, *, page_size: int,
-               pages_per_seq: int, max_num_seqs: int, max_step_tokens: int,
-               attention: str | None) -> None:
-    self.sizes = batch_lib.ladder(max_step_tokens, max_num_seqs)
-    self.pages_per_seq = pages_per_seq
-    self.layouts = {
-      n: batch_lib.BatchLayout(n, min(n, max_num_seqs), pages_per_seq)
-      for n in self.sizes}
-    self._steps: dict[int, Any] = {}
-    self._max_num_seqs = max_num_seqs
-    self._fixed: dict[str, Any] = dict(
-      model=model, page_size=page_size, attention=attention)
+  num_chunks: int
+  step: int
 
-  def lower(self, size: int, params: Params, kv: Any) -> Any:
-    """The step of one size, lowered for arguments like these."""
-    layout = self.layouts[size]
-    leaves, treedef = jax.tree.flatten(params)
-    device_arrays = (jax.ShapeDtypeStruct((n,), jnp.int32)
-                     for n in (self._max_num_seqs, layout.size))
 
-    def run(leaves: Any, kv: Any, last_tokens: Any, buffer: Any) -> Any:
-      # Flat leaves: walking the tree of weights each step costs milliseconds.
-      return step.stage_step(
-        jax.tree.unflatten(treedef, leaves), kv, last_tokens, buffer,
-        layout=layout, **self._fixed)
+class _InPipeline(NamedTuple):
+  """A batch at a stage; one without rows where there was nothing to do."""
 
-    return jax.jit(run, donate_argnums=(1, 2)).lower(
-      leaves, kv, *device_arrays)
-
-  def compile(self, params: Params, kv: Any, on_compiled: OnCompiled) -> None:
-    """Compiles all sizes, the largest first, several at a time."""
-    pool = futures.ThreadPoolExecutor(max_workers=4)
-    try:
-      jobs = {
-        pool.submit(self.lower(n, params, kv).compile): n
-        for n in reversed(self.sizes)}
-      on_compiled(0, len(jobs))
-      for done, job in enumerate(futures.as_completed(jobs), 1):
-        self._steps[jobs[job]] = job.result()
-        on_compiled(done, len(jobs))
-    finally:  # After Ctrl-C, which no compilation heeds, wait for none.
-      pool.shutdown(wait=False, cancel_futures=True)
-
-  def temp_bytes(self, params: Params, kv: Any) -> int:
-    """Device memory that the largest step needs beside its arguments."""
-    compiled = self.lower(self.sizes[-1], params, kv).compile()
-    analysis: Any = compiled.memory_analysis()
-    extra: int = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - (
-      analysis.alias_size_in_bytes)
-    return extra
-
-  def size_for(self, num_tokens: int) -> int:
-    """The smallest compiled size that holds so many tokens."""
-    return self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
-
-  def __getitem__(self, size: int) -> Any:
-    return self._steps[size]
+  buffer: np.ndarray
+  size: int
+  is_batch: bool
 
 
 class DeviceRunner:
-  """An `engine.Runner` on one device.
+  """An `engine.Runner` on one device or many.
 
   Compiles every step at once, which takes seconds to minutes.
 
+  With pipeline stages, each step lets one batch in and another, of as many
+  steps ago as there are stages, out. Where none is to be let in and one is
+  waited for, nothing is let in.
+
   Args:
     model: the model.
-    params: its weights, on the device that is to run it.
+    params: its weights, placed on the mesh (`placement`).
+    mesh: of ours (`mesh`).
     config: what was asked for.
     max_step_tokens: the most tokens of a step, by the scheduler's policy and
       a given longest sequence.
@@ -116,70 +70,84 @@ class DeviceRunner:
     ConfigError: the KV cache has no room, or attention is unknown.
 
   Attributes:
-    device: where it runs.
+    mesh: where it runs.
     num_pages: pages of the KV cache.
     max_model_len: the most tokens of a sequence.
     num_programs: compiled steps.
+    num_stages: of the pipeline.
   """
 
   def __init__(self, model: model_config_lib.ModelConfig, params: Params,
-               config: config_lib.EngineConfig,
+               mesh: Mesh, config: config_lib.EngineConfig,
                max_step_tokens: Callable[[int], int],
                on_compiled: OnCompiled = lambda done, total: None) -> None:
-    self._leaves = jax.tree.leaves(params)
-    device, = self._leaves[0].devices()
-    self.device: jax.Device = device
-    dtype = kv_cache.dtype_on(device, self._leaves[0].dtype)
+    self._model = model
+    self._leaves: list[jax.Array] = jax.tree.leaves(params)
+    self.mesh = mesh
+    devices = [d for d in mesh.devices.flat
+               if d.process_index == jax.process_index()]
+    dtype = self._leaves[0].dtype
+    kv_dtype = kv_cache.dtype_on(devices[0], dtype)
     context = config.max_model_len or model.context_len
-    page_size = config.page_size
     # The reference is a loop in Python, for tests of the others.
     known = [name for name in rpa.IMPLEMENTATIONS if name != 'reference']
     config_lib.check(
       config.attention in (None, *known), 'attention', config.attention,
       f'must be one of {", ".join(known)}')
 
-    def programs(max_model_len: int) -> StepPrograms:
-      return StepPrograms(
-        model, page_size=page_size,
-        pages_per_seq=math.ceil(max_model_len / page_size),
+    def programs(max_model_len: int) -> programs_lib.StepPrograms:
+      return programs_lib.StepPrograms(
+        model, mesh, dtype=dtype, kv_dtype=kv_dtype,
+        page_size=config.page_size,
+        pages_per_seq=math.ceil(max_model_len / config.page_size),
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=max_step_tokens(max_model_len),
         attention=config.attention)
 
-    with jax.default_device(device):
+    with jax.default_device(devices[0]):
+      trial = programs(context)
       try:
-        jax.eval_shape(lambda: kv_cache.init(
-          model, 1, page_size, dtype, config.attention))
+        trial.array_shapes(1)
       except NotImplementedError as error:
         raise errors.UnsupportedError(str(error)) from error
       temp_bytes = 0
-      if device.memory_stats():  # What is free after the largest step's needs.
-        trial = programs(context)
-        kv = jax.eval_shape(lambda: kv_cache.init(
-          model, trial.pages_per_seq, page_size, dtype, config.attention))
-        temp_bytes = trial.temp_bytes(params, kv)
+      if devices[0].memory_stats():  # What the largest step leaves is free.
+        temp_bytes = trial.temp_bytes(trial.pages_per_seq)
+      parallelism = mesh_lib.parallelism_of(mesh)
       self.num_pages = kv_cache.choose_num_pages(
-        model, config, context, dtype, device, temp_bytes)
-      self.max_model_len = min(context, self.num_pages * page_size)
+        model, config, context, kv_dtype, devices, temp_bytes, parallelism)
+      self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
-      self._kv = _init_kv(
-        model, self.num_pages, page_size, dtype, config.attention)
-      self._last_tokens = jnp.zeros(config.max_num_seqs, jnp.int32)
-      self._programs.compile(params, self._kv, on_compiled)
+      arrays = self._programs.array_shapes(self.num_pages)
+      self._kv = _init_kv(arrays.kv, self.num_pages, kv_cache.page_bytes(
+        model, config.page_size, kv_dtype, parallelism))
+      self._last_tokens, self._hidden = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+        (arrays.last_tokens, arrays.hidden))
+      self._programs.compile(self.num_pages, on_compiled)
     self._builder = batch_lib.BatchBuilder(
       config.max_num_seqs, self._programs.pages_per_seq)
+    smallest = self._programs.sizes[0]
+    self._nothing = _InPipeline(
+      np.zeros(self._programs.layouts[smallest].size, np.int32), smallest,
+      False)
+    self._stages = deque([self._nothing] * parallelism.pp, parallelism.pp)
+    self.num_stages = parallelism.pp
+    self._num_steps = 0
+    self._sampled: dict[int, jax.Array] = {}  # by step, of batches that left
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
     size = self._programs.size_for(batch.num_tokens)
     buffer = self._builder.build(batch, self._programs.layouts[size])
-    self._kv, self._last_tokens, sampled = self._programs[size](
-      self._leaves, self._kv, self._last_tokens, buffer)
-    sampled.copy_to_host_async()
-    return Pending(len(batch.chunks), sampled)
+    self._step(_InPipeline(buffer, size, True))
+    return Pending(len(batch.chunks), self._num_steps + self.num_stages - 2)
 
   def fetch(self, pending: Pending) -> types.Sampled:
-    tokens, bits = np.asarray(pending.sampled)[:, :pending.num_chunks]
+    while self._num_steps <= pending.step:
+      self._step(self._nothing)
+    sampled = np.asarray(self._sampled.pop(pending.step))
+    tokens, bits = sampled[:, :pending.num_chunks]
     return types.Sampled(tokens.tolist(), bits.view(np.float32).tolist())
 
   def num_rows(self, num_tokens: int) -> int:
@@ -191,21 +159,34 @@ class DeviceRunner:
     return not any(leaf.is_deleted() for leaf in self._leaves)
 
   def update_params(self, params: Params) -> None:
-    """Replaces the weights: the same tree, shapes, dtypes and device."""
-    self._leaves = jax.tree.leaves(params)
+    """Replaces the weights by others, live, of the same shapes and dtypes."""
+    self._leaves = jax.tree.leaves(placement.place_live(
+      self._model, self.mesh, params, self._leaves))
+
+  def _step(self, entering: _InPipeline) -> None:
+    """Runs one step: what enters at the first stage, the rest one further."""
+    self._stages.appendleft(entering)
+    size = max(stage.size for stage in self._stages)
+    buffers = np.zeros(
+      (self.num_stages, self._programs.layouts[size].size), np.int32)
+    for row, stage in zip(buffers, self._stages, strict=True):
+      row[:len(stage.buffer)] = stage.buffer
+    self._kv, self._last_tokens, self._hidden, sampled = self._programs[size](
+      self._leaves, self._kv, self._last_tokens, self._hidden, buffers)
+    if self._stages[-1].is_batch:
+      sampled.copy_to_host_async()
+      self._sampled[self._num_steps] = sampled
+    self._num_steps += 1
 
 
-def _init_kv(model: model_config_lib.ModelConfig, num_pages: int,
-             page_size: int, dtype: Any, attention: str | None,
-             ) -> list[kv_cache.LayerKv]:
+def _init_kv(shapes: list[kv_cache.LayerKv], num_pages: int,
+             page_bytes: int) -> list[kv_cache.LayerKv]:
   try:
-    return jax.block_until_ready(
-      kv_cache.init(model, num_pages, page_size, dtype, attention))
+    return jax.block_until_ready(kv_cache.init(shapes))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    size = num_pages * kv_cache.page_bytes(model, page_size, dtype)
     raise errors.ConfigError(
-      f'num_pages={num_pages}: {size / kv_cache.GIB:.3g} GiB of KV cache are '
-      'more than the device has free; lower num_pages or kv_cache_gib.'
-    ) from error
+      f'num_pages={num_pages}: {num_pages * page_bytes / kv_cache.GIB:.3g} '
+      'GiB of KV cache are more than the device has free; lower num_pages or '
+      'kv_cache_gib.') from error

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.runner import mesh as mesh_lib
 
 GIB = 2**30
 CPU_DEFAULT_GIB = 1.0
 
-LayerKv = tuple[jax.Array, jax.Array]  # pages of keys, pages of values
+LayerKv = tuple[Any, Any]  # pages of keys, pages of values
 
 
 def dtype_on(device: Any, dtype: Any) -> Any:
@@ -29,29 +33,51 @@ def dtype_on(device: Any, dtype: Any) -> Any:
   return jnp.dtype(jnp.float32 if device.platform == 'cpu' else dtype)
 
 
-def page_bytes(model: model_config_lib.ModelConfig, page_size: int,
-               dtype: Any) -> int:
-  """Bytes of one page: keys and values of all layers."""
-  per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+def page_bytes(
+    model: model_config_lib.ModelConfig, page_size: int, dtype: Any,
+    parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
+  """Bytes that one page takes of a device: keys and values of its layers."""
+  num_heads = parallelism.num_kv_heads(model) // parallelism.tp
+  per_token = 2 * parallelism.num_layers(model) * num_heads * model.head_dim
   return per_token * page_size * jnp.dtype(dtype).itemsize
 
 
-def init(model: model_config_lib.ModelConfig, num_pages: int, page_size: int,
-         dtype: Any, attention: str | None = None) -> list[LayerKv]:
-  """Zeros, an array of keys and one of values a layer, laid out for attention.
+def shapes(
+    model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
+    page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
+  """An array of keys and one of values for each layer of a stage.
 
-  Zeros and not garbage: a kernel may multiply what it masks by 0.
+  As ShapeDtypeStruct, laid out for attention: pages stage after stage along
+  the first axis, heads along the second.
+
+  Raises:
+    NotImplementedError: the implementation can't have such pages.
   """
-  return [
-    rpa.init_pages(
-      num_pages, page_size, model.num_kv_heads, model.head_dim, dtype,
-      attention)
-    for _ in range(model.num_layers)]
+  parallelism = mesh_lib.parallelism_of(mesh)
+  num_heads = parallelism.num_kv_heads(model)
+  sharding = mesh_lib.on(mesh, mesh_lib.PP, mesh_lib.TP)
+  one_device = jax.eval_shape(lambda: rpa.init_pages(
+    num_pages, page_size, num_heads // parallelism.tp, model.head_dim, dtype,
+    attention))
+  keys, values = (
+    jax.ShapeDtypeStruct(
+      (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]), leaf.dtype,
+      sharding=sharding)
+    for leaf in one_device)
+  return [(keys, values)] * parallelism.num_layers(model)
+
+
+def init(shapes: list[LayerKv]) -> list[LayerKv]:
+  """Zeros, and not garbage: a kernel may multiply what it masks by 0."""
+  return jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+    shapes)
 
 
 def choose_num_pages(
     model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
-    max_model_len: int, dtype: Any, device: Any, temp_bytes: int) -> int:
+    max_model_len: int, dtype: Any, devices: Sequence[Any], temp_bytes: int,
+    parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
   """Pages for the cache: as configured, or as many as there is memory for.
 
   Args:
@@ -59,23 +85,25 @@ def choose_num_pages(
     config: `num_pages`, else `kv_cache_gib`, else `memory_utilization` rule.
     max_model_len: the most tokens of a sequence.
     dtype: of the cache.
-    device: where it will be; its weights are loaded already.
-    temp_bytes: what the largest compiled step needs beside its arguments.
+    devices: where it will be; their weights are loaded already.
+    temp_bytes: what the largest compiled step needs beside its arguments, of
+      each device.
+    parallelism: how the devices share the model.
 
   Raises:
     ConfigError: there is no room, for one sequence of `config.max_model_len`
       if that is given, else for a single page.
   """
-  size = page_bytes(model, config.page_size, dtype)
-  stats = device.memory_stats()
+  size = page_bytes(model, config.page_size, dtype, parallelism)
+  stats = [device.memory_stats() for device in devices]
   free: float
   if config.num_pages is not None:
     free, source = config.num_pages * size, 'num_pages'
   elif config.kv_cache_gib is not None:
     free, source = config.kv_cache_gib * GIB, 'kv_cache_gib'
-  elif stats and 'bytes_limit' in stats:
-    free = (stats['bytes_limit'] * config.memory_utilization
-            - stats['bytes_in_use'] - temp_bytes)
+  elif all(s and 'bytes_limit' in s for s in stats):
+    free = min(s['bytes_limit'] * config.memory_utilization
+               - s['bytes_in_use'] for s in stats) - temp_bytes
     source = 'what is free on the device'
   else:
     free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'

@@ -1,100 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step: one XLA program over one hybrid batch."""
+"""The step: one XLA program over one hybrid batch.
+
+With pipeline stages it is a *tick*: each stage computes a batch of its own,
+the one that entered the pipeline as many steps ago as the stage has others
+before it, and hands its hidden states on. The batch at the last stage gets
+its tokens. All devices of the mesh run this one program (`jax.shard_map`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
+import functools
 from typing import Any
 
+import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import sampling
 
-Params = Any  # a pytree of arrays, as models.param_specs says
+Params = Any  # a pytree of arrays, as placement.places says
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+  """What is fixed when a step is compiled.
+
+  Attributes:
+    model: the model.
+    mesh: what it lies on, see `mesh`.
+    layout: of the batches.
+    page_size: tokens in a page.
+    attention: implementation of ragged_paged_attention; None picks one.
+  """
+
+  model: model_config_lib.ModelConfig
+  mesh: Mesh
+  layout: batch_lib.BatchLayout
+  page_size: int
+  attention: str | None
+
+  @property
+  def windows(self) -> list[tuple[int | None, ...]]:
+    """Of a stage's layers, the sliding window at each stage."""
+    parallelism = mesh_lib.parallelism_of(self.mesh)
+    return [
+      tuple(self.model.layer_window(layer or 0)
+            for layer in parallelism.layers_of(self.model, i))
+      for i in range(parallelism.num_layers(self.model))]
+
+
+def step(
+    spec: StepSpec,
+    params: Params,
+    kv: Sequence[kv_cache.LayerKv],
+    last_tokens: Int[Array, ' slots'],
+    hidden: Float[Array, 'rows D'] | None,
+    buffers: Int[Array, 'stages size'],
+) -> tuple[Any, ...]:
+  """`stage_step` on every device of a mesh. All arrays but `buffers` donated.
+
+  Args and Returns are `stage_step`'s, of the whole mesh: layers have an axis
+  for their stage, pages lie stage after stage and head after head, and so do
+  hidden states.
+  """
+  if spec.mesh.size == 1:
+    return stage_step(spec, params, kv, last_tokens, hidden, buffers)
+  everywhere = PartitionSpec()
+  pages, handed_on = (
+    PartitionSpec(mesh_lib.PP, mesh_lib.TP) for _ in range(2))
+  weights = jax.tree.map(
+    lambda place: place.sharding.spec, placement.places(
+      spec.model, spec.mesh))
+  specs = (weights, pages, everywhere, handed_on, everywhere)
+  return jax.shard_map(
+    functools.partial(stage_step, spec), mesh=spec.mesh, in_specs=specs,
+    out_specs=(pages, everywhere, handed_on, everywhere), check_vma=False,
+  )(params, list(kv), last_tokens, hidden, buffers)
+
+
+def stage_step(
+    spec: StepSpec,
+    params: Params,
+    kv: Sequence[kv_cache.LayerKv],
+    last_tokens: Int[Array, ' slots'],
+    hidden: Float[Array, 'rows D'] | None,
+    buffers: Int[Array, 'stages size'],
+) -> tuple[list[kv_cache.LayerKv], Array, Array | None, Int[Array, '2 S']]:
+  """One device's part of a step.
+
+  Args:
+    spec: fixed when compiled.
+    params: the device's part of the weights.
+    kv: its pages, one pair a layer of its stage; donated.
+    last_tokens: each slot's last sampled token; donated.
+    hidden: its columns of what the stage before handed on; donated. None
+      without stages.
+    buffers: the batch at each stage, see `batch.BatchLayout`; all rows 0 for
+      none.
+
+  Returns:
+    Pages, last tokens and hidden states, updated in place, and the tokens
+    sampled for the batch at the last stage in one array: token ids, then the
+    bits of their float32 log-probabilities.
+  """
+  model, layout = spec.model, spec.layout
+  shards = mesh_lib.shards_of(spec.mesh)
+  stage = 0 if shards.pp is None else lax.axis_index(shards.pp)
+  layers = params['layers']
+  if shards.pp is not None:
+    layers = jax.tree.map(lambda leaf: leaf[0], layers)
+  mine, leaving = (layout.split(buffers[i], _to_float) for i in (stage, -1))
+  row, is_real, positions = _places_of_tokens(layout, mine)
+  from_device = (mine.flags & batch_lib.FROM_DEVICE) != 0
+  tokens = jnp.where(
+    from_device[row], last_tokens[mine.slots][row], mine.tokens)
+  x = shards.embed(params['embed'], tokens)
+  if hidden is not None:
+    before = _whole(hidden[:layout.num_tokens], shards)
+    x = jnp.where(stage == 0, x, before)
+  rope_lens = None
+  if model.rope.kind == 'dynamic':
+    rope_lens = jnp.maximum(mine.prompt_lens[row], positions + 1)
+  x, new_kv = models.run_layers(
+    model, layers, kv, x, positions, rope_lens,
+    _attend_to_pages(spec, kv, mine, stage, row, is_real, positions),
+    windows=spec.windows, shards=shards)
+  if hidden is not None:
+    hidden = lax.dynamic_update_slice_in_dim(
+      hidden, _hand_on(x, shards), 0, axis=0)
+
+  # Only rows that may be sampled from leave the last stage.
+  last = _from_last_stage(x[jnp.maximum(leaving.cu_q_lens[1:] - 1, 0)], shards)
+  logits = models.unembed(
+    model, params, models.final_norm(model, params, last), shards)
+  sampled, logprobs = _sample(model, logits, leaving, shards)
+  samples = (leaving.flags & batch_lib.SAMPLES) != 0
+  last_tokens = last_tokens.at[
+    jnp.where(samples, leaving.slots, last_tokens.shape[0])].set(
+      sampled, mode='drop')
+  out = jnp.stack([sampled, lax.bitcast_convert_type(logprobs, jnp.int32)])
+  return new_kv, last_tokens, hidden, out
 
 
 def _to_float(bits: Array) -> Array:
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def stage_step(
-    params: Params,
-    kv: Sequence[kv_cache.LayerKv],
-    last_tokens: Int[Array, ' slots'],
-    buffer: Int[Array, ' size'],
-    *,
-    model: model_config_lib.ModelConfig,
-    layout: batch_lib.BatchLayout,
-    page_size: int,
-    attention: str | None,
-) -> tuple[list[kv_cache.LayerKv], Array, Int[Array, '2 S']]:
-  """Computes a batch's tokens and samples where its rows say so.
-
-  Args:
-    params: the weights.
-    kv: the pages, donated.
-    last_tokens: each slot's last sampled token, donated.
-    buffer: the batch, see `batch.BatchLayout`.
-    model, layout, page_size, attention: fixed when compiled.
-
-  Returns:
-    The pages and last tokens, updated in place, and the sampled tokens in one
-    array: token ids, then the bits of their float32 log-probabilities.
-  """
-  b = layout.split(buffer, _to_float)
-  num_rows = layout.num_rows
+def _places_of_tokens(
+    layout: batch_lib.BatchLayout, b: batch_lib.BatchArrays,
+) -> tuple[Int[Array, ' T'], Array, Int[Array, ' T']]:
+  """Of each token: its row, whether it is one, its place in its sequence."""
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
   row = jnp.minimum(
     jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
-    num_rows - 1)
+    layout.num_rows - 1)
   is_real = index < b.cu_q_lens[-1]
   # A row's tokens are its sequence's last ones.
-  positions = jnp.where(
+  return row, is_real, jnp.where(
     is_real, index + (b.kv_lens - b.cu_q_lens[1:])[row], 0)
-  from_device = (b.flags & batch_lib.FROM_DEVICE) != 0
-  tokens = jnp.where(
-    from_device[row], last_tokens[b.slots][row], b.tokens)
-  num_slots = kv[0][0].shape[0] * page_size
-  slot_mapping = jnp.where(
-    is_real, b.page_indices[row, positions // page_size] * page_size
-    + positions % page_size, num_slots)
 
+
+def _attend_to_pages(
+    spec: StepSpec, kv: Sequence[kv_cache.LayerKv],
+    b: batch_lib.BatchArrays, stage: Any, row: Array, is_real: Array,
+    positions: Array) -> Any:
+  """A `models.Attend`: writes keys and values to pages, and reads those."""
+  num_slots = kv[0][0].shape[0] * spec.page_size
+  slot_mapping = jnp.where(
+    is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
+    + positions % spec.page_size, num_slots)
   plans: dict[int | None, Any] = {}  # by window: layers share their work
 
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
-             scale: float, window: int | None) -> tuple[Array, Any]:
+             scale: float, window: tuple[int | None, ...],
+             ) -> tuple[Array, Any]:
     # The cache may have a dtype of its own, see `kv_cache.dtype_on`.
     q_kv, k, v = (x.astype(layer_kv[0].dtype) for x in (q, k, v))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
-    if window not in plans:
-      plans[window] = rpa.make_plan(
-        q_kv, pages[0], b.kv_lens, b.cu_q_lens, b.distribution,
-        sliding_window=window)
-    out = rpa.ragged_paged_attention(
-      q_kv, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
-      scale=scale, sliding_window=window, plan=plans[window],
-      implementation=attention)
+
+    def within(window: int | None) -> Array:
+      return rpa.ragged_paged_attention(
+        q_kv, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
+        scale=scale, sliding_window=window, plan=plans[window],
+        implementation=spec.attention)
+
+    windows = list(dict.fromkeys(window))
+    for w in windows:
+      if w not in plans:
+        plans[w] = rpa.make_plan(
+          q_kv, pages[0], b.kv_lens, b.cu_q_lens, b.distribution,
+          sliding_window=w)
+    if len(windows) == 1:
+      out = within(windows[0])
+    else:
+      which = jnp.array([windows.index(w) for w in window], jnp.int32)[stage]
+      out = lax.switch(which, [functools.partial(within, w) for w in windows])
     return out.astype(q.dtype), pages
 
-  rope_lens = None
-  if model.rope.kind == 'dynamic':
-    rope_lens = jnp.maximum(b.prompt_lens[row], positions + 1)
-  hidden, new_kv = models.forward(
-    model, params, kv, tokens, positions, rope_lens, attend)
-  last = jnp.maximum(b.cu_q_lens[1:] - 1, 0)
-  logits = models.unembed(model, params, hidden[last])
-  sampled, logprobs = sampling.sample(
-    logits, b.temperature, b.top_k, b.top_p, b.min_p, b.seeds, b.kv_lens)
-  samples = (b.flags & batch_lib.SAMPLES) != 0
-  last_tokens = last_tokens.at[
-    jnp.where(samples, b.slots, last_tokens.shape[0])].set(
-      sampled, mode='drop')
-  out = jnp.stack([sampled, lax.bitcast_convert_type(logprobs, jnp.int32)])
-  return new_kv, last_tokens, out
+  return attend
+
+
+def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,
+           ) -> Float[Array, 'T D']:
+  """Hidden states from each device's columns of them."""
+  if shards.tp is None:
+    return x
+  return lax.all_gather(x, shards.tp, axis=1, tiled=True)
+
+
+def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
+             ) -> Float[Array, 'T columns']:
+  """Hidden states to the next stage, of which each device sends its part.
+
+  All devices of a stage have them all: to send them all would take tp times
+  the bytes between hosts (Megatron-LM's scatter-gather, arXiv 2104.04473).
+  """
+  assert shards.pp is not None
+  if shards.tp is not None:
+    columns = x.shape[1] // lax.axis_size(shards.tp)
+    x = lax.dynamic_slice_in_dim(
+      x, lax.axis_index(shards.tp) * columns, columns, axis=1)
+  num_stages = lax.axis_size(shards.pp)
+  return lax.ppermute(
+    x, shards.pp, [(i, i + 1) for i in range(num_stages - 1)])
+
+
+def _from_last_stage(rows: Float[Array, 'S D'], shards: sharding.Shards,
+                     ) -> Float[Array, 'S D']:
+  """The last stage's rows, on all."""
+  if shards.pp is None:
+    return rows
+  is_last = lax.axis_index(shards.pp) == lax.axis_size(shards.pp) - 1
+  return lax.psum(jnp.where(is_last, rows, 0), shards.pp)
+
+
+def _sample(
+    model: model_config_lib.ModelConfig, logits: Float[Array, 'S columns'],
+    b: batch_lib.BatchArrays, shards: sharding.Shards,
+) -> tuple[Int[Array, ' S'], Float[Array, ' S']]:
+  """Samples from logits of which each device has some columns.
+
+  Columns of all rows become all columns of some rows, so that devices share
+  the work and rows are sampled from as they are on one device.
+  """
+  fields: Any = (
+    b.temperature, b.top_k, b.top_p, b.min_p, b.seeds, b.kv_lens)
+  if not shards.axes:
+    return sampling.sample(logits, *fields)
+  num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
+  share = -(-num_rows // num_devices)
+  padding = (0, share * num_devices - num_rows)
+  logits = lax.all_to_all(
+    jnp.pad(logits, (padding, (0, 0))), shards.axes, 0, 1, tiled=True)
+  start = lax.axis_index(shards.axes) * share
+  tokens, logprobs = sampling.sample(
+    logits[:, :model.vocab_size],
+    *(lax.dynamic_slice_in_dim(jnp.pad(field, padding), start, share)
+      for field in fields))
+  return tuple(
+    lax.all_gather(x, shards.axes, tiled=True)[:num_rows]
+    for x in (tokens, logprobs))

@@ -20,6 +20,8 @@ from sarathi_jax import types
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import programs
 from tests import tiny
 
 MODEL = tiny.MODEL
@@ -135,7 +137,7 @@ def choose(temp_bytes: int = 0, stats: Any = None, **fields: Any) -> int:
   config = tiny.engine_config(**{'num_pages': None, **fields})
   return kv_cache.choose_num_pages(
     MODEL, config, config.max_model_len or MODEL.context_len, jnp.float32,
-    device(**stats or {}), temp_bytes)
+    [device(**stats or {})], temp_bytes)
 
 
 def test_the_kv_cache_has_the_pages_asked_for():
@@ -179,7 +181,8 @@ def runner_of(**fields: Any) -> device_runner.DeviceRunner:
   """One program to compile."""
   config = tiny.engine_config(**{'token_budget': 4, **fields})
   return device_runner.DeviceRunner(
-    MODEL, tiny.make_params(), config, lambda max_model_len: 4)
+    MODEL, tiny.make_params(), mesh_lib.make(), config,
+    lambda max_model_len: 4)
 
 
 def test_a_device_without_room_for_the_pages_is_named():
@@ -200,13 +203,13 @@ def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
   monkeypatch.setattr(kind, 'memory_stats', lambda self: dict(
     bytes_limit=limit, bytes_in_use=limit // 2))
   needed = []
-  temp_bytes = device_runner.StepPrograms.temp_bytes
+  temp_bytes = programs.StepPrograms.temp_bytes
 
   def remember(*args: Any) -> int:
     needed.append(temp_bytes(*args))
     return needed[-1]
 
-  monkeypatch.setattr(device_runner.StepPrograms, 'temp_bytes', remember)
+  monkeypatch.setattr(programs.StepPrograms, 'temp_bytes', remember)
   runner = runner_of(num_pages=None, memory_utilization=0.52)
   free = limit * 0.52 - limit // 2
   assert needed[0] > 4 * MODEL.vocab_size * 4  # At least the logits.

@@ -18,6 +18,7 @@ from sarathi_jax import types
 from sarathi_jax.benchmarks import throughput
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import mesh as mesh_lib
 
 
 def _chunk(slot: int, start: int, num_tokens: int,
@@ -67,7 +68,8 @@ def steps(model: model_config_lib.ModelConfig, params: Any,
     values once. mfu: of the measured rate of a matmul.
   """
   runner = device_runner.DeviceRunner(
-    model, params, config, lambda max_model_len: config.token_budget)
+    model, params, mesh_lib.make(), config,
+    lambda max_model_len: config.token_budget)
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   # The embedding is looked up; the head sees a sequence's last token only.
   vocab = params['embed']

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
-from pallas_kernels.aot import step
 from pallas_kernels.ragged_paged_attention import tuning
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
@@ -118,14 +119,38 @@ def test_every_configuration_compiles(device: str) -> None:
   assert not {r.name: r.problems for r in results if r.problems}
 
 
+def _step(tmp_path: pathlib.Path, device: str, **environ: str) -> Any:
+  """What the command says of Mistral's step, and its exit status."""
+  file = tmp_path / 'aot.json'
+  done = subprocess.run(
+    [sys.executable, '-m', 'pallas_kernels.aot', f'--device={device}',
+     f'--model=configs/{CONFIGS[device]}.py', f'--json={file}'],
+    cwd=source_tree.ROOT, env=os.environ | environ, check=False)
+  case, = json.loads(file.read_text())['cases']
+  return case, done.returncode
+
+
 @matmul.needs_wheels
 @pytest.mark.slow
 @pytest.mark.parametrize('device', DEVICES)
-def test_mistrals_step_compiles_in_place(device: str) -> None:
-  config = source_tree.ROOT / 'configs' / f'{CONFIGS[device]}.py'
-  result = step.check(str(config), device)
-  assert not result.problems
-  assert result.memory is not None
-  assert result.memory.weights > 13 * 2**30
-  assert result.memory.kv_cache > 2 * 2**30
-  assert result.memory.temporaries < 2**30
+def test_mistrals_step_compiles_in_place(
+    device: str, tmp_path: pathlib.Path) -> None:
+  case, status = _step(tmp_path, device)
+  assert not case['problems']
+  assert status == 0
+  assert case['memory']['weights'] > 13 * 2**30
+  assert case['memory']['kv_cache'] > 2 * 2**30
+  assert case['memory']['temporaries'] < 2**30
+  assert case['graphs'] == 1
+  assert not case['outside_graphs']
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+def test_a_step_that_the_host_waits_in_is_refused(
+    tmp_path: pathlib.Path) -> None:
+  """As XLA has it by itself: it puts no loop into a graph."""
+  case, status = _step(
+    tmp_path, 'h100', XLA_FLAGS='--xla_gpu_enable_command_buffer=-WHILE')
+  assert status == 1
+  assert 'kConditional, kWhile in no CUDA graph' in case['problems'][0]

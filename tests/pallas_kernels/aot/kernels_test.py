@@ -34,3 +34,22 @@ def test_launches_are_read() -> None:
 '''
   assert kernels.parse_launches(thunks) == {
     'rpa__1': (128, 53248), 'fusion.2': (128, 0)}
+
+
+def test_graphs_are_counted() -> None:
+  thunks = '''\
+000: kCommandBuffer [source       | next=512 (1)]
+    001: kCustomKernel [source        | next=002 (1) ] fusion grid: [1, 1, 1]
+    002: kConditional  [prev=001 (1)  | sink ]
+      false_branch:
+        003: kCopy         [source        | sink         ] kCopy
+004: kConditional   [prev=000 (1) | next=513 (1)]
+  false_branch:
+    000: kCommandBuffer [source | sink]
+        005: kCopy         [source        | sink         ] kCopy
+    006: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+        007: kCustomKernel [source | sink] compare grid: [1, 1, 1]
+'''
+  assert kernels.parse_graphs(thunks) == (
+    2, ['kConditional', 'kWhile', 'kCustomKernel'])

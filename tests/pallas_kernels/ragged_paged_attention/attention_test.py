@@ -17,6 +17,7 @@ import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import arg_specs
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import xla_decode
 
 # Results are rounded once to their dtype; the rest is float32's, whose
@@ -191,9 +192,9 @@ def _decode_temp_bytes() -> tuple[int, int]:
     arrays['k_pages'], arrays['v_pages'], 'xla')
   q = arrays['q'].reshape(-1, spec.num_kv_heads, 2, spec.head_dim)
   compiled = jax.jit(functools.partial(
-    xla_decode.decodes, sliding_window=None, soft_cap=None)).lower(
-      q, k_pages, v_pages, arrays['kv_lens'], arrays['page_indices'],
-      arrays['distribution'][0]).compile()
+    xla_decode.decodes, options=batch_lib.Options(1.0))).lower(
+      q, k_pages, v_pages, batch_lib.Batch(*(
+        arrays[name] for name in batch_lib.Batch._fields))).compile()
   keys = xla_decode._BLOCK * k_pages[0].nbytes
   return compiled.memory_analysis().temp_size_in_bytes, keys
 

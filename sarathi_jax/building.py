@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts an engine together: mesh, runner, scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+import pathlib
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import mesh as mesh_lib
+
+Params = Any  # a pytree of arrays
+OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+
+
+def make_mesh(model: model_config_lib.ModelConfig,
+              config: config_lib.EngineConfig, *,
+              users: Mesh | None = None,
+              axis_names: mesh_lib.AxisNames | None = None,
+              home: Collection[jax.Device] = ()) -> Mesh:
+  """Checks what can be told before weights are loaded, and picks devices.
+
+  Args:
+    model, config: what is asked for.
+    users: the mesh to run on; None: one is made of the first devices.
+    axis_names: of `users`, see `mesh.of_users`.
+    home: where the weights are; one device runs them, if they are on one.
+
+  Raises:
+    ConfigError: they don't fit each other, or the devices there are.
+  """
+  scheduler_lib.policy_class(config.policy)
+  config_lib.check(
+    (config.max_model_len or 1) <= model.context_len, 'max_model_len',
+    config.max_model_len,
+    f'the model was made for at most {model.context_len} tokens')
+  config_lib.check(
+    users is not None or axis_names is None, 'axis_names', axis_names,
+    'they are those of a mesh, and there is none')
+  asked = parallel.Parallelism(tp=config.tp, pp=config.pp)
+  if users is not None:
+    mesh = mesh_lib.of_users(users, axis_names)
+    given = mesh_lib.parallelism_of(mesh)
+    config_lib.check(
+      asked in (given, parallel.Parallelism()), 'tp, pp',
+      (config.tp, config.pp), f'the mesh has tp={given.tp}, pp={given.pp}')
+    given.check(model)
+    return mesh
+  asked.check(model)
+  if not home or asked.num_devices > 1:
+    return mesh_lib.make(asked)
+  config_lib.check(
+    len(home) == 1, 'params', f'on {len(home)} devices', 'with neither tp, '
+    'pp nor a mesh they must be on one')
+  return mesh_lib.make(asked, list(home))
+
+
+def scheduler_config(
+    config: config_lib.EngineConfig, *, max_model_len: int, num_pages: int,
+    num_stages: int, eos_token_ids: Sequence[int] = (),
+) -> config_lib.SchedulerConfig:
+  """What the scheduler needs to know of an engine's config."""
+  return config_lib.SchedulerConfig(
+    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+    max_model_len=max_model_len, num_pages=num_pages,
+    page_size=config.page_size, num_stages=num_stages,
+    look_ahead=config.look_ahead,
+    short_prompt_share=config.short_prompt_share,
+    eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
+
+
+def max_step_tokens(config: config_lib.EngineConfig,
+                    max_model_len: int) -> int:
+  """The most tokens of a step, by the policy."""
+  policy = scheduler_lib.policy_class(config.policy)
+  return policy.max_step_tokens(scheduler_config(
+    config, max_model_len=max_model_len, num_pages=max_model_len,
+    num_stages=1))
+
+
+def build_runner(
+    model: model_config_lib.ModelConfig, params: Params, mesh: Mesh,
+    config: config_lib.EngineConfig, on_compiled: OnCompiled,
+) -> device_runner.DeviceRunner:
+  """A runner, compiled.
+
+  Args:
+    model: the model.
+    params: its weights, placed on the mesh.
+    mesh: of `make_mesh`.
+    config: of the engine.
+    on_compiled: told of the progress.
+
+  Raises:
+    ConfigError: the KV cache has no room, or attention is unknown.
+  """
+  if config.compilation_cache_dir:
+    _keep_compiled_in(config.compilation_cache_dir)
+  return device_runner.DeviceRunner(
+    model, params, mesh, config,
+    lambda max_model_len: max_step_tokens(config, max_model_len), on_compiled)
+
+
+def build_engine(
+    model: model_config_lib.ModelConfig,
+    runner: device_runner.DeviceRunner, config: config_lib.EngineConfig, *,
+    tokenizer: tokenizer_lib.Tokenizer | None, eos_token_ids: Sequence[int],
+    model_name: str, default_sampling: Mapping[str, Any] | None,
+) -> engine_lib.Engine:
+  """An engine around a runner; for the arguments see `llm.LLM`."""
+  default = types.SamplingParams.from_dict(default_sampling or {})
+  policy = scheduler_lib.policy_class(config.policy)
+  limits = scheduler_config(
+    config, max_model_len=runner.max_model_len, num_pages=runner.num_pages,
+    num_stages=runner.num_stages, eos_token_ids=eos_token_ids)
+  return engine_lib.Engine(
+    policy(limits), runner, tokenizer=tokenizer,
+    info=engine_lib.EngineInfo(
+      model_name=model_name, family=model.family, vocab_size=model.vocab_size,
+      max_model_len=limits.max_model_len, eos_token_ids=tuple(eos_token_ids),
+      policy=config.policy, token_budget=config.token_budget,
+      max_num_seqs=config.max_num_seqs, num_pages=limits.num_pages,
+      page_size=config.page_size,
+      default_sampling={  # What it lacks changes nothing.
+        name: getattr(default, name) for name in default_sampling or {}
+        if hasattr(default, name)}))
+
+
+def _keep_compiled_in(folder: str) -> None:
+  try:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.ConfigError(
+      f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
+    ) from error
+  # If anything was compiled without one, JAX would go on without.
+  compilation_cache.reset_cache()
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

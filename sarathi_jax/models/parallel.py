@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model divides over a mesh of tp x pp devices. Arithmetic; no JAX.
+
+`tp` devices share each layer: whole heads, MLP columns, rows of the
+embedding. `pp` stages have the layers one after another, the same number
+each: where L does not divide, the last stage has layers of zeros, which change
+nothing. The output matrix is cut over all devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.models import config as model_config_lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parallelism:
+  """Degrees of parallelism, and what of a model they give to one device.
+
+  Attributes:
+    tp: devices that share each layer.
+    pp: stages.
+  """
+
+  tp: int = 1
+  pp: int = 1
+
+  @property
+  def num_devices(self) -> int:
+    return self.tp * self.pp
+
+  def check(self, model: model_config_lib.ModelConfig) -> None:
+    """Raises ConfigError, with the numbers, if a model can't be so divided."""
+    config_lib.check(
+      self.pp <= model.num_layers, 'pp', self.pp,
+      f'more stages than the model has layers, {model.num_layers}')
+    config_lib.check(
+      model.num_heads % self.tp == 0, 'tp', self.tp,
+      f'must divide the model\'s num_heads={model.num_heads}')
+    # With more devices than key and value heads, each has a copy of one.
+    many, few = sorted((model.num_kv_heads, self.tp))[::-1]
+    config_lib.check(
+      many % few == 0, 'tp', self.tp, 'must divide the model\'s num_kv_heads='
+      f'{model.num_kv_heads}, or be a multiple of it')
+    config_lib.check(
+      model.intermediate_size % self.tp == 0, 'tp', self.tp,
+      f'must divide the model\'s intermediate_size={model.intermediate_size}')
+    # Each device of a stage hands on its part of the hidden states.
+    config_lib.check(
+      self.pp == 1 or model.hidden_size % self.tp == 0, 'tp', self.tp,
+      f'must divide the model\'s hidden_size={model.hidden_size}')
+
+  def num_layers(self, model: model_config_lib.ModelConfig) -> int:
+    """Layers of a stage, those of zeros counted in."""
+    return -(-model.num_layers // self.pp)
+
+  def num_kv_heads(self, model: model_config_lib.ModelConfig) -> int:
+    """Key and value heads in all of a stage, copies counted in."""
+    return max(model.num_kv_heads, self.tp)
+
+  def vocab_size(self, model: model_config_lib.ModelConfig) -> int:
+    """V, padded to divide over all devices."""
+    return -(-model.vocab_size // self.num_devices) * self.num_devices
+
+  def layers_of(self, model: model_config_lib.ModelConfig,
+                index: int) -> tuple[int | None, ...]:
+    """The layer that is each stage's number `index`; None for one of zeros.
+
+    Of 5 layers in 2 stages: number 0 is (0, 3), number 2 is (2, None).
+    """
+    per_stage = self.num_layers(model)
+    layers = range(index, per_stage * self.pp, per_stage)
+    return tuple(n if n < model.num_layers else None for n in layers)
+
+
+ONE_DEVICE = Parallelism()

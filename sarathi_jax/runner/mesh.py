@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh ('pp', 'tp') that a model runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from jax.sharding import Sharding
+from jax.sharding import SingleDeviceSharding
+import numpy as np
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.models import sharding
+
+PP, TP = 'pp', 'tp'
+# The axes of a user's mesh that play ours.
+AxisNames = Mapping[str, str | Sequence[str]]
+
+
+def make(parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+         devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The first devices there are, in stages of `tp` neighbours.
+
+  Neighbours are the closest: of one host, where a host has as many.
+
+  Raises:
+    ConfigError: there are too few devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  needed = parallelism.num_devices
+  config_lib.check(
+    len(devices) >= needed, 'tp, pp', (parallelism.tp, parallelism.pp),
+    f'{needed} devices are needed, and there are {len(devices)}')
+  grid = np.array(devices[:needed]).reshape(parallelism.pp, parallelism.tp)
+  return Mesh(grid, (PP, TP))
+
+
+def of_users(mesh: Mesh, axis_names: AxisNames | None = None) -> Mesh:
+  """A user's mesh as ours: the same devices.
+
+  Args:
+    mesh: theirs.
+    axis_names: for 'tp' and 'pp', the axes of theirs that play it, one or
+      several; None: those of the same name. Other axes must be of size 1.
+
+  Raises:
+    ConfigError: an unknown axis, one named twice, or one left over.
+  """
+  if axis_names is None:
+    axis_names = {name: name for name in (PP, TP) if name in mesh.axis_names}
+  used: list[str] = []
+  sizes = []
+  for name in axis_names:
+    config_lib.check(name in (PP, TP), 'axis_names', dict(axis_names),
+                     f"{name!r} is neither 'pp' nor 'tp'")
+  for ours in (PP, TP):
+    theirs = axis_names.get(ours, ())
+    theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
+    for name in theirs:
+      config_lib.check(
+        name in mesh.axis_names and name not in used, 'axis_names',
+        dict(axis_names), f'{name!r} must be an axis of the mesh, '
+        f'{mesh.axis_names}, named once')
+      used.append(name)
+    sizes.append(math.prod(mesh.shape[name] for name in theirs))
+  left = [name for name in mesh.axis_names if name not in used]
+  for name in left:
+    config_lib.check(
+      mesh.shape[name] == 1, 'mesh', dict(mesh.shape),
+      f"axis {name!r} is neither 'pp' nor 'tp'; say which with axis_names, or "
+      'hand over a mesh without it')
+  order = [mesh.axis_names.index(name) for name in (*used, *left)]
+  return Mesh(mesh.devices.transpose(order).reshape(sizes), (PP, TP))
+
+
+def parallelism_of(mesh: Mesh) -> parallel.Parallelism:
+  """The degrees of parallelism of a mesh of ours."""
+  return parallel.Parallelism(tp=mesh.shape[TP], pp=mesh.shape[PP])
+
+
+def shards_of(mesh: Mesh) -> sharding.Shards:
+  """The axes over which there is something to share."""
+  return sharding.Shards(
+    tp=TP if mesh.shape[TP] > 1 else None,
+    pp=PP if mesh.shape[PP] > 1 else None)
+
+
+def on(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Sharding:
+  """An array's axes, split over axes of the mesh."""
+  if mesh.size == 1:
+    return SingleDeviceSharding(mesh.devices.item())
+  return NamedSharding(mesh, PartitionSpec(*axes))

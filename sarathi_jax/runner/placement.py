@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each parameter lies on the mesh, and how it gets there.
+
+On a mesh with stages, layer number i of all stages is one array, with an axis
+for the stages in front. Axes are split as their names say (`_SPLIT`).
+Key and value heads are repeated where there are more devices than heads, and
+the vocabulary is padded with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import Sharding
+import numpy as np
+
+from sarathi_jax import models
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import spec
+from sarathi_jax.runner import mesh as mesh_lib
+
+Params = Any  # a pytree of arrays
+Slices = tuple[slice, ...]
+# Reads a part of a parameter by its name, such as 'layers.3.attn.q'.
+Read = Callable[[str, Slices], np.ndarray]
+
+# Name of a parameter's axis -> the axes of the mesh it is split over.
+_SPLIT: Mapping[str | None, Any] = {
+  'vocab': mesh_lib.TP, 'logits': (mesh_lib.TP, mesh_lib.PP),
+  'heads': mesh_lib.TP, 'kv_heads': mesh_lib.TP, 'mlp': mesh_lib.TP,
+}
+_NUM_READERS = 2  # Each has a shard in memory.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+  """One array on the mesh, and the parameters that it is made of.
+
+  Attributes:
+    sources: names of the parameters: one, or one a stage; None for zeros.
+    spec: of each of them.
+    shape: of each as it lies on the mesh: heads repeated, vocabulary padded.
+    head_dim: h.
+    has_stages: whether they lie one after another along a first axis.
+    sharding: of the array.
+  """
+
+  sources: tuple[str | None, ...]
+  spec: spec.ParamSpec
+  shape: tuple[int, ...]
+  head_dim: int
+  has_stages: bool
+  sharding: Sharding
+
+  @property
+  def global_shape(self) -> tuple[int, ...]:
+    return ((len(self.sources), *self.shape) if self.has_stages
+            else self.shape)
+
+
+def places(model: model_config_lib.ModelConfig, mesh: Mesh) -> Any:
+  """A tree of Place, shaped as the parameters on the mesh.
+
+  It is `models.param_specs`, but for 'layers': those of one stage.
+  """
+  parallelism = mesh_lib.parallelism_of(mesh)
+  sizes: dict[str | None, int] = {
+    'vocab': parallelism.vocab_size(model),
+    'logits': parallelism.vocab_size(model),
+    'kv_heads': parallelism.num_kv_heads(model) * model.head_dim}
+
+  def place(path: Any, leaf: spec.ParamSpec, *,
+            layers: tuple[int | None, ...] | None) -> Place:
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    sources: tuple[str | None, ...] = (name,)
+    axes = [_SPLIT.get(axis) for axis in leaf.axes]
+    if layers is not None:
+      sources = tuple(
+        None if layer is None else f'layers.{layer}.{name}'
+        for layer in layers)
+    has_stages = len(sources) > 1
+    return Place(
+      sources, leaf, tuple(sizes.get(axis, size) for axis, size in zip(
+        leaf.axes, leaf.shape, strict=True)),
+      model.head_dim, has_stages,
+      mesh_lib.on(mesh, *[mesh_lib.PP] * has_stages, *axes))
+
+  def tree(specs: Any, layers: tuple[int | None, ...] | None = None) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      functools.partial(place, layers=layers), specs)
+
+  specs = models.param_specs(model)
+  layer_specs = specs.pop('layers')
+  return tree(specs) | {'layers': [
+    tree(layer_specs[0], parallelism.layers_of(model, i))
+    for i in range(parallelism.num_layers(model))]}
+
+
+def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
+           dtype: Any) -> Params:
+  """The parameters on the mesh as ShapeDtypeStruct, for compiling."""
+  return jax.tree.map(
+    lambda place: jax.ShapeDtypeStruct(
+      place.global_shape, dtype, sharding=place.sharding),
+    places(model, mesh))
+
+
+def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
+         read: Read, on_loaded: Callable[[int, int], None],
+         ) -> Params:
+  """Reads each device's part of the parameters straight onto it.
+
+  A host reads what its own devices need, and has two parts in memory at once.
+
+  Args:
+    model, mesh: what, and where to.
+    dtype: of the parameters, as `read` gives them.
+    read: reads them, from several threads.
+    on_loaded: told of arrays done, and of how many.
+  """
+  leaves, treedef = jax.tree.flatten(places(model, mesh))
+  done = 0
+
+  def one(place: Place) -> jax.Array:
+    return jax.block_until_ready(jax.make_array_from_callback(
+      place.global_shape, place.sharding,
+      functools.partial(_read_part, place, read, dtype), dtype=dtype))
+
+  arrays = []
+  with futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+    for array in pool.map(one, leaves):
+      arrays.append(array)
+      done += 1
+      on_loaded(done, len(leaves))
+  return jax.tree.unflatten(treedef, arrays)
+
+
+def _read_part(place: Place, read: Read, dtype: Any,
+               index: Slices | None) -> np.ndarray:
+  """What of an array on the mesh belongs at `index` of it."""
+  assert index is not None
+  source = place.sources[0]
+  if place.has_stages:
+    source = place.sources[index[0].indices(len(place.sources))[0]]
+    index = index[1:]
+  spans = [range(*s.indices(size))
+           for s, size in zip(index, place.shape, strict=True)]
+  shape = tuple(map(len, spans))
+  if source is None:
+    part = np.zeros(shape, dtype)
+  else:
+    part = read(source, tuple(
+      _source_span(place, axis, span) for axis, span in enumerate(spans)))
+    missing = [(0, want - got)
+               for want, got in zip(shape, part.shape, strict=True)]
+    if any(n for _, n in missing):
+      part = np.pad(part, missing)
+  return part[None] if place.has_stages else part
+
+
+def _source_span(place: Place, axis: int, span: range) -> slice:
+  """Where in a parameter a span of the array on the mesh comes from."""
+  size = place.spec.shape[axis]
+  start = span.start
+  copies = place.shape[axis] // size
+  if place.spec.axes[axis] == 'kv_heads' and copies > 1:
+    start = start // place.head_dim // copies * place.head_dim
+  return slice(min(start, size), min(start + len(span), size))
+
+
+def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
+               params: Params, old: list[Any] | None = None) -> Params:
+  """Puts live arrays where the model is to run.
+
+  One that lies there already is taken as it is, without a copy; others are
+  moved one after another, so that no more than one is in memory twice.
+
+  Args:
+    model, mesh: what, and where to.
+    params: the weights, as the tree of `models.param_specs`.
+    old: leaves that these replace; each is forgotten before its successor is
+      made.
+  """
+  named = dict(_named_leaves(params))
+  leaves, treedef = jax.tree.flatten(places(model, mesh))
+  arrays = []
+  for i, place in enumerate(leaves):
+    if old is not None:
+      old[i] = None
+    arrays.append(_place_one(place, [
+      None if name is None else named[name] for name in place.sources]))
+  return jax.tree.unflatten(treedef, arrays)
+
+
+def _place_one(place: Place, sources: list[jax.Array | None]) -> jax.Array:
+  padding = tuple(
+    want - size for want, size in zip(
+      place.shape, place.spec.shape, strict=True))
+  repeats = [(axis, place.shape[axis] // place.spec.shape[axis])
+             for axis, name in enumerate(place.spec.axes)
+             if name == 'kv_heads' and padding[axis]]
+
+  def shaped(source: jax.Array) -> jax.Array:
+    if repeats:
+      return _repeat_heads(source, *repeats[0], place.head_dim)
+    return _pad(source, padding) if any(padding) else source
+
+  ready = [shaped(source) for source in sources if source is not None]
+  if not place.has_stages:
+    return jax.device_put(ready[0], place.sharding)
+  assert isinstance(place.sharding, jax.sharding.NamedSharding)
+  each = jax.sharding.NamedSharding(
+    place.sharding.mesh,
+    jax.sharding.PartitionSpec(*place.sharding.spec[1:]))
+  return _stack(place.sharding, len(place.sources))(
+    *(jax.device_put(source, each) for source in ready))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _repeat_heads(x: jax.Array, axis: int, copies: int,
+                  head_dim: int) -> jax.Array:
+  shape = x.shape
+  split = (*shape[:axis], -1, head_dim, *shape[axis + 1:])
+  x = jnp.repeat(x.reshape(split), copies, axis=axis)
+  return x.reshape(*shape[:axis], -1, *shape[axis + 1:])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pad(x: jax.Array, padding: tuple[int, ...]) -> jax.Array:
+  return jnp.pad(x, [(0, n) for n in padding])
+
+
+@functools.cache
+def _stack(sharding: Sharding, num_stages: int) -> Callable[..., jax.Array]:
+  """Stacks arrays for the first stages, zeros for the others."""
+  def stack(*arrays: jax.Array) -> jax.Array:
+    zeros = [jnp.zeros_like(arrays[0])] * (num_stages - len(arrays))
+    return jnp.stack([*arrays, *zeros])
+
+  return jax.jit(stack, out_shardings=sharding)
+
+
+def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield jax.tree_util.keystr(path, simple=True, separator='.'), leaf

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that mains give XLA: known to it, and the user's come last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sarathi_jax import xla_flags
+
+GRAPHS = '--xla_gpu_enable_command_buffer=+WHILE'
+
+
+@pytest.mark.parametrize(('version', 'expected'), [
+  ((0, 10, 1), ''), ((0, 10, 2), GRAPHS), ((0, 11, 2), GRAPHS),
+  ((0, 12, 0), GRAPHS), ((0, 13, 0), '')])
+def test_flags_are_for_versions(
+    version: tuple[int, ...], expected: str) -> None:
+  assert xla_flags.flags(version) == expected
+
+
+@pytest.mark.parametrize('version', ['0.12.0.1', '0.10.2', '0.12.1.dev3'])
+def test_versions_are_read(
+    version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: version)
+  environ: dict[str, str] = {}
+  xla_flags.set_environment(environ)
+  assert environ == {'XLA_FLAGS': GRAPHS,
+                     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95'}
+
+
+def test_what_the_user_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.10.2')
+  environ = {'XLA_FLAGS': '--xla_gpu_enable_command_buffer=',
+             'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5'}
+  xla_flags.set_environment(environ)
+  assert environ['XLA_FLAGS'] == f'{GRAPHS} --xla_gpu_enable_command_buffer='
+  assert environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
+
+
+def _start(flags: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, '-c', 'import jax; print(jax.numpy.ones(3).sum())'],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    capture_output=True, text=True, check=False)
+
+
+def test_xla_knows_them() -> None:
+  """Also where there is no GPU; at a flag that it does not know, it ends."""
+  environ: dict[str, str] = {}
+  xla_flags.set_environment(environ)
+  assert environ['XLA_FLAGS']
+  assert _start(environ['XLA_FLAGS']).stdout == '3.0\n'
+  assert 'Unknown flag' in _start('--xla_gpu_no_such_flag=1').stderr
