@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+import math
 import pathlib
 from typing import Any
 
@@ -21,6 +22,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import programs as programs_lib
 
 Params = Any  # a pytree of arrays
 OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
@@ -89,6 +91,25 @@ def max_step_tokens(config: config_lib.EngineConfig,
   return policy.max_step_tokens(scheduler_config(
     config, max_model_len=max_model_len, num_pages=max_model_len,
     num_stages=1))
+
+
+def step_programs(
+    model: model_config_lib.ModelConfig, mesh: Mesh,
+    config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
+) -> programs_lib.StepPrograms:
+  """The steps of a deployment, not compiled, for devices that may be absent.
+
+  Args:
+    model, mesh, config: the deployment.
+    dtype, kv_dtype: of weights and cache.
+  """
+  max_model_len = config.max_model_len or model.context_len
+  return programs_lib.StepPrograms(
+    model, mesh, dtype=dtype, kv_dtype=kv_dtype, page_size=config.page_size,
+    pages_per_seq=math.ceil(max_model_len / config.page_size),
+    max_num_seqs=config.max_num_seqs,
+    max_step_tokens=max_step_tokens(config, max_model_len),
+    attention=config.attention)
 
 
 def build_runner(

@@ -143,6 +143,7 @@ class LLM:
       eos_token_ids=metadata.eos_token_ids,
       default_sampling=metadata.default_sampling,
       model_name=pathlib.Path(path).absolute().name)
+    return llm
 
   def generate(self, prompts: Prompt | Sequence[Prompt],
                sampling: types.SamplingParams

@@ -16,6 +16,8 @@ import importlib.metadata
 import re
 
 Version = tuple[int, ...]
+# A main has the GPU for itself; JAX would take three quarters of it.
+MEMORY_FRACTION = 0.95
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,5 +54,4 @@ def set_environment(environ: MutableMapping[str, str]) -> None:
   version = importlib.metadata.version('jax')
   ours = flags(tuple(map(int, re.findall(r'\d+', version)[:3])))
   environ['XLA_FLAGS'] = f'{ours} {environ.get("XLA_FLAGS", "")}'.strip()
-  # A main has the GPU for itself; JAX would take three quarters of it.
-  environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
+  environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(MEMORY_FRACTION))

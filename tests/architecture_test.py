@@ -33,10 +33,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.simulator': ('sarathi_jax.engine', 'sarathi_jax.scheduler'),
   'pallas_kernels': (),
   'pallas_kernels.aot': (
-    'pallas_kernels', '~pallas_kernels.aot.step', '~sarathi_jax.xla_flags'),
+    'pallas_kernels', '~pallas_kernels.aot.step', '~sarathi_jax.deployment',
+    '~sarathi_jax.xla_flags'),
   'pallas_kernels.aot.step': (  # A kernel's proof may be the whole step's.
-    'pallas_kernels', 'sarathi_jax.benchmarks', 'sarathi_jax.models',
-    'sarathi_jax.runner', 'sarathi_jax.scheduler'),
+    'pallas_kernels', 'sarathi_jax.building', 'sarathi_jax.models',
+    'sarathi_jax.runner', 'sarathi_jax.xla_flags'),
   'sarathi_jax.models': ('pallas_kernels',),
   'sarathi_jax.runner': (
     'sarathi_jax.models', 'sarathi_jax.engine.engine', 'pallas_kernels'),
@@ -47,9 +48,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.prompt_lines': ('sarathi_jax.engine',),
   'sarathi_jax.report': ('sarathi_jax.engine',),
   'sarathi_jax.xla_flags': (),
+  'sarathi_jax.building': (
+    'sarathi_jax.engine', 'sarathi_jax.models', 'sarathi_jax.runner',
+    'sarathi_jax.scheduler'),
   'sarathi_jax.llm': (
-    'sarathi_jax.checkpoint', 'sarathi_jax.engine', 'sarathi_jax.models',
-    'sarathi_jax.runner', 'sarathi_jax.scheduler'),
+    'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.engine',
+    'sarathi_jax.models', 'sarathi_jax.runner'),
+  'sarathi_jax.plan': (
+    'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.xla_flags',
+    '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
   'sarathi_jax.loading': ('sarathi_jax.llm', 'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.prompt_lines',
@@ -73,6 +80,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.xla_flags': (),
   'sarathi_jax.models.config': (),
   'sarathi_jax.models.published': (),
+  'sarathi_jax.models.parallel': (),
   'sarathi_jax.models.spec': (),
   'sarathi_jax.engine': ('jinja2', 'tokenizers'),
   'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
@@ -85,7 +93,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
 WITHOUT_JAX = (
   'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
   'sarathi_jax.engine.fake_runner', 'sarathi_jax.engine.collector',
-  'sarathi_jax.models.published', 'sarathi_jax.deployment',
+  'sarathi_jax.models.config', 'sarathi_jax.models.published',
+  'sarathi_jax.models.parallel', 'sarathi_jax.deployment',
   'sarathi_jax.xla_flags',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
   'sarathi_jax.server.service', 'sarathi_jax.server.main',

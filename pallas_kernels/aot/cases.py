@@ -35,17 +35,6 @@ class Case(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Memory:
-  """Bytes of a step, and what the device has."""
-
-  weights: int
-  kv_cache: int
-  temporaries: int
-  device: int
-  kv_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Result:
   """How a case compiled.
 
@@ -57,7 +46,6 @@ class Result:
     warnings: what ptxas says will be slow.
     graphs: CUDA graphs that it is launched as, in parts.
     outside_graphs: kinds of thunks that are in none.
-    memory: of a step.
     compiled: None where XLA refused.
   """
 
@@ -68,7 +56,6 @@ class Result:
   warnings: Sequence[str] = ()
   graphs: int = 0
   outside_graphs: Sequence[str] = ()
-  memory: Memory | None = None
   compiled: Any = dataclasses.field(default=None, repr=False)
 
 
@@ -82,7 +69,7 @@ def check(cases: Iterable[Case], device: str,
     device: 'a100', 'a40' or 'h100'.
     on_done: told each result.
   """
-  compiler.device_for(device)  # Once, and not in several threads.
+  compiler.devices_for(device)  # Once, and not in several threads.
 
   def run(case: Case) -> Result:
     def fn(*args: Any) -> Any:  # A new one: JAX recalls what it compiled.

@@ -20,8 +20,8 @@ _HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32'}
 
 
 @functools.cache
-def device_for(name: str) -> Any:
-  """A jax.Device to compile for, 'a100', 'a40' or 'h100'; it can't run.
+def devices_for(name: str, count: int = 1) -> tuple[Any, ...]:
+  """jax.Devices to compile for, 'a100', 'a40' or 'h100'; they can't run.
 
   Raises:
     ValueError: an unknown name.
@@ -30,21 +30,21 @@ def device_for(name: str) -> Any:
   target = gpu_targets.get(name)
   if reason := toolkit.missing():
     raise toolkit.UnavailableError(reason)
-  return topologies.get_topology_desc(
-    platform='cuda', target_config=target.text_proto(), topology='1x1x1',
-  ).devices[0]
+  return tuple(topologies.get_topology_desc(
+    platform='cuda', target_config=target.text_proto(),
+    topology=f'1x1x{count}').devices)
 
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[None]:
   """What is traced within is for this device."""
-  with jax.default_device(device_for(device)):
+  with jax.default_device(devices_for(device)[0]):
     yield
 
 
 def placed(args: Any, device: str) -> Any:
   """A tree of ShapeDtypeStruct, as arrays that lie on this device."""
-  sharding = jax.sharding.SingleDeviceSharding(device_for(device))
+  sharding = jax.sharding.SingleDeviceSharding(devices_for(device)[0])
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=sharding), args)
 
@@ -63,7 +63,7 @@ def compile_for(fn: Callable[..., Any], args: Sequence[Any], device: str,
     The jax.stages.Compiled, to look at.
 
   Raises:
-    ValueError, toolkit.UnavailableError: see `device_for`.
+    ValueError, toolkit.UnavailableError: see `devices_for`.
     jax.errors.JaxRuntimeError: XLA refuses it, for too much shared memory
       among other reasons.
   """
@@ -96,12 +96,18 @@ def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
 
 
 def num_bytes(tree: Any) -> int:
-  """Of a tree of ShapeDtypeStruct."""
-  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize
+  """On one device, of a tree of arrays or ShapeDtypeStruct."""
+  return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize
              for leaf in jax.tree.leaves(tree))
+
+
+def _local_shape(leaf: Any) -> tuple[int, ...]:
+  shape: tuple[int, ...] = leaf.shape
+  sharding = getattr(leaf, 'sharding', None)
+  return shape if sharding is None else sharding.shard_shape(shape)
 
 
 def _hlo_type(leaf: Any) -> str:
   """'bf16[8,128]'."""
   return (f'{_HLO_TYPES[leaf.dtype.name]}'
-          f'[{",".join(map(str, leaf.shape))}]')
+          f'[{",".join(map(str, _local_shape(leaf)))}]')

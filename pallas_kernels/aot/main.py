@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -36,22 +37,26 @@ def define_flags() -> None:
   flags.DEFINE_enum('device', None, list(gpu_targets.TARGETS),
                     'The GPU to compile for.', required=True)
   flags.DEFINE_string(
-    'model', None, 'File of configs/, named after a model of '
-    'sarathi_jax.benchmarks.throughput: compile its largest step, in '
-    'bfloat16, instead of the kernels.')
+    'model', None, 'File of configs/: compile its largest step, in bfloat16, '
+    'for as many devices as it asks for, instead of the kernels.')
   flags.DEFINE_string('json', None, 'File for the results.')
 
 
-def _compile() -> list[cases_lib.Result]:
-  if FLAGS.model:
-    from pallas_kernels.aot import step  # Knows models, as nothing else here.
-    from sarathi_jax import errors
-    from sarathi_jax import xla_flags
-    xla_flags.set_environment(os.environ)  # As whoever serves it does.
-    try:
-      return [step.check(FLAGS.model, FLAGS.device)]
-    except errors.SarathiError as error:
-      sys.exit(f'error: {error}')
+def _compile_step() -> Any:
+  from pallas_kernels.aot import step  # Knows models, as nothing else here.
+  from sarathi_jax import deployment
+  from sarathi_jax import errors
+  from sarathi_jax import xla_flags
+  xla_flags.set_environment(os.environ)  # As whoever serves it does.
+  try:
+    asked = deployment.read(FLAGS.model)
+    return step.check(
+      asked.name, asked.known_model(), asked.config, FLAGS.device)
+  except errors.SarathiError as error:
+    sys.exit(f'error: {error}')
+
+
+def _compile_kernels() -> list[cases_lib.Result]:
   cases = list(tuning.cases(FLAGS.device))
   with rich.progress.Progress(transient=True) as progress:
     task = progress.add_task('Compiling', total=len(cases))
@@ -69,11 +74,14 @@ def main(argv: list[str]) -> None:
   if reason := toolkit.missing():
     sys.exit(f'error: {reason}')
   console = rich.console.Console(highlight=False)
-  results = _compile()
-  for table in report.tables(results, FLAGS.device):
+  step = _compile_step() if FLAGS.model else None
+  results = [step.case] if step else _compile_kernels()
+  console.print(report.kernels_table(results, FLAGS.device))
+  for table in step.tables() if step else ():
     console.print(table)
   if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(report.as_json(results, FLAGS.device))
+    pathlib.Path(FLAGS.json).write_text(report.as_json(
+      results, FLAGS.device, **step.as_dict() if step else {}))
   said = [('yellow', r.name, w) for r in results for w in r.warnings]
   failed = [('red', r.name, p) for r in results for p in r.problems]
   for style, name, text in said + failed:

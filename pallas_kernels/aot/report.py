@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import rich.box
@@ -13,34 +14,24 @@ import rich.table
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases as cases_lib
+from pallas_kernels.aot import collectives
 
 
-def tables(results: Sequence[cases_lib.Result],
-           device: str) -> Iterator[rich.table.Table]:
-  """What the kernels take, and the memory of each step."""
-  yield _kernels(results, device)
-  for r in results:
-    if r.memory:
-      table = _memory(r.memory)
-      table.caption = (f'{table.caption}; {r.graphs} CUDA graphs, '
-                       f'{len(r.outside_graphs)} launches in none')
-      yield table
-
-
-def as_json(results: Sequence[cases_lib.Result], device: str) -> str:
-  """All that is known of the results."""
+def as_json(results: Sequence[cases_lib.Result], device: str,
+            **more: Any) -> str:
+  """All that is known of the results, and of what else is said of them."""
   cases = [{
     'name': r.name, 'seconds': round(r.seconds, 2),
     'problems': list(r.problems), 'warnings': list(r.warnings),
     'graphs': r.graphs, 'outside_graphs': list(r.outside_graphs),
-    'kernels': [dataclasses.asdict(k) for k in r.kernels],
-    'memory': r.memory and dataclasses.asdict(r.memory)} for r in results]
+    'kernels': [dataclasses.asdict(k) for k in r.kernels]} for r in results]
   return json.dumps({'device': device, 'jax': jax.__version__,
-                     'cases': cases}, indent=1) + '\n'
+                     'cases': cases, **more}, indent=1) + '\n'
 
 
-def _kernels(results: Sequence[cases_lib.Result],
-             device: str) -> rich.table.Table:
+def kernels_table(results: Sequence[cases_lib.Result],
+                  device: str) -> rich.table.Table:
+  """What the kernels take of a multiprocessor."""
   table = rich.table.Table(
     'case', title=f'{gpu_targets.get(device).device_kind}, '
     f'JAX {jax.__version__}', box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -62,13 +53,13 @@ def _kernels(results: Sequence[cases_lib.Result],
   return table
 
 
-def _memory(memory: cases_lib.Memory) -> rich.table.Table:
-  table = rich.table.Table('memory', box=rich.box.SIMPLE_HEAD)
-  for column in ('bytes', 'GiB'):
+def sent_table(sent: Sequence[collectives.Collective],
+               least: int) -> rich.table.Table:
+  """What a device gets from others in a step, beside the least it could."""
+  table = rich.table.Table('sent in a step', box=rich.box.SIMPLE_HEAD)
+  for column in ('calls', 'MiB'):
     table.add_column(column, justify='right')
-  rows = dataclasses.asdict(memory)
-  tokens = rows.pop('kv_tokens')
-  for name, size in rows.items():
-    table.add_row(name.replace('_', ' '), f'{size:,}', f'{size / 2**30:.2f}')
-  table.caption = f'{tokens:,} tokens of KV cache'
+  for one in sent:
+    table.add_row(one.kind, str(one.count), f'{one.num_bytes / 2**20:,.2f}')
+  table.add_row('sums and hops, at least', '', f'{least / 2**20:,.2f}')
   return table

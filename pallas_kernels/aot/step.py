@@ -1,98 +1,149 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's whole step, compiled for a GPU. Alone here, it knows models."""
+"""A deployment's whole step, compiled for GPUs. Alone here, it knows models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 import dataclasses
-import pathlib
-import re
-import runpy
-import types
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import rich.box
+import rich.table
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
+from pallas_kernels.aot import collectives
 from pallas_kernels.aot import compiler
+from pallas_kernels.aot import report
+from sarathi_jax import building
 from sarathi_jax import config as config_lib
-from sarathi_jax import models
-from sarathi_jax import scheduler
-from sarathi_jax.benchmarks import throughput
-from sarathi_jax.runner import device_runner
-from sarathi_jax.runner import kv_cache
+from sarathi_jax import xla_flags
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.runner import memory as memory_lib
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import programs as programs_lib
+
+_DTYPE = jnp.dtype(jnp.bfloat16)
 
 
-def check(path: str, device: str) -> cases.Result:
-  """Compiles the largest hybrid step of a model; see --model.
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+  """How the largest step of a deployment compiled.
+
+  Attributes:
+    case: of its kernels, with what speaks against it.
+    memory: what it takes of each device.
+    sent: what a device gets from others in one step.
+    least_sent: bytes of the sums and hops that no step can do without.
+  """
+
+  case: cases.Result
+  memory: memory_lib.MemoryPlan
+  sent: list[collectives.Collective]
+  least_sent: int
+
+  def tables(self) -> Iterator[rich.table.Table]:
+    """For people."""
+    table = memory_table(self.memory)
+    table.caption = (f'{self.case.graphs} CUDA graphs, '
+                     f'{len(self.case.outside_graphs)} launches in none')
+    yield table
+    if self.sent:
+      yield report.sent_table(self.sent, self.least_sent)
+
+  def as_dict(self) -> dict[str, Any]:
+    """For JSON, without the case."""
+    return {
+      'memory': memory_dict(self.memory),
+      'sent': [dataclasses.asdict(one) for one in self.sent],
+      'least_sent': self.least_sent}
+
+
+def check(name: str, model: model_config_lib.ModelConfig,
+          config: config_lib.EngineConfig, device: str) -> StepResult:
+  """Compiles the largest hybrid step of a deployment, in bfloat16.
+
+  Args:
+    name: of the deployment.
+    model, config: what is to be served, and how.
+    device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
 
   Raises:
-    sarathi_jax.errors.ConfigError: there is no such config, or it can't work.
+    sarathi_jax.errors.ConfigError: it can't work, whatever the memory.
   """
-  config, model = _read_config(path)
+  parallelism = parallel.Parallelism(tp=config.tp, pp=config.pp)
+  parallelism.check(model)
   target = gpu_targets.get(device)
-  max_len = config.max_model_len or model.context_len
+  mesh = mesh_lib.make(
+    parallelism, compiler.devices_for(device, parallelism.num_devices))
   with compiler.on(device):
-    params = compiler.placed(jax.eval_shape(lambda: models.init_params(
-      model, jax.random.key(0), jnp.bfloat16)), device)
-    stats = {'bytes_limit': target.memory_bytes,
-             'bytes_in_use': compiler.num_bytes(params)}
-    num_pages = kv_cache.choose_num_pages(
-      model, config, max_len, jnp.dtype(jnp.bfloat16),
-      types.SimpleNamespace(memory_stats=lambda: stats), 0)
-    kv = compiler.placed(jax.eval_shape(lambda: kv_cache.init(
-      model, num_pages, config.page_size, jnp.bfloat16, 'pallas_triton')),
-      device)
-  max_len = min(max_len, num_pages * config.page_size)
-  programs = device_runner.StepPrograms(
-    model, page_size=config.page_size,
-    pages_per_seq=-(-max_len // config.page_size),
-    max_num_seqs=config.max_num_seqs,
-    max_step_tokens=_max_step_tokens(config, max_len),
-    attention='pallas_triton')
-  size = programs.sizes[-1]
-  result = cases.measure(f'{pathlib.Path(path).stem}, {size} tokens', device,
-                         lambda: programs.lower(size, params, kv))
-  memory = cases.Memory(
-    compiler.num_bytes(params), compiler.num_bytes(kv), 0,
-    target.memory_bytes, num_pages * config.page_size)
-  if result.compiled is None:
-    return dataclasses.replace(result, memory=memory)
-  analysis = result.compiled.memory_analysis()
-  memory = dataclasses.replace(memory, temporaries=(
-    analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    - analysis.alias_size_in_bytes))
-  last_tokens = jax.ShapeDtypeStruct((config.max_num_seqs,), jnp.int32)
-  problems = [*result.problems, *compiler.in_place_problems(
-    result.compiled, (kv, last_tokens), kv)]
-  if waits := {'kConditional', 'kWhile'} & set(result.outside_graphs):
+    programs = building.step_programs(
+      model, mesh, dataclasses.replace(config, attention='pallas_triton'),
+      dtype=_DTYPE, kv_dtype=_DTYPE)
+
+    def plan(temporaries: int) -> memory_lib.MemoryPlan:
+      return memory_lib.plan(
+        model, config, mesh, programs, dtype=_DTYPE, kv_dtype=_DTYPE,
+        temporaries=temporaries,
+        device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
+
+    memory = plan(0)
+    size = programs.sizes[-1]
+    num_pages = memory.num_pages or programs.pages_per_seq
+    case = cases.measure(f'{name}, {size} tokens', device,
+                         lambda: programs.lower(size, num_pages))
+    if case.compiled is None:
+      return StepResult(case, memory, [], 0)
+    memory = plan(programs_lib.extra_bytes(case.compiled))
+    arrays = programs.array_shapes(num_pages)
+  donated = (arrays.kv, arrays.last_tokens, arrays.hidden)
+  problems = [*case.problems, *compiler.in_place_problems(
+    case.compiled, donated, arrays.kv)]
+  if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
     problems.append(f'{", ".join(sorted(waits))} in no CUDA graph: there the '
                     'host waits for the device in the middle of a step')
-  needed = memory.weights + memory.kv_cache + memory.temporaries
-  if needed > memory.device:
-    problems.append(f'it needs {needed:,} bytes of memory, and the device '
-                    f'has {memory.device:,}')
-  return dataclasses.replace(result, problems=problems, memory=memory)
+  if memory.problem:
+    problems.append(f'{memory.problem} {memory.missing / 2**30:.2f} GiB are '
+                    'missing on each device.')
+  return StepResult(
+    dataclasses.replace(case, problems=problems), memory,
+    collectives.read(case.compiled.as_text()),
+    _least_sent(model, parallelism, size))
 
 
-def _read_config(path: str) -> tuple[Any, Any]:
-  """The engine's config and the model that the file is named after."""
-  file = pathlib.Path(path)
-  config_lib.check(file.is_file(), 'model', path, 'no such file')
-  known: Mapping[str, Any] = {
-    re.sub(r'\W', '_', name): model
-    for name, model in throughput.MODELS.items()}
-  name = next((n for n in known if file.stem.startswith(n)), '')
-  config_lib.check(bool(name), 'model', path,
-                   f'its name must begin with one of {", ".join(known)}')
-  return runpy.run_path(path)['get_config'](), known[name]
+def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
+  """For JSON."""
+  return {**dataclasses.asdict(memory), 'kv_cache': memory.kv_cache,
+          'kv_tokens': memory.kv_tokens, 'missing': memory.missing}
 
 
-def _max_step_tokens(config: Any, max_model_len: int) -> int:
-  return scheduler.policy_class(config.policy).max_step_tokens(
-    config_lib.SchedulerConfig(
-      token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-      max_model_len=max_model_len, num_pages=max_model_len,
-      page_size=config.page_size))
+def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
+  """What a deployment takes of each device."""
+  table = rich.table.Table('memory of a device', box=rich.box.SIMPLE_HEAD)
+  for column in ('bytes', 'GiB'):
+    table.add_column(column, justify='right')
+  for name, size in (
+      ('weights', memory.weights), ('kv cache', memory.kv_cache),
+      ('temporaries', memory.temporaries + memory.state),
+      ('usable', memory.usable)):
+    if size is not None:
+      table.add_row(name, f'{size:,}', f'{size / 2**30:.2f}')
+  return table
+
+
+def _least_sent(model: model_config_lib.ModelConfig,
+                parallelism: parallel.Parallelism, num_tokens: int) -> int:
+  """Two sums of [T, D] a layer, one for the embedding, and a stage's hop.
+
+  Falcon's attention and MLP, side by side, need one sum.
+  """
+  one = num_tokens * model.hidden_size * _DTYPE.itemsize
+  sums = 0
+  if parallelism.tp > 1:
+    is_parallel = getattr(model, 'parallel', False)
+    sums = parallelism.num_layers(model) * (1 if is_parallel else 2) + 1
+  hop = one // parallelism.tp if parallelism.pp > 1 else 0
+  return math.ceil(sums * one + hop)

@@ -115,7 +115,8 @@ class DeviceRunner:
         temp_bytes = trial.temp_bytes(trial.pages_per_seq)
       parallelism = mesh_lib.parallelism_of(mesh)
       self.num_pages = kv_cache.choose_num_pages(
-        model, config, context, kv_dtype, devices, temp_bytes, parallelism)
+        model, config, context, kv_dtype,
+        [device.memory_stats() for device in devices], temp_bytes, parallelism)
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -76,7 +76,8 @@ def init(shapes: list[LayerKv]) -> list[LayerKv]:
 
 def choose_num_pages(
     model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
-    max_model_len: int, dtype: Any, devices: Sequence[Any], temp_bytes: int,
+    max_model_len: int, dtype: Any,
+    stats: Sequence[Mapping[str, int] | None], temp_bytes: int,
     parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
   """Pages for the cache: as configured, or as many as there is memory for.
 
@@ -85,7 +86,7 @@ def choose_num_pages(
     config: `num_pages`, else `kv_cache_gib`, else `memory_utilization` rule.
     max_model_len: the most tokens of a sequence.
     dtype: of the cache.
-    devices: where it will be; their weights are loaded already.
+    stats: `jax.Device.memory_stats()` of where it will be, weights loaded.
     temp_bytes: what the largest compiled step needs beside its arguments, of
       each device.
     parallelism: how the devices share the model.
@@ -95,15 +96,14 @@ def choose_num_pages(
       if that is given, else for a single page.
   """
   size = page_bytes(model, config.page_size, dtype, parallelism)
-  stats = [device.memory_stats() for device in devices]
   free: float
   if config.num_pages is not None:
     free, source = config.num_pages * size, 'num_pages'
   elif config.kv_cache_gib is not None:
     free, source = config.kv_cache_gib * GIB, 'kv_cache_gib'
-  elif all(s and 'bytes_limit' in s for s in stats):
+  elif known := [s for s in stats if s and 'bytes_limit' in s]:
     free = min(s['bytes_limit'] * config.memory_utilization
-               - s['bytes_in_use'] for s in stats) - temp_bytes
+               - s['bytes_in_use'] for s in known) - temp_bytes
     source = 'what is free on the device'
   else:
     free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -110,6 +111,13 @@ def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
     lambda place: jax.ShapeDtypeStruct(
       place.global_shape, dtype, sharding=place.sharding),
     places(model, mesh))
+
+
+def bytes_of(tree: Any) -> int:
+  """What one device has of a tree of ShapeDtypeStruct with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree))
 
 
 def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,

@@ -126,8 +126,9 @@ def _step(tmp_path: pathlib.Path, device: str, **environ: str) -> Any:
     [sys.executable, '-m', 'pallas_kernels.aot', f'--device={device}',
      f'--model=configs/{CONFIGS[device]}.py', f'--json={file}'],
     cwd=source_tree.ROOT, env=os.environ | environ, check=False)
-  case, = json.loads(file.read_text())['cases']
-  return case, done.returncode
+  found = json.loads(file.read_text())
+  case, = found['cases']
+  return case | {'memory': found['memory']}, done.returncode
 
 
 @matmul.needs_wheels

@@ -17,14 +17,14 @@ from tests.pallas_kernels.aot import matmul
 
 def test_unknown_devices_are_refused() -> None:
   with pytest.raises(ValueError, match=r"'b200': must be one of a100, a40"):
-    compiler.device_for('b200')
+    compiler.devices_for('b200')
 
 
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(toolkit.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(toolkit.UnavailableError,
                      match=r"pip install 'sarathi-jax\[aot\]'"):
-    compiler.device_for.__wrapped__('a40')
+    compiler.devices_for.__wrapped__('a40')
 
 
 @pytest.mark.parametrize(('update', 'donated', 'expected'), [

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program sends between devices, read from its text."""
+
+from __future__ import annotations
+
+from collections import Counter
+import dataclasses
+import math
+import re
+
+_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
+          'collective-permute')
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4,
+          'u32': 4, 'f32': 4}
+_CALL = re.compile(
+  rf'^\s*(?:ROOT )?\S+ = (.+?) ({"|".join(_KINDS)})(-start)?\(', re.M)
+_ARRAY = re.compile(r'\b([a-z]+\d+)\[([\d,]*)\]')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Collective:
+  """All calls of one kind.
+
+  Attributes:
+    kind: such as 'all-reduce'.
+    count: calls of it in one run.
+    num_bytes: of their results on one device, together.
+  """
+
+  kind: str
+  count: int
+  num_bytes: int
+
+
+def read(hlo: str) -> list[Collective]:
+  """The collectives of a program, from `compiled.as_text()`."""
+  counts: Counter[str] = Counter()
+  sizes: Counter[str] = Counter()
+  for result, kind, start in _CALL.findall(hlo):
+    arrays = [_num_bytes(*array) for array in _ARRAY.findall(result)]
+    # An asynchronous one holds what goes in, and what comes out, and more.
+    if start and kind != 'all-reduce':
+      arrays = arrays[:2][-1:]
+    counts[kind] += 1
+    sizes[kind] += sum(arrays)
+  return [Collective(kind, counts[kind], sizes[kind])
+          for kind in _KINDS if counts[kind]]
+
+
+def _num_bytes(dtype: str, shape: str) -> int:
+  return _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(','))))

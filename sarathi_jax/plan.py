@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells what a deployment takes of its GPUs, with no GPU at hand.
+
+  python -m sarathi_jax.plan --config=configs/falcon_180b_a100_tp4_pp2.py
+  python -m sarathi_jax.plan --config=configs/yi_34b_a100_tp2.py --tp=4 \
+      --device=a40 --context=4096,32768
+
+Compiles the largest step for the GPUs that the file names (the extra `aot`),
+and shares out the memory of one of them as the engine does. Exits with an
+error, and the number that is missing, where a deployment does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import deployment
+from sarathi_jax import errors
+from sarathi_jax import flags as engine_flags
+from sarathi_jax import xla_flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  flags.DEFINE_string(
+    'device', None, "The GPU: a100, a40 or h100; the config's by default. "
+    'cpu: this machine, which takes float32.')
+  flags.DEFINE_list('context', ['1024', '4096', '16384'],
+                    'Lengths of sequences, to tell how many fit.')
+  flags.DEFINE_string('json', None, 'File for the results.')
+  engine_flags.define_engine_flags()
+
+
+def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
+  """The `runner.memory.MemoryPlan` of a deployment on CPU devices, float32."""
+  import jax.numpy as jnp
+
+  from sarathi_jax import building
+  from sarathi_jax.runner import memory
+  dtype = jnp.dtype(jnp.float32)
+  mesh = building.make_mesh(model, config)
+  programs = building.step_programs(
+    model, mesh, config, dtype=dtype, kv_dtype=dtype)
+
+  def plan(temporaries: int) -> memory.MemoryPlan:
+    return memory.plan(
+      model, config, mesh, programs, dtype=dtype, kv_dtype=dtype,
+      temporaries=temporaries, device_bytes=None)
+
+  pages = plan(0).num_pages or programs.pages_per_seq
+  return plan(programs.temp_bytes(pages))
+
+
+def _contexts(model: Any, config: config_lib.EngineConfig) -> list[int]:
+  longest = config.max_model_len or model.context_len
+  try:
+    asked = sorted({int(text) for text in FLAGS.context})
+  except ValueError:
+    asked = [0]
+  config_lib.check(min(asked) >= 1, 'context', FLAGS.context,
+                   'must be lengths in tokens, >= 1')
+  return sorted({n for n in asked if n <= longest} | {longest})
+
+
+def _sequences(memory: Any, contexts: list[int]) -> rich.table.Table:
+  table = rich.table.Table(
+    'of so many tokens', box=rich.box.SIMPLE_HEAD,
+    caption=f'{memory.kv_tokens:,} tokens of KV cache')
+  table.add_column('sequences at once', justify='right')
+  for context in contexts:
+    table.add_row(f'{context:,}', f'{memory.num_seqs_at(context):,}')
+  return table
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  xla_flags.set_environment(os.environ)
+  try:
+    config_lib.check(FLAGS.config is not None, 'config', None, 'must be given')
+    asked = deployment.read(FLAGS.config)
+    config = engine_flags.engine_config_from_flags()
+    model = asked.known_model()
+    device = FLAGS.device or asked.device or ''
+    config_lib.check(bool(device), 'device', FLAGS.device,
+                     'must be given, as the config names none')
+    contexts = _contexts(model, config)
+    problems = _run(asked.name, model, config, device, contexts)
+  except errors.SarathiError as error:
+    sys.exit(f'error: {error}')
+  if problems:
+    sys.exit('\n'.join(f'error: {problem}' for problem in problems))
+
+
+def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
+         contexts: list[int]) -> list[str]:
+  """Prints the plan; returns what speaks against it."""
+  import jax
+  num_devices = config.tp * config.pp
+  if device == 'cpu':
+    jax.config.update('jax_num_cpu_devices', num_devices)
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_enable_compilation_cache', False)
+  from pallas_kernels import gpu_targets
+  from pallas_kernels.aot import step
+  from pallas_kernels.aot import toolkit
+  console = rich.console.Console(highlight=False)
+  console.print(f'[bold]{name}[/]: {num_devices} x {device}, TP{config.tp} '
+                f'PP{config.pp}, steps of up to {config.token_budget} tokens')
+  if device == 'cpu':
+    memory, problems = on_cpu(model, config), []
+    if memory.problem:
+      problems = [memory.problem]
+    more: dict[str, Any] = {'memory': step.memory_dict(memory)}
+    console.print(step.memory_table(memory))
+  else:
+    config_lib.check(device in gpu_targets.TARGETS, 'device', device,
+                     f'must be cpu or one of {", ".join(gpu_targets.TARGETS)}')
+    if reason := toolkit.missing():
+      sys.exit(f'error: {reason}')
+    with console.status(f'Compiling for {num_devices} x {device} ...'):
+      result = step.check(name, model, config, device)
+    memory, problems, more = (
+      result.memory, list(result.case.problems), result.as_dict())
+    for table in result.tables():
+      console.print(table)
+  console.print(_sequences(memory, contexts))
+  if FLAGS.json:
+    pathlib.Path(FLAGS.json).write_text(json.dumps({
+      'name': name, 'device': device, 'tp': config.tp, 'pp': config.pp,
+      'problems': problems,
+      'sequences': {n: memory.num_seqs_at(n) for n in contexts}, **more,
+    }, indent=1) + '\n')
+  return problems
+
+
+def run() -> None:
+  """The command."""
+  define_flags()
+  app.run(main)
+
+
+if __name__ == '__main__':
+  run()

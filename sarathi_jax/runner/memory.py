@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a deployment takes of each device's memory, before it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
+from sarathi_jax.runner import programs as programs_lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+  """Of one device; bytes where not said otherwise.
+
+  Attributes:
+    usable: what of its memory may be used; None where it can't tell.
+    weights: its part of the parameters.
+    state: what steps keep beside the cache: hidden states, last tokens.
+    temporaries: what the largest step needs beside its arguments.
+    page: one page of the cache, its layers and heads.
+    num_pages: pages in the cache; 0 if there is no room for a sequence.
+    page_size: tokens in a page.
+    max_model_len: the most tokens of a sequence.
+    max_num_seqs: the most sequences running at once.
+    problem: why the cache can't be had, if it can't.
+  """
+
+  usable: int | None
+  weights: int
+  state: int
+  temporaries: int
+  page: int
+  num_pages: int
+  page_size: int
+  max_model_len: int
+  max_num_seqs: int
+  problem: str = ''
+
+  @property
+  def kv_cache(self) -> int:
+    return self.num_pages * self.page
+
+  @property
+  def kv_tokens(self) -> int:
+    """Tokens that the cache holds."""
+    return self.num_pages * self.page_size
+
+  @property
+  def missing(self) -> int:
+    """How much more it would take to hold one sequence; 0 if it fits."""
+    if self.usable is None or self.num_pages:
+      return 0
+    pages = math.ceil(self.max_model_len / self.page_size)
+    return (self.weights + self.state + self.temporaries
+            + pages * self.page - self.usable)
+
+  def num_seqs_at(self, context: int) -> int:
+    """The most sequences of so many tokens that run at once."""
+    pages = math.ceil(context / self.page_size)
+    return min(self.max_num_seqs, self.num_pages // pages)
+
+
+def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
+         mesh: jax.sharding.Mesh, programs: programs_lib.StepPrograms, *,
+         dtype: Any, kv_dtype: Any, temporaries: int,
+         device_bytes: int | None) -> MemoryPlan:
+  """Shares out a device's memory as the engine does.
+
+  Args:
+    model, config, mesh, programs: the deployment.
+    dtype, kv_dtype: of weights and cache.
+    temporaries: of the largest step, see `programs.extra_bytes`.
+    device_bytes: what JAX has of a device; None where it can't tell.
+  """
+  parallelism = mesh_lib.parallelism_of(mesh)
+  context = config.max_model_len or model.context_len
+  weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
+  arrays = programs.array_shapes(1)
+  state = placement.bytes_of((arrays.last_tokens, arrays.hidden))
+  stats = None if device_bytes is None else {
+    'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
+  problem = ''
+  try:
+    num_pages = kv_cache.choose_num_pages(
+      model, config, context, kv_dtype, [stats], temporaries, parallelism)
+  except errors.ConfigError as error:
+    num_pages, problem = 0, str(error)
+  usable = None if device_bytes is None else int(
+    device_bytes * config.memory_utilization)
+  return MemoryPlan(
+    usable=usable, weights=weights, state=state, temporaries=temporaries,
+    page=kv_cache.page_bytes(
+      model, config.page_size, kv_dtype, parallelism),
+    num_pages=num_pages, page_size=config.page_size,
+    max_model_len=min(context, num_pages * config.page_size) or context,
+    max_num_seqs=config.max_num_seqs, problem=problem)
