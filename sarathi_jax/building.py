@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
@@ -70,8 +71,23 @@ def make_mesh(model: model_config_lib.ModelConfig,
   return mesh_lib.make(asked, list(home))
 
 
+def prefix_cost(model: model_config_lib.ModelConfig) -> float:
+  """What attention to one token before costs a token, in tokens.
+
+  Scores and values take 4 H h operations a layer, all its matrices two for
+  each number in them. Nothing grows with the context where it slides.
+  """
+  if model.sliding_window is not None:
+    return 0.0
+  layer = models.param_specs(model)['layers'][0]
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layer)
+             if len(leaf.shape) > 1)
+  return 2 * model.num_heads * model.head_dim / size
+
+
 def scheduler_config(
-    config: config_lib.EngineConfig, *, max_model_len: int, num_pages: int,
+    config: config_lib.EngineConfig, model: model_config_lib.ModelConfig, *,
+    max_model_len: int, num_pages: int,
     num_stages: int, eos_token_ids: Sequence[int] = (),
 ) -> config_lib.SchedulerConfig:
   """What the scheduler needs to know of an engine's config."""
@@ -81,15 +97,17 @@ def scheduler_config(
     page_size=config.page_size, num_stages=num_stages,
     look_ahead=config.look_ahead,
     short_prompt_share=config.short_prompt_share,
+    prefix_cost=prefix_cost(model) if num_stages > 1 else 0.0,
     eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
 
 
 def max_step_tokens(config: config_lib.EngineConfig,
+                    model: model_config_lib.ModelConfig,
                     max_model_len: int) -> int:
   """The most tokens of a step, by the policy."""
   policy = scheduler_lib.policy_class(config.policy)
   return policy.max_step_tokens(scheduler_config(
-    config, max_model_len=max_model_len, num_pages=max_model_len,
+    config, model, max_model_len=max_model_len, num_pages=max_model_len,
     num_stages=1))
 
 
@@ -108,7 +126,7 @@ def step_programs(
     model, mesh, dtype=dtype, kv_dtype=kv_dtype, page_size=config.page_size,
     pages_per_seq=math.ceil(max_model_len / config.page_size),
     max_num_seqs=config.max_num_seqs,
-    max_step_tokens=max_step_tokens(config, max_model_len),
+    max_step_tokens=max_step_tokens(config, model, max_model_len),
     attention=config.attention)
 
 
@@ -132,7 +150,8 @@ def build_runner(
     _keep_compiled_in(config.compilation_cache_dir)
   return device_runner.DeviceRunner(
     model, params, mesh, config,
-    lambda max_model_len: max_step_tokens(config, max_model_len), on_compiled)
+    lambda max_model_len: max_step_tokens(config, model, max_model_len),
+    on_compiled)
 
 
 def build_engine(
@@ -145,7 +164,8 @@ def build_engine(
   default = types.SamplingParams.from_dict(default_sampling or {})
   policy = scheduler_lib.policy_class(config.policy)
   limits = scheduler_config(
-    config, max_model_len=runner.max_model_len, num_pages=runner.num_pages,
+    config, model, max_model_len=runner.max_model_len,
+    num_pages=runner.num_pages,
     num_stages=runner.num_stages, eos_token_ids=eos_token_ids)
   return engine_lib.Engine(
     policy(limits), runner, tokenizer=tokenizer,

@@ -117,6 +117,8 @@ class SchedulerConfig:
     num_stages: pipeline stages. A sequence's next token can be launched once
       that many steps were.
     look_ahead: whether one batch more than stages may be in flight.
+    prefix_cost: what each token before a prefill's adds to its cost, in
+      tokens; 0 where batches need not take the same time.
     eos_token_ids: tokens that end a sequence, unless it ignores them.
     seed: see `EngineConfig`.
   """
@@ -129,6 +131,7 @@ class SchedulerConfig:
   num_stages: int = 1
   look_ahead: bool = True
   short_prompt_share: float = 0.25
+  prefix_cost: float = 0.0
   eos_token_ids: frozenset[int] = frozenset()
   seed: int = 0
 

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sarathi-Serve: chunked prefills, stall-free (paper, section 4, Alg. 3)."""
+"""Sarathi-Serve: chunked prefills, stall-free (paper, section 4, Alg. 3).
+
+With pipeline stages, batches under way at once should take the same time, or
+stages wait for one another (section 3.3): each batch takes its share of the
+decodes, and chunks shrink as the context before them grows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import itertools
+import math
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.scheduler import base
@@ -21,6 +27,7 @@ class SarathiScheduler(base.Scheduler):
   def _plan(
       self, now: float, decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
+    decodes = self._fair_share(decodes)
     budget = self.config.token_budget - len(decodes)
     # Of the step, not of what is left: else each prompt would leave a part of
     # a part, down to chunks of a single token.
@@ -30,12 +37,33 @@ class SarathiScheduler(base.Scheduler):
     prefills = list(self._prefills())
     for i, seq in enumerate(prefills):
       if n := self._chunk_len(seq, budget, share, now, prefills[i + 1:]):
-        budget -= n
+        budget = max(0, budget - self._cost(seq, n))
         yield seq, n
     while budget and (new := self._admit(now)):
       if n := self._chunk_len(new, budget, share, now, []):
-        budget -= n
+        budget = max(0, budget - self._cost(new, n))
         yield new, n
+
+  def _fair_share(self, decodes: list[sequence.Sequence],
+                  ) -> list[sequence.Sequence]:
+    """A stage's part of all decodes, those that waited longest first.
+
+    Decodes that became ready together would stay together, and a batch of all
+    of them be followed by batches of none. Who is left out once goes first in
+    the next batch: each batch holds its share, so none waits for a round.
+    """
+    if self.config.num_stages == 1:
+      return decodes
+    total = sum(not seq.is_prefilling for seq in self.running)
+    share = -(-total // self.config.num_stages)
+    return sorted(decodes, key=lambda seq: seq.last_step)[:share]
+
+  def _cost(self, seq: sequence.Sequence, n: int) -> int:
+    """What the next n tokens of a prefill take of the budget."""
+    return math.ceil(n * self._token_cost(seq))
+
+  def _token_cost(self, seq: sequence.Sequence) -> float:
+    return 1 + self.config.prefix_cost * seq.num_computed
 
   def _chunk_len(self, seq: sequence.Sequence, budget: int, share: int,
                  now: float, behind: list[sequence.Sequence]) -> int:
@@ -44,7 +72,8 @@ class SarathiScheduler(base.Scheduler):
     All it can use, but for a share that shorter prompts behind it can: or a
     long prompt would hold them up for many steps.
     """
-    n = min(seq.num_left, budget, self._num_that_fit(seq))
+    n = min(seq.num_left, self._num_that_fit(seq),
+            max(1, int(budget / self._token_cost(seq))) if budget else 0)
     if budget > share and n > budget - share:
       n = min(n, budget - self._wanted_behind(seq, share, now, behind))
     return n

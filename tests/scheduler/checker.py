@@ -52,6 +52,7 @@ class Known:
     num_on_host: its length as far as completed batches tell.
     newest_step: the step that sampled its newest token; -1 for the prompt.
     flights: steps in flight that hold it.
+    num_waited: steps since it could decode, that it was not in.
     is_gone: finished or removed.
   """
 
@@ -65,6 +66,7 @@ class Known:
   flights: set[int] = dataclasses.field(default_factory=set)
   seed: int | None = None
   finish_reason: types.FinishReason | None = None
+  num_waited: int = 0
   is_gone: bool = False
 
   @property
@@ -239,10 +241,25 @@ class Checker:
     if self.policy == 'vllm' and prefills:  # Stalling decodes is its way.
       assert not decodes, 'prefills and decodes in one batch'
       return
-    left_out = {k.id for k in ready} - decodes
-    assert not left_out, f'stalled: {left_out}'
+    left_out = [k for k in ready if k.id not in decodes]
+    self._check_left_out(left_out, len(decodes))
     if self.policy == 'faster_transformer':
       assert not (decodes and prefills), 'prefills and decodes in one batch'
+
+  def _check_left_out(self, left_out: list[Known], num_decodes: int) -> None:
+    """Only for a batch of the next stage, which takes them first."""
+    decoding = [k for k in self.live.values() if k.newest_step >= 0]
+    share = math.ceil(len(decoding) / self.config.num_stages)
+    assert not left_out or (
+      self.policy == 'sarathi' and num_decodes == share), (
+        f'stalled: {[k.id for k in left_out]}')
+    most, left = 0, self.config.max_num_seqs
+    while left:
+      left -= math.ceil(left / self.config.num_stages)
+      most += 1
+    for known in decoding:
+      known.num_waited = known.num_waited + 1 if known in left_out else 0
+      assert known.num_waited < most, f'stalled for long: {known.id}'
 
   def _launch(self, batch: types.ScheduledBatch) -> None:
     knowns = []

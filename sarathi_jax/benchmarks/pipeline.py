@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts the bubbles of a pipeline: who keeps its stages full, and even.
+
+  python -m sarathi_jax.benchmarks.pipeline --num_stages=4 --plot=bubbles.png
+
+Runs the schedulers on requests of a chat's lengths and no model: what is
+counted, tokens at each stage in each step, depends on no device. Figure 4 and
+section 3.3 of the paper.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+import dataclasses
+import random
+
+from absl import app
+from absl import flags
+import rich.console
+import rich.table
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.benchmarks import common
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import fake_runner
+
+FLAGS = flags.FLAGS
+Load = tuple[int, ...]  # tokens at each stage in one step
+
+
+def define_flags() -> None:
+  flags.DEFINE_integer('num_stages', 4, 'Of the pipeline.')
+  flags.DEFINE_integer('token_budget', 512, 'The most tokens of a batch.')
+  flags.DEFINE_integer(
+    'max_num_seqs', 512, 'Running at once. Where these are too few to keep '
+    'prefills coming, batches of decodes alone are small.')
+  flags.DEFINE_integer('num_requests', 256, 'All there from the start.')
+  flags.DEFINE_integer('seed', 0, 'Of their lengths.')
+  flags.DEFINE_list('policy', ['sarathi', 'vllm'], 'Schedulers.')
+  flags.DEFINE_string('plot', None, 'Picture of the first steps, .png or .svg.')
+  flags.DEFINE_string('json', None, 'File for the results.')
+
+
+class Pipeline:
+  """An `engine.Runner` that notes how full its stages are.
+
+  Like `DeviceRunner`, it lets nothing in where a batch is waited for.
+
+  Attributes:
+    loads: tokens at each stage in each step, the first stage first.
+  """
+
+  def __init__(self, num_stages: int, max_num_seqs: int) -> None:
+    self.loads: list[Load] = []
+    self._num_stages = num_stages
+    self._stages = deque([0] * num_stages, num_stages)
+    self._runner = fake_runner.FakeRunner(1000, max_num_seqs)
+
+  def launch(self, batch: types.ScheduledBatch,
+             ) -> tuple[int, types.Sampled]:
+    sampled = self._runner.launch(batch)
+    self._step(batch.num_tokens)
+    return len(self.loads) + self._num_stages - 2, sampled
+
+  def fetch(self, pending: tuple[int, types.Sampled]) -> types.Sampled:
+    while len(self.loads) <= pending[0]:
+      self._step(0)
+    return pending[1]
+
+  def num_rows(self, num_tokens: int) -> int:
+    return num_tokens
+
+  def _step(self, num_tokens: int) -> None:
+    self._stages.appendleft(num_tokens)
+    self.loads.append(tuple(self._stages))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+  """Of the steps between the pipeline's filling and the queue's end.
+
+  Attributes:
+    steps: how many.
+    bubbles: the part of stages that had nothing to do.
+    idle: the part of stages' time lost to bubbles, and to waiting for a stage
+      with more tokens.
+    largest_gap: the most tokens that two stages of one step differed by.
+  """
+
+  steps: int
+  bubbles: float
+  idle: float
+  largest_gap: int
+
+
+def count(loads: Sequence[Load]) -> Counts:
+  """Bubbles and unevenness of some steps."""
+  slots = [tokens for load in loads for tokens in load]
+  longest = sum(max(load) * len(load) for load in loads)
+  return Counts(
+    steps=len(loads), bubbles=slots.count(0) / len(slots),
+    idle=1 - sum(slots) / longest,
+    largest_gap=max(max(load) - min(load) for load in loads))
+
+
+def run(config: config_lib.SchedulerConfig, policy: str,
+        requests: Sequence[types.Request]) -> tuple[list[Load], list[Load]]:
+  """Runs requests to their end.
+
+  Returns:
+    Loads of the steps in which requests waited, the pipeline being full; and
+    of those after.
+  """
+  scheduler = scheduler_lib.policy_class(policy)(config)
+  pipeline = Pipeline(config.num_stages, config.max_num_seqs)
+  engine = engine_lib.Engine(
+    scheduler, pipeline, info=engine_lib.EngineInfo(
+      model_name='', family='', vocab_size=1000,
+      max_model_len=config.max_model_len, eos_token_ids=(), policy=policy,
+      token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+      num_pages=config.num_pages, page_size=config.page_size))
+  for request in requests:
+    engine.add(request)
+  last = 0
+  while engine.has_work:
+    engine.step()
+    if scheduler.waiting:
+      last = len(pipeline.loads)
+  return pipeline.loads[config.num_stages:last], pipeline.loads[last:]
+
+
+def chat_requests(num: int, seed: int) -> list[types.Request]:
+  """Lengths much like those of table 2: median prompts of 1730 tokens."""
+  rng = random.Random(seed)
+  requests = []
+  for i in range(num):
+    prompt_len = min(int(rng.lognormvariate(7.45, 0.8)) + 1, 6000)
+    output_len = min(int(rng.lognormvariate(6.03, 0.6)) + 1, 2000)
+    requests.append(types.Request(
+      request_id=str(i), prompt_token_ids=(1,) * prompt_len, arrival_time=0.0,
+      sampling=types.SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=output_len)))
+  return requests
+
+
+def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
+  """Draws the first steps under load: a row a stage, darker with tokens."""
+  from matplotlib import figure
+  picture = figure.Figure(figsize=(10, 1.4 * len(loads) + 0.8))
+  axes = picture.subplots(len(loads), sharex=True, squeeze=False)[:, 0]
+  most = max(max(load) for some in loads.values() for load in some[:120])
+  for axis, (policy, some) in zip(axes, loads.items(), strict=True):
+    image = axis.imshow(
+      list(zip(*some[:120], strict=True)), aspect='auto', cmap='Blues',
+      vmin=0, vmax=most, interpolation='nearest')
+    axis.set_ylabel(f'{policy}\nstage')
+    axis.set_yticks(range(len(some[0])))
+  axes[-1].set_xlabel('step')
+  picture.colorbar(image, ax=list(axes), label='tokens')
+  picture.savefig(path, dpi=150, bbox_inches='tight')
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  console = rich.console.Console(highlight=False)
+  config = config_lib.SchedulerConfig(
+    token_budget=FLAGS.token_budget, max_num_seqs=FLAGS.max_num_seqs,
+    max_model_len=8192, num_pages=FLAGS.max_num_seqs * 128, page_size=64,
+    num_stages=FLAGS.num_stages)
+  requests = chat_requests(FLAGS.num_requests, FLAGS.seed)
+  table = rich.table.Table(
+    'policy', 'steps', 'bubbles', 'stages idle', 'largest gap, tokens',
+    title=f'{FLAGS.num_stages} stages, {FLAGS.token_budget} tokens a batch, '
+    'while requests wait')
+  loads, results = {}, {}
+  for policy in FLAGS.policy:
+    with console.status(f'Running {policy}'):
+      loads[policy], _ = run(config, policy, requests)
+    counts = count(loads[policy])
+    results[policy] = dataclasses.asdict(counts)
+    table.add_row(policy, f'{counts.steps:,}', f'{counts.bubbles:.1%}',
+                  f'{counts.idle:.1%}', f'{counts.largest_gap:,}')
+  console.print(table)
+  common.write_json(FLAGS.json, 'pipeline', FLAGS, results)
+  if FLAGS.plot:
+    plot(FLAGS.plot, loads)
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)
