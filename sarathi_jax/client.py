@@ -19,6 +19,7 @@ from absl import flags
 from google.protobuf import json_format
 import grpc
 
+from sarathi_jax import mains
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 
@@ -167,7 +168,7 @@ def _explain(call: Any) -> str:
 def run() -> None:
   define_flags()
   with contextlib.suppress(BrokenPipeError):
-    app.run(main)
+    mains.run(main)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,7 @@ def _quiet() -> Iterator[None]:
 
 
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
-             cache_dir: str | None = None,
+             cache_dir: str | None = None, model_name: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
@@ -54,7 +54,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     llm = llm_lib.LLM.from_checkpoint(
       os.path.expanduser(checkpoint), config=config,
       cache_dir=cache_dir and os.path.expanduser(cache_dir),
-      on_compiled=on_compiled)
+      model_name=model_name or checkpoint, on_compiled=on_compiled)
   collect_less_garbage()
   info = llm.engine.info
   console.print(
