@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
@@ -18,6 +18,9 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+import tqdm
+
+from sarathi_jax import mains
 
 _SOURCE = flags.DEFINE_string(
   'source', None, 'A Hugging Face checkpoint: a folder, or an id on the hub.',
@@ -34,13 +37,12 @@ _VERIFY = flags.DEFINE_bool(
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
   """A progress bar in bytes."""
-  import tqdm  # not needed for --help
   with tqdm.tqdm(total=total, desc=title, unit='B', unit_scale=True,
                  mininterval=0.5) as bar:
     yield bar.update
 
 
-def _main(argv: Sequence[str]) -> int:
+def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
   # Nothing is computed, so no accelerator is to be taken. JAX reads this when
@@ -61,11 +63,11 @@ def _main(argv: Sequence[str]) -> int:
     return 1
   seconds = time.monotonic() - start
   print(f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
-        f'{plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s'
+        f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'
         f'{", verified" if _VERIFY.value else ""}')
   return 0
 
 
 def run() -> None:
   """The console script `sarathi-convert`."""
-  app.run(_main)
+  mains.run(main)

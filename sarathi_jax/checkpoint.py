@@ -12,7 +12,8 @@ A folder with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -39,6 +40,8 @@ _ZARR_DTYPES: Mapping[str, str] = {
 GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
 
 _PathLike = str | os.PathLike[str]
+Bar = Callable[
+  [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +242,8 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
         'bytes.')
 
 
-def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike) -> pathlib.Path:
+def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
+            bar: Bar | None = None) -> pathlib.Path:
   """The converted checkpoint that is meant, converting it if need be.
 
   Args:
@@ -247,6 +251,8 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike) -> pathlib.Path:
       Hugging Face folder, or hub id, which is converted once.
     cache_dir: where to keep what is converted. Its key is the source's path,
       and the names, sizes and times of its files.
+    bar: makes a progress bar of a title and a number of bytes, if something
+      is to be converted; what it gives is told of bytes that are done.
 
   Raises:
     CheckpointError: there is no such checkpoint, or it can't be converted.
@@ -264,7 +270,7 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike) -> pathlib.Path:
   origin = source.locate(str(path_or_hub_id))
   target = pathlib.Path(cache_dir) / f'{origin.name}-{_fingerprint(origin)}'
   if not (target / METADATA).is_file():
-    convert.convert(origin, target)
+    convert.convert(origin, target, bar=bar or convert.no_bar)
   return target
 
 

@@ -19,6 +19,7 @@ from absl import flags
 from google.protobuf import json_format
 import grpc
 
+from sarathi_jax import mains
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 
@@ -100,7 +101,7 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
   if len(prompts) + (FLAGS.token_ids is not None) != 1:
     raise ValueError('give one prompt, in quotes, or --token_ids')
   if FLAGS.token_ids is not None:
-    request.token_ids.ids.extend(int(i) for i in FLAGS.token_ids)
+    request.token_ids.ids.extend(map(_token_id, FLAGS.token_ids))
   elif FLAGS.chat:
     if FLAGS.system is not None:
       request.chat.messages.add(role='system', content=FLAGS.system)
@@ -108,6 +109,12 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
   else:
     request.text = prompts[0]
   return request
+
+
+def _token_id(text: str) -> int:
+  if not text.isdecimal():
+    raise ValueError(f'--token_ids: {text!r} is not a token id, such as 15043')
+  return int(text)
 
 
 def _print(responses: Iterator[pb.GenerateResponse]) -> None:
@@ -167,7 +174,7 @@ def _explain(call: Any) -> str:
 def run() -> None:
   define_flags()
   with contextlib.suppress(BrokenPipeError):
-    app.run(main)
+    mains.run(main)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from sarathi_jax import deployment
 from sarathi_jax import scheduler
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # They are of the main that asks for them.
 
 # Field of EngineConfig -> (kind of flag, help). Without a flag, the value is
 # that of --config, else the default.
@@ -24,10 +25,14 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'max_num_seqs': (flags.DEFINE_integer,
                    'The most sequences running at once.'),
   'max_model_len': (flags.DEFINE_integer,
-                    'The most tokens of a sequence, prompt and output.'),
+                    'The most tokens of a sequence, prompt and output. '
+                    'Default: what the model was made for.'),
   'page_size': (flags.DEFINE_integer, 'Tokens in a page of the KV cache.'),
-  'num_pages': (flags.DEFINE_integer, 'Pages in the KV cache.'),
-  'kv_cache_gib': (flags.DEFINE_float, 'Size of the KV cache, GiB.'),
+  'num_pages': (flags.DEFINE_integer,
+                'Pages in the KV cache. Default: as many as fit.'),
+  'kv_cache_gib': (flags.DEFINE_float,
+                   'Size of the KV cache, GiB. Default: what is free on a '
+                   'GPU, 1 on a CPU.'),
   'memory_utilization': (flags.DEFINE_float,
                          'The part of the device\'s memory to use.'),
   'look_ahead': (flags.DEFINE_bool,
@@ -35,7 +40,8 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'short_prompt_share': (
     flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
     'leaves to shorter ones behind it.'),
-  'attention': (flags.DEFINE_string, 'Implementation of attention.'),
+  'attention': (flags.DEFINE_string,
+                'Implementation of attention. Default: the fastest here.'),
   'tp': (flags.DEFINE_integer,
          'Tensor parallelism: devices that share each layer.'),
   'pp': (flags.DEFINE_integer,
@@ -54,8 +60,11 @@ def define_engine_flags() -> None:
     'cache_dir', str(config_lib.default_cache_dir()),
     'Where compiled steps and converted Hugging Face checkpoints are kept; '
     'empty: compiled steps are not kept.')
+  default = config_lib.EngineConfig()
   for name, (define, text) in _ENGINE_FLAGS.items():
-    define(name, None, text)
+    value = getattr(default, name)
+    define(
+      name, None, text if value is None else f'{text} Default: {value}.')
 
 
 def engine_config_from_flags() -> config_lib.EngineConfig:

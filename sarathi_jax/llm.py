@@ -115,6 +115,7 @@ class LLM:
       mesh: jax.sharding.Mesh | None = None,
       axis_names: mesh_lib.AxisNames | None = None,
       cache_dir: str | pathlib.Path | None = None,
+      model_name: str | None = None,
       on_compiled: OnCompiled = lambda done, total: None) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
 
@@ -123,6 +124,7 @@ class LLM:
       config: of the engine.
       mesh, axis_names: see `LLM`; None: `config.tp * config.pp` devices.
       cache_dir: where Hugging Face checkpoints are kept converted.
+      model_name: for people; by default, `path` as it is given.
       on_compiled: see `LLM`.
 
     Raises:
@@ -142,7 +144,7 @@ class LLM:
       tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
       eos_token_ids=metadata.eos_token_ids,
       default_sampling=metadata.default_sampling,
-      model_name=pathlib.Path(path).absolute().name)
+      model_name=str(path) if model_name is None else model_name)
     return llm
 
   def generate(self, prompts: Prompt | Sequence[Prompt],

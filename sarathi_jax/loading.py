@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import gc
 import os
 import time
 
 from absl import flags
 from absl import logging
+from rich import filesize
 import rich.console
 import rich.markup
 import rich.progress
 
+from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import xla_flags
@@ -33,10 +36,11 @@ def _quiet() -> Iterator[None]:
 
 
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
-             cache_dir: str | None = None,
+             cache_dir: str | None = None, model_name: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
+  name = model_name or checkpoint
   start = time.monotonic()
   xla_flags.set_environment(os.environ)
   with _quiet(), rich.progress.Progress(
@@ -47,14 +51,24 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       disable=not console.is_terminal) as progress:
     task = progress.add_task('Loading weights', total=None, count='')
 
+    @contextlib.contextmanager
+    def converting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+      console.print(f'Converting {rich.markup.escape(name)} (once) ...',
+                    highlight=False, soft_wrap=True)
+      bar = progress.add_task(
+        title.capitalize(), total=total, count=filesize.decimal(total))
+      yield functools.partial(progress.advance, bar)
+      progress.remove_task(bar)
+
     def on_compiled(done: int, total: int) -> None:
       progress.update(task, description='Compiling steps', completed=done,
                       total=total, count=f'{done}/{total}')
 
+    folder = checkpoint_lib.resolve(
+      os.path.expanduser(checkpoint), os.path.expanduser(
+        cache_dir or config_lib.default_cache_dir()), converting)
     llm = llm_lib.LLM.from_checkpoint(
-      os.path.expanduser(checkpoint), config=config,
-      cache_dir=cache_dir and os.path.expanduser(cache_dir),
-      on_compiled=on_compiled)
+      folder, config=config, model_name=name, on_compiled=on_compiled)
   collect_less_garbage()
   info = llm.engine.info
   console.print(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continues a file of prompts.
 
-  python -m sarathi_jax.offline --checkpoint=DIR \
+  python -m sarathi_jax.offline --checkpoint=DIR \\
       --prompts=in.jsonl --output=out.jsonl --max_tokens=100
 
 A line of the input is an object with one of `prompt` (text),
@@ -36,6 +36,7 @@ import rich.progress
 
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
+from sarathi_jax import mains
 from sarathi_jax import prompt_lines
 from sarathi_jax import report
 from sarathi_jax import types
@@ -287,7 +288,7 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """The console script."""
   define_flags()
-  app.run(main)
+  mains.run(main)
 
 
 if __name__ == '__main__':

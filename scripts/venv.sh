@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by the other scripts: makes a virtual environment with the pinned
-# dependencies, once, and again after they change.
+# dependencies and this source tree, once, and again after they change.
 
 # make_venv FOLDER PYTHON LOCK [PIP_ARGUMENT ...]
 make_venv() {
@@ -11,10 +11,12 @@ make_venv() {
       "needed. Set PYTHON to one." >&2
     return 1
   fi
-  local stamp
-  stamp="$folder/.installed-$(cat "$lock" <(echo "$@") | cksum | cut -d' ' -f1)"
+  local here stamp
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  stamp=$(cat "$lock" <(echo "$here" "$@") | cksum | cut -d' ' -f1)
+  stamp="$folder/.installed-$stamp"
   [ -e "$stamp" ] && return
-  echo "Installing the pinned dependencies into $folder (once) ..." >&2
+  echo "Installing the pinned dependencies into ${folder#"$PWD"/} (once) ..." >&2
   "$python" -m venv "$folder"
   "$folder/bin/pip" install --quiet --disable-pip-version-check \
     -r "$lock" "$@" 2> "$folder/install.log" || {
@@ -22,6 +24,8 @@ make_venv() {
       echo "error: the dependencies could not be installed, see above." >&2
       return 1
     }
+  echo "$here" > "$("$folder/bin/python" -c \
+    'import sysconfig; print(sysconfig.get_path("purelib"))')/sarathi_jax.pth"
   touch "$stamp"
 }
 

@@ -42,9 +42,11 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.runner': (
     'sarathi_jax.models', 'sarathi_jax.engine.engine', 'pallas_kernels'),
   'sarathi_jax.checkpoint': ('sarathi_jax.models', '~checkpoints_convert'),
-  'checkpoints_convert': ('sarathi_jax.models', 'sarathi_jax.checkpoint'),
+  'checkpoints_convert': (
+    'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.mains'),
   'sarathi_jax.deployment': ('sarathi_jax.models.config',),
   'sarathi_jax.flags': ('sarathi_jax.deployment', 'sarathi_jax.scheduler'),
+  'sarathi_jax.mains': (),
   'sarathi_jax.prompt_lines': ('sarathi_jax.engine',),
   'sarathi_jax.report': ('sarathi_jax.engine',),
   'sarathi_jax.xla_flags': (),
@@ -57,14 +59,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.plan': (
     'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
-  'sarathi_jax.loading': ('sarathi_jax.llm', 'sarathi_jax.xla_flags'),
+  'sarathi_jax.loading': (
+    'sarathi_jax.checkpoint', 'sarathi_jax.llm', 'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
-    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.prompt_lines',
-    'sarathi_jax.report', '~sarathi_jax.loading'),
+    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
+    'sarathi_jax.prompt_lines', 'sarathi_jax.report', '~sarathi_jax.loading'),
   'sarathi_jax.server': (
-    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.scheduler',
-    '~sarathi_jax.loading'),
-  'sarathi_jax.client': ('sarathi_jax.server',),
+    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
+    'sarathi_jax.scheduler', '~sarathi_jax.loading'),
+  'sarathi_jax.client': ('sarathi_jax.mains', 'sarathi_jax.server'),
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
   'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),
   'sarathi_jax.benchmarks': ANY,
@@ -82,6 +85,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.models.published': (),
   'sarathi_jax.models.parallel': (),
   'sarathi_jax.models.spec': (),
+  'sarathi_jax.mains': ('absl',),
   'sarathi_jax.engine': ('jinja2', 'tokenizers'),
   'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
   'sarathi_jax.runner.batch': ('numpy',),

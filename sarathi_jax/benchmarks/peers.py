@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares engines on CPU: one workload, the same weights, taking turns.
 
-  python -m sarathi_jax.benchmarks.peers --model_size=43m \
+  python -m sarathi_jax.benchmarks.peers --model_size=43m \\
       --transformers_python=PATH --vllm_python=PATH
 
 PATHs are the `python` of virtual environments with `torch==2.13.0

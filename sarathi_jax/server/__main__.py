@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the server: `python -m sarathi_jax.server --helpshort`."""
+"""python -m sarathi_jax.server"""
 
 from sarathi_jax.server import main
 

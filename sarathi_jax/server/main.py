@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 import os
+import shutil
 import sys
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ import rich.console
 
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
+from sarathi_jax import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import server as server_lib
 
@@ -33,6 +35,10 @@ def define_flags() -> None:
     'checkpoint', None,
     'A converted checkpoint, or a Hugging Face folder or hub id, which is '
     'converted once.', required=True)
+  flags.DEFINE_string(
+    'served_model_name', None,
+    'What clients are told that the model is called. Default: --checkpoint, as '
+    'it is given.')
   flags.DEFINE_string(
     'host', '127.0.0.1',
     'The address to listen at. 0.0.0.0 lets in whoever can reach this '
@@ -61,7 +67,8 @@ def main(argv: list[str]) -> None:
     # Not on top: a flag that is wrong or a port in use is told at once.
     from sarathi_jax import loading
     return loading.load_llm(
-      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir).engine
+      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
+      model_name=FLAGS.served_model_name).engine
 
   serve(config, make_engine)
 
@@ -80,7 +87,7 @@ def serve(config: server_lib.ServerConfig,
     target = '' if port == 50051 else f'--target=localhost:{port} '
     console.print(
       f'Serving {info.model_name} at {config.host}:{port}. Try:\n'
-      f'  python -m sarathi_jax.client {target}"Once upon a time"',
+      f'  {_python()} -m sarathi_jax.client {target}"A list is"',
       markup=False, soft_wrap=True)
 
   async def served() -> tuple[int, bool]:
@@ -100,6 +107,13 @@ def serve(config: server_lib.ServerConfig,
   sys.exit(code)
 
 
+def _python() -> str:
+  """What to type for this Python."""
+  if shutil.which('python') == sys.executable:
+    return 'python'
+  return sys.executable.removeprefix(os.path.join(os.getcwd(), ''))
+
+
 def _fail(error: errors.SarathiError) -> NoReturn:
   print(f'error: {error}', file=sys.stderr)
   sys.exit(1)
@@ -108,4 +122,4 @@ def _fail(error: errors.SarathiError) -> NoReturn:
 def run() -> None:
   """The console script sarathi-serve."""
   define_flags()
-  app.run(main)
+  mains.run(main)

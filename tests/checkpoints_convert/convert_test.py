@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -211,7 +212,8 @@ def test_command_line(tmp_path: pathlib.Path) -> None:
   flags = (f'--source={folder}', f'--target={tmp_path / "out"}')
   done = _main(*flags, '--dtype=float32', '--verify')
   assert done.returncode == 0, done.stderr
-  assert 'float32' in done.stdout and 'verified' in done.stdout
+  assert re.search(r'out: llama, float32, [\d.]+kB in [\d.]+ s, verified\n',
+                   done.stdout), done.stdout
   assert 'converting: 100%' in done.stderr
   again = _main(*flags)
   assert again.returncode == 1

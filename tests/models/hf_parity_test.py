@@ -2,7 +2,8 @@
 """Models compute what Hugging Face's do: logits, and 64 greedy tokens.
 
 A tiny random checkpoint of every family and variant is made by transformers,
-converted by our converter, restored, and run as a naive full recompute. The
+converted by our converter, restored, and run as a naive full recompute, and by
+the engine: in chunks, beside other prompts, over pages that are too few. The
 weights are large, and no bias or norm is left where it changes nothing:
 transformers' own initialization gives outputs of a few repeated tokens,
 which agree whatever is wrong.
@@ -10,7 +11,7 @@ which agree whatever is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -24,6 +25,7 @@ import torch
 import transformers
 
 from checkpoints_convert import convert
+import sarathi_jax
 from sarathi_jax import checkpoint
 from sarathi_jax import models
 
@@ -186,13 +188,32 @@ def check(ours: Reference, theirs: Reference) -> None:
   """Logits within the tolerance; tokens equal up to a tie of the reference."""
   np.testing.assert_allclose(
     ours.prompt_logits, theirs.prompt_logits, atol=TOLERANCE, rtol=0)
-  for i, token in enumerate(theirs.tokens):
-    np.testing.assert_allclose(
-      ours.logits[i], theirs.logits[i], atol=TOLERANCE, rtol=0)
-    if ours.tokens[i] != token:
+  num_same = check_tokens(ours.tokens, theirs)
+  np.testing.assert_allclose(
+    ours.logits[:num_same + 1], theirs.logits[:num_same + 1], atol=TOLERANCE,
+    rtol=0)
+
+
+def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
+  """Returns how many are equal, up to a tie of the reference."""
+  assert len(tokens) == len(theirs.tokens)
+  for i, (token, other) in enumerate(zip(tokens, theirs.tokens, strict=True)):
+    if token != other:
       second, first = np.sort(theirs.logits[i])[-2:]
       assert first - second < TOLERANCE, f'token {i} differs'
-      return  # the two go different ways from here
+      return i  # the two go different ways from here
+  return len(tokens)
+
+
+def run_served(config: Any, params: Any, prompt: np.ndarray) -> Sequence[int]:
+  """The engine's tokens, in chunks of 8 at most, beside others' requests."""
+  llm = sarathi_jax.LLM(config, params, config=sarathi_jax.EngineConfig(
+    token_budget=8, max_num_seqs=8, page_size=16, num_pages=14))
+  sampling = sarathi_jax.SamplingParams(temperature=0, max_tokens=NUM_NEW)
+  prompts = [prompt[:7], prompt, prompt[::-1], prompt[:30]]
+  done = llm.generate(prompts, sampling)
+  assert llm.engine.stats().num_preemptions > 0
+  return done[1].token_ids
 
 
 def _convert(model: Any, folder: pathlib.Path) -> tuple[Any, Any]:
@@ -209,6 +230,7 @@ def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   assert len(set(theirs.tokens.tolist())) >= 5, 'proves nothing'
   config, params = _convert(model, tmp_path)
   check(run_ours(config, params, theirs.prompt), theirs)
+  check_tokens(run_served(config, params, theirs.prompt), theirs)
 
 
 def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
@@ -219,3 +241,5 @@ def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
   params['layers'][1]['mlp']['up'] = up.at[3, 5].add(0.1)
   with pytest.raises(AssertionError):
     check(run_ours(config, params, theirs.prompt), theirs)
+  with pytest.raises(AssertionError, match='differs'):
+    check_tokens(run_served(config, params, theirs.prompt), theirs)

@@ -52,6 +52,11 @@ def test_it_is_small() -> None:
   assert sum(sizes.values()) < 4_000_000
 
 
+def test_it_is_called_as_it_was_given(
+    llm: sarathi_jax.LLM, folder: pathlib.Path) -> None:
+  assert llm.engine.info.model_name == str(folder)
+
+
 def test_it_says_words(llm: sarathi_jax.LLM) -> None:
   known = text.words(text.documents())
   prompts = [PROMPT, 'Exceptions are', 'A class definition',
