@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import toolkit
 
-_HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32'}
+_HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32',
+              'int8': 's8', 'uint8': 'u8'}
 
 
 @functools.cache

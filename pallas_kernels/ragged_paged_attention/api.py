@@ -14,13 +14,14 @@ import logging
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import pallas_triton
+from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import reference
 from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import validate
 from pallas_kernels.ragged_paged_attention import xla
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
@@ -32,15 +33,14 @@ _LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
             'pallas_triton': layout.ROWS}
 
 _log = logging.getLogger(__name__)
-_DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
-_RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
-          'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
+Pages = quantization.Pages
+_INDICES = 2**31  # that int32 has
 
 
 def ragged_paged_attention(
   q: jax.Array,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: Pages,
+  v_pages: Pages,
   kv_lens: jax.Array,
   page_indices: jax.Array,
   cu_q_lens: jax.Array,
@@ -66,8 +66,9 @@ def ragged_paged_attention(
 
   Args:
     q: [T, H, h], float32, bfloat16 or float16.
-    k_pages: from `init_pages` for this implementation, the dtype of q. Holds
-      the keys of this batch's own tokens already (`write_kv`).
+    k_pages: from `init_pages` for this implementation, of the dtype of q, or
+      quantized. Holds the keys of this batch's own tokens already
+      (`write_kv`).
     v_pages: like k_pages.
     kv_lens: int32 [S], tokens in the cache, the new ones included; 0 for
       padding.
@@ -94,11 +95,13 @@ def ragged_paged_attention(
   """
   name = _for_pages(k_pages) if implementation is None else (
     _known(implementation))
-  static_validate(q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens,
-                  distribution, sliding_window=sliding_window,
-                  soft_cap=soft_cap)
-  _check(name == 'reference' or name == _for_pages(k_pages), 'k_pages',
-         k_pages.shape, f'must be as from init_pages for {name!r}')
+  validate.static_validate(
+    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
+    sliding_window=sliding_window, soft_cap=soft_cap)
+  validate.check(
+    name == 'reference' or name == _for_pages(k_pages), 'k_pages',
+    quantization.values_of(k_pages).shape,
+    f'must be as from init_pages for {name!r}')
   planned = {} if plan is None else {'plan': plan}
   return IMPLEMENTATIONS[name](
     q, k_pages, v_pages,
@@ -108,7 +111,7 @@ def ragged_paged_attention(
 
 def make_plan(
   q: jax.Array,
-  k_pages: jax.Array,
+  k_pages: Pages,
   kv_lens: jax.Array,
   cu_q_lens: jax.Array,
   distribution: jax.Array,
@@ -135,7 +138,7 @@ def init_pages(
   head_dim: int,
   dtype: jax.typing.DTypeLike,
   implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Pages, Pages]:
   """Zeroed keys and values of one layer.
 
   Args:
@@ -143,17 +146,28 @@ def init_pages(
     page_size: tokens a page.
     num_kv_heads: K.
     head_dim: h.
-    dtype: float32, bfloat16 or float16.
+    dtype: float32, bfloat16, float16; int8 or float8_e4m3fn to quantize what
+      is written, with a scale for each token and head (see `quantization`).
     implementation: what will read them; None: 'pallas_triton' on a GPU where
       it can, else 'xla'.
 
   Returns:
-    (k_pages, v_pages) in the implementation's layout (see `layout`): N comes
-    first and K second; the rest is its own business.
+    (k_pages, v_pages) in the implementation's layout (see `layout`), arrays
+    or trees of arrays: in each N comes first and K second; the rest is the
+    layout's own business.
 
   Raises:
+    ValueError: there is no such dtype.
     NotImplementedError: the implementation can't have such pages.
   """
+  known = (*validate.DTYPES, *quantization.DTYPES)
+  validate.check(jnp.dtype(dtype) in known, 'dtype', jnp.dtype(dtype),
+                 f'must be one of {", ".join(d.name for d in known)}')
+  most = most_pages(page_size, num_kv_heads, head_dim, dtype)
+  if most is not None and num_pages > most:
+    raise NotImplementedError(
+      f'num_pages={num_pages}: must be at most {most}, or the kernel could '
+      f'not count the bytes of one layer\'s keys in int32.')
   if implementation is None:
     implementation = _default(page_size, num_kv_heads, head_dim, dtype)
   elif implementation == 'pallas_triton':
@@ -162,31 +176,54 @@ def init_pages(
                      num_kv_heads, head_dim, dtype)
 
 
+def most_pages(page_size: int, num_kv_heads: int, head_dim: int,
+               dtype: jax.typing.DTypeLike) -> int | None:
+  """The most pages that `init_pages` makes; None: as memory allows.
+
+  Triton's offsets are int32, and int64 where an array has more than 2**32
+  bytes: one between 2**31 and 2**32 numbers of a byte each would overflow.
+  """
+  if jnp.dtype(dtype).itemsize > 1:
+    return None
+  return (_INDICES - 1) // (page_size * num_kv_heads * head_dim)
+
+
+def query_dtype(
+  k_pages: Pages,
+  dtype: jax.typing.DTypeLike,
+) -> jnp.dtype:
+  """What queries of `dtype` must be converted to for these pages."""
+  if isinstance(k_pages, quantization.Quantized):
+    return jnp.dtype(dtype)
+  return k_pages.dtype
+
+
 def pages_from_rows(
-  k_rows: jax.Array,
-  v_rows: jax.Array,
+  k_rows: Pages,
+  v_rows: Pages,
   implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Pages, Pages]:
   """Lays out pages given as [N, K, page_size, h] for an implementation."""
   if implementation is None:
-    _, num_kv_heads, page_size, head_dim = k_rows.shape
-    implementation = _default(page_size, num_kv_heads, head_dim, k_rows.dtype)
+    _, num_kv_heads, page_size, head_dim = layout.sizes(k_rows)
+    implementation = _default(page_size, num_kv_heads, head_dim,
+                              quantization.values_of(k_rows).dtype)
   return layout.from_rows(_LAYOUTS[_known(implementation)], k_rows, v_rows)
 
 
 def write_kv(
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: Pages,
+  v_pages: Pages,
   k: jax.Array,
   v: jax.Array,
   slot_mapping: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Pages, Pages]:
   """Puts new keys and values into their pages; in place where donated.
 
   Args:
     k_pages: as `init_pages` made them, for any implementation.
     v_pages: like k_pages.
-    k: [T, K, h], the new keys.
+    k: [T, K, h], the new keys, any float; rounded as the pages are.
     v: like k.
     slot_mapping: int32 [T], page * page_size + offset of every token, all
       different; those outside [0, N * page_size) are dropped (padding).
@@ -197,111 +234,6 @@ def write_kv(
   return layout.write(k_pages, v_pages, k, v, slot_mapping)
 
 
-def static_validate(
-  q: jax.Array,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
-  kv_lens: jax.Array,
-  page_indices: jax.Array,
-  cu_q_lens: jax.Array,
-  distribution: jax.Array,
-  *,
-  sliding_window: int | None = None,
-  soft_cap: float | None = None,
-) -> None:
-  """Checks what is known while tracing: ranks, shapes, dtypes, options.
-
-  Raises:
-    ValueError: names the argument, what it is, and the rule.
-  """
-  arrays = dict(q=q, k_pages=k_pages, v_pages=v_pages, kv_lens=kv_lens,
-                page_indices=page_indices, cu_q_lens=cu_q_lens,
-                distribution=distribution)
-  for name, ranks in _RANKS.items():
-    _check(arrays[name].ndim in ranks, name, arrays[name].shape,
-           f'must have {" or ".join(map(str, ranks))} axes')
-  for name in ('kv_lens', 'page_indices', 'cu_q_lens', 'distribution'):
-    _check(arrays[name].dtype == jnp.int32, name, arrays[name].dtype,
-           'must be int32')
-  _check(q.dtype in _DTYPES, 'q', q.dtype,
-         f'must be one of {", ".join(d.name for d in _DTYPES)}')
-  _check(k_pages.dtype == q.dtype, 'k_pages', k_pages.dtype,
-         f'must be the dtype of q, {q.dtype}')
-  _check(v_pages.dtype == q.dtype, 'v_pages', v_pages.dtype,
-         f'must be the dtype of q, {q.dtype}')
-  num_pages, num_kv_heads, page_size, kv_head_dim = layout.sizes(k_pages)
-  num_heads, head_dim = q.shape[1:]
-  _check(kv_head_dim == head_dim, 'k_pages', k_pages.shape,
-         f'its head dim must be that of q, {head_dim}')
-  like = jax.eval_shape(lambda: layout.init(
-    layout.ROWS if k_pages.ndim == 4 else layout.TILES, num_pages, page_size,
-    num_kv_heads, head_dim, q.dtype))
-  for name, expected in zip(('k_pages', 'v_pages'), like, strict=True):
-    _check(arrays[name].shape == expected.shape, name, arrays[name].shape,
-           f'must be {expected.shape}, as from init_pages')
-  _check(min(k_pages.shape) > 0, 'k_pages', k_pages.shape,
-         'must have no empty axis')
-  _check(num_heads > 0 and num_heads % num_kv_heads == 0, 'q', q.shape,
-         f'heads must be a multiple of the {num_kv_heads} of k_pages')
-  num_seqs = kv_lens.shape[0]
-  _check(page_indices.shape[0] == num_seqs, 'page_indices',
-         page_indices.shape, f'must have {num_seqs} rows, as kv_lens')
-  _check(cu_q_lens.shape[0] == num_seqs + 1, 'cu_q_lens', cu_q_lens.shape,
-         f'must have one entry more than kv_lens, {num_seqs + 1}')
-  _check(distribution.shape == (2,), 'distribution', distribution.shape,
-         'must be (2,)')
-  _check(sliding_window is None or sliding_window >= 1, 'sliding_window',
-         sliding_window, 'must be None or at least 1')
-  _check(soft_cap is None or soft_cap > 0, 'soft_cap', soft_cap,
-         'must be None or above 0')
-
-
-def dynamic_validate(
-  q: jax.Array,
-  k_pages: jax.Array,
-  kv_lens: jax.Array,
-  page_indices: jax.Array,
-  cu_q_lens: jax.Array,
-  distribution: jax.Array,
-) -> None:
-  """Checks values, which no jitted code can: for tests and debugging.
-
-  Raises:
-    ValueError: names the argument, what it is, and the rule.
-  """
-  num_decodes, num_seqs = (int(n) for n in np.asarray(distribution))
-  lens, starts = np.asarray(kv_lens), np.asarray(cu_q_lens)
-  q_lens = np.diff(starts)
-  num_pages, _, page_size, _ = layout.sizes(k_pages)
-  most = page_indices.shape[1] * page_size
-  _check(0 <= num_decodes <= num_seqs <= len(lens), 'distribution',
-         (num_decodes, num_seqs),
-         f'must ascend within [0, {len(lens)}], the rows of kv_lens')
-  _check(starts[0] == 0 and (q_lens >= 0).all(), 'cu_q_lens', starts,
-         'must start at 0 and not descend')
-  _check(starts[-1] <= q.shape[0], 'cu_q_lens', starts,
-         f'must end within the {q.shape[0]} tokens of q')
-  _check((q_lens[:num_decodes] == 1).all(), 'cu_q_lens', starts,
-         f'the first {num_decodes} sequences are decodes, of one token each')
-  _check((q_lens[num_seqs:] == 0).all(), 'cu_q_lens', starts,
-         f'must not grow after the {num_seqs} sequences')
-  _check((lens[num_seqs:] == 0).all(), 'kv_lens', lens,
-         f'must be 0 after the {num_seqs} sequences')
-  _check((lens >= q_lens).all(), 'kv_lens', lens,
-         f'must count the new tokens too, {q_lens}')
-  _check((lens <= most).all(), 'kv_lens', lens,
-         f'must fit the page_indices, {most} tokens')
-  for s in range(num_seqs):
-    used = np.asarray(page_indices)[s, :-(-int(lens[s]) // page_size)]
-    _check(((used >= 0) & (used < num_pages)).all(), f'page_indices[{s}]',
-           used, f'must be in [0, {num_pages})')
-
-
-def _check(ok: object, name: str, value: object, rule: str) -> None:
-  if not ok:
-    raise ValueError(f'{name}={value}: {rule}.')
-
-
 def _known(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'{implementation=}: must be None or one of '
@@ -309,9 +241,9 @@ def _known(implementation: str) -> str:
   return implementation
 
 
-def _for_pages(k_pages: jax.Array) -> str:
+def _for_pages(k_pages: Pages) -> str:
   """The implementation that pages of this layout are for."""
-  return 'pallas_triton' if k_pages.ndim == 4 else 'xla'
+  return 'pallas_triton' if layout.is_rows(k_pages) else 'xla'
 
 
 def _default(page_size: int, num_kv_heads: int, head_dim: int,
@@ -342,5 +274,8 @@ def _say_once(text: str) -> None:
 def _triton_shape(page_size: int, num_kv_heads: int, head_dim: int,
                   dtype: jax.typing.DTypeLike) -> None:
   """Raises NotImplementedError if the kernel can't have such pages."""
-  tuning.choose(tuning.Shape(jnp.dtype(dtype).name, num_kv_heads, 1, head_dim,
-                             page_size))
+  kept = quantization.kept_dtype(dtype)
+  # What is quantized is meant for queries of 16 bits; 32 would do, too.
+  queries = kept.name if kept.itemsize > 1 else 'bfloat16'
+  tuning.choose(tuning.Shape(
+    queries, kept.name, num_kv_heads, 1, head_dim, page_size))

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import quantization
+
 _Sizes = dict[str, Any]
 
 
@@ -32,6 +34,7 @@ class ArgSpec:
     max_pages: P; 0 for what the longest context needs.
     num_pages: N; 0 for what the contexts need and one to spare.
     dtype: of queries, keys and values.
+    kv_dtype: what keys and values are quantized to; None: not.
     sliding_window: see `api.ragged_paged_attention`.
     soft_cap: see `api.ragged_paged_attention`.
   """
@@ -49,6 +52,7 @@ class ArgSpec:
   max_pages: int = 0
   num_pages: int = 0
   dtype: str = 'float32'
+  kv_dtype: str | None = None
   sliding_window: int | None = None
   soft_cap: float | None = None
 
@@ -117,8 +121,12 @@ def make(
   ints = {'kv_lens': kv_lens, 'page_indices': page_indices,
           'cu_q_lens': cu_q_lens,
           'distribution': np.array([spec.num_decodes, num_seqs], np.int32)}
-  return ({name: jnp.asarray(x, spec.dtype) for name, x in floats.items()}
-          | {name: jnp.asarray(x) for name, x in ints.items()})
+  arrays: dict[str, Any] = {
+    name: jnp.asarray(x, spec.dtype) for name, x in floats.items()}
+  if spec.kv_dtype is not None:
+    arrays |= {name: quantization.quantize(arrays[name], spec.kv_dtype)
+               for name in ('k_pages', 'v_pages')}
+  return arrays | {name: jnp.asarray(x) for name, x in ints.items()}
 
 
 def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -190,6 +198,14 @@ TESTS: tuple[ArgSpec, ...] = (
   ArgSpec(name='window_soft_cap', sliding_window=9, soft_cap=2.0, **_MIXED),
   ArgSpec(name='bfloat16', dtype='bfloat16', **_MIXED),
   ArgSpec(name='float16', dtype='float16', **_MIXED),
+  *(ArgSpec(name=f'{kv_dtype}_{dtype}', dtype=dtype, kv_dtype=kv_dtype,
+            **_MIXED)
+    for kv_dtype in ('int8', 'float8_e4m3fn')
+    for dtype in ('float32', 'bfloat16', 'float16')),
+  ArgSpec(name='int8_window_soft_cap', kv_dtype='int8', sliding_window=9,
+          soft_cap=2.0, **_MIXED),
+  ArgSpec(name='fp8_window_80', kv_dtype='float8_e4m3fn', sliding_window=9,
+          **(_MIXED | dict(head_dim=80))),
   ArgSpec(name='multi_query', **(_MIXED | dict(num_kv_heads=1))),
   ArgSpec(name='head_dim_24', **(_MIXED | dict(head_dim=24))),
   ArgSpec(name='head_dim_80', **(_MIXED | dict(head_dim=80))),
@@ -206,6 +222,10 @@ TESTS: tuple[ArgSpec, ...] = (
   ArgSpec(name='long_hybrid', contexts=(700, 512, 300, 90), q_lens=(3, 70),
           num_decodes=2, num_heads=4, num_kv_heads=2, head_dim=16,
           page_size=16, max_seqs=8, max_tokens=128),
+  ArgSpec(name='long_hybrid_int8', contexts=(700, 512, 300, 90),
+          q_lens=(3, 70), num_decodes=2, num_heads=4, num_kv_heads=2,
+          head_dim=16, page_size=16, max_seqs=8, max_tokens=128,
+          kv_dtype='int8'),
   ArgSpec(name='page_5', **(_MIXED | dict(page_size=5, max_pages=13))),
   ArgSpec(name='page_1', contexts=(3, 6), q_lens=(2,), num_decodes=1,
           num_heads=2, num_kv_heads=1, head_dim=2, page_size=1),

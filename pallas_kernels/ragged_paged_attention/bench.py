@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
+from pallas_kernels.ragged_paged_attention import quantization
 
 FLAGS = flags.FLAGS
 
@@ -77,7 +78,9 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
             for at in range(context - q_len, context)]
     pairs += sum(seen)
     rows += max(seen) + q_len - 1 if window else context
-  size = 2 * spec.num_kv_heads * spec.head_dim * jnp.dtype(spec.dtype).itemsize
+  number = jnp.dtype(spec.kv_dtype or spec.dtype).itemsize
+  scale = 0 if spec.kv_dtype is None else quantization.SCALE_DTYPE.itemsize
+  size = 2 * spec.num_kv_heads * (spec.head_dim * number + scale)
   return rows * size, 4 * pairs * spec.num_heads * spec.head_dim
 
 
@@ -88,7 +91,7 @@ def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,
   pages = api.pages_from_rows(
     arrays.pop('k_pages'), arrays.pop('v_pages'), implementation)
   caches = jax.block_until_ready(
-    [tuple(x + 0 for x in pages) for _ in range(layers)])
+    [jax.tree.map(jnp.copy, pages) for _ in range(layers)])
   attend = functools.partial(
     api.ragged_paged_attention, implementation=implementation, **spec.options)
 

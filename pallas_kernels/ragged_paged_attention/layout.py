@@ -6,6 +6,7 @@ tiles:  keys   [N, K, page_size / l, h, l], l positions side by side;
         values [N, K, h / l, page_size, l], l channels side by side.
         l is 8, a vector of float32 as XLA uses them, or less where it must
         divide the axis.
+scales: of quantized ones, [N, K, page_size] in either layout.
 
 Tiles are for XLA on CPUs. What one vector of l scores, or of l outputs, needs
 is contiguous in memory in the order in which it is needed, and never has to
@@ -15,12 +16,16 @@ which.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention import quantization
+
+Pages = quantization.Pages
 ROWS, TILES = 'rows', 'tiles'
 _LANES = 8  # 16 and more: a third slower, the factors spill
 
@@ -32,75 +37,119 @@ def init(
   num_kv_heads: int,
   head_dim: int,
   dtype: jax.typing.DTypeLike,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Pages, Pages]:
   """Zeroed keys and values."""
   shapes: list[tuple[int, ...]] = [(page_size, head_dim)] * 2
   if layout == TILES:
     l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
     shapes = [(page_size // l_k, head_dim, l_k),
               (head_dim // l_v, page_size, l_v)]
+  heads = num_pages, num_kv_heads
   k_pages, v_pages = (
-    jnp.zeros((num_pages, num_kv_heads, *shape), dtype) for shape in shapes)
-  return k_pages, v_pages
+    jnp.zeros((*heads, *shape), quantization.kept_dtype(dtype))
+    for shape in shapes)
+  if jnp.dtype(dtype) not in quantization.DTYPES:
+    return k_pages, v_pages
+  k_scales, v_scales = (
+    jnp.zeros((*heads, page_size), quantization.SCALE_DTYPE) for _ in range(2))
+  return (quantization.Quantized(k_pages, k_scales),
+          quantization.Quantized(v_pages, v_scales))
 
 
-def sizes(k_pages: jax.Array) -> tuple[int, int, int, int]:
+def sizes(k_pages: Pages) -> tuple[int, int, int, int]:
   """(num_pages, num_kv_heads, page_size, head_dim) of either layout."""
-  if k_pages.ndim == 4:
-    num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+  shape = quantization.values_of(k_pages).shape
+  if len(shape) == 4:
+    num_pages, num_kv_heads, page_size, head_dim = shape
     return num_pages, num_kv_heads, page_size, head_dim
-  num_pages, num_kv_heads, tiles, head_dim, lanes = k_pages.shape
+  num_pages, num_kv_heads, tiles, head_dim, lanes = shape
   return num_pages, num_kv_heads, tiles * lanes, head_dim
 
 
-def to_rows(
-  k_pages: jax.Array,
-  v_pages: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def is_rows(pages: Pages) -> bool:
+  """Whether pages are laid out as rows, not as tiles."""
+  return quantization.values_of(pages).ndim == 4
+
+
+def to_rows(k_pages: Pages, v_pages: Pages) -> tuple[Pages, Pages]:
   """The same pages as rows: a copy, or themselves."""
-  if k_pages.ndim == 4:
+  if is_rows(k_pages):
     return k_pages, v_pages
   shape = sizes(k_pages)
-  return (k_pages.swapaxes(-1, -2).reshape(shape),
-          v_pages.swapaxes(-2, -3).reshape(shape))
+  return (_of_values(lambda x: x.swapaxes(-1, -2).reshape(shape), k_pages),
+          _of_values(lambda x: x.swapaxes(-2, -3).reshape(shape), v_pages))
 
 
 def from_rows(
   layout: str,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+  k_pages: Pages,
+  v_pages: Pages,
+) -> tuple[Pages, Pages]:
   """Rows in another layout: a copy, or themselves."""
   if layout == ROWS:
     return k_pages, v_pages
-  num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+  num_pages, num_kv_heads, page_size, head_dim = sizes(k_pages)
   l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
-  k_tiles = k_pages.reshape(num_pages, num_kv_heads, -1, l_k, head_dim)
-  v_tiles = v_pages.reshape(num_pages, num_kv_heads, page_size, -1, l_v)
-  return k_tiles.swapaxes(-1, -2), v_tiles.swapaxes(-2, -3)
+  k_shape = num_pages, num_kv_heads, -1, l_k, head_dim
+  v_shape = num_pages, num_kv_heads, page_size, -1, l_v
+  return (_of_values(lambda x: x.reshape(k_shape).swapaxes(-1, -2), k_pages),
+          _of_values(lambda x: x.reshape(v_shape).swapaxes(-2, -3), v_pages))
 
 
 def write(
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: Pages,
+  v_pages: Pages,
   k: jax.Array,  # [T, K, h]
   v: jax.Array,  # [T, K, h]
   slots: jax.Array,  # [T]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Pages, Pages]:
   """See `api.write_kv`."""
-  num_pages, num_kv_heads, page_size, head_dim = sizes(k_pages)
+  num_pages, _, page_size, _ = sizes(k_pages)
   # A negative index would count from the end.
   slots = jnp.where(slots < 0, num_pages * page_size, slots)
-  page, offset = slots // page_size, slots % page_size
-  k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
-  if k_pages.ndim == 4:
-    return (_put(k_pages.at[page, :, offset], k),
-            _put(v_pages.at[page, :, offset], v))
-  l_k, l_v = k_pages.shape[-1], v_pages.shape[-1]
-  v = v.reshape(-1, num_kv_heads, head_dim // l_v, l_v)
-  return (_put(k_pages.at[page, :, offset // l_k, :, offset % l_k], k),
-          _put(v_pages.at[page, :, :, offset], v))
+  place = slots // page_size, slots % page_size
+  return (_write(k_pages, k, place, _put_keys),
+          _write(v_pages, v, place, _put_values))
+
+
+_Place = tuple[jax.Array, jax.Array]  # page and offset of each token
+
+
+def _write(pages: Pages, new: jax.Array, place: _Place,
+           put: Callable[..., jax.Array]) -> Pages:
+  if not isinstance(pages, quantization.Quantized):
+    return put(pages, new.astype(pages.dtype), place)
+  rounded = quantization.quantize_like(new, pages)
+  page, offset = place
+  return quantization.Quantized(
+    put(pages.values, rounded.values, place),
+    _put(pages.scales.at[page, :, offset], rounded.scales))
+
+
+def _put_keys(pages: jax.Array, k: jax.Array, place: _Place) -> jax.Array:
+  page, offset = place
+  if is_rows(pages):
+    return _put(pages.at[page, :, offset], k)
+  lanes = pages.shape[-1]
+  return _put(pages.at[page, :, offset // lanes, :, offset % lanes], k)
+
+
+def _put_values(pages: jax.Array, v: jax.Array, place: _Place) -> jax.Array:
+  page, offset = place
+  if is_rows(pages):
+    return _put(pages.at[page, :, offset], v)
+  _, num_kv_heads, tiles, _, lanes = pages.shape
+  return _put(pages.at[page, :, :, offset],
+              v.reshape(-1, num_kv_heads, tiles, lanes))
 
 
 def _put(where: Any, new: jax.Array) -> jax.Array:
   return where.set(new, mode='drop', unique_indices=True)
+
+
+def _of_values(function: Callable[[jax.Array], jax.Array],
+               pages: Pages) -> Pages:
+  """Rearranges values; scales are laid out the same everywhere."""
+  if isinstance(pages, quantization.Quantized):
+    return pages._replace(values=function(pages.values))
+  return function(pages)

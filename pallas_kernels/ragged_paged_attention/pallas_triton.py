@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
+from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 
 # It says so at every lowering, from JAX 0.11 on. Nothing else serves Ampere.
@@ -54,8 +55,8 @@ def make_plan(
 
 def ragged_paged_attention(
   q: jax.Array,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: quantization.Pages,
+  v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   options: batch_lib.Options,
   *,
@@ -88,8 +89,8 @@ def ragged_paged_attention(
 
 def _launch(
   q: jax.Array,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: quantization.Pages,
+  v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   plan: plan_lib.Plan,
   *,
@@ -176,19 +177,31 @@ def _attend_tile(
     at = j * block_n + jnp.arange(block_n, dtype=jnp.int32)
     place = pl.ds((j % (shape.page_size // block_n)) * block_n, block_n)
 
-    def load(ref: Any) -> list[jax.Array]:
-      """A block's channels, of the positions that were written."""
-      blocks = [(ref.at[page, head, place, pl.ds(first, size)], size)
-                for first, size in shape.pieces]
+    def load(ref: Any, *dims: int) -> jax.Array:
+      """A block of the positions that were written; the others are 0."""
       if not masked:
-        return [plgpu.load(block) for block, _ in blocks]
-      written = (at < kv_len)[:, None]
-      return [
-        plgpu.load(block, other=0.0, mask=jnp.broadcast_to(
-          written, (block_n, size))) for block, size in blocks]
+        return plgpu.load(ref)
+      written = (at < kv_len).reshape(-1, *[1] * len(dims))
+      return plgpu.load(
+        ref, mask=jnp.broadcast_to(written, (block_n, *dims)),
+        other=jnp.zeros((), ref.dtype))
 
-    parts = zip(queries, load(k_ref), strict=True)
+    def load_block(pages: Any) -> list[jax.Array]:
+      """Its channels, of the dtype of the queries."""
+      ref = quantization.values_of(pages)
+      return [quantization.decode(load(
+        ref.at[page, head, place, pl.ds(first, size)], size), shape.dtype)
+        for first, size in shape.pieces]
+
+    def scaled(x: jax.Array, pages: Any) -> jax.Array:
+      """Times the scale of each of the block's positions, [rows, block_n]."""
+      if not isinstance(pages, quantization.Quantized):
+        return x
+      return x * load(pages.scales.at[page, head, place])[None]
+
+    parts = zip(queries, load_block(k_ref), strict=True)
     scores = functools.reduce(operator.add, (dot(x, k.T) for x, k in parts))
+    scores = scaled(scores, k_ref)
     if (cap := options.soft_cap) is not None:
       scores = cap * jnp.tanh(scores * (scale / cap))
       scores *= math.log2(math.e)
@@ -202,8 +215,9 @@ def _attend_tile(
     new_top = jnp.maximum(top, scores.max(axis=1))
     decay = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores - new_top[:, None])
-    acc = [a * decay[:, None] + dot(weights.astype(v.dtype), v)
-           for a, v in zip(acc, load(v_ref), strict=True)]
+    factors = scaled(weights, v_ref).astype(shape.dtype)
+    acc = [a * decay[:, None] + dot(factors, v)
+           for a, v in zip(acc, load_block(v_ref), strict=True)]
     return acc, new_top, norm * decay + weights.sum(axis=1), next_page
 
   # The blocks that all rows see entirely need no mask.

@@ -12,18 +12,19 @@ import numpy as np
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import quantization
 
 
 def ragged_paged_attention(
   q: jax.Array,  # [T, H, h]
-  k_pages: jax.Array,  # any layout
-  v_pages: jax.Array,
+  k_pages: quantization.Pages,  # any layout
+  v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
   """See `api.ragged_paged_attention`. Rows of padding are zero."""
   queries = np.asarray(q)
-  keys, values = map(np.asarray, layout.to_rows(k_pages, v_pages))
+  keys, values = map(_numbers, layout.to_rows(k_pages, v_pages))
   lens, tables, starts, distribution = map(np.asarray, batch)
   out = np.zeros(queries.shape, np.float32)
   for s in range(int(distribution[1])):
@@ -33,6 +34,13 @@ def ragged_paged_attention(
       _gather(keys, tables[s], context), _gather(values, tables[s], context),
       options)
   return jnp.asarray(out, q.dtype)
+
+
+def _numbers(pages: quantization.Pages) -> np.ndarray:
+  if not isinstance(pages, quantization.Quantized):
+    return np.asarray(pages)
+  return np.asarray(quantization.decode(pages.values, jnp.float32)
+                    * pages.scales[..., None])
 
 
 def _gather(pages: np.ndarray, table: np.ndarray, context: int) -> np.ndarray:

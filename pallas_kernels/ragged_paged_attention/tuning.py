@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -19,29 +18,39 @@ import jax.numpy as jnp
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
+from pallas_kernels.ragged_paged_attention import quantization
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-  """What a kernel is compiled for, beside the sizes of its arrays."""
+  """What a kernel is compiled for, beside the sizes of its arrays.
+
+  Attributes:
+    dtype: of queries, and of keys and values once they are decoded.
+    kv_dtype: of the array that they are kept in.
+    num_kv_heads, group, head_dim, page_size: K, H / K, h, tokens.
+  """
 
   dtype: str
+  kv_dtype: str
   num_kv_heads: int
   group: int
   head_dim: int
   page_size: int
 
   @classmethod
-  def of(cls, q: jax.Array, k_pages: jax.Array) -> Shape:
+  def of(cls, q: jax.Array, k_pages: quantization.Pages) -> Shape:
     """The shape of a call.
 
     Raises:
       NotImplementedError: the kernel can't have it; says why.
     """
-    _, num_kv_heads, page_size, head_dim = k_pages.shape
-    return cls(q.dtype.name, num_kv_heads, q.shape[1] // num_kv_heads,
-               head_dim, page_size)
+    _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
+    kv_dtype = quantization.values_of(k_pages).dtype
+    return cls(q.dtype.name, kv_dtype.name, num_kv_heads,
+               q.shape[1] // num_kv_heads, head_dim, page_size)
 
   def __post_init__(self) -> None:
     _check(self.head_dim % 16 == 0, 'head_dim', self.head_dim,
@@ -173,19 +182,30 @@ _HEADS = {
 def cases(device: str) -> Iterator[Case]:
   """Every default configuration, for `pallas_kernels.aot`."""
   del device  # The kernel asks for the default device.
-  from pallas_kernels.ragged_paged_attention import pallas_triton
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    options = {'': batch_lib.Options(head_dim**-0.5)}
-    dtypes = ['bfloat16']
+    plain = batch_lib.Options(head_dim**-0.5)
+    special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
+    yield _case(name, heads, kv_heads, head_dim, plain)
+    for kv_dtype in ('int8', 'float8_e4m3fn'):
+      yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype=kv_dtype)
     if name in ('mistral-7b', 'gemma-7b'):
-      dtypes.append('float32')
-      options[' window, cap'] = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
-    for dtype, option in itertools.product(dtypes, options):
-      pages = jax.ShapeDtypeStruct((1024, kv_heads, 64, head_dim), dtype)
-      ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
-                   for shape in ((128,), (128, 128), (129,), (2,))]
-      yield Case(
-        f'{name} {dtype}{option}', functools.partial(
-          pallas_triton.ragged_paged_attention, options=options[option]),
-        (jax.ShapeDtypeStruct((512, heads, head_dim), dtype), pages, pages,
-         batch_lib.Batch(*ints)))
+      yield _case(name, heads, kv_heads, head_dim, special)
+      yield _case(name, heads, kv_heads, head_dim, special, kv_dtype='int8')
+      for options in (plain, special):
+        yield _case(name, heads, kv_heads, head_dim, options, 'float32')
+
+
+def _case(model: str, heads: int, kv_heads: int, head_dim: int,
+          options: batch_lib.Options, dtype: str = 'bfloat16',
+          kv_dtype: str | None = None) -> Case:
+  from pallas_kernels.ragged_paged_attention import pallas_triton
+  pages = jax.eval_shape(lambda: layout.init(
+    layout.ROWS, 1024, 64, kv_heads, head_dim, kv_dtype or dtype))
+  ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
+               for shape in ((128,), (128, 128), (129,), (2,))]
+  q = jax.ShapeDtypeStruct((512, heads, head_dim), dtype)
+  what = [model, dtype, *([f'KV {kv_dtype}'] if kv_dtype else []),
+          *(['window, cap'] if options.soft_cap else [])]
+  return Case(' '.join(what), functools.partial(
+    pallas_triton.ragged_paged_attention, options=options),
+    (q, *pages, batch_lib.Batch(*ints)))

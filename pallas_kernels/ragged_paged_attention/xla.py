@@ -14,20 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import xla_decode
 from pallas_kernels.ragged_paged_attention import xla_prefill
 
 
 def ragged_paged_attention(
   q: jax.Array,
-  k_pages: jax.Array,
-  v_pages: jax.Array,
+  k_pages: quantization.Pages,
+  v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
   """See `api.ragged_paged_attention`; the pages are tiles (see `layout`)."""
   num_tokens, num_heads, head_dim = q.shape
-  num_kv_heads = k_pages.shape[1]
+  num_kv_heads = quantization.values_of(k_pages).shape[1]
   grouped = (q.astype(jnp.float32) * options.scale).reshape(
     num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
   most = min(num_tokens, batch.kv_lens.shape[0])  # decodes

@@ -27,6 +27,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import quantization
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _BLOCK = 16  # work items, of a page each
@@ -35,15 +37,15 @@ _SUMS = 4  # independent ones, since a chain of additions waits for each
 
 def decodes(
   q: jax.Array,  # [D, K, G, h], float32 and scaled; D <= S
-  k_pages: jax.Array,  # [N, K, page_size / l, h, l]
-  v_pages: jax.Array,  # [N, K, h / l, page_size, l]
+  k_pages: quantization.Pages,  # [N, K, page_size / l, h, l]
+  v_pages: quantization.Pages,  # [N, K, h / l, page_size, l]
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
   """Returns float32 [D, K, G, h]; rows from num_decodes on mean nothing."""
   num_seqs = q.shape[0]
-  tiles, _, lanes = k_pages.shape[2:]
-  page_size = tiles * lanes
+  page_size = layout.sizes(k_pages)[2]
+  k_values, v_values = map(quantization.values_of, (k_pages, v_pages))
   items, total = _work_items(
     batch.kv_lens[:num_seqs], batch.page_indices[:num_seqs],
     batch.distribution[0], page_size, options.sliding_window)
@@ -59,18 +61,23 @@ def decodes(
     belongs = (seq - first)[None, :] == jnp.arange(_BLOCK)[:, None]
     seen = (positions >= start[:, None]) & (positions < stop[:, None])
     scores = _walled(
-      wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_pages, page)
-    if (cap := options.soft_cap) is not None:
-      scores = cap * jnp.tanh(scores / cap)
+      wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_values, page)
     # A long last axis: exp is not vectorized over one of `l`.
     scores = scores.swapaxes(2, 3).reshape(_BLOCK, *q.shape[1:3], -1)
+    if isinstance(k_pages, quantization.Quantized):
+      scores *= k_pages.scales[page][:, :, None]
+    if (cap := options.soft_cap) is not None:
+      scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     top = _row_max(belongs, scores.max(-1), rows[1])  # [block, K, G]
     item_top = top[jnp.minimum(seq - first, _BLOCK - 1)]
     # What is masked weighs 0, for an item sees at least one position; padding
     # does not, and adds nonsense to a row that nobody reads.
     weights = jnp.exp(scores - item_top[..., None])
-    mixed = _walled(wall, _mixed, weights, v_pages, page, seen)
+    factors = weights
+    if isinstance(v_pages, quantization.Quantized):
+      factors *= jnp.where(seen[:, None], v_pages.scales[page], 0)[:, :, None]
+    mixed = _walled(wall, _mixed, factors, v_values, page, seen)
     decay = jnp.exp(rows[1] - top)
     new = (rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
            top,
@@ -79,7 +86,7 @@ def decodes(
                  for x, y in zip(state, new, strict=True))
 
   rows, (num_kv_heads, group) = num_seqs + _BLOCK, q.shape[1:3]
-  channels = v_pages.shape[2], group, v_pages.shape[4]
+  channels = v_values.shape[2], group, v_values.shape[4]
   acc, _, norm = lax.fori_loop(
     0, (total + _BLOCK - 1) // _BLOCK, block,
     (jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
@@ -171,7 +178,7 @@ def _mix(
   for c, factor in enumerate(factors):
     x = lax.gather(tiles[:, c], tile, numbers, (1, lanes),
                    mode='promise_in_bounds')
-    x = x.astype(jnp.float32)
+    x = quantization.decode(x, jnp.float32)
     if keep is not None:
       bits = lax.bitcast_convert_type(x, jnp.int32)
       bits &= keep[c][:, None, None, None, None]

@@ -12,6 +12,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import quantization
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _TILE = 64  # queries
@@ -21,8 +23,8 @@ _BLOCK = 64  # keys, in whole pages
 def chunks(
   out: jax.Array,  # [T, K, G, h], float32
   q: jax.Array,  # [T, K, G, h], float32 and scaled
-  k_pages: jax.Array,  # [N, K, page_size / l, h, l]
-  v_pages: jax.Array,  # [N, K, h / l, page_size, l]
+  k_pages: quantization.Pages,  # [N, K, page_size / l, h, l]
+  v_pages: quantization.Pages,  # [N, K, h / l, page_size, l]
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
@@ -31,7 +33,7 @@ def chunks(
   sliding_window = options.sliding_window
   num_tokens, num_kv_heads, group, head_dim = q.shape
   size = min(_TILE, num_tokens)
-  page_size = k_pages.shape[2] * k_pages.shape[4]
+  page_size = layout.sizes(k_pages)[2]
   per_block = min(max(_BLOCK // page_size, 1), page_indices.shape[1])
   block_size = per_block * page_size
   tables = jnp.pad(page_indices, ((0, 0), (0, per_block)))
@@ -93,14 +95,28 @@ def chunks(
     distribution[0], distribution[1], chunk, out)
 
 
-def _keys(k_pages: jax.Array, pages: jax.Array) -> jax.Array:
+def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   """The keys of some pages, [K, h, len(pages) * page_size], float32."""
-  tiles = k_pages[pages].transpose(1, 3, 0, 2, 4)  # [K, h, pages, tiles, l]
-  return tiles.reshape(*tiles.shape[:2], -1).astype(jnp.float32)
+  tiles = quantization.values_of(k_pages)[pages]
+  tiles = tiles.transpose(1, 3, 0, 2, 4)  # [K, h, pages, tiles, l]
+  keys = quantization.decode(
+    tiles.reshape(*tiles.shape[:2], -1), jnp.float32)
+  return keys * _scales(k_pages, pages)[:, None]
 
 
-def _values(v_pages: jax.Array, pages: jax.Array) -> jax.Array:
+def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   """The values of some pages, [K, len(pages) * page_size, h], float32."""
-  tiles = v_pages[pages].transpose(1, 0, 3, 2, 4)  # [K, pages, p, h / l, l]
+  tiles = quantization.values_of(v_pages)[pages]
+  tiles = tiles.transpose(1, 0, 3, 2, 4)  # [K, pages, page_size, h / l, l]
   heads, count, page_size = tiles.shape[:3]
-  return tiles.reshape(heads, count * page_size, -1).astype(jnp.float32)
+  values = quantization.decode(
+    tiles.reshape(heads, count * page_size, -1), jnp.float32)
+  return values * _scales(v_pages, pages)[..., None]
+
+
+def _scales(pages: quantization.Pages, indices: jax.Array) -> jax.Array:
+  """[K, len(indices) * page_size], or [1, 1] of ones."""
+  if not isinstance(pages, quantization.Quantized):
+    return jnp.ones((1, 1))
+  scales = pages.scales[indices].swapaxes(0, 1)
+  return scales.reshape(len(scales), -1)

@@ -21,7 +21,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 GIB = 2**30
 CPU_DEFAULT_GIB = 1.0
 
-LayerKv = tuple[Any, Any]  # pages of keys, pages of values
+LayerKv = tuple[Any, Any]  # trees of arrays: pages of keys, of values
 
 
 def dtype_on(device: Any, dtype: Any) -> Any:

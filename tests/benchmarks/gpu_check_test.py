@@ -8,10 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from sarathi_jax.benchmarks.gpu import attention
+from sarathi_jax.benchmarks.gpu import idle
+from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks.gpu import targets
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -21,18 +25,88 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
 
 
+def results(folder: pathlib.Path) -> dict[str, Any]:
+  found: dict[str, Any] = json.loads((folder / 'gpu_check.json').read_text())
+  return found
+
+
 def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   flags = '--size=tiny', f'--output={tmp_path}'
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
-  second = run(*flags, '--stages=limits,attention')
+  second = run(*flags, '--stages=tests,limits,attention,torch')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
-  found = json.loads((tmp_path / 'gpu_check.json').read_text())
-  assert set(found['results']) == {'limits', 'attention'}
-  assert {row['kind'] for row in found['results']['attention']} == {
-    'decode', 'prefill', 'hybrid', 'its decodes', 'its chunk'}
-  assert all(row['us'] > 0 for row in found['results']['attention'])
+  found = results(tmp_path)
+  assert set(found['results']) == {'tests', 'limits', 'attention', 'torch'}
+  rows = found['results']['attention']
+  assert {row['kind'] for row in rows if 'kind' in row} == {
+    'decode', 'prefill', 'hybrid', 'part'}
+  assert all(row['us'] > 0 for row in rows)
+  timed = {r['alternative_to'] for r in found['results']['torch'] if 'us' in r}
+  assert timed == set(found['over_alternatives']) == {
+    'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
+  assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
+
+
+def test_rows_of_a_stage_that_is_cut_short_are_kept(
+    tmp_path: pathlib.Path) -> None:
+  """And not measured again: the second run's rows are the first one's."""
+  flags = '--size=tiny', f'--output={tmp_path}', '--stages=attention'
+  assert run(*flags).returncode == 0
+  path = tmp_path / 'attention.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join(lines[:3]) + lines[3][:20])  # Killed while writing.
+  before = journal_lib.Journal(path)
+  assert len(before.rows) == 3
+  assert not before.is_complete
+  done = run(*flags)
+  assert done.returncode == 0, done.stdout
+  after = journal_lib.Journal(path)
+  assert after.is_complete
+  assert len(after.rows) == len(lines) - 1
+  for point, row in before.rows.items():
+    assert after.rows[point] == row
+
+
+def test_a_point_that_fails_is_told_and_tried_again(
+    tmp_path: pathlib.Path) -> None:
+  journal = journal_lib.Journal(tmp_path / 'x.jsonl')
+  journal.measure('good', lambda: {'us': 1})
+  journal.measure('bad', lambda: {'us': 1 // 0})
+  journal.complete()
+  again = journal_lib.Journal(tmp_path / 'x.jsonl')
+  assert again.is_complete and again.has_errors
+  assert 'ZeroDivisionError' in again.rows['bad']['error']
+  again.measure('good', lambda: {'us': 2})
+  again.measure('bad', lambda: {'us': 3})
+  assert [row['us'] for row in again.rows.values()] == [1, 3]
+  assert not again.has_errors and not again.is_complete
+
+
+@pytest.mark.slow
+def test_the_engine_is_measured(tmp_path: pathlib.Path) -> None:
+  done = run('--size=tiny', f'--output={tmp_path}', '--stages=engine')
+  assert done.returncode == 0, done.stdout
+  rows = {r['point']: r for r in results(tmp_path)['results']['engine']}
+  assert list(rows) == [
+    'decode 4 x 1 after 63', 'prefill 1 x 32 after 0', 'serving',
+    'engine, decode 4 x 1 after 63']
+  gap = rows['engine, decode 4 x 1 after 63']
+  assert 0 <= gap['idle'] < 1
+  assert gap['traced_idle'] is None  # A CPU's profile shows no device.
+  assert gap['context'] > 63
+
+
+def test_results_of_two_devices_do_not_mix(tmp_path: pathlib.Path) -> None:
+  flags = '--size=tiny', f'--output={tmp_path}', '--stages=limits'
+  assert run(*flags).returncode == 0
+  path = tmp_path / 'gpu_check.json'
+  path.write_text(path.read_text().replace('"cpu"', '"NVIDIA A40"'))
+  done = run(*flags)
+  assert done.returncode
+  assert "holds results of {'device': 'NVIDIA A40'" in done.stdout.replace(
+    '\n', ' ')
 
 
 @pytest.mark.parametrize(('flag', 'message'), [
@@ -52,3 +126,41 @@ def test_counts_of_a_chunk() -> None:
   batch = attention.Batch('prefill', 0, 0, 2, 3)
   assert batch.flops(sweep) == 4 * (4 + 5) * 2 * 16
   assert batch.kv_bytes(sweep) == 2 * 5 * 16 * 2
+
+
+@pytest.mark.parametrize(('intervals', 'expected'), [
+  ([], None), ([(3, 3)], None), ([(0, 10)], 0.0),
+  ([(0, 4), (6, 10)], 0.2), ([(6, 10), (0, 4)], 0.2),
+  ([(0, 8), (1, 2), (7, 9), (9, 10)], 0.0),  # streams beside each other
+])
+def test_idle_part(intervals: list[tuple[float, float]],
+                   expected: float | None) -> None:
+  assert idle.idle_part(intervals) == (
+    expected if expected is None else pytest.approx(expected))
+
+
+def test_targets_take_the_worst() -> None:
+  def row(kind: str, decodes: int, context: int, chunk: int, before: int,
+          us: float, **more: float) -> dict[str, Any]:
+    batch = attention.Batch(kind, decodes, context, chunk, before)
+    return {'point': batch.name, 'kind': kind, 'decodes': decodes,
+            'context': context, 'chunk': chunk, 'before': before, 'us': us,
+            **more}
+
+  found = {'attention': [
+    row('decode', 64, 1024, 0, 0, 10, of_copy=0.9, of_matmul=0.1),
+    row('decode', 64, 2048, 0, 0, 20, of_copy=0.8, of_matmul=0.1),
+    row('decode', 1, 32768, 0, 0, 5, of_copy=0.75, of_matmul=0.1),
+    row('prefill', 0, 0, 512, 0, 10, of_copy=0.1, of_matmul=0.7),
+    {'point': 'prefill 512 after 0 cudnn', 'us': 12,
+     'alternative_to': 'prefill 512 after 0'},
+    row('hybrid', 64, 1024, 448, 0, 11), row('part', 64, 1024, 0, 0, 6),
+    row('part', 0, 0, 448, 0, 6)],
+    'torch': [{'point': 'prefill 512 after 0 torch', 'us': 8,
+               'alternative_to': 'prefill 512 after 0'}],
+    'engine': [{'point': 'decode 64 x 1 after 2047', 'of_floor': 1.2}]}
+  verdicts = [(v['worst'], v['met']) for v in targets.judge(found)]
+  assert verdicts == [
+    (0.8, 'no'), (0.75, 'yes'), (0.7, 'yes'), (0.8, 'no'),
+    (pytest.approx(11 / 12), 'yes'), (1.2, 'yes'),
+    *[(None, 'not measured')] * 3]

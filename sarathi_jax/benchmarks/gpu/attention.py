@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
 import functools
+import json
+import pathlib
+import subprocess
+import tempfile
 from typing import Any
 
 import jax
@@ -13,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ragged_paged_attention as rpa
+from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 
+_TORCH_WORKER = (
+  pathlib.Path(__file__).parents[1] / 'peer_workers' / 'torch_sdpa.py')
 _CHAIN = 8  # calls of a program: launching one costs as much as a short call
 
 
@@ -55,6 +62,12 @@ class Batch:
   before: int
 
   @property
+  def name(self) -> str:
+    parts = [f'{self.decodes} x {self.context}'] if self.decodes else []
+    parts += [f'{self.chunk} after {self.before}'] if self.chunk else []
+    return f'{self.kind} {" + ".join(parts)}'
+
+  @property
   def num_tokens(self) -> int:
     return self.decodes + self.chunk
 
@@ -81,10 +94,9 @@ def batches(sweep: Sweep) -> Iterator[Batch]:
             for c in sweep.decode_contexts]
   points += [Batch('prefill', 0, 0, n, c) for n in sweep.chunks
              for c in sweep.chunk_contexts]
-  for n, c, chunk, before in sweep.hybrids:
-    points += [Batch('hybrid', n, c, chunk, before),
-               Batch('its decodes', n, c, 0, 0),
-               Batch('its chunk', 0, 0, chunk, before)]
+  for n, c, chunk, before in sweep.hybrids:  # And its parts, alone.
+    points += [Batch('hybrid', n, c, chunk, before), Batch('part', n, c, 0, 0),
+               Batch('part', 0, 0, chunk, before)]
   return (b for b in points if sum(b.lens) <= sweep.pool_tokens)
 
 
@@ -151,6 +163,11 @@ def _chain(
   return q
 
 
+def is_comparable(batch: Batch) -> bool:
+  """Whether one call on keys that lie in a row does the same."""
+  return batch.kind in ('decode', 'prefill')
+
+
 def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   """jax.nn.dot_product_attention on keys that lie in a row, for comparison."""
   rows, q_len = (batch.decodes, 1) if batch.decodes else (1, batch.chunk)
@@ -170,39 +187,71 @@ def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   return timing.seconds(lambda: run(q, k, v)) / _CHAIN
 
 
-def run(sweep: Sweep, limits: dict[str, float], implementation: str,
-        dense: str | None, on_row: Callable[[], None],
-        dense_bytes: int = 2**32) -> list[dict[str, Any]]:
+def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
+        implementation: str, dense: str | None,
+        dense_bytes: int = 2**32) -> None:
   """Measures all points.
 
   Args:
+    journal: which takes the rows, and has those of an earlier run.
     sweep: the points.
-    limits: of `timing.limits`.
+    limits: of `timing.limits`, of this run.
     implementation: of the attention.
     dense: implementation of jax.nn.dot_product_attention; None: without.
-    on_row: called after each.
     dense_bytes: the most keys and values that the comparison may copy.
   """
-  kernel = Kernel(sweep, implementation)
-  rows = []
-  for batch in batches(sweep):
-    took = kernel.seconds(batch)
-    bytes_per_s = batch.kv_bytes(sweep) / took
-    flops_per_s = batch.flops(sweep) / took
-    row = {
+  kernel = functools.cache(lambda: Kernel(sweep, implementation))
+
+  def row(batch: Batch) -> journal_lib.Row:
+    took = kernel().seconds(batch)
+    num_bytes, flops = batch.kv_bytes(sweep), batch.flops(sweep)
+    return {
       **dataclasses.asdict(batch), 'us': took * 1e6,
-      'tb_per_s': bytes_per_s / 1e12, 'tflop_per_s': flops_per_s / 1e12,
-      'of_copy': bytes_per_s / limits['copy_bytes_per_s'],
-      'of_matmul': flops_per_s / limits['matmul_flops_per_s'],
+      'tb_per_s': num_bytes / took / 1e12, 'tflop_per_s': flops / took / 1e12,
+      'of_copy': num_bytes / took / limits['copy_bytes_per_s'],
+      'of_matmul': flops / took / limits['matmul_flops_per_s'],
       # Small caches stay in the device's own; theirs is no memory's speed.
-      'kv_mb': batch.kv_bytes(sweep) / 1e6}
-    comparable = batch.kind == 'decode' or (
-      batch.kind == 'prefill' and not batch.before)
-    if dense and comparable and batch.kv_bytes(sweep) <= dense_bytes:
-      try:
-        row['dense_over_ours'] = dense_seconds(sweep, batch, dense) / took
-      except Exception as error:  # Of any kind: the comparison is a guest.
-        row['dense_over_ours'] = f'{type(error).__name__}: {error}'[:60]
-    rows.append(row)
-    on_row()
-  return rows
+      'kv_mb': num_bytes / 1e6}
+
+  def alternative(batch: Batch, name: str) -> journal_lib.Row:
+    return {'alternative_to': batch.name,
+            'us': dense_seconds(sweep, batch, name) * 1e6}
+
+  for batch in batches(sweep):
+    journal.measure(batch.name, functools.partial(row, batch))
+    # It has no mask for a chunk behind others but one in memory.
+    if (dense and is_comparable(batch) and not batch.before
+        and batch.kv_bytes(sweep) <= dense_bytes):
+      journal.measure(f'{batch.name} {dense}', functools.partial(
+        alternative, batch, dense))
+
+
+def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,
+              dense_bytes: int = 2**32) -> None:
+  """The same with torch, if `python` has it, in a process of its own."""
+  todo = [b for b in batches(sweep) if is_comparable(b)
+          and b.kv_bytes(sweep) <= dense_bytes
+          and f'{b.name} torch' not in journal]
+  specs = [json.dumps({
+    'point': batch.name, 'rows': batch.decodes or 1,
+    'q_len': batch.chunk or 1, 'kv_len': batch.lens[0],
+    'num_heads': sweep.num_heads, 'num_kv_heads': sweep.num_kv_heads,
+    'head_dim': sweep.head_dim, 'dtype': sweep.dtype}) for batch in todo]
+  # Files, for a pipe that nobody reads would fill up.
+  with tempfile.TemporaryFile('w+') as questions, (
+      tempfile.TemporaryFile('w+')) as log:
+    questions.write(''.join(f'{spec}\n' for spec in specs))
+    questions.seek(0)
+    with subprocess.Popen([python, str(_TORCH_WORKER)], stdin=questions,
+                          stdout=subprocess.PIPE, stderr=log,
+                          text=True) as worker:
+      assert worker.stdout
+      for answer in map(json.loads, worker.stdout):
+        if point := answer.pop('point', None):
+          journal.add(f'{point} torch', {'alternative_to': point, **answer})
+        else:
+          journal.add('torch', answer)
+    if worker.returncode:
+      log.seek(0)
+      last = log.read().strip().splitlines()[-1:]
+      journal.add('torch', {'absent': ''.join(last)})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from typing import Any
@@ -16,9 +17,25 @@ from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
 from sarathi_jax.benchmarks import throughput
+from sarathi_jax.benchmarks.gpu import idle
+from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Point:
+  """A step: sequences, each with a context and tokens after it."""
+
+  sequences: int
+  context: int
+  tokens: int
+
+  @property
+  def name(self) -> str:
+    kind = 'decode' if self.tokens == 1 else 'prefill'
+    return f'{kind} {self.sequences} x {self.tokens} after {self.context}'
 
 
 def _chunk(slot: int, start: int, num_tokens: int,
@@ -33,7 +50,7 @@ def _chunk(slot: int, start: int, num_tokens: int,
     sampling=types.SamplingParams(temperature=0))
 
 
-def _step_seconds(runner: device_runner.DeviceRunner,
+def _step_seconds(runner: Any,  # a DeviceRunner
                   chunks: list[types.Chunk]) -> dict[str, float]:
   """A step when steps follow each other, and one that is waited for."""
   batch = types.ScheduledBatch(
@@ -51,25 +68,25 @@ def _step_seconds(runner: device_runner.DeviceRunner,
           'alone_s': alone}
 
 
-def steps(model: model_config_lib.ModelConfig, params: Any,
+def steps(journal: journal_lib.Journal,
+          model: model_config_lib.ModelConfig, params: Any,
           limits: dict[str, float], config: config_lib.EngineConfig,
-          points: tuple[tuple[str, int, int, int], ...],
-          ) -> list[dict[str, Any]]:
+          points: tuple[Point, ...]) -> None:
   """Times steps of one kind of chunk.
 
-  Args:
-    model, params: what is run.
-    limits: of `timing.limits`.
-    config: with max_num_seqs, max_model_len and token_budget for the points.
-    points: (name, sequences, context before, tokens of each).
+  A row's `of_floor` is the step's time over that of reading weights, keys and
+  values once; `mfu` is of the measured rate of a matmul.
 
-  Returns:
-    Rows. of_floor: the step's time over that of reading weights and keys and
-    values once. mfu: of the measured rate of a matmul.
+  Args:
+    journal: which takes the rows, and has those of an earlier run.
+    model, params: what is run.
+    limits: of `timing.limits`, of this run.
+    config: with max_num_seqs, max_model_len and token_budget for the points.
+    points: what is timed.
   """
-  runner = device_runner.DeviceRunner(
+  runner = functools.cache(lambda: device_runner.DeviceRunner(
     model, params, mesh_lib.make(), config,
-    lambda max_model_len: config.token_budget)
+    lambda max_model_len: config.token_budget, _say_compiled))
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   # The embedding is looked up; the head sees a sequence's last token only.
   vocab = params['embed']
@@ -77,32 +94,62 @@ def steps(model: model_config_lib.ModelConfig, params: Any,
   block_size = sum(x.size for x in jax.tree.leaves(params['layers']))
   per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
     vocab.dtype.itemsize)
-  rows = []
-  for name, seqs, before, tokens in points:
+
+  def row(point: Point) -> journal_lib.Row:
+    seqs, before, tokens = point.sequences, point.context, point.tokens
     needed = seqs * -(-(before + tokens) // config.page_size)
-    if needed > runner.num_pages:
-      continue  # Not on this device: its memory does not hold them.
-    row = _step_seconds(runner, [
+    if needed > runner().num_pages:
+      return {'left_out': f'{needed} pages needed, {runner().num_pages} there'}
+    times = _step_seconds(runner(), [
       _chunk(i, before, tokens, config.page_size) for i in range(seqs)])
     floor = (weights - looked_up + seqs * (before + tokens) * per_token) / (
       limits['copy_bytes_per_s'])
     pairs = seqs * (tokens * before + tokens * (tokens + 1) // 2)
     flops = 2 * seqs * (block_size * tokens + vocab.size) + (
       4 * pairs * model.num_layers * model.num_heads * model.head_dim)
-    rows.append({
-      'step': name, 'sequences': seqs, 'context': before, 'tokens': tokens,
-      **row, 'floor_s': floor, 'of_floor': row['step_s'] / floor,
-      'mfu': flops / row['step_s'] / limits['matmul_flops_per_s']})
-  return rows
+    return {
+      **dataclasses.asdict(point), **times, 'floor_s': floor,
+      'of_floor': times['step_s'] / floor,
+      'mfu': flops / times['step_s'] / limits['matmul_flops_per_s']}
+
+  for point in points:
+    journal.measure(point.name, functools.partial(row, point))
 
 
-def serve(model: model_config_lib.ModelConfig, params: Any,
-          config: config_lib.EngineConfig,
-          workload: throughput.Workload) -> dict[str, float]:
-  """Runs requests, all there at once, on the whole engine."""
-  llm = llm_lib.LLM(model, params, config=config)
-  throughput.run(llm, dataclasses.replace(workload, num_requests=8), seed=0)
-  return throughput.run(llm, workload, seed=1)
+def whole_engine(journal: journal_lib.Journal,
+                 model: model_config_lib.ModelConfig, params: Any,
+                 config: config_lib.EngineConfig,
+                 workload: throughput.Workload, decode: Point) -> None:
+  """The engine's loop: a workload, and decodes held against their step.
+
+  Args:
+    journal: as of `steps`.
+    model, params, config: what is run.
+    workload: requests, all there at once.
+    decode: which of the points to look for idle time in.
+  """
+  llm = functools.cache(lambda: llm_lib.LLM(
+    model, params, config=config, on_compiled=_say_compiled))
+
+  def serve() -> journal_lib.Row:
+    throughput.run(llm(), dataclasses.replace(workload, num_requests=8), 0)
+    return throughput.run(llm(), workload, seed=1)
+
+  def gap() -> journal_lib.Row:
+    seen = idle.decode_steps(llm().engine, decode.sequences, decode.context)
+    step = _step_seconds(llm().engine._runner, [
+      _chunk(i, seen.context, 1, config.page_size)
+      for i in range(decode.sequences)])['step_s']
+    return {'context': seen.context, 'wall_s': seen.wall_s, 'step_s': step,
+            'idle': max(0.0, 1 - step / seen.wall_s), 'traced_idle': seen.idle}
+
+  journal.measure('serving', serve)
+  journal.measure(f'engine, {decode.name}', gap)
+
+
+def _say_compiled(done: int, total: int) -> None:
+  """Into the stage's log: what is compiled is kept for the next run."""
+  print(f'{done} of {total} steps compiled', flush=True)
 
 
 def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:

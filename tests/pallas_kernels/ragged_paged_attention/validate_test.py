@@ -6,6 +6,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -84,6 +85,47 @@ def test_dynamic(name: str, index: Any, value: int, match: str):
   with pytest.raises(ValueError, match=match):
     rpa.dynamic_validate(
       **(arrays | {name: arrays[name].at[index].set(value)}))
+
+
+@pytest.mark.parametrize(('dtype', 'scales', 'match'), [
+  ('int32', 'float32', 'k_pages.values=int32: must be int8, or uint8'),
+  ('int8', 'float16', 'k_pages.scales=float16: must be float32'),
+])
+def test_quantized(dtype: str, scales: str, match: str):
+  values = zeros(65, 2, 1, 16, 8, dtype=dtype)
+  with pytest.raises(ValueError, match=match):
+    rpa.ragged_paged_attention(**(_arrays() | dict(
+      k_pages=rpa.Quantized(values, zeros(65, 2, 8, dtype=scales)))),
+      scale=1.0)
+
+
+def test_quantized_by_half():
+  pages = rpa.init_pages(65, 8, 2, 16, 'int8')
+  with pytest.raises(ValueError, match='v_pages=float32: must be of the dtype'):
+    rpa.ragged_paged_attention(**(_arrays() | dict(k_pages=pages[0])),
+                               scale=1.0)
+  wrong = pages[0]._replace(scales=zeros(65, 2, 4))
+  with pytest.raises(ValueError, match=r'k_pages.scales=.*be \(65, 2, 8\)'):
+    rpa.ragged_paged_attention(
+      **(_arrays() | dict(k_pages=wrong, v_pages=pages[1])), scale=1.0)
+
+
+def test_pages_of_other_numbers():
+  with pytest.raises(ValueError, match='dtype=float8_e5m2: must be one of'):
+    rpa.init_pages(2, 16, 2, 16, 'float8_e5m2')
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
+def test_offsets_stay_within_int32(dtype: str):
+  shape = 64, 8, 128
+  most = rpa.most_pages(*shape, dtype)
+  assert most == 2**31 // (64 * 8 * 128) - 1
+  assert rpa.most_pages(*shape, 'bfloat16') is None
+  pages = jax.eval_shape(lambda: rpa.init_pages(most, *shape, dtype))
+  assert pages[0].values.size < 2**31
+  with pytest.raises(NotImplementedError,
+                     match=f'num_pages={most + 1}: must be at most {most}'):
+    rpa.init_pages(most + 1, *shape, dtype)
 
 
 @pytest.mark.parametrize(('page_size', 'head_dim', 'match'), [

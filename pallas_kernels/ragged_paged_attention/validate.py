@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call may be: checked while tracing, and, for tests, by value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import quantization
+
+Pages = quantization.Pages
+DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
+_RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
+         'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
+
+
+def static_validate(
+  q: jax.Array,
+  k_pages: Pages,
+  v_pages: Pages,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  sliding_window: int | None = None,
+  soft_cap: float | None = None,
+) -> None:
+  """Checks what is known while tracing: ranks, shapes, dtypes, options.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  values = {'k_pages': quantization.values_of(k_pages),
+           'v_pages': quantization.values_of(v_pages)}
+  arrays = values | dict(
+    q=q, kv_lens=kv_lens, page_indices=page_indices, cu_q_lens=cu_q_lens,
+    distribution=distribution)
+  for name, ranks in _RANKS.items():
+    check(arrays[name].ndim in ranks, name, arrays[name].shape,
+           f'must have {" or ".join(map(str, ranks))} axes')
+  for name in ('kv_lens', 'page_indices', 'cu_q_lens', 'distribution'):
+    check(arrays[name].dtype == jnp.int32, name, arrays[name].dtype,
+           'must be int32')
+  check(q.dtype in DTYPES, 'q', q.dtype,
+        f'must be one of {", ".join(d.name for d in DTYPES)}')
+  _check_pages('k_pages', k_pages, q.dtype)
+  check([x.dtype for x in jax.tree.leaves(v_pages)]
+        == [x.dtype for x in jax.tree.leaves(k_pages)], 'v_pages',
+        arrays['v_pages'].dtype, 'must be of the dtype of k_pages')
+  num_pages, num_kv_heads, page_size, kv_head_dim = layout.sizes(k_pages)
+  num_heads, head_dim = q.shape[1:]
+  k_shape = arrays['k_pages'].shape
+  check(kv_head_dim == head_dim, 'k_pages', k_shape,
+        f'its head dim must be that of q, {head_dim}')
+  like: Any = jax.eval_shape(lambda: layout.init(
+    layout.ROWS if layout.is_rows(k_pages) else layout.TILES, num_pages,
+    page_size, num_kv_heads, head_dim, q.dtype))
+  for name, wanted in zip(values, like, strict=True):
+    check(arrays[name].shape == wanted.shape, name, arrays[name].shape,
+         f'must be {wanted.shape}, as from init_pages')
+  for name, pages in (('k_pages', k_pages), ('v_pages', v_pages)):
+    if isinstance(pages, quantization.Quantized):
+      expected = num_pages, num_kv_heads, page_size
+      check(pages.scales.shape == expected, f'{name}.scales',
+             pages.scales.shape, f'must be {expected}, as from init_pages')
+  check(min(k_shape) > 0, 'k_pages', k_shape,
+        'must have no empty axis')
+  check(num_heads > 0 and num_heads % num_kv_heads == 0, 'q', q.shape,
+        f'heads must be a multiple of the {num_kv_heads} of k_pages')
+  num_seqs = kv_lens.shape[0]
+  check(page_indices.shape[0] == num_seqs, 'page_indices',
+        page_indices.shape, f'must have {num_seqs} rows, as kv_lens')
+  check(cu_q_lens.shape[0] == num_seqs + 1, 'cu_q_lens', cu_q_lens.shape,
+        f'must have one entry more than kv_lens, {num_seqs + 1}')
+  check(distribution.shape == (2,), 'distribution', distribution.shape,
+        'must be (2,)')
+  check(sliding_window is None or sliding_window >= 1, 'sliding_window',
+        sliding_window, 'must be None or at least 1')
+  check(soft_cap is None or soft_cap > 0, 'soft_cap', soft_cap,
+        'must be None or above 0')
+
+
+def dynamic_validate(
+  q: jax.Array,
+  k_pages: Pages,
+  kv_lens: jax.Array,
+  page_indices: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+) -> None:
+  """Checks values, which no jitted code can: for tests and debugging.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  num_decodes, num_seqs = (int(n) for n in np.asarray(distribution))
+  lens, starts = np.asarray(kv_lens), np.asarray(cu_q_lens)
+  q_lens = np.diff(starts)
+  num_pages, _, page_size, _ = layout.sizes(k_pages)
+  most = page_indices.shape[1] * page_size
+  check(0 <= num_decodes <= num_seqs <= len(lens), 'distribution',
+        (num_decodes, num_seqs),
+        f'must ascend within [0, {len(lens)}], the rows of kv_lens')
+  check(starts[0] == 0 and (q_lens >= 0).all(), 'cu_q_lens', starts,
+        'must start at 0 and not descend')
+  check(starts[-1] <= q.shape[0], 'cu_q_lens', starts,
+        f'must end within the {q.shape[0]} tokens of q')
+  check((q_lens[:num_decodes] == 1).all(), 'cu_q_lens', starts,
+        f'the first {num_decodes} sequences are decodes, of one token each')
+  check((q_lens[num_seqs:] == 0).all(), 'cu_q_lens', starts,
+        f'must not grow after the {num_seqs} sequences')
+  check((lens[num_seqs:] == 0).all(), 'kv_lens', lens,
+        f'must be 0 after the {num_seqs} sequences')
+  check((lens >= q_lens).all(), 'kv_lens', lens,
+        f'must count the new tokens too, {q_lens}')
+  check((lens <= most).all(), 'kv_lens', lens,
+        f'must fit the page_indices, {most} tokens')
+  for s in range(num_seqs):
+    used = np.asarray(page_indices)[s, :-(-int(lens[s]) // page_size)]
+    check(((used >= 0) & (used < num_pages)).all(), f'page_indices[{s}]',
+           used, f'must be in [0, {num_pages})')
+
+
+def check(ok: object, name: str, value: object, rule: str) -> None:
+  """Raises ValueError unless `ok`."""
+  if not ok:
+    raise ValueError(f'{name}={value}: {rule}.')
+
+
+def _check_pages(name: str, pages: Pages, dtype: jnp.dtype) -> None:
+  if not isinstance(pages, quantization.Quantized):
+    check(pages.dtype == dtype, name, pages.dtype,
+           f'must be the dtype of q, {dtype}, or quantized')
+    return
+  check(pages.values.dtype in quantization.KEPT_DTYPES, f'{name}.values',
+        pages.values.dtype, 'must be int8, or uint8 for the bits of '
+        'float8_e4m3fn')
+  check(pages.scales.dtype == quantization.SCALE_DTYPE, f'{name}.scales',
+        pages.scales.dtype, f'must be {quantization.SCALE_DTYPE}')

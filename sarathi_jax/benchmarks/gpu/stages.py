@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of `scripts/gpu_check`, and how much each measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import flags
+import jax
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.benchmarks import throughput
+from sarathi_jax.benchmarks.gpu import attention
+from sarathi_jax.benchmarks.gpu import engine
+from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks.gpu import timing
+
+_ROOT = pathlib.Path(__file__).parents[3]
+Point = engine.Point
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+  """How much is measured."""
+
+  model: str
+  dtype: str
+  sweep: attention.Sweep
+  copy_bytes: int
+  matmul_n: int
+  config: config_lib.EngineConfig
+  points: tuple[Point, ...]
+  idle: Point
+  workload: throughput.Workload
+  dense: str | None
+  tests: tuple[str, ...] = ('tests/pallas_kernels', '-m', 'gpu')
+
+
+SIZES: Mapping[str, Size] = {
+  'full': Size(
+    model='mistral-7b', dtype='bfloat16', sweep=attention.Sweep(),
+    copy_bytes=2**31, matmul_n=8192, dense='cudnn',
+    workload=throughput.Workload(
+      num_requests=256, prompt_lens=(32, 128, 512),
+      output_lens=(16, 64, 128)),
+    config=config_lib.EngineConfig(
+      token_budget=2048, max_num_seqs=128, max_model_len=4096,
+      num_pages=2304),
+    points=(Point(64, 2047, 1), Point(1, 0, 512), Point(1, 0, 2048),
+            Point(1, 2047, 1), Point(128, 1023, 1), Point(1, 2048, 512)),
+    idle=Point(64, 2047, 1)),
+  'tiny': Size(
+    model='43m', dtype='float32', copy_bytes=2**20, matmul_n=128, dense='xla',
+    sweep=attention.Sweep(
+      num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
+      pool_tokens=512, decode_seqs=(4,), decode_contexts=(64,),
+      chunks=(32,), chunk_contexts=(0, 64), hybrids=((4, 64, 16, 16),)),
+    config=config_lib.EngineConfig(
+      token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
+    points=(Point(4, 63, 1), Point(1, 0, 32)), idle=Point(4, 63, 1),
+    workload=throughput.Workload(
+      num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
+    tests=('tests/pallas_kernels/gpu_targets_test.py',)),
+}
+
+
+def _tests(size: Size, journal: journal_lib.Journal) -> None:
+  """The tests that a GPU can run, less those that passed before."""
+  passed = [f'--deselect={test}' for test in journal.rows if test in journal]
+  with subprocess.Popen(
+      [sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider',
+       *size.tests, *passed], cwd=_ROOT, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True) as process:
+    assert process.stdout
+    for line in process.stdout:
+      print(line, end='')  # Into the log, where the failures' reasons are.
+      if match := re.match(r'(\S+::.*?) (PASSED|FAILED|ERROR)\b', line):
+        journal.add(match[1], {} if match[2] == 'PASSED' else {
+          'error': match[2].lower()})
+  if process.returncode not in (0, 1, 5):  # 5: none was left to run.
+    raise RuntimeError(f'pytest: exit status {process.returncode}')
+
+
+def _limits(size: Size, journal: journal_lib.Journal) -> None:
+  journal.measure('limits', lambda: dict(
+    timing.limits(size.copy_bytes, size.matmul_n)))
+
+
+def _attention(size: Size, journal: journal_lib.Journal) -> None:
+  attention.run(
+    journal, size.sweep, timing.limits(size.copy_bytes, size.matmul_n),
+    'pallas_triton', size.dense)
+
+
+def _torch(size: Size, journal: journal_lib.Journal) -> None:
+  attention.run_torch(
+    journal, size.sweep, flags.FLAGS.torch_python or sys.executable)
+
+
+def _engine(size: Size, journal: journal_lib.Journal) -> None:
+  # Its two engines have the steps in common, and so have later runs: one that
+  # is cut short while it compiles gets on the next time.
+  jax.config.update('jax_compilation_cache_dir', os.path.join(
+    config_lib.default_cache_dir(), 'gpu_check'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  model = throughput.MODELS[size.model]
+  params = engine.make_params(model, size.dtype)
+  engine.steps(
+    journal, model, params, timing.limits(size.copy_bytes, size.matmul_n),
+    size.config, size.points)
+  engine.whole_engine(
+    journal, model, params, size.config, size.workload, size.idle)
+
+
+STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
+  'tests': _tests, 'limits': _limits, 'attention': _attention,
+  'torch': _torch, 'engine': _engine, 'xla_graphs': _engine,
+  'no_graphs': _engine}
+_PROFILED = '--xla_enable_command_buffers_during_profiling=true'
+# What a stage has in XLA_FLAGS after the engine's own.
+XLA_FLAGS: Mapping[str, str] = {
+  'engine': _PROFILED,
+  'xla_graphs': f'{_PROFILED} --xla_gpu_enable_command_buffer=-WHILE',
+  'no_graphs': '--xla_gpu_enable_command_buffer='}

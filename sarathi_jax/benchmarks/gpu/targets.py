@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured, held against what is aimed at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+  """A bound, and the values that it is for, of the results by stage.
+
+  Attributes:
+    name: what is bounded.
+    bound: the value that must be reached, or kept to if `at_most`.
+    values: finds them; the worst one counts.
+  """
+
+  name: str
+  bound: float
+  values: Callable[[Mapping[str, Rows]], Iterable[float]]
+  at_most: bool = False
+
+
+def _attention(column: str, **least: int) -> Callable[..., list[float]]:
+  """A column of the attention's rows with at least such batches."""
+  def values(results: Mapping[str, Rows]) -> list[float]:
+    return [row[column] for row in results.get('attention', [])
+            if row.get('kind') in ('decode', 'prefill') and column in row
+            and all(row[name] >= n for name, n in least.items())]
+  return values
+
+
+def _step(point: str, column: str) -> Callable[..., list[float]]:
+  def values(results: Mapping[str, Rows]) -> list[float]:
+    return [row[column] for row in results.get('engine', [])
+            if row['point'] == point and row.get(column) is not None]
+  return values
+
+
+def _lone_decode(results: Mapping[str, Rows]) -> list[float]:
+  return [row['of_copy'] for row in results.get('attention', [])
+          if row['point'] == 'decode 1 x 32768' and 'of_copy' in row]
+
+
+def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
+  """Prefill or decode -> the best alternative's time over ours."""
+  best: dict[str, float] = {}
+  for row in results.get('attention', []) + results.get('torch', []):
+    if 'us' in row and (point := row.get('alternative_to')):
+      best[point] = min(row['us'], best.get(point, row['us']))
+  return {row['point']: best[row['point']] / row['us']
+          for row in results.get('attention', [])
+          if row['point'] in best and 'us' in row}
+
+
+def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
+  """Hybrid -> its time over the sum of its parts', each launched alone."""
+  rows = [r for r in results.get('attention', []) if 'us' in r]
+  parts = {(r['decodes'], r['context'], r['chunk'], r['before']): r['us']
+           for r in rows if r.get('kind') == 'part'}
+  ratios = {}
+  for row in rows:
+    if row.get('kind') == 'hybrid':
+      halves = ((row['decodes'], row['context'], 0, 0),
+                (0, 0, row['chunk'], row['before']))
+      if all(half in parts for half in halves):
+        ratios[row['point']] = row['us'] / sum(parts[h] for h in halves)
+  return ratios
+
+
+TARGETS: tuple[Target, ...] = (
+  Target('decode attention, 64+ sequences of 1k+: of the copy bandwidth', .85,
+         _attention('of_copy', decodes=64, context=1024)),
+  Target('decode attention, 1 sequence of 32k: of the copy bandwidth', .7,
+         _lone_decode),
+  Target('prefill attention, chunks of 512+: of the matmul rate', .6,
+         _attention('of_matmul', chunk=512)),
+  Target('prefill attention: of the best alternative', .9, lambda r: [
+    x for point, x in over_alternatives(r).items()
+    if point.startswith('prefill')]),
+  Target('hybrid launch: over the sum of its parts', 1.0,
+         lambda r: over_parts(r).values(), at_most=True),
+  Target('decode step, 64 x 2k: over its bytes at copy bandwidth', 1.25,
+         _step('decode 64 x 1 after 2047', 'of_floor'), at_most=True),
+  Target('decode, 64 x 2k: device idle between steps', .03,
+         _step('engine, decode 64 x 1 after 2047', 'idle'), at_most=True),
+  Target('prefill step, 512 tokens: MFU', .45,
+         _step('prefill 1 x 512 after 0', 'mfu')),
+  Target('prefill step, 2048 tokens: MFU', .55,
+         _step('prefill 1 x 2048 after 0', 'mfu')),
+)
+
+
+def judge(results: Mapping[str, Rows]) -> Rows:
+  """A row a target: its bound, the worst value or None, and if it is met."""
+  rows: Rows = []
+  for target in TARGETS:
+    values = list(target.values(results))
+    worst = (max if target.at_most else min)(values, default=None)
+    met = worst is not None and (
+      worst <= target.bound if target.at_most else worst >= target.bound)
+    rows.append({
+      'target': target.name,
+      'bound': f'{"<=" if target.at_most else ">="} {target.bound:g}',
+      'worst': worst, 'of': len(values),
+      'met': 'not measured' if worst is None else 'yes' if met else 'no'})
+  return rows
