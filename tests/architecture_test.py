@@ -72,7 +72,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
   'sarathi_jax.runner.batch': ('numpy',),
   'sarathi_jax.server': (
-    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich'),
+    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
+    'smg_grpc_proto'),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }
@@ -81,7 +82,7 @@ WITHOUT_JAX = (
   'sarathi_jax.engine.fake_runner', 'sarathi_jax.engine.collector',
   'sarathi_jax.models.config',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
-  'sarathi_jax.server.service', 'sarathi_jax.server.main',
+  'sarathi_jax.server.server', 'sarathi_jax.server.main',
   'sarathi_jax.client')
 # These run the engines we compare with, by the Python of their own.
 _PEERS = 'sarathi_jax.benchmarks.peer_workers'

@@ -40,7 +40,8 @@ class GatedRunner(fake_runner.FakeRunner):
     super().__init__(*args)
     self._steps = threading.Semaphore(0)
     self._is_open = False
-    self.fault: Exception | None = None
+    self.fault: Exception | None = None  # of the next step
+    self.is_gone = False  # whether the device does not go on after a fault
 
   def let(self, num_steps: int) -> None:
     self._steps.release(num_steps)
@@ -53,8 +54,13 @@ class GatedRunner(fake_runner.FakeRunner):
     if not self._is_open:
       self._steps.acquire()
     if self.fault is not None:
-      raise self.fault
+      fault, self.fault = self.fault, None
+      raise fault
     return super().fetch(pending)
+
+  def recover(self) -> None:
+    if self.is_gone:
+      raise RuntimeError('the device is gone')
 
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
@@ -94,6 +100,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
   while not condition():
     assert time.monotonic() < deadline, 'it did not come about'
     time.sleep(0.002)
+
+
+def take(call: Any, num_tokens: int | None = None) -> list[int]:
+  """The next tokens of a call, or all; a message may have several."""
+  tokens: list[int] = []
+  while num_tokens is None or len(tokens) < num_tokens:
+    response = next(call, None)
+    if response is None:
+      break
+    tokens += response.token_ids
+  assert num_tokens in (None, len(tokens))
+  return tokens
 
 
 class RunningServer:
