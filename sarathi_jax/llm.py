@@ -220,6 +220,11 @@ class LLM:
         f'{path}: is of another model than the one that is served.')
     return checkpoint.restore_params(folder)
 
+  @property
+  def num_compiled(self) -> int:
+    """Programs that were compiled for steps, all before the first request."""
+    return self._runner.num_programs
+
   def update_params(self, params: Params) -> None:
     """Serves new weights from now on, without compiling or copying.
 

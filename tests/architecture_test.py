@@ -51,8 +51,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.prompt_lines',
     'sarathi_jax.report', '~sarathi_jax.loading'),
   'sarathi_jax.server': (
-    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.scheduler',
-    '~sarathi_jax.loading'),
+    'sarathi_jax', 'sarathi_jax.engine', 'sarathi_jax.flags',
+    'sarathi_jax.scheduler', '~sarathi_jax.loading'),
   'sarathi_jax.client': ('sarathi_jax.server',),
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
   'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import dataclasses
+import functools
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app
 from absl import flags
@@ -22,6 +24,8 @@ import rich.console
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import control_v1
+from sarathi_jax.server import flags as server_flags
 from sarathi_jax.server import server as server_lib
 
 FLAGS = flags.FLAGS
@@ -42,6 +46,10 @@ def define_flags() -> None:
   flags.DEFINE_float(
     'drain_s', 30.0,
     'How long requests may go on after SIGTERM or Ctrl-C, seconds.')
+  flags.DEFINE_string(
+    'served_model_name', None,
+    'What clients call the model; default: its folder\'s name.')
+  server_flags.define_server_flags()
   engine_flags.define_engine_flags()
 
 
@@ -51,28 +59,47 @@ def main(argv: list[str]) -> None:
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
   try:
-    config = server_lib.ServerConfig(
-      host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
+    config = server_flags.server_config_from_flags()
     engine_config = engine_flags.engine_config_from_flags()
   except errors.SarathiError as error:
     _fail(error)
 
-  def make_engine() -> engine_lib.Engine:
-    # Not on top: a flag that is wrong or a port in use is told at once.
+  # Not on top: a flag that is wrong or a port in use is told at once.
+  @functools.cache
+  def llm() -> Any:
     from sarathi_jax import loading
     return loading.load_llm(
-      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir).engine
+      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir)
 
-  serve(config, make_engine)
+  def make_engine() -> engine_lib.Engine:
+    engine: engine_lib.Engine = llm().engine
+    if FLAGS.served_model_name:
+      engine.info = dataclasses.replace(
+        engine.info, model_name=FLAGS.served_model_name)
+    return engine
+
+  def profiler() -> Any:
+    import jax
+    return jax.profiler
+
+  serve(config, make_engine, control_v1.Hooks(
+    load_weights=lambda path: llm().load_params(
+      path, cache_dir=FLAGS.cache_dir),
+    update_weights=lambda params: llm().update_params(params),
+    start_profile=lambda folder: profiler().start_trace(folder),
+    stop_profile=lambda: profiler().stop_trace(),
+    num_compiled=lambda: llm().num_compiled))
 
 
 def serve(config: server_lib.ServerConfig,
-          make_engine: Callable[[], engine_lib.Engine]) -> NoReturn:
+          make_engine: Callable[[], engine_lib.Engine],
+          hooks: control_v1.Hooks | None = None) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
     config: where.
     make_engine: makes the engine, warm, and shows how far it is.
+    hooks: what else its model can do.
   """
   console = rich.console.Console(highlight=False)
 
@@ -84,7 +111,7 @@ def serve(config: server_lib.ServerConfig,
       markup=False, soft_wrap=True)
 
   async def served() -> tuple[int, bool]:
-    server = server_lib.Server(config, make_engine)
+    server = server_lib.Server(config, make_engine, hooks=hooks)
     code = await server_lib.serve(server, on_ready)
     return code, server.is_stuck
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 from typing import Any
 
 import grpc
 
+import sarathi_jax
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import caller as caller_lib
@@ -62,7 +62,7 @@ class OpenInferenceService(
   async def ServerMetadata(self, request: pb.ServerMetadataRequest,
                            context: Context) -> pb.ServerMetadataResponse:
     return pb.ServerMetadataResponse(
-      name='sarathi_jax', version=importlib.metadata.version('sarathi-jax'),
+      name='sarathi_jax', version=sarathi_jax.__version__,
       extensions=['model_configuration', 'model_repository', 'parameters',
                   'statistics'])
 

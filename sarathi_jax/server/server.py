@@ -64,7 +64,6 @@ class Server:
     config: where and what.
     make_engine: makes the engine, warm; called on the engine's thread.
     hooks: what else the model can do.
-    files: where the model is from.
 
   Raises:
     ConfigError: a file that `config` names can't be used.
@@ -72,12 +71,10 @@ class Server:
 
   def __init__(self, config: ServerConfig,
                make_engine: Callable[[], engine_lib.Engine], *,
-               hooks: control_v1.Hooks | None = None,
-               files: vllm_engine.ModelFiles | None = None) -> None:
+               hooks: control_v1.Hooks | None = None) -> None:
     self.port = config.port
     self._config = config
     self._hooks = hooks or control_v1.Hooks()
-    self._files = files or vllm_engine.ModelFiles()
     self._engine_thread = engine_thread_lib.EngineThread(
       make_engine, asyncio.get_running_loop(), self._on_death, config.limits)
     self.telemetry = telemetry_lib.Telemetry(
@@ -102,7 +99,7 @@ class Server:
         sarathi_v1.SarathiService(self.frontend)),
       vllm_engine.NAME: adder(
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server,
-        vllm_engine.VllmEngineService(self.frontend, self._files)),
+        vllm_engine.VllmEngineService(self.frontend)),
       open_inference.NAME: adder(
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
         open_inference.OpenInferenceService(self.frontend))}

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import io
 import json
 import pathlib
@@ -27,6 +25,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
+import sarathi_jax
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import caller
@@ -54,27 +53,12 @@ _UNSUPPORTED = ('kv_transfer_params', 'kv_transfer_params_json', 'mm_inputs',
                 'extra_mm_inputs', 'media_refs')
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFiles:
-  """Where the served model is from.
-
-  Attributes:
-    path: as its user named it.
-    folder: that has its tokenizer, or None.
-  """
-
-  path: str = ''
-  folder: pathlib.Path | None = None
-
-
 class VllmEngineService(
     vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
   """See vllm_engine.proto of smg-grpc-proto for what the calls do."""
 
-  def __init__(self, frontend: frontend_lib.Frontend,
-               files: ModelFiles) -> None:
+  def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
-    self._files = files
     self._start = time.monotonic()
     self._last_load = (self._start, 0)  # when, tokens generated until then
     self._throughput = 0.0
@@ -105,10 +89,10 @@ class VllmEngineService(
     async with status.reported(context):
       info = self._frontend.engine.info
       return pb.GetModelInfoResponse(
-        model_path=self._files.path or info.model_name, is_generation=True,
+        model_path=str(self._folder or info.model_name), is_generation=True,
         max_context_length=info.max_model_len, vocab_size=info.vocab_size,
         served_model_name=info.model_name,
-        tokenizer_path=str(self._files.folder or ''),
+        tokenizer_path=str(self._folder or ''),
         model_type=info.family, eos_token_ids=info.eos_token_ids,
         max_req_input_len=info.max_model_len - 1,
         default_sampling_params_json=json.dumps(dict(info.default_sampling)))
@@ -136,7 +120,7 @@ class VllmEngineService(
       num_used = stats.num_pages - stats.num_free_pages
       return pb.GetLoadsResponse(
         timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
-        version=importlib.metadata.version('sarathi-jax'), dp_rank_count=1,
+        version=sarathi_jax.__version__, dp_rank_count=1,
         loads=[pb.SchedulerLoad(
           dp_rank=0, num_running_reqs=stats.num_running,
           num_waiting_reqs=stats.num_waiting,
@@ -153,10 +137,10 @@ class VllmEngineService(
   async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest,
                          context: Context) -> None:
     async with status.reported(context):
-      if self._files.folder is None:
+      if self._folder is None:
         raise errors.NotFoundError('tokenizer: this model has none.')
       data = await asyncio.get_running_loop().run_in_executor(
-        None, bundle, self._files.folder)
+        None, bundle, self._folder)
       for chunk in chunks(data):
         await context.write(chunk)
 
@@ -165,6 +149,11 @@ class VllmEngineService(
     # There is no prefix cache: nothing is kept that could be stale.
     return common_pb2.FlushCacheResponse(
       success=True, message='there is no prefix cache')
+
+  @property
+  def _folder(self) -> pathlib.Path | None:
+    tokenizer = self._frontend.engine.tokenizer
+    return None if tokenizer is None else tokenizer.folder
 
   def _measure(self, num_generated: int) -> float:
     """Tokens a second since the last call, or the one before."""

@@ -25,6 +25,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.server import control_v1
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import server as server_lib
@@ -118,11 +119,12 @@ class RunningServer:
   """A server on its own event loop and thread, and a client of it."""
 
   def __init__(self, make: Callable[[], engine_lib.Engine], *,
-               drain_s: float = TIMEOUT_S, wait: bool = True) -> None:
+               wait: bool = True, hooks: control_v1.Hooks | None = None,
+               **config: Any) -> None:
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever)
     self._thread.start()
-    self.server = self.run(self._make(make, drain_s))
+    self.server = self.run(self._make(make, hooks, config))
     self.run(self.server.start())
     self.warming = asyncio.run_coroutine_threadsafe(
       self.server.warm(), self._loop)
@@ -131,10 +133,11 @@ class RunningServer:
     if wait:
       self.warming.result(TIMEOUT_S)
 
-  async def _make(self, make: Callable[[], engine_lib.Engine],
-                  drain_s: float) -> server_lib.Server:
-    config = server_lib.ServerConfig(port=0, drain_s=drain_s)
-    return server_lib.Server(config, make)
+  async def _make(self, make: Callable[[], engine_lib.Engine], hooks: Any,
+                  config: dict[str, Any]) -> server_lib.Server:
+    return server_lib.Server(
+      server_lib.ServerConfig(**{'port': 0, 'drain_s': TIMEOUT_S, **config}),
+      make, hooks=hooks)
 
   @staticmethod
   def stub_of(channel: grpc.Channel) -> Any:

@@ -152,7 +152,7 @@ def test_draining_lets_open_requests_finish_and_refuses_new_ones(
 
 def test_what_outlasts_the_drain_is_cut_off_with_a_status(
     gated: Callable[..., Any]) -> None:
-  running, runner = gated(drain_s=0.01)
+  running, runner = gated(config={'drain_s': 0.01})
   call = running.generate(token_ids=[1], sampling={'max_tokens': 100})
   runner.let(1)
   assert next(call).token_ids[0] == 2
