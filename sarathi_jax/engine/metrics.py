@@ -37,14 +37,24 @@ class Quantiles:
       self.total += value * times
       self.largest = max(self.largest, value)
 
+  def copy(self) -> Quantiles:
+    copy = Quantiles()
+    copy._counts = self._counts.copy()
+    copy.count, copy.total, copy.largest = (
+      self.count, self.total, self.largest)
+    return copy
+
   def cumulative(self, bounds: Sequence[float]) -> list[int]:
-    """How many values are at most each bound, bounds ascending; within 1 %."""
+    """How many values are at most each bound, bounds ascending.
+
+    A value up to 2 % beyond a bound may count; one at a bound does.
+    """
     counts, seen = [], 0
     buckets = iter(sorted(self._counts.items()))
     bucket = next(buckets, None)
     for bound in bounds:
-      while bucket is not None and (
-          (bucket[0] - 0.5) * self._LOG_GAMMA <= math.log(bound)):
+      last = math.ceil(math.log(bound) / self._LOG_GAMMA)
+      while bucket is not None and bucket[0] <= last:
         seen += bucket[1]
         bucket = next(buckets, None)
       counts.append(seen)
@@ -125,6 +135,14 @@ class EngineMetrics:
   output_len: Quantiles = dataclasses.field(default_factory=Quantiles)
   step_tokens: Quantiles = dataclasses.field(default_factory=Quantiles)
   budget_use: Quantiles = dataclasses.field(default_factory=Quantiles)
+
+  def copy(self) -> EngineMetrics:
+    """What it is now, for other threads."""
+    return dataclasses.replace(
+      self, finish_reasons=self.finish_reasons.copy(), **{
+        field.name: getattr(self, field.name).copy()
+        for field in dataclasses.fields(self)
+        if isinstance(getattr(self, field.name), Quantiles)})
 
   @property
   def padding_waste(self) -> float:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.server import frontend as frontend_lib
@@ -61,7 +59,7 @@ def config(info: engine_lib.EngineInfo) -> pb.ModelConfig:
 async def statistics(frontend: frontend_lib.Frontend) -> pb.ModelStatistics:
   """Totals since the start."""
   totals = await frontend.engine_thread.call(
-    lambda engine: copy.deepcopy(engine.metrics))
+    lambda engine: engine.metrics.copy())
 
   def duration(values: metrics_lib.Quantiles) -> pb.StatisticDuration:
     return pb.StatisticDuration(

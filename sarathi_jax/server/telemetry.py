@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from sarathi_jax import errors
@@ -11,6 +12,7 @@ from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend
+from sarathi_jax.server import metrics
 from sarathi_jax.server import request_log
 from sarathi_jax.server import trace_file
 
@@ -18,10 +20,11 @@ Observer = Callable[[frontend.Ended], None]
 
 
 class Telemetry:
-  """The request log and the trace.
+  """The request log, the trace, the metrics and spans.
 
   Attributes:
     observers: of ended requests.
+    metrics_port: once it is started.
 
   Raises:
     ConfigError: a file can't be opened, or a package is missing.
@@ -48,10 +51,27 @@ class Telemetry:
           f'{error.strerror}.') from error
       self._closers.append(file.close)
       self._trace = trace.ChromeTrace(file.emit)
+    self._collector: metrics.Collector | None = None
+    if config.metrics_port is not None:
+      self._collector = metrics.Collector(
+        config.metrics_prefix, engine_thread, asyncio.get_running_loop(),
+        hooks.num_compiled)
+      observers.append(self._collector.count)
+    self._config = config
+    self.metrics_port = config.metrics_port
     self.observers: tuple[Observer, ...] = tuple(observers)
 
   def start(self) -> None:
-    """Listens for scrapers."""
+    """Listens for scrapers.
+
+    Raises:
+      ConfigError: the port can't be had.
+    """
+    if self._collector is not None and self.metrics_port is not None:
+      server = metrics.MetricsServer(
+        self._collector, self._config.host, self.metrics_port)
+      self._closers.append(server.stop)
+      self.metrics_port = server.port
 
   async def observe_engine(self) -> None:
     """Begins the trace, once there is an engine."""
