@@ -32,6 +32,7 @@ class ServerConfig:
     metrics_port: of Prometheus' HTTP; 0 for any that is free, None for none.
     metrics_prefix: of the metrics' names; 'vllm' suits dashboards of vLLM.
     http_port: of the gateway, with OpenAI's HTTP; None for none.
+    replicas: other servers, host:port, that the gateway routes to as well.
     gateway_args: further arguments of the gateway.
     trace_dir: where a Chrome trace of all steps goes, and profiles.
     request_log: a file that gets a line of JSON a request; '-' for standard
@@ -53,6 +54,7 @@ class ServerConfig:
   metrics_port: int | None = None
   metrics_prefix: str = 'sarathi'
   http_port: int | None = None
+  replicas: tuple[str, ...] = ()
   gateway_args: tuple[str, ...] = ()
   trace_dir: pathlib.Path | None = None
   request_log: str | None = None
@@ -77,6 +79,10 @@ class ServerConfig:
     config_lib.check(
       not self.log_prompts or self.request_log is not None, 'log_prompts',
       self.log_prompts, 'needs request_log')
+    for field in ('replicas', 'gateway_args'):
+      config_lib.check(
+        not getattr(self, field) or self.http_port is not None, field,
+        getattr(self, field), 'needs http_port')
     config_lib.check(
       self.http_port is None or self.tls is None, 'http_port', self.http_port,
       'the gateway speaks to us in plain text, so it excludes tls; give it '

@@ -36,6 +36,9 @@ _FLAGS: dict[str, tuple[Any, str]] = {
   'http_port': (
     flags.DEFINE_integer, 'The port of the gateway, with OpenAI\'s HTTP; '
     'needs the extra gateway.'),
+  'replicas': (
+    flags.DEFINE_list, 'Further servers, host:port,host:port, that the '
+    'gateway routes to.'),
   'gateway_args': (
     flags.DEFINE_string, 'Further arguments of the gateway, as in a shell.'),
   'trace_dir': (
@@ -83,6 +86,7 @@ def server_config_from_flags() -> config_lib.ServerConfig:
   for name in ('auth_tokens', 'trace_dir'):
     if name in given:
       given[name] = pathlib.Path(given[name]).expanduser()
+  given['replicas'] = tuple(given.get('replicas', ()))
   if 'gateway_args' in given:
     try:
       given['gateway_args'] = tuple(shlex.split(given['gateway_args']))

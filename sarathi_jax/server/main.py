@@ -105,6 +105,12 @@ def serve(config: server_lib.ServerConfig,
 
   def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
     target = '' if port == 50051 else f'--target=localhost:{port} '
+    for what, where in (
+        ('OpenAI\'s HTTP', config.http_port and f'{config.http_port}/v1'),
+        ('Metrics', config.metrics_port and f'{config.metrics_port}/metrics')):
+      if where:
+        console.print(f'{what}: http://{config.address}:{where}',
+                      markup=False, soft_wrap=True)
     console.print(
       f'Serving {info.model_name} at {config.host}:{port}. Try:\n'
       f'  python -m sarathi_jax.client {target}"Once upon a time"',

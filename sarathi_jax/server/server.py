@@ -29,6 +29,7 @@ from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server import gateway
 from sarathi_jax.server import health
 from sarathi_jax.server import malformed
 from sarathi_jax.server import open_inference
@@ -81,6 +82,7 @@ class Server:
       config, self._engine_thread, self._hooks)
     self.frontend = frontend_lib.Frontend(
       self._engine_thread, config.limits, self.telemetry.observers)
+    self._gateway: gateway.Gateway | None = None
     self._services = self._make_services()
     self._health = health.HealthService(('', *self._services))
     self._grpc = grpc.aio.server(
@@ -131,6 +133,13 @@ class Server:
       reflection.enable_server_reflection(
         (*self._services, health.NAME, reflection.SERVICE_NAME), self._grpc)
     self.port = _bind(self._grpc, self._config)
+    if self._config.http_port is not None:
+      host = self._config.host
+      ours = '127.0.0.1' if host == '0.0.0.0' else self._config.address
+      self._gateway = gateway.Gateway(
+        host, self._config.http_port,
+        (f'{ours}:{self.port}', *self._config.replicas),
+        self._config.gateway_args)
     self.telemetry.start()
     await self._grpc.start()
     self._loading = self._engine_thread.start()
@@ -145,6 +154,8 @@ class Server:
     await self.telemetry.observe_engine()
     self.frontend.serve(engine)
     self._health.set(True)
+    if self._gateway is not None:
+      await self._gateway.start()
 
   async def drain(self) -> None:
     """Refuses new requests and waits for open ones, `drain_s` at most."""
@@ -166,6 +177,8 @@ class Server:
     self._health.set(False)
     self._engine_thread.stop()
     self.frontend.cut_off()
+    if self._gateway is not None:
+      await self._gateway.stop()
     await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
       None, self._engine_thread.join, _GRACE_S)
