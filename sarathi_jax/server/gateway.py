@@ -60,6 +60,8 @@ class Gateway:
       'launch', '--host', host, '--port', str(port),
       '--prometheus-host', '127.0.0.1', '--prometheus-port', str(_free_port()),
       '--policy', 'round_robin', '--log-level', 'warn',
+      '--health-check-interval-secs', '5', '--health-failure-threshold', '2',
+      '--shutdown-grace-period-secs', '1',
       '--worker-urls', *(f'grpc://{worker}' for worker in workers), *args)
     self._process: asyncio.subprocess.Process | None = None
     self._task: asyncio.Task[None] | None = None

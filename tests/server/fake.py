@@ -95,9 +95,10 @@ def make_engine(
                else tokenizer_lib.Tokenizer(tokenizer_folder)))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool],
+               timeout_s: float = TIMEOUT_S) -> None:
   """Waits for what another thread is about to bring about."""
-  deadline = time.monotonic() + TIMEOUT_S
+  deadline = time.monotonic() + timeout_s
   while not condition():
     assert time.monotonic() < deadline, 'it did not come about'
     time.sleep(0.002)
