@@ -3,8 +3,11 @@
 
   SarathiError
   ├── InvalidRequestError   the request is wrong: gRPC INVALID_ARGUMENT
-  │   └── UnsupportedError  the request is right, but asks what we don't do
+  │   ├── UnsupportedError  the request is right, but asks what we don't do
+  │   └── NotFoundError     it names what is not here: gRPC NOT_FOUND
   ├── CapacityError         too much at once: gRPC RESOURCE_EXHAUSTED
+  ├── DeadlineError         can't be done in time: gRPC DEADLINE_EXCEEDED
+  ├── StepError             its step failed, others go on: gRPC INTERNAL
   ├── ConfigError           the engine's configuration or model is wrong
   │   └── CheckpointError   a checkpoint is missing, damaged or unknown
   └── EngineDeadError       the engine stopped; nothing more will be served
@@ -25,8 +28,31 @@ class UnsupportedError(InvalidRequestError):
   """A request for something that this engine does not do."""
 
 
+class NotFoundError(InvalidRequestError):
+  """A request that names a model, or another thing, that is not here."""
+
+
 class CapacityError(SarathiError):
-  """A request that there is no room for at the moment."""
+  """A request that there is no room for at the moment.
+
+  Args:
+    message: what is full.
+    retry_after_s: when it may be worth to try again, seconds; None if that
+      can't be told.
+  """
+
+  def __init__(self, message: str,
+               retry_after_s: float | None = None) -> None:
+    super().__init__(message)
+    self.retry_after_s = retry_after_s
+
+
+class DeadlineError(SarathiError):
+  """A request that can't be served before its deadline."""
+
+
+class StepError(SarathiError):
+  """A request whose step failed; its cause is `__cause__`."""
 
 
 class ConfigError(SarathiError, ValueError):

@@ -185,6 +185,27 @@ class LLM:
     """
     return self._run(self._requests([prompt], sampling))
 
+  def load_params(self, path: str | pathlib.Path, *,
+                  cache_dir: str | pathlib.Path | None = None) -> Params:
+    """Reads other weights of the same model, for `update_params`.
+
+    Does not touch what is served, so any thread may.
+
+    Raises:
+      CheckpointError: there are none, or they are of another model.
+    """
+    folder = checkpoint.resolve(
+      path, cache_dir or config_lib.default_cache_dir())
+    if checkpoint.load_metadata(folder).model != self.model:
+      raise errors.CheckpointError(
+        f'{path}: is of another model than the one that is served.')
+    return checkpoint.restore_params(folder)
+
+  @property
+  def num_compiled(self) -> int:
+    """Programs that were compiled for steps, all before the first request."""
+    return self._runner.num_programs
+
   def update_params(self, params: Params) -> None:
     """Serves new weights from now on, without compiling.
 

@@ -175,12 +175,18 @@ class Request:
     prompt_token_ids: token ids, at least one.
     sampling: how to choose the tokens.
     arrival_time: when it arrived, seconds on the engine's clock.
+    client: who sent it, for fairness and for people.
+    priority: servers begin those of a smaller one first, as vLLM does.
+    deadline: when it is of no use any more, on the engine's clock.
   """
 
   request_id: str
   prompt_token_ids: tuple[int, ...]
   sampling: SamplingParams = SamplingParams()
   arrival_time: float = 0.0
+  client: str = ''
+  priority: int = 0
+  deadline: float | None = None
 
 
 class Chunk(NamedTuple):

@@ -65,8 +65,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
     'sarathi_jax.prompt_lines', 'sarathi_jax.report', '~sarathi_jax.loading'),
   'sarathi_jax.server': (
-    'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
-    'sarathi_jax.scheduler', '~sarathi_jax.loading'),
+    'sarathi_jax', 'sarathi_jax.engine', 'sarathi_jax.flags',
+    'sarathi_jax.mains', 'sarathi_jax.scheduler', '~sarathi_jax.loading'),
   'sarathi_jax.client': ('sarathi_jax.mains', 'sarathi_jax.server'),
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
   'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),
@@ -90,7 +90,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
   'sarathi_jax.runner.batch': ('numpy',),
   'sarathi_jax.server': (
-    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich'),
+    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
+    'prometheus_client', 'smg_grpc_proto', 'opentelemetry'),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }
@@ -101,7 +102,7 @@ WITHOUT_JAX = (
   'sarathi_jax.models.parallel', 'sarathi_jax.deployment',
   'sarathi_jax.xla_flags',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
-  'sarathi_jax.server.service', 'sarathi_jax.server.main',
+  'sarathi_jax.server.server', 'sarathi_jax.server.main',
   'sarathi_jax.client')
 # These run the engines we compare with, by the Python of their own.
 _PEERS = 'sarathi_jax.benchmarks.peer_workers'

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import numbers
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
@@ -33,6 +33,29 @@ class Runner(Protocol):
 
   def num_rows(self, num_tokens: int) -> int:
     """Rows computed for a batch of `num_tokens`, padding included."""
+
+  def recover(self) -> None:
+    """Makes ready for new batches after one failed; the cache may be lost.
+
+    Raises:
+      Exception: the device is of no use any more.
+    """
+
+
+class Observer(Protocol):
+  """Is told what an engine does; on the engine's thread, so it must be quick.
+
+  Times are seconds on the engine's clock.
+  """
+
+  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
+              launched: float, started: float, completed: float) -> None:
+    """A batch is done; it had the device from `started` on."""
+
+  def on_finished(self, request: types.Request,
+                  metrics: types.RequestMetrics,
+                  reason: types.FinishReason, now: float) -> None:
+    """A request ended by itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +100,53 @@ class EngineStats:
   num_preemptions: int
   num_steps: int
   padding_waste: float
+  num_prefilled: int
+  num_generated: int
+  num_finished: int
+  num_aborted: int
+  token_budget: int
+  last_step_tokens: int
+  decode_stall_s: float
+  ttft_p50_s: float | None
+  ttft_p99_s: float | None
+  tbt_p50_s: float | None
+  tbt_p99_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RequestState:
+  """How far one request is.
+
+  Attributes:
+    request_id: whose.
+    client: who asked.
+    is_running: whether it has a place in the batch; else it waits.
+    num_prompt_tokens: of its prompt.
+    num_computed: tokens in the cache.
+    num_output_tokens: generated so far.
+    max_output_tokens: at which it ends.
+    num_preemptions: how often its pages were taken back.
+    age_s: since it arrived.
+  """
+
+  request_id: str
+  client: str
+  is_running: bool
+  num_prompt_tokens: int
+  num_computed: int
+  num_output_tokens: int
+  max_output_tokens: int
+  num_preemptions: int
+  age_s: float
+
+
+class _InFlight(NamedTuple):
+  """A batch between its launch and its completion."""
+
+  batch: types.ScheduledBatch
+  pending: Pending
+  num_rows: int
+  launched: float  # seconds on the engine's clock
 
 
 @dataclasses.dataclass(slots=True)
@@ -113,7 +183,16 @@ class Engine:
     self._scheduler = scheduler
     self._runner = runner
     self._live: dict[str, _Live] = {}
-    self._in_flight: deque[tuple[types.ScheduledBatch, Pending]] = deque()
+    self._in_flight: deque[_InFlight] = deque()
+    self._observers: tuple[Observer, ...] = ()
+    self._max_token_budget = info.token_budget  # what was compiled
+    # Of the last steps, as many as stages: their ends, and their rows.
+    num_stages = scheduler.config.num_stages
+    self._ends: deque[float] = deque(maxlen=num_stages)
+    self._rows: deque[int] = deque(maxlen=num_stages)
+    self._last_step_tokens = 0
+    # The batch that the runner is at: the culprit, if that raises.
+    self._suspect: types.ScheduledBatch | None = None
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
 
   def check(self, request: types.Request) -> None:
@@ -161,13 +240,20 @@ class Engine:
 
   def step(self) -> list[types.OutputDelta]:
     """Launches what can be launched, then completes the oldest batch."""
-    while (batch := self._scheduler.schedule(self.clock())).chunks:
-      self._in_flight.append((batch, self._runner.launch(batch)))
+    while (batch := self._scheduler.schedule(now := self.clock())).chunks:
+      self._suspect = batch
+      pending = self._runner.launch(batch)
+      self._suspect = None
+      num_rows = self._runner.num_rows(batch.num_tokens)
+      self._in_flight.append(_InFlight(batch, pending, num_rows, now))
+      self._rows.append(num_rows)
+      self._last_step_tokens = batch.num_tokens
       self.metrics.record_step(
-        batch.num_tokens, self._runner.num_rows(batch.num_tokens))
-    outputs, self._drained = self._drained, []
+        batch.num_tokens, num_rows, self.info.token_budget,
+        max(self._rows) * len(self._rows) / sum(self._rows) - 1)
     if self._in_flight:
-      outputs += self._complete_oldest()
+      self._drained += self._complete_oldest()
+    outputs, self._drained = self._drained, []
     return outputs
 
   def drain(self) -> None:
@@ -180,8 +266,73 @@ class Engine:
     self.drain()
     self._scheduler.preempt_all()
 
-  def stats(self) -> EngineStats:
+  def recover(self, fault: Exception) -> list[str]:
+    """Goes on after `step` raised `fault`, if the device does.
+
+    Gives up the requests of the batch that failed. The others are recomputed.
+
+    Returns:
+      The requests that were given up.
+
+    Raises:
+      Exception: `fault`, if it is not the runner's, or what the runner raised
+        when it tried to go on.
+    """
+    suspect, self._suspect = self._suspect, None
+    if suspect is None:
+      raise fault
+    self.metrics.num_step_faults += 1
+    self._in_flight.clear()
+    self._scheduler.forget_in_flight()
+    self._runner.recover()
+    failed = [chunk.request_id for chunk in suspect.chunks]
+    for request_id in failed:
+      if self._live.pop(request_id, None):
+        self._scheduler.remove(request_id)
+    return failed
+
+  def set_token_budget(self, token_budget: int) -> None:
+    """Changes the most tokens of a step, from the next one on.
+
+    Raises:
+      InvalidRequestError: it is less than max_num_seqs, or more than what
+        was compiled.
+    """
+    if not self.info.max_num_seqs <= token_budget <= self._max_token_budget:
+      raise errors.InvalidRequestError(
+        f'token_budget={token_budget}: must be in [{self.info.max_num_seqs}, '
+        f'{self._max_token_budget}]: from max_num_seqs to what was compiled.')
+    self._scheduler.set_token_budget(token_budget)
+    self.info = dataclasses.replace(self.info, token_budget=token_budget)
+
+  def observe(self, observer: Observer, *, on: bool = True) -> None:
+    """Begins to tell `observer` what is done, or ends it."""
+    self._observers = tuple(o for o in self._observers if o is not observer)
+    if on:
+      self._observers += (observer,)
+
+  def room(self) -> tuple[int, int]:
+    """(requests, tokens) by which one step could begin more than wait now."""
     scheduler = self._scheduler
+    waiting = sum(len(seq.tokens) for seq in scheduler.waiting)
+    return (self.info.max_num_seqs - len(scheduler.running)
+            - len(scheduler.waiting), self.info.token_budget - waiting)
+
+  def requests(self) -> list[RequestState]:
+    """How far each request is, by arrival."""
+    now = self.clock()
+    return [RequestState(
+      request_id=request_id, client=live.seq.request.client,
+      is_running=live.seq.slot >= 0, num_prompt_tokens=live.seq.prompt_len,
+      num_computed=live.seq.num_computed,
+      num_output_tokens=live.seq.num_output,
+      max_output_tokens=live.seq.max_len - live.seq.prompt_len,
+      num_preemptions=live.seq.num_preemptions,
+      age_s=now - live.seq.request.arrival_time)
+      for request_id, live in self._live.items()]
+
+  def stats(self) -> EngineStats:
+    scheduler, metrics = self._scheduler, self.metrics
     return EngineStats(
       num_running=len(scheduler.running),
       num_waiting=len(scheduler.waiting),
@@ -189,18 +340,39 @@ class Engine:
       num_pages=scheduler.pages.num_pages,
       num_free_pages=scheduler.pages.num_free,
       num_preemptions=scheduler.num_preemptions,
-      num_steps=self.metrics.num_steps,
-      padding_waste=self.metrics.padding_waste)
+      num_steps=metrics.num_steps,
+      padding_waste=metrics.padding_waste,
+      num_prefilled=metrics.num_prefilled,
+      num_generated=metrics.num_generated,
+      num_finished=metrics.num_finished,
+      num_aborted=metrics.num_aborted,
+      token_budget=self.info.token_budget,
+      last_step_tokens=self._last_step_tokens,
+      decode_stall_s=metrics.decode_stall_s,
+      ttft_p50_s=metrics.ttft_s.quantile(0.5),
+      ttft_p99_s=metrics.ttft_s.quantile(0.99),
+      tbt_p50_s=metrics.tbt_s.quantile(0.5),
+      tbt_p99_s=metrics.tbt_s.quantile(0.99))
 
   def _complete_oldest(self) -> list[types.OutputDelta]:
-    batch, pending = self._in_flight.popleft()
+    batch, pending, num_rows, launched = self._in_flight.popleft()
     start = self.clock()
+    self._suspect = batch
     sampled = self._runner.fetch(pending)
+    self._suspect = None
     now = self.clock()
     self.metrics.wait_s += now - start
+    began = max(launched, self._ends[-1]) if self._ends else launched
+    self.metrics.busy_s += now - began
+    for observer in self._observers:
+      observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)
     lives = [self._live[event[0]] for event in events]
     self._record_times(lives, now)
+    self._ends.append(now)
+    self.metrics.num_generated += len(events)
+    self.metrics.num_prefilled += sum(
+      chunk.num_tokens for chunk in batch.chunks if chunk.is_prefill)
     return [self._output(event, live, now)
             for event, live in zip(events, lives, strict=True)]
 
@@ -219,6 +391,10 @@ class Engine:
       times.last_token = now
     self.metrics.tbt_s.add(gaps)
     self.metrics.ttft_s.add(first)
+    if self._ends:  # What a gap has beyond the last steps, one a stage.
+      step_s = now - self._ends[0]
+      self.metrics.decode_stall_s += sum(
+        gap - step_s for gap in gaps if gap > step_s)
 
   def _output(self, event: types.TokenEvent, live: _Live,
               now: float) -> types.OutputDelta:
@@ -238,8 +414,11 @@ class Engine:
     elif (reason is _STOP
           and token in live.seq.request.sampling.stop_token_ids):
       stop_reason = token
+    assert reason is not None
     del self._live[request_id]
     summary = live.times.summary(live.seq, now)
-    self.metrics.record_finished(summary)
+    self.metrics.record_finished(summary, reason)
+    for observer in self._observers:
+      observer.on_finished(live.seq.request, summary, reason, now)
     return types.OutputDelta(request_id, text, (token,), (logprob,), reason,
                              stop_reason, summary)

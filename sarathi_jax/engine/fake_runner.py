@@ -31,5 +31,8 @@ class FakeRunner:
   def fetch(self, pending: types.Sampled) -> types.Sampled:
     return pending
 
+  def recover(self) -> None:
+    """Has nothing to make anew."""
+
   def num_rows(self, num_tokens: int) -> int:
     return num_tokens

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
 
@@ -37,6 +37,29 @@ class Quantiles:
       self.total += value * times
       self.largest = max(self.largest, value)
 
+  def copy(self) -> Quantiles:
+    copy = Quantiles()
+    copy._counts = self._counts.copy()
+    copy.count, copy.total, copy.largest = (
+      self.count, self.total, self.largest)
+    return copy
+
+  def cumulative(self, bounds: Sequence[float]) -> list[int]:
+    """How many values are at most each bound, bounds ascending.
+
+    A value up to 2 % beyond a bound may count; one at a bound does.
+    """
+    counts, seen = [], 0
+    buckets = iter(sorted(self._counts.items()))
+    bucket = next(buckets, None)
+    for bound in bounds:
+      last = math.ceil(math.log(bound) / self._LOG_GAMMA)
+      while bucket is not None and bucket[0] <= last:
+        seen += bucket[1]
+        bucket = next(buckets, None)
+      counts.append(seen)
+    return counts
+
   @property
   def mean(self) -> float | None:
     return self.total / self.count if self.count else None
@@ -64,23 +87,62 @@ class EngineMetrics:
     num_scheduled_tokens: tokens they held.
     num_padded_tokens: rows computed for nothing, to fill compiled shapes.
     wait_s: what the host spent waiting for batches; the rest is its own work.
+    busy_s: what steps took, from one completion to the next while any was
+      under way.
     num_prompt_tokens, num_output_tokens: of finished requests.
+    num_prefilled, num_generated: tokens of prompts computed (again, after a
+      preemption) and tokens sampled so far, of all requests.
     num_finished: requests that ended by themselves.
+    finish_reasons: the same, by reason.
     num_aborted: requests that were removed.
-    ttft_s, tbt_s, scheduling_delay_s: distributions.
+    num_step_faults: steps that failed.
+    decode_stall_s: the time that decodes spent waiting, while steps ran that
+      they were not in, summed over decodes. Stall-free scheduling has none.
+    imbalance: the sum over steps of how much longer, in rows, the longest of
+      the micro-batches in flight is than their mean, as a part of it.
+    ttft_s, tbt_s, scheduling_delay_s, tpot_s, e2e_s, prefill_s, decode_s:
+      distributions; prefill_s is from the first schedule to the first token,
+      decode_s from there to the end.
+    prompt_len, output_len: distributions of finished requests' tokens.
+    step_tokens: distribution of tokens a step.
+    budget_use: distribution of the part of the token budget that a step used.
   """
 
   num_steps: int = 0
   num_scheduled_tokens: int = 0
   num_padded_tokens: int = 0
   wait_s: float = 0.0
+  busy_s: float = 0.0
   num_prompt_tokens: int = 0
   num_output_tokens: int = 0
+  num_prefilled: int = 0
+  num_generated: int = 0
   num_finished: int = 0
+  finish_reasons: Counter[types.FinishReason] = dataclasses.field(
+    default_factory=Counter)
   num_aborted: int = 0
+  num_step_faults: int = 0
+  decode_stall_s: float = 0.0
+  imbalance: float = 0.0
   ttft_s: Quantiles = dataclasses.field(default_factory=Quantiles)
   tbt_s: Quantiles = dataclasses.field(default_factory=Quantiles)
   scheduling_delay_s: Quantiles = dataclasses.field(default_factory=Quantiles)
+  tpot_s: Quantiles = dataclasses.field(default_factory=Quantiles)
+  e2e_s: Quantiles = dataclasses.field(default_factory=Quantiles)
+  prefill_s: Quantiles = dataclasses.field(default_factory=Quantiles)
+  decode_s: Quantiles = dataclasses.field(default_factory=Quantiles)
+  prompt_len: Quantiles = dataclasses.field(default_factory=Quantiles)
+  output_len: Quantiles = dataclasses.field(default_factory=Quantiles)
+  step_tokens: Quantiles = dataclasses.field(default_factory=Quantiles)
+  budget_use: Quantiles = dataclasses.field(default_factory=Quantiles)
+
+  def copy(self) -> EngineMetrics:
+    """What it is now, for other threads."""
+    return dataclasses.replace(
+      self, finish_reasons=self.finish_reasons.copy(), **{
+        field.name: getattr(self, field.name).copy()
+        for field in dataclasses.fields(self)
+        if isinstance(getattr(self, field.name), Quantiles)})
 
   @property
   def padding_waste(self) -> float:
@@ -88,17 +150,33 @@ class EngineMetrics:
     rows = self.num_scheduled_tokens + self.num_padded_tokens
     return self.num_padded_tokens / rows if rows else 0.0
 
-  def record_step(self, num_tokens: int, num_rows: int) -> None:
+  def record_step(self, num_tokens: int, num_rows: int, token_budget: int,
+                  imbalance: float = 0.0) -> None:
+    """Counts a step; for `imbalance` see above."""
     self.num_steps += 1
+    self.imbalance += imbalance
+    self.step_tokens.add([num_tokens])
+    self.budget_use.add([num_tokens / token_budget])
     self.num_scheduled_tokens += num_tokens
     self.num_padded_tokens += num_rows - num_tokens
 
-  def record_finished(self, metrics: types.RequestMetrics) -> None:
+  def record_finished(self, metrics: types.RequestMetrics,
+                      reason: types.FinishReason) -> None:
     self.num_finished += 1
+    self.finish_reasons[reason] += 1
     self.num_prompt_tokens += metrics.num_prompt_tokens
     self.num_output_tokens += metrics.num_output_tokens
-    if metrics.scheduling_delay_s is not None:
-      self.scheduling_delay_s.add([metrics.scheduling_delay_s])
+    self.prompt_len.add([metrics.num_prompt_tokens])
+    self.output_len.add([metrics.num_output_tokens])
+    self.e2e_s.add([metrics.e2e_s])
+    if metrics.tpot_s is not None:
+      self.tpot_s.add([metrics.tpot_s])
+    delay_s, ttft_s = metrics.scheduling_delay_s, metrics.ttft_s
+    if delay_s is not None:
+      self.scheduling_delay_s.add([delay_s])
+    if delay_s is not None and ttft_s is not None:
+      self.prefill_s.add([ttft_s - delay_s])
+      self.decode_s.add([metrics.e2e_s - ttft_s])
 
 
 @dataclasses.dataclass(slots=True)

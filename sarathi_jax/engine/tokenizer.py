@@ -30,7 +30,7 @@ class Tokenizer:
   """
 
   def __init__(self, path: str | pathlib.Path) -> None:
-    folder = pathlib.Path(path)
+    self.folder = folder = pathlib.Path(path)
     file = folder / 'tokenizer.json'
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(file))

@@ -159,6 +159,22 @@ class DeviceRunner:
     """False once an array of the weights was donated or deleted."""
     return not any(leaf.is_deleted() for leaf in self._leaves)
 
+  def recover(self) -> None:
+    """Makes the cache anew: a step that failed may have taken it along.
+
+    Raises:
+      EngineDeadError: the weights are gone, too.
+      JaxRuntimeError: the device does nothing more.
+    """
+    if not self.has_params:
+      raise errors.EngineDeadError('the weights were lost with a step')
+    lost = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      (self._kv, self._last_tokens))
+    self._kv, self._last_tokens = [], None  # freed before they are made anew
+    self._kv, self._last_tokens = jax.block_until_ready(jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lost))
+
   def update_params(self, params: Params) -> None:
     """Replaces the weights by others, live, of the same shapes and dtypes."""
     self._leaves = jax.tree.leaves(placement.place_live(

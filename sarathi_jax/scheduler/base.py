@@ -16,6 +16,7 @@ from __future__ import annotations
 import abc
 from collections import deque
 from collections.abc import Iterator
+import dataclasses
 import random
 
 from sarathi_jax import config as config_lib
@@ -126,6 +127,23 @@ class Scheduler(abc.ABC):
     else:
       self._finish(seq)
     return True
+
+  def set_token_budget(self, token_budget: int) -> None:
+    """Changes the most tokens of a step, from the next one on.
+
+    Raises:
+      ConfigError: it is less than max_num_seqs.
+    """
+    self.config = dataclasses.replace(self.config, token_budget=token_budget)
+
+  def forget_in_flight(self) -> None:
+    """Gives up the batches in flight: what they hold is to be recomputed."""
+    for batch, seqs in self._in_flight:
+      for seq, chunk in zip(seqs, batch.chunks, strict=True):
+        seq.num_in_flight -= 1
+        seq.num_pending -= chunk.samples
+    self._in_flight.clear()
+    self.preempt_all()
 
   def preempt_all(self) -> None:
     """Takes back all pages: every running sequence is to be recomputed."""

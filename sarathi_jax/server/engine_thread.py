@@ -2,14 +2,16 @@
 """The one thread that makes, owns and steps the engine.
 
   event loop, any thread                      engine thread
-  submit(request) -> Stream   --- inbox -->   engine.add
+  submit(request) -> Stream   --- queue -->   engine.add, as there is room
   Stream.close(), abort(ids)  --- inbox -->   engine.abort
+  call(function)              --- inbox -->   function(engine)
                                               engine.step() -> deltas
   Stream.__anext__   <-- one callback a step, with all its deltas --
 
 Every request that `submit` took ends in exactly one way: its last delta, an
-error, or being closed by its reader. The thread sleeps on a condition while
-the engine is idle. Imports no gRPC and no JAX.
+error, or being closed by its reader. A step that fails ends the requests that
+were in it, no others, as long as the device goes on. The thread sleeps on a
+condition while there is nothing to do. Imports no gRPC and no JAX.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 import concurrent.futures
+import enum
 import functools
+import math
 import threading
 from typing import NamedTuple, TypeVar
 
@@ -26,46 +30,13 @@ from absl import logging
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import admission
+from sarathi_jax.server import outbox
+
+# Steps that may fail one after the other before the engine is given up.
+_MAX_FAULTS = 3
 
 T = TypeVar('T')
-
-
-class Stream:
-  """What one request gains, in order; read by one task of the event loop.
-
-  Iteration ends after the delta with a finish_reason. It raises what `add`
-  refused the request with, or EngineDeadError.
-  """
-
-  def __init__(self, request: types.Request,
-               abandon: Callable[[Stream], None]) -> None:
-    self.request = request
-    self._abandon = abandon
-    self._items: asyncio.Queue[types.OutputDelta | Exception] = asyncio.Queue()
-    self._ended = False
-
-  def put(self, item: types.OutputDelta | Exception) -> None:
-    """Adds a delta, or the error that ends the stream; on the event loop."""
-    self._items.put_nowait(item)
-
-  def __aiter__(self) -> Stream:
-    return self
-
-  async def __anext__(self) -> types.OutputDelta:
-    if self._ended:
-      raise StopAsyncIteration
-    item = await self._items.get()
-    if isinstance(item, Exception):
-      self._ended = True
-      raise item
-    self._ended = item.finish_reason is not None
-    return item
-
-  def close(self) -> None:
-    """Aborts the request unless it has ended. May be called again."""
-    if not self._ended:
-      self._ended = True
-      self._abandon(self)
 
 
 class _Command(NamedTuple):
@@ -75,6 +46,17 @@ class _Command(NamedTuple):
   fail: Callable[[Exception], None]  # instead of `run`: the engine is gone
 
 
+_Outgoing = tuple[outbox.Stream, types.OutputDelta | Exception]
+
+
+class PauseMode(enum.Enum):
+  """What a pause does to requests that are running."""
+
+  KEEP = 'keep'
+  WAIT = 'wait'
+  ABORT = 'abort'
+
+
 class EngineThread:
   """Runs an engine for an event loop.
 
@@ -82,28 +64,39 @@ class EngineThread:
     make_engine: called on the engine's thread, so that one thread does all
       that the engine does, from loading on.
     loop: runs the readers of streams, and `on_death`.
-    on_death: told what `step` raised. The thread is over then: every request
-      got EngineDeadError, and so does whoever submits another one.
+    on_death: told what ended the engine. The thread is over then: every
+      request got EngineDeadError, and so does whoever submits another one.
+    limits: of what waits.
   """
 
   def __init__(self, make_engine: Callable[[], engine_lib.Engine],
                loop: asyncio.AbstractEventLoop,
-               on_death: Callable[[BaseException], None]) -> None:
+               on_death: Callable[[BaseException], None],
+               limits: admission.Limits | None = None) -> None:
     self._make_engine = make_engine
     self._loop = loop
     self._on_death = on_death
     self._ready: concurrent.futures.Future[engine_lib.Engine] = (
       concurrent.futures.Future())
-    self._wakeup = threading.Condition()  # guards the next three
+    self._limits = limits or admission.Limits()
+    self._wakeup = threading.Condition()  # guards what follows, to _gone
     self._inbox: list[_Command] = []
+    self._queue = admission.Queue(self._limits)
+    self._queued: dict[str, outbox.Stream] = {}
     self._stopping = False
     # Makes errors for those who come too late; None while it goes on.
     self._gone: Callable[[], errors.EngineDeadError] | None = None
     # The engine thread's own. Deltas are routed here, not by request id on
     # the event loop, where one of a request just closed could still reach
     # another that took over its id.
-    self._streams: dict[str, Stream] = {}
-    self._outgoing: list[tuple[Stream, types.OutputDelta | Exception]] = []
+    self._streams: dict[str, outbox.Stream] = {}
+    self._outgoing: list[_Outgoing] = []
+    self._is_holding = False  # begins no requests
+    self._is_paused = False  # makes no steps either
+    self._when_idle: list[concurrent.futures.Future[None]] = []
+    self._num_faults = 0  # steps that failed since one went well
+    self._step_s = 0.0  # what a step takes lately
+    self._token_budget = 1
     # Not joined at exit: a second signal must not wait for a long step.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True)
@@ -117,12 +110,76 @@ class EngineThread:
     self._thread.start()
     return asyncio.wrap_future(self._ready, loop=self._loop)
 
-  def submit(self, request: types.Request) -> Stream:
-    """Hands in a request; any thread. Its stream tells if it was refused."""
-    stream = Stream(request, self._close)
-    self._send(_Command(functools.partial(self._add, stream),
-                        functools.partial(self._post_now, stream)))
+  def submit(self, request: types.Request) -> outbox.Stream:
+    """Hands in a request; any thread.
+
+    Raises:
+      CapacityError: too many wait.
+      DeadlineError: it can't begin to answer before its deadline.
+      EngineDeadError: the engine has stopped.
+      InvalidRequestError: a request of its id is running or waiting.
+    """
+    stream = outbox.Stream(request, self._close, self._limits.max_outbox)
+    with self._wakeup:
+      gone = self._is_gone()
+      if gone is None:
+        live = self._streams.get(request.request_id)
+        if request.request_id in self._queue or (live and not live.is_closed):
+          raise errors.InvalidRequestError(
+            f'request_id={request.request_id!r}: a request of this id is '
+            'running or waiting; ids must be unique.')
+        self._check_deadline(request, request.arrival_time)
+        self._queue.push(request, self._token_budget / self._step_s
+                         if self._step_s else None)
+        self._queued[request.request_id] = stream
+        self._wakeup.notify()
+    if gone is not None:
+      raise gone()
     return stream
+
+  @property
+  def num_queued(self) -> int:
+    """Requests that wait and are not yet the engine's."""
+    return len(self._queue)
+
+  @property
+  def num_queued_tokens(self) -> int:
+    """Tokens of their prompts."""
+    return self._queue.num_tokens
+
+  @property
+  def is_paused(self) -> bool:
+    return self._is_holding
+
+  async def pause(self, mode: PauseMode) -> None:
+    """Begins no requests until `resume`; what comes waits in the queue.
+
+    Args:
+      mode: what becomes of those that are running. KEEP: they stop where
+        they are. WAIT: they run to their end; this waits for it. ABORT:
+        their streams end with ABORT.
+    """
+    idle: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def pause(engine: engine_lib.Engine) -> None:
+      self._is_holding = True
+      self._is_paused = mode is PauseMode.KEEP
+      if mode is PauseMode.ABORT:
+        self._abort(list(self._streams), engine)
+      if mode is PauseMode.KEEP or not engine.has_work:
+        idle.set_result(None)
+      else:
+        self._when_idle.append(idle)
+
+    await self.call(pause)
+    await asyncio.wrap_future(idle)
+
+  async def resume(self) -> None:
+    """Ends a pause."""
+    def resume(engine: engine_lib.Engine) -> None:
+      self._is_holding = self._is_paused = False
+
+    await self.call(resume)
 
   async def abort(self, request_ids: Sequence[str]) -> list[str]:
     """Aborts requests, whose streams end with ABORT; returns those found."""
@@ -165,18 +222,37 @@ class EngineThread:
 
   def _send(self, command: _Command) -> None:
     with self._wakeup:
-      gone = self._gone
-      if self._stopping and gone is None:
-        gone = functools.partial(gone_error, None)
+      gone = self._is_gone()
       if gone is None:
         self._inbox.append(command)
         self._wakeup.notify()
     if gone is not None:
       command.fail(gone())
 
-  def _close(self, stream: Stream) -> None:
+  def _is_gone(self) -> Callable[[], errors.EngineDeadError] | None:
+    if self._stopping and self._gone is None:
+      return functools.partial(gone_error, None)
+    return self._gone
+
+  def _close(self, stream: outbox.Stream) -> None:
+    request_id = stream.request.request_id
+    with self._wakeup:
+      if self._queued.get(request_id) is stream:
+        del self._queued[request_id]
+        self._queue.remove(request_id)
+        return
     self._send(_Command(functools.partial(self._drop, stream),
                         lambda error: None))
+
+  def _check_deadline(self, request: types.Request, now: float) -> None:
+    if request.deadline is None:
+      return
+    num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)
+    wait_s, left_s = num_steps * self._step_s, request.deadline - now
+    if left_s <= wait_s:
+      raise errors.DeadlineError(
+        f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
+        f'its prompt alone takes {wait_s:.3g} s.')
 
   # What follows runs on the engine's thread.
 
@@ -184,38 +260,83 @@ class EngineThread:
     try:
       engine = self._make_engine()
       self._ready.set_result(engine)
-      while (commands := self._receive(wait=not engine.has_work)) is not None:
+      while (commands := self._receive(engine)) is not None:
         for command in commands:
           command.run(engine)
+        self._feed(engine)
         self._flush()  # refusals need not wait for a step
-        for delta in engine.step():
-          self._route(delta)
-        self._flush()
+        if not self._is_paused:
+          for delta in self._step(engine):
+            self._route(delta)
+          self._flush()
+        if not engine.has_work:
+          while self._when_idle:
+            self._when_idle.pop().set_result(None)
     except BaseException as fault:
       # Whatever it was: no reader may wait for ever.
       self._end(fault)
     else:
       self._end(None)
 
-  def _receive(self, wait: bool) -> list[_Command] | None:
+  def _receive(self, engine: engine_lib.Engine) -> list[_Command] | None:
     """Takes what was sent; None if the thread shall end."""
+    def is_busy() -> bool:
+      can_begin = len(self._queue) and not self._is_holding
+      can_step = engine.has_work and not self._is_paused
+      return bool(self._inbox or self._stopping or can_begin or can_step)
+
     with self._wakeup:
-      while wait and not self._inbox and not self._stopping:
-        self._wakeup.wait()
+      self._wakeup.wait_for(is_busy)
       if self._stopping:
         return None
       commands, self._inbox = self._inbox, []
       return commands
 
-  def _add(self, stream: Stream, engine: engine_lib.Engine) -> None:
-    try:
-      engine.add(stream.request)
-    except Exception as error:
-      self._outgoing.append((stream, error))
-    else:
-      self._streams[stream.request.request_id] = stream
+  def _feed(self, engine: engine_lib.Engine) -> None:
+    """Hands the engine what a step could begin; the rest keeps its order."""
+    if self._is_holding or not len(self._queue):
+      return
+    self._token_budget = engine.info.token_budget
+    num_requests, num_tokens = engine.room()
+    now = engine.clock()
+    with self._wakeup:
+      while len(self._queue) and num_requests > 0 and num_tokens > 0:
+        request = self._queue.pop()
+        stream = self._queued.pop(request.request_id)
+        try:
+          self._check_deadline(request, now)
+          engine.add(request)
+        except Exception as error:
+          self._outgoing.append((stream, error))
+        else:
+          self._streams[request.request_id] = stream
+          num_requests -= 1
+          num_tokens -= len(request.prompt_token_ids)
 
-  def _drop(self, stream: Stream, engine: engine_lib.Engine) -> None:
+  def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
+    start = engine.clock()
+    num_steps = engine.metrics.num_steps
+    try:
+      deltas = engine.step()
+    except Exception as fault:
+      self._num_faults += 1
+      if self._num_faults > _MAX_FAULTS:
+        raise
+      failed = engine.recover(fault)
+      logging.error('A step failed; %d requests were in it.', len(failed),
+                    exc_info=fault)
+      for request_id in failed:
+        if stream := self._streams.pop(request_id, None):
+          self._outgoing.append((stream, _step_error(request_id, fault)))
+      return []
+    if deltas:
+      self._num_faults = 0
+    if engine.metrics.num_steps > num_steps:
+      step_s = engine.clock() - start
+      self._step_s += (step_s - self._step_s) * (0.1 if self._step_s else 1)
+    return deltas
+
+  def _drop(self, stream: outbox.Stream, engine: engine_lib.Engine) -> None:
     # A stream whose id was refused as a duplicate must not end the other.
     request_id = stream.request.request_id
     if self._streams.get(request_id) is stream:
@@ -224,10 +345,18 @@ class EngineThread:
 
   def _abort(self, request_ids: Sequence[str],
              engine: engine_lib.Engine) -> list[str]:
-    found = [i for i in request_ids if i in self._streams and engine.abort(i)]
-    for request_id in found:
-      self._route(types.OutputDelta(
-        request_id, '', (), (), types.FinishReason.ABORT))
+    found = []
+    for request_id in request_ids:
+      with self._wakeup:
+        stream = self._queued.pop(request_id, None)
+        if stream is not None:
+          self._queue.remove(request_id)
+      if stream is None and engine.abort(request_id):
+        stream = self._streams.pop(request_id, None)
+      if stream is not None:
+        found.append(request_id)
+        self._outgoing.append((stream, types.OutputDelta(
+          request_id, '', (), (), types.FinishReason.ABORT)))
     return found
 
   def _route(self, delta: types.OutputDelta) -> None:
@@ -236,15 +365,16 @@ class EngineThread:
       return  # its reader left between the step and its delta
     if delta.finish_reason is not None:
       del self._streams[delta.request_id]
+      if delta.metrics is not None:
+        with self._wakeup:
+          self._queue.charge(
+            stream.request.client, 0, delta.metrics.num_output_tokens)
     self._outgoing.append((stream, delta))
 
   def _flush(self) -> None:
     if self._outgoing:
       outgoing, self._outgoing = self._outgoing, []
       self._on_loop(_put_all, outgoing)
-
-  def _post_now(self, stream: Stream, error: Exception) -> None:
-    self._on_loop(stream.put, error)
 
   def _on_loop(self, function: Callable[..., None], *args: object) -> None:
     try:
@@ -258,9 +388,13 @@ class EngineThread:
     with self._wakeup:
       self._gone = gone
       commands, self._inbox = self._inbox, []
+      queued, self._queued = self._queued, {}
     for command in commands:
       command.fail(gone())
-    self._outgoing += [(s, gone()) for s in self._streams.values()]
+    for waiter in self._when_idle:
+      waiter.set_exception(gone())
+    for streams in (self._streams, queued):
+      self._outgoing += [(s, gone()) for s in streams.values()]
     self._streams.clear()
     self._flush()
     if not self._ready.done():  # an error of make_engine is its caller's
@@ -270,10 +404,17 @@ class EngineThread:
       self._on_loop(self._on_death, fault)
 
 
-def _put_all(
-    outgoing: list[tuple[Stream, types.OutputDelta | Exception]]) -> None:
+def _put_all(outgoing: list[_Outgoing]) -> None:
   for stream, item in outgoing:
     stream.put(item)
+
+
+def _step_error(request_id: str, fault: Exception) -> errors.StepError:
+  error = errors.StepError(
+    f'{request_id}: a step that it was in failed: {type(fault).__name__}; '
+    'see the log of the server.')
+  error.__cause__ = fault
+  return error
 
 
 def gone_error(fault: BaseException | None) -> errors.EngineDeadError:

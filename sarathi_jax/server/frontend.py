@@ -8,16 +8,20 @@ and sees to it that a request ends when its reader does. Imports no gRPC.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import contextlib
+import dataclasses
 import enum
+import time
 import uuid
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.server import admission
 from sarathi_jax.server import engine_thread as engine_thread_lib
+from sarathi_jax.server import outbox
 
 Prompt = tokenizer_lib.Prompt
 
@@ -32,20 +36,73 @@ class State(enum.Enum):
   LOADING = 'the model is being loaded'
   SERVING = 'serving'
   DRAINING = 'the server is shutting down'
+  DEAD = 'the engine stopped after a fault'
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+  """Where a request comes from.
+
+  Attributes:
+    client: the name of its token, and what it calls itself; else its
+      address. Fairness is between these.
+    timeout_s: until its deadline; None without one.
+    trace: W3C trace context.
+  """
+
+  client: str = ''
+  timeout_s: float | None = None
+  trace: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+  """How a request ended, for logs and traces.
+
+  Attributes:
+    request: what was asked; None if that was refused before it was whole.
+    request_id: its id.
+    caller: who asked.
+    protocol: by which protocol.
+    started: seconds since the epoch.
+    last: the last delta that the reader got, if any.
+    error: what ended it, if not its own end: what was raised, or
+      asyncio.CancelledError if the client left.
+    num_tokens: that the reader got.
+  """
+
+  request: types.Request | None
+  request_id: str
+  caller: Caller
+  protocol: str
+  started: float
+  last: types.OutputDelta | None
+  error: BaseException | None
+  num_tokens: int
 
 
 class Frontend:
   """The event loop's side of an engine thread.
 
   `state` is the server's to set.
+
+  Args:
+    engine_thread: runs the engine.
+    limits: of prompts.
+    observers: told how each request ended; they must be quick.
   """
 
-  def __init__(self, engine_thread: engine_thread_lib.EngineThread) -> None:
+  def __init__(self, engine_thread: engine_thread_lib.EngineThread,
+               limits: admission.Limits | None = None,
+               observers: Sequence[Callable[[Ended], None]] = ()) -> None:
     self.state = State.LOADING
+    self.last_arrival = 0.0  # seconds since the epoch
     self._engine_thread = engine_thread
+    self._limits = limits or admission.Limits()
+    self._observers = observers
     self._engine: engine_lib.Engine | None = None
     self._num_open = 0
-    self._streams: set[engine_thread_lib.Stream] = set()
+    self._streams: set[outbox.Stream] = set()
     self._all_closed = asyncio.Event()
     self._all_closed.set()
 
@@ -66,6 +123,10 @@ class Frontend:
     return self._engine
 
   @property
+  def is_serving(self) -> bool:
+    return self.state is State.SERVING
+
+  @property
   def num_open(self) -> int:
     """Requests between admission and the end of their reader."""
     return self._num_open
@@ -74,9 +135,16 @@ class Frontend:
     """Ends requests; returns those that were running or waiting."""
     return await self._engine_thread.abort(request_ids)
 
+  @property
+  def engine_thread(self) -> engine_thread_lib.EngineThread:
+    """For control, and for what must be read between two steps."""
+    return self._engine_thread
+
   async def stats(self) -> engine_lib.EngineStats:
-    """Returns what the engine does now."""
-    return await self._engine_thread.call(lambda engine: engine.stats())
+    """Returns what the engine does now; who waits in our queue waits, too."""
+    stats = await self._engine_thread.call(lambda engine: engine.stats())
+    return dataclasses.replace(
+      stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued)
 
   async def drained(self) -> None:
     """Waits until no request is open."""
@@ -90,17 +158,24 @@ class Frontend:
   @contextlib.asynccontextmanager
   async def open(
       self, prompt: Prompt, sampling: types.SamplingParams,
-      request_id: str | None = None,
-  ) -> AsyncIterator[engine_thread_lib.Stream]:
+      request_id: str | None = None, *, priority: int = 0,
+      caller: Caller, protocol: str,
+  ) -> AsyncIterator[outbox.Stream]:
     """Submits a request; to leave the context is to abort what is left of it.
 
     Args:
       prompt: what to continue.
       sampling: how.
       request_id: None for one of the frontend's making.
+      priority: see `types.Request`.
+      caller: who asks.
+      protocol: how; for logs.
 
     Raises:
       InvalidRequestError: the request can't be served.
+      CapacityError: too many wait, or the reader is too slow.
+      DeadlineError: it can't be served in time.
+      StepError: a step that it was in failed.
       EngineDeadError: the server does not serve.
     """
     if self.state is not State.SERVING:
@@ -108,34 +183,71 @@ class Frontend:
     if request_id == '':
       raise errors.InvalidRequestError(
         'request_id=\'\': must not be empty; leave it out to have one made.')
+    now = self.engine.clock()
+    self.last_arrival = time.time()
+    draft = types.Request(
+      request_id=request_id or uuid.uuid4().hex, prompt_token_ids=(),
+      sampling=sampling, arrival_time=now, client=caller.client,
+      priority=priority, deadline=(
+        None if caller.timeout_s is None else now + caller.timeout_s))
     self._num_open += 1
     self._all_closed.clear()
+    end = _End(draft.request_id, caller, protocol, self.last_arrival)
     try:
-      request = await self._prepare(
-        prompt, sampling, request_id or uuid.uuid4().hex)
-      with contextlib.closing(self._engine_thread.submit(request)) as stream:
+      end.request = await self._prepare(prompt, draft)
+      with contextlib.closing(
+          self._engine_thread.submit(end.request)) as stream:
+        end.stream = stream
         self._streams.add(stream)
         try:
           yield stream
+        except asyncio.CancelledError:
+          stream.raise_overflow()
+          raise
         finally:
           self._streams.remove(stream)
+    except BaseException as error:
+      end.error = error
+      raise
     finally:
       self._num_open -= 1
       if not self._num_open:
         self._all_closed.set()
+      for observe in self._observers:
+        observe(end.ended())
 
-  async def _prepare(self, prompt: Prompt, sampling: types.SamplingParams,
-                     request_id: str) -> types.Request:
-    args = (self.engine, prompt, sampling, request_id, self.engine.clock())
+  async def _prepare(self, prompt: Prompt,
+                     draft: types.Request) -> types.Request:
+    args = (self.engine, prompt, draft, self._limits.max_prompt_tokens)
     if isinstance(prompt, (str, tuple)) and len(prompt) <= _INLINE_LEN:
       return prepare(*args)
     return await asyncio.get_running_loop().run_in_executor(
       None, prepare, *args)
 
 
-def prepare(engine: engine_lib.Engine, prompt: Prompt,
-            sampling: types.SamplingParams, request_id: str,
-            arrival_time: float) -> types.Request:
+@dataclasses.dataclass(slots=True)
+class _End:
+  """An `Ended` in the making."""
+
+  request_id: str
+  caller: Caller
+  protocol: str
+  started: float
+  request: types.Request | None = None
+  stream: outbox.Stream | None = None
+  error: BaseException | None = None
+
+  def ended(self) -> Ended:
+    stream = self.stream
+    return Ended(
+      request=self.request, request_id=self.request_id, caller=self.caller,
+      protocol=self.protocol, started=self.started, error=self.error,
+      last=None if stream is None else stream.last,
+      num_tokens=0 if stream is None else stream.num_tokens)
+
+
+def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
+            max_prompt_tokens: int | None) -> types.Request:
   """Tokenizes and checks; any thread.
 
   Raises:
@@ -143,8 +255,12 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt,
   """
   if not len(prompt):  # else a tokenizer may make a lone BOS of it
     raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
-  request = types.Request(
-    request_id=request_id, sampling=sampling, arrival_time=arrival_time,
-    prompt_token_ids=tokenizer_lib.encode_prompt(engine.tokenizer, prompt))
+  request = dataclasses.replace(draft, prompt_token_ids=(
+    tokenizer_lib.encode_prompt(engine.tokenizer, prompt)))
+  num_tokens = len(request.prompt_token_ids)
+  if max_prompt_tokens is not None and num_tokens > max_prompt_tokens:
+    raise errors.InvalidRequestError(
+      f'{request.request_id}: a prompt of {num_tokens} tokens is longer than '
+      f'max_prompt_tokens={max_prompt_tokens}.')
   engine.check(request)
   return request

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import functools
 import os
 import shutil
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app
 from absl import flags
@@ -24,6 +25,8 @@ from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
 from sarathi_jax import mains
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import control_v1
+from sarathi_jax.server import flags as server_flags
 from sarathi_jax.server import server as server_lib
 
 FLAGS = flags.FLAGS
@@ -48,6 +51,7 @@ def define_flags() -> None:
   flags.DEFINE_float(
     'drain_s', 30.0,
     'How long requests may go on after SIGTERM or Ctrl-C, seconds.')
+  server_flags.define_server_flags()
   engine_flags.define_engine_flags()
 
 
@@ -57,41 +61,63 @@ def main(argv: list[str]) -> None:
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
   try:
-    config = server_lib.ServerConfig(
-      host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s)
+    config = server_flags.server_config_from_flags()
     engine_config = engine_flags.engine_config_from_flags()
   except errors.SarathiError as error:
     _fail(error)
 
-  def make_engine() -> engine_lib.Engine:
-    # Not on top: a flag that is wrong or a port in use is told at once.
+  # Not on top: a flag that is wrong or a port in use is told at once.
+  @functools.cache
+  def llm() -> Any:
     from sarathi_jax import loading
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
-      model_name=FLAGS.served_model_name).engine
+      model_name=FLAGS.served_model_name)
 
-  serve(config, make_engine)
+  def make_engine() -> engine_lib.Engine:
+    engine: engine_lib.Engine = llm().engine
+    return engine
+
+  def profiler() -> Any:
+    import jax
+    return jax.profiler
+
+  serve(config, make_engine, control_v1.Hooks(
+    load_weights=lambda path: llm().load_params(
+      path, cache_dir=FLAGS.cache_dir),
+    update_weights=lambda params: llm().update_params(params),
+    start_profile=lambda folder: profiler().start_trace(folder),
+    stop_profile=lambda: profiler().stop_trace(),
+    num_compiled=lambda: llm().num_compiled))
 
 
 def serve(config: server_lib.ServerConfig,
-          make_engine: Callable[[], engine_lib.Engine]) -> NoReturn:
+          make_engine: Callable[[], engine_lib.Engine],
+          hooks: control_v1.Hooks | None = None) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
     config: where.
     make_engine: makes the engine, warm, and shows how far it is.
+    hooks: what else its model can do.
   """
   console = rich.console.Console(highlight=False)
 
   def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
     target = '' if port == 50051 else f'--target=localhost:{port} '
+    for what, where in (
+        ('OpenAI\'s HTTP', config.http_port and f'{config.http_port}/v1'),
+        ('Metrics', config.metrics_port and f'{config.metrics_port}/metrics')):
+      if where:
+        console.print(f'{what}: http://{config.address}:{where}',
+                      markup=False, soft_wrap=True)
     console.print(
       f'Serving {info.model_name} at {config.host}:{port}. Try:\n'
       f'  {_python()} -m sarathi_jax.client {target}"A list is"',
       markup=False, soft_wrap=True)
 
   async def served() -> tuple[int, bool]:
-    server = server_lib.Server(config, make_engine)
+    server = server_lib.Server(config, make_engine, hooks=hooks)
     code = await server_lib.serve(server, on_ready)
     return code, server.is_stuck
 

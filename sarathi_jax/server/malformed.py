@@ -16,15 +16,23 @@ import grpc
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-  """For calls with one request, of every service."""
+  """For calls of every service."""
 
   async def intercept_service(
       self,
       continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
       handler_call_details: grpc.HandlerCallDetails) -> Any:
     handler = await continuation(handler_call_details)
-    if handler is None or handler.request_streaming:
+    if handler is None:
       return handler
+    if handler.request_streaming:
+      # Such a method finds the error among its requests, if it is ours:
+      # others are generators.
+      if not inspect.iscoroutinefunction(handler.stream_stream):
+        return handler
+      return grpc.stream_stream_rpc_method_handler(
+        handler.stream_stream, _caught(handler.request_deserializer),
+        handler.response_serializer)
     wrap, method = (
       (grpc.unary_stream_rpc_method_handler, handler.unary_stream)
       if handler.response_streaming else

@@ -230,3 +230,435 @@ class Sarathi:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ControlStub:
+    """For who runs the server. With tokens, these calls need an administrator's.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Pause = channel.unary_unary(
+                '/sarathi.v1.Control/Pause',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.PauseRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.PauseResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/sarathi.v1.Control/Resume',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResumeResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/sarathi.v1.Control/Drain',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.DrainRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/sarathi.v1.Control/UpdateWeights',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
+        self.ResetCache = channel.unary_unary(
+                '/sarathi.v1.Control/ResetCache',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheResponse.FromString,
+                _registered_method=True)
+        self.SetTokenBudget = channel.unary_unary(
+                '/sarathi.v1.Control/SetTokenBudget',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetResponse.FromString,
+                _registered_method=True)
+        self.Profile = channel.unary_unary(
+                '/sarathi.v1.Control/Profile',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ProfileResponse.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/sarathi.v1.Control/Trace',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.TraceRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.TraceChunk.FromString,
+                _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/sarathi.v1.Control/ListRequests',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+
+
+class ControlServicer:
+    """For who runs the server. With tokens, these calls need an administrator's.
+    """
+
+    def Pause(self, request, context):
+        """Begins no requests until Resume; what comes waits in the queue.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Ends a pause or a drain.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Refuses new requests, with health NOT_SERVING, and waits for the end of
+        those that are open.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateWeights(self, request, context):
+        """Serves other weights of the same model. Requests under way go on with
+        them; what the cache holds is computed anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetCache(self, request, context):
+        """Forgets what the cache holds: running requests are computed anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTokenBudget(self, request, context):
+        """Changes the most tokens of a step, up to what it was at the start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Profile(self, request, context):
+        """Records the device with JAX's profiler for some steps, into a folder on
+        the server, below its --trace_dir.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
+        """Records steps and requests for some time; the chunks make up a Chrome
+        trace, gzipped JSON, for ui.perfetto.dev.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRequests(self, request, context):
+        """How far each request is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ControlServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.PauseRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.PauseResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResumeRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResumeResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.DrainRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.DrainResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'ResetCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetCache,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheResponse.SerializeToString,
+            ),
+            'SetTokenBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTokenBudget,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetResponse.SerializeToString,
+            ),
+            'Profile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ProfileRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ProfileResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.TraceRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.TraceChunk.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'sarathi.v1.Control', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('sarathi.v1.Control', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Control:
+    """For who runs the server. With tokens, these calls need an administrator's.
+    """
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/Pause',
+            sarathi__jax_dot_server_dot_sarathi__pb2.PauseRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.PauseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/Resume',
+            sarathi__jax_dot_server_dot_sarathi__pb2.ResumeRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.ResumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/Drain',
+            sarathi__jax_dot_server_dot_sarathi__pb2.DrainRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/UpdateWeights',
+            sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/ResetCache',
+            sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.ResetCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTokenBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/SetTokenBudget',
+            sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.SetTokenBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/Profile',
+            sarathi__jax_dot_server_dot_sarathi__pb2.ProfileRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sarathi.v1.Control/Trace',
+            sarathi__jax_dot_server_dot_sarathi__pb2.TraceRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.TraceChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/ListRequests',
+            sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

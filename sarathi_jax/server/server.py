@@ -12,26 +12,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-import dataclasses
 import signal
 import socket
 from typing import Any
 
 from absl import logging
 import grpc
-from grpc_health.v1 import health
-from grpc_health.v1 import health_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
-from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import auth
+from sarathi_jax.server import config as config_lib
+from sarathi_jax.server import control_v1
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server import gateway
+from sarathi_jax.server import health
 from sarathi_jax.server import malformed
+from sarathi_jax.server import open_inference
+from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import service
+from sarathi_jax.server import sarathi_v1
+from sarathi_jax.server import telemetry as telemetry_lib
+from sarathi_jax.server import tls
+from sarathi_jax.server import vllm_engine
+
+ServerConfig = config_lib.ServerConfig
 
 _CHANNEL_OPTIONS = (
   # Else the kernel lets two servers share a port, and clients meet either.
@@ -44,66 +53,94 @@ _CHANNEL_OPTIONS = (
 )
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_HEALTH_NAMES = ('', service.NAME)
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
 _GRACE_S = 1.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-  """Where to serve.
-
-  Attributes:
-    host: address to listen at.
-    port: 0 for any that is free.
-    drain_s: how long open requests may go on after SIGTERM, seconds.
-  """
-
-  host: str = '127.0.0.1'
-  port: int = 50051
-  drain_s: float = 30.0
-
-  def __post_init__(self) -> None:
-    config_lib.check(0 <= self.port < 2**16, 'port', self.port,
-                     'must be in [0, 65535]')
-    config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s,
-                     'must be >= 0')
 
 
 class Server:
   """Serves one engine; made and used on a running event loop.
 
   Args:
-    config: where.
+    config: where and what.
     make_engine: makes the engine, warm; called on the engine's thread.
+    hooks: what else the model can do.
+
+  Raises:
+    ConfigError: a file that `config` names can't be used.
   """
 
   def __init__(self, config: ServerConfig,
-               make_engine: Callable[[], engine_lib.Engine]) -> None:
+               make_engine: Callable[[], engine_lib.Engine], *,
+               hooks: control_v1.Hooks | None = None) -> None:
     self.port = config.port
     self._config = config
+    self._hooks = hooks or control_v1.Hooks()
     self._engine_thread = engine_thread_lib.EngineThread(
-      make_engine, asyncio.get_running_loop(), self._on_death)
-    self.frontend = frontend_lib.Frontend(self._engine_thread)
-    self._health = health.aio.HealthServicer()
+      make_engine, asyncio.get_running_loop(), self._on_death, config.limits)
+    self.telemetry = telemetry_lib.Telemetry(
+      config, self._engine_thread, self._hooks)
+    self.frontend = frontend_lib.Frontend(
+      self._engine_thread, config.limits, self.telemetry.observers)
+    self._gateway: gateway.Gateway | None = None
+    self._services = self._make_services()
+    self._health = health.HealthService(('', *self._services))
     self._grpc = grpc.aio.server(
-      interceptors=(malformed.Interceptor(),), options=_CHANNEL_OPTIONS)
-    self._tasks: set[asyncio.Task[None]] = set()
+      interceptors=self._interceptors(), options=(
+        *_CHANNEL_OPTIONS, ('grpc.max_receive_message_length',
+                            round(config.max_message_mib * 2**20))))
+
+  def _make_services(self) -> dict[str, Callable[[grpc.aio.Server], None]]:
+    """Name -> what adds the service to a gRPC server."""
+    def adder(add: Any, service: Any) -> Callable[[grpc.aio.Server], None]:
+      return lambda server: add(service, server)
+
+    services = {
+      sarathi_v1.NAME: adder(
+        sarathi_pb2_grpc.add_SarathiServicer_to_server,
+        sarathi_v1.SarathiService(self.frontend)),
+      vllm_engine.NAME: adder(
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server,
+        vllm_engine.VllmEngineService(self.frontend)),
+      open_inference.NAME: adder(
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
+        open_inference.OpenInferenceService(self.frontend))}
+    if self._config.serves_control:
+      services[control_v1.NAME] = adder(
+        sarathi_pb2_grpc.add_ControlServicer_to_server,
+        control_v1.ControlService(
+          self.frontend, self._hooks, self._set_draining,
+          self._config.trace_dir))
+    return services
+
+  def _interceptors(self) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    if self._config.auth_tokens is None:
+      return (malformed.Interceptor(),)
+    return (auth.Interceptor(
+      auth.Tokens(self._config.auth_tokens), (health.NAME,),
+      (control_v1.NAME, reflection.SERVICE_NAME)), malformed.Interceptor())
 
   async def start(self) -> None:
     """Listens, and begins to make the engine.
 
     Raises:
-      ConfigError: the address can't be had.
+      ConfigError: an address can't be had.
     """
-    await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-    sarathi_pb2_grpc.add_SarathiServicer_to_server(  # type: ignore[no-untyped-call]
-      service.SarathiService(self.frontend), self._grpc)
+    for add in self._services.values():
+      add(self._grpc)
     health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-    reflection.enable_server_reflection(
-      (service.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+    if self._config.reflection:
+      reflection.enable_server_reflection(
+        (*self._services, health.NAME, reflection.SERVICE_NAME), self._grpc)
     self.port = _bind(self._grpc, self._config)
+    if self._config.http_port is not None:
+      host = self._config.host
+      ours = '127.0.0.1' if host == '0.0.0.0' else self._config.address
+      self._gateway = gateway.Gateway(
+        host, self._config.http_port,
+        (f'{ours}:{self.port}', *self._config.replicas),
+        self._config.gateway_args)
+    self.telemetry.start()
     await self._grpc.start()
     self._loading = self._engine_thread.start()
 
@@ -114,15 +151,22 @@ class Server:
       Exception: whatever make_engine raised.
     """
     engine = await self._loading
+    await self.telemetry.observe_engine()
     self.frontend.serve(engine)
-    await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+    self._health.set(True)
+    if self._gateway is not None:
+      await self._gateway.start()
 
   async def drain(self) -> None:
     """Refuses new requests and waits for open ones, `drain_s` at most."""
-    self.frontend.state = frontend_lib.State.DRAINING
-    await self._health.enter_graceful_shutdown()
+    self._set_draining(True)
     try:
-      await asyncio.wait_for(self.frontend.drained(), self._config.drain_s)
+      async with asyncio.timeout(self._config.drain_s):
+        if self._engine_thread.is_paused:  # what it holds would never end
+          await self._engine_thread.resume()
+        await self.frontend.drained()
+    except errors.EngineDeadError:
+      pass
     except TimeoutError:
       logging.warning('Requests are cut off after %g s of draining.',
                       self._config.drain_s)
@@ -130,33 +174,37 @@ class Server:
   async def stop(self) -> None:
     """Cuts off what is left."""
     self.frontend.state = frontend_lib.State.DRAINING
+    self._health.set(False)
     self._engine_thread.stop()
     self.frontend.cut_off()
+    if self._gateway is not None:
+      await self._gateway.stop()
     await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
       None, self._engine_thread.join, _GRACE_S)
+    self.telemetry.stop()
 
   @property
   def is_stuck(self) -> bool:
     """Whether the engine's thread goes on after `stop`, in a long step."""
     return not self._engine_thread.join(0)
 
+  def _set_draining(self, is_draining: bool) -> None:
+    self.frontend.state = (
+      frontend_lib.State.DRAINING if is_draining
+      else frontend_lib.State.SERVING)
+    self._health.set(not is_draining)
+
   def _on_death(self, fault: BaseException) -> None:
     del fault  # logged where it was caught
-    task = asyncio.create_task(
-      self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING))
-    self._tasks.add(task)  # the loop itself holds tasks weakly
-    task.add_done_callback(self._tasks.discard)
-
-  async def _set_health(self, status: int) -> None:
-    for name in _HEALTH_NAMES:
-      await self._health.set(name, status)
+    self.frontend.state = frontend_lib.State.DEAD
+    self._health.set(False)
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
   """Returns the port; ConfigError if the address can't be had."""
   host, port = config.host, config.port
-  address = f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+  address = f'{config.address}:{port}'
   try:
     # gRPC would not tell why, but log it.
     family, kind, protocol, _, location = socket.getaddrinfo(
@@ -164,6 +212,8 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
     with socket.socket(family, kind, protocol) as probe:
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       probe.bind(location)
+    if config.tls is not None:
+      return server.add_secure_port(address, tls.credentials(config.tls))
     return server.add_insecure_port(address)
   except (OSError, RuntimeError) as error:
     reason = getattr(error, 'strerror', None) or str(error)

@@ -14,8 +14,12 @@ from sarathi_jax import errors
 
 # The first that fits. Anything else is a defect of ours: INTERNAL.
 CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+  (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
   (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+  (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),  # new weights
   (errors.CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+  (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+  (errors.StepError, grpc.StatusCode.INTERNAL),
   (errors.EngineDeadError, grpc.StatusCode.UNAVAILABLE),
 )
 
@@ -29,6 +33,24 @@ def of(error: Exception) -> tuple[grpc.StatusCode, str]:
           f'internal error, see the log of the server: {type(error).__name__}')
 
 
+def hints(error: Exception) -> tuple[tuple[str, str], ...]:
+  """Trailing metadata: when to try again.
+
+  gRPC's own retries heed the first, people and proxies the second.
+  """
+  if not isinstance(error, errors.CapacityError) or (
+      error.retry_after_s is None):
+    return ()
+  return (('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
+          ('retry-after', f'{max(error.retry_after_s, 1):.0f}'))
+
+
+def log_defect(error: Exception) -> None:
+  """Logs what is none of our errors, with where it came from."""
+  if not isinstance(error, errors.SarathiError):
+    logging.error('A call failed.', exc_info=error)
+
+
 @contextlib.asynccontextmanager
 async def reported(
     context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
@@ -38,7 +60,5 @@ async def reported(
   except grpc.aio.AbortError:
     raise  # has its status
   except Exception as error:
-    code, message = of(error)
-    if code is grpc.StatusCode.INTERNAL:
-      logging.exception('A call failed.')
-    await context.abort(code, message)
+    log_defect(error)
+    await context.abort(*of(error), trailing_metadata=hints(error))

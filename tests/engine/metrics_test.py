@@ -70,6 +70,6 @@ def test_memory_is_bounded() -> None:
 def test_padding_waste() -> None:
   totals = metrics.EngineMetrics()
   assert totals.padding_waste == 0.0
-  totals.record_step(6, 8)
-  totals.record_step(8, 8)
+  totals.record_step(6, 8, 8)
+  totals.record_step(8, 8, 8)
   assert totals.padding_waste == 2 / 16

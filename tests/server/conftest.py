@@ -34,7 +34,7 @@ def gated() -> Iterator[Callable[..., Any]]:
   """Makes (server, runner) whose steps the test lets through."""
   with contextlib.ExitStack() as stack:
 
-    def make(*, drain_s: float = fake.TIMEOUT_S, **changes: Any) -> Any:
+    def make(*, config: dict[str, Any] | None = None, **changes: Any) -> Any:
       runners: list[fake.GatedRunner] = []
 
       def make_runner(*args: int) -> fake.GatedRunner:
@@ -42,7 +42,7 @@ def gated() -> Iterator[Callable[..., Any]]:
         return runners[0]
 
       running = fake.RunningServer(functools.partial(
-        fake.make_engine, make_runner, **changes), drain_s=drain_s)
+        fake.make_engine, make_runner, **changes), **(config or {}))
       stack.callback(running.close)
       stack.callback(runners[0].open)
       return running, runners[0]

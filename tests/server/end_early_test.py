@@ -39,7 +39,7 @@ def test_cancel_in_decode(gated: Callable[..., Any]) -> None:
   running, runner = gated()
   call = running.generate(token_ids=[1], sampling=LONG)
   runner.let(2)
-  assert [next(call).token_ids[0], next(call).token_ids[0]] == [2, 3]
+  assert fake.take(call, 2) == [2, 3]
   assert _free(running) < 64
   call.cancel()
   running.wait_until_open(0)
@@ -66,13 +66,14 @@ def test_cancel_in_the_queue_leaves_the_running_one_alone(
   second = running.generate(token_ids=[9], sampling=LONG)
   running.wait_until_open(2)
   runner.let(1)
-  fake.wait_until(lambda: running.engine.stats().num_waiting == 1)
+  fake.wait_until(
+    lambda: running.server.frontend.engine_thread.num_queued == 1)
   second.cancel()
   running.wait_until_open(1)
   runner.open()
-  assert [r.token_ids[0] for r in first] == [3, 4, 5, 6, 7]
+  assert fake.take(first) == [3, 4, 5, 6, 7]
   fake.wait_until(running.all_pages_are_free)
-  assert running.engine.metrics.num_aborted == 1
+  assert running.engine.metrics.num_aborted == 0  # the engine never saw it
   assert running.is_alive()
 
 
@@ -131,8 +132,7 @@ def test_a_duplicate_id_is_refused_and_does_not_end_the_first(
     next(second)
   assert second.code() is grpc.StatusCode.INVALID_ARGUMENT
   assert 'request_id=\'a\'' in second.details()
-  assert [r.token_ids[0] for r in first] == [
-    (1 + k) % 64 for k in range(2, 101)]
+  assert fake.take(first) == [(1 + k) % 64 for k in range(2, 101)]
   assert running.is_alive()
 
 
@@ -148,5 +148,5 @@ def test_an_id_may_be_used_again_right_after_a_cancel(
     token_ids=[30], request_id='a', sampling={'max_tokens': 3})
   running.wait_until_open(1)
   runner.open()
-  assert [r.token_ids[0] for r in second] == [31, 32, 33]
+  assert fake.take(second) == [31, 32, 33]
   assert running.is_alive()

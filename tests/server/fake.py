@@ -25,6 +25,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.server import control_v1
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import server as server_lib
@@ -40,7 +41,8 @@ class GatedRunner(fake_runner.FakeRunner):
     super().__init__(*args)
     self._steps = threading.Semaphore(0)
     self._is_open = False
-    self.fault: Exception | None = None
+    self.fault: Exception | None = None  # of the next step
+    self.is_gone = False  # whether the device does not go on after a fault
 
   def let(self, num_steps: int) -> None:
     self._steps.release(num_steps)
@@ -53,8 +55,13 @@ class GatedRunner(fake_runner.FakeRunner):
     if not self._is_open:
       self._steps.acquire()
     if self.fault is not None:
-      raise self.fault
+      fault, self.fault = self.fault, None
+      raise fault
     return super().fetch(pending)
+
+  def recover(self) -> None:
+    if self.is_gone:
+      raise RuntimeError('the device is gone')
 
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
@@ -88,23 +95,37 @@ def make_engine(
                else tokenizer_lib.Tokenizer(tokenizer_folder)))
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool],
+               timeout_s: float = TIMEOUT_S) -> None:
   """Waits for what another thread is about to bring about."""
-  deadline = time.monotonic() + TIMEOUT_S
+  deadline = time.monotonic() + timeout_s
   while not condition():
     assert time.monotonic() < deadline, 'it did not come about'
     time.sleep(0.002)
+
+
+def take(call: Any, num_tokens: int | None = None) -> list[int]:
+  """The next tokens of a call, or all; a message may have several."""
+  tokens: list[int] = []
+  while num_tokens is None or len(tokens) < num_tokens:
+    response = next(call, None)
+    if response is None:
+      break
+    tokens += response.token_ids
+  assert num_tokens in (None, len(tokens))
+  return tokens
 
 
 class RunningServer:
   """A server on its own event loop and thread, and a client of it."""
 
   def __init__(self, make: Callable[[], engine_lib.Engine], *,
-               drain_s: float = TIMEOUT_S, wait: bool = True) -> None:
+               wait: bool = True, hooks: control_v1.Hooks | None = None,
+               **config: Any) -> None:
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(target=self._loop.run_forever)
     self._thread.start()
-    self.server = self.run(self._make(make, drain_s))
+    self.server = self.run(self._make(make, hooks, config))
     self.run(self.server.start())
     self.warming = asyncio.run_coroutine_threadsafe(
       self.server.warm(), self._loop)
@@ -113,10 +134,11 @@ class RunningServer:
     if wait:
       self.warming.result(TIMEOUT_S)
 
-  async def _make(self, make: Callable[[], engine_lib.Engine],
-                  drain_s: float) -> server_lib.Server:
-    config = server_lib.ServerConfig(port=0, drain_s=drain_s)
-    return server_lib.Server(config, make)
+  async def _make(self, make: Callable[[], engine_lib.Engine], hooks: Any,
+                  config: dict[str, Any]) -> server_lib.Server:
+    return server_lib.Server(
+      server_lib.ServerConfig(**{'port': 0, 'drain_s': TIMEOUT_S, **config}),
+      make, hooks=hooks)
 
   @staticmethod
   def stub_of(channel: grpc.Channel) -> Any:

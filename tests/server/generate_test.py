@@ -19,14 +19,15 @@ def _text(responses: list[pb.GenerateResponse]) -> str:
   return ''.join(r.text for r in responses)
 
 
-def test_streams_a_message_a_token_and_finishes_once(
+def test_streams_tokens_and_finishes_once(
     server: fake.RunningServer) -> None:
   responses = list(server.generate(
     token_ids=[1, 2, 3], request_id='a', sampling={'max_tokens': 4}))
-  assert [list(r.token_ids) for r in responses] == [[4], [5], [6], [7]]
-  assert all(len(r.logprobs) == 1 for r in responses)
+  assert _tokens(responses) == [4, 5, 6, 7]
+  assert all(len(r.logprobs) == len(r.token_ids) for r in responses)
   assert all(r.request_id == 'a' for r in responses)
-  assert [r.HasField('finished') for r in responses] == [False] * 3 + [True]
+  assert [r.HasField('finished') for r in responses] == (
+    [False] * (len(responses) - 1) + [True])
 
 
 def test_the_end_tells_reason_usage_and_times(

@@ -16,8 +16,8 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server import sarathi_v1
 from sarathi_jax.server import server as server_lib
-from sarathi_jax.server import service
 from tests.server import fake
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -72,9 +72,9 @@ def test_reflection_lists_and_describes_the_services(
   database = (
     proto_reflection_descriptor_database.ProtoReflectionDescriptorDatabase(
       server.channel))
-  assert {service.NAME, 'grpc.health.v1.Health'} <= set(
+  assert {sarathi_v1.NAME, 'grpc.health.v1.Health'} <= set(
     database.get_services())
-  described = database.FindFileContainingSymbol(service.NAME)
+  described = database.FindFileContainingSymbol(sarathi_v1.NAME)
   assert {m.name for m in described.service[0].method} == {
     'Generate', 'Abort', 'GetModelInfo', 'GetStats'}
 
@@ -87,7 +87,7 @@ def test_a_fault_fails_all_and_shows_in_health(
   assert next(calls[0]).token_ids[0] == 2
   calls += [running.generate(token_ids=[1]) for _ in range(5)]  # some queued
   running.wait_until_open(6)
-  runner.fault = RuntimeError('the device is gone')
+  runner.fault, runner.is_gone = RuntimeError('a step failed'), True
   runner.let(1)
   for call in calls:
     code, details = _refusal(call)
@@ -96,6 +96,41 @@ def test_a_fault_fails_all_and_shows_in_health(
   fake.wait_until(lambda: _health(running) == {NOT_SERVING})
   assert _refusal(running.generate(token_ids=[1]))[0] is (
     grpc.StatusCode.UNAVAILABLE)
+
+
+def test_a_step_that_fails_ends_what_was_in_it_and_nothing_else(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated(max_num_seqs=2)
+  in_it = [running.generate(token_ids=[i], sampling={'max_tokens': 100})
+           for i in (1, 2)]
+  running.wait_until_open(2)
+  runner.let(6)
+  assert [next(call).token_ids[0] for call in in_it] == [2, 3]
+  waiting = running.generate(token_ids=[7], sampling={'max_tokens': 4})
+  running.wait_until_open(3)
+  runner.fault = RuntimeError('a step failed')
+  runner.open()
+  for call in in_it:
+    code, details = _refusal(call)
+    assert code is grpc.StatusCode.INTERNAL and 'RuntimeError' in details
+  assert fake.take(waiting) == [8, 9, 10, 11]
+  assert running.is_alive() and _health(running) == {SERVING}
+  assert running.engine.metrics.num_step_faults == 1
+
+
+def test_an_engine_whose_every_step_fails_is_given_up(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated()
+  runner.open()
+
+  def fail(pending: Any) -> Any:
+    raise RuntimeError('a step failed')
+
+  runner.fetch = fail
+  codes = [_refusal(running.generate(token_ids=[1]))[0] for _ in range(5)]
+  assert codes == [grpc.StatusCode.INTERNAL] * 3 + (
+    [grpc.StatusCode.UNAVAILABLE] * 2)
+  fake.wait_until(lambda: _health(running) == {NOT_SERVING})
 
 
 def test_draining_lets_open_requests_finish_and_refuses_new_ones(
@@ -111,13 +146,13 @@ def test_draining_lets_open_requests_finish_and_refuses_new_ones(
     grpc.StatusCode.UNAVAILABLE, 'the server is shutting down')
   assert not draining.done()
   runner.open()
-  assert [r.token_ids[0] for r in call] == [3, 4, 5, 6]
+  assert fake.take(call) == [3, 4, 5, 6]
   draining.result(fake.TIMEOUT_S)
 
 
 def test_what_outlasts_the_drain_is_cut_off_with_a_status(
     gated: Callable[..., Any]) -> None:
-  running, runner = gated(drain_s=0.01)
+  running, runner = gated(config={'drain_s': 0.01})
   call = running.generate(token_ids=[1], sampling={'max_tokens': 100})
   runner.let(1)
   assert next(call).token_ids[0] == 2

@@ -15,10 +15,12 @@ import pytest
 from sarathi_jax import types
 from sarathi_jax.engine import engine
 from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import service
+from sarathi_jax.server import sarathi_v1
 
 ROOT = pathlib.Path(__file__).parents[2]
-GENERATED = ('sarathi_pb2.py', 'sarathi_pb2.pyi', 'sarathi_pb2_grpc.py')
+GENERATED = [
+  f'{name}{suffix}' for name in ('sarathi', 'open_inference')
+  for suffix in ('_pb2.py', '_pb2.pyi', '_pb2_grpc.py')]
 
 
 def _names(message: type) -> set[str]:
@@ -45,7 +47,9 @@ def test_messages_have_the_fields_of_the_types() -> None:
     _fields(types.SamplingParams) | {'fill_context'})
   assert _names(pb.GetModelInfoResponse) == (
     _fields(engine.EngineInfo) | {'has_tokenizer'})
-  assert _names(pb.GetStatsResponse) == _fields(engine.EngineStats)
+  assert _names(pb.GetStatsResponse) == (
+    _fields(engine.EngineStats) | set(sarathi_v1.OWN_STATS))
+  assert _names(pb.RequestState) == _fields(engine.RequestState)
   assert _names(pb.Timing) | {'num_prompt_tokens', 'num_output_tokens'} == (
     _fields(types.RequestMetrics))
   assert {name.removeprefix('FINISH_REASON_').lower()
@@ -61,32 +65,33 @@ def test_every_sampling_field_arrives() -> None:
   default = types.SamplingParams()
   for name in _fields(types.SamplingParams):
     assert getattr(sampling, name) != getattr(default, name)
-  assert service.sampling_of(
+  assert sarathi_v1.sampling_of(
     pb.SamplingParams(**dataclasses.asdict(sampling))) == sampling
 
 
 def test_unset_sampling_is_the_default() -> None:
-  assert service.sampling_of(pb.SamplingParams()) == types.SamplingParams()
-  assert service.sampling_of(
+  assert sarathi_v1.sampling_of(pb.SamplingParams()) == types.SamplingParams()
+  assert sarathi_v1.sampling_of(
     pb.SamplingParams(fill_context=False)) == types.SamplingParams()
-  assert service.sampling_of(
+  assert sarathi_v1.sampling_of(
     pb.SamplingParams(fill_context=True)).max_tokens is None
 
 
 def test_unset_sampling_is_what_the_model_recommends() -> None:
   recommended = dict(temperature=0.6, top_p=0.9)
-  assert service.sampling_of(
+  assert sarathi_v1.sampling_of(
     pb.SamplingParams(temperature=0.0), recommended) == types.SamplingParams(
       temperature=0.0, top_p=0.9)
 
 
 def test_a_zero_that_was_set_is_not_taken_for_unset() -> None:
-  assert service.sampling_of(
+  assert sarathi_v1.sampling_of(
     pb.SamplingParams(temperature=0.0, seed=0, skip_special_tokens=False)
   ) == types.SamplingParams(temperature=0.0, seed=0, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize('module', ['service', 'server', 'main'])
+@pytest.mark.parametrize('module', [
+  'sarathi_v1', 'vllm_engine', 'open_inference', 'server', 'main'])
 def test_the_server_loads_no_jax(module: str) -> None:
   code = (f'import sys, sarathi_jax.server.{module}; '
           'print({"jax", "torch", "transformers"} & set(sys.modules))')

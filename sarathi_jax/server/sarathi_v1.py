@@ -7,16 +7,17 @@ Imports no JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import time
 from typing import Any
 
-from google.protobuf import message as message_lib
-from google.protobuf import unknown_fields
 import grpc
 
 from sarathi_jax import errors
 from sarathi_jax import types
-from sarathi_jax.server import engine_thread
+from sarathi_jax.server import caller
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server import messages
+from sarathi_jax.server import outbox
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import status
@@ -34,7 +35,10 @@ _TIMING = tuple(field.name for field in pb.Timing.DESCRIPTOR.fields)
 _MODEL_INFO = tuple(
   field.name for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
   if field.name not in ('has_tokenizer', 'default_sampling'))
-_STATS = tuple(field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields)
+# What the server adds to what the engine tells.
+OWN_STATS = ('is_paused', 'num_queued', 'uptime_s')
+_STATS = tuple(field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields
+               if field.name not in OWN_STATS)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,18 +48,20 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
+    self._start = time.monotonic()
 
   async def Generate(self, request: pb.GenerateRequest,
                      context: Context) -> None:
     # Written, not yielded: a cancelled call then unwinds `open` at once,
     # whereas it leaves a generator to the garbage collector.
     async with status.reported(context):
-      refuse_unknown(request)
+      messages.refuse_unknown(request)
       async with self._frontend.open(
           prompt_of(request), sampling_of(
             request.sampling, self._frontend.engine.info.default_sampling),
           request.request_id if request.HasField('request_id') else None,
-      ) as stream:
+          priority=request.priority, caller=caller.of(context),
+          protocol=NAME) as stream:
         await _write(stream, context)
 
   async def Abort(self, request: pb.AbortRequest,
@@ -76,24 +82,26 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
   async def GetStats(self, request: pb.GetStatsRequest,
                      context: Context) -> pb.GetStatsResponse:
     async with status.reported(context):
-      stats = await self._frontend.stats()
+      frontend = self._frontend
+      stats = await frontend.stats()
       return pb.GetStatsResponse(
+        is_paused=frontend.engine_thread.is_paused,
+        num_queued=frontend.engine_thread.num_queued,
+        uptime_s=time.monotonic() - self._start,
         **{name: getattr(stats, name) for name in _STATS})
 
 
-async def _write(stream: engine_thread.Stream, context: Context) -> None:
+async def _write(stream: outbox.Stream, context: Context) -> None:
   request_id = stream.request.request_id
-  num_prompt_tokens = len(stream.request.prompt_token_ids)
-  num_tokens = 0
   async for delta in stream:
-    num_tokens += len(delta.token_ids)
     response = pb.GenerateResponse(
       request_id=request_id, text=delta.text, token_ids=delta.token_ids,
       logprobs=delta.logprobs)
     if delta.finish_reason is not None:
       response.finished.CopyFrom(finished(delta))
-      response.finished.usage.prompt_tokens = num_prompt_tokens
-      response.finished.usage.completion_tokens = num_tokens
+      response.finished.usage.prompt_tokens = len(
+        stream.request.prompt_token_ids)
+      response.finished.usage.completion_tokens = stream.num_tokens
     await context.write(response)
 
 
@@ -149,20 +157,3 @@ def finished(delta: types.OutputDelta) -> pb.Finished:
     message.timing.CopyFrom(pb.Timing(
       **{name: getattr(delta.metrics, name) for name in _TIMING}))
   return message
-
-
-def refuse_unknown(message: message_lib.Message) -> None:
-  """Refuses what a newer client asks for, rather than ignore it.
-
-  Raises:
-    UnsupportedError: a field that this server does not know.
-  """
-  unknown = unknown_fields.UnknownFieldSet(message)
-  if len(unknown):
-    raise errors.UnsupportedError(
-      f'{message.DESCRIPTOR.full_name}: this server does not know its field '
-      f'number {unknown[0].field_number}.')
-  for field, value in message.ListFields():
-    if field.message_type is not None:
-      for part in value if field.is_repeated else (value,):
-        refuse_unknown(part)

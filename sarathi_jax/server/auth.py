@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may call what: bearer tokens from a file.
+
+A line of the file is `NAME TOKEN [admin]`, where TOKEN may be `sha256:` and
+the hex digest of the token, so that the file need not hold it. Lines that are
+empty or begin with # say nothing. A change of the file counts from the next
+call on; one that can't be read leaves the tokens as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+import dataclasses
+import hashlib
+import hmac
+import pathlib
+from typing import Any
+
+from absl import logging
+import grpc
+
+from sarathi_jax import errors
+from sarathi_jax.server import caller
+
+_PREFIX = 'sha256:'
+_SCHEME = 'bearer '
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+  """One token: whose, its SHA-256, and whether it may control the server."""
+
+  name: str
+  digest: str
+  is_admin: bool
+
+
+def parse(text: str, path: str) -> tuple[Token, ...]:
+  """Reads the lines of a file of tokens.
+
+  Raises:
+    ConfigError: a line is none, or there is no token.
+  """
+  tokens = []
+  for number, line in enumerate(text.splitlines(), 1):
+    words = line.split()
+    if not words or words[0].startswith('#'):
+      continue
+    if len(words) not in (2, 3) or words[2:] not in ([], ['admin']):
+      raise errors.ConfigError(
+        f'{path}, line {number}: must be "NAME TOKEN" or "NAME TOKEN admin".')
+    digest = (words[1].removeprefix(_PREFIX).lower()
+              if words[1].startswith(_PREFIX) else _digest(words[1]))
+    if len(digest) != hashlib.sha256().digest_size * 2:
+      raise errors.ConfigError(
+        f'{path}, line {number}: {_PREFIX} must be followed by 64 hex digits.')
+    tokens.append(Token(words[0], digest, len(words) == 3))
+  if not tokens:
+    raise errors.ConfigError(f'{path}: has no token.')
+  return tuple(tokens)
+
+
+class Tokens:
+  """The tokens of a file, as it is now.
+
+  Raises:
+    ConfigError: it can't be read, at first.
+  """
+
+  def __init__(self, path: pathlib.Path) -> None:
+    self._path = path
+    self._stamp, self._tokens = self._read()
+
+  def find(self, secret: str) -> Token | None:
+    """The token of this secret; looks at all, so time tells nothing."""
+    self._reload()
+    digest = _digest(secret)
+    found = None
+    for token in self._tokens:
+      if hmac.compare_digest(token.digest.encode(), digest.encode()):
+        found = token
+    return found
+
+  def _reload(self) -> None:
+    try:
+      if self._stat() != self._stamp:
+        self._stamp, self._tokens = self._read()
+        logging.info('Read the tokens of %s anew.', self._path)
+    except (OSError, errors.ConfigError) as error:
+      logging.log_every_n_seconds(
+        logging.ERROR, 'The tokens stay as they were: %s', 10, error)
+
+  def _stat(self) -> tuple[int, int, int]:
+    stat = self._path.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+  def _read(self) -> tuple[tuple[int, int, int], tuple[Token, ...]]:
+    try:
+      return self._stat(), parse(self._path.read_text(), str(self._path))
+    except (OSError, UnicodeDecodeError) as error:
+      raise errors.ConfigError(
+        f'auth_tokens={str(self._path)!r}: can\'t be read: {error}.'
+      ) from error
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+  """Lets through calls with a token.
+
+  Args:
+    tokens: that are known.
+    open_services: need none: probes have none.
+    admin_services: need an administrator's.
+  """
+
+  def __init__(self, tokens: Tokens, open_services: Collection[str],
+               admin_services: Collection[str]) -> None:
+    self._tokens = tokens
+    self._open = open_services
+    self._admin = admin_services
+
+  async def intercept_service(
+      self,
+      continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+      handler_call_details: grpc.HandlerCallDetails) -> Any:
+    service = handler_call_details.method.split('/')[1]
+    if service in self._open:
+      return await continuation(handler_call_details)
+    token = self._token(handler_call_details)
+    if token is None:
+      return await _refuse(
+        continuation, handler_call_details, grpc.StatusCode.UNAUTHENTICATED,
+        'needs a token that the server knows: "authorization: Bearer TOKEN".')
+    if service in self._admin and not token.is_admin:
+      return await _refuse(
+        continuation, handler_call_details, grpc.StatusCode.PERMISSION_DENIED,
+        f'{service}: needs the token of an administrator.')
+    caller.TOKEN_NAME.set(token.name)
+    return await continuation(handler_call_details)
+
+  def _token(self, details: grpc.HandlerCallDetails) -> Token | None:
+    for key, value in details.invocation_metadata or ():
+      if key == 'authorization' and isinstance(value, str) and (
+          value.lower().startswith(_SCHEME)):
+        return self._tokens.find(value[len(_SCHEME):].strip())
+    return None
+
+
+async def _refuse(
+    continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+    details: grpc.HandlerCallDetails, code: grpc.StatusCode,
+    message: str) -> Any:
+  """A handler of the same kind, whose every call ends with `code`."""
+  handler = await continuation(details)
+  if handler is None:
+    return None
+
+  async def refuse(request: Any, context: Any) -> None:
+    await context.abort(code, message)
+
+  kind = (f'{"stream" if handler.request_streaming else "unary"}_'
+          f'{"stream" if handler.response_streaming else "unary"}')
+  make = getattr(grpc, f'{kind}_rpc_method_handler')
+  return make(refuse, handler.request_deserializer,
+              handler.response_serializer)
+
+
+def _digest(secret: str) -> str:
+  return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server is asked to be: frozen, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import pathlib
+import re
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.server import admission
+from sarathi_jax.server import tls as tls_lib
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+  """Where to serve, whom, and what to tell of it.
+
+  Attributes:
+    host: address to listen at.
+    port: of gRPC; 0 for any that is free.
+    drain_s: how long open requests may go on after SIGTERM, seconds.
+    limits: of what is taken on.
+    max_message_mib: the largest message that is read, MiB.
+    auth_tokens: a file of bearer tokens, see auth.py; None: who can reach
+      the port may call.
+    tls: None for plain text.
+    reflection: whether the server describes its services.
+    control: whether sarathi.v1.Control is served; None: only if tokens guard
+      it, or no other machine can reach the port.
+    metrics_port: of Prometheus' HTTP; 0 for any that is free, None for none.
+    metrics_prefix: of the metrics' names; 'vllm' suits dashboards of vLLM.
+    http_port: of the gateway, with OpenAI's HTTP; None for none.
+    replicas: other servers, host:port, that the gateway routes to as well.
+    gateway_args: further arguments of the gateway.
+    trace_dir: where a Chrome trace of all steps goes, and profiles.
+    request_log: a file that gets a line of JSON a request; '-' for standard
+      error, None for none.
+    log_prompts: whether that has prompts and outputs.
+    otlp_endpoint: where OpenTelemetry spans go; None for nowhere.
+  """
+
+  host: str = '127.0.0.1'
+  port: int = 50051
+  drain_s: float = 30.0
+  limits: admission.Limits = dataclasses.field(
+    default_factory=admission.Limits)
+  max_message_mib: float = 16.0
+  auth_tokens: pathlib.Path | None = None
+  tls: tls_lib.TlsFiles | None = None
+  reflection: bool = True
+  control: bool | None = None
+  metrics_port: int | None = None
+  metrics_prefix: str = 'sarathi'
+  http_port: int | None = None
+  replicas: tuple[str, ...] = ()
+  gateway_args: tuple[str, ...] = ()
+  trace_dir: pathlib.Path | None = None
+  request_log: str | None = None
+  log_prompts: bool = False
+  otlp_endpoint: str | None = None
+
+  def __post_init__(self) -> None:
+    for field in ('port', 'metrics_port', 'http_port'):
+      value = getattr(self, field)
+      config_lib.check(value is None or 0 <= value < 2**16, field, value,
+                       'must be in [0, 65535]')
+    config_lib.check(self.http_port != 0, 'http_port', 0,
+                     'must be a port, as the gateway is another process')
+    config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s,
+                     'must be >= 0')
+    config_lib.check(0 < self.max_message_mib < 2048, 'max_message_mib',
+                     self.max_message_mib, 'must be in (0, 2048)')
+    config_lib.check(
+      re.fullmatch('[a-zA-Z_][a-zA-Z0-9_]*', self.metrics_prefix) is not None,
+      'metrics_prefix', self.metrics_prefix,
+      'must be letters, digits and underscores')
+    config_lib.check(
+      not self.log_prompts or self.request_log is not None, 'log_prompts',
+      self.log_prompts, 'needs request_log')
+    for field in ('replicas', 'gateway_args'):
+      config_lib.check(
+        not getattr(self, field) or self.http_port is not None, field,
+        getattr(self, field), 'needs http_port')
+    config_lib.check(
+      self.http_port is None or self.tls is None, 'http_port', self.http_port,
+      'the gateway speaks to us in plain text, so it excludes tls; give it '
+      'a certificate of its own with gateway_args, and us host=127.0.0.1')
+    config_lib.check(
+      self.http_port is None or self.auth_tokens is None, 'http_port',
+      self.http_port, 'the gateway sends us no token, so it excludes '
+      'auth_tokens; give it --api-key with gateway_args, and us '
+      'host=127.0.0.1')
+
+  @property
+  def serves_control(self) -> bool:
+    if self.control is not None:
+      return self.control
+    return self.auth_tokens is not None or self.is_local
+
+  @property
+  def is_local(self) -> bool:
+    """Whether no other machine can reach us."""
+    try:
+      return ipaddress.ip_address(self.host).is_loopback
+    except ValueError:
+      return self.host == 'localhost'
+
+  @property
+  def address(self) -> str:
+    """The host, as in an address."""
+    return f'[{self.host}]' if ':' in self.host else self.host

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request gained and its reader has not yet taken.
+
+What waits is merged, so a reader that falls behind gets more tokens at a time
+and costs less; one that falls far behind is ended. Imports no gRPC and no JAX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from sarathi_jax import errors
+from sarathi_jax import types
+
+
+class Stream:
+  """What one request gains, in order; read by one task of the event loop.
+
+  Iteration ends after the delta with a finish_reason. It raises what the
+  request was refused with, StepError or EngineDeadError.
+
+  Args:
+    request: whose.
+    abandon: called when the reader leaves before the end.
+    max_waiting: deltas that may wait for the reader; with one more the
+      request is aborted, and the reader's task cancelled, as it may be stuck
+      in a write: see `raise_overflow`.
+  """
+
+  def __init__(self, request: types.Request,
+               abandon: Callable[[Stream], None],
+               max_waiting: int = 1 << 30) -> None:
+    self.request = request
+    self.num_tokens = 0  # that the reader took
+    self.last: types.OutputDelta | None = None  # the last one that it took
+    self._abandon = abandon
+    self._max_waiting = max_waiting
+    self._deltas: list[types.OutputDelta] = []
+    self._error: Exception | None = None
+    self._waiter: asyncio.Future[None] | None = None
+    self._reader: asyncio.Task[object] | None = None
+    self._has_overflowed = False
+    self._ended = False
+
+  def put(self, item: types.OutputDelta | Exception) -> None:
+    """Adds a delta, or the error that ends the stream; on the event loop."""
+    if self._error is not None or self._ended:
+      return
+    if isinstance(item, Exception):
+      self._error = item
+    else:
+      self._deltas.append(item)
+      if len(self._deltas) > self._max_waiting:
+        self._overflow()
+    if self._waiter is not None and not self._waiter.done():
+      self._waiter.set_result(None)
+
+  def __aiter__(self) -> Stream:
+    return self
+
+  async def __anext__(self) -> types.OutputDelta:
+    if self._ended:
+      raise StopAsyncIteration
+    if not self._deltas and self._error is None:
+      self._reader = asyncio.current_task()
+      self._waiter = asyncio.get_running_loop().create_future()
+      await self._waiter
+    if self._deltas:
+      delta = merge(self._deltas)
+      self._deltas = []
+      self._ended = delta.finish_reason is not None
+      self.num_tokens += len(delta.token_ids)
+      self.last = delta
+      return delta
+    self._ended = True
+    assert self._error is not None
+    raise self._error
+
+  def close(self) -> None:
+    """Aborts the request unless it has ended. May be called again."""
+    if not self._ended:
+      self._ended = True
+      self._abandon(self)
+
+  @property
+  def is_closed(self) -> bool:
+    """Whether its reader is done with it."""
+    return self._ended
+
+  def raise_overflow(self) -> None:
+    """Raises CapacityError if the reader's task was cancelled for it."""
+    if self._has_overflowed:
+      assert self._reader is not None and self._error is not None
+      self._reader.uncancel()
+      raise self._error
+
+  def _overflow(self) -> None:
+    self._error = errors.CapacityError(
+      f'{self.request.request_id}: more than {self._max_waiting} pieces of '
+      'output wait for the client, who reads too slowly.')
+    self._deltas = []
+    self._abandon(self)
+    if self._reader is not None:
+      self._has_overflowed = True
+      self._reader.cancel()
+
+
+def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
+  """The sum of consecutive deltas of one request, at least one."""
+  last = deltas[-1]
+  if len(deltas) == 1:
+    return last
+  return last._replace(
+    text=''.join(delta.text for delta in deltas),
+    token_ids=tuple(t for delta in deltas for t in delta.token_ids),
+    logprobs=tuple(p for delta in deltas for p in delta.logprobs))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A line of JSON for each request that ended. Of its text only if asked."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import json
+import sys
+from typing import Any, TextIO
+
+from absl import logging
+
+from sarathi_jax import errors
+from sarathi_jax.server import frontend
+from sarathi_jax.server import status
+
+
+def outcome(ended: frontend.Ended) -> str:
+  """'stop', 'length', 'abort'; 'CANCELLED', or a refusal's status code."""
+  if ended.error is None:
+    reason = ended.last.finish_reason if ended.last else None
+    return 'abort' if reason is None else reason.value
+  if isinstance(ended.error, (asyncio.CancelledError, GeneratorExit)):
+    return 'CANCELLED'
+  if isinstance(ended.error, Exception):
+    return status.of(ended.error)[0].name
+  return type(ended.error).__name__
+
+
+class RequestLog:
+  """Writes the lines.
+
+  Args:
+    path: '-' for standard error.
+    with_prompts: whether prompts' token ids are in the lines.
+
+  Raises:
+    ConfigError: the file can't be opened.
+  """
+
+  def __init__(self, path: str, *, with_prompts: bool) -> None:
+    self._with_prompts = with_prompts
+    self._is_broken = False
+    try:
+      self._file: TextIO = (
+        sys.stderr if path == '-'
+        else open(path, 'a', encoding='utf-8'))  # noqa: SIM115
+    except OSError as error:
+      raise errors.ConfigError(
+        f'request_log={path!r}: can\'t be written: {error.strerror}.'
+      ) from error
+
+  def __call__(self, ended: frontend.Ended) -> None:
+    """Writes one line; a disk that is full does not hold up requests."""
+    if self._is_broken:
+      return
+    try:
+      self._file.write(json.dumps(self._line(ended)) + '\n')
+      self._file.flush()
+    except (OSError, ValueError) as error:
+      self._is_broken = True
+      logging.error('The request log ends: %s. Serving goes on.', error)
+
+  def close(self) -> None:
+    if self._file is not sys.stderr:
+      self._file.close()
+
+  def _line(self, ended: frontend.Ended) -> dict[str, Any]:
+    request = ended.request
+    line: dict[str, Any] = {
+      'time': datetime.datetime.fromtimestamp(
+        ended.started, datetime.UTC).isoformat(timespec='milliseconds'),
+      'request_id': ended.request_id, 'client': ended.caller.client,
+      'protocol': ended.protocol, 'outcome': outcome(ended),
+      'output_tokens': ended.num_tokens}
+    if request is not None:
+      line |= {'prompt_tokens': len(request.prompt_token_ids),
+               'priority': request.priority}
+    if ended.last is not None and ended.last.metrics is not None:
+      line |= {
+        name: round(value, 6) for name, value in dataclasses.asdict(
+          ended.last.metrics).items()
+        if name.endswith('_s') and value is not None}
+    if isinstance(ended.error, errors.SarathiError):
+      # A message may quote a value, so of an invalid request only its field.
+      line['error'] = (
+        str(ended.error) if self._with_prompts
+        or not isinstance(ended.error, errors.InvalidRequestError)
+        else str(ended.error).partition('=')[0][:80])
+    if self._with_prompts and request is not None:
+      line['prompt_token_ids'] = list(request.prompt_token_ids)
+    return line

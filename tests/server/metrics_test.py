@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scrape, as Prometheus reads it, after known requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import json
+import pathlib
+import re
+from typing import Any
+import urllib.request
+
+import grpc
+from prometheus_client import parser
+import pytest
+
+from sarathi_jax import errors
+from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.server import control_v1
+from sarathi_jax.server import metrics
+from tests.server import fake
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture(scope='module')
+def scraped() -> Iterator[fake.RunningServer]:
+  with contextlib.closing(fake.RunningServer(
+      functools.partial(fake.make_engine, eos_token_ids=frozenset({60})),
+      hooks=control_v1.Hooks(num_compiled=lambda: 7),
+      metrics_port=0)) as running:
+    for i in range(5):
+      list(running.generate(token_ids=[i] * 3, sampling={'max_tokens': 4}))
+    list(running.generate(token_ids=[58], sampling={'max_tokens': 40}))
+    for bad in ({'token_ids': []}, {'token_ids': [64]}):
+      with pytest.raises(grpc.RpcError):
+        list(running.generate(**bad))
+    yield running
+
+
+def _scrape(running: fake.RunningServer) -> tuple[str, Samples]:
+  port = running.server.telemetry.metrics_port
+  with urllib.request.urlopen(
+      f'http://127.0.0.1:{port}/metrics', timeout=fake.TIMEOUT_S) as reply:
+    text = reply.read().decode()
+  return text, {
+    (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+    for family in parser.text_string_to_metric_families(text)
+    for sample in family.samples}
+
+
+def _value(samples: Samples, name: str, **labels: str) -> float:
+  found = [value for (n, given), value in samples.items()
+           if n == f'sarathi:{name}' and labels.items() <= dict(given).items()]
+  assert len(found) == 1, (name, labels, found)
+  return found[0]
+
+
+def test_totals(scraped: fake.RunningServer) -> None:
+  _, samples = _scrape(scraped)
+  value = functools.partial(_value, samples)
+  assert value('prompt_tokens_total') == 16
+  assert value('generation_tokens_total') == 22
+  assert value('request_success_total', finished_reason='length') == 5
+  assert value('request_success_total', finished_reason='stop') == 1
+  assert value('requests_ended_total', outcome='INVALID_ARGUMENT') == 2
+  assert value('requests_ended_total', outcome='length') == 5
+  assert value('num_requests_running') == value('num_requests_waiting') == 0
+  assert value('kv_cache_usage_perc') == 0
+  assert value('engine_up') == 1 and value('is_paused') == 0
+  assert value('compiled_programs') == 7
+  assert value('token_budget') == 8
+  num_launched = 16 + 22 - 6
+  assert value('scheduled_tokens_total') in (  # one behind the stop
+    num_launched, num_launched + 1)
+  assert value('decode_stall_seconds_total') == 0
+  assert value('cache_config_info', block_size='4', num_gpu_blocks='64') == 1
+
+
+def test_histograms_count_each_thing_once(
+    scraped: fake.RunningServer) -> None:
+  _, samples = _scrape(scraped)
+  value = functools.partial(_value, samples)
+  assert value('time_to_first_token_seconds_count') == 6
+  assert value('inter_token_latency_seconds_count') == 22 - 6
+  assert value('e2e_request_latency_seconds_count') == 6
+  assert value('request_prompt_tokens_sum') == 16
+  assert value('request_generation_tokens_bucket', le='2.0') == 1
+  assert value('request_generation_tokens_bucket', le='5.0') == 6
+  assert value('token_budget_use_bucket', le='1.0') == value('steps_total')
+  for histogram in metrics.HISTOGRAMS:
+    counts = [v for (n, labels), v in samples.items()
+              if n == f'sarathi:{histogram.name}_bucket']
+    assert counts == sorted(counts) and counts[-1] == value(
+      f'{histogram.name}_count')
+
+
+def test_names_are_those_of_vllm() -> None:
+  """Those of vLLM 0.32's dashboard that apply to this engine."""
+  ours = {v.name for v in (*metrics.GAUGES, *metrics.HISTOGRAMS)} | {
+    f'{v.name}_total' for v in metrics.COUNTERS}
+  assert ours >= {
+    'num_requests_running', 'kv_cache_usage_perc', 'num_preemptions_total',
+    'prompt_tokens_total', 'generation_tokens_total',
+    'time_to_first_token_seconds', 'inter_token_latency_seconds',
+    'request_time_per_output_token_seconds', 'e2e_request_latency_seconds',
+    'request_queue_time_seconds', 'request_prefill_time_seconds',
+    'request_decode_time_seconds', 'request_prompt_tokens',
+    'request_generation_tokens', 'iteration_tokens_total'}
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(
+    scraped: fake.RunningServer) -> None:
+  _, samples = _scrape(scraped)
+  there = {name for name, _ in samples}
+  path = pathlib.Path(metrics.__file__).with_name('grafana.json')
+  dashboard = json.loads(path.read_text())
+  asked = {
+    name for panel in dashboard['panels']
+    for target in panel.get('targets', ())
+    for name in re.findall(r'sarathi:\w+', target['expr'])}
+  assert len(asked) > 20
+  assert asked <= there, asked - there
+
+
+def test_an_engine_that_stopped_shows() -> None:
+  runners: list[fake.GatedRunner] = []
+
+  def make_runner(*args: int) -> fake.GatedRunner:
+    runners.append(fake.GatedRunner(*args))
+    return runners[0]
+
+  with contextlib.closing(fake.RunningServer(
+      lambda: fake.make_engine(make_runner), metrics_port=0)) as running:
+    runners[0].fault, runners[0].is_gone = RuntimeError('gone'), True
+    runners[0].open()
+    with pytest.raises(grpc.RpcError):
+      list(running.generate(token_ids=[1]))
+    fake.wait_until(
+      lambda: _value(_scrape(running)[1], 'engine_up') == 0)
+
+
+def test_a_port_in_use_is_refused(scraped: fake.RunningServer) -> None:
+  port: Any = scraped.server.telemetry.metrics_port
+  with pytest.raises(errors.ConfigError, match=f'metrics_port={port}'):
+    metrics.MetricsServer(object(), '127.0.0.1', port)  # type: ignore[arg-type]
+
+
+def test_cumulative_counts_are_right_within_two_percent() -> None:
+  values = metrics_lib.Quantiles()
+  values.add([i / 1000 for i in range(1, 1001)])
+  for bound, count in zip(
+      (0.1, 0.5, 0.9, 2), values.cumulative((0.1, 0.5, 0.9, 2)), strict=True):
+    assert abs(count - min(bound, 1) * 1000) <= 1 + 20 * bound
