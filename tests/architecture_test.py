@@ -91,7 +91,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.runner.batch': ('numpy',),
   'sarathi_jax.server': (
     'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
-    'prometheus_client', 'smg_grpc_proto', 'opentelemetry'),
+    'prometheus_client', 'smg_grpc_proto', 'opentelemetry', '~jax'),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }

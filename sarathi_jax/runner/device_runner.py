@@ -120,21 +120,26 @@ class DeviceRunner:
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
-      arrays = self._programs.array_shapes(self.num_pages)
-      self._kv = _init_kv(arrays.kv, self.num_pages, kv_cache.page_bytes(
-        model, config.page_size, kv_dtype, parallelism))
-      self._last_tokens, self._hidden = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-        (arrays.last_tokens, arrays.hidden))
+      self.num_stages = parallelism.pp
+      self._page_bytes = kv_cache.page_bytes(
+        model, config.page_size, kv_dtype, parallelism)
+      self._start()
       self._programs.compile(self.num_pages, on_compiled)
     self._builder = batch_lib.BatchBuilder(
       config.max_num_seqs, self._programs.pages_per_seq)
+
+  def _start(self) -> None:
+    """Makes all that steps change: the cache is zeros, nothing under way."""
+    arrays = self._programs.array_shapes(self.num_pages)
+    self._kv = _init_kv(arrays.kv, self.num_pages, self._page_bytes)
+    self._last_tokens, self._hidden = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+      (arrays.last_tokens, arrays.hidden))
     smallest = self._programs.sizes[0]
     self._nothing = _InPipeline(
       np.zeros(self._programs.layouts[smallest].size, np.int32), smallest,
       False)
-    self._stages = deque([self._nothing] * parallelism.pp, parallelism.pp)
-    self.num_stages = parallelism.pp
+    self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
     self._sampled: dict[int, jax.Array] = {}  # by step, of batches that left
 
@@ -168,12 +173,9 @@ class DeviceRunner:
     """
     if not self.has_params:
       raise errors.EngineDeadError('the weights were lost with a step')
-    lost = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      (self._kv, self._last_tokens))
-    self._kv, self._last_tokens = [], None  # freed before they are made anew
-    self._kv, self._last_tokens = jax.block_until_ready(jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lost))
+    # Freed before they are made anew.
+    self._kv, self._last_tokens, self._hidden = [], None, None
+    self._start()
 
   def update_params(self, params: Params) -> None:
     """Replaces the weights by others, live, of the same shapes and dtypes."""

@@ -45,7 +45,7 @@ def page_bytes(
 def shapes(
     model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
     page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
-  """An array of keys and one of values for each layer of a stage.
+  """The keys and the values of each layer of a stage.
 
   As ShapeDtypeStruct, laid out for attention: pages stage after stage along
   the first axis, heads along the second.
@@ -59,12 +59,11 @@ def shapes(
   one_device = jax.eval_shape(lambda: rpa.init_pages(
     num_pages, page_size, num_heads // parallelism.tp, model.head_dim, dtype,
     attention))
-  keys, values = (
-    jax.ShapeDtypeStruct(
+  layer = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
       (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]), leaf.dtype,
-      sharding=sharding)
-    for leaf in one_device)
-  return [(keys, values)] * parallelism.num_layers(model)
+      sharding=sharding), one_device)
+  return [layer] * parallelism.num_layers(model)
 
 
 def init(shapes: list[LayerKv]) -> list[LayerKv]:

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who waits, who is next, who is turned away; and how clients are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.server import admission
+from sarathi_jax.server import sarathi_pb2 as pb
+from tests.server import fake
+
+
+def _request(name: str, *, client: str = '', num_tokens: int = 1,
+             priority: int = 0) -> types.Request:
+  return types.Request(
+    request_id=name, prompt_token_ids=(1,) * num_tokens, client=client,
+    priority=priority)
+
+
+def _queue(*requests: types.Request, **limits: Any) -> admission.Queue:
+  queue = admission.Queue(admission.Limits(**limits))
+  for request in requests:
+    queue.push(request, None)
+  return queue
+
+
+def _order(queue: admission.Queue) -> str:
+  return ''.join(queue.pop().request_id for _ in range(len(queue)))
+
+
+def test_one_client_is_served_in_order_of_arrival() -> None:
+  assert _order(_queue(*map(_request, 'abc'))) == 'abc'
+
+
+def test_the_smallest_priority_goes_first() -> None:
+  assert _order(_queue(
+    _request('a'), _request('b', priority=-1), _request('c', priority=2),
+    _request('d', priority=-1), _request('e'))) == 'bdaec'
+
+
+def test_a_client_with_long_prompts_does_not_hold_up_others() -> None:
+  queue = _queue(*(_request(c, client='x', num_tokens=100) for c in 'abcd'),
+                 *(_request(c, client='y', num_tokens=10) for c in 'pqrs'))
+  assert _order(queue) == 'apqrsbcd'
+
+
+def test_output_counts_twice() -> None:
+  queue = _queue(_request('a', client='x'), _request('b', client='y'))
+  queue.charge('x', 0, 1)
+  assert _order(queue) == 'ba'
+
+
+def test_who_was_away_gets_no_credit_for_it() -> None:
+  queue = _queue(*(_request(c, client='x', num_tokens=100) for c in 'abc'))
+  queue.pop()
+  queue.pop()
+  queue.push(_request('p', client='y', num_tokens=90), None)
+  queue.push(_request('q', client='y', num_tokens=90), None)
+  assert _order(queue) in ('cpq', 'pcq')
+
+
+@hypothesis.given(st.lists(st.tuples(
+  st.sampled_from('xyz'), st.integers(1, 9), st.integers(-1, 1),
+  st.sampled_from(['push', 'push', 'pop', 'remove'])), max_size=60))
+def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
+  queue = _queue()
+  here: dict[str, types.Request] = {}
+  for i, (client, num_tokens, priority, op) in enumerate(ops):
+    if op == 'push':
+      here[str(i)] = _request(str(i), client=client, num_tokens=num_tokens,
+                              priority=priority)
+      queue.push(here[str(i)], None)
+    elif op == 'pop' and here:
+      request = queue.pop()
+      assert request.priority == min(r.priority for r in here.values())
+      del here[request.request_id]
+    elif op == 'remove':
+      name = next(iter(here), 'none')
+      assert queue.remove(name) == (here.pop(name, None) is not None)
+    assert len(queue) == len(here)
+    assert queue.num_tokens == sum(
+      len(r.prompt_token_ids) for r in here.values())
+  assert sorted(_order_ids(queue)) == sorted(here)
+  assert queue.peek() is None and not queue._lines
+
+
+def _order_ids(queue: admission.Queue) -> list[str]:
+  return [queue.pop().request_id for _ in range(len(queue))]
+
+
+def test_a_full_queue_refuses_with_a_hint() -> None:
+  queue = _queue(_request('a', num_tokens=50), max_waiting=1)
+  with pytest.raises(errors.CapacityError, match='max_waiting=1') as caught:
+    queue.push(_request('b'), 100.0)
+  assert caught.value.retry_after_s == 0.25
+  queue = _queue(_request('a', num_tokens=50), max_waiting_tokens=60)
+  with pytest.raises(errors.CapacityError, match='max_waiting_tokens=60'):
+    queue.push(_request('b', num_tokens=11), None)
+
+
+def test_a_prompt_beyond_the_token_limit_may_wait_alone() -> None:
+  queue = _queue(_request('a', num_tokens=50), max_waiting_tokens=10)
+  assert len(queue) == 1
+
+
+@pytest.mark.parametrize('field', [
+  'max_waiting', 'max_waiting_tokens', 'max_prompt_tokens', 'max_outbox'])
+def test_a_bad_limit_is_named(field: str) -> None:
+  with pytest.raises(errors.ConfigError, match=f'{field}=0'):
+    admission.Limits(**{field: 0})
+
+
+def _end(call: Any) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+  with pytest.raises(grpc.RpcError):
+    list(call)
+  return call.code(), call.details(), dict(call.trailing_metadata())
+
+
+def test_overload_is_refused_at_once_with_a_hint(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated(max_num_seqs=1, config={
+    'limits': admission.Limits(max_waiting=2)})
+  first = running.generate(token_ids=[1], sampling={'max_tokens': 3})
+  runner.let(1)
+  assert next(first).token_ids[0] == 2
+  waiting = []
+  for i in range(2):
+    waiting.append(running.generate(
+      token_ids=[10 * i], sampling={'max_tokens': 3}))
+    running.wait_until_open(2 + i)
+  code, details, trailing = _end(running.generate(token_ids=[1]))
+  assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+  assert 'max_waiting=2' in details
+  assert int(trailing['grpc-retry-pushback-ms']) > 0
+  assert int(trailing['retry-after']) > 0
+  runner.open()
+  assert [fake.take(call) for call in waiting] == [[1, 2, 3], [11, 12, 13]]
+  assert running.is_alive()
+
+
+def test_priorities_over_the_wire(gated: Callable[..., Any]) -> None:
+  running, runner = gated(max_num_seqs=1)
+  order: list[str] = []
+  add = running.engine.add
+
+  def spy(request: types.Request) -> None:
+    order.append(request.request_id)
+    add(request)
+
+  running.engine.add = spy
+  calls = {}
+  for i, (name, priority) in enumerate(
+      [('first', 0), ('late', 5), ('soon', 1), ('now', -3)]):
+    calls[name] = running.generate(
+      token_ids=[1], request_id=name, priority=priority,
+      sampling={'max_tokens': 2})
+    running.wait_until_open(i + 1)
+  runner.open()
+  for call in calls.values():
+    assert fake.take(call) == [2, 3]
+  assert order == ['first', 'now', 'soon', 'late']
+
+
+def test_what_can_not_make_its_deadline_is_refused(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated()
+  runner.open()
+  list(running.generate(token_ids=[1], sampling={'max_tokens': 3}))
+  thread = running.server.frontend.engine_thread
+  thread._step_s = 5.0  # as if a step took so long
+  code, details, _ = _end(running.generate(
+    token_ids=[1] * 20, timeout=10))  # three steps for its prompt alone
+  assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+  assert 'its prompt alone takes 15 s' in details
+  assert running.engine.metrics.num_aborted == 0
+
+
+def test_a_prompt_too_long_for_the_server_is_refused(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated(config={
+    'limits': admission.Limits(max_prompt_tokens=3)})
+  runner.open()
+  code, details, _ = _end(running.generate(token_ids=[1] * 4))
+  assert code is grpc.StatusCode.INVALID_ARGUMENT
+  assert 'max_prompt_tokens=3' in details
+  assert running.is_alive()
+
+
+def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
+  running, runner = gated(
+    max_model_len=2**17, num_pages=2**16, config={
+      'limits': admission.Limits(max_outbox=50)})
+  with grpc.insecure_channel(
+      f'127.0.0.1:{running.server.port}', options=[
+        ('grpc.use_local_subchannel_pool', 1),
+        ('grpc.http2.bdp_probe', 0),
+        ('grpc.http2.lookahead_bytes', 1024)]) as channel:
+    slow = running.stub_of(channel).Generate(pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
+        fill_context=True)))
+    runner.open()
+    fake.wait_until(lambda: running.server.frontend.num_open == 0)
+    assert running.is_alive()  # others go on, and its pages are free
+    with pytest.raises(grpc.RpcError):
+      list(slow)
+    assert slow.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert 'reads too slowly' in slow.details()
