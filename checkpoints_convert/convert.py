@@ -121,7 +121,7 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
         orbax_writer.write(staging / checkpoint.PARAMS, plan.leaves, reader,
                            progress)
       tokenizer_files.write(folder, staging)
-      _write_metadata(plan, staging)
+      checkpoint.write_metadata(staging, metadata_of(plan))
       if check:
         compare(plan, staging, reader, bar)
       _sync(staging)
@@ -236,11 +236,12 @@ def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
   return True
 
 
-def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:
+def metadata_of(plan: Plan) -> checkpoint.CheckpointMetadata:
+  """What sarathi.json says of a checkpoint."""
   generation = {}
   if (plan.folder / 'generation_config.json').is_file():
     generation = hf_config.read_json(plan.folder / 'generation_config.json')
-  metadata = checkpoint.CheckpointMetadata(
+  return checkpoint.CheckpointMetadata(
     model=plan.model,
     dtype=plan.dtype,
     eos_token_ids=_ids(generation.get('eos_token_id',
@@ -254,7 +255,6 @@ def _write_metadata(plan: Plan, folder: pathlib.Path) -> None:
       'name': plan.folder.name,
       'architecture': (plan.raw.get('architectures') or [None])[0],
     })
-  checkpoint.write_metadata(folder, metadata)
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -21,10 +21,11 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from sarathi_jax import errors
 from sarathi_jax import models
+from sarathi_jax import params_reader
 from sarathi_jax.models import config as config_lib
 
 FORMAT_VERSION = 1
@@ -240,6 +241,53 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
       raise errors.CheckpointError(
         f'{path}: {problem}, so {name} is truncated; it must be {num_bytes} '
         'bytes.')
+
+
+class Checkpoint(NamedTuple):
+  """What a model is loaded from.
+
+  Attributes:
+    metadata: what it is.
+    read: reads parts of its parameters.
+    folder: where the files of its tokenizer are.
+  """
+
+  metadata: CheckpointMetadata
+  read: params_reader.Read
+  folder: pathlib.Path
+
+
+def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
+                    convert: bool = True, bar: Bar | None = None,
+                    ) -> Checkpoint:
+  """Opens a checkpoint, ours or Hugging Face's.
+
+  Args:
+    path_or_hub_id, cache_dir, bar: see `resolve`.
+    convert: whether one of Hugging Face is converted once, into `cache_dir`;
+      else parts of its tensors are read as they are needed, and only its
+      tokenizer is kept.
+
+  Raises:
+    CheckpointError: there is none, it is damaged, or it is not supported.
+  """
+  folder = pathlib.Path(path_or_hub_id)
+  if convert or (folder / METADATA).is_file():
+    folder = resolve(path_or_hub_id, cache_dir, bar)
+    metadata = load_metadata(folder)
+    params = pathlib.Path(os.path.abspath(folder)) / PARAMS
+    _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
+    return Checkpoint(metadata, params_reader.open_params(params), folder)
+  from checkpoints_convert import direct
+  from checkpoints_convert import source
+  from checkpoints_convert import tokenizer_files
+  origin = source.locate(str(path_or_hub_id))
+  opened = direct.DirectParams(origin)
+  kept = (pathlib.Path(cache_dir) / 'tokenizers'
+          / f'{origin.name}-{_fingerprint(origin)}')
+  kept.mkdir(parents=True, exist_ok=True)
+  tokenizer_files.write(origin, kept)
+  return Checkpoint(opened.metadata, opened, kept)
 
 
 def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,

@@ -61,6 +61,10 @@ def define_engine_flags() -> None:
     'Where compiled steps and converted Hugging Face checkpoints are kept; '
     'empty: compiled steps are not kept.')
   default = config_lib.EngineConfig()
+  flags.DEFINE_bool(
+    'convert', True, 'Convert a Hugging Face checkpoint once, into '
+    '--cache_dir. --noconvert: read its tensors slice by slice at every start, '
+    'and keep no copy.')
   for name, (define, text) in _ENGINE_FLAGS.items():
     value = getattr(default, name)
     define(

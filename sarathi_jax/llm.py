@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sarathi_jax import building
@@ -115,7 +116,8 @@ class LLM:
       mesh: jax.sharding.Mesh | None = None,
       axis_names: mesh_lib.AxisNames | None = None,
       cache_dir: str | pathlib.Path | None = None,
-      model_name: str | None = None,
+      convert: bool = True, model_name: str | None = None,
+      on_loaded: OnCompiled = lambda done, total: None,
       on_compiled: OnCompiled = lambda done, total: None) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
 
@@ -124,24 +126,27 @@ class LLM:
       config: of the engine.
       mesh, axis_names: see `LLM`; None: `config.tp * config.pp` devices.
       cache_dir: where Hugging Face checkpoints are kept converted.
+      convert: False: they are not; their tensors are read slice by slice.
       model_name: for people; by default, `path` as it is given.
+      on_loaded: told of arrays that are loaded, of how many.
       on_compiled: see `LLM`.
 
     Raises:
       CheckpointError: there is none, or it is damaged or not supported.
     """
-    folder = checkpoint.resolve(
-      path, cache_dir or config_lib.default_cache_dir())
-    metadata = checkpoint.load_metadata(folder)
+    opened = checkpoint.open_checkpoint(
+      path, cache_dir or config_lib.default_cache_dir(), convert=convert)
+    metadata = opened.metadata
     config = config or config_lib.EngineConfig()
     mesh = building.make_mesh(
       metadata.model, config, users=mesh, axis_names=axis_names)
-    placed = placement.place_live(
-      metadata.model, mesh, checkpoint.restore_params(folder))
+    placed = placement.load(
+      metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
+      on_loaded=on_loaded)
     llm = object.__new__(cls)
     llm._start(
       metadata.model, placed, mesh, config, on_compiled,
-      tokenizer=tokenizer_lib.Tokenizer.from_folder(folder),
+      tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
       eos_token_ids=metadata.eos_token_ids,
       default_sampling=metadata.default_sampling,
       model_name=str(path) if model_name is None else model_name)
@@ -185,21 +190,39 @@ class LLM:
     """
     return self._run(self._requests([prompt], sampling))
 
-  def load_params(self, path: str | pathlib.Path, *,
-                  cache_dir: str | pathlib.Path | None = None) -> Params:
-    """Reads other weights of the same model, for `update_params`.
+  def open_weights(self, path: str | pathlib.Path, *,
+                   cache_dir: str | pathlib.Path | None = None,
+                   ) -> checkpoint.Checkpoint:
+    """Opens other weights of the same model, for `load_weights`.
 
     Does not touch what is served, so any thread may.
 
     Raises:
-      CheckpointError: there are none, or they are of another model.
+      CheckpointError: there are none, or they are of another model or dtype.
     """
-    folder = checkpoint.resolve(
+    opened = checkpoint.open_checkpoint(
       path, cache_dir or config_lib.default_cache_dir())
-    if checkpoint.load_metadata(folder).model != self.model:
+    if opened.metadata.model != self.model:
       raise errors.CheckpointError(
         f'{path}: is of another model than the one that is served.')
-    return checkpoint.restore_params(folder)
+    if jnp.dtype(opened.metadata.dtype) != self._dtype:
+      raise errors.CheckpointError(
+        f'{path}: is in {opened.metadata.dtype}, and {self._dtype} is served.')
+    return opened
+
+  def load_weights(self, opened: checkpoint.Checkpoint) -> None:
+    """Serves a checkpoint's weights from now on, without compiling.
+
+    They take the place of the old ones, array by array, so that there is
+    memory enough; nothing is served meanwhile. Requests under way are
+    recomputed.
+
+    Raises:
+      EngineDeadError: they can't be read; the old ones are gone.
+    """
+    with self._step():
+      self.engine.invalidate_cache()
+      self._runner.load_params(self._dtype, opened.read)
 
   @property
   def num_compiled(self) -> int:

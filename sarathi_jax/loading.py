@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import os
+import pathlib
 import time
 
 from absl import flags
@@ -36,7 +37,8 @@ def _quiet() -> Iterator[None]:
 
 
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
-             cache_dir: str | None = None, model_name: str | None = None,
+             cache_dir: str | None = None, convert: bool = True,
+             model_name: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error."""
   console = console or rich.console.Console(stderr=True)
@@ -64,11 +66,20 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       progress.update(task, description='Compiling steps', completed=done,
                       total=total, count=f'{done}/{total}')
 
-    folder = checkpoint_lib.resolve(
-      os.path.expanduser(checkpoint), os.path.expanduser(
-        cache_dir or config_lib.default_cache_dir()), converting)
+    def on_loaded(done: int, total: int) -> None:
+      progress.update(task, completed=done, total=total,
+                      count=f'{done}/{total}')
+
+    path = pathlib.Path(checkpoint).expanduser()
+    kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())
+    kept = kept.expanduser()
+    if convert:
+      path = checkpoint_lib.resolve(
+        path if path.exists() else checkpoint, kept, converting)
     llm = llm_lib.LLM.from_checkpoint(
-      folder, config=config, model_name=name, on_compiled=on_compiled)
+      path if path.exists() else checkpoint, config=config, cache_dir=kept,
+      convert=convert, model_name=name, on_loaded=on_loaded,
+      on_compiled=on_compiled)
   collect_less_garbage()
   info = llm.engine.info
   console.print(

@@ -235,7 +235,7 @@ def _start(console: rich.console.Console) -> None:
     from sarathi_jax import loading
     engine = loading.load_llm(
       FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
-      console=console).engine
+      convert=FLAGS.convert, console=console).engine
     lines = [functools.partial(
       prompt_lines.parse_line, number, text, defaults, config.seed, engine)
       for number, text in prompts]

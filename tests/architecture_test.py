@@ -40,10 +40,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.runner', 'sarathi_jax.xla_flags'),
   'sarathi_jax.models': ('pallas_kernels',),
   'sarathi_jax.runner': (
-    'sarathi_jax.models', 'sarathi_jax.engine.engine', 'pallas_kernels'),
-  'sarathi_jax.checkpoint': ('sarathi_jax.models', '~checkpoints_convert'),
+    'sarathi_jax.models', 'sarathi_jax.engine.engine',
+    'sarathi_jax.params_reader', 'pallas_kernels'),
+  'sarathi_jax.params_reader': (),
+  'sarathi_jax.checkpoint': (
+    'sarathi_jax.models', 'sarathi_jax.params_reader',
+    '~checkpoints_convert'),
   'checkpoints_convert': (
-    'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.mains'),
+    'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.mains',
+    'sarathi_jax.params_reader'),
   'sarathi_jax.deployment': ('sarathi_jax.models.config',),
   'sarathi_jax.flags': ('sarathi_jax.deployment', 'sarathi_jax.scheduler'),
   'sarathi_jax.mains': (),

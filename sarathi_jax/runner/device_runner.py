@@ -16,6 +16,7 @@ import numpy as np
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import params_reader
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
@@ -181,6 +182,11 @@ class DeviceRunner:
     """Replaces the weights by others, live, of the same shapes and dtypes."""
     self._leaves = jax.tree.leaves(placement.place_live(
       self._model, self.mesh, params, self._leaves))
+
+  def load_params(self, dtype: Any, read: params_reader.Read) -> None:
+    """Replaces the weights by those that `read` reads."""
+    self._leaves = jax.tree.leaves(placement.load(
+      self._model, self.mesh, dtype, read, old=self._leaves))
 
   def _step(self, entering: _InPipeline) -> None:
     """Runs one step: what enters at the first stage, the rest one further."""

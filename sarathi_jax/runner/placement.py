@@ -23,14 +23,13 @@ from jax.sharding import Sharding
 import numpy as np
 
 from sarathi_jax import models
+from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import spec
 from sarathi_jax.runner import mesh as mesh_lib
 
 Params = Any  # a pytree of arrays
-Slices = tuple[slice, ...]
-# Reads a part of a parameter by its name, such as 'layers.3.attn.q'.
-Read = Callable[[str, Slices], np.ndarray]
+OnLoaded = Callable[[int, int], None]  # (arrays loaded, of how many)
 
 # Name of a parameter's axis -> the axes of the mesh it is split over.
 _SPLIT: Mapping[str | None, Any] = {
@@ -121,8 +120,8 @@ def bytes_of(tree: Any) -> int:
 
 
 def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
-         read: Read, on_loaded: Callable[[int, int], None],
-         ) -> Params:
+         read: params_reader.Read, *, old: list[Any] | None = None,
+         on_loaded: OnLoaded = lambda done, total: None) -> Params:
   """Reads each device's part of the parameters straight onto it.
 
   A host reads what its own devices need, and has two parts in memory at once.
@@ -131,27 +130,32 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
     model, mesh: what, and where to.
     dtype: of the parameters, as `read` gives them.
     read: reads them, from several threads.
+    old: leaves that these replace; each is forgotten before its successor is
+      read.
     on_loaded: told of arrays done, and of how many.
   """
   leaves, treedef = jax.tree.flatten(places(model, mesh))
   done = 0
 
-  def one(place: Place) -> jax.Array:
+  def one(i: int) -> jax.Array:
+    place = leaves[i]
+    if old is not None:
+      old[i] = None
     return jax.block_until_ready(jax.make_array_from_callback(
       place.global_shape, place.sharding,
       functools.partial(_read_part, place, read, dtype), dtype=dtype))
 
   arrays = []
   with futures.ThreadPoolExecutor(_NUM_READERS) as pool:
-    for array in pool.map(one, leaves):
+    for array in pool.map(one, range(len(leaves))):
       arrays.append(array)
       done += 1
       on_loaded(done, len(leaves))
   return jax.tree.unflatten(treedef, arrays)
 
 
-def _read_part(place: Place, read: Read, dtype: Any,
-               index: Slices | None) -> np.ndarray:
+def _read_part(place: Place, read: params_reader.Read, dtype: Any,
+               index: params_reader.Slices | None) -> np.ndarray:
   """What of an array on the mesh belongs at `index` of it."""
   assert index is not None
   source = place.sources[0]

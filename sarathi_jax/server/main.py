@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     from sarathi_jax import loading
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
-      model_name=FLAGS.served_model_name)
+      convert=FLAGS.convert, model_name=FLAGS.served_model_name)
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
@@ -83,9 +83,9 @@ def main(argv: list[str]) -> None:
     return jax.profiler
 
   serve(config, make_engine, control_v1.Hooks(
-    load_weights=lambda path: llm().load_params(
+    load_weights=lambda path: llm().open_weights(
       path, cache_dir=FLAGS.cache_dir),
-    update_weights=lambda params: llm().update_params(params),
+    update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
     num_compiled=lambda: llm().num_compiled))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a Hugging Face checkpoint as if it were converted, writing nothing.
+
+A part of a parameter is computed from slices of its tensors whenever it is
+asked for: more work at each start, and no second copy on a disk.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from checkpoints_convert import convert
+from checkpoints_convert import safetensors_reader
+from checkpoints_convert import transforms
+from sarathi_jax import checkpoint
+from sarathi_jax import params_reader
+
+_BLOCK_BYTES = 16 * 2**20  # of a tensor's rows in memory at once
+
+
+class DirectParams:
+  """A `params_reader.Read` of a Hugging Face checkpoint.
+
+  Args:
+    folder: of the checkpoint.
+    dtype: of the parameters; None for what most of the checkpoint is in.
+
+  Raises:
+    CheckpointError: something about it is not known, or missing.
+
+  Attributes:
+    metadata: what sarathi.json would say.
+  """
+
+  def __init__(self, folder: pathlib.Path, dtype: str | None = None) -> None:
+    self._reader = safetensors_reader.Reader(folder)
+    try:
+      plan = convert.make_plan(folder, self._reader, dtype)
+      self.metadata: checkpoint.CheckpointMetadata = convert.metadata_of(plan)
+    except BaseException:
+      self._reader.close()
+      raise
+    self._leaves = {leaf.path: leaf for leaf in plan.all_leaves()}
+
+  def __call__(self, name: str, index: params_reader.Slices) -> np.ndarray:
+    leaf = self._leaves[name]
+    spans = [range(*s.indices(size))
+             for s, size in zip(index, leaf.shape, strict=True)]
+    part = np.empty(tuple(map(len, spans)), leaf.dtype)
+    if not leaf.stacked:
+      self._fill(part, leaf, leaf.parts[0], spans)
+      return part
+    for expert, one in zip(spans[0], part, strict=True):
+      self._fill(one, leaf, leaf.parts[expert], spans[1:])
+    return part
+
+  def close(self) -> None:
+    self._reader.close()
+
+  def _fill(self, result: np.ndarray, leaf: transforms.Leaf,
+            part: transforms.Part, spans: list[range]) -> None:
+    """Sets `result` to the spans of one part, some rows at a time."""
+    if part.transpose:
+      result, spans = result.T, spans[::-1]
+    rows, *rest = spans
+    tensor = part.tensor
+    row_bytes = (np.prod(tensor.shape[1:], dtype=int)
+                 * tensor.numpy_dtype.itemsize)
+    step = max(1, _BLOCK_BYTES // max(1, int(row_bytes)))
+    columns = tuple(slice(span.start, span.stop) for span in rest)
+    for start in range(rows.start, rows.stop, step):
+      stop = min(start + step, rows.stop)
+      block = np.empty((stop - start, *tensor.shape[1:]), tensor.numpy_dtype)
+      part.read(self._reader, start, block)
+      result[start - rows.start:stop - rows.start] = transforms.cast(
+        block[(slice(None), *columns)], leaf.dtype, tensor.name)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads parts of a converted checkpoint's parameters. Loads no JAX.
+
+A device of a mesh needs some rows or columns of each parameter. What our
+converter writes are arrays without compression, a file a chunk, so a part is
+mapped from its files and nothing else is read. tensorstore, which reads whole
+chunks, does it for checkpoints that somebody else wrote with orbax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sarathi_jax import errors
+
+Slices = tuple[slice, ...]
+# A part of a parameter by its name, such as 'layers.3.attn.q'. For threads.
+Read = Callable[[str, Slices], np.ndarray]
+
+_DTYPES = {'bfloat16': np.dtype(ml_dtypes.bfloat16)}  # NumPy knows the others.
+
+
+def open_params(folder: pathlib.Path) -> Read:
+  """A reader of the parameters in an orbax checkpoint's folder.
+
+  What it raises: CheckpointError, if a parameter can not be read.
+  """
+  if (folder / 'manifest.ocdbt').exists():
+    kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/'}
+    return functools.partial(_read_by_tensorstore, kvstore)
+  return functools.partial(_read, folder)
+
+
+def _read(folder: pathlib.Path, name: str, index: Slices) -> np.ndarray:
+  array = folder / name
+  try:
+    stored = json.loads((array / '.zarray').read_bytes())
+    if stored.get('compressor') is not None or stored.get('order') != 'C':
+      return _read_by_tensorstore(
+        {'driver': 'file', 'path': f'{folder}/'}, name, index)
+    return _map(array, stored, index)
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.CheckpointError(f'{array}: can not be read: {e}') from e
+
+
+def _map(array: pathlib.Path, stored: dict[str, Any],
+         index: Slices) -> np.ndarray:
+  dtype = _DTYPES.get(stored['dtype']) or np.dtype(stored['dtype'])
+  chunks = tuple(stored['chunks'])
+  wanted = [range(*s.indices(size))
+            for s, size in zip(index, stored['shape'], strict=True)]
+  part = np.empty(tuple(map(len, wanted)), dtype)
+  if not part.size:
+    return part
+  per_axis = [list(_overlaps(span, size))
+              for span, size in zip(wanted, chunks, strict=True)]
+  for pieces in itertools.product(*per_axis):
+    name = '.'.join(str(number) for number, _, _ in pieces)
+    chunk = np.memmap(array / name, dtype, 'r', shape=chunks)
+    part[tuple(to for _, _, to in pieces)] = (
+      chunk[tuple(of for _, of, _ in pieces)])
+  return part
+
+
+def _overlaps(wanted: range, size: int) -> Iterator[tuple[int, slice, slice]]:
+  """The chunks of an axis that hold a span: number, from where, to where."""
+  for number in range(wanted.start // size, (wanted.stop - 1) // size + 1):
+    first = number * size
+    start, stop = max(wanted.start, first), min(wanted.stop, first + size)
+    yield (number, slice(start - first, stop - first),
+           slice(start - wanted.start, stop - wanted.start))
+
+
+def _read_by_tensorstore(kvstore: dict[str, Any], name: str,
+                         index: Sequence[slice]) -> np.ndarray:
+  import tensorstore as ts
+  for driver in ('zarr', 'zarr3'):
+    try:
+      array = ts.open({
+        'driver': driver, 'fill_missing_data_reads': False,
+        'kvstore': {**kvstore, 'path': f'{kvstore.get("path", "")}{name}/'},
+      }, open=True, read=True).result()
+      values: np.ndarray = array[tuple(index)].read().result()
+    except ValueError as e:  # what tensorstore raises for everything
+      problem = e
+    else:
+      return values
+  raise errors.CheckpointError(f'{name}: can not be read: {problem}')
