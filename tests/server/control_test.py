@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import gzip
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -176,7 +177,7 @@ def test_a_profile_that_is_cancelled_ends(
 def _check_trace(events: list[dict[str, Any]], num_tokens: int) -> None:
   steps = [e for e in events if e.get('cat') == 'step']
   assert sum(e['args']['tokens'] for e in steps) >= num_tokens
-  for before, after in zip(steps, steps[1:], strict=False):
+  for before, after in itertools.pairwise(steps):
     assert before['ts'] + before['dur'] <= after['ts'] + after['dur']
   spans = [e for e in events if e.get('cat') == 'request']
   assert {e['name'] for e in spans} == {'r', 'queued', 'prefill', 'decode'}

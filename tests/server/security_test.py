@@ -50,10 +50,8 @@ def guarded(tokens: pathlib.Path) -> Iterator[fake.RunningServer]:
 
 
 def _code(call: Any) -> grpc.StatusCode:
-  try:
+  with contextlib.suppress(grpc.RpcError):
     list(call)
-  except grpc.RpcError:
-    pass
   return call.code()
 
 
