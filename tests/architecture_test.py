@@ -73,6 +73,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax', 'sarathi_jax.engine', 'sarathi_jax.flags',
     'sarathi_jax.mains', 'sarathi_jax.scheduler', '~sarathi_jax.loading'),
   'sarathi_jax.client': ('sarathi_jax.mains', 'sarathi_jax.server'),
+  'sarathi_jax.top': ('sarathi_jax.mains', 'sarathi_jax.server'),
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.
   'sarathi_jax.quickstart': ('sarathi_jax', 'sarathi_jax.models'),
   'sarathi_jax.benchmarks': ANY,
@@ -98,6 +99,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
     'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
     'prometheus_client', 'smg_grpc_proto', 'opentelemetry', '~jax'),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
+  'sarathi_jax.top': ('absl', 'grpc', 'rich'),
   'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }
 WITHOUT_JAX = (

@@ -32,18 +32,24 @@ class Limits:
     max_waiting_tokens: tokens of their prompts; None for any number.
     max_prompt_tokens: of one prompt; None for what the model takes.
     max_outbox: pieces of output that may wait for one slow client.
+    stream_interval_ms: the least time between two messages of a stream; what
+      comes between is merged. 0: a message a step, unless the client or the
+      server is slower. Most of a token's cost is its message.
   """
 
   max_waiting: int = 1024
   max_waiting_tokens: int | None = None
   max_prompt_tokens: int | None = None
   max_outbox: int = 4096
+  stream_interval_ms: int = 0
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if value is not None and value < 1:
-        raise errors.ConfigError(f'{field.name}={value!r}: must be >= 1.')
+      least = 0 if field.name == 'stream_interval_ms' else 1
+      if value is not None and value < least:
+        raise errors.ConfigError(
+          f'{field.name}={value!r}: must be >= {least}.')
 
 
 class Queue:

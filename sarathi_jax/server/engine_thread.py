@@ -119,7 +119,9 @@ class EngineThread:
       EngineDeadError: the engine has stopped.
       InvalidRequestError: a request of its id is running or waiting.
     """
-    stream = outbox.Stream(request, self._close, self._limits.max_outbox)
+    stream = outbox.Stream(
+      request, self._close, self._limits.max_outbox,
+      self._limits.stream_interval_ms / 1e3)
     with self._wakeup:
       gone = self._is_gone()
       if gone is None:

@@ -58,6 +58,8 @@ _LIMITS: dict[str, str] = {
   'max_waiting_tokens': 'The most tokens of prompts that wait.',
   'max_prompt_tokens': 'The most tokens of one prompt.',
   'max_outbox': 'Pieces of output that may wait for a slow client.',
+  'stream_interval_ms': 'The least time between two messages of a stream; '
+                        'tokens between are merged, which costs less.',
 }
 _TLS: dict[str, str] = {
   'tls_cert': 'Our certificate, PEM.',

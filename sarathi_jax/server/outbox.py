@@ -26,16 +26,20 @@ class Stream:
     max_waiting: deltas that may wait for the reader; with one more the
       request is aborted, and the reader's task cancelled, as it may be stuck
       in a write: see `raise_overflow`.
+    interval_s: the least time between two of its deltas.
   """
 
   def __init__(self, request: types.Request,
                abandon: Callable[[Stream], None],
-               max_waiting: int = 1 << 30) -> None:
+               max_waiting: int = 1 << 30,
+               interval_s: float = 0.0) -> None:
     self.request = request
     self.num_tokens = 0  # that the reader took
     self.last: types.OutputDelta | None = None  # the last one that it took
     self._abandon = abandon
     self._max_waiting = max_waiting
+    self._interval_s = interval_s
+    self._not_before = 0.0
     self._deltas: list[types.OutputDelta] = []
     self._error: Exception | None = None
     self._waiter: asyncio.Future[None] | None = None
@@ -62,6 +66,10 @@ class Stream:
   async def __anext__(self) -> types.OutputDelta:
     if self._ended:
       raise StopAsyncIteration
+    if self._interval_s:
+      loop = asyncio.get_running_loop()
+      await asyncio.sleep(max(self._not_before - loop.time(), 0))
+      self._not_before = loop.time() + self._interval_s
     if not self._deltas and self._error is None:
       self._reader = asyncio.current_task()
       self._waiter = asyncio.get_running_loop().create_future()

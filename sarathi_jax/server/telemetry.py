@@ -14,6 +14,7 @@ from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend
 from sarathi_jax.server import metrics
 from sarathi_jax.server import request_log
+from sarathi_jax.server import spans
 from sarathi_jax.server import trace_file
 
 Observer = Callable[[frontend.Ended], None]
@@ -51,6 +52,10 @@ class Telemetry:
           f'{error.strerror}.') from error
       self._closers.append(file.close)
       self._trace = trace.ChromeTrace(file.emit)
+    if config.otlp_endpoint is not None:
+      otlp = spans.Spans(config.otlp_endpoint)
+      self._closers.append(otlp.stop)
+      observers.append(otlp)
     self._collector: metrics.Collector | None = None
     if config.metrics_port is not None:
       self._collector = metrics.Collector(
