@@ -35,6 +35,9 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'short_prompt_share': (
     flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
     'leaves to shorter ones behind it.'),
+  'kv_cache_dtype': (
+    flags.DEFINE_string, 'Of the KV cache: '
+    f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
   'attention': (flags.DEFINE_string, 'Implementation of attention.'),
   'tp': (flags.DEFINE_integer,
          'Tensor parallelism: devices that share each layer.'),
