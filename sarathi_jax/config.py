@@ -14,6 +14,8 @@ from typing import Any
 
 from sarathi_jax import errors
 
+KV_CACHE_DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8', 'fp8')
+
 
 def _is_int(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
@@ -54,6 +56,9 @@ class EngineConfig:
     look_ahead: launch a step before the one before it was fetched.
     short_prompt_share: the part of a step's prefill tokens that a prompt
       leaves to the prompts behind it, in [0, 1).
+    kv_cache_dtype: 'auto' for the weights' ('float32' on a CPU), 'float32',
+      'bfloat16' or 'float16'; 'int8' or 'fp8' (e4m3) for half the memory or
+      less, with a scale for each token and head.
     attention: an implementation of ragged_paged_attention; None picks one.
     tp: tensor parallelism: devices that share each layer.
     pp: pipeline parallelism: stages, of tp devices each.
@@ -72,6 +77,7 @@ class EngineConfig:
   memory_utilization: float = 0.9
   look_ahead: bool = True
   short_prompt_share: float = 0.25
+  kv_cache_dtype: str = 'auto'
   attention: str | None = None
   tp: int = 1
   pp: int = 1
@@ -100,6 +106,9 @@ class EngineConfig:
     check(_is_real(self.short_prompt_share)
           and 0 <= self.short_prompt_share < 1, 'short_prompt_share',
           self.short_prompt_share, 'must be in [0, 1)')
+    check(self.kv_cache_dtype in KV_CACHE_DTYPES, 'kv_cache_dtype',
+          self.kv_cache_dtype,
+          f'must be one of {", ".join(KV_CACHE_DTYPES)}')
     check(isinstance(self.look_ahead, bool), 'look_ahead', self.look_ahead,
           'must be true or false')
     check(_is_int(self.seed) and 0 <= self.seed < 2**31, 'seed', self.seed,

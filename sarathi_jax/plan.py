@@ -49,15 +49,17 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   import jax.numpy as jnp
 
   from sarathi_jax import building
+  from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
   dtype = jnp.dtype(jnp.float32)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
   mesh = building.make_mesh(model, config)
   programs = building.step_programs(
-    model, mesh, config, dtype=dtype, kv_dtype=dtype)
+    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype)
 
   def plan(temporaries: int) -> memory.MemoryPlan:
     return memory.plan(
-      model, config, mesh, programs, dtype=dtype, kv_dtype=dtype,
+      model, config, mesh, programs, dtype=dtype, kv_dtype=kv_dtype,
       temporaries=temporaries, device_bytes=None)
 
   pages = plan(0).num_pages or programs.pages_per_seq

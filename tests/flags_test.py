@@ -24,7 +24,7 @@ VALUES = dict(
   policy='vllm', token_budget=256, max_num_seqs=64, max_model_len=100,
   page_size=16, num_pages=99, kv_cache_gib=0.5, memory_utilization=0.5,
   look_ahead=False, short_prompt_share=0.5, attention='xla', tp=2,
-  pp=4, seed=9)
+  pp=4, seed=9, kv_cache_dtype='int8')
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -70,7 +70,8 @@ def expected(name: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def make_runner(name: str, tp: int, pp: int, token_budget: int = MAX_SEQS,
-                attention: str = 'xla') -> device_runner.DeviceRunner:
+                attention: str = 'xla', kv_cache_dtype: str = 'auto',
+                ) -> device_runner.DeviceRunner:
   """One program, or two, of 8 and 16 tokens, which meet in the pipeline."""
   model = MODELS[name]
   parallelism = parallel.Parallelism(tp=tp, pp=pp)
@@ -80,17 +81,23 @@ def make_runner(name: str, tp: int, pp: int, token_budget: int = MAX_SEQS,
     model, placement.place_live(model, mesh, make_params(name)), mesh,
     config_lib.EngineConfig(
       token_budget=token_budget, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
-      num_pages=PLENTY, attention=attention),
+      num_pages=PLENTY, attention=attention, kv_cache_dtype=kv_cache_dtype),
     lambda max_model_len: token_budget)
 
 
-def check(name: str, runner: device_runner.DeviceRunner, *, num_pages: int,
-          look_ahead: bool, token_budget: int = MAX_SEQS) -> None:
-  got, stats = naive.run_engine(
+def run(runner: device_runner.DeviceRunner, *, num_pages: int,
+        look_ahead: bool, token_budget: int = MAX_SEQS) -> Any:
+  return naive.run_engine(
     runner, requests(), vocab_size=_SIZES['vocab_size'],
     token_budget=token_budget, max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN,
     page_size=PAGE_SIZE, num_pages=num_pages, look_ahead=look_ahead,
     num_stages=runner.num_stages)
+
+
+def check(name: str, runner: device_runner.DeviceRunner, *, num_pages: int,
+          look_ahead: bool, token_budget: int = MAX_SEQS) -> None:
+  got, stats = run(runner, num_pages=num_pages, look_ahead=look_ahead,
+                   token_budget=token_budget)
   naive.assert_same(got, expected(name))
   assert (stats.num_preemptions > 0) == (num_pages == SCARCE)
 
@@ -113,6 +120,14 @@ def test_every_family_runs_on_a_mesh(name, tp, pp):
 def test_the_kernel_runs_on_a_mesh():
   runner = make_runner('qwen', 2, 2, attention='pallas_triton')
   check('qwen', runner, num_pages=PLENTY, look_ahead=True)
+
+
+def test_a_quantized_cache_is_shared_out():
+  """Scales lie with their heads and pages."""
+  alone, together = (
+    run(make_runner('qwen', tp, pp, kv_cache_dtype='int8'), num_pages=PLENTY,
+        look_ahead=True)[0] for tp, pp in ((1, 1), (2, 2)))
+  naive.assert_same(together, alone)
 
 
 def test_a_part_that_is_wrong_is_noticed():

@@ -22,6 +22,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import memory as memory_lib
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import programs as programs_lib
@@ -77,16 +78,17 @@ def check(name: str, model: model_config_lib.ModelConfig,
   parallelism = parallel.Parallelism(tp=config.tp, pp=config.pp)
   parallelism.check(model)
   target = gpu_targets.get(device)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, _DTYPE, 'gpu')
   mesh = mesh_lib.make(
     parallelism, compiler.devices_for(device, parallelism.num_devices))
   with compiler.on(device):
     programs = building.step_programs(
       model, mesh, dataclasses.replace(config, attention='pallas_triton'),
-      dtype=_DTYPE, kv_dtype=_DTYPE)
+      dtype=_DTYPE, kv_dtype=kv_dtype)
 
     def plan(temporaries: int) -> memory_lib.MemoryPlan:
       return memory_lib.plan(
-        model, config, mesh, programs, dtype=_DTYPE, kv_dtype=_DTYPE,
+        model, config, mesh, programs, dtype=_DTYPE, kv_dtype=kv_dtype,
         temporaries=temporaries,
         device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
 

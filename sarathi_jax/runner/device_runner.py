@@ -88,7 +88,8 @@ class DeviceRunner:
     devices = [d for d in mesh.devices.flat
                if d.process_index == jax.process_index()]
     dtype = self._leaves[0].dtype
-    kv_dtype = kv_cache.dtype_on(devices[0], dtype)
+    kv_dtype = kv_cache.choose_dtype(
+      config.kv_cache_dtype, dtype, devices[0].platform)
     context = config.max_model_len or model.context_len
     # The reference is a loop in Python, for tests of the others.
     known = [name for name in rpa.IMPLEMENTATIONS if name != 'reference']

@@ -24,13 +24,19 @@ CPU_DEFAULT_GIB = 1.0
 LayerKv = tuple[Any, Any]  # trees of arrays: pages of keys, of values
 
 
-def dtype_on(device: Any, dtype: Any) -> Any:
-  """The cache's dtype for weights of `dtype`.
+_NAMES = {'fp8': 'float8_e4m3fn'}  # others are NumPy's
 
-  XLA's CPU backend has no 16-bit floats: to move a few numbers of the cache,
-  each step would convert all of it to float32 and back.
+
+def choose_dtype(name: str, dtype: Any, platform: str) -> Any:
+  """The cache's dtype; `name` is `config.kv_cache_dtype`.
+
+  'auto' is that of the weights, `dtype`, but for CPUs. XLA has no 16-bit
+  floats there: to move a few numbers of the cache, each step would convert
+  all of it to float32 and back.
   """
-  return jnp.dtype(jnp.float32 if device.platform == 'cpu' else dtype)
+  if name == 'auto':
+    name = 'float32' if platform == 'cpu' else jnp.dtype(dtype).name
+  return jnp.dtype(_NAMES.get(name, name))
 
 
 def page_bytes(
@@ -38,14 +44,20 @@ def page_bytes(
     parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
   """Bytes that one page takes of a device: keys and values of its layers."""
   num_heads = parallelism.num_kv_heads(model) // parallelism.tp
-  per_token = 2 * parallelism.num_layers(model) * num_heads * model.head_dim
-  return per_token * page_size * jnp.dtype(dtype).itemsize
+  pages = jax.eval_shape(lambda: rpa.init_pages(
+    1, page_size, num_heads, model.head_dim, dtype, 'xla'))
+  return parallelism.num_layers(model) * sum(
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages))
 
 
 def shapes(
     model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
     page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
+<<<<<<< HEAD
   """The keys and the values of each layer of a stage.
+=======
+  """Pages of keys and of values for each layer of a stage.
+>>>>>>> issue3
 
   As ShapeDtypeStruct, laid out for attention: pages stage after stage along
   the first axis, heads along the second.
@@ -59,7 +71,11 @@ def shapes(
   one_device = jax.eval_shape(lambda: rpa.init_pages(
     num_pages, page_size, num_heads // parallelism.tp, model.head_dim, dtype,
     attention))
+<<<<<<< HEAD
   layer = jax.tree.map(
+=======
+  layer: LayerKv = jax.tree.map(
+>>>>>>> issue3
     lambda leaf: jax.ShapeDtypeStruct(
       (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]), leaf.dtype,
       sharding=sharding), one_device)
@@ -108,6 +124,15 @@ def choose_num_pages(
     free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'
   per_seq = math.ceil(max_model_len / config.page_size)
   most = config.num_pages or per_seq * config.max_num_seqs
+  limit = rpa.most_pages(
+    config.page_size, parallelism.num_kv_heads(model) // parallelism.tp,
+    model.head_dim, dtype)
+  if limit is not None:
+    config_lib.check(
+      (config.num_pages or 0) <= limit, 'num_pages', config.num_pages,
+      f'must be at most {limit} for a cache of {jnp.dtype(dtype)}: the bytes '
+      'of one layer\'s keys are counted in int32')
+    most = min(most, limit)
   num_pages = int(min(free, most * size) // size)
   needed = 1 if config.max_model_len is None else per_seq
   if num_pages < needed:

@@ -178,7 +178,7 @@ def _attend_to_pages(
     b: batch_lib.BatchArrays, stage: Any, row: Array, is_real: Array,
     positions: Array) -> Any:
   """A `models.Attend`: writes keys and values to pages, and reads those."""
-  num_slots = kv[0][0].shape[0] * spec.page_size
+  num_slots = jax.tree.leaves(kv)[0].shape[0] * spec.page_size
   slot_mapping = jnp.where(
     is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
     + positions % spec.page_size, num_slots)
@@ -187,8 +187,8 @@ def _attend_to_pages(
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
              scale: float, window: tuple[int | None, ...],
              ) -> tuple[Array, Any]:
-    # The cache may have a dtype of its own, see `kv_cache.dtype_on`.
-    q_kv, k, v = (x.astype(layer_kv[0].dtype) for x in (q, k, v))
+    # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
+    q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
 
     def within(window: int | None) -> Array:
