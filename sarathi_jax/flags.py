@@ -40,15 +40,11 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'short_prompt_share': (
     flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
     'leaves to shorter ones behind it.'),
-<<<<<<< HEAD
-  'attention': (flags.DEFINE_string,
-                'Implementation of attention. Default: the fastest here.'),
-=======
   'kv_cache_dtype': (
     flags.DEFINE_string, 'Of the KV cache: '
     f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
-  'attention': (flags.DEFINE_string, 'Implementation of attention.'),
->>>>>>> issue3
+  'attention': (flags.DEFINE_string,
+                'Implementation of attention. Default: the fastest here.'),
   'tp': (flags.DEFINE_integer,
          'Tensor parallelism: devices that share each layer.'),
   'pp': (flags.DEFINE_integer,

@@ -53,11 +53,7 @@ def page_bytes(
 def shapes(
     model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
     page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
-<<<<<<< HEAD
-  """The keys and the values of each layer of a stage.
-=======
   """Pages of keys and of values for each layer of a stage.
->>>>>>> issue3
 
   As ShapeDtypeStruct, laid out for attention: pages stage after stage along
   the first axis, heads along the second.
@@ -71,11 +67,7 @@ def shapes(
   one_device = jax.eval_shape(lambda: rpa.init_pages(
     num_pages, page_size, num_heads // parallelism.tp, model.head_dim, dtype,
     attention))
-<<<<<<< HEAD
-  layer = jax.tree.map(
-=======
   layer: LayerKv = jax.tree.map(
->>>>>>> issue3
     lambda leaf: jax.ShapeDtypeStruct(
       (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]), leaf.dtype,
       sharding=sharding), one_device)
