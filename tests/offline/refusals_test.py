@@ -74,3 +74,14 @@ def test_a_config_that_does_not_fit_the_model(cold, flags, words):
   error = cold.fails(*flags)
   for word in words:
     assert word in error
+
+
+def test_a_conversion_is_told_and_done_once(cold, hugging_face):
+  """Even where the run fails after it."""
+  cold.write(GOOD)
+  flags = (f'--checkpoint={hugging_face}', f'--cache_dir={cold.folder}/cache',
+           '--max_model_len=999')
+  told = f'Converting {hugging_face} (once) ...\n'
+  assert told in cold(*flags)[1]
+  code, seen = cold(*flags)
+  assert code == 1 and told not in seen and 'max_model_len=999' in seen
