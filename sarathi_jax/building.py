@@ -22,6 +22,7 @@ from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import hosts
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import programs as programs_lib
 
@@ -133,7 +134,7 @@ def step_programs(
 def build_runner(
     model: model_config_lib.ModelConfig, params: Params, mesh: Mesh,
     config: config_lib.EngineConfig, on_compiled: OnCompiled,
-) -> device_runner.DeviceRunner:
+    leader: hosts.Leader | None = None) -> device_runner.DeviceRunner:
   """A runner, compiled.
 
   Args:
@@ -142,6 +143,7 @@ def build_runner(
     mesh: of `make_mesh`.
     config: of the engine.
     on_compiled: told of the progress.
+    leader: see `device_runner.DeviceRunner`.
 
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
@@ -151,7 +153,7 @@ def build_runner(
   return device_runner.DeviceRunner(
     model, params, mesh, config,
     lambda max_model_len: max_step_tokens(config, model, max_model_len),
-    on_compiled)
+    on_compiled, leader)
 
 
 def build_engine(

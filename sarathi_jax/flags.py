@@ -68,10 +68,37 @@ def define_engine_flags() -> None:
     'convert', True, 'Convert a Hugging Face checkpoint once, into '
     '--cache_dir. --noconvert: read its tensors slice by slice at every start, '
     'and keep no copy.')
+  flags.DEFINE_bool(
+    'distributed', False, 'Run as one of several processes, one a host, that '
+    'share a model. What the next three do not say is detected, under SLURM, '
+    'Open MPI and Kubernetes.')
+  flags.DEFINE_string(
+    'coordinator_address', None,
+    'HOST:PORT where the first of several processes lets the others join it.')
+  flags.DEFINE_integer('num_processes', None, 'Of them, how many.', 1)
+  flags.DEFINE_integer(
+    'process_id', None, 'Of them, which; 0 schedules, and serves.', 0)
   for name, (define, text) in _ENGINE_FLAGS.items():
     value = getattr(default, name)
     define(
       name, None, text if value is None else f'{text} Default: {value}.')
+
+
+def processes_from_flags() -> dict[str, Any] | None:
+  """Arguments of `runner.hosts.start`; None for a single process.
+
+  Raises:
+    ConfigError: they can't be.
+  """
+  names = ('coordinator_address', 'num_processes', 'process_id')
+  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  if not FLAGS.distributed and given == dict.fromkeys(names):
+    return None
+  process, count = given['process_id'], given['num_processes']
+  config_lib.check(
+    process is None or count is None or process < count, 'process_id',
+    process, f'must be below num_processes={count}')
+  return given
 
 
 def engine_config_from_flags() -> config_lib.EngineConfig:

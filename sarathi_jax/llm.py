@@ -24,6 +24,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import collector
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import hosts
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
@@ -98,11 +99,13 @@ class LLM:
 
   def _start(self, model: model_config_lib.ModelConfig, placed: Params,
              mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
-             on_compiled: OnCompiled, **engine: Any) -> None:
+             on_compiled: OnCompiled, leader: hosts.Leader | None = None,
+             **engine: Any) -> None:
     """What is left to do once the weights are where they are to be."""
     self.model = model
+    self._leader = leader
     self._runner = building.build_runner(
-      model, placed, mesh, config, on_compiled)
+      model, placed, mesh, config, on_compiled, leader)
     self.engine = building.build_engine(model, self._runner, config, **engine)
     self._dtype = jax.tree.leaves(placed)[0].dtype
     self._ids = itertools.count()
@@ -117,6 +120,7 @@ class LLM:
       axis_names: mesh_lib.AxisNames | None = None,
       cache_dir: str | pathlib.Path | None = None,
       convert: bool = True, model_name: str | None = None,
+      leader: hosts.Leader | None = None,
       on_loaded: OnCompiled = lambda done, total: None,
       on_compiled: OnCompiled = lambda done, total: None) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
@@ -128,6 +132,8 @@ class LLM:
       cache_dir: where Hugging Face checkpoints are kept converted.
       convert: False: they are not; their tensors are read slice by slice.
       model_name: for people; by default, `path` as it is given.
+      leader: of several processes, the first one's end of what connects
+        them; see `runner.hosts`.
       on_loaded: told of arrays that are loaded, of how many.
       on_compiled: see `LLM`.
 
@@ -145,7 +151,7 @@ class LLM:
       on_loaded=on_loaded)
     llm = object.__new__(cls)
     llm._start(
-      metadata.model, placed, mesh, config, on_compiled,
+      metadata.model, placed, mesh, config, on_compiled, leader,
       tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
       eos_token_ids=metadata.eos_token_ids,
       default_sampling=metadata.default_sampling,
@@ -220,6 +226,10 @@ class LLM:
     Raises:
       EngineDeadError: they can't be read; the old ones are gone.
     """
+    if self._leader is not None:
+      raise errors.UnsupportedError(
+        'weights: can\'t be replaced while several hosts serve them; start '
+        'anew.')
     with self._step():
       self.engine.invalidate_cache()
       self._runner.load_params(self._dtype, opened.read)
@@ -228,6 +238,10 @@ class LLM:
   def num_compiled(self) -> int:
     """Programs that were compiled for steps, all before the first request."""
     return self._runner.num_programs
+
+  def follow(self, follower: hosts.Follower) -> None:
+    """Computes with another process, which schedules, until it ends."""
+    self._runner.follow(follower.steps())
 
   def update_params(self, params: Params) -> None:
     """Serves new weights from now on, without compiling.

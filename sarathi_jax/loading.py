@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import atexit
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import gc
 import os
 import pathlib
+import sys
 import time
+from typing import Any
 
 from absl import flags
 from absl import logging
@@ -20,8 +23,10 @@ import rich.progress
 
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import xla_flags
+from sarathi_jax.runner import hosts
 
 
 @contextlib.contextmanager
@@ -38,13 +43,20 @@ def _quiet() -> Iterator[None]:
 
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              cache_dir: str | None = None, convert: bool = True,
+             leader: hosts.Leader | None = None,
              model_name: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
-  """`LLM.from_checkpoint` with a progress bar on standard error."""
+  """`LLM.from_checkpoint` with a progress bar on standard error.
+
+  Args:
+    checkpoint, config, cache_dir, convert, model_name: see there.
+    leader: of `join`.
+    console: where to show it.
+  """
   console = console or rich.console.Console(stderr=True)
+  xla_flags.set_environment(os.environ)
   name = model_name or checkpoint
   start = time.monotonic()
-  xla_flags.set_environment(os.environ)
   with _quiet(), rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
       rich.progress.BarColumn(),
@@ -78,7 +90,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
         path if path.exists() else checkpoint, kept, converting)
     llm = llm_lib.LLM.from_checkpoint(
       path if path.exists() else checkpoint, config=config, cache_dir=kept,
-      convert=convert, model_name=name, on_loaded=on_loaded,
+      convert=convert, model_name=name,
+      leader=leader, on_loaded=on_loaded,
       on_compiled=on_compiled)
   collect_less_garbage()
   info = llm.engine.info
@@ -90,6 +103,35 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     f'{info.max_model_len:,} a sequence.',
     highlight=False, soft_wrap=True)
   return llm
+
+
+def join(processes: Mapping[str, Any] | None, checkpoint: str,
+         config: config_lib.EngineConfig, **options: Any,
+         ) -> hosts.Leader | None:
+  """Joins several processes; all but the first compute with it and end here.
+
+  Args:
+    processes: of `hosts.start`; None for a single process.
+    checkpoint, config: what each of them loads, see `load_llm`.
+    **options: as well.
+
+  Returns:
+    The first process's end, for `load_llm`; None for a single process.
+  """
+  if processes is None:
+    return None
+  xla_flags.set_environment(os.environ)
+  end = hosts.start(**processes)
+  if isinstance(end, hosts.Follower):
+    llm = load_llm(checkpoint, config, **options)
+    try:
+      llm.follow(end)
+    except errors.EngineDeadError as error:
+      hosts.exit_at_once(error)
+    sys.exit(0)
+  if end is not None:
+    atexit.register(end.close)
+  return end
 
 
 def collect_less_garbage() -> None:

@@ -230,12 +230,18 @@ def _start(console: rich.console.Console) -> None:
               if FLAGS[name].value is not None}
   types.SamplingParams.from_dict(defaults)
   path = pathlib.Path(FLAGS.output).expanduser()
+  load_options = dict(cache_dir=FLAGS.cache_dir, convert=FLAGS.convert)
+  leader = None
+  if (processes := engine_flags.processes_from_flags()) is not None:
+    from sarathi_jax import loading
+    leader = loading.join(
+      processes, FLAGS.checkpoint, config, **load_options)
   with contextlib.closing(_Output(path, FLAGS.resume)) as output:
     # Not on top: a wrong flag is told before JAX is loaded.
     from sarathi_jax import loading
     engine = loading.load_llm(
-      FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
-      convert=FLAGS.convert, console=console).engine
+      FLAGS.checkpoint, config, leader=leader, console=console,
+      **load_options).engine
     lines = [functools.partial(
       prompt_lines.parse_line, number, text, defaults, config.seed, engine)
       for number, text in prompts]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import math
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from sarathi_jax import params_reader
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -66,6 +67,7 @@ class DeviceRunner:
     max_step_tokens: the most tokens of a step, by the scheduler's policy and
       a given longest sequence.
     on_compiled: told of the progress.
+    leader: tells other processes of each step, if there are any.
 
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
@@ -81,10 +83,12 @@ class DeviceRunner:
   def __init__(self, model: model_config_lib.ModelConfig, params: Params,
                mesh: Mesh, config: config_lib.EngineConfig,
                max_step_tokens: Callable[[int], int],
-               on_compiled: OnCompiled = lambda done, total: None) -> None:
+               on_compiled: OnCompiled = lambda done, total: None,
+               leader: hosts.Leader | None = None) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
     self.mesh = mesh
+    self._leader = leader
     devices = [d for d in mesh.devices.flat
                if d.process_index == jax.process_index()]
     dtype = self._leaves[0].dtype
@@ -116,9 +120,10 @@ class DeviceRunner:
       if devices[0].memory_stats():  # What the largest step leaves is free.
         temp_bytes = trial.temp_bytes(trial.pages_per_seq)
       parallelism = mesh_lib.parallelism_of(mesh)
-      self.num_pages = kv_cache.choose_num_pages(
+      self.num_pages = hosts.smallest(kv_cache.choose_num_pages(
         model, config, context, kv_dtype,
-        [device.memory_stats() for device in devices], temp_bytes, parallelism)
+        [device.memory_stats() for device in devices], temp_bytes,
+        parallelism))
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
@@ -175,6 +180,8 @@ class DeviceRunner:
     """
     if not self.has_params:
       raise errors.EngineDeadError('the weights were lost with a step')
+    if self._leader is not None:
+      raise errors.EngineDeadError('a step failed on one of several hosts')
     # Freed before they are made anew.
     self._kv, self._last_tokens, self._hidden = [], None, None
     self._start()
@@ -197,12 +204,24 @@ class DeviceRunner:
       (self.num_stages, self._programs.layouts[size].size), np.int32)
     for row, stage in zip(buffers, self._stages, strict=True):
       row[:len(stage.buffer)] = stage.buffer
-    self._kv, self._last_tokens, self._hidden, sampled = self._programs[size](
-      self._leaves, self._kv, self._last_tokens, self._hidden, buffers)
+    if self._leader is not None:
+      self._leader.send(size, buffers)
+    sampled = self._compute(size, buffers)
     if self._stages[-1].is_batch:
       sampled.copy_to_host_async()
       self._sampled[self._num_steps] = sampled
     self._num_steps += 1
+
+  def follow(self, steps: Iterable[tuple[int, np.ndarray]]) -> None:
+    """Computes what another process's runner does, until it ends."""
+    for size, buffers in steps:
+      self._compute(size, buffers.reshape(self.num_stages, -1))
+
+  def _compute(self, size: int, buffers: np.ndarray) -> jax.Array:
+    self._kv, self._last_tokens, self._hidden, sampled = self._programs[size](
+      self._leaves, self._kv, self._last_tokens, self._hidden, buffers)
+    result: jax.Array = sampled
+    return result
 
 
 def _init_kv(shapes: list[kv_cache.LayerKv], num_pages: int,

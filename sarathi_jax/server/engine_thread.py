@@ -33,6 +33,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import outbox
 
+# How long `fail` waits for the step under way, seconds.
+_STEP_S = 1.0
 # Steps that may fail one after the other before the engine is given up.
 _MAX_FAULTS = 3
 
@@ -84,6 +86,7 @@ class EngineThread:
     self._queue = admission.Queue(self._limits)
     self._queued: dict[str, outbox.Stream] = {}
     self._stopping = False
+    self._has_ended = False
     # Makes errors for those who come too late; None while it goes on.
     self._gone: Callable[[], errors.EngineDeadError] | None = None
     # The engine thread's own. Deltas are routed here, not by request id on
@@ -215,6 +218,19 @@ class EngineThread:
     with self._wakeup:
       self._stopping = True
       self._wakeup.notify()
+
+  def fail(self, fault: Exception) -> None:
+    """Ends all with EngineDeadError, though a step may never end; any thread.
+
+    Args:
+      fault: why, known to another than the engine.
+    """
+    with self._wakeup:
+      self._gone = functools.partial(gone_error, fault)
+      self._stopping = True
+      self._wakeup.notify()
+    self.join(_STEP_S)  # Most steps end, if with an error.
+    self._end(fault)
 
   def join(self, timeout_s: float) -> bool:
     """Waits for the end of the thread; returns whether it came."""
@@ -386,8 +402,11 @@ class EngineThread:
         raise
 
   def _end(self, fault: BaseException | None) -> None:
-    gone = functools.partial(gone_error, fault)
     with self._wakeup:
+      if self._has_ended:
+        return
+      self._has_ended = True
+      gone = self._gone or functools.partial(gone_error, fault)
       self._gone = gone
       commands, self._inbox = self._inbox, []
       queued, self._queued = self._queued, {}

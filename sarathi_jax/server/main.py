@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
   try:
     config = server_flags.server_config_from_flags()
     engine_config = engine_flags.engine_config_from_flags()
+    leader = _join(engine_config)
   except errors.SarathiError as error:
     _fail(error)
 
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     from sarathi_jax import loading
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
-      convert=FLAGS.convert, model_name=FLAGS.served_model_name)
+      convert=FLAGS.convert, leader=leader, model_name=FLAGS.served_model_name)
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
@@ -88,18 +89,31 @@ def main(argv: list[str]) -> None:
     update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
-    num_compiled=lambda: llm().num_compiled))
+    num_compiled=lambda: llm().num_compiled), leader)
+
+
+def _join(config: Any) -> Any:
+  """The end of this process where there are several, if it is the first."""
+  processes = engine_flags.processes_from_flags()
+  if processes is None:
+    return None
+  from sarathi_jax import loading
+  return loading.join(
+    processes, FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
+    convert=FLAGS.convert)
 
 
 def serve(config: server_lib.ServerConfig,
           make_engine: Callable[[], engine_lib.Engine],
-          hooks: control_v1.Hooks | None = None) -> NoReturn:
+          hooks: control_v1.Hooks | None = None,
+          leader: Any = None) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
     config: where.
     make_engine: makes the engine, warm, and shows how far it is.
     hooks: what else its model can do.
+    leader: of `loading.join`: tells if another process is lost.
   """
   console = rich.console.Console(highlight=False)
 
@@ -116,18 +130,23 @@ def serve(config: server_lib.ServerConfig,
       f'  {_python()} -m sarathi_jax.client {target}"A list is"',
       markup=False, soft_wrap=True)
 
-  async def served() -> tuple[int, bool]:
+  async def served() -> tuple[int, server_lib.Server]:
     server = server_lib.Server(config, make_engine, hooks=hooks)
+    if leader is not None:
+      leader.on_lost = server.fail
     code = await server_lib.serve(server, on_ready)
-    return code, server.is_stuck
+    return code, server
 
   try:
-    code, is_stuck = asyncio.run(served())
+    code, server = asyncio.run(served())
   except errors.SarathiError as error:
     _fail(error)
-  if is_stuck:
+  if server.fault is not None:
+    print(f'error: {server.fault}', file=sys.stderr)
+  if server.is_stuck or (leader is not None and code):
     # What the engine's thread is in, a long step or a compilation, can't be
-    # interrupted, and Python can't end cleanly beside it.
+    # interrupted, and Python can't end cleanly beside it. And of several
+    # processes, JAX would wait for the one that is lost.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

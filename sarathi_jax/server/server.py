@@ -53,6 +53,7 @@ _CHANNEL_OPTIONS = (
 )
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FAILED = -1  # in place of a signal: `Server.fail` was called
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
 _GRACE_S = 1.0
@@ -68,12 +69,19 @@ class Server:
 
   Raises:
     ConfigError: a file that `config` names can't be used.
+
+  Attributes:
+    port: where it listens.
+    fault: what `fail` was told.
+    on_failed: called by `fail`.
   """
 
   def __init__(self, config: ServerConfig,
                make_engine: Callable[[], engine_lib.Engine], *,
                hooks: control_v1.Hooks | None = None) -> None:
     self.port = config.port
+    self.fault: errors.EngineDeadError | None = None
+    self.on_failed: Callable[[], object] = lambda: None
     self._config = config
     self._hooks = hooks or control_v1.Hooks()
     self._engine_thread = engine_thread_lib.EngineThread(
@@ -184,6 +192,12 @@ class Server:
       None, self._engine_thread.join, _GRACE_S)
     self.telemetry.stop()
 
+  def fail(self, fault: errors.EngineDeadError) -> None:
+    """Ends the engine whatever it waits for, and `serve`; any thread."""
+    self.fault = fault
+    self._engine_thread.fail(fault)
+    self.on_failed()
+
   @property
   def is_stuck(self) -> bool:
     """Whether the engine's thread goes on after `stop`, in a long step."""
@@ -231,27 +245,35 @@ async def serve(server: Server,
     on_ready: told what is served, and at which port.
 
   Returns:
-    An exit code for the process: 0 after a drain, else 128 + the signal.
+    An exit code for the process: 0 after a drain, 1 after `Server.fail`,
+    else 128 + the signal.
 
   Raises:
     ConfigError: the address can't be had.
     Exception: whatever make_engine raised.
   """
   signals: asyncio.Queue[int] = asyncio.Queue()
+  loop = asyncio.get_running_loop()
   for number in _SIGNALS:
-    asyncio.get_running_loop().add_signal_handler(
-      number, signals.put_nowait, number)
+    loop.add_signal_handler(number, signals.put_nowait, number)
+  server.on_failed = lambda: loop.call_soon_threadsafe(
+    signals.put_nowait, _FAILED)
   await server.start()
   try:
     if cut := await _until_signal(server.warm(), signals):
-      return 128 + cut
+      return _exit_code(cut)
     on_ready(server.frontend.engine.info, server.port)
-    await signals.get()
+    if await signals.get() == _FAILED:
+      return _exit_code(_FAILED)
     if cut := await _until_signal(server.drain(), signals):
-      return 128 + cut
+      return _exit_code(cut)
     return 0
   finally:
     await server.stop()
+
+
+def _exit_code(number: int) -> int:
+  return 1 if number == _FAILED else 128 + number
 
 
 async def _until_signal(work: Coroutine[Any, Any, None],
