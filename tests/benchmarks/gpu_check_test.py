@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -34,11 +35,12 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   flags = '--size=tiny', f'--output={tmp_path}'
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
-  second = run(*flags, '--stages=tests,limits,attention,torch')
+  second = run(*flags, '--stages=tests,limits,attention,torch,quantized')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
   found = results(tmp_path)
-  assert set(found['results']) == {'tests', 'limits', 'attention', 'torch'}
+  assert set(found['results']) == {
+    'tests', 'limits', 'attention', 'torch', 'quantized'}
   rows = found['results']['attention']
   assert {row['kind'] for row in rows if 'kind' in row} == {
     'decode', 'prefill', 'hybrid', 'part'}
@@ -48,19 +50,14 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
     'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
   assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
 
-
-def test_rows_of_a_stage_that_is_cut_short_are_kept(
-    tmp_path: pathlib.Path) -> None:
-  """And not measured again: the second run's rows are the first one's."""
-  flags = '--size=tiny', f'--output={tmp_path}', '--stages=attention'
-  assert run(*flags).returncode == 0
+  # A stage that is cut short goes on: what was measured is not measured again.
   path = tmp_path / 'attention.jsonl'
   lines = path.read_text().splitlines(keepends=True)
   path.write_text(''.join(lines[:3]) + lines[3][:20])  # Killed while writing.
   before = journal_lib.Journal(path)
   assert len(before.rows) == 3
   assert not before.is_complete
-  done = run(*flags)
+  done = run(*flags, '--stages=attention')
   assert done.returncode == 0, done.stdout
   after = journal_lib.Journal(path)
   assert after.is_complete
@@ -126,6 +123,8 @@ def test_counts_of_a_chunk() -> None:
   batch = attention.Batch('prefill', 0, 0, 2, 3)
   assert batch.flops(sweep) == 4 * (4 + 5) * 2 * 16
   assert batch.kv_bytes(sweep) == 2 * 5 * 16 * 2
+  sweep = dataclasses.replace(sweep, kv_dtype='int8')
+  assert batch.kv_bytes(sweep) == 2 * 5 * (16 + 4)
 
 
 @pytest.mark.parametrize(('intervals', 'expected'), [

@@ -22,7 +22,6 @@ from sarathi_jax.benchmarks.gpu import timing
 
 _TORCH_WORKER = (
   pathlib.Path(__file__).parents[1] / 'peer_workers' / 'torch_sdpa.py')
-_CHAIN = 8  # calls of a program: launching one costs as much as a short call
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +30,19 @@ class Sweep:
 
   Attributes:
     num_heads, num_kv_heads, head_dim, dtype: of the model, Mistral-7B's.
+    kv_dtype: of the cache, if it is quantized.
     pool_tokens: tokens in the cache; what needs more is left out.
     decode_seqs, decode_contexts: every pair of them.
     chunks, chunk_contexts: every pair; the context before the chunk.
     hybrids: (decodes, their context, tokens of the chunk, context before it).
+    calls: of a program; to launch one costs as much as a short call.
   """
 
   num_heads: int = 32
   num_kv_heads: int = 8
   head_dim: int = 128
   dtype: str = 'bfloat16'
+  kv_dtype: str | None = None
   page_size: int = 64
   pool_tokens: int = 2**21
   decode_seqs: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
@@ -49,6 +51,7 @@ class Sweep:
   chunk_contexts: tuple[int, ...] = (0, 4096, 32768)
   hybrids: tuple[tuple[int, int, int, int], ...] = (
     (64, 1024, 448, 0), (64, 2048, 448, 4096), (128, 2048, 1920, 8192))
+  calls: int = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,8 +81,11 @@ class Batch:
 
   def kv_bytes(self, sweep: Sweep) -> int:
     """Keys and values that must be read at least once."""
-    return (2 * sum(self.lens) * sweep.num_kv_heads * sweep.head_dim
-            * jnp.dtype(sweep.dtype).itemsize)
+    head_bytes = sweep.head_dim * jnp.dtype(
+      sweep.kv_dtype or sweep.dtype).itemsize
+    if sweep.kv_dtype:
+      head_bytes += 4  # its scale
+    return 2 * sum(self.lens) * sweep.num_kv_heads * head_bytes
 
   def flops(self, sweep: Sweep) -> int:
     """Of the pairs of query and key that causality leaves."""
@@ -107,15 +113,17 @@ class Kernel:
     self.sweep = sweep
     num_pages = -(-sweep.pool_tokens // sweep.page_size)
     shape = (num_pages, sweep.page_size, sweep.num_kv_heads, sweep.head_dim)
-    zeros = rpa.init_pages(*shape, sweep.dtype, implementation)
-    self._pages = [
-      jax.jit(lambda key, x=x: jax.random.normal(key, x.shape, x.dtype))(
-        jax.random.key(i)) for i, x in enumerate(zeros)]
+    zeros, tree = jax.tree.flatten(rpa.init_pages(
+      *shape, sweep.kv_dtype or sweep.dtype, implementation))
+    self._pages = jax.tree.unflatten(tree, [
+      jax.jit(functools.partial(_random, x.shape, x.dtype))(jax.random.key(i))
+      for i, x in enumerate(zeros)])
     self._order = np.random.default_rng(0).permutation(num_pages)
     self._pages_per_seq = -(-max(
       max(b.lens) for b in batches(sweep)) // sweep.page_size)
     self._run = jax.jit(functools.partial(
-      _chain, scale=sweep.head_dim**-0.5, implementation=implementation))
+      _chain, sweep.calls, scale=sweep.head_dim**-0.5,
+      implementation=implementation))
 
   def arguments(self, batch: Batch) -> tuple[Any, ...]:
     lens = batch.lens
@@ -141,10 +149,18 @@ class Kernel:
 
   def seconds(self, batch: Batch) -> float:
     arguments = self.arguments(batch)
-    return timing.seconds(lambda: self._run(*arguments)) / _CHAIN
+    return timing.seconds(
+      lambda: self._run(*arguments)) / self.sweep.calls
+
+
+def _random(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
+  if jnp.issubdtype(dtype, jnp.integer):
+    return jax.random.randint(key, shape, 0, 100, dtype)
+  return jax.random.normal(key, shape, dtype)
 
 
 def _chain(
+  calls: int,
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
@@ -156,7 +172,7 @@ def _chain(
 ) -> jax.Array:
   """Attention to attention's output under one plan, as in a model's layers."""
   plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution)
-  for _ in range(_CHAIN):
+  for _ in range(calls):
     q = rpa.ragged_paged_attention(
       q, k_pages, v_pages, kv_lens, tables, starts, distribution, plan=plan,
       **options)
@@ -179,12 +195,12 @@ def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
 
   def chain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     attend: Any = jax.nn.dot_product_attention
-    for _ in range(_CHAIN):
+    for _ in range(sweep.calls):
       q = attend(q, k, v, is_causal=q_len > 1, implementation=implementation)
     return q
 
   run = jax.jit(chain)
-  return timing.seconds(lambda: run(q, k, v)) / _CHAIN
+  return timing.seconds(lambda: run(q, k, v)) / sweep.calls
 
 
 def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],

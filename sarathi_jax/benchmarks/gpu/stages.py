@@ -32,12 +32,14 @@ class Size:
   model: str
   dtype: str
   sweep: attention.Sweep
+  quantized: attention.Sweep
   copy_bytes: int
   matmul_n: int
   config: config_lib.EngineConfig
   points: tuple[Point, ...]
   idle: Point
   workload: throughput.Workload
+  attention: str
   dense: str | None
   tests: tuple[str, ...] = ('tests/pallas_kernels', '-m', 'gpu')
 
@@ -45,7 +47,12 @@ class Size:
 SIZES: Mapping[str, Size] = {
   'full': Size(
     model='mistral-7b', dtype='bfloat16', sweep=attention.Sweep(),
+    quantized=attention.Sweep(
+      kv_dtype='int8', pool_tokens=2**20, decode_seqs=(1, 64, 256),
+      decode_contexts=(2048, 32768), chunks=(2048,), chunk_contexts=(0, 8192),
+      hybrids=()),
     copy_bytes=2**31, matmul_n=8192, dense='cudnn',
+    attention='pallas_triton',
     workload=throughput.Workload(
       num_requests=256, prompt_lens=(32, 128, 512),
       output_lens=(16, 64, 128)),
@@ -57,10 +64,16 @@ SIZES: Mapping[str, Size] = {
     idle=Point(64, 2047, 1)),
   'tiny': Size(
     model='43m', dtype='float32', copy_bytes=2**20, matmul_n=128, dense='xla',
+    attention='xla',  # Interpreted, the kernel takes a minute.
     sweep=attention.Sweep(
       num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
       pool_tokens=512, decode_seqs=(4,), decode_contexts=(64,),
-      chunks=(32,), chunk_contexts=(0, 64), hybrids=((4, 64, 16, 16),)),
+      chunks=(32,), chunk_contexts=(0, 64), hybrids=((4, 64, 16, 16),),
+      calls=1),
+    quantized=attention.Sweep(
+      num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
+      kv_dtype='int8', pool_tokens=256, decode_seqs=(4,),
+      decode_contexts=(64,), chunks=(), hybrids=(), calls=1),
     config=config_lib.EngineConfig(
       token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
     points=(Point(4, 63, 1), Point(1, 0, 32)), idle=Point(4, 63, 1),
@@ -95,7 +108,13 @@ def _limits(size: Size, journal: journal_lib.Journal) -> None:
 def _attention(size: Size, journal: journal_lib.Journal) -> None:
   attention.run(
     journal, size.sweep, timing.limits(size.copy_bytes, size.matmul_n),
-    'pallas_triton', size.dense)
+    size.attention, size.dense)
+
+
+def _quantized(size: Size, journal: journal_lib.Journal) -> None:
+  attention.run(
+    journal, size.quantized, timing.limits(size.copy_bytes, size.matmul_n),
+    size.attention, None)
 
 
 def _torch(size: Size, journal: journal_lib.Journal) -> None:
@@ -120,7 +139,8 @@ def _engine(size: Size, journal: journal_lib.Journal) -> None:
 
 STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
   'tests': _tests, 'limits': _limits, 'attention': _attention,
-  'torch': _torch, 'engine': _engine, 'xla_graphs': _engine,
+  'torch': _torch, 'quantized': _quantized, 'engine': _engine,
+  'xla_graphs': _engine,
   'no_graphs': _engine}
 _PROFILED = '--xla_enable_command_buffers_during_profiling=true'
 # What a stage has in XLA_FLAGS after the engine's own.

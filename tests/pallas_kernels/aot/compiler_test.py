@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.aot import compiler
 from pallas_kernels.aot import toolkit
 from tests.pallas_kernels.aot import matmul
@@ -51,3 +52,25 @@ def test_compile_for_takes_options_of_jit() -> None:
   compiled = compiler.compile_for(
     lambda kv: kv.at[3].set(1), (kv,), 'h100', donate_argnums=0)
   assert not compiler.in_place_problems(compiled, kv, kv)
+
+
+@matmul.needs_wheels
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
+def test_a_cache_is_written_in_place_and_read(dtype: str) -> None:
+  """Also where the device knows no fp8."""
+  def step(pages: Any, q: jax.Array, k: jax.Array, slots: jax.Array,
+           ints: Any) -> Any:
+    pages = rpa.write_kv(*pages, k, k, slots)
+    return pages, rpa.ragged_paged_attention(
+      q, *pages, *ints, scale=1.0, implementation='pallas_triton')
+
+  def array(*shape: int, dtype: str = 'int32') -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  pages = jax.eval_shape(lambda: rpa.init_pages(
+    512, 64, 8, 128, dtype, 'pallas_triton'))
+  compiled = compiler.compile_for(step, (
+    pages, array(64, 32, 128, dtype='bfloat16'),
+    array(64, 8, 128, dtype='bfloat16'), array(64),
+    (array(8), array(8, 16), array(9), array(2))), 'a100', donate_argnums=0)
+  assert not compiler.in_place_problems(compiled, pages, pages)

@@ -69,17 +69,33 @@ def test_keeps_what_was_there_and_rounds_to_the_cache(name: str):
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_is_in_place_when_donated(name: str):
-  pages = _pages(name)
+@pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
+def test_quantizes_what_it_writes(name: str, dtype: str):
+  k, v = _new(2)
+  pages = layout.to_rows(*jax.jit(rpa.write_kv)(
+    *_pages(name, dtype=dtype), k, v, jnp.array([9, 60], jnp.int32)))
+  for got, new in zip(pages, (k, v), strict=True):
+    want = rpa.quantize(new[0], dtype)
+    for x, y in zip(got, want, strict=True):
+      np.testing.assert_array_equal(x[1, :, 1], y)
+      assert np.count_nonzero(x) == np.count_nonzero(y)  # and nothing else
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('dtype', ['float32', 'int8', 'float8_e4m3fn'])
+def test_is_in_place_when_donated(name: str, dtype: str):
+  pages = _pages(name, dtype=dtype)
   k, v = _new(5)
   compiled = jax.jit(rpa.write_kv, donate_argnums=(0, 1)).lower(
     *pages, k, v, jnp.arange(5, dtype=jnp.int32)).compile()
+  leaves = jax.tree.leaves(pages)
   memory = compiled.memory_analysis()
-  assert memory.alias_size_in_bytes == sum(x.nbytes for x in pages)
-  for x in pages:
-    shape = f'f32[{",".join(map(str, x.shape))}]'
+  assert memory.alias_size_in_bytes == sum(x.nbytes for x in leaves)
+  for x in leaves:
+    shape = f'[{",".join(map(str, x.shape))}]'
     copies = [line for line in compiled.as_text().splitlines()
-              if f'= {shape}' in line and ' copy(' in line]
+              if f'{shape}{{' in line.partition(' copy(')[0]
+              and ' copy(' in line]
     assert not copies
 
 
