@@ -30,7 +30,7 @@ def roomy() -> Iterator[fake.RunningServer]:
   """Scarce pages, so that preemption is in the play, too."""
   with contextlib.closing(fake.RunningServer(
       functools.partial(fake.make_engine, token_budget=64, max_num_seqs=16,
-                        num_pages=160),
+                        num_pages=64),
       limits=admission.Limits(max_waiting=2000))) as running:
     yield running
 
