@@ -63,7 +63,7 @@ def look(channel: grpc.Channel, token: str | None) -> Look:
     requests = tuple(control.ListRequests(
       pb.ListRequestsRequest(), **options).requests)
   except grpc.RpcError as error:
-    if error.code() not in (  # type: ignore[attr-defined]
+    if error.code() not in (
         grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED):
       raise
   return Look(time.monotonic(), info, stats, requests)
@@ -140,7 +140,7 @@ def _bar(part: float) -> rich.progress_bar.ProgressBar:
 
 
 def _ms(stats: pb.GetStatsResponse, field: str) -> str:
-  if not stats.HasField(field):  # type: ignore[arg-type]
+  if not stats.HasField(field):
     return '-'
   return f'{getattr(stats, field) * 1e3:.1f} ms'
 
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
   except KeyboardInterrupt:
     return
   except grpc.RpcError as error:
-    print(f'error: {FLAGS.target}: {error.details()}',  # type: ignore[attr-defined]
+    print(f'error: {FLAGS.target}: {error.details()}',
           file=sys.stderr)
     sys.exit(1)
 

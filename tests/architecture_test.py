@@ -185,6 +185,7 @@ def test_what_is_imported_is_declared() -> None:
   project = tomllib.loads(
     (source_tree.ROOT / 'pyproject.toml').read_text())['project']
   lines = [*project['dependencies'],
+           *project['optional-dependencies']['otel'],
            *project['optional-dependencies']['quickstart']]
   declared = {re.split(r'[^\w-]', line)[0] for line in lines}
   used = {_COME_ALONG.get(i.module) or build_file.distribution(i.module)

@@ -48,6 +48,7 @@ DISTRIBUTIONS = {
   'grpc_health': 'grpcio-health-checking',
   'grpc_reflection': 'grpcio-reflection',
   'grpc_tools': 'grpcio-tools',
+  'opentelemetry': 'opentelemetry-sdk',
   'orbax': 'orbax-checkpoint',
 }
 
