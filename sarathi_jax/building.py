@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 import math
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import pacing
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
@@ -46,7 +48,7 @@ def make_mesh(model: model_config_lib.ModelConfig,
   Raises:
     ConfigError: they don't fit each other, or the devices there are.
   """
-  scheduler_lib.policy_class(config.policy)
+  scheduler_lib.class_of(config)
   config_lib.check(
     (config.max_model_len or 1) <= model.context_len, 'max_model_len',
     config.max_model_len,
@@ -99,6 +101,7 @@ def scheduler_config(
     look_ahead=config.look_ahead,
     short_prompt_share=config.short_prompt_share,
     prefix_cost=prefix_cost(model) if num_stages > 1 else 0.0,
+    tbt_slo_ms=config.tbt_slo_ms, batch_tbt_slo_ms=config.batch_tbt_slo_ms,
     eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
 
 
@@ -169,8 +172,10 @@ def build_engine(
     config, model, max_model_len=runner.max_model_len,
     num_pages=runner.num_pages,
     num_stages=runner.num_stages, eos_token_ids=eos_token_ids)
+  scheduler = policy(limits)
   return engine_lib.Engine(
-    policy(limits), runner, tokenizer=tokenizer,
+    scheduler, pacing.paced(runner, scheduler, time.monotonic),
+    tokenizer=tokenizer,
     info=engine_lib.EngineInfo(
       model_name=model_name, family=model.family, vocab_size=model.vocab_size,
       max_model_len=limits.max_model_len, eos_token_ids=tuple(eos_token_ids),

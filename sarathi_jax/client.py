@@ -67,6 +67,9 @@ def define_flags() -> None:
     'json', False, 'Print every message of the server as a line of JSON.')
   flags.DEFINE_string(
     'request_id', None, 'An id for the request; else the server makes one.')
+  flags.DEFINE_enum(
+    'tier', None, ['interactive', 'batch'],
+    'Whether the time between tokens counts; see the server\'s --tbt_slo_ms.')
   flags.DEFINE_float(
     'timeout_s', None, 'Give up after this many seconds.', lower_bound=0)
   for name, define, text in _SAMPLING:
@@ -97,7 +100,7 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
   sampling = pb.SamplingParams(
     **{name: FLAGS[name].value for name, _, _ in _SAMPLING})
   request = pb.GenerateRequest(
-    request_id=FLAGS.request_id, sampling=sampling)
+    request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling)
   if len(prompts) + (FLAGS.token_ids is not None) != 1:
     raise ValueError('give one prompt, in quotes, or --token_ids')
   if FLAGS.token_ids is not None:

@@ -59,6 +59,11 @@ class EngineConfig:
     kv_cache_dtype: 'auto' for the weights' ('float32' on a CPU), 'float32',
       'bfloat16' or 'float16'; 'int8' or 'fp8' (e4m3) for half the memory or
       less, with a scale for each token and head.
+    tbt_slo_ms: the time between tokens, milliseconds, that each step's budget
+      is to follow, up to token_budget; None for token_budget always. By
+      measured step times; of policy sarathi only.
+    batch_tbt_slo_ms: the same for requests of the tier 'batch'; None: those
+      bound no step.
     attention: an implementation of ragged_paged_attention; None picks one.
     tp: tensor parallelism: devices that share each layer.
     pp: pipeline parallelism: stages, of tp devices each.
@@ -78,6 +83,8 @@ class EngineConfig:
   look_ahead: bool = True
   short_prompt_share: float = 0.25
   kv_cache_dtype: str = 'auto'
+  tbt_slo_ms: float | None = None
+  batch_tbt_slo_ms: float | None = None
   attention: str | None = None
   tp: int = 1
   pp: int = 1
@@ -109,6 +116,13 @@ class EngineConfig:
     check(self.kv_cache_dtype in KV_CACHE_DTYPES, 'kv_cache_dtype',
           self.kv_cache_dtype,
           f'must be one of {", ".join(KV_CACHE_DTYPES)}')
+    for field in ('tbt_slo_ms', 'batch_tbt_slo_ms'):
+      value = getattr(self, field)
+      check(value is None or (
+        _is_real(value) and math.isfinite(value) and value > 0), field, value,
+        'must be milliseconds > 0')
+    check(self.batch_tbt_slo_ms is None or self.tbt_slo_ms is not None,
+          'batch_tbt_slo_ms', self.batch_tbt_slo_ms, 'needs tbt_slo_ms')
     check(isinstance(self.look_ahead, bool), 'look_ahead', self.look_ahead,
           'must be true or false')
     check(_is_int(self.seed) and 0 <= self.seed < 2**31, 'seed', self.seed,
@@ -120,7 +134,8 @@ class SchedulerConfig:
   """What a scheduler needs to know.
 
   Attributes:
-    token_budget, max_num_seqs, short_prompt_share: see `EngineConfig`.
+    token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms,
+      batch_tbt_slo_ms: see `EngineConfig`.
     max_model_len: the most tokens of a sequence.
     num_pages, page_size: the KV cache.
     num_stages: pipeline stages. A sequence's next token can be launched once
@@ -141,6 +156,8 @@ class SchedulerConfig:
   look_ahead: bool = True
   short_prompt_share: float = 0.25
   prefix_cost: float = 0.0
+  tbt_slo_ms: float | None = None
+  batch_tbt_slo_ms: float | None = None
   eos_token_ids: frozenset[int] = frozenset()
   seed: int = 0
 

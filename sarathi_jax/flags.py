@@ -43,6 +43,12 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'kv_cache_dtype': (
     flags.DEFINE_string, 'Of the KV cache: '
     f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
+  'tbt_slo_ms': (
+    flags.DEFINE_float, 'The time between tokens that the budget of each step '
+    'is to follow, up to --token_budget, milliseconds.'),
+  'batch_tbt_slo_ms': (
+    flags.DEFINE_float, 'The same for requests of the tier batch; without, '
+    'they bound no step.'),
   'attention': (flags.DEFINE_string,
                 'Implementation of attention. Default: the fastest here.'),
   'tp': (flags.DEFINE_integer,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from sarathi_jax import errors
 
 MAX_SEED = 2**31 - 1
+TIERS = ('interactive', 'batch')
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
 # which it changes nothing. Any other value, but None, is refused by name.
@@ -178,6 +179,8 @@ class Request:
     client: who sent it, for fairness and for people.
     priority: servers begin those of a smaller one first, as vLLM does.
     deadline: when it is of no use any more, on the engine's clock.
+    tier: 'interactive', or 'batch' for who does not watch the tokens come;
+      see `EngineConfig.batch_tbt_slo_ms`.
   """
 
   request_id: str
@@ -187,6 +190,11 @@ class Request:
   client: str = ''
   priority: int = 0
   deadline: float | None = None
+  tier: str = 'interactive'
+
+  def __post_init__(self) -> None:
+    _check(self.tier in TIERS, 'tier', self.tier,
+           f'must be one of {", ".join(TIERS)}')
 
 
 class Chunk(NamedTuple):

@@ -30,7 +30,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.errors': (),
   'sarathi_jax.scheduler': (),
   'sarathi_jax.engine': ('sarathi_jax.scheduler',),
-  'sarathi_jax.simulator': ('sarathi_jax.engine', 'sarathi_jax.scheduler'),
+  'sarathi_jax.simulator': (
+    'sarathi_jax.deployment', 'sarathi_jax.engine', 'sarathi_jax.models.config',
+    'sarathi_jax.report', 'sarathi_jax.scheduler', 'sarathi_jax.server'),
   'pallas_kernels': (),
   'pallas_kernels.aot': (
     'pallas_kernels', '~pallas_kernels.aot.step', '~sarathi_jax.deployment',
@@ -94,7 +96,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.models.spec': (),
   'sarathi_jax.mains': ('absl',),
   'sarathi_jax.engine': ('jinja2', 'tokenizers'),
-  'sarathi_jax.simulator': ('numpy', 'absl', 'rich'),
+  'sarathi_jax.simulator': (
+    'absl', 'grpc', 'matplotlib', 'numpy', 'rich', 'scipy'),
   'sarathi_jax.runner.batch': ('numpy',),
   'sarathi_jax.server': (
     'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
@@ -110,6 +113,8 @@ WITHOUT_JAX = (
   'sarathi_jax.models.parallel', 'sarathi_jax.deployment',
   'sarathi_jax.xla_flags',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
+  'sarathi_jax.simulator', 'sarathi_jax.simulator.capacity',
+  'sarathi_jax.simulator.calibrate', 'sarathi_jax.simulator.live',
   'sarathi_jax.server.server', 'sarathi_jax.server.main',
   'sarathi_jax.client')
 # These run the engines we compare with, by the Python of their own.

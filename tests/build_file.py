@@ -39,7 +39,8 @@ _MERGED = {'checkpoints_convert/families': 'checkpoints_convert'}
 # Imports inside functions that would make a cycle of targets: the binaries
 # that come to need them bring them.
 _LATE = {'sarathi_jax/checkpoint': 'checkpoints_convert'}
-_DATA = {'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**'}
+_DATA = {'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',
+         'sarathi_jax/simulator': 'sarathi_jax/simulator/**/*.json'}
 # The first name of an import -> the distribution it comes from.
 DISTRIBUTIONS = {
   'absl': 'absl-py',

@@ -16,6 +16,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import detokenizer
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.scheduler import pace as pace_lib
 from sarathi_jax.scheduler import sequence
 
 _STOP = types.FinishReason.STOP
@@ -233,6 +234,11 @@ class Engine:
     self._drained = [d for d in self._drained if d.request_id != request_id]
     self.metrics.num_aborted += 1
     return True
+
+  @property
+  def pace(self) -> pace_lib.Pace | None:
+    """What the budget follows, and the model of step times behind it."""
+    return self._scheduler.pace
 
   @property
   def has_work(self) -> bool:

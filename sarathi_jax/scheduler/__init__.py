@@ -8,6 +8,7 @@
 from collections.abc import Mapping
 
 from sarathi_jax import config as config_lib
+from sarathi_jax.scheduler import ablations
 from sarathi_jax.scheduler import base
 from sarathi_jax.scheduler import faster_transformer
 from sarathi_jax.scheduler import orca
@@ -22,10 +23,25 @@ POLICIES: Mapping[str, type[Scheduler]] = {
   'orca': orca.OrcaScheduler,
   'faster_transformer': faster_transformer.FasterTransformerScheduler,
 }
+# Half of sarathi each, to show what the other half is good for.
+ABLATIONS: Mapping[str, type[Scheduler]] = {
+  'hybrid_only': ablations.HybridOnlyScheduler,
+  'chunked_only': ablations.ChunkedOnlyScheduler,
+}
+
+
+def class_of(config: config_lib.EngineConfig) -> type[Scheduler]:
+  """The scheduler that is asked for; ConfigError if that can't work."""
+  config_lib.check(
+    config.tbt_slo_ms is None or config.policy == 'sarathi', 'tbt_slo_ms',
+    config.tbt_slo_ms, f'policy={config.policy!r} has no budget that could '
+    'follow it; only sarathi has')
+  return policy_class(config.policy)
 
 
 def policy_class(name: str) -> type[Scheduler]:
   """The scheduler of a policy; ConfigError for a name that is none."""
-  config_lib.check(name in POLICIES, 'policy', name,
+  known = {**POLICIES, **ABLATIONS}
+  config_lib.check(name in known, 'policy', name,
                    f'must be one of {", ".join(POLICIES)}')
-  return POLICIES[name]
+  return known[name]

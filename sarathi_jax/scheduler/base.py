@@ -22,6 +22,7 @@ import random
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import sequence
 
@@ -37,6 +38,8 @@ class Scheduler(abc.ABC):
   def __init__(self, config: config_lib.SchedulerConfig) -> None:
     self.config = config
     self.pages = pages.PagePool(config.num_pages, config.page_size)
+    # What the budget follows, if it does; it learns from `engine.pacing`.
+    self.pace = None if config.tbt_slo_ms is None else pace.Pace(config)
     self.waiting: deque[Sequence] = deque()  # by arrival
     self.running: list[Sequence] = []  # by arrival
     self.num_preemptions = 0

@@ -28,7 +28,7 @@ class SarathiScheduler(base.Scheduler):
       self, now: float, decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     decodes = self._fair_share(decodes)
-    budget = self.config.token_budget - len(decodes)
+    budget = self._budget(now, decodes) - len(decodes)
     # Of the step, not of what is left: else each prompt would leave a part of
     # a part, down to chunks of a single token.
     share = int(budget * self.config.short_prompt_share)
@@ -43,6 +43,16 @@ class SarathiScheduler(base.Scheduler):
       if n := self._chunk_len(new, budget, share, now, []):
         budget = max(0, budget - self._cost(new, n))
         yield new, n
+
+  def _budget(self, now: float, decodes: list[sequence.Sequence]) -> int:
+    if self.pace is None:
+      return self.config.token_budget
+    prefills = [(s.num_computed, s.num_left) for s in self._prefills()]
+    if self._next_to_admit(now):
+      prefills += [(0, len(s.tokens))
+                   for s in itertools.islice(self.waiting, 8)]
+    return self.pace.budget(
+      self.running, decodes, prefills, self.config.token_budget)
 
   def _fair_share(self, decodes: list[sequence.Sequence],
                   ) -> list[sequence.Sequence]:
@@ -63,6 +73,8 @@ class SarathiScheduler(base.Scheduler):
     return math.ceil(n * self._token_cost(seq))
 
   def _token_cost(self, seq: sequence.Sequence) -> float:
+    if self.pace is not None:  # It has counted what chunks attend to.
+      return 1.0
     return 1 + self.config.prefix_cost * seq.num_computed
 
   def _chunk_len(self, seq: sequence.Sequence, budget: int, share: int,

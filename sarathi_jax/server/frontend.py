@@ -159,6 +159,7 @@ class Frontend:
   async def open(
       self, prompt: Prompt, sampling: types.SamplingParams,
       request_id: str | None = None, *, priority: int = 0,
+      tier: str = types.TIERS[0],
       caller: Caller, protocol: str,
   ) -> AsyncIterator[outbox.Stream]:
     """Submits a request; to leave the context is to abort what is left of it.
@@ -167,7 +168,7 @@ class Frontend:
       prompt: what to continue.
       sampling: how.
       request_id: None for one of the frontend's making.
-      priority: see `types.Request`.
+      priority, tier: see `types.Request`.
       caller: who asks.
       protocol: how; for logs.
 
@@ -188,7 +189,7 @@ class Frontend:
     draft = types.Request(
       request_id=request_id or uuid.uuid4().hex, prompt_token_ids=(),
       sampling=sampling, arrival_time=now, client=caller.client,
-      priority=priority, deadline=(
+      priority=priority, tier=tier, deadline=(
         None if caller.timeout_s is None else now + caller.timeout_s))
     self._num_open += 1
     self._all_closed.clear()

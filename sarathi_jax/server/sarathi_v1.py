@@ -60,7 +60,8 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
           prompt_of(request), sampling_of(
             request.sampling, self._frontend.engine.info.default_sampling),
           request.request_id if request.HasField('request_id') else None,
-          priority=request.priority, caller=caller.of(context),
+          priority=request.priority,
+          tier=request.tier or types.TIERS[0], caller=caller.of(context),
           protocol=NAME) as stream:
         await _write(stream, context)
 

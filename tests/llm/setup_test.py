@@ -66,3 +66,19 @@ def test_steps_compiled_before_are_found_again(cache_dir, shared_llm):
 def test_the_public_names():
   assert sarathi_jax.LLM is llm_lib.LLM
   assert sarathi_jax.SamplingParams is types.SamplingParams
+
+
+def test_a_budget_that_follows_the_slo_changes_no_token(make_llm, params):
+  llm = make_llm(params, tbt_slo_ms=10_000.0)
+  assert llm.engine.pace.model.num_observed > 6  # warm
+  done = llm.generate(PROMPTS, GREEDY)
+  assert common.tokens_of(done) == common.tokens_of(
+    make_llm(params).generate(PROMPTS, GREEDY))
+  assert llm.engine.stats().num_free_pages == llm.engine.stats().num_pages
+
+
+def test_a_target_that_no_step_meets_is_refused(make_llm, params):
+  with pytest.raises(errors.ConfigError, match='a step of a single decode'):
+    make_llm(params, tbt_slo_ms=1e-6)
+  with pytest.raises(errors.ConfigError, match='only sarathi has'):
+    make_llm(params, tbt_slo_ms=50.0, policy='vllm')

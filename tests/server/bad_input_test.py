@@ -26,6 +26,7 @@ BAD: tuple[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
   ({'text': 't1 ' * 5000}, {}, ('5000 tokens', 'max_model_len=128')),
   ({'token_ids': [1, 64]}, {}, ('unknown token id 64', '[0, 64)')),
   ({'token_ids': [-1]}, {}, ('unknown token id -1', '[0, 64)')),
+  ({**IDS, 'tier': 'slow'}, {}, ("tier='slow'", 'interactive, batch')),
   (IDS, {'max_tokens': 0}, ('max_tokens=0', '>= 1')),
   (IDS, {'max_tokens': -5}, ('max_tokens=-5', '>= 1')),
   (IDS, {'max_tokens': 3, 'fill_context': True},

@@ -8,7 +8,8 @@ on this device), `attention` (the kernel's sweep), `torch` (torch's attention
 on the same shapes, where there is torch), `quantized` (the kernel on a cache
 of int8), `engine` (steps and serving on random weights), `xla_graphs` and
 `no_graphs` (the same with the CUDA graphs that XLA makes by itself, and
-without any). Each runs in a process of its own.
+without any), `capacity` (the paper's chats, live, by policy at one SLO). Each
+runs in a process of its own.
 
 What is measured is kept at once, a file a stage: a run that was cut short goes
 on where it stopped, and programs that were compiled are not compiled again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -15,11 +16,13 @@ from absl import flags
 import jax
 
 from sarathi_jax import config as config_lib
+from sarathi_jax.benchmarks import live_capacity
 from sarathi_jax.benchmarks import throughput
 from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import engine
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
+from sarathi_jax.simulator import workload as workload_lib
 
 _ROOT = pathlib.Path(__file__).parents[3]
 Point = engine.Point
@@ -41,6 +44,8 @@ class Size:
   workload: throughput.Workload
   attention: str
   dense: str | None
+  chats: workload_lib.WorkloadConfig
+  capacity_rows: tuple[str, ...]
   tests: tuple[str, ...] = ('tests/pallas_kernels', '-m', 'gpu')
 
 
@@ -61,7 +66,9 @@ SIZES: Mapping[str, Size] = {
       num_pages=2304),
     points=(Point(64, 2047, 1), Point(1, 0, 512), Point(1, 0, 2048),
             Point(1, 2047, 1), Point(128, 1023, 1), Point(1, 2048, 512)),
-    idle=Point(64, 2047, 1)),
+    idle=Point(64, 2047, 1),
+    chats=workload_lib.WorkloadConfig(num_requests=96),
+    capacity_rows=('vllm', 'sarathi 512', 'sarathi 2048', 'auto')),
   'tiny': Size(
     model='43m', dtype='float32', copy_bytes=2**20, matmul_n=128, dense='xla',
     attention='xla',  # Interpreted, the kernel takes a minute.
@@ -79,6 +86,8 @@ SIZES: Mapping[str, Size] = {
     points=(Point(4, 63, 1), Point(1, 0, 32)), idle=Point(4, 63, 1),
     workload=throughput.Workload(
       num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
+    chats=workload_lib.WorkloadConfig(num_requests=4, length_scale=0.01),
+    capacity_rows=('vllm', 'auto'),
     tests=('tests/pallas_kernels/gpu_targets_test.py',)),
 }
 
@@ -137,11 +146,28 @@ def _engine(size: Size, journal: journal_lib.Journal) -> None:
     journal, model, params, size.config, size.workload, size.idle)
 
 
+def _capacity(size: Size, journal: journal_lib.Journal) -> None:
+  model = throughput.MODELS[size.model]
+  setup = live_capacity.Setup(
+    model=model, params=engine.make_params(model, size.dtype),
+    workload=size.chats, config=dataclasses.replace(
+      size.config, num_pages=None,
+      max_model_len=live_capacity.max_model_len(size.chats),
+      compilation_cache_dir=os.path.join(
+        config_lib.default_cache_dir(), 'gpu_check')))
+  # One SLO for all rows, if they are of several runs, too.
+  journal.measure('strict SLO', lambda: {
+    'slo_tbt_p99_s': live_capacity.strict_slo_s(setup)})
+  slo_s = journal.rows['strict SLO'].get('slo_tbt_p99_s')
+  for name in size.capacity_rows if slo_s else ():
+    journal.measure(name, functools.partial(
+      live_capacity.search_row, setup, name, slo_s, start=4.0, precision=0.2))
+
+
 STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
   'tests': _tests, 'limits': _limits, 'attention': _attention,
   'torch': _torch, 'quantized': _quantized, 'engine': _engine,
-  'xla_graphs': _engine,
-  'no_graphs': _engine}
+  'xla_graphs': _engine, 'no_graphs': _engine, 'capacity': _capacity}
 _PROFILED = '--xla_enable_command_buffers_during_profiling=true'
 # What a stage has in XLA_FLAGS after the engine's own.
 XLA_FLAGS: Mapping[str, str] = {

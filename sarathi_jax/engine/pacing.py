@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures steps for the budget that follows the time between tokens.
+
+`PacedRunner` stands between the engine and any runner, a device's or the
+simulator's: it tells the scheduler's model what each step took, and before
+the first request, `warm_up` tries steps of all kinds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+import statistics
+from typing import NamedTuple
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import engine
+from sarathi_jax.scheduler import step_time
+
+_GREEDY = types.SamplingParams(temperature=0, ignore_eos=True)
+# Tries of each kind of step. The first may still load or allocate.
+_TRIES = 4
+# Of chunks.
+_SIZES = tuple(64 << i for i in range(9))
+
+
+class _Pending(NamedTuple):
+  """A batch on its way, and what is needed to time it."""
+
+  inner: engine.Pending
+  load: step_time.Load
+  launched: float
+  num_before: int  # batches in flight when it was launched
+
+
+class PacedRunner:
+  """An `engine.Runner` that times another one's steps.
+
+  Args:
+    inner: computes.
+    scheduler: with a `pace`, which learns.
+    clock: the engine's.
+  """
+
+  def __init__(self, inner: engine.Runner,
+               scheduler: scheduler_lib.Scheduler,
+               clock: Callable[[], float]) -> None:
+    assert scheduler.pace is not None
+    self._inner = inner
+    self._model = scheduler.pace.model
+    self._num_stages = scheduler.config.num_stages
+    self._clock = clock
+    self._in_flight: deque[_Pending] = deque()
+    self._last_done = 0.0
+
+  def launch(self, batch: types.ScheduledBatch) -> _Pending:
+    pending = _Pending(
+      self._inner.launch(batch), step_time.load_of(batch.chunks),
+      self._clock(), len(self._in_flight))
+    self._in_flight.append(pending)
+    return pending
+
+  def fetch(self, pending: _Pending) -> types.Sampled:
+    sampled = self._inner.fetch(pending.inner)
+    assert self._in_flight.popleft() is pending
+    now = self._clock()
+    # What it added to the time of those before it; alone, it passes all the
+    # stages, of which each takes a part.
+    seconds = now - max(pending.launched, self._last_done)
+    if not pending.num_before:
+      seconds /= self._num_stages
+    self._model.observe(pending.load, seconds)
+    self._last_done = now
+    return sampled
+
+  def num_rows(self, num_tokens: int) -> int:
+    return self._inner.num_rows(num_tokens)
+
+  def recover(self) -> None:
+    self._in_flight.clear()
+    self._inner.recover()
+
+
+def paced(inner: engine.Runner, scheduler: scheduler_lib.Scheduler,
+          clock: Callable[[], float]) -> engine.Runner:
+  """The runner to give to an engine: paced and warm, if the scheduler is.
+
+  Raises:
+    ConfigError: even a step of one decode takes longer than the target.
+  """
+  if scheduler.pace is None:
+    return inner
+  runner = PacedRunner(inner, scheduler, clock)
+  fastest = warm_up(inner, scheduler, clock)
+  slo_ms = scheduler.config.tbt_slo_ms
+  assert slo_ms is not None
+  if fastest * 1e3 > slo_ms:
+    raise errors.ConfigError(
+      f'tbt_slo_ms={slo_ms:g}: a step of a single decode takes '
+      f'{fastest * 1e3:.3g} ms here, so nothing can meet it.')
+  return runner
+
+
+def warm_up(runner: engine.Runner, scheduler: scheduler_lib.Scheduler,
+            clock: Callable[[], float]) -> float:
+  """Times steps of all kinds, before there are requests.
+
+  They write to pages that hold nothing yet.
+
+  Returns:
+    What the step of a single decode takes, through all stages, seconds.
+  """
+  assert scheduler.pace is not None
+  alone = 0.0
+  for kind in _kinds(scheduler.config):
+    chunks = tuple(_chunks(kind, scheduler.config))
+    batch = types.ScheduledBatch(0, chunks, sum(c.num_tokens for c in chunks))
+    times = []
+    for _ in range(_TRIES):
+      start = clock()
+      runner.fetch(runner.launch(batch))
+      times.append(clock() - start)
+    seconds = statistics.median(times[1:])
+    alone = alone or seconds
+    scheduler.pace.model.observe(
+      step_time.load_of(chunks), seconds / scheduler.config.num_stages)
+  return alone
+
+
+class _Kind(NamedTuple):
+  """A batch of decodes of one context, and a chunk."""
+
+  num_decodes: int
+  context: int
+  chunk: int
+  start: int
+
+
+def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
+  """What is tried: a single decode first; all of it fits into the cache."""
+  room = config.num_pages * config.page_size
+  longest = config.max_model_len - 1
+
+  def fit(num_decodes: int, context: int, chunk: int, start: int) -> _Kind:
+    chunk = min(chunk, longest)
+    start = min(start, longest - chunk)
+    pages = config.num_pages - -(-(start + chunk) // config.page_size)
+    each = pages // max(num_decodes, 1) * config.page_size
+    return _Kind(num_decodes, max(0, min(context, longest, each - 1)), chunk,
+                 start)
+
+  most = min(config.max_num_seqs, config.num_pages)
+  yield fit(1, 1, 0, 0)
+  for n in sorted({1, max(1, most // 4), most}):
+    for context in (1, longest // 2):
+      yield fit(n, context, 0, 0)
+  sizes = [n for n in _SIZES if n < config.token_budget]
+  for size in (*sizes, config.token_budget):
+    for start in (0, longest // 2):
+      yield fit(0, 0, min(size, room), start)
+    if size > most + 1 and room > 2 * size:
+      yield fit(most // 2, longest // 4, size - most // 2, longest // 4)
+
+
+def _chunks(kind: _Kind,
+            config: config_lib.SchedulerConfig) -> Iterator[types.Chunk]:
+  next_page = 0
+
+  def chunk(slot: int, start: int, n: int, is_prefill: bool) -> types.Chunk:
+    nonlocal next_page
+    num_pages = -(-(start + n) // config.page_size)
+    pages = tuple(range(next_page, next_page + num_pages))
+    next_page += num_pages
+    return types.Chunk(
+      request_id=f'warm-up-{slot}', slot=slot, start=start, tokens=(0,) * n,
+      num_tokens=n, page_table=pages, is_prefill=is_prefill, samples=True,
+      prompt_len=start + n, seed=0, sampling=_GREEDY)
+
+  for slot in range(kind.num_decodes):
+    yield chunk(slot, kind.context, 1, False)
+  if kind.chunk:
+    slot = min(kind.num_decodes, config.max_num_seqs - 1)
+    yield chunk(slot, kind.start, kind.chunk, True)

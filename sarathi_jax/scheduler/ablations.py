@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Half of Sarathi-Serve each: what the other half is good for (table 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.scheduler import base
+from sarathi_jax.scheduler import sequence
+
+
+class HybridOnlyScheduler(base.Scheduler):
+  """Hybrid batches without chunks: whole prompts join the decodes.
+
+  As Orca, but pages are taken for the prompt only.
+  """
+
+  @classmethod
+  def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
+    return (max(config.token_budget, config.max_model_len)
+            + config.max_num_seqs)
+
+  def _plan(
+      self, now: float, decodes: list[sequence.Sequence],
+  ) -> Iterator[tuple[sequence.Sequence, int]]:
+    budget = self.max_step_tokens(self.config) - len(decodes)
+    for seq in decodes:
+      yield seq, 1
+    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
+      new = self._admit(now, reserve=len(head.tokens))
+      if new is None:
+        break
+      budget -= new.num_left
+      yield new, new.num_left
+
+
+class ChunkedOnlyScheduler(base.Scheduler):
+  """Chunked prefills without hybrid batches: chunks and decodes take turns."""
+
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self._was_prefill = False
+
+  @classmethod
+  def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
+    return config.token_budget
+
+  def _plan(
+      self, now: float, decodes: list[sequence.Sequence],
+  ) -> Iterator[tuple[sequence.Sequence, int]]:
+    budget = self.config.token_budget
+    if not (self._was_prefill and decodes):
+      for seq in self._to_prefill(now):
+        if n := min(seq.num_left, budget, self._num_that_fit(seq)):
+          budget -= n
+          yield seq, n
+        if not budget:
+          break
+    self._was_prefill = budget < self.config.token_budget
+    if not self._was_prefill:
+      for seq in decodes:
+        yield seq, 1
+
+  def _to_prefill(self, now: float) -> Iterator[sequence.Sequence]:
+    yield from list(self._prefills())
+    while (new := self._admit(now)) is not None:
+      yield new

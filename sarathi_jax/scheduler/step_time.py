@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model of what a step takes, learnt from the steps themselves.
+
+Linear in a few features of a batch: its tokens, by a broken line (weights
+count first, then arithmetic), its decodes and their contexts, and what its
+chunks attend to. The weights are a Kalman filter's: recursive least squares
+that never stops to learn. Errors are relative, as steps differ by a hundred
+times. Standard library only: the scheduler asks it before every step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from sarathi_jax import types
+
+# Where the broken line may bend, tokens; the last one is what a step may have.
+_KNOTS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+# Features are near 1 in these units.
+_SEQS, _CONTEXT, _PAIRS = 1e-2, 1e-5, 1e-6
+_PRIOR = 1e4  # variance of a weight that nothing is known of, seconds^2
+_NOISE = 1e-3  # variance of a step's relative error
+_DRIFT = 1e-9  # by which a weight's variance grows each step, relative
+# The part of steps that may take longer than was bargained for.
+_TAIL = 0.005
+_TAIL_GAIN = 0.02
+_MAX_SPREAD = 0.5
+
+Load = tuple[int, int, int, int]  # see load_of
+
+
+def load_of(chunks: Iterable[types.Chunk]) -> Load:
+  """What a batch's time is predicted by.
+
+  Returns:
+    Its tokens; its decodes; the contexts of these, summed; and of each other
+    chunk's tokens, what they attend to, summed.
+  """
+  tokens = num_decodes = context = pairs = 0
+  for chunk in chunks:
+    n = chunk.num_tokens
+    tokens += n
+    if chunk.is_prefill:
+      pairs += n * (2 * chunk.start + n) // 2
+    else:
+      num_decodes += 1
+      context += chunk.start
+  return tokens, num_decodes, context, pairs
+
+
+class StepTimeModel:
+  """Predicts the seconds of a step; learns from each.
+
+  Args:
+    max_tokens: the most tokens of a step.
+
+  Attributes:
+    spread: by how much, relative, all but a small part of steps stay within
+      what is predicted.
+    num_observed: steps that were learnt from.
+    ratios: of the last steps, measured over predicted.
+  """
+
+  def __init__(self, max_tokens: int) -> None:
+    inner = [k for k in _KNOTS if k < max_tokens]
+    self._knots = (*inner, max_tokens)
+    size = len(self._knots) + 3
+    self._weights = [0.0] * size
+    self._cov = [[_PRIOR * (i == j) for j in range(size)]
+                 for i in range(size)]
+    self.spread = 0.02
+    self.num_observed = 0
+    self.ratios: deque[float] = deque(maxlen=1024)
+
+  def predict(self, load: Load) -> float:
+    """Seconds that a step of this load takes, on average."""
+    weights = self._weights
+    return sum(weights[i] * x for i, x in self._features(load))
+
+  def observe(self, load: Load, seconds: float) -> None:
+    """Learns from a step that was done."""
+    if seconds <= 0:
+      return
+    _, num_decodes, _, pairs = load
+    if self.num_observed:
+      predicted = self.predict(load)
+      if predicted > 0:
+        self.ratios.append(seconds / predicted)
+      if num_decodes and pairs:
+        self._learn_spread(seconds, predicted)
+    self.num_observed += 1
+    # Relative errors: features and result are divided by what was measured.
+    h = [(i, x / seconds) for i, x in self._features(load)]
+    cov = self._cov
+    gain = [sum(row[i] * x for i, x in h) for row in cov]
+    scale = 1 / (sum(gain[i] * x for i, x in h) + _NOISE)
+    error = 1 - sum(self._weights[i] * x for i, x in h)
+    for i, row in enumerate(cov):
+      change = gain[i] * scale
+      self._weights[i] += change * error
+      for j, other in enumerate(gain):
+        row[j] -= change * other
+      row[i] = min(row[i] + _DRIFT, _PRIOR)
+
+  def _learn_spread(self, seconds: float, predicted: float) -> None:
+    """Steps up if a step took longer than allowed for, else down a little."""
+    late = seconds > predicted * (1 + self.spread)
+    self.spread = min(_MAX_SPREAD, max(
+      0.0, self.spread + _TAIL_GAIN * (late - _TAIL)))
+
+  def _features(self, load: Load) -> list[tuple[int, float]]:
+    """(index, value) of the features that are not 0."""
+    tokens, num_decodes, context, pairs = load
+    knots = self._knots
+    last = len(knots) - 1
+    right = 1
+    while right < last and knots[right] < tokens:
+      right += 1
+    left = knots[right - 1]
+    # The time at the two nearest knots, mixed.
+    part = (tokens - left) / (knots[right] - left)
+    found = [(right - 1, 1 - part), (right, part)]
+    if num_decodes:
+      found.append((last + 1, num_decodes * _SEQS))
+      found.append((last + 2, context * _CONTEXT))
+    if pairs:
+      found.append((last + 3, pairs * _PAIRS))
+    return found

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capacity of policies under an SLO: the paper's experiment, as a program.
+
+  python -m sarathi_jax.simulator.capacity \
+      --config=configs/mistral_7b_a100.py --workload=openchat_sharegpt4 \
+      --policy=sarathi,vllm,orca,faster_transformer --slo_tbt_p99=0.1,0.5 \
+      --token_budget=512,2048,auto --output=DIR
+
+Finds for each policy, budget and SLO the largest rate with a P99 time between
+tokens within the SLO and a median scheduling delay within 2 s, on a simulated
+deployment; with --target=grpc://HOST:PORT, on the server that runs there,
+whose policy and budget are its own. --output keeps capacity.json and plots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent import futures
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+import rich.console
+import rich.progress
+import rich.table
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax.simulator import probe as probe_lib
+from sarathi_jax.simulator import scenario as scenario_lib
+from sarathi_jax.simulator import search
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  scenario_lib.define_flags()
+  flags.DEFINE_list('policy', ['sarathi'], 'sarathi, vllm, orca, '
+                    'faster_transformer; hybrid_only, chunked_only: half of '
+                    'sarathi each.')
+  flags.DEFINE_list('token_budget', None, 'Of policies that have one: numbers,'
+                    ' or auto, which follows the SLO; else --config\'s.')
+  flags.DEFINE_list('slo_tbt_p99', None, 'The most that the P99 time between '
+                    'tokens may be, seconds.')
+  flags.DEFINE_float('slo_delay_p50', 2.0, 'The most that the median '
+                     'scheduling delay may be, seconds.')
+  flags.DEFINE_float('precision', 0.02, 'Of the capacity, relative.')
+  flags.DEFINE_float('start_qps', None, 'Where to begin; else an estimate.')
+  flags.DEFINE_integer('jobs', None, 'Processes; else as many as cores.')
+  flags.DEFINE_string('target', None, 'grpc://HOST:PORT of a live server to '
+                      'search instead.')
+  flags.DEFINE_string('output', None, 'Folder for capacity.json and plots.')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+  """One search.
+
+  Attributes:
+    scenario: what is simulated; None for a live server.
+    config, workload: names, for people.
+    policy: of scheduling.
+    token_budget: a number, 'auto', or None for policies without one.
+    slo: what must hold.
+  """
+
+  scenario: scenario_lib.Scenario | None
+  config: str
+  workload: str
+  policy: str
+  token_budget: int | str | None
+  slo: search.Slo
+
+  @property
+  def label(self) -> str:
+    budget = '' if self.token_budget is None else f' {self.token_budget}'
+    return f'{self.policy}{budget}'
+
+  def result(self, found: search.Capacity) -> dict[str, Any]:
+    """A line of capacity.json; times are None where no rate held."""
+    best = found.best
+    return {
+      'config': self.config, 'workload': self.workload,
+      'policy': self.policy, 'token_budget': self.token_budget,
+      'slo_tbt_p99_s': self.slo.p99_tbt_s, 'capacity_qps': found.qps,
+      **{name: getattr(best, name, None) for name in (
+        'p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')}}
+
+
+def rows_of(base: scenario_lib.Scenario, policies: Sequence[str],
+            budgets: Sequence[int | str | None],
+            slos: Sequence[search.Slo]) -> list[Row]:
+  """Every combination; policies without a budget once for each SLO."""
+  rows = []
+  for policy, slo in itertools.product(policies, slos):
+    of_policy = budgets if scenario_lib.has_budget(policy) else [None]
+    for budget in of_policy:
+      config_lib.check(
+        budget != 'auto' or policy == 'sarathi', 'token_budget', budget,
+        f'policy={policy!r} has no budget that follows the SLO')
+      scenario = base.with_policy(policy, budget, slo.p99_tbt_s)
+      shown = scenario.config.token_budget if (
+        budget is None and scenario_lib.has_budget(policy)) else budget
+      rows.append(Row(
+        scenario=scenario, config=base.name,
+        workload=pathlib.Path(base.workload.source).stem, policy=policy,
+        token_budget=shown, slo=slo))
+  return rows
+
+
+def search_rows(rows: Sequence[Row], *, precision: float, jobs: int,
+                start_qps: float | None = None,
+                on_done: Callable[[int], None] = lambda num_points: None,
+                ) -> list[search.Capacity]:
+  """Searches rows at once, each probe in a process of its own.
+
+  Args:
+    rows: of scenarios.
+    precision: see `search.find`.
+    jobs: processes; those that rows don't need try more rates at once.
+    start_qps: where to begin; None for an estimate.
+    on_done: told of each probe that is done: 1, and of each row: 0.
+
+  Raises:
+    ConfigError: a row can't be: before any was begun.
+  """
+  for row in rows:
+    assert row.scenario is not None
+    probe_lib.check(row.scenario, row.slo)
+  width = max(1, jobs // len(rows))
+  # Not forked: this process may have threads.
+  context = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(jobs, mp_context=context) as processes, (
+      futures.ThreadPoolExecutor(len(rows))) as threads:
+
+    def find(row: Row) -> search.Capacity:
+      scenario = row.scenario
+      assert scenario is not None
+
+      def probe(rates: Sequence[float]) -> list[search.Point]:
+        points = []
+        for point in processes.map(
+            functools.partial(probe_lib.run, scenario, row.slo), rates):
+          points.append(point)
+          on_done(1)
+        return points
+
+      found = search.find(
+        probe, start_qps or probe_lib.start_qps(scenario), width=width,
+        precision=precision)
+      on_done(0)
+      return found
+
+    return list(threads.map(find, rows))
+
+
+def _slos() -> list[search.Slo]:
+  try:
+    values = [float(text) for text in FLAGS.slo_tbt_p99 or []]
+  except ValueError as error:
+    raise errors.ConfigError(
+      f'slo_tbt_p99={FLAGS.slo_tbt_p99}: must be seconds.') from error
+  config_lib.check(bool(values), 'slo_tbt_p99', FLAGS.slo_tbt_p99,
+                   'must be given, seconds')
+  return [search.Slo(p99_tbt_s=v, p50_delay_s=FLAGS.slo_delay_p50)
+          for v in values]
+
+
+def _simulated(console: rich.console.Console,
+               ) -> tuple[list[Row], list[search.Capacity]]:
+  rows = rows_of(scenario_lib.from_flags(), FLAGS.policy, [
+    scenario_lib.budget_of(text) for text in FLAGS.token_budget or [None]],
+    _slos())
+  with rich.progress.Progress(
+      rich.progress.TextColumn('{task.description}'),
+      rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
+      rich.progress.TextColumn('{task.fields[probes]} simulations'),
+      rich.progress.TimeElapsedColumn(), console=console,
+      transient=True) as progress:
+    task = progress.add_task('Searching', total=len(rows), probes=0)
+    probes = itertools.count(1)
+
+    def on_done(num_points: int) -> None:
+      if num_points:
+        progress.update(task, probes=next(probes))
+      else:
+        progress.advance(task)
+
+    return rows, search_rows(
+      rows, precision=FLAGS.precision, start_qps=FLAGS.start_qps,
+      jobs=FLAGS.jobs or os.cpu_count() or 1, on_done=on_done)
+
+
+def _seconds(value: float | None) -> str:
+  return '-' if value is None else f'{value:.3g} s'
+
+
+def show(console: rich.console.Console, rows: Sequence[Row],
+         found: Sequence[search.Capacity]) -> None:
+  """Prints a table."""
+  table = rich.table.Table(
+    'policy', 'SLO (P99 TBT)', 'capacity', 'P99 TBT', 'P50 TTFT',
+    'P50 scheduling delay', title=f'{rows[0].config}, {rows[0].workload}')
+  for row, capacity in zip(rows, found, strict=True):
+    best = capacity.best
+    table.add_row(
+      row.label, _seconds(row.slo.p99_tbt_s), f'{capacity.qps:.3g} QPS',
+      *(_seconds(getattr(best, name, None)) for name in (
+        'p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')))
+  console.print(table)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  console = rich.console.Console(
+    highlight=False, width=None if sys.stdout.isatty() else 110)
+  try:
+    if FLAGS.target:
+      from sarathi_jax.simulator import live
+      rows, found = live.search_target(
+        console, FLAGS.target, _slos(), scenario_lib.workload_from_flags(),
+        start_qps=FLAGS.start_qps, precision=FLAGS.precision)
+    else:
+      rows, found = _simulated(console)
+  except errors.SarathiError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+  show(console, rows, found)
+  if FLAGS.output:
+    folder = pathlib.Path(FLAGS.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [r.result(f) for r, f in zip(rows, found, strict=True)]
+    (folder / 'capacity.json').write_text(json.dumps(results, indent=1) + '\n')
+    from sarathi_jax.simulator import plots
+    plots.save_all(folder, rows, found)
+    console.print(f'{folder}: {", ".join(sorted(os.listdir(folder)))}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a step takes, from the model's shape and the hardware.
+
+A layer is four matmuls (a mixture of experts more), attention of decodes by
+the bytes of their keys and values, attention of chunks by chunk times context,
+elementwise work, and all-reduces. A stage is its layers; the last one has the
+head as well. `Host` is what the software around it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import operators
+
+# What XLA, the CUDA context and workspaces take of a device, bytes.
+_RESERVED = 1.5e9
+# EngineConfig.kv_cache_dtype -> bytes of a number, and of a head's scale.
+_NUMBER_BYTES = {'auto': 2, 'float32': 4, 'bfloat16': 2, 'float16': 2,
+                 'int8': 1, 'fp8': 1}
+_SCALE_BYTES = {'int8': 4, 'fp8': 4}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+  """What the host adds to a step.
+
+  Attributes:
+    launch_s: that a layer takes at least, because its kernels are launched
+      one by one; hidden behind them where they take longer.
+    step_s: each step, when the device waits for the host.
+    seq_s: the same, for each sequence of the step.
+    lockstep: whether pipeline stages begin together and wait for the slowest,
+      as in one SPMD program; else each goes on by itself.
+  """
+
+  launch_s: float = 0.0
+  step_s: float = 0.0
+  seq_s: float = 0.0
+  lockstep: bool = False
+
+
+HOSTS: Mapping[str, Host] = {
+  # The whole step is one program, and the next one is launched meanwhile.
+  'none': Host(lockstep=True),
+  # What reproduces figures 10 and 12 of the paper: eager PyTorch, a scheduler
+  # and a sampler that the device waits for.
+  'paper': Host(launch_s=0.3e-3, seq_s=0.3e-3),
+  # What reproduces the steps timed one by one in its artifact (Yi-34B), whose
+  # decodes take twice what the paper's text has: `calibrate --artifact`.
+  'artifact': Host(launch_s=0.5e-3, step_s=16.4e-3, seq_s=1.12e-3),
+}
+
+
+class CostModel:
+  """A model on a group of devices.
+
+  Args:
+    model: its shape.
+    hardware: what it runs on.
+    tp: devices that share each layer.
+    pp: pipeline stages, of tp devices each.
+    host: see `Host`.
+    kv_cache_dtype: see `EngineConfig`.
+
+  Raises:
+    ConfigError: tp or pp does not divide the model.
+  """
+
+  def __init__(self, model: model_config_lib.ModelConfig,
+               hardware: hardware_lib.Hardware, *, tp: int = 1, pp: int = 1,
+               host: Host = HOSTS['none'],
+               kv_cache_dtype: str = 'auto') -> None:
+    config_lib.check(
+      tp >= 1 and model.num_heads % tp == 0, 'tp', tp,
+      f'must divide num_heads={model.num_heads}')
+    config_lib.check(
+      1 <= pp <= model.num_layers, 'pp', pp,
+      f'must be in [1, num_layers={model.num_layers}]')
+    self.model = model
+    self.hardware = hardware
+    self.tp = tp
+    self.pp = pp
+    self.host = host
+    self.kv_cache_dtype = kv_cache_dtype
+    # Of a token's key, or value, in one head.
+    self._head_bytes = (_NUMBER_BYTES[kv_cache_dtype] * model.head_dim
+                        + _SCALE_BYTES.get(kv_cache_dtype, 0))
+    # Stages differ by a layer at most; the first ones have one more.
+    self.stage_layers = [
+      model.num_layers // pp + (s < model.num_layers % pp) for s in range(pp)]
+    self.num_heads = model.num_heads // tp
+    self.num_kv_heads = -(-model.num_kv_heads // tp)
+    self._is_parallel = getattr(model, 'parallel', False)
+    self._num_experts = getattr(model, 'num_experts', 1)
+    self._experts_per_token = getattr(model, 'experts_per_token', 1)
+    self._gated = model.family != 'falcon'
+    self._tp_link = hardware.link_within(0, tp - 1)
+    self._hop_links = [
+      hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
+      for s in range(pp - 1)]
+    self._layer_s: dict[int, float] = {}
+    self._head_s: dict[int, float] = {}
+
+  def with_host(self, host: Host) -> CostModel:
+    """The same with another host."""
+    return CostModel(self.model, self.hardware, tp=self.tp, pp=self.pp,
+                     host=host, kv_cache_dtype=self.kv_cache_dtype)
+
+  def with_hardware(self, hardware: hardware_lib.Hardware) -> CostModel:
+    """The same on other hardware."""
+    return CostModel(self.model, hardware, tp=self.tp, pp=self.pp,
+                     host=self.host, kv_cache_dtype=self.kv_cache_dtype)
+
+  # -- Time --
+
+  def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
+    """What each stage takes for a batch, its send to the next included."""
+    tokens = rows = num_seqs = kv_tokens = 0
+    prefill_s = 0.0
+    window = self.model.sliding_window or 1 << 60
+    for chunk in chunks:
+      num_seqs += 1
+      n = chunk.num_tokens
+      tokens += n
+      rows += chunk.samples
+      if n == 1:
+        kv_tokens += min(chunk.start + 1, window)
+      else:
+        prefill_s += operators.prefill_attention(
+          self.hardware, n, min(chunk.start, window), self.num_heads,
+          self.model.head_dim)
+    return self.stage_seconds(tokens, rows, num_seqs, kv_tokens, prefill_s)
+
+  def stage_seconds(self, tokens: int, rows: int, num_seqs: int,
+                    kv_tokens: int, prefill_s: float) -> list[float]:
+    """What each stage takes.
+
+    Args:
+      tokens: of the batch.
+      rows: that a token is sampled after.
+      num_seqs: sequences.
+      kv_tokens: contexts of the decodes, summed.
+      prefill_s: one layer's attention of the chunks.
+    """
+    attention_s = operators.decode_attention(
+      self.hardware, kv_tokens, self.num_kv_heads, self._head_bytes)
+    calls = (kv_tokens > 0) + (prefill_s > 0)
+    layer_s = self.layer_seconds(tokens) + attention_s + prefill_s + (
+      calls * self.hardware.efficiencies.attention_s)
+    layer_s = max(layer_s, self.host.launch_s)
+    serial_s = self.host.step_s + self.host.seq_s * num_seqs
+    seconds = [n * layer_s + serial_s for n in self.stage_layers]
+    seconds[-1] += self.head_seconds(rows)
+    for s, link in enumerate(self._hop_links):
+      seconds[s] += operators.send(
+        self.hardware, tokens * self.model.hidden_size * operators.BYTES, link)
+    return seconds
+
+  def layer_seconds(self, tokens: int) -> float:
+    """A layer without attention, of a batch of so many tokens."""
+    if tokens not in self._layer_s:
+      self._layer_s[tokens] = float(self._layer_seconds(tokens))
+    return self._layer_s[tokens]
+
+  def head_seconds(self, rows: int) -> float:
+    """The output matrix, for rows that a token is sampled after."""
+    if rows not in self._head_s:
+      self._head_s[rows] = float(operators.matmul(
+        self.hardware, rows, self.model.hidden_size,
+        self.model.vocab_size / self.tp)) if rows else 0.0
+    return self._head_s[rows]
+
+  def _layer_seconds(self, n: int) -> float:
+    hw, width = self.hardware, self.model.hidden_size
+    seconds = sum(operators.matmul(hw, n, k, m) for k, m in self.projections)
+    # Of a mixture of experts, each expert sees its part of the tokens.
+    pairs = n * self._experts_per_token
+    experts = min(self._num_experts, pairs)
+    seconds += experts * sum(
+      operators.matmul(hw, pairs / experts, k, m) for k, m in self.mlp)
+    heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
+    inner = self.model.intermediate_size / self.tp
+    numbers = [
+      2 * heads,  # rotation
+      (2 + self._gated) * inner * self._experts_per_token,  # activation
+      2 * 2 * self.num_kv_heads * self.model.head_dim,  # into the cache
+      3 * width, 3 * width]  # two norms, which read twice
+    seconds += sum(operators.elementwise(hw, n * x * operators.BYTES)
+                   for x in numbers)
+    if self.tp > 1:
+      # Where attention and MLP are parallel their sums are reduced once.
+      seconds += (1 if self._is_parallel else 2) * operators.all_reduce(
+        hw, n * width * operators.BYTES, self.tp, self._tp_link)
+    return float(seconds)
+
+  @property
+  def projections(self) -> list[tuple[int, int]]:
+    """(k, m) of a device's matmuls before and after attention."""
+    width, h = self.model.hidden_size, self.model.head_dim
+    return [(width, (self.num_heads + 2 * self.num_kv_heads) * h),
+            (self.num_heads * h, width)]
+
+  @property
+  def mlp(self) -> list[tuple[int, int]]:
+    """(k, m) of a device's matmuls of the MLP, of one expert."""
+    width, inner = self.model.hidden_size, self.model.intermediate_size
+    inner = -(-inner // self.tp)
+    return [(width, (1 + self._gated) * inner), (inner, width)]
+
+  @property
+  def lockstep(self) -> bool:
+    return self.host.lockstep
+
+  @property
+  def prefix_cost(self) -> float:
+    """See `SchedulerConfig.prefix_cost`."""
+    if self.pp == 1 or self.model.sliding_window is not None:
+      return 0.0
+    size = self.tp * (sum(k * m for k, m in self.projections)
+                      + self._num_experts * sum(k * m for k, m in self.mlp))
+    return 2 * self.model.num_heads * self.model.head_dim / size
+
+  # -- Memory --
+
+  @property
+  def weight_bytes(self) -> float:
+    """Weights on the device that has most of them."""
+    layer = sum(k * m for k, m in self.projections) + self._num_experts * sum(
+      k * m for k, m in self.mlp)
+    vocab = self.model.vocab_size * self.model.hidden_size / self.tp
+    if self.pp == 1 and not self.model.tie_word_embeddings:
+      vocab *= 2  # else the embedding is on the first stage, the head the last
+    return operators.BYTES * (max(self.stage_layers) * layer + vocab)
+
+  @property
+  def kv_token_bytes(self) -> int:
+    """Keys and values of one token on the device that has most of them."""
+    return (2 * max(self.stage_layers) * self.num_kv_heads
+            * self._head_bytes)
+
+  def num_pages(self, config: config_lib.EngineConfig,
+                max_step_tokens: int) -> int:
+    """Pages of KV cache that fit beside the weights.
+
+    Raises:
+      ConfigError: not one does.
+    """
+    page = self.kv_token_bytes * config.page_size
+    if config.num_pages is not None:
+      room = config.num_pages * page
+    elif config.kv_cache_gib is not None:
+      room = int(config.kv_cache_gib * 2**30)
+    else:
+      # Of a layer at a time: its input, its output and what is inside.
+      width = 4 * self.model.hidden_size + (
+        2 * self.model.intermediate_size * self._experts_per_token) // self.tp
+      room = int(self.hardware.memory_bytes * config.memory_utilization
+                 - self.weight_bytes - _RESERVED
+                 - max_step_tokens * width * operators.BYTES)
+    left = self.hardware.memory_bytes - self.weight_bytes
+    if room < page or room > left:
+      raise errors.ConfigError(
+        f'config: {self.weight_bytes / 1e9:.1f} GB of weights on each of '
+        f'{self.tp * self.pp} {self.hardware.name} with '
+        f'{self.hardware.memory_bytes / 1e9:.1f} GB leave no room for '
+        f'{max(room, page) / 1e9:.3g} GB of KV cache; raise tp or pp, or '
+        'take a larger device.')
+    return room // page

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU and its machine are: facts, and what was fitted to measurements.
+
+A device is a small JSON file: those in `devices/`, by name, or any path. Its
+`efficiencies` are the only fitted numbers, eleven, written by `calibrate`. A
+device that nobody measured takes those of another (`efficiencies_of`): they
+are parts of what the hardware could do, so they carry over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from sarathi_jax import errors
+
+_FOLDER = pathlib.Path(__file__).parent / 'devices'
+LINKS = ('nvlink', 'pcie', 'network')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiencies:
+  """What of the hardware's limits is reached; all fitted.
+
+  Attributes:
+    gemm: of the arithmetic rate, by a matmul of full tiles.
+    memory: of the memory's rate, by a matmul that is bound by it.
+    elementwise: of the memory's rate, by norms, activations and rotations.
+    decode_attention: of the memory's rate, by reading keys and values.
+    prefill_attention: of the arithmetic rate.
+    kernel_s: that a matmul takes at least, seconds.
+    attention_s: that a call of attention takes at least, seconds.
+    collective_s: that an all-reduce takes at least, seconds.
+    nvlink, pcie, network: of a link's rate, by all-reduces and transfers.
+  """
+
+  gemm: float
+  memory: float
+  elementwise: float
+  decode_attention: float
+  prefill_attention: float
+  kernel_s: float
+  attention_s: float
+  collective_s: float
+  nvlink: float
+  pcie: float
+  network: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+  """One kind of machine. Rates are per second and direction.
+
+  Attributes:
+    name: for people.
+    flops: dense 16-bit floating-point operations.
+    memory_bytes: of one device.
+    memory_rate: bytes.
+    num_sms: processors of a device, which tiles of work are spread over.
+    devices_per_node: of one machine.
+    nvlink_group: devices that NVLink joins; 1 for none.
+    link_rates: bytes a second out of a device, by name of `LINKS`.
+    message_s: that the least message between nodes takes, seconds.
+    efficiencies: fitted.
+  """
+
+  name: str
+  flops: float
+  memory_bytes: float
+  memory_rate: float
+  num_sms: int
+  devices_per_node: int
+  nvlink_group: int
+  link_rates: Mapping[str, float]
+  message_s: float
+  efficiencies: Efficiencies
+
+  def link_within(self, first: int, last: int) -> str:
+    """The slowest link between devices of the numbers [first, last]."""
+    for link, size in (('nvlink', self.nvlink_group),
+                       ('pcie', self.devices_per_node)):
+      if first // size == last // size:
+        return link
+    return 'network'
+
+  def link_rate(self, link: str) -> float:
+    """Bytes a second that a link reaches."""
+    efficiency: float = getattr(self.efficiencies, link)
+    return self.link_rates[link] * efficiency
+
+
+def names() -> list[str]:
+  """The devices that come with the package."""
+  return sorted(path.stem for path in _FOLDER.glob('*.json'))
+
+
+def load(name: str) -> Hardware:
+  """A device by name, or by the path of its file.
+
+  Raises:
+    ConfigError: there is none, or the file is not one.
+  """
+  path = _FOLDER / f'{name}.json'
+  if name.endswith('.json'):
+    path = pathlib.Path(name)
+  if not path.is_file():
+    raise errors.ConfigError(
+      f'device={name!r}: must be one of {", ".join(names())}, or a JSON file '
+      'like theirs.')
+  try:
+    fields = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise errors.ConfigError(f'device={name!r}: {error}.') from error
+  return from_dict(fields, path.stem)
+
+
+def from_dict(fields: Any, name: str) -> Hardware:
+  """Makes what a file describes; ConfigError names what is wrong with it."""
+  def fail(what: str) -> errors.ConfigError:
+    return errors.ConfigError(f'device={name!r}: {what}.')
+
+  if not isinstance(fields, dict):
+    raise fail('must be an object')
+  fields = {k: v for k, v in fields.items() if k != 'source'}
+  other = fields.pop('efficiencies_of', None)
+  if other is not None:
+    fields['efficiencies'] = dataclasses.asdict(load(other).efficiencies) | (
+      fields.get('efficiencies', {}))
+  for what, cls, part in (
+      ('', Hardware, {'name': name, **fields}),
+      ('efficiencies', Efficiencies, fields.get('efficiencies'))):
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(part, dict) or set(part) != known:
+      wrong = sorted(known ^ set(part or {}))
+      raise fail(f'{what or "fields"} {", ".join(wrong)}: missing or unknown')
+    for key, value in part.items():
+      numbers = value.values() if key == 'link_rates' else [value]
+      if key not in ('name', 'efficiencies') and not all(
+          isinstance(v, (int, float)) and math.isfinite(v) and v > 0
+          for v in numbers):
+        raise fail(f'{key}={value!r}: must be a finite number > 0')
+  if set(fields['link_rates']) != set(LINKS):
+    raise fail(f'link_rates must have {", ".join(LINKS)}')
+  return Hardware(**{'name': name, **fields, 'efficiencies': Efficiencies(
+    **fields['efficiencies'])})

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is simulated, as one value that travels to other processes; flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import deployment as deployment_lib
+from sarathi_jax import scheduler
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.simulator import cost_model
+from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import workload as workload_lib
+
+FLAGS = flags.FLAGS
+
+# The most sequences that the paper lets run at once under Orca, which takes
+# memory for the longest sequence there may be: by deployment.
+ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
+  'mistral_7b_a100': 16, 'yi_34b_a100_tp2': 16, 'llama2_70b_a40_tp4_pp2': 8,
+  'falcon_180b_a100_tp4_pp2': 8, 'falcon_180b_a100_tp8': 8}
+# The most of a budget that follows the SLO. Longer steps gain nothing: matmuls
+# are at their best by then, and a chunk attends to itself in vain for half.
+AUTO_MAX_BUDGET = 2048
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+  """A deployment and what it has to serve.
+
+  Attributes:
+    name: of the deployment.
+    model: its shape.
+    hardware: what it runs on.
+    config: of the engine.
+    host: what the host costs.
+    workload: what comes.
+    batch_tbt_slo_ms: see `EngineConfig`; of the budget 'auto'.
+  """
+
+  name: str
+  model: model_config_lib.ModelConfig
+  hardware: hardware_lib.Hardware
+  config: config_lib.EngineConfig
+  host: cost_model.Host
+  workload: workload_lib.WorkloadConfig
+  batch_tbt_slo_ms: float | None = None
+
+  def cost(self) -> cost_model.CostModel:
+    """What its steps take; ConfigError if it can't be cut like this."""
+    return cost_model.CostModel(
+      self.model, self.hardware, tp=self.config.tp, pp=self.config.pp,
+      host=self.host, kv_cache_dtype=self.config.kv_cache_dtype)
+
+  def with_policy(self, policy: str, token_budget: int | str | None,
+                  slo_tbt_p99_s: float | None = None) -> Scenario:
+    """The same under another policy.
+
+    Args:
+      policy: in scheduler.POLICIES.
+      token_budget: of policies that have one; 'auto' follows the SLO; None
+        leaves the configuration's.
+      slo_tbt_p99_s: that 'auto' follows.
+    """
+    scheduler.policy_class(policy)
+    changes: dict[str, Any] = {'policy': policy}
+    if token_budget == 'auto':
+      config_lib.check(slo_tbt_p99_s is not None, 'token_budget', 'auto',
+                       'follows an SLO, so one must be given')
+      assert slo_tbt_p99_s is not None
+      changes |= {'token_budget': AUTO_MAX_BUDGET,
+                  'tbt_slo_ms': slo_tbt_p99_s * 1e3,
+                  'batch_tbt_slo_ms': self.batch_tbt_slo_ms}
+    elif token_budget is not None:
+      changes['token_budget'] = token_budget
+    if not has_budget(policy):
+      # What the paper gives them: vLLM as many as a sequence may have.
+      changes |= {'token_budget': max(
+        self.config.max_model_len or 0, self.config.token_budget),
+        'tbt_slo_ms': None}
+    if policy == 'orca':
+      changes['max_num_seqs'] = min(
+        self.config.max_num_seqs, ORCA_MAX_NUM_SEQS.get(self.name, 16))
+    return dataclasses.replace(
+      self, config=dataclasses.replace(self.config, **changes))
+
+
+def has_budget(policy: str) -> bool:
+  """Whether the token budget is what this policy turns on."""
+  return policy in ('sarathi', 'chunked_only')
+
+
+def budget_of(text: str | None) -> int | str | None:
+  """What --token_budget says: a number, 'auto', or nothing.
+
+  Raises:
+    ConfigError: it is none of these.
+  """
+  config_lib.check(
+    text is None or text == 'auto' or text.isdecimal(), 'token_budget', text,
+    'must be a number, or auto')
+  return int(text) if text and text.isdecimal() else text
+
+
+def define_flags() -> None:
+  """The flags that all programs of the simulator share."""
+  flags.DEFINE_string('config', None, 'A file of configs/.')
+  flags.DEFINE_string(
+    'device', None, 'What it runs on: a name of simulator/devices, or a JSON '
+    'file like those; else the device that --config names.')
+  flags.DEFINE_enum(
+    'host', 'paper', list(cost_model.HOSTS), 'What the host costs: as in the '
+    'paper (eager PyTorch), as in its artifact\'s tables, or none.')
+  flags.DEFINE_integer('tp', None, 'Devices that share each layer.')
+  flags.DEFINE_integer('pp', None, 'Pipeline stages, of tp devices each.')
+  flags.DEFINE_integer('max_num_seqs', None, 'Sequences running at once.')
+  flags.DEFINE_integer('max_model_len', None, 'Tokens of a sequence.')
+  flags.DEFINE_enum('kv_cache_dtype', None,
+                    list(config_lib.KV_CACHE_DTYPES), 'Of the KV cache.')
+  flags.DEFINE_bool('look_ahead', None, 'See EngineConfig.')
+  flags.DEFINE_string(
+    'workload', 'openchat_sharegpt4',
+    f'{" or ".join(workload_lib.DATASETS)}: lengths with the quantiles of the '
+    'paper; or a CSV with num_prefill_tokens, num_decode_tokens and maybe '
+    'arrived_at.')
+  flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
+                    'When requests come.')
+  flags.DEFINE_float('cv', 2.0, 'Variation of the gaps of gamma arrivals.')
+  flags.DEFINE_float('length_scale', 1.0, 'What lengths are multiplied by.')
+  flags.DEFINE_float('batch_share', 0.0, 'Part of the requests that are of the '
+                     'tier batch, whose --batch_tbt_slo_ms is its own.')
+  flags.DEFINE_float('batch_tbt_slo_ms', None, 'With token_budget=auto: the '
+                     'target of the tier batch; else it has none.')
+  flags.DEFINE_integer('num_requests', None, 'How many; else all of a trace, '
+                       'or 2048.')
+  flags.DEFINE_integer('seed', 0, 'Of all that is random.')
+
+
+def from_flags(qps: float | None = 1.0) -> Scenario:
+  """What the flags describe.
+
+  Raises:
+    ConfigError: it can't work.
+  """
+  config_lib.check(FLAGS.config is not None, 'config', FLAGS.config,
+                   'must be given, a file of configs/')
+  deployment = deployment_lib.read(FLAGS.config)
+  device = FLAGS.device or deployment.device
+  config_lib.check(device is not None, 'device', device,
+                   f'must be given: {FLAGS.config} names none')
+  assert device is not None
+  changes: dict[str, Any] = {
+    name: FLAGS[name].value
+    for name in ('tp', 'pp', 'max_num_seqs', 'max_model_len', 'look_ahead',
+                 'kv_cache_dtype')
+    if FLAGS[name].value is not None}
+  return Scenario(
+    name=deployment.name, model=deployment.known_model(),
+    hardware=hardware_lib.load(device), host=cost_model.HOSTS[FLAGS.host],
+    batch_tbt_slo_ms=FLAGS.batch_tbt_slo_ms,
+    config=dataclasses.replace(deployment.config, **changes),
+    workload=workload_from_flags(qps))
+
+
+def workload_from_flags(
+    qps: float | None = 1.0) -> workload_lib.WorkloadConfig:
+  """The workload that the flags describe; ConfigError if there is none."""
+  return workload_lib.WorkloadConfig(
+    source=FLAGS.workload, num_requests=FLAGS.num_requests,
+    arrivals=FLAGS.arrivals, qps=qps, cv=FLAGS.cv, seed=FLAGS.seed,
+    length_scale=FLAGS.length_scale, batch_share=FLAGS.batch_share)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Capacity: the largest rate at which a service holds its objectives.
+
+The paper's definition (section 5): the most queries a second with a P99 time
+between tokens within the SLO, and a median scheduling delay within 2 seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+
+from sarathi_jax import config as config_lib
+
+# A rate that nothing we simulate comes near, or falls below.
+_LEAST, _MOST = 1e-3, 1e4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+  """What must hold.
+
+  Attributes:
+    p99_tbt_s: the most that the 99th percentile of times between tokens is.
+    p50_delay_s: the most that the median scheduling delay is.
+  """
+
+  p99_tbt_s: float
+  p50_delay_s: float = 2.0
+
+  def __post_init__(self) -> None:
+    for field in ('p99_tbt_s', 'p50_delay_s'):
+      value = getattr(self, field)
+      config_lib.check(
+        math.isfinite(value) and value > 0, f'slo.{field}', value,
+        'must be seconds > 0')
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+  """What was seen at one rate. Times are seconds.
+
+  Attributes:
+    qps: requests a second.
+    p99_tbt_s, p50_ttft_s, p50_scheduling_delay_s: see their names; of a probe
+      that ended early, of what it saw.
+    holds: whether the SLO was met.
+  """
+
+  qps: float
+  p99_tbt_s: float
+  p50_ttft_s: float
+  p50_scheduling_delay_s: float
+  holds: bool
+
+
+# Sees what happens at each of several rates, at once if it can.
+Probe = Callable[[Sequence[float]], Sequence[Point]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+  """The result of a search.
+
+  Attributes:
+    best: at the largest rate that held; None if none did.
+    points: all that were tried, by rate.
+  """
+
+  best: Point | None
+  points: tuple[Point, ...]
+
+  @property
+  def qps(self) -> float:
+    return self.best.qps if self.best else 0.0
+
+
+def find(probe: Probe, start: float, *, width: int = 1,
+         precision: float = 0.02) -> Capacity:
+  """Searches for the capacity.
+
+  Args:
+    probe: see there.
+    start: the rate to begin with.
+    width: rates to try at once: 1 bisects, more divide finer.
+    precision: relative; a rate this much above the result does not hold.
+  """
+  config_lib.check(start > 0, 'start_qps', start, 'must be > 0')
+  points: list[Point] = []
+
+  def try_rates(rates: Sequence[float]) -> None:
+    points.extend(probe(rates))
+
+  def held() -> float:
+    failed = lowest_failed()
+    return max((p.qps for p in points if p.holds and p.qps < failed),
+               default=0.0)
+
+  def lowest_failed() -> float:
+    return min((p.qps for p in points if not p.holds), default=math.inf)
+
+  # Outwards, until one rate holds and one does not; then inwards.
+  try_rates([start * 2 ** (i - width // 2) for i in range(width)])
+  while lowest_failed() == math.inf and held() < _MOST:
+    try_rates([held() * 2 ** (i + 1) for i in range(width)])
+  while held() == 0 and lowest_failed() > _LEAST:
+    try_rates([lowest_failed() / 2 ** (i + 1) for i in range(width)])
+  while held() and lowest_failed() / held() > 1 + precision:
+    low, ratio = held(), lowest_failed() / held()
+    if ratio == math.inf:
+      break
+    try_rates([low * ratio ** ((i + 1) / (width + 1)) for i in range(width)])
+  best = max((p for p in points if p.holds and p.qps <= held()),
+             key=lambda p: p.qps, default=None)
+  return Capacity(
+    best=best, points=tuple(sorted(points, key=lambda p: p.qps)))

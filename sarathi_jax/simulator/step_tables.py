@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole steps that were measured: by Sarathi-Serve's artifact, by gpu_check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import csv
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from scipy import optimize
+
+from sarathi_jax import errors
+from sarathi_jax.simulator import cost_model
+from sarathi_jax.simulator import operators
+
+# Context of the artifact's decodes, which it does not tell.
+_CONTEXT = 1024
+# What gpu_check's steps tell.
+_OF_GPU_CHECK = ('gemm', 'memory', 'decode_attention', 'prefill_attention')
+CostModel = cost_model.CostModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+  """Steps that follow each other, measured as a whole.
+
+  Attributes:
+    table: it is of.
+    num_decodes, context: decodes of each step, and the context of each.
+    chunks: (tokens, tokens before) of the chunks, one a step; none: one step
+      of decodes alone.
+    seconds: of all steps.
+  """
+
+  table: str
+  num_decodes: int
+  context: int
+  chunks: tuple[tuple[int, int], ...]
+  seconds: float
+  num_prefills: int = 1
+
+  def predict(self, cost: CostModel) -> float:
+    """What the model says, seconds."""
+    total = 0.0
+    for tokens, before in self.chunks or ((0, 0),):
+      each = float(operators.prefill_attention(
+        cost.hardware, tokens, before, cost.num_heads, cost.model.head_dim,
+      )) if tokens else 0.0
+      prefills = self.num_prefills if tokens else 0
+      total += sum(cost.stage_seconds(
+        self.num_decodes + prefills * tokens, self.num_decodes + prefills,
+        self.num_decodes + prefills, self.num_decodes * self.context,
+        prefills * each))
+    return total
+
+
+def read_artifact(folder: str) -> list[Step]:
+  """The artifact's tables of steps.
+
+  Raises:
+    ConfigError: a table is missing.
+  """
+  return [*_artifact(pathlib.Path(folder))]
+
+
+def _artifact(folder: pathlib.Path) -> Iterator[Step]:
+  def rows(name: str) -> list[dict[str, str]]:
+    try:
+      with (folder / name).open(newline='') as file:
+        return list(csv.DictReader(file))
+    except OSError as error:
+      raise errors.ConfigError(
+        f'artifact={str(folder)!r}: {name}: {error.strerror}.') from error
+
+  for name in ('figure-2_decode', 'figure-2_prefill', 'table-2_results'):
+    for row in rows(f'{name}.csv'):
+      prefill = int(row['batch_num_prefill_tokens'])
+      yield Step(
+        table=name, num_decodes=int(row['batch_num_decode_tokens']),
+        context=_CONTEXT, chunks=((prefill, 0),) if prefill else (),
+        seconds=float(row['batch_execution_time'])
+        / (1e3 if name == 'table-2_results' else 1))
+  for row in rows('figure-9_chunking-overhead.csv'):
+    length, chunk = int(row['prefill_length']), int(row['chunk_size'])
+    yield Step(
+      table='figure-9_chunking-overhead', num_decodes=0, context=0,
+      chunks=tuple((min(chunk, length - s), s)
+                   for s in range(0, length, chunk)),
+      seconds=float(row['prefill_execution_time']) / 1e3)
+
+
+def read_gpu_check(path: str) -> list[Step]:
+  """The steps of a gpu_check.json.
+
+  Raises:
+    ConfigError: it is none, or its stage `engine` was not run.
+  """
+  try:
+    rows = json.loads(pathlib.Path(path).read_text())['results']['engine']
+    return [
+      Step(table='gpu_check', context=row['context'], seconds=row['step_s'],
+           **({'num_decodes': row['sequences'], 'chunks': ()}
+              if row['tokens'] == 1 else
+              {'num_decodes': 0, 'num_prefills': row['sequences'],
+               'chunks': ((row['tokens'], row['context']),)}))
+      for row in rows
+      if row.keys() >= {'step_s', 'sequences', 'context', 'tokens'}]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.ConfigError(
+      f'gpu_check={path!r}: not what scripts/gpu_check writes with its stage '
+      f'engine: {type(error).__name__}: {error}.') from error
+
+
+def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
+  """The host's costs that explain the steps best; 3 numbers."""
+  scale = np.array([1e-3, 1e-2, 1e-3])
+
+  def at(x: Any) -> cost_model.Host:
+    launch, step, seq = (x * scale).tolist()
+    return cost_model.Host(launch_s=launch, step_s=step, seq_s=seq)
+
+  return at(_fit(lambda x: cost.with_host(at(x)), np.array([0.5, 0.1, 0.5]),
+                 steps))
+
+
+def fit_efficiencies(cost: CostModel, steps: Sequence[Step]) -> CostModel:
+  """The efficiencies that explain whole steps best; 4 numbers."""
+  start = np.array([
+    getattr(cost.hardware.efficiencies, f) for f in _OF_GPU_CHECK])
+
+  def at(x: Any) -> CostModel:
+    return cost.with_hardware(dataclasses.replace(
+      cost.hardware, efficiencies=dataclasses.replace(
+        cost.hardware.efficiencies,
+        **dict(zip(_OF_GPU_CHECK, x.tolist(), strict=True)))))
+
+  return at(_fit(at, start, steps))
+
+
+def _fit(at: Callable[[Any], CostModel], start: Any,
+         steps: Sequence[Step]) -> Any:
+  def residuals(x: Any) -> Any:
+    cost = at(x)
+    return [np.log(s.predict(cost) / s.seconds) for s in steps]
+
+  return optimize.least_squares(
+    residuals, start, bounds=(1e-6, np.inf), loss='soft_l1', f_scale=0.1).x
+
+
+def summary(cost: CostModel, steps: Sequence[Step],
+            ) -> dict[str, tuple[float, float, int]]:
+  """Table -> median error, P90 error, rows; and of all."""
+  names = dict.fromkeys(['all', *(s.table for s in steps)])
+  found = {}
+  for name in names:
+    e = [abs(s.predict(cost) / s.seconds - 1) for s in steps
+         if name in ('all', s.table)]
+    found[name] = (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
+  return found

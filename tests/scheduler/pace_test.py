@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The budget that follows the time between tokens."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import fake_runner
+from sarathi_jax.engine import pacing
+from sarathi_jax.scheduler import step_time
+
+MS = 1e-3
+
+
+def true_seconds(load: step_time.Load) -> float:
+  """10 ms, 0.1 ms for each token beyond 128, and attention."""
+  tokens, num_decodes, context, pairs = load
+  return (10 + 0.1 * max(0, tokens - 128)) * MS + num_decodes * 2e-5 + (
+    context * 1e-8 + pairs * 1e-8)
+
+
+def random_load(rng: random.Random) -> step_time.Load:
+  num_decodes = rng.choice([0, 1, 8, 64])
+  chunk = rng.choice([0, 64, 448, 960, 1984]) if num_decodes else 512
+  return (num_decodes + chunk, num_decodes, num_decodes * rng.randrange(4000),
+          chunk * rng.randrange(8000))
+
+
+@pytest.mark.parametrize('noise', [0.0, 0.1])
+def test_the_model_learns(noise: float) -> None:
+  rng = random.Random(0)
+  model = step_time.StepTimeModel(2048)
+  for _ in range(2000):
+    load = random_load(rng)
+    model.observe(load, true_seconds(load) * rng.uniform(1 - noise, 1 + noise))
+  for _ in range(200):
+    load = random_load(rng)
+    assert model.predict(load) == pytest.approx(
+      true_seconds(load), rel=0.05 + noise / 3)
+  assert model.spread == pytest.approx(noise, abs=0.05)
+
+
+def test_the_model_follows_a_device_that_becomes_slower() -> None:
+  rng = random.Random(0)
+  model = step_time.StepTimeModel(2048)
+  for factor in (1, 2):
+    for _ in range(20_000):
+      load = random_load(rng)
+      model.observe(load, factor * true_seconds(load))
+  errors_ = [model.predict(load) / (2 * true_seconds(load)) - 1
+             for load in (random_load(rng) for _ in range(100))]
+  assert max(map(abs, errors_)) < 0.15
+
+
+def make(tbt_slo_ms: float | None = 50.0, learn: bool = True,
+         **fields: Any) -> scheduler_lib.Scheduler:
+  scheduler = scheduler_lib.policy_class('sarathi')(config_lib.SchedulerConfig(
+    **(dict(token_budget=2048, max_num_seqs=128, max_model_len=16384,
+            num_pages=4096, page_size=64, short_prompt_share=0.0,
+            look_ahead=False, tbt_slo_ms=tbt_slo_ms) | fields)))
+  if scheduler.pace is not None and learn:
+    rng = random.Random(1)
+    for _ in range(2000):
+      load = random_load(rng)
+      scheduler.pace.model.observe(load, true_seconds(load))
+  return scheduler
+
+
+def add(scheduler: scheduler_lib.Scheduler, request_id: str, prompt_len: int,
+        tier: str = 'interactive') -> None:
+  scheduler.add(types.Request(
+    request_id=request_id, prompt_token_ids=(1,) * prompt_len, tier=tier,
+    sampling=types.SamplingParams(max_tokens=100, ignore_eos=True)))
+
+
+def step(scheduler: scheduler_lib.Scheduler) -> types.ScheduledBatch:
+  batch = scheduler.schedule(0.0)
+  n = len(batch.chunks)
+  scheduler.complete(batch, types.Sampled([0] * n, [0.0] * n))
+  return batch
+
+
+def test_nothing_bounds_a_step_without_decodes() -> None:
+  scheduler = make()
+  add(scheduler, 'long', 9000)
+  assert step(scheduler).num_tokens == 2048
+
+
+@pytest.mark.parametrize('slo_ms', [20, 30, 50, 100, 150])
+def test_a_step_with_decodes_keeps_the_target_and_uses_it(
+    slo_ms: float) -> None:
+  scheduler = make(slo_ms)
+  for i in range(40):
+    add(scheduler, f'short {i}', 50)
+  step(scheduler)
+  add(scheduler, 'long', 15000)
+  for _ in range(5):
+    batch = step(scheduler)
+    assert batch.num_tokens % 128 == 0
+    load = step_time.load_of(batch.chunks)
+    assert load[1] == 40  # No ready decode is left out.
+    assert true_seconds(load) <= slo_ms * MS
+    more = (load[0] + 128, *load[1:])
+    assert true_seconds(more) > 0.85 * slo_ms * MS or load[0] == 2048
+
+
+def test_the_chunk_shrinks_as_the_prefix_grows() -> None:
+  scheduler = make(60.0)
+  add(scheduler, 'short', 50)
+  step(scheduler)
+  add(scheduler, 'long', 16000)
+  sizes = [step(scheduler).num_tokens for _ in range(30)]
+  assert sizes[0] > sizes[-1] > 0
+  assert sizes == sorted(sizes, reverse=True)
+
+
+def test_batch_requests_bound_steps_by_their_own_target() -> None:
+  sizes = {}
+  for tier, batch_slo in (('interactive', None), ('batch', None),
+                          ('batch', 150.0)):
+    scheduler = make(40.0, batch_tbt_slo_ms=batch_slo)
+    add(scheduler, 'short', 50, tier)
+    step(scheduler)
+    add(scheduler, 'long', 15000)
+    sizes[tier, batch_slo] = step(scheduler).num_tokens
+  assert sizes['batch', None] == 2048
+  assert sizes['interactive', None] < sizes['batch', 150.0] < 2048
+
+
+def test_stages_share_the_target() -> None:
+  sizes = []
+  for stages in (1, 2):
+    scheduler = make(100.0, num_stages=stages)
+    add(scheduler, 'short', 50)
+    step(scheduler)
+    add(scheduler, 'long', 15000)
+    sizes.append(step(scheduler).num_tokens)
+  assert sizes[1] == pytest.approx(sizes[0] / 2, abs=128)
+
+
+def test_tiers_are_named() -> None:
+  with pytest.raises(errors.InvalidRequestError, match="tier='slow'"):
+    types.Request(request_id='x', prompt_token_ids=(1,), tier='slow')
+
+
+@pytest.mark.parametrize(('fields', 'message'), [
+  (dict(tbt_slo_ms=0), 'must be milliseconds > 0'),
+  (dict(tbt_slo_ms=float('nan')), 'must be milliseconds > 0'),
+  (dict(batch_tbt_slo_ms=5), 'needs tbt_slo_ms'),
+  (dict(tbt_slo_ms=5, policy='vllm'), 'only sarathi has')])
+def test_bad_targets(fields: dict, message: str) -> None:
+  with pytest.raises(errors.ConfigError, match=message):
+    scheduler_lib.class_of(config_lib.EngineConfig(**fields))
+
+
+class TimedRunner(fake_runner.FakeRunner):
+  """Takes as long as `true_seconds` says, on a clock of its own."""
+
+  def __init__(self, max_num_seqs: int) -> None:
+    super().__init__(100, max_num_seqs)
+    self.now = 0.0
+
+  def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+    self.now += true_seconds(step_time.load_of(batch.chunks))
+    return super().launch(batch)
+
+
+def test_warming_up_teaches_enough() -> None:
+  scheduler = make(learn=False)
+  runner = TimedRunner(128)
+  pacing.paced(runner, scheduler, lambda: runner.now)
+  assert scheduler.pace is not None
+  rng = random.Random(2)
+  for _ in range(100):
+    load = random_load(rng)
+    assert scheduler.pace.model.predict(load) == pytest.approx(
+      true_seconds(load), rel=0.2), load
+
+
+@pytest.mark.parametrize('fields', [
+  dict(num_pages=4, max_model_len=64, max_num_seqs=128),
+  dict(token_budget=8, max_num_seqs=4, num_pages=8, page_size=4,
+       max_model_len=20)])
+def test_warming_up_fits_any_cache(fields: dict) -> None:
+  scheduler = make(learn=False, **fields)
+  runner = TimedRunner(128)
+  pacing.paced(runner, scheduler, lambda: runner.now)
+  assert scheduler.pages.num_free == scheduler.pages.num_pages
+
+
+def test_a_target_that_nothing_meets_is_refused() -> None:
+  scheduler = make(5.0, learn=False)
+  runner = TimedRunner(128)
+  with pytest.raises(errors.ConfigError, match=r'decode takes 10 ms here'):
+    pacing.paced(runner, scheduler, lambda: runner.now)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model against its limits, and against published measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import deployment
+from sarathi_jax import errors
+from sarathi_jax.simulator import cost_model
+from sarathi_jax.simulator import experiments
+from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import operators
+from sarathi_jax.simulator import paper
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+A100 = hardware_lib.load('a100')
+
+
+def cost_of(name: str, host: str = 'none') -> cost_model.CostModel:
+  read = deployment.read(str(CONFIGS / f'{name}.py'))
+  assert read.device is not None
+  return cost_model.CostModel(
+    read.known_model(), hardware_lib.load(read.device), tp=read.config.tp,
+    pp=read.config.pp, host=cost_model.HOSTS[host])
+
+
+def test_matmul_is_bound_by_memory_then_by_arithmetic() -> None:
+  k = m = 8192
+  one, many = (float(operators.matmul(A100, n, k, m)) for n in (1, 8192))
+  assert one > 2 * k * m / A100.memory_rate
+  assert one < 1.4 * 2 * k * m / A100.memory_rate
+  assert 0.65 < 2 * 8192 * k * m / A100.flops / many < 0.8
+
+
+def test_a_token_beyond_a_tile_costs_a_tile() -> None:
+  at = {n: float(operators.matmul(A100, n, 4096, 28672))
+        for n in (250, 256, 257, 320)}
+  assert at[250] == pytest.approx(at[256], rel=0.02)
+  assert at[257] > 1.2 * at[256]  # the paper measured 1.32
+  assert at[320] == pytest.approx(at[257], rel=0.02)
+
+
+# Yi-34B, TP2: whole prefills of Sarathi-Serve's artifact (figure 2), seconds.
+@pytest.mark.parametrize(('tokens', 'seconds'), [
+  (512, 0.1056), (1024, 0.2143), (2048, 0.3660), (4096, 0.7576),
+  (8192, 1.8633), (16384, 4.4075)])
+def test_prefills_take_what_the_artifact_measured(
+    tokens: int, seconds: float) -> None:
+  cost = cost_of(paper.YI, 'paper')
+  assert experiments.prefill_seconds(cost, tokens, tokens) == pytest.approx(
+    seconds, rel=0.15)
+
+
+def test_pipelines_beat_tensor_parallelism_over_ethernet() -> None:
+  """The paper's figure 13, of 2x at any batch, within a quarter."""
+  for batch, (tp8, hybrid) in paper.FIGURE_13.items():
+    for name, measured in ((paper.FALCON_TP8, tp8), (paper.FALCON, hybrid)):
+      seconds = sum(cost_of(name, 'paper').stage_seconds(
+        batch, batch, batch, batch * 1024, 0.0))
+      assert seconds == pytest.approx(measured, rel=0.25), (name, batch)
+
+
+def test_stages_share_the_layers_and_the_last_has_the_head() -> None:
+  whole, halves = cost_of(paper.FALCON_TP8), cost_of(paper.FALCON)
+  assert halves.stage_layers == [40, 40]
+  assert whole.stage_layers == [80]
+  hop, last = halves.stage_seconds(512, 1, 1, 0, 0.0)
+  sent = operators.send(halves.hardware, 512 * 14848 * 2, 'network')
+  assert hop == pytest.approx(halves.layer_seconds(512) * 40 + sent)
+  assert last == pytest.approx(
+    halves.layer_seconds(512) * 40 + halves.head_seconds(1))
+
+
+def test_host_costs_can_be_none() -> None:
+  none, paper_host = (cost_of(paper.MISTRAL, h) for h in ('none', 'paper'))
+  load = (8, 8, 8, 8000, 0.0)
+  assert sum(paper_host.stage_seconds(*load)) == pytest.approx(
+    sum(none.stage_seconds(*load)) + 8 * paper_host.host.seq_s, rel=0.05)
+
+
+def test_weights_and_cache_fill_the_memory() -> None:
+  cost = cost_of(paper.MISTRAL)
+  assert cost.weight_bytes == pytest.approx(14.48e9, rel=0.01)  # 7.24 G
+  assert cost.kv_token_bytes == 131072
+  config = config_lib.EngineConfig(page_size=64)
+  pages = cost.num_pages(config, 512)
+  used = pages * 64 * 131072 + cost.weight_bytes
+  assert 0.85 < used / cost.hardware.memory_bytes < 0.9
+  assert cost.num_pages(dataclasses.replace(config, num_pages=7), 512) == 7
+
+
+def test_smaller_numbers_make_a_larger_cache() -> None:
+  cost = cost_of(paper.MISTRAL)
+  half = cost_model.CostModel(cost.model, A100, kv_cache_dtype='int8')
+  assert half.kv_token_bytes == 131072 * 132 / 256  # a scale beside 128
+  load = (64, 64, 64, 64 * 8192, 0.0)
+  assert sum(half.stage_seconds(*load)) < 0.8 * sum(cost.stage_seconds(*load))
+
+
+@pytest.mark.parametrize('fields', [{}, {'kv_cache_gib': 70.0}])
+def test_what_does_not_fit_is_refused(fields: dict) -> None:
+  model = cost_of(paper.FALCON).model
+  cost = cost_model.CostModel(model, A100, tp=1 if not fields else 8)
+  with pytest.raises(errors.ConfigError, match='of weights on each of'):
+    cost.num_pages(config_lib.EngineConfig(**fields), 512)
+
+
+@pytest.mark.parametrize(('tp', 'pp', 'field'), [
+  (3, 1, 'tp'), (1, 0, 'pp'), (1, 81, 'pp')])
+def test_what_can_not_be_cut_is_refused(tp: int, pp: int, field: str) -> None:
+  with pytest.raises(errors.ConfigError, match=f'^{field}='):
+    cost_model.CostModel(cost_of(paper.FALCON).model, A100, tp=tp, pp=pp)
+
+
+@pytest.mark.parametrize('name', sorted(
+  p.stem for p in CONFIGS.glob('*.py') if p.stem != 'quickstart'))
+def test_every_deployment_fits_its_devices(name: str) -> None:
+  config = deployment.read(str(CONFIGS / f'{name}.py')).config
+  assert cost_of(name).num_pages(config, 8192) * config.page_size > 8192
+
+
+def test_mixtures_read_every_expert_that_is_asked() -> None:
+  cost = cost_of('mixtral_8x7b_h100_tp2')
+  assert cost.weight_bytes == pytest.approx(46.7e9, rel=0.02)  # half of 93.4
+  few, many = (cost.layer_seconds(n) for n in (1, 16))
+  assert many > 2 * few  # 2 experts, then all 8
