@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hybrid step of every deployment, compiled for its GPUs: all layers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sarathi_jax import deployment
+from tests import source_tree
+from tests.pallas_kernels.aot import matmul
+
+CONFIGS = sorted(path.stem for path in (source_tree.ROOT / 'configs').glob(
+  '*.py') if deployment.read(str(path)).device)
+
+
+def test_the_papers_deployments_are_there() -> None:
+  assert {'mistral_7b_a100', 'yi_34b_a100_tp2', 'llama2_70b_a40_tp4_pp2',
+          'falcon_180b_a100_tp4_pp2', 'falcon_180b_a100_tp8'} <= set(CONFIGS)
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_deployments_step_compiles_and_fits(
+    name: str, tmp_path: pathlib.Path) -> None:
+  """In place, without spills, sending no more than it must."""
+  path = tmp_path / 'plan.json'
+  done = subprocess.run(
+    [sys.executable, '-m', 'sarathi_jax.plan', f'--config=configs/{name}.py',
+     f'--json={path}'], cwd=source_tree.ROOT, text=True, capture_output=True,
+    check=False)
+  print(done.stdout)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(path.read_text())
+  assert found['problems'] == []
+  memory = found['memory']
+  used = (memory['weights'] + memory['kv_cache'] + memory['temporaries']
+          + memory['state'])
+  assert used <= memory['usable']
+  assert all(found['sequences'].values())
+  sent = {one['kind']: one for one in found['sent']}
+  reduced = sent.get('all-reduce', {'num_bytes': 0})['num_bytes']
+  assert reduced <= 1.01 * found['least_sent'] + 2**20
