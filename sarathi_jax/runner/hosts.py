@@ -125,7 +125,8 @@ def start(coordinator_address: str | None = None,
   """
   try:
     jax.distributed.initialize(
-      coordinator_address, num_processes, process_id)
+      coordinator_address, num_processes, process_id,
+      local_device_ids=[])  # All of this host's; by default SLURM's gives one.
   except (RuntimeError, ValueError) as error:
     raise errors.ConfigError(
       f'coordinator_address={coordinator_address!r}, '

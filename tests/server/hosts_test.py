@@ -48,9 +48,10 @@ def _free_port() -> int:
 class Hosts:
   """Two processes on this machine that play two hosts."""
 
-  def __init__(self, *args: str) -> None:
+  def __init__(self, *args: str, by_slurm: bool = False) -> None:
     self.printed = ['', '']
     self._coordinator = f'127.0.0.1:{_free_port()}'
+    self._by_slurm = by_slurm
     self.processes = [self._start(i, args) for i in range(2)]
     self._readers = [
       threading.Thread(target=self._read, args=(i,)) for i in range(2)]
@@ -59,15 +60,21 @@ class Hosts:
 
   def _start(self, process_id: int, args: tuple[str, ...],
              ) -> subprocess.Popen[str]:
+    env = {'JAX_NUM_CPU_DEVICES': '2', 'PYTHONUNBUFFERED': '1',
+           'JAX_PLATFORMS': 'cpu'}
+    if self._by_slurm:  # As SLURM would for a task a node.
+      joins = ['--distributed']
+      env |= {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2',
+              'SLURM_STEP_NODELIST': 'localhost', 'SLURM_LOCALID': '0',
+              'SLURM_PROCID': str(process_id)}
+    else:
+      joins = [f'--coordinator_address={self._coordinator}',
+               '--num_processes=2', f'--process_id={process_id}']
     return subprocess.Popen(
       [sys.executable, '-m', *args, '--tp=2', '--pp=2', '--cache_dir=',
-       *(f'--{name}={value}' for name, value in ENGINE.items()),
-       f'--coordinator_address={self._coordinator}', '--num_processes=2',
-       f'--process_id={process_id}'],
+       *(f'--{name}={value}' for name, value in ENGINE.items()), *joins],
       cwd=source_tree.ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, env=os.environ | {
-        'JAX_NUM_CPU_DEVICES': '2', 'PYTHONUNBUFFERED': '1',
-        'JAX_PLATFORMS': 'cpu'})
+      stderr=subprocess.STDOUT, env=os.environ | env)
 
   def _read(self, i: int) -> None:
     for line in self.processes[i].stdout or ():
@@ -155,3 +162,21 @@ def test_the_others_end_when_the_first_one_is_lost(served):
   hosts.processes[0].kill()
   # JAX's own client of the first process may notice it before, and abort.
   assert hosts.processes[1].wait(30) in (1, -signal.SIGABRT)
+
+
+def test_an_offline_run_on_two_hosts_that_slurm_started(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  """Where they are is detected; the second one writes nothing."""
+  prompts, output = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  prompts.write_text('{"prompt_token_ids": [1, 2, 3]}\n' * 3)
+  hosts = Hosts(
+    'sarathi_jax.offline', f'--checkpoint={checkpoint}',
+    f'--prompts={prompts}', f'--output={output}', '--max_tokens=5',
+    by_slurm=True)
+  try:
+    assert [p.wait(TIMEOUT_S) for p in hosts.processes] == [0, 0], (
+      hosts.printed)
+  finally:
+    hosts.close()
+  assert len(output.read_text().splitlines()) == 3
+  assert 'requests' in hosts.printed[0] and 'requests' not in hosts.printed[1]
