@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import os
-import platform
 import time
 from typing import Any
 
@@ -24,6 +22,7 @@ import grpc
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax.benchmarks import common
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.server import admission
@@ -138,17 +137,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
   result = measure(FLAGS.streams, FLAGS.tokens, FLAGS.step_ms / 1e3)
-  result |= {'cpus': os.cpu_count(), 'machine': platform.machine(),
-             'python': platform.python_version(), 'grpcio': grpc.__version__}
   print(json.dumps(result, indent=2))
-  if FLAGS.output:
-    with open(FLAGS.output, 'w') as file:
-      file.write(json.dumps(result, indent=2) + '\n')
+  common.write_json(FLAGS.json, 'server_front', FLAGS, result,
+                    grpcio=grpc.__version__)
 
 
 if __name__ == '__main__':
   flags.DEFINE_integer('streams', 128, 'Streams open at once.')
   flags.DEFINE_integer('tokens', 100, 'Tokens a stream.')
   flags.DEFINE_float('step_ms', 20.0, 'What a step takes.')
-  flags.DEFINE_string('output', None, 'A file for the result.')
+  flags.DEFINE_string('json', None, 'A file for the result.')
   app.run(main)
