@@ -161,7 +161,8 @@ def _capacity(size: Size, journal: journal_lib.Journal) -> None:
   slo_s = journal.rows['strict SLO'].get('slo_tbt_p99_s')
   for name in size.capacity_rows if slo_s else ():
     journal.measure(name, functools.partial(
-      live_capacity.search_row, setup, name, float(slo_s or 0), start=4.0, precision=0.2))
+      live_capacity.search_row, setup, name, float(slo_s or 0), start=4.0,
+      precision=0.2))
 
 
 STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
