@@ -34,6 +34,7 @@ import rich.console
 import rich.progress
 import rich.table
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
@@ -46,6 +47,8 @@ _ROOT = pathlib.Path(__file__).parents[3]
 
 def define_flags() -> None:
   flags.DEFINE_string('output', 'gpu_check', 'Folder for the results.')
+  flags.DEFINE_string('cache_dir', str(config_lib.default_cache_dir()),
+                      'Where compiled steps are kept.')
   flags.DEFINE_list('stages', list(stages.STAGES), 'To run, in this order.')
   flags.DEFINE_bool('again', False, 'Run stages that were done, too.')
   flags.DEFINE_float('budget_s', 530, 'No stage is begun after, or goes on.')
@@ -67,7 +70,8 @@ def _run_stage(name: str, seconds: float) -> None:
     RuntimeError: it failed, or took too long; says what it printed.
   """
   given = [f'--{flag}={FLAGS[flag].value}'
-           for flag in ('size', 'output', 'torch_python') if FLAGS[flag].value]
+           for flag in ('size', 'output', 'cache_dir', 'torch_python')
+           if FLAGS[flag].value]
   with tempfile.TemporaryFile('w+') as log:
     given_flags = os.environ.get('XLA_FLAGS', '')
     process = subprocess.Popen(
@@ -95,7 +99,8 @@ def _show(console: rich.console.Console, title: str,
   # Rows of a kind have their columns in common: one table for each kind.
   kinds: dict[tuple[str, ...], targets.Rows] = {}
   for row in rows:
-    kinds.setdefault(tuple(row), []).append(row)
+    short = {k: v for k, v in row.items() if not isinstance(v, list)}
+    kinds.setdefault(tuple(short), []).append(short)
   for columns, same in kinds.items():
     table = rich.table.Table(*columns, title=title)
     for row in same:

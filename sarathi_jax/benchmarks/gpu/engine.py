@@ -143,6 +143,15 @@ def whole_engine(journal: journal_lib.Journal,
     return {'context': seen.context, 'wall_s': seen.wall_s, 'step_s': step,
             'idle': max(0.0, 1 - step / seen.wall_s), 'traced_idle': seen.idle}
 
+  def sampled() -> journal_lib.Row:
+    # Held against the same without graphs, whose branches and loops these are.
+    done = llm().generate(
+      [[1 + i] * 16 for i in range(config.max_num_seqs)],
+      [types.SamplingParams(temperature=1, top_k=50, top_p=0.9, seed=i,
+                            max_tokens=1) for i in range(config.max_num_seqs)])
+    return {'tokens': [d.token_ids[0] for d in done]}
+
+  journal.measure('sampled tokens', sampled)
   journal.measure('serving', serve)
   journal.measure(f'engine, {decode.name}', gap)
 

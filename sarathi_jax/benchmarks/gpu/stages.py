@@ -22,6 +22,7 @@ from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import engine
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
+from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.simulator import workload as workload_lib
 
 _ROOT = pathlib.Path(__file__).parents[3]
@@ -32,7 +33,7 @@ Point = engine.Point
 class Size:
   """How much is measured."""
 
-  model: str
+  model: model_config_lib.ModelConfig
   dtype: str
   sweep: attention.Sweep
   quantized: attention.Sweep
@@ -51,7 +52,8 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
   'full': Size(
-    model='mistral-7b', dtype='bfloat16', sweep=attention.Sweep(),
+    model=throughput.MODELS['mistral-7b'], dtype='bfloat16',
+    sweep=attention.Sweep(),
     quantized=attention.Sweep(
       kv_dtype='int8', pool_tokens=2**20, decode_seqs=(1, 64, 256),
       decode_contexts=(2048, 32768), chunks=(2048,), chunk_contexts=(0, 8192),
@@ -70,7 +72,10 @@ SIZES: Mapping[str, Size] = {
     chats=workload_lib.WorkloadConfig(num_requests=96),
     capacity_rows=('vllm', 'sarathi 512', 'sarathi 2048', 'auto')),
   'tiny': Size(
-    model='43m', dtype='float32', copy_bytes=2**20, matmul_n=128, dense='xla',
+    model=model_config_lib.LlamaConfig(
+      vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=1,
+      num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=256),
+    dtype='float32', copy_bytes=2**20, matmul_n=128, dense='xla',
     attention='xla',  # Interpreted, the kernel takes a minute.
     sweep=attention.Sweep(
       num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
@@ -131,30 +136,31 @@ def _torch(size: Size, journal: journal_lib.Journal) -> None:
     journal, size.sweep, flags.FLAGS.torch_python or sys.executable)
 
 
+def _compiled() -> str:
+  return os.path.join(
+    os.path.expanduser(flags.FLAGS.cache_dir), 'gpu_check')
+
+
 def _engine(size: Size, journal: journal_lib.Journal) -> None:
   # Its two engines have the steps in common, and so have later runs: one that
   # is cut short while it compiles gets on the next time.
-  jax.config.update('jax_compilation_cache_dir', os.path.join(
-    config_lib.default_cache_dir(), 'gpu_check'))
+  jax.config.update('jax_compilation_cache_dir', _compiled())
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  model = throughput.MODELS[size.model]
-  params = engine.make_params(model, size.dtype)
+  params = engine.make_params(size.model, size.dtype)
   engine.steps(
-    journal, model, params, timing.limits(size.copy_bytes, size.matmul_n),
+    journal, size.model, params, timing.limits(size.copy_bytes, size.matmul_n),
     size.config, size.points)
   engine.whole_engine(
-    journal, model, params, size.config, size.workload, size.idle)
+    journal, size.model, params, size.config, size.workload, size.idle)
 
 
 def _capacity(size: Size, journal: journal_lib.Journal) -> None:
-  model = throughput.MODELS[size.model]
   setup = live_capacity.Setup(
-    model=model, params=engine.make_params(model, size.dtype),
+    model=size.model, params=engine.make_params(size.model, size.dtype),
     workload=size.chats, config=dataclasses.replace(
       size.config, num_pages=None,
       max_model_len=live_capacity.max_model_len(size.chats),
-      compilation_cache_dir=os.path.join(
-        config_lib.default_cache_dir(), 'gpu_check')))
+      compilation_cache_dir=_compiled()))
   # One SLO for all rows, if they are of several runs, too.
   journal.measure('strict SLO', lambda: {
     'slo_tbt_p99_s': live_capacity.strict_slo_s(setup)})
