@@ -26,7 +26,7 @@ def test_flags_say_what_is_loaded(
     asked.update(fields, checkpoint=checkpoint, config=config)
     return Loaded()
 
-  def serve(config: Any, make_engine: Any, hooks: Any) -> None:
+  def serve(config: Any, make_engine: Any, *more: Any) -> None:
     asked.update(server=config, engine=make_engine())
 
   monkeypatch.setattr(loading, 'load_llm', load_llm)
