@@ -123,9 +123,11 @@ def main(argv: list[str]) -> None:
     kept = json.loads(path.read_text())
     title = name.replace('_', ' ').capitalize()
     text = inspect.getdoc(known[name])
-    parts.append(
-      f'## {title}\n\n{text}\n\n{kept["num_requests"]} requests a simulation '
-      f'of rates, host costs: {kept["host"]}.\n\n{markdown(kept["rows"])}')
+    how = f'Host costs: {kept["host"]}.'
+    if 'ours QPS' in kept['rows'][0]:
+      how = f'{kept["num_requests"]} requests a simulation. {how}'
+    parts.append(f'## {title}\n\n{text}\n\n{how}\n\n'
+                 f'{markdown(kept["rows"])}')
   parts.append(_NOT_MODELLED)
   (folder / 'report.md').write_text('\n'.join(parts))
   console.print(f'{folder / "report.md"}')
