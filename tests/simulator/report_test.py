@@ -41,7 +41,7 @@ def test_table_4_has_the_shape_of_the_paper(tmp_path: pathlib.Path) -> None:
   text = run(tmp_path, '--experiments=figure_13,figure_14,table_4')
   assert '## Table 4' in text
   assert '## What is not modelled' in text
-  rows = json.loads((tmp_path / 'table_4.json').read_text())
+  rows = json.loads((tmp_path / 'table_4.json').read_text())['rows']
   chat = {r['policy']: r for r in rows
           if r['workload'] == 'openchat_sharegpt4'}
   ttft = {p: r['ours P50 TTFT s'] for p, r in chat.items()}
@@ -51,7 +51,9 @@ def test_table_4_has_the_shape_of_the_paper(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_was_simulated_is_kept(tmp_path: pathlib.Path) -> None:
-  (tmp_path / 'figure_14.json').write_text('[{"paper": 1.5, "ours": 3.0}]')
+  (tmp_path / 'figure_14.json').write_text(json.dumps({
+    'num_requests': 7, 'host': 'none',
+    'rows': [{'paper': 1.5, 'ours': 3.0}]}))
   assert '| 1.5 | 3 | 2.00 |' in run(tmp_path, '--experiments=figure_14')
   assert '| 1.5 | 3 | 2.00 |' not in run(
     tmp_path, '--experiments=figure_14', '--again')
