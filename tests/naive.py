@@ -15,6 +15,7 @@ from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import state
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import sampling as sampling_lib
 
@@ -76,7 +77,7 @@ def recompute(model: model_config_lib.ModelConfig, params: Any,
 
 def run_engine(runner: Any, requests: Sequence[types.Request], *,
                vocab_size: int, policy: str = 'sarathi', **limits: Any,
-               ) -> tuple[dict[str, Tokens], engine_lib.EngineStats]:
+               ) -> tuple[dict[str, Tokens], state.EngineStats]:
   """Runs requests on an engine around `runner`.
 
   Args:

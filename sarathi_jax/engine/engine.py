@@ -15,6 +15,7 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import detokenizer
 from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.engine import state
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.scheduler import pace as pace_lib
 from sarathi_jax.scheduler import sequence
@@ -41,22 +42,6 @@ class Runner(Protocol):
     Raises:
       Exception: the device is of no use any more.
     """
-
-
-class Observer(Protocol):
-  """Is told what an engine does; on the engine's thread, so it must be quick.
-
-  Times are seconds on the engine's clock.
-  """
-
-  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
-              launched: float, started: float, completed: float) -> None:
-    """A batch is done; it had the device from `started` on."""
-
-  def on_finished(self, request: types.Request,
-                  metrics: types.RequestMetrics,
-                  reason: types.FinishReason, now: float) -> None:
-    """A request ended by itself."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,58 +72,6 @@ class EngineInfo:
   page_size: int
   default_sampling: Mapping[str, Any] = dataclasses.field(
     default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-  """The engine's load at one moment."""
-
-  num_running: int
-  num_waiting: int
-  num_in_flight: int
-  num_pages: int
-  num_free_pages: int
-  num_preemptions: int
-  num_steps: int
-  padding_waste: float
-  num_prefilled: int
-  num_generated: int
-  num_finished: int
-  num_aborted: int
-  token_budget: int
-  last_step_tokens: int
-  decode_stall_s: float
-  ttft_p50_s: float | None
-  ttft_p99_s: float | None
-  tbt_p50_s: float | None
-  tbt_p99_s: float | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RequestState:
-  """How far one request is.
-
-  Attributes:
-    request_id: whose.
-    client: who asked.
-    is_running: whether it has a place in the batch; else it waits.
-    num_prompt_tokens: of its prompt.
-    num_computed: tokens in the cache.
-    num_output_tokens: generated so far.
-    max_output_tokens: at which it ends.
-    num_preemptions: how often its pages were taken back.
-    age_s: since it arrived.
-  """
-
-  request_id: str
-  client: str
-  is_running: bool
-  num_prompt_tokens: int
-  num_computed: int
-  num_output_tokens: int
-  max_output_tokens: int
-  num_preemptions: int
-  age_s: float
 
 
 class _InFlight(NamedTuple):
@@ -185,7 +118,7 @@ class Engine:
     self._runner = runner
     self._live: dict[str, _Live] = {}
     self._in_flight: deque[_InFlight] = deque()
-    self._observers: tuple[Observer, ...] = ()
+    self._observers: tuple[state.Observer, ...] = ()
     self._max_token_budget = info.token_budget  # what was compiled
     # Of the last steps, as many as stages: their ends, and their rows.
     num_stages = scheduler.config.num_stages
@@ -311,7 +244,7 @@ class Engine:
     self._scheduler.set_token_budget(token_budget)
     self.info = dataclasses.replace(self.info, token_budget=token_budget)
 
-  def observe(self, observer: Observer, *, on: bool = True) -> None:
+  def observe(self, observer: state.Observer, *, on: bool = True) -> None:
     """Begins to tell `observer` what is done, or ends it."""
     self._observers = tuple(o for o in self._observers if o is not observer)
     if on:
@@ -324,41 +257,18 @@ class Engine:
     return (self.info.max_num_seqs - len(scheduler.running)
             - len(scheduler.waiting), self.info.token_budget - waiting)
 
-  def requests(self) -> list[RequestState]:
+  def requests(self) -> list[state.RequestState]:
     """How far each request is, by arrival."""
     now = self.clock()
-    return [RequestState(
-      request_id=request_id, client=live.seq.request.client,
-      is_running=live.seq.slot >= 0, num_prompt_tokens=live.seq.prompt_len,
-      num_computed=live.seq.num_computed,
-      num_output_tokens=live.seq.num_output,
-      max_output_tokens=live.seq.max_len - live.seq.prompt_len,
-      num_preemptions=live.seq.num_preemptions,
-      age_s=now - live.seq.request.arrival_time)
-      for request_id, live in self._live.items()]
+    return [state.request_state(live.seq, now)
+            for live in self._live.values()]
 
-  def stats(self) -> EngineStats:
-    scheduler, metrics = self._scheduler, self.metrics
-    return EngineStats(
-      num_running=len(scheduler.running),
-      num_waiting=len(scheduler.waiting),
-      num_in_flight=len(self._in_flight),
-      num_pages=scheduler.pages.num_pages,
-      num_free_pages=scheduler.pages.num_free,
-      num_preemptions=scheduler.num_preemptions,
-      num_steps=metrics.num_steps,
-      padding_waste=metrics.padding_waste,
-      num_prefilled=metrics.num_prefilled,
-      num_generated=metrics.num_generated,
-      num_finished=metrics.num_finished,
-      num_aborted=metrics.num_aborted,
+  def stats(self) -> state.EngineStats:
+    """The load at this moment."""
+    return state.engine_stats(
+      self._scheduler, self.metrics, num_in_flight=len(self._in_flight),
       token_budget=self.info.token_budget,
-      last_step_tokens=self._last_step_tokens,
-      decode_stall_s=metrics.decode_stall_s,
-      ttft_p50_s=metrics.ttft_s.quantile(0.5),
-      ttft_p99_s=metrics.ttft_s.quantile(0.99),
-      tbt_p50_s=metrics.tbt_s.quantile(0.5),
-      tbt_p99_s=metrics.tbt_s.quantile(0.99))
+      last_step_tokens=self._last_step_tokens)
 
   def _complete_oldest(self) -> list[types.OutputDelta]:
     batch, pending, num_rows, launched = self._in_flight.popleft()

@@ -21,7 +21,7 @@ HEADER: tuple[Event, ...] = tuple(
 
 
 class ChromeTrace:
-  """An `engine.Observer` that makes events.
+  """An `state.Observer` that makes events.
 
   Args:
     emit: takes them; on the engine's thread.

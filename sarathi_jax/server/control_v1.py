@@ -19,7 +19,7 @@ import grpc
 
 from sarathi_jax import errors
 from sarathi_jax import types
-from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
@@ -188,7 +188,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
         for s in states])
 
   @contextlib.asynccontextmanager
-  async def _observing(self, observer: engine_lib.Observer) -> Any:
+  async def _observing(self, observer: state.Observer) -> Any:
     await self._thread.call(lambda engine: engine.observe(observer))
     try:
       yield
@@ -205,7 +205,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
 
 
 class _Steps:
-  """An `engine.Observer` that waits for some steps."""
+  """An `state.Observer` that waits for some steps."""
 
   def __init__(self, num_steps: int) -> None:
     self._num_left = num_steps

@@ -18,6 +18,7 @@ import uuid
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import state
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import engine_thread as engine_thread_lib
@@ -140,7 +141,7 @@ class Frontend:
     """For control, and for what must be read between two steps."""
     return self._engine_thread
 
-  async def stats(self) -> engine_lib.EngineStats:
+  async def stats(self) -> state.EngineStats:
     """Returns what the engine does now; who waits in our queue waits, too."""
     stats = await self._engine_thread.call(lambda engine: engine.stats())
     return dataclasses.replace(

@@ -24,6 +24,7 @@ from prometheus_client import registry as registry_lib
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.engine import state
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend
 from sarathi_jax.server import request_log
@@ -40,7 +41,7 @@ class Snapshot(NamedTuple):
   """What the engine had counted between two steps."""
 
   totals: metrics_lib.EngineMetrics
-  stats: engine_lib.EngineStats
+  stats: state.EngineStats
   info: engine_lib.EngineInfo
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from sarathi_jax import types
 from sarathi_jax.engine import engine
+from sarathi_jax.engine import state
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_v1
 
@@ -48,8 +49,8 @@ def test_messages_have_the_fields_of_the_types() -> None:
   assert _names(pb.GetModelInfoResponse) == (
     _fields(engine.EngineInfo) | {'has_tokenizer'})
   assert _names(pb.GetStatsResponse) == (
-    _fields(engine.EngineStats) | set(sarathi_v1.OWN_STATS))
-  assert _names(pb.RequestState) == _fields(engine.RequestState)
+    _fields(state.EngineStats) | set(sarathi_v1.OWN_STATS))
+  assert _names(pb.RequestState) == _fields(state.RequestState)
   assert _names(pb.Timing) | {'num_prompt_tokens', 'num_output_tokens'} == (
     _fields(types.RequestMetrics))
   assert {name.removeprefix('FINISH_REASON_').lower()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine tells of itself: its load, and how far requests are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.scheduler import sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+  """The engine's load at one moment."""
+
+  num_running: int
+  num_waiting: int
+  num_in_flight: int
+  num_pages: int
+  num_free_pages: int
+  num_preemptions: int
+  num_steps: int
+  padding_waste: float
+  num_prefilled: int
+  num_generated: int
+  num_finished: int
+  num_aborted: int
+  token_budget: int
+  last_step_tokens: int
+  decode_stall_s: float
+  ttft_p50_s: float | None
+  ttft_p99_s: float | None
+  tbt_p50_s: float | None
+  tbt_p99_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RequestState:
+  """How far one request is.
+
+  Attributes:
+    request_id: whose.
+    client: who asked.
+    is_running: whether it has a place in the batch; else it waits.
+    num_prompt_tokens: of its prompt.
+    num_computed: tokens in the cache.
+    num_output_tokens: generated so far.
+    max_output_tokens: at which it ends.
+    num_preemptions: how often its pages were taken back.
+    age_s: since it arrived.
+  """
+
+  request_id: str
+  client: str
+  is_running: bool
+  num_prompt_tokens: int
+  num_computed: int
+  num_output_tokens: int
+  max_output_tokens: int
+  num_preemptions: int
+  age_s: float
+
+
+class Observer(Protocol):
+  """Is told what an engine does; on the engine's thread, so it must be quick.
+
+  Times are seconds on the engine's clock.
+  """
+
+  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
+              launched: float, started: float, completed: float) -> None:
+    """A batch is done; it had the device from `started` on."""
+
+  def on_finished(self, request: types.Request,
+                  metrics: types.RequestMetrics,
+                  reason: types.FinishReason, now: float) -> None:
+    """A request ended by itself."""
+
+
+def engine_stats(
+    scheduler: scheduler_lib.Scheduler, metrics: metrics_lib.EngineMetrics, *,
+    num_in_flight: int, token_budget: int, last_step_tokens: int,
+) -> EngineStats:
+  """The load of an engine with this scheduler and these metrics."""
+  return EngineStats(
+    num_running=len(scheduler.running),
+    num_waiting=len(scheduler.waiting),
+    num_in_flight=num_in_flight,
+    num_pages=scheduler.pages.num_pages,
+    num_free_pages=scheduler.pages.num_free,
+    num_preemptions=scheduler.num_preemptions,
+    num_steps=metrics.num_steps,
+    padding_waste=metrics.padding_waste,
+    num_prefilled=metrics.num_prefilled,
+    num_generated=metrics.num_generated,
+    num_finished=metrics.num_finished,
+    num_aborted=metrics.num_aborted,
+    token_budget=token_budget,
+    last_step_tokens=last_step_tokens,
+    decode_stall_s=metrics.decode_stall_s,
+    ttft_p50_s=metrics.ttft_s.quantile(0.5),
+    ttft_p99_s=metrics.ttft_s.quantile(0.99),
+    tbt_p50_s=metrics.tbt_s.quantile(0.5),
+    tbt_p99_s=metrics.tbt_s.quantile(0.99))
+
+
+def request_state(seq: sequence.Sequence, now: float) -> RequestState:
+  """How far a request is, at `now` of the engine's clock."""
+  return RequestState(
+    request_id=seq.request.request_id, client=seq.request.client,
+    is_running=seq.slot >= 0, num_prompt_tokens=seq.prompt_len,
+    num_computed=seq.num_computed, num_output_tokens=seq.num_output,
+    max_output_tokens=seq.max_len - seq.prompt_len,
+    num_preemptions=seq.num_preemptions, age_s=now - seq.request.arrival_time)
