@@ -25,6 +25,7 @@ from sarathi_jax.engine import collector
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import hosts
+from sarathi_jax.runner import memory
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
@@ -146,6 +147,8 @@ class LLM:
     config = config or config_lib.EngineConfig()
     mesh = building.make_mesh(
       metadata.model, config, users=mesh, axis_names=axis_names)
+    memory.check_weights(
+      metadata.model, config, mesh, jnp.dtype(metadata.dtype))
     placed = placement.load(
       metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
       on_loaded=on_loaded)

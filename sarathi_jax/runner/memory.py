@@ -70,6 +70,24 @@ class MemoryPlan:
     return min(self.max_num_seqs, self.num_pages // pages)
 
 
+def check_weights(model: model_config_lib.ModelConfig,
+                  config: config_lib.EngineConfig, mesh: jax.sharding.Mesh,
+                  dtype: Any) -> None:
+  """Raises ConfigError if a device can't hold its part of the weights.
+
+  To be called before any is read. What else is needed is known later.
+  """
+  needed = placement.bytes_of(placement.shapes(model, mesh, dtype))
+  for device in mesh.local_devices:
+    stats = device.memory_stats() or {}
+    usable = stats.get('bytes_limit', math.inf) * config.memory_utilization
+    config_lib.check(
+      needed <= usable, 'tp, pp',
+      tuple(mesh.shape[axis] for axis in (mesh_lib.TP, mesh_lib.PP)),
+      f'the weights take {needed / kv_cache.GIB:.3g} GiB of each device, and '
+      f'{usable / kv_cache.GIB:.3g} GiB may be used; use more devices')
+
+
 def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
          mesh: jax.sharding.Mesh, programs: programs_lib.StepPrograms, *,
          dtype: Any, kv_dtype: Any, temporaries: int,

@@ -15,7 +15,9 @@ import transformers
 from checkpoints_convert import convert
 from checkpoints_convert import direct
 from sarathi_jax import checkpoint
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
@@ -146,3 +148,14 @@ def test_old_weights_are_forgotten_one_by_one():
   count = len(old)
   placement.place_live(MODEL, mesh, params, old)
   assert old == [None] * count
+
+
+def test_weights_that_dont_fit_are_refused_before_any_is_read(
+    folders, monkeypatch):
+  monkeypatch.setattr(type(jax.devices()[0]), 'memory_stats',
+                      lambda self: dict(bytes_limit=10_000, bytes_in_use=0))
+  monkeypatch.setattr(placement, 'load', None)  # It is not called.
+  with pytest.raises(errors.ConfigError, match=(
+      r'tp, pp=\(2, 1\): the weights take .* GiB of each device, and')):
+    llm_lib.LLM.from_checkpoint(
+      folders[1], config=config_lib.EngineConfig(tp=2))
