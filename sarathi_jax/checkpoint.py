@@ -41,6 +41,7 @@ _ZARR_DTYPES: Mapping[str, str] = {
 GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
 
 _PathLike = str | os.PathLike[str]
+OnModel = Callable[[config_lib.ModelConfig], object]
 Bar = Callable[
   [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 
@@ -259,11 +260,11 @@ class Checkpoint(NamedTuple):
 
 def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
                     convert: bool = True, bar: Bar | None = None,
-                    ) -> Checkpoint:
+                    on_model: OnModel = lambda model: None) -> Checkpoint:
   """Opens a checkpoint, ours or Hugging Face's.
 
   Args:
-    path_or_hub_id, cache_dir, bar: see `resolve`.
+    path_or_hub_id, cache_dir, bar, on_model: see `resolve`.
     convert: whether one of Hugging Face is converted once, into `cache_dir`;
       else parts of its tensors are read as they are needed, and only its
       tokenizer is kept.
@@ -273,7 +274,7 @@ def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
   """
   folder = pathlib.Path(path_or_hub_id)
   if convert or (folder / METADATA).is_file():
-    folder = resolve(path_or_hub_id, cache_dir, bar)
+    folder = resolve(path_or_hub_id, cache_dir, bar, on_model)
     metadata = load_metadata(folder)
     params = pathlib.Path(os.path.abspath(folder)) / PARAMS
     _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
@@ -291,7 +292,8 @@ def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
 
 
 def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
-            bar: Bar | None = None) -> pathlib.Path:
+            bar: Bar | None = None, on_model: OnModel = lambda model: None,
+            ) -> pathlib.Path:
   """The converted checkpoint that is meant, converting it if need be.
 
   Args:
@@ -301,6 +303,7 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
       and the names, sizes and times of its files.
     bar: makes a progress bar of a title and a number of bytes, if something
       is to be converted; what it gives is told of bytes that are done.
+    on_model: told what is to be converted, and may refuse it.
 
   Raises:
     CheckpointError: there is no such checkpoint, or it can't be converted.
@@ -314,10 +317,12 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
       'Hugging Face, with config.json.')
   # The converter imports this module, and takes seconds to import.
   from checkpoints_convert import convert
+  from checkpoints_convert import hf_config
   from checkpoints_convert import source
   origin = source.locate(str(path_or_hub_id))
   target = pathlib.Path(cache_dir) / f'{origin.name}-{_fingerprint(origin)}'
   if not (target / METADATA).is_file():
+    on_model(hf_config.read(origin)[0])
     convert.convert(origin, target, bar=bar or convert.no_bar)
   return target
 

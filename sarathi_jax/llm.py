@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import functools
 import itertools
 import pathlib
 import signal
@@ -141,12 +142,14 @@ class LLM:
     Raises:
       CheckpointError: there is none, or it is damaged or not supported.
     """
-    opened = checkpoint.open_checkpoint(
-      path, cache_dir or config_lib.default_cache_dir(), convert=convert)
-    metadata = opened.metadata
     config = config or config_lib.EngineConfig()
-    mesh = building.make_mesh(
-      metadata.model, config, users=mesh, axis_names=axis_names)
+    make_mesh = functools.partial(
+      building.make_mesh, config=config, users=mesh, axis_names=axis_names)
+    opened = checkpoint.open_checkpoint(
+      path, cache_dir or config_lib.default_cache_dir(), convert=convert,
+      on_model=make_mesh)
+    metadata = opened.metadata
+    mesh = make_mesh(metadata.model)
     memory.check_weights(
       metadata.model, config, mesh, jnp.dtype(metadata.dtype))
     placed = placement.load(

@@ -21,6 +21,7 @@ import rich.console
 import rich.markup
 import rich.progress
 
+from sarathi_jax import building
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
@@ -87,7 +88,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     kept = kept.expanduser()
     if convert:
       path = checkpoint_lib.resolve(
-        path if path.exists() else checkpoint, kept, converting)
+        path if path.exists() else checkpoint, kept, converting,
+        functools.partial(building.make_mesh, config=config))
     llm = llm_lib.LLM.from_checkpoint(
       path if path.exists() else checkpoint, config=config, cache_dir=kept,
       convert=convert, model_name=name,

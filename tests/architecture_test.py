@@ -67,8 +67,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
   'sarathi_jax.loading': (
-    'sarathi_jax.checkpoint', 'sarathi_jax.llm', 'sarathi_jax.runner.hosts',
-    'sarathi_jax.xla_flags'),
+    'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.llm',
+    'sarathi_jax.runner.hosts', 'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
     'sarathi_jax.prompt_lines', 'sarathi_jax.report', '~sarathi_jax.loading'),

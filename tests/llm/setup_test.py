@@ -12,6 +12,7 @@ from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import types
 from tests import tiny
+from tests.checkpoints_convert import fake_checkpoint
 from tests.llm import common
 
 GREEDY, PROMPTS = common.GREEDY, common.PROMPTS
@@ -82,3 +83,11 @@ def test_a_target_that_no_step_meets_is_refused(make_llm, params):
     make_llm(params, tbt_slo_ms=1e-6)
   with pytest.raises(errors.ConfigError, match='only sarathi has'):
     make_llm(params, tbt_slo_ms=50.0, policy='vllm')
+
+
+def test_a_mesh_that_cant_be_is_told_before_anything_is_converted(tmp_path):
+  source = fake_checkpoint.llama(tmp_path / 'hf')
+  with pytest.raises(errors.ConfigError, match=r'tp=3: must divide'):
+    llm_lib.LLM.from_checkpoint(
+      source, config=tiny.engine_config(tp=3), cache_dir=tmp_path / 'cache')
+  assert not (tmp_path / 'cache').exists()
