@@ -105,6 +105,30 @@ def attention(
   return layers.project_out(params, 'o', out, shards), layer_kv
 
 
+def add_attention(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  layer_kv: LayerKv,
+  x: Float[Array, 'T D'],
+  *,
+  norm: Any,
+  shards: sharding.Shards,
+  **attend: Any,
+) -> tuple[Float[Array, 'T D'], LayerKv]:
+  """The residual stream with the attention of its norm added.
+
+  Args:
+    config, layer_kv, x, shards: see `attention`.
+    params: of a block: 'attn_norm' and 'attn'.
+    norm: of the family.
+    **attend: what else `attention` takes.
+  """
+  normed = norm(params['attn_norm'], x, config.norm_eps)
+  out, layer_kv = attention(
+    config, params['attn'], layer_kv, normed, shards=shards, **attend)
+  return x + shards.sum(out), layer_kv
+
+
 def attention_specs(
   config: config_lib.ModelConfig,
   *,

@@ -11,7 +11,6 @@ from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import moe
-from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 
 norm = layers.rms_norm
@@ -34,17 +33,12 @@ def block(
   layer_kv: attention.LayerKv,
   x: Float[Array, 'T D'],
   *,
-  rotation: rope.Rotation,
-  window: attention.Window,
-  attend: attention.Attend,
   shards: sharding.Shards,
+  **attend: Any,
 ) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
   """Attention, then the experts, each added to the residual stream."""
-  normed = norm(params['attn_norm'], x, config.norm_eps)
-  out, layer_kv = attention.attention(
-    config, params['attn'], layer_kv, normed,
-    rotation=rotation, window=window, attend=attend, shards=shards)
-  x = x + shards.sum(out)
+  x, layer_kv = attention.add_attention(
+    config, params, layer_kv, x, norm=norm, shards=shards, **attend)
   normed = norm(params['mlp_norm'], x, config.norm_eps)
   out = moe.moe(config, params['moe'], normed)
   return x + shards.sum(out), layer_kv
