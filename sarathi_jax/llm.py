@@ -9,18 +9,17 @@ import contextlib
 import functools
 import itertools
 import pathlib
-import signal
-import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sarathi_jax import building
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import interrupts
+from sarathi_jax import prompts as prompts_lib
 from sarathi_jax import types
 from sarathi_jax.engine import collector
 from sarathi_jax.engine import tokenizer as tokenizer_lib
@@ -303,7 +302,7 @@ class LLM:
     """What must be done whole, or the engine is of no use any more."""
     if self._fault is None:
       try:
-        with _ctrl_c_waits():
+        with interrupts.deferred():
           yield
         return
       except Exception as error:  # A device's faults have no common type.
@@ -312,9 +311,7 @@ class LLM:
       f'the engine stopped: {self._fault}; make a new LLM.') from self._fault
 
   def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
-    if _is_one_prompt(prompts):
-      prompts = [prompts]
-    prompts = list(prompts)
+    prompts = prompts_lib.listed(prompts)
     if sampling is None or isinstance(sampling, types.SamplingParams):
       sampling = [sampling or types.SamplingParams(
         **self.engine.info.default_sampling)] * len(prompts)
@@ -327,43 +324,9 @@ class LLM:
       types.Request(
         request_id=f'llm-{next(self._ids)}', sampling=params,
         prompt_token_ids=tokenizer_lib.encode_prompt(
-          self.engine.tokenizer, _plain(prompt)),
+          self.engine.tokenizer, prompt),
         arrival_time=now)
       for prompt, params in zip(prompts, sampling, strict=True)]
     for request in requests:
       self.engine.check(request)
     return requests
-
-
-def _is_one_prompt(prompts: Any) -> bool:
-  """A text, a list of token ids, or a chat; not a list of these."""
-  if isinstance(prompts, str):
-    return True
-  if not len(prompts):
-    return False
-  is_number = hasattr(prompts[0], '__index__') and not np.ndim(prompts[0])
-  return is_number or isinstance(prompts[0], Mapping)
-
-
-def _plain(prompt: Any) -> Any:
-  """An array of token ids as a list of them."""
-  is_array = isinstance(prompt, (np.ndarray, jax.Array))
-  return np.asarray(prompt).tolist() if is_array else prompt
-
-
-@contextlib.contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-  """Handles a Ctrl-C, or a notebook's stop button, once the block is done."""
-  handler = signal.getsignal(signal.SIGINT)
-  if (threading.current_thread() is not threading.main_thread()
-      or not callable(handler)):
-    yield
-    return
-  pressed: list[Any] = []
-  signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, handler)
-    if pressed:
-      handler(*pressed[0])

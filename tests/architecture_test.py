@@ -60,9 +60,12 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.building': (
     'sarathi_jax.engine', 'sarathi_jax.models', 'sarathi_jax.runner',
     'sarathi_jax.scheduler'),
+  'sarathi_jax.interrupts': (),
+  'sarathi_jax.prompts': ('sarathi_jax.engine.tokenizer',),
   'sarathi_jax.llm': (
     'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.engine',
-    'sarathi_jax.models', 'sarathi_jax.runner'),
+    'sarathi_jax.interrupts', 'sarathi_jax.models', 'sarathi_jax.prompts',
+    'sarathi_jax.runner'),
   'sarathi_jax.plan': (
     'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),

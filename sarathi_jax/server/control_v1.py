@@ -21,9 +21,9 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
-from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import messages
+from sarathi_jax.server import pausing
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import status
@@ -32,9 +32,9 @@ NAME = pb.DESCRIPTOR.services_by_name['Control'].full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _PAUSE_MODES = {
-  pb.PAUSE_MODE_KEEP: engine_thread_lib.PauseMode.KEEP,
-  pb.PAUSE_MODE_WAIT: engine_thread_lib.PauseMode.WAIT,
-  pb.PAUSE_MODE_ABORT: engine_thread_lib.PauseMode.ABORT,
+  pb.PAUSE_MODE_KEEP: pausing.PauseMode.KEEP,
+  pb.PAUSE_MODE_WAIT: pausing.PauseMode.WAIT,
+  pb.PAUSE_MODE_ABORT: pausing.PauseMode.ABORT,
 }
 _REQUEST_STATE = tuple(
   field.name for field in pb.RequestState.DESCRIPTOR.fields)

@@ -8,6 +8,9 @@
                                               engine.step() -> deltas
   Stream.__anext__   <-- one callback a step, with all its deltas --
 
+Who waits is `waiting`'s; how a delta or an error reaches its reader,
+`delivery`'s.
+
 Every request that `submit` took ends in exactly one way: its last delta, an
 error, or being closed by its reader. A step that fails ends the requests that
 were in it, no others, as long as the device goes on. The thread sleeps on a
@@ -19,9 +22,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 import concurrent.futures
-import enum
 import functools
-import math
 import threading
 from typing import NamedTuple, TypeVar
 
@@ -31,7 +32,10 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import admission
+from sarathi_jax.server import delivery
 from sarathi_jax.server import outbox
+from sarathi_jax.server import pausing
+from sarathi_jax.server import waiting
 
 # How long `fail` waits for the step under way, seconds.
 _STEP_S = 1.0
@@ -46,17 +50,6 @@ class _Command(NamedTuple):
 
   run: Callable[[engine_lib.Engine], None]
   fail: Callable[[Exception], None]  # instead of `run`: the engine is gone
-
-
-_Outgoing = tuple[outbox.Stream, types.OutputDelta | Exception]
-
-
-class PauseMode(enum.Enum):
-  """What a pause does to requests that are running."""
-
-  KEEP = 'keep'
-  WAIT = 'wait'
-  ABORT = 'abort'
 
 
 class EngineThread:
@@ -83,23 +76,15 @@ class EngineThread:
     self._limits = limits or admission.Limits()
     self._wakeup = threading.Condition()  # guards what follows, to _gone
     self._inbox: list[_Command] = []
-    self._queue = admission.Queue(self._limits)
-    self._queued: dict[str, outbox.Stream] = {}
+    self._waiting = waiting.Waiting(self._limits)
     self._stopping = False
     self._has_ended = False
     # Makes errors for those who come too late; None while it goes on.
     self._gone: Callable[[], errors.EngineDeadError] | None = None
-    # The engine thread's own. Deltas are routed here, not by request id on
-    # the event loop, where one of a request just closed could still reach
-    # another that took over its id.
-    self._streams: dict[str, outbox.Stream] = {}
-    self._outgoing: list[_Outgoing] = []
-    self._is_holding = False  # begins no requests
-    self._is_paused = False  # makes no steps either
-    self._when_idle: list[concurrent.futures.Future[None]] = []
+    # The engine thread's own, what follows.
+    self._streams = delivery.Delivery(loop)
+    self._pause = pausing.Pause()
     self._num_faults = 0  # steps that failed since one went well
-    self._step_s = 0.0  # what a step takes lately
-    self._token_budget = 1
     # Not joined at exit: a second signal must not wait for a long step.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True)
@@ -129,14 +114,12 @@ class EngineThread:
       gone = self._is_gone()
       if gone is None:
         live = self._streams.get(request.request_id)
-        if request.request_id in self._queue or (live and not live.is_closed):
+        if request.request_id in self._waiting or (
+            live and not live.is_closed):
           raise errors.InvalidRequestError(
             f'request_id={request.request_id!r}: a request of this id is '
             'running or waiting; ids must be unique.')
-        self._check_deadline(request, request.arrival_time)
-        self._queue.push(request, self._token_budget / self._step_s
-                         if self._step_s else None)
-        self._queued[request.request_id] = stream
+        self._waiting.push(stream)
         self._wakeup.notify()
     if gone is not None:
       raise gone()
@@ -145,18 +128,18 @@ class EngineThread:
   @property
   def num_queued(self) -> int:
     """Requests that wait and are not yet the engine's."""
-    return len(self._queue)
+    return len(self._waiting)
 
   @property
   def num_queued_tokens(self) -> int:
     """Tokens of their prompts."""
-    return self._queue.num_tokens
+    return self._waiting.num_tokens
 
   @property
   def is_paused(self) -> bool:
-    return self._is_holding
+    return self._pause.is_holding
 
-  async def pause(self, mode: PauseMode) -> None:
+  async def pause(self, mode: pausing.PauseMode) -> None:
     """Begins no requests until `resume`; what comes waits in the queue.
 
     Args:
@@ -167,24 +150,16 @@ class EngineThread:
     idle: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def pause(engine: engine_lib.Engine) -> None:
-      self._is_holding = True
-      self._is_paused = mode is PauseMode.KEEP
-      if mode is PauseMode.ABORT:
+      if mode is pausing.PauseMode.ABORT:
         self._abort(list(self._streams), engine)
-      if mode is PauseMode.KEEP or not engine.has_work:
-        idle.set_result(None)
-      else:
-        self._when_idle.append(idle)
+      self._pause.begin(mode, idle)
 
     await self.call(pause)
     await asyncio.wrap_future(idle)
 
   async def resume(self) -> None:
     """Ends a pause."""
-    def resume(engine: engine_lib.Engine) -> None:
-      self._is_holding = self._is_paused = False
-
-    await self.call(resume)
+    await self.call(lambda engine: self._pause.end())
 
   async def abort(self, request_ids: Sequence[str]) -> list[str]:
     """Aborts requests, whose streams end with ABORT; returns those found."""
@@ -226,7 +201,7 @@ class EngineThread:
       fault: why, known to another than the engine.
     """
     with self._wakeup:
-      self._gone = functools.partial(gone_error, fault)
+      self._gone = functools.partial(delivery.gone_error, fault)
       self._stopping = True
       self._wakeup.notify()
     self.join(_STEP_S)  # Most steps end, if with an error.
@@ -249,28 +224,15 @@ class EngineThread:
 
   def _is_gone(self) -> Callable[[], errors.EngineDeadError] | None:
     if self._stopping and self._gone is None:
-      return functools.partial(gone_error, None)
+      return functools.partial(delivery.gone_error, None)
     return self._gone
 
   def _close(self, stream: outbox.Stream) -> None:
-    request_id = stream.request.request_id
     with self._wakeup:
-      if self._queued.get(request_id) is stream:
-        del self._queued[request_id]
-        self._queue.remove(request_id)
+      if self._waiting.drop(stream):
         return
     self._send(_Command(functools.partial(self._drop, stream),
                         lambda error: None))
-
-  def _check_deadline(self, request: types.Request, now: float) -> None:
-    if request.deadline is None:
-      return
-    num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)
-    wait_s, left_s = num_steps * self._step_s, request.deadline - now
-    if left_s <= wait_s:
-      raise errors.DeadlineError(
-        f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
-        f'its prompt alone takes {wait_s:.3g} s.')
 
   # What follows runs on the engine's thread.
 
@@ -282,14 +244,13 @@ class EngineThread:
         for command in commands:
           command.run(engine)
         self._feed(engine)
-        self._flush()  # refusals need not wait for a step
-        if not self._is_paused:
+        self._streams.flush()  # refusals need not wait for a step
+        if not self._pause.is_paused:
           for delta in self._step(engine):
             self._route(delta)
-          self._flush()
+          self._streams.flush()
         if not engine.has_work:
-          while self._when_idle:
-            self._when_idle.pop().set_result(None)
+          self._pause.tell_idle()
     except BaseException as fault:
       # Whatever it was: no reader may wait for ever.
       self._end(fault)
@@ -299,8 +260,8 @@ class EngineThread:
   def _receive(self, engine: engine_lib.Engine) -> list[_Command] | None:
     """Takes what was sent; None if the thread shall end."""
     def is_busy() -> bool:
-      can_begin = len(self._queue) and not self._is_holding
-      can_step = engine.has_work and not self._is_paused
+      can_begin = len(self._waiting) and not self._pause.is_holding
+      can_step = engine.has_work and not self._pause.is_paused
       return bool(self._inbox or self._stopping or can_begin or can_step)
 
     with self._wakeup:
@@ -311,25 +272,14 @@ class EngineThread:
       return commands
 
   def _feed(self, engine: engine_lib.Engine) -> None:
-    """Hands the engine what a step could begin; the rest keeps its order."""
-    if self._is_holding or not len(self._queue):
+    if self._pause.is_holding or not len(self._waiting):
       return
-    self._token_budget = engine.info.token_budget
-    num_requests, num_tokens = engine.room()
-    now = engine.clock()
     with self._wakeup:
-      while len(self._queue) and num_requests > 0 and num_tokens > 0:
-        request = self._queue.pop()
-        stream = self._queued.pop(request.request_id)
-        try:
-          self._check_deadline(request, now)
-          engine.add(request)
-        except Exception as error:
-          self._outgoing.append((stream, error))
+      for stream, refusal in self._waiting.begin(engine):
+        if refusal is None:
+          self._streams.add(stream)
         else:
-          self._streams[request.request_id] = stream
-          num_requests -= 1
-          num_tokens -= len(request.prompt_token_ids)
+          self._streams.put(stream, refusal)
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
     start = engine.clock()
@@ -344,106 +294,56 @@ class EngineThread:
       logging.error('A step failed; %d requests were in it.', len(failed),
                     exc_info=fault)
       for request_id in failed:
-        if stream := self._streams.pop(request_id, None):
-          self._outgoing.append((stream, _step_error(request_id, fault)))
+        if stream := self._streams.remove(request_id):
+          self._streams.put(stream, delivery.step_error(request_id, fault))
       return []
     if deltas:
       self._num_faults = 0
     if engine.metrics.num_steps > num_steps:
-      step_s = engine.clock() - start
-      self._step_s += (step_s - self._step_s) * (0.1 if self._step_s else 1)
+      with self._wakeup:
+        self._waiting.observe_step(engine.clock() - start)
     return deltas
 
   def _drop(self, stream: outbox.Stream, engine: engine_lib.Engine) -> None:
-    # A stream whose id was refused as a duplicate must not end the other.
-    request_id = stream.request.request_id
-    if self._streams.get(request_id) is stream:
-      engine.abort(request_id)
-      del self._streams[request_id]
+    if self._streams.drop(stream):
+      engine.abort(stream.request.request_id)
 
   def _abort(self, request_ids: Sequence[str],
              engine: engine_lib.Engine) -> list[str]:
     found = []
     for request_id in request_ids:
       with self._wakeup:
-        stream = self._queued.pop(request_id, None)
-        if stream is not None:
-          self._queue.remove(request_id)
+        stream = self._waiting.remove(request_id)
       if stream is None and engine.abort(request_id):
-        stream = self._streams.pop(request_id, None)
+        stream = self._streams.remove(request_id)
       if stream is not None:
         found.append(request_id)
-        self._outgoing.append((stream, types.OutputDelta(
-          request_id, '', (), (), types.FinishReason.ABORT)))
+        self._streams.put(stream, types.OutputDelta(
+          request_id, '', (), (), types.FinishReason.ABORT))
     return found
 
   def _route(self, delta: types.OutputDelta) -> None:
-    stream = self._streams.get(delta.request_id)
-    if stream is None:
-      return  # its reader left between the step and its delta
-    if delta.finish_reason is not None:
-      del self._streams[delta.request_id]
-      if delta.metrics is not None:
-        with self._wakeup:
-          self._queue.charge(
-            stream.request.client, 0, delta.metrics.num_output_tokens)
-    self._outgoing.append((stream, delta))
-
-  def _flush(self) -> None:
-    if self._outgoing:
-      outgoing, self._outgoing = self._outgoing, []
-      self._on_loop(_put_all, outgoing)
-
-  def _on_loop(self, function: Callable[..., None], *args: object) -> None:
-    try:
-      self._loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-      if not self._loop.is_closed():  # else nobody is left to hear of it
-        raise
+    ended = self._streams.route(delta)
+    if ended is not None and delta.metrics is not None:
+      with self._wakeup:
+        self._waiting.charge(
+          ended.request.client, delta.metrics.num_output_tokens)
 
   def _end(self, fault: BaseException | None) -> None:
     with self._wakeup:
       if self._has_ended:
         return
       self._has_ended = True
-      gone = self._gone or functools.partial(gone_error, fault)
+      gone = self._gone or functools.partial(delivery.gone_error, fault)
       self._gone = gone
       commands, self._inbox = self._inbox, []
-      queued, self._queued = self._queued, {}
+      waiting_streams = self._waiting.take_all()
     for command in commands:
       command.fail(gone())
-    for waiter in self._when_idle:
-      waiter.set_exception(gone())
-    for streams in (self._streams, queued):
-      self._outgoing += [(s, gone()) for s in streams.values()]
-    self._streams.clear()
-    self._flush()
+    self._pause.fail(gone)
+    self._streams.end_all(waiting_streams, gone)
     if not self._ready.done():  # an error of make_engine is its caller's
       self._ready.set_exception(fault or gone())
     elif fault is not None:
       logging.error('The engine stopped.', exc_info=fault)
-      self._on_loop(self._on_death, fault)
-
-
-def _put_all(outgoing: list[_Outgoing]) -> None:
-  for stream, item in outgoing:
-    stream.put(item)
-
-
-def _step_error(request_id: str, fault: Exception) -> errors.StepError:
-  error = errors.StepError(
-    f'{request_id}: a step that it was in failed: {type(fault).__name__}; '
-    'see the log of the server.')
-  error.__cause__ = fault
-  return error
-
-
-def gone_error(fault: BaseException | None) -> errors.EngineDeadError:
-  """Makes the end of a stream of an engine that stopped, of itself or by a
-  fault. A new one for every reader, as raising an exception changes it."""
-  if fault is None:
-    return errors.EngineDeadError('the server is shutting down')
-  error = errors.EngineDeadError(
-    f'the engine stopped after a fault: {type(fault).__name__}: {fault}')
-  error.__cause__ = fault
-  return error
+      delivery.call_on(self._loop, self._on_death, fault)

@@ -21,6 +21,7 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import admission
+from sarathi_jax.server import delivery
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import outbox
 
@@ -154,7 +155,7 @@ class Frontend:
   def cut_off(self) -> None:
     """Ends what is open at once, however long the engine's step takes."""
     for stream in self._streams:
-      stream.put(engine_thread_lib.gone_error(None))
+      stream.put(delivery.gone_error(None))
 
   @contextlib.asynccontextmanager
   async def open(

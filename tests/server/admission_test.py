@@ -175,7 +175,7 @@ def test_what_can_not_make_its_deadline_is_refused(
   runner.open()
   list(running.generate(token_ids=[1], sampling={'max_tokens': 3}))
   thread = running.server.frontend.engine_thread
-  thread._step_s = 5.0  # as if a step took so long
+  thread._waiting._step_s = 5.0  # as if a step took so long
   code, details, _ = _end(running.generate(
     token_ids=[1] * 20, timeout=10))  # three steps for its prompt alone
   assert code is grpc.StatusCode.DEADLINE_EXCEEDED

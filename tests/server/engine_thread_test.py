@@ -223,6 +223,6 @@ def test_random_closes_and_aborts_lose_nothing(seed: int) -> None:
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_pages == stats.num_pages
     assert not thread._streams
-    assert not thread._queued and not thread.num_queued
+    assert not thread._waiting._streams and not thread.num_queued
 
   _run(scenario, lambda: fake.make_engine(num_pages=32))

@@ -47,7 +47,7 @@ def _assert_nothing_is_left(running: fake.RunningServer) -> None:
   frontend = running.server.frontend
   thread = frontend.engine_thread
   fake.wait_until(lambda: not frontend.num_open)
-  assert not (thread._streams or thread._queued or thread.num_queued
+  assert not (thread._streams or thread._waiting._streams or thread.num_queued
               or frontend._streams or running.engine._live)
   assert running.is_alive()
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether requests begin and steps are made. Imports no gRPC and no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import concurrent.futures
+import enum
+
+
+class PauseMode(enum.Enum):
+  """What a pause does to requests that are running."""
+
+  KEEP = 'keep'
+  WAIT = 'wait'
+  ABORT = 'abort'
+
+
+class Pause:
+  """A pause, or none. The engine thread's own, but to be read by any.
+
+  Attributes:
+    is_holding: no requests begin.
+    is_paused: no steps are made either.
+  """
+
+  def __init__(self) -> None:
+    self.is_holding = False
+    self.is_paused = False
+    self._when_idle: list[concurrent.futures.Future[None]] = []
+
+  def begin(self, mode: PauseMode,
+            idle: concurrent.futures.Future[None]) -> None:
+    """Begins a pause; `idle` is done once nothing runs, or is kept from it."""
+    self.is_holding = True
+    self.is_paused = mode is PauseMode.KEEP
+    if self.is_paused:
+      idle.set_result(None)
+    else:
+      self._when_idle.append(idle)
+
+  def end(self) -> None:
+    """Ends the pause."""
+    self.is_holding = self.is_paused = False
+
+  def tell_idle(self) -> None:
+    """Tells who waits for it that nothing runs any more."""
+    while self._when_idle:
+      self._when_idle.pop().set_result(None)
+
+  def fail(self, make_error: Callable[[], Exception]) -> None:
+    """Tells who waits for it that the engine is gone."""
+    for idle in self._when_idle:
+      idle.set_exception(make_error())
