@@ -34,10 +34,9 @@ class Pause:
     """Begins a pause; `idle` is done once nothing runs, or is kept from it."""
     self.is_holding = True
     self.is_paused = mode is PauseMode.KEEP
+    self._when_idle.append(idle)
     if self.is_paused:
-      idle.set_result(None)
-    else:
-      self._when_idle.append(idle)
+      self.tell_idle()
 
   def end(self) -> None:
     """Ends the pause."""
@@ -46,9 +45,12 @@ class Pause:
   def tell_idle(self) -> None:
     """Tells who waits for it that nothing runs any more."""
     while self._when_idle:
-      self._when_idle.pop().set_result(None)
+      idle = self._when_idle.pop()
+      if idle.set_running_or_notify_cancel():  # else its caller has left
+        idle.set_result(None)
 
   def fail(self, make_error: Callable[[], Exception]) -> None:
     """Tells who waits for it that the engine is gone."""
     for idle in self._when_idle:
-      idle.set_exception(make_error())
+      if idle.set_running_or_notify_cancel():
+        idle.set_exception(make_error())

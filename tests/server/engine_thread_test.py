@@ -9,6 +9,7 @@ import contextlib
 import functools
 import random
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import engine_thread
 from sarathi_jax.server import outbox
+from sarathi_jax.server import pausing
 from tests.server import fake
 
 
@@ -226,3 +228,18 @@ def test_random_closes_and_aborts_lose_nothing(seed: int) -> None:
     assert not thread._waiting._streams and not thread.num_queued
 
   _run(scenario, lambda: fake.make_engine(num_pages=32))
+
+
+def test_who_waits_for_a_pause_may_leave() -> None:
+  async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
+    step = engine.step
+    engine.step = lambda: time.sleep(0.01) or step()
+    stream = thread.submit(_request('a', max_tokens=20))
+    await anext(stream)
+    with pytest.raises(asyncio.TimeoutError):
+      await asyncio.wait_for(thread.pause(pausing.PauseMode.WAIT), 0.03)
+    assert len(await _tokens(stream)) == 19
+    await thread.resume()  # the engine goes on
+    assert await _tokens(thread.submit(_request('b'))) == [2, 3, 4, 5, 6]
+
+  _run(scenario)
