@@ -29,6 +29,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import deployment
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
+from sarathi_jax import mains
 from sarathi_jax import xla_flags
 
 FLAGS = flags.FLAGS
@@ -153,7 +154,7 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
 def run() -> None:
   """The command."""
   define_flags()
-  app.run(main)
+  mains.run(main)
 
 
 if __name__ == '__main__':

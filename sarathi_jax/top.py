@@ -24,6 +24,7 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
+from sarathi_jax import mains
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   define_flags()
-  app.run(main)
+  mains.run(main)
 
 
 if __name__ == '__main__':

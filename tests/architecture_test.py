@@ -67,7 +67,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.interrupts', 'sarathi_jax.models', 'sarathi_jax.prompts',
     'sarathi_jax.runner'),
   'sarathi_jax.plan': (
-    'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.xla_flags',
+    'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.mains',
+    'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
   'sarathi_jax.loading': (
     'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.llm',

@@ -29,6 +29,7 @@ MAINS = {
     'sarathi_jax.offline', ('checkpoint', 'prompts', 'max_tokens', *ENGINE)),
   'sarathi-client': (
     'sarathi_jax.client', ('target', 'chat', 'temperature', 'stop')),
+  'sarathi-top': ('sarathi_jax.top', ('target',)),
 }
 
 
