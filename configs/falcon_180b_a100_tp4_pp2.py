@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Falcon-180B on two nodes of four A100-80G, TP4-PP2: the paper's largest.
+r"""Falcon-180B on two nodes of four A100-80G, TP4-PP2: the paper's largest.
 
   python -m checkpoints_convert --source=tiiuae/falcon-180B \
       --target=/checkpoints/falcon-180b --dtype=bfloat16

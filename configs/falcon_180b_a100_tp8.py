@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Falcon-180B on eight A100-80G, TP8: what the paper compares TP4-PP2 with.
+r"""Falcon-180B on eight A100-80G, TP8: what the paper compares TP4-PP2 with.
 
   python -m checkpoints_convert --source=tiiuae/falcon-180B \
       --target=/checkpoints/falcon-180b --dtype=bfloat16

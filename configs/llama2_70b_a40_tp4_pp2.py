@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA2-70B on eight A40-48G, TP4-PP2: the paper's third deployment.
+r"""LLaMA2-70B on eight A40-48G, TP4-PP2: the paper's third deployment.
 
   python -m checkpoints_convert --source=meta-llama/Llama-2-70b-hf \
       --target=/checkpoints/llama2-70b --dtype=bfloat16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama-3.1-70B on four H100-80G, TP4.
+r"""Llama-3.1-70B on four H100-80G, TP4.
 
   python -m checkpoints_convert --source=meta-llama/Llama-3.1-70B-Instruct \
       --target=/checkpoints/llama-3-1-70b --dtype=bfloat16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama-3.1-8B on one H100-80G.
+r"""Llama-3.1-8B on one H100-80G.
 
   python -m checkpoints_convert --source=meta-llama/Llama-3.1-8B-Instruct \
       --target=/checkpoints/llama-3-1-8b --dtype=bfloat16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral-7B on one A100-80G: the paper's first deployment (tables 1 and 5).
+r"""Mistral-7B on one A100-80G: the paper's first deployment (tables 1 and 5).
 
   python -m checkpoints_convert --source=mistralai/Mistral-7B-Instruct-v0.2 \
       --target=/checkpoints/mistral-7b --dtype=bfloat16

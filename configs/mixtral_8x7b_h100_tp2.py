@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral-8x7B on two H100-80G, TP2.
+r"""Mixtral-8x7B on two H100-80G, TP2.
 
   python -m checkpoints_convert --source=mistralai/Mixtral-8x7B-Instruct-v0.1 \
       --target=/checkpoints/mixtral-8x7b --dtype=bfloat16

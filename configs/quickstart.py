@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart model on a laptop's CPU: small steps, quick to compile.
+r"""The quickstart model on a laptop's CPU: small steps, quick to compile.
 
   scripts/serve --config=configs/quickstart.py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-32B on two H100-80G, TP2.
+r"""Qwen3-32B on two H100-80G, TP2.
 
   python -m checkpoints_convert --source=Qwen/Qwen3-32B \
       --target=/checkpoints/qwen3-32b --dtype=bfloat16

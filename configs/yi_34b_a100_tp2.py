@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Yi-34B on two A100-80G with NVLink, TP2: the paper's second deployment.
+r"""Yi-34B on two A100-80G with NVLink, TP2: the paper's second deployment.
 
   python -m checkpoints_convert --source=01-ai/Yi-34B-200K \
       --target=/checkpoints/yi-34b --dtype=bfloat16

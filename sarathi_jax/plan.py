@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells what a deployment takes of its GPUs, with no GPU at hand.
+r"""Tells what a deployment takes of its GPUs, with no GPU at hand.
 
   python -m sarathi_jax.plan --config=configs/falcon_180b_a100_tp4_pp2.py
   python -m sarathi_jax.plan --config=configs/yi_34b_a100_tp2.py --tp=4 \
