@@ -80,8 +80,11 @@ def test_a_conversion_is_told_and_done_once(cold, hugging_face):
   """Even where the run fails after it."""
   cold.write(GOOD)
   flags = (f'--checkpoint={hugging_face}', f'--cache_dir={cold.folder}/cache',
-           '--max_model_len=999')
+           '--max_model_len=200', '--num_pages=1')
   told = f'Converting {hugging_face} (once) ...\n'
+  # What the model can't is told before.
+  code, seen = cold(*flags, '--max_model_len=999')
+  assert code == 1 and told not in seen and 'max_model_len=999' in seen
   assert told in cold(*flags)[1]
   code, seen = cold(*flags)
-  assert code == 1 and told not in seen and 'max_model_len=999' in seen
+  assert code == 1 and told not in seen and 'max_model_len=200' in seen
