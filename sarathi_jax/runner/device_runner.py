@@ -89,8 +89,7 @@ class DeviceRunner:
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
     self.mesh = mesh
     self._leader = leader
-    devices = [d for d in mesh.devices.flat
-               if d.process_index == jax.process_index()]
+    devices = mesh.local_devices
     dtype = self._leaves[0].dtype
     kv_dtype = kv_cache.choose_dtype(
       config.kv_cache_dtype, dtype, devices[0].platform)
@@ -200,10 +199,12 @@ class DeviceRunner:
     """Runs one step: what enters at the first stage, the rest one further."""
     self._stages.appendleft(entering)
     size = max(stage.size for stage in self._stages)
-    buffers = np.zeros(
-      (self.num_stages, self._programs.layouts[size].size), np.int32)
-    for row, stage in zip(buffers, self._stages, strict=True):
-      row[:len(stage.buffer)] = stage.buffer
+    buffers = entering.buffer[None]
+    if self.num_stages > 1:
+      buffers = np.zeros(
+        (self.num_stages, self._programs.layouts[size].size), np.int32)
+      for row, stage in zip(buffers, self._stages, strict=True):
+        row[:len(stage.buffer)] = stage.buffer
     if self._leader is not None:
       self._leader.send(size, buffers)
     sampled = self._compute(size, buffers)
