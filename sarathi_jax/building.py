@@ -127,11 +127,9 @@ def step_programs(
   """
   max_model_len = config.max_model_len or model.context_len
   return programs_lib.StepPrograms(
-    model, mesh, dtype=dtype, kv_dtype=kv_dtype, page_size=config.page_size,
-    pages_per_seq=math.ceil(max_model_len / config.page_size),
-    max_num_seqs=config.max_num_seqs,
-    max_step_tokens=max_step_tokens(config, model, max_model_len),
-    attention=config.attention)
+    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
+    max_model_len=max_model_len,
+    max_step_tokens=max_step_tokens(config, model, max_model_len))
 
 
 def build_runner(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -102,12 +101,9 @@ class DeviceRunner:
 
     def programs(max_model_len: int) -> programs_lib.StepPrograms:
       return programs_lib.StepPrograms(
-        model, mesh, dtype=dtype, kv_dtype=kv_dtype,
-        page_size=config.page_size,
-        pages_per_seq=math.ceil(max_model_len / config.page_size),
-        max_num_seqs=config.max_num_seqs,
-        max_step_tokens=max_step_tokens(max_model_len),
-        attention=config.attention)
+        model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
+        max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens(max_model_len))
 
     with jax.default_device(devices[0]):
       trial = programs(context)

@@ -7,12 +7,14 @@ import bisect
 from collections.abc import Callable
 from concurrent import futures
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
@@ -44,32 +46,36 @@ class StepPrograms:
   A size that was not compiled at warm-up can't be run: no request can make
   the engine compile while it serves.
 
+  Args:
+    model, mesh, config: the deployment.
+    dtype, kv_dtype: of weights and cache.
+    max_model_len: the most tokens of a sequence.
+    max_step_tokens: the most tokens of a step.
+
   Attributes:
     sizes: tokens of a step, ascending.
     layouts: of the batches of each size.
     pages_per_seq: P.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig, mesh: Mesh, *,
-               dtype: Any, kv_dtype: Any, page_size: int, pages_per_seq: int,
-               max_num_seqs: int, max_step_tokens: int,
-               attention: str | None) -> None:
+  def __init__(self, model: model_config_lib.ModelConfig, mesh: Mesh,
+               config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
+               max_model_len: int, max_step_tokens: int) -> None:
+    max_num_seqs = config.max_num_seqs
     self.sizes = batch_lib.ladder(max_step_tokens, max_num_seqs)
-    self.pages_per_seq = pages_per_seq
+    self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of several sizes meet in a pipeline, so their rows are as many.
     self.layouts = {
       n: batch_lib.BatchLayout(
         n, min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs,
-        pages_per_seq)
+        self.pages_per_seq)
       for n in self.sizes}
     self._model = model
     self._mesh = mesh
     self._dtype = dtype
     self._kv_dtype = kv_dtype
-    self._page_size = page_size
-    self._max_num_seqs = max_num_seqs
-    self._attention = attention
+    self._config = config
     self._steps: dict[int, Any] = {}
 
   def array_shapes(self, num_pages: int) -> StepArrays:
@@ -86,9 +92,9 @@ class StepPrograms:
         sharding=mesh_lib.on(self._mesh, mesh_lib.PP, mesh_lib.TP))
     return StepArrays(
       kv=kv_cache.shapes(
-        self._model, self._mesh, num_pages, self._page_size, self._kv_dtype,
-        self._attention),
-      last_tokens=self._ints(self._max_num_seqs), hidden=hidden)
+        self._model, self._mesh, num_pages, self._config.page_size,
+        self._kv_dtype, self._config.attention),
+      last_tokens=self._ints(self._config.max_num_seqs), hidden=hidden)
 
   def lower(self, size: int, num_pages: int) -> Any:
     """The step of one size, lowered."""
@@ -97,7 +103,8 @@ class StepPrograms:
     leaves, treedef = jax.tree.flatten(
       placement.shapes(self._model, self._mesh, self._dtype))
     spec = step.StepSpec(
-      self._model, self._mesh, layout, self._page_size, self._attention)
+      self._model, self._mesh, layout, self._config.page_size,
+      self._config.attention)
 
     def run(leaves: Any, *args: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.
