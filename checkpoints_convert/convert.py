@@ -24,6 +24,7 @@ from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import parallel
 
 # The dtypes that parameters can have -> what safetensors calls them.
 DTYPES: Mapping[str, str] = {
@@ -66,32 +67,37 @@ class Plan:
 
 
 def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
-              dtype: str | None) -> Plan:
+              dtype: str | None,
+              parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> Plan:
   """Checks everything that can be checked without reading a tensor.
 
   Args:
     folder: of the checkpoint.
     reader: of its tensors.
     dtype: one of `DTYPES`; None for what most of the checkpoint is in.
+    parallelism: of the mesh that it is written for.
 
   Raises:
     CheckpointError: something about the checkpoint is not known, or missing.
+    ConfigError: the model can't be divided so.
   """
   if dtype is not None and dtype not in DTYPES:
     raise errors.CheckpointError(
       f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.')
   model, rules, raw = hf_config.read(folder)
+  parallelism.check(model)
   dtype = dtype or _main_dtype(reader.tensors)
   model, tensors = _untie(model, reader)
   leaves = rules_lib.plan(
     tensors, rules, models.param_specs(model),
-    safetensors_reader.DTYPES[DTYPES[dtype]])
+    safetensors_reader.DTYPES[DTYPES[dtype]], parallelism)
   return Plan(folder, model, dtype, leaves, raw)
 
 
 def convert(folder: pathlib.Path, target: pathlib.Path, *,
-            dtype: str | None = None, check: bool = False, bar: Bar = no_bar
-            ) -> Plan:
+            dtype: str | None = None, check: bool = False,
+            parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+            bar: Bar = no_bar) -> Plan:
   """Converts a Hugging Face checkpoint.
 
   All is written to a hidden folder beside the target, synced, and renamed. So
@@ -103,6 +109,8 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
     target: the folder to make; one that holds anything is refused.
     dtype: see `make_plan`.
     check: whether to read everything back and compare.
+    parallelism: of a mesh. Each file then is of one of its devices, which is
+      of use where files are far away. Any mesh can load it all the same.
     bar: makes progress bars.
 
   Returns:
@@ -111,11 +119,12 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
   Raises:
     CheckpointError: the checkpoint can't be converted, or the target can't be
       written.
+    ConfigError: the model can't be divided by `parallelism`.
   """
   target = pathlib.Path(os.path.abspath(target))
   _check_free(target)
   with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(folder, reader, dtype)
+    plan = make_plan(folder, reader, dtype, parallelism)
     with _write_errors(target), _staging(target, plan.num_bytes) as staging:
       with bar('converting', plan.num_bytes) as progress:
         orbax_writer.write(staging / checkpoint.PARAMS, plan.leaves, reader,

@@ -2,7 +2,8 @@
 """Converts a Hugging Face checkpoint for sarathi_jax.
 
   python -m checkpoints_convert \\
-    --source=DIR_OR_HUB_ID --target=DIR [--dtype=bfloat16] [--verify]
+    --source=DIR_OR_HUB_ID --target=DIR [--dtype=bfloat16] [--verify] \\
+    [--tp=4 --pp=2]
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ _TARGET = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['bfloat16', 'float16', 'float32'],
   'What to store the parameters in; by default, what they are in.')
+_TP = flags.DEFINE_integer(
+  'tp', 1, 'Devices that will share a layer: no file holds parts of two. Any '
+  'mesh loads the checkpoint all the same.', lower_bound=1)
+_PP = flags.DEFINE_integer(
+  'pp', 1, 'Pipeline stages, likewise.', lower_bound=1)
 _VERIFY = flags.DEFINE_bool(
   'verify', False, 'Read everything back and compare it, bit by bit.')
 
@@ -51,14 +57,16 @@ def main(argv: list[str]) -> int:
   from checkpoints_convert import convert
   from checkpoints_convert import source
   from sarathi_jax import errors
+  from sarathi_jax.models import parallel
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.ERROR)  # orbax says a lot
   start = time.monotonic()
   try:
     plan = convert.convert(
       source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
-      dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar)
-  except errors.CheckpointError as e:
+      dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar,
+      parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value))
+  except (errors.CheckpointError, errors.ConfigError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
   seconds = time.monotonic() - start

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import transforms
 from sarathi_jax import errors
+from sarathi_jax.models import parallel
 from sarathi_jax.models import spec
 
 
@@ -51,6 +52,7 @@ def plan(
   rules: Sequence[Rule],
   specs: Any,
   dtype: np.dtype,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
 ) -> Any:
   """Says where every parameter comes from.
 
@@ -59,6 +61,7 @@ def plan(
     rules: the family's.
     specs: a tree of ParamSpec.
     dtype: of the parameters.
+    parallelism: chunks end where parts of such devices do.
 
   Returns:
     A tree of Leaf, shaped as `specs`.
@@ -73,8 +76,8 @@ def plan(
   if missing:
     raise errors.CheckpointError(
       f'the checkpoint lacks {_some(missing)}, which the model needs.')
-  leaves = {path: _leaf(path, parts[path], wanted[path], dtype)
-            for path in wanted}
+  leaves = {path: _leaf(
+    path, parts[path], wanted[path], dtype, parallelism) for path in wanted}
   return map_specs(lambda path, _: leaves[path], specs)
 
 
@@ -162,7 +165,8 @@ def _check_rank(tensor: safetensors_reader.Tensor,
 
 
 def _leaf(path: str, slots: Mapping[int | None, transforms.Part],
-          wanted: spec.ParamSpec, dtype: np.dtype) -> transforms.Leaf:
+          wanted: spec.ParamSpec, dtype: np.dtype,
+          parallelism: parallel.Parallelism) -> transforms.Leaf:
   stacked = None not in slots
   count = wanted.shape[0] if stacked else 1
   keys: Iterable[int | None] = range(count) if stacked else (None,)
@@ -178,7 +182,10 @@ def _leaf(path: str, slots: Mapping[int | None, transforms.Part],
       raise errors.CheckpointError(
         f'{part.tensor.name}: shape {part.tensor.shape} makes {path} '
         f'{part.shape}; the model wants {expected}.')
-  return transforms.Leaf(path, wanted.shape, dtype, parts, stacked)
+  axis = transforms.chunked_axis(wanted.shape, parts[0], stacked)
+  return transforms.Leaf(
+    path, wanted.shape, dtype, parts, stacked,
+    parallelism.part_len(wanted.axes[axis], wanted.shape[axis]))
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -103,6 +103,11 @@ class Chunk:
   index: tuple[slice, ...]
 
 
+def chunked_axis(shape: tuple[int, ...], part: Part, stacked: bool) -> int:
+  """The axis of a parameter that chunks divide: the rows of its tensor."""
+  return len(shape) - 1 if part.transpose else int(stacked)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
   """A parameter that is not in memory.
@@ -113,6 +118,8 @@ class Leaf:
     dtype: what it is stored in.
     parts: one; or one an expert, along a leading axis.
     stacked: whether there is that leading axis.
+    part_len: of the axis that chunks divide, what one device will have: no
+      chunk is of two devices.
   """
 
   path: str
@@ -120,6 +127,7 @@ class Leaf:
   dtype: np.dtype
   parts: tuple[Part, ...]
   stacked: bool
+  part_len: int
 
   @property
   def num_bytes(self) -> int:
@@ -132,15 +140,17 @@ class Leaf:
 
   @property
   def _axis(self) -> int:
-    """The axis that chunks divide, which is the rows of the tensor."""
-    return len(self.shape) - 1 if self.parts[0].transpose else self.stacked
+    return chunked_axis(self.shape, self.parts[0], self.stacked)
 
   @property
   def chunk_shape(self) -> tuple[int, ...]:
     """Chunks are about CHUNK_BYTES, and as equal as can be."""
-    rows = self.shape[self._axis]
-    part_bytes = self.num_bytes // len(self.parts)
-    num_chunks = min(rows, -(-part_bytes // CHUNK_BYTES))
+    rows = min(self.shape[self._axis], self.part_len)
+    row_bytes = self.num_bytes // len(self.parts) // self.shape[self._axis]
+    num_chunks = min(rows, -(-rows * row_bytes // CHUNK_BYTES))
+    if self.part_len < self.shape[self._axis]:
+      num_chunks = next((n for n in range(num_chunks, 4 * num_chunks)
+                         if not rows % n), 1)
     shape = list(self.shape)
     shape[self._axis] = -(-rows // num_chunks)
     if self.stacked:

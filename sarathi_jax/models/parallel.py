@@ -64,6 +64,18 @@ class Parallelism:
     """V, padded to divide over all devices."""
     return -(-model.vocab_size // self.num_devices) * self.num_devices
 
+  def part_len(self, axis: str | None, size: int) -> int:
+    """What one device has of a parameter's axis of `size`, padding included.
+
+    Args:
+      axis: its name, see `spec.ParamSpec`.
+      size: without padding, and without copies of heads.
+    """
+    parts = {'vocab': self.tp, 'heads': self.tp, 'kv_heads': self.tp,
+             'mlp': self.tp, 'logits': self.num_devices}.get(axis or '', 1)
+    multiple = self.num_devices if axis == 'vocab' else parts
+    return -(-size // multiple) * multiple // parts
+
   def layers_of(self, model: model_config_lib.ModelConfig,
                 index: int) -> tuple[int | None, ...]:
     """The layer that is each stage's number `index`; None for one of zeros.

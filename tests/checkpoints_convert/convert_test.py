@@ -22,6 +22,8 @@ from checkpoints_convert import safetensors_reader
 from checkpoints_convert import transforms
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.models import parallel
 from tests.checkpoints_convert import fake_checkpoint as fake
 
 
@@ -110,6 +112,33 @@ def test_chunks_do_not_show(
   chunks = list((tmp_path / 'out/params/layers.0.mlp.up').glob('[0-9]*'))
   assert len(chunks) > 3
   _assert_llama(checkpoint.restore_params(tmp_path / 'out'), tensors)
+
+
+def test_for_a_mesh_no_file_holds_parts_of_two_devices(
+  tmp_path: pathlib.Path) -> None:
+  tensors = fake.random_tensors(fake.llama_shapes())
+  folder = fake.write(tmp_path / 'hf', fake.llama_config(), tensors)
+  mesh = parallel.Parallelism(tp=2, pp=2)
+  plan = convert.convert(
+    folder, tmp_path / 'out', check=True, parallelism=mesh)
+  crossing: dict[str, set[str]] = {name: set() for name in ('one', 'mesh')}
+  with safetensors_reader.Reader(folder) as reader:
+    plans = {'one': convert.make_plan(folder, reader, None), 'mesh': plan}
+  for kind, made in plans.items():
+    for leaf, spec in zip(
+        made.all_leaves(), dict(rules.leaf_specs(
+          models.param_specs(plan.model))).values(), strict=True):
+      size = mesh.part_len(spec.axes[-1], leaf.shape[-1])
+      for chunk in leaf.chunks():
+        columns = chunk.index[-1]
+        if (leaf.parts[0].transpose
+            and columns.start // size != (columns.stop - 1) // size):
+          crossing[kind].add(leaf.path)
+  assert not crossing['mesh'] and 'layers.0.mlp.up' in crossing['one']
+  _assert_llama(checkpoint.restore_params(tmp_path / 'out'), tensors)
+  with pytest.raises(errors.ConfigError, match='tp=3'):
+    convert.convert(folder, tmp_path / 'no',
+                    parallelism=parallel.Parallelism(tp=3))
 
 
 @pytest.mark.parametrize('differ', [False, True])

@@ -76,6 +76,19 @@ def test_live_and_read_weights_lie_the_same(tp, pp):
   assert most <= num_read <= most + (tp * pp - 1) * copied
 
 
+@pytest.mark.parametrize('tp,pp', MESHES)
+def test_what_a_device_has_is_told_without_devices(tp, pp):
+  """`part_len`, which files are cut by, says what the mesh's shards are."""
+  parallelism = parallel.Parallelism(tp=tp, pp=pp)
+  for place in jax.tree.leaves(placement.places(MODEL, mesh_of(tp, pp))):
+    shard = place.sharding.shard_shape(place.global_shape)
+    for axis, size, got in zip(
+        place.spec.axes, place.spec.shape, shard[place.has_stages:],
+        strict=True):
+      if axis != 'kv_heads' or tp <= MODEL.num_kv_heads:  # no copies
+        assert got == parallelism.part_len(axis, size), (place.sources, axis)
+
+
 def test_layers_and_heads_are_where_they_belong():
   params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
   placed = placement.place_live(MODEL, mesh_of(4, 2), params)
