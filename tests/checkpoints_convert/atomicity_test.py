@@ -164,12 +164,10 @@ def test_a_write_that_fails(tmp_path: pathlib.Path) -> None:
 
 
 _MEMORY = '''
-import os, pathlib, resource, sys
+import os, pathlib, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
 from checkpoints_convert import convert
-
-def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tests.memory import peak
 
 before = peak()
 convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]),
@@ -205,5 +203,5 @@ def test_peak_memory(tmp_path: pathlib.Path) -> None:
     [sys.executable, '-c', _MEMORY, str(folder), str(tmp_path / 'out')],
     capture_output=True, text=True, timeout=300, check=False)
   assert done.returncode == 0, done.stderr
-  before, after = (int(kib) / 1024 for kib in done.stdout.split())
+  before, after = (int(n) / 2**20 for n in done.stdout.split())
   assert after - before < 400, (before, after)  # MiB
