@@ -180,7 +180,8 @@ class BatchBuilder:
     self._sampling[slot] = sampling
 
 
-def ladder(max_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
+def ladder(max_tokens: int, max_num_seqs: int, *,
+           fine: bool = False) -> tuple[int, ...]:
   """Token counts to compile the step for, ascending.
 
   Powers of two up to a half of the largest, then eighths of it in multiples
@@ -188,11 +189,21 @@ def ladder(max_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
   is paid in full. The number of decodes at full load is one of them, too.
 
     ladder(512, 128) -> (8, 16, 32, 64, 128, 256, 384, 512)
+
+  Args:
+    max_tokens: of a step.
+    max_num_seqs: running at once.
+    fine: of decodes alone, one more between each two: for devices on which a
+      step of few tokens takes longer with each, as it does not where weights
+      are read for as long as a hundred tokens are computed.
   """
-  sizes = {max_tokens, min(max_num_seqs, max_tokens)}
+  most_decodes = min(max_num_seqs, max_tokens)
+  sizes = {max_tokens, most_decodes}
   size = 8
   while size < max_tokens:
     sizes.add(size)
+    if fine and size // 2 * 3 < most_decodes:
+      sizes.add(size // 2 * 3)
     size *= 2
   step = max(128, -(-max_tokens // 8 // 128) * 128)
   sizes.update(range(step, max_tokens, step)[max_tokens // 2 // step:])

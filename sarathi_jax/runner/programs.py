@@ -62,7 +62,9 @@ class StepPrograms:
                config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
                max_model_len: int, max_step_tokens: int) -> None:
     max_num_seqs = config.max_num_seqs
-    self.sizes = batch_lib.ladder(max_step_tokens, max_num_seqs)
+    self.sizes = batch_lib.ladder(
+      max_step_tokens, max_num_seqs,
+      fine=mesh.devices.flat[0].platform == 'cpu')
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of several sizes meet in a pipeline, so their rows are as many.

@@ -148,14 +148,17 @@ def test_fields_tile_the_buffer(num_tokens, num_rows, pages_per_seq):
 
 def test_ladder_by_hand():
   assert batch_lib.ladder(512, 128) == (8, 16, 32, 64, 128, 256, 384, 512)
-  assert batch_lib.ladder(4, 4) == (4,)
+  assert batch_lib.ladder(512, 128, fine=True) == (
+    8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512)
+  assert batch_lib.ladder(4, 4, fine=True) == batch_lib.ladder(4, 4) == (4,)
   assert batch_lib.ladder(2048, 100) == (
     8, 16, 32, 64, 100, 128, 256, 512, 1024, 1280, 1536, 1792, 2048)
 
 
-@given(max_tokens=st.integers(1, 20_000), max_num_seqs=st.integers(1, 2_000))
-def test_ladder(max_tokens, max_num_seqs):
-  sizes = batch_lib.ladder(max_tokens, max_num_seqs)
+@given(max_tokens=st.integers(1, 20_000), max_num_seqs=st.integers(1, 2_000),
+       fine=st.booleans())
+def test_ladder(max_tokens, max_num_seqs, fine):
+  sizes = batch_lib.ladder(max_tokens, max_num_seqs, fine=fine)
   assert list(sizes) == sorted(set(sizes))
   assert sizes[0] >= 1 and sizes[-1] == max_tokens
   assert min(max_num_seqs, max_tokens) in sizes
@@ -164,4 +167,6 @@ def test_ladder(max_tokens, max_num_seqs):
     if above > max_tokens / 2 + eighth:
       assert above - below <= eighth  # Near the budget, where batches are.
     assert above <= max(2 * below, 8)  # At most half of a step is padding.
-  assert len(sizes) <= 12 + max_tokens.bit_length()
+    if fine and 8 < above <= max_num_seqs:  # Decodes alone: a third.
+      assert above <= 1.5 * below
+  assert len(sizes) <= 12 + max_tokens.bit_length() * (1 + fine)
