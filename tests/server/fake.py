@@ -183,6 +183,17 @@ class RunningServer:
       'max_tokens': 3}) for t in r.token_ids]
     return tokens == [3, 4, 5] and self.all_pages_are_free()
 
+  def assert_nothing_is_left(self) -> None:
+    """Waits until all is at rest; nothing knows of any request then."""
+    wait_until(self.all_pages_are_free)
+    frontend = self.server.frontend
+    thread = frontend.engine_thread
+    wait_until(lambda: not frontend.num_open)
+    assert not (thread._streams or thread._waiting._streams
+                or thread.num_queued or frontend._streams
+                or self.engine._live)
+    assert self.is_alive()
+
   def close(self) -> None:
     self.channel.close()
     self.run(self.server.stop())
