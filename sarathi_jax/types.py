@@ -137,7 +137,8 @@ class SamplingParams:
     if self.logprobs not in (None, 0) or isinstance(self.logprobs, bool):
       raise errors.UnsupportedError(
         f'logprobs={self.logprobs!r}: only the sampled token\'s '
-        'log-probability is returned (logprobs=0).')
+        'log-probability is returned (logprobs=0; in OpenAI\'s chats, '
+        'top_logprobs=0).')
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> SamplingParams:

@@ -6,22 +6,26 @@
 The server runs in a process of its own, with a runner that counts up; the
 clients run here. `cpu_us_per_token` is the CPU time of the whole server divided
 by the tokens that it streamed; `front_cpu_us_per_token` leaves out the engine's
-thread, which schedules.
+thread, which schedules. What a message costs is held against a server of
+grpc.aio alone, which writes bytes that were made beforehand.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Callable, Sequence
 import multiprocessing
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
 import grpc
+import rich
+import rich.table
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import loading
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
 from sarathi_jax.engine import engine as engine_lib
@@ -29,10 +33,18 @@ from sarathi_jax.engine import fake_runner
 from sarathi_jax.server import admission
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server import sarathi_v1
 from sarathi_jax.server import server as server_lib
 
 FLAGS = flags.FLAGS
 _VOCAB = 1000
+
+
+class _Spent(NamedTuple):
+  """CPU time so far."""
+
+  cpu_s: float  # of the process
+  engine_s: float  # of it, of the engine's thread
 
 
 class PacedRunner(fake_runner.FakeRunner):
@@ -73,15 +85,57 @@ def serve(pipe: Any, max_num_seqs: int, step_s: float,
       lambda: make_engine(max_num_seqs, step_s))
     await server.start()
     await server.warm()
+    loading.collect_less_garbage()  # As the server does.
     pipe.send(server.port)
     loop = asyncio.get_running_loop()
     while await loop.run_in_executor(None, pipe.recv):
       stats = await server.frontend.stats()
+      assert stats.num_free_pages == stats.num_pages, 'pages were leaked'
       engine_s = await server.frontend.engine_thread.call(
         lambda engine: time.thread_time())
-      pipe.send((time.process_time(), engine_s, stats.num_generated,
-                 stats.num_steps, stats.num_free_pages == stats.num_pages))
+      pipe.send(_Spent(time.process_time(), engine_s))
     await server.stop()
+
+  asyncio.run(main())
+
+
+def serve_floor(pipe: Any, max_num_seqs: int, step_s: float,
+                stream_interval_ms: int) -> None:
+  """As `serve`, but grpc.aio alone: bytes made beforehand, on a clock."""
+  del max_num_seqs, stream_interval_ms
+  answers = [pb.GenerateResponse(
+    request_id='0' * 32, token_ids=[token], logprobs=[0.0],
+    ).SerializeToString() for token in range(_VOCAB)]
+
+  async def main() -> None:
+    loop = asyncio.get_running_loop()
+    step = loop.create_future()
+
+    async def generate(request: pb.GenerateRequest, context: Any) -> None:
+      first = request.token_ids.ids[0] + 1
+      for k in range(request.sampling.max_tokens):
+        await step
+        await context.write(answers[(first + k) % _VOCAB])
+
+    async def tick() -> None:
+      nonlocal step
+      while True:
+        await asyncio.sleep(step_s)
+        done, step = step, loop.create_future()
+        done.set_result(None)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
+      sarathi_v1.NAME, {'Generate': grpc.unary_stream_rpc_method_handler(
+        generate, pb.GenerateRequest.FromString)}),))
+    pipe.send(server.add_insecure_port('127.0.0.1:0'))
+    await server.start()
+    loading.collect_less_garbage()
+    ticking = asyncio.create_task(tick())
+    while await loop.run_in_executor(None, pipe.recv):
+      pipe.send(_Spent(time.process_time(), 0.0))
+    ticking.cancel()
+    await server.stop(None)
 
   asyncio.run(main())
 
@@ -105,53 +159,81 @@ async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
 
 
 def measure(num_streams: int, num_tokens: int, step_s: float,
-            stream_interval_ms: int = 0) -> dict[str, Any]:
+            stream_interval_ms: int = 0,
+            serve: Callable[..., None] = serve) -> dict[str, Any]:
   """Streams, and returns what it cost."""
   here, there = multiprocessing.get_context('spawn').Pipe()
   process = multiprocessing.get_context('spawn').Process(
     target=serve, args=(there, num_streams, step_s, stream_interval_ms))
   process.start()
+  there.close()  # else nobody would hear of its death
   try:
     port = here.recv()
 
-    def ask() -> Any:
+    def ask() -> _Spent:
       here.send(True)
-      return here.recv()
+      spent: _Spent = here.recv()
+      return spent
 
     asyncio.run(drive(port, min(num_streams, 50), 20))  # warm
-    cpu, engine_cpu, tokens, steps, _ = ask()
+    before = ask()
     start = time.monotonic()
     messages = asyncio.run(drive(port, num_streams, num_tokens))
     seconds = time.monotonic() - start
-    cpu_after, engine_cpu_after, tokens_after, steps_after, is_clean = ask()
+    after = ask()
     here.send(False)
   finally:
     process.join(20)
     process.kill()
-  assert is_clean, 'pages were leaked'
-  num_tokens_out = tokens_after - tokens
-  cpu_s, engine_s = cpu_after - cpu, engine_cpu_after - engine_cpu
+  num_out = num_streams * num_tokens
+  cpu_s, engine_s = after.cpu_s - before.cpu_s, after.engine_s - before.engine_s
   return {
-    'streams': num_streams, 'tokens': num_tokens_out,
-    'messages': sum(messages), 'steps': steps_after - steps,
-    'seconds': seconds, 'tokens_per_s': num_tokens_out / seconds,
-    'cpu_us_per_token': cpu_s / num_tokens_out * 1e6,
-    'front_cpu_us_per_token': (cpu_s - engine_s) / num_tokens_out * 1e6,
-    'step_ms': step_s * 1e3, 'stream_interval_ms': stream_interval_ms}
+    'streams': num_streams, 'tokens': num_out, 'messages': sum(messages),
+    'seconds': seconds, 'tokens_per_s': num_out / seconds,
+    'cpu_us_per_token': cpu_s / num_out * 1e6,
+    'front_cpu_us_per_token': (cpu_s - engine_s) / num_out * 1e6,
+    'front_cpu_us_per_message': (cpu_s - engine_s) / sum(messages) * 1e6}
+
+
+def compare(num_streams: int, num_tokens: int, step_s: float,
+            stream_interval_ms: int) -> dict[str, Any]:
+  """Measures our front, and grpc.aio alone with as many messages a token."""
+  ours = measure(num_streams, num_tokens, step_s, stream_interval_ms)
+  floor = measure(num_streams, num_tokens, step_s, serve=serve_floor)
+  us = floor['front_cpu_us_per_message']
+  return {**ours, 'grpc_cpu_us_per_message': us,
+          'ours': 1 - us / ours['front_cpu_us_per_message']}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+  """The results, for people."""
+  shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
+  columns = {
+    'streams': 'streams', 'tokens/s': 'tokens_per_s',
+    'messages': 'messages', 'us a token': 'front_cpu_us_per_token',
+    'us a message': 'front_cpu_us_per_message',
+    'of it grpc.aio': 'grpc_cpu_us_per_message'}
+  for name in (*columns, 'ours'):
+    shown.add_column(name, justify='right')
+  for row in rows:
+    shown.add_row(*(f'{row[key]:.0f}' for key in columns.values()),
+                  f'{row["ours"]:.0%}')
+  return shown
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
-  result = measure(FLAGS.streams, FLAGS.tokens, FLAGS.step_ms / 1e3,
-                   FLAGS.stream_interval_ms)
-  print(json.dumps(result, indent=2))
-  common.write_json(FLAGS.json, 'server_front', FLAGS, result,
+  rows = [compare(num_streams, FLAGS.tokens, FLAGS.step_ms / 1e3,
+                  FLAGS.stream_interval_ms) for num_streams in FLAGS.streams]
+  rich.print(table(rows))
+  common.write_json(FLAGS.json, 'server_front', FLAGS, rows,
                     grpcio=grpc.__version__)
 
 
 if __name__ == '__main__':
-  flags.DEFINE_integer('streams', 128, 'Streams open at once.')
+  flags.DEFINE_multi_integer(
+    'streams', [128, 1000], 'Streams open at once; each number is measured.')
   flags.DEFINE_integer('tokens', 100, 'Tokens a stream.')
   flags.DEFINE_float('step_ms', 20.0, 'What a step takes.')
   flags.DEFINE_integer('stream_interval_ms', 0, 'As the server\'s flag.')

@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
@@ -79,7 +80,7 @@ BAD = (
   ([1], {'top_p': -0.5}, 'top_p'), ([1], {'top_p': 1.5}, 'top_p'),
   ([1], {'min_p': 1.5}, 'min_p'), ([1], {'max_tokens': 0}, 'max_tokens'),
   ([1], {'seed': -1}, 'seed'), ([1], {'stop': ['']}, 'stop'),
-  ([1], {'logprobs': 100}, 'logprobs'),
+  ([1], {'logprobs': 1}, 'logprobs=1'),
   ([], {}, 'empty'), ([64], {}, '64'), ([2**31 - 1], {}, str(2**31 - 1)),
   ([1] * 128, {}, 'max_model_len=128'), ([1] * 5000, {}, 'max_model_len=128'),
 )
@@ -92,6 +93,29 @@ def test_a_bad_request(server: fake.RunningServer, protocol: Any,
                        says: str) -> None:
   code, details, _ = _end(protocol(server, ids, **sampling))
   assert code is _CODE.INVALID_ARGUMENT and says in details
+
+
+def _logprobs(response: Any) -> list[float]:
+  match response:
+    case pb.GenerateResponse():
+      return list(response.logprobs)
+    case vllm.GenerateResponse():
+      return list(response.complete.output_logprobs.token_logprobs)
+  output = [o.name for o in response.outputs].index('logprobs')
+  return np.frombuffer(
+    response.raw_output_contents[output], np.float32).tolist()
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_the_sampled_tokens_log_probabilities(
+    gated: Callable[..., Any], protocol: Any) -> None:
+  running, runner = gated()
+  sampled = runner.fetch
+  runner.open()
+  runner.fetch = lambda pending: sampled(pending)._replace(
+    logprobs=[-0.5 * token for token in pending.tokens])
+  call = protocol(running, [1], max_tokens=3, logprobs=0)
+  assert sum(map(_logprobs, call), []) == [-1.0, -1.5, -2.0]
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)

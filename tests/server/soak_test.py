@@ -90,7 +90,7 @@ def _check(serve: Callable[[Any], None], seconds: float) -> soaked.Holds:
     assert done > 10 * seconds and left > 10 * seconds
     assert grown.blocks < 2000
     assert grown.files <= 5
-    assert grown.rss < (24 << 20) + left * _LOST_BY_GRPC
+    assert grown.rss < (16 << 20) + left * _LOST_BY_GRPC
   return grown
 
 

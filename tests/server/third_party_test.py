@@ -105,7 +105,10 @@ def test_openai(gateway: tuple[process_test.Process, int]) -> None:
   for name, (status, message) in got['refused'].items():
     assert status == 400 and name in message
   assert set(got['refused']) == {
-    'frequency_penalty', 'n', 'logprobs', 'temperature'}
+    'frequency_penalty', 'n', 'logprobs', 'top_logprobs=0', 'temperature'}
+  tokens, logprobs = zip(*got['logprobs'], strict=True)
+  assert ''.join(tokens).startswith(got['chat'])
+  assert all(-5 < p <= 0 for p in logprobs) and len(set(logprobs)) > 5
 
 
 @pytest.mark.slow

@@ -41,7 +41,14 @@ def main() -> None:
   stopped = client.completions.create(**prompt, stop=[' elements'])
   got['stopped'] = stopped.choices[0].text
   got['stopped_finish'] = stopped.choices[0].finish_reason
+  scored = client.chat.completions.create(
+    **chat, logprobs=True, top_logprobs=0).choices[0].logprobs
+  got['logprobs'] = [(t.token, t.logprob) for t in scored.content]
   refused: dict[str, Any] = {}
+  try:  # which asks for the likeliest token, too
+    client.chat.completions.create(**chat, logprobs=True)
+  except openai.APIStatusError as error:
+    refused['top_logprobs=0'] = [error.status_code, str(error)]
   for name, value in (
       ('frequency_penalty', 0.5), ('n', 2), ('logprobs', 3),
       ('temperature', -1)):
