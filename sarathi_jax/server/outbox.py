@@ -71,7 +71,8 @@ class Stream:
       await asyncio.sleep(max(self._not_before - loop.time(), 0))
       self._not_before = loop.time() + self._interval_s
     if not self._deltas and self._error is None:
-      self._reader = asyncio.current_task()
+      if self._reader is None:
+        self._reader = asyncio.current_task()
       self._waiter = asyncio.get_running_loop().create_future()
       await self._waiter
     if self._deltas:
