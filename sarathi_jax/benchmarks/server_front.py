@@ -186,7 +186,8 @@ def measure(num_streams: int, num_tokens: int, step_s: float,
     process.join(20)
     process.kill()
   num_out = num_streams * num_tokens
-  cpu_s, engine_s = after.cpu_s - before.cpu_s, after.engine_s - before.engine_s
+  cpu_s = after.cpu_s - before.cpu_s
+  engine_s = after.engine_s - before.engine_s
   return {
     'streams': num_streams, 'tokens': num_out, 'messages': sum(messages),
     'seconds': seconds, 'tokens_per_s': num_out / seconds,
@@ -197,12 +198,12 @@ def measure(num_streams: int, num_tokens: int, step_s: float,
 
 def compare(num_streams: int, num_tokens: int, step_s: float,
             stream_interval_ms: int) -> dict[str, Any]:
-  """Measures our front, and grpc.aio alone with as many messages a token."""
+  """Measures our front, and grpc.aio alone with a message a token."""
   ours = measure(num_streams, num_tokens, step_s, stream_interval_ms)
   floor = measure(num_streams, num_tokens, step_s, serve=serve_floor)
   us = floor['front_cpu_us_per_message']
   return {**ours, 'grpc_cpu_us_per_message': us,
-          'ours': 1 - us / ours['front_cpu_us_per_message']}
+          'our_share': 1 - us / ours['front_cpu_us_per_message']}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
@@ -217,7 +218,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     shown.add_column(name, justify='right')
   for row in rows:
     shown.add_row(*(f'{row[key]:.0f}' for key in columns.values()),
-                  f'{row["ours"]:.0%}')
+                  f'{row["our_share"]:.0%}')
   return shown
 
 

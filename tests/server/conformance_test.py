@@ -115,7 +115,7 @@ def test_the_sampled_tokens_log_probabilities(
   runner.fetch = lambda pending: sampled(pending)._replace(
     logprobs=[-0.5 * token for token in pending.tokens])
   call = protocol(running, [1], max_tokens=3, logprobs=0)
-  assert sum(map(_logprobs, call), []) == [-1.0, -1.5, -2.0]
+  assert [p for r in call for p in _logprobs(r)] == [-1.0, -1.5, -2.0]
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)

@@ -69,9 +69,11 @@ async def _count_up(port: int, num_streams: int) -> list[int]:
 
 
 def test_the_benchmark_of_the_front_runs() -> None:
-  result = server_front.measure(num_streams=20, num_tokens=10, step_s=0.001)
+  result = server_front.compare(
+    num_streams=20, num_tokens=10, step_s=0.001, stream_interval_ms=0)
   assert result['tokens'] == 200 and 0 < result['messages'] <= 200
-  assert result['cpu_us_per_token'] > 0
+  assert result['cpu_us_per_token'] > 0 < result['grpc_cpu_us_per_message']
+  assert server_front.table([result]).row_count == 1
 
 
 def test_tokens_are_merged_within_the_interval(
