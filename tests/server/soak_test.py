@@ -93,7 +93,7 @@ def _check(serve: Callable[[Any], None],
     print(f'{seconds} s: {done} requests done, {left} left; before: {before}; '
           f'grown by: {grown}')
     assert done > 10 * seconds and left > 10 * seconds
-    assert grown.blocks < 2000
+    assert grown.blocks < 4000
     assert grown.files <= 5
     assert grown.rss < (16 << 20) + left * _LOST_BY_GRPC
   return grown, left
