@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,32 @@ from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import validate
 from pallas_kernels.ragged_paged_attention import xla
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
-  'reference': reference.ragged_paged_attention,
-  'xla': xla.ragged_paged_attention,
-  'pallas_triton': pallas_triton.ragged_paged_attention,
-}
-_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
-            'pallas_triton': layout.ROWS}
-
 _log = logging.getLogger(__name__)
 Pages = quantization.Pages
 _INDICES = 2**31  # that int32 has
 
+
+def _pallas_mosaic() -> Any:
+  """The module, which few need and takes a third of a second to load."""
+  from pallas_kernels.ragged_paged_attention import pallas_mosaic
+  return pallas_mosaic
+
+
+def _attend_by_mosaic(q: jax.Array, k_pages: Pages, *args: Any,
+                      **kwargs: Any) -> Any:
+  # Before it is loaded: an old JAX may not have what it takes.
+  tuning.choose_mosaic(tuning.Shape.of(q, k_pages))
+  return _pallas_mosaic().ragged_paged_attention(q, k_pages, *args, **kwargs)
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
+  'reference': reference.ragged_paged_attention,
+  'xla': xla.ragged_paged_attention,
+  'pallas_triton': pallas_triton.ragged_paged_attention,
+  'pallas_mosaic': _attend_by_mosaic,
+}
+_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
+            'pallas_triton': layout.ROWS, 'pallas_mosaic': layout.ROWS}
 
 def ragged_paged_attention(
   q: jax.Array,
@@ -83,8 +98,8 @@ def ragged_paged_attention(
     soft_cap: scores become soft_cap * tanh(score / soft_cap).
     plan: of `make_plan` for these arguments, to share it among layers; None:
       it is made here.
-    implementation: a key of `IMPLEMENTATIONS`; None: the one that the pages
-      were made for.
+    implementation: a key of `IMPLEMENTATIONS`; None: the fastest here of
+      those that read such pages.
 
   Returns:
     [T, H, h] of q's dtype. Rows of padding are finite and mean nothing.
@@ -98,8 +113,10 @@ def ragged_paged_attention(
   validate.static_validate(
     q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
     sliding_window=sliding_window, soft_cap=soft_cap)
+  is_rows = layout.is_rows(k_pages)
   validate.check(
-    name == 'reference' or name == _for_pages(k_pages), 'k_pages',
+    name == 'reference' or is_rows == (_LAYOUTS[name] == layout.ROWS),
+    'k_pages',
     quantization.values_of(k_pages).shape,
     f'must be as from init_pages for {name!r}')
   planned = {} if plan is None else {'plan': plan}
@@ -117,18 +134,29 @@ def make_plan(
   distribution: jax.Array,
   *,
   sliding_window: int | None = None,
-) -> tuple[jax.Array, ...] | None:
+  implementation: str | None = None,
+) -> tuple[Any, ...] | None:
   """How a batch is cut into work; arguments as of the attention.
 
   It depends on q and k_pages by their shapes only: layers that have these and
   the window in common can share a plan. None if there is nothing to plan.
+
+  Raises:
+    NotImplementedError: the implementation can't have such shapes.
   """
-  if _for_pages(k_pages) != 'pallas_triton':
+  name = _for_pages(k_pages) if implementation is None else (
+    _known(implementation))
+  if name not in _SHAPES:
     return None
   shape = tuning.Shape.of(q, k_pages)
-  return pallas_triton.make_plan(
-    kv_lens, cu_q_lens, distribution, num_tokens=q.shape[0],
-    sliding_window=sliding_window, sizes=tuning.choose(shape), shape=shape)
+  batch: Any = dict(
+    kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution,
+    num_tokens=q.shape[0], sliding_window=sliding_window, shape=shape)
+  if name == 'pallas_triton':
+    return pallas_triton.make_plan(**batch, sizes=tuning.choose(shape))
+  tuning.choose_mosaic(shape)
+  plan: tuple[Any, ...] = _pallas_mosaic().make_plan(**batch)
+  return plan
 
 
 def init_pages(
@@ -148,8 +176,8 @@ def init_pages(
     head_dim: h.
     dtype: float32, bfloat16, float16; int8 or float8_e4m3fn to quantize what
       is written, with a scale for each token and head (see `quantization`).
-    implementation: what will read them; None: 'pallas_triton' on a GPU where
-      it can, else 'xla'.
+    implementation: what will read them; None: on a GPU the fastest that can,
+      else 'xla'.
 
   Returns:
     (k_pages, v_pages) in the implementation's layout (see `layout`), arrays
@@ -170,8 +198,8 @@ def init_pages(
       f'not count the bytes of one layer\'s keys in int32.')
   if implementation is None:
     implementation = _default(page_size, num_kv_heads, head_dim, dtype)
-  elif implementation == 'pallas_triton':
-    _triton_shape(page_size, num_kv_heads, head_dim, dtype)
+  elif implementation in _SHAPES:
+    _check_shape(implementation, page_size, num_kv_heads, head_dim, dtype)
   return layout.init(_LAYOUTS[_known(implementation)], num_pages, page_size,
                      num_kv_heads, head_dim, dtype)
 
@@ -242,8 +270,13 @@ def _known(implementation: str) -> str:
 
 
 def _for_pages(k_pages: Pages) -> str:
-  """The implementation that pages of this layout are for."""
-  return 'pallas_triton' if layout.is_rows(k_pages) else 'xla'
+  """The implementation for pages of this layout."""
+  if not layout.is_rows(k_pages):
+    return 'xla'
+  _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
+  name, _ = _fastest(page_size, num_kv_heads, head_dim,
+                     quantization.values_of(k_pages).dtype)
+  return name or 'pallas_triton'
 
 
 def _default(page_size: int, num_kv_heads: int, head_dim: int,
@@ -258,12 +291,24 @@ def _default(page_size: int, num_kv_heads: int, head_dim: int,
     _say_once('Attention falls back to plain XLA: pallas_triton: '
               f'compute_capability={capability}: must be 8.0 or above.')
     return 'xla'
-  try:
-    _triton_shape(page_size, num_kv_heads, head_dim, dtype)
-  except NotImplementedError as reason:
+  name, reason = _fastest(page_size, num_kv_heads, head_dim, dtype)
+  if name is None:
     _say_once(f'Attention falls back to plain XLA: {reason}')
-    return 'xla'
-  return 'pallas_triton'
+  return name or 'xla'
+
+
+def _fastest(page_size: int, num_kv_heads: int, head_dim: int,
+             dtype: jax.typing.DTypeLike) -> tuple[str | None, str]:
+  """The first of the device's that can have such pages; why others can't."""
+  reasons = []
+  for name in tuning.fastest():
+    try:
+      _check_shape(name, page_size, num_kv_heads, head_dim, dtype)
+    except NotImplementedError as reason:
+      reasons.append(str(reason))
+    else:
+      return name, ' '.join(reasons)
+  return None, ' '.join(reasons)
 
 
 @functools.cache  # Each layer asks.
@@ -271,11 +316,15 @@ def _say_once(text: str) -> None:
   _log.warning(text)
 
 
-def _triton_shape(page_size: int, num_kv_heads: int, head_dim: int,
-                  dtype: jax.typing.DTypeLike) -> None:
+_SHAPES: Mapping[str, Callable[[tuning.Shape], Any]] = {
+  'pallas_triton': tuning.choose, 'pallas_mosaic': tuning.choose_mosaic}
+
+
+def _check_shape(name: str, page_size: int, num_kv_heads: int, head_dim: int,
+                 dtype: jax.typing.DTypeLike) -> None:
   """Raises NotImplementedError if the kernel can't have such pages."""
   kept = quantization.kept_dtype(dtype)
   # What is quantized is meant for queries of 16 bits; 32 would do, too.
   queries = kept.name if kept.itemsize > 1 else 'bfloat16'
-  tuning.choose(tuning.Shape(
+  _SHAPES[name](tuning.Shape(
     queries, kept.name, num_kv_heads, 1, head_dim, page_size))

@@ -137,7 +137,7 @@ def _attend(
   item = pl.program_id(0) // shape.num_kv_heads
   head = pl.program_id(0) % shape.num_kv_heads
   rows = rows_ref[item]
-  for size in (tiling.wide_rows, tiling.narrow_rows):
+  for size in tiling.row_counts:
     pl.when(rows == size)(functools.partial(
       _attend_tile, item, head, q_ref, k_ref, v_ref, kv_lens_ref, pages_ref,
       starts_ref, *refs, num_rows=size, may_split=size == tiling.narrow_rows,

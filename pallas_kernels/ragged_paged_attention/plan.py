@@ -34,9 +34,11 @@ class Tiling:
   Attributes:
     wide_rows: rows of a tile of a prefill.
     narrow_rows: rows of a tile of a decode.
-    block_n: keys of a block; divides the page size.
+    block_n: keys of a block.
     num_items: items, at least, that keep a GPU busy; splits aim at them.
     min_split: key blocks of a split, at least.
+    has_wide: False: there are none of them, another kernel does prefills
+      (see `make_chunks`).
   """
 
   wide_rows: int
@@ -44,6 +46,12 @@ class Tiling:
   block_n: int
   num_items: int
   min_split: int = 4
+  has_wide: bool = True
+
+  @property
+  def row_counts(self) -> tuple[int, ...]:
+    """Of the tiles that there are."""
+    return (*([self.wide_rows] if self.has_wide else ()), self.narrow_rows)
 
   def num_narrow(self, num_tokens: int, num_seqs: int, group: int) -> int:
     """The most tiles of small sequences in a batch."""
@@ -51,7 +59,8 @@ class Tiling:
 
   def num_work_items(self, num_tokens: int, num_seqs: int, group: int) -> int:
     """The most work items of a batch."""
-    wide = num_tokens * group // self.wide_rows + min(num_seqs, num_tokens)
+    wide = self.has_wide * (
+      num_tokens * group // self.wide_rows + min(num_seqs, num_tokens))
     return (self.num_narrow(num_tokens, num_seqs, group) + self.num_items
             + wide)
 
@@ -101,13 +110,12 @@ def make(
   80 rows make two wide tiles, of 2 blocks each.
   """
   num_seqs = kv_lens.shape[0]
-  live = xp.arange(num_seqs) < distribution[1]
-  q_lens = xp.where(live, cu_q_lens[1:] - cu_q_lens[:-1], 0)
-  rows = q_lens * group
-  is_small = (rows <= tiling.narrow_rows) | (
-    xp.arange(num_seqs) < distribution[0])
+  q_lens, is_small = _q_lens(
+    cu_q_lens, distribution, tiling.narrow_rows // group, xp)
   tile_rows = xp.where(is_small, tiling.narrow_rows, tiling.wide_rows)
-  tiles = xp.where(live, _ceil(rows, tile_rows), 0)
+  tiles = _ceil(q_lens * group, tile_rows)
+  if not tiling.has_wide:
+    tiles = xp.where(is_small, tiles, 0)
   first_block, last_block = _block_range(
     kv_lens - q_lens, kv_lens, tiling.block_n, sliding_window, xp)
   blocks = last_block - first_block
@@ -155,6 +163,72 @@ def make(
       merge.seq, merge.place * tiling.narrow_rows,
       before[merge.seq] + merge.place * count,
       xp.where(to_merge, count, 0))))
+
+
+class Chunks(NamedTuple):
+  """Tiles of the chunks of prefills, int32; all but one [W], longest first.
+
+  Attributes:
+    seq: whose.
+    first_query: of the tile, in the sequence.
+    start, stop: the key blocks [start, stop) of the sequence.
+    count: [1], the real ones; the rest is padding.
+  """
+
+  seq: Any
+  first_query: Any
+  start: Any
+  stop: Any
+  count: Any
+
+
+def make_chunks(
+  kv_lens: Any,
+  cu_q_lens: Any,
+  distribution: Any,
+  *,
+  tile: int,
+  block_n: int,
+  small: int,
+  num_tokens: int,
+  sliding_window: int | None = None,
+  xp: Any = np,
+) -> Chunks:
+  """What a plan without wide tiles leaves out, cut into tiles of queries.
+
+  Args:
+    kv_lens, cu_q_lens, distribution: as of `api.ragged_paged_attention`.
+    tile: queries of a tile, each with all of its heads.
+    block_n: keys of a block.
+    small: the most queries that make a sequence small, beside decodes: the
+      other plan's Tiling.narrow_rows // group.
+    num_tokens: T.
+    sliding_window: as of `api.ragged_paged_attention`.
+    xp: NumPy or jax.numpy.
+  """
+  num_seqs = kv_lens.shape[0]
+  q_lens, is_small = _q_lens(cu_q_lens, distribution, small, xp)
+  tiles = xp.where(is_small, 0, _ceil(q_lens, tile))
+  (seq, place), count = _expand(
+    tiles, num_tokens // tile + min(num_seqs, num_tokens), xp)
+  first = place * tile
+  past = kv_lens[seq] - q_lens[seq]
+  start, stop = _block_range(
+    past + first, past + xp.minimum(first + tile, q_lens[seq]), block_n,
+    sliding_window, xp)
+  cost = xp.where(xp.arange(len(seq)) < count, stop - start, -1)
+  order = xp.argsort(-cost, stable=True)
+  columns = [column[order] for column in (seq, first, start, stop)]
+  return Chunks(*(x.astype(np.int32) for x in (*columns, count.reshape(1))))
+
+
+def _q_lens(cu_q_lens: Any, distribution: Any, small: int,
+            xp: Any) -> tuple[Any, Any]:
+  """Queries of each sequence, 0 for padding; and which get narrow tiles."""
+  place = xp.arange(cu_q_lens.shape[0] - 1)
+  q_lens = xp.where(
+    place < distribution[1], cu_q_lens[1:] - cu_q_lens[:-1], 0)
+  return q_lens, (q_lens <= small) | (place < distribution[0])
 
 
 class _Expanded(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the GPU kernel's tiles, by device and shape: a table.
+"""Sizes of the GPU kernels' tiles, by device and shape: tables.
 
 No entry was tuned on a GPU yet. They are what compiles for the device without
 a register spilled and leaves room for two blocks on each multiprocessor
@@ -89,6 +89,7 @@ class Sizes:
     num_warps: of a block of the GPU.
     num_stages: of the pipeline that loads keys and values.
     num_blocks: blocks that the GPU runs at once.
+    has_wide: whether prefills are this kernel's work, too.
   """
 
   wide_rows: int
@@ -96,13 +97,15 @@ class Sizes:
   num_warps: int
   num_stages: int
   num_blocks: int
+  has_wide: bool = True
 
   def tiling(self, shape: Shape) -> plan_lib.Tiling:
     narrow = min(max(16, _power_of_two(shape.group)), self.wide_rows // 2)
     return plan_lib.Tiling(
       wide_rows=self.wide_rows, narrow_rows=narrow,
       block_n=min(self.block_n, shape.page_size),
-      num_items=-(-2 * self.num_blocks // shape.num_kv_heads))
+      num_items=-(-2 * self.num_blocks // shape.num_kv_heads),
+      has_wide=self.has_wide)
 
 
 # (bytes of a number, head_dim up to) -> Sizes but for num_blocks.
@@ -112,6 +115,12 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], tuple[int, int, int, int]]] = {
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
   'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
 }
+# What `implementation=None` means, the first that can have the pages. It is for
+# a measurement to put pallas_mosaic before pallas_triton on H100, and there is
+# none yet: `scripts/gpu_check` has both in its sweep.
+_FASTEST: Mapping[str, tuple[str, ...]] = {
+  'a100': ('pallas_triton',), 'a40': ('pallas_triton',),
+  'h100': ('pallas_triton', 'pallas_mosaic')}
 # By what jax.Device.device_kind begins with.
 _TARGETS = {'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
             'NVIDIA H200': 'h100'}
@@ -128,11 +137,8 @@ def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
   Raises:
     NotImplementedError: there are none for such a shape.
   """
-  kind = (default_device().device_kind if device_kind is None
-          else device_kind)
-  target = next(
-    (name for begin, name in _TARGETS.items() if kind.startswith(begin)),
-    'a40')
+  target = _target(
+    default_device().device_kind if device_kind is None else device_kind)
   width = jnp.dtype(shape.dtype).itemsize
   for (itemsize, head_dim), sizes in _SIZES[target].items():
     if itemsize == width and shape.head_dim <= head_dim:
@@ -144,6 +150,69 @@ def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
   raise AssertionError
 
 
+def fastest() -> tuple[str, ...]:
+  """The implementations for the default device, the fastest first."""
+  return _FASTEST[_target(default_device().device_kind)]
+
+
+def _target(device_kind: str) -> str:
+  return next((name for begin, name in _TARGETS.items()
+               if device_kind.startswith(begin)), 'a40')
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MosaicSizes:
+  """Tiles of `pallas_mosaic`.
+
+  Attributes:
+    block_n: keys of a block.
+    num_stages: blocks of keys, and of values, that shared memory holds.
+    heads: of the queries of a tile, which share their keys.
+    queries: of a tile, for each of its heads.
+    num_blocks: of the GPU's, that share the tiles.
+    interpret: there is no GPU.
+  """
+
+  block_n: int
+  num_stages: int
+  heads: int
+  queries: int
+  num_blocks: int
+  interpret: bool
+
+
+_MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
+_INTERPRETED_BLOCKS = 2  # Each runs after the other.
+
+
+def choose_mosaic(shape: Shape) -> MosaicSizes:
+  """The sizes for a shape, on the default device.
+
+  Raises:
+    NotImplementedError: there are none for such a shape, device or JAX.
+  """
+  check = functools.partial(_check, who='pallas_mosaic')
+  check(jax.__version_info__ >= (0, 11), 'jax', jax.__version__,
+        'must be 0.11 or newer')
+  device = default_device()
+  if not (interpret := device.platform == 'cpu'):
+    capability = str(getattr(device, 'compute_capability', ''))
+    check(capability in ('9.0', '9.0a'), 'compute_capability', capability,
+          'must be 9.0, as Hopper\'s')
+  check(shape.dtype in ('bfloat16', 'float16'), 'dtype', shape.dtype,
+        'must be bfloat16 or float16')
+  check(shape.kv_dtype == shape.dtype, 'kv_dtype', shape.kv_dtype,
+        'must be bfloat16 or float16, as of the queries')
+  check(shape.head_dim in _MOSAIC, 'head_dim', shape.head_dim,
+        f'must be one of {", ".join(map(str, _MOSAIC))}')
+  # Two warpgroups with 64 rows each.
+  heads, queries = (1, 128) if shape.group % 2 else (2, 64)
+  num_blocks = (_INTERPRETED_BLOCKS if interpret
+                else gpu_targets.get('h100').multiprocessors)
+  return MosaicSizes(
+    *_MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret)
+
+
 def default_device() -> jax.Device:
   """Where a computation runs that does not say where."""
   config: Any = jax.config
@@ -152,9 +221,10 @@ def default_device() -> jax.Device:
     device, str) else device
 
 
-def _check(ok: bool, name: str, value: object, rule: str) -> None:
+def _check(ok: bool, name: str, value: object, rule: str,
+           who: str = 'pallas_triton') -> None:
   if not ok:
-    raise NotImplementedError(f'pallas_triton: {name}={value}: {rule}.')
+    raise NotImplementedError(f'{who}: {name}={value}: {rule}.')
 
 
 def _power_of_two(n: int) -> int:

@@ -202,7 +202,7 @@ def _attend_to_pages(
       if w not in plans:
         plans[w] = rpa.make_plan(
           q_kv, pages[0], b.kv_lens, b.cu_q_lens, b.distribution,
-          sliding_window=w)
+          sliding_window=w, implementation=spec.attention)
     if len(windows) == 1:
       out = within(windows[0])
     else:

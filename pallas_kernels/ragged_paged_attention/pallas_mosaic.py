@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas, lowered to Mosaic: prefills on Hopper, by wgmma and TMA.
+
+Chunks of prefills are cut into tiles (`plan.make_chunks`). As many blocks
+(CTAs) as the GPU has multiprocessors take them in turn, for two query heads of
+a group at once, or for one head and twice the queries where a group is odd: so
+the two warpgroups that compute need the same keys, 64 rows of queries each. A
+third one fetches: pages of keys and values, found in the page table, go by TMA
+into a ring of buffers in shared memory, on into the next tile's while the last
+one is being finished. It is the division of labour of FlashAttention-3 (arXiv
+2407.08608, section 3.1), over pages.
+
+Decodes and sequences as small as they wait for memory and not for matmuls.
+`pallas_triton` does them: a hybrid batch is a launch more.
+
+On CPUs it runs in Mosaic's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import mosaic_kernel
+from pallas_kernels.ragged_paged_attention import pallas_triton
+from pallas_kernels.ragged_paged_attention import plan as plan_lib
+from pallas_kernels.ragged_paged_attention import tuning
+
+plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
+# What wgmma reads lies in shared memory in tiles of 8 rows of 128 bytes, and
+# the bytes of these are exchanged so that no two rows have a bank in common.
+_TILED: Any = dict(transforms=(
+  plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+class Plan(NamedTuple):
+  """Of a batch: what is small, and the chunks."""
+
+  small: plan_lib.Plan
+  chunks: plan_lib.Chunks
+
+
+def make_plan(
+  kv_lens: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+  *,
+  num_tokens: int,
+  sliding_window: int | None,
+  shape: tuning.Shape,
+) -> Plan:
+  """The plan of a traced batch, the same for all layers of one window.
+
+  Raises:
+    NotImplementedError: the shapes, the device or JAX are not such as the
+      kernel can have.
+  """
+  batch: Any = dict(kv_lens=kv_lens, cu_q_lens=cu_q_lens,
+                    distribution=distribution, num_tokens=num_tokens,
+                    sliding_window=sliding_window)
+  sizes, small = tuning.choose_mosaic(shape), _small_sizes(shape)
+  return Plan(
+    pallas_triton.make_plan(**batch, sizes=small, shape=shape),
+    plan_lib.make_chunks(
+      **batch, tile=sizes.queries, block_n=sizes.block_n,
+      small=small.tiling(shape).narrow_rows // shape.group, xp=jnp))
+
+
+def ragged_paged_attention(
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
+  *,
+  plan: Plan | None = None,
+) -> jax.Array:
+  """See `api.ragged_paged_attention`; the pages are rows (see `layout`).
+
+  Args:
+    plan: of `make_plan`; None makes it here.
+
+  Raises:
+    NotImplementedError: see `make_plan`.
+  """
+  shape = tuning.Shape.of(q, k_pages)
+  spec = mosaic_kernel.Spec(
+    shape, tuning.choose_mosaic(shape), options, q.shape[1])
+  if plan is None:
+    plan = make_plan(
+      batch.kv_lens, batch.cu_q_lens, batch.distribution,
+      num_tokens=q.shape[0], sliding_window=options.sliding_window,
+      shape=shape)
+  out = pallas_triton.ragged_paged_attention(
+    q, k_pages, v_pages, batch, options, plan=plan.small,
+    sizes=_small_sizes(shape))
+  # Each row of queries is read before its outputs take its place.
+  rows_ref = jax.new_ref(out)
+  _kernel(spec)(rows_ref, k_pages, v_pages, *batch[:3], *plan.chunks)
+  return jax.freeze(rows_ref)
+
+
+def _small_sizes(shape: tuning.Shape) -> tuning.Sizes:
+  return dataclasses.replace(tuning.choose(shape), has_wide=False)
+
+
+def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:
+  """To be called with what `mosaic_kernel.Inputs` names."""
+  sizes, dtype = spec.sizes, jnp.dtype(spec.shape.dtype)
+  rows = mosaic_kernel.WARPGROUPS, mosaic_kernel.ROWS, spec.shape.head_dim
+  ring = sizes.num_stages, sizes.block_n, spec.shape.head_dim
+  barriers: Any = functools.partial(
+    plgpu.Barrier, num_barriers=sizes.num_stages)
+  copies = max(sizes.block_n // spec.shape.page_size, 1)
+  warpgroups = mosaic_kernel.WARPGROUPS
+
+  def attend_chunks(*refs: Any) -> None:
+    num_inputs = len(mosaic_kernel.Inputs._fields)
+    mosaic_kernel.run(spec, mosaic_kernel.Inputs(*refs[:num_inputs]),
+                      mosaic_kernel.Scratch(*refs[num_inputs:]))
+
+  kernel: Callable[..., Any] = plgpu.kernel(
+    attend_chunks, out_type=(), grid=(sizes.num_blocks,), grid_names=('block',),
+    num_threads=warpgroups + 1, thread_name='thread',
+    scratch_types=mosaic_kernel.Scratch(
+      rows=plgpu.SMEM(rows, dtype), q=plgpu.SMEM(rows, dtype, **_TILED),
+      k=plgpu.SMEM(ring, dtype, **_TILED), v=plgpu.SMEM(ring, dtype, **_TILED),
+      q_there=plgpu.Barrier(num_barriers=warpgroups),
+      k_there=barriers(num_arrivals=copies),
+      v_there=barriers(num_arrivals=copies),
+      k_free=barriers(num_arrivals=warpgroups),
+      v_free=barriers(num_arrivals=warpgroups)),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=plgpu.InterpretGPUParams() if sizes.interpret else None)
+  return kernel
+
+
