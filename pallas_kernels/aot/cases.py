@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -98,10 +99,11 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
   with compiler.on(device), tempfile.TemporaryDirectory() as temp:
     folder = pathlib.Path(temp)
     try:
-      lowered = lower()
-      compiled = lowered.compile({
-        'xla_gpu_cuda_data_dir': str(toolkit.spying(folder)),
-        'xla_dump_to': str(folder / 'xla')})
+      with _watching_mosaic(folder / 'mosaic', target):
+        lowered = lower()
+        compiled = lowered.compile({
+          'xla_gpu_cuda_data_dir': str(toolkit.spying(folder)),
+          'xla_dump_to': str(folder / 'xla')})
     except jax.errors.JaxRuntimeError as error:
       problems.append(str(error).partition('\n')[0])
     except Exception as error:
@@ -111,8 +113,9 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
     if compiled is not None:
       ours = set(re.findall(r'\bname = "([^"]+)"', lowered.as_text()))
       said = toolkit.read_log(folder)
-      kernels = list(kernels_lib.read(
-        folder / 'xla', said, ours, target))
+      kernels = [
+        *kernels_lib.read(folder / 'xla', said, ours, target),
+        *kernels_lib.read_mosaic(folder / 'mosaic', target)]
       graphs, outside = kernels_lib.parse_graphs(kernels_lib.read_thunks(
         folder / 'xla', 'thunk_sequence_after_thunk_passes'))
       slow = sorted(set(re.findall(r'Potential Performance Loss: (.*)', said)))
@@ -130,3 +133,11 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
         f'memory; a block may have {target.shared_memory_per_block:,}')
   return Result(name, seconds, kernels, problems, slow, graphs, outside,
                 compiled=compiled)
+
+
+def _watching_mosaic(folder: pathlib.Path, target: gpu_targets.GpuTarget,
+                     ) -> contextlib.AbstractContextManager[None]:
+  """Does nothing where no kernel can be Mosaic's: it takes turns."""
+  if jax.__version_info__ < (0, 11) or target.compute_capability < (9, 0):
+    return contextlib.nullcontext()
+  return toolkit.mosaic_dumps(folder)

@@ -63,6 +63,26 @@ def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
       r'.*? shared_memory: (\d+) bytes', thunks, re.M)}
 
 
+def read_mosaic(dumps: pathlib.Path,
+                target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
+  """The kernels that Mosaic compiled, of which XLA knows nothing.
+
+  Args:
+    dumps: the folder that `toolkit.mosaic_dumps` had it dump to.
+    target: the device.
+  """
+  for file in sorted(dumps.glob('*.ptxas')):
+    (registers, spills), = parse_ptxas(file.read_text()).values()
+    threads = re.search(
+      r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text())
+    shared = re.search(r'smem_scratch_bytes=(\d+)',
+                       file.with_suffix('.resources.txt').read_text())
+    assert threads and shared, file
+    yield Kernel(
+      file.stem.rpartition('_')[0], True, int(threads[1]), registers, spills, int(shared[1]),
+      target.blocks_that_fit(int(threads[1]), registers, int(shared[1])))
+
+
 def parse_graphs(thunks: str) -> tuple[int, list[str]]:
   """The number of CUDA graphs in XLA's list of thunks, as it ended up.
 

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import importlib.util
+import os
 import pathlib
 import shlex
 import shutil
+import threading
 
 _INSTALL = "install the extra: pip install 'sarathi-jax[aot]'"
+
+
+_MOSAIC_DUMPS = 'MOSAIC_GPU_DUMP_TO'
+_mosaic_lock = threading.Lock()
 
 
 class UnavailableError(RuntimeError):
@@ -70,3 +78,21 @@ def read_log(folder: pathlib.Path) -> str:
   """All that the ptxas of `spying` wrote down, the latest at the end."""
   logs = sorted((folder / 'log').iterdir(), key=lambda p: p.stat().st_mtime_ns)
   return '\n'.join(log.read_text() for log in logs)
+
+
+@contextlib.contextmanager
+def mosaic_dumps(folder: pathlib.Path) -> Iterator[None]:
+  """What Mosaic compiles within is put into a new folder, text and ptxas's log.
+
+  It is told by the environment, so that one caller at a time can have it.
+  """
+  folder.mkdir()
+  with _mosaic_lock:
+    before = os.environ.get(_MOSAIC_DUMPS)
+    os.environ[_MOSAIC_DUMPS] = str(folder)
+    try:
+      yield
+    finally:
+      del os.environ[_MOSAIC_DUMPS]
+      if before is not None:
+        os.environ[_MOSAIC_DUMPS] = before

@@ -24,7 +24,7 @@ WARPGROUPS = 2  # that compute
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _LOG2_E = math.log2(math.e)
 # Registers of a thread: those that fetch lend theirs to those that compute.
-_FETCH_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+_FETCH_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -257,11 +257,14 @@ def _key_block(
     factor = cap * _LOG2_E
   if masked:
     # Not computed once before the loop, to lie in 64 registers meanwhile.
-    row, at = lax.optimization_barrier((_iota(shape, 0), _iota(shape, 1)))
-    ahead = j * block_n - q_first
-    scores = jnp.where(at + ahead <= row, scores, _MASKED)
+    at = lax.optimization_barrier(plgpu.broadcasted_iota(
+      jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA))
+    last = _row_numbers() + (q_first - j * block_n)
+    scores = jnp.where(
+      at <= lax.broadcast_in_dim(last, shape, [0]), scores, _MASKED)
     if (window := options.sliding_window) is not None:
-      scores = jnp.where(at + (ahead + window) > row, scores, _MASKED)
+      scores = jnp.where(
+        at > lax.broadcast_in_dim(last - window, shape, [0]), scores, _MASKED)
   new_top = jnp.maximum(top, scores.max(axis=1) * factor)
   decay = jnp.exp2(top - new_top)
   weights = jnp.exp2(
@@ -291,7 +294,7 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
       for column in range(0, spec.shape.head_dim, 64):
         piece = v_ref.at[pl.ds(row, ROWS), pl.ds(column, 64)]
         values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
-        at = lax.optimization_barrier(_iota(shape, 0))
+        at = lax.broadcast_in_dim(_row_numbers(), shape, [0])
         piece[...] = jnp.where(
           at < num_rows - row, values, jnp.zeros_like(values))
       plgpu.commit_smem()
@@ -308,9 +311,10 @@ def _accumulate(acc: jax.Array, weights: jax.Array, v_ref: Any,
   return run(plgpu.ACC.init(acc))
 
 
-def _iota(shape: tuple[int, int], axis: int) -> jax.Array:
-  return plgpu.broadcasted_iota(
-    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+def _row_numbers() -> jax.Array:
+  numbers: jax.Array = plgpu.broadcasted_iota(
+    jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+  return numbers
 
 
 def _store(ref: Any, value: jax.Array) -> None:

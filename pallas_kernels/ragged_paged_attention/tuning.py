@@ -181,6 +181,7 @@ class MosaicSizes:
   interpret: bool
 
 
+_MOSAIC_JAX = (0, 11)
 _MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
 _INTERPRETED_BLOCKS = 2  # Each runs after the other.
 
@@ -192,7 +193,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
     NotImplementedError: there are none for such a shape, device or JAX.
   """
   check = functools.partial(_check, who='pallas_mosaic')
-  check(jax.__version_info__ >= (0, 11), 'jax', jax.__version__,
+  check(jax.__version_info__ >= _MOSAIC_JAX, 'jax', jax.__version__,
         'must be 0.11 or newer')
   device = default_device()
   if not (interpret := device.platform == 'cpu'):
@@ -252,7 +253,6 @@ _FP8 = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
 
 def cases(device: str) -> Iterator[Case]:
   """Every default configuration, for `pallas_kernels.aot`."""
-  del device  # The kernel asks for the default device.
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
     plain = batch_lib.Options(head_dim**-0.5)
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
@@ -266,19 +266,43 @@ def cases(device: str) -> Iterator[Case]:
       yield _case(name, heads, kv_heads, head_dim, special, kv_dtype='int8')
       for options in (plain, special):
         yield _case(name, heads, kv_heads, head_dim, options, 'float32')
+  if device == 'h100' and jax.__version_info__ >= _MOSAIC_JAX:
+    yield from mosaic_cases()
+
+
+def mosaic_cases() -> Iterator[Case]:
+  """Those of pallas_mosaic, which JAX must be new enough for."""
+  case = functools.partial(_case, implementation='pallas_mosaic')
+  for name, sizes in _HEADS.items():
+    *_, head_dim = sizes
+    if head_dim not in _MOSAIC:
+      continue
+    plain = batch_lib.Options(head_dim**-0.5)
+    yield case(name, *sizes, plain)
+    if name in ('mistral-7b', 'llama2-7b', 'falcon-7b', 'llama3.2-1b'):
+      # Heads in pairs, and alone; pages of parts of a block, and of several.
+      for options in (batch_lib.Options(head_dim**-0.5, 4096, 30.0),
+                      batch_lib.Options(head_dim**-0.5, 4096)):
+        yield case(name, *sizes, options)
+      yield case(name, *sizes, plain, 'float16', page_size=16)
+      yield case(name, *sizes, plain, page_size=256)
 
 
 def _case(model: str, heads: int, kv_heads: int, head_dim: int,
           options: batch_lib.Options, dtype: str = 'bfloat16',
-          kv_dtype: str | None = None) -> Case:
-  from pallas_kernels.ragged_paged_attention import pallas_triton
+          kv_dtype: str | None = None, implementation: str = 'pallas_triton',
+          page_size: int = 64) -> Case:
+  from pallas_kernels.ragged_paged_attention import api
   pages = jax.eval_shape(lambda: layout.init(
-    layout.ROWS, 1024, 64, kv_heads, head_dim, kv_dtype or dtype))
+    layout.ROWS, 1024, page_size, kv_heads, head_dim, kv_dtype or dtype))
   ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
                for shape in ((128,), (128, 128), (129,), (2,))]
   q = jax.ShapeDtypeStruct((512, heads, head_dim), dtype)
   what = [model, dtype, *([f'KV {kv_dtype}'] if kv_dtype else []),
-          *(['window, cap'] if options.soft_cap else [])]
+          *([f'pages of {page_size}'] if page_size != 64 else []),
+          *(['window'] if options.sliding_window else []),
+          *(['cap'] if options.soft_cap else []),
+          *(['Mosaic'] if implementation == 'pallas_mosaic' else [])]
   return Case(' '.join(what), functools.partial(
-    pallas_triton.ragged_paged_attention, options=options),
+    api.IMPLEMENTATIONS[implementation], options=options),
     (q, *pages, batch_lib.Batch(*ints)))
