@@ -73,14 +73,15 @@ def read_mosaic(dumps: pathlib.Path,
   """
   for file in sorted(dumps.glob('*.ptxas')):
     (registers, spills), = parse_ptxas(file.read_text()).values()
-    threads = re.search(
+    found = re.search(
       r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text())
-    shared = re.search(r'smem_scratch_bytes=(\d+)',
-                       file.with_suffix('.resources.txt').read_text())
-    assert threads and shared, file
-    yield Kernel(
-      file.stem.rpartition('_')[0], True, int(threads[1]), registers, spills, int(shared[1]),
-      target.blocks_that_fit(int(threads[1]), registers, int(shared[1])))
+    asked = re.search(r'smem_scratch_bytes=(\d+)',
+                      file.with_suffix('.resources.txt').read_text())
+    assert found and asked, file
+    threads, shared = int(found[1]), int(asked[1])
+    yield Kernel(  # Each of a name has a number.
+      file.stem.rpartition('_')[0], True, threads, registers, spills, shared,
+      target.blocks_that_fit(threads, registers, shared))
 
 
 def parse_graphs(thunks: str) -> tuple[int, list[str]]:

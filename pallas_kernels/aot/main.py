@@ -12,6 +12,7 @@ says nothing about speed: nothing runs, and XLA could not tune its matmuls.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -39,6 +40,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'model', None, 'File of configs/: compile its largest step, in bfloat16, '
     'for as many devices as it asks for, instead of the kernels.')
+  flags.DEFINE_string(
+    'attention', None, 'Implementation of the step\'s attention. Default: '
+    'what --model says.')
   flags.DEFINE_string('json', None, 'File for the results.')
 
 
@@ -50,8 +54,10 @@ def _compile_step() -> Any:
   xla_flags.set_environment(os.environ)  # As whoever serves it does.
   try:
     asked = deployment.read(FLAGS.model)
+    config = dataclasses.replace(
+      asked.config, attention=FLAGS.attention or asked.config.attention)
     return step.check(
-      asked.name, asked.known_model(), asked.config, FLAGS.device)
+      asked.name, asked.known_model(), config, FLAGS.device)
   except errors.SarathiError as error:
     sys.exit(f'error: {error}')
 

@@ -83,7 +83,8 @@ def check(name: str, model: model_config_lib.ModelConfig,
     parallelism, compiler.devices_for(device, parallelism.num_devices))
   with compiler.on(device):
     programs = building.step_programs(
-      model, mesh, dataclasses.replace(config, attention='pallas_triton'),
+      model, mesh, dataclasses.replace(
+        config, attention=config.attention or 'pallas_triton'),
       dtype=_DTYPE, kv_dtype=kv_dtype)
 
     def plan(temporaries: int) -> memory_lib.MemoryPlan:

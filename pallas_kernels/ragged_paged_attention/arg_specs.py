@@ -187,6 +187,9 @@ TESTS: tuple[ArgSpec, ...] = (
           **_SMALL),
   ArgSpec(name='whole_bucket_prefill', contexts=(64,), q_lens=(64,), **_SMALL),
   *_phases(8),
+  ArgSpec(name='all_phases', contexts=tuple(range(19, 35)), q_lens=(19,) * 16,
+          **(_SMALL | dict(page_size=16, max_tokens=320, max_seqs=16,
+                           max_pages=4))),
   *(ArgSpec(name=f'{n}_decodes', contexts=(20, 1, 64, 8, 33, 2, 17, 9),
             q_lens=(1,) * (8 - n), num_decodes=n, **_SMALL)
     for n in range(0, 9, 2)),

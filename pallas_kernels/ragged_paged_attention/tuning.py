@@ -277,15 +277,17 @@ def mosaic_cases() -> Iterator[Case]:
     *_, head_dim = sizes
     if head_dim not in _MOSAIC:
       continue
-    plain = batch_lib.Options(head_dim**-0.5)
-    yield case(name, *sizes, plain)
-    if name in ('mistral-7b', 'llama2-7b', 'falcon-7b', 'llama3.2-1b'):
-      # Heads in pairs, and alone; pages of parts of a block, and of several.
-      for options in (batch_lib.Options(head_dim**-0.5, 4096, 30.0),
-                      batch_lib.Options(head_dim**-0.5, 4096)):
-        yield case(name, *sizes, options)
-      yield case(name, *sizes, plain, 'float16', page_size=16)
-      yield case(name, *sizes, plain, page_size=256)
+    scale = head_dim**-0.5
+    yield case(name, *sizes, batch_lib.Options(scale))
+    # Of each head dim, heads in pairs and alone.
+    if name in ('mistral-7b', 'llama2-7b', 'llama3.2-1b', 'falcon-7b'):
+      yield case(name, *sizes, batch_lib.Options(scale, 4096))
+      yield case(name, *sizes, batch_lib.Options(scale, 4096, 30.0))
+    # Pages of parts of a block, and of several.
+    if name in ('mistral-7b', 'llama3.2-1b'):
+      for page_size in (16, 256):
+        yield case(name, *sizes, batch_lib.Options(scale), 'float16',
+                   page_size=page_size)
 
 
 def _case(model: str, heads: int, kv_heads: int, head_dim: int,

@@ -168,14 +168,17 @@ def _chain(
   tables: jax.Array,
   starts: jax.Array,
   distribution: jax.Array,
+  *,
+  implementation: str,
   **options: Any,
 ) -> jax.Array:
   """Attention to attention's output under one plan, as in a model's layers."""
-  plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution)
+  plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution,
+                       implementation=implementation)
   for _ in range(calls):
     q = rpa.ragged_paged_attention(
       q, k_pages, v_pages, kv_lens, tables, starts, distribution, plan=plan,
-      **options)
+      implementation=implementation, **options)
   return q
 
 
@@ -240,6 +243,19 @@ def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
         and batch.kv_bytes(sweep) <= dense_bytes):
       journal.measure(f'{batch.name} {dense}', functools.partial(
         alternative, batch, dense))
+
+
+def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
+               limits: dict[str, float]) -> None:
+  """Measures pallas_mosaic, too, where device and JAX are such as it needs."""
+  name = 'pallas_mosaic'
+  try:
+    rpa.init_pages(1, sweep.page_size, sweep.num_kv_heads, sweep.head_dim,
+                   sweep.dtype, name)
+  except NotImplementedError as reason:
+    journal.add(name, {'absent': str(reason)})
+    return
+  run(journal, sweep, limits, name, None)
 
 
 def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,

@@ -4,9 +4,10 @@
   scripts/gpu_check --output=results
 
 Stages: `tests` (those marked gpu), `limits` (what a copy and a matmul reach
-on this device), `attention` (the kernel's sweep), `torch` (torch's attention
-on the same shapes, where there is torch), `quantized` (the kernel on a cache
-of int8), `engine` (steps and serving on random weights), `xla_graphs` and
+on this device), `attention` (the kernel's sweep), `mosaic` (the kernel for
+Hopper on the same points, where there is one), `torch` (torch's attention on
+the same shapes, where there is torch), `quantized` (the kernel on a cache of
+int8), `engine` (steps and serving on random weights), `xla_graphs` and
 `no_graphs` (the same with the CUDA graphs that XLA makes by itself, and
 without any), `capacity` (the paper's chats, live, by policy at one SLO). Each
 runs in a process of its own.
@@ -173,7 +174,8 @@ def main(argv: list[str]) -> None:
     common.write_json(
       str(path), 'gpu.check', FLAGS, {k: v for k, v in results.items() if v},
       targets=verdicts, over_alternatives=targets.over_alternatives(results),
-      over_parts=targets.over_parts(results), **here)
+      over_parts=targets.over_parts(results),
+      over_mosaic=targets.over_mosaic(results), **here)
     _show(console, name, results[name])
     journal = _journal(name)
     failed |= journal.has_errors or not journal.is_complete

@@ -37,6 +37,7 @@ class Size:
   dtype: str
   sweep: attention.Sweep
   quantized: attention.Sweep
+  mosaic: attention.Sweep
   copy_bytes: int
   matmul_n: int
   config: config_lib.EngineConfig
@@ -58,6 +59,9 @@ SIZES: Mapping[str, Size] = {
       kv_dtype='int8', pool_tokens=2**20, decode_seqs=(1, 64, 256),
       decode_contexts=(2048, 32768), chunks=(2048,), chunk_contexts=(0, 8192),
       hybrids=()),
+    # Decodes are the other kernel's: what the launch more costs them.
+    mosaic=attention.Sweep(
+      decode_seqs=(1, 64), decode_contexts=(512, 2048)),
     copy_bytes=2**31, matmul_n=8192, dense='cudnn',
     attention='pallas_triton',
     workload=throughput.Workload(
@@ -86,6 +90,10 @@ SIZES: Mapping[str, Size] = {
       num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
       kv_dtype='int8', pool_tokens=256, decode_seqs=(4,),
       decode_contexts=(64,), chunks=(), hybrids=(), calls=1),
+    mosaic=attention.Sweep(
+      num_heads=2, num_kv_heads=1, head_dim=64, page_size=16,
+      pool_tokens=256, decode_seqs=(), chunks=(32,), chunk_contexts=(0,),
+      hybrids=(), calls=1),
     config=config_lib.EngineConfig(
       token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
     points=(Point(4, 63, 1), Point(1, 0, 32)), idle=Point(4, 63, 1),
@@ -131,6 +139,11 @@ def _quantized(size: Size, journal: journal_lib.Journal) -> None:
     size.attention, None)
 
 
+def _mosaic(size: Size, journal: journal_lib.Journal) -> None:
+  attention.run_mosaic(
+    journal, size.mosaic, timing.limits(size.copy_bytes, size.matmul_n))
+
+
 def _torch(size: Size, journal: journal_lib.Journal) -> None:
   attention.run_torch(
     journal, size.sweep, flags.FLAGS.torch_python or sys.executable)
@@ -173,8 +186,9 @@ def _capacity(size: Size, journal: journal_lib.Journal) -> None:
 
 STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
   'tests': _tests, 'limits': _limits, 'attention': _attention,
-  'torch': _torch, 'quantized': _quantized, 'engine': _engine,
-  'xla_graphs': _engine, 'no_graphs': _engine, 'capacity': _capacity}
+  'mosaic': _mosaic, 'torch': _torch, 'quantized': _quantized,
+  'engine': _engine, 'xla_graphs': _engine, 'no_graphs': _engine,
+  'capacity': _capacity}
 _PROFILED = '--xla_enable_command_buffers_during_profiling=true'
 # What a stage has in XLA_FLAGS after the engine's own.
 XLA_FLAGS: Mapping[str, str] = {

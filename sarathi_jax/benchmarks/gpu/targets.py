@@ -83,6 +83,18 @@ def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
   return ratios
 
 
+def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
+  """Point -> pallas_triton's time over pallas_mosaic's: above 1, it is slower.
+
+  `tuning` of the kernels is to prefer what this says.
+  """
+  ours = {r['point']: r['us'] for r in results.get('attention', [])
+          if 'kind' in r and 'us' in r}
+  return {r['point']: ours[r['point']] / r['us']
+          for r in results.get('mosaic', [])
+          if 'us' in r and r['point'] in ours}
+
+
 TARGETS: tuple[Target, ...] = (
   Target('decode attention, 64+ sequences of 1k+: of the copy bandwidth', .85,
          _attention('of_copy', decodes=64, context=1024)),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import xla_decode
 
 # Results are rounded once to their dtype; the rest is float32's, whose
@@ -25,8 +26,46 @@ from pallas_kernels.ragged_paged_attention import xla_decode
 TOLERANCES = {
   'float32': 5e-6 if jax.default_backend() == 'cpu' else 5e-5,
   'bfloat16': 2e-2, 'float16': 2e-3}
-IMPLEMENTATIONS = [
-  'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)]
+
+
+def _missing_for_mosaic() -> str | None:
+  try:
+    tuning.choose_mosaic(tuning.Shape('bfloat16', 'bfloat16', 1, 1, 64, 64))
+  except NotImplementedError as error:
+    return str(error)
+  return None
+
+
+_MISSING = _missing_for_mosaic()
+MOSAIC = pytest.param('pallas_mosaic', marks=(
+  pytest.mark.gpu,
+  pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))))
+IMPLEMENTATIONS: list[Any] = [
+  'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu), MOSAIC]
+# What it is tried on where it is interpreted, which takes its time: one
+# compilation serves those that differ in values only.
+_INTERPRETED = (
+  'empty', 'one_token', 'one_token_prefill', 'q_len_around_a_page',
+  'late_chunks', 'whole_bucket_prefill', '4_decodes', 'all_phases', 'mixed',
+  'window_9', 'window_soft_cap', 'float16', 'groups_of_7', 'head_dim_80',
+  'many_tiles')
+
+
+def _can(spec: arg_specs.ArgSpec) -> bool:
+  """Whether Mosaic's kernel has such specs, and is to be tried on this one."""
+  return spec.kv_dtype is None and spec.head_dim <= 128 and (
+    jax.default_backend() == 'gpu' or spec.name in _INTERPRETED)
+
+
+def _cases() -> Iterator[Any]:
+  for spec in arg_specs.TESTS:
+    yield pytest.param(spec, 'xla', id=f'{spec.name}-xla')
+    for kernel in IMPLEMENTATIONS[1:]:
+      name, = kernel.values
+      if kernel is not MOSAIC or _can(spec):
+        yield pytest.param(
+          spec, name, marks=kernel.marks, id=f'{spec.name}-{name}')
+
 
 MIXED = arg_specs.BY_NAME['mixed']
 
@@ -50,11 +89,16 @@ def attend(spec: arg_specs.ArgSpec, arrays: Mapping[str, Any],
 
 def fit(spec: arg_specs.ArgSpec, implementation: str) -> arg_specs.ArgSpec:
   """The spec with pages and heads that the implementation can have."""
-  if implementation != 'pallas_triton':
+  if implementation == 'xla':
     return spec
-  return dataclasses.replace(
+  spec = dataclasses.replace(
     spec, page_size=max(16, 1 << (spec.page_size - 1).bit_length()),
     head_dim=-(-spec.head_dim // 16) * 16)
+  if implementation == 'pallas_triton':
+    return spec
+  return dataclasses.replace(
+    spec, head_dim=64 if spec.head_dim <= 64 else 128,
+    dtype='float16' if spec.dtype == 'float16' else 'bfloat16')
 
 
 def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
@@ -70,8 +114,7 @@ def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
                              atol=TOLERANCES[spec.dtype])
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-@pytest.mark.parametrize('spec', arg_specs.TESTS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(('spec', 'implementation'), list(_cases()))
 def test_equals_reference(spec: arg_specs.ArgSpec, implementation: str):
   check(spec, implementation)
 
