@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+from typing import Any
 
 import hypothesis
 from hypothesis import strategies
@@ -18,14 +20,19 @@ TILING = plan_lib.Tiling(
   wide_rows=32, narrow_rows=16, block_n=16, num_items=12, min_split=2)
 
 
-def make(contexts: list[int], q_lens: list[int], num_decodes: int,
-         group: int, window: int | None = None, num_seqs: int = 8,
-         num_tokens: int = 64, xp=np) -> plan_lib.Plan:
+def batch(contexts: list[int], q_lens: list[int], num_decodes: int,
+          num_seqs: int = 8) -> tuple[np.ndarray, ...]:
   kv_lens = np.zeros(num_seqs, np.int32)
   kv_lens[:len(contexts)] = contexts
   starts = np.full(num_seqs + 1, sum(q_lens), np.int32)
   starts[:len(q_lens) + 1] = np.concatenate(([0], np.cumsum(q_lens)))
-  arrays = kv_lens, starts, np.array([num_decodes, len(contexts)], np.int32)
+  return kv_lens, starts, np.array([num_decodes, len(contexts)], np.int32)
+
+
+def make(contexts: list[int], q_lens: list[int], num_decodes: int,
+         group: int, window: int | None = None, num_seqs: int = 8,
+         num_tokens: int = 64, xp=np) -> plan_lib.Plan:
+  arrays = batch(contexts, q_lens, num_decodes, num_seqs)
   plan = plan_lib.make(
     *map(xp.asarray, arrays), tiling=TILING, num_tokens=num_tokens,
     group=group, sliding_window=window, xp=xp)
@@ -123,3 +130,45 @@ def test_plans_are_int32_and_of_fixed_shape() -> None:
   assert jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
   assert {x.dtype.name for x in a + b} == {'int32'}
   assert not a.rows.any() and not a.merge_count.any()
+
+
+@pytest.mark.parametrize('window', [None, 1, 40])
+@pytest.mark.parametrize('group', [1, 4, 71])
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=40)
+def test_two_plans_share_a_batch(group: int, window: int | None,
+                                 data: strategies.DataObject) -> None:
+  """What one kernel leaves out, the other does: each query, and its keys."""
+  num_decodes = data.draw(strategies.integers(0, 8))
+  q_lens = [1] * num_decodes + data.draw(strategies.lists(
+    strategies.integers(1, 28), max_size=min(8 - num_decodes, 2)))
+  contexts = [n + data.draw(strategies.integers(0, 700)) for n in q_lens]
+  arrays = batch(contexts, q_lens, num_decodes)
+  options: Any = dict(num_tokens=64, sliding_window=window)
+  small = plan_lib.make(
+    *arrays, tiling=dataclasses.replace(TILING, has_wide=False), group=group,
+    **options)
+  chunks = plan_lib.make_chunks(
+    *arrays, tile=8, block_n=32, small=TILING.narrow_rows // group, **options)
+  real = small.rows > 0
+  assert (small.rows[real] == TILING.narrow_rows).all()
+  done = {(seq, row // group)
+          for seq, first in zip(small.seq[real], small.first_row[real],
+                                strict=True)
+          for row in range(first, min(first + TILING.narrow_rows,
+                                      q_lens[seq] * group))}
+  for i in range(int(chunks.count[0])):
+    seq, first = chunks.seq[i], chunks.first_query[i]
+    stop = min(first + 8, q_lens[seq])
+    assert first < stop
+    queries = {(seq, query) for query in range(first, stop)}
+    assert not queries & done
+    done |= queries
+    past = contexts[seq] - q_lens[seq]
+    oldest = 0 if window is None else max(past + first - window + 1, 0)
+    assert chunks.start[i] == oldest // 32
+    assert chunks.stop[i] == -(-(past + stop) // 32)
+  assert done == {(seq, query) for seq, n in enumerate(q_lens)
+                  for query in range(n)}
+  cost = (chunks.stop - chunks.start)[:chunks.count[0]]
+  assert (np.diff(cost) <= 0).all(), 'longest first'

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import tuning
 
@@ -53,7 +54,7 @@ def test_static(name: str, value: Any, match: str):
   (dict(sliding_window=0), 'sliding_window=0: must be None or at least 1'),
   (dict(soft_cap=0.0), r'soft_cap=0\.0: must be None or above 0'),
   (dict(implementation='cuda'),
-   'must be None or one of pallas_triton, reference, xla'),
+   'must be None or one of pallas_mosaic, pallas_triton, reference, xla'),
 ])
 def test_options(options: dict[str, Any], match: str):
   with pytest.raises(ValueError, match=match):
@@ -61,7 +62,7 @@ def test_options(options: dict[str, Any], match: str):
 
 
 def test_unknown_implementation_of_pages():
-  with pytest.raises(ValueError, match='one of pallas_triton, reference, xla'):
+  with pytest.raises(ValueError, match='pallas_triton, reference, xla'):
     rpa.init_pages(2, 8, 2, 16, 'float32', 'cuda')
 
 
@@ -137,6 +138,56 @@ def test_offsets_stay_within_int32(dtype: str):
 def test_what_the_kernel_cannot_do(page_size: int, head_dim: int, match: str):
   with pytest.raises(NotImplementedError, match=match):
     rpa.init_pages(2, page_size, 2, head_dim, 'float32', 'pallas_triton')
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, kind: str, capability: str,
+             jax_version: tuple[int, ...] = (0, 11, 2)) -> None:
+  monkeypatch.setattr(tuning, 'default_device', lambda: types.SimpleNamespace(
+    platform='gpu', device_kind=kind, compute_capability=capability))
+  monkeypatch.setattr(jax, '__version_info__', jax_version)
+  monkeypatch.setattr(jax, '__version__', '.'.join(map(str, jax_version)))
+
+
+@pytest.mark.parametrize(('page_size', 'head_dim', 'dtype', 'match'), [
+  (64, 128, 'float32', 'dtype=float32: must be bfloat16 or float16'),
+  (64, 128, 'int8', 'kv_dtype=int8: must be bfloat16 or float16'),
+  (64, 128, 'float8_e4m3fn', 'kv_dtype=uint8: must be bfloat16'),
+  (64, 80, 'bfloat16', 'head_dim=80: must be one of 64, 128'),
+  (64, 256, 'bfloat16', 'head_dim=256: must be one of 64, 128'),
+  (8, 128, 'bfloat16', 'page_size=8: must be a power of two from 16 on'),
+])
+def test_what_mosaics_kernel_cannot_do(
+    page_size: int, head_dim: int, dtype: str, match: str,
+    monkeypatch: pytest.MonkeyPatch):
+  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  assert rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')[0].ndim == 4
+  with pytest.raises(NotImplementedError, match=match):
+    rpa.init_pages(2, page_size, 2, head_dim, dtype, 'pallas_mosaic')
+
+
+@pytest.mark.parametrize(('kind', 'capability', 'version', 'match'), [
+  ('NVIDIA A100-SXM4-80GB', '8.0', (0, 11, 2), 'compute_capability=8.0: must'),
+  ('NVIDIA B200', '10.0', (0, 12, 0), 'compute_capability=10.0: must be 9.0'),
+  ('NVIDIA H100 PCIe', '9.0', (0, 10, 2), 'jax=0.10.2: must be 0.11 or newer'),
+])
+def test_where_mosaics_kernel_cannot_run(
+    kind: str, capability: str, version: tuple[int, ...], match: str,
+    monkeypatch: pytest.MonkeyPatch):
+  _pretend(monkeypatch, kind, capability, version)
+  with pytest.raises(NotImplementedError, match=f'pallas_mosaic: {match}'):
+    rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')
+
+
+def test_mosaics_kernel_is_not_chosen_by_itself(
+    monkeypatch: pytest.MonkeyPatch):
+  """Until it is measured to be faster: then the table says so."""
+  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  args = 64, 2, 128, jnp.bfloat16
+  assert api._default(*args) == 'pallas_triton'
+  monkeypatch.setitem(
+    tuning._FASTEST, 'h100', ('pallas_mosaic', 'pallas_triton'))
+  assert api._default(*args) == 'pallas_mosaic'
+  assert api._default(64, 2, 80, jnp.bfloat16) == 'pallas_triton'
 
 
 def test_pages_for_another_implementation():
