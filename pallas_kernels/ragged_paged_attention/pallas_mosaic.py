@@ -24,6 +24,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
@@ -101,9 +102,12 @@ def ragged_paged_attention(
   out = pallas_triton.ragged_paged_attention(
     q, k_pages, v_pages, batch, options, plan=plan.small,
     sizes=_small_sizes(shape))
+  # Else XLA fuses a slice of a larger array with the call, and takes neither
+  # into a CUDA graph.
+  ints = lax.optimization_barrier(batch[:3])
   # Each row of queries is read before its outputs take its place.
   rows_ref = jax.new_ref(out)
-  _kernel(spec)(rows_ref, k_pages, v_pages, *batch[:3], *plan.chunks)
+  _kernel(spec)(rows_ref, k_pages, v_pages, *ints, *plan.chunks)
   return jax.freeze(rows_ref)
 
 
