@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import pytest
 
 from sarathi_jax.benchmarks.gpu import attention
@@ -35,12 +36,12 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   flags = '--size=tiny', f'--output={tmp_path}'
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
-  second = run(*flags, '--stages=tests,limits,attention,torch,quantized')
+  second = run(*flags, '--stages=tests,limits,attention,mosaic,torch,quantized')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
   found = results(tmp_path)
   assert set(found['results']) == {
-    'tests', 'limits', 'attention', 'torch', 'quantized'}
+    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized'}
   rows = found['results']['attention']
   assert {row['kind'] for row in rows if 'kind' in row} == {
     'decode', 'prefill', 'hybrid', 'part'}
@@ -49,6 +50,13 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   assert timed == set(found['over_alternatives']) == {
     'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
   assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
+  row, = found['results']['mosaic']
+  if jax.__version_info__ < (0, 11):
+    assert 'must be 0.11 or newer' in row['absent']
+    assert not found['over_mosaic']
+  else:
+    assert row['us'] > 0
+    assert set(found['over_mosaic']) == {'prefill 32 after 0'}
 
   # A stage that is cut short goes on: what was measured is not measured again.
   path = tmp_path / 'attention.jsonl'
@@ -138,6 +146,18 @@ def test_idle_part(intervals: list[tuple[float, float]],
                    expected: float | None) -> None:
   assert idle.idle_part(intervals) == (
     expected if expected is None else pytest.approx(expected))
+
+
+def test_kernels_are_compared_by_point() -> None:
+  rows = [{'point': 'prefill 512 after 0', 'kind': 'prefill', 'us': 12.0},
+          {'point': 'prefill 512 after 0 cudnn', 'us': 5.0},
+          {'point': 'decode 1 x 512', 'kind': 'decode', 'error': 'none'}]
+  found = {'attention': rows, 'mosaic': [
+    {'point': 'prefill 512 after 0', 'kind': 'prefill', 'us': 8.0},
+    {'point': 'decode 1 x 512', 'kind': 'decode', 'us': 3.0}]}
+  assert targets.over_mosaic(found) == {'prefill 512 after 0': 1.5}
+  assert not targets.over_mosaic({'mosaic': [
+    {'point': 'pallas_mosaic', 'absent': 'no Hopper'}]})
 
 
 def test_targets_take_the_worst() -> None:
