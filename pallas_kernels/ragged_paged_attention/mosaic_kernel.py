@@ -136,14 +136,13 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
 
     def key_block(j: jax.Array, num_done: jax.Array) -> jax.Array:
       slot = lax.rem(num_done, jnp.int32(stages))
-      # Before the wait, which is longer than what it takes to read them.
-      parts = [part(j, i) for i in range(max(block_n // page_size, 1))]
       for pages, buffer, there, free in rings:
         @pl.when(num_done >= stages)
         def wait(free: Any = free) -> None:
           plgpu.barrier_wait(free.at[slot])
 
-        for i, (page, place) in enumerate(parts):
+        for i in range(max(block_n // page_size, 1)):
+          page, place = part(j, i)
           size = min(page_size, block_n)
           plgpu.copy_gmem_to_smem(
             pages.at[page, kv_head, place],
