@@ -113,9 +113,11 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
     if compiled is not None:
       ours = set(re.findall(r'\bname = "([^"]+)"', lowered.as_text()))
       said = toolkit.read_log(folder)
-      kernels = [
-        *kernels_lib.read(folder / 'xla', said, ours, target),
-        *kernels_lib.read_mosaic(folder / 'mosaic', target)]
+      mosaic = list(kernels_lib.read_mosaic(folder / 'mosaic', target))
+      if 'mosaic_gpu' in lowered.as_text() and not mosaic:
+        problems.append('Mosaic does not say what its kernel takes: it keeps '
+                        'what it compiled before in this process')
+      kernels = [*kernels_lib.read(folder / 'xla', said, ours, target), *mosaic]
       graphs, outside = kernels_lib.parse_graphs(kernels_lib.read_thunks(
         folder / 'xla', 'thunk_sequence_after_thunk_passes'))
       slow = sorted(set(re.findall(r'Potential Performance Loss: (.*)', said)))

@@ -139,7 +139,8 @@ def test_any_lengths(implementation: str, data: strategies.DataObject):
     seed=data.draw(strategies.integers(0, 99), 'seed'))
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+# Mosaic's kernel has two head dims, and its interpreter takes its time.
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:2])
 @hypothesis.given(data=strategies.data())
 @hypothesis.settings(max_examples=2)
 def test_any_shapes(implementation: str, data: strategies.DataObject):
