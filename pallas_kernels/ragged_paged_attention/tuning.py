@@ -279,9 +279,10 @@ def mosaic_cases() -> Iterator[Case]:
       continue
     scale = head_dim**-0.5
     yield case(name, *sizes, batch_lib.Options(scale))
+    if name == 'mistral-7b':
+      yield case(name, *sizes, batch_lib.Options(scale, 4096))
     # Of each head dim, heads in pairs and alone.
     if name in ('mistral-7b', 'llama2-7b', 'llama3.2-1b', 'falcon-7b'):
-      yield case(name, *sizes, batch_lib.Options(scale, 4096))
       yield case(name, *sizes, batch_lib.Options(scale, 4096, 30.0))
     # Pages of parts of a block, and of several.
     if name in ('mistral-7b', 'llama3.2-1b'):
