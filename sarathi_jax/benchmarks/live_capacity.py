@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine live, against the simulator, and policies against each other.
 
-  python -m sarathi_jax.benchmarks.live_capacity --model=43m --json=c.json
+  python -m sarathi_jax.benchmarks.live_capacity --model=22m --json=c.json
 
 First the simulator is held to account: step times are fitted to a live run,
-then one workload is served live, and simulated with those step times. Then
-the capacity of each policy and budget is searched live, at one SLO. Weights
-are random, lengths those of the paper's chat, scaled to the model.
+then other requests are served live, and the same ones simulated with those
+step times; and with those of the run itself, which a machine that others use
+does not spoil. Then the capacity of each policy and budget is searched live, at
+one SLO. Weights are random, arrivals Poisson, lengths those of the paper's
+chat, scaled to the model. Two cores take ten minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 import rich.console
+import rich.progress
 import rich.table
 
 from sarathi_jax import config as config_lib
@@ -47,19 +50,26 @@ _QUANTILES = (0.5, 0.99)
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('model', '43m', list(throughput.MODELS), 'Its shape.')
+  flags.DEFINE_enum('model', '22m', list(throughput.MODELS), 'Its shape.')
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights.')
   flags.DEFINE_float('length_scale', 0.1, 'What the lengths of chats are '
                      'multiplied by.')
   flags.DEFINE_integer('token_budget', 128, 'The most tokens of a step.')
   flags.DEFINE_integer('max_num_seqs', 32, 'Sequences running at once.')
-  flags.DEFINE_integer('num_requests', 100, 'Of each run.')
   flags.DEFINE_float('load', 0.7, 'Of the simulated capacity: the rate at '
                      'which live and simulated are compared.')
+  flags.DEFINE_float('seconds', 180.0, 'For how long they are compared; a '
+                     'third of it is learnt from before.')
+  flags.DEFINE_list('rows', ['vllm', 'sarathi'], 'Policies whose capacity is '
+                    'searched, maybe with a budget ("sarathi 256"); auto is '
+                    'sarathi that follows the SLO. None: no search.')
   flags.DEFINE_float('slo_tbt_p99', None, 'Seconds; else five times what a '
                      'step of decodes takes, as in the paper.')
-  flags.DEFINE_list('rows', ['sarathi', 'vllm'], 'Policies whose capacity is '
-                    'searched; auto is sarathi that follows the SLO.')
+  flags.DEFINE_float('slo_delay_p50', 0.5, 'Seconds; a fourth of the paper\'s, '
+                     'as runs are short.')
+  flags.DEFINE_float('probe_seconds', 20.0, 'For how long requests come, at '
+                     'each rate of a search.')
+  flags.DEFINE_float('precision', 0.15, 'Of capacities, relative.')
   flags.DEFINE_string('json', None, 'File for the results.')
 
 
@@ -76,16 +86,39 @@ class Setup:
   params: Any
   config: config_lib.EngineConfig
   workload: workload_lib.WorkloadConfig
+  progress: rich.progress.Progress = dataclasses.field(
+    default_factory=lambda: rich.progress.Progress(disable=True))
 
   def engine(self, **changes: Any) -> engine_lib.Engine:
     """An engine, warm; `changes` are of its configuration."""
+    gc.collect()  # A cache fills the device: that of the one before must go.
     return llm_lib.LLM(
       self.model, self.params,
       config=dataclasses.replace(self.config, **changes)).engine
 
-  def make_workload(self, seed: int) -> workload_lib.Workload:
-    """Requests, at one a second."""
-    return workload_lib.make(dataclasses.replace(self.workload, seed=seed))
+  def requests(self, seed: int, qps: float = 1.0,
+               num_requests: int | None = None) -> workload_lib.Workload:
+    """Requests to come."""
+    return workload_lib.make(dataclasses.replace(
+      self.workload, seed=seed,
+      num_requests=num_requests or self.workload.num_requests)).at_rate(qps)
+
+  def serve(self, engine: engine_lib.Engine, workload: workload_lib.Workload,
+            what: str, slo: search.Slo | None = None) -> simulate.Result:
+    """Serves requests live; ends early if `slo` is given and lost."""
+    is_lost = probe_lib.lost(slo, workload) if slo else None
+    task = self.progress.add_task(
+      f'{what}, {workload.qps:.3g} QPS', total=len(workload))
+
+    def watch(engine: engine_lib.Engine, now: float) -> bool:
+      self.progress.update(task, completed=engine.metrics.num_finished)
+      return is_lost is not None and is_lost(engine, now)
+
+    try:
+      return simulate.drive(
+        engine, workload, wait_until=sleep_until, stop_when=watch)
+    finally:
+      self.progress.remove_task(task)
 
 
 def max_model_len(workload: workload_lib.WorkloadConfig) -> int:
@@ -110,79 +143,97 @@ def simulated(setup: Setup, engine: engine_lib.Engine,
     info=info)
 
 
-def compare(setup: Setup, load: float) -> list[dict[str, Any]]:
+def compare(setup: Setup, load: float,
+            seconds: float) -> list[dict[str, Any]]:
   """Serves one workload live and simulated.
 
+  Args:
+    setup: what is run.
+    load: the rate, of what simulations say is the capacity.
+    seconds: for how long requests come.
+
   Returns:
-    The quantiles of both, in seconds, and how far the simulated ones are off.
+    Quantiles in seconds, and their ratios: live, simulated with the steps
+    learnt before, and with those of the run itself.
   """
   engine = setup.engine(tbt_slo_ms=_NO_SLO_MS)
   assert engine.pace is not None
-  learn, test = (setup.make_workload(seed) for seed in (1, 2))
 
-  def probe(rates: Sequence[float]) -> list[search.Point]:
-    slo = search.Slo(p99_tbt_s=1e6)
-    return [probe_lib.point(simulated(setup, engine, learn.at_rate(q)), slo, q)
-            for q in rates]
+  def rate() -> float:
+    """The rate for the load, by what was learnt of steps so far."""
+    def probe(rates: Sequence[float]) -> list[search.Point]:
+      slo = search.Slo(p99_tbt_s=_NO_SLO_MS)
+      return [probe_lib.point(simulated(
+        setup, engine, setup.requests(0, qps)), slo, qps) for qps in rates]
 
-  # What warming up has taught is enough to know the rate at which to learn.
-  rate = search.find(probe, 1.0).qps * load
-  engine.pace.model.ratios.clear()  # those of warming up are of its beginning
-  simulate.drive(engine, learn.at_rate(rate), wait_until=sleep_until)
-  rate = search.find(probe, rate).qps * load
-  test = test.at_rate(rate)
-  expected = simulated(setup, engine, test).metrics
-  seen = simulate.drive(engine, test, wait_until=sleep_until).metrics
+    return search.find(probe, 1.0).qps * load
+
+  qps = rate()
+  engine.pace.model.forget_ratios()  # Warming up differs from serving.
+  setup.serve(engine, setup.requests(1, qps, math.ceil(qps * seconds / 3)),
+              'Learning')
+  qps = rate()
+  workload = setup.requests(2, qps, math.ceil(qps * seconds))
+  before = simulated(setup, engine, workload).metrics
+  engine.pace.model.forget_ratios()
+  live = setup.serve(engine, workload, 'Comparing').metrics
+  after = simulated(setup, engine, workload).metrics
   rows: list[dict[str, Any]] = []
   for name in ('ttft_s', 'tbt_s'):
     for q in _QUANTILES:
-      was, should = (getattr(m, name).quantile(q) for m in (seen, expected))
-      rows.append({'quantity': f'P{q * 100:g} {name}', 'live': was,
-                   'simulated': should, 'error': should / was - 1,
-                   'qps': rate})
+      seen, *told = (getattr(m, name).quantile(q)
+                     for m in (live, before, after))
+      rows.append({
+        'quantity': f'P{q * 100:g} {name}', 'live': seen,
+        'simulated': told[0], 'simulated / live': told[0] / seen,
+        'by its own steps': told[1], 'own / live': told[1] / seen,
+        'qps': qps, 'num_requests': len(workload)})
   return rows
 
 
-def search_row(setup: Setup, name: str, slo_tbt_s: float, start: float,
-               precision: float = 0.1) -> dict[str, Any]:
+def search_row(setup: Setup, name: str, slo: search.Slo, start: float,
+               precision: float = 0.1,
+               seconds: float | None = None) -> dict[str, Any]:
   """The capacity of one policy, searched live.
 
   Args:
     setup: what is run.
     name: a policy, and maybe a budget; 'auto' is sarathi that follows the SLO.
-    slo_tbt_s: the most that the P99 time between tokens may be.
+    slo: what must hold.
     start: the rate to begin with.
     precision: relative.
+    seconds: for how long requests come, at each rate; None for as many
+      requests as the workload has.
   """
-  gc.collect()  # An engine's cache fills the device: one at a time.
   policy, _, budget = name.partition(' ')
   changes: dict[str, Any] = {'policy': policy} | (
     {'token_budget': int(budget)} if budget else {})
   if name == 'auto':
-    changes = {'policy': 'sarathi', 'tbt_slo_ms': slo_tbt_s * 1e3}
+    changes = {'policy': 'sarathi', 'tbt_slo_ms': slo.p99_tbt_s * 1e3}
   engine = setup.engine(**changes)
-  workload = setup.make_workload(3)
-  slo = search.Slo(p99_tbt_s=slo_tbt_s)
 
   def probe(rates: Sequence[float]) -> list[search.Point]:
-    return [probe_lib.point(simulate.drive(
-      engine, workload.at_rate(q), wait_until=sleep_until,
-      stop_when=probe_lib.lost(slo, workload.at_rate(q))), slo, q)
-      for q in rates]
+    points = []
+    for qps in rates:
+      workload = setup.requests(3, qps, seconds and math.ceil(qps * seconds))
+      points.append(probe_lib.point(setup.serve(
+        engine, workload, f'Capacity of {name}', slo), slo, qps))
+    return points
 
   found = search.find(probe, start, precision=precision)
   best = found.best
-  return {'slo_tbt_p99_s': slo_tbt_s, 'capacity_qps': found.qps,
+  return {'slo_tbt_p99_s': slo.p99_tbt_s, 'capacity_qps': found.qps,
           'p99_tbt_s': best and best.p99_tbt_s,
           'p50_ttft_s': best and best.p50_ttft_s}
 
 
-def capacities(setup: Setup, names: Sequence[str], slo_tbt_s: float,
-               start: float) -> list[dict[str, Any]]:
+def capacities(setup: Setup, names: Sequence[str], slo: search.Slo,
+               start: float, precision: float,
+               seconds: float) -> list[dict[str, Any]]:
   """`search_row` of each, and how much the first one is exceeded."""
   results: list[dict[str, Any]] = []
   for name in names:
-    row = search_row(setup, name, slo_tbt_s, start)
+    row = search_row(setup, name, slo, start, precision, seconds)
     start = row['capacity_qps'] or start
     first = results[0]['capacity_qps'] if results else row['capacity_qps']
     results.append({'row': name, **row,
@@ -192,10 +243,9 @@ def capacities(setup: Setup, names: Sequence[str], slo_tbt_s: float,
 
 def strict_slo_s(setup: Setup) -> float:
   """Five times what a step of 32 decodes takes, as in the paper."""
-  gc.collect()
   pace = setup.engine(tbt_slo_ms=_NO_SLO_MS).pace
   assert pace is not None
-  context = 32 * int(setup.make_workload(0).prompt_lens.mean())
+  context = 32 * int(setup.requests(0).prompt_lens.mean())
   return 5 * pace.model.predict((32, 32, context, 0))
 
 
@@ -216,21 +266,28 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console(highlight=False)
   model = throughput.MODELS[FLAGS.model]
   workload = workload_lib.WorkloadConfig(
-    num_requests=FLAGS.num_requests, length_scale=FLAGS.length_scale)
+    num_requests=500, length_scale=FLAGS.length_scale)
   setup = Setup(
     model=model, workload=workload, config=config_lib.EngineConfig(
       token_budget=FLAGS.token_budget, max_num_seqs=FLAGS.max_num_seqs,
       max_model_len=max_model_len(workload),
       compilation_cache_dir=os.path.join(
         config_lib.default_cache_dir(), 'live_capacity')),
+    progress=rich.progress.Progress(
+      console=console, transient=True, refresh_per_second=1),
     params=jax.jit(lambda: models.init_params(
       model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))())
-  compared = compare(setup, FLAGS.load)
+  with setup.progress:
+    compared = compare(setup, FLAGS.load, FLAGS.seconds)
+    found = FLAGS.rows and capacities(
+      setup, FLAGS.rows, search.Slo(
+        p99_tbt_s=FLAGS.slo_tbt_p99 or strict_slo_s(setup),
+        p50_delay_s=FLAGS.slo_delay_p50),
+      start=compared[0]['qps'], precision=FLAGS.precision,
+      seconds=FLAGS.probe_seconds)
   _show(console, 'The same requests, live and simulated', compared)
-  found = capacities(
-    setup, FLAGS.rows, FLAGS.slo_tbt_p99 or strict_slo_s(setup),
-    start=compared[0]['qps'])
-  _show(console, 'Live capacity', found)
+  if found:
+    _show(console, 'Live capacity', found)
   common.write_json(
     FLAGS.json, 'live_capacity', FLAGS,
     {'compared': compared, 'capacity': found},

@@ -46,6 +46,7 @@ def _llama(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int,
 
 
 MODELS = {
+  '22m': _llama(6, 512, 1376, 8, 4, 4096, 2048),
   '43m': _llama(12, 512, 1376, 8, 4, 8192, 2048),
   '150m': _llama(12, 1024, 2752, 16, 4, 8192, 2048),
   **published.MODELS,

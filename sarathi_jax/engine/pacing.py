@@ -24,7 +24,7 @@ _GREEDY = types.SamplingParams(temperature=0, ignore_eos=True)
 # Tries of each kind of step. The first may still load or allocate.
 _TRIES = 4
 # Of chunks.
-_SIZES = tuple(64 << i for i in range(9))
+_SIZES = tuple(8 << i for i in range(12))
 
 
 class _Pending(NamedTuple):
@@ -57,9 +57,10 @@ class PacedRunner:
     self._last_done = 0.0
 
   def launch(self, batch: types.ScheduledBatch) -> _Pending:
+    launched = self._clock()
     pending = _Pending(
-      self._inner.launch(batch), step_time.load_of(batch.chunks),
-      self._clock(), len(self._in_flight))
+      self._inner.launch(batch), step_time.load_of(batch.chunks), launched,
+      len(self._in_flight))
     self._in_flight.append(pending)
     return pending
 
@@ -93,6 +94,7 @@ def paced(inner: engine.Runner, scheduler: scheduler_lib.Scheduler,
   """
   if scheduler.pace is None:
     return inner
+  scheduler.pace.model.num_rows = inner.num_rows
   runner = PacedRunner(inner, scheduler, clock)
   fastest = warm_up(inner, scheduler, clock)
   slo_ms = scheduler.config.tbt_slo_ms

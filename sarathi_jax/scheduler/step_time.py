@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small model of what a step takes, learnt from the steps themselves.
 
-Linear in a few features of a batch: its tokens, by a broken line (weights
+Linear in a few features of a batch: its rows, by a broken line (weights
 count first, then arithmetic), its decodes and their contexts, and what its
 chunks attend to. The weights are a Kalman filter's: recursive least squares
 that never stops to learn. Errors are relative, as steps differ by a hundred
@@ -10,22 +10,27 @@ times. Standard library only: the scheduler asks it before every step.
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sarathi_jax import types
 
-# Where the broken line may bend, tokens; the last one is what a step may have.
-_KNOTS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+# Where the broken line may bend, rows; the last one is what a step may have.
+# Steps are padded to powers of two, so each small size has a time of its own.
+_KNOTS = (0, *(8 << i for i in range(13)))
 # Features are near 1 in these units.
 _SEQS, _CONTEXT, _PAIRS = 1e-2, 1e-5, 1e-6
-_PRIOR = 1e4  # variance of a weight that nothing is known of, seconds^2
+_PRIOR = 1e2  # variance of a weight that nothing is known of, seconds^2
 _NOISE = 1e-3  # variance of a step's relative error
-_DRIFT = 1e-9  # by which a weight's variance grows each step, relative
+# What weights may change by from step to step, as a part of the step's time:
+# with the noise, some hundred steps are averaged.
+_DRIFT = 2e-4
 # The part of steps that may take longer than was bargained for.
 _TAIL = 0.005
 _TAIL_GAIN = 0.02
 _MAX_SPREAD = 0.5
+_NUM_RATIOS = 4096
 
 Load = tuple[int, int, int, int]  # see load_of
 
@@ -56,10 +61,13 @@ class StepTimeModel:
     max_tokens: the most tokens of a step.
 
   Attributes:
+    num_rows: rows computed for a batch of so many tokens, padding included;
+      the runner's.
     spread: by how much, relative, all but a small part of steps stay within
       what is predicted.
     num_observed: steps that were learnt from.
-    ratios: of the last steps, measured over predicted.
+    ratios: of the last steps, measured over predicted: those of decodes alone,
+      and those with chunks, which vary less.
   """
 
   def __init__(self, max_tokens: int) -> None:
@@ -69,9 +77,11 @@ class StepTimeModel:
     self._weights = [0.0] * size
     self._cov = [[_PRIOR * (i == j) for j in range(size)]
                  for i in range(size)]
+    self.num_rows: Callable[[int], int] = lambda num_tokens: num_tokens
     self.spread = 0.02
     self.num_observed = 0
-    self.ratios: deque[float] = deque(maxlen=1024)
+    self.ratios: tuple[deque[float], deque[float]] = (
+      deque(maxlen=_NUM_RATIOS), deque(maxlen=_NUM_RATIOS))
 
   def predict(self, load: Load) -> float:
     """Seconds that a step of this load takes, on average."""
@@ -86,7 +96,7 @@ class StepTimeModel:
     if self.num_observed:
       predicted = self.predict(load)
       if predicted > 0:
-        self.ratios.append(seconds / predicted)
+        self.ratios[pairs > 0].append(seconds / predicted)
       if num_decodes and pairs:
         self._learn_spread(seconds, predicted)
     self.num_observed += 1
@@ -101,7 +111,12 @@ class StepTimeModel:
       self._weights[i] += change * error
       for j, other in enumerate(gain):
         row[j] -= change * other
-      row[i] = min(row[i] + _DRIFT, _PRIOR)
+      row[i] = min(row[i] + (_DRIFT * seconds)**2, _PRIOR)
+
+  def forget_ratios(self) -> None:
+    """Begins anew to note how steps vary."""
+    for ratios in self.ratios:
+      ratios.clear()
 
   def _learn_spread(self, seconds: float, predicted: float) -> None:
     """Steps up if a step took longer than allowed for, else down a little."""
@@ -112,14 +127,13 @@ class StepTimeModel:
   def _features(self, load: Load) -> list[tuple[int, float]]:
     """(index, value) of the features that are not 0."""
     tokens, num_decodes, context, pairs = load
+    rows = self.num_rows(tokens)
     knots = self._knots
     last = len(knots) - 1
-    right = 1
-    while right < last and knots[right] < tokens:
-      right += 1
+    right = min(bisect.bisect_left(knots, rows, 1), last)
     left = knots[right - 1]
     # The time at the two nearest knots, mixed.
-    part = (tokens - left) / (knots[right] - left)
+    part = (rows - left) / (knots[right] - left)
     found = [(right - 1, 1 - part), (right, part)]
     if num_decodes:
       found.append((last + 1, num_decodes * _SEQS))

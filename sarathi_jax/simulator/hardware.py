@@ -29,7 +29,8 @@ class Efficiencies:
   Attributes:
     gemm: of the arithmetic rate, by a matmul of full tiles.
     memory: of the memory's rate, by a matmul that is bound by it.
-    elementwise: of the memory's rate, by norms, activations and rotations.
+    elementwise: bytes that a processor reads and writes a cycle, in norms,
+      activations and rotations.
     decode_attention: of the memory's rate, by reading keys and values.
     prefill_attention: of the arithmetic rate.
     kernel_s: that a matmul takes at least, seconds.
@@ -61,6 +62,7 @@ class Hardware:
     memory_bytes: of one device.
     memory_rate: bytes.
     num_sms: processors of a device, which tiles of work are spread over.
+    clock_hz: theirs.
     devices_per_node: of one machine.
     nvlink_group: devices that NVLink joins; 1 for none.
     link_rates: bytes a second out of a device, by name of `LINKS`.
@@ -73,6 +75,7 @@ class Hardware:
   memory_bytes: float
   memory_rate: float
   num_sms: int
+  clock_hz: float
   devices_per_node: int
   nvlink_group: int
   link_rates: Mapping[str, float]

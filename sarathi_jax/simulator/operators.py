@@ -57,9 +57,16 @@ def matmul(hardware: hardware_lib.Hardware, n: Number, k: Number,
 
 
 def elementwise(hardware: hardware_lib.Hardware, num_bytes: Number) -> Number:
-  """Reads and writes so many bytes, together."""
+  """Reads and writes so many bytes, together.
+
+  As fast as memory, or as its processors can ask for it: those of devices with
+  fast memory are the slower ones.
+  """
   fit = hardware.efficiencies
-  return fit.kernel_s + num_bytes / (hardware.memory_rate * fit.elementwise)
+  rate = min(
+    hardware.memory_rate * fit.memory,
+    hardware.num_sms * hardware.clock_hz * fit.elementwise)
+  return np.hypot(fit.kernel_s, num_bytes / rate)
 
 
 def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,

@@ -28,7 +28,8 @@ class StepCost(Protocol):
 class FittedCost:
   """Steps that take what a model says that was fitted to measured ones.
 
-  Their noise is drawn from what was measured, too.
+  Their noise is drawn from what was measured, too: that of decodes alone and
+  that of steps with chunks.
 
   Args:
     model: of the steps of one device; it is not changed.
@@ -40,12 +41,14 @@ class FittedCost:
 
   def __init__(self, model: step_time.StepTimeModel, seed: int = 0) -> None:
     self._model = model
-    self._ratios = tuple(model.ratios) or (1.0,)
+    self._ratios = [tuple(ratios) or (1.0,) for ratios in model.ratios]
     self._random = random.Random(seed)
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
-    seconds = self._model.predict(step_time.load_of(chunks))
-    return [max(seconds, 0.0) * self._random.choice(self._ratios)]
+    load = step_time.load_of(chunks)
+    *_, pairs = load
+    ratios = self._ratios[pairs > 0]
+    return [max(self._model.predict(load), 0.0) * self._random.choice(ratios)]
 
 
 class Clock:

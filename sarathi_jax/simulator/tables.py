@@ -178,8 +178,8 @@ def _link(hardware: Hardware, workers: int, per_node: int, most: int,
   if workers > per_node:
     return 'network'
   group = hardware.nvlink_group
-  if 'pairwise' in name:
+  if group > 1 and 'pairwise' in name:
     group = 2
-  elif 'dgx' in name:
+  elif group > 1 and 'dgx' in name:
     group = most
   return 'nvlink' if workers <= group else 'pcie'

@@ -23,6 +23,7 @@ from sarathi_jax.benchmarks.gpu import engine
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.simulator import search
 from sarathi_jax.simulator import workload as workload_lib
 
 _ROOT = pathlib.Path(__file__).parents[3]
@@ -180,7 +181,8 @@ def _capacity(size: Size, journal: journal_lib.Journal) -> None:
   slo_s = journal.rows['strict SLO'].get('slo_tbt_p99_s')
   for name in size.capacity_rows if slo_s else ():
     journal.measure(name, functools.partial(
-      live_capacity.search_row, setup, name, float(slo_s or 0), start=4.0,
+      live_capacity.search_row, setup, name,
+      search.Slo(p99_tbt_s=float(slo_s or 0)), start=4.0,
       precision=0.2))
 
 
