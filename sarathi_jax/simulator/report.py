@@ -66,6 +66,10 @@ def define_flags() -> None:
   flags.DEFINE_float('precision', 0.02, 'Of capacities, relative.')
   flags.DEFINE_enum('host', 'paper', list(cost_model.HOSTS),
                     'What the host costs.')
+  flags.DEFINE_string(
+    'chat_trace', None, 'The chat lengths of the paper\'s artifact: '
+    'data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv of '
+    'its branch niyama_asplos2026; else drawn, by their quantiles.')
   flags.DEFINE_bool('again', False, 'Simulate what was simulated before, too.')
 
 
@@ -106,7 +110,7 @@ def main(argv: list[str]) -> None:
   settings = experiments_lib.Settings(
     configs=pathlib.Path(FLAGS.configs), num_requests=FLAGS.num_requests,
     jobs=FLAGS.jobs or os.cpu_count() or 1, precision=FLAGS.precision,
-    host=FLAGS.host)
+    host=FLAGS.host, chat_trace=FLAGS.chat_trace)
   parts = [_HEAD]
   for name in FLAGS.experiments:
     path = folder / f'{name}.json'

@@ -2,10 +2,10 @@
 """Workloads: when requests come, and how long they are.
 
 Lengths are of a trace, or drawn from distributions with the quantiles that
-the paper prints (table 2). Arrivals are Poisson (not truncated, as the
-paper's artifact does, whose load is therefore 5 % above what it says), gamma
-(bursty) or the trace's own. Everything is seeded, and of one seed, so that
-two rates differ in nothing but the rate.
+the paper prints (table 2). Arrivals are Poisson, gamma (bursty), the trace's
+own, or those of the paper's artifact: gaps are cut at three times their mean,
+so that its load is 5 % above what it says. Everything is seeded, and of
+one seed, so that two rates differ in nothing but the rate.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import math
 import pathlib
+import random
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
 
-ARRIVALS = ('poisson', 'gamma', 'trace')
+ARRIVALS = ('poisson', 'gamma', 'trace', 'artifact')
 # Longer ones are slips of whoever made the trace.
 MAX_LENGTH = 10_000_000
 _COLUMNS = ('num_prefill_tokens', 'num_decode_tokens')
@@ -83,7 +84,8 @@ class WorkloadConfig:
     source: a name in `DATASETS`, or the path of a trace: a CSV with columns
       num_prefill_tokens, num_decode_tokens and maybe arrived_at (seconds).
     num_requests: how many; None for all of a trace, 2048 of a dataset.
-    arrivals: one of `ARRIVALS`.
+    arrivals: one of `ARRIVALS`; 'artifact' with seed 42, and a trace of the
+      paper's artifact, has the same requests come as there.
     qps: mean requests a second; None for a trace's own pace.
     cv: the coefficient of variation of gamma's gaps; 1 is Poisson.
     length_scale: what lengths are multiplied by, for small models.
@@ -180,10 +182,15 @@ def make(config: WorkloadConfig) -> Workload:
   else:
     prompt, output, own = read_trace(config.source)
     n = config.num_requests or len(prompt)
+    is_order_given = config.arrivals in ('trace', 'artifact')
     config_lib.check(
-      n <= len(prompt) or config.arrivals != 'trace', 'num_requests', n,
-      f'the trace has {len(prompt)} requests; arrivals=trace can have no more')
-    if n != len(prompt) and config.arrivals != 'trace':
+      n <= len(prompt) or not is_order_given, 'num_requests', n,
+      f'the trace has {len(prompt)} requests; arrivals={config.arrivals} can '
+      'have no more')
+    if config.arrivals == 'artifact':  # As pandas shuffles.
+      order = np.random.RandomState(config.seed).permutation(len(prompt))
+      prompt, output = prompt[order], output[order]
+    if n != len(prompt) and not is_order_given:
       chosen = length_rng.choice(len(prompt), n, replace=n > len(prompt))
       prompt, output = prompt[chosen], output[chosen]
     prompt, output = prompt[:n], output[:n]
@@ -208,6 +215,10 @@ def _arrivals(config: WorkloadConfig, n: int, own: Floats | None,
     since: Floats = own[:n] - own[0]
     return since
   assert config.qps is not None
+  if config.arrivals == 'artifact':  # To the last bit.
+    draw = random.Random(config.seed).random
+    return np.cumsum(
+      [min(-math.log(1 - draw()), 3.0) for _ in range(n)]) / config.qps
   # The exponential is the gamma distribution of shape 1.
   shape = 1 / config.cv**2 if config.arrivals == 'gamma' else 1.0
   return np.cumsum(rng.gamma(shape, 1 / shape, n)) / config.qps

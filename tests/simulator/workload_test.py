@@ -62,6 +62,23 @@ def _trace(folder: pathlib.Path, text: str) -> str:
   return str(path)
 
 
+def test_the_artifact_makes_the_same_requests(tmp_path: pathlib.Path) -> None:
+  path = _trace(tmp_path, 'num_prefill_tokens,num_decode_tokens\n'
+                + ''.join(f'{i},{2 * i}\n' for i in range(1, 11)))
+  made = workload.make(Config(
+    source=path, arrivals='artifact', seed=42, qps=2, num_requests=5))
+  # DataFrame.sample(frac=1, random_state=42) of ten rows.
+  assert made.prompt_lens.tolist() == [9, 2, 6, 1, 8]
+  assert made.output_lens.tolist() == [18, 4, 12, 2, 16]
+  # random.seed(42): 0.6394, 0.0250, 0.2750, ...
+  np.testing.assert_allclose(
+    np.diff(made.arrived_at[:3]) * 2, [-np.log1p(-0.0250108),
+                                       -np.log1p(-0.2750293)], rtol=1e-4)
+  many = workload.make(Config(arrivals='artifact', num_requests=20_000))
+  assert np.diff(many.arrived_at).max() == pytest.approx(3)
+  assert many.qps == pytest.approx(1 / 0.9502, rel=0.02)
+
+
 def test_a_trace_comes_as_it_is(tmp_path: pathlib.Path) -> None:
   path = _trace(tmp_path, 'arrived_at,num_prefill_tokens,num_decode_tokens\n'
                 '5,10,3\n6,20,4\n9,30,5\n')
