@@ -144,7 +144,7 @@ def simulated(setup: Setup, engine: engine_lib.Engine,
 
 
 def compare(setup: Setup, load: float,
-            seconds: float) -> list[dict[str, Any]]:
+            seconds: float) -> dict[str, Any]:
   """Serves one workload live and simulated.
 
   Args:
@@ -153,8 +153,8 @@ def compare(setup: Setup, load: float,
     seconds: for how long requests come.
 
   Returns:
-    Quantiles in seconds, and their ratios: live, simulated with the steps
-    learnt before, and with those of the run itself.
+    The rate, the number of requests, and rows of quantiles in seconds: live,
+    simulated by the steps learnt before, and by the run's own.
   """
   engine = setup.engine(tbt_slo_ms=_NO_SLO_MS)
   assert engine.pace is not None
@@ -184,11 +184,10 @@ def compare(setup: Setup, load: float,
       seen, *told = (getattr(m, name).quantile(q)
                      for m in (live, before, after))
       rows.append({
-        'quantity': f'P{q * 100:g} {name}', 'live': seen,
-        'simulated': told[0], 'simulated / live': told[0] / seen,
-        'by its own steps': told[1], 'own / live': told[1] / seen,
-        'qps': qps, 'num_requests': len(workload)})
-  return rows
+        'quantity': f'P{q * 100:g} {name}', 'live': seen, 'before': told[0],
+        'before / live': told[0] / seen, 'own': told[1],
+        'own / live': told[1] / seen})
+  return {'qps': qps, 'num_requests': len(workload), 'rows': rows}
 
 
 def search_row(setup: Setup, name: str, slo: search.Slo, start: float,
@@ -279,13 +278,15 @@ def main(argv: list[str]) -> None:
       model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))())
   with setup.progress:
     compared = compare(setup, FLAGS.load, FLAGS.seconds)
+    _show(console, f'{compared["num_requests"]} requests at '
+          f'{compared["qps"]:.3g} QPS: live, and simulated by the steps of a '
+          'run before, or its own', compared['rows'])
     found = FLAGS.rows and capacities(
       setup, FLAGS.rows, search.Slo(
         p99_tbt_s=FLAGS.slo_tbt_p99 or strict_slo_s(setup),
         p50_delay_s=FLAGS.slo_delay_p50),
-      start=compared[0]['qps'], precision=FLAGS.precision,
+      start=compared['qps'], precision=FLAGS.precision,
       seconds=FLAGS.probe_seconds)
-  _show(console, 'The same requests, live and simulated', compared)
   if found:
     _show(console, 'Live capacity', found)
   common.write_json(
