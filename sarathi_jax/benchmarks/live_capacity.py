@@ -143,8 +143,7 @@ def simulated(setup: Setup, engine: engine_lib.Engine,
     info=info)
 
 
-def compare(setup: Setup, load: float,
-            seconds: float) -> dict[str, Any]:
+def compare(setup: Setup, load: float, seconds: float) -> dict[str, Any]:
   """Serves one workload live and simulated.
 
   Args:
@@ -214,7 +213,8 @@ def search_row(setup: Setup, name: str, slo: search.Slo, start: float,
   def probe(rates: Sequence[float]) -> list[search.Point]:
     points = []
     for qps in rates:
-      workload = setup.requests(3, qps, seconds and math.ceil(qps * seconds))
+      workload = setup.requests(
+        3, qps, None if seconds is None else math.ceil(qps * seconds))
       points.append(probe_lib.point(setup.serve(
         engine, workload, f'Capacity of {name}', slo), slo, qps))
     return points

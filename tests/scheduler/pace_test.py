@@ -59,6 +59,31 @@ def test_the_model_follows_a_device_that_becomes_slower() -> None:
   assert max(map(abs, errors_)) < 0.15
 
 
+def test_padded_rows_take_time() -> None:
+  """Steps of 65 to 128 tokens are all padded to 128, and take the same."""
+  model = step_time.StepTimeModel(128)
+  model.num_rows = lambda n: 1 << max(3, (n - 1).bit_length())
+  rng = random.Random(0)
+  for _ in range(500):
+    n = rng.randrange(1, 129)
+    model.observe((n, 0, 0, 0), model.num_rows(n) * MS)
+  for n in (1, 8, 9, 33, 64, 65, 128):
+    assert model.predict((n, 0, 0, 0)) == pytest.approx(
+      model.num_rows(n) * MS, rel=0.02)
+
+
+def test_how_steps_vary_is_noted_by_kind() -> None:
+  model = step_time.StepTimeModel(128)
+  decodes, chunk = (1, 1, 10, 0), (128, 0, 0, 64 * 128)
+  for i in range(4000):
+    model.observe(decodes, MS * (1.5 if i % 2 else 0.5))
+    model.observe(chunk, 10 * MS)
+  assert max(model.ratios[0]) > 2 * min(model.ratios[0])
+  assert max(list(model.ratios[1])[-100:]) == pytest.approx(1, abs=0.01)
+  model.forget_ratios()
+  assert not any(model.ratios)
+
+
 def make(tbt_slo_ms: float | None = 50.0, learn: bool = True,
          **fields: Any) -> scheduler_lib.Scheduler:
   scheduler = scheduler_lib.policy_class('sarathi')(config_lib.SchedulerConfig(

@@ -18,6 +18,7 @@ from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.scheduler import step_time
 from sarathi_jax.simulator import paper
 from sarathi_jax.simulator import runner as runner_lib
 from sarathi_jax.simulator import simulate
@@ -85,6 +86,21 @@ def test_halves_of_sarathi() -> None:
   _, _, chunked = run(workload, 'chunked_only')
   # Turns: 4 of a prompt, a decode, 8, a decode, the last 4.
   assert chunked == {0: [4, 5, 14], 1: [18]}
+
+
+def test_steps_vary_as_those_that_were_measured() -> None:
+  model = step_time.StepTimeModel(8)
+  for i in range(2000):
+    model.observe((1, 1, 4, 0), 1.0 if i % 2 else 3.0)
+    model.observe((4, 0, 0, 8), 8.0)
+  result, _, tokens = run(
+    make_workload((0, 4, 41)), cost=runner_lib.FittedCost(model))
+  assert tokens[0][0] == pytest.approx(8, rel=0.05)
+  gaps = np.diff(tokens[0])
+  assert gaps.mean() == pytest.approx(2, rel=0.2)
+  assert gaps.min() == pytest.approx(1, rel=0.2)
+  assert gaps.max() == pytest.approx(3, rel=0.2)
+  assert result.is_complete
 
 
 def test_idle_time_is_waited_for() -> None:
