@@ -39,15 +39,23 @@ to grow.
 _NOT_MODELLED = '''\
 ## What is not modelled
 
-- Its host: that of the paper (eager PyTorch, Ray, ZMQ) is two numbers, a
-  launch cost a layer and a cost a sequence of each step, chosen so that
-  figures 10 and 12 come out for Mistral-7B and Yi-34B as a whole. Its
-  artifact's decodes, timed one by one, take twice as long as its own text
-  says; we follow the text.
+- Its host: that of the paper (eager PyTorch, Ray, ZMQ) is two numbers: a
+  launch cost a layer, which makes decodes as slow as the SLOs say that they
+  are, and a cost a sequence of each step, chosen so that Sarathi's capacities
+  in figures 10 and 12 come out as a whole. Decodes of its artifact, timed one
+  by one, take up to twice as long as that.
 - Its networks: Ethernet's latency is chosen to match figure 13's TP8. Traffic
   of others, congestion and retries are not there.
-- Lengths are drawn from distributions with its quantiles; the traces are not
-  public. Prompts and outputs are independent here.
+- The lengths of arXiv's trace, which is not public: they are drawn from a
+  distribution with its quantiles. With --chat_trace, chats are the artifact's
+  own requests, in their order; else drawn, too.
+- Table 4 for arXiv: its rate, by the artifact's script, leaves 1.9 s to a
+  request, of which a prompt of 7,490 tokens, the mean here, takes 1.6 s by the
+  artifact's own table of prefills, before any decode. The paper's TTFT are
+  those of a lower load, or of other prompts; we kept the script's.
+- The A40s of LLaMA2-70B are taken to speak through the host's memory, at
+  5.3 GB/s: so did those of the only tables there are (Vidur's), though the
+  paper says pairs by NVLink.
 - Mistral-7B's sliding window: that of v0.2 has none.
 - Kernels of 2024 (cuBLAS, FlashAttention-2), not ours: what our kernels take
   is measured by scripts/gpu_check.

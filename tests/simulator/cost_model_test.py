@@ -76,11 +76,16 @@ def test_stages_share_the_layers_and_the_last_has_the_head() -> None:
     halves.layer_seconds(512) * 40 + halves.head_seconds(1))
 
 
-def test_host_costs_can_be_none() -> None:
+def test_launches_bound_short_steps_and_hide_behind_long_ones() -> None:
   none, paper_host = (cost_of(paper.MISTRAL, h) for h in ('none', 'paper'))
-  load = (8, 8, 8, 8000, 0.0)
-  assert sum(paper_host.stage_seconds(*load)) == pytest.approx(
-    sum(none.stage_seconds(*load)) + 8 * paper_host.host.seq_s, rel=0.05)
+  host = paper_host.host
+  for load, is_short in (((8, 8, 8, 8000, 0.0), True),
+                         ((512, 8, 8, 8000, 0.0), False)):
+    bare = sum(none.stage_seconds(*load))
+    floor = 32 * host.launch_s + none.head_seconds(8)
+    assert (bare < floor) == is_short
+    assert sum(paper_host.stage_seconds(*load)) == pytest.approx(
+      max(bare, floor) + 8 * host.seq_s)
 
 
 def test_weights_and_cache_fill_the_memory() -> None:
