@@ -168,13 +168,13 @@ def compare(setup: Setup, load: float, seconds: float) -> dict[str, Any]:
     return search.find(probe, 1.0).qps * load
 
   qps = rate()
-  engine.pace.model.forget_ratios()  # Warming up differs from serving.
+  engine.pace.model.recent.clear()  # Warming up differs from serving.
   setup.serve(engine, setup.requests(1, qps, math.ceil(qps * seconds / 3)),
               'Learning')
   qps = rate()
   workload = setup.requests(2, qps, math.ceil(qps * seconds))
   before = simulated(setup, engine, workload).metrics
-  engine.pace.model.forget_ratios()
+  engine.pace.model.recent.clear()
   live = setup.serve(engine, workload, 'Comparing').metrics
   after = simulated(setup, engine, workload).metrics
   rows: list[dict[str, Any]] = []

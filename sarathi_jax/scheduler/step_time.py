@@ -30,7 +30,7 @@ _DRIFT = 2e-4
 _TAIL = 0.005
 _TAIL_GAIN = 0.02
 _MAX_SPREAD = 0.5
-_NUM_RATIOS = 4096
+_NUM_RECENT = 8192
 
 Load = tuple[int, int, int, int]  # see load_of
 
@@ -66,8 +66,7 @@ class StepTimeModel:
     spread: by how much, relative, all but a small part of steps stay within
       what is predicted.
     num_observed: steps that were learnt from.
-    ratios: of the last steps, measured over predicted: those of decodes alone,
-      and those with chunks, which vary less.
+    recent: the last steps that were learnt from, and their seconds.
   """
 
   def __init__(self, max_tokens: int) -> None:
@@ -80,8 +79,7 @@ class StepTimeModel:
     self.num_rows: Callable[[int], int] = lambda num_tokens: num_tokens
     self.spread = 0.02
     self.num_observed = 0
-    self.ratios: tuple[deque[float], deque[float]] = (
-      deque(maxlen=_NUM_RATIOS), deque(maxlen=_NUM_RATIOS))
+    self.recent: deque[tuple[Load, float]] = deque(maxlen=_NUM_RECENT)
 
   def predict(self, load: Load) -> float:
     """Seconds that a step of this load takes, on average."""
@@ -93,13 +91,10 @@ class StepTimeModel:
     if seconds <= 0:
       return
     _, num_decodes, _, pairs = load
-    if self.num_observed:
-      predicted = self.predict(load)
-      if predicted > 0:
-        self.ratios[pairs > 0].append(seconds / predicted)
-      if num_decodes and pairs:
-        self._learn_spread(seconds, predicted)
+    if self.num_observed and num_decodes and pairs:
+      self._learn_spread(seconds, self.predict(load))
     self.num_observed += 1
+    self.recent.append((load, seconds))
     # Relative errors: features and result are divided by what was measured.
     h = [(i, x / seconds) for i, x in self._features(load)]
     cov = self._cov
@@ -112,11 +107,6 @@ class StepTimeModel:
       for j, other in enumerate(gain):
         row[j] -= change * other
       row[i] = min(row[i] + (_DRIFT * seconds)**2, _PRIOR)
-
-  def forget_ratios(self) -> None:
-    """Begins anew to note how steps vary."""
-    for ratios in self.ratios:
-      ratios.clear()
 
   def _learn_spread(self, seconds: float, predicted: float) -> None:
     """Steps up if a step took longer than allowed for, else down a little."""

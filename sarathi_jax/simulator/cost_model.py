@@ -50,9 +50,9 @@ HOSTS: Mapping[str, Host] = {
   # The whole step is one program, and the next one is launched meanwhile.
   'none': Host(lockstep=True),
   # Eager PyTorch, a scheduler and a sampler that the device waits for. Steps of
-  # 32 decodes take 20 and 40 ms with Mistral-7B and Yi-34B, by the paper's SLOs,
-  # which are 5 times that: of 32 and 60 layers. What a sequence costs is such
-  # that Sarathi's capacities in figures 10 and 12 come out.
+  # 32 decodes take 20 and 40 ms with Mistral-7B and Yi-34B, 32 and 60 layers:
+  # the paper's SLOs are 5 times that. What a sequence costs is such that
+  # Sarathi's capacities in figures 10 and 12 come out.
   'paper': Host(launch_s=0.62e-3, seq_s=0.3e-3),
   # What reproduces the steps timed one by one in its artifact (Yi-34B), whose
   # decodes take twice what the paper's text has: `calibrate --artifact`.

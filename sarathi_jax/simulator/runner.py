@@ -28,12 +28,12 @@ class StepCost(Protocol):
 class FittedCost:
   """Steps that take what a model says that was fitted to measured ones.
 
-  Their noise is drawn from what was measured, too: that of decodes alone and
-  that of steps with chunks.
+  They vary as those did: each by the factor of one drawn from the measured
+  steps of as many rows, with chunks or without.
 
   Args:
     model: of the steps of one device; it is not changed.
-    seed: of the noise.
+    seed: of what is drawn.
   """
 
   pp = 1
@@ -41,14 +41,21 @@ class FittedCost:
 
   def __init__(self, model: step_time.StepTimeModel, seed: int = 0) -> None:
     self._model = model
-    self._ratios = [tuple(ratios) or (1.0,) for ratios in model.ratios]
     self._random = random.Random(seed)
+    self._factors: dict[tuple[int, bool], list[float]] = {}
+    for load, seconds in model.recent:
+      if (predicted := model.predict(load)) > 0:
+        self._factors.setdefault(self._kind(load), []).append(
+          seconds / predicted)
+
+  def _kind(self, load: step_time.Load) -> tuple[int, bool]:
+    tokens, _, _, pairs = load
+    return self._model.num_rows(tokens), pairs > 0
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
     load = step_time.load_of(chunks)
-    *_, pairs = load
-    ratios = self._ratios[pairs > 0]
-    return [max(self._model.predict(load), 0.0) * self._random.choice(ratios)]
+    factors = self._factors.get(self._kind(load), (1.0,))
+    return [max(self._model.predict(load), 0.0) * self._random.choice(factors)]
 
 
 class Clock:
