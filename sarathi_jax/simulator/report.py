@@ -128,6 +128,7 @@ def main(argv: list[str]) -> None:
           rows = known[name](settings)
         path.write_text(json.dumps({
           'num_requests': FLAGS.num_requests, 'host': FLAGS.host,
+          'chats': 'of the artifact' if FLAGS.chat_trace else 'drawn',
           'rows': rows}, indent=1) + '\n')
     except errors.SarathiError as error:
       print(f'error: {error}', file=sys.stderr)
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> None:
     kept = json.loads(path.read_text())
     title = name.replace('_', ' ').capitalize()
     text = inspect.getdoc(known[name])
-    how = f'Host costs: {kept["host"]}.'
+    how = f'Host costs: {kept["host"]}. Chats: {kept["chats"]}.'
     if 'ours QPS' in kept['rows'][0]:
       how = f'{kept["num_requests"]} requests a simulation. {how}'
     parts.append(f'## {title}\n\n{text}\n\n{how}\n\n'

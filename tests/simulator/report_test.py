@@ -53,7 +53,7 @@ def test_table_4_has_the_shape_of_the_paper(tmp_path: pathlib.Path) -> None:
 def test_what_was_simulated_is_kept(tmp_path: pathlib.Path) -> None:
   (tmp_path / 'figure_14.json').write_text(json.dumps({
     'num_requests': 7, 'host': 'none',
-    'rows': [{'paper': 1.5, 'ours': 3.0}]}))
+    'chats': 'drawn', 'rows': [{'paper': 1.5, 'ours': 3.0}]}))
   assert '| 1.5 | 3 | 2.00 |' in run(tmp_path, '--experiments=figure_14')
   assert '| 1.5 | 3 | 2.00 |' not in run(
     tmp_path, '--experiments=figure_14', '--again')
