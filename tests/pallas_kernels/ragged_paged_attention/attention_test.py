@@ -219,6 +219,10 @@ def test_one_compilation_serves_all_values(implementation: str):
       **arrays, **fit(MIXED, implementation).options,
       implementation=implementation)
 
+  # JAX loads its interpreter within a first trace, which then no longer counts
+  # as one of the same settings.
+  mixed = fit(MIXED, implementation)
+  attend(mixed, arg_specs.make(mixed), implementation)
   for name in ('mixed', 'empty', 'phase_3', '4_decodes'):
     arrays = arg_specs.make(fit(arg_specs.BY_NAME[name], implementation))
     arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(

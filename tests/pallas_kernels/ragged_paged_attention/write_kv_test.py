@@ -120,10 +120,15 @@ def test_write_then_attend_is_in_place():
                 if f'= {shape}' in line and ' copy(' in line]
 
 
-def test_init_pages_is_zero_and_of_the_layout():
-  for name in rpa.IMPLEMENTATIONS:
-    for pages in rpa.init_pages(6, 16, 2, 48, jnp.bfloat16, name):
-      assert pages.shape[:2] == (6, 2)
-      assert pages.size == 6 * 16 * 2 * 48
-      assert pages.dtype == jnp.bfloat16
-      assert not pages.any()
+@pytest.mark.parametrize('name', rpa.IMPLEMENTATIONS)
+def test_init_pages_is_zero_and_of_the_layout(name: str):
+  try:
+    both = rpa.init_pages(6, 16, 2, 64, jnp.bfloat16, name)
+  except NotImplementedError as error:
+    assert 'jax=' in str(error) and name == 'pallas_mosaic'
+    pytest.skip(str(error))
+  for pages in both:
+    assert pages.shape[:2] == (6, 2)
+    assert pages.size == 6 * 16 * 2 * 64
+    assert pages.dtype == jnp.bfloat16
+    assert not pages.any()
