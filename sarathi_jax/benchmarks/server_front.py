@@ -47,18 +47,6 @@ class _Spent(NamedTuple):
   engine_s: float  # of it, of the engine's thread
 
 
-class PacedRunner(fake_runner.FakeRunner):
-  """Takes some time for a step, as a device does."""
-
-  def __init__(self, max_num_seqs: int, step_s: float) -> None:
-    super().__init__(_VOCAB, max_num_seqs)
-    self._step_s = step_s
-
-  def fetch(self, pending: Any) -> Any:
-    time.sleep(self._step_s)
-    return super().fetch(pending)
-
-
 def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """An engine without a model, with room for all."""
   config = config_lib.SchedulerConfig(
@@ -71,7 +59,7 @@ def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
     num_pages=config.num_pages, page_size=64)
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
-    PacedRunner(max_num_seqs, step_s), info=info)
+    fake_runner.FakeRunner(_VOCAB, max_num_seqs, step_s), info=info)
 
 
 def serve(pipe: Any, max_num_seqs: int, step_s: float,

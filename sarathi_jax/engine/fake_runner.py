@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import time
+
 from sarathi_jax import types
 
 
@@ -11,10 +13,17 @@ class FakeRunner:
 
   Like a device, it keeps the last sampled token of each slot, so look-ahead
   works, and it refuses what a device would get wrong.
+
+  Args:
+    vocab_size: V.
+    max_num_seqs: slots.
+    step_s: how long a step takes, in seconds.
   """
 
-  def __init__(self, vocab_size: int, max_num_seqs: int) -> None:
+  def __init__(self, vocab_size: int, max_num_seqs: int,
+               step_s: float = 0.0) -> None:
     self.vocab_size = vocab_size
+    self._step_s = step_s
     self._last = [-1] * max_num_seqs
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
@@ -29,6 +38,8 @@ class FakeRunner:
     return types.Sampled(tokens, [0.0] * len(tokens))
 
   def fetch(self, pending: types.Sampled) -> types.Sampled:
+    if self._step_s:
+      time.sleep(self._step_s)
     return pending
 
   def recover(self) -> None:

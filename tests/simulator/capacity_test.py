@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import json
 import pathlib
 
 import pytest
 
+from sarathi_jax.engine import fake_runner
 from sarathi_jax.simulator import capacity
 from sarathi_jax.simulator import live
 from tests import absl_flags
@@ -90,7 +92,10 @@ def test_bad_input_is_told_in_a_line(
 
 
 def test_a_live_server_is_searched(tmp_path: pathlib.Path) -> None:
-  with contextlib.closing(fake.RunningServer(fake.make_engine)) as server:
+  # Steps that took no time could give a request all its tokens at once.
+  runner = functools.partial(fake_runner.FakeRunner, step_s=0.002)
+  with contextlib.closing(fake.RunningServer(
+      functools.partial(fake.make_engine, runner))) as server:
     run(f'--target=grpc://127.0.0.1:{server.server.port}',
         '--slo_tbt_p99=0.5', '--num_requests=8', '--length_scale=0.01',
         '--start_qps=400', '--precision=0.5', f'--output={tmp_path}')
