@@ -153,7 +153,7 @@ class LLM:
       metadata.model, config, mesh, jnp.dtype(metadata.dtype))
     placed = placement.load(
       metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
-      on_loaded=on_loaded)
+      transpose=placement.transposes(mesh), on_loaded=on_loaded)
     llm = object.__new__(cls)
     llm._start(
       metadata.model, placed, mesh, config, on_compiled, leader,

@@ -22,6 +22,7 @@ from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
@@ -40,13 +41,15 @@ def params() -> Any:
   return models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.3)
 
 
-def make_runner(params, attention: str) -> device_runner.DeviceRunner:
+def make_runner(params, attention: str, *, transpose: bool = False,
+                ) -> device_runner.DeviceRunner:
   config = config_lib.EngineConfig(
     token_budget=UNLIMITED, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
     num_pages=PLENTY, attention=attention)
+  mesh = mesh_lib.make()
   return device_runner.DeviceRunner(
-    MODEL, params, mesh_lib.make(), config,
-    lambda max_model_len: UNLIMITED + MAX_SEQS)
+    MODEL, placement.place_live(MODEL, mesh, params, transpose=transpose),
+    mesh, config, lambda max_model_len: UNLIMITED + MAX_SEQS)
 
 
 @pytest.fixture(scope='module')
@@ -59,6 +62,12 @@ def runner(params) -> device_runner.DeviceRunner:
 def kernel_runner(params) -> device_runner.DeviceRunner:
   """With the GPU's kernel, interpreted: slow, so for some cases."""
   return make_runner(params, 'pallas_triton')
+
+
+@pytest.fixture(scope='module')
+def transposed_runner(params) -> device_runner.DeviceRunner:
+  """As a checkpoint is served on a CPU."""
+  return make_runner(params, 'xla', transpose=True)
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +110,18 @@ def test_the_kernel_computes_the_same(
     kernel_runner, requests, expected, token_budget, num_pages, look_ahead):
   test_tokens_do_not_depend_on_how_they_are_computed(
     kernel_runner, requests, expected, 'sarathi', token_budget, num_pages,
+    look_ahead)
+
+
+@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
+@pytest.mark.parametrize('token_budget,num_pages,look_ahead', [
+  (MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True),
+  (UNLIMITED, SCARCE, True)])
+def test_transposed_matrices_compute_the_same(
+    transposed_runner, requests, expected, policy, token_budget, num_pages,
+    look_ahead):
+  test_tokens_do_not_depend_on_how_they_are_computed(
+    transposed_runner, requests, expected, policy, token_budget, num_pages,
     look_ahead)
 
 

@@ -71,14 +71,15 @@ def expected(name: str) -> Any:
 @functools.lru_cache(maxsize=1)
 def make_runner(name: str, tp: int, pp: int, token_budget: int = MAX_SEQS,
                 attention: str = 'xla', kv_cache_dtype: str = 'auto',
-                ) -> device_runner.DeviceRunner:
+                transpose: bool = False) -> device_runner.DeviceRunner:
   """One program, or two, of 8 and 16 tokens, which meet in the pipeline."""
   model = MODELS[name]
   parallelism = parallel.Parallelism(tp=tp, pp=pp)
   parallelism.check(model)
   mesh = mesh_lib.make(parallelism)
   return device_runner.DeviceRunner(
-    model, placement.place_live(model, mesh, make_params(name)), mesh,
+    model, placement.place_live(
+      model, mesh, make_params(name), transpose=transpose), mesh,
     config_lib.EngineConfig(
       token_budget=token_budget, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
       num_pages=PLENTY, attention=attention, kv_cache_dtype=kv_cache_dtype),
@@ -115,6 +116,12 @@ def test_tokens_do_not_depend_on_the_mesh(
 @pytest.mark.parametrize('name', [name for name in MODELS if name != 'llama'])
 def test_every_family_runs_on_a_mesh(name, tp, pp):
   check(name, make_runner(name, tp, pp), num_pages=SCARCE, look_ahead=True)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_family_runs_with_transposed_matrices(name):
+  check(name, make_runner(name, 2, 2, transpose=True), num_pages=SCARCE,
+        look_ahead=True)
 
 
 def test_the_kernel_runs_on_a_mesh():

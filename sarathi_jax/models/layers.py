@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import matrices
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
@@ -57,14 +58,15 @@ def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:
 def project(params: Params, name: str, x: Float[Array, 'T D']
             ) -> Float[Array, 'T columns']:
   """x @ W, plus the bias called `name`_bias if there is one."""
-  return _add_bias(x @ params[name], params.get(f'{name}_bias'))
+  return _add_bias(
+    matrices.matmul(x, params[name]), params.get(f'{name}_bias'))
 
 
 def project_out(params: Params, name: str, x: Float[Array, 'T rows'],
                 shards: sharding.Shards) -> Float[Array, 'T D']:
   """As `project`, over rows of which a shard has a part: of a sum a part."""
   bias = params.get(f'{name}_bias')
-  return _add_bias(x @ params[name],
+  return _add_bias(matrices.matmul(x, params[name]),
                    None if bias is None else shards.once(bias))
 
 

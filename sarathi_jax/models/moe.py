@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
+from sarathi_jax.models import matrices
 from sarathi_jax.models import spec
 
 
@@ -26,7 +27,8 @@ def route(config: config_lib.MixtralConfig, router: Float[Array, 'D E'],
 
   The softmax is over all experts; the top ones are scaled to sum to 1.
   """
-  probs = jax.nn.softmax((x @ router).astype(jnp.float32), axis=-1)
+  probs = jax.nn.softmax(
+    matrices.matmul(x, router).astype(jnp.float32), axis=-1)
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
   top = top / jnp.sum(top, axis=-1, keepdims=True)
   chosen = jax.nn.one_hot(experts, probs.shape[-1], dtype=top.dtype)

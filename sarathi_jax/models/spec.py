@@ -24,6 +24,11 @@ class ParamSpec:
   axes: tuple[str | None, ...]
   init: str = 'normal'
 
+  @property
+  def is_factor(self) -> bool:
+    """Whether rows are multiplied with it: one matrix, not looked up in."""
+    return len(self.shape) == 2 and self.axes[0] != 'vocab'
+
 
 def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:
   """A matrix [in, out], each axis given as (name, size)."""

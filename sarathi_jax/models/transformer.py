@@ -20,6 +20,7 @@ from sarathi_jax import models
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
+from sarathi_jax.models import matrices
 from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
@@ -161,5 +162,4 @@ def unembed(
   if config.tie_word_embeddings:
     return jnp.einsum('sd,vd->sv', hidden, shards.head_rows(params['embed']),
                       preferred_element_type=jnp.float32)
-  return jnp.matmul(hidden, params['lm_head'],
-                    preferred_element_type=jnp.float32)
+  return matrices.matmul(hidden, params['lm_head'], jnp.float32)

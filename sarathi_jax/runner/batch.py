@@ -193,16 +193,17 @@ def ladder(max_tokens: int, max_num_seqs: int, *,
   Args:
     max_tokens: of a step.
     max_num_seqs: running at once.
-    fine: of decodes alone, one more between each two: for devices on which a
-      step of few tokens takes longer with each, as it does not where weights
-      are read for as long as a hundred tokens are computed.
+    fine: of decodes alone, one more between each two from 16 on: for devices
+      on which a step of few tokens takes longer with each, as it does not
+      where weights are read for as long as a hundred tokens are computed.
+      Processors compute eight or sixteen at a time.
   """
   most_decodes = min(max_num_seqs, max_tokens)
   sizes = {max_tokens, most_decodes}
   size = 8
   while size < max_tokens:
     sizes.add(size)
-    if fine and size // 2 * 3 < most_decodes:
+    if fine and size >= 16 and size // 2 * 3 < most_decodes:
       sizes.add(size // 2 * 3)
     size *= 2
   step = max(128, -(-max_tokens // 8 // 128) * 128)

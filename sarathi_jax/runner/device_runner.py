@@ -86,6 +86,7 @@ class DeviceRunner:
                leader: hosts.Leader | None = None) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
+    self._transposed = placement.are_transposed(params)
     self.mesh = mesh
     self._leader = leader
     devices = mesh.local_devices
@@ -103,7 +104,8 @@ class DeviceRunner:
       return programs_lib.StepPrograms(
         model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
         max_model_len=max_model_len,
-        max_step_tokens=max_step_tokens(max_model_len))
+        max_step_tokens=max_step_tokens(max_model_len),
+        transposed=self._transposed)
 
     with jax.default_device(devices[0]):
       trial = programs(context)
@@ -184,12 +186,13 @@ class DeviceRunner:
   def update_params(self, params: Params) -> None:
     """Replaces the weights by others, live, of the same shapes and dtypes."""
     self._leaves = jax.tree.leaves(placement.place_live(
-      self._model, self.mesh, params, self._leaves))
+      self._model, self.mesh, params, self._leaves, self._transposed))
 
   def load_params(self, dtype: Any, read: params_reader.Read) -> None:
     """Replaces the weights by those that `read` reads."""
     self._leaves = jax.tree.leaves(placement.load(
-      self._model, self.mesh, dtype, read, old=self._leaves))
+      self._model, self.mesh, dtype, read, transpose=self._transposed,
+      old=self._leaves))
 
   def _step(self, entering: _InPipeline) -> None:
     """Runs one step: what enters at the first stage, the rest one further."""

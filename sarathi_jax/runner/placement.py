@@ -25,6 +25,7 @@ import numpy as np
 from sarathi_jax import models
 from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import matrices
 from sarathi_jax.models import spec
 from sarathi_jax.runner import mesh as mesh_lib
 
@@ -49,6 +50,7 @@ class Place:
     shape: of each as it lies on the mesh: heads repeated, vocabulary padded.
     head_dim: h.
     has_stages: whether they lie one after another along a first axis.
+    is_transposed: whether it is the array of a `matrices.Transposed`.
     sharding: of the array.
   """
 
@@ -57,18 +59,29 @@ class Place:
   shape: tuple[int, ...]
   head_dim: int
   has_stages: bool
+  is_transposed: bool
   sharding: Sharding
 
   @property
   def global_shape(self) -> tuple[int, ...]:
-    return ((len(self.sources), *self.shape) if self.has_stages
-            else self.shape)
+    shape = self.shape[::-1] if self.is_transposed else self.shape
+    return (len(self.sources), *shape) if self.has_stages else shape
 
 
-def places(model: model_config_lib.ModelConfig, mesh: Mesh) -> Any:
+def transposes(mesh: Mesh) -> bool:
+  """Whether its devices multiply faster with matrices that are transposed."""
+  return mesh.devices.flat[0].platform == 'cpu'
+
+
+def places(model: model_config_lib.ModelConfig, mesh: Mesh,
+           transpose: bool = False) -> Any:
   """A tree of Place, shaped as the parameters on the mesh.
 
   It is `models.param_specs`, but for 'layers': those of one stage.
+
+  Args:
+    model, mesh: what, and where to.
+    transpose: whether rows are to be multiplied with `matrices.Transposed`.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   sizes: dict[str | None, int] = {
@@ -77,7 +90,7 @@ def places(model: model_config_lib.ModelConfig, mesh: Mesh) -> Any:
     'kv_heads': parallelism.num_kv_heads(model) * model.head_dim}
 
   def place(path: Any, leaf: spec.ParamSpec, *,
-            layers: tuple[int | None, ...] | None) -> Place:
+            layers: tuple[int | None, ...] | None) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     sources: tuple[str | None, ...] = (name,)
     axes = [_SPLIT.get(axis) for axis in leaf.axes]
@@ -86,11 +99,14 @@ def places(model: model_config_lib.ModelConfig, mesh: Mesh) -> Any:
         None if layer is None else f'layers.{layer}.{name}'
         for layer in layers)
     has_stages = len(sources) > 1
-    return Place(
+    is_transposed = transpose and leaf.is_factor
+    found = Place(
       sources, leaf, tuple(sizes.get(axis, size) for axis, size in zip(
         leaf.axes, leaf.shape, strict=True)),
-      model.head_dim, has_stages,
-      mesh_lib.on(mesh, *[mesh_lib.PP] * has_stages, *axes))
+      model.head_dim, has_stages, is_transposed,
+      mesh_lib.on(mesh, *[mesh_lib.PP] * has_stages,
+                  *(axes[::-1] if is_transposed else axes)))
+    return matrices.Transposed(found) if is_transposed else found
 
   def tree(specs: Any, layers: tuple[int | None, ...] | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(
@@ -104,12 +120,18 @@ def places(model: model_config_lib.ModelConfig, mesh: Mesh) -> Any:
 
 
 def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
-           dtype: Any) -> Params:
+           dtype: Any, transpose: bool = False) -> Params:
   """The parameters on the mesh as ShapeDtypeStruct, for compiling."""
   return jax.tree.map(
     lambda place: jax.ShapeDtypeStruct(
       place.global_shape, dtype, sharding=place.sharding),
-    places(model, mesh))
+    places(model, mesh, transpose))
+
+
+def are_transposed(params: Params) -> bool:
+  """Whether parameters on a mesh lie as `places` has them transposed."""
+  return any(isinstance(leaf, matrices.Transposed) for leaf in jax.tree.leaves(
+    params, is_leaf=lambda node: isinstance(node, matrices.Transposed)))
 
 
 def bytes_of(tree: Any) -> int:
@@ -120,7 +142,8 @@ def bytes_of(tree: Any) -> int:
 
 
 def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
-         read: params_reader.Read, *, old: list[Any] | None = None,
+         read: params_reader.Read, *, transpose: bool = False,
+         old: list[Any] | None = None,
          on_loaded: OnLoaded = lambda done, total: None) -> Params:
   """Reads each device's part of the parameters straight onto it.
 
@@ -130,11 +153,12 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
     model, mesh: what, and where to.
     dtype: of the parameters, as `read` gives them.
     read: reads them, from several threads.
+    transpose: see `places`.
     old: leaves that these replace; each is forgotten before its successor is
       read.
     on_loaded: told of arrays done, and of how many.
   """
-  leaves, treedef = jax.tree.flatten(places(model, mesh))
+  leaves, treedef = jax.tree.flatten(places(model, mesh, transpose))
   done = 0
 
   def one(i: int) -> jax.Array:
@@ -162,6 +186,8 @@ def _read_part(place: Place, read: params_reader.Read, dtype: Any,
   if place.has_stages:
     source = place.sources[index[0].indices(len(place.sources))[0]]
     index = index[1:]
+  if place.is_transposed:
+    index = index[::-1]
   spans = [range(*s.indices(size))
            for s, size in zip(index, place.shape, strict=True)]
   shape = tuple(map(len, spans))
@@ -174,6 +200,8 @@ def _read_part(place: Place, read: params_reader.Read, dtype: Any,
                for want, got in zip(shape, part.shape, strict=True)]
     if any(n for _, n in missing):
       part = np.pad(part, missing)
+  if place.is_transposed:
+    part = part.T
   return part[None] if place.has_stages else part
 
 
@@ -188,7 +216,8 @@ def _source_span(place: Place, axis: int, span: range) -> slice:
 
 
 def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
-               params: Params, old: list[Any] | None = None) -> Params:
+               params: Params, old: list[Any] | None = None,
+               transpose: bool = False) -> Params:
   """Puts live arrays where the model is to run.
 
   One that lies there already is taken as it is, without a copy; others are
@@ -199,9 +228,10 @@ def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
     params: the weights, as the tree of `models.param_specs`.
     old: leaves that these replace; each is forgotten before its successor is
       made.
+    transpose: see `places`; which takes a copy.
   """
   named = dict(_named_leaves(params))
-  leaves, treedef = jax.tree.flatten(places(model, mesh))
+  leaves, treedef = jax.tree.flatten(places(model, mesh, transpose))
   arrays = []
   for i, place in enumerate(leaves):
     if old is not None:
@@ -221,8 +251,10 @@ def _place_one(place: Place, sources: list[jax.Array | None]) -> jax.Array:
 
   def shaped(source: jax.Array) -> jax.Array:
     if repeats:
-      return _repeat_heads(source, *repeats[0], place.head_dim)
-    return _pad(source, padding) if any(padding) else source
+      source = _repeat_heads(source, *repeats[0], place.head_dim)
+    elif any(padding):
+      source = _pad(source, padding)
+    return source.T if place.is_transposed else source
 
   ready = [shaped(source) for source in sources if source is not None]
   if not place.has_stages:

@@ -51,6 +51,7 @@ class StepPrograms:
     dtype, kv_dtype: of weights and cache.
     max_model_len: the most tokens of a sequence.
     max_step_tokens: the most tokens of a step.
+    transposed: how weights lie, see `placement.places`.
 
   Attributes:
     sizes: tokens of a step, ascending.
@@ -60,7 +61,8 @@ class StepPrograms:
 
   def __init__(self, model: model_config_lib.ModelConfig, mesh: Mesh,
                config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
-               max_model_len: int, max_step_tokens: int) -> None:
+               max_model_len: int, max_step_tokens: int,
+               transposed: bool = False) -> None:
     max_num_seqs = config.max_num_seqs
     self.sizes = batch_lib.ladder(
       max_step_tokens, max_num_seqs,
@@ -78,6 +80,7 @@ class StepPrograms:
     self._dtype = dtype
     self._kv_dtype = kv_dtype
     self._config = config
+    self._transposed = transposed
     self._steps: dict[int, Any] = {}
 
   def array_shapes(self, num_pages: int) -> StepArrays:
@@ -103,10 +106,11 @@ class StepPrograms:
     layout = self.layouts[size]
     arrays = self.array_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(
-      placement.shapes(self._model, self._mesh, self._dtype))
+      placement.shapes(
+        self._model, self._mesh, self._dtype, self._transposed))
     spec = step.StepSpec(
       self._model, self._mesh, layout, self._config.page_size,
-      self._config.attention)
+      self._config.attention, self._transposed)
 
     def run(leaves: Any, *args: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.

@@ -21,6 +21,7 @@ from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -48,8 +49,9 @@ def assert_same(one: Any, other: Any) -> None:
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize('transpose', [False, True])
 @pytest.mark.parametrize('tp,pp', MESHES)
-def test_live_and_read_weights_lie_the_same(tp, pp):
+def test_live_and_read_weights_lie_the_same(tp, pp, transpose):
   params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
   whole = named(params)
   mesh = mesh_of(tp, pp)
@@ -63,10 +65,12 @@ def test_live_and_read_weights_lie_the_same(tp, pp):
 
   told: list[Any] = []
   loaded = placement.load(
-    MODEL, mesh, jnp.dtype(jnp.float32), read,
+    MODEL, mesh, jnp.dtype(jnp.float32), read, transpose=transpose,
     on_loaded=lambda *n: told.append(n))
   assert told[-1] == (len(told), len(told))
-  assert_same(loaded, placement.place_live(MODEL, mesh, params))
+  assert placement.are_transposed(loaded) == transpose
+  assert_same(loaded, placement.place_live(
+    MODEL, mesh, params, transpose=transpose))
   # Split parts once, and the rest by each device: norms, routers, and the
   # embedding by each stage, the heads that several devices have by each.
   most = sum(leaf.size for leaf in whole.values())
@@ -74,6 +78,25 @@ def test_live_and_read_weights_lie_the_same(tp, pp):
                if leaf.ndim == 1 or 'router' in name or 'embed' in name
                or name.endswith(('.k', '.v')))
   assert most <= num_read <= most + (tp * pp - 1) * copied
+
+
+@pytest.mark.parametrize('tp,pp', MESHES)
+def test_transposed_matrices_are_the_others_transposed(tp, pp):
+  mesh = mesh_of(tp, pp)
+  params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
+  as_they_are, transposed = (
+    placement.place_live(MODEL, mesh, params, transpose=transpose)
+    for transpose in (False, True))
+  back = jax.tree.map(
+    lambda node: (node.array.swapaxes(-1, -2)
+                  if isinstance(node, matrices.Transposed) else node),
+    transposed, is_leaf=lambda node: isinstance(node, matrices.Transposed))
+  assert jax.tree.structure(back) == jax.tree.structure(as_they_are)
+  assert_same(back, as_they_are)
+  for name in 'qkvo':
+    assert isinstance(
+      transposed['layers'][0]['attn'][name], matrices.Transposed)
+  assert not isinstance(transposed['embed'], matrices.Transposed)
 
 
 @pytest.mark.parametrize('tp,pp', MESHES)
