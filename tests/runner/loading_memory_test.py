@@ -31,7 +31,8 @@ mesh = mesh_lib.make(parallel.Parallelism(tp=2, pp=2))
 jax.block_until_ready(jnp.zeros(8))  # The backend has all it keeps.
 before = memory.peak()
 params = placement.load(
-  opened.metadata.model, mesh, jnp.dtype(opened.metadata.dtype), opened.read)
+  opened.metadata.model, mesh, jnp.dtype(opened.metadata.dtype), opened.read,
+  transpose=placement.transposes(mesh))
 leaves = jax.tree.leaves(params)
 shards = [shard.data.nbytes for leaf in leaves
           for shard in leaf.addressable_shards]
