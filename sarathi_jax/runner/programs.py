@@ -110,7 +110,7 @@ class StepPrograms:
         self._model, self._mesh, self._dtype, self._transposed))
     spec = step.StepSpec(
       self._model, self._mesh, layout, self._config.page_size,
-      self._config.attention, self._transposed)
+      self._config.attention)
 
     def run(leaves: Any, *args: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.

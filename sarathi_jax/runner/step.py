@@ -44,7 +44,6 @@ class StepSpec:
     layout: of the batches.
     page_size: tokens in a page.
     attention: implementation of ragged_paged_attention; None picks one.
-    transposed: how weights lie, see `placement.places`.
   """
 
   model: model_config_lib.ModelConfig
@@ -52,7 +51,6 @@ class StepSpec:
   layout: batch_lib.BatchLayout
   page_size: int
   attention: str | None
-  transposed: bool = False
 
   @property
   def windows(self) -> list[tuple[int | None, ...]]:
@@ -85,7 +83,7 @@ def step(
     PartitionSpec(mesh_lib.PP, mesh_lib.TP) for _ in range(2))
   weights = jax.tree.map(
     lambda place: place.sharding.spec, placement.places(
-      spec.model, spec.mesh, spec.transposed))
+      spec.model, spec.mesh, placement.are_transposed(params)))
   specs = (weights, pages, everywhere, handed_on, everywhere)
   return jax.shard_map(
     functools.partial(stage_step, spec), mesh=spec.mesh, in_specs=specs,
