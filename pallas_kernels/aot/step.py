@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import memory as memory_lib
 from sarathi_jax.runner import mesh as mesh_lib
@@ -114,7 +114,7 @@ def check(name: str, model: model_config_lib.ModelConfig,
   return StepResult(
     dataclasses.replace(case, problems=problems), memory,
     collectives.read(case.compiled.as_text()),
-    _least_sent(model, parallelism, size))
+    _least_sent(model, parallelism, programs.layouts[size]))
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
@@ -138,15 +138,18 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
 
 
 def _least_sent(model: model_config_lib.ModelConfig,
-                parallelism: parallel.Parallelism, num_tokens: int) -> int:
+                parallelism: parallel.Parallelism,
+                layout: batch_lib.BatchLayout) -> int:
   """Two sums of [T, D] a layer, one for the embedding, and a stage's hop.
 
-  Falcon's attention and MLP, side by side, need one sum.
+  Falcon's attention and MLP, side by side, need one sum. The last layer of a
+  model without stages sums rows that may be sampled from only.
   """
-  one = num_tokens * model.hidden_size * _DTYPE.itemsize
-  sums = 0
+  row = model.hidden_size * _DTYPE.itemsize
+  one, sums = layout.num_tokens * row, 0
   if parallelism.tp > 1:
-    is_parallel = getattr(model, 'parallel', False)
-    sums = parallelism.num_layers(model) * (1 if is_parallel else 2) + 1
-  hop = one // parallelism.tp if parallelism.pp > 1 else 0
-  return math.ceil(sums * one + hop)
+    a_layer = 1 if getattr(model, 'parallel', False) else 2
+    sums = one * (parallelism.num_layers(model) * a_layer + 1)
+    if parallelism.pp == 1:
+      sums -= a_layer * row * (layout.num_tokens - layout.num_rows)
+  return sums + (one // parallelism.tp if parallelism.pp > 1 else 0)

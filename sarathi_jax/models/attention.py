@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
@@ -17,6 +17,7 @@ from sarathi_jax.models import spec
 
 LayerKv = Any  # whatever `attend` keeps for one layer
 Window = Any  # int | None, or what else the `attend` that is given takes
+Rows = Int[Array, ' S']
 
 
 class Attend(Protocol):
@@ -25,13 +26,14 @@ class Attend(Protocol):
   def __call__(
     self,
     layer_kv: LayerKv,
-    q: Float[Array, 'T H h'],
+    q: Float[Array, 'rows H h'],
     k: Float[Array, 'T K h'],
     v: Float[Array, 'T K h'],
     *,
     scale: float,
     window: int | None,
-  ) -> tuple[Float[Array, 'T H h'], LayerKv]:
+    rows: Rows | None,
+  ) -> tuple[Float[Array, 'rows H h'], LayerKv]:
     """Query head j reads key and value head j // G.
 
     Args:
@@ -41,6 +43,7 @@ class Attend(Protocol):
       v: values.
       scale: multiplies q . k.
       window: a token at p attends to (p - window, p]; None: to [0, p].
+      rows: which of the T tokens the queries are of; None: all.
 
     Returns:
       The mix of values for every query, and the layer's new state.
@@ -49,31 +52,32 @@ class Attend(Protocol):
 
 def causal_attend(
   layer_kv: LayerKv,
-  q: Float[Array, 'T H h'],
+  q: Float[Array, 'rows H h'],
   k: Float[Array, 'T K h'],
   v: Float[Array, 'T K h'],
   *,
   scale: float,
   window: int | None,
-) -> tuple[Float[Array, 'T H h'], LayerKv]:
+  rows: Rows | None = None,
+) -> tuple[Float[Array, 'rows H h'], LayerKv]:
   """An `Attend` for one whole sequence, at positions 0 to T - 1, no cache.
 
   For training, tests, and as the naive reference. Rows after a sequence's
   end may hold anything: none before them looks there.
   """
-  num_tokens, num_heads, head_dim = q.shape
-  grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)  # [T, K, G, h]
+  num_rows, num_heads, head_dim = q.shape
+  grouped = q.reshape(num_rows, k.shape[1], -1, head_dim)
   scores = jnp.einsum('tkgh,skh->kgts', grouped, k,
                       preferred_element_type=jnp.float32) * scale
-  distance = (jnp.arange(num_tokens)[:, None]
-              - jnp.arange(num_tokens)[None, :])
+  tokens = jnp.arange(k.shape[0])
+  distance = (tokens if rows is None else rows)[:, None] - tokens[None, :]
   seen = distance >= 0
   if window is not None:
     seen &= distance < window
   scores = jnp.where(seen[None, None, :, :], scores, -jnp.inf)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum('kgts,skh->tkgh', weights, v)
-  return out.reshape(num_tokens, num_heads, head_dim), layer_kv
+  return out.reshape(num_rows, num_heads, head_dim), layer_kv
 
 
 def attention(
@@ -86,23 +90,34 @@ def attention(
   window: Window,
   attend: Attend,
   shards: sharding.Shards = sharding.WHOLE,
-) -> tuple[Float[Array, 'T D'], LayerKv]:
+  rows: Rows | None = None,
+) -> tuple[Float[Array, 'rows D'], LayerKv]:
   """Projects, rotates, attends, and projects back; of a shard, a part.
 
   Heads of q and k are normalized first if `params` holds the norms (Qwen3).
+  Keys and values are of all tokens, queries of `rows` (None: of all, too).
   """
-  def heads(name: str) -> jax.Array:
+  def heads(name: str, x: jax.Array) -> jax.Array:
     split = layers.project(params, name, x).reshape(
       x.shape[0], -1, config.head_dim)
     norm = params.get(f'{name}_norm')
     return split if norm is None else layers.rms_norm(
       norm, split, config.norm_eps)
 
-  q, k = rope.apply(heads('q'), rotation), rope.apply(heads('k'), rotation)
-  out, layer_kv = attend(layer_kv, q, k, heads('v'),
-                         scale=config.head_dim**-0.5, window=window)
-  out = out.reshape(x.shape[0], -1)
+  asking = take(x, rows)
+  cos, sin = rotation
+  q = rope.apply(heads('q', asking), (take(cos, rows), take(sin, rows)))
+  k = rope.apply(heads('k', x), rotation)
+  out, layer_kv = attend(
+    layer_kv, q, k, heads('v', x), scale=config.head_dim**-0.5, window=window,
+    rows=rows)
+  out = out.reshape(asking.shape[0], -1)
   return layers.project_out(params, 'o', out, shards), layer_kv
+
+
+def take(x: Float[Array, 'T D'], rows: Rows | None) -> Float[Array, 'rows D']:
+  """Some rows; None: all."""
+  return x if rows is None else x[rows]
 
 
 def add_attention(
@@ -113,20 +128,22 @@ def add_attention(
   *,
   norm: Any,
   shards: sharding.Shards,
+  rows: Rows | None,
   **attend: Any,
-) -> tuple[Float[Array, 'T D'], LayerKv]:
-  """The residual stream with the attention of its norm added.
+) -> tuple[Float[Array, 'rows D'], LayerKv]:
+  """The residual stream, of `rows`, with the attention of its norm added.
 
   Args:
-    config, layer_kv, x, shards: see `attention`.
+    config, layer_kv, x, shards, rows: see `attention`.
     params: of a block: 'attn_norm' and 'attn'.
     norm: of the family.
     **attend: what else `attention` takes.
   """
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention(
-    config, params['attn'], layer_kv, normed, shards=shards, **attend)
-  return x + shards.sum(out), layer_kv
+    config, params['attn'], layer_kv, normed, shards=shards, rows=rows,
+    **attend)
+  return take(x, rows) + shards.sum(out), layer_kv
 
 
 def attention_specs(

@@ -40,12 +40,14 @@ def block(
   window: attention.Window,
   attend: attention.Attend,
   shards: sharding.Shards,
-) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
+  rows: attention.Rows | None,
+) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Attention and the MLP, side by side or one after the other."""
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(
     config, params['attn'], layer_kv, normed,
-    rotation=rotation, window=window, attend=attend, shards=shards)
+    rotation=rotation, window=window, attend=attend, shards=shards, rows=rows)
+  x, normed = (attention.take(both, rows) for both in (x, normed))
   if config.parallel:
     mlp_input = x
   else:

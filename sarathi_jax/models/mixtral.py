@@ -35,7 +35,7 @@ def block(
   *,
   shards: sharding.Shards,
   **attend: Any,
-) -> tuple[Float[Array, 'T D'], attention.LayerKv]:
+) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Attention, then the experts, each added to the residual stream."""
   x, layer_kv = attention.add_attention(
     config, params, layer_kv, x, norm=norm, shards=shards, **attend)

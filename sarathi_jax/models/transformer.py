@@ -116,7 +116,8 @@ def run_layers(
   *,
   windows: Sequence[attention.Window],
   shards: sharding.Shards = sharding.WHOLE,
-) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
+  leaving: attention.Rows | None = None,
+) -> tuple[Float[Array, 'rows D'], list[attention.LayerKv]]:
   """Runs the residual stream through some layers: a stage's, or all.
 
   Args:
@@ -126,17 +127,21 @@ def run_layers(
     x: the residual stream.
     windows: of these layers, for `attend`.
     shards: who has the other parts.
+    leaving: rows of x that anybody reads once the layers are done; None: all.
+      Of the others, the last layer computes keys and values only.
 
   Returns:
-    The residual stream after the layers, and the new `kv`.
+    The residual stream after the layers, of the rows that leave, and the new
+    `kv`.
   """
   family = _family(config)
   kv = list(kv)
   rotation = rope.tables(config.rope, config.head_dim, positions, rope_lens)
+  rows = [None] * (len(params) - 1) + [leaving]
   for i, (layer, window) in enumerate(zip(params, windows, strict=True)):
     x, kv[i] = family.block(
       config, layer, kv[i], x, rotation=rotation, window=window,
-      attend=attend, shards=shards)
+      attend=attend, shards=shards, rows=rows[i])
   return x, kv
 
 

@@ -134,16 +134,18 @@ def stage_step(
   rope_lens = None
   if model.rope.kind == 'dynamic':
     rope_lens = jnp.maximum(mine.prompt_lens[row], positions + 1)
+  # Only rows that may be sampled from leave the last stage; where it is the
+  # only one, already its last layer leaves the others out.
+  ends = jnp.maximum(leaving.cu_q_lens[1:] - 1, 0)
+  is_early = hidden is None and layout.num_rows < layout.num_tokens
   x, new_kv = models.run_layers(
     model, layers, kv, x, positions, rope_lens,
     _attend_to_pages(spec, kv, mine, stage, row, is_real, positions),
-    windows=spec.windows, shards=shards)
+    windows=spec.windows, shards=shards, leaving=ends if is_early else None)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
       hidden, _hand_on(x, shards), 0, axis=0)
-
-  # Only rows that may be sampled from leave the last stage.
-  last = _from_last_stage(x[jnp.maximum(leaving.cu_q_lens[1:] - 1, 0)], shards)
+  last = x if is_early else _from_last_stage(x[ends], shards)
   logits = models.unembed(
     model, params, models.final_norm(model, params, last), shards)
   sampled, logprobs = _sample(model, logits, leaving, shards)
@@ -182,26 +184,27 @@ def _attend_to_pages(
   slot_mapping = jnp.where(
     is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
     + positions % spec.page_size, num_slots)
-  plans: dict[int | None, Any] = {}  # by window: layers share their work
+  plans: dict[Any, Any] = {}  # layers share their work
 
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
-             scale: float, window: tuple[int | None, ...],
+             scale: float, window: tuple[int | None, ...], rows: Array | None,
              ) -> tuple[Array, Any]:
+    asking = b if rows is None else _ends_of(b)
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
 
     def within(window: int | None) -> Array:
       return rpa.ragged_paged_attention(
-        q_kv, *pages, b.kv_lens, b.page_indices, b.cu_q_lens, b.distribution,
-        scale=scale, sliding_window=window, plan=plans[window],
-        implementation=spec.attention)
+        q_kv, *pages, b.kv_lens, b.page_indices, asking.cu_q_lens,
+        asking.distribution, scale=scale, sliding_window=window,
+        plan=plans[len(q), window], implementation=spec.attention)
 
     windows = list(dict.fromkeys(window))
     for w in windows:
-      if w not in plans:
-        plans[w] = rpa.make_plan(
-          q_kv, pages[0], b.kv_lens, b.cu_q_lens, b.distribution,
+      if (len(q), w) not in plans:
+        plans[len(q), w] = rpa.make_plan(
+          q_kv, pages[0], b.kv_lens, asking.cu_q_lens, asking.distribution,
           sliding_window=w, implementation=spec.attention)
     if len(windows) == 1:
       out = within(windows[0])
@@ -211,6 +214,14 @@ def _attend_to_pages(
     return out.astype(q.dtype), pages
 
   return attend
+
+
+def _ends_of(b: batch_lib.BatchArrays) -> batch_lib.BatchArrays:
+  """The batch with each sequence's last token only: as if all were decodes."""
+  num_seqs = b.distribution[1]
+  index = jnp.arange(b.cu_q_lens.shape[0], dtype=jnp.int32)
+  return b._replace(cu_q_lens=jnp.minimum(index, num_seqs),
+                    distribution=jnp.stack([num_seqs, num_seqs]))
 
 
 def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,

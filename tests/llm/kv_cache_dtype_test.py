@@ -81,8 +81,11 @@ def test_chunks_and_batches_change_nothing(make_llm, params, name: str) -> None:
 
 @pytest.mark.parametrize('name', ['int8', 'fp8'])
 def test_the_gpus_kernel_serves_the_same(name: str) -> None:
-  """Interpreted, on a CPU; its heads are 16 wide at least."""
-  model = dataclasses.replace(tiny.MODEL, head_dim=16)
+  """Interpreted, on a CPU; its heads are 16 wide at least.
+
+  Two layers: the last one's attention is one of decodes only.
+  """
+  model = dataclasses.replace(tiny.MODEL, head_dim=16, num_layers=2)
   params = models.init_params(model, jax.random.key(0), jnp.float32, scale=0.4)
   llms = [llm_lib.LLM(model, params, config=config_lib.EngineConfig(
     token_budget=16, max_num_seqs=2, max_model_len=64, page_size=16,

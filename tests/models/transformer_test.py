@@ -119,6 +119,31 @@ def test_every_parameter_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', CONFIGS)
+def test_the_last_layer_computes_what_leaves_only(name: str) -> None:
+  config = CONFIGS[name]
+  params = _init(config)
+  tokens = _tokens(12)
+  rows = jnp.array([7, 2, 11], jnp.int32)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(params: Any, tokens: Any, leaving: bool) -> jax.Array:
+    x, _ = models.run_layers(
+      config, params['layers'], [None] * config.num_layers,
+      jnp.take(params['embed'], tokens, axis=0), jnp.arange(12), None,
+      models.causal_attend,
+      windows=[config.layer_window(i) for i in range(config.num_layers)],
+      leaving=rows if leaving else None)
+    return x
+
+  np.testing.assert_allclose(
+    run(params, tokens, True), run(params, tokens, False)[rows], atol=1e-5)
+  some, everything = (
+    run.lower(params, tokens, leaving).compile().cost_analysis()['flops']
+    for leaving in (True, False))
+  assert some < .75 * everything, 'one of two layers has a quarter of the rows'
+
+
+@pytest.mark.parametrize('name', CONFIGS)
 def test_padding_after_the_end_changes_nothing(name: str) -> None:
   config = CONFIGS[name]
   params = _init(config)

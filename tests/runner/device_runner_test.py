@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
@@ -121,6 +122,21 @@ def test_a_copy_of_the_kv_cache_would_be_found():
     pages, pages, new, new, jnp.arange(3, dtype=jnp.int32)).compile()
   assert compiled.memory_analysis().alias_size_in_bytes == 0
   assert len(kv_copies(compiled.as_text(), pages.shape)) >= 2
+
+
+def test_the_last_layer_leaves_out_what_nobody_reads():
+  model = dataclasses.replace(MODEL, num_layers=3, intermediate_size=40)
+  steps = programs.StepPrograms(
+    model, mesh_lib.make(), tiny.engine_config(token_budget=16),
+    dtype=jnp.float32, kv_dtype=jnp.float32, max_model_len=32,
+    max_step_tokens=16)
+
+  def rows_of_mlps(size):
+    text = steps.lower(size, NUM_PAGES).as_text()
+    return re.findall(r'dot_general.*-> tensor<(\d+)x40xf32>', text)
+
+  assert rows_of_mlps(16) == ['16'] * 4 + ['4'] * 2  # gates and ups
+  assert rows_of_mlps(4) == ['4'] * 6
 
 
 GIB = 2**30

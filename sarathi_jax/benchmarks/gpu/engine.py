@@ -92,6 +92,10 @@ def steps(journal: journal_lib.Journal,
   vocab = params['embed']
   looked_up = 0 if model.tie_word_embeddings else vocab.nbytes
   block_size = sum(x.size for x in jax.tree.leaves(params['layers']))
+  # Of all but a sequence's last token, the last layer has keys and values.
+  last = params['layers'][-1]
+  left_out = sum(x.size for x in jax.tree.leaves(last)) - sum(
+    last['attn'][name].size for name in 'kv')
   per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * (
     vocab.dtype.itemsize)
 
@@ -104,9 +108,11 @@ def steps(journal: journal_lib.Journal,
       _chunk(i, before, tokens, config.page_size) for i in range(seqs)])
     floor = (weights - looked_up + seqs * (before + tokens) * per_token) / (
       limits['copy_bytes_per_s'])
-    pairs = seqs * (tokens * before + tokens * (tokens + 1) // 2)
-    flops = 2 * seqs * (block_size * tokens + vocab.size) + (
-      4 * pairs * model.num_layers * model.num_heads * model.head_dim)
+    pairs = (before + tokens) + (model.num_layers - 1) * (
+      tokens * before + tokens * (tokens + 1) // 2)
+    flops = seqs * (
+      2 * (block_size * tokens - left_out * (tokens - 1) + vocab.size)
+      + 4 * pairs * model.num_heads * model.head_dim)
     return {
       **dataclasses.asdict(point), **times, 'floor_s': floor,
       'of_floor': times['step_s'] / floor,
