@@ -31,6 +31,7 @@ class GpuTarget:
     bandwidth: bytes a second, of its memory.
     l2_bytes: of its cache.
     clock_ghz: the highest.
+    matmul_flops: a second, of dense bfloat16 on the tensor cores.
   """
 
   device_kind: str
@@ -44,6 +45,7 @@ class GpuTarget:
   bandwidth: int
   l2_bytes: int
   clock_ghz: float
+  matmul_flops: float
 
   @property
   def shared_memory_per_block(self) -> int:
@@ -115,20 +117,32 @@ TARGETS: Mapping[str, GpuTarget] = {
     multiprocessors=108, lanes=64, shared_memory=167936,
     threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
     memory_bytes=85_100_068_864, bandwidth=2_039_040_000_000,
-    l2_bytes=41_943_040, clock_ghz=1.41),
+    l2_bytes=41_943_040, clock_ghz=1.41, matmul_flops=312e12),
   'a40': GpuTarget(
     device_kind='NVIDIA A40', compute_capability=(8, 6),
     multiprocessors=84, lanes=128, shared_memory=102400,
     threads_per_multiprocessor=1536, blocks_per_multiprocessor=16,
     memory_bytes=47_800_000_000, bandwidth=696_000_000_000,
-    l2_bytes=6_291_456, clock_ghz=1.74),
+    l2_bytes=6_291_456, clock_ghz=1.74, matmul_flops=149.7e12),
   'h100': GpuTarget(
     device_kind='NVIDIA H100 80GB HBM3', compute_capability=(9, 0),
     multiprocessors=132, lanes=128, shared_memory=233472,
     threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
     memory_bytes=84_942_979_072, bandwidth=3_352_320_000_000,
-    l2_bytes=52_428_800, clock_ghz=1.98),
+    l2_bytes=52_428_800, clock_ghz=1.98, matmul_flops=989.4e12),
 }
+
+
+# By what jax.Device.device_kind begins with.
+_KINDS: Mapping[str, str] = {
+  'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
+  'NVIDIA H200': 'h100'}
+
+
+def name_of(device_kind: str) -> str | None:
+  """The target that a device is; None if it is in no table."""
+  return next((name for begin, name in _KINDS.items()
+               if device_kind.startswith(begin)), None)
 
 
 def get(name: str) -> GpuTarget:

@@ -43,6 +43,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'attention', None, 'Implementation of the step\'s attention. Default: '
     'what --model says.')
+  flags.DEFINE_integer(
+    'tokens', None, 'Of the step: compile the one that such a batch takes, '
+    'such as one of decodes, and not the largest.', lower_bound=1)
   flags.DEFINE_string('json', None, 'File for the results.')
 
 
@@ -57,7 +60,7 @@ def _compile_step() -> Any:
     config = dataclasses.replace(
       asked.config, attention=FLAGS.attention or asked.config.attention)
     return step.check(
-      asked.name, asked.known_model(), config, FLAGS.device)
+      asked.name, asked.known_model(), config, FLAGS.device, FLAGS.tokens)
   except errors.SarathiError as error:
     sys.exit(f'error: {error}')
 
@@ -79,6 +82,8 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_enable_compilation_cache', False)
   if reason := toolkit.missing():
     sys.exit(f'error: {reason}')
+  if FLAGS.tokens and not FLAGS.model:
+    raise app.UsageError('--tokens: is for a step; name its --model.')
   console = rich.console.Console(highlight=False)
   step = _compile_step() if FLAGS.model else None
   results = [step.case] if step else _compile_kernels()

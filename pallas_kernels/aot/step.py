@@ -64,16 +64,19 @@ class StepResult:
 
 
 def check(name: str, model: model_config_lib.ModelConfig,
-          config: config_lib.EngineConfig, device: str) -> StepResult:
-  """Compiles the largest hybrid step of a deployment, in bfloat16.
+          config: config_lib.EngineConfig, device: str,
+          tokens: int | None = None) -> StepResult:
+  """Compiles a step of a deployment, in bfloat16.
 
   Args:
     name: of the deployment.
     model, config: what is to be served, and how.
     device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
+    tokens: of the batch; None: the most.
 
   Raises:
-    sarathi_jax.errors.ConfigError: it can't work, whatever the memory.
+    sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
+      step has so many tokens.
   """
   parallelism = parallel.Parallelism(tp=config.tp, pp=config.pp)
   parallelism.check(model)
@@ -94,7 +97,10 @@ def check(name: str, model: model_config_lib.ModelConfig,
         device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
 
     memory = plan(0)
-    size = programs.sizes[-1]
+    most = programs.sizes[-1]
+    config_lib.check(tokens is None or tokens <= most, 'tokens', tokens,
+                     f'must be at most {most}, as of the largest step')
+    size = next(n for n in programs.sizes if n >= (tokens or most))
     num_pages = memory.num_pages or programs.pages_per_seq
     case = cases.measure(f'{name}, {size} tokens', device,
                          lambda: programs.lower(size, num_pages))

@@ -258,7 +258,11 @@ def write_kv(
 
   Returns:
     The pages, updated.
+
+  Raises:
+    ValueError: shapes or dtypes don't fit; says which and why.
   """
+  validate.validate_written(k_pages, v_pages, k, v, slot_mapping)
   return layout.write(k_pages, v_pages, k, v, slot_mapping)
 
 
@@ -285,15 +289,9 @@ def _default(page_size: int, num_kv_heads: int, head_dim: int,
   device = tuning.default_device()
   if device.platform not in ('gpu', 'cuda'):
     return 'xla'
-  capability = str(getattr(device, 'compute_capability', ''))
-  major = capability.partition('.')[0]
-  if not major.isdigit() or int(major) < 8:
-    _say_once('Attention falls back to plain XLA: pallas_triton: '
-              f'compute_capability={capability}: must be 8.0 or above.')
-    return 'xla'
   name, reason = _fastest(page_size, num_kv_heads, head_dim, dtype)
-  if name is None:
-    _say_once(f'Attention falls back to plain XLA: {reason}')
+  if reason:
+    _say_once(f'Attention falls back to {name or "plain XLA"}: {reason}')
   return name or 'xla'
 
 

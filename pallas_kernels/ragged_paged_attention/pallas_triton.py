@@ -28,6 +28,7 @@ from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import validate
 
 # It says so at every lowering, from JAX 0.11 on. Nothing else serves Ampere.
 warnings.filterwarnings(
@@ -71,6 +72,7 @@ def ragged_paged_attention(
 
   Raises:
     NotImplementedError: the shapes are not such as the kernel can have.
+    ValueError: the plan is for other shapes.
   """
   shape = tuning.Shape.of(q, k_pages)
   sizes = sizes or tuning.choose(shape)
@@ -79,6 +81,10 @@ def ragged_paged_attention(
       batch.kv_lens, batch.cu_q_lens, batch.distribution,
       num_tokens=q.shape[0], sliding_window=options.sliding_window,
       sizes=sizes, shape=shape)
+  items = sizes.tiling(shape).num_work_items(
+    q.shape[0], len(batch.kv_lens), shape.group)
+  validate.check(len(plan.rows) == items, 'plan', f'{len(plan.rows)} items',
+                 f'must be of make_plan for these arguments, {items}')
   launch = functools.partial(
     _launch, shape=shape, sizes=sizes, options=options)
   return lax.platform_dependent(

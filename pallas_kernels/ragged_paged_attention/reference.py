@@ -22,13 +22,23 @@ def ragged_paged_attention(
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
-  """See `api.ragged_paged_attention`. Rows of padding are zero."""
+  """See `api.ragged_paged_attention`. Rows of padding are zero.
+
+  Raises:
+    NotImplementedError: it is traced.
+  """
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(
+      (q, k_pages, v_pages, batch))):
+    raise NotImplementedError(
+      'reference: it looks at values: call it outside jax.jit.')
   queries = np.asarray(q)
   keys, values = map(_numbers, layout.to_rows(k_pages, v_pages))
   lens, tables, starts, distribution = map(np.asarray, batch)
   out = np.zeros(queries.shape, np.float32)
   for s in range(int(distribution[1])):
     start, stop, context = int(starts[s]), int(starts[s + 1]), int(lens[s])
+    if start == stop:
+      continue
     out[start:stop] = _attend(
       queries[start:stop].astype(np.float32),
       _gather(keys, tables[s], context), _gather(values, tables[s], context),
@@ -60,7 +70,8 @@ def _attend(
   """The last `q_len` rows of causal attention."""
   q_len, num_heads, head_dim = q.shape
   context, num_kv_heads, _ = k.shape
-  grouped = q.reshape(q_len, num_kv_heads, -1, head_dim)
+  grouped = q.reshape(
+    q_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
   scores = np.einsum('qkgh,ckh->qkgc', grouped, k, optimize=True)
   scores *= options.scale
   if (cap := options.soft_cap) is not None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of the GPU kernels' tiles, by device and shape: tables.
 
-No entry was tuned on a GPU yet. They are what compiles for the device without
-a register spilled and leaves room for two blocks on each multiprocessor
-where it can (`python -m pallas_kernels.aot` shows it, and CI proves it).
+`_TUNED` is for what a GPU showed to be the fastest, by `scripts/gpu_check
+--stages=tune`; none did yet. The others' sizes are what compiles for the
+device without a register spilled and leaves room for two blocks on each
+multiprocessor where it can (`python -m pallas_kernels.aot` shows it, and CI
+proves it, for both).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -108,9 +111,14 @@ class Sizes:
       has_wide=self.has_wide)
 
 
-# (bytes of a number, head_dim up to) -> Sizes but for num_blocks.
+# Of Sizes, what the tables have.
+NUMBERS = 'wide_rows', 'block_n', 'num_warps', 'num_stages'
+_Numbers = tuple[int, int, int, int]
+# (device, dtype, kv_dtype, H / K, head_dim, page_size) ->
+_TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
+# (bytes of a number, head_dim up to) ->
 _WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
-_SIZES: Mapping[str, Mapping[tuple[int, int], tuple[int, int, int, int]]] = {
+_SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a100': {(2, 128): (64, 32, 4, 2)} | _WIDE,
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
   'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
@@ -121,43 +129,68 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], tuple[int, int, int, int]]] = {
 _FASTEST: Mapping[str, tuple[str, ...]] = {
   'a100': ('pallas_triton',), 'a40': ('pallas_triton',),
   'h100': ('pallas_triton', 'pallas_mosaic')}
-# By what jax.Device.device_kind begins with.
-_TARGETS = {'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
-            'NVIDIA H200': 'h100'}
 
 
-def choose(shape: Shape, device_kind: str | None = None) -> Sizes:
-  """The sizes for a shape.
+def choose(shape: Shape) -> Sizes:
+  """The sizes for a shape, on the default device.
 
-  Args:
-    shape: of the call.
-    device_kind: as jax.Device has it; None: the default device's. Devices
-      that are not in the table get A40's sizes, the most modest.
+  Devices that are not in the tables get A40's sizes, the most modest. CPUs
+  interpret the kernel.
 
   Raises:
-    NotImplementedError: there are none for such a shape.
+    NotImplementedError: there are none for such a shape or device.
   """
-  target = _target(
-    default_device().device_kind if device_kind is None else device_kind)
-  width = jnp.dtype(shape.dtype).itemsize
+  device = default_device()
+  check_device(device)
+  target, width = _target(device), jnp.dtype(shape.dtype).itemsize
+  tuned = _TUNED.get((target, shape.dtype, shape.kv_dtype, shape.group,
+                      shape.head_dim, shape.page_size))
+  num_blocks = 2 * _multiprocessors(device)
+  if tuned is not None:
+    return Sizes(*tuned, num_blocks=num_blocks)
   for (itemsize, head_dim), sizes in _SIZES[target].items():
     if itemsize == width and shape.head_dim <= head_dim:
-      return Sizes(
-        *sizes, num_blocks=2 * gpu_targets.get(target).multiprocessors)
+      return Sizes(*sizes, num_blocks=num_blocks)
   _check(width in (2, 4), 'dtype', shape.dtype,
          'must be float32, bfloat16 or float16')
   _check(False, 'head_dim', shape.head_dim, 'must be at most 256')
   raise AssertionError
 
 
+def candidates() -> Iterator[Sizes]:
+  """What is worth a try on the default device."""
+  num_blocks = 2 * _multiprocessors(default_device())
+  for numbers in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
+    yield Sizes(*numbers, num_blocks=num_blocks)
+
+
+def check_device(device: Any) -> None:
+  """Raises NotImplementedError if pallas_triton can't run there."""
+  if device.platform == 'cpu':
+    return
+  _check(device.platform in ('gpu', 'cuda'), 'platform', device.platform,
+         'must be gpu, or cpu to be interpreted')
+  capability = str(getattr(device, 'compute_capability', ''))
+  major = capability.partition('.')[0]
+  _check(major.isdigit() and int(major) >= 8, 'compute_capability',
+         capability, 'must be 8.0 or above')
+
+
 def fastest() -> tuple[str, ...]:
   """The implementations for the default device, the fastest first."""
-  return _FASTEST[_target(default_device().device_kind)]
+  return _FASTEST[_target(default_device())]
 
 
-def _target(device_kind: str) -> str:
-  return next((name for begin, name in _TARGETS.items()
-               if device_kind.startswith(begin)), 'a40')
+def _target(device: Any) -> str:
+  return gpu_targets.name_of(device.device_kind) or 'a40'
+
+
+def _multiprocessors(device: Any) -> int:
+  """Of the device, if it says so: an H100 has 114 or 132."""
+  count: int | None = getattr(device, 'core_count', None)
+  if device.platform == 'cpu' or not count:
+    return gpu_targets.get(_target(device)).multiprocessors
+  return count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,8 +241,8 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
         f'must be one of {", ".join(map(str, _MOSAIC))}')
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
-  num_blocks = (_INTERPRETED_BLOCKS if interpret
-                else gpu_targets.get('h100').multiprocessors)
+  num_blocks = (
+    _INTERPRETED_BLOCKS if interpret else _multiprocessors(device))
   return MosaicSizes(
     *_MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret)
 
@@ -248,6 +281,10 @@ _HEADS = {
   'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
   'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
   'gemma-7b': (16, 16, 256)}
+# In bfloat16 all are; of each head dim one in the others.
+_DTYPES: Mapping[str, tuple[str, ...]] = {
+  'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
+  'phi-2': ('float32',), 'h96': ('float32',)}
 _FP8 = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
 
 
@@ -266,6 +303,19 @@ def cases(device: str) -> Iterator[Case]:
       yield _case(name, heads, kv_heads, head_dim, special, kv_dtype='int8')
       for options in (plain, special):
         yield _case(name, heads, kv_heads, head_dim, options, 'float32')
+    if name in _DTYPES:
+      for dtype in _DTYPES[name]:
+        yield _case(name, heads, kv_heads, head_dim, plain, dtype)
+    if name == 'mistral-7b':  # Larger pages than a block change no block.
+      for page_size in (16, 32):
+        yield _case(name, heads, kv_heads, head_dim, plain,
+                    page_size=page_size)
+  for target, dtype, kept, group, head_dim, page_size in _TUNED:
+    if target == device:
+      yield _case(
+        f'tuned {group} {head_dim}', 4 * group, 4, head_dim,
+        batch_lib.Options(head_dim**-0.5), dtype,
+        kept if kept != dtype else None, page_size=page_size)
   if device == 'h100' and jax.__version_info__ >= _MOSAIC_JAX:
     yield from mosaic_cases()
 

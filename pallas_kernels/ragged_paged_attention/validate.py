@@ -18,6 +18,28 @@ _RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
          'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
 
 
+def validate_written(k_pages: Pages, v_pages: Pages, k: jax.Array,
+                     v: jax.Array, slot_mapping: jax.Array) -> None:
+  """Checks the arguments of `api.write_kv`.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  num_pages, num_kv_heads, _, head_dim = layout.sizes(k_pages)
+  keys, values = map(quantization.values_of, (k_pages, v_pages))
+  check(values.shape[:2] == (num_pages, num_kv_heads)
+        and values.size == keys.size, 'v_pages', values.shape,
+        f'must be as from init_pages, with k_pages={keys.shape}')
+  check(slot_mapping.ndim == 1 and slot_mapping.dtype == jnp.int32,
+        'slot_mapping', f'{slot_mapping.dtype}{slot_mapping.shape}',
+        'must be int32, with one axis')
+  wanted = slot_mapping.shape[0], num_kv_heads, head_dim
+  for name, x in (('k', k), ('v', v)):
+    check(x.shape == wanted, name, x.shape, f'must be {wanted}')
+    check(jnp.issubdtype(x.dtype, jnp.floating), name, x.dtype,
+          'must be a float')
+
+
 def static_validate(
   q: jax.Array,
   k_pages: Pages,

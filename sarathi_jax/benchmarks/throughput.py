@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import statistics
 import time
 
 from absl import app
@@ -76,7 +75,8 @@ class Workload:
   output_lens: tuple[int, ...]
 
 
-def run(llm: llm_lib.LLM, workload: Workload, seed: int) -> dict[str, float]:
+def run(llm: llm_lib.LLM, workload: Workload, seed: int,
+        ) -> dict[str, float | None]:
   """One run's numbers, on random prompts that are fresh for every seed."""
   rng = random.Random(seed)
   prompts, sampling = [], []
@@ -88,21 +88,24 @@ def run(llm: llm_lib.LLM, workload: Workload, seed: int) -> dict[str, float]:
       max_tokens=rng.choice(workload.output_lens)))
   metrics = llm.engine.metrics
   num_steps, wait_s = metrics.num_steps, metrics.wait_s
+  earlier = metrics.ttft_s.copy(), metrics.tbt_s.copy()
   start = time.perf_counter()
   done = llm.generate(prompts, sampling)
   seconds = time.perf_counter() - start
   num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
   output, prompt = (sum(map(len, x)) for x in (
     [d.token_ids for d in done], prompts))
-  gaps = [d.metrics.max_tbt_s for d in done if d.metrics.max_tbt_s is not None]
+  ttft, tbt = (
+    values.since(before) for values, before in zip(
+      (metrics.ttft_s, metrics.tbt_s), earlier, strict=True))
   return {
     'seconds': seconds, 'output_tokens': output, 'prompt_tokens': prompt,
     'output_tokens_per_s': output / seconds,
     'prompt_tokens_per_s': prompt / seconds, 'steps': num_steps,
     'step_ms': seconds / num_steps * 1e3,
     'host_ms_per_step': (seconds - wait_s) / num_steps * 1e3,
-    'ttft_p50_s': statistics.median(d.metrics.ttft_s or 0 for d in done),
-    'worst_tbt_p50_s': statistics.median(gaps) if gaps else 0.0}
+    'ttft_p50_s': ttft.quantile(.5), 'ttft_p99_s': ttft.quantile(.99),
+    'tbt_p50_s': tbt.quantile(.5), 'tbt_p99_s': tbt.quantile(.99)}
 
 
 def main(argv: list[str]) -> None:
@@ -136,17 +139,22 @@ def main(argv: list[str]) -> None:
   _report(console, config, llm, rows)
 
 
+def _shown(value: float | None) -> str:
+  if value is None:
+    return '-'
+  return f'{value:,.0f}' if value > 99 else f'{value:.3g}'
+
+
 def _report(console: rich.console.Console, config: config_lib.EngineConfig,
-            llm: llm_lib.LLM, rows: list[dict[str, float]]) -> None:
+            llm: llm_lib.LLM,
+            rows: list[dict[str, float | None]]) -> None:
   device = jax.devices()[0].device_kind
   table = rich.table.Table(
     '', *('warm-up' if i == 0 else f'run {i}' for i in range(len(rows))),
     title=f'{FLAGS.model} {FLAGS.dtype} on {device}, {config.policy}, '
     f'{config.token_budget} tokens a step')
   for name in rows[0]:
-    table.add_row(name, *(
-      f'{row[name]:,.0f}' if row[name] > 99 else f'{row[name]:.3g}'
-      for row in rows))
+    table.add_row(name, *(_shown(row[name]) for row in rows))
   console.print(table)
   waste = llm.engine.stats().padding_waste
   console.print(f'{waste:.1%} of the rows computed were padding.')

@@ -44,6 +44,14 @@ class Quantiles:
       self.count, self.total, self.largest)
     return copy
 
+  def since(self, earlier: Quantiles) -> Quantiles:
+    """Those added after `earlier` was copied; the largest is of all."""
+    new = self.copy()
+    new._counts.subtract(earlier._counts)
+    new.count -= earlier.count
+    new.total -= earlier.total
+    return new
+
   def cumulative(self, bounds: Sequence[float]) -> list[int]:
     """How many values are at most each bound, bounds ascending.
 

@@ -17,6 +17,7 @@ import pytest
 from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import idle
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks.gpu import stages
 from sarathi_jax.benchmarks.gpu import targets
 
 
@@ -36,12 +37,13 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   flags = '--size=tiny', f'--output={tmp_path}'
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
-  second = run(*flags, '--stages=tests,limits,attention,mosaic,torch,quantized')
+  second = run(
+    *flags, '--stages=tests,limits,attention,mosaic,torch,quantized,tune')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
   found = results(tmp_path)
   assert set(found['results']) == {
-    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized'}
+    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized', 'tune'}
   rows = found['results']['attention']
   assert {row['kind'] for row in rows if 'kind' in row} == {
     'decode', 'prefill', 'hybrid', 'part'}
@@ -49,6 +51,9 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   timed = {r['alternative_to'] for r in found['results']['torch'] if 'us' in r}
   assert timed == set(found['over_alternatives']) == {
     'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
+  assert [row['point'] for row in found['results']['tune']] == [
+    'decode 1 x 32: 64, 32, 4, 2', 'decode 1 x 32: 64, 32, 4, 3']
+  assert len(found['best_sizes']) == 2
   assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
   row, = found['results']['mosaic']
   if jax.__version_info__ < (0, 11):
@@ -158,6 +163,51 @@ def test_kernels_are_compared_by_point() -> None:
   assert targets.over_mosaic(found) == {'prefill 512 after 0': 1.5}
   assert not targets.over_mosaic({'mosaic': [
     {'point': 'pallas_mosaic', 'absent': 'no Hopper'}]})
+
+
+def test_the_best_sizes_are_so_for_all_batches() -> None:
+  numbers = dict(wide_rows=64, block_n=32, num_warps=4, num_stages=2)
+  found = {'tune': [
+    {'batch': 'a', **numbers, 'us': 10.0},
+    {'batch': 'b', **numbers, 'us': 20.0},
+    {'batch': 'a', **numbers, 'num_warps': 8, 'us': 20.0},
+    {'batch': 'b', **numbers, 'num_warps': 8, 'us': 5.0},
+    {'batch': 'a', **numbers, 'num_stages': 3, 'us': 1.0},  # not with b
+    {**numbers, 'num_stages': 3, 'absent': 'shared memory'}]}
+  first, second = targets.best_sizes(found)
+  assert (first['num_warps'], second['num_warps']) == (8, 4)
+  assert first['over_best'] == pytest.approx((20 * 1) ** .5)
+  assert second['over_best'] == pytest.approx((10 * 4) ** .5)
+
+
+def test_graphs_stand_side_by_side() -> None:
+  assert targets.graphs({
+    'engine': [{'point': 'decode', 'step_s': 1}, {'point': 'x', 'step_s': 9}],
+    'no_graphs': [{'point': 'decode', 'step_s': 2}]}) == [
+      {'what': 'decode: step_s', 'engine': 1, 'xla_graphs': None,
+       'no_graphs': 2}]
+
+
+def test_tests_that_did_not_run_are_no_success(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  size = dataclasses.replace(
+    stages.SIZES['tiny'], tests=('tests/no_such_test.py',))
+  with pytest.raises(RuntimeError, match='pytest: exit status 4'):
+    stages._tests(size, journal_lib.Journal(tmp_path / 'x.jsonl'))
+  monkeypatch.setattr(sys, 'executable', '/bin/false')  # as without pytest
+  with pytest.raises(RuntimeError, match='pytest: exit status 1'):
+    stages._tests(size, journal_lib.Journal(tmp_path / 'x.jsonl'))
+
+
+def test_each_call_has_pages_of_its_own() -> None:
+  sweep = attention.Sweep(
+    num_heads=2, num_kv_heads=1, head_dim=16, dtype='float32', page_size=16,
+    pool_tokens=256, decode_seqs=(2,), decode_contexts=(32,), chunks=(),
+    hybrids=(), calls=2)
+  batch, = attention.batches(sweep)
+  tables = attention.Kernel(sweep, 'xla').arguments(batch)[4]
+  assert tables.shape == (2, 8, 2)
+  assert len(set(tables[:, :2].ravel().tolist())) == 8
 
 
 def test_targets_take_the_worst() -> None:

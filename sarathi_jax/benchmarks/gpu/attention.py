@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -17,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import pallas_triton
+from pallas_kernels.ragged_paged_attention import tuning
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 
@@ -31,11 +35,13 @@ class Sweep:
   Attributes:
     num_heads, num_kv_heads, head_dim, dtype: of the model, Mistral-7B's.
     kv_dtype: of the cache, if it is quantized.
-    pool_tokens: tokens in the cache; what needs more is left out.
+    pool_tokens: tokens in the cache; a batch of more meets its pages again,
+      gigabytes later.
     decode_seqs, decode_contexts: every pair of them.
     chunks, chunk_contexts: every pair; the context before the chunk.
     hybrids: (decodes, their context, tokens of the chunk, context before it).
-    calls: of a program; to launch one costs as much as a short call.
+    calls: of a program, each on pages of its own, as a model's layers are;
+      to launch one costs as much as a short call.
   """
 
   num_heads: int = 32
@@ -95,7 +101,7 @@ class Batch:
 
 
 def batches(sweep: Sweep) -> Iterator[Batch]:
-  """All points that the cache holds."""
+  """All points."""
   points = [Batch('decode', n, c, 0, 0) for n in sweep.decode_seqs
             for c in sweep.decode_contexts]
   points += [Batch('prefill', 0, 0, n, c) for n in sweep.chunks
@@ -103,7 +109,7 @@ def batches(sweep: Sweep) -> Iterator[Batch]:
   for n, c, chunk, before in sweep.hybrids:  # And its parts, alone.
     points += [Batch('hybrid', n, c, chunk, before), Batch('part', n, c, 0, 0),
                Batch('part', 0, 0, chunk, before)]
-  return (b for b in points if sum(b.lens) <= sweep.pool_tokens)
+  return iter(points)
 
 
 class Kernel:
@@ -122,20 +128,21 @@ class Kernel:
     self._pages_per_seq = -(-max(
       max(b.lens) for b in batches(sweep)) // sweep.page_size)
     self._run = jax.jit(functools.partial(
-      _chain, sweep.calls, scale=sweep.head_dim**-0.5,
+      _chain, scale=sweep.head_dim**-0.5,
       implementation=implementation))
 
   def arguments(self, batch: Batch) -> tuple[Any, ...]:
     lens = batch.lens
     rows = max(8, len(lens))
-    tables = np.zeros((rows, self._pages_per_seq), np.int32)
+    tables = np.zeros((self.sweep.calls, rows, self._pages_per_seq), np.int32)
     at = 0
-    for i, n in enumerate(lens):
-      count = -(-n // self.sweep.page_size)
-      # Pages of the pool in a shuffled order, around if it ends.
-      tables[i, :count] = self._order[
-        np.arange(at, at + count) % len(self._order)]
-      at += count
+    for table in tables:
+      for row, n in zip(table, lens, strict=False):
+        count = -(-n // self.sweep.page_size)
+        # Pages of the pool in a shuffled order, around if it ends.
+        row[:count] = self._order[
+          np.arange(at, at + count) % len(self._order)]
+        at += count
     kv_lens = np.zeros(rows, np.int32)
     kv_lens[:len(lens)] = lens
     starts = np.full(rows + 1, batch.num_tokens, np.int32)
@@ -147,10 +154,12 @@ class Kernel:
       kv_lens, tables, starts,
       np.array([batch.decodes, len(lens)], np.int32))))
 
-  def seconds(self, batch: Batch) -> float:
+  def seconds(self, batch: Batch, sizes: tuning.Sizes | None = None) -> float:
+    """Of a call; with other sizes of tiles than the table's, if any."""
     arguments = self.arguments(batch)
-    return timing.seconds(
-      lambda: self._run(*arguments)) / self.sweep.calls
+    run = self._run if sizes is None else jax.jit(functools.partial(
+      _chain_of, sizes, batch_lib.Options(self.sweep.head_dim**-0.5)))
+    return timing.seconds(lambda: run(*arguments)) / self.sweep.calls
 
 
 def _random(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
@@ -160,7 +169,6 @@ def _random(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
 
 
 def _chain(
-  calls: int,
   q: jax.Array,
   k_pages: jax.Array,
   v_pages: jax.Array,
@@ -175,10 +183,22 @@ def _chain(
   """Attention to attention's output under one plan, as in a model's layers."""
   plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution,
                        implementation=implementation)
-  for _ in range(calls):
+  for table in tables:
     q = rpa.ragged_paged_attention(
-      q, k_pages, v_pages, kv_lens, tables, starts, distribution, plan=plan,
+      q, k_pages, v_pages, kv_lens, table, starts, distribution, plan=plan,
       implementation=implementation, **options)
+  return q
+
+
+def _chain_of(sizes: tuning.Sizes, options: batch_lib.Options, q: jax.Array,
+              k_pages: jax.Array, v_pages: jax.Array, kv_lens: jax.Array,
+              tables: jax.Array, starts: jax.Array,
+              distribution: jax.Array) -> jax.Array:
+  """As `_chain`, by pallas_triton with these sizes."""
+  for table in tables:
+    batch = batch_lib.Batch(kv_lens, table, starts, distribution)
+    q = pallas_triton.ragged_paged_attention(
+      q, k_pages, v_pages, batch, options, sizes=sizes)
   return q
 
 
@@ -233,11 +253,15 @@ def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
       'kv_mb': num_bytes / 1e6}
 
   def alternative(batch: Batch, name: str) -> journal_lib.Row:
-    return {'alternative_to': batch.name,
-            'us': dense_seconds(sweep, batch, name) * 1e6}
+    try:
+      took = dense_seconds(sweep, batch, name)
+    except Exception as error:  # The comparison is a guest.
+      return {'absent': f'{type(error).__name__}: {error}'[:300]}
+    return {'alternative_to': batch.name, 'us': took * 1e6}
 
+  kept = f'{sweep.kv_dtype} ' if sweep.kv_dtype else ''
   for batch in batches(sweep):
-    journal.measure(batch.name, functools.partial(row, batch))
+    journal.measure(f'{kept}{batch.name}', functools.partial(row, batch))
     # It has no mask for a chunk behind others but one in memory.
     if (dense and is_comparable(batch) and not batch.before
         and batch.kv_bytes(sweep) <= dense_bytes):
@@ -258,6 +282,36 @@ def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
   run(journal, sweep, limits, name, None)
 
 
+def run_tuning(journal: journal_lib.Journal, sweep: Sweep,
+               most: int | None = None) -> None:
+  """Times pallas_triton with all sizes that are worth a try.
+
+  What can't be compiled, as shared memory does not suffice, is absent. A
+  winner goes into `tuning._TUNED`, under the sweep's shape; CI then compiles
+  it for spills.
+
+  Args:
+    journal: as of `run`.
+    sweep: the shape, and batches that count alike.
+    most: sizes that are tried; None: all.
+  """
+  kernel = functools.cache(lambda: Kernel(sweep, 'pallas_triton'))
+
+  def row(batch: Batch, sizes: tuning.Sizes) -> journal_lib.Row:
+    numbers = {name: getattr(sizes, name) for name in tuning.NUMBERS}
+    try:
+      took = kernel().seconds(batch, sizes)
+    except Exception as error:
+      return numbers | {'absent': f'{type(error).__name__}: {error}'[:300]}
+    return {'batch': batch.name, **numbers, 'us': took * 1e6}
+
+  for sizes, batch in itertools.product(
+      itertools.islice(tuning.candidates(), most), batches(sweep)):
+    numbers = [str(getattr(sizes, name)) for name in tuning.NUMBERS]
+    journal.measure(f'{batch.name}: {", ".join(numbers)}', functools.partial(
+      row, batch, sizes))
+
+
 def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,
               dense_bytes: int = 2**32) -> None:
   """The same with torch, if `python` has it, in a process of its own."""
@@ -274,9 +328,9 @@ def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,
       tempfile.TemporaryFile('w+')) as log:
     questions.write(''.join(f'{spec}\n' for spec in specs))
     questions.seek(0)
-    with subprocess.Popen([python, str(_TORCH_WORKER)], stdin=questions,
-                          stdout=subprocess.PIPE, stderr=log,
-                          text=True) as worker:
+    with subprocess.Popen(
+        [python, str(_TORCH_WORKER), jax.default_backend()], stdin=questions,
+        stdout=subprocess.PIPE, stderr=log, text=True) as worker:
       assert worker.stdout
       for answer in map(json.loads, worker.stdout):
         if point := answer.pop('point', None):

@@ -9,8 +9,8 @@ Hopper on the same points, where there is one), `torch` (torch's attention on
 the same shapes, where there is torch), `quantized` (the kernel on a cache of
 int8), `engine` (steps and serving on random weights), `xla_graphs` and
 `no_graphs` (the same with the CUDA graphs that XLA makes by itself, and
-without any), `capacity` (the paper's chats, live, by policy at one SLO). Each
-runs in a process of its own.
+without any), `capacity` (the paper's chats, live, by policy at one SLO), `tune`
+(the kernel with other tiles). Each runs in a process of its own.
 
 What is measured is kept at once, a file a stage: a run that was cut short goes
 on where it stopped, and programs that were compiled are not compiled again.
@@ -149,9 +149,9 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console(
     highlight=False, width=None if sys.stdout.isatty() else 140)
   path = pathlib.Path(FLAGS.output) / 'gpu_check.json'
+  start, failed = time.monotonic(), False
   here = _device(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  start, failed = time.monotonic(), False
   for name in FLAGS.stages:
     left = FLAGS.budget_s - (time.monotonic() - start)
     journal = _journal(name)
@@ -171,14 +171,17 @@ def main(argv: list[str]) -> None:
     results = {stage: list(_journal(stage).rows.values())
                for stage in stages.STAGES}
     verdicts = targets.judge(results)
+    compared = {name: compare(results)
+                for name, compare in targets.COMPARISONS.items()}
     common.write_json(
       str(path), 'gpu.check', FLAGS, {k: v for k, v in results.items() if v},
-      targets=verdicts, over_alternatives=targets.over_alternatives(results),
-      over_parts=targets.over_parts(results),
-      over_mosaic=targets.over_mosaic(results), **here)
+      targets=verdicts, **compared, **here)
     _show(console, name, results[name])
     journal = _journal(name)
     failed |= journal.has_errors or not journal.is_complete
+  for name, found in compared.items():
+    _show(console, name.replace('_', ' '), found if isinstance(found, list) else
+          [{'point': k, 'ratio': v} for k, v in found.items()])
   _show(console, f'targets, {here["device"]}, JAX {here["jax"]}', verdicts)
   console.print(f'{path}, after {time.monotonic() - start:.0f} s.')
   if failed:

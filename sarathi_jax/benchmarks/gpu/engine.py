@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpu_targets
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
@@ -75,7 +76,8 @@ def steps(journal: journal_lib.Journal,
   """Times steps of one kind of chunk.
 
   A row's `of_floor` is the step's time over that of reading weights, keys and
-  values once; `mfu` is of the measured rate of a matmul.
+  values once; `of_matmul` is of the measured rate of a matmul, `mfu` of what
+  the device's maker says (None for a device that is in no table).
 
   Args:
     journal: which takes the rows, and has those of an earlier run.
@@ -87,6 +89,8 @@ def steps(journal: journal_lib.Journal,
   runner = functools.cache(lambda: device_runner.DeviceRunner(
     model, params, mesh_lib.make(), config,
     lambda max_model_len: config.token_budget, _say_compiled))
+  target = gpu_targets.name_of(jax.devices()[0].device_kind)
+  peak = gpu_targets.get(target).matmul_flops if target else None
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   # The embedding is looked up; the head sees a sequence's last token only.
   vocab = params['embed']
@@ -116,7 +120,8 @@ def steps(journal: journal_lib.Journal,
     return {
       **dataclasses.asdict(point), **times, 'floor_s': floor,
       'of_floor': times['step_s'] / floor,
-      'mfu': flops / times['step_s'] / limits['matmul_flops_per_s']}
+      'of_matmul': flops / times['step_s'] / limits['matmul_flops_per_s'],
+      'mfu': flops / times['step_s'] / peak if peak else None}
 
   for point in points:
     journal.measure(point.name, functools.partial(row, point))

@@ -37,8 +37,9 @@ class Size:
   model: model_config_lib.ModelConfig
   dtype: str
   sweep: attention.Sweep
-  quantized: attention.Sweep
+  quantized: tuple[attention.Sweep, ...]
   mosaic: attention.Sweep
+  tuned: attention.Sweep
   copy_bytes: int
   matmul_n: int
   config: config_lib.EngineConfig
@@ -49,6 +50,7 @@ class Size:
   dense: str | None
   chats: workload_lib.WorkloadConfig
   capacity_rows: tuple[str, ...]
+  most_tried: int | None = None
   tests: tuple[str, ...] = ('tests/pallas_kernels', '-m', 'gpu')
 
 
@@ -56,13 +58,16 @@ SIZES: Mapping[str, Size] = {
   'full': Size(
     model=throughput.MODELS['mistral-7b'], dtype='bfloat16',
     sweep=attention.Sweep(),
-    quantized=attention.Sweep(
-      kv_dtype='int8', pool_tokens=2**20, decode_seqs=(1, 64, 256),
+    quantized=tuple(attention.Sweep(
+      kv_dtype=kept, pool_tokens=2**20, decode_seqs=(1, 64, 256),
       decode_contexts=(2048, 32768), chunks=(2048,), chunk_contexts=(0, 8192),
-      hybrids=()),
+      hybrids=()) for kept in ('int8', 'float8_e4m3fn')),
     # Decodes are the other kernel's: what the launch more costs them.
     mosaic=attention.Sweep(
       decode_seqs=(1, 64), decode_contexts=(512, 2048)),
+    tuned=attention.Sweep(
+      pool_tokens=2**20, decode_seqs=(64,), decode_contexts=(2048,),
+      chunks=(2048,), chunk_contexts=(4096,), hybrids=()),
     copy_bytes=2**31, matmul_n=8192, dense='cudnn',
     attention='pallas_triton',
     workload=throughput.Workload(
@@ -87,13 +92,17 @@ SIZES: Mapping[str, Size] = {
       pool_tokens=512, decode_seqs=(4,), decode_contexts=(64,),
       chunks=(32,), chunk_contexts=(0, 64), hybrids=((4, 64, 16, 16),),
       calls=1),
-    quantized=attention.Sweep(
+    quantized=(attention.Sweep(
       num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
       kv_dtype='int8', pool_tokens=256, decode_seqs=(4,),
-      decode_contexts=(64,), chunks=(), hybrids=(), calls=1),
+      decode_contexts=(64,), chunks=(), hybrids=(), calls=1),),
     mosaic=attention.Sweep(
       num_heads=2, num_kv_heads=1, head_dim=64, page_size=16,
       pool_tokens=256, decode_seqs=(), chunks=(32,), chunk_contexts=(0,),
+      hybrids=(), calls=1),
+    tuned=attention.Sweep(
+      num_heads=2, num_kv_heads=1, head_dim=16, dtype='float32', page_size=32,
+      pool_tokens=256, decode_seqs=(1,), decode_contexts=(32,), chunks=(),
       hybrids=(), calls=1),
     config=config_lib.EngineConfig(
       token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
@@ -101,7 +110,7 @@ SIZES: Mapping[str, Size] = {
     workload=throughput.Workload(
       num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
     chats=workload_lib.WorkloadConfig(num_requests=4, length_scale=0.01),
-    capacity_rows=('vllm', 'auto'),
+    capacity_rows=('vllm', 'auto'), most_tried=2,
     tests=('tests/pallas_kernels/gpu_targets_test.py',)),
 }
 
@@ -110,17 +119,21 @@ def _tests(size: Size, journal: journal_lib.Journal) -> None:
   """The tests that a GPU can run, less those that passed before."""
   passed = [f'--deselect={test}' for test in journal.rows if test in journal]
   with subprocess.Popen(
+      # What a newer JAX warns of is no failure of a GPU.
       [sys.executable, '-m', 'pytest', '-v', '-p', 'no:cacheprovider',
-       *size.tests, *passed], cwd=_ROOT, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True) as process:
+       '-W', 'default', *size.tests, *passed], cwd=_ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
     assert process.stdout
+    line = ''
     for line in process.stdout:
       print(line, end='')  # Into the log, where the failures' reasons are.
       if match := re.match(r'(\S+::.*?) (PASSED|FAILED|ERROR)\b', line):
         journal.add(match[1], {} if match[2] == 'PASSED' else {
           'error': match[2].lower()})
-  if process.returncode not in (0, 1, 5):  # 5: none was left to run.
-    raise RuntimeError(f'pytest: exit status {process.returncode}')
+  # 5: none was left to run.
+  if process.returncode not in (0, 1, 5) or not journal.rows:
+    raise RuntimeError(
+      f'pytest: exit status {process.returncode}: {line.strip()}')
 
 
 def _limits(size: Size, journal: journal_lib.Journal) -> None:
@@ -135,14 +148,18 @@ def _attention(size: Size, journal: journal_lib.Journal) -> None:
 
 
 def _quantized(size: Size, journal: journal_lib.Journal) -> None:
-  attention.run(
-    journal, size.quantized, timing.limits(size.copy_bytes, size.matmul_n),
-    size.attention, None)
+  limits = timing.limits(size.copy_bytes, size.matmul_n)
+  for sweep in size.quantized:
+    attention.run(journal, sweep, limits, size.attention, None)
 
 
 def _mosaic(size: Size, journal: journal_lib.Journal) -> None:
   attention.run_mosaic(
     journal, size.mosaic, timing.limits(size.copy_bytes, size.matmul_n))
+
+
+def _tune(size: Size, journal: journal_lib.Journal) -> None:
+  attention.run_tuning(journal, size.tuned, size.most_tried)
 
 
 def _torch(size: Size, journal: journal_lib.Journal) -> None:
@@ -190,7 +207,7 @@ STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
   'tests': _tests, 'limits': _limits, 'attention': _attention,
   'mosaic': _mosaic, 'torch': _torch, 'quantized': _quantized,
   'engine': _engine, 'xla_graphs': _engine, 'no_graphs': _engine,
-  'capacity': _capacity}
+  'capacity': _capacity, 'tune': _tune}
 _PROFILED = '--xla_enable_command_buffers_during_profiling=true'
 # What a stage has in XLA_FLAGS after the engine's own.
 XLA_FLAGS: Mapping[str, str] = {

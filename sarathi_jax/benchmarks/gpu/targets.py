@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
+import statistics
 from typing import Any
+
+from pallas_kernels.ragged_paged_attention import tuning
 
 Rows = list[dict[str, Any]]
 
@@ -95,6 +98,41 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
           if 'us' in r and r['point'] in ours}
 
 
+def best_sizes(results: Mapping[str, Rows]) -> Rows:
+  """Of the sizes that were tried, the best ones: for `tuning._TUNED`.
+
+  `over_best` is their time over the best one's, in the mean of the batches
+  (geometric); only those are here that all batches could be run with.
+  """
+  rows = [r for r in results.get('tune', []) if 'us' in r]
+  best: dict[str, float] = {}
+  for row in rows:
+    best[row['batch']] = min(row['us'], best.get(row['batch'], row['us']))
+  tried: dict[tuple[int, ...], list[float]] = {}
+  for row in rows:
+    tried.setdefault(tuple(row[n] for n in tuning.NUMBERS), []).append(
+      row['us'] / best[row['batch']])
+  found = [
+    dict(zip(tuning.NUMBERS, numbers, strict=True))
+    | {'over_best': statistics.geometric_mean(ratios)}
+    for numbers, ratios in tried.items() if len(ratios) == len(best)]
+  return sorted(found, key=lambda row: row['over_best'])[:5]
+
+
+def graphs(results: Mapping[str, Rows]) -> Rows:
+  """Steps and serving with all CUDA graphs, with XLA's own, and without."""
+  stages = 'engine', 'xla_graphs', 'no_graphs'
+  columns = 'step_s', 'wall_s', 'output_tokens_per_s'
+  found: dict[str, dict[str, Any]] = {}
+  for stage in stages:
+    for row in results.get(stage, []):
+      for column in columns:
+        if column in row:
+          found.setdefault(f'{row["point"]}: {column}', {})[stage] = row[column]
+  return [{'what': what, **{stage: row.get(stage) for stage in stages}}
+          for what, row in found.items() if len(row) > 1]
+
+
 TARGETS: tuple[Target, ...] = (
   Target('decode attention, 64+ sequences of 1k+: of the copy bandwidth', .85,
          _attention('of_copy', decodes=64, context=1024)),
@@ -135,3 +173,9 @@ def judge(results: Mapping[str, Rows]) -> Rows:
       'worst': worst, 'of': len(values),
       'met': 'not measured' if worst is None else 'yes' if met else 'no'})
   return rows
+
+
+# What is in the results beside rows and targets.
+COMPARISONS: Mapping[str, Callable[[Mapping[str, Rows]], Any]] = {
+  'over_alternatives': over_alternatives, 'over_parts': over_parts,
+  'over_mosaic': over_mosaic, 'graphs': graphs, 'best_sizes': best_sizes}

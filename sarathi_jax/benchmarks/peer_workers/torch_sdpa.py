@@ -2,7 +2,8 @@
 """Times torch's scaled_dot_product_attention, for `gpu.attention`.
 
 Reads JSON lines, {"point", "rows", "q_len", "kv_len", "num_heads",
-"num_kv_heads", "head_dim", "dtype"}; answers {"point", "us"} or "error".
+"num_kv_heads", "head_dim", "dtype"}; answers {"point", "us"} or "absent".
+With the argument `gpu` it won't time on a CPU.
 Keys and values lie in a row for each sequence: it knows no pages.
 """
 
@@ -52,6 +53,8 @@ def measure(spec: dict[str, Any], device: str) -> float:
 
 def main() -> None:
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  if sys.argv[1:] == ['gpu'] and device == 'cpu':
+    sys.exit('torch sees no GPU')
   print(json.dumps({'torch': torch.__version__, 'device': device}), flush=True)
   for line in sys.stdin:
     spec = json.loads(line)
@@ -59,7 +62,7 @@ def main() -> None:
     try:
       answer['us'] = measure(spec, device) * 1e6
     except Exception as error:  # The comparison is a guest.
-      answer['error'] = f'{type(error).__name__}: {error}'[:300]
+      answer['absent'] = f'{type(error).__name__}: {error}'[:300]
     print(json.dumps(answer), flush=True)
 
 

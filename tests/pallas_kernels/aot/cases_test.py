@@ -119,12 +119,13 @@ def test_every_configuration_compiles(device: str) -> None:
   assert not {r.name: r.problems for r in results if r.problems}
 
 
-def _step(tmp_path: pathlib.Path, device: str, **environ: str) -> Any:
+def _step(tmp_path: pathlib.Path, device: str, *args: str,
+          **environ: str) -> Any:
   """What the command says of Mistral's step, and its exit status."""
   file = tmp_path / 'aot.json'
   done = subprocess.run(
     [sys.executable, '-m', 'pallas_kernels.aot', f'--device={device}',
-     f'--model=configs/{CONFIGS[device]}.py', f'--json={file}'],
+     f'--model=configs/{CONFIGS[device]}.py', f'--json={file}', *args],
     cwd=source_tree.ROOT, env=os.environ | environ, check=False)
   found = json.loads(file.read_text())
   case, = found['cases']
@@ -144,6 +145,15 @@ def test_mistrals_step_compiles_in_place(
   assert case['memory']['temporaries'] < 2**30
   assert case['graphs'] == 1
   assert not case['outside_graphs']
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
+  case, status = _step(tmp_path, 'h100', '--tokens=128')
+  assert status == 0
+  assert case['name'].endswith(', 128 tokens')
+  assert (case['graphs'], case['outside_graphs']) == (1, [])
 
 
 @matmul.needs_wheels

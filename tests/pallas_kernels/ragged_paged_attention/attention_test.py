@@ -48,7 +48,7 @@ _INTERPRETED = (
   'empty', 'one_token', 'one_token_prefill', 'q_len_around_a_page',
   'late_chunks', 'whole_bucket_prefill', '4_decodes', 'all_phases', 'mixed',
   'window_9', 'window_soft_cap', 'float16', 'groups_of_7', 'head_dim_80',
-  'many_tiles')
+  'many_tiles', 'head_dim_128_bfloat16', 'pages_of_256')
 
 
 def _can(spec: arg_specs.ArgSpec) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
@@ -59,6 +60,40 @@ def test_static(name: str, value: Any, match: str):
 def test_options(options: dict[str, Any], match: str):
   with pytest.raises(ValueError, match=match):
     rpa.ragged_paged_attention(**_arrays(), scale=1.0, **options)
+
+
+@pytest.mark.parametrize(('name', 'value', 'match'), [
+  ('k', zeros(3, 2, 8), r'k=\(3, 2, 8\): must be \(3, 2, 16\)'),
+  ('v', zeros(4, 2, 16), r'v=\(4, 2, 16\): must be \(3, 2, 16\)'),
+  ('k', zeros(3, 2, 16, dtype='int32'), 'k=int32: must be a float'),
+  ('slot_mapping', zeros(3), r'slot_mapping=float32\(3,\): must be int32'),
+  ('v_pages', zeros(64, 2, 1, 8, 16), r'v_pages=\(64, .*as from init_pages'),
+])
+def test_what_is_written(name: str, value: Any, match: str):
+  arrays = {key: _arrays()[key] for key in ('k_pages', 'v_pages')} | dict(
+    k=zeros(3, 2, 16), v=zeros(3, 2, 16),
+    slot_mapping=zeros(3, dtype='int32'))
+  rpa.write_kv(**arrays)
+  with pytest.raises(ValueError, match=match):
+    rpa.write_kv(**(arrays | {name: value}))
+
+
+def test_a_plan_for_other_shapes():
+  spec = dataclasses.replace(SPEC, page_size=16)
+  arrays = arg_specs.make(spec)
+  ints = {name: arrays[name] for name in (
+    'k_pages', 'kv_lens', 'cu_q_lens', 'distribution')}
+  plan = rpa.make_plan(
+    arrays['q'][:8], **ints, implementation='pallas_triton')
+  with pytest.raises(ValueError, match=r'plan=\d+ items: must be of make_plan'):
+    rpa.ragged_paged_attention(
+      **arrays, scale=1.0, plan=plan, implementation='pallas_triton')
+
+
+def test_the_reference_is_not_traced():
+  with pytest.raises(NotImplementedError, match='reference: it looks at val'):
+    jax.jit(lambda arrays: rpa.ragged_paged_attention(
+      **arrays, scale=1.0, implementation='reference'))(_arrays())
 
 
 def test_unknown_implementation_of_pages():
@@ -188,6 +223,47 @@ def test_mosaics_kernel_is_not_chosen_by_itself(
     tuning._FASTEST, 'h100', ('pallas_mosaic', 'pallas_triton'))
   assert api._default(*args) == 'pallas_mosaic'
   assert api._default(64, 2, 80, jnp.bfloat16) == 'pallas_triton'
+
+
+def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
+  shape = tuning.Shape('bfloat16', 'int8', 8, 4, 128, 64)
+  monkeypatch.setattr(tuning, '_TUNED', {
+    ('a100', 'bfloat16', 'int8', 4, 128, 64): (128, 16, 8, 3)})
+  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  assert tuning.choose(shape).wide_rows == 64
+  _pretend(monkeypatch, 'NVIDIA A100-SXM4-80GB', '8.0')
+  sizes = tuning.choose(shape)
+  assert (sizes.wide_rows, sizes.block_n, sizes.num_warps, sizes.num_stages,
+          sizes.num_blocks) == (128, 16, 8, 3, 2 * 108)
+  assert tuning.choose(
+    dataclasses.replace(shape, page_size=32)).wide_rows == 64
+  assert 'tuned 4 128 bfloat16 KV int8' in {
+    case.name for case in tuning.cases('a100')}
+
+
+def test_the_device_knows_its_multiprocessors_best(
+    monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(tuning, 'default_device', lambda: types.SimpleNamespace(
+    platform='gpu', device_kind='NVIDIA H100 PCIe', core_count=114,
+    compute_capability='9.0'))
+  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
+  assert tuning.choose(shape).num_blocks == 2 * 114
+  assert all(c.num_blocks == 2 * 114 for c in tuning.candidates())
+
+
+@pytest.mark.parametrize(('device', 'match'), [
+  (dict(platform='gpu', device_kind='Tesla V100', compute_capability='7.0'),
+   'pallas_triton: compute_capability=7.0: must be 8.0 or above'),
+  (dict(platform='gpu', device_kind='AMD Instinct MI300X',
+        compute_capability='gfx942'), 'compute_capability=gfx942'),
+  (dict(platform='tpu', device_kind='TPU v5e'),
+   'platform=tpu: must be gpu, or cpu to be interpreted')])
+def test_where_the_kernel_cannot_run(
+    device: dict[str, str], match: str, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(
+    tuning, 'default_device', lambda: types.SimpleNamespace(**device))
+  with pytest.raises(NotImplementedError, match=match):
+    rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_triton')
 
 
 def test_pages_for_another_implementation():
