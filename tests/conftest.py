@@ -7,10 +7,13 @@ JAX need not load it, and the processes that tests start are strict, too.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 import hypothesis
 import pytest
@@ -19,8 +22,16 @@ os.environ.update(
   JAX_NUM_CPU_DEVICES='8',
   JAX_NUMPY_DTYPE_PROMOTION='strict',
   JAX_NUMPY_RANK_PROMOTION='raise',
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.1',
   HF_HUB_OFFLINE='1',
 )
+# What one process compiled, the others need not: those that run tests beside
+# this one, and those that tests start.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(
+    prefix='sarathi_jax_compiled_')
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'],
+                  ignore_errors=True)
 
 # A shell's background jobs ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,15 +44,17 @@ hypothesis.settings.load_profile('project')
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _no_compilation_cache_is_left() -> Iterator[None]:
+def _the_compilation_cache_is_ours() -> Iterator[None]:
   """JAX has one a process, and keeps it: an engine's is not the next file's."""
   yield
   if 'jax' not in sys.modules:
     return
   import jax
-  if jax.config.jax_compilation_cache_dir is not None:
+  shared = os.environ['JAX_COMPILATION_CACHE_DIR']
+  if jax.config.jax_compilation_cache_dir != shared:
     from jax.experimental.compilation_cache import compilation_cache
-    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_compilation_cache_dir', shared)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
     compilation_cache.reset_cache()
 
 

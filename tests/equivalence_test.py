@@ -42,14 +42,15 @@ def params() -> Any:
 
 
 def make_runner(params, attention: str, *, transpose: bool = False,
+                most_tokens: int = UNLIMITED + MAX_SEQS,
                 ) -> device_runner.DeviceRunner:
   config = config_lib.EngineConfig(
-    token_budget=UNLIMITED, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
+    token_budget=most_tokens, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
     num_pages=PLENTY, attention=attention)
   mesh = mesh_lib.make()
   return device_runner.DeviceRunner(
     MODEL, placement.place_live(MODEL, mesh, params, transpose=transpose),
-    mesh, config, lambda max_model_len: UNLIMITED + MAX_SEQS)
+    mesh, config, lambda max_model_len: most_tokens)
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +62,7 @@ def runner(params) -> device_runner.DeviceRunner:
 @pytest.fixture(scope='module')
 def kernel_runner(params) -> device_runner.DeviceRunner:
   """With the GPU's kernel, interpreted: slow, so for some cases."""
-  return make_runner(params, 'pallas_triton')
+  return make_runner(params, 'pallas_triton', most_tokens=64)
 
 
 @pytest.fixture(scope='module')

@@ -115,7 +115,7 @@ def test_a_leak_is_found(serve: Callable[[Any], None], found: str) -> None:
     _check(serve, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_grpc_alone_loses_memory_too() -> None:
   grown, left = _check(soaked.bare, 60)
   assert grown.rss > left * _LOST_BY_GRPC / 10, (
