@@ -18,7 +18,8 @@ make_venv() {
   [ -e "$stamp" ] && return
   echo "Installing the pinned dependencies into ${folder#"$PWD"/} (once) ..." >&2
   "$python" -m venv "$folder"
-  "$folder/bin/pip" install --quiet --disable-pip-version-check \
+  # Python compiles what is imported; of all that is installed, that is little.
+  "$folder/bin/pip" install --quiet --disable-pip-version-check --no-compile \
     -r "$lock" "$@" 2> "$folder/install.log" || {
       cat "$folder/install.log" >&2
       echo "error: the dependencies could not be installed, see above." >&2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+import gc
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     prefix='sarathi_jax_compiled_')
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'],
                   ignore_errors=True)
+
+# What JAX has traced stays: looking through it for garbage takes ever longer.
+gc.set_threshold(20_000, 50, 50)
 
 # A shell's background jobs ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -112,16 +112,12 @@ def test_tokens_do_not_depend_on_the_mesh(
         look_ahead=look_ahead, token_budget=token_budget)
 
 
-@pytest.mark.parametrize('tp,pp', [(4, 1), (2, 2)])
-@pytest.mark.parametrize('name', [name for name in MODELS if name != 'llama'])
-def test_every_family_runs_on_a_mesh(name, tp, pp):
-  check(name, make_runner(name, tp, pp), num_pages=SCARCE, look_ahead=True)
-
-
+@pytest.mark.parametrize(('tp', 'pp', 'transpose'), [
+  (4, 1, False), (2, 2, True)])
 @pytest.mark.parametrize('name', MODELS)
-def test_every_family_runs_with_transposed_matrices(name):
-  check(name, make_runner(name, 2, 2, transpose=True), num_pages=SCARCE,
-        look_ahead=True)
+def test_every_family_runs_on_a_mesh(name, tp, pp, transpose):
+  check(name, make_runner(name, tp, pp, transpose=transpose),
+        num_pages=SCARCE, look_ahead=True)
 
 
 def test_the_kernel_runs_on_a_mesh():

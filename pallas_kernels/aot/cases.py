@@ -66,7 +66,7 @@ def check(cases: Iterable[Case], device: str,
   """Compiles each case and looks at its kernels.
 
   Args:
-    cases: what to compile.
+    cases: what to compile; made, if lazily, for this device.
     device: 'a100', 'a40' or 'h100'.
     on_done: told each result.
   """
@@ -80,7 +80,9 @@ def check(cases: Iterable[Case], device: str,
       *compiler.placed(case.args, device)))
 
   results = []
-  with futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+  # As `cases` may be made on the way.
+  with (compiler.on(device),
+        futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool):
     for result in pool.map(run, cases):
       results.append(result)
       on_done(result)

@@ -27,9 +27,10 @@ import rich.text
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases as cases_lib
+from pallas_kernels.aot import compiler
 from pallas_kernels.aot import report
 from pallas_kernels.aot import toolkit
-from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import configurations
 
 FLAGS = flags.FLAGS
 
@@ -66,7 +67,8 @@ def _compile_step() -> Any:
 
 
 def _compile_kernels() -> list[cases_lib.Result]:
-  cases = list(tuning.cases(FLAGS.device))
+  with compiler.on(FLAGS.device):
+    cases = list(configurations.cases(FLAGS.device))
   with rich.progress.Progress(transient=True) as progress:
     task = progress.add_task('Compiling', total=len(cases))
     return cases_lib.check(

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import threading
 
-_INSTALL = "install the extra: pip install 'sarathi-jax[aot]'"
+_INSTALL = "install the extra, in the source tree: pip install -e '.[aot]'"
 
 
 _MOSAIC_DUMPS = 'MOSAIC_GPU_DUMP_TO'

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import functools
 import logging
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import pallas_triton
+from pallas_kernels.ragged_paged_attention import pallas_write
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import reference
 from pallas_kernels.ragged_paged_attention import tuning
@@ -49,6 +51,9 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'pallas_triton': pallas_triton.ragged_paged_attention,
   'pallas_mosaic': _attend_by_mosaic,
 }
+# Of `write_kv`: XLA's scatter, and a kernel.
+WRITERS: Mapping[str, Callable[..., tuple[Pages, Pages]]] = {
+  'xla': layout.write, 'pallas_triton': pallas_write.write}
 _LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
             'pallas_triton': layout.ROWS, 'pallas_mosaic': layout.ROWS}
 
@@ -119,6 +124,9 @@ def ragged_paged_attention(
     'k_pages',
     quantization.values_of(k_pages).shape,
     f'must be as from init_pages for {name!r}')
+  validate.check(math.isfinite(scale), 'scale', scale, 'must be finite')
+  validate.check(plan is None or name in _SHAPES, 'plan', type(plan).__name__,
+                 f'must be None for {name!r}, which needs none')
   planned = {} if plan is None else {'plan': plan}
   return IMPLEMENTATIONS[name](
     q, k_pages, v_pages,
@@ -142,10 +150,13 @@ def make_plan(
   the window in common can share a plan. None if there is nothing to plan.
 
   Raises:
+    ValueError: shapes, dtypes or the window don't fit; says which and why.
     NotImplementedError: the implementation can't have such shapes.
   """
   name = _for_pages(k_pages) if implementation is None else (
     _known(implementation))
+  validate.validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
+  validate.validate_options(sliding_window, None)
   if name not in _SHAPES:
     return None
   shape = tuning.Shape.of(q, k_pages)
@@ -185,9 +196,12 @@ def init_pages(
     layout's own business.
 
   Raises:
-    ValueError: there is no such dtype.
+    ValueError: there is no such dtype, or a size is below 1.
     NotImplementedError: the implementation can't have such pages.
   """
+  for name, size in (('num_pages', num_pages), ('page_size', page_size),
+                     ('num_kv_heads', num_kv_heads), ('head_dim', head_dim)):
+    validate.check(size > 0, name, size, 'must be at least 1')
   known = (*validate.DTYPES, *quantization.DTYPES)
   validate.check(jnp.dtype(dtype) in known, 'dtype', jnp.dtype(dtype),
                  f'must be one of {", ".join(d.name for d in known)}')
@@ -245,6 +259,7 @@ def write_kv(
   k: jax.Array,
   v: jax.Array,
   slot_mapping: jax.Array,
+  implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
   """Puts new keys and values into their pages; in place where donated.
 
@@ -255,15 +270,21 @@ def write_kv(
     v: like k.
     slot_mapping: int32 [T], page * page_size + offset of every token, all
       different; those outside [0, N * page_size) are dropped (padding).
+    implementation: a key of `WRITERS`; None: the fastest here for such pages.
 
   Returns:
     The pages, updated.
 
   Raises:
     ValueError: shapes or dtypes don't fit; says which and why.
+    NotImplementedError: they do, but this implementation can't do it.
   """
+  if implementation is None:
+    implementation = tuning.writer() if layout.is_rows(k_pages) else 'xla'
+  validate.check(implementation in WRITERS, 'implementation', implementation,
+                 f'must be None or one of {", ".join(WRITERS)}')
   validate.validate_written(k_pages, v_pages, k, v, slot_mapping)
-  return layout.write(k_pages, v_pages, k, v, slot_mapping)
+  return WRITERS[implementation](k_pages, v_pages, k, v, slot_mapping)
 
 
 def _known(implementation: str) -> str:
@@ -278,9 +299,11 @@ def _for_pages(k_pages: Pages) -> str:
   if not layout.is_rows(k_pages):
     return 'xla'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
-  name, _ = _fastest(page_size, num_kv_heads, head_dim,
-                     quantization.values_of(k_pages).dtype)
-  return name or 'pallas_triton'
+  name, reason = _fastest(page_size, num_kv_heads, head_dim,
+                          quantization.values_of(k_pages).dtype)
+  if name and reason:
+    _say_once(f'Attention falls back to {name}: {reason}')
+  return name or 'pallas_triton'  # Which says why it can't.
 
 
 def _default(page_size: int, num_kv_heads: int, head_dim: int,

@@ -33,6 +33,7 @@ from pallas_kernels.ragged_paged_attention import mosaic_kernel
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import validate
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
 # What wgmma reads lies in shared memory in tiles of 8 rows of 128 bytes, and
@@ -99,6 +100,8 @@ def ragged_paged_attention(
       batch.kv_lens, batch.cu_q_lens, batch.distribution,
       num_tokens=q.shape[0], sliding_window=options.sliding_window,
       shape=shape)
+  validate.check(isinstance(plan, Plan), 'plan', type(plan).__name__,
+                 'must be of make_plan for this implementation')
   out = pallas_triton.ragged_paged_attention(
     q, k_pages, v_pages, batch, options, plan=plan.small,
     sizes=_small_sizes(shape))

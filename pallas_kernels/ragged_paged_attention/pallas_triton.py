@@ -81,6 +81,8 @@ def ragged_paged_attention(
       batch.kv_lens, batch.cu_q_lens, batch.distribution,
       num_tokens=q.shape[0], sliding_window=options.sliding_window,
       sizes=sizes, shape=shape)
+  validate.check(isinstance(plan, plan_lib.Plan), 'plan', type(plan).__name__,
+                 'must be of make_plan for this implementation')
   items = sizes.tiling(shape).num_work_items(
     q.shape[0], len(batch.kv_lens), shape.group)
   validate.check(len(plan.rows) == items, 'plan', f'{len(plan.rows)} items',
@@ -173,6 +175,11 @@ def _attend_tile(
   queries = [plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
              for d in shape.channels()]
   dot: Any = functools.partial(plgpu.dot, **shape.dot_options)
+  # A weight times a small value's scale is none of float16's numbers; what is
+  # kept in a byte, bfloat16 has too.
+  mixing = shape.dtype
+  if mixing == 'float16' and isinstance(v_ref, quantization.Quantized):
+    mixing = 'bfloat16'
 
   def body(masked: bool, j: jax.Array, state: Any) -> Any:
     acc, top, norm, page = state
@@ -192,11 +199,11 @@ def _attend_tile(
         ref, mask=jnp.broadcast_to(written, (block_n, *dims)),
         other=jnp.zeros((), ref.dtype))
 
-    def load_block(pages: Any) -> list[jax.Array]:
-      """Its channels, of the dtype of the queries."""
+    def load_block(pages: Any, dtype: str) -> list[jax.Array]:
+      """Its channels."""
       ref = quantization.values_of(pages)
       return [quantization.decode(load(
-        ref.at[page, head, place, pl.ds(first, size)], size), shape.dtype)
+        ref.at[page, head, place, pl.ds(first, size)], size), dtype)
         for first, size in shape.pieces]
 
     def scaled(x: jax.Array, pages: Any) -> jax.Array:
@@ -205,7 +212,7 @@ def _attend_tile(
         return x
       return x * load(pages.scales.at[page, head, place])[None]
 
-    parts = zip(queries, load_block(k_ref), strict=True)
+    parts = zip(queries, load_block(k_ref, shape.dtype), strict=True)
     scores = functools.reduce(operator.add, (dot(x, k.T) for x, k in parts))
     scores = scaled(scores, k_ref)
     if (cap := options.soft_cap) is not None:
@@ -221,9 +228,9 @@ def _attend_tile(
     new_top = jnp.maximum(top, scores.max(axis=1))
     decay = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores - new_top[:, None])
-    factors = scaled(weights, v_ref).astype(shape.dtype)
+    factors = scaled(weights, v_ref).astype(mixing)
     acc = [a * decay[:, None] + dot(factors, v)
-           for a, v in zip(acc, load_block(v_ref), strict=True)]
+           for a, v in zip(acc, load_block(v_ref, mixing), strict=True)]
     return acc, new_top, norm * decay + weights.sum(axis=1), next_page
 
   # The blocks that all rows see entirely need no mask.

@@ -65,8 +65,17 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
   Args:
     x: [..., h], any float.
     dtype: int8 or float8_e4m3fn.
+
+  Returns:
+    Values as they are kept, [..., h], and float32 scales, [...].
+
+  Raises:
+    ValueError: another dtype.
   """
   dtype = jnp.dtype(dtype)
+  if dtype not in _KEPT:
+    raise ValueError(f'dtype={dtype}: must be one of '
+                     f'{", ".join(d.name for d in _KEPT)}.')
   x = x.astype(jnp.float32)
   _, largest = _KEPT[dtype]
   scales = jnp.maximum(jnp.abs(x).max(-1) / largest, _TINY)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of the GPU kernels' tiles, by device and shape: tables.
 
-`_TUNED` is for what a GPU showed to be the fastest, by `scripts/gpu_check
+`TUNED` is for what a GPU showed to be the fastest, by `scripts/gpu_check
 --stages=tune`; none did yet. The others' sizes are what compiles for the
 device without a register spilled and leaves room for two blocks on each
 multiprocessor where it can (`python -m pallas_kernels.aot` shows it, and CI
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu_targets
-from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
@@ -115,7 +114,7 @@ class Sizes:
 NUMBERS = 'wide_rows', 'block_n', 'num_warps', 'num_stages'
 _Numbers = tuple[int, int, int, int]
 # (device, dtype, kv_dtype, H / K, head_dim, page_size) ->
-_TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
+TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
 _WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
 _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
@@ -123,6 +122,9 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
   'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
 }
+# What `implementation=None` of `api.write_kv` means, for pages of rows: one of
+# `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
+_WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
 # What `implementation=None` means, the first that can have the pages. It is for
 # a measurement to put pallas_mosaic before pallas_triton on H100, and there is
 # none yet: `scripts/gpu_check` has both in its sweep.
@@ -143,7 +145,7 @@ def choose(shape: Shape) -> Sizes:
   device = default_device()
   check_device(device)
   target, width = _target(device), jnp.dtype(shape.dtype).itemsize
-  tuned = _TUNED.get((target, shape.dtype, shape.kv_dtype, shape.group,
+  tuned = TUNED.get((target, shape.dtype, shape.kv_dtype, shape.group,
                       shape.head_dim, shape.page_size))
   num_blocks = 2 * _multiprocessors(device)
   if tuned is not None:
@@ -181,6 +183,11 @@ def fastest() -> tuple[str, ...]:
   return _FASTEST[_target(default_device())]
 
 
+def writer() -> str:
+  """What writes to pages of rows the fastest, on the default device."""
+  return _WRITER[_target(default_device())]
+
+
 def _target(device: Any) -> str:
   return gpu_targets.name_of(device.device_kind) or 'a40'
 
@@ -214,8 +221,8 @@ class MosaicSizes:
   interpret: bool
 
 
-_MOSAIC_JAX = (0, 11)
-_MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
+MOSAIC_JAX = (0, 11)
+MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
 _INTERPRETED_BLOCKS = 2  # Each runs after the other.
 
 
@@ -226,7 +233,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
     NotImplementedError: there are none for such a shape, device or JAX.
   """
   check = functools.partial(_check, who='pallas_mosaic')
-  check(jax.__version_info__ >= _MOSAIC_JAX, 'jax', jax.__version__,
+  check(jax.__version_info__ >= MOSAIC_JAX, 'jax', jax.__version__,
         'must be 0.11 or newer')
   device = default_device()
   if not (interpret := device.platform == 'cpu'):
@@ -237,14 +244,14 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
         'must be bfloat16 or float16')
   check(shape.kv_dtype == shape.dtype, 'kv_dtype', shape.kv_dtype,
         'must be bfloat16 or float16, as of the queries')
-  check(shape.head_dim in _MOSAIC, 'head_dim', shape.head_dim,
-        f'must be one of {", ".join(map(str, _MOSAIC))}')
+  check(shape.head_dim in MOSAIC, 'head_dim', shape.head_dim,
+        f'must be one of {", ".join(map(str, MOSAIC))}')
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
   num_blocks = (
     _INTERPRETED_BLOCKS if interpret else _multiprocessors(device))
   return MosaicSizes(
-    *_MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret)
+    *MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret)
 
 
 def default_device() -> jax.Device:
@@ -263,99 +270,3 @@ def _check(ok: bool, name: str, value: object, rule: str,
 
 def _power_of_two(n: int) -> int:
   return 1 << (n - 1).bit_length()
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """Something to compile for a GPU."""
-
-  name: str
-  function: Any
-  args: Any
-
-
-# Of real models: query heads, KV heads, head dim.
-_HEADS = {
-  'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
-  'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
-  'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
-  'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
-  'gemma-7b': (16, 16, 256)}
-# In bfloat16 all are; of each head dim one in the others.
-_DTYPES: Mapping[str, tuple[str, ...]] = {
-  'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
-  'phi-2': ('float32',), 'h96': ('float32',)}
-_FP8 = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
-
-
-def cases(device: str) -> Iterator[Case]:
-  """Every default configuration, for `pallas_kernels.aot`."""
-  for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    plain = batch_lib.Options(head_dim**-0.5)
-    special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
-    yield _case(name, heads, kv_heads, head_dim, plain)
-    yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
-    if name in _FP8:  # It differs from int8 by little; one of each head dim.
-      yield _case(name, heads, kv_heads, head_dim, plain,
-                  kv_dtype='float8_e4m3fn')
-    if name in ('mistral-7b', 'gemma-7b'):
-      yield _case(name, heads, kv_heads, head_dim, special)
-      yield _case(name, heads, kv_heads, head_dim, special, kv_dtype='int8')
-      for options in (plain, special):
-        yield _case(name, heads, kv_heads, head_dim, options, 'float32')
-    if name in _DTYPES:
-      for dtype in _DTYPES[name]:
-        yield _case(name, heads, kv_heads, head_dim, plain, dtype)
-    if name == 'mistral-7b':  # Larger pages than a block change no block.
-      for page_size in (16, 32):
-        yield _case(name, heads, kv_heads, head_dim, plain,
-                    page_size=page_size)
-  for target, dtype, kept, group, head_dim, page_size in _TUNED:
-    if target == device:
-      yield _case(
-        f'tuned {group} {head_dim}', 4 * group, 4, head_dim,
-        batch_lib.Options(head_dim**-0.5), dtype,
-        kept if kept != dtype else None, page_size=page_size)
-  if device == 'h100' and jax.__version_info__ >= _MOSAIC_JAX:
-    yield from mosaic_cases()
-
-
-def mosaic_cases() -> Iterator[Case]:
-  """Those of pallas_mosaic, which JAX must be new enough for."""
-  case = functools.partial(_case, implementation='pallas_mosaic')
-  for name, sizes in _HEADS.items():
-    *_, head_dim = sizes
-    if head_dim not in _MOSAIC:
-      continue
-    scale = head_dim**-0.5
-    yield case(name, *sizes, batch_lib.Options(scale))
-    if name == 'mistral-7b':
-      yield case(name, *sizes, batch_lib.Options(scale, 4096))
-    # Of each head dim, heads in pairs and alone.
-    if name in ('mistral-7b', 'llama2-7b', 'llama3.2-1b', 'falcon-7b'):
-      yield case(name, *sizes, batch_lib.Options(scale, 4096, 30.0))
-    # Pages of parts of a block, and of several.
-    if name in ('mistral-7b', 'llama3.2-1b'):
-      for page_size in (16, 256):
-        yield case(name, *sizes, batch_lib.Options(scale), 'float16',
-                   page_size=page_size)
-
-
-def _case(model: str, heads: int, kv_heads: int, head_dim: int,
-          options: batch_lib.Options, dtype: str = 'bfloat16',
-          kv_dtype: str | None = None, implementation: str = 'pallas_triton',
-          page_size: int = 64) -> Case:
-  from pallas_kernels.ragged_paged_attention import api
-  pages = jax.eval_shape(lambda: layout.init(
-    layout.ROWS, 1024, page_size, kv_heads, head_dim, kv_dtype or dtype))
-  ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
-               for shape in ((128,), (128, 128), (129,), (2,))]
-  q = jax.ShapeDtypeStruct((512, heads, head_dim), dtype)
-  what = [model, dtype, *([f'KV {kv_dtype}'] if kv_dtype else []),
-          *([f'pages of {page_size}'] if page_size != 64 else []),
-          *(['window'] if options.sliding_window else []),
-          *(['cap'] if options.soft_cap else []),
-          *(['Mosaic'] if implementation == 'pallas_mosaic' else [])]
-  return Case(' '.join(what), functools.partial(
-    api.IMPLEMENTATIONS[implementation], options=options),
-    (q, *pages, batch_lib.Batch(*ints)))

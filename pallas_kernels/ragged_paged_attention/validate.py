@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 
 Pages = quantization.Pages
 DTYPES = tuple(jnp.dtype(d) for d in ('float32', 'bfloat16', 'float16'))
+_NAMES = ', '.join(d.name for d in DTYPES)
 _RANKS = {'q': (3,), 'k_pages': (4, 5), 'v_pages': (4, 5), 'kv_lens': (1,),
          'page_indices': (2,), 'cu_q_lens': (1,), 'distribution': (1,)}
 
@@ -25,11 +27,8 @@ def validate_written(k_pages: Pages, v_pages: Pages, k: jax.Array,
   Raises:
     ValueError: names the argument, what it is, and the rule.
   """
-  num_pages, num_kv_heads, _, head_dim = layout.sizes(k_pages)
-  keys, values = map(quantization.values_of, (k_pages, v_pages))
-  check(values.shape[:2] == (num_pages, num_kv_heads)
-        and values.size == keys.size, 'v_pages', values.shape,
-        f'must be as from init_pages, with k_pages={keys.shape}')
+  _check_cache(k_pages, v_pages)
+  _, num_kv_heads, _, head_dim = layout.sizes(k_pages)
   check(slot_mapping.ndim == 1 and slot_mapping.dtype == jnp.int32,
         'slot_mapping', f'{slot_mapping.dtype}{slot_mapping.shape}',
         'must be int32, with one axis')
@@ -57,54 +56,57 @@ def static_validate(
   Raises:
     ValueError: names the argument, what it is, and the rule.
   """
-  values = {'k_pages': quantization.values_of(k_pages),
-           'v_pages': quantization.values_of(v_pages)}
-  arrays = values | dict(
-    q=q, kv_lens=kv_lens, page_indices=page_indices, cu_q_lens=cu_q_lens,
-    distribution=distribution)
-  for name, ranks in _RANKS.items():
-    check(arrays[name].ndim in ranks, name, arrays[name].shape,
-           f'must have {" or ".join(map(str, ranks))} axes')
-  for name in ('kv_lens', 'page_indices', 'cu_q_lens', 'distribution'):
-    check(arrays[name].dtype == jnp.int32, name, arrays[name].dtype,
-           'must be int32')
-  check(q.dtype in DTYPES, 'q', q.dtype,
-        f'must be one of {", ".join(d.name for d in DTYPES)}')
-  _check_pages('k_pages', k_pages, q.dtype)
-  check([x.dtype for x in jax.tree.leaves(v_pages)]
-        == [x.dtype for x in jax.tree.leaves(k_pages)], 'v_pages',
-        arrays['v_pages'].dtype, 'must be of the dtype of k_pages')
-  num_pages, num_kv_heads, page_size, kv_head_dim = layout.sizes(k_pages)
+  validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
+  _check_table(page_indices, kv_lens)
+  _check_cache(k_pages, v_pages)
+  validate_options(sliding_window, soft_cap)
+
+
+def validate_options(sliding_window: int | None,
+                     soft_cap: float | None) -> None:
+  """Checks what is not an array.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  check(sliding_window is None or sliding_window >= 1, 'sliding_window',
+        sliding_window, 'must be None or at least 1')
+  check(soft_cap is None or 0 < soft_cap < math.inf, 'soft_cap', soft_cap,
+        'must be None or above 0, and finite')
+
+
+def validate_batch(
+  q: jax.Array,
+  k_pages: Pages,
+  kv_lens: jax.Array,
+  cu_q_lens: jax.Array,
+  distribution: jax.Array,
+) -> None:
+  """Checks queries and lengths, as far as `api.make_plan` knows them.
+
+  Raises:
+    ValueError: names the argument, what it is, and the rule.
+  """
+  kept = quantization.values_of(k_pages)
+  _check_ranks(q=q, k_pages=kept, kv_lens=kv_lens, cu_q_lens=cu_q_lens,
+               distribution=distribution)
+  _check_int32(kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution)
+  check(q.dtype in DTYPES, 'q', q.dtype, f'must be one of {_NAMES}')
+  check(isinstance(k_pages, quantization.Quantized) or kept.dtype == q.dtype,
+        'k_pages', kept.dtype, f'must be the dtype of q, {q.dtype}, or '
+        'quantized')
+  _, num_kv_heads, _, kv_head_dim = layout.sizes(k_pages)
   num_heads, head_dim = q.shape[1:]
-  k_shape = arrays['k_pages'].shape
-  check(kv_head_dim == head_dim, 'k_pages', k_shape,
+  check(kv_head_dim == head_dim, 'k_pages', kept.shape,
         f'its head dim must be that of q, {head_dim}')
-  like: Any = jax.eval_shape(lambda: layout.init(
-    layout.ROWS if layout.is_rows(k_pages) else layout.TILES, num_pages,
-    page_size, num_kv_heads, head_dim, q.dtype))
-  for name, wanted in zip(values, like, strict=True):
-    check(arrays[name].shape == wanted.shape, name, arrays[name].shape,
-         f'must be {wanted.shape}, as from init_pages')
-  for name, pages in (('k_pages', k_pages), ('v_pages', v_pages)):
-    if isinstance(pages, quantization.Quantized):
-      expected = num_pages, num_kv_heads, page_size
-      check(pages.scales.shape == expected, f'{name}.scales',
-             pages.scales.shape, f'must be {expected}, as from init_pages')
-  check(min(k_shape) > 0, 'k_pages', k_shape,
-        'must have no empty axis')
+  check(min(kept.shape) > 0, 'k_pages', kept.shape, 'must have no empty axis')
   check(num_heads > 0 and num_heads % num_kv_heads == 0, 'q', q.shape,
         f'heads must be a multiple of the {num_kv_heads} of k_pages')
   num_seqs = kv_lens.shape[0]
-  check(page_indices.shape[0] == num_seqs, 'page_indices',
-        page_indices.shape, f'must have {num_seqs} rows, as kv_lens')
   check(cu_q_lens.shape[0] == num_seqs + 1, 'cu_q_lens', cu_q_lens.shape,
         f'must have one entry more than kv_lens, {num_seqs + 1}')
   check(distribution.shape == (2,), 'distribution', distribution.shape,
         'must be (2,)')
-  check(sliding_window is None or sliding_window >= 1, 'sliding_window',
-        sliding_window, 'must be None or at least 1')
-  check(soft_cap is None or soft_cap > 0, 'soft_cap', soft_cap,
-        'must be None or above 0')
 
 
 def dynamic_validate(
@@ -120,6 +122,8 @@ def dynamic_validate(
   Raises:
     ValueError: names the argument, what it is, and the rule.
   """
+  validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
+  _check_table(page_indices, kv_lens)
   num_decodes, num_seqs = (int(n) for n in np.asarray(distribution))
   lens, starts = np.asarray(kv_lens), np.asarray(cu_q_lens)
   q_lens = np.diff(starts)
@@ -154,10 +158,53 @@ def check(ok: object, name: str, value: object, rule: str) -> None:
     raise ValueError(f'{name}={value}: {rule}.')
 
 
-def _check_pages(name: str, pages: Pages, dtype: jnp.dtype) -> None:
+def _check_ranks(**arrays: jax.Array) -> None:
+  for name, x in arrays.items():
+    ranks = _RANKS[name]
+    check(x.ndim in ranks, name, x.shape,
+          f'must have {" or ".join(map(str, ranks))} axes')
+
+
+def _check_int32(**arrays: jax.Array) -> None:
+  for name, x in arrays.items():
+    check(x.dtype == jnp.int32, name, x.dtype, 'must be int32')
+
+
+def _check_table(page_indices: jax.Array, kv_lens: jax.Array) -> None:
+  _check_ranks(page_indices=page_indices)
+  _check_int32(page_indices=page_indices)
+  check(page_indices.shape[0] == kv_lens.shape[0], 'page_indices',
+        page_indices.shape, f'must have {kv_lens.shape[0]} rows, as kv_lens')
+
+
+def _check_cache(k_pages: Pages, v_pages: Pages) -> None:
+  """Both as from `api.init_pages`."""
+  both = {'k_pages': k_pages, 'v_pages': v_pages}
+  for name, pages in both.items():
+    _check_ranks(**{name: quantization.values_of(pages)})
+    _check_dtypes(name, pages)
+  check([x.dtype for x in jax.tree.leaves(v_pages)]
+        == [x.dtype for x in jax.tree.leaves(k_pages)], 'v_pages',
+        quantization.values_of(v_pages).dtype,
+        'must be of the dtype of k_pages')
+  num_pages, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
+  like: Any = jax.eval_shape(lambda: layout.init(
+    layout.ROWS if layout.is_rows(k_pages) else layout.TILES, num_pages,
+    page_size, num_kv_heads, head_dim, jnp.float32))
+  for (name, pages), wanted in zip(both.items(), like, strict=True):
+    shape = quantization.values_of(pages).shape
+    check(shape == wanted.shape, name, shape,
+          f'must be {wanted.shape}, as from init_pages')
+    if isinstance(pages, quantization.Quantized):
+      expected = num_pages, num_kv_heads, page_size
+      check(pages.scales.shape == expected, f'{name}.scales',
+            pages.scales.shape, f'must be {expected}, as from init_pages')
+
+
+def _check_dtypes(name: str, pages: Pages) -> None:
   if not isinstance(pages, quantization.Quantized):
-    check(pages.dtype == dtype, name, pages.dtype,
-           f'must be the dtype of q, {dtype}, or quantized')
+    check(pages.dtype in DTYPES, name, pages.dtype,
+          f'must be one of {_NAMES}, or quantized')
     return
   check(pages.values.dtype in quantization.KEPT_DTYPES, f'{name}.values',
         pages.values.dtype, 'must be int8, or uint8 for the bits of '

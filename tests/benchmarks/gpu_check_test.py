@@ -38,12 +38,14 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
   second = run(
-    *flags, '--stages=tests,limits,attention,mosaic,torch,quantized,tune')
+    *flags,
+    '--stages=tests,limits,attention,mosaic,torch,quantized,write,tune')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
   found = results(tmp_path)
   assert set(found['results']) == {
-    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized', 'tune'}
+    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized', 'write',
+    'tune'}
   rows = found['results']['attention']
   assert {row['kind'] for row in rows if 'kind' in row} == {
     'decode', 'prefill', 'hybrid', 'part'}
@@ -54,6 +56,9 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   assert [row['point'] for row in found['results']['tune']] == [
     'decode 1 x 32: 64, 32, 4, 2', 'decode 1 x 32: 64, 32, 4, 3']
   assert len(found['best_sizes']) == 2
+  assert {row['point'] for row in found['results']['write']} == {
+    f'{kept} 4 {name}' for kept in ('float32', 'int8')
+    for name in ('xla', 'pallas_triton')}
   assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
   row, = found['results']['mosaic']
   if jax.__version_info__ < (0, 11):
@@ -122,7 +127,7 @@ def test_results_of_two_devices_do_not_mix(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(('flag', 'message'), [
-  ('--stages=nonsense', '--stages=nonsense: must be of tests, limits'),
+  ('--stages=nonsense', '--stages=nonsense: must be of limits, engine'),
   ('--size=full', 'JAX sees no GPU here, but cpu'),
 ])
 def test_what_cannot_be_done_is_said(
@@ -238,3 +243,24 @@ def test_targets_take_the_worst() -> None:
     (0.8, 'no'), (0.75, 'yes'), (0.7, 'yes'), (0.8, 'no'),
     (pytest.approx(11 / 12), 'yes'), (1.2, 'yes'),
     (None, 'not measured'), (0.75, 'no'), *[(None, 'not measured')] * 2]
+
+
+def test_what_breaks_its_process_is_left_behind(
+    tmp_path: pathlib.Path) -> None:
+  def fail() -> journal_lib.Row:
+    raise RuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access')
+
+  def absent() -> journal_lib.Row:
+    try:
+      return fail()
+    except RuntimeError as error:
+      return journal_lib.absent(error)
+
+  path = tmp_path / 'stage.jsonl'
+  for point, measured in (('a', fail), ('b', absent)):
+    with pytest.raises(SystemExit, match=f'{point}: RuntimeError: CUDA_ERROR'):
+      journal_lib.Journal(path).measure(point, measured)
+  again = journal_lib.Journal(path)
+  assert 'a' in again and 'b' in again and again.has_errors
+  again.measure('c', lambda: {'us': 1.0})
+  assert 'absent' in journal_lib.absent(RuntimeError('no cuDNN'))

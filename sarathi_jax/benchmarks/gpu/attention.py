@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import subprocess
@@ -208,7 +207,11 @@ def is_comparable(batch: Batch) -> bool:
 
 
 def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
-  """jax.nn.dot_product_attention on keys that lie in a row, for comparison."""
+  """jax.nn.dot_product_attention on keys that lie in a row, for comparison.
+
+  All calls read the same ones: small ones stay in the device's cache, which
+  ours have to leave, as they do in a model.
+  """
   rows, q_len = (batch.decodes, 1) if batch.decodes else (1, batch.chunk)
   q, k, v = (jax.random.normal(
     jax.random.key(i), (rows, n, heads, sweep.head_dim), sweep.dtype)
@@ -256,17 +259,25 @@ def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
     try:
       took = dense_seconds(sweep, batch, name)
     except Exception as error:  # The comparison is a guest.
-      return {'absent': f'{type(error).__name__}: {error}'[:300]}
+      return journal_lib.absent(error)
     return {'alternative_to': batch.name, 'us': took * 1e6}
 
   kept = f'{sweep.kv_dtype} ' if sweep.kv_dtype else ''
   for batch in batches(sweep):
     journal.measure(f'{kept}{batch.name}', functools.partial(row, batch))
     # It has no mask for a chunk behind others but one in memory.
-    if (dense and is_comparable(batch) and not batch.before
-        and batch.kv_bytes(sweep) <= dense_bytes):
+    if not dense or not is_comparable(batch) or batch.before:
+      continue
+    if batch.kv_bytes(sweep) > dense_bytes:
+      journal.add(f'{batch.name} {dense}', _too_large(batch, sweep))
+    else:
       journal.measure(f'{batch.name} {dense}', functools.partial(
         alternative, batch, dense))
+
+
+def _too_large(batch: Batch, sweep: Sweep) -> journal_lib.Row:
+  return {'absent': f'{batch.kv_bytes(sweep) / 1e9:.0f} GB of keys and values '
+                    'in a row'}
 
 
 def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
@@ -282,42 +293,15 @@ def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
   run(journal, sweep, limits, name, None)
 
 
-def run_tuning(journal: journal_lib.Journal, sweep: Sweep,
-               most: int | None = None) -> None:
-  """Times pallas_triton with all sizes that are worth a try.
-
-  What can't be compiled, as shared memory does not suffice, is absent. A
-  winner goes into `tuning._TUNED`, under the sweep's shape; CI then compiles
-  it for spills.
-
-  Args:
-    journal: as of `run`.
-    sweep: the shape, and batches that count alike.
-    most: sizes that are tried; None: all.
-  """
-  kernel = functools.cache(lambda: Kernel(sweep, 'pallas_triton'))
-
-  def row(batch: Batch, sizes: tuning.Sizes) -> journal_lib.Row:
-    numbers = {name: getattr(sizes, name) for name in tuning.NUMBERS}
-    try:
-      took = kernel().seconds(batch, sizes)
-    except Exception as error:
-      return numbers | {'absent': f'{type(error).__name__}: {error}'[:300]}
-    return {'batch': batch.name, **numbers, 'us': took * 1e6}
-
-  for sizes, batch in itertools.product(
-      itertools.islice(tuning.candidates(), most), batches(sweep)):
-    numbers = [str(getattr(sizes, name)) for name in tuning.NUMBERS]
-    journal.measure(f'{batch.name}: {", ".join(numbers)}', functools.partial(
-      row, batch, sizes))
-
-
 def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,
               dense_bytes: int = 2**32) -> None:
   """The same with torch, if `python` has it, in a process of its own."""
-  todo = [b for b in batches(sweep) if is_comparable(b)
-          and b.kv_bytes(sweep) <= dense_bytes
-          and f'{b.name} torch' not in journal]
+  todo = []
+  for batch in filter(is_comparable, batches(sweep)):
+    if batch.kv_bytes(sweep) > dense_bytes:
+      journal.add(f'{batch.name} torch', _too_large(batch, sweep))
+    elif f'{batch.name} torch' not in journal:
+      todo.append(batch)
   specs = [json.dumps({
     'point': batch.name, 'rows': batch.decodes or 1,
     'q_len': batch.chunk or 1, 'kv_len': batch.lens[0],

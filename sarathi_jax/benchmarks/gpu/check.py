@@ -3,14 +3,15 @@
 
   scripts/gpu_check --output=results
 
-Stages: `tests` (those marked gpu), `limits` (what a copy and a matmul reach
-on this device), `attention` (the kernel's sweep), `mosaic` (the kernel for
-Hopper on the same points, where there is one), `torch` (torch's attention on
-the same shapes, where there is torch), `quantized` (the kernel on a cache of
-int8), `engine` (steps and serving on random weights), `xla_graphs` and
-`no_graphs` (the same with the CUDA graphs that XLA makes by itself, and
-without any), `capacity` (the paper's chats, live, by policy at one SLO), `tune`
-(the kernel with other tiles). Each runs in a process of its own.
+Stages, what matters most first: `limits` (what a copy and a matmul reach on
+this device), `engine` (steps and serving on random weights), `attention` (the
+kernel's sweep), `tests` (those marked gpu), `torch` (torch's attention on the
+same shapes, where there is torch), `mosaic` (the kernel for Hopper on points of
+the sweep, where there is one), `no_graphs` and `xla_graphs` (the engine without
+CUDA graphs, and with those that XLA makes by itself), `capacity` (the paper's
+chats, live, by policy at one SLO), `quantized` (the kernel on caches of int8
+and fp8), `write` (what puts keys and values into pages), `tune` (the kernel
+with other tiles). Each runs in a process of its own.
 
 What is measured is kept at once, a file a stage: a run that was cut short goes
 on where it stopped, and programs that were compiled are not compiled again.
@@ -71,8 +72,9 @@ def _run_stage(name: str, seconds: float) -> None:
     RuntimeError: it failed, or took too long; says what it printed.
   """
   given = [f'--{flag}={FLAGS[flag].value}'
-           for flag in ('size', 'output', 'cache_dir', 'torch_python')
+           for flag in ('size', 'cache_dir', 'torch_python')
            if FLAGS[flag].value]
+  given.append(f'--output={pathlib.Path(FLAGS.output).resolve()}')
   with tempfile.TemporaryFile('w+') as log:
     given_flags = os.environ.get('XLA_FLAGS', '')
     process = subprocess.Popen(
@@ -135,6 +137,8 @@ def _device(path: pathlib.Path) -> dict[str, str]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
+  if not FLAGS.stages:
+    raise app.UsageError('--stages=: must name one.')
   if unknown := set(FLAGS.stages) - set(stages.STAGES):
     raise app.UsageError(
       f'--stages={",".join(sorted(unknown))}: must be of '
@@ -163,9 +167,10 @@ def main(argv: list[str]) -> None:
     else:
       if FLAGS.again:
         journal.forget()
+      most = min(left, stages.MOST_S.get(name, left))
       try:
-        with console.status(f'{name} (at most {left:.0f} s)'):
-          _run_stage(name, left)
+        with console.status(f'{name} (at most {most:.0f} s)'):
+          _run_stage(name, most)
       except RuntimeError as error:
         console.print(str(error), markup=False)
     results = {stage: list(_journal(stage).rows.values())

@@ -6,9 +6,25 @@ from __future__ import annotations
 from collections.abc import Callable
 import json
 import pathlib
+import re
+import sys
 from typing import Any
 
 Row = dict[str, Any]
+# CUDA's word for a kernel that breaks its process: nothing runs there after it.
+_BROKEN = re.compile(
+  'CUDA_ERROR_(ILLEGAL|MISALIGNED|INVALID_PC|LAUNCH|ASSERT|HARDWARE)')
+
+
+def absent(error: Exception) -> Row:
+  """The row of what can't be measured here, and need not be.
+
+  Raises:
+    Exception: `error`, if nothing can be measured after it.
+  """
+  if _BROKEN.search(str(error)):
+    raise error
+  return {'absent': f'{type(error).__name__}: {error}'[:300]}
 
 
 class Journal:
@@ -34,7 +50,8 @@ class Journal:
         continue
 
   def __contains__(self, point: str) -> bool:
-    return 'error' not in self.rows.get(point, {'error': 'not measured'})
+    row = self.rows.get(point, {'error': 'not measured'})
+    return 'error' not in row or 'broke' in row
 
   @property
   def has_errors(self) -> bool:
@@ -45,13 +62,20 @@ class Journal:
     self._write({'point': point, **row})
 
   def measure(self, point: str, make_row: Callable[[], Row]) -> None:
-    """Keeps what `make_row` returns, or its error; once."""
+    """Keeps what `make_row` returns, or its error; once.
+
+    Raises:
+      SystemExit: the error broke the process. The next one goes on after it.
+    """
     if point in self:
       return
     try:
       row = make_row()
     except Exception as error:  # Of any kind: the other points are worth it.
       row = {'error': f'{type(error).__name__}: {error}'[:500]}
+      if _BROKEN.search(str(error)):
+        self.add(point, row | {'broke': True})
+        sys.exit(f'{point}: {row["error"]}')
     self.add(point, row)
 
   def complete(self) -> None:

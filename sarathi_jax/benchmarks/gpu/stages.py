@@ -22,6 +22,7 @@ from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import engine
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
+from sarathi_jax.benchmarks.gpu import tune
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.simulator import search
 from sarathi_jax.simulator import workload as workload_lib
@@ -51,6 +52,7 @@ class Size:
   chats: workload_lib.WorkloadConfig
   capacity_rows: tuple[str, ...]
   most_tried: int | None = None
+  written: tuple[int, ...] = (64, 512, 2048)
   tests: tuple[str, ...] = ('tests/pallas_kernels', '-m', 'gpu')
 
 
@@ -110,7 +112,7 @@ SIZES: Mapping[str, Size] = {
     workload=throughput.Workload(
       num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
     chats=workload_lib.WorkloadConfig(num_requests=4, length_scale=0.01),
-    capacity_rows=('vllm', 'auto'), most_tried=2,
+    capacity_rows=('vllm', 'auto'), most_tried=2, written=(4,),
     tests=('tests/pallas_kernels/gpu_targets_test.py',)),
 }
 
@@ -158,11 +160,16 @@ def _mosaic(size: Size, journal: journal_lib.Journal) -> None:
     journal, size.mosaic, timing.limits(size.copy_bytes, size.matmul_n))
 
 
+def _write(size: Size, journal: journal_lib.Journal) -> None:
+  tune.writes(journal, size.tuned, size.written)
+
+
 def _tune(size: Size, journal: journal_lib.Journal) -> None:
-  attention.run_tuning(journal, size.tuned, size.most_tried)
+  tune.sizes(journal, size.tuned, size.most_tried)
 
 
 def _torch(size: Size, journal: journal_lib.Journal) -> None:
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # torch takes it.
   attention.run_torch(
     journal, size.sweep, flags.FLAGS.torch_python or sys.executable)
 
@@ -204,10 +211,12 @@ def _capacity(size: Size, journal: journal_lib.Journal) -> None:
 
 
 STAGES: Mapping[str, Callable[[Size, journal_lib.Journal], None]] = {
-  'tests': _tests, 'limits': _limits, 'attention': _attention,
-  'mosaic': _mosaic, 'torch': _torch, 'quantized': _quantized,
-  'engine': _engine, 'xla_graphs': _engine, 'no_graphs': _engine,
-  'capacity': _capacity, 'tune': _tune}
+  'limits': _limits, 'engine': _engine, 'attention': _attention,
+  'tests': _tests, 'torch': _torch, 'mosaic': _mosaic,
+  'no_graphs': _engine, 'xla_graphs': _engine, 'capacity': _capacity,
+  'quantized': _quantized, 'write': _write, 'tune': _tune}
+# Seconds of what may hang, as it never ran, and is not to take the others'.
+MOST_S: Mapping[str, float] = {'engine': 240, 'tests': 120, 'mosaic': 100}
 _PROFILED = '--xla_enable_command_buffers_during_profiling=true'
 # What a stage has in XLA_FLAGS after the engine's own.
 XLA_FLAGS: Mapping[str, str] = {

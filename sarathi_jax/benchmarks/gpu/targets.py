@@ -53,7 +53,8 @@ def _lone_decode(results: Mapping[str, Rows]) -> list[float]:
 def _same_tokens(results: Mapping[str, Rows]) -> list[float]:
   """The part of the sampled tokens that a stage has in common with ours."""
   tokens = {stage: row['tokens'] for stage, rows in results.items()
-            for row in rows if 'tokens' in row}
+            for row in rows
+            if row['point'] == 'sampled tokens' and 'tokens' in row}
   ours = tokens.pop('engine', None)
   return [] if ours is None else [
     sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
@@ -99,7 +100,7 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def best_sizes(results: Mapping[str, Rows]) -> Rows:
-  """Of the sizes that were tried, the best ones: for `tuning._TUNED`.
+  """Of the sizes that were tried, the best ones: for `tuning.TUNED`.
 
   `over_best` is their time over the best one's, in the mean of the batches
   (geometric); only those are here that all batches could be run with.
@@ -162,6 +163,8 @@ TARGETS: tuple[Target, ...] = (
 def judge(results: Mapping[str, Rows]) -> Rows:
   """A row a target: its bound, the worst value or None, and if it is met."""
   rows: Rows = []
+  yes = 'yes, of what ran' if any(
+    'error' in row for found in results.values() for row in found) else 'yes'
   for target in TARGETS:
     values = list(target.values(results))
     worst = (max if target.at_most else min)(values, default=None)
@@ -171,7 +174,7 @@ def judge(results: Mapping[str, Rows]) -> Rows:
       'target': target.name,
       'bound': f'{"<=" if target.at_most else ">="} {target.bound:g}',
       'worst': worst, 'of': len(values),
-      'met': 'not measured' if worst is None else 'yes' if met else 'no'})
+      'met': 'not measured' if worst is None else yes if met else 'no'})
   return rows
 
 

@@ -20,20 +20,25 @@ import pytest
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
-from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import configurations
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
 DEVICES = list(gpu_targets.TARGETS)
-CONFIGS = {'a100': 'mistral_7b_a100', 'a40': 'mistral_7b_a100',
-           'h100': 'mistral_7b_h100'}
+_SHALLOW = '''
+import dataclasses, runpy
+_whole = runpy.run_path('configs/mistral_7b_h100.py')
+get_config = _whole['get_config']
+def get_model():
+  return dataclasses.replace(_whole['get_model'](), num_layers=2)
+'''
 _COMMAND = '''
 from pallas_kernels.aot import main
-from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import configurations
 from tests.pallas_kernels.aot import matmul
 import sys
 names = sys.argv.pop(1).split(',')
-tuning.cases = lambda device: (getattr(matmul, name) for name in names)
+configurations.cases = lambda device: (getattr(matmul, name) for name in names)
 main.run()
 '''
 
@@ -85,7 +90,8 @@ def test_shared_memory_is_that_of_the_device() -> None:
 
 @matmul.needs_wheels
 def test_a_case_without_a_kernel_is_refused() -> None:
-  case = tuning.Case('jnp', functools.partial(jnp.add, 1), matmul.GOOD.args[:1])
+  case = configurations.Case(
+    'jnp', functools.partial(jnp.add, 1), matmul.GOOD.args[:1])
   result, = cases.check([case], 'a40')
   assert result.problems == ['there is no Pallas kernel in it']
 
@@ -114,18 +120,18 @@ def test_command(names: str, status: int, words: str,
 @pytest.mark.slow
 @pytest.mark.parametrize('device', DEVICES)
 def test_every_configuration_compiles(device: str) -> None:
-  results = cases.check(tuning.cases(device), device)
+  results = cases.check(configurations.cases(device), device)
   assert results
   assert not {r.name: r.problems for r in results if r.problems}
 
 
-def _step(tmp_path: pathlib.Path, device: str, *args: str,
+def _step(tmp_path: pathlib.Path, device: str, config: str, *args: str,
           **environ: str) -> Any:
-  """What the command says of Mistral's step, and its exit status."""
+  """What the command says of a step, and its exit status."""
   file = tmp_path / 'aot.json'
   done = subprocess.run(
     [sys.executable, '-m', 'pallas_kernels.aot', f'--device={device}',
-     f'--model=configs/{CONFIGS[device]}.py', f'--json={file}', *args],
+     f'--model={config}', f'--json={file}', *args],
     cwd=source_tree.ROOT, env=os.environ | environ, check=False)
   found = json.loads(file.read_text())
   case, = found['cases']
@@ -134,10 +140,9 @@ def _step(tmp_path: pathlib.Path, device: str, *args: str,
 
 @matmul.needs_wheels
 @pytest.mark.slow
-@pytest.mark.parametrize('device', DEVICES)
-def test_mistrals_step_compiles_in_place(
-    device: str, tmp_path: pathlib.Path) -> None:
-  case, status = _step(tmp_path, device)
+def test_mistrals_step_compiles_in_place(tmp_path: pathlib.Path) -> None:
+  """For A40; deployments_test.py has the other devices."""
+  case, status = _step(tmp_path, 'a40', 'configs/mistral_7b_a100.py')
   assert not case['problems']
   assert status == 0
   assert case['memory']['weights'] > 13 * 2**30
@@ -150,7 +155,8 @@ def test_mistrals_step_compiles_in_place(
 @matmul.needs_wheels
 @pytest.mark.slow
 def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
-  case, status = _step(tmp_path, 'h100', '--tokens=128')
+  case, status = _step(
+    tmp_path, 'h100', 'configs/mistral_7b_h100.py', '--tokens=128')
   assert status == 0
   assert case['name'].endswith(', 128 tokens')
   assert (case['graphs'], case['outside_graphs']) == (1, [])
@@ -161,7 +167,10 @@ def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
 def test_a_step_that_the_host_waits_in_is_refused(
     tmp_path: pathlib.Path) -> None:
   """As XLA has it by itself: it puts no loop into a graph."""
+  config = tmp_path / 'shallow.py'
+  config.write_text(_SHALLOW)
   case, status = _step(
-    tmp_path, 'h100', XLA_FLAGS='--xla_gpu_enable_command_buffer=-WHILE')
+    tmp_path, 'h100', str(config),
+    XLA_FLAGS='--xla_gpu_enable_command_buffer=-WHILE')
   assert status == 1
   assert 'kConditional, kWhile in no CUDA graph' in case['problems'][0]

@@ -24,7 +24,7 @@ def test_unknown_devices_are_refused() -> None:
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(toolkit.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(toolkit.UnavailableError,
-                     match=r"pip install 'sarathi-jax\[aot\]'"):
+                     match=r"pip install -e '\.\[aot\]'"):
     compiler.devices_for.__wrapped__('a40')
 
 
@@ -56,11 +56,12 @@ def test_compile_for_takes_options_of_jit() -> None:
 
 @matmul.needs_wheels
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
-def test_a_cache_is_written_in_place_and_read(dtype: str) -> None:
+@pytest.mark.parametrize('writer', rpa.WRITERS)
+def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
   """Also where the device knows no fp8."""
   def step(pages: Any, q: jax.Array, k: jax.Array, slots: jax.Array,
            ints: Any) -> Any:
-    pages = rpa.write_kv(*pages, k, k, slots)
+    pages = rpa.write_kv(*pages, k, k, slots, writer)
     return pages, rpa.ragged_paged_attention(
       q, *pages, *ints, scale=1.0, implementation='pallas_triton')
 

@@ -20,7 +20,8 @@ CONFIGS = sorted(path.stem for path in (source_tree.ROOT / 'configs').glob(
 
 def test_the_papers_deployments_are_there() -> None:
   assert {'mistral_7b_a100', 'yi_34b_a100_tp2', 'llama2_70b_a40_tp4_pp2',
-          'falcon_180b_a100_tp4_pp2', 'falcon_180b_a100_tp8'} <= set(CONFIGS)
+          'falcon_180b_a100_tp4_pp2', 'falcon_180b_a100_tp8',
+          'mistral_7b_h100'} <= set(CONFIGS)
 
 
 @matmul.needs_wheels

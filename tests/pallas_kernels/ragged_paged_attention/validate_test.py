@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import types
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
+from pallas_kernels.ragged_paged_attention import configurations
 from pallas_kernels.ragged_paged_attention import tuning
 
 SPEC = arg_specs.BY_NAME['mixed']
@@ -68,6 +70,7 @@ def test_options(options: dict[str, Any], match: str):
   ('k', zeros(3, 2, 16, dtype='int32'), 'k=int32: must be a float'),
   ('slot_mapping', zeros(3), r'slot_mapping=float32\(3,\): must be int32'),
   ('v_pages', zeros(64, 2, 1, 8, 16), r'v_pages=\(64, .*as from init_pages'),
+  ('implementation', 'cuda', 'implementation=cuda: must be None or one of xla'),
 ])
 def test_what_is_written(name: str, value: Any, match: str):
   arrays = {key: _arrays()[key] for key in ('k_pages', 'v_pages')} | dict(
@@ -227,7 +230,7 @@ def test_mosaics_kernel_is_not_chosen_by_itself(
 
 def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
   shape = tuning.Shape('bfloat16', 'int8', 8, 4, 128, 64)
-  monkeypatch.setattr(tuning, '_TUNED', {
+  monkeypatch.setattr(tuning, 'TUNED', {
     ('a100', 'bfloat16', 'int8', 4, 128, 64): (128, 16, 8, 3)})
   _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
   assert tuning.choose(shape).wide_rows == 64
@@ -238,7 +241,7 @@ def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
   assert tuning.choose(
     dataclasses.replace(shape, page_size=32)).wide_rows == 64
   assert 'tuned 4 128 bfloat16 KV int8' in {
-    case.name for case in tuning.cases('a100')}
+    case.name for case in configurations.cases('a100')}
 
 
 def test_the_device_knows_its_multiprocessors_best(
@@ -287,3 +290,42 @@ def test_a_gpu_gets_the_kernel_where_it_can(
     platform='gpu', device_kind='Tesla V100', compute_capability='7.0'))
   assert rpa.init_pages(2, 16, 2, 32, 'float16')[0].ndim == 5
   assert 'compute_capability=7.0: must be 8.0 or above' in caplog.text
+
+
+@pytest.mark.parametrize(('call', 'match'), [
+  (lambda a: _write(a, k_pages=zeros(3, 3)), r'k_pages=\(3, 3\): must have 4'),
+  (lambda a: _write(a, v_pages=a['v_pages'].astype('int32')),
+   'v_pages=int32: must be one of float32'),
+  (lambda a: _attend(a, plan=(1, 2)), "plan=tuple: must be None for 'xla'"),
+  (lambda a: _attend(a, scale=float('nan')), 'scale=nan: must be finite'),
+  (lambda a: _attend(a, soft_cap=float('inf')), 'soft_cap=inf: must be None'),
+  (lambda a: _plan(a, sliding_window=0), 'sliding_window=0: must be None'),
+  (lambda a: _plan(a, q=zeros(5, 3, 16)), r'q=\(5, 3, 16\): heads must be'),
+  (lambda a: _plan(a, q=zeros(5, 16)), r'q=\(5, 16\): must have 3 axes'),
+  (lambda a: rpa.init_pages(-1, 8, 2, 16, 'float32'),
+   'num_pages=-1: must be at least 1'),
+  (lambda a: rpa.init_pages(4, 8, 0, 16, 'float32'),
+   'num_kv_heads=0: must be at least 1'),
+  (lambda a: rpa.quantize(a['q'], 'float32'),
+   'dtype=float32: must be one of int8, float8_e4m3fn'),
+])
+def test_bad_calls_are_named(call: Callable[..., Any], match: str):
+  with pytest.raises(ValueError, match=match):
+    call(_arrays())
+
+
+def _write(arrays: dict[str, Any], **change: Any) -> Any:
+  new = zeros(3, 2, 16)
+  pages = {name: arrays[name] for name in ('k_pages', 'v_pages')}
+  return rpa.write_kv(**pages | change, k=new, v=new,
+                      slot_mapping=jnp.zeros(3, jnp.int32))
+
+
+def _attend(arrays: dict[str, Any], **change: Any) -> Any:
+  return rpa.ragged_paged_attention(
+    **arrays | {'scale': 1.0, 'implementation': 'xla'} | change)
+
+
+def _plan(arrays: dict[str, Any], **change: Any) -> Any:
+  names = 'q', 'k_pages', 'kv_lens', 'cu_q_lens', 'distribution'
+  return rpa.make_plan(**{n: arrays[n] for n in names} | change)

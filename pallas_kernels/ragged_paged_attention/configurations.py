@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to compile for a GPU: every tuned and default configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Something to compile for a GPU."""
+
+  name: str
+  function: Any
+  args: Any
+
+
+# Of real models: query heads, KV heads, head dim.
+_HEADS = {
+  'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
+  'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
+  'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
+  'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
+  'gemma-7b': (16, 16, 256)}
+# In bfloat16 all are; of each head dim one in the others.
+_DTYPES: Mapping[str, tuple[str, ...]] = {
+  'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
+  'phi-2': ('float32',), 'h96': ('float32',)}
+_FP8 = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
+# How `pallas_write` is compiled for each of them; and for Mistral.
+_WRITTEN = ('bfloat16', 'float32', 'int8')
+_WRITTEN_ONCE = ('float16', 'float8_e4m3fn')
+
+
+def cases(device: str) -> Iterator[Case]:
+  """Every default configuration, for `pallas_kernels.aot`.
+
+  To be made, and compiled, where the default device is of this name. The plan
+  is an argument: it has no kernel of ours, and whole steps compile it.
+  """
+  for name, (heads, kv_heads, head_dim) in _HEADS.items():
+    for kept in _WRITTEN + _WRITTEN_ONCE * (name == 'mistral-7b'):
+      yield _write_case(name, kv_heads, head_dim, kept)
+    plain = batch_lib.Options(head_dim**-0.5)
+    special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
+    yield _case(name, heads, kv_heads, head_dim, plain)
+    yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
+    if name in _FP8:  # It differs from int8 by little; one of each head dim.
+      yield _case(name, heads, kv_heads, head_dim, plain,
+                  kv_dtype='float8_e4m3fn')
+    if name in ('mistral-7b', 'gemma-7b'):
+      yield _case(name, heads, kv_heads, head_dim, special)
+      for kept in ('int8', 'float8_e4m3fn'):
+        yield _case(name, heads, kv_heads, head_dim, special, kv_dtype=kept)
+      for options in (plain, special):
+        yield _case(name, heads, kv_heads, head_dim, options, 'float32')
+    if name in _DTYPES:
+      for dtype in _DTYPES[name]:
+        yield _case(name, heads, kv_heads, head_dim, plain, dtype)
+    if name == 'mistral-7b':  # Larger pages than a block change no block.
+      for page_size in (16, 32):
+        for small in (None, 'int8', 'float8_e4m3fn'):
+          yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype=small,
+                      page_size=page_size)
+      for dtype in ('float16', 'float32'):
+        yield _case(name, heads, kv_heads, head_dim, plain, dtype,
+                    page_size=16)
+        for kept in ('int8', 'float8_e4m3fn'):
+          yield _case(name, heads, kv_heads, head_dim, plain, dtype, kept)
+  for target, dtype, kept, group, head_dim, page_size in tuning.TUNED:
+    if target == device:
+      yield _case(
+        f'tuned {group} {head_dim}', 4 * group, 4, head_dim,
+        batch_lib.Options(head_dim**-0.5), dtype,
+        None if kept == dtype else 'float8_e4m3fn' if kept == 'uint8' else kept,
+        page_size=page_size)
+  if device == 'h100' and jax.__version_info__ >= tuning.MOSAIC_JAX:
+    yield from mosaic_cases()
+
+
+def mosaic_cases() -> Iterator[Case]:
+  """Those of pallas_mosaic, which JAX must be new enough for."""
+  case = functools.partial(_case, implementation='pallas_mosaic')
+  for name, sizes in _HEADS.items():
+    *_, head_dim = sizes
+    if head_dim not in tuning.MOSAIC:
+      continue
+    scale = head_dim**-0.5
+    yield case(name, *sizes, batch_lib.Options(scale))
+    if name == 'mistral-7b':
+      yield case(name, *sizes, batch_lib.Options(scale, 4096))
+    # Of each head dim, heads in pairs and alone.
+    if name in ('mistral-7b', 'llama2-7b', 'llama3.2-1b', 'falcon-7b'):
+      yield case(name, *sizes, batch_lib.Options(scale, 4096, 30.0))
+    # Pages of parts of a block, and of several.
+    if name in ('mistral-7b', 'llama3.2-1b'):
+      for page_size in (16, 256):
+        yield case(name, *sizes, batch_lib.Options(scale), 'float16',
+                   page_size=page_size)
+
+
+def _case(model: str, heads: int, kv_heads: int, head_dim: int,
+          options: batch_lib.Options, dtype: str = 'bfloat16',
+          kv_dtype: str | None = None, implementation: str = 'pallas_triton',
+          page_size: int = 64) -> Case:
+  pages = jax.eval_shape(lambda: layout.init(
+    layout.ROWS, 1024, page_size, kv_heads, head_dim, kv_dtype or dtype))
+  ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
+               for shape in ((128,), (128, 128), (129,), (2,))]
+  q = jax.ShapeDtypeStruct((512, heads, head_dim), dtype)
+  batch = batch_lib.Batch(*ints)
+  plan = jax.eval_shape(
+    functools.partial(api.make_plan, sliding_window=options.sliding_window,
+                      implementation=implementation),
+    q, pages[0], batch.kv_lens, batch.cu_q_lens, batch.distribution)
+  what = [model, dtype, *([f'KV {kv_dtype}'] if kv_dtype else []),
+          *([f'pages of {page_size}'] if page_size != 64 else []),
+          *(['window'] if options.sliding_window else []),
+          *(['cap'] if options.soft_cap else []),
+          *(['Mosaic'] if implementation == 'pallas_mosaic' else [])]
+
+  def attend(*args: Any) -> jax.Array:
+    return api.IMPLEMENTATIONS[implementation](
+      *args[:-1], options=options, plan=args[-1])
+
+  return Case(' '.join(what), attend, (q, *pages, batch, plan))
+
+
+def _write_case(model: str, kv_heads: int, head_dim: int, kept: str) -> Case:
+  pages = jax.eval_shape(lambda: layout.init(
+    layout.ROWS, 1024, 64, kv_heads, head_dim, kept))
+  new = jax.ShapeDtypeStruct((512, kv_heads, head_dim), 'bfloat16')
+  return Case(f'{model} write KV {kept}', api.WRITERS['pallas_triton'],
+              (*pages, new, new, jax.ShapeDtypeStruct((512,), jnp.int32)))

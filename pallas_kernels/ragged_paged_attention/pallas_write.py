@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New keys and values into their pages, by Pallas, lowered to Triton.
+
+XLA rounds keys and values together, and one launch stores them, with their
+scales: a block of the GPU takes a token, and its keys or values of every head.
+Those are as many launches as XLA's scatter takes (see `layout.write`), in a
+layer's step for A100; of what is quantized, two less. (Keys and values apart
+would take one more: XLA rounds each by a kernel of its own.)
+
+On CPUs it runs in Pallas's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import quantization
+from pallas_kernels.ragged_paged_attention import tuning
+
+_NUM_WARPS = 4  # 8 heads of 128 channels: 16 bytes a thread, in 16 bits
+_INDICES = 2**31  # that int32 has; see `api.most_pages`
+
+
+def write(
+  k_pages: quantization.Pages,
+  v_pages: quantization.Pages,
+  k: jax.Array,  # [T, K, h]
+  v: jax.Array,  # [T, K, h]
+  slot_mapping: jax.Array,  # [T]
+) -> tuple[quantization.Pages, quantization.Pages]:
+  """See `api.write_kv`; the pages are rows (see `layout`).
+
+  Raises:
+    NotImplementedError: the kernel can't have such pages, or the device.
+  """
+  tuning.check_device(tuning.default_device())
+  kept = quantization.values_of(k_pages)
+  _check(layout.is_rows(k_pages), 'k_pages', kept.shape,
+         'must be rows, [N, K, page_size, h]')
+  _check(kept.dtype.itemsize > 1 or kept.size < _INDICES, 'k_pages',
+         kept.shape, f'must be less than {_INDICES} numbers of a byte')
+  if not slot_mapping.size:
+    return k_pages, v_pages  # No grid is empty.
+  return lax.platform_dependent(
+    slot_mapping, _as_kept(k, v, k_pages), (k_pages, v_pages),
+    cpu=functools.partial(_launch, interpret=True),
+    default=functools.partial(_launch, interpret=False))
+
+
+def _as_kept(k: jax.Array, v: jax.Array, pages: quantization.Pages
+             ) -> quantization.Pages:
+  """Both, [2, T, K, h]: XLA rounds them by as many kernels as one of them."""
+  if isinstance(pages, quantization.Quantized):
+    both = jnp.stack([k.astype(jnp.float32), v.astype(jnp.float32)])
+    return quantization.quantize_like(both, pages)
+  return jnp.stack([k.astype(pages.dtype), v.astype(pages.dtype)])
+
+
+def _launch(slots: jax.Array, new: Any, pages: Any, *, interpret: bool) -> Any:
+  first = 1 + len(jax.tree.leaves(new))
+  return pl.pallas_call(
+    _store,
+    grid=(*slots.shape, 2),
+    out_shape=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pages),
+    input_output_aliases={
+      first + i: i for i in range(len(jax.tree.leaves(pages)))},
+    compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
+    interpret=interpret, name='write_kv',
+  )(slots, new, pages)
+
+
+def _store(slots_ref: Any, new: Any, old_pages: Any, *pages: Any) -> None:
+  """Stores the keys of one token, or the values."""
+  del old_pages  # They are `pages`.
+  token, which = pl.program_id(0), pl.program_id(1)
+  num_pages, _, page_size, _ = layout.sizes(pages[0])
+  slot = slots_ref[token]
+  is_real = (slot >= 0) & (slot < num_pages * page_size)
+  page, offset = slot // page_size, slot % page_size
+
+  def store(its_pages: Any) -> None:
+    for new_ref, ref in zip(
+        jax.tree.leaves(new), jax.tree.leaves(its_pages), strict=True):
+      # [2, T, K, h] into [N, K, page_size, h]; of scales, all but h.
+      for heads, *channels in itertools.product(
+          *map(_pieces, new_ref.shape[2:])):
+        plgpu.store(ref.at[page, heads, offset, *channels],
+                    plgpu.load(new_ref.at[which, token, heads, *channels]))
+
+  for i, its_pages in enumerate(pages):
+    pl.when(is_real & (which == i))(functools.partial(store, its_pages))
+
+
+def _pieces(size: int) -> list[Any]:
+  """An axis in powers of two, as Triton needs them, which need no masks.
+
+  80 -> [0, 64), [64, 80)
+  """
+  sizes = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
+  return [pl.ds(sum(sizes[:i]), n) for i, n in enumerate(sizes)]
+
+
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
+  if not ok:
+    raise NotImplementedError(f'pallas_triton: {name}={value}: {rule}.')

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tables of `ragged_paged_attention.tuning` are to say of a GPU."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import tuning
+from sarathi_jax.benchmarks.gpu import attention
+from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks.gpu import timing
+
+
+def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
+           num_tokens: tuple[int, ...]) -> None:
+  """Times what puts new keys and values into their pages, in place.
+
+  `tuning._WRITER` is for what is the faster one here.
+
+  Args:
+    journal: as of `attention.run`.
+    sweep: the shape of the pages.
+    num_tokens: of a step.
+  """
+  shape = sweep.page_size, sweep.num_kv_heads, sweep.head_dim
+  num_slots = sweep.pool_tokens // sweep.page_size * sweep.page_size
+
+  def row(kept: str, tokens: int, name: str) -> journal_lib.Row:
+    pages = rpa.init_pages(
+      num_slots // sweep.page_size, *shape, kept, 'pallas_triton')
+    new = jnp.ones((tokens, *shape[1:]), sweep.dtype)
+    slots = jnp.asarray(np.random.default_rng(0).permutation(num_slots)[
+      :sweep.calls * tokens].reshape(-1, tokens), jnp.int32)
+
+    def chain(pages: Any) -> Any:
+      for mine in slots:
+        pages = rpa.write_kv(pages[0], pages[1], new, new, mine, name)
+      return pages
+
+    run = jax.jit(chain, donate_argnums=0)
+    kept_pages = [pages]
+
+    def once() -> Any:
+      kept_pages[0] = run(kept_pages[0])
+      return kept_pages[0]
+
+    took = timing.seconds(once) / sweep.calls
+    return {'kept': kept, 'new': tokens, 'writer': name, 'us': took * 1e6}
+
+  for kept, tokens, name in itertools.product(
+      (sweep.dtype, 'int8'), num_tokens, rpa.WRITERS):
+    journal.measure(f'{kept} {tokens} {name}', functools.partial(
+      row, kept, tokens, name))
+
+
+def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
+          most: int | None = None) -> None:
+  """Times pallas_triton with all sizes that are worth a try.
+
+  What can't be compiled, as shared memory does not suffice, is absent. A
+  winner goes into `tuning.TUNED`, under the sweep's shape; CI then compiles
+  it for spills.
+
+  Args:
+    journal: as of `attention.run`.
+    sweep: the shape, and batches that count alike.
+    most: sizes that are tried; None: all.
+  """
+  kernel = functools.cache(lambda: attention.Kernel(sweep, 'pallas_triton'))
+
+  def row(batch: attention.Batch, tried: tuning.Sizes) -> journal_lib.Row:
+    numbers = {name: getattr(tried, name) for name in tuning.NUMBERS}
+    try:
+      took = kernel().seconds(batch, tried)
+    except Exception as error:
+      return numbers | journal_lib.absent(error)
+    return {'batch': batch.name, **numbers, 'us': took * 1e6}
+
+  for tried, batch in itertools.product(
+      itertools.islice(tuning.candidates(), most), attention.batches(sweep)):
+    numbers = [str(getattr(tried, name)) for name in tuning.NUMBERS]
+    journal.measure(f'{batch.name}: {", ".join(numbers)}', functools.partial(
+      row, batch, tried))
