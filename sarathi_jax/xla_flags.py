@@ -36,7 +36,7 @@ TABLE: tuple[Flag, ...] = (
   # branch is in no graph the host waits for the device at each step. It leaves
   # loops out by itself where the driver is older than CUDA 12.3.
   # Not +COLLECTIVES: it would make one graph of a step on several devices, too,
-  # of 66 and 72 launches between them, but was never tried on any.
+  # which is in parts between them otherwise, but was never tried on any.
   Flag('xla_gpu_enable_command_buffer', '+WHILE', (0, 10, 2), (0, 13)),
 )
 

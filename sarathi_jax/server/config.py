@@ -37,7 +37,7 @@ class ServerConfig:
     trace_dir: where a Chrome trace of all steps goes, and profiles.
     request_log: a file that gets a line of JSON a request; '-' for standard
       error, None for none.
-    log_prompts: whether that has prompts and outputs.
+    log_prompts: whether that has prompts' token ids.
     otlp_endpoint: where OpenTelemetry spans go; None for nowhere.
   """
 

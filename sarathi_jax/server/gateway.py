@@ -52,8 +52,8 @@ class Gateway:
                args: Sequence[str] = ()) -> None:
     if importlib.util.find_spec('smg') is None:
       raise errors.ConfigError(
-        f'http_port={port}: needs the gateway: pip install '
-        '"sarathi-jax[gateway]".')
+        f'http_port={port}: needs the gateway, in the source tree: '
+        'pip install -e ".[gateway]".')
     _check_port(host, port)
     self._host, self._port = host, port
     self._args = (

@@ -34,8 +34,8 @@ class Spans:
       from opentelemetry.trace.propagation import tracecontext
     except ImportError as error:
       raise errors.ConfigError(
-        f'otlp_endpoint={endpoint!r}: needs OpenTelemetry: pip install '
-        f'"sarathi-jax[otel]" ({error}).') from error
+        f'otlp_endpoint={endpoint!r}: needs OpenTelemetry, in the source tree: '
+        f'pip install -e ".[otel]" ({error}).') from error
     self._provider = sdk.TracerProvider(resource=resources.Resource.create(
       {'service.name': 'sarathi_jax'}))
     self._provider.add_span_processor(export.BatchSpanProcessor(
