@@ -135,7 +135,7 @@ def ragged_paged_attention(
 
 
 def make_plan(
-  q: jax.Array,
+  q: jax.Array | jax.ShapeDtypeStruct,
   k_pages: Pages,
   kv_lens: jax.Array,
   cu_q_lens: jax.Array,
@@ -146,7 +146,7 @@ def make_plan(
 ) -> tuple[Any, ...] | None:
   """How a batch is cut into work; arguments as of the attention.
 
-  It depends on q and k_pages by their shapes only: layers that have these and
+  Of q and k_pages it takes shapes and dtypes only: layers that have these and
   the window in common can share a plan. None if there is nothing to plan.
 
   Raises:

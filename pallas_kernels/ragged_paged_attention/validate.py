@@ -76,7 +76,7 @@ def validate_options(sliding_window: int | None,
 
 
 def validate_batch(
-  q: jax.Array,
+  q: jax.Array | jax.ShapeDtypeStruct,
   k_pages: Pages,
   kv_lens: jax.Array,
   cu_q_lens: jax.Array,
@@ -158,7 +158,7 @@ def check(ok: object, name: str, value: object, rule: str) -> None:
     raise ValueError(f'{name}={value}: {rule}.')
 
 
-def _check_ranks(**arrays: jax.Array) -> None:
+def _check_ranks(**arrays: jax.Array | jax.ShapeDtypeStruct) -> None:
   for name, x in arrays.items():
     ranks = _RANKS[name]
     check(x.ndim in ranks, name, x.shape,

@@ -8,6 +8,7 @@ it uses, `norm` and `norm_specs`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
 import importlib
 from typing import Any
 import zlib
@@ -134,14 +135,20 @@ def run_layers(
     The residual stream after the layers, of the rows that leave, and the new
     `kv`.
   """
-  family = _family(config)
-  kv = list(kv)
   rotation = rope.tables(config.rope, config.head_dim, positions, rope_lens)
+
+  @functools.partial(jax.jit, static_argnames='window')
+  def block(layer: layers.Params, layer_kv: attention.LayerKv, x: Array,
+            window: attention.Window, rows: attention.Rows | None) -> Any:
+    return _family(config).block(
+      config, layer, layer_kv, x, rotation=rotation, window=window,
+      attend=attend, shards=shards, rows=rows)
+
+  kv = list(kv)
   rows = [None] * (len(params) - 1) + [leaving]
   for i, (layer, window) in enumerate(zip(params, windows, strict=True)):
-    x, kv[i] = family.block(
-      config, layer, kv[i], x, rotation=rotation, window=window,
-      attend=attend, shards=shards, rows=rows[i])
+    # Layers that are alike are traced and lowered once; XLA inlines them.
+    x, kv[i] = block(layer, kv[i], x, window, rows[i])
   return x, kv
 
 

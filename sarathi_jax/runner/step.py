@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -140,7 +141,8 @@ def stage_step(
   is_early = hidden is None and layout.num_rows < layout.num_tokens
   x, new_kv = models.run_layers(
     model, layers, kv, x, positions, rope_lens,
-    _attend_to_pages(spec, kv, mine, stage, row, is_real, positions),
+    _attend_to_pages(
+      spec, kv, mine, stage, x.dtype, row, is_real, positions),
     windows=spec.windows, shards=shards, leaving=ends if is_early else None)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
@@ -177,35 +179,40 @@ def _places_of_tokens(
 
 def _attend_to_pages(
     spec: StepSpec, kv: Sequence[kv_cache.LayerKv],
-    b: batch_lib.BatchArrays, stage: Any, row: Array, is_real: Array,
-    positions: Array) -> Any:
+    b: batch_lib.BatchArrays, stage: Any, dtype: Any, row: Array,
+    is_real: Array, positions: Array) -> Any:
   """A `models.Attend`: writes keys and values to pages, and reads those."""
   num_slots = jax.tree.leaves(kv)[0].shape[0] * spec.page_size
   slot_mapping = jnp.where(
     is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
     + positions % spec.page_size, num_slots)
-  plans: dict[Any, Any] = {}  # layers share their work
+  # Queries are of sequences' ends, or of all tokens; layers share their plans.
+  asking = {spec.layout.num_rows: _ends_of(b), len(row): b}
+  heads = spec.model.num_heads // spec.mesh.shape[mesh_lib.TP]
+  k_pages, _ = kv[0]
+  plans = {
+    (n, w): rpa.make_plan(
+      jax.ShapeDtypeStruct(
+        (n, heads, spec.model.head_dim), rpa.query_dtype(k_pages, dtype)),
+      k_pages, of.kv_lens, of.cu_q_lens, of.distribution, sliding_window=w,
+      implementation=spec.attention)
+    for n, of in asking.items() for w in set(itertools.chain(*spec.windows))}
 
   def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
              scale: float, window: tuple[int | None, ...], rows: Array | None,
              ) -> tuple[Array, Any]:
-    asking = b if rows is None else _ends_of(b)
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
+    of = asking[len(q)]
 
     def within(window: int | None) -> Array:
       return rpa.ragged_paged_attention(
-        q_kv, *pages, b.kv_lens, b.page_indices, asking.cu_q_lens,
-        asking.distribution, scale=scale, sliding_window=window,
+        q_kv, *pages, of.kv_lens, of.page_indices, of.cu_q_lens,
+        of.distribution, scale=scale, sliding_window=window,
         plan=plans[len(q), window], implementation=spec.attention)
 
     windows = list(dict.fromkeys(window))
-    for w in windows:
-      if (len(q), w) not in plans:
-        plans[len(q), w] = rpa.make_plan(
-          q_kv, pages[0], b.kv_lens, asking.cu_q_lens, asking.distribution,
-          sliding_window=w, implementation=spec.attention)
     if len(windows) == 1:
       out = within(windows[0])
     else:

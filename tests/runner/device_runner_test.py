@@ -132,11 +132,15 @@ def test_the_last_layer_leaves_out_what_nobody_reads():
     max_step_tokens=16)
 
   def rows_of_mlps(size):
+    """Of gate and up, by the function that they are in; and its calls."""
     text = steps.lower(size, NUM_PAGES).as_text()
-    return re.findall(r'dot_general.*-> tensor<(\d+)x40xf32>', text)
+    return [(re.findall(r'dot_general.*-> tensor<(\d+)x40xf32>', body),
+             len(re.findall(rf'call @{name}\(', text)))
+            for name, body in re.findall(
+              r'func private @(block\w*)\((.*?)\n  }', text, re.DOTALL)]
 
-  assert rows_of_mlps(16) == ['16'] * 4 + ['4'] * 2  # gates and ups
-  assert rows_of_mlps(4) == ['4'] * 6
+  assert rows_of_mlps(16) == [(['16'] * 2, 2), (['4'] * 2, 1)]
+  assert rows_of_mlps(4) == [(['4'] * 2, 3)]
 
 
 GIB = 2**30
