@@ -43,7 +43,8 @@ class Shape:
   page_size: int
 
   @classmethod
-  def of(cls, q: jax.Array, k_pages: quantization.Pages) -> Shape:
+  def of(cls, q: jax.Array | jax.ShapeDtypeStruct,
+         k_pages: quantization.Pages) -> Shape:
     """The shape of a call.
 
     Raises:
@@ -117,6 +118,8 @@ _Numbers = tuple[int, int, int, int]
 TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
 _WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
+# Of float32 over a quantized cache; in a pipeline, what is converted spills.
+_CONVERTED = (32, 16, 8, 1)
 _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a100': {(2, 128): (64, 32, 4, 2)} | _WIDE,
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
@@ -150,6 +153,8 @@ def choose(shape: Shape) -> Sizes:
   num_blocks = 2 * _multiprocessors(device)
   if tuned is not None:
     return Sizes(*tuned, num_blocks=num_blocks)
+  if width == 4 and shape.kv_dtype != shape.dtype:
+    return Sizes(*_CONVERTED, num_blocks=num_blocks)
   for (itemsize, head_dim), sizes in _SIZES[target].items():
     if itemsize == width and shape.head_dim <= head_dim:
       return Sizes(*sizes, num_blocks=num_blocks)
