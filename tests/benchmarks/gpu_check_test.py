@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -37,36 +38,18 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   flags = '--size=tiny', f'--output={tmp_path}'
   first = run(*flags, '--stages=limits')
   assert first.returncode == 0, first.stdout
-  second = run(
-    *flags,
-    '--stages=tests,limits,attention,mosaic,torch,quantized,write,tune')
+  second = run(*flags, '--stages=limits,attention')
   assert second.returncode == 0, second.stdout
   assert 'limits: done before' in second.stdout
   found = results(tmp_path)
-  assert set(found['results']) == {
-    'tests', 'limits', 'attention', 'mosaic', 'torch', 'quantized', 'write',
-    'tune'}
+  assert set(found['results']) == {'limits', 'attention'}
   rows = found['results']['attention']
   assert {row['kind'] for row in rows if 'kind' in row} == {
     'decode', 'prefill', 'hybrid', 'part'}
   assert all(row['us'] > 0 for row in rows)
-  timed = {r['alternative_to'] for r in found['results']['torch'] if 'us' in r}
-  assert timed == set(found['over_alternatives']) == {
-    'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
-  assert [row['point'] for row in found['results']['tune']] == [
-    'decode 1 x 32: 64, 32, 4, 2', 'decode 1 x 32: 64, 32, 4, 3']
-  assert len(found['best_sizes']) == 2
-  assert {row['point'] for row in found['results']['write']} == {
-    f'{kept} 4 {name}' for kept in ('float32', 'int8')
-    for name in ('xla', 'pallas_triton')}
   assert set(found['over_parts']) == {'hybrid 4 x 64 + 16 after 16'}
-  row, = found['results']['mosaic']
-  if jax.__version_info__ < (0, 11):
-    assert 'must be 0.11 or newer' in row['absent']
-    assert not found['over_mosaic']
-  else:
-    assert row['us'] > 0
-    assert set(found['over_mosaic']) == {'prefill 32 after 0'}
+  assert set(found['over_alternatives']) == {
+    'decode 4 x 64', 'prefill 32 after 0'}
 
   # A stage that is cut short goes on: what was measured is not measured again.
   path = tmp_path / 'attention.jsonl'
@@ -82,6 +65,55 @@ def test_stages_add_up_over_runs(tmp_path: pathlib.Path) -> None:
   assert len(after.rows) == len(lines) - 1
   for point, row in before.rows.items():
     assert after.rows[point] == row
+
+
+def measured(name: str, folder: pathlib.Path) -> list[journal_lib.Row]:
+  """The rows of a stage that needs no process of its own."""
+  journal = journal_lib.Journal(folder / f'{name}.jsonl')
+  stages.STAGES[name](stages.SIZES['tiny'], journal)
+  return list(journal.rows.values())
+
+
+def test_the_tests_are_run(tmp_path: pathlib.Path) -> None:
+  rows = measured('tests', tmp_path)
+  assert len(rows) > 1 and not [row for row in rows if 'error' in row]
+
+
+def test_torch_is_measured_on_the_same_shapes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  monkeypatch.setattr(stages.flags, 'FLAGS', types.SimpleNamespace(
+    torch_python=None))
+  assert {row['alternative_to'] for row in measured('torch', tmp_path)
+          if 'us' in row} == {
+    'decode 4 x 64', 'prefill 32 after 0', 'prefill 32 after 64'}
+
+
+def test_quantized_caches_are_measured(tmp_path: pathlib.Path) -> None:
+  rows = measured('quantized', tmp_path)
+  assert rows and all(row['us'] > 0 for row in rows)
+
+
+def test_writing_is_measured(tmp_path: pathlib.Path) -> None:
+  assert {row['point'] for row in measured('write', tmp_path)
+          if 'us' in row} == {
+    f'{kept} 4 {name}' for kept in ('float32', 'int8')
+    for name in ('xla', 'pallas_triton')}
+
+
+def test_other_sizes_are_measured(tmp_path: pathlib.Path) -> None:
+  rows = measured('tune', tmp_path)
+  assert [row['point'] for row in rows] == [
+    'decode 1 x 32: 64, 32, 4, 2', 'decode 1 x 32: 64, 32, 4, 3']
+  assert len(targets.best_sizes({'tune': rows})) == 2
+
+
+def test_mosaic_is_measured_where_jax_has_it(tmp_path: pathlib.Path) -> None:
+  row, = measured('mosaic', tmp_path)
+  if jax.__version_info__ < (0, 11):
+    assert 'must be 0.11 or newer' in row['absent']
+  else:
+    assert row['us'] > 0 and row['point'] == 'prefill 32 after 0'
 
 
 def test_a_point_that_fails_is_told_and_tried_again(

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -41,7 +43,8 @@ print(json.dumps({'peak': memory.peak() - before, 'total': sum(shards)}))
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
   folder = tmp_path_factory.mktemp('checkpoints')
   shapes = {'model.embed_tokens.weight': (256, WIDTH),
             'lm_head.weight': (256, WIDTH), 'model.norm.weight': (WIDTH,)}
@@ -60,7 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=8),
     fake.random_tensors(shapes))
   convert.convert(folder / 'hf', folder / 'converted')
-  return folder
+  yield folder
+  shutil.rmtree(folder)  # A gigabyte.
 
 
 @pytest.mark.slow

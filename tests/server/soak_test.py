@@ -100,7 +100,7 @@ def _check(serve: Callable[[Any], None],
 
 
 @pytest.mark.parametrize('seconds', [
-  5, pytest.param(60, marks=pytest.mark.slow),
+  5, pytest.param(30, marks=pytest.mark.slow),
   pytest.param(600, marks=pytest.mark.soak)])
 def test_random_cancels(seconds: float) -> None:
   grown, _ = _check(soaked.ours, seconds)
