@@ -37,9 +37,9 @@ _HEADS = {
 _DTYPES: Mapping[str, tuple[str, ...]] = {
   'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
   'phi-2': ('float32',), 'h96': ('float32',)}
-_FP8 = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
-# How `pallas_write` is compiled for each of them; and for Mistral.
-_WRITTEN = ('bfloat16', 'float32', 'int8')
+_OF_EACH_HEAD_DIM = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
+# How `pallas_write` is compiled, too: for one of each head dim; for Mistral.
+_WRITTEN = ('float32', 'int8')
 _WRITTEN_ONCE = ('float16', 'float8_e4m3fn')
 
 
@@ -50,13 +50,14 @@ def cases(device: str) -> Iterator[Case]:
   is an argument: it has no kernel of ours, and whole steps compile it.
   """
   for name, (heads, kv_heads, head_dim) in _HEADS.items():
-    for kept in _WRITTEN + _WRITTEN_ONCE * (name == 'mistral-7b'):
+    for kept in ('bfloat16', *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
+                 *_WRITTEN_ONCE * (name == 'mistral-7b')):
       yield _write_case(name, kv_heads, head_dim, kept)
     plain = batch_lib.Options(head_dim**-0.5)
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
     yield _case(name, heads, kv_heads, head_dim, plain)
     yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
-    if name in _FP8:  # It differs from int8 by little; one of each head dim.
+    if name in _OF_EACH_HEAD_DIM:  # It differs from int8 by little.
       yield _case(name, heads, kv_heads, head_dim, plain,
                   kv_dtype='float8_e4m3fn')
     if name in ('mistral-7b', 'gemma-7b'):

@@ -86,6 +86,8 @@ def forward(
 ) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
   """Runs tokens through all layers, on one device.
 
+  For use under `jax.jit`: called by itself, it compiles its layers each time.
+
   Args:
     config: the model.
     params: as `param_specs` says, in one dtype, which matmuls and the residual

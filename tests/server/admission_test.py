@@ -206,6 +206,7 @@ def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
     slow = running.stub_of(channel).Generate(pb.GenerateRequest(
       token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
         fill_context=True)))
+    running.wait_until_open(1)
     runner.open()
     fake.wait_until(lambda: running.server.frontend.num_open == 0)
     assert running.is_alive()  # others go on, and its pages are free

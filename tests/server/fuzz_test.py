@@ -204,4 +204,4 @@ def test_nonsense(fuzzed: fake.RunningServer) -> None:
 
 @pytest.mark.slow
 def test_much_nonsense(fuzzed: fake.RunningServer) -> None:
-  _fuzz(fuzzed, 8_000)
+  _fuzz(fuzzed, 5_000)

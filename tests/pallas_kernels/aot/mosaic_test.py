@@ -84,7 +84,7 @@ def test_every_configuration_compiles(
 @pytest.mark.parametrize('device', list(gpu_targets.TARGETS))
 def test_tritons_compile_on_this_jax_too(device: str) -> None:
   """Each kernel once; the other lane has them all, on the oldest JAX."""
-  first = itertools.islice(configurations.cases(device), 8)
+  first = itertools.islice(configurations.cases(device), 2, 7)
   results = cases.check(first, device)
   assert not {r.name: r.problems for r in results if r.problems}
   assert {k.name for r in results for k in r.kernels if k.is_ours} == {
