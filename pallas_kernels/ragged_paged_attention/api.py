@@ -57,6 +57,7 @@ WRITERS: Mapping[str, Callable[..., tuple[Pages, Pages]]] = {
 _LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
             'pallas_triton': layout.ROWS, 'pallas_mosaic': layout.ROWS}
 
+
 def ragged_paged_attention(
   q: jax.Array,
   k_pages: Pages,

@@ -66,9 +66,8 @@ def cases(device: str) -> Iterator[Case]:
         yield _case(name, heads, kv_heads, head_dim, special, kv_dtype=kept)
       for options in (plain, special):
         yield _case(name, heads, kv_heads, head_dim, options, 'float32')
-    if name in _DTYPES:
-      for dtype in _DTYPES[name]:
-        yield _case(name, heads, kv_heads, head_dim, plain, dtype)
+    for dtype in _DTYPES.get(name, ()):
+      yield _case(name, heads, kv_heads, head_dim, plain, dtype)
     if name == 'mistral-7b':  # Larger pages than a block change no block.
       for page_size in (16, 32):
         for small in (None, 'int8', 'float8_e4m3fn'):

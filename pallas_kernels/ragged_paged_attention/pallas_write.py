@@ -92,22 +92,14 @@ def _store(slots_ref: Any, new: Any, old_pages: Any, *pages: Any) -> None:
     for new_ref, ref in zip(
         jax.tree.leaves(new), jax.tree.leaves(its_pages), strict=True):
       # [2, T, K, h] into [N, K, page_size, h]; of scales, all but h.
-      for heads, *channels in itertools.product(
-          *map(_pieces, new_ref.shape[2:])):
+      pieces = ([pl.ds(*piece) for piece in tuning.pieces(size)]
+                for size in new_ref.shape[2:])
+      for heads, *channels in itertools.product(*pieces):
         plgpu.store(ref.at[page, heads, offset, *channels],
                     plgpu.load(new_ref.at[which, token, heads, *channels]))
 
   for i, its_pages in enumerate(pages):
     pl.when(is_real & (which == i))(functools.partial(store, its_pages))
-
-
-def _pieces(size: int) -> list[Any]:
-  """An axis in powers of two, as Triton needs them, which need no masks.
-
-  80 -> [0, 64), [64, 80)
-  """
-  sizes = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
-  return [pl.ds(sum(sizes[:i]), n) for i, n in enumerate(sizes)]
 
 
 def _check(ok: bool, name: str, value: object, rule: str) -> None:

@@ -25,6 +25,15 @@ from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 
 
+def pieces(size: int) -> tuple[tuple[int, int], ...]:
+  """An axis in powers of two, (first, size), as Triton needs them: no masks.
+
+  80 -> (0, 64), (64, 16)
+  """
+  sizes = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
+  return tuple((sum(sizes[:i]), n) for i, n in enumerate(sizes))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
   """What a kernel is compiled for, beside the sizes of its arrays.
@@ -63,13 +72,8 @@ class Shape:
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
-    """The channels in powers of two, (first, size), as Triton needs them.
-
-    80 -> (0, 64), (64, 16)
-    """
-    sizes = [1 << i for i in reversed(range(self.head_dim.bit_length()))
-             if self.head_dim >> i & 1]
-    return tuple((sum(sizes[:i]), n) for i, n in enumerate(sizes))
+    """Of the channels."""
+    return pieces(self.head_dim)
 
   def channels(self) -> list[jax.Array]:
     """The indices of each piece's channels."""
