@@ -137,12 +137,22 @@ TARGETS: Mapping[str, GpuTarget] = {
 _KINDS: Mapping[str, str] = {
   'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
   'NVIDIA H200': 'h100'}
+# H100 and H200 of these kinds reach less than SXM's, by how much varies.
+_SLOWER = ('H100 PCIe', 'NVL')
 
 
 def name_of(device_kind: str) -> str | None:
   """The target that a device is; None if it is in no table."""
   return next((name for begin, name in _KINDS.items()
                if device_kind.startswith(begin)), None)
+
+
+def matmul_flops(device_kind: str) -> float | None:
+  """A second, of the device itself and not of others of its target."""
+  name = name_of(device_kind)
+  if name is None or device_kind.endswith(_SLOWER):
+    return None
+  return TARGETS[name].matmul_flops
 
 
 def get(name: str) -> GpuTarget:

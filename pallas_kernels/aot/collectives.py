@@ -14,7 +14,7 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4,
           'u32': 4, 'f32': 4}
 _CALL = re.compile(
   rf'^\s*(?:ROOT )?\S+ = (.+?) ({"|".join(_KINDS)})(-start)?\(', re.M)
-_ARRAY = re.compile(r'\b([a-z]+\d+)\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\[([\d,]*)\]')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

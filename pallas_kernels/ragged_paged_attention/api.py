@@ -29,7 +29,6 @@ from pallas_kernels.ragged_paged_attention import xla
 
 _log = logging.getLogger(__name__)
 Pages = quantization.Pages
-_INDICES = 2**31  # that int32 has
 
 
 def _pallas_mosaic() -> Any:
@@ -228,7 +227,7 @@ def most_pages(page_size: int, num_kv_heads: int, head_dim: int,
   """
   if jnp.dtype(dtype).itemsize > 1:
     return None
-  return (_INDICES - 1) // (page_size * num_kv_heads * head_dim)
+  return (tuning.INDICES - 1) // (page_size * num_kv_heads * head_dim)
 
 
 def query_dtype(

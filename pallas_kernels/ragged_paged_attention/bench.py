@@ -77,7 +77,8 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
     seen = [at + 1 if window is None else min(at + 1, window)
             for at in range(context - q_len, context)]
     pairs += sum(seen)
-    rows += max(seen) + q_len - 1 if window else context
+    if q_len:
+      rows += context if window is None else min(context, window + q_len - 1)
   number = jnp.dtype(spec.kv_dtype or spec.dtype).itemsize
   scale = 0 if spec.kv_dtype is None else quantization.SCALE_DTYPE.itemsize
   size = 2 * spec.num_kv_heads * (spec.head_dim * number + scale)

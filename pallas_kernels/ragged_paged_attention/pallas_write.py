@@ -27,7 +27,6 @@ from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 
 _NUM_WARPS = 4  # 8 heads of 128 channels: 16 bytes a thread, in 16 bits
-_INDICES = 2**31  # that int32 has; see `api.most_pages`
 
 
 def write(
@@ -43,11 +42,11 @@ def write(
     NotImplementedError: the kernel can't have such pages, or the device.
   """
   tuning.check_device(tuning.default_device())
-  kept = quantization.values_of(k_pages)
-  _check(layout.is_rows(k_pages), 'k_pages', kept.shape,
-         'must be rows, [N, K, page_size, h]')
-  _check(kept.dtype.itemsize > 1 or kept.size < _INDICES, 'k_pages',
-         kept.shape, f'must be less than {_INDICES} numbers of a byte')
+  tuning.check_indices(k_pages)
+  if not layout.is_rows(k_pages):
+    raise NotImplementedError(
+      f'pallas_triton: k_pages={quantization.values_of(k_pages).shape}: must '
+      'be rows, [N, K, page_size, h].')
   if not slot_mapping.size:
     return k_pages, v_pages  # No grid is empty.
   return lax.platform_dependent(
@@ -100,8 +99,3 @@ def _store(slots_ref: Any, new: Any, old_pages: Any, *pages: Any) -> None:
 
   for i, its_pages in enumerate(pages):
     pl.when(is_real & (which == i))(functools.partial(store, its_pages))
-
-
-def _check(ok: bool, name: str, value: object, rule: str) -> None:
-  if not ok:
-    raise NotImplementedError(f'pallas_triton: {name}={value}: {rule}.')

@@ -24,6 +24,8 @@ from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 
+INDICES = 2**31  # that int32 has; see `api.most_pages`
+
 
 def pieces(size: int) -> tuple[tuple[int, int], ...]:
   """An axis in powers of two, (first, size), as Triton needs them: no masks.
@@ -59,6 +61,7 @@ class Shape:
     Raises:
       NotImplementedError: the kernel can't have it; says why.
     """
+    check_indices(k_pages)
     _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
     kv_dtype = quantization.values_of(k_pages).dtype
     return cls(q.dtype.name, kv_dtype.name, num_kv_heads,
@@ -185,6 +188,13 @@ def check_device(device: Any) -> None:
   major = capability.partition('.')[0]
   _check(major.isdigit() and int(major) >= 8, 'compute_capability',
          capability, 'must be 8.0 or above')
+
+
+def check_indices(pages: quantization.Pages) -> None:
+  """Raises NotImplementedError if a kernel's offsets would overflow."""
+  kept = quantization.values_of(pages)
+  _check(kept.dtype.itemsize > 1 or kept.size < INDICES, 'k_pages',
+         kept.shape, f'must be less than {INDICES} numbers of a byte')
 
 
 def fastest() -> tuple[str, ...]:

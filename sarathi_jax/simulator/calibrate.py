@@ -11,9 +11,11 @@ With --nofit the device's efficiencies stay as they are: so is a device judged
 whose tables were never seen. With several devices, each is also judged by
 what was fitted to the first other one.
 
-With --gpu_check, the tables are what scripts/gpu_check measured; with
---artifact, Sarathi-Serve's artifact, whose whole steps show what its host
-costs.
+With --gpu_check, the tables are what scripts/gpu_check measured: of prefills
+our engine's last layer computes what is sampled from only, which the model
+counts whole, so efficiencies come out up to a layer's share too high. With
+--artifact, they are Sarathi-Serve's artifact, whose whole steps show what its
+host costs.
 """
 
 from __future__ import annotations

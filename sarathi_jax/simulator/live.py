@@ -16,6 +16,7 @@ import rich.console
 import rich.progress
 
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -30,7 +31,10 @@ _TOKEN = 1  # Any would do, as in the paper's artifact.
 
 @dataclasses.dataclass(slots=True)
 class _Seen:
-  """What clients saw of one rate. Times are seconds."""
+  """What clients saw of one rate. Times are seconds.
+
+  Gaps between tokens are those of interactive requests: the SLO is theirs.
+  """
 
   tbt_s: metrics_lib.Quantiles = dataclasses.field(
     default_factory=metrics_lib.Quantiles)
@@ -146,13 +150,14 @@ class Client:
     seen = _Seen()
     async with grpc.aio.insecure_channel(self._target) as channel:
       stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
-      await self._request(stub, time.monotonic(), 1, 32, seen)
+      await self._request(
+        stub, time.monotonic(), 1, 32, types.TIERS[0], seen)
     return seen.tbt_s.quantile(0.1) or 0.0
 
   async def _run(self, workload: workload_lib.Workload,
                  slo: search.Slo) -> tuple[_Seen, bool]:
     seen = _Seen()
-    num_gaps = int((workload.output_lens - 1).sum())
+    num_gaps = int((workload.output_lens - 1)[~workload.is_batch].sum())
     async with grpc.aio.insecure_channel(self._target) as channel:
       stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
       began = time.monotonic()
@@ -162,7 +167,7 @@ class Client:
         await asyncio.sleep(at - time.monotonic())
         await self._request(
           stub, at, int(workload.prompt_lens[i]),
-          int(workload.output_lens[i]), seen)
+          int(workload.output_lens[i]), workload.tier(i), seen)
 
       left = {asyncio.create_task(send(i)) for i in range(len(workload))}
       try:
@@ -185,9 +190,9 @@ class Client:
     return seen, True
 
   async def _request(self, stub: Any, arrived: float, prompt_len: int,
-                     output_len: int, seen: _Seen) -> None:
+                     output_len: int, tier: str, seen: _Seen) -> None:
     call = stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[_TOKEN] * prompt_len),
+      tier=tier, token_ids=pb.TokenIds(ids=[_TOKEN] * prompt_len),
       sampling=pb.SamplingParams(
         temperature=0, ignore_eos=True, max_tokens=output_len)))
     last: float | None = None
@@ -197,7 +202,7 @@ class Client:
       for _ in response.token_ids:
         if last is None:
           seen.ttft_s.add([now - arrived])
-        else:
+        elif tier == types.TIERS[0]:
           seen.tbt_s.add([now - last])
         last = now
       if response.HasField('finished'):

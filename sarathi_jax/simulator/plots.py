@@ -112,11 +112,10 @@ def _timelines(rows: Sequence[capacity.Row],
   """(label, when each token came) of each policy and budget."""
   for row in {row.label: row for row in rows}.values():
     assert row.scenario is not None
+    config = row.scenario.workload
     workload = workload_lib.make(dataclasses.replace(
-      row.scenario.workload, num_requests=min(
-        _TIMELINE_REQUESTS,
-        row.scenario.workload.num_requests or _TIMELINE_REQUESTS)))
-    workload = workload.at_rate(qps)
+      config, num_requests=min(
+        _TIMELINE_REQUESTS, len(workload_lib.make(config))))).at_rate(qps)
     half = len(workload) // 2
     watched = int(workload.output_lens[:max(half, 1)].argmax())
     times: list[float] = []

@@ -41,6 +41,8 @@ def lost(slo: search.Slo, workload: workload_lib.Workload,
           ) -> Callable[[engine_lib.Engine, float], bool]:
   """Whether nothing that may still come would save the SLO."""
   num_gaps = int((workload.output_lens - 1).sum())
+  # The engine does not tell gaps of the tier batch from those that count.
+  all_count = not workload.is_batch.any()
   num_steps = 0
 
   def is_lost(engine: engine_lib.Engine, now: float) -> bool:
@@ -51,7 +53,8 @@ def lost(slo: search.Slo, workload: workload_lib.Workload,
     # Too many gaps were too long, even if no other will be.
     tbt_s = engine.metrics.tbt_s
     of_seen = 1 - 0.01 * num_gaps / max(tbt_s.count, 1)
-    if of_seen > 0 and (tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01:
+    if all_count and of_seen > 0 and (
+        tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01:
       return True
     # More than half of all requests wait, and have done so for too long.
     waiting = engine.stats().num_waiting

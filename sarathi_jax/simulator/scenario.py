@@ -27,6 +27,8 @@ ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
 # The most of a budget that follows the SLO. Longer steps gain nothing: matmuls
 # are at their best by then, and a chunk attends to itself in vain for half.
 AUTO_MAX_BUDGET = 2048
+# Of what does not follow an SLO.
+_UNPACED: Mapping[str, None] = {'tbt_slo_ms': None, 'batch_tbt_slo_ms': None}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +79,11 @@ class Scenario:
                   'tbt_slo_ms': slo_tbt_p99_s * 1e3,
                   'batch_tbt_slo_ms': self.batch_tbt_slo_ms}
     elif token_budget is not None:
-      changes['token_budget'] = token_budget
+      changes |= {'token_budget': token_budget, **_UNPACED}
     if not has_budget(policy):
       # What the paper gives them: vLLM as many as a sequence may have.
       changes |= {'token_budget': max(
-        self.config.max_model_len or 0, self.config.token_budget),
-        'tbt_slo_ms': None}
+        self.config.max_model_len or 0, self.config.token_budget), **_UNPACED}
     if policy == 'orca':
       changes['max_num_seqs'] = min(
         self.config.max_num_seqs, ORCA_MAX_NUM_SEQS.get(self.name, 16))

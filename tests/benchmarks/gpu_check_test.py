@@ -145,6 +145,7 @@ def test_the_engine_is_measured(tmp_path: pathlib.Path) -> None:
   assert 0 <= gap['idle'] < 1
   assert gap['traced_idle'] is None  # A CPU's profile shows no device.
   assert gap['context'] > 63
+  assert list((tmp_path / 'gpu_check').glob('jit_run*'))  # for later runs
 
 
 def test_results_of_two_devices_do_not_mix(tmp_path: pathlib.Path) -> None:

@@ -32,3 +32,12 @@ def test_targets(device: str, shared_memory: int) -> None:
   assert text.count('{') == text.count('}')
   assert f'device_description_str: "{target.device_kind}"' in text
   assert ('ACCELERATED_FEATURES' in text) == (device == 'h100')
+
+
+@pytest.mark.parametrize(('device_kind', 'expected'), [
+  ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H200', 989.4e12),
+  ('NVIDIA A100 80GB PCIe', 312e12), ('NVIDIA H100 PCIe', None),
+  ('NVIDIA H100 NVL', None), ('NVIDIA B200', None)])
+def test_rates_of_the_very_device(
+    device_kind: str, expected: float | None) -> None:
+  assert gpu_targets.matmul_flops(device_kind) == expected

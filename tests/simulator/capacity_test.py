@@ -14,6 +14,8 @@ import pytest
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.simulator import capacity
 from sarathi_jax.simulator import live
+from sarathi_jax.simulator import search
+from sarathi_jax.simulator import workload as workload_lib
 from tests import absl_flags
 from tests.server import fake
 from tests.simulator import cost_model_test
@@ -62,6 +64,16 @@ def test_results_and_plots_are_kept(tmp_path: pathlib.Path) -> None:
     assert '<svg' in (tmp_path / f'{name}.svg').read_text()
 
 
+def test_a_trace_may_be_short(tmp_path: pathlib.Path) -> None:
+  trace = tmp_path / 'trace.csv'
+  trace.write_text('\n'.join(
+    ['num_prefill_tokens,num_decode_tokens,arrived_at',
+     *(f'{100 + i},{5 + i},{i / 4}' for i in range(12))]))
+  run(MISTRAL, f'--workload={trace}', '--arrivals=trace', '--slo_tbt_p99=0.1',
+      '--precision=0.5', f'--output={tmp_path}')
+  assert (tmp_path / 'stalls.png').exists()
+
+
 def test_an_slo_no_rate_can_meet_says_the_fastest(
     capsys: pytest.CaptureFixture) -> None:
   message = error_of(capsys, MISTRAL, '--slo_tbt_p99=0.001')
@@ -106,6 +118,19 @@ def test_a_live_server_is_searched(tmp_path: pathlib.Path) -> None:
   assert result['token_budget'] == 8
   assert result['capacity_qps'] > 0
   assert 0 < result['p99_tbt_s'] <= 0.5
+
+
+def test_gaps_of_the_tier_batch_do_not_count() -> None:
+  config = workload_lib.WorkloadConfig(
+    source='openchat_sharegpt4', num_requests=8, length_scale=0.01, qps=100,
+    batch_share=1.0)
+  with contextlib.closing(fake.RunningServer(fake.make_engine)) as server:
+    client = live.Client(f'127.0.0.1:{server.server.port}')
+    point = client.try_rate(
+      workload_lib.make(config), search.Slo(p99_tbt_s=1e-9), 100)
+  assert point.holds
+  assert point.p99_tbt_s == 0
+  assert point.p50_ttft_s > 0
 
 
 def test_requests_too_long_for_a_live_server(

@@ -72,7 +72,7 @@ def _run_stage(name: str, seconds: float) -> None:
     RuntimeError: it failed, or took too long; says what it printed.
   """
   given = [f'--{flag}={FLAGS[flag].value}'
-           for flag in ('size', 'cache_dir', 'torch_python')
+           for flag in ('size', 'torch_python')
            if FLAGS[flag].value]
   given.append(f'--output={pathlib.Path(FLAGS.output).resolve()}')
   with tempfile.TemporaryFile('w+') as log:
@@ -81,7 +81,11 @@ def _run_stage(name: str, seconds: float) -> None:
       [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check',
        f'--run_stage={name}', *given], cwd=_ROOT, stdout=log, stderr=log,
       start_new_session=True, env=os.environ | {
-        'XLA_FLAGS': f'{given_flags} {stages.XLA_FLAGS.get(name, "")}'.strip()})
+        'XLA_FLAGS': f'{given_flags} {stages.XLA_FLAGS.get(name, "")}'.strip(),
+        # A stage that is cut short while it compiles gets on the next time.
+        'JAX_COMPILATION_CACHE_DIR': os.path.join(
+          os.path.expanduser(FLAGS.cache_dir), 'gpu_check'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'})
     try:
       ended = f'exit status {process.wait(seconds)}'
     except subprocess.TimeoutExpired:

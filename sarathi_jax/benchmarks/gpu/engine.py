@@ -77,7 +77,7 @@ def steps(journal: journal_lib.Journal,
 
   A row's `of_floor` is the step's time over that of reading weights, keys and
   values once; `of_matmul` is of the measured rate of a matmul, `mfu` of what
-  the device's maker says (None for a device that is in no table).
+  the device's maker says (None where no table has that).
 
   Args:
     journal: which takes the rows, and has those of an earlier run.
@@ -89,8 +89,7 @@ def steps(journal: journal_lib.Journal,
   runner = functools.cache(lambda: device_runner.DeviceRunner(
     model, params, mesh_lib.make(), config,
     lambda max_model_len: config.token_budget, _say_compiled))
-  target = gpu_targets.name_of(jax.devices()[0].device_kind)
-  peak = gpu_targets.get(target).matmul_flops if target else None
+  peak = gpu_targets.matmul_flops(jax.devices()[0].device_kind)
   weights = sum(x.nbytes for x in jax.tree.leaves(params))
   # The embedding is looked up; the head sees a sequence's last token only.
   vocab = params['embed']

@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 from absl import flags
-import jax
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.benchmarks import live_capacity
@@ -174,16 +173,7 @@ def _torch(size: Size, journal: journal_lib.Journal) -> None:
     journal, size.sweep, flags.FLAGS.torch_python or sys.executable)
 
 
-def _compiled() -> str:
-  return os.path.join(
-    os.path.expanduser(flags.FLAGS.cache_dir), 'gpu_check')
-
-
 def _engine(size: Size, journal: journal_lib.Journal) -> None:
-  # Its two engines have the steps in common, and so have later runs: one that
-  # is cut short while it compiles gets on the next time.
-  jax.config.update('jax_compilation_cache_dir', _compiled())
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   params = engine.make_params(size.model, size.dtype)
   engine.steps(
     journal, size.model, params, timing.limits(size.copy_bytes, size.matmul_n),
@@ -197,8 +187,7 @@ def _capacity(size: Size, journal: journal_lib.Journal) -> None:
     model=size.model, params=engine.make_params(size.model, size.dtype),
     workload=size.chats, config=dataclasses.replace(
       size.config, num_pages=None,
-      max_model_len=live_capacity.max_model_len(size.chats),
-      compilation_cache_dir=_compiled()))
+      max_model_len=live_capacity.max_model_len(size.chats)))
   # One SLO for all rows, if they are of several runs, too.
   journal.measure('strict SLO', lambda: {
     'slo_tbt_p99_s': live_capacity.strict_slo_s(setup)})

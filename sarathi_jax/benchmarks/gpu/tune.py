@@ -35,20 +35,23 @@ def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
   def row(kept: str, tokens: int, name: str) -> journal_lib.Row:
     pages = rpa.init_pages(
       num_slots // sweep.page_size, *shape, kept, 'pallas_triton')
-    new = jnp.ones((tokens, *shape[1:]), sweep.dtype)
     slots = jnp.asarray(np.random.default_rng(0).permutation(num_slots)[
       :sweep.calls * tokens].reshape(-1, tokens), jnp.int32)
+    # Each call has keys and values of its own, as each layer: of equal ones
+    # XLA would round those of all calls at once.
+    new = jax.random.normal(
+      jax.random.key(0), (sweep.calls, 2, tokens, *shape[1:]), sweep.dtype)
 
-    def chain(pages: Any) -> Any:
-      for mine in slots:
-        pages = rpa.write_kv(pages[0], pages[1], new, new, mine, name)
+    def chain(pages: Any, new: jax.Array, slots: jax.Array) -> Any:
+      for (k, v), mine in zip(new, slots, strict=True):
+        pages = rpa.write_kv(pages[0], pages[1], k, v, mine, name)
       return pages
 
     run = jax.jit(chain, donate_argnums=0)
     kept_pages = [pages]
 
     def once() -> Any:
-      kept_pages[0] = run(kept_pages[0])
+      kept_pages[0] = run(kept_pages[0], new, slots)
       return kept_pages[0]
 
     took = timing.seconds(once) / sweep.calls

@@ -24,6 +24,8 @@ def test_of_a_gpu_program():
     collectives.Collective('all-reduce', 1, 512 * 64 * 2),
     collectives.Collective('all-gather', 1, 16 * 8 * 2),
     collectives.Collective('collective-permute', 1, 16)]
+  assert collectives.read('  %p = pred[3]{0} all-gather(%x)') == [
+    collectives.Collective('all-gather', 1, 3)]
 
 
 def test_of_a_program_compiled_here():

@@ -21,6 +21,16 @@ def test_counts_work():
   assert bench.work(spec) == ((5 + 4) * 2 * 8 * 4, 4 * 14 * 2 * 8)
 
 
+def test_counts_work_within_a_window():
+  spec = arg_specs.ArgSpec(
+    name='by_hand', contexts=(9, 5, 9), num_decodes=1, q_lens=(5, 3),
+    num_heads=2, num_kv_heads=1, head_dim=8, sliding_window=4)
+  # The decode sees 4 tokens. The chunk that is a whole prompt sees no more
+  # than it has; the other one, of 3 queries with 4 tokens each, 6.
+  assert bench.work(spec) == (
+    (4 + 5 + 6) * 2 * 8 * 4, 4 * (4 + (1 + 2 + 3 + 4 + 4) + 3 * 4) * 2 * 8)
+
+
 def _bench(*args: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, '-m', 'pallas_kernels.ragged_paged_attention.bench',

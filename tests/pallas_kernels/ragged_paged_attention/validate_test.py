@@ -16,6 +16,7 @@ from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import configurations
+from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import tuning
 
 SPEC = arg_specs.BY_NAME['mixed']
@@ -152,6 +153,18 @@ def test_quantized_by_half():
 def test_pages_of_other_numbers():
   with pytest.raises(ValueError, match='dtype=float8_e5m2: must be one of'):
     rpa.init_pages(2, 16, 2, 16, 'float8_e5m2')
+
+
+def test_kernels_refuse_more_than_int32_can_count():
+  """Pages of another making, for `init_pages` makes none of them."""
+  pages = jax.eval_shape(
+    lambda: layout.init(layout.ROWS, 2**21 + 1, 64, 1, 16, 'int8'))
+  with pytest.raises(NotImplementedError, match=(
+      r'k_pages=\(2097153, .*\): must be less than 2147483648 numbers')):
+    rpa.make_plan(
+      jax.ShapeDtypeStruct((4, 2, 16), 'bfloat16'), pages[0],
+      *(jnp.zeros(n, jnp.int32) for n in (4, 5, 2)),
+      implementation='pallas_triton')
 
 
 @pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
