@@ -50,7 +50,8 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     flags.DEFINE_float, 'The same for requests of the tier batch; without, '
     'they bound no step.'),
   'attention': (flags.DEFINE_string,
-                'Implementation of attention. Default: the fastest here.'),
+                'reference, xla, pallas_triton or pallas_mosaic. Default: '
+                'chosen for the device.'),
   'tp': (flags.DEFINE_integer,
          'Tensor parallelism: devices that share each layer.'),
   'pp': (flags.DEFINE_integer,

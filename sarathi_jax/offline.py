@@ -136,6 +136,7 @@ def _result(done: types.Completion) -> dict[str, Any]:
     'request_id': done.request_id,
     'prompt_token_ids': done.prompt_token_ids,
     'token_ids': done.token_ids,
+    'logprobs': done.logprobs,
     'text': done.text,
     'finish_reason': done.finish_reason.value,
     'stop_reason': done.stop_reason,

@@ -2,9 +2,9 @@
 """What a GPU and its machine are: facts, and what was fitted to measurements.
 
 A device is a small JSON file: those in `devices/`, by name, or any path. Its
-`efficiencies` are the only fitted numbers, eleven, written by `calibrate`. A
-device that nobody measured takes those of another (`efficiencies_of`): they
-are parts of what the hardware could do, so they carry over.
+`efficiencies` are the only fitted numbers, eleven, written by `calibrate`:
+fractions of what the hardware could do, and fixed times of launches. A device
+that nobody measured takes those of another (`efficiencies_of`).
 """
 
 from __future__ import annotations

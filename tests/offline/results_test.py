@@ -23,10 +23,11 @@ def test_the_format_of_results(run):
   assert set(results) == {'line-1', 'ids', 'chat', 'line-5'}
   ids = results['ids']
   assert set(ids) == {
-    'request_id', 'prompt_token_ids', 'token_ids', 'text', 'finish_reason',
-    'stop_reason', 'metrics'}
+    'request_id', 'prompt_token_ids', 'token_ids', 'logprobs', 'text',
+    'finish_reason', 'stop_reason', 'metrics'}
   assert ids['prompt_token_ids'] == [5, 6, 7]
-  assert len(ids['token_ids']) == 2
+  assert len(ids['token_ids']) == len(ids['logprobs']) == 2
+  assert all(x < 0 for x in ids['logprobs'])
   assert ids['finish_reason'] == 'length' and ids['stop_reason'] is None
   assert results['line-1']['prompt_token_ids'] == list(
     tokenizer_fixture.make().encode('The quick').ids)

@@ -64,8 +64,9 @@ class Runner:
 
 
 def by_id(results: Sequence[Result]) -> dict[tuple[str, int | None], Result]:
-  """Results without times, which differ from run to run."""
+  """Results without what differs from run to run: times, and last bits."""
   found = {(r['request_id'], r.get('line')):
-           {k: v for k, v in r.items() if k != 'metrics'} for r in results}
+           {k: v for k, v in r.items() if k not in ('metrics', 'logprobs')}
+           for r in results}
   assert len(found) == len(results)
   return found
