@@ -30,6 +30,23 @@ make_venv() {
   touch "$stamp"
 }
 
+# A Python that takes the newest JAX: $PYTHON, or one of 3.12 or newer. Nothing
+# if there is none.
+newest_python() {
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3.13 python3.12 \
+      "$HOME"/.pyenv/versions/3.1[23]*/bin/python3; do
+    if "$candidate" -c '' 2> /dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
 # The JAX plugin for an NVIDIA GPU, where there is one.
 gpu_plugin() {
   if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then

@@ -123,6 +123,8 @@ WITHOUT_JAX = (
   'sarathi_jax.client')
 # These run the engines we compare with, by the Python of their own.
 _PEERS = 'sarathi_jax.benchmarks.peer_workers'
+# This one runs the tests.
+_TESTS = 'sarathi_jax.benchmarks.gpu.kernel_tests'
 _DEFS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _MAINS = ('main', 'run', 'define_flags')  # Their module says what they do.
 # Dependencies of our dependencies, which come with them.
@@ -199,7 +201,8 @@ def test_what_is_imported_is_declared() -> None:
   declared = {re.split(r'[^\w-]', line)[0] for line in lines}
   used = {_COME_ALONG.get(i.module) or build_file.distribution(i.module)
           for name, f in FILES.items() for i in f.imports
-          if name in OURS and not begins(name, _PEERS) and not i.is_ours}
+          if name in OURS and not begins(name, _PEERS) and name != _TESTS
+          and not i.is_ours}
   assert used <= declared
 
 

@@ -42,8 +42,10 @@ def find() -> pathlib.Path | None:
     except ModuleNotFoundError:
       continue
     found += spec.submodule_search_locations or [] if spec else []
-  if ptxas := shutil.which('ptxas'):
-    found.append(str(pathlib.Path(ptxas).resolve().parent.parent))
+  for tool in ('ptxas', 'nvcc'):
+    if path := shutil.which(tool):
+      found.append(str(pathlib.Path(path).resolve().parent.parent))
+  found.append('/usr/local/cuda')
   return next((path for path in map(pathlib.Path, found)
                if (path / 'bin' / 'ptxas').exists()
                and (path / 'nvvm' / 'libdevice').exists()), None)

@@ -174,6 +174,14 @@ def _phases(page_size: int) -> tuple[ArgSpec, ...]:
 
 
 TESTS: tuple[ArgSpec, ...] = (
+  # As models have them: the tiles that a GPU computes with.
+  *(ArgSpec(name=f'head_dim_{head_dim}_{dtype}', contexts=(70, 129, 200, 66),
+            q_lens=(65, 30), num_decodes=2, num_heads=heads, num_kv_heads=2,
+            head_dim=head_dim, page_size=64, max_tokens=128, max_seqs=8,
+            dtype=dtype)
+    for head_dim, heads, dtype in (
+      (64, 8, 'bfloat16'), (96, 2, 'float16'), (128, 8, 'bfloat16'),
+      (128, 2, 'float32'))),
   ArgSpec(name='empty', contexts=(), **_SMALL),
   ArgSpec(name='one_token', contexts=(1,), num_decodes=1, **_SMALL),
   ArgSpec(name='one_token_prefill', contexts=(1,), q_lens=(1,), **_SMALL),
@@ -229,14 +237,6 @@ TESTS: tuple[ArgSpec, ...] = (
           q_lens=(3, 70), num_decodes=2, num_heads=4, num_kv_heads=2,
           head_dim=16, page_size=16, max_seqs=8, max_tokens=128,
           kv_dtype='int8'),
-  # As models have them: the tiles that a GPU computes with.
-  *(ArgSpec(name=f'head_dim_{head_dim}_{dtype}', contexts=(70, 129, 200, 66),
-            q_lens=(65, 30), num_decodes=2, num_heads=heads, num_kv_heads=2,
-            head_dim=head_dim, page_size=64, max_tokens=128, max_seqs=8,
-            dtype=dtype)
-    for head_dim, heads, dtype in (
-      (64, 8, 'bfloat16'), (96, 2, 'float16'), (128, 8, 'bfloat16'),
-      (128, 2, 'float32'))),
   ArgSpec(name='pages_of_256', contexts=(300, 513), q_lens=(30,),
           num_decodes=1, num_heads=4, num_kv_heads=2, head_dim=64,
           page_size=256, max_tokens=32, max_seqs=8, dtype='bfloat16'),
@@ -264,5 +264,23 @@ TESTS: tuple[ArgSpec, ...] = (
           page_size=16, max_tokens=512),
 )
 
+# Steps of Mistral-7B, for tests on GPUs: an interpreter takes minutes.
+_7B: _Sizes = dict(num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=64,
+                   max_pages=64, dtype='bfloat16')
+PRODUCTION: tuple[ArgSpec, ...] = (
+  ArgSpec(name='hybrid_7b', contexts=(*_spread(60, 4096, 40), 2100),
+          q_lens=(472,), num_decodes=40, max_tokens=512, **_7B),
+  ArgSpec(name='decode_7b', contexts=_spread(60, 4096, 64), num_decodes=64,
+          **_7B),
+  ArgSpec(name='prefill_7b', contexts=(2048,), q_lens=(2048,), **_7B),
+  ArgSpec(name='window_7b', contexts=(*_spread(60, 4096, 40), 2100),
+          q_lens=(472,), num_decodes=40, max_tokens=512, sliding_window=1000,
+          **_7B),
+  *(ArgSpec(name=f'hybrid_7b_{kv_dtype}', contexts=(
+      *_spread(60, 4096, 40), 2100), q_lens=(472,), num_decodes=40,
+            max_tokens=512, kv_dtype=kv_dtype, **_7B)
+    for kv_dtype in ('int8', 'float8_e4m3fn')),
+)
+
 BY_NAME: Mapping[str, ArgSpec] = {
-  spec.name: spec for spec in BENCHMARKS + TESTS}
+  spec.name: spec for spec in BENCHMARKS + TESTS + PRODUCTION}

@@ -274,8 +274,8 @@ def main(argv: list[str]) -> None:
         config_lib.default_cache_dir(), 'live_capacity')),
     progress=rich.progress.Progress(
       console=console, transient=True, refresh_per_second=1),
-    params=jax.jit(lambda: models.init_params(
-      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))())
+    params=models.init_params(
+      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))
   with setup.progress:
     compared = compare(setup, FLAGS.load, FLAGS.seconds)
     _show(console, f'{compared["num_requests"]} requests at '

@@ -123,8 +123,8 @@ def main(argv: list[str]) -> None:
     output_lens=tuple(map(int, FLAGS.output_lens)))
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Making weights', total=None)
-    params = jax.jit(lambda: models.init_params(
-      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06))()
+    params = models.init_params(
+      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06)
 
     def on_compiled(done: int, total: int) -> None:
       progress.update(task, description='Compiling', completed=done,

@@ -7,7 +7,7 @@ it uses, `norm` and `norm_specs`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import importlib
 from typing import Any
@@ -63,16 +63,28 @@ def init_params(
 
   Norms are drawn around 1 and biases around 0, not at them, so that a test
   notices where one is left out. Every leaf has its own key, from its name.
-  """
-  centers = {'normal': 0.0, 'bias': 0.0, 'scale': 1.0}
 
+  Not to be jitted: it compiles a small program for each shape that there is,
+  where one for all leaves takes minutes.
+  """
   def draw(path: Any, leaf: spec.ParamSpec) -> jax.Array:
     name = jax.tree_util.keystr(path)
-    leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    drawn = jax.random.normal(leaf_key, leaf.shape, jnp.float32)
-    return (centers[leaf.init] + scale * drawn).astype(dtype)
+    return _draw(jax.random.fold_in(key, zlib.crc32(name.encode())),
+                 leaf.shape, jnp.dtype(dtype), _CENTERS[leaf.init], scale)
 
   return jax.tree_util.tree_map_with_path(draw, param_specs(config))
+
+
+# ParamSpec.init -> what parameters are drawn around.
+_CENTERS: Mapping[str, float] = {'normal': 0.0, 'bias': 0.0, 'scale': 1.0}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, center: float,
+          scale: float) -> jax.Array:
+  drawn: jax.Array = center + scale * jax.random.normal(
+    key, shape, jnp.float32)
+  return drawn.astype(dtype)
 
 
 def forward(

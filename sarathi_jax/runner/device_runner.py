@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,8 @@ class DeviceRunner:
       a given longest sequence.
     on_compiled: told of the progress.
     leader: tells other processes of each step, if there are any.
+    sizes: of the ladder, what is compiled now; None: all of it. The rest
+      can't be run before `compile`.
 
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
@@ -83,7 +85,8 @@ class DeviceRunner:
                mesh: Mesh, config: config_lib.EngineConfig,
                max_step_tokens: Callable[[int], int],
                on_compiled: OnCompiled = lambda done, total: None,
-               leader: hosts.Leader | None = None) -> None:
+               leader: hosts.Leader | None = None,
+               sizes: Collection[int] | None = None) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
     self._transposed = placement.are_transposed(params)
@@ -113,14 +116,11 @@ class DeviceRunner:
         trial.array_shapes(1)
       except NotImplementedError as error:
         raise errors.UnsupportedError(str(error)) from error
-      temp_bytes = 0
-      if devices[0].memory_stats():  # What the largest step leaves is free.
-        temp_bytes = trial.temp_bytes(trial.pages_per_seq)
+      stats = [device.memory_stats() for device in devices]
       parallelism = mesh_lib.parallelism_of(mesh)
       self.num_pages = hosts.smallest(kv_cache.choose_num_pages(
-        model, config, context, kv_dtype,
-        [device.memory_stats() for device in devices], temp_bytes,
-        parallelism))
+        model, config, context, kv_dtype, stats,
+        _temp_bytes(config, stats[0], trial), parallelism))
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
@@ -128,7 +128,9 @@ class DeviceRunner:
       self._page_bytes = kv_cache.page_bytes(
         model, config.page_size, kv_dtype, parallelism)
       self._start()
-      self._programs.compile(self.num_pages, on_compiled)
+      self._programs.compile(
+        self.num_pages, on_compiled,
+        self._programs.sizes if sizes is None else sizes)
     self._builder = batch_lib.BatchBuilder(
       config.max_num_seqs, self._programs.pages_per_seq)
 
@@ -162,6 +164,19 @@ class DeviceRunner:
 
   def num_rows(self, num_tokens: int) -> int:
     return self._programs.size_for(num_tokens)
+
+  def compile(self, num_tokens: int,
+              options: Mapping[str, Any] | None = None) -> None:
+    """Compiles the step that holds so many tokens; anew, if it was.
+
+    Args:
+      num_tokens: of a batch.
+      options: of XLA, by name, beside those of the environment.
+    """
+    with jax.default_device(self.mesh.local_devices[0]):
+      self._programs.compile(
+        self.num_pages, lambda done, total: None,
+        [self._programs.size_for(num_tokens)], options)
 
   @property
   def has_params(self) -> bool:
@@ -222,6 +237,18 @@ class DeviceRunner:
       self._leaves, self._kv, self._last_tokens, self._hidden, buffers)
     result: jax.Array = sampled
     return result
+
+
+def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
+                trial: programs_lib.StepPrograms) -> int:
+  """What the largest step takes of a device's memory, where it matters.
+
+  The cache gets what that leaves, but if its size is given: then the step need
+  not be compiled to find out.
+  """
+  if not stats or config.num_pages or config.kv_cache_gib:
+    return 0
+  return trial.temp_bytes(trial.pages_per_seq)
 
 
 def _init_kv(shapes: list[kv_cache.LayerKv], num_pages: int,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 import dataclasses
 import math
@@ -120,13 +120,23 @@ class StepPrograms:
       leaves, arrays.kv, arrays.last_tokens, arrays.hidden,
       self._ints(self._num_stages, layout.size))
 
-  def compile(self, num_pages: int, on_compiled: OnCompiled) -> None:
-    """Compiles all sizes, the largest first, several at a time."""
+  def compile(self, num_pages: int, on_compiled: OnCompiled,
+              sizes: Collection[int],
+              options: Mapping[str, Any] | None = None) -> None:
+    """Compiles some sizes, the largest first, several at a time.
+
+    Args:
+      num_pages: of the cache.
+      on_compiled: told of the progress.
+      sizes: of `self.sizes`.
+      options: of XLA, by name, beside those of the environment.
+    """
     pool = futures.ThreadPoolExecutor(max_workers=4)
     try:
       jobs = {
-        pool.submit(self.lower(n, num_pages).compile): n
-        for n in reversed(self.sizes)}
+        pool.submit(
+          self.lower(n, num_pages).compile, dict(options or {})): n
+        for n in sorted(sizes, reverse=True)}
       on_compiled(0, len(jobs))
       for done, job in enumerate(futures.as_completed(jobs), 1):
         self._steps[jobs[job]] = job.result()

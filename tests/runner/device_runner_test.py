@@ -56,6 +56,50 @@ def test_warm_up_compiles_exactly_the_ladder(served):
     [4, 4, 8, 8, 16, 16])
 
 
+def test_what_is_compiled_can_be_chosen():
+  config = tiny.engine_config(
+    token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
+  with tiny.count_compiles() as compiled:
+    runner = device_runner.DeviceRunner(
+      MODEL, tiny.make_params(), mesh_lib.make(), config, lambda _: 16,
+      sizes=())
+    assert not compiled.count('jit(run)')
+    runner.compile(3)
+    assert compiled.count('jit(run)') == 1
+    chunk = types.Chunk(
+      request_id='a', slot=0, start=0, tokens=(1, 2, 3), num_tokens=3,
+      is_prefill=True, samples=True, page_table=(0,), prompt_len=3, seed=0,
+      sampling=types.SamplingParams(temperature=0))
+    batch = types.ScheduledBatch(0, (chunk,), 3)
+    first = runner.fetch(runner.launch(batch))
+    runner.compile(3, {'xla_cpu_enable_fast_math': False})
+    assert compiled.count('jit(run)') == 2
+  assert runner.fetch(runner.launch(batch)).tokens == first.tokens
+  with pytest.raises(KeyError):
+    runner.launch(types.ScheduledBatch(0, (chunk,) * 3, 9))
+
+
+@pytest.mark.parametrize(('given', 'trials'), [
+  ({}, 1), ({'num_pages': 9}, 0), ({'kv_cache_gib': 1.0}, 0)])
+def test_no_step_is_compiled_to_learn_what_nobody_asks(
+    given: dict[str, Any], trials: int):
+  asked = []
+
+  class Trial:
+    pages_per_seq = 4
+
+    def temp_bytes(self, num_pages: int) -> int:
+      asked.append(num_pages)
+      return 5
+
+  config = tiny.engine_config(**({'num_pages': None} | given))
+  trial: Any = Trial()
+  stats = {'bytes_limit': 1, 'bytes_in_use': 0}
+  assert device_runner._temp_bytes(config, stats, trial) == 5 * trials
+  assert asked == [4] * trials
+  assert device_runner._temp_bytes(config, None, trial) == 0  # as of CPUs
+
+
 def random_request(rng: random.Random, i: int) -> types.Request:
   temperature = rng.choice([0, 0, 0.7, 1.5])
   return types.Request(

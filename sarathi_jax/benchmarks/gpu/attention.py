@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from concurrent import futures
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -32,17 +34,18 @@ class Sweep:
   """What is swept over.
 
   Attributes:
+    batches: the points.
+    compared: of them, by name, those that others' attention is timed on, too.
     num_heads, num_kv_heads, head_dim, dtype: of the model, Mistral-7B's.
     kv_dtype: of the cache, if it is quantized.
     pool_tokens: tokens in the cache; a batch of more meets its pages again,
       gigabytes later.
-    decode_seqs, decode_contexts: every pair of them.
-    chunks, chunk_contexts: every pair; the context before the chunk.
-    hybrids: (decodes, their context, tokens of the chunk, context before it).
     calls: of a program, each on pages of its own, as a model's layers are;
       to launch one costs as much as a short call.
   """
 
+  batches: tuple[Batch, ...]
+  compared: tuple[str, ...] = ()
   num_heads: int = 32
   num_kv_heads: int = 8
   head_dim: int = 128
@@ -50,12 +53,6 @@ class Sweep:
   kv_dtype: str | None = None
   page_size: int = 64
   pool_tokens: int = 2**21
-  decode_seqs: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
-  decode_contexts: tuple[int, ...] = (512, 1024, 2048, 8192, 32768)
-  chunks: tuple[int, ...] = (128, 512, 2048, 8192)
-  chunk_contexts: tuple[int, ...] = (0, 4096, 32768)
-  hybrids: tuple[tuple[int, int, int, int], ...] = (
-    (64, 1024, 448, 0), (64, 2048, 448, 4096), (128, 2048, 1920, 8192))
   calls: int = 8
 
 
@@ -99,23 +96,37 @@ class Batch:
     return 4 * pairs * sweep.num_heads * sweep.head_dim
 
 
-def batches(sweep: Sweep) -> Iterator[Batch]:
-  """All points."""
-  points = [Batch('decode', n, c, 0, 0) for n in sweep.decode_seqs
-            for c in sweep.decode_contexts]
-  points += [Batch('prefill', 0, 0, n, c) for n in sweep.chunks
-             for c in sweep.chunk_contexts]
-  for n, c, chunk, before in sweep.hybrids:  # And its parts, alone.
-    points += [Batch('hybrid', n, c, chunk, before), Batch('part', n, c, 0, 0),
-               Batch('part', 0, 0, chunk, before)]
-  return iter(points)
+def decodes(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
+  """Points of (sequences, context)."""
+  return tuple(Batch('decode', n, context, 0, 0) for n, context in pairs)
+
+
+def prefills(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
+  """Points of (tokens of the chunk, context before it)."""
+  return tuple(Batch('prefill', 0, 0, n, before) for n, before in pairs)
+
+
+def hybrids(*batches: tuple[int, int, int, int]) -> tuple[Batch, ...]:
+  """Points of (decodes, their context, chunk, before it); and parts, alone."""
+  return tuple(itertools.chain.from_iterable(
+    (Batch('hybrid', n, context, chunk, before),
+     Batch('part', n, context, 0, 0), Batch('part', 0, 0, chunk, before))
+    for n, context, chunk, before in batches))
 
 
 class Kernel:
-  """The kernel on a cache; compiled once for each number of tokens."""
+  """The kernel on a cache.
 
-  def __init__(self, sweep: Sweep, implementation: str) -> None:
+  Args:
+    sweep: the cache, and the batches that it will be run with.
+    implementation: of the attention.
+    tried: sizes of tiles that it is run with; None: those of the table.
+  """
+
+  def __init__(self, sweep: Sweep, implementation: str,
+               tried: Iterable[tuning.Sizes | None] = (None,)) -> None:
     self.sweep = sweep
+    self._implementation = implementation
     num_pages = -(-sweep.pool_tokens // sweep.page_size)
     shape = (num_pages, sweep.page_size, sweep.num_kv_heads, sweep.head_dim)
     zeros, tree = jax.tree.flatten(rpa.init_pages(
@@ -125,14 +136,18 @@ class Kernel:
       for i, x in enumerate(zeros)])
     self._order = np.random.default_rng(0).permutation(num_pages)
     self._pages_per_seq = -(-max(
-      max(b.lens) for b in batches(sweep)) // sweep.page_size)
-    self._run = jax.jit(functools.partial(
-      _chain, scale=sweep.head_dim**-0.5,
-      implementation=implementation))
+      max(b.lens) for b in sweep.batches) // sweep.page_size)
+    # Compiled several at a time, and all before the first is timed, which is
+    # to have the host for itself.
+    with futures.ThreadPoolExecutor(max_workers=4) as pool:
+      self._programs = {
+        (tokens, rows, sizes): pool.submit(self._compile, batch, sizes)
+        for sizes in tried for (tokens, rows), batch in {
+          _rows_of(batch): batch for batch in sweep.batches}.items()}
 
   def arguments(self, batch: Batch) -> tuple[Any, ...]:
     lens = batch.lens
-    rows = max(8, len(lens))
+    tokens, rows = _rows_of(batch)
     tables = np.zeros((self.sweep.calls, rows, self._pages_per_seq), np.int32)
     at = 0
     for table in tables:
@@ -147,18 +162,30 @@ class Kernel:
     starts = np.full(rows + 1, batch.num_tokens, np.int32)
     starts[:batch.decodes + 1] = np.arange(batch.decodes + 1)
     q = jax.random.normal(
-      jax.random.key(2), (max(8, batch.num_tokens), self.sweep.num_heads,
-                          self.sweep.head_dim), self.sweep.dtype)
+      jax.random.key(2), (tokens, self.sweep.num_heads, self.sweep.head_dim),
+      self.sweep.dtype)
     return (q, *self._pages, *map(jnp.asarray, (
       kv_lens, tables, starts,
       np.array([batch.decodes, len(lens)], np.int32))))
 
   def seconds(self, batch: Batch, sizes: tuning.Sizes | None = None) -> float:
-    """Of a call; with other sizes of tiles than the table's, if any."""
+    """Of a call; raises what compiling it raised."""
+    run = self._programs[*_rows_of(batch), sizes].result()
     arguments = self.arguments(batch)
-    run = self._run if sizes is None else jax.jit(functools.partial(
-      _chain_of, sizes, batch_lib.Options(self.sweep.head_dim**-0.5)))
     return timing.seconds(lambda: run(*arguments)) / self.sweep.calls
+
+  def _compile(self, batch: Batch, sizes: tuning.Sizes | None) -> Any:
+    scale = self.sweep.head_dim**-0.5
+    chain = functools.partial(
+      _chain, scale=scale, implementation=self._implementation,
+    ) if sizes is None else functools.partial(
+      _chain_of, sizes, batch_lib.Options(scale))
+    return jax.jit(chain).lower(*self.arguments(batch)).compile()
+
+
+def _rows_of(batch: Batch) -> tuple[int, int]:
+  """Tokens and sequences with padding: what a program is compiled for."""
+  return max(8, batch.num_tokens), max(8, len(batch.lens))
 
 
 def _random(shape: tuple[int, ...], dtype: Any, key: jax.Array) -> jax.Array:
@@ -201,11 +228,6 @@ def _chain_of(sizes: tuning.Sizes, options: batch_lib.Options, q: jax.Array,
   return q
 
 
-def is_comparable(batch: Batch) -> bool:
-  """Whether one call on keys that lie in a row does the same."""
-  return batch.kind in ('decode', 'prefill')
-
-
 def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   """jax.nn.dot_product_attention on keys that lie in a row, for comparison.
 
@@ -229,18 +251,18 @@ def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   return timing.seconds(lambda: run(q, k, v)) / sweep.calls
 
 
-def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
-        implementation: str, dense: str | None,
-        dense_bytes: int = 2**32) -> None:
+def run(journal: journal_lib.Journal, sweep: Sweep,
+        limits: Mapping[str, float], implementation: str,
+        dense: str | None = None) -> None:
   """Measures all points.
 
   Args:
     journal: which takes the rows, and has those of an earlier run.
     sweep: the points.
-    limits: of `timing.limits`, of this run.
+    limits: of `timing.limits`, on this device.
     implementation: of the attention.
-    dense: implementation of jax.nn.dot_product_attention; None: without.
-    dense_bytes: the most keys and values that the comparison may copy.
+    dense: implementation of jax.nn.dot_product_attention that is compared;
+      None: none is.
   """
   kernel = functools.cache(lambda: Kernel(sweep, implementation))
 
@@ -263,25 +285,17 @@ def run(journal: journal_lib.Journal, sweep: Sweep, limits: dict[str, float],
     return {'alternative_to': batch.name, 'us': took * 1e6}
 
   kept = f'{sweep.kv_dtype} ' if sweep.kv_dtype else ''
-  for batch in batches(sweep):
+  for batch in sweep.batches:
     journal.measure(f'{kept}{batch.name}', functools.partial(row, batch))
+  for batch in sweep.batches:
     # It has no mask for a chunk behind others but one in memory.
-    if not dense or not is_comparable(batch) or batch.before:
-      continue
-    if batch.kv_bytes(sweep) > dense_bytes:
-      journal.add(f'{batch.name} {dense}', _too_large(batch, sweep))
-    else:
+    if dense and batch.name in sweep.compared and not batch.before:
       journal.measure(f'{batch.name} {dense}', functools.partial(
         alternative, batch, dense))
 
 
-def _too_large(batch: Batch, sweep: Sweep) -> journal_lib.Row:
-  return {'absent': f'{batch.kv_bytes(sweep) / 1e9:.0f} GB of keys and values '
-                    'in a row'}
-
-
 def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
-               limits: dict[str, float]) -> None:
+               limits: Mapping[str, float]) -> None:
   """Measures pallas_mosaic, too, where device and JAX are such as it needs."""
   name = 'pallas_mosaic'
   try:
@@ -290,23 +304,19 @@ def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
   except NotImplementedError as reason:
     journal.add(name, {'absent': str(reason)})
     return
-  run(journal, sweep, limits, name, None)
+  run(journal, sweep, limits, name)
 
 
-def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str,
-              dense_bytes: int = 2**32) -> None:
-  """The same with torch, if `python` has it, in a process of its own."""
-  todo = []
-  for batch in filter(is_comparable, batches(sweep)):
-    if batch.kv_bytes(sweep) > dense_bytes:
-      journal.add(f'{batch.name} torch', _too_large(batch, sweep))
-    elif f'{batch.name} torch' not in journal:
-      todo.append(batch)
+def run_torch(journal: journal_lib.Journal, sweep: Sweep,
+              python: str) -> None:
+  """The compared points with torch, if `python` has it, in its own process."""
   specs = [json.dumps({
     'point': batch.name, 'rows': batch.decodes or 1,
     'q_len': batch.chunk or 1, 'kv_len': batch.lens[0],
     'num_heads': sweep.num_heads, 'num_kv_heads': sweep.num_kv_heads,
-    'head_dim': sweep.head_dim, 'dtype': sweep.dtype}) for batch in todo]
+    'head_dim': sweep.head_dim, 'dtype': sweep.dtype})
+    for batch in sweep.batches if batch.name in sweep.compared
+    and f'{batch.name} torch' not in journal]
   # Files, for a pipe that nobody reads would fill up.
   with tempfile.TemporaryFile('w+') as questions, (
       tempfile.TemporaryFile('w+')) as log:

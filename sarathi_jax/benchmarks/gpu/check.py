@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that only a GPU can show; stops before nine minutes are over.
+"""All that only a GPU can show, in one call of nine minutes.
 
-  scripts/gpu_check --output=results
+  scripts/gpu_check --output=/tmp/gpu_check --archive=/tmp/gpu_check.tar.gz
 
-Stages, what matters most first: `limits` (what a copy and a matmul reach on
-this device), `engine` (steps and serving on random weights), `attention` (the
-kernel's sweep), `tests` (those marked gpu), `torch` (torch's attention on the
-same shapes, where there is torch), `mosaic` (the kernel for Hopper on points of
-the sweep, where there is one), `no_graphs` and `xla_graphs` (the engine without
-CUDA graphs, and with those that XLA makes by itself), `capacity` (the paper's
-chats, live, by policy at one SLO), `quantized` (the kernel on caches of int8
-and fp8), `write` (what puts keys and values into pages), `tune` (the kernel
-with other tiles). Each runs in a process of its own.
+Stages, what matters most first: `preflight` (what would fail all the others),
+`tests` (those marked gpu), `engine` (whole steps, and their kernels),
+`variants` (a step by other choices of XLA), `attention` (the kernel's most
+important points), `tune` (the kernel with other tiles), `mosaic` (the kernel
+for Hopper, where there is one); and, for a second call, `serving` (the engine's
+loop), `capacity` (the paper's chats, live, by policy at one SLO), `write` (what
+puts keys and values into pages), `sweep` (the kernel's other points),
+`quantized` (the kernel on caches of int8 and fp8), `torch` (torch's attention
+on the same shapes). Each runs in a process of its own, under a limit of its
+own; README.md beside this file tells more.
 
-What is measured is kept at once, a file a stage: a run that was cut short goes
-on where it stopped, and programs that were compiled are not compiled again.
+What is measured is kept at once, and after each stage all of it is in the
+archive. A run that was cut short goes on where it stopped, and after points
+that crashed; programs that were compiled are not compiled again.
 """
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator
 import json
 import os
 import pathlib
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,109 +33,166 @@ from absl import app
 from absl import flags
 import jax
 import rich.console
-import rich.progress
-import rich.table
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks.gpu import archive
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks.gpu import preflight
+from sarathi_jax.benchmarks.gpu import processes
+from sarathi_jax.benchmarks.gpu import sizes
 from sarathi_jax.benchmarks.gpu import stages
+from sarathi_jax.benchmarks.gpu import tables
 from sarathi_jax.benchmarks.gpu import targets
 
 FLAGS = flags.FLAGS
 _ROOT = pathlib.Path(__file__).parents[3]
+_LEAST_S = 10.0  # with less time left, no stage is begun
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('output', 'gpu_check', 'Folder for the results.')
+  flags.DEFINE_string(
+    'output', os.path.join(tempfile.gettempdir(), 'gpu_check'),
+    'Folder for the results; outside the source tree, which some copy.')
+  flags.DEFINE_string('archive', None,
+                      'File for all results; None: OUTPUT.tar.gz.')
   flags.DEFINE_string('cache_dir', str(config_lib.default_cache_dir()),
                       'Where compiled steps are kept.')
   flags.DEFINE_list('stages', list(stages.STAGES), 'To run, in this order.')
   flags.DEFINE_bool('again', False, 'Run stages that were done, too.')
-  flags.DEFINE_float('budget_s', 530, 'No stage is begun after, or goes on.')
-  flags.DEFINE_enum('size', 'full', list(stages.SIZES),
-                    "'tiny' tries the script.")
+  flags.DEFINE_float('budget_s', 540, 'No stage is begun after, or goes on.')
+  flags.DEFINE_enum('size', 'full', list(sizes.SIZES),
+                    "'tiny' tries the script, on any machine.")
   flags.DEFINE_string(
     'torch_python', None, 'A Python that has torch; None: this one.')
+  flags.DEFINE_enum('hang', None, list(stages.STAGES),
+                    'To try the limits: a stage that sleeps instead.')
   flags.DEFINE_string('run_stage', None, 'Of the script itself.')
 
 
+def _output() -> pathlib.Path:
+  return pathlib.Path(FLAGS.output).resolve()
+
+
+def _cache() -> pathlib.Path:
+  return pathlib.Path(FLAGS.cache_dir).expanduser().resolve() / 'gpu_check'
+
+
 def _journal(name: str) -> journal_lib.Journal:
-  return journal_lib.Journal(pathlib.Path(FLAGS.output) / f'{name}.jsonl')
+  return journal_lib.Journal(_output() / f'{name}.jsonl')
 
 
-def _run_stage(name: str, seconds: float) -> None:
-  """A stage in a process of its own.
+def _run_here(name: str) -> None:
+  """A stage, in the process that is for it."""
+  if name == FLAGS.hang:
+    time.sleep(1e6)
+  xla_flags.set_environment(os.environ)
+  if error := _wrong_device():
+    print(error)
+    sys.exit(processes.USAGE_ERROR)
+  journal = _journal(name)
+  stages.STAGES[name].run(stages.Run(
+    sizes.SIZES[FLAGS.size], journal, _journal('preflight')))
+  journal.complete()
 
-  Raises:
-    RuntimeError: it failed, or took too long; says what it printed.
-  """
+
+def _wrong_device() -> str | None:
+  """Notes what is measured; a folder is for one device and one JAX."""
+  device = jax.devices()[0]
+  if device.platform != 'gpu' and FLAGS.size == 'full':
+    return (f'JAX sees no GPU here, but {device.device_kind}; --size=tiny '
+            'tries the script on any machine.')
+  here = {'device': device.device_kind, 'jax': jax.__version__,
+          'size': FLAGS.size}
+  path = _output() / 'device.json'
+  if path.exists() and (there := json.loads(path.read_text())) != here:
+    return (f'--output={FLAGS.output}: holds results of {there}, and this is '
+            f'{here}; name another folder.')
+  path.write_text(json.dumps(here))
+  return None
+
+
+def _environment(name: str) -> dict[str, str]:
+  """Of a stage's process."""
+  stage = stages.STAGES[name]
+  remedies = [row['flags'] for row in _journal('preflight').rows.values()
+              if 'flags' in row]
+  autotuned = _output() / 'autotune' / f'{name}.txt'
+  autotuned.parent.mkdir(exist_ok=True)
+  return os.environ | {
+    'XLA_FLAGS': ' '.join((
+      os.environ.get('XLA_FLAGS', ''), stage.xla_flags,
+      f'--xla_gpu_dump_autotune_results_to={autotuned}', *remedies)).strip(),
+    # A stage that is cut short while it compiles gets on the next time.
+    'JAX_COMPILATION_CACHE_DIR': str(_cache()),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    **stage.environment}
+
+
+def _run_stage(name: str, most_s: float) -> str | None:
+  """Runs a stage in its process; returns why it is not done, if it is not."""
   given = [f'--{flag}={FLAGS[flag].value}'
-           for flag in ('size', 'torch_python')
+           for flag in ('size', 'torch_python', 'hang', 'cache_dir')
            if FLAGS[flag].value]
-  given.append(f'--output={pathlib.Path(FLAGS.output).resolve()}')
-  with tempfile.TemporaryFile('w+') as log:
-    given_flags = os.environ.get('XLA_FLAGS', '')
-    process = subprocess.Popen(
-      [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check',
-       f'--run_stage={name}', *given], cwd=_ROOT, stdout=log, stderr=log,
-      start_new_session=True, env=os.environ | {
-        'XLA_FLAGS': f'{given_flags} {stages.XLA_FLAGS.get(name, "")}'.strip(),
-        # A stage that is cut short while it compiles gets on the next time.
-        'JAX_COMPILATION_CACHE_DIR': os.path.join(
-          os.path.expanduser(FLAGS.cache_dir), 'gpu_check'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'})
-    try:
-      ended = f'exit status {process.wait(seconds)}'
-    except subprocess.TimeoutExpired:
-      ended = f'stopped after {seconds:.0f} s, run again to go on'
-    finally:  # With all that it started, which holds the GPU's memory.
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    if ended != 'exit status 0':
-      log.seek(0)
-      raise RuntimeError(f'{name}: {ended}: {log.read()[-3000:]}')
+  logs = _output() / 'logs'
+  logs.mkdir(exist_ok=True)
+  return processes.run(
+    [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check',
+     f'--run_stage={name}', f'--output={_output()}', *given],
+    _environment(name), logs / f'{name}.log', _journal(name), most_s, _ROOT)
 
 
-def _show(console: rich.console.Console, title: str,
-          rows: targets.Rows) -> None:
-  if title == 'tests':
-    console.print(f'tests: {sum("error" not in r for r in rows)} passed')
-    rows = [row for row in rows if 'error' in row]
-  # Rows of a kind have their columns in common: one table for each kind.
-  kinds: dict[tuple[str, ...], targets.Rows] = {}
-  for row in rows:
-    short = {k: v for k, v in row.items() if not isinstance(v, list)}
-    kinds.setdefault(tuple(short), []).append(short)
-  for columns, same in kinds.items():
-    table = rich.table.Table(*columns, title=title)
-    for row in same:
-      table.add_row(*(f'{v:,.4g}' if isinstance(v, float) else str(v)
-                      for v in row.values()))
-    console.print(table)
+def _run_with_remedies(name: str, most_s: float) -> Iterator[str]:
+  """Runs a stage, and the preflight until there is no remedy left to try.
+
+  Yields:
+    What people are to know.
+  """
+  while True:
+    if (error := _run_stage(name, most_s)) is not None:
+      yield f'{name}: {error}'
+    if name != 'preflight':
+      return
+    journal = _journal(name)
+    failed = [point for point, row in journal.rows.items() if 'error' in row]
+    for remedy in preflight.REMEDIES:
+      said = f'remedy: {remedy.name}'
+      if remedy.point in failed and said not in journal.rows and (
+          found := remedy.flags()) is not None:
+        break
+    else:
+      return
+    yield (f'{remedy.point}: {journal.rows[remedy.point]["error"]}\n'
+           f'{said}: from here on with {found}')
+    journal.add(said, {'flags': found, 'for': remedy.point})
+    for point in failed:
+      journal.forget(point)
 
 
-def _device(path: pathlib.Path) -> dict[str, str]:
-  """What is measured; a folder is for one device and one JAX."""
-  # Asked in a process of its own: this one must leave the memory alone.
-  platform, kind = subprocess.run(
-    [sys.executable, '-c',
-     'import jax; d = jax.devices()[0]; print(d.platform, d.device_kind)'],
-    stdout=subprocess.PIPE, text=True, check=True).stdout.split(maxsplit=1)
-  if platform != 'gpu' and FLAGS.size == 'full':
-    raise app.UsageError(
-      f'JAX sees no GPU here, but {kind.strip()}; --size=tiny tries the '
-      'script on any machine.')
-  here = {'device': kind.strip(), 'jax': jax.__version__, 'size': FLAGS.size}
-  if path.exists():
-    found = json.loads(path.read_text())
-    there = {name: found.get(name) for name in here}
-    if there != here:
-      raise app.UsageError(
-        f'--output={FLAGS.output}: holds results of {there}, and this is '
-        f'{here}; name another folder.')
-  return here
+def _write(console: rich.console.Console) -> targets.Verdicts:
+  """Writes all results, and packs them."""
+  results = {name: list(_journal(name).rows.values())
+             for name in stages.STAGES}
+  results = {name: rows for name, rows in results.items() if rows}
+  path = _output() / 'device.json'
+  here = json.loads(path.read_text()) if path.exists() else {'device': '?'}
+  verdicts = targets.judge_all(
+    results, sizes.SIZES[FLAGS.size].tuned, here['device'])
+  common.write_json(
+    str(_output() / 'gpu_check.json'), 'gpu.check', FLAGS, results,
+    targets=verdicts.targets, **verdicts.comparisons, **here)
+  left_out = archive.pack(
+    {_output().name: _output(),
+     'autotune_cache': _cache() / 'xla_gpu_per_fusion_autotune_cache_dir'},
+    _archive())
+  if left_out:
+    console.print(f'{_archive()}: no room for {", ".join(left_out)}')
+  return verdicts
+
+
+def _archive() -> pathlib.Path:
+  return pathlib.Path(FLAGS.archive or f'{_output()}.tar.gz').resolve()
 
 
 def main(argv: list[str]) -> None:
@@ -147,52 +204,41 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
       f'--stages={",".join(sorted(unknown))}: must be of '
       f'{", ".join(stages.STAGES)}.')
-  if name := FLAGS.run_stage:
-    xla_flags.set_environment(os.environ)
-    journal = _journal(name)
-    stages.STAGES[name](stages.SIZES[FLAGS.size], journal)
-    journal.complete()
+  if FLAGS.run_stage:
+    _run_here(FLAGS.run_stage)
     return
   # Wide, where no terminal says how wide: the tables go to a log.
   console = rich.console.Console(
     highlight=False, width=None if sys.stdout.isatty() else 140)
-  path = pathlib.Path(FLAGS.output) / 'gpu_check.json'
-  start, failed = time.monotonic(), False
-  here = _device(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _output().mkdir(parents=True, exist_ok=True)
+  start, failed, took = time.monotonic(), False, list[dict[str, object]]()
   for name in FLAGS.stages:
     left = FLAGS.budget_s - (time.monotonic() - start)
     journal = _journal(name)
     if journal.is_complete and not journal.has_errors and not FLAGS.again:
-      console.print(f'{name}: done before, in {FLAGS.output}')
-    elif left < 10:
-      console.print(f'{name}: no time left; run again to go on.')
-      failed = True
-    else:
-      if FLAGS.again:
-        journal.forget()
-      most = min(left, stages.MOST_S.get(name, left))
-      try:
-        with console.status(f'{name} (at most {most:.0f} s)'):
-          _run_stage(name, most)
-      except RuntimeError as error:
-        console.print(str(error), markup=False)
-    results = {stage: list(_journal(stage).rows.values())
-               for stage in stages.STAGES}
-    verdicts = targets.judge(results)
-    compared = {name: compare(results)
-                for name, compare in targets.COMPARISONS.items()}
-    common.write_json(
-      str(path), 'gpu.check', FLAGS, {k: v for k, v in results.items() if v},
-      targets=verdicts, **compared, **here)
-    _show(console, name, results[name])
+      console.print(f'{name}: done before, in {_output()}')
+      continue
+    if left < _LEAST_S:
+      console.print(f'{name}: for the next call, as the time is over')
+      continue
+    if FLAGS.again:
+      journal.forget()
+    most_s, began = min(left, stages.STAGES[name].most_s), time.monotonic()
+    console.print(f'{name}: at most {most_s:.0f} s ...')
+    for text in _run_with_remedies(name, most_s):
+      console.print(text, markup=False)
     journal = _journal(name)
+    seconds = time.monotonic() - began
+    took.append({'stage': name, 'seconds': seconds, 'at most': most_s,
+                 'rows': len(journal.rows), 'complete': journal.is_complete})
+    tables.show(console, name, list(journal.rows.values()))
+    console.print(f'{name}: {seconds:.0f} s')
     failed |= journal.has_errors or not journal.is_complete
-  for name, found in compared.items():
-    _show(console, name.replace('_', ' '), found if isinstance(found, list) else
-          [{'point': k, 'ratio': v} for k, v in found.items()])
-  _show(console, f'targets, {here["device"]}, JAX {here["jax"]}', verdicts)
-  console.print(f'{path}, after {time.monotonic() - start:.0f} s.')
+    _write(console)
+  verdicts = _write(console)
+  tables.show_verdicts(console, verdicts)
+  tables.show(console, f'seconds, {time.monotonic() - start:.0f} in all', took)
+  console.print(f'All of it: {_archive()}', soft_wrap=True)
   if failed:
     sys.exit(1)
 

@@ -35,13 +35,16 @@ class Journal:
       is not.
 
   Attributes:
+    path: the file.
     rows: point -> what was measured there, last.
+    under_way: the point that a process began and did not end, if any.
     is_complete: all points of the stage were gone through.
   """
 
   def __init__(self, path: pathlib.Path) -> None:
-    self._path = path
+    self.path = path
     self.rows: dict[str, Row] = {}
+    self.under_way: str | None = None
     self.is_complete = False
     for line in path.read_text().splitlines() if path.exists() else ():
       try:
@@ -61,6 +64,10 @@ class Journal:
     """Keeps a row, in place of an earlier one of its point."""
     self._write({'point': point, **row})
 
+  def add_broken(self, point: str, error: str) -> None:
+    """Keeps that a point ended its process; the next one goes on after it."""
+    self.add(point, {'error': error, 'broke': True})
+
   def measure(self, point: str, make_row: Callable[[], Row]) -> None:
     """Keeps what `make_row` returns, or its error; once.
 
@@ -69,12 +76,13 @@ class Journal:
     """
     if point in self:
       return
+    self._write({'began': point})
     try:
       row = make_row()
     except Exception as error:  # Of any kind: the other points are worth it.
       row = {'error': f'{type(error).__name__}: {error}'[:500]}
       if _BROKEN.search(str(error)):
-        self.add(point, row | {'broke': True})
+        self.add_broken(point, row['error'])
         sys.exit(f'{point}: {row["error"]}')
     self.add(point, row)
 
@@ -82,22 +90,30 @@ class Journal:
     """Notes that all points were gone through."""
     self._write({'complete': True})
 
-  def forget(self) -> None:
-    """Starts anew."""
-    self._path.unlink(missing_ok=True)
+  def forget(self, point: str | None = None) -> None:
+    """Starts a point anew, or, without one, all."""
+    if point is not None:
+      self._write({'forgotten': point})
+      return
+    self.path.unlink(missing_ok=True)
     self.rows.clear()
-    self.is_complete = False
+    self.under_way, self.is_complete = None, False
 
-  def _take(self, row: Row) -> None:
-    if 'point' in row:
-      self.rows[row['point']] = row
+  def _take(self, line: Row) -> None:
+    if point := line.get('began'):
+      self.under_way = point
+    elif point := line.get('forgotten'):
+      self.rows.pop(point, None)
       self.is_complete = False
+    elif 'point' in line:
+      self.rows[line['point']] = line
+      self.under_way, self.is_complete = None, False
     else:
       self.is_complete = True
 
-  def _write(self, row: Row) -> None:
-    with self._path.open('a') as file:
-      if file.tell() and not self._path.read_text().endswith('\n'):
+  def _write(self, line: Row) -> None:
+    with self.path.open('a') as file:
+      if file.tell() and not self.path.read_text().endswith('\n'):
         file.write('\n')
-      file.write(json.dumps(row) + '\n')
-    self._take(row)
+      file.write(json.dumps(line) + '\n')
+    self._take(line)

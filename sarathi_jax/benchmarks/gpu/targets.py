@@ -8,7 +8,9 @@ import dataclasses
 import statistics
 from typing import Any
 
+from pallas_kernels import gpu_targets
 from pallas_kernels.ragged_paged_attention import tuning
+from sarathi_jax.benchmarks.gpu import attention
 
 Rows = list[dict[str, Any]]
 
@@ -29,52 +31,57 @@ class Target:
   at_most: bool = False
 
 
+def _points(results: Mapping[str, Rows]) -> Rows:
+  """The attention's rows, of both sweeps."""
+  return [*results.get('attention', []), *results.get('sweep', [])]
+
+
 def _attention(column: str, **least: int) -> Callable[..., list[float]]:
   """A column of the attention's rows with at least such batches."""
   def values(results: Mapping[str, Rows]) -> list[float]:
-    return [row[column] for row in results.get('attention', [])
+    return [row[column] for row in _points(results)
             if row.get('kind') in ('decode', 'prefill') and column in row
             and all(row[name] >= n for name, n in least.items())]
   return values
 
 
-def _step(point: str, column: str) -> Callable[..., list[float]]:
+def _step(point: str, column: str,
+          stage: str = 'engine') -> Callable[..., list[float]]:
   def values(results: Mapping[str, Rows]) -> list[float]:
-    return [row[column] for row in results.get('engine', [])
+    return [row[column] for row in results.get(stage, [])
             if row['point'] == point and row.get(column) is not None]
   return values
 
 
 def _lone_decode(results: Mapping[str, Rows]) -> list[float]:
-  return [row['of_copy'] for row in results.get('attention', [])
+  return [row['of_copy'] for row in _points(results)
           if row['point'] == 'decode 1 x 32768' and 'of_copy' in row]
 
 
 def _same_tokens(results: Mapping[str, Rows]) -> list[float]:
-  """The part of the sampled tokens that a stage has in common with ours."""
-  tokens = {stage: row['tokens'] for stage, rows in results.items()
-            for row in rows
-            if row['point'] == 'sampled tokens' and 'tokens' in row}
-  ours = tokens.pop('engine', None)
+  """The part of the tokens that other choices of XLA draw alike."""
+  drawn = {row['point']: row['tokens'] for row in results.get('variants', [])
+           if 'tokens' in row}
+  ours = drawn.pop('as served', None)
   return [] if ours is None else [
     sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
-    for theirs in tokens.values()]
+    for theirs in drawn.values()]
 
 
 def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
   """Prefill or decode -> the best alternative's time over ours."""
   best: dict[str, float] = {}
-  for row in results.get('attention', []) + results.get('torch', []):
+  for row in _points(results) + results.get('torch', []):
     if 'us' in row and (point := row.get('alternative_to')):
       best[point] = min(row['us'], best.get(point, row['us']))
   return {row['point']: best[row['point']] / row['us']
-          for row in results.get('attention', [])
+          for row in _points(results)
           if row['point'] in best and 'us' in row}
 
 
 def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
   """Hybrid -> its time over the sum of its parts', each launched alone."""
-  rows = [r for r in results.get('attention', []) if 'us' in r]
+  rows = [r for r in _points(results) if 'us' in r]
   parts = {(r['decodes'], r['context'], r['chunk'], r['before']): r['us']
            for r in rows if r.get('kind') == 'part'}
   ratios = {}
@@ -92,8 +99,8 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
 
   `tuning` of the kernels is to prefer what this says.
   """
-  ours = {r['point']: r['us'] for r in results.get('attention', [])
-          if 'kind' in r and 'us' in r}
+  ours = {r['point']: r['us'] for r in _points(results) if 'kind' in r
+          and 'us' in r}
   return {r['point']: ours[r['point']] / r['us']
           for r in results.get('mosaic', [])
           if 'us' in r and r['point'] in ours}
@@ -120,18 +127,18 @@ def best_sizes(results: Mapping[str, Rows]) -> Rows:
   return sorted(found, key=lambda row: row['over_best'])[:5]
 
 
-def graphs(results: Mapping[str, Rows]) -> Rows:
-  """Steps and serving with all CUDA graphs, with XLA's own, and without."""
-  stages = 'engine', 'xla_graphs', 'no_graphs'
-  columns = 'step_s', 'wall_s', 'output_tokens_per_s'
-  found: dict[str, dict[str, Any]] = {}
-  for stage in stages:
-    for row in results.get(stage, []):
-      for column in columns:
-        if column in row:
-          found.setdefault(f'{row["point"]}: {column}', {})[stage] = row[column]
-  return [{'what': what, **{stage: row.get(stage) for stage in stages}}
-          for what, row in found.items() if len(row) > 1]
+def tuned_line(results: Mapping[str, Rows],
+               sweep: attention.Sweep, device: str) -> str | None:
+  """The best sizes as a line of `tuning.TUNED`; see `judge_all`."""
+  best = best_sizes(results)
+  if not best:
+    return None
+  kept = sweep.kv_dtype or sweep.dtype
+  key = (gpu_targets.name_of(device) or device, sweep.dtype, kept,
+         sweep.num_heads // sweep.num_kv_heads, sweep.head_dim,
+         sweep.page_size)
+  numbers = tuple(best[0][name] for name in tuning.NUMBERS)
+  return f'{key}: {numbers},'
 
 
 TARGETS: tuple[Target, ...] = (
@@ -149,9 +156,10 @@ TARGETS: tuple[Target, ...] = (
   Target('decode step, 64 x 2k: over its bytes at copy bandwidth', 1.25,
          _step('decode 64 x 1 after 2047', 'of_floor'), at_most=True),
   Target('decode, 64 x 2k: device idle between steps', .03,
-         _step('engine, decode 64 x 1 after 2047', 'idle'), at_most=True),
+         _step('engine, decode 64 x 1 after 2047', 'idle', 'serving'),
+         at_most=True),
   # Other choices of matmuls may round otherwise, and draw another token.
-  Target('sampled tokens: the same with fewer CUDA graphs or none', .9,
+  Target('drawn tokens: the same by other choices of XLA', .9,
          _same_tokens),
   Target('prefill step, 512 tokens: MFU', .45,
          _step('prefill 1 x 512 after 0', 'mfu')),
@@ -181,4 +189,34 @@ def judge(results: Mapping[str, Rows]) -> Rows:
 # What is in the results beside rows and targets.
 COMPARISONS: Mapping[str, Callable[[Mapping[str, Rows]], Any]] = {
   'over_alternatives': over_alternatives, 'over_parts': over_parts,
-  'over_mosaic': over_mosaic, 'graphs': graphs, 'best_sizes': best_sizes}
+  'over_mosaic': over_mosaic, 'best_sizes': best_sizes}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdicts:
+  """What results say.
+
+  Attributes:
+    targets: of `judge`.
+    comparisons: of `COMPARISONS`, by name.
+    tuned: the best sizes, as a line of `tuning.TUNED`.
+  """
+
+  targets: Rows
+  comparisons: Mapping[str, Any]
+  tuned: str | None
+
+
+def judge_all(results: Mapping[str, Rows], tuned: attention.Sweep,
+              device: str) -> Verdicts:
+  """All that results say.
+
+  Args:
+    results: rows by stage.
+    tuned: what other sizes of tiles were tried on.
+    device: as jax.Device.device_kind has it.
+  """
+  return Verdicts(
+    judge(results), {name: compare(results)
+                     for name, compare in COMPARISONS.items()},
+    tuned_line(results, tuned, device))

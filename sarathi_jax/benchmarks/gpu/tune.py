@@ -65,7 +65,7 @@ def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
 
 def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
           most: int | None = None) -> None:
-  """Times pallas_triton with all sizes that are worth a try.
+  """Times pallas_triton with sizes that are worth a try.
 
   What can't be compiled, as shared memory does not suffice, is absent. A
   winner goes into `tuning.TUNED`, under the sweep's shape; CI then compiles
@@ -74,20 +74,21 @@ def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
   Args:
     journal: as of `attention.run`.
     sweep: the shape, and batches that count alike.
-    most: sizes that are tried; None: all.
+    most: sizes that are tried, the most promising first; None: all.
   """
-  kernel = functools.cache(lambda: attention.Kernel(sweep, 'pallas_triton'))
+  tried = tuple(itertools.islice(tuning.candidates(), most))
+  kernel = functools.cache(
+    lambda: attention.Kernel(sweep, 'pallas_triton', tried))
 
-  def row(batch: attention.Batch, tried: tuning.Sizes) -> journal_lib.Row:
-    numbers = {name: getattr(tried, name) for name in tuning.NUMBERS}
+  def row(batch: attention.Batch, sizes: tuning.Sizes) -> journal_lib.Row:
+    numbers = {name: getattr(sizes, name) for name in tuning.NUMBERS}
     try:
-      took = kernel().seconds(batch, tried)
+      took = kernel().seconds(batch, sizes)
     except Exception as error:
       return numbers | journal_lib.absent(error)
     return {'batch': batch.name, **numbers, 'us': took * 1e6}
 
-  for tried, batch in itertools.product(
-      itertools.islice(tuning.candidates(), most), attention.batches(sweep)):
-    numbers = [str(getattr(tried, name)) for name in tuning.NUMBERS]
+  for sizes, batch in itertools.product(tried, sweep.batches):
+    numbers = [str(getattr(sizes, name)) for name in tuning.NUMBERS]
     journal.measure(f'{batch.name}: {", ".join(numbers)}', functools.partial(
-      row, batch, tried))
+      row, batch, sizes))
