@@ -101,7 +101,8 @@ def scheduler_config(
     look_ahead=config.look_ahead,
     short_prompt_share=config.short_prompt_share,
     prefix_cost=prefix_cost(model) if num_stages > 1 else 0.0,
-    tbt_slo_ms=config.tbt_slo_ms, batch_tbt_slo_ms=config.batch_tbt_slo_ms,
+    tbt_slo_ms=config.tbt_slo_ms, ttft_slo_ms=config.ttft_slo_ms,
+    batch_tbt_slo_ms=config.batch_tbt_slo_ms,
     eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
 
 

@@ -46,6 +46,10 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'tbt_slo_ms': (
     flags.DEFINE_float, 'The time between tokens that the budget of each step '
     'is to follow, up to --token_budget, milliseconds.'),
+  'ttft_slo_ms': (
+    flags.DEFINE_float, 'The time to the first token, milliseconds, beside '
+    'what computing the prompt takes, at which --tbt_slo_ms gives way. '
+    'Default: twenty times that.'),
   'batch_tbt_slo_ms': (
     flags.DEFINE_float, 'The same for requests of the tier batch; without, '
     'they bound no step.'),

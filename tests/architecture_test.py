@@ -99,7 +99,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.models.parallel': (),
   'sarathi_jax.models.spec': (),
   'sarathi_jax.mains': ('absl',),
-  'sarathi_jax.engine': ('jinja2', 'tokenizers'),
+  'sarathi_jax.engine': ('absl', 'jinja2', 'tokenizers'),
   'sarathi_jax.simulator': (
     'absl', 'grpc', 'matplotlib', 'numpy', 'rich', 'scipy'),
   'sarathi_jax.runner.batch': ('numpy',),

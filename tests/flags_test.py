@@ -23,7 +23,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(config_lib.EngineConfig)}
 VALUES = dict(
   policy='vllm', token_budget=256, max_num_seqs=64, max_model_len=100,
   page_size=16, num_pages=99, kv_cache_gib=0.5, memory_utilization=0.5,
-  look_ahead=False, short_prompt_share=0.5, tbt_slo_ms=50.0,
+  look_ahead=False, short_prompt_share=0.5, tbt_slo_ms=50.0, ttft_slo_ms=700.0,
   batch_tbt_slo_ms=500.0, attention='xla', tp=2,
   pp=4, seed=9, kv_cache_dtype='int8')
 

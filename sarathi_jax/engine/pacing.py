@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import statistics
 from typing import NamedTuple
 
+from absl import logging
+
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
@@ -23,6 +25,8 @@ from sarathi_jax.scheduler import step_time
 _GREEDY = types.SamplingParams(temperature=0, ignore_eos=True)
 # Tries of each kind of step. The first may still load or allocate.
 _TRIES = 4
+# A target that is missed by less is not worth a word; and one each minute.
+_TOLD_OVER, _TOLD_EVERY_S = 1.1, 60.0
 # Of chunks.
 _SIZES = tuple(8 << i for i in range(12))
 
@@ -49,8 +53,12 @@ class PacedRunner:
                scheduler: scheduler_lib.Scheduler,
                clock: Callable[[], float]) -> None:
     assert scheduler.pace is not None
+    assert scheduler.config.tbt_slo_ms is not None
     self._inner = inner
+    self._pace = scheduler.pace
     self._model = scheduler.pace.model
+    self._slo_ms = scheduler.config.tbt_slo_ms
+    self._told = -_TOLD_EVERY_S
     self._num_stages = scheduler.config.num_stages
     self._clock = clock
     self._in_flight: deque[_Pending] = deque()
@@ -75,7 +83,18 @@ class PacedRunner:
       seconds /= self._num_stages
     self._model.observe(pending.load, seconds)
     self._last_done = now
+    self._tell(now)
     return sampled
+
+  def _tell(self, now: float) -> None:
+    """Says so where the target can't be had."""
+    needed_ms = self._pace.needed_s * 1e3
+    if needed_ms > _TOLD_OVER * self._slo_ms and (
+        now - self._told >= _TOLD_EVERY_S):
+      self._told = now
+      logging.warning(
+        'tbt_slo_ms=%g cannot be held at this load; at least %.0f ms.',
+        self._slo_ms, needed_ms)
 
   def num_rows(self, num_tokens: int) -> int:
     return self._inner.num_rows(num_tokens)

@@ -14,6 +14,7 @@ import math
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.scheduler import base
+from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import sequence
 
 
@@ -47,12 +48,12 @@ class SarathiScheduler(base.Scheduler):
   def _budget(self, now: float, decodes: list[sequence.Sequence]) -> int:
     if self.pace is None:
       return self.config.token_budget
-    prefills = [(s.num_computed, s.num_left) for s in self._prefills()]
+    prompts = [_prompt(s, s.num_left, now) for s in self._prefills()]
     if self._next_to_admit(now):
-      prefills += [(0, len(s.tokens))
-                   for s in itertools.islice(self.waiting, 8)]
+      prompts += [_prompt(s, len(s.tokens), now)
+                  for s in itertools.islice(self.waiting, 8)]
     return self.pace.budget(
-      self.running, decodes, prefills, self.config.token_budget)
+      now, self.running, decodes, prompts, self.config.token_budget)
 
   def _fair_share(self, decodes: list[sequence.Sequence],
                   ) -> list[sequence.Sequence]:
@@ -100,3 +101,11 @@ class SarathiScheduler(base.Scheduler):
       lens += [len(s.tokens) for s in itertools.islice(self.waiting, 8)
                if s.request.arrival_time <= now]
     return min(at_most, sum(n for n in lens if n < seq.num_left))
+
+
+def _prompt(seq: sequence.Sequence, left: int, now: float) -> pace.Prompt:
+  """What a prefill has yet to compute, and for how long it has waited."""
+  request = seq.request
+  waits = request.tier == 'interactive' and not seq.num_output
+  return pace.Prompt(seq.num_computed, left,
+                     max(0.0, now - request.arrival_time) if waits else None)

@@ -122,6 +122,10 @@ class CostModel:
 
   # -- Time --
 
+  def num_rows(self, num_tokens: int) -> int:
+    """Padding is not counted."""
+    return num_tokens
+
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
     """What each stage takes for a batch, its send to the next included."""
     tokens = rows = num_seqs = kv_tokens = 0

@@ -24,6 +24,9 @@ class StepCost(Protocol):
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
     """What each stage takes for a batch."""
 
+  def num_rows(self, num_tokens: int) -> int:
+    """Rows computed for a batch of so many tokens, padding included."""
+
 
 class FittedCost:
   """Steps that take what a model says that was fitted to measured ones.
@@ -56,6 +59,9 @@ class FittedCost:
     load = step_time.load_of(chunks)
     factors = self._factors.get(self._kind(load), (1.0,))
     return [max(self._model.predict(load), 0.0) * self._random.choice(factors)]
+
+  def num_rows(self, num_tokens: int) -> int:
+    return self._model.num_rows(num_tokens)
 
 
 class Clock:
@@ -168,7 +174,7 @@ class SimulatedRunner:
     return types.Sampled(zeros, [0.0] * pending.num_chunks)
 
   def num_rows(self, num_tokens: int) -> int:
-    return num_tokens
+    return self._cost.num_rows(num_tokens)
 
   def recover(self) -> None:
     """Has nothing to make anew."""

@@ -28,7 +28,8 @@ ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
 # are at their best by then, and a chunk attends to itself in vain for half.
 AUTO_MAX_BUDGET = 2048
 # Of what does not follow an SLO.
-_UNPACED: Mapping[str, None] = {'tbt_slo_ms': None, 'batch_tbt_slo_ms': None}
+_UNPACED: Mapping[str, None] = dict.fromkeys(
+  ('tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,8 @@ def make_scheduler(
       look_ahead=config.look_ahead,
       short_prompt_share=config.short_prompt_share, seed=config.seed,
       prefix_cost=cost.prefix_cost,
-      tbt_slo_ms=config.tbt_slo_ms, batch_tbt_slo_ms=config.batch_tbt_slo_ms)
+      tbt_slo_ms=config.tbt_slo_ms, ttft_slo_ms=config.ttft_slo_ms,
+      batch_tbt_slo_ms=config.batch_tbt_slo_ms)
 
   num_tokens = policy.max_step_tokens(limits(max_model_len))
   return policy(limits(cost.num_pages(config, num_tokens)))

@@ -37,6 +37,9 @@ class TokenCost:
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
     return [float(sum(c.num_tokens for c in chunks))] * self.pp
 
+  def num_rows(self, num_tokens: int) -> int:
+    return num_tokens
+
 
 def make_workload(*requests: tuple[float, int, int]) -> workload_lib.Workload:
   """(arrival, prompt length, output length) of each."""
