@@ -5,9 +5,9 @@
       --prompts=in.jsonl --output=out.jsonl --max_tokens=100
 
 A line of the input is an object with one of `prompt` (text),
-`prompt_token_ids` or `messages` (a chat), and maybe `request_id` and
-`sampling`, whose fields override the flags. Results are written as they
-finish, in any order. A line that can't be served becomes a result with
+`prompt_token_ids` or `messages` (a chat), and maybe `request_id` (a text or an
+integer) and `sampling`, whose fields override the flags; null is not said.
+Results are written as they finish, in any order. A line that can't be served becomes a result with
 `error` and `line`, and the rest is still done. After an interruption,
 --resume goes on with what is missing.
 
@@ -87,13 +87,13 @@ def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
     if line.request is None:
       if line.number not in written.lines:
         yield line
-    elif line.request_id in seen:
+    elif line.request.request_id in seen:
       if line.number not in written.lines:
         yield Line(line.number, line.request_id, None,
                    'request_id: an earlier line has it, too.')
     else:
-      seen.add(line.request_id)
-      if line.request_id not in written.ids:
+      seen.add(line.request.request_id)
+      if line.request.request_id not in written.ids:
         yield line
 
 
@@ -109,7 +109,7 @@ def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
     lines: of different ids.
     on_tokens: told of every step's new tokens.
   """
-  live: dict[str, collector.Collector] = {}
+  live: dict[str, tuple[Line, collector.Collector]] = {}
   max_live = 2 * engine.info.max_num_seqs
   is_last = False
   while live or not is_last:
@@ -121,19 +121,21 @@ def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
         yield {'request_id': line.request_id, 'line': line.number,
                'error': line.error}
       else:
-        live[line.request_id] = collector.Collector(line.request)
+        live[line.request.request_id] = (
+          line, collector.Collector(line.request))
         engine.add(line.request)
     deltas = engine.step()
     on_tokens(sum(len(delta.token_ids) for delta in deltas))
     for delta in deltas:
-      if done := live[delta.request_id].add(delta):
+      line, collected = live[delta.request_id]
+      if done := collected.add(delta):
         del live[delta.request_id]
-        yield _result(done)
+        yield _result(line, done)
 
 
-def _result(done: types.Completion) -> dict[str, Any]:
+def _result(line: Line, done: types.Completion) -> dict[str, Any]:
   return {
-    'request_id': done.request_id,
+    'request_id': line.request_id,
     'prompt_token_ids': done.prompt_token_ids,
     'token_ids': done.token_ids,
     'logprobs': done.logprobs,
@@ -158,7 +160,7 @@ def _read_written(path: pathlib.Path) -> Written:
           written.lines.add(result['line'])
         else:
           result['metrics']  # An input, given by mistake, has ids only.
-          written.ids.add(result['request_id'])
+          written.ids.add(str(result['request_id']))
       except (ValueError, KeyError, TypeError):
         raise errors.ConfigError(
           f'output={str(path)!r}: line {number} is not one of our results; '

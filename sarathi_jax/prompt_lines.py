@@ -22,7 +22,7 @@ class Line(NamedTuple):
   """A line of the input: a request, or what is wrong with it."""
 
   number: int  # from 1
-  request_id: str
+  request_id: str | int  # as it is given
   request: types.Request | None
   error: str | None
 
@@ -30,20 +30,21 @@ class Line(NamedTuple):
 def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
                seed: int, engine: engine_lib.Engine) -> Line:
   """Makes a request of a line, or says what is wrong with it."""
-  request_id = f'line-{number}'
+  request_id: str | int = f'line-{number}'
   try:
     fields = _decode(text)
     given_id = fields.get('request_id', request_id)
-    if not isinstance(given_id, str) or not given_id:
+    if type(given_id) not in (str, int) or given_id == '':
       raise errors.InvalidRequestError(
-        f'request_id={given_id!r}: must be a text that is not empty.')
+        f'request_id={given_id!r}: must be a text that is not empty, or an '
+        'integer.')
     request_id = given_id
     request = types.Request(
-      request_id=request_id,
+      request_id=str(request_id),
       prompt_token_ids=_prompt(fields, engine),
       sampling=_sampling(
         fields, {**engine.info.default_sampling, **defaults},
-        f'{seed} {request_id!r}'),
+        f'{seed} {str(request_id)!r}'),
       arrival_time=engine.clock())
     engine.check(request)
   except errors.InvalidRequestError as error:
@@ -72,7 +73,7 @@ def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
   if not isinstance(given, dict | None):
     raise errors.InvalidRequestError(
       f'sampling={given!r}: must be an object of sampling fields.')
-  sampling = types.SamplingParams.from_dict({**defaults, **(given or {})})
+  sampling = types.SamplingParams.from_dict(given or {}, defaults)
   if sampling.seed is not None:
     return sampling
   return dataclasses.replace(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
+import numbers
 from typing import Any
 
 import jax
@@ -17,23 +18,35 @@ def listed(prompts: Any) -> list[tokenizer.Prompt]:
 
   Args:
     prompts: a text, token ids (a list or an array), or a chat; or several.
+
+  Raises:
+    InvalidRequestError: it is none of these.
   """
-  if _is_one(prompts):
-    prompts = [prompts]
-  return [_plain(prompt) for prompt in prompts]
+  prompts = _plain(prompts)
+  if isinstance(prompts, (str, bytes, Mapping, Set)) or (
+      not isinstance(prompts, Iterable)):
+    return [_prompt(prompts)]
+  prompts = [_plain(prompt) for prompt in prompts]
+  # A list of token ids, or a chat; not a list of these.
+  if prompts and isinstance(prompts[0], (numbers.Number, Mapping)) and (
+      not _is_vllms(prompts[0])):
+    return [prompts]
+  return [_prompt(prompt) for prompt in prompts]
 
 
-def _is_one(prompts: Any) -> bool:
-  """A text, a list of token ids, or a chat; not a list of these."""
-  if isinstance(prompts, str):
-    return True
-  if not len(prompts):
-    return False
-  is_number = hasattr(prompts[0], '__index__') and not np.ndim(prompts[0])
-  return is_number or isinstance(prompts[0], Mapping)
+def _plain(value: Any) -> Any:
+  """An array as a list of what is in it, or as a number."""
+  is_array = isinstance(value, (np.ndarray, jax.Array))
+  return np.asarray(value).tolist() if is_array else value
 
 
-def _plain(prompt: Any) -> Any:
-  """An array of token ids as a list of them."""
-  is_array = isinstance(prompt, (np.ndarray, jax.Array))
-  return np.asarray(prompt).tolist() if is_array else prompt
+def _is_vllms(prompt: Any) -> bool:
+  """Whether it is as vLLM writes one: {'prompt_token_ids': [...]}."""
+  return isinstance(prompt, Mapping) and (
+    prompt.keys() in ({'prompt'}, {'prompt_token_ids'}))
+
+
+def _prompt(prompt: Any) -> tokenizer.Prompt:
+  if _is_vllms(prompt):
+    prompt, = map(_plain, prompt.values())
+  return tokenizer.checked(prompt)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 import enum
 import sys
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sarathi_jax import errors
@@ -60,6 +61,20 @@ def _check(ok: bool, field: str, value: object, rule: str) -> None:
     raise errors.InvalidRequestError(f'{field}={value!r}: {rule}.')
 
 
+def _plain(value: Any) -> Any:
+  """A scalar of NumPy or JAX as Python's; other things as they are."""
+  is_scalar = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
+  return value.item() if is_scalar else value
+
+
+def _listed(value: Any) -> Any:
+  """A list, or an array of NumPy or JAX, as a tuple of plain values."""
+  if getattr(value, 'ndim', None) == 1 and hasattr(value, 'tolist'):
+    value = value.tolist()
+  return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else (
+    value)
+
+
 def _is_int(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
@@ -73,6 +88,9 @@ def _is_real(value: object) -> bool:
 class SamplingParams:
   """How to choose the tokens of one request. Names and defaults are vLLM's.
 
+  Where vLLM takes None for a value that is not said, so does this: it is the
+  default. Scalars of NumPy and JAX are taken, and kept as Python's.
+
   Attributes:
     max_tokens: the most tokens to generate, >= 1; None for all that the
       context has room for.
@@ -83,7 +101,10 @@ class SamplingParams:
     min_p: drop tokens less likely than this fraction of the likeliest one,
       in [0, 1].
     seed: in [0, 2**31); the same seed, prompt and weights give the same
-      tokens whatever else runs. None: the engine draws one.
+      random numbers, whatever else runs. So they give the same tokens, but
+      where rounding, which does depend on what else is in a step, decides
+      between two that are nearly as likely: seldom with float32 weights,
+      often enough to notice with 16 bits. None: the engine draws one.
     stop: strings that end the output, which excludes them.
     stop_token_ids: tokens that end the output, which includes them.
     include_stop_str_in_output: keep the stop string at the end of the text.
@@ -107,11 +128,17 @@ class SamplingParams:
   logprobs: int | None = None
 
   def __post_init__(self) -> None:
+    for field, default in _DEFAULTS.items():
+      value = getattr(self, field)
+      if value is None and field in NONE_IS_DEFAULT:
+        object.__setattr__(self, field, default)
+      elif type(value) is not type(default):  # Most values are plain.
+        object.__setattr__(self, field, _plain(value))
     stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-    for field, value in (('stop', stop),
-                         ('stop_token_ids', self.stop_token_ids)):
-      _check(isinstance(value, (tuple, list)), field, value, 'must be a list')
-      object.__setattr__(self, field, tuple(value))
+    for field, value in (('stop', _listed(stop)),
+                         ('stop_token_ids', _listed(self.stop_token_ids))):
+      _check(isinstance(value, tuple), field, value, 'must be a list')
+      object.__setattr__(self, field, value)
     _check(self.max_tokens is None
            or (_is_int(self.max_tokens) and self.max_tokens >= 1),
            'max_tokens', self.max_tokens, 'must be an integer >= 1')
@@ -141,8 +168,14 @@ class SamplingParams:
         'top_logprobs=0).')
 
   @classmethod
-  def from_dict(cls, fields: Mapping[str, Any]) -> SamplingParams:
+  def from_dict(cls, fields: Mapping[str, Any],
+                defaults: Mapping[str, Any] = MappingProxyType({}),
+                ) -> SamplingParams:
     """Makes parameters from decoded JSON.
+
+    Args:
+      fields: what is said.
+      defaults: fields for what is not, or is null.
 
     Raises:
       UnsupportedError: a field that vLLM knows and this engine does not
@@ -154,7 +187,9 @@ class SamplingParams:
         f'sampling={fields!r}: must be an object of sampling fields.')
     known = {f.name for f in dataclasses.fields(cls)}
     kept = {}
-    for name, value in fields.items():
+    said = {name: value for name, value in fields.items()
+            if value is not None or name not in NONE_IS_DEFAULT}
+    for name, value in {**defaults, **said}.items():
       if name in known:
         kept[name] = value
       elif name not in UNSUPPORTED_SAMPLING:
@@ -166,6 +201,13 @@ class SamplingParams:
         raise errors.UnsupportedError(
           f'{name}={value!r}: this sampling field is not supported.')
     return cls(**kept)
+
+
+_DEFAULTS: Mapping[str, Any] = {
+  field.name: field.default for field in dataclasses.fields(SamplingParams)}
+# Where vLLM takes None, or its HTTP does, and None says nothing itself.
+NONE_IS_DEFAULT = frozenset({
+  'temperature', 'top_k', 'top_p', 'min_p', 'stop', 'stop_token_ids'})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

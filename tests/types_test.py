@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from typing import Any
 
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 
 from sarathi_jax import errors
@@ -23,7 +28,6 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ('temperature', NAN, 'must be finite and >= 0'),
   ('temperature', INF, 'must be finite and >= 0'),
   ('temperature', -0.1, 'must be finite and >= 0'),
-  ('temperature', None, 'must be finite and >= 0'),
   ('temperature', '1', 'must be finite and >= 0'),
   ('temperature', True, 'must be finite and >= 0'),
   ('top_k', -2, 'must be'),
@@ -33,7 +37,6 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ('top_p', 2, 'must be in (0, 1]'),
   ('top_p', -0.5, 'must be in (0, 1]'),
   ('top_p', NAN, 'must be in (0, 1]'),
-  ('top_p', None, 'must be in (0, 1]'),
   ('min_p', -0.1, 'must be in [0, 1]'),
   ('min_p', 1.1, 'must be in [0, 1]'),
   ('min_p', NAN, 'must be in [0, 1]'),
@@ -115,6 +118,61 @@ def test_log_probabilities_of_other_tokens_are_not_supported(
   ('logprobs', 0), ('logprobs', None), ('stop_token_ids', (0,))])
 def test_the_ends_of_each_range_are_accepted(field: str, value: Any) -> None:
   assert getattr(types.SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize('field', [
+  'temperature', 'top_k', 'top_p', 'min_p', 'stop', 'stop_token_ids'])
+def test_none_is_the_default_where_vllm_takes_it(field: str) -> None:
+  default = types.SamplingParams()
+  assert types.SamplingParams(**{field: None}) == default
+  assert types.SamplingParams.from_dict({field: None}) == default
+  hot = {'temperature': 0.5, 'top_k': 7, 'top_p': 0.5, 'min_p': 0.5,
+         'stop': ['a'], 'stop_token_ids': [3]}[field]
+  # What the checkpoint's makers recommend, then.
+  assert types.SamplingParams.from_dict({field: None}, {field: hot}) == (
+    types.SamplingParams(**{field: hot}))  # type: ignore[arg-type]
+
+
+def test_what_is_said_comes_before_defaults() -> None:
+  params = types.SamplingParams.from_dict(
+    {'max_tokens': None, 'top_k': 0}, {'max_tokens': 3, 'top_k': 9, 'seed': 1})
+  assert params == types.SamplingParams(max_tokens=None, seed=1)
+
+
+@pytest.mark.parametrize('scalar', [
+  np.float32, np.float64, np.array, jnp.float32, jnp.bfloat16,
+  ml_dtypes.bfloat16])
+def test_real_scalars_of_numpy_and_jax_are_taken(scalar: Any) -> None:
+  params = types.SamplingParams(
+    temperature=scalar(0.5), top_p=scalar(0.25), min_p=scalar(0.125))
+  assert params == types.SamplingParams(
+    temperature=0.5, top_p=0.25, min_p=0.125)
+  assert {type(params.temperature), type(params.top_p)} == {float}
+
+
+@pytest.mark.parametrize('scalar', [
+  np.int32, np.uint64, np.int8, np.array, jnp.int32])
+def test_whole_scalars_of_numpy_and_jax_are_taken(scalar: Any) -> None:
+  params = types.SamplingParams(
+    max_tokens=scalar(3), top_k=scalar(4), seed=scalar(5),
+    stop_token_ids=[scalar(6)], logprobs=scalar(0))  # type: ignore[arg-type]
+  assert json.loads(json.dumps(dataclasses.asdict(params))) == {
+    **dataclasses.asdict(types.SamplingParams()), 'max_tokens': 3, 'top_k': 4,
+    'seed': 5, 'stop_token_ids': [6], 'logprobs': 0, 'stop': []}
+  assert types.SamplingParams(
+    ignore_eos=np.True_, stop_token_ids=np.array([6, 7]),  # type: ignore
+  ) == types.SamplingParams(ignore_eos=True, stop_token_ids=(6, 7))
+
+
+@pytest.mark.parametrize(('field', 'value'), [
+  ('temperature', np.float32('nan')), ('temperature', np.True_),
+  ('top_k', np.float64(3)), ('seed', np.int64(-1)), ('top_p', np.float32(2)),
+  ('max_tokens', np.array([3])), ('stop_token_ids', np.array([1.5])),
+  ('stop_token_ids', np.array([[1]]))])
+def test_bad_scalars_of_numpy_are_refused_as_others(
+    field: str, value: Any) -> None:
+  with pytest.raises(errors.InvalidRequestError, match=f'^{field}='):
+    types.SamplingParams(**{field: value})
 
 
 def test_stop_takes_a_string_or_a_list() -> None:

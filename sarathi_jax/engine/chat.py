@@ -18,6 +18,7 @@ from jinja2 import ext
 from jinja2 import sandbox
 
 from sarathi_jax import errors
+from sarathi_jax.engine import messages as messages_lib
 
 
 class _Generation(ext.Extension):
@@ -55,12 +56,15 @@ class ChatTemplate:
       trim_blocks=True, lstrip_blocks=True,
       extensions=[ext.loopcontrols, _Generation])
     environment.filters['tojson'] = _to_json
+    environment.tests['none'] = (
+      lambda value: value is None or isinstance(value, messages_lib.NoText))
     environment.globals['raise_exception'] = _raise
     environment.globals['strftime_now'] = (
       lambda form: datetime.datetime.now().strftime(form))
     self._special_tokens = dict(special_tokens)
     try:
       self._template = environment.from_string(source)
+      self._contents = messages_lib.contents_of(environment.parse(source))
     except jinja2.TemplateError as error:
       raise errors.CheckpointError(
         f'chat template: can\'t be read: {error}') from error
@@ -88,11 +92,13 @@ class ChatTemplate:
     """The text of a chat, up to where the assistant's answer begins.
 
     Raises:
-      InvalidRequestError: the template refuses these messages.
+      InvalidRequestError: they are not such messages, or the template refuses
+        them.
     """
+    prepared = messages_lib.prepared(messages, self._contents)
     try:
       return self._template.render(
-        messages=list(messages), add_generation_prompt=True, tools=None,
+        messages=prepared, add_generation_prompt=True, tools=None,
         documents=None, **self._special_tokens)
     except Exception as error:  # What a template raises is its own affair.
       raise errors.InvalidRequestError(

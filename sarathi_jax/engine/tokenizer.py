@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import operator
 import pathlib
+import reprlib
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
 
 from sarathi_jax import errors
 from sarathi_jax.engine import chat
+from sarathi_jax.engine import text_stream
 
 Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -37,6 +38,7 @@ class Tokenizer:
     except Exception as error:  # The library raises plain Exception.
       raise errors.CheckpointError(
         f'{file}: not a tokenizer that can be read: {error}') from error
+    self._pieces = text_stream.Pieces(self._tokenizer)
     self._chat = chat.ChatTemplate.from_folder(folder)
 
   @classmethod
@@ -69,47 +71,33 @@ class Tokenizer:
     return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
   def stream(self, prompt: Sequence[int],
-             skip_special_tokens: bool) -> TextStream:
+             skip_special_tokens: bool) -> text_stream.TextStream:
     """Decodes the tokens that follow `prompt`, one at a time."""
-    return TextStream(self._tokenizer, prompt, skip_special_tokens)
+    return text_stream.TextStream(
+      self._tokenizer, self._pieces, prompt, skip_special_tokens)
+
+  @property
+  def special_tokens(self) -> Mapping[int, str]:
+    """Texts of the special tokens, by id."""
+    return self._pieces.special
 
 
-class TextStream:
-  """Turns tokens into text as they come; whole characters only."""
+def checked(prompt: Any) -> Prompt:
+  """A prompt, if it may be one; what is in it is checked when it is encoded.
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, prompt: Sequence[int],
-               skip_special_tokens: bool) -> None:
-    self._tokenizer = tokenizer
-    self._skip = skip_special_tokens
-    seen, unfinished = self._split(prompt)
-    self._stream = decoders.DecodeStream(
-      ids=seen, skip_special_tokens=skip_special_tokens)
-    for token in unfinished:
-      self.step(token)
+  Raises:
+    InvalidRequestError: it is neither a text nor a list.
+  """
+  if isinstance(prompt, str) or (
+      isinstance(prompt, Sequence) and not isinstance(prompt, bytes)):
+    return prompt
+  raise _wrong(prompt)
 
-  def _split(self, prompt: Sequence[int]) -> tuple[list[int], Sequence[int]]:
-    """The prompt's end, and what it leaves of an unfinished character.
 
-    The end tells whether the first word begins with a space. It must be whole
-    characters (of up to four tokens each), or the stream would repeat them.
-    """
-    for stop in range(len(prompt), max(len(prompt) - 4, 0), -1):
-      for start in range(stop - 6, stop - 10, -1):
-        seen = list(prompt[max(start, 0):stop])
-        text = self._tokenizer.decode(seen, skip_special_tokens=self._skip)
-        if '\ufffd' not in text:
-          return seen, prompt[stop:]
-        if start <= 0:
-          break
-    return [], ()
-
-  def step(self, token: int) -> str:
-    """The text that `token` completes; '' in the middle of a character."""
-    try:
-      return self._stream.step(self._tokenizer, token) or ''
-    except Exception:  # 'Invalid prefix': text that the next token rewrites.
-      self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
-      return self._stream.step(self._tokenizer, token) or ''
+def _wrong(prompt: Any) -> errors.InvalidRequestError:
+  return errors.InvalidRequestError(
+    f'prompt={reprlib.repr(prompt)}: must be a text, a list of token ids, or a '
+    'list of messages.')
 
 
 def encode_prompt(tokenizer: Tokenizer | None,
@@ -119,6 +107,7 @@ def encode_prompt(tokenizer: Tokenizer | None,
   Raises:
     InvalidRequestError: it is none of these, or there is no tokenizer.
   """
+  prompt = checked(prompt)
   is_chat = (not isinstance(prompt, str) and len(prompt) > 0
              and isinstance(prompt[0], Mapping))
   if isinstance(prompt, str) or is_chat:
@@ -130,9 +119,9 @@ def encode_prompt(tokenizer: Tokenizer | None,
         'prompt: this model has no tokenizer; send token ids.')
     return (tokenizer.apply_chat_template(prompt) if is_chat  # type: ignore
             else tokenizer.encode(prompt))  # type: ignore
+  if any(isinstance(token, bool) for token in prompt):
+    raise _wrong(prompt)
   try:
-    return tuple(operator.index(token) for token in prompt)  # type: ignore
+    return tuple(map(operator.index, prompt))  # type: ignore
   except TypeError:
-    raise errors.InvalidRequestError(
-      f'prompt={prompt!r}: must be a text, a list of token ids, or a list of '
-      'messages.') from None
+    raise _wrong(prompt) from None

@@ -168,8 +168,7 @@ class OpenInferenceService(
             ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
     defaults = self._frontend.engine.info.default_sampling
     return self._frontend.open(
-      call.prompt, types.SamplingParams.from_dict(
-        {**defaults, **call.sampling}),
+      call.prompt, types.SamplingParams.from_dict(call.sampling, defaults),
       priority=call.priority, caller=caller, protocol=NAME)
 
   def _check_model(self, name: str, version: str) -> None:

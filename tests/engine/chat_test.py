@@ -62,6 +62,100 @@ def test_there_may_be_none(tmp_path):
   assert chat.ChatTemplate.from_folder(tmp_path) is None
 
 
+LLAMA_3 = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' "
+           "+ m['content'] | trim + '<|end|>' }}{% endfor %}")
+CALL = {'id': 'call_1', 'type': 'function',
+        'function': {'name': 'f', 'arguments': '{"a": [1]}'}}
+
+
+def rendered(template: str, *messages: object) -> str:
+  return chat.ChatTemplate(template, {}).render(messages)  # type: ignore
+
+
+@pytest.mark.parametrize('template', [
+  LLAMA_3, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+           '{% endfor %}'])
+def test_parts_and_null_are_texts_to_a_template(template):
+  """Joined as vLLM and the gateway do; null says nothing."""
+  parts = [{'type': 'text', 'text': 'What does'}, {'text': 'len do?'}]
+  assert rendered(
+    template, {'role': 'user', 'content': parts},
+    {'role': 'assistant', 'content': None, 'tool_calls': [CALL]},
+    {'role': 'assistant', 'tool_calls': [CALL]},
+    {'role': 'tool', 'content': ['sunny'], 'tool_call_id': 'call_1'},
+  ) == ('<|user|>What does\nlen do?<|end|><|assistant|><|end|>'
+        '<|assistant|><|end|><|tool|>sunny<|end|>')
+
+
+@pytest.mark.parametrize('kind', ['text', 'input_text', 'output_text'])
+def test_parts_of_other_names_are_texts(kind):
+  assert rendered(LLAMA_3, {'role': 'user', 'content': [
+    {'type': kind, 'text': 'a'}, {'type': 'refusal', 'refusal': 'b'}]}) == (
+      '<|user|>a\nb<|end|>')
+
+
+LOOP = ("{%% for m in messages %%}%s{%% for part in %s %%}<{{ part['type'] }}:"
+        "{{ part['text'] }}>{%% endfor %%}%s{%% endfor %%}")
+
+
+@pytest.mark.parametrize('template,of_text', [
+  (LOOP % ('', "m['content']", ''), '<text:b>'),
+  (LOOP % ('{% set content = m.content %}', 'content', ''), '<text:b>'),
+  (LOOP % ('{% if m.content is string %}{{ m.content }}{% else %}',
+           'm.content', '{% endif %}'), 'b'),
+])
+def test_a_template_that_takes_parts_gets_parts(template, of_text):
+  assert rendered(
+    template, {'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]},
+    {'role': 'user', 'content': 'b'}) == f'<text:a>{of_text}'
+
+
+def test_null_is_none_to_a_template_that_asks():
+  """As DeepSeek's does, to find calls of tools."""
+  message = {'role': 'assistant', 'content': None}
+  for template, expected in (
+      ('{{ messages[0].content is none }}', 'True'),
+      ('{{ messages[0].content is not none }}', 'False'),
+      ('{{ messages[0].content == none }}', 'True'),
+      ('{{ messages[0].content != none }}', 'False'),
+      ("{{ messages[0].content == '' }}", 'True'),
+      ("{% if messages[0].content %}a{% else %}b{% endif %}", 'b')):
+    assert rendered(template, message) == expected
+
+
+@pytest.mark.parametrize('template,expected', [
+  ('{{ a | tojson }}', '{"a": [1]}'), ("{{ '<' + a + '>' }}", '<{"a": [1]}>'),
+  ('{{ a }}', '{"a": [1]}'),
+  ('{% for k, v in a.items() %}{{ k }}={{ v[0] }}{% endfor %}', 'a=1')])
+def test_arguments_of_a_call_are_an_object_and_a_text(template, expected):
+  source = ('{% set a = messages[0].tool_calls[0].function.arguments %}'
+            + template)
+  assert rendered(source, {'role': 'assistant', 'tool_calls': [CALL]}) == (
+    expected)
+
+
+@pytest.mark.parametrize('message,words', [
+  ('x', 'messages[0]=\'x\': must be an object'),
+  ({'content': 'x'}, 'messages[0].role=None: must be a text'),
+  ({'role': '', 'content': 'x'}, "messages[0].role='': must be a text"),
+  ({'role': 'user', 'content': 5}, 'messages[0].content=5: must be a text'),
+  ({'role': 'user', 'content': {'text': 'x'}}, 'must be a text, null, or a'),
+  ({'role': 'user', 'content': [5]}, 'messages[0].content[0]=5: must be a'),
+  ({'role': 'user', 'content': [{'type': 'text'}]},
+   'messages[0].content[0].text=None: must be a text'),
+  ({'role': 'user', 'content': ['a', {'type': 'image_url'}]},
+   "messages[0].content[1]: type='image_url': only parts that are text"),
+  ({'role': 'assistant', 'tool_calls': 5}, 'messages[0].tool_calls=5'),
+  ({'role': 'assistant', 'tool_calls': [{}]}, 'with a function'),
+  ({'role': 'assistant', 'tool_calls': [{'function': {'arguments': '{'}}]},
+   "messages[0].tool_calls[0].function.arguments='{': must be a JSON object"),
+])
+def test_messages_that_are_none_are_told_by_field(message, words):
+  with pytest.raises(errors.InvalidRequestError) as caught:
+    rendered(LLAMA_3, message)
+  assert words in str(caught.value)
+
+
 def test_what_a_template_refuses_is_told():
   template = chat.ChatTemplate("{{ raise_exception('user must begin') }}", {})
   with pytest.raises(errors.InvalidRequestError, match='user must begin'):

@@ -152,6 +152,35 @@ def test_special_tokens_are_shown_where_asked_for(
     run(tokenizer, output, skip_special_tokens=skip)) == text
 
 
+@pytest.mark.parametrize(('stop', 'shown', 'matched'), [
+  ('</s>', 'ab', '</s>'), ('b</s>', 'a', 'b</s>'), ('</s>c', 'ab', '</s>c'),
+  ('x</s>', 'abcd', None), ('</s><s>', 'abcd', None), ('cd', 'abc'[:2], 'cd')])
+@pytest.mark.parametrize('keep', [False, True])
+def test_a_stop_string_may_be_a_special_token(
+    *, tokenizer: tokenizer_lib.Tokenizer, stop: str, shown: str,
+    matched: str | None, keep: bool) -> None:
+  """As chat clients send it; it is found though such tokens are left out."""
+  output = letters(tokenizer, 'abcd')
+  output.insert(2, tokenizer_fixture.EOS)
+  deltas = run(tokenizer, output, stop=(stop,), ignore_eos=True,
+               include_stop_str_in_output=keep)
+  assert deltas[-1].stop_reason == matched
+  assert deltas[-1].finish_reason is (STOP if matched else LENGTH)
+  assert harness.text_of(deltas) == shown + (
+    stop if keep and matched else '')
+
+
+def test_special_tokens_stay_hidden_beside_a_stop_that_is_one(
+    tokenizer: tokenizer_lib.Tokenizer) -> None:
+  """An unfinished character before one, and one that is not the stop's."""
+  output = [*letters(tokenizer, 'a'), tokenizer_fixture.BOS,
+            *letters(tokenizer, 'é')[:1], tokenizer_fixture.BOS,
+            *letters(tokenizer, 'b<'), tokenizer_fixture.EOS]
+  deltas = run(tokenizer, output, stop=('</s>',), ignore_eos=True)
+  assert harness.text_of(deltas) == 'a\ufffdb<'
+  assert deltas[-1].stop_reason == '</s>'
+
+
 def test_an_unfinished_character_at_the_end_is_not_shown(
     tokenizer: tokenizer_lib.Tokenizer) -> None:
   deltas = run(tokenizer, letters(tokenizer, 'ab🎉')[:-1])

@@ -9,12 +9,16 @@ import hypothesis
 from hypothesis import strategies as st
 import pytest
 import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import pre_tokenizers
 
 from sarathi_jax import errors
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from tests import tokenizer_fixture
 
-PIECES = ('the ', 'fox', 'a ', ' ', '  ', '\n', 'x', 'é', '日本', '🎉')
+PIECES = (
+  'the ', 'fox', 'a ', ' ', '  ', '\n', 'x', 'é', '日本', '🎉', '\ufffd')
 texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map(''.join)
 
 
@@ -44,10 +48,50 @@ def test_a_stream_says_what_follows_the_prompt(
   cut = data.draw(st.integers(0, len(ids)), 'length of the prompt')
   stream = tokenizer.stream(ids[:cut], skip_special_tokens=True)
   new = [stream.step(token) for token in ids[cut:]]
-  prefixes = (tokenizer.decode(ids[:n]) for n in range(cut + 1))
-  whole = max((p for p in prefixes if '\ufffd' not in p), key=len)
-  assert whole + ''.join(new) == tokenizer.decode(ids)
-  assert '\ufffd' not in ''.join(new)
+  text = tokenizer.decode(ids)
+  num_bytes = sum(num_bytes_of(tokenizer, token) for token in ids[:cut])
+  if tokenizer.encode('x')[0] != tokenizer_fixture.BOS:
+    num_bytes = max(num_bytes - 1, 0)  # The space in front of the first word.
+  whole = text.encode()[:num_bytes].decode(errors='ignore')
+  assert whole + ''.join(new) == text
+
+
+def num_bytes_of(tokenizer: tokenizer_lib.Tokenizer, token: int) -> int:
+  piece = tokenizer._tokenizer.id_to_token(token)
+  if piece in ('<s>', '</s>'):
+    return 0
+  if 'ByteLevel' in str(tokenizer._tokenizer.decoder):
+    return len(piece)  # A character is a byte.
+  if piece.startswith('<0x'):
+    return 1
+  return len(piece.replace('\u2581', ' ').encode())
+
+
+def test_whole_characters_beside_a_part_of_one_are_shown_at_once(
+    tmp_path: pathlib.Path) -> None:
+  """A token may hold both, wherever the prompt ends."""
+  vocab = {c: i for i, c in enumerate(
+    sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  # Two bytes of the alphabet's: 'a' or the end of an emoji, and 0xF0.
+  joined = [('a', '\xf0'), ('\u012b', '\xf0')]
+  vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(joined)}
+  made = tokenizers.Tokenizer(models.BPE(vocab, joined))
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False)
+  made.decoder = decoders.ByteLevel()
+  tokenizer = tokenizer_lib.Tokenizer(
+    tokenizer_fixture.write(tmp_path, tokenizer=made))
+  text = 'ba\U0001f389\U0001f389\ufffda\U0001f389'
+  ids = tokenizer.encode(text)
+  assert sum(len(made.id_to_token(token)) > 1 for token in ids) == 3
+  for cut in range(len(ids) + 1):
+    stream = tokenizer.stream(ids[:cut], skip_special_tokens=True)
+    shown = text.encode()[:sum(
+      len(made.id_to_token(t)) for t in ids[:cut])].decode(errors='ignore')
+    for n in range(cut, len(ids)):
+      shown += stream.step(ids[n])
+      num_bytes = sum(len(made.id_to_token(t)) for t in ids[:n + 1])
+      assert shown == text.encode()[:num_bytes].decode(errors='ignore')
 
 
 def test_a_character_comes_whole_with_its_last_token(

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chat's messages as OpenAI has them, made ready for a chat template.
+
+Templates were written for texts. What OpenAI's messages may have instead, a
+list of parts, null, or arguments as JSON, would get into the prompt as Python
+writes it; vLLM, SGLang and the gateway turn it into texts first, and so does
+this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import enum
+import json
+import reprlib
+from typing import Any
+
+from jinja2 import nodes
+
+from sarathi_jax import errors
+
+# Type of a part -> where its text is.
+_TEXTS: Mapping[str, str] = {
+  'text': 'text', 'input_text': 'text', 'output_text': 'text',
+  'refusal': 'refusal'}
+
+
+class NoText(str):
+  """What null is to a template: no text, and yet `is none`."""
+
+  def __eq__(self, other: object) -> bool:
+    return other is None or str.__eq__(self, other)
+
+  def __ne__(self, other: object) -> bool:
+    return not self == other
+
+  __hash__ = str.__hash__
+
+
+class _Arguments(dict[str, Any]):
+  """A tool call's arguments: an object to some templates, a text to others."""
+
+  def __init__(self, text: str, values: Mapping[str, Any]) -> None:
+    super().__init__(values)
+    self._text = text
+
+  def __str__(self) -> str:
+    return self._text
+
+  def __add__(self, other: str) -> str:
+    return self._text + other
+
+  def __radd__(self, other: str) -> str:
+    return other + self._text
+
+
+class Contents(enum.Enum):
+  """What a template takes as a message's content."""
+
+  TEXT = 'text'
+  EITHER = 'either'  # It asks whether it is a text.
+  PARTS = 'parts'
+
+
+def prepared(messages: Sequence[Any], contents: Contents = Contents.TEXT,
+             ) -> list[dict[str, Any]]:
+  """Messages whose contents are what a template takes.
+
+  Args:
+    messages: as OpenAI has them.
+    contents: where they are to be texts, parts are joined, a line each.
+
+  Raises:
+    UnsupportedError: a part that is no text.
+    InvalidRequestError: not such messages.
+  """
+  return [_prepared(message, f'messages[{i}]', contents)
+          for i, message in enumerate(messages)]
+
+
+def contents_of(template: nodes.Template) -> Contents:
+  """What a template takes: parts, if it goes through them itself."""
+  names = {assign.target.name for assign in template.find_all(nodes.Assign)
+           if isinstance(assign.target, nodes.Name)
+           and _is_content(assign.node)}
+  if not any(
+      _is_content(loop.iter)
+      or (isinstance(loop.iter, nodes.Name) and loop.iter.name in names)
+      for loop in template.find_all(nodes.For)):
+    return Contents.TEXT
+  asks = any(test.name in ('string', 'iterable', 'sequence')
+             for test in template.find_all(nodes.Test))
+  return Contents.EITHER if asks else Contents.PARTS
+
+
+def _is_content(node: nodes.Node) -> bool:
+  if isinstance(node, nodes.Getattr):
+    return node.attr == 'content'
+  return (isinstance(node, nodes.Getitem) and isinstance(
+    node.arg, nodes.Const) and node.arg.value == 'content')
+
+
+def _prepared(message: Any, where: str,
+              contents: Contents) -> dict[str, Any]:
+  if not isinstance(message, Mapping):
+    raise _wrong(where, message, 'must be an object with role and content')
+  role = message.get('role')
+  if not isinstance(role, str) or not role:
+    raise _wrong(f'{where}.role', role, 'must be a text that is not empty')
+  made = {**message, 'content': _content(
+    message.get('content'), f'{where}.content', contents)}
+  if message.get('tool_calls'):
+    made['tool_calls'] = [
+      _tool_call(call, f'{where}.tool_calls[{i}]')
+      for i, call in enumerate(_a_list(
+        message['tool_calls'], f'{where}.tool_calls', 'must be a list'))]
+  return made
+
+
+def _content(content: Any, where: str, contents: Contents) -> Any:
+  if content is None:
+    return NoText()
+  if isinstance(content, str):
+    if contents is not Contents.PARTS:
+      return content
+    content = [content]
+  texts = [_text_of(part, f'{where}[{i}]')
+           for i, part in enumerate(_a_list(
+             content, where, 'must be a text, null, or a list of parts'))]
+  if contents is not Contents.TEXT:
+    return [{'type': 'text', 'text': text} for text in texts]
+  return '\n'.join(texts)
+
+
+def _text_of(part: Any, where: str) -> str:
+  if isinstance(part, str):
+    return part
+  if not isinstance(part, Mapping):
+    raise _wrong(where, part, 'must be a part: an object with type and text')
+  kind = part.get('type', 'text')
+  if not isinstance(kind, str) or kind not in _TEXTS:
+    raise errors.UnsupportedError(
+      f'{where}: type={reprlib.repr(kind)}: only parts that are text are '
+      'supported.')
+  text = part.get(_TEXTS[kind])
+  if not isinstance(text, str):
+    raise _wrong(f'{where}.{_TEXTS[kind]}', text, 'must be a text')
+  return text
+
+
+def _tool_call(call: Any, where: str) -> Any:
+  function = call.get('function') if isinstance(call, Mapping) else None
+  if not isinstance(function, Mapping):
+    raise _wrong(where, call, 'must be an object with a function')
+  text = function.get('arguments')
+  if not isinstance(text, str):  # An object already, or none.
+    return call
+  try:
+    values = json.loads(text or '{}')
+  except (ValueError, RecursionError):
+    values = None
+  if not isinstance(values, dict):
+    raise _wrong(f'{where}.function.arguments', text,
+                 'must be a JSON object, as a text')
+  return {**call, 'function': {
+    **function, 'arguments': _Arguments(text, values)}}
+
+
+def _a_list(value: Any, where: str, rule: str) -> Sequence[Any]:
+  if not isinstance(value, (list, tuple)):
+    raise _wrong(where, value, rule)
+  return value
+
+
+def _wrong(where: str, value: Any, rule: str) -> errors.InvalidRequestError:
+  return errors.InvalidRequestError(
+    f'{where}={reprlib.repr(value)}: {rule}.')

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens turned into text as they come; whole characters only.
+
+A text that ends with U+FFFD either ends within a character or has that very
+character, as damaged texts do. The text can't tell; the tokens' bytes can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import re
+
+import tokenizers
+from tokenizers import decoders
+
+_REPLACEMENT = '\ufffd'
+# Tokens of a prompt that are looked at: its end tells whether the first word
+# begins with a space, and what it leaves of an unfinished character.
+_NUM_SEEN = 8
+_MOST_BYTES = 4  # of a character
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+  """The bytes that the characters of byte-level pieces stand for: GPT-2's.
+
+  Bytes that can be seen stand for themselves; the others come after them.
+  """
+  shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  hidden = [byte for byte in range(0x100) if byte not in shown]
+  return {chr(byte): byte for byte in shown} | {
+    chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+class Pieces:
+  """The bytes of a tokenizer's tokens.
+
+  Attributes:
+    special: texts of the special tokens, by id.
+  """
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    self._tokenizer = tokenizer
+    added = tokenizer.get_added_tokens_decoder()
+    self._added = {token: piece.content for token, piece in added.items()}
+    self.special = {token: piece.content for token, piece in added.items()
+                    if piece.special}
+    decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b''
+    self._is_byte_level = b'"ByteLevel"' in decoder
+    self._has_byte_pieces = b'"ByteFallback"' in decoder
+
+  def bytes_of(self, token: int) -> bytes:
+    """What a token adds to the text; nothing, if its id is unknown."""
+    if token in self._added:
+      return self._added[token].encode()
+    piece = self._tokenizer.id_to_token(token) or ''
+    if self._is_byte_level and all(c in _ALPHABET for c in piece):
+      return bytes(_ALPHABET[c] for c in piece)
+    if self._has_byte_pieces and re.fullmatch('<0x[0-9A-F]{2}>', piece):
+      return bytes([int(piece[3:5], 16)])
+    return piece.encode()
+
+
+def num_unfinished(data: bytes) -> int:
+  """Bytes at the end that begin a character and do not end it.
+
+  b'a\\xf0\\x9f' -> 2
+  """
+  for n in range(1, min(_MOST_BYTES, len(data) + 1)):
+    try:
+      data[-n:].decode()
+    except UnicodeDecodeError as error:
+      if error.start == 0 and error.reason == 'unexpected end of data':
+        return n
+  return 0
+
+
+class TextStream:
+  """Turns the tokens that follow a prompt into text, one at a time.
+
+  Args:
+    tokenizer: decodes.
+    pieces: of it.
+    prompt: what came before; nothing of it is said again.
+    skip_special_tokens: leave those out.
+  """
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer, pieces: Pieces,
+               prompt: Sequence[int], skip_special_tokens: bool) -> None:
+    self._tokenizer = tokenizer
+    self._pieces = pieces
+    self._skip = skip_special_tokens
+    # Tokens whose text the stream gave last, and those since.
+    self._given: list[int] = []
+    self._held: list[int] = []
+    self._num_shown = 0  # characters of the held tokens' text
+    seen = list(prompt[self._start(prompt):])
+    if self._decode(seen).endswith(_REPLACEMENT):
+      self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
+      for token in seen:
+        self.step(token)
+    else:
+      self._given = seen
+      self._stream = decoders.DecodeStream(
+        ids=seen, skip_special_tokens=self._skip)
+
+  def step(self, token: int) -> str:
+    """The text that `token` completes; '' in the middle of a character."""
+    self._held.append(token)
+    try:
+      text = self._stream.step(self._tokenizer, token)
+    except Exception:  # 'Invalid prefix': text that the next token rewrites.
+      self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
+      self._given, self._held, self._num_shown = [], [token], 0
+      text = self._stream.step(self._tokenizer, token)
+    start = self._num_shown
+    if text:
+      self._given, self._held, self._num_shown = self._held, [], 0
+    else:  # It may be whole nevertheless, or have whole characters in front.
+      text = self._whole()
+      self._num_shown = max(start, len(text))
+    return text[start:]
+
+  def _start(self, prompt: Sequence[int]) -> int:
+    """Where the prompt's last tokens begin, and a character with them."""
+    last = max(len(prompt) - _NUM_SEEN, 0)
+    for start in range(last, max(last - _MOST_BYTES, 0), -1):
+      if not num_unfinished(self._bytes(prompt[max(start - 4, 0):start])):
+        return start
+    return max(last - _MOST_BYTES, 0)
+
+  def _whole(self) -> str:
+    """The text of the held tokens, but for a character they don't finish."""
+    text = self._decode(self._given + self._held)
+    if not text.endswith(_REPLACEMENT):
+      return ''  # What the stream makes of it, it says itself.
+    unfinished = num_unfinished(self._bytes(self._held[-_MOST_BYTES:]))
+    kept = len(self._held)
+    while unfinished > 0:
+      kept -= 1
+      unfinished -= len(self._bytes(self._held[kept:kept + 1]))
+    before = self._decode(self._given)
+    if unfinished == 0:
+      text = self._decode(self._given + self._held[:kept])
+    else:  # A token has the end of one character and the start of another.
+      text = text.removesuffix(_REPLACEMENT)
+    return text[len(before):] if text.startswith(before) else ''
+
+  def _bytes(self, tokens: Sequence[int]) -> bytes:
+    skipped = self._pieces.special if self._skip else {}
+    return b''.join(self._pieces.bytes_of(token) for token in tokens
+                    if token not in skipped)
+
+  def _decode(self, tokens: list[int]) -> str:
+    text: str = self._tokenizer.decode(
+      tokens, skip_special_tokens=self._skip)
+    return text
