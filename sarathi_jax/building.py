@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import math
+import os
 import pathlib
 import time
 from typing import Any
+import warnings
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -18,6 +20,7 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
+from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import pacing
 from sarathi_jax.engine import tokenizer as tokenizer_lib
@@ -150,8 +153,14 @@ def build_runner(
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
   """
-  if config.compilation_cache_dir:
-    _keep_compiled_in(config.compilation_cache_dir)
+  if folder := _compilation_cache_dir(config):
+    _keep_compiled_in(folder)
+  if mesh.devices.flat[0].platform == 'gpu' and (
+      unset := xla_flags.unset(os.environ)):
+    warnings.warn(
+      f'XLA_FLAGS lacks {unset}, without which steps take longer. Set it '
+      'before JAX first computes: sarathi_jax.xla_flags.set_environment('
+      'os.environ).', RuntimeWarning, stacklevel=2)
   return device_runner.DeviceRunner(
     model, params, mesh, config,
     lambda max_model_len: max_step_tokens(config, model, max_model_len),
@@ -184,6 +193,14 @@ def build_engine(
       default_sampling={  # What it lacks changes nothing.
         name: getattr(default, name) for name in default_sampling or {}
         if hasattr(default, name)}))
+
+
+def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:
+  if config.compilation_cache_dir != config_lib.AUTO:
+    return config.compilation_cache_dir
+  if jax.config.jax_compilation_cache_dir:
+    return None  # JAX keeps them already.
+  return str(config_lib.default_cache_dir() / 'compiled')
 
 
 def _keep_compiled_in(folder: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sarathi_jax import errors
 
+AUTO = 'auto'  # Chosen when it is known what for.
 KV_CACHE_DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8', 'fp8')
 
 
@@ -77,8 +78,9 @@ class EngineConfig:
     tp: tensor parallelism: devices that share each layer.
     pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
-    compilation_cache_dir: where compiled steps are kept between runs; None
-      for no such cache.
+    compilation_cache_dir: where compiled steps are kept between runs; 'auto'
+      for JAX's own cache, where the program has set one, else a folder below
+      `default_cache_dir`; None for no such cache.
   """
 
   policy: str = 'sarathi'
@@ -99,7 +101,7 @@ class EngineConfig:
   tp: int = 1
   pp: int = 1
   seed: int = 0
-  compilation_cache_dir: str | None = None
+  compilation_cache_dir: str | None = AUTO
 
   def __post_init__(self) -> None:
     for field in ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'):

@@ -5,6 +5,7 @@
   ├── InvalidRequestError   the request is wrong: gRPC INVALID_ARGUMENT
   │   ├── UnsupportedError  the request is right, but asks what we don't do
   │   └── NotFoundError     it names what is not here: gRPC NOT_FOUND
+  ├── BusyError             another thread uses it
   ├── CapacityError         too much at once: gRPC RESOURCE_EXHAUSTED
   ├── DeadlineError         can't be done in time: gRPC DEADLINE_EXCEEDED
   ├── StepError             its step failed, others go on: gRPC INTERNAL
@@ -30,6 +31,10 @@ class UnsupportedError(InvalidRequestError):
 
 class NotFoundError(InvalidRequestError):
   """A request that names a model, or another thing, that is not here."""
+
+
+class BusyError(SarathiError, RuntimeError):
+  """A call while another thread uses what takes one at a time."""
 
 
 class CapacityError(SarathiError):
@@ -65,3 +70,10 @@ class CheckpointError(ConfigError):
 
 class EngineDeadError(SarathiError):
   """The engine has stopped after a fault; its cause is `__cause__`."""
+
+
+def describe(error: BaseException) -> str:
+  """What went wrong, in words: some errors have none."""
+  if isinstance(error, SarathiError):
+    return str(error) or type(error).__name__
+  return f'{type(error).__name__}: {error}'.removesuffix(': ')

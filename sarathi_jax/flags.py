@@ -124,9 +124,10 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
   given: dict[str, Any] = {
     name: FLAGS[name].value for name in _ENGINE_FLAGS
     if FLAGS[name].value is not None}
-  if FLAGS.cache_dir and config.compilation_cache_dir is None:
+  if config.compilation_cache_dir == config_lib.AUTO:
     given['compilation_cache_dir'] = str(
-      pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled')
+      pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled'
+    ) if FLAGS.cache_dir else None
   config = dataclasses.replace(config, **given)
   scheduler.policy_class(config.policy)
   return config

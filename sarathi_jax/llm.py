@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import functools
 import itertools
@@ -18,8 +17,10 @@ from sarathi_jax import building
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import interrupts
+from sarathi_jax import progress
 from sarathi_jax import prompts as prompts_lib
+from sarathi_jax import runs as runs_lib
+from sarathi_jax import tokenizing
 from sarathi_jax import types
 from sarathi_jax.engine import collector
 from sarathi_jax.engine import tokenizer as tokenizer_lib
@@ -29,10 +30,19 @@ from sarathi_jax.runner import memory
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import settings
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt
 OnCompiled = building.OnCompiled
+
+
+def _told(on_done: OnCompiled | None, description: str,
+          ) -> contextlib.AbstractContextManager[OnCompiled]:
+  """Who is told how much is done: the caller, or a person."""
+  if on_done is None:
+    return progress.counted(description)
+  return contextlib.nullcontext(on_done)
 
 
 class LLM:
@@ -44,7 +54,7 @@ class LLM:
 
   With live arrays, in a training loop on the same devices:
 
-    llm = LLM(model_config, params=state.params, tokenizer=tokenizer)
+    llm = LLM(model_config, params=state.params, tokenizer='/its/folder')
     for batch in data:
       state = train_step(state, batch)    # may donate the old state
       llm.update_params(state.params)     # no copy, no compile
@@ -53,10 +63,12 @@ class LLM:
   A train step that donates its state deletes the weights that are served:
   call `update_params` with the new ones before anything is generated again.
 
-  Every step is compiled when an LLM is made. It uses no threads and no event
-  loop once that is done, and is not thread-safe. Ctrl-C, or a notebook's stop
-  button, ends a `generate` or `stream` between two steps, and leaves the LLM
-  in order.
+  Every step is compiled when an LLM is made, which is shown on standard error,
+  and kept for the next start (`EngineConfig.compilation_cache_dir`). It uses
+  no threads and no event loop once that is done. One thread at a time may use
+  it: who comes second gets a BusyError that names the first, and nothing is
+  lost. Ctrl-C, or a notebook's stop button, ends a `generate` or `stream`
+  between two steps, and leaves the LLM in order.
 
   Args:
     model: what the model is.
@@ -67,51 +79,65 @@ class LLM:
       `runner.placement`) are served as they are; others are copied there.
     axis_names: for 'tp' and 'pp', the axes of `mesh` that play them, such as
       {'tp': 'model'} or {'tp': ('fsdp', 'model')}; None: those named so.
-    tokenizer: or the folder of one; None for token ids only.
+    tokenizer: the folder of one, a fast one of transformers, or one of
+      tokenizers; None for token ids only.
     config: of the engine.
-    eos_token_ids: tokens that end a sequence.
+    eos_token_ids: tokens that end a sequence, () for none; by default those
+      that the tokenizer's folder names, as a checkpoint's would, or the
+      tokenizer itself. To be given where neither says.
     model_name: for people.
     default_sampling: fields of `SamplingParams` for requests without them.
-    on_compiled: told how many steps are compiled, of how many.
+    on_compiled: told how many steps are compiled, of how many, instead of
+      a bar on standard error.
 
   Raises:
-    ConfigError: params, model or config don't fit each other or the device.
+    ConfigError: params, model or config don't fit each other or the device,
+      or the tokenizer is of another kind, or doesn't say where to stop.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig, params: Params, *,
+  def __init__(self, model: model_config_lib.ModelConfig,
+               params: Params = None, *,
                mesh: jax.sharding.Mesh | None = None,
                axis_names: mesh_lib.AxisNames | None = None,
-               tokenizer: tokenizer_lib.Tokenizer | str | None = None,
+               tokenizer: Any = None,
                config: config_lib.EngineConfig | None = None,
-               eos_token_ids: Sequence[int] = (), model_name: str = '',
+               eos_token_ids: int | Iterable[int] | None = None,
+               model_name: str = '',
                default_sampling: Mapping[str, Any] | None = None,
-               on_compiled: OnCompiled = lambda done, total: None) -> None:
+               on_compiled: OnCompiled | None = None) -> None:
     config = config or config_lib.EngineConfig()
-    if isinstance(tokenizer, (str, pathlib.Path)):
-      tokenizer = tokenizer_lib.Tokenizer(tokenizer)
+    if not isinstance(model, model_config_lib.ModelConfig):
+      raise errors.ConfigError(
+        f'model: is a {type(model).__module__}.{type(model).__name__}; must be '
+        'a ModelConfig, as of checkpoint.open_checkpoint. A checkpoint is '
+        'served by LLM.from_checkpoint.')
+    words = tokenizing.tokenizer_of(tokenizer)
+    eos_token_ids = tokenizing.eos_token_ids_of(
+      eos_token_ids, tokenizer, words)
     params = params_lib.check_params(model, params)
-    mesh = building.make_mesh(
-      model, config, users=mesh, axis_names=axis_names,
-      home=params_lib.devices_of(params))
-    self._start(
-      model, placement.place_live(model, mesh, params), mesh, config,
-      on_compiled, tokenizer=tokenizer, eos_token_ids=eos_token_ids,
-      model_name=model_name, default_sampling=default_sampling)
+    with settings.own():
+      mesh = building.make_mesh(
+        model, config, users=mesh, axis_names=axis_names,
+        home=params_lib.devices_of(params))
+      self._start(
+        model, placement.place_live(model, mesh, params), mesh, config,
+        on_compiled, tokenizer=words, eos_token_ids=eos_token_ids,
+        model_name=model_name, default_sampling=default_sampling)
 
   def _start(self, model: model_config_lib.ModelConfig, placed: Params,
              mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
-             on_compiled: OnCompiled, leader: hosts.Leader | None = None,
-             **engine: Any) -> None:
+             on_compiled: OnCompiled | None,
+             leader: hosts.Leader | None = None, **engine: Any) -> None:
     """What is left to do once the weights are where they are to be."""
     self.model = model
     self._leader = leader
-    self._runner = building.build_runner(
-      model, placed, mesh, config, on_compiled, leader)
+    with _told(on_compiled, 'Compiling steps') as tell:
+      self._runner = building.build_runner(
+        model, placed, mesh, config, tell, leader)
     self.engine = building.build_engine(model, self._runner, config, **engine)
     self._dtype = jax.tree.leaves(placed)[0].dtype
     self._ids = itertools.count()
-    self._inboxes: dict[str, deque[types.OutputDelta]] = {}  # by request
-    self._fault: Exception | None = None
+    self._runs = runs_lib.Runs(self.engine, self._check_weights)
 
   @classmethod
   def from_checkpoint(
@@ -122,8 +148,8 @@ class LLM:
       cache_dir: str | pathlib.Path | None = None,
       convert: bool = True, model_name: str | None = None,
       leader: hosts.Leader | None = None,
-      on_loaded: OnCompiled = lambda done, total: None,
-      on_compiled: OnCompiled = lambda done, total: None) -> LLM:
+      on_loaded: OnCompiled | None = None,
+      on_compiled: OnCompiled | None = None) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
 
     Args:
@@ -135,7 +161,8 @@ class LLM:
       model_name: for people; by default, `path` as it is given.
       leader: of several processes, the first one's end of what connects
         them; see `runner.hosts`.
-      on_loaded: told of arrays that are loaded, of how many.
+      on_loaded: told of arrays that are loaded, of how many, instead of a
+        bar on standard error.
       on_compiled: see `LLM`.
 
     Raises:
@@ -148,19 +175,21 @@ class LLM:
       path, cache_dir or config_lib.default_cache_dir(), convert=convert,
       on_model=make_mesh)
     metadata = opened.metadata
-    mesh = make_mesh(metadata.model)
-    memory.check_weights(
-      metadata.model, config, mesh, jnp.dtype(metadata.dtype))
-    placed = placement.load(
-      metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
-      transpose=placement.transposes(mesh), on_loaded=on_loaded)
-    llm = object.__new__(cls)
-    llm._start(
-      metadata.model, placed, mesh, config, on_compiled, leader,
-      tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
-      eos_token_ids=metadata.eos_token_ids,
-      default_sampling=metadata.default_sampling,
-      model_name=str(path) if model_name is None else model_name)
+    with settings.own():
+      mesh = make_mesh(metadata.model)
+      memory.check_weights(
+        metadata.model, config, mesh, jnp.dtype(metadata.dtype))
+      with _told(on_loaded, 'Loading weights') as tell:
+        placed = placement.load(
+          metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
+          transpose=placement.transposes(mesh), on_loaded=tell)
+      llm = object.__new__(cls)
+      llm._start(
+        metadata.model, placed, mesh, config, on_compiled, leader,
+        tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
+        eos_token_ids=metadata.eos_token_ids,
+        default_sampling=metadata.default_sampling,
+        model_name=str(path) if model_name is None else model_name)
     return llm
 
   def generate(self, prompts: Prompt | Sequence[Prompt],
@@ -180,26 +209,38 @@ class LLM:
 
     Raises:
       InvalidRequestError: one can't be served; then none was started.
+      BusyError: another thread uses this LLM; then none was started.
       ConfigError: the weights were donated; see `update_params`.
       EngineDeadError: a step failed; make a new LLM.
     """
     requests = self._requests(prompts, sampling)
     collected = {r.request_id: collector.Collector(r) for r in requests}
     done: dict[str, types.Completion] = {}
-    for delta in self._run(requests):
-      if completion := collected[delta.request_id].add(delta):
-        done[delta.request_id] = completion
+    run = runs_lib.Run(self._runs, requests, 'generate')
+    try:
+      with self._runs.turns.take('generate'):
+        for delta in run:
+          if completion := collected[delta.request_id].add(delta):
+            done[delta.request_id] = completion
+    finally:
+      run.close()
     return [done[r.request_id] for r in requests]
 
   def stream(self, prompt: Prompt,
              sampling: types.SamplingParams | None = None,
-             ) -> Iterator[types.OutputDelta]:
+             ) -> runs_lib.Run:
     """Continues one prompt, token by token.
 
     Leaving the loop early aborts the request. Several streams may be read in
     turn, and `generate` called in between: their requests share the steps.
+
+    Raises:
+      InvalidRequestError: it can't be served.
+      BusyError: by what is returned, while another thread uses this LLM; it
+        can be read on after that.
     """
-    return self._run(self._requests([prompt], sampling))
+    return runs_lib.Run(
+      self._runs, self._requests([prompt], sampling), 'stream')
 
   def open_weights(self, path: str | pathlib.Path, *,
                    cache_dir: str | pathlib.Path | None = None,
@@ -235,7 +276,8 @@ class LLM:
       raise errors.UnsupportedError(
         'weights: can\'t be replaced while several hosts serve them; start '
         'anew.')
-    with self._step():
+    with (self._runs.turns.take('load_weights'), self._runs.whole(),
+          settings.own()):
       self.engine.invalidate_cache()
       self._runner.load_params(self._dtype, opened.read)
 
@@ -255,60 +297,32 @@ class LLM:
     holds is forgotten: requests under way are recomputed.
 
     Raises:
-      ConfigError: another tree, shape or dtype; the old weights stay.
+      BusyError: another thread uses this LLM; the old weights stay.
+      ConfigError: another tree, shape or dtype, or they can't be moved to
+        where they are served; the old weights stay.
+      EngineDeadError: there was no memory to move them; the old ones are gone.
     """
     params = params_lib.check_params(self.model, params, self._dtype)
-    with self._step():
-      self.engine.invalidate_cache()
-      self._runner.update_params(params)
+    with self._runs.turns.take('update_params'), settings.own():
+      with self._runs.whole():
+        self.engine.drain()  # What is in flight is of the old weights.
+      try:
+        with self._runs.inside():
+          self._runner.update_params(params)
+          self.engine.invalidate_cache()
+      except errors.EngineDeadError as error:
+        self._runs.fault = error
+        raise
+      except Exception as error:  # A device's faults have no common type.
+        raise errors.ConfigError(
+          'params: can\'t be moved to where they are served: '
+          f'{errors.describe(error)}. The old weights stay.') from error
 
-  def _run(self, requests: Sequence[types.Request],
-           ) -> Iterator[types.OutputDelta]:
-    """Runs requests to their end; aborts those left if the caller leaves.
-
-    Runs may take turns: what a step brings for another one waits in its inbox.
-    """
-    inbox: deque[types.OutputDelta] = deque()
-    left = {request.request_id for request in requests}
-    try:
-      for request in requests:
-        self.engine.add(request)
-        self._inboxes[request.request_id] = inbox
-      while left:
-        if not inbox:
-          self._fill_inboxes()
-        while inbox:
-          delta = inbox.popleft()
-          if delta.finish_reason:
-            left.remove(delta.request_id)
-          yield delta
-    finally:
-      for request in requests:
-        self._inboxes.pop(request.request_id, None)
-        self.engine.abort(request.request_id)
-
-  def _fill_inboxes(self) -> None:
+  def _check_weights(self) -> None:
     if not self._runner.has_params:
       raise errors.ConfigError(
         'params: were deleted, or donated to a computation; call '
         'update_params with those that took their place.')
-    with self._step():
-      for delta in self.engine.step():
-        if delta.request_id in self._inboxes:
-          self._inboxes[delta.request_id].append(delta)
-
-  @contextlib.contextmanager
-  def _step(self) -> Iterator[None]:
-    """What must be done whole, or the engine is of no use any more."""
-    if self._fault is None:
-      try:
-        with interrupts.deferred():
-          yield
-        return
-      except Exception as error:  # A device's faults have no common type.
-        self._fault = error
-    raise errors.EngineDeadError(
-      f'the engine stopped: {self._fault}; make a new LLM.') from self._fault
 
   def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
     prompts = prompts_lib.listed(prompts)

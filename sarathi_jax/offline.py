@@ -7,9 +7,9 @@
 A line of the input is an object with one of `prompt` (text),
 `prompt_token_ids` or `messages` (a chat), and maybe `request_id` (a text or an
 integer) and `sampling`, whose fields override the flags; null is not said.
-Results are written as they finish, in any order. A line that can't be served becomes a result with
-`error` and `line`, and the rest is still done. After an interruption,
---resume goes on with what is missing.
+Results are written as they finish, in any order. A line that can't be served
+becomes a result with `error` and `line`, and the rest is still done. After an
+interruption, --resume goes on with what is missing.
 
 A request without a seed has one made of --seed and its id: what is sampled
 does not depend on interruptions, nor on how requests are scheduled.

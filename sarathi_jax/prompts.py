@@ -37,7 +37,7 @@ def listed(prompts: Any) -> list[tokenizer.Prompt]:
 def _plain(value: Any) -> Any:
   """An array as a list of what is in it, or as a number."""
   is_array = isinstance(value, (np.ndarray, jax.Array))
-  return np.asarray(value).tolist() if is_array else value
+  return jax.device_get(value).tolist() if is_array else value
 
 
 def _is_vllms(prompt: Any) -> bool:

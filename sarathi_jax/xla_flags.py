@@ -10,7 +10,7 @@ wherever it keeps compiled programs (`EngineConfig.compilation_cache_dir`).
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 import dataclasses
 import importlib.metadata
 import re
@@ -47,13 +47,27 @@ def flags(version: Version) -> str:
                   if flag.since <= version < flag.before)
 
 
+def _ours() -> str:
+  version = importlib.metadata.version('jax')
+  return flags(tuple(map(int, re.findall(r'\d+', version)[:3])))
+
+
+def unset(environ: Mapping[str, str]) -> str:
+  """Those of the flags that nobody has set; the empty string if all are.
+
+  Args:
+    environ: os.environ.
+  """
+  given = environ.get('XLA_FLAGS', '')
+  return ' '.join(flag for flag in _ours().split()
+                  if flag.partition('=')[0] not in given)
+
+
 def set_environment(environ: MutableMapping[str, str]) -> None:
   """To be called before JAX first computes; what the user has set wins.
 
   Args:
     environ: os.environ.
   """
-  version = importlib.metadata.version('jax')
-  ours = flags(tuple(map(int, re.findall(r'\d+', version)[:3])))
-  environ['XLA_FLAGS'] = f'{ours} {environ.get("XLA_FLAGS", "")}'.strip()
+  environ['XLA_FLAGS'] = f'{_ours()} {environ.get("XLA_FLAGS", "")}'.strip()
   environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(MEMORY_FRACTION))

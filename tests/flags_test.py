@@ -36,7 +36,9 @@ def _flags() -> Iterator[None]:
 
 def config_of(*args: str) -> config_lib.EngineConfig:
   absl_flags.parse('--cache_dir=', *args)
-  return flags.engine_config_from_flags()
+  config = flags.engine_config_from_flags()
+  assert config.compilation_cache_dir is None
+  return dataclasses.replace(config, compilation_cache_dir='auto')
 
 
 def write(folder: pathlib.Path, text: str) -> str:

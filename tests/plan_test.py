@@ -59,7 +59,7 @@ def test_a_plan_is_what_the_engine_allocates():
   planned = plan.on_cpu(MODEL, CONFIG)
   llm = llm_lib.LLM(
     MODEL, models.init_params(MODEL, jax.random.key(0), jnp.float32),
-    config=CONFIG)
+    config=CONFIG, eos_token_ids=())
   runner = llm._runner
   for what, tree in (
       (planned.weights, runner._leaves), (planned.kv_cache, runner._kv),

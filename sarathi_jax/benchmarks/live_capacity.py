@@ -93,7 +93,7 @@ class Setup:
     """An engine, warm; `changes` are of its configuration."""
     gc.collect()  # A cache fills the device: that of the one before must go.
     return llm_lib.LLM(
-      self.model, self.params,
+      self.model, self.params, eos_token_ids=(),
       config=dataclasses.replace(self.config, **changes)).engine
 
   def requests(self, seed: int, qps: float = 1.0,

@@ -130,7 +130,8 @@ def main(argv: list[str]) -> None:
       progress.update(task, description='Compiling', completed=done,
                       total=total)
 
-    llm = llm_lib.LLM(model, params, config=config, on_compiled=on_compiled)
+    llm = llm_lib.LLM(model, params, config=config, eos_token_ids=(),
+                      on_compiled=on_compiled)
     progress.reset(task, description='Running', total=FLAGS.runs + 1)
     rows = []
     for seed in range(FLAGS.runs + 1):

@@ -26,12 +26,15 @@ class Tokenizer:
     path: the folder that holds tokenizer.json and, for chats,
       a chat template.
 
+  Attributes:
+    folder: the same; None if it was made of one in memory.
+
   Raises:
     CheckpointError: tokenizer.json or the template is damaged.
   """
 
   def __init__(self, path: str | pathlib.Path) -> None:
-    self.folder = folder = pathlib.Path(path)
+    self.folder: pathlib.Path | None = (folder := pathlib.Path(path))
     file = folder / 'tokenizer.json'
     try:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -40,6 +43,25 @@ class Tokenizer:
         f'{file}: not a tokenizer that can be read: {error}') from error
     self._pieces = text_stream.Pieces(self._tokenizer)
     self._chat = chat.ChatTemplate.from_folder(folder)
+
+  @classmethod
+  def copy_of(cls, tokenizer: tokenizers.Tokenizer,
+              template: chat.ChatTemplate | None = None) -> Tokenizer:
+    """One of a tokenizer that is in memory, which may be changed later on.
+
+    Args:
+      tokenizer: of it.
+      template: of chats.
+    """
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    made = object.__new__(cls)
+    made.folder = None
+    made._tokenizer = copy
+    made._pieces = text_stream.Pieces(copy)
+    made._chat = template
+    return made
 
   @classmethod
   def from_folder(cls, path: str | pathlib.Path) -> Tokenizer | None:
@@ -75,6 +97,11 @@ class Tokenizer:
     """Decodes the tokens that follow `prompt`, one at a time."""
     return text_stream.TextStream(
       self._tokenizer, self._pieces, prompt, skip_special_tokens)
+
+  def token_id(self, text: str) -> int | None:
+    """The token that is this text; None if there is none."""
+    found: int | None = self._tokenizer.token_to_id(text)
+    return found
 
   @property
   def special_tokens(self) -> Mapping[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
+from sarathi_jax.runner import settings
 
 Params = Any  # a pytree of arrays, as placement.places says
 OnCompiled = programs_lib.OnCompiled
@@ -158,7 +160,8 @@ class DeviceRunner:
   def fetch(self, pending: Pending) -> types.Sampled:
     while self._num_steps <= pending.step:
       self._step(self._nothing)
-    sampled = np.asarray(self._sampled.pop(pending.step))
+    with jax.transfer_guard_device_to_host('allow'):
+      sampled = np.asarray(self._sampled.pop(pending.step))
     tokens, bits = sampled[:, :pending.num_chunks]
     return types.Sampled(tokens.tolist(), bits.view(np.float32).tolist())
 
@@ -196,12 +199,34 @@ class DeviceRunner:
       raise errors.EngineDeadError('a step failed on one of several hosts')
     # Freed before they are made anew.
     self._kv, self._last_tokens, self._hidden = [], None, None
-    self._start()
+    with settings.own():
+      self._start()
 
   def update_params(self, params: Params) -> None:
-    """Replaces the weights by others, live, of the same shapes and dtypes."""
-    self._leaves = jax.tree.leaves(placement.place_live(
-      self._model, self.mesh, params, self._leaves, self._transposed))
+    """Replaces the weights by others, live, of the same shapes and dtypes.
+
+    The old ones are given up when all the new ones are there; where there is
+    no memory for both, one by one.
+
+    Raises:
+      EngineDeadError: even so there was none; the old ones are gone.
+      Exception: they could not be moved; the old ones stay.
+    """
+    place = functools.partial(
+      placement.place_live, self._model, self.mesh, params,
+      transpose=self._transposed)
+    try:
+      placed = place()
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      try:
+        placed = place(old=self._leaves)
+      except Exception as fault:
+        raise errors.EngineDeadError(
+          'there was no memory for new weights, and some of the old ones are '
+          f'gone: {errors.describe(fault)}') from fault
+    self._leaves = jax.tree.leaves(placed)
 
   def load_params(self, dtype: Any, read: params_reader.Read) -> None:
     """Replaces the weights by those that `read` reads."""
@@ -223,7 +248,8 @@ class DeviceRunner:
       self._leader.send(size, buffers)
     sampled = self._compute(size, buffers)
     if self._stages[-1].is_batch:
-      sampled.copy_to_host_async()
+      with jax.transfer_guard_device_to_host('allow'):
+        sampled.copy_to_host_async()
       self._sampled[self._num_steps] = sampled
     self._num_steps += 1
 
@@ -233,8 +259,15 @@ class DeviceRunner:
       self._compute(size, buffers.reshape(self.num_stages, -1))
 
   def _compute(self, size: int, buffers: np.ndarray) -> jax.Array:
-    self._kv, self._last_tokens, self._hidden, sampled = self._programs[size](
-      self._leaves, self._kv, self._last_tokens, self._hidden, buffers)
+    if jax.config.jax_disable_jit:  # What is compiled already, stays so.
+      with jax.disable_jit(False):
+        return self._compute(size, buffers)
+    # The buffers are put where the program wants them by the call itself:
+    # jax.device_put would take as long as all the rest of it.
+    with jax.transfer_guard_host_to_device('allow'):
+      self._kv, self._last_tokens, self._hidden, sampled = (
+        self._programs[size](self._leaves, self._kv, self._last_tokens,
+                             self._hidden, buffers))
     result: jax.Array = sampled
     return result
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+import difflib
+import re
 from typing import Any
 
 import jax
@@ -14,6 +17,8 @@ from sarathi_jax.models import config as model_config_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 
+_BOX = 'value'  # What flax's boxes, such as nnx.Param, call their array.
+_MOST_OUTER = 2  # Keys around a tree that are told: {'params': ...}.
 _DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
 
 
@@ -37,18 +42,58 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
 
   Raises:
     ConfigError: a leaf is missing, unknown, deleted, or of another shape or
-      dtype; names it.
+      dtype; names it, and what to hand over where the tree is nearly right.
   """
   tree = models.param_specs(model)
   specs, leaves = _named_leaves(tree), _named_leaves(params)
-  for name in sorted(specs.keys() ^ leaves.keys()):
-    kind = 'missing' if name in specs else 'unknown'
-    raise errors.ConfigError(f'params.{name}: {kind} in a {model.family}.')
+  unknown, missing = leaves.keys() - specs.keys(), specs.keys() - leaves.keys()
+  # A leaf of the layers tells most.
+  for name in sorted(
+      unknown, key=lambda name: ('layers' not in name, name))[:1]:
+    if problem := _packed(name, specs):
+      raise errors.ConfigError(problem)
+  for names, is_what, others, are_what in (
+      (missing, 'missing', unknown, 'Found is'),
+      (unknown, 'unknown', missing, 'Wanted is')):
+    if names:
+      name = min(names)
+      near = difflib.get_close_matches(name, sorted(others), 1, cutoff=0)
+      raise errors.ConfigError(
+        f'params.{name}: {is_what} in a {model.family}.'
+        + (f' {are_what} params.{near[0]}.' if near else ''))
   for name, leaf in leaves.items():
     _check_leaf(name, leaf, specs[name].shape, dtype)
     dtype = leaf.dtype  # All as the first one.
   return jax.tree.unflatten(
     jax.tree.structure(tree), [leaves[name] for name in specs])
+
+
+def _packed(found: str, specs: Iterable[str]) -> str | None:
+  """What is wrong with a tree that has the right leaves, packed otherwise.
+
+  Args:
+    found: the name of a leaf that is not wanted.
+    specs: names of those that are.
+  """
+  names = found.split('.')
+  unboxed = [name for name in names if name != _BOX]
+  for outer in range(_MOST_OUTER + 1):
+    inner = '.'.join(unboxed[outer:])
+    for wanted in specs:
+      is_stacked = inner != wanted and inner == re.sub(
+        r'^layers\.\d+\.', 'layers.', wanted)
+      if inner != wanted and not is_stacked:
+        continue
+      path = ''.join(f'[{name!r}]' for name in names[:outer])
+      remedies = [remedy for is_so, remedy in (
+        (outer, f'hand over what is in its {path}'),
+        (len(unboxed) < len(names), 'take the arrays out of their boxes, as '
+         'flax.nnx.to_pure_dict(state) and flax.core.meta.unbox(tree) do'),
+        (is_stacked, 'make layers a list, of one tree a layer: [jax.tree.map('
+         'lambda x: x[i], layers) for i in range(num_layers)]')) if is_so]
+      return (f'params.{found}: found where params.{wanted} is wanted: '
+              f'{"; ".join(remedies)}.')
+  return None
 
 
 def devices_of(params: Params) -> set[jax.Device]:

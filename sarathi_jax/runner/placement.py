@@ -28,6 +28,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import spec
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import settings
 
 Params = Any  # a pytree of arrays
 OnLoaded = Callable[[int, int], None]  # (arrays loaded, of how many)
@@ -165,9 +166,10 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
     place = leaves[i]
     if old is not None:
       old[i] = None
-    return jax.block_until_ready(jax.make_array_from_callback(
-      place.global_shape, place.sharding,
-      functools.partial(_read_part, place, read, dtype), dtype=dtype))
+    with settings.own():  # It is a thread's own.
+      return jax.block_until_ready(jax.make_array_from_callback(
+        place.global_shape, place.sharding,
+        functools.partial(_read_part, place, read, dtype), dtype=dtype))
 
   arrays = []
   with futures.ThreadPoolExecutor(_NUM_READERS) as pool:

@@ -31,7 +31,8 @@ def make_llm(cache_dir, tmp_path_factory):
   def make(params: Any, *, tokenizer: Any = words,
            default_sampling: Any = None, **fields: Any) -> llm_lib.LLM:
     return llm_lib.LLM(
-      MODEL, params, tokenizer=tokenizer, default_sampling=default_sampling,
+      MODEL, params, tokenizer=tokenizer, eos_token_ids=(),
+      default_sampling=default_sampling,
       config=tiny.engine_config(compilation_cache_dir=cache_dir, **fields))
 
   return make

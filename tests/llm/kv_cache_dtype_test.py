@@ -87,9 +87,10 @@ def test_the_gpus_kernel_serves_the_same(name: str) -> None:
   """
   model = dataclasses.replace(tiny.MODEL, head_dim=16, num_layers=2)
   params = models.init_params(model, jax.random.key(0), jnp.float32, scale=0.4)
-  llms = [llm_lib.LLM(model, params, config=config_lib.EngineConfig(
-    token_budget=8, max_num_seqs=2, max_model_len=64, page_size=16,
-    num_pages=16, kv_cache_dtype=name, attention=attention))
+  llms = [llm_lib.LLM(
+    model, params, eos_token_ids=(), config=config_lib.EngineConfig(
+      token_budget=8, max_num_seqs=2, max_model_len=64, page_size=16,
+      num_pages=16, kv_cache_dtype=name, attention=attention))
     for attention in ('xla', 'pallas_triton')]
   xla, kernel = (llm.generate(PROMPTS[:2], SAMPLING) for llm in llms)
   assert common.tokens_of(xla) == common.tokens_of(kernel)

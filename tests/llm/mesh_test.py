@@ -49,7 +49,7 @@ def shard(params: Any, mesh: Mesh, rules: dict[str, str]) -> Any:
 def make(params: Any, cache_dir: str, *, mesh: Mesh | None = None,
          axis_names: Any = None, **fields: Any) -> llm_lib.LLM:
   return llm_lib.LLM(
-    MODEL, params, mesh=mesh, axis_names=axis_names,
+    MODEL, params, mesh=mesh, axis_names=axis_names, eos_token_ids=(),
     config=tiny.engine_config(
       token_budget=4, compilation_cache_dir=cache_dir, **fields))
 
@@ -97,18 +97,37 @@ def test_weights_that_lie_otherwise_are_moved(cache_dir, axis_names, pp):
   params = models.init_params(model, jax.random.key(0), jnp.float32, scale=0.4)
   config = tiny.engine_config(
     token_budget=4, compilation_cache_dir=cache_dir)
-  expected = tokens_of(llm_lib.LLM(model, params, config=config))
+  expected = tokens_of(llm_lib.LLM(
+    model, params, config=config, eos_token_ids=()))
   mesh = mesh_of((2, 2), ('data', 'model'))
   spread = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(
     mesh, PartitionSpec(('data', 'model')))), params)
   llm = llm_lib.LLM(
-    model, spread, mesh=mesh, axis_names=axis_names, config=config)
+    model, spread, mesh=mesh, axis_names=axis_names, config=config,
+    eos_token_ids=())
   assert llm._runner.num_stages == pp
   assert tokens_of(llm) == expected
   with tiny.count_compiles() as compiled:
     llm.update_params(jax.tree.map(lambda leaf: leaf * 1, spread))
   assert [name for name in compiled if 'run' in name] == []
   assert tokens_of(llm) == expected
+
+
+def test_a_trainers_mesh_of_fsdp_under_a_guard(cache_dir, greedy):
+  """As tunix trains: rows over 'fsdp', no transfers; served over both axes."""
+  mesh = mesh_of((2, 2), ('fsdp', 'tp'))
+
+  def sharded(seed: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(
+      mesh, PartitionSpec('fsdp'))), params_of(seed))
+
+  old, new = sharded(0), sharded(1)
+  with jax.transfer_guard('disallow'):
+    llm = make(old, cache_dir, mesh=mesh,
+               axis_names={'pp': 'fsdp', 'tp': 'tp'})
+    assert tokens_of(llm) == greedy[0]
+    llm.update_params(new)
+    assert tokens_of(llm) == greedy[1]
 
 
 def test_one_device_runs_weights_where_they_are(cache_dir, greedy):
@@ -161,4 +180,4 @@ def test_too_few_devices(cache_dir):
     num_heads=16, num_kv_heads=1, head_dim=8, max_position_embeddings=64)
   with pytest.raises(errors.ConfigError, match=r'16 devices.*there are 8'):
     llm_lib.LLM(model, models.init_params(model, jax.random.key(0)),
-                config=tiny.engine_config(tp=16))
+                eos_token_ids=(), config=tiny.engine_config(tp=16))

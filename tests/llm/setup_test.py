@@ -55,7 +55,7 @@ def test_a_compilation_cache_that_cant_be_made(params, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(errors.ConfigError,
                      match=r'compilation_cache_dir=.*Not a directory'):
-    llm_lib.LLM(tiny.MODEL, params, config=tiny.engine_config(
+    llm_lib.LLM(tiny.MODEL, params, eos_token_ids=(), config=tiny.engine_config(
       compilation_cache_dir=str(tmp_path / 'file' / 'compiled')))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax import nnx
+from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sarathi_jax import errors
+from sarathi_jax.runner import placement
 from tests import tiny
 from tests.llm import common
 
@@ -82,6 +85,84 @@ def test_wrong_weights_are_named_and_the_old_stay(llm, params, greedy, change,
   for word in words:
     assert word in str(caught.value)
   assert tokens_of(llm.generate(PROMPTS[:1], GREEDY)) == greedy['old'][:1]
+
+
+def boxed(tree: Any) -> Any:
+  return jax.tree.map(nnx.Param, tree)
+
+
+def stacked(tree: Any) -> Any:
+  return {**tree, 'layers': jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), *tree['layers'])}
+
+
+@pytest.mark.parametrize('change,found,wanted,remedies', [
+  (lambda p: {'params': p}, 'params.layers.0.attn.k', 'layers.0.attn.k',
+   ["what is in its ['params']"]),
+  (boxed, 'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
+  (lambda p: nnx.State(boxed({**p, 'layers': dict(enumerate(p['layers']))})),
+   'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
+  (lambda p: jax.tree.map(lambda x: meta.Partitioned(x, (None,) * x.ndim), p),
+   'layers.0.attn.k.value', 'layers.0.attn.k', ['core.meta.unbox']),
+  (stacked, 'layers.attn.k', 'layers.0.attn.k', ['make layers a list']),
+  (lambda p: {'model': {'params': stacked(boxed(p))}},
+   'model.params.layers.attn.k.value', 'layers.0.attn.k',
+   ["['model']['params']", 'boxes', 'a list']),
+  (lambda p: without(p, 'layers') | {'layers_0': p['layers'][0]},
+   'layers_0.attn.k', 'layers.0.attn.k', []),
+  (lambda p: without(p, 'embed') | {'embedding': p['embed']},
+   'embedding', 'embed', []),
+])
+def test_trees_that_are_nearly_right_are_told_what_is_wanted(
+    llm, params, change, found, wanted, remedies):
+  with pytest.raises(errors.ConfigError) as caught:
+    llm.update_params(change(params))
+  for words in (f'params.{found}', f'params.{wanted}', *remedies):
+    assert words in str(caught.value)
+
+
+def test_what_is_told_to_be_handed_over_is_taken(llm, new_params, greedy):
+  state = nnx.State(boxed({
+    **new_params, 'layers': dict(enumerate(new_params['layers']))}))
+  layers = stacked(new_params)['layers']
+  for params in (
+      nnx.to_pure_dict(state),
+      meta.unbox(jax.tree.map(
+        lambda x: meta.Partitioned(x, (None,) * x.ndim), new_params)),
+      {**new_params, 'layers': [jax.tree.map(lambda x, i=i: x[i], layers)
+                                for i in range(1)]}):
+    llm.update_params(params)
+    assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
+
+
+@pytest.mark.parametrize('is_full', [False, True])
+def test_an_update_that_fails_leaves_the_old_weights(
+    llm, new_params, greedy, monkeypatch, is_full):
+  """In the middle of moving them; and of a stream, which goes on."""
+  stream = llm.stream(PROMPTS[0], GREEDY)
+  tokens = list(next(stream).token_ids)
+  place, num_placed = placement._place_one, 0
+
+  def fail(*args: Any) -> Any:
+    nonlocal num_placed
+    num_placed += 1
+    if num_placed == 5:
+      if is_full:  # There is memory for one at a time.
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory')
+      raise ValueError
+    return place(*args)
+
+  monkeypatch.setattr(placement, '_place_one', fail)
+  if is_full:
+    llm.update_params(new_params)
+    stream.close()
+  else:
+    with pytest.raises(errors.ConfigError, match=r'ValueError.*old weights st'):
+      llm.update_params(new_params)
+    assert (*tokens, *(t for d in stream for t in d.token_ids)) == (
+      greedy['old'][0])
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == (
+    greedy['new' if is_full else 'old'])
 
 
 def test_weights_of_a_dtype_that_attention_lacks(params, make_llm):

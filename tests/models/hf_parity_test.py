@@ -207,8 +207,9 @@ def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
 
 def run_served(config: Any, params: Any, prompt: np.ndarray) -> Sequence[int]:
   """The engine's tokens, in chunks of 8 at most, beside others' requests."""
-  llm = sarathi_jax.LLM(config, params, config=sarathi_jax.EngineConfig(
-    token_budget=8, max_num_seqs=8, page_size=16, num_pages=14))
+  llm = sarathi_jax.LLM(
+    config, params, eos_token_ids=(), config=sarathi_jax.EngineConfig(
+      token_budget=8, max_num_seqs=8, page_size=16, num_pages=14))
   sampling = sarathi_jax.SamplingParams(temperature=0, max_tokens=NUM_NEW)
   prompts = [prompt[:7], prompt, prompt[::-1], prompt[:30]]
   done = llm.generate(prompts, sampling)

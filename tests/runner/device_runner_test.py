@@ -36,7 +36,7 @@ class Served:
     params = tiny.make_params()
     with tiny.count_compiles() as self.compiled:
       self.llm = llm_lib.LLM(
-        MODEL, params, config=tiny.engine_config(
+        MODEL, params, eos_token_ids=(), config=tiny.engine_config(
           token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE),
         on_compiled=lambda *n: self.progress.append(n))
 

@@ -48,7 +48,8 @@ def _run(engine: Any, fail_at: int | None) -> tuple[dict[str, list[int]], Any]:
 @pytest.fixture(scope='module')
 def llm() -> llm_lib.LLM:
   return llm_lib.LLM(
-    tiny.MODEL, tiny.make_params(), config=tiny.engine_config())
+    tiny.MODEL, tiny.make_params(), config=tiny.engine_config(),
+    eos_token_ids=())
 
 
 @pytest.mark.parametrize('fail_at', [1, 4, 9])

@@ -288,7 +288,8 @@ def whole_engine(journal: journal_lib.Journal,
     decode: which of the points to look for idle time in.
   """
   llm = functools.cache(lambda: llm_lib.LLM(
-    model, params, config=config, on_compiled=_say_compiled))
+    model, params, config=config, eos_token_ids=(),
+    on_compiled=_say_compiled))
 
   def serve() -> journal_lib.Row:
     throughput.run(llm(), dataclasses.replace(workload, num_requests=8), 0)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far something is that takes minutes: a bar, or now and then a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import time
+
+import rich.console
+import rich.markup
+import rich.progress
+
+FIRST_LINE_S, LINE_S = 5.0, 60.0
+
+
+class Lines:
+  """Says how far something is where there is no terminal to draw a bar in.
+
+  Args:
+    console: where; if it is a terminal, nothing is said.
+    clock: seconds, monotonic.
+    first_s: until the first line: what is over before needs none.
+    every_s: between two lines.
+  """
+
+  def __init__(self, console: rich.console.Console,
+               clock: Callable[[], float] = time.monotonic, *,
+               first_s: float = FIRST_LINE_S, every_s: float = LINE_S) -> None:
+    self._console = console
+    self._clock = clock
+    self._every_s = every_s
+    self._next = clock() + first_s
+
+  def tell(self, line: Callable[[], str]) -> None:
+    """Prints the line, if it is time; may be called as often as one likes."""
+    if self._console.is_terminal or (now := self._clock()) < self._next:
+      return
+    self._next = now + self._every_s
+    self._console.print(line(), markup=False, highlight=False, soft_wrap=True)
+
+
+def bar(console: rich.console.Console) -> rich.progress.Progress:
+  """A bar of tasks that have a field `count`, where there is a terminal."""
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.TextColumn('{task.fields[count]}'),
+    rich.progress.TimeElapsedColumn(), console=console, transient=True,
+    disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def counted(description: str) -> Iterator[Callable[[int, int], None]]:
+  """Shows a count on standard error.
+
+  Args:
+    description: of what is counted.
+
+  Yields:
+    What is to be told how many are done, and of how many.
+  """
+  console = rich.console.Console(stderr=True)
+  lines = Lines(console)
+  with bar(console) as progress:
+    task = progress.add_task(description, total=None, count='')
+
+    def on_done(done: int, total: int) -> None:
+      progress.update(
+        task, completed=done, total=total, count=f'{done}/{total}')
+      lines.tell(lambda: f'{description}: {done} of {total}')
+
+    yield on_done
