@@ -36,7 +36,7 @@ _SAMPLING: tuple[tuple[str, Callable[..., Any], str], ...] = (
    'Sample among the likeliest tokens that make up this probability.'),
   ('min_p', flags.DEFINE_float,
    'Drop tokens less likely than this fraction of the likeliest one.'),
-  ('seed', flags.DEFINE_integer, 'The same seed gives the same tokens.'),
+  ('seed', flags.DEFINE_integer, 'The same seed gives the same random numbers.'),
   ('stop', flags.DEFINE_multi_string,
    'A text that ends the output; may be given several times.'),
   ('stop_token_ids', flags.DEFINE_multi_integer,

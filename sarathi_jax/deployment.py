@@ -22,6 +22,10 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.models import config as model_config_lib
 
+# Where they are once installed, and in a clone.
+_SHIPPED = (pathlib.Path(__file__).parent / 'configs',
+            pathlib.Path(__file__).parents[1] / 'configs')
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
@@ -58,11 +62,13 @@ class Deployment:
 def read(path: str) -> Deployment:
   """Runs a file of configs/.
 
+  Args:
+    path: of the file, or the name of one that comes with the package.
+
   Raises:
     ConfigError: there is none, it fails, or says what can't work.
   """
-  if not pathlib.Path(path).is_file():
-    _fail(path, 'no such file')
+  path = _find(path)
   try:
     names = runpy.run_path(path)
   except errors.SarathiError:
@@ -78,6 +84,18 @@ def read(path: str) -> Deployment:
   return Deployment(
     path=path, config=config, device=device,
     model=_call(path, names, 'get_model', model_config_lib.ModelConfig))
+
+
+def _find(path: str) -> str:
+  given = pathlib.Path(path)
+  if given.is_file():
+    return path
+  shipped = {file.stem: file for folder in _SHIPPED
+             for file in sorted(folder.glob('*.py'))}
+  if given.parent.name in ('', 'configs') and not given.is_absolute() and (
+      file := shipped.get(given.name.removesuffix('.py'))):
+    return str(file)
+  _fail(path, f'no such file, nor one of the package: {", ".join(shipped)}')
 
 
 def _call(path: str, names: dict[str, Any], name: str, kind: type) -> Any:

@@ -68,8 +68,9 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
 def define_engine_flags() -> None:
   """Defines a flag for every field of EngineConfig, and --config."""
   flags.DEFINE_string(
-    'config', None, 'Python file with get_config() -> EngineConfig; see '
-    'configs/. Other flags override its fields.')
+    'config', None, 'Python file with get_config() -> EngineConfig, or the '
+    'name of one that comes with the package; see configs/. Other flags '
+    'override its fields.')
   flags.DEFINE_string(
     'cache_dir', str(config_lib.default_cache_dir()),
     'Where compiled steps and converted Hugging Face checkpoints are kept; '

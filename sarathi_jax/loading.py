@@ -19,13 +19,13 @@ from absl import logging
 from rich import filesize
 import rich.console
 import rich.markup
-import rich.progress
 
 from sarathi_jax import building
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
+from sarathi_jax import progress as progress_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.runner import hosts
 
@@ -58,12 +58,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
   xla_flags.set_environment(os.environ)
   name = model_name or checkpoint
   start = time.monotonic()
-  with _quiet(), rich.progress.Progress(
-      rich.progress.TextColumn('{task.description}'),
-      rich.progress.BarColumn(),
-      rich.progress.TextColumn('{task.fields[count]}'),
-      rich.progress.TimeElapsedColumn(), console=console, transient=True,
-      disable=not console.is_terminal) as progress:
+  told = progress_lib.Lines(console)
+  with _quiet(), progress_lib.bar(console) as progress:
     task = progress.add_task('Loading weights', total=None, count='')
 
     @contextlib.contextmanager
@@ -76,12 +72,15 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       progress.remove_task(bar)
 
     def on_compiled(done: int, total: int) -> None:
-      progress.update(task, description='Compiling steps', completed=done,
-                      total=total, count=f'{done}/{total}')
+      tell('Compiling steps', done, total)
 
     def on_loaded(done: int, total: int) -> None:
-      progress.update(task, completed=done, total=total,
+      tell('Loading weights', done, total)
+
+    def tell(what: str, done: int, total: int) -> None:
+      progress.update(task, description=what, completed=done, total=total,
                       count=f'{done}/{total}')
+      told.tell(lambda: f'{what}: {done} of {total}')
 
     path = pathlib.Path(checkpoint).expanduser()
     kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())

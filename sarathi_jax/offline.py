@@ -11,8 +11,13 @@ Results are written as they finish, in any order. A line that can't be served
 becomes a result with `error` and `line`, and the rest is still done. After an
 interruption, --resume goes on with what is missing.
 
-A request without a seed has one made of --seed and its id: what is sampled
-does not depend on interruptions, nor on how requests are scheduled.
+A request without a seed has one made of --seed and its id: its random numbers
+depend neither on interruptions nor on how requests are scheduled. With float32
+weights its tokens don't either, but for rounding. With 16 bits rounding decides
+between tokens that are nearly as likely, and depends on what else is in a step:
+some outputs of a run that is repeated, or resumed, differ.
+
+Where there is no terminal, a line a minute tells how far it is.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ import rich.progress
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
 from sarathi_jax import mains
+from sarathi_jax import progress as progress_lib
 from sarathi_jax import prompt_lines
 from sarathi_jax import report
 from sarathi_jax import types
@@ -254,8 +260,10 @@ def _start(console: rich.console.Console) -> None:
 def _run(engine: engine_lib.Engine, lines: Sequence[Callable[[], Line]],
          output: _Output, console: rich.console.Console) -> None:
   num_written = len(output.written.ids) + len(output.written.lines)
+  num_done = num_written
   num_errors = num_tokens = 0
   start = time.monotonic()
+  told = progress_lib.Lines(console)
   with _progress(console) as progress:
     task = progress.add_task('Generating', total=len(lines), rate=0.0,
                              completed=num_written)
@@ -263,12 +271,16 @@ def _run(engine: engine_lib.Engine, lines: Sequence[Callable[[], Line]],
     def on_tokens(n: int) -> None:
       nonlocal num_tokens
       num_tokens += n
-      progress.update(task, rate=num_tokens / (time.monotonic() - start))
+      rate = num_tokens / (time.monotonic() - start)
+      progress.update(task, rate=rate)
+      told.tell(lambda: f'{num_done:,} of {len(lines):,} lines are done, '
+                        f'{rate:,.0f} tokens/s.')
 
     for result in run_lines(
         engine, unwritten((parse() for parse in lines), output.written),
         on_tokens):
       output.write(result)
+      num_done += 1
       num_errors += 'error' in result
       progress.advance(task)
   if num_written:

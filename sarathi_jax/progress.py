@@ -11,7 +11,8 @@ import rich.console
 import rich.markup
 import rich.progress
 
-FIRST_LINE_S, LINE_S = 5.0, 60.0
+FIRST_LINE_S = 5.0  # What is over before needs no line.
+LINE_S = 60.0
 
 
 class Lines:
@@ -20,23 +21,19 @@ class Lines:
   Args:
     console: where; if it is a terminal, nothing is said.
     clock: seconds, monotonic.
-    first_s: until the first line: what is over before needs none.
-    every_s: between two lines.
   """
 
   def __init__(self, console: rich.console.Console,
-               clock: Callable[[], float] = time.monotonic, *,
-               first_s: float = FIRST_LINE_S, every_s: float = LINE_S) -> None:
+               clock: Callable[[], float] = time.monotonic) -> None:
     self._console = console
     self._clock = clock
-    self._every_s = every_s
-    self._next = clock() + first_s
+    self._next = clock() + FIRST_LINE_S
 
   def tell(self, line: Callable[[], str]) -> None:
     """Prints the line, if it is time; may be called as often as one likes."""
     if self._console.is_terminal or (now := self._clock()) < self._next:
       return
-    self._next = now + self._every_s
+    self._next = now + LINE_S
     self._console.print(line(), markup=False, highlight=False, soft_wrap=True)
 
 

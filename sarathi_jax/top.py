@@ -30,6 +30,7 @@ from sarathi_jax.server import sarathi_pb2_grpc
 
 FLAGS = flags.FLAGS
 _MAX_ROWS = 30
+_WIDE = 76  # Columns that everything fits in.
 
 
 def define_flags() -> None:
@@ -70,8 +71,16 @@ def look(channel: grpc.Channel, token: str | None) -> Look:
   return Look(time.monotonic(), info, stats, requests)
 
 
-def render(now: Look, before: Look | None) -> rich.console.Group:
-  """Draws what a server does; rates are since `before`."""
+def render(now: Look, before: Look | None,
+           width: int = _WIDE) -> rich.console.Group:
+  """Draws what a server does; rates are since `before`.
+
+  Args:
+    now, before: looks; `before` is None for the first one.
+    width: columns of the terminal; where they are few, bars and clients are
+      left out, and what is side by side is one below the other.
+  """
+  is_wide = width >= _WIDE
   stats, info = now.stats, now.info
   seconds = now.time - before.time if before else 0.0
 
@@ -81,7 +90,7 @@ def render(now: Look, before: Look | None) -> rich.console.Group:
     gained = getattr(stats, field) - getattr(before.stats, field)
     return f'{gained / seconds:,.0f}/s'
 
-  grid = rich.table.Table.grid(padding=(0, 2))
+  grid = rich.table.Table.grid(padding=(0, 2, 0, 0))
   used = stats.num_pages - stats.num_free_pages
   for name, part, text in (
       ('token budget', stats.last_step_tokens / max(stats.token_budget, 1),
@@ -92,9 +101,9 @@ def render(now: Look, before: Look | None) -> rich.console.Group:
       ('running', stats.num_running / max(info.max_num_seqs, 1),
        f'{stats.num_running} of {info.max_num_seqs}, '
        f'{stats.num_waiting} waiting')):
-    grid.add_row(name, _bar(part), text)
-  numbers = rich.table.Table.grid(padding=(0, 2))
-  for row in (
+    grid.add_row(name, *[_bar(part)] * is_wide, text)
+  numbers = rich.table.Table.grid(padding=(0, 2, 0, 0))
+  rows = (
       ('TTFT', f'P50 {_ms(stats, "ttft_p50_s")}  P99 '
        f'{_ms(stats, "ttft_p99_s")}', 'prompts', rate('num_prefilled')),
       ('TBT', f'P50 {_ms(stats, "tbt_p50_s")}  P99 '
@@ -102,8 +111,13 @@ def render(now: Look, before: Look | None) -> rich.console.Group:
       ('decode stalls', f'{stats.decode_stall_s:.3f} s', 'steps',
        rate('num_steps')),
       ('padding', f'{stats.padding_waste:.1%}', 'preemptions',
-       f'{stats.num_preemptions:,}')):
-    numbers.add_row(*row)
+       f'{stats.num_preemptions:,}'))
+  for left_and_right in rows:
+    if is_wide:
+      numbers.add_row(*left_and_right)
+    else:
+      numbers.add_row(*left_and_right[:2])
+      numbers.add_row(*left_and_right[2:])
   state = ' · paused' if stats.is_paused else ''
   parts: list[Any] = [rich.panel.Panel(
     rich.console.Group(grid, '', numbers),
@@ -113,23 +127,28 @@ def render(now: Look, before: Look | None) -> rich.console.Group:
     parts.append(rich.text.Text(
       'Requests are shown to administrators: --token.', style='dim'))
   else:
-    parts.append(_requests(now.requests))
+    parts.append(_requests(now.requests, is_wide))
   return rich.console.Group(*parts)
 
 
-def _requests(requests: tuple[pb.RequestState, ...]) -> rich.table.Table:
+def _requests(requests: tuple[pb.RequestState, ...],
+              is_wide: bool) -> rich.table.Table:
   table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-  for name in ('request', 'client', 'phase', 'prompt', 'output', '', 'age'):
-    table.add_column(name)
+  names = ('request', 'client', 'phase', 'prompt', 'output', '', 'age')
+  shown = names if is_wide else ('request', 'phase', 'output', 'age')
+  for name in shown:
+    table.add_column(name, no_wrap=True)
   for r in requests[:_MAX_ROWS]:
     is_prefilling = r.num_output_tokens == 0
     phase = ('waiting' if not r.is_running else
              'prefill' if is_prefilling else 'decode')
     part = (r.num_computed / max(r.num_prompt_tokens, 1) if is_prefilling
             else r.num_output_tokens / max(r.max_output_tokens, 1))
-    table.add_row(
+    cells = (
       r.request_id[-16:], r.client[-16:], phase, f'{r.num_prompt_tokens:,}',
       f'{r.num_output_tokens:,}', _bar(part), f'{r.age_s:.1f} s')
+    table.add_row(*(cell for name, cell in zip(names, cells, strict=True)
+                    if name in shown))
   if len(requests) > _MAX_ROWS:
     table.add_row(f'and {len(requests) - _MAX_ROWS:,} more')
   return table
@@ -155,7 +174,7 @@ def main(argv: list[str]) -> None:
         auto_refresh=False, screen=FLAGS.count is None) as live:
       while left is None or left > 0:
         now = look(channel, FLAGS.token)
-        live.update(render(now, before), refresh=True)
+        live.update(render(now, before, live.console.width), refresh=True)
         before = now
         left = left and left - 1
         if left != 0:

@@ -23,9 +23,14 @@ def defined(define: Callable[[], None]) -> Iterator[None]:
       delattr(FLAGS, name)
 
 
-def parse(*args: str) -> None:
-  """Parses a command line; what it lacks is at its default."""
+def parse(*args: str) -> list[str]:
+  """Parses a command line; what it lacks is at its default.
+
+  Returns:
+    The arguments that are no flags.
+  """
   FLAGS.unparse_flags()
   for name in FLAGS:
     FLAGS[name].unparse()
-  FLAGS(['main', *args])
+  rest: list[str] = FLAGS(['main', *args])[1:]
+  return rest

@@ -59,26 +59,34 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.xla_flags': (),
   'sarathi_jax.building': (
     'sarathi_jax.engine', 'sarathi_jax.models', 'sarathi_jax.runner',
-    'sarathi_jax.scheduler'),
+    'sarathi_jax.scheduler', 'sarathi_jax.xla_flags'),
   'sarathi_jax.interrupts': (),
+  'sarathi_jax.progress': (),
+  'sarathi_jax.runs': ('sarathi_jax.engine', 'sarathi_jax.interrupts',
+                       'sarathi_jax.turns'),
+  'sarathi_jax.tokenizing': ('sarathi_jax.checkpoint', 'sarathi_jax.engine'),
+  'sarathi_jax.turns': (),
   'sarathi_jax.prompts': ('sarathi_jax.engine.tokenizer',),
   'sarathi_jax.llm': (
     'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.engine',
-    'sarathi_jax.interrupts', 'sarathi_jax.models', 'sarathi_jax.prompts',
-    'sarathi_jax.runner'),
+    'sarathi_jax.models', 'sarathi_jax.progress', 'sarathi_jax.prompts',
+    'sarathi_jax.runner', 'sarathi_jax.runs', 'sarathi_jax.tokenizing'),
   'sarathi_jax.plan': (
     'sarathi_jax.deployment', 'sarathi_jax.flags', 'sarathi_jax.mains',
     'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
   'sarathi_jax.loading': (
     'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.llm',
-    'sarathi_jax.runner.hosts', 'sarathi_jax.xla_flags'),
+    'sarathi_jax.progress', 'sarathi_jax.runner.hosts',
+    'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',
-    'sarathi_jax.prompt_lines', 'sarathi_jax.report', '~sarathi_jax.loading'),
+    'sarathi_jax.progress', 'sarathi_jax.prompt_lines', 'sarathi_jax.report',
+    '~sarathi_jax.loading'),
   'sarathi_jax.server': (
     'sarathi_jax', 'sarathi_jax.engine', 'sarathi_jax.flags',
-    'sarathi_jax.mains', 'sarathi_jax.scheduler', '~sarathi_jax.loading'),
+    'sarathi_jax.mains', 'sarathi_jax.quickstart', 'sarathi_jax.scheduler',
+    '~sarathi_jax.loading'),
   'sarathi_jax.client': ('sarathi_jax.mains', 'sarathi_jax.server'),
   'sarathi_jax.top': ('sarathi_jax.mains', 'sarathi_jax.server'),
   'sarathi_jax': ('~sarathi_jax.llm',),  # Its public names only.

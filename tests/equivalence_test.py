@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keystone: however a model is run, its tokens are the same.
+"""The keystone: however a float32 model is run, its tokens are the same.
 
-A tiny float32 model; greedy and seeded sampling. The engine's tokens equal
-those of a naive full recompute, under every policy, budget, scarcity of pages
-that forces preemptions, and with look-ahead on and off.
+A tiny model; greedy and seeded sampling. The engine's tokens equal those of a
+naive full recompute, under every policy, budget, scarcity of pages that forces
+preemptions, and with look-ahead on and off. In bfloat16, where that can't hold,
+the outputs that differ are counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sarathi_jax import config as config_lib
@@ -146,3 +149,48 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
     runner, requests, policy='sarathi', token_budget=64, num_pages=PLENTY,
     look_ahead=True)
   assert any(got[r][0] != tokens for r, (tokens, _) in expected.items())
+
+
+# Outputs of bfloat16 weights that may depend on what else is in their steps, in
+# a hundred. It holds for this model and these requests, and says nothing of
+# others: a larger vocabulary, or a flatter distribution, has more near-ties.
+MOST_DIFFERENT = 3
+
+
+def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
+    params, runner, record_property):
+  """Rounding depends on a step's rows, and decides between near-ties."""
+  rng = np.random.default_rng(0)
+  requests = [
+    types.Request(
+      request_id=str(i), prompt_token_ids=tuple(
+        rng.integers(0, MODEL.vocab_size, rng.integers(1, 70)).tolist()),
+      sampling=naive.GREEDY if i % 2 else dataclasses.replace(
+        naive.SEEDED[i // 2 % 4], seed=i))
+    for i in range(200)]
+  rounded = make_runner(
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), 'xla',
+    most_tokens=64)
+
+  def run(runner, requests, token_budget=64, num_pages=PLENTY):
+    got, _ = run_engine(
+      runner, requests, policy='sarathi', token_budget=token_budget,
+      num_pages=num_pages, look_ahead=True)
+    return got
+
+  def num_different(got):
+    return sum(got[name][0] != tokens for name, (tokens, _) in first.items())
+
+  first = run(rounded, requests)
+  counts = {
+    'again': num_different(run(rounded, requests)),
+    'reversed': num_different(run(rounded, requests[::-1])),
+    'other chunks, preemptions': num_different(
+      run(rounded, requests, 17, SCARCE))}
+  record_property('outputs of 200 that differ', counts)
+  print(counts)
+  assert counts['again'] == 0
+  assert max(counts.values()) <= MOST_DIFFERENT / 100 * len(requests)
+  # The bound can fail: other weights by less than what rounds to these.
+  assert num_different(run(runner, requests)) > (
+    MOST_DIFFERENT / 100 * len(requests))

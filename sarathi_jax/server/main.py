@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves a checkpoint over gRPC until SIGTERM or Ctrl-C.
 
-  python -m sarathi_jax.server --checkpoint=DIR --port=50051
+  sarathi-serve CHECKPOINT --port=50051    a folder or hub id
+  sarathi-serve                            the quickstart model
 
-A second Ctrl-C does not wait for the requests that are running.
+Or python -m sarathi_jax.server, or --checkpoint=CHECKPOINT. A second Ctrl-C
+does not wait for the requests that are running.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import rich.console
 from sarathi_jax import errors
 from sarathi_jax import flags as engine_flags
 from sarathi_jax import mains
+from sarathi_jax import quickstart
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import flags as server_flags
@@ -37,7 +40,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'checkpoint', None,
     'A converted checkpoint, or a Hugging Face folder or hub id, which is '
-    'converted once.', required=True)
+    'converted once. Default: the quickstart model.')
   flags.DEFINE_string(
     'served_model_name', None,
     'What clients are told that the model is called. Default: --checkpoint, as '
@@ -56,8 +59,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+  _choose_checkpoint(argv[1:])
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
   try:
@@ -90,6 +92,18 @@ def main(argv: list[str]) -> None:
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
     num_compiled=lambda: llm().num_compiled), leader)
+
+
+def _choose_checkpoint(arguments: list[str]) -> None:
+  """Sets the flags that say what is served, where they don't."""
+  if len(arguments) > (FLAGS.checkpoint is None):
+    raise app.UsageError(f'unexpected argument: {arguments[-1]}')
+  if arguments:
+    FLAGS.checkpoint = arguments[0]
+  if FLAGS.checkpoint is None:
+    FLAGS.checkpoint = str(quickstart.MODEL)
+    FLAGS.served_model_name = FLAGS.served_model_name or 'quickstart'
+    FLAGS.config = FLAGS.config or 'quickstart'
 
 
 def _join(config: Any) -> Any:

@@ -35,7 +35,8 @@ def define_flags() -> None:
   flags.DEFINE_string('token_budget', None, 'A number; or auto, which follows '
                       '--slo_tbt_p99; else --config\'s.')
   flags.DEFINE_float('slo_tbt_p99', None, 'Seconds, for token_budget=auto.')
-  flags.DEFINE_string('trace', None, 'File for a Chrome trace.')
+  flags.DEFINE_string('trace', None, 'File for a Chrome trace; compressed '
+                      'if it ends with .gz.')
   flags.DEFINE_float('trace_s', 120.0, 'How much of the run it shows, seconds.')
 
 
@@ -62,7 +63,12 @@ def main(argv: list[str]) -> None:
   console.print(f'Stages were busy {busy} of the time. Simulated in '
                 f'{time.perf_counter() - start:.1f} s.')
   if FLAGS.trace:
-    trace.write(FLAGS.trace)
+    try:
+      trace.write(FLAGS.trace)
+    except OSError as error:
+      print(f'error: trace={FLAGS.trace!r}: can\'t be written: '
+            f'{error.strerror}.', file=sys.stderr)
+      sys.exit(1)
 
 
 if __name__ == '__main__':

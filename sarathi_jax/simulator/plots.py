@@ -26,7 +26,7 @@ _TIMELINE_REQUESTS = 192
 
 def save_all(folder: pathlib.Path, rows: Sequence[capacity.Row],
              found: Sequence[search.Capacity]) -> None:
-  """Writes every plot that the rows allow into a folder."""
+  """Writes into a folder every plot that there is something to draw in."""
   _save(capacity_bars(rows, found), folder, 'capacity')
   _save(against_qps(rows, found, 'p99_tbt_s', 'P99 TBT, s'), folder, 'tbt')
   _save(against_qps(rows, found, 'p50_ttft_s', 'P50 TTFT, s'), folder, 'ttft')
@@ -35,8 +35,13 @@ def save_all(folder: pathlib.Path, rows: Sequence[capacity.Row],
 
 
 def _save(plot: figure.Figure, folder: pathlib.Path, name: str) -> None:
+  has_any = bool(plot.axes[0].get_legend_handles_labels()[0])
   for kind in ('png', 'svg'):
-    plot.savefig(folder / f'{name}.{kind}', dpi=150, bbox_inches='tight')
+    path = folder / f'{name}.{kind}'
+    if has_any:
+      plot.savefig(path, dpi=150, bbox_inches='tight')
+    else:
+      path.unlink(missing_ok=True)  # Of a run before, which it is not of.
 
 
 def _figure(x: str, y: str, title: str) -> figure.Figure:
@@ -48,7 +53,13 @@ def _figure(x: str, y: str, title: str) -> figure.Figure:
 
 
 def _title(rows: Sequence[capacity.Row]) -> str:
-  return f'{rows[0].config}, {rows[0].workload}'
+  how = 'measured' if rows[0].scenario is None else 'simulated'
+  return f'{rows[0].config}, {rows[0].workload}, {how}'
+
+
+def _legend(plot: figure.Figure) -> None:
+  if plot.axes[0].get_legend_handles_labels()[0]:
+    plot.axes[0].legend(title='policy', fontsize=7)
 
 
 def capacity_bars(rows: Sequence[capacity.Row],
@@ -67,7 +78,8 @@ def capacity_bars(rows: Sequence[capacity.Row],
                      label=label)
     axes.bar_label(drawn, fmt='%.2f', fontsize=7)
   axes.set_xticks(range(len(slos)), [f'P99 TBT ≤ {s:g} s' for s in slos])
-  axes.legend()
+  axes.set_ylim(bottom=0)
+  _legend(plot)
   return plot
 
 
@@ -79,13 +91,15 @@ def against_qps(rows: Sequence[capacity.Row],
   axes = plot.axes[0]
   for row, c in zip(rows, found, strict=True):
     seen = [p for p in c.points if getattr(p, field) > 0]
+    if not seen:
+      continue
     axes.plot([p.qps for p in seen], [getattr(p, field) for p in seen], '.-',
               label=f'{row.label}, SLO {row.slo.p99_tbt_s:g} s')
   if field == 'p99_tbt_s':
     for slo in sorted({row.slo.p99_tbt_s for row in rows}):
       axes.axhline(slo, color='k', ls=':', lw=0.8)
   axes.set_yscale('log')
-  axes.legend(fontsize=7)
+  _legend(plot)
   return plot
 
 
@@ -101,9 +115,11 @@ def stall_timeline(rows: Sequence[capacity.Row],
                  f'{_title(rows)}, one request at {qps:.2f} QPS')
   axes = plot.axes[0]
   for label, times in _timelines(rows, qps):
+    if not times:
+      continue
     axes.step([t - times[0] for t in times], range(1, len(times) + 1),
               where='post', label=label)
-  axes.legend()
+  _legend(plot)
   return plot
 
 

@@ -8,8 +8,8 @@ what is in it; the gaps between spans are the pipeline's bubbles.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import gzip
 import json
-import pathlib
 from typing import Any
 
 from sarathi_jax.simulator import runner
@@ -32,9 +32,11 @@ class ChromeTrace:
       self._spans.append(span)
 
   def write(self, path: str) -> None:
-    """Writes the trace as JSON."""
-    pathlib.Path(path).write_text(json.dumps(
-      {'traceEvents': list(self._events()), 'displayTimeUnit': 'ms'}))
+    """Writes the trace as JSON, compressed if the path ends with .gz."""
+    opened = gzip.open if path.endswith('.gz') else open
+    with opened(path, 'wt', encoding='utf-8') as file:
+      json.dump({'traceEvents': list(self._events()),
+                 'displayTimeUnit': 'ms'}, file)
 
   def _events(self) -> Iterator[dict[str, Any]]:
     stages = sorted({span.stage for span in self._spans})

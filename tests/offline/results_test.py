@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from sarathi_jax import progress
 from tests import tokenizer_fixture
 from tests.offline import runs
 
@@ -89,3 +90,40 @@ def test_more_lines_than_the_engine_takes_at_once(run):
   run.write(*[{'prompt_token_ids': [i % VOCAB]} for i in range(60)])
   assert run('--max_tokens=2')[0] == 0
   assert len(runs.by_id(run.results())) == 60
+
+
+def test_ids_may_be_integers_and_come_back_as_they_are(run):
+  run.write({'request_id': 7, **GOOD}, {'request_id': '8', **GOOD},
+            {'request_id': 8, **GOOD})
+  assert run()[0] == 0
+  results = {r['request_id']: r for r in run.results() if 'error' not in r}
+  assert results.keys() == {7, '8'}
+  assert 'an earlier line' in next(
+    r['error'] for r in run.results() if r['request_id'] == 8)
+  assert run('--resume')[0] == 0
+  assert len(run.results()) == 3
+  run.output.unlink()  # They are sampled as texts of the same digits are.
+  run.write({'request_id': '7', **GOOD})
+  assert run()[0] == 0
+  assert run.results()[0]['token_ids'] == results[7]['token_ids']
+
+
+def test_null_in_sampling_is_not_said(run):
+  run.write({'sampling': {'temperature': None, 'stop': None, 'top_k': None},
+             'request_id': 'a', **GOOD})
+  assert run('--temperature=0', '--top_k=3')[0] == 0
+  first, = run.results()
+  run.output.unlink()
+  run.write({'request_id': 'a', **GOOD})
+  assert run('--temperature=0')[0] == 0
+  assert run.results()[0]['token_ids'] == first['token_ids']
+
+
+def test_where_there_is_no_terminal_a_line_tells_now_and_then(
+    run, monkeypatch):
+  monkeypatch.setattr(progress, 'FIRST_LINE_S', 0.0)
+  monkeypatch.setattr(progress, 'LINE_S', 0.0)
+  run.write(*[GOOD] * 9)
+  code, seen = run()
+  assert code == 0
+  assert '0 of 9 lines are done' in seen and '5 of 9 lines are done' in seen

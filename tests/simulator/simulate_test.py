@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import gzip
 import itertools
 import json
 import pathlib
@@ -143,7 +144,11 @@ def test_a_trace_shows_hybrid_batches_and_bubbles(
   for span in spans:
     chrome.add(span)
   chrome.write(str(tmp_path / 'trace.json'))
-  events = json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
+  chrome.write(str(tmp_path / 'trace.json.gz'))
+  text = (tmp_path / 'trace.json').read_text()
+  assert gzip.decompress(
+    (tmp_path / 'trace.json.gz').read_bytes()).decode() == text
+  events = json.loads(text)['traceEvents']
   steps = [e for e in events if e['ph'] == 'X']
   assert {e['tid'] for e in steps} == {0, 1}
   assert {e['name'] for e in steps} == {'prefill', 'hybrid', 'decode'}
