@@ -43,8 +43,8 @@ def test_it_stops_where_the_model_does_and_keeps_what_it_compiled(
     (tmp_path / 'checkpoints').glob('*/sarathi.json')).parent).model
   specs: Any = models.param_specs(model)
   shapes = ast.literal_eval(TREE.replace(', ...]', ']'))
-  named = {name: spec.shape for name, spec in specs['layers'][0]['attn'].items()}
-  assert shapes['layers'][0]['attn'] == named
+  assert shapes['layers'][0]['attn'] == {
+    name: spec.shape for name, spec in specs['layers'][0]['attn'].items()}
   assert shapes['embed'] == specs['embed'].shape
   assert shapes.keys() == specs.keys()
   assert shapes['layers'][0].keys() == specs['layers'][0].keys()
