@@ -198,7 +198,7 @@ def build_engine(
 def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:
   if config.compilation_cache_dir != config_lib.AUTO:
     return config.compilation_cache_dir
-  if jax.config.jax_compilation_cache_dir:
+  if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     return None  # JAX keeps them already.
   return str(config_lib.default_cache_dir() / 'compiled')
 

@@ -144,7 +144,7 @@ def _requests(requests: tuple[pb.RequestState, ...],
              'prefill' if is_prefilling else 'decode')
     part = (r.num_computed / max(r.num_prompt_tokens, 1) if is_prefilling
             else r.num_output_tokens / max(r.max_output_tokens, 1))
-    cells = (
+    cells: tuple[Any, ...] = (
       r.request_id[-16:], r.client[-16:], phase, f'{r.num_prompt_tokens:,}',
       f'{r.num_output_tokens:,}', _bar(part), f'{r.age_s:.1f} s')
     table.add_row(*(cell for name, cell in zip(names, cells, strict=True)

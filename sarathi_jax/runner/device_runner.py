@@ -259,7 +259,8 @@ class DeviceRunner:
       self._compute(size, buffers.reshape(self.num_stages, -1))
 
   def _compute(self, size: int, buffers: np.ndarray) -> jax.Array:
-    if jax.config.jax_disable_jit:  # What is compiled already, stays so.
+    # What is compiled already, stays so.
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
       with jax.disable_jit(False):
         return self._compute(size, buffers)
     # The buffers are put where the program wants them by the call itself:

@@ -98,12 +98,13 @@ def _choose_checkpoint(arguments: list[str]) -> None:
   """Sets the flags that say what is served, where they don't."""
   if len(arguments) > (FLAGS.checkpoint is None):
     raise app.UsageError(f'unexpected argument: {arguments[-1]}')
-  if arguments:
-    FLAGS.checkpoint = arguments[0]
-  if FLAGS.checkpoint is None:
-    FLAGS.checkpoint = str(quickstart.MODEL)
-    FLAGS.served_model_name = FLAGS.served_model_name or 'quickstart'
-    FLAGS.config = FLAGS.config or 'quickstart'
+  said = {'checkpoint': arguments[0]} if arguments else {}
+  if FLAGS.checkpoint is None and not arguments:
+    said = {'checkpoint': str(quickstart.MODEL),
+            'served_model_name': FLAGS.served_model_name or 'quickstart',
+            'config': FLAGS.config or 'quickstart'}
+  for name, value in said.items():
+    FLAGS[name].value = value
 
 
 def _join(config: Any) -> Any:
