@@ -98,6 +98,17 @@ def get_config():
   assert config.compilation_cache_dir == '/elsewhere'
 
 
+@pytest.mark.parametrize('name', [
+  'quickstart', 'quickstart.py', 'configs/quickstart.py'])
+def test_a_config_of_the_package_is_found_from_anywhere(
+    name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_of(f'--config={name}').max_num_seqs == 16
+  with pytest.raises(errors.ConfigError, match=r'no such file, nor one of the '
+                     r'package: .*yi_34b_a100_tp2'):
+    config_of('--config=elsewhere/quickstart.py')
+
+
 @pytest.mark.parametrize('args,words', [
   (['--policy=fifo'], ["policy='fifo'", 'sarathi, vllm, orca']),
   (['--token_budget=8', '--max_num_seqs=9'],

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import subprocess
 import sys
+import types
+from typing import Any
 
 import pytest
 
+from sarathi_jax import building
+from sarathi_jax import config
 from sarathi_jax import xla_flags
 
 GRAPHS = '--xla_gpu_enable_command_buffer=+WHILE'
@@ -40,6 +45,36 @@ def test_what_the_user_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
   xla_flags.set_environment(environ)
   assert environ['XLA_FLAGS'] == f'{GRAPHS} --xla_gpu_enable_command_buffer='
   assert environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
+
+
+@pytest.mark.parametrize(('given', 'unset'), [
+  ('', GRAPHS), ('--xla_other=1', GRAPHS), (GRAPHS, ''),
+  ('--xla_gpu_enable_command_buffer=', '')])
+def test_what_nobody_set_is_told(
+    given: str, unset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.10.2')
+  assert xla_flags.unset({'XLA_FLAGS': given}) == unset
+
+
+@pytest.mark.parametrize(('platform', 'flags', 'is_warned'), [
+  ('gpu', '', True), ('gpu', GRAPHS, False), ('cpu', '', False)])
+def test_an_engine_on_a_gpu_warns_of_them(
+    platform: str, flags: str, is_warned: bool,
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  """Who embeds it has started JAX long before."""
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  monkeypatch.setattr(building.device_runner, 'DeviceRunner',
+                      lambda *args: 'runner')
+  mesh: Any = types.SimpleNamespace(devices=types.SimpleNamespace(
+    flat=[types.SimpleNamespace(platform=platform)]))
+  made: Any = functools.partial(
+    building.build_runner, None, None, mesh,  # type: ignore[arg-type]
+    config.EngineConfig(compilation_cache_dir=None), lambda *n: None)
+  if is_warned:
+    with pytest.warns(RuntimeWarning, match='xla_gpu_enable_command_buffer'):
+      assert made() == 'runner'
+  else:
+    assert made() == 'runner'
 
 
 def _start(flags: str) -> subprocess.CompletedProcess[str]:

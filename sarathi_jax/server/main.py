@@ -157,7 +157,7 @@ def serve(config: server_lib.ServerConfig,
   except errors.SarathiError as error:
     _fail(error)
   if server.fault is not None:
-    print(f'error: {server.fault}', file=sys.stderr)
+    print(f'error: {errors.describe(server.fault)}', file=sys.stderr)
   if server.is_stuck or (leader is not None and code):
     # What the engine's thread is in, a long step or a compilation, can't be
     # interrupted, and Python can't end cleanly beside it. And of several
