@@ -137,8 +137,8 @@ class EngineConfig:
             'needs tbt_slo_ms')
     check(isinstance(self.look_ahead, bool), 'look_ahead', self.look_ahead,
           'must be true or false')
-    check(_is_int(self.seed) and 0 <= self.seed < 2**31, 'seed', self.seed,
-          'must be an integer in [0, 2**31)')
+    check(_is_int(self.seed) and 0 <= self.seed < 2**63, 'seed', self.seed,
+          'must be an integer in [0, 2**63)')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 
 _KEYS = {'request_id', 'prompt', 'prompt_token_ids', 'messages', 'sampling'}
+# Of the seeds that are drawn here. It stays: results are to be had again.
+_MAX_DRAWN_SEED = 2**31 - 1
 _PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
 
 
@@ -77,7 +79,7 @@ def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
   if sampling.seed is not None:
     return sampling
   return dataclasses.replace(
-    sampling, seed=random.Random(seed).randint(0, types.MAX_SEED))
+    sampling, seed=random.Random(seed).randint(0, _MAX_DRAWN_SEED))
 
 
 def _prompt(fields: Mapping[str, Any],

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from sarathi_jax import errors
 
-MAX_SEED = 2**31 - 1
+MIN_SEED, MAX_SEED = -2**63, 2**63 - 1  # vLLM's
+_NO_SEED = -1
 TIERS = ('interactive', 'batch')
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
@@ -100,11 +101,12 @@ class SamplingParams:
       in (0, 1].
     min_p: drop tokens less likely than this fraction of the likeliest one,
       in [0, 1].
-    seed: in [0, 2**31); the same seed, prompt and weights give the same
+    seed: in [-2**63, 2**63); the same seed, prompt and weights give the same
       random numbers, whatever else runs. So they give the same tokens, but
       where rounding, which does depend on what else is in a step, decides
       between two that are nearly as likely: seldom with float32 weights,
-      often enough to notice with 16 bits. None: the engine draws one.
+      often enough to notice with 16 bits. None or, as in vLLM, -1: the engine
+      draws one.
     stop: strings that end the output, which excludes them.
     stop_token_ids: tokens that end the output, which includes them.
     include_stop_str_in_output: keep the stop string at the end of the text.
@@ -151,8 +153,11 @@ class SamplingParams:
     _check(_is_real(self.min_p) and 0 <= self.min_p <= 1,
            'min_p', self.min_p, 'must be in [0, 1]')
     _check(self.seed is None
-           or (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED),
-           'seed', self.seed, f'must be an integer in [0, {MAX_SEED}]')
+           or (_is_int(self.seed) and MIN_SEED <= self.seed <= MAX_SEED),
+           'seed', self.seed,
+           f'must be an integer in [{MIN_SEED}, {MAX_SEED}]')
+    if self.seed == _NO_SEED:
+      object.__setattr__(self, 'seed', None)
     _check(all(isinstance(s, str) and s for s in self.stop),
            'stop', self.stop, 'must be strings that are not empty')
     _check(all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
@@ -259,7 +264,7 @@ class Chunk(NamedTuple):
     is_prefill: whether this is part of a prefill (a recompute is, too).
     samples: whether a token is sampled after the last one.
     prompt_len: tokens of the request's prompt; what dynamic RoPE depends on.
-    seed: of the request's random numbers.
+    seed: of the request's random numbers, of 64 bits with a sign.
     sampling: how to choose the token.
   """
 

@@ -33,9 +33,10 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'short_prompt_share': 1}, 'short_prompt_share=1: must be in [0, 1)'),
   ({'short_prompt_share': -0.1}, 'short_prompt_share=-0.1: must be in [0, 1)'),
   ({'look_ahead': 'no'}, "look_ahead='no': must be true or false"),
-  ({'seed': -1}, 'seed=-1: must be an integer in [0, 2**31)'),
-  ({'seed': 2**31}, 'seed=2147483648: must be an integer in [0, 2**31)'),
-  ({'seed': 0.5}, 'seed=0.5: must be an integer in [0, 2**31)'),
+  ({'seed': -1}, 'seed=-1: must be an integer in [0, 2**63)'),
+  ({'seed': 2**63},
+   'seed=9223372036854775808: must be an integer in [0, 2**63)'),
+  ({'seed': 0.5}, 'seed=0.5: must be an integer in [0, 2**63)'),
 )
 
 

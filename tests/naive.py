@@ -21,8 +21,8 @@ from sarathi_jax.runner import sampling as sampling_lib
 
 GREEDY = types.SamplingParams(temperature=0, max_tokens=20)
 SEEDED = (
-  types.SamplingParams(temperature=0.9, max_tokens=20, seed=1),
-  types.SamplingParams(temperature=1.3, top_k=20, seed=2, max_tokens=14),
+  types.SamplingParams(temperature=0.9, max_tokens=20, seed=2**62 + 1),
+  types.SamplingParams(temperature=1.3, top_k=20, seed=-2, max_tokens=14),
   types.SamplingParams(temperature=1.0, top_p=0.8, seed=3, max_tokens=17),
   types.SamplingParams(
     temperature=1.1, min_p=0.05, top_k=40, top_p=0.95, seed=4, max_tokens=9))
@@ -67,7 +67,7 @@ def recompute(model: model_config_lib.ModelConfig, params: Any,
       token, logprob = next_token(
         padded, np.int32(len(tokens)), np.float32(s.temperature),
         np.int32(s.top_k), np.float32(s.top_p), np.float32(s.min_p),
-        np.int32(s.seed or 0))
+        np.array([s.seed or 0], np.int64).view(np.int32))
       tokens.append(int(token))
       logprobs.append(float(logprob))
     return tokens[len(request.prompt_token_ids):], logprobs

@@ -40,10 +40,10 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ('min_p', -0.1, 'must be in [0, 1]'),
   ('min_p', 1.1, 'must be in [0, 1]'),
   ('min_p', NAN, 'must be in [0, 1]'),
-  ('seed', -1, 'must be an integer in [0, 2147483647]'),
-  ('seed', 2**31, 'must be an integer in [0, 2147483647]'),
-  ('seed', 0.5, 'must be an integer in [0, 2147483647]'),
-  ('seed', True, 'must be an integer in [0, 2147483647]'),
+  ('seed', 2**63, 'in [-9223372036854775808, 9223372036854775807]'),
+  ('seed', -2**63 - 1, 'in [-9223372036854775808, 9223372036854775807]'),
+  ('seed', 0.5, 'must be an integer in'),
+  ('seed', True, 'must be an integer in'),
   ('stop', ('',), 'must be strings that are not empty'),
   ('stop', '', 'must be strings that are not empty'),
   ('stop', (1,), 'must be strings that are not empty'),
@@ -97,6 +97,13 @@ def test_a_bad_value_is_refused(field: str, value: Any, rule: str) -> None:
   assert rule in message
   with pytest.raises(errors.InvalidRequestError):
     types.SamplingParams.from_dict({field: value})
+
+
+@pytest.mark.parametrize(('seed', 'kept'), [
+  (-2**63, -2**63), (2**63 - 1, 2**63 - 1), (0, 0), (None, None), (-1, None)])
+def test_seeds_are_those_that_vllm_takes(
+    seed: int | None, kept: int | None) -> None:
+  assert types.SamplingParams(seed=seed).seed == kept
 
 
 def test_every_field_has_a_bad_value() -> None:

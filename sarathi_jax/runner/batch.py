@@ -42,7 +42,8 @@ class BatchArrays(NamedTuple):
     distribution: [2] number of decodes (first), number of sequences.
     slots: [S] see `types.Chunk`.
     flags: [S] FROM_DEVICE, SAMPLES.
-    prompt_lens, seeds, top_k: [S].
+    prompt_lens, top_k: [S].
+    seeds: [S, 2] the low and the high half of each, two's complement.
     temperature, top_p, min_p: [S] float32.
     tokens: [T] ids; the last, so that a buffer can be made longer.
   """
@@ -87,7 +88,7 @@ class BatchLayout:
     row = (self.num_rows,)
     return BatchArrays._make((
       (self.num_rows + 1,), row, (self.num_rows, self.pages_per_seq), (2,),
-      *[row] * 8, (self.num_tokens,)))
+      *[row] * 3, (self.num_rows, 2), *[row] * 4, (self.num_tokens,)))
 
   @property
   def size(self) -> int:
@@ -156,7 +157,7 @@ class BatchBuilder:
     fields.cu_q_lens[n + 1:] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.prompt_lens[:n] = columns.prompt_len
-    fields.seeds[:n] = columns.seed
+    fields.seeds[:n] = np.array(columns.seed, '<i8').view('<i4').reshape(n, 2)
     fields.flags[:n] = [
       (FROM_DEVICE if not tokens else 0) | (SAMPLES if samples else 0)
       for tokens, samples in zip(

@@ -2,8 +2,9 @@
 """Choosing tokens, on the device.
 
 The random numbers of a token are those of `fold_in(fold_in(key, seed),
-position)`: a request's tokens depend on its seed alone, not on its batch,
-nor on chunks, preemptions or parallelism.
+position)`, where the high half of the seed's 64 bits makes the key and the low
+half is folded in: a request's tokens depend on its seed alone, not on its
+batch, nor on chunks, preemptions or parallelism.
 
 Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Tokens
 as likely as the last that a filter keeps are kept, too. Thresholds are found
@@ -85,7 +86,7 @@ def sample(
     top_k: Int[Array, ' S'],
     top_p: Float[Array, ' S'],
     min_p: Float[Array, ' S'],
-    seeds: Int[Array, ' S'],
+    seeds: Int[Array, 'S 2'],
     positions: Int[Array, ' S'],
 ) -> tuple[Int[Array, ' S'], Float[Array, ' S']]:
   """Samples a token a row. Rows, and batches, only pay for what they ask.
@@ -94,7 +95,7 @@ def sample(
     logits: float32.
     temperature: 0 for the likeliest token.
     top_k, top_p, min_p: see `filter_logits`.
-    seeds: of the requests.
+    seeds: of the requests, see `batch.BatchArrays`.
     positions: of the sampled tokens in their sequences.
 
   Returns:
@@ -114,8 +115,10 @@ def sample(
 
     def noise(seed: Array, position: Array) -> Array:
       # Not the program's default generator, which may depend on the batch.
-      key = jax.random.key(0, impl='threefry2x32')
-      key = jax.random.fold_in(jax.random.fold_in(key, seed), position)
+      low, high = seed.astype(jnp.uint32)
+      key = jax.random.wrap_key_data(
+        jnp.stack([jnp.uint32(0), high]), impl='threefry2x32')
+      key = jax.random.fold_in(jax.random.fold_in(key, low), position)
       return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     drawn = _argmax(scaled + jax.vmap(noise)(seeds, positions))

@@ -280,13 +280,16 @@ def _sample(
     return sampling.sample(logits, *fields)
   num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
   share = -(-num_rows // num_devices)
-  padding = (0, share * num_devices - num_rows)
-  logits = lax.all_to_all(
-    jnp.pad(logits, (padding, (0, 0))), shards.axes, 0, 1, tiled=True)
+
+  def padded(field: Array) -> Array:
+    last = (share * num_devices - num_rows, *[0] * (field.ndim - 1))
+    return jnp.pad(field, [(0, n) for n in last])
+
+  logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
   start = lax.axis_index(shards.axes) * share
   tokens, logprobs = sampling.sample(
     logits[:, :model.vocab_size],
-    *(lax.dynamic_slice_in_dim(jnp.pad(field, padding), start, share)
+    *(lax.dynamic_slice_in_dim(padded(field), start, share)
       for field in fields))
   return tuple(
     lax.all_gather(x, shards.axes, tiled=True)[:num_rows]

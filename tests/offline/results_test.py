@@ -63,6 +63,19 @@ def test_results_do_not_depend_on_order(run):
   assert runs.by_id(run.results()) != first
 
 
+def test_seeds_have_64_bits(run):
+  seeds = [7, 7 + 2**32, 2**63 - 1, -2**63, 7]
+  run.write(*({'prompt_token_ids': [5], 'sampling': {'seed': seed}}
+              for seed in (*seeds, 2**63)))
+  assert run('--temperature=2')[0] == 0
+  results = runs.by_id(run.results())
+  tokens = [tuple(results[f'line-{i}', None]['token_ids'])
+            for i in range(1, 6)]
+  assert tokens[0] == tokens[4]
+  assert len(set(tokens)) == 4
+  assert 'seed=9223372036854775808: must be' in results['line-6', 6]['error']
+
+
 def test_a_file_from_another_system(run):
   """A byte order mark, CRLF, no newline at the end, half a pair in an id."""
   run.prompts.write_bytes(

@@ -44,8 +44,9 @@ def builder() -> batch_lib.BatchBuilder:
 
 # The example of the module's docstring.
 A = chunk('a', slot=5, start=5, tokens=(7,), pages=(2, 0), prompt_len=4,
-          seed=11, sampling=types.SamplingParams(temperature=0.5, top_k=3))
-B = chunk('b', slot=0, start=3, tokens=(), pages=(5,), prompt_len=2, seed=12,
+          seed=2**62 + 11,
+          sampling=types.SamplingParams(temperature=0.5, top_k=3))
+B = chunk('b', slot=0, start=3, tokens=(), pages=(5,), prompt_len=2, seed=-2,
           sampling=types.SamplingParams(top_p=0.25, top_k=-1))
 C = chunk('c', slot=2, start=4, tokens=(1, 2, 3), pages=(1, 3), prompt_len=9,
           seed=13, is_prefill=True, samples=False,
@@ -60,7 +61,7 @@ EXPECTED = batch_lib.BatchArrays(
   slots=[5, 0, 2, 0],
   flags=[batch_lib.SAMPLES, batch_lib.SAMPLES | batch_lib.FROM_DEVICE, 0, 0],
   prompt_lens=[4, 2, 9, 0],
-  seeds=[11, 12, 13, 0],
+  seeds=[[11, 2**30], [-2, -1], [13, 0], [0, 0]],
   top_k=[3, 0, 0, 0],
   temperature=[0.5, 1, 2, 0],
   top_p=[1, 0.25, 1, 0],

@@ -104,6 +104,12 @@ def test_minus_zero_is_zero():
   assert one_row([-0.0, 0.0, -1], top_k=1) == [0, 1]
 
 
+def words(seeds) -> np.ndarray:
+  """[S, 2] as `BatchArrays.seeds` has them, taken apart by arithmetic."""
+  parts = [(seed % 2**32, seed // 2**32 % 2**32) for seed in map(int, seeds)]
+  return np.array(parts, np.uint32).astype(np.int32)
+
+
 @pytest.fixture(scope='module')
 def batch() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
@@ -113,7 +119,7 @@ def batch() -> dict[str, np.ndarray]:
     top_k=np.array([0, 0, 5, 0, 3, 0, 9, 0], np.int32),
     top_p=np.array([1, 1, 1, 0.9, 0.5, 1, 0.8, 1], np.float32),
     min_p=np.array([0, 0, 0, 0, 0, 0.1, 0.05, 0], np.float32),
-    seeds=np.array([1, 2, 3, 4, 5, 1, 2**31 - 1, 0], np.int32),
+    seeds=words([1, 2, 3, 4, 5, 1, 2**63 - 1, 0]),
     positions=np.array([1, 7, 7, 9, 40, 1, 3, 100], np.int32))
 
 
@@ -153,18 +159,23 @@ def test_a_row_does_not_depend_on_the_programs_default_generator(batch):
 
 
 N, FEW = 4096, 12
+VARIED = {
+  'positions': dict(positions=np.arange(N, dtype=np.int32)),
+  'seeds': dict(seeds=words(range(N))),
+  'high halves': dict(seeds=words(i << 32 for i in range(N))),
+  'negative seeds': dict(seeds=words(range(-N, 0)))}
 LOGITS_OF_FEW = np.linspace(-1, 1.5, FEW).astype(np.float32)
 
 
 @pytest.mark.parametrize('top_k', [0, 5])
-@pytest.mark.parametrize('varied', ['seeds', 'positions'])
+@pytest.mark.parametrize('varied', VARIED)
 def test_frequencies_are_those_of_the_distribution(varied, top_k):
   """Chi-square; deterministic, as the seeds are."""
   columns = dict(
     temperature=np.full(N, 0.8, np.float32), top_k=np.full(N, top_k, np.int32),
     top_p=np.ones(N, np.float32), min_p=np.zeros(N, np.float32),
-    seeds=np.full(N, 5, np.int32), positions=np.full(N, 7, np.int32))
-  columns[varied] = np.arange(N, dtype=np.int32)
+    seeds=words([5] * N), positions=np.full(N, 7, np.int32))
+  columns.update(VARIED[varied])
   tokens, _ = sample(np.tile(LOGITS_OF_FEW, (N, 1)), **columns)
   counts = np.bincount(tokens, minlength=FEW)
   num_kept = top_k or FEW
@@ -184,7 +195,35 @@ def test_neighbouring_tokens_are_independent():
   tokens, _ = sample(
     np.zeros((N, FEW), np.float32), np.ones(N, np.float32),
     np.zeros(N, np.int32), np.ones(N, np.float32), np.zeros(N, np.float32),
-    seeds, positions)
+    words(seeds), positions)
   grid = np.asarray(tokens).reshape(side, side)
   for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])):
     assert abs((a == b).mean() - 1 / FEW) < 0.018  # Four deviations.
+
+
+def tokens_of(seeds) -> np.ndarray:
+  """[seeds, V] what each draws from even odds at V places."""
+  n = len(seeds)
+  rows = dict(
+    logits=np.zeros((n * V, V), np.float32), temperature=np.ones(n * V),
+    top_k=np.zeros(n * V, np.int32), top_p=np.ones(n * V),
+    min_p=np.zeros(n * V), seeds=np.repeat(words(seeds), V, axis=0),
+    positions=np.tile(np.arange(V, dtype=np.int32), n))
+  return np.asarray(sample(**rows)[0]).reshape(n, V)
+
+
+def test_seeds_of_64_bits_that_differ_in_one_give_other_tokens():
+  seeds = [5, *(5 ^ 1 << bit for bit in range(63)), 5 - 2**63]
+  streams = tokens_of(seeds)
+  assert len(np.unique(streams, axis=0)) == len(seeds) == 65
+  # And no more of them alike than those of different requests are.
+  assert abs((streams[1:] == streams[0]).mean() - 1 / V) < 0.02
+
+
+@pytest.mark.parametrize('seed', [0, 1, 12345, 2**31 - 1])
+def test_seeds_of_31_bits_give_what_they_always_gave(seed):
+  key = jax.random.fold_in(jax.random.key(0, impl='threefry2x32'), seed)
+  noise = jax.vmap(lambda position: jax.random.gumbel(
+    jax.random.fold_in(key, position), (V,), np.float32))(np.arange(V))
+  np.testing.assert_array_equal(
+    tokens_of([seed])[0], np.asarray(noise).argmax(axis=-1))

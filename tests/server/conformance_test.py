@@ -79,7 +79,7 @@ BAD = (
   ([1], {'temperature': float('inf')}, 'temperature'),
   ([1], {'top_p': -0.5}, 'top_p'), ([1], {'top_p': 1.5}, 'top_p'),
   ([1], {'min_p': 1.5}, 'min_p'), ([1], {'max_tokens': 0}, 'max_tokens'),
-  ([1], {'seed': -1}, 'seed'), ([1], {'stop': ['']}, 'stop'),
+  ([1], {'stop': ['']}, 'stop'),
   ([1], {'logprobs': 1}, 'logprobs=1'),
   ([], {}, 'empty'), ([64], {}, '64'), ([2**31 - 1], {}, str(2**31 - 1)),
   ([1] * 128, {}, 'max_model_len=128'), ([1] * 5000, {}, 'max_model_len=128'),
@@ -116,6 +116,29 @@ def test_the_sampled_tokens_log_probabilities(
     logprobs=[-0.5 * token for token in pending.tokens])
   call = protocol(running, [1], max_tokens=3, logprobs=0)
   assert [p for r in call for p in _logprobs(r)] == [-1.0, -1.5, -2.0]
+
+
+@pytest.mark.parametrize('protocol, seed', [
+  (_sarathi, 2**63 - 1), (_sarathi, -2**63), (_open_inference, 2**63 - 1),
+  (_vllm, -2**31), (_sarathi, -1), (_vllm, -1), (_open_inference, -1)])
+def test_a_seed_reaches_the_device_whole(
+    gated: Callable[..., Any], protocol: Any, seed: int) -> None:
+  running, runner = gated()
+  seeds: list[int] = []
+  launch = runner.launch
+
+  def spy(batch: Any) -> Any:
+    seeds.extend(chunk.seed for chunk in batch.chunks)
+    return launch(batch)
+
+  runner.launch = spy
+  runner.open()
+  call = protocol(running, [1], max_tokens=1, seed=seed)
+  assert _end(call)[0] is _CODE.OK
+  if seed == -1:  # as in vLLM: one is drawn
+    assert seeds[0] >= 0
+  else:
+    assert seeds == [seed]
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)

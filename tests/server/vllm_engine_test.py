@@ -120,7 +120,7 @@ def test_what_we_do_not_do_is_refused_by_name(
 
 @pytest.mark.parametrize('field, value', [
   ('temperature', -1.0), ('temperature', float('nan')), ('top_p', 1.5),
-  ('top_p', -0.5), ('min_p', 2.0), ('seed', -1), ('max_tokens', 0),
+  ('top_p', -0.5), ('min_p', 2.0), ('max_tokens', 0),
   ('stop', ['']), ('stop_token_ids', [64])])
 def test_a_bad_value_is_refused_by_name(
     server: fake.RunningServer, field: str, value: Any) -> None:
