@@ -6,17 +6,24 @@ it that
 
 - each ready decode has a page for its next token, or the step waits until
   enough batches in flight have completed;
-- the youngest sequences give up their pages first, and are recomputed later;
+- the least urgent sequences give up their pages first, and are recomputed
+  later;
 - what is in flight is never preempted;
-- requests are admitted first come, first served.
+- the most urgent requests are admitted first.
+
+More urgent is who has the smaller `Request.priority`; of the same priority,
+who came first. So where all have the same, it is first come, first served.
 """
 
 from __future__ import annotations
 
 import abc
+import bisect
 from collections import deque
 from collections.abc import Iterator
 import dataclasses
+import itertools
+import operator
 import random
 
 from sarathi_jax import config as config_lib
@@ -27,6 +34,7 @@ from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import sequence
 
 Sequence = sequence.Sequence
+_urgency = operator.attrgetter('urgency')
 
 
 class Scheduler(abc.ABC):
@@ -40,14 +48,15 @@ class Scheduler(abc.ABC):
     self.pages = pages.PagePool(config.num_pages, config.page_size)
     # What the budget follows, if it does; it learns from `engine.pacing`.
     self.pace = None if config.tbt_slo_ms is None else pace.Pace(config)
-    self.waiting: deque[Sequence] = deque()  # by arrival
-    self.running: list[Sequence] = []  # by arrival
+    self.waiting: deque[Sequence] = deque()  # by urgency
+    self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0
     self._slots = list(range(config.max_num_seqs))[::-1]
     self._live: dict[str, Sequence] = {}  # waiting or running
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
       deque())
     self._step = 0
+    self._orders = itertools.count()
     self._preempted: list[str] = []
     self._random = random.Random(config.seed)
 
@@ -102,6 +111,7 @@ class Scheduler(abc.ABC):
     room = self.config.max_model_len - prompt_len
     seq = Sequence(
       request=request,
+      urgency=(request.priority, next(self._orders)),
       seed=(self._random.getrandbits(31) if sampling.seed is None
             else sampling.seed),
       stop_ids=(frozenset(sampling.stop_token_ids)
@@ -111,7 +121,7 @@ class Scheduler(abc.ABC):
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids))
     self._live[request.request_id] = seq
-    self.waiting.append(seq)
+    self._enqueue(seq)
     return seq
 
   def remove(self, request_id: str) -> bool:
@@ -218,21 +228,26 @@ class Scheduler(abc.ABC):
   # -- What policies are built from --
 
   def _prefills(self) -> Iterator[Sequence]:
-    """Running sequences with tokens left to prefill, by arrival."""
+    """Running sequences with tokens left to prefill, by urgency."""
     return (s for s in self.running if s.is_prefilling)
 
   def _next_to_admit(self, now: float) -> Sequence | None:
-    """The head of the queue, if it has arrived and a slot is free.
+    """The most urgent one that has arrived, if a slot is free.
 
     None in a step that preempts: a newcomer would take the room just made.
     """
     if not (self.waiting and self._slots) or self._preempted:
       return None
     seq = self.waiting[0]
-    return seq if seq.request.arrival_time <= now else None
+    if seq.request.arrival_time <= now:
+      return seq
+    if self.waiting[-1].request.priority == seq.request.priority:
+      return None  # As requests are added by arrival.
+    return next(
+      (s for s in self.waiting if s.request.arrival_time <= now), None)
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
-    """Moves the head of the queue to running, if that can be done now.
+    """Moves the next of the queue to running, if that can be done now.
 
     Args:
       now: seconds on the engine's clock.
@@ -251,14 +266,14 @@ class Scheduler(abc.ABC):
                  for s in self._prefills())
     if num_pages + owed > self.pages.num_free:
       return None
-    self.waiting.popleft()
+    self.waiting.remove(seq)
     seq.prefill_len = len(seq.tokens)
     seq.slot = self._slots.pop()
     if seq.first_scheduled_time is None:
       seq.first_scheduled_time = now
     if reserve is not None:
       self._grow(seq, reserve)
-    self.running.append(seq)
+    bisect.insort(self.running, seq, key=_urgency)
     return seq
 
   def _num_that_fit(self, seq: Sequence) -> int:
@@ -277,10 +292,10 @@ class Scheduler(abc.ABC):
   def _secure_decodes(self) -> list[Sequence] | None:
     """Every ready decode, each with the page for its next token.
 
-    Preempts the youngest sequences where pages are short.
+    Preempts the least urgent sequences where pages are short.
 
     Returns:
-      None if the youngest is in flight: the step must wait.
+      None if the least urgent is in flight: the step must wait.
     """
     ready_step = self._step - self.config.num_stages
     page_size = self.pages.page_size
@@ -296,12 +311,12 @@ class Scheduler(abc.ABC):
         for s in starved:
           self._grow(s, s.num_computed + 1)
         return decodes
-      # None but the youngest: who runs and who waits stays in order of
-      # arrival, and the oldest always gets on.
-      youngest = self.running[-1]
-      if youngest.num_in_flight:
+      # None but the least urgent, though others have more pages: so the most
+      # urgent always gets on.
+      least_urgent = self.running[-1]
+      if least_urgent.num_in_flight:
         return None
-      self._preempt(youngest)
+      self._preempt(least_urgent)
 
   def _take(self, seq: Sequence, n: int) -> types.Chunk:
     start = seq.num_computed
@@ -331,8 +346,17 @@ class Scheduler(abc.ABC):
     seq.num_computed = seq.prefill_len = 0
     seq.num_preemptions += 1
     self.num_preemptions += 1
-    self.waiting.appendleft(seq)
+    self._enqueue(seq)
     self._preempted.append(seq.request.request_id)
+
+  def _enqueue(self, seq: Sequence) -> None:
+    waiting = self.waiting
+    if not waiting or waiting[-1].urgency < seq.urgency:
+      waiting.append(seq)
+    elif seq.urgency < waiting[0].urgency:
+      waiting.appendleft(seq)
+    else:
+      bisect.insort(waiting, seq, key=_urgency)
 
   def _finish(self, seq: Sequence) -> None:
     self._release(seq)

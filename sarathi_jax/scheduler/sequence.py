@@ -19,6 +19,8 @@ class Sequence:
 
   Attributes:
     request: what was asked.
+    urgency: the priority, and of how many requests before: the smallest is
+      the most urgent.
     seed: of its random numbers.
     stop_ids: tokens that end it.
     prompt_len: tokens of the prompt.
@@ -39,6 +41,7 @@ class Sequence:
   """
 
   request: types.Request
+  urgency: tuple[int, int]
   seed: int
   stop_ids: frozenset[int]
   prompt_len: int

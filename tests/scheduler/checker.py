@@ -12,14 +12,15 @@ The device is simulated: the token at position p of a request is
 from __future__ import annotations
 
 from collections import deque
-import dataclasses
 import math
 import zlib
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
+from tests.scheduler import known as known_lib
 
+Known = known_lib.Known
 VOCAB = 1000
 
 
@@ -30,48 +31,14 @@ def token_at(request_id: str, position: int) -> int:
 
 def make_request(request_id: str, prompt_len: int, max_tokens: int | None,
                  stop_token_ids: tuple[int, ...] = (),
-                 arrival_time: float = 0.0) -> types.Request:
+                 arrival_time: float = 0.0,
+                 priority: int = 0) -> types.Request:
   return types.Request(
     request_id=request_id,
     prompt_token_ids=tuple(token_at(request_id, p) for p in range(prompt_len)),
     sampling=types.SamplingParams(
       max_tokens=max_tokens, stop_token_ids=stop_token_ids),
-    arrival_time=arrival_time)
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class Known:
-  """What is known of one request from the outside.
-
-  Attributes:
-    request: what was asked.
-    order: counts the requests as they were added.
-    max_len: its length at which it must end.
-    num_computed: tokens in the cache.
-    num_tokens: its length, tokens still on the device included.
-    num_on_host: its length as far as completed batches tell.
-    newest_step: the step that sampled its newest token; -1 for the prompt.
-    flights: steps in flight that hold it.
-    num_waited: steps since it could decode, that it was not in.
-    is_gone: finished or removed.
-  """
-
-  request: types.Request
-  order: int
-  max_len: int
-  num_computed: int = 0
-  num_tokens: int = 0
-  num_on_host: int = 0
-  newest_step: int = -1
-  flights: set[int] = dataclasses.field(default_factory=set)
-  seed: int | None = None
-  finish_reason: types.FinishReason | None = None
-  num_waited: int = 0
-  is_gone: bool = False
-
-  @property
-  def id(self) -> str:
-    return self.request.request_id
+    arrival_time=arrival_time, priority=priority)
 
 
 class Checker:
@@ -126,7 +93,9 @@ class Checker:
 
   def schedule(self, now: float = math.inf) -> types.ScheduledBatch:
     can_launch = len(self._in_flight) < self.config.max_in_flight
+    running = self._running()
     batch = self.scheduler.schedule(now)
+    self._check_admitted(self._running() - running, now)
     assert batch.step == self.num_steps, 'steps are counted from 0'
     self._check_preempted(batch)
     ready = [k for k in self.live.values() if self._is_ready(k)]
@@ -168,7 +137,7 @@ class Checker:
     """Runs everything to its end, within a bound on the number of steps."""
     lens = [k.max_len for k in self.live.values()]
     # Each step computes a token, of which a preemption voids at most a whole
-    # sequence's, and the oldest sequence is never preempted.
+    # sequence's, and the most urgent sequence is never preempted.
     last_step = self.num_steps + sum(lens) * (len(lens) + 1)
     while not self.is_idle:
       if not self.schedule().chunks:
@@ -199,6 +168,21 @@ class Checker:
       assert not known.flights, f'{known.id} was preempted in flight'
       known.num_computed = 0
       known.newest_step = -1
+    least = min((self.live[i].urgency for i in batch.preempted), default=None)
+    assert least is None or all(
+      self.live[i].urgency < least for i in self._running()), (
+        'preempted is who is the least urgent')
+
+  def _check_admitted(self, admitted: set[str], now: float) -> None:
+    left_out = [
+      self.live[s.request.request_id].urgency for s in self.scheduler.waiting
+      if s.request.arrival_time <= now]
+    assert not (admitted and left_out) or (
+      max(self.live[i].urgency for i in admitted) < min(left_out)), (
+        'one was admitted before one that is more urgent')
+
+  def _running(self) -> set[str]:
+    return {s.request.request_id for s in self.scheduler.running}
 
   def _check_empty(self, can_launch: bool, ready: list[Known],
                    now: float) -> None:
@@ -324,7 +308,12 @@ class Checker:
     running = [s.request.request_id for s in scheduler.running]
     waiting = [s.request.request_id for s in scheduler.waiting]
     assert len(running) + len(waiting) == len(self.live), 'one was lost'
-    order = [self.live[i].order for i in running + waiting]
+    for queue in running, waiting:
+      urgency = [self.live[i].urgency for i in queue]
+      assert urgency == sorted(urgency), 'not by urgency'
+    # Of the same priority, who came first runs first.
+    order = [self.live[i].urgency for i in sorted(
+      running + waiting, key=lambda i: self.live[i].request.priority)]
     assert order == sorted(order), 'not first come, first served'
     held = [p for s in scheduler.running for p in s.pages]
     assert len(set(held)) == len(held), 'a page has two owners'

@@ -72,6 +72,23 @@ class PreemptsTheOldest(sarathi.SarathiScheduler):
     super()._preempt(oldest)
 
 
+class PreemptsTheYoungest(sarathi.SarathiScheduler):
+  """Whatever its priority."""
+
+  def _preempt(self, seq: sequence.Sequence) -> None:
+    super()._preempt(max(
+      (s for s in self.running if not s.num_in_flight),
+      key=lambda s: s.urgency[1]))
+
+
+class AdmitsByArrival(sarathi.SarathiScheduler):
+  def _next_to_admit(self, now: float) -> sequence.Sequence | None:
+    if super()._next_to_admit(now) is None:
+      return None
+    return min((s for s in self.waiting if s.request.arrival_time <= now),
+               key=lambda s: s.urgency[1])
+
+
 class PreemptsInFlight(sarathi.SarathiScheduler):
   def _secure_decodes(self) -> list[sequence.Sequence] | None:
     while (decodes := super()._secure_decodes()) is None:
@@ -144,8 +161,10 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   TakesPromptsTwice: 'a request is in the batch twice',
   CarriesAStaleToken: 'a token that only the device can know',
   SamplesTooEarly: 'a chunk samples where it reaches the end',
-  AdmitsTheLastFirst: 'not first come, first served',
-  PreemptsTheOldest: 'not first come, first served',
+  AdmitsTheLastFirst: 'before one that is more urgent',
+  PreemptsTheOldest: 'preempted is who is the least urgent',
+  PreemptsTheYoungest: 'preempted is who is the least urgent',
+  AdmitsByArrival: 'before one that is more urgent',
   PreemptsInFlight: 'was preempted in flight',
   NeverPreempts: 'nothing was scheduled',
   CountsTheOutputAnew: 'events',

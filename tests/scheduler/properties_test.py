@@ -29,6 +29,7 @@ class Workload:
     arrival_rate, abort_rate: chance of one before a step.
     eager: the chance to complete a batch before more can't be launched.
     stop_rate: the part of the vocabulary that ends a request.
+    priorities: that requests have.
   """
 
   config: config_lib.SchedulerConfig
@@ -37,6 +38,7 @@ class Workload:
   abort_rate: float
   eager: float
   stop_rate: float
+  priorities: tuple[int, ...]
 
 
 def make_workload(rng: random.Random) -> Workload:
@@ -60,7 +62,8 @@ def make_workload(rng: random.Random) -> Workload:
     arrival_rate=rng.choice((0.2, 0.8, 1.0)),
     abort_rate=rng.choice((0.0, 0.0, 0.05)),
     eager=rng.choice((0.0, 0.3, 1.0)),
-    stop_rate=rng.choice((0.0, 0.0, 0.05)))
+    stop_rate=rng.choice((0.0, 0.0, 0.05)),
+    priorities=rng.choice(((0,), (0, 0, 0, -1), (3, 0, -2, -2**31))))
 
 
 def draw_request(rng: random.Random, request_id: str, workload: Workload,
@@ -73,7 +76,7 @@ def draw_request(rng: random.Random, request_id: str, workload: Workload,
     max_tokens=rng.choice((None, None, 1, rng.randint(1, max_model_len))),
     stop_token_ids=tuple(
       range(int(workload.stop_rate * checker_lib.VOCAB))),
-    arrival_time=arrival_time)
+    arrival_time=arrival_time, priority=rng.choice(workload.priorities))
 
 
 def drive(checker: checker_lib.Checker, workload: Workload,

@@ -182,6 +182,54 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
   ]
 
 
+# B is the oldest, and C and E come after it, but are more urgent.
+URGENCY = {
+  0: (request('B', 1, 7, priority=1), request('A', 3, 4)),
+  1: (request('C', 1, 4),),
+  3: (request('D', 1, 2, priority=1), request('E', 1, 2, priority=-1)),
+}
+URGENCY_BATCHES = {
+  'sarathi': [
+    'A[0,3) B[0,1)',
+    'A3 B1 C[0,1)',
+    'A4 C1',  # A's token 4 needs a second page: B gives up its one.
+    'A5 C2',
+    'C3 E[0,1) B[0,3)',  # A is done. E goes before B, and B before D.
+    'E1 B3 D[0,1)',
+    'B4 D1',
+    'B5',
+    'B6',
+  ],
+  'vllm': [
+    'A[0,3) B[0,1)',
+    'C[0,1)',
+    'A3 C1 B1',
+    'A4 C2',
+    'A5 C3',
+    'E[0,1) B[0,3) D[0,1)',
+    'E1 B3 D1',
+    'B4',
+    'B5',
+    'B6',
+  ],
+}
+
+
+@pytest.mark.parametrize('policy', URGENCY_BATCHES)
+def test_the_least_urgent_is_preempted(policy: str) -> None:
+  config = make_config(max_model_len=12, num_pages=3)
+  assert play(policy, config, URGENCY) == URGENCY_BATCHES[policy]
+
+
+def test_one_that_is_urgent_and_known_ahead_holds_up_nobody() -> None:
+  checker = checker_lib.make_checker('sarathi', make_config())
+  checker.add(request('A', 3, 2))
+  checker.add(request('B', 3, 2, priority=-1, arrival_time=5.0))
+  assert show(checker.schedule(0.0)) == 'A[0,3)'
+  checker.complete()
+  assert show(checker.schedule(5.0)) == 'A3 B[0,3)'
+
+
 def test_of_two_preempted_the_older_comes_back_first() -> None:
   config = make_config(max_model_len=12, num_pages=3)
   arrivals = {0: (request('A', 3, 4), request('B', 3, 3), request('C', 2, 3))}
@@ -262,6 +310,7 @@ def test_cost_does_not_grow_with_the_queue(policy: str) -> None:
     scheduler.waiting = CountingDeque()
     for i in range(num_waiting):
       scheduler.add(request(f'r{i}', 5, 4))
+    scheduler.waiting.num_looks = 0  # Adding is done once.
     for _ in range(20):
       batch = scheduler.schedule(0.0)
       n = len(batch.chunks)
