@@ -4,6 +4,7 @@
   SarathiError
   ├── InvalidRequestError   the request is wrong: gRPC INVALID_ARGUMENT
   │   ├── UnsupportedError  the request is right, but asks what we don't do
+  │   ├── ForbiddenError    its caller may not: gRPC PERMISSION_DENIED
   │   └── NotFoundError     it names what is not here: gRPC NOT_FOUND
   ├── BusyError             another thread uses it
   ├── CapacityError         too much at once: gRPC RESOURCE_EXHAUSTED
@@ -29,6 +30,10 @@ class UnsupportedError(InvalidRequestError):
   """A request for something that this engine does not do."""
 
 
+class ForbiddenError(InvalidRequestError):
+  """A request for what its caller may not ask for."""
+
+
 class NotFoundError(InvalidRequestError):
   """A request that names a model, or another thing, that is not here."""
 
@@ -42,12 +47,11 @@ class CapacityError(SarathiError):
 
   Args:
     message: what is full.
-    retry_after_s: when it may be worth to try again, seconds; None if that
-      can't be told.
+    retry_after_s: when it may be worth to try again, seconds; by default a
+      guess.
   """
 
-  def __init__(self, message: str,
-               retry_after_s: float | None = None) -> None:
+  def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
     super().__init__(message)
     self.retry_after_s = retry_after_s
 

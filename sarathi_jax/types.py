@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from sarathi_jax import errors
 
 MIN_SEED, MAX_SEED = -2**63, 2**63 - 1  # vLLM's
-_NO_SEED = -1
 TIERS = ('interactive', 'batch')
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
@@ -156,7 +155,7 @@ class SamplingParams:
            or (_is_int(self.seed) and MIN_SEED <= self.seed <= MAX_SEED),
            'seed', self.seed,
            f'must be an integer in [{MIN_SEED}, {MAX_SEED}]')
-    if self.seed == _NO_SEED:
+    if self.seed == -1:  # as in vLLM
       object.__setattr__(self, 'seed', None)
     _check(all(isinstance(s, str) and s for s in self.stop),
            'stop', self.stop, 'must be strings that are not empty')
@@ -220,29 +219,35 @@ class Request:
   """One prompt to continue.
 
   Attributes:
-    request_id: unique among the requests that are running or waiting.
+    request_id: unique among its tenant's requests that are running or waiting.
     prompt_token_ids: token ids, at least one.
     sampling: how to choose the tokens.
     arrival_time: when it arrived, seconds on the engine's clock.
-    client: who sent it, for fairness and for people.
-    priority: servers begin those of a smaller one first, as vLLM does.
+    tenant: whose it is; '' where all are one's.
+    client: who sent it, of the tenant's; for fairness and for people.
+    priority: those of a smaller one begin first and are preempted last.
     deadline: when it is of no use any more, on the engine's clock.
     tier: 'interactive', or 'batch' for who does not watch the tokens come;
       see `EngineConfig.batch_tbt_slo_ms`.
+    key: unique among all requests; the `request_id` of chunks and deltas.
   """
 
   request_id: str
   prompt_token_ids: tuple[int, ...]
   sampling: SamplingParams = SamplingParams()
   arrival_time: float = 0.0
+  tenant: str = ''
   client: str = ''
   priority: int = 0
   deadline: float | None = None
   tier: str = 'interactive'
+  key: str = dataclasses.field(init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
     _check(self.tier in TIERS, 'tier', self.tier,
            f'must be one of {", ".join(TIERS)}')
+    object.__setattr__(self, 'key', ' '.join(  # No tenant has a space.
+      filter(None, (self.tenant, self.request_id))))
 
 
 class Chunk(NamedTuple):
@@ -252,7 +257,7 @@ class Chunk(NamedTuple):
   with `samples` reaches the sequence's end, so a next token is sampled.
 
   Attributes:
-    request_id: whose tokens.
+    request_id: whose tokens: the request's `key`.
     slot: in [0, max_num_seqs), the sequence's own while it runs; the device
       keeps its last sampled token there.
     start: tokens of the sequence that are in the KV cache already.
@@ -342,7 +347,7 @@ class OutputDelta(NamedTuple):
   """What one request gained in one step.
 
   Attributes:
-    request_id: whose.
+    request_id: whose: the request's `key`.
     text: what may be shown now: whole characters only, and nothing that may
       yet turn out to be a stop string.
     token_ids: new tokens; a matched stop string's are included.

@@ -157,7 +157,7 @@ class Engine:
     seq = self._scheduler.add(request)
     detok = (detokenizer.Detokenizer(self.tokenizer, request)
              if self.tokenizer else None)
-    self._live[request.request_id] = _Live(seq, detok)
+    self._live[request.key] = _Live(seq, detok)
 
   def abort(self, request_id: str) -> bool:
     """Forgets a request and frees its pages. False if it is unknown."""
@@ -250,12 +250,23 @@ class Engine:
     if on:
       self._observers += (observer,)
 
-  def room(self) -> tuple[int, int]:
-    """(requests, tokens) by which one step could begin more than wait now."""
+  def room(self, priority: int) -> tuple[int, int]:
+    """(requests, tokens) by which one step could begin more than wait now.
+
+    Args:
+      priority: of those that were to begin; who waits and is less urgent
+        lets them go first.
+    """
     scheduler = self._scheduler
-    waiting = sum(len(seq.tokens) for seq in scheduler.waiting)
-    return (self.info.max_num_seqs - len(scheduler.running)
-            - len(scheduler.waiting), self.info.token_budget - waiting)
+    ahead = [len(seq.tokens) for seq in scheduler.waiting
+             if seq.request.priority <= priority]
+    return (self.info.max_num_seqs - len(scheduler.running) - len(ahead),
+            self.info.token_budget - sum(ahead))
+
+  def num_output(self, key: str) -> int:
+    """Tokens generated so far for a request; 0 if it is unknown."""
+    live = self._live.get(key)
+    return 0 if live is None else live.seq.num_output
 
   def requests(self) -> list[state.RequestState]:
     """How far each request is, by arrival."""
@@ -287,8 +298,6 @@ class Engine:
     self._record_times(lives, now)
     self._ends.append(now)
     self.metrics.num_generated += len(events)
-    self.metrics.num_prefilled += sum(
-      chunk.num_tokens for chunk in batch.chunks if chunk.is_prefill)
     return [self._output(event, live, now)
             for event, live in zip(events, lives, strict=True)]
 

@@ -98,8 +98,7 @@ class EngineMetrics:
     busy_s: what steps took, from one completion to the next while any was
       under way.
     num_prompt_tokens, num_output_tokens: of finished requests.
-    num_prefilled, num_generated: tokens of prompts computed (again, after a
-      preemption) and tokens sampled so far, of all requests.
+    num_generated: tokens sampled so far, of all requests.
     num_finished: requests that ended by themselves.
     finish_reasons: the same, by reason.
     num_aborted: requests that were removed.
@@ -123,7 +122,6 @@ class EngineMetrics:
   busy_s: float = 0.0
   num_prompt_tokens: int = 0
   num_output_tokens: int = 0
-  num_prefilled: int = 0
   num_generated: int = 0
   num_finished: int = 0
   finish_reasons: Counter[types.FinishReason] = dataclasses.field(

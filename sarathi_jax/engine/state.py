@@ -14,7 +14,11 @@ from sarathi_jax.scheduler import sequence
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-  """The engine's load at one moment."""
+  """The engine's load at one moment.
+
+  Of the totals, `num_prefilled` counts each token of a prompt once, however
+  often it was computed.
+  """
 
   num_running: int
   num_waiting: int
@@ -94,7 +98,7 @@ def engine_stats(
     num_preemptions=scheduler.num_preemptions,
     num_steps=metrics.num_steps,
     padding_waste=metrics.padding_waste,
-    num_prefilled=metrics.num_prefilled,
+    num_prefilled=scheduler.num_prefilled,
     num_generated=metrics.num_generated,
     num_finished=metrics.num_finished,
     num_aborted=metrics.num_aborted,

@@ -58,6 +58,6 @@ class ChromeTrace:
         (request.request_id, arrival, now), ('queued', arrival, begin),
         ('prefill', begin, first), ('decode', first, now)):
       common = {'pid': _REQUESTS, 'tid': 1, 'cat': 'request', 'name': name,
-                'id': request.request_id}
+                'id': request.key}
       self._emit({**common, 'ph': 'b', 'ts': start * 1e6, 'args': args})
       self._emit({**common, 'ph': 'e', 'ts': stop * 1e6})

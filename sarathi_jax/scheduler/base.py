@@ -10,20 +10,15 @@ it that
   later;
 - what is in flight is never preempted;
 - the most urgent requests are admitted first.
-
-More urgent is who has the smaller `Request.priority`; of the same priority,
-who came first. So where all have the same, it is first come, first served.
 """
 
 from __future__ import annotations
 
 import abc
-import bisect
 from collections import deque
 from collections.abc import Iterator
 import dataclasses
 import itertools
-import operator
 import random
 
 from sarathi_jax import config as config_lib
@@ -32,9 +27,9 @@ from sarathi_jax import types
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import urgency
 
 Sequence = sequence.Sequence
-_urgency = operator.attrgetter('urgency')
 
 
 class Scheduler(abc.ABC):
@@ -51,6 +46,7 @@ class Scheduler(abc.ABC):
     self.waiting: deque[Sequence] = deque()  # by urgency
     self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0
+    self.num_prefilled = 0  # tokens of prompts computed, each counted once
     self._slots = list(range(config.max_num_seqs))[::-1]
     self._live: dict[str, Sequence] = {}  # waiting or running
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
@@ -102,26 +98,16 @@ class Scheduler(abc.ABC):
       InvalidRequestError: it can never be served, or its id is taken.
     """
     self.check(request)
-    if request.request_id in self._live:
+    if request.key in self._live:
       raise errors.InvalidRequestError(
         f'request_id={request.request_id!r}: a request of this id is running '
         'or waiting; ids must be unique.')
-    sampling = request.sampling
-    prompt_len = len(request.prompt_token_ids)
-    room = self.config.max_model_len - prompt_len
-    seq = Sequence(
-      request=request,
-      urgency=(request.priority, next(self._orders)),
-      seed=(self._random.getrandbits(31) if sampling.seed is None
-            else sampling.seed),
-      stop_ids=(frozenset(sampling.stop_token_ids)
-                | (frozenset() if sampling.ignore_eos
-                   else self.config.eos_token_ids)),
-      prompt_len=prompt_len,
-      max_len=prompt_len + min(sampling.max_tokens or room, room),
-      tokens=list(request.prompt_token_ids))
-    self._live[request.request_id] = seq
-    self._enqueue(seq)
+    seed = request.sampling.seed
+    seq = Sequence.of(
+      request, self.config, next(self._orders),
+      self._random.getrandbits(31) if seed is None else seed)
+    self._live[request.key] = seq
+    urgency.insert(self.waiting, seq)
     return seq
 
   def remove(self, request_id: str) -> bool:
@@ -210,6 +196,9 @@ class Scheduler(abc.ABC):
     for seq, chunk, token, logprob in zip(
         seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
       seq.num_in_flight -= 1
+      if chunk.is_prefill:
+        self.num_prefilled += seq.count_prefilled(
+          chunk.start + chunk.num_tokens)
       if seq.is_finished or not chunk.samples:
         continue
       seq.num_pending -= 1
@@ -238,13 +227,7 @@ class Scheduler(abc.ABC):
     """
     if not (self.waiting and self._slots) or self._preempted:
       return None
-    seq = self.waiting[0]
-    if seq.request.arrival_time <= now:
-      return seq
-    if self.waiting[-1].request.priority == seq.request.priority:
-      return None  # As requests are added by arrival.
-    return next(
-      (s for s in self.waiting if s.request.arrival_time <= now), None)
+    return urgency.first_arrived(self.waiting, now)
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
     """Moves the next of the queue to running, if that can be done now.
@@ -273,7 +256,7 @@ class Scheduler(abc.ABC):
       seq.first_scheduled_time = now
     if reserve is not None:
       self._grow(seq, reserve)
-    bisect.insort(self.running, seq, key=_urgency)
+    urgency.insert(self.running, seq)
     return seq
 
   def _num_that_fit(self, seq: Sequence) -> int:
@@ -336,7 +319,7 @@ class Scheduler(abc.ABC):
     seq.last_step = self._step
     request = seq.request
     return types.Chunk(
-      request.request_id, seq.slot, start, tokens, n, seq.page_table,
+      request.key, seq.slot, start, tokens, n, seq.page_table,
       is_prefill, samples, seq.prompt_len, seq.seed,
       request.sampling)
 
@@ -346,21 +329,12 @@ class Scheduler(abc.ABC):
     seq.num_computed = seq.prefill_len = 0
     seq.num_preemptions += 1
     self.num_preemptions += 1
-    self._enqueue(seq)
-    self._preempted.append(seq.request.request_id)
-
-  def _enqueue(self, seq: Sequence) -> None:
-    waiting = self.waiting
-    if not waiting or waiting[-1].urgency < seq.urgency:
-      waiting.append(seq)
-    elif seq.urgency < waiting[0].urgency:
-      waiting.appendleft(seq)
-    else:
-      bisect.insort(waiting, seq, key=_urgency)
+    urgency.insert(self.waiting, seq)
+    self._preempted.append(seq.request.key)
 
   def _finish(self, seq: Sequence) -> None:
     self._release(seq)
-    del self._live[seq.request.request_id]
+    del self._live[seq.request.key]
     seq.is_finished = True
 
   def _release(self, seq: Sequence) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import types
 
 
@@ -30,6 +31,7 @@ class Sequence:
     num_pending: see above.
     prefill_len: tokens to compute before the next one is sampled, set when
       it is admitted: the prompt, or after a preemption the output too.
+    num_prefilled: tokens of the prompt that were computed at least once.
     slot: its row on the device while it runs, else -1.
     pages: of the cache, in order.
     page_table: the same, as the tuple that chunks share.
@@ -50,6 +52,7 @@ class Sequence:
   num_computed: int = 0
   num_pending: int = 0
   prefill_len: int = 0
+  num_prefilled: int = 0
   slot: int = -1
   pages: list[int] = dataclasses.field(default_factory=list)
   page_table: tuple[int, ...] = ()
@@ -58,6 +61,22 @@ class Sequence:
   num_preemptions: int = 0
   first_scheduled_time: float | None = None
   is_finished: bool = False
+
+  @classmethod
+  def of(cls, request: types.Request, config: config_lib.SchedulerConfig,
+         order: int, seed: int) -> Sequence:
+    """That of a request which came after `order` others."""
+    sampling = request.sampling
+    prompt_len = len(request.prompt_token_ids)
+    room = config.max_model_len - prompt_len
+    return cls(
+      request=request, urgency=(request.priority, order), seed=seed,
+      stop_ids=(frozenset(sampling.stop_token_ids)
+                | (frozenset() if sampling.ignore_eos
+                   else config.eos_token_ids)),
+      prompt_len=prompt_len,
+      max_len=prompt_len + min(sampling.max_tokens or room, room),
+      tokens=list(request.prompt_token_ids))
 
   @property
   def num_output(self) -> int:
@@ -71,3 +90,10 @@ class Sequence:
   def num_left(self) -> int:
     """Tokens of the prefill that are still to be computed."""
     return self.prefill_len - self.num_computed
+
+  def count_prefilled(self, stop: int) -> int:
+    """Notes that tokens [0, stop) were computed; returns how many of the
+    prompt's were for the first time, and not again after a preemption."""
+    new = max(min(stop, self.prompt_len) - self.num_prefilled, 0)
+    self.num_prefilled += new
+    return new

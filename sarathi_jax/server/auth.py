@@ -1,38 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may call what: bearer tokens from a file.
 
-A line of the file is `NAME TOKEN [admin]`, where TOKEN may be `sha256:` and
-the hex digest of the token, so that the file need not hold it. Lines that are
-empty or begin with # say nothing. A change of the file counts from the next
-call on; one that can't be read leaves the tokens as they were.
+A line of the file is `NAME TOKEN [admin] [priority=N]`, where TOKEN may be
+`sha256:` and the hex digest of the token, so that the file need not hold it.
+Tokens of one name are one tenant's. N is the smallest priority that its
+requests may have: by default 0, so that nobody is served before others, and for
+an administrator any. Lines that are empty or begin with # say nothing. A change
+of the file counts from the next call on; one that can't be read leaves the
+tokens as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+import contextvars
 import dataclasses
 import hashlib
 import hmac
 import pathlib
+import re
 from typing import Any
 
 from absl import logging
 import grpc
 
 from sarathi_jax import errors
-from sarathi_jax.server import caller
 
 _PREFIX = 'sha256:'
 _SCHEME = 'bearer '
+_FORM = 'NAME TOKEN [admin] [priority=N]'
+_MORE = re.compile(
+  r'(?P<admin>admin)?(?:(?:^| )priority=(?P<priority>-?\d{1,10}))?')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
-  """One token: whose, its SHA-256, and whether it may control the server."""
+  """One token.
+
+  Attributes:
+    name: whose it is.
+    digest: its SHA-256, hexadecimal.
+    is_admin: whether it may control the server, and abort anybody's requests.
+    min_priority: the smallest that its requests may have; None for any.
+  """
 
   name: str
   digest: str
   is_admin: bool
+  min_priority: int | None
+
+
+# What the call that is under way came with; set by `Interceptor`.
+CURRENT: contextvars.ContextVar[Token | None] = contextvars.ContextVar(
+  'token', default=None)
 
 
 def parse(text: str, path: str) -> tuple[Token, ...]:
@@ -46,15 +66,19 @@ def parse(text: str, path: str) -> tuple[Token, ...]:
     words = line.split()
     if not words or words[0].startswith('#'):
       continue
-    if len(words) not in (2, 3) or words[2:] not in ([], ['admin']):
+    match = _MORE.fullmatch(' '.join(sorted(words[2:])))
+    if len(words) < 2 or match is None:
       raise errors.ConfigError(
-        f'{path}, line {number}: must be "NAME TOKEN" or "NAME TOKEN admin".')
+        f'{path}, line {number}: must be {_FORM}, N an integer.')
     digest = (words[1].removeprefix(_PREFIX).lower()
               if words[1].startswith(_PREFIX) else _digest(words[1]))
     if len(digest) != hashlib.sha256().digest_size * 2:
       raise errors.ConfigError(
         f'{path}, line {number}: {_PREFIX} must be followed by 64 hex digits.')
-    tokens.append(Token(words[0], digest, len(words) == 3))
+    is_admin, priority = match['admin'] is not None, match['priority']
+    tokens.append(Token(
+      words[0], digest, is_admin, int(priority) if priority else (
+        None if is_admin else 0)))
   if not tokens:
     raise errors.ConfigError(f'{path}: has no token.')
   return tuple(tokens)
@@ -80,6 +104,12 @@ class Tokens:
       if hmac.compare_digest(token.digest.encode(), digest.encode()):
         found = token
     return found
+
+  def of_header(self, authorization: str) -> Token | None:
+    """The token of an authorization header, `Bearer TOKEN`."""
+    if not authorization.lower().startswith(_SCHEME):
+      return None
+    return self.find(authorization[len(_SCHEME):].strip())
 
   def _reload(self) -> None:
     try:
@@ -134,14 +164,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
       return await _refuse(
         continuation, handler_call_details, grpc.StatusCode.PERMISSION_DENIED,
         f'{service}: needs the token of an administrator.')
-    caller.TOKEN_NAME.set(token.name)
+    CURRENT.set(token)
     return await continuation(handler_call_details)
 
   def _token(self, details: grpc.HandlerCallDetails) -> Token | None:
     for key, value in details.invocation_metadata or ():
-      if key == 'authorization' and isinstance(value, str) and (
-          value.lower().startswith(_SCHEME)):
-        return self._tokens.find(value[len(_SCHEME):].strip())
+      if key == 'authorization' and isinstance(value, str):
+        return self._tokens.of_header(value)
     return None
 
 

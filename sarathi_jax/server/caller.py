@@ -3,33 +3,42 @@
 
 from __future__ import annotations
 
-import contextvars
 from typing import Any
 
 import grpc
 
+from sarathi_jax import errors
+from sarathi_jax.server import auth
 from sarathi_jax.server import frontend
-
-# The name of the token that the call came with; set by `auth.Interceptor`.
-TOKEN_NAME: contextvars.ContextVar[str] = contextvars.ContextVar(
-  'token_name', default='')
 
 # What a client calls itself, which tells apart those behind one token.
 CLIENT_ID = 'x-client-id'
+_MAX_ID_LEN = 128  # as it is remembered for some time
 _TRACE_HEADERS = ('traceparent', 'tracestate')
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def of(context: Context) -> frontend.Caller:
-  """Reads a call's metadata."""
+  """Reads a call's metadata.
+
+  Raises:
+    InvalidRequestError: its client's id is too long.
+  """
   metadata = {
     key: value for key, value in context.invocation_metadata() or ()
     if isinstance(value, str)}
-  named = metadata.get(CLIENT_ID, '')
-  client = '/'.join(filter(None, (TOKEN_NAME.get(), named)))
+  client_id = metadata.get(CLIENT_ID, '')
+  if len(client_id) > _MAX_ID_LEN:
+    raise errors.InvalidRequestError(
+      f'{CLIENT_ID}: has {len(client_id)} characters; must have at most '
+      f'{_MAX_ID_LEN}.')
+  token = auth.CURRENT.get()
   # Without its port: a client has one address and many connections.
+  tenant = token.name if token else context.peer().rpartition(':')[0]
   return frontend.Caller(
-    client=client or context.peer().rpartition(':')[0],
+    tenant=tenant, client=f'{tenant}/{client_id}' if client_id else tenant,
+    min_priority=token.min_priority if token else None,
+    is_admin=token is not None and token.is_admin,
     timeout_s=context.time_remaining(),
     trace={key: metadata[key] for key in _TRACE_HEADERS if key in metadata})

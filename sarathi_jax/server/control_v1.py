@@ -103,7 +103,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
                   context: Context) -> pb.DrainResponse:
     async with self._checked(request, context):
       self._set_draining(True)
-      await self._frontend.drained()
+      await self._frontend.drain()
       return pb.DrainResponse()
 
   async def UpdateWeights(self, request: pb.UpdateWeightsRequest,

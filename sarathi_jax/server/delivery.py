@@ -19,8 +19,8 @@ _Outgoing = tuple[outbox.Stream, types.OutputDelta | Exception]
 class Delivery:
   """The streams of the requests that the engine has.
 
-  Deltas are routed here, not by request id on the event loop, where one of a
-  request just closed could still reach another that took over its id. The
+  Deltas are routed here, not by key on the event loop, where one of a
+  request just closed could still reach another that took over its key. The
   engine thread's own, but for `get`.
 
   Args:
@@ -35,28 +35,27 @@ class Delivery:
   def __len__(self) -> int:
     return len(self._streams)
 
-  def __iter__(self) -> Iterator[str]:
-    """The ids of the requests."""
-    return iter(self._streams)
+  def __iter__(self) -> Iterator[types.Request]:
+    return (stream.request for stream in self._streams.values())
 
-  def get(self, request_id: str) -> outbox.Stream | None:
-    return self._streams.get(request_id)
+  def get(self, key: str) -> outbox.Stream | None:
+    return self._streams.get(key)
 
   def add(self, stream: outbox.Stream) -> None:
     """Takes on the stream of a request that the engine was given."""
-    self._streams[stream.request.request_id] = stream
+    self._streams[stream.request.key] = stream
 
-  def remove(self, request_id: str) -> outbox.Stream | None:
+  def remove(self, key: str) -> outbox.Stream | None:
     """Takes out the stream of a request that ended; None if it is not here."""
-    return self._streams.pop(request_id, None)
+    return self._streams.pop(key, None)
 
   def drop(self, stream: outbox.Stream) -> bool:
-    """Takes out this very stream, not another of its id; False if it is not
+    """Takes out this very stream, not another of its key; False if it is not
     here."""
-    request_id = stream.request.request_id
-    is_here = self._streams.get(request_id) is stream
+    key = stream.request.key
+    is_here = self._streams.get(key) is stream
     if is_here:
-      del self._streams[request_id]
+      del self._streams[key]
     return is_here
 
   def route(self, delta: types.OutputDelta) -> outbox.Stream | None:
@@ -111,8 +110,10 @@ def gone_error(fault: BaseException | None) -> errors.EngineDeadError:
   fault. A new one for every reader, as raising an exception changes it."""
   if fault is None:
     return errors.EngineDeadError('the server is shutting down')
+  # No more than its name: a message may have paths, or what others sent.
   error = errors.EngineDeadError(
-    f'the engine stopped after a fault: {type(fault).__name__}: {fault}')
+    f'the engine stopped after a fault: {type(fault).__name__}; see the log '
+    'of the server.')
   error.__cause__ = fault
   return error
 

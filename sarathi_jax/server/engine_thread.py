@@ -9,7 +9,7 @@
   Stream.__anext__   <-- one callback a step, with all its deltas --
 
 Who waits is `waiting`'s; how a delta or an error reaches its reader,
-`delivery`'s.
+`delivery`'s; how a request ends before its time, `endings`'.
 
 Every request that `submit` took ends in exactly one way: its last delta, an
 error, or being closed by its reader. A step that fails ends the requests that
@@ -20,7 +20,7 @@ condition while there is nothing to do. Imports no gRPC and no JAX.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection
 import concurrent.futures
 import functools
 import threading
@@ -33,6 +33,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import delivery
+from sarathi_jax.server import endings
 from sarathi_jax.server import outbox
 from sarathi_jax.server import pausing
 from sarathi_jax.server import waiting
@@ -83,6 +84,8 @@ class EngineThread:
     self._gone: Callable[[], errors.EngineDeadError] | None = None
     # The engine thread's own, what follows.
     self._streams = delivery.Delivery(loop)
+    self._endings = endings.Endings(
+      self._waiting, self._streams, self._wakeup)
     self._pause = pausing.Pause()
     self._num_faults = 0  # steps that failed since one went well
     # Not joined at exit: a second signal must not wait for a long step.
@@ -113,9 +116,8 @@ class EngineThread:
     with self._wakeup:
       gone = self._is_gone()
       if gone is None:
-        live = self._streams.get(request.request_id)
-        if request.request_id in self._waiting or (
-            live and not live.is_closed):
+        live = self._streams.get(request.key)
+        if request.key in self._waiting or (live and not live.is_closed):
           raise errors.InvalidRequestError(
             f'request_id={request.request_id!r}: a request of this id is '
             'running or waiting; ids must be unique.')
@@ -139,6 +141,11 @@ class EngineThread:
   def is_paused(self) -> bool:
     return self._pause.is_holding
 
+  @property
+  def is_up(self) -> bool:
+    """Whether there is an engine: it is made, and has not stopped."""
+    return self._ready.done() and self._is_gone() is None
+
   async def pause(self, mode: pausing.PauseMode) -> None:
     """Begins no requests until `resume`; what comes waits in the queue.
 
@@ -151,19 +158,36 @@ class EngineThread:
 
     def pause(engine: engine_lib.Engine) -> None:
       if mode is pausing.PauseMode.ABORT:
-        self._abort(list(self._streams), engine)
+        running = frozenset(request.key for request in self._streams)
+        self._endings.abort(lambda r: r.key in running, engine)
       self._pause.begin(mode, idle)
 
     await self.call(pause)
     await asyncio.wrap_future(idle)
 
   async def resume(self) -> None:
-    """Ends a pause."""
+    """Ends a pause or a drain."""
     await self.call(lambda engine: self._pause.end())
 
-  async def abort(self, request_ids: Sequence[str]) -> list[str]:
-    """Aborts requests, whose streams end with ABORT; returns those found."""
-    return await self.call(functools.partial(self._abort, request_ids))
+  async def drain(self) -> None:
+    """Begins no requests but those that a step has room for, until `resume`.
+
+    The others end with EngineDeadError at once: they would wait in vain, and
+    another server may have room. A pause ends, or what runs never would.
+    """
+    with self._wakeup:  # At once, however long the step under way takes.
+      left_out = [] if self._waiting.has_room else self._waiting.take_all()
+    for stream in left_out:
+      stream.put(delivery.gone_error(None))
+    await self.call(lambda engine: self._pause.end(is_draining=True))
+
+  async def abort(self, request_ids: Collection[str],
+                  tenant: str | None) -> list[str]:
+    """Ends requests of a tenant, or of anybody if that is None, with ABORT;
+    returns those found."""
+    wanted = frozenset(request_ids)
+    return await self.call(lambda engine: self._endings.abort(
+      lambda r: r.request_id in wanted and tenant in (None, r.tenant), engine))
 
   async def call(self, function: Callable[[engine_lib.Engine], T]) -> T:
     """Runs a function of the engine between two steps.
@@ -231,7 +255,7 @@ class EngineThread:
     with self._wakeup:
       if self._waiting.drop(stream):
         return
-    self._send(_Command(functools.partial(self._drop, stream),
+    self._send(_Command(functools.partial(self._endings.drop, stream),
                         lambda error: None))
 
   # What follows runs on the engine's thread.
@@ -247,10 +271,11 @@ class EngineThread:
         self._streams.flush()  # refusals need not wait for a step
         if not self._pause.is_paused:
           for delta in self._step(engine):
-            self._route(delta)
+            self._endings.route(delta)
           self._streams.flush()
         if not engine.has_work:
           self._pause.tell_idle()
+          self._waiting.has_room = True
     except BaseException as fault:
       # Whatever it was: no reader may wait for ever.
       self._end(fault)
@@ -272,7 +297,7 @@ class EngineThread:
       return commands
 
   def _feed(self, engine: engine_lib.Engine) -> None:
-    if self._pause.is_holding or not len(self._waiting):
+    if self._pause.is_holding:
       return
     with self._wakeup:
       for stream, refusal in self._waiting.begin(engine):
@@ -280,6 +305,9 @@ class EngineThread:
           self._streams.add(stream)
         else:
           self._streams.put(stream, refusal)
+      if self._pause.is_draining:
+        for stream in self._waiting.take_all():
+          self._streams.put(stream, delivery.gone_error(None))
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
     start = engine.clock()
@@ -293,9 +321,7 @@ class EngineThread:
       failed = engine.recover(fault)
       logging.error('A step failed; %d requests were in it.', len(failed),
                     exc_info=fault)
-      for request_id in failed:
-        if stream := self._streams.remove(request_id):
-          self._streams.put(stream, delivery.step_error(request_id, fault))
+      self._endings.fail(failed, fault)
       return []
     if deltas:
       self._num_faults = 0
@@ -303,31 +329,6 @@ class EngineThread:
       with self._wakeup:
         self._waiting.observe_step(engine.clock() - start)
     return deltas
-
-  def _drop(self, stream: outbox.Stream, engine: engine_lib.Engine) -> None:
-    if self._streams.drop(stream):
-      engine.abort(stream.request.request_id)
-
-  def _abort(self, request_ids: Sequence[str],
-             engine: engine_lib.Engine) -> list[str]:
-    found = []
-    for request_id in request_ids:
-      with self._wakeup:
-        stream = self._waiting.remove(request_id)
-      if stream is None and engine.abort(request_id):
-        stream = self._streams.remove(request_id)
-      if stream is not None:
-        found.append(request_id)
-        self._streams.put(stream, types.OutputDelta(
-          request_id, '', (), (), types.FinishReason.ABORT))
-    return found
-
-  def _route(self, delta: types.OutputDelta) -> None:
-    ended = self._streams.route(delta)
-    if ended is not None and delta.metrics is not None:
-      with self._wakeup:
-        self._waiting.charge(
-          ended.request.client, delta.metrics.num_output_tokens)
 
   def _end(self, fault: BaseException | None) -> None:
     with self._wakeup:

@@ -22,8 +22,9 @@ _FLAGS: dict[str, tuple[Any, str]] = {
   'max_message_mib': (
     flags.DEFINE_float, 'The largest message that is read, MiB.'),
   'auth_tokens': (
-    flags.DEFINE_string, 'A file of bearer tokens, a line each: NAME TOKEN, '
-    'or NAME TOKEN admin. TOKEN may be sha256:HEX. It may change any time.'),
+    flags.DEFINE_string, 'A file of bearer tokens, a line each: NAME TOKEN '
+    '[admin] [priority=N]. TOKEN may be sha256:HEX, N is the smallest priority '
+    'to ask for. It may change any time.'),
   'reflection': (
     flags.DEFINE_bool, 'Whether the server describes its services.'),
   'control': (

@@ -8,7 +8,13 @@ and sees to it that a request ends when its reader does. Imports no gRPC.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import (
+  AsyncIterator,
+  Callable,
+  Collection,
+  Mapping,
+  Sequence,
+)
 import contextlib
 import dataclasses
 import enum
@@ -46,13 +52,20 @@ class Caller:
   """Where a request comes from.
 
   Attributes:
-    client: the name of its token, and what it calls itself; else its
-      address. Fairness is between these.
+    tenant: the name of its token; else its address. Fairness is between
+      these, and who has one may abort all requests of it.
+    client: that, and what it calls itself. Fairness of one tenant's requests
+      is between these.
+    min_priority: the smallest that its requests may have; None for any.
+    is_admin: whether it may abort anybody's requests.
     timeout_s: until its deadline; None without one.
     trace: W3C trace context.
   """
 
+  tenant: str = ''
   client: str = ''
+  min_priority: int | None = None
+  is_admin: bool = False
   timeout_s: float | None = None
   trace: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -133,9 +146,15 @@ class Frontend:
     """Requests between admission and the end of their reader."""
     return self._num_open
 
-  async def abort(self, request_ids: Sequence[str]) -> list[str]:
-    """Ends requests; returns those that were running or waiting."""
-    return await self._engine_thread.abort(request_ids)
+  async def abort(self, request_ids: Collection[str],
+                  caller: Caller) -> list[str]:
+    """Ends requests that are the caller's to end.
+
+    Returns:
+      Those of them that were running or waiting.
+    """
+    return await self._engine_thread.abort(
+      request_ids, None if caller.is_admin else caller.tenant)
 
   @property
   def engine_thread(self) -> engine_thread_lib.EngineThread:
@@ -148,8 +167,13 @@ class Frontend:
     return dataclasses.replace(
       stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued)
 
-  async def drained(self) -> None:
-    """Waits until no request is open."""
+  async def drain(self) -> None:
+    """Ends what could not begin, and waits until no request is open.
+
+    Raises:
+      EngineDeadError: the engine has stopped.
+    """
+    await self._engine_thread.drain()
     await self._all_closed.wait()
 
   def cut_off(self) -> None:
@@ -176,6 +200,7 @@ class Frontend:
 
     Raises:
       InvalidRequestError: the request can't be served.
+      ForbiddenError: the caller may not ask for this priority.
       CapacityError: too many wait, or the reader is too slow.
       DeadlineError: it can't be served in time.
       StepError: a step that it was in failed.
@@ -186,12 +211,16 @@ class Frontend:
     if request_id == '':
       raise errors.InvalidRequestError(
         'request_id=\'\': must not be empty; leave it out to have one made.')
+    if caller.min_priority is not None and priority < caller.min_priority:
+      raise errors.ForbiddenError(
+        f'priority={priority}: must be >= {caller.min_priority} with the '
+        f'token of {caller.tenant}.')
     now = self.engine.clock()
     self.last_arrival = time.time()
     draft = types.Request(
       request_id=request_id or uuid.uuid4().hex, prompt_token_ids=(),
-      sampling=sampling, arrival_time=now, client=caller.client,
-      priority=priority, tier=tier, deadline=(
+      sampling=sampling, arrival_time=now, tenant=caller.tenant,
+      client=caller.client, priority=priority, tier=tier, deadline=(
         None if caller.timeout_s is None else now + caller.timeout_s))
     self._num_open += 1
     self._all_closed.clear()

@@ -75,8 +75,8 @@ GAUGES = (
 COUNTERS = (
   _Value('num_preemptions', 'Requests whose pages were taken back.',
          lambda s: s.stats.num_preemptions),
-  _Value('prompt_tokens', 'Tokens of prompts computed.',
-         lambda s: s.totals.num_prefilled),
+  _Value('prompt_tokens', 'Tokens of prompts computed, each counted once.',
+         lambda s: s.stats.num_prefilled),
   _Value('generation_tokens', 'Tokens generated.',
          lambda s: s.totals.num_generated),
   _Value('steps', 'Steps launched.', lambda s: s.totals.num_steps),

@@ -113,7 +113,8 @@ class OpenInferenceService(
 
   async def ModelStreamInfer(self, requests: Any, context: Context) -> None:
     # What a request is refused with ends its own responses, not the stream.
-    caller = caller_lib.of(context)
+    async with status.reported(context):
+      caller = caller_lib.of(context)
     writing = asyncio.Lock()
     running: set[asyncio.Task[None]] = set()
     try:
@@ -161,6 +162,8 @@ class OpenInferenceService(
         error_message=f'[{code.name}] {message}')
       response.infer_response.id = request.id
       response.infer_response.model_name = request.model_name
+      for key, value in status.hints(error):
+        response.infer_response.parameters[key].string_param = value
       _set_final(response.infer_response, True)
       await write(response)
 

@@ -22,11 +22,13 @@ class Pause:
   Attributes:
     is_holding: no requests begin.
     is_paused: no steps are made either.
+    is_draining: what does not begin at once never will.
   """
 
   def __init__(self) -> None:
     self.is_holding = False
     self.is_paused = False
+    self.is_draining = False
     self._when_idle: list[concurrent.futures.Future[None]] = []
 
   def begin(self, mode: PauseMode,
@@ -38,9 +40,10 @@ class Pause:
     if self.is_paused:
       self.tell_idle()
 
-  def end(self) -> None:
-    """Ends the pause."""
+  def end(self, *, is_draining: bool = False) -> None:
+    """Ends the pause, for good or to drain."""
     self.is_holding = self.is_paused = False
+    self.is_draining = is_draining
 
   def tell_idle(self) -> None:
     """Tells who waits for it that nothing runs any more."""

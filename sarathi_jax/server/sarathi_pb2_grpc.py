@@ -69,7 +69,9 @@ class SarathiServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends requests of other calls. Their streams finish with ABORT.
+        """Ends requests of other calls, of the caller's own token (without tokens, of
+        its address); an administrator's ends anybody's. Their streams finish with
+        ABORT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -308,8 +310,8 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new requests, with health NOT_SERVING, and waits for the end of
-        those that are open.
+        """Refuses new requests, and those that wait and have no room to begin, with
+        health NOT_SERVING; ends a pause; and waits for the end of what is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,7 +69,8 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
                   context: Context) -> pb.AbortResponse:
     async with status.reported(context):
       return pb.AbortResponse(
-        aborted=await self._frontend.abort(request.request_ids))
+        aborted=await self._frontend.abort(
+          request.request_ids, caller.of(context)))
 
   async def GetModelInfo(self, request: pb.GetModelInfoRequest,
                          context: Context) -> pb.GetModelInfoResponse:

@@ -170,9 +170,7 @@ class Server:
     self._set_draining(True)
     try:
       async with asyncio.timeout(self._config.drain_s):
-        if self._engine_thread.is_paused:  # what it holds would never end
-          await self._engine_thread.resume()
-        await self.frontend.drained()
+        await self.frontend.drain()
     except errors.EngineDeadError:
       pass
     except TimeoutError:

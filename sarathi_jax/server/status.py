@@ -15,6 +15,7 @@ from sarathi_jax import errors
 # The first that fits. Anything else is a defect of ours: INTERNAL.
 CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
   (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+  (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
   (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
   (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),  # new weights
   (errors.CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -38,8 +39,7 @@ def hints(error: Exception) -> tuple[tuple[str, str], ...]:
 
   gRPC's own retries heed the first, people and proxies the second.
   """
-  if not isinstance(error, errors.CapacityError) or (
-      error.retry_after_s is None):
+  if not isinstance(error, errors.CapacityError):
     return ()
   return (('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
           ('retry-after', f'{max(error.retry_after_s, 1):.0f}'))

@@ -76,7 +76,7 @@ class VllmEngineService(
   async def Abort(self, request: pb.AbortRequest,
                   context: Context) -> pb.AbortResponse:
     async with status.reported(context):
-      await self._frontend.abort(request.request_ids)
+      await self._frontend.abort(request.request_ids, caller.of(context))
       return pb.AbortResponse()
 
   async def HealthCheck(self, request: pb.HealthCheckRequest,

@@ -15,6 +15,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import outbox
 
+_LEAST_URGENT = 2**31 - 1  # of protocols' priorities, so that all are ahead
+
 
 class Waiting:
   """The streams of the requests that wait to begin. Not thread-safe.
@@ -28,12 +30,16 @@ class Waiting:
     self._streams: dict[str, outbox.Stream] = {}
     self._step_s = 0.0  # what a step takes lately
     self._token_budget = 1
+    self.has_room = True  # for more to begin, as far as is known
 
   def __len__(self) -> int:
     return len(self._queue)
 
-  def __contains__(self, request_id: str) -> bool:
-    return request_id in self._queue
+  def __contains__(self, key: str) -> bool:
+    return key in self._queue
+
+  def __iter__(self) -> Iterator[types.Request]:
+    return iter(self._queue)
 
   @property
   def num_tokens(self) -> int:
@@ -51,26 +57,26 @@ class Waiting:
     self._check_deadline(request, request.arrival_time)
     self._queue.push(request, self._token_budget / self._step_s
                      if self._step_s else None)
-    self._streams[request.request_id] = stream
+    self._streams[request.key] = stream
 
-  def remove(self, request_id: str) -> outbox.Stream | None:
+  def remove(self, key: str) -> outbox.Stream | None:
     """Takes out one that has left; None if it is not here."""
-    self._queue.remove(request_id)
-    return self._streams.pop(request_id, None)
+    self._queue.remove(key)
+    return self._streams.pop(key, None)
 
   def drop(self, stream: outbox.Stream) -> bool:
-    """Takes out this very stream, not another of its id; False if it is not
+    """Takes out this very stream, not another of its key; False if it is not
     here."""
-    request_id = stream.request.request_id
-    is_here = self._streams.get(request_id) is stream
+    key = stream.request.key
+    is_here = self._streams.get(key) is stream
     if is_here:
-      self.remove(request_id)
+      self.remove(key)
     return is_here
 
   def take_all(self) -> list[outbox.Stream]:
     """Takes out all that wait, as none will begin any more."""
     return [stream for request in list(self._queue)
-            if (stream := self.remove(request.request_id)) is not None]
+            if (stream := self.remove(request.key)) is not None]
 
   def begin(self, engine: engine_lib.Engine,
             ) -> Iterator[tuple[outbox.Stream, Exception | None]]:
@@ -81,11 +87,16 @@ class Waiting:
       if the engine has it now.
     """
     self._token_budget = engine.info.token_budget
-    num_requests, num_tokens = engine.room()
     now = engine.clock()
-    while len(self._queue) and num_requests > 0 and num_tokens > 0:
-      request = self._queue.pop()
-      stream = self._streams.pop(request.request_id)
+    priority: int | None = None
+    while (request := self._queue.peek()) is not None:
+      if request.priority != priority:
+        priority = request.priority
+        num_requests, num_tokens = engine.room(priority)
+      if min(num_requests, num_tokens) <= 0:
+        break
+      self._queue.pop()
+      stream = self._streams.pop(request.key)
       try:
         self._check_deadline(request, now)
         engine.add(request)
@@ -95,10 +106,11 @@ class Waiting:
         yield stream, None
         num_requests -= 1
         num_tokens -= len(request.prompt_token_ids)
+    self.has_room = min(engine.room(_LEAST_URGENT)) > 0
 
-  def charge(self, client: str, num_output: int) -> None:
-    """Counts the tokens that were generated for a client."""
-    self._queue.charge(client, 0, num_output)
+  def charge(self, request: types.Request, num_output: int) -> None:
+    """Counts the tokens that were generated for a request."""
+    self._queue.charge(request, 0, num_output)
 
   def observe_step(self, step_s: float) -> None:
     """Learns what a step took, in seconds."""

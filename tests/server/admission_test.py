@@ -52,9 +52,71 @@ def test_a_client_with_long_prompts_does_not_hold_up_others() -> None:
   assert _order(queue) == 'apqrsbcd'
 
 
+def _tenants(*names: str) -> admission.Queue:
+  """Requests such as 'xa1': of the tenant x, of its client a."""
+  queue = _queue()
+  for name in names:
+    queue.push(types.Request(
+      request_id=name, prompt_token_ids=(1,), tenant=name[0],
+      client=name[:2]), None)
+  return queue
+
+
+def test_turns_are_between_tenants_then_between_their_clients() -> None:
+  queue = _tenants('xa1', 'xb1', 'xc1', 'xd1', 'ya1', 'ya2', 'yb1')
+  order = _order_ids(queue)
+  assert order == ['xa1', 'ya1', 'xb1', 'yb1', 'xc1', 'ya2', 'xd1']
+
+
+def test_a_client_that_is_new_gets_no_credit_by_an_empty_queue() -> None:
+  queue = _queue()
+  for i in range(20):  # It has been served a lot, alone.
+    queue.push(_request(f'old {i}', client='old'), None)
+    queue.charge(queue.pop(), 0, 100)
+  for i in range(30):
+    queue.push(_request(f'new {i}', client='new', num_tokens=50), None)
+  queue.push(_request('old', client='old'), None)
+  assert _order_ids(queue).index('old') < 10
+
+
+@hypothesis.given(st.lists(st.tuples(
+  st.sampled_from('xyz'), st.sampled_from('abc'), st.integers(1, 9)),
+  min_size=9, max_size=60))
+def test_tenants_that_wait_are_served_alike(
+    asked: list[tuple[str, str, int]]) -> None:
+  queue = _queue()
+  for i, (tenant, client, num_tokens) in enumerate(asked):
+    queue.push(types.Request(
+      request_id=str(i), prompt_token_ids=(1,) * num_tokens, tenant=tenant,
+      client=tenant + client), None)
+  served = dict.fromkeys('xyz', 0)
+  while len(queue):
+    waiting = {r.tenant for r in queue}
+    request = queue.pop()
+    served[request.tenant] += len(request.prompt_token_ids)
+    counts = [served[tenant] for tenant in waiting]
+    assert max(counts) - min(counts) <= 9  # the longest prompt
+
+
+def test_what_is_remembered_of_names_is_bounded(
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(admission, '_MAX_KNOWN', 5)
+  queue = _queue()
+  for i in range(50):
+    for tenant in ('x', f't{i}'):
+      queue.push(types.Request(
+        request_id=str(i), prompt_token_ids=(1,), tenant=tenant,
+        client=f'{tenant}/{i}'), None)
+    queue.pop()
+    queue.pop()
+  known = [queue._tenants, *queue._clients.values()]
+  assert all(len(shares._served) <= 6 for shares in known)
+  assert len(queue._clients) <= 6
+
+
 def test_output_counts_twice() -> None:
   queue = _queue(_request('a', client='x'), _request('b', client='y'))
-  queue.charge('x', 0, 1)
+  queue.charge(_request('c', client='x'), 0, 1)
   assert _order(queue) == 'ba'
 
 
@@ -214,3 +276,4 @@ def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
       list(slow)
     assert slow.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert 'reads too slowly' in slow.details()
+    assert int(dict(slow.trailing_metadata())['retry-after']) > 0

@@ -164,6 +164,19 @@ def test_profile_for_some_steps(
   assert folder.is_dir() and folder.parent.name == 'traces'
 
 
+def test_a_second_profile_is_told_when_to_try_again(
+    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  running, done = events
+  first = _control(running).Profile.future(pb.ProfileRequest(num_steps=5))
+  fake.wait_until(lambda: bool(done))
+  with pytest.raises(grpc.RpcError) as caught:
+    _control(running).Profile(pb.ProfileRequest(num_steps=1))
+  assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+  assert int(dict(caught.value.trailing_metadata())['retry-after']) > 0
+  first.cancel()
+  fake.wait_until(lambda: done[-1] == 'stop')
+
+
 def test_a_profile_that_is_cancelled_ends(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, done = events

@@ -131,12 +131,12 @@ def test_a_fault_fails_every_request_and_all_later_ones(
     for outcome in await asyncio.gather(
         *map(_tokens, streams), return_exceptions=True):
       assert isinstance(outcome, errors.EngineDeadError)
-      assert 'the device is gone' in str(outcome)
+      assert 'the device is gone' not in str(outcome)  # may have paths
       assert isinstance(outcome.__cause__, RuntimeError)
     with pytest.raises(errors.EngineDeadError):
       await _tokens(thread.submit(_request('late')))
     with pytest.raises(errors.EngineDeadError):
-      await thread.abort(['0'])
+      await thread.abort(['0'], None)
     assert thread.join(fake.TIMEOUT_S)
     await asyncio.sleep(0)
     assert [str(d) for d in deaths] == ['the device is gone']
@@ -214,7 +214,7 @@ def test_random_closes_and_aborts_lose_nothing(seed: int) -> None:
         if len(tokens) > leave_after:
           break
         if rng.random() < 0.01:
-          await thread.abort([str(i)])
+          await thread.abort([str(i)], None)
       else:
         assert len(tokens) == max_tokens
     assert tokens == [(first + 1 + k) % 64 for k in range(len(tokens))]

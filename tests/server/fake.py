@@ -76,14 +76,15 @@ def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 def make_engine(
     runner: Callable[[int, int], fake_runner.FakeRunner] = (
       fake_runner.FakeRunner),
-    tokenizer_folder: pathlib.Path | None = None, **changes: Any,
+    tokenizer_folder: pathlib.Path | None = None,
+    model_name: str = 'counting', **changes: Any,
 ) -> engine_lib.Engine:
   """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
   config = config_lib.SchedulerConfig(**{
     'token_budget': 8, 'max_num_seqs': 4, 'max_model_len': 128,
     'num_pages': 64, 'page_size': 4, **changes})
   info = engine_lib.EngineInfo(
-    model_name='counting', family='fake', vocab_size=VOCAB_SIZE,
+    model_name=model_name, family='fake', vocab_size=VOCAB_SIZE,
     max_model_len=config.max_model_len,
     eos_token_ids=tuple(sorted(config.eos_token_ids)), policy='sarathi',
     token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
+from sarathi_jax.server import admission
 from sarathi_jax.server import open_inference_pb2 as pb
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import tensors
@@ -259,3 +260,20 @@ def test_statistics(server: fake.RunningServer) -> None:
   assert after.inference_count == before.inference_count + 1
   assert after.execution_count > before.execution_count
   assert after.inference_stats.success.ns > before.inference_stats.success.ns
+
+
+def test_a_response_of_a_stream_says_when_to_try_again(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated(max_num_seqs=1, config={
+    'limits': admission.Limits(max_waiting=1)})
+  calls = [running.generate(token_ids=[1], sampling={'max_tokens': 3})]
+  runner.let(1)
+  assert next(calls[0]).token_ids[0] == 2
+  calls.append(running.generate(token_ids=[1], sampling={'max_tokens': 3}))
+  running.wait_until_open(2)
+  last = _stream(running, _request(ids=[1]))[-1]
+  assert last.error_message.startswith('[RESOURCE_EXHAUSTED]')
+  parameters = last.infer_response.parameters
+  assert int(parameters['retry-after'].string_param) > 0
+  assert int(parameters['grpc-retry-pushback-ms'].string_param) > 0
+  runner.open()
