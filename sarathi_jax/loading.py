@@ -50,13 +50,14 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
   """`LLM.from_checkpoint` with a progress bar on standard error.
 
   Args:
-    checkpoint, config, cache_dir, convert, model_name: see there.
+    checkpoint, config, cache_dir, convert: see there.
+    model_name: see `served_name`.
     leader: of `join`.
     console: where to show it.
   """
   console = console or rich.console.Console(stderr=True)
   xla_flags.set_environment(os.environ)
-  name = model_name or checkpoint
+  path = pathlib.Path(checkpoint).expanduser()
   start = time.monotonic()
   told = progress_lib.Lines(console)
   with _quiet(), progress_lib.bar(console) as progress:
@@ -64,7 +65,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
 
     @contextlib.contextmanager
     def converting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-      console.print(f'Converting {rich.markup.escape(name)} (once) ...',
+      shown = rich.markup.escape(model_name or checkpoint)
+      console.print(f'Converting {shown} (once) ...',
                     highlight=False, soft_wrap=True)
       bar = progress.add_task(
         title.capitalize(), total=total, count=filesize.decimal(total))
@@ -82,7 +84,6 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
                       count=f'{done}/{total}')
       told.tell(lambda: f'{what}: {done} of {total}')
 
-    path = pathlib.Path(checkpoint).expanduser()
     kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())
     kept = kept.expanduser()
     if convert:
@@ -91,7 +92,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
         functools.partial(building.make_mesh, config=config))
     llm = llm_lib.LLM.from_checkpoint(
       path if path.exists() else checkpoint, config=config, cache_dir=kept,
-      convert=convert, model_name=name,
+      convert=convert, model_name=model_name or served_name(checkpoint),
       leader=leader, on_loaded=on_loaded,
       on_compiled=on_compiled)
   collect_less_garbage()
@@ -104,6 +105,13 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     f'{info.max_model_len:,} a sequence.',
     highlight=False, soft_wrap=True)
   return llm
+
+
+def served_name(checkpoint: str) -> str:
+  """What a checkpoint is called where nobody says: a folder's own name, as who
+  asks what is served need not know where it lies; else its id."""
+  path = pathlib.Path(checkpoint).expanduser()
+  return path.resolve().name if path.exists() else checkpoint
 
 
 def join(processes: Mapping[str, Any] | None, checkpoint: str,

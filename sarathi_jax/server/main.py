@@ -43,8 +43,8 @@ def define_flags() -> None:
     'converted once. Default: the quickstart model.')
   flags.DEFINE_string(
     'served_model_name', None,
-    'What clients are told that the model is called. Default: --checkpoint, as '
-    'it is given.')
+    'What clients are told that the model is called. Default: the name of the '
+    'folder --checkpoint, or the id.')
   flags.DEFINE_string(
     'host', '127.0.0.1',
     'The address to listen at. 0.0.0.0 lets in whoever can reach this '

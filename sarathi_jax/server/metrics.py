@@ -14,6 +14,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 import concurrent.futures
+import threading
 import time
 from typing import NamedTuple
 
@@ -25,9 +26,12 @@ from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
+from sarathi_jax.server import auth
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend
 from sarathi_jax.server import request_log
+from sarathi_jax.server import tls
+from sarathi_jax.server import web
 
 _SCRAPE_S = 5.0  # a step that takes longer is not waited for
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
@@ -147,7 +151,8 @@ class Collector(registry_lib.Collector):
 
   def collect(self) -> Iterator[core.Metric]:
     is_up = self._read()
-    yield self._gauge('engine_up', 'Whether the engine runs.', float(is_up))
+    yield self._gauge('engine_up', 'Whether the engine serves; 0 while it is '
+                      'loaded, and after a fault.', float(is_up))
     yield self._gauge('is_paused', 'Whether no requests begin.',
                       float(self._thread.is_paused))
     requests = core.CounterMetricFamily(
@@ -161,10 +166,14 @@ class Collector(registry_lib.Collector):
 
   def _read(self) -> bool:
     """Takes a snapshot; keeps the last one if the engine is in a long step."""
+    if not self._thread.is_up:
+      return False
+    snapshot = asyncio.run_coroutine_threadsafe(
+      self._thread.call(_snapshot), self._loop)
     try:
-      self._last = asyncio.run_coroutine_threadsafe(
-        self._thread.call(_snapshot), self._loop).result(_SCRAPE_S)
+      self._last = snapshot.result(_SCRAPE_S)
     except concurrent.futures.TimeoutError:
+      snapshot.cancel()
       return True
     except (errors.EngineDeadError, RuntimeError):
       return False
@@ -233,24 +242,38 @@ def _snapshot(engine: engine_lib.Engine) -> Snapshot:
 
 
 class MetricsServer:
-  """Answers scrapes on a thread of its own.
+  """Answers scrapes on threads of its own.
+
+  Args:
+    collector: of what there is to tell.
+    host, port: where it listens.
+    tokens: one of which a scrape needs; None: it needs none.
+    files: with which it speaks TLS as the gRPC port does, clients'
+      certificates included; None for plain text.
 
   Raises:
-    ConfigError: the port can't be had.
+    ConfigError: the port can't be had, or a file can't be used.
   """
 
-  def __init__(self, collector: Collector, host: str, port: int) -> None:
+  def __init__(self, collector: Collector, host: str, port: int,
+               tokens: auth.Tokens | None = None,
+               files: tls.TlsFiles | None = None) -> None:
     registry = core.CollectorRegistry(auto_describe=False)
     registry.register(collector)
     prometheus_client.ProcessCollector(registry=registry)
+    app = prometheus_client.make_wsgi_app(registry)
     try:
-      self._server, self._thread = prometheus_client.start_http_server(
-        port, addr=host, registry=registry)
+      self._server = web.WebServer(
+        app if tokens is None else web.guarded(app, tokens), host, port,
+        None if files is None else tls.Contexts(files))
     except OSError as error:
       raise errors.ConfigError(
         f'metrics_port={port}: can\'t listen at {host}: {error.strerror}.'
       ) from error
     self.port: int = self._server.server_port
+    self._thread = threading.Thread(
+      target=self._server.serve_forever, name='metrics', daemon=True)
+    self._thread.start()
 
   def stop(self) -> None:
     self._server.shutdown()

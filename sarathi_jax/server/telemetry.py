@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from sarathi_jax import errors
 from sarathi_jax.engine import trace
+from sarathi_jax.server import auth
 from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import engine_thread as engine_thread_lib
@@ -73,8 +74,11 @@ class Telemetry:
       ConfigError: the port can't be had.
     """
     if self._collector is not None and self.metrics_port is not None:
+      config = self._config
+      tokens = (None if config.auth_tokens is None
+                else auth.Tokens(config.auth_tokens))
       server = metrics.MetricsServer(
-        self._collector, self._config.host, self.metrics_port)
+        self._collector, config.host, self.metrics_port, tokens, config.tls)
       self._closers.append(server.stop)
       self.metrics_port = server.port
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import ssl
 
 from absl import logging
 import grpc
@@ -51,6 +52,40 @@ def credentials(files: TlsFiles) -> grpc.ServerCredentials:
   return grpc.dynamic_ssl_server_credentials(
     config, fetch,  # type: ignore[arg-type]  # the stub forgets None
     require_client_authentication=files.client_ca is not None)
+
+
+class Contexts:
+  """Python's contexts of the same files; each call looks for new ones.
+
+  Raises:
+    ConfigError: a file can't be used.
+  """
+
+  def __init__(self, files: TlsFiles) -> None:
+    self._files = files
+    self._state, self._context = _stamps(files), _context(files)
+
+  def __call__(self) -> ssl.SSLContext:
+    try:
+      if (now := _stamps(self._files)) != self._state:
+        self._state, self._context = now, _context(self._files)
+    except (OSError, errors.ConfigError) as error:
+      logging.error('The certificate stays as it was: %s', error)
+    return self._context
+
+
+def _context(files: TlsFiles) -> ssl.SSLContext:
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  try:
+    context.load_cert_chain(files.cert, files.key)
+    if files.client_ca is not None:
+      context.load_verify_locations(files.client_ca)
+      context.verify_mode = ssl.CERT_REQUIRED
+  except OSError as error:  # SSLError is one.
+    raise errors.ConfigError(
+      f'tls_cert={str(files.cert)!r}, tls_key={str(files.key)!r}: can\'t be '
+      f'used: {error}.') from error
+  return context
 
 
 def _stamps(files: TlsFiles) -> tuple[tuple[int, int], ...]:

@@ -88,11 +88,11 @@ class VllmEngineService(
                          context: Context) -> pb.GetModelInfoResponse:
     async with status.reported(context):
       info = self._frontend.engine.info
+      # No paths of ours: the tokenizer comes by GetTokenizer.
       return pb.GetModelInfoResponse(
-        model_path=str(self._folder or info.model_name), is_generation=True,
+        model_path=info.model_name, is_generation=True,
         max_context_length=info.max_model_len, vocab_size=info.vocab_size,
         served_model_name=info.model_name,
-        tokenizer_path=str(self._folder or ''),
         model_type=info.family, eos_token_ids=info.eos_token_ids,
         max_req_input_len=info.max_model_len - 1,
         default_sampling_params_json=json.dumps(dict(info.default_sampling)))

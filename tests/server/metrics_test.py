@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import json
 import pathlib
 import re
+import socket
+import threading
+import time
 from typing import Any
 import urllib.request
 
@@ -140,6 +143,49 @@ def test_an_engine_that_stopped_shows() -> None:
       list(running.generate(token_ids=[1]))
     fake.wait_until(
       lambda: _value(_scrape(running)[1], 'engine_up') == 0)
+
+
+def test_the_engine_is_not_up_until_it_serves() -> None:
+  loaded = threading.Event()
+
+  def make() -> Any:
+    assert loaded.wait(fake.TIMEOUT_S)
+    return fake.make_engine()
+
+  with contextlib.closing(fake.RunningServer(
+      make, wait=False, metrics_port=0)) as running:
+    try:
+      start = time.monotonic()
+      assert _value(_scrape(running)[1], 'engine_up') == 0
+      assert time.monotonic() - start < metrics._SCRAPE_S  # nor waited for
+    finally:
+      loaded.set()
+    running.warming.result(fake.TIMEOUT_S)
+    assert _value(_scrape(running)[1], 'engine_up') == 1
+
+
+def test_prompts_count_once_though_they_are_computed_again(
+    gated: Callable[..., Any]) -> None:
+  running, runner = gated(
+    max_num_seqs=2, num_pages=32, config={'metrics_port': 0})
+  calls = [running.generate(token_ids=[i] * 40, sampling={'max_tokens': 80})
+           for i in range(4)]
+  running.wait_until_open(4)
+  runner.open()
+  assert [len(fake.take(call)) for call in calls] == [80] * 4
+  value = functools.partial(_value, _scrape(running)[1])
+  assert value('num_preemptions_total') > 0
+  assert value('prompt_tokens_total') == 4 * 40
+  assert running.stats().num_prefilled == 4 * 40
+
+
+def test_a_connection_that_says_nothing_holds_up_nobody(
+    scraped: fake.RunningServer) -> None:
+  port: Any = scraped.server.telemetry.metrics_port
+  with contextlib.ExitStack() as stack:
+    for _ in range(3):
+      stack.enter_context(socket.create_connection(('127.0.0.1', port)))
+    assert _value(_scrape(scraped)[1], 'engine_up') == 1
 
 
 def test_a_port_in_use_is_refused(scraped: fake.RunningServer) -> None:

@@ -9,8 +9,12 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import socket
+import ssl
 import subprocess
 from typing import Any
+import urllib.request
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -109,6 +113,7 @@ def test_tokens_follow_their_file(guarded: fake.RunningServer,
 
 @pytest.mark.parametrize('text, says', [
   ('', 'no token'), ('ann', 'line 1'), ('ann a user', 'line 1'),
+  ('ann a priority=x', 'line 1'), ('ann a admin admin', 'line 1'),
   ('# x\nann sha256:12', 'line 2')])
 def test_a_bad_file_of_tokens_is_named(
     tmp_path: pathlib.Path, text: str, says: str) -> None:
@@ -117,6 +122,14 @@ def test_a_bad_file_of_tokens_is_named(
     auth.Tokens(tmp_path / 'tokens')
   with pytest.raises(errors.ConfigError, match='none'):
     auth.Tokens(tmp_path / 'none')
+
+
+def test_columns_of_the_file_of_tokens() -> None:
+  tokens = auth.parse('a 1\nb 2 admin\nc 3 priority=-7\n'
+                      'd 4 admin priority=0\ne 5 priority=2 admin\n', 'file')
+  assert [(t.name, t.is_admin, t.min_priority) for t in tokens] == [
+    ('a', False, 0), ('b', True, None), ('c', False, -7), ('d', True, 0),
+    ('e', True, 2)]
 
 
 def test_the_log_names_the_client_and_no_prompt(
@@ -230,7 +243,6 @@ def test_mutual_tls(certs: pathlib.Path) -> None:
 
 def test_a_renewed_certificate_is_used(
     certs: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  import ssl
   files = tls.TlsFiles(cert=tmp_path / 'cert.pem', key=tmp_path / 'key.pem')
 
   def install(name: str) -> None:
@@ -249,6 +261,45 @@ def test_a_renewed_certificate_is_used(
     install('new')
     assert served(running).split() == (certs / 'new.pem').read_text().split()
     assert _is_served(running, certs)
+
+
+def _scrapes(running: fake.RunningServer, certs: pathlib.Path,
+             client: str | None = None) -> bool:
+  context = ssl.create_default_context(cafile=certs / 'ca.pem')
+  if client is not None:
+    context.load_cert_chain(certs / f'{client}.pem', certs / f'{client}.key')
+  port = running.server.telemetry.metrics_port
+  try:
+    with urllib.request.urlopen(f'https://127.0.0.1:{port}/metrics',
+                                context=context, timeout=5) as reply:
+      return b'sarathi:engine_up' in reply.read()
+  except OSError:
+    return False
+
+
+def test_metrics_are_guarded_as_calls_are(
+    certs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  files = tls.TlsFiles(cert=tmp_path / 'cert.pem', key=tmp_path / 'key.pem',
+                       client_ca=certs / 'ca.pem')
+
+  def install(name: str) -> None:
+    for path, end in ((files.cert, 'pem'), (files.key, 'key')):
+      shutil.copy(certs / f'{name}.{end}', path)
+
+  install('server')
+  with contextlib.closing(fake.RunningServer(
+      fake.make_engine, tls=files, metrics_port=0)) as running:
+    address = '127.0.0.1', running.server.telemetry.metrics_port
+    with socket.create_connection(address):  # says nothing, holds up nobody
+      assert _scrapes(running, certs, 'client')
+    assert not _scrapes(running, certs)
+    with pytest.raises(OSError), urllib.request.urlopen(
+        f'http://127.0.0.1:{address[1]}/metrics', timeout=5):
+      pass
+    install('new')
+    assert _scrapes(running, certs, 'client')
+    assert ssl.get_server_certificate(address).split() == (
+      certs / 'new.pem').read_text().split()
 
 
 def test_a_missing_certificate_is_one_error(tmp_path: pathlib.Path) -> None:
