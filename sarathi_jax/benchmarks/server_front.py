@@ -8,12 +8,16 @@ clients run here. `cpu_us_per_token` is the CPU time of the whole server divided
 by the tokens that it streamed; `front_cpu_us_per_token` leaves out the engine's
 thread, which schedules. What a message costs is held against a server of
 grpc.aio alone, which writes bytes that were made beforehand.
+
+With `--hostile`, it sends one body after another that a client can make large,
+and tells by how much each lengthens the longest gap of others' streams.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import multiprocessing
 import time
 from typing import Any, NamedTuple
@@ -28,8 +32,11 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import loading
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks import hostile
+from sarathi_jax.benchmarks import hostile_bodies
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
+from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -62,15 +69,44 @@ def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
     fake_runner.FakeRunner(_VOCAB, max_num_seqs, step_s), info=info)
 
 
+def make_roomy_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
+  """One with a tokenizer, that takes prompts of 100,000 tokens."""
+  tokenizer = tokenizer_lib.Tokenizer(hostile.TOKENIZER)
+  vocab_size, page_size, max_model_len = 2048, 512, 2**17
+  config = config_lib.SchedulerConfig(
+    token_budget=8192, max_num_seqs=max_num_seqs,
+    max_model_len=max_model_len, page_size=page_size,
+    num_pages=16 * max_model_len // page_size)
+  info = engine_lib.EngineInfo(
+    model_name='counting', family='fake', vocab_size=vocab_size,
+    max_model_len=max_model_len, eos_token_ids=(), policy='sarathi',
+    token_budget=config.token_budget, max_num_seqs=max_num_seqs,
+    num_pages=config.num_pages, page_size=page_size)
+  return engine_lib.Engine(
+    scheduler_lib.policy_class('sarathi')(config),
+    fake_runner.FakeRunner(vocab_size, max_num_seqs, step_s), info=info,
+    tokenizer=tokenizer)
+
+
+def serve_as_it_is(pipe: Any, max_num_seqs: int, step_s: float,
+                   stream_interval_ms: int) -> None:
+  """As `serve`, but with the server's own limits, and a tokenizer."""
+  serve(pipe, max_num_seqs, step_s, stream_interval_ms,
+        admission.Limits(), make_roomy_engine)
+
+
 def serve(pipe: Any, max_num_seqs: int, step_s: float,
-          stream_interval_ms: int) -> None:
+          stream_interval_ms: int,
+          limits: admission.Limits | None = None,
+          make: Callable[[int, float], engine_lib.Engine] = make_engine,
+          ) -> None:
   """A server in this process; tells its port, then CPU times on request."""
   async def main() -> None:
     server = server_lib.Server(
       server_lib.ServerConfig(
-        port=0, limits=admission.Limits(
+        port=0, limits=limits or admission.Limits(
           max_waiting=100_000, stream_interval_ms=stream_interval_ms)),
-      lambda: make_engine(max_num_seqs, step_s))
+      lambda: make(max_num_seqs, step_s))
     await server.start()
     await server.warm()
     loading.collect_less_garbage()  # As the server does.
@@ -146,18 +182,36 @@ async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
       *(one(stub, i) for i in range(num_streams))))
 
 
+@contextlib.contextmanager
+def running(serve: Callable[..., None], *args: Any) -> Iterator[
+    tuple[Any, int]]:
+  """A server in another process: a pipe to it, and its port."""
+  context = multiprocessing.get_context('spawn')
+  here, there = context.Pipe()
+  process = context.Process(target=serve, args=(there, *args))
+  process.start()
+  there.close()  # else nobody would hear of its death
+  try:
+    yield here, here.recv()
+    here.send(False)
+  finally:
+    process.join(20)
+    process.kill()
+
+
+def measure_hostile(repeats: int, step_s: float,
+                    only: str = '') -> Iterator[dict[str, Any]]:
+  """Sends all bodies whose name has `only` in it."""
+  with running(serve_as_it_is, 16, step_s, 0) as (_, port):
+    yield from hostile.measure(
+      port, hostile_bodies.all_bodies(only), repeats)
+
+
 def measure(num_streams: int, num_tokens: int, step_s: float,
             stream_interval_ms: int = 0,
             serve: Callable[..., None] = serve) -> dict[str, Any]:
   """Streams, and returns what it cost."""
-  here, there = multiprocessing.get_context('spawn').Pipe()
-  process = multiprocessing.get_context('spawn').Process(
-    target=serve, args=(there, num_streams, step_s, stream_interval_ms))
-  process.start()
-  there.close()  # else nobody would hear of its death
-  try:
-    port = here.recv()
-
+  with running(serve, num_streams, step_s, stream_interval_ms) as (here, port):
     def ask() -> _Spent:
       here.send(True)
       spent: _Spent = here.recv()
@@ -169,10 +223,6 @@ def measure(num_streams: int, num_tokens: int, step_s: float,
     messages = asyncio.run(drive(port, num_streams, num_tokens))
     seconds = time.monotonic() - start
     after = ask()
-    here.send(False)
-  finally:
-    process.join(20)
-    process.kill()
   num_out = num_streams * num_tokens
   cpu_s = after.cpu_s - before.cpu_s
   engine_s = after.engine_s - before.engine_s
@@ -213,11 +263,25 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
+  rows = _hostile() if FLAGS.hostile else _front()
+  common.write_json(FLAGS.json, 'server_front', FLAGS, rows,
+                    grpcio=grpc.__version__)
+
+
+def _hostile() -> list[dict[str, Any]]:
+  rows = []
+  for row in measure_hostile(
+      FLAGS.repeats, FLAGS.step_ms / 1e3, FLAGS.only):
+    print(hostile.line(row), flush=True)  # a slow server shows where
+    rows.append(row)
+  return rows
+
+
+def _front() -> list[dict[str, Any]]:
   rows = [compare(num_streams, FLAGS.tokens, FLAGS.step_ms / 1e3,
                   FLAGS.stream_interval_ms) for num_streams in FLAGS.streams]
   rich.print(table(rows))
-  common.write_json(FLAGS.json, 'server_front', FLAGS, rows,
-                    grpcio=grpc.__version__)
+  return rows
 
 
 if __name__ == '__main__':
@@ -226,5 +290,11 @@ if __name__ == '__main__':
   flags.DEFINE_integer('tokens', 100, 'Tokens a stream.')
   flags.DEFINE_float('step_ms', 20.0, 'What a step takes.')
   flags.DEFINE_integer('stream_interval_ms', 0, 'As the server\'s flag.')
+  flags.DEFINE_bool(
+    'hostile', False, 'Measure what large bodies do to others\' streams.')
+  flags.DEFINE_string('only', '', 'Of them, those with this in their name.')
+  flags.DEFINE_integer(
+    'repeats', 3, 'How often each is sent; the least harm counts, as others '
+    'may use the machine.')
   flags.DEFINE_string('json', None, 'A file for the result.')
   app.run(main)
