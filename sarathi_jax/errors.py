@@ -14,8 +14,35 @@
   │   └── CheckpointError   a checkpoint is missing, damaged or unknown
   └── EngineDeadError       the engine stopped; nothing more will be served
 
-A message names the field, the value it got, and the rule.
+A message names the field, the value it got, and the rule. A value may be as
+large as a client likes: a message has it by `shown`, and what else came from
+a client by `cut`.
 """
+
+from __future__ import annotations
+
+import reprlib
+
+_MOST = 100  # characters of a value, or of a part of it
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _MOST
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 10
+
+
+def shown(value: object) -> str:
+  """The repr of a value, or of its ends, and then its length."""
+  text = _SHORT.repr(value)
+  size = len(value) if isinstance(
+    value, (str, bytes, list, tuple, dict, set, frozenset)) else 0
+  return f'{text} (length {size:,})' if size > (
+    _MOST if isinstance(value, (str, bytes)) else 10) else text
+
+
+def cut(text: str, most: int = _MOST) -> str:
+  """A text, or its beginning, and then its length."""
+  if len(text) <= most:
+    return text
+  return f'{text[:most]}... (length {len(text):,})'
 
 
 class SarathiError(Exception):

@@ -38,8 +38,8 @@ def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
     given_id = fields.get('request_id', request_id)
     if type(given_id) not in (str, int) or given_id == '':
       raise errors.InvalidRequestError(
-        f'request_id={given_id!r}: must be a text that is not empty, or an '
-        'integer.')
+        f'request_id={errors.shown(given_id)}: must be a text that is not '
+        'empty, or an integer.')
     request_id = given_id
     request = types.Request(
       request_id=str(request_id),
@@ -65,7 +65,8 @@ def _decode(text: bytes) -> dict[str, Any]:
     raise errors.InvalidRequestError('must be a JSON object.')
   if unknown := fields.keys() - _KEYS:
     raise errors.InvalidRequestError(
-      f'{min(unknown)}: unknown key; known: {", ".join(sorted(_KEYS))}.')
+      f'{errors.cut(min(unknown))}: unknown key; known: '
+      f'{", ".join(sorted(_KEYS))}.')
   return fields
 
 
@@ -74,7 +75,7 @@ def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
   given = fields.get('sampling')
   if not isinstance(given, dict | None):
     raise errors.InvalidRequestError(
-      f'sampling={given!r}: must be an object of sampling fields.')
+      f'sampling={errors.shown(given)}: must be an object of sampling fields.')
   sampling = types.SamplingParams.from_dict(given or {}, defaults)
   if sampling.seed is not None:
     return sampling
@@ -96,7 +97,8 @@ def _prompt(fields: Mapping[str, Any],
     'messages': (_are_all(dict, value) and value,
                  'a list of objects with role and content')}[key]
   if not is_right:
-    raise errors.InvalidRequestError(f'{key}={value!r}: must be {rule}.')
+    raise errors.InvalidRequestError(
+      f'{key}={errors.shown(value)}: must be {rule}.')
   return tokenizer_lib.encode_prompt(engine.tokenizer, value)
 
 

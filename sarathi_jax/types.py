@@ -58,7 +58,7 @@ class FinishReason(enum.Enum):
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:
   if not ok:
-    raise errors.InvalidRequestError(f'{field}={value!r}: {rule}.')
+    raise errors.InvalidRequestError(f'{field}={errors.shown(value)}: {rule}.')
 
 
 def _plain(value: Any) -> Any:
@@ -167,7 +167,7 @@ class SamplingParams:
              field, getattr(self, field), 'must be true or false')
     if self.logprobs not in (None, 0) or isinstance(self.logprobs, bool):
       raise errors.UnsupportedError(
-        f'logprobs={self.logprobs!r}: only the sampled token\'s '
+        f'logprobs={errors.shown(self.logprobs)}: only the sampled token\'s '
         'log-probability is returned (logprobs=0; in OpenAI\'s chats, '
         'top_logprobs=0).')
 
@@ -188,7 +188,8 @@ class SamplingParams:
     """
     if not isinstance(fields, Mapping):
       raise errors.InvalidRequestError(
-        f'sampling={fields!r}: must be an object of sampling fields.')
+        f'sampling={errors.shown(fields)}: must be an object of sampling '
+        'fields.')
     known = {f.name for f in dataclasses.fields(cls)}
     kept = {}
     said = {name: value for name, value in fields.items()
@@ -198,12 +199,14 @@ class SamplingParams:
         kept[name] = value
       elif name not in UNSUPPORTED_SAMPLING:
         raise errors.InvalidRequestError(
-          f'{name}={value!r}: unknown sampling field; known: '
+          f'{errors.cut(str(name))}={errors.shown(value)}: unknown sampling '
+          f'field; known: '
           f'{", ".join(sorted(known))}.')
       elif value is not None and UNSUPPORTED_SAMPLING[name] != (
           tuple(value) if isinstance(value, list) else value):
         raise errors.UnsupportedError(
-          f'{name}={value!r}: this sampling field is not supported.')
+          f'{name}={errors.shown(value)}: this sampling field is not '
+          'supported.')
     return cls(**kept)
 
 

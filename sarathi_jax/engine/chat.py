@@ -102,7 +102,8 @@ class ChatTemplate:
         documents=None, **self._special_tokens)
     except Exception as error:  # What a template raises is its own affair.
       raise errors.InvalidRequestError(
-        f'messages: the chat template refused them: {error}') from error
+        'messages: the chat template refused them: '
+        f'{errors.cut(str(error))}') from error
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class Engine:
         if kind is bool or not issubclass(kind, numbers.Integral):
           bad = next(i for i in ids if type(i) is kind)
           raise errors.InvalidRequestError(
-            f'{request.request_id}: {field} has {bad!r}; token ids must be '
-            'integers.')
+            f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
+            'must be integers.')
       if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
         bad = next(i for i in ids if not 0 <= i < self.info.vocab_size)
         raise errors.InvalidRequestError(
@@ -148,8 +148,8 @@ class Engine:
           f'ids must be in [0, {self.info.vocab_size}).')
     if sampling.stop and self.tokenizer is None:
       raise errors.UnsupportedError(
-        f'stop={sampling.stop!r}: this model has no tokenizer, so its output '
-        'has no text to find stop strings in; use stop_token_ids.')
+        f'stop={errors.shown(sampling.stop)}: this model has no tokenizer, so '
+        'its output has no text to find stop strings in; use stop_token_ids.')
 
   def add(self, request: types.Request) -> None:
     """Queues a request; raises InvalidRequestError if it can't be served."""

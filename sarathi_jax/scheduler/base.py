@@ -100,8 +100,8 @@ class Scheduler(abc.ABC):
     self.check(request)
     if request.key in self._live:
       raise errors.InvalidRequestError(
-        f'request_id={request.request_id!r}: a request of this id is running '
-        'or waiting; ids must be unique.')
+        f'request_id={errors.shown(request.request_id)}: a request of this id '
+        'is running or waiting; ids must be unique.')
     seed = request.sampling.seed
     seq = Sequence.of(
       request, self.config, next(self._orders),
