@@ -16,10 +16,13 @@ def _num_held_back(text: str, stops: tuple[str, ...]) -> int:
   """
   longest = 0
   for stop in stops:
-    for n in range(min(len(stop) - 1, len(text)), longest, -1):
-      if text.endswith(stop[:n]):
-        longest = n
+    # Only where its first character is: there are few such places.
+    start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while 0 <= start < len(text) - longest:
+      if stop.startswith(text[start:]):
+        longest = len(text) - start
         break
+      start = text.find(stop[0], start + 1)
   return longest
 
 

@@ -15,44 +15,18 @@ from __future__ import annotations
 from collections import Counter
 from collections import deque
 from collections.abc import Iterable, Iterator
-import dataclasses
 import math
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.server import limits as limits_lib
 
 # What a generated token costs a client, in tokens of a prompt: the paper's.
 _OUTPUT_WEIGHT = 2.0
 _MAX_KNOWN = 10_000  # names that are remembered though nobody uses them
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-  """What one server takes on. Beyond it, requests are refused at once.
-
-  Attributes:
-    max_waiting: requests that wait to begin.
-    max_waiting_tokens: tokens of their prompts; None for any number.
-    max_prompt_tokens: of one prompt; None for what the model takes.
-    max_outbox: pieces of output that may wait for one slow client.
-    stream_interval_ms: the least time between two messages of a stream; what
-      comes between is merged. 0: a message a step, unless the client or the
-      server is slower. Most of a token's cost is its message.
-  """
-
-  max_waiting: int = 1024
-  max_waiting_tokens: int | None = None
-  max_prompt_tokens: int | None = None
-  max_outbox: int = 4096
-  stream_interval_ms: int = 0
-
-  def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      least = 0 if field.name == 'stream_interval_ms' else 1
-      if value is not None and value < least:
-        raise errors.ConfigError(
-          f'{field.name}={value!r}: must be >= {least}.')
+Limits = limits_lib.Limits
 
 
 class _Shares:
@@ -118,21 +92,23 @@ class Queue:
   def __iter__(self) -> Iterator[types.Request]:
     return iter(self._by_key.values())
 
-  def push(self, request: types.Request, tokens_per_s: float | None) -> None:
-    """Takes on a request.
+  def check_room(self, num_requests: int, num_tokens: int,
+                 tokens_per_s: float | None) -> None:
+    """Refuses what there is no room for.
 
     Args:
-      request: its key is not in the queue.
+      num_requests: that are to be pushed.
+      num_tokens: of their prompts.
       tokens_per_s: at which prompts are computed lately, for the hint when
         to try again; None if that is not known.
 
     Raises:
       CapacityError: too many wait.
     """
-    limits, num_tokens = self._limits, len(request.prompt_token_ids)
+    limits = self._limits
     max_tokens = limits.max_waiting_tokens or math.inf
     full = ''
-    if len(self) >= limits.max_waiting:
+    if len(self) + num_requests > limits.max_waiting:
       full = f'{len(self)} requests: max_waiting={limits.max_waiting}'
     elif self._by_key and self.num_tokens + num_tokens > max_tokens:
       full = (f'{self.num_tokens} tokens of prompts: '
@@ -141,6 +117,11 @@ class Queue:
       raise errors.CapacityError(
         f'the queue is full, with {full}; try again later.',
         self._retry_after_s(tokens_per_s))
+
+  def push(self, request: types.Request, tokens_per_s: float | None) -> None:
+    """Takes on a request, whose key is not in the queue; see `check_room`."""
+    num_tokens = len(request.prompt_token_ids)
+    self.check_room(1, num_tokens, tokens_per_s)
     tenant, client = request.tenant, request.client
     self._tenants.enter(tenant)
     self._clients.setdefault(tenant, _Shares()).enter(client)

@@ -22,7 +22,6 @@ class ServerConfig:
     port: of gRPC; 0 for any that is free.
     drain_s: how long open requests may go on after SIGTERM, seconds.
     limits: of what is taken on.
-    max_message_mib: the largest message that is read, MiB.
     auth_tokens: a file of bearer tokens, see auth.py; None: who can reach
       the port may call.
     tls: None for plain text.
@@ -46,7 +45,6 @@ class ServerConfig:
   drain_s: float = 30.0
   limits: admission.Limits = dataclasses.field(
     default_factory=admission.Limits)
-  max_message_mib: float = 16.0
   auth_tokens: pathlib.Path | None = None
   tls: tls_lib.TlsFiles | None = None
   reflection: bool = True
@@ -70,8 +68,6 @@ class ServerConfig:
                      'must be a port, as the gateway is another process')
     config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s,
                      'must be >= 0')
-    config_lib.check(0 < self.max_message_mib < 2048, 'max_message_mib',
-                     self.max_message_mib, 'must be in (0, 2048)')
     config_lib.check(
       re.fullmatch('[a-zA-Z_][a-zA-Z0-9_]*', self.metrics_prefix) is not None,
       'metrics_prefix', self.metrics_prefix,

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
 import gzip
+import io
 import json
 import math
 import pathlib
@@ -22,7 +23,6 @@ from sarathi_jax import types
 from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
 from sarathi_jax.server import frontend as frontend_lib
-from sarathi_jax.server import messages
 from sarathi_jax.server import pausing
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -38,8 +38,8 @@ _PAUSE_MODES = {
 }
 _REQUEST_STATE = tuple(
   field.name for field in pb.RequestState.DESCRIPTOR.fields)
-_MAX_TRACE_S = 600.0
 _MAX_TRACE_EVENTS = 1_000_000
+_EVENTS_AT_ONCE = 1000
 _CHUNK_BYTES = 64 * 1024
 
 
@@ -85,7 +85,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
 
   async def Pause(self, request: pb.PauseRequest,
                   context: Context) -> pb.PauseResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       if request.mode not in _PAUSE_MODES:
         raise errors.InvalidRequestError(
           f'mode={request.mode}: is not a PauseMode.')
@@ -94,21 +94,21 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
 
   async def Resume(self, request: pb.ResumeRequest,
                    context: Context) -> pb.ResumeResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       await self._thread.resume()
       self._set_draining(False)
       return pb.ResumeResponse()
 
   async def Drain(self, request: pb.DrainRequest,
                   context: Context) -> pb.DrainResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       self._set_draining(True)
       await self._frontend.drain()
       return pb.DrainResponse()
 
   async def UpdateWeights(self, request: pb.UpdateWeightsRequest,
                           context: Context) -> pb.UpdateWeightsResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       load, update = self._hooks.load_weights, self._hooks.update_weights
       if load is None or update is None:
         raise errors.UnsupportedError(
@@ -124,21 +124,21 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
 
   async def ResetCache(self, request: pb.ResetCacheRequest,
                        context: Context) -> pb.ResetCacheResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       await self._thread.call(lambda engine: engine.invalidate_cache())
       return pb.ResetCacheResponse()
 
   async def SetTokenBudget(
       self, request: pb.SetTokenBudgetRequest,
       context: Context) -> pb.SetTokenBudgetResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       await self._thread.call(
         lambda engine: engine.set_token_budget(request.token_budget))
       return pb.SetTokenBudgetResponse()
 
   async def Profile(self, request: pb.ProfileRequest,
                     context: Context) -> pb.ProfileResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       start, stop = self._hooks.start_profile, self._hooks.stop_profile
       if start is None or stop is None or self._trace_dir is None:
         raise errors.UnsupportedError(
@@ -146,6 +146,8 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
       if request.num_steps < 1:
         raise errors.InvalidRequestError(
           f'num_steps={request.num_steps}: must be >= 1.')
+      self._frontend.limits.check(
+        'max_profile_steps', request.num_steps, 'num_steps')
       if self._profiling.locked():
         raise errors.CapacityError('Profile: one is being made already.')
       async with self._profiling:
@@ -161,11 +163,12 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
         return pb.ProfileResponse(folder=str(folder))
 
   async def Trace(self, request: pb.TraceRequest, context: Context) -> None:
-    async with self._checked(request, context):
+    async with self._checked(context):
+      longest_s = self._frontend.limits.max_trace_s
       if not (math.isfinite(request.seconds)
-              and 0 < request.seconds <= _MAX_TRACE_S):
+              and 0 < request.seconds <= longest_s):
         raise errors.InvalidRequestError(
-          f'seconds={request.seconds}: must be in (0, {_MAX_TRACE_S:g}].')
+          f'seconds={request.seconds}: must be in (0, {longest_s:g}].')
       events: list[trace.Event] = list(trace.HEADER)
 
       def emit(event: trace.Event) -> None:
@@ -175,13 +178,13 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
       async with self._observing(trace.ChromeTrace(emit)):
         await asyncio.sleep(request.seconds)
       data = await asyncio.get_running_loop().run_in_executor(
-        None, lambda: gzip.compress(json.dumps(events).encode()))
+        None, _zipped, events)
       for i in range(0, len(data), _CHUNK_BYTES):
         await context.write(pb.TraceChunk(data=data[i:i + _CHUNK_BYTES]))
 
   async def ListRequests(self, request: pb.ListRequestsRequest,
                          context: Context) -> pb.ListRequestsResponse:
-    async with self._checked(request, context):
+    async with self._checked(context):
       states = await self._thread.call(lambda engine: engine.requests())
       return pb.ListRequestsResponse(requests=[
         pb.RequestState(**{n: getattr(s, n) for n in _REQUEST_STATE})
@@ -197,11 +200,21 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
         lambda engine: engine.observe(observer, on=False))
 
   @contextlib.asynccontextmanager
-  async def _checked(self, request: Any, context: Context) -> Any:
+  async def _checked(self, context: Context) -> Any:
     async with status.reported(context):
-      messages.refuse_unknown(request)
       self._frontend.engine  # noqa: B018 (raises while there is none)
       yield
+
+
+def _zipped(events: Sequence[trace.Event]) -> bytes:
+  """JSON, zipped; piece by piece, as encoding one lets no thread run."""
+  data = io.BytesIO()
+  with gzip.open(data, 'wt', encoding='utf-8') as file:
+    for i in range(0, len(events), _EVENTS_AT_ONCE):
+      file.write('[' if not i else ',')
+      file.write(json.dumps(events[i:i + _EVENTS_AT_ONCE])[1:-1])
+    file.write(']')
+  return data.getvalue()
 
 
 class _Steps:

@@ -119,13 +119,18 @@ class EngineThread:
         live = self._streams.get(request.key)
         if request.key in self._waiting or (live and not live.is_closed):
           raise errors.InvalidRequestError(
-            f'request_id={request.request_id!r}: a request of this id is '
-            'running or waiting; ids must be unique.')
+            f'request_id={errors.shown(request.request_id)}: a request of this '
+            'id is running or waiting; ids must be unique.')
         self._waiting.push(stream)
         self._wakeup.notify()
     if gone is not None:
       raise gone()
     return stream
+
+  def check_room(self, num_requests: int) -> None:
+    """Raises CapacityError if so many more may not wait; any thread."""
+    with self._wakeup:
+      self._waiting.check_room(num_requests)
 
   @property
   def num_queued(self) -> int:

@@ -11,16 +11,14 @@ from typing import Any
 from absl import flags
 
 from sarathi_jax import errors
-from sarathi_jax.server import admission
 from sarathi_jax.server import config as config_lib
+from sarathi_jax.server import limits as limits_lib
 from sarathi_jax.server import tls
 
 FLAGS = flags.FLAGS
 
 # Field of ServerConfig -> (kind of flag, help).
 _FLAGS: dict[str, tuple[Any, str]] = {
-  'max_message_mib': (
-    flags.DEFINE_float, 'The largest message that is read, MiB.'),
   'auth_tokens': (
     flags.DEFINE_string, 'A file of bearer tokens, a line each: NAME TOKEN '
     '[admin] [priority=N]. TOKEN may be sha256:HEX, N is the smallest priority '
@@ -54,14 +52,6 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     flags.DEFINE_string, 'Where OpenTelemetry spans go, by gRPC, such as '
     'http://localhost:4317; needs the extra otel.'),
 }
-_LIMITS: dict[str, str] = {
-  'max_waiting': 'The most requests that wait; more are refused.',
-  'max_waiting_tokens': 'The most tokens of prompts that wait.',
-  'max_prompt_tokens': 'The most tokens of one prompt.',
-  'max_outbox': 'Pieces of output that may wait for a slow client.',
-  'stream_interval_ms': 'The least time between two messages of a stream; '
-                        'tokens between are merged, which costs less.',
-}
 _TLS: dict[str, str] = {
   'tls_cert': 'Our certificate, PEM.',
   'tls_key': 'Its private key, PEM.',
@@ -73,8 +63,10 @@ def define_server_flags() -> None:
   """Defines a flag for the fields of ServerConfig, but for the address."""
   for name, (define, text) in _FLAGS.items():
     define(name, None, text)
-  for name, text in _LIMITS.items():
-    flags.DEFINE_integer(name, None, text)
+  for name, row in limits_lib.ROWS.items():
+    define = (flags.DEFINE_float if isinstance(row.default, float)
+              else flags.DEFINE_integer)
+    define(name, None, limits_lib.help_of(name))
   for name, text in _TLS.items():
     flags.DEFINE_string(name, None, text)
 
@@ -96,7 +88,7 @@ def server_config_from_flags() -> config_lib.ServerConfig:
     except ValueError as error:
       raise errors.ConfigError(
         f'gateway_args={given["gateway_args"]!r}: {error}.') from error
-  limits = admission.Limits(**_given(_LIMITS))
+  limits = limits_lib.Limits(**_given(limits_lib.ROWS))
   return config_lib.ServerConfig(
     host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s, limits=limits,
     tls=_tls(), **given)

@@ -18,7 +18,9 @@ from collections.abc import (
 import contextlib
 import dataclasses
 import enum
+import math
 import time
+from typing import Any
 import uuid
 
 from sarathi_jax import errors
@@ -29,13 +31,10 @@ from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import admission
 from sarathi_jax.server import delivery
 from sarathi_jax.server import engine_thread as engine_thread_lib
+from sarathi_jax.server import messages
 from sarathi_jax.server import outbox
 
 Prompt = tokenizer_lib.Prompt
-
-# Texts and token ids up to this length are prepared at once, which takes less
-# than the way to another thread and back.
-_INLINE_LEN = 1024
 
 
 class State(enum.Enum):
@@ -103,7 +102,7 @@ class Frontend:
 
   Args:
     engine_thread: runs the engine.
-    limits: of prompts.
+    limits: of requests.
     observers: told how each request ended; they must be quick.
   """
 
@@ -113,10 +112,11 @@ class Frontend:
     self.state = State.LOADING
     self.last_arrival = 0.0  # seconds since the epoch
     self._engine_thread = engine_thread
-    self._limits = limits or admission.Limits()
+    self.limits = limits or admission.Limits()
     self._observers = observers
     self._engine: engine_lib.Engine | None = None
     self._num_open = 0
+    self._num_preparing = 0  # of them, those that are not yet submitted
     self._streams: set[outbox.Stream] = set()
     self._all_closed = asyncio.Event()
     self._all_closed.set()
@@ -211,6 +211,8 @@ class Frontend:
     if request_id == '':
       raise errors.InvalidRequestError(
         'request_id=\'\': must not be empty; leave it out to have one made.')
+    self.limits.check_name('request_id', request_id or '')
+    self.limits.check_name('x-client-id', caller.client)
     if caller.min_priority is not None and priority < caller.min_priority:
       raise errors.ForbiddenError(
         f'priority={priority}: must be >= {caller.min_priority} with the '
@@ -250,11 +252,17 @@ class Frontend:
 
   async def _prepare(self, prompt: Prompt,
                      draft: types.Request) -> types.Request:
-    args = (self.engine, prompt, draft, self._limits.max_prompt_tokens)
-    if isinstance(prompt, (str, tuple)) and len(prompt) <= _INLINE_LEN:
-      return prepare(*args)
-    return await asyncio.get_running_loop().run_in_executor(
-      None, prepare, *args)
+    self.limits.check_sampling(draft.sampling)
+    # Before anything is tokenized; those that are being count as well.
+    self._engine_thread.check_room(self._num_preparing + 1)
+    # How long a chat's template takes is its own affair.
+    size = math.inf if isinstance(prompt, list) else len(prompt)
+    self._num_preparing += 1
+    try:
+      return await messages.read(size, lambda: prepare(
+        self.engine, prompt, draft, self.limits))
+    finally:
+      self._num_preparing -= 1
 
 
 @dataclasses.dataclass(slots=True)
@@ -279,7 +287,7 @@ class _End:
 
 
 def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
-            max_prompt_tokens: int | None) -> types.Request:
+            limits: admission.Limits) -> types.Request:
   """Tokenizes and checks; any thread.
 
   Raises:
@@ -287,12 +295,19 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
   """
   if not len(prompt):  # else a tokenizer may make a lone BOS of it
     raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
+  max_model_len = engine.info.max_model_len
+  if isinstance(prompt, str):
+    limits.check_prompt_chars(len(prompt), max_model_len)
+  elif isinstance(prompt[0], Mapping):
+    limits.check('max_messages', len(prompt), 'chat')
+    parts: Any = prompt
+    limits.check_prompt_chars(
+      sum(len(value) for part in parts for value in part.values()),
+      max_model_len)
+  else:
+    limits.check_prompt_tokens(len(prompt), max_model_len)
   request = dataclasses.replace(draft, prompt_token_ids=(
     tokenizer_lib.encode_prompt(engine.tokenizer, prompt)))
-  num_tokens = len(request.prompt_token_ids)
-  if max_prompt_tokens is not None and num_tokens > max_prompt_tokens:
-    raise errors.InvalidRequestError(
-      f'{request.request_id}: a prompt of {num_tokens} tokens is longer than '
-      f'max_prompt_tokens={max_prompt_tokens}.')
+  limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   engine.check(request)
   return request

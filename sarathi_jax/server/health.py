@@ -15,6 +15,8 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 
+from sarathi_jax import errors
+
 NAME = pb.DESCRIPTOR.services_by_name['Health'].full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 _Status = pb.HealthCheckResponse
@@ -43,7 +45,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
                   context: Context) -> pb.HealthCheckResponse:
     if request.service not in self._services:
       await context.abort(grpc.StatusCode.NOT_FOUND,
-                          f'service={request.service!r}: is not here.')
+                          f'service={errors.shown(request.service)}: is '
+                          'not here.')
     return self._response(request.service)
 
   async def List(self, request: Any, context: Context) -> Any:

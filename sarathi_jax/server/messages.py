@@ -1,32 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters of protocols share about messages."""
+"""Where a message is read: on the event loop only if that takes no time."""
 
 from __future__ import annotations
 
-from google.protobuf import message as message_lib
-from google.protobuf import unknown_fields
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
-from sarathi_jax import errors
+T = TypeVar('T')
+
+# What is up to this size is done at once, which takes less than the way to
+# another thread and back.
+_INLINE = 1024
 
 
-def refuse_unknown(message: message_lib.Message) -> None:
-  """Refuses what a newer client asks for, rather than ignore it.
-
-  Raises:
-    UnsupportedError: a field that this server does not know.
-  """
-  unknown = unknown_fields.UnknownFieldSet(message)
-  if len(unknown):
-    raise errors.UnsupportedError(
-      f'{message.DESCRIPTOR.full_name}: this server does not know its field '
-      f'number {unknown[0].field_number}.')
-  for field, value in message.ListFields():
-    if field.message_type is None:
-      continue
-    if field.message_type.GetOptions().map_entry:
-      if field.message_type.fields_by_name['value'].message_type is not None:
-        for part in value.values():
-          refuse_unknown(part)
-      continue
-    for part in value if field.is_repeated else (value,):
-      refuse_unknown(part)
+async def read(size: float, function: Callable[[], T]) -> T:
+  """Returns what `function` does, which takes time for each of `size` bytes."""
+  if size <= _INLINE:
+    return function()
+  return await asyncio.get_running_loop().run_in_executor(None, function)

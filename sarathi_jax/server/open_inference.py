@@ -7,6 +7,7 @@ See open_inference.proto for the tensors. Imports no JAX.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 import contextlib
 import json
 from typing import Any
@@ -16,6 +17,7 @@ import grpc
 import sarathi_jax
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.server import admission
 from sarathi_jax.server import caller as caller_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import messages
@@ -33,7 +35,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _ALIASES = {'stop_words': 'stop', 'random_seed': 'seed',
             'request_output_len': 'max_tokens'}
 _LISTS = ('stop', 'stop_token_ids', 'bad_words', 'allowed_token_ids')
-_MAX_AT_ONCE = 1024  # requests of one stream
+# Input -> what bounds its elements; of others, max_elements.
+_SIZES = {'stop': 'max_stops', 'stop_token_ids': 'max_stop_token_ids'}
 
 
 class OpenInferenceService(
@@ -102,8 +105,7 @@ class OpenInferenceService(
   async def ModelInfer(self, request: pb.ModelInferRequest,
                        context: Context) -> pb.ModelInferResponse:
     async with status.reported(context):
-      call = _Call(request)
-      self._check_model(request.model_name, request.model_version)
+      call = await self._read(request)
       if call.stream:
         raise errors.InvalidRequestError(
           'stream=True: ModelInfer has one response; use ModelStreamInfer.')
@@ -120,10 +122,7 @@ class OpenInferenceService(
     try:
       async with asyncio.TaskGroup() as group:
         async for request in requests:
-          if isinstance(request, Exception):  # bytes that are no message
-            await context.abort(
-              grpc.StatusCode.INVALID_ARGUMENT, str(request))
-          if len(running) >= _MAX_AT_ONCE:
+          if len(running) >= self._frontend.limits.max_stream_requests:
             await asyncio.wait(
               running, return_when=asyncio.FIRST_COMPLETED)
           task = group.create_task(
@@ -142,8 +141,7 @@ class OpenInferenceService(
         await context.write(response)
 
     try:
-      call = _Call(request)
-      self._check_model(request.model_name, request.model_version)
+      call = await self._read(request)
       async with self._open(call, caller) as stream:
         deltas: list[types.OutputDelta] = []
         async for delta in stream:
@@ -160,12 +158,30 @@ class OpenInferenceService(
       code, message = status.of(error)
       response = pb.ModelStreamInferResponse(
         error_message=f'[{code.name}] {message}')
-      response.infer_response.id = request.id
-      response.infer_response.model_name = request.model_name
+      # By which the client knows it, if it is none that it was refused for.
+      response.infer_response.id = errors.cut(request.id)
+      response.infer_response.model_name = errors.cut(request.model_name)
       for key, value in status.hints(error):
         response.infer_response.parameters[key].string_param = value
       _set_final(response.infer_response, True)
       await write(response)
+
+  async def _read(self, request: pb.ModelInferRequest) -> _Call:
+    """Reads a request for the model that is served."""
+    frontend = self._frontend
+    self._check_model(request.model_name, request.model_version)
+    frontend.limits.check_name('id', request.id)
+
+    def check_size(name: str, size: int) -> None:
+      if name == 'input_ids':
+        frontend.limits.check_prompt_tokens(
+          size, frontend.engine.info.max_model_len)
+      else:
+        row = _SIZES.get(_ALIASES.get(name, name), 'max_elements')
+        frontend.limits.check(row, size, f'inputs: {errors.cut(name)}')
+
+    return await messages.read(
+      request.ByteSize(), lambda: _Call(request, frontend.limits, check_size))
 
   def _open(self, call: _Call, caller: frontend_lib.Caller,
             ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
@@ -178,7 +194,8 @@ class OpenInferenceService(
     served = self._frontend.engine.info.model_name
     if name != served or version not in ('', describe.VERSION):
       raise errors.NotFoundError(
-        f'model={name!r}, version={version!r}: is not served here; '
+        f'model={errors.shown(name)}, version={errors.shown(version)}: is '
+        'not served here; '
         f'{served!r} is, version {describe.VERSION!r}.')
 
   def _response(self, call: _Call,
@@ -211,17 +228,19 @@ class _Call:
     InvalidRequestError: what it asks can't be understood.
   """
 
-  def __init__(self, request: pb.ModelInferRequest) -> None:
-    messages.refuse_unknown(request)
+  def __init__(self, request: pb.ModelInferRequest,
+               limits: admission.Limits,
+               check_size: Callable[[str, int], None]) -> None:
     self.request = request
-    inputs = tensors.read_inputs(request)
+    inputs = tensors.read_inputs(request, limits, check_size)
     self.prompt = _prompt(inputs)
     fields = {_ALIASES.get(name, name): _plain(name, values)
               for name, values in inputs.items()}
     for name, parameter in request.parameters.items():
       field = _ALIASES.get(name, name)
       if field in fields:
-        raise errors.InvalidRequestError(f'{name}: is there twice.')
+        raise errors.InvalidRequestError(
+          f'{errors.cut(name)}: is there twice.')
       fields[field] = tensors.parameter_value(parameter)
       if field in _LISTS:
         fields[field] = (fields[field],)
@@ -234,12 +253,13 @@ class _Call:
       raise errors.UnsupportedError(
         'exclude_input_in_output=False: only with text_input.')
     self.echo = '' if without_input else str(self.prompt)
-    self.sampling = _from_json(fields.pop('sampling_parameters', '')) | fields
+    self.sampling = _from_json(
+      fields.pop('sampling_parameters', ''), limits) | fields
     self.outputs = {output.name for output in request.outputs} or {
       name for name, _, _ in describe.OUTPUTS}
     for name in self.outputs - {name for name, _, _ in describe.OUTPUTS}:
       raise errors.InvalidRequestError(
-        f'outputs: there is no {name!r}; there are '
+        f'outputs: there is no {errors.shown(name)}; there are '
         f'{", ".join(name for name, _, _ in describe.OUTPUTS)}.')
 
 
@@ -266,19 +286,20 @@ def _plain(name: str, values: list[Any]) -> Any:
     plain = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
   except UnicodeDecodeError as error:
     raise errors.InvalidRequestError(
-      f'inputs: {name!r} is not UTF-8: {error}.') from None
+      f'inputs: {errors.shown(name)} is not UTF-8: '
+      f'{errors.cut(str(error))}.') from None
   if _ALIASES.get(name, name) in _LISTS:
     return plain
   if len(plain) != 1:
     raise errors.InvalidRequestError(
-      f'inputs: {name!r} has {len(plain)} elements; must be one.')
+      f'inputs: {errors.shown(name)} has {len(plain)} elements; must be one.')
   return plain[0]
 
 
 def _bool(name: str, value: Any) -> bool:
   if not isinstance(value, bool):
     raise errors.InvalidRequestError(
-      f'{name}={value!r}: must be true or false.')
+      f'{name}={errors.shown(value)}: must be true or false.')
   return value
 
 
@@ -286,13 +307,15 @@ def _int32(name: str, value: Any) -> int:
   if isinstance(value, bool) or not isinstance(value, int) or not (
       -2**31 <= value < 2**31):
     raise errors.InvalidRequestError(
-      f'{name}={value!r}: must be an integer of 32 bits.')
+      f'{name}={errors.shown(value)}: must be an integer of 32 bits.')
   return value
 
 
-def _from_json(text: Any) -> dict[str, Any]:
+def _from_json(text: Any, limits: admission.Limits) -> dict[str, Any]:
   if not text:
     return {}
+  if isinstance(text, str):
+    limits.check('max_json_chars', len(text), 'sampling_parameters')
   try:
     fields = json.loads(text)
   except (TypeError, ValueError, RecursionError) as error:
@@ -300,5 +323,5 @@ def _from_json(text: Any) -> dict[str, Any]:
       f'sampling_parameters: is not JSON: {error}.') from None
   if not isinstance(fields, dict):
     raise errors.InvalidRequestError(
-      f'sampling_parameters={text!r}: must be an object.')
+      f'sampling_parameters={errors.shown(text)}: must be an object.')
   return fields

@@ -55,10 +55,11 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
     # Written, not yielded: a cancelled call then unwinds `open` at once,
     # whereas it leaves a generator to the garbage collector.
     async with status.reported(context):
-      messages.refuse_unknown(request)
+      prompt, sampling = await messages.read(request.ByteSize(), lambda: (
+        prompt_of(request), sampling_of(
+          request.sampling, self._frontend.engine.info.default_sampling)))
       async with self._frontend.open(
-          prompt_of(request), sampling_of(
-            request.sampling, self._frontend.engine.info.default_sampling),
+          prompt, sampling,
           request.request_id if request.HasField('request_id') else None,
           priority=request.priority,
           tier=request.tier or types.TIERS[0], caller=caller.of(context),
@@ -108,7 +109,7 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
-  """Returns the one input of a request.
+  """Returns the one input of a request; token ids as they are there.
 
   Raises:
     InvalidRequestError: there is none.
@@ -117,7 +118,7 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
     case 'text':
       return request.text
     case 'token_ids':
-      return tuple(request.token_ids.ids)
+      return request.token_ids.ids or ()
     case 'chat':
       return [{'role': m.role, 'content': m.content}
               for m in request.chat.messages]

@@ -50,7 +50,15 @@ _CHANNEL_OPTIONS = (
   ('grpc.keepalive_timeout_ms', 10_000),
   # Let clients do the same, while they wait in the queue too.
   ('grpc.http2.min_recv_ping_interval_without_data_ms', 10_000),
+  # Calls that come faster than they are begun: gRPC would cancel those beyond
+  # 1,000 to 3,000, without a word; our queue tells when to try again.
+  ('grpc.server.max_pending_requests', 100_000),
+  ('grpc.server.max_pending_requests_hard_limit', 100_000),
 )
+# What must not have a field that we don't know.
+_STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
+           f'/{open_inference.NAME}/ModelInfer',
+           f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FAILED = -1  # in place of a signal: `Server.fail` was called
@@ -96,7 +104,7 @@ class Server:
     self._grpc = grpc.aio.server(
       interceptors=self._interceptors(), options=(
         *_CHANNEL_OPTIONS, ('grpc.max_receive_message_length',
-                            round(config.max_message_mib * 2**20))))
+                            round(config.limits.max_message_mib * 2**20))))
 
   def _make_services(self) -> dict[str, Callable[[grpc.aio.Server], None]]:
     """Name -> what adds the service to a gRPC server."""
@@ -122,11 +130,12 @@ class Server:
     return services
 
   def _interceptors(self) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    parse = malformed.Interceptor(self._config.limits, _STRICT)
     if self._config.auth_tokens is None:
-      return (malformed.Interceptor(),)
+      return (parse,)
     return (auth.Interceptor(
       auth.Tokens(self._config.auth_tokens), (health.NAME,),
-      (control_v1.NAME, reflection.SERVICE_NAME)), malformed.Interceptor())
+      (control_v1.NAME, reflection.SERVICE_NAME)), parse)
 
   async def start(self) -> None:
     """Listens, and begins to make the engine.

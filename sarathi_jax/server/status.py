@@ -25,11 +25,18 @@ CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 
 
+# Characters of a message. Trailers are dropped beyond 8 KiB, and the client
+# sees another status; one character may take 12 bytes there.
+_MAX_CHARS = 500
+
+
 def of(error: Exception) -> tuple[grpc.StatusCode, str]:
-  """Returns the code and the message for a client."""
+  """Returns the code and the message for a client, cut if it is long."""
   for kind, code in CODES:
     if isinstance(error, kind):
-      return code, str(error)
+      text = errors.cut(str(error), _MAX_CHARS)
+      # Lone surrogates, of JSON, can't be sent.
+      return code, text.encode(errors='backslashreplace').decode()
   return (grpc.StatusCode.INTERNAL,
           f'internal error, see the log of the server: {type(error).__name__}')
 

@@ -8,12 +8,13 @@ it in four bytes. Standard library only, beside the messages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 import struct
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax.server import limits as limits_lib
 from sarathi_jax.server import open_inference_pb2 as pb
 
 # Datatype -> (field of `contents`, format of struct).
@@ -35,15 +36,26 @@ _TYPES = {
 
 def _check(ok: bool, name: str, problem: str) -> None:
   if not ok:
-    raise errors.InvalidRequestError(f'inputs: {name!r} {problem}.')
+    raise errors.InvalidRequestError(
+      f'inputs: {errors.shown(name)} {problem}.')
 
 
-def read_inputs(request: pb.ModelInferRequest) -> dict[str, list[Any]]:
+def read_inputs(request: pb.ModelInferRequest,
+                limits: limits_lib.Limits | None = None,
+                check_size: Callable[[str, int], None] = lambda name, size: (
+                  None)) -> dict[str, list[Any]]:
   """The elements of each input, flat: BYTES as bytes, others as numbers.
+
+  Args:
+    request: has them.
+    limits: of their dimensions.
+    check_size: told an input's name and the elements that it is about to have;
+      may refuse them.
 
   Raises:
     InvalidRequestError: a tensor is not what it says it is.
   """
+  limits = limits or limits_lib.Limits()
   raw = list(request.raw_input_contents)
   if raw and len(raw) != len(request.inputs):
     raise errors.InvalidRequestError(
@@ -53,19 +65,22 @@ def read_inputs(request: pb.ModelInferRequest) -> dict[str, list[Any]]:
   for i, tensor in enumerate(request.inputs):
     _check(tensor.name not in inputs, tensor.name, 'is there twice')
     _check(tensor.datatype in _TYPES, tensor.name,
-           f'has the datatype {tensor.datatype!r}; known are '
+           f'has the datatype {errors.shown(tensor.datatype)}; known are '
            f'{", ".join(_TYPES)}')
+    # Before anything is made of it.
+    limits.check('max_dims', len(tensor.shape), f'inputs: {tensor.name[:99]}')
     _check(all(n >= 0 for n in tensor.shape), tensor.name,
            f'has the shape {list(tensor.shape)}; sizes must be >= 0')
     field, form = _TYPES[tensor.datatype]
     if raw:
-      values = _read_raw(tensor.name, form, raw[i])
+      values = _read_raw(tensor.name, form, raw[i], check_size)
     else:
       others = [f.name for f, _ in tensor.contents.ListFields()
                 if f.name != field]
       _check(not others, tensor.name,
              f'of datatype {tensor.datatype} has {others[0] if others else ""}'
              f'; must have {field}')
+      check_size(tensor.name, len(getattr(tensor.contents, field)))
       values = list(getattr(tensor.contents, field))
     _check(math.prod(tensor.shape) == len(values), tensor.name,
            f'has {len(values)} elements for the shape {list(tensor.shape)}')
@@ -73,14 +88,18 @@ def read_inputs(request: pb.ModelInferRequest) -> dict[str, list[Any]]:
   return inputs
 
 
-def _read_raw(name: str, form: str, data: bytes) -> list[Any]:
+def _read_raw(name: str, form: str, data: bytes,
+              check_size: Callable[[str, int], None]) -> list[Any]:
   if form:
     size = struct.calcsize(form)
     _check(len(data) % size == 0, name,
            f'has {len(data)} bytes; must be a multiple of {size}')
+    check_size(name, len(data) // size)
     return list(struct.unpack(f'<{len(data) // size}{form}', data))
-  values, start = [], 0
+  values: list[Any] = []
+  start = 0
   while start < len(data):
+    check_size(name, len(values) + 1)
     _check(start + 4 <= len(data), name, 'is cut off in a length')
     stop = start + 4 + int.from_bytes(data[start:start + 4], 'little')
     _check(stop <= len(data), name, 'is cut off in an element')

@@ -10,7 +10,7 @@ is refused, and calls that it does not have are UNIMPLEMENTED. Imports no JAX.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import datetime
 import hashlib
 import io
@@ -62,15 +62,17 @@ class VllmEngineService(
     self._start = time.monotonic()
     self._last_load = (self._start, 0)  # when, tokens generated until then
     self._throughput = 0.0
+    self._bundling = asyncio.Lock()
+    self._bundle: tuple[bytes, str] | None = None  # of the tokenizer
 
   async def Generate(self, request: pb.GenerateRequest,
                      context: Context) -> None:
     async with status.reported(context):
-      messages.refuse_unknown(request)
+      prompt, sampling = await messages.read(request.ByteSize(), lambda: (
+        prompt_of(request), sampling_of(request.sampling_params)))
       async with self._frontend.open(
-          prompt_of(request), sampling_of(request.sampling_params),
-          request.request_id or None, caller=caller.of(context),
-          protocol=NAME) as stream:
+          prompt, sampling, request.request_id or None,
+          caller=caller.of(context), protocol=NAME) as stream:
         await _write(request, stream, context)
 
   async def Abort(self, request: pb.AbortRequest,
@@ -139,9 +141,11 @@ class VllmEngineService(
     async with status.reported(context):
       if self._folder is None:
         raise errors.NotFoundError('tokenizer: this model has none.')
-      data = await asyncio.get_running_loop().run_in_executor(
-        None, bundle, self._folder)
-      for chunk in chunks(data):
+      async with self._bundling:  # once: it takes a second for large ones
+        if self._bundle is None:
+          self._bundle = await asyncio.get_running_loop().run_in_executor(
+            None, bundle, self._folder)
+      for chunk in chunks(*self._bundle):
         await context.write(chunk)
 
   async def FlushCache(self, request: common_pb2.FlushCacheRequest,
@@ -199,7 +203,7 @@ def _logprobs(delta: types.OutputDelta) -> pb.OutputLogProbs:
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
-  """Returns the one input of a request.
+  """Returns the one input of a request; token ids as they are there.
 
   Raises:
     InvalidRequestError: there is none, or more than text.
@@ -217,7 +221,8 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
     case 'text':
       return str(request.text)
     case 'tokenized':
-      return tuple(request.tokenized.input_ids)
+      ids: Sequence[int] = request.tokenized.input_ids or ()
+      return ids
     case _:
       raise errors.InvalidRequestError(
         'input: one of tokenized, text must be set.')
@@ -244,8 +249,8 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
   return types.SamplingParams.from_dict(fields)
 
 
-def bundle(folder: pathlib.Path) -> bytes:
-  """A zip of a checkpoint's tokenizer.
+def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
+  """A zip of a checkpoint's tokenizer, and its SHA-256.
 
   Raises:
     NotFoundError: it has none.
@@ -257,13 +262,15 @@ def bundle(folder: pathlib.Path) -> bytes:
         archive.write(folder / name, name)
     if not archive.namelist():
       raise errors.NotFoundError('tokenizer: this model has none.')
-  return data.getvalue()
+  zipped = data.getvalue()
+  return zipped, hashlib.sha256(zipped).hexdigest()
 
 
-def chunks(data: bytes) -> Iterator[common_pb2.GetTokenizerChunk]:
+def chunks(data: bytes,
+           sha256: str) -> Iterator[common_pb2.GetTokenizerChunk]:
   """Pieces of `data`; the last one has its SHA-256."""
   for start in range(0, len(data), _CHUNK_BYTES):
     stop = start + _CHUNK_BYTES
     yield common_pb2.GetTokenizerChunk(
       data=data[start:stop],
-      sha256=hashlib.sha256(data).hexdigest() if stop >= len(data) else '')
+      sha256=sha256 if stop >= len(data) else '')

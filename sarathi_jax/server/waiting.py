@@ -55,9 +55,16 @@ class Waiting:
     """
     request = stream.request
     self._check_deadline(request, request.arrival_time)
-    self._queue.push(request, self._token_budget / self._step_s
-                     if self._step_s else None)
+    self._queue.push(request, self._tokens_per_s)
     self._streams[request.key] = stream
+
+  def check_room(self, num_requests: int) -> None:
+    """Raises CapacityError if so many more may not wait."""
+    self._queue.check_room(num_requests, 0, self._tokens_per_s)
+
+  @property
+  def _tokens_per_s(self) -> float | None:
+    return self._token_budget / self._step_s if self._step_s else None
 
   def remove(self, key: str) -> outbox.Stream | None:
     """Takes out one that has left; None if it is not here."""

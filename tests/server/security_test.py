@@ -25,6 +25,7 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax.server import auth
 from sarathi_jax.server import config as config_lib
+from sarathi_jax.server import limits
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import tls
@@ -184,7 +185,7 @@ def test_control_is_not_offered_to_strangers(
 
 def test_a_message_too_large_is_refused() -> None:
   with contextlib.closing(fake.RunningServer(
-      fake.make_engine, max_message_mib=0.01)) as running:
+      fake.make_engine, limits=limits.Limits(max_message_mib=0.01))) as running:
     call = running.generate(text='x' * 20_000)
     assert _code(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert running.is_alive()
