@@ -8,13 +8,14 @@ import dataclasses
 import datetime
 import json
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from absl import logging
 
 from sarathi_jax import errors
 from sarathi_jax.server import frontend
 from sarathi_jax.server import status
+from sarathi_jax.server import whole_lines
 
 
 def outcome(ended: frontend.Ended) -> str:
@@ -42,11 +43,11 @@ class RequestLog:
 
   def __init__(self, path: str, *, with_prompts: bool) -> None:
     self._with_prompts = with_prompts
-    self._is_broken = False
+    self._num_missing = 0  # lines, since one was written
+    self._file: whole_lines.WholeLines | None = None
     try:
-      self._file: TextIO = (
-        sys.stderr if path == '-'
-        else open(path, 'a', encoding='utf-8'))  # noqa: SIM115
+      if path != '-':
+        self._file = whole_lines.WholeLines(path)
     except OSError as error:
       raise errors.ConfigError(
         f'request_log={path!r}: can\'t be written: {error.strerror}.'
@@ -54,18 +55,29 @@ class RequestLog:
 
   def __call__(self, ended: frontend.Ended) -> None:
     """Writes one line; a disk that is full does not hold up requests."""
-    if self._is_broken:
-      return
     try:
-      self._file.write(json.dumps(self._line(ended)) + '\n')
-      self._file.flush()
+      self._write(json.dumps(self._line(ended)) + '\n')
     except (OSError, ValueError) as error:
-      self._is_broken = True
-      logging.error('The request log ends: %s. Serving goes on.', error)
+      self._num_missing += 1
+      logging.log_every_n_seconds(
+        logging.ERROR, 'The request log misses %d lines: %s. It goes on when '
+        'it can; serving goes on.', 60, self._num_missing, error)
+      return
+    if self._num_missing:
+      logging.warning('The request log goes on; %d lines are missing.',
+                      self._num_missing)
+      self._num_missing = 0
 
   def close(self) -> None:
-    if self._file is not sys.stderr:
+    if self._file is not None:
       self._file.close()
+
+  def _write(self, line: str) -> None:
+    if self._file is not None:
+      self._file.write(line.encode())
+    else:
+      sys.stderr.write(line)
+      sys.stderr.flush()
 
   def _line(self, ended: frontend.Ended) -> dict[str, Any]:
     request = ended.request

@@ -222,21 +222,6 @@ def test_a_trace_of_everything(tmp_path: pathlib.Path) -> None:
   _check_trace(json.loads(text), 9 + 4)
 
 
-def test_a_full_disk_ends_the_trace_and_nothing_else(
-    tmp_path: pathlib.Path) -> None:
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, trace_dir=tmp_path)) as running:
-    file = running.server.telemetry._trace._emit.__self__
-    file._file.close()
-    file._file = open('/dev/full', 'w')  # noqa: SIM115
-    for _ in range(3):
-      assert running.is_alive()
-    fake.wait_until(lambda: file._is_broken)
-    assert running.is_alive()
-    with contextlib.suppress(OSError):
-      file._file.close()
-
-
 @pytest.mark.parametrize('method, request_, says', [
   ('Pause', pb.PauseRequest(mode=9), 'mode=9'),
   ('Profile', pb.ProfileRequest(num_steps=0), 'num_steps=0'),
