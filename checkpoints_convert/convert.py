@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
-import shutil
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from checkpoints_convert import hf_config
 from checkpoints_convert import orbax_writer
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
+from checkpoints_convert import staging as staging_lib
 from checkpoints_convert import tokenizer_files
 from checkpoints_convert import transforms
 from sarathi_jax import checkpoint
@@ -119,13 +118,15 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
   Raises:
     CheckpointError: the checkpoint can't be converted, or the target can't be
       written.
+    BusyError: another process converts to it; see `staging`.
     ConfigError: the model can't be divided by `parallelism`.
   """
   target = pathlib.Path(os.path.abspath(target))
   _check_free(target)
   with safetensors_reader.Reader(folder) as reader:
     plan = make_plan(folder, reader, dtype, parallelism)
-    with _write_errors(target), _staging(target, plan.num_bytes) as staging:
+    with (_write_errors(target),
+          staging_lib.staging(target, plan.num_bytes) as staging):
       with bar('converting', plan.num_bytes) as progress:
         orbax_writer.write(staging / checkpoint.PARAMS, plan.leaves, reader,
                            progress)
@@ -133,9 +134,7 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
       checkpoint.write_metadata(staging, metadata_of(plan))
       if check:
         compare(plan, staging, reader, bar)
-      _sync(staging)
-      os.rename(staging, target)
-      _sync_one(target.parent)
+      staging_lib.publish(staging, target)
   return plan
 
 
@@ -290,66 +289,3 @@ def _write_errors(target: pathlib.Path) -> Iterator[None]:
   except (OSError, ValueError) as e:  # tensorstore raises ValueError
     raise errors.CheckpointError(
       f'target={str(target)!r}: can not be written: {e}') from e
-
-
-@contextlib.contextmanager
-def _staging(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-  """An empty folder beside the target, ours alone as long as this lasts."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  staging = target.parent / f'.{target.name}.converting'
-  staging.mkdir(exist_ok=True)
-  lock = os.open(staging, os.O_RDONLY)
-  try:
-    _lock(lock, staging, target)
-    _empty(staging)
-    free = shutil.disk_usage(staging).free
-    if free < num_bytes:
-      raise errors.CheckpointError(
-        f'target={str(target)!r}: needs {num_bytes} bytes, but the disk has '
-        f'{free} left.')
-    yield staging
-  except BaseException as e:
-    if not isinstance(e, _Busy):
-      shutil.rmtree(staging, ignore_errors=True)
-    raise
-  finally:
-    os.close(lock)
-
-
-class _Busy(errors.CheckpointError):
-  """Another process converts to the same target."""
-
-
-def _lock(lock: int, staging: pathlib.Path, target: pathlib.Path) -> None:
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    ours = os.path.samestat(os.fstat(lock), os.stat(staging))
-  except (BlockingIOError, FileNotFoundError):
-    ours = False
-  if not ours:
-    raise _Busy(
-      f'target={str(target)!r}: another conversion is writing it now.')
-
-
-def _empty(folder: pathlib.Path) -> None:
-  for path in folder.iterdir():
-    if path.is_dir() and not path.is_symlink():
-      shutil.rmtree(path)
-    else:
-      path.unlink()
-
-
-def _sync(folder: pathlib.Path) -> None:
-  """Puts every file and folder on the disk."""
-  for parent, _, names in os.walk(folder):
-    for name in names:
-      _sync_one(pathlib.Path(parent, name))
-    _sync_one(pathlib.Path(parent))
-
-
-def _sync_one(path: pathlib.Path) -> None:
-  file = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(file)
-  finally:
-    os.close(file)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,10 +23,12 @@ import math
 import os
 import pathlib
 from typing import Any, NamedTuple
+import warnings
 
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import params_reader
+from sarathi_jax import whole_folder
 from sarathi_jax.models import config as config_lib
 
 FORMAT_VERSION = 1
@@ -42,6 +45,7 @@ GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
 
 _PathLike = str | os.PathLike[str]
 OnModel = Callable[[config_lib.ModelConfig], object]
+OnWait = Callable[[str], object]
 Bar = Callable[
   [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 
@@ -286,14 +290,14 @@ def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
   opened = direct.DirectParams(origin)
   kept = (pathlib.Path(cache_dir) / 'tokenizers'
           / f'{origin.name}-{_fingerprint(origin)}')
-  kept.mkdir(parents=True, exist_ok=True)
-  tokenizer_files.write(origin, kept)
+  if not kept.is_dir():
+    whole_folder.make(kept, functools.partial(tokenizer_files.write, origin))
   return Checkpoint(opened.metadata, opened, kept)
 
 
 def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
             bar: Bar | None = None, on_model: OnModel = lambda model: None,
-            ) -> pathlib.Path:
+            on_wait: OnWait | None = None) -> pathlib.Path:
   """The converted checkpoint that is meant, converting it if need be.
 
   Args:
@@ -304,6 +308,9 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
     bar: makes a progress bar of a title and a number of bytes, if something
       is to be converted; what it gives is told of bytes that are done.
     on_model: told what is to be converted, and may refuse it.
+    on_wait: told, in a line, that another process converts it, for which this
+      waits; should that one end before it is done, this one takes over. None:
+      it is a warning.
 
   Raises:
     CheckpointError: there is no such checkpoint, or it can't be converted.
@@ -319,12 +326,29 @@ def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
   from checkpoints_convert import convert
   from checkpoints_convert import hf_config
   from checkpoints_convert import source
+  from checkpoints_convert import staging
   origin = source.locate(str(path_or_hub_id))
   target = pathlib.Path(cache_dir) / f'{origin.name}-{_fingerprint(origin)}'
-  if not (target / METADATA).is_file():
+  has_waited = False
+  while not (target / METADATA).is_file():
     on_model(hf_config.read(origin)[0])
-    convert.convert(origin, target, bar=bar or convert.no_bar)
+    try:
+      convert.convert(origin, target, bar=bar or convert.no_bar)
+    except staging.BusyError:
+      if not has_waited:
+        has_waited = True
+        (on_wait or _warn)(
+          f'Another process converts {path_or_hub_id} into {target}; waiting '
+          'for it ...')
+      staging.wait_for_other(target)
+    except errors.CheckpointError:
+      if not (target / METADATA).is_file():  # made by another meanwhile
+        raise
   return target
+
+
+def _warn(line: str) -> None:
+  warnings.warn(line, RuntimeWarning, stacklevel=3)
 
 
 def _fingerprint(folder: pathlib.Path) -> str:

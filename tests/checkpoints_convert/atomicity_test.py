@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from checkpoints_convert import convert
+from checkpoints_convert import staging
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from tests.checkpoints_convert import fake_checkpoint as fake
@@ -20,12 +21,13 @@ from tests.checkpoints_convert import fake_checkpoint as fake
 _KILL = '''
 import contextlib, os, pathlib, signal, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
-from checkpoints_convert import convert, orbax_writer, tokenizer_files
+from checkpoints_convert import convert, orbax_writer, staging
+from checkpoints_convert import tokenizer_files
 from sarathi_jax import checkpoint
 
 source, target = map(pathlib.Path, sys.argv[1:3])
 HOMES = {'create': orbax_writer, 'rename': os, 'write_metadata': checkpoint,
-         '_sync': convert, 'compare': convert, 'write': tokenizer_files}
+         '_sync': staging, 'compare': convert, 'write': tokenizer_files}
 
 def kill_at(moment, n):
   home, count = HOMES[moment], 0
@@ -111,13 +113,13 @@ def test_an_empty_folder_is_taken(tmp_path: pathlib.Path) -> None:
 
 def test_two_at_once(tmp_path: pathlib.Path) -> None:
   """The second one is refused, and does not disturb the first."""
-  folder = fake.llama(tmp_path / 'hf')
+  source = fake.llama(tmp_path / 'hf')
   target = tmp_path / 'out'
-  with convert._staging(target, 0) as staging:
-    (staging / 'half').touch()
+  with staging.staging(target, 0) as folder:
+    (folder / 'half').touch()
     with pytest.raises(errors.CheckpointError, match='another conversion'):
-      convert.convert(folder, target)
-    assert (staging / 'half').exists()
+      convert.convert(source, target)
+    assert (folder / 'half').exists()
 
 
 def test_target_that_can_not_be_made(tmp_path: pathlib.Path) -> None:
@@ -131,7 +133,7 @@ def test_disk_too_small(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   folder = fake.llama(tmp_path / 'hf')
   monkeypatch.setattr(
-    convert.shutil, 'disk_usage', lambda path: convert.shutil._ntuple_diskusage(
+    staging.shutil, 'disk_usage', lambda path: staging.shutil._ntuple_diskusage(
       100, 90, 10))
   with pytest.raises(errors.CheckpointError, match='the disk has 10 left'):
     convert.convert(folder, tmp_path / 'out')
