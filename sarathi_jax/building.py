@@ -6,17 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 import math
 import os
-import pathlib
 import time
 from typing import Any
 import warnings
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
@@ -26,6 +23,7 @@ from sarathi_jax.engine import pacing
 from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.runner import compiled
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import mesh as mesh_lib
@@ -153,18 +151,17 @@ def build_runner(
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
   """
-  if folder := _compilation_cache_dir(config):
-    _keep_compiled_in(folder)
   if mesh.devices.flat[0].platform == 'gpu' and (
       unset := xla_flags.unset(os.environ)):
     warnings.warn(
       f'XLA_FLAGS lacks {unset}, without which steps take longer. Set it '
       'before JAX first computes: sarathi_jax.xla_flags.set_environment('
       'os.environ).', RuntimeWarning, stacklevel=2)
-  return device_runner.DeviceRunner(
-    model, params, mesh, config,
-    lambda max_model_len: max_step_tokens(config, model, max_model_len),
-    on_compiled, leader)
+  with compiled.kept_in(_compilation_cache_dir(config)):
+    return device_runner.DeviceRunner(
+      model, params, mesh, config,
+      lambda max_model_len: max_step_tokens(config, model, max_model_len),
+      on_compiled, leader)
 
 
 def build_engine(
@@ -201,16 +198,3 @@ def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:
   if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     return None  # JAX keeps them already.
   return str(config_lib.default_cache_dir() / 'compiled')
-
-
-def _keep_compiled_in(folder: str) -> None:
-  try:
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.ConfigError(
-      f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
-    ) from error
-  # If anything was compiled without one, JAX would go on without.
-  compilation_cache.reset_cache()
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -4,8 +4,8 @@
 XLA ends the process at a flag that it does not know, so each stands here with
 the versions that it was tried with, and others go without.
 
-That XLA keeps the matmuls' tuning on disk needs no flag: JAX asks for it
-wherever it keeps compiled programs (`EngineConfig.compilation_cache_dir`).
+XLA does not keep the matmuls' tuning on disk: what was tuned is in the compiled
+programs, which JAX keeps (`runner/compiled.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where compiled steps are kept between runs: JAX's own cache, set up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+import pathlib
+import warnings
+
+import jax
+from jax._src import distributed  # It has no public name.
+from jax.experimental.compilation_cache import compilation_cache
+
+from sarathi_jax import errors
+
+_ENABLE = 'JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'
+_NEVER_S = 1e9
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def kept_in(folder: str | None) -> Iterator[None]:
+  """Has JAX keep what is compiled in the block, and look there first.
+
+  Args:
+    folder: made if need be; one that can't be written is only read, with a
+      warning. None: nothing is changed.
+
+  Raises:
+    ConfigError: it can't be.
+  """
+  if not folder:
+    yield
+    return
+  process = jax.process_index()
+  if process:  # JAX's files are not written whole, so two may not share them.
+    folder = str(pathlib.Path(folder) / f'process_{process}')
+  is_writable = _make(folder)
+  # If anything was compiled without one, JAX would go on without.
+  compilation_cache.reset_cache()
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs',
+                    0.0 if is_writable else _NEVER_S)
+  # The path of XLA's own files, of matmuls' tuning, would be in the names of
+  # JAX's: of a folder that was moved, nothing would be found. What was tuned
+  # is in the compiled steps.
+  if _ENABLE not in os.environ:
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+  with _as_first():
+    yield
+
+
+def _make(folder: str) -> bool:
+  """Returns whether it can be written."""
+  try:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    if error.errno not in _READ_ONLY:
+      raise errors.ConfigError(
+        f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
+      ) from error
+  if os.access(folder, os.W_OK | os.X_OK):
+    return True
+  warnings.warn(
+    f'Compiled steps are not kept: {folder} can\'t be written. Those that it '
+    'has are used.', RuntimeWarning, stacklevel=2)
+  return False
+
+
+@contextlib.contextmanager
+def _as_first() -> Iterator[None]:
+  """Lets this process keep what it compiles: JAX lets only the first one."""
+  state = distributed.global_state
+  process, state.process_id = state.process_id, 0
+  try:
+    yield
+  finally:
+    state.process_id = process
