@@ -37,7 +37,7 @@ def default_cache_dir() -> pathlib.Path:
   return pathlib.Path('~/.cache/sarathi_jax').expanduser()
 
 
-_SLOS = 'tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'
+SLOS = 'tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'
 # Of the two targets, if only one is given. MLPerf's and others' are about ten
 # apart; this is where one gives way to the other.
 _TTFT_OVER_TBT = 20
@@ -128,7 +128,7 @@ class EngineConfig:
     check(self.kv_cache_dtype in KV_CACHE_DTYPES, 'kv_cache_dtype',
           self.kv_cache_dtype,
           f'must be one of {", ".join(KV_CACHE_DTYPES)}')
-    for field in _SLOS:
+    for field in SLOS:
       value = getattr(self, field)
       check(value is None or (
         _is_real(value) and math.isfinite(value) and value > 0), field, value,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -87,6 +88,15 @@ def define_engine_flags() -> None:
   flags.DEFINE_string(
     'coordinator_address', None,
     'HOST:PORT where the first of several processes lets the others join it.')
+  flags.DEFINE_float(
+    'join_timeout_s', None,
+    'How long the processes wait for each other at the start, seconds. '
+    'Default: 300.', 0.0)
+  flags.DEFINE_string(
+    'join_key_file', None,
+    'A file with the secret by which the processes know each other, the same '
+    'on each host. Default: one in ~/.cache/sarathi_jax, which is made if '
+    'there is none; that suffices where hosts share home directories.')
   flags.DEFINE_integer('num_processes', None, 'Of them, how many.', 1)
   flags.DEFINE_integer(
     'process_id', None, 'Of them, which; 0 schedules, and serves.', 0)
@@ -104,13 +114,23 @@ def processes_from_flags() -> dict[str, Any] | None:
   """
   names = ('coordinator_address', 'num_processes', 'process_id')
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  more: dict[str, Any] = {name: FLAGS[name].value for name in (
+    'join_timeout_s', 'join_key_file') if FLAGS[name].value is not None}
   if not FLAGS.distributed and given == dict.fromkeys(names):
+    for name, value in more.items():
+      config_lib.check(
+        False, name, value,
+        'is for several processes; say coordinator_address or distributed')
     return None
   process, count = given['process_id'], given['num_processes']
   config_lib.check(
     process is None or count is None or process < count, 'process_id',
     process, f'must be below num_processes={count}')
-  return given
+  timeout_s = more.get('join_timeout_s', 1.0)
+  config_lib.check(
+    math.isfinite(timeout_s) and timeout_s > 0, 'join_timeout_s', timeout_s,
+    'must be seconds > 0')
+  return given | more
 
 
 def engine_config_from_flags() -> config_lib.EngineConfig:

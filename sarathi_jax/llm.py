@@ -287,8 +287,12 @@ class LLM:
     return self._runner.num_programs
 
   def follow(self, follower: hosts.Follower) -> None:
-    """Computes with another process, which schedules, until it ends."""
-    self._runner.follow(follower.steps())
+    """Computes with another process, which schedules, until this one ends."""
+    self._runner.follow(follower)
+
+  def connect(self) -> None:
+    """Has all processes meet in a step, before there are requests."""
+    self._runner.connect()
 
   def update_params(self, params: Params) -> None:
     """Serves new weights from now on, without compiling.

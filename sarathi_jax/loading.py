@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -23,7 +22,7 @@ import rich.markup
 from sarathi_jax import building
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
-from sarathi_jax import errors
+from sarathi_jax import fingerprint
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import progress as progress_lib
 from sarathi_jax import xla_flags
@@ -44,7 +43,7 @@ def _quiet() -> Iterator[None]:
 
 def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              cache_dir: str | None = None, convert: bool = True,
-             leader: hosts.Leader | None = None,
+             end: hosts.Leader | hosts.Follower | None = None,
              model_name: str | None = None,
              console: rich.console.Console | None = None) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error.
@@ -52,8 +51,12 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
   Args:
     checkpoint, config, cache_dir, convert: see there.
     model_name: see `served_name`.
-    leader: of `join`.
+    end: of several processes, this one's, see `join`. All load the same, or
+      none goes on; the first one returns once all are warm.
     console: where to show it.
+
+  Raises:
+    ConfigError: as there; or other processes load something else.
   """
   console = console or rich.console.Console(stderr=True)
   xla_flags.set_environment(os.environ)
@@ -89,12 +92,23 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     if convert:
       path = checkpoint_lib.resolve(
         path if path.exists() else checkpoint, kept, converting,
-        functools.partial(building.make_mesh, config=config))
+        functools.partial(building.make_mesh, config=config),
+        functools.partial(console.print, markup=False, highlight=False,
+                          soft_wrap=True))
+    where = path if path.exists() else checkpoint
+    if end is not None:
+      end.agree(fingerprint.weights(checkpoint_lib.open_checkpoint(
+        where, kept, convert=convert)))
+    leader = end if isinstance(end, hosts.Leader) else None
     llm = llm_lib.LLM.from_checkpoint(
-      path if path.exists() else checkpoint, config=config, cache_dir=kept,
-      convert=convert, model_name=model_name or served_name(checkpoint),
-      leader=leader, on_loaded=on_loaded,
-      on_compiled=on_compiled)
+      where, config=config, cache_dir=kept, convert=convert,
+      model_name=model_name or served_name(checkpoint), leader=leader,
+      on_loaded=on_loaded, on_compiled=on_compiled)
+    if leader is not None:
+      progress.update(task, description='Waiting for other hosts', total=None,
+                      count='')
+      leader.wait_until_warm()
+      llm.connect()
   collect_less_garbage()
   info = llm.engine.info
   console.print(
@@ -125,22 +139,26 @@ def join(processes: Mapping[str, Any] | None, checkpoint: str,
     **options: as well.
 
   Returns:
-    The first process's end, for `load_llm`; None for a single process.
+    The first process's end, for `load_llm`; what uses it is to be in its
+    `with` block. None for a single process.
+
+  Raises:
+    ConfigError: the processes don't find each other, or differ.
   """
   if processes is None:
     return None
   xla_flags.set_environment(os.environ)
-  end = hosts.start(**processes)
-  if isinstance(end, hosts.Follower):
-    llm = load_llm(checkpoint, config, **options)
-    try:
-      llm.follow(end)
-    except errors.EngineDeadError as error:
-      hosts.exit_at_once(error)
-    sys.exit(0)
-  if end is not None:
-    atexit.register(end.close)
-  return end
+  end = hosts.start(**processes, facts=fingerprint.program(config))
+  if not isinstance(end, hosts.Follower):
+    return end
+  with end:
+    # It schedules nothing, so it has no steps of its own to time.
+    nothing: dict[str, Any] = dict.fromkeys(config_lib.SLOS)
+    config = dataclasses.replace(config, **nothing)
+    llm = load_llm(checkpoint, config, end=end, **options)
+    end.tell_warm()
+    llm.follow(end)
+  raise AssertionError  # The block ended this process.
 
 
 def collect_less_garbage() -> None:

@@ -245,11 +245,13 @@ def _start(console: rich.console.Console) -> None:
     from sarathi_jax import loading
     leader = loading.join(
       processes, FLAGS.checkpoint, config, **load_options)
-  with contextlib.closing(_Output(path, FLAGS.resume)) as output:
+  # The first of several processes tells the others how it ends.
+  with (leader or contextlib.nullcontext(),
+        contextlib.closing(_Output(path, FLAGS.resume)) as output):
     # Not on top: a wrong flag is told before JAX is loaded.
     from sarathi_jax import loading
     engine = loading.load_llm(
-      FLAGS.checkpoint, config, leader=leader, console=console,
+      FLAGS.checkpoint, config, end=leader, console=console,
       **load_options).engine
     lines = [functools.partial(
       prompt_lines.parse_line, number, text, defaults, config.seed, engine)

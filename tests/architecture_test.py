@@ -45,9 +45,12 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.models', 'sarathi_jax.engine.engine',
     'sarathi_jax.params_reader', 'pallas_kernels'),
   'sarathi_jax.params_reader': (),
+  'sarathi_jax.whole_folder': (),
   'sarathi_jax.checkpoint': (
     'sarathi_jax.models', 'sarathi_jax.params_reader',
-    '~checkpoints_convert'),
+    'sarathi_jax.whole_folder', '~checkpoints_convert'),
+  'sarathi_jax.fingerprint': (
+    'sarathi_jax.checkpoint', 'sarathi_jax.models'),
   'checkpoints_convert': (
     'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.mains',
     'sarathi_jax.params_reader'),
@@ -76,8 +79,9 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     'sarathi_jax.xla_flags',
     '~sarathi_jax.building', '~sarathi_jax.runner', '~pallas_kernels'),
   'sarathi_jax.loading': (
-    'sarathi_jax.building', 'sarathi_jax.checkpoint', 'sarathi_jax.llm',
-    'sarathi_jax.progress', 'sarathi_jax.runner.hosts',
+    'sarathi_jax.building', 'sarathi_jax.checkpoint',
+    'sarathi_jax.fingerprint', 'sarathi_jax.llm', 'sarathi_jax.progress',
+    'sarathi_jax.runner.hosts',
     'sarathi_jax.xla_flags'),
   'sarathi_jax.offline': (
     'sarathi_jax.engine', 'sarathi_jax.flags', 'sarathi_jax.mains',

@@ -67,3 +67,14 @@ def test_nodes_and_gpus_are_as_many_as_the_config_asks_for():
 
 def test_the_script_is_one():
   subprocess.run(['bash', '-n', FOLDER / 'slurm.sh'], check=True)
+
+
+def test_pods_are_given_the_same_secret():
+  template = documents()[0]['spec']['leaderWorkerTemplate']
+  for part in ('leaderTemplate', 'workerTemplate'):
+    spec = template[part]['spec']
+    container, = spec['containers']
+    mount, = [m for m in container['volumeMounts'] if m['name'] == 'join']
+    assert f'--join_key_file={mount["mountPath"]}/key' in container['args'][0]
+    volume, = [v for v in spec['volumes'] if v['name'] == 'join']
+    assert volume['secret'] == {'secretName': 'falcon-180b-join'}

@@ -164,3 +164,37 @@ def test_flags_load_no_jax():
     'assert "jax" not in sys.modules')
   root = pathlib.Path(__file__).parents[1]
   subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
+
+
+def processes_of(*args):
+  absl_flags.parse(*args)
+  return flags.processes_from_flags()
+
+
+def test_a_single_process_joins_nothing():
+  assert processes_of() is None
+
+
+def test_what_several_processes_are_told():
+  assert processes_of('--distributed', '--join_timeout_s=5') == dict(
+    coordinator_address=None, num_processes=None, process_id=None,
+    join_timeout_s=5.0)
+  assert processes_of(
+    '--coordinator_address=a:1', '--num_processes=2', '--process_id=1',
+    '--join_key_file=key') == dict(
+      coordinator_address='a:1', num_processes=2, process_id=1,
+      join_key_file='key')
+
+
+@pytest.mark.parametrize('args,words', [
+  (['--join_timeout_s=5'], ['join_timeout_s=5.0', 'several processes']),
+  (['--join_key_file=x'], ['join_key_file=', 'several processes']),
+  (['--distributed', '--join_timeout_s=0'], ['join_timeout_s=0.0', '> 0']),
+  (['--distributed', '--join_timeout_s=nan'], ['join_timeout_s=nan']),
+  (['--num_processes=2', '--process_id=2'], ['process_id=2', 'below']),
+])
+def test_processes_that_cant_be_are_refused(args, words):
+  with pytest.raises(errors.ConfigError) as caught:
+    processes_of(*args)
+  for word in words:
+    assert word in str(caught.value)

@@ -5,8 +5,9 @@
 #   sbatch configs/deploy/slurm.sh /checkpoints/falcon-180b
 #
 # From a clone that all nodes see, with .venv made on one of them. A task a
-# node; JAX finds the others by what SLURM tells it. The first one serves, at
-# port 50051 of the job's first node.
+# node; they find each other by what SLURM tells them, and know each other by a
+# secret in the home directory. The first one serves, at port 50051 of the job's
+# first node.
 #SBATCH --job-name=sarathi
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import functools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -196,6 +197,9 @@ class DeviceRunner:
     if not self.has_params:
       raise errors.EngineDeadError('the weights were lost with a step')
     if self._leader is not None:
+      # The others may wait in the step that failed here, for ever.
+      fault = sys.exception() or errors.EngineDeadError('a step failed')
+      self._leader.fail_later(fault)
       raise errors.EngineDeadError('a step failed on one of several hosts')
     # Freed before they are made anew.
     self._kv, self._last_tokens, self._hidden = [], None, None
@@ -253,10 +257,27 @@ class DeviceRunner:
       self._sampled[self._num_steps] = sampled
     self._num_steps += 1
 
-  def follow(self, steps: Iterable[tuple[int, np.ndarray]]) -> None:
-    """Computes what another process's runner does, until it ends."""
-    for size, buffers in steps:
-      self._compute(size, buffers.reshape(self.num_stages, -1))
+  def connect(self) -> None:
+    """Computes a step of nothing, for which all processes have to meet."""
+    self._step(self._nothing)
+    jax.block_until_ready(self._last_tokens)
+
+  def follow(self, follower: hosts.Follower) -> None:
+    """Computes what another process's runner does, until this one ends.
+
+    Raises:
+      JaxRuntimeError: a step failed here.
+    """
+    computing: deque[jax.Array] = deque()
+
+    def wait(num_left: int = 0) -> None:
+      while len(computing) > num_left:  # Nobody else would hear of a fault.
+        computing.popleft().block_until_ready()
+
+    for size, buffers in follower.steps(on_idle=wait):
+      computing.append(
+        self._compute(size, buffers.reshape(self.num_stages, -1)))
+      wait(self.num_stages + 1)  # as many as the first process has in flight
 
   def _compute(self, size: int, buffers: np.ndarray) -> jax.Array:
     # What is compiled already, stays so.

@@ -4,169 +4,152 @@
 Each process has some of the mesh's devices and all run the same programs, in
 the same order (`jax.distributed`). The first one schedules, and sends what
 each step computes, its packed integers, to the others. It goes over TCP
-connections, of which each side hears at once when the other one is gone:
-collectives would wait for a lost process, some for ever.
+connections of ours (`joining`, `leader`, `follower`), of which each side hears
+at once when the other one is gone: collectives would wait for a lost process,
+some for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-import contextlib
-from multiprocessing import connection
+from collections.abc import Callable, Mapping
 import os
-import secrets
+import pathlib
+import signal
 import socket
 import sys
 import threading
-from typing import NoReturn
+from typing import Any
 
 import jax
+from jax._src import clusters  # It has no public name.
 from jax.experimental import multihost_utils
 import numpy as np
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax.runner import ends
+from sarathi_jax.runner import follower as follower_lib
+from sarathi_jax.runner import join_key
+from sarathi_jax.runner import joining
+from sarathi_jax.runner import leader as leader_lib
 
-_KEY_BYTES = 32
-_HOST_BYTES = 256
-_GOODBYE = b'goodbye'
+Leader = leader_lib.Leader
+Follower = follower_lib.Follower
 
-
-class Leader:
-  """The first process's end of all connections.
-
-  Attributes:
-    on_lost: called once with an error that names the process which was lost,
-      on a thread of its own. By default, ends this process.
-  """
-
-  def __init__(self, connections: dict[int, connection.Connection]) -> None:
-    self.on_lost: Callable[[errors.EngineDeadError], None] = exit_at_once
-    self._connections = connections
-    self._lock = threading.Lock()
-    self._is_over = False
-    for process, end in connections.items():
-      threading.Thread(
-        target=self._watch, args=(process, end), name=f'process {process}',
-        daemon=True).start()
-
-  def send(self, size: int, buffers: np.ndarray) -> None:
-    """Tells all others what to compute next.
-
-    Args:
-      size: of the program.
-      buffers: [stages, layout.size] int32.
-
-    Raises:
-      EngineDeadError: one of them is gone.
-    """
-    message = np.concatenate(
-      [np.array([size], np.int32), buffers.ravel()]).tobytes()
-    for process, end in self._connections.items():
-      try:
-        end.send_bytes(message)
-      except OSError as error:
-        raise _lost(process) from error
-
-  def close(self) -> None:
-    """Lets the others end."""
-    with self._lock:
-      was_over, self._is_over = self._is_over, True
-    for end in self._connections.values() if not was_over else ():
-      with contextlib.suppress(OSError):
-        end.send_bytes(_GOODBYE)
-
-  def _watch(self, process: int, end: connection.Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-      end.recv_bytes()  # They never send: it ends when they are gone.
-    with self._lock:
-      is_first, self._is_over = not self._is_over, True
-    if is_first:
-      self.on_lost(_lost(process))
-
-
-class Follower:
-  """Another process's end."""
-
-  def __init__(self, end: connection.Connection) -> None:
-    self._end = end
-
-  def steps(self) -> Iterator[tuple[int, np.ndarray]]:
-    """What `Leader.send` is given, until `Leader.close`.
-
-    Raises:
-      EngineDeadError: the leader is gone.
-    """
-    while True:
-      try:
-        message = self._end.recv_bytes()
-      except (EOFError, OSError) as error:
-        raise _lost(0) from error
-      if message == _GOODBYE:
-        return
-      step = np.frombuffer(message, np.int32)
-      yield int(step[0]), step[1:]
+JOIN_TIMEOUT_S = 300.0
+_JAX_TIMEOUT_S = 60  # for JAX's own connections, once all have joined
 
 
 def start(coordinator_address: str | None = None,
           num_processes: int | None = None,
-          process_id: int | None = None) -> Leader | Follower | None:
+          process_id: int | None = None, *,
+          join_timeout_s: float = JOIN_TIMEOUT_S,
+          join_key_file: str | None = None,
+          facts: Mapping[str, Any] | None = None) -> Leader | Follower | None:
   """Joins the processes; every one calls it before JAX computes anything.
 
   Args:
-    coordinator_address, num_processes, process_id: see
-      `jax.distributed.initialize`; None: detected, under SLURM, Open MPI and
-      Kubernetes.
+    coordinator_address: 'HOST:PORT' where the first process waits for the
+      others.
+    num_processes, process_id: of them, how many and which. None, for any of
+      the three: detected, under SLURM, Open MPI and Kubernetes.
+    join_timeout_s: how long to wait for each other, seconds.
+    join_key_file: see `join_key.read`.
+    facts: what must be the same on all.
 
   Returns:
     This process's end; None if it is alone.
 
   Raises:
-    ConfigError: the processes don't find each other.
+    ConfigError: the processes don't find each other, or don't fit.
   """
+  text, count, process = _detect(
+    coordinator_address, num_processes, process_id)
+  if count == 1:
+    return None
+  address = joining.parse_address(text)
+  key = join_key.read(
+    pathlib.Path(join_key_file).expanduser() if join_key_file else None)
+  facts = {'num_processes': count, **(facts or {})}
+  if process == 0:
+    gathering = joining.Gathering(address, count, facts, key, _say)
+    leader = Leader(gathering.wait(join_timeout_s))
+    at_jax = joining.Address(address.host, joining.free_port())
+    _on_signals(leader.end_at, signal.SIGTERM)
+    with leader.starting():
+      leader.welcome({'port': at_jax.port})
+      _initialize(at_jax, count, process)
+    return leader
+  link, told = joining.join(
+    address, process, facts, key, join_timeout_s, _say)
+  at_jax = joining.Address(address.host, told['port'])
+  follower = Follower(link, count)
+  _on_signals(follower.end_at, signal.SIGTERM, signal.SIGINT)
+  with follower.starting():
+    joining.wait_until_open(at_jax, _JAX_TIMEOUT_S)
+    _initialize(at_jax, count, process)
+  return follower
+
+
+def _detect(address: str | None, count: int | None,
+            process: int | None) -> tuple[str, int, int]:
+  """What is not given, from what started the processes."""
+  address = address or os.environ.get('JAX_COORDINATOR_ADDRESS')
+  if None in (address, count, process):
+    try:
+      address, count, process, _ = (
+        clusters.ClusterEnv.auto_detect_unset_distributed_params(
+          address, count, process, [], None, _JAX_TIMEOUT_S))
+    except Exception as error:  # A cluster's own code raises what it likes.
+      raise errors.ConfigError(
+        'distributed: what started the processes can\'t be asked: '
+        f'{ends.told(error)}') from error
+  for name, value in (('coordinator_address', address),
+                      ('num_processes', count), ('process_id', process)):
+    if value is None:
+      raise errors.ConfigError(
+        f'{name}: is not given, and neither SLURM, Open MPI nor Kubernetes '
+        'says it.')
+  assert address is not None and count is not None and process is not None
+  config_lib.check(
+    0 <= process < count, 'process_id', process,
+    f'must be in [0, num_processes={count})')
+  return address, count, process
+
+
+def _initialize(address: joining.Address, count: int, process: int) -> None:
+  # It would take SIGTERM for itself.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
-      coordinator_address, num_processes, process_id,
-      local_device_ids=[])  # All of this host's; by default SLURM's gives one.
+      str(address), count, process,
+      local_device_ids=[],  # All of this host's; by default SLURM's gives one.
+      initialization_timeout=_JAX_TIMEOUT_S,
+      coordinator_bind_address=str(address) if address.is_loopback else None)
   except (RuntimeError, ValueError) as error:
     raise errors.ConfigError(
-      f'coordinator_address={coordinator_address!r}, '
-      f'num_processes={num_processes}, process_id={process_id}: the processes '
-      f'don\'t find each other: {str(error).partition(chr(10))[0]}'
+      f'JAX can\'t join {count} processes at {address}: {ends.told(error)}'
     ) from error
-  if jax.process_count() == 1:
-    return None
-  host = (coordinator_address or socket.getfqdn()).rpartition(':')[0]
-  return _lead(host or socket.getfqdn()) if jax.process_index() == 0 else (
-    _follow())
 
 
-def _lead(host: str) -> Leader:
-  key = secrets.token_bytes(_KEY_BYTES)
-  with connection.Listener(
-      ('0.0.0.0', 0), backlog=jax.process_count(), authkey=key) as listener:
-    port: int = listener.address[1]
-    _broadcast(key + port.to_bytes(4) + host.encode().ljust(_HOST_BYTES))
-    connections = {}
-    for _ in range(jax.process_count() - 1):
-      end = listener.accept()
-      connections[int.from_bytes(end.recv_bytes())] = end
-  return Leader(connections)
+def _on_signals(act: Callable[[int], object],
+                *numbers: signal.Signals) -> None:
+  """Acts on a thread of its own: the main one may be in a collective."""
+  if threading.current_thread() is not threading.main_thread():
+    return
+  read, write = socket.socketpair()
+  write.setblocking(False)
+  for number in numbers:
+    signal.signal(number, lambda *args: None)
+  signal.set_wakeup_fd(write.fileno())
 
+  def wait() -> None:
+    while write:  # which must not be closed meanwhile
+      number = read.recv(1)[0]
+      if number in numbers:
+        act(number)
 
-def _follow() -> Follower:
-  told = _broadcast(bytes(_KEY_BYTES + 4 + _HOST_BYTES))
-  key, rest = told[:_KEY_BYTES], told[_KEY_BYTES:]
-  port, host = int.from_bytes(rest[:4]), rest[4:].decode().strip()
-  end = connection.Client((host, port), authkey=key)
-  end.send_bytes(jax.process_index().to_bytes(4))
-  return Follower(end)
-
-
-def _broadcast(content: bytes) -> bytes:
-  """What the first process gave; over the devices, as all are connected."""
-  array = multihost_utils.broadcast_one_to_all(
-    np.frombuffer(content, np.uint8))
-  return np.asarray(array).astype(np.uint8).tobytes()
+  threading.Thread(target=wait, name='signals', daemon=True).start()
 
 
 def smallest(number: int) -> int:
@@ -176,13 +159,5 @@ def smallest(number: int) -> int:
   return int(multihost_utils.process_allgather(np.int64(number)).min())
 
 
-def _lost(process: int) -> errors.EngineDeadError:
-  return errors.EngineDeadError(
-    f'process {process} of {jax.process_count()} is gone; nothing can be '
-    'computed without its devices.')
-
-
-def exit_at_once(error: errors.EngineDeadError) -> NoReturn:
-  """Ends this process, whatever it waits for."""
-  print(f'error: {error}', file=sys.stderr, flush=True)
-  os._exit(1)
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)

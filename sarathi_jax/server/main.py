@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 import functools
 import os
 import shutil
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
     from sarathi_jax import loading
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
-      convert=FLAGS.convert, leader=leader, model_name=FLAGS.served_model_name)
+      convert=FLAGS.convert, end=leader, model_name=FLAGS.served_model_name)
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
@@ -85,13 +86,16 @@ def main(argv: list[str]) -> None:
     import jax
     return jax.profiler
 
-  serve(config, make_engine, control_v1.Hooks(
+  hooks = control_v1.Hooks(
     load_weights=lambda path: llm().open_weights(
       path, cache_dir=FLAGS.cache_dir),
     update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
-    num_compiled=lambda: llm().num_compiled), leader)
+    num_compiled=lambda: llm().num_compiled)
+  # The first of several processes tells the others how it ends.
+  with leader or contextlib.nullcontext():
+    serve(config, make_engine, hooks, leader)
 
 
 def _choose_checkpoint(arguments: list[str]) -> None:
@@ -128,7 +132,8 @@ def serve(config: server_lib.ServerConfig,
     config: where.
     make_engine: makes the engine, warm, and shows how far it is.
     hooks: what else its model can do.
-    leader: of `loading.join`: tells if another process is lost.
+    leader: of `loading.join`: tells if another process is lost, and ends this
+      one at the end of its `with` block.
   """
   console = rich.console.Console(highlight=False)
 
@@ -148,20 +153,23 @@ def serve(config: server_lib.ServerConfig,
   async def served() -> tuple[int, server_lib.Server]:
     server = server_lib.Server(config, make_engine, hooks=hooks)
     if leader is not None:
-      leader.on_lost = server.fail
+      leader.on_fault, leader.on_leaving = server.fail, server.leave
     code = await server_lib.serve(server, on_ready)
     return code, server
 
   try:
     code, server = asyncio.run(served())
   except errors.SarathiError as error:
+    if leader is not None:
+      raise
     _fail(error)
   if server.fault is not None:
+    if leader is not None:
+      raise server.fault
     print(f'error: {errors.describe(server.fault)}', file=sys.stderr)
-  if server.is_stuck or (leader is not None and code):
+  if server.is_stuck and leader is None:
     # What the engine's thread is in, a long step or a compilation, can't be
-    # interrupted, and Python can't end cleanly beside it. And of several
-    # processes, JAX would wait for the one that is lost.
+    # interrupted, and Python can't end cleanly beside it.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+import functools
 import signal
 import socket
 from typing import Any
@@ -61,7 +62,8 @@ _STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
            f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_FAILED = -1  # in place of a signal: `Server.fail` was called
+# In place of a signal: `Server.fail` was called, or `Server.leave`.
+_FAILED, _LEFT = -1, -2
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
 _GRACE_S = 1.0
@@ -82,6 +84,7 @@ class Server:
     port: where it listens.
     fault: what `fail` was told.
     on_failed: called by `fail`.
+    on_left: called by `leave`.
   """
 
   def __init__(self, config: ServerConfig,
@@ -90,6 +93,7 @@ class Server:
     self.port = config.port
     self.fault: errors.EngineDeadError | None = None
     self.on_failed: Callable[[], object] = lambda: None
+    self.on_left: Callable[[], object] = lambda: None
     self._config = config
     self._hooks = hooks or control_v1.Hooks()
     self._engine_thread = engine_thread_lib.EngineThread(
@@ -205,6 +209,11 @@ class Server:
     self._engine_thread.fail(fault)
     self.on_failed()
 
+  def leave(self, process: int) -> None:
+    """Ends as after a signal, as another of several processes got one."""
+    logging.warning('Process %d was told to end, so all do.', process)
+    self.on_left()
+
   @property
   def is_stuck(self) -> bool:
     """Whether the engine's thread goes on after `stop`, in a long step."""
@@ -259,12 +268,13 @@ async def serve(server: Server,
     ConfigError: the address can't be had.
     Exception: whatever make_engine raised.
   """
-  signals: asyncio.Queue[int] = asyncio.Queue()
+  signals = _Signals()
   loop = asyncio.get_running_loop()
   for number in _SIGNALS:
     loop.add_signal_handler(number, signals.put_nowait, number)
-  server.on_failed = lambda: loop.call_soon_threadsafe(
-    signals.put_nowait, _FAILED)
+  server.on_failed, server.on_left = (
+    functools.partial(loop.call_soon_threadsafe, signals.put_nowait, number)
+    for number in (_FAILED, _LEFT))
   await server.start()
   try:
     if cut := await _until_signal(server.warm(), signals):
@@ -279,12 +289,33 @@ async def serve(server: Server,
     await server.stop()
 
 
+class _Signals(asyncio.Queue[int]):
+  """Signals, and what stands for them.
+
+  Where all of several processes are told to end, the first one gets a signal
+  and hears of the others': that is a single wish.
+  """
+
+  _is_told = _is_left = False
+
+  def put_nowait(self, number: int) -> None:
+    if number == _LEFT:
+      if self._is_told or self._is_left:
+        return
+      self._is_left, number = True, signal.SIGTERM
+    elif number != _FAILED:
+      was_told, self._is_told = self._is_told, True
+      if self._is_left and not was_told:
+        return
+    super().put_nowait(number)
+
+
 def _exit_code(number: int) -> int:
   return 1 if number == _FAILED else 128 + number
 
 
 async def _until_signal(work: Coroutine[Any, Any, None],
-                        signals: asyncio.Queue[int]) -> int:
+                        signals: _Signals) -> int:
   """Runs `work`, or as much of it as a signal, which is returned, leaves."""
   tasks = (asyncio.create_task(work), asyncio.create_task(signals.get()))
   done, undone = await asyncio.wait(

@@ -124,7 +124,8 @@ class RunningServer:
                wait: bool = True, hooks: control_v1.Hooks | None = None,
                **config: Any) -> None:
     self._loop = asyncio.new_event_loop()
-    self._thread = threading.Thread(target=self._loop.run_forever)
+    self._thread = threading.Thread(
+      target=self._loop.run_forever, daemon=True)
     self._thread.start()
     self.server = self.run(self._make(make, hooks, config))
     self.run(self.server.start())

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -46,12 +47,22 @@ def _free_port() -> int:
 
 
 class Hosts:
-  """Two processes on this machine that play two hosts."""
+  """Two processes on this machine that play two hosts.
 
-  def __init__(self, *args: str, by_slurm: bool = False) -> None:
+  Args:
+    args: a main's module, and its flags.
+    by_slurm: whether they are told by SLURM who they are.
+    script: what the second one runs instead of the module.
+  """
+
+  def __init__(self, *args: str, by_slurm: bool = False,
+               script: str = '') -> None:
     self.printed = ['', '']
     self._coordinator = f'127.0.0.1:{_free_port()}'
     self._by_slurm = by_slurm
+    self._script = script
+    # Where they find the same key; not the developer's own.
+    self._home = tempfile.TemporaryDirectory()
     self.processes = [self._start(i, args) for i in range(2)]
     self._readers = [
       threading.Thread(target=self._read, args=(i,)) for i in range(2)]
@@ -61,7 +72,7 @@ class Hosts:
   def _start(self, process_id: int, args: tuple[str, ...],
              ) -> subprocess.Popen[str]:
     env = {'JAX_NUM_CPU_DEVICES': '2', 'PYTHONUNBUFFERED': '1',
-           'JAX_PLATFORMS': 'cpu'}
+           'JAX_PLATFORMS': 'cpu', 'HOME': self._home.name}
     if self._by_slurm:  # As SLURM would for a task a node.
       joins = ['--distributed']
       env |= {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2',
@@ -71,7 +82,9 @@ class Hosts:
       joins = [f'--coordinator_address={self._coordinator}',
                '--num_processes=2', f'--process_id={process_id}']
     return subprocess.Popen(
-      [sys.executable, '-m', *args, '--tp=2', '--pp=2', '--cache_dir=',
+      [sys.executable, *(
+        ('-c', self._script) if process_id and self._script
+        else ('-m', args[0])), *args[1:], '--tp=2', '--pp=2', '--cache_dir=',
        *(f'--{name}={value}' for name, value in ENGINE.items()), *joins],
       cwd=source_tree.ROOT, text=True, stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT, env=os.environ | env)
@@ -96,6 +109,7 @@ class Hosts:
       reader.join()
       assert process.stdout
       process.stdout.close()
+    self._home.cleanup()
 
 
 @pytest.fixture
@@ -129,7 +143,8 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
     PROMPTS, SamplingParams(temperature=0, ignore_eos=True, max_tokens=20))
   for prompt, expected in zip(PROMPTS, done, strict=True):
     assert tuple(_generate(channel, prompt, 20)) == expected.token_ids
-  hosts.processes[0].send_signal(signal.SIGTERM)
+  # Wherever it arrives; JAX would keep it from the second one.
+  hosts.processes[1].send_signal(signal.SIGTERM)
   assert [p.wait(60) for p in hosts.processes] == [0, 0], hosts.printed
 
 
@@ -162,6 +177,47 @@ def test_the_others_end_when_the_first_one_is_lost(served):
   hosts.processes[0].kill()
   # JAX's own client of the first process may notice it before, and abort.
   assert hosts.processes[1].wait(30) in (1, -signal.SIGABRT)
+
+
+# The first step is of nothing, before there are requests.
+_FAILS = '''
+import runpy
+import sys
+from sarathi_jax.runner import device_runner
+compute = device_runner.DeviceRunner._compute
+num_steps = 0
+
+def fails(*args):
+  global num_steps
+  num_steps += 1
+  if num_steps == 3:
+    raise RuntimeError('the device is on fire')
+  return compute(*args)
+
+device_runner.DeviceRunner._compute = fails
+sys.argv[0] = 'server'
+runpy.run_module('sarathi_jax.server', run_name='__main__', alter_sys=True)
+'''
+
+
+def test_an_exception_on_one_host_ends_all_with_its_words(checkpoint):
+  hosts = Hosts('sarathi_jax.server', f'--checkpoint={checkpoint}',
+                '--port=0', script=_FAILS)
+  try:
+    port = hosts.wait_for(r'Serving \S+ at 127\.0\.0\.1:(\d+)\.')[1]
+    with (grpc.insecure_channel(f'127.0.0.1:{port}') as channel,
+          pytest.raises(grpc.RpcError) as caught):
+      _generate(channel, [1], 50)
+    start = time.monotonic()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert [p.wait(30) for p in hosts.processes] == [1, 1], hosts.printed
+    assert time.monotonic() - start < 10
+  finally:
+    hosts.close()
+  line = 'RuntimeError: the device is on fire'
+  assert hosts.printed[0].splitlines()[-1] == (
+    f'error: process 1 failed: {line}')
+  assert hosts.printed[1].splitlines()[-1] == f'error: {line}'
 
 
 def test_an_offline_run_on_two_hosts_that_slurm_started(
