@@ -263,8 +263,7 @@ def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
   with grpc.insecure_channel(
       f'127.0.0.1:{running.server.port}', options=[
         ('grpc.use_local_subchannel_pool', 1),
-        ('grpc.http2.bdp_probe', 0),
-        ('grpc.http2.lookahead_bytes', 1024)]) as channel:
+        ('grpc.http2.bdp_probe', 0)]) as channel:
     slow = running.stub_of(channel).Generate(pb.GenerateRequest(
       token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
         fill_context=True)))

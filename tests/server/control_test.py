@@ -57,7 +57,7 @@ def _refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 def test_pause_keeps_requests_where_they_are(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
-  call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
+  call = running.generate(token_ids=[1], sampling={'max_tokens': 60000})
   assert next(call).token_ids[0] == 2
   _control(running).Pause(pb.PauseRequest())
   num_steps = running.stats().num_steps
@@ -68,10 +68,10 @@ def test_pause_keeps_requests_where_they_are(
   assert (stats.num_running, stats.num_queued) == (1, 1)
   states = _control(running).ListRequests(pb.ListRequestsRequest()).requests
   assert [(s.is_running, s.max_output_tokens) for s in states] == [
-    (True, 3000)]
+    (True, 60000)]
   _control(running).Resume(pb.ResumeRequest())
   assert fake.take(late) == [6, 7]
-  assert fake.take(call)[-1] == (1 + 3000) % 64
+  assert fake.take(call)[-1] == (1 + 60000) % 64
   assert running.is_alive()
 
 
@@ -126,12 +126,12 @@ def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
 def test_reset_cache_recomputes_what_runs(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
-  call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
+  call = running.generate(token_ids=[1], sampling={'max_tokens': 60000})
   tokens = list(next(call).token_ids)
   _control(running).ResetCache(pb.ResetCacheRequest())
   responses = list(call)
   tokens += [t for r in responses for t in r.token_ids]
-  assert tokens == [(2 + k) % 64 for k in range(3000)]
+  assert tokens == [(2 + k) % 64 for k in range(60000)]
   assert responses[-1].finished.timing.num_preemptions == 1
 
 
