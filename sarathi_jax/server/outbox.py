@@ -25,7 +25,8 @@ class Stream:
     abandon: called when the reader leaves before the end.
     max_waiting: deltas that may wait for the reader; with one more the
       request is aborted, and the reader's task cancelled, as it may be stuck
-      in a write: see `raise_overflow`.
+      in a write: see `raise_overflow`. Not in the first one: gRPC can't end a
+      call while it sends the metadata that go with that, and never would.
     interval_s: the least time between two of its deltas.
   """
 
@@ -35,6 +36,7 @@ class Stream:
                interval_s: float = 0.0) -> None:
     self.request = request
     self.num_tokens = 0  # that the reader took
+    self._num_taken = 0  # deltas
     self.last: types.OutputDelta | None = None  # the last one that it took
     self._abandon = abandon
     self._max_waiting = max_waiting
@@ -80,6 +82,7 @@ class Stream:
       self._deltas = []
       self._ended = delta.finish_reason is not None
       self.num_tokens += len(delta.token_ids)
+      self._num_taken += 1
       self.last = delta
       return delta
     self._ended = True
@@ -110,7 +113,7 @@ class Stream:
       'output wait for the client, who reads too slowly.')
     self._deltas = []
     self._abandon(self)
-    if self._reader is not None:
+    if self._reader is not None and self._num_taken > 1:
       self._has_overflowed = True
       self._reader.cancel()
 

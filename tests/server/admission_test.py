@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import admission
+from sarathi_jax.server import outbox
 from sarathi_jax.server import sarathi_pb2 as pb
 from tests.server import fake
 
@@ -263,7 +265,8 @@ def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
   with grpc.insecure_channel(
       f'127.0.0.1:{running.server.port}', options=[
         ('grpc.use_local_subchannel_pool', 1),
-        ('grpc.http2.bdp_probe', 0)]) as channel:
+        ('grpc.http2.bdp_probe', 0),
+        ('grpc.http2.lookahead_bytes', 1024)]) as channel:
     slow = running.stub_of(channel).Generate(pb.GenerateRequest(
       token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
         fill_context=True)))
@@ -276,3 +279,41 @@ def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
     assert slow.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert 'reads too slowly' in slow.details()
     assert int(dict(slow.trailing_metadata())['retry-after']) > 0
+
+
+@pytest.mark.parametrize(('written', 'is_cut_off'), [(0, False), (1, True)])
+def test_the_first_write_is_let_end(written: int, is_cut_off: bool) -> None:
+  """Else gRPC refuses the status, and the client waits for ever."""
+  request = types.Request(request_id='x', prompt_token_ids=(1,))
+  delta = types.OutputDelta('x', '', (1,), (0.0,), None)
+
+  async def run() -> list[str]:
+    stream, said = outbox.Stream(request, lambda stream: None, 1), []
+    stuck = asyncio.Event()
+
+    async def read() -> None:
+      num_writes = 0
+      try:
+        async for _ in stream:
+          num_writes += 1
+          if num_writes > written:
+            await stuck.wait()
+      except asyncio.CancelledError:
+        said.append('cut off')
+      except errors.CapacityError:
+        said.append('told')
+
+    task = asyncio.create_task(read())
+    for _ in range(written + 1):
+      await asyncio.sleep(0)
+      stream.put(delta)
+      await asyncio.sleep(0)
+      await asyncio.sleep(0)
+    for _ in range(3):  # more than may wait
+      stream.put(delta)
+    await asyncio.sleep(0)
+    stuck.set()
+    await task
+    return said
+
+  assert asyncio.run(run()) == ['cut off' if is_cut_off else 'told']
