@@ -9,7 +9,8 @@ import re
 from sarathi_jax import errors
 
 _HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
-_FILES = ('*.json', '*.safetensors', 'tokenizer.model', '*.jinja')
+_FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model*',
+          'merges.txt', '*.tiktoken')
 
 
 def locate(source: str) -> pathlib.Path:

@@ -4,8 +4,9 @@
 The engine reads tokenizer.json with the `tokenizers` library. Where there is
 one it is authoritative, as in transformers 5, which no longer looks at the
 flags add_bos_token and add_eos_token of tokenizer_config.json beside it. Where
-there is only tokenizer.model, or vocab.json and merges.txt, transformers
-builds the tokenizer, by those flags, and what it built is saved.
+there is only tokenizer.model it is made by those flags
+(`sentencepiece_model`); where there are only vocab.json and merges.txt,
+transformers makes it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ import json
 import pathlib
 import shutil
 
+import tokenizers
+
+from checkpoints_convert import sentencepiece_model
 from sarathi_jax import errors
+from sarathi_jax.engine import chat
+from sarathi_jax.engine import tokenizer as tokenizer_lib
 
 # Copied as they are, where they are.
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
          'chat_template.jinja', 'chat_template.json', 'generation_config.json')
 
-# What a tokenizer can be built from.
-_SOURCES = ('tokenizer.model', 'vocab.json')
+# Tokenizers of other kinds, which are never left out without a word.
+_FOREIGN = ('tekken.json', '*.tiktoken', 'tokenizer.model.v*', 'spiece.model',
+            'sentencepiece.bpe.model', 'vocab.txt')
 
 
 def write(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -32,35 +39,65 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
     target: where to.
 
   Raises:
-    CheckpointError: there is a tokenizer, but it can't be read.
+    CheckpointError: there is a tokenizer, but it can't be read, or is of
+      another kind.
   """
   for name in FILES:
     if (folder / name).is_file():
-      _check(folder / name)
+      if name.endswith('.json'):
+        _check(folder / name)
       shutil.copyfile(folder / name, target / name)
-  has_sources = any((folder / name).is_file() for name in _SOURCES)
-  if has_sources and not (folder / 'tokenizer.json').is_file():
-    _build(folder, target)
+  chat.ChatTemplate.from_folder(folder)
+  made = target / 'tokenizer.json'
+  if made.is_file():
+    _take(folder / made.name, made)
+  elif (folder / sentencepiece_model.FILE).is_file():
+    sentencepiece_model.build(folder).save(str(made))
+  elif (folder / 'vocab.json').is_file():
+    _build(folder, made)
+  else:
+    _refuse_foreign(folder)
 
 
 def _check(path: pathlib.Path) -> None:
   """Finds a damaged file now, and not when the model is to be served."""
   try:
-    if path.name == 'tokenizer.json':
-      import tokenizers  # not needed without a tokenizer
-      tokenizers.Tokenizer.from_file(str(path))
-    elif path.suffix == '.json':
-      json.loads(path.read_bytes())
-  except Exception as e:  # tokenizers raises nothing narrower
+    json.loads(path.read_bytes())
+  except ValueError as e:
     raise errors.CheckpointError(f'{path}: can not be read: {e}') from e
 
 
-def _build(folder: pathlib.Path, target: pathlib.Path) -> None:
+def _take(path: pathlib.Path, made: pathlib.Path) -> None:
+  """Checks tokenizer.json, and mends the copy where it cuts texts or pads.
+
+  The engine does not mind, but gateways read the copy, too.
+  """
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as e:  # tokenizers raises nothing narrower
+    raise errors.CheckpointError(f'{path}: can not be read: {e}') from e
+  if tokenizer_lib.encode_all(tokenizer):
+    tokenizer.save(str(made))
+
+
+def _build(folder: pathlib.Path, made: pathlib.Path) -> None:
+  if not (folder / 'merges.txt').is_file():
+    raise errors.CheckpointError(
+      f'{folder}: has vocab.json, but neither merges.txt nor tokenizer.json.')
   import transformers  # slow to import, and seldom needed
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    tokenizer.backend_tokenizer.save(str(target / 'tokenizer.json'))
+    tokenizer.backend_tokenizer.save(str(made))
   except Exception as e:  # whatever a tokenizer's own code raises
     raise errors.CheckpointError(
-      f'{folder}: transformers can not make tokenizer.json of its tokenizer '
-      f'(for tokenizer.model it needs sentencepiece): {e}') from e
+      f'{folder}: transformers can not make tokenizer.json of vocab.json and '
+      f'merges.txt: {e}') from e
+
+
+def _refuse_foreign(folder: pathlib.Path) -> None:
+  found = sorted(path.name for glob in _FOREIGN for path in folder.glob(glob))
+  if found:
+    raise errors.CheckpointError(
+      f'{folder / found[0]}: a tokenizer of this kind can not be read. Put the '
+      'tokenizer.json of the model beside it, or take the file away to serve '
+      'token ids alone.')

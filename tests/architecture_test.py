@@ -52,7 +52,8 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.fingerprint': (
     'sarathi_jax.checkpoint', 'sarathi_jax.models'),
   'checkpoints_convert': (
-    'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.mains',
+    'sarathi_jax.models', 'sarathi_jax.checkpoint', 'sarathi_jax.engine.chat',
+    'sarathi_jax.engine.tokenizer', 'sarathi_jax.mains',
     'sarathi_jax.params_reader'),
   'sarathi_jax.deployment': ('sarathi_jax.models.config',),
   'sarathi_jax.flags': ('sarathi_jax.deployment', 'sarathi_jax.scheduler'),
@@ -209,7 +210,8 @@ def test_what_is_imported_is_declared() -> None:
     (source_tree.ROOT / 'pyproject.toml').read_text())['project']
   lines = [*project['dependencies'],
            *project['optional-dependencies']['otel'],
-           *project['optional-dependencies']['quickstart']]
+           *project['optional-dependencies']['quickstart'],
+           *project['optional-dependencies']['sentencepiece']]
   declared = {re.split(r'[^\w-]', line)[0] for line in lines}
   used = {_COME_ALONG.get(i.module) or build_file.distribution(i.module)
           for name, f in FILES.items() for i in f.imports

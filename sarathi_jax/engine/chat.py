@@ -72,20 +72,13 @@ class ChatTemplate:
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
     """The template of a checkpoint; None if it has none."""
-    config = _read_json(folder / 'tokenizer_config.json')
-    source = config.get('chat_template')
-    if isinstance(source, list):  # Several, by name.
-      named = {entry['name']: entry['template'] for entry in source}
-      source = named.get('default')
-    file = folder / 'chat_template.jinja'
-    if file.is_file():
-      source = file.read_text(encoding='utf-8')
+    config = tokenizer_config(folder)
+    source = _source(folder, config)
     if not source:
       return None
-    tokens = _read_json(folder / 'special_tokens_map.json') | config
     return cls(source, {
       name: value['content'] if isinstance(value, dict) else value
-      for name, value in tokens.items()
+      for name, value in config.items()
       if name.endswith('_token') and isinstance(value, (str, dict))})
 
   def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -104,6 +97,42 @@ class ChatTemplate:
       raise errors.InvalidRequestError(
         'messages: the chat template refused them: '
         f'{errors.cut(str(error))}') from error
+
+
+def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
+  """tokenizer_config.json, with special_tokens_map.json merged into it.
+
+  As transformers does it: files that list added_tokens_decoder are new enough
+  to say all by themselves.
+
+  Raises:
+    CheckpointError: one of them is not JSON.
+  """
+  config = _read_json(folder / 'tokenizer_config.json')
+  if config.get('added_tokens_decoder') is None:
+    config |= _read_json(folder / 'special_tokens_map.json')
+  return config
+
+
+def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+  """The template's text, of whichever file has it; None if none has."""
+  file = folder / 'chat_template.jinja'
+  if file.is_file():
+    return file.read_text(encoding='utf-8')
+  source = config.get('chat_template') or _read_json(
+    folder / 'chat_template.json').get('chat_template')
+  try:
+    if isinstance(source, list):  # Several, by name.
+      source = {entry['name']: entry['template'] for entry in source}
+    if isinstance(source, Mapping):
+      source = source.get('default')
+    if not isinstance(source, str | None):
+      raise TypeError(f'is a {type(source).__name__}')
+  except (KeyError, TypeError) as error:
+    raise errors.CheckpointError(
+      f'{folder}: chat_template: must be a text, a list of objects with name '
+      f'and template, or an object of texts by name: {error}') from error
+  return source
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

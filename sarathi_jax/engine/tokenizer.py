@@ -40,6 +40,7 @@ class Tokenizer:
     except Exception as error:  # The library raises plain Exception.
       raise errors.CheckpointError(
         f'{file}: not a tokenizer that can be read: {error}') from error
+    encode_all(self._tokenizer)
     self._pieces = text_stream.Pieces(self._tokenizer)
     self._chat = chat.ChatTemplate.from_folder(folder)
 
@@ -53,8 +54,7 @@ class Tokenizer:
       template: of chats.
     """
     copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    encode_all(copy)
     made = object.__new__(cls)
     made.folder = None
     made._tokenizer = copy
@@ -112,6 +112,25 @@ class Tokenizer:
   def special_tokens(self) -> Mapping[int, str]:
     """Texts of the special tokens, by id."""
     return self._pieces.special
+
+
+def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
+  """Has a tokenizer encode all of a text, in one way, and nothing else.
+
+  tokenizer.json keeps what its last user, perhaps a training script, had set:
+  a length to cut or to pad to, a probability to leave merges out.
+
+  Returns:
+    Whether anything of that kind was set.
+  """
+  model: Any = tokenizer.model
+  varies = getattr(model, 'dropout', None) is not None
+  was_set = varies or bool(tokenizer.truncation or tokenizer.padding)
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  if varies:
+    model.dropout = None
+  return was_set
 
 
 def checked(prompt: Any) -> Prompt:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pathlib
+from typing import Any
 
 import pytest
 import sentencepiece
 import tokenizers
 import transformers
 
+from checkpoints_convert import source
 from checkpoints_convert import tokenizer_files
 from sarathi_jax import errors
 
@@ -89,6 +92,57 @@ def test_sentencepiece_alone(eos: bool, tmp_path: pathlib.Path) -> None:
   for text in ('the cat', 'a hat on the mat', 'sat at \u00e9'):
     assert _encode(target, text) == [
       pieces.bos_id(), *pieces.encode(text), *[pieces.eos_id()] * eos]
+
+
+@pytest.mark.parametrize('change', [
+  lambda made: made.enable_truncation(2),
+  lambda made: made.enable_padding(length=9),
+], ids=['truncation', 'padding'])
+def test_what_a_training_script_left_on_is_not_taken_along(
+    change: Any, tmp_path: pathlib.Path) -> None:
+  """Gateways read the file by themselves."""
+  _make(tmp_path / 'hf', adds_bos=True)
+  path = tmp_path / 'hf' / 'tokenizer.json'
+  made = tokenizers.Tokenizer.from_file(str(path))
+  change(made)
+  made.save(str(path))
+  assert _encode(_written(tmp_path), 'a b c') == [0, 3, 4, 5]
+
+
+def test_vocab_and_merges(tmp_path: pathlib.Path) -> None:
+  """They are downloaded, too, and transformers makes the tokenizer."""
+  folder = tmp_path / 'hf'
+  folder.mkdir()
+  made = tokenizers.ByteLevelBPETokenizer()
+  made.train_from_iterator(['the cat sat on the mat'] * 9, vocab_size=270)
+  made.save_model(str(folder))
+  (folder / 'config.json').write_text('{"model_type": "qwen2"}')
+  assert _encode(_written(tmp_path), 'the cat') == made.encode('the cat').ids
+  for name in ('vocab.json', 'merges.txt', 'tokenizer.model'):
+    assert any(fnmatch.fnmatch(name, p) for p in source._FILES)
+  (folder / 'merges.txt').unlink()
+  with pytest.raises(errors.CheckpointError, match=r'neither merges\.txt nor'):
+    tokenizer_files.write(folder, tmp_path / 'out2')
+
+
+@pytest.mark.parametrize('name', [
+  'tekken.json', 'qwen.tiktoken', 'tokenizer.model.v3', 'spiece.model'])
+def test_tokenizers_of_other_kinds_are_not_left_out_without_a_word(
+    name: str, tmp_path: pathlib.Path) -> None:
+  (tmp_path / 'hf').mkdir()
+  (tmp_path / 'hf' / name).write_text('{}')
+  with pytest.raises(errors.CheckpointError,
+                     match=f'{name}: a tokenizer of this kind'):
+    _written(tmp_path)
+  _make(tmp_path / 'hf2', adds_bos=True)
+  (tmp_path / 'hf2' / name).write_text('{}')
+  tokenizer_files.write(tmp_path / 'hf2', tmp_path / 'out')  # as it has both
+
+
+def test_a_chat_template_that_is_none(tmp_path: pathlib.Path) -> None:
+  _make(tmp_path / 'hf', adds_bos=True, chat_template=[{'name': 'default'}])
+  with pytest.raises(errors.CheckpointError, match='hf: chat_template: must'):
+    _written(tmp_path)
 
 
 def test_no_tokenizer(tmp_path: pathlib.Path) -> None:

@@ -58,6 +58,51 @@ def test_a_file_of_its_own_takes_precedence(tmp_path):
   assert template.render(MESSAGES) == 'new'
 
 
+@pytest.mark.parametrize('template', [
+  [{'name': 'tool_use', 'template': 'no'}, {'name': 'default',
+                                            'template': '[{{ bos_token }}]'}],
+  {'default': '[{{ bos_token }}]', 'tool_use': 'no'}, '[{{ bos_token }}]'])
+@pytest.mark.parametrize('decoder', [{}, {'added_tokens_decoder': {
+  '0': {'content': '<s>', 'special': True}}}], ids=['old', 'new'])
+@pytest.mark.parametrize(('config', 'special'), [
+  ({'bos_token': None}, {'bos_token': '<s>'}),
+  ({}, {'bos_token': '<s>'}),
+  ({'bos_token': '</s>'}, {'bos_token': {'content': '<s>'}}),
+  ({'bos_token': '<s>'}, {'eos_token': '</s>'}),
+  ({'bos_token': '<s>'}, {'bos_token': None}),
+])
+def test_which_file_says_what_special_tokens_are(
+    config, special, decoder, template, tmp_path):
+  """And in which of its shapes the template is."""
+  tokenizer_fixture.write(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({
+    'tokenizer_class': 'PreTrainedTokenizerFast', 'chat_template': template,
+    **config, **decoder}))
+  (tmp_path / 'special_tokens_map.json').write_text(json.dumps(special))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = chat.ChatTemplate.from_folder(tmp_path)
+  assert ours is not None
+  if isinstance(template, dict):
+    theirs.chat_template = template['default']  # which this transformers lacks
+  assert ours.render(MESSAGES) == theirs.apply_chat_template(
+    MESSAGES, tokenize=False)
+
+
+def test_a_template_in_an_old_file_of_json(tmp_path):
+  tokenizer_fixture.write(tmp_path, chat_template=None)
+  (tmp_path / 'chat_template.json').write_text('{"chat_template": "old"}')
+  template = chat.ChatTemplate.from_folder(tmp_path)
+  assert template is not None and template.render(MESSAGES) == 'old'
+
+
+@pytest.mark.parametrize('template', [3, [3], [{'name': 'default'}],
+                                      {'default': 3}])
+def test_a_template_of_no_known_shape(tmp_path, template):
+  _write(tmp_path, template)
+  with pytest.raises(errors.CheckpointError, match='chat_template: must be'):
+    chat.ChatTemplate.from_folder(tmp_path)
+
+
 def test_there_may_be_none(tmp_path):
   assert chat.ChatTemplate.from_folder(tmp_path) is None
 

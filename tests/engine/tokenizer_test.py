@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
@@ -11,7 +12,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
+from tokenizers import normalizers
 from tokenizers import pre_tokenizers
+from tokenizers import processors
 
 from sarathi_jax import errors
 from sarathi_jax.engine import tokenizer as tokenizer_lib
@@ -167,3 +170,41 @@ def test_a_folder_without_a_tokenizer_has_none(
     tmp_path: pathlib.Path, folder: pathlib.Path) -> None:
   assert tokenizer_lib.Tokenizer.from_folder(tmp_path) is None
   assert tokenizer_lib.Tokenizer.from_folder(folder) is not None
+
+
+@pytest.mark.parametrize('left_on', [
+  lambda made: made.enable_truncation(4),
+  lambda made: made.enable_truncation(4, stride=2, direction='left'),
+  lambda made: made.enable_padding(length=64, pad_token='</s>', pad_id=1),
+  lambda made: made.enable_padding(pad_to_multiple_of=8),
+  lambda made: setattr(made.model, 'dropout', 0.9),
+], ids=['truncation', 'stride', 'padding', 'multiple', 'dropout'])
+def test_what_a_training_script_left_on_is_off(
+    left_on: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  """Dropout of merges would make other tokens each time."""
+  made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  text = 'The quick brown fox jumps over the lazy dog.'
+  want = tuple(made.encode(text).ids)
+  left_on(made)
+  ours = tokenizer_lib.Tokenizer(
+    tokenizer_fixture.write(tmp_path, tokenizer=made))
+  assert {ours.encode(text) for _ in range(5)} == {want}
+  chat = [{'role': 'user', 'content': text}]
+  assert ours.apply_chat_template(chat) == (
+    tokenizer_lib.Tokenizer(folder).apply_chat_template(chat))
+
+
+def test_what_belongs_to_a_tokenizer_stays(tmp_path: pathlib.Path) -> None:
+  """Tokens added at both ends, normalizers, spaces that tokens swallow."""
+  made = tokenizers.Tokenizer.from_str(tokenizer_fixture.make().to_str())
+  made.normalizer = normalizers.Lowercase()
+  made.post_processor = processors.TemplateProcessing(
+    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
+  made.add_special_tokens([tokenizers.AddedToken(
+    '<sep>', lstrip=True, rstrip=True)])
+  ours = tokenizer_lib.Tokenizer(
+    tokenizer_fixture.write(tmp_path, tokenizer=made))
+  text = 'THE FOX  <sep>  x'
+  assert list(ours.encode(text)) == made.encode(text).ids
+  assert [made.token_to_id(name) for name in ('x', '<sep>', 'x', '</s>')] == (
+    list(ours.encode(text))[-4:])
