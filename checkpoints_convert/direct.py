@@ -74,5 +74,8 @@ class DirectParams:
       stop = min(start + step, rows.stop)
       block = np.empty((stop - start, *tensor.shape[1:]), tensor.numpy_dtype)
       part.read(self._reader, start, block)
-      result[start - rows.start:stop - rows.start] = transforms.cast(
+      values = transforms.cast(
         block[(slice(None), *columns)], leaf.dtype, tensor.name)
+      if count := transforms.count_nonfinite(values):
+        raise transforms.nonfinite_error({tensor.name: count})
+      result[start - rows.start:stop - rows.start] = values

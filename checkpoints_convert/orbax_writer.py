@@ -11,7 +11,8 @@ missing or truncated array can be told by name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import errno
 import fcntl
@@ -29,12 +30,16 @@ from checkpoints_convert import transforms
 
 Progress = Callable[[int], object]  # called with bytes done since the last
 
+# Of one chunk: its tensor's name, and how many numbers in it aren't finite.
+_Written = futures.Future[tuple[str, int]]
+
 _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCK = 4096  # bytes; what direct writes are multiples of, in memory, too
 
 
 def write(folder: pathlib.Path, leaves: Any,
-          reader: safetensors_reader.Reader, progress: Progress) -> None:
+          reader: safetensors_reader.Reader, progress: Progress
+          ) -> Mapping[str, int]:
   """Writes an orbax checkpoint of a tree of Leaf.
 
   Args:
@@ -42,13 +47,18 @@ def write(folder: pathlib.Path, leaves: Any,
     leaves: the parameters.
     reader: of their tensors.
     progress: told of bytes written, from any thread.
+
+  Returns:
+    Of each tensor that holds any, how many numbers are NaN or infinite.
   """
+  writer = _LeafHandler(reader, progress)
   registry = ocp.type_handlers.create_type_handler_registry(
-    (transforms.Leaf, _LeafHandler(reader, progress)))
+    (transforms.Leaf, writer))
   handler = ocp.PyTreeCheckpointHandler(
     use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(leaves))
+  return +writer.nonfinite
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):
@@ -57,6 +67,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
   def __init__(self, reader: safetensors_reader.Reader, progress: Progress):
     self._reader = reader
     self._progress = progress
+    self.nonfinite: Counter[str] = Counter()
 
   def typestr(self) -> str:
     return 'np.ndarray'  # what a restore without arguments makes of them
@@ -87,25 +98,34 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
     scratch = _ThreadScratch()
 
     def work(leaf: transforms.Leaf, folder: pathlib.Path,
-             chunk: transforms.Chunk) -> None:
+             chunk: transforms.Chunk) -> tuple[str, int]:
       values = leaf.compute(self._reader, chunk, scratch.own)
       write_chunk(folder, leaf, chunk, values)
       self._progress(leaf.chunk_bytes(chunk))
+      return chunk.part.tensor.name, transforms.count_nonfinite(values)
 
     with futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
-      pending: set[futures.Future[None]] = set()
+      pending: set[_Written] = set()
       try:
         for leaf, folder in zip(leaves, folders, strict=True):
           create(folder, leaf)
           for chunk in leaf.chunks():
             if len(pending) > 2 * _NUM_THREADS:
-              pending = _reap(pending)
+              pending = self._reap(pending)
             pending.add(pool.submit(work, leaf, folder, chunk))
         while pending:
-          pending = _reap(pending)
+          pending = self._reap(pending)
       except BaseException:
         pool.shutdown(cancel_futures=True)
         raise
+
+  def _reap(self, pending: set[_Written]) -> set[_Written]:
+    """Waits for one at least; raises what they raised."""
+    done, rest = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
+    for future in done:
+      name, count = future.result()
+      self.nonfinite[name] += count
+    return rest
 
 
 class _ThreadScratch(threading.local):
@@ -113,14 +133,6 @@ class _ThreadScratch(threading.local):
 
   def __init__(self) -> None:
     self.own = transforms.Scratch()
-
-
-def _reap(pending: set[futures.Future[None]]) -> set[futures.Future[None]]:
-  """Waits for one at least; raises what they raised."""
-  done, rest = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
-  for future in done:
-    future.result()
-  return rest
 
 
 def create(folder: pathlib.Path, leaf: transforms.Leaf) -> None:

@@ -8,7 +8,7 @@ So no whole tensor is ever in memory, whatever is fused, stacked or transposed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 import mmap
@@ -202,12 +202,36 @@ def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rows
   with np.errstate(over='ignore'):  # reported below, by name
     narrowed = rows.astype(dtype)
-  if dtype == np.float16 and not np.array_equal(
-    np.isfinite(narrowed), np.isfinite(rows)):
+  if count_nonfinite(narrowed) > count_nonfinite(rows):
+    wider = 'bfloat16 or float32' if dtype == np.float16 else 'float32'
     raise errors.CheckpointError(
-      f'{name}: holds numbers too large for {dtype}; convert to bfloat16 or '
-      'float32.')
+      f'{name}: holds numbers too large for {dtype}; convert to {wider}.')
   return narrowed
+
+
+def count_nonfinite(values: np.ndarray) -> int:
+  """How many are NaN or infinite.
+
+  Two maxima tell whether there are any: as integers, floats of one sign are
+  in order, and infinity and NaN come last. It takes a thirtieth of the time
+  of a conversion, NumPy's isfinite of bfloat16 as much as all else.
+  """
+  infinity = int(np.array(np.inf, values.dtype).view(f'u{values.itemsize}'))
+  sign = 1 << (8 * values.itemsize - 1)
+  if (values.view(f'i{values.itemsize}').max() < infinity
+      and values.view(f'u{values.itemsize}').max() < sign | infinity):
+    return 0
+  return values.size - int(np.count_nonzero(np.isfinite(values)))
+
+
+def nonfinite_error(counts: Mapping[str, int]) -> errors.CheckpointError:
+  """The error for tensors that hold so many such numbers each."""
+  shown = [f'{name} ({count:,})' for name, count in sorted(counts.items())]
+  more = f' and {len(shown) - 5:,} more tensors' if len(shown) > 5 else ''
+  return errors.CheckpointError(
+    f'the checkpoint holds numbers that are NaN or infinite, in '
+    f'{", ".join(shown[:5])}{more}; what it computes from them is of no use. '
+    'python -m checkpoints_convert --allow_nonfinite converts it all the same.')
 
 
 def transpose(rows: np.ndarray, result: np.ndarray) -> None:

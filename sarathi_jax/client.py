@@ -130,6 +130,8 @@ def _print(responses: Iterator[pb.GenerateResponse]) -> None:
     if response.HasField('finished') and not FLAGS.json:
       print(flush=True)
       _say(_summary(response.finished))
+      if response.finished.finish_reason == pb.FINISH_REASON_ERROR:
+        sys.exit(1)
 
 
 def _json(response: pb.GenerateResponse) -> str:

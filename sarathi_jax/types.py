@@ -53,7 +53,7 @@ class FinishReason(enum.Enum):
   STOP = 'stop'  # end of sequence, a stop token or a stop string
   LENGTH = 'length'  # max_tokens, or the end of the context
   ABORT = 'abort'  # by the client
-  ERROR = 'error'  # by a fault in the engine
+  ERROR = 'error'  # by a fault in the engine, or logits that aren't finite
 
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:
@@ -306,14 +306,23 @@ class ScheduledBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """What a batch sampled, one entry a chunk; void where none was sampled."""
+  """What a batch sampled, one entry a chunk; void where none was sampled.
+
+  Attributes:
+    tokens: token ids.
+    logprobs: of the tokens, natural logarithm, before temperature; NaN where
+      logits were not finite, and no token could be sampled.
+  """
 
   tokens: list[int]
-  logprobs: list[float]  # of the tokens, natural logarithm, before temperature
+  logprobs: list[float]
 
 
 class TokenEvent(NamedTuple):
-  """One token that a request gained."""
+  """One token that a request gained.
+
+  With FinishReason.ERROR it gained none, as none could be sampled.
+  """
 
   request_id: str
   token: int

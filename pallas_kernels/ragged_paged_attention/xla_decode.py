@@ -81,7 +81,7 @@ def decodes(
     decay = jnp.exp(rows[1] - top)
     new = (rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
            top,
-           rows[2] * decay + _row_sum(belongs, weights.sum(-1)))
+           rows[2] * decay + _row_sum(belongs, _marked(weights.sum(-1))))
     return tuple(lax.dynamic_update_slice_in_dim(x, y, first, 0)
                  for x, y in zip(state, new, strict=True))
 
@@ -148,8 +148,8 @@ def _mixed(
   """Values, weighted and summed: [block, K, h / l, G, l]."""
   keep = -seen.astype(jnp.int32)  # all bits, or none
   columns = range(seen.shape[1])
-  return _mix([weights[..., c] for c in columns], v_pages, page,
-              [keep[:, c] for c in columns])
+  return _marked(_mix([weights[..., c] for c in columns], v_pages, page,
+                      [keep[:, c] for c in columns]))
 
 
 def _mix(
@@ -208,8 +208,17 @@ def _row_max(belongs: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:
   return jnp.maximum(old, mine.max(1))
 
 
+def _marked(x: jax.Array) -> jax.Array:
+  """Numbers for `_row_sum`, with marks for what is not finite, or as good as.
+
+  Others' items are multiplied by 0 there, and 0 * NaN is NaN: a sequence whose
+  values are NaN would ruin the others of its block.
+  """
+  return jnp.where(jnp.abs(x) <= 1e30, x, 1e37)
+
+
 def _row_sum(belongs: jax.Array, x: jax.Array) -> jax.Array:
   """The sum of a row's items. A matmul, for scatters are slow on CPUs."""
   flat = x.reshape(len(x), -1)
-  return jnp.dot(belongs.astype(jnp.float32), flat,
-                 precision='highest').reshape(x.shape)
+  total = jnp.dot(belongs.astype(jnp.float32), flat, precision='highest')
+  return jnp.where(total < 1e36, total, jnp.nan).reshape(x.shape)

@@ -3,7 +3,7 @@
 
   python -m sarathi_jax.benchmarks.convert --layers=8 --runs=3
 
-Makes a Llama checkpoint of Llama-2-7B's widths with random bits, then takes
+Makes a Llama checkpoint of Llama-2-7B's widths, random numbers, then takes
 turns: a copy of the file, synced as a conversion is, and a conversion in a
 process of its own.
 """
@@ -24,6 +24,7 @@ import time
 
 from absl import app
 from absl import flags
+import numpy as np
 import rich.console
 import rich.progress
 import rich.table
@@ -70,7 +71,9 @@ def make_checkpoint(folder: pathlib.Path, layers: int) -> pathlib.Path:
   with path.open('wb') as file:
     file.write(len(encoded).to_bytes(8, 'little') + encoded)
     for start in range(0, end, 16 * _MIB):
-      file.write(os.urandom(min(16 * _MIB, end - start)))
+      bits = os.urandom(min(16 * _MIB, end - start))
+      # Of each exponent a bit is cleared: no number is NaN or infinite.
+      file.write(np.frombuffer(bits, np.uint16) & 0xbfff)
   (folder / 'config.json').write_text(json.dumps(dict(
     architectures=['LlamaForCausalLM'], vocab_size=_VOCAB,
     hidden_size=_WIDTH, intermediate_size=_INNER, num_hidden_layers=layers,

@@ -10,6 +10,8 @@ import numbers
 import time
 from typing import Any, NamedTuple, Protocol
 
+from absl import logging
+
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
@@ -20,7 +22,7 @@ from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.scheduler import pace as pace_lib
 from sarathi_jax.scheduler import sequence
 
-_STOP = types.FinishReason.STOP
+_ERROR, _STOP = types.FinishReason.ERROR, types.FinishReason.STOP
 Pending = Any  # What a runner returns for a batch that is being computed.
 
 
@@ -295,9 +297,12 @@ class Engine:
       observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)
     lives = [self._live[event[0]] for event in events]
-    self._record_times(lives, now)
+    num_tokens = len(events)
+    while num_tokens and events[num_tokens - 1].finish_reason is _ERROR:
+      num_tokens -= 1
+    self._record_times(lives[:num_tokens], now)
     self._ends.append(now)
-    self.metrics.num_generated += len(events)
+    self.metrics.num_generated += num_tokens
     return [self._output(event, live, now)
             for event, live in zip(events, lives, strict=True)]
 
@@ -325,11 +330,18 @@ class Engine:
               now: float) -> types.OutputDelta:
     request_id, token, logprob, reason = event
     text = ''
+    tokens: tuple[int, ...] = (token,)
+    logprobs: tuple[float, ...] = (logprob,)
     stop_reason: int | str | None = None
-    if live.detokenizer is not None:
+    if reason is _ERROR:
+      tokens = logprobs = ()
+      logging.log_every_n_seconds(
+        logging.ERROR, '%s: ends, as its logits are NaN or infinite; the '
+        'weights may be.', 10, request_id)
+    elif live.detokenizer is not None:
       text, stop_reason = live.detokenizer.step(token, reason is _STOP)
     if reason is None and stop_reason is None:
-      return types.OutputDelta(request_id, text, (token,), (logprob,))
+      return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:
       text += live.detokenizer.flush()
     if stop_reason is not None:
@@ -345,5 +357,5 @@ class Engine:
     self.metrics.record_finished(summary, reason)
     for observer in self._observers:
       observer.on_finished(live.seq.request, summary, reason, now)
-    return types.OutputDelta(request_id, text, (token,), (logprob,), reason,
+    return types.OutputDelta(request_id, text, tokens, logprobs, reason,
                              stop_reason, summary)

@@ -100,7 +100,8 @@ def sample(
 
   Returns:
     Token ids (int32) and their log-probabilities under `logits` as they came,
-    before temperature and filters.
+    before temperature and filters: finite, or NaN where logits are NaN,
+    infinite, or all minus infinity. Such a row's token is void.
   """
   greedy = _argmax(logits)
 
@@ -126,4 +127,6 @@ def sample(
 
   tokens = lax.cond((temperature > 0).any(), draw, lambda: greedy)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-  return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+  total = jax.nn.logsumexp(logits, axis=-1)  # Finite if the logits are sane.
+  logprobs = jnp.maximum(chosen - total, jnp.finfo(jnp.float32).min)
+  return tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan)

@@ -115,7 +115,8 @@ def stage_step(
   Returns:
     Pages, last tokens and hidden states, updated in place, and the tokens
     sampled for the batch at the last stage in one array: token ids, then the
-    bits of their float32 log-probabilities.
+    bits of their float32 log-probabilities, NaN for what `sampling.sample`
+    could not sample.
   """
   model, layout = spec.model, spec.layout
   shards = mesh_lib.shards_of(spec.mesh)

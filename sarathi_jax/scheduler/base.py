@@ -30,6 +30,7 @@ from sarathi_jax.scheduler import sequence
 from sarathi_jax.scheduler import urgency
 
 Sequence = sequence.Sequence
+_ERROR = types.FinishReason.ERROR
 
 
 class Scheduler(abc.ABC):
@@ -189,10 +190,10 @@ class Scheduler(abc.ABC):
 
   def complete(self, batch: types.ScheduledBatch,
                sampled: types.Sampled) -> list[types.TokenEvent]:
-    """Takes in the tokens of the oldest batch in flight."""
+    """Takes in the tokens of the oldest batch in flight; errors come last."""
     oldest, seqs = self._in_flight.popleft()
     assert oldest is batch, 'batches complete in the order of their launch'
-    events = []
+    events, failed = [], []
     for seq, chunk, token, logprob in zip(
         seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
       seq.num_in_flight -= 1
@@ -202,6 +203,11 @@ class Scheduler(abc.ABC):
       if seq.is_finished or not chunk.samples:
         continue
       seq.num_pending -= 1
+      if logprob != logprob:  # noqa: PLR0124 (NaN; isnan takes twice as long)
+        self._finish(seq)
+        failed.append(
+          types.TokenEvent(chunk.request_id, token, logprob, _ERROR))
+        continue
       seq.tokens.append(token)
       reason = None
       if token in seq.stop_ids:
@@ -212,7 +218,7 @@ class Scheduler(abc.ABC):
         self._finish(seq)
       events.append(
         types.TokenEvent(chunk.request_id, token, logprob, reason))
-    return events
+    return events + failed
 
   # -- What policies are built from --
 

@@ -187,3 +187,48 @@ def test_seeds_are_the_requests_own_or_the_engines() -> None:
   drawn = seeds()
   assert drawn == seeds()
   assert drawn[0] != drawn[1]
+
+
+class _NoLogits(harness.ScriptRunner):
+  """Can't sample the second token of 'bad', as its logits are NaN."""
+
+  def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+    sampled = super().launch(batch)
+    return sampled._replace(logprobs=[
+      float('nan') if (chunk.request_id == 'bad' and
+                       chunk.start + chunk.num_tokens > chunk.prompt_len)
+      else logprob
+      for chunk, logprob in zip(batch.chunks, sampled.logprobs, strict=True)])
+
+
+@pytest.mark.parametrize('look_ahead', [False, True])
+@pytest.mark.parametrize('policy', POLICIES)
+def test_a_request_without_finite_logits_ends_alone(
+    policy: str, look_ahead: bool) -> None:
+  engine = make_engine(policy, look_ahead=look_ahead, runner=_NoLogits(
+    {'good': (1, 2, 3, 4), 'bad': (5, 6, 7, 8), 'late': (9, 10)}))
+  for name in ('good', 'bad', 'late'):
+    engine.add(request(name, [7, 8], 2 if name == 'late' else 4))
+  found = finish(engine)
+  assert {name: tokens_of(deltas) for name, deltas in found.items()} == {
+    'good': [1, 2, 3, 4], 'bad': [5], 'late': [9, 10]}
+  last = found['bad'][-1]
+  assert (last.token_ids, last.logprobs, last.text) == ((), (), '')
+  assert last.finish_reason is types.FinishReason.ERROR
+  assert last.stop_reason is None
+  assert last.metrics is not None and last.metrics.num_output_tokens == 1
+  assert engine.metrics.num_generated == 7
+  assert engine.metrics.finish_reasons[types.FinishReason.ERROR] == 1
+
+
+def test_a_request_that_never_got_a_token_has_no_time_of_a_first() -> None:
+  class Broken(harness.ScriptRunner):
+    def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+      sampled = super().launch(batch)
+      return sampled._replace(logprobs=[float('nan')] * len(sampled.tokens))
+
+  engine = make_engine(runner=Broken({'a': ()}))
+  engine.add(request('a', [7], 4))
+  delta, = finish(engine)['a']
+  assert delta.metrics is not None and delta.metrics.ttft_s is None
+  assert engine.metrics.ttft_s.count == 0

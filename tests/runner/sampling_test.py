@@ -227,3 +227,31 @@ def test_seeds_of_31_bits_give_what_they_always_gave(seed):
     jax.random.fold_in(key, position), (V,), np.float32))(np.arange(V))
   np.testing.assert_array_equal(
     tokens_of([seed])[0], np.asarray(noise).argmax(axis=-1))
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+@pytest.mark.parametrize('bad', [
+  {3: np.nan}, {V - 1: np.inf}, dict.fromkeys(range(V), -np.inf),
+  dict.fromkeys(range(V), np.nan), {0: np.inf, 1: -np.inf}],
+  ids=['a NaN', 'an infinity', 'no token', 'all NaN', 'both'])
+def test_a_row_without_a_largest_finite_logit_says_so(batch, bad, temperature):
+  """And the others don't notice."""
+  fine = {**batch, 'temperature': np.full(S, temperature, np.float32)}
+  logits = fine['logits'].copy()
+  logits[2, list(bad)] = list(bad.values())
+  logits[4, 5:] = -np.inf  # Some tokens can't be; others can.
+  expected, _ = sample(**{**fine, 'logits': np.where(
+    np.arange(S)[:, None] == 2, 0, logits)})
+  tokens, logprobs = sample(**{**fine, 'logits': logits})
+  np.testing.assert_array_equal(np.isnan(logprobs), np.arange(S) == 2)
+  assert np.isfinite(np.delete(logprobs, 2)).all()
+  np.testing.assert_array_equal(np.delete(tokens, 2), np.delete(expected, 2))
+  assert 0 <= tokens[2] < V  # The next step looks it up, to no end.
+
+
+def test_log_probabilities_are_finite_if_the_logits_are(batch):
+  logits = np.full((S, V), 3e38, np.float32)
+  logits[:, 1:] = -3e38
+  _, logprobs = sample(**{**batch, 'logits': logits, 'temperature': np.full(
+    S, 3e38, np.float32), 'top_k': np.zeros(S, np.int32)})
+  assert np.isfinite(logprobs).all()

@@ -80,6 +80,17 @@ def test_errors_are_one_line_without_a_traceback(
   assert out == ''
 
 
+def test_an_end_by_an_error_is_a_failure(gated: Callable[..., Any]) -> None:
+  running, runner = gated()
+  sampled = runner.fetch
+  runner.open()
+  runner.fetch = lambda pending: sampled(pending)._replace(
+    logprobs=[float('nan')] * len(pending.tokens))
+  code, out, err = _run(running.server.port, '--token_ids=1')
+  assert (code, out.split()) == (1, [])
+  assert err.startswith('1 prompt tokens, 0 generated, error')
+
+
 def test_no_server() -> None:
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))

@@ -141,6 +141,39 @@ def test_a_seed_reaches_the_device_whole(
     assert seeds == [seed]
 
 
+def _reason(response: Any) -> str:
+  """Why it ended; '' before."""
+  match response:
+    case pb.GenerateResponse():
+      if not response.HasField('finished'):
+        return ''
+      reason = pb.FinishReason.Name(response.finished.finish_reason)
+      return reason.removeprefix('FINISH_REASON_').lower()
+    case vllm.GenerateResponse():
+      return str(response.complete.finish_reason)
+  output = [o.name for o in response.outputs].index('finish_reason')
+  return bytes(response.raw_output_contents[output][4:]).decode()
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_logits_that_are_not_finite(
+    gated: Callable[..., Any], protocol: Any) -> None:
+  """An end with a reason, after the tokens until there; others go on."""
+  running, runner = gated()
+  sampled = runner.fetch
+  runner.open()
+  runner.fetch = lambda pending: sampled(pending)._replace(logprobs=[
+    float('nan') if token == 4 else -1.0 for token in pending.tokens])
+  bad, good = (protocol(running, [i], max_tokens=3, logprobs=0)
+               for i in (1, 10))
+  for call, num_tokens, reason in ((bad, 2, 'error'), (good, 3, 'length')):
+    responses = list(call)
+    assert [p for r in responses for p in _logprobs(r)] == [-1.0] * num_tokens
+    assert [r for r in map(_reason, responses) if r] == [reason]
+  runner.fetch = sampled
+  running.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_beyond_the_context_is_cut_there(
     server: fake.RunningServer, protocol: Any) -> None:

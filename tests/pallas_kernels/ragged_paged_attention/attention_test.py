@@ -217,6 +217,27 @@ def test_batch_mates_change_nothing(implementation: str):
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('pages', ['k_pages', 'v_pages'])
+def test_a_sequence_of_nan_ruins_itself_alone(
+    pages: str, implementation: str):
+  """Not even those whose work is shared; and it does not hide its own."""
+  mixed = fit(MIXED, implementation)
+  arrays = arg_specs.make(mixed)
+  want = attend(mixed, arrays, implementation)
+  starts, page_size = np.asarray(arrays['cu_q_lens']), mixed.page_size
+  for s, (q_len, context) in enumerate(
+      zip(mixed.all_q_lens, mixed.contexts, strict=True)):
+    first = arrays['page_indices'][s, :-(-context // page_size)][:1]
+    ruined = arrays | {pages: arrays[pages].at[first].set(np.nan)}
+    got = attend(mixed, ruined, implementation)
+    mine = np.arange(len(got)) - starts[s]
+    mine = (mine >= 0) & (mine < q_len)
+    assert np.isnan(got[mine]).all(), s
+    mine[starts[-1]:] = True  # padding
+    np.testing.assert_array_equal(got[~mine], want[~mine])
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_a_query_alone_is_a_decode_or_a_chunk(implementation: str):
   """The two paths agree on what both can do."""
   decodes, chunks = (fit(arg_specs.BY_NAME[f'{n}_decodes'], implementation)
