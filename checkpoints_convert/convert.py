@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
 from checkpoints_convert import orbax_writer
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import staging as staging_lib
+from checkpoints_convert import tied
 from checkpoints_convert import tokenizer_files
 from checkpoints_convert import transforms
 from sarathi_jax import checkpoint
@@ -48,6 +50,7 @@ class Plan:
     model: what it is.
     dtype: what its parameters become, such as 'bfloat16'.
     leaves: a tree of `transforms.Leaf`.
+    generation: what it says of how to generate.
     raw: the decoded config.json.
   """
 
@@ -55,6 +58,7 @@ class Plan:
   model: config_lib.ModelConfig
   dtype: str
   leaves: Any
+  generation: generation_lib.Generation
   raw: Mapping[str, Any]
 
   def all_leaves(self) -> list[transforms.Leaf]:
@@ -67,7 +71,8 @@ class Plan:
 
 def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
               dtype: str | None,
-              parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> Plan:
+              parallelism: parallel.Parallelism = parallel.ONE_DEVICE, *,
+              sampling_defaults: bool = True) -> Plan:
   """Checks everything that can be checked without reading a tensor.
 
   Args:
@@ -75,6 +80,7 @@ def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
     reader: of its tensors.
     dtype: one of `DTYPES`; None for what most of the checkpoint is in.
     parallelism: of the mesh that it is written for.
+    sampling_defaults: whether the sampling that its makers recommend is kept.
 
   Raises:
     CheckpointError: something about the checkpoint is not known, or missing.
@@ -86,16 +92,18 @@ def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
   model, rules, raw = hf_config.read(folder)
   parallelism.check(model)
   dtype = dtype or _main_dtype(reader.tensors)
-  model, tensors = _untie(model, reader)
+  generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
+  model, tensors = tied.settle(model, reader, rules)
   leaves = rules_lib.plan(
     tensors, rules, models.param_specs(model),
     safetensors_reader.DTYPES[DTYPES[dtype]], parallelism)
-  return Plan(folder, model, dtype, leaves, raw)
+  return Plan(folder, model, dtype, leaves, generation, raw)
 
 
 def convert(folder: pathlib.Path, target: pathlib.Path, *,
             dtype: str | None = None, check: bool = False,
             parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+            sampling_defaults: bool = True, allow_nonfinite: bool = False,
             bar: Bar = no_bar) -> Plan:
   """Converts a Hugging Face checkpoint.
 
@@ -110,6 +118,8 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
     check: whether to read everything back and compare.
     parallelism: of a mesh. Each file then is of one of its devices, which is
       of use where files are far away. Any mesh can load it all the same.
+    sampling_defaults: see `make_plan`.
+    allow_nonfinite: whether weights may be NaN or infinite.
     bar: makes progress bars.
 
   Returns:
@@ -124,13 +134,16 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
   target = pathlib.Path(os.path.abspath(target))
   _check_free(target)
   with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(folder, reader, dtype, parallelism)
+    plan = make_plan(folder, reader, dtype, parallelism,
+                     sampling_defaults=sampling_defaults)
     with (_write_errors(target),
           staging_lib.staging(target, plan.num_bytes) as staging):
+      tokenizer_files.write(folder, staging)  # may refuse, so it goes first
       with bar('converting', plan.num_bytes) as progress:
-        orbax_writer.write(staging / checkpoint.PARAMS, plan.leaves, reader,
-                           progress)
-      tokenizer_files.write(folder, staging)
+        nonfinite = orbax_writer.write(
+          staging / checkpoint.PARAMS, plan.leaves, reader, progress)
+      if nonfinite and not allow_nonfinite:
+        raise transforms.nonfinite_error(nonfinite)
       checkpoint.write_metadata(staging, metadata_of(plan))
       if check:
         compare(plan, staging, reader, bar)
@@ -147,7 +160,8 @@ def verify(folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
   """
   metadata = checkpoint.load_metadata(target)
   with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(folder, reader, metadata.dtype)
+    plan = make_plan(
+      folder, reader, metadata.dtype, sampling_defaults=False)
     if plan.model != metadata.model:
       raise errors.CheckpointError(
         f'{target}: is of another model than {folder}.')
@@ -209,66 +223,21 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
   return max(sizes, key=lambda name: sizes[name])
 
 
-def _untie(model: config_lib.ModelConfig, reader: safetensors_reader.Reader
-           ) -> tuple[config_lib.ModelConfig,
-                      dict[str, safetensors_reader.Tensor]]:
-  """Settles what a checkpoint means that says it is tied, and has two tables.
-
-  As transformers does: if they are equal one is dropped, if not they are two.
-  """
-  tensors = dict(reader.tensors)
-  head = tensors.get('lm_head.weight')
-  if not model.tie_word_embeddings or head is None:
-    return model, tensors
-  embed = next((tensor for name, tensor in tensors.items()
-                if name.endswith(('.embed_tokens.weight',
-                                  '.word_embeddings.weight'))), None)
-  if embed is not None and _equal(embed, head, reader):
-    del tensors['lm_head.weight']
-    return model, tensors
-  return dataclasses.replace(model, tie_word_embeddings=False), tensors
-
-
-def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
-           reader: safetensors_reader.Reader) -> bool:
-  if a.shape != b.shape or a.dtype != b.dtype:
-    return False
-  step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)
-  for start in range(0, a.shape[0], step):
-    shape = (min(step, a.shape[0] - start), *a.shape[1:])
-    rows = [np.empty(shape, tensor.numpy_dtype) for tensor in (a, b)]
-    for tensor, into in zip((a, b), rows, strict=True):
-      reader.read_rows(tensor, start, into)
-    if not np.array_equal(_bits(rows[0]), _bits(rows[1])):
-      return False
-  return True
-
-
 def metadata_of(plan: Plan) -> checkpoint.CheckpointMetadata:
   """What sarathi.json says of a checkpoint."""
-  generation = {}
-  if (plan.folder / 'generation_config.json').is_file():
-    generation = hf_config.read_json(plan.folder / 'generation_config.json')
+  generation = plan.generation
   return checkpoint.CheckpointMetadata(
     model=plan.model,
     dtype=plan.dtype,
-    eos_token_ids=_ids(generation.get('eos_token_id',
-                                      plan.raw.get('eos_token_id'))),
-    bos_token_id=generation.get('bos_token_id', plan.raw.get('bos_token_id')),
-    pad_token_id=generation.get('pad_token_id', plan.raw.get('pad_token_id')),
-    generation={name: generation[name] for name in checkpoint.GENERATION_FIELDS
-                if generation.get(name) is not None},
+    eos_token_ids=generation.eos_token_ids,
+    bos_token_id=generation.bos_token_id,
+    pad_token_id=generation.pad_token_id,
+    generation=generation.sampling,
     source={
       'format': 'huggingface',
       'name': plan.folder.name,
       'architecture': (plan.raw.get('architectures') or [None])[0],
     })
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-  if value is None:
-    return ()
-  return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _check_free(target: pathlib.Path) -> None:

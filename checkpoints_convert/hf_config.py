@@ -1,47 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads config.json as a closed world.
 
-Every attribute is taken by a family, ignored here by name, or at the value
-that changes nothing; anything else is refused by name, so that no new variant
-of a model is ever converted to something else. Defaults are those of
-transformers' config classes, which leave out what equals them.
+Every attribute is taken by a family, or known to change nothing (`harmless`);
+anything else is refused by name, so that no new variant of a model is ever
+converted to something else. Defaults are those of transformers' config
+classes, which leave out what equals them. null is as good as absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import json
 import math
 import pathlib
 from typing import Any
 
 from checkpoints_convert import families
+from checkpoints_convert import generation
+from checkpoints_convert import harmless
+from checkpoints_convert import json_file
 from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
 
-# They say nothing about inference, or what is read elsewhere.
-IGNORED = frozenset((
-  '_attn_implementation_autoset', '_name_or_path', 'architectures',
-  'attention_dropout', 'auto_map', 'bos_token_id', 'dtype', 'eos_token_id',
-  'hidden_dropout', 'id2label', 'initializer_range', 'label2id', 'model_type',
-  'output_attentions', 'output_hidden_states', 'output_router_logits',
-  'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict',
-  'router_aux_loss_coef', 'router_jitter_noise', 'torch_dtype',
-  'transformers_version', 'unsloth_fixed', 'unsloth_version', 'use_cache',
-))
-
-# Attributes that may be there as long as they change nothing.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-  'add_cross_attention': (False,),
-  'apply_residual_connection_post_layernorm': (False,),
-  'chunk_size_feed_forward': (0,),
-  'cross_attention_hidden_size': (None,),
-  'is_decoder': (False, True),
-  'is_encoder_decoder': (False,),
-  'partial_rotary_factor': (None, 1, 1.0),
-  'pruned_heads': (None, {}),
-  'tie_encoder_decoder': (False,),
-}
+# What a checkpoint says whose weights are not numbers of their own.
+_QUANTIZED = ('compression_config', 'quantization', 'quantization_config')
 
 ACTIVATIONS: Mapping[str, str] = {
   'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'relu': 'relu',
@@ -57,8 +38,20 @@ class Attributes:
     self._where = where
 
   def take(self, name: str, default: Any = None) -> Any:
-    """The attribute's value; `default` if it is absent."""
+    """The attribute's value; `default` if it is absent or null."""
+    value = self._values.pop(name, None)
+    return default if value is None else value
+
+  def take_or_none(self, name: str, default: Any) -> Any:
+    """The attribute's value; null where it says something of its own."""
     return self._values.pop(name, default)
+
+  def flag(self, name: str, default: bool) -> bool:
+    """True or false; transformers takes null for false."""
+    value = self._values.pop(name, default)
+    if not isinstance(value, bool | None):
+      raise self.refuse(name, value, 'must be true or false')
+    return bool(value)
 
   def require(self, name: str) -> Any:
     """The attribute's value, which has no default."""
@@ -88,16 +81,18 @@ class Attributes:
     return errors.CheckpointError(f'{self._where}: {message}.')
 
   def finish(self) -> None:
-    """Refuses whatever nobody took."""
+    """Refuses whatever nobody took, and might change something."""
+    remote_code = bool(self._values.get('auto_map'))
     for name, value in self._values.items():
-      if name in IGNORED or value in NEUTRAL.get(name, ()):
+      if value is None or name in generation.NAMES:
         continue
-      if name == 'quantization_config':
+      if name in _QUANTIZED:
         raise self.refuse(
           name, value, 'quantized checkpoints are not supported')
-      raise self.refuse(
-        name, value, 'this attribute is not supported, and might change what '
-        'the model computes')
+      if not harmless.is_harmless(name, value, remote_code=remote_code):
+        raise self.refuse(
+          name, value, 'this attribute is not supported, and might change '
+          'what the model computes')
 
 
 def read(folder: pathlib.Path
@@ -115,7 +110,7 @@ def read(folder: pathlib.Path
       supported, or an attribute that is not, each by name.
   """
   path = folder / 'config.json'
-  raw = read_json(path)
+  raw = json_file.read(path)
   family = families.find(_architecture(raw, path))
   attributes = Attributes(raw, str(path))
   try:
@@ -130,28 +125,16 @@ def read(folder: pathlib.Path
   return model, family.rules(model), raw
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """An object from a file.
-
-  Raises:
-    CheckpointError: no such file, or not a JSON object.
-  """
-  try:
-    value = json.loads(path.read_bytes())
-  except FileNotFoundError as e:
-    raise errors.CheckpointError(f'{path}: missing.') from e
-  except (OSError, ValueError) as e:
-    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
-  if not isinstance(value, dict):
-    raise errors.CheckpointError(f'{path}: is not a JSON object.')
-  return value
-
-
 def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
-  names = raw.get('architectures') or [raw.get('model_type')]
+  """The architecture named, or that of the model type, as transformers does."""
+  names = raw.get('architectures')
+  if not names:
+    kind = raw.get('model_type')
+    names = [families.architecture_of(kind) or kind]
   if not isinstance(names, list) or len(names) != 1 or not names[0]:
     raise errors.CheckpointError(
-      f'{path}: architectures={names!r}: must name one architecture.')
+      f'{path}: architectures={names!r}: must name one architecture, or '
+      'model_type must.')
   return str(names[0])
 
 
@@ -184,7 +167,7 @@ def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
     norm_eps=attributes.take('rms_norm_eps', eps),
     activation=activation(attributes, 'hidden_act', 'silu'),
     rope=rope,
-    tie_word_embeddings=attributes.take('tie_word_embeddings', tied),
+    tie_word_embeddings=attributes.flag('tie_word_embeddings', tied),
   )
 
 

@@ -39,6 +39,14 @@ _PP = flags.DEFINE_integer(
 _VERIFY = flags.DEFINE_bool(
   'verify', False, 'Read everything back and compare it, bit by bit.')
 
+_SAMPLING_DEFAULTS = flags.DEFINE_bool(
+  'sampling_defaults', True, 'Keep the sampling that generation_config.json '
+  'recommends, for requests that do not say; what of it is not supported is '
+  'an error then.')
+_ALLOW_NONFINITE = flags.DEFINE_bool(
+  'allow_nonfinite', False, 'Convert weights that are NaN or infinite, too. '
+  'Requests whose logits are ruined by them end with the reason error.')
+
 
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
@@ -65,7 +73,9 @@ def main(argv: list[str]) -> int:
     plan = convert.convert(
       source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
       dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar,
-      parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value))
+      parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value),
+      sampling_defaults=_SAMPLING_DEFAULTS.value,
+      allow_nonfinite=_ALLOW_NONFINITE.value)
   except (errors.CheckpointError, errors.ConfigError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 1

@@ -28,6 +28,7 @@ import warnings
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import params_reader
+from sarathi_jax import types
 from sarathi_jax import whole_folder
 from sarathi_jax.models import config as config_lib
 
@@ -79,8 +80,7 @@ class CheckpointMetadata:
     For requests that don't say. Nothing if the makers don't sample:
     transformers then ignores the rest, too.
     """
-    return {name: value for name, value in self.generation.items()
-            if name != 'do_sample' and self.generation.get('do_sample')}
+    return default_sampling(self.generation)
 
   def __post_init__(self) -> None:
     _check(self.dtype in DTYPE_BYTES, 'dtype', self.dtype,
@@ -95,6 +95,18 @@ class CheckpointMetadata:
     for name in ('generation', 'source'):
       value = getattr(self, name)
       _check(isinstance(value, Mapping), name, value, 'must be an object')
+    unknown = sorted(self.generation.keys() - set(GENERATION_FIELDS))
+    _check(not unknown, 'generation', unknown, 'unknown')
+    try:
+      types.SamplingParams.from_dict(self.default_sampling)
+    except errors.InvalidRequestError as e:
+      raise errors.CheckpointError(f'generation: {e}') from e
+
+
+def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+  """See `CheckpointMetadata.default_sampling`."""
+  return {name: value for name, value in generation.items()
+          if name != 'do_sample' and generation.get('do_sample')}
 
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:

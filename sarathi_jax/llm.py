@@ -129,6 +129,7 @@ class LLM:
              on_compiled: OnCompiled | None,
              leader: hosts.Leader | None = None, **engine: Any) -> None:
     """What is left to do once the weights are where they are to be."""
+    types.SamplingParams.from_dict(engine['default_sampling'] or {})
     self.model = model
     self._leader = leader
     with _told(on_compiled, 'Compiling steps') as tell:

@@ -21,7 +21,7 @@ _LEAF = 'layers.{layer}'
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
   """As transformers' FalconConfig has it."""
-  if attributes.take('alibi', False):
+  if attributes.flag('alibi', False):
     raise attributes.refuse(
       'alibi', True, 'only Falcon models with rotary embeddings are supported')
   hidden_size = attributes.size('hidden_size')
@@ -41,10 +41,10 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
     norm_eps=attributes.take('layer_norm_epsilon', 1e-5),
     activation=hf_config.activation(attributes, 'activation', 'gelu'),
     rope=rope,
-    tie_word_embeddings=attributes.take('tie_word_embeddings', True),
+    tie_word_embeddings=attributes.flag('tie_word_embeddings', True),
     parallel=parallel,
     num_norms=num_norms,
-    bias=attributes.take('bias', False))
+    bias=attributes.flag('bias', False))
 
 
 def _variant(attributes: hf_config.Attributes, num_heads: int
@@ -54,9 +54,9 @@ def _variant(attributes: hf_config.Attributes, num_heads: int
   In the new decoder architecture there may be two norms side by side; in the
   old one there is one, or attention and MLP follow one another.
   """
-  new = attributes.take('new_decoder_architecture', False)
-  parallel = attributes.take('parallel_attn', True)
-  multi_query = attributes.take('multi_query', True)
+  new = attributes.flag('new_decoder_architecture', False)
+  parallel = attributes.flag('parallel_attn', True)
+  multi_query = attributes.flag('multi_query', True)
   kv_heads = attributes.take('num_kv_heads') or num_heads
   norms = attributes.take('num_ln_in_parallel_attn') or (2 if new else 1)
   if new and not parallel:

@@ -34,9 +34,9 @@ MLP_RULES: tuple[rules_lib.Rule, ...] = sum(
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """As transformers' LlamaConfig has it."""
-  bias = attributes.take('attention_bias', False)
+  bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
-    qkv_bias=bias, o_bias=bias, mlp_bias=attributes.take('mlp_bias', False),
+    qkv_bias=bias, o_bias=bias, mlp_bias=attributes.flag('mlp_bias', False),
     **hf_config.common(attributes, kv_heads=None, theta=10000.0, eps=1e-6,
                        positions=2048))
 

@@ -27,10 +27,10 @@ def windows(attributes: hf_config.Attributes, num_layers: int
   Newer files list `layer_types`; in older ones the layers from
   `max_window_layers` on have it, if `use_sliding_window` says so.
   """
-  window = attributes.take('sliding_window', 4096)
+  window = attributes.take_or_none('sliding_window', 4096)
   first = attributes.take('max_window_layers', 28)
   types = attributes.take('layer_types')
-  if not attributes.take('use_sliding_window', False):
+  if not attributes.flag('use_sliding_window', False):
     window = None
   if types is None:
     types = ['sliding_attention' if window is not None and i >= first

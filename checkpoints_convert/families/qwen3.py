@@ -22,7 +22,7 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   head_dim = attributes.take('head_dim', 128)
   fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
                             positions=32768)
-  bias = attributes.take('attention_bias', False)
+  bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
     qk_norm=True, qkv_bias=bias, o_bias=bias,
     **{**fields, 'head_dim': head_dim},

@@ -64,7 +64,8 @@ def test_equal_dtypes_are_bit_exact(
   bits[:3, 0] = (sign, 1, sign - 2)
   folder = fake.write(tmp_path / 'hf', fake.llama_config(), tensors,
                       num_shards)
-  plan = convert.convert(folder, tmp_path / 'out', check=True)
+  plan = convert.convert(
+    folder, tmp_path / 'out', check=True, allow_nonfinite=True)
   assert plan.dtype == dtype
   assert checkpoint.load_metadata(tmp_path / 'out').dtype == dtype
   params = checkpoint.restore_params(tmp_path / 'out')
@@ -152,6 +153,24 @@ def test_tied_with_two_tables(differ: bool, tmp_path: pathlib.Path) -> None:
   model = checkpoint.load_metadata(tmp_path / 'out').model
   assert model.tie_word_embeddings is not differ
   assert ('lm_head' in checkpoint.restore_params(tmp_path / 'out')) is differ
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_lm_head_alone(tied: bool, tmp_path: pathlib.Path) -> None:
+  """Tied, it is both tables; else one is missing."""
+  tensors = fake.random_tensors(fake.llama_shapes(tied=True))
+  table = tensors.pop('model.embed_tokens.weight')
+  folder = fake.write(
+    tmp_path / 'hf', fake.llama_config(tie_word_embeddings=tied),
+    {**tensors, 'lm_head.weight': table})
+  if not tied:
+    with pytest.raises(errors.CheckpointError, match=r'lacks.*embed_tokens'):
+      convert.convert(folder, tmp_path / 'out')
+    return
+  convert.convert(folder, tmp_path / 'out', check=True)
+  params = checkpoint.restore_params(tmp_path / 'out')
+  assert 'lm_head' not in params
+  np.testing.assert_array_equal(params['embed'], table)
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: pathlib.Path) -> None:

@@ -47,8 +47,10 @@ def test_sampling_that_nobody_gave_is_what_the_makers_recommend(
   recommended = dict(temperature=0.0, max_tokens=6)
   llm = make_llm(params, default_sampling=recommended)
   assert tokens_of(llm.generate(PROMPTS)) == greedy['old']
-  with pytest.raises(errors.InvalidRequestError, match='temperature=-1'):
+  with (tiny.count_compiles() as compiled,
+        pytest.raises(errors.InvalidRequestError, match='temperature=-1')):
     make_llm(params, default_sampling=dict(temperature=-1))
+  assert 'jit(run)' not in compiled  # It was told before that.
 
 
 def test_a_compilation_cache_that_cant_be_made(params, tmp_path):

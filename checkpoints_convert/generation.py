@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads generation_config.json as a closed world.
+
+As config.json, every name is honoured, harmless, or refused: what the makers
+of a model recommend is never dropped without a word. Where there is no such
+file, transformers takes the same names from config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from checkpoints_convert import harmless
+from checkpoints_convert import json_file
+from sarathi_jax import checkpoint
+from sarathi_jax import errors
+from sarathi_jax import types
+
+_FILE = 'generation_config.json'
+_TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')
+
+# They don't change which tokens are likely.
+_HARMLESS = frozenset((
+  # How long an output may be, or take, is a request's own affair.
+  'max_length', 'max_new_tokens', 'max_time', 'max_tokens',
+  # Of beams, of which there is one (`num_beams`), and of encoders.
+  'decoder_start_token_id', 'diversity_penalty', 'early_stopping',
+  'length_penalty', 'num_beam_groups',
+  # How it is computed, which is ours: caches, compilation, speculation.
+  'assistant_confidence_threshold', 'assistant_early_exit',
+  'assistant_ensemble_weight', 'assistant_lookbehind', 'cache_config',
+  'cache_implementation', 'compile_config', 'continuous_batching_config',
+  'disable_compile', 'is_assistant', 'low_memory', 'max_cache_len',
+  'max_matching_ngram_size', 'num_assistant_tokens',
+  'num_assistant_tokens_schedule', 'prefill_chunk_size',
+  'prompt_lookup_num_tokens', 'return_legacy_cache', 'speculation_type',
+  'target_lookbehind', 'use_cache', 'use_mtp',
+  # What is returned.
+  'output_attentions', 'output_hidden_states', 'output_logits',
+  'output_scores', 'return_dict_in_generate',
+  # Softmax does it, and a request without finite logits ends with an error.
+  'remove_invalid_values', 'renormalize_logits',
+  '_commit_hash', '_from_model_config', 'transformers_version',
+))
+
+# Not honoured -> the values at which they change nothing, beside null.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'bad_words_ids': ([],),
+  'begin_suppress_tokens': ([],),
+  'constraints': ([],),
+  'dola_layers': (),
+  'encoder_no_repeat_ngram_size': (0,),
+  'encoder_repetition_penalty': (1,),
+  'exponential_decay_length_penalty': (),
+  'force_words_ids': ([],),
+  'forced_bos_token_id': (),
+  'forced_eos_token_id': (),
+  'guidance_scale': (1,),
+  'min_length': (0,),
+  'min_new_tokens': (0,),
+  'no_repeat_ngram_size': (0,),
+  'num_beams': (1,),
+  'num_return_sequences': (1,),
+  'penalty_alpha': (0,),
+  'repetition_penalty': (1,),
+  'sequence_bias': ({}, []),
+  'stop_strings': ([],),
+  'suppress_tokens': ([],),
+  'token_healing': (False,),
+  'watermarking_config': (),
+}
+
+# The same, but for nothing unless tokens are sampled.
+_NEUTRAL_IF_SAMPLED: Mapping[str, tuple[Any, ...]] = {
+  'epsilon_cutoff': (0,), 'eta_cutoff': (0,), 'top_h': (), 'typical_p': (1,)}
+
+# By vLLM's names, which other files use.
+_VLLM: Mapping[str, Any] = {
+  **types.UNSUPPORTED_SAMPLING, **{
+    field.name: field.default
+    for field in dataclasses.fields(types.SamplingParams)}}
+
+# What transformers would take from config.json; no model reads any of it.
+NAMES = frozenset((
+  *_HARMLESS, *_NEUTRAL, *_NEUTRAL_IF_SAMPLED, *checkpoint.GENERATION_FIELDS))
+
+
+class Generation(NamedTuple):
+  """What a checkpoint says of how to generate; see `CheckpointMetadata`."""
+
+  eos_token_ids: tuple[int, ...]
+  bos_token_id: int | None
+  pad_token_id: int | None
+  sampling: Mapping[str, Any]
+
+
+def read(folder: pathlib.Path, config: Mapping[str, Any], *,
+         sampling: bool = True) -> Generation:
+  """Reads what a Hugging Face checkpoint recommends.
+
+  Args:
+    folder: of the checkpoint.
+    config: its decoded config.json.
+    sampling: False leaves the sampling out, whatever it is.
+
+  Raises:
+    CheckpointError: it is damaged, or something in it can't be honoured, or is
+      out of range; names the file, the field and its value.
+  """
+  path = folder / _FILE
+  values = {name: value for name, value in config.items() if name in NAMES}
+  if path.is_file():
+    values = json_file.read(path)
+  else:
+    path = folder / 'config.json'
+  tokens = {name: _token_ids(path, values, config, name) for name in _TOKENS}
+  for name in _TOKENS[1:]:
+    if len(tokens[name]) > 1:
+      raise errors.CheckpointError(
+        f'{path}: {name}={list(tokens[name])}: must be one token id.')
+  return Generation(
+    tokens['eos_token_id'], next(iter(tokens['bos_token_id']), None),
+    next(iter(tokens['pad_token_id']), None),
+    _sampling(path, values) if sampling else {})
+
+
+def _token_ids(path: pathlib.Path, values: Mapping[str, Any],
+               config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+  """Ids of one kind; what the file leaves open, config.json says."""
+  value = values.get(name)
+  if value is None:
+    path, value = path.parent / 'config.json', config.get(name)
+  ids = [] if value is None else value if isinstance(value, list) else [value]
+  if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    raise errors.CheckpointError(
+      f'{path}: {name}={value!r}: must be a token id, or a list of them.')
+  return tuple(ids)
+
+
+def _sampling(path: pathlib.Path, values: Mapping[str, Any]
+              ) -> dict[str, Any]:
+  is_sampled = values.get('do_sample')
+  if is_sampled not in (None, False, True):
+    raise _refusal(path, f'do_sample={is_sampled!r}: must be true or false')
+  for name, value in values.items():
+    if value is not None and not _is_known(name, value, bool(is_sampled)):
+      raise _refusal(
+        path, f'{name}={json.dumps(value)}: this recommendation is not '
+        'supported')
+  kept = {name: values[name] for name in checkpoint.GENERATION_FIELDS
+          if values.get(name) is not None}
+  try:
+    types.SamplingParams.from_dict(checkpoint.default_sampling(kept))
+  except errors.InvalidRequestError as e:
+    raise _refusal(path, str(e).rstrip('.')) from e
+  return kept
+
+
+def _refusal(path: pathlib.Path, message: str) -> errors.CheckpointError:
+  return errors.CheckpointError(
+    f'{path}: {message}; take it out of the file, or convert by python -m '
+    'checkpoints_convert --nosampling_defaults, which leaves the sampling '
+    'that the file recommends out.')
+
+
+def _is_known(name: str, value: Any, is_sampled: bool) -> bool:
+  """Whether it is honoured, or changes nothing."""
+  if name in _HARMLESS or name in checkpoint.GENERATION_FIELDS:
+    return True
+  if name in _NEUTRAL:
+    return value in _NEUTRAL[name]
+  if name in _NEUTRAL_IF_SAMPLED:
+    return not is_sampled or value in _NEUTRAL_IF_SAMPLED[name]
+  if name in _VLLM:
+    return bool(_VLLM[name] == (
+      tuple(value) if isinstance(value, list) else value))
+  return name in _TOKENS or name not in _read_by_transformers()
+
+
+@functools.cache
+def _read_by_transformers() -> frozenset[str]:
+  return harmless.names_in(
+    ('generation/*.py',),
+    r'(?:config|self)\.(\w+)|["\'](\w+)["\']')

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of embeddings, or two: what a checkpoint means by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from checkpoints_convert import rules as rules_lib
+from checkpoints_convert import safetensors_reader
+from checkpoints_convert import transforms
+from sarathi_jax.models import config as config_lib
+
+
+def settle(model: config_lib.ModelConfig, reader: safetensors_reader.Reader,
+           rules: Sequence[rules_lib.Rule],
+           ) -> tuple[config_lib.ModelConfig,
+                      dict[str, safetensors_reader.Tensor]]:
+  """Settles what a checkpoint means that says it is tied, and has lm_head.
+
+  As transformers does: if there are two tables and they are equal, one is
+  dropped, if not they are two; if lm_head is the only one, it is both.
+
+  Args:
+    model: as config.json has it.
+    reader: of the checkpoint.
+    rules: the family's.
+
+  Returns:
+    The model, and its tensors by name.
+  """
+  tensors = dict(reader.tensors)
+  head = tensors.get('lm_head.weight')
+  if not model.tie_word_embeddings or head is None:
+    return model, tensors
+  name = next(rule.tensor for rule in rules if rule.leaf == 'embed')
+  embed = tensors.setdefault(name, head)
+  if embed is head or _equal(embed, head, reader):
+    del tensors['lm_head.weight']
+    return model, tensors
+  return dataclasses.replace(model, tie_word_embeddings=False), tensors
+
+
+def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
+           reader: safetensors_reader.Reader) -> bool:
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)
+  for start in range(0, a.shape[0], step):
+    shape = (min(step, a.shape[0] - start), *a.shape[1:])
+    ours, theirs = (np.empty(shape, a.numpy_dtype) for _ in range(2))
+    reader.read_rows(a, start, ours)
+    reader.read_rows(b, start, theirs)
+    if not np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)):
+      return False
+  return True
