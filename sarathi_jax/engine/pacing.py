@@ -88,7 +88,7 @@ class PacedRunner:
 
   def _tell(self, now: float) -> None:
     """Says so where the target can't be had."""
-    needed_ms = self._pace.needed_s * 1e3
+    needed_ms = self._pace.needed_s(now) * 1e3
     if needed_ms > _TOLD_OVER * self._slo_ms and (
         now - self._told >= _TOLD_EVERY_S):
       self._told = now

@@ -81,8 +81,7 @@ class Pace:
                 else config.batch_tbt_slo_ms / 1e3 / config.num_stages)}
     self._over, self._noted = 0.0, 0.0
 
-  @property
-  def needed_s(self) -> float:
+  def needed_s(self, now: float) -> float:
     """The TBT that can be held at this load, seconds.
 
     That of interactive requests' target, or of steps that were planned to take
@@ -90,7 +89,7 @@ class Pace:
     """
     target = self._targets['interactive']
     assert target is not None
-    return target * (1 + self._over) * self._num_stages
+    return target * (1 + self._over * self._fading(now)) * self._num_stages
 
   def budget(self, now: float, running: Iterable[sequence.Sequence],
              decodes: Sequence[sequence.Sequence],
@@ -194,8 +193,11 @@ class Pace:
 
   def _note(self, now: float, over: float) -> None:
     """Keeps by how much targets were missed, less and less."""
-    fading = 0.5 ** (max(0.0, now - self._noted) / _HALF_LIFE_S)
-    self._over, self._noted = max(over, self._over * fading, 0.0), now
+    self._over = max(over, self._over * self._fading(now), 0.0)
+    self._noted = now
+
+  def _fading(self, now: float) -> float:
+    return float(0.5 ** (max(0.0, now - self._noted) / _HALF_LIFE_S))
 
 
 def _load(tokens: int, num_decodes: int, context: int,

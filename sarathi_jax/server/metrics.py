@@ -47,6 +47,7 @@ class Snapshot(NamedTuple):
   totals: metrics_lib.EngineMetrics
   stats: state.EngineStats
   info: engine_lib.EngineInfo
+  needed_tbt_s: float | None  # that can be held; None without a target
 
 
 class _Value(NamedTuple):
@@ -184,6 +185,11 @@ class Collector(registry_lib.Collector):
     label = (info.model_name,)
     for value in GAUGES:
       yield self._gauge(value.name, value.text, value.read(snapshot), label)
+    if snapshot.needed_tbt_s is not None:
+      yield self._gauge(
+        'tbt_slo_needed_seconds', 'The least time between tokens that can be '
+        'held at this load, of --tbt_slo_ms or above.',
+        snapshot.needed_tbt_s, label)
     yield self._gauge(
       'num_requests_waiting', 'Requests that wait.',
       snapshot.stats.num_waiting + self._thread.num_queued, label)
@@ -238,7 +244,9 @@ class Collector(registry_lib.Collector):
 
 
 def _snapshot(engine: engine_lib.Engine) -> Snapshot:
-  return Snapshot(engine.metrics.copy(), engine.stats(), engine.info)
+  return Snapshot(
+    engine.metrics.copy(), engine.stats(), engine.info,
+    engine.pace and engine.pace.needed_s(engine.clock()))
 
 
 class MetricsServer:

@@ -157,7 +157,7 @@ def test_both_targets_are_kept_where_they_can_be(seed: int) -> None:
   assert at(metrics.ttft_s, .5) <= 1.0
   assert at(metrics.ttft_s, .99) <= 4.0
   assert scheduler.pace is not None
-  assert scheduler.pace.needed_s < .120
+  assert scheduler.pace.needed_s(0.0) < .120
 
 
 def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
@@ -168,7 +168,7 @@ def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
     metrics = run(SLOWER, chats(4.0, 60.0, 0), scheduler).metrics
     assert scheduler.pace is not None
     seen[ttft] = (at(metrics.ttft_s, .5), at(metrics.tbt_s, .9),
-                  scheduler.pace.needed_s)
+                  scheduler.pace.needed_s(0.0))
   for _, tbt_s, needed_s in seen.values():
     assert needed_s > .110 and tbt_s > .100
   # Who asks for a shorter wait has it at the cost of the time between tokens.

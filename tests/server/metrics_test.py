@@ -200,3 +200,13 @@ def test_cumulative_counts_are_right_within_two_percent() -> None:
   for bound, count in zip(
       (0.1, 0.5, 0.9, 2), values.cumulative((0.1, 0.5, 0.9, 2)), strict=True):
     assert abs(count - min(bound, 1) * 1000) <= 1 + 20 * bound
+
+
+def test_what_can_be_held_is_told_where_there_is_a_target(
+    scraped: fake.RunningServer) -> None:
+  assert 'tbt_slo_needed' not in _scrape(scraped)[0]
+  with contextlib.closing(fake.RunningServer(
+      functools.partial(fake.make_engine, tbt_slo_ms=5e3),
+      metrics_port=0)) as running:
+    list(running.generate(token_ids=[1], sampling={'max_tokens': 4}))
+    assert _value(_scrape(running)[1], 'tbt_slo_needed_seconds') == 5
