@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sarathi_jax import deployment
+from sarathi_jax.server import health
 from tests import source_tree
 
 FOLDER = source_tree.ROOT / 'configs' / 'deploy'
@@ -41,6 +42,18 @@ def test_pods_and_services_are_valid():
   validate(service)
   labels = template['leaderTemplate']['metadata']['labels']
   assert service['spec']['selector'] == labels
+
+
+def test_probes_ask_what_the_server_knows():
+  """To be ready is to serve; to be alive is less, so loading ends nobody."""
+  template = documents()[0]['spec']['leaderWorkerTemplate']['leaderTemplate']
+  container, = template['spec']['containers']
+  port, = (p['containerPort'] for p in container['ports'])
+  asked = {kind: container[f'{kind}Probe']['grpc']
+           for kind in ('readiness', 'startup', 'liveness')}
+  assert asked['readiness'] == {'port': port}
+  assert asked['startup'] == asked['liveness'] == {
+    'port': port, 'service': health.LIVENESS}
 
 
 def test_a_wrong_field_is_found():

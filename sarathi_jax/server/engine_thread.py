@@ -236,6 +236,11 @@ class EngineThread:
     self.join(_STEP_S)  # Most steps end, if with an error.
     self._end(fault)
 
+  def why_ended(self) -> str | None:
+    """Tells if the thread is gone without a word; else None. Any thread."""
+    is_gone = self._thread.ident is not None and not self._thread.is_alive()
+    return 'its thread is gone' if is_gone and not self._has_ended else None
+
   def join(self, timeout_s: float) -> bool:
     """Waits for the end of the thread; returns whether it came."""
     if self._thread.ident is not None:

@@ -2,37 +2,46 @@
 """OpenAI's HTTP: the gateway `smg`, a child process in front of our gRPC port.
 
 It tokenizes, lays out chats, streams, retries, and routes over replicas. It
-is started once we serve, started again if it ends, and ended with us.
+is started once we serve, and ended with us. `background.Watch` starts it
+again if it ends, as it does if it gives no answer: then it is killed. Nothing
+that it says or does is trusted: clients have a hand in it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import importlib.util
+import json
+import os
+import re
+import secrets
 import socket
+import ssl
 import sys
-import time
-import urllib.error
-import urllib.request
+from typing import NamedTuple, NoReturn
 
 from absl import logging
 
 from sarathi_jax import errors
+from sarathi_jax.server import background
 
-_READY_S = 60.0
+NAME = 'gateway'
+
+_READY_S = 60.0  # from its start to its first answer
+_PROBE_S = 2.0  # between two questions
+_ANSWER_S = 5.0
+_MAX_MISSED = 2  # answers, one after the other
 _STOP_S = 3.0  # for a clean end; requests have ended before
-_MAX_PAUSE_S = 30.0
-_STEADY_S = 60.0  # a gateway that ran so long is started again at once
-# Ends with us even if we are killed: PR_SET_PDEATHSIG, SIGTERM.
-_CHILD = '''\
-import ctypes, os, sys
-if sys.platform == 'linux':
-  ctypes.CDLL(None).prctl(1, 15)
-os.execv(sys.executable, [sys.executable, '-m', 'smg', *sys.argv[1:]])
-'''
+_TAIL_BYTES = 4096  # of what it said, for the log
+_LINE_LEN = 300
+_COLOURS = re.compile('\x1b\\[[0-9;]*m')
+_KEY_BYTES = 32
+_NO_ANSWER = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+_CHILD = ('-m', 'sarathi_jax.server.gateway_child')
+# What is ours to say, and by which flag.
+_OURS = {'--host': 'host', '--port': 'http_port'}
 
 
 class Gateway:
@@ -43,30 +52,43 @@ class Gateway:
     port: of HTTP.
     workers: addresses of gRPC servers, host:port, ours first.
     args: further arguments of `smg launch`; they win over ours.
+    max_body_bytes: the longest body that it reads.
+    on_change: told whether it serves, when that changes.
 
   Raises:
     ConfigError: the gateway is not installed, or the port can't be had.
   """
 
   def __init__(self, host: str, port: int, workers: Sequence[str],
-               args: Sequence[str] = ()) -> None:
+               args: Sequence[str] = (), *, max_body_bytes: int = 16 << 20,
+               on_change: Callable[[bool], object] = lambda _: None) -> None:
     if importlib.util.find_spec('smg') is None:
       raise errors.ConfigError(
         f'http_port={port}: needs the gateway, in the source tree: '
         'pip install -e ".[gateway]".')
+    for name, ours in _OURS.items():
+      if any(arg.partition('=')[0] == name for arg in args):
+        raise errors.ConfigError(
+          f'gateway_args={" ".join(args)!r}: {name} is {ours}\'s.')
     _check_port(host, port)
-    self._host, self._port = host, port
-    self._args = (
-      'launch', '--host', host, '--port', str(port),
+    self._port, self._num_workers = port, len(workers)
+    self._more_args = tuple(args)
+    self._args: tuple[str, ...] = (
+      '--host', host, '--port', str(port),
       '--prometheus-host', '127.0.0.1', '--prometheus-port', str(_free_port()),
       '--policy', 'round_robin', '--log-level', 'warn',
       '--health-check-interval-secs', '5', '--health-failure-threshold', '2',
       '--shutdown-grace-period-secs', '1',
-      '--worker-urls', *(f'grpc://{worker}' for worker in workers), *args)
+      '--max-payload-size', str(max_body_bytes),
+      '--worker-urls', *(f'grpc://{worker}' for worker in workers))
+    self._address = (
+      {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port,
+      _accept_any() if any(a.startswith('--tls-c') for a in args) else None)
+    self._on_change = on_change
     self._process: asyncio.subprocess.Process | None = None
-    self._task: asyncio.Task[None] | None = None
-    self._last_lines: deque[str] = deque(maxlen=5)
-    self.num_starts = 0
+    self._task: asyncio.Task[str] | None = None
+    self._tail = b''
+    self.is_serving = False
 
   @property
   def pid(self) -> int | None:
@@ -75,76 +97,218 @@ class Gateway:
     return None if process is None or process.returncode is not None else (
       process.pid)
 
-  async def start(self) -> bool:
-    """Starts it and waits until it serves a model; False if it does not."""
-    self._task = asyncio.create_task(self._supervise())
-    deadline = time.monotonic() + _READY_S
-    loop = asyncio.get_running_loop()
-    while time.monotonic() < deadline:
-      if await loop.run_in_executor(None, self._serves):
+  @property
+  def as_background(self) -> background.Background:
+    """For who looks after it, once it is started."""
+    return background.Background(
+      NAME, self.why_ended, self.restart, lambda: self.is_serving)
+
+  async def start(self, max_requests: int) -> bool:
+    """Starts it and waits until it serves a model; False if it does not.
+
+    Args:
+      max_requests: that one worker takes on. Beyond that of all workers, the
+        gateway refuses at once, and says when to try again, as workers can't
+        tell HTTP's clients.
+
+    Raises:
+      ConfigError: it ended before that.
+    """
+    self._args += (
+      '--max-concurrent-requests', str(max_requests * self._num_workers),
+      '--queue-size', '0', *self._more_args)
+    self.restart()
+    with contextlib.suppress(TimeoutError):
+      async with asyncio.timeout(_READY_S):
+        while not self.is_serving:
+          if (why := self.why_ended()) is not None:
+            raise errors.ConfigError(
+              f'http_port={self._port}: the gateway ended: {why}')
+          await asyncio.sleep(0.05)
         return True
-      await asyncio.sleep(0.1)
     logging.error('The gateway serves no model after %g s: %s', _READY_S,
-                  ' / '.join(self._last_lines))
+                  self._last_words())
     return False
 
   async def stop(self) -> None:
     """Ends it."""
     if self._task is not None:
       self._task.cancel()
-      with contextlib.suppress(asyncio.CancelledError):
-        await self._task
+      await asyncio.wait((self._task,))
 
-  def _serves(self) -> bool:
-    host = '127.0.0.1' if self._host in ('0.0.0.0', '::') else self._host
-    host = f'[{host}]' if ':' in host else host
+  def why_ended(self) -> str | None:
+    """Tells what ended it; None while it runs."""
+    task = self._task
+    if task is None or not task.done():
+      return None
+    if task.cancelled():
+      return 'who listened to it was cancelled'
+    return repr(error) if (error := task.exception()) else task.result()
+
+  def restart(self) -> None:
+    """Starts it again."""
+    if (process := self._process) is not None and process.returncode is None:
+      process.kill()  # left by who listened to it: it has the port
+    self._task = asyncio.create_task(self._run(), name=NAME)
+
+  async def _run(self) -> str:
+    """Runs one child to its end; returns what that was."""
+    self._tail = b''
+    with contextlib.ExitStack() as stack:
+      # Pipes of our own: asyncio's would be waited for, and whoever the child
+      # has started may keep them.
+      hears, says = _pipe(stack), _pipe(stack)
+      self._tell(hears.write)
+      process = self._process = await asyncio.create_subprocess_exec(
+        sys.executable, *_CHILD, stdin=hears.read, stdout=says.write,
+        stderr=says.write,
+        start_new_session=True)  # Ctrl-C is for us: it goes on as we drain
+      tasks = [asyncio.create_task(work) for work in (
+        process.wait(), self._ask(), self._listen(os.dup(says.read)))]
+    ending, asking, listening = tasks
+    is_lost = False
     try:
-      with urllib.request.urlopen(
-          f'http://{host}:{self._port}/v1/models', timeout=2) as reply:
-        return b'"id"' in reply.read()
-    except (OSError, urllib.error.URLError):
-      return False
-
-  async def _supervise(self) -> None:
-    pause_s = 1.0
-    while True:
-      start = time.monotonic()
-      code = await self._run()
-      if time.monotonic() - start > _STEADY_S:
-        pause_s = 1.0
-      logging.error(
-        'The gateway ended with %s; it is started again in %g s. It said: %s',
-        code, pause_s, ' / '.join(self._last_lines) or 'nothing')
-      await asyncio.sleep(pause_s)
-      pause_s = min(2 * pause_s, _MAX_PAUSE_S)
-
-  async def _run(self) -> int:
-    """Runs one child to its end, which comes with ours at the latest."""
-    process = self._process = await asyncio.create_subprocess_exec(
-      sys.executable, '-c', _CHILD, *self._args,
-      stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-      stderr=asyncio.subprocess.STDOUT)
-    self.num_starts += 1
-    self._last_lines.clear()
-    assert process.stdout is not None
-    try:
-      while line := await process.stdout.readline():
-        self._last_lines.append(line.decode(errors='replace').strip())
-      return await process.wait()
+      await asyncio.wait((ending, asking), return_when='FIRST_COMPLETED')
+      is_lost = not ending.done()
+      if is_lost:
+        return f'it gave no answer ({asking.exception()!r}), and was killed'
+      await asyncio.wait((listening,), timeout=0.5)
+      return f'with {process.returncode}, having said: {self._last_words()}'
     finally:
-      if process.returncode is None:
-        process.terminate()
+      self._set_serving(False)
+      for task in tasks:
+        task.cancel()
+      await _end(process, at_once=is_lost)
+
+  def _tell(self, pipe: int) -> None:
+    """Hands over what no command line shall show."""
+    told = json.dumps({
+      'parent': os.getpid(), 'args': self._args,
+      'key': secrets.token_hex(_KEY_BYTES)}).encode() + b'\n'
+    os.set_blocking(pipe, False)
+    if os.write(pipe, told) < len(told):
+      raise errors.ConfigError('gateway_args: are too long for a pipe.')
+
+  async def _listen(self, pipe: int) -> None:
+    """Keeps the end of what it says, however much that is."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+      lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, 'rb'))
+    with contextlib.closing(transport):
+      while said := await reader.read(1 << 16):
+        self._tail = (self._tail + said)[-_TAIL_BYTES:]
+
+  def _last_words(self) -> str:
+    """What it said last, without what would move a terminal's cursor."""
+    text = _COLOURS.sub('', self._tail.decode(errors='replace'))
+    lines = [''.join(c if c.isprintable() else ascii(c)[1:-1]
+                     for c in line[-_LINE_LEN:])
+             for line in text.splitlines()[-3:]]
+    return ' / '.join(lines) or 'nothing'
+
+  async def _ask(self) -> NoReturn:
+    """Asks how it is, again and again.
+
+    Raises:
+      one of _NO_ANSWER: it gave none, for too long.
+    """
+    loop = asyncio.get_running_loop()
+    start, num_missed, has_answered = loop.time(), 0, False
+    with contextlib.closing(_Connection(*self._address)) as connection:
+      while True:
+        asked = loop.time()
         try:
-          async with asyncio.timeout(_STOP_S):
-            await process.wait()
-        except TimeoutError:
-          process.kill()
+          async with asyncio.timeout(_ANSWER_S):
+            is_ready = await connection.get('/readiness') == 200
+          has_answered, num_missed = True, 0
+        except _NO_ANSWER:
+          connection.close()
+          is_ready = False
+          # If we were late ourselves, that tells nothing.
+          num_missed += loop.time() - asked < 2 * _ANSWER_S
+          if (num_missed >= _MAX_MISSED if has_answered
+              else loop.time() - start > _READY_S):
+            raise
+        self._set_serving(is_ready)
+        await asyncio.sleep(_PROBE_S if has_answered else 0.1)
+
+  def _set_serving(self, is_serving: bool) -> None:
+    if is_serving != self.is_serving:
+      self.is_serving = is_serving
+      self._on_change(is_serving)
+
+
+class _Connection:
+  """HTTP over one connection, opened anew if it was closed.
+
+  It is kept, as who can't connect to a server that is flooded says nothing
+  about whether it lives.
+  """
+
+  def __init__(self, host: str, port: int,
+               tls: ssl.SSLContext | None) -> None:
+    self._host, self._port, self._tls = host, port, tls
+    self._streams: tuple[
+      asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+  async def get(self, path: str) -> int:
+    """Returns the status.
+
+    Raises:
+      one of _NO_ANSWER: it gave none.
+    """
+    if self._streams is None:
+      self._streams = await asyncio.open_connection(
+        self._host, self._port, ssl=self._tls)
+    reader, writer = self._streams
+    writer.write(f'GET {path} HTTP/1.1\r\nhost: gateway\r\n\r\n'.encode())
+    first, *fields = (
+      await reader.readuntil(b'\r\n\r\n')).decode('latin-1').splitlines()
+    headers = {name.lower(): value.strip() for name, _, value in (
+      field.partition(':') for field in fields)}
+    await reader.readexactly(int(headers.get('content-length', 0)))
+    return int(first.split()[1])
+
+  def close(self) -> None:
+    if self._streams is not None:
+      self._streams[1].close()
+      self._streams = None
+
+
+class _Pipe(NamedTuple):
+  read: int
+  write: int
+
+
+def _pipe(stack: contextlib.ExitStack) -> _Pipe:
+  """A pipe, whose ends here are closed with `stack`."""
+  pipe = _Pipe(*os.pipe())
+  for end in pipe:
+    stack.callback(os.close, end)
+  return pipe
+
+
+async def _end(process: asyncio.subprocess.Process, *, at_once: bool) -> None:
+  for end in (process.kill,) if at_once else (process.terminate, process.kill):
+    if process.returncode is None:
+      with contextlib.suppress(ProcessLookupError, TimeoutError):
+        end()
+        async with asyncio.timeout(_STOP_S):
           await process.wait()
+
+
+def _accept_any() -> ssl.SSLContext:
+  """To ask our own child, whose certificate is made out for another name."""
+  context = ssl.create_default_context()
+  context.check_hostname = False
+  context.verify_mode = ssl.CERT_NONE
+  return context
 
 
 def _check_port(host: str, port: int) -> None:
   try:
-    with socket.create_server((host, port)):
+    with socket.create_server((host, port), family=(
+        socket.AF_INET6 if ':' in host else socket.AF_INET)):
       pass
   except OSError as error:
     raise errors.ConfigError(

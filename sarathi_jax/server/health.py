@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """grpc.health.v1: whether each service serves.
 
+Beside the services, and '' for the server as a whole, it knows these names:
+
+  liveness   serves from the start, while the model is loaded and while we
+             drain, until the engine is dead: for probes that end us
+  gateway    OpenAI's HTTP, where there is one
+
 Our own servicer, as that of grpcio-health-checking forgets all watchers of a
 service when one of them leaves (its `Watch`, up to 1.85 at least).
 """
@@ -17,6 +23,8 @@ from grpc_health.v1 import health_pb2_grpc
 
 from sarathi_jax import errors
 
+LIVENESS = 'liveness'
+GATEWAY = 'gateway'
 NAME = pb.DESCRIPTOR.services_by_name['Health'].full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 _Status = pb.HealthCheckResponse
@@ -26,24 +34,23 @@ class HealthService(health_pb2_grpc.HealthServicer):
   """Says the same of every service: one engine is behind them all.
 
   Args:
-    services: their names. '' is the server as a whole.
+    services: their names.
   """
 
   def __init__(self, services: Iterable[str]) -> None:
-    self._services = frozenset(services)
-    self._is_serving = False
+    self._services = ('', *services)
+    self._is_serving = dict.fromkeys(self._services, False) | {LIVENESS: True}
     self._changed = asyncio.Event()
 
-  def set(self, is_serving: bool) -> None:
-    """Tells all watchers."""
-    if is_serving != self._is_serving:
-      self._is_serving = is_serving
-      self._changed.set()
-      self._changed = asyncio.Event()
+  def set(self, is_serving: bool, *names: str) -> None:
+    """Tells all watchers; without names, of all services."""
+    self._is_serving |= dict.fromkeys(names or self._services, is_serving)
+    self._changed.set()
+    self._changed = asyncio.Event()
 
   async def Check(self, request: pb.HealthCheckRequest,
                   context: Context) -> pb.HealthCheckResponse:
-    if request.service not in self._services:
+    if request.service not in self._is_serving:
       await context.abort(grpc.StatusCode.NOT_FOUND,
                           f'service={errors.shown(request.service)}: is '
                           'not here.')
@@ -51,7 +58,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
   async def List(self, request: Any, context: Context) -> Any:
     return pb.HealthListResponse(  # type: ignore[attr-defined]
-      statuses={name: self._response(name) for name in self._services})
+      statuses={name: self._response(name) for name in self._is_serving})
 
   async def Watch(self, request: pb.HealthCheckRequest,
                   context: Context) -> None:
@@ -66,7 +73,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
       await changed.wait()
 
   def _response(self, service: str) -> pb.HealthCheckResponse:
-    if service not in self._services:
+    if service not in self._is_serving:
       return _Status(status=_Status.SERVICE_UNKNOWN)
-    return _Status(status=_Status.SERVING if self._is_serving
+    return _Status(status=_Status.SERVING if self._is_serving[service]
                    else _Status.NOT_SERVING)

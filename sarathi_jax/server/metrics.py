@@ -27,6 +27,7 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
 from sarathi_jax.server import auth
+from sarathi_jax.server import background
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend
 from sarathi_jax.server import request_log
@@ -132,13 +133,15 @@ class Collector(registry_lib.Collector):
     prefix: of the names.
     engine_thread: owns the engine.
     loop: of the server; a scrape is on a thread of its own.
+    watch: looks after what runs in the background.
     num_compiled: programs compiled so far.
   """
 
   def __init__(self, prefix: str, engine_thread: engine_thread_lib.EngineThread,
-               loop: asyncio.AbstractEventLoop,
+               loop: asyncio.AbstractEventLoop, watch: background.Watch,
                num_compiled: Callable[[], int] | None) -> None:
     self._prefix = prefix
+    self._watch = watch
     self._thread = engine_thread
     self._loop = loop
     self._num_compiled = num_compiled
@@ -162,8 +165,22 @@ class Collector(registry_lib.Collector):
     for labels, count in list(self._ended.items()):
       requests.add_metric(labels, count)
     yield requests
+    yield from self._of_background()
     if self._last is not None:
       yield from self._of_engine(self._last)
+
+  def _of_background(self) -> Iterator[core.Metric]:
+    up = core.GaugeMetricFamily(
+      self._name('background_up'), 'Whether what runs beside the calls is '
+      'well; of the gateway: whether it serves.', labels=('name',))
+    for name, is_up in self._watch.is_up().items():
+      up.add_metric((name,), float(is_up))
+    restarts = core.CounterMetricFamily(
+      self._name('background_restarts'), 'How often it was started again.',
+      labels=('name',))
+    for name, count in list(self._watch.num_restarts.items()):
+      restarts.add_metric((name,), count)
+    yield from (up, restarts)
 
   def _read(self) -> bool:
     """Takes a snapshot; keeps the last one if the engine is in a long step."""
@@ -279,11 +296,27 @@ class MetricsServer:
         f'metrics_port={port}: can\'t listen at {host}: {error.strerror}.'
       ) from error
     self.port: int = self._server.server_port
+    self._is_stopped = False
+    self.restart()
+
+  @property
+  def as_background(self) -> background.Background:
+    """For who looks after its thread."""
+    return background.Background('metrics', self.why_ended, self.restart)
+
+  def why_ended(self) -> str | None:
+    """Tells whether its thread is gone; None while it runs."""
+    is_well = self._is_stopped or self._thread.is_alive()
+    return None if is_well else 'its thread is gone'
+
+  def restart(self) -> None:
+    """Takes scrapers, from a thread of its own; the port stays."""
     self._thread = threading.Thread(
       target=self._server.serve_forever, name='metrics', daemon=True)
     self._thread.start()
 
   def stop(self) -> None:
+    self._is_stopped = True
     self._server.shutdown()
     self._server.server_close()
     self._thread.join()

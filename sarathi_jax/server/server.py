@@ -6,6 +6,8 @@
   SERVING    the engine is warm; health says SERVING
   DRAINING   after SIGTERM or SIGINT: NOT_SERVING, new requests are refused,
              open ones get `drain_s` to finish
+  DEAD       the engine is gone: what is open ends with UNAVAILABLE, and then
+             the process, with 1
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import auth
+from sarathi_jax.server import background
 from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import control_v1
+from sarathi_jax.server import delivery
 from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import gateway
@@ -62,7 +66,7 @@ _STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
            f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# In place of a signal: `Server.fail` was called, or `Server.leave`.
+# In place of a signal: the server can't go on, or `Server.leave` was called.
 _FAILED, _LEFT = -1, -2
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
@@ -82,8 +86,8 @@ class Server:
 
   Attributes:
     port: where it listens.
-    fault: what `fail` was told.
-    on_failed: called by `fail`.
+    fault: why it can't go on.
+    on_failed: called when it can't.
     on_left: called by `leave`.
   """
 
@@ -98,13 +102,16 @@ class Server:
     self._hooks = hooks or control_v1.Hooks()
     self._engine_thread = engine_thread_lib.EngineThread(
       make_engine, asyncio.get_running_loop(), self._on_death, config.limits)
+    self.watch = background.Watch(self.fail)
     self.telemetry = telemetry_lib.Telemetry(
-      config, self._engine_thread, self._hooks)
+      config, self._engine_thread, self._hooks, self.watch)
     self.frontend = frontend_lib.Frontend(
       self._engine_thread, config.limits, self.telemetry.observers)
     self._gateway: gateway.Gateway | None = None
     self._services = self._make_services()
-    self._health = health.HealthService(('', *self._services))
+    self._health = health.HealthService(self._services)
+    self._why_no_calls: Callable[[], str | None] = lambda: None
+    self._is_broken = False  # gRPC is, when we stop
     self._grpc = grpc.aio.server(
       interceptors=self._interceptors(), options=(
         *_CHANNEL_OPTIONS, ('grpc.max_receive_message_length',
@@ -160,15 +167,24 @@ class Server:
       self._gateway = gateway.Gateway(
         host, self._config.http_port,
         (f'{ours}:{self.port}', *self._config.replicas),
-        self._config.gateway_args)
+        self._config.gateway_args,
+        max_body_bytes=round(self._config.limits.max_message_mib * 2**20),
+        on_change=lambda serves: self._health.set(serves, health.GATEWAY))
+      self._health.set(False, health.GATEWAY)
     self.telemetry.start()
     await self._grpc.start()
+    self._why_no_calls = _why_no_calls(asyncio.all_tasks())
+    self.watch.add(background.Background('grpc', self._why_no_calls))
     self._loading = self._engine_thread.start()
+    self.watch.add(background.Background(
+      'engine', self._engine_thread.why_ended))
+    self.watch.start()
 
   async def warm(self) -> None:
     """Waits for the engine, then serves.
 
     Raises:
+      ConfigError: the gateway ended at once.
       Exception: whatever make_engine raised.
     """
     engine = await self._loading
@@ -176,7 +192,9 @@ class Server:
     self.frontend.serve(engine)
     self._health.set(True)
     if self._gateway is not None:
-      await self._gateway.start()
+      await self._gateway.start(
+        engine.info.max_num_seqs + self._config.limits.max_waiting)
+      self.watch.add(self._gateway.as_background)
 
   async def drain(self) -> None:
     """Refuses new requests and waits for open ones, `drain_s` at most."""
@@ -192,13 +210,16 @@ class Server:
 
   async def stop(self) -> None:
     """Cuts off what is left."""
+    await self.watch.stop()
     self.frontend.state = frontend_lib.State.DRAINING
     self._health.set(False)
     self._engine_thread.stop()
     self.frontend.cut_off()
     if self._gateway is not None:
       await self._gateway.stop()
-    await self._grpc.stop(_GRACE_S)
+    self._is_broken = self._why_no_calls() is not None
+    if not self._is_broken:  # else it would never stop
+      await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
       None, self._engine_thread.join, _GRACE_S)
     self.telemetry.stop()
@@ -216,8 +237,9 @@ class Server:
 
   @property
   def is_stuck(self) -> bool:
-    """Whether the engine's thread goes on after `stop`, in a long step."""
-    return not self._engine_thread.join(0)
+    """Whether something goes on after `stop`: the engine's thread in a long
+    step, or gRPC, if it could not be stopped."""
+    return not self._engine_thread.join(0) or self._is_broken
 
   def _set_draining(self, is_draining: bool) -> None:
     self.frontend.state = (
@@ -226,9 +248,11 @@ class Server:
     self._health.set(not is_draining)
 
   def _on_death(self, fault: BaseException) -> None:
-    del fault  # logged where it was caught
     self.frontend.state = frontend_lib.State.DEAD
     self._health.set(False)
+    self._health.set(False, health.LIVENESS)
+    self.fault = self.fault or delivery.gone_error(fault)
+    self.on_failed()
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
@@ -252,6 +276,15 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
       'running there? Then choose another --port.') from error
 
 
+def _why_no_calls(
+    tasks: set[asyncio.Task[Any]]) -> Callable[[], str | None]:
+  """Tells whether the one of `tasks` in which gRPC takes calls ended."""
+  # gRPC shows it to nobody, and says nothing if it is cancelled.
+  loops = [task for task in tasks if '._server_main_loop' in repr(task)]
+  return lambda: ('it takes no more calls' if any(
+    task.done() for task in loops) else None)
+
+
 async def serve(server: Server,
                 on_ready: Callable[[engine_lib.EngineInfo, int], None]) -> int:
   """Serves until a signal; a second one cuts the draining short.
@@ -261,8 +294,8 @@ async def serve(server: Server,
     on_ready: told what is served, and at which port.
 
   Returns:
-    An exit code for the process: 0 after a drain, 1 after `Server.fail`,
-    else 128 + the signal.
+    An exit code for the process: 0 after a drain, 1 if the server can't go
+    on, else 128 + the signal.
 
   Raises:
     ConfigError: the address can't be had.

@@ -6,7 +6,10 @@ A span joins the trace of its caller, if that sends W3C trace context.
 
 from __future__ import annotations
 
+import threading
+
 from sarathi_jax import errors
+from sarathi_jax.server import background
 from sarathi_jax.server import frontend
 from sarathi_jax.server import request_log
 
@@ -36,13 +39,38 @@ class Spans:
       raise errors.ConfigError(
         f'otlp_endpoint={endpoint!r}: needs OpenTelemetry, in the source tree: '
         f'pip install -e ".[otel]" ({error}).') from error
-    self._provider = sdk.TracerProvider(resource=resources.Resource.create(
-      {'service.name': 'sarathi_jax'}))
-    self._provider.add_span_processor(export.BatchSpanProcessor(
-      trace_exporter.OTLPSpanExporter(
-        endpoint=endpoint, insecure=not endpoint.startswith('https'))))
-    self._tracer = self._provider.get_tracer('sarathi_jax')
+
+    def provide() -> sdk.TracerProvider:
+      provider = sdk.TracerProvider(resource=resources.Resource.create(
+        {'service.name': 'sarathi_jax'}))
+      provider.add_span_processor(export.BatchSpanProcessor(
+        trace_exporter.OTLPSpanExporter(
+          endpoint=endpoint, insecure=not endpoint.startswith('https'))))
+      return provider
+
+    self._provide = provide
     self._propagator = tracecontext.TraceContextTextMapPropagator()
+    self.restart()
+
+  @property
+  def as_background(self) -> background.Background:
+    """For who looks after its thread."""
+    return background.Background('spans', self.why_ended, self.restart)
+
+  def why_ended(self) -> str | None:
+    """Tells whether the thread that sends is gone; None while it runs."""
+    is_well = self._thread is None or self._thread.is_alive()
+    return None if is_well else 'its thread is gone'
+
+  def restart(self) -> None:
+    """Sends from a new thread; spans that the last one had are lost."""
+    before = set(threading.enumerate())
+    self._provider = self._provide()
+    self._tracer = self._provider.get_tracer('sarathi_jax')
+    # OpenTelemetry does not show its thread.
+    self._thread = next((
+      thread for thread in set(threading.enumerate()) - before
+      if thread.name.startswith('Otel')), None)
 
   def __call__(self, ended: frontend.Ended) -> None:
     """Makes the span of a request that ended; nothing of its text."""
@@ -74,4 +102,5 @@ class Spans:
 
   def stop(self) -> None:
     """Sends what is left."""
+    self._thread = None
     self._provider.shutdown()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from sarathi_jax import errors
 from sarathi_jax.engine import trace
 from sarathi_jax.server import auth
+from sarathi_jax.server import background
 from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import engine_thread as engine_thread_lib
@@ -24,6 +25,9 @@ Observer = Callable[[frontend.Ended], None]
 class Telemetry:
   """The request log, the trace, the metrics and spans.
 
+  Args:
+    watch: looks after their threads.
+
   Attributes:
     observers: of ended requests.
     metrics_port: once it is started.
@@ -34,7 +38,8 @@ class Telemetry:
 
   def __init__(self, config: config_lib.ServerConfig,
                engine_thread: engine_thread_lib.EngineThread,
-               hooks: control_v1.Hooks) -> None:
+               hooks: control_v1.Hooks, watch: background.Watch) -> None:
+    self._watch = watch
     self._engine_thread = engine_thread
     self._closers: list[Callable[[], None]] = []
     self._trace: trace.ChromeTrace | None = None
@@ -52,16 +57,18 @@ class Telemetry:
           f'trace_dir={str(config.trace_dir)!r}: can\'t be written: '
           f'{error.strerror}.') from error
       self._closers.append(file.close)
+      watch.add(file.as_background)
       self._trace = trace.ChromeTrace(file.emit)
     if config.otlp_endpoint is not None:
       otlp = spans.Spans(config.otlp_endpoint)
       self._closers.append(otlp.stop)
+      watch.add(otlp.as_background)
       observers.append(otlp)
     self._collector: metrics.Collector | None = None
     if config.metrics_port is not None:
       self._collector = metrics.Collector(
         config.metrics_prefix, engine_thread, asyncio.get_running_loop(),
-        hooks.num_compiled)
+        watch, hooks.num_compiled)
       observers.append(self._collector.count)
     self._config = config
     self.metrics_port = config.metrics_port
@@ -80,6 +87,7 @@ class Telemetry:
       server = metrics.MetricsServer(
         self._collector, config.host, self.metrics_port, tokens, config.tls)
       self._closers.append(server.stop)
+      self._watch.add(server.as_background)
       self.metrics_port = server.port
 
   async def observe_engine(self) -> None:

@@ -18,6 +18,7 @@ import time
 from absl import logging
 
 from sarathi_jax.engine import trace
+from sarathi_jax.server import background
 from sarathi_jax.server import whole_lines
 
 _MAX_BYTES = 64 << 20  # of a file; then comes the next
@@ -43,6 +44,21 @@ class TraceFile:
     self._num_dropped = 0
     self._number = 0
     self._file: whole_lines.WholeLines | None = self._open()
+    self._is_closed = False
+    self.restart()
+
+  @property
+  def as_background(self) -> background.Background:
+    """For who looks after its thread."""
+    return background.Background('trace', self.why_ended, self.restart)
+
+  def why_ended(self) -> str | None:
+    """Tells whether its thread is gone; None while it runs."""
+    is_well = self._is_closed or self._thread.is_alive()
+    return None if is_well else 'its thread is gone'
+
+  def restart(self) -> None:
+    """Writes, from a thread of its own."""
     self._thread = threading.Thread(
       target=self._run, name='trace', daemon=True)
     self._thread.start()
@@ -56,7 +72,9 @@ class TraceFile:
 
   def close(self, timeout_s: float = 5.0) -> None:
     """Writes what is left."""
-    self._events.put(None)
+    self._is_closed = True
+    with contextlib.suppress(queue.Full):
+      self._events.put(None, timeout=timeout_s)
     self._thread.join(timeout_s)
 
   def _drop(self, num_events: int, why: object) -> None:

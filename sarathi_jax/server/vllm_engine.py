@@ -46,6 +46,8 @@ _TOKENIZER_FILES = (
 
 # Zero stands for these, as messages of proto3 can't tell it from unset.
 _FOR_ZERO = {'top_p': 1.0, 'repetition_penalty': 1.0, 'n': 1}
+# smg sends these for all seeds beyond, which would be one and the same.
+_CLAMPED_SEEDS = (-2**31, 2**31 - 1)
 # About the text, which the client makes, and about grammars: there are none.
 _NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
 # Of GenerateRequest, set only for what this engine does not do.
@@ -236,6 +238,10 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
   """
   fields: dict[str, Any] = {'skip_special_tokens': message.skip_special_tokens,
                             'max_tokens': None}
+  if message.seed in _CLAMPED_SEEDS:
+    raise errors.UnsupportedError(
+      f'seed={message.seed}: must be between -2**31 and 2**31 - 1, both '
+      'excluded: the gateway sends these for all seeds beyond.')
   for field, value in message.ListFields():
     if field.containing_oneof is not None and (
         field.containing_oneof.name == 'constraint'):

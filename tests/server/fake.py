@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 import pathlib
+import socket
 import sys
 import threading
 import time
@@ -62,6 +63,13 @@ class GatedRunner(fake_runner.FakeRunner):
   def recover(self) -> None:
     if self.is_gone:
       raise RuntimeError('the device is gone')
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens at."""
+  with socket.create_server(('127.0.0.1', 0)) as probe:
+    port: int = probe.getsockname()[1]
+    return port
 
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:

@@ -54,12 +54,6 @@ def test_reflection_and_health(server: fake.RunningServer) -> None:
   assert got['tokens'] == [3, 4, 5]
 
 
-def _free_port() -> int:
-  with socket.create_server(('127.0.0.1', 0)) as probe:
-    port: int = probe.getsockname()[1]
-    return port
-
-
 def _serve(folder: pathlib.Path, *args: str) -> process_test.Process:
   return process_test.Process(
     '-m', 'sarathi_jax.server',
@@ -78,7 +72,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def gateway(cache: pathlib.Path) -> Iterator[
     tuple[process_test.Process, int]]:
   """The quickstart model behind the gateway, and the port of that."""
-  port = _free_port()
+  port = fake.free_port()
   process = _serve(cache, f'--http_port={port}')
   try:
     process.read_until('Serving quickstart')
@@ -133,7 +127,7 @@ def test_a_gateway_that_is_killed_is_started_again(
 
 @pytest.mark.slow
 def test_two_replicas_survive_the_death_of_one(cache: pathlib.Path) -> None:
-  port = _free_port()
+  port = fake.free_port()
   second = _serve(cache)
   first = None
   try:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs beside the calls, and what becomes of it if it ends by itself.
+
+  engine     the engine's thread                    the server ends
+  grpc       grpc.aio's task that takes calls       the server ends
+  watch      who looks after all of these           the server ends
+  gateway    smg, a child, and who listens to it    is started again
+  metrics    the thread that takes scrapers         is started again
+  trace      the thread that writes --trace_dir     is started again
+  spans      OpenTelemetry's thread                 is started again
+
+So no part of a server is ever missing unnoticed. Imports no gRPC and no JAX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+import dataclasses
+import time
+from typing import NamedTuple, NoReturn
+
+from absl import logging
+
+from sarathi_jax import errors
+
+_LOOK_S = 0.5
+_PAUSE_S = 1.0  # before the first start anew; twice as long before the next
+_MAX_PAUSE_S = 30.0
+_STEADY_S = 60.0  # what ran so long begins with the first pause again
+
+
+class Background(NamedTuple):
+  """One of them.
+
+  Attributes:
+    name: for the log, and for metrics.
+    why_ended: tells what ended it; None while it runs. Any thread.
+    restart: starts it again; None: nothing is left without it.
+    is_up: whether it does what it is for; None: if it runs. Any thread.
+  """
+
+  name: str
+  why_ended: Callable[[], str | None]
+  restart: Callable[[], object] | None = None
+  is_up: Callable[[], bool] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class _Record:
+  pause_s: float
+  started: float
+  due: float | None = None  # when it is started again
+
+
+class Watch:
+  """Looks after all that runs in the background; on the event loop.
+
+  Args:
+    fail: ends the server.
+
+  Attributes:
+    num_restarts: by name.
+  """
+
+  def __init__(self,
+               fail: Callable[[errors.EngineDeadError], object]) -> None:
+    self._fail = fail
+    self._watched: dict[str, tuple[Background, _Record]] = {}
+    self._task: asyncio.Task[NoReturn] | None = None
+    self.num_restarts: Counter[str] = Counter()
+
+  def add(self, background: Background) -> None:
+    """Looks after another one, which runs."""
+    self.num_restarts[background.name] = 0
+    self._watched[background.name] = (
+      background, _Record(_PAUSE_S, time.monotonic()))
+
+  def is_up(self) -> dict[str, bool]:
+    """Whether each does what it is for, by name; any thread."""
+    return {name: background.why_ended() is None if background.is_up is None
+            else background.is_up()
+            for name, (background, _) in list(self._watched.items())}
+
+  def start(self) -> None:
+    """Begins to look, until `stop`."""
+    self._task = asyncio.create_task(self._run(), name='watch')
+    self._task.add_done_callback(self._on_done)
+
+  async def stop(self) -> None:
+    """Lets them end."""
+    task, self._task = self._task, None
+    if task is not None:
+      task.cancel()
+      await asyncio.wait((task,))
+
+  def _on_done(self, task: asyncio.Task[NoReturn]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if task is self._task:
+      self._fail(errors.EngineDeadError(
+        f'what looks after the server\'s background ended: {error!r}'))
+
+  async def _run(self) -> NoReturn:
+    while True:
+      for background, record in list(self._watched.values()):
+        self._look(background, record, time.monotonic())
+      await asyncio.sleep(_LOOK_S)
+
+  def _look(self, background: Background, record: _Record,
+            now: float) -> None:
+    why = background.why_ended()
+    if why is None:
+      return
+    if background.restart is None:
+      del self._watched[background.name]
+      self._fail(errors.EngineDeadError(f'{background.name} ended: {why}'))
+    elif record.due is None:
+      if now - record.started > _STEADY_S:
+        record.pause_s = _PAUSE_S
+      record.due = now + record.pause_s
+      logging.error('%s ended: %s. It is started again in %g s.',
+                    background.name, why, record.pause_s)
+    elif now >= record.due:
+      record.due, record.started = None, now
+      record.pause_s = min(2 * record.pause_s, _MAX_PAUSE_S)
+      self.num_restarts[background.name] += 1
+      try:
+        background.restart()
+      except Exception as error:  # the next look finds that it doesn't run
+        logging.error('%s can\'t be started.', background.name,
+                      exc_info=error)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the gateway: smg, as a line of JSON on standard input says.
+
+  parent    who starts it, and whose end it does not outlive
+  args      of `smg launch`
+  key       that alone opens smg's control plane
+
+Nothing is on the command line, where every user of the machine could read it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(told: dict[str, Any]) -> None:
+  _end_with_parent(told['parent'])
+  from smg import launch_router
+  args = launch_router.parse_router_args(told['args'])
+  args.control_plane_api_keys = [
+    *args.control_plane_api_keys,
+    ('sarathi', 'sarathi', told['key'], 'admin')]
+  launch_router.launch_router(args)
+
+
+def _end_with_parent(parent: int) -> None:
+  if sys.platform == 'linux':  # SIGKILL: one that is stopped ends, too
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != parent:
+    sys.exit('the server that started this gateway is gone')
+
+
+if __name__ == '__main__':
+  main(json.loads(sys.stdin.readline()))

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""smg before a server: who may do what, what it passes on, what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+from typing import Any
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2_grpc
+import psutil
+import pytest
+
+from sarathi_jax.server import health
+from sarathi_jax.server import limits as limits_lib
+from tests import source_tree
+from tests.server import fake
+
+PROMPT = {'model': 'counting', 'prompt': 't1 t2', 'max_tokens': 4,
+          'temperature': 0}
+CHAT = {'model': 'counting', 'messages': [{'role': 'user', 'content': 't1 t2'}],
+        'max_tokens': 4, 'temperature': 0}
+USER_KEY = 'user-key'
+# All that changes smg, or tells of it, as its own log lists them.
+CONTROL = (
+  ('GET', '/workers'), ('POST', '/workers'), ('GET', '/workers/ID'),
+  ('PUT', '/workers/ID'), ('PATCH', '/workers/ID'), ('DELETE', '/workers/ID'),
+  ('POST', '/flush_cache'), ('POST', '/start_profile'),
+  ('POST', '/stop_profile'), ('POST', '/heap_profile'), ('GET', '/get_loads'),
+  ('POST', '/parse/function_call'), ('POST', '/parse/reasoning'),
+  ('GET', '/wasm'), ('POST', '/wasm'), ('DELETE', '/wasm/ID'),
+  ('GET', '/v1/tokenizers'), ('POST', '/v1/tokenizers'),
+  ('GET', '/v1/tokenizers/ID'), ('DELETE', '/v1/tokenizers/ID'),
+  ('GET', '/v1/tokenizers/ID/status'))
+# Of no use to anybody but who runs it; not built, or not switched on.
+ABSENT = (
+  ('POST', '/add_worker'), ('POST', '/remove_worker'), ('GET', '/list_workers'),
+  ('POST', '/v1/rl/pause'), ('POST', '/workers/ID/engine/pause'),
+  ('GET', '/ha/health'))
+
+
+class Client:
+  """Asks a gateway."""
+
+  def __init__(self, port: int) -> None:
+    self.port = port
+
+  def ask(self, method: str, path: str, body: Any = None,
+          **headers: str) -> tuple[int, dict[str, str], str]:
+    connection = http.client.HTTPConnection(
+      '127.0.0.1', self.port, timeout=fake.TIMEOUT_S)
+    with contextlib.closing(connection):
+      connection.request(
+        method, path, None if body is None else json.dumps(body),
+        {'content-type': 'application/json', **headers})
+      reply = connection.getresponse()
+      return (reply.status, {k.lower(): v for k, v in reply.getheaders()},
+              reply.read().decode())
+
+  def complete(self, **headers: str) -> tuple[int, str]:
+    status, _, text = self.ask('POST', '/v1/completions', PROMPT, **headers)
+    if status == 200:
+      text = json.loads(text)['choices'][0]['text']
+    return status, text
+
+  def serves(self) -> bool:
+    try:
+      return self.complete() == (200, 't3 t4 t5 t6')
+    except OSError:
+      return False
+
+
+def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+  """As `fake.write_tokenizer`, for chats, too."""
+  (folder / 'chat_template.jinja').write_text(
+    '{% for m in messages %}{{ m["content"] }} {% endfor %}')
+  return fake.write_tokenizer(folder)
+
+
+@contextlib.contextmanager
+def serve(folder: pathlib.Path, **config: Any) -> Iterator[
+    tuple[fake.RunningServer, Client]]:
+  """A server of `fake` behind the gateway."""
+  changes = config.pop('engine', {})
+  port = fake.free_port()
+  with contextlib.closing(fake.RunningServer(
+      functools.partial(
+        fake.make_engine, tokenizer_folder=folder, **changes),
+      http_port=port, **config)) as running:
+    yield running, Client(port)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+
+
+@pytest.fixture(scope='module')
+def served(folder: pathlib.Path) -> Iterator[
+    tuple[fake.RunningServer, Client]]:
+  with serve(folder) as both:
+    yield both
+
+
+@pytest.fixture(scope='module')
+def guarded(folder: pathlib.Path) -> Iterator[
+    tuple[fake.RunningServer, Client]]:
+  with serve(folder, gateway_args=('--api-key', USER_KEY)) as both:
+    yield both
+
+
+def _refuses_control(client: Client, **headers: str) -> None:
+  for method, path in CONTROL:
+    body = {'url': 'grpc://127.0.0.1:9'} if method in ('POST', 'PUT') else None
+    status, _, text = client.ask(method, path, body, **headers)
+    assert status == 401, (method, path, status, text)
+  for method, path in ABSENT:
+    assert client.ask(method, path, **headers)[0] == 404, path
+
+
+def test_nobody_reaches_the_control_plane(
+    served: tuple[fake.RunningServer, Client]) -> None:
+  running, client = served
+  assert client.complete() == (200, 't3 t4 t5 t6')
+  _refuses_control(client)
+  for guess in ('', 'sarathi', 'admin', '0' * 64):
+    _refuses_control(client, authorization=f'Bearer {guess}')
+  assert client.complete() == (200, 't3 t4 t5 t6')
+  assert running.is_alive()
+
+
+def test_a_user_with_a_key_does_not_either(
+    guarded: tuple[fake.RunningServer, Client]) -> None:
+  _, client = guarded
+  bearer = {'authorization': f'Bearer {USER_KEY}'}
+  assert client.complete()[0] == 401
+  assert client.complete(**bearer) == (200, 't3 t4 t5 t6')
+  _refuses_control(client)
+  _refuses_control(client, **bearer)
+  assert client.complete(**bearer) == (200, 't3 t4 t5 t6')
+
+
+def test_the_keys_of_who_runs_it_open_it(folder: pathlib.Path) -> None:
+  with serve(folder, gateway_args=(
+      '--control-plane-api-keys', 'ops:ops:admin:their-key')) as (_, client):
+    _refuses_control(client)
+    status, _, text = client.ask(
+      'GET', '/workers', authorization='Bearer their-key')
+    assert status == 200 and len(json.loads(text)['workers']) == 1
+
+
+def test_the_key_is_nowhere_to_be_seen(
+    guarded: tuple[fake.RunningServer, Client],
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  running, client = guarded
+  gateway = running.server._gateway
+  assert gateway is not None
+  keys: list[str] = []
+  tell = gateway._tell
+
+  def spy(pipe: int) -> None:
+    monkeypatch.setattr('secrets.token_hex', lambda n: (
+      keys.append(os.urandom(n).hex()) or keys[-1]))  # type: ignore[func-returns-value]
+    tell(pipe)
+    monkeypatch.undo()
+
+  monkeypatch.setattr(gateway, '_tell', spy)
+  before = gateway.pid
+  assert before is not None
+  os.kill(before, signal.SIGKILL)
+  fake.wait_until(lambda: bool(keys) and gateway.pid is not None)
+  child = psutil.Process(gateway.pid)
+  while not gateway.is_serving:  # from its first moment on
+    assert not any(keys[0] in word or USER_KEY in word
+                   for word in (*child.cmdline(), *child.environ().values()))
+  assert keys[0] not in ''.join(child.cmdline())
+  bearer = {'authorization': f'Bearer {keys[0]}'}
+  assert client.ask('GET', '/workers', **bearer)[0] == 200  # it is the key
+
+
+def test_a_long_line_in_its_log_ends_nothing(
+    served: tuple[fake.RunningServer, Client]) -> None:
+  running, client = served
+  gateway = running.server._gateway
+  assert gateway is not None
+  pid = gateway.pid
+  for value in ('m' * 200_000, '\x1b[2J\r\n\0'):
+    for path, body in (('completions', PROMPT), ('chat/completions', CHAT)):
+      assert client.ask(
+        'POST', f'/v1/{path}', {**body, 'model': value})[0] == 404
+  assert client.serves() and gateway.pid == pid
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_it_is_replaced(served: tuple[fake.RunningServer, Client],
+                        number: signal.Signals) -> None:
+  running, client = served
+  stub = health_pb2_grpc.HealthStub(running.channel)
+
+  def says() -> int:
+    status: int = stub.Check(health_pb2.HealthCheckRequest(
+      service=health.GATEWAY)).status
+    return status
+
+  fake.wait_until(lambda: says() == 1)
+  before = running.server.watch.num_restarts['gateway']
+  gateway = running.server._gateway
+  assert gateway is not None and gateway.pid is not None
+  os.kill(gateway.pid, number)
+  fake.wait_until(lambda: says() == 2)  # NOT_SERVING
+  assert running.is_alive()
+  fake.wait_until(lambda: says() == 1, 40)
+  assert client.serves()
+  assert running.server.watch.num_restarts['gateway'] == before + 1
+
+
+def test_too_many_are_told_when_to_come_again(folder: pathlib.Path) -> None:
+  runners: list[fake.GatedRunner] = []
+
+  def make_runner(*args: int) -> fake.GatedRunner:
+    runners.append(fake.GatedRunner(*args))
+    return runners[0]
+
+  with serve(folder, limits=limits_lib.Limits(max_waiting=3), engine={
+      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+    with contextlib.ExitStack() as stack:
+      stack.callback(runners[0].open)
+      streams = []
+      for _ in range(4):
+        streams.append(stack.enter_context(contextlib.closing(
+          http.client.HTTPConnection('127.0.0.1', client.port))))
+        streams[-1].request('POST', '/v1/completions', json.dumps(PROMPT), {
+          'content-type': 'application/json'})
+      running.wait_until_open(4)
+      status, headers, _ = client.ask('POST', '/v1/completions', PROMPT)
+      assert status == 429 and int(headers['retry-after']) >= 1
+      runners[0].open()
+      assert [s.getresponse().status for s in streams] == [200] * 4
+    fake.wait_until(client.serves)
+
+
+def test_a_body_too_long_is_refused(folder: pathlib.Path) -> None:
+  with serve(folder, limits=limits_lib.Limits(
+      max_message_mib=0.1)) as (_, client):
+    for size, status in ((50_000, 404), (200_000, 413)):
+      assert client.ask('POST', '/v1/completions', {
+        **PROMPT, 'model': 'm' * size})[0] == status
+    assert client.serves()
+
+
+def test_the_gateway_may_have_a_certificate(
+    folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  import ssl
+  import subprocess
+  subprocess.run(
+    ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '1',
+     '-subj', '/CN=x', '-keyout', 'key.pem', '-out', 'cert.pem'],
+    cwd=tmp_path, check=True, capture_output=True)
+  with serve(folder, gateway_args=(
+      '--tls-cert-path', str(tmp_path / 'cert.pem'),
+      '--tls-key-path', str(tmp_path / 'key.pem'))) as (running, client):
+    gateway = running.server._gateway
+    assert gateway is not None and gateway.is_serving
+    assert 'CERTIFICATE' in ssl.get_server_certificate(
+      ('127.0.0.1', client.port))
+
+
+# What becomes of the fields of a body, chat and text: 400, a part of our
+# message, or nothing: then README names it.
+REFUSED: dict[str, tuple[Any, str]] = {
+  'n': (2, 'chat text'), 'presence_penalty': (1.0, 'chat text'),
+  'frequency_penalty': (1.0, 'chat text'),
+  'repetition_penalty': (1.5, 'chat text'), 'regex': ('a+', 'chat text'),
+  'ebnf': ('root ::= "a"', 'chat text'), 'json_schema': ('{}', 'text'),
+  'response_format': ({'type': 'json_object'}, 'chat'),
+  'min_tokens': (3, 'text'), 'modalities': (['audio'], 'chat'),
+  'seed': (2**31, 'chat text'),
+}
+DROPPED: dict[str, tuple[Any, str]] = {
+  'best_of': (3, 'chat text'),
+  'logit_bias': ({'5': 1}, 'chat text'),
+  'min_tokens': (3, 'chat'),
+  'response_format': ({'type': 'json_object'}, 'text'),
+  'json_schema': ('{}', 'chat'), 'guided_json': ({}, 'chat text'),
+  'guided_regex': ('a+', 'chat text'), 'guided_choice': (['a'], 'chat text'),
+  'guided_grammar': ('x', 'chat text'),
+  'structured_outputs': ({'regex': 'a'}, 'chat text'),
+  'allowed_token_ids': ([5], 'chat text'), 'bad_words': (['a'], 'chat text'),
+  'use_beam_search': (True, 'chat text'),
+  'length_penalty': (2.0, 'chat text'), 'prompt_logprobs': (1, 'chat text'),
+  'truncate_prompt_tokens': (1, 'chat text'),
+  'add_special_tokens': (False, 'chat text'),
+  'include_stop_str_in_output': (True, 'chat text'),
+  'priority': (5, 'chat text'), 'logprobs': (0, 'text'),
+  'max_completion_tokens': (2, 'text'),
+}
+BODIES = {'chat': ('/v1/chat/completions', CHAT),
+          'text': ('/v1/completions', PROMPT)}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_is_refused(served: tuple[fake.RunningServer, Client],
+                         name: str) -> None:
+  value, kinds = REFUSED[name]
+  for kind in kinds.split():
+    path, body = BODIES[kind]
+    status, _, text = served[1].ask('POST', path, {**body, name: value})
+    assert status == 400, (kind, status, text)
+    words = {'ebnf': 'grammar', 'response_format': 'json_schema',
+             'modalities': 'modality'}
+    assert words.get(name, name) in text
+
+
+def _readme_names() -> set[str]:
+  text = (source_tree.ROOT / 'README.md').read_text()
+  dropped = re.search(r'smg drops, without a word:(.*?)\n\n', text, re.S)
+  assert dropped is not None
+  return set(re.findall(r'`([a-z_]+)`', dropped[1]))
+
+
+def test_what_smg_drops_is_named(
+    served: tuple[fake.RunningServer, Client]) -> None:
+  """If one of these is no longer dropped, README has to say so."""
+  _, client = served
+  for name, (value, kinds) in DROPPED.items():
+    for kind in kinds.split():
+      path, body = BODIES[kind]
+      status, _, text = client.ask('POST', path, {**body, name: value})
+      assert status == 200, (name, kind, status, text)
+      choice = json.loads(text)['choices'][0]
+      assert (choice.get('text') or choice['message']['content']) == (
+        't3 t4 t5 t6'), name
+      assert not choice.get('logprobs')
+  assert set(DROPPED) == _readme_names()
+
+
+@pytest.mark.parametrize('fields, text', [
+  ({'echo': True}, 't1 t2t3 t4 t5 t6'), ({'suffix': ' x'}, 't3 t4 t5 t6 x')])
+def test_what_smg_adds_itself(served: tuple[fake.RunningServer, Client],
+                              fields: dict[str, Any], text: str) -> None:
+  _, _, body = served[1].ask('POST', '/v1/completions', PROMPT | fields)
+  assert json.loads(body)['choices'][0]['text'] == text
+
+
+@pytest.mark.parametrize('seed, status', [
+  (0, 200), (2**31 - 2, 200), (2**31 - 1, 400), (2**63 - 1, 400),
+  (-1, 200), (-2**31 + 1, 200), (-2**31, 400), (-2**40, 400)])
+def test_seeds_that_smg_makes_one_are_refused(
+    served: tuple[fake.RunningServer, Client], seed: int,
+    status: int) -> None:
+  got, _, text = served[1].ask(
+    'POST', '/v1/completions', {**PROMPT, 'seed': seed})
+  assert got == status, text
+  assert status == 200 or 'seed=' in text
+
+
+def test_nothing_is_left(served: tuple[fake.RunningServer, Client]) -> None:
+  running, _ = served
+  running.assert_nothing_is_left()
