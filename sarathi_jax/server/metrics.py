@@ -263,7 +263,7 @@ class Collector(registry_lib.Collector):
 def _snapshot(engine: engine_lib.Engine) -> Snapshot:
   return Snapshot(
     engine.metrics.copy(), engine.stats(), engine.info,
-    engine.pace and engine.pace.needed_s(engine.clock()))
+    None if engine.pace is None else engine.pace.needed_s(engine.clock()))
 
 
 class MetricsServer:
