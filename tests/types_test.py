@@ -173,7 +173,8 @@ def test_whole_scalars_of_numpy_and_jax_are_taken(scalar: Any) -> None:
 
 @pytest.mark.parametrize(('field', 'value'), [
   ('temperature', np.float32('nan')), ('temperature', np.True_),
-  ('top_k', np.float64(3)), ('seed', np.int64(-1)), ('top_p', np.float32(2)),
+  ('top_k', np.float64(3)), ('seed', np.uint64(2**63)),
+  ('top_p', np.float32(2)),
   ('max_tokens', np.array([3])), ('stop_token_ids', np.array([1.5])),
   ('stop_token_ids', np.array([[1]]))])
 def test_bad_scalars_of_numpy_are_refused_as_others(

