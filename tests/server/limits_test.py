@@ -384,5 +384,7 @@ def test_the_benchmark_of_hostile_bodies_runs(
     roomy: fake.RunningServer) -> None:
   row, = hostile.measure(
     roomy.server.port, hostile_bodies.all_bodies('shape of 60,000'), 1)
-  assert row['outcome'] == 'INVALID_ARGUMENT' and row['gap_ms'] > 0
+  assert row['outcome'] == 'INVALID_ARGUMENT'
+  # This server's steps take no time, so that streams may be over: no gap.
+  assert row['gap_ms'] < 1e3 * fake.TIMEOUT_S
   assert 'shape of 60,000' in hostile.line(row)
