@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-import json
 import pathlib
 from typing import Any
 
@@ -92,10 +91,10 @@ def _of_folder(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
   if (folder / checkpoint.METADATA).is_file():
     return checkpoint.load_metadata(folder).eos_token_ids
   for name in _MODEL_FILES:
-    if ids := _ids(_read(folder / name).get('eos_token_id')):
+    if ids := _ids(chat.read_json(folder / name).get('eos_token_id')):
       return ids
   for name in _TOKENIZER_FILES:
-    token = _read(folder / name).get('eos_token')
+    token = chat.read_json(folder / name).get('eos_token')
     text = token.get('content') if isinstance(token, dict) else token
     if isinstance(text, str) and (
         found := tokenizer.token_id(text)) is not None:
@@ -112,13 +111,3 @@ def _ids(value: Any) -> tuple[int, ...]:
   if not all(type(token) is int for token in ids):
     raise TypeError('not all are integers')
   return ids
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-  if not file.is_file():
-    return {}
-  try:
-    fields = json.loads(file.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise errors.CheckpointError(f'{file}: not JSON: {error}') from error
-  return fields if isinstance(fields, dict) else {}

@@ -108,9 +108,9 @@ def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     CheckpointError: one of them is not JSON.
   """
-  config = _read_json(folder / 'tokenizer_config.json')
+  config = read_json(folder / 'tokenizer_config.json')
   if config.get('added_tokens_decoder') is None:
-    config |= _read_json(folder / 'special_tokens_map.json')
+    config |= read_json(folder / 'special_tokens_map.json')
   return config
 
 
@@ -119,7 +119,7 @@ def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   file = folder / 'chat_template.jinja'
   if file.is_file():
     return file.read_text(encoding='utf-8')
-  source = config.get('chat_template') or _read_json(
+  source = config.get('chat_template') or read_json(
     folder / 'chat_template.json').get('chat_template')
   try:
     if isinstance(source, list):  # Several, by name.
@@ -135,7 +135,12 @@ def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   return source
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """An object of a JSON file; empty if there is no such file, or none in it.
+
+  Raises:
+    CheckpointError: it is no JSON.
+  """
   if not file.is_file():
     return {}
   try:
