@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from sarathi_jax import errors
+from sarathi_jax.engine import fake_runner
 from sarathi_jax.server import control_v1
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -41,8 +42,10 @@ def events(tmp_path: pathlib.Path) -> Iterator[
     load_weights=load, update_weights=done.append,
     start_profile=lambda folder: done.append(('start', folder)),
     stop_profile=lambda: done.append('stop'))
+  # Calls are to come while requests run, on a busy machine, too.
+  slow = functools.partial(fake_runner.FakeRunner, step_s=5e-4)
   with contextlib.closing(fake.RunningServer(
-      functools.partial(fake.make_engine, max_model_len=2**16,
+      functools.partial(fake.make_engine, slow, max_model_len=2**16,
                         num_pages=2**15),
       hooks=hooks, trace_dir=tmp_path / 'traces')) as running:
     yield running, done
@@ -57,7 +60,7 @@ def _refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 def test_pause_keeps_requests_where_they_are(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
-  call = running.generate(token_ids=[1], sampling={'max_tokens': 60000})
+  call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   assert next(call).token_ids[0] == 2
   _control(running).Pause(pb.PauseRequest())
   num_steps = running.stats().num_steps
@@ -68,10 +71,10 @@ def test_pause_keeps_requests_where_they_are(
   assert (stats.num_running, stats.num_queued) == (1, 1)
   states = _control(running).ListRequests(pb.ListRequestsRequest()).requests
   assert [(s.is_running, s.max_output_tokens) for s in states] == [
-    (True, 60000)]
+    (True, 3000)]
   _control(running).Resume(pb.ResumeRequest())
   assert fake.take(late) == [6, 7]
-  assert fake.take(call)[-1] == (1 + 60000) % 64
+  assert fake.take(call)[-1] == (1 + 3000) % 64
   assert running.is_alive()
 
 
@@ -93,7 +96,7 @@ def test_pause_can_wait_for_those_that_run(
 def test_pause_can_abort_those_that_run(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
-  call = running.generate(token_ids=[1], sampling={'max_tokens': 60000})
+  call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   assert next(call).token_ids[0] == 2
   _control(running).Pause(pb.PauseRequest(mode=pb.PAUSE_MODE_ABORT))
   assert list(call)[-1].finished.finish_reason == pb.FINISH_REASON_ABORT
@@ -126,12 +129,12 @@ def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
 def test_reset_cache_recomputes_what_runs(
     events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
-  call = running.generate(token_ids=[1], sampling={'max_tokens': 60000})
+  call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   tokens = list(next(call).token_ids)
   _control(running).ResetCache(pb.ResetCacheRequest())
   responses = list(call)
   tokens += [t for r in responses for t in r.token_ids]
-  assert tokens == [(2 + k) % 64 for k in range(60000)]
+  assert tokens == [(2 + k) % 64 for k in range(3000)]
   assert responses[-1].finished.timing.num_preemptions == 1
 
 
