@@ -21,7 +21,7 @@ from absl import flags
 from absl import logging
 import tqdm
 
-from sarathi_jax import mains
+from sarathi_jax.cli import mains
 
 _SOURCE = flags.DEFINE_string(
   'source', None, 'A Hugging Face checkpoint: a folder, or an id on the hub.',

@@ -24,7 +24,7 @@ from tokenizers import processors
 
 from checkpoints_convert import json_file
 from sarathi_jax import errors
-from sarathi_jax.engine import chat
+from sarathi_jax.text import chat
 
 FILE = 'tokenizer.model'
 _SPACE = '\u2581'  # what sentencepiece makes of a space

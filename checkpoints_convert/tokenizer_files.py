@@ -19,8 +19,8 @@ import tokenizers
 
 from checkpoints_convert import sentencepiece_model
 from sarathi_jax import errors
-from sarathi_jax.engine import chat
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.text import chat
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 # Copied as they are, where they are.
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',

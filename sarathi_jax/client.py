@@ -19,7 +19,7 @@ from absl import flags
 from google.protobuf import json_format
 import grpc
 
-from sarathi_jax import mains
+from sarathi_jax.cli import mains
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 

@@ -13,17 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sarathi_jax import building
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import progress
-from sarathi_jax import prompts as prompts_lib
-from sarathi_jax import runs as runs_lib
-from sarathi_jax import tokenizing
 from sarathi_jax import types
-from sarathi_jax.engine import collector
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.in_process import building
+from sarathi_jax.in_process import progress
+from sarathi_jax.in_process import prompts as prompts_lib
+from sarathi_jax.in_process import runs as runs_lib
+from sarathi_jax.in_process import tokenizing
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import memory
@@ -31,6 +29,8 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import settings
+from sarathi_jax.text import collector
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt

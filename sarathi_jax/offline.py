@@ -40,14 +40,14 @@ import rich.markup
 import rich.progress
 
 from sarathi_jax import errors
-from sarathi_jax import flags as engine_flags
-from sarathi_jax import mains
-from sarathi_jax import progress as progress_lib
-from sarathi_jax import prompt_lines
-from sarathi_jax import report
 from sarathi_jax import types
-from sarathi_jax.engine import collector
+from sarathi_jax.cli import flags as engine_flags
+from sarathi_jax.cli import mains
+from sarathi_jax.cli import prompt_lines
+from sarathi_jax.cli import report
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.in_process import progress as progress_lib
+from sarathi_jax.text import collector
 
 FLAGS = flags.FLAGS
 Line = prompt_lines.Line
@@ -242,14 +242,14 @@ def _start(console: rich.console.Console) -> None:
   load_options = dict(cache_dir=FLAGS.cache_dir, convert=FLAGS.convert)
   leader = None
   if (processes := engine_flags.processes_from_flags()) is not None:
-    from sarathi_jax import loading
+    from sarathi_jax.launch import loading
     leader = loading.join(
       processes, FLAGS.checkpoint, config, **load_options)
   # The first of several processes tells the others how it ends.
   with (leader or contextlib.nullcontext(),
         contextlib.closing(_Output(path, FLAGS.resume)) as output):
     # Not on top: a wrong flag is told before JAX is loaded.
-    from sarathi_jax import loading
+    from sarathi_jax.launch import loading
     engine = loading.load_llm(
       FLAGS.checkpoint, config, end=leader, console=console,
       **load_options).engine

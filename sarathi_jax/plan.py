@@ -5,9 +5,10 @@ r"""Tells what a deployment takes of its GPUs, with no GPU at hand.
   python -m sarathi_jax.plan --config=configs/yi_34b_a100_tp2.py --tp=4 \
       --device=a40 --context=4096,32768
 
-Compiles the largest step for the GPUs that the file names (the extra `aot`),
-and shares out the memory of one of them as the engine does. Exits with an
-error, and the number that is missing, where a deployment does not fit.
+Compiles the largest step for the GPUs that the file names (the extra `aot`;
+no GPU and no driver), and shares out the memory of one of them as the engine
+does. Exits with an error, and the number that is missing, where a deployment
+does not fit, spills registers, or copies its KV cache.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import rich.table
 import rich.text
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import deployment
 from sarathi_jax import errors
-from sarathi_jax import flags as engine_flags
-from sarathi_jax import mains
 from sarathi_jax import xla_flags
+from sarathi_jax.cli import deployment
+from sarathi_jax.cli import flags as engine_flags
+from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
 
@@ -41,6 +42,9 @@ def define_flags() -> None:
     'cpu: this machine, which takes float32.')
   flags.DEFINE_list('context', ['1024', '4096', '16384'],
                     'Lengths of sequences, to tell how many fit.')
+  flags.DEFINE_integer(
+    'tokens', None, 'Compile the step that a batch of so many tokens takes, '
+    'such as one of decodes only, and not the largest.', lower_bound=1)
   flags.DEFINE_string('json', None, 'File for the results.')
   engine_flags.define_engine_flags()
 
@@ -49,7 +53,7 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   """The `runner.memory.MemoryPlan` of a deployment on CPU devices, float32."""
   import jax.numpy as jnp
 
-  from sarathi_jax import building
+  from sarathi_jax.in_process import building
   from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
   dtype = jnp.dtype(jnp.float32)
@@ -119,8 +123,8 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
   from pallas_kernels import gpu_targets
-  from pallas_kernels.aot import step
   from pallas_kernels.aot import toolkit
+  from sarathi_jax.launch import absent_gpus
   console = rich.console.Console(highlight=False)
   console.print(f'[bold]{name}[/]: {num_devices} x {device}, TP{config.tp} '
                 f'PP{config.pp}, steps of up to {config.token_budget} tokens')
@@ -128,19 +132,22 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
     memory, problems = on_cpu(model, config), []
     if memory.problem:
       problems = [memory.problem]
-    more: dict[str, Any] = {'memory': step.memory_dict(memory)}
-    console.print(step.memory_table(memory))
+    more: dict[str, Any] = {'memory': absent_gpus.memory_dict(memory)}
+    console.print(absent_gpus.memory_table(memory))
   else:
     config_lib.check(device in gpu_targets.TARGETS, 'device', device,
                      f'must be cpu or one of {", ".join(gpu_targets.TARGETS)}')
     if reason := toolkit.missing():
       sys.exit(f'error: {reason}')
     with console.status(f'Compiling for {num_devices} x {device} ...'):
-      result = step.check(name, model, config, device)
+      result = absent_gpus.check(
+        name, model, config, device, FLAGS.tokens)
     memory, problems, more = (
       result.memory, list(result.case.problems), result.as_dict())
     for table in result.tables():
       console.print(table)
+    for warning in result.case.warnings:
+      console.print(rich.text.Text(warning, 'yellow'), soft_wrap=True)
   console.print(_sequences(memory, contexts))
   if FLAGS.json:
     pathlib.Path(FLAGS.json).write_text(json.dumps({

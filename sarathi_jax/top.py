@@ -24,7 +24,7 @@ import rich.progress_bar
 import rich.table
 import rich.text
 
-from sarathi_jax import mains
+from sarathi_jax.cli import mains
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 

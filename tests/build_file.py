@@ -35,7 +35,9 @@ exports_files(["LICENSE"])
 _PUBLIC = ('sarathi_jax', 'checkpoints_convert',
            'pallas_kernels/ragged_paged_attention')
 # Packages that import each other are one target.
-_MERGED = {'checkpoints_convert/families': 'checkpoints_convert'}
+_MERGED = {'checkpoints_convert/families': 'checkpoints_convert'} | {
+  f'sarathi_jax/server/{folder}': 'sarathi_jax/server'
+  for folder in ('guard', 'protocols', 'queue', 'telling')}
 # Imports inside functions that would make a cycle of targets: the binaries
 # that come to need them bring them.
 _LATE = {'sarathi_jax/checkpoint': 'checkpoints_convert'}

@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from sarathi_jax import deployment
-from sarathi_jax.server import health
+from sarathi_jax.cli import deployment
+from sarathi_jax.server.protocols import health
 from tests import source_tree
 
 FOLDER = source_tree.ROOT / 'configs' / 'deploy'

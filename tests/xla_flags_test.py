@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from sarathi_jax import building
 from sarathi_jax import config
 from sarathi_jax import xla_flags
+from sarathi_jax.in_process import building
 
 GRAPHS = '--xla_gpu_enable_command_buffer=+WHILE'
 

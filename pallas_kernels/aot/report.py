@@ -17,16 +17,20 @@ from pallas_kernels.aot import cases as cases_lib
 from pallas_kernels.aot import collectives
 
 
-def as_json(results: Sequence[cases_lib.Result], device: str,
-            **more: Any) -> str:
-  """All that is known of the results, and of what else is said of them."""
-  cases = [{
-    'name': r.name, 'seconds': round(r.seconds, 2),
-    'problems': list(r.problems), 'warnings': list(r.warnings),
-    'graphs': r.graphs, 'outside_graphs': list(r.outside_graphs),
-    'kernels': [dataclasses.asdict(k) for k in r.kernels]} for r in results]
-  return json.dumps({'device': device, 'jax': jax.__version__,
-                     'cases': cases, **more}, indent=1) + '\n'
+def as_json(results: Sequence[cases_lib.Result], device: str) -> str:
+  """All that is known of the results."""
+  return json.dumps({
+    'device': device, 'jax': jax.__version__,
+    'cases': [case_dict(result) for result in results]}, indent=1) + '\n'
+
+
+def case_dict(result: cases_lib.Result) -> dict[str, Any]:
+  """A result for JSON."""
+  return {
+    'name': result.name, 'seconds': round(result.seconds, 2),
+    'problems': list(result.problems), 'warnings': list(result.warnings),
+    'graphs': result.graphs, 'outside_graphs': list(result.outside_graphs),
+    'kernels': [dataclasses.asdict(kernel) for kernel in result.kernels]}
 
 
 def kernels_table(results: Sequence[cases_lib.Result],

@@ -59,7 +59,7 @@ def write_json(path: str | None, benchmark: str, flags: Any,
     return
   # absl names the main module by its file, others by their dotted names.
   ours = (f'{benchmark.replace(".", "/")}.py', f'.{benchmark}',
-          'sarathi_jax.flags')
+          'sarathi_jax.cli.flags')
   values = {
     flag.name: _without_folder(flag.value)
     for module, defined in flags.flags_by_module_dict().items()

@@ -27,13 +27,13 @@ import rich.progress
 import rich.table
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import loading
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.launch import loading
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 PAGE_SIZE = 64

@@ -29,19 +29,19 @@ import rich
 import rich.table
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import loading
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import hostile
 from sarathi_jax.benchmarks import hostile_bodies
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.engine import tokenizer as tokenizer_lib
-from sarathi_jax.server import admission
+from sarathi_jax.launch import loading
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import sarathi_v1
 from sarathi_jax.server import server as server_lib
+from sarathi_jax.server.protocols import sarathi_v1
+from sarathi_jax.server.queue import admission
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 _VOCAB = 1000

@@ -24,12 +24,12 @@ import rich.progress
 import rich.table
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import flags as engine_flags
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
 from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import published
 

@@ -15,12 +15,12 @@ from absl import logging
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
-from sarathi_jax.engine import detokenizer
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
-from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.scheduler import pace as pace_lib
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.text import detokenizer
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _ERROR, _STOP = types.FinishReason.ERROR, types.FinishReason.STOP
 Pending = Any  # What a runner returns for a batch that is being computed.

@@ -9,8 +9,8 @@ import pathlib
 import re
 
 from sarathi_jax import config as config_lib
-from sarathi_jax.server import admission
-from sarathi_jax.server import tls as tls_lib
+from sarathi_jax.server.guard import tls as tls_lib
+from sarathi_jax.server.queue import admission
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from absl import flags
 
 from sarathi_jax import errors
 from sarathi_jax.server import config as config_lib
-from sarathi_jax.server import limits as limits_lib
-from sarathi_jax.server import tls
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.guard import tls
 
 FLAGS = flags.FLAGS
 

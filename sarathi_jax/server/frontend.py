@@ -27,12 +27,12 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
-from sarathi_jax.engine import tokenizer as tokenizer_lib
-from sarathi_jax.server import admission
-from sarathi_jax.server import delivery
-from sarathi_jax.server import engine_thread as engine_thread_lib
-from sarathi_jax.server import messages
-from sarathi_jax.server import outbox
+from sarathi_jax.server.protocols import messages
+from sarathi_jax.server.queue import admission
+from sarathi_jax.server.queue import delivery
+from sarathi_jax.server.queue import engine_thread as engine_thread_lib
+from sarathi_jax.server.queue import outbox
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Prompt = tokenizer_lib.Prompt
 

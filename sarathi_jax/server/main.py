@@ -25,13 +25,13 @@ from absl import logging
 import rich.console
 
 from sarathi_jax import errors
-from sarathi_jax import flags as engine_flags
-from sarathi_jax import mains
 from sarathi_jax import quickstart
+from sarathi_jax.cli import flags as engine_flags
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.server import control_v1
 from sarathi_jax.server import flags as server_flags
 from sarathi_jax.server import server as server_lib
+from sarathi_jax.server.protocols import control_v1
 
 FLAGS = flags.FLAGS
 
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
   # Not on top: a flag that is wrong or a port in use is told at once.
   @functools.cache
   def llm() -> Any:
-    from sarathi_jax import loading
+    from sarathi_jax.launch import loading
     return loading.load_llm(
       FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
       convert=FLAGS.convert, end=leader, model_name=FLAGS.served_model_name)
@@ -116,7 +116,7 @@ def _join(config: Any) -> Any:
   processes = engine_flags.processes_from_flags()
   if processes is None:
     return None
-  from sarathi_jax import loading
+  from sarathi_jax.launch import loading
   return loading.join(
     processes, FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
     convert=FLAGS.convert)

@@ -27,23 +27,23 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.server import auth
 from sarathi_jax.server import background
 from sarathi_jax.server import config as config_lib
-from sarathi_jax.server import control_v1
-from sarathi_jax.server import delivery
-from sarathi_jax.server import engine_thread as engine_thread_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import gateway
-from sarathi_jax.server import health
-from sarathi_jax.server import malformed
-from sarathi_jax.server import open_inference
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import sarathi_v1
-from sarathi_jax.server import telemetry as telemetry_lib
-from sarathi_jax.server import tls
-from sarathi_jax.server import vllm_engine
+from sarathi_jax.server.guard import auth
+from sarathi_jax.server.guard import tls
+from sarathi_jax.server.protocols import control_v1
+from sarathi_jax.server.protocols import health
+from sarathi_jax.server.protocols import malformed
+from sarathi_jax.server.protocols import open_inference
+from sarathi_jax.server.protocols import sarathi_v1
+from sarathi_jax.server.protocols import vllm_engine
+from sarathi_jax.server.queue import delivery
+from sarathi_jax.server.queue import engine_thread as engine_thread_lib
+from sarathi_jax.server.telling import telemetry as telemetry_lib
 
 ServerConfig = config_lib.ServerConfig
 

@@ -18,7 +18,7 @@ from absl import flags
 import rich.console
 
 from sarathi_jax import errors
-from sarathi_jax import report
+from sarathi_jax.cli import report
 from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import simulate
 from sarathi_jax.simulator import trace as trace_lib

@@ -34,8 +34,8 @@ import rich.console
 import rich.table
 from scipy import optimize
 
-from sarathi_jax import deployment
 from sarathi_jax import errors
+from sarathi_jax.cli import deployment
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import step_tables

@@ -9,7 +9,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from sarathi_jax import deployment as deployment_lib
+from sarathi_jax.cli import deployment as deployment_lib
 from sarathi_jax.simulator import capacity
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware

@@ -10,8 +10,8 @@ from typing import Any
 from absl import flags
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import deployment as deployment_lib
 from sarathi_jax import scheduler
+from sarathi_jax.cli import deployment as deployment_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib

@@ -20,7 +20,7 @@ import tokenizers
 from checkpoints_convert import sentencepiece_model
 from checkpoints_convert import tokenizer_files
 from sarathi_jax import errors
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _CORPUS = ('the cat sat on the mat with a hat', 'Hello, how are you today?',
            'a b c d e f g h', '    return x ** 2', '\u4f60\u597d 1234')

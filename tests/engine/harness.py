@@ -11,7 +11,7 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 VOCAB_SIZE = 100
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sarathi_jax import llm as llm_lib
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import tiny
 from tests import tokenizer_fixture
 from tests.llm import common

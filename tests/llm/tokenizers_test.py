@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import transformers
 
-from sarathi_jax import building
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
-from sarathi_jax import tokenizing
 from sarathi_jax import types
-from sarathi_jax.engine import tokenizer as tokenizer_lib
+from sarathi_jax.in_process import building
+from sarathi_jax.in_process import tokenizing
+from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import tiny
 from tests import tokenizer_fixture
 from tests.llm import common

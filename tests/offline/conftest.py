@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from checkpoints_convert import convert
-from sarathi_jax import loading
 from sarathi_jax import offline
 from sarathi_jax.engine import metrics
+from sarathi_jax.launch import loading
 from tests import absl_flags
 from tests import tokenizer_fixture
 from tests.checkpoints_convert import fake_checkpoint

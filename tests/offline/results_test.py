@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from sarathi_jax import progress
+from sarathi_jax.in_process import progress
 from tests import tokenizer_fixture
 from tests.offline import runs
 

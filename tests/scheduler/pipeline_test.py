@@ -8,10 +8,10 @@ import pathlib
 
 import pytest
 
-from sarathi_jax import building
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import pipeline
+from sarathi_jax.in_process import building
 from sarathi_jax.models import published
 from tests.scheduler import checker as checker_lib
 

@@ -14,9 +14,9 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax import types
-from sarathi_jax.server import admission
-from sarathi_jax.server import outbox
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.queue import admission
+from sarathi_jax.server.queue import outbox
 from tests.server import fake
 
 

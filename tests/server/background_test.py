@@ -28,8 +28,8 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.server import background
-from sarathi_jax.server import health
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.protocols import health
 from tests.server import fake
 from tests.server import process_test
 

@@ -11,7 +11,7 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import status
+from sarathi_jax.server.protocols import status
 from tests.server import fake
 
 IDS = {'token_ids': [1, 2]}

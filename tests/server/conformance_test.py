@@ -18,10 +18,10 @@ import pytest
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
-from sarathi_jax.server import admission
-from sarathi_jax.server import open_inference
 from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.protocols import open_inference
+from sarathi_jax.server.queue import admission
 from tests.server import fake
 
 _CODE = grpc.StatusCode

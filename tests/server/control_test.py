@@ -17,9 +17,9 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.server import control_v1
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server.protocols import control_v1
 from tests.server import fake
 
 

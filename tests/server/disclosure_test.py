@@ -18,7 +18,7 @@ import pytest
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
-from sarathi_jax import loading
+from sarathi_jax.launch import loading
 from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb

@@ -17,9 +17,9 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.server import engine_thread
-from sarathi_jax.server import outbox
-from sarathi_jax.server import pausing
+from sarathi_jax.server.queue import engine_thread
+from sarathi_jax.server.queue import outbox
+from sarathi_jax.server.queue import pausing
 from tests.server import fake
 
 

@@ -25,11 +25,11 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.engine import tokenizer as tokenizer_lib
-from sarathi_jax.server import control_v1
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server import server as server_lib
+from sarathi_jax.server.protocols import control_v1
+from sarathi_jax.text import tokenizer as tokenizer_lib
 
 VOCAB_SIZE = 64
 TIMEOUT_S = 20.0  # of what should take milliseconds

@@ -13,7 +13,7 @@ import pathlib
 
 import pytest
 
-from sarathi_jax.server import whole_lines
+from sarathi_jax.server.telling import whole_lines
 from tests.server import fake
 
 

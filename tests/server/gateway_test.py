@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2_grpc
 import psutil
 import pytest
 
-from sarathi_jax.server import health
-from sarathi_jax.server import limits as limits_lib
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.protocols import health
 from tests import source_tree
 from tests.server import fake
 

@@ -17,8 +17,8 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import sarathi_v1
 from sarathi_jax.server import server as server_lib
+from sarathi_jax.server.protocols import sarathi_v1
 from tests.server import fake
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

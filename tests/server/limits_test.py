@@ -25,13 +25,13 @@ from sarathi_jax import errors
 from sarathi_jax.benchmarks import hostile
 from sarathi_jax.benchmarks import hostile_bodies
 from sarathi_jax.benchmarks import server_front
-from sarathi_jax.engine import tokenizer as tokenizer_lib
 from sarathi_jax.server import flags
-from sarathi_jax.server import limits as limits_lib
 from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import status
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.protocols import status
+from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import absl_flags
 from tests.server import fake
 
@@ -180,7 +180,7 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], str]] = {
 
 @pytest.fixture(scope='module')
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-  from sarathi_jax.server import control_v1
+  from sarathi_jax.server.protocols import control_v1
   with contextlib.closing(fake.RunningServer(
       functools.partial(server_front.make_roomy_engine, 16, 0.0),
       trace_dir=tmp_path_factory.mktemp('trace'), hooks=control_v1.Hooks(

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from sarathi_jax.benchmarks import server_front
-from sarathi_jax.server import admission
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server.queue import admission
 from tests.server import fake
 
 _ME = psutil.Process()

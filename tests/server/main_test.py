@@ -8,8 +8,8 @@ from typing import Any
 from absl import app
 import pytest
 
-from sarathi_jax import loading
 from sarathi_jax import quickstart
+from sarathi_jax.launch import loading
 from sarathi_jax.server import main as main_lib
 from tests import absl_flags
 

@@ -21,8 +21,8 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.engine import metrics as metrics_lib
-from sarathi_jax.server import control_v1
-from sarathi_jax.server import metrics
+from sarathi_jax.server.protocols import control_v1
+from sarathi_jax.server.telling import metrics
 from tests.server import fake
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

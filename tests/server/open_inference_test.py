@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
-from sarathi_jax.server import admission
 from sarathi_jax.server import open_inference_pb2 as pb
 from sarathi_jax.server import open_inference_pb2_grpc
-from sarathi_jax.server import tensors
+from sarathi_jax.server.protocols import tensors
+from sarathi_jax.server.queue import admission
 from tests.server import fake
 
 _FIELDS = {bool: 'bool_param', int: 'int64_param', str: 'string_param',

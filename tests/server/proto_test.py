@@ -16,7 +16,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine
 from sarathi_jax.engine import state
 from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import sarathi_v1
+from sarathi_jax.server.protocols import sarathi_v1
 
 ROOT = pathlib.Path(__file__).parents[2]
 GENERATED = [
@@ -109,5 +109,5 @@ def test_the_client_loads_only_the_protocol() -> None:
     [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
     check=True)
   assert done.stdout.strip() == str([
-    'sarathi_jax.client', 'sarathi_jax.mains', 'sarathi_jax.server',
+    'sarathi_jax.client', 'sarathi_jax.cli.mains', 'sarathi_jax.server',
     'sarathi_jax.server.sarathi_pb2', 'sarathi_jax.server.sarathi_pb2_grpc'])

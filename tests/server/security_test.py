@@ -23,12 +23,12 @@ from grpc_reflection.v1alpha import proto_reflection_descriptor_database
 import pytest
 
 from sarathi_jax import errors
-from sarathi_jax.server import auth
 from sarathi_jax.server import config as config_lib
-from sarathi_jax.server import limits
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
-from sarathi_jax.server import tls
+from sarathi_jax.server.guard import auth
+from sarathi_jax.server.guard import limits
+from sarathi_jax.server.guard import tls
 from tests.server import fake
 
 _USER, _ADMIN = 'user-secret', 'admin-secret'

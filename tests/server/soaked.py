@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import grpc
 import psutil
 
-from sarathi_jax.server import admission
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server.queue import admission
 from tests.server import fake
 
 

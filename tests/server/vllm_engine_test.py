@@ -17,7 +17,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from sarathi_jax import types
-from sarathi_jax.server import vllm_engine
+from sarathi_jax.server.protocols import vllm_engine
 from tests.server import fake
 
 

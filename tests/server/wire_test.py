@@ -15,10 +15,10 @@ import pytest
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 
 from sarathi_jax import errors
-from sarathi_jax.server import limits as limits_lib
 from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import wire
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.protocols import wire
 
 _FEW = limits_lib.Limits(
   max_fields=50, max_numbers=50, max_parameters=20, max_messages=20,

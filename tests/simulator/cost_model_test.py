@@ -9,8 +9,8 @@ import pathlib
 import pytest
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import deployment
 from sarathi_jax import errors
+from sarathi_jax.cli import deployment
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
 from sarathi_jax.simulator import hardware as hardware_lib

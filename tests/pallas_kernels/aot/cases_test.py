@@ -130,12 +130,12 @@ def _step(tmp_path: pathlib.Path, device: str, config: str, *args: str,
   """What the command says of a step, and its exit status."""
   file = tmp_path / 'aot.json'
   done = subprocess.run(
-    [sys.executable, '-m', 'pallas_kernels.aot', f'--device={device}',
-     f'--model={config}', f'--json={file}', *args],
+    [sys.executable, '-m', 'sarathi_jax.plan', f'--device={device}',
+     f'--config={config}', f'--json={file}', *args],
     cwd=source_tree.ROOT, env=os.environ | environ, check=False)
   found = json.loads(file.read_text())
-  case, = found['cases']
-  return case | {'memory': found['memory']}, done.returncode
+  return found['step'] | {
+    'memory': found['memory'], 'problems': found['problems']}, done.returncode
 
 
 @matmul.needs_wheels

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from sarathi_jax import deployment
+from sarathi_jax.cli import deployment
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that all mains share: they make an `EngineConfig`. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import scheduler
+from sarathi_jax.cli import deployment
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # They are of the main that asks for them.
+
+# Field of EngineConfig -> (kind of flag, help). Without a flag, the value is
+# that of --config, else the default.
+_ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
+  'policy': (flags.DEFINE_string,
+             'sarathi, vllm, orca or faster_transformer.'),
+  'token_budget': (flags.DEFINE_integer, 'The most tokens of a step.'),
+  'max_num_seqs': (flags.DEFINE_integer,
+                   'The most sequences running at once.'),
+  'max_model_len': (flags.DEFINE_integer,
+                    'The most tokens of a sequence, prompt and output. '
+                    'Default: what the model was made for.'),
+  'page_size': (flags.DEFINE_integer, 'Tokens in a page of the KV cache.'),
+  'num_pages': (flags.DEFINE_integer,
+                'Pages in the KV cache. Default: as many as fit.'),
+  'kv_cache_gib': (flags.DEFINE_float,
+                   'Size of the KV cache, GiB. Default: what is free on a '
+                   'GPU, 1 on a CPU.'),
+  'memory_utilization': (flags.DEFINE_float,
+                         'The part of the device\'s memory to use.'),
+  'look_ahead': (flags.DEFINE_bool,
+                 'Launch a step before the one before it was fetched.'),
+  'short_prompt_share': (
+    flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
+    'leaves to shorter ones behind it.'),
+  'kv_cache_dtype': (
+    flags.DEFINE_string, 'Of the KV cache: '
+    f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
+  'tbt_slo_ms': (
+    flags.DEFINE_float, 'The time between tokens that the budget of each step '
+    'is to follow, up to --token_budget, milliseconds.'),
+  'ttft_slo_ms': (
+    flags.DEFINE_float, 'The time to the first token, milliseconds, beside '
+    'what computing the prompt takes, at which --tbt_slo_ms gives way. '
+    'Default: twenty times that.'),
+  'batch_tbt_slo_ms': (
+    flags.DEFINE_float, 'The same for requests of the tier batch; without, '
+    'they bound no step.'),
+  'attention': (flags.DEFINE_string,
+                'reference, xla, pallas_triton or pallas_mosaic. Default: '
+                'chosen for the device.'),
+  'tp': (flags.DEFINE_integer,
+         'Tensor parallelism: devices that share each layer.'),
+  'pp': (flags.DEFINE_integer,
+         'Pipeline parallelism: stages, of tp devices each.'),
+  'seed': (flags.DEFINE_integer,
+           'Of the random numbers of requests without a seed.'),
+}
+
+
+def define_engine_flags() -> None:
+  """Defines a flag for every field of EngineConfig, and --config."""
+  flags.DEFINE_string(
+    'config', None, 'Python file with get_config() -> EngineConfig, or the '
+    'name of one that comes with the package; see configs/. Other flags '
+    'override its fields.')
+  flags.DEFINE_string(
+    'cache_dir', str(config_lib.default_cache_dir()),
+    'Where compiled steps and converted Hugging Face checkpoints are kept; '
+    'empty: compiled steps are not kept.')
+  default = config_lib.EngineConfig()
+  flags.DEFINE_bool(
+    'convert', True, 'Convert a Hugging Face checkpoint once, into '
+    '--cache_dir. --noconvert: read its tensors slice by slice at every start, '
+    'and keep no copy.')
+  flags.DEFINE_bool(
+    'distributed', False, 'Run as one of several processes, one a host, that '
+    'share a model. What the next three do not say is detected, under SLURM, '
+    'Open MPI and Kubernetes.')
+  flags.DEFINE_string(
+    'coordinator_address', None,
+    'HOST:PORT where the first of several processes lets the others join it.')
+  flags.DEFINE_float(
+    'join_timeout_s', None,
+    'How long the processes wait for each other at the start, seconds. '
+    'Default: 300.', 0.0)
+  flags.DEFINE_string(
+    'join_key_file', None,
+    'A file with the secret by which the processes know each other, the same '
+    'on each host. Default: one in ~/.cache/sarathi_jax, which is made if '
+    'there is none; that suffices where hosts share home directories.')
+  flags.DEFINE_integer('num_processes', None, 'Of them, how many.', 1)
+  flags.DEFINE_integer(
+    'process_id', None, 'Of them, which; 0 schedules, and serves.', 0)
+  for name, (define, text) in _ENGINE_FLAGS.items():
+    value = getattr(default, name)
+    define(
+      name, None, text if value is None else f'{text} Default: {value}.')
+
+
+def processes_from_flags() -> dict[str, Any] | None:
+  """Arguments of `runner.hosts.start`; None for a single process.
+
+  Raises:
+    ConfigError: they can't be.
+  """
+  names = ('coordinator_address', 'num_processes', 'process_id')
+  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+  more: dict[str, Any] = {name: FLAGS[name].value for name in (
+    'join_timeout_s', 'join_key_file') if FLAGS[name].value is not None}
+  if not FLAGS.distributed and given == dict.fromkeys(names):
+    for name, value in more.items():
+      config_lib.check(
+        False, name, value,
+        'is for several processes; say coordinator_address or distributed')
+    return None
+  process, count = given['process_id'], given['num_processes']
+  config_lib.check(
+    process is None or count is None or process < count, 'process_id',
+    process, f'must be below num_processes={count}')
+  timeout_s = more.get('join_timeout_s', 1.0)
+  config_lib.check(
+    math.isfinite(timeout_s) and timeout_s > 0, 'join_timeout_s', timeout_s,
+    'must be seconds > 0')
+  return given | more
+
+
+def engine_config_from_flags() -> config_lib.EngineConfig:
+  """The configuration that the flags ask for.
+
+  Raises:
+    ConfigError: it can't work, or --config can't be read. What depends on
+      the model is checked when that is loaded.
+  """
+  config = deployment.read(FLAGS.config).config if FLAGS.config else (
+    config_lib.EngineConfig())
+  given: dict[str, Any] = {
+    name: FLAGS[name].value for name in _ENGINE_FLAGS
+    if FLAGS[name].value is not None}
+  if config.compilation_cache_dir == config_lib.AUTO:
+    given['compilation_cache_dir'] = str(
+      pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled'
+    ) if FLAGS.cache_dir else None
+  config = dataclasses.replace(config, **given)
+  scheduler.policy_class(config.policy)
+  return config

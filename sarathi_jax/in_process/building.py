@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts an engine together: mesh, runner, scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+import os
+import time
+from typing import Any
+import warnings
+
+import jax
+from jax.sharding import Mesh
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import models
+from sarathi_jax import scheduler as scheduler_lib
+from sarathi_jax import types
+from sarathi_jax import xla_flags
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import pacing
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.runner import compiled
+from sarathi_jax.runner import device_runner
+from sarathi_jax.runner import hosts
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import programs as programs_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+Params = Any  # a pytree of arrays
+OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+
+
+def make_mesh(model: model_config_lib.ModelConfig,
+              config: config_lib.EngineConfig, *,
+              users: Mesh | None = None,
+              axis_names: mesh_lib.AxisNames | None = None,
+              home: Collection[jax.Device] = ()) -> Mesh:
+  """Checks what can be told before weights are loaded, and picks devices.
+
+  Args:
+    model, config: what is asked for.
+    users: the mesh to run on; None: one is made of the first devices.
+    axis_names: of `users`, see `mesh.of_users`.
+    home: where the weights are; one device runs them, if they are on one.
+
+  Raises:
+    ConfigError: they don't fit each other, or the devices there are.
+  """
+  scheduler_lib.class_of(config)
+  config_lib.check(
+    (config.max_model_len or 1) <= model.context_len, 'max_model_len',
+    config.max_model_len,
+    f'the model was made for at most {model.context_len} tokens')
+  config_lib.check(
+    users is not None or axis_names is None, 'axis_names', axis_names,
+    'they are those of a mesh, and there is none')
+  asked = parallel.Parallelism(tp=config.tp, pp=config.pp)
+  if users is not None:
+    mesh = mesh_lib.of_users(users, axis_names)
+    given = mesh_lib.parallelism_of(mesh)
+    config_lib.check(
+      asked in (given, parallel.Parallelism()), 'tp, pp',
+      (config.tp, config.pp), f'the mesh has tp={given.tp}, pp={given.pp}')
+    given.check(model)
+    return mesh
+  asked.check(model)
+  if not home or asked.num_devices > 1:
+    return mesh_lib.make(asked)
+  config_lib.check(
+    len(home) == 1, 'params', f'on {len(home)} devices', 'with neither tp, '
+    'pp nor a mesh they must be on one')
+  return mesh_lib.make(asked, list(home))
+
+
+def prefix_cost(model: model_config_lib.ModelConfig) -> float:
+  """What attention to one token before costs a token, in tokens.
+
+  Scores and values take 4 H h operations a layer, all its matrices two for
+  each number in them. Nothing grows with the context where it slides.
+  """
+  if model.sliding_window is not None:
+    return 0.0
+  layer = models.param_specs(model)['layers'][0]
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layer)
+             if len(leaf.shape) > 1)
+  return 2 * model.num_heads * model.head_dim / size
+
+
+def scheduler_config(
+    config: config_lib.EngineConfig, model: model_config_lib.ModelConfig, *,
+    max_model_len: int, num_pages: int,
+    num_stages: int, eos_token_ids: Sequence[int] = (),
+) -> config_lib.SchedulerConfig:
+  """What the scheduler needs to know of an engine's config."""
+  return config_lib.SchedulerConfig(
+    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
+    max_model_len=max_model_len, num_pages=num_pages,
+    page_size=config.page_size, num_stages=num_stages,
+    look_ahead=config.look_ahead,
+    short_prompt_share=config.short_prompt_share,
+    prefix_cost=prefix_cost(model) if num_stages > 1 else 0.0,
+    tbt_slo_ms=config.tbt_slo_ms, ttft_slo_ms=config.ttft_slo_ms,
+    batch_tbt_slo_ms=config.batch_tbt_slo_ms,
+    eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
+
+
+def max_step_tokens(config: config_lib.EngineConfig,
+                    model: model_config_lib.ModelConfig,
+                    max_model_len: int) -> int:
+  """The most tokens of a step, by the policy."""
+  policy = scheduler_lib.policy_class(config.policy)
+  return policy.max_step_tokens(scheduler_config(
+    config, model, max_model_len=max_model_len, num_pages=max_model_len,
+    num_stages=1))
+
+
+def step_programs(
+    model: model_config_lib.ModelConfig, mesh: Mesh,
+    config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
+) -> programs_lib.StepPrograms:
+  """The steps of a deployment, not compiled, for devices that may be absent.
+
+  Args:
+    model, mesh, config: the deployment.
+    dtype, kv_dtype: of weights and cache.
+  """
+  max_model_len = config.max_model_len or model.context_len
+  return programs_lib.StepPrograms(
+    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
+    max_model_len=max_model_len,
+    max_step_tokens=max_step_tokens(config, model, max_model_len))
+
+
+def build_runner(
+    model: model_config_lib.ModelConfig, params: Params, mesh: Mesh,
+    config: config_lib.EngineConfig, on_compiled: OnCompiled,
+    leader: hosts.Leader | None = None) -> device_runner.DeviceRunner:
+  """A runner, compiled.
+
+  Args:
+    model: the model.
+    params: its weights, placed on the mesh.
+    mesh: of `make_mesh`.
+    config: of the engine.
+    on_compiled: told of the progress.
+    leader: see `device_runner.DeviceRunner`.
+
+  Raises:
+    ConfigError: the KV cache has no room, or attention is unknown.
+  """
+  if mesh.devices.flat[0].platform == 'gpu' and (
+      unset := xla_flags.unset(os.environ)):
+    warnings.warn(
+      f'XLA_FLAGS lacks {unset}, without which steps take longer. Set it '
+      'before JAX first computes: sarathi_jax.xla_flags.set_environment('
+      'os.environ).', RuntimeWarning, stacklevel=2)
+  with compiled.kept_in(_compilation_cache_dir(config)):
+    return device_runner.DeviceRunner(
+      model, params, mesh, config,
+      lambda max_model_len: max_step_tokens(config, model, max_model_len),
+      on_compiled, leader)
+
+
+def build_engine(
+    model: model_config_lib.ModelConfig,
+    runner: device_runner.DeviceRunner, config: config_lib.EngineConfig, *,
+    tokenizer: tokenizer_lib.Tokenizer | None, eos_token_ids: Sequence[int],
+    model_name: str, default_sampling: Mapping[str, Any] | None,
+) -> engine_lib.Engine:
+  """An engine around a runner; for the arguments see `llm.LLM`."""
+  default = types.SamplingParams.from_dict(default_sampling or {})
+  policy = scheduler_lib.policy_class(config.policy)
+  limits = scheduler_config(
+    config, model, max_model_len=runner.max_model_len,
+    num_pages=runner.num_pages,
+    num_stages=runner.num_stages, eos_token_ids=eos_token_ids)
+  scheduler = policy(limits)
+  return engine_lib.Engine(
+    scheduler, pacing.paced(runner, scheduler, time.monotonic),
+    tokenizer=tokenizer,
+    info=engine_lib.EngineInfo(
+      model_name=model_name, family=model.family, vocab_size=model.vocab_size,
+      max_model_len=limits.max_model_len, eos_token_ids=tuple(eos_token_ids),
+      policy=config.policy, token_budget=config.token_budget,
+      max_num_seqs=config.max_num_seqs, num_pages=limits.num_pages,
+      page_size=config.page_size,
+      default_sampling={  # What it lacks changes nothing.
+        name: getattr(default, name) for name in default_sampling or {}
+        if hasattr(default, name)}))
+
+
+def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:
+  if config.compilation_cache_dir != config_lib.AUTO:
+    return config.compilation_cache_dir
+  if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    return None  # JAX keeps them already.
+  return str(config_lib.default_cache_dir() / 'compiled')

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts as callers in Python give them: one or many, lists or arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+from sarathi_jax.text import tokenizer
+
+
+def listed(prompts: Any) -> list[tokenizer.Prompt]:
+  """A list of prompts, without arrays, of one prompt or several.
+
+  Args:
+    prompts: a text, token ids (a list or an array), or a chat; or several.
+
+  Raises:
+    InvalidRequestError: it is none of these.
+  """
+  prompts = _plain(prompts)
+  if isinstance(prompts, (str, bytes, Mapping, Set)) or (
+      not isinstance(prompts, Iterable)):
+    return [_prompt(prompts)]
+  prompts = [_plain(prompt) for prompt in prompts]
+  # A list of token ids, or a chat; not a list of these.
+  if prompts and isinstance(prompts[0], (numbers.Number, Mapping)) and (
+      not _is_vllms(prompts[0])):
+    return [prompts]
+  return [_prompt(prompt) for prompt in prompts]
+
+
+def _plain(value: Any) -> Any:
+  """An array as a list of what is in it, or as a number."""
+  is_array = isinstance(value, (np.ndarray, jax.Array))
+  return jax.device_get(value).tolist() if is_array else value
+
+
+def _is_vllms(prompt: Any) -> bool:
+  """Whether it is as vLLM writes one: {'prompt_token_ids': [...]}."""
+  return isinstance(prompt, Mapping) and (
+    prompt.keys() in ({'prompt'}, {'prompt_token_ids'}))
+
+
+def _prompt(prompt: Any) -> tokenizer.Prompt:
+  if _is_vllms(prompt):
+    prompt, = map(_plain, prompt.values())
+  return tokenizer.checked(prompt)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of several callers on one engine, one thread at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.in_process import interrupts
+from sarathi_jax.in_process import turns as turns_lib
+
+
+class Run(Iterator[types.OutputDelta]):
+  """What the requests of one call bring, as it comes.
+
+  Leaving it early, by `close` or by forgetting it, aborts what is left. If
+  another thread is at the engine, reading raises BusyError and loses nothing:
+  read on later.
+  """
+
+  def __init__(self, runs: Runs, requests: Sequence[types.Request],
+               what: str) -> None:
+    self._runs = runs
+    self._what = what
+    self._new = list(requests)
+    self._left: set[str] = set()
+    self.inbox: deque[types.OutputDelta] = deque()
+
+  def __iter__(self) -> Run:
+    return self
+
+  def __next__(self) -> types.OutputDelta:
+    try:
+      while not self.inbox:
+        if not self._new and not self._left:
+          raise StopIteration
+        with self._runs.turns.take(self._what):
+          while self._new:
+            self._runs.begin(self._new[0], self)
+            self._left.add(self._new.pop(0).request_id)
+          self._runs.step()
+    except (errors.BusyError, StopIteration):
+      raise
+    except BaseException:
+      self.close()
+      raise
+    delta = self.inbox.popleft()
+    if delta.finish_reason:
+      self._left.discard(delta.request_id)
+    return delta
+
+  def close(self) -> None:
+    """Aborts what is left."""
+    left, self._left = self._left, set()
+    self._new.clear()
+    self.inbox.clear()
+    if left:
+      self._runs.abandon(left)
+
+  def __del__(self) -> None:
+    if self._left:
+      self.close()
+
+
+class Runs:
+  """An engine that is stepped by whoever waits for something of it.
+
+  Runs may take turns: what a step brings for another one waits in its inbox.
+
+  Args:
+    engine: an idle one; used by nobody else.
+    check: raises if nothing can be computed at the moment.
+
+  Attributes:
+    turns: of the threads.
+  """
+
+  def __init__(self, engine: engine_lib.Engine,
+               check: Callable[[], None]) -> None:
+    self.turns = turns_lib.Turns('LLM')
+    self.fault: Exception | None = None
+    self._engine = engine
+    self._check = check
+    self._runs: dict[str, Run] = {}  # by request
+    self._abandoned: deque[str] = deque()
+    self._is_inside = False
+
+  def begin(self, request: types.Request, run: Run) -> None:
+    """Adds a request of a run."""
+    with self.inside():
+      self._engine.add(request)
+      self._runs[request.request_id] = run
+
+  def step(self) -> None:
+    """Steps the engine, and hands out what that brings."""
+    self._check()
+    with self.whole():
+      for delta in self._engine.step():
+        if run := self._runs.get(delta.request_id):
+          run.inbox.append(delta)
+          if delta.finish_reason:
+            del self._runs[delta.request_id]
+
+  def abandon(self, request_ids: set[str]) -> None:
+    """Aborts requests: at once, or, if the engine is in use, before a step.
+
+    Any thread may call it, and so may the garbage collector, in the middle of
+    a step.
+    """
+    for request_id in request_ids:
+      self._runs.pop(request_id, None)
+    self._abandoned.extend(request_ids)
+    if not self._is_inside:
+      with contextlib.suppress(errors.BusyError), self.turns.take('close'):
+        self._abort_abandoned()
+
+  @contextlib.contextmanager
+  def inside(self) -> Iterator[None]:
+    """What neither Ctrl-C nor the garbage collector may come between."""
+    with interrupts.deferred():
+      self._is_inside = True
+      try:
+        self._abort_abandoned()
+        yield
+      finally:
+        self._is_inside = False
+
+  @contextlib.contextmanager
+  def whole(self) -> Iterator[None]:
+    """What must be done whole, or the engine is of no use any more."""
+    if self.fault is None:
+      try:
+        with self.inside():
+          yield
+        return
+      except Exception as error:  # A device's faults have no common type.
+        self.fault = error
+    raise errors.EngineDeadError(
+      f'the engine stopped: {errors.describe(self.fault)}; make a new LLM.'
+    ) from self.fault
+
+  def _abort_abandoned(self) -> None:
+    while self._abandoned:
+      self._engine.abort(self._abandoned.popleft())

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deployment's whole step, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import rich.box
+import rich.table
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.aot import cases
+from pallas_kernels.aot import collectives
+from pallas_kernels.aot import compiler
+from pallas_kernels.aot import report
+from sarathi_jax import config as config_lib
+from sarathi_jax import xla_flags
+from sarathi_jax.in_process import building
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import parallel
+from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import memory as memory_lib
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import programs as programs_lib
+
+_DTYPE = jnp.dtype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+  """How the largest step of a deployment compiled.
+
+  Attributes:
+    device: the GPU's name.
+    case: of its kernels, with what speaks against it.
+    memory: what it takes of each device.
+    sent: what a device gets from others in one step.
+    least_sent: bytes of the sums and hops that no step can do without.
+  """
+
+  device: str
+  case: cases.Result
+  memory: memory_lib.MemoryPlan
+  sent: list[collectives.Collective]
+  least_sent: int
+
+  def tables(self) -> Iterator[rich.table.Table]:
+    """For people."""
+    yield report.kernels_table([self.case], self.device)
+    table = memory_table(self.memory)
+    table.caption = (f'{self.case.graphs} CUDA graphs, '
+                     f'{len(self.case.outside_graphs)} launches in none')
+    yield table
+    if self.sent:
+      yield report.sent_table(self.sent, self.least_sent)
+
+  def as_dict(self) -> dict[str, Any]:
+    """For JSON."""
+    return {
+      'step': report.case_dict(self.case),
+      'memory': memory_dict(self.memory),
+      'sent': [dataclasses.asdict(one) for one in self.sent],
+      'least_sent': self.least_sent}
+
+
+def check(name: str, model: model_config_lib.ModelConfig,
+          config: config_lib.EngineConfig, device: str,
+          tokens: int | None = None) -> StepResult:
+  """Compiles a step of a deployment, in bfloat16.
+
+  Args:
+    name: of the deployment.
+    model, config: what is to be served, and how.
+    device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
+    tokens: of the batch; None: the most.
+
+  Raises:
+    sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
+      step has so many tokens.
+  """
+  parallelism = parallel.Parallelism(tp=config.tp, pp=config.pp)
+  parallelism.check(model)
+  target = gpu_targets.get(device)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, _DTYPE, 'gpu')
+  mesh = mesh_lib.make(
+    parallelism, compiler.devices_for(device, parallelism.num_devices))
+  with compiler.on(device):
+    programs = building.step_programs(
+      model, mesh, dataclasses.replace(
+        config, attention=config.attention or 'pallas_triton'),
+      dtype=_DTYPE, kv_dtype=kv_dtype)
+
+    def plan(temporaries: int) -> memory_lib.MemoryPlan:
+      return memory_lib.plan(
+        model, config, mesh, programs, dtype=_DTYPE, kv_dtype=kv_dtype,
+        temporaries=temporaries,
+        device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
+
+    memory = plan(0)
+    most = programs.sizes[-1]
+    config_lib.check(tokens is None or tokens <= most, 'tokens', tokens,
+                     f'must be at most {most}, as of the largest step')
+    size = next(n for n in programs.sizes if n >= (tokens or most))
+    num_pages = memory.num_pages or programs.pages_per_seq
+    case = cases.measure(f'{name}, {size} tokens', device,
+                         lambda: programs.lower(size, num_pages))
+    if case.compiled is None:
+      return StepResult(device, case, memory, [], 0)
+    memory = plan(programs_lib.extra_bytes(case.compiled))
+    arrays = programs.array_shapes(num_pages)
+  donated = (arrays.kv, arrays.last_tokens, arrays.hidden)
+  problems = [*case.problems, *compiler.in_place_problems(
+    case.compiled, donated, arrays.kv)]
+  if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
+    problems.append(f'{", ".join(sorted(waits))} in no CUDA graph: there the '
+                    'host waits for the device in the middle of a step')
+  if memory.problem:
+    problems.append(f'{memory.problem} {memory.missing / 2**30:.2f} GiB are '
+                    'missing on each device.')
+  return StepResult(
+    device, dataclasses.replace(case, problems=problems), memory,
+    collectives.read(case.compiled.as_text()),
+    _least_sent(model, parallelism, programs.layouts[size]))
+
+
+def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
+  """For JSON."""
+  return {**dataclasses.asdict(memory), 'kv_cache': memory.kv_cache,
+          'kv_tokens': memory.kv_tokens, 'missing': memory.missing}
+
+
+def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
+  """What a deployment takes of each device."""
+  table = rich.table.Table('memory of a device', box=rich.box.SIMPLE_HEAD)
+  for column in ('bytes', 'GiB'):
+    table.add_column(column, justify='right')
+  for name, size in (
+      ('weights', memory.weights), ('kv cache', memory.kv_cache),
+      ('temporaries', memory.temporaries + memory.state),
+      ('usable', memory.usable)):
+    if size is not None:
+      table.add_row(name, f'{size:,}', f'{size / 2**30:.2f}')
+  return table
+
+
+def _least_sent(model: model_config_lib.ModelConfig,
+                parallelism: parallel.Parallelism,
+                layout: batch_lib.BatchLayout) -> int:
+  """Two sums of [T, D] a layer, one for the embedding, and a stage's hop.
+
+  Falcon's attention and MLP, side by side, need one sum. The last layer of a
+  model without stages sums rows that may be sampled from only.
+  """
+  row = model.hidden_size * _DTYPE.itemsize
+  one, sums = layout.num_tokens * row, 0
+  if parallelism.tp > 1:
+    a_layer = 1 if getattr(model, 'parallel', False) else 2
+    sums = one * (parallelism.num_layers(model) * a_layer + 1)
+    if parallelism.pp == 1:
+      sums -= a_layer * row * (layout.num_tokens - layout.num_rows)
+  return sums + (one // parallelism.tp if parallelism.pp > 1 else 0)

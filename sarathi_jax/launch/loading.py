@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model for a main, and shows how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+import pathlib
+import time
+from typing import Any
+
+from absl import flags
+from absl import logging
+from rich import filesize
+import rich.console
+import rich.markup
+
+from sarathi_jax import checkpoint as checkpoint_lib
+from sarathi_jax import config as config_lib
+from sarathi_jax import llm as llm_lib
+from sarathi_jax import xla_flags
+from sarathi_jax.in_process import building
+from sarathi_jax.in_process import progress as progress_lib
+from sarathi_jax.launch import fingerprint
+from sarathi_jax.runner import hosts
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Unless --verbosity asks for more: orbax says a lot."""
+  before = logging.get_verbosity()
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
+
+
+def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
+             cache_dir: str | None = None, convert: bool = True,
+             end: hosts.Leader | hosts.Follower | None = None,
+             model_name: str | None = None,
+             console: rich.console.Console | None = None) -> llm_lib.LLM:
+  """`LLM.from_checkpoint` with a progress bar on standard error.
+
+  Args:
+    checkpoint, config, cache_dir, convert: see there.
+    model_name: see `served_name`.
+    end: of several processes, this one's, see `join`. All load the same, or
+      none goes on; the first one returns once all are warm.
+    console: where to show it.
+
+  Raises:
+    ConfigError: as there; or other processes load something else.
+  """
+  console = console or rich.console.Console(stderr=True)
+  xla_flags.set_environment(os.environ)
+  path = pathlib.Path(checkpoint).expanduser()
+  start = time.monotonic()
+  told = progress_lib.Lines(console)
+  with _quiet(), progress_lib.bar(console) as progress:
+    task = progress.add_task('Loading weights', total=None, count='')
+
+    @contextlib.contextmanager
+    def converting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+      shown = rich.markup.escape(model_name or checkpoint)
+      console.print(f'Converting {shown} (once) ...',
+                    highlight=False, soft_wrap=True)
+      bar = progress.add_task(
+        title.capitalize(), total=total, count=filesize.decimal(total))
+      yield functools.partial(progress.advance, bar)
+      progress.remove_task(bar)
+
+    def on_compiled(done: int, total: int) -> None:
+      tell('Compiling steps', done, total)
+
+    def on_loaded(done: int, total: int) -> None:
+      tell('Loading weights', done, total)
+
+    def tell(what: str, done: int, total: int) -> None:
+      progress.update(task, description=what, completed=done, total=total,
+                      count=f'{done}/{total}')
+      told.tell(lambda: f'{what}: {done} of {total}')
+
+    kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())
+    kept = kept.expanduser()
+    if convert:
+      path = checkpoint_lib.resolve(
+        path if path.exists() else checkpoint, kept, converting,
+        functools.partial(building.make_mesh, config=config),
+        functools.partial(console.print, markup=False, highlight=False,
+                          soft_wrap=True))
+    where = path if path.exists() else checkpoint
+    if end is not None:
+      end.agree(fingerprint.weights(checkpoint_lib.open_checkpoint(
+        where, kept, convert=convert)))
+    leader = end if isinstance(end, hosts.Leader) else None
+    llm = llm_lib.LLM.from_checkpoint(
+      where, config=config, cache_dir=kept, convert=convert,
+      model_name=model_name or served_name(checkpoint), leader=leader,
+      on_loaded=on_loaded, on_compiled=on_compiled)
+    if leader is not None:
+      progress.update(task, description='Waiting for other hosts', total=None,
+                      count='')
+      leader.wait_until_warm()
+      llm.connect()
+  collect_less_garbage()
+  info = llm.engine.info
+  console.print(
+    f'[bold]{rich.markup.escape(info.model_name)}[/] ({info.family}) ready '
+    f'after {time.monotonic() - start:.1f} s: {info.policy}, '
+    f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
+    f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
+    f'{info.max_model_len:,} a sequence.',
+    highlight=False, soft_wrap=True)
+  return llm
+
+
+def served_name(checkpoint: str) -> str:
+  """What a checkpoint is called where nobody says: a folder's own name, as who
+  asks what is served need not know where it lies; else its id."""
+  path = pathlib.Path(checkpoint).expanduser()
+  return path.resolve().name if path.exists() else checkpoint
+
+
+def join(processes: Mapping[str, Any] | None, checkpoint: str,
+         config: config_lib.EngineConfig, **options: Any,
+         ) -> hosts.Leader | None:
+  """Joins several processes; all but the first compute with it and end here.
+
+  Args:
+    processes: of `hosts.start`; None for a single process.
+    checkpoint, config: what each of them loads, see `load_llm`.
+    **options: as well.
+
+  Returns:
+    The first process's end, for `load_llm`; what uses it is to be in its
+    `with` block. None for a single process.
+
+  Raises:
+    ConfigError: the processes don't find each other, or differ.
+  """
+  if processes is None:
+    return None
+  xla_flags.set_environment(os.environ)
+  end = hosts.start(**processes, facts=fingerprint.program(config))
+  if not isinstance(end, hosts.Follower):
+    return end
+  with end:
+    # It schedules nothing, so it has no steps of its own to time.
+    nothing: dict[str, Any] = dict.fromkeys(config_lib.SLOS)
+    config = dataclasses.replace(config, **nothing)
+    llm = load_llm(checkpoint, config, end=end, **options)
+    end.tell_warm()
+    llm.follow(end)
+  raise AssertionError  # The block ended this process.
+
+
+def collect_less_garbage() -> None:
+  """Has Python look for cyclic garbage seldom, and only in what is new.
+
+  An engine's step makes thousands of objects and no cycles. Looking through
+  them, and all that was loaded, took a quarter of the step's host time
+  (benchmarks/host_overhead.py).
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, *gc.get_threshold()[1:])

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small HTTP server, for scrapers: guarded, and held up by nobody.
+
+prometheus_client's own shakes hands on the thread that accepts, where one
+that connects and says no more ends metrics for all, and knows no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import socket
+import socketserver
+import ssl
+import threading
+from typing import Any
+from wsgiref import simple_server
+
+from sarathi_jax.server.guard import auth
+
+_SILENCE_S = 10.0  # after which a connection is closed
+_MAX_CONNECTIONS = 32  # at once; more are closed
+
+App = Callable[[dict[str, Any], Any], Any]  # WSGI's
+
+
+class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
+  """Answers each connection on a thread of its own.
+
+  Args:
+    app: answers.
+    host, port: where it listens.
+    context: of TLS, asked for each connection; None for plain text.
+
+  Raises:
+    OSError: the port can't be had.
+  """
+
+  daemon_threads = True
+
+  def __init__(self, app: App, host: str, port: int,
+               context: Callable[[], ssl.SSLContext] | None = None) -> None:
+    self.address_family, _, _, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM)[0]
+    super().__init__((str(address[0]), port), _Handler)
+    self.set_app(app)
+    self._context = context
+    self._free = threading.Semaphore(_MAX_CONNECTIONS)
+
+  def process_request(self, request: Any, client_address: Any) -> None:
+    if self._free.acquire(blocking=False):
+      super().process_request(request, client_address)
+    else:
+      self.shutdown_request(request)
+
+  def process_request_thread(self, request: Any, client_address: Any) -> None:
+    try:
+      super().process_request_thread(request, client_address)
+    finally:
+      self._free.release()
+
+  def finish_request(self, request: Any, client_address: Any) -> None:
+    request.settimeout(_SILENCE_S)
+    if self._context is None:
+      super().finish_request(request, client_address)
+      return
+    with self._context().wrap_socket(request, server_side=True) as wrapped:
+      super().finish_request(wrapped, client_address)
+
+  def handle_error(self, request: Any, client_address: Any) -> None:
+    """Says nothing: it is of one connection, and its client hears of it."""
+
+
+class _Handler(simple_server.WSGIRequestHandler):
+  """Logs nothing, and asks no name server who it is that asks."""
+
+  def log_message(self, format: str, *args: Any) -> None:
+    """Says nothing."""
+
+  def address_string(self) -> str:
+    return str(self.client_address[0])
+
+
+def guarded(app: App, tokens: auth.Tokens) -> App:
+  """Answers those who have a token."""
+  def answer(environ: dict[str, Any], start_response: Any) -> Any:
+    if tokens.of_header(environ.get('HTTP_AUTHORIZATION', '')) is not None:
+      return app(environ, start_response)
+    start_response('401 Unauthorized', [
+      ('WWW-Authenticate', 'Bearer'), ('Content-Type', 'text/plain')])
+    return [b'needs a token that the server knows.\n']
+
+  return answer

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lays out chats by a checkpoint's own template, as transformers would.
+
+Rendered here with jinja2: importing transformers for it takes seconds, which
+the first chat would wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import datetime
+import json
+import pathlib
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import ext
+from jinja2 import sandbox
+
+from sarathi_jax import errors
+from sarathi_jax.text import messages as messages_lib
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}` marks what a model wrote; here it means nothing."""
+
+  tags = {'generation'}  # noqa: RUF012
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+
+def _raise(message: str) -> NoReturn:
+  raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+  # Not jinja2's own, which escapes for HTML.
+  return json.dumps(value, **({'ensure_ascii': False} | options))
+
+
+class ChatTemplate:
+  """A chat template.
+
+  Args:
+    source: jinja2.
+    special_tokens: what it may name, such as bos_token.
+
+  Raises:
+    CheckpointError: it is not a template.
+  """
+
+  def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    environment = sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True, lstrip_blocks=True,
+      extensions=[ext.loopcontrols, _Generation])
+    environment.filters['tojson'] = _to_json
+    environment.tests['none'] = (
+      lambda value: value is None or isinstance(value, messages_lib.NoText))
+    environment.globals['raise_exception'] = _raise
+    environment.globals['strftime_now'] = (
+      lambda form: datetime.datetime.now().strftime(form))
+    self._special_tokens = dict(special_tokens)
+    try:
+      self._template = environment.from_string(source)
+      self._contents = messages_lib.contents_of(environment.parse(source))
+    except jinja2.TemplateError as error:
+      raise errors.CheckpointError(
+        f'chat template: can\'t be read: {error}') from error
+
+  @classmethod
+  def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
+    """The template of a checkpoint; None if it has none."""
+    config = tokenizer_config(folder)
+    source = _source(folder, config)
+    if not source:
+      return None
+    return cls(source, {
+      name: value['content'] if isinstance(value, dict) else value
+      for name, value in config.items()
+      if name.endswith('_token') and isinstance(value, (str, dict))})
+
+  def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a chat, up to where the assistant's answer begins.
+
+    Raises:
+      InvalidRequestError: they are not such messages, or the template refuses
+        them.
+    """
+    prepared = messages_lib.prepared(messages, self._contents)
+    try:
+      return self._template.render(
+        messages=prepared, add_generation_prompt=True, tools=None,
+        documents=None, **self._special_tokens)
+    except Exception as error:  # What a template raises is its own affair.
+      raise errors.InvalidRequestError(
+        'messages: the chat template refused them: '
+        f'{errors.cut(str(error))}') from error
+
+
+def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
+  """tokenizer_config.json, with special_tokens_map.json merged into it.
+
+  As transformers does it: files that list added_tokens_decoder are new enough
+  to say all by themselves.
+
+  Raises:
+    CheckpointError: one of them is not JSON.
+  """
+  config = read_json(folder / 'tokenizer_config.json')
+  if config.get('added_tokens_decoder') is None:
+    config |= read_json(folder / 'special_tokens_map.json')
+  return config
+
+
+def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+  """The template's text, of whichever file has it; None if none has."""
+  file = folder / 'chat_template.jinja'
+  if file.is_file():
+    return file.read_text(encoding='utf-8')
+  source = config.get('chat_template') or read_json(
+    folder / 'chat_template.json').get('chat_template')
+  try:
+    if isinstance(source, list):  # Several, by name.
+      source = {entry['name']: entry['template'] for entry in source}
+    if isinstance(source, Mapping):
+      source = source.get('default')
+    if not isinstance(source, str | None):
+      raise TypeError(f'is a {type(source).__name__}')
+  except (KeyError, TypeError) as error:
+    raise errors.CheckpointError(
+      f'{folder}: chat_template: must be a text, a list of objects with name '
+      f'and template, or an object of texts by name: {error}') from error
+  return source
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """An object of a JSON file; empty if there is no such file, or none in it.
+
+  Raises:
+    CheckpointError: it is no JSON.
+  """
+  if not file.is_file():
+    return {}
+  try:
+    fields = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise errors.CheckpointError(f'{file}: not JSON: {error}') from error
+  return fields if isinstance(fields, dict) else {}

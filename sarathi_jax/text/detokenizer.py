@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of a running request, ended by its stop strings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sarathi_jax import types
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+
+def _num_held_back(text: str, stops: tuple[str, ...]) -> int:
+  """Characters at the end of `text` that may begin a stop string.
+
+  'abc EN' with stop 'END' -> 2
+  """
+  longest = 0
+  for stop in stops:
+    # Only where its first character is: there are few such places.
+    start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while 0 <= start < len(text) - longest:
+      if stop.startswith(text[start:]):
+        longest = len(text) - start
+        break
+      start = text.find(stop[0], start + 1)
+  return longest
+
+
+class _Pending(NamedTuple):
+  """Text that is searched for stop strings.
+
+  Attributes:
+    text: with special tokens, where a stop string has one.
+    shown: for each character '1' if it may be shown, '0' if it is a special
+      token's, which are to be left out; '' if all may be.
+  """
+
+  text: str
+  shown: str
+
+  def plus(self, other: _Pending) -> _Pending:
+    return _Pending(self.text + other.text, self.shown + other.shown)
+
+  def part(self, start: int, stop: int) -> _Pending:
+    return _Pending(self.text[start:stop], self.shown[start:stop])
+
+  def visible(self) -> str:
+    if '0' not in self.shown:
+      return self.text
+    return ''.join(c for c, shown in zip(self.text, self.shown, strict=True)
+                   if shown == '1')
+
+
+_NONE = _Pending('', '')
+
+
+class Detokenizer:
+  """Turns one request's tokens into the text that may be shown.
+
+  A stop string may be a special token's text, or have one in it. It is found
+  where special tokens are left out of the text, too.
+  """
+
+  def __init__(self, tokenizer: tokenizer_lib.Tokenizer,
+               request: types.Request) -> None:
+    sampling = request.sampling
+    self._stops = sampling.stop
+    self._keep_stop = sampling.include_stop_str_in_output
+    skip = sampling.skip_special_tokens
+    special = tokenizer.special_tokens if skip and self._stops else {}
+    # Special tokens that are decoded, to be found, and left out here.
+    self._hidden = special if any(
+      text in stop for text in special.values() for stop in self._stops) else {}
+    self._stream = tokenizer.stream(
+      request.prompt_token_ids, skip and not self._hidden)
+    self._held = _NONE
+
+  def step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
+    """Takes in a token.
+
+    Args:
+      token: its id.
+      ended_by_token: whether it is the stop token that ends the request; its
+        text is left out then, like a stop string's.
+
+    Returns:
+      Text to show now, and the stop string that ends the request, if any.
+    """
+    if ended_by_token and not self._keep_stop:
+      return self.flush(), None
+    new = self._stream.step(token)
+    if not self._stops:
+      return new, None
+    if not self._hidden:
+      return self._find_stop(_Pending(new, ''))
+    special = self._hidden.get(token, '')
+    num_hidden = len(special) if new.endswith(special) else 0
+    return self._find_stop(_Pending(
+      new, '1' * (len(new) - num_hidden) + '0' * num_hidden))
+
+  def _find_stop(self, new: _Pending) -> tuple[str, str | None]:
+    pending = self._held.plus(new)
+    text = pending.text
+    found = [(text.find(s), s) for s in self._stops if s in text]
+    if found:
+      start, stop = min(found, key=lambda f: (f[0], -len(f[1])))
+      self._held = _NONE
+      return (pending.part(0, start).visible()
+              + (stop if self._keep_stop else '')), stop
+    cut = len(text) - _num_held_back(text, self._stops)
+    self._held = pending.part(cut, len(text))
+    return pending.part(0, cut).visible(), None
+
+  def flush(self) -> str:
+    """What was held back, once the request has ended otherwise."""
+    held, self._held = self._held, _NONE
+    return held.visible()

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, by the checkpoint's own tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+import operator
+import pathlib
+from typing import Any
+
+import tokenizers
+
+from sarathi_jax import errors
+from sarathi_jax.text import chat
+from sarathi_jax.text import text_stream
+
+Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class Tokenizer:
+  """A Hugging Face tokenizer. Thread-safe.
+
+  Args:
+    path: the folder that holds tokenizer.json and, for chats,
+      a chat template.
+
+  Attributes:
+    folder: the same; None if it was made of one in memory.
+
+  Raises:
+    CheckpointError: tokenizer.json or the template is damaged.
+  """
+
+  def __init__(self, path: str | pathlib.Path) -> None:
+    self.folder: pathlib.Path | None = (folder := pathlib.Path(path))
+    file = folder / 'tokenizer.json'
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # The library raises plain Exception.
+      raise errors.CheckpointError(
+        f'{file}: not a tokenizer that can be read: {error}') from error
+    encode_all(self._tokenizer)
+    self._pieces = text_stream.Pieces(self._tokenizer)
+    self._chat = chat.ChatTemplate.from_folder(folder)
+
+  @classmethod
+  def copy_of(cls, tokenizer: tokenizers.Tokenizer,
+              template: chat.ChatTemplate | None = None) -> Tokenizer:
+    """One of a tokenizer that is in memory, which may be changed later on.
+
+    Args:
+      tokenizer: of it.
+      template: of chats.
+    """
+    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    encode_all(copy)
+    made = object.__new__(cls)
+    made.folder = None
+    made._tokenizer = copy
+    made._pieces = text_stream.Pieces(copy)
+    made._chat = template
+    return made
+
+  @classmethod
+  def from_folder(cls, path: str | pathlib.Path) -> Tokenizer | None:
+    """The folder's tokenizer; None if it has none."""
+    if not (pathlib.Path(path) / 'tokenizer.json').exists():
+      return None
+    return cls(path)
+
+  def encode(self, text: str) -> tuple[int, ...]:
+    """Token ids of a prompt, with the special tokens that start one."""
+    return self._encode(text, add_special_tokens=True)
+
+  def decode(self, token_ids: Iterable[int],
+             skip_special_tokens: bool = True) -> str:
+    return self._tokenizer.decode(
+      list(token_ids), skip_special_tokens=skip_special_tokens)
+
+  def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Token ids of a chat, up to where the assistant's answer begins."""
+    if self._chat is None:
+      raise errors.UnsupportedError(
+        'messages: this model has no chat template; send a prompt.')
+    text = self._chat.render(messages)
+    # The template writes the special tokens itself.
+    return self._encode(text, add_special_tokens=False)
+
+  def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    # Of a batch, as `encode` lets no other thread run; fast: no offsets.
+    try:
+      encoding, = self._tokenizer.encode_batch_fast(
+        [text], add_special_tokens=add_special_tokens)
+    except Exception as error:  # Lone surrogates, for example.
+      raise errors.InvalidRequestError(
+        f'prompt: can\'t be tokenized: {errors.cut(str(error))}') from error
+    return tuple(encoding.ids)
+
+  def stream(self, prompt: Sequence[int],
+             skip_special_tokens: bool) -> text_stream.TextStream:
+    """Decodes the tokens that follow `prompt`, one at a time."""
+    return text_stream.TextStream(
+      self._tokenizer, self._pieces, prompt, skip_special_tokens)
+
+  def token_id(self, text: str) -> int | None:
+    """The token that is this text; None if there is none."""
+    found: int | None = self._tokenizer.token_to_id(text)
+    return found
+
+  @property
+  def special_tokens(self) -> Mapping[int, str]:
+    """Texts of the special tokens, by id."""
+    return self._pieces.special
+
+
+def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
+  """Has a tokenizer encode all of a text, in one way, and nothing else.
+
+  tokenizer.json keeps what its last user, perhaps a training script, had set:
+  a length to cut or to pad to, a probability to leave merges out.
+
+  Returns:
+    Whether anything of that kind was set.
+  """
+  model: Any = tokenizer.model
+  varies = getattr(model, 'dropout', None) is not None
+  was_set = varies or bool(tokenizer.truncation or tokenizer.padding)
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  if varies:
+    model.dropout = None
+  return was_set
+
+
+def checked(prompt: Any) -> Prompt:
+  """A prompt, if it may be one; what is in it is checked when it is encoded.
+
+  Raises:
+    InvalidRequestError: it is neither a text nor a list.
+  """
+  if isinstance(prompt, str) or (
+      isinstance(prompt, Sequence) and not isinstance(prompt, bytes)):
+    return prompt
+  raise _wrong(prompt)
+
+
+def _wrong(prompt: Any) -> errors.InvalidRequestError:
+  return errors.InvalidRequestError(
+    f'prompt={errors.shown(prompt)}: must be a text, a list of token ids, or a '
+    'list of messages.')
+
+
+def encode_prompt(tokenizer: Tokenizer | None,
+                  prompt: Prompt) -> tuple[int, ...]:
+  """Token ids of a text, of a chat, or of token ids.
+
+  Raises:
+    InvalidRequestError: it is none of these, or there is no tokenizer.
+  """
+  prompt = checked(prompt)
+  is_chat = (not isinstance(prompt, str) and len(prompt) > 0
+             and isinstance(prompt[0], Mapping))
+  if isinstance(prompt, str) or is_chat:
+    if not prompt:
+      # Not left to the tokenizer, which may add a token that starts a text.
+      raise errors.InvalidRequestError('prompt=\'\': must not be empty.')
+    if tokenizer is None:
+      raise errors.UnsupportedError(
+        'prompt: this model has no tokenizer; send token ids.')
+    return (tokenizer.apply_chat_template(prompt) if is_chat  # type: ignore
+            else tokenizer.encode(prompt))  # type: ignore
+  if any(isinstance(token, bool) for token in prompt):
+    raise _wrong(prompt)
+  try:
+    return tuple(map(operator.index, prompt))  # type: ignore
+  except TypeError:
+    raise _wrong(prompt) from None
