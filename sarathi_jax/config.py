@@ -7,6 +7,7 @@ from it once the model and the size of the KV cache are known.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import dataclasses
 import math
 import pathlib
@@ -171,8 +172,24 @@ class SchedulerConfig:
   tbt_slo_ms: float | None = None
   ttft_slo_ms: float | None = None
   batch_tbt_slo_ms: float | None = None
-  eos_token_ids: frozenset[int] = frozenset()
+  eos_token_ids: Collection[int] = ()
   seed: int = 0
+
+  @classmethod
+  def of(cls, config: EngineConfig, **resolved: Any) -> SchedulerConfig:
+    """Returns what a scheduler needs to know of an engine's config.
+
+    Args:
+      config: of the engine; what both have is the same in both.
+      resolved: fields that it does not have, or that depend on the model and
+        the device: max_model_len and num_pages at least.
+
+    Raises:
+      ConfigError: the cache has no room for one sequence.
+    """
+    shared = {field.name for field in dataclasses.fields(cls)
+              if hasattr(config, field.name)}
+    return cls(**{name: getattr(config, name) for name in shared} | resolved)
 
   def __post_init__(self) -> None:
     check(self.token_budget >= self.max_num_seqs, 'token_budget',

@@ -129,7 +129,8 @@ class LLM:
              on_compiled: OnCompiled | None,
              leader: hosts.Leader | None = None, **engine: Any) -> None:
     """What is left to do once the weights are where they are to be."""
-    types.SamplingParams.from_dict(engine['default_sampling'] or {})
+    engine['default_sampling'] = types.SamplingParams.defaults(
+      engine['default_sampling'] or {})  # Told before anything is compiled.
     self.model = model
     self._leader = leader
     with _told(on_compiled, 'Compiling steps') as tell:
@@ -332,8 +333,7 @@ class LLM:
   def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
     prompts = prompts_lib.listed(prompts)
     if sampling is None or isinstance(sampling, types.SamplingParams):
-      sampling = [sampling or types.SamplingParams(
-        **self.engine.info.default_sampling)] * len(prompts)
+      sampling = [sampling or self.engine.info.sampling({})] * len(prompts)
     if len(sampling) != len(prompts):
       raise errors.InvalidRequestError(
         f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '

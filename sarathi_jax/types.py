@@ -209,6 +209,19 @@ class SamplingParams:
           'supported.')
     return cls(**kept)
 
+  @classmethod
+  def defaults(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `defaults` for `from_dict`, whole, of decoded JSON.
+
+    What this engine does not honour, and changes nothing, is left out.
+
+    Raises:
+      InvalidRequestError: see `from_dict`.
+    """
+    params = cls.from_dict(fields)
+    return {name: getattr(params, name) for name in fields
+            if hasattr(params, name)}
+
 
 _DEFAULTS: Mapping[str, Any] = {
   field.name: field.default for field in dataclasses.fields(SamplingParams)}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -63,6 +64,19 @@ def make_scheduler_config(**fields: Any) -> config_lib.SchedulerConfig:
   defaults = dict(token_budget=8, max_num_seqs=4, max_model_len=32,
                   num_pages=8, page_size=4)
   return config_lib.SchedulerConfig(**(defaults | fields))
+
+
+def test_what_both_configs_have_is_the_same_in_both() -> None:
+  given: dict[str, Any] = dict(
+    token_budget=99, max_num_seqs=7, page_size=5, look_ahead=False,
+    short_prompt_share=0.5, tbt_slo_ms=30.0, ttft_slo_ms=400.0,
+    batch_tbt_slo_ms=90.0, seed=3)
+  resolved: dict[str, Any] = dict(
+    max_model_len=32, num_pages=8, num_stages=2, prefix_cost=0.5,
+    eos_token_ids=(1,))
+  made = config_lib.SchedulerConfig.of(
+    config_lib.EngineConfig(**given, max_model_len=64), **resolved)
+  assert dataclasses.asdict(made) == given | resolved
 
 
 def test_a_budget_that_could_leave_out_a_decode_is_refused() -> None:

@@ -89,11 +89,8 @@ def run_engine(runner: Any, requests: Sequence[types.Request], *,
   """
   config = config_lib.SchedulerConfig(**limits)
   scheduler = scheduler_lib.POLICIES[policy](config)
-  engine = engine_lib.Engine(scheduler, runner, info=engine_lib.EngineInfo(
-    model_name='', family='', vocab_size=vocab_size,
-    max_model_len=config.max_model_len, eos_token_ids=(), policy=policy,
-    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-    num_pages=config.num_pages, page_size=config.page_size))
+  engine = engine_lib.Engine(scheduler, runner, info=engine_lib.EngineInfo.of(
+    config, policy=policy, vocab_size=vocab_size))
   for request in requests:
     engine.add(request)
   got: dict[str, Tokens] = {r.request_id: ([], []) for r in requests}

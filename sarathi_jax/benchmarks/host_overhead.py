@@ -124,20 +124,17 @@ class Load:
 def make_engine(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
                 num_running: int, watch: Stopwatch) -> engine_lib.Engine:
   """An engine whose parts are timed."""
-  num_pages = num_running * (MAX_MODEL_LEN // PAGE_SIZE)
   config = config_lib.SchedulerConfig(
     token_budget=FLAGS.token_budget, max_num_seqs=num_running,
-    max_model_len=MAX_MODEL_LEN, num_pages=num_pages, page_size=PAGE_SIZE)
+    max_model_len=MAX_MODEL_LEN, page_size=PAGE_SIZE,
+    num_pages=num_running * (MAX_MODEL_LEN // PAGE_SIZE))
   policy = scheduler_lib.policy_class(FLAGS.policy)
   scheduler: Any = policy(config)
   runner: Any = TextRunner(
     text, num_running, policy.max_step_tokens(config), watch)
   engine = engine_lib.Engine(
-    scheduler, runner, tokenizer=tokenizer, info=engine_lib.EngineInfo(
-      model_name='text', family='none', vocab_size=2**31,
-      max_model_len=MAX_MODEL_LEN, eos_token_ids=(), policy=FLAGS.policy,
-      token_budget=FLAGS.token_budget, max_num_seqs=num_running,
-      num_pages=num_pages, page_size=PAGE_SIZE))
+    scheduler, runner, tokenizer=tokenizer, info=engine_lib.EngineInfo.of(
+      config, policy=FLAGS.policy, vocab_size=2**31))
   scheduler.schedule = watch.timed('schedule', scheduler.schedule)
   scheduler.complete = watch.timed('complete', scheduler.complete)
   runner.fetch = watch.timed('(the text)', runner.fetch)

@@ -131,13 +131,9 @@ def simulated(setup: Setup, engine: engine_lib.Engine,
               workload: workload_lib.Workload) -> simulate.Result:
   """What the simulator makes of the steps that an engine measured."""
   assert engine.pace is not None
-  info, config = engine.info, setup.config
-  scheduler = scheduler_lib.policy_class(config.policy)(
-    config_lib.SchedulerConfig(
-      token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-      max_model_len=info.max_model_len, num_pages=info.num_pages,
-      page_size=info.page_size, look_ahead=config.look_ahead,
-      short_prompt_share=config.short_prompt_share))
+  info = engine.info
+  scheduler = scheduler_lib.make(
+    setup.config, max_model_len=info.max_model_len, num_pages=info.num_pages)
   return simulate.simulate_steps(
     scheduler, runner_lib.FittedCost(engine.pace.model), workload,
     info=info)

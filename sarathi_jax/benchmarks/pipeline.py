@@ -120,11 +120,8 @@ def run(config: config_lib.SchedulerConfig, policy: str,
   scheduler = scheduler_lib.policy_class(policy)(config)
   pipeline = Pipeline(config.num_stages, config.max_num_seqs)
   engine = engine_lib.Engine(
-    scheduler, pipeline, info=engine_lib.EngineInfo(
-      model_name='', family='', vocab_size=1000,
-      max_model_len=config.max_model_len, eos_token_ids=(), policy=policy,
-      token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-      num_pages=config.num_pages, page_size=config.page_size))
+    scheduler, pipeline, info=engine_lib.EngineInfo.of(
+      config, policy=policy, vocab_size=1000))
   for request in requests:
     engine.add(request)
   last = 0

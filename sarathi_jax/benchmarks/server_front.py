@@ -56,36 +56,31 @@ class _Spent(NamedTuple):
 
 def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """An engine without a model, with room for all."""
-  config = config_lib.SchedulerConfig(
+  return _make_engine(config_lib.SchedulerConfig(
     token_budget=2 * max_num_seqs, max_num_seqs=max_num_seqs,
-    max_model_len=4096, num_pages=max_num_seqs * 64, page_size=64)
-  info = engine_lib.EngineInfo(
-    model_name='counting', family='fake', vocab_size=_VOCAB,
-    max_model_len=4096, eos_token_ids=(), policy='sarathi',
-    token_budget=config.token_budget, max_num_seqs=max_num_seqs,
-    num_pages=config.num_pages, page_size=64)
-  return engine_lib.Engine(
-    scheduler_lib.policy_class('sarathi')(config),
-    fake_runner.FakeRunner(_VOCAB, max_num_seqs, step_s), info=info)
+    max_model_len=4096, num_pages=max_num_seqs * 64, page_size=64),
+    step_s, _VOCAB)
 
 
 def make_roomy_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """One with a tokenizer, that takes prompts of 100,000 tokens."""
-  tokenizer = tokenizer_lib.Tokenizer(hostile.TOKENIZER)
-  vocab_size, page_size, max_model_len = 2048, 512, 2**17
-  config = config_lib.SchedulerConfig(
+  page_size, max_model_len = 512, 2**17
+  return _make_engine(config_lib.SchedulerConfig(
     token_budget=8192, max_num_seqs=max_num_seqs,
     max_model_len=max_model_len, page_size=page_size,
-    num_pages=16 * max_model_len // page_size)
-  info = engine_lib.EngineInfo(
-    model_name='counting', family='fake', vocab_size=vocab_size,
-    max_model_len=max_model_len, eos_token_ids=(), policy='sarathi',
-    token_budget=config.token_budget, max_num_seqs=max_num_seqs,
-    num_pages=config.num_pages, page_size=page_size)
+    num_pages=16 * max_model_len // page_size), step_s, 2048,
+    tokenizer_lib.Tokenizer(hostile.TOKENIZER))
+
+
+def _make_engine(config: config_lib.SchedulerConfig, step_s: float,
+                 vocab_size: int,
+                 tokenizer: tokenizer_lib.Tokenizer | None = None,
+                 ) -> engine_lib.Engine:
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
-    fake_runner.FakeRunner(vocab_size, max_num_seqs, step_s), info=info,
-    tokenizer=tokenizer)
+    fake_runner.FakeRunner(vocab_size, config.max_num_seqs, step_s),
+    info=engine_lib.EngineInfo.of(
+      config, policy='sarathi', vocab_size=vocab_size), tokenizer=tokenizer)
 
 
 def serve_as_it_is(pipe: Any, max_num_seqs: int, step_s: float,

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import json
 import random
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def parse_line(number: int, text: bytes, defaults: Mapping[str, Any],
       request_id=str(request_id),
       prompt_token_ids=_prompt(fields, engine),
       sampling=_sampling(
-        fields, {**engine.info.default_sampling, **defaults},
+        fields, functools.partial(engine.info.sampling, defaults=defaults),
         f'{seed} {str(request_id)!r}'),
       arrival_time=engine.clock())
     engine.check(request)
@@ -70,13 +71,14 @@ def _decode(text: bytes) -> dict[str, Any]:
   return fields
 
 
-def _sampling(fields: Mapping[str, Any], defaults: Mapping[str, Any],
+def _sampling(fields: Mapping[str, Any],
+              make: Callable[[Mapping[str, Any]], types.SamplingParams],
               seed: str) -> types.SamplingParams:
   given = fields.get('sampling')
   if not isinstance(given, dict | None):
     raise errors.InvalidRequestError(
       f'sampling={errors.shown(given)}: must be an object of sampling fields.')
-  sampling = types.SamplingParams.from_dict(given or {}, defaults)
+  sampling = make(given or {})
   if sampling.seed is not None:
     return sampling
   return dataclasses.replace(

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import numbers
 import time
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from absl import logging
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
@@ -59,11 +61,11 @@ class EngineInfo:
     policy, token_budget, max_num_seqs: of the scheduler.
     num_pages, page_size: of the KV cache.
     default_sampling: values of `SamplingParams` for what a request leaves
-      open, where not those of `SamplingParams` itself.
+      open, where not those of `SamplingParams` itself; see `sampling`.
   """
 
-  model_name: str
-  family: str
+  model_name: str = ''
+  family: str = ''
   vocab_size: int
   max_model_len: int
   eos_token_ids: tuple[int, ...]
@@ -74,6 +76,35 @@ class EngineInfo:
   page_size: int
   default_sampling: Mapping[str, Any] = dataclasses.field(
     default_factory=dict)
+
+  @classmethod
+  def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:
+    """Returns what is served under a scheduler's limits.
+
+    Args:
+      config: of the scheduler.
+      others: the fields that it does not have.
+    """
+    shared = {field.name: getattr(config, field.name)
+              for field in dataclasses.fields(cls)
+              if hasattr(config, field.name)}
+    shared['eos_token_ids'] = tuple(config.eos_token_ids)
+    return cls(**shared, **others)
+
+  def sampling(self, fields: Mapping[str, Any],
+               defaults: Mapping[str, Any] = MappingProxyType({}),
+               ) -> types.SamplingParams:
+    """Returns the parameters of a request.
+
+    Args:
+      fields: what it says; see `SamplingParams.from_dict`.
+      defaults: for what it does not, before those of the model.
+
+    Raises:
+      InvalidRequestError: one is unknown, out of range or not supported.
+    """
+    return types.SamplingParams.from_dict(
+      fields, {**self.default_sampling, **defaults})
 
 
 class _InFlight(NamedTuple):
@@ -112,7 +143,7 @@ class Engine:
                info: EngineInfo,
                tokenizer: tokenizer_lib.Tokenizer | None = None,
                clock: Callable[[], float] = time.monotonic) -> None:
-    self.info = info
+    self._info = info
     self.tokenizer = tokenizer
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
@@ -121,7 +152,6 @@ class Engine:
     self._live: dict[str, _Live] = {}
     self._in_flight: deque[_InFlight] = deque()
     self._observers: tuple[state.Observer, ...] = ()
-    self._max_token_budget = info.token_budget  # what was compiled
     # Of the last steps, as many as stages: their ends, and their rows.
     num_stages = scheduler.config.num_stages
     self._ends: deque[float] = deque(maxlen=num_stages)
@@ -130,6 +160,12 @@ class Engine:
     # The batch that the runner is at: the culprit, if that raises.
     self._suspect: types.ScheduledBatch | None = None
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
+
+  @property
+  def info(self) -> EngineInfo:
+    """What is served, now; any thread may ask."""
+    return dataclasses.replace(
+      self._info, token_budget=self._scheduler.config.token_budget)
 
   def check(self, request: types.Request) -> None:
     """Raises InvalidRequestError for a request that can never be served."""
@@ -143,11 +179,12 @@ class Engine:
           raise errors.InvalidRequestError(
             f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
             'must be integers.')
-      if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
-        bad = next(i for i in ids if not 0 <= i < self.info.vocab_size)
+      vocab_size = self._info.vocab_size
+      if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise errors.InvalidRequestError(
           f'{request.request_id}: {field} has the unknown token id {bad}; '
-          f'ids must be in [0, {self.info.vocab_size}).')
+          f'ids must be in [0, {vocab_size}).')
     if sampling.stop and self.tokenizer is None:
       raise errors.UnsupportedError(
         f'stop={errors.shown(sampling.stop)}: this model has no tokenizer, so '
@@ -190,7 +227,7 @@ class Engine:
       self._rows.append(num_rows)
       self._last_step_tokens = batch.num_tokens
       self.metrics.record_step(
-        batch.num_tokens, num_rows, self.info.token_budget,
+        batch.num_tokens, num_rows, self._scheduler.config.token_budget,
         max(self._rows) * len(self._rows) / sum(self._rows) - 1)
     if self._in_flight:
       self._drained += self._complete_oldest()
@@ -239,12 +276,12 @@ class Engine:
       InvalidRequestError: it is less than max_num_seqs, or more than what
         was compiled.
     """
-    if not self.info.max_num_seqs <= token_budget <= self._max_token_budget:
+    least, most = self._info.max_num_seqs, self._info.token_budget
+    if not least <= token_budget <= most:
       raise errors.InvalidRequestError(
-        f'token_budget={token_budget}: must be in [{self.info.max_num_seqs}, '
-        f'{self._max_token_budget}]: from max_num_seqs to what was compiled.')
+        f'token_budget={token_budget}: must be in [{least}, {most}]: from '
+        'max_num_seqs to what was compiled.')
     self._scheduler.set_token_budget(token_budget)
-    self.info = dataclasses.replace(self.info, token_budget=token_budget)
 
   def observe(self, observer: state.Observer, *, on: bool = True) -> None:
     """Begins to tell `observer` what is done, or ends it."""
@@ -262,8 +299,9 @@ class Engine:
     scheduler = self._scheduler
     ahead = [len(seq.tokens) for seq in scheduler.waiting
              if seq.request.priority <= priority]
-    return (self.info.max_num_seqs - len(scheduler.running) - len(ahead),
-            self.info.token_budget - sum(ahead))
+    config = scheduler.config
+    return (config.max_num_seqs - len(scheduler.running) - len(ahead),
+            config.token_budget - sum(ahead))
 
   def num_output(self, key: str) -> int:
     """Tokens generated so far for a request; 0 if it is unknown."""
@@ -280,7 +318,6 @@ class Engine:
     """The load at this moment."""
     return state.engine_stats(
       self._scheduler, self.metrics, num_in_flight=len(self._in_flight),
-      token_budget=self.info.token_budget,
       last_step_tokens=self._last_step_tokens)
 
   def _complete_oldest(self) -> list[types.OutputDelta]:

@@ -86,7 +86,7 @@ class Observer(Protocol):
 
 def engine_stats(
     scheduler: scheduler_lib.Scheduler, metrics: metrics_lib.EngineMetrics, *,
-    num_in_flight: int, token_budget: int, last_step_tokens: int,
+    num_in_flight: int, last_step_tokens: int,
 ) -> EngineStats:
   """The load of an engine with this scheduler and these metrics."""
   return EngineStats(
@@ -102,7 +102,7 @@ def engine_stats(
     num_generated=metrics.num_generated,
     num_finished=metrics.num_finished,
     num_aborted=metrics.num_aborted,
-    token_budget=token_budget,
+    token_budget=scheduler.config.token_budget,
     last_step_tokens=last_step_tokens,
     decode_stall_s=metrics.decode_stall_s,
     ttft_p50_s=metrics.ttft_s.quantile(0.5),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
 import math
 import os
 import time
@@ -16,7 +17,6 @@ from jax.sharding import Mesh
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
-from sarathi_jax import types
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import pacing
@@ -75,46 +75,19 @@ def make_mesh(model: model_config_lib.ModelConfig,
   return mesh_lib.make(asked, list(home))
 
 
-def prefix_cost(model: model_config_lib.ModelConfig) -> float:
+def prefix_cost(model: model_config_lib.ModelConfig, num_stages: int) -> float:
   """What attention to one token before costs a token, in tokens.
 
   Scores and values take 4 H h operations a layer, all its matrices two for
-  each number in them. Nothing grows with the context where it slides.
+  each number in them. Nothing grows with the context where it slides; and of
+  one stage, batches need not take the same time.
   """
-  if model.sliding_window is not None:
+  if model.sliding_window is not None or num_stages == 1:
     return 0.0
   layer = models.param_specs(model)['layers'][0]
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layer)
              if len(leaf.shape) > 1)
   return 2 * model.num_heads * model.head_dim / size
-
-
-def scheduler_config(
-    config: config_lib.EngineConfig, model: model_config_lib.ModelConfig, *,
-    max_model_len: int, num_pages: int,
-    num_stages: int, eos_token_ids: Sequence[int] = (),
-) -> config_lib.SchedulerConfig:
-  """What the scheduler needs to know of an engine's config."""
-  return config_lib.SchedulerConfig(
-    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-    max_model_len=max_model_len, num_pages=num_pages,
-    page_size=config.page_size, num_stages=num_stages,
-    look_ahead=config.look_ahead,
-    short_prompt_share=config.short_prompt_share,
-    prefix_cost=prefix_cost(model) if num_stages > 1 else 0.0,
-    tbt_slo_ms=config.tbt_slo_ms, ttft_slo_ms=config.ttft_slo_ms,
-    batch_tbt_slo_ms=config.batch_tbt_slo_ms,
-    eos_token_ids=frozenset(eos_token_ids), seed=config.seed)
-
-
-def max_step_tokens(config: config_lib.EngineConfig,
-                    model: model_config_lib.ModelConfig,
-                    max_model_len: int) -> int:
-  """The most tokens of a step, by the policy."""
-  policy = scheduler_lib.policy_class(config.policy)
-  return policy.max_step_tokens(scheduler_config(
-    config, model, max_model_len=max_model_len, num_pages=max_model_len,
-    num_stages=1))
 
 
 def step_programs(
@@ -131,7 +104,7 @@ def step_programs(
   return programs_lib.StepPrograms(
     model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
     max_model_len=max_model_len,
-    max_step_tokens=max_step_tokens(config, model, max_model_len))
+    max_step_tokens=scheduler_lib.max_step_tokens(config, max_model_len))
 
 
 def build_runner(
@@ -160,7 +133,7 @@ def build_runner(
   with compiled.kept_in(_compilation_cache_dir(config)):
     return device_runner.DeviceRunner(
       model, params, mesh, config,
-      lambda max_model_len: max_step_tokens(config, model, max_model_len),
+      functools.partial(scheduler_lib.max_step_tokens, config),
       on_compiled, leader)
 
 
@@ -168,28 +141,20 @@ def build_engine(
     model: model_config_lib.ModelConfig,
     runner: device_runner.DeviceRunner, config: config_lib.EngineConfig, *,
     tokenizer: tokenizer_lib.Tokenizer | None, eos_token_ids: Sequence[int],
-    model_name: str, default_sampling: Mapping[str, Any] | None,
+    model_name: str, default_sampling: Mapping[str, Any],
 ) -> engine_lib.Engine:
   """An engine around a runner; for the arguments see `llm.LLM`."""
-  default = types.SamplingParams.from_dict(default_sampling or {})
-  policy = scheduler_lib.policy_class(config.policy)
-  limits = scheduler_config(
-    config, model, max_model_len=runner.max_model_len,
-    num_pages=runner.num_pages,
-    num_stages=runner.num_stages, eos_token_ids=eos_token_ids)
-  scheduler = policy(limits)
+  scheduler = scheduler_lib.make(
+    config, max_model_len=runner.max_model_len, num_pages=runner.num_pages,
+    num_stages=runner.num_stages, eos_token_ids=tuple(eos_token_ids),
+    prefix_cost=prefix_cost(model, runner.num_stages))
   return engine_lib.Engine(
     scheduler, pacing.paced(runner, scheduler, time.monotonic),
     tokenizer=tokenizer,
-    info=engine_lib.EngineInfo(
-      model_name=model_name, family=model.family, vocab_size=model.vocab_size,
-      max_model_len=limits.max_model_len, eos_token_ids=tuple(eos_token_ids),
-      policy=config.policy, token_budget=config.token_budget,
-      max_num_seqs=config.max_num_seqs, num_pages=limits.num_pages,
-      page_size=config.page_size,
-      default_sampling={  # What it lacks changes nothing.
-        name: getattr(default, name) for name in default_sampling or {}
-        if hasattr(default, name)}))
+    info=engine_lib.EngineInfo.of(
+      scheduler.config, policy=config.policy, model_name=model_name,
+      family=model.family, vocab_size=model.vocab_size,
+      default_sampling=default_sampling))
 
 
 def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.scheduler import ablations
@@ -37,6 +38,27 @@ def class_of(config: config_lib.EngineConfig) -> type[Scheduler]:
     config.tbt_slo_ms, f'policy={config.policy!r} has no budget that could '
     'follow it; only sarathi has')
   return policy_class(config.policy)
+
+
+def make(config: config_lib.EngineConfig, **resolved: Any) -> Scheduler:
+  """Makes the scheduler of an engine.
+
+  Args:
+    config: of the engine.
+    resolved: see `SchedulerConfig.of`.
+
+  Raises:
+    ConfigError: these can't work together.
+  """
+  return class_of(config)(config_lib.SchedulerConfig.of(config, **resolved))
+
+
+def max_step_tokens(config: config_lib.EngineConfig,
+                    max_model_len: int) -> int:
+  """Returns the most tokens of a step, by the policy."""
+  return policy_class(config.policy).max_step_tokens(
+    config_lib.SchedulerConfig.of(
+      config, max_model_len=max_model_len, num_pages=max_model_len))
 
 
 def policy_class(name: str) -> type[Scheduler]:

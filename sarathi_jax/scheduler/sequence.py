@@ -71,9 +71,8 @@ class Sequence:
     room = config.max_model_len - prompt_len
     return cls(
       request=request, urgency=(request.priority, order), seed=seed,
-      stop_ids=(frozenset(sampling.stop_token_ids)
-                | (frozenset() if sampling.ignore_eos
-                   else config.eos_token_ids)),
+      stop_ids=frozenset(sampling.stop_token_ids).union(
+        () if sampling.ignore_eos else config.eos_token_ids),
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids))

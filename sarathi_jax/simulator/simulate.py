@@ -70,21 +70,10 @@ def make_scheduler(
   Raises:
     ConfigError: the model, or one sequence, does not fit.
   """
-  policy = scheduler_lib.class_of(config)
-
-  def limits(num_pages: int) -> config_lib.SchedulerConfig:
-    return config_lib.SchedulerConfig(
-      token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-      max_model_len=max_model_len, num_pages=num_pages,
-      page_size=config.page_size, num_stages=cost.pp,
-      look_ahead=config.look_ahead,
-      short_prompt_share=config.short_prompt_share, seed=config.seed,
-      prefix_cost=cost.prefix_cost,
-      tbt_slo_ms=config.tbt_slo_ms, ttft_slo_ms=config.ttft_slo_ms,
-      batch_tbt_slo_ms=config.batch_tbt_slo_ms)
-
-  num_tokens = policy.max_step_tokens(limits(max_model_len))
-  return policy(limits(cost.num_pages(config, num_tokens)))
+  num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
+  return scheduler_lib.make(
+    config, max_model_len=max_model_len, num_stages=cost.pp,
+    num_pages=cost.num_pages(config, num_tokens), prefix_cost=cost.prefix_cost)
 
 
 def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
@@ -116,7 +105,9 @@ def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
   scheduler = make_scheduler(cost, config, max_model_len)
   return simulate_steps(
     scheduler, cost, workload, on_span=on_span, stop_when=stop_when,
-    on_token=on_token, info=_info(cost, config, max_model_len))
+    on_token=on_token, info=engine_lib.EngineInfo.of(
+      scheduler.config, policy=config.policy, model_name='simulated',
+      family=cost.model.family, vocab_size=cost.model.vocab_size))
 
 
 def simulate_steps(
@@ -222,13 +213,3 @@ def _drive(engine: engine_lib.Engine, workload: workload_lib.Workload,
   return Result(
     metrics=engine.metrics, requests=tuple(requests), seconds=seconds,
     num_preemptions=num_preemptions, busy=(), is_complete=not stopped)
-
-
-def _info(cost: cost_model.CostModel, config: config_lib.EngineConfig,
-          max_model_len: int) -> engine_lib.EngineInfo:
-  return engine_lib.EngineInfo(
-    model_name='simulated', family=cost.model.family,
-    vocab_size=cost.model.vocab_size, max_model_len=max_model_len,
-    eos_token_ids=(), policy=config.policy, token_budget=config.token_budget,
-    max_num_seqs=config.max_num_seqs, num_pages=config.num_pages or 0,
-    page_size=config.page_size)

@@ -34,19 +34,12 @@ class Setup(live_capacity.Setup):
 
   def engine(self, **changes: Any) -> engine_lib.Engine:
     config = dataclasses.replace(self.config, **changes)
-    scheduler = scheduler_lib.policy_class(config.policy)(
-      config_lib.SchedulerConfig(
-        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-        max_model_len=32, num_pages=64, page_size=8, look_ahead=False,
-        tbt_slo_ms=config.tbt_slo_ms))
+    scheduler = scheduler_lib.make(config, max_model_len=32, num_pages=64)
     return engine_lib.Engine(
       scheduler, pacing.paced(
         SteadyRunner(100, config.max_num_seqs), scheduler, time.monotonic),
-      info=engine_lib.EngineInfo(
-        model_name='', family='', vocab_size=100, max_model_len=32,
-        eos_token_ids=(), policy=config.policy,
-        token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-        num_pages=64, page_size=8))
+      info=engine_lib.EngineInfo.of(
+        scheduler.config, policy=config.policy, vocab_size=100))
 
 
 @pytest.fixture
@@ -55,7 +48,7 @@ def setup(tmp_path: pathlib.Path) -> Setup:
   trace.write_text('num_prefill_tokens,num_decode_tokens\n6,4\n12,8\n')
   return Setup(
     model=None, params=None, config=config_lib.EngineConfig(
-      token_budget=8, max_num_seqs=4, look_ahead=False),
+      token_budget=8, max_num_seqs=4, page_size=8, look_ahead=False),
     workload=workload.WorkloadConfig(source=str(trace), num_requests=60))
 
 

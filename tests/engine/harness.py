@@ -64,12 +64,7 @@ def make_engine(policy: str = 'sarathi', *,
   config = config_lib.SchedulerConfig(**(dict(
     token_budget=8, max_num_seqs=4, max_model_len=32, num_pages=64,
     page_size=4, look_ahead=False) | fields))
-  info = engine_lib.EngineInfo(
-    model_name='fake', family='fake', vocab_size=vocab_size,
-    max_model_len=config.max_model_len,
-    eos_token_ids=tuple(config.eos_token_ids), policy=policy,
-    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-    num_pages=config.num_pages, page_size=config.page_size)
+  info = engine_lib.EngineInfo.of(config, policy=policy, vocab_size=vocab_size)
   return engine_lib.Engine(
     scheduler_lib.policy_class(policy)(config),
     runner or fake_runner.FakeRunner(vocab_size, config.max_num_seqs),

@@ -99,12 +99,9 @@ def make_scheduler(budget: int = MOST,
 
 def run(device: Device, workload: workload_lib.Workload,
         scheduler: scheduler_lib.Scheduler) -> simulate.Result:
-  config = scheduler.config
   return simulate.simulate_steps(
-    scheduler, device, workload, info=engine_lib.EngineInfo(
-      model_name='', family='', vocab_size=10, max_model_len=1024,
-      eos_token_ids=(), policy='sarathi', token_budget=config.token_budget,
-      max_num_seqs=64, num_pages=1100, page_size=64))
+    scheduler, device, workload, info=engine_lib.EngineInfo.of(
+      scheduler.config, policy='sarathi', vocab_size=10))
 
 
 def at(quantiles: metrics_lib.Quantiles, q: float) -> float:

@@ -75,16 +75,9 @@ def test_what_context_costs_is_that_of_attention():
   """At half of a Mistral's prefix_cost tokens, half of a token's cost."""
   model = published.MODELS['mistral-7b']
   linear = (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
-  cost = building.prefix_cost(model)
+  cost = building.prefix_cost(model, 2)
   assert cost == pytest.approx(2 * 32 * 128 / linear)
-  config = building.scheduler_config(
-    config_lib.EngineConfig(), model, max_model_len=64, num_pages=1,
-    num_stages=2)
-  assert config.prefix_cost == cost
-  config = building.scheduler_config(
-    config_lib.EngineConfig(), model, max_model_len=64, num_pages=1,
-    num_stages=1)
-  assert config.prefix_cost == 0
+  assert building.prefix_cost(model, 1) == 0
 
 
 def test_the_plot_is_drawn(tmp_path: pathlib.Path):

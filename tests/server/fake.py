@@ -7,7 +7,7 @@ Run as a script it is a server process; see `main`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 import pathlib
 import socket
 import sys
@@ -85,18 +85,16 @@ def make_engine(
     runner: Callable[[int, int], fake_runner.FakeRunner] = (
       fake_runner.FakeRunner),
     tokenizer_folder: pathlib.Path | None = None,
-    model_name: str = 'counting', **changes: Any,
+    model_name: str = 'counting',
+    default_sampling: Mapping[str, Any] | None = None, **changes: Any,
 ) -> engine_lib.Engine:
   """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
   config = config_lib.SchedulerConfig(**{
     'token_budget': 8, 'max_num_seqs': 4, 'max_model_len': 128,
     'num_pages': 64, 'page_size': 4, **changes})
-  info = engine_lib.EngineInfo(
-    model_name=model_name, family='fake', vocab_size=VOCAB_SIZE,
-    max_model_len=config.max_model_len,
-    eos_token_ids=tuple(sorted(config.eos_token_ids)), policy='sarathi',
-    token_budget=config.token_budget, max_num_seqs=config.max_num_seqs,
-    num_pages=config.num_pages, page_size=config.page_size)
+  info = engine_lib.EngineInfo.of(
+    config, policy='sarathi', model_name=model_name, family='fake',
+    vocab_size=VOCAB_SIZE, default_sampling=default_sampling or {})
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
     runner(VOCAB_SIZE, config.max_num_seqs), info=info,

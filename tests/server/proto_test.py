@@ -17,6 +17,7 @@ from sarathi_jax.engine import engine
 from sarathi_jax.engine import state
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server.protocols import sarathi_v1
+from tests.server import fake
 
 ROOT = pathlib.Path(__file__).parents[2]
 GENERATED = [
@@ -79,9 +80,10 @@ def test_unset_sampling_is_the_default() -> None:
 
 
 def test_unset_sampling_is_what_the_model_recommends() -> None:
-  recommended = dict(temperature=0.6, top_p=0.9)
+  info = fake.make_engine(
+    default_sampling=dict(temperature=0.6, top_p=0.9)).info
   assert sarathi_v1.sampling_of(
-    pb.SamplingParams(temperature=0.0), recommended) == types.SamplingParams(
+    pb.SamplingParams(temperature=0.0), info.sampling) == types.SamplingParams(
       temperature=0.0, top_p=0.9)
 
 

@@ -58,10 +58,7 @@ def run(workload: workload_lib.Workload, policy: str = 'sarathi',
   config = config_lib.SchedulerConfig(**(dict(
     token_budget=8, max_num_seqs=4, max_model_len=64, num_pages=64,
     page_size=4, look_ahead=False, num_stages=cost.pp) | fields))
-  info = engine_lib.EngineInfo(
-    model_name='', family='', vocab_size=10, max_model_len=64,
-    eos_token_ids=(), policy=policy, token_budget=config.token_budget,
-    max_num_seqs=config.max_num_seqs, num_pages=config.num_pages, page_size=4)
+  info = engine_lib.EngineInfo.of(config, policy=policy, vocab_size=10)
   spans: list[runner_lib.Span] = []
   tokens: dict[int, list[float]] = {}
   result = simulate.simulate_steps(
@@ -187,10 +184,7 @@ def test_an_early_end_leaves_the_engine_in_order() -> None:
   engine = engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
     runner_lib.SimulatedRunner(TokenCost(), clock), clock=clock,
-    info=engine_lib.EngineInfo(
-      model_name='', family='', vocab_size=10, max_model_len=64,
-      eos_token_ids=(), policy='sarathi', token_budget=8, max_num_seqs=4,
-      num_pages=64, page_size=4))
+    info=engine_lib.EngineInfo.of(config, policy='sarathi', vocab_size=10))
   workload = make_workload(*[(i, 8, 8) for i in range(8)])
   result = simulate.drive(
     engine, workload, wait_until=clock.advance_to,

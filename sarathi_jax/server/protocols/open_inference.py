@@ -185,9 +185,8 @@ class OpenInferenceService(
 
   def _open(self, call: _Call, caller: frontend_lib.Caller,
             ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
-    defaults = self._frontend.engine.info.default_sampling
     return self._frontend.open(
-      call.prompt, types.SamplingParams.from_dict(call.sampling, defaults),
+      call.prompt, self._frontend.engine.info.sampling(call.sampling),
       priority=call.priority, caller=caller, protocol=NAME)
 
   def _check_model(self, name: str, version: str) -> None:

@@ -6,7 +6,7 @@ Imports no JAX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import time
 from typing import Any
 
@@ -55,9 +55,9 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
     # Written, not yielded: a cancelled call then unwinds `open` at once,
     # whereas it leaves a generator to the garbage collector.
     async with status.reported(context):
+      info = self._frontend.engine.info
       prompt, sampling = await messages.read(request.ByteSize(), lambda: (
-        prompt_of(request), sampling_of(
-          request.sampling, self._frontend.engine.info.default_sampling)))
+        prompt_of(request), sampling_of(request.sampling, info.sampling)))
       async with self._frontend.open(
           prompt, sampling,
           request.request_id if request.HasField('request_id') else None,
@@ -128,9 +128,13 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
 
 
 def sampling_of(message: pb.SamplingParams,
-                defaults: Mapping[str, Any] | None = None,
-                ) -> types.SamplingParams:
+                make: Callable[[Mapping[str, Any]], types.SamplingParams] = (
+                  types.SamplingParams.from_dict)) -> types.SamplingParams:
   """Returns the parameters of a message; what is unset takes its default.
+
+  Args:
+    message: what a request says.
+    make: makes them of the fields that it sets; see `EngineInfo.sampling`.
 
   Raises:
     InvalidRequestError: a value is out of range.
@@ -145,7 +149,7 @@ def sampling_of(message: pb.SamplingParams,
       raise errors.InvalidRequestError(
         f'max_tokens={message.max_tokens}: excludes fill_context.')
     fields['max_tokens'] = None
-  return types.SamplingParams(**{**(defaults or {}), **fields})
+  return make(fields)
 
 
 def finished(delta: types.OutputDelta) -> pb.Finished:
