@@ -245,7 +245,8 @@ class Request:
     deadline: when it is of no use any more, on the engine's clock.
     tier: 'interactive', or 'batch' for who does not watch the tokens come;
       see `EngineConfig.batch_tbt_slo_ms`.
-    key: unique among all requests; the `request_id` of chunks and deltas.
+    key: unique among all requests that an engine has; the `request_id` of
+      its chunks and deltas. By default the request's own.
   """
 
   request_id: str
@@ -257,13 +258,12 @@ class Request:
   priority: int = 0
   deadline: float | None = None
   tier: str = 'interactive'
-  key: str = dataclasses.field(init=False, repr=False, compare=False)
+  key: str = dataclasses.field(default='', repr=False, compare=False)
 
   def __post_init__(self) -> None:
     _check(self.tier in TIERS, 'tier', self.tier,
            f'must be one of {", ".join(TIERS)}')
-    object.__setattr__(self, 'key', ' '.join(  # No tenant has a space.
-      filter(None, (self.tenant, self.request_id))))
+    object.__setattr__(self, 'key', self.key or self.request_id)
 
 
 class Chunk(NamedTuple):

@@ -191,18 +191,18 @@ class Engine:
         'its output has no text to find stop strings in; use stop_token_ids.')
 
   def add(self, request: types.Request) -> None:
-    """Queues a request; raises InvalidRequestError if it can't be served."""
-    self.check(request)
-    seq = self._scheduler.add(request)
+    """Queues a request that `check` found good, of a key of its own."""
+    assert request.key not in self._live, f'{request.key}: is there already'
     detok = (detokenizer.Detokenizer(self.tokenizer, request)
              if self.tokenizer else None)
-    self._live[request.key] = _Live(seq, detok)
+    self._live[request.key] = _Live(self._scheduler.add(request), detok)
 
   def abort(self, request_id: str) -> bool:
     """Forgets a request and frees its pages. False if it is unknown."""
-    if self._live.pop(request_id, None) is None:
+    live = self._live.pop(request_id, None)
+    if live is None:
       return False
-    self._scheduler.remove(request_id)
+    self._scheduler.remove(live.seq)
     self._drained = [d for d in self._drained if d.request_id != request_id]
     self.metrics.num_aborted += 1
     return True
@@ -265,8 +265,8 @@ class Engine:
     self._runner.recover()
     failed = [chunk.request_id for chunk in suspect.chunks]
     for request_id in failed:
-      if self._live.pop(request_id, None):
-        self._scheduler.remove(request_id)
+      if live := self._live.pop(request_id, None):
+        self._scheduler.remove(live.seq)
     return failed
 
   def set_token_budget(self, token_budget: int) -> None:
@@ -383,7 +383,7 @@ class Engine:
       text += live.detokenizer.flush()
     if stop_reason is not None:
       if reason is None:
-        self._scheduler.remove(request_id)
+        self._scheduler.remove(live.seq)
       reason = _STOP
     elif (reason is _STOP
           and token in live.seq.request.sampling.stop_token_ids):

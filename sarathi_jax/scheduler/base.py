@@ -49,7 +49,6 @@ class Scheduler(abc.ABC):
     self.num_preemptions = 0
     self.num_prefilled = 0  # tokens of prompts computed, each counted once
     self._slots = list(range(config.max_num_seqs))[::-1]
-    self._live: dict[str, Sequence] = {}  # waiting or running
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
       deque())
     self._step = 0
@@ -90,39 +89,30 @@ class Scheduler(abc.ABC):
         f'room to generate; max_model_len={self.config.max_model_len}.')
 
   def add(self, request: types.Request) -> Sequence:
-    """Queues a request.
+    """Queues a request that `check` found good.
 
     Returns:
       Its progress, to be read only.
-
-    Raises:
-      InvalidRequestError: it can never be served, or its id is taken.
     """
-    self.check(request)
-    if request.key in self._live:
-      raise errors.InvalidRequestError(
-        f'request_id={errors.shown(request.request_id)}: a request of this id '
-        'is running or waiting; ids must be unique.')
+    num_tokens = len(request.prompt_token_ids)
+    assert 0 < num_tokens < self.config.max_model_len, num_tokens
     seed = request.sampling.seed
     seq = Sequence.of(
       request, self.config, next(self._orders),
       self._random.getrandbits(31) if seed is None else seed)
-    self._live[request.key] = seq
     urgency.insert(self.waiting, seq)
     return seq
 
-  def remove(self, request_id: str) -> bool:
-    """Ends a request now and frees its pages; False if it is unknown.
+  def remove(self, seq: Sequence) -> bool:
+    """Ends a request now and frees its pages; False if it has ended.
 
     What batches in flight still compute for it is void. Its pages may be
     reused at once, as the device runs batches in order.
     """
-    seq = self._live.get(request_id)
-    if seq is None:
+    if seq.is_finished:
       return False
     if seq.slot < 0:
       self.waiting.remove(seq)
-      del self._live[request_id]
       seq.is_finished = True
     else:
       self._finish(seq)
@@ -153,7 +143,7 @@ class Scheduler(abc.ABC):
 
   @property
   def is_idle(self) -> bool:
-    return not self._live
+    return not (self.waiting or self.running)
 
   @property
   def num_in_flight(self) -> int:
@@ -340,7 +330,6 @@ class Scheduler(abc.ABC):
 
   def _finish(self, seq: Sequence) -> None:
     self._release(seq)
-    del self._live[seq.request.key]
     seq.is_finished = True
 
   def _release(self, seq: Sequence) -> None:

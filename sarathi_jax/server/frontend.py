@@ -12,12 +12,14 @@ from collections.abc import (
   AsyncIterator,
   Callable,
   Collection,
+  Iterator,
   Mapping,
   Sequence,
 )
 import contextlib
 import dataclasses
 import enum
+import itertools
 import math
 import time
 from typing import Any
@@ -117,7 +119,9 @@ class Frontend:
     self._engine: engine_lib.Engine | None = None
     self._num_open = 0
     self._num_preparing = 0  # of them, those that are not yet submitted
-    self._streams: set[outbox.Stream] = set()
+    self._keys = itertools.count()
+    # (tenant, request id) -> what its reader has not left.
+    self._streams: dict[tuple[str, str], outbox.Stream] = {}
     self._all_closed = asyncio.Event()
     self._all_closed.set()
 
@@ -178,7 +182,7 @@ class Frontend:
 
   def cut_off(self) -> None:
     """Ends what is open at once, however long the engine's step takes."""
-    for stream in self._streams:
+    for stream in self._streams.values():
       stream.put(delivery.gone_error(None))
 
   @contextlib.asynccontextmanager
@@ -222,24 +226,20 @@ class Frontend:
     draft = types.Request(
       request_id=request_id or uuid.uuid4().hex, prompt_token_ids=(),
       sampling=sampling, arrival_time=now, tenant=caller.tenant,
-      client=caller.client, priority=priority, tier=tier, deadline=(
+      client=caller.client, priority=priority, tier=tier,
+      key=str(next(self._keys)), deadline=(
         None if caller.timeout_s is None else now + caller.timeout_s))
     self._num_open += 1
     self._all_closed.clear()
     end = _End(draft.request_id, caller, protocol, self.last_arrival)
     try:
       end.request = await self._prepare(prompt, draft)
-      with contextlib.closing(
-          self._engine_thread.submit(end.request)) as stream:
-        end.stream = stream
-        self._streams.add(stream)
+      with self._submitted(end.request) as end.stream:
         try:
-          yield stream
+          yield end.stream
         except asyncio.CancelledError:
-          stream.raise_overflow()
+          end.stream.raise_overflow()
           raise
-        finally:
-          self._streams.remove(stream)
     except BaseException as error:
       end.error = error
       raise
@@ -249,6 +249,23 @@ class Frontend:
         self._all_closed.set()
       for observe in self._observers:
         observe(end.ended())
+
+  @contextlib.contextmanager
+  def _submitted(self, request: types.Request) -> Iterator[outbox.Stream]:
+    """The stream of a request while it has a reader."""
+    named = request.tenant, request.request_id
+    live = self._streams.get(named)
+    if live is not None and not live.is_closed:
+      raise errors.InvalidRequestError(
+        f'request_id={errors.shown(request.request_id)}: a request of this id '
+        'is running or waiting; ids must be unique.')
+    with contextlib.closing(self._engine_thread.submit(request)) as stream:
+      self._streams[named] = stream
+      try:
+        yield stream
+      finally:
+        if self._streams[named] is stream:  # else another has its id by now
+          del self._streams[named]
 
   async def _prepare(self, prompt: Prompt,
                      draft: types.Request) -> types.Request:

@@ -81,8 +81,6 @@ BAD: tuple[tuple[types.Request, type[Exception], str], ...] = (
    'r: stop_token_ids has the unknown token id 100'),
   (request('r', [1], stop=('x',)), errors.UnsupportedError,
    "stop=('x',): this model has no tokenizer"),
-  (request('taken', [1]), errors.InvalidRequestError,
-   "request_id='taken': a request of this id is running or waiting"),
 )
 
 
@@ -93,17 +91,19 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(
   engine.add(request('taken', [10], 3))
   step(engine)
   with pytest.raises(error) as caught:
-    engine.add(bad)
+    engine.check(bad)
   assert message in str(caught.value)
   assert list(finish(engine)) == ['taken']
 
 
-@pytest.mark.parametrize('bad', [b for b, _, _ in BAD[:-1]])
-def test_check_refuses_what_add_refuses(bad: types.Request) -> None:
+@pytest.mark.parametrize('bad', [
+  request('taken', [1]), request('r', []), request('r', range(32))])
+def test_add_takes_nothing_that_was_not_checked(bad: types.Request) -> None:
   engine = make_engine()
-  with pytest.raises(errors.InvalidRequestError):
-    engine.check(bad)
-  assert not engine.has_work
+  engine.add(request('taken', [10], 3))
+  with pytest.raises(AssertionError):
+    engine.add(bad)
+  assert list(finish(engine)) == ['taken']
 
 
 def test_an_id_may_be_used_again_when_its_request_is_done() -> None:

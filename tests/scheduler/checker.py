@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 import math
+from typing import Any
 import zlib
 
 from sarathi_jax import config as config_lib
@@ -50,6 +51,7 @@ class Checker:
     self.config = scheduler.config
     self.live: dict[str, Known] = {}
     self.finished: dict[str, Known] = {}
+    self._seqs: dict[str, Any] = {}
     self.num_steps = 0
     self.num_preempted = 0
     self._num_added = 0
@@ -61,7 +63,7 @@ class Checker:
   # -- What an engine does --
 
   def add(self, request: types.Request) -> None:
-    self.scheduler.add(request)
+    self._seqs[request.request_id] = self.scheduler.add(request)
     prompt_len = len(request.prompt_token_ids)
     max_tokens = request.sampling.max_tokens or self.config.max_model_len
     self.live[request.request_id] = Known(
@@ -71,8 +73,8 @@ class Checker:
     self._num_added += 1
 
   def remove(self, request_id: str) -> None:
-    assert self.scheduler.remove(request_id), 'not removed'
-    assert not self.scheduler.remove(request_id), 'removed twice'
+    assert self.scheduler.remove(self._seqs[request_id]), 'not removed'
+    assert not self.scheduler.remove(self._seqs[request_id]), 'removed twice'
     self._forget(self.live[request_id])
     self._check_state()
 

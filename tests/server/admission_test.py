@@ -30,12 +30,16 @@ def _request(name: str, *, client: str = '', num_tokens: int = 1,
 def _queue(*requests: types.Request, **limits: Any) -> admission.Queue:
   queue = admission.Queue(admission.Limits(**limits))
   for request in requests:
-    queue.push(request, None)
+    _push(queue, request)
   return queue
 
 
+def _push(queue: admission.Queue, request: types.Request) -> None:
+  queue.push(outbox.Stream(request, lambda stream: None))
+
+
 def _order(queue: admission.Queue) -> str:
-  return ''.join(queue.pop().request_id for _ in range(len(queue)))
+  return ''.join(_order_ids(queue))
 
 
 def test_one_client_is_served_in_order_of_arrival() -> None:
@@ -58,9 +62,9 @@ def _tenants(*names: str) -> admission.Queue:
   """Requests such as 'xa1': of the tenant x, of its client a."""
   queue = _queue()
   for name in names:
-    queue.push(types.Request(
+    _push(queue, types.Request(
       request_id=name, prompt_token_ids=(1,), tenant=name[0],
-      client=name[:2]), None)
+      client=name[:2]))
   return queue
 
 
@@ -73,11 +77,11 @@ def test_turns_are_between_tenants_then_between_their_clients() -> None:
 def test_a_client_that_is_new_gets_no_credit_by_an_empty_queue() -> None:
   queue = _queue()
   for i in range(20):  # It has been served a lot, alone.
-    queue.push(_request(f'old {i}', client='old'), None)
-    queue.charge(queue.pop(), 0, 100)
+    _push(queue, _request(f'old {i}', client='old'))
+    queue.charge(queue.pop().request, 0, 100)
   for i in range(30):
-    queue.push(_request(f'new {i}', client='new', num_tokens=50), None)
-  queue.push(_request('old', client='old'), None)
+    _push(queue, _request(f'new {i}', client='new', num_tokens=50))
+  _push(queue, _request('old', client='old'))
   assert _order_ids(queue).index('old') < 10
 
 
@@ -88,13 +92,13 @@ def test_tenants_that_wait_are_served_alike(
     asked: list[tuple[str, str, int]]) -> None:
   queue = _queue()
   for i, (tenant, client, num_tokens) in enumerate(asked):
-    queue.push(types.Request(
+    _push(queue, types.Request(
       request_id=str(i), prompt_token_ids=(1,) * num_tokens, tenant=tenant,
-      client=tenant + client), None)
+      client=tenant + client))
   served = dict.fromkeys('xyz', 0)
   while len(queue):
-    waiting = {r.tenant for r in queue}
-    request = queue.pop()
+    waiting = {stream.request.tenant for stream in queue}
+    request = queue.pop().request
     served[request.tenant] += len(request.prompt_token_ids)
     counts = [served[tenant] for tenant in waiting]
     assert max(counts) - min(counts) <= 9  # the longest prompt
@@ -106,9 +110,9 @@ def test_what_is_remembered_of_names_is_bounded(
   queue = _queue()
   for i in range(50):
     for tenant in ('x', f't{i}'):
-      queue.push(types.Request(
-        request_id=str(i), prompt_token_ids=(1,), tenant=tenant,
-        client=f'{tenant}/{i}'), None)
+      _push(queue, types.Request(
+        request_id=f'{tenant} {i}', prompt_token_ids=(1,), tenant=tenant,
+        client=f'{tenant}/{i}'))
     queue.pop()
     queue.pop()
   known = [queue._tenants, *queue._clients.values()]
@@ -126,8 +130,8 @@ def test_who_was_away_gets_no_credit_for_it() -> None:
   queue = _queue(*(_request(c, client='x', num_tokens=100) for c in 'abc'))
   queue.pop()
   queue.pop()
-  queue.push(_request('p', client='y', num_tokens=90), None)
-  queue.push(_request('q', client='y', num_tokens=90), None)
+  _push(queue, _request('p', client='y', num_tokens=90))
+  _push(queue, _request('q', client='y', num_tokens=90))
   assert _order(queue) in ('cpq', 'pcq')
 
 
@@ -141,14 +145,15 @@ def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
     if op == 'push':
       here[str(i)] = _request(str(i), client=client, num_tokens=num_tokens,
                               priority=priority)
-      queue.push(here[str(i)], None)
+      _push(queue, here[str(i)])
     elif op == 'pop' and here:
-      request = queue.pop()
+      request = queue.pop().request
       assert request.priority == min(r.priority for r in here.values())
       del here[request.request_id]
     elif op == 'remove':
       name = next(iter(here), 'none')
-      assert queue.remove(name) == (here.pop(name, None) is not None)
+      removed = queue.remove(name)
+      assert (removed and removed.request) is here.pop(name, None)
     assert len(queue) == len(here)
     assert queue.num_tokens == sum(
       len(r.prompt_token_ids) for r in here.values())
@@ -157,17 +162,18 @@ def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
 
 
 def _order_ids(queue: admission.Queue) -> list[str]:
-  return [queue.pop().request_id for _ in range(len(queue))]
+  return [queue.pop().request.request_id for _ in range(len(queue))]
 
 
 def test_a_full_queue_refuses_with_a_hint() -> None:
   queue = _queue(_request('a', num_tokens=50), max_waiting=1)
+  queue.observe_step(0.08, 8)
   with pytest.raises(errors.CapacityError, match='max_waiting=1') as caught:
-    queue.push(_request('b'), 100.0)
+    _push(queue, _request('b'))
   assert caught.value.retry_after_s == 0.25
   queue = _queue(_request('a', num_tokens=50), max_waiting_tokens=60)
   with pytest.raises(errors.CapacityError, match='max_waiting_tokens=60'):
-    queue.push(_request('b', num_tokens=11), None)
+    _push(queue, _request('b', num_tokens=11))
 
 
 def test_a_prompt_beyond_the_token_limit_may_wait_alone() -> None:

@@ -85,15 +85,44 @@ def test_one_callback_a_step() -> None:
 
 def test_a_refusal_reaches_its_own_stream_only() -> None:
   async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
+    add = engine.add
+
+    def add_or_refuse(request: types.Request) -> None:
+      if request.request_id == 'b':
+        raise errors.InvalidRequestError('b')
+      add(request)
+
+    engine.add = add_or_refuse
     first = thread.submit(_request('a'))
-    with pytest.raises(errors.InvalidRequestError):
-      thread.submit(_request('a', first=30))
-    second = thread.submit(types.Request(
-      request_id='b', prompt_token_ids=(999,)))
+    second = thread.submit(_request('b'))
     with pytest.raises(errors.InvalidRequestError):
       await _tokens(second)
     second.close()
     assert await _tokens(first) == [2, 3, 4, 5, 6]
+
+  _run(scenario)
+
+
+def test_a_request_that_takes_long_to_add_holds_up_no_other() -> None:
+  """As a prompt of 100,000 tokens does, which are copied and decoded."""
+  async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
+    add, is_adding, go_on = engine.add, threading.Event(), threading.Event()
+
+    def slow(request: types.Request) -> None:
+      is_adding.set()
+      assert go_on.wait(fake.TIMEOUT_S / 2)
+      add(request)
+
+    engine.add = slow
+    first = thread.submit(_request('a'))
+    await asyncio.to_thread(is_adding.wait)
+    submitted = asyncio.create_task(asyncio.to_thread(
+      thread.submit, _request('b', first=30)))
+    done, _ = await asyncio.wait([submitted], timeout=fake.TIMEOUT_S / 4)
+    go_on.set()
+    assert done, 'it waits for the other one'
+    assert await _tokens(first) == [2, 3, 4, 5, 6]
+    assert await _tokens(await submitted) == [31, 32, 33, 34, 35]
 
   _run(scenario)
 
@@ -225,7 +254,7 @@ def test_random_closes_and_aborts_lose_nothing(seed: int) -> None:
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_pages == stats.num_pages
     assert not thread._streams
-    assert not thread._waiting._streams and not thread.num_queued
+    assert not thread.num_queued
 
   _run(scenario, lambda: fake.make_engine(num_pages=32))
 

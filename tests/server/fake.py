@@ -197,8 +197,7 @@ class RunningServer:
     frontend = self.server.frontend
     thread = frontend.engine_thread
     wait_until(lambda: not frontend.num_open)
-    assert not (thread._streams or thread._waiting._streams
-                or thread.num_queued or frontend._streams
+    assert not (thread._streams or thread.num_queued or frontend._streams
                 or self.engine._live)
     assert self.is_alive()
 

@@ -222,7 +222,8 @@ def test_only_its_owner_or_an_administrator_aborts_a_request(
       runner.let(3)  # one of them for a batch that was launched ahead
       assert next(call).token_ids[0] == 2
     abort(other)
-    assert 'r' in {r.request_id for r in (*thread._waiting, *thread._streams)}
+    assert 'r' in {s.request.request_id
+                   for s in (*thread._waiting, *thread._streams)}
     abort(ends_it)
     assert list(call)[-1].finished.finish_reason == pb.FINISH_REASON_ABORT
     if first is not None:

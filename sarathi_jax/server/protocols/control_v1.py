@@ -202,8 +202,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
   @contextlib.asynccontextmanager
   async def _checked(self, context: Context) -> Any:
     async with status.reported(context):
-      self._frontend.engine  # noqa: B018 (raises while there is none)
-      yield
+      yield self._frontend.engine  # Raises while there is none.
 
 
 def _zipped(events: Sequence[trace.Event]) -> bytes:

@@ -19,11 +19,14 @@ import math
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.queue import outbox
 
 # What a generated token costs a client, in tokens of a prompt: the paper's.
 _OUTPUT_WEIGHT = 2.0
 _MAX_KNOWN = 10_000  # names that are remembered though nobody uses them
+_LEAST_URGENT = 2**31 - 1  # of protocols' priorities, so that all are ahead
 
 
 Limits = limits_lib.Limits
@@ -72,35 +75,40 @@ class _Shares:
 
 
 class Queue:
-  """Requests that wait to begin. Not thread-safe."""
+  """Streams of the requests that wait to begin. Not thread-safe.
+
+  Args:
+    limits: of what waits.
+
+  Attributes:
+    num_tokens: of the prompts that wait.
+    has_room: for more to begin, as far as is known.
+  """
 
   def __init__(self, limits: Limits) -> None:
     self._limits = limits
-    # Priority -> tenant -> client -> its requests.
-    self._lines: dict[int, dict[str, dict[str, deque[types.Request]]]] = {}
-    self._by_key: dict[str, types.Request] = {}
+    # Priority -> tenant -> client -> its streams.
+    self._lines: dict[int, dict[str, dict[str, deque[outbox.Stream]]]] = {}
+    self._streams: dict[str, outbox.Stream] = {}  # by key
     self._tenants = _Shares()
     self._clients: dict[str, _Shares] = {}  # of each tenant that is known
+    self._step_s = 0.0  # what a step takes lately
+    self._token_budget = 1  # of these
     self.num_tokens = 0
+    self.has_room = True
 
   def __len__(self) -> int:
-    return len(self._by_key)
+    return len(self._streams)
 
-  def __contains__(self, key: str) -> bool:
-    return key in self._by_key
+  def __iter__(self) -> Iterator[outbox.Stream]:
+    return iter(self._streams.values())
 
-  def __iter__(self) -> Iterator[types.Request]:
-    return iter(self._by_key.values())
-
-  def check_room(self, num_requests: int, num_tokens: int,
-                 tokens_per_s: float | None) -> None:
+  def check_room(self, num_requests: int, num_tokens: int = 0) -> None:
     """Refuses what there is no room for.
 
     Args:
       num_requests: that are to be pushed.
       num_tokens: of their prompts.
-      tokens_per_s: at which prompts are computed lately, for the hint when
-        to try again; None if that is not known.
 
     Raises:
       CapacityError: too many wait.
@@ -110,51 +118,111 @@ class Queue:
     full = ''
     if len(self) + num_requests > limits.max_waiting:
       full = f'{len(self)} requests: max_waiting={limits.max_waiting}'
-    elif self._by_key and self.num_tokens + num_tokens > max_tokens:
+    elif self._streams and self.num_tokens + num_tokens > max_tokens:
       full = (f'{self.num_tokens} tokens of prompts: '
               f'max_waiting_tokens={limits.max_waiting_tokens}')
     if full:
       raise errors.CapacityError(
         f'the queue is full, with {full}; try again later.',
-        self._retry_after_s(tokens_per_s))
+        self._retry_after_s())
 
-  def push(self, request: types.Request, tokens_per_s: float | None) -> None:
-    """Takes on a request, whose key is not in the queue; see `check_room`."""
+  def push(self, stream: outbox.Stream) -> None:
+    """Takes on the stream of a request that has just arrived.
+
+    Raises:
+      CapacityError: too many wait.
+      DeadlineError: it can't begin to answer before its deadline.
+    """
+    request = stream.request
+    if error := self._late(request, request.arrival_time):
+      raise error
     num_tokens = len(request.prompt_token_ids)
-    self.check_room(1, num_tokens, tokens_per_s)
+    self.check_room(1, num_tokens)
     tenant, client = request.tenant, request.client
     self._tenants.enter(tenant)
     self._clients.setdefault(tenant, _Shares()).enter(client)
     self._lines.setdefault(request.priority, {}).setdefault(
-      tenant, {}).setdefault(client, deque()).append(request)
-    self._by_key[request.key] = request
+      tenant, {}).setdefault(client, deque()).append(stream)
+    self._streams[request.key] = stream
     self.num_tokens += num_tokens
 
-  def peek(self) -> types.Request | None:
-    """The next one to begin."""
-    if not self._by_key:
+  def peek(self) -> outbox.Stream | None:
+    """Returns the next one to begin."""
+    if not self._streams:
       return None
     tenants = self._lines[min(self._lines)]
     tenant = self._tenants.least(tenants)
     client = self._clients[tenant].least(tenants[tenant])
     return tenants[tenant][client][0]
 
-  def pop(self) -> types.Request:
+  def pop(self) -> outbox.Stream:
     """Takes out the next one to begin, and counts its prompt."""
-    request = self.peek()
-    assert request is not None
+    stream = self.peek()
+    assert stream is not None
+    request = stream.request
     self._tenants.begin(request.tenant)
     self._clients[request.tenant].begin(request.client)
-    self._remove(request)
+    self.remove(request.key)
     self.charge(request, len(request.prompt_token_ids), 0)
-    return request
+    return stream
 
-  def remove(self, key: str) -> bool:
-    """Takes out one that has left; False if it is not here."""
-    request = self._by_key.get(key)
-    if request is not None:
-      self._remove(request)
-    return request is not None
+  def begin(self, engine: engine_lib.Engine,
+            ) -> list[tuple[outbox.Stream, Exception | None]]:
+    """Takes out what a step could begin; the rest keeps its order.
+
+    Args:
+      engine: is to be given these requests before it is asked again.
+
+    Returns:
+      Each stream that waits no more, and why its request is refused; None if
+      it is to begin.
+    """
+    now = engine.clock()
+    priority: int | None = None
+    taken: list[tuple[outbox.Stream, Exception | None]] = []
+    num_requests = num_tokens = 0  # that are to begin
+    while (stream := self.peek()) is not None:
+      request = stream.request
+      if request.priority != priority:
+        priority = request.priority
+        room = engine.room(priority)
+      if room[0] <= num_requests or room[1] <= num_tokens:
+        break
+      error = self._late(request, now)
+      taken.append((self.pop(), error))
+      if error is None:
+        num_requests += 1
+        num_tokens += len(request.prompt_token_ids)
+    room = engine.room(_LEAST_URGENT)
+    self.has_room = room[0] > num_requests and room[1] > num_tokens
+    return taken
+
+  def remove(self, key: str) -> outbox.Stream | None:
+    """Takes out one that has left; None if it is not here."""
+    stream = self._streams.pop(key, None)
+    if stream is None:
+      return None
+    request = stream.request
+    self.num_tokens -= len(request.prompt_token_ids)
+    self._tenants.leave(request.tenant)
+    self._clients[request.tenant].leave(request.client)
+    tenants = self._lines[request.priority]
+    clients = tenants[request.tenant]
+    clients[request.client].remove(stream)
+    if not clients[request.client]:
+      del clients[request.client]
+    if not clients:
+      del tenants[request.tenant]
+    if not tenants:
+      del self._lines[request.priority]
+    return stream
+
+  def take_all(self) -> list[outbox.Stream]:
+    """Takes out all that wait, as none will begin any more."""
+    streams = list(self)
+    for stream in streams:
+      self.remove(stream.request.key)
+    return streams
 
   def charge(self, request: types.Request, num_prompt: int,
              num_output: int) -> None:
@@ -168,23 +236,27 @@ class Queue:
         tenant: shares for tenant, shares in self._clients.items()
         if tenant in self._tenants}
 
-  def _remove(self, request: types.Request) -> None:
-    del self._by_key[request.key]
-    self.num_tokens -= len(request.prompt_token_ids)
-    self._tenants.leave(request.tenant)
-    self._clients[request.tenant].leave(request.client)
-    tenants = self._lines[request.priority]
-    clients = tenants[request.tenant]
-    clients[request.client].remove(request)
-    if not clients[request.client]:
-      del clients[request.client]
-    if not clients:
-      del tenants[request.tenant]
-    if not tenants:
-      del self._lines[request.priority]
+  def observe_step(self, step_s: float, token_budget: int) -> None:
+    """Learns what a step took, in seconds, and the most tokens of one."""
+    self._step_s += (step_s - self._step_s) * (0.1 if self._step_s else 1)
+    self._token_budget = token_budget
 
-  def _retry_after_s(self, tokens_per_s: float | None) -> float:
+  def _late(self, request: types.Request,
+            now: float) -> errors.DeadlineError | None:
+    """Why a request is of no use any more; None if it may be in time."""
+    if request.deadline is None:
+      return None
+    num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)
+    wait_s, left_s = num_steps * self._step_s, request.deadline - now
+    if left_s > wait_s:
+      return None
+    return errors.DeadlineError(
+      f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
+      f'its prompt alone takes {wait_s:.3g} s.')
+
+  def _retry_after_s(self) -> float:
     """When a half of what waits will have begun, roughly."""
-    if not tokens_per_s:
+    if not self._step_s:
       return 1.0
+    tokens_per_s = self._token_budget / self._step_s
     return min(max(self.num_tokens / 2 / tokens_per_s, 0.1), 60.0)

@@ -19,9 +19,7 @@ _Outgoing = tuple[outbox.Stream, types.OutputDelta | Exception]
 class Delivery:
   """The streams of the requests that the engine has.
 
-  Deltas are routed here, not by key on the event loop, where one of a
-  request just closed could still reach another that took over its key. The
-  engine thread's own, but for `get`.
+  Deltas are routed here, on the engine's thread, whose own this is.
 
   Args:
     loop: runs the readers of the streams.
@@ -35,11 +33,8 @@ class Delivery:
   def __len__(self) -> int:
     return len(self._streams)
 
-  def __iter__(self) -> Iterator[types.Request]:
-    return (stream.request for stream in self._streams.values())
-
-  def get(self, key: str) -> outbox.Stream | None:
-    return self._streams.get(key)
+  def __iter__(self) -> Iterator[outbox.Stream]:
+    return iter(self._streams.values())
 
   def add(self, stream: outbox.Stream) -> None:
     """Takes on the stream of a request that the engine was given."""
@@ -48,15 +43,6 @@ class Delivery:
   def remove(self, key: str) -> outbox.Stream | None:
     """Takes out the stream of a request that ended; None if it is not here."""
     return self._streams.pop(key, None)
-
-  def drop(self, stream: outbox.Stream) -> bool:
-    """Takes out this very stream, not another of its key; False if it is not
-    here."""
-    key = stream.request.key
-    is_here = self._streams.get(key) is stream
-    if is_here:
-      del self._streams[key]
-    return is_here
 
   def route(self, delta: types.OutputDelta) -> outbox.Stream | None:
     """Keeps a delta for its stream until `flush`; returns one that it ends."""

@@ -12,9 +12,9 @@ import threading
 
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import outbox
-from sarathi_jax.server.queue import waiting as waiting_lib
 
 
 class Endings:
@@ -26,7 +26,7 @@ class Endings:
     lock: guards `waiting`.
   """
 
-  def __init__(self, waiting: waiting_lib.Waiting,
+  def __init__(self, waiting: admission.Queue,
                streams: delivery.Delivery, lock: threading.Condition) -> None:
     self._waiting = waiting
     self._streams = streams
@@ -40,23 +40,22 @@ class Endings:
 
   def drop(self, stream: outbox.Stream, engine: engine_lib.Engine) -> None:
     """Gives up a request whose reader has left."""
-    if self._streams.drop(stream):
+    if self._streams.remove(stream.request.key):
       self._forget(stream.request, engine)
 
   def abort(self, is_meant: Callable[[types.Request], bool],
             engine: engine_lib.Engine) -> list[str]:
     """Ends requests with ABORT; returns their ids."""
     with self._lock:
-      meant = [r for r in (*self._waiting, *self._streams) if is_meant(r)]
-      ended = [self._waiting.remove(request.key) for request in meant]
-    for request in meant:
-      if self._forget(request, engine):
-        ended.append(self._streams.remove(request.key))
-    streams = [stream for stream in ended if stream is not None]
-    for stream in streams:
+      meant = [s for s in (*self._waiting, *self._streams)
+               if is_meant(s.request)]
+      ended = [s for s in meant if self._waiting.remove(s.request.key)]
+    ended += [s for s in meant if self._forget(s.request, engine)]
+    for stream in ended:
+      self._streams.remove(stream.request.key)
       self._streams.put(stream, types.OutputDelta(
         stream.request.key, '', (), (), types.FinishReason.ABORT))
-    return [stream.request.request_id for stream in streams]
+    return [stream.request.request_id for stream in ended]
 
   def fail(self, keys: Iterable[str], fault: Exception) -> None:
     """Ends requests whose step failed; the engine has given them up."""
@@ -65,8 +64,7 @@ class Endings:
         self._streams.put(stream, delivery.step_error(
           stream.request.request_id, fault))
 
-  def _forget(self, request: types.Request,
-              engine: engine_lib.Engine) -> bool:
+  def _forget(self, request: types.Request, engine: engine_lib.Engine) -> bool:
     num_output = engine.num_output(request.key)
     is_here = engine.abort(request.key)
     if is_here:
@@ -75,4 +73,4 @@ class Endings:
 
   def _charge(self, request: types.Request, num_output: int) -> None:
     with self._lock:
-      self._waiting.charge(request, num_output)
+      self._waiting.charge(request, 0, num_output)

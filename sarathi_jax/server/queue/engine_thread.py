@@ -8,7 +8,7 @@
                                               engine.step() -> deltas
   Stream.__anext__   <-- one callback a step, with all its deltas --
 
-Who waits is `waiting`'s; how a delta or an error reaches its reader,
+Who waits is `admission`'s; how a delta or an error reaches its reader,
 `delivery`'s; how a request ends before its time, `endings`'.
 
 Every request that `submit` took ends in exactly one way: its last delta, an
@@ -36,7 +36,6 @@ from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import endings
 from sarathi_jax.server.queue import outbox
 from sarathi_jax.server.queue import pausing
-from sarathi_jax.server.queue import waiting
 
 # How long `fail` waits for the step under way, seconds.
 _STEP_S = 1.0
@@ -77,7 +76,7 @@ class EngineThread:
     self._limits = limits or admission.Limits()
     self._wakeup = threading.Condition()  # guards what follows, to _gone
     self._inbox: list[_Command] = []
-    self._waiting = waiting.Waiting(self._limits)
+    self._waiting = admission.Queue(self._limits)
     self._stopping = False
     self._has_ended = False
     # Makes errors for those who come too late; None while it goes on.
@@ -102,13 +101,12 @@ class EngineThread:
     return asyncio.wrap_future(self._ready, loop=self._loop)
 
   def submit(self, request: types.Request) -> outbox.Stream:
-    """Hands in a request; any thread.
+    """Hands in a request, of a key of its own; any thread.
 
     Raises:
       CapacityError: too many wait.
       DeadlineError: it can't begin to answer before its deadline.
       EngineDeadError: the engine has stopped.
-      InvalidRequestError: a request of its id is running or waiting.
     """
     stream = outbox.Stream(
       request, self._close, self._limits.max_outbox,
@@ -116,11 +114,6 @@ class EngineThread:
     with self._wakeup:
       gone = self._is_gone()
       if gone is None:
-        live = self._streams.get(request.key)
-        if request.key in self._waiting or (live and not live.is_closed):
-          raise errors.InvalidRequestError(
-            f'request_id={errors.shown(request.request_id)}: a request of this '
-            'id is running or waiting; ids must be unique.')
         self._waiting.push(stream)
         self._wakeup.notify()
     if gone is not None:
@@ -163,7 +156,7 @@ class EngineThread:
 
     def pause(engine: engine_lib.Engine) -> None:
       if mode is pausing.PauseMode.ABORT:
-        running = frozenset(request.key for request in self._streams)
+        running = frozenset(stream.request.key for stream in self._streams)
         self._endings.abort(lambda r: r.key in running, engine)
       self._pause.begin(mode, idle)
 
@@ -263,7 +256,7 @@ class EngineThread:
 
   def _close(self, stream: outbox.Stream) -> None:
     with self._wakeup:
-      if self._waiting.drop(stream):
+      if self._waiting.remove(stream.request.key):
         return
     self._send(_Command(functools.partial(self._endings.drop, stream),
                         lambda error: None))
@@ -310,14 +303,21 @@ class EngineThread:
     if self._pause.is_holding:
       return
     with self._wakeup:
-      for stream, refusal in self._waiting.begin(engine):
-        if refusal is None:
-          self._streams.add(stream)
-        else:
-          self._streams.put(stream, refusal)
+      taken = self._waiting.begin(engine)
+      for stream, _ in taken:
+        self._streams.add(stream)
       if self._pause.is_draining:
         for stream in self._waiting.take_all():
           self._streams.put(stream, delivery.gone_error(None))
+    # Others may submit meanwhile: a long prompt takes its time.
+    for stream, refusal in taken:
+      try:
+        if refusal is not None:
+          raise refusal
+        engine.add(stream.request)
+      except Exception as error:
+        self._streams.remove(stream.request.key)
+        self._streams.put(stream, error)
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
     start = engine.clock()
@@ -337,7 +337,8 @@ class EngineThread:
       self._num_faults = 0
     if engine.metrics.num_steps > num_steps:
       with self._wakeup:
-        self._waiting.observe_step(engine.clock() - start)
+        self._waiting.observe_step(
+          engine.clock() - start, engine.info.token_budget)
     return deltas
 
   def _end(self, fault: BaseException | None) -> None:
