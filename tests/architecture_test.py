@@ -76,7 +76,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.types': (),
   'sarathi_jax.config': (),
   'sarathi_jax.errors': (),
-  'sarathi_jax.scheduler': (),
+  'sarathi_jax.scheduler': ('absl',),
   'sarathi_jax.xla_flags': (),
   'sarathi_jax.models.config': (),
   'sarathi_jax.models.published': (),

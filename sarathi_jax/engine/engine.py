@@ -9,7 +9,7 @@ import dataclasses
 import numbers
 import time
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -20,32 +20,14 @@ from sarathi_jax import types
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
 from sarathi_jax.scheduler import pace as pace_lib
+from sarathi_jax.scheduler import runner as runner_lib
 from sarathi_jax.scheduler import sequence
 from sarathi_jax.text import detokenizer
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _ERROR, _STOP = types.FinishReason.ERROR, types.FinishReason.STOP
-Pending = Any  # What a runner returns for a batch that is being computed.
-
-
-class Runner(Protocol):
-  """Computes batches, in the order of their launch."""
-
-  def launch(self, batch: types.ScheduledBatch) -> Pending:
-    """Starts a batch and returns at once."""
-
-  def fetch(self, pending: Pending) -> types.Sampled:
-    """Waits for a batch. Called once for each, in the order of launch."""
-
-  def num_rows(self, num_tokens: int) -> int:
-    """Rows computed for a batch of `num_tokens`, padding included."""
-
-  def recover(self) -> None:
-    """Makes ready for new batches after one failed; the cache may be lost.
-
-    Raises:
-      Exception: the device is of no use any more.
-    """
+Pending = runner_lib.Pending
+Runner = runner_lib.Runner
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
-from sarathi_jax.engine import pacing
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import compiled
@@ -27,6 +26,7 @@ from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import programs as programs_lib
+from sarathi_jax.scheduler import pacing
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Params = Any  # a pytree of arrays
@@ -145,8 +145,9 @@ def build_engine(
 ) -> engine_lib.Engine:
   """An engine around a runner; for the arguments see `llm.LLM`."""
   scheduler = scheduler_lib.make(
-    config, max_model_len=runner.max_model_len, num_pages=runner.num_pages,
-    num_stages=runner.num_stages, eos_token_ids=tuple(eos_token_ids),
+    config, runner.num_rows, max_model_len=runner.max_model_len,
+    num_pages=runner.num_pages, num_stages=runner.num_stages,
+    eos_token_ids=tuple(eos_token_ids),
     prefix_cost=prefix_cost(model, runner.num_stages))
   return engine_lib.Engine(
     scheduler, pacing.paced(runner, scheduler, time.monotonic),

@@ -14,6 +14,7 @@ from sarathi_jax.scheduler import base
 from sarathi_jax.scheduler import faster_transformer
 from sarathi_jax.scheduler import orca
 from sarathi_jax.scheduler import sarathi
+from sarathi_jax.scheduler import step_time
 from sarathi_jax.scheduler import vllm
 
 Scheduler = base.Scheduler
@@ -40,17 +41,20 @@ def class_of(config: config_lib.EngineConfig) -> type[Scheduler]:
   return policy_class(config.policy)
 
 
-def make(config: config_lib.EngineConfig, **resolved: Any) -> Scheduler:
+def make(config: config_lib.EngineConfig,
+         num_rows: step_time.NumRows = int, **resolved: Any) -> Scheduler:
   """Makes the scheduler of an engine.
 
   Args:
     config: of the engine.
+    num_rows: see `Scheduler`.
     resolved: see `SchedulerConfig.of`.
 
   Raises:
     ConfigError: these can't work together.
   """
-  return class_of(config)(config_lib.SchedulerConfig.of(config, **resolved))
+  return class_of(config)(
+    config_lib.SchedulerConfig.of(config, **resolved), num_rows)
 
 
 def max_step_tokens(config: config_lib.EngineConfig,

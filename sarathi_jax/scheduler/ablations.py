@@ -38,9 +38,7 @@ class HybridOnlyScheduler(base.Scheduler):
 class ChunkedOnlyScheduler(base.Scheduler):
   """Chunked prefills without hybrid batches: chunks and decodes take turns."""
 
-  def __init__(self, config: config_lib.SchedulerConfig) -> None:
-    super().__init__(config)
-    self._was_prefill = False
+  _was_prefill = False
 
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:

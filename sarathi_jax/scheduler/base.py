@@ -27,6 +27,7 @@ from sarathi_jax import types
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import step_time
 from sarathi_jax.scheduler import urgency
 
 Sequence = sequence.Sequence
@@ -37,13 +38,19 @@ class Scheduler(abc.ABC):
   """Owns the queues, the sequences and the pages.
 
   One thread at a time may call it, except `check`, which is pure.
+
+  Args:
+    config: its limits.
+    num_rows: what a batch of so many tokens is padded to; the runner's.
   """
 
-  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+  def __init__(self, config: config_lib.SchedulerConfig,
+               num_rows: step_time.NumRows = int) -> None:
     self.config = config
     self.pages = pages.PagePool(config.num_pages, config.page_size)
-    # What the budget follows, if it does; it learns from `engine.pacing`.
-    self.pace = None if config.tbt_slo_ms is None else pace.Pace(config)
+    # What the budget follows, if it does; it learns from `pacing`.
+    self.pace = (None if config.tbt_slo_ms is None
+                 else pace.Pace(config, num_rows))
     self.waiting: deque[Sequence] = deque()  # by urgency
     self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0

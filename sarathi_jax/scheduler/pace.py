@@ -61,15 +61,17 @@ class Pace:
 
   Args:
     config: with tbt_slo_ms.
+    num_rows: see `StepTimeModel`.
 
   Attributes:
     model: of step times.
     ttft_target: seconds; beside what computing the prompt takes.
   """
 
-  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+  def __init__(self, config: config_lib.SchedulerConfig,
+               num_rows: step_time.NumRows = int) -> None:
     assert config.tbt_slo_ms is not None
-    self.model = step_time.StepTimeModel(config.token_budget)
+    self.model = step_time.StepTimeModel(config.token_budget, num_rows)
     self.ttft_target = config.ttft_target_s
     self._share = config.short_prompt_share
     self._num_stages = config.num_stages

@@ -33,6 +33,7 @@ _MAX_SPREAD = 0.5
 _NUM_RECENT = 8192
 
 Load = tuple[int, int, int, int]  # see load_of
+NumRows = Callable[[int], int]  # of a batch of so many tokens
 
 
 def load_of(chunks: Iterable[types.Chunk]) -> Load:
@@ -59,24 +60,25 @@ class StepTimeModel:
 
   Args:
     max_tokens: the most tokens of a step.
+    num_rows: rows computed for a batch of so many tokens, padding included;
+      see `runner.Runner`.
 
   Attributes:
-    num_rows: rows computed for a batch of so many tokens, padding included;
-      the runner's.
+    num_rows: that.
     spread: by how much, relative, all but a small part of steps stay within
       what is predicted.
     num_observed: steps that were learnt from.
     recent: the last steps that were learnt from, and their seconds.
   """
 
-  def __init__(self, max_tokens: int) -> None:
+  def __init__(self, max_tokens: int, num_rows: NumRows = int) -> None:
     inner = [k for k in _KNOTS if k < max_tokens]
     self._knots = (*inner, max_tokens)
     size = len(self._knots) + 3
     self._weights = [0.0] * size
     self._cov = [[_PRIOR * (i == j) for j in range(size)]
                  for i in range(size)]
-    self.num_rows: Callable[[int], int] = lambda num_tokens: num_tokens
+    self.num_rows = num_rows
     self.spread = 0.02
     self.num_observed = 0
     self.recent: deque[tuple[Load, float]] = deque(maxlen=_NUM_RECENT)

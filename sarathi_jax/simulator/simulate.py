@@ -14,7 +14,7 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
-from sarathi_jax.engine import pacing
+from sarathi_jax.scheduler import pacing
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import runner as runner_lib
 from sarathi_jax.simulator import workload as workload_lib
@@ -72,7 +72,7 @@ def make_scheduler(
   """
   num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
   return scheduler_lib.make(
-    config, max_model_len=max_model_len, num_stages=cost.pp,
+    config, cost.num_rows, max_model_len=max_model_len, num_stages=cost.pp,
     num_pages=cost.num_pages(config, num_tokens), prefix_cost=cost.prefix_cost)
 
 

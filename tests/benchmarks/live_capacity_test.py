@@ -16,7 +16,7 @@ from sarathi_jax import types
 from sarathi_jax.benchmarks import live_capacity
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.engine import pacing
+from sarathi_jax.scheduler import pacing
 from sarathi_jax.simulator import search
 from sarathi_jax.simulator import workload
 

@@ -90,11 +90,11 @@ def chats(qps: float, seconds: float, seed: int) -> workload_lib.Workload:
     is_batch=np.zeros(n, bool))
 
 
-def make_scheduler(budget: int = MOST,
+def make_scheduler(device: Device, budget: int = MOST,
                    **fields: float | None) -> scheduler_lib.Scheduler:
   return scheduler_lib.policy_class('sarathi')(config_lib.SchedulerConfig(
     token_budget=budget, max_num_seqs=64, max_model_len=1024, num_pages=1100,
-    page_size=64, **fields))  # type: ignore[arg-type]
+    page_size=64, **fields), device.num_rows)  # type: ignore[arg-type]
 
 
 def run(device: Device, workload: workload_lib.Workload,
@@ -115,7 +115,7 @@ def at(quantiles: metrics_lib.Quantiles, q: float) -> float:
 def test_prompts_that_wait_get_on_at_every_step(name: str, seed: int) -> None:
   """Whatever the target, and far beyond what the device can serve."""
   device = DEVICES[name]
-  scheduler = make_scheduler(tbt_slo_ms=100.0)
+  scheduler = make_scheduler(device, tbt_slo_ms=100.0)
   plan, left_out = scheduler.schedule, []
 
   def schedule(now: float) -> types.ScheduledBatch:
@@ -140,15 +140,15 @@ def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
   device = DEVICES[name]
   slo_ms = max(slo_ms, 1.1e3 * device.rows[8])  # A decode alone can meet it.
   workload = chats(40.0, 12.0, 0)
-  fixed = min(run(device, workload, make_scheduler(budget)).seconds
+  fixed = min(run(device, workload, make_scheduler(device, budget)).seconds
               for budget in (64, 128, 256, 384, 512))
-  ours = run(device, workload, make_scheduler(tbt_slo_ms=slo_ms))
+  ours = run(device, workload, make_scheduler(device, tbt_slo_ms=slo_ms))
   assert fixed / ours.seconds >= 0.95
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_both_targets_are_kept_where_they_can_be(seed: int) -> None:
-  scheduler = make_scheduler(tbt_slo_ms=100.0)
+  scheduler = make_scheduler(CPU, tbt_slo_ms=100.0)
   metrics = run(CPU, chats(2.0, 120.0, seed), scheduler).metrics
   assert at(metrics.tbt_s, .99) <= .120
   assert at(metrics.ttft_s, .5) <= 1.0
@@ -161,7 +161,7 @@ def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
   """Twice the load that the target leaves room for, for two minutes."""
   seen = {}
   for ttft in (None, 500.0, 20_000.0):
-    scheduler = make_scheduler(tbt_slo_ms=100.0, ttft_slo_ms=ttft)
+    scheduler = make_scheduler(SLOWER, tbt_slo_ms=100.0, ttft_slo_ms=ttft)
     metrics = run(SLOWER, chats(4.0, 60.0, 0), scheduler).metrics
     assert scheduler.pace is not None
     seen[ttft] = (at(metrics.ttft_s, .5), at(metrics.tbt_s, .9),
@@ -179,7 +179,7 @@ def test_a_long_prompt_alone_does_not_make_decodes_stutter() -> None:
     arrived_at=np.array([0.0, 0.0, 1.0]), prompt_lens=np.array([20, 20, 900]),
     output_lens=np.array([120, 120, 4]), is_batch=np.zeros(3, bool))
   metrics = run(CPU, workload, make_scheduler(
-    tbt_slo_ms=70.0, ttft_slo_ms=200.0)).metrics
+    CPU, tbt_slo_ms=70.0, ttft_slo_ms=200.0)).metrics
   assert at(metrics.tbt_s, .99) <= .070
 
 
@@ -189,7 +189,7 @@ def test_batch_prompts_wait_for_the_tighter_target() -> None:
   workload = dataclasses.replace(
     workload, is_batch=np.arange(len(workload)) % 2 == 0)
   result = run(SLOWER, workload, make_scheduler(
-    tbt_slo_ms=100.0, ttft_slo_ms=100_000.0))
+    SLOWER, tbt_slo_ms=100.0, ttft_slo_ms=100_000.0))
   assert len(result.requests) == len(workload)
   assert result.interactive_tbt_s is not None
   assert at(result.interactive_tbt_s, .9) <= .120

@@ -14,7 +14,7 @@ from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import fake_runner
-from sarathi_jax.engine import pacing
+from sarathi_jax.scheduler import pacing
 from sarathi_jax.scheduler import step_time
 
 MS = 1e-3
@@ -63,8 +63,8 @@ def test_the_model_follows_a_device_that_becomes_slower() -> None:
 
 def test_padded_rows_take_time() -> None:
   """Steps of 65 to 128 tokens are all padded to 128, and take the same."""
-  model = step_time.StepTimeModel(128)
-  model.num_rows = lambda n: 1 << max(3, (n - 1).bit_length())
+  model = step_time.StepTimeModel(
+    128, lambda n: 1 << max(3, (n - 1).bit_length()))
   rng = random.Random(0)
   for _ in range(500):
     n = rng.randrange(1, 129)

@@ -17,9 +17,9 @@ from absl import logging
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
-from sarathi_jax.engine import engine
+from sarathi_jax.scheduler import base
+from sarathi_jax.scheduler import runner as runner_lib
 from sarathi_jax.scheduler import step_time
 
 _GREEDY = types.SamplingParams(temperature=0, ignore_eos=True)
@@ -34,14 +34,14 @@ _SIZES = tuple(8 << i for i in range(12))
 class _Pending(NamedTuple):
   """A batch on its way, and what is needed to time it."""
 
-  inner: engine.Pending
+  inner: runner_lib.Pending
   load: step_time.Load
   launched: float
   num_before: int  # batches in flight when it was launched
 
 
 class PacedRunner:
-  """An `engine.Runner` that times another one's steps.
+  """An `runner_lib.Runner` that times another one's steps.
 
   Args:
     inner: computes.
@@ -49,8 +49,8 @@ class PacedRunner:
     clock: the engine's.
   """
 
-  def __init__(self, inner: engine.Runner,
-               scheduler: scheduler_lib.Scheduler,
+  def __init__(self, inner: runner_lib.Runner,
+               scheduler: base.Scheduler,
                clock: Callable[[], float]) -> None:
     assert scheduler.pace is not None
     assert scheduler.config.tbt_slo_ms is not None
@@ -104,8 +104,8 @@ class PacedRunner:
     self._inner.recover()
 
 
-def paced(inner: engine.Runner, scheduler: scheduler_lib.Scheduler,
-          clock: Callable[[], float]) -> engine.Runner:
+def paced(inner: runner_lib.Runner, scheduler: base.Scheduler,
+          clock: Callable[[], float]) -> runner_lib.Runner:
   """The runner to give to an engine: paced and warm, if the scheduler is.
 
   Raises:
@@ -113,7 +113,6 @@ def paced(inner: engine.Runner, scheduler: scheduler_lib.Scheduler,
   """
   if scheduler.pace is None:
     return inner
-  scheduler.pace.model.num_rows = inner.num_rows
   runner = PacedRunner(inner, scheduler, clock)
   fastest = warm_up(inner, scheduler, clock)
   slo_ms = scheduler.config.tbt_slo_ms
@@ -125,7 +124,7 @@ def paced(inner: engine.Runner, scheduler: scheduler_lib.Scheduler,
   return runner
 
 
-def warm_up(runner: engine.Runner, scheduler: scheduler_lib.Scheduler,
+def warm_up(runner: runner_lib.Runner, scheduler: base.Scheduler,
             clock: Callable[[], float]) -> float:
   """Times steps of all kinds, before there are requests.
 
