@@ -7,10 +7,11 @@ from it once the model and the size of the KV cache are known.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
 import pathlib
+import sys
 from typing import Any
 
 from sarathi_jax import errors
@@ -19,12 +20,42 @@ AUTO = 'auto'  # Chosen when it is known what for.
 KV_CACHE_DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8', 'fp8')
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: object) -> bool:
+  """Whether it is an integer, and no truth value."""
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
-  return _is_int(value) or isinstance(value, float)
+def is_real(value: Any) -> bool:
+  """Whether it is a number that a float can be, neither infinite nor NaN."""
+  return ((is_int(value) or isinstance(value, float))
+          and abs(value) <= sys.float_info.max)
+
+
+# What a value must be: whether it is, and how that is said.
+Rule = tuple[Callable[[Any], bool], str]
+SIZE: Rule = (lambda value: is_int(value) and value >= 1,
+              'must be an integer >= 1')
+POSITIVE: Rule = (lambda value: is_real(value) and value > 0, 'must be > 0')
+FLAG: Rule = (lambda value: isinstance(value, bool), 'must be true or false')
+
+
+def or_none(rule: Rule, text: str | None = None) -> Rule:
+  """The same, for what may be None; `text` instead of its words."""
+  holds, words = rule
+  return lambda value: value is None or holds(value), text or words
+
+
+def one_of(values: Collection[object]) -> Rule:
+  """Being among some."""
+  return (lambda value: value in values,
+          f'must be one of {", ".join(map(str, values))}')
+
+
+def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
+  """Raises ConfigError for the first field that breaks its rule."""
+  for field, (holds, rule) in rules.items():
+    value = getattr(config, field)
+    check(holds(value), field, value, rule)
 
 
 def check(ok: bool, field: str, value: Any, rule: str) -> None:
@@ -105,41 +136,32 @@ class EngineConfig:
   compilation_cache_dir: str | None = AUTO
 
   def __post_init__(self) -> None:
-    for field in ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'):
-      value = getattr(self, field)
-      check(_is_int(value) and value >= 1, field, value,
-            'must be an integer >= 1')
-    for field in ('max_model_len', 'num_pages'):
-      value = getattr(self, field)
-      check(value is None or (_is_int(value) and value >= 1), field, value,
-            'must be an integer >= 1')
+    check_fields(self, _ENGINE_RULES)
     check(self.token_budget >= self.max_num_seqs, 'token_budget',
           self.token_budget,
           f'must be at least max_num_seqs={self.max_num_seqs}, or a decode '
           'could be left out of a step')
-    check(self.kv_cache_gib is None
-          or (_is_real(self.kv_cache_gib) and self.kv_cache_gib > 0),
-          'kv_cache_gib', self.kv_cache_gib, 'must be > 0')
-    check(_is_real(self.memory_utilization)
-          and 0 < self.memory_utilization <= 1, 'memory_utilization',
-          self.memory_utilization, 'must be in (0, 1]')
-    check(_is_real(self.short_prompt_share)
-          and 0 <= self.short_prompt_share < 1, 'short_prompt_share',
-          self.short_prompt_share, 'must be in [0, 1)')
-    check(self.kv_cache_dtype in KV_CACHE_DTYPES, 'kv_cache_dtype',
-          self.kv_cache_dtype,
-          f'must be one of {", ".join(KV_CACHE_DTYPES)}')
     for field in SLOS:
       value = getattr(self, field)
-      check(value is None or (
-        _is_real(value) and math.isfinite(value) and value > 0), field, value,
-        'must be milliseconds > 0')
       check(value is None or self.tbt_slo_ms is not None, field, value,
             'needs tbt_slo_ms')
-    check(isinstance(self.look_ahead, bool), 'look_ahead', self.look_ahead,
-          'must be true or false')
-    check(_is_int(self.seed) and 0 <= self.seed < 2**63, 'seed', self.seed,
-          'must be an integer in [0, 2**63)')
+
+
+_ENGINE_RULES: Mapping[str, Rule] = {
+  **dict.fromkeys(
+    ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'), SIZE),
+  **dict.fromkeys(('max_model_len', 'num_pages'), or_none(SIZE)),
+  **dict.fromkeys(SLOS, or_none(POSITIVE, 'must be milliseconds > 0')),
+  'kv_cache_gib': or_none(POSITIVE),
+  'memory_utilization': (
+    lambda value: is_real(value) and 0 < value <= 1, 'must be in (0, 1]'),
+  'short_prompt_share': (
+    lambda value: is_real(value) and 0 <= value < 1, 'must be in [0, 1)'),
+  'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
+  'look_ahead': FLAG,
+  'seed': (lambda value: is_int(value) and 0 <= value < 2**63,
+           'must be an integer in [0, 2**63)'),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import enum
-import sys
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 
 MIN_SEED, MAX_SEED = -2**63, 2**63 - 1  # vLLM's
@@ -75,13 +75,7 @@ def _listed(value: Any) -> Any:
     value)
 
 
-def _is_int(value: object) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and abs(value) <= sys.float_info.max)  # Integers may be beyond.
+_is_int, _is_real = config_lib.is_int, config_lib.is_real
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

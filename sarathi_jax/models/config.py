@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import math
 from typing import Any, ClassVar, Self
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
@@ -29,31 +29,11 @@ ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _check(ok: bool, field: str, value: object, rule: str) -> None:
-  if not ok:
-    raise errors.ConfigError(f'{field}={value!r}: {rule}.')
-
-
-def _is_size(value: object) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: object) -> bool:
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value) and value > 0)
-
-
-def _check_types(config: Any, rules: Mapping[str, tuple[Any, str]]) -> None:
-  for field, (holds, rule) in rules.items():
-    value = getattr(config, field)
-    _check(holds(value), field, value, rule)
-
-
-_SIZE = (_is_size, 'must be an integer >= 1')
-_POSITIVE = (_is_positive, 'must be a finite number > 0')
-_FLAG = (lambda value: isinstance(value, bool), 'must be true or false')
-_WINDOW = (lambda value: value is None or _is_size(value),
-           'must be an integer >= 1, or null for none')
+_check, _check_types = config_lib.check, config_lib.check_fields
+_SIZE, _FLAG = config_lib.SIZE, config_lib.FLAG
+_POSITIVE = (config_lib.POSITIVE[0], 'must be a finite number > 0')
+_WINDOW = config_lib.or_none(_SIZE, 'must be an integer >= 1, or null for none')
+_is_size, _is_positive = _SIZE[0], _POSITIVE[0]
 
 
 def _from_dict(cls: Any, fields: Mapping[str, Any], what: str) -> Any:
