@@ -12,11 +12,9 @@ from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 from absl import logging
 import tqdm
@@ -56,34 +54,26 @@ def _bar(title: str, total: int) -> Iterator[Any]:
     yield bar.update
 
 
-def main(argv: list[str]) -> int:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   # Nothing is computed, so no accelerator is to be taken. JAX reads this when
   # it is imported, which is why the imports are here.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from checkpoints_convert import convert
   from checkpoints_convert import source
-  from sarathi_jax import errors
   from sarathi_jax.models import parallel
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.ERROR)  # orbax says a lot
   start = time.monotonic()
-  try:
-    plan = convert.convert(
-      source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
-      dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar,
-      parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value),
-      sampling_defaults=_SAMPLING_DEFAULTS.value,
-      allow_nonfinite=_ALLOW_NONFINITE.value)
-  except (errors.CheckpointError, errors.ConfigError) as e:
-    print(f'error: {e}', file=sys.stderr)
-    return 1
+  plan = convert.convert(
+    source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
+    dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar,
+    parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value),
+    sampling_defaults=_SAMPLING_DEFAULTS.value,
+    allow_nonfinite=_ALLOW_NONFINITE.value)
   seconds = time.monotonic() - start
   print(f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
         f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'
         f'{", verified" if _VERIFY.value else ""}')
-  return 0
 
 
 def run() -> None:

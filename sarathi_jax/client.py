@@ -77,11 +77,8 @@ def define_flags() -> None:
     define(name, None, text)
 
 
-def main(argv: list[str]) -> None:
-  try:
-    request = _request(argv[1:])
-  except ValueError as error:
-    raise app.UsageError(str(error)) from error
+def main(prompts: list[str]) -> None:
+  request = _request(prompts)
   with grpc.insecure_channel(FLAGS.target) as channel:
     stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
     call: Any = stub.Generate(request, timeout=FLAGS.timeout_s)
@@ -97,13 +94,13 @@ def main(argv: list[str]) -> None:
 
 
 def _request(prompts: list[str]) -> pb.GenerateRequest:
-  """Makes the message of the command line; ValueError if it is no good."""
+  """Makes the message of the command line; UsageError if it is no good."""
   sampling = pb.SamplingParams(
     **{name: FLAGS[name].value for name, _, _ in _SAMPLING})
   request = pb.GenerateRequest(
     request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling)
   if len(prompts) + (FLAGS.token_ids is not None) != 1:
-    raise ValueError('give one prompt, in quotes, or --token_ids')
+    raise app.UsageError('give one prompt, in quotes, or --token_ids')
   if FLAGS.token_ids is not None:
     request.token_ids.ids.extend(map(_token_id, FLAGS.token_ids))
   elif FLAGS.chat:
@@ -117,7 +114,8 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
 
 def _token_id(text: str) -> int:
   if not text.isdecimal():
-    raise ValueError(f'--token_ids: {text!r} is not a token id, such as 15043')
+    raise app.UsageError(
+      f'--token_ids: {text!r} is not a token id, such as 15043')
   return int(text)
 
 
@@ -178,9 +176,8 @@ def _explain(call: Any) -> str:
 
 
 def run() -> None:
-  define_flags()
   with contextlib.suppress(BrokenPipeError):
-    mains.run(main)
+    mains.run(main, define_flags, takes_arguments=True)
 
 
 if __name__ == '__main__':

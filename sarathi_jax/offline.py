@@ -29,11 +29,9 @@ import functools
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import app
 from absl import flags
 import rich.console
 import rich.markup
@@ -292,16 +290,10 @@ def _run(engine: engine_lib.Engine, lines: Sequence[Callable[[], Line]],
     num_errors))
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(stderr=True, highlight=False)
   try:
     _start(console)
-  except errors.SarathiError as error:
-    console.print(
-      f'[red]error:[/] {rich.markup.escape(str(error))}', soft_wrap=True)
-    sys.exit(1)
   except KeyboardInterrupt:
     console.print('Interrupted; --resume goes on with what is missing.')
     # Python would wait for compilations, which can't be interrupted.
@@ -310,8 +302,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
   """The console script."""
-  define_flags()
-  mains.run(main)
+  mains.run(main, define_flags)
 
 
 if __name__ == '__main__':

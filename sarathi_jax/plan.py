@@ -19,7 +19,6 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
 import rich.box
 import rich.console
@@ -27,7 +26,6 @@ import rich.table
 import rich.text
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import errors
 from sarathi_jax import xla_flags
 from sarathi_jax.cli import deployment
 from sarathi_jax.cli import flags as engine_flags
@@ -92,24 +90,18 @@ def _sequences(memory: Any, contexts: list[int]) -> rich.table.Table:
   return table
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   xla_flags.set_environment(os.environ)
-  try:
-    config_lib.check(FLAGS.config is not None, 'config', None, 'must be given')
-    asked = deployment.read(FLAGS.config)
-    config = engine_flags.engine_config_from_flags()
-    model = asked.known_model()
-    device = FLAGS.device or asked.device or ''
-    config_lib.check(bool(device), 'device', FLAGS.device,
-                     'must be given, as the config names none')
-    contexts = _contexts(model, config)
-    problems = _run(asked.name, model, config, device, contexts)
-  except errors.SarathiError as error:
-    sys.exit(f'error: {error}')
-  if problems:
+  config_lib.check(FLAGS.config is not None, 'config', None, 'must be given')
+  asked = deployment.read(FLAGS.config)
+  config = engine_flags.engine_config_from_flags()
+  model = asked.known_model()
+  device = FLAGS.device or asked.device or ''
+  config_lib.check(bool(device), 'device', FLAGS.device,
+                   'must be given, as the config names none')
+  contexts = _contexts(model, config)
+  if problems := _run(asked.name, model, config, device, contexts):
     sys.exit('\n'.join(f'error: {problem}' for problem in problems))
 
 
@@ -160,8 +152,7 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
 
 def run() -> None:
   """The command."""
-  define_flags()
-  mains.run(main)
+  mains.run(main, define_flags)
 
 
 if __name__ == '__main__':

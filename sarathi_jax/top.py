@@ -14,7 +14,6 @@ import sys
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 import grpc
 import rich.console
@@ -165,9 +164,7 @@ def _ms(stats: pb.GetStatsResponse, field: str) -> str:
   return f'{getattr(stats, field) * 1e3:.1f} ms'
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   left, before = FLAGS.count, None
   try:
     with grpc.insecure_channel(FLAGS.target) as channel, rich.live.Live(
@@ -188,8 +185,7 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  define_flags()
-  mains.run(main)
+  mains.run(main, define_flags)
 
 
 if __name__ == '__main__':

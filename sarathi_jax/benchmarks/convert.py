@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 
-from absl import app
 from absl import flags
 import numpy as np
 import rich.console
@@ -30,6 +29,7 @@ import rich.progress
 import rich.table
 
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
 _WIDTH, _INNER, _VOCAB = 4096, 11008, 32000
@@ -129,9 +129,7 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
     'of_copy': copied / converted, 'peak_mib': peak}
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(highlight=False)
   with (tempfile.TemporaryDirectory(dir=FLAGS.folder) as name,
         rich.progress.Progress(console=console, transient=True) as progress):
@@ -155,5 +153,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -20,7 +20,6 @@ import statistics
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 import rich.console
 import rich.progress
@@ -30,6 +29,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.launch import loading
 from sarathi_jax.runner import batch as batch_lib
@@ -178,9 +178,7 @@ def measure(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
     'p99': statistics.quantiles(steps, n=100)[98] - fake}
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(highlight=False)
   tokenizer = tokenizer_lib.Tokenizer(FLAGS.tokenizer)
   loading.collect_less_garbage()  # As the server does.
@@ -205,5 +203,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -21,7 +21,6 @@ import os
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -36,6 +35,7 @@ from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import throughput
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.simulator import probe as probe_lib
 from sarathi_jax.simulator import runner as runner_lib
@@ -253,9 +253,7 @@ def _show(console: rich.console.Console, title: str,
   console.print(table)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX says a lot
   console = rich.console.Console(highlight=False)
@@ -292,5 +290,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

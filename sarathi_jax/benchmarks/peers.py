@@ -23,13 +23,13 @@ import sys
 import tempfile
 from typing import Any
 
-from absl import app
 from absl import flags
 import rich.console
 import rich.progress
 import rich.table
 
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
 _WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
@@ -108,9 +108,7 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
   return same / total
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(highlight=False)
   commands = {
     'sarathi_jax': [sys.executable, '-m',
@@ -170,5 +168,4 @@ def _report(console: rich.console.Console, versions: dict[str, str],
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import random
 
-from absl import app
 from absl import flags
 import rich.console
 import rich.table
@@ -24,6 +23,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 
@@ -163,9 +163,7 @@ def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
   picture.savefig(path, dpi=150, bbox_inches='tight')
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(highlight=False)
   config = config_lib.SchedulerConfig(
     token_budget=FLAGS.token_budget, max_num_seqs=FLAGS.max_num_seqs,
@@ -191,5 +189,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

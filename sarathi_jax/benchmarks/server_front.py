@@ -22,7 +22,6 @@ import multiprocessing
 import time
 from typing import Any, NamedTuple
 
-from absl import app
 from absl import flags
 import grpc
 import rich
@@ -33,6 +32,7 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import hostile
 from sarathi_jax.benchmarks import hostile_bodies
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.launch import loading
@@ -255,9 +255,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
   return shown
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   rows = _hostile() if FLAGS.hostile else _front()
   common.write_json(FLAGS.json, 'server_front', FLAGS, rows,
                     grpcio=grpc.__version__)
@@ -292,4 +290,4 @@ if __name__ == '__main__':
     'repeats', 3, 'How often each is sent; the least harm counts, as others '
     'may use the machine.')
   flags.DEFINE_string('json', None, 'A file for the result.')
-  app.run(main)
+  mains.run(main)

@@ -14,7 +14,6 @@ import os
 import random
 import time
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -30,6 +29,7 @@ from sarathi_jax import types
 from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
 from sarathi_jax.cli import flags as engine_flags
+from sarathi_jax.cli import mains
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import published
 
@@ -108,9 +108,7 @@ def run(llm: llm_lib.LLM, workload: Workload, seed: int,
     'tbt_p50_s': tbt.quantile(.5), 'tbt_p99_s': tbt.quantile(.99)}
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX says a lot
   xla_flags.set_environment(os.environ)
@@ -164,5 +162,4 @@ def _report(console: rich.console.Console, config: config_lib.EngineConfig,
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -3,35 +3,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import sys
 from typing import Any
 
 from absl import app
 from absl import flags
 
+from sarathi_jax import errors
 
-def run(main: Callable[[list[str]], Any]) -> None:
+
+def run(main: Callable[..., Any],
+        define_flags: Callable[[], object] = lambda: None, *,
+        takes_arguments: bool = False) -> None:
   """Runs a main, whose `--help` shows its module's docstring and flags.
 
   absl shows those of the module that Python was started with, which is
-  another one for a console script, or for the main of a package. A usage
-  error is one line, and not all of the help.
+  another one for a console script, or for the main of a package.
 
   Args:
-    main: takes the arguments that are no flags; what it returns is the exit
-      code. All flags are defined.
+    main: see `call`.
+    define_flags: defines those that are not yet defined.
+    takes_arguments: see `call`.
   """
+  define_flags()
   module = sys.modules[main.__module__]
   sys.modules['__main__'].__doc__ = module.__doc__
   for flag in flags.FLAGS.get_key_flags_for_module(module):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
-  def one_line(argv: list[str]) -> Any:
-    try:
-      return main(argv)
-    except app.UsageError as error:
-      print(f'error: {error}; see --help', file=sys.stderr)
-      return 1
+  app.run(lambda argv: call(main, argv, takes_arguments=takes_arguments))
 
-  app.run(one_line)
+
+def call(main: Callable[..., Any], argv: Sequence[str], *,
+         takes_arguments: bool = False) -> Any:
+  """Calls a main; an error of the user's, or of ours, is one line.
+
+  Args:
+    main: what it returns is the exit code. Errors that have a name in
+      `errors` are told, others are its faults.
+    argv: its name, and the arguments that are no flags.
+    takes_arguments: whether it is given these; else there must be none.
+
+  Returns:
+    The exit code; None is 0.
+  """
+  try:
+    if takes_arguments:
+      return main(argv[1:])
+    if len(argv) > 1:
+      raise app.UsageError(f'unexpected argument: {argv[1]}')
+    return main()
+  except app.UsageError as error:
+    print(f'error: {error}; see --help', file=sys.stderr)
+  except errors.SarathiError as error:
+    print(f'error: {error}', file=sys.stderr)
+  return 1

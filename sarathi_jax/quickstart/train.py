@@ -17,7 +17,6 @@ import pathlib
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 from absl import logging
 import jax
@@ -30,6 +29,7 @@ from rich import progress as rich_progress
 import tokenizers
 
 import sarathi_jax
+from sarathi_jax.cli import mains
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.quickstart import card
 from sarathi_jax.quickstart import export
@@ -162,9 +162,7 @@ def _held_out_loss(config: config_lib.LlamaConfig, params: Any,
     config, rounded, stream, min(_LENGTH.value, len(stream) - 1))
 
 
-def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX looks for TPUs aloud.
   console = rich_console.Console(highlight=False)
@@ -193,4 +191,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  mains.run(main)

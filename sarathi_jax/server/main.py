@@ -59,16 +59,13 @@ def define_flags() -> None:
   engine_flags.define_engine_flags()
 
 
-def main(argv: list[str]) -> None:
-  _choose_checkpoint(argv[1:])
+def main(arguments: list[str]) -> None:
+  _choose_checkpoint(arguments)
   if not FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
-  try:
-    config = server_flags.server_config_from_flags()
-    engine_config = engine_flags.engine_config_from_flags()
-    leader = _join(engine_config)
-  except errors.SarathiError as error:
-    _fail(error)
+  config = server_flags.server_config_from_flags()
+  engine_config = engine_flags.engine_config_from_flags()
+  leader = _join(engine_config)
 
   # Not on top: a flag that is wrong or a port in use is told at once.
   @functools.cache
@@ -157,12 +154,7 @@ def serve(config: server_lib.ServerConfig,
     code = await server_lib.serve(server, on_ready)
     return code, server
 
-  try:
-    code, server = asyncio.run(served())
-  except errors.SarathiError as error:
-    if leader is not None:
-      raise
-    _fail(error)
+  code, server = asyncio.run(served())
   if server.fault is not None:
     if leader is not None:
       raise server.fault
@@ -183,12 +175,6 @@ def _python() -> str:
   return sys.executable.removeprefix(os.path.join(os.getcwd(), ''))
 
 
-def _fail(error: errors.SarathiError) -> NoReturn:
-  print(f'error: {error}', file=sys.stderr)
-  sys.exit(1)
-
-
 def run() -> None:
   """The console script sarathi-serve."""
-  define_flags()
-  mains.run(main)
+  mains.run(main, define_flags, takes_arguments=True)

@@ -10,14 +10,13 @@ hybrid batches and pipeline bubbles are seen (ui.perfetto.dev opens it).
 
 from __future__ import annotations
 
-import sys
 import time
 
-from absl import app
 from absl import flags
 import rich.console
 
 from sarathi_jax import errors
+from sarathi_jax.cli import mains
 from sarathi_jax.cli import report
 from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import simulate
@@ -40,23 +39,17 @@ def define_flags() -> None:
   flags.DEFINE_float('trace_s', 120.0, 'How much of the run it shows, seconds.')
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(highlight=False)
-  try:
-    budget = scenario_lib.budget_of(FLAGS.token_budget)
-    scenario = scenario_lib.from_flags(FLAGS.qps).with_policy(
-      FLAGS.policy, budget, FLAGS.slo_tbt_p99)
-    trace = trace_lib.ChromeTrace(FLAGS.trace_s)
-    start = time.perf_counter()
-    with console.status('Simulating'):
-      result = simulate.simulate(
-        scenario.cost(), scenario.config, workload_lib.make(scenario.workload),
-        on_span=trace.add if FLAGS.trace else None)
-  except errors.SarathiError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
+  budget = scenario_lib.budget_of(FLAGS.token_budget)
+  scenario = scenario_lib.from_flags(FLAGS.qps).with_policy(
+    FLAGS.policy, budget, FLAGS.slo_tbt_p99)
+  trace = trace_lib.ChromeTrace(FLAGS.trace_s)
+  start = time.perf_counter()
+  with console.status('Simulating'):
+    result = simulate.simulate(
+      scenario.cost(), scenario.config, workload_lib.make(scenario.workload),
+      on_span=trace.add if FLAGS.trace else None)
   console.print(report.summary_table(
     result.metrics, result.seconds, result.num_preemptions))
   busy = ', '.join(f'{part:.1%}' for part in result.busy)
@@ -66,11 +59,10 @@ def main(argv: list[str]) -> None:
     try:
       trace.write(FLAGS.trace)
     except OSError as error:
-      print(f'error: trace={FLAGS.trace!r}: can\'t be written: '
-            f'{error.strerror}.', file=sys.stderr)
-      sys.exit(1)
+      raise errors.ConfigError(
+        f'trace={FLAGS.trace!r}: can\'t be written: {error.strerror}.'
+      ) from error
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

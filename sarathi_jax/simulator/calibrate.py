@@ -36,6 +36,7 @@ from scipy import optimize
 
 from sarathi_jax import errors
 from sarathi_jax.cli import deployment
+from sarathi_jax.cli import mains
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import step_tables
@@ -206,30 +207,23 @@ def _calibrate_gpu(console: rich.console.Console) -> Hardware:
   return fitted.hardware
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   sources = [n for n in ('tables', 'gpu_check', 'artifact') if FLAGS[n].value]
   if len(sources) != 1:
     raise app.UsageError('give one of --tables, --gpu_check, --artifact')
   console = rich.console.Console(
     highlight=False, width=None if sys.stdout.isatty() else 120)
-  try:
-    if FLAGS.artifact:
-      _calibrate_host(console)
-      return
-    hardware = (_calibrate_tables(console) if FLAGS.tables
-                else _calibrate_gpu(console))
-    for field, value in dataclasses.asdict(hardware.efficiencies).items():
-      console.print(f'{field:>18} {value:.4g}')
-    if FLAGS.output:
-      write(hardware, FLAGS.output, f'Fitted to {FLAGS.device[0]}*.csv.'
-            if FLAGS.tables else 'Fitted to scripts/gpu_check.')
-  except errors.SarathiError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
+  if FLAGS.artifact:
+    _calibrate_host(console)
+    return
+  hardware = (_calibrate_tables(console) if FLAGS.tables
+              else _calibrate_gpu(console))
+  for field, value in dataclasses.asdict(hardware.efficiencies).items():
+    console.print(f'{field:>18} {value:.4g}')
+  if FLAGS.output:
+    write(hardware, FLAGS.output, f'Fitted to {FLAGS.device[0]}*.csv.'
+          if FLAGS.tables else 'Fitted to scripts/gpu_check.')
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

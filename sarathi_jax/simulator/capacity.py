@@ -26,7 +26,6 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app
 from absl import flags
 import rich.console
 import rich.progress
@@ -34,6 +33,7 @@ import rich.table
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax.cli import mains
 from sarathi_jax.simulator import probe as probe_lib
 from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import search
@@ -218,22 +218,16 @@ def show(console: rich.console.Console, rows: Sequence[Row],
   console.print(table)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   console = rich.console.Console(
     highlight=False, width=None if sys.stdout.isatty() else 110)
-  try:
-    if FLAGS.target:
-      from sarathi_jax.simulator import live
-      rows, found = live.search_target(
-        console, FLAGS.target, _slos(), scenario_lib.workload_from_flags(),
-        start_qps=FLAGS.start_qps, precision=FLAGS.precision)
-    else:
-      rows, found = _simulated(console)
-  except errors.SarathiError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(1)
+  if FLAGS.target:
+    from sarathi_jax.simulator import live
+    rows, found = live.search_target(
+      console, FLAGS.target, _slos(), scenario_lib.workload_from_flags(),
+      start_qps=FLAGS.start_qps, precision=FLAGS.precision)
+  else:
+    rows, found = _simulated(console)
   show(console, rows, found)
   if FLAGS.output:
     folder = pathlib.Path(FLAGS.output)
@@ -246,5 +240,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -14,14 +14,13 @@ import inspect
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 from absl import app
 from absl import flags
 import rich.console
 
-from sarathi_jax import errors
+from sarathi_jax.cli import mains
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments as experiments_lib
 
@@ -105,9 +104,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   known = experiments_lib.EXPERIMENTS
   if unknown := set(FLAGS.experiments) - set(known):
     raise app.UsageError(f'--experiments={",".join(sorted(unknown))}: must be '
@@ -122,17 +119,13 @@ def main(argv: list[str]) -> None:
   parts = [_HEAD]
   for name in FLAGS.experiments:
     path = folder / f'{name}.json'
-    try:
-      if FLAGS.again or not path.exists():
-        with console.status(f'Simulating {name}'):
-          rows = known[name](settings)
-        path.write_text(json.dumps({
-          'num_requests': FLAGS.num_requests, 'host': FLAGS.host,
-          'chats': 'of the artifact' if FLAGS.chat_trace else 'drawn',
-          'rows': rows}, indent=1) + '\n')
-    except errors.SarathiError as error:
-      print(f'error: {error}', file=sys.stderr)
-      sys.exit(1)
+    if FLAGS.again or not path.exists():
+      with console.status(f'Simulating {name}'):
+        rows = known[name](settings)
+      path.write_text(json.dumps({
+        'num_requests': FLAGS.num_requests, 'host': FLAGS.host,
+        'chats': 'of the artifact' if FLAGS.chat_trace else 'drawn',
+        'rows': rows}, indent=1) + '\n')
     kept = json.loads(path.read_text())
     title = name.replace('_', ' ').capitalize()
     text = inspect.getdoc(known[name])
@@ -147,5 +140,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

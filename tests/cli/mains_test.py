@@ -12,6 +12,8 @@ import tomllib
 import pytest
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
+from sarathi_jax.cli import mains
 from tests import source_tree
 
 SCRIPTS: dict[str, str] = tomllib.loads(
@@ -39,6 +41,19 @@ def help_of(*command: str) -> str:
     check=False, cwd=source_tree.ROOT)
   assert done.stderr == ''
   return done.stdout
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture) -> None:
+  def fail() -> None:
+    raise errors.ConfigError('tp=3: must divide.')
+
+  assert mains.call(lambda: 3, ['name']) == 3
+  assert mains.call(list, ['name', 'a'], takes_arguments=True) == ['a']
+  assert capsys.readouterr().err == ''
+  assert mains.call(fail, ['name']) == 1
+  assert mains.call(fail, ['name', 'a']) == 1
+  assert capsys.readouterr().err == (
+    'error: tp=3: must divide.\nerror: unexpected argument: a; see --help\n')
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

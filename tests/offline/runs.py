@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from sarathi_jax import offline
+from sarathi_jax.cli import mains
 from tests import absl_flags
 
 VOCAB, CONTEXT = 300, 256
@@ -43,7 +44,7 @@ class Runner:
     code: Any = 0
     self._capsys.readouterr()
     try:
-      offline.main(['offline'])
+      code = mains.call(offline.main, ['offline']) or 0
     except SystemExit as error:
       code = error.code
     seen = self._capsys.readouterr()

@@ -43,9 +43,9 @@ def test_arguments_say_what_is_loaded(
   monkeypatch.setattr(loading, 'load_llm', load_llm)
   monkeypatch.setattr(main_lib, 'serve', serve)
   with absl_flags.defined(main_lib.define_flags):
-    main_lib.main(['server', *absl_flags.parse(
+    main_lib.main(absl_flags.parse(
       '--port=1234', '--drain_s=2', '--cache_dir=c', '--token_budget=256',
-      *flags)])
+      *flags))
   assert (asked['checkpoint'], asked['cache_dir']) == (checkpoint, 'c')
   assert asked['model_name'] == name
   assert asked['config'].max_num_seqs == max_num_seqs
@@ -59,4 +59,4 @@ def test_arguments_say_what_is_loaded(
 def test_a_second_checkpoint_is_refused(arguments: tuple[str, ...]) -> None:
   with absl_flags.defined(main_lib.define_flags), pytest.raises(
       app.UsageError, match='unexpected argument'):
-    main_lib.main(['server', *absl_flags.parse(*arguments)])
+    main_lib.main(absl_flags.parse(*arguments))

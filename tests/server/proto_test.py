@@ -111,5 +111,6 @@ def test_the_client_loads_only_the_protocol() -> None:
     [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
     check=True)
   assert done.stdout.strip() == str([
-    'sarathi_jax.client', 'sarathi_jax.cli.mains', 'sarathi_jax.server',
-    'sarathi_jax.server.sarathi_pb2', 'sarathi_jax.server.sarathi_pb2_grpc'])
+    'sarathi_jax.client', 'sarathi_jax.cli.mains', 'sarathi_jax.errors',
+    'sarathi_jax.server', 'sarathi_jax.server.sarathi_pb2',
+    'sarathi_jax.server.sarathi_pb2_grpc'])

@@ -8,9 +8,11 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 
 import pytest
 
+from sarathi_jax.cli import mains
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.simulator import capacity
 from sarathi_jax.simulator import live
@@ -33,7 +35,8 @@ def _flags() -> Iterator[None]:
 
 def run(*args: str) -> None:
   absl_flags.parse(*args)
-  capacity.main([''])
+  if mains.call(capacity.main, ['']):
+    sys.exit(1)
 
 
 def error_of(capsys: pytest.CaptureFixture, *args: str) -> str:

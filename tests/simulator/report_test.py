@@ -23,7 +23,7 @@ def _flags() -> Iterator[None]:
 def run(folder: pathlib.Path, *args: str) -> str:
   absl_flags.parse(
     f'--output={folder}', f'--configs={cost_model_test.CONFIGS}', *args)
-  report.main([''])
+  report.main()
   return (folder / 'report.md').read_text()
 
 

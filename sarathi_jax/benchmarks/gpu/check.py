@@ -45,6 +45,7 @@ from sarathi_jax.benchmarks.gpu import sizes
 from sarathi_jax.benchmarks.gpu import stages
 from sarathi_jax.benchmarks.gpu import tables
 from sarathi_jax.benchmarks.gpu import targets
+from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
 _ROOT = pathlib.Path(__file__).parents[3]
@@ -195,9 +196,7 @@ def _archive() -> pathlib.Path:
   return pathlib.Path(FLAGS.archive or f'{_output()}.tar.gz').resolve()
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
+def main() -> None:
   if not FLAGS.stages:
     raise app.UsageError('--stages=: must name one.')
   if unknown := set(FLAGS.stages) - set(stages.STAGES):
@@ -244,5 +243,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)
