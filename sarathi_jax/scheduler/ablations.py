@@ -7,32 +7,18 @@ from collections.abc import Iterator
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.scheduler import base
+from sarathi_jax.scheduler import orca
 from sarathi_jax.scheduler import sequence
 
 
-class HybridOnlyScheduler(base.Scheduler):
+class HybridOnlyScheduler(orca.OrcaScheduler):
   """Hybrid batches without chunks: whole prompts join the decodes.
 
   As Orca, but pages are taken for the prompt only.
   """
 
-  @classmethod
-  def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
-    return (max(config.token_budget, config.max_model_len)
-            + config.max_num_seqs)
-
-  def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
-  ) -> Iterator[tuple[sequence.Sequence, int]]:
-    budget = self.max_step_tokens(self.config) - len(decodes)
-    for seq in decodes:
-      yield seq, 1
-    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
-      new = self._admit(now, reserve=len(head.tokens))
-      if new is None:
-        break
-      budget -= new.num_left
-      yield new, new.num_left
+  def _reserved(self, seq: sequence.Sequence) -> int:
+    return len(seq.tokens)
 
 
 class ChunkedOnlyScheduler(base.Scheduler):

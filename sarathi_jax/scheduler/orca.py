@@ -29,8 +29,13 @@ class OrcaScheduler(base.Scheduler):
     for seq in decodes:
       yield seq, 1
     while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
-      new = self._admit(now, reserve=self.config.max_model_len)
+      new = self._admit(now, reserve=self._reserved(head))
       if new is None:
         break
       budget -= new.num_left
       yield new, new.num_left
+
+  def _reserved(self, seq: sequence.Sequence) -> int:
+    """The tokens that pages are taken for when it is admitted."""
+    del seq
+    return self.config.max_model_len
