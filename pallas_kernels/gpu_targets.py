@@ -139,6 +139,27 @@ _KINDS: Mapping[str, str] = {
   'NVIDIA H200': 'h100'}
 # H100 and H200 of these kinds reach less than SXM's, by how much varies.
 _SLOWER = ('H100 PCIe', 'NVL')
+# The target whose multiprocessors have the same room, by compute capability:
+# 164 KiB of shared memory, 228 KiB, or 100 KiB and fewer threads.
+_ALIKE: Mapping[str, str] = {
+  '8.0': 'a100', '8.7': 'a100',  # A100, A800, A30; Orin
+  '9.0': 'h100',  # H100, H200, H800, H20, GH200
+  '10.0': 'h100', '10.3': 'h100', '11.0': 'h100',  # B200, B300, Thor
+  '8.6': 'a40', '8.9': 'a40',  # A40, A10; L40S, L4
+  '12.0': 'a40', '12.1': 'a40'}  # RTX PRO 6000, Spark
+_MOST_MODEST = 'a40'
+
+
+def alike(compute_capability: str) -> str:
+  """Returns the target whose sizes a GPU takes: what fits there fits here.
+
+  Args:
+    compute_capability: as jax.Device has it: '9.0', or '9.0a'.
+
+  Returns:
+    Its name; the most modest one's of a GPU that is not known yet.
+  """
+  return _ALIKE.get(compute_capability.rstrip('af'), _MOST_MODEST)
 
 
 def name_of(device_kind: str) -> str | None:

@@ -64,7 +64,7 @@ LAYERS: Mapping[str, Layer] = {
     ('scheduler', 'text', 'engine', 'cli', 'llm', '~launch')),
   'simulator': Layer(
     ('sarathi_jax.simulator',),
-    ('scheduler', 'engine', 'models', 'cli', 'server')),
+    ('kernels', 'scheduler', 'engine', 'models', 'cli', 'server')),
   'top': Layer(
     ('sarathi_jax.offline', 'sarathi_jax.client', 'sarathi_jax.top',
      'sarathi_jax.plan', 'sarathi_jax.benchmarks', 'configs', 'tests'),

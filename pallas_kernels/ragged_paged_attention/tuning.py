@@ -145,8 +145,8 @@ _FASTEST: Mapping[str, tuple[str, ...]] = {
 def choose(shape: Shape) -> Sizes:
   """The sizes for a shape, on the default device.
 
-  Devices that are not in the tables get A40's sizes, the most modest. CPUs
-  interpret the kernel.
+  Those of the GPU in the tables that its multiprocessors are like, which is
+  told by its compute capability. CPUs interpret the kernel.
 
   Raises:
     NotImplementedError: there are none for such a shape or device.
@@ -217,7 +217,7 @@ def writer() -> str:
 
 
 def _target(device: Any) -> str:
-  return gpu_targets.name_of(device.device_kind) or 'a40'
+  return gpu_targets.alike(getattr(device, 'compute_capability', ''))
 
 
 def _multiprocessors(device: Any) -> int:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU and its machine are: facts, and what was fitted to measurements.
 
-A device is a small JSON file: those in `devices/`, by name, or any path. Its
-`efficiencies` are the only fitted numbers, eleven, written by `calibrate`:
-fractions of what the hardware could do, and fixed times of launches. A device
-that nobody measured takes those of another (`efficiencies_of`).
+A device is a small JSON file: those in `devices/`, by name, or any path. What
+its GPU is, `pallas_kernels.gpu_targets` says, if it names one as its `gpu`, and
+else the file. Its `efficiencies` are the only fitted numbers, eleven, written
+by `calibrate`: fractions of what the hardware could do, and fixed times of
+launches. A device that nobody measured takes those of another
+(`efficiencies_of`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 import pathlib
 from typing import Any
 
+from pallas_kernels import gpu_targets
 from sarathi_jax import errors
 
 _FOLDER = pathlib.Path(__file__).parent / 'devices'
@@ -129,6 +132,12 @@ def from_dict(fields: Any, name: str) -> Hardware:
   if not isinstance(fields, dict):
     raise fail('must be an object')
   fields = {k: v for k, v in fields.items() if k != 'source'}
+  gpu = fields.pop('gpu', None)
+  if gpu is not None:
+    if gpu not in gpu_targets.TARGETS:
+      raise fail(f'gpu={gpu!r}: must be one of '
+                 f'{", ".join(gpu_targets.TARGETS)}')
+    fields = _facts_of(gpu_targets.TARGETS[gpu]) | fields
   other = fields.pop('efficiencies_of', None)
   if other is not None:
     fields['efficiencies'] = dataclasses.asdict(load(other).efficiencies) | (
@@ -150,3 +159,10 @@ def from_dict(fields: Any, name: str) -> Hardware:
     raise fail(f'link_rates must have {", ".join(LINKS)}')
   return Hardware(**{'name': name, **fields, 'efficiencies': Efficiencies(
     **fields['efficiencies'])})
+
+
+def _facts_of(gpu: gpu_targets.GpuTarget) -> dict[str, float]:
+  """The fields of `Hardware` that are a GPU's."""
+  return {'flops': gpu.matmul_flops, 'memory_bytes': gpu.memory_bytes,
+          'memory_rate': gpu.bandwidth, 'num_sms': gpu.multiprocessors,
+          'clock_hz': gpu.clock_ghz * 1e9}

@@ -34,6 +34,16 @@ def test_targets(device: str, shared_memory: int) -> None:
   assert ('ACCELERATED_FEATURES' in text) == (device == 'h100')
 
 
+@pytest.mark.parametrize(('compute_capability', 'expected'), [
+  ('8.0', 'a100'),  # A100, A800
+  ('9.0', 'h100'), ('9.0a', 'h100'),  # GH200, H800, H20
+  ('10.0', 'h100'),  # B200
+  ('8.6', 'a40'), ('8.9', 'a40'),  # L40S: its shared memory is A40's, too
+  ('99.0', 'a40'), ('', 'a40')])
+def test_what_gpus_are_alike(compute_capability: str, expected: str) -> None:
+  assert gpu_targets.alike(compute_capability) == expected
+
+
 @pytest.mark.parametrize(('device_kind', 'expected'), [
   ('NVIDIA H100 80GB HBM3', 989.4e12), ('NVIDIA H200', 989.4e12),
   ('NVIDIA A100 80GB PCIe', 312e12), ('NVIDIA H100 PCIe', None),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pallas_kernels import gpu_targets
 from sarathi_jax import errors
 from sarathi_jax.simulator import hardware
 
@@ -19,6 +20,17 @@ def test_devices_come_with_a_dozen_fitted_numbers_at_most(name: str) -> None:
   device = hardware.load(name)
   assert len(dataclasses.fields(device.efficiencies)) <= 12
   assert 0 < device.efficiencies.gemm < 1
+
+
+@pytest.mark.parametrize('name', hardware.names())
+def test_facts_of_gpus_are_those_that_kernels_are_compiled_for(
+    name: str) -> None:
+  device = hardware.load(name)
+  gpu = gpu_targets.get(name.partition('_')[0])
+  assert (device.memory_bytes, device.memory_rate, device.num_sms) == (
+    gpu.memory_bytes, gpu.bandwidth, gpu.multiprocessors)
+  assert (device.flops, device.clock_hz) == (
+    gpu.matmul_flops, gpu.clock_ghz * 1e9)
 
 
 @pytest.mark.parametrize(('device', 'last', 'link'), [
@@ -47,6 +59,7 @@ def test_a_file_makes_a_device(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(('changes', 'message'), [
   ({'flops': -1}, 'flops=-1: must be a finite number > 0'),
   ({'num_sms': None}, 'num_sms: missing or unknown'),
+  ({'gpu': 'a41'}, "gpu='a41': must be one of a100, a40, h100"),
   ({'colour': 'green'}, 'colour: missing or unknown'),
   ({'efficiencies': {'gemm': 1}}, 'efficiencies .*memory.*: missing'),
   ({'link_rates': {'nvlink': 1}}, 'link_rates must have'),

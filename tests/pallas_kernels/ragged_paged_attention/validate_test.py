@@ -267,6 +267,22 @@ def test_the_device_knows_its_multiprocessors_best(
   assert all(c.num_blocks == 2 * 114 for c in tuning.candidates())
 
 
+@pytest.mark.parametrize(('kind', 'capability', 'like'), [
+  ('NVIDIA GH200 480GB', '9.0', 'NVIDIA H100 80GB HBM3'),
+  ('NVIDIA H20', '9.0', 'NVIDIA H100 80GB HBM3'),
+  ('NVIDIA A800-SXM4-80GB', '8.0', 'NVIDIA A100-SXM4-80GB')])
+def test_a_gpu_takes_the_sizes_of_its_like(
+    kind: str, capability: str, like: str, monkeypatch: pytest.MonkeyPatch):
+  """Not those of the most modest, of which it has never been one."""
+  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
+  _pretend(monkeypatch, like, capability)
+  expected = tuning.choose(shape)
+  _pretend(monkeypatch, 'NVIDIA A40', '8.6')
+  modest = tuning.choose(shape)
+  _pretend(monkeypatch, kind, capability)
+  assert tuning.choose(shape) == expected != modest
+
+
 @pytest.mark.parametrize(('device', 'match'), [
   (dict(platform='gpu', device_kind='Tesla V100', compute_capability='7.0'),
    'pallas_triton: compute_capability=7.0: must be 8.0 or above'),
