@@ -146,6 +146,19 @@ class EngineConfig:
       check(value is None or self.tbt_slo_ms is not None, field, value,
             'needs tbt_slo_ms')
 
+  def cache_bytes(self, page_bytes: int) -> float | None:
+    """Returns the size asked for of the KV cache, on a device.
+
+    Args:
+      page_bytes: of a page, there.
+
+    Returns:
+      Bytes; None for what is free.
+    """
+    if self.num_pages is not None:
+      return self.num_pages * page_bytes
+    return None if self.kv_cache_gib is None else self.kv_cache_gib * 2**30
+
 
 _ENGINE_RULES: Mapping[str, Rule] = {
   **dict.fromkeys(

@@ -79,6 +79,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.scheduler': ('absl',),
   'sarathi_jax.xla_flags': (),
   'sarathi_jax.models.config': (),
+  'sarathi_jax.models.facts': (),
   'sarathi_jax.models.published': (),
   'sarathi_jax.models.parallel': (),
   'sarathi_jax.models.spec': (),
@@ -98,7 +99,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
 WITHOUT_JAX = (
   'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
   'sarathi_jax.engine.fake_runner', 'sarathi_jax.text.collector',
-  'sarathi_jax.models.config', 'sarathi_jax.models.published',
+  'sarathi_jax.models.config', 'sarathi_jax.models.facts',
+  'sarathi_jax.models.published',
   'sarathi_jax.models.parallel', 'sarathi_jax.cli.deployment',
   'sarathi_jax.xla_flags',
   'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',

@@ -26,9 +26,9 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import attention_work
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
-from pallas_kernels.ragged_paged_attention import quantization
 
 FLAGS = flags.FLAGS
 
@@ -74,15 +74,12 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
   window = spec.sliding_window
   rows = pairs = 0
   for context, q_len in zip(spec.contexts, spec.all_q_lens, strict=True):
-    seen = [at + 1 if window is None else min(at + 1, window)
-            for at in range(context - q_len, context)]
-    pairs += sum(seen)
-    if q_len:
-      rows += context if window is None else min(context, window + q_len - 1)
-  number = jnp.dtype(spec.kv_dtype or spec.dtype).itemsize
-  scale = 0 if spec.kv_dtype is None else quantization.SCALE_DTYPE.itemsize
-  size = 2 * spec.num_kv_heads * (spec.head_dim * number + scale)
-  return rows * size, 4 * pairs * spec.num_heads * spec.head_dim
+    pairs += attention_work.num_pairs(context - q_len, q_len, window)
+    rows += attention_work.num_keys(context - q_len, q_len, window)
+  return (
+    rows * attention_work.token_bytes(
+      spec.num_kv_heads, spec.head_dim, spec.kv_dtype or spec.dtype),
+    pairs * attention_work.pair_flops(spec.num_heads, spec.head_dim))
 
 
 def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,

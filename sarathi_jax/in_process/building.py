@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
-import math
 import os
 import time
 from typing import Any
@@ -15,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import facts
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import compiled
 from sarathi_jax.runner import device_runner
@@ -73,21 +72,6 @@ def make_mesh(model: model_config_lib.ModelConfig,
     len(home) == 1, 'params', f'on {len(home)} devices', 'with neither tp, '
     'pp nor a mesh they must be on one')
   return mesh_lib.make(asked, list(home))
-
-
-def prefix_cost(model: model_config_lib.ModelConfig, num_stages: int) -> float:
-  """What attention to one token before costs a token, in tokens.
-
-  Scores and values take 4 H h operations a layer, all its matrices two for
-  each number in them. Nothing grows with the context where it slides; and of
-  one stage, batches need not take the same time.
-  """
-  if model.sliding_window is not None or num_stages == 1:
-    return 0.0
-  layer = models.param_specs(model)['layers'][0]
-  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(layer)
-             if len(leaf.shape) > 1)
-  return 2 * model.num_heads * model.head_dim / size
 
 
 def step_programs(
@@ -148,7 +132,7 @@ def build_engine(
     config, runner.num_rows, max_model_len=runner.max_model_len,
     num_pages=runner.num_pages, num_stages=runner.num_stages,
     eos_token_ids=tuple(eos_token_ids),
-    prefix_cost=prefix_cost(model, runner.num_stages))
+    prefix_cost=facts.prefix_cost(model, runner.num_stages))
   return engine_lib.Engine(
     scheduler, pacing.paced(runner, scheduler, time.monotonic),
     tokenizer=tokenizer,

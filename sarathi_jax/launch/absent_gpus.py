@@ -150,15 +150,15 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
 def _least_sent(model: model_config_lib.ModelConfig,
                 parallelism: parallel.Parallelism,
                 layout: batch_lib.BatchLayout) -> int:
-  """Two sums of [T, D] a layer, one for the embedding, and a stage's hop.
+  """The sums of [T, D] of the layers and the embedding, and a stage's hop.
 
-  Falcon's attention and MLP, side by side, need one sum. The last layer of a
-  model without stages sums rows that may be sampled from only.
+  The last layer of a model without stages sums rows that may be sampled from
+  only.
   """
   row = model.hidden_size * _DTYPE.itemsize
   one, sums = layout.num_tokens * row, 0
   if parallelism.tp > 1:
-    a_layer = 1 if getattr(model, 'parallel', False) else 2
+    a_layer = model.sums_per_layer
     sums = one * (parallelism.num_layers(model) * a_layer + 1)
     if parallelism.pp == 1:
       sums -= a_layer * row * (layout.num_tokens - layout.num_rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
@@ -117,6 +117,20 @@ class RopeConfig:
     return config
 
 
+class Mlp(NamedTuple):
+  """What an MLP is made of.
+
+  Attributes:
+    is_gated: whether another matrix gates what its first one gives.
+    num_experts: of them; 1 where there is no mixture.
+    experts_per_token: how many of them each token goes through.
+  """
+
+  is_gated: bool = True
+  num_experts: int = 1
+  experts_per_token: int = 1
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
   """What all families have. Make one of the subclasses.
@@ -183,6 +197,16 @@ class ModelConfig:
     original = rope.original_max_position or self.max_position_embeddings
     return max(self.max_position_embeddings,
                int(original * (rope.factor or 1)))
+
+  @property
+  def mlp(self) -> Mlp:
+    """What its MLPs are made of."""
+    return Mlp()
+
+  @property
+  def sums_per_layer(self) -> int:
+    """Sums over devices that a layer takes which they share."""
+    return 2
 
   def layer_window(self, layer: int) -> int | None:
     """The sliding window of one layer in [0, L), or None."""
@@ -273,6 +297,11 @@ class MixtralConfig(ModelConfig):
     _check(self.experts_per_token <= self.num_experts, 'experts_per_token',
            self.experts_per_token, f'exceeds num_experts={self.num_experts}')
 
+  @property
+  def mlp(self) -> Mlp:
+    return Mlp(num_experts=self.num_experts,
+               experts_per_token=self.experts_per_token)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FalconConfig(ModelConfig):
@@ -299,6 +328,14 @@ class FalconConfig(ModelConfig):
            'must be 1 or 2')
     _check(self.parallel or self.num_norms == 2, 'num_norms', self.num_norms,
            'must be 2 where attention and MLP follow one another')
+
+  @property
+  def mlp(self) -> Mlp:
+    return Mlp(is_gated=False)
+
+  @property
+  def sums_per_layer(self) -> int:
+    return 1 if self.parallel else 2
 
 
 CONFIGS: Mapping[str, type[ModelConfig]] = {

@@ -103,11 +103,9 @@ def choose_num_pages(
       if that is given, else for a single page.
   """
   size = page_bytes(model, config.page_size, dtype, parallelism)
-  free: float
-  if config.num_pages is not None:
-    free, source = config.num_pages * size, 'num_pages'
-  elif config.kv_cache_gib is not None:
-    free, source = config.kv_cache_gib * GIB, 'kv_cache_gib'
+  free = config.cache_bytes(size)
+  if free is not None:
+    source = 'kv_cache_gib' if config.num_pages is None else 'num_pages'
   elif known := [s for s in stats if s and 'bytes_limit' in s]:
     free = min(s['bytes_limit'] * config.memory_utilization
                - s['bytes_in_use'] for s in known) - temp_bytes

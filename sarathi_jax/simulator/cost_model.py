@@ -9,22 +9,25 @@ head as well. `Host` is what the software around it costs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 import dataclasses
+import itertools
 
+from pallas_kernels import attention_work
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import facts
 from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import operators
 
+_NO_WINDOW = 1 << 60
 # What XLA, the CUDA context and workspaces take of a device, bytes.
 _RESERVED = 1.5e9
-# EngineConfig.kv_cache_dtype -> bytes of a number, and of a head's scale.
-_NUMBER_BYTES = {'auto': 2, 'float32': 4, 'bfloat16': 2, 'float16': 2,
-                 'int8': 1, 'fp8': 1}
-_SCALE_BYTES = {'int8': 4, 'fp8': 4}
+# EngineConfig.kv_cache_dtype -> dtype, where it has another name.
+_DTYPES = {'auto': 'bfloat16', 'fp8': 'float8_e4m3fn'}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +94,23 @@ class CostModel:
     self.pp = pp
     self.host = host
     self.kv_cache_dtype = kv_cache_dtype
-    # Of a token's key, or value, in one head.
-    self._head_bytes = (_NUMBER_BYTES[kv_cache_dtype] * model.head_dim
-                        + _SCALE_BYTES.get(kv_cache_dtype, 0))
     # Stages differ by a layer at most; the first ones have one more.
     self.stage_layers = [
       model.num_layers // pp + (s < model.num_layers % pp) for s in range(pp)]
     self.num_heads = model.num_heads // tp
     self.num_kv_heads = -(-model.num_kv_heads // tp)
-    self._is_parallel = getattr(model, 'parallel', False)
-    self._num_experts = getattr(model, 'num_experts', 1)
-    self._experts_per_token = getattr(model, 'experts_per_token', 1)
-    self._gated = model.family != 'falcon'
+    # Of a token's keys and values in a layer.
+    self._token_bytes = attention_work.token_bytes(
+      self.num_kv_heads, model.head_dim,
+      _DTYPES.get(kv_cache_dtype, kv_cache_dtype))
+    # Of each stage, the layers that attend to so many tokens.
+    windows = [model.layer_window(i) or _NO_WINDOW
+               for i in range(model.num_layers)]
+    ends = [0, *itertools.accumulate(self.stage_layers)]
+    self._windows = [Counter(windows[start:stop])
+                     for start, stop in itertools.pairwise(ends)]
+    self._all_windows = set(windows)
+    self._matrices = facts.layer_matrices(model, tp)
     self._tp_link = hardware.link_within(0, tp - 1)
     self._hop_links = [
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
@@ -128,25 +136,25 @@ class CostModel:
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
     """What each stage takes for a batch, its send to the next included."""
-    tokens = rows = num_seqs = kv_tokens = 0
-    prefill_s = 0.0
-    window = self.model.sliding_window or 1 << 60
+    rows, contexts, prefills = 0, [], []
     for chunk in chunks:
-      num_seqs += 1
-      n = chunk.num_tokens
-      tokens += n
       rows += chunk.samples
-      if n == 1:
-        kv_tokens += min(chunk.start + 1, window)
+      if chunk.num_tokens == 1:
+        contexts.append(chunk.start + 1)
       else:
-        prefill_s += operators.prefill_attention(
-          self.hardware, n, min(chunk.start, window), self.num_heads,
-          self.model.head_dim)
-    return self.stage_seconds(tokens, rows, num_seqs, kv_tokens, prefill_s)
+        prefills.append((chunk.num_tokens, chunk.start))
+    return self._stage_seconds(
+      len(contexts) + sum(n for n, _ in prefills), rows,
+      len(contexts) + len(prefills), {
+        window: (sum(min(n, window) for n in contexts), sum(
+          operators.prefill_attention(
+            self.hardware, n, min(start, window), self.num_heads,
+            self.model.head_dim) for n, start in prefills))
+        for window in self._all_windows})
 
   def stage_seconds(self, tokens: int, rows: int, num_seqs: int,
                     kv_tokens: int, prefill_s: float) -> list[float]:
-    """What each stage takes.
+    """What each stage takes, where all layers attend alike.
 
     Args:
       tokens: of the batch.
@@ -155,14 +163,24 @@ class CostModel:
       kv_tokens: contexts of the decodes, summed.
       prefill_s: one layer's attention of the chunks.
     """
-    attention_s = operators.decode_attention(
-      self.hardware, kv_tokens, self.num_kv_heads, self._head_bytes)
-    calls = (kv_tokens > 0) + (prefill_s > 0)
-    layer_s = self.layer_seconds(tokens) + attention_s + prefill_s + (
-      calls * self.hardware.efficiencies.attention_s)
-    layer_s = max(layer_s, self.host.launch_s)
+    return self._stage_seconds(tokens, rows, num_seqs, dict.fromkeys(
+      self._all_windows, (kv_tokens, prefill_s)))
+
+  def _stage_seconds(
+      self, tokens: int, rows: int, num_seqs: int,
+      loads: Mapping[int, tuple[int, float]]) -> list[float]:
+    """As `stage_seconds`; `loads` are kv_tokens and prefill_s by window."""
+    layer_s = {}
+    for window, (kv_tokens, prefill_s) in loads.items():
+      attention_s = operators.decode_attention(
+        self.hardware, kv_tokens, self._token_bytes)
+      calls = (kv_tokens > 0) + (prefill_s > 0)
+      layer_s[window] = max(
+        self.layer_seconds(tokens) + attention_s + prefill_s
+        + calls * self.hardware.efficiencies.attention_s, self.host.launch_s)
     serial_s = self.host.step_s + self.host.seq_s * num_seqs
-    seconds = [n * layer_s + serial_s for n in self.stage_layers]
+    seconds = [sum(n * layer_s[window] for window, n in windows.items())
+               + serial_s for windows in self._windows]
     seconds[-1] += self.head_seconds(rows)
     for s, link in enumerate(self._hop_links):
       seconds[s] += operators.send(
@@ -185,61 +203,38 @@ class CostModel:
 
   def _layer_seconds(self, n: int) -> float:
     hw, width = self.hardware, self.model.hidden_size
-    seconds = sum(operators.matmul(hw, n, k, m) for k, m in self.projections)
-    # Of a mixture of experts, each expert sees its part of the tokens.
-    pairs = n * self._experts_per_token
-    experts = min(self._num_experts, pairs)
-    seconds += experts * sum(
-      operators.matmul(hw, pairs / experts, k, m) for k, m in self.mlp)
+    seconds = 0.0
+    for matrix in self._matrices:
+      # Of a mixture of experts, each expert sees its part of the tokens.
+      pairs = n * matrix.used
+      experts = min(matrix.copies, pairs)
+      seconds += experts * operators.matmul(
+        hw, pairs / experts, matrix.rows, matrix.columns)
+    mlp = self.model.mlp
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
     inner = self.model.intermediate_size / self.tp
     numbers = [
       2 * heads,  # rotation
-      (2 + self._gated) * inner * self._experts_per_token,  # activation
+      (2 + mlp.is_gated) * inner * mlp.experts_per_token,  # activation
       2 * 2 * self.num_kv_heads * self.model.head_dim,  # into the cache
       3 * width, 3 * width]  # two norms, which read twice
     seconds += sum(operators.elementwise(hw, n * x * operators.BYTES)
                    for x in numbers)
     if self.tp > 1:
-      # Where attention and MLP are parallel their sums are reduced once.
-      seconds += (1 if self._is_parallel else 2) * operators.all_reduce(
+      seconds += self.model.sums_per_layer * operators.all_reduce(
         hw, n * width * operators.BYTES, self.tp, self._tp_link)
     return float(seconds)
 
   @property
-  def projections(self) -> list[tuple[int, int]]:
-    """(k, m) of a device's matmuls before and after attention."""
-    width, h = self.model.hidden_size, self.model.head_dim
-    return [(width, (self.num_heads + 2 * self.num_kv_heads) * h),
-            (self.num_heads * h, width)]
-
-  @property
-  def mlp(self) -> list[tuple[int, int]]:
-    """(k, m) of a device's matmuls of the MLP, of one expert."""
-    width, inner = self.model.hidden_size, self.model.intermediate_size
-    inner = -(-inner // self.tp)
-    return [(width, (1 + self._gated) * inner), (inner, width)]
-
-  @property
   def lockstep(self) -> bool:
     return self.host.lockstep
-
-  @property
-  def prefix_cost(self) -> float:
-    """See `SchedulerConfig.prefix_cost`."""
-    if self.pp == 1 or self.model.sliding_window is not None:
-      return 0.0
-    size = self.tp * (sum(k * m for k, m in self.projections)
-                      + self._num_experts * sum(k * m for k, m in self.mlp))
-    return 2 * self.model.num_heads * self.model.head_dim / size
 
   # -- Memory --
 
   @property
   def weight_bytes(self) -> float:
     """Weights on the device that has most of them."""
-    layer = sum(k * m for k, m in self.projections) + self._num_experts * sum(
-      k * m for k, m in self.mlp)
+    layer = facts.layer_size(self.model, self.tp)
     vocab = self.model.vocab_size * self.model.hidden_size / self.tp
     if self.pp == 1 and not self.model.tie_word_embeddings:
       vocab *= 2  # else the embedding is on the first stage, the head the last
@@ -248,8 +243,7 @@ class CostModel:
   @property
   def kv_token_bytes(self) -> int:
     """Keys and values of one token on the device that has most of them."""
-    return (2 * max(self.stage_layers) * self.num_kv_heads
-            * self._head_bytes)
+    return max(self.stage_layers) * self._token_bytes
 
   def num_pages(self, config: config_lib.EngineConfig,
                 max_step_tokens: int) -> int:
@@ -259,14 +253,12 @@ class CostModel:
       ConfigError: not one does.
     """
     page = self.kv_token_bytes * config.page_size
-    if config.num_pages is not None:
-      room = config.num_pages * page
-    elif config.kv_cache_gib is not None:
-      room = int(config.kv_cache_gib * 2**30)
-    else:
+    room = config.cache_bytes(page)
+    if room is None:
       # Of a layer at a time: its input, its output and what is inside.
       width = 4 * self.model.hidden_size + (
-        2 * self.model.intermediate_size * self._experts_per_token) // self.tp
+        2 * self.model.intermediate_size
+        * self.model.mlp.experts_per_token) // self.tp
       room = int(self.hardware.memory_bytes * config.memory_utilization
                  - self.weight_bytes - _RESERVED
                  - max_step_tokens * width * operators.BYTES)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels import attention_work
 from sarathi_jax.simulator import hardware as hardware_lib
 
 Number = Any  # a float, or an array of them
@@ -70,7 +71,7 @@ def elementwise(hardware: hardware_lib.Hardware, num_bytes: Number) -> Number:
 
 
 def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
-                     num_kv_heads: int, head_bytes: float) -> Number:
+                     token_bytes: Number) -> Number:
   """One layer's attention of decodes whose contexts sum to `kv_tokens`.
 
   Without `attention_s`, which is per call.
@@ -78,11 +79,9 @@ def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
   Args:
     hardware: what it runs on.
     kv_tokens: see above.
-    num_kv_heads: of keys, and of values.
-    head_bytes: of one of these, of a token.
+    token_bytes: of a token's keys and values.
   """
-  read = kv_tokens * (2 * num_kv_heads * head_bytes)
-  return read / (
+  return kv_tokens * token_bytes / (
     hardware.memory_rate * hardware.efficiencies.decode_attention)
 
 
@@ -94,7 +93,8 @@ def prefill_attention(hardware: hardware_lib.Hardware, tokens: Number,
   Without `attention_s`, which is per call.
   """
   rows = -(-tokens // _ROWS) * _ROWS
-  flops = rows * (before + _DIAGONAL * rows) * (4 * num_heads * head_dim)
+  flops = rows * (before + _DIAGONAL * rows) * attention_work.pair_flops(
+    num_heads, head_dim)
   return flops / (hardware.flops * hardware.efficiencies.prefill_attention)
 
 

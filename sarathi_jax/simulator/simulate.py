@@ -14,6 +14,7 @@ from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.models import facts
 from sarathi_jax.scheduler import pacing
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import runner as runner_lib
@@ -73,7 +74,8 @@ def make_scheduler(
   num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
   return scheduler_lib.make(
     config, cost.num_rows, max_model_len=max_model_len, num_stages=cost.pp,
-    num_pages=cost.num_pages(config, num_tokens), prefix_cost=cost.prefix_cost)
+    num_pages=cost.num_pages(config, num_tokens),
+    prefix_cost=facts.prefix_cost(cost.model, cost.pp))
 
 
 def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,

@@ -142,7 +142,7 @@ def _attention(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
     seconds=_seconds(decodes, 'attn_decode'),
     predict=lambda hw: hw.efficiencies.attention_s
     + operators.decode_attention(
-      hw, context, kv_heads // tp, head * operators.BYTES))
+      hw, context, 2 * kv_heads // tp * head * operators.BYTES))
   tokens, before = (_column(chunks, c) for c in (
     'prefill_chunk_size', 'kv_cache_size'))
   yield Table(

@@ -11,7 +11,7 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import pipeline
-from sarathi_jax.in_process import building
+from sarathi_jax.models import facts
 from sarathi_jax.models import published
 from tests.scheduler import checker as checker_lib
 
@@ -75,9 +75,12 @@ def test_what_context_costs_is_that_of_attention():
   """At half of a Mistral's prefix_cost tokens, half of a token's cost."""
   model = published.MODELS['mistral-7b']
   linear = (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
-  cost = building.prefix_cost(model, 2)
+  cost = facts.prefix_cost(model, 2)
   assert cost == pytest.approx(2 * 32 * 128 / linear)
-  assert building.prefix_cost(model, 1) == 0
+  assert facts.prefix_cost(model, 1) == 0
+  half = dataclasses.replace(
+    model, sliding_window=9, window_layers=tuple(range(16)))
+  assert facts.prefix_cost(half, 2) == pytest.approx(cost / 2)
 
 
 def test_the_plot_is_drawn(tmp_path: pathlib.Path):

@@ -68,7 +68,7 @@ def _others(folder: pathlib.Path, rng: np.random.Generator) -> None:
       'is_prefill': n > 1, 'batch_size': 8, 'kv_cache_size': kv,
       'prefill_chunk_size': n if n > 1 else 0,
       'time_stats.attn_decode.median': _ms(least + operators.decode_attention(
-        TRUE, 8 * kv, 4, 256), rng),
+        TRUE, 8 * kv, 2 * 4 * 256), rng),
       'time_stats.attn_prefill.median': _ms(
         least + operators.prefill_attention(TRUE, n, kv, 32, 128), rng)}
     for n in (1, 128, 512, 2048) for kv in (128, 1024, 4096)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.cli import deployment
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
@@ -127,6 +129,21 @@ def test_what_can_not_be_cut_is_refused(tp: int, pp: int, field: str) -> None:
 def test_every_deployment_fits_its_devices(name: str) -> None:
   config = deployment.read(str(CONFIGS / f'{name}.py')).config
   assert cost_of(name).num_pages(config, 8192) * config.page_size > 8192
+
+
+def test_layers_attend_to_their_own_windows() -> None:
+  model = cost_of(paper.MISTRAL).model
+  chunk = types.Chunk('a', 0, 8000, (1,), 1, (), False, True, 8000, 0,
+                      types.SamplingParams())
+
+  def seconds(**changes: Any) -> float:
+    return sum(cost_model.CostModel(
+      dataclasses.replace(model, **changes), A100).step_seconds([chunk]))
+
+  whole, slides = seconds(), seconds(sliding_window=100)
+  half = seconds(sliding_window=100, window_layers=tuple(range(16)))
+  assert slides < whole
+  assert half == pytest.approx((whole + slides) / 2)
 
 
 def test_mixtures_read_every_expert_that_is_asked() -> None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import attention_work
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import pallas_triton
@@ -83,17 +84,14 @@ class Batch:
 
   def kv_bytes(self, sweep: Sweep) -> int:
     """Keys and values that must be read at least once."""
-    head_bytes = sweep.head_dim * jnp.dtype(
-      sweep.kv_dtype or sweep.dtype).itemsize
-    if sweep.kv_dtype:
-      head_bytes += 4  # its scale
-    return 2 * sum(self.lens) * sweep.num_kv_heads * head_bytes
+    return sum(self.lens) * attention_work.token_bytes(
+      sweep.num_kv_heads, sweep.head_dim, sweep.kv_dtype or sweep.dtype)
 
   def flops(self, sweep: Sweep) -> int:
     """Of the pairs of query and key that causality leaves."""
-    pairs = self.decodes * self.context + self.chunk * self.before + (
-      self.chunk * (self.chunk + 1) // 2)
-    return 4 * pairs * sweep.num_heads * sweep.head_dim
+    pairs = self.decodes * self.context + attention_work.num_pairs(
+      self.before, self.chunk)
+    return pairs * attention_work.pair_flops(sweep.num_heads, sweep.head_dim)
 
 
 def decodes(*pairs: tuple[int, int]) -> tuple[Batch, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import attention_work
 from pallas_kernels import gpu_targets
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
@@ -215,11 +216,11 @@ class Work:
     left_out = _size(last) - sum(last['attn'][name].size for name in 'kv')
     return cls(
       read_bytes=sum(x.nbytes for x in jax.tree.leaves(params)) - looked_up,
-      kv_bytes=2 * model.num_layers * model.num_kv_heads * model.head_dim * (
-        vocab.dtype.itemsize),
+      kv_bytes=model.num_layers * attention_work.token_bytes(
+        model.num_kv_heads, model.head_dim, vocab.dtype.name),
       token_flops=2 * (_size(params['layers']) - left_out),
       last_flops=2 * (left_out + vocab.size),
-      pair_flops=4 * model.num_heads * model.head_dim,
+      pair_flops=attention_work.pair_flops(model.num_heads, model.head_dim),
       num_layers=model.num_layers)
 
   def num_bytes(self, point: Point) -> int:
@@ -230,8 +231,8 @@ class Work:
   def flops(self, point: Point) -> int:
     """Multiplications and additions."""
     before, tokens = point.context, point.tokens
-    pairs = (before + tokens) + (self.num_layers - 1) * (
-      tokens * before + tokens * (tokens + 1) // 2)
+    pairs = (before + tokens) + (
+      self.num_layers - 1) * attention_work.num_pairs(before, tokens)
     return point.sequences * (
       tokens * self.token_flops + self.last_flops + pairs * self.pair_flops)
 

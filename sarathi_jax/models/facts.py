@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What any model weighs and computes, by its config alone. No JAX.
+
+The scheduler's costs, the simulator and plans count by these. That they are
+what the parameters say (`param_specs`), a test shows for every family.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pallas_kernels import attention_work
+from sarathi_jax.models import config as config_lib
+
+
+class Matrix(NamedTuple):
+  """A matrix of a layer, [rows, columns], that tokens are multiplied with.
+
+  Attributes:
+    rows, columns: of one device.
+    copies: of its kind: the experts.
+    used: of these, by each token.
+  """
+
+  rows: int
+  columns: int
+  copies: int = 1
+  used: int = 1
+
+
+def layer_matrices(model: config_lib.ModelConfig,
+                   tp: int = 1) -> tuple[Matrix, ...]:
+  """Returns the matrices that one of `tp` devices has of a layer."""
+  width, mlp = model.hidden_size, model.mlp
+  heads, kv_heads = model.num_heads // tp, max(model.num_kv_heads // tp, 1)
+  inner = -(-model.intermediate_size // tp)
+  experts = mlp.num_experts, mlp.experts_per_token
+  router = [Matrix(width, mlp.num_experts)] if mlp.num_experts > 1 else []
+  return (
+    Matrix(width, (heads + 2 * kv_heads) * model.head_dim),
+    Matrix(heads * model.head_dim, width), *router,
+    Matrix(width, (1 + mlp.is_gated) * inner, *experts),
+    Matrix(inner, width, *experts))
+
+
+def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
+  """Returns the numbers in the matrices of a layer, on one of `tp` devices."""
+  return sum(m.rows * m.columns * m.copies for m in layer_matrices(model, tp))
+
+
+def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
+  """Returns what attention to one token before costs a token, in tokens.
+
+  Scores and values are two operations each for every number of the heads, and
+  all matrices two for each number in them. Nothing grows with the context in
+  layers where it slides; and of one stage, batches need not take the same
+  time.
+  """
+  if num_stages == 1:
+    return 0.0
+  whole = sum(model.layer_window(i) is None for i in range(model.num_layers))
+  return (whole / model.num_layers / (2 * layer_size(model))
+          * attention_work.pair_flops(model.num_heads, model.head_dim))
