@@ -135,6 +135,14 @@ def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
   return tuple(int(n) for n in np.random.default_rng(0).permutation(lens))
 
 
+# What attention sees of real models: query heads, KV heads, head dim.
+HEADS: Mapping[str, tuple[int, int, int]] = {
+  'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
+  'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
+  'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
+  'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
+  'gemma-7b': (16, 16, 256)}
+
 _43M: _Sizes = dict(num_heads=8, num_kv_heads=4, head_dim=64, max_seqs=32)
 _150M: _Sizes = dict(num_heads=16, num_kv_heads=4, head_dim=64, max_seqs=32)
 _DECODES: _Sizes = dict(
@@ -265,8 +273,9 @@ TESTS: tuple[ArgSpec, ...] = (
 )
 
 # Steps of Mistral-7B, for tests on GPUs: an interpreter takes minutes.
-_7B: _Sizes = dict(num_heads=32, num_kv_heads=8, head_dim=128, max_seqs=64,
-                   max_pages=64, dtype='bfloat16')
+_7B: _Sizes = dict(
+  zip(('num_heads', 'num_kv_heads', 'head_dim'), HEADS['mistral-7b'],
+      strict=True), max_seqs=64, max_pages=64, dtype='bfloat16')
 PRODUCTION: tuple[ArgSpec, ...] = (
   ArgSpec(name='hybrid_7b', contexts=(*_spread(60, 4096, 40), 2100),
           q_lens=(472,), num_decodes=40, max_tokens=512, **_7B),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import tuning
@@ -26,13 +27,6 @@ class Case:
   args: Any
 
 
-# Of real models: query heads, KV heads, head dim.
-_HEADS = {
-  'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
-  'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
-  'falcon-7b': (71, 1, 64), 'llama2-7b': (32, 32, 128),
-  'llama3.2-1b': (32, 8, 64), 'phi-2': (32, 32, 80), 'h96': (32, 8, 96),
-  'gemma-7b': (16, 16, 256)}
 # In bfloat16 all are; of each head dim one in the others.
 _DTYPES: Mapping[str, tuple[str, ...]] = {
   'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
@@ -49,7 +43,7 @@ def cases(device: str) -> Iterator[Case]:
   To be made, and compiled, where the default device is of this name. The plan
   is an argument: it has no kernel of ours, and whole steps compile it.
   """
-  for name, (heads, kv_heads, head_dim) in _HEADS.items():
+  for name, (heads, kv_heads, head_dim) in arg_specs.HEADS.items():
     for kept in ('bfloat16', *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
                  *_WRITTEN_ONCE * (name == 'mistral-7b')):
       yield _write_case(name, kv_heads, head_dim, kept)
@@ -92,7 +86,7 @@ def cases(device: str) -> Iterator[Case]:
 def mosaic_cases() -> Iterator[Case]:
   """Those of pallas_mosaic, which JAX must be new enough for."""
   case = functools.partial(_case, implementation='pallas_mosaic')
-  for name, sizes in _HEADS.items():
+  for name, sizes in arg_specs.HEADS.items():
     *_, head_dim = sizes
     if head_dim not in tuning.MOSAIC:
       continue

@@ -20,12 +20,14 @@ import numpy as np
 
 from pallas_kernels import attention_work
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import tuning
 from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 
+_HEADS = arg_specs.HEADS['mistral-7b']
 _TORCH_WORKER = (
   pathlib.Path(__file__).parents[1] / 'peer_workers' / 'torch_sdpa.py')
 
@@ -47,9 +49,9 @@ class Sweep:
 
   batches: tuple[Batch, ...]
   compared: tuple[str, ...] = ()
-  num_heads: int = 32
-  num_kv_heads: int = 8
-  head_dim: int = 128
+  num_heads: int = _HEADS[0]
+  num_kv_heads: int = _HEADS[1]
+  head_dim: int = _HEADS[2]
   dtype: str = 'bfloat16'
   kv_dtype: str | None = None
   page_size: int = 64
