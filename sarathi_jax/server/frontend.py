@@ -71,30 +71,38 @@ class Caller:
   trace: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Ended:
   """How a request ended, for logs and traces.
 
   Attributes:
-    request: what was asked; None if that was refused before it was whole.
     request_id: its id.
     caller: who asked.
     protocol: by which protocol.
     started: seconds since the epoch.
-    last: the last delta that the reader got, if any.
+    request: what was asked; None if that was refused before it was whole.
+    stream: what came of it; None if it never waited.
     error: what ended it, if not its own end: what was raised, or
       asyncio.CancelledError if the client left.
-    num_tokens: that the reader got.
   """
 
-  request: types.Request | None
   request_id: str
   caller: Caller
   protocol: str
   started: float
-  last: types.OutputDelta | None
-  error: BaseException | None
-  num_tokens: int
+  request: types.Request | None = None
+  stream: outbox.Stream | None = None
+  error: BaseException | None = None
+
+  @property
+  def last(self) -> types.OutputDelta | None:
+    """The last delta that the reader got, if any."""
+    return None if self.stream is None else self.stream.last
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens that the reader got."""
+    return 0 if self.stream is None else self.stream.num_tokens
 
 
 class Frontend:
@@ -231,7 +239,8 @@ class Frontend:
         None if caller.timeout_s is None else now + caller.timeout_s))
     self._num_open += 1
     self._all_closed.clear()
-    end = _End(draft.request_id, caller, protocol, self.last_arrival)
+    end = Ended(request_id=draft.request_id, caller=caller, protocol=protocol,
+                started=self.last_arrival)
     try:
       end.request = await self._prepare(prompt, draft)
       with self._submitted(end.request) as end.stream:
@@ -248,7 +257,7 @@ class Frontend:
       if not self._num_open:
         self._all_closed.set()
       for observe in self._observers:
-        observe(end.ended())
+        observe(end)
 
   @contextlib.contextmanager
   def _submitted(self, request: types.Request) -> Iterator[outbox.Stream]:
@@ -280,27 +289,6 @@ class Frontend:
         self.engine, prompt, draft, self.limits))
     finally:
       self._num_preparing -= 1
-
-
-@dataclasses.dataclass(slots=True)
-class _End:
-  """An `Ended` in the making."""
-
-  request_id: str
-  caller: Caller
-  protocol: str
-  started: float
-  request: types.Request | None = None
-  stream: outbox.Stream | None = None
-  error: BaseException | None = None
-
-  def ended(self) -> Ended:
-    stream = self.stream
-    return Ended(
-      request=self.request, request_id=self.request_id, caller=self.caller,
-      protocol=self.protocol, started=self.started, error=self.error,
-      last=None if stream is None else stream.last,
-      num_tokens=0 if stream is None else stream.num_tokens)
 
 
 def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
