@@ -80,7 +80,8 @@ def _make_engine(config: config_lib.SchedulerConfig, step_s: float,
     scheduler_lib.policy_class('sarathi')(config),
     fake_runner.FakeRunner(vocab_size, config.max_num_seqs, step_s),
     info=engine_lib.EngineInfo.of(
-      config, policy='sarathi', vocab_size=vocab_size), tokenizer=tokenizer)
+      config, policy='sarathi', model_name='counting', vocab_size=vocab_size),
+    tokenizer=tokenizer)
 
 
 def serve_as_it_is(pipe: Any, max_num_seqs: int, step_s: float,
