@@ -94,7 +94,8 @@ def test_a_zero_that_was_set_is_not_taken_for_unset() -> None:
 
 
 @pytest.mark.parametrize('module', [
-  'sarathi_v1', 'vllm_engine', 'open_inference', 'server', 'main'])
+  'protocols.sarathi_v1', 'protocols.vllm_engine',
+  'protocols.open_inference', 'server', 'main'])
 def test_the_server_loads_no_jax(module: str) -> None:
   code = (f'import sys, sarathi_jax.server.{module}; '
           'print({"jax", "torch", "transformers"} & set(sys.modules))')
@@ -111,6 +112,6 @@ def test_the_client_loads_only_the_protocol() -> None:
     [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
     check=True)
   assert done.stdout.strip() == str([
-    'sarathi_jax.client', 'sarathi_jax.cli.mains', 'sarathi_jax.errors',
-    'sarathi_jax.server', 'sarathi_jax.server.sarathi_pb2',
-    'sarathi_jax.server.sarathi_pb2_grpc'])
+    'sarathi_jax.cli', 'sarathi_jax.cli.mains', 'sarathi_jax.client',
+    'sarathi_jax.errors', 'sarathi_jax.server',
+    'sarathi_jax.server.sarathi_pb2', 'sarathi_jax.server.sarathi_pb2_grpc'])
