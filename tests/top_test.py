@@ -14,6 +14,7 @@ import sys
 import rich.console
 
 from sarathi_jax import top
+from sarathi_jax.engine import fake_runner
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from tests.server import fake
@@ -29,10 +30,12 @@ def _draw(now: top.Look, before: top.Look | None = None,
 
 
 def test_shows_what_runs() -> None:
+  runner = functools.partial(fake_runner.FakeRunner, step_s=1e-3)
   with contextlib.closing(fake.RunningServer(functools.partial(
-      fake.make_engine, max_model_len=2**14, num_pages=2**13))) as running:
+      fake.make_engine, runner, max_model_len=2**12,
+      num_pages=2**11))) as running:
     call = running.generate(
-      token_ids=[1] * 5, request_id='mine', sampling={'max_tokens': 9000})
+      token_ids=[1] * 5, request_id='mine', sampling={'max_tokens': 1000})
     assert next(call).token_ids[0] == 2
     sarathi_pb2_grpc.ControlStub(running.channel).Pause(pb.PauseRequest())
     before = top.look(running.channel, None)
