@@ -62,8 +62,9 @@ def test_a_plan_is_what_the_engine_allocates():
     config=CONFIG, eos_token_ids=())
   runner = llm._runner
   for what, tree in (
-      (planned.weights, runner._leaves), (planned.kv_cache, runner._kv),
-      (planned.state, (runner._last_tokens, runner._hidden))):
+      (planned.weights, runner._leaves),
+      (planned.kv_cache, runner._state.kv),
+      (planned.state, (runner._state.slots, runner._state.hidden))):
     found = bytes_by_device(tree)
     assert len(found) == 4
     for size in found.values():

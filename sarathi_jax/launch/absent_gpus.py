@@ -111,10 +111,9 @@ def check(name: str, model: model_config_lib.ModelConfig,
     if case.compiled is None:
       return StepResult(device, case, memory, [], 0)
     memory = plan(programs_lib.extra_bytes(case.compiled))
-    arrays = programs.array_shapes(num_pages)
-  donated = (arrays.kv, arrays.last_tokens, arrays.hidden)
+    state = programs.state_shapes(num_pages)
   problems = [*case.problems, *compiler.in_place_problems(
-    case.compiled, donated, arrays.kv)]
+    case.compiled, state, state.kv)]
   if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
     problems.append(f'{", ".join(sorted(waits))} in no CUDA graph: there the '
                     'host waits for the device in the middle of a step')

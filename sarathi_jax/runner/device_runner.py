@@ -10,7 +10,6 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -27,6 +26,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.runner import settings
+from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
 OnCompiled = programs_lib.OnCompiled
@@ -116,7 +116,7 @@ class DeviceRunner:
     with jax.default_device(devices[0]):
       trial = programs(context)
       try:
-        trial.array_shapes(1)
+        trial.state_shapes(1)
       except NotImplementedError as error:
         raise errors.UnsupportedError(str(error)) from error
       stats = [device.memory_stats() for device in devices]
@@ -139,11 +139,10 @@ class DeviceRunner:
 
   def _start(self) -> None:
     """Makes all that steps change: the cache is zeros, nothing under way."""
-    arrays = self._programs.array_shapes(self.num_pages)
-    self._kv = _init_kv(arrays.kv, self.num_pages, self._page_bytes)
-    self._last_tokens, self._hidden = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-      (arrays.last_tokens, arrays.hidden))
+    # What was there is freed before.
+    self._state: state_lib.DeviceState | None = None
+    self._state = _init_state(self._programs.state_shapes(self.num_pages),
+                              self.num_pages, self._page_bytes)
     smallest = self._programs.sizes[0]
     self._nothing = _InPipeline(
       np.zeros(self._programs.layouts[smallest].size, np.int32), smallest,
@@ -201,8 +200,6 @@ class DeviceRunner:
       fault = sys.exception() or errors.EngineDeadError('a step failed')
       self._leader.fail_later(fault)
       raise errors.EngineDeadError('a step failed on one of several hosts')
-    # Freed before they are made anew.
-    self._kv, self._last_tokens, self._hidden = [], None, None
     with settings.own():
       self._start()
 
@@ -242,15 +239,16 @@ class DeviceRunner:
     """Runs one step: what enters at the first stage, the rest one further."""
     self._stages.appendleft(entering)
     size = max(stage.size for stage in self._stages)
-    buffers = entering.buffer[None]
+    ints = entering.buffer
     if self.num_stages > 1:
       buffers = np.zeros(
         (self.num_stages, self._programs.layouts[size].size), np.int32)
       for row, stage in zip(buffers, self._stages, strict=True):
         row[:len(stage.buffer)] = stage.buffer
+      ints = buffers.ravel()
     if self._leader is not None:
-      self._leader.send(size, buffers)
-    sampled = self._compute(size, buffers)
+      self._leader.send(size, ints)
+    sampled = self._compute(size, ints)
     if self._stages[-1].is_batch:
       with jax.transfer_guard_device_to_host('allow'):
         sampled.copy_to_host_async()
@@ -260,7 +258,7 @@ class DeviceRunner:
   def connect(self) -> None:
     """Computes a step of nothing, for which all processes have to meet."""
     self._step(self._nothing)
-    jax.block_until_ready(self._last_tokens)
+    jax.block_until_ready(self._state)
 
   def follow(self, follower: hosts.Follower) -> None:
     """Computes what another process's runner does, until this one ends.
@@ -274,24 +272,23 @@ class DeviceRunner:
       while len(computing) > num_left:  # Nobody else would hear of a fault.
         computing.popleft().block_until_ready()
 
-    for size, buffers in follower.steps(on_idle=wait):
-      computing.append(
-        self._compute(size, buffers.reshape(self.num_stages, -1)))
+    for program, ints in follower.steps(on_idle=wait):
+      computing.append(self._compute(program, ints))
       wait(self.num_stages + 1)  # as many as the first process has in flight
 
-  def _compute(self, size: int, buffers: np.ndarray) -> jax.Array:
+  def _compute(self, program: int, ints: np.ndarray) -> jax.Array:
+    """Runs a program of `StepPrograms` on the state; returns its output."""
     # What is compiled already, stays so.
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
       with jax.disable_jit(False):
-        return self._compute(size, buffers)
-    # The buffers are put where the program wants them by the call itself:
+        return self._compute(program, ints)
+    # The integers are put where the program wants them by the call itself:
     # jax.device_put would take as long as all the rest of it.
     with jax.transfer_guard_host_to_device('allow'):
-      self._kv, self._last_tokens, self._hidden, sampled = (
-        self._programs[size](self._leaves, self._kv, self._last_tokens,
-                             self._hidden, buffers))
-    result: jax.Array = sampled
-    return result
+      output: jax.Array
+      self._state, output = self._programs[program](
+        self._leaves, self._state, ints)
+    return output
 
 
 def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
@@ -306,10 +303,10 @@ def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
   return trial.temp_bytes(trial.pages_per_seq)
 
 
-def _init_kv(shapes: list[kv_cache.LayerKv], num_pages: int,
-             page_bytes: int) -> list[kv_cache.LayerKv]:
+def _init_state(shapes: state_lib.DeviceState, num_pages: int,
+                page_bytes: int) -> state_lib.DeviceState:
   try:
-    return jax.block_until_ready(kv_cache.init(shapes))
+    return jax.block_until_ready(state_lib.init(shapes))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

@@ -74,13 +74,6 @@ def shapes(
   return [layer] * parallelism.num_layers(model)
 
 
-def init(shapes: list[LayerKv]) -> list[LayerKv]:
-  """Zeros, and not garbage: a kernel may multiply what it masks by 0."""
-  return jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    shapes)
-
-
 def choose_num_pages(
     model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
     max_model_len: int, dtype: Any,

@@ -88,18 +88,18 @@ class Leader(ends.End):
     for process in self._links:
       self._next(process)
 
-  def send(self, size: int, buffers: np.ndarray) -> None:
+  def send(self, program: int, ints: np.ndarray) -> None:
     """Tells all others what to compute next.
 
     Args:
-      size: of the program.
-      buffers: [stages, layout.size] int32.
+      program: its number in `programs.StepPrograms`, of a step the size.
+      ints: [n] int32, what it computes with.
 
     Raises:
       EngineDeadError: one of them is gone.
     """
     message = np.concatenate(
-      [np.array([size], np.int32), buffers.ravel()]).tobytes()
+      [np.array([program], np.int32), ints]).tobytes()
     for process in self._links:
       self._send(process, Kind.STEP, message)
 

@@ -25,7 +25,7 @@ class MemoryPlan:
   Attributes:
     usable: what of its memory may be used; None where it can't tell.
     weights: its part of the parameters.
-    state: what steps keep beside the cache: hidden states, last tokens.
+    state: what steps keep beside the cache, see `state.DeviceState`.
     temporaries: what the largest step needs beside its arguments.
     page: one page of the cache, its layers and heads.
     num_pages: pages in the cache; 0 if there is no room for a sequence.
@@ -103,8 +103,8 @@ def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
   parallelism = mesh_lib.parallelism_of(mesh)
   context = config.max_model_len or model.context_len
   weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
-  arrays = programs.array_shapes(1)
-  state = placement.bytes_of((arrays.last_tokens, arrays.hidden))
+  state = placement.bytes_of(
+    dataclasses.replace(programs.state_shapes(1), kv=[]))
   stats = None if device_bytes is None else {
     'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
   problem = ''

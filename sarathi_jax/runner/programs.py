@@ -6,7 +6,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
-import dataclasses
 import math
 from typing import Any
 
@@ -17,27 +16,12 @@ from jax.sharding import Mesh
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
-from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
 OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepArrays:
-  """What a step takes and returns updated: arrays, or ShapeDtypeStruct.
-
-  Attributes:
-    kv: the pages, one pair a layer of a stage.
-    last_tokens: [max_num_seqs] int32, each slot's last sampled token.
-    hidden: [pp * tokens, D] what stages hand on; None without stages.
-  """
-
-  kv: list[kv_cache.LayerKv]
-  last_tokens: Any
-  hidden: Any
 
 
 class StepPrograms:
@@ -45,6 +29,10 @@ class StepPrograms:
 
   A size that was not compiled at warm-up can't be run: no request can make
   the engine compile while it serves.
+
+  All are called alike, (leaves, state, ints) -> (state, output): whoever calls
+  them, here or on other hosts, knows their number and the integers. So can be
+  a program beside the steps, to set the state of a slot from the host.
 
   Args:
     model, mesh, config: the deployment.
@@ -83,42 +71,38 @@ class StepPrograms:
     self._transposed = transposed
     self._steps: dict[int, Any] = {}
 
-  def array_shapes(self, num_pages: int) -> StepArrays:
+  def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
     """What steps update, as ShapeDtypeStruct.
 
     Raises:
       NotImplementedError: attention can't have such pages.
     """
-    hidden = None
-    if self._num_stages > 1:
-      hidden = jax.ShapeDtypeStruct(
-        (self._num_stages * self.sizes[-1], self._model.hidden_size),
-        self._dtype,
-        sharding=mesh_lib.on(self._mesh, mesh_lib.PP, mesh_lib.TP))
-    return StepArrays(
-      kv=kv_cache.shapes(
-        self._model, self._mesh, num_pages, self._config.page_size,
-        self._kv_dtype, self._config.attention),
-      last_tokens=self._ints(self._config.max_num_seqs), hidden=hidden)
+    return state_lib.shapes(
+      self._model, self._mesh, self._config, num_pages=num_pages,
+      max_tokens=self.sizes[-1], dtype=self._dtype, kv_dtype=self._kv_dtype)
 
   def lower(self, size: int, num_pages: int) -> Any:
     """The step of one size, lowered."""
     layout = self.layouts[size]
-    arrays = self.array_shapes(num_pages)
+    state = self.state_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(
       placement.shapes(
         self._model, self._mesh, self._dtype, self._transposed))
     spec = step.StepSpec(
       self._model, self._mesh, layout, self._config.page_size,
-      self._config.attention)
+      self._config.attention,
+      jax.tree.map(lambda leaf: leaf.sharding, state))
 
-    def run(leaves: Any, *args: Any) -> Any:
+    def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.
-      return step.step(spec, jax.tree.unflatten(treedef, leaves), *args)
+      return step.step(
+        spec, jax.tree.unflatten(treedef, leaves), state,
+        ints.reshape(self._num_stages, layout.size))
 
-    return jax.jit(run, donate_argnums=(1, 2, 3)).lower(
-      leaves, arrays.kv, arrays.last_tokens, arrays.hidden,
-      self._ints(self._num_stages, layout.size))
+    ints = jax.ShapeDtypeStruct(
+      (self._num_stages * layout.size,), jnp.int32,
+      sharding=mesh_lib.on(self._mesh))
+    return jax.jit(run, donate_argnames='state').lower(leaves, state, ints)
 
   def compile(self, num_pages: int, on_compiled: OnCompiled,
               sizes: Collection[int],
@@ -154,10 +138,6 @@ class StepPrograms:
 
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
-
-  def _ints(self, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=mesh_lib.on(self._mesh))
 
 
 def extra_bytes(compiled: Any) -> int:

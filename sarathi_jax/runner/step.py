@@ -31,6 +31,7 @@ from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import sampling
+from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
 
@@ -45,6 +46,7 @@ class StepSpec:
     layout: of the batches.
     page_size: tokens in a page.
     attention: implementation of ragged_paged_attention; None picks one.
+    state: how the state lies on the mesh, a sharding for each array.
   """
 
   model: model_config_lib.ModelConfig
@@ -52,6 +54,7 @@ class StepSpec:
   layout: batch_lib.BatchLayout
   page_size: int
   attention: str | None
+  state: state_lib.DeviceState
 
   @property
   def windows(self) -> list[tuple[int | None, ...]]:
@@ -66,59 +69,51 @@ class StepSpec:
 def step(
     spec: StepSpec,
     params: Params,
-    kv: Sequence[kv_cache.LayerKv],
-    last_tokens: Int[Array, ' slots'],
-    hidden: Float[Array, 'rows D'] | None,
+    state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
-) -> tuple[Any, ...]:
-  """`stage_step` on every device of a mesh. All arrays but `buffers` donated.
+) -> tuple[state_lib.DeviceState, Int[Array, '2 S']]:
+  """`stage_step` on every device of a mesh. `state` is donated.
 
   Args and Returns are `stage_step`'s, of the whole mesh: layers have an axis
   for their stage, pages lie stage after stage and head after head, and so do
   hidden states.
   """
   if spec.mesh.size == 1:
-    return stage_step(spec, params, kv, last_tokens, hidden, buffers)
+    return stage_step(spec, params, state, buffers)
   everywhere = PartitionSpec()
-  pages, handed_on = (
-    PartitionSpec(mesh_lib.PP, mesh_lib.TP) for _ in range(2))
   weights = jax.tree.map(
     lambda place: place.sharding.spec, placement.places(
       spec.model, spec.mesh, placement.are_transposed(params)))
-  specs = (weights, pages, everywhere, handed_on, everywhere)
+  lies = jax.tree.map(lambda sharding: sharding.spec, spec.state)
   return jax.shard_map(
-    functools.partial(stage_step, spec), mesh=spec.mesh, in_specs=specs,
-    out_specs=(pages, everywhere, handed_on, everywhere), check_vma=False,
-  )(params, list(kv), last_tokens, hidden, buffers)
+    functools.partial(stage_step, spec), mesh=spec.mesh,
+    in_specs=(weights, lies, everywhere), out_specs=(lies, everywhere),
+    check_vma=False)(params, state, buffers)
 
 
 def stage_step(
     spec: StepSpec,
     params: Params,
-    kv: Sequence[kv_cache.LayerKv],
-    last_tokens: Int[Array, ' slots'],
-    hidden: Float[Array, 'rows D'] | None,
+    state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
-) -> tuple[list[kv_cache.LayerKv], Array, Array | None, Int[Array, '2 S']]:
+) -> tuple[state_lib.DeviceState, Int[Array, '2 S']]:
   """One device's part of a step.
 
   Args:
     spec: fixed when compiled.
     params: the device's part of the weights.
-    kv: its pages, one pair a layer of its stage; donated.
-    last_tokens: each slot's last sampled token; donated.
-    hidden: its columns of what the stage before handed on; donated. None
-      without stages.
+    state: its part: the pages of its stage's layers, and its columns of what
+      the stage before handed on; donated.
     buffers: the batch at each stage, see `batch.BatchLayout`; all rows 0 for
       none.
 
   Returns:
-    Pages, last tokens and hidden states, updated in place, and the tokens
-    sampled for the batch at the last stage in one array: token ids, then the
-    bits of their float32 log-probabilities, NaN for what `sampling.sample`
-    could not sample.
+    The state, updated in place, and the tokens sampled for the batch at the
+    last stage in one array: token ids, then the bits of their float32
+    log-probabilities, NaN for what `sampling.sample` could not sample.
   """
   model, layout = spec.model, spec.layout
+  hidden, last_tokens = state.hidden, state.slots.last_tokens
   shards = mesh_lib.shards_of(spec.mesh)
   stage = 0 if shards.pp is None else lax.axis_index(shards.pp)
   layers = params['layers']
@@ -140,10 +135,10 @@ def stage_step(
   # only one, already its last layer leaves the others out.
   ends = jnp.maximum(leaving.cu_q_lens[1:] - 1, 0)
   is_early = hidden is None and layout.num_rows < layout.num_tokens
-  x, new_kv = models.run_layers(
-    model, layers, kv, x, positions, rope_lens,
+  x, kv = models.run_layers(
+    model, layers, state.kv, x, positions, rope_lens,
     _attend_to_pages(
-      spec, kv, mine, stage, x.dtype, row, is_real, positions),
+      spec, state.kv, mine, stage, x.dtype, row, is_real, positions),
     windows=spec.windows, shards=shards, leaving=ends if is_early else None)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
@@ -157,7 +152,8 @@ def stage_step(
     jnp.where(samples, leaving.slots, last_tokens.shape[0])].set(
       sampled, mode='drop')
   out = jnp.stack([sampled, lax.bitcast_convert_type(logprobs, jnp.int32)])
-  return new_kv, last_tokens, hidden, out
+  return state_lib.DeviceState(
+    kv, state_lib.SlotState(last_tokens), hidden), out
 
 
 def _to_float(bits: Array) -> Array:

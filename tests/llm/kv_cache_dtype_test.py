@@ -41,7 +41,7 @@ def error_of(llm: Any, params: Any) -> float:
 
 
 def leaf_dtypes(llm: Any) -> set[str]:
-  return {x.dtype.name for x in jax.tree.leaves(llm.engine._runner._kv)}
+  return {x.dtype.name for x in jax.tree.leaves(llm.engine._runner._state.kv)}
 
 
 @pytest.mark.parametrize(('name', 'stored'), [

@@ -133,7 +133,7 @@ def test_a_trainers_mesh_of_fsdp_under_a_guard(cache_dir, greedy):
 def test_one_device_runs_weights_where_they_are(cache_dir, greedy):
   device = jax.devices()[5]
   llm = make(jax.device_put(params_of(0), device), cache_dir)
-  assert llm._runner._kv[0][0].devices() == {device}
+  assert llm._runner._state.kv[0][0].devices() == {device}
   assert tokens_of(llm) == greedy[0]
   llm.update_params(params_of(1))  # These are on the first one.
   assert llm._runner._leaves[0].devices() == {device}

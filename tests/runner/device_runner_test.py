@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
@@ -77,6 +78,36 @@ def test_what_is_compiled_can_be_chosen():
   assert runner.fetch(runner.launch(batch)).tokens == first.tokens
   with pytest.raises(KeyError):
     runner.launch(types.ScheduledBatch(0, (chunk,) * 3, 9))
+
+
+def test_a_program_beside_the_steps_sets_the_state_of_a_slot(served):
+  """So goes what only the host knows of a request when it is admitted."""
+  runner: Any = served.llm.engine._runner
+
+  def put(leaves, state, ints):
+    del leaves
+    tokens = state.slots.last_tokens.at[ints[0]].set(ints[1])
+    slots = dataclasses.replace(state.slots, last_tokens=tokens)
+    return dataclasses.replace(state, slots=slots), ints[:0]
+
+  def sampled(*tokens):
+    chunk = types.Chunk(
+      request_id='a', slot=2, start=0, tokens=tokens, num_tokens=1,
+      is_prefill=False, samples=True, page_table=(0,), prompt_len=1, seed=0,
+      sampling=types.SamplingParams(temperature=0))
+    batch = types.ScheduledBatch(0, (chunk,), 1)
+    return runner.fetch(runner.launch(batch))
+
+  number, ints = -1, np.array([2, 7], np.int32)
+  pages = runner._state.kv[0][0].unsafe_buffer_pointer()
+  runner._programs._steps[number] = jax.jit(
+    put, donate_argnames='state').lower(
+      runner._leaves, runner._state, ints).compile()
+  assert sampled(3) != sampled(7)
+  runner._compute(number, ints)
+  assert sampled() == sampled(7)
+  assert runner._state.kv[0][0].unsafe_buffer_pointer() == pages
+  del runner._programs._steps[number]
 
 
 @pytest.mark.parametrize(('given', 'trials'), [
@@ -150,7 +181,7 @@ def kv_copies(compiled_text: str, shape: tuple[int, ...]) -> list[str]:
 def test_the_kv_cache_is_updated_in_place(served):
   runner: Any = served.llm.engine._runner
   num_bytes = NUM_PAGES * kv_cache.page_bytes(MODEL, PAGE_SIZE, jnp.float32)
-  shape, = {pages.shape for pages in jax.tree.leaves(runner._kv)}
+  shape, = {pages.shape for pages in jax.tree.leaves(runner._state.kv)}
   assert math.prod(shape) * 4 * 2 == num_bytes
   for size in (4, 8, 16):
     compiled = runner._programs[size]

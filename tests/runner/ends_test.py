@@ -82,7 +82,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
 
 def test_steps_arrive_in_order_and_all_end_well(hosts: Hosts) -> None:
   for size in (4, 8):
-    hosts.leader.send(size, np.arange(6, dtype=np.int32).reshape(2, 3))
+    hosts.leader.send(size, np.arange(6, dtype=np.int32))
   idle: list[bool] = []
   for i in (1, 2):
     steps = hosts.followers[i].steps(lambda: idle.append(True))
