@@ -165,7 +165,8 @@ _ENGINE_RULES: Mapping[str, Rule] = {
     ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'), SIZE),
   **dict.fromkeys(('max_model_len', 'num_pages'), or_none(SIZE)),
   **dict.fromkeys(SLOS, or_none(POSITIVE, 'must be milliseconds > 0')),
-  'kv_cache_gib': or_none(POSITIVE),
+  'kv_cache_gib': or_none((  # inf: all that can be used
+    lambda value: value == math.inf or POSITIVE[0](value), POSITIVE[1])),
   'memory_utilization': (
     lambda value: is_real(value) and 0 < value <= 1, 'must be in (0, 1]'),
   'short_prompt_share': (
