@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert import changes
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
 from checkpoints_convert import orbax_writer
@@ -144,7 +145,7 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
           staging / checkpoint.PARAMS, plan.leaves, reader, progress)
       if nonfinite and not allow_nonfinite:
         raise transforms.nonfinite_error(nonfinite)
-      checkpoint.write_metadata(staging, metadata_of(plan))
+      checkpoint.write_metadata(staging, metadata_of(plan, nonfinite))
       if check:
         compare(plan, staging, reader, bar)
       staging_lib.publish(staging, target)
@@ -223,8 +224,14 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
   return max(sizes, key=lambda name: sizes[name])
 
 
-def metadata_of(plan: Plan) -> checkpoint.CheckpointMetadata:
-  """What sarathi.json says of a checkpoint."""
+def metadata_of(plan: Plan, nonfinite: Mapping[str, int] | None = None,
+                ) -> checkpoint.CheckpointMetadata:
+  """What sarathi.json says of a checkpoint.
+
+  Args:
+    plan: its conversion.
+    nonfinite: see `orbax_writer.write`.
+  """
   generation = plan.generation
   return checkpoint.CheckpointMetadata(
     model=plan.model,
@@ -237,6 +244,8 @@ def metadata_of(plan: Plan) -> checkpoint.CheckpointMetadata:
       'format': 'huggingface',
       'name': plan.folder.name,
       'architecture': (plan.raw.get('architectures') or [None])[0],
+      'converter': changes.VERSION,
+      **({'nonfinite': dict(nonfinite)} if nonfinite else {}),
     })
 
 

@@ -26,6 +26,8 @@ class DirectParams:
   Args:
     folder: of the checkpoint.
     dtype: of the parameters; None for what most of the checkpoint is in.
+    sampling_defaults: see `convert.make_plan`.
+    allow_nonfinite: whether they may be NaN or infinite.
 
   Raises:
     CheckpointError: something about it is not known, or missing.
@@ -34,10 +36,14 @@ class DirectParams:
     metadata: what sarathi.json would say.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str | None = None) -> None:
+  def __init__(self, folder: pathlib.Path, dtype: str | None = None, *,
+               sampling_defaults: bool = True,
+               allow_nonfinite: bool = False) -> None:
+    self._allow_nonfinite = allow_nonfinite
     self._reader = safetensors_reader.Reader(folder)
     try:
-      plan = convert.make_plan(folder, self._reader, dtype)
+      plan = convert.make_plan(folder, self._reader, dtype,
+                               sampling_defaults=sampling_defaults)
       self.metadata: checkpoint.CheckpointMetadata = convert.metadata_of(plan)
     except BaseException:
       self._reader.close()
@@ -76,6 +82,7 @@ class DirectParams:
       part.read(self._reader, start, block)
       values = transforms.cast(
         block[(slice(None), *columns)], leaf.dtype, tensor.name)
-      if count := transforms.count_nonfinite(values):
+      if not self._allow_nonfinite and (
+          count := transforms.count_nonfinite(values)):
         raise transforms.nonfinite_error({tensor.name: count})
       result[start - rows.start:stop - rows.start] = values

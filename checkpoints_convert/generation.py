@@ -163,9 +163,9 @@ def _sampling(path: pathlib.Path, values: Mapping[str, Any]
 
 def _refusal(path: pathlib.Path, message: str) -> errors.CheckpointError:
   return errors.CheckpointError(
-    f'{path}: {message}; take it out of the file, or convert by python -m '
-    'checkpoints_convert --nosampling_defaults, which leaves the sampling '
-    'that the file recommends out.')
+    f'{path}: {message}; take it out of the file, or leave all the sampling '
+    'that the file recommends out by --nosampling_defaults '
+    '(sampling_defaults=False).')
 
 
 def _is_known(name: str, value: Any, is_sampled: bool) -> bool:

@@ -55,6 +55,11 @@ class _Source(NamedTuple):
   starts: tuple[str, ...]
   ends: tuple[str, ...]
 
+  @property
+  def is_unigram(self) -> bool:
+    spec = self.proto.trainer_spec
+    return bool(spec.model_type == spec.ModelType.Value('UNIGRAM'))
+
   def encode(self, text: str, is_first: bool) -> list[int]:
     """What sentencepiece makes of a text, or of what is behind a token."""
     if is_first or self.legacy:
@@ -164,12 +169,11 @@ def _added(folder: pathlib.Path, config: Mapping[str, Any], source: _Source,
 def _model(source: _Source) -> models.Model:
   """The pieces, and how they are put together."""
   proto = source.proto
-  spec = proto.trainer_spec
   scores = [(piece.piece, piece.score) for piece in proto.pieces]
   fallback = bool(source.pieces('BYTE'))
-  if spec.model_type == spec.ModelType.Value('UNIGRAM'):
-    return models.Unigram(scores, source.whole.unk_id(), fallback)
   normal = source.pieces('NORMAL')
+  if source.is_unigram:
+    return models.Unigram(scores, source.whole.unk_id(), fallback)
   return models.BPE(
     vocab={piece: i for i, (piece, _) in enumerate(scores)},
     merges=_merges({piece: scores[i][1] for i, piece in normal.items()}),
@@ -219,7 +223,8 @@ def _pre_tokenizers(source: _Source) -> list[Any]:
     # A text may say '<0x0A>', which is not the token of that name.
     steps.append(pre_tokenizers.Split(tokenizers.Regex(
       '<(?=0x[0-9A-F]{2}>)'), 'merged_with_previous'))
-  if own := source.pieces('USER_DEFINED'):
+  own = source.pieces('USER_DEFINED')
+  if own and not source.is_unigram:
     longest_first = sorted(own.values(), key=len, reverse=True)
     steps.append(pre_tokenizers.Split(
       tokenizers.Regex('|'.join(map(re.escape, longest_first))), 'isolated'))

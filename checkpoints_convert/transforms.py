@@ -231,7 +231,7 @@ def nonfinite_error(counts: Mapping[str, int]) -> errors.CheckpointError:
   return errors.CheckpointError(
     f'the checkpoint holds numbers that are NaN or infinite, in '
     f'{", ".join(shown[:5])}{more}; what it computes from them is of no use. '
-    'python -m checkpoints_convert --allow_nonfinite converts it all the same.')
+    '--allow_nonfinite (allow_nonfinite=True) takes it all the same.')
 
 
 def transpose(rows: np.ndarray, result: np.ndarray) -> None:

@@ -12,24 +12,19 @@ A folder with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-import contextlib
+from collections.abc import Mapping
 import dataclasses
-import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
 from typing import Any, NamedTuple
-import warnings
 
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import params_reader
 from sarathi_jax import types
-from sarathi_jax import whole_folder
 from sarathi_jax.models import config as config_lib
 
 FORMAT_VERSION = 1
@@ -44,11 +39,7 @@ _ZARR_DTYPES: Mapping[str, str] = {
 # do_sample, without which transformers ignores them.
 GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
 
-_PathLike = str | os.PathLike[str]
-OnModel = Callable[[config_lib.ModelConfig], object]
-OnWait = Callable[[str], object]
-Bar = Callable[
-  [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
+PathLike = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +109,7 @@ def _is_id(value: object) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def load_metadata(directory: _PathLike) -> CheckpointMetadata:
+def load_metadata(directory: PathLike) -> CheckpointMetadata:
   """Reads sarathi.json. Loads no JAX.
 
   Raises:
@@ -162,7 +153,7 @@ def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
   return CheckpointMetadata(model=model, **fields)
 
 
-def write_metadata(directory: _PathLike, metadata: CheckpointMetadata) -> None:
+def write_metadata(directory: PathLike, metadata: CheckpointMetadata) -> None:
   """Writes sarathi.json, which makes the folder a checkpoint."""
   fields = {field.name: getattr(metadata, field.name)
             for field in dataclasses.fields(metadata)}
@@ -172,7 +163,7 @@ def write_metadata(directory: _PathLike, metadata: CheckpointMetadata) -> None:
   path.write_text(json.dumps(fields, indent=2) + '\n')
 
 
-def restore_params(directory: _PathLike, sharding: Any = None) -> Any:
+def restore_params(directory: PathLike, sharding: Any = None) -> Any:
   """Reads the parameters, straight onto devices.
 
   Args:
@@ -274,99 +265,14 @@ class Checkpoint(NamedTuple):
   folder: pathlib.Path
 
 
-def open_checkpoint(path_or_hub_id: _PathLike, cache_dir: _PathLike, *,
-                    convert: bool = True, bar: Bar | None = None,
-                    on_model: OnModel = lambda model: None) -> Checkpoint:
-  """Opens a checkpoint, ours or Hugging Face's.
-
-  Args:
-    path_or_hub_id, cache_dir, bar, on_model: see `resolve`.
-    convert: whether one of Hugging Face is converted once, into `cache_dir`;
-      else parts of its tensors are read as they are needed, and only its
-      tokenizer is kept.
+def open_converted(directory: PathLike) -> Checkpoint:
+  """Opens a converted checkpoint, and reads none of its parameters yet.
 
   Raises:
-    CheckpointError: there is none, it is damaged, or it is not supported.
+    CheckpointError: as `restore_params`.
   """
-  folder = pathlib.Path(path_or_hub_id)
-  if convert or (folder / METADATA).is_file():
-    folder = resolve(path_or_hub_id, cache_dir, bar, on_model)
-    metadata = load_metadata(folder)
-    params = pathlib.Path(os.path.abspath(folder)) / PARAMS
-    _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
-    return Checkpoint(metadata, params_reader.open_params(params), folder)
-  from checkpoints_convert import direct
-  from checkpoints_convert import source
-  from checkpoints_convert import tokenizer_files
-  origin = source.locate(str(path_or_hub_id))
-  opened = direct.DirectParams(origin)
-  kept = (pathlib.Path(cache_dir) / 'tokenizers'
-          / f'{origin.name}-{_fingerprint(origin)}')
-  if not kept.is_dir():
-    whole_folder.make(kept, functools.partial(tokenizer_files.write, origin))
-  return Checkpoint(opened.metadata, opened, kept)
-
-
-def resolve(path_or_hub_id: _PathLike, cache_dir: _PathLike,
-            bar: Bar | None = None, on_model: OnModel = lambda model: None,
-            on_wait: OnWait | None = None) -> pathlib.Path:
-  """The converted checkpoint that is meant, converting it if need be.
-
-  Args:
-    path_or_hub_id: a converted checkpoint, which is returned as it is; or a
-      Hugging Face folder, or hub id, which is converted once.
-    cache_dir: where to keep what is converted. Its key is the source's path,
-      and the names, sizes and times of its files.
-    bar: makes a progress bar of a title and a number of bytes, if something
-      is to be converted; what it gives is told of bytes that are done.
-    on_model: told what is to be converted, and may refuse it.
-    on_wait: told, in a line, that another process converts it, for which this
-      waits; should that one end before it is done, this one takes over. None:
-      it is a warning.
-
-  Raises:
-    CheckpointError: there is no such checkpoint, or it can't be converted.
-  """
-  folder = pathlib.Path(path_or_hub_id)
-  if (folder / METADATA).is_file():
-    return folder
-  if folder.is_dir() and not (folder / 'config.json').is_file():
-    raise errors.CheckpointError(
-      f'{folder}: neither a converted checkpoint, with {METADATA}, nor one of '
-      'Hugging Face, with config.json.')
-  # The converter imports this module, and takes seconds to import.
-  from checkpoints_convert import convert
-  from checkpoints_convert import hf_config
-  from checkpoints_convert import source
-  from checkpoints_convert import staging
-  origin = source.locate(str(path_or_hub_id))
-  target = pathlib.Path(cache_dir) / f'{origin.name}-{_fingerprint(origin)}'
-  has_waited = False
-  while not (target / METADATA).is_file():
-    on_model(hf_config.read(origin)[0])
-    try:
-      convert.convert(origin, target, bar=bar or convert.no_bar)
-    except staging.BusyError:
-      if not has_waited:
-        has_waited = True
-        (on_wait or _warn)(
-          f'Another process converts {path_or_hub_id} into {target}; waiting '
-          'for it ...')
-      staging.wait_for_other(target)
-    except errors.CheckpointError:
-      if not (target / METADATA).is_file():  # made by another meanwhile
-        raise
-  return target
-
-
-def _warn(line: str) -> None:
-  warnings.warn(line, RuntimeWarning, stacklevel=3)
-
-
-def _fingerprint(folder: pathlib.Path) -> str:
-  facts = [str(folder)]
-  for path in sorted(folder.iterdir()):
-    if path.is_file():
-      status = path.stat()
-      facts.append(f'{path.name} {status.st_size} {status.st_mtime_ns}')
-  return hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:16]
+  metadata = load_metadata(directory)
+  params = pathlib.Path(os.path.abspath(directory)) / PARAMS
+  _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
+  return Checkpoint(
+    metadata, params_reader.open_params(params), pathlib.Path(directory))

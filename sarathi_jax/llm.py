@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-import contextlib
 import functools
 import itertools
 import pathlib
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import opening
 from sarathi_jax import types
 from sarathi_jax.in_process import building
 from sarathi_jax.in_process import progress
@@ -35,14 +35,6 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt
 OnCompiled = building.OnCompiled
-
-
-def _told(on_done: OnCompiled | None, description: str,
-          ) -> contextlib.AbstractContextManager[OnCompiled]:
-  """Who is told how much is done: the caller, or a person."""
-  if on_done is None:
-    return progress.counted(description)
-  return contextlib.nullcontext(on_done)
 
 
 class LLM:
@@ -109,7 +101,7 @@ class LLM:
     if not isinstance(model, model_config_lib.ModelConfig):
       raise errors.ConfigError(
         f'model: is a {type(model).__module__}.{type(model).__name__}; must be '
-        'a ModelConfig, as of checkpoint.open_checkpoint. A checkpoint is '
+        'a ModelConfig, as of opening.open_checkpoint. A checkpoint is '
         'served by LLM.from_checkpoint.')
     words = tokenizing.tokenizer_of(tokenizer)
     eos_token_ids = tokenizing.eos_token_ids_of(
@@ -133,7 +125,7 @@ class LLM:
       engine['default_sampling'] or {})  # Told before anything is compiled.
     self.model = model
     self._leader = leader
-    with _told(on_compiled, 'Compiling steps') as tell:
+    with progress.told(on_compiled, 'Compiling steps') as tell:
       self._runner = building.build_runner(
         model, placed, mesh, config, tell, leader)
     self.engine = building.build_engine(model, self._runner, config, **engine)
@@ -148,7 +140,8 @@ class LLM:
       mesh: jax.sharding.Mesh | None = None,
       axis_names: mesh_lib.AxisNames | None = None,
       cache_dir: str | pathlib.Path | None = None,
-      convert: bool = True, model_name: str | None = None,
+      convert: bool = True, sampling_defaults: bool = True,
+      allow_nonfinite: bool = False, model_name: str | None = None,
       leader: hosts.Leader | None = None,
       on_loaded: OnCompiled | None = None,
       on_compiled: OnCompiled | None = None) -> LLM:
@@ -160,6 +153,9 @@ class LLM:
       mesh, axis_names: see `LLM`; None: `config.tp * config.pp` devices.
       cache_dir: where Hugging Face checkpoints are kept converted.
       convert: False: they are not; their tensors are read slice by slice.
+      sampling_defaults: whether the sampling that a checkpoint's makers
+        recommend is the default of requests.
+      allow_nonfinite: whether weights may be NaN or infinite.
       model_name: for people; by default, `path` as it is given.
       leader: of several processes, the first one's end of what connects
         them; see `runner.hosts`.
@@ -173,15 +169,16 @@ class LLM:
     config = config or config_lib.EngineConfig()
     make_mesh = functools.partial(
       building.make_mesh, config=config, users=mesh, axis_names=axis_names)
-    opened = checkpoint.open_checkpoint(
+    opened = opening.open_checkpoint(
       path, cache_dir or config_lib.default_cache_dir(), convert=convert,
+      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite,
       on_model=make_mesh)
     metadata = opened.metadata
     with settings.own():
       mesh = make_mesh(metadata.model)
       memory.check_weights(
         metadata.model, config, mesh, jnp.dtype(metadata.dtype))
-      with _told(on_loaded, 'Loading weights') as tell:
+      with progress.told(on_loaded, 'Loading weights') as tell:
         placed = placement.load(
           metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
           transpose=placement.transposes(mesh), on_loaded=tell)
@@ -246,16 +243,20 @@ class LLM:
 
   def open_weights(self, path: str | pathlib.Path, *,
                    cache_dir: str | pathlib.Path | None = None,
-                   ) -> checkpoint.Checkpoint:
+                   **options: bool) -> checkpoint.Checkpoint:
     """Opens other weights of the same model, for `load_weights`.
 
     Does not touch what is served, so any thread may.
 
+    Args:
+      path, cache_dir: see `from_checkpoint`.
+      **options: convert, sampling_defaults, allow_nonfinite; see there.
+
     Raises:
       CheckpointError: there are none, or they are of another model or dtype.
     """
-    opened = checkpoint.open_checkpoint(
-      path, cache_dir or config_lib.default_cache_dir())
+    opened = opening.open_checkpoint(
+      path, cache_dir or config_lib.default_cache_dir(), **options)
     if opened.metadata.model != self.model:
       raise errors.CheckpointError(
         f'{path}: is of another model than the one that is served.')

@@ -237,7 +237,7 @@ def _start(console: rich.console.Console) -> None:
               if FLAGS[name].value is not None}
   types.SamplingParams.from_dict(defaults)
   path = pathlib.Path(FLAGS.output).expanduser()
-  load_options = dict(cache_dir=FLAGS.cache_dir, convert=FLAGS.convert)
+  load_options = engine_flags.loading_from_flags()
   leader = None
   if (processes := engine_flags.processes_from_flags()) is not None:
     from sarathi_jax.launch import loading

@@ -47,7 +47,7 @@ LAYERS: Mapping[str, Layer] = {
   'models': Layer(('sarathi_jax.models',), ('kernels',)),
   'checkpoint': Layer(
     ('sarathi_jax.checkpoint', 'sarathi_jax.params_reader',
-     'sarathi_jax.whole_folder'), ('models', '~converter')),
+     'sarathi_jax.whole_folder'), ('models',)),
   'cli': Layer(('sarathi_jax.cli', 'sarathi_jax.quickstart'),
                ('scheduler', 'text', 'engine', 'models')),
   'converter': Layer(('checkpoints_convert',),
@@ -55,8 +55,9 @@ LAYERS: Mapping[str, Layer] = {
   'runner': Layer(('sarathi_jax.runner',),
                   ('kernels', 'engine', 'models', 'checkpoint')),
   'llm': Layer(
-    ('sarathi_jax.in_process', 'sarathi_jax.llm'),
-    ('scheduler', 'text', 'engine', 'models', 'checkpoint', 'runner')),
+    ('sarathi_jax.in_process', 'sarathi_jax.llm', 'sarathi_jax.opening'),
+    ('scheduler', 'text', 'engine', 'models', 'checkpoint', 'converter',
+     'runner')),
   'launch': Layer(('sarathi_jax.launch',),
                   ('kernels', 'models', 'checkpoint', 'runner', 'llm')),
   'server': Layer(

@@ -38,9 +38,6 @@ _PUBLIC = ('sarathi_jax', 'checkpoints_convert',
 _MERGED = {'checkpoints_convert/families': 'checkpoints_convert'} | {
   f'sarathi_jax/server/{folder}': 'sarathi_jax/server'
   for folder in ('guard', 'protocols', 'queue', 'telling')}
-# Imports inside functions that would make a cycle of targets: the binaries
-# that come to need them bring them.
-_LATE = {'sarathi_jax/checkpoint': 'checkpoints_convert'}
 _DATA = {'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',
          'sarathi_jax/simulator': 'sarathi_jax/simulator/**/*.json'}
 # The first name of an import -> the distribution it comes from.
@@ -116,7 +113,7 @@ def _deps(target: Target, owners: Mapping[str, str]) -> Iterator[str]:
       if not used.is_ours:
         label = distribution(used.module).replace('-', '_')
         yield f'@pypi//{label}'
-      elif owners[used.module] not in (target.name, _LATE.get(target.name)):
+      elif owners[used.module] != target.name:
         yield owners[used.module]
   if target.rule == 'py_test':
     yield '@pypi//pytest'
@@ -147,10 +144,9 @@ def _binaries(found: Mapping[str, Target]) -> Iterator[Target]:
     for file in target.files:
       if target.rule == 'py_library' and _is_binary(file):
         module = file.module.removesuffix('.__main__')
-        deps = {target.name, *(late for name, late in _LATE.items()
-                               if name in _closure(target.name, found))}
-        yield Target('py_binary', f'{module.replace(".", "/")}_main', [], deps,
-                     {'main_module': module})
+        yield Target(
+          'py_binary', f'{module.replace(".", "/")}_main', [], {target.name},
+          {'main_module': module})
 
 
 def _closure(name: str, found: Mapping[str, Target]) -> set[str]:

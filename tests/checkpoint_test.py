@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent import futures
-import contextlib
-import errno
+from collections.abc import Callable
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from typing import Any
 
 import jax
@@ -161,138 +155,3 @@ def test_an_ordinary_orbax_checkpoint_will_do(
     checkpointer.save(tmp_path / 'params', params)
   again = checkpoint.restore_params(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, params, again)
-
-
-def test_resolve_leaves_a_converted_checkpoint_alone(
-  whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  assert checkpoint.resolve(whole, tmp_path / 'cache') == whole
-  assert not (tmp_path / 'cache').exists()
-
-
-def test_resolve_converts_once(tmp_path: pathlib.Path) -> None:
-  folder, cache = fake.llama(tmp_path / 'hf'), tmp_path / 'cache'
-  first = checkpoint.resolve(str(folder), cache)
-  made = (first / 'sarathi.json').stat().st_mtime_ns
-  assert checkpoint.resolve(folder, cache) == first
-  assert (first / 'sarathi.json').stat().st_mtime_ns == made
-  (folder / 'config.json').write_text(
-    json.dumps(fake.llama_config(eos_token_id=5)))
-  second = checkpoint.resolve(folder, cache)
-  assert second != first
-  assert checkpoint.load_metadata(second).eos_token_ids == (5,)
-
-
-@pytest.mark.parametrize('make', [True, False])
-def test_resolve_nothing(make: bool, tmp_path: pathlib.Path) -> None:
-  folder = tmp_path / 'some where'
-  if make:
-    folder.mkdir()
-  with pytest.raises(errors.CheckpointError,
-                     match=r'neither a converted|no such folder'):
-    checkpoint.resolve(folder, tmp_path / 'cache')
-
-
-# Converts as a server that starts would, and stops in the middle.
-_CONVERTS = '''
-import os, sys, time
-os.environ['JAX_PLATFORMS'] = 'cpu'
-from checkpoints_convert import orbax_writer
-from sarathi_jax import checkpoint
-
-def write(*args):
-  print('converting', flush=True)
-  time.sleep(1000)
-
-if sys.argv[3] == 'stop':
-  orbax_writer.write = write
-print(checkpoint.resolve(*sys.argv[1:3]))
-'''
-
-
-def test_who_comes_second_waits_and_takes_over_from_one_that_is_killed(
-    tmp_path: pathlib.Path) -> None:
-  folder, cache = fake.llama(tmp_path / 'hf'), tmp_path / 'cache'
-  other = subprocess.Popen(
-    [sys.executable, '-c', _CONVERTS, str(folder), str(cache), 'stop'],
-    stdout=subprocess.PIPE, text=True)
-  assert other.stdout
-  try:
-    assert other.stdout.readline() == 'converting\n'
-    said: list[str] = []
-
-    def on_wait(line: str) -> None:
-      said.append(line)
-      threading.Timer(0.3, other.kill).start()
-
-    found = checkpoint.resolve(folder, cache, on_wait=on_wait)
-  finally:
-    other.kill()
-    other.wait()
-    other.stdout.close()
-  assert said == [
-    f'Another process converts {folder} into {found}; waiting for it ...']
-  convert.verify(folder, found)
-  assert sorted(os.listdir(cache)) == [found.name]
-
-
-def test_those_that_come_together_convert_once(tmp_path: pathlib.Path) -> None:
-  """Threads, each with a lock of its own, are as good as processes."""
-  folder, cache = fake.llama(tmp_path / 'hf'), tmp_path / 'cache'
-  said: list[str] = []
-  converted: list[str] = []
-
-  @contextlib.contextmanager
-  def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    converted.append(title)
-    while len(said) < 3:  # until the others wait
-      time.sleep(0.01)
-    yield lambda num_bytes: None
-
-  with futures.ThreadPoolExecutor(4) as pool:
-    found = list(pool.map(
-      lambda _: checkpoint.resolve(folder, cache, bar, on_wait=said.append),
-      range(4)))
-  assert len(set(found)) == 1 and len(converted) == 1
-  convert.verify(folder, found[0])
-
-
-def test_a_conversion_that_fails_fails_for_who_waits_for_it(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  folder, cache = fake.llama(tmp_path / 'hf'), tmp_path / 'cache'
-  said: list[str] = []
-
-  def fail(*args: Any) -> None:
-    while not said:
-      time.sleep(0.01)
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(convert.orbax_writer, 'write', fail)
-  with futures.ThreadPoolExecutor(2) as pool:
-    jobs = [pool.submit(checkpoint.resolve, folder, cache,
-                        on_wait=said.append) for _ in range(2)]
-    for job in jobs:
-      with pytest.raises(errors.CheckpointError, match='No space left'):
-        job.result(60)
-
-
-def test_tokenizers_kept_without_conversion_are_whole(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """However many start at once, and in a folder that can only be read."""
-  folder, cache = fake.llama(tmp_path / 'hf'), tmp_path / 'cache'
-  with futures.ThreadPoolExecutor(4) as pool:
-    opened = list(pool.map(
-      lambda _: checkpoint.open_checkpoint(folder, cache, convert=False),
-      range(4)))
-  kept, = os.listdir(cache / 'tokenizers')
-  assert {one.folder for one in opened} == {cache / 'tokenizers' / kept}
-
-  def refuse(*args: Any, **fields: Any) -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-  monkeypatch.setattr(os, 'mkdir', refuse)
-  again = checkpoint.open_checkpoint(folder, cache, convert=False)
-  assert again.folder == opened[0].folder
-  with pytest.raises(errors.CheckpointError, match=r'cache_dir: .*Read-only'):
-    checkpoint.open_checkpoint(folder, tmp_path / 'other', convert=False)
-  for one in (*opened, again):
-    one.read.close()

@@ -82,6 +82,13 @@ def define_engine_flags() -> None:
     '--cache_dir. --noconvert: read its tensors slice by slice at every start, '
     'and keep no copy.')
   flags.DEFINE_bool(
+    'sampling_defaults', True, 'Take the sampling that a checkpoint\'s makers '
+    'recommend for requests that do not say; what of it is not supported is an '
+    'error then.')
+  flags.DEFINE_bool(
+    'allow_nonfinite', False, 'Serve weights that are NaN or infinite, too. '
+    'Requests whose logits are ruined by them end with the reason error.')
+  flags.DEFINE_bool(
     'distributed', False, 'Run as one of several processes, one a host, that '
     'share a model. What the next three do not say is detected, under SLURM, '
     'Open MPI and Kubernetes.')
@@ -104,6 +111,12 @@ def define_engine_flags() -> None:
     value = getattr(default, name)
     define(
       name, None, text if value is None else f'{text} Default: {value}.')
+
+
+def loading_from_flags() -> dict[str, Any]:
+  """How a checkpoint is opened: arguments of `LLM.from_checkpoint`."""
+  return {name: FLAGS[name].value for name in (
+    'cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')}
 
 
 def processes_from_flags() -> dict[str, Any] | None:

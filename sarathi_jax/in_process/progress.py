@@ -14,6 +14,8 @@ import rich.progress
 FIRST_LINE_S = 5.0  # What is over before needs no line.
 LINE_S = 60.0
 
+OnDone = Callable[[int, int], object]  # How many are done, and of how many.
+
 
 class Lines:
   """Says how far something is where there is no terminal to draw a bar in.
@@ -47,8 +49,16 @@ def bar(console: rich.console.Console) -> rich.progress.Progress:
     disable=not console.is_terminal)
 
 
+def told(on_done: OnDone | None, description: str,
+         ) -> contextlib.AbstractContextManager[OnDone]:
+  """Who is told how much is done: the caller, or a person."""
+  if on_done is None:
+    return counted(description)
+  return contextlib.nullcontext(on_done)
+
+
 @contextlib.contextmanager
-def counted(description: str) -> Iterator[Callable[[int, int], None]]:
+def counted(description: str) -> Iterator[OnDone]:
   """Shows a count on standard error.
 
   Args:

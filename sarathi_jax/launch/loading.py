@@ -19,9 +19,9 @@ from rich import filesize
 import rich.console
 import rich.markup
 
-from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
+from sarathi_jax import opening
 from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
 from sarathi_jax.in_process import progress as progress_lib
@@ -45,7 +45,8 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              cache_dir: str | None = None, convert: bool = True,
              end: hosts.Leader | hosts.Follower | None = None,
              model_name: str | None = None,
-             console: rich.console.Console | None = None) -> llm_lib.LLM:
+             console: rich.console.Console | None = None,
+             **options: bool) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error.
 
   Args:
@@ -54,6 +55,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     end: of several processes, this one's, see `join`. All load the same, or
       none goes on; the first one returns once all are warm.
     console: where to show it.
+    **options: sampling_defaults, allow_nonfinite; see there.
 
   Raises:
     ConfigError: as there; or other processes load something else.
@@ -90,20 +92,20 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())
     kept = kept.expanduser()
     if convert:
-      path = checkpoint_lib.resolve(
+      path = opening.resolve(
         path if path.exists() else checkpoint, kept, converting,
         functools.partial(building.make_mesh, config=config),
         functools.partial(console.print, markup=False, highlight=False,
-                          soft_wrap=True))
+                          soft_wrap=True), **options)
     where = path if path.exists() else checkpoint
     if end is not None:
-      end.agree(fingerprint.weights(checkpoint_lib.open_checkpoint(
-        where, kept, convert=convert)))
+      end.agree(fingerprint.weights(opening.open_checkpoint(
+        where, kept, convert=convert, **options)))
     leader = end if isinstance(end, hosts.Leader) else None
     llm = llm_lib.LLM.from_checkpoint(
       where, config=config, cache_dir=kept, convert=convert,
       model_name=model_name or served_name(checkpoint), leader=leader,
-      on_loaded=on_loaded, on_compiled=on_compiled)
+      on_loaded=on_loaded, on_compiled=on_compiled, **options)
     if leader is not None:
       progress.update(task, description='Waiting for other hosts', total=None,
                       count='')

@@ -72,8 +72,8 @@ def main(arguments: list[str]) -> None:
   def llm() -> Any:
     from sarathi_jax.launch import loading
     return loading.load_llm(
-      FLAGS.checkpoint, engine_config, cache_dir=FLAGS.cache_dir,
-      convert=FLAGS.convert, end=leader, model_name=FLAGS.served_model_name)
+      FLAGS.checkpoint, engine_config, end=leader,
+      model_name=FLAGS.served_model_name, **engine_flags.loading_from_flags())
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
 
   hooks = control_v1.Hooks(
     load_weights=lambda path: llm().open_weights(
-      path, cache_dir=FLAGS.cache_dir),
+      path, **engine_flags.loading_from_flags()),
     update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
@@ -115,8 +115,7 @@ def _join(config: Any) -> Any:
     return None
   from sarathi_jax.launch import loading
   return loading.join(
-    processes, FLAGS.checkpoint, config, cache_dir=FLAGS.cache_dir,
-    convert=FLAGS.convert)
+    processes, FLAGS.checkpoint, config, **engine_flags.loading_from_flags())
 
 
 def serve(config: server_lib.ServerConfig,

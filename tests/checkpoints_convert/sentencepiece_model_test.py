@@ -35,6 +35,9 @@ _KINDS: dict[str, dict[str, Any]] = {
   'own symbols': _LLAMA | dict(
     user_defined_symbols=['<ud>', '\u2581\u2581\u2581\u2581', '[X]'],
     control_symbols=['[INST]', '[/INST]']),
+  'unigram with own symbols': _LLAMA | dict(
+    model_type='unigram', hard_vocab_limit=False,
+    user_defined_symbols=['<ud>', '\u2581\u2581\u2581\u2581', '[X]']),
 }
 _CONFIG = dict(tokenizer_class='LlamaTokenizer', bos_token='<s>',
                eos_token='</s>', unk_token='<unk>')

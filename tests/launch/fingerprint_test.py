@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from checkpoints_convert import convert
-from sarathi_jax import checkpoint
+from sarathi_jax import opening
 from sarathi_jax.launch import fingerprint
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import joining
@@ -63,7 +63,7 @@ def test_versions_flags_and_code_are_named(
 
 def _weights(folder: pathlib.Path, **options: object) -> dict[str, object]:
   return fingerprint.weights(
-    checkpoint.open_checkpoint(folder, folder / 'cache', **options))
+    opening.open_checkpoint(folder, folder / 'cache', **options))
 
 
 def test_copies_are_the_same_whatever_files_they_are_in(
@@ -91,7 +91,7 @@ def test_other_weights_of_the_same_shapes_are_others(
 
 def test_another_model_is_told_by_its_fields(tmp_path: pathlib.Path) -> None:
   convert.convert(fake.llama(tmp_path / 'hf'), tmp_path / 'one')
-  opened = checkpoint.open_checkpoint(tmp_path / 'one', tmp_path)
+  opened = opening.open_checkpoint(tmp_path / 'one', tmp_path)
   theirs = fingerprint.weights(opened._replace(metadata=dataclasses.replace(
     opened.metadata, model=dataclasses.replace(
       opened.metadata.model, norm_eps=0.5))))

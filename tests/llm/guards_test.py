@@ -14,6 +14,7 @@ import pytest
 
 from sarathi_jax import checkpoint
 from sarathi_jax import llm as llm_lib
+from sarathi_jax import opening
 from tests import tiny
 from tests.llm import common
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_is_loaded(
   named = {jax.tree_util.keystr(path, simple=True, separator='.'):
            np.asarray(leaf) for path, leaf in
            jax.tree_util.tree_leaves_with_path(params)}
-  monkeypatch.setattr(checkpoint, 'open_checkpoint', lambda *args, **kwargs:
+  monkeypatch.setattr(opening, 'open_checkpoint', lambda *args, **kwargs:
                       checkpoint.Checkpoint(checkpoint.CheckpointMetadata(
                         model=tiny.MODEL, dtype='float32'),
                         lambda name, index: named[name][index], tmp_path))

@@ -22,13 +22,13 @@ _LOAD = '''
 import json, sys
 import jax
 import jax.numpy as jnp
-from sarathi_jax import checkpoint
+from sarathi_jax import opening
 from tests import memory
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 
-opened = checkpoint.open_checkpoint(sys.argv[1], sys.argv[2], convert=False)
+opened = opening.open_checkpoint(sys.argv[1], sys.argv[2], convert=False)
 mesh = mesh_lib.make(parallel.Parallelism(tp=2, pp=2))
 jax.block_until_ready(jnp.zeros(8))  # The backend has all it keeps.
 before = memory.peak()

@@ -19,6 +19,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
+from sarathi_jax import opening
 from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
@@ -153,13 +154,13 @@ def test_a_checkpoint_is_read_alike_from_all_that_keep_it(
   """Converted, by tensorstore as another wrote it, and not converted."""
   source, converted = folders
   monkeypatch.setattr(direct, '_BLOCK_BYTES', 64)
-  opened = checkpoint.open_checkpoint(converted, tmp_path)
+  opened = opening.open_checkpoint(converted, tmp_path)
   model, dtype = opened.metadata.model, jnp.dtype(opened.metadata.dtype)
   mesh = mesh_of(tp, pp)
   expected = placement.place_live(
     model, mesh, checkpoint.restore_params(converted))
   assert_same(placement.load(model, mesh, dtype, opened.read), expected)
-  unconverted = checkpoint.open_checkpoint(source, tmp_path, convert=False)
+  unconverted = opening.open_checkpoint(source, tmp_path, convert=False)
   assert unconverted.metadata == opened.metadata
   assert_same(placement.load(model, mesh, dtype, unconverted.read), expected)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the checkpoint that is meant: one of ours, or one of Hugging Face.
+
+The latter are converted once, and found again by the path, names, sizes and
+times of their files. The converter takes seconds to import, and is only where
+there is something to convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from typing import Any
+import warnings
+
+from checkpoints_convert import changes
+from sarathi_jax import checkpoint
+from sarathi_jax import errors
+from sarathi_jax import whole_folder
+from sarathi_jax.models import config as config_lib
+
+OnModel = Callable[[config_lib.ModelConfig], object]
+Say = Callable[[str], object]  # A line, for people.
+Bar = Callable[
+  [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
+
+
+def _warn(line: str) -> None:
+  warnings.warn(line, RuntimeWarning, stacklevel=4)
+
+
+def open_checkpoint(path_or_hub_id: checkpoint.PathLike,
+                    cache_dir: checkpoint.PathLike, *,
+                    convert: bool = True, sampling_defaults: bool = True,
+                    allow_nonfinite: bool = False,
+                    bar: Bar | None = None,
+                    on_model: OnModel = lambda model: None,
+                    ) -> checkpoint.Checkpoint:
+  """Opens a checkpoint, ours or Hugging Face's.
+
+  Warns where one that was converted by hand is from an older converter.
+
+  Args:
+    path_or_hub_id, cache_dir, sampling_defaults, allow_nonfinite, bar,
+      on_model: see `resolve`.
+    convert: whether one of Hugging Face is converted once, into `cache_dir`;
+      else parts of its tensors are read as they are needed, and only its
+      tokenizer is kept.
+
+  Raises:
+    CheckpointError: there is none, it is damaged, or it is not supported.
+  """
+  folder = pathlib.Path(path_or_hub_id)
+  if convert or (folder / checkpoint.METADATA).is_file():
+    opened = checkpoint.open_converted(resolve(
+      path_or_hub_id, cache_dir, bar, on_model,
+      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite))
+    if not sampling_defaults:
+      opened = opened._replace(metadata=dataclasses.replace(
+        opened.metadata, generation={}))
+    _warn_of_older(opened)
+    return opened
+  from checkpoints_convert import direct
+  from checkpoints_convert import source
+  from checkpoints_convert import tokenizer_files
+  origin = source.locate(str(path_or_hub_id))
+  params = direct.DirectParams(
+    origin, sampling_defaults=sampling_defaults,
+    allow_nonfinite=allow_nonfinite)
+  kept = _kept(pathlib.Path(cache_dir, 'tokenizers'), origin)
+  if not kept.is_dir():
+    whole_folder.make(kept, functools.partial(tokenizer_files.write, origin))
+  return checkpoint.Checkpoint(params.metadata, params, kept)
+
+
+def resolve(path_or_hub_id: checkpoint.PathLike,
+            cache_dir: checkpoint.PathLike,
+            bar: Bar | None = None, on_model: OnModel = lambda model: None,
+            say: Say = _warn, *, sampling_defaults: bool = True,
+            allow_nonfinite: bool = False) -> pathlib.Path:
+  """The converted checkpoint that is meant, converting it if need be.
+
+  Args:
+    path_or_hub_id: a converted checkpoint, which is returned as it is; or a
+      Hugging Face folder, or hub id, which is converted once.
+    cache_dir: where to keep what is converted.
+    bar: makes a progress bar of a title and a number of bytes, if something
+      is to be converted; what it gives is told of bytes that are done.
+    on_model: told what is to be converted, and may refuse it.
+    say: told that another process converts it, for which this waits, and takes
+      over should that one end before it is done; or that an older version's
+      conversion is not used. By default it is a warning.
+    sampling_defaults: whether the sampling that its makers recommend is kept;
+      if not, none of it is refused.
+    allow_nonfinite: whether weights may be NaN or infinite.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or it can't be converted.
+  """
+  folder = pathlib.Path(path_or_hub_id)
+  if (folder / checkpoint.METADATA).is_file():
+    return folder
+  if folder.is_dir() and not (folder / 'config.json').is_file():
+    raise errors.CheckpointError(
+      f'{folder}: neither a converted checkpoint, with {checkpoint.METADATA}, '
+      'nor one of Hugging Face, with config.json.')
+  from checkpoints_convert import convert
+  from checkpoints_convert import hf_config
+  from checkpoints_convert import source
+  from checkpoints_convert import staging
+  from checkpoints_convert import transforms
+  origin = source.locate(str(path_or_hub_id))
+  target = _kept(pathlib.Path(cache_dir), origin)
+  _tell_of_older(pathlib.Path(cache_dir), origin, say)
+  if not sampling_defaults and not target.is_dir():
+    # What it makes lacks what others may want.
+    target = target.with_name(f'{target.name}-nosampling_defaults')
+  has_waited = False
+  while not (target / checkpoint.METADATA).is_file():
+    on_model(hf_config.read(origin)[0])
+    try:
+      convert.convert(
+        origin, target, bar=bar or convert.no_bar,
+        sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite)
+    except staging.BusyError:
+      if not has_waited:
+        has_waited = True
+        say(f'Another process converts {path_or_hub_id} into {target}; '
+            'waiting for it ...')
+      staging.wait_for_other(target)
+    except errors.CheckpointError:
+      # Another may have made it meanwhile.
+      if not (target / checkpoint.METADATA).is_file():
+        raise
+  found = checkpoint.load_metadata(target).source.get('nonfinite')
+  if found and not allow_nonfinite:  # Somebody else allowed them.
+    raise transforms.nonfinite_error(found)
+  return target
+
+
+def _warn_of_older(opened: checkpoint.Checkpoint) -> None:
+  """Warns of what a checkpoint lacks that an older version converted."""
+  version = changes.version_of(opened.metadata.source)
+  if not (changed := changes.since(version)):
+    return
+  from checkpoints_convert import generation
+  dropped = ''
+  try:
+    generation.read(opened.folder, {})
+  except errors.CheckpointError as error:
+    dropped = f' Of it was dropped: {error}'
+  _warn(f'{opened.folder}: was converted by version {version} of the '
+        f'converter; since then, {changed}. The weights are the same. To have '
+        f'the rest, convert it again.{dropped}')
+
+
+def _tell_of_older(cache_dir: pathlib.Path, origin: pathlib.Path,
+                   say: Say) -> None:
+  """Says which conversions are not used again, if one is made anew."""
+  if _kept(cache_dir, origin).is_dir():
+    return
+  for version in range(1, changes.VERSION):
+    older = _kept(cache_dir, origin, version)
+    if older.is_dir():
+      say(f'{origin} is converted anew: since {older} was made, '
+          f'{changes.since(version)}. That folder is not used any more.')
+
+
+def _kept(cache_dir: pathlib.Path, origin: pathlib.Path,
+          version: int = changes.VERSION) -> pathlib.Path:
+  """Where what a version makes of a Hugging Face checkpoint is kept."""
+  facts = [str(origin)]
+  for path in sorted(origin.iterdir()):
+    if path.is_file():
+      status = path.stat()
+      facts.append(f'{path.name} {status.st_size} {status.st_mtime_ns}')
+  if version > 1:  # The first one's names had none.
+    facts.append(f'version {version}')
+  key = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:16]
+  return cache_dir / f'{origin.name}-{key}'
