@@ -157,7 +157,7 @@ def _index_files(folder: pathlib.Path
     raise errors.CheckpointError(
       f'{folder / INDEX}: not a valid index: {e}.') from e
   for shard in shards:
-    if pathlib.PurePath(shard).name != shard:
+    if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
       raise errors.CheckpointError(
         f'{folder / INDEX}: shard {shard!r} is not a plain file name.')
   return {folder / shard: frozenset(names)

@@ -133,7 +133,7 @@ def _read(folder: pathlib.Path) -> _Source:
   later = sentencepiece.SentencePieceProcessor(
     model_proto=marked.SerializeToString())
   around = [
-    (_content(config.get(f'{name}_token')) or whole.id_to_piece(i),)
+    (chat.text_of(config.get(f'{name}_token')) or whole.id_to_piece(i),)
     if config.get(f'add_{name}_token', name == 'bos') and i >= 0 else ()
     for name, i in (('bos', whole.bos_id()), ('eos', whole.eos_id()))]
   source = _Source(proto, whole, later, prefix,
@@ -141,19 +141,15 @@ def _read(folder: pathlib.Path) -> _Source:
   return source._replace(added=_added(folder, config, source))
 
 
-def _content(token: Any) -> str | None:
-  return token.get('content') if isinstance(token, dict) else token
-
-
 def _added(folder: pathlib.Path, config: Mapping[str, Any], source: _Source,
            ) -> dict[int, tokenizers.AddedToken]:
   """Tokens that are looked for before anything else is done with a text."""
   added = {i: tokenizers.AddedToken(piece, special=True, normalized=False)
            for i, piece in source.pieces('CONTROL', 'UNKNOWN').items()}
-  special = {_content(value) for name, value in config.items()
+  special = {chat.text_of(value) for name, value in config.items()
              if name.endswith('_token')}
   more = config.get('additional_special_tokens') or ()
-  special |= set(map(_content, more))
+  special |= set(map(chat.text_of, more))
   if (folder / 'added_tokens.json').is_file():
     added |= {i: tokenizers.AddedToken(
       content, special=content in special, normalized=False)
@@ -224,7 +220,7 @@ def _pre_tokenizers(source: _Source) -> list[Any]:
     steps.append(pre_tokenizers.Split(tokenizers.Regex(
       '<(?=0x[0-9A-F]{2}>)'), 'merged_with_previous'))
   own = source.pieces('USER_DEFINED')
-  if own and not source.is_unigram:
+  if own and not source.is_unigram:  # which weighs them against others
     longest_first = sorted(own.values(), key=len, reverse=True)
     steps.append(pre_tokenizers.Split(
       tokenizers.Regex('|'.join(map(re.escape, longest_first))), 'isolated'))

@@ -94,10 +94,8 @@ def _of_folder(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
     if ids := _ids(chat.read_json(folder / name).get('eos_token_id')):
       return ids
   for name in _TOKENIZER_FILES:
-    token = chat.read_json(folder / name).get('eos_token')
-    text = token.get('content') if isinstance(token, dict) else token
-    if isinstance(text, str) and (
-        found := tokenizer.token_id(text)) is not None:
+    text = chat.text_of(chat.read_json(folder / name).get('eos_token'))
+    if text and (found := tokenizer.token_id(text)) is not None:
       return (found,)
   return ()
 

@@ -76,10 +76,10 @@ class ChatTemplate:
     source = _source(folder, config)
     if not source:
       return None
+    tokens = {name: text_of(value) for name, value in config.items()
+              if name.endswith('_token')}
     return cls(source, {
-      name: value['content'] if isinstance(value, dict) else value
-      for name, value in config.items()
-      if name.endswith('_token') and isinstance(value, (str, dict))})
+      name: text for name, text in tokens.items() if text is not None})
 
   def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
     """The text of a chat, up to where the assistant's answer begins.
@@ -114,11 +114,21 @@ def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
   return config
 
 
+def text_of(token: Any) -> str | None:
+  """The text of a token, as those files have it; None if it is none."""
+  text = token.get('content') if isinstance(token, dict) else token
+  return text if isinstance(text, str) else None
+
+
 def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   """The template's text, of whichever file has it; None if none has."""
   file = folder / 'chat_template.jinja'
   if file.is_file():
-    return file.read_text(encoding='utf-8')
+    try:
+      return file.read_text(encoding='utf-8')
+    except ValueError as error:
+      raise errors.CheckpointError(
+        f'{file}: can\'t be read: {error}') from error
   source = config.get('chat_template') or read_json(
     folder / 'chat_template.json').get('chat_template')
   try:

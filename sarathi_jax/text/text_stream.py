@@ -96,11 +96,13 @@ class TextStream:
     self._given: list[int] = []
     self._held: list[int] = []
     self._num_shown = 0  # characters of the held tokens' text
+    self._has_prompt = False  # whether some of the held are the prompt's
     seen = list(prompt[self._start(prompt):])
     if self._decode(seen).endswith(_REPLACEMENT):
       self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
       for token in seen:
         self.step(token)
+      self._has_prompt = bool(self._held)
     else:
       self._given = seen
       self._stream = decoders.DecodeStream(
@@ -112,16 +114,26 @@ class TextStream:
     try:
       text = self._stream.step(self._tokenizer, token)
     except Exception:  # 'Invalid prefix': text that the next token rewrites.
-      self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
-      self._given, self._held, self._num_shown = [], [token], 0
+      self._begin_anew()
       text = self._stream.step(self._tokenizer, token)
     start = self._num_shown
     if text:
       self._given, self._held, self._num_shown = self._held, [], 0
+      self._has_prompt = False
     else:  # It may be whole nevertheless, or have whole characters in front.
       text = self._whole()
       self._num_shown = max(start, len(text))
     return text[start:]
+
+  def _begin_anew(self) -> None:
+    """Forgets what was given, which is said; not what is held, which isn't."""
+    held = self._held[:-1]
+    self._given = []
+    if self._has_prompt or not self._decode(held).endswith(_REPLACEMENT):
+      held, self._held, self._num_shown = [], self._held[-1:], 0
+      self._has_prompt = False
+    self._stream = decoders.DecodeStream(
+      ids=held, skip_special_tokens=self._skip)
 
   def _start(self, prompt: Sequence[int]) -> int:
     """Where the prompt's last tokens begin, and a character with them."""

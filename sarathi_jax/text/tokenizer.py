@@ -82,7 +82,8 @@ class Tokenizer:
     """Token ids of a chat, up to where the assistant's answer begins."""
     if self._chat is None:
       raise errors.UnsupportedError(
-        'messages: this model has no chat template; send a prompt.')
+        'messages: this model has no chat template, or none that is called '
+        'default; send a prompt.')
     text = self._chat.render(messages)
     # The template writes the special tokens itself.
     return self._encode(text, add_special_tokens=False)

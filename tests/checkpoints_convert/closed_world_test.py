@@ -226,6 +226,7 @@ def test_index_that_lies(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('content', ['{', '[]', '{"weight_map": 3}',
+                                     '{"weight_map": {"a": 3}}',
                                      '{"weight_map": {"a": "../b"}}'])
 def test_damaged_index(content: str, tmp_path: pathlib.Path) -> None:
   folder, index = _sharded(tmp_path)

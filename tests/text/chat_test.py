@@ -103,6 +103,19 @@ def test_a_template_of_no_known_shape(tmp_path, template):
     chat.ChatTemplate.from_folder(tmp_path)
 
 
+def test_a_template_that_is_no_text(tmp_path):
+  (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(errors.CheckpointError, match=r'template\.jinja: can'):
+    chat.ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize('token', [3, {'lstrip': True}, {'content': None}])
+def test_a_special_token_without_a_text_is_none(token, tmp_path):
+  _write(tmp_path, '[{{ bos_token }}]', bos_token=token)
+  template = chat.ChatTemplate.from_folder(tmp_path)
+  assert template is not None and template.render(MESSAGES) == '[]'
+
+
 def test_there_may_be_none(tmp_path):
   assert chat.ChatTemplate.from_folder(tmp_path) is None
 

@@ -115,6 +115,18 @@ def test_broken_bytes_are_marked_and_the_text_goes_on(
   assert ''.join(stream.step(t) for t in ids) == '\ufffd the'
 
 
+def test_broken_bytes_behind_a_byte_that_was_given(
+    tmp_path: pathlib.Path) -> None:
+  """All bytes in a row are one text: what was given of them is rewritten."""
+  made = tokenizer_fixture.make_sentencepiece()
+  tokenizer = tokenizer_lib.Tokenizer(
+    tokenizer_fixture.write(tmp_path, tokenizer=made))
+  ids = [made.token_to_id(piece) for piece in (
+    '<0x41>', '<0x94>', '\u2581the')]
+  stream = tokenizer.stream(tokenizer.encode('a'), skip_special_tokens=True)
+  assert [stream.step(t) for t in ids] == ['A', '', '\ufffd the']
+
+
 def test_special_tokens_are_shown_where_asked_for(
     folder: pathlib.Path) -> None:
   tokenizer = tokenizer_lib.Tokenizer(folder)
