@@ -13,7 +13,6 @@ import gc
 import os
 import shutil
 import signal
-import sys
 import tempfile
 
 import hypothesis
@@ -45,21 +44,6 @@ hypothesis.settings.register_profile(
   'project', deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile('project')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _the_compilation_cache_is_ours() -> Iterator[None]:
-  """JAX has one a process, and keeps it: an engine's is not the next file's."""
-  yield
-  if 'jax' not in sys.modules:
-    return
-  import jax
-  shared = os.environ['JAX_COMPILATION_CACHE_DIR']
-  if jax.config.jax_compilation_cache_dir != shared:
-    from jax.experimental.compilation_cache import compilation_cache
-    jax.config.update('jax_compilation_cache_dir', shared)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -91,7 +91,14 @@ def _of_folder(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
   if (folder / checkpoint.METADATA).is_file():
     return checkpoint.load_metadata(folder).eos_token_ids
   for name in _MODEL_FILES:
-    if ids := _ids(chat.read_json(folder / name).get('eos_token_id')):
+    value = chat.read_json(folder / name).get('eos_token_id')
+    try:
+      ids = _ids(value)
+    except TypeError:
+      raise errors.CheckpointError(
+        f'{folder / name}: eos_token_id={value!r}: must be a token id, or a '
+        'list of them.') from None
+    if ids:
       return ids
   for name in _TOKENIZER_FILES:
     text = chat.text_of(chat.read_json(folder / name).get('eos_token'))

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import errno
 import os
 import pathlib
+from typing import Any
 import warnings
 
 import jax
@@ -16,7 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sarathi_jax import errors
 
-_ENABLE = 'JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES'
+_DIR = 'jax_compilation_cache_dir'
+_LEAST_S = 'jax_persistent_cache_min_compile_time_secs'
+_XLA_CACHES = 'jax_persistent_cache_enable_xla_caches'
 _NEVER_S = 1e9
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -24,6 +27,8 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 @contextlib.contextmanager
 def kept_in(folder: str | None) -> Iterator[None]:
   """Has JAX keep what is compiled in the block, and look there first.
+
+  What the program around it has set holds again behind the block.
 
   Args:
     folder: made if need be; one that can't be written is only read, with a
@@ -38,19 +43,26 @@ def kept_in(folder: str | None) -> Iterator[None]:
   process = jax.process_index()
   if process:  # JAX's files are not written whole, so two may not share them.
     folder = str(pathlib.Path(folder) / f'process_{process}')
-  is_writable = _make(folder)
-  # If anything was compiled without one, JAX would go on without.
-  compilation_cache.reset_cache()
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs',
-                    0.0 if is_writable else _NEVER_S)
+  settings = {_DIR: folder, _LEAST_S: 0.0 if _make(folder) else _NEVER_S}
   # The path of XLA's own files, of matmuls' tuning, would be in the names of
   # JAX's: of a folder that was moved, nothing would be found. What was tuned
   # is in the compiled steps.
-  if _ENABLE not in os.environ:
-    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
-  with _as_first():
-    yield
+  if _XLA_CACHES.upper() not in os.environ:
+    settings[_XLA_CACHES] = 'none'
+  before = {name: jax.config.values[name] for name in settings}
+  _set(settings)
+  try:
+    with _as_first():
+      yield
+  finally:
+    _set(before)
+
+
+def _set(settings: Mapping[str, Any]) -> None:
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  # If anything was compiled without a cache, JAX would go on without.
+  compilation_cache.reset_cache()
 
 
 def _make(folder: str) -> bool:

@@ -46,6 +46,10 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
   """
   tree = models.param_specs(model)
   specs, leaves = _named_leaves(tree), _named_leaves(params)
+  if not leaves or '' in leaves:  # '' names a tree that is one leaf.
+    raise errors.ConfigError(
+      f'params: is a {type(params).__name__}; must be a tree of arrays, as '
+      'models.param_specs says.')
   unknown, missing = leaves.keys() - specs.keys(), specs.keys() - leaves.keys()
   # A leaf of the layers tells most.
   for name in sorted(
@@ -84,7 +88,8 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
         r'^layers\.\d+\.', 'layers.', wanted)
       if inner != wanted and not is_stacked:
         continue
-      path = ''.join(f'[{name!r}]' for name in names[:outer])
+      path = ''.join(f'[{name if name.isdigit() else repr(name)}]'
+                     for name in names[:outer])
       remedies = [remedy for is_so, remedy in (
         (outer, f'hand over what is in its {path}'),
         (len(unboxed) < len(names), 'take the arrays out of their boxes, as '

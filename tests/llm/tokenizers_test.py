@@ -56,6 +56,13 @@ def test_the_files_of_a_folder_say_where_to_stop(folder) -> None:
   assert eos_of(folder, ()) == ()
 
 
+@pytest.mark.parametrize('value', ['2', [None], {'a': 1}, 1.5])
+def test_a_file_that_names_no_token_is_refused(folder, value: Any) -> None:
+  write(folder, 'config.json', eos_token_id=value)
+  with pytest.raises(errors.CheckpointError, match=r'config\.json: eos_token'):
+    eos_of(folder)
+
+
 @pytest.mark.parametrize('said', [
   3, [3], (3,), np.int32(3), np.array([3]), {3}])
 def test_what_the_caller_says_counts(said: Any) -> None:

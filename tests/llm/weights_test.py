@@ -77,6 +77,8 @@ def without(tree: Any, name: str) -> Any:
    ['bfloat16', 'must be float32']),
   (lambda p: {**p, 'embed': np.asarray(p['embed'])},
    ['params.embed', 'ndarray', 'jax.Array']),
+  (lambda p: None, ['params: is a NoneType', 'a tree of arrays']),
+  (lambda p: iter([p]), ['params: is a list_iterator', 'a tree of arrays']),
 ])
 def test_wrong_weights_are_named_and_the_old_stay(llm, params, greedy, change,
                                                   words):
@@ -104,6 +106,8 @@ def stacked(tree: Any) -> Any:
    'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
   (lambda p: jax.tree.map(lambda x: meta.Partitioned(x, (None,) * x.ndim), p),
    'layers.0.attn.k.value', 'layers.0.attn.k', ['core.meta.unbox']),
+  (lambda p: (p, {}), '0.layers.0.attn.k', 'layers.0.attn.k',
+   ['what is in its [0]']),
   (stacked, 'layers.attn.k', 'layers.0.attn.k', ['make layers a list']),
   (lambda p: {'model': {'params': stacked(boxed(p))}},
    'model.params.layers.attn.k.value', 'layers.0.attn.k',

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import errno
 import os
 import pathlib
@@ -18,11 +17,8 @@ from sarathi_jax.runner import compiled
 
 
 @pytest.fixture(autouse=True)
-def _the_users_own_wish(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _the_users_own_wish(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.delenv('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', raising=False)
-  before = jax.config.jax_persistent_cache_enable_xla_caches
-  yield
-  jax.config.update('jax_persistent_cache_enable_xla_caches', before)
 
 
 def compile_in(folder: pathlib.Path) -> int:
@@ -50,6 +46,17 @@ def test_a_folder_that_was_moved_has_all_that_it_had(
   names = sorted(os.listdir(tmp_path / 'new'))
   assert compile_in(tmp_path / 'new') == 0
   assert sorted(os.listdir(tmp_path / 'new')) == names
+
+
+def test_what_the_program_has_set_holds_again(tmp_path: pathlib.Path) -> None:
+  before = dict(jax.config.values)
+  for name in 'one', 'other':
+    compile_in(tmp_path / name)
+    assert jax.config.values == before
+  names = sorted(os.listdir(tmp_path / 'other'))
+  jax.jit(lambda x: jnp.cos(x) @ x).lower(
+    jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
+  assert sorted(os.listdir(tmp_path / 'other')) == names
 
 
 def test_every_host_keeps_its_own(
