@@ -191,6 +191,8 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
 def _tensor(path: pathlib.Path, name: str, entry: Mapping[str, Any],
             base: int) -> Tensor:
   start, stop = entry['data_offsets']
+  if not 0 <= start <= stop:
+    raise ValueError(f'{name} has data_offsets={[start, stop]}')
   tensor = Tensor(name, tuple(entry['shape']), entry['dtype'], path,
                   base + start, stop - start)
   if tensor.dtype in DTYPES:

@@ -11,6 +11,8 @@ from sarathi_jax import errors
 _HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
 _FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model*',
           'merges.txt', '*.tiktoken')
+# The same weights again, for other programs; and what folders hold.
+_OTHERS = ('consolidated*', '*/*')
 
 
 def locate(source: str) -> pathlib.Path:
@@ -39,7 +41,8 @@ def _download(hub_id: str) -> pathlib.Path:
   import huggingface_hub
   try:
     return pathlib.Path(
-      huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_FILES)))
+      huggingface_hub.snapshot_download(
+        hub_id, allow_patterns=list(_FILES), ignore_patterns=list(_OTHERS)))
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
     reason = str(e).strip().splitlines()
     raise errors.CheckpointError(

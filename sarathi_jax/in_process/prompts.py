@@ -23,7 +23,7 @@ def listed(prompts: Any) -> list[tokenizer.Prompt]:
     InvalidRequestError: it is none of these.
   """
   prompts = _plain(prompts)
-  if isinstance(prompts, (str, bytes, Mapping, Set)) or (
+  if isinstance(prompts, (str, bytes, bytearray, Mapping, Set)) or (
       not isinstance(prompts, Iterable)):
     return [_prompt(prompts)]
   prompts = [_plain(prompt) for prompt in prompts]

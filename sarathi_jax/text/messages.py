@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import enum
 import json
-import reprlib
 from typing import Any
 
 from jinja2 import nodes
@@ -140,7 +139,7 @@ def _text_of(part: Any, where: str) -> str:
   kind = part.get('type', 'text')
   if not isinstance(kind, str) or kind not in _TEXTS:
     raise errors.UnsupportedError(
-      f'{where}: type={reprlib.repr(kind)}: only parts that are text are '
+      f'{where}: type={errors.shown(kind)}: only parts that are text are '
       'supported.')
   text = part.get(_TEXTS[kind])
   if not isinstance(text, str):
@@ -174,4 +173,4 @@ def _a_list(value: Any, where: str, rule: str) -> Sequence[Any]:
 
 def _wrong(where: str, value: Any, rule: str) -> errors.InvalidRequestError:
   return errors.InvalidRequestError(
-    f'{where}={reprlib.repr(value)}: {rule}.')
+    f'{where}={errors.shown(value)}: {rule}.')

@@ -141,7 +141,8 @@ def checked(prompt: Any) -> Prompt:
     InvalidRequestError: it is neither a text nor a list.
   """
   if isinstance(prompt, str) or (
-      isinstance(prompt, Sequence) and not isinstance(prompt, bytes)):
+      isinstance(prompt, Sequence)
+      and not isinstance(prompt, (bytes, bytearray))):
     return prompt
   raise _wrong(prompt)
 

@@ -250,6 +250,26 @@ def test_damaged_header(tmp_path: pathlib.Path) -> None:
   _refused(folder, 'damaged header')
 
 
+def test_a_tensor_that_begins_within_the_header(tmp_path: pathlib.Path) -> None:
+  folder = fake.llama(tmp_path / 'hf')
+  header = json.dumps({'a': {
+    'dtype': 'F32', 'shape': [2], 'data_offsets': [-8, 0]}}).encode()
+  (folder / 'model.safetensors').write_bytes(
+    len(header).to_bytes(8, 'little') + header)
+  _refused(folder, 'damaged header: a has data_offsets')
+
+
+@pytest.mark.parametrize('shape', [(), (0, fake.WIDTH)])
+def test_tied_tables_that_are_none(
+    shape: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+  table = np.ones(shape, np.float32)
+  tensors = fake.random_tensors(fake.llama_shapes()) | {
+    'model.embed_tokens.weight': table, 'lm_head.weight': table}
+  _refused(fake.write(
+    tmp_path / 'hf', fake.llama_config(tie_word_embeddings=True), tensors),
+    r'shape \(.*does not fit')
+
+
 @pytest.mark.parametrize('content', [None, '{', '[]'])
 def test_damaged_config(content: str | None, tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf')

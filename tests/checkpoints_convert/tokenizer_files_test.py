@@ -8,6 +8,8 @@ import json
 import pathlib
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub.utils import filter_repo_objects
 import pytest
 import sentencepiece
 import tokenizers
@@ -123,6 +125,20 @@ def test_vocab_and_merges(tmp_path: pathlib.Path) -> None:
   (folder / 'merges.txt').unlink()
   with pytest.raises(errors.CheckpointError, match=r'neither merges\.txt nor'):
     tokenizer_files.write(folder, tmp_path / 'out2')
+
+
+def test_of_the_hub_what_is_read_is_downloaded_once(
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  """Mistral's repositories have the weights twice."""
+  names = ['config.json', 'model-00001-of-00002.safetensors', 'vocab.json',
+           'consolidated.safetensors', 'original/model.safetensors',
+           'chat_template.jinja', 'pytorch_model.bin']
+
+  def download(hub_id: str, **patterns: list[str]) -> str:
+    return ' '.join(filter_repo_objects(names, **patterns))
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+  assert str(source.locate('org/name')).split() == [*names[:3], names[5]]
 
 
 @pytest.mark.parametrize('name', [

@@ -35,6 +35,7 @@ def test_one_or_many(given: Any, expected: Any) -> None:
   None, 5, 1.5, True, b'ab', {1, 2}, object(), {}, np.array(5), jnp.int32(5),
   {'role': 'user', 'content': 'x'}, {'prompt': None}, {'prompt': 5},
   [None], [1.0], [True], [[1.0]], [[1, None]], [[True]], [b'ab'], [[b'ab']],
+  bytearray(b'ab'), [bytearray(b'ab')],
   [[[1]]], ['a', None], [1, 'a'], [np.array(1.5)], np.array([[1.5]]),
   [{'prompt_token_ids': 5}], [{1, 2}],
 ])
