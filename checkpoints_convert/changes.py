@@ -32,5 +32,5 @@ def version_of(source: Mapping[str, Any]) -> int:
 
 
 def since(version: int) -> str:
-  """What has changed since a version, in words; '' if nothing has."""
+  """Says what has changed since a version; '' if nothing has."""
   return '; '.join(text for newer, text in CHANGES.items() if newer > version)

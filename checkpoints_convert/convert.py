@@ -226,7 +226,7 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
 
 def metadata_of(plan: Plan, nonfinite: Mapping[str, int] | None = None,
                 ) -> checkpoint.CheckpointMetadata:
-  """What sarathi.json says of a checkpoint.
+  """Returns what sarathi.json is to say of a checkpoint.
 
   Args:
     plan: its conversion.

@@ -169,7 +169,7 @@ def _refusal(path: pathlib.Path, message: str) -> errors.CheckpointError:
 
 
 def _is_known(name: str, value: Any, is_sampled: bool) -> bool:
-  """Whether it is honoured, or changes nothing."""
+  """Says whether it is honoured, or changes nothing."""
   if name in _HARMLESS or name in checkpoint.GENERATION_FIELDS:
     return True
   if name in _NEUTRAL:

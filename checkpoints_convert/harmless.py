@@ -47,7 +47,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def is_harmless(name: str, value: Any, *, remote_code: bool) -> bool:
-  """Whether an attribute that no family takes may be left out.
+  """Says whether an attribute that no family takes may be left out.
 
   Args:
     name: the attribute.
@@ -67,7 +67,7 @@ def _read_by_models() -> frozenset[str]:
 
 
 def names_in(globs: Iterable[str], pattern: str) -> frozenset[str]:
-  """What a pattern's groups match in transformers' sources.
+  """Collects what a pattern's groups match in transformers' sources.
 
   They are read as text: half a second, and no import of them all.
 

@@ -281,7 +281,7 @@ def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
 
 
 def _temperature(factor: float, mscale: float = 1.0) -> float:
-  """What YaRN multiplies cos and sin with, where nothing else is said."""
+  """Returns what YaRN multiplies cos and sin with by default."""
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -61,7 +61,7 @@ class _Source(NamedTuple):
     return bool(spec.model_type == spec.ModelType.Value('UNIGRAM'))
 
   def encode(self, text: str, is_first: bool) -> list[int]:
-    """What sentencepiece makes of a text, or of what is behind a token."""
+    """Encodes a text by sentencepiece, or what is behind a token."""
     if is_first or self.legacy:
       return list(self.whole.encode(text))
     return list(self.later.encode(_MARK + text)[1:])

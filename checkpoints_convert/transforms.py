@@ -73,7 +73,7 @@ class Part:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the parameter."""
+    """The shape that these rows have in the parameter."""
     shape = (self.num_rows, *self.tensor.shape[1:])
     return shape[::-1] if self.transpose else shape
 
@@ -134,7 +134,7 @@ class Leaf:
     return int(np.prod(self.shape)) * self.dtype.itemsize
 
   def chunk_bytes(self, chunk: Chunk) -> int:
-    """Of the parameter, which is less than what is stored at its end."""
+    """Counts a chunk's bytes, without the zeros that pad the last one."""
     lengths = (piece.stop - piece.start for piece in chunk.index)
     return math.prod(lengths) * self.dtype.itemsize
 

@@ -66,7 +66,7 @@ class CheckpointMetadata:
 
   @property
   def default_sampling(self) -> dict[str, Any]:
-    """What the makers recommend, as fields of SamplingParams.
+    """Returns what the makers recommend, as fields of SamplingParams.
 
     For requests that don't say. Nothing if the makers don't sample:
     transformers then ignores the rest, too.
@@ -95,7 +95,7 @@ class CheckpointMetadata:
 
 
 def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
-  """See `CheckpointMetadata.default_sampling`."""
+  """Does what `CheckpointMetadata.default_sampling` says."""
   return {name: value for name, value in generation.items()
           if name != 'do_sample' and generation.get('do_sample')}
 

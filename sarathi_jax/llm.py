@@ -120,7 +120,7 @@ class LLM:
              mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
              on_compiled: OnCompiled | None,
              leader: hosts.Leader | None = None, **engine: Any) -> None:
-    """What is left to do once the weights are where they are to be."""
+    """Compiles, and builds the engine, once the weights are placed."""
     engine['default_sampling'] = types.SamplingParams.defaults(
       engine['default_sampling'] or {})  # Told before anything is compiled.
     self.model = model

@@ -143,7 +143,7 @@ class EngineMetrics:
   budget_use: Quantiles = dataclasses.field(default_factory=Quantiles)
 
   def copy(self) -> EngineMetrics:
-    """What it is now, for other threads."""
+    """Copies what it is now, for other threads."""
     return dataclasses.replace(
       self, finish_reasons=self.finish_reasons.copy(), **{
         field.name: getattr(self, field.name).copy()

@@ -51,7 +51,7 @@ def bar(console: rich.console.Console) -> rich.progress.Progress:
 
 def told(on_done: OnDone | None, description: str,
          ) -> contextlib.AbstractContextManager[OnDone]:
-  """Who is told how much is done: the caller, or a person."""
+  """Tells a caller how much is done, or else a person."""
   if on_done is None:
     return counted(description)
   return contextlib.nullcontext(on_done)

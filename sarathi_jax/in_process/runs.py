@@ -120,7 +120,7 @@ class Runs:
 
   @contextlib.contextmanager
   def inside(self) -> Iterator[None]:
-    """What neither Ctrl-C nor the garbage collector may come between."""
+    """Keeps Ctrl-C and the garbage collector out of the block."""
     with interrupts.deferred():
       self._is_inside = True
       try:
@@ -131,7 +131,7 @@ class Runs:
 
   @contextlib.contextmanager
   def whole(self) -> Iterator[None]:
-    """What must be done whole, or the engine is of no use any more."""
+    """Gives the engine up if the block is not done whole."""
     if self.fault is None:
       try:
         with self.inside():

@@ -73,7 +73,7 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
 
 
 def _packed(found: str, specs: Iterable[str]) -> str | None:
-  """What is wrong with a tree that has the right leaves, packed otherwise.
+  """Says what is wrong with a tree of the right leaves, packed otherwise.
 
   Args:
     found: the name of a leaf that is not wanted.
@@ -102,7 +102,7 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
 
 
 def devices_of(params: Params) -> set[jax.Device]:
-  """All that any of them is on."""
+  """Returns all devices that hold a part of them."""
   return set().union(*(leaf.devices() for leaf in jax.tree.leaves(params)))
 
 

@@ -70,7 +70,7 @@ class Place:
 
 
 def transposes(mesh: Mesh) -> bool:
-  """Whether its devices multiply faster with matrices that are transposed."""
+  """Says whether its devices multiply faster with transposed matrices."""
   return mesh.devices.flat[0].platform == 'cpu'
 
 
@@ -130,13 +130,13 @@ def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
 
 
 def are_transposed(params: Params) -> bool:
-  """Whether parameters on a mesh lie as `places` has them transposed."""
+  """Says whether parameters on a mesh lie as `places` transposes them."""
   return any(isinstance(leaf, matrices.Transposed) for leaf in jax.tree.leaves(
     params, is_leaf=lambda node: isinstance(node, matrices.Transposed)))
 
 
 def bytes_of(tree: Any) -> int:
-  """What one device has of a tree of ShapeDtypeStruct with shardings."""
+  """Counts what one device has of ShapeDtypeStructs with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree))
@@ -182,7 +182,7 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
 
 def _read_part(place: Place, read: params_reader.Read, dtype: Any,
                index: params_reader.Slices | None) -> np.ndarray:
-  """What of an array on the mesh belongs at `index` of it."""
+  """Reads what of an array on the mesh belongs at `index` of it."""
   assert index is not None
   source = place.sources[0]
   if place.has_stages:

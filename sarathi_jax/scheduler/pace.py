@@ -163,7 +163,7 @@ class Pace:
 
   def _waits(self, prompts: Sequence[Prompt],
              rate: float) -> Iterator[tuple[float, float, float]]:
-    """Of each that waits: for how long, tokens until its first, its target.
+    """Yields, of each that waits: how long, tokens ahead, and its target.
 
     A prompt has to be computed, too: at `rate`, that is not counted.
     """
@@ -204,7 +204,7 @@ class Pace:
 
 def _load(tokens: int, num_decodes: int, context: int,
           prompts: Sequence[Prompt]) -> step_time.Load:
-  """What a step of so many tokens would be."""
+  """Returns the load of a step of so many tokens."""
   left = tokens - num_decodes
   pairs = 0
   for prompt in prompts:

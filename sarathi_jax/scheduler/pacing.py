@@ -106,7 +106,7 @@ class PacedRunner:
 
 def paced(inner: runner_lib.Runner, scheduler: base.Scheduler,
           clock: Callable[[], float]) -> runner_lib.Runner:
-  """The runner to give to an engine: paced and warm, if the scheduler is.
+  """Returns the runner for an engine: paced and warm, if the scheduler is.
 
   Raises:
     ConfigError: even a step of one decode takes longer than the target.
@@ -160,7 +160,7 @@ class _Kind(NamedTuple):
 
 
 def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
-  """What is tried: a single decode first; all of it fits into the cache."""
+  """Yields what is tried, a single decode first; all fits into the cache."""
   room = config.num_pages * config.page_size
   longest = config.max_model_len - 1
 

@@ -70,7 +70,7 @@ class SarathiScheduler(base.Scheduler):
     return sorted(decodes, key=lambda seq: seq.last_step)[:share]
 
   def _cost(self, seq: sequence.Sequence, n: int) -> int:
-    """What the next n tokens of a prefill take of the budget."""
+    """Counts what the next n tokens of a prefill take of the budget."""
     return math.ceil(n * self._token_cost(seq))
 
   def _token_cost(self, seq: sequence.Sequence) -> float:
@@ -104,7 +104,7 @@ class SarathiScheduler(base.Scheduler):
 
 
 def _prompt(seq: sequence.Sequence, left: int, now: float) -> pace.Prompt:
-  """What a prefill has yet to compute, and for how long it has waited."""
+  """Tells what a prefill has yet to compute, and how long it has waited."""
   request = seq.request
   waits = request.tier == 'interactive' and not seq.num_output
   return pace.Prompt(seq.num_computed, left,

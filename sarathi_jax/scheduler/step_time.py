@@ -37,7 +37,7 @@ NumRows = Callable[[int], int]  # of a batch of so many tokens
 
 
 def load_of(chunks: Iterable[types.Chunk]) -> Load:
-  """What a batch's time is predicted by.
+  """Counts what a batch's time is predicted by.
 
   Returns:
     Its tokens; its decodes; the contexts of these, summed; and of each other

@@ -178,7 +178,7 @@ def _calibrate_tables(console: rich.console.Console) -> Hardware:
 
 
 def _cost(host: cost_model.Host) -> cost_model.CostModel:
-  """What --config was measured on, --device."""
+  """Models the cost of what was measured: --config, on --device."""
   if not FLAGS.config:
     raise errors.ConfigError('config: must be given, what was measured.')
   read = deployment.read(FLAGS.config)

@@ -135,7 +135,7 @@ class CostModel:
     return num_tokens
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
-    """What each stage takes for a batch, its send to the next included."""
+    """Predicts what each stage takes, its send to the next included."""
     rows, contexts, prefills = 0, [], []
     for chunk in chunks:
       rows += chunk.samples
@@ -154,7 +154,7 @@ class CostModel:
 
   def stage_seconds(self, tokens: int, rows: int, num_seqs: int,
                     kv_tokens: int, prefill_s: float) -> list[float]:
-    """What each stage takes, where all layers attend alike.
+    """Predicts what each stage takes, where all layers attend alike.
 
     Args:
       tokens: of the batch.

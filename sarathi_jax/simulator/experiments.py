@@ -153,7 +153,7 @@ def prefill_seconds(cost: cost_model.CostModel, prompt: int,
 
 
 def figure_14(settings: Settings) -> Rows:
-  """What chunking costs a prefill of Yi-34B."""
+  """Simulates what chunking costs a prefill of Yi-34B."""
   cost = settings.scenario(paper.YI, paper.CHAT).cost()
   return [
     {'chunk': chunk, 'prompt': prompt, 'paper': was,

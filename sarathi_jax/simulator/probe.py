@@ -39,7 +39,7 @@ def point(result: simulate.Result, slo: search.Slo,
 
 def lost(slo: search.Slo, workload: workload_lib.Workload,
           ) -> Callable[[engine_lib.Engine, float], bool]:
-  """Whether nothing that may still come would save the SLO."""
+  """Says whether nothing that may still come would save the SLO."""
   num_gaps = int((workload.output_lens - 1).sum())
   # The engine does not tell gaps of the tier batch from those that count.
   all_count = not workload.is_batch.any()

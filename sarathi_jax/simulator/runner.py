@@ -22,7 +22,7 @@ class StepCost(Protocol):
     """See `cost_model.Host`."""
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
-    """What each stage takes for a batch."""
+    """Predicts what each stage takes for a batch."""
 
   def num_rows(self, num_tokens: int) -> int:
     """Rows computed for a batch of so many tokens, padding included."""

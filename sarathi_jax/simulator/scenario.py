@@ -55,7 +55,7 @@ class Scenario:
   batch_tbt_slo_ms: float | None = None
 
   def cost(self) -> cost_model.CostModel:
-    """What its steps take; ConfigError if it can't be cut like this."""
+    """Makes the model of its steps; ConfigError if it can't be cut so."""
     return cost_model.CostModel(
       self.model, self.hardware, tp=self.config.tp, pp=self.config.pp,
       host=self.host, kv_cache_dtype=self.config.kv_cache_dtype)
@@ -93,12 +93,12 @@ class Scenario:
 
 
 def has_budget(policy: str) -> bool:
-  """Whether the token budget is what this policy turns on."""
+  """Says whether the token budget is what this policy turns on."""
   return policy in ('sarathi', 'chunked_only')
 
 
 def budget_of(text: str | None) -> int | str | None:
-  """What --token_budget says: a number, 'auto', or nothing.
+  """Reads what --token_budget says: a number, 'auto', or nothing.
 
   Raises:
     ConfigError: it is none of these.
@@ -144,7 +144,7 @@ def define_flags() -> None:
 
 
 def from_flags(qps: float | None = 1.0) -> Scenario:
-  """What the flags describe.
+  """Reads what the flags describe.
 
   Raises:
     ConfigError: it can't work.

@@ -44,7 +44,7 @@ class Step:
   num_prefills: int = 1
 
   def predict(self, cost: CostModel) -> float:
-    """What the model says, seconds."""
+    """Returns what the model says, seconds."""
     total = 0.0
     for tokens, before in self.chunks or ((0, 0),):
       each = float(operators.prefill_attention(

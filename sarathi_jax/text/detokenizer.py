@@ -112,6 +112,6 @@ class Detokenizer:
     return pending.part(0, cut).visible(), None
 
   def flush(self) -> str:
-    """What was held back, once the request has ended otherwise."""
+    """Returns what was held back, once the request has ended otherwise."""
     held, self._held = self._held, _NONE
     return held.visible()

@@ -78,7 +78,7 @@ def prepared(messages: Sequence[Any], contents: Contents = Contents.TEXT,
 
 
 def contents_of(template: nodes.Template) -> Contents:
-  """What a template takes: parts, if it goes through them itself."""
+  """Finds what a template takes: parts, if it goes through them itself."""
   names = {assign.target.name for assign in template.find_all(nodes.Assign)
            if isinstance(assign.target, nodes.Name)
            and _is_content(assign.node)}

@@ -52,7 +52,7 @@ class Pieces:
     self._has_byte_pieces = b'"ByteFallback"' in decoder
 
   def bytes_of(self, token: int) -> bytes:
-    """What a token adds to the text; nothing, if its id is unknown."""
+    """Returns what a token adds to the text; b'', if its id is unknown."""
     if token in self._added:
       return self._added[token].encode()
     piece = self._tokenizer.id_to_token(token) or ''

@@ -90,7 +90,7 @@ class Batch:
       sweep.num_kv_heads, sweep.head_dim, sweep.kv_dtype or sweep.dtype)
 
   def flops(self, sweep: Sweep) -> int:
-    """Of the pairs of query and key that causality leaves."""
+    """Counts those of the pairs of query and key that causality leaves."""
     pairs = self.decodes * self.context + attention_work.num_pairs(
       self.before, self.chunk)
     return pairs * attention_work.pair_flops(sweep.num_heads, sweep.head_dim)
@@ -169,7 +169,7 @@ class Kernel:
       np.array([batch.decodes, len(lens)], np.int32))))
 
   def seconds(self, batch: Batch, sizes: tuning.Sizes | None = None) -> float:
-    """Of a call; raises what compiling it raised."""
+    """Times a call; raises what compiling it raised."""
     run = self._programs[*_rows_of(batch), sizes].result()
     arguments = self.arguments(batch)
     return timing.seconds(lambda: run(*arguments)) / self.sweep.calls

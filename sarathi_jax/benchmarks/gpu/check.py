@@ -115,7 +115,7 @@ def _wrong_device() -> str | None:
 
 
 def _environment(name: str) -> dict[str, str]:
-  """Of a stage's process."""
+  """Returns the environment of a stage's process."""
   stage = stages.STAGES[name]
   remedies = [row['flags'] for row in _journal('preflight').rows.values()
               if 'flags' in row]

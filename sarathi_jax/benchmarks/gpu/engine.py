@@ -224,12 +224,12 @@ class Work:
       num_layers=model.num_layers)
 
   def num_bytes(self, point: Point) -> int:
-    """Of the device's memory, to be read once."""
+    """Counts the bytes that are to be read once."""
     return self.read_bytes + point.sequences * self.kv_bytes * (
       point.context + point.tokens)
 
   def flops(self, point: Point) -> int:
-    """Multiplications and additions."""
+    """Counts multiplications and additions."""
     before, tokens = point.context, point.tokens
     pairs = (before + tokens) + (
       self.num_layers - 1) * attention_work.num_pairs(before, tokens)

@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
 
 def traced(run: Callable[[], Any]) -> list[Event]:
-  """What devices did while `run` did; nothing if a profile shows no device."""
+  """Returns what devices did in `run`; [] if a profile shows no device."""
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       run()
@@ -55,7 +55,7 @@ def device_events(data: jax.profiler.ProfileData) -> list[Event]:
 
 def kernels(events: Iterable[Event], steps: int,
             most: int = 40) -> list[Kernel]:
-  """What took the most time, of so many steps that were alike."""
+  """Lists what took the most time, of so many steps that were alike."""
   took: dict[str, list[float]] = collections.defaultdict(list)
   for event in events:
     took[event.name].append(event.duration)

@@ -40,7 +40,7 @@ class Run:
 
   @functools.cached_property
   def limits(self) -> Mapping[str, float]:
-    """Of the device, as the preflight measured them, or measured now."""
+    """The device's limits: as the preflight measured them, or measured now."""
     found = self.preflight.rows.get('limits', {})
     return found if 'copy_bytes_per_s' in found else timing.limits(
       self.size.copy_bytes, self.size.matmul_n)

@@ -107,7 +107,7 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def best_sizes(results: Mapping[str, Rows]) -> Rows:
-  """Of the sizes that were tried, the best ones: for `tuning.TUNED`.
+  """Finds the best of the sizes that were tried: for `tuning.TUNED`.
 
   `over_best` is their time over the best one's, in the mean of the batches
   (geometric); only those are here that all batches could be run with.
@@ -209,7 +209,7 @@ class Verdicts:
 
 def judge_all(results: Mapping[str, Rows], tuned: attention.Sweep,
               device: str) -> Verdicts:
-  """All that results say.
+  """Judges results, and compares what is in them.
 
   Args:
     results: rows by stage.

@@ -51,6 +51,6 @@ def matmul_rate(n: int, dtype: str = 'bfloat16') -> float:
 
 
 def limits(num_bytes: int, n: int) -> dict[str, float]:
-  """What results are held against, measured on this device."""
+  """Measures what results on this device are held against."""
   return {'copy_bytes_per_s': copy_bandwidth(num_bytes),
           'matmul_flops_per_s': matmul_rate(n)}
