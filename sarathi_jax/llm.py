@@ -243,7 +243,7 @@ class LLM:
 
   def open_weights(self, path: str | pathlib.Path, *,
                    cache_dir: str | pathlib.Path | None = None,
-                   **options: bool) -> checkpoint.Checkpoint:
+                   **options: Any) -> checkpoint.Checkpoint:
     """Opens other weights of the same model, for `load_weights`.
 
     Does not touch what is served, so any thread may.

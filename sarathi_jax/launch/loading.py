@@ -46,7 +46,7 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              end: hosts.Leader | hosts.Follower | None = None,
              model_name: str | None = None,
              console: rich.console.Console | None = None,
-             **options: bool) -> llm_lib.LLM:
+             **options: Any) -> llm_lib.LLM:
   """`LLM.from_checkpoint` with a progress bar on standard error.
 
   Args:
