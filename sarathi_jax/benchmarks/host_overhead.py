@@ -29,6 +29,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.launch import loading
@@ -44,9 +45,7 @@ QUICKSTART = pathlib.Path(__file__).parent.parent / 'quickstart' / 'model'
 def define_flags() -> None:
   flags.DEFINE_list('running', ['128', '256'], 'Sequences running at once.')
   flags.DEFINE_list('waiting', ['0', '10000'], 'Sequences waiting meanwhile.')
-  flags.DEFINE_enum('policy', 'sarathi', list(scheduler_lib.POLICIES),
-                    'Of the scheduler.')
-  flags.DEFINE_integer('token_budget', 512, 'The most tokens of a step.')
+  engine_flags.define_fields(policy='sarathi', token_budget=512)
   flags.DEFINE_integer('steps', 1000, 'Measured steps.')
   flags.DEFINE_string('tokenizer', str(QUICKSTART),
                       'Folder of a tokenizer.json.')

@@ -35,6 +35,7 @@ from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import throughput
+from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.simulator import probe as probe_lib
@@ -54,8 +55,7 @@ def define_flags() -> None:
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights.')
   flags.DEFINE_float('length_scale', 0.1, 'What the lengths of chats are '
                      'multiplied by.')
-  flags.DEFINE_integer('token_budget', 128, 'The most tokens of a step.')
-  flags.DEFINE_integer('max_num_seqs', 32, 'Sequences running at once.')
+  engine_flags.define_fields(token_budget=128, max_num_seqs=32)
   flags.DEFINE_float('load', 0.7, 'Of the simulated capacity: the rate at '
                      'which live and simulated are compared.')
   flags.DEFINE_float('seconds', 180.0, 'For how long they are compared; a '

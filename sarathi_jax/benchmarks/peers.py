@@ -29,6 +29,7 @@ import rich.progress
 import rich.table
 
 from sarathi_jax.benchmarks import common
+from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
@@ -43,8 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('runs', 5, 'Measured runs of each engine.')
   flags.DEFINE_integer('threads', 2, 'Of each engine.')
   flags.DEFINE_integer('num_requests', 32, 'A run.')
-  flags.DEFINE_integer('max_num_seqs', 32, 'Running at once.')
-  flags.DEFINE_integer('token_budget', 512, 'Tokens a step.')
+  engine_flags.define_fields(max_num_seqs=32, token_budget=512)
   flags.DEFINE_string('json', None, 'File for the results.')
 
 

@@ -119,6 +119,13 @@ def loading_from_flags() -> dict[str, Any]:
     'cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')}
 
 
+def define_fields(**defaults: Any) -> None:
+  """Defines the flags of some fields of EngineConfig, with these defaults."""
+  for name, default in defaults.items():
+    define, text = _ENGINE_FLAGS[name]
+    define(name, default, text)
+
+
 def processes_from_flags() -> dict[str, Any] | None:
   """Arguments of `runner.hosts.start`; None for a single process.
 

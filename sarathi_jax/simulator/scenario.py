@@ -12,6 +12,7 @@ from absl import flags
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler
 from sarathi_jax.cli import deployment as deployment_lib
+from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
@@ -27,6 +28,9 @@ ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
 # The most of a budget that follows the SLO. Longer steps gain nothing: matmuls
 # are at their best by then, and a chunk attends to itself in vain for half.
 AUTO_MAX_BUDGET = 2048
+# Of EngineConfig, what flags may say in place of --config.
+_FIELDS = ('tp', 'pp', 'max_num_seqs', 'max_model_len', 'look_ahead',
+           'kv_cache_dtype')
 # Of what does not follow an SLO.
 _UNPACED: Mapping[str, None] = dict.fromkeys(
   ('tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'))
@@ -118,13 +122,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'host', 'paper', list(cost_model.HOSTS), 'What the host costs: as in the '
     'paper (eager PyTorch), as in its artifact\'s tables, or none.')
-  flags.DEFINE_integer('tp', None, 'Devices that share each layer.')
-  flags.DEFINE_integer('pp', None, 'Pipeline stages, of tp devices each.')
-  flags.DEFINE_integer('max_num_seqs', None, 'Sequences running at once.')
-  flags.DEFINE_integer('max_model_len', None, 'Tokens of a sequence.')
-  flags.DEFINE_enum('kv_cache_dtype', None,
-                    list(config_lib.KV_CACHE_DTYPES), 'Of the KV cache.')
-  flags.DEFINE_bool('look_ahead', None, 'See EngineConfig.')
+  engine_flags.define_fields(**dict.fromkeys(_FIELDS))
   flags.DEFINE_string(
     'workload', 'openchat_sharegpt4',
     f'{" or ".join(workload_lib.DATASETS)}: lengths with the quantiles of the '
@@ -157,10 +155,8 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
                    f'must be given: {FLAGS.config} names none')
   assert device is not None
   changes: dict[str, Any] = {
-    name: FLAGS[name].value
-    for name in ('tp', 'pp', 'max_num_seqs', 'max_model_len', 'look_ahead',
-                 'kv_cache_dtype')
-    if FLAGS[name].value is not None}
+    name: value for name in _FIELDS
+    if (value := FLAGS[name].value) is not None}
   return Scenario(
     name=deployment.name, model=deployment.known_model(),
     hardware=hardware_lib.load(device), host=cost_model.HOSTS[FLAGS.host],
