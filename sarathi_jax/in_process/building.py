@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import functools
 import os
 import time
@@ -28,8 +28,7 @@ from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.scheduler import pacing
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-Params = Any  # a pytree of arrays
-OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+OnCompiled = programs_lib.OnCompiled
 
 
 def make_mesh(model: model_config_lib.ModelConfig,
@@ -92,7 +91,7 @@ def step_programs(
 
 
 def build_runner(
-    model: model_config_lib.ModelConfig, params: Params, mesh: Mesh,
+    model: model_config_lib.ModelConfig, params: Any, mesh: Mesh,
     config: config_lib.EngineConfig, on_compiled: OnCompiled,
     leader: hosts.Leader | None = None) -> device_runner.DeviceRunner:
   """A runner, compiled.
