@@ -356,7 +356,7 @@ class Engine:
       tokens = logprobs = ()
       logging.log_every_n_seconds(
         logging.ERROR, '%s: ends, as its logits are NaN or infinite; the '
-        'weights may be.', 10, request_id)
+        'weights may be.', 10, live.seq.request.request_id)
     elif live.detokenizer is not None:
       text, stop_reason = live.detokenizer.step(token, reason is _STOP)
     if reason is None and stop_reason is None:

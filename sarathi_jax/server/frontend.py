@@ -273,7 +273,7 @@ class Frontend:
       try:
         yield stream
       finally:
-        if self._streams[named] is stream:  # else another has its id by now
+        if self._streams.get(named) is stream:  # else another had its id
           del self._streams[named]
 
   async def _prepare(self, prompt: Prompt,

@@ -8,11 +8,15 @@ that are free again were freed by the abort.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import grpc
 import pytest
 
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import sarathi_pb2 as pb
 from tests.server import fake
 
@@ -134,6 +138,29 @@ def test_a_duplicate_id_is_refused_and_does_not_end_the_first(
   assert 'request_id=\'a\'' in second.details()
   assert fake.take(first) == [(1 + k) % 64 for k in range(2, 101)]
   assert running.is_alive()
+
+
+def test_an_id_may_be_used_again_before_its_reader_has_left(
+    gated: Callable[..., Any]) -> None:
+  """It has taken the end, and is about to write it."""
+  running, runner = gated()
+  runner.open()
+  frontend = running.server.frontend
+  open_one = functools.partial(
+    frontend.open, [1], types.SamplingParams(max_tokens=2), 'a',
+    caller=frontend_lib.Caller(), protocol='test')
+
+  async def both() -> list[int]:
+    async with open_one() as first:
+      tokens = [t async for delta in first for t in delta.token_ids]
+      async with open_one() as second:
+        with pytest.raises(errors.InvalidRequestError, match='must be unique'):
+          async with open_one():
+            pass
+        return tokens + [t async for delta in second for t in delta.token_ids]
+
+  assert running.run(both()) == [2, 3, 2, 3]
+  running.assert_nothing_is_left()
 
 
 def test_an_id_may_be_used_again_right_after_a_cancel(
