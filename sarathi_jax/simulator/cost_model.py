@@ -136,20 +136,16 @@ class CostModel:
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
     """Predicts what each stage takes, its send to the next included."""
-    rows, contexts, prefills = 0, [], []
-    for chunk in chunks:
-      rows += chunk.samples
-      if chunk.num_tokens == 1:
-        contexts.append(chunk.start + 1)
-      else:
-        prefills.append((chunk.num_tokens, chunk.start))
+    chunks = list(chunks)
+    contexts = [c.start + 1 for c in chunks if c.num_tokens == 1]
+    prefills = [c for c in chunks if c.num_tokens > 1]
     return self._stage_seconds(
-      len(contexts) + sum(n for n, _ in prefills), rows,
-      len(contexts) + len(prefills), {
-        window: (sum(min(n, window) for n in contexts), sum(
+      len(contexts) + sum(c.num_tokens for c in prefills),
+      sum(c.samples for c in chunks), len(chunks), {
+        window: (sum(map(min, contexts, itertools.repeat(window))), sum(
           operators.prefill_attention(
-            self.hardware, n, min(start, window), self.num_heads,
-            self.model.head_dim) for n, start in prefills))
+            self.hardware, c.num_tokens, min(c.start, window),
+            self.num_heads, self.model.head_dim) for c in prefills))
         for window in self._all_windows})
 
   def stage_seconds(self, tokens: int, rows: int, num_seqs: int,
