@@ -154,8 +154,8 @@ def choose(shape: Shape) -> Sizes:
   device = default_device()
   check_device(device)
   target, width = _target(device), jnp.dtype(shape.dtype).itemsize
-  tuned = TUNED.get((target, shape.dtype, shape.kv_dtype, shape.group,
-                      shape.head_dim, shape.page_size))
+  tuned = TUNED.get((measured_as(device), shape.dtype, shape.kv_dtype,
+                     shape.group, shape.head_dim, shape.page_size))
   num_blocks = 2 * _multiprocessors(device)
   if tuned is not None:
     return Sizes(*tuned, num_blocks=num_blocks)
@@ -208,16 +208,27 @@ def check_indices(pages: quantization.Pages) -> None:
 
 def fastest() -> tuple[str, ...]:
   """The implementations for the default device, the fastest first."""
-  return _FASTEST[_target(default_device())]
+  return _FASTEST.get(measured_as(default_device()), ('pallas_triton',))
 
 
 def writer() -> str:
   """What writes to pages of rows the fastest, on the default device."""
-  return _WRITER[_target(default_device())]
+  return _WRITER.get(measured_as(default_device()), 'xla')
 
 
 def _target(device: Any) -> str:
   return gpu_targets.alike(getattr(device, 'compute_capability', ''))
+
+
+def measured_as(device: Any) -> str:
+  """The target whose measurements are its own, too; '' if none's are.
+
+  Of the same multiprocessors, and not of those that have as much room.
+  """
+  target = _target(device)
+  major, minor = gpu_targets.get(target).compute_capability
+  capability = str(getattr(device, 'compute_capability', ''))
+  return target if capability.rstrip('af') == f'{major}.{minor}' else ''
 
 
 def _multiprocessors(device: Any) -> int:

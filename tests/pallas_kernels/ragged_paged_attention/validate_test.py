@@ -253,6 +253,10 @@ def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
           sizes.num_blocks) == (128, 16, 8, 3, 2 * 108)
   assert tuning.choose(
     dataclasses.replace(shape, page_size=32)).wide_rows == 64
+  _pretend(monkeypatch, 'NVIDIA A800-SXM4-80GB', '8.0')
+  assert tuning.choose(shape).wide_rows == 128
+  _pretend(monkeypatch, 'Orin (nvgpu)', '8.7')  # It is like A100, but no A100.
+  assert tuning.choose(shape).wide_rows == 64
   assert 'tuned 4 128 bfloat16 KV int8' in {
     case.name for case in configurations.cases('a100')}
 
