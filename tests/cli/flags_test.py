@@ -42,7 +42,7 @@ def config_of(*args: str) -> config_lib.EngineConfig:
 
 
 def write(folder: pathlib.Path, text: str) -> str:
-  path = folder / 'cli/deployment.py'
+  path = folder / 'deployment.py'
   path.write_text(text)
   return str(path)
 
