@@ -31,7 +31,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import settings
 
 Params = Any  # a pytree of arrays
-OnLoaded = Callable[[int, int], None]  # (arrays loaded, of how many)
+OnLoaded = Callable[[int, int], object]  # (arrays loaded, of how many)
 
 # Name of a parameter's axis -> the axes of the mesh it is split over.
 _SPLIT: Mapping[str | None, Any] = {

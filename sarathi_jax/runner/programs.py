@@ -21,7 +21,7 @@ from sarathi_jax.runner import placement
 from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
-OnCompiled = Callable[[int, int], None]  # (programs compiled, of how many)
+OnCompiled = Callable[[int, int], object]  # (programs compiled, of how many)
 
 
 class StepPrograms:

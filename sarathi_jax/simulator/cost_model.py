@@ -266,4 +266,4 @@ class CostModel:
         f'{self.hardware.memory_bytes / 1e9:.1f} GB leave no room for '
         f'{max(room, page) / 1e9:.3g} GB of KV cache; raise tp or pp, or '
         'take a larger device.')
-    return room // page
+    return int(room // page)
