@@ -8,15 +8,17 @@ named tuples, which cost a third of a frozen dataclass to build.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import enum
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 
+_T = TypeVar('_T')
 MIN_SEED, MAX_SEED = -2**63, 2**63 - 1  # vLLM's
 TIERS = ('interactive', 'batch')
 
@@ -264,7 +266,7 @@ class Chunk(NamedTuple):
   """The tokens that one sequence contributes to one hybrid batch.
 
   Tokens [start, start + num_tokens) of the sequence are computed. A chunk
-  with `samples` reaches the sequence's end, so a next token is sampled.
+  that `samples` reaches the sequence's end, so what comes next is sampled.
 
   Attributes:
     request_id: whose tokens: the request's `key`.
@@ -277,7 +279,8 @@ class Chunk(NamedTuple):
     page_table: the pages of tokens [0, start + num_tokens), in order. The
       same object is passed on until a page is added.
     is_prefill: whether this is part of a prefill (a recompute is, too).
-    samples: whether a token is sampled after the last one.
+    samples: how many tokens are sampled, one after each of its last ones; 0
+      for a part of a prefill.
     prompt_len: tokens of the request's prompt; what dynamic RoPE depends on.
     seed: of the request's random numbers, of 64 bits with a sign.
     sampling: how to choose the token.
@@ -290,7 +293,7 @@ class Chunk(NamedTuple):
   num_tokens: int
   page_table: tuple[int, ...]
   is_prefill: bool
-  samples: bool
+  samples: int
   prompt_len: int
   seed: int
   sampling: SamplingParams
@@ -313,27 +316,41 @@ class ScheduledBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """What a batch sampled, one entry a chunk; void where none was sampled.
+  """What a batch sampled, one entry a chunk: of some tokens, one, or none.
 
   Attributes:
-    tokens: token ids.
+    tokens: token ids, as they follow one another in the sequence.
     logprobs: of the tokens, natural logarithm, before temperature; NaN where
       logits were not finite, and no token could be sampled.
   """
 
-  tokens: list[int]
-  logprobs: list[float]
+  tokens: list[tuple[int, ...]]
+  logprobs: list[tuple[float, ...]]
+
+  @classmethod
+  def of(cls, chunks: Iterable[Chunk], tokens: Iterable[int],
+         logprobs: Iterable[float]) -> Sampled:
+    """Shares out what was sampled, one after another, among the chunks."""
+    counts = [chunk.samples for chunk in chunks]
+    return cls(_shared_out(counts, tokens), _shared_out(counts, logprobs))
+
+
+def _shared_out(counts: list[int], values: Iterable[_T]
+                ) -> list[tuple[_T, ...]]:
+  ones = zip(values)  # What makes tuples of one the fastest.
+  return [next(ones) if n == 1 else tuple(x for x, in islice(ones, n))
+          for n in counts]
 
 
 class TokenEvent(NamedTuple):
-  """One token that a request gained.
+  """The tokens that a request gained in a step, one or more.
 
-  With FinishReason.ERROR it gained none, as none could be sampled.
+  With FinishReason.ERROR it gained none, as one could not be sampled.
   """
 
   request_id: str
-  token: int
-  logprob: float
+  tokens: tuple[int, ...]
+  logprobs: tuple[float, ...]
   finish_reason: FinishReason | None
 
 

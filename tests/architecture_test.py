@@ -90,6 +90,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.simulator': (
     'absl', 'grpc', 'matplotlib', 'numpy', 'rich', 'scipy'),
   'sarathi_jax.runner.batch': ('numpy',),
+  'sarathi_jax.runner.packing': ('numpy',),
   'sarathi_jax.server': (
     'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
     'prometheus_client', 'smg_grpc_proto', 'opentelemetry', '~jax', '~smg'),

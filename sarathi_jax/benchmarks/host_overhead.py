@@ -79,7 +79,8 @@ class TextRunner:
     pages_per_seq = -(-MAX_MODEL_LEN // PAGE_SIZE)
     self._sizes = batch_lib.ladder(max_step_tokens, max_num_seqs)
     self._layouts = {
-      n: batch_lib.BatchLayout(n, min(n, max_num_seqs), pages_per_seq)
+      n: batch_lib.BatchLayout(
+        n, min(n, max_num_seqs), min(n, max_num_seqs), pages_per_seq)
       for n in self._sizes}
     builder = batch_lib.BatchBuilder(max_num_seqs, pages_per_seq)
     self._build = watch.timed('build', builder.build)
@@ -91,9 +92,10 @@ class TextRunner:
 
   def fetch(self, batch: types.ScheduledBatch) -> types.Sampled:
     text = self._text  # Each sequence reads on from a place of its own.
-    return types.Sampled(
-      [text[(c.seed + c.start) % len(text)] for c in batch.chunks],
-      [-0.5] * len(batch.chunks))
+    return types.Sampled.of(
+      batch.chunks,
+      [text[(c.seed + c.start) % len(text)] for c in batch.chunks
+       if c.samples], itertools.repeat(-0.5))
 
   def num_rows(self, num_tokens: int) -> int:
     return next(n for n in self._sizes if n >= num_tokens)

@@ -316,12 +316,11 @@ class Engine:
       observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)
     lives = [self._live[event[0]] for event in events]
-    num_tokens = len(events)
-    while num_tokens and events[num_tokens - 1].finish_reason is _ERROR:
-      num_tokens -= 1
-    self._record_times(lives[:num_tokens], now)
+    num_gained = len(events)
+    while num_gained and events[num_gained - 1].finish_reason is _ERROR:
+      num_gained -= 1
+    self._record_times(lives[:num_gained], now)
     self._ends.append(now)
-    self.metrics.num_generated += num_tokens
     return [self._output(event, live, now)
             for event, live in zip(events, lives, strict=True)]
 
@@ -347,18 +346,17 @@ class Engine:
 
   def _output(self, event: types.TokenEvent, live: _Live,
               now: float) -> types.OutputDelta:
-    request_id, token, logprob, reason = event
+    request_id, tokens, logprobs, reason = event
     text = ''
-    tokens: tuple[int, ...] = (token,)
-    logprobs: tuple[float, ...] = (logprob,)
     stop_reason: int | str | None = None
     if reason is _ERROR:
-      tokens = logprobs = ()
       logging.log_every_n_seconds(
         logging.ERROR, '%s: ends, as its logits are NaN or infinite; the '
         'weights may be.', 10, live.seq.request.request_id)
     elif live.detokenizer is not None:
-      text, stop_reason = live.detokenizer.step(token, reason is _STOP)
+      text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
+      tokens, logprobs = tokens[:num], logprobs[:num]
+    self.metrics.num_generated += len(tokens)
     if reason is None and stop_reason is None:
       return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:
@@ -368,11 +366,12 @@ class Engine:
         self._scheduler.remove(live.seq)
       reason = _STOP
     elif (reason is _STOP
-          and token in live.seq.request.sampling.stop_token_ids):
-      stop_reason = token
+          and tokens[-1] in live.seq.request.sampling.stop_token_ids):
+      stop_reason = tokens[-1]
     assert reason is not None
     del self._live[request_id]
-    summary = live.times.summary(live.seq, now)
+    summary = live.times.summary(
+      live.seq, live.seq.num_output - len(event.tokens) + len(tokens), now)
     self.metrics.record_finished(summary, reason)
     for observer in self._observers:
       observer.on_finished(live.seq.request, summary, reason, now)

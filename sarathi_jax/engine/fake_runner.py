@@ -27,15 +27,15 @@ class FakeRunner:
     self._last = [-1] * max_num_seqs
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
-    tokens = []
+    tokens: list[int] = []
     for chunk in batch.chunks:
       last = chunk.tokens[-1] if chunk.tokens else self._last[chunk.slot]
       assert last >= 0, f'{chunk.request_id}: no token in slot {chunk.slot}'
       token = (last + 1) % self.vocab_size
       if chunk.samples:
         self._last[chunk.slot] = token
-      tokens.append(token)
-    return types.Sampled(tokens, [0.0] * len(tokens))
+        tokens.append(token)
+    return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))
 
   def fetch(self, pending: types.Sampled) -> types.Sampled:
     if self._step_s:

@@ -193,16 +193,18 @@ class RequestTimes:
   last_token: float | None = None
   max_gap: float = 0.0
 
-  def summary(self, seq: sequence.Sequence, now: float) -> types.RequestMetrics:
+  def summary(self, seq: sequence.Sequence, num_output: int,
+              now: float) -> types.RequestMetrics:
+    """What a request went through that ends now, with `num_output` tokens."""
     arrival = seq.request.arrival_time
-    num_gaps = seq.num_output - 1
+    num_gaps = num_output - 1
     first, last = self.first_token, self.last_token
     tpot_s = None
     if first is not None and last is not None and num_gaps > 0:
       tpot_s = (last - first) / num_gaps
     return types.RequestMetrics(
       num_prompt_tokens=seq.prompt_len,
-      num_output_tokens=seq.num_output,
+      num_output_tokens=num_output,
       num_preemptions=seq.num_preemptions,
       scheduling_delay_s=(None if seq.first_scheduled_time is None
                           else seq.first_scheduled_time - arrival),

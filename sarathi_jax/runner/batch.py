@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scheduled batch as one int32 array, and back. NumPy; loads no JAX.
+"""A scheduled batch as one int32 array, and back; so is what a step returns.
 
-All integers of a step travel to the device in one buffer, since each transfer
-costs more than its bytes. `BatchLayout` says where each field lies in it.
+NumPy; loads no JAX. `BatchLayout` says where each field lies.
 
-Example, page_size=4, two decodes and a chunk, T=8, S=3, P=3:
+Example, page_size=4, two decodes and a chunk, T=8, S=R=3, P=3:
 
   sequence     computed  tokens now   cu_q_lens  kv_lens  page_indices
   'a' decode   5         [7]          0..1       6        [2, 0, .]
@@ -12,24 +11,25 @@ Example, page_size=4, two decodes and a chunk, T=8, S=3, P=3:
   'c' chunk    4         [1, 2, 3]    2..5       7        [1, 3, .]
 
   tokens = [7, 0, 1, 2, 3, 0, 0, 0]    'b' takes its token from slot 'b'
+
+  sample       sample_tokens  sample_slots  sample_positions
+  of 'a'       0              slot of 'a'   6
+  of 'b'       1              slot of 'b'   4
+  ('c' ends here if its prompt does; else nothing is sampled for it)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
 import functools
 import itertools
-import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from sarathi_jax import types
-
-# Bits of `flags`.
-FROM_DEVICE = 1  # the row's one token is in the device's array, by slot
-SAMPLES = 2  # a token is sampled from the row's last position
+from sarathi_jax.runner import packing
 
 
 class BatchArrays(NamedTuple):
@@ -41,10 +41,14 @@ class BatchArrays(NamedTuple):
     page_indices: [S, P].
     distribution: [2] number of decodes (first), number of sequences.
     slots: [S] see `types.Chunk`.
-    flags: [S] FROM_DEVICE, SAMPLES.
-    prompt_lens, top_k: [S].
-    seeds: [S, 2] the low and the high half of each, two's complement.
-    temperature, top_p, min_p: [S] float32.
+    from_device: [S] 1 where the one token is in the device's array, by slot.
+    prompt_lens: [S].
+    num_samples: [1] rows of the following that are sampled.
+    sample_tokens: [R] the token of the batch after which one is sampled.
+    sample_slots: [R] the slot of its sequence, which keeps the last one.
+    sample_positions: [R] its place in its sequence.
+    seeds: [R, 2] the low and the high half of each, two's complement.
+    sampling: [F, R] bits of `SAMPLING`, see `sampling_of`.
     tokens: [T] ids; the last, so that a buffer can be made longer.
   """
 
@@ -53,68 +57,89 @@ class BatchArrays(NamedTuple):
   page_indices: Any
   distribution: Any
   slots: Any
-  flags: Any
+  from_device: Any
   prompt_lens: Any
+  num_samples: Any
+  sample_tokens: Any
+  sample_slots: Any
+  sample_positions: Any
   seeds: Any
-  top_k: Any
-  temperature: Any
-  top_p: Any
-  min_p: Any
+  sampling: Any
   tokens: Any
 
 
-_FLOATS = ('temperature', 'top_p', 'min_p')
+class StepOutput(NamedTuple):
+  """What a step returns, of each of its batch's samples.
+
+  Attributes:
+    tokens: [R] int32 ids.
+    logprobs: [R] float32, see `sampling.sample`.
+  """
+
+  tokens: Any
+  logprobs: Any
+
+
+# Fields of `types.SamplingParams` that the device needs, and their dtypes.
+SAMPLING: Mapping[str, str] = {
+  'temperature': packing.FLOAT, 'top_k': packing.INT, 'top_p': packing.FLOAT,
+  'min_p': packing.FLOAT}
 _FLOAT32_MAX = np.finfo(np.float32).max
 _INT32_MAX = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchLayout:
-  """Where the fields of a batch lie in its buffer.
+  """Where the fields of a batch, and of what it gives, lie in buffers.
 
   Attributes:
     num_tokens: T, the bucket of the ladder.
     num_rows: S, the most sequences such a batch has.
+    num_samples: R, the most tokens that are sampled for it.
     pages_per_seq: P.
   """
 
   num_tokens: int
   num_rows: int
+  num_samples: int
   pages_per_seq: int
 
   @property
-  def shapes(self) -> BatchArrays:
-    """The shape of each field, in the order they lie in the buffer."""
-    row = (self.num_rows,)
-    return BatchArrays._make((
-      (self.num_rows + 1,), row, (self.num_rows, self.pages_per_seq), (2,),
-      *[row] * 3, (self.num_rows, 2), *[row] * 4, (self.num_tokens,)))
+  def packing(self) -> packing.Packing:
+    """Of `BatchArrays`."""
+    return _packings(self)[0]
+
+  @property
+  def output(self) -> packing.Packing:
+    """Of `StepOutput`."""
+    return _packings(self)[1]
 
   @property
   def size(self) -> int:
-    """int32 values in a buffer."""
-    return _spans(self)[-1][1].stop
+    """int32 values in a batch's buffer."""
+    return self.packing.size
 
-  def split(self, buffer: Any, to_float: Callable[[Any], Any]) -> BatchArrays:
-    """Views of a buffer's fields, NumPy's or JAX's.
-
-    Args:
-      buffer: [size] int32.
-      to_float: reinterprets int32 bits as float32.
-    """
-    fields = {name: buffer[span].reshape(shape)
-              for name, span, shape in _spans(self)}
-    return BatchArrays(**fields | {
-      name: to_float(fields[name]) for name in _FLOATS})
+  def split(self, buffer: Any) -> BatchArrays:
+    """Views of the fields of a batch's buffer, NumPy's or JAX's."""
+    return BatchArrays(**self.packing.split(buffer))
 
 
 @functools.cache  # Each step asks.
-def _spans(layout: BatchLayout) -> list[tuple[str, slice, tuple[int, ...]]]:
-  """Name, place and shape of each field."""
-  shapes = layout.shapes._asdict()
-  stops = list(itertools.accumulate(map(math.prod, shapes.values())))
-  return [(name, slice(stop - math.prod(shape), stop), shape)
-          for (name, shape), stop in zip(shapes.items(), stops, strict=True)]
+def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
+  row, sample = (layout.num_rows,), (layout.num_samples,)
+  batch = BatchArrays(
+    cu_q_lens=(layout.num_rows + 1,), kv_lens=row,
+    page_indices=(layout.num_rows, layout.pages_per_seq), distribution=(2,),
+    slots=row, from_device=row, prompt_lens=row, num_samples=(1,),
+    sample_tokens=sample, sample_slots=sample, sample_positions=sample,
+    seeds=(*sample, 2), sampling=(len(SAMPLING), *sample),
+    tokens=(layout.num_tokens,))
+  return (
+    packing.Packing({
+      name: (shape, packing.INT) for name, shape in batch._asdict().items()}),
+    packing.Packing(StepOutput(
+      tokens=(sample, packing.INT), logprobs=(sample, packing.FLOAT),
+    )._asdict()))
 
 
 class BatchBuilder:
@@ -127,10 +152,9 @@ class BatchBuilder:
 
   def __init__(self, max_num_seqs: int, pages_per_seq: int) -> None:
     self._tables: list[tuple[int, ...] | None] = [None] * max_num_seqs
-    self._sampling: list[types.SamplingParams | None] = [None] * max_num_seqs
+    self._params: list[types.SamplingParams | None] = [None] * max_num_seqs
     self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
-    self._floats = np.zeros((3, max_num_seqs), np.float32)
-    self._top_k = np.zeros(max_num_seqs, np.int32)
+    self._sampling = np.zeros((len(SAMPLING), max_num_seqs), np.int32)
 
   def build(self, batch: types.ScheduledBatch,
             layout: BatchLayout) -> np.ndarray:
@@ -139,46 +163,68 @@ class BatchBuilder:
     columns: Any = types.Chunk(  # A tuple of each field.
       *cast(Any, zip(*batch.chunks, strict=True)))
     buffer = np.zeros(layout.size, np.int32)
-    fields = layout.split(buffer, lambda bits: bits.view(np.float32))
-    for slot, table, sampling in zip(
+    fields = layout.split(buffer)
+    for slot, table, params in zip(
         columns.slot, columns.page_table, columns.sampling, strict=True):
       if self._tables[slot] is not table:
         self._remember_table(slot, table)
-      if self._sampling[slot] is not sampling:
-        self._remember_sampling(slot, sampling)
+      if self._params[slot] is not params:
+        self._params[slot] = params
+        self._sampling[:, slot] = _bits_of(params)
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
     np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
-    fields.temperature[:n], fields.top_p[:n], fields.min_p[:n] = (
-      self._floats[:, slots])
-    fields.top_k[:n] = self._top_k[slots]
     q_lens = np.array(columns.num_tokens, np.int32)
     np.cumsum(q_lens, out=fields.cu_q_lens[1:n + 1])
     fields.cu_q_lens[n + 1:] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.prompt_lens[:n] = columns.prompt_len
-    fields.seeds[:n] = np.array(columns.seed, '<i8').view('<i4').reshape(n, 2)
-    fields.flags[:n] = [
-      (FROM_DEVICE if not tokens else 0) | (SAMPLES if samples else 0)
-      for tokens, samples in zip(
-        columns.tokens, columns.samples, strict=True)]
+    fields.from_device[:n] = [not tokens for tokens in columns.tokens]
     fields.tokens[:batch.num_tokens] = np.fromiter(
       itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
       np.int32, batch.num_tokens)
     fields.distribution[:] = n - sum(columns.is_prefill), n
+    self._add_samples(fields, columns.samples, columns.seed)
     return buffer
+
+  def _add_samples(self, fields: BatchArrays, counts: tuple[int, ...],
+                   seeds: tuple[int, ...]) -> None:
+    """Says what is sampled: so many tokens after the last ones of each row."""
+    stops = np.cumsum(counts)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    m = len(rows)
+    before_end = stops[rows] - np.arange(1, m + 1)  # of its row's
+    slots = fields.slots[rows]
+    fields.num_samples[:] = m
+    fields.sample_tokens[:m] = fields.cu_q_lens[1:][rows] - 1 - before_end
+    fields.sample_slots[:m] = slots
+    fields.sample_positions[:m] = fields.kv_lens[rows] - before_end
+    fields.seeds[:m] = np.array(seeds, '<i8').view('<i4').reshape(-1, 2)[rows]
+    fields.sampling[:, :m] = self._sampling[:, slots]
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
     self._pages[slot, :len(table)] = table
     self._pages[slot, len(table):] = 0  # of the request here before
     self._tables[slot] = table
 
-  def _remember_sampling(self, slot: int,
-                         sampling: types.SamplingParams) -> None:
-    self._floats[:, slot] = np.minimum(
-      (sampling.temperature, sampling.top_p, sampling.min_p), _FLOAT32_MAX)
-    self._top_k[slot] = min(max(sampling.top_k, 0), _INT32_MAX)
-    self._sampling[slot] = sampling
+
+def _bits_of(params: types.SamplingParams) -> np.ndarray:
+  """[F] the fields of `SAMPLING`: beyond 32 bits, the largest there are."""
+  values = np.zeros(len(SAMPLING), np.int32)
+  for i, (name, dtype) in enumerate(SAMPLING.items()):
+    value = getattr(params, name)
+    if dtype == packing.FLOAT:
+      values[i] = np.float32(min(value, _FLOAT32_MAX)).view(np.int32)
+    else:
+      values[i] = min(max(value, 0), _INT32_MAX)
+  return values
+
+
+def sampling_of(bits: Any) -> dict[str, Any]:
+  """The rows of `BatchArrays.sampling` by name, each in its dtype."""
+  return {
+    name: packing.as_float(row) if dtype == packing.FLOAT else row
+    for (name, dtype), row in zip(SAMPLING.items(), bits, strict=True)}
 
 
 def ladder(max_tokens: int, max_num_seqs: int, *,

@@ -23,6 +23,7 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import packing
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.runner import settings
@@ -36,11 +37,11 @@ class Pending(NamedTuple):
   """A batch being computed.
 
   Attributes:
-    num_chunks: its rows.
+    chunks: its rows.
     step: the step in which it leaves the last stage.
   """
 
-  num_chunks: int
+  chunks: tuple[types.Chunk, ...]
   step: int
 
 
@@ -149,21 +150,23 @@ class DeviceRunner:
       False)
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
-    self._sampled: dict[int, jax.Array] = {}  # by step, of batches that left
+    # By step, of batches that left: what its program gave.
+    self._outputs: dict[int, tuple[packing.Packing, jax.Array]] = {}
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
     size = self._programs.size_for(batch.num_tokens)
     buffer = self._builder.build(batch, self._programs.layouts[size])
     self._step(_InPipeline(buffer, size, True))
-    return Pending(len(batch.chunks), self._num_steps + self.num_stages - 2)
+    return Pending(batch.chunks, self._num_steps + self.num_stages - 2)
 
   def fetch(self, pending: Pending) -> types.Sampled:
     while self._num_steps <= pending.step:
       self._step(self._nothing)
     with jax.transfer_guard_device_to_host('allow'):
-      sampled = np.asarray(self._sampled.pop(pending.step))
-    tokens, bits = sampled[:, :pending.num_chunks]
-    return types.Sampled(tokens.tolist(), bits.view(np.float32).tolist())
+      where, buffer = self._outputs.pop(pending.step)
+      output = batch_lib.StepOutput(**where.split(np.asarray(buffer)))
+    return types.Sampled.of(
+      pending.chunks, output.tokens.tolist(), output.logprobs.tolist())
 
   def num_rows(self, num_tokens: int) -> int:
     return self._programs.size_for(num_tokens)
@@ -248,11 +251,12 @@ class DeviceRunner:
       ints = buffers.ravel()
     if self._leader is not None:
       self._leader.send(size, ints)
-    sampled = self._compute(size, ints)
+    output = self._compute(size, ints)
     if self._stages[-1].is_batch:
       with jax.transfer_guard_device_to_host('allow'):
-        sampled.copy_to_host_async()
-      self._sampled[self._num_steps] = sampled
+        output.copy_to_host_async()
+      self._outputs[self._num_steps] = (
+        self._programs.layouts[size].output, output)
     self._num_steps += 1
 
   def connect(self) -> None:

@@ -58,10 +58,12 @@ class StepPrograms:
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of several sizes meet in a pipeline, so their rows are as many.
+    rows = {n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
+            for n in self.sizes}
     self.layouts = {
       n: batch_lib.BatchLayout(
-        n, min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs,
-        self.pages_per_seq)
+        num_tokens=n, num_rows=rows[n], num_samples=rows[n],
+        pages_per_seq=self.pages_per_seq)
       for n in self.sizes}
     self._model = model
     self._mesh = mesh

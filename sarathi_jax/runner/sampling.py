@@ -21,6 +21,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from sarathi_jax.runner import batch
+
 _NEVER = -jnp.inf
 
 
@@ -88,7 +90,7 @@ def sample(
     min_p: Float[Array, ' S'],
     seeds: Int[Array, 'S 2'],
     positions: Int[Array, ' S'],
-) -> tuple[Int[Array, ' S'], Float[Array, ' S']]:
+) -> batch.StepOutput:
   """Samples a token a row. Rows, and batches, only pay for what they ask.
 
   Args:
@@ -129,4 +131,5 @@ def sample(
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   total = jax.nn.logsumexp(logits, axis=-1)  # Finite if the logits are sane.
   logprobs = jnp.maximum(chosen - total, jnp.finfo(jnp.float32).min)
-  return tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan)
+  return batch.StepOutput(
+    tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan))

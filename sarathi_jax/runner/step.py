@@ -71,7 +71,7 @@ def step(
     params: Params,
     state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
-) -> tuple[state_lib.DeviceState, Int[Array, '2 S']]:
+) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
   """`stage_step` on every device of a mesh. `state` is donated.
 
   Args and Returns are `stage_step`'s, of the whole mesh: layers have an axis
@@ -96,7 +96,7 @@ def stage_step(
     params: Params,
     state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
-) -> tuple[state_lib.DeviceState, Int[Array, '2 S']]:
+) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
   """One device's part of a step.
 
   Args:
@@ -108,9 +108,8 @@ def stage_step(
       none.
 
   Returns:
-    The state, updated in place, and the tokens sampled for the batch at the
-    last stage in one array: token ids, then the bits of their float32
-    log-probabilities, NaN for what `sampling.sample` could not sample.
+    The state, updated in place, and `batch.StepOutput` of the batch at the
+    last stage, packed as its layout says.
   """
   model, layout = spec.model, spec.layout
   hidden, last_tokens = state.hidden, state.slots.last_tokens
@@ -119,11 +118,10 @@ def stage_step(
   layers = params['layers']
   if shards.pp is not None:
     layers = jax.tree.map(lambda leaf: leaf[0], layers)
-  mine, leaving = (layout.split(buffers[i], _to_float) for i in (stage, -1))
+  mine, leaving = (layout.split(buffers[i]) for i in (stage, -1))
   row, is_real, positions = _places_of_tokens(layout, mine)
-  from_device = (mine.flags & batch_lib.FROM_DEVICE) != 0
   tokens = jnp.where(
-    from_device[row], last_tokens[mine.slots][row], mine.tokens)
+    mine.from_device[row] != 0, last_tokens[mine.slots][row], mine.tokens)
   x = shards.embed(params['embed'], tokens)
   if hidden is not None:
     before = _whole(hidden[:layout.num_tokens], shards)
@@ -131,33 +129,41 @@ def stage_step(
   rope_lens = None
   if model.rope.kind == 'dynamic':
     rope_lens = jnp.maximum(mine.prompt_lens[row], positions + 1)
-  # Only rows that may be sampled from leave the last stage; where it is the
-  # only one, already its last layer leaves the others out.
-  ends = jnp.maximum(leaving.cu_q_lens[1:] - 1, 0)
-  is_early = hidden is None and layout.num_rows < layout.num_tokens
+  # Only what is sampled from leaves the last stage; where it is the only one,
+  # already its last layer leaves the rest out.
+  is_early = hidden is None and layout.num_samples < layout.num_tokens
   x, kv = models.run_layers(
     model, layers, state.kv, x, positions, rope_lens,
     _attend_to_pages(
       spec, state.kv, mine, stage, x.dtype, row, is_real, positions),
-    windows=spec.windows, shards=shards, leaving=ends if is_early else None)
+    windows=spec.windows, shards=shards,
+    leaving=leaving.sample_tokens if is_early else None)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
       hidden, _hand_on(x, shards), 0, axis=0)
-  last = x if is_early else _from_last_stage(x[ends], shards)
+  last = x if is_early else _from_last_stage(
+    x[leaving.sample_tokens], shards)
   logits = models.unembed(
     model, params, models.final_norm(model, params, last), shards)
-  sampled, logprobs = _sample(model, logits, leaving, shards)
-  samples = (leaving.flags & batch_lib.SAMPLES) != 0
-  last_tokens = last_tokens.at[
-    jnp.where(samples, leaving.slots, last_tokens.shape[0])].set(
-      sampled, mode='drop')
-  out = jnp.stack([sampled, lax.bitcast_convert_type(logprobs, jnp.int32)])
-  return state_lib.DeviceState(
-    kv, state_lib.SlotState(last_tokens), hidden), out
+  output = _sample(model, logits, leaving, shards)
+  slots = state_lib.SlotState(
+    _keep(last_tokens, leaving, output.tokens))
+  return state_lib.DeviceState(kv, slots, hidden), _packed(output)
 
 
-def _to_float(bits: Array) -> Array:
-  return lax.bitcast_convert_type(bits, jnp.float32)
+def _keep(last_tokens: Int[Array, ' slots'], b: batch_lib.BatchArrays,
+          sampled: Int[Array, ' R']) -> Int[Array, ' slots']:
+  """Each slot's last token, where there is a new one."""
+  index = jnp.arange(sampled.shape[0], dtype=jnp.int32)
+  is_last = (index + 1 == b.num_samples) | (
+    b.sample_slots != jnp.roll(b.sample_slots, -1))
+  return last_tokens.at[jnp.where(
+    is_last & (index < b.num_samples), b.sample_slots, last_tokens.shape[0])
+  ].set(sampled, mode='drop')
+
+
+def _packed(output: batch_lib.StepOutput) -> Int[Array, ' output']:
+  return jnp.concatenate([x.view(jnp.int32).ravel() for x in output])
 
 
 def _places_of_tokens(
@@ -183,8 +189,8 @@ def _attend_to_pages(
   slot_mapping = jnp.where(
     is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
     + positions % spec.page_size, num_slots)
-  # Queries are of sequences' ends, or of all tokens; layers share their plans.
-  asking = {spec.layout.num_rows: _ends_of(b), len(row): b}
+  # Queries are what is sampled from, or all tokens; layers share their plans.
+  asking = {spec.layout.num_samples: _samples_of(b, row), len(row): b}
   heads = spec.model.num_heads // spec.mesh.shape[mesh_lib.TP]
   k_pages, _ = kv[0]
   plans = {
@@ -220,12 +226,14 @@ def _attend_to_pages(
   return attend
 
 
-def _ends_of(b: batch_lib.BatchArrays) -> batch_lib.BatchArrays:
-  """The batch with each sequence's last token only: as if all were decodes."""
-  num_seqs = b.distribution[1]
-  index = jnp.arange(b.cu_q_lens.shape[0], dtype=jnp.int32)
-  return b._replace(cu_q_lens=jnp.minimum(index, num_seqs),
-                    distribution=jnp.stack([num_seqs, num_seqs]))
+def _samples_of(b: batch_lib.BatchArrays, row: Int[Array, ' T'],
+                ) -> batch_lib.BatchArrays:
+  """The batch of what is sampled from only: as if all were decodes."""
+  index = jnp.arange(b.sample_tokens.shape[0] + 1, dtype=jnp.int32)
+  return b._replace(
+    cu_q_lens=jnp.minimum(index, b.num_samples), kv_lens=b.sample_positions,
+    page_indices=b.page_indices[row[b.sample_tokens]],
+    distribution=jnp.tile(b.num_samples, 2))
 
 
 def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,
@@ -253,8 +261,8 @@ def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
     x, shards.pp, [(i, i + 1) for i in range(num_stages - 1)])
 
 
-def _from_last_stage(rows: Float[Array, 'S D'], shards: sharding.Shards,
-                     ) -> Float[Array, 'S D']:
+def _from_last_stage(rows: Float[Array, 'R D'], shards: sharding.Shards,
+                     ) -> Float[Array, 'R D']:
   """The last stage's rows, on all."""
   if shards.pp is None:
     return rows
@@ -263,18 +271,18 @@ def _from_last_stage(rows: Float[Array, 'S D'], shards: sharding.Shards,
 
 
 def _sample(
-    model: model_config_lib.ModelConfig, logits: Float[Array, 'S columns'],
+    model: model_config_lib.ModelConfig, logits: Float[Array, 'R columns'],
     b: batch_lib.BatchArrays, shards: sharding.Shards,
-) -> tuple[Int[Array, ' S'], Float[Array, ' S']]:
+) -> batch_lib.StepOutput:
   """Samples from logits of which each device has some columns.
 
   Columns of all rows become all columns of some rows, so that devices share
   the work and rows are sampled from as they are on one device.
   """
-  fields: Any = (
-    b.temperature, b.top_k, b.top_p, b.min_p, b.seeds, b.kv_lens)
+  rows = {**batch_lib.sampling_of(b.sampling), 'seeds': b.seeds,
+          'positions': b.sample_positions}
   if not shards.axes:
-    return sampling.sample(logits, *fields)
+    return sampling.sample(logits, **rows)
   num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
   share = -(-num_rows // num_devices)
 
@@ -284,10 +292,9 @@ def _sample(
 
   logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
   start = lax.axis_index(shards.axes) * share
-  tokens, logprobs = sampling.sample(
-    logits[:, :model.vocab_size],
-    *(lax.dynamic_slice_in_dim(padded(field), start, share)
-      for field in fields))
-  return tuple(
-    lax.all_gather(x, shards.axes, tiled=True)[:num_rows]
-    for x in (tokens, logprobs))
+  output = sampling.sample(logits[:, :model.vocab_size], **{
+    name: lax.dynamic_slice_in_dim(padded(row), start, share)
+    for name, row in rows.items()})
+  gathered: batch_lib.StepOutput = jax.tree.map(
+    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], output)
+  return gathered

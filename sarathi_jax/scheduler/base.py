@@ -191,7 +191,7 @@ class Scheduler(abc.ABC):
     oldest, seqs = self._in_flight.popleft()
     assert oldest is batch, 'batches complete in the order of their launch'
     events, failed = [], []
-    for seq, chunk, token, logprob in zip(
+    for seq, chunk, tokens, logprobs in zip(
         seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
       seq.num_in_flight -= 1
       if chunk.is_prefill:
@@ -199,22 +199,17 @@ class Scheduler(abc.ABC):
           chunk.start + chunk.num_tokens)
       if seq.is_finished or not chunk.samples:
         continue
-      seq.num_pending -= 1
-      if logprob != logprob:  # noqa: PLR0124 (NaN; isnan takes twice as long)
+      seq.num_pending -= chunk.samples
+      total = sum(logprobs)
+      if total != total:  # noqa: PLR0124 (NaN; isnan takes twice as long)
         self._finish(seq)
-        failed.append(
-          types.TokenEvent(chunk.request_id, token, logprob, _ERROR))
+        failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue
-      seq.tokens.append(token)
-      reason = None
-      if token in seq.stop_ids:
-        reason = types.FinishReason.STOP
-      elif len(seq.tokens) >= seq.max_len:
-        reason = types.FinishReason.LENGTH
+      num, reason = seq.extend(tokens)
       if reason is not None:
         self._finish(seq)
-      events.append(
-        types.TokenEvent(chunk.request_id, token, logprob, reason))
+      events.append(types.TokenEvent(
+        chunk.request_id, tokens[:num], logprobs[:num], reason))
     return events + failed
 
   # -- What policies are built from --
@@ -308,12 +303,12 @@ class Scheduler(abc.ABC):
     start = seq.num_computed
     stop = start + n
     is_prefill = start < seq.prefill_len
-    samples = True
+    samples = 1
     tokens: tuple[int, ...] = ()
     if is_prefill:
       self._grow(seq, stop)
       tokens = tuple(seq.tokens[start:stop])
-      samples = stop == seq.prefill_len
+      samples = int(stop == seq.prefill_len)
     elif not seq.num_pending:
       tokens = (seq.tokens[start],)
     seq.num_computed = stop

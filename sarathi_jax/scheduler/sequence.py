@@ -90,6 +90,22 @@ class Sequence:
     """Tokens of the prefill that are still to be computed."""
     return self.prefill_len - self.num_computed
 
+  def extend(self, sampled: tuple[int, ...],
+             ) -> tuple[int, types.FinishReason | None]:
+    """Adds what was sampled, up to the token that the sequence ends with.
+
+    Returns:
+      How many tokens were added, and why it ends, if it does.
+    """
+    num = 0
+    for num, token in enumerate(sampled, 1):
+      self.tokens.append(token)
+      if token in self.stop_ids:
+        return num, types.FinishReason.STOP
+      if len(self.tokens) >= self.max_len:
+        return num, types.FinishReason.LENGTH
+    return num, None
+
   def count_prefilled(self, stop: int) -> int:
     """Notes that tokens [0, stop) were computed; returns how many of the
     prompt's were for the first time, and not again after a preemption."""

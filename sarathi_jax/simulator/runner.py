@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+import itertools
 import random
 from typing import NamedTuple, Protocol
 
@@ -95,7 +96,7 @@ class Pending(NamedTuple):
 
   done_at: float | None
   last_tick: int
-  num_chunks: int
+  chunks: tuple[types.Chunk, ...]
 
 
 class SimulatedRunner:
@@ -136,12 +137,12 @@ class SimulatedRunner:
     if self._lockstep:
       self._tick((batch, costs))
       return Pending(None, len(self._ends) + self._cost.pp - 2,
-                     len(batch.chunks))
+                     batch.chunks)
     for stage, seconds in enumerate(costs):
       start = max(ready, self._free_at[stage])
       ready = start + seconds
       self._spend(stage, start, ready, batch)
-    return Pending(ready, 0, len(batch.chunks))
+    return Pending(ready, 0, batch.chunks)
 
   def _tick(self, entering: tuple[types.ScheduledBatch, Sequence[float]] | None,
             ) -> None:
@@ -170,8 +171,8 @@ class SimulatedRunner:
         self._tick(None)
       done_at = self._ends[pending.last_tick]
     self._clock.advance_to(done_at)
-    zeros = [0] * pending.num_chunks
-    return types.Sampled(zeros, [0.0] * pending.num_chunks)
+    return types.Sampled.of(
+      pending.chunks, itertools.repeat(0), itertools.repeat(0.0))
 
   def num_rows(self, num_tokens: int) -> int:
     return self._cost.num_rows(num_tokens)

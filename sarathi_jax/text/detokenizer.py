@@ -75,17 +75,28 @@ class Detokenizer:
       request.prompt_token_ids, skip and not self._hidden)
     self._held = _NONE
 
-  def step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
-    """Takes in a token.
+  def read(self, tokens: tuple[int, ...], ended_by_token: bool,
+           ) -> tuple[str, str | None, int]:
+    """Takes in tokens, up to the one that completes a stop string.
 
     Args:
-      token: its id.
-      ended_by_token: whether it is the stop token that ends the request; its
-        text is left out then, like a stop string's.
+      tokens: their ids.
+      ended_by_token: whether the last one is the stop token that ends the
+        request; its text is left out then, like a stop string's.
 
     Returns:
-      Text to show now, and the stop string that ends the request, if any.
+      Text to show now; the stop string that ends the request, if any; and how
+      many tokens were taken in.
     """
+    text, stop, num = '', None, 0
+    for num, token in enumerate(tokens, 1):
+      more, stop = self._step(token, ended_by_token and num == len(tokens))
+      text += more
+      if stop is not None:
+        break
+    return text, stop, num
+
+  def _step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
     if ended_by_token and not self._keep_stop:
       return self.flush(), None
     new = self._stream.step(token)

@@ -195,10 +195,11 @@ class _NoLogits(harness.ScriptRunner):
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
     sampled = super().launch(batch)
     return sampled._replace(logprobs=[
-      float('nan') if (chunk.request_id == 'bad' and
-                       chunk.start + chunk.num_tokens > chunk.prompt_len)
-      else logprob
-      for chunk, logprob in zip(batch.chunks, sampled.logprobs, strict=True)])
+      (float('nan'),) if (chunk.request_id == 'bad' and
+                          chunk.start + chunk.num_tokens > chunk.prompt_len)
+      else logprobs
+      for chunk, logprobs in zip(
+        batch.chunks, sampled.logprobs, strict=True)])
 
 
 @pytest.mark.parametrize('look_ahead', [False, True])
@@ -225,10 +226,56 @@ def test_a_request_that_never_got_a_token_has_no_time_of_a_first() -> None:
   class Broken(harness.ScriptRunner):
     def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
       sampled = super().launch(batch)
-      return sampled._replace(logprobs=[float('nan')] * len(sampled.tokens))
+      return sampled._replace(
+        logprobs=[(float('nan'),)] * len(sampled.tokens))
 
   engine = make_engine(runner=Broken({'a': ()}))
   engine.add(request('a', [7], 4))
   delta, = finish(engine)['a']
   assert delta.metrics is not None and delta.metrics.ttft_s is None
   assert engine.metrics.ttft_s.count == 0
+
+
+@pytest.mark.parametrize(('fields', 'tokens', 'reason', 'stop_reason'), [
+  (dict(max_tokens=4), [11, 12, 13, 14], LENGTH, None),
+  (dict(max_tokens=2), [11, 12], LENGTH, None),
+  (dict(stop_token_ids=(13,)), [11, 12, 13], STOP, 13),
+])
+def test_a_step_may_give_several_tokens(
+    fields: dict[str, Any], tokens: list[int], reason: types.FinishReason,
+    stop_reason: int | None) -> None:
+  """None of those after the one that ends the request is told."""
+  class Several(harness.ScriptRunner):
+    def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+      return types.Sampled([(11, 12, 13, 14)], [(-1.0, -2.0, -3.0, -4.0)])
+
+  engine = make_engine(runner=Several({}))
+  engine.add(request('a', [7], **fields))
+  delta, = finish(engine)['a']
+  assert tokens_of([delta]) == tokens
+  assert delta.logprobs == (-1.0, -2.0, -3.0, -4.0)[:len(tokens)]
+  assert (delta.finish_reason, delta.stop_reason) == (reason, stop_reason)
+  assert delta.metrics is not None
+  assert delta.metrics.num_output_tokens == len(tokens)
+  assert engine.metrics.num_generated == len(tokens)
+
+
+def test_of_several_tokens_one_without_finite_logits_voids_all() -> None:
+  class Several(harness.ScriptRunner):
+    def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+      return types.Sampled([(11, 12)], [(-1.0, float('nan'))])
+
+  engine = make_engine(runner=Several({}))
+  engine.add(request('a', [7], 4))
+  delta, = finish(engine)['a']
+  assert (delta.token_ids, delta.finish_reason) == (
+    (), types.FinishReason.ERROR)
+  assert engine.metrics.num_generated == 0
+
+
+def test_what_was_sampled_is_shared_out_among_the_chunks() -> None:
+  chunk = types.Chunk('a', 0, 0, (), 1, (), False, 1, 1, 0,
+                      types.SamplingParams())
+  chunks = [chunk._replace(samples=n) for n in (1, 0, 2, 1)]
+  assert types.Sampled.of(chunks, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0]) == (
+    [(5,), (), (6, 7), (8,)], [(-1.0,), (), (-2.0, -3.0), (-4.0,)])

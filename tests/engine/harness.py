@@ -42,8 +42,9 @@ class ScriptRunner(fake_runner.FakeRunner):
     for chunk in batch.chunks:
       output = self._script[chunk.request_id]
       i = chunk.start + chunk.num_tokens - chunk.prompt_len
-      tokens.append(output[i] if 0 <= i < len(output) else 0)
-    return types.Sampled(tokens, [-float(t) for t in tokens])
+      if chunk.samples:
+        tokens.append(output[i] if i < len(output) else 0)
+    return types.Sampled.of(batch.chunks, tokens, [-float(t) for t in tokens])
 
 
 def make_engine(policy: str = 'sarathi', *,

@@ -12,7 +12,8 @@ from sarathi_jax import types
 from sarathi_jax.runner import batch as batch_lib
 
 PAGE_SIZE = 4
-LAYOUT = batch_lib.BatchLayout(num_tokens=8, num_rows=4, pages_per_seq=3)
+LAYOUT = batch_lib.BatchLayout(
+  num_tokens=8, num_rows=4, num_samples=4, pages_per_seq=3)
 GREEDY = types.SamplingParams(temperature=0)
 
 
@@ -20,7 +21,7 @@ def chunk(request_id: str, *, slot: int, start: int, tokens: tuple[int, ...],
           pages: tuple[int, ...], **fields) -> types.Chunk:
   """A decode if `tokens` is empty or `is_prefill` is not given."""
   fields = dict(
-    num_tokens=len(tokens) or 1, is_prefill=False, samples=True, prompt_len=0,
+    num_tokens=len(tokens) or 1, is_prefill=False, samples=1, prompt_len=0,
     seed=0, sampling=GREEDY) | fields
   return types.Chunk(request_id=request_id, slot=slot, start=start,
                      tokens=tokens, page_table=pages, **fields)
@@ -34,7 +35,12 @@ def build(builder: batch_lib.BatchBuilder, *chunks: types.Chunk,
           layout: batch_lib.BatchLayout = LAYOUT) -> batch_lib.BatchArrays:
   buffer = builder.build(batch(*chunks), layout)
   assert buffer.dtype == np.int32 and buffer.shape == (layout.size,)
-  return layout.split(buffer, lambda bits: bits.view(np.float32))
+  return layout.split(buffer)
+
+
+def params(got: batch_lib.BatchArrays) -> dict[str, list[float]]:
+  return {name: row.tolist()
+          for name, row in batch_lib.sampling_of(got.sampling).items()}
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ A = chunk('a', slot=5, start=5, tokens=(7,), pages=(2, 0), prompt_len=4,
 B = chunk('b', slot=0, start=3, tokens=(), pages=(5,), prompt_len=2, seed=-2,
           sampling=types.SamplingParams(top_p=0.25, top_k=-1))
 C = chunk('c', slot=2, start=4, tokens=(1, 2, 3), pages=(1, 3), prompt_len=9,
-          seed=13, is_prefill=True, samples=False,
+          seed=13, is_prefill=True, samples=0,
           sampling=types.SamplingParams(min_p=0.125, temperature=2))
 
 EXPECTED = batch_lib.BatchArrays(
@@ -59,26 +65,46 @@ EXPECTED = batch_lib.BatchArrays(
   page_indices=[[2, 0, 0], [5, 0, 0], [1, 3, 0], [0, 0, 0]],
   distribution=[2, 3],
   slots=[5, 0, 2, 0],
-  flags=[batch_lib.SAMPLES, batch_lib.SAMPLES | batch_lib.FROM_DEVICE, 0, 0],
+  from_device=[0, 1, 0, 0],
   prompt_lens=[4, 2, 9, 0],
-  seeds=[[11, 2**30], [-2, -1], [13, 0], [0, 0]],
-  top_k=[3, 0, 0, 0],
-  temperature=[0.5, 1, 2, 0],
-  top_p=[1, 0.25, 1, 0],
-  min_p=[0, 0, 0.125, 0])
+  num_samples=[2],
+  sample_tokens=[0, 1, 0, 0],
+  sample_slots=[5, 0, 0, 0],
+  sample_positions=[6, 4, 0, 0],
+  seeds=[[11, 2**30], [-2, -1], [0, 0], [0, 0]],
+  sampling=dict(
+    top_k=[3, 0, 0, 0],
+    temperature=[0.5, 1, 0, 0],
+    top_p=[1, 0.25, 0, 0],
+    min_p=[0, 0, 0, 0]))
 
 
 def assert_equal(got: batch_lib.BatchArrays,
                  expected: batch_lib.BatchArrays) -> None:
-  for name, array in got._asdict().items():
-    np.testing.assert_array_equal(array, getattr(expected, name), name)
+  assert params(got) == expected.sampling
+  for name, array in got._replace(sampling=0)._asdict().items():
+    np.testing.assert_array_equal(
+      array, getattr(expected._replace(sampling=0), name), name)
 
 
 def test_a_hybrid_batch_by_hand(builder):
-  got = build(builder, A, B, C)
-  assert_equal(got, EXPECTED)
-  for name in ('temperature', 'top_p', 'min_p'):
-    assert getattr(got, name).dtype == np.float32
+  assert_equal(build(builder, A, B, C), EXPECTED)
+
+
+def test_several_tokens_of_a_sequence_are_sampled(builder):
+  """After the last two of b's, and c's prompt ends; nothing after a's."""
+  got = build(
+    builder, A._replace(samples=0),
+    B._replace(tokens=(8, 9), num_tokens=2, samples=2),
+    C._replace(samples=1))
+  assert got.num_samples == 3
+  np.testing.assert_array_equal(got.sample_tokens, [1, 2, 5, 0])
+  np.testing.assert_array_equal(got.sample_slots, [0, 0, 2, 0])
+  np.testing.assert_array_equal(got.sample_positions, [4, 5, 7, 0])
+  np.testing.assert_array_equal(got.seeds, [[-2, -1]] * 2 + [[13, 0], [0, 0]])
+  assert params(got) == dict(
+    temperature=[1, 1, 2, 0], top_k=[0] * 4, top_p=[0.25, 0.25, 1, 0],
+    min_p=[0, 0, 0.125, 0])
 
 
 def test_the_buffer_is_fresh(builder):
@@ -105,9 +131,9 @@ def test_a_slot_is_reused_by_a_request_with_an_equal_table(builder):
   old = chunk('old', slot=1, start=0, tokens=(1,), pages=pages,
               sampling=types.SamplingParams(temperature=1, top_k=7))
   new = old._replace(request_id='new', sampling=GREEDY)
-  assert build(builder, old).top_k[0] == 7
-  got = build(builder, new)
-  assert (got.top_k[0], got.temperature[0]) == (0, 0)
+  assert params(build(builder, old))['top_k'][0] == 7
+  got = params(build(builder, new))
+  assert (got['top_k'][0], got['temperature'][0]) == (0, 0)
 
 
 def test_a_page_table_grows(builder):
@@ -119,28 +145,31 @@ def test_a_page_table_grows(builder):
 
 
 def test_all_rows_pending_and_none_padded(builder):
-  layout = batch_lib.BatchLayout(num_tokens=2, num_rows=2, pages_per_seq=3)
+  layout = batch_lib.BatchLayout(
+    num_tokens=2, num_rows=2, num_samples=2, pages_per_seq=3)
   got = build(builder, B, A._replace(tokens=()), layout=layout)
   np.testing.assert_array_equal(got.tokens, [0, 0])
   np.testing.assert_array_equal(got.cu_q_lens, [0, 1, 2])
   np.testing.assert_array_equal(got.distribution, [2, 2])
-  assert (got.flags & batch_lib.FROM_DEVICE).all()
+  np.testing.assert_array_equal(got.from_device, [1, 1])
 
 
 def test_parameters_beyond_32_bits_are_as_good_as_the_largest(builder):
   wild = types.SamplingParams(temperature=1e300, top_k=2**40, top_p=1e-300)
-  got = build(builder, A._replace(sampling=wild))
-  assert got.top_k[0] == 2**31 - 1
-  assert got.temperature[0] == np.finfo(np.float32).max
-  assert got.top_p[0] == 0
+  got = params(build(builder, A._replace(sampling=wild)))
+  assert got['top_k'][0] == 2**31 - 1
+  assert got['temperature'][0] == np.finfo(np.float32).max
+  assert got['top_p'][0] == 0
 
 
 @given(num_tokens=st.integers(1, 40), num_rows=st.integers(1, 9),
-       pages_per_seq=st.integers(1, 9))
-def test_fields_tile_the_buffer(num_tokens, num_rows, pages_per_seq):
-  layout = batch_lib.BatchLayout(num_tokens, num_rows, pages_per_seq)
+       num_samples=st.integers(1, 9), pages_per_seq=st.integers(1, 9))
+def test_fields_tile_the_buffer(num_tokens, num_rows, num_samples,
+                                pages_per_seq):
+  layout = batch_lib.BatchLayout(
+    num_tokens, num_rows, num_samples, pages_per_seq)
   buffer = np.arange(layout.size, dtype=np.int32)
-  fields = layout.split(buffer, lambda bits: bits)
+  fields = layout.split(buffer)
   np.testing.assert_array_equal(
     np.concatenate([np.ravel(f) for f in fields]), buffer)
   assert fields.tokens.shape == (num_tokens,)

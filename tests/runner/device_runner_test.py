@@ -110,6 +110,31 @@ def test_a_program_beside_the_steps_sets_the_state_of_a_slot(served):
   del runner._programs._steps[number]
 
 
+def test_several_tokens_of_a_sequence_are_sampled_at_once(served):
+  """After the last three of ten, as after the ends of eight, nine and ten."""
+  runner: Any = served.llm.engine._runner
+
+  def sampled(samples, *tokens, num_tokens=0, start=0):
+    num_tokens = num_tokens or len(tokens)
+    chunk = types.Chunk(
+      request_id='a', slot=1, start=start, tokens=tokens,
+      num_tokens=num_tokens, is_prefill=not start, samples=samples,
+      page_table=(4, 2), prompt_len=9, seed=7,
+      sampling=types.SamplingParams(temperature=1.0))
+    return runner.fetch(runner.launch(
+      types.ScheduledBatch(0, (chunk,), num_tokens)))
+
+  prompt = range(3, 13)
+  (tokens,), (logprobs,) = sampled(3, *prompt)
+  on_device = sampled(1, num_tokens=1, start=10)
+  assert on_device == sampled(1, tokens[-1], start=10)
+  assert on_device != sampled(1, tokens[0], start=10)
+  alone = [sampled(1, *prompt[:n]) for n in (8, 9, 10)]
+  assert tokens == tuple(one.tokens[0][0] for one in alone)
+  np.testing.assert_allclose(
+    logprobs, [one.logprobs[0][0] for one in alone], atol=1e-5)
+
+
 @pytest.mark.parametrize(('given', 'trials'), [
   ({}, 1), ({'num_pages': 9}, 0), ({'kv_cache_gib': 1.0}, 0)])
 def test_no_step_is_compiled_to_learn_what_nobody_asks(

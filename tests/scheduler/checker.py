@@ -115,9 +115,11 @@ class Checker:
     """Completes the oldest batch in flight."""
     batch, knowns, tokens = self._in_flight.popleft()
     expected = []
-    for known, chunk, token in zip(knowns, batch.chunks, tokens, strict=True):
+    sampled = iter(tokens)
+    for known, chunk in zip(knowns, batch.chunks, strict=True):
+      token = next(sampled) if chunk.samples else None
       known.flights.discard(batch.step)
-      if known.is_gone or not chunk.samples:
+      if known.is_gone or token is None:
         continue
       known.num_on_host += 1
       if token in known.request.sampling.stop_token_ids:
@@ -125,12 +127,13 @@ class Checker:
       elif known.num_on_host == known.max_len:
         known.finish_reason = types.FinishReason.LENGTH
       expected.append(types.TokenEvent(
-        known.id, token, -token / VOCAB, known.finish_reason))
+        known.id, (token,), (-token / VOCAB,), known.finish_reason))
       if known.finish_reason:
         self.finished[known.id] = known
         self._forget(known)
     events = self.scheduler.complete(
-      batch, types.Sampled(tokens, [-t / VOCAB for t in tokens]))
+      batch, types.Sampled.of(
+        batch.chunks, tokens, [-t / VOCAB for t in tokens]))
     assert events == expected, f'events: {events}, expected {expected}'
     self._check_state()
     return events
@@ -255,13 +258,12 @@ class Checker:
       self._check_chunk(batch.step, known, chunk)
       known.num_computed += chunk.num_tokens
       known.flights.add(batch.step)
-      token = token_at(known.id, known.num_computed)
       if chunk.samples:
+        tokens.append(token_at(known.id, known.num_computed))
         known.num_tokens = known.num_computed + 1
         known.newest_step = batch.step
         self._slots[chunk.slot] = known, known.num_computed, batch.step
       knowns.append(known)
-      tokens.append(token)
     self._in_flight.append((batch, knowns, tokens))
     self.num_steps += 1
 

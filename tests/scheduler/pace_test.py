@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from typing import Any
@@ -111,8 +112,8 @@ def add(scheduler: scheduler_lib.Scheduler, request_id: str, prompt_len: int,
 
 def step(scheduler: scheduler_lib.Scheduler) -> types.ScheduledBatch:
   batch = scheduler.schedule(0.0)
-  n = len(batch.chunks)
-  scheduler.complete(batch, types.Sampled([0] * n, [0.0] * n))
+  scheduler.complete(batch, types.Sampled.of(
+    batch.chunks, itertools.repeat(0), itertools.repeat(0.0)))
   return batch
 
 

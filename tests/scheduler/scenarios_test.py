@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+import itertools
 from typing import Any
 
 import pytest
@@ -313,8 +314,8 @@ def test_cost_does_not_grow_with_the_queue(policy: str) -> None:
     scheduler.waiting.num_looks = 0  # Adding is done once.
     for _ in range(20):
       batch = scheduler.schedule(0.0)
-      n = len(batch.chunks)
-      scheduler.complete(batch, types.Sampled([0] * n, [0.0] * n))
+      scheduler.complete(batch, types.Sampled.of(
+        batch.chunks, itertools.repeat(0), itertools.repeat(0.0)))
     return scheduler.waiting.num_looks
 
   assert num_looks(10_000) == num_looks(1000) > 20
