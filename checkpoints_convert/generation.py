@@ -9,7 +9,6 @@ file, transformers takes the same names from config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 import json
 import pathlib
@@ -19,7 +18,7 @@ from checkpoints_convert import harmless
 from checkpoints_convert import json_file
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
-from sarathi_jax import types
+from sarathi_jax import sampling_params
 
 _FILE = 'generation_config.json'
 _TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')
@@ -81,9 +80,7 @@ _NEUTRAL_IF_SAMPLED: Mapping[str, tuple[Any, ...]] = {
 
 # By vLLM's names, which other files use.
 _VLLM: Mapping[str, Any] = {
-  **types.UNSUPPORTED_SAMPLING, **{
-    field.name: field.default
-    for field in dataclasses.fields(types.SamplingParams)}}
+  **sampling_params.UNSUPPORTED, **sampling_params.DEFAULTS}
 
 # What transformers would take from config.json; no model reads any of it.
 NAMES = frozenset((
@@ -155,7 +152,7 @@ def _sampling(path: pathlib.Path, values: Mapping[str, Any]
   kept = {name: values[name] for name in checkpoint.GENERATION_FIELDS
           if values.get(name) is not None}
   try:
-    types.SamplingParams.from_dict(checkpoint.default_sampling(kept))
+    sampling_params.SamplingParams.from_dict(checkpoint.default_sampling(kept))
   except errors.InvalidRequestError as e:
     raise _refusal(path, str(e).rstrip('.')) from e
   return kept

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import params_reader
-from sarathi_jax import types
+from sarathi_jax import sampling_params
 from sarathi_jax.models import config as config_lib
 
 FORMAT_VERSION = 1
@@ -37,7 +37,9 @@ _ZARR_DTYPES: Mapping[str, str] = {
 
 # What of generation_config.json is kept: names of SamplingParams' fields, and
 # do_sample, without which transformers ignores them.
-GENERATION_FIELDS = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p')
+GENERATION_FIELDS = ('do_sample', *(
+  name for name, field in sampling_params.FIELDS.items()
+  if field.is_recommended))
 
 PathLike = str | os.PathLike[str]
 
@@ -89,7 +91,7 @@ class CheckpointMetadata:
     unknown = sorted(self.generation.keys() - set(GENERATION_FIELDS))
     _check(not unknown, 'generation', unknown, 'unknown')
     try:
-      types.SamplingParams.from_dict(self.default_sampling)
+      sampling_params.SamplingParams.from_dict(self.default_sampling)
     except errors.InvalidRequestError as e:
       raise errors.CheckpointError(f'generation: {e}') from e
 

@@ -8,7 +8,7 @@ Text goes to stdout as it comes; counts and times to stderr.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import json
 import sys
@@ -20,36 +20,11 @@ from google.protobuf import json_format
 import grpc
 
 from sarathi_jax.cli import mains
+from sarathi_jax.cli import sampling_flags
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 
 FLAGS = flags.FLAGS
-
-# Unset ones are not sent: the server's defaults hold.
-_SAMPLING: tuple[tuple[str, Callable[..., Any], str], ...] = (
-  ('max_tokens', flags.DEFINE_integer, 'The most tokens to generate.'),
-  ('fill_context', flags.DEFINE_bool,
-   'Generate as much as the context has room for.'),
-  ('temperature', flags.DEFINE_float, '0 for the likeliest tokens.'),
-  ('top_k', flags.DEFINE_integer, 'Sample among the k likeliest tokens.'),
-  ('top_p', flags.DEFINE_float,
-   'Sample among the likeliest tokens that make up this probability.'),
-  ('min_p', flags.DEFINE_float,
-   'Drop tokens less likely than this fraction of the likeliest one.'),
-  ('seed', flags.DEFINE_integer,
-   'The same seed gives the same random numbers.'),
-  ('stop', flags.DEFINE_multi_string,
-   'A text that ends the output; may be given several times.'),
-  ('stop_token_ids', flags.DEFINE_multi_integer,
-   'A token that ends the output; may be given several times.'),
-  ('include_stop_str_in_output', flags.DEFINE_bool,
-   'Keep the stop text at the end of the output.'),
-  ('ignore_eos', flags.DEFINE_bool, 'Go on past the end of sequence.'),
-  ('skip_special_tokens', flags.DEFINE_bool,
-   'Leave special tokens out of the text.'),
-  ('logprobs', flags.DEFINE_integer,
-   '0: log-probabilities of the sampled tokens, which --json always shows.'),
-)
 
 _EXIT_CANCELLED = 130  # as a shell reports a process that Ctrl-C ended
 
@@ -73,8 +48,9 @@ def define_flags() -> None:
     'Whether the time between tokens counts; see the server\'s --tbt_slo_ms.')
   flags.DEFINE_float(
     'timeout_s', None, 'Give up after this many seconds.', lower_bound=0)
-  for name, define, text in _SAMPLING:
-    define(name, None, text)
+  flags.DEFINE_bool(
+    'fill_context', None, 'Generate as much as the context has room for.')
+  sampling_flags.define()
 
 
 def main(prompts: list[str]) -> None:
@@ -95,8 +71,9 @@ def main(prompts: list[str]) -> None:
 
 def _request(prompts: list[str]) -> pb.GenerateRequest:
   """Makes the message of the command line; UsageError if it is no good."""
+  # Unset ones are not sent: the server's defaults hold.
   sampling = pb.SamplingParams(
-    **{name: FLAGS[name].value for name, _, _ in _SAMPLING})
+    fill_context=FLAGS.fill_context, **sampling_flags.said())
   request = pb.GenerateRequest(
     request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling)
   if len(prompts) + (FLAGS.token_ids is not None) != 1:

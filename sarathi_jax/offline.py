@@ -43,6 +43,7 @@ from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 from sarathi_jax.cli import prompt_lines
 from sarathi_jax.cli import report
+from sarathi_jax.cli import sampling_flags
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.in_process import progress as progress_lib
 from sarathi_jax.text import collector
@@ -50,17 +51,7 @@ from sarathi_jax.text import collector
 FLAGS = flags.FLAGS
 Line = prompt_lines.Line
 
-_SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
-  'max_tokens': (flags.DEFINE_integer, 'The most tokens to generate.'),
-  'temperature': (flags.DEFINE_float, '0 for the likeliest tokens.'),
-  'top_k': (flags.DEFINE_integer, 'Sample among the k likeliest tokens.'),
-  'top_p': (flags.DEFINE_float,
-            'Sample among the likeliest tokens of this probability.'),
-  'min_p': (flags.DEFINE_float,
-            'Drop tokens less likely than this fraction of the likeliest.'),
-  'stop': (flags.DEFINE_multi_string, 'A string that ends the output.'),
-  'ignore_eos': (flags.DEFINE_bool, 'Go on past the end of sequence.'),
-}
+_ENGINES_OWN = ('seed',)  # flag, from which each line's seed is made
 
 
 class Written(NamedTuple):
@@ -80,8 +71,7 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     'resume', False, 'Go on with an output: skip the ids it holds.')
   engine_flags.define_engine_flags()
-  for name, (define, text) in _SAMPLING_FLAGS.items():
-    define(name, None, text)
+  sampling_flags.define(but=_ENGINES_OWN)
 
 
 def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
@@ -233,8 +223,7 @@ def _progress(console: rich.console.Console) -> rich.progress.Progress:
 def _start(console: rich.console.Console) -> None:
   prompts = _read_prompts(pathlib.Path(FLAGS.prompts).expanduser())
   config = engine_flags.engine_config_from_flags()
-  defaults = {name: FLAGS[name].value for name in _SAMPLING_FLAGS
-              if FLAGS[name].value is not None}
+  defaults = sampling_flags.said(but=_ENGINES_OWN)
   types.SamplingParams.from_dict(defaults)
   path = pathlib.Path(FLAGS.output).expanduser()
   load_options = engine_flags.loading_from_flags()

@@ -38,7 +38,8 @@ class Layer(NamedTuple):
 # with the picture of it.
 LAYERS: Mapping[str, Layer] = {
   'base': Layer(('sarathi_jax.types', 'sarathi_jax.config',
-                 'sarathi_jax.errors', 'sarathi_jax.xla_flags', 'sarathi_jax'),
+                 'sarathi_jax.errors', 'sarathi_jax.sampling_params',
+                 'sarathi_jax.xla_flags', 'sarathi_jax'),
                 ('~llm',)),
   'kernels': Layer(('pallas_kernels',)),
   'scheduler': Layer(('sarathi_jax.scheduler',)),
@@ -77,6 +78,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.types': (),
   'sarathi_jax.config': (),
   'sarathi_jax.errors': (),
+  'sarathi_jax.sampling_params': (),
   'sarathi_jax.scheduler': ('absl',),
   'sarathi_jax.xla_flags': (),
   'sarathi_jax.models.config': (),

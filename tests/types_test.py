@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sarathi_jax import errors
+from sarathi_jax import sampling_params
 from sarathi_jax import types
 
 NAN, INF = math.nan, math.inf
@@ -202,12 +203,12 @@ def test_what_vllm_knows_and_we_do_not_is_refused_by_name(
 def test_every_unsupported_field_is_tested() -> None:
   tested = {field for field, _ in NOT_SUPPORTED} | {
     'logprob_token_ids', 'repetition_detection'}
-  assert tested == set(types.UNSUPPORTED_SAMPLING)
+  assert tested == set(sampling_params.UNSUPPORTED)
 
 
-@pytest.mark.parametrize('field', sorted(types.UNSUPPORTED_SAMPLING))
+@pytest.mark.parametrize('field', sorted(sampling_params.UNSUPPORTED))
 def test_neutral_values_of_unsupported_fields_pass(field: str) -> None:
-  neutral = types.UNSUPPORTED_SAMPLING[field]
+  neutral = sampling_params.UNSUPPORTED[field]
   assert types.SamplingParams.from_dict(
     {field: neutral}) == types.SamplingParams()
   assert types.SamplingParams.from_dict(

@@ -20,7 +20,6 @@ Example, page_size=4, two decodes and a chunk, T=8, S=R=3, P=3:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 import itertools
@@ -28,12 +27,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.runner import packing
 
 
 class BatchArrays(NamedTuple):
-  """A batch's fields; int32 where not said otherwise. Padded rows are 0.
+  """A batch's fields, int32. Padded rows are 0, those of `sampling` neutral.
 
   Attributes:
     cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
@@ -48,7 +48,7 @@ class BatchArrays(NamedTuple):
     sample_slots: [R] the slot of its sequence, which keeps the last one.
     sample_positions: [R] its place in its sequence.
     seeds: [R, 2] the low and the high half of each, two's complement.
-    sampling: [F, R] bits of `SAMPLING`, see `sampling_of`.
+    sampling: [F, R] bits of the sampling parameters, see `sampling_of`.
     tokens: [T] ids; the last, so that a buffer can be made longer.
   """
 
@@ -80,12 +80,13 @@ class StepOutput(NamedTuple):
   logprobs: Any
 
 
-# Fields of `types.SamplingParams` that the device needs, and their dtypes.
-SAMPLING: Mapping[str, str] = {
-  'temperature': packing.FLOAT, 'top_k': packing.INT, 'top_p': packing.FLOAT,
-  'min_p': packing.FLOAT}
-_FLOAT32_MAX = np.finfo(np.float32).max
-_INT32_MAX = np.iinfo(np.int32).max
+# What the device gets of `SamplingParams`: the rows of `sampling`.
+_SAMPLING = {name: (field.kind, field.on_device)
+             for name, field in sampling_params.FIELDS.items()
+             if field.on_device is not None}
+_FLOAT = sampling_params.Kind.FLOAT
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_INT32_MAX = int(np.iinfo(np.int32).max)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     page_indices=(layout.num_rows, layout.pages_per_seq), distribution=(2,),
     slots=row, from_device=row, prompt_lens=row, num_samples=(1,),
     sample_tokens=sample, sample_slots=sample, sample_positions=sample,
-    seeds=(*sample, 2), sampling=(len(SAMPLING), *sample),
+    seeds=(*sample, 2), sampling=(len(_SAMPLING), *sample),
     tokens=(layout.num_tokens,))
   return (
     packing.Packing({
@@ -154,7 +155,7 @@ class BatchBuilder:
     self._tables: list[tuple[int, ...] | None] = [None] * max_num_seqs
     self._params: list[types.SamplingParams | None] = [None] * max_num_seqs
     self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
-    self._sampling = np.zeros((len(SAMPLING), max_num_seqs), np.int32)
+    self._sampling = np.zeros((len(_SAMPLING), max_num_seqs), np.int32)
 
   def build(self, batch: types.ScheduledBatch,
             layout: BatchLayout) -> np.ndarray:
@@ -170,7 +171,9 @@ class BatchBuilder:
         self._remember_table(slot, table)
       if self._params[slot] is not params:
         self._params[slot] = params
-        self._sampling[:, slot] = _bits_of(params)
+        self._sampling[:, slot] = _bits([
+          on_device.read(getattr(params, name))
+          for name, (_, on_device) in _SAMPLING.items()])
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
     np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
@@ -201,6 +204,7 @@ class BatchBuilder:
     fields.sample_positions[:m] = fields.kv_lens[rows] - before_end
     fields.seeds[:m] = np.array(seeds, '<i8').view('<i4').reshape(-1, 2)[rows]
     fields.sampling[:, :m] = self._sampling[:, slots]
+    fields.sampling[:, m:] = _NEUTRAL[:, None]
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
     self._pages[slot, :len(table)] = table
@@ -208,23 +212,25 @@ class BatchBuilder:
     self._tables[slot] = table
 
 
-def _bits_of(params: types.SamplingParams) -> np.ndarray:
-  """[F] the fields of `SAMPLING`: beyond 32 bits, the largest there are."""
-  values = np.zeros(len(SAMPLING), np.int32)
-  for i, (name, dtype) in enumerate(SAMPLING.items()):
-    value = getattr(params, name)
-    if dtype == packing.FLOAT:
-      values[i] = np.float32(min(value, _FLOAT32_MAX)).view(np.int32)
-    else:
-      values[i] = min(max(value, 0), _INT32_MAX)
-  return values
+def _bits(values: list[float]) -> np.ndarray:
+  """[F] values in 32 bits; what is beyond them is the largest there is."""
+  bits = np.zeros(len(_SAMPLING), np.int32)
+  for i, (value, (kind, _)) in enumerate(
+      zip(values, _SAMPLING.values(), strict=True)):
+    most = _FLOAT32_MAX if kind is _FLOAT else _INT32_MAX
+    held = max(min(value, most), -most)
+    bits[i] = np.float32(held).view(np.int32) if kind is _FLOAT else held
+  return bits
 
 
-def sampling_of(bits: Any) -> dict[str, Any]:
+_NEUTRAL = _bits([on_device.neutral for _, on_device in _SAMPLING.values()])
+
+
+def sampling_of(rows: Any) -> dict[str, Any]:
   """The rows of `BatchArrays.sampling` by name, each in its dtype."""
   return {
-    name: packing.as_float(row) if dtype == packing.FLOAT else row
-    for (name, dtype), row in zip(SAMPLING.items(), bits, strict=True)}
+    name: packing.as_float(row) if kind is _FLOAT else row
+    for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)}
 
 
 def ladder(max_tokens: int, max_num_seqs: int, *,

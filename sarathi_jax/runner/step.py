@@ -286,9 +286,9 @@ def _sample(
   num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
   share = -(-num_rows // num_devices)
 
-  def padded(field: Array) -> Array:
-    last = (share * num_devices - num_rows, *[0] * (field.ndim - 1))
-    return jnp.pad(field, [(0, n) for n in last])
+  def padded(row: Array) -> Array:  # It asks for what another asks for.
+    last = (share * num_devices - num_rows, *[0] * (row.ndim - 1))
+    return jnp.pad(row, [(0, n) for n in last], mode='edge')
 
   logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
   start = lax.axis_index(shards.axes) * share

@@ -75,7 +75,7 @@ EXPECTED = batch_lib.BatchArrays(
   sampling=dict(
     top_k=[3, 0, 0, 0],
     temperature=[0.5, 1, 0, 0],
-    top_p=[1, 0.25, 0, 0],
+    top_p=[1, 0.25, 1, 1],
     min_p=[0, 0, 0, 0]))
 
 
@@ -103,7 +103,7 @@ def test_several_tokens_of_a_sequence_are_sampled(builder):
   np.testing.assert_array_equal(got.sample_positions, [4, 5, 7, 0])
   np.testing.assert_array_equal(got.seeds, [[-2, -1]] * 2 + [[13, 0], [0, 0]])
   assert params(got) == dict(
-    temperature=[1, 1, 2, 0], top_k=[0] * 4, top_p=[0.25, 0.25, 1, 0],
+    temperature=[1, 1, 2, 0], top_k=[0] * 4, top_p=[0.25, 0.25, 1, 1],
     min_p=[0, 0, 0.125, 0])
 
 

@@ -105,13 +105,15 @@ def test_the_server_loads_no_jax(module: str) -> None:
   assert done.stdout.strip() == 'set()'
 
 
-def test_the_client_loads_only_the_protocol() -> None:
+def test_the_client_loads_only_the_protocol_and_its_flags() -> None:
   code = ('import sys, sarathi_jax.client; print(sorted(m for m in sys.modules '
           'if m.startswith("sarathi_jax.") or m == "jax"))')
   done = subprocess.run(
     [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
     check=True)
   assert done.stdout.strip() == str([
-    'sarathi_jax.cli', 'sarathi_jax.cli.mains', 'sarathi_jax.client',
-    'sarathi_jax.errors', 'sarathi_jax.server',
+    'sarathi_jax.cli', 'sarathi_jax.cli.mains',
+    'sarathi_jax.cli.sampling_flags', 'sarathi_jax.client',
+    'sarathi_jax.config', 'sarathi_jax.errors', 'sarathi_jax.sampling_params',
+    'sarathi_jax.server',
     'sarathi_jax.server.sarathi_pb2', 'sarathi_jax.server.sarathi_pb2_grpc'])

@@ -16,6 +16,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
+from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.server.protocols import vllm_engine
 from tests.server import fake
@@ -101,6 +102,7 @@ def test_every_field_arrives() -> None:
                stop=['a'], stop_token_ids=[5], skip_special_tokens=True,
                ignore_eos=True, seed=9, include_stop_str_in_output=True,
                logprobs=0)
+  assert given.keys() == sampling_params.FIELDS.keys()
   assert vllm_engine.sampling_of(
     pb.SamplingParams(**given)) == types.SamplingParams(**given)
 

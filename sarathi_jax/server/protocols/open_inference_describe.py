@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
+from sarathi_jax import sampling_params
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import open_inference_pb2 as pb
 
 VERSION = '1'  # of the model; there is one
+_Kind = sampling_params.Kind
+_DATATYPES = {
+  _Kind.INT: 'INT32', _Kind.LONG: 'INT64', _Kind.FLOAT: 'FP32',
+  _Kind.BOOL: 'BOOL', _Kind.STRINGS: 'BYTES', _Kind.IDS: 'INT32'}
 # Name, datatype, size (-1: any).
 _INPUTS = (
   ('text_input', 'BYTES', 1), ('input_ids', 'INT64', -1),
   ('stream', 'BOOL', 1), ('sampling_parameters', 'BYTES', 1),
   ('exclude_input_in_output', 'BOOL', 1), ('priority', 'INT32', 1),
-  ('max_tokens', 'INT32', 1), ('temperature', 'FP32', 1),
-  ('top_k', 'INT32', 1), ('top_p', 'FP32', 1), ('min_p', 'FP32', 1),
-  ('seed', 'INT64', 1), ('stop', 'BYTES', -1), ('stop_token_ids', 'INT32', -1),
-  ('include_stop_str_in_output', 'BOOL', 1), ('ignore_eos', 'BOOL', 1),
-  ('skip_special_tokens', 'BOOL', 1),
+  *((name, _DATATYPES[field.kind], -1 if field.kind.is_list else 1)
+    for name, field in sampling_params.FIELDS.items()),
 )
 OUTPUTS = (
   ('text_output', 'BYTES', 1), ('output_ids', 'INT64', -1),

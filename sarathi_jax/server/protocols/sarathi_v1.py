@@ -140,10 +140,8 @@ def sampling_of(message: pb.SamplingParams,
     InvalidRequestError: a value is out of range.
   """
   fields: dict[str, Any] = {
-    field.name: getattr(message, field.name)
-    for field, _ in message.ListFields()}
-  for name in ('stop', 'stop_token_ids'):
-    fields[name] = tuple(fields.get(name, ()))
+    field.name: tuple(value) if field.is_repeated else value
+    for field, value in message.ListFields()}
   if fields.pop('fill_context', False):
     if 'max_tokens' in fields:
       raise errors.InvalidRequestError(

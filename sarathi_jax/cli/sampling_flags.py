@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A flag for each field of `SamplingParams`. No JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import flags
+
+from sarathi_jax import sampling_params
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # They are of the main that asks for them.
+
+_Kind = sampling_params.Kind
+_DEFINE: Mapping[_Kind, Callable[..., Any]] = {
+  _Kind.INT: flags.DEFINE_integer, _Kind.LONG: flags.DEFINE_integer,
+  _Kind.FLOAT: flags.DEFINE_float, _Kind.BOOL: flags.DEFINE_bool,
+  _Kind.STRINGS: flags.DEFINE_multi_string,
+  _Kind.IDS: flags.DEFINE_multi_integer,
+}
+
+
+def define(*, but: tuple[str, ...] = ()) -> None:
+  """Defines them, without values, `but` for some."""
+  for name, field in sampling_params.FIELDS.items():
+    if name not in but:
+      _DEFINE[field.kind](name, None, field.help)
+
+
+def said(*, but: tuple[str, ...] = ()) -> dict[str, Any]:
+  """Returns the values of those that were given."""
+  values = {name: FLAGS[name].value for name in sampling_params.FIELDS
+            if name not in but}
+  return {name: value for name, value in values.items() if value is not None}
