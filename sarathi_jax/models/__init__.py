@@ -32,8 +32,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from sarathi_jax.models.attention import Attend
+  from sarathi_jax.models.attention import LayerContext
   from sarathi_jax.models.attention import causal_attend
   from sarathi_jax.models.spec import ParamSpec
+  from sarathi_jax.models.transformer import embed
   from sarathi_jax.models.transformer import final_norm
   from sarathi_jax.models.transformer import forward
   from sarathi_jax.models.transformer import init_params
@@ -44,8 +46,10 @@ if TYPE_CHECKING:
 __all__ = [
   'FAMILIES',
   'Attend',
+  'LayerContext',
   'ParamSpec',
   'causal_attend',
+  'embed',
   'final_norm',
   'forward',
   'init_params',
@@ -62,7 +66,8 @@ FAMILIES: Mapping[str, str] = {
 }
 
 _HOMES: Mapping[str, str] = {
-  'Attend': 'attention', 'causal_attend': 'attention', 'ParamSpec': 'spec',
+  'Attend': 'attention', 'LayerContext': 'attention',
+  'causal_attend': 'attention', 'ParamSpec': 'spec', 'embed': 'transformer',
   'final_norm': 'transformer', 'forward': 'transformer',
   'init_params': 'transformer', 'param_specs': 'transformer',
   'run_layers': 'transformer', 'unembed': 'transformer',

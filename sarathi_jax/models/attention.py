@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import kinds
 from sarathi_jax.models import layers
 from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 LayerKv = Any  # whatever `attend` keeps for one layer
-Window = Any  # int | None, or what else the `attend` that is given takes
 Rows = Int[Array, ' S']
+Attended = tuple[Float[Array, 'rows H h'], LayerKv]
 
 
 class Attend(Protocol):
@@ -30,10 +32,9 @@ class Attend(Protocol):
     k: Float[Array, 'T K h'],
     v: Float[Array, 'T K h'],
     *,
-    scale: float,
-    window: int | None,
+    options: kinds.AttentionOptions,
     rows: Rows | None,
-  ) -> tuple[Float[Array, 'rows H h'], LayerKv]:
+  ) -> Attended:
     """Query head j reads key and value head j // G.
 
     Args:
@@ -41,13 +42,34 @@ class Attend(Protocol):
       q: queries, rotated.
       k: keys, rotated.
       v: values.
-      scale: multiplies q . k.
-      window: a token at p attends to (p - window, p]; None: to [0, p].
+      options: of the layer's kind.
       rows: which of the T tokens the queries are of; None: all.
 
     Returns:
       The mix of values for every query, and the layer's new state.
     """
+
+
+class LayerContext(NamedTuple):
+  """What a block is told beside its weights and the residual stream.
+
+  Attributes:
+    rotation: of every token, by the rotary embedding of the layer's kind.
+    attend: (layer_kv, q, k, v) -> what an `Attend` returns, of this kind and
+      these rows.
+    shards: who has the other parts of the weights.
+    rows: which tokens' output is read; None: all. Of the others it computes
+      keys and values only.
+  """
+
+  rotation: rope.Rotation
+  attend: Callable[..., Attended]
+  shards: sharding.Shards = sharding.WHOLE
+  rows: Rows | None = None
+
+  def take(self, x: Float[Array, 'T D']) -> Float[Array, 'rows D']:
+    """What of all tokens is of `rows`."""
+    return x if self.rows is None else x[self.rows]
 
 
 def causal_attend(
@@ -56,10 +78,9 @@ def causal_attend(
   k: Float[Array, 'T K h'],
   v: Float[Array, 'T K h'],
   *,
-  scale: float,
-  window: int | None,
+  options: kinds.AttentionOptions,
   rows: Rows | None = None,
-) -> tuple[Float[Array, 'rows H h'], LayerKv]:
+) -> Attended:
   """An `Attend` for one whole sequence, at positions 0 to T - 1, no cache.
 
   For training, tests, and as the naive reference. Rows after a sequence's
@@ -68,12 +89,14 @@ def causal_attend(
   num_rows, num_heads, head_dim = q.shape
   grouped = q.reshape(num_rows, k.shape[1], -1, head_dim)
   scores = jnp.einsum('tkgh,skh->kgts', grouped, k,
-                      preferred_element_type=jnp.float32) * scale
+                      preferred_element_type=jnp.float32) * options.scale
+  if options.soft_cap is not None:
+    scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
   tokens = jnp.arange(k.shape[0])
   distance = (tokens if rows is None else rows)[:, None] - tokens[None, :]
   seen = distance >= 0
-  if window is not None:
-    seen &= distance < window
+  if options.window is not None:
+    seen &= distance < options.window
   scores = jnp.where(seen[None, None, :, :], scores, -jnp.inf)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum('kgts,skh->tkgh', weights, v)
@@ -85,17 +108,11 @@ def attention(
   params: layers.Params,
   layer_kv: LayerKv,
   x: Float[Array, 'T D'],
-  *,
-  rotation: rope.Rotation,
-  window: Window,
-  attend: Attend,
-  shards: sharding.Shards = sharding.WHOLE,
-  rows: Rows | None = None,
+  context: LayerContext,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
   """Projects, rotates, attends, and projects back; of a shard, a part.
 
   Heads of q and k are normalized first if `params` holds the norms (Qwen3).
-  Keys and values are of all tokens, queries of `rows` (None: of all, too).
   """
   def heads(name: str, x: jax.Array) -> jax.Array:
     split = layers.project(params, name, x).reshape(
@@ -104,20 +121,13 @@ def attention(
     return split if norm is None else layers.rms_norm(
       norm, split, config.norm_eps)
 
-  asking = take(x, rows)
-  cos, sin = rotation
-  q = rope.apply(heads('q', asking), (take(cos, rows), take(sin, rows)))
-  k = rope.apply(heads('k', x), rotation)
-  out, layer_kv = attend(
-    layer_kv, q, k, heads('v', x), scale=config.head_dim**-0.5, window=window,
-    rows=rows)
+  asking = context.take(x)
+  cos, sin = context.rotation
+  q = rope.apply(heads('q', asking), (context.take(cos), context.take(sin)))
+  k = rope.apply(heads('k', x), context.rotation)
+  out, layer_kv = context.attend(layer_kv, q, k, heads('v', x))
   out = out.reshape(asking.shape[0], -1)
-  return layers.project_out(params, 'o', out, shards), layer_kv
-
-
-def take(x: Float[Array, 'T D'], rows: Rows | None) -> Float[Array, 'rows D']:
-  """Some rows; None: all."""
-  return x if rows is None else x[rows]
+  return layers.project_out(params, 'o', out, context.shards), layer_kv
 
 
 def add_attention(
@@ -125,25 +135,20 @@ def add_attention(
   params: layers.Params,
   layer_kv: LayerKv,
   x: Float[Array, 'T D'],
+  context: LayerContext,
   *,
   norm: Any,
-  shards: sharding.Shards,
-  rows: Rows | None,
-  **attend: Any,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
   """The residual stream, of `rows`, with the attention of its norm added.
 
   Args:
-    config, layer_kv, x, shards, rows: see `attention`.
+    config, layer_kv, x, context: see `attention`.
     params: of a block: 'attn_norm' and 'attn'.
     norm: of the family.
-    **attend: what else `attention` takes.
   """
   normed = norm(params['attn_norm'], x, config.norm_eps)
-  out, layer_kv = attention(
-    config, params['attn'], layer_kv, normed, shards=shards, rows=rows,
-    **attend)
-  return take(x, rows) + shards.sum(out), layer_kv
+  out, layer_kv = attention(config, params['attn'], layer_kv, normed, context)
+  return context.take(x) + context.shards.sum(out), layer_kv
 
 
 def attention_specs(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax.models import kinds
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 
@@ -212,6 +213,13 @@ class ModelConfig:
     """The sliding window of one layer in [0, L), or None."""
     del layer
     return self.sliding_window
+
+  def layer_kind(self, layer: int) -> kinds.LayerKind:
+    """What one layer in [0, L) has in common with others of its kind."""
+    return kinds.LayerKind(
+      kinds.AttentionOptions(
+        scale=self.head_dim**-0.5, window=self.layer_window(layer)),
+      self.rope)
 
   def to_dict(self) -> dict[str, Any]:
     """Everything, as JSON can hold it; `family` says which class."""

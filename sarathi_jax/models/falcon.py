@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
-from sarathi_jax.models import rope
-from sarathi_jax.models import sharding
 
 norm = layers.layer_norm
 norm_specs = layers.layer_norm_specs
@@ -35,19 +33,14 @@ def block(
   params: layers.Params,
   layer_kv: attention.LayerKv,
   x: Float[Array, 'T D'],
-  *,
-  rotation: rope.Rotation,
-  window: attention.Window,
-  attend: attention.Attend,
-  shards: sharding.Shards,
-  rows: attention.Rows | None,
+  context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Attention and the MLP, side by side or one after the other."""
+  shards = context.shards
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(
-    config, params['attn'], layer_kv, normed,
-    rotation=rotation, window=window, attend=attend, shards=shards, rows=rows)
-  x, normed = (attention.take(both, rows) for both in (x, normed))
+    config, params['attn'], layer_kv, normed, context)
+  x, normed = (context.take(both) for both in (x, normed))
   if config.parallel:
     mlp_input = x
   else:

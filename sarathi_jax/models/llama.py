@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
-from sarathi_jax.models import sharding
 
 norm = layers.rms_norm
 norm_specs = layers.rms_norm_specs
@@ -33,13 +32,12 @@ def block(
   params: layers.Params,
   layer_kv: attention.LayerKv,
   x: Float[Array, 'T D'],
-  *,
-  shards: sharding.Shards,
-  **attend: Any,
+  context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Attention, then the MLP, each added to the residual stream."""
   x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, norm=norm, shards=shards, **attend)
+    config, params, layer_kv, x, context, norm=norm)
   normed = norm(params['mlp_norm'], x, config.norm_eps)
-  out = layers.gated_mlp(params['mlp'], normed, config.activation, shards)
-  return x + shards.sum(out), layer_kv
+  out = layers.gated_mlp(
+    params['mlp'], normed, config.activation, context.shards)
+  return x + context.shards.sum(out), layer_kv

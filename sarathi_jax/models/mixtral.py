@@ -11,7 +11,6 @@ from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import moe
-from sarathi_jax.models import sharding
 
 norm = layers.rms_norm
 norm_specs = layers.rms_norm_specs
@@ -32,13 +31,11 @@ def block(
   params: layers.Params,
   layer_kv: attention.LayerKv,
   x: Float[Array, 'T D'],
-  *,
-  shards: sharding.Shards,
-  **attend: Any,
+  context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Attention, then the experts, each added to the residual stream."""
   x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, norm=norm, shards=shards, **attend)
+    config, params, layer_kv, x, context, norm=norm)
   normed = norm(params['mlp_norm'], x, config.norm_eps)
   out = moe.moe(config, params['moe'], normed)
-  return x + shards.sum(out), layer_kv
+  return x + context.shards.sum(out), layer_kv

@@ -9,11 +9,16 @@ Megatron-LM (arXiv 1909.08053, section 3) for the two sums of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
+from typing import Any, TypeVar
 
 from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+Value = TypeVar('Value')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +57,22 @@ class Shards:
     is_mine = (row >= 0) & (row < table.shape[0])
     rows = jnp.take(table, row, axis=0, mode='clip')
     return self.sum(jnp.where(is_mine[:, None], rows, 0))
+
+  def by_stage(self, values: Sequence[Value], compute: Callable[[Value], Any],
+               ) -> Any:
+    """`compute` of this stage's value; a branch only where they differ.
+
+    Args:
+      values: one a stage; one, too, where there are no stages.
+      compute: makes arrays of one of them, of the same shapes of all.
+    """
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) == 1:
+      return compute(distinct[0])
+    assert self.pp is not None
+    which = jnp.array([distinct.index(value) for value in values], jnp.int32)
+    return lax.switch(which[lax.axis_index(self.pp)], [
+      functools.partial(compute, value) for value in distinct])
 
   def head_rows(self, table: Float[Array, 'V D']) -> Float[Array, 'rows D']:
     """Of an embedding that is the output matrix, too: this device's part.

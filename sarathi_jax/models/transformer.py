@@ -7,10 +7,10 @@ it uses, `norm` and `norm_specs`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import importlib
-from typing import Any
+from typing import Any, TypeVar
 import zlib
 
 import jax
@@ -20,11 +20,14 @@ from jaxtyping import Array, Float, Int
 from sarathi_jax import models
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import kinds as kinds_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
 from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
+
+Kind = TypeVar('Kind')
 
 
 def _family(config: config_lib.ModelConfig) -> Any:
@@ -113,11 +116,31 @@ def forward(
   Returns:
     The residual stream after the last norm, and the new `kv`.
   """
-  x = sharding.WHOLE.embed(params['embed'], tokens)
-  x, kv = run_layers(
-    config, params['layers'], kv, x, positions, rope_lens, attend,
-    windows=[config.layer_window(i) for i in range(config.num_layers)])
+  kinds = [config.layer_kind(i) for i in range(config.num_layers)]
+  rotations = {
+    kind.rope: rope.tables(kind.rope, config.head_dim, positions, rope_lens)
+    for kind in dict.fromkeys(kinds)}
+
+  def context(kind: kinds_lib.LayerKind, rows: attention.Rows | None,
+              ) -> attention.LayerContext:
+    return attention.LayerContext(
+      rotations[kind.rope], functools.partial(
+        attend, options=kind.attention, rows=rows), rows=rows)
+
+  x = embed(config, params, tokens)
+  x, kv = run_layers(config, params['layers'], kv, x, kinds, context)
   return final_norm(config, params, x), kv
+
+
+def embed(
+  config: config_lib.ModelConfig,
+  params: layers.Params,
+  tokens: Int[Array, ' T'],
+  shards: sharding.Shards = sharding.WHOLE,
+) -> Float[Array, 'T D']:
+  """The residual stream that goes into the first layer."""
+  del config  # So far, all families take the embedding as it is.
+  return shards.embed(params['embed'], tokens)
 
 
 def run_layers(
@@ -125,23 +148,19 @@ def run_layers(
   params: Sequence[layers.Params],
   kv: Sequence[attention.LayerKv],
   x: Float[Array, 'T D'],
-  positions: Int[Array, ' T'],
-  rope_lens: Int[Array, ' T'] | None,
-  attend: attention.Attend,
-  *,
-  windows: Sequence[attention.Window],
-  shards: sharding.Shards = sharding.WHOLE,
+  kinds: Sequence[Kind],
+  context: Callable[[Kind, attention.Rows | None], attention.LayerContext],
   leaving: attention.Rows | None = None,
 ) -> tuple[Float[Array, 'rows D'], list[attention.LayerKv]]:
   """Runs the residual stream through some layers: a stage's, or all.
 
   Args:
-    config, positions, rope_lens, attend: see `forward`.
+    config: the model.
     params: of these layers; of a shard, its part of them.
     kv: what `attend` keeps, one a layer.
     x: the residual stream.
-    windows: of these layers, for `attend`.
-    shards: who has the other parts.
+    kinds: of these layers, hashable: those of one kind are traced once.
+    context: what a layer of a kind is told whose output is read of some rows.
     leaving: rows of x that anybody reads once the layers are done; None: all.
       Of the others, the last layer computes keys and values only.
 
@@ -149,20 +168,17 @@ def run_layers(
     The residual stream after the layers, of the rows that leave, and the new
     `kv`.
   """
-  rotation = rope.tables(config.rope, config.head_dim, positions, rope_lens)
-
-  @functools.partial(jax.jit, static_argnames='window')
+  @functools.partial(jax.jit, static_argnames='kind')
   def block(layer: layers.Params, layer_kv: attention.LayerKv, x: Array,
-            window: attention.Window, rows: attention.Rows | None) -> Any:
+            kind: Kind, rows: attention.Rows | None) -> Any:
     return _family(config).block(
-      config, layer, layer_kv, x, rotation=rotation, window=window,
-      attend=attend, shards=shards, rows=rows)
+      config, layer, layer_kv, x, context(kind, rows))
 
   kv = list(kv)
   rows = [None] * (len(params) - 1) + [leaving]
-  for i, (layer, window) in enumerate(zip(params, windows, strict=True)):
+  for i, (layer, kind) in enumerate(zip(params, kinds, strict=True)):
     # Layers that are alike are traced and lowered once; XLA inlines them.
-    x, kv[i] = block(layer, kv[i], x, window, rows[i])
+    x, kv[i] = block(layer, kv[i], x, kind, rows[i])
   return x, kv
 
 

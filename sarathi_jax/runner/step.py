@@ -9,7 +9,7 @@ its tokens. All devices of the mesh run this one program (`jax.shard_map`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -22,18 +22,21 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import kinds as kinds_lib
+from sarathi_jax.models import rope as rope_lib
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import paged
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import sampling
 from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
+Kinds = tuple[kinds_lib.LayerKind, ...]  # of one layer at each stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,11 @@ class StepSpec:
   state: state_lib.DeviceState
 
   @property
-  def windows(self) -> list[tuple[int | None, ...]]:
-    """Of a stage's layers, the sliding window at each stage."""
+  def kinds(self) -> list[Kinds]:
+    """Of a stage's layers, the kind at each stage."""
     parallelism = mesh_lib.parallelism_of(self.mesh)
     return [
-      tuple(self.model.layer_window(layer or 0)
+      tuple(self.model.layer_kind(layer or 0)
             for layer in parallelism.layers_of(self.model, i))
       for i in range(parallelism.num_layers(self.model))]
 
@@ -119,24 +122,19 @@ def stage_step(
   if shards.pp is not None:
     layers = jax.tree.map(lambda leaf: leaf[0], layers)
   mine, leaving = (layout.split(buffers[i]) for i in (stage, -1))
-  row, is_real, positions = _places_of_tokens(layout, mine)
+  row, positions = _places_of_tokens(layout, mine)
   tokens = jnp.where(
     mine.from_device[row] != 0, last_tokens[mine.slots][row], mine.tokens)
-  x = shards.embed(params['embed'], tokens)
+  x = models.embed(model, params, tokens, shards)
   if hidden is not None:
     before = _whole(hidden[:layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
-  rope_lens = None
-  if model.rope.kind == 'dynamic':
-    rope_lens = jnp.maximum(mine.prompt_lens[row], positions + 1)
   # Only what is sampled from leaves the last stage; where it is the only one,
   # already its last layer leaves the rest out.
   is_early = hidden is None and layout.num_samples < layout.num_tokens
   x, kv = models.run_layers(
-    model, layers, state.kv, x, positions, rope_lens,
-    _attend_to_pages(
-      spec, state.kv, mine, stage, x.dtype, row, is_real, positions),
-    windows=spec.windows, shards=shards,
+    model, layers, state.kv, x, spec.kinds,
+    _contexts(spec, state.kv, mine, row, positions, x.dtype, shards),
     leaving=leaving.sample_tokens if is_early else None)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
@@ -168,72 +166,46 @@ def _packed(output: batch_lib.StepOutput) -> Int[Array, ' output']:
 
 def _places_of_tokens(
     layout: batch_lib.BatchLayout, b: batch_lib.BatchArrays,
-) -> tuple[Int[Array, ' T'], Array, Int[Array, ' T']]:
-  """Of each token: its row, whether it is one, its place in its sequence."""
+) -> tuple[Int[Array, ' T'], Int[Array, ' T']]:
+  """Each token's row, and its place in its sequence; of padding, 0."""
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
   row = jnp.minimum(
     jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
     layout.num_rows - 1)
   is_real = index < b.cu_q_lens[-1]
   # A row's tokens are its sequence's last ones.
-  return row, is_real, jnp.where(
+  return row, jnp.where(
     is_real, index + (b.kv_lens - b.cu_q_lens[1:])[row], 0)
 
 
-def _attend_to_pages(
-    spec: StepSpec, kv: Sequence[kv_cache.LayerKv],
-    b: batch_lib.BatchArrays, stage: Any, dtype: Any, row: Array,
-    is_real: Array, positions: Array) -> Any:
-  """A `models.Attend`: writes keys and values to pages, and reads those."""
-  num_slots = jax.tree.leaves(kv)[0].shape[0] * spec.page_size
-  slot_mapping = jnp.where(
-    is_real, b.page_indices[row, positions // spec.page_size] * spec.page_size
-    + positions % spec.page_size, num_slots)
-  # Queries are what is sampled from, or all tokens; layers share their plans.
-  asking = {spec.layout.num_samples: _samples_of(b, row), len(row): b}
-  heads = spec.model.num_heads // spec.mesh.shape[mesh_lib.TP]
-  k_pages, _ = kv[0]
-  plans = {
-    (n, w): rpa.make_plan(
-      jax.ShapeDtypeStruct(
-        (n, heads, spec.model.head_dim), rpa.query_dtype(k_pages, dtype)),
-      k_pages, of.kv_lens, of.cu_q_lens, of.distribution, sliding_window=w,
-      implementation=spec.attention)
-    for n, of in asking.items() for w in set(itertools.chain(*spec.windows))}
+def _contexts(
+    spec: StepSpec, kv: Sequence[kv_cache.LayerKv], b: batch_lib.BatchArrays,
+    row: Int[Array, ' T'], positions: Int[Array, ' T'], dtype: Any,
+    shards: sharding.Shards) -> Callable[..., models.LayerContext]:
+  """What layers are told: see `models.run_layers`."""
+  kinds = dict.fromkeys(itertools.chain(*spec.kinds))
+  ropes = {kind.rope for kind in kinds}
+  lens = None
+  if any(rope.kind == 'dynamic' for rope in ropes):
+    lens = jnp.maximum(b.prompt_lens[row], positions + 1)
+  rotations = {
+    rope: rope_lib.tables(rope, spec.model.head_dim, positions, lens)
+    for rope in ropes}
+  attend = paged.attend_to(
+    kv, b, row, positions, page_size=spec.page_size,
+    queries=(spec.model.num_heads // spec.mesh.shape[mesh_lib.TP],
+             spec.model.head_dim, dtype),
+    windows={kind.attention.window for kind in kinds}, shards=shards,
+    implementation=spec.attention)
 
-  def attend(layer_kv: kv_cache.LayerKv, q: Array, k: Array, v: Array, *,
-             scale: float, window: tuple[int | None, ...], rows: Array | None,
-             ) -> tuple[Array, Any]:
-    # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
-    q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
-    pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
-    of = asking[len(q)]
+  def context(kinds: Kinds, rows: Array | None) -> models.LayerContext:
+    return models.LayerContext(
+      shards.by_stage([kind.rope for kind in kinds], rotations.__getitem__),
+      functools.partial(
+        attend, options=[kind.attention for kind in kinds], rows=rows),
+      shards, rows)
 
-    def within(window: int | None) -> Array:
-      return rpa.ragged_paged_attention(
-        q_kv, *pages, of.kv_lens, of.page_indices, of.cu_q_lens,
-        of.distribution, scale=scale, sliding_window=window,
-        plan=plans[len(q), window], implementation=spec.attention)
-
-    windows = list(dict.fromkeys(window))
-    if len(windows) == 1:
-      out = within(windows[0])
-    else:
-      which = jnp.array([windows.index(w) for w in window], jnp.int32)[stage]
-      out = lax.switch(which, [functools.partial(within, w) for w in windows])
-    return out.astype(q.dtype), pages
-
-  return attend
-
-
-def _samples_of(b: batch_lib.BatchArrays, row: Int[Array, ' T'],
-                ) -> batch_lib.BatchArrays:
-  """The batch of what is sampled from only: as if all were decodes."""
-  index = jnp.arange(b.sample_tokens.shape[0] + 1, dtype=jnp.int32)
-  return b._replace(
-    cu_q_lens=jnp.minimum(index, b.num_samples), kv_lens=b.sample_positions,
-    page_indices=b.page_indices[row[b.sample_tokens]],
-    distribution=jnp.tile(b.num_samples, 2))
+  return context
 
 
 def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,

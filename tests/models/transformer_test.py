@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import models
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import kinds
 from sarathi_jax.models import layers
 from sarathi_jax.models import moe
 from sarathi_jax.models import rope
@@ -127,11 +129,14 @@ def test_the_last_layer_computes_what_leaves_only(name: str) -> None:
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(params: Any, tokens: Any, leaving: bool) -> jax.Array:
+    rotation = rope.tables(
+      config.rope, config.head_dim, jnp.arange(12), None)
     x, _ = models.run_layers(
       config, params['layers'], [None] * config.num_layers,
-      jnp.take(params['embed'], tokens, axis=0), jnp.arange(12), None,
-      models.causal_attend,
-      windows=[config.layer_window(i) for i in range(config.num_layers)],
+      models.embed(config, params, tokens),
+      [config.layer_kind(i) for i in range(config.num_layers)],
+      lambda kind, rows: models.LayerContext(rotation, functools.partial(
+        models.causal_attend, options=kind.attention, rows=rows), rows=rows),
       leaving=rows if leaving else None)
     return x
 
@@ -158,18 +163,35 @@ def test_window_is_so_many_tokens_and_itself() -> None:
   q = jnp.zeros((5, 2, 4))
   k = jnp.zeros((5, 1, 4))
   v = jnp.eye(5)[:, None, :4] + jnp.zeros((5, 1, 4))
-  out, _ = models.causal_attend(None, q, k, v, scale=1.0, window=3)
+  out, _ = models.causal_attend(
+    None, q, k, v, options=kinds.AttentionOptions(1.0, window=3))
   third = 1 / 3
   np.testing.assert_allclose(out[3, 0], [0, third, third, third], atol=1e-6)
   np.testing.assert_allclose(out[4, 1], [0, 0, third, third], atol=1e-6)
   np.testing.assert_allclose(out[1, 1], [0.5, 0.5, 0, 0], atol=1e-6)
 
 
+def test_a_soft_cap_bounds_scores_as_the_kernels_do() -> None:
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(0, 3, (6, heads, 8)), jnp.float32)
+             for heads in (4, 2, 2))
+  out, _ = models.causal_attend(None, q, k, v, options=kinds.AttentionOptions(
+    0.5, window=4, soft_cap=2.0))
+  pages = rpa.write_kv(
+    *rpa.init_pages(1, 8, 2, 8, jnp.float32, 'reference'), k, v,
+    jnp.arange(6, dtype=jnp.int32))
+  ints = functools.partial(jnp.array, dtype=jnp.int32)
+  expected = rpa.ragged_paged_attention(
+    q, *pages, ints([6]), ints([[0]]), ints([0, 6]), ints([0, 1]), scale=0.5,
+    sliding_window=4, soft_cap=2.0, implementation='reference')
+  np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
 def test_query_heads_read_their_group() -> None:
   """Heads 0 and 1 read key and value head 0, heads 2 and 3 head 1."""
   v = jnp.stack([jnp.zeros((3, 2)), jnp.ones((3, 2))], axis=1)
   out, _ = models.causal_attend(
-    None, jnp.ones((3, 4, 2)), v, v, scale=1.0, window=None)
+    None, jnp.ones((3, 4, 2)), v, v, options=kinds.AttentionOptions(1.0))
   assert out[2, :, 0].tolist() == [0, 0, 1, 1]
 
 
@@ -217,12 +239,12 @@ def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:
     return leaf
 
   x = jax.random.normal(jax.random.key(3), (5, 32))
-  rotation = rope.tables(config.rope, 8, jnp.arange(5), None)
+  context = models.LayerContext(
+    rope.tables(config.rope, 8, jnp.arange(5), None), functools.partial(
+      models.causal_attend, options=config.layer_kind(0).attention))
 
   def run(layer: Any) -> tuple[jax.Array, jax.Array]:
-    out, _ = attention.attention(
-      config, layer['attn'], None, x, rotation=rotation, window=None,
-      attend=models.causal_attend)
+    out, _ = attention.attention(config, layer['attn'], None, x, context)
     return out, layers.gated_mlp(layer['mlp'], x, 'silu')
 
   layer, want = params['layers'][0], specs['layers'][0]

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers of one kind have in common. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from sarathi_jax.models import config
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionOptions:
+  """How a layer's queries are answered; compiled in.
+
+  Attributes:
+    scale: multiplies q . k.
+    window: a token at p attends to (p - window, p]; None: to [0, p].
+    soft_cap: scores become soft_cap * tanh(score / soft_cap); None: no cap.
+  """
+
+  scale: float
+  window: int | None = None
+  soft_cap: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerKind:
+  """What tells layers apart beside their weights.
+
+  Attributes:
+    attention: of its queries to its keys.
+    rope: the rotary embedding of both.
+  """
+
+  attention: AttentionOptions
+  rope: config.RopeConfig

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a step to the pages of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import ragged_paged_attention as rpa
+from sarathi_jax.models import kinds
+from sarathi_jax.models import sharding
+from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import kv_cache
+
+
+def attend_to(
+    kv: Sequence[kv_cache.LayerKv], b: batch_lib.BatchArrays,
+    row: Int[Array, ' T'], positions: Int[Array, ' T'], *, page_size: int,
+    queries: tuple[int, int, Any], windows: Collection[int | None],
+    shards: sharding.Shards, implementation: str | None,
+) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
+  """Makes a `models.Attend` that writes keys and values to pages, and reads.
+
+  Its `options` are those of the layer at each stage. Queries are of all tokens,
+  or, with `rows`, of what is sampled from; layers share their plans.
+
+  Args:
+    kv: the pages.
+    b: the batch.
+    row, positions: of its tokens.
+    page_size: tokens in a page.
+    queries: how many heads they have, of what size, and their dtype.
+    windows: that layers have.
+    shards: of the mesh.
+    implementation: of ragged_paged_attention; None picks one.
+  """
+  k_pages, _ = kv[0]
+  num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
+  is_real = jnp.arange(len(row), dtype=jnp.int32) < b.cu_q_lens[-1]
+  slot_mapping = jnp.where(
+    is_real, b.page_indices[row, positions // page_size] * page_size
+    + positions % page_size, num_slots)
+  batches = {True: b, False: _samples_of(b, row)}  # by whether of all tokens
+  *heads, dtype = queries
+
+  def plan(of: batch_lib.BatchArrays, num: int, window: int | None) -> Any:
+    return rpa.make_plan(
+      jax.ShapeDtypeStruct((num, *heads), rpa.query_dtype(k_pages, dtype)),
+      k_pages, of.kv_lens, of.cu_q_lens, of.distribution,
+      sliding_window=window, implementation=implementation)
+
+  plans = {
+    (is_all, window): plan(of, len(row if is_all else b.sample_tokens), window)
+    for is_all, of in batches.items() for window in windows}
+
+  def attend(
+      layer_kv: kv_cache.LayerKv, q: Float[Array, 'rows H h'],
+      k: Float[Array, 'T K h'], v: Float[Array, 'T K h'], *,
+      options: Sequence[kinds.AttentionOptions], rows: Array | None,
+  ) -> tuple[Array, kv_cache.LayerKv]:
+    # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
+    q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
+    pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
+    of = batches[rows is None]
+
+    def within(options: kinds.AttentionOptions) -> Array:
+      return rpa.ragged_paged_attention(
+        q_kv, *pages, of.kv_lens, of.page_indices, of.cu_q_lens,
+        of.distribution, scale=options.scale, sliding_window=options.window,
+        soft_cap=options.soft_cap, plan=plans[rows is None, options.window],
+        implementation=implementation)
+
+    return shards.by_stage(options, within).astype(q.dtype), pages
+
+  return attend
+
+
+def _samples_of(b: batch_lib.BatchArrays, row: Int[Array, ' T'],
+                ) -> batch_lib.BatchArrays:
+  """The batch of what is sampled from only: as if all were decodes."""
+  index = jnp.arange(b.sample_tokens.shape[0] + 1, dtype=jnp.int32)
+  return b._replace(
+    cu_q_lens=jnp.minimum(index, b.num_samples), kv_lens=b.sample_positions,
+    page_indices=b.page_indices[row[b.sample_tokens]],
+    distribution=jnp.tile(b.num_samples, 2))
