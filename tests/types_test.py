@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,76 +15,12 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
 from sarathi_jax import types
+from tests import sampling_fields
 
-NAN, INF = math.nan, math.inf
 HUGE = 10**400  # An integer that no float can hold: JSON may have one.
-
-BAD: tuple[tuple[str, Any, str], ...] = (
-  ('max_tokens', 0, 'must be an integer >= 1'),
-  ('max_tokens', -1, 'must be an integer >= 1'),
-  ('max_tokens', 1.5, 'must be an integer >= 1'),
-  ('max_tokens', True, 'must be an integer >= 1'),
-  ('max_tokens', '16', 'must be an integer >= 1'),
-  ('temperature', NAN, 'must be finite and >= 0'),
-  ('temperature', INF, 'must be finite and >= 0'),
-  ('temperature', -0.1, 'must be finite and >= 0'),
-  ('temperature', '1', 'must be finite and >= 0'),
-  ('temperature', True, 'must be finite and >= 0'),
-  ('top_k', -2, 'must be'),
-  ('top_k', 1.0, 'must be'),
-  ('top_k', True, 'must be'),
-  ('top_p', 0, 'must be in (0, 1]'),
-  ('top_p', 2, 'must be in (0, 1]'),
-  ('top_p', -0.5, 'must be in (0, 1]'),
-  ('top_p', NAN, 'must be in (0, 1]'),
-  ('min_p', -0.1, 'must be in [0, 1]'),
-  ('min_p', 1.1, 'must be in [0, 1]'),
-  ('min_p', NAN, 'must be in [0, 1]'),
-  ('seed', 2**63, 'in [-9223372036854775808, 9223372036854775807]'),
-  ('seed', -2**63 - 1, 'in [-9223372036854775808, 9223372036854775807]'),
-  ('seed', 0.5, 'must be an integer in'),
-  ('seed', True, 'must be an integer in'),
-  ('stop', ('',), 'must be strings that are not empty'),
-  ('stop', '', 'must be strings that are not empty'),
-  ('stop', (1,), 'must be strings that are not empty'),
-  ('stop', 3, 'must be a list'),
-  ('stop', {'a': 1}, 'must be a list'),
-  ('stop_token_ids', (-1,), 'must be token ids >= 0'),
-  ('stop_token_ids', (1.0,), 'must be token ids >= 0'),
-  ('stop_token_ids', ('a',), 'must be token ids >= 0'),
-  ('stop_token_ids', 'ab', 'must be a list'),
-  ('stop_token_ids', 3, 'must be a list'),
-  ('include_stop_str_in_output', 1, 'must be true or false'),
-  ('ignore_eos', None, 'must be true or false'),
-  ('skip_special_tokens', 'no', 'must be true or false'),
-)
+BAD, NOT_SUPPORTED = sampling_fields.BAD, sampling_fields.NOT_SUPPORTED
 BAD_HUGE = pytest.param(
   'temperature', HUGE, 'must be finite and >= 0', id='temperature-huge')
-NOT_SUPPORTED: tuple[tuple[str, Any], ...] = (
-  ('allowed_token_ids', [1]),
-  ('allowed_token_ids', []),
-  ('bad_words', ['no']),
-  ('detokenize', False),
-  ('extra_args', {'a': 1}),
-  ('flat_logprobs', True),
-  ('frequency_penalty', 0.1),
-  ('guided_decoding', {'json': {}}),
-  ('logit_bias', {'1': 2.0}),
-  ('logits_processors', ['p']),
-  ('min_tokens', 1),
-  ('n', 2),
-  ('n', 0),
-  ('output_kind', 1),
-  ('presence_penalty', -0.1),
-  ('prompt_logprobs', 0),
-  ('prompt_logprobs', 1),
-  ('repetition_penalty', 1.1),
-  ('repetition_penalty', 0),
-  ('spaces_between_special_tokens', False),
-  ('structured_outputs', {'regex': 'a'}),
-  ('thinking_token_budget', 0),
-  ('truncate_prompt_tokens', 3),
-)
 
 
 @pytest.mark.parametrize(('field', 'value', 'rule'),
@@ -105,6 +40,13 @@ def test_a_bad_value_is_refused(field: str, value: Any, rule: str) -> None:
 def test_seeds_are_those_that_vllm_takes(
     seed: int | None, kept: int | None) -> None:
   assert types.SamplingParams(seed=seed).seed == kept
+
+
+def test_every_field_has_an_example() -> None:
+  params = types.SamplingParams(**sampling_fields.EXAMPLES)
+  default = types.SamplingParams()
+  for field in sampling_params.FIELDS:
+    assert getattr(params, field) != getattr(default, field)
 
 
 def test_every_field_has_a_bad_value() -> None:
@@ -129,16 +71,16 @@ def test_the_ends_of_each_range_are_accepted(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize('field', [
-  'temperature', 'top_k', 'top_p', 'min_p', 'stop', 'stop_token_ids'])
+  name for name, field in sampling_params.FIELDS.items()
+  if field.none_is_default])
 def test_none_is_the_default_where_vllm_takes_it(field: str) -> None:
   default = types.SamplingParams()
   assert types.SamplingParams(**{field: None}) == default
   assert types.SamplingParams.from_dict({field: None}) == default
-  hot = {'temperature': 0.5, 'top_k': 7, 'top_p': 0.5, 'min_p': 0.5,
-         'stop': ['a'], 'stop_token_ids': [3]}[field]
+  hot = sampling_fields.EXAMPLES[field]
   # What the checkpoint's makers recommend, then.
   assert types.SamplingParams.from_dict({field: None}, {field: hot}) == (
-    types.SamplingParams(**{field: hot}))  # type: ignore[arg-type]
+    types.SamplingParams(**{field: hot}))
 
 
 def test_what_is_said_comes_before_defaults() -> None:

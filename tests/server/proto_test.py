@@ -17,6 +17,7 @@ from sarathi_jax.engine import engine
 from sarathi_jax.engine import state
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server.protocols import sarathi_v1
+from tests import sampling_fields
 from tests.server import fake
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,13 +61,7 @@ def test_messages_have_the_fields_of_the_types() -> None:
 
 
 def test_every_sampling_field_arrives() -> None:
-  sampling = types.SamplingParams(
-    max_tokens=3, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=7,
-    stop=('a', 'b'), stop_token_ids=(1, 2), include_stop_str_in_output=True,
-    ignore_eos=True, skip_special_tokens=False, logprobs=0)
-  default = types.SamplingParams()
-  for name in _fields(types.SamplingParams):
-    assert getattr(sampling, name) != getattr(default, name)
+  sampling = types.SamplingParams(**sampling_fields.EXAMPLES)
   assert sarathi_v1.sampling_of(
     pb.SamplingParams(**dataclasses.asdict(sampling))) == sampling
 

@@ -16,10 +16,12 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
-from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.server.protocols import vllm_engine
+from tests import sampling_fields
 from tests.server import fake
+
+_NAMES = frozenset(pb.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
 def _stub(running: fake.RunningServer) -> Any:
@@ -98,20 +100,16 @@ def test_zeros_are_defaults() -> None:
 
 
 def test_every_field_arrives() -> None:
-  given = dict(temperature=0.5, top_p=0.75, top_k=3, min_p=0.25, max_tokens=7,
-               stop=['a'], stop_token_ids=[5], skip_special_tokens=True,
-               ignore_eos=True, seed=9, include_stop_str_in_output=True,
-               logprobs=0)
-  assert given.keys() == sampling_params.FIELDS.keys()
+  given = sampling_fields.EXAMPLES
   assert vllm_engine.sampling_of(
     pb.SamplingParams(**given)) == types.SamplingParams(**given)
 
 
 @pytest.mark.parametrize('field, value', [
-  ('frequency_penalty', 0.5), ('presence_penalty', 0.5),
-  ('repetition_penalty', 1.5), ('min_tokens', 2), ('n', 2), ('logprobs', 3),
-  ('prompt_logprobs', 1), ('logit_bias', {1: 2.0}),
-  ('truncate_prompt_tokens', 5), ('json_schema', '{}'), ('regex', 'a'),
+  *((field, value) for field, value in sampling_fields.NOT_SUPPORTED
+    if value and field in _NAMES - {'logit_bias', *vllm_engine._NO_EFFECT}),
+  ('logit_bias', {1: 2.0}), ('logprobs', 3), ('json_schema', '{}'),
+  ('regex', 'a'),
   ('grammar', 'a'), ('structural_tag', 'a'), ('json_object', True),
   ('choice', pb.ChoiceConstraint(choices=['a']))])
 def test_what_we_do_not_do_is_refused_by_name(
