@@ -205,11 +205,14 @@ class Scheduler(abc.ABC):
         self._finish(seq)
         failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue
-      num, reason = seq.extend(tokens)
-      if reason is not None:
+      seq.tokens += tokens
+      event = types.TokenEvent(chunk.request_id, tokens, logprobs, None)
+      if len(seq.tokens) >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
+        num, reason = seq.end(len(tokens))
+        event = types.TokenEvent(
+          chunk.request_id, tokens[:num], logprobs[:num], reason)
         self._finish(seq)
-      events.append(types.TokenEvent(
-        chunk.request_id, tokens[:num], logprobs[:num], reason))
+      events.append(event)
     return events + failed
 
   # -- What policies are built from --

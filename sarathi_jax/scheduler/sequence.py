@@ -90,21 +90,23 @@ class Sequence:
     """Tokens of the prefill that are still to be computed."""
     return self.prefill_len - self.num_computed
 
-  def extend(self, sampled: tuple[int, ...],
-             ) -> tuple[int, types.FinishReason | None]:
-    """Adds what was sampled, up to the token that the sequence ends with.
+  def end(self, num_new: int) -> tuple[int, types.FinishReason]:
+    """Leaves out what comes after the token that the sequence ends with.
+
+    Args:
+      num_new: how many of the last tokens are new; one of them is it.
 
     Returns:
-      How many tokens were added, and why it ends, if it does.
+      How many of the new ones are left, and why it ends.
     """
-    num = 0
-    for num, token in enumerate(sampled, 1):
-      self.tokens.append(token)
+    first = len(self.tokens) - num_new
+    stop, reason = self.max_len, types.FinishReason.LENGTH
+    for i, token in enumerate(self.tokens[first:stop], first):
       if token in self.stop_ids:
-        return num, types.FinishReason.STOP
-      if len(self.tokens) >= self.max_len:
-        return num, types.FinishReason.LENGTH
-    return num, None
+        stop, reason = i + 1, types.FinishReason.STOP
+        break
+    del self.tokens[stop:]
+    return stop - first, reason
 
   def count_prefilled(self, stop: int) -> int:
     """Notes that tokens [0, stop) were computed; returns how many of the

@@ -80,7 +80,7 @@ class Detokenizer:
     """Takes in tokens, up to the one that completes a stop string.
 
     Args:
-      tokens: their ids.
+      tokens: their ids, one at least.
       ended_by_token: whether the last one is the stop token that ends the
         request; its text is left out then, like a stop string's.
 
@@ -88,13 +88,13 @@ class Detokenizer:
       Text to show now; the stop string that ends the request, if any; and how
       many tokens were taken in.
     """
-    text, stop, num = '', None, 0
-    for num, token in enumerate(tokens, 1):
-      more, stop = self._step(token, ended_by_token and num == len(tokens))
+    num, last = 0, len(tokens) - 1
+    text, stop = self._step(tokens[0], ended_by_token and not last)
+    while num < last and stop is None:
+      num += 1
+      more, stop = self._step(tokens[num], ended_by_token and num == last)
       text += more
-      if stop is not None:
-        break
-    return text, stop, num
+    return text, stop, num + 1
 
   def _step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
     if ended_by_token and not self._keep_stop:

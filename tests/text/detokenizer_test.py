@@ -248,3 +248,24 @@ def test_streaming_equals_searching_the_text_so_far(
 ])
 def test_held_back(text: str, stops: tuple[str, ...], held: int) -> None:
   assert detokenizer._num_held_back(text, stops) == held
+
+
+def test_of_several_tokens_none_is_told_after_a_stop_string(
+    tokenizer: tokenizer_lib.Tokenizer) -> None:
+  output = letters(tokenizer, 'abENDxx')
+
+  class AllAtOnce(harness.ScriptRunner):
+    def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
+      return types.Sampled([tuple(output)], [(-1.0,) * len(output)])
+
+  engine = harness.make_engine(
+    runner=AllAtOnce({}), tokenizer=tokenizer, vocab_size=VOCAB_SIZE,
+    max_model_len=128)
+  engine.add(harness.make_request(
+    'a', tokenizer.encode('a'), len(output) + 1, stop=('END',)))
+  delta, = harness.finish(engine)['a']
+  assert (delta.text, delta.stop_reason) == ('ab', 'END')
+  assert list(delta.token_ids) == output[:5]
+  assert len(delta.logprobs) == 5
+  assert delta.metrics is not None and delta.metrics.num_output_tokens == 5
+  assert engine.metrics.num_generated == 5
