@@ -209,17 +209,15 @@ class ModelConfig:
     """Sums over devices that a layer takes which they share."""
     return 2
 
-  def layer_window(self, layer: int) -> int | None:
-    """The sliding window of one layer in [0, L), or None."""
-    del layer
-    return self.sliding_window
-
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     """What one layer in [0, L) has in common with others of its kind."""
-    return kinds.LayerKind(
-      kinds.AttentionOptions(
-        scale=self.head_dim**-0.5, window=self.layer_window(layer)),
-      self.rope)
+    del layer
+    return kinds.LayerKind(kinds.AttentionOptions(
+      scale=self.head_dim**-0.5, window=self.sliding_window), self.rope)
+
+  def layer_window(self, layer: int) -> int | None:
+    """The sliding window of one layer in [0, L), or None."""
+    return self.layer_kind(layer).attention.window
 
   def to_dict(self) -> dict[str, Any]:
     """Everything, as JSON can hold it; `family` says which class."""
@@ -279,10 +277,12 @@ class LlamaConfig(ModelConfig):
              f'must be layers in [0, {self.num_layers}), ascending')
       object.__setattr__(self, 'window_layers', layers)
 
-  def layer_window(self, layer: int) -> int | None:
+  def layer_kind(self, layer: int) -> kinds.LayerKind:
+    kind = super(LlamaConfig, self).layer_kind(layer)
     if self.window_layers is None or layer in self.window_layers:
-      return self.sliding_window
-    return None
+      return kind
+    return dataclasses.replace(
+      kind, attention=dataclasses.replace(kind.attention, window=None))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
