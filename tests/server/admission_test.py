@@ -15,6 +15,7 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.protocols import status
 from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import outbox
 from tests.server import fake
@@ -171,9 +172,17 @@ def test_a_full_queue_refuses_with_a_hint() -> None:
   with pytest.raises(errors.CapacityError, match='max_waiting=1') as caught:
     _push(queue, _request('b'))
   assert caught.value.retry_after_s == 0.25
+  assert str(caught.value).endswith('; try again in 0.25 s.')
   queue = _queue(_request('a', num_tokens=50), max_waiting_tokens=60)
   with pytest.raises(errors.CapacityError, match='max_waiting_tokens=60'):
     _push(queue, _request('b', num_tokens=11))
+
+
+@pytest.mark.parametrize('seconds, whole', [
+  (0.1, '1'), (1.0, '1'), (1.4, '2'), (59.5, '60')])
+def test_nobody_is_told_to_come_too_early(seconds: float, whole: str) -> None:
+  assert dict(status.hints(errors.CapacityError('full', seconds))) == {
+    'grpc-retry-pushback-ms': f'{seconds * 1e3:.0f}', 'retry-after': whole}
 
 
 def test_a_prompt_beyond_the_token_limit_may_wait_alone() -> None:

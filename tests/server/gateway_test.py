@@ -247,6 +247,36 @@ def test_too_many_are_told_when_to_come_again(folder: pathlib.Path) -> None:
     fake.wait_until(client.serves)
 
 
+def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
+    folder: pathlib.Path) -> None:
+  """smg leaves trailing metadata out; if it no longer does, README has to say
+  so."""
+  runners: list[fake.GatedRunner] = []
+
+  def make_runner(*args: int) -> fake.GatedRunner:
+    runners.append(fake.GatedRunner(*args))
+    return runners[0]
+
+  with serve(folder, limits=limits_lib.Limits(max_waiting_tokens=4), engine={
+      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+    try:
+      calls = [running.generate(token_ids=[1, 2, 3]) for _ in range(2)]
+      running.wait_until_open(2)
+      for path, body in BODIES.values():
+        for stream in (False, True):
+          status, headers, text = client.ask(
+            'POST', path, {**body, 'stream': stream})
+          error = json.loads(text)['error']
+          assert status == 429 and error['type'] == 'rate_limit_error'
+          assert re.search(r'max_waiting_tokens=4; try again in [\d.]+ s\.$',
+                           error['message'])
+          assert 'retry-after' not in headers
+    finally:
+      runners[0].open()
+    assert [len(fake.take(call)) for call in calls] == [16, 16]
+    assert client.serves()
+
+
 def test_a_body_too_long_is_refused(folder: pathlib.Path) -> None:
   with serve(folder, limits=limits_lib.Limits(
       max_message_mib=0.1)) as (_, client):

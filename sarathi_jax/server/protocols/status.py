@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 import contextlib
+import math
 from typing import Any
 
 from absl import logging
@@ -49,7 +50,7 @@ def hints(error: Exception) -> tuple[tuple[str, str], ...]:
   if not isinstance(error, errors.CapacityError):
     return ()
   return (('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
-          ('retry-after', f'{max(error.retry_after_s, 1):.0f}'))
+          ('retry-after', f'{max(math.ceil(error.retry_after_s), 1)}'))
 
 
 def log_defect(error: Exception) -> None:

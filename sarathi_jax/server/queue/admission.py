@@ -122,9 +122,11 @@ class Queue:
       full = (f'{self.num_tokens} tokens of prompts: '
               f'max_waiting_tokens={limits.max_waiting_tokens}')
     if full:
+      seconds = self._retry_after_s()
+      # In words, too: a gateway may pass on the message alone.
       raise errors.CapacityError(
-        f'the queue is full, with {full}; try again later.',
-        self._retry_after_s())
+        f'the queue is full, with {full}; try again in {seconds:.2g} s.',
+        seconds)
 
   def push(self, stream: outbox.Stream) -> None:
     """Takes on the stream of a request that has just arrived.
