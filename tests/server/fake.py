@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+import functools
 import pathlib
 import socket
 import sys
@@ -51,6 +52,9 @@ class GatedRunner(fake_runner.FakeRunner):
   def open(self) -> None:
     self._is_open = True
     self._steps.release()
+
+  def close(self) -> None:
+    self._is_open = False
 
   def fetch(self, pending: types.Sampled) -> types.Sampled:
     if not self._is_open:
@@ -219,8 +223,11 @@ def main() -> None:
     if not folder:
       print('Stuck', flush=True)
       threading.Event().wait()
-    return make_engine(tokenizer_folder=pathlib.Path(folder[0]),
-                       max_model_len=2**20, num_pages=2**18)
+    # Steps take time: a client that is held up must not be too slow a reader.
+    return make_engine(
+      functools.partial(fake_runner.FakeRunner, step_s=0.005),
+      tokenizer_folder=pathlib.Path(folder[0]), max_model_len=2**20,
+      num_pages=2**18)
 
   main_lib.serve(
     server_lib.ServerConfig(port=int(port), drain_s=float(drain_s)), make)

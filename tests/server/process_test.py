@@ -92,10 +92,10 @@ def test_tells_what_to_try(start: Callable[..., Process]) -> None:
 def test_sigterm_drains(start: Callable[..., Process]) -> None:
   server = start(drain_s=fake.TIMEOUT_S)
   stub = server.connect()
-  call = _generate(stub, 2000)
+  call = _generate(stub, 200)
   first = list(next(call).token_ids)
   server.process.send_signal(signal.SIGTERM)
-  assert first[0] == 2 and len(first + fake.take(call)) == 2000
+  assert first[0] == 2 and len(first + fake.take(call)) == 200
   assert server.end() == (0, '')
 
 
