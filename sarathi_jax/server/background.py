@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs beside the calls, and what becomes of it if it ends by itself.
 
-  engine     the engine's thread                    the server ends
+  engine     the engine's thread                    the server ends; while it
+                                                    hangs, liveness says so
   grpc       grpc.aio's task that takes calls       the server ends
   watch      who looks after all of these           the server ends
   gateway    smg, a child, and who listens to it    is started again
@@ -39,12 +40,14 @@ class Background(NamedTuple):
     why_ended: tells what ended it; None while it runs. Any thread.
     restart: starts it again; None: nothing is left without it.
     is_up: whether it does what it is for; None: if it runs. Any thread.
+    on_change: told what `is_up` says, when that changes; on the event loop.
   """
 
   name: str
   why_ended: Callable[[], str | None]
   restart: Callable[[], object] | None = None
   is_up: Callable[[], bool] | None = None
+  on_change: Callable[[bool], object] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -52,6 +55,7 @@ class _Record:
   pause_s: float
   started: float
   due: float | None = None  # when it is started again
+  is_up: bool = True
 
 
 class Watch:
@@ -79,8 +83,7 @@ class Watch:
 
   def is_up(self) -> dict[str, bool]:
     """Whether each does what it is for, by name; any thread."""
-    return {name: background.why_ended() is None if background.is_up is None
-            else background.is_up()
+    return {name: _is_up(background)
             for name, (background, _) in list(self._watched.items())}
 
   def start(self) -> None:
@@ -109,6 +112,10 @@ class Watch:
 
   def _look(self, background: Background, record: _Record,
             now: float) -> None:
+    is_up = _is_up(background)
+    if background.on_change is not None and is_up != record.is_up:
+      background.on_change(is_up)
+    record.is_up = is_up
     why = background.why_ended()
     if why is None:
       return
@@ -130,3 +137,8 @@ class Watch:
       except Exception as error:  # the next look finds that it doesn't run
         logging.error('%s can\'t be started.', background.name,
                       exc_info=error)
+
+
+def _is_up(background: Background) -> bool:
+  return (background.why_ended() is None if background.is_up is None
+          else background.is_up())

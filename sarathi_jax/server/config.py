@@ -21,6 +21,8 @@ class ServerConfig:
     host: address to listen at.
     port: of gRPC; 0 for any that is free.
     drain_s: how long open requests may go on after SIGTERM, seconds.
+    max_step_s: after which a step is taken to hang, seconds: liveness is
+      NOT_SERVING until it ends.
     limits: of what is taken on.
     auth_tokens: a file of bearer tokens, see auth.py; None: who can reach
       the port may call.
@@ -43,6 +45,7 @@ class ServerConfig:
   host: str = '127.0.0.1'
   port: int = 50051
   drain_s: float = 30.0
+  max_step_s: float = 300.0
   limits: admission.Limits = dataclasses.field(
     default_factory=admission.Limits)
   auth_tokens: pathlib.Path | None = None
@@ -68,6 +71,8 @@ class ServerConfig:
                      'must be a port, as the gateway is another process')
     config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s,
                      'must be >= 0')
+    config_lib.check(self.max_step_s > 0, 'max_step_s', self.max_step_s,
+                     'must be > 0')
     config_lib.check(
       re.fullmatch('[a-zA-Z_][a-zA-Z0-9_]*', self.metrics_prefix) is not None,
       'metrics_prefix', self.metrics_prefix,

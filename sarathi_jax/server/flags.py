@@ -19,6 +19,10 @@ FLAGS = flags.FLAGS
 
 # Field of ServerConfig -> (kind of flag, help).
 _FLAGS: dict[str, tuple[Any, str]] = {
+  'max_step_s': (
+    flags.DEFINE_float, 'Seconds after which a step is taken to hang, as where '
+    'a device or another host does: liveness is NOT_SERVING until it ends. '
+    'Default: 300.'),
   'auth_tokens': (
     flags.DEFINE_string, 'A file of bearer tokens, a line each: NAME TOKEN '
     '[admin] [priority=N]. TOKEN may be sha256:HEX, N is the smallest priority '

@@ -177,7 +177,10 @@ class Server:
     self.watch.add(background.Background('grpc', self._why_no_calls))
     self._loading = self._engine_thread.start()
     self.watch.add(background.Background(
-      'engine', self._engine_thread.why_ended))
+      'engine', self._engine_thread.why_ended, is_up=lambda: (
+        self._engine_thread.why_ended() is None
+        and self._engine_thread.step_s < self._config.max_step_s),
+      on_change=self._set_alive))
     self.watch.start()
 
   async def warm(self) -> None:
@@ -246,6 +249,14 @@ class Server:
       frontend_lib.State.DRAINING if is_draining
       else frontend_lib.State.SERVING)
     self._health.set(not is_draining)
+
+  def _set_alive(self, is_alive: bool) -> None:
+    if self.frontend.state is frontend_lib.State.DEAD:
+      return
+    if not is_alive:
+      logging.error('A step has taken more than max_step_s=%g s.',
+                    self._config.max_step_s)
+    self._health.set(is_alive, health.LIVENESS)
 
   def _on_death(self, fault: BaseException) -> None:
     self.frontend.state = frontend_lib.State.DEAD

@@ -18,6 +18,7 @@ import pathlib
 import re
 import signal
 import threading
+import time
 from typing import Any
 import urllib.request
 
@@ -218,6 +219,43 @@ def test_liveness_is_not_readiness(gated: Callable[..., Any]) -> None:
     list(running.generate(token_ids=[1]))
   fake.wait_until(lambda: _statuses(running) == {
     '': not_serving, 'liveness': not_serving})
+
+
+def test_a_step_that_hangs_is_not_alive(
+    quick: None, caplog: pytest.LogCaptureFixture) -> None:
+  serving, not_serving = 1, 2
+  runners: list[fake.GatedRunner] = []
+
+  def make() -> Any:
+    time.sleep(0.5)  # a load, and what is compiled then, takes its time
+    return fake.make_engine(lambda *args: runners.append(
+      fake.GatedRunner(*args)) or runners[0])  # type: ignore[func-returns-value]
+
+  with contextlib.closing(fake.RunningServer(
+      make, wait=False, max_step_s=0.3)) as running:
+    seen = set()
+    while not running.warming.done():
+      seen.add(_statuses(running)['liveness'])
+    assert seen == {serving}
+    call = running.generate(token_ids=[1], sampling={'max_tokens': 3})
+    fake.wait_until(lambda: _statuses(running)['liveness'] == not_serving)
+    assert not running.server.watch.is_up()['engine']
+    assert 'A step has taken more than max_step_s=0.3 s.' in caplog.text
+    runners[0].open()
+    assert fake.take(call) == [2, 3, 4]
+    fake.wait_until(lambda: _statuses(running) == {
+      '': serving, 'liveness': serving})
+    # One that was taken to hang, and dies then, does not come back.
+    runners[0].close()
+    call = running.generate(token_ids=[1])
+    fake.wait_until(lambda: _statuses(running)['liveness'] == not_serving)
+    runners[0].fault, runners[0].is_gone = RuntimeError('gone'), True
+    runners[0].open()
+    with pytest.raises(grpc.RpcError):
+      list(call)
+    fake.wait_until(lambda: _statuses(running)[''] == not_serving)
+    time.sleep(0.1)  # for a few looks
+    assert _statuses(running)['liveness'] == not_serving
 
 
 def test_pauses_grow_and_a_start_that_fails_is_tried_again(

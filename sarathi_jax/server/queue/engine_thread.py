@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable, Collection
 import concurrent.futures
 import functools
 import threading
+import time
 from typing import NamedTuple, TypeVar
 
 from absl import logging
@@ -87,6 +88,7 @@ class EngineThread:
       self._waiting, self._streams, self._wakeup)
     self._pause = pausing.Pause()
     self._num_faults = 0  # steps that failed since one went well
+    self._step_began: float | None = None  # the one under way; read by any
     # Not joined at exit: a second signal must not wait for a long step.
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True)
@@ -143,6 +145,12 @@ class EngineThread:
   def is_up(self) -> bool:
     """Whether there is an engine: it is made, and has not stopped."""
     return self._ready.done() and self._is_gone() is None
+
+  @property
+  def step_s(self) -> float:
+    """What the step under way has taken so far; 0 without one; any thread."""
+    began = self._step_began
+    return 0.0 if began is None else time.monotonic() - began
 
   async def pause(self, mode: pausing.PauseMode) -> None:
     """Begins no requests until `resume`; what comes waits in the queue.
@@ -273,8 +281,10 @@ class EngineThread:
         self._feed(engine)
         self._streams.flush()  # refusals need not wait for a step
         if not self._pause.is_paused:
+          self._step_began = time.monotonic()
           for delta in self._step(engine):
             self._endings.route(delta)
+          self._step_began = None
           self._streams.flush()
         if not engine.has_work:
           self._pause.tell_idle()
