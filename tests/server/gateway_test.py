@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 from typing import Any
 
 from grpc_health.v1 import health_pb2
@@ -155,6 +156,21 @@ def test_the_keys_of_who_runs_it_open_it(folder: pathlib.Path) -> None:
     status, _, text = client.ask(
       'GET', '/workers', authorization='Bearer their-key')
     assert status == 200 and len(json.loads(text)['workers']) == 1
+
+
+def test_nobody_has_it_connect_to_others(
+    served: tuple[fake.RunningServer, Client]) -> None:
+  _, client = served
+  with socket.create_server(('127.0.0.1', 0)) as other:
+    other.settimeout(0.5)
+    status, _, text = client.ask('POST', '/v1/responses', {
+      'model': 'counting', 'input': 't1', 'tools': [{
+        'type': 'mcp', 'server_label': 'x', 'server_url': (
+          f'http://127.0.0.1:{other.getsockname()[1]}/mcp')}]})
+    assert status == 424 and 'connect to MCP' in text
+    with pytest.raises(TimeoutError):
+      other.accept()
+  assert client.serves()
 
 
 def test_the_key_is_nowhere_to_be_seen(
