@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2_grpc
 import psutil
 import pytest
 
+from sarathi_jax import types
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import health
 from tests import source_tree
@@ -291,6 +292,41 @@ def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
       runners[0].open()
     assert [len(fake.take(call)) for call in calls] == [16, 16]
     assert client.serves()
+
+
+def test_a_list_of_prompts_does_not_hold_up_other_calls(
+    folder: pathlib.Path) -> None:
+  runners: list[fake.GatedRunner] = []
+
+  def make_runner(*args: int) -> fake.GatedRunner:
+    runners.append(fake.GatedRunner(*args))
+    return runners[0]
+
+  with serve(folder, engine={
+      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+    begun: list[str] = []
+    add = running.engine.add
+
+    def spy(request: types.Request) -> None:
+      begun.append(request.request_id.partition('-')[0])
+      add(request)
+
+    running.engine.add = spy  # type: ignore[method-assign]
+    with contextlib.ExitStack() as stack:
+      stack.callback(runners[0].open)
+      calls, num_open = [], 0
+      for name, num_prompts in (('many', 20), ('one', 1), ('two', 2)):
+        calls.append(stack.enter_context(contextlib.closing(
+          http.client.HTTPConnection('127.0.0.1', client.port))))
+        calls[-1].request('POST', '/v1/completions', json.dumps({
+          **PROMPT, 'prompt': ['t1 t2'] * num_prompts}), {
+          'content-type': 'application/json', 'x-request-id': name})
+        num_open += num_prompts
+        running.wait_until_open(num_open)
+      runners[0].open()
+      assert [call.getresponse().status for call in calls] == [200] * 3
+    assert len(begun) == 23
+    assert 'one' in begun[:4] and begun[:8].count('two') == 2
 
 
 def test_a_body_too_long_is_refused(folder: pathlib.Path) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+import dataclasses
 import datetime
 import hashlib
 import io
 import json
 import pathlib
+import re
 import time
 from typing import Any
 import zipfile
@@ -48,6 +50,10 @@ _TOKENIZER_FILES = (
 _FOR_ZERO = {'top_p': 1.0, 'repetition_penalty': 1.0, 'n': 1}
 # smg sends these for all seeds beyond, which would be one and the same.
 _CLAMPED_SEEDS = (-2**31, 2**31 - 1)
+# What smg makes of the id of an HTTP call, for each of its prompts.
+_OF_A_CALL = re.compile(
+  r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+_MAX_CALL_CHARS = 128
 # About the text, which the client makes, and about grammars: there are none.
 _NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
 # Of GenerateRequest, set only for what this engine does not do.
@@ -74,7 +80,7 @@ class VllmEngineService(
         prompt_of(request), sampling_of(request.sampling_params)))
       async with self._frontend.open(
           prompt, sampling, request.request_id or None,
-          caller=caller.of(context), protocol=NAME) as stream:
+          caller=self._caller(request, context), protocol=NAME) as stream:
         await _write(request, stream, context)
 
   async def Abort(self, request: pb.AbortRequest,
@@ -160,6 +166,20 @@ class VllmEngineService(
   def _folder(self) -> pathlib.Path | None:
     tokenizer = self._frontend.engine.tokenizer
     return None if tokenizer is None else tokenizer.folder
+
+  def _caller(self, request: pb.GenerateRequest,
+              context: Context) -> frontend_lib.Caller:
+    """Who calls; of the gateway, which HTTP call: it does not say whose.
+
+    So each HTTP call has its turn, however many prompts another one has.
+    """
+    who = caller.of(context)
+    self._frontend.limits.check_name('request_id', request.request_id)
+    match = _OF_A_CALL.fullmatch(request.request_id)
+    if match is None or who.client != who.tenant:
+      return who
+    return dataclasses.replace(
+      who, client=f'{who.tenant}/{match["call"][:_MAX_CALL_CHARS]}')
 
   def _measure(self, num_generated: int) -> float:
     """Tokens a second since the last call, or the one before."""
