@@ -129,7 +129,8 @@ class Gathering:
     try:
       problem = self._wait(timeout_s)
     finally:
-      self._is_open = False
+      with self._changed:  # From now on `_add` leaves the links alone.
+        self._is_open = False
       thread.join()
       self._listener.close()
     if problem is None:
@@ -209,20 +210,22 @@ class Gathering:
       self._slots.release()
 
   def _add(self, process: int, facts: Facts, link: Link) -> None:
-    problem = misfit(process, facts, self._facts)
     with self._changed:
       known = self._links.get(process)
       if not 0 < process < self._count or (
           known is not None and not known.is_gone):
         problem = f'process_id={process}: another process has it.'
-        link.send(Kind.FAULT, problem.encode())
-        link.close()
+      elif not self._is_open:
+        problem = 'process 0 waits for nobody any more.'
+      else:
+        if known is not None:
+          known.close()
+        self._links[process] = link
+        self._misfit = self._misfit or misfit(process, facts, self._facts)
+        self._changed.notify()
         return
-      if known is not None:
-        known.close()
-      self._links[process] = link
-      self._misfit = self._misfit or problem
-      self._changed.notify()
+    link.send(Kind.FAULT, problem.encode())
+    link.close()
 
 
 def join(address: Address, process: int, facts: Facts, key: bytes,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import socket
+import struct
 import threading
 import time
 
 _MAX_BYTES = 1 << 30  # of a message
+_SEND_S = 10  # One that takes nothing for so long hangs, and is as good as gone.
 # A host that vanished without a word is known to be gone after ten seconds.
 _TCP_OPTIONS = {'TCP_NODELAY': 1, 'TCP_KEEPIDLE': 3, 'TCP_KEEPINTVL': 2,
                 'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': 10_000}
@@ -41,12 +43,14 @@ class Link:
     self._until: float | None = None
     end.settimeout(None)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
+                   struct.pack('@ll', _SEND_S, 0))  # a timeval
     for name, value in _TCP_OPTIONS.items():
       if (option := getattr(socket, name, None)) is not None:
         end.setsockopt(socket.IPPROTO_TCP, option, value)
 
   def send(self, kind: Kind, content: bytes = b'') -> None:
-    """Raises OSError if the other end is gone."""
+    """Raises OSError if the other end is gone, or takes nothing."""
     self.send_bytes(bytes([kind]) + content)
 
   def receive(self) -> tuple[Kind, bytes]:

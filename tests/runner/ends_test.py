@@ -215,6 +215,25 @@ def test_a_code_goes_to_all(hosts: Hosts) -> None:
   assert hosts.exit_of(1) == hosts.exit_of(2) == (143, line)
 
 
+def test_one_that_takes_nothing_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is stopped, say; the others are to hear of the end."""
+  monkeypatch.setattr(links, '_SEND_S', 1, raising=False)
+  stopped, end = Hosts._pair()
+  link = links.Link(stopped)
+
+  def send() -> None:
+    with pytest.raises(OSError):
+      link.send(links.Kind.STEP, bytes(1 << 26))
+
+  sending = threading.Thread(target=send, daemon=True)
+  sending.start()
+  sending.join(5.0)
+  assert not sending.is_alive()
+  link.close()
+  end.close()
+
+
 def test_what_is_no_message_is_as_good_as_gone(hosts: Hosts) -> None:
   hosts.pairs[1][1].sendall(b'\0\0\0\1\xff')
   assert hosts.exit_of(0)[1].startswith('error: process 1 of 3 is gone')

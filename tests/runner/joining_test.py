@@ -257,6 +257,22 @@ def test_one_that_left_before_all_were_there_may_come_again(
   assert sorted(first.result(TIMEOUT_S)) == [1, 2]
 
 
+def test_one_that_comes_too_late_is_told_and_changes_nothing(
+    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  gathering = joining.Gathering(address, 3, FACTS, KEY, lambda line: None)
+  with pytest.raises(errors.ConfigError, match='processes 1 and 2 of 3'):
+    gathering.wait(0.0)
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    end = socket.create_connection(server.getsockname())
+    gathering._add(1, FACTS, links.Link(server.accept()[0]))
+    link = links.Link(end)
+    link.limit(5.0)
+    assert link.receive() == (
+      links.Kind.FAULT, b'process 0 waits for nobody any more.')
+    link.close()
+  assert not gathering._links
+
+
 def test_an_address_in_use_is_an_error(address: joining.Address) -> None:
   with (socket.create_server(address),
         pytest.raises(errors.ConfigError, match='can\'t listen there: Addr')):
