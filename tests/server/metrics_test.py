@@ -23,6 +23,7 @@ from sarathi_jax import errors
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.server.protocols import control_v1
 from sarathi_jax.server.telling import metrics
+from sarathi_jax.server.telling import web
 from tests.server import fake
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -186,6 +187,25 @@ def test_a_connection_that_says_nothing_holds_up_nobody(
     for _ in range(3):
       stack.enter_context(socket.create_connection(('127.0.0.1', port)))
     assert _value(_scrape(scraped)[1], 'engine_up') == 1
+
+
+def test_connections_that_say_a_little_at_a_time_hold_up_nobody(
+    scraped: fake.RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(web, '_LONGEST_S', 0.5, raising=False)
+  address: Any = ('127.0.0.1', scraped.server.telemetry.metrics_port)
+  with contextlib.ExitStack() as stack:
+    connections = [
+      stack.enter_context(socket.create_connection(address))
+      for _ in range(2 * web._MAX_CONNECTIONS)]
+    is_answered, until = False, time.monotonic() + 5
+    while not is_answered and time.monotonic() < until:
+      for connection in connections:
+        with contextlib.suppress(OSError):  # it was ended
+          connection.sendall(b'G')
+      time.sleep(0.1)
+      with contextlib.suppress(OSError):
+        is_answered = bool(_scrape(scraped))
+    assert is_answered
 
 
 def test_a_port_in_use_is_refused(scraped: fake.RunningServer) -> None:

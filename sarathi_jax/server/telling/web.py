@@ -8,16 +8,19 @@ that connects and says no more ends metrics for all, and knows no tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import socket
 import socketserver
 import ssl
 import threading
+import time
 from typing import Any
 from wsgiref import simple_server
 
 from sarathi_jax.server.guard import auth
 
 _SILENCE_S = 10.0  # after which a connection is closed
+_LONGEST_S = 30.0  # of a connection, however often it says a little
 _MAX_CONNECTIONS = 32  # at once; more are closed
 
 App = Callable[[dict[str, Any], Any], Any]  # WSGI's
@@ -45,10 +48,15 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
     self.set_app(app)
     self._context = context
     self._free = threading.Semaphore(_MAX_CONNECTIONS)
+    self._due: dict[socket.socket, float] = {}  # when each is to be over
 
   def process_request(self, request: Any, client_address: Any) -> None:
     if self._free.acquire(blocking=False):
-      super().process_request(request, client_address)
+      try:
+        super().process_request(request, client_address)
+      except BaseException:  # there is no thread for it
+        self._free.release()
+        raise
     else:
       self.shutdown_request(request)
 
@@ -61,10 +69,25 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
   def finish_request(self, request: Any, client_address: Any) -> None:
     request.settimeout(_SILENCE_S)
     if self._context is None:
-      super().finish_request(request, client_address)
+      self._answer(request, client_address)
       return
     with self._context().wrap_socket(request, server_side=True) as wrapped:
-      super().finish_request(wrapped, client_address)
+      self._answer(wrapped, client_address)
+
+  def _answer(self, connection: socket.socket, client_address: Any) -> None:
+    self._due[connection] = time.monotonic() + _LONGEST_S
+    try:
+      super().finish_request(connection, client_address)
+    finally:
+      del self._due[connection]
+
+  def service_actions(self) -> None:
+    """Ends connections that take too long; twice a second, and after each."""
+    now = time.monotonic()
+    for connection, due in list(self._due.items()):
+      if now > due:
+        with contextlib.suppress(OSError):
+          connection.shutdown(socket.SHUT_RDWR)
 
   def handle_error(self, request: Any, client_address: Any) -> None:
     """Says nothing: it is of one connection, and its client hears of it."""
