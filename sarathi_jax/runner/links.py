@@ -14,7 +14,7 @@ import threading
 import time
 
 _MAX_BYTES = 1 << 30  # of a message
-_SEND_S = 10  # One that takes nothing for so long hangs, and is as good as gone.
+_SEND_S = 10  # One that takes nothing for so long is as good as gone.
 # A host that vanished without a word is known to be gone after ten seconds.
 _TCP_OPTIONS = {'TCP_NODELAY': 1, 'TCP_KEEPIDLE': 3, 'TCP_KEEPINTVL': 2,
                 'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': 10_000}

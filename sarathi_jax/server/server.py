@@ -13,9 +13,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-import functools
-import signal
+from collections.abc import Callable
 import socket
 from typing import Any
 
@@ -33,6 +31,7 @@ from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import gateway
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.server import signals
 from sarathi_jax.server.guard import auth
 from sarathi_jax.server.guard import tls
 from sarathi_jax.server.protocols import control_v1
@@ -65,9 +64,6 @@ _STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
            f'/{open_inference.NAME}/ModelInfer',
            f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# In place of a signal: the server can't go on, or `Server.leave` was called.
-_FAILED, _LEFT = -1, -2
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
 _GRACE_S = 1.0
@@ -312,61 +308,17 @@ async def serve(server: Server,
     ConfigError: the address can't be had.
     Exception: whatever make_engine raised.
   """
-  signals = _Signals()
-  loop = asyncio.get_running_loop()
-  for number in _SIGNALS:
-    loop.add_signal_handler(number, signals.put_nowait, number)
-  server.on_failed, server.on_left = (
-    functools.partial(loop.call_soon_threadsafe, signals.put_nowait, number)
-    for number in (_FAILED, _LEFT))
+  heard = signals.Signals()
+  server.on_failed, server.on_left = heard.tellers()
   await server.start()
   try:
-    if cut := await _until_signal(server.warm(), signals):
-      return _exit_code(cut)
+    if cut := await heard.until(server.warm()):
+      return signals.exit_code(cut)
     on_ready(server.frontend.engine.info, server.port)
-    if await signals.get() == _FAILED:
-      return _exit_code(_FAILED)
-    if cut := await _until_signal(server.drain(), signals):
-      return _exit_code(cut)
+    if (number := await heard.get()) == signals.FAILED:
+      return signals.exit_code(number)
+    if cut := await heard.until(server.drain()):
+      return signals.exit_code(cut)
     return 0
   finally:
     await server.stop()
-
-
-class _Signals(asyncio.Queue[int]):
-  """Signals, and what stands for them.
-
-  Where all of several processes are told to end, the first one gets a signal
-  and hears of the others': that is a single wish.
-  """
-
-  _is_told = _is_left = False
-
-  def put_nowait(self, number: int) -> None:
-    if number == _LEFT:
-      if self._is_told or self._is_left:
-        return
-      self._is_left, number = True, signal.SIGTERM
-    elif number != _FAILED:
-      was_told, self._is_told = self._is_told, True
-      if self._is_left and not was_told:
-        return
-    super().put_nowait(number)
-
-
-def _exit_code(number: int) -> int:
-  return 1 if number == _FAILED else 128 + number
-
-
-async def _until_signal(work: Coroutine[Any, Any, None],
-                        signals: _Signals) -> int:
-  """Runs `work`, or as much of it as a signal, which is returned, leaves."""
-  tasks = (asyncio.create_task(work), asyncio.create_task(signals.get()))
-  done, undone = await asyncio.wait(
-    tasks, return_when=asyncio.FIRST_COMPLETED)
-  for task in undone:
-    task.cancel()
-  if tasks[0] in done:
-    await tasks[0]
-    return 0
-  return tasks[1].result()
