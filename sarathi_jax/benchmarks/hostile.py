@@ -39,7 +39,7 @@ def watch(pipe: Any, port: int) -> None:
       last = None
       async for _ in stub.Generate(pb.GenerateRequest(
           token_ids=pb.TokenIds(ids=[7]), sampling=pb.SamplingParams(
-            max_tokens=100_000, ignore_eos=True))):
+            fill_context=True, ignore_eos=True))):
         now = time.monotonic()
         longest = max(longest, now - (last or now))
         last = now

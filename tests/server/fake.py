@@ -214,23 +214,28 @@ class RunningServer:
 
 
 def main() -> None:
-  """PORT DRAIN_S [TOKENIZER-FOLDER]; without the last loading is stuck."""
+  """PORT DRAIN_S [TOKENIZER-FOLDER [HTTP-PORT]]; without a folder loading is
+  stuck, without HTTP requests may take hours."""
   from sarathi_jax.server import main as main_lib
 
-  port, drain_s, *folder = sys.argv[1:]
+  port, drain_s, *more = sys.argv[1:]
+  folder, http_port = (*more, None, None)[:2]
+  size = (dict(max_model_len=2**20, num_pages=2**18) if http_port is None else
+          dict(max_num_seqs=32, token_budget=64, num_pages=2**12))
 
   def make() -> engine_lib.Engine:
-    if not folder:
+    if folder is None:
       print('Stuck', flush=True)
       threading.Event().wait()
     # Steps take time: a client that is held up must not be too slow a reader.
     return make_engine(
       functools.partial(fake_runner.FakeRunner, step_s=0.005),
-      tokenizer_folder=pathlib.Path(folder[0]), max_model_len=2**20,
-      num_pages=2**18)
+      tokenizer_folder=pathlib.Path(folder), **size)
 
   main_lib.serve(
-    server_lib.ServerConfig(port=int(port), drain_s=float(drain_s)), make)
+    server_lib.ServerConfig(
+      port=int(port), drain_s=float(drain_s),
+      http_port=None if http_port is None else int(http_port)), make)
 
 
 if __name__ == '__main__':
