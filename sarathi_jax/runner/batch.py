@@ -237,28 +237,30 @@ def ladder(max_tokens: int, max_num_seqs: int, *,
            fine: bool = False) -> tuple[int, ...]:
   """Token counts to compile the step for, ascending.
 
-  Powers of two up to a half of the largest, then eighths of it in multiples
-  of 128: hybrid batches are near the budget nearly always, and padding there
-  is paid in full. The number of decodes at full load is one of them, too.
+  Powers of two up to a half of the largest, then eighths of it: hybrid batches
+  are near the budget nearly always, and padding there is paid in full. The
+  number of decodes at full load is one of them, too.
 
     ladder(512, 128) -> (8, 16, 32, 64, 128, 256, 384, 512)
+    ladder(512, 64, fine=True) -> (
+      8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
   Args:
     max_tokens: of a step.
     max_num_seqs: running at once.
-    fine: of decodes alone, one more between each two from 16 on: for devices
-      on which a step of few tokens takes longer with each, as it does not
-      where weights are read for as long as a hundred tokens are computed.
-      Processors compute eight or sixteen at a time.
+    fine: one more between each two from 16 on, and eighths in multiples of 32,
+      not of 128: for devices on which a step takes longer with each few tokens,
+      as it does not where weights are read for as long as a hundred tokens are
+      computed.
   """
-  most_decodes = min(max_num_seqs, max_tokens)
-  sizes = {max_tokens, most_decodes}
+  sizes = {max_tokens, min(max_num_seqs, max_tokens)}
   size = 8
   while size < max_tokens:
     sizes.add(size)
-    if fine and size >= 16 and size // 2 * 3 < most_decodes:
+    if fine and size >= 16 and size // 2 * 3 < max_tokens:
       sizes.add(size // 2 * 3)
     size *= 2
-  step = max(128, -(-max_tokens // 8 // 128) * 128)
+  tile = 32 if fine else 128
+  step = -(-max_tokens // 8 // tile) * tile or tile
   sizes.update(range(step, max_tokens, step)[max_tokens // 2 // step:])
   return tuple(sorted(sizes))

@@ -177,8 +177,10 @@ def test_fields_tile_the_buffer(num_tokens, num_rows, num_samples,
 
 def test_ladder_by_hand():
   assert batch_lib.ladder(512, 128) == (8, 16, 32, 64, 128, 256, 384, 512)
-  assert batch_lib.ladder(512, 128, fine=True) == (
-    8, 16, 24, 32, 48, 64, 96, 128, 256, 384, 512)
+  assert batch_lib.ladder(512, 64, fine=True) == (
+    8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+  assert batch_lib.ladder(128, 64, fine=True) == (
+    8, 16, 24, 32, 48, 64, 96, 128)
   assert batch_lib.ladder(4, 4, fine=True) == batch_lib.ladder(4, 4) == (4,)
   assert batch_lib.ladder(2048, 100) == (
     8, 16, 32, 64, 100, 128, 256, 512, 1024, 1280, 1536, 1792, 2048)
@@ -191,11 +193,12 @@ def test_ladder(max_tokens, max_num_seqs, fine):
   assert list(sizes) == sorted(set(sizes))
   assert sizes[0] >= 1 and sizes[-1] == max_tokens
   assert min(max_num_seqs, max_tokens) in sizes
-  eighth = -(-max_tokens // 8 // 128) * 128 or 128
+  tile = 32 if fine else 128
+  eighth = -(-max_tokens // 8 // tile) * tile or tile
   for below, above in zip((0, *sizes), sizes, strict=False):
     if above > max_tokens / 2 + eighth:
       assert above - below <= eighth  # Near the budget, where batches are.
     assert above <= max(2 * below, 8)  # At most half of a step is padding.
-    if fine and 16 < above <= max_num_seqs:  # Decodes alone: a third.
+    if fine and above > 16:  # A third.
       assert above <= 1.5 * below
   assert len(sizes) <= 12 + max_tokens.bit_length() * (1 + fine)
