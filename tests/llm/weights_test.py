@@ -78,7 +78,7 @@ def without(tree: Any, name: str) -> Any:
   (lambda p: {**p, 'embed': np.asarray(p['embed'])},
    ['params.embed', 'ndarray', 'jax.Array']),
   (lambda p: None, ['params: is a NoneType', 'a tree of arrays']),
-  (lambda p: iter([p]), ['params: is a list_iterator', 'a tree of arrays']),
+  (lambda p: 'path', ['params: is a str', 'a tree of arrays']),
 ])
 def test_wrong_weights_are_named_and_the_old_stay(llm, params, greedy, change,
                                                   words):
