@@ -55,7 +55,7 @@ def program(config: config_lib.EngineConfig) -> dict[str, Any]:
 
 def code_hash() -> str:
   """Of all Python files of ours."""
-  root = pathlib.Path(__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   digest = hashlib.sha256()
   for package in _PACKAGES:
     for path in sorted((root / package).rglob('*.py')):
