@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import enum
 import itertools
-import math
 import time
 from typing import Any
 import uuid
@@ -37,6 +36,7 @@ from sarathi_jax.server.queue import outbox
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Prompt = tokenizer_lib.Prompt
+_LEAST_CHAT = 2048  # bytes that reading one is taken for
 
 
 class State(enum.Enum):
@@ -281,8 +281,12 @@ class Frontend:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
     self._engine_thread.check_room(self._num_preparing + 1)
-    # How long a chat's template takes is its own affair.
-    size = math.inf if isinstance(prompt, list) else len(prompt)
+    size = len(prompt)
+    if isinstance(prompt, list):
+      # Not at once, however short: what its template does is its own affair.
+      parts: Any = prompt
+      size = max(_LEAST_CHAT, sum(
+        len(value) for part in parts for value in part.values()))
     self._num_preparing += 1
     try:
       return await messages.read(size, lambda: prepare(

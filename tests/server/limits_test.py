@@ -30,6 +30,7 @@ from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.protocols import status
 from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import absl_flags
@@ -367,6 +368,26 @@ def test_tokenizing_lets_other_threads_run() -> None:
   finally:
     is_over = True
     thread.join()
+
+
+def test_large_messages_hold_up_no_others() -> None:
+  is_over = threading.Event()
+
+  async def run() -> None:
+    try:
+      for _ in range(2):  # those whose clients left are read on, too
+        large = [asyncio.create_task(messages.read(1 << 20, is_over.wait))
+                 for _ in range(100)]
+        for size in (1, 2048, 65_536):
+          assert await asyncio.wait_for(
+            messages.read(size, lambda: 'read'), 5.0) == 'read'
+        for task in large[:50]:
+          task.cancel()
+    finally:
+      is_over.set()
+    assert await messages.read(1 << 20, lambda: 'read') == 'read'
+
+  asyncio.run(run())
 
 
 def test_texts_are_tokenized_as_the_library_does() -> None:
