@@ -160,9 +160,9 @@ def test_a_wrong_config_file_is_refused(tmp_path, text, words):
 def test_flags_load_no_jax():
   """So a wrong one is told at once."""
   code = (
-    'import sys; from sarathi_jax import flags; '
+    'import sys; from sarathi_jax.cli import flags; '
     'assert "jax" not in sys.modules')
-  root = pathlib.Path(__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   subprocess.run([sys.executable, '-c', code], check=True, cwd=root)
 
 
