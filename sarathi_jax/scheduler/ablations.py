@@ -17,8 +17,7 @@ class HybridOnlyScheduler(orca.OrcaScheduler):
   As Orca, but pages are taken for the prompt only.
   """
 
-  def _reserved(self, seq: sequence.Sequence) -> int:
-    return len(seq.tokens)
+  reserves_all = False
 
 
 class ChunkedOnlyScheduler(base.Scheduler):

@@ -260,6 +260,23 @@ class Scheduler(abc.ABC):
     urgency.insert(self.running, seq)
     return seq
 
+  def _admit_whole(self, now: float, budget: int, reserve: int = 0,
+                   ) -> Iterator[tuple[Sequence, int]]:
+    """Admits prompts, whole, and yields them as `_plan` does.
+
+    Args:
+      now: seconds on the engine's clock.
+      budget: their tokens, together.
+      reserve: the number of tokens to take pages for, where that is more
+        than a prompt has.
+    """
+    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
+      new = self._admit(now, reserve=max(reserve, len(head.tokens)))
+      if new is None:
+        break
+      budget -= new.num_left
+      yield new, new.num_left
+
   def _num_that_fit(self, seq: Sequence) -> int:
     """Tokens that could be computed next for `seq`, by pages alone."""
     num_pages = len(seq.pages) + self.pages.num_free

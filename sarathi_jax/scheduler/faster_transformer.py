@@ -18,11 +18,6 @@ class FasterTransformerScheduler(base.Scheduler):
     if self.running:
       for seq in decodes:
         yield seq, 1
-      return
-    budget = self.max_step_tokens(self.config)
-    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
-      new = self._admit(now, reserve=self.config.max_model_len)
-      if new is None:
-        break
-      budget -= new.num_left
-      yield new, new.num_left
+    else:
+      yield from self._admit_whole(now, self.max_step_tokens(self.config),
+                                   reserve=self.config.max_model_len)

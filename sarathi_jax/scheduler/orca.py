@@ -17,6 +17,8 @@ class OrcaScheduler(base.Scheduler):
   is ever preempted.
   """
 
+  reserves_all = True
+
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
     return (max(config.token_budget, config.max_model_len)
@@ -28,14 +30,5 @@ class OrcaScheduler(base.Scheduler):
     budget = self.max_step_tokens(self.config) - len(decodes)
     for seq in decodes:
       yield seq, 1
-    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
-      new = self._admit(now, reserve=self._reserved(head))
-      if new is None:
-        break
-      budget -= new.num_left
-      yield new, new.num_left
-
-  def _reserved(self, seq: sequence.Sequence) -> int:
-    """The tokens that pages are taken for when it is admitted."""
-    del seq
-    return self.config.max_model_len
+    yield from self._admit_whole(
+      now, budget, self.config.max_model_len if self.reserves_all else 0)
