@@ -61,8 +61,6 @@ def main() -> None:
   from checkpoints_convert import convert
   from checkpoints_convert import source
   from sarathi_jax.models import parallel
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.ERROR)  # orbax says a lot
   start = time.monotonic()
   plan = convert.convert(
     source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
@@ -78,4 +76,4 @@ def main() -> None:
 
 def run() -> None:
   """The console script `sarathi-convert`."""
-  mains.run(main)
+  mains.run(main, verbosity=logging.ERROR)

@@ -254,8 +254,6 @@ def _show(console: rich.console.Console, title: str,
 
 
 def main() -> None:
-  if not FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # JAX says a lot
   console = rich.console.Console(highlight=False)
   model = throughput.MODELS[FLAGS.model]
   workload = workload_lib.WorkloadConfig(
@@ -290,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags)
+  mains.run(main, define_flags, verbosity=logging.WARNING)

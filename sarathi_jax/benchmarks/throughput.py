@@ -109,8 +109,6 @@ def run(llm: llm_lib.LLM, workload: Workload, seed: int,
 
 
 def main() -> None:
-  if not FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # JAX says a lot
   xla_flags.set_environment(os.environ)
   console = rich.console.Console(highlight=False)
   model = MODELS[FLAGS.model]
@@ -162,4 +160,4 @@ def _report(console: rich.console.Console, config: config_lib.EngineConfig,
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags)
+  mains.run(main, define_flags, verbosity=logging.WARNING)

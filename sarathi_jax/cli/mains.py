@@ -9,13 +9,14 @@ from typing import Any
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from sarathi_jax import errors
 
 
 def run(main: Callable[..., Any],
         define_flags: Callable[[], object] = lambda: None, *,
-        takes_arguments: bool = False) -> None:
+        takes_arguments: bool = False, verbosity: int | None = None) -> None:
   """Runs a main, whose `--help` shows its module's docstring and flags.
 
   absl shows those of the module that Python was started with, which is
@@ -25,6 +26,8 @@ def run(main: Callable[..., Any],
     main: see `call`.
     define_flags: defines those that are not yet defined.
     takes_arguments: see `call`.
+    verbosity: of absl's log, where --verbosity does not say; None: absl's own.
+      JAX, which looks for TPUs, and Orbax say a lot.
   """
   define_flags()
   module = sys.modules[main.__module__]
@@ -32,7 +35,12 @@ def run(main: Callable[..., Any],
   for flag in flags.FLAGS.get_key_flags_for_module(module):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
-  app.run(lambda argv: call(main, argv, takes_arguments=takes_arguments))
+  def called(argv: Sequence[str]) -> Any:
+    if verbosity is not None and not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(verbosity)
+    return call(main, argv, takes_arguments=takes_arguments)
+
+  app.run(called)
 
 
 def call(main: Callable[..., Any], argv: Sequence[str], *,

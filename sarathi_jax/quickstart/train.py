@@ -163,8 +163,6 @@ def _held_out_loss(config: config_lib.LlamaConfig, params: Any,
 
 
 def main() -> None:
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # JAX looks for TPUs aloud.
   console = rich_console.Console(highlight=False)
   folder = pathlib.Path(_OUTPUT.value)
   learned, held_out = text.split(text.documents(_DOCUMENTS.value))
@@ -191,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  mains.run(main)
+  mains.run(main, verbosity=logging.WARNING)

@@ -61,8 +61,6 @@ def define_flags() -> None:
 
 def main(arguments: list[str]) -> None:
   _choose_checkpoint(arguments)
-  if not FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # JAX and Orbax say a lot
   config = server_flags.server_config_from_flags()
   engine_config = engine_flags.engine_config_from_flags()
   leader = _join(engine_config)
@@ -176,4 +174,5 @@ def _python() -> str:
 
 def run() -> None:
   """The console script sarathi-serve."""
-  mains.run(main, define_flags, takes_arguments=True)
+  mains.run(main, define_flags, takes_arguments=True,
+            verbosity=logging.WARNING)
