@@ -2,7 +2,8 @@
 """Chunks of prefills in plain JAX: matmuls, bound by arithmetic.
 
 A tile of a chunk's queries after the other meets the pages before it, some at
-once, with the online softmax.
+once, with the online softmax. All is transposed, queries side by side, so that
+what is summed and compared over keys are whole vectors.
 """
 
 from __future__ import annotations
@@ -44,42 +45,42 @@ def chunks(
     start = jnp.minimum(row, num_tokens - size)
     rows = start + jnp.arange(size)
     queries = lax.dynamic_slice_in_dim(q, start, size)
-    queries = queries.transpose(1, 2, 0, 3).reshape(
-      num_kv_heads, group * size, head_dim)
+    queries = queries.transpose(1, 3, 2, 0).reshape(
+      num_kv_heads, head_dim, group * size)
     at = row + kv_lens[s] - cu_q_lens[s + 1]  # position of `row`
     stop = jnp.minimum(at + size, kv_lens[s])
-    q_at = jnp.tile(at + rows - row, group)[:, None]
+    q_at = jnp.tile(at + rows - row, group)[None]
     first = 0 if sliding_window is None else (
       jnp.maximum(at - sliding_window + 1, 0) // block_size)
 
     def block(b: jax.Array, state: tuple[jax.Array, ...]):
       acc, top, norm = state
-      k_at = b * block_size + jnp.arange(block_size)
-      used = k_at[::page_size] < stop
+      k_at = (b * block_size + jnp.arange(block_size))[:, None]
+      used = k_at[::page_size, 0] < stop
       pages = jnp.where(used, lax.dynamic_slice(
         tables, (s, b * per_block), (1, per_block))[0], 0)
       k = _keys(k_pages, pages)
-      v = jnp.where((k_at < stop)[None, :, None], _values(v_pages, pages), 0)
-      scores = jnp.einsum('kth,khp->ktp', queries, k)
+      v = jnp.where((k_at < stop).T[None], _values(v_pages, pages), 0)
+      scores = jnp.einsum('kph,kht->kpt', k, queries)
       if (cap := options.soft_cap) is not None:
         scores = cap * jnp.tanh(scores / cap)
-      seen = k_at[None] <= q_at
+      seen = k_at <= q_at
       if sliding_window is not None:
-        seen &= k_at[None] > q_at - sliding_window
+        seen &= k_at > q_at - sliding_window
       scores = jnp.where(seen[None], scores, _MASKED)
-      new_top = jnp.maximum(top, scores.max(-1))
+      new_top = jnp.maximum(top, scores.max(1))
       decay = jnp.exp(top - new_top)
-      weights = jnp.exp(scores - new_top[..., None])
-      return (acc * decay[..., None] + jnp.einsum('ktp,kph->kth', weights, v),
-              new_top, norm * decay + weights.sum(-1))
+      weights = jnp.exp(scores - new_top[:, None])
+      return (acc * decay[:, None] + jnp.einsum('khp,kpt->kht', v, weights),
+              new_top, norm * decay + weights.sum(1))
 
     acc, _, norm = lax.fori_loop(
       first, (stop + block_size - 1) // block_size, block,
       (jnp.zeros_like(queries),
-       jnp.full(queries.shape[:2], _MASKED, jnp.float32),
-       jnp.zeros(queries.shape[:2], jnp.float32)))
-    new = (acc / norm[..., None]).reshape(
-      num_kv_heads, group, size, head_dim).transpose(2, 0, 1, 3)
+       jnp.full(queries.shape[::2], _MASKED, jnp.float32),
+       jnp.zeros(queries.shape[::2], jnp.float32)))
+    new = (acc / norm[:, None]).reshape(
+      num_kv_heads, head_dim, group, size).transpose(3, 0, 2, 1)
     mine = (rows >= row) & (rows < cu_q_lens[s + 1])
     old = lax.dynamic_slice_in_dim(out, start, size)
     return lax.dynamic_update_slice_in_dim(
@@ -96,22 +97,22 @@ def chunks(
 
 
 def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
-  """The keys of some pages, [K, h, len(pages) * page_size], float32."""
+  """The keys of some pages, [K, len(pages) * page_size, h], float32."""
   tiles = quantization.values_of(k_pages)[pages]
-  tiles = tiles.transpose(1, 3, 0, 2, 4)  # [K, h, pages, tiles, l]
+  tiles = tiles.transpose(1, 0, 2, 4, 3)  # [K, pages, tiles, l, h]
   keys = quantization.decode(
-    tiles.reshape(*tiles.shape[:2], -1), jnp.float32)
-  return keys * _scales(k_pages, pages)[:, None]
+    tiles.reshape(len(tiles), -1, tiles.shape[-1]), jnp.float32)
+  return keys * _scales(k_pages, pages)[..., None]
 
 
 def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
-  """The values of some pages, [K, len(pages) * page_size, h], float32."""
+  """The values of some pages, [K, h, len(pages) * page_size], float32."""
   tiles = quantization.values_of(v_pages)[pages]
-  tiles = tiles.transpose(1, 0, 3, 2, 4)  # [K, pages, page_size, h / l, l]
-  heads, count, page_size = tiles.shape[:3]
+  tiles = tiles.transpose(1, 2, 4, 0, 3)  # [K, h / l, l, pages, page_size]
+  heads, outer, lanes = tiles.shape[:3]
   values = quantization.decode(
-    tiles.reshape(heads, count * page_size, -1), jnp.float32)
-  return values * _scales(v_pages, pages)[..., None]
+    tiles.reshape(heads, outer * lanes, -1), jnp.float32)
+  return values * _scales(v_pages, pages)[:, None]
 
 
 def _scales(pages: quantization.Pages, indices: jax.Array) -> jax.Array:
