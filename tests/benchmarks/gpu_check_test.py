@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import archive
 from sarathi_jax.benchmarks.gpu import check
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import preflight
 from sarathi_jax.benchmarks.gpu import processes
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_done_is_said(
 # What a stage's process does, by its journal.
 POINTS = '''
 import os, pathlib, sys, time
-from sarathi_jax.benchmarks.gpu import journal
+from sarathi_jax.benchmarks import journal
 j = journal.Journal(pathlib.Path(sys.argv[1]))
 def crash(): os.kill(os.getpid(), 6)
 def hang(): time.sleep(60)

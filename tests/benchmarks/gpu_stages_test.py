@@ -10,9 +10,9 @@ import types
 import jax
 import pytest
 
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import engine
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import kernel_tests
 from sarathi_jax.benchmarks.gpu import sizes
 from sarathi_jax.benchmarks.gpu import stages

@@ -24,7 +24,7 @@ from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import tuning
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 
 _HEADS = arg_specs.HEADS['mistral-7b']

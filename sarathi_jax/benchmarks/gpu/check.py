@@ -37,8 +37,8 @@ import rich.console
 from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import archive
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import preflight
 from sarathi_jax.benchmarks.gpu import processes
 from sarathi_jax.benchmarks.gpu import sizes

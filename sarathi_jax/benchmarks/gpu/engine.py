@@ -19,9 +19,9 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks import throughput
 from sarathi_jax.benchmarks.gpu import idle
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import profile
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.models import config as model_config_lib

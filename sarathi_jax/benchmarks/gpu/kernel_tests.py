@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks import journal as journal_lib
 
 
 class _Recorder:

@@ -21,8 +21,8 @@ import numpy as np
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.aot import toolkit
 from pallas_kernels.ragged_paged_attention import arg_specs
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import engine
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import sizes
 from sarathi_jax.benchmarks.gpu import timing
 

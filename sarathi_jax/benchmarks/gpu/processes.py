@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
+from sarathi_jax.benchmarks import journal as journal_lib
 
 # A process that fails with this says why in its last line, and all end.
 USAGE_ERROR = 2

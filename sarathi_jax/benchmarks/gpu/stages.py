@@ -12,10 +12,10 @@ from typing import Any
 
 from absl import flags
 
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks import live_capacity
 from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import engine
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import kernel_tests
 from sarathi_jax.benchmarks.gpu import preflight
 from sarathi_jax.benchmarks.gpu import sizes

@@ -13,8 +13,8 @@ import numpy as np
 
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import tuning
+from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import attention
-from sarathi_jax.benchmarks.gpu import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
 
 
