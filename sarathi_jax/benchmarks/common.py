@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shlex
+import shutil
+import sys
 from typing import Any
+
+import rich.console
+import rich.progress
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 
 _PACKAGES = ('jax', 'jaxlib', 'numpy', 'sarathi-jax', 'tokenizers')
 
@@ -44,6 +54,53 @@ def _without_folder(value: Any) -> Any:
   return os.path.basename(value) if is_path else value
 
 
+class PeerError(errors.SarathiError):
+  """What a benchmark started failed; with its last words."""
+
+
+def check_program(flag: str, path: str) -> None:
+  """Raises ConfigError if a flag's value is no program."""
+  config_lib.check(
+    shutil.which(path) is not None, flag, path, 'must be a program')
+
+
+def progress(console: rich.console.Console) -> rich.progress.Progress:
+  """Bars that tell how much of it is done, how long it took and will take.
+
+  Redrawn once a second: what is measured shares the processor.
+  """
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
+    rich.progress.TaskProgressColumn(), rich.progress.TimeElapsedColumn(),
+    rich.progress.TextColumn('left'), rich.progress.TimeRemainingColumn(
+      compact=True, elapsed_when_finished=True),
+    console=console, transient=True, refresh_per_second=1)
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+  """What to type for the same again, but for where files lie."""
+  return shlex.join(['python', '-m', f'sarathi_jax.benchmarks.{module}', *(
+    f'{name}={_without_folder(value)}' if is_given else argument
+    for argument in arguments
+    for name, is_given, value in [argument.partition('=')])])
+
+
+def flag_values(benchmark: str, flags: Any) -> dict[str, Any]:
+  """The flags of a benchmark, and the engine's.
+
+  Args:
+    benchmark: its module's name.
+    flags: absl's FLAGS.
+  """
+  # absl names the main module by its file, others by their dotted names.
+  ours = (f'{benchmark.replace(".", "/")}.py', f'.{benchmark}',
+          'sarathi_jax.cli.flags')
+  return {
+    flag.name: _without_folder(flag.value)
+    for module, defined in flags.flags_by_module_dict().items()
+    if module.endswith(ours) for flag in defined}
+
+
 def write_json(path: str | None, benchmark: str, flags: Any,
                results: Any, **more: Any) -> None:
   """Writes results with their circumstances; does nothing without a path.
@@ -57,14 +114,8 @@ def write_json(path: str | None, benchmark: str, flags: Any,
   """
   if not path:
     return
-  # absl names the main module by its file, others by their dotted names.
-  ours = (f'{benchmark.replace(".", "/")}.py', f'.{benchmark}',
-          'sarathi_jax.cli.flags')
-  values = {
-    flag.name: _without_folder(flag.value)
-    for module, defined in flags.flags_by_module_dict().items()
-    if module.endswith(ours) for flag in defined}
   pathlib.Path(path).write_text(json.dumps({
     'benchmark': benchmark, 'date': datetime.date.today().isoformat(),
-    'machine': machine(), **more, 'flags': values, 'results': results,
+    'command': command(benchmark, sys.argv[1:]), 'machine': machine(), **more,
+    'flags': flag_values(benchmark, flags), 'results': results,
   }, indent=1) + '\n')

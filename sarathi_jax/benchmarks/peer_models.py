@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The random models that engines are compared on, made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+from sarathi_jax import config as config_lib
+from sarathi_jax.benchmarks import common
+
+WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
+SIZES = ('43m', '150m')
+
+
+def llama(size: str, python: str) -> pathlib.Path:
+  """The folder of a random Llama as transformers writes it, float32.
+
+  Args:
+    size: one of `SIZES`.
+    python: of an environment with torch and transformers.
+  """
+  return _once(_folder() / f'llama-{size}', lambda folder: _run(
+    [python, str(WORKERS / 'make_model.py'), str(folder), size]))
+
+
+def openvino(model: pathlib.Path, python: str) -> pathlib.Path:
+  """The folder of a model exported for OpenVINO, beside it.
+
+  Args:
+    model: a folder of transformers'.
+    python: of an environment with optimum-intel.
+  """
+  command = pathlib.Path(python).parent / 'optimum-cli'
+  return _once(model.with_name(f'{model.name}-openvino'), lambda folder: _run([
+    str(command), 'export', 'openvino', '--model', str(model), '--task',
+    'text-generation-with-past', '--weight-format', 'fp32', str(folder)]))
+
+
+def _folder() -> pathlib.Path:
+  return pathlib.Path(config_lib.default_cache_dir()) / 'peers'
+
+
+def _once(path: pathlib.Path,
+          make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+  """Makes a folder if it is not there, and never a half of it."""
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(dir=path.parent))
+    try:
+      make(part)
+      part.chmod(0o755)
+      os.rename(part, path)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
+  return path
+
+
+def _run(command: Sequence[str]) -> None:
+  """Runs a program of a peer; PeerError with its last words."""
+  done = subprocess.run(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    check=False)
+  if done.returncode:
+    raise common.PeerError(
+      f'{" ".join(command)} failed:\n{done.stdout[-4000:]}')
