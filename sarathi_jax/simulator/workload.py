@@ -73,7 +73,16 @@ DATASETS: Mapping[str, Lengths] = {
     probabilities=(0, .25, .5, .75, .9, .99, 1), cap=16384,
     prompt=(1000, 5167, 7059, 9494, 12985, 15600, 16300),
     output=(20, 158, 208, 265, 371, 408, 600)),
+  # Ours, for models of 1,024 tokens: log-normal lengths of these medians, a
+  # prompt's varying the more (sigma 0.9 and 0.6), and cut at both ends.
+  'short_chat': Lengths(
+    probabilities=(0, .01, .05, .1, .25, .5, .75, .87, .93, 1), cap=1020,
+    prompt=(16, 30, 56, 77, 133, 245, 449, 674, 900, 900),
+    output=(8, 15, 22, 28, 40, 60, 90, 118, 120, 120)),
 }
+SOURCES = (
+  f'Lengths: {", ".join(DATASETS)} (the first two are the paper\'s), or a CSV '
+  f'with {", ".join(_COLUMNS)} and maybe arrived_at.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +173,16 @@ class Workload:
   def tier(self, i: int) -> str:
     """Of a request; see `types.Request`."""
     return types.TIERS[int(self.is_batch[i])]
+
+
+def check_fits(workload: Workload, max_model_len: int) -> None:
+  """Raises ConfigError if a server can't serve such requests."""
+  longest = int((workload.prompt_lens + workload.output_lens).max())
+  if longest > max_model_len:
+    raise errors.ConfigError(
+      f'workload: a request of {longest} tokens, prompt and output, exceeds '
+      f'the server\'s max_model_len={max_model_len}; a --length_scale '
+      f'below {max_model_len / longest:.3g} makes them shorter.')
 
 
 def make(config: WorkloadConfig) -> Workload:

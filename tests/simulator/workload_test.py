@@ -34,6 +34,20 @@ def test_datasets_have_the_quantiles_of_the_paper(name: str) -> None:
   assert (made.prompt_lens + made.output_lens).max() <= cap
 
 
+def test_short_chats_are_log_normal_and_cut() -> None:
+  made = workload.make(Config(source='short_chat', num_requests=50_000))
+  rng = np.random.default_rng(0)
+  for lens, (mean, sigma, least, most) in (
+      (made.prompt_lens, (5.5, 0.9, 16, 900)),
+      (made.output_lens, (4.1, 0.6, 8, 120))):
+    expected = rng.lognormal(mean, sigma, 50_000).clip(least, most)
+    for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+      assert np.quantile(lens, q) == pytest.approx(
+        np.quantile(expected, q), rel=0.05)
+    assert lens.mean() == pytest.approx(expected.mean(), rel=0.05)
+    assert least <= lens.min() and lens.max() == most
+
+
 @pytest.mark.parametrize(('arrivals', 'cv'), [('poisson', 1), ('gamma', 3)])
 def test_gaps_have_the_rate_and_variation_asked_for(
     arrivals: str, cv: float) -> None:

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An open-loop client: sends requests when they come, and times the tokens.
+
+A request is sent at its time whether or not earlier ones are done, so a server
+that falls behind is not spared. What is measured is what a user would see:
+
+- TTFT, the time to the first token, is from when the request was to come, not
+  from when a late client sent it.
+- TBT, the time between tokens, has a value for each token but the first. Of
+  tokens that come in one message the first one has waited for all of them, and
+  the others not at all: their gaps are 0. So a server that sends less often has
+  the same mean, and longer tails; `Seen.tokens_per_message` tells which do.
+- Where a run is cut, what has been waited for so far counts as if it had come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+import dataclasses
+import math
+import time
+from typing import NamedTuple, Protocol
+
+import grpc
+import numpy as np
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.engine import metrics as metrics_lib
+from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server import sarathi_pb2_grpc
+from sarathi_jax.simulator import workload as workload_lib
+
+_LOOK_S = 1.0  # between two looks of `stop_when`
+
+
+class RequestError(errors.SarathiError):
+  """A server refused a request, or broke off its answer; the reason."""
+
+
+class Request(NamedTuple):
+  """What a server is asked for, greedily.
+
+  Attributes:
+    arrives_s: when it is to be sent, from the start.
+    token_ids: the prompt.
+    max_tokens: the output's length; ends of sequence are ignored.
+    tier: see `types.Request`; only sarathi.v1 has them.
+  """
+
+  arrives_s: float
+  token_ids: Sequence[int]
+  max_tokens: int
+  tier: str = types.TIERS[0]
+
+
+class Message(NamedTuple):
+  """What a server sent at once.
+
+  Attributes:
+    token_ids: of the output. Servers that tell none of them have zeros.
+    scheduling_delay_s: what it says that the request waited for its first
+      step, if it does, in the last message.
+  """
+
+  token_ids: Sequence[int]
+  scheduling_delay_s: float | None = None
+
+
+Ask = Callable[[Request], AsyncIterator[Message]]
+
+
+class Target(Protocol):
+  """A server by some protocol."""
+
+  def open(self) -> contextlib.AbstractAsyncContextManager[Ask]:
+    """Returns what asks it, within an event loop; raises RequestError."""
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+  """What became of a request. Times are seconds.
+
+  Attributes:
+    error: '' if it was served.
+    late_s: by how much it was sent too late.
+    token_ids: of the output.
+    num_messages: that these came in.
+    ttft_s: see above; None before there was a token.
+    longest_gap_s: between two tokens.
+    e2e_s: from its arrival to its last token; None before that.
+    scheduling_delay_s: what the server says of it.
+    is_cut: the run ended first; the times are what they were by then.
+  """
+
+  error: str = ''
+  late_s: float = 0.0
+  token_ids: list[int] = dataclasses.field(default_factory=list)
+  num_messages: int = 0
+  ttft_s: float | None = None
+  longest_gap_s: float = 0.0
+  e2e_s: float | None = None
+  scheduling_delay_s: float | None = None
+  is_cut: bool = False
+
+  def meets(self, ttft_s: float, tbt_s: float) -> bool:
+    """Whether it was served within limits."""
+    return (not self.error and not self.is_cut and self.ttft_s is not None
+            and self.ttft_s <= ttft_s and self.longest_gap_s <= tbt_s)
+
+
+@dataclasses.dataclass(slots=True)
+class Seen:
+  """What a run saw.
+
+  Attributes:
+    outcomes: a request each, in their order.
+    tbt_s: gaps between tokens of interactive requests: the SLO is theirs.
+    seconds: from the start to the last answer.
+    is_stopped: it was ended early.
+  """
+
+  outcomes: list[Outcome]
+  tbt_s: metrics_lib.Quantiles = dataclasses.field(
+    default_factory=metrics_lib.Quantiles)
+  seconds: float = 0.0
+  is_stopped: bool = False
+
+  def quantiles(self, name: str) -> metrics_lib.Quantiles:
+    """Of a time of outcomes, by its name; those that are None left out."""
+    found = metrics_lib.Quantiles()
+    found.add(value for outcome in self.outcomes
+              if (value := getattr(outcome, name)) is not None)
+    return found
+
+  @property
+  def num_tokens(self) -> int:
+    return sum(len(o.token_ids) for o in self.outcomes)
+
+  @property
+  def tokens_per_message(self) -> float:
+    return self.num_tokens / max(sum(o.num_messages for o in self.outcomes), 1)
+
+  @property
+  def errors(self) -> list[str]:
+    """The distinct ones."""
+    return sorted({o.error for o in self.outcomes if o.error})
+
+
+def requests(workload: workload_lib.Workload, vocab_size: int,
+             seed: int = 0) -> list[Request]:
+  """A workload's requests, with random prompts.
+
+  No two begin alike, so that no server has one in its cache.
+  """
+  rng = np.random.default_rng([seed, vocab_size])
+  return [
+    Request(float(workload.arrived_at[i]),
+            rng.integers(vocab_size, size=workload.prompt_lens[i]).tolist(),
+            int(workload.output_lens[i]), workload.tier(i))
+    for i in range(len(workload))]
+
+
+async def run(target: Target, asked: Sequence[Request], *,
+              limit_s: float = math.inf,
+              stop_when: Callable[[Seen], bool] = lambda seen: False) -> Seen:
+  """Sends every request at its time and sees what comes back when.
+
+  Args:
+    target: whom to send them to.
+    asked: what is sent.
+    limit_s: when to cut what is still going on, from the start.
+    stop_when: looked at once a second; a run ends where it is true.
+
+  Raises:
+    RequestError: the server can't be reached. What it refuses is an outcome.
+  """
+  seen = Seen([Outcome() for _ in asked])
+  last_s = [request.arrives_s for request in asked]  # of its tokens
+  async with target.open() as ask:
+    began = time.monotonic()
+
+    async def one(i: int) -> None:
+      request, outcome = asked[i], seen.outcomes[i]
+      await asyncio.sleep(began + request.arrives_s - time.monotonic())
+      outcome.late_s = time.monotonic() - began - request.arrives_s
+      try:
+        async for message in ask(request):
+          if message.token_ids:
+            now = time.monotonic() - began
+            _note(seen, request, outcome, now - last_s[i],
+                  len(message.token_ids))
+            outcome.e2e_s = now - request.arrives_s
+            outcome.token_ids += message.token_ids
+            outcome.num_messages += 1
+            last_s[i] = now
+          if message.scheduling_delay_s is not None:
+            outcome.scheduling_delay_s = message.scheduling_delay_s
+        if len(outcome.token_ids) != request.max_tokens:
+          outcome.error = (f'{len(outcome.token_ids)} of {request.max_tokens} '
+                           'tokens came')
+      except RequestError as error:
+        outcome.error = str(error)
+
+    tasks = {asyncio.create_task(one(i)): i for i in range(len(asked))}
+    left = set(tasks)
+    try:
+      while left and not seen.is_stopped:
+        until = min(_LOOK_S, began + limit_s - time.monotonic())
+        if until <= 0:
+          break
+        done, left = await asyncio.wait(left, timeout=until)
+        for task in done:
+          task.result()
+        seen.is_stopped = stop_when(seen)
+    finally:
+      seen.seconds = time.monotonic() - began
+      for task in left:
+        task.cancel()
+      await asyncio.gather(*left, return_exceptions=True)
+  for task in left:
+    i = tasks[task]
+    seen.outcomes[i].is_cut = True
+    if seen.seconds > asked[i].arrives_s:
+      _note(seen, asked[i], seen.outcomes[i], seen.seconds - last_s[i], 1)
+  return seen
+
+
+def _note(seen: Seen, request: Request, outcome: Outcome, waited_s: float,
+          num_tokens: int) -> None:
+  """Takes note of tokens that came at once, after a wait."""
+  if outcome.ttft_s is None:
+    outcome.ttft_s = waited_s
+    gaps = [0.0] * (num_tokens - 1)
+  else:
+    outcome.longest_gap_s = max(outcome.longest_gap_s, waited_s)
+    gaps = [waited_s] + [0.0] * (num_tokens - 1)
+  if request.tier == types.TIERS[0]:
+    seen.tbt_s.add(gaps)
+
+
+class GrpcTarget:
+  """A server of sarathi.v1 at HOST:PORT."""
+
+  def __init__(self, address: str) -> None:
+    self._address = address
+
+  def info(self, timeout_s: float) -> pb.GetModelInfoResponse:
+    """What it says of itself, once it is there.
+
+    Raises:
+      RequestError: it gives no answer in time.
+    """
+    with grpc.insecure_channel(self._address) as channel:
+      stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
+      try:
+        info: pb.GetModelInfoResponse = stub.GetModelInfo(
+          pb.GetModelInfoRequest(), timeout=timeout_s, wait_for_ready=True)
+        return info
+      except grpc.RpcError as error:
+        raise RequestError(error.details()) from error
+
+  @contextlib.asynccontextmanager
+  async def open(self) -> AsyncIterator[Ask]:
+    async with grpc.aio.insecure_channel(self._address) as channel:
+      stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
+      try:
+        await stub.GetModelInfo(pb.GetModelInfoRequest())
+      except grpc.RpcError as error:
+        raise _refusal(error) from error
+
+      async def ask(request: Request) -> AsyncIterator[Message]:
+        call = stub.Generate(pb.GenerateRequest(
+          tier=request.tier, token_ids=pb.TokenIds(ids=request.token_ids),
+          sampling=pb.SamplingParams(
+            temperature=0, ignore_eos=True, max_tokens=request.max_tokens)))
+        try:
+          async for response in call:
+            timing = response.finished.timing
+            yield Message(
+              response.token_ids,
+              timing.scheduling_delay_s
+              if timing.HasField('scheduling_delay_s') else None)
+        except grpc.RpcError as error:
+          raise _refusal(error) from error
+
+      yield ask
+
+
+def _refusal(error: grpc.RpcError) -> RequestError:
+  assert isinstance(error, grpc.aio.AioRpcError)
+  return RequestError(f'{error.code().name}: {error.details()}')
