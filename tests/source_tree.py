@@ -84,13 +84,15 @@ def read_imports(file: File, ours: frozenset[str]) -> Iterator[Import]:
   for node, is_lazy in _walk(file.tree, False):
     for name in _imported(node, ours):
       first = name.partition('.')[0]
+      if first in sys.stdlib_module_names:
+        continue
       # Scripts see their neighbours so.
       beside = module_name(folder / f'{first}.py')
       if first in FOLDERS:
         yield Import(name, is_lazy)
       elif beside in ours:
         yield Import(beside, is_lazy)
-      elif first not in sys.stdlib_module_names:
+      else:
         yield Import(first, is_lazy)
 
 
