@@ -108,38 +108,47 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
     raise errors.CheckpointError(
       f'{folder}: neither a converted checkpoint, with {checkpoint.METADATA}, '
       'nor one of Hugging Face, with config.json.')
-  from checkpoints_convert import convert
-  from checkpoints_convert import hf_config
   from checkpoints_convert import source
-  from checkpoints_convert import staging
-  from checkpoints_convert import transforms
   origin = source.locate(str(path_or_hub_id))
   target = _kept(pathlib.Path(cache_dir), origin)
   _tell_of_older(pathlib.Path(cache_dir), origin, say)
   if not sampling_defaults and not target.is_dir():
     # What it makes lacks what others may want.
     target = target.with_name(f'{target.name}-nosampling_defaults')
+  if not (target / checkpoint.METADATA).is_file():
+    _convert(
+      str(path_or_hub_id), origin, target, on_model=on_model, say=say, bar=bar,
+      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite)
+  found = checkpoint.load_metadata(target).source.get('nonfinite')
+  if found and not allow_nonfinite:  # Somebody else allowed them.
+    from checkpoints_convert import transforms
+    raise transforms.nonfinite_error(found)
+  return target
+
+
+def _convert(name: str, origin: pathlib.Path, target: pathlib.Path, *,
+             on_model: OnModel, say: Say, bar: Bar | None,
+             **options: Any) -> None:
+  """Converts, or waits for another process that does."""
+  from checkpoints_convert import convert
+  from checkpoints_convert import hf_config
+  from checkpoints_convert import staging
   has_waited = False
   while not (target / checkpoint.METADATA).is_file():
     on_model(hf_config.read(origin)[0])
     try:
       convert.convert(
-        origin, target, bar=bar or convert.no_bar,
-        sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite)
+        origin, target, bar=bar or convert.no_bar, **options)
     except staging.BusyError:
       if not has_waited:
         has_waited = True
-        say(f'Another process converts {path_or_hub_id} into {target}; '
-            'waiting for it ...')
+        say(f'Another process converts {name} into {target}; waiting for it '
+            '...')
       staging.wait_for_other(target)
     except errors.CheckpointError:
       # Another may have made it meanwhile.
       if not (target / checkpoint.METADATA).is_file():
         raise
-  found = checkpoint.load_metadata(target).source.get('nonfinite')
-  if found and not allow_nonfinite:  # Somebody else allowed them.
-    raise transforms.nonfinite_error(found)
-  return target
 
 
 def _warn_of_older(opened: checkpoint.Checkpoint) -> None:

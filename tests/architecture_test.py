@@ -39,7 +39,8 @@ class Layer(NamedTuple):
 LAYERS: Mapping[str, Layer] = {
   'base': Layer(('sarathi_jax.types', 'sarathi_jax.config',
                  'sarathi_jax.errors', 'sarathi_jax.sampling_params',
-                 'sarathi_jax.xla_flags', 'sarathi_jax'),
+                 'sarathi_jax.source_hash', 'sarathi_jax.xla_flags',
+                 'sarathi_jax'),
                 ('~llm',)),
   'kernels': Layer(('pallas_kernels',)),
   'scheduler': Layer(('sarathi_jax.scheduler',)),

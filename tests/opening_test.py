@@ -263,3 +263,17 @@ def test_what_makers_recommend_can_be_left_out(
   convert.convert(folder, made)
   assert sampling(made) == {'top_k': 5}
   assert sampling(made, sampling_defaults=False) == {}
+
+
+def test_what_was_converted_is_found_without_the_converter(
+    tmp_path: pathlib.Path) -> None:
+  source = fake.llama(tmp_path / 'hf')
+  target = opening.resolve(source, tmp_path / 'cache')
+  script = ('import sys; from sarathi_jax import opening; '
+            f'print(opening.resolve({str(source)!r}, '
+            f'{str(tmp_path / "cache")!r})); '
+            'print(sorted({"jax", "orbax", "checkpoints_convert.convert"} '
+            '& set(sys.modules)))')
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True,
+                        text=True, check=True)
+  assert done.stdout == f'{target}\n[]\n'

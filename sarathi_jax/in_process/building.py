@@ -113,11 +113,11 @@ def build_runner(
       f'XLA_FLAGS lacks {unset}, without which steps take longer. Set it '
       'before JAX first computes: sarathi_jax.xla_flags.set_environment('
       'os.environ).', RuntimeWarning, stacklevel=2)
-  with compiled.kept_in(_compilation_cache_dir(config)):
+  with compiled.kept_in(_compilation_cache_dir(config)) as kept:
     return device_runner.DeviceRunner(
       model, params, mesh, config,
       functools.partial(scheduler_lib.max_step_tokens, config),
-      on_compiled, leader)
+      on_compiled, leader, kept=kept)
 
 
 def build_engine(

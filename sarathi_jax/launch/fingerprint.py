@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -24,8 +23,8 @@ import numpy as np
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
+from sarathi_jax import source_hash
 
-_PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
 _VERSIONS = ('jax', 'jaxlib')
 # What of JAX's configuration changes programs.
 _JAX_CONFIG = ('jax_platforms', 'jax_enable_x64', 'jax_default_prng_impl',
@@ -49,19 +48,8 @@ def program(config: config_lib.EngineConfig) -> dict[str, Any]:
   facts['XLA_FLAGS'] = ' '.join(
     flag for flag in os.environ.get('XLA_FLAGS', '').split()
     if not _OWN_FLAGS.fullmatch(flag))
-  facts['the code\'s hash'] = code_hash()
+  facts['the code\'s hash'] = source_hash.source_hash()
   return facts
-
-
-def code_hash() -> str:
-  """Of all Python files of ours."""
-  root = pathlib.Path(__file__).parents[2]
-  digest = hashlib.sha256()
-  for package in _PACKAGES:
-    for path in sorted((root / package).rglob('*.py')):
-      digest.update(f'{path.relative_to(root)}\0'.encode())
-      digest.update(hashlib.sha256(path.read_bytes()).digest())
-  return digest.hexdigest()[:16]
 
 
 def weights(opened: checkpoint_lib.Checkpoint) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax._src import distributed  # It has no public name.
 from jax.experimental.compilation_cache import compilation_cache
 
 from sarathi_jax import errors
+from sarathi_jax.runner import kept
 
 _DIR = 'jax_compilation_cache_dir'
 _LEAST_S = 'jax_persistent_cache_min_compile_time_secs'
@@ -25,7 +26,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
-def kept_in(folder: str | None) -> Iterator[None]:
+def kept_in(folder: str | None) -> Iterator[kept.Kept]:
   """Has JAX keep what is compiled in the block, and look there first.
 
   What the program around it has set holds again behind the block.
@@ -34,26 +35,34 @@ def kept_in(folder: str | None) -> Iterator[None]:
     folder: made if need be; one that can't be written is only read, with a
       warning. None: nothing is changed.
 
+  Yields:
+    Where steps are kept, to be found without tracing them; nowhere, if
+    `folder` is None or there are several processes.
+
   Raises:
     ConfigError: it can't be.
   """
   if not folder:
-    yield
+    yield kept.NOWHERE
     return
   process = jax.process_index()
   if process:  # JAX's files are not written whole, so two may not share them.
     folder = str(pathlib.Path(folder) / f'process_{process}')
-  settings = {_DIR: folder, _LEAST_S: 0.0 if _make(folder) else _NEVER_S}
+  is_writable = _make(folder)
+  settings = {_DIR: folder, _LEAST_S: 0.0 if is_writable else _NEVER_S}
   # The path of XLA's own files, of matmuls' tuning, would be in the names of
   # JAX's: of a folder that was moved, nothing would be found. What was tuned
   # is in the compiled steps.
   if _XLA_CACHES.upper() not in os.environ:
     settings[_XLA_CACHES] = 'none'
+  steps = kept.NOWHERE
+  if jax.process_count() == 1:
+    steps = kept.Kept(pathlib.Path(folder), is_writable)
   before = {name: jax.config.values[name] for name in settings}
   _set(settings)
   try:
     with _as_first():
-      yield
+      yield steps
   finally:
     _set(before)
 

@@ -21,6 +21,7 @@ from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import hosts
+from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import packing
@@ -73,6 +74,7 @@ class DeviceRunner:
     leader: tells other processes of each step, if there are any.
     sizes: of the ladder, what is compiled now; None: all of it. The rest
       can't be run before `compile`.
+    kept: where steps compiled before are looked for, see `kept`.
 
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
@@ -90,7 +92,8 @@ class DeviceRunner:
                max_step_tokens: Callable[[int], int],
                on_compiled: OnCompiled = lambda done, total: None,
                leader: hosts.Leader | None = None,
-               sizes: Collection[int] | None = None) -> None:
+               sizes: Collection[int] | None = None,
+               kept: kept_lib.Kept = kept_lib.NOWHERE) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
     self._transposed = placement.are_transposed(params)
@@ -134,7 +137,7 @@ class DeviceRunner:
       self._start()
       self._programs.compile(
         self.num_pages, on_compiled,
-        self._programs.sizes if sizes is None else sizes)
+        self._programs.sizes if sizes is None else sizes, kept=kept)
     self._builder = batch_lib.BatchBuilder(
       config.max_num_seqs, self._programs.pages_per_seq)
 

@@ -16,12 +16,16 @@ from jax.sharding import Mesh
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
 OnCompiled = Callable[[int, int], object]  # (programs compiled, of how many)
+_Compiled = tuple[int, Any]  # a size and its step; None if it is to be made
+_Job = futures.Future[_Compiled]
+_TELL_S = 5.0
 
 
 class StepPrograms:
@@ -87,13 +91,8 @@ class StepPrograms:
     """The step of one size, lowered."""
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
-    leaves, treedef = jax.tree.flatten(
-      placement.shapes(
-        self._model, self._mesh, self._dtype, self._transposed))
-    spec = step.StepSpec(
-      self._model, self._mesh, layout, self._config.page_size,
-      self._config.attention,
-      jax.tree.map(lambda leaf: leaf.sharding, state))
+    leaves, treedef = jax.tree.flatten(self._weights())
+    spec = self._spec(size, state)
 
     def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.
@@ -108,25 +107,60 @@ class StepPrograms:
 
   def compile(self, num_pages: int, on_compiled: OnCompiled,
               sizes: Collection[int],
-              options: Mapping[str, Any] | None = None) -> None:
+              options: Mapping[str, Any] | None = None,
+              kept: kept_lib.Kept = kept_lib.NOWHERE) -> None:
     """Compiles some sizes, the largest first, several at a time.
 
     Args:
       num_pages: of the cache.
-      on_compiled: told of the progress.
+      on_compiled: told of the progress, and every few seconds without any.
       sizes: of `self.sizes`.
       options: of XLA, by name, beside those of the environment.
+      kept: where those that were compiled before are, and these will be.
     """
+    asked = sorted(sizes, reverse=True)
+    done: set[int] = set()
+
+    def gather(jobs: Collection[_Job], timeout_s: float = _TELL_S,
+               ) -> Collection[_Job]:
+      """Takes what is ready, tells how many are, and returns the rest."""
+      ready, rest = futures.wait(
+        jobs, timeout_s, return_when=futures.FIRST_COMPLETED)
+      for job in ready:
+        size, compiled = job.result()
+        if compiled is not None:
+          self._steps[size] = compiled
+          done.add(size)
+      on_compiled(len(done), len(asked))
+      return rest
+
+    def load(place: kept_lib.Place, size: int) -> _Compiled:
+      return size, place.load()
+
+    def compile_and_keep(place: kept_lib.Place, size: int,
+                         lowered: Any) -> _Compiled:
+      compiled = lowered.compile(dict(options or {}))
+      place.save(compiled)
+      return size, compiled
+
+    on_compiled(0, len(asked))
     pool = futures.ThreadPoolExecutor(max_workers=4)
     try:
-      jobs = {
-        pool.submit(
-          self.lower(n, num_pages).compile, dict(options or {})): n
-        for n in sorted(sizes, reverse=True)}
-      on_compiled(0, len(jobs))
-      for done, job in enumerate(futures.as_completed(jobs), 1):
-        self._steps[jobs[job]] = job.result()
-        on_compiled(done, len(jobs))
+      # What decides on programs may be a thread's own: it is read here.
+      places = {
+        n: kept.place(self._facts(n, num_pages, options),
+                      self._mesh.local_devices) for n in asked}
+      jobs: Collection[_Job] = [
+        pool.submit(load, place, n) for n, place in places.items()]
+      while jobs:
+        jobs = gather(jobs)
+      for n in asked:
+        if n not in done:
+          jobs = {*jobs, pool.submit(
+            compile_and_keep, places[n], n, self.lower(n, num_pages))}
+          jobs = gather(jobs, 0)
+      while jobs:
+        jobs = gather(jobs)
     finally:  # After Ctrl-C, which no compilation heeds, wait for none.
       pool.shutdown(wait=False, cancel_futures=True)
 
@@ -140,6 +174,24 @@ class StepPrograms:
 
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
+
+  def _weights(self) -> Any:
+    """As ShapeDtypeStruct."""
+    return placement.shapes(
+      self._model, self._mesh, self._dtype, self._transposed)
+
+  def _spec(self, size: int, state: state_lib.DeviceState) -> step.StepSpec:
+    return step.StepSpec(
+      self._model, self._mesh, self.layouts[size], self._config.page_size,
+      self._config.attention,
+      jax.tree.map(lambda leaf: leaf.sharding, state))
+
+  def _facts(self, size: int, num_pages: int,
+             options: Mapping[str, Any] | None) -> Any:
+    """All that `lower` and `compile` make a step of."""
+    state = self.state_shapes(num_pages)
+    return (self._spec(size, state), state, self._weights(),
+            sorted((options or {}).items()))
 
 
 def extra_bytes(compiled: Any) -> int:

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints_convert import convert
 from sarathi_jax import opening
+from sarathi_jax import source_hash
 from sarathi_jax.launch import fingerprint
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import joining
@@ -53,9 +54,11 @@ def test_versions_flags_and_code_are_named(
   monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=true')
   monkeypatch.setattr(fingerprint.importlib.metadata, 'version',
                       lambda name: f'{name} 9')
-  monkeypatch.setattr(fingerprint, '_PACKAGES', ('pallas_kernels',))
+  source_hash.source_hash.cache_clear()
+  monkeypatch.setattr(source_hash, '_PACKAGES', ('pallas_kernels',))
   with jax.default_matmul_precision('highest'):
     theirs = fingerprint.program(config)
+  source_hash.source_hash.cache_clear()
   assert set(differing(theirs, ours)) == {
     'jax\'s version', 'jaxlib\'s version', 'XLA_FLAGS',
     'jax_default_matmul_precision', 'the code\'s hash'}

@@ -51,7 +51,8 @@ def test_warm_up_compiles_exactly_the_ladder(served):
   sizes = batch_lib.ladder(16, 4)
   assert sizes == (4, 8, 16)
   assert served.compiled.count('jit(run)') == len(sizes)
-  assert served.progress == [(0, 3), (1, 3), (2, 3), (3, 3)]
+  assert served.progress == sorted(served.progress)
+  assert (served.progress[0], served.progress[-1]) == ((0, 3), (3, 3))
   engine = served.llm.engine
   assert [engine._runner.num_rows(n) for n in (1, 4, 5, 8, 9, 16)] == (
     [4, 4, 8, 8, 16, 16])
