@@ -13,6 +13,7 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from typing import Any
 
 import rich.console
@@ -38,6 +39,11 @@ def _cpu() -> str:
       if line.startswith('model name'):
         return line.split(':', 1)[1].strip()
   return platform.processor()
+
+
+def sleep_until(time_s: float) -> None:
+  """Waits on the clock of engines."""
+  time.sleep(max(0.0, time_s - time.monotonic()))
 
 
 def machine() -> dict[str, Any]:

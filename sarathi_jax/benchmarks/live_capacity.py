@@ -18,7 +18,6 @@ import dataclasses
 import gc
 import math
 import os
-import time
 from typing import Any
 
 from absl import flags
@@ -73,11 +72,6 @@ def define_flags() -> None:
   flags.DEFINE_string('json', None, 'File for the results.')
 
 
-def sleep_until(time_s: float) -> None:
-  """Waits on the clock of engines."""
-  time.sleep(max(0.0, time_s - time.monotonic()))
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
   """What is run: a model of random weights and a workload."""
@@ -116,7 +110,7 @@ class Setup:
 
     try:
       return simulate.drive(
-        engine, workload, wait_until=sleep_until, stop_when=watch)
+        engine, workload, wait_until=common.sleep_until, stop_when=watch)
     finally:
       self.progress.remove_task(task)
 
