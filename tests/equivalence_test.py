@@ -26,6 +26,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import programs
 from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
@@ -70,8 +71,12 @@ def kernel_runner(params) -> device_runner.DeviceRunner:
 
 @pytest.fixture(scope='module')
 def transposed_runner(params) -> device_runner.DeviceRunner:
-  """As a checkpoint is served on a CPU."""
-  return make_runner(params, 'xla', transpose=True)
+  """As a checkpoint of a large model is served on a CPU."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(programs, '_LARGE', 0)
+    runner = make_runner(params, 'xla', transpose=True)
+  assert [runner.num_rows(n) for n in (1, 2, 5)] == [1, 4, 8]
+  return runner
 
 
 @pytest.fixture(scope='module')

@@ -233,8 +233,12 @@ def sampling_of(rows: Any) -> dict[str, Any]:
     for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)}
 
 
-def ladder(max_tokens: int, max_num_seqs: int, *,
-           fine: bool = False) -> tuple[int, ...]:
+# Of eight tokens and fewer. Two take as long as four.
+_SMALL = (1, 4)
+
+
+def ladder(max_tokens: int, max_num_seqs: int, *, fine: bool = False,
+           small: bool = False) -> tuple[int, ...]:
   """Token counts to compile the step for, ascending.
 
   Powers of two up to a half of the largest, then eighths of it: hybrid batches
@@ -252,8 +256,12 @@ def ladder(max_tokens: int, max_num_seqs: int, *,
       not of 128: for devices on which a step takes longer with each few tokens,
       as it does not where weights are read for as long as a hundred tokens are
       computed.
+    small: also a single token, and four: for devices on which eight take
+      longer, and models large enough for that to be worth two programs more.
   """
   sizes = {max_tokens, min(max_num_seqs, max_tokens)}
+  if small:
+    sizes.update(n for n in _SMALL if n < max_tokens)
   size = 8
   while size < max_tokens:
     sizes.add(size)

@@ -27,6 +27,10 @@ _Compiled = tuple[int, Any]  # a size and its step; None if it is to be made
 _Job = futures.Future[_Compiled]
 _TELL_S = 5.0
 
+# Bytes of weights from which a processor's small steps take as long as it
+# reads them; those of smaller models are as short as their many operations.
+_LARGE = 32 << 20
+
 
 class StepPrograms:
   """The step, compiled for every size of the ladder.
@@ -56,9 +60,11 @@ class StepPrograms:
                max_model_len: int, max_step_tokens: int,
                transposed: bool = False) -> None:
     max_num_seqs = config.max_num_seqs
+    is_cpu = mesh.devices.flat[0].platform == 'cpu'
+    weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
     self.sizes = batch_lib.ladder(
-      max_step_tokens, max_num_seqs,
-      fine=mesh.devices.flat[0].platform == 'cpu')
+      max_step_tokens, max_num_seqs, fine=is_cpu,
+      small=is_cpu and weights >= _LARGE)
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of several sizes meet in a pipeline, so their rows are as many.

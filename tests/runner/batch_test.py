@@ -182,14 +182,18 @@ def test_ladder_by_hand():
   assert batch_lib.ladder(128, 64, fine=True) == (
     8, 16, 24, 32, 48, 64, 96, 128)
   assert batch_lib.ladder(4, 4, fine=True) == batch_lib.ladder(4, 4) == (4,)
+  assert batch_lib.ladder(512, 32, small=True) == (
+    1, 4, 8, 16, 32, 64, 128, 256, 384, 512)
+  assert batch_lib.ladder(4, 2, small=True) == (1, 2, 4)
+  assert batch_lib.ladder(1, 1, small=True) == (1,)
   assert batch_lib.ladder(2048, 100) == (
     8, 16, 32, 64, 100, 128, 256, 512, 1024, 1280, 1536, 1792, 2048)
 
 
 @given(max_tokens=st.integers(1, 20_000), max_num_seqs=st.integers(1, 2_000),
-       fine=st.booleans())
-def test_ladder(max_tokens, max_num_seqs, fine):
-  sizes = batch_lib.ladder(max_tokens, max_num_seqs, fine=fine)
+       fine=st.booleans(), small=st.booleans())
+def test_ladder(max_tokens, max_num_seqs, fine, small):
+  sizes = batch_lib.ladder(max_tokens, max_num_seqs, fine=fine, small=small)
   assert list(sizes) == sorted(set(sizes))
   assert sizes[0] >= 1 and sizes[-1] == max_tokens
   assert min(max_num_seqs, max_tokens) in sizes
@@ -201,4 +205,5 @@ def test_ladder(max_tokens, max_num_seqs, fine):
     assert above <= max(2 * below, 8)  # At most half of a step is padding.
     if fine and above > 16:  # A third.
       assert above <= 1.5 * below
-  assert len(sizes) <= 12 + max_tokens.bit_length() * (1 + fine)
+  assert len(sizes) <= 12 + max_tokens.bit_length() * (1 + fine) + 2 * small
+  assert not small or sizes[0] == 1

@@ -58,6 +58,17 @@ def test_warm_up_compiles_exactly_the_ladder(served):
     [4, 4, 8, 8, 16, 16])
 
 
+def test_large_models_have_steps_of_few_tokens_on_cpus():
+  def sizes(**of_model):
+    return programs.StepPrograms(
+      dataclasses.replace(MODEL, **of_model), mesh_lib.make(),
+      tiny.engine_config(token_budget=16, max_num_seqs=4), dtype=jnp.float32,
+      kv_dtype=jnp.float32, max_model_len=32, max_step_tokens=16).sizes
+
+  assert sizes() == (4, 8, 16)
+  assert sizes(vocab_size=1 << 20) == (1, 4, 8, 16)
+
+
 def test_what_is_compiled_can_be_chosen():
   config = tiny.engine_config(
     token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
