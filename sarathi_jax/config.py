@@ -17,6 +17,7 @@ from typing import Any
 from sarathi_jax import errors
 
 AUTO = 'auto'  # Chosen when it is known what for.
+DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 KV_CACHE_DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8', 'fp8')
 
 
@@ -95,6 +96,10 @@ class EngineConfig:
     look_ahead: launch a step before the one before it was fetched.
     short_prompt_share: the part of a step's prefill tokens that a prompt
       leaves to the prompts behind it, in [0, 1).
+    dtype: what a checkpoint's weights are served, and computed with, in:
+      'float32', 'bfloat16' or 'float16'; 'auto' for the checkpoint's own, but
+      on a CPU 'float32', as 16 bits take several times as long there. Live
+      weights are served in their own.
     kv_cache_dtype: 'auto' for the weights' ('float32' on a CPU), 'float32',
       'bfloat16' or 'float16'; 'int8' or 'fp8' (e4m3) for half the memory or
       less, with a scale for each token and head.
@@ -125,6 +130,7 @@ class EngineConfig:
   memory_utilization: float = 0.9
   look_ahead: bool = True
   short_prompt_share: float = 0.25
+  dtype: str = 'auto'
   kv_cache_dtype: str = 'auto'
   tbt_slo_ms: float | None = None
   ttft_slo_ms: float | None = None
@@ -171,6 +177,7 @@ _ENGINE_RULES: Mapping[str, Rule] = {
     lambda value: is_real(value) and 0 < value <= 1, 'must be in (0, 1]'),
   'short_prompt_share': (
     lambda value: is_real(value) and 0 <= value < 1, 'must be in [0, 1)'),
+  'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
   'look_ahead': FLAG,
   'seed': (lambda value: is_int(value) and 0 <= value < 2**63,

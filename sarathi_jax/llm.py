@@ -106,7 +106,8 @@ class LLM:
     words = tokenizing.tokenizer_of(tokenizer)
     eos_token_ids = tokenizing.eos_token_ids_of(
       eos_token_ids, tokenizer, words)
-    params = params_lib.check_params(model, params)
+    params = params_lib.check_params(model, params, (
+      None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)))
     with settings.own():
       mesh = building.make_mesh(
         model, config, users=mesh, axis_names=axis_names,
@@ -124,6 +125,7 @@ class LLM:
     engine['default_sampling'] = types.SamplingParams.defaults(
       engine['default_sampling'] or {})  # Told before anything is compiled.
     self.model = model
+    self._config = config
     self._leader = leader
     with progress.told(on_compiled, 'Compiling steps') as tell:
       self._runner = building.build_runner(
@@ -176,11 +178,11 @@ class LLM:
     metadata = opened.metadata
     with settings.own():
       mesh = make_mesh(metadata.model)
-      memory.check_weights(
-        metadata.model, config, mesh, jnp.dtype(metadata.dtype))
+      dtype = placement.choose_dtype(config.dtype, metadata.dtype, mesh)
+      memory.check_weights(metadata.model, config, mesh, dtype)
       with progress.told(on_loaded, 'Loading weights') as tell:
         placed = placement.load(
-          metadata.model, mesh, jnp.dtype(metadata.dtype), opened.read,
+          metadata.model, mesh, dtype, opened.read,
           transpose=placement.transposes(mesh), on_loaded=tell)
       llm = object.__new__(cls)
       llm._start(
@@ -257,12 +259,9 @@ class LLM:
     """
     opened = opening.open_checkpoint(
       path, cache_dir or config_lib.default_cache_dir(), **options)
-    if opened.metadata.model != self.model:
-      raise errors.CheckpointError(
-        f'{path}: is of another model than the one that is served.')
-    if jnp.dtype(opened.metadata.dtype) != self._dtype:
-      raise errors.CheckpointError(
-        f'{path}: is in {opened.metadata.dtype}, and {self._dtype} is served.')
+    building.check_same(
+      str(path), opened.metadata, self.model, self._dtype, self._config,
+      self._runner.mesh)
     return opened
 
   def load_weights(self, opened: checkpoint.Checkpoint) -> None:

@@ -37,7 +37,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   flags.DEFINE_string(
     'device', None, "The GPU: a100, a40 or h100; the config's by default. "
-    'cpu: this machine, which takes float32.')
+    'cpu: this machine.')
   flags.DEFINE_list('context', ['1024', '4096', '16384'],
                     'Lengths of sequences, to tell how many fit.')
   flags.DEFINE_integer(
@@ -48,15 +48,14 @@ def define_flags() -> None:
 
 
 def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
-  """The `runner.memory.MemoryPlan` of a deployment on CPU devices, float32."""
-  import jax.numpy as jnp
-
+  """The `runner.memory.MemoryPlan` of a deployment on CPU devices."""
   from sarathi_jax.in_process import building
   from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
-  dtype = jnp.dtype(jnp.float32)
-  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
+  from sarathi_jax.runner import placement
   mesh = building.make_mesh(model, config)
+  dtype = placement.choose_dtype(config.dtype, 'float32', mesh)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
   programs = building.step_programs(
     model, mesh, config, dtype=dtype, kv_dtype=kv_dtype)
 

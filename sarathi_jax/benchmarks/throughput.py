@@ -54,8 +54,6 @@ MODELS = {
 
 def define_flags() -> None:
   flags.DEFINE_enum('model', '43m', list(MODELS), 'Shape of the model.')
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'],
-                    'Of weights, compute and cache.')
   flags.DEFINE_integer('num_requests', 32, 'A run.')
   flags.DEFINE_list('prompt_lens', ['32', '64', '128', '256'],
                     'Lengths to draw from, tokens.')
@@ -120,7 +118,7 @@ def main() -> None:
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Making weights', total=None)
     params = models.init_params(
-      model, jax.random.key(0), jnp.dtype(FLAGS.dtype), scale=0.06)
+      model, jax.random.key(0), jnp.dtype(dtype_of(config)), scale=0.06)
 
     def on_compiled(done: int, total: int) -> None:
       progress.update(task, description='Compiling', completed=done,
@@ -136,6 +134,11 @@ def main() -> None:
   _report(console, config, llm, rows)
 
 
+def dtype_of(config: config_lib.EngineConfig) -> str:
+  """Of the weights that are made."""
+  return 'float32' if config.dtype == config_lib.AUTO else config.dtype
+
+
 def _shown(value: float | None) -> str:
   if value is None:
     return '-'
@@ -148,7 +151,7 @@ def _report(console: rich.console.Console, config: config_lib.EngineConfig,
   device = jax.devices()[0].device_kind
   table = rich.table.Table(
     '', *('warm-up' if i == 0 else f'run {i}' for i in range(len(rows))),
-    title=f'{FLAGS.model} {FLAGS.dtype} on {device}, {config.policy}, '
+    title=f'{FLAGS.model} {dtype_of(config)} on {device}, {config.policy}, '
     f'{config.token_budget} tokens a step')
   for name in rows[0]:
     table.add_row(name, *(_shown(row[name]) for row in rows))

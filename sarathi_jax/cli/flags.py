@@ -41,6 +41,10 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'short_prompt_share': (
     flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
     'leaves to shorter ones behind it.'),
+  'dtype': (
+    flags.DEFINE_string, 'Of a checkpoint\'s weights as they are served: '
+    f'{", ".join(config_lib.DTYPES)}; auto is the checkpoint\'s own, but '
+    'float32 on a CPU.'),
   'kv_cache_dtype': (
     flags.DEFINE_string, 'Of the KV cache: '
     f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),

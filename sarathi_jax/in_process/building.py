@@ -11,9 +11,12 @@ from typing import Any
 import warnings
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
@@ -24,6 +27,7 @@ from sarathi_jax.runner import compiled
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.scheduler import pacing
 from sarathi_jax.text import tokenizer as tokenizer_lib
@@ -71,6 +75,25 @@ def make_mesh(model: model_config_lib.ModelConfig,
     len(home) == 1, 'params', f'on {len(home)} devices', 'with neither tp, '
     'pp nor a mesh they must be on one')
   return mesh_lib.make(asked, list(home))
+
+
+def check_same(path: str, metadata: checkpoint.CheckpointMetadata,
+               model: model_config_lib.ModelConfig, dtype: Any,
+               config: config_lib.EngineConfig, mesh: Mesh) -> None:
+  """Raises CheckpointError if its weights can't replace those of an engine.
+
+  Args:
+    path: of the checkpoint.
+    metadata: of it.
+    model, dtype, config, mesh: of the engine.
+  """
+  if metadata.model != model:
+    raise errors.CheckpointError(
+      f'{path}: is of another model than the one that is served.')
+  if dtype not in (jnp.dtype(metadata.dtype), placement.choose_dtype(
+      config.dtype, metadata.dtype, mesh)):
+    raise errors.CheckpointError(
+      f'{path}: is in {metadata.dtype}, and {dtype} is served.')
 
 
 def step_programs(

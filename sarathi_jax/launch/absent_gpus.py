@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import rich.box
 import rich.table
 
@@ -25,9 +24,10 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import memory as memory_lib
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 
-_DTYPE = jnp.dtype(jnp.bfloat16)
+_DTYPE = 'bfloat16'  # of checkpoints, where `config.dtype` does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class StepResult:
 def check(name: str, model: model_config_lib.ModelConfig,
           config: config_lib.EngineConfig, device: str,
           tokens: int | None = None) -> StepResult:
-  """Compiles a step of a deployment, in bfloat16.
+  """Compiles a step of a deployment.
 
   Args:
     name: of the deployment.
@@ -85,18 +85,19 @@ def check(name: str, model: model_config_lib.ModelConfig,
   parallelism = parallel.Parallelism(tp=config.tp, pp=config.pp)
   parallelism.check(model)
   target = gpu_targets.get(device)
-  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, _DTYPE, 'gpu')
   mesh = mesh_lib.make(
     parallelism, compiler.devices_for(device, parallelism.num_devices))
+  dtype = placement.choose_dtype(config.dtype, _DTYPE, mesh)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
   with compiler.on(device):
     programs = building.step_programs(
       model, mesh, dataclasses.replace(
         config, attention=config.attention or 'pallas_triton'),
-      dtype=_DTYPE, kv_dtype=kv_dtype)
+      dtype=dtype, kv_dtype=kv_dtype)
 
     def plan(temporaries: int) -> memory_lib.MemoryPlan:
       return memory_lib.plan(
-        model, config, mesh, programs, dtype=_DTYPE, kv_dtype=kv_dtype,
+        model, config, mesh, programs, dtype=dtype, kv_dtype=kv_dtype,
         temporaries=temporaries,
         device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
 
@@ -123,7 +124,7 @@ def check(name: str, model: model_config_lib.ModelConfig,
   return StepResult(
     device, dataclasses.replace(case, problems=problems), memory,
     collectives.read(case.compiled.as_text()),
-    _least_sent(model, parallelism, programs.layouts[size]))
+    _least_sent(model, parallelism, programs.layouts[size], dtype))
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
@@ -148,13 +149,13 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
 
 def _least_sent(model: model_config_lib.ModelConfig,
                 parallelism: parallel.Parallelism,
-                layout: batch_lib.BatchLayout) -> int:
+                layout: batch_lib.BatchLayout, dtype: Any) -> int:
   """The sums of [T, D] of the layers and the embedding, and a stage's hop.
 
   The last layer of a model without stages sums rows that may be sampled from
   only.
   """
-  row = model.hidden_size * _DTYPE.itemsize
+  row = model.hidden_size * dtype.itemsize
   one, sums = layout.num_tokens * row, 0
   if parallelism.tp > 1:
     a_layer = model.sums_per_layer

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
@@ -70,22 +72,41 @@ class MemoryPlan:
     return min(self.max_num_seqs, self.num_pages // pages)
 
 
+def machine_bytes() -> int:
+  """The memory of this machine."""
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
 def check_weights(model: model_config_lib.ModelConfig,
                   config: config_lib.EngineConfig, mesh: jax.sharding.Mesh,
                   dtype: Any) -> None:
-  """Raises ConfigError if a device can't hold its part of the weights.
+  """Raises ConfigError if a device, or a CPU's machine, can't hold its part.
 
   To be called before any is read. What else is needed is known later.
   """
   needed = placement.bytes_of(placement.shapes(model, mesh, dtype))
   for device in mesh.local_devices:
-    stats = device.memory_stats() or {}
+    stats = device.memory_stats()
+    if stats is None:  # A CPU's, which can't tell.
+      _check_machine(config, needed * len(mesh.local_devices), dtype)
+      return
     usable = stats.get('bytes_limit', math.inf) * config.memory_utilization
     config_lib.check(
       needed <= usable, 'tp, pp',
       tuple(mesh.shape[axis] for axis in (mesh_lib.TP, mesh_lib.PP)),
       f'the weights take {needed / kv_cache.GIB:.3g} GiB of each device, and '
       f'{usable / kv_cache.GIB:.3g} GiB may be used; use more devices')
+
+
+def _check_machine(
+    config: config_lib.EngineConfig, needed: int, dtype: Any) -> None:
+  usable = machine_bytes()
+  config_lib.check(
+    needed <= usable, 'dtype', config.dtype,
+    f'the weights take {needed / kv_cache.GIB:.3g} GiB in {dtype}, and this '
+    f'machine has {usable / kv_cache.GIB:.3g} GiB of memory'
+    + ('; bfloat16 takes half of it, but several times as long'
+       if dtype == jnp.float32 else ''))
 
 
 def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,

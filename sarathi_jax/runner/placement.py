@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import Sharding
 import numpy as np
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax import params_reader
 from sarathi_jax.models import config as model_config_lib
@@ -72,6 +73,18 @@ class Place:
 def transposes(mesh: Mesh) -> bool:
   """Says whether its devices multiply faster with transposed matrices."""
   return mesh.devices.flat[0].platform == 'cpu'
+
+
+def choose_dtype(name: str, dtype: Any, mesh: Mesh) -> Any:
+  """What a checkpoint's weights are served in; `name` is `config.dtype`.
+
+  'auto' is its own, `dtype`, but for CPUs: XLA multiplies no 16-bit floats
+  there, and widens all of a matrix each time that it is used.
+  """
+  if name != config_lib.AUTO:
+    return jnp.dtype(name)
+  is_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return jnp.dtype(jnp.float32 if is_cpu else dtype)
 
 
 def places(model: model_config_lib.ModelConfig, mesh: Mesh,
@@ -152,8 +165,8 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
 
   Args:
     model, mesh: what, and where to.
-    dtype: of the parameters, as `read` gives them.
-    read: reads them, from several threads.
+    dtype: of the arrays, whatever `read` gives.
+    read: reads the parameters, from several threads.
     transpose: see `places`.
     old: leaves that these replace; each is forgotten before its successor is
       read.
@@ -198,6 +211,7 @@ def _read_part(place: Place, read: params_reader.Read, dtype: Any,
   else:
     part = read(source, tuple(
       _source_span(place, axis, span) for axis, span in enumerate(spans)))
+    part = part.astype(dtype, copy=False)
     missing = [(0, want - got)
                for want, got in zip(shape, part.shape, strict=True)]
     if any(n for _, n in missing):

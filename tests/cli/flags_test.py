@@ -25,7 +25,7 @@ VALUES = dict(
   page_size=16, num_pages=99, kv_cache_gib=0.5, memory_utilization=0.5,
   look_ahead=False, short_prompt_share=0.5, tbt_slo_ms=50.0, ttft_slo_ms=700.0,
   batch_tbt_slo_ms=500.0, attention='xla', tp=2,
-  pp=4, seed=9, kv_cache_dtype='int8')
+  pp=4, seed=9, dtype='bfloat16', kv_cache_dtype='int8')
 
 
 @pytest.fixture(scope='module', autouse=True)

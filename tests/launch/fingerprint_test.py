@@ -29,7 +29,8 @@ def differing(theirs: object, ours: object) -> list[str]:
 
 @pytest.mark.parametrize('fields', [
   dict(token_budget=16), dict(page_size=16), dict(num_pages=25), dict(tp=2),
-  dict(kv_cache_dtype='int8'), dict(max_model_len=32), dict(seed=1)])
+  dict(kv_cache_dtype='int8'), dict(dtype='float16'), dict(max_model_len=32),
+  dict(seed=1)])
 def test_a_configuration_that_differs_is_named(
     fields: dict[str, int]) -> None:
   ours = fingerprint.program(tiny.engine_config())
