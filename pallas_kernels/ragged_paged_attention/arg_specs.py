@@ -169,6 +169,7 @@ BENCHMARKS: tuple[ArgSpec, ...] = (
 _SMALL: _Sizes = dict(
   num_heads=4, num_kv_heads=2, head_dim=16, page_size=8, max_tokens=64,
   max_seqs=8, max_pages=8, num_pages=65)
+_ALONE: _Sizes = _SMALL | dict(max_tokens=1, max_seqs=1, max_pages=40)
 _MIXED: _Sizes = dict(
   contexts=(9, 1, 64, 23, 40), q_lens=(23, 17), num_decodes=3, **_SMALL)
 
@@ -192,6 +193,10 @@ TESTS: tuple[ArgSpec, ...] = (
       (128, 2, 'float32'))),
   ArgSpec(name='empty', contexts=(), **_SMALL),
   ArgSpec(name='one_token', contexts=(1,), num_decodes=1, **_SMALL),
+  *(ArgSpec(name=f'alone_{n}', contexts=(n,), num_decodes=1, **_ALONE)
+    for n in (1, 33, 128, 135, 293)),  # up to 2 blocks of 16, 2 of 4 pages
+  ArgSpec(name='alone_window', contexts=(293,), num_decodes=1,
+          sliding_window=150, **_ALONE),
   ArgSpec(name='one_token_prefill', contexts=(1,), q_lens=(1,), **_SMALL),
   ArgSpec(name='q_len_around_a_page', contexts=(1, 7, 8, 9),
           q_lens=(1, 7, 8, 9), **_SMALL),

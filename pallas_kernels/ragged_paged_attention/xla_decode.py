@@ -32,6 +32,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _BLOCK = 16  # work items, of a page each
+_SMALL_BLOCK = 4  # of a single sequence: few enough for one thread
 _SUMS = 4  # independent ones, since a chain of additions waits for each
 
 
@@ -52,25 +53,26 @@ def decodes(
   positions = jnp.arange(page_size, dtype=jnp.int32)[None]
   wall = total > 0
 
-  def block(b: jax.Array, state: tuple[jax.Array, ...]):
+  def block(size: int, done: jax.Array, b: jax.Array,
+            state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     seq, page, start, stop = (
-      lax.dynamic_slice_in_dim(x, b * _BLOCK, _BLOCK) for x in items)
-    # Items are in order, so a block's sequences are within _BLOCK rows.
+      lax.dynamic_slice_in_dim(x, done + b * size, size) for x in items)
+    # Items are in order, so a block's sequences are within as many rows.
     first = seq[0]
-    rows = [lax.dynamic_slice_in_dim(x, first, _BLOCK) for x in state]
-    belongs = (seq - first)[None, :] == jnp.arange(_BLOCK)[:, None]
+    rows = [lax.dynamic_slice_in_dim(x, first, size) for x in state]
+    belongs = (seq - first)[None, :] == jnp.arange(size)[:, None]
     seen = (positions >= start[:, None]) & (positions < stop[:, None])
     scores = _walled(
       wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_values, page)
     # A long last axis: exp is not vectorized over one of `l`.
-    scores = scores.swapaxes(2, 3).reshape(_BLOCK, *q.shape[1:3], -1)
+    scores = scores.swapaxes(2, 3).reshape(size, *q.shape[1:3], -1)
     if isinstance(k_pages, quantization.Quantized):
       scores *= k_pages.scales[page][:, :, None]
     if (cap := options.soft_cap) is not None:
       scores = cap * jnp.tanh(scores / cap)
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     top = _row_max(belongs, scores.max(-1), rows[1])  # [block, K, G]
-    item_top = top[jnp.minimum(seq - first, _BLOCK - 1)]
+    item_top = top[jnp.minimum(seq - first, size - 1)]
     # What is masked weighs 0, for an item sees at least one position; padding
     # does not, and adds nonsense to a row that nobody reads.
     weights = jnp.exp(scores - item_top[..., None])
@@ -87,11 +89,19 @@ def decodes(
 
   rows, (num_kv_heads, group) = num_seqs + _BLOCK, q.shape[1:3]
   channels = v_values.shape[2], group, v_values.shape[4]
-  acc, _, norm = lax.fori_loop(
-    0, (total + _BLOCK - 1) // _BLOCK, block,
-    (jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
-     jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
-     jnp.zeros((rows, num_kv_heads, group), jnp.float32)))
+  state = (jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
+           jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
+           jnp.zeros((rows, num_kv_heads, group), jnp.float32))
+  done = jnp.int32(0)
+  # A single sequence may have fewer pages than a block, so its rest is done
+  # in small ones; of many, the rest is not worth a loop more.
+  sizes = (_BLOCK, _SMALL_BLOCK) if num_seqs == 1 else (_BLOCK,)
+  for size in sizes:
+    left = total - done
+    num = (left + size - 1 if size == sizes[-1] else left) // size
+    state = lax.fori_loop(0, num, functools.partial(block, size, done), state)
+    done += num * size
+  acc, _, norm = state
   out = acc[:num_seqs] / norm[:num_seqs, :, None, :, None]
   return out.swapaxes(2, 3).reshape(num_seqs, *q.shape[1:])
 
