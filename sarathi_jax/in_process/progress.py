@@ -14,7 +14,7 @@ import rich.progress
 FIRST_LINE_S = 5.0  # What is over before needs no line.
 LINE_S = 60.0
 
-OnDone = Callable[[int, int], None]  # How many are done, and of how many.
+OnDone = Callable[[int, int], object]  # How many are done, and of how many.
 
 
 class Lines:

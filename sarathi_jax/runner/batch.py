@@ -106,7 +106,7 @@ class BatchLayout:
   pages_per_seq: int
 
   @property
-  def packing(self) -> packing.Packing:
+  def input(self) -> packing.Packing:
     """Of `BatchArrays`."""
     return _packings(self)[0]
 
@@ -118,11 +118,11 @@ class BatchLayout:
   @property
   def size(self) -> int:
     """int32 values in a batch's buffer."""
-    return self.packing.size
+    return self.input.size
 
   def split(self, buffer: Any) -> BatchArrays:
     """Views of the fields of a batch's buffer, NumPy's or JAX's."""
-    return BatchArrays(**self.packing.split(buffer))
+    return BatchArrays(**self.input.split(buffer))
 
 
 @functools.cache  # Each step asks.
