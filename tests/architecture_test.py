@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import importlib
+import json
 import pathlib
 import re
 import subprocess
@@ -189,13 +191,26 @@ def test_other_imports_are_few(file: source_tree.File) -> None:
     assert 'torch' not in {i.module for i in others}
 
 
+@functools.cache
+def loaded() -> dict[str, list[str]]:
+  """What is there after importing each of WITHOUT_JAX, one after the other."""
+  heavy = ('jax', 'jaxlib', 'flax', 'orbax', 'torch', 'transformers')
+  done = subprocess.run(
+    [sys.executable, '-c', f"""
+import importlib, json, sys
+found = {{}}
+for name in {WITHOUT_JAX}:
+  importlib.import_module(name)
+  found[name] = [other for other in {heavy} if other in sys.modules]
+print(json.dumps(found))"""], cwd=source_tree.ROOT, check=True,
+    capture_output=True, text=True)
+  found: dict[str, list[str]] = json.loads(done.stdout)
+  return found
+
+
 @pytest.mark.parametrize('name', WITHOUT_JAX)
 def test_loads_no_jax(name: str) -> None:
-  heavy = ('jax', 'jaxlib', 'flax', 'orbax', 'torch', 'transformers')
-  subprocess.run(
-    [sys.executable, '-c', f'import {name}, sys\n'
-     f'loaded = [m for m in {heavy} if m in sys.modules]\n'
-     'assert not loaded, loaded'], cwd=source_tree.ROOT, check=True)
+  assert not loaded()[name]
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -48,7 +48,10 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     **_SIZES, num_layers=3, num_kv_heads=2, activation='gelu', num_norms=2,
     parallel=False, bias=True),
 }
-MESHES = ((2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4))  # tp, pp
+# tp, pp. A push has each kind, and the largest.
+MESHES = [(2, 1), (1, 2), (2, 2), (2, 4), *(
+  pytest.param(tp, pp, marks=pytest.mark.slow)
+  for tp, pp in ((4, 1), (4, 2), (1, 4)))]
 
 
 @functools.cache
@@ -113,7 +116,7 @@ def test_tokens_do_not_depend_on_the_mesh(
 
 
 @pytest.mark.parametrize(('tp', 'pp', 'transpose'), [
-  (4, 1, False), (2, 2, True)])
+  pytest.param(4, 1, False, marks=pytest.mark.slow), (2, 2, True)])
 @pytest.mark.parametrize('name', MODELS)
 def test_every_family_runs_on_a_mesh(name, tp, pp, transpose):
   check(name, make_runner(name, tp, pp, transpose=transpose),

@@ -42,7 +42,7 @@ def kernels_table(results: Sequence[cases_lib.Result],
   table.add_column('kernel', no_wrap=True)
   for column in ('regis-\nters', 'spill\nbytes', 'shared\nmemory',
                  'CTAs\nper SM', 's'):
-    table.add_column(column, justify='right', no_wrap=True)
+    table.add_column(column, justify='right', no_wrap=True, min_width=6)
   for result in results:
     case, seconds = result.name, f'{result.seconds:.1f}'
     for kernel in result.kernels:

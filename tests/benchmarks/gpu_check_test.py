@@ -38,6 +38,7 @@ def names_in(path: pathlib.Path) -> set[str]:
     return set(tar.getnames())
 
 
+@pytest.mark.slow
 def test_one_call_after_another(tmp_path: pathlib.Path) -> None:
   """What hangs is ended alone, all that is known is packed, a call goes on."""
   out = tmp_path / 'out'

@@ -42,8 +42,9 @@ MOSAIC = pytest.param('pallas_mosaic', marks=(
   pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))))
 IMPLEMENTATIONS: list[Any] = [
   'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu), MOSAIC]
-# What it is tried on where it is interpreted, which takes its time: one
-# compilation serves those that differ in values only.
+# What Mosaic's kernel, and on a push Triton's, is tried on where it is
+# interpreted, which takes its time: one compilation serves those that differ in
+# values only.
 _INTERPRETED = (
   'empty', 'one_token', 'one_token_prefill', 'q_len_around_a_page',
   'late_chunks', 'whole_bucket_prefill', '4_decodes', 'all_phases', 'mixed',
@@ -64,9 +65,12 @@ def _cases() -> Iterator[Any]:
     yield pytest.param(spec, 'xla', id=f'{spec.name}-xla')
     for kernel in IMPLEMENTATIONS[1:]:
       name, = kernel.values
+      is_slow = (jax.default_backend() != 'gpu'
+                 and spec.name not in _INTERPRETED)
       if kernel is not MOSAIC or _can(spec):
         yield pytest.param(
-          spec, name, marks=kernel.marks, id=f'{spec.name}-{name}')
+          spec, name, id=f'{spec.name}-{name}',
+          marks=[*kernel.marks, *[pytest.mark.slow] * is_slow])
 
 
 MIXED = arg_specs.BY_NAME['mixed']
