@@ -11,8 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 from sarathi_jax import checkpoint
 from sarathi_jax import models
 from tests import source_tree
@@ -22,7 +20,6 @@ SECTION = (source_tree.ROOT / 'README.md').read_text().partition(
 EXAMPLE, TREE = re.findall('```python\n(.*?)```', SECTION, re.S)
 
 
-@pytest.mark.slow
 def test_it_stops_where_the_model_does_and_keeps_what_it_compiled(
     tmp_path: pathlib.Path) -> None:
   environ = {k: v for k, v in os.environ.items()
