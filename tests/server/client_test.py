@@ -85,7 +85,7 @@ def test_an_end_by_an_error_is_a_failure(gated: Callable[..., Any]) -> None:
   sampled = runner.fetch
   runner.open()
   runner.fetch = lambda pending: sampled(pending)._replace(
-    logprobs=[float('nan')] * len(pending.tokens))
+    logprobs=[(float('nan'),)] * len(pending.tokens))
   code, out, err = _run(running.server.port, '--token_ids=1')
   assert (code, out.split()) == (1, [])
   assert err.startswith('1 prompt tokens, 0 generated, error')

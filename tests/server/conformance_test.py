@@ -113,7 +113,7 @@ def test_the_sampled_tokens_log_probabilities(
   sampled = runner.fetch
   runner.open()
   runner.fetch = lambda pending: sampled(pending)._replace(
-    logprobs=[-0.5 * token for token in pending.tokens])
+    logprobs=[(-0.5 * token,) for token, in pending.tokens])
   call = protocol(running, [1], max_tokens=3, logprobs=0)
   assert [p for r in call for p in _logprobs(r)] == [-1.0, -1.5, -2.0]
 
@@ -163,7 +163,7 @@ def test_logits_that_are_not_finite(
   sampled = runner.fetch
   runner.open()
   runner.fetch = lambda pending: sampled(pending)._replace(logprobs=[
-    float('nan') if token == 4 else -1.0 for token in pending.tokens])
+    (float('nan') if token == 4 else -1.0,) for token, in pending.tokens])
   bad, good = (protocol(running, [i], max_tokens=3, logprobs=0)
                for i in (1, 10))
   for call, num_tokens, reason in ((bad, 2, 'error'), (good, 3, 'length')):
