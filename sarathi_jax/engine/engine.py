@@ -262,8 +262,10 @@ class Engine:
       num_gained -= 1
     self._record_times(lives[:num_gained], now)
     self._ends.append(now)
-    return [self._output(event, live, now)
-            for event, live in zip(events, lives, strict=True)]
+    outputs = [self._output(event, live, now)
+               for event, live in zip(events, lives, strict=True)]
+    self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
+    return outputs
 
   def _record_times(self, lives: Iterable[_Live], now: float) -> None:
     gaps, first = [], []
@@ -295,9 +297,11 @@ class Engine:
         logging.ERROR, '%s: ends, as its logits are NaN or infinite; the '
         'weights may be.', 10, live.seq.request.request_id)
     elif live.detokenizer is not None:
-      text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
-      tokens, logprobs = tokens[:num], logprobs[:num]
-    self.metrics.num_generated += len(tokens)
+      if len(tokens) == 1:
+        text, stop_reason = live.detokenizer.step(tokens[0], reason is _STOP)
+      else:
+        text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
+        tokens, logprobs = tokens[:num], logprobs[:num]
     if reason is None and stop_reason is None:
       return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:

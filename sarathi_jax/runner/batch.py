@@ -187,16 +187,19 @@ class BatchBuilder:
       itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
       np.int32, batch.num_tokens)
     fields.distribution[:] = n - sum(columns.is_prefill), n
-    self._add_samples(fields, columns.samples, columns.seed)
+    self._add_samples(
+      fields, np.array(columns.samples, np.int32), columns.seed)
     return buffer
 
-  def _add_samples(self, fields: BatchArrays, counts: tuple[int, ...],
+  def _add_samples(self, fields: BatchArrays, counts: np.ndarray,
                    seeds: tuple[int, ...]) -> None:
     """Says what is sampled: so many tokens after the last ones of each row."""
-    stops = np.cumsum(counts)
-    rows = np.repeat(np.arange(len(counts)), counts)
+    rows = counts.nonzero()[0]
+    before_end: Any = 0  # of its row's
+    if (counts > 1).any():
+      rows = rows.repeat(counts[rows])
+      before_end = counts.cumsum()[rows] - np.arange(1, len(rows) + 1)
     m = len(rows)
-    before_end = stops[rows] - np.arange(1, m + 1)  # of its row's
     slots = fields.slots[rows]
     fields.num_samples[:] = m
     fields.sample_tokens[:m] = fields.cu_q_lens[1:][rows] - 1 - before_end

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 import dataclasses
 import itertools
+import math
 import random
 
 from sarathi_jax import config as config_lib
@@ -191,6 +192,8 @@ class Scheduler(abc.ABC):
     oldest, seqs = self._in_flight.popleft()
     assert oldest is batch, 'batches complete in the order of their launch'
     events, failed = [], []
+    is_any_nan = math.isnan(
+      sum(itertools.chain.from_iterable(sampled.logprobs)))
     for seq, chunk, tokens, logprobs in zip(
         seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
       seq.num_in_flight -= 1
@@ -200,8 +203,7 @@ class Scheduler(abc.ABC):
       if seq.is_finished or not chunk.samples:
         continue
       seq.num_pending -= chunk.samples
-      total = sum(logprobs)
-      if total != total:  # noqa: PLR0124 (NaN; isnan takes twice as long)
+      if is_any_nan and math.isnan(sum(logprobs)):
         self._finish(seq)
         failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue

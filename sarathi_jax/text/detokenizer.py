@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sarathi_jax import types
@@ -75,28 +76,32 @@ class Detokenizer:
       request.prompt_token_ids, skip and not self._hidden)
     self._held = _NONE
 
-  def read(self, tokens: tuple[int, ...], ended_by_token: bool,
+  def read(self, tokens: Sequence[int], ended_by_token: bool,
            ) -> tuple[str, str | None, int]:
-    """Takes in tokens, up to the one that completes a stop string.
-
-    Args:
-      tokens: their ids, one at least.
-      ended_by_token: whether the last one is the stop token that ends the
-        request; its text is left out then, like a stop string's.
+    """Takes in several tokens, as `step`, until a stop string is complete.
 
     Returns:
-      Text to show now; the stop string that ends the request, if any; and how
-      many tokens were taken in.
+      What `step` does, and how many tokens were taken in.
     """
-    num, last = 0, len(tokens) - 1
-    text, stop = self._step(tokens[0], ended_by_token and not last)
-    while num < last and stop is None:
-      num += 1
-      more, stop = self._step(tokens[num], ended_by_token and num == last)
+    text, stop, num = '', None, 0
+    for num, token in enumerate(tokens, 1):
+      more, stop = self.step(token, ended_by_token and num == len(tokens))
       text += more
-    return text, stop, num + 1
+      if stop is not None:
+        break
+    return text, stop, num
 
-  def _step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
+  def step(self, token: int, ended_by_token: bool) -> tuple[str, str | None]:
+    """Takes in a token.
+
+    Args:
+      token: its id.
+      ended_by_token: whether it is the stop token that ends the request; its
+        text is left out then, like a stop string's.
+
+    Returns:
+      Text to show now, and the stop string that ends the request, if any.
+    """
     if ended_by_token and not self._keep_stop:
       return self.flush(), None
     new = self._stream.step(token)
