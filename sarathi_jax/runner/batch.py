@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import operator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -182,13 +183,14 @@ class BatchBuilder:
     fields.cu_q_lens[n + 1:] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.prompt_lens[:n] = columns.prompt_len
-    fields.from_device[:n] = [not tokens for tokens in columns.tokens]
+    fields.from_device[:n] = np.fromiter(
+      map(operator.not_, columns.tokens), np.int32, n)
     fields.tokens[:batch.num_tokens] = np.fromiter(
       itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
       np.int32, batch.num_tokens)
     fields.distribution[:] = n - sum(columns.is_prefill), n
     self._add_samples(
-      fields, np.array(columns.samples, np.int32), columns.seed)
+      fields, np.fromiter(columns.samples, np.int32, n), columns.seed)
     return buffer
 
   def _add_samples(self, fields: BatchArrays, counts: np.ndarray,
@@ -196,7 +198,7 @@ class BatchBuilder:
     """Says what is sampled: so many tokens after the last ones of each row."""
     rows = counts.nonzero()[0]
     before_end: Any = 0  # of its row's
-    if (counts > 1).any():
+    if counts.max() > 1:
       rows = rows.repeat(counts[rows])
       before_end = counts.cumsum()[rows] - np.arange(1, len(rows) + 1)
     m = len(rows)
