@@ -281,12 +281,9 @@ class Frontend:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
     self._engine_thread.check_room(self._num_preparing + 1)
-    size = len(prompt)
-    if isinstance(prompt, list):
-      # Not at once, however short: what its template does is its own affair.
-      parts: Any = prompt
-      size = max(_LEAST_CHAT, sum(
-        len(value) for part in parts for value in part.values()))
+    chat = _chat_chars(prompt)
+    # No chat at once, however short: what its template does is its own affair.
+    size = len(prompt) if chat is None else max(_LEAST_CHAT, chat)
     self._num_preparing += 1
     try:
       return await messages.read(size, lambda: prepare(
@@ -307,12 +304,9 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
   max_model_len = engine.info.max_model_len
   if isinstance(prompt, str):
     limits.check_prompt_chars(len(prompt), max_model_len)
-  elif isinstance(prompt[0], Mapping):
+  elif (chat := _chat_chars(prompt)) is not None:
     limits.check('max_messages', len(prompt), 'chat')
-    parts: Any = prompt
-    limits.check_prompt_chars(
-      sum(len(value) for part in parts for value in part.values()),
-      max_model_len)
+    limits.check_prompt_chars(chat, max_model_len)
   else:
     limits.check_prompt_tokens(len(prompt), max_model_len)
   request = dataclasses.replace(draft, prompt_token_ids=(
@@ -320,3 +314,12 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   engine.check(request)
   return request
+
+
+def _chat_chars(prompt: Prompt) -> int | None:
+  """Returns the characters of a chat's messages; None if it is no chat."""
+  parts: Any = prompt
+  if isinstance(prompt, str) or not len(prompt) or not isinstance(
+      parts[0], Mapping):
+    return None
+  return sum(len(value) for part in parts for value in part.values())
