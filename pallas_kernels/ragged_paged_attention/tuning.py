@@ -131,6 +131,9 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
   'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
 }
+# By compute capability, where those of its like spill.
+_ITS_OWN: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
+  '10.0': {**_SIZES['h100'], (2, 256): (32, 16, 8, 2)}}
 # What `implementation=None` of `api.write_kv` means, for pages of rows: one of
 # `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
 _WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
@@ -161,7 +164,8 @@ def choose(shape: Shape) -> Sizes:
     return Sizes(*tuned, num_blocks=num_blocks)
   if width == 4 and shape.kv_dtype != shape.dtype:
     return Sizes(*_CONVERTED, num_blocks=num_blocks)
-  for (itemsize, head_dim), sizes in _SIZES[target].items():
+  rows = _ITS_OWN.get(_capability(device), _SIZES[target])
+  for (itemsize, head_dim), sizes in rows.items():
     if itemsize == width and shape.head_dim <= head_dim:
       return Sizes(*sizes, num_blocks=num_blocks)
   _check(width in (2, 4), 'dtype', shape.dtype,
@@ -217,7 +221,7 @@ def writer() -> str:
 
 
 def _target(device: Any) -> str:
-  return gpu_targets.alike(getattr(device, 'compute_capability', ''))
+  return gpu_targets.alike(_capability(device))
 
 
 def measured_as(device: Any) -> str:
@@ -227,8 +231,12 @@ def measured_as(device: Any) -> str:
   """
   target = _target(device)
   major, minor = gpu_targets.get(target).compute_capability
-  capability = str(getattr(device, 'compute_capability', ''))
-  return target if capability.rstrip('af') == f'{major}.{minor}' else ''
+  return target if _capability(device) == f'{major}.{minor}' else ''
+
+
+def _capability(device: Any) -> str:
+  """Its compute capability, '9.0' where CUDA says '9.0a'; '' of a CPU."""
+  return str(getattr(device, 'compute_capability', '')).rstrip('af')
 
 
 def _multiprocessors(device: Any) -> int:

@@ -287,6 +287,18 @@ def test_a_gpu_takes_the_sizes_of_its_like(
   assert tuning.choose(shape) == expected != modest
 
 
+def test_a_b200_takes_what_does_not_spill_there(
+    monkeypatch: pytest.MonkeyPatch):
+  """Compiled for it: H100's tiles of 256 channels spill 24 bytes a thread."""
+  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
+  wide = dataclasses.replace(shape, head_dim=256)
+  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  hopper = tuning.choose(shape), tuning.choose(wide)
+  _pretend(monkeypatch, 'NVIDIA B200', '10.0')
+  assert tuning.choose(shape) == hopper[0]
+  assert tuning.choose(wide).wide_rows < hopper[1].wide_rows
+
+
 @pytest.mark.parametrize(('device', 'match'), [
   (dict(platform='gpu', device_kind='Tesla V100', compute_capability='7.0'),
    'pallas_triton: compute_capability=7.0: must be 8.0 or above'),
