@@ -33,10 +33,10 @@ _STEADY_S = 60.0  # what ran so long begins with the first pause again
 
 
 class Background(NamedTuple):
-  """One of them.
+  """One thing that runs in the background.
 
   Attributes:
-    name: for the log, and for metrics.
+    name: what logs and metrics call it.
     why_ended: tells what ended it; None while it runs. Any thread.
     restart: starts it again; None: nothing is left without it.
     is_up: whether it does what it is for; None: if it runs. Any thread.
@@ -65,7 +65,7 @@ class Watch:
     fail: ends the server.
 
   Attributes:
-    num_restarts: by name.
+    num_restarts: how often each was started again, by name.
   """
 
   def __init__(self,
@@ -76,13 +76,13 @@ class Watch:
     self.num_restarts: Counter[str] = Counter()
 
   def add(self, background: Background) -> None:
-    """Looks after another one, which runs."""
+    """Looks after another one, which runs already."""
     self.num_restarts[background.name] = 0
     self._watched[background.name] = (
       background, _Record(_PAUSE_S, time.monotonic()))
 
   def is_up(self) -> dict[str, bool]:
-    """Whether each does what it is for, by name; any thread."""
+    """Returns whether each does what it is for, by name; any thread."""
     return {name: _is_up(background)
             for name, (background, _) in list(self._watched.items())}
 

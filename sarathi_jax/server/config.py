@@ -15,30 +15,32 @@ from sarathi_jax.server.queue import admission
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-  """Where to serve, whom, and what to tell of it.
+  """Where the server listens, whom it serves, and what it reports.
 
   Attributes:
     host: address to listen at.
     port: of gRPC; 0 for any that is free.
     drain_s: how long open requests may go on after SIGTERM, seconds.
-    max_step_s: after which a step is taken to hang, seconds: liveness is
+    max_step_s: seconds after which a step is taken to hang: liveness is
       NOT_SERVING until it ends.
-    limits: of what is taken on.
+    limits: the most that the server takes on.
     auth_tokens: a file of bearer tokens, see auth.py; None: who can reach
       the port may call.
     tls: None for plain text.
     reflection: whether the server describes its services.
     control: whether sarathi.v1.Control is served; None: only if tokens guard
       it, or no other machine can reach the port.
-    metrics_port: of Prometheus' HTTP; 0 for any that is free, None for none.
-    metrics_prefix: of the metrics' names; 'vllm' suits dashboards of vLLM.
-    http_port: of the gateway, with OpenAI's HTTP; None for none.
+    metrics_port: where Prometheus scrapes metrics over HTTP; 0 for any port
+      that is free, None for no metrics.
+    metrics_prefix: what names of metrics begin with; 'vllm' suits dashboards
+      of vLLM.
+    http_port: where the gateway serves OpenAI's HTTP API; None for no gateway.
     replicas: other servers, host:port, that the gateway routes to as well.
     gateway_args: further arguments of the gateway.
     trace_dir: where a Chrome trace of all steps goes, and profiles.
     request_log: a file that gets a line of JSON a request; '-' for standard
       error, None for none.
-    log_prompts: whether that has prompts' token ids.
+    log_prompts: whether `request_log` has prompts' token ids.
     otlp_endpoint: where OpenTelemetry spans go; None for nowhere.
   """
 
@@ -102,7 +104,7 @@ class ServerConfig:
 
   @property
   def is_local(self) -> bool:
-    """Whether no other machine can reach us."""
+    """Whether no other machine can reach the server."""
     try:
       return ipaddress.ip_address(self.host).is_loopback
     except ValueError:
@@ -110,5 +112,5 @@ class ServerConfig:
 
   @property
   def address(self) -> str:
-    """The host, as in an address."""
+    """The host as it is written in an address."""
     return f'[{self.host}]' if ':' in self.host else self.host

@@ -20,51 +20,62 @@ FLAGS = flags.FLAGS
 # Field of ServerConfig -> (kind of flag, help).
 _FLAGS: dict[str, tuple[Any, str]] = {
   'max_step_s': (
-    flags.DEFINE_float, 'Seconds after which a step is taken to hang, as where '
-    'a device or another host does: liveness is NOT_SERVING until it ends. '
-    'Default: 300.'),
+    flags.DEFINE_float, 'Seconds after which a step of the engine is taken to '
+    'hang, as when a device or another host hangs. The health service then '
+    'reports liveness as NOT_SERVING until the step ends. Default: 300.'),
   'auth_tokens': (
-    flags.DEFINE_string, 'A file of bearer tokens, a line each: NAME TOKEN '
-    '[admin] [priority=N]. TOKEN may be sha256:HEX, N is the smallest priority '
-    'to ask for. It may change any time.'),
+    flags.DEFINE_string, 'File of the bearer tokens that let clients call, one '
+    'per line: NAME TOKEN [admin] [priority=N]. TOKEN may be sha256:HEX; N is '
+    'the smallest priority that its requests may ask for. Changes of the file '
+    'count at once. Default: anyone who reaches the port may call.'),
   'reflection': (
-    flags.DEFINE_bool, 'Whether the server describes its services.'),
+    flags.DEFINE_bool, 'Whether gRPC clients can list the server\'s services '
+    'and messages (server reflection). Default: true.'),
   'control': (
-    flags.DEFINE_bool, 'Whether sarathi.v1.Control is served. Default: only '
-    'with --auth_tokens, or if no other machine can reach --host.'),
+    flags.DEFINE_bool, 'Whether to serve sarathi.v1.Control, by which '
+    'administrators pause the server, replace weights and record profiles. '
+    'Default: only with --auth_tokens, or if no other machine can reach '
+    '--host.'),
   'metrics_port': (
-    flags.DEFINE_integer, 'The port of Prometheus\' metrics, /metrics.'),
+    flags.DEFINE_integer, 'Port at which Prometheus scrapes metrics, '
+    '/metrics; 0 for any that is free. Default: no metrics.'),
   'metrics_prefix': (
-    flags.DEFINE_string, 'Of the metrics\' names; vllm suits its dashboards.'),
+    flags.DEFINE_string, 'What the names of metrics begin with; vllm suits '
+    'dashboards made for vLLM. Default: sarathi.'),
   'http_port': (
-    flags.DEFINE_integer, 'The port of the gateway, with OpenAI\'s HTTP; '
-    'needs the extra gateway.'),
+    flags.DEFINE_integer, 'Port at which a gateway, smg, serves OpenAI\'s HTTP '
+    'API; needs the extra sarathi-jax[gateway]. Default: no gateway.'),
   'replicas': (
-    flags.DEFINE_list, 'Further servers, host:port,host:port, that the '
-    'gateway routes to.'),
+    flags.DEFINE_list, 'Further gRPC servers, HOST:PORT,HOST:PORT, that the '
+    'gateway of --http_port routes requests to.'),
   'gateway_args': (
-    flags.DEFINE_string, 'Further arguments of the gateway, as in a shell.'),
+    flags.DEFINE_string, 'Further arguments for the gateway of --http_port, '
+    'smg launch, quoted as in a shell.'),
   'trace_dir': (
-    flags.DEFINE_string, 'Where a Chrome trace of all steps goes, and '
-    'profiles.'),
+    flags.DEFINE_string, 'Folder to write a Chrome trace of all steps, and '
+    'profiles, into. Default: neither is written.'),
   'request_log': (
-    flags.DEFINE_string, 'A file that gets a line of JSON a request; - for '
-    'standard error.'),
+    flags.DEFINE_string, 'File to add a line of JSON to for each request that '
+    'ends; - for standard error. Default: no such log.'),
   'log_prompts': (
-    flags.DEFINE_bool, 'Whether prompts are in --request_log.'),
+    flags.DEFINE_bool, 'Whether the lines of --request_log have the token ids '
+    'of prompts. Default: false.'),
   'otlp_endpoint': (
-    flags.DEFINE_string, 'Where OpenTelemetry spans go, by gRPC, such as '
-    'http://localhost:4317; needs the extra otel.'),
+    flags.DEFINE_string, 'Collector to send an OpenTelemetry span for each '
+    'request to, by gRPC, such as http://localhost:4317; needs the extra '
+    'sarathi-jax[otel]. Default: no spans.'),
 }
 _TLS: dict[str, str] = {
-  'tls_cert': 'Our certificate, PEM.',
-  'tls_key': 'Its private key, PEM.',
-  'tls_client_ca': 'Who vouches for clients, PEM; they need certificates then.',
+  'tls_cert': 'File with the server\'s certificate and those that vouch for '
+              'it, PEM; with --tls_key. Default: no TLS.',
+  'tls_key': 'File with the private key of --tls_cert, PEM.',
+  'tls_client_ca': 'File with the certificate authorities that vouch for '
+                   'clients, PEM. Clients then need certificates (mutual TLS).',
 }
 
 
 def define_server_flags() -> None:
-  """Defines a flag for the fields of ServerConfig, but for the address."""
+  """Defines flags for the fields of ServerConfig, but for the address."""
   for name, (define, text) in _FLAGS.items():
     define(name, None, text)
   for name, row in limits_lib.ROWS.items():
@@ -76,10 +87,10 @@ def define_server_flags() -> None:
 
 
 def server_config_from_flags() -> config_lib.ServerConfig:
-  """The configuration that the flags ask for.
+  """Returns the configuration that the flags ask for.
 
   Raises:
-    ConfigError: it can't work.
+    ConfigError: that can't work.
   """
   given = _given(_FLAGS)
   for name in ('auth_tokens', 'trace_dir'):

@@ -40,7 +40,7 @@ _LEAST_CHAT = 2048  # bytes that reading one is taken for
 
 
 class State(enum.Enum):
-  """The values are what clients are told."""
+  """What the server does now; the values are what clients are told."""
 
   LOADING = 'the model is being loaded'
   SERVING = 'serving'
@@ -53,14 +53,15 @@ class Caller:
   """Where a request comes from.
 
   Attributes:
-    tenant: the name of its token; else its address. Fairness is between
-      these, and who has one may abort all requests of it.
-    client: that, and what it calls itself. Fairness of one tenant's requests
-      is between these.
-    min_priority: the smallest that its requests may have; None for any.
+    tenant: the name of its token; without one, its address. Tenants share the
+      server fairly, and a tenant may abort all requests of its own.
+    client: the tenant, and what the client calls itself. Clients of a tenant
+      share its part fairly.
+    min_priority: the smallest priority that its requests may have; None for
+      any.
     is_admin: whether it may abort anybody's requests.
-    timeout_s: until its deadline; None without one.
-    trace: W3C trace context.
+    timeout_s: seconds until its deadline; None without one.
+    trace: its W3C trace context.
   """
 
   tenant: str = ''
@@ -76,14 +77,14 @@ class Ended:
   """How a request ended, for logs and traces.
 
   Attributes:
-    request_id: its id.
+    request_id: the request's id.
     caller: who asked.
-    protocol: by which protocol.
-    started: seconds since the epoch.
+    protocol: the protocol that it came by.
+    started: when it came, seconds since the epoch.
     request: what was asked; None if that was refused before it was whole.
-    stream: what came of it; None if it never waited.
-    error: what ended it, if not its own end: what was raised, or
-      asyncio.CancelledError if the client left.
+    stream: its output; None if it never waited.
+    error: the exception that ended it, asyncio.CancelledError if the client
+      left; None if it finished.
   """
 
   request_id: str
@@ -112,7 +113,7 @@ class Frontend:
 
   Args:
     engine_thread: runs the engine.
-    limits: of requests.
+    limits: the most that requests may ask for.
     observers: told how each request ended; they must be quick.
   """
 
@@ -140,10 +141,10 @@ class Frontend:
 
   @property
   def engine(self) -> engine_lib.Engine:
-    """For what may be used of it on any thread: `info`, `tokenizer`.
+    """The engine, of which any thread may use `info` and `tokenizer`.
 
     Raises:
-      EngineDeadError: there is none yet.
+      EngineDeadError: there is no engine yet.
     """
     if self._engine is None:
       raise errors.EngineDeadError(self.state.value)
@@ -160,27 +161,27 @@ class Frontend:
 
   async def abort(self, request_ids: Collection[str],
                   caller: Caller) -> list[str]:
-    """Ends requests that are the caller's to end.
+    """Aborts requests that are the caller's to end.
 
     Returns:
-      Those of them that were running or waiting.
+      The ids of those that were running or waiting.
     """
     return await self._engine_thread.abort(
       request_ids, None if caller.is_admin else caller.tenant)
 
   @property
   def engine_thread(self) -> engine_thread_lib.EngineThread:
-    """For control, and for what must be read between two steps."""
+    """The thread of the engine, for what must happen between two steps."""
     return self._engine_thread
 
   async def stats(self) -> state.EngineStats:
-    """Returns what the engine does now; who waits in our queue waits, too."""
+    """Returns what the engine does now, and counts our queue as waiting."""
     stats = await self._engine_thread.call(lambda engine: engine.stats())
     return dataclasses.replace(
       stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued)
 
   async def drain(self) -> None:
-    """Ends what could not begin, and waits until no request is open.
+    """Ends requests that could not begin, and waits until none is open.
 
     Raises:
       EngineDeadError: the engine has stopped.
@@ -189,7 +190,7 @@ class Frontend:
     await self._all_closed.wait()
 
   def cut_off(self) -> None:
-    """Ends what is open at once, however long the engine's step takes."""
+    """Ends all open requests at once, however long the engine's step takes."""
     for stream in self._streams.values():
       stream.put(delivery.gone_error(None))
 
@@ -200,15 +201,15 @@ class Frontend:
       tier: str = types.TIERS[0],
       caller: Caller, protocol: str,
   ) -> AsyncIterator[outbox.Stream]:
-    """Submits a request; to leave the context is to abort what is left of it.
+    """Submits a request, and aborts what is left of it on leaving the context.
 
     Args:
       prompt: what to continue.
-      sampling: how.
-      request_id: None for one of the frontend's making.
+      sampling: how to choose the tokens.
+      request_id: the request's id; None for one of the frontend's making.
       priority, tier: see `types.Request`.
       caller: who asks.
-      protocol: how; for logs.
+      protocol: the protocol's name, for logs.
 
     Raises:
       InvalidRequestError: the request can't be served.
@@ -261,7 +262,7 @@ class Frontend:
 
   @contextlib.contextmanager
   def _submitted(self, request: types.Request) -> Iterator[outbox.Stream]:
-    """The stream of a request while it has a reader."""
+    """Submits a request; closes its stream once it has no reader."""
     named = request.tenant, request.request_id
     live = self._streams.get(named)
     if live is not None and not live.is_closed:
@@ -294,7 +295,7 @@ class Frontend:
 
 def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
             limits: admission.Limits) -> types.Request:
-  """Tokenizes and checks; any thread.
+  """Tokenizes a prompt and checks the request; any thread.
 
   Raises:
     InvalidRequestError: the request can't be served.

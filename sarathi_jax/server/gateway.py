@@ -48,8 +48,8 @@ class Gateway:
   """Runs the gateway; used on a running event loop.
 
   Args:
-    host: to listen at.
-    port: of HTTP.
+    host: address to listen at.
+    port: port of HTTP.
     workers: addresses of gRPC servers, host:port, ours first.
     args: further arguments of `smg launch`; they win over ours.
     max_body_bytes: the longest body that it reads.
@@ -92,14 +92,14 @@ class Gateway:
 
   @property
   def pid(self) -> int | None:
-    """Of the child that runs, if one does."""
+    """The process id of the child that runs; None if none does."""
     process = self._process
     return None if process is None or process.returncode is not None else (
       process.pid)
 
   @property
   def as_background(self) -> background.Background:
-    """For who looks after it, once it is started."""
+    """The gateway as `background.Watch` takes it, once it is started."""
     return background.Background(
       NAME, self.why_ended, self.restart, lambda: self.is_serving)
 
@@ -107,9 +107,9 @@ class Gateway:
     """Starts it and waits until it serves a model; False if it does not.
 
     Args:
-      max_requests: that one worker takes on. Beyond that of all workers, the
-        gateway refuses at once, and says when to try again, as workers can't
-        tell HTTP's clients.
+      max_requests: how many requests one worker takes on. Beyond that of all
+        workers, the gateway refuses at once, and says when to try again, as
+        workers can't tell HTTP's clients.
 
     Raises:
       ConfigError: it ended before that.
@@ -131,7 +131,7 @@ class Gateway:
     return False
 
   async def stop(self) -> None:
-    """Ends it."""
+    """Ends the gateway."""
     if self._task is not None:
       self._task.cancel()
       await asyncio.wait((self._task,))
@@ -146,13 +146,13 @@ class Gateway:
     return repr(error) if (error := task.exception()) else task.result()
 
   def restart(self) -> None:
-    """Starts it again."""
+    """Starts the gateway again."""
     if (process := self._process) is not None and process.returncode is None:
       process.kill()  # left by who listened to it: it has the port
     self._task = asyncio.create_task(self._run(), name=NAME)
 
   async def _run(self) -> str:
-    """Runs one child to its end; returns what that was."""
+    """Runs one child to its end; returns how it ended."""
     self._tail = b''
     with contextlib.ExitStack() as stack:
       # Pipes of our own: asyncio's would be waited for, and whoever the child
@@ -181,7 +181,7 @@ class Gateway:
       await _end(process, at_once=is_lost)
 
   def _tell(self, pipe: int) -> None:
-    """Hands over what no command line shall show."""
+    """Writes to the child's pipe what no command line shall show."""
     told = json.dumps({
       'parent': os.getpid(), 'args': self._args,
       'key': secrets.token_hex(_KEY_BYTES)}).encode() + b'\n'
@@ -190,7 +190,7 @@ class Gateway:
       raise errors.ConfigError('gateway_args: are too long for a pipe.')
 
   async def _listen(self, pipe: int) -> None:
-    """Keeps the end of what it says, however much that is."""
+    """Keeps the end of the child's output, however much that is."""
     reader = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
       lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, 'rb'))
@@ -199,7 +199,7 @@ class Gateway:
         self._tail = (self._tail + said)[-_TAIL_BYTES:]
 
   def _last_words(self) -> str:
-    """What it said last, without what would move a terminal's cursor."""
+    """Returns its last output, without what would move a terminal's cursor."""
     text = _COLOURS.sub('', self._tail.decode(errors='replace'))
     lines = [''.join(c if c.isprintable() else ascii(c)[1:-1]
                      for c in line[-_LINE_LEN:])
@@ -207,10 +207,10 @@ class Gateway:
     return ' / '.join(lines) or 'nothing'
 
   async def _ask(self) -> NoReturn:
-    """Asks how it is, again and again.
+    """Asks the gateway for its health, again and again.
 
     Raises:
-      one of _NO_ANSWER: it gave none, for too long.
+      one of _NO_ANSWER: it gave no answer for too long.
     """
     loop = asyncio.get_running_loop()
     start, num_missed, has_answered = loop.time(), 0, False
@@ -252,10 +252,10 @@ class _Connection:
       asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
   async def get(self, path: str) -> int:
-    """Returns the status.
+    """Gets a path; returns the HTTP status.
 
     Raises:
-      one of _NO_ANSWER: it gave none.
+      one of _NO_ANSWER: it gave no answer.
     """
     if self._streams is None:
       self._streams = await asyncio.open_connection(
@@ -281,7 +281,7 @@ class _Pipe(NamedTuple):
 
 
 def _pipe(stack: contextlib.ExitStack) -> _Pipe:
-  """A pipe, whose ends here are closed with `stack`."""
+  """Makes a pipe, whose ends in this process are closed with `stack`."""
   pipe = _Pipe(*os.pipe())
   for end in pipe:
     stack.callback(os.close, end)
@@ -298,7 +298,7 @@ async def _end(process: asyncio.subprocess.Process, *, at_once: bool) -> None:
 
 
 def _accept_any() -> ssl.SSLContext:
-  """To ask our own child, whose certificate is made out for another name."""
+  """Makes a context for our own child, whose certificate has another name."""
   context = ssl.create_default_context()
   context.check_hostname = False
   context.verify_mode = ssl.CERT_NONE

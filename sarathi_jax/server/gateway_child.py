@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the gateway: smg, as a line of JSON on standard input says.
+"""Becomes the gateway, smg, as a line of JSON on standard input says.
 
   parent    who starts it, and whose end it does not outlive
-  args      of `smg launch`
-  key       that alone opens smg's control plane
+  args      the arguments of `smg launch`
+  key       the secret that alone opens smg's control plane
 
 Nothing is on the command line, where every user of the machine could read it.
 """

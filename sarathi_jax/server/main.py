@@ -37,24 +37,23 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
+  """Defines the flags; not on import, as their names may be taken."""
   flags.DEFINE_string(
     'checkpoint', None,
-    'A converted checkpoint, or a Hugging Face folder or hub id, which is '
-    'converted once. Default: the quickstart model.')
+    'Checkpoint to serve: a converted one, or a Hugging Face folder or hub id, '
+    'which is converted once. Default: the quickstart model.')
   flags.DEFINE_string(
     'served_model_name', None,
-    'What clients are told that the model is called. Default: the name of the '
-    'folder --checkpoint, or the id.')
+    'Name of the model that clients are told. Default: the name of the folder '
+    '--checkpoint, or its hub id.')
   flags.DEFINE_string(
     'host', '127.0.0.1',
-    'The address to listen at. 0.0.0.0 lets in whoever can reach this '
-    'machine.')
+    'Address to listen at. 0.0.0.0 lets in whoever can reach this machine.')
   flags.DEFINE_integer(
-    'port', 50051, 'The port to listen at; 0 for any that is free.')
+    'port', 50051, 'Port at which to serve gRPC; 0 for any that is free.')
   flags.DEFINE_float(
     'drain_s', 30.0,
-    'How long requests may go on after SIGTERM or Ctrl-C, seconds.')
+    'Seconds that running requests may go on after SIGTERM or Ctrl-C.')
   server_flags.define_server_flags()
   engine_flags.define_engine_flags()
 
@@ -94,7 +93,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _choose_checkpoint(arguments: list[str]) -> None:
-  """Sets the flags that say what is served, where they don't."""
+  """Sets the flags that say what is served, where they are not given."""
   if len(arguments) > (FLAGS.checkpoint is None):
     raise app.UsageError(f'unexpected argument: {arguments[-1]}')
   said = {'checkpoint': arguments[0]} if arguments else {}
@@ -107,7 +106,7 @@ def _choose_checkpoint(arguments: list[str]) -> None:
 
 
 def _join(config: Any) -> Any:
-  """The end of this process where there are several, if it is the first."""
+  """Joins several processes; returns the first one's end, or None if alone."""
   processes = engine_flags.processes_from_flags()
   if processes is None:
     return None
@@ -123,11 +122,11 @@ def serve(config: server_lib.ServerConfig,
   """Serves an engine, then exits.
 
   Args:
-    config: where.
+    config: where to serve, and whom.
     make_engine: makes the engine, warm, and shows how far it is.
     hooks: what else its model can do.
-    leader: of `loading.join`: tells if another process is lost, and ends this
-      one at the end of its `with` block.
+    leader: from `loading.join`: tells if another process is lost, and ends
+      this one at the end of its `with` block.
   """
   console = rich.console.Console(highlight=False)
 
@@ -166,13 +165,13 @@ def serve(config: server_lib.ServerConfig,
 
 
 def _python() -> str:
-  """What to type for this Python."""
+  """Returns what to type for this Python."""
   if shutil.which('python') == sys.executable:
     return 'python'
   return sys.executable.removeprefix(os.path.join(os.getcwd(), ''))
 
 
 def run() -> None:
-  """The console script sarathi-serve."""
+  """Runs the console script sarathi-serve."""
   mains.run(main, define_flags, takes_arguments=True,
             verbosity=logging.WARNING)

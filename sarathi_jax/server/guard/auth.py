@@ -38,10 +38,11 @@ class Token:
   """One token.
 
   Attributes:
-    name: whose it is.
+    name: the tenant whose it is.
     digest: its SHA-256, hexadecimal.
     is_admin: whether it may control the server, and abort anybody's requests.
-    min_priority: the smallest that its requests may have; None for any.
+    min_priority: the smallest priority that its requests may have; None for
+      any.
   """
 
   name: str
@@ -59,7 +60,7 @@ def parse(text: str, path: str) -> tuple[Token, ...]:
   """Reads the lines of a file of tokens.
 
   Raises:
-    ConfigError: a line is none, or there is no token.
+    ConfigError: a line is malformed, or there is no token.
   """
   tokens = []
   for number, line in enumerate(text.splitlines(), 1):
@@ -88,7 +89,7 @@ class Tokens:
   """The tokens of a file, as it is now.
 
   Raises:
-    ConfigError: it can't be read, at first.
+    ConfigError: the file can't be read when this is made.
   """
 
   def __init__(self, path: pathlib.Path) -> None:
@@ -96,7 +97,7 @@ class Tokens:
     self._stamp, self._tokens = self._read()
 
   def find(self, secret: str) -> Token | None:
-    """The token of this secret; looks at all, so time tells nothing."""
+    """Finds the token of a secret; compares all, so that time tells nothing."""
     self._reload()
     digest = _digest(secret)
     found = None
@@ -106,7 +107,7 @@ class Tokens:
     return found
 
   def of_header(self, authorization: str) -> Token | None:
-    """The token of an authorization header, `Bearer TOKEN`."""
+    """Finds the token of an authorization header, `Bearer TOKEN`."""
     if not authorization.lower().startswith(_SCHEME):
       return None
     return self.find(authorization[len(_SCHEME):].strip())
@@ -137,9 +138,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
   """Lets through calls with a token.
 
   Args:
-    tokens: that are known.
-    open_services: need none: probes have none.
-    admin_services: need an administrator's.
+    tokens: the known tokens.
+    open_services: services that need no token, as probes have none.
+    admin_services: services that need an administrator's token.
   """
 
   def __init__(self, tokens: Tokens, open_services: Collection[str],
@@ -178,7 +179,7 @@ async def _refuse(
     continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
     details: grpc.HandlerCallDetails, code: grpc.StatusCode,
     message: str) -> Any:
-  """A handler of the same kind, whose every call ends with `code`."""
+  """Returns a handler of the same kind, whose every call ends with `code`."""
   handler = await continuation(details)
   if handler is None:
     return None

@@ -18,7 +18,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def of(context: Context) -> frontend.Caller:
-  """Reads a call's metadata, to be held to `limits` by who remembers it."""
+  """Reads a call's metadata; who remembers it has to hold it to `limits`."""
   metadata = {
     key: value for key, value in context.invocation_metadata() or ()
     if isinstance(value, str)}

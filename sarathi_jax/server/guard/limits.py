@@ -43,13 +43,14 @@ class Limits:
     1024, 'requests that wait to begin',
     'each holds its prompt, and what can\'t be served soon is better told so')
   max_waiting_tokens: int | None = _row(
-    None, 'tokens of the prompts that wait', 'the same, for long prompts')
+    None, 'tokens of the prompts that wait',
+    'a few long prompts hold as much memory as many short ones')
   max_outbox: int = _row(
     4096, 'pieces of output that may wait for one slow client',
     'they are kept until it reads them')
   stream_interval_ms: int = _row(
     0, 'milliseconds, at the least, between two messages of a stream',
-    'what comes between is merged: most of a token\'s cost is its message',
+    'tokens in between are merged, as most of a token\'s cost is its message',
     least=0)
   max_message_mib: float = _row(
     16.0, 'MiB of a message', 'it is copied whole before it is looked at',
@@ -62,10 +63,10 @@ class Limits:
     'parsing a million takes 5 ms; a prompt may have as many token ids')
   max_parameters: int = _row(
     1024, 'entries in the maps of a message',
-    'parsing one takes 0.4 us, with the interpreter held')
+    'parsing one holds the interpreter for 0.4 us')
   max_prompt_tokens: int | None = _row(
     None, 'tokens of a prompt; by default what the model takes',
-    'they are copied once more in the engine\'s thread')
+    'the engine\'s thread copies them once more')
   max_prompt_chars: int | None = _row(
     None, 'characters of a prompt, or of all messages of a chat; by '
     f'default {_CHARS_PER_TOKEN} for each token that a prompt may have, and '
@@ -81,9 +82,9 @@ class Limits:
             'vllm.grpc.engine.SamplingParams.stop'))
   max_stop_chars: int = _row(
     4096, 'characters of all stop strings',
-    'output may wait as long as it could be the beginning of one')
+    'output is held back while it may be the beginning of one')
   max_stop_token_ids: int = _row(
-    1024, 'stop token ids', 'a set of them is made in the engine\'s thread',
+    1024, 'stop token ids', 'the engine\'s thread makes a set of them',
     counts=('sarathi.v1.SamplingParams.stop_token_ids',
             'vllm.grpc.engine.SamplingParams.stop_token_ids'))
   max_id_chars: int = _row(
@@ -91,12 +92,12 @@ class Limits:
     'it is in each message of a stream, in logs and in errors')
   max_abort_ids: int = _row(
     1024, 'requests that one call aborts',
-    'each is looked up in the engine\'s thread',
+    'the engine\'s thread looks each of them up',
     counts=('sarathi.v1.AbortRequest.request_ids',
             'vllm.grpc.engine.AbortRequest.request_ids'))
   max_tensors: int = _row(
     64, 'tensors of a request, in or out',
-    'each is read in Python; the model has 17',
+    'each is read in Python; the model takes and gives 17',
     counts=('inference.ModelInferRequest.inputs',
             'inference.ModelInferRequest.outputs',
             'inference.ModelInferRequest.raw_input_contents'))
@@ -108,12 +109,12 @@ class Limits:
     'the product of their sizes takes the square of their number')
   max_json_chars: int = _row(
     65_536, 'characters of JSON, as in sampling_parameters',
-    'it is decoded with the interpreter held')
+    'decoding it holds the interpreter')
   max_stream_requests: int = _row(
-    1024, 'requests at once of one stream; the next is not read before',
-    'each is a task, with its prompt')
+    1024, 'requests at once of one stream; the next is read when one ends',
+    'each takes a task and the memory of its prompt')
   max_trace_s: float = _row(
-    600.0, 'seconds of a trace', 'its events are kept until its end')
+    600.0, 'seconds of a trace', 'its events stay in memory until its end')
   max_profile_steps: int = _row(
     1000, 'steps of a profile', 'each adds megabytes to it')
 
@@ -129,12 +130,12 @@ class Limits:
 
   def check(self, name: str, value: int, field: str,
             at_most: int | None = None) -> None:
-    """Refuses what is too large.
+    """Refuses a value that is larger than its row allows.
 
     Args:
-      name: of the row.
+      name: the row's.
       value: how many there are.
-      field: where, as the client calls it.
+      field: where they are, as the client calls it.
       at_most: the bound, where it is not the row's value.
 
     Raises:
@@ -147,7 +148,7 @@ class Limits:
         f'{name}={bound}.')
 
   def check_so_far(self, name: str, num_counted: int, field: str) -> None:
-    """As `check`, where nobody goes on to count."""
+    """Refuses what was counted so far, where nobody goes on to count."""
     bound = getattr(self, name)
     if num_counted > bound:
       raise errors.InvalidRequestError(
@@ -159,7 +160,7 @@ class Limits:
     self.check('max_id_chars', len(value), field)
 
   def check_sampling(self, sampling: types.SamplingParams) -> None:
-    """Refuses too much to look for in each token."""
+    """Refuses sampling with too many stop strings and token ids to look for."""
     self.check('max_stops', len(sampling.stop), 'stop')
     self.check('max_stop_chars', sum(map(len, sampling.stop)), 'stop')
     self.check('max_stop_token_ids', len(sampling.stop_token_ids),
@@ -194,7 +195,7 @@ def _short(name: str) -> str:
 
 
 def help_of(name: str) -> str:
-  """What a flag for this row says."""
+  """Returns the help of the flag for a row."""
   row = ROWS[name]
   text = row.metadata['what'] if name == 'stream_interval_ms' else (
     f'The most {row.metadata["what"]}')

@@ -15,12 +15,13 @@ from sarathi_jax import errors
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFiles:
-  """Files in PEM.
+  """The files that TLS needs, in PEM.
 
   Attributes:
     cert: our certificate, and those that vouch for it.
     key: its private key.
-    client_ca: who vouches for clients; with it, they need certificates.
+    client_ca: the authorities that vouch for clients; with it, clients need
+      certificates.
   """
 
   cert: pathlib.Path
@@ -29,7 +30,7 @@ class TlsFiles:
 
 
 def credentials(files: TlsFiles) -> grpc.ServerCredentials:
-  """Credentials that follow the files: each handshake looks for new ones.
+  """Makes credentials that follow the files: each handshake looks for new.
 
   Raises:
     ConfigError: a file can't be read, or isn't PEM.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service sarathi.v1.Control: what who runs the server may do to it."""
+"""The service sarathi.v1.Control, for who administers the server."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Hooks:
   """What the server can have its model do, beside serving.
 
   Attributes:
-    load_weights: reads weights of a checkpoint; any thread.
-    update_weights: serves them; on the engine's thread.
+    load_weights: reads the weights of a checkpoint; any thread.
+    update_weights: has the model use them; on the engine's thread.
     start_profile: begins to record the device into a folder.
-    stop_profile: ends that.
-    num_compiled: programs compiled so far.
+    stop_profile: ends the recording.
+    num_compiled: counts the programs compiled so far.
   """
 
   load_weights: Callable[[str], Any] | None = None
@@ -63,12 +63,12 @@ class Hooks:
 
 
 class ControlService(sarathi_pb2_grpc.ControlServicer):
-  """See sarathi.proto for what the calls do.
+  """Serves sarathi.v1.Control; sarathi.proto says what the calls do.
 
   Args:
-    frontend: serves.
+    frontend: admits requests and reaches the engine.
     hooks: what the model can do.
-    set_draining: tells health and the frontend.
+    set_draining: tells health and the frontend that the server drains.
     trace_dir: where profiles go; None to refuse them.
   """
 
@@ -206,7 +206,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
 
 
 def _zipped(events: Sequence[trace.Event]) -> bytes:
-  """JSON, zipped; piece by piece, as encoding one lets no thread run."""
+  """Returns zipped JSON; made in pieces, as encoding one lets no thread run."""
   data = io.BytesIO()
   with gzip.open(data, 'wt', encoding='utf-8') as file:
     for i in range(0, len(events), _EVENTS_AT_ONCE):
@@ -217,7 +217,7 @@ def _zipped(events: Sequence[trace.Event]) -> bytes:
 
 
 class _Steps:
-  """An `state.Observer` that waits for some steps."""
+  """A `state.Observer` that waits for some steps."""
 
   def __init__(self, num_steps: int) -> None:
     self._num_left = num_steps
@@ -232,4 +232,4 @@ class _Steps:
   def on_finished(self, request: types.Request,
                   metrics: types.RequestMetrics,
                   reason: types.FinishReason, now: float) -> None:
-    """Requests don't count."""
+    """Does nothing: only steps count."""

@@ -44,7 +44,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     self._changed = asyncio.Event()
 
   def set(self, is_serving: bool, *names: str) -> None:
-    """Tells all watchers; without names, of all services."""
+    """Sets the status of services, all without names; tells all watchers."""
     self._is_serving |= dict.fromkeys(names or self._services, is_serving)
     self._changed.set()
     self._changed = asyncio.Event()

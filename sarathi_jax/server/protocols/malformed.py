@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parses messages, and answers what is none with INVALID_ARGUMENT.
+"""Parses messages, and answers malformed ones with INVALID_ARGUMENT.
 
 grpc.aio would parse on the event loop, however long that takes, and answer
 UNKNOWN, which clients take for a defect of the server and try again. Here,
@@ -25,10 +25,10 @@ _Parse = Callable[[bytes, Any], Awaitable[Any]]
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-  """For calls of every service.
+  """Parses the requests of every service.
 
   Args:
-    limits: of what messages may have.
+    limits: the most that messages may have.
     strict: methods, or services, whose requests must have no field that we
       don't know: a newer client's wish is refused then, not ignored.
   """
@@ -85,7 +85,7 @@ def _wrap_unary(method: Callable[[Any, Any], Any], parse: _Parse) -> Any:
 
 
 def _wrap_stream(method: Callable[[Any, Any], Any], parse: _Parse) -> Any:
-  """The same for a method that takes a stream of messages."""
+  """Serves a stream of bytes by a method that takes one of messages."""
   async def parsed(requests: Any, context: Any) -> AsyncIterator[Any]:
     async for data in requests:
       yield await parse(data, context)

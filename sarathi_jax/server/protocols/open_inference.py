@@ -41,7 +41,7 @@ _SIZES = {'stop': 'max_stops', 'stop_token_ids': 'max_stop_token_ids'}
 
 class OpenInferenceService(
     open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-  """See open_inference.proto for what the calls do."""
+  """Serves the protocol; open_inference.proto says what the calls do."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
@@ -280,7 +280,7 @@ def _prompt(inputs: dict[str, list[Any]]) -> frontend_lib.Prompt:
 
 
 def _plain(name: str, values: list[Any]) -> Any:
-  """One value, or a tuple of them where several belong; bytes as text."""
+  """Returns one value, or a tuple where a field has several; bytes as text."""
   try:
     plain = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
   except UnicodeDecodeError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Open Inference Protocol tells of the model that is served."""
+"""What the Open Inference Protocol tells about the model that is served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BACKEND = 'sarathi_jax'
 
 
 def metadata(info: engine_lib.EngineInfo) -> pb.ModelMetadataResponse:
-  """The tensors of the model."""
+  """Describes the tensors of the model."""
   tensor = pb.ModelMetadataResponse.TensorMetadata
   return pb.ModelMetadataResponse(
     name=info.model_name, versions=[VERSION], platform=_BACKEND,
@@ -39,7 +39,7 @@ def metadata(info: engine_lib.EngineInfo) -> pb.ModelMetadataResponse:
 
 
 def config(info: engine_lib.EngineInfo) -> pb.ModelConfig:
-  """The same, as Triton's configuration of a decoupled model."""
+  """Describes them as Triton's configuration of a decoupled model."""
   def data_type(datatype: str) -> str:
     name = 'STRING' if datatype == 'BYTES' else datatype
     return f'TYPE_{name}'
@@ -59,7 +59,7 @@ def config(info: engine_lib.EngineInfo) -> pb.ModelConfig:
 
 
 async def statistics(frontend: frontend_lib.Frontend) -> pb.ModelStatistics:
-  """Totals since the start."""
+  """Returns totals since the start."""
   totals = await frontend.engine_thread.call(
     lambda engine: engine.metrics.copy())
 

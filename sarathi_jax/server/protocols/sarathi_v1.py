@@ -44,7 +44,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SarathiService(sarathi_pb2_grpc.SarathiServicer):
-  """See sarathi.proto for what the calls do."""
+  """Serves sarathi.v1.Sarathi; sarathi.proto says what the calls do."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
@@ -134,7 +134,8 @@ def sampling_of(message: pb.SamplingParams,
 
   Args:
     message: what a request says.
-    make: makes them of the fields that it sets; see `EngineInfo.sampling`.
+    make: makes parameters of the fields that the message sets; see
+      `EngineInfo.sampling`.
 
   Raises:
     InvalidRequestError: a value is out of range.
@@ -151,7 +152,7 @@ def sampling_of(message: pb.SamplingParams,
 
 
 def finished(delta: types.OutputDelta) -> pb.Finished:
-  """Makes the end of a stream, but for its usage."""
+  """Makes the last message's `finished`, but for its usage."""
   assert delta.finish_reason is not None
   message = pb.Finished(finish_reason=_FINISH_REASONS[delta.finish_reason])
   if isinstance(delta.stop_reason, str):

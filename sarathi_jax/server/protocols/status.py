@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what an engine raises to the status that a gRPC client gets."""
+"""Maps what an engine raises to the status that a gRPC client gets."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 def hints(error: Exception) -> tuple[tuple[str, str], ...]:
-  """Trailing metadata: when to try again.
+  """Returns trailing metadata that say when to try again.
 
   gRPC's own retries heed the first, people and proxies the second.
   """
@@ -54,7 +54,7 @@ def hints(error: Exception) -> tuple[tuple[str, str], ...]:
 
 
 def log_defect(error: Exception) -> None:
-  """Logs what is none of our errors, with where it came from."""
+  """Logs an exception that is none of our errors, with its traceback."""
   if not isinstance(error, errors.SarathiError):
     logging.error('A call failed.', exc_info=error)
 
@@ -62,7 +62,7 @@ def log_defect(error: Exception) -> None:
 @contextlib.asynccontextmanager
 async def reported(
     context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-  """Ends a call with the status of what is raised inside."""
+  """Ends a call with the status of the exception raised inside, if any."""
   try:
     yield
   except grpc.aio.AbortError:

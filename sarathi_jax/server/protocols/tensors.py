@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of the Open Inference Protocol, to and from plain values.
+"""Turns tensors of the Open Inference Protocol into plain values, and back.
 
 A tensor's elements lie in its typed `contents`, or all tensors' in
 `raw_input_contents`, little-endian, where each of BYTES has its length before
@@ -44,11 +44,11 @@ def read_inputs(request: pb.ModelInferRequest,
                 limits: limits_lib.Limits | None = None,
                 check_size: Callable[[str, int], None] = lambda name, size: (
                   None)) -> dict[str, list[Any]]:
-  """The elements of each input, flat: BYTES as bytes, others as numbers.
+  """Reads the elements of each input, flat: BYTES as bytes, others as numbers.
 
   Args:
-    request: has them.
-    limits: of their dimensions.
+    request: has the inputs.
+    limits: bound their dimensions; None for no bound.
     check_size: told an input's name and the elements that it is about to have;
       may refuse them.
 
@@ -109,14 +109,14 @@ def _read_raw(name: str, form: str, data: bytes,
 
 
 def parameter_value(parameter: pb.InferParameter) -> Any:
-  """The plain value of a request's parameter; None if it has none."""
+  """Returns the plain value of a request's parameter; None if it has none."""
   choice = parameter.WhichOneof('parameter_choice')
   return None if choice is None else getattr(parameter, choice)
 
 
 def add_output(response: pb.ModelInferResponse, name: str, datatype: str,
                values: Sequence[Any]) -> None:
-  """Adds an output of one dimension, raw, as Triton's clients expect it."""
+  """Adds a one-dimensional output in raw form, as Triton's clients expect."""
   response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
   form = _TYPES[datatype][1]
   response.raw_output_contents.append(

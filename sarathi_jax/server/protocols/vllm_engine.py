@@ -63,7 +63,7 @@ _UNSUPPORTED = ('kv_transfer_params', 'kv_transfer_params_json', 'mm_inputs',
 
 class VllmEngineService(
     vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
-  """See vllm_engine.proto of smg-grpc-proto for what the calls do."""
+  """Serves it; vllm_engine.proto of smg-grpc-proto says what calls do."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
@@ -169,9 +169,10 @@ class VllmEngineService(
 
   def _caller(self, request: pb.GenerateRequest,
               context: Context) -> frontend_lib.Caller:
-    """Who calls; of the gateway, which HTTP call: it does not say whose.
+    """Returns who calls; for the gateway, which HTTP call, not whose it is.
 
-    So each HTTP call has its turn, however many prompts another one has.
+    The gateway does not say whose. So each HTTP call has its turn, however
+    many prompts another one has.
     """
     who = caller.of(context)
     self._frontend.limits.check_name('request_id', request.request_id)
@@ -182,7 +183,7 @@ class VllmEngineService(
       who, client=f'{who.tenant}/{match["call"][:_MAX_CALL_CHARS]}')
 
   def _measure(self, num_generated: int) -> float:
-    """Tokens a second since the last call, or the one before."""
+    """Returns tokens a second since the last call, or the one before."""
     now = time.monotonic()
     then, before = self._last_load
     if now - then >= 1:
@@ -276,10 +277,10 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
 
 
 def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
-  """A zip of a checkpoint's tokenizer, and its SHA-256.
+  """Returns a zip of a checkpoint's tokenizer, and its SHA-256.
 
   Raises:
-    NotFoundError: it has none.
+    NotFoundError: the checkpoint has no tokenizer.
   """
   data = io.BytesIO()
   with zipfile.ZipFile(data, 'w', zipfile.ZIP_DEFLATED) as archive:
@@ -294,7 +295,7 @@ def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
 
 def chunks(data: bytes,
            sha256: str) -> Iterator[common_pb2.GetTokenizerChunk]:
-  """Pieces of `data`; the last one has its SHA-256."""
+  """Yields pieces of `data`; the last one has its SHA-256."""
   for start in range(0, len(data), _CHUNK_BYTES):
     stop = start + _CHUNK_BYTES
     yield common_pb2.GetTokenizerChunk(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks a serialized message over before it is parsed.
+"""Checks a serialized message before it is parsed.
 
 To parse 16 MiB of empty parts takes half a second in which no other thread of
 Python runs. This counts what there is, as `limits` says, and stops at the
-first bound; it is Python, which hands over to other threads as it goes.
+first bound; it is Python, which lets other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _WIRE_TYPES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Known:
-  """What is to be done about a field of a message.
+  """What is known about a field of a message.
 
   Attributes:
-    name: of the field.
-    row: of `limits` that its entries count for; None: they are not many.
-    part: the fields of the message that it is.
-    packed: the wire type of the numbers that it is a list of.
+    name: the field's.
+    row: the row of `limits` that bounds its entries; None: they are not many.
+    part: the fields of the message, if the field is one.
+    packed: the wire type of the numbers, if the field is a list of some.
   """
 
   name: str
@@ -75,14 +75,14 @@ def _plan(message: descriptor.Descriptor) -> _Plan:
 
 def check(data: bytes, message: descriptor.Descriptor,
           limits: limits_lib.Limits, *, refuses_unknown: bool) -> None:
-  """Refuses a message that has too much, or is none.
+  """Refuses a message that has too many entries, or is malformed.
 
   Args:
-    data: serialized.
-    message: what it is to be.
-    limits: of what it may have.
-    refuses_unknown: whether fields that are not of `message` are refused,
-      rather than ignored what a newer client asks for.
+    data: the serialized message.
+    message: its type.
+    limits: the most that it may have.
+    refuses_unknown: whether to refuse fields that `message` does not have,
+      rather than ignore what a newer client asks for.
 
   Raises:
     InvalidRequestError: it must not be parsed.
@@ -117,7 +117,7 @@ def check(data: bytes, message: descriptor.Descriptor,
 
 def _fields(data: bytes, start: int,
             stop: int) -> Iterator[tuple[int, int, int]]:
-  """The fields of a message: tag, and where its value begins and ends.
+  """Yields the fields of a message: tag, where its value begins and ends.
 
   Raises:
     IndexError: these bytes are no message.
@@ -149,7 +149,7 @@ def _fields(data: bytes, start: int,
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:
-  """A number, and where it ends."""
+  """Reads a varint; returns the number and where it ends."""
   value = 0
   for i in range(10):
     byte = data[start + i]
@@ -160,7 +160,7 @@ def _varint(data: bytes, start: int) -> tuple[int, int]:
 
 
 def _num_packed(data: bytes, start: int, stop: int, wire_type: int) -> int:
-  """Numbers in a packed list."""
+  """Counts the numbers in a packed list."""
   if wire_type != _VARINT:
     return (stop - start) // _FIXED_SIZES[wire_type]
   return sum(
