@@ -73,7 +73,7 @@ class Server:
   """Serves one engine; made and used on a running event loop.
 
   Args:
-    config: where and what.
+    config: where to serve, whom, and what to report.
     make_engine: makes the engine, warm; called on the engine's thread.
     hooks: what else the model can do.
 
@@ -81,9 +81,9 @@ class Server:
     ConfigError: a file that `config` names can't be used.
 
   Attributes:
-    port: where it listens.
-    fault: why it can't go on.
-    on_failed: called when it can't.
+    port: the port where it listens.
+    fault: why it can't go on; None while it can.
+    on_failed: called when it can't go on.
     on_left: called by `leave`.
   """
 
@@ -114,7 +114,7 @@ class Server:
                             round(config.limits.max_message_mib * 2**20))))
 
   def _make_services(self) -> dict[str, Callable[[grpc.aio.Server], None]]:
-    """Name -> what adds the service to a gRPC server."""
+    """Makes the services: name -> what adds the service to a gRPC server."""
     def adder(add: Any, service: Any) -> Callable[[grpc.aio.Server], None]:
       return lambda server: add(service, server)
 
@@ -180,7 +180,7 @@ class Server:
     self.watch.start()
 
   async def warm(self) -> None:
-    """Waits for the engine, then serves.
+    """Waits until the engine is warm, then serves.
 
     Raises:
       ConfigError: the gateway ended at once.
@@ -208,7 +208,7 @@ class Server:
                       self._config.drain_s)
 
   async def stop(self) -> None:
-    """Cuts off what is left."""
+    """Cuts off the requests that are left, and stops."""
     await self.watch.stop()
     self.frontend.state = frontend_lib.State.DRAINING
     self._health.set(False)
@@ -224,7 +224,7 @@ class Server:
     self.telemetry.stop()
 
   def fail(self, fault: errors.EngineDeadError) -> None:
-    """Ends the engine whatever it waits for, and `serve`; any thread."""
+    """Ends the engine, whatever it waits for, and `serve`; any thread."""
     self.fault = fault
     self._engine_thread.fail(fault)
     self.on_failed()
@@ -263,7 +263,7 @@ class Server:
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-  """Returns the port; ConfigError if the address can't be had."""
+  """Binds the address; returns the port. ConfigError if it can't be had."""
   host, port = config.host, config.port
   address = f'{config.address}:{port}'
   try:
@@ -285,7 +285,7 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
 
 def _why_no_calls(
     tasks: set[asyncio.Task[Any]]) -> Callable[[], str | None]:
-  """Tells whether the one of `tasks` in which gRPC takes calls ended."""
+  """Returns what tells if the one of `tasks` that takes gRPC's calls ended."""
   # gRPC shows it to nobody, and says nothing if it is cancelled.
   loops = [task for task in tasks if '._server_main_loop' in repr(task)]
   return lambda: ('it takes no more calls' if any(

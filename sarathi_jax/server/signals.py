@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends a server from outside: signals, and what stands for them."""
+"""What ends a server from outside: signals, and what counts as one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FAILED, _LEFT = -1, -2
 
 
 class Signals(asyncio.Queue[int]):
-  """Those that came, for a running event loop.
+  """The signals that came, for a running event loop.
 
   Where all of several processes are told to end, the first one gets a signal
-  and hears of the others': that is a single wish.
+  and hears of the others': they count as one.
   """
 
   def __init__(self) -> None:
@@ -28,8 +28,8 @@ class Signals(asyncio.Queue[int]):
       self._events.add_signal_handler(number, self.put_nowait, number)
 
   def tellers(self) -> tuple[Callable[[], object], Callable[[], object]]:
-    """To call if the server can't go on, and if another process left; any
-    thread."""
+    """Returns what to call, on any thread: if the server can't go on, and if
+    another process left."""
     failed, left = (functools.partial(
       self._events.call_soon_threadsafe, self.put_nowait, number)
                     for number in (FAILED, _LEFT))
@@ -47,7 +47,7 @@ class Signals(asyncio.Queue[int]):
     super().put_nowait(number)
 
   async def until(self, work: Coroutine[Any, Any, None]) -> int:
-    """Runs `work`, or as much of it as a signal, which is returned, leaves."""
+    """Runs `work` until its end or a signal; returns the signal, if any."""
     tasks = (asyncio.create_task(work), asyncio.create_task(self.get()))
     done, undone = await asyncio.wait(
       tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -60,5 +60,5 @@ class Signals(asyncio.Queue[int]):
 
 
 def exit_code(number: int) -> int:
-  """Of the process that a signal ended."""
+  """Returns the exit code of the process that a signal ended."""
   return 1 if number == FAILED else 128 + number

@@ -63,7 +63,7 @@ _UNSUPPORTED = ('kv_transfer_params', 'kv_transfer_params_json', 'mm_inputs',
 
 class VllmEngineService(
     vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
-  """Serves it; vllm_engine.proto of smg-grpc-proto says what calls do."""
+  """Serves the protocol; see vllm_engine.proto of smg-grpc-proto."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend

@@ -33,7 +33,7 @@ Limits = limits_lib.Limits
 
 
 class _Shares:
-  """What each of some names was served, in tokens, and which of them wait."""
+  """How many tokens each name was served, and which names wait."""
 
   def __init__(self) -> None:
     self.waiting: Counter[str] = Counter()  # name -> its requests
@@ -41,7 +41,7 @@ class _Shares:
     self._last = 0.0  # of who began last
 
   def enter(self, name: str) -> None:
-    """A request of `name` waits."""
+    """Counts a request of `name` that begins to wait."""
     if name not in self.waiting:
       # Who comes back gets no credit for the time in which it was away.
       others = (self._served[n] for n in self.waiting)
@@ -50,21 +50,21 @@ class _Shares:
     self.waiting[name] += 1
 
   def leave(self, name: str) -> None:
-    """A request of `name` waits no more."""
+    """Counts a request of `name` that waits no more."""
     self.waiting[name] -= 1
     if not self.waiting[name]:
       del self.waiting[name]
 
   def least(self, names: Iterable[str]) -> str:
-    """Of names that wait, the one that was served least."""
+    """Returns the waiting name that was served least."""
     return min(names, key=self._served.__getitem__)
 
   def begin(self, name: str) -> None:
-    """A request of `name` begins."""
+    """Notes that a request of `name` begins."""
     self._last = self._served[name]
 
   def charge(self, name: str, num_tokens: float) -> None:
-    """Counts what was served."""
+    """Counts tokens that a name was served."""
     self._served[name] = self._served.get(name, self._last) + num_tokens
     if len(self._served) > _MAX_KNOWN:
       self._served = {
@@ -78,11 +78,11 @@ class Queue:
   """Streams of the requests that wait to begin. Not thread-safe.
 
   Args:
-    limits: of what waits.
+    limits: the most that may wait.
 
   Attributes:
-    num_tokens: of the prompts that wait.
-    has_room: for more to begin, as far as is known.
+    num_tokens: tokens of the prompts that wait.
+    has_room: whether more may begin, as far as is known.
   """
 
   def __init__(self, limits: Limits) -> None:
@@ -104,11 +104,11 @@ class Queue:
     return iter(self._streams.values())
 
   def check_room(self, num_requests: int, num_tokens: int = 0) -> None:
-    """Refuses what there is no room for.
+    """Refuses requests that there is no room for.
 
     Args:
-      num_requests: that are to be pushed.
-      num_tokens: of their prompts.
+      num_requests: how many are to be pushed.
+      num_tokens: tokens of their prompts.
 
     Raises:
       CapacityError: too many wait.
@@ -129,7 +129,7 @@ class Queue:
         seconds)
 
   def push(self, stream: outbox.Stream) -> None:
-    """Takes on the stream of a request that has just arrived.
+    """Adds the stream of a request that has just arrived.
 
     Raises:
       CapacityError: too many wait.
@@ -149,7 +149,7 @@ class Queue:
     self.num_tokens += num_tokens
 
   def peek(self) -> outbox.Stream | None:
-    """Returns the next one to begin."""
+    """Returns the stream that begins next."""
     if not self._streams:
       return None
     tenants = self._lines[min(self._lines)]
@@ -158,7 +158,7 @@ class Queue:
     return tenants[tenant][client][0]
 
   def pop(self) -> outbox.Stream:
-    """Takes out the next one to begin, and counts its prompt."""
+    """Takes out the stream that begins next, and counts its prompt."""
     stream = self.peek()
     assert stream is not None
     request = stream.request
@@ -170,14 +170,14 @@ class Queue:
 
   def begin(self, engine: engine_lib.Engine,
             ) -> list[tuple[outbox.Stream, Exception | None]]:
-    """Takes out what a step could begin; the rest keeps its order.
+    """Takes out the requests that a step could begin; others keep their order.
 
     Args:
-      engine: is to be given these requests before it is asked again.
+      engine: has to get these requests before this is called again.
 
     Returns:
-      Each stream that waits no more, and why its request is refused; None if
-      it is to begin.
+      Each stream that waits no more, and the error that refuses its request;
+      None if that is to begin.
     """
     now = engine.clock()
     priority: int | None = None
@@ -200,7 +200,7 @@ class Queue:
     return taken
 
   def remove(self, key: str) -> outbox.Stream | None:
-    """Takes out one that has left; None if it is not here."""
+    """Takes out a stream that was given up; None if it is not here."""
     stream = self._streams.pop(key, None)
     if stream is None:
       return None
@@ -220,7 +220,7 @@ class Queue:
     return stream
 
   def take_all(self) -> list[outbox.Stream]:
-    """Takes out all that wait, as none will begin any more."""
+    """Takes out all streams, as none will begin any more."""
     streams = list(self)
     for stream in streams:
       self.remove(stream.request.key)
@@ -228,7 +228,7 @@ class Queue:
 
   def charge(self, request: types.Request, num_prompt: int,
              num_output: int) -> None:
-    """Counts what was served of a request that has begun."""
+    """Counts tokens that a request was served since it began."""
     num_tokens = num_prompt + _OUTPUT_WEIGHT * num_output
     self._tenants.charge(request.tenant, num_tokens)
     self._clients.setdefault(request.tenant, _Shares()).charge(
@@ -239,13 +239,13 @@ class Queue:
         if tenant in self._tenants}
 
   def observe_step(self, step_s: float, token_budget: int) -> None:
-    """Learns what a step took, in seconds, and the most tokens of one."""
+    """Learns how long a step took, seconds, and the most tokens of a step."""
     self._step_s += (step_s - self._step_s) * (0.1 if self._step_s else 1)
     self._token_budget = token_budget
 
   def _late(self, request: types.Request,
             now: float) -> errors.DeadlineError | None:
-    """Why a request is of no use any more; None if it may be in time."""
+    """Returns the error for a request that is too late; None if there is time."""
     if request.deadline is None:
       return None
     num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)
@@ -257,7 +257,7 @@ class Queue:
       f'its prompt alone takes {wait_s:.3g} s.')
 
   def _retry_after_s(self) -> float:
-    """When a half of what waits will have begun, roughly."""
+    """Estimates in how many seconds half of what waits will have begun."""
     if not self._step_s:
       return 1.0
     tokens_per_s = self._token_budget / self._step_s

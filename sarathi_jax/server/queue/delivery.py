@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the engine's thread to the readers of streams, and how streams end.
+"""Hands output from the engine's thread to streams' readers; ends streams.
 
 Imports no gRPC and no JAX.
 """
@@ -19,7 +19,7 @@ _Outgoing = tuple[outbox.Stream, types.OutputDelta | Exception]
 class Delivery:
   """The streams of the requests that the engine has.
 
-  Deltas are routed here, on the engine's thread, whose own this is.
+  Deltas are routed here, on the engine's thread. No other may use this.
 
   Args:
     loop: runs the readers of the streams.
@@ -37,7 +37,7 @@ class Delivery:
     return iter(self._streams.values())
 
   def add(self, stream: outbox.Stream) -> None:
-    """Takes on the stream of a request that the engine was given."""
+    """Adds the stream of a request that the engine was given."""
     self._streams[stream.request.key] = stream
 
   def remove(self, key: str) -> outbox.Stream | None:
@@ -54,11 +54,11 @@ class Delivery:
 
   def put(self, stream: outbox.Stream,
           item: types.OutputDelta | Exception) -> None:
-    """Keeps what a stream gains, or its end, until `flush`."""
+    """Keeps a stream's next delta, or the error that ends it, until `flush`."""
     self._outgoing.append((stream, item))
 
   def flush(self) -> None:
-    """Hands all of it to the event loop, by one callback."""
+    """Hands all that was kept to the event loop, by one callback."""
     if self._outgoing:
       outgoing, self._outgoing = self._outgoing, []
       call_on(self._loop, _put_all, outgoing)
@@ -83,7 +83,7 @@ def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None],
 
 
 def step_error(request_id: str, fault: Exception) -> errors.StepError:
-  """Makes the end of the stream of a request whose step failed."""
+  """Makes the error that ends the stream of a request whose step failed."""
   error = errors.StepError(
     f'{request_id}: a step that it was in failed: {type(fault).__name__}; '
     'see the log of the server.')
@@ -92,8 +92,13 @@ def step_error(request_id: str, fault: Exception) -> errors.StepError:
 
 
 def gone_error(fault: BaseException | None) -> errors.EngineDeadError:
-  """Makes the end of a stream of an engine that stopped, of itself or by a
-  fault. A new one for every reader, as raising an exception changes it."""
+  """Makes the error for a stream of an engine that stopped.
+
+  Every reader gets a new one, as raising an exception changes it.
+
+  Args:
+    fault: what stopped the engine; None if it was shut down.
+  """
   if fault is None:
     return errors.EngineDeadError('the server is shutting down')
   # No more than its name: a message may have paths, or what others sent.

@@ -18,11 +18,11 @@ from sarathi_jax.server.queue import outbox
 
 
 class Endings:
-  """The engine thread's own.
+  """Ends requests; only the engine's thread uses this.
 
   Args:
     waiting: the requests that wait.
-    streams: those that the engine has.
+    streams: the streams of the requests that the engine has.
     lock: guards `waiting`.
   """
 

@@ -47,7 +47,7 @@ T = TypeVar('T')
 
 
 class _Command(NamedTuple):
-  """What the engine thread shall do between two steps. Neither raises."""
+  """What the engine's thread shall do between two steps. Neither raises."""
 
   run: Callable[[engine_lib.Engine], None]
   fail: Callable[[Exception], None]  # instead of `run`: the engine is gone
@@ -62,7 +62,7 @@ class EngineThread:
     loop: runs the readers of streams, and `on_death`.
     on_death: told what ended the engine. The thread is over then: every
       request got EngineDeadError, and so does whoever submits another one.
-    limits: of what waits.
+    limits: the most that may wait.
   """
 
   def __init__(self, make_engine: Callable[[], engine_lib.Engine],
@@ -103,7 +103,7 @@ class EngineThread:
     return asyncio.wrap_future(self._ready, loop=self._loop)
 
   def submit(self, request: types.Request) -> outbox.Stream:
-    """Hands in a request, of a key of its own; any thread.
+    """Submits a request, whose key has to be unique; any thread.
 
     Raises:
       CapacityError: too many wait.
@@ -123,18 +123,18 @@ class EngineThread:
     return stream
 
   def check_room(self, num_requests: int) -> None:
-    """Raises CapacityError if so many more may not wait; any thread."""
+    """Raises CapacityError if there is no room for so many more; any thread."""
     with self._wakeup:
       self._waiting.check_room(num_requests)
 
   @property
   def num_queued(self) -> int:
-    """Requests that wait and are not yet the engine's."""
+    """Number of requests that wait and are not yet the engine's."""
     return len(self._waiting)
 
   @property
   def num_queued_tokens(self) -> int:
-    """Tokens of their prompts."""
+    """Number of tokens of the prompts of queued requests."""
     return self._waiting.num_tokens
 
   @property
@@ -143,17 +143,17 @@ class EngineThread:
 
   @property
   def is_up(self) -> bool:
-    """Whether there is an engine: it is made, and has not stopped."""
+    """Whether there is an engine that is made and has not stopped."""
     return self._ready.done() and self._is_gone() is None
 
   @property
   def step_s(self) -> float:
-    """What the step under way has taken so far; 0 without one; any thread."""
+    """Seconds that the step under way has taken; 0 without one; any thread."""
     began = self._step_began
     return 0.0 if began is None else time.monotonic() - began
 
   async def pause(self, mode: pausing.PauseMode) -> None:
-    """Begins no requests until `resume`; what comes waits in the queue.
+    """Begins no requests until `resume`; new ones wait in the queue.
 
     Args:
       mode: what becomes of those that are running. KEEP: they stop where
@@ -225,10 +225,10 @@ class EngineThread:
       self._wakeup.notify()
 
   def fail(self, fault: Exception) -> None:
-    """Ends all with EngineDeadError, though a step may never end; any thread.
+    """Ends all with EngineDeadError, even if a step never ends; any thread.
 
     Args:
-      fault: why, known to another than the engine.
+      fault: the reason, which another than the engine knows.
     """
     with self._wakeup:
       self._gone = functools.partial(delivery.gone_error, fault)
@@ -238,7 +238,7 @@ class EngineThread:
     self._end(fault)
 
   def why_ended(self) -> str | None:
-    """Tells if the thread is gone without a word; else None. Any thread."""
+    """Tells if the thread ended without telling why; else None. Any thread."""
     is_gone = self._thread.ident is not None and not self._thread.is_alive()
     return 'its thread is gone' if is_gone and not self._has_ended else None
 
@@ -296,7 +296,7 @@ class EngineThread:
       self._end(None)
 
   def _receive(self, engine: engine_lib.Engine) -> list[_Command] | None:
-    """Takes what was sent; None if the thread shall end."""
+    """Takes the commands that were sent; None if the thread shall end."""
     def is_busy() -> bool:
       can_begin = len(self._waiting) and not self._pause.is_holding
       can_step = engine.has_work and not self._pause.is_paused

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request gained and its reader has not yet taken.
+"""The output of one request that its reader has not yet taken.
 
 What waits is merged, so a reader that falls behind gets more tokens at a time
 and costs less; one that falls far behind is ended. Imports no gRPC and no JAX.
@@ -15,13 +15,13 @@ from sarathi_jax import types
 
 
 class Stream:
-  """What one request gains, in order; read by one task of the event loop.
+  """The output of one request, in order; read by one task of the event loop.
 
   Iteration ends after the delta with a finish_reason. It raises what the
   request was refused with, StepError or EngineDeadError.
 
   Args:
-    request: whose.
+    request: whose output it is.
     abandon: called when the reader leaves before the end.
     max_waiting: deltas that may wait for the reader; with one more the
       request is aborted, and the reader's task cancelled, as it may be stuck
@@ -97,7 +97,7 @@ class Stream:
 
   @property
   def is_closed(self) -> bool:
-    """Whether its reader is done with it."""
+    """Whether its reader needs no more of it."""
     return self._ended
 
   def raise_overflow(self) -> None:
@@ -119,7 +119,7 @@ class Stream:
 
 
 def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
-  """The sum of consecutive deltas of one request, at least one."""
+  """Merges consecutive deltas of one request, at least one, into one."""
   last = deltas[-1]
   if len(deltas) == 1:
     return last

@@ -17,12 +17,12 @@ class PauseMode(enum.Enum):
 
 
 class Pause:
-  """A pause, or none. The engine thread's own, but to be read by any.
+  """A pause, or none. Only the engine's thread sets it; any may read it.
 
   Attributes:
-    is_holding: no requests begin.
-    is_paused: no steps are made either.
-    is_draining: what does not begin at once never will.
+    is_holding: whether no requests begin.
+    is_paused: whether no steps are made either.
+    is_draining: whether requests that don't begin at once never will.
   """
 
   def __init__(self) -> None:
@@ -46,14 +46,14 @@ class Pause:
     self.is_draining = is_draining
 
   def tell_idle(self) -> None:
-    """Tells who waits for it that nothing runs any more."""
+    """Tells those who wait for the pause that nothing runs any more."""
     while self._when_idle:
       idle = self._when_idle.pop()
       if idle.set_running_or_notify_cancel():  # else its caller has left
         idle.set_result(None)
 
   def fail(self, make_error: Callable[[], Exception]) -> None:
-    """Tells who waits for it that the engine is gone."""
+    """Tells those who wait for the pause that the engine is gone."""
     for idle in self._when_idle:
       if idle.set_running_or_notify_cancel():
         idle.set_exception(make_error())

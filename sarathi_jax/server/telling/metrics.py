@@ -43,7 +43,7 @@ _PARTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 class Snapshot(NamedTuple):
-  """What the engine had counted between two steps."""
+  """The engine's totals between two steps."""
 
   totals: metrics_lib.EngineMetrics
   stats: state.EngineStats
@@ -130,11 +130,11 @@ class Collector(registry_lib.Collector):
   """Reads an engine and its front end at every scrape.
 
   Args:
-    prefix: of the names.
+    prefix: what the metrics' names begin with.
     engine_thread: owns the engine.
-    loop: of the server; a scrape is on a thread of its own.
+    loop: the server's event loop; a scrape is on a thread of its own.
     watch: looks after what runs in the background.
-    num_compiled: programs compiled so far.
+    num_compiled: counts the programs compiled so far.
   """
 
   def __init__(self, prefix: str, engine_thread: engine_thread_lib.EngineThread,
@@ -270,10 +270,10 @@ class MetricsServer:
   """Answers scrapes on threads of its own.
 
   Args:
-    collector: of what there is to tell.
+    collector: makes the metrics.
     host, port: where it listens.
-    tokens: one of which a scrape needs; None: it needs none.
-    files: with which it speaks TLS as the gRPC port does, clients'
+    tokens: a scrape needs one of these; None: it needs none.
+    files: the files to speak TLS with as the gRPC port does, clients'
       certificates included; None for plain text.
 
   Raises:
@@ -301,7 +301,7 @@ class MetricsServer:
 
   @property
   def as_background(self) -> background.Background:
-    """For who looks after its thread."""
+    """The server's thread as `background.Watch` takes it."""
     return background.Background('metrics', self.why_ended, self.restart)
 
   def why_ended(self) -> str | None:
@@ -310,7 +310,7 @@ class MetricsServer:
     return None if is_well else 'its thread is gone'
 
   def restart(self) -> None:
-    """Takes scrapers, from a thread of its own; the port stays."""
+    """Serves scrapes again, from a new thread; the port stays."""
     self._thread = threading.Thread(
       target=self._server.serve_forever, name='metrics', daemon=True)
     self._thread.start()

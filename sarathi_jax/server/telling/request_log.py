@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line of JSON for each request that ended. Of its text only if asked."""
+"""A log with a line of JSON for each request; prompts only if asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sarathi_jax.server.telling import whole_lines
 
 
 def outcome(ended: frontend.Ended) -> str:
-  """'stop', 'length', 'abort'; 'CANCELLED', or a refusal's status code."""
+  """Returns 'stop', 'length', 'abort', 'CANCELLED' or a refusal's status code."""
   if ended.error is None:
     reason = ended.last.finish_reason if ended.last else None
     return 'abort' if reason is None else reason.value
@@ -34,7 +34,7 @@ class RequestLog:
   """Writes the lines.
 
   Args:
-    path: '-' for standard error.
+    path: the file; '-' for standard error.
     with_prompts: whether prompts' token ids are in the lines.
 
   Raises:
@@ -54,7 +54,7 @@ class RequestLog:
       ) from error
 
   def __call__(self, ended: frontend.Ended) -> None:
-    """Writes one line; a disk that is full does not hold up requests."""
+    """Writes one line; a full disk does not hold up requests."""
     try:
       self._write(json.dumps(self._line(ended)) + '\n')
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ class Spans:
   """Sends spans to a collector, by gRPC, from a thread of its own.
 
   Args:
-    endpoint: such as http://localhost:4317.
+    endpoint: the collector's, such as http://localhost:4317.
 
   Raises:
     ConfigError: OpenTelemetry is not installed.
@@ -54,7 +54,7 @@ class Spans:
 
   @property
   def as_background(self) -> background.Background:
-    """For who looks after its thread."""
+    """The sending thread as `background.Watch` takes it."""
     return background.Background('spans', self.why_ended, self.restart)
 
   def why_ended(self) -> str | None:
@@ -63,7 +63,7 @@ class Spans:
     return None if is_well else 'its thread is gone'
 
   def restart(self) -> None:
-    """Sends from a new thread; spans that the last one had are lost."""
+    """Sends from a new thread; loses the spans that the last one had."""
     before = set(threading.enumerate())
     self._provider = self._provide()
     self._tracer = self._provider.get_tracer('sarathi_jax')
@@ -73,7 +73,7 @@ class Spans:
       if thread.name.startswith('Otel')), None)
 
   def __call__(self, ended: frontend.Ended) -> None:
-    """Makes the span of a request that ended; nothing of its text."""
+    """Makes the span of a request that ended, without any of its text."""
     from opentelemetry import trace
 
     span = self._tracer.start_span(

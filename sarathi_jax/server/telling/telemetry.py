@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a server tells of itself, as its configuration asks: made, stopped."""
+"""Starts and stops the telemetry that a server's configuration asks for."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Observer = Callable[[frontend.Ended], None]
 
 
 class Telemetry:
-  """The request log, the trace, the metrics and spans.
+  """The request log, the trace, the metrics and the spans.
 
   Args:
     watch: looks after their threads.
 
   Attributes:
-    observers: of ended requests.
-    metrics_port: once it is started.
+    observers: told of requests that ended.
+    metrics_port: the port of the metrics, once it is started; None without.
 
   Raises:
     ConfigError: a file can't be opened, or a package is missing.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the events of a trace into files, beside the engine's thread.
 
-On a disk that is full events are missing, which the log tells, and the trace
-goes on when there is room.
+Where the disk is full, events are left out and the log says so. The trace goes
+on when there is room.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TraceFile:
 
   @property
   def as_background(self) -> background.Background:
-    """For who looks after its thread."""
+    """The writing thread as `background.Watch` takes it."""
     return background.Background('trace', self.why_ended, self.restart)
 
   def why_ended(self) -> str | None:
@@ -58,7 +58,7 @@ class TraceFile:
     return None if is_well else 'its thread is gone'
 
   def restart(self) -> None:
-    """Writes, from a thread of its own."""
+    """Writes from a new thread."""
     self._thread = threading.Thread(
       target=self._run, name='trace', daemon=True)
     self._thread.start()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small HTTP server, for scrapers: guarded, and held up by nobody.
+"""A small HTTP server for scrapers, which asks for tokens and never blocks.
 
-prometheus_client's own shakes hands on the thread that accepts, where one
-that connects and says no more ends metrics for all, and knows no tokens.
+prometheus_client's own server does TLS handshakes on the thread that accepts,
+so a client that connects and says nothing ends metrics for all. Nor does it
+know tokens.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
   """Answers each connection on a thread of its own.
 
   Args:
-    app: answers.
+    app: the WSGI application that answers.
     host, port: where it listens.
-    context: of TLS, asked for each connection; None for plain text.
+    context: makes each connection's TLS context; None for plain text.
 
   Raises:
     OSError: the port can't be had.
@@ -82,7 +83,7 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
       del self._due[connection]
 
   def service_actions(self) -> None:
-    """Ends connections that take too long; twice a second, and after each."""
+    """Ends connections that take too long: twice a second, and after each one."""
     now = time.monotonic()
     for connection, due in list(self._due.items()):
       if now > due:
@@ -90,21 +91,21 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
           connection.shutdown(socket.SHUT_RDWR)
 
   def handle_error(self, request: Any, client_address: Any) -> None:
-    """Says nothing: it is of one connection, and its client hears of it."""
+    """Does nothing: an error is one connection's, and its client hears of it."""
 
 
 class _Handler(simple_server.WSGIRequestHandler):
-  """Logs nothing, and asks no name server who it is that asks."""
+  """A handler that logs nothing and looks up no host names."""
 
   def log_message(self, format: str, *args: Any) -> None:
-    """Says nothing."""
+    """Logs nothing."""
 
   def address_string(self) -> str:
     return str(self.client_address[0])
 
 
 def guarded(app: App, tokens: auth.Tokens) -> App:
-  """Answers those who have a token."""
+  """Wraps an application so that it answers only those who have a token."""
   def answer(environ: dict[str, Any], start_response: Any) -> Any:
     if tokens.of_header(environ.get('HTTP_AUTHORIZATION', '')) is not None:
       return app(environ, start_response)

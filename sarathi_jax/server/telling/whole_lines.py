@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that lines are added to: whole, or, on a full disk, not at all."""
+"""A file to which lines are added whole or, on a full disk, not at all."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class WholeLines:
   """Appends to a file that nobody else writes. Not thread-safe.
 
   Args:
-    path: of the file, which is made if need be.
+    path: the file's, which is made if need be.
 
   Raises:
     OSError: it can't be opened.
 
   Attributes:
-    size: bytes that were written.
+    size: number of bytes that were written.
   """
 
   def __init__(self, path: str | pathlib.Path) -> None:
@@ -27,7 +27,7 @@ class WholeLines:
     self._file = open(path, 'ab', buffering=0)  # noqa: SIM115
 
   def write(self, lines: bytes) -> None:
-    """Writes lines with their ends, at once.
+    """Writes lines, with their newlines, at once.
 
     Raises:
       OSError: nothing of them is in the file.
