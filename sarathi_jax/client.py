@@ -30,26 +30,33 @@ _EXIT_CANCELLED = 130  # as a shell reports a process that Ctrl-C ended
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
-  flags.DEFINE_string('target', 'localhost:50051', 'The server, host:port.')
+  """Defines the flags; not on import, as their names may be taken."""
+  flags.DEFINE_string('target', 'localhost:50051', 'Server to ask, HOST:PORT.')
   flags.DEFINE_bool(
     'chat', False,
-    'Send the prompt as the user of a chat, by the checkpoint\'s template.')
-  flags.DEFINE_string('system', None, 'The system message of a chat.')
+    'Send the prompt as a user\'s message of a chat, which the checkpoint\'s '
+    'template lays out.')
+  flags.DEFINE_string(
+    'system', None, 'System message of the chat; needs --chat.')
   flags.DEFINE_list(
     'token_ids', None,
-    'A prompt of token ids, such as 1,15043. Token ids are printed, too.')
+    'Token ids to send in place of a text, such as 1,15043. Those of the '
+    'output are printed, too.')
   flags.DEFINE_bool(
     'json', False, 'Print every message of the server as a line of JSON.')
   flags.DEFINE_string(
-    'request_id', None, 'An id for the request; else the server makes one.')
+    'request_id', None, 'Id to give the request. Default: the server makes '
+    'one.')
   flags.DEFINE_enum(
     'tier', None, ['interactive', 'batch'],
-    'Whether the time between tokens counts; see the server\'s --tbt_slo_ms.')
+    'Tier of the request: whether its time between tokens counts for the '
+    'server\'s --tbt_slo_ms (interactive) or --batch_tbt_slo_ms (batch). '
+    'Default: interactive.')
   flags.DEFINE_float(
     'timeout_s', None, 'Give up after this many seconds.', lower_bound=0)
   flags.DEFINE_bool(
-    'fill_context', None, 'Generate as much as the context has room for.')
+    'fill_context', None, 'Generate as many tokens as the context has room '
+    'for, in place of --max_tokens.')
   sampling_flags.define()
 
 
@@ -70,7 +77,7 @@ def main(prompts: list[str]) -> None:
 
 
 def _request(prompts: list[str]) -> pb.GenerateRequest:
-  """Makes the message of the command line; UsageError if it is no good."""
+  """Makes the request of the command line; UsageError if it makes no sense."""
   # Unset ones are not sent: the server's defaults hold.
   sampling = pb.SamplingParams(
     fill_context=FLAGS.fill_context, **sampling_flags.said())
@@ -127,7 +134,7 @@ def _say(line: str) -> None:
 
 
 def _summary(finished: pb.Finished) -> str:
-  """'9 prompt tokens, 16 generated, length, ttft 12.3 ms, tpot 4.5 ms'"""
+  """Returns such as '9 prompt tokens, 16 generated, length, ttft 12.3 ms'."""
   reason = pb.FinishReason.Name(finished.finish_reason)
   timing = finished.timing
   return ', '.join([
@@ -140,7 +147,7 @@ def _summary(finished: pb.Finished) -> str:
 
 
 def _explain(call: Any) -> str:
-  """What went wrong, and what to do about it."""
+  """Returns what went wrong, and what to do about it."""
   code, details = call.code(), call.details()
   if code is grpc.StatusCode.DEADLINE_EXCEEDED:
     return f'no end within --timeout_s={FLAGS.timeout_s:g}'

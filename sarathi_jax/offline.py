@@ -17,7 +17,7 @@ weights its tokens don't either, but for rounding. With 16 bits rounding decides
 between tokens that are nearly as likely, and depends on what else is in a step:
 some outputs of a run that is repeated, or resumed, differ.
 
-Where there is no terminal, a line a minute tells how far it is.
+Where there is no terminal, a line per minute tells how far it is.
 """
 
 from __future__ import annotations
@@ -55,27 +55,30 @@ _ENGINES_OWN = ('seed',)  # flag, from which each line's seed is made
 
 
 class Written(NamedTuple):
-  """What an output holds: ids of those done, numbers of lines refused."""
+  """What an output file holds: ids that are done, numbers of refused lines."""
 
   ids: set[str]
   lines: set[int]
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
+  """Defines the flags; not on import, as their names may be taken."""
   flags.DEFINE_string(
-    'checkpoint', None, 'A converted checkpoint, or a Hugging Face folder or '
-    'hub id, which is converted once.', required=True)
-  flags.DEFINE_string('prompts', None, 'JSON lines to read.', required=True)
-  flags.DEFINE_string('output', None, 'JSON lines to write.', required=True)
+    'checkpoint', None, 'Checkpoint to run: a converted one, or a Hugging Face '
+    'folder or hub id, which is converted once.', required=True)
+  flags.DEFINE_string('prompts', None, 'File of JSON lines to read requests '
+                      'from.', required=True)
+  flags.DEFINE_string('output', None, 'File of JSON lines to write results to.',
+                      required=True)
   flags.DEFINE_bool(
-    'resume', False, 'Go on with an output: skip the ids it holds.')
+    'resume', False, 'Go on with the file --output: skip requests whose ids it '
+    'holds.')
   engine_flags.define_engine_flags()
   sampling_flags.define(but=_ENGINES_OWN)
 
 
 def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
-  """The lines that an output lacks; an id's second line is refused."""
+  """Yields the lines that an output lacks; refuses an id's second line."""
   seen: set[str] = set()
   for line in lines:
     if line.request is None:
@@ -99,9 +102,9 @@ def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
   Lines are read as the engine makes room, not all at once.
 
   Args:
-    engine: an idle one.
-    lines: of different ids.
-    on_tokens: told of every step's new tokens.
+    engine: the engine, which is idle.
+    lines: the lines, with ids that differ.
+    on_tokens: told the number of every step's new tokens.
   """
   live: dict[str, tuple[Line, collector.Collector]] = {}
   max_live = 2 * engine.info.max_num_seqs
@@ -141,7 +144,7 @@ def _result(line: Line, done: types.Completion) -> dict[str, Any]:
 
 
 def _read_written(path: pathlib.Path) -> Written:
-  """What an output holds; a last line that was cut off is removed."""
+  """Reads what an output holds; removes a last line that was cut off."""
   written = Written(set(), set())
   whole = 0
   with path.open('rb') as file:
@@ -202,7 +205,7 @@ class _Output:
 
 
 def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:
-  """Lines that are not blank, with their numbers."""
+  """Reads the lines that are not blank, with their numbers."""
   try:
     lines = path.read_bytes().split(b'\n')
   except OSError as error:
@@ -290,7 +293,7 @@ def main() -> None:
 
 
 def run() -> None:
-  """The console script."""
+  """Runs the console script."""
   mains.run(main, define_flags)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Tells what a deployment takes of its GPUs, with no GPU at hand.
+r"""Tells how much of its GPUs a deployment takes, with no GPU at hand.
 
   python -m sarathi_jax.plan --config=configs/falcon_180b_a100_tp4_pp2.py
   python -m sarathi_jax.plan --config=configs/yi_34b_a100_tp2.py --tp=4 \
@@ -36,19 +36,20 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   flags.DEFINE_string(
-    'device', None, "The GPU: a100, a40 or h100; the config's by default. "
-    'cpu: this machine.')
+    'device', None, "GPU to plan for: a100, a40 or h100; or cpu, this "
+    "machine. Default: the config's.")
   flags.DEFINE_list('context', ['1024', '4096', '16384'],
-                    'Lengths of sequences, to tell how many fit.')
+                    'Lengths of sequences, tokens, to say for each how many '
+                    'sequences fit.')
   flags.DEFINE_integer(
-    'tokens', None, 'Compile the step that a batch of so many tokens takes, '
-    'such as one of decodes only, and not the largest.', lower_bound=1)
-  flags.DEFINE_string('json', None, 'File for the results.')
+    'tokens', None, 'Compile the step for a batch of so many tokens, such as '
+    'one of decodes only. Default: the largest.', lower_bound=1)
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
 
 
 def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
-  """The `runner.memory.MemoryPlan` of a deployment on CPU devices."""
+  """Makes the `runner.memory.MemoryPlan` of a deployment on CPU devices."""
   from sarathi_jax.in_process import building
   from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
@@ -106,7 +107,7 @@ def main() -> None:
 
 def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
          contexts: list[int]) -> list[str]:
-  """Prints the plan; returns what speaks against it."""
+  """Prints the plan; returns its problems."""
   import jax
   num_devices = config.tp * config.pp
   if device == 'cpu':
@@ -150,7 +151,7 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
 
 
 def run() -> None:
-  """The command."""
+  """Runs the command."""
   mains.run(main, define_flags)
 
 

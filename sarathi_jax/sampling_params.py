@@ -169,41 +169,48 @@ class SamplingParams:
     16, Kind.INT, 'The most tokens to generate.', 'must be an integer >= 1',
     lambda n: n is None or (_is_int(n) and n >= 1))
   temperature: float = _probability(
-    1.0, '0 for the likeliest tokens.', 'must be finite and >= 0',
+    1.0, 'Temperature of sampling; 0 takes the likeliest token each time.',
+    'must be finite and >= 0',
     lambda t: _is_real(t) and t >= 0, 0.0)
   top_k: int = _field(
-    0, Kind.INT, 'Sample among the k likeliest tokens.',
+    0, Kind.INT, 'Sample among this many likeliest tokens; 0 or -1: among all.',
     'must be an integer >= 1, or 0 or -1 for all',
     lambda k: _is_int(k) and k >= -1, none_is_default=True,
     is_recommended=True, on_device=OnDevice(0, lambda k: max(k, 0)))
   top_p: float = _probability(
-    1.0, 'Sample among the likeliest tokens that make up this probability.',
+    1.0, 'Sample among the likeliest tokens that together have this '
+    'probability.',
     'must be in (0, 1]', lambda p: _is_real(p) and 0 < p <= 1, 1.0)
   min_p: float = _probability(
-    0.0, 'Drop tokens less likely than this fraction of the likeliest one.',
+    0.0, 'Drop tokens less likely than this fraction of the likeliest token\'s '
+    'probability.',
     'must be in [0, 1]', lambda p: _is_real(p) and 0 <= p <= 1, 0.0)
   seed: int | None = _field(
-    None, Kind.LONG, 'The same seed gives the same random numbers.',
+    None, Kind.LONG, 'Seed of the request\'s random numbers; the same seed '
+    'gives the same ones.',
     f'must be an integer in [{MIN_SEED}, {MAX_SEED}]',
     lambda s: s is None or (_is_int(s) and MIN_SEED <= s <= MAX_SEED))
   stop: tuple[str, ...] = _field(
     (), Kind.STRINGS,
-    'A text that ends the output; may be given several times.',
+    'Text that ends the output; may be given several times.',
     'must be strings that are not empty',
     lambda stop: all(isinstance(s, str) and s for s in stop),
     none_is_default=True)
   stop_token_ids: tuple[int, ...] = _field(
-    (), Kind.IDS, 'A token that ends the output; may be given several times.',
+    (), Kind.IDS,
+    'Id of a token that ends the output; may be given several times.',
     'must be token ids >= 0', lambda ids: all(
       _is_int(t) and t >= 0 for t in ids), none_is_default=True)
   include_stop_str_in_output: bool = _flag(
     False, 'Keep the stop text at the end of the output.')
-  ignore_eos: bool = _flag(False, 'Go on past the end of sequence.')
+  ignore_eos: bool = _flag(
+    False, 'Go on generating past the end-of-sequence token.')
   skip_special_tokens: bool = _flag(
-    True, 'Leave special tokens out of the text.')
+    True, 'Leave special tokens out of the output\'s text.')
   logprobs: int | None = _field(
     None, Kind.INT,
-    '0: log-probabilities of the sampled tokens, which are always returned.',
+    'Only 0: log-probabilities of the sampled tokens are returned in any case, '
+    'those of others are not supported.',
     '', lambda value: True)
 
   def __post_init__(self) -> None:

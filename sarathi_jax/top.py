@@ -33,17 +33,20 @@ _WIDE = 76  # Columns that everything fits in.
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
-  flags.DEFINE_string('target', 'localhost:50051', 'The server, host:port.')
-  flags.DEFINE_string('token', None, 'A bearer token of an administrator.')
-  flags.DEFINE_float('interval_s', 0.5, 'Time between two looks.',
+  """Defines the flags; not on import, as their names may be taken."""
+  flags.DEFINE_string('target', 'localhost:50051',
+                      'Server to watch, HOST:PORT.')
+  flags.DEFINE_string('token', None,
+                      'Bearer token of an administrator, if the server asks.')
+  flags.DEFINE_float('interval_s', 0.5, 'Seconds between two updates.',
                      lower_bound=0.05)
-  flags.DEFINE_integer('count', None, 'Looks; default: until Ctrl-C.')
+  flags.DEFINE_integer('count', None, 'Stop after this many updates. Default: '
+                       'go on until Ctrl-C.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """What a server told at one moment."""
+  """What a server reported at one moment."""
 
   time: float
   info: pb.GetModelInfoResponse
@@ -76,8 +79,8 @@ def render(now: Look, before: Look | None,
 
   Args:
     now, before: looks; `before` is None for the first one.
-    width: columns of the terminal; where they are few, bars and clients are
-      left out, and what is side by side is one below the other.
+    width: columns of the terminal. Where they are few, bars and clients are
+      left out, and tables stand below each other rather than side by side.
   """
   is_wide = width >= _WIDE
   stats, info = now.stats, now.info

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of configs/: what is to be served, how, and on what. No JAX.
+"""Reads a file of configs/: what to serve, how, and on what. No JAX.
 
-  DEVICE = 'a100'                     # optional: what it is made for
+  DEVICE = 'a100'                     # optional: the GPU that it is made for
 
-  def get_config() -> EngineConfig    # how
-  def get_model() -> ModelConfig      # optional: what, where only shapes count
+  def get_config() -> EngineConfig    # how to serve
+  def get_model() -> ModelConfig      # optional: the shapes of the model
 
 To serve, only `get_config` counts: the checkpoint says what the model is, and
 the machine what its devices are. Memory plans and simulations need the rest.
@@ -32,8 +32,8 @@ class Deployment:
   """What a file of configs/ says.
 
   Attributes:
-    path: of the file.
-    config: of the engine.
+    path: the file's.
+    config: the engine's.
     model: the shape of the model that it is made for, if it says.
     device: the name of the GPU that it is made for, if it says: 'a100',
       'a40', 'h100'.
@@ -49,7 +49,7 @@ class Deployment:
     return pathlib.Path(self.path).stem
 
   def known_model(self) -> model_config_lib.ModelConfig:
-    """The model, for those who need one.
+    """Returns the model, for programs that need one.
 
     Raises:
       ConfigError: the file does not say.
@@ -63,10 +63,10 @@ def read(path: str) -> Deployment:
   """Runs a file of configs/.
 
   Args:
-    path: of the file, or the name of one that comes with the package.
+    path: the file's, or the name of one that comes with the package.
 
   Raises:
-    ConfigError: there is none, it fails, or says what can't work.
+    ConfigError: there is no such file, it fails, or what it says can't work.
   """
   path = _find(path)
   try:
@@ -99,7 +99,7 @@ def _find(path: str) -> str:
 
 
 def _call(path: str, names: dict[str, Any], name: str, kind: type) -> Any:
-  """What a function of the file returns; None if it has no such function."""
+  """Returns what a function of the file returns; None if there is none."""
   function = names.get(name)
   if function is None:
     return None

@@ -17,69 +17,73 @@ from sarathi_jax.cli import deployment
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # They are of the main that asks for them.
 
-# Field of EngineConfig -> (kind of flag, help). Without a flag, the value is
-# that of --config, else the default.
+# Field of EngineConfig -> (kind of flag, help). If a flag is not given, the
+# value is that of --config, else the default.
 _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'policy': (flags.DEFINE_string,
-             'sarathi, vllm, orca or faster_transformer.'),
-  'token_budget': (flags.DEFINE_integer, 'The most tokens of a step.'),
+             'Scheduling policy: sarathi, vllm, orca or faster_transformer.'),
+  'token_budget': (flags.DEFINE_integer,
+                   'The most tokens that a step computes.'),
   'max_num_seqs': (flags.DEFINE_integer,
-                   'The most sequences running at once.'),
+                   'The most sequences that run at once.'),
   'max_model_len': (flags.DEFINE_integer,
-                    'The most tokens of a sequence, prompt and output. '
-                    'Default: what the model was made for.'),
+                    'The most tokens of a sequence, prompt and output '
+                    'together. Default: what the model was made for.'),
   'page_size': (flags.DEFINE_integer, 'Tokens in a page of the KV cache.'),
   'num_pages': (flags.DEFINE_integer,
-                'Pages in the KV cache. Default: as many as fit.'),
+                'Number of pages in the KV cache. Default: as many as fit.'),
   'kv_cache_gib': (flags.DEFINE_float,
                    'Size of the KV cache, GiB. Default: what is free on a '
                    'GPU, 1 on a CPU.'),
   'memory_utilization': (flags.DEFINE_float,
-                         'The part of the device\'s memory to use.'),
+                         'Fraction of each device\'s memory to use, in '
+                         '(0, 1].'),
   'look_ahead': (flags.DEFINE_bool,
-                 'Launch a step before the one before it was fetched.'),
+                 'Launch each step before the tokens of the last one are '
+                 'fetched.'),
   'short_prompt_share': (
-    flags.DEFINE_float, 'The part of a step\'s prefill tokens that a prompt '
-    'leaves to shorter ones behind it.'),
+    flags.DEFINE_float, 'Fraction of a step\'s prefill tokens that a prompt '
+    'leaves to shorter prompts behind it.'),
   'dtype': (
-    flags.DEFINE_string, 'Of a checkpoint\'s weights as they are served: '
-    f'{", ".join(config_lib.DTYPES)}; auto is the checkpoint\'s own, but '
+    flags.DEFINE_string, 'Dtype to serve a checkpoint\'s weights in: '
+    f'{", ".join(config_lib.DTYPES)}. auto is the checkpoint\'s own, but '
     'float32 on a CPU.'),
   'kv_cache_dtype': (
-    flags.DEFINE_string, 'Of the KV cache: '
+    flags.DEFINE_string, 'Dtype of the KV cache: '
     f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
   'tbt_slo_ms': (
-    flags.DEFINE_float, 'The time between tokens that the budget of each step '
-    'is to follow, up to --token_budget, milliseconds.'),
+    flags.DEFINE_float, 'Time between tokens to aim at, milliseconds: the '
+    'token budget of each step follows it, up to --token_budget. Default: '
+    'each step may take --token_budget.'),
   'ttft_slo_ms': (
-    flags.DEFINE_float, 'The time to the first token, milliseconds, beside '
-    'what computing the prompt takes, at which --tbt_slo_ms gives way. '
-    'Default: twenty times that.'),
+    flags.DEFINE_float, 'Time to the first token, milliseconds, beside what '
+    'computing the prompt takes, at which --tbt_slo_ms gives way. Default: '
+    'twenty times --tbt_slo_ms.'),
   'batch_tbt_slo_ms': (
-    flags.DEFINE_float, 'The same for requests of the tier batch; without, '
-    'they bound no step.'),
+    flags.DEFINE_float, 'Like --tbt_slo_ms, for requests of the tier batch. '
+    'Default: those requests bound no step.'),
   'attention': (flags.DEFINE_string,
-                'reference, xla, pallas_triton or pallas_mosaic. Default: '
-                'chosen for the device.'),
+                'Implementation of attention: reference, xla, pallas_triton '
+                'or pallas_mosaic. Default: chosen for the device.'),
   'tp': (flags.DEFINE_integer,
-         'Tensor parallelism: devices that share each layer.'),
+         'Tensor parallelism: number of devices that share each layer.'),
   'pp': (flags.DEFINE_integer,
-         'Pipeline parallelism: stages, of tp devices each.'),
+         'Pipeline parallelism: number of stages, of --tp devices each.'),
   'seed': (flags.DEFINE_integer,
-           'Of the random numbers of requests without a seed.'),
+           'Seed of the random numbers of requests that give none.'),
 }
 
 
 def define_engine_flags() -> None:
   """Defines a flag for every field of EngineConfig, and --config."""
   flags.DEFINE_string(
-    'config', None, 'Python file with get_config() -> EngineConfig, or the '
-    'name of one that comes with the package; see configs/. Other flags '
-    'override its fields.')
+    'config', None, 'Deployment: a Python file with get_config() -> '
+    'EngineConfig, or the name of one that comes with the package; see '
+    'configs/. Other flags override its fields.')
   flags.DEFINE_string(
     'cache_dir', str(config_lib.default_cache_dir()),
-    'Where compiled steps and converted Hugging Face checkpoints are kept; '
-    'empty: compiled steps are not kept.')
+    'Folder to keep compiled steps and converted Hugging Face checkpoints in; '
+    'empty: keep no compiled steps.')
   default = config_lib.EngineConfig()
   flags.DEFINE_bool(
     'convert', True, 'Convert a Hugging Face checkpoint once, into '
@@ -87,30 +91,34 @@ def define_engine_flags() -> None:
     'and keep no copy.')
   flags.DEFINE_bool(
     'sampling_defaults', True, 'Take the sampling that a checkpoint\'s makers '
-    'recommend for requests that do not say; what of it is not supported is an '
-    'error then.')
+    'recommend for requests that do not say. It is an error if parts of it are '
+    'not supported.')
   flags.DEFINE_bool(
-    'allow_nonfinite', False, 'Serve weights that are NaN or infinite, too. '
-    'Requests whose logits are ruined by them end with the reason error.')
+    'allow_nonfinite', False, 'Serve a checkpoint even if some weights are NaN '
+    'or infinite. Requests whose logits they ruin end with the reason error.')
   flags.DEFINE_bool(
-    'distributed', False, 'Run as one of several processes, one a host, that '
-    'share a model. What the next three do not say is detected, under SLURM, '
-    'Open MPI and Kubernetes.')
+    'distributed', False, 'Run as one of several processes, one per host, that '
+    'share a model. --coordinator_address, --num_processes and --process_id '
+    'are detected under SLURM, Open MPI and Kubernetes if not given.')
   flags.DEFINE_string(
     'coordinator_address', None,
-    'HOST:PORT where the first of several processes lets the others join it.')
+    'HOST:PORT where the first of several processes waits for the others to '
+    'join it.')
   flags.DEFINE_float(
     'join_timeout_s', None,
-    'How long the processes wait for each other at the start, seconds. '
+    'Seconds that several processes wait for each other at the start. '
     'Default: 300.', 0.0)
   flags.DEFINE_string(
     'join_key_file', None,
-    'A file with the secret by which the processes know each other, the same '
+    'File with the secret by which several processes know each other, the same '
     'on each host. Default: one in ~/.cache/sarathi_jax, which is made if '
     'there is none; that suffices where hosts share home directories.')
-  flags.DEFINE_integer('num_processes', None, 'Of them, how many.', 1)
   flags.DEFINE_integer(
-    'process_id', None, 'Of them, which; 0 schedules, and serves.', 0)
+    'num_processes', None, 'Number of processes that share the model, one per '
+    'host.', 1)
+  flags.DEFINE_integer(
+    'process_id', None, 'Number of this process among those that share the '
+    'model, from 0. Process 0 schedules and serves.', 0)
   for name, (define, text) in _ENGINE_FLAGS.items():
     value = getattr(default, name)
     define(
@@ -118,7 +126,7 @@ def define_engine_flags() -> None:
 
 
 def loading_from_flags() -> dict[str, Any]:
-  """How a checkpoint is opened: arguments of `LLM.from_checkpoint`."""
+  """Returns how to open a checkpoint: arguments of `LLM.from_checkpoint`."""
   return {name: FLAGS[name].value for name in (
     'cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')}
 
@@ -131,10 +139,10 @@ def define_fields(**defaults: Any) -> None:
 
 
 def processes_from_flags() -> dict[str, Any] | None:
-  """Arguments of `runner.hosts.start`; None for a single process.
+  """Returns arguments of `runner.hosts.start`; None for a single process.
 
   Raises:
-    ConfigError: they can't be.
+    ConfigError: the flags contradict each other.
   """
   names = ('coordinator_address', 'num_processes', 'process_id')
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
@@ -158,7 +166,7 @@ def processes_from_flags() -> dict[str, Any] | None:
 
 
 def engine_config_from_flags() -> config_lib.EngineConfig:
-  """The configuration that the flags ask for.
+  """Returns the configuration that the flags ask for.
 
   Raises:
     ConfigError: it can't work, or --config can't be read. What depends on

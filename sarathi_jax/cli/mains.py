@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How mains start. No JAX."""
+"""Starts mains, and reports their errors. No JAX."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def run(main: Callable[..., Any],
 
   Args:
     main: see `call`.
-    define_flags: defines those that are not yet defined.
+    define_flags: defines flags that are not yet defined.
     takes_arguments: see `call`.
-    verbosity: of absl's log, where --verbosity does not say; None: absl's own.
-      JAX, which looks for TPUs, and Orbax say a lot.
+    verbosity: the level of absl's log, where --verbosity does not say; None:
+      absl's own. JAX, which looks for TPUs, and Orbax log a lot.
   """
   define_flags()
   module = sys.modules[main.__module__]
@@ -45,11 +45,11 @@ def run(main: Callable[..., Any],
 
 def call(main: Callable[..., Any], argv: Sequence[str], *,
          takes_arguments: bool = False) -> Any:
-  """Calls a main; an error of the user's, or of ours, is one line.
+  """Calls a main; reports a user's error, or one of ours, in one line.
 
   Args:
-    main: what it returns is the exit code. Errors that have a name in
-      `errors` are told, others are its faults.
+    main: returns the exit code. Errors that have a name in `errors` are
+      reported, others are its faults.
     argv: its name, and the arguments that are no flags.
     takes_arguments: whether it is given these; else there must be none.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of a file of prompts, made into requests. No JAX."""
+"""Makes lines of a file of prompts into requests. No JAX."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ def _seconds(value: float | None) -> str:
 def summary_table(metrics: metrics_lib.EngineMetrics, seconds: float,
                   num_preemptions: int, num_errors: int = 0,
                   ) -> rich.table.Table:
-  """Throughput, latencies and waste.
+  """Makes a table of throughput, latencies and waste.
 
   Args:
-    metrics: of the engine that ran.
+    metrics: those of the engine that ran.
     seconds: how long it ran.
-    num_preemptions: of all requests.
-    num_errors: inputs that were refused.
+    num_preemptions: preemptions of all requests.
+    num_errors: number of inputs that were refused.
   """
   table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
   table.add_column(style='bold')

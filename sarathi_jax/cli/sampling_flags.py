@@ -23,14 +23,14 @@ _DEFINE: Mapping[_Kind, Callable[..., Any]] = {
 
 
 def define(*, but: tuple[str, ...] = ()) -> None:
-  """Defines them, without values, `but` for some."""
+  """Defines the flags of all fields `but` some, with no default values."""
   for name, field in sampling_params.FIELDS.items():
     if name not in but:
       _DEFINE[field.kind](name, None, field.help)
 
 
 def said(*, but: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Returns the values of those that were given."""
+  """Returns the values of the flags that were given, `but` for some."""
   values = {name: FLAGS[name].value for name in sampling_params.FIELDS
             if name not in but}
   return {name: value for name, value in values.items() if value is not None}

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From flags to a loaded engine, told on the way, on one host or several."""
+"""Makes flags into a loaded engine, on one host or several, and reports it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A deployment's whole step, compiled for GPUs that are not here."""
+"""Compiles a deployment's whole step for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class StepResult:
 
   Attributes:
     device: the GPU's name.
-    case: of its kernels, with what speaks against it.
+    case: its kernels, with their problems.
     memory: what it takes of each device.
-    sent: what a device gets from others in one step.
-    least_sent: bytes of the sums and hops that no step can do without.
+    sent: what a device receives from others in one step.
+    least_sent: bytes of the sums and hops that every step needs.
   """
 
   device: str
@@ -49,7 +49,7 @@ class StepResult:
   least_sent: int
 
   def tables(self) -> Iterator[rich.table.Table]:
-    """For people."""
+    """Yields the tables that people read."""
     yield report.kernels_table([self.case], self.device)
     table = memory_table(self.memory)
     table.caption = (f'{self.case.graphs} CUDA graphs, '
@@ -59,7 +59,7 @@ class StepResult:
       yield report.sent_table(self.sent, self.least_sent)
 
   def as_dict(self) -> dict[str, Any]:
-    """For JSON."""
+    """Returns the result for JSON."""
     return {
       'step': report.case_dict(self.case),
       'memory': memory_dict(self.memory),
@@ -73,10 +73,10 @@ def check(name: str, model: model_config_lib.ModelConfig,
   """Compiles a step of a deployment.
 
   Args:
-    name: of the deployment.
-    model, config: what is to be served, and how.
+    name: the deployment's.
+    model, config: what to serve, and how.
     device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
-    tokens: of the batch; None: the most.
+    tokens: tokens of the batch; None: the most.
 
   Raises:
     sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
@@ -128,13 +128,13 @@ def check(name: str, model: model_config_lib.ModelConfig,
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
-  """For JSON."""
+  """Returns a memory plan for JSON."""
   return {**dataclasses.asdict(memory), 'kv_cache': memory.kv_cache,
           'kv_tokens': memory.kv_tokens, 'missing': memory.missing}
 
 
 def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
-  """What a deployment takes of each device."""
+  """Makes a table of what a deployment takes of each device."""
   table = rich.table.Table('memory of a device', box=rich.box.SIMPLE_HEAD)
   for column in ('bytes', 'GiB'):
     table.add_column(column, justify='right')
@@ -150,10 +150,10 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
 def _least_sent(model: model_config_lib.ModelConfig,
                 parallelism: parallel.Parallelism,
                 layout: batch_lib.BatchLayout, dtype: Any) -> int:
-  """The sums of [T, D] of the layers and the embedding, and a stage's hop.
+  """Returns bytes of all sums [T, D], of layers and embedding, and of a hop.
 
-  The last layer of a model without stages sums rows that may be sampled from
-  only.
+  A hop is what a stage sends to the next. The last layer of a model without
+  stages sums only rows that may be sampled from.
   """
   row = model.hidden_size * dtype.itemsize
   one, sums = layout.num_tokens * row, 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several processes must have in common to compute one model.
+"""Facts that several processes must have in common to compute one model.
 
 Facts are names and values that JSON can hold, so that what differs can be
 named. Those of `program` are known before the processes join; those of
@@ -37,7 +37,7 @@ _READERS = 8
 
 
 def program(config: config_lib.EngineConfig) -> dict[str, Any]:
-  """Facts of what is to run: configuration, versions and code."""
+  """Returns facts of what is to run: configuration, versions and code."""
   facts: dict[str, Any] = {
     f'config.{field.name}': getattr(config, field.name)
     for field in dataclasses.fields(config)
@@ -53,10 +53,10 @@ def program(config: config_lib.EngineConfig) -> dict[str, Any]:
 
 
 def weights(opened: checkpoint_lib.Checkpoint) -> dict[str, Any]:
-  """Facts of a checkpoint, and of the devices that it is to be on.
+  """Returns facts of a checkpoint, and of the devices that it is to be on.
 
-  Of each parameter some values at both ends are read, whatever files they are
-  in: copies are the same, other trainings of a model are not.
+  Reads some values at both ends of each parameter, whatever files they are in:
+  copies are the same, other trainings of a model are not.
 
   Raises:
     CheckpointError: a parameter can't be read.

@@ -31,7 +31,7 @@ from sarathi_jax.runner import hosts
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Unless --verbosity asks for more: orbax says a lot."""
+  """Logs only errors, as Orbax logs a lot, unless --verbosity is given."""
   before = logging.get_verbosity()
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.ERROR)
@@ -47,18 +47,19 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
              model_name: str | None = None,
              console: rich.console.Console | None = None,
              **options: Any) -> llm_lib.LLM:
-  """`LLM.from_checkpoint` with a progress bar on standard error.
+  """Calls `LLM.from_checkpoint` with a progress bar on standard error.
 
   Args:
-    checkpoint, config, cache_dir, convert: see there.
-    model_name: see `served_name`.
-    end: of several processes, this one's, see `join`. All load the same, or
-      none goes on; the first one returns once all are warm.
-    console: where to show it.
-    **options: sampling_defaults, allow_nonfinite; see there.
+    checkpoint, config, cache_dir, convert: see `LLM.from_checkpoint`.
+    model_name: what clients are told; None for `served_name`.
+    end: this process's end, if it is one of several; see `join`. All load the
+      same, or none goes on; the first one returns once all are warm.
+    console: where to show the progress.
+    **options: sampling_defaults, allow_nonfinite; see `LLM.from_checkpoint`.
 
   Raises:
-    ConfigError: as there; or other processes load something else.
+    ConfigError: as `LLM.from_checkpoint`; or other processes load something
+      else.
   """
   console = console or rich.console.Console(stderr=True)
   xla_flags.set_environment(os.environ)
@@ -124,8 +125,10 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
 
 
 def served_name(checkpoint: str) -> str:
-  """What a checkpoint is called where nobody says: a folder's own name, as who
-  asks what is served need not know where it lies; else its id."""
+  """Returns a checkpoint's name for clients: a folder's own name, or the id.
+
+  The folder's path is left out, as clients need not know where it lies.
+  """
   path = pathlib.Path(checkpoint).expanduser()
   return path.resolve().name if path.exists() else checkpoint
 
@@ -136,13 +139,12 @@ def join(processes: Mapping[str, Any] | None, checkpoint: str,
   """Joins several processes; all but the first compute with it and end here.
 
   Args:
-    processes: of `hosts.start`; None for a single process.
-    checkpoint, config: what each of them loads, see `load_llm`.
-    **options: as well.
+    processes: arguments of `hosts.start`; None for a single process.
+    checkpoint, config, **options: what each process loads, see `load_llm`.
 
   Returns:
-    The first process's end, for `load_llm`; what uses it is to be in its
-    `with` block. None for a single process.
+    The first process's end, for `load_llm`; what uses the model has to be in
+    its `with` block. None for a single process.
 
   Raises:
     ConfigError: the processes don't find each other, or differ.
@@ -164,7 +166,7 @@ def join(processes: Mapping[str, Any] | None, checkpoint: str,
 
 
 def collect_less_garbage() -> None:
-  """Has Python look for cyclic garbage seldom, and only in what is new.
+  """Makes Python look for cyclic garbage seldom, and only in what is new.
 
   An engine's step makes thousands of objects and no cycles. Looking through
   them, and all that was loaded, took a quarter of the step's host time

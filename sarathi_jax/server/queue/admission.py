@@ -245,7 +245,7 @@ class Queue:
 
   def _late(self, request: types.Request,
             now: float) -> errors.DeadlineError | None:
-    """Returns the error for a request that is too late; None if there is time."""
+    """Returns the error for a request that is too late; None if it is not."""
     if request.deadline is None:
       return None
     num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)

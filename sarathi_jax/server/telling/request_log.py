@@ -19,7 +19,7 @@ from sarathi_jax.server.telling import whole_lines
 
 
 def outcome(ended: frontend.Ended) -> str:
-  """Returns 'stop', 'length', 'abort', 'CANCELLED' or a refusal's status code."""
+  """Returns a finish reason, 'CANCELLED', or a refusal's status code."""
   if ended.error is None:
     reason = ended.last.finish_reason if ended.last else None
     return 'abort' if reason is None else reason.value

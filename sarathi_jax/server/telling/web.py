@@ -83,7 +83,7 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
       del self._due[connection]
 
   def service_actions(self) -> None:
-    """Ends connections that take too long: twice a second, and after each one."""
+    """Ends connections that take too long; twice a second, and after each."""
     now = time.monotonic()
     for connection, due in list(self._due.items()):
       if now > due:
@@ -91,7 +91,7 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
           connection.shutdown(socket.SHUT_RDWR)
 
   def handle_error(self, request: Any, client_address: Any) -> None:
-    """Does nothing: an error is one connection's, and its client hears of it."""
+    """Does nothing: an error is one connection's; its client hears of it."""
 
 
 class _Handler(simple_server.WSGIRequestHandler):

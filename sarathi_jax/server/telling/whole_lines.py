@@ -30,8 +30,8 @@ class WholeLines:
     """Writes lines, with their newlines, at once.
 
     Raises:
-      OSError: nothing of them is in the file.
-      ValueError: it is closed.
+      OSError: the lines can't be written; nothing of them is in the file.
+      ValueError: the file is closed.
     """
     if self._is_cut:
       lines = b'\n' + lines
