@@ -209,8 +209,8 @@ class SamplingParams:
     True, 'Leave special tokens out of the output\'s text.')
   logprobs: int | None = _field(
     None, Kind.INT,
-    'Only 0: log-probabilities of the sampled tokens are returned in any case, '
-    'those of others are not supported.',
+    'Only 0 is supported: log-probabilities of the sampled tokens, which are '
+    'always returned.',
     '', lambda value: True)
 
   def __post_init__(self) -> None:

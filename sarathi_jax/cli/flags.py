@@ -37,7 +37,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
                    'GPU, 1 on a CPU.'),
   'memory_utilization': (flags.DEFINE_float,
                          'Fraction of each device\'s memory to use, in '
-                         '(0, 1].'),
+                         '(0, 1], where the KV cache\'s size is not given.'),
   'look_ahead': (flags.DEFINE_bool,
                  'Launch each step before the tokens of the last one are '
                  'fetched.'),

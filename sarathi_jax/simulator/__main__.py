@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One simulation: what a deployment does at a rate.
+"""Simulates a deployment at one rate of requests.
 
   python -m sarathi_jax.simulator --config=configs/yi_34b_a100_tp2.py \
       --qps=1 --policy=sarathi --token_budget=512 --trace=trace.json
 
-Prints what a live engine reports; --trace writes a Chrome trace, in which
-hybrid batches and pipeline bubbles are seen (ui.perfetto.dev opens it).
+Prints what a live engine reports. --trace writes a Chrome trace, which shows
+hybrid batches and pipeline bubbles (ui.perfetto.dev opens it).
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   scenario_lib.define_flags()
-  flags.DEFINE_float('qps', None, 'Requests a second; without, at the pace of '
-                     'a trace (--arrivals=trace).')
-  flags.DEFINE_string('policy', 'sarathi', 'Of scheduling.')
-  flags.DEFINE_string('token_budget', None, 'A number; or auto, which follows '
-                      '--slo_tbt_p99; else --config\'s.')
-  flags.DEFINE_float('slo_tbt_p99', None, 'Seconds, for token_budget=auto.')
-  flags.DEFINE_string('trace', None, 'File for a Chrome trace; compressed '
-                      'if it ends with .gz.')
-  flags.DEFINE_float('trace_s', 120.0, 'How much of the run it shows, seconds.')
+  flags.DEFINE_float('qps', None, 'Requests per second to simulate. Default: '
+                     'the pace of the trace (--arrivals=trace).')
+  flags.DEFINE_string('policy', 'sarathi', 'Scheduling policy: sarathi, vllm, '
+                      'orca, faster_transformer, hybrid_only or chunked_only.')
+  flags.DEFINE_string('token_budget', None, 'The most tokens of a step; auto '
+                      'follows --slo_tbt_p99. Default: --config\'s.')
+  flags.DEFINE_float('slo_tbt_p99', None, 'P99 time between tokens that '
+                     '--token_budget=auto aims at, seconds.')
+  flags.DEFINE_string('trace', None, 'File to write a Chrome trace to; '
+                      'compressed if it ends with .gz.')
+  flags.DEFINE_float('trace_s', 120.0, 'Seconds of the run that --trace shows, '
+                     'from its start.')
 
 
 def main() -> None:

@@ -60,14 +60,20 @@ _SOFT = 0.05
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('tables', None, 'Folder of measured tables (CSV).')
-  flags.DEFINE_list('device', ['a100'], 'Whose tables; a name, or a file.')
-  flags.DEFINE_bool('fit', True, 'Fit; else judge the device as it is.')
-  flags.DEFINE_string('gpu_check', None, 'A gpu_check.json.')
-  flags.DEFINE_string('artifact', None, 'Folder of the artifact\'s tables.')
-  flags.DEFINE_string('config', None, 'With --gpu_check or --artifact: the '
-                      'deployment that was measured, a file of configs/.')
-  flags.DEFINE_string('output', None, 'File for the fitted device.')
+  flags.DEFINE_string('tables', None, 'Folder of measured tables, Vidur\'s CSV '
+                      'files, to fit to.')
+  flags.DEFINE_list('device', ['a100'], 'Devices whose tables to fit to: names '
+                    'in simulator/devices, or JSON files like those.')
+  flags.DEFINE_bool('fit', True, 'Fit the efficiencies. --nofit: only judge '
+                    'the device as it is.')
+  flags.DEFINE_string('gpu_check', None, 'A gpu_check.json, written by '
+                      'scripts/gpu_check, to fit to.')
+  flags.DEFINE_string('artifact', None, 'Folder with the tables of '
+                      'Sarathi-Serve\'s artifact to fit to.')
+  flags.DEFINE_string('config', None, 'Deployment that --gpu_check or '
+                      '--artifact measured: a file of configs/.')
+  flags.DEFINE_string('output', None, 'File to write the fitted device to, as '
+                      'JSON.')
 
 
 def fit(hardware: Hardware, tables: Iterable[Table]) -> Hardware:
@@ -82,14 +88,14 @@ def fit(hardware: Hardware, tables: Iterable[Table]) -> Hardware:
 
 def with_efficiencies(hardware: Hardware,
                       values: Mapping[str, float]) -> Hardware:
-  """The same hardware with some efficiencies replaced."""
+  """Returns the same hardware with some efficiencies replaced."""
   return dataclasses.replace(hardware, efficiencies=dataclasses.replace(
     hardware.efficiencies, **values))
 
 
 def _fit_fields(hardware: Hardware, fields: Sequence[str],
                 tables: Sequence[Table]) -> Hardware:
-  """Least squares of the logarithms, of which outliers pull less."""
+  """Fits some fields by least squares of logarithms; outliers pull less."""
   start = [getattr(hardware.efficiencies, f) for f in fields]
 
   def at(x: Any) -> Hardware:  # x: logarithms, so that all stay positive
@@ -109,7 +115,7 @@ def _fit_fields(hardware: Hardware, fields: Sequence[str],
 
 def summary(hardware: Hardware,
             tables: Iterable[Table]) -> dict[str, tuple[float, float, int]]:
-  """Kind of table -> median error, P90 error, rows."""
+  """Returns kind of table -> median error, P90 error, rows."""
   kinds: dict[str, list[Any]] = {}
   for table in tables:
     kinds.setdefault(table.kind, []).append(table.error(hardware))
@@ -120,7 +126,7 @@ def summary(hardware: Hardware,
 def leave_one_model_out(
     hardware: Hardware, tables: Sequence[Table],
 ) -> dict[str, dict[str, tuple[float, float, int]]]:
-  """Model -> errors on its tables of a fit that saw none of them."""
+  """Returns model -> errors on its tables of a fit that saw none of them."""
   models = sorted({t.model for t in tables if t.kind == 'linear'})
   if len(models) < 2:
     return {}
@@ -178,7 +184,7 @@ def _calibrate_tables(console: rich.console.Console) -> Hardware:
 
 
 def _cost(host: cost_model.Host) -> cost_model.CostModel:
-  """Models the cost of what was measured: --config, on --device."""
+  """Makes the cost model of what was measured: --config, on --device."""
   if not FLAGS.config:
     raise errors.ConfigError('config: must be given, what was measured.')
   read = deployment.read(FLAGS.config)

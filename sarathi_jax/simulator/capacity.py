@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Capacity of policies under an SLO: the paper's experiment, as a program.
+"""Finds the capacity of policies under an SLO: the paper's experiment.
 
   python -m sarathi_jax.simulator.capacity \
       --config=configs/mistral_7b_a100.py --workload=openchat_sharegpt4 \
@@ -43,31 +43,36 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   scenario_lib.define_flags()
-  flags.DEFINE_list('policy', ['sarathi'], 'sarathi, vllm, orca, '
-                    'faster_transformer; hybrid_only, chunked_only: half of '
-                    'sarathi each.')
-  flags.DEFINE_list('token_budget', None, 'Of policies that have one: numbers,'
-                    ' or auto, which follows the SLO; else --config\'s.')
-  flags.DEFINE_list('slo_tbt_p99', None, 'The most that the P99 time between '
-                    'tokens may be, seconds.')
+  flags.DEFINE_list('policy', ['sarathi'], 'Scheduling policies to compare: '
+                    'sarathi, vllm, orca, faster_transformer; hybrid_only and '
+                    'chunked_only are half of sarathi each.')
+  flags.DEFINE_list('token_budget', None, 'Token budgets to compare, for '
+                    'policies that have one: numbers, or auto, which follows '
+                    'the SLO. Default: --config\'s.')
+  flags.DEFINE_list('slo_tbt_p99', None, 'SLOs to compare: the most that the '
+                    'P99 time between tokens may be, seconds.')
   flags.DEFINE_float('slo_delay_p50', 2.0, 'The most that the median '
                      'scheduling delay may be, seconds.')
-  flags.DEFINE_float('precision', 0.02, 'Of the capacity, relative.')
-  flags.DEFINE_float('start_qps', None, 'Where to begin; else an estimate.')
-  flags.DEFINE_integer('jobs', None, 'Processes; else as many as cores.')
-  flags.DEFINE_string('target', None, 'grpc://HOST:PORT of a live server to '
-                      'search instead.')
-  flags.DEFINE_string('output', None, 'Folder for capacity.json and plots.')
+  flags.DEFINE_float('precision', 0.02, 'Relative precision of the capacity: a '
+                     'rate this much above it does not hold.')
+  flags.DEFINE_float('start_qps', None, 'Requests per second at which to begin '
+                     'the search. Default: an estimate.')
+  flags.DEFINE_integer('jobs', None, 'Processes that simulate at once. '
+                       'Default: as many as cores.')
+  flags.DEFINE_string('target', None, 'grpc://HOST:PORT of a live server whose '
+                      'capacity to search for, in place of a simulated one\'s.')
+  flags.DEFINE_string('output', None, 'Folder to write capacity.json and plots '
+                      'to.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-  """One search.
+  """One search for a capacity.
 
   Attributes:
     scenario: what is simulated; None for a live server.
-    config, workload: names, for people.
-    policy: of scheduling.
+    config, workload: names for people.
+    policy: the scheduling policy.
     token_budget: a number, 'auto', or None for policies without one.
     slo: what must hold.
   """
@@ -85,7 +90,7 @@ class Row:
     return f'{self.policy}{budget}'
 
   def result(self, found: search.Capacity) -> dict[str, Any]:
-    """A line of capacity.json; times are None where no rate held."""
+    """Returns a line of capacity.json; times are None where no rate held."""
     best = found.best
     return {
       'config': self.config, 'workload': self.workload,
@@ -98,7 +103,7 @@ class Row:
 def rows_of(base: scenario_lib.Scenario, policies: Sequence[str],
             budgets: Sequence[int | str | None],
             slos: Sequence[search.Slo]) -> list[Row]:
-  """Every combination; policies without a budget once for each SLO."""
+  """Makes a row of every combination; of budgets only if a policy has one."""
   rows = []
   for policy, slo in itertools.product(policies, slos):
     of_policy = budgets if scenario_lib.has_budget(policy) else [None]
@@ -123,14 +128,14 @@ def search_rows(rows: Sequence[Row], *, precision: float, jobs: int,
   """Searches rows at once, each probe in a process of its own.
 
   Args:
-    rows: of scenarios.
+    rows: rows that have scenarios.
     precision: see `search.find`.
     jobs: processes; those that rows don't need try more rates at once.
-    start_qps: where to begin; None for an estimate.
-    on_done: told of each probe that is done: 1, and of each row: 0.
+    start_qps: where to begin, requests a second; None for an estimate.
+    on_done: told 1 for each probe that is done, 0 for each row.
 
   Raises:
-    ConfigError: a row can't be: before any was begun.
+    ConfigError: a row can't be simulated; raised before any is begun.
   """
   for row in rows:
     assert row.scenario is not None
@@ -205,7 +210,7 @@ def _seconds(value: float | None) -> str:
 
 def show(console: rich.console.Console, rows: Sequence[Row],
          found: Sequence[search.Capacity]) -> None:
-  """Prints a table."""
+  """Prints a table of what was found."""
   table = rich.table.Table(
     'policy', 'SLO (P99 TBT)', 'capacity', 'P99 TBT', 'P50 TTFT',
     'P50 scheduling delay', title=f'{rows[0].config}, {rows[0].workload}')

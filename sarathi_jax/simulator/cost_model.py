@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a step takes, from the model's shape and the hardware.
+"""Predicts how long a step takes, from the model's shape and the hardware.
 
 A layer is four matmuls (a mixture of experts more), attention of decodes by
 the bytes of their keys and values, attention of chunks by chunk times context,
@@ -35,10 +35,10 @@ class Host:
   """What the host adds to a step.
 
   Attributes:
-    launch_s: that a layer takes at least, because its kernels are launched
-      one by one; hidden behind them where they take longer.
-    step_s: each step, when the device waits for the host.
-    seq_s: the same, for each sequence of the step.
+    launch_s: the least time of a layer, seconds, because its kernels are
+      launched one by one; hidden behind them where they take longer.
+    step_s: seconds added to each step, when the device waits for the host.
+    seq_s: seconds added for each sequence of the step.
     lockstep: whether pipeline stages begin together and wait for the slowest,
       as in one SPMD program; else each goes on by itself.
   """
@@ -119,19 +119,19 @@ class CostModel:
     self._head_s: dict[int, float] = {}
 
   def with_host(self, host: Host) -> CostModel:
-    """The same with another host."""
+    """Returns the same model with another host."""
     return CostModel(self.model, self.hardware, tp=self.tp, pp=self.pp,
                      host=host, kv_cache_dtype=self.kv_cache_dtype)
 
   def with_hardware(self, hardware: hardware_lib.Hardware) -> CostModel:
-    """The same on other hardware."""
+    """Returns the same model on other hardware."""
     return CostModel(self.model, hardware, tp=self.tp, pp=self.pp,
                      host=self.host, kv_cache_dtype=self.kv_cache_dtype)
 
   # -- Time --
 
   def num_rows(self, num_tokens: int) -> int:
-    """Padding is not counted."""
+    """Returns the rows that a step computes, padding not counted."""
     return num_tokens
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> list[float]:
@@ -153,11 +153,11 @@ class CostModel:
     """Predicts what each stage takes, where all layers attend alike.
 
     Args:
-      tokens: of the batch.
-      rows: that a token is sampled after.
-      num_seqs: sequences.
-      kv_tokens: contexts of the decodes, summed.
-      prefill_s: one layer's attention of the chunks.
+      tokens: tokens of the batch.
+      rows: rows that a token is sampled after.
+      num_seqs: sequences of the batch.
+      kv_tokens: contexts of the decodes, summed, tokens.
+      prefill_s: one layer's attention of the chunks, seconds.
     """
     return self._stage_seconds(tokens, rows, num_seqs, dict.fromkeys(
       self._all_windows, (kv_tokens, prefill_s)))
@@ -165,7 +165,7 @@ class CostModel:
   def _stage_seconds(
       self, tokens: int, rows: int, num_seqs: int,
       loads: Mapping[int, tuple[int, float]]) -> list[float]:
-    """As `stage_seconds`; `loads` are kv_tokens and prefill_s by window."""
+    """Predicts as `stage_seconds`; `loads`: kv_tokens, prefill_s by window."""
     layer_s = {}
     for window, (kv_tokens, prefill_s) in loads.items():
       attention_s = operators.decode_attention(
@@ -184,13 +184,13 @@ class CostModel:
     return seconds
 
   def layer_seconds(self, tokens: int) -> float:
-    """A layer without attention, of a batch of so many tokens."""
+    """Predicts a layer without attention, for a batch of so many tokens."""
     if tokens not in self._layer_s:
       self._layer_s[tokens] = float(self._layer_seconds(tokens))
     return self._layer_s[tokens]
 
   def head_seconds(self, rows: int) -> float:
-    """The output matrix, for rows that a token is sampled after."""
+    """Predicts the output matrix, for rows that a token is sampled after."""
     if rows not in self._head_s:
       self._head_s[rows] = float(operators.matmul(
         self.hardware, rows, self.model.hidden_size,
@@ -229,7 +229,7 @@ class CostModel:
 
   @property
   def weight_bytes(self) -> float:
-    """Weights on the device that has most of them."""
+    """Bytes of weights on the device that has most of them."""
     layer = facts.layer_size(self.model, self.tp)
     vocab = self.model.vocab_size * self.model.hidden_size / self.tp
     if self.pp == 1 and not self.model.tie_word_embeddings:
@@ -238,15 +238,15 @@ class CostModel:
 
   @property
   def kv_token_bytes(self) -> int:
-    """Keys and values of one token on the device that has most of them."""
+    """Bytes of a token's keys and values on the device that has most."""
     return max(self.stage_layers) * self._token_bytes
 
   def num_pages(self, config: config_lib.EngineConfig,
                 max_step_tokens: int) -> int:
-    """Pages of KV cache that fit beside the weights.
+    """Returns how many pages of KV cache fit beside the weights.
 
     Raises:
-      ConfigError: not one does.
+      ConfigError: not one page fits.
     """
     page = self.kv_token_bytes * config.page_size
     room = config.cache_bytes(page)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's experiments, simulated: each is rows of paper against ours."""
+"""Simulates the paper's experiments: each gives rows of paper against ours."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Settings:
 
   Attributes:
     configs: folder of the deployments.
-    num_requests: of each simulation.
-    jobs: processes.
-    precision: of capacities, relative.
-    host: in cost_model.HOSTS.
+    num_requests: requests of each simulation.
+    jobs: processes that simulate at once.
+    precision: relative precision of capacities.
+    host: a name in cost_model.HOSTS.
     chat_trace: CSV with the chat lengths of the paper's artifact; None draws
       lengths that have their quantiles.
   """
@@ -50,7 +50,7 @@ class Settings:
 
   def scenario(self, name: str, workload: str,
                num_requests: int | None = None) -> scenario_lib.Scenario:
-    """A deployment of the paper, run as there.
+    """Makes a scenario of a deployment of the paper, run as there.
 
     That is without look-ahead, and first come, first served. Arrivals are
     those of its artifact, as are a trace's requests.
@@ -67,11 +67,11 @@ class Settings:
         num_requests=num_requests or self.num_requests))
 
   def source(self, workload: str) -> str:
-    """Where the lengths of a workload come from."""
+    """Returns where the lengths of a workload come from."""
     return self.chat_trace or workload if workload == paper.CHAT else workload
 
   def search(self, rows: Sequence[capacity.Row]) -> list[float]:
-    """Capacities in the paper's nominal QPS."""
+    """Searches capacities; returns them in the paper's nominal QPS."""
     return [paper.NOMINAL * found.qps for found in capacity.search_rows(
       rows, precision=self.precision, jobs=self.jobs)]
 
@@ -100,17 +100,17 @@ def _capacities(settings: Settings, deployments: Sequence[str]) -> Rows:
 
 
 def figure_10(settings: Settings) -> Rows:
-  """Capacity of Mistral-7B and Yi-34B."""
+  """Finds the capacity of Mistral-7B and Yi-34B."""
   return _capacities(settings, (paper.MISTRAL, paper.YI))
 
 
 def figure_11(settings: Settings) -> Rows:
-  """Capacity with pipelines: LLaMA2-70B and Falcon-180B."""
+  """Finds the capacity with pipelines: LLaMA2-70B and Falcon-180B."""
   return _capacities(settings, (paper.LLAMA, paper.FALCON))
 
 
 def figure_12(settings: Settings) -> Rows:
-  """Capacity over the SLO, by budget; ours has one that follows the SLO."""
+  """Finds capacity over the SLO, by budget; ours has one that follows it."""
   cases = [
     (_row(settings.scenario(name, paper.CHAT), policy, budget, slo), i)
     for name, slos in paper.FIGURE_12.items() for slo in slos
@@ -127,7 +127,7 @@ def figure_12(settings: Settings) -> Rows:
 
 
 def figure_13(settings: Settings) -> Rows:
-  """Decodes of Falcon-180B over two nodes: TP8 against TP4-PP2."""
+  """Simulates decodes of Falcon-180B on two nodes: TP8 against TP4-PP2."""
   costs = [settings.scenario(name, paper.CHAT).cost()
            for name in (paper.FALCON_TP8, paper.FALCON)]
   rows = []
@@ -142,7 +142,7 @@ def figure_13(settings: Settings) -> Rows:
 
 def prefill_seconds(cost: cost_model.CostModel, prompt: int,
                     chunk: int) -> float:
-  """A prompt's prefill, alone, in chunks."""
+  """Predicts a prompt's prefill, alone, in chunks."""
   total = 0.0
   for start in range(0, prompt, chunk):
     n = min(chunk, prompt - start)
@@ -164,11 +164,11 @@ def figure_14(settings: Settings) -> Rows:
 
 
 def table_4(settings: Settings) -> Rows:
-  """Hybrid batches alone, chunked prefills alone, and both.
+  """Simulates hybrid batches alone, chunked prefills alone, and both.
 
-  The rates and the budget of the artifact's script, and with its trace of
-  chats its very requests. They are few, near saturation, and what they happen
-  to be matters: lengths that had to be drawn were drawn seven times, and the
+  Rates and budget are those of the artifact's script; with its trace of chats,
+  so are the requests. They are few, near saturation, and which they happen to
+  be matters: lengths that had to be drawn were drawn seven times, and the
   median, the least and the most are shown.
   """
   rows = []

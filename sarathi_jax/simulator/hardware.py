@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU and its machine are: facts, and what was fitted to measurements.
 
-A device is a small JSON file: those in `devices/`, by name, or any path. What
-its GPU is, `pallas_kernels.gpu_targets` says, if it names one as its `gpu`, and
-else the file. Its `efficiencies` are the only fitted numbers, eleven, written
+A device is a small JSON file: those in `devices/`, by name, or any path. If it
+names a `gpu`, the facts of that come from `pallas_kernels.gpu_targets`, else
+from the file. Its `efficiencies` are the only fitted numbers, eleven, written
 by `calibrate`: fractions of what the hardware could do, and fixed times of
 launches. A device that nobody measured takes those of another
 (`efficiencies_of`).
@@ -27,19 +27,20 @@ LINKS = ('nvlink', 'pcie', 'network')
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiencies:
-  """What of the hardware's limits is reached; all fitted.
+  """How much of the hardware's limits is reached; all fitted.
 
   Attributes:
-    gemm: of the arithmetic rate, by a matmul of full tiles.
-    memory: of the memory's rate, by a matmul that is bound by it.
+    gemm: fraction of the arithmetic rate, by a matmul of full tiles.
+    memory: fraction of the memory's rate, by a matmul that is bound by it.
     elementwise: bytes that a processor reads and writes a cycle, in norms,
       activations and rotations.
-    decode_attention: of the memory's rate, by reading keys and values.
-    prefill_attention: of the arithmetic rate.
-    kernel_s: that a matmul takes at least, seconds.
-    attention_s: that a call of attention takes at least, seconds.
-    collective_s: that an all-reduce takes at least, seconds.
-    nvlink, pcie, network: of a link's rate, by all-reduces and transfers.
+    decode_attention: fraction of the memory's rate, by reading keys and values.
+    prefill_attention: fraction of the arithmetic rate.
+    kernel_s: the least time of a matmul, seconds.
+    attention_s: the least time of a call of attention, seconds.
+    collective_s: the least time of an all-reduce, seconds.
+    nvlink, pcie, network: fraction of the link's rate, by all-reduces and
+      transfers.
   """
 
   gemm: float
@@ -60,17 +61,17 @@ class Hardware:
   """One kind of machine. Rates are per second and direction.
 
   Attributes:
-    name: for people.
-    flops: dense 16-bit floating-point operations.
-    memory_bytes: of one device.
-    memory_rate: bytes.
+    name: the device's name, for people.
+    flops: dense 16-bit floating-point operations a second.
+    memory_bytes: memory of one device.
+    memory_rate: bytes a second.
     num_sms: processors of a device, which tiles of work are spread over.
-    clock_hz: theirs.
-    devices_per_node: of one machine.
+    clock_hz: the processors' clock.
+    devices_per_node: devices of one machine.
     nvlink_group: devices that NVLink joins; 1 for none.
     link_rates: bytes a second out of a device, by name of `LINKS`.
-    message_s: that the least message between nodes takes, seconds.
-    efficiencies: fitted.
+    message_s: the time of the smallest message between nodes, seconds.
+    efficiencies: the fitted numbers.
   """
 
   name: str
@@ -86,7 +87,7 @@ class Hardware:
   efficiencies: Efficiencies
 
   def link_within(self, first: int, last: int) -> str:
-    """The slowest link between devices of the numbers [first, last]."""
+    """Returns the slowest link between the devices numbered [first, last]."""
     for link, size in (('nvlink', self.nvlink_group),
                        ('pcie', self.devices_per_node)):
       if first // size == last // size:
@@ -94,21 +95,21 @@ class Hardware:
     return 'network'
 
   def link_rate(self, link: str) -> float:
-    """Bytes a second that a link reaches."""
+    """Returns the bytes a second that a link reaches."""
     efficiency: float = getattr(self.efficiencies, link)
     return self.link_rates[link] * efficiency
 
 
 def names() -> list[str]:
-  """The devices that come with the package."""
+  """Returns the devices that come with the package."""
   return sorted(path.stem for path in _FOLDER.glob('*.json'))
 
 
 def load(name: str) -> Hardware:
-  """A device by name, or by the path of its file.
+  """Loads a device by name, or by the path of its file.
 
   Raises:
-    ConfigError: there is none, or the file is not one.
+    ConfigError: there is no such device, or the file is malformed.
   """
   path = _FOLDER / f'{name}.json'
   if name.endswith('.json'):
@@ -125,7 +126,7 @@ def load(name: str) -> Hardware:
 
 
 def from_dict(fields: Any, name: str) -> Hardware:
-  """Makes what a file describes; ConfigError names what is wrong with it."""
+  """Makes the device that a file describes; ConfigError says what is wrong."""
   def fail(what: str) -> errors.ConfigError:
     return errors.ConfigError(f'device={name!r}: {what}.')
 
@@ -162,7 +163,7 @@ def from_dict(fields: Any, name: str) -> Hardware:
 
 
 def _facts_of(gpu: gpu_targets.GpuTarget) -> dict[str, float]:
-  """The fields of `Hardware` that are a GPU's."""
+  """Returns the fields of `Hardware` that are a GPU's."""
   return {'flops': gpu.matmul_flops, 'memory_bytes': gpu.memory_bytes,
           'memory_rate': gpu.bandwidth, 'num_sms': gpu.multiprocessors,
           'clock_hz': gpu.clock_ghz * 1e9}

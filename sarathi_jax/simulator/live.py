@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The capacity of a server that is running, by the open-loop client."""
+"""Finds the capacity of a server that is running, by the open-loop client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONNECT_S = 10.0
 
 
 def address(target: str) -> str:
-  """HOST:PORT of a target.
+  """Returns HOST:PORT of a target.
 
   Raises:
     ConfigError: it is not grpc://HOST:PORT.
@@ -42,7 +42,7 @@ def search_target(
   """Searches the capacity of the server at `target`, for each SLO.
 
   Raises:
-    ConfigError: there is none, or it can't serve such requests.
+    ConfigError: there is no server, or it can't serve such requests.
   """
   client = Client(address(target))
   info = client.info
@@ -82,7 +82,7 @@ class Client:
     address: HOST:PORT.
 
   Attributes:
-    info: what the server says of itself.
+    info: what the server says about itself.
     fastest_tbt_s: the least time between two tokens of a request that was
       alone; None before any was seen.
 
@@ -103,7 +103,7 @@ class Client:
 
   def try_rate(self, workload: workload_lib.Workload, slo: search.Slo,
                qps: float) -> search.Point:
-    """Sends every request at its time and sees what comes back when.
+    """Sends every request at its time and records what comes back when.
 
     Ends early once the SLO is lost.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open-loop client: sends requests when they come, and times the tokens.
+"""An open-loop client: sends requests when they are due, and times the tokens.
 
 A request is sent at its time whether or not earlier ones are done, so a server
 that falls behind is not spared. What is measured is what a user would see:
@@ -37,14 +37,14 @@ _LOOK_S = 1.0  # between two looks of `stop_when`
 
 
 class RequestError(errors.SarathiError):
-  """A server refused a request, or broke off its answer; the reason."""
+  """A server refused a request, or broke off its answer; says why."""
 
 
 class Request(NamedTuple):
   """What a server is asked for, greedily.
 
   Attributes:
-    arrives_s: when it is to be sent, from the start.
+    arrives_s: when it is to be sent, seconds from the start.
     token_ids: the prompt.
     max_tokens: the output's length; ends of sequence are ignored.
     tier: see `types.Request`; only sarathi.v1 has them.
@@ -60,9 +60,9 @@ class Message(NamedTuple):
   """What a server sent at once.
 
   Attributes:
-    token_ids: of the output. Servers that tell none of them have zeros.
-    scheduling_delay_s: what it says that the request waited for its first
-      step, if it does, in the last message.
+    token_ids: tokens of the output; zeros where a server tells no ids.
+    scheduling_delay_s: how long the request waited for its first step, as the
+      server may say in the last message.
   """
 
   token_ids: Sequence[int]
@@ -73,10 +73,10 @@ Ask = Callable[[Request], AsyncIterator[Message]]
 
 
 class Target(Protocol):
-  """A server by some protocol."""
+  """A server that is asked by some protocol."""
 
   def open(self) -> contextlib.AbstractAsyncContextManager[Ask]:
-    """Returns what asks it, within an event loop; raises RequestError."""
+    """Returns what asks the server, in an event loop; raises RequestError."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,13 +86,13 @@ class Outcome:
   Attributes:
     error: '' if it was served.
     late_s: by how much it was sent too late.
-    token_ids: of the output.
-    num_messages: that these came in.
+    token_ids: tokens of the output.
+    num_messages: number of messages that these came in.
     ttft_s: see above; None before there was a token.
-    longest_gap_s: between two tokens.
+    longest_gap_s: the longest time between two tokens.
     e2e_s: from its arrival to its last token; None before that.
-    scheduling_delay_s: what the server says of it.
-    is_cut: the run ended first; the times are what they were by then.
+    scheduling_delay_s: what the server says about it.
+    is_cut: whether the run ended first; the times are what they were by then.
   """
 
   error: str = ''
@@ -116,10 +116,10 @@ class Seen:
   """What a run saw.
 
   Attributes:
-    outcomes: a request each, in their order.
-    tbt_s: gaps between tokens of interactive requests: the SLO is theirs.
-    seconds: from the start to the last answer.
-    is_stopped: it was ended early.
+    outcomes: one for each request, in their order.
+    tbt_s: gaps between tokens of interactive requests, which the SLO is for.
+    seconds: time from the start to the last answer.
+    is_stopped: whether it was ended early.
   """
 
   outcomes: list[Outcome]
@@ -129,7 +129,7 @@ class Seen:
   is_stopped: bool = False
 
   def quantiles(self, name: str) -> metrics_lib.Quantiles:
-    """Of a time of outcomes, by its name; those that are None left out."""
+    """Returns quantiles of a time of outcomes, by its name; None left out."""
     found = metrics_lib.Quantiles()
     found.add(value for outcome in self.outcomes
               if (value := getattr(outcome, name)) is not None)
@@ -145,13 +145,13 @@ class Seen:
 
   @property
   def errors(self) -> list[str]:
-    """The distinct ones."""
+    """The distinct errors."""
     return sorted({o.error for o in self.outcomes if o.error})
 
 
 def requests(workload: workload_lib.Workload, vocab_size: int,
              seed: int = 0) -> list[Request]:
-  """A workload's requests, with random prompts.
+  """Makes a workload's requests, with random prompts.
 
   No two begin alike, so that no server has one in its cache.
   """
@@ -166,16 +166,16 @@ def requests(workload: workload_lib.Workload, vocab_size: int,
 async def run(target: Target, asked: Sequence[Request], *,
               limit_s: float = math.inf,
               stop_when: Callable[[Seen], bool] = lambda seen: False) -> Seen:
-  """Sends every request at its time and sees what comes back when.
+  """Sends every request at its time and records what comes back when.
 
   Args:
-    target: whom to send them to.
-    asked: what is sent.
-    limit_s: when to cut what is still going on, from the start.
-    stop_when: looked at once a second; a run ends where it is true.
+    target: the server to send them to.
+    asked: the requests.
+    limit_s: when to cut off requests that go on, seconds from the start.
+    stop_when: called once a second; the run ends when it is true.
 
   Raises:
-    RequestError: the server can't be reached. What it refuses is an outcome.
+    RequestError: the server can't be reached. A refusal is an outcome.
   """
   seen = Seen([Outcome() for _ in asked])
   last_s = [request.arrives_s for request in asked]  # of its tokens
@@ -248,7 +248,7 @@ class GrpcTarget:
     self._address = address
 
   def info(self, timeout_s: float) -> pb.GetModelInfoResponse:
-    """What it says of itself, once it is there.
+    """Returns what the server says about itself, once it is there.
 
     Raises:
       RequestError: it gives no answer in time.

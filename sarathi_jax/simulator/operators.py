@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long one operator takes on one device, from its shape alone.
+"""Predicts how long one operator takes on one device, from its shape alone.
 
 Floating-point numbers or NumPy arrays in, seconds out. The few constants here
 hold for all devices; what differs between them is `hardware.Hardware`.
@@ -35,10 +35,10 @@ _ROWS = 128  # of queries, a thread block of attention
 
 def matmul(hardware: hardware_lib.Hardware, n: Number, k: Number,
            m: Number) -> Number:
-  """[n, k] x [k, m], n tokens: a roofline with tile quantisation.
+  """Predicts [n, k] x [k, m], n tokens: a roofline with tile quantisation.
 
-  Both what memory and what arithmetic take are felt where they are alike, so
-  they add as the sides of a right angle.
+  Where memory and arithmetic take about as long, both are felt: their times add
+  as the sides of a right angle.
   """
   fit = hardware.efficiencies
   rate = hardware.memory_rate * fit.memory
@@ -58,10 +58,10 @@ def matmul(hardware: hardware_lib.Hardware, n: Number, k: Number,
 
 
 def elementwise(hardware: hardware_lib.Hardware, num_bytes: Number) -> Number:
-  """Reads and writes so many bytes, together.
+  """Predicts reading and writing so many bytes, together.
 
-  As fast as memory, or as its processors can ask for it: those of devices with
-  fast memory are the slower ones.
+  It is as fast as memory, or as the processors can ask for it: on devices with
+  fast memory the processors are slower.
   """
   fit = hardware.efficiencies
   rate = min(
@@ -72,14 +72,14 @@ def elementwise(hardware: hardware_lib.Hardware, num_bytes: Number) -> Number:
 
 def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
                      token_bytes: Number) -> Number:
-  """One layer's attention of decodes whose contexts sum to `kv_tokens`.
+  """Predicts a layer's attention of decodes of `kv_tokens` contexts, summed.
 
-  Without `attention_s`, which is per call.
+  `attention_s`, which is per call, is not included.
 
   Args:
     hardware: what it runs on.
-    kv_tokens: see above.
-    token_bytes: of a token's keys and values.
+    kv_tokens: the sum of the decodes' contexts.
+    token_bytes: bytes of a token's keys and values.
   """
   return kv_tokens * token_bytes / (
     hardware.memory_rate * hardware.efficiencies.decode_attention)
@@ -88,9 +88,9 @@ def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
 def prefill_attention(hardware: hardware_lib.Hardware, tokens: Number,
                       before: Number, num_heads: int,
                       head_dim: int) -> Number:
-  """One layer's attention of a chunk with `before` tokens in the cache.
+  """Predicts a layer's attention of a chunk with `before` tokens in the cache.
 
-  Without `attention_s`, which is per call.
+  `attention_s`, which is per call, is not included.
   """
   rows = -(-tokens // _ROWS) * _ROWS
   flops = rows * (before + _DIAGONAL * rows) * attention_work.pair_flops(
@@ -100,7 +100,7 @@ def prefill_attention(hardware: hardware_lib.Hardware, tokens: Number,
 
 def all_reduce(hardware: hardware_lib.Hardware, num_bytes: Number,
                workers: Number, link: str) -> Number:
-  """A ring among `workers` devices, as slow as its slowest link."""
+  """Predicts a ring among `workers` devices, as slow as its slowest link."""
   least = hardware.efficiencies.collective_s
   if link == 'network':
     least = np.maximum(least, 2 * (workers - 1) * hardware.message_s)
@@ -110,7 +110,7 @@ def all_reduce(hardware: hardware_lib.Hardware, num_bytes: Number,
 
 def send(hardware: hardware_lib.Hardware, num_bytes: Number,
          link: str) -> Number:
-  """From one device to another."""
+  """Predicts sending bytes from one device to another."""
   least = hardware.efficiencies.kernel_s
   if link == 'network':
     least = least + hardware.message_s

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Sarathi-Serve paper measured (arXiv 2403.02310v3), as far as known.
 
-Read off its vector figures, whose values lie on a grid of 0.01 QPS, and its
-table 4. Its rates are nominal: its Poisson gaps are cut at three times the
-mean, so that 5.24 % more requests came.
+The numbers are read off its vector figures, whose values lie on a grid of 0.01
+QPS, and its table 4. Its rates are nominal: its Poisson gaps are cut at three
+times the mean, so that 5.24 % more requests came.
 """
 
 from __future__ import annotations

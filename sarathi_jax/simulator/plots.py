@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of capacities and latencies, each as PNG and SVG."""
+"""Plots capacities and latencies, each as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMELINE_REQUESTS = 192
 
 def save_all(folder: pathlib.Path, rows: Sequence[capacity.Row],
              found: Sequence[search.Capacity]) -> None:
-  """Writes into a folder every plot that there is something to draw in."""
+  """Writes into a folder every plot that has something to show."""
   _save(capacity_bars(rows, found), folder, 'capacity')
   _save(against_qps(rows, found, 'p99_tbt_s', 'P99 TBT, s'), folder, 'tbt')
   _save(against_qps(rows, found, 'p50_ttft_s', 'P50 TTFT, s'), folder, 'ttft')
@@ -64,7 +64,7 @@ def _legend(plot: figure.Figure) -> None:
 
 def capacity_bars(rows: Sequence[capacity.Row],
                   found: Sequence[search.Capacity]) -> figure.Figure:
-  """Capacity of each policy, in groups by SLO (the paper's figure 10)."""
+  """Plots the capacity of each policy, by SLO (the paper's figure 10)."""
   plot = _figure('', 'capacity, QPS', _title(rows))
   axes = plot.axes[0]
   slos = sorted({row.slo.p99_tbt_s for row in rows})
@@ -86,7 +86,7 @@ def capacity_bars(rows: Sequence[capacity.Row],
 def against_qps(rows: Sequence[capacity.Row],
                 found: Sequence[search.Capacity], field: str,
                 what: str) -> figure.Figure:
-  """A latency over the rates that were tried (the paper's figure 11)."""
+  """Plots a latency over the rates that were tried (the paper's figure 11)."""
   plot = _figure('QPS', what, _title(rows))
   axes = plot.axes[0]
   for row, c in zip(rows, found, strict=True):
@@ -105,7 +105,7 @@ def against_qps(rows: Sequence[capacity.Row],
 
 def stall_timeline(rows: Sequence[capacity.Row],
                    found: Sequence[search.Capacity]) -> figure.Figure:
-  """The tokens of one request as they come (the paper's figure 1a).
+  """Plots the tokens of one request as they come (the paper's figure 1a).
 
   All policies get the same requests at the same rate; the request is the one
   with the longest output that all can be compared by.
@@ -125,7 +125,7 @@ def stall_timeline(rows: Sequence[capacity.Row],
 
 def _timelines(rows: Sequence[capacity.Row],
                qps: float) -> Iterator[tuple[str, list[float]]]:
-  """(label, when each token came) of each policy and budget."""
+  """Yields (label, when each token came) of each policy and budget."""
   for row in {row.label: row for row in rows}.values():
     assert row.scenario is not None
     config = row.scenario.workload

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rate tried on a simulated deployment; picklable, for other processes."""
+"""Tries one rate on a simulated deployment; picklable, for other processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(scenario: scenario_lib.Scenario, slo: search.Slo,
 
 def point(result: simulate.Result, slo: search.Slo,
           qps: float) -> search.Point:
-  """What a run says of a rate."""
+  """Returns what a run says about a rate."""
   return search.Point(
     qps=qps, p99_tbt_s=result.p99_tbt_s, p50_ttft_s=result.p50_ttft_s,
     p50_scheduling_delay_s=result.p50_scheduling_delay_s,
@@ -39,7 +39,7 @@ def point(result: simulate.Result, slo: search.Slo,
 
 def lost(slo: search.Slo, workload: workload_lib.Workload,
           ) -> Callable[[engine_lib.Engine, float], bool]:
-  """Says whether nothing that may still come would save the SLO."""
+  """Returns what says whether the SLO is lost, whatever may still come."""
   num_gaps = int((workload.output_lens - 1).sum())
   # The engine does not tell gaps of the tier batch from those that count.
   all_count = not workload.is_batch.any()
@@ -68,13 +68,13 @@ def lost(slo: search.Slo, workload: workload_lib.Workload,
 
 
 def fastest_tbt_s(scenario: scenario_lib.Scenario) -> float:
-  """The least time between tokens: one sequence, alone, of one token."""
+  """Predicts the least time between tokens: one sequence, alone, of a token."""
   cost = scenario.cost()
   return sum(cost.stage_seconds(1, 1, 1, 1, 0.0))
 
 
 def check(scenario: scenario_lib.Scenario, slo: search.Slo) -> None:
-  """Raises ConfigError for what no rate can meet, or does not fit."""
+  """Raises ConfigError if no rate can meet the SLO, or it does not fit."""
   fastest = fastest_tbt_s(scenario)
   if slo.p99_tbt_s < fastest:
     raise errors.ConfigError(
@@ -88,7 +88,7 @@ def check(scenario: scenario_lib.Scenario, slo: search.Slo) -> None:
 
 
 def start_qps(scenario: scenario_lib.Scenario) -> float:
-  """About what full steps could serve: where a search may begin."""
+  """Estimates what full steps could serve, where a search may begin."""
   workload = workload_lib.make(scenario.workload)
   tokens = float((workload.prompt_lens + workload.output_lens).mean())
   n = min(scenario.config.token_budget, 2048)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's experiments side by side with ours, as a page of Markdown.
+"""Shows the paper's experiments side by side with ours, on a Markdown page.
 
   python -m sarathi_jax.simulator.report --output=DIR
 
-Each experiment's rows are kept as JSON beside report.md, so that a run that
-was cut short goes on; --again simulates anew.
+Each experiment's rows are kept as JSON beside report.md, so that an
+interrupted run goes on; --again simulates anew.
 """
 
 from __future__ import annotations
@@ -64,20 +64,26 @@ _NOT_MODELLED = '''\
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('output', None, 'Folder for the report.', required=True)
+  flags.DEFINE_string('output', None, 'Folder to write the report to.',
+                      required=True)
   flags.DEFINE_list('experiments', list(experiments_lib.EXPERIMENTS),
-                    'What to simulate, and show.')
-  flags.DEFINE_string('configs', 'configs', 'Folder of the deployments.')
-  flags.DEFINE_integer('num_requests', 2048, 'Of each simulation.')
-  flags.DEFINE_integer('jobs', None, 'Processes; else as many as cores.')
-  flags.DEFINE_float('precision', 0.02, 'Of capacities, relative.')
+                    'Experiments to simulate and show.')
+  flags.DEFINE_string('configs', 'configs', 'Folder of the deployments\' '
+                      'files.')
+  flags.DEFINE_integer('num_requests', 2048, 'Requests of each simulation.')
+  flags.DEFINE_integer('jobs', None, 'Processes that simulate at once. '
+                       'Default: as many as cores.')
+  flags.DEFINE_float('precision', 0.02, 'Relative precision of capacities.')
   flags.DEFINE_enum('host', 'paper', list(cost_model.HOSTS),
-                    'What the host costs.')
+                    'What the host costs: as in the paper (eager PyTorch), as '
+                    'in its artifact\'s tables, or none.')
   flags.DEFINE_string(
-    'chat_trace', None, 'The chat lengths of the paper\'s artifact: '
+    'chat_trace', None, 'File with the chat lengths of the paper\'s artifact: '
     'data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv of '
-    'its branch niyama_asplos2026; else drawn, by their quantiles.')
-  flags.DEFINE_bool('again', False, 'Simulate what was simulated before, too.')
+    'its branch niyama_asplos2026. Default: lengths are drawn by their '
+    'quantiles.')
+  flags.DEFINE_bool('again', False, 'Simulate anew, even what was simulated '
+                    'before.')
 
 
 def _cell(value: Any) -> str:
@@ -87,7 +93,7 @@ def _cell(value: Any) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-  """A table; where a column is 'paper x' and one 'ours x', their ratio."""
+  """Makes a table; adds the ratio of columns 'paper x' and 'ours x'."""
   lines = []
   names = list(rows[0])
   pairs = [(n, n.replace('paper', 'ours', 1)) for n in names

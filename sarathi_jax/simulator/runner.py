@@ -20,24 +20,24 @@ class StepCost(Protocol):
 
   @property
   def lockstep(self) -> bool:
-    """See `cost_model.Host`."""
+    """Whether stages go in lockstep; see `cost_model.Host`."""
 
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
     """Predicts what each stage takes for a batch."""
 
   def num_rows(self, num_tokens: int) -> int:
-    """Rows computed for a batch of so many tokens, padding included."""
+    """Returns the rows computed for a batch of tokens, padding included."""
 
 
 class FittedCost:
-  """Steps that take what a model says that was fitted to measured ones.
+  """Steps that take what a model predicts that was fitted to measured steps.
 
   They vary as those did: each by the factor of one drawn from the measured
   steps of as many rows, with chunks or without.
 
   Args:
-    model: of the steps of one device; it is not changed.
-    seed: of what is drawn.
+    model: predicts the steps of one device; it is not changed.
+    seed: the seed of what is drawn.
   """
 
   pp = 1
@@ -66,7 +66,7 @@ class FittedCost:
 
 
 class Clock:
-  """Seconds; moves only when it is told to."""
+  """A clock of seconds, which moves only when it is told to."""
 
   def __init__(self) -> None:
     self.now = 0.0
@@ -75,12 +75,12 @@ class Clock:
     return self.now
 
   def advance_to(self, time: float) -> None:
-    """Moves on; never back."""
+    """Moves on to a time; never back."""
     self.now = max(self.now, time)
 
 
 class Span(NamedTuple):
-  """When a stage computed a batch, seconds."""
+  """The time in which a stage computed a batch, seconds."""
 
   stage: int
   start: float
@@ -89,7 +89,7 @@ class Span(NamedTuple):
 
 
 class Pending(NamedTuple):
-  """A batch on its way.
+  """A batch on its way through the stages.
 
   `done_at` is None in lockstep, where what comes after it counts, too.
   """
@@ -107,8 +107,8 @@ class SimulatedRunner:
   batches differ. In lockstep all stages begin together, as in one program.
 
   Args:
-    cost: what a batch takes.
-    clock: of the engine, too.
+    cost: predicts what a batch takes.
+    clock: the engine's clock, which this moves.
     on_span: told what each stage does, for a trace.
   """
 
@@ -146,7 +146,7 @@ class SimulatedRunner:
 
   def _tick(self, entering: tuple[types.ScheduledBatch, Sequence[float]] | None,
             ) -> None:
-    """All stages at once: what enters at the first, the rest one further."""
+    """Moves all stages at once: a batch enters, and the others go on by one."""
     self._stages.appendleft(entering)
     start = max(self._clock.now, self._ends[-1] if self._ends else 0.0)
     longest = 0.0
@@ -178,4 +178,4 @@ class SimulatedRunner:
     return self._cost.num_rows(num_tokens)
 
   def recover(self) -> None:
-    """Has nothing to make anew."""
+    """Does nothing: there is nothing to make anew."""

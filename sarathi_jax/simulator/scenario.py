@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is simulated, as one value that travels to other processes; flags."""
+"""What is simulated, as one value for other processes; and the shared flags."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Scenario:
   """A deployment and what it has to serve.
 
   Attributes:
-    name: of the deployment.
-    model: its shape.
+    name: the deployment's.
+    model: the model's shape.
     hardware: what it runs on.
-    config: of the engine.
+    config: the engine's.
     host: what the host costs.
-    workload: what comes.
-    batch_tbt_slo_ms: see `EngineConfig`; of the budget 'auto'.
+    workload: the requests to serve.
+    batch_tbt_slo_ms: see `EngineConfig`; for the budget 'auto'.
   """
 
   name: str
@@ -59,20 +59,20 @@ class Scenario:
   batch_tbt_slo_ms: float | None = None
 
   def cost(self) -> cost_model.CostModel:
-    """Makes the model of its steps; ConfigError if it can't be cut so."""
+    """Makes the model of its steps; ConfigError if tp, pp don't divide it."""
     return cost_model.CostModel(
       self.model, self.hardware, tp=self.config.tp, pp=self.config.pp,
       host=self.host, kv_cache_dtype=self.config.kv_cache_dtype)
 
   def with_policy(self, policy: str, token_budget: int | str | None,
                   slo_tbt_p99_s: float | None = None) -> Scenario:
-    """The same under another policy.
+    """Returns the same scenario under another policy.
 
     Args:
-      policy: in scheduler.POLICIES.
-      token_budget: of policies that have one; 'auto' follows the SLO; None
+      policy: a name in scheduler.POLICIES.
+      token_budget: for policies that have one; 'auto' follows the SLO; None
         leaves the configuration's.
-      slo_tbt_p99_s: that 'auto' follows.
+      slo_tbt_p99_s: the SLO that 'auto' follows, seconds.
     """
     scheduler.policy_class(policy)
     changes: dict[str, Any] = {'policy': policy}
@@ -97,7 +97,7 @@ class Scenario:
 
 
 def has_budget(policy: str) -> bool:
-  """Says whether the token budget is what this policy turns on."""
+  """Says whether the token budget matters to this policy."""
   return policy in ('sarathi', 'chunked_only')
 
 
@@ -114,11 +114,12 @@ def budget_of(text: str | None) -> int | str | None:
 
 
 def define_flags() -> None:
-  """The flags that all programs of the simulator share."""
-  flags.DEFINE_string('config', None, 'A file of configs/.')
+  """Defines the flags that all programs of the simulator share."""
+  flags.DEFINE_string('config', None, 'Deployment to simulate: a file of '
+                      'configs/.')
   flags.DEFINE_string(
-    'device', None, 'What it runs on: a name of simulator/devices, or a JSON '
-    'file like those; else the device that --config names.')
+    'device', None, 'Device to simulate: a name in simulator/devices, or a '
+    'JSON file like those. Default: the device that --config names.')
   flags.DEFINE_enum(
     'host', 'paper', list(cost_model.HOSTS), 'What the host costs: as in the '
     'paper (eager PyTorch), as in its artifact\'s tables, or none.')
@@ -127,20 +128,24 @@ def define_flags() -> None:
     'workload', 'openchat_sharegpt4',
     workload_lib.SOURCES)
   flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
-                    'When requests come.')
-  flags.DEFINE_float('cv', 2.0, 'Variation of the gaps of gamma arrivals.')
-  flags.DEFINE_float('length_scale', 1.0, 'What lengths are multiplied by.')
-  flags.DEFINE_float('batch_share', 0.0, 'Part of the requests that are of the '
-                     'tier batch, whose --batch_tbt_slo_ms is its own.')
-  flags.DEFINE_float('batch_tbt_slo_ms', None, 'With token_budget=auto: the '
-                     'target of the tier batch; else it has none.')
-  flags.DEFINE_integer('num_requests', None, 'How many; else all of a trace, '
-                       'or 2048.')
-  flags.DEFINE_integer('seed', 0, 'Of all that is random.')
+                    'Process by which requests arrive; trace: as the trace '
+                    'says.')
+  flags.DEFINE_float('cv', 2.0, 'Coefficient of variation of the gaps between '
+                     'requests, with --arrivals=gamma.')
+  flags.DEFINE_float('length_scale', 1.0, 'Factor that lengths of prompts and '
+                     'outputs are multiplied by.')
+  flags.DEFINE_float('batch_share', 0.0, 'Fraction of the requests that are of '
+                     'the tier batch; see --batch_tbt_slo_ms.')
+  flags.DEFINE_float('batch_tbt_slo_ms', None, 'Time between tokens that '
+                     '--token_budget=auto aims at for requests of the tier '
+                     'batch, milliseconds. Default: none.')
+  flags.DEFINE_integer('num_requests', None, 'Number of requests. Default: all '
+                       'of a trace, or 2048.')
+  flags.DEFINE_integer('seed', 0, 'Seed of all that is random.')
 
 
 def from_flags(qps: float | None = 1.0) -> Scenario:
-  """Reads what the flags describe.
+  """Makes the scenario that the flags describe.
 
   Raises:
     ConfigError: it can't work.
@@ -165,7 +170,7 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
 
 def workload_from_flags(
     qps: float | None = 1.0) -> workload_lib.WorkloadConfig:
-  """The workload that the flags describe; ConfigError if there is none."""
+  """Makes the workload that the flags describe; ConfigError if it can't be."""
   return workload_lib.WorkloadConfig(
     source=FLAGS.workload, num_requests=FLAGS.num_requests,
     arrivals=FLAGS.arrivals, qps=qps, cv=FLAGS.cv, seed=FLAGS.seed,

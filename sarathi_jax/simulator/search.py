@@ -19,7 +19,7 @@ _LEAST, _MOST = 1e-3, 1e4
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-  """What must hold.
+  """The service-level objectives that must hold.
 
   Attributes:
     p99_tbt_s: the most that the 99th percentile of times between tokens is.
@@ -64,8 +64,8 @@ class Capacity:
   """The result of a search.
 
   Attributes:
-    best: at the largest rate that held; None if none did.
-    points: all that were tried, by rate.
+    best: the point at the largest rate that held; None if none did.
+    points: all points that were tried, by rate.
   """
 
   best: Point | None
@@ -81,7 +81,7 @@ def find(probe: Probe, start: float, *, width: int = 1,
   """Searches for the capacity.
 
   Args:
-    probe: see there.
+    probe: tries a rate; see `Probe`.
     start: the rate to begin with.
     width: rates to try at once: 1 bisects, more divide finer.
     precision: relative; a rate this much above the result does not hold.

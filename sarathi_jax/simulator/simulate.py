@@ -30,11 +30,11 @@ class Result:
   """What a run went through. Times are virtual seconds.
 
   Attributes:
-    metrics: the engine's own, as of a live one.
-    requests: of each, in the order they finished.
-    seconds: from the first arrival to the end.
-    num_preemptions: of all requests.
-    busy: part of the time that each simulated stage computed, in [0, 1].
+    metrics: the engine's own, as a live one has them.
+    requests: metrics of each request, in the order they finished.
+    seconds: time from the first arrival to the end.
+    num_preemptions: preemptions of all requests.
+    busy: fraction of the time that each simulated stage computed, in [0, 1].
     is_complete: False if `stop_when` ended it.
     interactive_tbt_s: times between tokens of the tier 'interactive', where
       there are requests of another; these are what an SLO is about.
@@ -66,7 +66,7 @@ class Result:
 def make_scheduler(
     cost: cost_model.CostModel, config: config_lib.EngineConfig,
     max_model_len: int) -> scheduler_lib.Scheduler:
-  """The scheduler of a deployment whose cache is what memory has room for.
+  """Makes the scheduler of a deployment whose cache fills the memory left.
 
   Raises:
     ConfigError: the model, or one sequence, does not fit.
@@ -87,7 +87,7 @@ def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
 
   Args:
     cost: the model on its hardware.
-    config: of the engine; without max_model_len, sequences may be as long as
+    config: the engine's; without max_model_len, sequences may be as long as
       the longest of the workload.
     workload: what comes, and when.
     on_span: told what each stage does.
@@ -120,7 +120,7 @@ def simulate_steps(
     on_token: OnToken | None = None) -> Result:
   """Runs a workload on any scheduler, with steps that take what `cost` says.
 
-  See `simulate`.
+  See `simulate` for the other arguments.
   """
   clock = runner_lib.Clock()
   runner = runner_lib.SimulatedRunner(cost, clock, on_span)
@@ -142,7 +142,7 @@ def drive(engine: engine_lib.Engine, workload: workload_lib.Workload, *,
   Args:
     engine: live or simulated; its metrics begin anew.
     workload: what comes, and when.
-    wait_until: lets time pass until the engine's clock has come so far.
+    wait_until: lets time pass until the engine's clock shows a time.
     stop_when, on_token: see `simulate`.
   """
   engine.metrics = metrics_lib.EngineMetrics()

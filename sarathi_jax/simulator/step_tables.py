@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole steps that were measured: by Sarathi-Serve's artifact, by gpu_check."""
+"""Reads whole steps that Sarathi-Serve's artifact, or gpu_check, measured."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
   """Steps that follow each other, measured as a whole.
 
   Attributes:
-    table: it is of.
+    table: name of the table that it is in.
     num_decodes, context: decodes of each step, and the context of each.
     chunks: (tokens, tokens before) of the chunks, one a step; none: one step
       of decodes alone.
@@ -44,7 +44,7 @@ class Step:
   num_prefills: int = 1
 
   def predict(self, cost: CostModel) -> float:
-    """Returns what the model says, seconds."""
+    """Returns what the model predicts, seconds."""
     total = 0.0
     for tokens, before in self.chunks or ((0, 0),):
       each = float(operators.prefill_attention(
@@ -59,7 +59,7 @@ class Step:
 
 
 def read_artifact(folder: str) -> list[Step]:
-  """The artifact's tables of steps.
+  """Reads the artifact's tables of steps.
 
   Raises:
     ConfigError: a table is missing.
@@ -94,10 +94,10 @@ def _artifact(folder: pathlib.Path) -> Iterator[Step]:
 
 
 def read_gpu_check(path: str) -> list[Step]:
-  """The steps of a gpu_check.json.
+  """Reads the steps of a gpu_check.json.
 
   Raises:
-    ConfigError: it is none, or its stage `engine` was not run.
+    ConfigError: the file is malformed, or its stage `engine` was not run.
   """
   try:
     rows = json.loads(pathlib.Path(path).read_text())['results']['engine']
@@ -116,7 +116,7 @@ def read_gpu_check(path: str) -> list[Step]:
 
 
 def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
-  """The host's costs that explain the steps best; 3 numbers."""
+  """Fits the host's costs, 3 numbers, that explain the steps best."""
   scale = np.array([1e-3, 1e-2, 1e-3])
 
   def at(x: Any) -> cost_model.Host:
@@ -128,7 +128,7 @@ def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
 
 
 def fit_efficiencies(cost: CostModel, steps: Sequence[Step]) -> CostModel:
-  """The efficiencies that explain whole steps best; 4 numbers."""
+  """Fits the efficiencies, 4 numbers, that explain whole steps best."""
   start = np.array([
     getattr(cost.hardware.efficiencies, f) for f in _OF_GPU_CHECK])
 
@@ -153,7 +153,7 @@ def _fit(at: Callable[[Any], CostModel], start: Any,
 
 def summary(cost: CostModel, steps: Sequence[Step],
             ) -> dict[str, tuple[float, float, int]]:
-  """Table -> median error, P90 error, rows; and of all."""
+  """Returns table -> median error, P90 error, rows; and those of all."""
   names = dict.fromkeys(['all', *(s.table for s in steps)])
   found = {}
   for name in names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured tables, and what the operators' model says of each row.
+"""Reads measured tables, and models each row by its operator.
 
 Vidur's CSVs (https://github.com/microsoft/vidur, MIT) are told apart by their
 columns. A table is rows of shapes and seconds, and a function that predicts
@@ -31,11 +31,11 @@ class Table:
   """Measurements of one kind of operator.
 
   Attributes:
-    name: of the file, and of what in it.
+    name: the file's, and what of it this is.
     kind: 'linear', 'elementwise', 'attention', 'all_reduce', 'send_recv'.
-    model: whose shapes these are, if any model's.
+    model: the model whose shapes these are, if it is one's.
     seconds: [n] measured.
-    predict: [n] modelled, by hardware.
+    predict: makes [n] modelled seconds for a hardware.
   """
 
   name: str
@@ -45,22 +45,22 @@ class Table:
   predict: Callable[[Hardware], Floats]
 
   def log_error(self, hardware: Hardware) -> Floats:
-    """[n] log(modelled / measured)."""
+    """Returns [n] log(modelled / measured)."""
     return np.log(self.predict(hardware) / self.seconds)
 
   def error(self, hardware: Hardware) -> Floats:
-    """[n] |modelled / measured - 1|."""
+    """Returns [n] |modelled / measured - 1|."""
     return np.abs(self.predict(hardware) / self.seconds - 1)
 
 
 def read(folder: str, prefix: str, hardware: Hardware) -> list[Table]:
-  """All tables of the CSV files of a folder that begin so.
+  """Reads all tables of a folder's CSV files whose names begin with `prefix`.
 
   What was measured across nodes counts only if the file is of machines wired
   like this one ('dgx' in its name or not): networks differ most.
 
   Raises:
-    ConfigError: there is none, or a file is none that we know.
+    ConfigError: there is no such file, or one is of no kind that we know.
   """
   paths = sorted(pathlib.Path(folder).glob(f'{prefix}*.csv'))
   if not paths:
@@ -174,7 +174,7 @@ def _collectives(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
 
 def _link(hardware: Hardware, workers: int, per_node: int, most: int,
           name: str) -> str:
-  """The link of a group; a file's name may say how its machine is wired."""
+  """Returns the link of a group; a file's name may say how it is wired."""
   if workers > per_node:
     return 'network'
   group = hardware.nvlink_group

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Chrome trace of a run: load it in chrome://tracing or ui.perfetto.dev.
+"""Writes a Chrome trace of a run, for chrome://tracing or ui.perfetto.dev.
 
-A row for each pipeline stage, a span for each batch it computed, named for
-what is in it; the gaps between spans are the pipeline's bubbles.
+It has a row for each pipeline stage, and in it a span for each batch that the
+stage computed, named for what is in it. The gaps between spans are the
+pipeline's bubbles.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class ChromeTrace:
   """Collects spans; give `add` to `simulate`.
 
   Args:
-    most_s: spans that begin later than this after the first are left out.
+    most_s: seconds after the first span beyond which spans are left out.
   """
 
   def __init__(self, most_s: float = 120.0) -> None:
@@ -27,7 +28,7 @@ class ChromeTrace:
     self._spans: list[runner.Span] = []
 
   def add(self, span: runner.Span) -> None:
-    """Takes in what a stage did."""
+    """Adds a span, what a stage did."""
     if not self._spans or span.start < self._spans[0].start + self._most_s:
       self._spans.append(span)
 

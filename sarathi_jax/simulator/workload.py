@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workloads: when requests come, and how long they are.
 
-Lengths are of a trace, or drawn from distributions with the quantiles that
-the paper prints (table 2). Arrivals are Poisson, gamma (bursty), the trace's
-own, or those of the paper's artifact: gaps are cut at three times their mean,
-so that its load is 5 % above what it says. Everything is seeded, and of
-one seed, so that two rates differ in nothing but the rate.
+Lengths come from a trace, or are drawn from distributions with the quantiles
+that the paper prints (table 2). Arrivals are Poisson, gamma (bursty), the
+trace's own, or those of the paper's artifact: gaps are cut at three times their
+mean, so that its load is 5 % above what it says. Everything comes from one
+seed, so that two rates differ in nothing but the rate.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lengths:
   Attributes:
     probabilities: from 0 to 1, increasing.
     prompt: the prompt's tokens at those.
-    output: the output's.
+    output: the output's tokens at those.
     cap: the most tokens of both together.
   """
 
@@ -51,7 +51,7 @@ class Lengths:
   cap: int
 
   def draw(self, rng: np.random.Generator, n: int) -> tuple[Ints, Ints]:
-    """Prompt and output lengths, [n] each, both at least 1."""
+    """Draws prompt and output lengths, [n] each, both at least 1."""
     prompt, output = (
       np.interp(rng.random(n), self.probabilities, knots).round()
       .astype(np.int64).clip(1) for knots in (self.prompt, self.output))
@@ -81,8 +81,8 @@ DATASETS: Mapping[str, Lengths] = {
     output=(8, 15, 22, 28, 40, 60, 90, 118, 120, 120)),
 }
 SOURCES = (
-  f'Lengths: {", ".join(DATASETS)} (the first two are the paper\'s), or a CSV '
-  f'with {", ".join(_COLUMNS)} and maybe arrived_at.')
+  f'Where lengths come from: {", ".join(DATASETS)} (the first two are the '
+  f'paper\'s), or a CSV with {", ".join(_COLUMNS)} and maybe arrived_at.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ class WorkloadConfig:
     cv: the coefficient of variation of gamma's gaps; 1 is Poisson.
     length_scale: what lengths are multiplied by, for small models.
     batch_share: the part of requests that are of the tier 'batch', in [0, 1].
-    seed: of everything random.
+    seed: the seed of everything random.
   """
 
   source: str = 'openchat_sharegpt4'
@@ -134,13 +134,13 @@ class WorkloadConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Workload:
-  """Requests to come, by arrival.
+  """The requests that arrive, in order.
 
   Attributes:
     arrived_at: [n] seconds from the start, not decreasing.
     prompt_lens: [n] tokens, at least 1.
     output_lens: [n] tokens, at least 1.
-    is_batch: [n] whether it is of the tier 'batch'.
+    is_batch: [n] whether each is of the tier 'batch'.
   """
 
   arrived_at: Floats
@@ -158,7 +158,7 @@ class Workload:
     return (len(self) - 1) / span if span else math.inf
 
   def at_rate(self, qps: float) -> Workload:
-    """The same requests in the same rhythm, at another mean rate."""
+    """Returns the same requests in the same rhythm, at another mean rate."""
     if not math.isfinite(self.qps):
       return self
     scale = self.qps / qps
@@ -166,12 +166,12 @@ class Workload:
       self, arrived_at=(self.arrived_at - self.arrived_at[0]) * scale)
 
   def sampling(self, i: int) -> types.SamplingParams:
-    """Greedy, and exactly as long as the workload says."""
+    """Returns greedy sampling of exactly the workload's output length."""
     return types.SamplingParams(
       temperature=0, ignore_eos=True, max_tokens=int(self.output_lens[i]))
 
   def tier(self, i: int) -> str:
-    """Of a request; see `types.Request`."""
+    """Returns the tier of a request; see `types.Request`."""
     return types.TIERS[int(self.is_batch[i])]
 
 
@@ -186,10 +186,10 @@ def check_fits(workload: Workload, max_model_len: int) -> None:
 
 
 def make(config: WorkloadConfig) -> Workload:
-  """The workload that a configuration describes; the same for the same.
+  """Makes the workload that a configuration describes, always the same.
 
   Raises:
-    ConfigError: a trace that lacks a column, or has lengths that can't be.
+    ConfigError: a trace lacks a column, or has lengths that can't be.
   """
   # Streams of their own, so that no length depends on the arrivals.
   length_rng, arrival_rng, tier_rng = (
@@ -244,7 +244,7 @@ def _arrivals(config: WorkloadConfig, n: int, own: Floats | None,
 
 
 def read_trace(path: str) -> tuple[Ints, Ints, Floats | None]:
-  """Prompt lengths, output lengths and arrivals (None without) of a CSV.
+  """Reads prompt lengths, output lengths and arrivals (None without) of a CSV.
 
   Raises:
     ConfigError: the file is not such a trace.
