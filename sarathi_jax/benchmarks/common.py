@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: the facts that a result is nothing without."""
+"""What the benchmarks share: facts that every result needs to be understood."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sleep_until(time_s: float) -> None:
 
 
 def machine() -> dict[str, Any]:
-  """The host; a benchmark that uses a device adds its name."""
+  """Describes the host; a benchmark that uses a device adds its name."""
   return {
     'cpu': _cpu(), 'cores': os.cpu_count(),
     'load': os.getloadavg()[0], 'python': platform.python_version(),
@@ -55,13 +55,13 @@ def machine() -> dict[str, Any]:
 
 
 def _without_folder(value: Any) -> Any:
-  """A path of this machine says nothing elsewhere, but for its last name."""
+  """Cuts a path to its last name, as the rest says nothing elsewhere."""
   is_path = isinstance(value, str) and os.path.isabs(value)
   return os.path.basename(value) if is_path else value
 
 
 class PeerError(errors.SarathiError):
-  """What a benchmark started failed; with its last words."""
+  """A program that a benchmark started failed; has the end of its output."""
 
 
 def check_program(flag: str, path: str) -> None:
@@ -71,9 +71,9 @@ def check_program(flag: str, path: str) -> None:
 
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:
-  """Bars that tell how much of it is done, how long it took and will take.
+  """Makes bars that show what is done, and the time that it took and will take.
 
-  Redrawn once a second: what is measured shares the processor.
+  They are redrawn once a second only, as what is measured shares the processor.
   """
   return rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
@@ -84,7 +84,7 @@ def progress(console: rich.console.Console) -> rich.progress.Progress:
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
-  """What to type for the same again, but for where files lie."""
+  """Returns what to type to run the same again, but for where files lie."""
   return shlex.join(['python', '-m', f'sarathi_jax.benchmarks.{module}', *(
     f'{name}={_without_folder(value)}' if is_given else argument
     for argument in arguments
@@ -92,7 +92,7 @@ def command(module: str, arguments: Sequence[str]) -> str:
 
 
 def flag_values(benchmark: str, flags: Any) -> dict[str, Any]:
-  """The flags of a benchmark, and the engine's.
+  """Returns the values of a benchmark's flags, and of the engine's.
 
   Args:
     benchmark: its module's name.

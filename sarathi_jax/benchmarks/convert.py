@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a checkpoint converts, beside copying its file, and in what memory.
+"""Measures how fast a checkpoint converts, against a copy, and its memory.
 
   python -m sarathi_jax.benchmarks.convert --layers=8 --runs=3
 
-Makes a Llama checkpoint of Llama-2-7B's widths, random numbers, then takes
-turns: a copy of the file, synced as a conversion is, and a conversion in a
-process of its own.
+Makes a checkpoint of random numbers with Llama-2-7B's widths. Then takes turns:
+a copy of the file, synced as a conversion is, and a conversion in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ _MIB = 2**20
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer('layers', 4, 'Layers; each is 0.4 GB.', lower_bound=1)
-  flags.DEFINE_integer('runs', 3, 'Rounds of a copy and a conversion.',
+  flags.DEFINE_integer('layers', 4, 'Layers of the checkpoint, 0.4 GB each.',
                        lower_bound=1)
-  flags.DEFINE_string('folder', None, 'Where to write; a temporary folder.')
-  flags.DEFINE_string('json', None, 'Write the results here.')
+  flags.DEFINE_integer('runs', 3, 'Rounds, each of a copy and a conversion.',
+                       lower_bound=1)
+  flags.DEFINE_string('folder', None, 'Folder to write checkpoints to. '
+                      'Default: a temporary one.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
 def _shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -82,7 +84,7 @@ def make_checkpoint(folder: pathlib.Path, layers: int) -> pathlib.Path:
 
 
 def copy(path: pathlib.Path, target: pathlib.Path) -> float:
-  """Seconds to copy a file, until it is on the disk."""
+  """Copies a file; returns the seconds until it is on the disk."""
   start = time.perf_counter()
   shutil.copyfile(path, target)
   with target.open('rb') as file:
@@ -109,7 +111,7 @@ print(time.perf_counter() - start,
 
 def convert(folder: pathlib.Path, target: pathlib.Path
             ) -> tuple[float, float]:
-  """Seconds to convert, until it is on the disk, and peak MiB of memory."""
+  """Converts; returns seconds until on the disk, and peak MiB of memory."""
   done = subprocess.run(
     [sys.executable, '-c', _CONVERT, str(folder), str(target)],
     stdout=subprocess.PIPE, text=True, check=True)
@@ -119,7 +121,7 @@ def convert(folder: pathlib.Path, target: pathlib.Path
 
 
 def run(path: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
-  """One round."""
+  """Runs one round: a copy and a conversion."""
   gigabytes = path.stat().st_size / 1e9
   copied = copy(path, folder / 'copy')
   converted, peak = convert(path.parent, folder / 'out')

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `scripts/gpu_check` measures, a module a stage."""
+"""The measurements of `scripts/gpu_check`, one module for each stage."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts all that a check found into one file, small enough to be sent back."""
+"""Packs all that a check found into one file, small enough to be sent back."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def pack(folders: Mapping[str, pathlib.Path], archive: pathlib.Path,
   A reader never sees half an archive.
 
   Args:
-    folders: to be packed, by their names in the archive; of logs, the ends.
-    archive: a .tar.gz.
-    most_bytes: of the archive.
+    folders: what to pack, by name in the archive; only the ends of logs.
+    archive: the file, a .tar.gz.
+    most_bytes: the most bytes of the archive.
 
   Returns:
-    Files that there was no room for, as they would have been named.
+    Names in the archive of files that there was no room for.
   """
   archive.parent.mkdir(parents=True, exist_ok=True)
   part = archive.with_name(f'{archive.name}.part')
@@ -47,7 +47,7 @@ def pack(folders: Mapping[str, pathlib.Path], archive: pathlib.Path,
 
 def _files(folders: Mapping[str, pathlib.Path],
            ) -> Iterator[tuple[int, pathlib.Path, str]]:
-  """How many of its last bytes are wanted, the file, its name."""
+  """Yields (its last bytes that are wanted, file, name in the archive)."""
   for name, folder in folders.items():
     for path in folder.rglob('*'):
       if path.is_file():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps the attention kernel, held against the device's own limits."""
+"""Times the attention kernel at many points, against the device's limits."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Sweep:
 
   Attributes:
     batches: the points.
-    compared: of them, by name, those that others' attention is timed on, too.
-    num_heads, num_kv_heads, head_dim, dtype: of the model, Mistral-7B's.
-    kv_dtype: of the cache, if it is quantized.
+    compared: names of the points at which others' attention is timed, too.
+    num_heads, num_kv_heads, head_dim, dtype: the model's; Mistral-7B's.
+    kv_dtype: dtype of the cache, if it is quantized.
     pool_tokens: tokens in the cache; a batch of more meets its pages again,
       gigabytes later.
-    calls: of a program, each on pages of its own, as a model's layers are;
-      to launch one costs as much as a short call.
+    calls: calls in a program, each on pages of its own, as a model's layers
+      are; to launch one costs as much as a short call.
   """
 
   batches: tuple[Batch, ...]
@@ -85,29 +85,29 @@ class Batch:
     return [self.context] * self.decodes + chunk
 
   def kv_bytes(self, sweep: Sweep) -> int:
-    """Keys and values that must be read at least once."""
+    """Counts the bytes of keys and values that must be read at least once."""
     return sum(self.lens) * attention_work.token_bytes(
       sweep.num_kv_heads, sweep.head_dim, sweep.kv_dtype or sweep.dtype)
 
   def flops(self, sweep: Sweep) -> int:
-    """Counts those of the pairs of query and key that causality leaves."""
+    """Counts operations of the pairs of query and key that causality leaves."""
     pairs = self.decodes * self.context + attention_work.num_pairs(
       self.before, self.chunk)
     return pairs * attention_work.pair_flops(sweep.num_heads, sweep.head_dim)
 
 
 def decodes(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
-  """Points of (sequences, context)."""
+  """Makes points of (sequences, context)."""
   return tuple(Batch('decode', n, context, 0, 0) for n, context in pairs)
 
 
 def prefills(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
-  """Points of (tokens of the chunk, context before it)."""
+  """Makes points of (tokens of the chunk, context before it)."""
   return tuple(Batch('prefill', 0, 0, n, before) for n, before in pairs)
 
 
 def hybrids(*batches: tuple[int, int, int, int]) -> tuple[Batch, ...]:
-  """Points of (decodes, their context, chunk, before it); and parts, alone."""
+  """Makes points of (decodes, their context, chunk, before it); also of parts."""
   return tuple(itertools.chain.from_iterable(
     (Batch('hybrid', n, context, chunk, before),
      Batch('part', n, context, 0, 0), Batch('part', 0, 0, chunk, before))
@@ -119,7 +119,7 @@ class Kernel:
 
   Args:
     sweep: the cache, and the batches that it will be run with.
-    implementation: of the attention.
+    implementation: name of the attention's implementation.
     tried: sizes of tiles that it is run with; None: those of the table.
   """
 
@@ -184,7 +184,7 @@ class Kernel:
 
 
 def _rows_of(batch: Batch) -> tuple[int, int]:
-  """Tokens and sequences with padding: what a program is compiled for."""
+  """Returns padded tokens and sequences, which a program is compiled for."""
   return max(8, batch.num_tokens), max(8, len(batch.lens))
 
 
@@ -206,7 +206,7 @@ def _chain(
   implementation: str,
   **options: Any,
 ) -> jax.Array:
-  """Attention to attention's output under one plan, as in a model's layers."""
+  """Chains attention to attention's output by one plan, as model layers do."""
   plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution,
                        implementation=implementation)
   for table in tables:
@@ -220,7 +220,7 @@ def _chain_of(sizes: tuning.Sizes, options: batch_lib.Options, q: jax.Array,
               k_pages: jax.Array, v_pages: jax.Array, kv_lens: jax.Array,
               tables: jax.Array, starts: jax.Array,
               distribution: jax.Array) -> jax.Array:
-  """As `_chain`, by pallas_triton with these sizes."""
+  """Chains as `_chain`, by pallas_triton with these sizes."""
   for table in tables:
     batch = batch_lib.Batch(kv_lens, table, starts, distribution)
     q = pallas_triton.ragged_paged_attention(
@@ -229,10 +229,10 @@ def _chain_of(sizes: tuning.Sizes, options: batch_lib.Options, q: jax.Array,
 
 
 def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
-  """jax.nn.dot_product_attention on keys that lie in a row, for comparison.
+  """Times jax.nn.dot_product_attention on contiguous keys, for comparison.
 
-  All calls read the same ones: small ones stay in the device's cache, which
-  ours have to leave, as they do in a model.
+  All calls read the same keys: few keys stay in the device's cache, which ours
+  have to leave, as they do in a model.
   """
   rows, q_len = (batch.decodes, 1) if batch.decodes else (1, batch.chunk)
   q, k, v = (jax.random.normal(
@@ -257,12 +257,12 @@ def run(journal: journal_lib.Journal, sweep: Sweep,
   """Measures all points.
 
   Args:
-    journal: which takes the rows, and has those of an earlier run.
+    journal: takes the rows, and has those of an earlier run.
     sweep: the points.
-    limits: of `timing.limits`, on this device.
-    implementation: of the attention.
-    dense: implementation of jax.nn.dot_product_attention that is compared;
-      None: none is.
+    limits: results of `timing.limits` on this device.
+    implementation: name of the attention's implementation.
+    dense: implementation of jax.nn.dot_product_attention to compare; None:
+      compare with none.
   """
   kernel = functools.cache(lambda: Kernel(sweep, implementation))
 
@@ -296,7 +296,7 @@ def run(journal: journal_lib.Journal, sweep: Sweep,
 
 def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
                limits: Mapping[str, float]) -> None:
-  """Measures pallas_mosaic, too, where device and JAX are such as it needs."""
+  """Measures pallas_mosaic, too, where device and JAX can run it."""
   name = 'pallas_mosaic'
   try:
     rpa.init_pages(1, sweep.page_size, sweep.num_kv_heads, sweep.head_dim,
@@ -309,7 +309,7 @@ def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
 
 def run_torch(journal: journal_lib.Journal, sweep: Sweep,
               python: str) -> None:
-  """The compared points with torch, if `python` has it, in its own process."""
+  """Times torch at the compared points, in a process, if `python` has torch."""
   specs = [json.dumps({
     'point': batch.name, 'rows': batch.decodes or 1,
     'q_len': batch.chunk or 1, 'kv_len': batch.lens[0],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that only a GPU can show, in one call of nine minutes.
+"""Measures all that only a GPU can show, in one call of nine minutes.
 
   scripts/gpu_check --output=/tmp/gpu_check --archive=/tmp/gpu_check.tar.gz
 
-Stages, what matters most first: `preflight` (what would fail all the others),
+Stages, the most important first: `preflight` (what would fail all the others),
 `tests` (those marked gpu), `engine` (whole steps, and their kernels),
 `variants` (a step by other choices of XLA), `attention` (the kernel's most
 important points), `tune` (the kernel with other tiles), `mosaic` (the kernel
@@ -15,8 +15,8 @@ on the same shapes). Each runs in a process of its own, under a limit of its
 own; README.md beside this file tells more.
 
 What is measured is kept at once, and after each stage all of it is in the
-archive. A run that was cut short goes on where it stopped, and after points
-that crashed; programs that were compiled are not compiled again.
+archive. An interrupted run goes on where it stopped, and after points that
+crashed; programs that were compiled are not compiled again.
 """
 
 from __future__ import annotations
@@ -55,21 +55,26 @@ _LEAST_S = 10.0  # with less time left, no stage is begun
 def define_flags() -> None:
   flags.DEFINE_string(
     'output', os.path.join(tempfile.gettempdir(), 'gpu_check'),
-    'Folder for the results; outside the source tree, which some copy.')
-  flags.DEFINE_string('archive', None,
-                      'File for all results; None: OUTPUT.tar.gz.')
+    'Folder to write results to; outside the source tree, which some copy.')
+  flags.DEFINE_string('archive', None, 'File to pack all results into. '
+                      'Default: OUTPUT.tar.gz.')
   flags.DEFINE_string('cache_dir', str(config_lib.default_cache_dir()),
-                      'Where compiled steps are kept.')
-  flags.DEFINE_list('stages', list(stages.STAGES), 'To run, in this order.')
-  flags.DEFINE_bool('again', False, 'Run stages that were done, too.')
-  flags.DEFINE_float('budget_s', 540, 'No stage is begun after, or goes on.')
-  flags.DEFINE_enum('size', 'full', list(sizes.SIZES),
+                      'Folder to keep compiled steps in.')
+  flags.DEFINE_list('stages', list(stages.STAGES),
+                    'Stages to run, in this order.')
+  flags.DEFINE_bool('again', False, 'Run stages anew, even those that were '
+                    'done.')
+  flags.DEFINE_float('budget_s', 540, 'Seconds after which no stage begins or '
+                     'goes on.')
+  flags.DEFINE_enum('size', 'full', list(sizes.SIZES), 'How much to measure; '
                     "'tiny' tries the script, on any machine.")
   flags.DEFINE_string(
-    'torch_python', None, 'A Python that has torch; None: this one.')
-  flags.DEFINE_enum('hang', None, list(stages.STAGES),
-                    'To try the limits: a stage that sleeps instead.')
-  flags.DEFINE_string('run_stage', None, 'Of the script itself.')
+    'torch_python', None, 'Python interpreter that has torch. Default: this '
+    'one.')
+  flags.DEFINE_enum('hang', None, list(stages.STAGES), 'Stage that sleeps '
+                    'in place of measuring, to try the time limits.')
+  flags.DEFINE_string('run_stage', None, 'Stage to run in this process; the '
+                      'script itself sets this.')
 
 
 def _output() -> pathlib.Path:
@@ -85,7 +90,7 @@ def _journal(name: str) -> journal_lib.Journal:
 
 
 def _run_here(name: str) -> None:
-  """A stage, in the process that is for it."""
+  """Runs a stage in this process, which is for it alone."""
   if name == FLAGS.hang:
     time.sleep(1e6)
   xla_flags.set_environment(os.environ)
@@ -99,7 +104,7 @@ def _run_here(name: str) -> None:
 
 
 def _wrong_device() -> str | None:
-  """Notes what is measured; a folder is for one device and one JAX."""
+  """Notes the device and JAX; returns why the folder is not for them, if so."""
   device = jax.devices()[0]
   if device.platform != 'gpu' and FLAGS.size == 'full':
     return (f'JAX sees no GPU here, but {device.device_kind}; --size=tiny '
@@ -132,7 +137,7 @@ def _environment(name: str) -> dict[str, str]:
 
 
 def _run_stage(name: str, most_s: float) -> str | None:
-  """Runs a stage in its process; returns why it is not done, if it is not."""
+  """Runs a stage in its process; returns why it is not done, None if it is."""
   given = [f'--{flag}={FLAGS[flag].value}'
            for flag in ('size', 'torch_python', 'hang', 'cache_dir')
            if FLAGS[flag].value]

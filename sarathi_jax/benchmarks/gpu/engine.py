@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's steps against what the device's memory and arithmetic allow."""
+"""Times the engine's steps against what memory and arithmetic allow."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ class Point:
   """A step: sequences, each with a context and tokens after it.
 
   Attributes:
-    sequences, context, tokens: of each sequence.
-    filtered: tokens are drawn with top-k and top-p; else greedily.
-    profiled: a table of its kernels is wanted, too.
+    sequences: their number.
+    context, tokens: those of each sequence.
+    filtered: whether tokens are drawn with top-k and top-p, or greedily.
+    profiled: whether to make a table of its kernels, too.
   """
 
   sequences: int
@@ -72,7 +73,7 @@ class Point:
     return f'{kind} {self.sequences} x {self.tokens} after {self.context}{end}'
 
   def batch(self, page_size: int) -> types.ScheduledBatch:
-    """The step's batch; each sequence's pages lie in a row."""
+    """Makes the step's batch, in which each sequence's pages are contiguous."""
     pages = -(-(self.context + self.tokens) // page_size)
     sampling = types.SamplingParams(temperature=0)
     if self.filtered:
@@ -90,21 +91,21 @@ class Point:
 
 def make_runner(model: model_config_lib.ModelConfig, params: Any,
                 config: config_lib.EngineConfig) -> device_runner.DeviceRunner:
-  """A runner that has compiled nothing yet."""
+  """Makes a runner that has compiled nothing yet."""
   return device_runner.DeviceRunner(
     model, params, mesh_lib.make(), config,
     lambda max_model_len: config.token_budget, sizes=())
 
 
 def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:
-  """Random weights, made on the device."""
+  """Makes random weights on the device."""
   return jax.block_until_ready(models.init_params(
     model, jax.random.key(0), jnp.dtype(dtype), scale=0.02))
 
 
 def step_seconds(runner: engine_lib.Runner,
                  batch: types.ScheduledBatch) -> dict[str, float]:
-  """A step when steps follow each other, and one that is waited for."""
+  """Times steps that follow each other, and one that is waited for."""
   def many(n: int) -> float:
     start = time.perf_counter()
     for pending in [runner.launch(batch) for _ in range(n)]:
@@ -130,11 +131,11 @@ def steps(journal: journal_lib.Journal,
   of a step, without CUDA graphs.
 
   Args:
-    journal: which takes the rows, and has those of an earlier run.
+    journal: takes the rows, and has those of an earlier run.
     model, params: what is run.
-    limits: of `timing.limits`, on this device.
-    config: with max_num_seqs, max_model_len, num_pages and token_budget for
-      the points.
+    limits: results of `timing.limits` on this device.
+    config: has max_num_seqs, max_model_len, num_pages and token_budget for the
+      points.
     points: what is timed.
   """
   runner = functools.cache(lambda: make_runner(model, params, config))
@@ -192,12 +193,13 @@ class Work:
   """What a step of a model has to do, at least.
 
   Attributes:
-    read_bytes: of weights; the embedding is looked up.
-    kv_bytes: of a token's keys and values, all layers.
-    token_flops: of a token's matrices, all layers but what nobody reads.
-    last_flops: of what only tokens that are sampled from go through.
-    pair_flops: of a query with a key, in one layer.
-    num_layers: of the model.
+    read_bytes: bytes of weights, without the embedding, which is looked up.
+    kv_bytes: bytes of a token's keys and values, all layers.
+    token_flops: operations of a token's matrices, all layers but what nobody
+      reads.
+    last_flops: operations that only tokens that are sampled from go through.
+    pair_flops: operations of a query with a key, in one layer.
+    num_layers: layers of the model.
   """
 
   read_bytes: int
@@ -209,7 +211,7 @@ class Work:
 
   @classmethod
   def of(cls, model: model_config_lib.ModelConfig, params: Any) -> Work:
-    """The work of a model with these weights."""
+    """Returns the work of a model with these weights."""
     vocab, last = params['embed'], params['layers'][-1]
     looked_up = 0 if model.tie_word_embeddings else vocab.nbytes
     # Of all but a sequence's last token, the last layer has keys and values.
@@ -250,7 +252,7 @@ def variants(journal: journal_lib.Journal,
   it drew with filters, whose branches and loops these choices are about.
 
   Args:
-    journal, model, params, config: as of `steps`.
+    journal, model, params, config: as for `steps`.
     point: the step.
   """
   runner = functools.cache(lambda: make_runner(model, params, config))
@@ -280,13 +282,13 @@ def whole_engine(journal: journal_lib.Journal,
                  model: model_config_lib.ModelConfig, params: Any,
                  config: config_lib.EngineConfig,
                  workload: throughput.Workload, decode: Point) -> None:
-  """The engine's loop: a workload, and decodes held against their step.
+  """Runs the engine's loop: a workload, and decodes to compare with a step.
 
   Args:
-    journal: as of `steps`.
+    journal: as for `steps`.
     model, params, config: what is run.
     workload: requests, all there at once.
-    decode: which of the points to look for idle time in.
+    decode: the point in which to look for idle time.
   """
   llm = functools.cache(lambda: llm_lib.LLM(
     model, params, config=config, eos_token_ids=(),
@@ -308,5 +310,5 @@ def whole_engine(journal: journal_lib.Journal,
 
 
 def _say_compiled(done: int, total: int) -> None:
-  """Into the stage's log: what is compiled is kept for the next run."""
+  """Notes in the stage's log what is compiled, and kept for the next run."""
   print(f'{done} of {total} steps compiled', flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the device waits for the host between the steps of an engine."""
+"""Measures how long the device waits for the host between engine steps."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Decodes(NamedTuple):
   """What `decode_steps` saw.
 
   Attributes:
-    wall_s: of a step.
-    context: tokens of a sequence, in the mean.
-    idle: the part of the time in which the device did nothing, as a profile
-      has it; None where a profile shows no device.
+    wall_s: wall-clock time of a step.
+    context: mean tokens of a sequence.
+    idle: fraction of the time in which the device did nothing, by a profile;
+      None where a profile shows no device.
   """
 
   wall_s: float
@@ -55,7 +55,7 @@ def decode_steps(engine: engine_lib.Engine, sequences: int,
 
 
 def _steps(engine: engine_lib.Engine) -> float:
-  """Seconds of a step; each call launches one and completes one."""
+  """Returns the seconds of a step; each call launches and completes one."""
   start = time.perf_counter()
   for _ in range(_STEPS):
     engine.step()

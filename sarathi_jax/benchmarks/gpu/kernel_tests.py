@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs tests, and keeps what came of each at once."""
+"""Runs tests, and keeps the result of each at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sarathi_jax.benchmarks import journal as journal_lib
 
 
 class _Recorder:
-  """A plugin of pytest, in the process that other ones report to."""
+  """A plugin of pytest, in the process that the others report to."""
 
   def __init__(self, journal: journal_lib.Journal) -> None:
     self._journal = journal
@@ -29,8 +29,8 @@ def run(journal: journal_lib.Journal, arguments: Sequence[str]) -> None:
   """Runs tests, less those that passed before.
 
   Args:
-    journal: which takes a row a test, and has those of an earlier run.
-    arguments: of pytest.
+    journal: takes a row for each test, and has those of an earlier run.
+    arguments: arguments of pytest.
 
   Raises:
     RuntimeError: pytest could not run them.

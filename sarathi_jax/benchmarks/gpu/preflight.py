@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must work before anything else is worth its time, and what may mend it.
+"""Checks that must pass before others are worth their time, and remedies.
 
 Each of these has failed on GPUs elsewhere, and would fail all that follows.
 """
@@ -36,9 +36,9 @@ class Remedy:
   """Flags of XLA that may mend a point that failed.
 
   Attributes:
-    point: that failed.
-    name: what is done.
-    flags: finds them; None where there are none here.
+    point: the point that failed.
+    name: what the remedy does.
+    flags: finds the flags; None where there are none here.
   """
 
   point: str
@@ -47,7 +47,7 @@ class Remedy:
 
 
 def _cuda_data_dir() -> str | None:
-  """Where CUDA's compiler is: of NVIDIA's wheels, or of an installed CUDA."""
+  """Finds CUDA's compiler, in NVIDIA's wheels or an installed CUDA."""
   found = toolkit.find()
   return None if found is None else f'--xla_gpu_cuda_data_dir={found}'
 
@@ -66,7 +66,7 @@ REMEDIES: tuple[Remedy, ...] = (
 
 
 def run(size: sizes.Size, journal: journal_lib.Journal) -> None:
-  """Tries all of it, and measures what later stages are held against."""
+  """Runs all checks, and measures what later stages are compared with."""
   journal.measure('machine', _machine)
   journal.measure(_EXP, _exp)
   journal.measure('kernel against reference', functools.partial(_kernel, size))
@@ -76,7 +76,7 @@ def run(size: sizes.Size, journal: journal_lib.Journal) -> None:
 
 
 def _machine() -> journal_lib.Row:
-  """Facts that a result is nothing without."""
+  """Returns facts that every result needs to be understood."""
   packages = ('jax', 'jaxlib', 'jax-cuda13-plugin', 'jax-cuda12-plugin',
               'numpy', 'torch')
   return {
@@ -87,7 +87,7 @@ def _machine() -> journal_lib.Row:
 
 
 def _nvidia_smi() -> str | None:
-  """Driver, memory, power limit and clocks."""
+  """Returns driver, memory, power limit and clocks."""
   if not (command := shutil.which('nvidia-smi')):
     return None
   fields = 'name,driver_version,memory.total,power.limit,clocks.max.sm'
@@ -98,7 +98,7 @@ def _nvidia_smi() -> str | None:
 
 
 def _exp() -> journal_lib.Row:
-  """Libdevice's work: fails where XLA does not find it, or ptxas."""
+  """Computes exp, which needs libdevice and ptxas, as XLA finds them."""
   x = jnp.linspace(-3, 3, 1 << 16)
   worst = np.abs(np.asarray(jax.jit(jnp.exp)(x)) / np.exp(np.asarray(x)) - 1)
   _check(worst.max() < 1e-5, f'exp is off by {worst.max():.2g}')
@@ -125,7 +125,7 @@ def _kernel(size: sizes.Size) -> journal_lib.Row:
 
 
 def _filtered(size: sizes.Size) -> journal_lib.Row:
-  """One layer of the model; its filters are loops in branches in a graph."""
+  """Runs one layer of the model; filters are loops in branches in a graph."""
   model = dataclasses.replace(size.model, num_layers=1)
   runner = engine.make_runner(
     model, engine.make_params(model, size.dtype), size.config)

@@ -25,17 +25,17 @@ def run(command: Sequence[str], environment: Mapping[str, str],
 
   Args:
     command: goes through the points of a journal that are not in it yet.
-    environment: of it, all of it.
-    log: which takes what it prints, after what is there.
+    environment: its whole environment.
+    log: takes what it prints, after what is there.
     journal: of the same file; is told of points that ended their process.
-    most_s: seconds, of all tries.
-    cwd: where it runs.
+    most_s: the most seconds of all tries together.
+    cwd: folder where it runs.
 
   Returns:
     Why it is not done, with the end of its log; None if it is.
 
   Raises:
-    SystemExit: it says that it was called wrongly.
+    SystemExit: the command says that it was called wrongly.
   """
   deadline = time.monotonic() + most_s
   while True:
@@ -59,7 +59,7 @@ def run(command: Sequence[str], environment: Mapping[str, str],
 def _run_once(command: Sequence[str], environment: Mapping[str, str],
               log: pathlib.Path, cwd: pathlib.Path,
               most_s: float) -> int | None:
-  """Its exit status, negative for a signal; None if it had to be stopped."""
+  """Returns the exit status, negative for a signal; None if it was stopped."""
   with log.open('a') as file:
     process = subprocess.Popen(
       command, cwd=cwd, stdout=file, stderr=file, stdin=subprocess.DEVNULL,

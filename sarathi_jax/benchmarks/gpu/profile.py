@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device did while something ran, by JAX's profiler."""
+"""Finds what the device did while something ran, by JAX's profiler."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Kernel(NamedTuple):
   """What all launches of one name took in a step.
 
   Attributes:
-    name: of the kernel or the copy.
-    calls: in a step.
-    us: microseconds in a step, of all calls.
+    name: the kernel's or the copy's.
+    calls: number of calls in a step.
+    us: microseconds of all calls in a step.
   """
 
   name: str
@@ -45,7 +45,7 @@ def traced(run: Callable[[], Any]) -> list[Event]:
 
 
 def device_events(data: jax.profiler.ProfileData) -> list[Event]:
-  """The events on the streams of all GPUs."""
+  """Returns the events on the streams of all GPUs."""
   return [
     Event(event.name, event.start_ns, event.duration_ns)
     for plane in data.planes if plane.name.startswith('/device:GPU')
@@ -55,7 +55,7 @@ def device_events(data: jax.profiler.ProfileData) -> list[Event]:
 
 def kernels(events: Iterable[Event], steps: int,
             most: int = 40) -> list[Kernel]:
-  """Lists what took the most time, of so many steps that were alike."""
+  """Lists what took the most time, over so many steps that were alike."""
   took: dict[str, list[float]] = collections.defaultdict(list)
   for event in events:
     took[event.name].append(event.duration)
@@ -65,9 +65,10 @@ def kernels(events: Iterable[Event], steps: int,
 
 
 def idle_part(events: Iterable[Event]) -> float | None:
-  """The part of the time, first start to last end, with no event under way.
+  """Returns the fraction of the time in which no event was under way.
 
-  None if there are none, or they take no time.
+  Time is from the first start to the last end. None if there are no events, or
+  they take no time.
   """
   busy = 0.0
   first = last = None

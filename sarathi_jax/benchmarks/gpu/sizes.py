@@ -24,9 +24,11 @@ class Size:
 
   Attributes:
     model, dtype, config: what is served.
-    attention: its implementation.
-    kernel_spec: of `arg_specs`, on which it is held against the reference.
-    copy_bytes, matmul_n: of what tells the device's limits.
+    attention: the attention's implementation.
+    kernel_spec: arguments, by name in `arg_specs`, to compare it with the
+      reference on.
+    copy_bytes, matmul_n: sizes of a copy and a matmul that show the device's
+      limits.
     tests: arguments of pytest; those that count most first.
     points: steps, decodes first.
     varied: the step that is compiled by other choices of XLA.
@@ -34,11 +36,11 @@ class Size:
     dense: the implementation of jax.nn's attention to compare with.
     mosaic: points for the kernel for Hopper, all of them among the sweep's.
     tuned: batches for other sizes of tiles.
-    num_tried: of these sizes, how many.
+    num_tried: how many sizes of tiles are tried; None: all.
     quantized: the attention's points on quantized caches.
     written: tokens whose keys and values are put into pages.
-    workload: of the whole engine.
-    idle: decodes, in which the device's waiting is looked for.
+    workload: requests for the whole engine.
+    idle: decodes in which to look for the device's waiting.
     chats: requests for the capacity.
     capacity_rows: policies and budgets whose capacity is searched.
   """
@@ -127,7 +129,7 @@ def _full() -> Size:
 
 
 def _tiny() -> Size:
-  """To try the script: all stages, on any machine, in minutes."""
+  """Makes a size to try the script: all stages, on any machine, in minutes."""
   small = attention_lib.Sweep(
     num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
     pool_tokens=512, calls=1, batches=())

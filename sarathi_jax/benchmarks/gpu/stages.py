@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of `scripts/gpu_check`, what matters most first."""
+"""The stages of `scripts/gpu_check`, the most important first."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Run:
 
   Attributes:
     size: how much it measures.
-    journal: which takes the rows, and has those of an earlier run.
-    preflight: the journal of that stage.
+    journal: takes the rows, and has those of an earlier run.
+    preflight: the journal of the stage `preflight`.
   """
 
   size: sizes.Size
@@ -40,25 +40,25 @@ class Run:
 
   @functools.cached_property
   def limits(self) -> Mapping[str, float]:
-    """The device's limits: as the preflight measured them, or measured now."""
+    """The device's limits, as the preflight measured them, or measured now."""
     found = self.preflight.rows.get('limits', {})
     return found if 'copy_bytes_per_s' in found else timing.limits(
       self.size.copy_bytes, self.size.matmul_n)
 
   def make_params(self) -> Any:
-    """Random weights of the model, on the device."""
+    """Makes random weights of the model, on the device."""
     return engine.make_params(self.size.model, self.size.dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stage:
-  """One of them.
+  """One stage.
 
   Attributes:
     run: measures.
     most_s: seconds that it may take, its process's start included.
-    environment: of its process.
-    xla_flags: after the engine's own.
+    environment: variables for its process.
+    xla_flags: flags for XLA, after the engine's own.
   """
 
   run: Callable[[Run], None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as tables for people."""
+"""Prints what was measured as tables for people."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show(console: rich.console.Console, title: str,
 
 def show_verdicts(console: rich.console.Console,
                   verdicts: targets.Verdicts) -> None:
-  """Prints what is to be read first."""
+  """Prints the verdicts, which are to be read first."""
   for name, found in verdicts.comparisons.items():
     show(console, name.replace('_', ' '), found if isinstance(found, list)
          else [{'point': k, 'ratio': v} for k, v in found.items()])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, held against what is aimed at."""
+"""Compares what was measured with the targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-  """A bound, and the values that it is for, of the results by stage.
+  """A bound, and the values of the results by stage that it is for.
 
   Attributes:
     name: what is bounded.
@@ -32,12 +32,12 @@ class Target:
 
 
 def _points(results: Mapping[str, Rows]) -> Rows:
-  """The attention's rows, of both sweeps."""
+  """Returns the attention's rows, of both sweeps."""
   return [*results.get('attention', []), *results.get('sweep', [])]
 
 
 def _attention(column: str, **least: int) -> Callable[..., list[float]]:
-  """A column of the attention's rows with at least such batches."""
+  """Returns what finds a column of attention's rows of large enough batches."""
   def values(results: Mapping[str, Rows]) -> list[float]:
     return [row[column] for row in _points(results)
             if row.get('kind') in ('decode', 'prefill') and column in row
@@ -59,7 +59,7 @@ def _lone_decode(results: Mapping[str, Rows]) -> list[float]:
 
 
 def _same_tokens(results: Mapping[str, Rows]) -> list[float]:
-  """The part of the tokens that other choices of XLA draw alike."""
+  """Returns the fraction of tokens that other choices of XLA draw alike."""
   drawn = {row['point']: row['tokens'] for row in results.get('variants', [])
            if 'tokens' in row}
   ours = drawn.pop('as served', None)
@@ -69,7 +69,7 @@ def _same_tokens(results: Mapping[str, Rows]) -> list[float]:
 
 
 def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
-  """Prefill or decode -> the best alternative's time over ours."""
+  """Returns prefill or decode -> the best alternative's time over ours."""
   best: dict[str, float] = {}
   for row in _points(results) + results.get('torch', []):
     if 'us' in row and (point := row.get('alternative_to')):
@@ -80,7 +80,7 @@ def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
-  """Hybrid -> its time over the sum of its parts', each launched alone."""
+  """Returns hybrid -> its time over the sum of its parts', launched alone."""
   rows = [r for r in _points(results) if 'us' in r]
   parts = {(r['decodes'], r['context'], r['chunk'], r['before']): r['us']
            for r in rows if r.get('kind') == 'part'}
@@ -95,9 +95,10 @@ def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
-  """Point -> pallas_triton's time over pallas_mosaic's: above 1, it is slower.
+  """Returns point -> pallas_triton's time over pallas_mosaic's.
 
-  `tuning` of the kernels is to prefer what this says.
+  Above 1, pallas_triton is slower. The kernels' `tuning` is to prefer the
+  faster one.
   """
   ours = {r['point']: r['us'] for r in _points(results) if 'kind' in r
           and 'us' in r}
@@ -107,10 +108,10 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def best_sizes(results: Mapping[str, Rows]) -> Rows:
-  """Finds the best of the sizes that were tried: for `tuning.TUNED`.
+  """Finds the best of the sizes that were tried, for `tuning.TUNED`.
 
-  `over_best` is their time over the best one's, in the mean of the batches
-  (geometric); only those are here that all batches could be run with.
+  `over_best` is their time over the best one's, the geometric mean over the
+  batches. Only sizes that all batches could be run with are here.
   """
   rows = [r for r in results.get('tune', []) if 'us' in r]
   best: dict[str, float] = {}
@@ -129,7 +130,7 @@ def best_sizes(results: Mapping[str, Rows]) -> Rows:
 
 def tuned_line(results: Mapping[str, Rows],
                sweep: attention.Sweep, device: str) -> str | None:
-  """The best sizes as a line of `tuning.TUNED`; see `judge_all`."""
+  """Returns the best sizes as a line of `tuning.TUNED`; see `judge_all`."""
   best = best_sizes(results)
   if not best:
     return None
@@ -169,7 +170,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(results: Mapping[str, Rows]) -> Rows:
-  """A row a target: its bound, the worst value or None, and if it is met."""
+  """Returns a row for each target: bound, worst value or None, if it is met."""
   rows: Rows = []
   yes = 'yes, of what ran' if any(
     'error' in row for found in results.values() for row in found) else 'yes'
@@ -197,8 +198,8 @@ class Verdicts:
   """What results say.
 
   Attributes:
-    targets: of `judge`.
-    comparisons: of `COMPARISONS`, by name.
+    targets: rows of `judge`.
+    comparisons: results of `COMPARISONS`, by name.
     tuned: the best sizes, as a line of `tuning.TUNED`.
   """
 
@@ -214,7 +215,7 @@ def judge_all(results: Mapping[str, Rows], tuned: attention.Sweep,
   Args:
     results: rows by stage.
     tuned: what other sizes of tiles were tried on.
-    device: as jax.Device.device_kind has it.
+    device: its name, as in jax.Device.device_kind.
   """
   return Verdicts(
     judge(results), {name: compare(results)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing on a device, and what the device itself can do."""
+"""Times functions on a device, and measures what the device can do."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 def seconds(run: Callable[[], Any], repeats: int = 7,
             at_least: float = 0.02) -> float:
-  """The median time of a call whose result is waited for.
+  """Returns the median seconds of a call whose result is waited for.
 
   Args:
     run: returns arrays.
-    repeats: measurements.
-    at_least: seconds; calls are queued one behind the other to fill them, so
-      that launching hardly counts.
+    repeats: number of measurements.
+    at_least: seconds that a measurement takes; calls are queued to fill them,
+      so that launching hardly counts.
   """
   jax.block_until_ready(run())
   start = time.perf_counter()
@@ -38,19 +38,19 @@ def seconds(run: Callable[[], Any], repeats: int = 7,
 
 
 def copy_bandwidth(num_bytes: int) -> float:
-  """Bytes a second, read and written, of a copy in the device's memory."""
+  """Measures bytes a second, read and written, of a copy in device memory."""
   x = jnp.zeros(num_bytes // 4, jnp.float32)
   return 2 * x.nbytes / seconds(functools.partial(jax.jit(lambda x: x + 1), x))
 
 
 def matmul_rate(n: int, dtype: str = 'bfloat16') -> float:
-  """Operations a second of a product of [n, n] matrices of random numbers."""
+  """Measures operations a second of a product of random [n, n] matrices."""
   a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(
     dtype) for i in range(2))
   return 2 * n**3 / seconds(functools.partial(jax.jit(jnp.matmul), a, b))
 
 
 def limits(num_bytes: int, n: int) -> dict[str, float]:
-  """Measures what results on this device are held against."""
+  """Measures the limits that results on this device are compared with."""
   return {'copy_bytes_per_s': copy_bandwidth(num_bytes),
           'matmul_flops_per_s': matmul_rate(n)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tables of `ragged_paged_attention.tuning` are to say of a GPU."""
+"""Measures what the tables of `ragged_paged_attention.tuning` need of a GPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sarathi_jax.benchmarks.gpu import timing
 
 def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
            num_tokens: tuple[int, ...]) -> None:
-  """Times what puts new keys and values into their pages, in place.
+  """Times the ways to put new keys and values into their pages, in place.
 
-  `tuning._WRITER` is for what is the faster one here.
+  The faster one here goes into `tuning._WRITER`.
 
   Args:
-    journal: as of `attention.run`.
+    journal: as for `attention.run`.
     sweep: the shape of the pages.
-    num_tokens: of a step.
+    num_tokens: tokens of a step, for each measurement.
   """
   shape = sweep.page_size, sweep.num_kv_heads, sweep.head_dim
   num_slots = sweep.pool_tokens // sweep.page_size * sweep.page_size
@@ -67,14 +67,14 @@ def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
           most: int | None = None) -> None:
   """Times pallas_triton with sizes that are worth a try.
 
-  What can't be compiled, as shared memory does not suffice, is absent. A
-  winner goes into `tuning.TUNED`, under the sweep's shape; CI then compiles
-  it for spills.
+  Sizes that can't be compiled, as shared memory does not suffice, are absent.
+  The winner goes into `tuning.TUNED`, under the sweep's shape; CI then compiles
+  it to look for spills.
 
   Args:
-    journal: as of `attention.run`.
+    journal: as for `attention.run`.
     sweep: the shape, and batches that count alike.
-    most: sizes that are tried, the most promising first; None: all.
+    most: number of sizes to try, the most promising first; None: all.
   """
   tried = tuple(itertools.islice(tuning.candidates(), most))
   kernel = functools.cache(
