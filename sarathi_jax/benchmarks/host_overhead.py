@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host work of a step: all that a step costs but its computation.
+"""Measures the host work of a step: all that it costs but its computation.
 
   python -m sarathi_jax.benchmarks.host_overhead --running=128,256 --json=h.json
 
-The real scheduler, batch building, outputs and detokenizing, with a runner
+Runs the real scheduler, batch building, outputs and detokenizing, with a runner
 that takes its tokens from a text instead of a model. Sequences are at all
-phases: in each step some end, and others of the waiting ones begin. Times are
-the thread's CPU time, so that what else the machine does hardly counts.
+phases: in each step some end, and some of the waiting ones begin. Times are the
+thread's CPU time, so that what else the machine does hardly counts.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ QUICKSTART = pathlib.Path(__file__).parent.parent / 'quickstart' / 'model'
 
 
 def define_flags() -> None:
-  flags.DEFINE_list('running', ['128', '256'], 'Sequences running at once.')
-  flags.DEFINE_list('waiting', ['0', '10000'], 'Sequences waiting meanwhile.')
+  flags.DEFINE_list('running', ['128', '256'], 'Numbers of sequences that run '
+                    'at once; each number is measured.')
+  flags.DEFINE_list('waiting', ['0', '10000'], 'Numbers of sequences that wait '
+                    'meanwhile; each number is measured.')
   engine_flags.define_fields(policy='sarathi', token_budget=512)
-  flags.DEFINE_integer('steps', 1000, 'Measured steps.')
+  flags.DEFINE_integer('steps', 1000, 'Number of steps to measure.')
   flags.DEFINE_string('tokenizer', str(QUICKSTART),
-                      'Folder of a tokenizer.json.')
-  flags.DEFINE_string('json', None, 'File for the results.')
+                      'Folder with the tokenizer.json to use.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
 class Stopwatch:
@@ -59,7 +61,7 @@ class Stopwatch:
     self.seconds: dict[str, float] = {}
 
   def timed(self, part: str, function: Callable[..., Any]) -> Any:
-    """`function`, with its time added to `part`."""
+    """Returns `function` with its time added to `part`."""
     self.seconds[part] = 0.0
 
     def run(*args: Any) -> Any:
@@ -72,7 +74,7 @@ class Stopwatch:
 
 
 class TextRunner:
-  """Builds each batch as for a device; its tokens are those of a text."""
+  """A runner that builds batches as for a device; a text gives the tokens."""
 
   def __init__(self, text: Sequence[int], max_num_seqs: int,
                max_step_tokens: int, watch: Stopwatch) -> None:
@@ -101,7 +103,7 @@ class TextRunner:
     return next(n for n in self._sizes if n >= num_tokens)
 
   def recover(self) -> None:
-    """Nothing fails here."""
+    """Does nothing: nothing fails here."""
 
 
 class Load:
@@ -124,7 +126,7 @@ class Load:
 
 def make_engine(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
                 num_running: int, watch: Stopwatch) -> engine_lib.Engine:
-  """An engine whose parts are timed."""
+  """Makes an engine whose parts are timed."""
   config = config_lib.SchedulerConfig(
     token_budget=FLAGS.token_budget, max_num_seqs=num_running,
     max_model_len=MAX_MODEL_LEN, page_size=PAGE_SIZE,
@@ -145,7 +147,7 @@ def make_engine(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
 def measure(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
             num_running: int, num_waiting: int,
             on_step: Callable[[], None]) -> dict[str, float]:
-  """Milliseconds a step by part, and of whole steps.
+  """Measures milliseconds a step by part, and of whole steps.
 
   'outputs' is all that the engine does beside its parts: times, text, deltas.
   """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""By how much one client's body lengthens the gaps of other clients' streams.
+"""Measures how much one client's body lengthens gaps of others' streams.
 
-Three processes, so that nobody measures himself: the server, whose fake steps
-take a fixed time; who reads streams and notes the longest time between two
-messages; and this one, which sends bodies that were serialized before.
+There are three processes, so that none measures itself: the server, whose fake
+steps take a fixed time; one that reads streams and notes the longest time
+between two messages; and this one, which sends bodies that were serialized
+before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _TIMEOUT_S = 120.0
 
 
 def watch(pipe: Any, port: int) -> None:
-  """Reads streams; tells the longest gap since it was last asked."""
+  """Reads streams; tells, if asked, the longest gap since it was last asked."""
   longest = 0.0
 
   async def read(stub: Any) -> None:
@@ -60,7 +61,7 @@ def watch(pipe: Any, port: int) -> None:
 
 
 def send(channel: grpc.Channel, body: hostile_bodies.Body) -> str:
-  """Sends a body as often as it says, at once; returns what became of it."""
+  """Sends a body as often at once as it says; returns what became of it."""
   call: Callable[..., Any] = channel.unary_stream(body.method)
   data: Any = body.data
   if body.method.endswith(('ModelStreamInfer', 'ServerReflectionInfo')):
@@ -81,9 +82,9 @@ def measure(port: int, bodies: Iterable[hostile_bodies.Body],
   """Sends bodies to a server that is there.
 
   Args:
-    port: its.
+    port: the server's.
     bodies: what to send.
-    repeats: how often; the least counts, as others may use the machine.
+    repeats: how often; the least gap counts, as others may use the machine.
 
   Yields:
     A row for each body: `gap_ms`, the longest gap of others while it was
@@ -132,7 +133,7 @@ def measure(port: int, bodies: Iterable[hostile_bodies.Body],
 
 
 def line(row: Mapping[str, Any]) -> str:
-  """A result, for people."""
+  """Returns a result as a line for people."""
   return (f'{row["body"]:38} {row["bytes"] / 1024:9,.0f} KiB '
           f'{row["seconds"]:7.2f} s  others\' longest gap '
           f'{row["gap_ms"]:5.0f} ms, quiet {row["quiet_ms"]:5.0f} ms: '

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies that a client can make large at no cost, and large ones in earnest.
+"""Bodies that a client can make large at no cost, and honest large ones.
 
-Serialized, as whoever sends them is not to be measured.
+They are serialized before, as their sender is not to be measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SERVED_TOKENS, _SERVED_MESSAGES = 100_000, 10_000
 
 
 class Body(NamedTuple):
-  """What is sent, how often at once, and whether it is to be served."""
+  """A body to send, how often at once, and whether it is to be served."""
 
   name: str
   method: str
@@ -31,7 +31,7 @@ class Body(NamedTuple):
 
 
 def all_bodies(only: str = '') -> Iterator[Body]:
-  """Those with `only` in their names, each when it is asked for.
+  """Yields bodies with `only` in their names, each made when it is asked for.
 
   Together they are gigabytes.
   """
@@ -55,7 +55,7 @@ _Table = Mapping[str, tuple[str, Callable[[], bytes]]]
 
 
 def _field(number: int, data: bytes) -> bytes:
-  """A field of a message, on the wire."""
+  """Encodes a field of a message."""
   return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
@@ -68,7 +68,7 @@ def _varint(value: int) -> bytes:
 
 
 def _filled(*path: int, item: bytes = b'') -> bytes:
-  """The last field of a path again and again, as often as there is room."""
+  """Encodes the last field of a path as often as there is room."""
   *outer, last = path
   one = _field(last, item)
   data = one * (_LARGEST // len(one))
@@ -218,7 +218,7 @@ def _others() -> _Table:
 
 
 def _served() -> Iterator[Body]:
-  """What is large and asked in earnest."""
+  """Yields honest requests that are large."""
   few = pb.SamplingParams(max_tokens=2)
   ids = [5] * _SERVED_TOKENS
   yield Body('served: 100,000 token ids', '/sarathi.v1.Sarathi/Generate',

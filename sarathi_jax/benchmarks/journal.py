@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, kept as it is measured: a run may be cut short."""
+"""Keeps measurements as they are made, as a run may be interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BROKEN = re.compile(
 
 
 def absent(error: Exception) -> Row:
-  """The row of what can't be measured here, and need not be.
+  """Returns the row for what can't be measured here, and need not be.
 
   Raises:
     Exception: `error`, if nothing can be measured after it.
@@ -31,14 +31,14 @@ class Journal:
   """The rows of one stage, by point; a JSON line each in a file.
 
   Args:
-    path: the file; what it holds already is done. A last line that was cut
-      is not.
+    path: the file; what it holds already is done, except a last line that was
+      cut off.
 
   Attributes:
     path: the file.
-    rows: point -> what was measured there, last.
+    rows: point -> what was measured there last.
     under_way: the point that a process began and did not end, if any.
-    is_complete: all points of the stage were gone through.
+    is_complete: whether all points of the stage were gone through.
   """
 
   def __init__(self, path: pathlib.Path) -> None:
@@ -61,7 +61,7 @@ class Journal:
     return any('error' in row for row in self.rows.values())
 
   def add(self, point: str, row: Row) -> None:
-    """Keeps a row, in place of an earlier one of its point."""
+    """Keeps a row in place of an earlier one of its point."""
     self._write({'point': point, **row})
 
   def add_broken(self, point: str, error: str) -> None:
@@ -69,7 +69,7 @@ class Journal:
     self.add(point, {'error': error, 'broke': True})
 
   def measure(self, point: str, make_row: Callable[[], Row]) -> None:
-    """Keeps what `make_row` returns, or its error; once.
+    """Keeps what `make_row` returns, or its error, unless the point is done.
 
     Raises:
       SystemExit: the error broke the process. The next one goes on after it.
@@ -91,7 +91,7 @@ class Journal:
     self._write({'complete': True})
 
   def forget(self, point: str | None = None) -> None:
-    """Starts a point anew, or, without one, all."""
+    """Forgets a point, so that it is measured anew; without one, all."""
     if point is not None:
       self._write({'forgotten': point})
       return

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine live, against the simulator, and policies against each other.
+"""Compares the live engine with the simulator, and policies with each other.
 
   python -m sarathi_jax.benchmarks.live_capacity --model=22m --json=c.json
 
-First the simulator is held to account: step times are fitted to a live run,
-then other requests are served live, and the same ones simulated with those
-step times; and with those of the run itself, which a machine that others use
-does not spoil. Then the capacity of each policy and budget is searched live, at
-one SLO. Weights are random, arrivals Poisson, lengths those of the paper's
-chat, scaled to the model. Two cores take ten minutes.
+First the simulator is checked: step times are fitted to a live run. Then other
+requests are served live, and the same ones are simulated with those step times,
+and with those of the run itself, which other users of the machine do not spoil.
+Then the capacity of each policy and budget is searched live, at one SLO.
+Weights are random, arrivals Poisson, lengths those of the paper's chat, scaled
+to the model. Two cores take ten minutes.
 """
 
 from __future__ import annotations
@@ -50,26 +50,30 @@ _QUANTILES = (0.5, 0.99)
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('model', '22m', list(throughput.MODELS), 'Its shape.')
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of weights.')
-  flags.DEFINE_float('length_scale', 0.1, 'What the lengths of chats are '
-                     'multiplied by.')
+  flags.DEFINE_enum('model', '22m', list(throughput.MODELS),
+                    'Shape of the model, whose weights are random.')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'],
+                    'Dtype of the weights.')
+  flags.DEFINE_float('length_scale', 0.1, 'Factor that the lengths of chats '
+                     'are multiplied by.')
   engine_flags.define_fields(token_budget=128, max_num_seqs=32)
-  flags.DEFINE_float('load', 0.7, 'Of the simulated capacity: the rate at '
-                     'which live and simulated are compared.')
-  flags.DEFINE_float('seconds', 180.0, 'For how long they are compared; a '
-                     'third of it is learnt from before.')
+  flags.DEFINE_float('load', 0.7, 'Rate at which live and simulated are '
+                     'compared, as a fraction of the simulated capacity.')
+  flags.DEFINE_float('seconds', 180.0, 'Seconds for which live and simulated '
+                     'are compared; a third as long is learnt from before.')
   flags.DEFINE_list('rows', ['vllm', 'sarathi'], 'Policies whose capacity is '
                     'searched, maybe with a budget ("sarathi 256"); auto is '
-                    'sarathi that follows the SLO. None: no search.')
-  flags.DEFINE_float('slo_tbt_p99', None, 'Seconds; else five times what a '
-                     'step of decodes takes, as in the paper.')
-  flags.DEFINE_float('slo_delay_p50', 0.5, 'Seconds; a fourth of the paper\'s, '
-                     'as runs are short.')
-  flags.DEFINE_float('probe_seconds', 20.0, 'For how long requests come, at '
-                     'each rate of a search.')
-  flags.DEFINE_float('precision', 0.15, 'Of capacities, relative.')
-  flags.DEFINE_string('json', None, 'File for the results.')
+                    'sarathi that follows the SLO. Empty: no search.')
+  flags.DEFINE_float('slo_tbt_p99', None, 'SLO: the most that the P99 time '
+                     'between tokens may be, seconds. Default: five times what '
+                     'a step of decodes takes, as in the paper.')
+  flags.DEFINE_float('slo_delay_p50', 0.5, 'SLO: the most that the median '
+                     'scheduling delay may be, seconds; a fourth of the '
+                     'paper\'s, as runs are short.')
+  flags.DEFINE_float('probe_seconds', 20.0, 'Seconds for which requests come '
+                     'at each rate of a search.')
+  flags.DEFINE_float('precision', 0.15, 'Relative precision of capacities.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ class Setup:
     default_factory=lambda: rich.progress.Progress(disable=True))
 
   def engine(self, **changes: Any) -> engine_lib.Engine:
-    """An engine, warm; `changes` are of its configuration."""
+    """Makes an engine, warm, with `changes` to its configuration."""
     gc.collect()  # A cache fills the device: that of the one before must go.
     return llm_lib.LLM(
       self.model, self.params, eos_token_ids=(),
@@ -92,7 +96,7 @@ class Setup:
 
   def requests(self, seed: int, qps: float = 1.0,
                num_requests: int | None = None) -> workload_lib.Workload:
-    """Requests to come."""
+    """Makes requests to come."""
     return workload_lib.make(dataclasses.replace(
       self.workload, seed=seed,
       num_requests=num_requests or self.workload.num_requests)).at_rate(qps)
@@ -116,14 +120,14 @@ class Setup:
 
 
 def max_model_len(workload: workload_lib.WorkloadConfig) -> int:
-  """What a sequence of a dataset may have, scaled."""
+  """Returns the most tokens of a dataset's sequence, scaled."""
   cap = workload_lib.DATASETS[workload.source].cap
   return math.ceil(cap * workload.length_scale) + 2  # Both are rounded.
 
 
 def simulated(setup: Setup, engine: engine_lib.Engine,
               workload: workload_lib.Workload) -> simulate.Result:
-  """What the simulator makes of the steps that an engine measured."""
+  """Simulates requests with the steps that an engine measured."""
   assert engine.pace is not None
   info = engine.info
   scheduler = scheduler_lib.make(
@@ -138,8 +142,8 @@ def compare(setup: Setup, load: float, seconds: float) -> dict[str, Any]:
 
   Args:
     setup: what is run.
-    load: the rate, of what simulations say is the capacity.
-    seconds: for how long requests come.
+    load: the rate, as a fraction of the simulated capacity.
+    seconds: how long requests come.
 
   Returns:
     The rate, the number of requests, and rows of quantiles in seconds: live,
@@ -149,7 +153,7 @@ def compare(setup: Setup, load: float, seconds: float) -> dict[str, Any]:
   assert engine.pace is not None
 
   def rate() -> float:
-    """The rate for the load, by what was learnt of steps so far."""
+    """Returns the rate for the load, by what was learnt of steps so far."""
     def probe(rates: Sequence[float]) -> list[search.Point]:
       slo = search.Slo(p99_tbt_s=_NO_SLO_MS)
       return [probe_lib.point(simulated(
@@ -182,16 +186,16 @@ def compare(setup: Setup, load: float, seconds: float) -> dict[str, Any]:
 def search_row(setup: Setup, name: str, slo: search.Slo, start: float,
                precision: float = 0.1,
                seconds: float | None = None) -> dict[str, Any]:
-  """The capacity of one policy, searched live.
+  """Searches the capacity of one policy live.
 
   Args:
     setup: what is run.
     name: a policy, and maybe a budget; 'auto' is sarathi that follows the SLO.
     slo: what must hold.
     start: the rate to begin with.
-    precision: relative.
-    seconds: for how long requests come, at each rate; None for as many
-      requests as the workload has.
+    precision: relative precision of the capacity.
+    seconds: how long requests come at each rate; None for as many requests as
+      the workload has.
   """
   policy, _, budget = name.partition(' ')
   changes: dict[str, Any] = {'policy': policy} | (
@@ -219,7 +223,7 @@ def search_row(setup: Setup, name: str, slo: search.Slo, start: float,
 def capacities(setup: Setup, names: Sequence[str], slo: search.Slo,
                start: float, precision: float,
                seconds: float) -> list[dict[str, Any]]:
-  """`search_row` of each, and how much the first one is exceeded."""
+  """Runs `search_row` for each; tells how much the first one is exceeded."""
   results: list[dict[str, Any]] = []
   for name in names:
     row = search_row(setup, name, slo, start, precision, seconds)
@@ -231,7 +235,7 @@ def capacities(setup: Setup, names: Sequence[str], slo: search.Slo,
 
 
 def strict_slo_s(setup: Setup) -> float:
-  """Five times what a step of 32 decodes takes, as in the paper."""
+  """Returns five times what a step of 32 decodes takes, as in the paper."""
   pace = setup.engine(tbt_slo_ms=_NO_SLO_MS).pace
   assert pace is not None
   context = 32 * int(setup.requests(0).prompt_lens.mean())

@@ -21,10 +21,10 @@ class HttpTarget:
 
   Args:
     url: its address.
-    has_token_ids: it takes prompts of token ids, and answers with those of
-      each message (vLLM's `return_token_ids`). Else prompts are words, about
-      as many; each event with text counts as a token, and those that the
-      server counted beyond count as having come with the last.
+    has_token_ids: whether it takes prompts of token ids, and answers with those
+      of each message (vLLM's `return_token_ids`). Else prompts are about as
+      many words, and each event with text counts as a token; tokens that the
+      server counted beyond these count as having come with the last event.
   """
 
   def __init__(self, url: str, *, has_token_ids: bool) -> None:
@@ -77,7 +77,7 @@ class HttpTarget:
 
   async def _request(self, method: str, path: str,
                      body: Any = None) -> AsyncIterator[str]:
-    """Yields the lines of an answer. Each request has its connection.
+    """Yields the lines of an answer. Each request has its own connection.
 
     Raises:
       RequestError: there is no connection, or a status other than 200.

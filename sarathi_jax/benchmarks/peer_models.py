@@ -18,22 +18,22 @@ SIZES = ('43m', '150m')
 
 
 def llama(size: str, python: str) -> pathlib.Path:
-  """The folder of a random Llama as transformers writes it, float32.
+  """Returns the folder of a random float32 Llama, as transformers writes it.
 
   Args:
     size: one of `SIZES`.
-    python: of an environment with torch and transformers.
+    python: the Python of an environment with torch and transformers.
   """
   return _once(_folder() / f'llama-{size}', lambda folder: _run(
     [python, str(WORKERS / 'make_model.py'), str(folder), size]))
 
 
 def openvino(model: pathlib.Path, python: str) -> pathlib.Path:
-  """The folder of a model exported for OpenVINO, beside it.
+  """Returns the folder, beside a model, of its export for OpenVINO.
 
   Args:
-    model: a folder of transformers'.
-    python: of an environment with optimum-intel.
+    model: a folder that transformers wrote.
+    python: the Python of an environment with optimum-intel.
   """
   command = pathlib.Path(python).parent / 'optimum-cli'
   return _once(model.with_name(f'{model.name}-openvino'), lambda folder: _run([
@@ -47,7 +47,7 @@ def _folder() -> pathlib.Path:
 
 def _once(path: pathlib.Path,
           make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-  """Makes a folder if it is not there, and never a half of it."""
+  """Makes a folder if it is not there; never leaves half of it."""
   if not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(dir=path.parent))
@@ -61,7 +61,7 @@ def _once(path: pathlib.Path,
 
 
 def _run(command: Sequence[str]) -> None:
-  """Runs a program of a peer; PeerError with its last words."""
+  """Runs a program of a peer; PeerError with the end of its output."""
   done = subprocess.run(
     command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     check=False)

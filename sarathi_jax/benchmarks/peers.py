@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares engines on CPU: closed loads, the same weights, taking turns.
+"""Compares engines on CPU, in turns, on closed loads and the same weights.
 
   python -m sarathi_jax.benchmarks.peers --model_size=43m \\
       --vllm_python=PATH --openvino_python=PATH --transformers_python=PATH
@@ -52,20 +52,22 @@ Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('model_size', '43m', peer_models.SIZES, 'Random Llama.')
+  flags.DEFINE_enum('model_size', '43m', peer_models.SIZES,
+                    'Size of the random Llama that all engines run.')
   for name, (flag, _) in PEERS.items():
-    flags.DEFINE_string(flag, None, f'The Python of {name}; none: left out.')
+    flags.DEFINE_string(flag, None, f'Python of the virtual environment with '
+                        f'{name}. Default: leave {name} out.')
   flags.DEFINE_list(
-    'loads', list(workload.LOADS), 'What is run; the requests of each, and '
+    'loads', list(workload.LOADS), 'Loads to run. Requests of each, and '
     'lengths to draw from: ' + '; '.join(
       f'{name}: {load.num_requests}, {load.prompt_lens} in, '
       f'{load.output_lens} out' for name, load in workload.LOADS.items()))
-  flags.DEFINE_integer('runs', 5, 'Measured runs of each engine and load.',
+  flags.DEFINE_integer('runs', 5, 'Runs to measure of each engine and load.',
                        lower_bound=1)
-  flags.DEFINE_integer('seed', 0, 'Of the prompts.', lower_bound=0)
+  flags.DEFINE_integer('seed', 0, 'Seed of the prompts.', lower_bound=0)
   flags.DEFINE_integer('threads', 2, 'Threads of each engine.')
   engine_flags.define_fields(max_num_seqs=32, token_budget=512)
-  flags.DEFINE_string('json', None, 'File for the results.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   flags.register_validator(
     'loads', lambda names: bool(names) and set(names) <= set(workload.LOADS),
     f'must be some of {",".join(workload.LOADS)}')
@@ -74,17 +76,17 @@ def define_flags() -> None:
 class Worker:
   """An engine in processes of its own, loaded, and stopped between turns.
 
-  Stopped, since engines that wait for work are not idle: what vLLM's do
-  then took a tenth from the others' speed.
+  It is stopped because engines that wait for work are not idle: what vLLM's
+  processes do then took a tenth from the others' speed.
 
   Args:
-    name: of the engine.
+    name: the engine's.
     command: starts a worker, see `peer_workers.workload`.
-    threads: of the engine.
+    threads: threads of the engine.
 
   Attributes:
     name: see above.
-    version: of the engine; '' before it was loaded.
+    version: the engine's; '' before it was loaded.
   """
 
   def __init__(self, name: str, command: Sequence[str], threads: int) -> None:
@@ -100,7 +102,7 @@ class Worker:
     """Waits until it is loaded.
 
     Raises:
-      PeerError: it ended; with its last words.
+      PeerError: it ended; has the end of its output.
     """
     self.version = self._answer()['version']
     self._signal(signal.SIGSTOP)
@@ -109,7 +111,7 @@ class Worker:
     """Returns the answer for one run; see `peer_workers.workload.serve`.
 
     Raises:
-      PeerError: it ended; with its last words.
+      PeerError: it ended; has the end of its output.
     """
     assert self._process.stdin
     self._signal(signal.SIGCONT)
@@ -149,7 +151,7 @@ class Worker:
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
-  """The part of the tokens before the first that differs, over all outputs."""
+  """Returns the fraction of tokens before the first that differs."""
   same = total = 0
   for a, b in zip(ours, theirs, strict=True):
     total += len(a)
@@ -159,11 +161,11 @@ def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def commands(pythons: Mapping[str, str], size: str) -> dict[str, list[str]]:
-  """What starts each worker; the model is made if it is not there.
+  """Returns what starts each worker; makes the model if it is not there.
 
   Args:
     pythons: peer -> its Python.
-    size: of the model.
+    size: the model's.
   """
   model = peer_models.llama(size, next(iter(pythons.values())))
   models = dict.fromkeys(pythons, model)
@@ -178,7 +180,7 @@ def commands(pythons: Mapping[str, str], size: str) -> dict[str, list[str]]:
 
 def measure(workers: Sequence[Worker], loads: Sequence[str], runs: int,
             seed: int, progress: rich.progress.Progress) -> Runs:
-  """Lets the workers take turns. A run of each load and worker warms up."""
+  """Lets workers take turns, after a run of each load and worker to warm up."""
   found: dict[str, dict[str, list[Any]]] = {
     load: {w.name: [] for w in workers} for load in loads}
   task = progress.add_task(
@@ -202,7 +204,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarize(found: Runs) -> list[dict[str, Any]]:
-  """A row for each load and engine: rates, and ours over theirs by run."""
+  """Makes a row for each load and engine: rates, and ours over theirs."""
   rows = []
   for load, engines in found.items():
     ours = engines[OURS]
@@ -220,7 +222,7 @@ def summarize(found: Runs) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
-  """The summary, for people: a section a load."""
+  """Makes a table of the summary, for people: a section for each load."""
   shown = rich.table.Table(title=title)
   for name in ('load', 'engine'):
     shown.add_column(name)
@@ -245,7 +247,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
 
 def _measured(console: rich.console.Console, pythons: Mapping[str, str],
               ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-  """The summary's rows, and the version of each engine."""
+  """Measures; returns the summary's rows, and the version of each engine."""
   with (contextlib.ExitStack() as closing,
         common.progress(console) as progress):
     making = progress.add_task('Making the models', total=None)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the bubbles of a pipeline: who keeps its stages full, and even.
+"""Counts a pipeline's bubbles: which policy keeps its stages full and even.
 
   python -m sarathi_jax.benchmarks.pipeline --num_stages=4 --plot=bubbles.png
 
-Runs the schedulers on requests of a chat's lengths and no model: what is
-counted, tokens at each stage in each step, depends on no device. Figure 4 and
-section 3.3 of the paper.
+Runs the schedulers on requests with a chat's lengths and no model: what is
+counted, tokens at each stage in each step, depends on no device. See figure 4
+and section 3.3 of the paper.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ Load = tuple[int, ...]  # tokens at each stage in one step
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer('num_stages', 4, 'Of the pipeline.')
+  flags.DEFINE_integer('num_stages', 4, 'Number of pipeline stages.')
   flags.DEFINE_integer('token_budget', 512, 'The most tokens of a batch.')
   flags.DEFINE_integer(
-    'max_num_seqs', 512, 'Running at once. Where these are too few to keep '
-    'prefills coming, batches of decodes alone are small.')
-  flags.DEFINE_integer('num_requests', 256, 'All there from the start.')
-  flags.DEFINE_integer('seed', 0, 'Of their lengths.')
-  flags.DEFINE_list('policy', ['sarathi', 'vllm'], 'Schedulers.')
-  flags.DEFINE_string('plot', None, 'Picture of the first steps, .png or .svg.')
-  flags.DEFINE_string('json', None, 'File for the results.')
+    'max_num_seqs', 512, 'The most sequences that run at once. Where these are '
+    'too few to keep prefills coming, batches of decodes alone are small.')
+  flags.DEFINE_integer('num_requests', 256, 'Number of requests, which are all '
+                       'there from the start.')
+  flags.DEFINE_integer('seed', 0, 'Seed of the requests\' lengths.')
+  flags.DEFINE_list('policy', ['sarathi', 'vllm'], 'Scheduling policies to '
+                    'compare.')
+  flags.DEFINE_string('plot', None, 'File to draw the first steps into, .png '
+                      'or .svg.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
 class Pipeline:
@@ -71,7 +74,7 @@ class Pipeline:
     return pending[1]
 
   def recover(self) -> None:
-    """Nothing fails here."""
+    """Does nothing: nothing fails here."""
 
   def num_rows(self, num_tokens: int) -> int:
     return num_tokens
@@ -83,12 +86,12 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-  """Of the steps between the pipeline's filling and the queue's end.
+  """Counts over the steps from when the pipeline is full to the queue's end.
 
   Attributes:
-    steps: how many.
-    bubbles: the part of stages that had nothing to do.
-    idle: the part of stages' time lost to bubbles, and to waiting for a stage
+    steps: number of steps.
+    bubbles: fraction of stages that had nothing to do.
+    idle: fraction of stages' time lost to bubbles, and to waiting for a stage
       with more tokens.
     largest_gap: the most tokens that two stages of one step differed by.
   """
@@ -100,7 +103,7 @@ class Counts:
 
 
 def count(loads: Sequence[Load]) -> Counts:
-  """Bubbles and unevenness of some steps."""
+  """Counts the bubbles and unevenness of some steps."""
   slots = [tokens for load in loads for tokens in load]
   longest = sum(max(load) * len(load) for load in loads)
   return Counts(
@@ -114,8 +117,8 @@ def run(config: config_lib.SchedulerConfig, policy: str,
   """Runs requests to their end.
 
   Returns:
-    Loads of the steps in which requests waited, the pipeline being full; and
-    of those after.
+    Loads of the steps in which requests waited, with the pipeline full; and
+    loads of the steps after.
   """
   scheduler = scheduler_lib.policy_class(policy)(config)
   pipeline = Pipeline(config.num_stages, config.max_num_seqs)
@@ -133,7 +136,7 @@ def run(config: config_lib.SchedulerConfig, policy: str,
 
 
 def chat_requests(num: int, seed: int) -> list[types.Request]:
-  """Lengths much like those of table 2: median prompts of 1730 tokens."""
+  """Draws lengths much like table 2's: median prompts of 1730 tokens."""
   rng = random.Random(seed)
   requests = []
   for i in range(num):
@@ -147,7 +150,7 @@ def chat_requests(num: int, seed: int) -> list[types.Request]:
 
 
 def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
-  """Draws the first steps under load: a row a stage, darker with tokens."""
+  """Draws the first steps under load: a row a stage, darker for more tokens."""
   from matplotlib import figure
   picture = figure.Figure(figsize=(10, 1.4 * len(loads) + 0.8))
   axes = picture.subplots(len(loads), sharex=True, squeeze=False)[:, 0]

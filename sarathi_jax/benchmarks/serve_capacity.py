@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `serve` makes of its runs: rows, medians over rounds, capacities."""
+"""Makes the runs of `serve` into rows, medians over rounds, and capacities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Slo:
   """Objectives that a rate must meet. Times are seconds.
 
   Attributes:
-    name: for people.
+    name: its name, for people.
     tbt_s: the most that the 99th percentile of times between tokens is.
     ttft_s: the most that the median time to the first token is.
   """
@@ -35,14 +35,14 @@ class Slo:
   ttft_s: float
 
   def holds(self, row: Row) -> bool:
-    """Whether it was met, nothing having failed."""
+    """Says whether the SLO was met and nothing failed."""
     ttft, tbt = row.get('ttft_p50_s'), row.get('tbt_p99_s')
     return (not row.get('num_errors') and ttft is not None and tbt is not None
             and ttft <= self.ttft_s and tbt <= self.tbt_s)
 
 
 def make_row(seen: open_loop.Seen, slos: Sequence[Slo]) -> Row:
-  """What one run says, in numbers.
+  """Makes a row of the numbers of one run.
 
   Percentiles are None without values. Goodput is requests a second that met an
   SLO's limits, each with its own first token and its own longest gap.
@@ -68,16 +68,16 @@ def make_row(seen: open_loop.Seen, slos: Sequence[Slo]) -> Row:
 
 
 def is_overloaded(row: Row, ttft_s: float) -> bool:
-  """Whether higher rates need not be tried."""
+  """Says whether higher rates need not be tried."""
   ttft = row['ttft_p50_s']
   return (ttft is None or ttft > _OVERLOAD * ttft_s
           or row['num_cut'] > _MOST_CUT * row['num_requests'])
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-  """A row for each side and rate: the medians of its rounds.
+  """Makes a row for each side and rate, with the medians of its rounds.
 
-  With `rounds`, their number, and `range`, the least and the most of what an
+  It has `rounds`, their number, and `range`, the least and the most of what an
   SLO is about. What was skipped in any round stays so.
   """
   groups: dict[tuple[str, float], list[Row]] = {}
@@ -115,7 +115,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def next_rate(held: Mapping[float, bool]) -> float | None:
-  """The rate that says most about the capacity; None: it is known.
+  """Returns the rate that says most about the capacity; None: it is known.
 
   Args:
     held: rates that were tried -> whether the SLO was met.
@@ -135,7 +135,7 @@ def _round(qps: float) -> float:
 
 
 def capacity(merged: Sequence[Row], side: str, slo: Slo) -> Row:
-  """The largest rate of a side at which an SLO held.
+  """Finds the largest rate of a side at which an SLO held.
 
   Returns:
     `side`; `qps`, 0 if there was none; `tried`, the least and the most of the
@@ -151,10 +151,10 @@ def capacity(merged: Sequence[Row], side: str, slo: Slo) -> Row:
 def capacities(merged: Sequence[Row], slos: Sequence[Slo],
                groups: Mapping[str, Mapping[str, Sequence[str]]],
                ) -> list[Row]:
-  """The best of each group of sides, under each SLO.
+  """Finds the best of each group of sides, under each SLO.
 
   Args:
-    merged: of `merge`.
+    merged: rows of `merge`.
     slos: what must hold.
     groups: SLO's name -> group -> its sides; empty groups are left out.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of `serve`: which server, at which rate, in which order."""
+"""Makes the runs of `serve`: which server, at which rate, in which order."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Load:
   """What servers are asked.
 
   Attributes:
-    config: of the workload; its seed is the first round's.
+    config: the workload's; its seed is the first round's.
     rates: requests a second, ascending.
-    seconds: for how long requests come.
-    drain_s: how long what is under way then may take.
-    rounds: how often each server has its turn.
-    refine: rates to try between, for each SLO of a server.
-    vocab_size: of prompts.
+    seconds: how long requests come.
+    drain_s: seconds that requests may go on after that.
+    rounds: number of turns that each server has.
+    refine: number of rates to try between, for each SLO of a server.
+    vocab_size: the prompts' token ids are below it.
   """
 
   config: workload_lib.WorkloadConfig
@@ -51,19 +51,19 @@ class Load:
   vocab_size: int
 
   def workload(self, qps: float, round_: int) -> workload_lib.Workload:
-    """As many requests as come in `seconds`; ConfigError if a trace lacks."""
+    """Makes what comes in `seconds`; ConfigError if a trace has too few."""
     return workload_lib.make(dataclasses.replace(
       self.config, seed=self.config.seed + round_, qps=qps,
       num_requests=max(2, math.ceil(qps * self.seconds)))).at_rate(qps)
 
   def requests(self, qps: float, round_: int) -> list[open_loop.Request]:
-    """The same for all servers."""
+    """Makes the requests, which are the same for all servers."""
     return open_loop.requests(
       self.workload(qps, round_), self.vocab_size, self.config.seed + round_)
 
   def burst(self, count: int, prompt_len: int, output_len: int,
             seed: int = 0) -> list[open_loop.Request]:
-    """Requests that come at once; of the load it has none."""
+    """Makes requests that come at once, and are not of the load."""
     rng = random.Random(f'burst {seed}')
     return [
       open_loop.Request(
@@ -72,11 +72,11 @@ class Load:
 
 
 class Server(Protocol):
-  """What is loaded."""
+  """A server that gets the load."""
 
   @property
   def target(self) -> open_loop.Target:
-    """For the client."""
+    """The target that the client asks."""
 
   def check(self) -> None:
     """Raises PeerError if it has ended."""
@@ -89,7 +89,7 @@ class Given:
   target: open_loop.Target
 
   def check(self) -> None:
-    """It is not ours to look after."""
+    """Does nothing: the server is not ours to look after."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +97,8 @@ class Contender:
   """A server that has turns.
 
   Attributes:
-    name: for people.
-    slos: under which its capacity is looked for.
+    name: its name, for people.
+    slos: the SLOs under which to look for its capacity.
     start: has it run, from when it answers to the end of the block.
   """
 
@@ -111,7 +111,7 @@ def run(target: open_loop.Target, asked: Sequence[open_loop.Request],
         limit_s: float = math.inf,
         on_look: Callable[[open_loop.Seen], None] = lambda seen: None,
         ) -> open_loop.Seen:
-  """`open_loop.run`, in an event loop of its own."""
+  """Calls `open_loop.run` in an event loop of its own."""
   def look(seen: open_loop.Seen) -> bool:
     on_look(seen)
     return False
@@ -125,7 +125,7 @@ class Runs:
 
   Args:
     journal: keeps rows; what it has is not run again.
-    console: gets a line a run.
+    console: gets a line for each run.
     progress: shows what is under way, by the time that it takes.
 
   Attributes:
@@ -149,11 +149,11 @@ class Runs:
 
   def announce(self, load: Load, num_slos: Sequence[int], num_started: int,
                ) -> None:
-    """Says how long all will take.
+    """Announces how long all will take.
 
     Args:
       load: what is run.
-      num_slos: of each server that has turns.
+      num_slos: number of SLOs of each server that has turns.
       num_started: servers that are started before.
     """
     self.turn_s = _START_S + _WARM_UP_S if num_started else _WARM_UP_S
@@ -172,11 +172,11 @@ class Runs:
          'interruption.' if num_started else ''))
 
   def tick(self) -> None:
-    """A second is over."""
+    """Notes that a second is over."""
     self._progress.advance(self._task, 1.0)
 
   def settle(self, seconds: float) -> None:
-    """What was to take so many seconds is done, or need not be."""
+    """Notes that what was to take so many seconds is done, or need not be."""
     self._settled_s += seconds
     self._progress.update(self._task, completed=self._settled_s)
 
@@ -184,7 +184,7 @@ class Runs:
          contenders: Sequence[Contender],
          groups: Mapping[str, Mapping[str, Sequence[str]]],
          ) -> dict[str, Any]:
-    """Runs it all.
+    """Runs all rounds.
 
     Args:
       load: what servers are asked.
@@ -244,7 +244,7 @@ class _Turn:
           self._try(between)
 
   def _rows(self, round_: int) -> dict[float, serve_capacity.Row]:
-    """What a round of this server has so far, by rate, in order."""
+    """Returns this server's rows of a round so far, by rate, in order."""
     return {row['qps']: row for row in self._runs.journal.rows.values()
             if (row.get('side'), row.get('round')) == (
               self._contender.name, round_)}
@@ -262,7 +262,7 @@ class _Turn:
       self._runs.settle(self._runs.run_s)
 
   def _try(self, qps: float) -> serve_capacity.Row:
-    """The row of a rate, measured unless it is there."""
+    """Returns the row of a rate; measures it unless it is there."""
     point, journal = self._point(qps), self._runs.journal
     if self._round and 'skipped' in (first := self._rows(0)[qps]):
       self._skip(qps, first['skipped'])
@@ -277,7 +277,7 @@ class _Turn:
     return journal.rows[point]
 
   def _running(self) -> Server:
-    """The server, started and warm."""
+    """Returns the server, started and warm."""
     if self._server is None:
       self._runs.say(f'Starting {self._contender.name}')
       self._server = self._closing.enter_context(self._contender.start())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of `serve`: in a terminal, and in the README.
+"""Makes the tables of `serve`, for a terminal and for the README.
 
   python -m sarathi_jax.benchmarks.serve_tables README.md
 
@@ -45,7 +45,7 @@ def _ranged(row: Row, name: str) -> str:
 
 
 def line(row: Row) -> str:
-  """One run, for people who wait for the next."""
+  """Returns one run as a line, for people who wait for the next."""
   text = (f'{row["side"]}, {row["qps"]:g} QPS: '
           f'{row["output_tokens_per_s"]:.0f} tokens/s, TTFT P50 '
           f'{_ms(row["ttft_p50_s"])} ms, TBT P99 {_ms(row["tbt_p99_s"])} ms')
@@ -59,7 +59,7 @@ def line(row: Row) -> str:
 
 
 def points(merged: Sequence[Row]) -> rich.table.Table:
-  """Latencies by server and rate: a section a server."""
+  """Makes a table of latencies by server and rate: a section a server."""
   table = rich.table.Table(
     title='Times in ms; medians (and ranges) over rounds', padding=(0, 1, 0, 0),
     caption='A server: its engine, and its token budget or the SLO that this '
@@ -97,7 +97,7 @@ def _capacity(found: Mapping[str, Any] | None) -> str:
 
 
 def ratio(best: Mapping[str, Any], group: str) -> float | None:
-  """A group's capacity over vLLM's; None where either is not known."""
+  """Returns a group's capacity over vLLM's; None where one is not known."""
   ours, theirs = best.get(group), best.get(servers.VLLM)
   if not ours or not theirs or not theirs['qps'] or theirs['is_open']:
     return None
@@ -105,7 +105,7 @@ def ratio(best: Mapping[str, Any], group: str) -> float | None:
 
 
 def capacities(rows: Sequence[Row]) -> rich.table.Table:
-  """The largest rates that met each SLO, with who reached them."""
+  """Makes a table of the largest rates that met each SLO, and who had them."""
   table = rich.table.Table(
     title=f'Capacity, QPS: P50 TTFT <= {rows[0]["ttft_s"]:g} s, and')
   groups = list(dict.fromkeys(g for row in rows for g in row['best']))
@@ -131,7 +131,7 @@ def capacities(rows: Sequence[Row]) -> rich.table.Table:
 
 
 def plot(series: Mapping[str, metrics_lib.Quantiles]) -> str:
-  """An SVG of the quantiles of distributions of seconds, log scale."""
+  """Plots the quantiles of distributions of seconds, log scale, as SVG."""
   low, high = 1e-4, 1e2  # seconds
 
   def point(values: metrics_lib.Quantiles, i: int) -> str:
@@ -158,7 +158,7 @@ def plot(series: Mapping[str, metrics_lib.Quantiles]) -> str:
 
 
 def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
-  """The README's table, in Markdown; empty without results.
+  """Makes the README's table, in Markdown; empty without results.
 
   Args:
     found: model -> the JSON of its run.
@@ -187,17 +187,17 @@ def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read() -> dict[str, Any]:
-  """The results that are there, by model."""
+  """Reads the results that are there, by model."""
   paths = {size: RESULTS / f'serve_{size}_cpu.json' for size in _MODELS}
   return {size: json.loads(path.read_text())
           for size, path in paths.items() if path.exists()}
 
 
 def insert(text: str, table: str) -> str:
-  """A text with what is between its marks replaced.
+  """Returns a text with what is between its marks replaced.
 
   Raises:
-    ConfigError: it has no marks.
+    ConfigError: the text has no marks.
   """
   before, begin, rest = text.partition(_BEGIN)
   _, end, after = rest.partition(_END)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What serving adds: one load, by the engine in process and by the server.
+"""Measures what serving adds: one load, in process and through the server.
 
   python -m sarathi_jax.benchmarks.server_adds --pairs=10
 
 Requests come at the same times to one engine of random weights, in pairs of
-runs, the order of which alternates: in the one a loop adds them and steps, in
-the other they come over gRPC, from clients in a process of their own. Times
-between tokens are those of whoever reads them: the loop, or the clients. With
-them, CPU time a step: of the thread that steps, of the event loop, of all
+runs, whose order alternates. In one run a loop adds them and steps; in the
+other they come over gRPC, from clients in a process of their own. Times between
+tokens are those of whoever reads them: the loop, or the clients. It also
+measures CPU time a step: of the thread that steps, of the event loop, of all
 other threads of that process, which are XLA's and gRPC's, and of the clients,
 who share the machine's cores.
 """
@@ -46,20 +46,23 @@ _QUANTILES = (0.5, 0.99)
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('model', '43m', 'Its shape, see `throughput`.')
+  flags.DEFINE_string('model', '43m', 'Shape of the model; see the flag '
+                      '--model of benchmarks.throughput.')
   flags.DEFINE_integer('token_budget', 128, 'The most tokens of a step.')
-  flags.DEFINE_integer('max_num_seqs', 64, 'Sequences running at once.')
-  flags.DEFINE_float('qps', 8.0, 'Requests a second, Poisson.')
+  flags.DEFINE_integer('max_num_seqs', 64, 'The most sequences that run at '
+                       'once.')
+  flags.DEFINE_float('qps', 8.0, 'Requests per second; arrivals are Poisson.')
   flags.DEFINE_integer('prompt_len', 64, 'Tokens of each prompt.')
-  flags.DEFINE_integer('output_len', 96, 'Tokens generated for each.')
-  flags.DEFINE_float('seconds', 6.0, 'For how long requests come in each run.')
-  flags.DEFINE_integer('pairs', 10, 'Of runs.')
-  flags.DEFINE_string('json', None, 'A file for the result.')
+  flags.DEFINE_integer('output_len', 96, 'Tokens to generate for each request.')
+  flags.DEFINE_float('seconds', 6.0, 'Seconds for which requests come in each '
+                     'run.')
+  flags.DEFINE_integer('pairs', 10, 'Pairs of runs to measure.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
 def make_workload(options: Mapping[str, Any],
                   seed: int) -> workload_lib.Workload:
-  """Requests alike, at random times."""
+  """Makes requests that are alike, at random times."""
   rng = np.random.default_rng(seed)
   n = max(1, round(options['qps'] * options['seconds']))
   return workload_lib.Workload(
@@ -70,7 +73,7 @@ def make_workload(options: Mapping[str, Any],
 
 
 def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
-  """An engine of random weights, warm."""
+  """Makes an engine of random weights, warm."""
   import jax
   import jax.numpy as jnp
 
@@ -92,7 +95,7 @@ def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
 
 
 def _cpu_s() -> dict[str, float]:
-  """CPU time of this process so far, and of its threads, by name."""
+  """Returns CPU seconds of this process so far, and of its threads, by name."""
   spent = {'all': time.process_time()}
   for thread in threading.enumerate():
     assert thread.ident is not None
@@ -122,7 +125,7 @@ def _quantiles(tbt_s: metrics_lib.Quantiles,
 
 
 def work(pipe: Any, options: Mapping[str, Any], make: MakeEngine) -> None:
-  """A process with the engine: takes (how, seed) until None comes."""
+  """Runs the engine in a process; takes (how, seed) until None comes."""
   engine = make(options)
   pipe.send('ready')
   while (command := pipe.recv()) is not None:
@@ -204,7 +207,7 @@ def measure(options: Mapping[str, Any], num_pairs: int,
 
 
 def summary(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Medians, and of the pairs' ratios a 95 % interval, by resampling."""
+  """Returns medians, and 95 % intervals of the pairs' ratios, by resampling."""
   rng = random.Random(0)
   rows = []
   for name in dict.fromkeys((*pairs[0]['direct'], *pairs[0]['served'])):
@@ -224,7 +227,7 @@ def summary(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-  """For people."""
+  """Makes a table for people."""
   shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
   for name in ('', 'in process', 'served', 'served / in process', '95 %'):
     shown.add_column(name, justify='right' if name else 'left')

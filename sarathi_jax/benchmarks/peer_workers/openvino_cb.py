@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVINO GenAI's continuous batching on CPU, for `peers`.
+"""Runs OpenVINO GenAI's continuous batching on CPU, for `peers`.
 
 --model is a folder that optimum-cli exported, see `peer_models`.
 """

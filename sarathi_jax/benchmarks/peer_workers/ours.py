@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sarathi_jax, for `peers`."""
+"""Runs sarathi_jax, for `peers`."""
 
 import sarathi_jax
 from sarathi_jax import LLM

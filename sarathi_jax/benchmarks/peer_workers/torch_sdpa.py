@@ -3,8 +3,8 @@
 
 Reads JSON lines, {"point", "rows", "q_len", "kv_len", "num_heads",
 "num_kv_heads", "head_dim", "dtype"}; answers {"point", "us"} or "absent".
-With the argument `gpu` it won't time on a CPU.
-Keys and values lie in a row for each sequence: it knows no pages.
+With the argument `gpu` it won't time on a CPU. Each sequence's keys and values
+are contiguous: it knows no pages.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn.attention import bias
 
 
 def seconds(run: Any, device: str, at_least: float = 0.02) -> float:
-  """The median time of a call, of many that are queued."""
+  """Returns the median seconds of a call, of many that are queued."""
   def many(calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -34,7 +34,7 @@ def seconds(run: Any, device: str, at_least: float = 0.02) -> float:
 
 
 def measure(spec: dict[str, Any], device: str) -> float:
-  """Seconds of one call."""
+  """Returns the seconds of one call."""
   kv_heads, kv_len = spec['num_kv_heads'], spec['kv_len']
   q, k, v = (torch.randn(
     spec['rows'], heads, length, spec['head_dim'], device=device,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' continuous batching (paged SDPA) on CPU, for `peers`."""
+"""Runs transformers' continuous batching (paged SDPA) on CPU, for `peers`."""
 
 from typing import Any
 

