@@ -134,7 +134,7 @@ def _say(line: str) -> None:
 
 
 def _summary(finished: pb.Finished) -> str:
-  """Returns such as '9 prompt tokens, 16 generated, length, ttft 12.3 ms'."""
+  """Returns a line such as '9 prompt tokens, 16 generated, ttft 12.3 ms'."""
   reason = pb.FinishReason.Name(finished.finish_reason)
   timing = finished.timing
   return ', '.join([

@@ -61,7 +61,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'twenty times --tbt_slo_ms.'),
   'batch_tbt_slo_ms': (
     flags.DEFINE_float, 'Like --tbt_slo_ms, for requests of the tier batch. '
-    'Default: those requests bound no step.'),
+    'Default: requests of that tier limit no step.'),
   'attention': (flags.DEFINE_string,
                 'Implementation of attention: reference, xla, pallas_triton '
                 'or pallas_mosaic. Default: chosen for the device.'),

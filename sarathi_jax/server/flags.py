@@ -26,8 +26,8 @@ _FLAGS: dict[str, tuple[Any, str]] = {
   'auth_tokens': (
     flags.DEFINE_string, 'File of the bearer tokens that let clients call, one '
     'per line: NAME TOKEN [admin] [priority=N]. TOKEN may be sha256:HEX; N is '
-    'the smallest priority that its requests may ask for. Changes of the file '
-    'count at once. Default: anyone who reaches the port may call.'),
+    'the smallest priority that its requests may ask for. A change of the file '
+    'counts from the next call on. Default: who reaches the port may call.'),
   'reflection': (
     flags.DEFINE_bool, 'Whether gRPC clients can list the server\'s services '
     'and messages (server reflection). Default: true.'),

@@ -106,7 +106,7 @@ class Outcome:
   is_cut: bool = False
 
   def meets(self, ttft_s: float, tbt_s: float) -> bool:
-    """Whether it was served within limits."""
+    """Says whether it was served within limits."""
     return (not self.error and not self.is_cut and self.ttft_s is not None
             and self.ttft_s <= ttft_s and self.longest_gap_s <= tbt_s)
 

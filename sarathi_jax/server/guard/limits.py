@@ -41,10 +41,11 @@ class Limits:
 
   max_waiting: int = _row(
     1024, 'requests that wait to begin',
-    'each holds its prompt, and what can\'t be served soon is better told so')
+    'each holds its prompt, and what can\'t be served soon is best refused')
   max_waiting_tokens: int | None = _row(
     None, 'tokens of the prompts that wait',
-    'a few long prompts hold as much memory as many short ones')
+    'a few long prompts hold as much memory as many short ones. Default: no '
+    'bound')
   max_outbox: int = _row(
     4096, 'pieces of output that may wait for one slow client',
     'they are kept until it reads them')
@@ -56,7 +57,7 @@ class Limits:
     16.0, 'MiB of a message', 'it is copied whole before it is looked at',
     least=0.001)
   max_fields: int = _row(
-    2**16, 'fields of a message, those of its parts counted in',
+    2**16, 'fields of a message, counting those of its parts',
     'counting one takes 0.4 us of Python, parsing it 0.1 us')
   max_numbers: int = _row(
     2**20, 'numbers in the lists of a message',
@@ -65,8 +66,9 @@ class Limits:
     1024, 'entries in the maps of a message',
     'parsing one holds the interpreter for 0.4 us')
   max_prompt_tokens: int | None = _row(
-    None, 'tokens of a prompt; by default what the model takes',
-    'the engine\'s thread copies them once more')
+    None, 'tokens of a prompt',
+    'the engine\'s thread copies them once more. Default: as many as the model '
+    'takes')
   max_prompt_chars: int | None = _row(
     None, 'characters of a prompt, or of all messages of a chat; by '
     f'default {_CHARS_PER_TOKEN} for each token that a prompt may have, and '
@@ -106,13 +108,14 @@ class Limits:
     'each becomes an object of Python')
   max_dims: int = _row(
     8, 'dimensions of a tensor',
-    'the product of their sizes takes the square of their number')
+    'multiplying their sizes takes time by the square of their number')
   max_json_chars: int = _row(
     65_536, 'characters of JSON, as in sampling_parameters',
     'decoding it holds the interpreter')
   max_stream_requests: int = _row(
-    1024, 'requests at once of one stream; the next is read when one ends',
-    'each takes a task and the memory of its prompt')
+    1024, 'requests at once of one stream',
+    'each takes a task and the memory of its prompt; the next is read when one '
+    'ends')
   max_trace_s: float = _row(
     600.0, 'seconds of a trace', 'its events stay in memory until its end')
   max_profile_steps: int = _row(
