@@ -20,7 +20,7 @@ class HttpTarget:
   """A server of OpenAI's HTTP.
 
   Args:
-    url: its address.
+    url: the server's address.
     has_token_ids: whether it takes prompts of token ids, and answers with those
       of each message (vLLM's `return_token_ids`). Else prompts are about as
       many words, and each event with text counts as a token; tokens that the

@@ -197,7 +197,7 @@ class Runs:
 
     Raises:
       PeerError: a server ended.
-      RequestError: there is none.
+      RequestError: a server can't be reached.
     """
     for round_ in range(load.rounds):
       for contender in contenders:

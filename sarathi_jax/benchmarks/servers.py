@@ -200,7 +200,7 @@ def start(setup: Setup, side: Side, port: int, *, tbt_slo_s: float | None,
   Args:
     setup: what all servers have in common.
     side: which server.
-    port: where it listens; 0 for a free one.
+    port: port to listen at; 0 for a free one.
     tbt_slo_s: the SLO of TBT that its budget follows, seconds; None: none.
     ttft_slo_s: the SLO of TTFT, seconds.
   """

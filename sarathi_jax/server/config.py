@@ -19,7 +19,7 @@ class ServerConfig:
 
   Attributes:
     host: address to listen at.
-    port: of gRPC; 0 for any that is free.
+    port: port of gRPC; 0 for any that is free.
     drain_s: how long open requests may go on after SIGTERM, seconds.
     max_step_s: seconds after which a step is taken to hang: liveness is
       NOT_SERVING until it ends.
@@ -37,11 +37,13 @@ class ServerConfig:
     http_port: where the gateway serves OpenAI's HTTP API; None for no gateway.
     replicas: other servers, host:port, that the gateway routes to as well.
     gateway_args: further arguments of the gateway.
-    trace_dir: where a Chrome trace of all steps goes, and profiles.
-    request_log: a file that gets a line of JSON a request; '-' for standard
-      error, None for none.
+    trace_dir: folder for a Chrome trace of all steps, and profiles; None for
+      neither.
+    request_log: file that gets a line of JSON for each request; '-' for
+      standard error, None for no log.
     log_prompts: whether `request_log` has prompts' token ids.
-    otlp_endpoint: where OpenTelemetry spans go; None for nowhere.
+    otlp_endpoint: collector that OpenTelemetry spans are sent to; None for no
+      spans.
   """
 
   host: str = '127.0.0.1'

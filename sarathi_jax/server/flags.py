@@ -90,7 +90,7 @@ def server_config_from_flags() -> config_lib.ServerConfig:
   """Returns the configuration that the flags ask for.
 
   Raises:
-    ConfigError: that can't work.
+    ConfigError: the configuration can't work.
   """
   given = _given(_FLAGS)
   for name in ('auth_tokens', 'trace_dir'):

@@ -215,7 +215,7 @@ class Frontend:
       InvalidRequestError: the request can't be served.
       ForbiddenError: the caller may not ask for this priority.
       CapacityError: too many wait, or the reader is too slow.
-      DeadlineError: it can't be served in time.
+      DeadlineError: the request can't be served in time.
       StepError: a step that it was in failed.
       EngineDeadError: the server does not serve.
     """

@@ -112,7 +112,7 @@ class Gateway:
         workers can't tell HTTP's clients.
 
     Raises:
-      ConfigError: it ended before that.
+      ConfigError: the gateway ended before that.
     """
     self._args += (
       '--max-concurrent-requests', str(max_requests * self._num_workers),

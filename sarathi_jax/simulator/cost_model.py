@@ -67,7 +67,7 @@ class CostModel:
   """A model on a group of devices.
 
   Args:
-    model: its shape.
+    model: the model's shape.
     hardware: what it runs on.
     tp: devices that share each layer.
     pp: pipeline stages, of tp devices each.

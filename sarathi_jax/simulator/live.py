@@ -26,7 +26,7 @@ def address(target: str) -> str:
   """Returns HOST:PORT of a target.
 
   Raises:
-    ConfigError: it is not grpc://HOST:PORT.
+    ConfigError: the target is not grpc://HOST:PORT.
   """
   host, colon, port = target.removeprefix(_SCHEME).rpartition(':')
   if not (target.startswith(_SCHEME) and host and colon and port.isdecimal()):

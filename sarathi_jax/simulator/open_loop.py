@@ -90,7 +90,7 @@ class Outcome:
     num_messages: number of messages that these came in.
     ttft_s: see above; None before there was a token.
     longest_gap_s: the longest time between two tokens.
-    e2e_s: from its arrival to its last token; None before that.
+    e2e_s: time from its arrival to its last token; None before that.
     scheduling_delay_s: what the server says about it.
     is_cut: whether the run ended first; the times are what they were by then.
   """

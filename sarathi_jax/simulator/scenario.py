@@ -105,7 +105,7 @@ def budget_of(text: str | None) -> int | str | None:
   """Reads what --token_budget says: a number, 'auto', or nothing.
 
   Raises:
-    ConfigError: it is none of these.
+    ConfigError: the text is none of these.
   """
   config_lib.check(
     text is None or text == 'auto' or text.isdecimal(), 'token_budget', text,
@@ -148,7 +148,7 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
   """Makes the scenario that the flags describe.
 
   Raises:
-    ConfigError: it can't work.
+    ConfigError: the scenario can't work.
   """
   config_lib.check(FLAGS.config is not None, 'config', FLAGS.config,
                    'must be given, a file of configs/')

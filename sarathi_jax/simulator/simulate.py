@@ -96,7 +96,7 @@ def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
     on_token: told of each token: the request's number, and the time.
 
   Raises:
-    ConfigError: it does not fit into memory, or a request is too long.
+    ConfigError: the model does not fit into memory, or a request is too long.
   """
   longest = int((workload.prompt_lens + workload.output_lens).max())
   max_model_len = config.max_model_len or longest

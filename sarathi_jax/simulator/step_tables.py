@@ -33,7 +33,7 @@ class Step:
     num_decodes, context: decodes of each step, and the context of each.
     chunks: (tokens, tokens before) of the chunks, one a step; none: one step
       of decodes alone.
-    seconds: of all steps.
+    seconds: time of all steps together.
   """
 
   table: str

@@ -92,7 +92,8 @@ class WorkloadConfig:
   Attributes:
     source: a name in `DATASETS`, or the path of a trace: a CSV with columns
       num_prefill_tokens, num_decode_tokens and maybe arrived_at (seconds).
-    num_requests: how many; None for all of a trace, 2048 of a dataset.
+    num_requests: number of requests; None for all of a trace, 2048 of a
+      dataset.
     arrivals: one of `ARRIVALS`; 'artifact' with seed 42, and a trace of the
       paper's artifact, has the same requests come as there.
     qps: mean requests a second; None for a trace's own pace.

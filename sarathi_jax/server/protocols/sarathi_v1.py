@@ -112,7 +112,7 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
   """Returns the one input of a request; token ids as they are there.
 
   Raises:
-    InvalidRequestError: there is none.
+    InvalidRequestError: there is no input.
   """
   match request.WhichOneof('input'):
     case 'text':

@@ -229,7 +229,7 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
   """Returns the one input of a request; token ids as they are there.
 
   Raises:
-    InvalidRequestError: there is none, or more than text.
+    InvalidRequestError: there is no input, or more than text.
   """
   for name in _UNSUPPORTED:
     if (getattr(request, name) if name == 'extra_mm_inputs'

@@ -85,8 +85,8 @@ def check(data: bytes, message: descriptor.Descriptor,
       rather than ignore what a newer client asks for.
 
   Raises:
-    InvalidRequestError: it must not be parsed.
-    UnsupportedError: a field that is not known.
+    InvalidRequestError: the message must not be parsed.
+    UnsupportedError: a field is not known.
   """
   counts: collections.Counter[str] = collections.Counter()
   num_fields = 0

@@ -133,7 +133,7 @@ class Queue:
 
     Raises:
       CapacityError: too many wait.
-      DeadlineError: it can't begin to answer before its deadline.
+      DeadlineError: its answer can't begin before its deadline.
     """
     request = stream.request
     if error := self._late(request, request.arrival_time):

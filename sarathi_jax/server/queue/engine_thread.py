@@ -107,7 +107,7 @@ class EngineThread:
 
     Raises:
       CapacityError: too many wait.
-      DeadlineError: it can't begin to answer before its deadline.
+      DeadlineError: its answer can't begin before its deadline.
       EngineDeadError: the engine has stopped.
     """
     stream = outbox.Stream(

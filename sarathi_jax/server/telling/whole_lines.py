@@ -15,7 +15,7 @@ class WholeLines:
     path: the file's, which is made if need be.
 
   Raises:
-    OSError: it can't be opened.
+    OSError: the file can't be opened.
 
   Attributes:
     size: number of bytes that were written.
