@@ -74,7 +74,7 @@ def make_checkpoint(folder: pathlib.Path, layers: int) -> pathlib.Path:
     file.write(len(encoded).to_bytes(8, 'little') + encoded)
     for start in range(0, end, 16 * _MIB):
       bits = os.urandom(min(16 * _MIB, end - start))
-      # Of each exponent a bit is cleared: no number is NaN or infinite.
+      # One bit of each exponent is cleared, so no number is NaN or infinite.
       file.write((np.frombuffer(bits, np.uint16) & 0xbfff).data)
   (folder / 'config.json').write_text(json.dumps(dict(
     architectures=['LlamaForCausalLM'], vocab_size=_VOCAB,

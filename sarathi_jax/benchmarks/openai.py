@@ -67,7 +67,7 @@ class HttpTarget:
 
   async def _events(self, body: dict[str, Any]) -> AsyncIterator[Any]:
     async for line in self._request('POST', '/v1/completions', body):
-      # What is neither is empty, or says how long the next part is.
+      # Other lines are empty, or say how long the next part is.
       data = line.removeprefix('data:').strip()
       if line.startswith('data:') and data != '[DONE]':
         event = json.loads(data)

@@ -56,10 +56,10 @@ from sarathi_jax.simulator import workload as workload_lib
 
 FLAGS = flags.FLAGS
 _CONNECT_S = 10.0
-# Of the decodes whose step is the unit of SLOs.
+# The decodes whose step is the unit of SLOs.
 _STREAMS, _PROMPT_LEN, _OUTPUT_LEN, _REPEATS = 8, 32, 96, 3
-# What does not change what a run of one server at one rate says: it may differ
-# between what was cut short and its continuation.
+# Flags that do not change the result of one server at one rate: they may differ
+# between an interrupted run and its continuation.
 _NOT_SETTINGS = ('json', 'port', 'plot', 'rounds', 'qps', 'refine',
                  'token_budgets', 'vllm_token_budgets', 'slo_steps')
 

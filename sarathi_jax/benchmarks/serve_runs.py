@@ -22,7 +22,7 @@ from sarathi_jax.benchmarks import serve_tables
 from sarathi_jax.simulator import open_loop
 from sarathi_jax.simulator import workload as workload_lib
 
-# What a server takes to start and to warm up, for the estimate.
+# Seconds that a server takes to start and to warm up, for the estimate.
 _START_S, _WARM_UP_S = 30.0, 5.0
 _OVER = 1.1  # What a run takes, of the time in which requests come.
 _PAUSE_S = 1.0  # after a run, for what was cut to be gone

@@ -16,7 +16,7 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _KEYS = {'request_id', 'prompt', 'prompt_token_ids', 'messages', 'sampling'}
-# Of the seeds that are drawn here. It stays: results are to be had again.
+# The largest seed drawn here. It never changes, so that results repeat.
 _MAX_DRAWN_SEED = 2**31 - 1
 _PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
 

@@ -26,7 +26,7 @@ from sarathi_jax import models
 from sarathi_jax import source_hash
 
 _VERSIONS = ('jax', 'jaxlib')
-# What of JAX's configuration changes programs.
+# Fields of JAX's configuration that change programs.
 _JAX_CONFIG = ('jax_platforms', 'jax_enable_x64', 'jax_default_prng_impl',
                'jax_default_matmul_precision', 'jax_threefry_partitionable')
 # XLA's flags that change none, and may be a host's own.

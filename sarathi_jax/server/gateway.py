@@ -40,7 +40,7 @@ _COLOURS = re.compile('\x1b\\[[0-9;]*m')
 _KEY_BYTES = 32
 _NO_ANSWER = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 _CHILD = ('-m', 'sarathi_jax.server.gateway_child')
-# What is ours to say, and by which flag.
+# The gateway's flags that only the server may set -> the server's own flag.
 _OURS = {'--host': 'host', '--port': 'http_port'}
 
 

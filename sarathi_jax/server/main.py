@@ -156,9 +156,8 @@ def serve(config: server_lib.ServerConfig,
       raise server.fault
     print(f'error: {errors.describe(server.fault)}', file=sys.stderr)
   if server.is_stuck and leader is None:
-    # What the engine's thread is in, a long step or a compilation, can't be
-    # interrupted, and Python can't end cleanly beside it, nor beside a gRPC
-    # that broke.
+    # A long step or a compilation on the engine's thread can't be interrupted.
+    # Python can't end cleanly beside it, nor beside a gRPC that broke.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

@@ -59,7 +59,7 @@ _CHANNEL_OPTIONS = (
   ('grpc.server.max_pending_requests', 100_000),
   ('grpc.server.max_pending_requests_hard_limit', 100_000),
 )
-# What must not have a field that we don't know.
+# Methods and services whose requests must have no field that we don't know.
 _STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
            f'/{open_inference.NAME}/ModelInfer',
            f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')

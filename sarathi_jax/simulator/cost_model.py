@@ -24,7 +24,7 @@ from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import operators
 
 _NO_WINDOW = 1 << 60
-# What XLA, the CUDA context and workspaces take of a device, bytes.
+# Bytes of a device that XLA, the CUDA context and workspaces take.
 _RESERVED = 1.5e9
 # EngineConfig.kv_cache_dtype -> dtype, where it has another name.
 _DTYPES = {'auto': 'bfloat16', 'fp8': 'float8_e4m3fn'}
@@ -57,8 +57,8 @@ HOSTS: Mapping[str, Host] = {
   # the paper's SLOs are 5 times that. What a sequence costs is such that
   # Sarathi's capacities in figures 10 and 12 come out.
   'paper': Host(launch_s=0.62e-3, seq_s=0.3e-3),
-  # What reproduces the steps timed one by one in its artifact (Yi-34B), whose
-  # decodes take twice what the paper's text has: `calibrate --artifact`.
+  # Reproduces the steps timed one by one in its artifact (Yi-34B). Its decodes
+  # take twice what the paper's text has: `calibrate --artifact`.
   'artifact': Host(launch_s=0.5e-3, step_s=16.4e-3, seq_s=1.12e-3),
 }
 
@@ -99,11 +99,11 @@ class CostModel:
       model.num_layers // pp + (s < model.num_layers % pp) for s in range(pp)]
     self.num_heads = model.num_heads // tp
     self.num_kv_heads = -(-model.num_kv_heads // tp)
-    # Of a token's keys and values in a layer.
+    # Bytes of a token's keys and values in a layer.
     self._token_bytes = attention_work.token_bytes(
       self.num_kv_heads, model.head_dim,
       _DTYPES.get(kv_cache_dtype, kv_cache_dtype))
-    # Of each stage, the layers that attend to so many tokens.
+    # For each stage, the layers that attend to so many tokens.
     windows = [model.layer_window(i) or _NO_WINDOW
                for i in range(model.num_layers)]
     ends = [0, *itertools.accumulate(self.stage_layers)]
@@ -201,7 +201,7 @@ class CostModel:
     hw, width = self.hardware, self.model.hidden_size
     seconds = 0.0
     for matrix in self._matrices:
-      # Of a mixture of experts, each expert sees its part of the tokens.
+      # In a mixture of experts, each expert sees its part of the tokens.
       pairs = n * matrix.used
       experts = min(matrix.copies, pairs)
       seconds += experts * operators.matmul(
@@ -251,7 +251,7 @@ class CostModel:
     page = self.kv_token_bytes * config.page_size
     room = config.cache_bytes(page)
     if room is None:
-      # Of a layer at a time: its input, its output and what is inside.
+      # For one layer at a time: its input, its output and what is inside.
       width = 4 * self.model.hidden_size + (
         2 * self.model.intermediate_size
         * self.model.mlp.experts_per_token) // self.tp

@@ -18,8 +18,8 @@ from sarathi_jax.simulator import workload as workload_lib
 if TYPE_CHECKING:
   from sarathi_jax.simulator import capacity
 
-# Of the stall timeline: the rate, as a part of the best capacity, and how
-# many requests are looked at.
+# For the stall timeline: the rate, as a fraction of the best capacity, and the
+# number of requests that are looked at.
 _TIMELINE_LOAD = 0.9
 _TIMELINE_REQUESTS = 192
 

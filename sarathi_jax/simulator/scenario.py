@@ -28,10 +28,10 @@ ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
 # The most of a budget that follows the SLO. Longer steps gain nothing: matmuls
 # are at their best by then, and a chunk attends to itself in vain for half.
 AUTO_MAX_BUDGET = 2048
-# Of EngineConfig, what flags may say in place of --config.
+# Fields of EngineConfig that flags may set in place of --config.
 _FIELDS = ('tp', 'pp', 'max_num_seqs', 'max_model_len', 'look_ahead',
            'kv_cache_dtype')
-# Of what does not follow an SLO.
+# Fields of a configuration that does not follow an SLO.
 _UNPACED: Mapping[str, None] = dict.fromkeys(
   ('tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'))
 
@@ -86,7 +86,7 @@ class Scenario:
     elif token_budget is not None:
       changes |= {'token_budget': token_budget, **_UNPACED}
     if not has_budget(policy):
-      # What the paper gives them: vLLM as many as a sequence may have.
+      # As in the paper, which gives vLLM as many as a sequence may have.
       changes |= {'token_budget': max(
         self.config.max_model_len or 0, self.config.token_budget), **_UNPACED}
     if policy == 'orca':

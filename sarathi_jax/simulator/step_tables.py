@@ -19,7 +19,7 @@ from sarathi_jax.simulator import operators
 
 # Context of the artifact's decodes, which it does not tell.
 _CONTEXT = 1024
-# What gpu_check's steps tell.
+# The efficiencies that gpu_check's steps tell.
 _OF_GPU_CHECK = ('gemm', 'memory', 'decode_attention', 'prefill_attention')
 CostModel = cost_model.CostModel
 

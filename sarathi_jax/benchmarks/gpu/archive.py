@@ -32,7 +32,7 @@ def pack(folders: Mapping[str, pathlib.Path], archive: pathlib.Path,
   left_out = []
   with part.open('wb') as raw, tarfile.open(fileobj=raw, mode='w:gz') as tar:
     for size, path, name in sorted(_files(folders)):
-      # As if nothing got smaller by being packed.
+      # Counts as if compression made nothing smaller.
       if raw.tell() + size + _BUFFERED > most_bytes:
         left_out.append(name)
         continue

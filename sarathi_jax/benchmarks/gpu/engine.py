@@ -35,7 +35,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
   'as served': {},
   # Small matmuls cut along what they sum over, with partial sums in float32.
   'no split-K': {'xla_gpu_experimental_force_split_k': 1},
-  # Of matmuls with one operand in common (q, k, v; gate, up), XLA makes one
+  # XLA merges matmuls with one operand in common (q, k, v; gate, up) into one
   # if one of them has less than 32 MiB.
   'matmuls apart': {'xla_gpu_dot_merger_threshold_mb': 0},
   'matmuls merged': {'xla_gpu_dot_merger_threshold_mb': 1024},
@@ -214,7 +214,8 @@ class Work:
     """Returns the work of a model with these weights."""
     vocab, last = params['embed'], params['layers'][-1]
     looked_up = 0 if model.tie_word_embeddings else vocab.nbytes
-    # Of all but a sequence's last token, the last layer has keys and values.
+    # The last layer only makes keys and values of all but a sequence's last
+    # token.
     left_out = _size(last) - sum(last['attn'][name].size for name in 'kv')
     return cls(
       read_bytes=sum(x.nbytes for x in jax.tree.leaves(params)) - looked_up,

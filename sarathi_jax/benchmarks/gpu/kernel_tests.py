@@ -36,7 +36,7 @@ def run(journal: journal_lib.Journal, arguments: Sequence[str]) -> None:
     RuntimeError: pytest could not run them.
   """
   passed = [f'--deselect={test}' for test in journal.rows if test in journal]
-  # What a newer JAX warns of is no failure of a GPU.
+  # A warning of a newer JAX is no failure of a GPU.
   status = pytest.main(
     ['-q', '-p', 'no:cacheprovider', '-W', 'default', *arguments, *passed],
     plugins=[_Recorder(journal)])

@@ -27,7 +27,7 @@ from sarathi_jax.benchmarks.gpu import sizes
 from sarathi_jax.benchmarks.gpu import timing
 
 _EXP, _FILTERED = 'exp', 'filtered step, twice'
-# Of bfloat16, as in the kernels' tests; a wrong page is off by 0.1 and more.
+# For bfloat16, as in the kernels' tests; a wrong page is off by 0.1 and more.
 _TOLERANCE = 2e-2
 
 

@@ -187,7 +187,7 @@ def judge(results: Mapping[str, Rows]) -> Rows:
   return rows
 
 
-# What is in the results beside rows and targets.
+# Comparisons that the results have beside rows and targets.
 COMPARISONS: Mapping[str, Callable[[Mapping[str, Rows]], Any]] = {
   'over_alternatives': over_alternatives, 'over_parts': over_parts,
   'over_mosaic': over_mosaic, 'best_sizes': best_sizes}

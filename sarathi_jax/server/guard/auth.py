@@ -51,7 +51,7 @@ class Token:
   min_priority: int | None
 
 
-# What the call that is under way came with; set by `Interceptor`.
+# The token that the current call came with; set by `Interceptor`.
 CURRENT: contextvars.ContextVar[Token | None] = contextvars.ContextVar(
   'token', default=None)
 

@@ -10,7 +10,7 @@ import grpc
 from sarathi_jax.server import frontend
 from sarathi_jax.server.guard import auth
 
-# What a client calls itself, which tells apart those behind one token.
+# The name that a client gives itself, which tells apart those behind one token.
 CLIENT_ID = 'x-client-id'
 _TRACE_HEADERS = ('traceparent', 'tracestate')
 

@@ -63,7 +63,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
   async def Watch(self, request: pb.HealthCheckRequest,
                   context: Context) -> None:
-    # Of a service that is not here this waits for ever, by the protocol.
+    # By the protocol, this waits for ever if the service is unknown.
     sent = None
     while True:
       changed = self._changed

@@ -16,10 +16,10 @@ from typing import TypeVar
 
 T = TypeVar('T')
 
-# What is up to this size is done at once, which takes less than the way to
-# another thread and back.
+# Messages up to this size are read at once, which takes less time than the way
+# to another thread and back.
 _INLINE = 1024
-# What is beyond this takes some 30 ms or more to tokenize.
+# Texts beyond this size take some 30 ms or more to tokenize.
 _LARGE = 65_536
 
 

@@ -114,7 +114,7 @@ class OpenInferenceService(
         return self._response(call, outbox.merge(deltas))
 
   async def ModelStreamInfer(self, requests: Any, context: Context) -> None:
-    # What a request is refused with ends its own responses, not the stream.
+    # The error that refuses a request ends its own responses, not the stream.
     async with status.reported(context):
       caller = caller_lib.of(context)
     writing = asyncio.Lock()

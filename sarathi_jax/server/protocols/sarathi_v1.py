@@ -35,7 +35,7 @@ _TIMING = tuple(field.name for field in pb.Timing.DESCRIPTOR.fields)
 _MODEL_INFO = tuple(
   field.name for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
   if field.name not in ('has_tokenizer', 'default_sampling'))
-# What the server adds to what the engine tells.
+# Statistics that the server adds to the engine's.
 OWN_STATS = ('is_paused', 'num_queued', 'uptime_s')
 _STATS = tuple(field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields
                if field.name not in OWN_STATS)

@@ -40,7 +40,7 @@ NAME = pb.DESCRIPTOR.services_by_name['VllmEngine'].full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _CHUNK_BYTES = 64 * 1024
-# What a gateway needs to tokenize and to lay out chats.
+# Files that a gateway needs to tokenize and to lay out chats.
 _TOKENIZER_FILES = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
   'generation_config.json', 'config.json', 'chat_template.jinja',
@@ -50,13 +50,13 @@ _TOKENIZER_FILES = (
 _FOR_ZERO = {'top_p': 1.0, 'repetition_penalty': 1.0, 'n': 1}
 # smg sends these for all seeds beyond, which would be one and the same.
 _CLAMPED_SEEDS = (-2**31, 2**31 - 1)
-# What smg makes of the id of an HTTP call, for each of its prompts.
+# Request ids that smg makes of an HTTP call's id, one for each of its prompts.
 _OF_A_CALL = re.compile(
   r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 _MAX_CALL_CHARS = 128
 # About the text, which the client makes, and about grammars: there are none.
 _NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
-# Of GenerateRequest, set only for what this engine does not do.
+# Fields of GenerateRequest that are set only for what this engine does not do.
 _UNSUPPORTED = ('kv_transfer_params', 'kv_transfer_params_json', 'mm_inputs',
                 'extra_mm_inputs', 'media_refs')
 

@@ -23,7 +23,7 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.queue import outbox
 
-# What a generated token costs a client, in tokens of a prompt: the paper's.
+# Price of a generated token, in tokens of a prompt, as in the paper.
 _OUTPUT_WEIGHT = 2.0
 _MAX_KNOWN = 10_000  # names that are remembered though nobody uses them
 _LEAST_URGENT = 2**31 - 1  # of protocols' priorities, so that all are ahead
