@@ -40,7 +40,8 @@ def define_flags() -> None:
   flags.DEFINE_integer('num_requests', 256, 'Number of requests, which are all '
                        'there from the start.')
   flags.DEFINE_integer('seed', 0, 'Seed of the requests\' lengths.')
-  flags.DEFINE_list('policy', ['sarathi', 'vllm'], 'Scheduling policies to compare.')
+  flags.DEFINE_list('policy', ['sarathi', 'vllm'],
+                    'Scheduling policies to compare.')
   flags.DEFINE_string('plot', None, 'File to draw the first steps into, .png '
                       'or .svg.')
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
