@@ -7,7 +7,7 @@ import functools
 import hashlib
 import pathlib
 
-_PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
+PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
 
 
 @functools.cache
@@ -15,7 +15,7 @@ def source_hash() -> str:
   """Of all Python files of ours."""
   root = pathlib.Path(__file__).parents[1]
   digest = hashlib.sha256()
-  for package in _PACKAGES:
+  for package in PACKAGES:
     for path in sorted((root / package).rglob('*.py')):
       digest.update(f'{path.relative_to(root)}\0'.encode())
       digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -64,7 +64,7 @@ def test_an_engine_on_a_gpu_warns_of_them(
   """Who embeds it has started JAX long before."""
   monkeypatch.setenv('XLA_FLAGS', flags)
   monkeypatch.setattr(building.device_runner, 'DeviceRunner',
-                      lambda *args: 'runner')
+                      lambda *args, **kwargs: 'runner')
   mesh: Any = types.SimpleNamespace(devices=types.SimpleNamespace(
     flat=[types.SimpleNamespace(platform=platform)]))
   made: Any = functools.partial(

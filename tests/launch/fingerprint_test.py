@@ -56,7 +56,7 @@ def test_versions_flags_and_code_are_named(
   monkeypatch.setattr(fingerprint.importlib.metadata, 'version',
                       lambda name: f'{name} 9')
   source_hash.source_hash.cache_clear()
-  monkeypatch.setattr(source_hash, '_PACKAGES', ('pallas_kernels',))
+  monkeypatch.setattr(source_hash, 'PACKAGES', ('pallas_kernels',))
   with jax.default_matmul_precision('highest'):
     theirs = fingerprint.program(config)
   source_hash.source_hash.cache_clear()

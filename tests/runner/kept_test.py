@@ -20,6 +20,7 @@ import pytest
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import types
+from sarathi_jax.models import transformer
 from sarathi_jax.runner import compiled
 from sarathi_jax.runner import kept
 from sarathi_jax.runner import mesh as mesh_lib
@@ -69,6 +70,19 @@ def test_a_second_start_traces_nothing(
   assert lowered == [4]
   assert tokens_of(again) == first
   assert sorted(os.listdir(tmp_path)) == names  # and nothing is left
+
+
+def test_where_a_function_was_replaced_nothing_is_found_or_kept(
+    tmp_path: pathlib.Path, lowered: list[int],
+    monkeypatch: pytest.MonkeyPatch) -> None:
+  first = tokens_of(make(tmp_path))
+  names = os.listdir(tmp_path)
+  unembed = transformer.unembed
+  monkeypatch.setattr(transformer, 'unembed', lambda *args: -unembed(*args))
+  assert tokens_of(make(tmp_path)) != first
+  assert lowered == [4, 4]
+  assert {n for n in os.listdir(tmp_path) if n.startswith('step-')} == {
+    n for n in names if n.startswith('step-')}
 
 
 def test_what_is_kept_is_told_as_what_is_compiled(
