@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversion has come to make otherwise of the same files.
+"""How the result of a conversion has changed from version to version.
 
-A conversion that was kept has the version that made it, in sarathi.json
-(`CheckpointMetadata.source`), and is used again by that version alone. Whoever
-changes what is made adds a line here.
+A conversion that is kept records in sarathi.json
+(`CheckpointMetadata.source`) which version made it, and only that version uses
+it again. Whoever changes the result of a conversion adds a line here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# The version that changed it -> what, as the end of "since then, ...".
+# Version -> what it changed, worded as the end of "since then, ...".
 CHANGES: Mapping[int, str] = {
   2: 'recommendations of generation_config.json that are not supported are '
      'refused, and tokenizers made of tokenizer.model alone give the tokens '
@@ -21,9 +21,13 @@ VERSION = max(CHANGES)
 
 
 def version_of(source: Mapping[str, Any]) -> int:
-  """The version that made a checkpoint with such `CheckpointMetadata.source`.
+  """Returns the converter's version that made a checkpoint.
 
-  What the converter did not make is never old.
+  Returns today's for a checkpoint that the converter did not make: it is never
+  out of date.
+
+  Args:
+    source: the checkpoint's `CheckpointMetadata.source`.
   """
   if source.get('format') != 'huggingface':
     return VERSION
@@ -32,5 +36,5 @@ def version_of(source: Mapping[str, Any]) -> int:
 
 
 def since(version: int) -> str:
-  """Says what has changed since a version; '' if nothing has."""
+  """Returns what has changed since a version; '' if nothing has."""
   return '; '.join(text for newer, text in CHANGES.items() if newer > version)

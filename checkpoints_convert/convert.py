@@ -32,25 +32,27 @@ from sarathi_jax.models import parallel
 DTYPES: Mapping[str, str] = {
   'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
 
+# Makes a progress bar of a title and a total of bytes: a context manager that
+# gives an `orbax_writer.Progress`.
 Bar = Callable[[str, int], contextlib.AbstractContextManager[Any]]
 
 
 @contextlib.contextmanager
 def no_bar(title: str, total: int) -> Iterator[orbax_writer.Progress]:
-  """A progress bar that is not there."""
+  """Shows nothing; stands in for a progress bar (see `Bar`)."""
   del title, total
   yield lambda num_bytes: None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-  """A conversion that is known to fit, before any of it is done.
+  """A conversion, checked as far as can be before anything is written.
 
   Attributes:
     folder: of the Hugging Face checkpoint.
-    model: what it is.
+    model: its model's configuration.
     dtype: what its parameters become, such as 'bfloat16'.
-    leaves: a tree of `transforms.Leaf`.
+    leaves: a tree of `transforms.Leaf`: dicts and lists, as the parameters.
     generation: what it says of how to generate.
     raw: the decoded config.json.
   """
@@ -108,9 +110,9 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
             bar: Bar = no_bar) -> Plan:
   """Converts a Hugging Face checkpoint.
 
-  All is written to a hidden folder beside the target, synced, and renamed. So
-  the target is there and whole, or it is not there; what a killed
-  conversion leaves is removed by the next one.
+  Writes to a hidden folder beside the target, syncs it, and renames it. So the
+  target is either whole or absent. The next conversion removes what a killed
+  one left.
 
   Args:
     folder: of the checkpoint.
@@ -212,7 +214,7 @@ def _flatten(tree: Any) -> Iterator[transforms.Leaf]:
 
 
 def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
-  """The dtype that most bytes are in; config.json is sometimes mistaken."""
+  """Returns the dtype of most of the bytes; config.json is sometimes wrong."""
   sizes: dict[str, int] = {}
   for tensor in tensors.values():
     name = {stored: name for name, stored in DTYPES.items()}.get(tensor.dtype)
@@ -226,7 +228,7 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
 
 def metadata_of(plan: Plan, nonfinite: Mapping[str, int] | None = None,
                 ) -> checkpoint.CheckpointMetadata:
-  """Returns what sarathi.json is to say of a checkpoint.
+  """Returns the metadata for a checkpoint's sarathi.json.
 
   Args:
     plan: its conversion.

@@ -23,14 +23,14 @@ from sarathi_jax import sampling_params
 _FILE = 'generation_config.json'
 _TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')
 
-# They don't change which tokens are likely.
+# Names that don't change which tokens are likely.
 _HARMLESS = frozenset((
-  # How long an output may be, or take, is a request's own affair.
+  # How long an output may be, or take: each request sets that itself.
   'max_length', 'max_new_tokens', 'max_time', 'max_tokens',
-  # Of beams, of which there is one (`num_beams`), and of encoders.
+  # For beam search, which `num_beams` excludes, and for encoders.
   'decoder_start_token_id', 'diversity_penalty', 'early_stopping',
   'length_penalty', 'num_beam_groups',
-  # How it is computed, which is ours: caches, compilation, speculation.
+  # How it is computed, which we decide: caches, compilation, speculation.
   'assistant_confidence_threshold', 'assistant_early_exit',
   'assistant_ensemble_weight', 'assistant_lookbehind', 'cache_config',
   'cache_implementation', 'compile_config', 'continuous_batching_config',
@@ -47,7 +47,7 @@ _HARMLESS = frozenset((
   '_commit_hash', '_from_model_config', 'transformers_version',
 ))
 
-# Not honoured -> the values at which they change nothing, beside null.
+# Name that is not honoured -> the values, beside null, that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'bad_words_ids': ([],),
   'begin_suppress_tokens': ([],),
@@ -74,11 +74,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'watermarking_config': (),
 }
 
-# The same, but for nothing unless tokens are sampled.
+# The same, for names that matter only where tokens are sampled.
 _NEUTRAL_IF_SAMPLED: Mapping[str, tuple[Any, ...]] = {
   'epsilon_cutoff': (0,), 'eta_cutoff': (0,), 'top_h': (), 'typical_p': (1,)}
 
-# By vLLM's names, which other files use.
+# The same by vLLM's names, which other files use.
 _VLLM: Mapping[str, Any] = {
   **sampling_params.UNSUPPORTED, **sampling_params.DEFAULTS}
 
@@ -88,7 +88,7 @@ NAMES = frozenset((
 
 
 class Generation(NamedTuple):
-  """What a checkpoint says of how to generate; see `CheckpointMetadata`."""
+  """A checkpoint's advice on how to generate; see `CheckpointMetadata`."""
 
   eos_token_ids: tuple[int, ...]
   bos_token_id: int | None
@@ -128,7 +128,7 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], *,
 
 def _token_ids(path: pathlib.Path, values: Mapping[str, Any],
                config: Mapping[str, Any], name: str) -> tuple[int, ...]:
-  """Ids of one kind; what the file leaves open, config.json says."""
+  """Returns the ids of one kind: of the file, or else of config.json."""
   value = values.get(name)
   if value is None:
     path, value = path.parent / 'config.json', config.get(name)
@@ -166,7 +166,7 @@ def _refusal(path: pathlib.Path, message: str) -> errors.CheckpointError:
 
 
 def _is_known(name: str, value: Any, is_sampled: bool) -> bool:
-  """Says whether it is honoured, or changes nothing."""
+  """Says whether a recommendation is honoured, or changes nothing."""
   if name in _HARMLESS or name in checkpoint.GENERATION_FIELDS:
     return True
   if name in _NEUTRAL:

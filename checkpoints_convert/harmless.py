@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attributes of config.json that change nothing of what a model computes.
+"""Attributes of config.json that don't change what a model computes.
 
-Those ignored by name; those that every config of transformers has, at the
-value that they have by themselves; and those that no model of the installed
-transformers reads. A name that any of its models reads is another matter: a
-config that has it may be of a variant that is not known here.
+They are of three kinds: those ignored by name; those that every config of
+transformers has, at their default; and those that no model of the installed
+transformers reads. A name that one of its models reads is not harmless: a
+config with it may be of a variant that is not known here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pathlib
 import re
 from typing import Any
 
-# They say nothing about inference, or what is read elsewhere.
+# They say nothing about inference, or are read elsewhere.
 IGNORED = frozenset((
   '_attn_implementation', '_attn_implementation_autoset', '_commit_hash',
   '_name_or_path', 'architectures', 'attention_dropout', 'attn_implementation',
@@ -28,8 +28,8 @@ IGNORED = frozenset((
   'transformers_version', 'unsloth_fixed', 'unsloth_version', 'use_cache',
 ))
 
-# Attributes that may be there as long as they change nothing: of all configs
-# of transformers 4 and 5, and of our families.
+# Attribute -> the values that change nothing: attributes of all configs of
+# transformers 4 and 5, and of our families.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'add_cross_attention': (False,),
   'apply_residual_connection_post_layernorm': (False,),
@@ -69,11 +69,11 @@ def _read_by_models() -> frozenset[str]:
 def names_in(globs: Iterable[str], pattern: str) -> frozenset[str]:
   """Collects what a pattern's groups match in transformers' sources.
 
-  They are read as text: half a second, and no import of them all.
+  Reads the sources as text: that takes half a second and imports none of them.
 
   Args:
     globs: of files below the package.
-    pattern: a regular expression.
+    pattern: a regular expression; its groups match names.
   """
   found = importlib.util.find_spec('transformers')
   assert found is not None and found.submodule_search_locations

@@ -21,7 +21,7 @@ from checkpoints_convert import json_file
 from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
 
-# What a checkpoint says whose weights are not numbers of their own.
+# Attributes of quantized checkpoints.
 _QUANTIZED = ('compression_config', 'quantization', 'quantization_config')
 
 ACTIVATIONS: Mapping[str, str] = {
@@ -38,33 +38,41 @@ class Attributes:
     self._where = where
 
   def take(self, name: str, default: Any = None) -> Any:
-    """The attribute's value; `default` if it is absent or null."""
+    """Takes an attribute; returns its JSON value, `default` if absent or null.
+    """
     value = self._values.pop(name, None)
     return default if value is None else value
 
   def take_or_none(self, name: str, default: Any) -> Any:
-    """The attribute's value; null where it says something of its own."""
+    """Takes an attribute whose null has a meaning; `default` if absent."""
     return self._values.pop(name, default)
 
   def flag(self, name: str, default: bool) -> bool:
-    """True or false; transformers takes null for false."""
+    """Takes a boolean; null is false, as transformers reads it."""
     value = self._values.pop(name, default)
     if not isinstance(value, bool | None):
       raise self.refuse(name, value, 'must be true or false')
     return bool(value)
 
   def require(self, name: str) -> Any:
-    """The attribute's value, which has no default."""
+    """Takes an attribute without a default; returns its JSON value.
+
+    Raises:
+      CheckpointError: it is absent or null.
+    """
     if self._values.get(name) is None:
       raise self.error(f'{name}: missing')
     return self._values.pop(name)
 
   def size(self, name: str, default: int | None = None) -> int:
-    """An integer >= 1, which is calculated with here.
+    """Takes an integer >= 1; for sizes that are calculated with here.
 
     Args:
       name: the attribute.
       default: for when it is absent; None if it must not be.
+
+    Raises:
+      CheckpointError: it is missing, or not such an integer.
     """
     value = self.take(name, default)
     if value is None:
@@ -74,14 +82,18 @@ class Attributes:
     return value
 
   def refuse(self, name: str, value: Any, rule: str) -> errors.CheckpointError:
-    """The error for a value that can't be honoured."""
+    """Returns the error for a value that can't be honoured."""
     return self.error(f'{name}={value!r}: {rule}')
 
   def error(self, message: str) -> errors.CheckpointError:
     return errors.CheckpointError(f'{self._where}: {message}.')
 
   def finish(self) -> None:
-    """Refuses whatever nobody took, and might change something."""
+    """Refuses attributes that nobody took and that might change something.
+
+    Raises:
+      CheckpointError: there is one; names it.
+    """
     remote_code = bool(self._values.get('auto_map'))
     for name, value in self._values.items():
       if value is None or name in generation.NAMES:
@@ -126,7 +138,10 @@ def read(folder: pathlib.Path
 
 
 def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
-  """The architecture named, or that of the model type, as transformers does."""
+  """Returns the named architecture, or that of the model type.
+
+  Does as transformers does.
+  """
   names = raw.get('architectures')
   if not names:
     kind = raw.get('model_type')
@@ -140,11 +155,11 @@ def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
 
 def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
            eps: float, positions: int, tied: bool = False) -> dict[str, Any]:
-  """The fields that Llama-like families share.
+  """Takes the attributes that Llama-like families share; returns the fields.
 
   Args:
-    attributes: taken from.
-    kv_heads: the default of num_key_value_heads; None for as many as heads.
+    attributes: to take from.
+    kv_heads: the default of num_key_value_heads; None for num_attention_heads.
     theta: the default of rope_theta.
     eps: the default of rms_norm_eps.
     positions: the default of max_position_embeddings.
@@ -172,7 +187,7 @@ def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
 
 
 def activation(attributes: Attributes, name: str, default: str) -> str:
-  """Our name of an activation function."""
+  """Takes an activation function; returns our name of it."""
   value = attributes.take(name, default)
   if value not in ACTIVATIONS:
     raise attributes.refuse(
@@ -182,19 +197,19 @@ def activation(attributes: Attributes, name: str, default: str) -> str:
 
 def read_rope(attributes: Attributes, theta: float, positions: int
               ) -> tuple[config_lib.RopeConfig, int]:
-  """Rotary embedding and context length.
+  """Reads the rotary embedding and the context length.
 
-  transformers 5 writes `rope_parameters`, older ones `rope_theta` and
-  `rope_scaling`.
+  transformers 5 writes `rope_parameters`, older versions write `rope_theta`
+  and `rope_scaling`.
 
   Args:
-    attributes: taken from.
+    attributes: to take from.
     theta: the default of rope_theta.
     positions: max_position_embeddings.
 
   Returns:
-    The embedding, and the tokens of context that it is good for:
-    `positions`, times the factor where positions is from before the scaling.
+    The embedding, and the tokens of context that it is good for: `positions`,
+    times the factor where `positions` is the length before scaling.
   """
   theta = attributes.take('rope_theta', theta)
   scaling = attributes.take('rope_scaling')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint's files of JSON."""
+"""Reads a checkpoint's JSON files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sarathi_jax import errors
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """An object from a file.
+  """Reads a JSON object from a file.
 
   Raises:
     CheckpointError: no such file, or not a JSON object.

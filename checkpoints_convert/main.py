@@ -25,38 +25,45 @@ _SOURCE = flags.DEFINE_string(
   'source', None, 'A Hugging Face checkpoint: a folder, or an id on the hub.',
   required=True)
 _TARGET = flags.DEFINE_string(
-  'target', None, 'The folder to make.', required=True)
+  'target', None, 'The folder to write the converted checkpoint to. It must '
+  'be empty or absent.', required=True)
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['bfloat16', 'float16', 'float32'],
-  'What to store the parameters in; by default, what they are in.')
+  'The dtype to store the parameters in. By default they keep the dtype that '
+  'most of the checkpoint has.')
 _TP = flags.DEFINE_integer(
-  'tp', 1, 'Devices that will share a layer: no file holds parts of two. Any '
-  'mesh loads the checkpoint all the same.', lower_bound=1)
+  'tp', 1, 'Tensor parallelism to write files for: the number of devices that '
+  'will share a layer. No file then holds parts of two devices. Any mesh can '
+  'load the checkpoint all the same.', lower_bound=1)
 _PP = flags.DEFINE_integer(
-  'pp', 1, 'Pipeline stages, likewise.', lower_bound=1)
+  'pp', 1, 'Pipeline parallelism to write files for: the number of pipeline '
+  'stages. No file then holds parts of two stages. Any mesh can load the '
+  'checkpoint all the same.', lower_bound=1)
 _VERIFY = flags.DEFINE_bool(
-  'verify', False, 'Read everything back and compare it, bit by bit.')
+  'verify', False, 'Read the converted checkpoint back and compare it with '
+  'its source, bit by bit.')
 
 _SAMPLING_DEFAULTS = flags.DEFINE_bool(
-  'sampling_defaults', True, 'Keep the sampling that generation_config.json '
-  'recommends, for requests that do not say; what of it is not supported is '
-  'an error then.')
+  'sampling_defaults', True, 'Keep the sampling parameters that '
+  'generation_config.json recommends, for requests that do not set their own. '
+  'A recommendation that is not supported is then an error.')
 _ALLOW_NONFINITE = flags.DEFINE_bool(
-  'allow_nonfinite', False, 'Convert weights that are NaN or infinite, too. '
-  'Requests whose logits are ruined by them end with the reason error.')
+  'allow_nonfinite', False, 'Convert a checkpoint even if it holds weights '
+  'that are NaN or infinite. A request whose logits they ruin ends with the '
+  'reason error.')
 
 
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
-  """A progress bar in bytes."""
+  """Shows a progress bar in bytes (see `convert.Bar`)."""
   with tqdm.tqdm(total=total, desc=title, unit='B', unit_scale=True,
                  mininterval=0.5) as bar:
     yield bar.update
 
 
 def main() -> None:
-  # Nothing is computed, so no accelerator is to be taken. JAX reads this when
-  # it is imported, which is why the imports are here.
+  # Conversion computes nothing, so it should not occupy an accelerator. JAX
+  # reads this when it is imported, which is why the imports are here.
   os.environ['JAX_PLATFORMS'] = 'cpu'
   from checkpoints_convert import convert
   from checkpoints_convert import source
@@ -75,5 +82,5 @@ def main() -> None:
 
 
 def run() -> None:
-  """The console script `sarathi-convert`."""
+  """Runs `main`; the console script `sarathi-convert` calls it."""
   mains.run(main, verbosity=logging.ERROR)

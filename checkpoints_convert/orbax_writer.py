@@ -30,7 +30,8 @@ from checkpoints_convert import transforms
 
 Progress = Callable[[int], object]  # called with bytes done since the last
 
-# Of one chunk: its tensor's name, and how many numbers in it aren't finite.
+# For one chunk: its tensor's name, and the count of its numbers that are not
+# finite.
 _Written = futures.Future[tuple[str, int]]
 
 _NUM_THREADS = min(4, os.cpu_count() or 1)
@@ -43,13 +44,14 @@ def write(folder: pathlib.Path, leaves: Any,
   """Writes an orbax checkpoint of a tree of Leaf.
 
   Args:
-    folder: is made; absolute.
-    leaves: the parameters.
+    folder: the folder to make; an absolute path.
+    leaves: the parameters, a tree of `transforms.Leaf`.
     reader: of their tensors.
-    progress: told of bytes written, from any thread.
+    progress: called with the bytes just written, from any thread.
 
   Returns:
-    Of each tensor that holds any, how many numbers are NaN or infinite.
+    Tensor name -> its count of numbers that are NaN or infinite, for tensors
+    that hold any.
   """
   writer = _LeafHandler(reader, progress)
   registry = ocp.type_handlers.create_type_handler_registry(
@@ -94,7 +96,10 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
 
   def _write_chunks(self, leaves: Sequence[transforms.Leaf],
                     folders: Sequence[pathlib.Path]) -> None:
-    """Each thread has one chunk in memory, before and after it is laid out."""
+    """Writes all chunks by a few threads.
+
+    Each thread has one chunk in memory, before and after it is laid out.
+    """
     scratch = _ThreadScratch()
 
     def work(leaf: transforms.Leaf, folder: pathlib.Path,
@@ -120,7 +125,10 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise
 
   def _reap(self, pending: set[_Written]) -> set[_Written]:
-    """Waits for one at least; raises what they raised."""
+    """Waits until at least one is done, and raises what those done raised.
+
+    Returns the rest.
+    """
     done, rest = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
     for future in done:
       name, count = future.result()
@@ -149,7 +157,7 @@ def create(folder: pathlib.Path, leaf: transforms.Leaf) -> None:
         'dimension_separator': '.',
       },
     },
-    # All is synced at the end, by who calls `write`.
+    # The caller of `write` syncs everything at the end.
     context=ts.Context({'file_io_sync': False}),
     dtype=ts.dtype(leaf.dtype.name), create=True, open=False,
   ).result()
@@ -157,9 +165,9 @@ def create(folder: pathlib.Path, leaf: transforms.Leaf) -> None:
 
 def write_chunk(folder: pathlib.Path, leaf: transforms.Leaf,
                 chunk: transforms.Chunk, values: np.ndarray) -> None:
-  """Writes a file of an array, which without a compressor is just its bytes.
+  """Writes a chunk's file; without a compressor it holds just the bytes.
 
-  tensorstore would copy them once more, to memory that is fresh every time.
+  tensorstore would copy them once more, to freshly allocated memory each time.
   """
   index = (piece.start // size for piece, size in zip(
     chunk.index, leaf.chunk_shape, strict=True))
@@ -183,7 +191,10 @@ def _write_file(path: pathlib.Path, content: memoryview) -> None:
 
 
 def _write_direct(file: int, blocks: memoryview) -> int:
-  """Bytes written; all, or less where the file system has no direct writes."""
+  """Writes whole blocks past the page cache; returns the bytes written.
+
+  Writes fewer than all where the file system has no direct writes.
+  """
   done = 0
   try:
     fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)

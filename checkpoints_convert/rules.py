@@ -42,7 +42,8 @@ class Rule:
 
 def linear(tensor: str, leaf: str,
            select: transforms.Select | None = None) -> tuple[Rule, Rule]:
-  """A linear layer's weight and its bias, should it have one."""
+  """Returns the rules of a linear layer's weight and its bias, if it has one.
+  """
   return (Rule(f'{tensor}.weight', leaf, transpose=True, select=select),
           Rule(f'{tensor}.bias', f'{leaf}_bias', select=select))
 
@@ -59,7 +60,7 @@ def plan(
   Args:
     tensors: all of the checkpoint, by name.
     rules: the family's.
-    specs: a tree of ParamSpec.
+    specs: a tree of ParamSpec, dicts and lists.
     dtype: of the parameters.
     parallelism: chunks end where parts of such devices do.
 
@@ -83,7 +84,7 @@ def plan(
 
 def leaf_specs(specs: Any, prefix: str = ''
                ) -> Iterator[tuple[str, spec.ParamSpec]]:
-  """Every parameter's path and spec."""
+  """Yields every parameter's path and spec, of a tree of ParamSpec."""
   if isinstance(specs, spec.ParamSpec):
     yield prefix, specs
     return
@@ -93,7 +94,7 @@ def leaf_specs(specs: Any, prefix: str = ''
 
 
 def map_specs(function: Any, specs: Any, prefix: str = '') -> Any:
-  """The same tree, with function(path, spec) for leaves."""
+  """Returns a tree of ParamSpec with function(path, spec) for its leaves."""
   if isinstance(specs, spec.ParamSpec):
     return function(prefix, specs)
   if isinstance(specs, dict):
@@ -194,7 +195,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _missing(path: str, rules: Sequence[Rule]) -> str:
-  """The name of a tensor that would fill the path."""
+  """Returns the name of a tensor that would fill the path."""
   for rule in rules:
     if rule.leaf and (m := _regex(rule.leaf).fullmatch(path)):
       return rule.tensor.format(**{'expert': 0, **m.groupdict()})

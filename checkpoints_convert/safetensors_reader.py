@@ -101,7 +101,11 @@ class Reader:
     self._files[path] = os.open(path, os.O_RDONLY)
 
   def read_rows(self, tensor: Tensor, start: int, rows: np.ndarray) -> None:
-    """Fills `rows`, in C order, with those from `start` on."""
+    """Fills `rows`, in C order, with the tensor's rows from `start` on.
+
+    Raises:
+      CheckpointError: the file is truncated.
+    """
     row_bytes = math.prod(tensor.shape[1:]) * rows.itemsize
     view = rows.reshape(-1).view(np.uint8).data
     offset = tensor.offset + start * row_bytes
@@ -127,7 +131,10 @@ class Reader:
 
 def _files(folder: pathlib.Path
            ) -> dict[pathlib.Path, frozenset[str] | None]:
-  """The files to read, with the tensors that the index says are in each."""
+  """Returns the files to read -> the tensors that the index lists for each.
+
+  None stands for all of a file's tensors, where there is no index.
+  """
   if (folder / INDEX).is_file():
     return _index_files(folder)
   found = sorted(folder.glob('*.safetensors'))

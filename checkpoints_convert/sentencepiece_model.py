@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a tokenizer of a lone tokenizer.model, and holds it to sentencepiece.
+"""Makes a tokenizer of a lone tokenizer.model, and checks its tokens.
 
-transformers 5 would make one, too, and of another kind for each model type: for
-Mistral's without the space in front of the first word, for Llama's with one
-too few where a text begins with spaces. So what is made here is compared with
-sentencepiece itself before it is kept.
+transformers 5 could make one too, but makes another kind for each model type:
+for Mistral's it leaves out the space in front of the first word, for Llama's
+one space of those that a text begins with. So what is made here is compared
+with sentencepiece itself before it is kept.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ class _Source(NamedTuple):
   """A sentencepiece model, and how a checkpoint uses it.
 
   Attributes:
-    proto: what the file holds.
-    whole: encodes a text.
-    later: encodes `_MARK` and what follows it in a text.
+    proto: the file's content, a sentencepiece ModelProto.
+    whole: a SentencePieceProcessor that encodes a text.
+    later: a SentencePieceProcessor that encodes `_MARK` and what follows it
+      in a text.
     prefix: whether a space is put in front of a text.
-    legacy: whether one is put behind special tokens, too: so does
-      transformers 4, unless tokenizer_config.json says otherwise.
+    legacy: whether a space is put after special tokens, too: transformers 4
+      does so, unless tokenizer_config.json says otherwise.
     added: special tokens and others, by id, that sentencepiece does not look
       for in a text.
     starts, ends: tokens around a text.
@@ -61,24 +62,24 @@ class _Source(NamedTuple):
     return bool(spec.model_type == spec.ModelType.Value('UNIGRAM'))
 
   def encode(self, text: str, is_first: bool) -> list[int]:
-    """Encodes a text by sentencepiece, or what is behind a token."""
+    """Encodes a text, or the part of it after a token, by sentencepiece."""
     if is_first or self.legacy:
       return list(self.whole.encode(text))
     return list(self.later.encode(_MARK + text)[1:])
 
   def pieces(self, *kinds: str) -> dict[int, str]:
-    """The model's own pieces of some types, by id."""
+    """Returns the model's own pieces of some types, by id."""
     numbers = [self.proto.SentencePiece.Type.Value(kind) for kind in kinds]
     return {i: piece.piece for i, piece in enumerate(self.proto.pieces)
             if piece.type in numbers}
 
 
 def build(folder: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer of a checkpoint's tokenizer.model.
+  """Builds the tokenizer of a checkpoint's tokenizer.model.
 
   Raises:
-    CheckpointError: the package sentencepiece is missing, the file is no model
-      of it, or what could be made of it gives other tokens.
+    CheckpointError: the package sentencepiece is missing, the file is not one
+      of its models, or the tokenizer built gives other tokens.
   """
   source = _read(folder)
   made = tokenizers.Tokenizer(_model(source))
@@ -143,7 +144,7 @@ def _read(folder: pathlib.Path) -> _Source:
 
 def _added(folder: pathlib.Path, config: Mapping[str, Any], source: _Source,
            ) -> dict[int, tokenizers.AddedToken]:
-  """Tokens that are looked for before anything else is done with a text."""
+  """Returns the tokens, by id, that are looked for in a text first of all."""
   added = {i: tokenizers.AddedToken(piece, special=True, normalized=False)
            for i, piece in source.pieces('CONTROL', 'UNKNOWN').items()}
   special = {chat.text_of(value) for name, value in config.items()
@@ -163,7 +164,7 @@ def _added(folder: pathlib.Path, config: Mapping[str, Any], source: _Source,
 
 
 def _model(source: _Source) -> models.Model:
-  """The pieces, and how they are put together."""
+  """Returns the tokenizer's model: the pieces, and how they are merged."""
   proto = source.proto
   scores = [(piece.piece, piece.score) for piece in proto.pieces]
   fallback = bool(source.pieces('BYTE'))
@@ -178,7 +179,7 @@ def _model(source: _Source) -> models.Model:
 
 
 def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-  """All pairs of pieces that are a piece together, the best first."""
+  """Returns all pairs of pieces that together are a piece, the best first."""
   order = {piece: i for i, piece in enumerate(scores)}
   found = []
   for piece, score in scores.items():
@@ -209,8 +210,9 @@ def _normalizer(source: _Source) -> normalizers.Normalizer:
 def _pre_tokenizers(source: _Source) -> list[Any]:
   steps: list[Any] = []
   if source.prefix and not source.legacy:
-    # Puts a space in front of the text, unless there is one: never, if spaces
-    # were replaced and it is put there as such, to be replaced by the second.
+    # The first puts a space in front of the text, unless one is there. Where
+    # spaces were replaced before, a plain space is never there: the first adds
+    # one, and the second replaces it.
     kept = not source.proto.normalizer_spec.remove_extra_whitespaces
     steps += [
       pre_tokenizers.Metaspace(' ' if kept else _SPACE, 'first', split=False),
@@ -255,7 +257,7 @@ def _compare(path: pathlib.Path, made: tokenizers.Tokenizer,
 
 
 def _texts(source: _Source) -> Iterator[tuple[str]]:
-  """A few hundred texts, of all that has ever been tokenized otherwise."""
+  """Yields a few hundred texts, of every kind that ever gave other tokens."""
   rng = random.Random(0)
   normal = [piece.replace(_SPACE, ' ') for piece in
             source.pieces('NORMAL', 'USER_DEFINED').values()]
@@ -279,7 +281,7 @@ def _texts(source: _Source) -> Iterator[tuple[str]]:
 
 
 def _with_added(source: _Source) -> Iterator[Sequence[str]]:
-  """Texts around tokens that are looked for first; their parts."""
+  """Yields texts around tokens that are looked for first, in parts."""
   for token in list(source.added.values())[:50]:
     name = token.content
     yield name,

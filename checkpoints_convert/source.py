@@ -11,19 +11,19 @@ from sarathi_jax import errors
 _HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
 _FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model*',
           'merges.txt', '*.tiktoken')
-# The same weights again, for other programs; and what folders hold.
+# Not downloaded: the same weights for other programs, and subfolders.
 _OTHERS = ('consolidated*', '*/*')
 
 
 def locate(source: str) -> pathlib.Path:
-  """The folder that `source` names.
+  """Returns the folder that `source` names, downloading it if need be.
 
   Args:
     source: a folder, or a hub id such as 'org/name', which is downloaded to
       Hugging Face's own cache, or found there.
 
   Raises:
-    CheckpointError: neither a folder nor a model on the hub.
+    CheckpointError: it is neither a folder nor a model on the hub.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that a conversion writes to: one process's, then the target."""
+"""The folder that one process writes to until it becomes the target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from sarathi_jax import errors
 
 @contextlib.contextmanager
 def staging(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-  """An empty folder beside the target, ours alone as long as this lasts."""
+  """Makes an empty folder beside the target, and locks it within the block.
+
+  Removes it if the block raises.
+
+  Args:
+    target: the folder that it is to become; see `publish`.
+    num_bytes: the disk space needed.
+
+  Raises:
+    BusyError: another process converts to the target.
+    CheckpointError: the disk has too little space left.
+  """
   target.parent.mkdir(parents=True, exist_ok=True)
   folder = _staging_of(target)
   folder.mkdir(exist_ok=True)
@@ -51,8 +62,8 @@ def _staging_of(target: pathlib.Path) -> pathlib.Path:
 def wait_for_other(target: pathlib.Path) -> None:
   """Waits until no other process converts to a target.
 
-  It is done then, or was killed: the lock is on the folder that it writes to,
-  and ends with the process, however that ends.
+  By then it is done, or was killed: its lock is on the folder that it writes
+  to, and ends with the process, however that ends.
   """
   target = pathlib.Path(os.path.abspath(target))
   try:
@@ -89,14 +100,14 @@ def _empty(folder: pathlib.Path) -> None:
 
 
 def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
-  """Gives what was written its name, once it is on the disk."""
+  """Syncs what was written to disk, and then gives it the target's name."""
   _sync(folder)
   os.rename(folder, target)
   _sync_one(target.parent)
 
 
 def _sync(folder: pathlib.Path) -> None:
-  """Puts every file and folder on the disk."""
+  """Syncs every file and folder to disk."""
   for parent, _, names in os.walk(folder):
     for name in names:
       _sync_one(pathlib.Path(parent, name))

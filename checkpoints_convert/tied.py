@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of embeddings, or two: what a checkpoint means by it."""
+"""Whether a checkpoint has one table of embeddings, or two."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def settle(model: config_lib.ModelConfig, reader: safetensors_reader.Reader,
            rules: Sequence[rules_lib.Rule],
            ) -> tuple[config_lib.ModelConfig,
                       dict[str, safetensors_reader.Tensor]]:
-  """Settles what a checkpoint means that says it is tied, and has lm_head.
+  """Decides if a checkpoint is tied whose config says so, but has lm_head.
 
-  As transformers does: if there are two tables and they are equal, one is
-  dropped, if not they are two; if lm_head is the only one, it is both.
+  Decides as transformers does. Of two equal tables one is dropped; two
+  different ones are kept as two; lm_head alone is used as both.
 
   Args:
     model: as config.json has it.

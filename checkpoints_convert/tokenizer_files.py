@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the tokenizer along, so that tokenizer.json alone is enough.
+"""Copies or makes tokenizer.json, which is all that the engine reads.
 
-The engine reads tokenizer.json with the `tokenizers` library. Where there is
-one it is authoritative, as in transformers 5, which no longer looks at the
-flags add_bos_token and add_eos_token of tokenizer_config.json beside it. Where
-there is only tokenizer.model it is made by those flags
-(`sentencepiece_model`); where there are only vocab.json and merges.txt,
-transformers makes it.
+The engine reads it with the `tokenizers` library. Where a checkpoint has one it
+is authoritative, as in transformers 5, which then ignores the flags
+add_bos_token and add_eos_token of tokenizer_config.json. Where there is only
+tokenizer.model, `sentencepiece_model` makes it by those flags. Where there are
+only vocab.json and merges.txt, transformers makes it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from sarathi_jax import errors
 from sarathi_jax.text import chat
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-# Copied as they are, where they are.
+# Files that are copied unchanged, where they exist.
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
          'chat_template.jinja', 'chat_template.json', 'generation_config.json')
 
-# Tokenizers of other kinds, which are never left out without a word.
+# Tokenizers of other kinds, which are refused and not silently left out.
 _FOREIGN = ('tekken.json', '*.tiktoken', 'tokenizer.model.v*', 'spiece.model',
             'sentencepiece.bpe.model', 'vocab.txt')
 
@@ -36,7 +35,7 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
 
   Args:
     folder: of the Hugging Face checkpoint.
-    target: where to.
+    target: the folder to write to.
 
   Raises:
     CheckpointError: there is a tokenizer, but it can't be read, or is of
@@ -60,7 +59,7 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _check(path: pathlib.Path) -> None:
-  """Finds a damaged file now, and not when the model is to be served."""
+  """Refuses a damaged file now, and not when the model is to be served."""
   try:
     json.loads(path.read_bytes())
   except ValueError as e:
@@ -68,9 +67,9 @@ def _check(path: pathlib.Path) -> None:
 
 
 def _take(path: pathlib.Path, made: pathlib.Path) -> None:
-  """Checks tokenizer.json, and mends the copy where it cuts texts or pads.
+  """Checks tokenizer.json, and removes truncation and padding from the copy.
 
-  The engine does not mind, but gateways read the copy, too.
+  The engine ignores these, but gateways read the copy, too.
   """
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a parameter comes from tensors, a chunk at a time.
+"""Computes a parameter from tensors, a chunk at a time.
 
 Hugging Face keeps a linear layer as [out, in]; ours is [in, out]. A chunk of
 ours is all of `in` by some of `out`: consecutive rows of the file, transposed.
@@ -22,10 +22,10 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class Scratch:
-  """Memory that one thread uses again for every chunk.
+  """Memory that one thread reuses for every chunk.
 
-  Fresh memory costs the system more than all else that a conversion does:
-  its pages are cleared before they are overwritten.
+  Fresh memory would cost more than the rest of a conversion: the system clears
+  its pages before they are overwritten.
   """
 
   def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Scratch:
 
   def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype
            ) -> np.ndarray:
-    """An array of any content, until the next call with this name."""
+    """Returns an array of any content, valid until this name's next call."""
     size = math.prod(shape) * dtype.itemsize
     buffer = self._buffers.get(name)
     if buffer is None or buffer.size < size:
@@ -73,13 +73,14 @@ class Part:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape that these rows have in the parameter."""
+    """The shape of these rows in the parameter."""
     shape = (self.num_rows, *self.tensor.shape[1:])
     return shape[::-1] if self.transpose else shape
 
   def read(self, reader: safetensors_reader.Reader, start: int,
            rows: np.ndarray) -> None:
-    """Fills `rows` with the selected ones from `start` on, as in the file."""
+    """Fills `rows` with selected ones from number `start` on, as in the file.
+    """
     if self.select is None:
       reader.read_rows(self.tensor, start, rows)
       return
@@ -104,7 +105,7 @@ class Chunk:
 
 
 def chunked_axis(shape: tuple[int, ...], part: Part, stacked: bool) -> int:
-  """The axis of a parameter that chunks divide: the rows of its tensor."""
+  """Returns the axis of a parameter that chunks divide: its tensor's rows."""
   return len(shape) - 1 if part.transpose else int(stacked)
 
 
@@ -118,8 +119,8 @@ class Leaf:
     dtype: what it is stored in.
     parts: one; or one an expert, along a leading axis.
     stacked: whether there is that leading axis.
-    part_len: of the axis that chunks divide, what one device will have: no
-      chunk is of two devices.
+    part_len: the length that one device will have of the axis that chunks
+      divide; no chunk spans two devices.
   """
 
   path: str
@@ -144,7 +145,7 @@ class Leaf:
 
   @property
   def chunk_shape(self) -> tuple[int, ...]:
-    """Chunks are about CHUNK_BYTES, and as equal as can be."""
+    """The shape of chunks: about CHUNK_BYTES, and as equal as possible."""
     rows = min(self.shape[self._axis], self.part_len)
     row_bytes = self.num_bytes // len(self.parts) // self.shape[self._axis]
     num_chunks = min(rows, -(-rows * row_bytes // CHUNK_BYTES))
@@ -170,7 +171,7 @@ class Leaf:
 
   def compute(self, reader: safetensors_reader.Reader, chunk: Chunk,
               scratch: Scratch) -> np.ndarray:
-    """The chunk as it is stored: of `chunk_shape`, zeros after its end."""
+    """Returns a chunk as it is stored, [*chunk_shape]; zeros fill its end."""
     rows = self.rows(reader, chunk, scratch)
     stored = scratch.take('stored', self.chunk_shape, self.dtype)
     part = stored[0] if self.stacked else stored
@@ -184,7 +185,7 @@ class Leaf:
 
   def rows(self, reader: safetensors_reader.Reader, chunk: Chunk,
            scratch: Scratch) -> np.ndarray:
-    """The chunk's rows, cast, laid out as they are in the file."""
+    """Returns a chunk's rows, cast, laid out as they are in the file."""
     tensor = chunk.part.tensor
     shape = (chunk.stop - chunk.start, *tensor.shape[1:])
     rows = scratch.take('rows', shape, tensor.numpy_dtype)
@@ -193,7 +194,7 @@ class Leaf:
 
 
 def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-  """Rounds to the nearest; equal dtypes are left as they are, bit by bit.
+  """Rounds to the nearest; keeps every bit where the dtype is the same.
 
   Raises:
     CheckpointError: a finite number is too large for `dtype`.
@@ -210,11 +211,12 @@ def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 
 def count_nonfinite(values: np.ndarray) -> int:
-  """How many are NaN or infinite.
+  """Counts the numbers that are NaN or infinite.
 
   Two maxima tell whether there are any: as integers, floats of one sign are
-  in order, and infinity and NaN come last. It takes a thirtieth of the time
-  of a conversion, NumPy's isfinite of bfloat16 as much as all else.
+  in order, and infinity and NaN come last. This takes a thirtieth of a
+  conversion's time; NumPy's isfinite of bfloat16 would take as long as all the
+  rest.
   """
   infinity = int(np.array(np.inf, values.dtype).view(f'u{values.itemsize}'))
   sign = 1 << (8 * values.itemsize - 1)
@@ -225,7 +227,11 @@ def count_nonfinite(values: np.ndarray) -> int:
 
 
 def nonfinite_error(counts: Mapping[str, int]) -> errors.CheckpointError:
-  """The error for tensors that hold so many such numbers each."""
+  """Returns the error for tensors with NaN or infinite numbers.
+
+  Args:
+    counts: tensor name -> the count of such numbers.
+  """
   shown = [f'{name} ({count:,})' for name, count in sorted(counts.items())]
   more = f' and {len(shown) - 5:,} more tensors' if len(shown) > 5 else ''
   return errors.CheckpointError(
@@ -237,9 +243,9 @@ def nonfinite_error(counts: Mapping[str, int]) -> errors.CheckpointError:
 def transpose(rows: np.ndarray, result: np.ndarray) -> None:
   """Sets result to rows.T.
 
-  Sixteen rows at a time, so that a cache line of the result is filled at once:
-  several times as fast as NumPy's own way, which walks one column after
-  another. As integers, since NumPy copies those without a call an element.
+  Copies sixteen rows at a time, which fills whole cache lines of the result.
+  That is several times as fast as NumPy's own way, which walks one column
+  after another. Copies integers, which NumPy does without a call per element.
   """
   bits = rows.view(f'u{rows.itemsize}')
   result = result.view(bits.dtype)

@@ -27,16 +27,16 @@ ARCHITECTURES: Mapping[str, str] = {
 
 
 def architecture_of(model_type: object) -> str | None:
-  """The architecture of a model type, such as 'llama'; None if unknown."""
+  """Returns the architecture of a model type ('llama'); None if unknown."""
   return next((name for name, module in ARCHITECTURES.items()
                if module == f'{_HERE}.{model_type}'), None)
 
 
 def find(architecture: str) -> Any:
-  """The module that reads an architecture.
+  """Returns the module that reads an architecture.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: no module reads it.
   """
   if architecture not in ARCHITECTURES:
     raise errors.CheckpointError(

@@ -20,7 +20,7 @@ _LEAF = 'layers.{layer}'
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
-  """As transformers' FalconConfig has it."""
+  """Reads what transformers' FalconConfig reads, with its defaults."""
   if attributes.flag('alibi', False):
     raise attributes.refuse(
       'alibi', True, 'only Falcon models with rotary embeddings are supported')
@@ -49,10 +49,10 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
 
 def _variant(attributes: hf_config.Attributes, num_heads: int
              ) -> tuple[bool, int, int]:
-  """(parallel, num_norms, num_kv_heads).
+  """Returns (parallel, num_norms, num_kv_heads).
 
-  In the new decoder architecture there may be two norms side by side; in the
-  old one there is one, or attention and MLP follow one another.
+  The new decoder architecture may have two norms side by side. The old one has
+  one norm, or its attention and MLP follow one another.
   """
   new = attributes.flag('new_decoder_architecture', False)
   parallel = attributes.flag('parallel_attn', True)
@@ -71,7 +71,10 @@ def _variant(attributes: hf_config.Attributes, num_heads: int
 
 
 def rules(config: config_lib.FalconConfig) -> tuple[Any, ...]:
-  """Where the tensors go; how q, k and v are fused depends on the heads."""
+  """Returns where the tensors go.
+
+  The numbers of heads determine how q, k and v are fused.
+  """
   width = config.head_dim
   group = config.num_heads // config.num_kv_heads
   stride = (group + 2) * width

@@ -33,7 +33,7 @@ MLP_RULES: tuple[rules_lib.Rule, ...] = sum(
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
-  """As transformers' LlamaConfig has it."""
+  """Reads what transformers' LlamaConfig reads, with its defaults."""
   bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
     qkv_bias=bias, o_bias=bias, mlp_bias=attributes.flag('mlp_bias', False),
@@ -42,6 +42,6 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
-  """Where the tensors go; the same for all of them."""
+  """Returns where the tensors go: the same rules for every config."""
   del config
   return TOP_RULES + ATTENTION_RULES + MLP_RULES

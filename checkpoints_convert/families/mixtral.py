@@ -22,7 +22,7 @@ _MOE_RULES = (
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
-  """As transformers' MixtralConfig has it."""
+  """Reads what transformers' MixtralConfig reads, with its defaults."""
   return config_lib.MixtralConfig(
     num_experts=attributes.take('num_local_experts', 8),
     experts_per_token=attributes.take('num_experts_per_tok', 2),
@@ -32,6 +32,6 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
 
 
 def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
-  """Where the tensors go."""
+  """Returns where the tensors go."""
   del config
   return llama.TOP_RULES + llama.ATTENTION_RULES + _MOE_RULES

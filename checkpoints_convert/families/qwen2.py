@@ -13,7 +13,7 @@ rules = llama.rules
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
-  """As transformers' Qwen2Config has it."""
+  """Reads what transformers' Qwen2Config reads, with its defaults."""
   fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
                             positions=32768)
   return config_lib.LlamaConfig(
@@ -22,10 +22,10 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 
 def windows(attributes: hf_config.Attributes, num_layers: int
             ) -> dict[str, Any]:
-  """The sliding window, and which layers have it.
+  """Returns the config's fields for the sliding window; none without one.
 
-  Newer files list `layer_types`; in older ones the layers from
-  `max_window_layers` on have it, if `use_sliding_window` says so.
+  Newer files list `layer_types`. In older ones the layers from
+  `max_window_layers` on have the window, if `use_sliding_window` says so.
   """
   window = attributes.take_or_none('sliding_window', 4096)
   first = attributes.take('max_window_layers', 28)

@@ -18,7 +18,7 @@ _NORM_RULES = tuple(
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
-  """As transformers' Qwen3Config has it."""
+  """Reads what transformers' Qwen3Config reads, with its defaults."""
   head_dim = attributes.take('head_dim', 128)
   fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
                             positions=32768)
@@ -30,5 +30,5 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
-  """Llama's, and the norms."""
+  """Returns Llama's rules, and those of the norms of q and k."""
   return llama.rules(config) + _NORM_RULES
