@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention has to read and to compute, whoever does it. No JAX."""
+"""Counts what any attention has to read and to compute. No JAX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 # dtype of keys and values -> bytes of a number.
 NUMBER_BYTES: Mapping[str, int] = {
   'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1, 'float8_e4m3fn': 1}
-# Of those that are quantized, each token's and head's scale, bytes.
+# Bytes of the scale of each token and head, where they are quantized.
 _SCALE_BYTES = 4
 
 
@@ -20,7 +20,7 @@ def token_bytes(num_kv_heads: int, head_dim: int, kv_dtype: str) -> int:
 
 
 def pair_flops(num_heads: int, head_dim: int) -> int:
-  """Returns the operations of a query with a key: a score, and its value."""
+  """Returns the operations of a query with a key: its score, and its value."""
   return 4 * num_heads * head_dim
 
 
@@ -32,7 +32,7 @@ def num_pairs(before: int, tokens: int, window: int | None = None) -> int:
     tokens: queries, which have keys, too.
     window: keys that a query sees at most, its own counted in; None for all.
 
-  2 after 3 -> 4 + 5
+  Worked example: before=3, tokens=2 -> 4 + 5.
   """
   if window is None:
     return tokens * before + tokens * (tokens + 1) // 2
@@ -40,7 +40,7 @@ def num_pairs(before: int, tokens: int, window: int | None = None) -> int:
 
 
 def num_keys(before: int, tokens: int, window: int | None = None) -> int:
-  """Returns the keys that are seen by any query; see `num_pairs`."""
+  """Returns the number of keys that any query sees; see `num_pairs`."""
   if window is None or not tokens:
     return before + tokens if tokens else 0
   return min(before + tokens, window + tokens - 1)

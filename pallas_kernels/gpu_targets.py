@@ -49,12 +49,12 @@ class GpuTarget:
 
   @property
   def shared_memory_per_block(self) -> int:
-    """Bytes, the most that a block may ask for."""
+    """The most bytes of shared memory that a block may ask for."""
     return self.shared_memory - _SYSTEM_SHARED
 
   def blocks_that_fit(self, threads: int, registers: int,
                       shared_memory: int) -> int:
-    """Blocks (CTAs) that a multiprocessor runs at once.
+    """Returns the number of blocks (CTAs) that a multiprocessor runs at once.
 
     Args:
       threads: of a block.
@@ -75,7 +75,7 @@ class GpuTarget:
       self.shared_memory // shared)
 
   def text_proto(self) -> str:
-    """XLA's stream_executor.GpuTargetConfigProto."""
+    """Returns XLA's stream_executor.GpuTargetConfigProto, as text."""
     major, minor = self.compute_capability
     # Hopper's own instructions (wgmma, TMA) are not of later GPUs.
     feature = ' feature_extension: ACCELERATED_FEATURES' if major >= 9 else ''
@@ -137,7 +137,7 @@ TARGETS: Mapping[str, GpuTarget] = {
 _KINDS: Mapping[str, str] = {
   'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
   'NVIDIA H200': 'h100'}
-# H100 and H200 of these kinds reach less than SXM's, by how much varies.
+# H100 and H200 of these kinds are slower than SXM's, by varying amounts.
 _SLOWER = ('H100 PCIe', 'NVL')
 # The target whose multiprocessors have the same room, by compute capability:
 # 164 KiB of shared memory, 228 KiB, or 100 KiB and fewer threads.
@@ -151,25 +151,29 @@ _MOST_MODEST = 'a40'
 
 
 def alike(compute_capability: str) -> str:
-  """Returns the target whose sizes a GPU takes: what fits there fits here.
+  """Returns the target whose tile sizes fit a GPU, too.
 
   Args:
     compute_capability: as jax.Device has it: '9.0', or '9.0a'.
 
   Returns:
-    Its name; the most modest one's of a GPU that is not known yet.
+    The target's name; for a GPU that is not known, that of the smallest.
   """
   return _ALIKE.get(compute_capability.rstrip('af'), _MOST_MODEST)
 
 
 def name_of(device_kind: str) -> str | None:
-  """The target that a device is; None if it is in no table."""
+  """Returns the name of the target that a device is; None if in no table."""
   return next((name for begin, name in _KINDS.items()
                if device_kind.startswith(begin)), None)
 
 
 def matmul_flops(device_kind: str) -> float | None:
-  """A second, of the device itself and not of others of its target."""
+  """Returns a device's operations a second, in matmuls of dense bfloat16.
+
+  Returns None if they are not known: for other devices than the targets', and
+  for slower ones of the same kind.
+  """
   name = name_of(device_kind)
   if name is None or device_kind.endswith(_SLOWER):
     return None
@@ -177,7 +181,7 @@ def matmul_flops(device_kind: str) -> float | None:
 
 
 def get(name: str) -> GpuTarget:
-  """The target of this name.
+  """Returns the target of this name.
 
   Raises:
     ValueError: there is none.

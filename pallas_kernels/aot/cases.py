@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles cases, and holds their kernels to what the device has."""
+"""Compiles cases, and checks that their kernels fit the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case(Protocol):
   def function(self) -> Callable[..., Any]: ...
 
   @property
-  def args(self) -> Any: ...  # its positional ones: trees of ShapeDtypeStruct
+  def args(self) -> Any: ...  # positional ones, trees of ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class Result:
     problems: why it must not ship; none if it may.
     warnings: what ptxas says will be slow.
     graphs: CUDA graphs that it is launched as, in parts.
-    outside_graphs: kinds of thunks that are in none.
-    compiled: None where XLA refused.
+    outside_graphs: kinds of thunks that are in no graph.
+    compiled: the jax.stages.Compiled; None where XLA refused.
   """
 
   name: str
@@ -66,21 +66,21 @@ def check(cases: Iterable[Case], device: str,
   """Compiles each case and looks at its kernels.
 
   Args:
-    cases: what to compile; made, if lazily, for this device.
+    cases: what to compile; may be lazy, and is then made for this device.
     device: 'a100', 'a40' or 'h100'.
-    on_done: told each result.
+    on_done: called with each result.
   """
   compiler.devices_for(device)  # Once, and not in several threads.
 
   def run(case: Case) -> Result:
-    def fn(*args: Any) -> Any:  # A new one: JAX recalls what it compiled.
+    def fn(*args: Any) -> Any:  # A new one, for JAX caches what it compiled.
       return case.function(*args)
 
     return measure(case.name, device, lambda: jax.jit(fn).lower(
       *compiler.placed(case.args, device)))
 
   results = []
-  # As `cases` may be made on the way.
+  # `cases` may be made lazily, so the default device is set here, too.
   with (compiler.on(device),
         futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool):
     for result in pool.map(run, cases):
@@ -90,7 +90,13 @@ def check(cases: Iterable[Case], device: str,
 
 
 def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
-  """Compiles what `lower` returns, and watches XLA and ptxas do it."""
+  """Compiles what `lower` returns, and reads what XLA and ptxas report.
+
+  Args:
+    name: of the case.
+    device: 'a100', 'a40' or 'h100'.
+    lower: returns a jax.stages.Lowered.
+  """
   target = gpu_targets.get(device)
   kernels: list[kernels_lib.Kernel] = []
   problems: list[str] = []
@@ -141,7 +147,10 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
 
 def _watching_mosaic(folder: pathlib.Path, target: gpu_targets.GpuTarget,
                      ) -> contextlib.AbstractContextManager[None]:
-  """Does nothing where no kernel can be Mosaic's: it takes turns."""
+  """Returns `toolkit.mosaic_dumps`, or nothing where Mosaic has no kernel.
+
+  Dumping admits one caller at a time.
+  """
   if jax.__version_info__ < (0, 11) or target.compute_capability < (9, 0):
     return contextlib.nullcontext()
   return toolkit.mosaic_dumps(folder)

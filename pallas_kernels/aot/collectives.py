@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program sends between devices, read from its text."""
+"""Counts what a compiled program sends between devices, from its text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Collective:
 
   Attributes:
     kind: such as 'all-reduce'.
-    count: calls of it in one run.
-    num_bytes: of their results on one device, together.
+    count: calls in one run of the program.
+    num_bytes: bytes of all their results on one device.
   """
 
   kind: str
@@ -33,12 +33,12 @@ class Collective:
 
 
 def read(hlo: str) -> list[Collective]:
-  """The collectives of a program, from `compiled.as_text()`."""
+  """Reads the collectives of a program from `compiled.as_text()`."""
   counts: Counter[str] = Counter()
   sizes: Counter[str] = Counter()
   for result, kind, start in _CALL.findall(hlo):
     arrays = [_num_bytes(*array) for array in _ARRAY.findall(result)]
-    # An asynchronous one holds what goes in, and what comes out, and more.
+    # An asynchronous one lists its input, its output, and more.
     if start and kind != 'all-reduce':
       arrays = arrays[:2][-1:]
     counts[kind] += 1

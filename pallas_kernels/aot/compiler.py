@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's compiler, told to compile for a GPU that is not here."""
+"""Has XLA compile for a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ _HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32',
 
 @functools.cache
 def devices_for(name: str, count: int = 1) -> tuple[Any, ...]:
-  """jax.Devices to compile for, 'a100', 'a40' or 'h100'; they can't run.
+  """Returns `count` jax.Devices to compile for; they can't run anything.
+
+  Args:
+    name: 'a100', 'a40' or 'h100'.
+    count: the number of devices.
 
   Raises:
-    ValueError: an unknown name.
-    toolkit.UnavailableError: no plugin, or no CUDA toolkit.
+    ValueError: the name is unknown.
+    toolkit.UnavailableError: there is no plugin, or no CUDA toolkit.
   """
   target = gpu_targets.get(name)
   if reason := toolkit.missing():
@@ -38,13 +42,13 @@ def devices_for(name: str, count: int = 1) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[None]:
-  """What is traced within is for this device."""
+  """Makes a GPU that is not here JAX's default device within the block."""
   with jax.default_device(devices_for(device)[0]):
     yield
 
 
 def placed(args: Any, device: str) -> Any:
-  """A tree of ShapeDtypeStruct, as arrays that lie on this device."""
+  """Returns a tree of ShapeDtypeStruct, placed on this device."""
   sharding = jax.sharding.SingleDeviceSharding(devices_for(device)[0])
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=sharding), args)
@@ -74,12 +78,15 @@ def compile_for(fn: Callable[..., Any], args: Sequence[Any], device: str,
 
 
 def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
-  """What speaks against a program's updating its cache in place.
+  """Lists signs that a program does not update its cache in place.
 
   Args:
-    compiled: the program.
-    donated: all of its arguments that are, a tree of ShapeDtypeStruct.
-    kv: the cache among them.
+    compiled: the program, a jax.stages.Compiled.
+    donated: its donated arguments, a tree of ShapeDtypeStruct.
+    kv: the cache among them, a tree of ShapeDtypeStruct.
+
+  Returns:
+    One sentence a problem; none if it updates in place.
   """
   problems = []
   aliased = compiled.memory_analysis().alias_size_in_bytes
@@ -97,7 +104,7 @@ def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
 
 
 def num_bytes(tree: Any) -> int:
-  """On one device, of a tree of arrays or ShapeDtypeStruct."""
+  """Counts the bytes on one device of a tree of arrays or ShapeDtypeStruct."""
   return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize
              for leaf in jax.tree.leaves(tree))
 
@@ -109,6 +116,6 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _hlo_type(leaf: Any) -> str:
-  """'bf16[8,128]'."""
+  """Returns the leaf's type as HLO writes it: 'bf16[8,128]'."""
   return (f'{_HLO_TYPES[leaf.dtype.name]}'
           f'[{",".join(map(str, _local_shape(leaf)))}]')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each kernel of a compiled program takes of a GPU."""
+"""Reads what resources of a GPU each kernel of a compiled program takes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pallas_kernels import gpu_targets
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kernel:
-  """What one kernel takes of a multiprocessor.
+  """The resources of a multiprocessor that one kernel takes.
 
   Attributes:
-    name: as compiled; the second of a name ends in __1.
-    is_ours: it is Pallas's, not made by XLA.
-    threads: of a block (CTA).
-    registers: of a thread.
-    spill_bytes: stored and loaded, of a thread.
-    shared_memory: bytes, of a block.
-    blocks_per_sm: that run at once.
+    name: as compiled; the second kernel of a name ends in __1.
+    is_ours: whether it is Pallas's, and not made by XLA.
+    threads: threads of a block (CTA).
+    registers: registers of a thread.
+    spill_bytes: bytes of spills that a thread stores and loads.
+    shared_memory: bytes of a block.
+    blocks_per_sm: blocks that a multiprocessor runs at once.
   """
 
   name: str
@@ -36,9 +36,9 @@ class Kernel:
 
 
 def parse_ptxas(log: str) -> dict[str, tuple[int, int]]:
-  """(registers, bytes of spills) by kernel, from what `ptxas -v` said.
+  """Returns kernel -> (registers, bytes of spills), from `ptxas -v`'s output.
 
-  Spills of functions that a kernel calls are counted with it.
+  Counts the spills of functions that a kernel calls as its own.
   """
   found: dict[str, tuple[int, int]] = {}
   name, spills = '', 0
@@ -55,7 +55,7 @@ def parse_ptxas(log: str) -> dict[str, tuple[int, int]]:
 
 
 def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
-  """(threads, bytes of shared memory) by kernel, from XLA's list of thunks."""
+  """Returns kernel -> (threads, bytes of shared memory), from XLA's thunks."""
   return {
     match[1]: (math.prod(map(int, match[2].split(','))), int(match[3]))
     for match in re.finditer(
@@ -65,7 +65,7 @@ def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
 
 def read_mosaic(dumps: pathlib.Path,
                 target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
-  """The kernels that Mosaic compiled, of which XLA knows nothing.
+  """Yields the kernels that Mosaic compiled, which XLA does not list.
 
   Args:
     dumps: the folder that `toolkit.mosaic_dumps` had it dump to.
@@ -85,10 +85,11 @@ def read_mosaic(dumps: pathlib.Path,
 
 
 def parse_graphs(thunks: str) -> tuple[int, list[str]]:
-  """The number of CUDA graphs in XLA's list of thunks, as it ended up.
+  """Counts the CUDA graphs in XLA's final list of thunks.
 
-  And the kinds of thunks that are in none, but launched one by one: what
-  'kConditional' and 'kWhile' depend on, the host waits for.
+  Returns:
+    Their number, and the kinds of thunks that are in no graph but launched one
+    by one. The host waits for what 'kConditional' and 'kWhile' depend on.
   """
   num_graphs = 0
   outside = []
@@ -107,7 +108,7 @@ def parse_graphs(thunks: str) -> tuple[int, list[str]]:
 
 def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
          target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
-  """The kernels of a program, in the order of their launches.
+  """Yields the kernels of a program, in the order of their launches.
 
   Args:
     dumps: the folder that XLA was told to dump to.
@@ -115,7 +116,7 @@ def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
     ours: names of Pallas's kernels.
     target: the device.
   """
-  # XLA may compile a kernel several times; the last one is what it took.
+  # XLA may compile a kernel several times; it uses the last result.
   used = parse_ptxas(ptxas_log)
   launches = parse_launches(read_thunks(dumps, 'thunk_sequence'))
   for name, (threads, shared) in launches.items():
@@ -126,6 +127,9 @@ def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
 
 
 def read_thunks(dumps: pathlib.Path, name: str) -> str:
-  """XLA's list of thunks; 'thunk_sequence_after_thunk_passes' has graphs."""
+  """Reads one of XLA's lists of thunks from its dumps.
+
+  'thunk_sequence_after_thunk_passes' is the one with CUDA graphs.
+  """
   files = sorted(dumps.glob(f'*.{name}.txt'))
   return '\n'.join(file.read_text() for file in files)

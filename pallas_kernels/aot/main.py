@@ -33,8 +33,10 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   flags.DEFINE_enum('device', None, list(gpu_targets.TARGETS),
-                    'The GPU to compile for.', required=True)
-  flags.DEFINE_string('json', None, 'File for the results.')
+                    'The GPU to compile for; it need not be here.',
+                    required=True)
+  flags.DEFINE_string(
+    'json', None, 'File to write the results to, as JSON; none by default.')
 
 
 def _compile_kernels() -> list[cases_lib.Result]:
@@ -49,7 +51,7 @@ def _compile_kernels() -> list[cases_lib.Result]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument: {argv[1]}')
-  # The plugin must not look for a driver, nor XLA say all that it thinks.
+  # The plugin must not look for a driver, nor XLA log all that it does.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
@@ -71,6 +73,6 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """The command."""
+  """Runs the command; `python -m pallas_kernels.aot` calls it."""
   define_flags()
   app.run(main)

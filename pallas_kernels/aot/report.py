@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as tables and as JSON."""
+"""Shows results as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pallas_kernels.aot import collectives
 
 
 def as_json(results: Sequence[cases_lib.Result], device: str) -> str:
-  """All that is known of the results."""
+  """Returns all that is known of the results, as JSON text."""
   return json.dumps({
     'device': device, 'jax': jax.__version__,
     'cases': [case_dict(result) for result in results]}, indent=1) + '\n'
 
 
 def case_dict(result: cases_lib.Result) -> dict[str, Any]:
-  """A result for JSON."""
+  """Returns a result as values that JSON can hold."""
   return {
     'name': result.name, 'seconds': round(result.seconds, 2),
     'problems': list(result.problems), 'warnings': list(result.warnings),
@@ -35,7 +35,7 @@ def case_dict(result: cases_lib.Result) -> dict[str, Any]:
 
 def kernels_table(results: Sequence[cases_lib.Result],
                   device: str) -> rich.table.Table:
-  """What the kernels take of a multiprocessor."""
+  """Returns a table of the resources that the kernels take."""
   table = rich.table.Table(
     'case', title=f'{gpu_targets.get(device).device_kind}, '
     f'JAX {jax.__version__}', box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -59,7 +59,12 @@ def kernels_table(results: Sequence[cases_lib.Result],
 
 def sent_table(sent: Sequence[collectives.Collective],
                least: int) -> rich.table.Table:
-  """What a device gets from others in a step, beside the least it could."""
+  """Returns a table of what a device receives from others in a step.
+
+  Args:
+    sent: what it receives.
+    least: bytes, the least that it could.
+  """
   table = rich.table.Table('sent in a step', box=rich.box.SIMPLE_HEAD)
   for column in ('calls', 'MiB'):
     table.add_column(column, justify='right')

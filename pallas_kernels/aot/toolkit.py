@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA's own compiler, ptxas: where it is, and what it says of kernels."""
+"""Finds CUDA's own compiler, ptxas, and reads what it reports of kernels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _mosaic_lock = threading.Lock()
 
 
 class UnavailableError(RuntimeError):
-  """What it takes to compile for GPUs is not installed; says what."""
+  """Something needed to compile for GPUs is not installed; names it."""
 
 
 def missing() -> str | None:
-  """What is not installed and has to be, or None."""
+  """Returns what has to be installed and is not; None if nothing."""
   if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin')
              for n in (12, 13)):
     return f"JAX's CUDA plugin is not installed; {_INSTALL}"
@@ -34,7 +34,10 @@ def missing() -> str | None:
 
 
 def find() -> pathlib.Path | None:
-  """The folder with bin/ptxas: of NVIDIA's wheels, or CUDA's own."""
+  """Finds the folder with bin/ptxas, of NVIDIA's wheels or an installed CUDA.
+
+  Returns None if there is none.
+  """
   found = []
   for module in ('nvidia.cu13', 'nvidia.cuda_nvcc'):
     try:
@@ -52,7 +55,14 @@ def find() -> pathlib.Path | None:
 
 
 def spying(folder: pathlib.Path) -> pathlib.Path:
-  """A CUDA toolkit whose ptxas writes all it knows into `folder`/log."""
+  """Makes a CUDA toolkit whose ptxas logs its verbose output.
+
+  Args:
+    folder: gets the toolkit, and the logs in its folder log.
+
+  Returns:
+    The toolkit's folder.
+  """
   real = find()
   assert real is not None
   root = folder / 'cuda'
@@ -77,16 +87,19 @@ exit $status
 
 
 def read_log(folder: pathlib.Path) -> str:
-  """All that the ptxas of `spying` wrote down, the latest at the end."""
+  """Returns all that the ptxas of `spying` logged, the latest at the end."""
   logs = sorted((folder / 'log').iterdir(), key=lambda p: p.stat().st_mtime_ns)
   return '\n'.join(log.read_text() for log in logs)
 
 
 @contextlib.contextmanager
 def mosaic_dumps(folder: pathlib.Path) -> Iterator[None]:
-  """What Mosaic compiles within is put into a new folder, text and ptxas's log.
+  """Has Mosaic dump what it compiles within the block: PTX and ptxas's log.
 
-  It is told by the environment, so that one caller at a time can have it.
+  Admits one caller at a time, for Mosaic reads it from the environment.
+
+  Args:
+    folder: is made, for the dumps.
   """
   folder.mkdir()
   with _mosaic_lock:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to call: attention over paged keys and values, and their cache.
+"""The functions to call: attention over paged keys and values, their cache.
 
 Shape letters: T tokens of the batch, S sequences, P pages a sequence, N pages
 in the pool, H query heads, K key-value heads, h head dim. T, S, P and N are
@@ -32,14 +32,14 @@ Pages = quantization.Pages
 
 
 def _pallas_mosaic() -> Any:
-  """The module, which few need and takes a third of a second to load."""
+  """Imports the module, which few need and takes a third of a second."""
   from pallas_kernels.ragged_paged_attention import pallas_mosaic
   return pallas_mosaic
 
 
 def _attend_by_mosaic(q: jax.Array, k_pages: Pages, *args: Any,
                       **kwargs: Any) -> Any:
-  # Before it is loaded: an old JAX may not have what it takes.
+  # Checked before the module is loaded, which needs a recent JAX.
   tuning.choose_mosaic(tuning.Shape.of(q, k_pages))
   return _pallas_mosaic().ragged_paged_attention(q, k_pages, *args, **kwargs)
 
@@ -72,7 +72,7 @@ def ragged_paged_attention(
   plan: tuple[jax.Array, ...] | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
-  """Causal attention of a hybrid batch to the paged cache of its sequences.
+  """Computes causal attention of a hybrid batch over its paged cache.
 
   Sequences [0, num_decodes) are decodes with exactly one query each, so that
   token i belongs to sequence i. Sequences [num_decodes, num_seqs) are chunks
@@ -144,14 +144,17 @@ def make_plan(
   sliding_window: int | None = None,
   implementation: str | None = None,
 ) -> tuple[Any, ...] | None:
-  """How a batch is cut into work; arguments as of the attention.
+  """Plans how a batch is cut into work; arguments as of the attention.
 
-  Of q and k_pages it takes shapes and dtypes only: layers that have these and
-  the window in common can share a plan. None if there is nothing to plan.
+  Reads only the shapes and dtypes of q and k_pages: layers that have these and
+  the window in common can share a plan.
+
+  Returns:
+    Arrays, a NamedTuple of the implementation; None if it needs no plan.
 
   Raises:
     ValueError: shapes, dtypes or the window don't fit; says which and why.
-    NotImplementedError: the implementation can't have such shapes.
+    NotImplementedError: the implementation doesn't support such shapes.
   """
   name = _for_pages(k_pages) if implementation is None else (
     _known(implementation))
@@ -178,7 +181,7 @@ def init_pages(
   dtype: jax.typing.DTypeLike,
   implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
-  """Zeroed keys and values of one layer.
+  """Returns zeroed pages for the keys and values of one layer.
 
   Args:
     num_pages: N.
@@ -197,7 +200,7 @@ def init_pages(
 
   Raises:
     ValueError: there is no such dtype, or a size is below 1.
-    NotImplementedError: the implementation can't have such pages.
+    NotImplementedError: the implementation doesn't support such pages.
   """
   for name, size in (('num_pages', num_pages), ('page_size', page_size),
                      ('num_kv_heads', num_kv_heads), ('head_dim', head_dim)):
@@ -220,7 +223,7 @@ def init_pages(
 
 def most_pages(page_size: int, num_kv_heads: int, head_dim: int,
                dtype: jax.typing.DTypeLike) -> int | None:
-  """The most pages that `init_pages` makes; None: as memory allows.
+  """Returns the most pages that `init_pages` makes; None for no limit.
 
   Triton's offsets are int32, and int64 where an array has more than 2**32
   bytes: one between 2**31 and 2**32 numbers of a byte each would overflow.
@@ -234,7 +237,7 @@ def query_dtype(
   k_pages: Pages,
   dtype: jax.typing.DTypeLike,
 ) -> jnp.dtype:
-  """What queries of `dtype` must be converted to for these pages."""
+  """Returns the dtype that queries of `dtype` must have for these pages."""
   if isinstance(k_pages, quantization.Quantized):
     return jnp.dtype(dtype)
   return k_pages.dtype
@@ -245,7 +248,13 @@ def pages_from_rows(
   v_rows: Pages,
   implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
-  """Lays out pages given as [N, K, page_size, h] for an implementation."""
+  """Lays out pages given as rows, [N, K, page_size, h].
+
+  Args:
+    k_rows: keys.
+    v_rows: values.
+    implementation: what will read them; see `init_pages`.
+  """
   if implementation is None:
     _, num_kv_heads, page_size, head_dim = layout.sizes(k_rows)
     implementation = _default(page_size, num_kv_heads, head_dim,
@@ -261,7 +270,7 @@ def write_kv(
   slot_mapping: jax.Array,
   implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
-  """Puts new keys and values into their pages; in place where donated.
+  """Writes new keys and values to their pages; in place where donated.
 
   Args:
     k_pages: as `init_pages` made them, for any implementation.
@@ -295,7 +304,7 @@ def _known(implementation: str) -> str:
 
 
 def _for_pages(k_pages: Pages) -> str:
-  """The implementation for pages of this layout."""
+  """Returns the name of the implementation for pages of this layout."""
   if not layout.is_rows(k_pages):
     return 'xla'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
@@ -303,12 +312,12 @@ def _for_pages(k_pages: Pages) -> str:
                           quantization.values_of(k_pages).dtype)
   if name and reason:
     _say_once(f'Attention falls back to {name}: {reason}')
-  return name or 'pallas_triton'  # Which says why it can't.
+  return name or 'pallas_triton'  # It will say why it can't.
 
 
 def _default(page_size: int, num_kv_heads: int, head_dim: int,
              dtype: jax.typing.DTypeLike) -> str:
-  """What `implementation=None` means on the default device."""
+  """Returns what `implementation=None` means on the default device."""
   device = tuning.default_device()
   if device.platform not in ('gpu', 'cuda'):
     return 'xla'
@@ -320,7 +329,11 @@ def _default(page_size: int, num_kv_heads: int, head_dim: int,
 
 def _fastest(page_size: int, num_kv_heads: int, head_dim: int,
              dtype: jax.typing.DTypeLike) -> tuple[str | None, str]:
-  """The first of the device's that can have such pages; why others can't."""
+  """Returns the fastest implementation that supports such pages.
+
+  Returns:
+    Its name, or None, on the default device; and why faster ones can't.
+  """
   reasons = []
   for name in tuning.fastest():
     try:
@@ -343,7 +356,7 @@ _SHAPES: Mapping[str, Callable[[tuning.Shape], Any]] = {
 
 def _check_shape(name: str, page_size: int, num_kv_heads: int, head_dim: int,
                  dtype: jax.typing.DTypeLike) -> None:
-  """Raises NotImplementedError if the kernel can't have such pages."""
+  """Raises NotImplementedError if the kernel doesn't support such pages."""
   kept = quantization.kept_dtype(dtype)
   # What is quantized is meant for queries of 16 bits; 32 would do, too.
   queries = kept.name if kept.itemsize > 1 else 'bfloat16'

@@ -63,7 +63,7 @@ class ArgSpec:
 
   @property
   def options(self) -> dict[str, Any]:
-    """The keyword arguments of the operation."""
+    """The keyword arguments of the operation: scale, soft_cap, window."""
     return dict(scale=self.head_dim**-0.5, soft_cap=self.soft_cap,
                 sliding_window=self.sliding_window)
 
@@ -130,12 +130,12 @@ def make(
 
 
 def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
-  """`count` lengths, evenly from low to high, in a shuffled order."""
+  """Returns `count` lengths, evenly from low to high, in a shuffled order."""
   lens = np.linspace(low, high, count).round().astype(int)
   return tuple(int(n) for n in np.random.default_rng(0).permutation(lens))
 
 
-# What attention sees of real models: query heads, KV heads, head dim.
+# Real model, or part of one -> its query heads, KV heads, head dim.
 HEADS: Mapping[str, tuple[int, int, int]] = {
   'mistral-7b': (32, 8, 128), 'yi-34b-tp2': (28, 4, 128),
   'llama2-70b-tp4': (16, 2, 128), 'falcon-180b-tp4': (58, 2, 64),
@@ -175,7 +175,10 @@ _MIXED: _Sizes = dict(
 
 
 def _phases(page_size: int) -> tuple[ArgSpec, ...]:
-  """A chunk that starts at each phase of a page, behind two decodes."""
+  """Returns a spec for each offset in a page that a chunk can start at.
+
+  Two decodes come before the chunk.
+  """
   return tuple(
     ArgSpec(name=f'phase_{start}', contexts=(5, 30, start + 19),
             q_lens=(19,), num_decodes=2, **_SMALL)

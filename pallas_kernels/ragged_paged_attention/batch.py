@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every implementation is given beside queries and pages."""
+"""The arguments of every implementation, beside queries and pages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Batch(NamedTuple):
   """The ragged batch, int32; see `api.ragged_paged_attention`.
 
   Attributes:
-    kv_lens: [S], tokens in the cache.
-    page_indices: [S, P].
-    cu_q_lens: [S + 1].
+    kv_lens: [S], tokens in the cache, the new ones included.
+    page_indices: [S, P], pages of each sequence, in order.
+    cu_q_lens: [S + 1], where each sequence's tokens start, and the end.
     distribution: [2], (num_decodes, num_seqs).
   """
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-  """What is compiled in; see `api.ragged_paged_attention`."""
+  """Options that are compiled in; see `api.ragged_paged_attention`."""
 
   scale: float
   sliding_window: int | None = None

@@ -34,18 +34,22 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Not done on import, which may find flags of these names."""
+  """Defines the flags; not on import, when others may have these names."""
   flags.DEFINE_list(
     'specs', [spec.name for spec in arg_specs.BENCHMARKS],
-    'Names from arg_specs.')
+    'Batches to time, by their names in arg_specs.')
   flags.DEFINE_list(
-    'implementations', ['xla'], 'Those that can be jitted, of '
-    f'{", ".join(sorted(api.IMPLEMENTATIONS))}.')
+    'implementations', ['xla'], 'Implementations to time, of '
+    f'{", ".join(sorted(api.IMPLEMENTATIONS))}; the reference can not be '
+    'jitted.')
   flags.DEFINE_integer(
-    'layers', 12, 'Calls a step, each with its own pages.', lower_bound=1)
+    'layers', 12, 'Calls of the attention in a timed step, each with its own '
+    'pages.', lower_bound=1)
   flags.DEFINE_integer(
-    'repeats', 20, 'Steps, of which the fastest counts.', lower_bound=1)
-  flags.DEFINE_string('output', '', 'Where to write the rows as JSON.')
+    'repeats', 20, 'Steps to time, of which the fastest counts.',
+    lower_bound=1)
+  flags.DEFINE_string(
+    'output', '', 'File to write the results to, as JSON; none by default.')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,7 @@ class Row:
 
 
 def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
-  """Bytes of keys and values, and operations, that one call needs."""
+  """Returns the bytes of keys and values, and the operations, of one call."""
   window = spec.sliding_window
   rows = pairs = 0
   for context, q_len in zip(spec.contexts, spec.all_q_lens, strict=True):
@@ -84,7 +88,7 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
 
 def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,
           ) -> tuple[Callable[[], Any], float]:
-  """A compiled step of all layers, and what compiling took."""
+  """Compiles a step of all layers; returns it, and the seconds it took."""
   arrays = arg_specs.make(spec)
   pages = api.pages_from_rows(
     arrays.pop('k_pages'), arrays.pop('v_pages'), implementation)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to compile for a GPU: every tuned and default configuration."""
+"""Every tuned and default configuration, to be compiled for a GPU."""
 
 from __future__ import annotations
 
@@ -20,28 +20,36 @@ from pallas_kernels.ragged_paged_attention import tuning
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Something to compile for a GPU."""
+  """Something to compile for a GPU; a `pallas_kernels.aot.cases.Case`.
+
+  Attributes:
+    name: for people.
+    function: the function to jit.
+    args: its positional arguments, trees of ShapeDtypeStruct.
+  """
 
   name: str
   function: Any
   args: Any
 
 
-# In bfloat16 all are; of each head dim one in the others.
+# All models are compiled in bfloat16; in other dtypes, one of each head dim.
 _DTYPES: Mapping[str, tuple[str, ...]] = {
   'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
   'phi-2': ('float32',), 'h96': ('float32',)}
 _OF_EACH_HEAD_DIM = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
-# How `pallas_write` is compiled, too: for one of each head dim; for Mistral.
+# Further dtypes of pages that `pallas_write` is compiled for: for one model of
+# each head dim, and for Mistral alone.
 _WRITTEN = ('float32', 'int8')
 _WRITTEN_ONCE = ('float16', 'float8_e4m3fn')
 
 
 def cases(device: str) -> Iterator[Case]:
-  """Every default configuration, for `pallas_kernels.aot`.
+  """Yields every default configuration, for `pallas_kernels.aot`.
 
-  To be made, and compiled, where the default device is of this name. The plan
-  is an argument: it has no kernel of ours, and whole steps compile it.
+  Iterate, and compile, while the default device is the one of this name. The
+  plan is an argument of a case: it has no kernel of ours, and whole steps
+  compile it.
   """
   for name, (heads, kv_heads, head_dim) in arg_specs.HEADS.items():
     for kept in ('bfloat16', *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
@@ -84,7 +92,7 @@ def cases(device: str) -> Iterator[Case]:
 
 
 def mosaic_cases() -> Iterator[Case]:
-  """Those of pallas_mosaic, which JAX must be new enough for."""
+  """Yields the cases of pallas_mosaic, which need a recent enough JAX."""
   case = functools.partial(_case, implementation='pallas_mosaic')
   for name, sizes in arg_specs.HEADS.items():
     *_, head_dim = sizes

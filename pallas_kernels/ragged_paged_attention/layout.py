@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a page lays out its keys and values, and how new ones get there.
+"""How a page lays out its keys and values, and how new ones are written.
 
 rows:   keys and values [N, K, page_size, h].
 tiles:  keys   [N, K, page_size / l, h, l], l positions side by side;
@@ -8,10 +8,10 @@ tiles:  keys   [N, K, page_size / l, h, l], l positions side by side;
         divide the axis.
 scales: of quantized ones, [N, K, page_size] in either layout.
 
-Tiles are for XLA on CPUs. What one vector of l scores, or of l outputs, needs
-is contiguous in memory in the order in which it is needed, and never has to
-be summed across the lanes of a vector. The number of axes tells which is
-which.
+Tiles are for XLA on CPUs. The numbers that a vector of l scores, or of l
+outputs, needs are contiguous in memory, in the order in which it needs them,
+and are never summed across the lanes of a vector. The number of axes tells the
+layouts apart.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 
 Pages = quantization.Pages
 ROWS, TILES = 'rows', 'tiles'
-_LANES = 8  # 16 and more: a third slower, the factors spill
+_LANES = 8  # 16 and more are a third slower: the factors spill
 
 
 def init(
@@ -38,7 +38,7 @@ def init(
   head_dim: int,
   dtype: jax.typing.DTypeLike,
 ) -> tuple[Pages, Pages]:
-  """Zeroed keys and values."""
+  """Returns zeroed keys and values; see `api.init_pages`."""
   shapes: list[tuple[int, ...]] = [(page_size, head_dim)] * 2
   if layout == TILES:
     l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
@@ -57,7 +57,7 @@ def init(
 
 
 def sizes(k_pages: Pages) -> tuple[int, int, int, int]:
-  """(num_pages, num_kv_heads, page_size, head_dim) of either layout."""
+  """Returns (num_pages, num_kv_heads, page_size, head_dim), of any layout."""
   shape = quantization.values_of(k_pages).shape
   if len(shape) == 4:
     num_pages, num_kv_heads, page_size, head_dim = shape
@@ -67,12 +67,12 @@ def sizes(k_pages: Pages) -> tuple[int, int, int, int]:
 
 
 def is_rows(pages: Pages) -> bool:
-  """Whether pages are laid out as rows, not as tiles."""
+  """Says whether pages are laid out as rows, not as tiles."""
   return quantization.values_of(pages).ndim == 4
 
 
 def to_rows(k_pages: Pages, v_pages: Pages) -> tuple[Pages, Pages]:
-  """The same pages as rows: a copy, or themselves."""
+  """Returns the pages as rows: a copy, or themselves."""
   if is_rows(k_pages):
     return k_pages, v_pages
   shape = sizes(k_pages)
@@ -85,7 +85,7 @@ def from_rows(
   k_pages: Pages,
   v_pages: Pages,
 ) -> tuple[Pages, Pages]:
-  """Rows in another layout: a copy, or themselves."""
+  """Returns rows in another layout: a copy, or themselves."""
   if layout == ROWS:
     return k_pages, v_pages
   num_pages, num_kv_heads, page_size, head_dim = sizes(k_pages)
@@ -103,7 +103,7 @@ def write(
   v: jax.Array,  # [T, K, h]
   slots: jax.Array,  # [T]
 ) -> tuple[Pages, Pages]:
-  """See `api.write_kv`."""
+  """Writes new keys and values by XLA's scatter; see `api.write_kv`."""
   num_pages, _, page_size, _ = sizes(k_pages)
   # A negative index would count from the end.
   slots = jnp.where(slots < 0, num_pages * page_size, slots)
@@ -149,7 +149,7 @@ def _put(where: Any, new: jax.Array) -> jax.Array:
 
 def _of_values(function: Callable[[jax.Array], jax.Array],
                pages: Pages) -> Pages:
-  """Rearranges values; scales are laid out the same everywhere."""
+  """Rearranges values, and not scales: these are the same in all layouts."""
   if isinstance(pages, quantization.Quantized):
     return pages._replace(values=function(pages.values))
   return function(pages)

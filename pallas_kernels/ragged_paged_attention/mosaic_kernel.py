@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the blocks of `pallas_mosaic`'s kernel do."""
+"""The body of `pallas_mosaic`'s kernel: what a block (CTA) does.
+
+A ref is a reference to an array in the GPU's global or shared memory. Shape
+letters are those of `api`; W is the number of tiles in `plan.Chunks`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import tuning
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
-ROWS = 64  # of queries, that a warpgroup's matmul has
-WARPGROUPS = 2  # that compute
+ROWS = 64  # rows of queries in a warpgroup's matmul
+WARPGROUPS = 2  # those that compute
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _LOG2_E = math.log2(math.e)
 # Registers of a thread: those that fetch lend theirs to those that compute.
@@ -32,7 +36,9 @@ class Spec:
   """What the kernel is compiled for.
 
   Attributes:
-    shape, sizes, options: see there.
+    shape: see `tuning.Shape`.
+    sizes: see `tuning.MosaicSizes`.
+    options: see `batch.Options`.
     num_heads: H.
   """
 
@@ -43,37 +49,37 @@ class Spec:
 
 
 class Inputs(NamedTuple):
-  """References to the device's memory; see `batch.Batch`, `plan.Chunks`."""
+  """Refs in the device's memory; see `batch.Batch`, `plan.Chunks`."""
 
-  rows: Any  # [T, H, h] queries, and outputs in their places
+  rows: Any  # [T, H, h], queries, which outputs replace
   k_pages: Any  # [N, K, page_size, h]
-  v_pages: Any
-  kv_lens: Any
-  page_indices: Any
-  cu_q_lens: Any
-  seq: Any
-  first_query: Any
-  start: Any
-  stop: Any
-  count: Any
+  v_pages: Any  # [N, K, page_size, h]
+  kv_lens: Any  # [S] int32
+  page_indices: Any  # [S, P] int32
+  cu_q_lens: Any  # [S + 1] int32
+  seq: Any  # [W] int32
+  first_query: Any  # [W] int32
+  start: Any  # [W] int32
+  stop: Any  # [W] int32
+  count: Any  # [1] int32
 
 
 class Scratch(NamedTuple):
-  """References to a block's shared memory, and barriers in it."""
+  """Refs in a block's shared memory, and barriers in it."""
 
-  rows: Any  # [2, 64, h] of a warpgroup, as TMA has them, at any row
-  q: Any  # [2, 64, h] as wgmma has them
+  rows: Any  # [WARPGROUPS, ROWS, h], laid out for TMA to copy any row
+  q: Any  # [WARPGROUPS, ROWS, h], laid out for wgmma
   k: Any  # [num_stages, block_n, h]
-  v: Any
-  q_there: Any
-  k_there: Any  # by stage, as the others
-  v_there: Any
-  k_free: Any
-  v_free: Any
+  v: Any  # [num_stages, block_n, h]
+  q_there: Any  # [WARPGROUPS] barriers: the queries have arrived
+  k_there: Any  # [num_stages] barriers: a stage's keys have arrived
+  v_there: Any  # [num_stages] barriers: a stage's values have arrived
+  k_free: Any  # [num_stages] barriers: a stage's keys were read
+  v_free: Any  # [num_stages] barriers: a stage's values were read
 
 
 def run(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
-  """A block of the GPU, by its warpgroups: two compute, one fetches."""
+  """Runs a block of the GPU: two warpgroups compute, one fetches."""
   thread = lax.axis_index('thread')
   pl.when(thread == WARPGROUPS)(
     functools.partial(_fetch, spec, inputs, scratch))
@@ -84,17 +90,17 @@ def run(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
 def _for_work(spec: Spec, inputs: Inputs,
               do: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
               ) -> jax.Array:
-  """Does this block's share of the tiles, all heads of each one after another.
+  """Does this block's share of the tiles, for all heads of each in turn.
 
   Args:
     spec: of the kernel.
     inputs: its inputs.
-    do: does a tile of `plan.Chunks` from a head on, given the number of key
-      blocks that this block of the GPU has had before; returns it with those
-      of the tile.
+    do: takes the number of a tile of `plan.Chunks`, the first head to do it
+      for, and the count of key blocks that this block of the GPU has done;
+      does the tile, and returns the new count.
 
   Returns:
-    The number of key blocks in the end.
+    The count of key blocks in the end.
   """
   num_blocks = spec.sizes.num_blocks
   units = spec.num_heads // spec.sizes.heads  # of a tile
@@ -124,10 +130,10 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
     last_page = lax.div(inputs.kv_lens[seq] - 1, jnp.int32(page_size))
 
     def part(j: jax.Array, i: int) -> tuple[jax.Array, Any]:
-      """A page of a block, and where in it; or the part of a page."""
+      """Returns the page of part `i` of block `j`, and the rows of the page."""
       if page_size < block_n:
-        # Behind the last page that has tokens there is none: it comes again,
-        # to be masked, for a barrier waits for all of its copies.
+        # After the last page that has tokens there is none. That one is copied
+        # again, to be masked, for a barrier waits for all of its copies.
         page = jnp.minimum(j * (block_n // page_size) + i, last_page)
         return inputs.page_indices[seq, page], slice(None)
       per_page = jnp.int32(page_size // block_n)
@@ -153,7 +159,7 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
       inputs.start[item], inputs.stop[item], key_block, num_done)
 
   num_done = _for_work(spec, inputs, tile)
-  # Every phase of a barrier is to be seen before the kernel ends.
+  # Every phase of a barrier must be waited for before the kernel ends.
   for slot in range(stages):
     @pl.when(slot < num_done)
     def drain(slot: int = slot) -> None:
@@ -163,7 +169,7 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
 
 def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
              thread: jax.Array) -> None:
-  """What one of the warpgroups that compute does: 64 rows of each tile."""
+  """Computes 64 rows of each tile; `thread` is the warpgroup's number."""
   plgpu.set_max_registers(_COMPUTE_REGISTERS, action='increase')
   rows_ref, q_ref = scratch.rows.at[thread], scratch.q.at[thread]
   shape, block_n = (ROWS, spec.shape.head_dim), spec.sizes.block_n
@@ -179,7 +185,7 @@ def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
     kv_len = inputs.kv_lens[seq]
     past = kv_len - (q_stop - q_start)
     token = jnp.minimum(q_start + first, inputs.rows.shape[0])
-    # Rows behind the chunk's are others', or zeros: computed, not stored.
+    # Rows after the chunk's are others', or zeros: computed, but not stored.
     plgpu.copy_gmem_to_smem(inputs.rows.at[pl.ds(token, ROWS), head],
                             rows_ref, scratch.q_there.at[thread])
     plgpu.barrier_wait(scratch.q_there.at[thread])
@@ -237,7 +243,22 @@ def _key_block(
   spec: Spec, scratch: Scratch, q_ref: Any, q_first: jax.Array,
   kv_len: jax.Array, masked: bool, j: jax.Array, state: Any,
 ) -> Any:
-  """The online softmax of a block of keys; `q_first` is a position."""
+  """Takes one block of keys into the online softmax.
+
+  Args:
+    spec: of the kernel.
+    scratch: the block's shared memory.
+    q_ref: [ROWS, h], this warpgroup's queries.
+    q_first: the position of the first query in its sequence.
+    kv_len: tokens of the sequence.
+    masked: whether some row does not see all of the block.
+    j: number of the block of keys in the sequence.
+    state: (acc [ROWS, h], top [ROWS], norm [ROWS]) float32, and the count of
+      key blocks done, int32.
+
+  Returns:
+    The new state.
+  """
   acc, top, norm, num_done = state
   block_n, options = spec.sizes.block_n, spec.options
   shape = ROWS, block_n
@@ -256,7 +277,8 @@ def _key_block(
     scores = 1 - 2 / (jnp.exp2(scores * (2 * factor / cap)) + 1)
     factor = cap * _LOG2_E
   if masked:
-    # Not computed once before the loop, to lie in 64 registers meanwhile.
+    # The barrier keeps it from being computed once before the loop, and from
+    # taking up 64 registers meanwhile.
     at = lax.optimization_barrier(plgpu.broadcasted_iota(
       jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA))
     last = _row_numbers() + (q_first - j * block_n)
@@ -282,10 +304,15 @@ def _key_block(
 
 
 def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
-  """Zeroes what lies behind a sequence's last token, for 0 * NaN is NaN.
+  """Zeroes the values after a sequence's last token, for 0 * NaN is NaN.
 
-  Both warpgroups do it, and may while the other reads: the rows that count
-  keep their bits, and the others have been zeroed by who reads.
+  Both warpgroups do it, and may do it while the other reads: the rows that
+  count keep their bits, and the reader has already zeroed the others.
+
+  Args:
+    spec: of the kernel.
+    v_ref: [block_n, h], values of one block.
+    num_rows: rows of the block that hold tokens; may be more than block_n.
   """
   shape = ROWS, 64  # Larger pieces need more registers than there are.
   for row in range(0, spec.sizes.block_n, ROWS):
@@ -302,8 +329,15 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
 
 def _accumulate(acc: jax.Array, weights: jax.Array, v_ref: Any,
                 interpret: bool) -> Any:
-  """acc + weights @ values; the weights stay in registers."""
-  if interpret:  # It knows wgmma of shared memory only.
+  """Returns acc + weights @ values; the weights stay in registers.
+
+  Args:
+    acc: [ROWS, h] float32.
+    weights: [ROWS, block_n].
+    v_ref: [block_n, h].
+    interpret: whether the kernel is interpreted.
+  """
+  if interpret:  # The interpreter knows wgmma of shared memory only.
     return acc + jnp.dot(
       weights, v_ref[...], preferred_element_type=jnp.float32)
   run: Any = pl.run_state(
@@ -318,8 +352,8 @@ def _row_numbers() -> jax.Array:
 
 
 def _store(ref: Any, value: jax.Array) -> None:
-  """Into rows as TMA has them, whose banks the threads get into conflict on."""
-  if hasattr(plgpu, 'store'):  # From JAX 0.12 on it must be asked for.
+  """Stores [ROWS, h] into rows laid out for TMA, despite bank conflicts."""
+  if hasattr(plgpu, 'store'):  # From JAX 0.12 on, it must be called.
     plgpu.store(ref, value, optimized=False)
   else:
     ref[...] = value

@@ -2,16 +2,16 @@
 """Pallas, lowered to Mosaic: prefills on Hopper, by wgmma and TMA.
 
 Chunks of prefills are cut into tiles (`plan.make_chunks`). As many blocks
-(CTAs) as the GPU has multiprocessors take them in turn, for two query heads of
-a group at once, or for one head and twice the queries where a group is odd: so
-the two warpgroups that compute need the same keys, 64 rows of queries each. A
-third one fetches: pages of keys and values, found in the page table, go by TMA
-into a ring of buffers in shared memory, on into the next tile's while the last
-one is being finished. It is the division of labour of FlashAttention-3 (arXiv
-2407.08608, section 3.1), over pages.
+(CTAs) as the GPU has multiprocessors take them in turn. A tile is of two query
+heads of a group, or of one head and twice the queries where a group is odd: so
+the two warpgroups that compute need the same keys, for 64 rows of queries
+each. A third warpgroup fetches: it finds pages of keys and values in the page
+table, and copies them by TMA into a ring of buffers in shared memory. It goes
+on to the next tile while the last one is being finished. This is the division
+of labour of FlashAttention-3 (arXiv 2407.08608, section 3.1), over pages.
 
-Decodes and sequences as small as they wait for memory and not for matmuls.
-`pallas_triton` does them: a hybrid batch is a launch more.
+Decodes, and sequences as small, wait for memory and not for matmuls.
+`pallas_triton` does them, so a hybrid batch takes one more launch.
 
 On CPUs it runs in Mosaic's interpreter, for tests.
 """
@@ -36,14 +36,14 @@ from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import validate
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
-# What wgmma reads lies in shared memory in tiles of 8 rows of 128 bytes, and
-# the bytes of these are exchanged so that no two rows have a bank in common.
+# wgmma reads shared memory in tiles of 8 rows of 128 bytes, whose bytes are
+# exchanged (swizzled) so that no two rows have a bank in common.
 _TILED: Any = dict(transforms=(
   plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 class Plan(NamedTuple):
-  """Of a batch: what is small, and the chunks."""
+  """A batch's work: the small sequences, and the chunks of prefills."""
 
   small: plan_lib.Plan
   chunks: plan_lib.Chunks
@@ -58,11 +58,11 @@ def make_plan(
   sliding_window: int | None,
   shape: tuning.Shape,
 ) -> Plan:
-  """The plan of a traced batch, the same for all layers of one window.
+  """Plans a traced batch, for all layers of one window.
 
   Raises:
-    NotImplementedError: the shapes, the device or JAX are not such as the
-      kernel can have.
+    NotImplementedError: the kernel doesn't support the shapes, the device or
+      this JAX.
   """
   batch: Any = dict(kv_lens=kv_lens, cu_q_lens=cu_q_lens,
                     distribution=distribution, num_tokens=num_tokens,
@@ -84,9 +84,10 @@ def ragged_paged_attention(
   *,
   plan: Plan | None = None,
 ) -> jax.Array:
-  """See `api.ragged_paged_attention`; the pages are rows (see `layout`).
+  """Attends as `api.ragged_paged_attention`; pages are rows (see `layout`).
 
   Args:
+    q, k_pages, v_pages, batch, options: see there.
     plan: of `make_plan`; None makes it here.
 
   Raises:
@@ -105,8 +106,8 @@ def ragged_paged_attention(
   out = pallas_triton.ragged_paged_attention(
     q, k_pages, v_pages, batch, options, plan=plan.small,
     sizes=_small_sizes(shape))
-  # Else XLA fuses a slice of a larger array with the call, and takes neither
-  # into a CUDA graph.
+  # Without it XLA fuses a slice of a larger array with the call, and leaves
+  # both out of the CUDA graph.
   ints = lax.optimization_barrier(batch[:3])
   # Each row of queries is read before its outputs take its place.
   rows_ref = jax.new_ref(out)
@@ -119,7 +120,7 @@ def _small_sizes(shape: tuning.Shape) -> tuning.Sizes:
 
 
 def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:
-  """To be called with what `mosaic_kernel.Inputs` names."""
+  """Returns the kernel; its arguments are those of `mosaic_kernel.Inputs`."""
   sizes, dtype = spec.sizes, jnp.dtype(spec.shape.dtype)
   rows = mosaic_kernel.WARPGROUPS, mosaic_kernel.ROWS, spec.shape.head_dim
   ring = sizes.num_stages, sizes.block_n, spec.shape.head_dim

@@ -7,6 +7,10 @@ walks over blocks of keys and values with the online softmax of
 FlashAttention-2 (arXiv 2307.08691). A second launch merges the partial
 results of split decodes.
 
+A ref is a reference to an array in the GPU's memory. Shape letters are those
+of `api`; W, M are those of `plan.Plan`. B is the number of slots for partial
+results, R the rows of a narrow tile (Tiling.narrow_rows).
+
 On CPUs it runs in Pallas's interpreter, for tests.
 """
 
@@ -30,7 +34,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import validate
 
-# It says so at every lowering, from JAX 0.11 on. Nothing else serves Ampere.
+# JAX 0.11 and newer warn at every lowering. Nothing else serves Ampere.
 warnings.filterwarnings(
   'ignore', '.*Pallas Triton backend is deprecated', DeprecationWarning)
 
@@ -47,7 +51,7 @@ def make_plan(
   sizes: tuning.Sizes,
   shape: tuning.Shape,
 ) -> plan_lib.Plan:
-  """The plan of a traced batch, the same for all layers of one window."""
+  """Plans a traced batch, for all layers of one window."""
   return plan_lib.make(
     kv_lens, cu_q_lens, distribution, tiling=sizes.tiling(shape),
     num_tokens=num_tokens, group=shape.group, sliding_window=sliding_window,
@@ -64,14 +68,15 @@ def ragged_paged_attention(
   plan: plan_lib.Plan | None = None,
   sizes: tuning.Sizes | None = None,
 ) -> jax.Array:
-  """See `api.ragged_paged_attention`; the pages are rows (see `layout`).
+  """Attends as `api.ragged_paged_attention`; pages are rows (see `layout`).
 
   Args:
+    q, k_pages, v_pages, batch, options: see there.
     plan: of `make_plan` for the same sizes; None makes it here.
-    sizes: None for what `tuning` has for the default device.
+    sizes: None for those that `tuning` has for the default device.
 
   Raises:
-    NotImplementedError: the shapes are not such as the kernel can have.
+    NotImplementedError: the kernel doesn't support the shapes.
     ValueError: the plan is for other shapes.
   """
   shape = tuning.Shape.of(q, k_pages)
@@ -107,7 +112,7 @@ def _launch(
   options: batch_lib.Options,
   interpret: bool,
 ) -> jax.Array:
-  """Both kernels. The output takes the place of q, row by row."""
+  """Launches both kernels. The output replaces q, row by row."""
   heads = shape.num_kv_heads
   tiling = sizes.tiling(shape)
   num_items, num_merges = len(plan.rows), len(plan.merge_seq)
@@ -141,7 +146,22 @@ def _attend(
   starts_ref: Any, rows_ref: Any, *refs: Any,
   shape: tuning.Shape, tiling: plan_lib.Tiling, options: batch_lib.Options,
 ) -> None:
-  """Does one work item for one KV head."""
+  """Does one work item for one KV head: the kernel's entry.
+
+  Args:
+    q_ref: [T, H, h], queries.
+    k_ref: [N, K, page_size, h], keys; or a `Quantized` of such refs, with
+      scales [N, K, page_size].
+    v_ref: like k_ref, values.
+    kv_lens_ref: [S] int32.
+    pages_ref: [S, P] int32, the page table.
+    starts_ref: [S + 1] int32, `cu_q_lens`.
+    rows_ref: [W] int32, `Plan.rows`.
+    *refs: the rest, from `seq_ref` on, of `_attend_tile`.
+    shape: what the kernel is compiled for.
+    tiling: how the work is cut.
+    options: of the attention.
+  """
   item = pl.program_id(0) // shape.num_kv_heads
   head = pl.program_id(0) % shape.num_kv_heads
   rows = rows_ref[item]
@@ -152,6 +172,14 @@ def _attend(
       shape=shape, block_n=tiling.block_n, options=options))
 
 
+# Does a work item's tile of `num_rows` rows for one KV head. Its result may be
+# partial if `may_split`. For the refs up to `starts_ref` see `_attend`.
+#   seq_ref, first_row_ref, start_ref, stop_ref, slot_ref: [W] int32, of `Plan`.
+#   out_ref: [T, H, h], outputs; the same memory as q_ref.
+#   acc_ref: [B, K, R, h] float32, partial sums of weighted values.
+#   top_ref: [B, K, R] float32, the highest scores of the partial sums, times
+#     log2(e).
+#   norm_ref: [B, K, R] float32, their sums of weights.
 def _attend_tile(
   item: jax.Array, head: jax.Array,
   q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
@@ -175,23 +203,23 @@ def _attend_tile(
   queries = [plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
              for d in shape.channels()]
   dot: Any = functools.partial(plgpu.dot, **shape.dot_options)
-  # A weight times a small value's scale is none of float16's numbers; what is
-  # kept in a byte, bfloat16 has too.
+  # A weight times the scale of small values may be too small for float16;
+  # bfloat16 holds it, and every value that is kept in a byte.
   mixing = shape.dtype
   if mixing == 'float16' and isinstance(v_ref, quantization.Quantized):
     mixing = 'bfloat16'
 
   def body(masked: bool, j: jax.Array, state: Any) -> Any:
     acc, top, norm, page = state
-    # Loaded a turn ahead: else the loads of keys would wait for it, and the
-    # compiler could not overlap them with the turn before.
+    # Loaded a turn ahead: otherwise the loads of keys would wait for it, and
+    # the compiler could not overlap them with the turn before.
     next_page = pages_ref[
       seq, jnp.minimum(j + 1, stop - 1) // (shape.page_size // block_n)]
     at = j * block_n + jnp.arange(block_n, dtype=jnp.int32)
     place = pl.ds((j % (shape.page_size // block_n)) * block_n, block_n)
 
     def load(ref: Any, *dims: int) -> jax.Array:
-      """A block of the positions that were written; the others are 0."""
+      """Loads [block_n, *dims]; positions that were not written are 0."""
       if not masked:
         return plgpu.load(ref)
       written = (at < kv_len).reshape(-1, *[1] * len(dims))
@@ -200,14 +228,14 @@ def _attend_tile(
         other=jnp.zeros((), ref.dtype))
 
     def load_block(pages: Any, dtype: str) -> list[jax.Array]:
-      """Its channels."""
+      """Loads the block's channels: [block_n, size] for each piece."""
       ref = quantization.values_of(pages)
       return [quantization.decode(load(
         ref.at[page, head, place, pl.ds(first, size)], size), dtype)
         for first, size in shape.pieces]
 
     def scaled(x: jax.Array, pages: Any) -> jax.Array:
-      """Times the scale of each of the block's positions, [rows, block_n]."""
+      """Multiplies x, [rows, block_n], by the scale of each position."""
       if not isinstance(pages, quantization.Quantized):
         return x
       return x * load(pages.scales.at[page, head, place])[None]
@@ -279,7 +307,19 @@ def _merge(
   seq_ref: Any, row_ref: Any, slot_ref: Any, count_ref: Any, out_ref: Any,
   *, shape: tuning.Shape, rows: int,
 ) -> None:
-  """Puts the partial results of a narrow tile together, for one KV head."""
+  """Merges the partial results of a narrow tile, for one KV head.
+
+  Args:
+    old_out_ref: [T, H, h], the same memory as out_ref.
+    acc_ref: [B, K, R, h] float32; see `_attend_tile`.
+    top_ref, norm_ref: [B, K, R] float32.
+    starts_ref: [S + 1] int32, `cu_q_lens`.
+    seq_ref, row_ref, slot_ref, count_ref: [M] int32: the sequence and
+      `Plan.merge_row`, `merge_slot` and `merge_count` of each narrow tile.
+    out_ref: [T, H, h], outputs.
+    shape: what the kernel is compiled for.
+    rows: R.
+  """
   del old_out_ref  # It is out_ref.
   tile = pl.program_id(0) // shape.num_kv_heads
   head = pl.program_id(0) % shape.num_kv_heads
@@ -314,10 +354,18 @@ def _rows(
   starts_ref: Any, seq: jax.Array, first_row: jax.Array, head: jax.Array,
   num_rows: int, group: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Token, head, and query of its sequence, of each row of a tile.
+  """Returns the token, head and query of each row of a tile, [num_rows] each.
 
-  Rows beyond the sequence are its last row once more: they do the same and
-  store the same, so that neither loads nor stores need a mask.
+  Rows beyond the sequence repeat its last row: they compute and store the
+  same, so that neither loads nor stores need a mask.
+
+  Args:
+    starts_ref: [S + 1] int32, `cu_q_lens`.
+    seq: the sequence.
+    first_row: of the tile, in the sequence's rows.
+    head: the KV head.
+    num_rows: rows of the tile.
+    group: H / K.
   """
   start, stop = starts_ref[seq], starts_ref[seq + 1]
   row = jnp.minimum(first_row + jnp.arange(num_rows, dtype=jnp.int32),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New keys and values into their pages, by Pallas, lowered to Triton.
+"""Writes new keys and values to their pages, by Pallas, lowered to Triton.
 
 XLA rounds keys and values together, and one launch stores them, with their
 scales: a block of the GPU takes a token, and its keys or values of every head.
-Those are as many launches as XLA's scatter takes (see `layout.write`), in a
-layer's step for A100; of what is quantized, two less. (Keys and values apart
-would take one more: XLA rounds each by a kernel of its own.)
+In a layer's step for A100 this takes as many launches as XLA's scatter does
+(see `layout.write`), and two fewer where pages are quantized. (Keys and values
+apart would take one more: XLA rounds each by a kernel of its own.)
 
 On CPUs it runs in Pallas's interpreter, for tests.
 """
@@ -36,10 +36,10 @@ def write(
   v: jax.Array,  # [T, K, h]
   slot_mapping: jax.Array,  # [T]
 ) -> tuple[quantization.Pages, quantization.Pages]:
-  """See `api.write_kv`; the pages are rows (see `layout`).
+  """Writes as `api.write_kv`; the pages are rows (see `layout`).
 
   Raises:
-    NotImplementedError: the kernel can't have such pages, or the device.
+    NotImplementedError: the kernel doesn't support such pages, or the device.
   """
   tuning.check_device(tuning.default_device())
   tuning.check_indices(k_pages)
@@ -57,7 +57,10 @@ def write(
 
 def _as_kept(k: jax.Array, v: jax.Array, pages: quantization.Pages
              ) -> quantization.Pages:
-  """Both, [2, T, K, h]: XLA rounds them by as many kernels as one of them."""
+  """Returns keys and values as they are kept, [2, T, K, h].
+
+  Together, XLA rounds them by as many kernels as one of them.
+  """
   if isinstance(pages, quantization.Quantized):
     both = jnp.stack([k.astype(jnp.float32), v.astype(jnp.float32)])
     return quantization.quantize_like(both, pages)
@@ -65,6 +68,8 @@ def _as_kept(k: jax.Array, v: jax.Array, pages: quantization.Pages
 
 
 def _launch(slots: jax.Array, new: Any, pages: Any, *, interpret: bool) -> Any:
+  # slots: [T] int32; new: of `_as_kept`; pages: (k_pages, v_pages), which are
+  # returned, updated in place.
   first = 1 + len(jax.tree.leaves(new))
   return pl.pallas_call(
     _store,
@@ -79,7 +84,16 @@ def _launch(slots: jax.Array, new: Any, pages: Any, *, interpret: bool) -> Any:
 
 
 def _store(slots_ref: Any, new: Any, old_pages: Any, *pages: Any) -> None:
-  """Stores the keys of one token, or the values."""
+  """Stores the keys of one token, or its values: the kernel.
+
+  Args:
+    slots_ref: [T] int32.
+    new: ref of [2, T, K, h]; or a `Quantized` of such refs, with scales
+      [2, T, K].
+    old_pages: the same memory as `pages`.
+    *pages: refs of keys and of values, [N, K, page_size, h] each; or
+      `Quantized` of such refs, with scales [N, K, page_size].
+  """
   del old_pages  # They are `pages`.
   token, which = pl.program_id(0), pl.program_id(1)
   num_pages, _, page_size, _ = layout.sizes(pages[0])

@@ -5,16 +5,18 @@ The rows of a sequence are its (query, head of a group) pairs, row = query *
 group + head: heads that share keys fill a matmul's tile together. A work item
 is a tile of rows against a range of key blocks, done for every KV head.
 
-A small sequence, a decode as a rule, has few rows and waits for memory: it
-gets narrow tiles, and long contexts are split, so that all of the GPU reads.
-The splits' results are partial, and a second kernel merges them. The other
-sequences, chunks of prefills, get wide tiles of their rows. Items are ordered
-longest first, so that none is left over when the others are done.
+A small sequence, usually a decode, has few rows and waits for memory. It gets
+narrow tiles, and long contexts are split, so that all of the GPU reads. The
+splits' results are partial, and a second kernel merges them. The other
+sequences, chunks of prefills, get wide tiles. Items are ordered longest first,
+so that no long one is left when the others are done.
 
 All arrays have fixed shapes, and all arithmetic is in whole arrays, so that
-the same code runs on the host (NumPy) and in a traced step (jax.numpy). It is
-the plan of FlashInfer's scheduler (arXiv 2501.01005, section 3.3), with
+the same code runs on the host (NumPy) and in a traced step (jax.numpy). This
+is the plan of FlashInfer's scheduler (arXiv 2501.01005, section 3.3), with
 splits of one size in place of its search.
+
+`Any` is an array here: np.ndarray or jax.Array; `xp` is NumPy or jax.numpy.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ class Tiling:
     wide_rows: rows of a tile of a prefill.
     narrow_rows: rows of a tile of a decode.
     block_n: keys of a block.
-    num_items: items, at least, that keep a GPU busy; splits aim at them.
-    min_split: key blocks of a split, at least.
-    has_wide: False: there are none of them, another kernel does prefills
-      (see `make_chunks`).
+    num_items: the least items that keep a GPU busy; splits aim at it.
+    min_split: the least key blocks of a split.
+    has_wide: whether there are wide tiles; if not, another kernel does
+      prefills (see `make_chunks`).
   """
 
   wide_rows: int
@@ -50,15 +52,15 @@ class Tiling:
 
   @property
   def row_counts(self) -> tuple[int, ...]:
-    """Of the tiles that there are."""
+    """The numbers of rows that tiles have."""
     return (*([self.wide_rows] if self.has_wide else ()), self.narrow_rows)
 
   def num_narrow(self, num_tokens: int, num_seqs: int, group: int) -> int:
-    """The most tiles of small sequences in a batch."""
+    """Returns the most tiles of small sequences in a batch."""
     return min(num_seqs, num_tokens) * -(-group // self.narrow_rows)
 
   def num_work_items(self, num_tokens: int, num_seqs: int, group: int) -> int:
-    """The most work items of a batch."""
+    """Returns the most work items of a batch."""
     wide = self.has_wide * (
       num_tokens * group // self.wide_rows + min(num_seqs, num_tokens))
     return (self.num_narrow(num_tokens, num_seqs, group) + self.num_items
@@ -66,16 +68,17 @@ class Tiling:
 
 
 class Plan(NamedTuple):
-  """Work of a batch, int32. All items' arrays are [W], longest first.
+  """The work of a batch: int32 arrays of W items and M narrow tiles.
 
   Attributes:
-    rows: of the item's tile: Tiling.wide_rows, narrow_rows, or 0 for padding.
-    seq: whose.
-    first_row: of the tile, in the sequence's rows.
-    start, stop: the key blocks [start, stop) of the sequence.
-    slot: where the partial result goes; NO_SLOT if the item is all there is.
-    merge_seq, merge_row: [M] the narrow tiles, and their first rows.
-    merge_slot, merge_count: [M] a tile's partial results lie at slots
+    rows: [W], rows of the item's tile: Tiling.wide_rows, narrow_rows, or 0 for
+      padding. Items are ordered longest first.
+    seq: [W], the sequence.
+    first_row: [W], first row of the tile, in the sequence's rows.
+    start, stop: [W], the key blocks [start, stop) of the sequence.
+    slot: [W], where the partial result goes; NO_SLOT if the result is whole.
+    merge_seq, merge_row: [M], sequences of the narrow tiles, and first rows.
+    merge_slot, merge_count: [M], a tile's partial results lie at slots
       [merge_slot, merge_slot + merge_count); a count of 0: none to merge.
   """
 
@@ -166,13 +169,13 @@ def make(
 
 
 class Chunks(NamedTuple):
-  """Tiles of the chunks of prefills, int32; all but one [W], longest first.
+  """Tiles of the chunks of prefills: int32 arrays of W tiles, longest first.
 
   Attributes:
-    seq: whose.
-    first_query: of the tile, in the sequence.
-    start, stop: the key blocks [start, stop) of the sequence.
-    count: [1], the real ones; the rest is padding.
+    seq: [W], the sequence.
+    first_query: [W], first query of the tile, in the sequence.
+    start, stop: [W], the key blocks [start, stop) of the sequence.
+    count: [1], the number of real tiles; the rest is padding.
   """
 
   seq: Any
@@ -194,7 +197,7 @@ def make_chunks(
   sliding_window: int | None = None,
   xp: Any = np,
 ) -> Chunks:
-  """What a plan without wide tiles leaves out, cut into tiles of queries.
+  """Cuts what a plan without wide tiles leaves out into tiles of queries.
 
   Args:
     kv_lens, cu_q_lens, distribution: as of `api.ragged_paged_attention`.
@@ -224,7 +227,10 @@ def make_chunks(
 
 def _q_lens(cu_q_lens: Any, distribution: Any, small: int,
             xp: Any) -> tuple[Any, Any]:
-  """Queries of each sequence, 0 for padding; and which get narrow tiles."""
+  """Returns the queries of each sequence, and which get narrow tiles, [S] each.
+
+  Padding has 0 queries.
+  """
   place = xp.arange(cu_q_lens.shape[0] - 1)
   q_lens = xp.where(
     place < distribution[1], cu_q_lens[1:] - cu_q_lens[:-1], 0)
@@ -232,16 +238,17 @@ def _q_lens(cu_q_lens: Any, distribution: Any, small: int,
 
 
 class _Expanded(NamedTuple):
-  """Rows repeated: row `seq` for the `place`-th time."""
+  """Repeated rows: row `seq` for the `place`-th time, [size] each."""
 
   seq: Any
   place: Any
 
 
 def _expand(counts: Any, size: int, xp: Any) -> tuple[_Expanded, Any]:
-  """Repeats row i counts[i] times, [size]; and how many these are.
+  """Repeats row i counts[i] times, padded to [size]; counts the real rows.
 
-  counts [2, 0, 1] -> seq [0, 0, 2, ...], place [0, 1, 0, ...], 3
+  Worked example: counts=[2, 0, 1] -> seq [0, 0, 2, ...], place [0, 1, 0, ...],
+  and 3.
   """
   ends = xp.cumsum(counts)
   index = xp.arange(size)
@@ -253,7 +260,8 @@ def _expand(counts: Any, size: int, xp: Any) -> tuple[_Expanded, Any]:
 
 def _block_range(first: Any, stop: Any, block_n: int,
                  sliding_window: int | None, xp: Any) -> tuple[Any, Any]:
-  """The key blocks that queries at positions [first, stop) see."""
+  """Returns the key blocks, [start, stop), that queries at [first, stop) see.
+  """
   oldest = first * 0 if sliding_window is None else (
     xp.maximum(first - sliding_window + 1, 0))
   return oldest // block_n, _ceil(stop, block_n)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of one byte each, with a scale for every token and head.
 
-A scale is made when a token is written, from its own numbers alone, so that
-nothing has to be calibrated, and nothing that was written is ever touched
-again. One scale for a whole page could not do that: a later token with larger
-numbers would have them all rounded anew. vLLM has the same as
+A scale is made when a token is written, from its own numbers alone, so nothing
+has to be calibrated, and what was written is never touched again. One scale
+for a whole page would not allow that: a later token with larger numbers would
+force all the others to be rounded anew. vLLM has the same as
 `int8_per_token_head` and `fp8_per_token_head`, beside scales of whole tensors
-that checkpoints bring. For a head dim of 128 scales add a thirty-second.
+that checkpoints bring. For a head dim of 128, scales add one thirty-second.
 
 int8 is the more accurate of the two, wherever a head's largest number is not
 many times its usual one. fp8 is float8_e4m3fn. Its bits are kept as uint8, as
 vLLM and FlashInfer do: GPUs before Ada can't convert it, and XLA would convert
-whole caches on CPUs. `decode` takes it apart with integer operations that
-every device has.
+whole caches on CPUs. `decode` converts it with integer operations that every
+device has.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jax import lax
 import jax.numpy as jnp
 
 INT8, FP8 = jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)
-# What a number is rounded to -> how it is kept, and the largest.
+# The dtype a number is rounded to -> the dtype it is kept in, the largest.
 _KEPT = {INT8: (INT8, 127.0), FP8: (jnp.dtype(jnp.uint8), 448.0)}
 DTYPES = tuple(_KEPT)
 SCALE_DTYPE = jnp.dtype(jnp.float32)
 KEPT_DTYPES = tuple(kept for kept, _ in _KEPT.values())
-_TINY = 1e-30  # A scale for zeros, which 0 must not be divided by.
+_TINY = 1e-30  # The scale where all numbers are 0: 0 / 0 would be NaN.
 
 
 class Quantized(NamedTuple):
@@ -38,7 +38,7 @@ class Quantized(NamedTuple):
   Attributes:
     values: [..., h] int8, or uint8 for the bits of float8_e4m3fn. Where h is
       depends on the pages' layout.
-    scales: float32, as values but for h.
+    scales: float32, shaped as the rows were but for h.
   """
 
   values: jax.Array
@@ -49,12 +49,12 @@ Pages: TypeAlias = jax.Array | Quantized
 
 
 def values_of(pages: Pages) -> jax.Array:
-  """The array of keys or values, however they are kept."""
+  """Returns the array of keys or values, quantized or not."""
   return pages.values if isinstance(pages, Quantized) else pages
 
 
 def kept_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-  """The dtype of the array that numbers of `dtype` are kept in."""
+  """Returns the dtype of the array that numbers of `dtype` are kept in."""
   dtype = jnp.dtype(dtype)
   return _KEPT[dtype][0] if dtype in _KEPT else dtype
 
@@ -88,14 +88,14 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
 
 
 def quantize_like(x: jax.Array, pages: Quantized) -> Quantized:
-  """`quantize` for pages that are kept so already."""
+  """Quantizes x, [..., h], to the dtype that pages are kept in."""
   dtype = next(d for d, (kept, _) in _KEPT.items()
                if kept == pages.values.dtype)
   return quantize(x, dtype)
 
 
 def decode(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """The numbers that bytes stand for, exactly; other numbers are converted.
+  """Converts kept bytes to their numbers, exactly; converts floats, too.
 
   Args:
     values: int8, uint8 for the bits of float8_e4m3fn, or any float.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The definition of the operation: a plain loop over sequences, in NumPy.
 
-It looks at values, so it can't be traced: call it outside `jax.jit`.
+It reads values, so it can't be traced: call it outside `jax.jit`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def ragged_paged_attention(
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
-  """See `api.ragged_paged_attention`. Rows of padding are zero.
+  """Attends as `api.ragged_paged_attention`. Rows of padding are zero.
 
   Raises:
     NotImplementedError: it is traced.
@@ -54,7 +54,13 @@ def _numbers(pages: quantization.Pages) -> np.ndarray:
 
 
 def _gather(pages: np.ndarray, table: np.ndarray, context: int) -> np.ndarray:
-  """The first `context` rows that the pages of a sequence hold, float32."""
+  """Returns a sequence's first `context` rows, [context, K, h] float32.
+
+  Args:
+    pages: [N, K, page_size, h].
+    table: [P], the sequence's pages.
+    context: tokens in the cache.
+  """
   num_kv_heads, page_size, head_dim = pages.shape[1:]
   used = pages[table[:-(-context // page_size)]]  # [pages, K, page_size, h]
   rows = used.transpose(0, 2, 1, 3).reshape(-1, num_kv_heads, head_dim)
@@ -67,7 +73,7 @@ def _attend(
   v: np.ndarray,  # [context, K, h]
   options: batch_lib.Options,
 ) -> np.ndarray:
-  """The last `q_len` rows of causal attention."""
+  """Returns the last `q_len` rows of causal attention, [q_len, H, h]."""
   q_len, num_heads, head_dim = q.shape
   context, num_kv_heads, _ = k.shape
   grouped = q.reshape(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the GPU kernels' tiles, by device and shape: tables.
+"""Tables of the sizes of the GPU kernels' tiles, by device and shape.
 
-`TUNED` is for what a GPU showed to be the fastest, by `scripts/gpu_check
---stages=tune`; none did yet. The others' sizes are what compiles for the
-device without a register spilled and leaves room for two blocks on each
-multiprocessor where it can (`python -m pallas_kernels.aot` shows it, and CI
-proves it, for both).
+`TUNED` is for sizes that were measured to be the fastest on a GPU, by
+`scripts/gpu_check --stages=tune`; there are none yet. The other sizes are
+those that compile for the device without spilling a register and, where
+possible, leave room for two blocks on each multiprocessor. `python -m
+pallas_kernels.aot` shows it, and CI proves it, for both.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 
-INDICES = 2**31  # that int32 has; see `api.most_pages`
+INDICES = 2**31  # indices that int32 has; see `api.most_pages`
 
 
 def pieces(size: int) -> tuple[tuple[int, int], ...]:
-  """An axis in powers of two, (first, size), as Triton needs them: no masks.
+  """Cuts an axis into powers of two, (first, size), which Triton needs.
 
-  80 -> (0, 64), (64, 16)
+  So no load needs a mask. Worked example: 80 -> (0, 64), (64, 16).
   """
   sizes = [1 << i for i in reversed(range(size.bit_length())) if size >> i & 1]
   return tuple((sum(sizes[:i]), n) for i, n in enumerate(sizes))
@@ -55,10 +55,14 @@ class Shape:
   @classmethod
   def of(cls, q: jax.Array | jax.ShapeDtypeStruct,
          k_pages: quantization.Pages) -> Shape:
-    """The shape of a call.
+    """Returns the shape of a call.
+
+    Args:
+      q: [T, H, h].
+      k_pages: of `api.init_pages`, as rows.
 
     Raises:
-      NotImplementedError: the kernel can't have it; says why.
+      NotImplementedError: the kernel doesn't support it; says why.
     """
     check_indices(k_pages)
     _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
@@ -74,17 +78,17 @@ class Shape:
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
-    """Of the channels."""
+    """The channels, in powers of two; see `pieces`."""
     return pieces(self.head_dim)
 
   def channels(self) -> list[jax.Array]:
-    """The indices of each piece's channels."""
+    """Returns the indices of each piece's channels, int32 [size]."""
     return [first + jnp.arange(size, dtype=jnp.int32)
             for first, size in self.pieces]
 
   @property
   def dot_options(self) -> dict[str, Any]:
-    """Of a matmul: float32 is not rounded to TensorFloat32."""
+    """Keyword arguments of matmuls: float32 isn't rounded to TensorFloat32."""
     return dict(allow_tf32=False) if self.dtype == 'float32' else {}
 
 
@@ -117,14 +121,14 @@ class Sizes:
       has_wide=self.has_wide)
 
 
-# Of Sizes, what the tables have.
+# The fields of Sizes that the tables hold.
 NUMBERS = 'wide_rows', 'block_n', 'num_warps', 'num_stages'
 _Numbers = tuple[int, int, int, int]
 # (device, dtype, kv_dtype, H / K, head_dim, page_size) ->
 TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
 _WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
-# Of float32 over a quantized cache; in a pipeline, what is converted spills.
+# For float32 over a quantized cache: with more stages, registers spill.
 _CONVERTED = (32, 16, 8, 1)
 _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a100': {(2, 128): (64, 32, 4, 2)} | _WIDE,
@@ -137,8 +141,8 @@ _ITS_OWN: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
 # What `implementation=None` of `api.write_kv` means, for pages of rows: one of
 # `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
 _WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
-# What `implementation=None` means, the first that can have the pages. It is for
-# a measurement to put pallas_mosaic before pallas_triton on H100, and there is
+# `implementation=None` means the first of these that supports the pages. Only a
+# measurement may put pallas_mosaic before pallas_triton on H100, and there is
 # none yet: `scripts/gpu_check` has both in its sweep.
 _FASTEST: Mapping[str, tuple[str, ...]] = {
   'a100': ('pallas_triton',), 'a40': ('pallas_triton',),
@@ -146,10 +150,10 @@ _FASTEST: Mapping[str, tuple[str, ...]] = {
 
 
 def choose(shape: Shape) -> Sizes:
-  """The sizes for a shape, on the default device.
+  """Returns the sizes for a shape, on the default device.
 
-  Those of the GPU in the tables that its multiprocessors are like, which is
-  told by its compute capability. CPUs interpret the kernel.
+  Takes those of the GPU in the tables whose multiprocessors are alike, by
+  compute capability. CPUs interpret the kernel.
 
   Raises:
     NotImplementedError: there are none for such a shape or device.
@@ -174,9 +178,9 @@ def choose(shape: Shape) -> Sizes:
   raise AssertionError
 
 
-# What is worth a try, the most promising first: of these, machine code has the
-# fewest instructions a product (tiles of 128 rows by eight warps), or loads a
-# block before the one at hand is done (three stages).
+# Sizes worth trying, the most promising first. Those have the fewest machine
+# instructions a product (tiles of 128 rows by eight warps), or load a block
+# before the current one is done (three stages).
 _CANDIDATES: tuple[_Numbers, ...] = (
   (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2),
   (64, 32, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2),
@@ -185,14 +189,18 @@ _CANDIDATES: tuple[_Numbers, ...] = (
 
 
 def candidates() -> Iterator[Sizes]:
-  """What is worth a try on the default device, the most promising first."""
+  """Yields sizes worth trying on the default device, most promising first."""
   num_blocks = 2 * _multiprocessors(default_device())
   for numbers in _CANDIDATES:
     yield Sizes(*numbers, num_blocks=num_blocks)
 
 
 def check_device(device: Any) -> None:
-  """Raises NotImplementedError if pallas_triton can't run there."""
+  """Raises NotImplementedError if pallas_triton can't run there.
+
+  Args:
+    device: a jax.Device.
+  """
   if device.platform == 'cpu':
     return
   _check(device.platform in ('gpu', 'cuda'), 'platform', device.platform,
@@ -211,12 +219,12 @@ def check_indices(pages: quantization.Pages) -> None:
 
 
 def fastest() -> tuple[str, ...]:
-  """The implementations for the default device, the fastest first."""
+  """Returns the implementations for the default device, fastest first."""
   return _FASTEST.get(measured_as(default_device()), ('pallas_triton',))
 
 
 def writer() -> str:
-  """What writes to pages of rows the fastest, on the default device."""
+  """Returns the fastest writer of pages of rows, on the default device."""
   return _WRITER.get(measured_as(default_device()), 'xla')
 
 
@@ -225,9 +233,12 @@ def _target(device: Any) -> str:
 
 
 def measured_as(device: Any) -> str:
-  """The target whose measurements are its own, too; '' if none's are.
+  """Returns the target whose measurements hold for a device; '' if none's do.
 
-  Of the same multiprocessors, and not of those that have as much room.
+  Such a target has the same multiprocessors, and not just as much room.
+
+  Args:
+    device: a jax.Device.
   """
   target = _target(device)
   major, minor = gpu_targets.get(target).compute_capability
@@ -240,7 +251,7 @@ def _capability(device: Any) -> str:
 
 
 def _multiprocessors(device: Any) -> int:
-  """Of the device, if it says so: an H100 has 114 or 132."""
+  """Returns a device's count, if it says so: an H100 has 114 or 132."""
   count: int | None = getattr(device, 'core_count', None)
   if device.platform == 'cpu' or not count:
     return gpu_targets.get(_target(device)).multiprocessors
@@ -254,10 +265,10 @@ class MosaicSizes:
   Attributes:
     block_n: keys of a block.
     num_stages: blocks of keys, and of values, that shared memory holds.
-    heads: of the queries of a tile, which share their keys.
-    queries: of a tile, for each of its heads.
-    num_blocks: of the GPU's, that share the tiles.
-    interpret: there is no GPU.
+    heads: heads of a tile's queries, which share their keys.
+    queries: queries of a tile, for each of its heads.
+    num_blocks: blocks (CTAs) of the GPU that share the tiles.
+    interpret: whether to interpret the kernel, as there is no GPU.
   """
 
   block_n: int
@@ -274,7 +285,7 @@ _INTERPRETED_BLOCKS = 2  # Each runs after the other.
 
 
 def choose_mosaic(shape: Shape) -> MosaicSizes:
-  """The sizes for a shape, on the default device.
+  """Returns pallas_mosaic's sizes for a shape, on the default device.
 
   Raises:
     NotImplementedError: there are none for such a shape, device or JAX.
@@ -302,7 +313,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
 
 
 def default_device() -> jax.Device:
-  """Where a computation runs that does not say where."""
+  """Returns the device on which JAX computes by default."""
   config: Any = jax.config
   device = config.jax_default_device
   return jax.devices(device)[0] if device is None or isinstance(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call may be: checked while tracing, and, for tests, by value."""
+"""Checks the arguments of a call: while tracing and, in tests, by value."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def static_validate(
 
 def validate_options(sliding_window: int | None,
                      soft_cap: float | None) -> None:
-  """Checks what is not an array.
+  """Checks the arguments that are not arrays.
 
   Raises:
     ValueError: names the argument, what it is, and the rule.
@@ -117,7 +117,7 @@ def dynamic_validate(
   cu_q_lens: jax.Array,
   distribution: jax.Array,
 ) -> None:
-  """Checks values, which no jitted code can: for tests and debugging.
+  """Checks values, which jitted code can't: for tests and debugging.
 
   Raises:
     ValueError: names the argument, what it is, and the rule.
@@ -178,7 +178,7 @@ def _check_table(page_indices: jax.Array, kv_lens: jax.Array) -> None:
 
 
 def _check_cache(k_pages: Pages, v_pages: Pages) -> None:
-  """Both as from `api.init_pages`."""
+  """Checks that both are as `api.init_pages` makes them."""
   both = {'k_pages': k_pages, 'v_pages': v_pages}
   for name, pages in both.items():
     _check_ranks(**{name: quantization.values_of(pages)})

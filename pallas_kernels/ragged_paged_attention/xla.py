@@ -26,7 +26,8 @@ def ragged_paged_attention(
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
-  """See `api.ragged_paged_attention`; the pages are tiles (see `layout`)."""
+  """Attends as `api.ragged_paged_attention`; pages are tiles (see `layout`).
+  """
   num_tokens, num_heads, head_dim = q.shape
   num_kv_heads = quantization.values_of(k_pages).shape[1]
   grouped = (q.astype(jnp.float32) * options.scale).reshape(

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decodes in plain JAX: one query each of many sequences, bound by memory.
 
-The pages in use, of all decodes, form one list of work items; a loop takes
-a block of them a turn, so its length is that of the work and not that of the
-longest context. What makes it fast on XLA's CPU backend, as of JAX 0.10:
+The pages in use, of all decodes, form one list of work items. A loop takes a
+block of them each turn, so it is as long as the work and not as the longest
+context. What makes it fast on XLA's CPU backend, as of JAX 0.10:
 
 - No matmul: its operand, the gathered pages, would be written and read once
   more. `_mix` is an elementwise expression without a reduction, unrolled over
   the channels, which the compiler fuses with the gather and vectorizes.
-- Gathers are indexed once per query head. Read once and broadcast to the
-  heads of a group, XLA would not fuse them.
-- Each `_mix` stands in a conditional that is always taken. Without that wall
-  around them XLA fuses the neighbours, and leaves the gathers out.
+- Gathers are indexed once per query head. XLA would not fuse them if they were
+  read once and broadcast to the heads of a group.
+- Each `_mix` stands in a conditional that is always taken. Without that wall,
+  XLA fuses its neighbours and leaves the gathers out.
 - Blocks are large enough for XLA to share each fusion among its threads; two
   loops would not run side by side.
 """
@@ -93,8 +93,8 @@ def decodes(
            jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
            jnp.zeros((rows, num_kv_heads, group), jnp.float32))
   done = jnp.int32(0)
-  # A single sequence may have fewer pages than a block, so its rest is done
-  # in small ones; of many, the rest is not worth a loop more.
+  # A single sequence may have fewer pages than a block, so its rest is done in
+  # small blocks. With many sequences the rest is not worth another loop.
   sizes = (_BLOCK, _SMALL_BLOCK) if num_seqs == 1 else (_BLOCK,)
   for size in sizes:
     left = total - done
@@ -121,7 +121,7 @@ def _work_items(
   Returns:
     (seq, page, start, stop), each int32 [items], padded to whole blocks with
     seq S and start = stop = 0; in a page, positions [start, stop) are seen.
-    And how many items are real.
+    And the number of real items.
   """
   num_seqs, pages = page_indices.shape
   live = jnp.arange(num_seqs) < num_decodes
@@ -145,7 +145,7 @@ def _work_items(
 
 
 def _scores(q: jax.Array, k_pages: jax.Array, page: jax.Array) -> jax.Array:
-  """q . k: [block, K, G, h] -> [block, K, page_size / l, G, l]."""
+  """Computes q . k: [block, K, G, h] -> [block, K, page_size / l, G, l]."""
   return _mix([q[..., c] for c in range(q.shape[-1])], k_pages, page)
 
 
@@ -155,7 +155,7 @@ def _mixed(
   page: jax.Array,
   seen: jax.Array,  # [block, page_size]
 ) -> jax.Array:
-  """Values, weighted and summed: [block, K, h / l, G, l]."""
+  """Returns the values, weighted and summed: [block, K, h / l, G, l]."""
   keep = -seen.astype(jnp.int32)  # all bits, or none
   columns = range(seen.shape[1])
   return _marked(_mix([weights[..., c] for c in columns], v_pages, page,
@@ -168,12 +168,12 @@ def _mix(
   page: jax.Array,  # [block]
   keep: Sequence[jax.Array] | None = None,  # C of [block]
 ) -> jax.Array:
-  """sum_c factors[c] * pages[page, :, :, c], [block, K, A, G, l].
+  """Returns sum_c factors[c] * pages[page, :, :, c], [block, K, A, G, l].
 
-  The heads of a group follow each other at every tile, which is then in the
-  nearest cache, and the loads of the next one overlap with them.
+  Does the heads of a group one after another at every tile. The tile is then
+  in the nearest cache, and the loads of the next one overlap with them.
 
-  Where keep[c] is 0 a factor of 0 meets 0, whatever the page holds (NaN).
+  Where keep[c] is 0, the number of the page is replaced by 0: it may be NaN.
   """
   num_kv_heads, num_tiles, _, lanes = pages.shape[1:]
   tiles = pages.reshape(-1, *pages.shape[3:])  # [N * K * A, C, l]
@@ -206,29 +206,40 @@ def _walled(
   function: Callable[..., jax.Array],
   *args: jax.Array,
 ) -> jax.Array:
-  """function(*args), fused with nothing outside."""
+  """Returns function(*args), and keeps XLA from fusing it with its context."""
   out = jax.eval_shape(function, *args)
   return lax.cond(wall, function,
                   lambda *_: jnp.zeros(out.shape, out.dtype), *args)
 
 
 def _row_max(belongs: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:
-  """The highest of a row's items and its old value."""
+  """Returns the highest of each row's items and its old value.
+
+  Args:
+    belongs: bool [rows, block], whether an item is of a row.
+    x: [block, K, G], the items.
+    old: [rows, K, G].
+  """
   mine = jnp.where(belongs[:, :, None, None], x[None], _MASKED)
   return jnp.maximum(old, mine.max(1))
 
 
 def _marked(x: jax.Array) -> jax.Array:
-  """Numbers for `_row_sum`, with marks for what is not finite, or as good as.
+  """Marks the numbers that are not finite, or too large, for `_row_sum`.
 
-  Others' items are multiplied by 0 there, and 0 * NaN is NaN: a sequence whose
+  It multiplies other rows' items by 0, and 0 * NaN is NaN: a sequence whose
   values are NaN would ruin the others of its block.
   """
   return jnp.where(jnp.abs(x) <= 1e30, x, 1e37)
 
 
 def _row_sum(belongs: jax.Array, x: jax.Array) -> jax.Array:
-  """The sum of a row's items. A matmul, for scatters are slow on CPUs."""
+  """Sums each row's items, by a matmul, for scatters are slow on CPUs.
+
+  Args:
+    belongs: bool [rows, block], whether an item is of a row.
+    x: [block, ...], the items, of `_marked`.
+  """
   flat = x.reshape(len(x), -1)
   total = jnp.dot(belongs.astype(jnp.float32), flat, precision='highest')
   return jnp.where(total < 1e36, total, jnp.nan).reshape(x.shape)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks of prefills in plain JAX: matmuls, bound by arithmetic.
 
-A tile of a chunk's queries after the other meets the pages before it, some at
-once, with the online softmax. All is transposed, queries side by side, so that
-what is summed and compared over keys are whole vectors.
+A chunk's queries are cut into tiles. One tile after another attends to the
+pages before it, a few pages at once, with the online softmax. Everything is
+transposed, with queries side by side, so that sums and maxima over keys are of
+whole vectors.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def chunks(
 
   def tile(s: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
     """Sets the chunk's rows from `row` on, as many as a tile holds."""
-    # No tile may stand out: the last one starts earlier, with rows of others.
+    # No tile may reach beyond the batch: the last one starts earlier, with
+    # rows of other sequences.
     start = jnp.minimum(row, num_tokens - size)
     rows = start + jnp.arange(size)
     queries = lax.dynamic_slice_in_dim(q, start, size)
@@ -97,7 +99,7 @@ def chunks(
 
 
 def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
-  """The keys of some pages, [K, len(pages) * page_size, h], float32."""
+  """Returns keys of some pages, [K, len(pages) * page_size, h] float32."""
   tiles = quantization.values_of(k_pages)[pages]
   tiles = tiles.transpose(1, 0, 2, 4, 3)  # [K, pages, tiles, l, h]
   keys = quantization.decode(
@@ -106,7 +108,7 @@ def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
 
 
 def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
-  """The values of some pages, [K, h, len(pages) * page_size], float32."""
+  """Returns values of some pages, [K, h, len(pages) * page_size] float32."""
   tiles = quantization.values_of(v_pages)[pages]
   tiles = tiles.transpose(1, 2, 4, 0, 3)  # [K, h / l, l, pages, page_size]
   heads, outer, lanes = tiles.shape[:3]
@@ -116,7 +118,10 @@ def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
 
 
 def _scales(pages: quantization.Pages, indices: jax.Array) -> jax.Array:
-  """[K, len(indices) * page_size], or [1, 1] of ones."""
+  """Returns scales of some pages, [K, len(indices) * page_size] float32.
+
+  Returns ones, [1, 1], where pages are not quantized.
+  """
   if not isinstance(pages, quantization.Quantized):
     return jnp.ones((1, 1))
   scales = pages.scales[indices].swapaxes(0, 1)
