@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A converted checkpoint: what it is, and its parameters.
+"""A converted checkpoint: its metadata and its parameters.
 
 A folder with
 
-  sarathi.json   what `CheckpointMetadata` says; written last
+  sarathi.json   the `CheckpointMetadata`; written last
   params/        the parameters, an orbax checkpoint
   tokenizer.json, tokenizer_config.json ...   where the model has a tokenizer
 
@@ -35,7 +35,7 @@ DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
 _ZARR_DTYPES: Mapping[str, str] = {
   'bfloat16': 'bfloat16', 'float16': '<f2', 'float32': '<f4'}
 
-# What of generation_config.json is kept: names of SamplingParams' fields, and
+# The names kept of generation_config.json: fields of SamplingParams, and
 # do_sample, without which transformers ignores them.
 GENERATION_FIELDS = ('do_sample', *(
   name for name, field in sampling_params.FIELDS.items()
@@ -46,7 +46,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMetadata:
-  """What sarathi.json says.
+  """The content of sarathi.json.
 
   Attributes:
     model: the model.
@@ -70,8 +70,8 @@ class CheckpointMetadata:
   def default_sampling(self) -> dict[str, Any]:
     """Returns what the makers recommend, as fields of SamplingParams.
 
-    For requests that don't say. Nothing if the makers don't sample:
-    transformers then ignores the rest, too.
+    They are for requests that don't set their own. Returns nothing if the
+    makers don't sample: transformers then ignores the rest, too.
     """
     return default_sampling(self.generation)
 
@@ -97,7 +97,7 @@ class CheckpointMetadata:
 
 
 def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
-  """Does what `CheckpointMetadata.default_sampling` says."""
+  """Returns `CheckpointMetadata.default_sampling` of a `generation`."""
   return {name: value for name, value in generation.items()
           if name != 'do_sample' and generation.get('do_sample')}
 
@@ -115,8 +115,9 @@ def load_metadata(directory: PathLike) -> CheckpointMetadata:
   """Reads sarathi.json. Loads no JAX.
 
   Raises:
-    CheckpointError: no such folder, no or damaged sarathi.json, an unknown
-      format version or field, or a model that is not valid.
+    CheckpointError: there is no such folder, sarathi.json is missing or
+      damaged, its format version or a field is unknown, or its model is not
+      valid.
   """
   directory = pathlib.Path(directory)
   path = directory / METADATA
@@ -166,7 +167,7 @@ def write_metadata(directory: PathLike, metadata: CheckpointMetadata) -> None:
 
 
 def restore_params(directory: PathLike, sharding: Any = None) -> Any:
-  """Reads the parameters, straight onto devices.
+  """Reads the parameters straight onto devices.
 
   Args:
     directory: a converted checkpoint.
@@ -177,11 +178,11 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
     The parameters, as `models.param_specs` describes them, jax.Arrays.
 
   Raises:
-    CheckpointError: `load_metadata`'s reasons, or an array that is missing,
-      truncated or of another shape, by name.
+    CheckpointError: for `load_metadata`'s reasons, or an array is missing,
+      truncated or of another shape; names it.
   """
   metadata = load_metadata(directory)
-  import jax  # so that metadata can be had without
+  import jax  # Here, so that metadata can be read without JAX.
   import orbax.checkpoint as ocp
   specs = models.param_specs(metadata.model)
   folder = pathlib.Path(os.path.abspath(directory)) / PARAMS
@@ -205,9 +206,9 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
 
 
 def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
-  """Finds what is missing or truncated from names and sizes alone.
+  """Finds missing and truncated files, by their names and sizes alone.
 
-  An OCDBT checkpoint, which somebody else wrote, is left to orbax to check.
+  Leaves OCDBT checkpoints, which our converter does not write, to orbax.
   """
   if not folder.is_dir():
     raise errors.CheckpointError(f'{folder}: no such folder.')
@@ -254,12 +255,12 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
 
 
 class Checkpoint(NamedTuple):
-  """What a model is loaded from.
+  """An open checkpoint, to load a model from.
 
   Attributes:
-    metadata: what it is.
-    read: reads parts of its parameters.
-    folder: where the files of its tokenizer are.
+    metadata: what sarathi.json says, or would say.
+    read: reads parts of the parameters.
+    folder: holds the files of the tokenizer.
   """
 
   metadata: CheckpointMetadata
@@ -268,7 +269,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_converted(directory: PathLike) -> Checkpoint:
-  """Opens a converted checkpoint, and reads none of its parameters yet.
+  """Opens a converted checkpoint, without reading any parameters yet.
 
   Raises:
     CheckpointError: as `restore_params`.

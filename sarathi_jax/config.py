@@ -16,23 +16,23 @@ from typing import Any
 
 from sarathi_jax import errors
 
-AUTO = 'auto'  # Chosen when it is known what for.
+AUTO = 'auto'  # Chosen once the model and the device are known.
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
 KV_CACHE_DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8', 'fp8')
 
 
 def is_int(value: object) -> bool:
-  """Whether it is an integer, and no truth value."""
+  """Says whether a value is an integer, and not a bool."""
   return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value: Any) -> bool:
-  """Whether it is a number that a float can be, neither infinite nor NaN."""
+  """Says whether a value is a number that a float can hold, and finite."""
   return ((is_int(value) or isinstance(value, float))
           and abs(value) <= sys.float_info.max)
 
 
-# What a value must be: whether it is, and how that is said.
+# What a value must be: a test of it, and the rule in words.
 Rule = tuple[Callable[[Any], bool], str]
 SIZE: Rule = (lambda value: is_int(value) and value >= 1,
               'must be an integer >= 1')
@@ -41,13 +41,13 @@ FLAG: Rule = (lambda value: isinstance(value, bool), 'must be true or false')
 
 
 def or_none(rule: Rule, text: str | None = None) -> Rule:
-  """The same, for what may be None; `text` instead of its words."""
+  """Returns the rule that also allows None; `text` replaces its words."""
   holds, words = rule
   return lambda value: value is None or holds(value), text or words
 
 
 def one_of(values: Collection[object]) -> Rule:
-  """Being among some."""
+  """Returns the rule that a value must be one of these."""
   return (lambda value: value in values,
           f'must be one of {", ".join(map(str, values))}')
 
@@ -66,19 +66,19 @@ def check(ok: bool, field: str, value: Any, rule: str) -> None:
 
 
 def default_cache_dir() -> pathlib.Path:
-  """Where what is made anew only once is kept: converted checkpoints."""
+  """Returns the folder that keeps converted checkpoints and compiled steps."""
   return pathlib.Path('~/.cache/sarathi_jax').expanduser()
 
 
 SLOS = 'tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'
-# Of the two targets, if only one is given. MLPerf's and others' are about ten
-# apart; this is where one gives way to the other.
+# The ratio of the two targets, where only TBT's is given. MLPerf's and others'
+# have ratios of about ten; with this one, TBT gives way to TTFT later.
 _TTFT_OVER_TBT = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-  """What an engine is asked to be.
+  """An engine's configuration, as its user writes it.
 
   Attributes:
     policy: 'sarathi', 'vllm', 'orca' or 'faster_transformer'.
@@ -93,25 +93,25 @@ class EngineConfig:
       device (on a CPU, which can't tell: 1 GiB).
     memory_utilization: the part of a device's memory that may be used, where
       the size of the KV cache is not given.
-    look_ahead: launch a step before the one before it was fetched.
+    look_ahead: whether to launch a step before the previous one was fetched.
     short_prompt_share: the part of a step's prefill tokens that a prompt
       leaves to the prompts behind it, in [0, 1).
-    dtype: what a checkpoint's weights are served, and computed with, in:
+    dtype: the dtype that a checkpoint's weights are kept and computed with:
       'float32', 'bfloat16' or 'float16'; 'auto' for the checkpoint's own, but
       on a CPU 'float32', as 16 bits take several times as long there. Live
-      weights are served in their own.
+      weights keep their own.
     kv_cache_dtype: 'auto' for the weights' ('float32' on a CPU), 'float32',
       'bfloat16' or 'float16'; 'int8' or 'fp8' (e4m3) for half the memory or
       less, with a scale for each token and head.
-    tbt_slo_ms: the time between tokens, milliseconds, that each step's budget
-      is to follow, up to token_budget; None for token_budget always. By
-      measured step times; of policy sarathi only.
-    ttft_slo_ms: the time to a prompt's first token, milliseconds, beside what
-      computing it takes, at which tbt_slo_ms gives way; None: twenty times
-      tbt_slo_ms.
-    batch_tbt_slo_ms: the same for requests of the tier 'batch'; None: those
-      bound no step.
-    attention: an implementation of ragged_paged_attention; None picks one.
+    tbt_slo_ms: the target for the time between tokens (TBT), milliseconds.
+      Each step's budget follows it by measured step times, up to
+      token_budget; None for token_budget always. For policy sarathi only.
+    ttft_slo_ms: the target for the time to a prompt's first token (TTFT),
+      milliseconds, beyond the time that computing it takes. Where it can't be
+      met otherwise, tbt_slo_ms gives way; None: twenty times tbt_slo_ms.
+    batch_tbt_slo_ms: like tbt_slo_ms, for requests of the tier 'batch'; None:
+      these bound no step.
+    attention: the implementation of ragged_paged_attention; None picks one.
     tp: tensor parallelism: devices that share each layer.
     pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
@@ -153,13 +153,13 @@ class EngineConfig:
             'needs tbt_slo_ms')
 
   def cache_bytes(self, page_bytes: int) -> float | None:
-    """Returns the size asked for of the KV cache, on a device.
+    """Returns the configured bytes of the KV cache on one device.
 
     Args:
-      page_bytes: of a page, there.
+      page_bytes: bytes of a page on that device.
 
     Returns:
-      Bytes; None for what is free.
+      Bytes; None for all that is free.
     """
     if self.num_pages is not None:
       return self.num_pages * page_bytes
@@ -187,7 +187,7 @@ _ENGINE_RULES: Mapping[str, Rule] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-  """What a scheduler needs to know.
+  """A scheduler's configuration, resolved from the engine's.
 
   Attributes:
     token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms, ttft_slo_ms,
@@ -195,10 +195,10 @@ class SchedulerConfig:
     max_model_len: the most tokens of a sequence.
     num_pages, page_size: the KV cache.
     num_stages: pipeline stages. A sequence's next token can be launched once
-      that many steps were.
+      that many later steps were launched.
     look_ahead: whether one batch more than stages may be in flight.
-    prefix_cost: what each token before a prefill's adds to its cost, in
-      tokens; 0 where batches need not take the same time.
+    prefix_cost: what each earlier token of the sequence adds to the cost of a
+      prefill's token, in tokens; 0 where batches may take different times.
     eos_token_ids: tokens that end a sequence, unless it ignores them.
     seed: see `EngineConfig`.
   """
@@ -220,12 +220,12 @@ class SchedulerConfig:
 
   @classmethod
   def of(cls, config: EngineConfig, **resolved: Any) -> SchedulerConfig:
-    """Returns what a scheduler needs to know of an engine's config.
+    """Returns a scheduler's config, from an engine's.
 
     Args:
-      config: of the engine; what both have is the same in both.
-      resolved: fields that it does not have, or that depend on the model and
-        the device: max_model_len and num_pages at least.
+      config: of the engine; fields that both have are taken from it.
+      resolved: the other fields, and those that depend on the model and the
+        device: max_model_len and num_pages at least.
 
     Raises:
       ConfigError: the cache has no room for one sequence.
@@ -246,13 +246,13 @@ class SchedulerConfig:
 
   @property
   def ttft_target_s(self) -> float:
-    """What ttft_slo_ms means, seconds; with tbt_slo_ms."""
+    """The target for TTFT, in seconds; needs tbt_slo_ms."""
     assert self.tbt_slo_ms is not None
     return (self.ttft_slo_ms or _TTFT_OVER_TBT * self.tbt_slo_ms) / 1e3
 
   @property
   def max_in_flight(self) -> int:
-    """The most batches launched and not yet completed."""
+    """The most batches that may be launched and not yet completed."""
     return self.num_stages + self.look_ahead
 
   @property

@@ -14,9 +14,9 @@
   │   └── CheckpointError   a checkpoint is missing, damaged or unknown
   └── EngineDeadError       the engine stopped; nothing more will be served
 
-A message names the field, the value it got, and the rule. A value may be as
-large as a client likes: a message has it by `shown`, and what else came from
-a client by `cut`.
+A message names the field, the value it got, and the rule. A client may send a
+value of any size: a message shortens it by `shown`, and any other text of a
+client by `cut`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 10
 
 
 def shown(value: object) -> str:
-  """The repr of a value, or of its ends, and then its length."""
+  """Returns the repr of a value; of a long one, of its ends, and its length.
+  """
   text = _SHORT.repr(value)
   size = len(value) if isinstance(
     value, (str, bytes, list, tuple, dict, set, frozenset)) else 0
@@ -39,7 +40,7 @@ def shown(value: object) -> str:
 
 
 def cut(text: str, most: int = _MOST) -> str:
-  """A text, or its beginning, and then its length."""
+  """Returns a text; of a long one, its beginning and its length."""
   if len(text) <= most:
     return text
   return f'{text[:most]}... (length {len(text):,})'
@@ -54,7 +55,7 @@ class InvalidRequestError(SarathiError, ValueError):
 
 
 class UnsupportedError(InvalidRequestError):
-  """A request for something that this engine does not do."""
+  """A valid request for something that this engine does not do."""
 
 
 class ForbiddenError(InvalidRequestError):
@@ -66,7 +67,7 @@ class NotFoundError(InvalidRequestError):
 
 
 class BusyError(SarathiError, RuntimeError):
-  """A call while another thread uses what takes one at a time."""
+  """A call while another thread uses an object that admits one at a time."""
 
 
 class CapacityError(SarathiError):
@@ -74,8 +75,8 @@ class CapacityError(SarathiError):
 
   Args:
     message: what is full.
-    retry_after_s: when it may be worth to try again, seconds; by default a
-      guess.
+    retry_after_s: seconds after which it may be worth trying again; the
+      default is a guess.
   """
 
   def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
@@ -104,7 +105,7 @@ class EngineDeadError(SarathiError):
 
 
 def describe(error: BaseException) -> str:
-  """What went wrong, in words: some errors have none."""
+  """Returns an error in words; of one without a message, its type's name."""
   if isinstance(error, SarathiError):
     return str(error) or type(error).__name__
   return f'{type(error).__name__}: {error}'.removesuffix(': ')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine inside a JAX program: `LLM`. And what mains build engines with."""
+"""`LLM`: the engine inside a JAX program; command lines build theirs by it."""
 
 from __future__ import annotations
 
@@ -55,35 +55,36 @@ class LLM:
   A train step that donates its state deletes the weights that are served:
   call `update_params` with the new ones before anything is generated again.
 
-  Every step is compiled when an LLM is made, which is shown on standard error,
-  and kept for the next start (`EngineConfig.compilation_cache_dir`). It uses
-  no threads and no event loop once that is done. One thread at a time may use
-  it: who comes second gets a BusyError that names the first, and nothing is
-  lost. Ctrl-C, or a notebook's stop button, ends a `generate` or `stream`
-  between two steps, and leaves the LLM in order.
+  Making an LLM compiles every step, shows that on standard error, and keeps
+  the steps for the next start (`EngineConfig.compilation_cache_dir`). After
+  that it uses no threads and no event loop. One thread at a time may use it: a
+  second one gets a BusyError that names the first, and nothing is lost.
+  Ctrl-C, or a notebook's stop button, ends a `generate` or `stream` between
+  two steps, and leaves the LLM intact.
 
   Args:
-    model: what the model is.
-    params: its weights; see `models.param_specs`. They are not copied, so
-      they must not be donated or deleted while this serves them.
-    mesh: where to run; None for where they are, or on `config.tp *
+    model: the model's configuration.
+    params: its weights, a tree of jax.Arrays; see `models.param_specs`. They
+      are not copied, so they must not be donated or deleted while this serves
+      them.
+    mesh: where to run; None for where the weights are, or for `config.tp *
       config.pp` devices. Weights that lie there as the model needs them (see
       `runner.placement`) are served as they are; others are copied there.
-    axis_names: for 'tp' and 'pp', the axes of `mesh` that play them, such as
+    axis_names: which axes of `mesh` are used as 'tp' and 'pp', such as
       {'tp': 'model'} or {'tp': ('fsdp', 'model')}; None: those named so.
-    tokenizer: the folder of one, a fast one of transformers, or one of
-      tokenizers; None for token ids only.
+    tokenizer: the folder of one, a fast tokenizer of transformers, or a
+      tokenizers.Tokenizer; None for token ids only.
     config: of the engine.
-    eos_token_ids: tokens that end a sequence, () for none; by default those
+    eos_token_ids: tokens that end a sequence, () for none. By default those
       that the tokenizer's folder names, as a checkpoint's would, or the
-      tokenizer itself. To be given where neither says.
-    model_name: for people.
+      tokenizer itself. Must be given where neither names any.
+    model_name: a name for people.
     default_sampling: fields of `SamplingParams` for requests without them.
-    on_compiled: told how many steps are compiled, of how many, instead of
-      a bar on standard error.
+    on_compiled: told how many steps are compiled, of how many, instead of a
+      bar on standard error.
 
   Raises:
-    ConfigError: params, model or config don't fit each other or the device,
+    ConfigError: params, model or config don't fit each other or the device;
       or the tokenizer is of another kind, or doesn't say where to stop.
   """
 
@@ -121,9 +122,9 @@ class LLM:
              mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
              on_compiled: OnCompiled | None,
              leader: hosts.Leader | None = None, **engine: Any) -> None:
-    """Compiles, and builds the engine, once the weights are placed."""
+    """Compiles the steps and builds the engine, once weights are placed."""
     engine['default_sampling'] = types.SamplingParams.defaults(
-      engine['default_sampling'] or {})  # Told before anything is compiled.
+      engine['default_sampling'] or {})  # Checked before anything is compiled.
     self.model = model
     self._config = config
     self._leader = leader
@@ -153,20 +154,23 @@ class LLM:
       path: folder of either kind, or a hub id.
       config: of the engine.
       mesh, axis_names: see `LLM`; None: `config.tp * config.pp` devices.
-      cache_dir: where Hugging Face checkpoints are kept converted.
-      convert: False: they are not; their tensors are read slice by slice.
+      cache_dir: folder that keeps converted Hugging Face checkpoints; None for
+        `config.default_cache_dir`.
+      convert: whether to convert and keep a Hugging Face checkpoint; if not,
+        its tensors are read slice by slice.
       sampling_defaults: whether the sampling that a checkpoint's makers
         recommend is the default of requests.
       allow_nonfinite: whether weights may be NaN or infinite.
-      model_name: for people; by default, `path` as it is given.
-      leader: of several processes, the first one's end of what connects
-        them; see `runner.hosts`.
-      on_loaded: told of arrays that are loaded, of how many, instead of a
-        bar on standard error.
+      model_name: a name for people; by default, `path` as it is given.
+      leader: the first process's end of the connections, where several
+        processes serve; see `runner.hosts`.
+      on_loaded: told how many arrays are loaded, of how many, instead of a bar
+        on standard error.
       on_compiled: see `LLM`.
 
     Raises:
-      CheckpointError: there is none, or it is damaged or not supported.
+      CheckpointError: there is no checkpoint, or it is damaged or not
+        supported.
     """
     config = config or config_lib.EngineConfig()
     make_mesh = functools.partial(
@@ -197,20 +201,20 @@ class LLM:
                sampling: types.SamplingParams
                | Sequence[types.SamplingParams] | None = None,
                ) -> list[types.Completion]:
-    """Continues prompts, all at once, and waits for the last.
+    """Continues prompts, all at once, and waits until the last is done.
 
     Args:
       prompts: texts, lists of token ids, or chats (lists of messages); one or
         a list of them.
-      sampling: for all of them, or one each; None: what the makers of the
+      sampling: one for all of them, or one each; None: what the makers of the
         checkpoint recommend (`engine.info.default_sampling`).
 
     Returns:
       One completion a prompt, in order.
 
     Raises:
-      InvalidRequestError: one can't be served; then none was started.
-      BusyError: another thread uses this LLM; then none was started.
+      InvalidRequestError: a prompt can't be served; none was started.
+      BusyError: another thread uses this LLM; none was started.
       ConfigError: the weights were donated; see `update_params`.
       EngineDeadError: a step failed; make a new LLM.
     """
@@ -235,10 +239,12 @@ class LLM:
     Leaving the loop early aborts the request. Several streams may be read in
     turn, and `generate` called in between: their requests share the steps.
 
+    Returns:
+      An iterator over what the request gains. It raises BusyError while
+      another thread uses this LLM, and can be read on after that.
+
     Raises:
       InvalidRequestError: it can't be served.
-      BusyError: by what is returned, while another thread uses this LLM; it
-        can be read on after that.
     """
     return runs_lib.Run(
       self._runs, self._requests([prompt], sampling), 'stream')
@@ -248,14 +254,15 @@ class LLM:
                    **options: Any) -> checkpoint.Checkpoint:
     """Opens other weights of the same model, for `load_weights`.
 
-    Does not touch what is served, so any thread may.
+    Does not touch what is served, so any thread may call it.
 
     Args:
       path, cache_dir: see `from_checkpoint`.
       **options: convert, sampling_defaults, allow_nonfinite; see there.
 
     Raises:
-      CheckpointError: there are none, or they are of another model or dtype.
+      CheckpointError: there is no checkpoint, or it is of another model or
+        dtype.
     """
     opened = opening.open_checkpoint(
       path, cache_dir or config_lib.default_cache_dir(), **options)
@@ -267,12 +274,13 @@ class LLM:
   def load_weights(self, opened: checkpoint.Checkpoint) -> None:
     """Serves a checkpoint's weights from now on, without compiling.
 
-    They take the place of the old ones, array by array, so that there is
-    memory enough; nothing is served meanwhile. Requests under way are
-    recomputed.
+    Replaces the old weights array by array, so that memory suffices; nothing
+    is served meanwhile. Recomputes the requests under way.
 
     Raises:
+      BusyError: another thread uses this LLM; the old weights stay.
       EngineDeadError: they can't be read; the old ones are gone.
+      UnsupportedError: several hosts serve the weights.
     """
     if self._leader is not None:
       raise errors.UnsupportedError(
@@ -285,26 +293,26 @@ class LLM:
 
   @property
   def num_compiled(self) -> int:
-    """Programs that were compiled for steps, all before the first request."""
+    """The number of programs compiled for steps, before the first request."""
     return self._runner.num_programs
 
   def follow(self, follower: hosts.Follower) -> None:
-    """Computes with another process, which schedules, until this one ends."""
+    """Computes what another process schedules, until this process ends."""
     self._runner.follow(follower)
 
   def connect(self) -> None:
-    """Has all processes meet in a step, before there are requests."""
+    """Runs a step that all processes meet in, before there are requests."""
     self._runner.connect()
 
   def update_params(self, params: Params) -> None:
     """Serves new weights from now on, without compiling.
 
-    And without copying, where they lie as the engine's do. What the KV cache
-    holds is forgotten: requests under way are recomputed.
+    Does not copy them where they lie as the engine's do. Drops the KV cache,
+    and recomputes the requests under way.
 
     Raises:
       BusyError: another thread uses this LLM; the old weights stay.
-      ConfigError: another tree, shape or dtype, or they can't be moved to
+      ConfigError: they have another tree, shape or dtype, or can't be moved to
         where they are served; the old weights stay.
       EngineDeadError: there was no memory to move them; the old ones are gone.
     """

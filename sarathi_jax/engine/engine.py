@@ -59,7 +59,7 @@ class Engine:
     runner: computes it.
     info: what is served.
     tokenizer: None for token ids in and out only.
-    clock: seconds, monotonic.
+    clock: returns seconds, monotonic.
   """
 
   def __init__(self, scheduler: scheduler_lib.Scheduler, runner: Runner, *,
@@ -75,18 +75,18 @@ class Engine:
     self._live: dict[str, _Live] = {}
     self._in_flight: deque[_InFlight] = deque()
     self._observers: tuple[state.Observer, ...] = ()
-    # Of the last steps, as many as stages: their ends, and their rows.
+    # The ends and the rows of the last steps, as many as there are stages.
     num_stages = scheduler.config.num_stages
     self._ends: deque[float] = deque(maxlen=num_stages)
     self._rows: deque[int] = deque(maxlen=num_stages)
     self._last_step_tokens = 0
-    # The batch that the runner is at: the culprit, if that raises.
+    # The batch that the runner is working on: the culprit, if that raises.
     self._suspect: types.ScheduledBatch | None = None
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
 
   @property
   def info(self) -> EngineInfo:
-    """What is served, now; any thread may ask."""
+    """What is served at the moment; any thread may read it."""
     return dataclasses.replace(
       self._info, token_budget=self._scheduler.config.token_budget)
 
@@ -114,14 +114,14 @@ class Engine:
         'its output has no text to find stop strings in; use stop_token_ids.')
 
   def add(self, request: types.Request) -> None:
-    """Queues a request that `check` found good, of a key of its own."""
+    """Queues a request that `check` accepted, with a key of its own."""
     assert request.key not in self._live, f'{request.key}: is there already'
     detok = (detokenizer.Detokenizer(self.tokenizer, request)
              if self.tokenizer else None)
     self._live[request.key] = _Live(self._scheduler.add(request), detok)
 
   def abort(self, request_id: str) -> bool:
-    """Forgets a request and frees its pages. False if it is unknown."""
+    """Drops a request and frees its pages; returns False if it is unknown."""
     live = self._live.pop(request_id, None)
     if live is None:
       return False
@@ -132,7 +132,10 @@ class Engine:
 
   @property
   def pace(self) -> pace_lib.Pace | None:
-    """What the budget follows, and the model of step times behind it."""
+    """The pace that the budget follows, with its model of step times.
+
+    None where the budget follows none.
+    """
     return self._scheduler.pace
 
   @property
@@ -140,7 +143,11 @@ class Engine:
     return bool(self._live or self._in_flight or self._drained)
 
   def step(self) -> list[types.OutputDelta]:
-    """Launches what can be launched, then completes the oldest batch."""
+    """Launches what can be launched, then completes the oldest batch.
+
+    Returns:
+      What requests gained by it.
+    """
     while (batch := self._scheduler.schedule(now := self.clock())).chunks:
       self._suspect = batch
       pending = self._runner.launch(batch)
@@ -158,22 +165,23 @@ class Engine:
     return outputs
 
   def drain(self) -> None:
-    """Completes what is in flight; `step` returns its outputs."""
+    """Completes the batches in flight; `step` returns their outputs."""
     while self._in_flight:
       self._drained += self._complete_oldest()
 
   def invalidate_cache(self) -> None:
-    """Forgets all KV, after new weights: running requests are recomputed."""
+    """Drops the whole KV cache, for new weights; recomputes what is running.
+    """
     self.drain()
     self._scheduler.preempt_all()
 
   def recover(self, fault: Exception) -> list[str]:
-    """Goes on after `step` raised `fault`, if the device does.
+    """Goes on after `step` raised `fault`, if the device can.
 
-    Gives up the requests of the batch that failed. The others are recomputed.
+    Gives up the requests of the batch that failed, and recomputes the others.
 
     Returns:
-      The requests that were given up.
+      The keys of the requests that were given up.
 
     Raises:
       Exception: `fault`, if it is not the runner's, or what the runner raised
@@ -207,17 +215,22 @@ class Engine:
     self._scheduler.set_token_budget(token_budget)
 
   def observe(self, observer: state.Observer, *, on: bool = True) -> None:
-    """Begins to tell `observer` what is done, or ends it."""
+    """Begins to tell `observer` what the engine does, or ends it.
+
+    Args:
+      observer: whom to tell.
+      on: whether to begin or to end.
+    """
     self._observers = tuple(o for o in self._observers if o is not observer)
     if on:
       self._observers += (observer,)
 
   def room(self, priority: int) -> tuple[int, int]:
-    """(requests, tokens) by which one step could begin more than wait now.
+    """Returns (requests, tokens) that one step could begin beside the waiting.
 
     Args:
-      priority: of those that were to begin; who waits and is less urgent
-        lets them go first.
+      priority: of the requests to begin; waiting ones that are less urgent
+        don't count.
     """
     scheduler = self._scheduler
     ahead = [len(seq.tokens) for seq in scheduler.waiting
@@ -227,18 +240,18 @@ class Engine:
             config.token_budget - sum(ahead))
 
   def num_output(self, key: str) -> int:
-    """Tokens generated so far for a request; 0 if it is unknown."""
+    """Returns a request's tokens generated so far; 0 if it is unknown."""
     live = self._live.get(key)
     return 0 if live is None else live.seq.num_output
 
   def requests(self) -> list[state.RequestState]:
-    """How far each request is, by arrival."""
+    """Returns how far each request is, by arrival."""
     now = self.clock()
     return [state.request_state(live.seq, now)
             for live in self._live.values()]
 
   def stats(self) -> state.EngineStats:
-    """The load at this moment."""
+    """Returns the load at this moment."""
     return state.engine_stats(
       self._scheduler, self.metrics, num_in_flight=len(self._in_flight),
       last_step_tokens=self._last_step_tokens)
@@ -282,7 +295,7 @@ class Engine:
       times.last_token = now
     self.metrics.tbt_s.add(gaps)
     self.metrics.ttft_s.add(first)
-    if self._ends:  # What a gap has beyond the last steps, one a stage.
+    if self._ends:  # The part of a gap beyond the last steps, one a stage.
       step_s = now - self._ends[0]
       self.metrics.decode_stall_s += sum(
         gap - step_s for gap in gaps if gap > step_s)

@@ -9,15 +9,16 @@ from sarathi_jax import types
 
 
 class FakeRunner:
-  """The token after t is (t + 1) mod vocab_size: checkable by hand.
+  """A `Runner` whose token after t is (t + 1) mod vocab_size.
 
-  Like a device, it keeps the last sampled token of each slot, so look-ahead
-  works, and it refuses what a device would get wrong.
+  So outputs can be checked by hand. Like a device, it keeps the last sampled
+  token of each slot, so look-ahead works. It refuses what a device would get
+  wrong.
 
   Args:
     vocab_size: V.
     max_num_seqs: slots.
-    step_s: how long a step takes, in seconds.
+    step_s: the time that a step takes, seconds.
   """
 
   def __init__(self, vocab_size: int, max_num_seqs: int,
@@ -43,7 +44,7 @@ class FakeRunner:
     return pending
 
   def recover(self) -> None:
-    """Has nothing to make anew."""
+    """Does nothing: there is nothing to make anew."""
 
   def num_rows(self, num_tokens: int) -> int:
     return num_tokens

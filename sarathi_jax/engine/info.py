@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is served, as clients are told, and what it takes for granted."""
+"""What is served, as clients are told, and its default sampling."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class EngineInfo:
   """What is being served.
 
   Attributes:
-    model_name: for people.
+    model_name: a name for people.
     family: model family, such as 'llama'.
     vocab_size: token ids are below it.
-    max_model_len: most tokens of a sequence, prompt and output.
+    max_model_len: the most tokens of a sequence, prompt and output.
     eos_token_ids: tokens that end a sequence.
     policy, token_budget, max_num_seqs: of the scheduler.
     num_pages, page_size: of the KV cache.
-    default_sampling: values of `SamplingParams` for what a request leaves
-      open, where not those of `SamplingParams` itself; see `sampling`.
+    default_sampling: fields of `SamplingParams` for what a request leaves
+      open, where they differ from its own defaults; see `sampling`.
   """
 
   model_name: str = ''
@@ -43,11 +43,11 @@ class EngineInfo:
 
   @classmethod
   def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:
-    """Returns what is served under a scheduler's limits.
+    """Returns the info of an engine, with its scheduler's limits.
 
     Args:
       config: of the scheduler.
-      others: the fields that it does not have.
+      others: the fields that `config` does not have.
     """
     shared = {field.name: getattr(config, field.name)
               for field in dataclasses.fields(cls)
@@ -58,11 +58,11 @@ class EngineInfo:
   def sampling(self, fields: Mapping[str, Any],
                defaults: Mapping[str, Any] = MappingProxyType({}),
                ) -> types.SamplingParams:
-    """Returns the parameters of a request.
+    """Returns the sampling parameters of a request.
 
     Args:
-      fields: what it says; see `SamplingParams.from_dict`.
-      defaults: for what it does not, before those of the model.
+      fields: those that it sets; see `SamplingParams.from_dict`.
+      defaults: for those that it leaves open; they override the model's.
 
     Raises:
       InvalidRequestError: one is unknown, out of range or not supported.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine measures: latencies, steps, waste. No globals."""
+"""The engine's measurements: latencies, steps, waste. No globals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Quantiles:
     return copy
 
   def since(self, earlier: Quantiles) -> Quantiles:
-    """Those added after `earlier` was copied; the largest is of all."""
+    """Returns those of the values added after `earlier` was copied.
+
+    The largest value is that of all.
+    """
     new = self.copy()
     new._counts.subtract(earlier._counts)
     new.count -= earlier.count
@@ -53,7 +56,7 @@ class Quantiles:
     return new
 
   def cumulative(self, bounds: Sequence[float]) -> list[int]:
-    """How many values are at most each bound, bounds ascending.
+    """Counts the values that are at most each bound, bounds ascending.
 
     A value up to 2 % beyond a bound may count; one at a bound does.
     """
@@ -73,7 +76,7 @@ class Quantiles:
     return self.total / self.count if self.count else None
 
   def quantile(self, q: float) -> float | None:
-    """The q-quantile, q in [0, 1]; None without values."""
+    """Returns the q-quantile, q in [0, 1]; None without values."""
     if not self.count:
       return None
     rank = q * (self.count - 1)
@@ -93,10 +96,10 @@ class EngineMetrics:
   Attributes:
     num_steps: batches launched.
     num_scheduled_tokens: tokens they held.
-    num_padded_tokens: rows computed for nothing, to fill compiled shapes.
-    wait_s: what the host spent waiting for batches; the rest is its own work.
-    busy_s: what steps took, from one completion to the next while any was
-      under way.
+    num_padded_tokens: rows of padding computed, to fill compiled shapes.
+    wait_s: time that the host waited for batches; the rest is its own work.
+    busy_s: time that steps took, from one completion to the next while any
+      was under way.
     num_prompt_tokens, num_output_tokens: of finished requests.
     num_generated: tokens sampled so far, of all requests.
     num_finished: requests that ended by themselves.
@@ -105,14 +108,15 @@ class EngineMetrics:
     num_step_faults: steps that failed.
     decode_stall_s: the time that decodes spent waiting, while steps ran that
       they were not in, summed over decodes. Stall-free scheduling has none.
-    imbalance: the sum over steps of how much longer, in rows, the longest of
-      the micro-batches in flight is than their mean, as a part of it.
+    imbalance: by how much the longest of the micro-batches in flight exceeds
+      their mean, in rows, as a fraction of the mean; summed over steps.
     ttft_s, tbt_s, scheduling_delay_s, tpot_s, e2e_s, prefill_s, decode_s:
       distributions; prefill_s is from the first schedule to the first token,
       decode_s from there to the end.
     prompt_len, output_len: distributions of finished requests' tokens.
     step_tokens: distribution of tokens a step.
-    budget_use: distribution of the part of the token budget that a step used.
+    budget_use: distribution of the fraction of the token budget that a step
+      used.
   """
 
   num_steps: int = 0
@@ -143,7 +147,7 @@ class EngineMetrics:
   budget_use: Quantiles = dataclasses.field(default_factory=Quantiles)
 
   def copy(self) -> EngineMetrics:
-    """Copies what it is now, for other threads."""
+    """Returns a copy of the present values, for other threads."""
     return dataclasses.replace(
       self, finish_reasons=self.finish_reasons.copy(), **{
         field.name: getattr(self, field.name).copy()
@@ -152,13 +156,13 @@ class EngineMetrics:
 
   @property
   def padding_waste(self) -> float:
-    """The part of all computed rows that was padding."""
+    """The fraction of all computed rows that was padding."""
     rows = self.num_scheduled_tokens + self.num_padded_tokens
     return self.num_padded_tokens / rows if rows else 0.0
 
   def record_step(self, num_tokens: int, num_rows: int, token_budget: int,
                   imbalance: float = 0.0) -> None:
-    """Counts a step; for `imbalance` see above."""
+    """Counts a step; `imbalance` is its term of the sum of that name."""
     self.num_steps += 1
     self.imbalance += imbalance
     self.step_tokens.add([num_tokens])
@@ -187,7 +191,7 @@ class EngineMetrics:
 
 @dataclasses.dataclass(slots=True)
 class RequestTimes:
-  """When a running request's tokens came, seconds on the engine's clock."""
+  """Times of a running request's tokens, seconds on the engine's clock."""
 
   first_token: float | None = None
   last_token: float | None = None
@@ -195,7 +199,13 @@ class RequestTimes:
 
   def summary(self, seq: sequence.Sequence, num_output: int,
               now: float) -> types.RequestMetrics:
-    """What a request went through that ends now, with `num_output` tokens."""
+    """Returns the metrics of a request that ends now.
+
+    Args:
+      seq: its progress.
+      num_output: tokens of its output.
+      now: seconds on the engine's clock.
+    """
     arrival = seq.request.arrival_time
     num_gaps = num_output - 1
     first, last = self.first_token, self.last_token

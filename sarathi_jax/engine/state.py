@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine tells of itself: its load, and how far requests are."""
+"""An engine's own report: its load, and how far requests are."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sarathi_jax.scheduler import sequence
 class EngineStats:
   """The engine's load at one moment.
 
-  Of the totals, `num_prefilled` counts each token of a prompt once, however
-  often it was computed.
+  `num_prefilled` counts each token of a prompt once, however often it was
+  computed.
   """
 
   num_running: int
@@ -46,15 +46,15 @@ class RequestState:
   """How far one request is.
 
   Attributes:
-    request_id: whose.
-    client: who asked.
-    is_running: whether it has a place in the batch; else it waits.
-    num_prompt_tokens: of its prompt.
+    request_id: of the request.
+    client: who sent it.
+    is_running: whether it has a place in the batch; otherwise it waits.
+    num_prompt_tokens: tokens of its prompt.
     num_computed: tokens in the cache.
-    num_output_tokens: generated so far.
-    max_output_tokens: at which it ends.
+    num_output_tokens: tokens generated so far.
+    max_output_tokens: tokens of output at which it ends.
     num_preemptions: how often its pages were taken back.
-    age_s: since it arrived.
+    age_s: seconds since it arrived.
   """
 
   request_id: str
@@ -69,26 +69,26 @@ class RequestState:
 
 
 class Observer(Protocol):
-  """Is told what an engine does; on the engine's thread, so it must be quick.
+  """Is told what an engine does, on the engine's thread: it must be quick.
 
   Times are seconds on the engine's clock.
   """
 
   def on_step(self, batch: types.ScheduledBatch, num_rows: int,
               launched: float, started: float, completed: float) -> None:
-    """A batch is done; it had the device from `started` on."""
+    """Is told that a batch is done, which had the device from `started` on."""
 
   def on_finished(self, request: types.Request,
                   metrics: types.RequestMetrics,
                   reason: types.FinishReason, now: float) -> None:
-    """A request ended by itself."""
+    """Is told that a request ended by itself, and was not aborted."""
 
 
 def engine_stats(
     scheduler: scheduler_lib.Scheduler, metrics: metrics_lib.EngineMetrics, *,
     num_in_flight: int, last_step_tokens: int,
 ) -> EngineStats:
-  """The load of an engine with this scheduler and these metrics."""
+  """Returns the load of an engine with this scheduler and these metrics."""
   return EngineStats(
     num_running=len(scheduler.running),
     num_waiting=len(scheduler.waiting),
@@ -112,7 +112,7 @@ def engine_stats(
 
 
 def request_state(seq: sequence.Sequence, now: float) -> RequestState:
-  """How far a request is, at `now` of the engine's clock."""
+  """Returns how far a request is, at `now` of the engine's clock."""
   return RequestState(
     request_id=seq.request.request_id, client=seq.request.client,
     is_running=seq.slot >= 0, num_prompt_tokens=seq.prompt_len,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps and requests as events of a Chrome trace, for ui.perfetto.dev.
+"""Writes steps and requests as events of a Chrome trace (ui.perfetto.dev).
 
-One track has the steps; a request is a row of its own, with the spans queued,
-prefill and decode.
+One track has the steps. Each request has a row of its own, with the spans
+queued, prefill and decode.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HEADER: tuple[Event, ...] = tuple(
 
 
 class ChromeTrace:
-  """An `state.Observer` that makes events.
+  """A `state.Observer` that makes events of a Chrome trace.
 
   Args:
-    emit: takes them; on the engine's thread.
+    emit: called with each event, on the engine's thread.
   """
 
   def __init__(self, emit: Callable[[Event], None]) -> None:

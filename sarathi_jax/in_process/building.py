@@ -40,16 +40,17 @@ def make_mesh(model: model_config_lib.ModelConfig,
               users: Mesh | None = None,
               axis_names: mesh_lib.AxisNames | None = None,
               home: Collection[jax.Device] = ()) -> Mesh:
-  """Checks what can be told before weights are loaded, and picks devices.
+  """Checks what can be checked before weights are loaded, and picks devices.
 
   Args:
-    model, config: what is asked for.
+    model, config: the deployment.
     users: the mesh to run on; None: one is made of the first devices.
     axis_names: of `users`, see `mesh.of_users`.
-    home: where the weights are; one device runs them, if they are on one.
+    home: the devices that hold the weights. Where they are on one, and a
+      single device is asked for, it runs them.
 
   Raises:
-    ConfigError: they don't fit each other, or the devices there are.
+    ConfigError: model, config, mesh and devices don't fit each other.
   """
   scheduler_lib.class_of(config)
   config_lib.check(
@@ -80,11 +81,11 @@ def make_mesh(model: model_config_lib.ModelConfig,
 def check_same(path: str, metadata: checkpoint.CheckpointMetadata,
                model: model_config_lib.ModelConfig, dtype: Any,
                config: config_lib.EngineConfig, mesh: Mesh) -> None:
-  """Raises CheckpointError if its weights can't replace those of an engine.
+  """Raises CheckpointError if a checkpoint can't replace an engine's weights.
 
   Args:
     path: of the checkpoint.
-    metadata: of it.
+    metadata: of the checkpoint.
     model, dtype, config, mesh: of the engine.
   """
   if metadata.model != model:
@@ -100,11 +101,11 @@ def step_programs(
     model: model_config_lib.ModelConfig, mesh: Mesh,
     config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
 ) -> programs_lib.StepPrograms:
-  """The steps of a deployment, not compiled, for devices that may be absent.
+  """Returns the uncompiled steps of a deployment; its devices may be absent.
 
   Args:
     model, mesh, config: the deployment.
-    dtype, kv_dtype: of weights and cache.
+    dtype, kv_dtype: dtypes of the weights and of the cache.
   """
   max_model_len = config.max_model_len or model.context_len
   return programs_lib.StepPrograms(
@@ -117,11 +118,11 @@ def build_runner(
     model: model_config_lib.ModelConfig, params: Any, mesh: Mesh,
     config: config_lib.EngineConfig, on_compiled: OnCompiled,
     leader: hosts.Leader | None = None) -> device_runner.DeviceRunner:
-  """A runner, compiled.
+  """Makes a runner, and compiles its steps.
 
   Args:
     model: the model.
-    params: its weights, placed on the mesh.
+    params: its weights, placed on the mesh; see `runner.placement`.
     mesh: of `make_mesh`.
     config: of the engine.
     on_compiled: told of the progress.
@@ -149,7 +150,7 @@ def build_engine(
     tokenizer: tokenizer_lib.Tokenizer | None, eos_token_ids: Sequence[int],
     model_name: str, default_sampling: Mapping[str, Any],
 ) -> engine_lib.Engine:
-  """An engine around a runner; for the arguments see `llm.LLM`."""
+  """Builds an engine around a runner; for the arguments see `llm.LLM`."""
   scheduler = scheduler_lib.make(
     config, runner.num_rows, max_model_len=runner.max_model_len,
     num_pages=runner.num_pages, num_stages=runner.num_stages,

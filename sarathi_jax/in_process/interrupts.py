@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps Ctrl-C out of what must be done whole."""
+"""Keeps Ctrl-C out of blocks that must be done as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-  """Handles a Ctrl-C, or a notebook's stop button, once the block is done."""
+  """Defers a Ctrl-C, or a notebook's stop button, until the block is done."""
   handler = signal.getsignal(signal.SIGINT)
   if (threading.current_thread() is not threading.main_thread()
       or not callable(handler)):

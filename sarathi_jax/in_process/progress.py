@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far something is that takes minutes: a bar, or now and then a line."""
+"""Shows the progress of what takes minutes: a bar, or a line now and then."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import rich.console
 import rich.markup
 import rich.progress
 
-FIRST_LINE_S = 5.0  # What is over before needs no line.
+FIRST_LINE_S = 5.0  # What is done sooner needs no line.
 LINE_S = 60.0
 
-OnDone = Callable[[int, int], object]  # How many are done, and of how many.
+OnDone = Callable[[int, int], object]  # (how many are done, of how many)
 
 
 class Lines:
-  """Says how far something is where there is no terminal to draw a bar in.
+  """Prints lines of progress where there is no terminal to draw a bar in.
 
   Args:
-    console: where; if it is a terminal, nothing is said.
-    clock: seconds, monotonic.
+    console: where to print; if it is a terminal, nothing is printed.
+    clock: returns seconds, monotonic.
   """
 
   def __init__(self, console: rich.console.Console,
@@ -32,7 +32,7 @@ class Lines:
     self._next = clock() + FIRST_LINE_S
 
   def tell(self, line: Callable[[], str]) -> None:
-    """Prints the line, if it is time; may be called as often as one likes."""
+    """Prints the line, if it is time for one; may be called at any rate."""
     if self._console.is_terminal or (now := self._clock()) < self._next:
       return
     self._next = now + LINE_S
@@ -40,7 +40,8 @@ class Lines:
 
 
 def bar(console: rich.console.Console) -> rich.progress.Progress:
-  """A bar of tasks that have a field `count`, where there is a terminal."""
+  """Returns a bar for tasks with a field `count`; hidden without a terminal.
+  """
   return rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
@@ -51,7 +52,15 @@ def bar(console: rich.console.Console) -> rich.progress.Progress:
 
 def told(on_done: OnDone | None, description: str,
          ) -> contextlib.AbstractContextManager[OnDone]:
-  """Tells a caller how much is done, or else a person."""
+  """Tells a caller how much is done, or shows it to people if there is none.
+
+  Args:
+    on_done: the caller's; None to show a count.
+    description: of what is counted.
+
+  Returns:
+    A block that gives the function to call.
+  """
   if on_done is None:
     return counted(description)
   return contextlib.nullcontext(on_done)
@@ -65,7 +74,7 @@ def counted(description: str) -> Iterator[OnDone]:
     description: of what is counted.
 
   Yields:
-    What is to be told how many are done, and of how many.
+    A function to call with how many are done, and of how many.
   """
   console = rich.console.Console(stderr=True)
   lines = Lines(console)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as callers in Python give them: one or many, lists or arrays."""
+"""Reads prompts as Python callers give them: one or many, lists or arrays."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from sarathi_jax.text import tokenizer
 
 
 def listed(prompts: Any) -> list[tokenizer.Prompt]:
-  """A list of prompts, without arrays, of one prompt or several.
+  """Returns one prompt or several as a list of prompts, without arrays.
 
   Args:
-    prompts: a text, token ids (a list or an array), or a chat; or several.
+    prompts: a text, token ids (a list or an array), or a chat; or an iterable
+      of such prompts.
 
   Raises:
     InvalidRequestError: it is none of these.
@@ -35,13 +36,13 @@ def listed(prompts: Any) -> list[tokenizer.Prompt]:
 
 
 def _plain(value: Any) -> Any:
-  """An array as a list of what is in it, or as a number."""
+  """Returns an array as a list or a number, and anything else as it is."""
   is_array = isinstance(value, (np.ndarray, jax.Array))
   return jax.device_get(value).tolist() if is_array else value
 
 
 def _is_vllms(prompt: Any) -> bool:
-  """Whether it is as vLLM writes one: {'prompt_token_ids': [...]}."""
+  """Says whether a prompt is as vLLM has it: {'prompt_token_ids': [...]}."""
   return isinstance(prompt, Mapping) and (
     prompt.keys() in ({'prompt'}, {'prompt_token_ids'}))
 

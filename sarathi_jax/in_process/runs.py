@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of several callers on one engine, one thread at a time."""
+"""Lets several callers run requests on one engine, one thread at a time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sarathi_jax.in_process import turns as turns_lib
 
 
 class Run(Iterator[types.OutputDelta]):
-  """What the requests of one call bring, as it comes.
+  """The outputs of one call's requests, as they come.
 
-  Leaving it early, by `close` or by forgetting it, aborts what is left. If
-  another thread is at the engine, reading raises BusyError and loses nothing:
+  Leaving it early, by `close` or by dropping it, aborts what is left. If
+  another thread uses the engine, reading raises BusyError and loses nothing:
   read on later.
   """
 
@@ -67,16 +67,17 @@ class Run(Iterator[types.OutputDelta]):
 
 
 class Runs:
-  """An engine that is stepped by whoever waits for something of it.
+  """An engine that is stepped by whoever waits for its outputs.
 
-  Runs may take turns: what a step brings for another one waits in its inbox.
+  Runs may take turns: what a step brings for another run waits in its inbox.
 
   Args:
-    engine: an idle one; used by nobody else.
+    engine: an idle one, which nobody else uses.
     check: raises if nothing can be computed at the moment.
 
   Attributes:
-    turns: of the threads.
+    turns: lets in one thread at a time.
+    fault: the error that stopped the engine, if any.
   """
 
   def __init__(self, engine: engine_lib.Engine,
@@ -96,7 +97,7 @@ class Runs:
       self._runs[request.request_id] = run
 
   def step(self) -> None:
-    """Steps the engine, and hands out what that brings."""
+    """Steps the engine, and hands out the outputs to their runs."""
     self._check()
     with self.whole():
       for delta in self._engine.step():
@@ -131,7 +132,11 @@ class Runs:
 
   @contextlib.contextmanager
   def whole(self) -> Iterator[None]:
-    """Gives the engine up if the block is not done whole."""
+    """Gives the engine up if the block raises.
+
+    Raises:
+      EngineDeadError: it raised, or the engine was given up before.
+    """
     if self.fault is None:
       try:
         with self.inside():

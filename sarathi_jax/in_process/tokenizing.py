@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a JAX program hands over as a tokenizer, and where the model stops."""
+"""Takes a JAX program's tokenizer, and finds which tokens end a sequence."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from sarathi_jax import errors
 from sarathi_jax.text import chat
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-# The files of Hugging Face that name the tokens that end an output, the one
-# that counts first.
+# The files of Hugging Face that name the tokens that end an output; the first
+# one that does counts.
 _MODEL_FILES = ('generation_config.json', 'config.json')
 _TOKENIZER_FILES = ('tokenizer_config.json', 'special_tokens_map.json')
 
 
 def tokenizer_of(given: Any) -> tokenizer_lib.Tokenizer | None:
-  """A tokenizer of ours, of one that is given.
+  """Returns our tokenizer for one that a caller gives.
 
   Args:
     given: one of ours, the folder of one, a fast one of transformers, or one
-      of tokenizers. What others do with theirs does not change ours. Or None.
+      of tokenizers; or None. Ours is a copy, so later changes of theirs don't
+      matter.
 
   Raises:
     CheckpointError: there is none in the folder, or it is damaged.
@@ -54,16 +55,17 @@ def tokenizer_of(given: Any) -> tokenizer_lib.Tokenizer | None:
 def eos_token_ids_of(
     eos_token_ids: int | Iterable[int] | None, given: Any,
     tokenizer: tokenizer_lib.Tokenizer | None) -> tuple[int, ...]:
-  """The tokens that end a sequence.
+  """Returns the tokens that end a sequence.
 
   Args:
     eos_token_ids: what the caller says, if anything.
-    given: see `tokenizer_of`; what it says counts else: its folder, or the
-      folder where transformers found it, and its own token.
-    tokenizer: what `tokenizer_of` made of it.
+    given: the caller's tokenizer, see `tokenizer_of`. If the caller does not
+      say, its folder does, or the folder where transformers found it, and its
+      own token.
+    tokenizer: what `tokenizer_of` made of `given`.
 
   Raises:
-    ConfigError: nobody says.
+    ConfigError: none of them says.
   """
   if eos_token_ids is not None:
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread at a time: who comes second is told of the first."""
+"""Admits one thread at a time, and tells a second one of the first."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Turn(NamedTuple):
 
 
 class Turns:
-  """Lets one thread in, until it leaves; the others are refused, not held.
+  """Lets one thread in until it leaves; refuses others without blocking them.
 
   Args:
-    name: of what is used so, for people.
+    name: of the thing that is used so, for people.
   """
 
   def __init__(self, name: str) -> None:
@@ -32,18 +32,18 @@ class Turns:
 
   @contextlib.contextmanager
   def take(self, what: str) -> Iterator[None]:
-    """Lets this thread in, or lets it go on if it is.
+    """Lets this thread in for the block; it may be in already.
 
     Args:
-      what: it is going to do.
+      what: the name of what it is going to do.
 
     Raises:
       BusyError: another thread is in; nothing was done.
     """
     mine = _Turn(
       threading.get_ident(), threading.current_thread().name, what)
-    # Unlike a lock, it can't be taken without that being known, whenever a
-    # Ctrl-C comes.
+    # Unlike a lock's owner, the holder is always known, even if a Ctrl-C comes
+    # right after the turn was taken.
     holder = self._holder.setdefault('turn', mine)
     if holder is not mine and holder.thread == mine.thread:
       yield

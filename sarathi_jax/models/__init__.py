@@ -7,11 +7,11 @@
     config, params, kv, tokens, positions, rope_lens, attend)
   logits = models.unembed(config, params, hidden[last_rows])
 
-`config` is a `models.config.ModelConfig`, `params` what `param_specs(config)`
-describes, and `attend` the one thing that a model does not know: where keys
-and values are kept. `causal_attend` is the one for a sequence without a cache.
+`config` is a `models.config.ModelConfig`, and `param_specs(config)` describes
+`params`. `attend` is the one thing that a model does not know: where keys and
+values are kept. `causal_attend` is the one for a sequence without a cache.
 
-One legend of letters for the whole project:
+These letters stand for the same in the whole project:
 
   T  tokens of a batch          D  model width
   S  sequences                  H  query heads
@@ -21,7 +21,7 @@ One legend of letters for the whole project:
   V  vocabulary                 F  MLP width
   E  experts
 
-Importing this package loads no JAX; its functions do when first touched.
+Importing this package loads no JAX; first use of one of its functions does.
 """
 
 from __future__ import annotations

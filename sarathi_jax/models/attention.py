@@ -17,7 +17,7 @@ from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
-LayerKv = Any  # whatever `attend` keeps for one layer
+LayerKv = Any  # what an `Attend` keeps for one layer: a pytree, or None
 Rows = Int[Array, ' S']
 Attended = tuple[Float[Array, 'rows H h'], LayerKv]
 
@@ -35,7 +35,7 @@ class Attend(Protocol):
     options: kinds.AttentionOptions,
     rows: Rows | None,
   ) -> Attended:
-    """Query head j reads key and value head j // G.
+    """Attends; query head j reads key and value head j // G.
 
     Args:
       layer_kv: what this layer kept so far.
@@ -51,15 +51,15 @@ class Attend(Protocol):
 
 
 class LayerContext(NamedTuple):
-  """What a block is told beside its weights and the residual stream.
+  """A block's arguments beside its weights and the residual stream.
 
   Attributes:
     rotation: of every token, by the rotary embedding of the layer's kind.
     attend: (layer_kv, q, k, v) -> what an `Attend` returns, of this kind and
       these rows.
-    shards: who has the other parts of the weights.
-    rows: which tokens' output is read; None: all. Of the others it computes
-      keys and values only.
+    shards: how the weights are split over devices.
+    rows: the tokens whose output is read; None: all. For the others the block
+      computes keys and values only.
   """
 
   rotation: rope.Rotation
@@ -68,7 +68,7 @@ class LayerContext(NamedTuple):
   rows: Rows | None = None
 
   def take(self, x: Float[Array, 'T D']) -> Float[Array, 'rows D']:
-    """What of all tokens is of `rows`."""
+    """Returns the rows of x that are in `rows`."""
     return x if self.rows is None else x[self.rows]
 
 
@@ -81,10 +81,10 @@ def causal_attend(
   options: kinds.AttentionOptions,
   rows: Rows | None = None,
 ) -> Attended:
-  """An `Attend` for one whole sequence, at positions 0 to T - 1, no cache.
+  """Attends within one whole sequence, at positions 0 to T - 1, no cache.
 
-  For training, tests, and as the naive reference. Rows after a sequence's
-  end may hold anything: none before them looks there.
+  An `Attend` for training and tests, and the naive reference. Rows after a
+  sequence's end may hold anything: no row before them reads them.
   """
   num_rows, num_heads, head_dim = q.shape
   grouped = q.reshape(num_rows, k.shape[1], -1, head_dim)
@@ -110,7 +110,7 @@ def attention(
   x: Float[Array, 'T D'],
   context: LayerContext,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
-  """Projects, rotates, attends, and projects back; of a shard, a part.
+  """Projects, rotates, attends, and projects back; on a shard, a part of it.
 
   Heads of q and k are normalized first if `params` holds the norms (Qwen3).
   """
@@ -139,12 +139,15 @@ def add_attention(
   *,
   norm: Any,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
-  """The residual stream, of `rows`, with the attention of its norm added.
+  """Normalizes, attends, and adds the result to the residual stream.
 
   Args:
     config, layer_kv, x, context: see `attention`.
     params: of a block: 'attn_norm' and 'attn'.
-    norm: of the family.
+    norm: the family's norm, such as `layers.rms_norm`.
+
+  Returns:
+    The residual stream, of `context.rows`, and the layer's new state.
   """
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention(config, params['attn'], layer_kv, normed, context)
@@ -158,7 +161,7 @@ def attention_specs(
   o_bias: bool = False,
   qk_norm: bool = False,
 ) -> dict[str, Any]:
-  """Parameters of `attention`."""
+  """Returns the specs of `attention`'s parameters, a tree of ParamSpec."""
   width = ('embed', config.hidden_size)
   heads = ('heads', config.num_heads * config.head_dim)
   kv_heads = ('kv_heads', config.num_kv_heads * config.head_dim)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is, apart from its weights. Standard library only: no JAX.
+"""A model's configuration, without its weights. Standard library only: no JAX.
 
 Every family has its own class, with the base's fields and its own; `CONFIGS`
-names them. They are plain data: `to_dict` and `from_dict` go through JSON, and
-an unknown field is refused, so that nothing about a model is ever ignored.
+names them. They are plain data: `to_dict` and `from_dict` go through JSON. An
+unknown field is refused, so that nothing about a model is ever ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sarathi_jax.models import kinds
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 
-# Kind of rotary embedding -> the numbers that it takes beside theta.
+# Kind of rotary embedding -> the fields that it takes beside theta.
 ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
   'default': (),
   'linear': ('factor',),
@@ -58,7 +58,7 @@ def _from_dict(cls: Any, fields: Mapping[str, Any], what: str) -> Any:
 class RopeConfig:
   """Rotary position embedding (https://arxiv.org/abs/2104.09864) and scalings.
 
-  The numbers that a kind does not take (see `ROPE_FIELDS`) are None.
+  The fields that a kind does not take (see `ROPE_FIELDS`) are None.
 
   Attributes:
     theta: the base of the wavelengths.
@@ -119,11 +119,11 @@ class RopeConfig:
 
 
 class Mlp(NamedTuple):
-  """What an MLP is made of.
+  """The shape of an MLP.
 
   Attributes:
-    is_gated: whether another matrix gates what its first one gives.
-    num_experts: of them; 1 where there is no mixture.
+    is_gated: whether another matrix gates the output of its first one.
+    num_experts: the number of experts; 1 where there is no mixture.
     experts_per_token: how many of them each token goes through.
   """
 
@@ -134,7 +134,7 @@ class Mlp(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-  """What all families have. Make one of the subclasses.
+  """The fields that all families have; to be subclassed, not made.
 
   Attributes:
     family: the name in `CONFIGS`.
@@ -150,7 +150,7 @@ class ModelConfig:
     activation: one of `ACTIVATIONS`.
     rope: the rotary position embedding.
     sliding_window: a token at p attends to (p - sliding_window, p]; None: to
-      all before it. See `layer_window`.
+      [0, p]. See `layer_window`.
     tie_word_embeddings: whether the embedding is the output matrix, too.
   """
 
@@ -191,7 +191,7 @@ class ModelConfig:
 
   @property
   def context_len(self) -> int:
-    """Tokens that a sequence may have, scaled rotary embeddings included."""
+    """The tokens that a sequence may have, with scaled rotary embeddings."""
     rope = self.rope
     if rope.kind not in ('linear', 'dynamic', 'yarn'):
       return self.max_position_embeddings
@@ -201,26 +201,26 @@ class ModelConfig:
 
   @property
   def mlp(self) -> Mlp:
-    """What its MLPs are made of."""
+    """The shape of the model's MLPs."""
     return Mlp()
 
   @property
   def sums_per_layer(self) -> int:
-    """Sums over devices that a layer takes which they share."""
+    """The sums over devices that a layer takes, where devices share it."""
     return 2
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
-    """What one layer in [0, L) has in common with others of its kind."""
+    """Returns what a layer in [0, L) has in common with others of its kind."""
     del layer
     return kinds.LayerKind(kinds.AttentionOptions(
       scale=self.head_dim**-0.5, window=self.sliding_window), self.rope)
 
   def layer_window(self, layer: int) -> int | None:
-    """The sliding window of one layer in [0, L), or None."""
+    """Returns the sliding window of a layer in [0, L), or None."""
     return self.layer_kind(layer).attention.window
 
   def to_dict(self) -> dict[str, Any]:
-    """Everything, as JSON can hold it; `family` says which class."""
+    """Returns all fields, as JSON can hold them; `family` names the class."""
     return {'family': self.family, **dataclasses.asdict(self)}
 
   @classmethod
@@ -228,8 +228,8 @@ class ModelConfig:
     """Reads what `to_dict` wrote.
 
     Raises:
-      ConfigError: an unknown family or field, a missing field, a bad value,
-        or a family that is not a subclass of the class this is called on.
+      ConfigError: a family or field is unknown, a field is missing, a value is
+        bad, or the family is not a subclass of the class this is called on.
     """
     if not isinstance(fields, Mapping):
       raise errors.ConfigError(f'model={fields!r}: must be an object.')
@@ -249,8 +249,8 @@ class LlamaConfig(ModelConfig):
 
   Attributes:
     qkv_bias: whether q, k and v add a bias (Qwen2).
-    o_bias: whether o does.
-    mlp_bias: whether gate, up and down do.
+    o_bias: whether o adds a bias.
+    mlp_bias: whether gate, up and down add a bias.
     qk_norm: whether heads of q and k are RMS-normalized (Qwen3).
     window_layers: the layers that `sliding_window` holds for, ascending
       (Qwen); None for all.
@@ -291,7 +291,7 @@ class MixtralConfig(ModelConfig):
 
   Attributes:
     num_experts: E.
-    experts_per_token: how many of them each token goes through.
+    experts_per_token: how many experts each token goes through.
   """
 
   family: ClassVar[str] = 'mixtral'

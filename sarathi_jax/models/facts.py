@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What any model weighs and computes, by its config alone. No JAX.
+"""Counts what a model weighs and computes, by its config alone. No JAX.
 
-The scheduler's costs, the simulator and plans count by these. That they are
-what the parameters say (`param_specs`), a test shows for every family.
+The scheduler's costs, the simulator and plans count by these. A test shows for
+every family that they agree with the parameters (`param_specs`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sarathi_jax.models import config as config_lib
 
 
 class Matrix(NamedTuple):
-  """A matrix of a layer, [rows, columns], that tokens are multiplied with.
+  """A matrix of a layer, [rows, columns], that tokens are multiplied by.
 
   Attributes:
-    rows, columns: of one device.
-    copies: of its kind: the experts.
-    used: of these, by each token.
+    rows, columns: sizes of one device's part.
+    copies: matrices of its kind, one an expert.
+    used: how many of the copies each token uses.
   """
 
   rows: int
@@ -49,12 +49,12 @@ def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
 
 
 def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
-  """Returns what attention to one token before costs a token, in tokens.
+  """Returns what attending to one earlier token costs a token, in tokens.
 
-  Scores and values are two operations each for every number of the heads, and
-  all matrices two for each number in them. Nothing grows with the context in
-  layers where it slides; and of one stage, batches need not take the same
-  time.
+  Scores and values take two operations each for every number of the heads,
+  matrices two for each of their numbers. In layers with a sliding window the
+  cost does not grow with the context. Returns 0 for a single stage, whose
+  batches may take different times.
   """
   if num_stages == 1:
     return 0.0

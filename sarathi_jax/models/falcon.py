@@ -16,7 +16,7 @@ norm_specs = layers.layer_norm_specs
 
 
 def layer_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
-  """Parameters of one `block`; 'mlp_norm' only where there are two norms."""
+  """Returns the specs of one `block`; 'mlp_norm' only with two norms."""
   specs = {
     'attn_norm': norm_specs(config.hidden_size),
     'attn': attention.attention_specs(
@@ -35,7 +35,7 @@ def block(
   x: Float[Array, 'T D'],
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
-  """Attention and the MLP, side by side or one after the other."""
+  """Computes attention and the MLP, side by side or one after the other."""
   shards = context.shards
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionOptions:
-  """How a layer's queries are answered; compiled in.
+  """Options of a layer's attention; compiled in.
 
   Attributes:
     scale: multiplies q . k.
@@ -30,8 +30,8 @@ class LayerKind:
   """What tells layers apart beside their weights.
 
   Attributes:
-    attention: of its queries to its keys.
-    rope: the rotary embedding of both.
+    attention: options of the attention.
+    rope: the rotary embedding of queries and keys.
   """
 
   attention: AttentionOptions

@@ -2,7 +2,7 @@
 """The small layers: norms, projections, MLPs. Statistics are in float32.
 
 Sizes come from the arrays, never from a config, so that the same code runs on
-a shard. What `project_out` and the MLPs return there is a part of a sum.
+a shard. There, `project_out` and the MLPs return one part of a sum.
 """
 
 from __future__ import annotations
@@ -51,20 +51,22 @@ def layer_norm(params: Params, x: Float[Array, '*rows D'], eps: float
 
 
 def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """Gives a vector in float32 the rank of `like`: ranks never promote."""
+  """Returns a vector in float32 with the rank of `like`: ranks never promote.
+  """
   return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def project(params: Params, name: str, x: Float[Array, 'T D']
             ) -> Float[Array, 'T columns']:
-  """x @ W, plus the bias called `name`_bias if there is one."""
+  """Returns x @ params[name], plus the bias `name`_bias if there is one."""
   return _add_bias(
     matrices.matmul(x, params[name]), params.get(f'{name}_bias'))
 
 
 def project_out(params: Params, name: str, x: Float[Array, 'T rows'],
                 shards: sharding.Shards) -> Float[Array, 'T D']:
-  """As `project`, over rows of which a shard has a part: of a sum a part."""
+  """Projects over rows that are split over shards; returns a part of the sum.
+  """
   bias = params.get(f'{name}_bias')
   return _add_bias(matrices.matmul(x, params[name]),
                    None if bias is None else shards.once(bias))
@@ -77,7 +79,7 @@ def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
               shards: sharding.Shards = sharding.WHOLE,
               ) -> Float[Array, 'T D']:
-  """down(act(gate(x)) * up(x)), as Llama has it; of a shard, a part."""
+  """Returns down(act(gate(x)) * up(x)), as in Llama; on a shard, a part."""
   gate = ACTIVATIONS[activation](project(params, 'gate', x))
   return project_out(
     params, 'down', gate * project(params, 'up', x), shards)
@@ -86,14 +88,14 @@ def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
 def plain_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
               shards: sharding.Shards = sharding.WHOLE,
               ) -> Float[Array, 'T D']:
-  """down(act(up(x))), as Falcon has it; of a shard, a part."""
+  """Returns down(act(up(x))), as in Falcon; on a shard, a part."""
   up = ACTIVATIONS[activation](project(params, 'up', x))
   return project_out(params, 'down', up, shards)
 
 
 def mlp_specs(config: config_lib.ModelConfig, *, gated: bool, bias: bool
               ) -> dict[str, spec.ParamSpec]:
-  """Parameters of either MLP."""
+  """Returns the specs of either MLP's parameters."""
   width = ('embed', config.hidden_size)
   inner = ('mlp', config.intermediate_size)
   specs = {name: spec.matrix(width, inner)
@@ -106,10 +108,10 @@ def mlp_specs(config: config_lib.ModelConfig, *, gated: bool, bias: bool
 
 
 def rms_norm_specs(size: int) -> dict[str, spec.ParamSpec]:
-  """Parameters of `rms_norm`."""
+  """Returns the specs of `rms_norm`'s parameters."""
   return {'scale': spec.scale(size)}
 
 
 def layer_norm_specs(size: int) -> dict[str, spec.ParamSpec]:
-  """Parameters of `layer_norm`."""
+  """Returns the specs of `layer_norm`'s parameters."""
   return {'scale': spec.scale(size), 'bias': spec.bias(('embed', size))}

@@ -16,7 +16,7 @@ norm_specs = layers.rms_norm_specs
 
 
 def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
-  """Parameters of one `block`."""
+  """Returns the specs of one `block`'s parameters."""
   return {
     'attn_norm': norm_specs(config.hidden_size),
     'attn': attention.attention_specs(
@@ -34,7 +34,7 @@ def block(
   x: Float[Array, 'T D'],
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
-  """Attention, then the MLP, each added to the residual stream."""
+  """Adds attention, then the MLP, to the residual stream."""
   x, layer_kv = attention.add_attention(
     config, params, layer_kv, x, context, norm=norm)
   normed = norm(params['mlp_norm'], x, config.norm_eps)

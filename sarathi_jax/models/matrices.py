@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices of weights, multiplied the way that suits how they lie in memory.
+"""Multiplies by matrices of weights the way that suits their layout in memory.
 
-XLA multiplies x @ W on a CPU in panels of W, which it first copies to where
-it can read them: with the few rows of decodes, that is a third of the time.
-In W^T @ x^T it copies panels of x^T, which are few, and reads W^T as it lies.
+On a CPU, XLA multiplies x @ W in panels of W, which it first copies to be able
+to read them: with the few rows of decodes, that takes a third of the time. In
+W^T @ x^T it copies panels of x^T, which are few, and reads W^T in place.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# With more rows, the copies are a small part, and those of x^T are not.
+# With more rows, copies of W take a small part of the time, and copies of x^T
+# a large one.
 _FEW_ROWS = 256
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transposed:
-  """A matrix [in, out] that lies in memory as [out, in]: a node of params."""
+  """A matrix [in, out] that is kept as an array [out, in]: a node of params.
+
+  Attributes:
+    array: [out, in]; or what stands for it in a tree, such as a spec.
+  """
 
   array: Any
 
@@ -31,12 +36,12 @@ class Transposed:
 def matmul(x: Float[Array, 'T in'],
            w: Float[Array, 'in out'] | Transposed,
            dtype: Any = None) -> Float[Array, 'T out']:
-  """x @ w.
+  """Returns x @ w.
 
   Args:
     x: rows.
-    w: what they are multiplied with.
-    dtype: of sums and of what is returned; None: the arguments'.
+    w: the matrix.
+    dtype: of the sums and the result; None: the arguments'.
   """
   if not isinstance(w, Transposed):
     return jnp.matmul(x, w, preferred_element_type=dtype)

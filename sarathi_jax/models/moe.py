@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of experts, computed densely.
 
-Every expert sees every token, and the router's weights, most of them 0, choose
-among the results. That costs E / experts_per_token times the arithmetic of a
-grouped matmul, but a step of a few hundred tokens has to read all experts'
-weights either way, nothing is dropped, and what a token gets does not depend
-on the others in its batch. (jax.lax.ragged_dot has a kernel on TPU only;
-elsewhere it masks E copies of its input.)
+Every expert computes every token, and the router's weights, most of them 0,
+choose among the results. That costs E / experts_per_token times the arithmetic
+of a grouped matmul. But a step of a few hundred tokens has to read all experts'
+weights either way, nothing is dropped, and a token's result does not depend on
+the others in its batch. (jax.lax.ragged_dot has a kernel on TPU only; elsewhere
+it masks E copies of its input.)
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from sarathi_jax.models import spec
 
 def route(config: config_lib.MixtralConfig, router: Float[Array, 'D E'],
           x: Float[Array, 'T D']) -> Float[Array, 'T E']:
-  """Weights of the experts in float32: 0 for all but the chosen, summing to 1.
+  """Returns the experts' weights in float32: 0 for all but the chosen ones.
 
-  The softmax is over all experts; the top ones are scaled to sum to 1.
+  Takes the softmax over all experts, and scales the top ones to sum to 1.
   """
   probs = jax.nn.softmax(
     matrices.matmul(x, router).astype(jnp.float32), axis=-1)
@@ -37,7 +37,8 @@ def route(config: config_lib.MixtralConfig, router: Float[Array, 'D E'],
 
 def moe(config: config_lib.MixtralConfig, params: layers.Params,
         x: Float[Array, 'T D']) -> Float[Array, 'T D']:
-  """The weighted sum of the chosen experts' gated MLPs; of a shard, a part."""
+  """Returns the weighted sum of the experts' gated MLPs; on a shard, a part.
+  """
   weights = route(config, params['router'], x)
   gate = layers.ACTIVATIONS[config.activation](
     jnp.einsum('td,edf->etf', x, params['gate']))
@@ -48,7 +49,7 @@ def moe(config: config_lib.MixtralConfig, params: layers.Params,
 
 
 def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
-  """Parameters of `moe`."""
+  """Returns the specs of `moe`'s parameters."""
   num, width, inner = (
     config.num_experts, config.hidden_size, config.intermediate_size)
   into = spec.ParamSpec((num, width, inner), ('experts', 'embed', 'mlp'))

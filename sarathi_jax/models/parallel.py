@@ -2,9 +2,9 @@
 """How a model divides over a mesh of tp x pp devices. Arithmetic; no JAX.
 
 `tp` devices share each layer: whole heads, MLP columns, rows of the
-embedding. `pp` stages have the layers one after another, the same number
-each: where L does not divide, the last stage has layers of zeros, which change
-nothing. The output matrix is cut over all devices.
+embedding. `pp` stages hold consecutive layers, the same number each: where pp
+does not divide L, the last stage has layers of zeros, which change nothing. The
+output matrix is split over all devices.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sarathi_jax.models import config as model_config_lib
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parallelism:
-  """Degrees of parallelism, and what of a model they give to one device.
+  """Degrees of parallelism, and the sizes of one device's part of a model.
 
   Attributes:
     tp: devices that share each layer.
-    pp: stages.
+    pp: pipeline stages.
   """
 
   tp: int = 1
@@ -53,23 +53,23 @@ class Parallelism:
       f'must divide the model\'s hidden_size={model.hidden_size}')
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:
-    """Layers of a stage, those of zeros counted in."""
+    """Returns the layers of a stage, those of zeros counted in."""
     return -(-model.num_layers // self.pp)
 
   def num_kv_heads(self, model: model_config_lib.ModelConfig) -> int:
-    """Key and value heads in all of a stage, copies counted in."""
+    """Returns the key and value heads of a whole stage, copies counted in."""
     return max(model.num_kv_heads, self.tp)
 
   def vocab_size(self, model: model_config_lib.ModelConfig) -> int:
-    """V, padded to divide over all devices."""
+    """Returns V, padded to a multiple of the number of devices."""
     return -(-model.vocab_size // self.num_devices) * self.num_devices
 
   def part_len(self, axis: str | None, size: int) -> int:
-    """What one device has of a parameter's axis of `size`, padding included.
+    """Returns the length of one device's part of an axis, with padding.
 
     Args:
-      axis: its name, see `spec.ParamSpec`.
-      size: without padding, and without copies of heads.
+      axis: the axis's name, see `spec.ParamSpec`.
+      size: the axis's length, without padding and copies of heads.
     """
     parts = {'vocab': self.tp, 'heads': self.tp, 'kv_heads': self.tp,
              'mlp': self.tp, 'logits': self.num_devices}.get(axis or '', 1)
@@ -78,9 +78,9 @@ class Parallelism:
 
   def layers_of(self, model: model_config_lib.ModelConfig,
                 index: int) -> tuple[int | None, ...]:
-    """The layer that is each stage's number `index`; None for one of zeros.
+    """Returns each stage's layer number `index`; None for one of zeros.
 
-    Of 5 layers in 2 stages: number 0 is (0, 3), number 2 is (2, None).
+    Worked example, 5 layers in 2 stages: index 0 -> (0, 3), 2 -> (2, None).
     """
     per_stage = self.num_layers(model)
     layers = range(index, per_stage * self.pp, per_stage)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of published models, as their config.json have them. No JAX.
+"""Shapes of published models, as in their config.json. No JAX.
 
-For what needs no weights: memory plans, simulations, benchmarks with random
-weights. To serve one, its checkpoint says all this itself.
+They are for what needs no weights: memory plans, simulations, benchmarks with
+random weights. To serve a model, its checkpoint says all this itself.
 """
 
 from __future__ import annotations

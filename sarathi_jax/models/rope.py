@@ -29,15 +29,15 @@ def tables(
   positions: Int[Array, ' T'],
   rope_lens: Int[Array, ' T'] | None,
 ) -> Rotation:
-  """The cosine and sine of every token's angles.
+  """Returns the cosine and sine of every token's angles.
 
   Args:
-    config: the kind of embedding and its numbers.
+    config: the kind of embedding and its fields.
     head_dim: h.
     positions: of the tokens in their sequences.
-    rope_lens: read by 'dynamic' only, which needs it. transformers rotates all
-      of a prompt with the base for the prompt's length, and each later
-      token with the base for the length that it makes; keys stay as they were
+    rope_lens: needed, and read, by 'dynamic' only. transformers rotates all of
+      a prompt with the base for the prompt's length, and each later token with
+      the base for the length so far, itself included; keys stay as they were
       cached. So this is max(prompt length, position + 1) for every token,
       whatever chunks it is computed in.
 
@@ -96,7 +96,7 @@ def _linear(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
 
 
 def _llama3(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
-  """Llama 3.1: divides low frequencies, leaves high ones, blends between."""
+  """Divides low frequencies, keeps high ones, blends between (Llama 3.1)."""
   assert config.factor and config.low_freq_factor and config.high_freq_factor
   assert config.original_max_position
   frequencies = _default(config, dim)
@@ -113,12 +113,15 @@ def _llama3(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
 
 
 def _yarn(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
-  """YaRN (https://arxiv.org/abs/2309.00071)."""
+  """Returns frequencies by YaRN (https://arxiv.org/abs/2309.00071)."""
   assert config.factor and config.original_max_position
   length, theta = config.original_max_position, config.theta
 
   def dimension(rotations: float | None) -> float:
-    """The (fractional) pair that turns so often in the original context."""
+    """Returns the (fractional) pair that makes so many rotations.
+
+    They are counted over the original context.
+    """
     assert rotations
     return (dim * math.log(length / (rotations * 2 * math.pi))
             / (2 * math.log(theta)))
@@ -143,7 +146,7 @@ _STATIC: Mapping[
 
 def _dynamic(config: config_lib.RopeConfig, dim: int,
              lens: Int[Array, ' T']) -> Float[Array, 'T pairs']:
-  """Dynamic NTK: the base grows with the length beyond the original."""
+  """Returns frequencies by dynamic NTK: a longer length has a larger base."""
   assert config.factor and config.original_max_position
   original = config.original_max_position
   length = jnp.maximum(lens, original).astype(jnp.float32)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one device of a mesh does so that all together compute a model.
+"""Combines the parts of a model that the devices of a mesh compute.
 
 Within `jax.shard_map`, a model's functions see one device's part of the
-parameters. `Shards` is what they call where the parts have to meet; without
-axes it does nothing, and the same functions run the whole model. See
-Megatron-LM (arXiv 1909.08053, section 3) for the two sums of a layer.
+parameters. They call `Shards` where the parts have to be combined; without axes
+it does nothing, and the same functions run the whole model. See Megatron-LM
+(arXiv 1909.08053, section 3) for the two sums of a layer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Value = TypeVar('Value')
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shards:
-  """Names of the mesh's axes; None where there is but one part.
+  """Names of the mesh's axes; None where there is only one part.
 
   Attributes:
-    tp: over which heads, MLP columns and the vocabulary are split.
-    pp: over which layers are; the output matrix is split over both.
+    tp: the axis that splits heads, MLP columns and the vocabulary.
+    pp: the axis that splits layers; both axes split the output matrix.
   """
 
   tp: str | None = None
@@ -35,22 +35,22 @@ class Shards:
 
   @property
   def axes(self) -> tuple[str, ...]:
-    """Those there are, in the order in which the vocabulary is cut."""
+    """The axes there are, in the order in which they split the vocabulary."""
     return tuple(axis for axis in (self.tp, self.pp) if axis is not None)
 
   def sum(self, part: Float[Array, 'T D']) -> Float[Array, 'T D']:
-    """The sum of all devices' parts, on each."""
+    """Returns the sum of all devices' parts, on each device."""
     return part if self.tp is None else lax.psum(part, self.tp)
 
   def once(self, bias: Float[Array, ' D']) -> Float[Array, ' D']:
-    """What is to be in a sum of parts once: on the first device only."""
+    """Returns `bias` on the first device, else 0: a sum then has it once."""
     if self.tp is None:
       return bias
     return jnp.where(lax.axis_index(self.tp) == 0, bias, 0)
 
   def embed(self, table: Float[Array, 'V D'], tokens: Int[Array, ' T'],
             ) -> Float[Array, 'T D']:
-    """Rows of the embedding. Ids outside [0, V) are the caller's to refuse."""
+    """Returns rows of the embedding; the caller refuses ids outside [0, V)."""
     if self.tp is None:
       return jnp.take(table, tokens, axis=0, mode='clip')
     row = tokens - lax.axis_index(self.tp) * table.shape[0]
@@ -60,11 +60,11 @@ class Shards:
 
   def by_stage(self, values: Sequence[Value], compute: Callable[[Value], Any],
                ) -> Any:
-    """`compute` of this stage's value; a branch only where they differ.
+    """Returns `compute` of this stage's value; branches only if values differ.
 
     Args:
-      values: one a stage; one, too, where there are no stages.
-      compute: makes arrays of one of them, of the same shapes of all.
+      values: one a stage; a single one where there are no stages.
+      compute: makes a tree of arrays of a value, of the same shapes for all.
     """
     distinct = list(dict.fromkeys(values))
     if len(distinct) == 1:
@@ -75,9 +75,10 @@ class Shards:
       functools.partial(compute, value) for value in distinct])
 
   def head_rows(self, table: Float[Array, 'V D']) -> Float[Array, 'rows D']:
-    """Of an embedding that is the output matrix, too: this device's part.
+    """Returns this device's rows of an embedding that is the output, too.
 
-    Stages have copies of the embedding, and of the output a part each.
+    Every stage has a copy of the embedding, and computes its part of the
+    output.
     """
     if self.pp is None:
       return table

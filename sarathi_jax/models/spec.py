@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a parameter looks like before there is one. Standard library only."""
+"""Describes parameters before they exist. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ class ParamSpec:
 
   Attributes:
     shape: numbers along each axis.
-    axes: a name for each, or None: 'vocab', 'logits' (V of the output
+    axes: a name for each axis, or None: 'vocab', 'logits' (V of the output
       matrix), 'embed', 'heads' (H * h, whole heads one after another),
-      'kv_heads' (K * h), 'mlp', 'experts'. Sharding is said in terms of
-      these.
-    init: how to draw it at random: 'normal' around 0, 'scale' around 1,
-      'bias' closely around 0.
+      'kv_heads' (K * h), 'mlp', 'experts'. Sharding is defined by these.
+    init: how to draw it at random: 'normal' and 'bias' around 0, 'scale'
+      around 1.
   """
 
   shape: tuple[int, ...]
@@ -26,20 +25,21 @@ class ParamSpec:
 
   @property
   def is_factor(self) -> bool:
-    """Whether rows are multiplied with it: one matrix, not looked up in."""
+    """Whether rows are multiplied by it: a single matrix, and no lookup table.
+    """
     return len(self.shape) == 2 and self.axes[0] != 'vocab'
 
 
 def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:
-  """A matrix [in, out], each axis given as (name, size)."""
+  """Returns the spec of a matrix [in, out]; each axis is (name, size)."""
   return ParamSpec((rows[1], columns[1]), (rows[0], columns[0]))
 
 
 def bias(axis: tuple[str, int]) -> ParamSpec:
-  """A vector that is added."""
+  """Returns the spec of a vector that is added."""
   return ParamSpec((axis[1],), (axis[0],), 'bias')
 
 
 def scale(size: int, axis: str | None = 'embed') -> ParamSpec:
-  """A vector that a normalized one is multiplied with."""
+  """Returns the spec of a vector that a normalized one is multiplied by."""
   return ParamSpec((size,), (axis,), 'scale')

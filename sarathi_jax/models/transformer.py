@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is around the blocks, the same for all families.
+"""The parts around the blocks, which are the same for all families.
 
-A family's module (see `FAMILIES`) has `layer_specs`, `block`, and the norm that
-it uses, `norm` and `norm_specs`.
+A family's module (see `FAMILIES`) has `layer_specs`, `block`, and its norm,
+`norm` and `norm_specs`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _family(config: config_lib.ModelConfig) -> Any:
 
 
 def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
-  """What the parameters are: a tree of ParamSpec, shaped as the params.
+  """Returns the specs of the parameters: a tree of ParamSpec.
 
     {'embed': [V, D],
      'layers': [{'attn_norm', 'attn': {'q': [D, H*h], ...}, ...}, ...],
@@ -62,13 +62,13 @@ def init_params(
   dtype: Any = jnp.float32,
   scale: float = 0.02,
 ) -> layers.Params:
-  """Random parameters: normal, of deviation `scale`.
+  """Draws random parameters: normal, of deviation `scale`.
 
-  Norms are drawn around 1 and biases around 0, not at them, so that a test
-  notices where one is left out. Every leaf has its own key, from its name.
+  Draws norms around 1 and biases around 0, and not exactly at these, so that a
+  test notices where one is left out. Every leaf has its own key, from its name.
 
-  Not to be jitted: it compiles a small program for each shape that there is,
-  where one for all leaves takes minutes.
+  Must not be jitted: it compiles a small program for each shape, while one for
+  all leaves would take minutes.
   """
   def draw(path: Any, leaf: spec.ParamSpec) -> jax.Array:
     name = jax.tree_util.keystr(path)
@@ -101,12 +101,12 @@ def forward(
 ) -> tuple[Float[Array, 'T D'], list[attention.LayerKv]]:
   """Runs tokens through all layers, on one device.
 
-  For use under `jax.jit`: called by itself, it compiles its layers each time.
+  Call it under `jax.jit`: by itself, it compiles its layers each time.
 
   Args:
     config: the model.
-    params: as `param_specs` says, in one dtype, which matmuls and the residual
-      stream use; norms, softmax and rotations are in float32.
+    params: as `param_specs` says, in one dtype. Matmuls and the residual
+      stream use that; norms, softmax and rotations are in float32.
     kv: what `attend` keeps, one a layer. `[None] * L` for `causal_attend`.
     tokens: ids.
     positions: of the tokens in their sequences.
@@ -138,7 +138,7 @@ def embed(
   tokens: Int[Array, ' T'],
   shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'T D']:
-  """The residual stream that goes into the first layer."""
+  """Returns the residual stream that enters the first layer."""
   del config  # So far, all families take the embedding as it is.
   return shards.embed(params['embed'], tokens)
 
@@ -156,16 +156,18 @@ def run_layers(
 
   Args:
     config: the model.
-    params: of these layers; of a shard, its part of them.
+    params: of these layers; on a shard, its part of them.
     kv: what `attend` keeps, one a layer.
     x: the residual stream.
-    kinds: of these layers, hashable: those of one kind are traced once.
-    context: what a layer of a kind is told whose output is read of some rows.
-    leaving: rows of x that anybody reads once the layers are done; None: all.
-      Of the others, the last layer computes keys and values only.
+    kinds: the kinds of these layers, hashable; those of one kind are traced
+      once.
+    context: makes the context of a layer, from its kind and the rows of its
+      output that are read.
+    leaving: the rows of x that are read after the last layer; None: all. For
+      the others, the last layer computes keys and values only.
 
   Returns:
-    The residual stream after the layers, of the rows that leave, and the new
+    The residual stream after the layers, of the rows `leaving`, and the new
     `kv`.
   """
   @functools.partial(jax.jit, static_argnames='kind')
@@ -187,7 +189,7 @@ def final_norm(
   params: layers.Params,
   x: Float[Array, 'S D'],
 ) -> Float[Array, 'S D']:
-  """What stands between the last layer and `unembed`."""
+  """Applies the norm between the last layer and `unembed`."""
   return _family(config).norm(params['final_norm'], x, config.norm_eps)
 
 
@@ -197,9 +199,9 @@ def unembed(
   hidden: Float[Array, 'S D'],
   shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'S V']:
-  """Logits in float32, summed in float32 whatever the params' dtype is.
+  """Computes logits, in float32 whatever the params' dtype is.
 
-  Of a shard, those of its part of the vocabulary.
+  On a shard, computes those of its part of the vocabulary.
   """
   if config.tie_word_embeddings:
     return jnp.einsum('sd,vd->sv', hidden, shards.head_rows(params['embed']),
