@@ -71,8 +71,8 @@ def default_cache_dir() -> pathlib.Path:
 
 
 SLOS = 'tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'
-# The ratio of the two targets, where only TBT's is given. MLPerf's and others'
-# have ratios of about ten; with this one, TBT gives way to TTFT later.
+# The ratio of the two targets, where only TBT's is given. MLPerf and others
+# measure at ratios of about ten; at this one, TBT gives way to TTFT.
 _TTFT_OVER_TBT = 20
 
 

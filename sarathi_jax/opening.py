@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the checkpoint that is meant: one of ours, or one of Hugging Face.
+"""Opens a checkpoint: a converted one, or one of Hugging Face.
 
 The latter are converted once, and found again by the path, names, sizes and
-times of their files. The converter takes seconds to import, and is only where
-there is something to convert.
+times of their files. The converter takes seconds to import, so it is imported
+only when there is something to convert.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from sarathi_jax.models import config as config_lib
 
 OnModel = Callable[[config_lib.ModelConfig], object]
 Say = Callable[[str], object]  # A line, for people.
+# Makes a progress bar of a title and a number of bytes; the block's value is
+# called with the bytes just done.
 Bar = Callable[
   [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
 
@@ -40,15 +42,15 @@ def open_checkpoint(path_or_hub_id: checkpoint.PathLike,
                     bar: Bar | None = None,
                     on_model: OnModel = lambda model: None,
                     ) -> checkpoint.Checkpoint:
-  """Opens a checkpoint, ours or Hugging Face's.
+  """Opens a checkpoint, converted or Hugging Face's.
 
-  Warns where one that was converted by hand is from an older converter.
+  Warns if an older version of the converter made a converted checkpoint.
 
   Args:
     path_or_hub_id, cache_dir, sampling_defaults, allow_nonfinite, bar,
       on_model: see `resolve`.
-    convert: whether one of Hugging Face is converted once, into `cache_dir`;
-      else parts of its tensors are read as they are needed, and only its
+    convert: whether to convert one of Hugging Face once, into `cache_dir`; if
+      not, parts of its tensors are read as they are needed, and only its
       tokenizer is kept.
 
   Raises:
@@ -82,19 +84,20 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
             bar: Bar | None = None, on_model: OnModel = lambda model: None,
             say: Say = _warn, *, sampling_defaults: bool = True,
             allow_nonfinite: bool = False) -> pathlib.Path:
-  """The converted checkpoint that is meant, converting it if need be.
+  """Returns the folder of a converted checkpoint, converting it if need be.
+
+  Waits while another process converts the same checkpoint, and takes over if
+  that one ends before it is done.
 
   Args:
     path_or_hub_id: a converted checkpoint, which is returned as it is; or a
       Hugging Face folder, or hub id, which is converted once.
-    cache_dir: where to keep what is converted.
-    bar: makes a progress bar of a title and a number of bytes, if something
-      is to be converted; what it gives is told of bytes that are done.
-    on_model: told what is to be converted, and may refuse it.
-    say: told that another process converts it, for which this waits, and takes
-      over should that one end before it is done; or that an older version's
-      conversion is not used. By default it is a warning.
-    sampling_defaults: whether the sampling that its makers recommend is kept;
+    cache_dir: the folder that keeps converted checkpoints.
+    bar: makes a progress bar, if something is to be converted; see `Bar`.
+    on_model: called with the model to convert; may raise to refuse it.
+    say: called with a line for people when this waits for another process, or
+      when an older version's conversion is not used. Warns by default.
+    sampling_defaults: whether to keep the sampling that its makers recommend;
       if not, none of it is refused.
     allow_nonfinite: whether weights may be NaN or infinite.
 
@@ -113,14 +116,14 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
   target = _kept(pathlib.Path(cache_dir), origin)
   _tell_of_older(pathlib.Path(cache_dir), origin, say)
   if not sampling_defaults and not target.is_dir():
-    # What it makes lacks what others may want.
+    # This conversion lacks what others may want, so it has another name.
     target = target.with_name(f'{target.name}-nosampling_defaults')
   if not (target / checkpoint.METADATA).is_file():
     _convert(
       str(path_or_hub_id), origin, target, on_model=on_model, say=say, bar=bar,
       sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite)
   found = checkpoint.load_metadata(target).source.get('nonfinite')
-  if found and not allow_nonfinite:  # Somebody else allowed them.
+  if found and not allow_nonfinite:  # An earlier caller allowed them.
     from checkpoints_convert import transforms
     raise transforms.nonfinite_error(found)
   return target
@@ -129,7 +132,7 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
 def _convert(name: str, origin: pathlib.Path, target: pathlib.Path, *,
              on_model: OnModel, say: Say, bar: Bar | None,
              **options: Any) -> None:
-  """Converts, or waits for another process that does."""
+  """Converts a checkpoint, or waits for another process that does."""
   from checkpoints_convert import convert
   from checkpoints_convert import hf_config
   from checkpoints_convert import staging
@@ -152,7 +155,7 @@ def _convert(name: str, origin: pathlib.Path, target: pathlib.Path, *,
 
 
 def _warn_of_older(opened: checkpoint.Checkpoint) -> None:
-  """Warns of what a checkpoint lacks that an older version converted."""
+  """Warns of what a checkpoint lacks, if an older version converted it."""
   version = changes.version_of(opened.metadata.source)
   if not (changed := changes.since(version)):
     return
@@ -169,7 +172,7 @@ def _warn_of_older(opened: checkpoint.Checkpoint) -> None:
 
 def _tell_of_older(cache_dir: pathlib.Path, origin: pathlib.Path,
                    say: Say) -> None:
-  """Says which conversions are not used again, if one is made anew."""
+  """Says which older conversions are not used, if one is made anew."""
   if _kept(cache_dir, origin).is_dir():
     return
   for version in range(1, changes.VERSION):
@@ -181,13 +184,13 @@ def _tell_of_older(cache_dir: pathlib.Path, origin: pathlib.Path,
 
 def _kept(cache_dir: pathlib.Path, origin: pathlib.Path,
           version: int = changes.VERSION) -> pathlib.Path:
-  """Where what a version makes of a Hugging Face checkpoint is kept."""
+  """Returns the folder for a version's conversion of a checkpoint."""
   facts = [str(origin)]
   for path in sorted(origin.iterdir()):
     if path.is_file():
       status = path.stat()
       facts.append(f'{path.name} {status.st_size} {status.st_mtime_ns}')
-  if version > 1:  # The first one's names had none.
+  if version > 1:  # The first version's names had no number.
     facts.append(f'version {version}')
   key = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:16]
   return cache_dir / f'{origin.name}-{key}'

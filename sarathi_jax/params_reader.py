@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads parts of a converted checkpoint's parameters. Loads no JAX.
 
-A device of a mesh needs some rows or columns of each parameter. What our
-converter writes are arrays without compression, a file a chunk, so a part is
-mapped from its files and nothing else is read. tensorstore, which reads whole
-chunks, does it for checkpoints that somebody else wrote with orbax.
+A device of a mesh needs some rows or columns of each parameter. Our converter
+writes arrays without compression, one file a chunk, so a part is mapped from
+its files and nothing else is read. Checkpoints that others wrote with orbax are
+read by tensorstore, which reads whole chunks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ import numpy as np
 from sarathi_jax import errors
 
 Slices = tuple[slice, ...]
-# A part of a parameter by its name, such as 'layers.3.attn.q'. For threads.
+# Reads a part of a parameter, by its name, such as 'layers.3.attn.q'. Any
+# thread may call it.
 Read = Callable[[str, Slices], np.ndarray]
 
 _DTYPES = {'bfloat16': np.dtype(ml_dtypes.bfloat16)}  # NumPy knows the others.
 
 
 def open_params(folder: pathlib.Path) -> Read:
-  """A reader of the parameters in an orbax checkpoint's folder.
+  """Returns a reader of the parameters in an orbax checkpoint's folder.
 
-  What it raises: CheckpointError, if a parameter can not be read.
+  The reader raises CheckpointError if a parameter can not be read.
   """
   if (folder / 'manifest.ocdbt').exists():
     kvstore = {'driver': 'ocdbt', 'base': f'file://{folder}/'}
@@ -71,7 +72,10 @@ def _map(array: pathlib.Path, stored: dict[str, Any],
 
 
 def _overlaps(wanted: range, size: int) -> Iterator[tuple[int, slice, slice]]:
-  """The chunks of an axis that hold a span: number, from where, to where."""
+  """Yields the chunks of an axis that hold a span.
+
+  Each is a chunk's number, the slice of the chunk, and the slice of the span.
+  """
   for number in range(wanted.start // size, (wanted.stop - 1) // size + 1):
     first = number * size
     start, stop = max(wanted.start, first), min(wanted.stop, first + size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells this code from any other. Imports nothing of ours."""
+"""Tells this code from any other version. Imports no other module of ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
 
 @functools.cache
 def source_hash() -> str:
-  """Of all Python files of ours."""
+  """Returns a hash of all our Python files, 16 hexadecimal digits."""
   root = pathlib.Path(__file__).parents[1]
   digest = hashlib.sha256()
   for package in PACKAGES:

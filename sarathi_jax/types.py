@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that travel between the layers. Frozen; standard library only.
+"""The values that pass between the layers. Frozen; standard library only.
 
 What a user makes (`SamplingParams`, `Request`) validates itself. What the
-engine makes hundreds of every step (`Chunk`, `TokenEvent`, `OutputDelta`) are
-named tuples, which cost a third of a frozen dataclass to build.
+engine makes by the hundred in every step (`Chunk`, `TokenEvent`, `OutputDelta`)
+are named tuples, which take a third of a frozen dataclass's time to build.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class Request:
     prompt_token_ids: token ids, at least one.
     sampling: how to choose the tokens.
     arrival_time: when it arrived, seconds on the engine's clock.
-    tenant: whose it is; '' where all are one's.
-    client: who sent it, of the tenant's; for fairness and for people.
-    priority: those of a smaller one begin first and are preempted last.
-    deadline: when it is of no use any more, on the engine's clock.
-    tier: 'interactive', or 'batch' for who does not watch the tokens come;
-      see `EngineConfig.batch_tbt_slo_ms`.
-    key: unique among all requests that an engine has; the `request_id` of
-      its chunks and deltas. By default the request's own.
+    tenant: the tenant it belongs to; '' where there is only one.
+    client: the tenant's client that sent it; for fairness and for people.
+    priority: requests of a smaller one begin first and are preempted last.
+    deadline: when its result is of no use any more, seconds on the engine's
+      clock; None for never.
+    tier: 'interactive', or 'batch' if nobody watches the tokens come; see
+      `EngineConfig.batch_tbt_slo_ms`.
+    key: unique among all requests that an engine has; the `request_id` of its
+      chunks and deltas. By default the request's own.
   """
 
   request_id: str
@@ -76,7 +77,7 @@ class Chunk(NamedTuple):
   that `samples` reaches the sequence's end, so what comes next is sampled.
 
   Attributes:
-    request_id: whose tokens: the request's `key`.
+    request_id: the request's `key`.
     slot: in [0, max_num_seqs), the sequence's own while it runs; the device
       keeps its last sampled token there.
     start: tokens of the sequence that are in the KV cache already.
@@ -86,11 +87,11 @@ class Chunk(NamedTuple):
     page_table: the pages of tokens [0, start + num_tokens), in order. The
       same object is passed on until a page is added.
     is_prefill: whether this is part of a prefill (a recompute is, too).
-    samples: how many tokens are sampled, one after each of its last ones; 0
-      for a part of a prefill.
-    prompt_len: tokens of the request's prompt; what dynamic RoPE depends on.
-    seed: of the request's random numbers, of 64 bits with a sign.
-    sampling: how to choose the token.
+    samples: how many tokens are sampled, one after each of its last tokens; 0
+      for a part of a prefill that does not end it.
+    prompt_len: tokens of the request's prompt, on which dynamic RoPE depends.
+    seed: of the request's random numbers, a signed 64-bit integer.
+    sampling: how to choose the tokens.
   """
 
   request_id: str
@@ -110,10 +111,10 @@ class ScheduledBatch(NamedTuple):
   """One step: every ready decode, then chunks of prefills.
 
   Attributes:
-    step: counts from 0 the batches that were scheduled.
-    chunks: decodes first.
+    step: the number of the batch, from 0.
+    chunks: its chunks, decodes first.
     num_tokens: the sum over chunks; at most the step's limit.
-    preempted: requests whose pages were taken back to make this batch.
+    preempted: keys of requests whose pages were taken back to make this batch.
   """
 
   step: int
@@ -123,12 +124,13 @@ class ScheduledBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """What a batch sampled, one entry a chunk: of some tokens, one, or none.
+  """What a batch sampled: an entry of any number of tokens for each chunk.
 
   Attributes:
-    tokens: token ids, as they follow one another in the sequence.
-    logprobs: of the tokens, natural logarithm, before temperature; NaN where
-      logits were not finite, and no token could be sampled.
+    tokens: token ids, in the order of the sequence.
+    logprobs: log-probabilities of the tokens (natural logarithm, before
+      temperature); NaN where logits were not finite, so no token could be
+      sampled.
   """
 
   tokens: list[tuple[int, ...]]
@@ -137,7 +139,7 @@ class Sampled(NamedTuple):
   @classmethod
   def of(cls, chunks: Iterable[Chunk], tokens: Iterable[int],
          logprobs: Iterable[float]) -> Sampled:
-    """Shares out what was sampled, one after another, among the chunks."""
+    """Distributes sampled values among the chunks, in order."""
     counts = [chunk.samples for chunk in chunks]
     return cls(_shared_out(counts, tokens), _shared_out(counts, logprobs))
 
@@ -152,7 +154,7 @@ def _shared_out(counts: list[int], values: Iterable[_T]
 class TokenEvent(NamedTuple):
   """The tokens that a request gained in a step, one or more.
 
-  With FinishReason.ERROR it gained none, as one could not be sampled.
+  With FinishReason.ERROR it gained none, as a token could not be sampled.
   """
 
   request_id: str
@@ -163,7 +165,7 @@ class TokenEvent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-  """What a finished request went through. Times are seconds.
+  """Measurements of a finished request. Times are seconds.
 
   Attributes:
     num_prompt_tokens: length of the prompt.
@@ -171,9 +173,9 @@ class RequestMetrics:
     num_preemptions: how often its pages were taken back.
     scheduling_delay_s: from arrival to its first chunk's schedule.
     ttft_s: from arrival to the first token; None without one.
-    tpot_s: mean time between tokens; None with less than two.
+    tpot_s: mean time between tokens; None with fewer than two.
     e2e_s: from arrival to the end.
-    max_tbt_s: the longest time between two tokens; None with less than two.
+    max_tbt_s: the longest time between two tokens; None with fewer than two.
   """
 
   num_prompt_tokens: int
@@ -190,11 +192,11 @@ class OutputDelta(NamedTuple):
   """What one request gained in one step.
 
   Attributes:
-    request_id: whose: the request's `key`.
-    text: what may be shown now: whole characters only, and nothing that may
-      yet turn out to be a stop string.
-    token_ids: new tokens; a matched stop string's are included.
-    logprobs: of those tokens.
+    request_id: the request's `key`.
+    text: the text that may be shown now: whole characters only, and nothing
+      that may yet turn out to be a stop string.
+    token_ids: new tokens, those of a matched stop string included.
+    logprobs: log-probabilities of those tokens.
     finish_reason: None while it goes on.
     stop_reason: the stop token id or stop string that ended it, if any; None
       for the model's own end of sequence.
@@ -212,10 +214,10 @@ class OutputDelta(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-  """A finished request, whole.
+  """The whole output of a finished request.
 
   Attributes:
-    request_id: whose.
+    request_id: of the request.
     prompt_token_ids: the prompt.
     token_ids: the generated tokens.
     logprobs: their log-probabilities (natural logarithm, before temperature
@@ -223,7 +225,7 @@ class Completion:
     text: the generated text, '' without a tokenizer.
     finish_reason: why it ended.
     stop_reason: see `OutputDelta`.
-    metrics: what it went through.
+    metrics: its measurements.
   """
 
   request_id: str

@@ -13,7 +13,11 @@ from sarathi_jax import errors
 
 def make(folder: pathlib.Path,
          fill: Callable[[pathlib.Path], object]) -> None:
-  """Makes a folder that others see whole, or not at all.
+  """Makes a folder that other processes see as a whole or not at all.
+
+  Args:
+    folder: the folder to make.
+    fill: writes its files, to the temporary folder that it is given.
 
   Raises:
     CheckpointError: it can't be made.

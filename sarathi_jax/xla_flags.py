@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's flags for serving on GPUs, by the version of JAX. For mains; no JAX.
+"""XLA's flags for serving on GPUs, by JAX's version. For mains; loads no JAX.
 
-XLA ends the process at a flag that it does not know, so each stands here with
-the versions that it was tried with, and others go without.
+XLA ends the process at a flag that it does not know. So each flag is listed
+with the versions that it was tried with, and other versions go without it.
 
-XLA does not keep the matmuls' tuning on disk: what was tuned is in the compiled
-programs, which JAX keeps (`runner/compiled.py`).
+XLA does not keep the matmuls' tuning on disk: the compiled programs include it,
+and JAX keeps these (`runner/compiled.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import importlib.metadata
 import re
 
 Version = tuple[int, ...]
-# A main has the GPU for itself; JAX would take three quarters of it.
+# The fraction of a GPU's memory to take: a main has the GPU for itself. JAX's
+# own default is three quarters.
 MEMORY_FRACTION = 0.95
 
 
@@ -32,17 +33,17 @@ class Flag:
 
 TABLE: tuple[Flag, ...] = (
   # Sampling branches on what the batch asks for, and its filters loop. XLA
-  # puts branches into CUDA graphs, but none with a loop in it, and where a
-  # branch is in no graph the host waits for the device at each step. It leaves
-  # loops out by itself where the driver is older than CUDA 12.3.
+  # puts branches into CUDA graphs, but without this flag none with a loop in
+  # it. Where a branch is in no graph, the host waits for the device at each
+  # step. XLA leaves loops out by itself if the driver is older than CUDA 12.3.
   # Not +COLLECTIVES: it would make one graph of a step on several devices, too,
-  # which is in parts between them otherwise, but was never tried on any.
+  # where collectives now separate its parts, but it was never tried.
   Flag('xla_gpu_enable_command_buffer', '+WHILE', (0, 10, 2), (0, 13)),
 )
 
 
 def flags(version: Version) -> str:
-  """XLA_FLAGS for a version of JAX: (0, 10, 2)."""
+  """Returns XLA_FLAGS for a version of JAX, such as (0, 10, 2)."""
   return ' '.join(f'--{flag.name}={flag.value}' for flag in TABLE
                   if flag.since <= version < flag.before)
 
@@ -53,7 +54,7 @@ def _ours() -> str:
 
 
 def unset(environ: Mapping[str, str]) -> str:
-  """Those of the flags that nobody has set; the empty string if all are.
+  """Returns those of the flags that nobody has set; '' if all are set.
 
   Args:
     environ: os.environ.
@@ -64,7 +65,9 @@ def unset(environ: Mapping[str, str]) -> str:
 
 
 def set_environment(environ: MutableMapping[str, str]) -> None:
-  """To be called before JAX first computes; what the user has set wins.
+  """Sets the flags, and JAX's share of a GPU's memory, in the environment.
+
+  Call it before JAX first computes. What the user has set takes precedence.
 
   Args:
     environ: os.environ.

@@ -45,9 +45,9 @@ class Quantiles:
     return copy
 
   def since(self, earlier: Quantiles) -> Quantiles:
-    """Returns those of the values added after `earlier` was copied.
+    """Returns the quantiles of the values added after `earlier` was copied.
 
-    The largest value is that of all.
+    `largest` is still the largest of all.
     """
     new = self.copy()
     new._counts.subtract(earlier._counts)

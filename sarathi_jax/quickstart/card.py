@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said about a trained model: its README, and the text's licence."""
+"""Writes a trained model's README, and the licence of its text."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ answers to questions, and a model was trained on the result.
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-  """How a training went.
+  """Results of a training.
 
   Attributes:
     num_params: numbers in the model.
-    num_documents: that it learned from.
-    num_tokens: in them.
-    tokens_learned: all that were seen, repetitions counted.
-    loss: mean of the last steps, nats a token.
-    held_out_loss: on documents it did not see; None if there were none.
-    minutes: that the training took.
+    num_documents: documents that it learned from.
+    num_tokens: tokens in the documents.
+    tokens_learned: tokens seen in training, repetitions counted.
+    loss: mean loss of the last steps, nats a token.
+    held_out_loss: loss on documents it did not see; None if there were none.
+    minutes: time that the training took.
   """
 
   num_params: int
@@ -76,7 +76,7 @@ class Facts:
 
 
 def summary(facts: Facts) -> str:
-  """Facts in a line or two."""
+  """Returns the facts in a line or two, for people."""
   return (f'{facts.num_params:,} parameters saw {facts.tokens_learned:,} '
           f'tokens in {facts.minutes:.1f} minutes. Loss {facts.loss:.3f}'
           + _held_out(facts) + '.')

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a Llama as a Hugging Face checkpoint, and its tokenizer with it.
+"""Writes a Llama and its tokenizer as a Hugging Face checkpoint.
 
-Transformers, and anything else that reads such a folder, can load it; so can
-`checkpoints_convert`, which brings it back bit for bit.
+Transformers, and anything else that reads such a folder, can load it.
+`checkpoints_convert` converts it back bit for bit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sarathi_jax.quickstart import tokenizer as tokenizer_lib
 
 Params = Any  # pytree of arrays
 
-# Ours -> Hugging Face's, in and outside of layers. Matrices of layers, and
-# the head, are [out, in] there.
+# Our names -> Hugging Face's, outside and inside of layers. Matrices of layers,
+# and the head, are [out, in] there.
 _TOP: Mapping[str, str] = {
   'embed': 'model.embed_tokens.weight',
   'final_norm.scale': 'model.norm.weight',
@@ -46,10 +46,10 @@ _LAYER: Mapping[str, str] = {
 
 def write(folder: pathlib.Path, config: config_lib.LlamaConfig,
           params: Params, tokenizer: tokenizers.Tokenizer) -> None:
-  """Writes the model, in bfloat16, and all that it takes to serve it.
+  """Writes the model, in bfloat16, and everything needed to serve it.
 
   Args:
-    folder: is made if it is not there; files of these names are replaced.
+    folder: is made if need be; files of the same names are replaced.
     config: without biases, q and k norms, sliding window or rope scaling.
     params: as `models.param_specs(config)` says.
     tokenizer: with `text.SPECIAL_TOKENS`.

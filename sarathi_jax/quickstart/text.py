@@ -4,11 +4,11 @@
 It comes with every CPython, so nothing is downloaded, and its licence (PSF)
 allows this use: the language reference (`pydoc_data.topics`) and docstrings of
 the standard library, read from its source files without importing them. Each
-reference topic, less its code, is a document to continue; the beginning of each
-docstring is the answer to a question, so that the model chats after a fashion.
+reference topic, without its code, is a document to continue. The beginning of
+each docstring is the answer to a question, so that the model can chat a little.
 
-Another release of Python has slightly other documentation; with the same
-release, the same documents come in the same order.
+Another release of Python has slightly different documentation. The same release
+gives the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
   "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
 
 # Folders and modules of the standard library that explain little: tests,
-# programs, and what Python 3.13 no longer has.
+# programs, and those that Python 3.13 no longer has.
 _SKIPPED = frozenset((
   '__phello__', 'aifc.py', 'antigravity.py', 'asynchat.py', 'asyncore.py',
   'audioop.py', 'cgi.py', 'cgitb.py', 'chunk.py', 'crypt.py', 'ctypes',
@@ -52,7 +52,7 @@ _SKIPPED = frozenset((
   'sre_parse.py', 'sunau.py', 'telnetlib.py', 'test', 'tests', 'this.py',
   'tkinter', 'turtledemo', 'uu.py', 'xdrlib.py'))
 
-# What is compiled into the interpreter, and has no source file to read.
+# Modules that are compiled into the interpreter, without a source file to read.
 _COMPILED = ('builtins', 'itertools', 'math', 'time')
 _BUILTIN_TYPES = ('bytes', 'dict', 'float', 'int', 'list', 'set', 'str',
                   'tuple')
@@ -60,14 +60,14 @@ _BUILTIN_TYPES = ('bytes', 'dict', 'float', 'int', 'list', 'set', 'str',
 _ASCII = {0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: '-',
           0x2014: '--', 0x2026: '...'}
 _UNDERLINE = re.compile(r'([*=~^"-])\1{3,}')
-# Characters. A model this small gets fluent on little text, read often.
+# Lengths in characters: a small model gets fluent on little text, read often.
 _MAX_TOPIC = 4000
 _MAX_ANSWER = 200
 _HELD_OUT = 25  # one document in so many is not trained on
 
 
 class Document(NamedTuple):
-  """One text, complete.
+  """One complete text to learn.
 
   Attributes:
     name: 'topic:for' or 'textwrap.fill'.
@@ -79,14 +79,15 @@ class Document(NamedTuple):
 
 
 def documents(limit: int | None = None) -> list[Document]:
-  """All there is to learn, the language reference first; `limit` of it."""
+  """Returns all documents, the language reference first; at most `limit`."""
   return list(itertools.islice(itertools.chain(_topics(), _answers()), limit))
 
 
 def split(docs: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-  """What to train on, and what to measure on: docstrings chosen by name.
+  """Splits documents into those to train on, and those to measure on.
 
-  Topics overlap each other, so holding one out would measure memory.
+  Holds out docstrings, chosen by name. Topics overlap each other, so holding
+  one out would measure memory.
   """
   def held_out(doc: Document) -> bool:
     digest = hashlib.sha256(doc.name.encode()).digest()
@@ -97,19 +98,19 @@ def split(docs: Sequence[Document]) -> tuple[list[Document], list[Document]]:
 
 
 def sentence_starts(body: str) -> list[int]:
-  """Where a text, its paragraphs and its sentences begin."""
+  """Returns the offsets where a text, its paragraphs and sentences begin."""
   return [0, *(match.end() for match in re.finditer(
     r'\n\n|[.:!?] (?=[A-Z])', body))]
 
 
 def words(docs: Sequence[Document]) -> frozenset[str]:
-  """Every word of the documents, in lower case."""
+  """Returns every word of the documents, in lower case."""
   return frozenset(
     word for doc in docs for word in find_words(doc.text))
 
 
 def find_words(text: str) -> list[str]:
-  """Runs of two or more letters, in lower case."""
+  """Returns the runs of two or more letters of a text, in lower case."""
   return [word.lower() for word in re.findall(r'[^\W\d_]{2,}', text)]
 
 
@@ -129,9 +130,9 @@ def _topics() -> Iterator[Document]:
 
 
 def _unseen(paragraphs: Sequence[str], seen: set[str]) -> Iterator[str]:
-  """Those not in `seen`, to which they are added.
+  """Yields the paragraphs that are not in `seen`, and adds them to it.
 
-  Short ones (headings, code) are like others by chance; they stay with the
+  Short ones (headings, code) may be equal by chance; they stay with the
   paragraph before them.
   """
   keep = True
@@ -144,9 +145,10 @@ def _unseen(paragraphs: Sequence[str], seen: set[str]) -> Iterator[str]:
 
 
 def _without_code(paragraphs: Iterable[str]) -> Iterator[str]:
-  """Without grammar and code: a model this small is better at one thing.
+  """Yields paragraphs without grammar and code.
 
-  A paragraph that announces code ends there, or goes too if it is short.
+  A model this small learns one kind of text better. A paragraph that announces
+  code ends in a period instead, or is left out too if it is short.
   """
   before = ''
   for paragraph in paragraphs:
@@ -175,7 +177,7 @@ def _answers() -> Iterator[Document]:
 
 
 def _shorten(paragraphs: Iterable[str]) -> str:
-  """The leading paragraphs that explain, or sentences of the first one."""
+  """Returns the leading paragraphs that explain, or the first's sentences."""
   prose = list(itertools.takewhile(
     lambda p: re.match(r'[A-Z]', p) and p[-1] in '.:!?)', paragraphs))
   text = _cut(prose, _MAX_ANSWER)
@@ -187,7 +189,7 @@ def _shorten(paragraphs: Iterable[str]) -> str:
 
 
 def _cut(paragraphs: Iterable[str], most: int) -> str:
-  """As many paragraphs as have at most `most` characters together."""
+  """Joins leading paragraphs that together have at most `most` characters."""
   kept: list[str] = []
   for paragraph in paragraphs:
     if sum(map(len, kept)) + len(paragraph) > most:
@@ -197,7 +199,10 @@ def _cut(paragraphs: Iterable[str], most: int) -> str:
 
 
 def _docstrings() -> Iterator[tuple[str, str, str]]:
-  """(qualified name, 'module' | 'class' | 'function', docstring), public."""
+  """Yields (qualified name, kind, docstring) of what is public.
+
+  A kind is 'module', 'class' or 'function'.
+  """
   yield from _compiled_docstrings()
   root = pathlib.Path(sysconfig.get_paths()['stdlib'])
   for path in sorted(root.rglob('*.py')):
@@ -247,7 +252,7 @@ def _of(node: ast.AST, name: str, kind: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _paragraphs(text: str) -> list[str]:
-  """Paragraphs, each prose one on a line of its own; code as it stands."""
+  """Splits a text into paragraphs; joins lines of prose, and not of code."""
   text = text.translate(_ASCII)
   blocks = re.split(r'\n[ \t]*\n', text.expandtabs())
   return [p for p in map(_paragraph, blocks) if p]
@@ -264,7 +269,7 @@ def _paragraph(block: str) -> str:
 
 
 def _is_prose(lines: Sequence[str], text: str) -> bool:
-  """Whether the lines are sentences, a heading or a list's item: no code."""
+  """Says whether lines are prose: sentences, a heading or a list's item."""
   indents = {len(line) - len(line.lstrip()) for line in lines[1:]}
   body = re.sub(r'^([*-]|\d+\.) ', '', text)
   letters = sum(c.isalpha() or c in " ,.'" for c in body)
@@ -275,7 +280,7 @@ def _is_prose(lines: Sequence[str], text: str) -> bool:
 
 
 def _plain(prose: str) -> str:
-  """Without the marks around literals and emphasis, which nobody types."""
+  """Removes the marks around literals and emphasis, which nobody types."""
   prose = re.sub(r'(\w-) (?=[a-z])', r'\1', prose)  # was at a line's end
   prose = re.sub(r' {2,}', ' ', prose)
   prose = re.sub(r'``([^`]+)``', r'\1', prose)

@@ -17,7 +17,8 @@ from sarathi_jax.quickstart import text
 
 def train(docs: Sequence[text.Document], vocab_size: int
           ) -> tokenizers.Tokenizer:
-  """The special tokens come first, then the bytes, then what was merged."""
+  """Trains a tokenizer: special tokens first, then bytes, then merged pieces.
+  """
   between = re.compile('|'.join(map(re.escape, text.SPECIAL_TOKENS)))
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +34,7 @@ def train(docs: Sequence[text.Document], vocab_size: int
 
 
 def end_id(tokenizer: tokenizers.Tokenizer) -> int:
-  """The id of `text.END`."""
+  """Returns the token id of `text.END`."""
   token = tokenizer.token_to_id(text.END)
   assert token is not None
   return token

@@ -3,9 +3,9 @@
 
   python -m sarathi_jax.quickstart.train --output=/tmp/quickstart
 
-A tiny Llama learns Python's documentation on a CPU, in minutes. This is also
+A tiny Llama learns Python's documentation on a CPU, in minutes. This also shows
 how to embed the engine in a training loop (see `_Sampler`): one `LLM` serves
-the live arrays, `update_params` shows it the new ones, and nothing is compiled
+the live arrays, `update_params` hands it the new ones, and nothing is compiled
 or copied again.
 """
 
@@ -38,32 +38,42 @@ from sarathi_jax.quickstart import tokenizer as tokenizer_lib
 from sarathi_jax.quickstart import training
 
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'The folder to write, a Hugging Face checkpoint.',
+  'output', None, 'The folder to write the model to, as a Hugging Face '
+  'checkpoint.',
   required=True)
 _STEPS = flags.DEFINE_integer(
-  'steps', 600, 'Steps of gradient descent.', lower_bound=1)
+  'steps', 600, 'How many steps of gradient descent to train for.',
+  lower_bound=1)
 _TOKENS = flags.DEFINE_integer(
-  'tokens_per_step', 2048, 'Tokens a step learns from.', lower_bound=2)
+  'tokens_per_step', 2048, 'How many tokens each step learns from.',
+  lower_bound=2)
 _LENGTH = flags.DEFINE_integer(
   'sequence_length', 128,
-  'Tokens of a sequence, which begins with a sentence. In the last tenth of '
-  'the steps they are as long as the context, and begin anywhere.',
+  'Tokens of a training sequence, which begins with a sentence. In the last '
+  'tenth of the steps, sequences are as long as --context and begin anywhere.',
   lower_bound=1)
 _CONTEXT = flags.DEFINE_integer(
-  'context', 1024, 'The longest sequence the model is for.', lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float(
-  'learning_rate', 0.02, 'Of the matrices, at its peak.', lower_bound=0.0)
-_SAMPLE_EVERY = flags.DEFINE_integer(
-  'sample_every', 100, 'Steps between two looks at what the model says.',
+  'context', 1024, 'The most tokens of a sequence that the model is made for.',
   lower_bound=1)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of all random numbers.')
+_LEARNING_RATE = flags.DEFINE_float(
+  'learning_rate', 0.02, 'The learning rate of the matrices, at its peak. '
+  'Other parameters have a quarter of it.', lower_bound=0.0)
+_SAMPLE_EVERY = flags.DEFINE_integer(
+  'sample_every', 100, 'Sample from the model, and write it, after so many '
+  'steps each.', lower_bound=1)
+_SEED = flags.DEFINE_integer('seed', 0, 'The seed of all random numbers.')
 _DOCUMENTS = flags.DEFINE_integer(
-  'documents', None, 'Learn only so many documents.', lower_bound=1)
+  'documents', None, 'Learn only the first so many documents. By default, all '
+  'of them.', lower_bound=1)
 _VOCAB = flags.DEFINE_integer(
-  'vocab_size', 2048, 'Tokens of the tokenizer, at most.', lower_bound=300)
-_WIDTH = flags.DEFINE_integer('hidden_size', 192, 'Width of the model.')
-_MLP = flags.DEFINE_integer('intermediate_size', 384, 'Width of its MLPs.')
-_LAYERS = flags.DEFINE_integer('num_layers', 4, 'Its layers.')
+  'vocab_size', 2048, 'The most tokens that the tokenizer may have.',
+  lower_bound=300)
+_WIDTH = flags.DEFINE_integer(
+  'hidden_size', 192, 'The width of the model\'s residual stream.')
+_MLP = flags.DEFINE_integer(
+  'intermediate_size', 384, 'The width inside the model\'s MLPs.')
+_LAYERS = flags.DEFINE_integer(
+  'num_layers', 4, 'How many layers the model has.')
 
 PROMPTS = (
   'The for statement is used to',
@@ -73,7 +83,7 @@ PROMPTS = (
 
 
 class _Sampler:
-  """Continues `PROMPTS` with the parameters of the moment, by the engine."""
+  """Continues `PROMPTS` with the current parameters, by the engine."""
 
   def __init__(self, config: config_lib.LlamaConfig, params: training.Params,
                folder: pathlib.Path, end: int) -> None:
@@ -86,7 +96,7 @@ class _Sampler:
 
   def sample(self, params: training.Params, seed: int
              ) -> Iterator[tuple[str, str]]:
-    """(prompt, what the model makes of it)."""
+    """Yields (prompt, the model's continuation)."""
     self._llm.update_params(params)
     completions = self._llm.generate(PROMPTS, sarathi_jax.SamplingParams(
       max_tokens=40, temperature=0.5, seed=seed))
@@ -96,7 +106,7 @@ class _Sampler:
 
 def _batches(docs: Sequence[text.Document],
              tokenizer: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
-  """What each step learns from: int32 [sequences, length + 1]."""
+  """Yields the batch of each step: int32 [sequences, length + 1]."""
   length, context = _LENGTH.value, _CONTEXT.value
   num_long = _STEPS.value // 10
   yield from itertools.islice(
@@ -125,7 +135,7 @@ def _train(config: config_lib.LlamaConfig, docs: Sequence[text.Document],
            console: rich_console.Console) -> tuple[training.Params, float]:
   """Returns the trained parameters and the mean loss of the last steps.
 
-  The model is written whenever it is sampled from: stop when you like it.
+  Writes the model whenever it is sampled from, so training can be stopped then.
   """
   state = training.new_state(
     config, steps=_STEPS.value, learning_rate=_LEARNING_RATE.value,
@@ -153,7 +163,7 @@ def _train(config: config_lib.LlamaConfig, docs: Sequence[text.Document],
 def _held_out_loss(config: config_lib.LlamaConfig, params: Any,
                    documents: Sequence[text.Document],
                    tokenizer: tokenizers.Tokenizer) -> float:
-  """Of the parameters as they are written: rounded to bfloat16."""
+  """Returns the held-out loss of parameters as written: in bfloat16."""
   rounded = jax.tree.map(
     lambda x: jnp.asarray(np.asarray(x).astype(ml_dtypes.bfloat16), x.dtype),
     params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a `sarathi_jax.models` model: flax's TrainState, optax's optimizers.
+"""Trains a `sarathi_jax.models` model by flax's TrainState and optax.
 
 Nothing here knows the engine. The parameters are the nested dict that the
 engine serves, so `state.params` can be handed to it as they are.
@@ -30,7 +30,7 @@ TrainState = train_state.TrainState
 
 def token_stream(docs: Sequence[text.Document],
                  tokenizer: tokenizers.Tokenizer, seed: int) -> np.ndarray:
-  """All documents in random order, each with its end, as int32 [tokens]."""
+  """Joins all documents in random order, with their ends: int32 [tokens]."""
   order = np.random.default_rng(seed).permutation(len(docs))
   encoded = tokenizer.encode_batch([docs[i].text + text.END for i in order])
   return np.concatenate(
@@ -39,9 +39,9 @@ def token_stream(docs: Sequence[text.Document],
 
 def windows(stream: np.ndarray, batch_size: int, num_tokens: int, seed: int
             ) -> Iterator[np.ndarray]:
-  """Endless windows of the stream: int32 [batch_size, num_tokens + 1].
+  """Yields windows of the stream for ever: int32 [batch_size, num_tokens + 1].
 
-  Every epoch cuts the stream at another offset and shuffles the pieces.
+  Each epoch cuts the stream at another offset and shuffles the pieces.
   """
   rng = np.random.default_rng(seed)
   while True:
@@ -57,9 +57,9 @@ class Example(NamedTuple):
   """A document from the start of one of its sentences on.
 
   Attributes:
-    start: where it starts in the document, characters.
-    stop: where it stops.
-    ids: int32, at most a sequence and one token.
+    start: where it starts in the document, in characters.
+    stop: where it stops, in characters.
+    ids: int32, at most one token more than a sequence.
   """
 
   start: int
@@ -69,7 +69,7 @@ class Example(NamedTuple):
 
 def examples(doc: text.Document, tokenizer: tokenizers.Tokenizer,
              num_tokens: int) -> list[Example]:
-  """One example a sentence, in order."""
+  """Returns one example for each sentence, in order."""
   starts = text.sentence_starts(doc.text)
   most_chars = 8 * num_tokens  # tokens are shorter than that on average
   encoded = tokenizer.encode_batch(
@@ -83,7 +83,7 @@ def examples(doc: text.Document, tokenizer: tokenizers.Tokenizer,
 
 def cover(document: Sequence[Example], rng: np.random.Generator
           ) -> Iterator[Example]:
-  """The document in pieces that overlap by less than half, by chance."""
+  """Yields random pieces of a document that overlap by less than half."""
   example = document[0]
   while True:
     yield example
@@ -97,11 +97,11 @@ def cover(document: Sequence[Example], rng: np.random.Generator
 
 def packed(documents: Sequence[Sequence[Example]], batch_size: int,
            num_tokens: int, seed: int) -> Iterator[np.ndarray]:
-  """Endless batches of examples: int32 [batch_size, num_tokens + 1].
+  """Yields batches of examples for ever: int32 [batch_size, num_tokens + 1].
 
   A row starts as a prompt does: with a sentence, and nothing before it. Rows
-  cut anywhere teach little about that: the model comes to lean on hundreds of
-  tokens before. The room that an example leaves is filled with more.
+  cut anywhere teach little about that: the model learns to rely on hundreds of
+  earlier tokens. Further examples fill the room that one leaves.
   """
   rng = np.random.default_rng(seed)
   rows: list[np.ndarray] = []
@@ -122,10 +122,10 @@ def packed(documents: Sequence[Sequence[Example]], batch_size: int,
 
 def new_state(config: config_lib.ModelConfig, *, steps: int,
               learning_rate: float, seed: int) -> TrainState:
-  """Random parameters; Muon for the matrices, AdamW for the rest.
+  """Makes random parameters; Muon for the matrices, AdamW for the rest.
 
   Muon needs far fewer steps than AdamW alone for a model this small. Both
-  learning rates warm up, then decay to 0 as a cosine does.
+  learning rates warm up, and then decay to 0 along a cosine.
   """
   def schedule(peak: float) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
@@ -144,7 +144,7 @@ def new_state(config: config_lib.ModelConfig, *, steps: int,
 
 
 def _matrices(params: Params) -> Params:
-  """Which parameters Muon is for: all matrices but the embedding."""
+  """Selects the parameters for Muon: all matrices but the embedding."""
   return jax.tree.map_with_path(
     lambda path, x: (contrib.MuonDimensionNumbers()
                      if x.ndim == 2 and path[0].key == 'layers' else None),
@@ -153,7 +153,7 @@ def _matrices(params: Params) -> Params:
 
 def sequence_logits(config: config_lib.ModelConfig, params: Params,
                     tokens: Int[Array, ' T']) -> Float[Array, 'T V']:
-  """What follows each token of one sequence, in float32."""
+  """Returns the logits after each token of one sequence, in float32."""
   hidden, _ = models.forward(
     config, params, [None] * config.num_layers, tokens,
     jnp.arange(tokens.shape[0], dtype=jnp.int32), None, models.causal_attend)
@@ -162,7 +162,10 @@ def sequence_logits(config: config_lib.ModelConfig, params: Params,
 
 def loss(config: config_lib.ModelConfig, params: Params,
          batch: Int[Array, 'B T1']) -> Float[Array, '']:
-  """Mean negative log-likelihood of every token but the first, in nats."""
+  """Returns the mean negative log-likelihood of the tokens, in nats.
+
+  Leaves out each sequence's first token.
+  """
   logits = jax.vmap(functools.partial(sequence_logits, config, params))(
     batch[:, :-1])
   value: jax.Array = optax.softmax_cross_entropy_with_integer_labels(
@@ -175,7 +178,11 @@ def loss(config: config_lib.ModelConfig, params: Params,
 def train_step(config: config_lib.ModelConfig, state: TrainState,
                batch: Int[Array, 'B T1']
                ) -> tuple[TrainState, Float[Array, '']]:
-  """One step of gradient descent: the new state, and the loss before it."""
+  """Takes one step of gradient descent.
+
+  Returns:
+    The new state, and the loss before the step.
+  """
   value, gradients = jax.value_and_grad(
     functools.partial(loss, config))(state.params, batch)
   new = state.apply_gradients(  # type: ignore[no-untyped-call]
@@ -185,7 +192,7 @@ def train_step(config: config_lib.ModelConfig, state: TrainState,
 
 def held_out_loss(config: config_lib.ModelConfig, params: Params,
                   stream: np.ndarray, num_tokens: int) -> float:
-  """Mean loss over whole windows of a stream of tokens."""
+  """Returns the mean loss over whole windows of a stream of tokens."""
   windows = len(stream) // (num_tokens + 1)
   batch = stream[:windows * (num_tokens + 1)].reshape(windows, num_tokens + 1)
   evaluate = jax.jit(functools.partial(loss, config))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computing batches on a device: packing, the compiled step, the KV cache."""
+"""Computes batches on devices: packing, the compiled step, the KV cache."""

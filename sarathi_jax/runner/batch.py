@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A scheduled batch as one int32 array, and back; so is what a step returns.
+"""Packs a scheduled batch into one int32 array, and back.
 
-NumPy; loads no JAX. `BatchLayout` says where each field lies.
+The outputs of a step are packed likewise. Needs NumPy; loads no JAX.
+`BatchLayout` says where each field lies.
 
 Example, page_size=4, two decodes and a chunk, T=8, S=R=3, P=3:
 
@@ -39,18 +40,18 @@ class BatchArrays(NamedTuple):
   Attributes:
     cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
     kv_lens: [S] tokens in the cache once this batch's were written.
-    page_indices: [S, P].
-    distribution: [2] number of decodes (first), number of sequences.
+    page_indices: [S, P] pages of each sequence, in order.
+    distribution: [2] number of decodes, which come first, and of sequences.
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.
-    prompt_lens: [S].
-    num_samples: [1] rows of the following that are sampled.
-    sample_tokens: [R] the token of the batch after which one is sampled.
-    sample_slots: [R] the slot of its sequence, which keeps the last one.
-    sample_positions: [R] its place in its sequence.
-    seeds: [R, 2] the low and the high half of each, two's complement.
+    prompt_lens: [S] tokens of each sequence's prompt.
+    num_samples: [1] the real rows of the following fields.
+    sample_tokens: [R] index in the batch of the token to sample after.
+    sample_slots: [R] the slot of its sequence, which keeps the last sample.
+    sample_positions: [R] the sampled token's position in its sequence.
+    seeds: [R, 2] the low and the high half of each seed, two's complement.
     sampling: [F, R] bits of the sampling parameters, see `sampling_of`.
-    tokens: [T] ids; the last, so that a buffer can be made longer.
+    tokens: [T] ids; the last field, so that a buffer can be made longer.
   """
 
   cu_q_lens: Any
@@ -70,7 +71,7 @@ class BatchArrays(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What a step returns, of each of its batch's samples.
+  """The outputs of a step, one for each sample of its batch.
 
   Attributes:
     tokens: [R] int32 ids.
@@ -81,7 +82,7 @@ class StepOutput(NamedTuple):
   logprobs: Any
 
 
-# What the device gets of `SamplingParams`: the rows of `sampling`.
+# The fields of `SamplingParams` that the device gets: the rows of `sampling`.
 _SAMPLING = {name: (field.kind, field.on_device)
              for name, field in sampling_params.FIELDS.items()
              if field.on_device is not None}
@@ -92,11 +93,11 @@ _INT32_MAX = int(np.iinfo(np.int32).max)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchLayout:
-  """Where the fields of a batch, and of what it gives, lie in buffers.
+  """Where the fields of a batch and of its outputs lie in buffers.
 
   Attributes:
     num_tokens: T, the bucket of the ladder.
-    num_rows: S, the most sequences such a batch has.
+    num_rows: S, the most sequences that such a batch has.
     num_samples: R, the most tokens that are sampled for it.
     pages_per_seq: P.
   """
@@ -108,21 +109,21 @@ class BatchLayout:
 
   @property
   def input(self) -> packing.Packing:
-    """Of `BatchArrays`."""
+    """The packing of `BatchArrays`."""
     return _packings(self)[0]
 
   @property
   def output(self) -> packing.Packing:
-    """Of `StepOutput`."""
+    """The packing of `StepOutput`."""
     return _packings(self)[1]
 
   @property
   def size(self) -> int:
-    """int32 values in a batch's buffer."""
+    """The number of int32 values in a batch's buffer."""
     return self.input.size
 
   def split(self, buffer: Any) -> BatchArrays:
-    """Views of the fields of a batch's buffer, NumPy's or JAX's."""
+    """Returns the fields of a batch's buffer, an array of NumPy or JAX."""
     return BatchArrays(**self.input.split(buffer))
 
 
@@ -147,9 +148,9 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
 class BatchBuilder:
   """Packs batches. The result depends on the batch alone.
 
-  It remembers each slot's page table and sampling parameters as arrays: a
-  chunk passes on the same objects until a page is added, and converting 256
-  of them anew would cost more than the rest of the step's host work.
+  Keeps each slot's page table and sampling parameters as arrays: a chunk
+  passes on the same objects until a page is added, and converting 256 of them
+  anew would cost more than the rest of the step's host work.
   """
 
   def __init__(self, max_num_seqs: int, pages_per_seq: int) -> None:
@@ -195,7 +196,7 @@ class BatchBuilder:
 
   def _add_samples(self, fields: BatchArrays, counts: np.ndarray,
                    seeds: tuple[int, ...]) -> None:
-    """Says what is sampled: so many tokens after the last ones of each row."""
+    """Fills the fields of samples: `counts` of them at each row's end."""
     rows = counts.nonzero()[0]
     before_end: Any = 0  # of its row's
     if counts.max() > 1:
@@ -218,7 +219,7 @@ class BatchBuilder:
 
 
 def _bits(values: list[float]) -> np.ndarray:
-  """[F] values in 32 bits; what is beyond them is the largest there is."""
+  """Returns [F] values in 32 bits each; too large ones become the largest."""
   bits = np.zeros(len(_SAMPLING), np.int32)
   for i, (value, (kind, _)) in enumerate(
       zip(values, _SAMPLING.values(), strict=True)):
@@ -232,37 +233,37 @@ _NEUTRAL = _bits([on_device.neutral for _, on_device in _SAMPLING.values()])
 
 
 def sampling_of(rows: Any) -> dict[str, Any]:
-  """The rows of `BatchArrays.sampling` by name, each in its dtype."""
+  """Returns the rows of `BatchArrays.sampling` by name, each in its dtype."""
   return {
     name: packing.as_float(row) if kind is _FLOAT else row
     for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)}
 
 
-# Of eight tokens and fewer. Two take as long as four.
+# Sizes below eight tokens. Two tokens take as long as four.
 _SMALL = (1, 4)
 
 
 def ladder(max_tokens: int, max_num_seqs: int, *, fine: bool = False,
            small: bool = False) -> tuple[int, ...]:
-  """Token counts to compile the step for, ascending.
+  """Returns the token counts to compile the step for, ascending.
 
-  Powers of two up to a half of the largest, then eighths of it: hybrid batches
-  are near the budget nearly always, and padding there is paid in full. The
-  number of decodes at full load is one of them, too.
+  They are powers of two up to half of the largest, then eighths of it: hybrid
+  batches are nearly always near the budget, where padding is paid in full. The
+  number of decodes at full load is among them, too.
 
     ladder(512, 128) -> (8, 16, 32, 64, 128, 256, 384, 512)
     ladder(512, 64, fine=True) -> (
       8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
   Args:
-    max_tokens: of a step.
-    max_num_seqs: running at once.
-    fine: one more between each two from 16 on, and eighths in multiples of 32,
-      not of 128: for devices on which a step takes longer with each few tokens,
-      as it does not where weights are read for as long as a hundred tokens are
-      computed.
-    small: also a single token, and four: for devices on which eight take
-      longer, and models large enough for that to be worth two programs more.
+    max_tokens: the most tokens of a step.
+    max_num_seqs: the most sequences running at once.
+    fine: whether to add a size between each two from 16 on, and to round
+      eighths to multiples of 32, not of 128. It is for devices on which every
+      few tokens make a step longer. (On others, reading the weights takes as
+      long as computing a hundred tokens.)
+    small: whether to add one token, and four. It is for devices on which eight
+      tokens take longer, and models large enough to be worth two more programs.
   """
   sizes = {max_tokens, min(max_num_seqs, max_tokens)}
   if small:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where compiled steps are kept between runs: JAX's own cache, set up."""
+"""Sets up JAX's own cache, which keeps compiled steps between runs."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 def kept_in(folder: str | None) -> Iterator[kept.Kept]:
   """Has JAX keep what is compiled in the block, and look there first.
 
-  What the program around it has set holds again behind the block.
+  Restores the program's own settings after the block.
 
   Args:
-    folder: made if need be; one that can't be written is only read, with a
+    folder: is made if need be; one that can't be written is only read, with a
       warning. None: nothing is changed.
 
   Yields:
-    Where steps are kept, to be found without tracing them; nowhere, if
-    `folder` is None or there are several processes.
+    The kept steps, which are found without tracing; none are kept if `folder`
+    is None or there are several processes.
 
   Raises:
-    ConfigError: it can't be.
+    ConfigError: the folder can't be made.
   """
   if not folder:
     yield kept.NOWHERE
@@ -50,9 +50,9 @@ def kept_in(folder: str | None) -> Iterator[kept.Kept]:
     folder = str(pathlib.Path(folder) / f'process_{process}')
   is_writable = _make(folder)
   settings = {_DIR: folder, _LEAST_S: 0.0 if is_writable else _NEVER_S}
-  # The path of XLA's own files, of matmuls' tuning, would be in the names of
-  # JAX's: of a folder that was moved, nothing would be found. What was tuned
-  # is in the compiled steps.
+  # The path of XLA's own files, which hold matmuls' tuning, would be part of
+  # the names of JAX's, so nothing would be found in a folder that was moved.
+  # The compiled steps include the tuning.
   if _XLA_CACHES.upper() not in os.environ:
     settings[_XLA_CACHES] = 'none'
   steps = kept.NOWHERE
@@ -70,12 +70,12 @@ def kept_in(folder: str | None) -> Iterator[kept.Kept]:
 def _set(settings: Mapping[str, Any]) -> None:
   for name, value in settings.items():
     jax.config.update(name, value)
-  # If anything was compiled without a cache, JAX would go on without.
+  # If anything was compiled without a cache, JAX would go on without one.
   compilation_cache.reset_cache()
 
 
 def _make(folder: str) -> bool:
-  """Returns whether it can be written."""
+  """Makes the folder if need be; returns whether it can be written."""
   try:
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -93,7 +93,8 @@ def _make(folder: str) -> bool:
 
 @contextlib.contextmanager
 def _as_first() -> Iterator[None]:
-  """Lets this process keep what it compiles: JAX lets only the first one."""
+  """Lets this process keep what it compiles, as JAX lets the first one only.
+  """
   state = distributed.global_state
   process, state.process_id = state.process_id, 0
   try:

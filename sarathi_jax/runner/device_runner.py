@@ -38,7 +38,7 @@ class Pending(NamedTuple):
   """A batch being computed.
 
   Attributes:
-    chunks: its rows.
+    chunks: of the batch.
     step: the step in which it leaves the last stage.
   """
 
@@ -47,7 +47,7 @@ class Pending(NamedTuple):
 
 
 class _InPipeline(NamedTuple):
-  """A batch at a stage; one without rows where there was nothing to do."""
+  """A batch at a stage; an empty one where there was nothing to do."""
 
   buffer: np.ndarray
   size: int
@@ -55,36 +55,36 @@ class _InPipeline(NamedTuple):
 
 
 class DeviceRunner:
-  """An `engine.Runner` on one device or many.
+  """A `scheduler.runner.Runner` on one device or many.
 
   Compiles every step at once, which takes seconds to minutes.
 
-  With pipeline stages, each step lets one batch in and another, of as many
-  steps ago as there are stages, out. Where none is to be let in and one is
-  waited for, nothing is let in.
+  With pipeline stages, each step lets one batch in and another one out, which
+  was let in as many steps ago as there are stages. If there is no batch to let
+  in, but one to wait for, an empty one is let in.
 
   Args:
     model: the model.
     params: its weights, placed on the mesh (`placement`).
-    mesh: of ours (`mesh`).
-    config: what was asked for.
-    max_step_tokens: the most tokens of a step, by the scheduler's policy and
-      a given longest sequence.
+    mesh: a mesh ('pp', 'tp'), see `mesh`.
+    config: the engine's configuration.
+    max_step_tokens: returns the most tokens of a step of the scheduler's
+      policy, given the most tokens of a sequence.
     on_compiled: told of the progress.
     leader: tells other processes of each step, if there are any.
-    sizes: of the ladder, what is compiled now; None: all of it. The rest
-      can't be run before `compile`.
-    kept: where steps compiled before are looked for, see `kept`.
+    sizes: the sizes of the ladder to compile now; None: all. The others can't
+      be run before `compile`.
+    kept: finds steps that were compiled before, see `kept`.
 
   Raises:
     ConfigError: the KV cache has no room, or attention is unknown.
 
   Attributes:
-    mesh: where it runs.
+    mesh: the mesh that it runs on.
     num_pages: pages of the KV cache.
     max_model_len: the most tokens of a sequence.
-    num_programs: compiled steps.
-    num_stages: of the pipeline.
+    num_programs: the number of steps to compile.
+    num_stages: stages of the pipeline.
   """
 
   def __init__(self, model: model_config_lib.ModelConfig, params: Params,
@@ -142,8 +142,8 @@ class DeviceRunner:
       config.max_num_seqs, self._programs.pages_per_seq)
 
   def _start(self) -> None:
-    """Makes all that steps change: the cache is zeros, nothing under way."""
-    # What was there is freed before.
+    """Makes all state anew: the cache is zeros, and nothing is under way."""
+    # The old state is freed first.
     self._state: state_lib.DeviceState | None = None
     self._state = _init_state(self._programs.state_shapes(self.num_pages),
                               self.num_pages, self._page_bytes)
@@ -153,7 +153,7 @@ class DeviceRunner:
       False)
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
-    # By step, of batches that left: what its program gave.
+    # Step -> how its output is packed, and the output, of batches that left.
     self._outputs: dict[int, tuple[packing.Packing, jax.Array]] = {}
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
@@ -176,11 +176,11 @@ class DeviceRunner:
 
   def compile(self, num_tokens: int,
               options: Mapping[str, Any] | None = None) -> None:
-    """Compiles the step that holds so many tokens; anew, if it was.
+    """Compiles the step for so many tokens, even if it was compiled before.
 
     Args:
-      num_tokens: of a batch.
-      options: of XLA, by name, beside those of the environment.
+      num_tokens: tokens of a batch.
+      options: XLA's options by name, beside those of the environment.
     """
     with jax.default_device(self.mesh.local_devices[0]):
       self._programs.compile(
@@ -189,20 +189,20 @@ class DeviceRunner:
 
   @property
   def has_params(self) -> bool:
-    """False once an array of the weights was donated or deleted."""
+    """Whether all weights are there: none was donated or deleted."""
     return not any(leaf.is_deleted() for leaf in self._leaves)
 
   def recover(self) -> None:
-    """Makes the cache anew: a step that failed may have taken it along.
+    """Makes the cache anew, as a failed step may have destroyed it.
 
     Raises:
-      EngineDeadError: the weights are gone, too.
-      JaxRuntimeError: the device does nothing more.
+      EngineDeadError: the weights are gone, too; or there are several hosts.
+      JaxRuntimeError: the device does not work any more.
     """
     if not self.has_params:
       raise errors.EngineDeadError('the weights were lost with a step')
     if self._leader is not None:
-      # The others may wait in the step that failed here, for ever.
+      # The others may wait for ever in the step that failed here.
       fault = sys.exception() or errors.EngineDeadError('a step failed')
       self._leader.fail_later(fault)
       raise errors.EngineDeadError('a step failed on one of several hosts')
@@ -210,13 +210,13 @@ class DeviceRunner:
       self._start()
 
   def update_params(self, params: Params) -> None:
-    """Replaces the weights by others, live, of the same shapes and dtypes.
+    """Replaces the weights by live ones of the same shapes and dtypes.
 
-    The old ones are given up when all the new ones are there; where there is
-    no memory for both, one by one.
+    Gives up the old ones once all the new ones are there; or one by one, where
+    there is no memory for both.
 
     Raises:
-      EngineDeadError: even so there was none; the old ones are gone.
+      EngineDeadError: there was no memory even so; the old ones are gone.
       Exception: they could not be moved; the old ones stay.
     """
     place = functools.partial(
@@ -236,13 +236,13 @@ class DeviceRunner:
     self._leaves = jax.tree.leaves(placed)
 
   def load_params(self, dtype: Any, read: params_reader.Read) -> None:
-    """Replaces the weights by those that `read` reads."""
+    """Replaces the weights by those that `read` reads, as `dtype`."""
     self._leaves = jax.tree.leaves(placement.load(
       self._model, self.mesh, dtype, read, transpose=self._transposed,
       old=self._leaves))
 
   def _step(self, entering: _InPipeline) -> None:
-    """Runs one step: what enters at the first stage, the rest one further."""
+    """Runs one step: one batch enters, the others advance by one stage."""
     self._stages.appendleft(entering)
     size = max(stage.size for stage in self._stages)
     ints = entering.buffer
@@ -263,12 +263,12 @@ class DeviceRunner:
     self._num_steps += 1
 
   def connect(self) -> None:
-    """Computes a step of nothing, for which all processes have to meet."""
+    """Runs an empty step, in which all processes have to take part."""
     self._step(self._nothing)
     jax.block_until_ready(self._state)
 
   def follow(self, follower: hosts.Follower) -> None:
-    """Computes what another process's runner does, until this one ends.
+    """Computes what another process's runner does, until this process ends.
 
     Raises:
       JaxRuntimeError: a step failed here.
@@ -276,7 +276,7 @@ class DeviceRunner:
     computing: deque[jax.Array] = deque()
 
     def wait(num_left: int = 0) -> None:
-      while len(computing) > num_left:  # Nobody else would hear of a fault.
+      while len(computing) > num_left:  # Nobody else would notice a fault.
         computing.popleft().block_until_ready()
 
     for program, ints in follower.steps(on_idle=wait):
@@ -285,12 +285,12 @@ class DeviceRunner:
 
   def _compute(self, program: int, ints: np.ndarray) -> jax.Array:
     """Runs a program of `StepPrograms` on the state; returns its output."""
-    # What is compiled already, stays so.
+    # The steps are compiled already, so this setting must not keep them out.
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
       with jax.disable_jit(False):
         return self._compute(program, ints)
-    # The integers are put where the program wants them by the call itself:
-    # jax.device_put would take as long as all the rest of it.
+    # The call itself moves the integers to where the program wants them:
+    # jax.device_put would take as long as the rest of the call.
     with jax.transfer_guard_host_to_device('allow'):
       output: jax.Array
       self._state, output = self._programs[program](
@@ -300,10 +300,15 @@ class DeviceRunner:
 
 def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
                 trial: programs_lib.StepPrograms) -> int:
-  """What the largest step takes of a device's memory, where it matters.
+  """Returns the bytes that the largest step takes beside its arguments.
 
-  The cache gets what that leaves, but if its size is given: then the step need
-  not be compiled to find out.
+  The cache gets the memory that remains. Returns 0 where the cache's size is
+  given or the device can't tell, so the step need not be compiled to find out.
+
+  Args:
+    config: the engine's configuration.
+    stats: `jax.Device.memory_stats()`.
+    trial: the steps.
   """
   if not stats or config.num_pages or config.kv_cache_gib:
     return 0

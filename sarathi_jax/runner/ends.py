@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How processes that compute one model end: together. No JAX.
+"""Ends the processes that compute one model together. No JAX.
 
-One that fails says why, and the first process passes it on to all. One that
-is told to end (SIGTERM) has the first one end as if it had been told itself.
-Each ends by `os._exit`: JAX would have them wait for each other.
+A process that fails says why, and the first process passes it on to all. A
+process that is told to end (SIGTERM) asks the first one to end, as if that had
+been told itself. Each ends by `os._exit`, as JAX would wait for the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import NoReturn, Self
 
 from sarathi_jax import errors
 
-CAUSE_S = 1.0  # A step may fail because a process is gone: which, comes soon.
+# A step may fail because a process is gone; the news of it comes within this.
+CAUSE_S = 1.0
 
 Exit = Callable[[int, str], object]  # with a code and a last line, or ''
 
@@ -29,8 +30,8 @@ def exit_at_once(code: int, message: str = '') -> NoReturn:
   """Ends this process, whatever it waits for.
 
   Args:
-    code: for who started it.
-    message: its last line; '' for none.
+    code: the exit code.
+    message: the last line on standard error; '' for none.
   """
   sys.stdout.flush()
   if message:
@@ -39,10 +40,12 @@ def exit_at_once(code: int, message: str = '') -> NoReturn:
 
 
 class End:
-  """What both kinds of ends do.
+  """One process's end of the connections; the base of both kinds.
 
-  Leaving its `with` block ends the process: well, or with an error, of which
-  all others are told.
+  Leaving its `with` block ends the process, and tells all others of an error.
+
+  Args:
+    exit_with: ends this process.
 
   Attributes:
     fault: why nothing can go on, once that is so.
@@ -76,7 +79,10 @@ class End:
 
   @contextlib.contextmanager
   def starting(self) -> Iterator[None]:
-    """As `with` the end itself, but goes on where it went well."""
+    """Ends the process if the block raises, as the `with` of the end itself.
+
+    Goes on if the block succeeds.
+    """
     try:
       yield
     except BaseException as error:
@@ -84,15 +90,15 @@ class End:
       raise
 
   def fail(self, error: Exception) -> None:
-    """Ends all processes with an error; any thread."""
+    """Ends all processes with an error; any thread may call it."""
     raise NotImplementedError
 
   def close(self, code: int) -> None:
-    """Ends all, as far as this one can."""
+    """Ends all processes, as far as this one can, with an exit code."""
     raise NotImplementedError
 
   def _end(self, fault: errors.SarathiError | None = None) -> bool:
-    """Returns whether it is the first end, whose fault counts."""
+    """Notes the fault; returns whether this is the first end, which counts."""
     with self._lock:
       if self._is_over.is_set():
         return False
@@ -102,11 +108,11 @@ class End:
 
 
 def gone(process: int, count: int) -> str:
-  """What is told of a process that said nothing before it ended."""
+  """Returns the message about a process that ended without a word."""
   return (f'process {process} of {count} is gone; nothing can be computed '
           'without its devices.')
 
 
 def told(error: BaseException) -> str:
-  """An error in one line."""
+  """Returns an error in one line."""
   return errors.describe(error).strip().partition('\n')[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another process's end of its connection to the first. No JAX."""
+"""A follower's end of its connection to the first process. No JAX."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Link = links_lib.Link
 
 
 class Follower(ends.End):
-  """Another process's end.
+  """The end of a process other than the first.
 
   Args:
-    link: to the first process.
-    count: of all processes.
+    link: the connection to the first process.
+    count: the number of all processes.
     exit_with: ends this process.
   """
 
@@ -41,17 +41,21 @@ class Follower(ends.End):
       target=self._watch, name='process 0', daemon=True).start()
 
   def agree(self, facts: joining.Facts) -> None:
-    """Waits until all others have the same facts; else this process ends."""
+    """Waits until all others have the same facts; ends if they don't."""
     self._agreed.clear()
     self._send(Kind.FACTS, json.dumps(dict(facts)).encode())
     self._agreed.wait()
 
   def tell_warm(self) -> None:
-    """Says that everything is compiled."""
+    """Tells the first process that everything is compiled."""
     self._send(Kind.WARM)
 
   def end_at(self, number: int) -> None:
-    """Asks the first process to end all, as a signal asks; once."""
+    """Asks the first process to end all, for a signal; ends at the second.
+
+    Args:
+      number: the signal's.
+    """
     if self._is_leaving:
       self._exit(128 + number, '')
     self._is_leaving = True
@@ -59,10 +63,12 @@ class Follower(ends.End):
 
   def steps(self, on_idle: Callable[[], object]) -> Iterator[
       tuple[int, np.ndarray]]:
-    """What `Leader.send` is given, for ever: this process ends in between.
+    """Yields what `Leader.send` is given, (program, ints), for ever.
+
+    This process ends while it waits.
 
     Args:
-      on_idle: called where the next one has not come yet.
+      on_idle: called when the next one has not come yet.
     """
     while True:
       if self._steps.empty():
@@ -71,12 +77,12 @@ class Follower(ends.End):
       yield int(step[0]), step[1:]
 
   def fail(self, error: Exception) -> None:
-    """Tells the first process, which tells all others."""
+    """Tells the first process of an error; it tells all others."""
     if self._end(errors.EngineDeadError(ends.told(error))):
       self._send(Kind.FAULT, ends.told(error).encode())
 
   def close(self, code: int = 0) -> None:
-    """Leaves the others, who can't go on without it."""
+    """Leaves the others, which can't go on without this process."""
     self.fail(errors.EngineDeadError(f'it ended with code {code}.'))
 
   def _send(self, kind: Kind, content: bytes = b'') -> None:
@@ -84,7 +90,7 @@ class Follower(ends.End):
       self._link.send(kind, content)
 
   def _watch(self) -> None:
-    """Hears what the first process says, and ends with it."""
+    """Receives what the first process sends, and ends with it."""
     code, why = 1, ends.gone(0, self._count)
     with contextlib.suppress(EOFError, OSError, ValueError):
       while True:

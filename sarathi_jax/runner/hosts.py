@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes, one model: the first leads, the others follow.
+"""Has several processes compute one model: the first leads, others follow.
 
-Each process has some of the mesh's devices and all run the same programs, in
-the same order (`jax.distributed`). The first one schedules, and sends what
-each step computes, its packed integers, to the others. It goes over TCP
-connections of ours (`joining`, `leader`, `follower`), of which each side hears
-at once when the other one is gone: collectives would wait for a lost process,
-some for ever.
+Each process has some of the mesh's devices, and all run the same programs in
+the same order (`jax.distributed`). The first one schedules, and sends each
+step's packed integers to the others, over TCP connections of ours (`joining`,
+`leader`, `follower`). Each side of these notices at once when the other is
+gone, while collectives would wait for a lost process, some for ever.
 """
 
 from __future__ import annotations
@@ -46,22 +45,23 @@ def start(coordinator_address: str | None = None,
           join_timeout_s: float = JOIN_TIMEOUT_S,
           join_key_file: str | None = None,
           facts: Mapping[str, Any] | None = None) -> Leader | Follower | None:
-  """Joins the processes; every one calls it before JAX computes anything.
+  """Joins the processes; each calls it before JAX computes anything.
 
   Args:
     coordinator_address: 'HOST:PORT' where the first process waits for the
       others.
-    num_processes, process_id: of them, how many and which. None, for any of
-      the three: detected, under SLURM, Open MPI and Kubernetes.
+    num_processes: how many processes there are.
+    process_id: which of them this is. Any of these three may be None: it is
+      then detected, under SLURM, Open MPI and Kubernetes.
     join_timeout_s: how long to wait for each other, seconds.
     join_key_file: see `join_key.read`.
-    facts: what must be the same on all.
+    facts: name -> what must be the same on all, as JSON can hold it.
 
   Returns:
     This process's end; None if it is alone.
 
   Raises:
-    ConfigError: the processes don't find each other, or don't fit.
+    ConfigError: the processes don't find each other, or their facts differ.
   """
   text, count, process = _detect(
     coordinator_address, num_processes, process_id)
@@ -93,7 +93,11 @@ def start(coordinator_address: str | None = None,
 
 def _detect(address: str | None, count: int | None,
             process: int | None) -> tuple[str, int, int]:
-  """What is not given, from what started the processes."""
+  """Detects what is not given, from what started the processes.
+
+  Returns:
+    (address, number of processes, number of this one).
+  """
   address = address or os.environ.get('JAX_COORDINATOR_ADDRESS')
   if None in (address, count, process):
     try:
@@ -118,7 +122,7 @@ def _detect(address: str | None, count: int | None,
 
 
 def _initialize(address: joining.Address, count: int, process: int) -> None:
-  # It would take SIGTERM for itself.
+  # JAX's service would handle SIGTERM itself.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
@@ -134,7 +138,10 @@ def _initialize(address: joining.Address, count: int, process: int) -> None:
 
 def _on_signals(act: Callable[[int], object],
                 *numbers: signal.Signals) -> None:
-  """Acts on a thread of its own: the main one may be in a collective."""
+  """Calls `act` with each signal, on a thread of its own.
+
+  The main thread may be in a collective.
+  """
   if threading.current_thread() is not threading.main_thread():
     return
   read, write = socket.socketpair()
@@ -153,7 +160,7 @@ def _on_signals(act: Callable[[int], object],
 
 
 def smallest(number: int) -> int:
-  """The smallest of the processes' numbers, on all of them."""
+  """Returns the smallest of the processes' numbers, on all of them."""
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.process_allgather(np.int64(number)).min())

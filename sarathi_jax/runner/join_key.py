@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The secret by which the processes of one model know each other. No JAX."""
+"""Reads the secret by which one model's processes know each other. No JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIN_BYTES = 16
 
 
 def read(path: pathlib.Path | None = None) -> bytes:
-  """What proves that a process is one of ours.
+  """Returns the secret that proves that a process is one of ours.
 
   Args:
     path: a file that each host has; None: one in the user's home, which is
@@ -40,7 +40,7 @@ def read(path: pathlib.Path | None = None) -> bytes:
 
 
 def _make(path: pathlib.Path) -> None:
-  """Makes a key that only this user can read, whole or not at all."""
+  """Makes a key that only this user can read, as a whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}')
   with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the processes that compute one model find each other. No JAX.
+"""Joins the processes that compute one model. No JAX.
 
-The first process listens until all others have joined. Who connects has to
-show that it has the key that all of them have (`join_key`), and is shown the
-same; then it says which process it is, and what it is about to run. Nothing
-that a stranger sends, or fails to send, holds up the others.
+The first process listens until all others have joined. Both sides of a
+connection prove that they have the key that all of them share (`join_key`).
+Then the other process says which one it is, and what it is about to run.
+Nothing that a stranger sends, or fails to send, holds up the others.
 
   challenge, answer, both ways    by multiprocessing.connection, HMAC
   HELLO   -> first                JSON {'process': 1, 'facts': {...}}
@@ -32,11 +32,11 @@ Say = Callable[[str], None]
 Kind = links_lib.Kind
 Link = links_lib.Link
 
-_HANDSHAKE_S = 5.0  # to show the key, and say hello
+_HANDSHAKE_S = 5.0  # to prove the key, and say hello
 _MAX_HANDSHAKES = 64  # at once; further connections are closed
 _POLL_S = 0.2
-_SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0  # who is waited for
-_MAX_NAMED = 8  # differences
+_SAY_AFTER_S, _SAY_EVERY_S = 5.0, 30.0  # when to say who is waited for
+_MAX_NAMED = 8  # differences that a message names
 
 
 class Address(NamedTuple):
@@ -47,7 +47,7 @@ class Address(NamedTuple):
 
   @property
   def is_loopback(self) -> bool:
-    """Whether no other machine can be meant."""
+    """Whether it can only mean this machine."""
     return self.host == 'localhost' or self.host.startswith('127.') or (
       self.host == '::1')
 
@@ -57,7 +57,7 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-  """Raises ConfigError unless `text` is HOST:PORT or [HOST]:PORT."""
+  """Parses HOST:PORT or [HOST]:PORT; raises ConfigError for anything else."""
   host, _, port = text.rpartition(':')
   host = host.removeprefix('[').removesuffix(']')
   config_lib.check(
@@ -68,7 +68,7 @@ def parse_address(text: str) -> Address:
 
 
 def misfit(process: int, theirs: Facts, ours: Facts) -> str | None:
-  """How a process differs from the first one; None if it does not."""
+  """Says how a process's facts differ from the first one's; None if equal."""
   ours = json.loads(json.dumps(dict(ours)))
   names = [name for name in {**ours, **theirs}
            if name not in ours or name not in theirs
@@ -87,14 +87,14 @@ class Gathering:
   """Has the first process wait for all others.
 
   Args:
-    address: where they look for it.
-    count: of all processes.
+    address: where the others connect to.
+    count: the number of all processes.
     facts: what must be the same on all.
     key: of `join_key.read`.
-    say: told who is waited for, and who was refused.
+    say: called with a line about who is waited for, or who was refused.
 
   Raises:
-    ConfigError: it can't listen there.
+    ConfigError: this process can't listen there.
   """
 
   def __init__(self, address: Address, count: int, facts: Facts, key: bytes,
@@ -118,7 +118,7 @@ class Gathering:
         f'there: {error.strerror or error}.') from error
 
   def wait(self, timeout_s: float) -> dict[int, Link]:
-    """The connections to all others, by process.
+    """Waits for all others; returns the connections, by process.
 
     Raises:
       ConfigError: some did not come in time, or are to run something else.
@@ -172,7 +172,7 @@ class Gathering:
         end, peer = self._listener.accept()
       except TimeoutError:
         continue
-      except OSError:  # Out of files, or gone again: others may still come.
+      except OSError:  # No file left, or it is gone: others may still come.
         time.sleep(_POLL_S)
         continue
       if self._slots.acquire(blocking=False):
@@ -182,7 +182,7 @@ class Gathering:
         end.close()
 
   def _admit(self, end: socket.socket, host: str) -> None:
-    """Lets one process join, or whoever it is leave."""
+    """Lets one process join, or closes the connection of a stranger."""
     try:
       link = Link(end)
       link.limit(_HANDSHAKE_S)
@@ -234,15 +234,15 @@ def join(address: Address, process: int, facts: Facts, key: bytes,
 
   Args:
     address, facts, key, say: see `Gathering`.
-    process: which this is.
-    timeout_s: how long to try.
+    process: the number of this process.
+    timeout_s: how long to try, seconds.
 
   Returns:
-    The connection, and what the first process has all others know.
+    The connection, and the JSON value that the first process tells all others.
 
   Raises:
-    ConfigError: it is not there in time, does not have the key, or is to run
-      something else.
+    ConfigError: the first process is not there in time, does not have the key,
+      or is to run something else.
   """
   hello = json.dumps({'process': process, 'facts': dict(facts)}).encode()
   begin = time.monotonic()
@@ -311,14 +311,17 @@ def wait_until_open(address: Address, timeout_s: float) -> None:
 
 
 def free_port() -> int:
-  """A port that nobody listens at."""
+  """Returns a port that nobody listens at."""
   with socket.create_server(('', 0)) as probe:
     port: int = probe.getsockname()[1]
     return port
 
 
 def _listen(address: Address) -> socket.socket:
-  """At all addresses of this host, as the named one may be a router's."""
+  """Listens at all addresses of this host: the named one may be a router's.
+
+  Listens at a loopback address alone, if it is one.
+  """
   if address.is_loopback:
     info = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address, family=info[0], backlog=128)

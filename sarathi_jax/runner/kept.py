@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that were compiled, found again without being traced.
+"""Keeps compiled steps, and finds them again without tracing.
 
 JAX's own cache finds a program by its text, so each start has to trace and
 lower every step to look for it: half a second of Python a size. Here a step is
-found by all that its text follows from: what it is of, our code, JAX, XLA's
+found by all that determines its text: what it is made of, our code, JAX, XLA's
 flags, and the machine.
 """
 
@@ -29,7 +29,7 @@ from jax.experimental import serialize_executable
 
 from sarathi_jax import source_hash
 
-# Now: a file that is edited later is not what runs here.
+# Read now: a file that is edited later is not what runs here.
 _SOURCE = source_hash.source_hash()
 _VERSIONS = ('jax', 'jaxlib')
 _TRACED = ('sarathi_jax.models', 'sarathi_jax.runner', 'pallas_kernels')
@@ -41,12 +41,12 @@ _UNRELATED = ('cache', 'log')
 class Place:
   """Where one step is kept.
 
-  What is wrong with a file is no error: the step is compiled.
+  A bad file is no error: the step is compiled instead.
 
   Attributes:
-    path: None for nowhere.
-    devices: what it runs on.
-    is_writable: whether it is kept, or only found.
+    path: the file; None if the step is not kept.
+    devices: the devices that the step runs on.
+    is_writable: whether it may be written, or only read.
   """
 
   path: pathlib.Path | None
@@ -54,9 +54,10 @@ class Place:
   is_writable: bool
 
   def load(self) -> jax.stages.Compiled | None:
-    """The step, ready to run, if it is there; any thread.
+    """Returns the step, ready to run; None if it is not there.
 
-    As with JAX's cache, who can write to the folder can run code here.
+    Any thread may call it. As with JAX's cache, whoever can write to the folder
+    can run code here.
     """
     if self.path is None or not self.path.exists():
       return None
@@ -66,13 +67,13 @@ class Place:
       return serialize_executable.deserialize_and_load(
         payload, in_tree, out_tree, backend=self.devices[0].client,
         execution_devices=self.devices)
-    except Exception as error:  # Neither pickle's nor XLA's have a type.
+    except Exception as error:  # pickle's and XLA's have no common type.
       logging.warning('%s: can\'t be loaded, so it is compiled anew: %s',
                       self.path, error)
       return None
 
   def save(self, step: jax.stages.Compiled) -> None:
-    """Keeps a step for the next start; any thread."""
+    """Keeps a step for the next start; any thread may call it."""
     if self.path is None or not self.is_writable:
       return
     try:
@@ -87,19 +88,19 @@ class Kept:
   """Compiled steps in a folder.
 
   Attributes:
-    folder: None: none are kept.
-    is_writable: whether steps are kept, or only found.
+    folder: the folder; None if none are kept.
+    is_writable: whether steps may be written, or only read.
   """
 
   folder: pathlib.Path | None
   is_writable: bool
 
   def place(self, facts: Any, devices: Sequence[jax.Device]) -> Place:
-    """Where a step is; to be asked on the thread that would trace it.
+    """Returns where a step is kept; call it on the thread that would trace it.
 
     Args:
-      facts: what it is made of; others have another `repr`.
-      devices: what it runs on.
+      facts: all that the step is made of; their `repr` tells steps apart.
+      devices: the devices that it runs on.
     """
     if self.folder is None or _is_patched():
       return Place(None, devices, False)
@@ -113,7 +114,7 @@ NOWHERE = Kept(None, False)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file as a whole, or not at all."""
+  """Writes a file as a whole or not at all."""
   handle, name = tempfile.mkstemp(prefix='.step-', dir=path.parent)
   try:
     with open(handle, 'wb') as file:
@@ -125,7 +126,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 
 def _surroundings() -> list[Any]:
-  """What decides how a step is traced and compiled, beside what it is of."""
+  """Returns what determines a step's text and code, beside its own facts."""
   return [
     _SOURCE, os.environ.get('XLA_FLAGS', ''),
     *(importlib.metadata.version(name) for name in _VERSIONS),
@@ -144,7 +145,7 @@ def _is_patched() -> bool:
 
 
 def _machine(devices: Sequence[jax.Device]) -> list[Any]:
-  """The devices, and, of a processor, what instructions it has."""
+  """Returns facts of the devices, and a CPU's set of instructions."""
   topology = xla_client.get_topology_for_devices(list(devices))
   return [topology.fingerprint(), devices[0].client.platform_version,
           *((device.id, device.device_kind) for device in devices)]

@@ -28,11 +28,16 @@ _NAMES = {'fp8': 'float8_e4m3fn'}  # others are NumPy's
 
 
 def choose_dtype(name: str, dtype: Any, platform: str) -> Any:
-  """The cache's dtype; `name` is `config.kv_cache_dtype`.
+  """Returns the cache's dtype.
 
-  'auto' is that of the weights, `dtype`, but for CPUs. XLA has no 16-bit
-  floats there: to move a few numbers of the cache, each step would convert
-  all of it to float32 and back.
+  'auto' is that of the weights, except on CPUs. XLA has no 16-bit floats there:
+  to move a few numbers of the cache, each step would convert all of it to
+  float32 and back.
+
+  Args:
+    name: `config.kv_cache_dtype`.
+    dtype: of the weights.
+    platform: of the devices, such as 'cpu'.
   """
   if name == 'auto':
     name = 'float32' if platform == 'cpu' else jnp.dtype(dtype).name
@@ -42,7 +47,7 @@ def choose_dtype(name: str, dtype: Any, platform: str) -> Any:
 def page_bytes(
     model: model_config_lib.ModelConfig, page_size: int, dtype: Any,
     parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
-  """Bytes that one page takes of a device: keys and values of its layers."""
+  """Returns the bytes of one page on a device: its layers' keys and values."""
   num_heads = parallelism.num_kv_heads(model) // parallelism.tp
   pages = jax.eval_shape(lambda: rpa.init_pages(
     1, page_size, num_heads, model.head_dim, dtype, 'xla'))
@@ -53,13 +58,13 @@ def page_bytes(
 def shapes(
     model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
     page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
-  """Pages of keys and of values for each layer of a stage.
+  """Returns pages of keys and of values for each layer of a stage.
 
-  As ShapeDtypeStruct, laid out for attention: pages stage after stage along
-  the first axis, heads along the second.
+  They are trees of ShapeDtypeStruct, laid out for attention: pages stage after
+  stage along the first axis, heads along the second.
 
   Raises:
-    NotImplementedError: the implementation can't have such pages.
+    NotImplementedError: the implementation doesn't support such pages.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   num_heads = parallelism.num_kv_heads(model)
@@ -79,21 +84,22 @@ def choose_num_pages(
     max_model_len: int, dtype: Any,
     stats: Sequence[Mapping[str, int] | None], temp_bytes: int,
     parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
-  """Pages for the cache: as configured, or as many as there is memory for.
+  """Returns the cache's pages: as configured, or as many as memory allows.
 
   Args:
-    model: what is cached.
-    config: `num_pages`, else `kv_cache_gib`, else `memory_utilization` rule.
+    model: the model.
+    config: its `num_pages` decides, else `kv_cache_gib`, else
+      `memory_utilization`.
     max_model_len: the most tokens of a sequence.
     dtype: of the cache.
-    stats: `jax.Device.memory_stats()` of where it will be, weights loaded.
-    temp_bytes: what the largest compiled step needs beside its arguments, of
-      each device.
+    stats: `jax.Device.memory_stats()` of its devices, with weights loaded.
+    temp_bytes: bytes of each device that the largest compiled step needs
+      beside its arguments.
     parallelism: how the devices share the model.
 
   Raises:
-    ConfigError: there is no room, for one sequence of `config.max_model_len`
-      if that is given, else for a single page.
+    ConfigError: there is no room for one sequence of `config.max_model_len`,
+      or, if that is not given, for a single page.
   """
   size = page_bytes(model, config.page_size, dtype, parallelism)
   free = config.cache_bytes(size)

@@ -31,14 +31,14 @@ class Leader(ends.End):
   """The first process's end of all connections.
 
   Args:
-    links: to the others, by process.
+    links: the connections to the others, by process.
     exit_with: ends this process, after the `with` block.
 
   Attributes:
-    on_fault: called once with what ends all, such as a process that was lost,
+    on_fault: called once with the fault that ends all, such as a lost process,
       on a thread of its own. By default, ends this process.
     on_leaving: called with the number of a process that was told to end. By
-      default, tells this one, too.
+      default, tells this process to end, too.
   """
 
   def __init__(self, links: Mapping[int, Link],
@@ -57,10 +57,10 @@ class Leader(ends.End):
       thread.start()
 
   def welcome(self, told: Mapping[str, Any]) -> None:
-    """Tells all others that all are there.
+    """Tells all others that everybody has joined.
 
     Args:
-      told: what `joining.join` returns there.
+      told: what `joining.join` returns on the others.
     """
     for process in self._links:
       self._send(process, Kind.WELCOME, json.dumps(dict(told)).encode())
@@ -69,8 +69,8 @@ class Leader(ends.End):
     """Waits until all have said that they have the same facts.
 
     Raises:
-      ConfigError: they have not; which differ.
-      EngineDeadError: one is gone.
+      ConfigError: facts differ; names them.
+      EngineDeadError: a process is gone.
     """
     for process in self._links:
       problem = joining.misfit(process, self._next(process), facts)
@@ -80,10 +80,10 @@ class Leader(ends.End):
       self._send(process, Kind.AGREED)
 
   def wait_until_warm(self) -> None:
-    """Waits until all others have everything compiled.
+    """Waits until all others have compiled everything.
 
     Raises:
-      EngineDeadError: one is gone.
+      EngineDeadError: a process is gone.
     """
     for process in self._links:
       self._next(process)
@@ -92,11 +92,11 @@ class Leader(ends.End):
     """Tells all others what to compute next.
 
     Args:
-      program: its number in `programs.StepPrograms`, of a step the size.
-      ints: [n] int32, what it computes with.
+      program: its number in `programs.StepPrograms`, which is a step's size.
+      ints: [n] int32, the program's input.
 
     Raises:
-      EngineDeadError: one of them is gone.
+      EngineDeadError: a process is gone.
     """
     message = np.concatenate(
       [np.array([program], np.int32), ints]).tobytes()
@@ -104,11 +104,14 @@ class Leader(ends.End):
       self._send(process, Kind.STEP, message)
 
   def fail(self, error: Exception) -> None:
-    """Ends all processes with an error; any thread."""
+    """Ends all processes with an error; any thread may call it."""
     self._spread(ends.told(error), f'process 0 failed: {ends.told(error)}')
 
   def fail_later(self, error: BaseException) -> None:
-    """As a lost process would, unless the cause is known soon; at once."""
+    """Ends all processes with an error, unless its cause is known soon.
+
+    Returns at once.
+    """
     def fail() -> None:
       if not self._is_over.wait(ends.CAUSE_S):
         self._lose(f'process 0 failed: {ends.told(error)}')
@@ -116,10 +119,10 @@ class Leader(ends.End):
     threading.Thread(target=fail, name='fault', daemon=True).start()
 
   def close(self, code: int = 0) -> None:
-    """Lets the others end, and waits until they have.
+    """Lets the others end, and waits until they have ended.
 
     Args:
-      code: for all of them.
+      code: the exit code of all of them.
     """
     if not self._end():
       return
@@ -131,7 +134,7 @@ class Leader(ends.End):
       thread.join(max(until - time.monotonic(), 0.0))
 
   def end_at(self, number: int) -> None:
-    """Ends all, as a signal asks."""
+    """Ends all processes, for the signal of this number."""
     self.close(128 + number)
     self._exit(128 + number, '')
 
@@ -148,7 +151,7 @@ class Leader(ends.End):
     return message
 
   def _watch(self, process: int, link: Link) -> None:
-    """Hears what a process says, until it ends."""
+    """Receives what a process sends, until it ends."""
     with contextlib.suppress(EOFError, OSError, ValueError):
       while True:
         kind, content = link.receive()
@@ -167,7 +170,7 @@ class Leader(ends.End):
       self.on_fault(fault)
 
   def _spread(self, why: str, to_others: str) -> errors.EngineDeadError | None:
-    """Ends all; returns the fault if it is the first one."""
+    """Ends all processes; returns the fault, if it is the first one."""
     fault = errors.EngineDeadError(why)
     if not self._end(fault):
       return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between the processes that compute one model. No JAX.
+"""Carries messages between the processes that compute one model. No JAX.
 
 A message is its length, four bytes, its kind, one byte, and its content.
 """
@@ -14,8 +14,8 @@ import threading
 import time
 
 _MAX_BYTES = 1 << 30  # of a message
-_SEND_S = 10  # One that takes nothing for so long is as good as gone.
-# A host that vanished without a word is known to be gone after ten seconds.
+_SEND_S = 10  # A process that takes nothing for so long counts as gone.
+# A host that vanished without a word counts as gone after ten seconds.
 _TCP_OPTIONS = {'TCP_NODELAY': 1, 'TCP_KEEPIDLE': 3, 'TCP_KEEPINTVL': 2,
                 'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': 10_000}
 
@@ -50,21 +50,24 @@ class Link:
         end.setsockopt(socket.IPPROTO_TCP, option, value)
 
   def send(self, kind: Kind, content: bytes = b'') -> None:
-    """Raises OSError if the other end is gone, or takes nothing."""
+    """Sends a message; raises OSError if the other end is gone, or stuck."""
     self.send_bytes(bytes([kind]) + content)
 
   def receive(self) -> tuple[Kind, bytes]:
-    """The next message.
+    """Waits for the next message, and returns it.
 
     Raises:
       EOFError, OSError: the other end is gone.
-      ValueError: what came is no message.
+      ValueError: what came is not a message.
     """
     message = self.recv_bytes()
     return Kind(message[0] if message else 0), message[1:]
 
   def limit(self, seconds: float | None) -> None:
-    """What is received later than that from now is a TimeoutError."""
+    """Has receiving raise TimeoutError after so many seconds from now.
+
+    None for no limit.
+    """
     self._until = None if seconds is None else time.monotonic() + seconds
     self._socket.settimeout(seconds)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a deployment takes of each device's memory, before it is loaded."""
+"""Plans the memory that a deployment takes of each device, before loading."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from sarathi_jax.runner import programs as programs_lib
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-  """Of one device; bytes where not said otherwise.
+  """The memory of one device, in bytes where not said otherwise.
 
   Attributes:
-    usable: what of its memory may be used; None where it can't tell.
+    usable: the memory that may be used; None where the device can't tell.
     weights: its part of the parameters.
-    state: what steps keep beside the cache, see `state.DeviceState`.
+    state: the state that steps keep beside the cache, see `state.DeviceState`.
     temporaries: what the largest step needs beside its arguments.
-    page: one page of the cache, its layers and heads.
-    num_pages: pages in the cache; 0 if there is no room for a sequence.
+    page: one page of the cache, with the device's layers and heads.
+    num_pages: the number of pages in the cache; 0 if a sequence has no room.
     page_size: tokens in a page.
     max_model_len: the most tokens of a sequence.
     max_num_seqs: the most sequences running at once.
-    problem: why the cache can't be had, if it can't.
+    problem: why there is no room for the cache; '' if there is.
   """
 
   usable: int | None
@@ -54,12 +54,12 @@ class MemoryPlan:
 
   @property
   def kv_tokens(self) -> int:
-    """Tokens that the cache holds."""
+    """The tokens that the cache holds."""
     return self.num_pages * self.page_size
 
   @property
   def missing(self) -> int:
-    """How much more it would take to hold one sequence; 0 if it fits."""
+    """The bytes that are missing to hold one sequence; 0 if it fits."""
     if self.usable is None or self.num_pages:
       return 0
     pages = math.ceil(self.max_model_len / self.page_size)
@@ -67,22 +67,22 @@ class MemoryPlan:
             + pages * self.page - self.usable)
 
   def num_seqs_at(self, context: int) -> int:
-    """The most sequences of so many tokens that run at once."""
+    """Returns the most sequences of `context` tokens that run at once."""
     pages = math.ceil(context / self.page_size)
     return min(self.max_num_seqs, self.num_pages // pages)
 
 
 def machine_bytes() -> int:
-  """The memory of this machine."""
+  """Returns the bytes of this machine's memory."""
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def check_weights(model: model_config_lib.ModelConfig,
                   config: config_lib.EngineConfig, mesh: jax.sharding.Mesh,
                   dtype: Any) -> None:
-  """Raises ConfigError if a device, or a CPU's machine, can't hold its part.
+  """Raises ConfigError if a device, or a CPU's machine, can't hold its weights.
 
-  To be called before any is read. What else is needed is known later.
+  Call it before any are read. What else is needed is known later.
   """
   needed = placement.bytes_of(placement.shapes(model, mesh, dtype))
   for device in mesh.local_devices:
@@ -113,13 +113,13 @@ def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
          mesh: jax.sharding.Mesh, programs: programs_lib.StepPrograms, *,
          dtype: Any, kv_dtype: Any, temporaries: int,
          device_bytes: int | None) -> MemoryPlan:
-  """Shares out a device's memory as the engine does.
+  """Divides up a device's memory as the engine does.
 
   Args:
     model, config, mesh, programs: the deployment.
-    dtype, kv_dtype: of weights and cache.
+    dtype, kv_dtype: dtypes of the weights and of the cache.
     temporaries: of the largest step, see `programs.extra_bytes`.
-    device_bytes: what JAX has of a device; None where it can't tell.
+    device_bytes: memory of a device that JAX has; None where it can't tell.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   context = config.max_model_len or model.context_len

@@ -19,15 +19,15 @@ from sarathi_jax.models import parallel
 from sarathi_jax.models import sharding
 
 PP, TP = 'pp', 'tp'
-# The axes of a user's mesh that play ours.
+# 'tp' or 'pp' -> the axes of a user's mesh that are used as it.
 AxisNames = Mapping[str, str | Sequence[str]]
 
 
 def make(parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
          devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The first devices there are, in stages of `tp` neighbours.
+  """Makes a mesh of the first devices, in stages of `tp` neighbours.
 
-  Neighbours are the closest: of one host, where a host has as many.
+  Neighbours are close: of one host, where a host has as many.
 
   Raises:
     ConfigError: there are too few devices.
@@ -42,15 +42,15 @@ def make(parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
 
 
 def of_users(mesh: Mesh, axis_names: AxisNames | None = None) -> Mesh:
-  """A user's mesh as ours: the same devices.
+  """Makes a mesh ('pp', 'tp') of the devices of a user's mesh.
 
   Args:
-    mesh: theirs.
-    axis_names: for 'tp' and 'pp', the axes of theirs that play it, one or
+    mesh: the user's.
+    axis_names: for 'tp' and 'pp', the user's axes that are used as it, one or
       several; None: those of the same name. Other axes must be of size 1.
 
   Raises:
-    ConfigError: an unknown axis, one named twice, or one left over.
+    ConfigError: an axis is unknown, named twice, or left over.
   """
   if axis_names is None:
     axis_names = {name: name for name in (PP, TP) if name in mesh.axis_names}
@@ -80,19 +80,19 @@ def of_users(mesh: Mesh, axis_names: AxisNames | None = None) -> Mesh:
 
 
 def parallelism_of(mesh: Mesh) -> parallel.Parallelism:
-  """The degrees of parallelism of a mesh of ours."""
+  """Returns the degrees of parallelism of a mesh ('pp', 'tp')."""
   return parallel.Parallelism(tp=mesh.shape[TP], pp=mesh.shape[PP])
 
 
 def shards_of(mesh: Mesh) -> sharding.Shards:
-  """The axes over which there is something to share."""
+  """Returns the axes of a mesh that have more than one device."""
   return sharding.Shards(
     tp=TP if mesh.shape[TP] > 1 else None,
     pp=PP if mesh.shape[PP] > 1 else None)
 
 
 def on(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Sharding:
-  """An array's axes, split over axes of the mesh."""
+  """Returns the sharding of an array whose axes are split over `axes`."""
   if mesh.size == 1:
     return SingleDeviceSharding(mesh.devices.item())
   return NamedSharding(mesh, PartitionSpec(*axes))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named arrays in one int32 buffer, as each transfer costs more than its bytes.
+"""Packs named arrays into one int32 buffer: each transfer has a fixed cost.
 
-For arrays of NumPy and of JAX alike; loads no JAX.
+Takes arrays of NumPy and of JAX alike; loads no JAX.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Packing:
 
   @property
   def size(self) -> int:
-    """int32 values in a buffer."""
+    """The number of int32 values in a buffer."""
     return self._spans[-1][1].stop
 
   def split(self, buffer: Any) -> dict[str, Any]:
-    """Views of the arrays in a [size] int32 buffer."""
+    """Returns the arrays in a [size] int32 buffer, by name."""
     return {
       name: (as_float(buffer[span]) if is_float else buffer[span]
              ).reshape(shape)
@@ -51,5 +51,5 @@ class Packing:
 
 
 def as_float(bits: Any) -> Any:
-  """int32 bits as float32."""
+  """Returns int32 bits as the float32 values they stand for."""
   return bits.view(np.float32)

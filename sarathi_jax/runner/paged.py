@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a step to the pages of its sequences."""
+"""Makes a step's attention, over the pages of its sequences."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def attend_to(
     queries: tuple[int, int, Any], windows: Collection[int | None],
     shards: sharding.Shards, implementation: str | None,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
-  """Makes a `models.Attend` that writes keys and values to pages, and reads.
+  """Makes a `models.Attend` that writes keys and values to pages, and attends.
 
-  Its `options` are those of the layer at each stage. Queries are of all tokens,
-  or, with `rows`, of what is sampled from; layers share their plans.
+  Its `options` are one a stage: those of the layer there. Queries are of all
+  tokens, or, with `rows`, of those that are sampled from. Layers share plans.
 
   Args:
-    kv: the pages.
+    kv: the pages, one pair a layer.
     b: the batch.
-    row, positions: of its tokens.
+    row: each token's row in the batch.
+    positions: each token's position in its sequence.
     page_size: tokens in a page.
-    queries: how many heads they have, of what size, and their dtype.
-    windows: that layers have.
+    queries: (heads, head dim, dtype) of the queries.
+    windows: the sliding windows that layers have.
     shards: of the mesh.
     implementation: of ragged_paged_attention; None picks one.
   """
@@ -81,7 +82,7 @@ def attend_to(
 
 def _samples_of(b: batch_lib.BatchArrays, row: Int[Array, ' T'],
                 ) -> batch_lib.BatchArrays:
-  """The batch of what is sampled from only: as if all were decodes."""
+  """Returns the batch of the tokens that are sampled from, as decodes."""
   index = jnp.arange(b.sample_tokens.shape[0] + 1, dtype=jnp.int32)
   return b._replace(
     cu_q_lens=jnp.minimum(index, b.num_samples), kv_lens=b.sample_positions,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Live arrays, held to what a model takes before they are served."""
+"""Checks that live arrays are what a model takes, before they are served."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sarathi_jax.models import config as model_config_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 
-_BOX = 'value'  # What flax's boxes, such as nnx.Param, call their array.
-_MOST_OUTER = 2  # Keys around a tree that are told: {'params': ...}.
+_BOX = 'value'  # The name of the array in flax's boxes, such as nnx.Param.
+_MOST_OUTER = 2  # Outer keys that a message names: {'params': ...}.
 _DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
 
 
@@ -30,19 +30,19 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def check_params(model: model_config_lib.ModelConfig, params: Params,
                  dtype: Any = None) -> Params:
-  """Holds live arrays to what the model takes.
+  """Checks that live arrays are what the model takes.
 
   Args:
     model: the model.
     params: its weights. Only names count: tuples may be lists.
-    dtype: what they must be of; None for any that attention takes.
+    dtype: the dtype that they must have; None for any that attention takes.
 
   Returns:
     The same arrays, as the tree of `models.param_specs`.
 
   Raises:
     ConfigError: a leaf is missing, unknown, deleted, or of another shape or
-      dtype; names it, and what to hand over where the tree is nearly right.
+      dtype. Names it, and says what to hand over if the tree is nearly right.
   """
   tree = models.param_specs(model)
   specs, leaves = _named_leaves(tree), _named_leaves(params)
@@ -51,7 +51,7 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
       f'params: is a {type(params).__name__}; must be a tree of arrays, as '
       'models.param_specs says.')
   unknown, missing = leaves.keys() - specs.keys(), specs.keys() - leaves.keys()
-  # A leaf of the layers tells most.
+  # A leaf of the layers is the most informative.
   for name in sorted(
       unknown, key=lambda name: ('layers' not in name, name))[:1]:
     if problem := _packed(name, specs):
@@ -73,11 +73,13 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
 
 
 def _packed(found: str, specs: Iterable[str]) -> str | None:
-  """Says what is wrong with a tree of the right leaves, packed otherwise.
+  """Says what is wrong with a tree of the right leaves in a wrong structure.
+
+  Returns None if the leaf is not a right one.
 
   Args:
     found: the name of a leaf that is not wanted.
-    specs: names of those that are.
+    specs: names of the wanted leaves.
   """
   names = found.split('.')
   unboxed = [name for name in names if name != _BOX]
@@ -102,7 +104,7 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
 
 
 def devices_of(params: Params) -> set[jax.Device]:
-  """Returns all devices that hold a part of them."""
+  """Returns all devices that hold a part of the parameters."""
   return set().union(*(leaf.devices() for leaf in jax.tree.leaves(params)))
 
 

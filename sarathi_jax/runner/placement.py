@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each parameter lies on the mesh, and how it gets there.
+"""Places each parameter on the mesh.
 
-On a mesh with stages, layer number i of all stages is one array, with an axis
-for the stages in front. Axes are split as their names say (`_SPLIT`).
+On a mesh with stages, layer number i of all stages is one array, whose first
+axis is the stages. Axes are split by their names (`_SPLIT`).
 Key and value heads are repeated where there are more devices than heads, and
 the vocabulary is padded with zeros.
 """
@@ -48,10 +48,10 @@ class Place:
 
   Attributes:
     sources: names of the parameters: one, or one a stage; None for zeros.
-    spec: of each of them.
-    shape: of each as it lies on the mesh: heads repeated, vocabulary padded.
+    spec: of each parameter.
+    shape: of each parameter on the mesh: heads repeated, vocabulary padded.
     head_dim: h.
-    has_stages: whether they lie one after another along a first axis.
+    has_stages: whether the array has a first axis, for the parameters.
     is_transposed: whether it is the array of a `matrices.Transposed`.
     sharding: of the array.
   """
@@ -71,15 +71,20 @@ class Place:
 
 
 def transposes(mesh: Mesh) -> bool:
-  """Says whether its devices multiply faster with transposed matrices."""
+  """Says whether a mesh's devices multiply faster by transposed matrices."""
   return mesh.devices.flat[0].platform == 'cpu'
 
 
 def choose_dtype(name: str, dtype: Any, mesh: Mesh) -> Any:
-  """What a checkpoint's weights are served in; `name` is `config.dtype`.
+  """Returns the dtype that a checkpoint's weights are served in.
 
-  'auto' is its own, `dtype`, but for CPUs: XLA multiplies no 16-bit floats
-  there, and widens all of a matrix each time that it is used.
+  'auto' is its own, except on CPUs: XLA multiplies no 16-bit floats there, and
+  widens all of a matrix each time that it is used.
+
+  Args:
+    name: `config.dtype`.
+    dtype: of the checkpoint.
+    mesh: the devices.
   """
   if name != config_lib.AUTO:
     return jnp.dtype(name)
@@ -89,13 +94,14 @@ def choose_dtype(name: str, dtype: Any, mesh: Mesh) -> Any:
 
 def places(model: model_config_lib.ModelConfig, mesh: Mesh,
            transpose: bool = False) -> Any:
-  """A tree of Place, shaped as the parameters on the mesh.
+  """Returns a tree of Place, shaped as the parameters on the mesh.
 
-  It is `models.param_specs`, but for 'layers': those of one stage.
+  It is shaped as `models.param_specs`, but 'layers' are those of one stage.
 
   Args:
-    model, mesh: what, and where to.
-    transpose: whether rows are to be multiplied with `matrices.Transposed`.
+    model: the model.
+    mesh: the mesh.
+    transpose: whether rows are to be multiplied by `matrices.Transposed`.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   sizes: dict[str | None, int] = {
@@ -135,7 +141,7 @@ def places(model: model_config_lib.ModelConfig, mesh: Mesh,
 
 def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
            dtype: Any, transpose: bool = False) -> Params:
-  """The parameters on the mesh as ShapeDtypeStruct, for compiling."""
+  """Returns the parameters on the mesh as ShapeDtypeStruct, for compiling."""
   return jax.tree.map(
     lambda place: jax.ShapeDtypeStruct(
       place.global_shape, dtype, sharding=place.sharding),
@@ -143,13 +149,13 @@ def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
 
 
 def are_transposed(params: Params) -> bool:
-  """Says whether parameters on a mesh lie as `places` transposes them."""
+  """Says whether parameters on a mesh are transposed, as by `places`."""
   return any(isinstance(leaf, matrices.Transposed) for leaf in jax.tree.leaves(
     params, is_leaf=lambda node: isinstance(node, matrices.Transposed)))
 
 
 def bytes_of(tree: Any) -> int:
-  """Counts what one device has of ShapeDtypeStructs with shardings."""
+  """Counts one device's bytes of a tree of ShapeDtypeStruct with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree))
@@ -164,13 +170,16 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
   A host reads what its own devices need, and has two parts in memory at once.
 
   Args:
-    model, mesh: what, and where to.
+    model: the model.
+    mesh: the mesh.
     dtype: of the arrays, whatever `read` gives.
-    read: reads the parameters, from several threads.
+    read: reads the parameters; called from several threads.
     transpose: see `places`.
-    old: leaves that these replace; each is forgotten before its successor is
-      read.
-    on_loaded: told of arrays done, and of how many.
+    old: the leaves to replace; each is dropped before its successor is read.
+    on_loaded: called with the arrays done, and of how many.
+
+  Returns:
+    The parameters, shaped as `places`.
   """
   leaves, treedef = jax.tree.flatten(places(model, mesh, transpose))
   done = 0
@@ -195,7 +204,7 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
 
 def _read_part(place: Place, read: params_reader.Read, dtype: Any,
                index: params_reader.Slices | None) -> np.ndarray:
-  """Reads what of an array on the mesh belongs at `index` of it."""
+  """Reads the part at `index` of an array on the mesh."""
   assert index is not None
   source = place.sources[0]
   if place.has_stages:
@@ -222,7 +231,7 @@ def _read_part(place: Place, read: params_reader.Read, dtype: Any,
 
 
 def _source_span(place: Place, axis: int, span: range) -> slice:
-  """Where in a parameter a span of the array on the mesh comes from."""
+  """Returns the part of a parameter that a span of the array comes from."""
   size = place.spec.shape[axis]
   start = span.start
   copies = place.shape[axis] // size
@@ -236,15 +245,18 @@ def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
                transpose: bool = False) -> Params:
   """Puts live arrays where the model is to run.
 
-  One that lies there already is taken as it is, without a copy; others are
-  moved one after another, so that no more than one is in memory twice.
+  Takes an array that lies there already as it is, without a copy. Moves others
+  one after another, so that no more than one is in memory twice.
 
   Args:
-    model, mesh: what, and where to.
+    model: the model.
+    mesh: the mesh.
     params: the weights, as the tree of `models.param_specs`.
-    old: leaves that these replace; each is forgotten before its successor is
-      made.
-    transpose: see `places`; which takes a copy.
+    old: the leaves to replace; each is dropped before its successor is made.
+    transpose: see `places`; it needs a copy.
+
+  Returns:
+    The parameters, shaped as `places`.
   """
   named = dict(_named_leaves(params))
   leaves, treedef = jax.tree.flatten(places(model, mesh, transpose))
@@ -299,7 +311,7 @@ def _pad(x: jax.Array, padding: tuple[int, ...]) -> jax.Array:
 
 @functools.cache
 def _stack(sharding: Sharding, num_stages: int) -> Callable[..., jax.Array]:
-  """Stacks arrays for the first stages, zeros for the others."""
+  """Returns a function that stacks arrays, and zeros for the last stages."""
   def stack(*arrays: jax.Array) -> jax.Array:
     zeros = [jnp.zeros_like(arrays[0])] * (num_stages - len(arrays))
     return jnp.stack([*arrays, *zeros])

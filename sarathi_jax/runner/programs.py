@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step, compiled for every size that it will have."""
+"""Compiles the step for every size that it will have."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
 OnCompiled = Callable[[int, int], object]  # (programs compiled, of how many)
-_Compiled = tuple[int, Any]  # a size and its step; None if it is to be made
+_Compiled = tuple[int, Any]  # a size and its step; None if still to compile
 _Job = futures.Future[_Compiled]
 _TELL_S = 5.0
 
-# Bytes of weights from which a processor's small steps take as long as it
-# reads them; those of smaller models are as short as their many operations.
+# From so many bytes of weights on, a CPU's small steps take as long as reading
+# them. The steps of smaller models take as long as their many operations.
 _LARGE = 32 << 20
 
 
@@ -38,20 +38,20 @@ class StepPrograms:
   A size that was not compiled at warm-up can't be run: no request can make
   the engine compile while it serves.
 
-  All are called alike, (leaves, state, ints) -> (state, output): whoever calls
-  them, here or on other hosts, knows their number and the integers. So can be
-  a program beside the steps, to set the state of a slot from the host.
+  All steps are called alike, (leaves, state, ints) -> (state, output). Callers,
+  here or on other hosts, need only a step's number and its integers. Another
+  program could be called so, too: one that sets a slot's state from the host.
 
   Args:
     model, mesh, config: the deployment.
-    dtype, kv_dtype: of weights and cache.
+    dtype, kv_dtype: dtypes of the weights and of the cache.
     max_model_len: the most tokens of a sequence.
     max_step_tokens: the most tokens of a step.
-    transposed: how weights lie, see `placement.places`.
+    transposed: whether weights are transposed, see `placement.places`.
 
   Attributes:
-    sizes: tokens of a step, ascending.
-    layouts: of the batches of each size.
+    sizes: the steps' numbers of tokens, ascending.
+    layouts: size -> the layout of its batches.
     pages_per_seq: P.
   """
 
@@ -67,7 +67,7 @@ class StepPrograms:
       small=is_cpu and weights >= _LARGE)
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
-    # Batches of several sizes meet in a pipeline, so their rows are as many.
+    # Batches of different sizes meet in a pipeline, so all have as many rows.
     rows = {n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
             for n in self.sizes}
     self.layouts = {
@@ -84,17 +84,17 @@ class StepPrograms:
     self._steps: dict[int, Any] = {}
 
   def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
-    """What steps update, as ShapeDtypeStruct.
+    """Returns the state that steps update, as ShapeDtypeStruct.
 
     Raises:
-      NotImplementedError: attention can't have such pages.
+      NotImplementedError: attention doesn't support such pages.
     """
     return state_lib.shapes(
       self._model, self._mesh, self._config, num_pages=num_pages,
       max_tokens=self.sizes[-1], dtype=self._dtype, kv_dtype=self._kv_dtype)
 
   def lower(self, size: int, num_pages: int) -> Any:
-    """The step of one size, lowered."""
+    """Lowers the step of one size; returns a jax.stages.Lowered."""
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(self._weights())
@@ -119,17 +119,17 @@ class StepPrograms:
 
     Args:
       num_pages: of the cache.
-      on_compiled: told of the progress, and every few seconds without any.
-      sizes: of `self.sizes`.
-      options: of XLA, by name, beside those of the environment.
-      kept: where those that were compiled before are, and these will be.
+      on_compiled: called with the progress, at least every few seconds.
+      sizes: those of `self.sizes` to compile.
+      options: XLA's options by name, beside those of the environment.
+      kept: finds steps that were compiled before, and keeps these.
     """
     asked = sorted(sizes, reverse=True)
     done: set[int] = set()
 
     def gather(jobs: Collection[_Job], timeout_s: float = _TELL_S,
                ) -> Collection[_Job]:
-      """Takes what is ready, tells how many are, and returns the rest."""
+      """Takes the jobs that are done, tells the count, returns the rest."""
       ready, rest = futures.wait(
         jobs, timeout_s, return_when=futures.FIRST_COMPLETED)
       for job in ready:
@@ -152,7 +152,7 @@ class StepPrograms:
     on_compiled(0, len(asked))
     pool = futures.ThreadPoolExecutor(max_workers=4)
     try:
-      # What decides on programs may be a thread's own: it is read here.
+      # Settings that affect programs may be a thread's own: read them here.
       places = {
         n: kept.place(self._facts(n, num_pages, options),
                       self._mesh.local_devices) for n in asked}
@@ -167,22 +167,22 @@ class StepPrograms:
           jobs = gather(jobs, 0)
       while jobs:
         jobs = gather(jobs)
-    finally:  # After Ctrl-C, which no compilation heeds, wait for none.
+    finally:  # No compilation heeds Ctrl-C, so don't wait for any after it.
       pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, num_pages: int) -> int:
-    """Memory of a device that the largest step needs beside its arguments."""
+    """Returns bytes of a device that the largest step needs; `extra_bytes`."""
     return extra_bytes(self.lower(self.sizes[-1], num_pages).compile())
 
   def size_for(self, num_tokens: int) -> int:
-    """The smallest compiled size that holds so many tokens."""
+    """Returns the smallest size that holds so many tokens."""
     return self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
 
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
 
   def _weights(self) -> Any:
-    """As ShapeDtypeStruct."""
+    """Returns the weights as ShapeDtypeStruct."""
     return placement.shapes(
       self._model, self._mesh, self._dtype, self._transposed)
 
@@ -194,14 +194,18 @@ class StepPrograms:
 
   def _facts(self, size: int, num_pages: int,
              options: Mapping[str, Any] | None) -> Any:
-    """All that `lower` and `compile` make a step of."""
+    """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
     return (self._spec(size, state), state, self._weights(),
             sorted((options or {}).items()))
 
 
 def extra_bytes(compiled: Any) -> int:
-  """Memory of a device that a program needs beside its arguments."""
+  """Returns the bytes of a device that a program needs beside its arguments.
+
+  Args:
+    compiled: a jax.stages.Compiled.
+  """
   analysis = compiled.memory_analysis()
   extra: int = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - (
     analysis.alias_size_in_bytes)

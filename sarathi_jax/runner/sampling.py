@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing tokens, on the device.
+"""Samples tokens on the device.
 
 The random numbers of a token are those of `fold_in(fold_in(key, seed),
-position)`, where the high half of the seed's 64 bits makes the key and the low
-half is folded in: a request's tokens depend on its seed alone, not on its
-batch, nor on chunks, preemptions or parallelism.
+position)`. The high half of the seed's 64 bits makes the key, and the low half
+is folded in. So a request's tokens depend on its seed alone, and not on its
+batch, chunks, preemptions or parallelism.
 
 Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Tokens
 as likely as the last that a filter keeps are kept, too. Thresholds are found
-by bisecting the bits of a float, 32 passes over the logits, instead of by
+by bisecting the bits of a float, in 32 passes over the logits, instead of by
 sorting them.
 """
 
@@ -27,7 +27,7 @@ _NEVER = -jnp.inf
 
 
 def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
-  """Bits of floats as unsigned integers of the same order."""
+  """Returns floats as unsigned integers of the same order."""
   x = jnp.where(x == 0, 0, x)  # -0.0 is no less than 0.0.
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   sign = jnp.uint32(0x80000000)
@@ -38,7 +38,10 @@ def _largest_threshold(
     keys: UInt[Array, 'S V'],
     enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
 ) -> Bool[Array, 'S V']:
-  """The fewest largest keys of each row that are `enough`; ties all stay."""
+  """Selects the fewest largest keys of each row that are `enough`.
+
+  Keeps all ties.
+  """
   def set_bit(i: Array, threshold: Array) -> Array:
     candidate = threshold | (jnp.uint32(0x80000000) >> i.astype(jnp.uint32))
     keep = enough(keys >= candidate[:, None])
@@ -54,11 +57,11 @@ def filter_logits(
     top_p: Float[Array, ' S'],
     min_p: Float[Array, ' S'],
 ) -> Float[Array, 'S V']:
-  """Logits with those of tokens that may not be sampled at minus infinity.
+  """Sets the logits of tokens that must not be sampled to minus infinity.
 
   Args:
     logits: float32, divided by the temperature.
-    top_k: the likeliest tokens to keep; 0 for all.
+    top_k: how many of the likeliest tokens to keep; 0 for all.
     top_p: keep the likeliest tokens that make up this probability.
     min_p: keep tokens at least this fraction as likely as the likeliest.
   """
@@ -76,7 +79,7 @@ def filter_logits(
 
 
 def _argmax(x: Float[Array, 'S V']) -> Int[Array, ' S']:
-  """As jnp.argmax, whose loop over pairs XLA does not vectorize on CPUs."""
+  """Returns jnp.argmax, whose loop over pairs XLA doesn't vectorize on CPUs."""
   index = jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]
   is_top = x == x.max(axis=-1, keepdims=True)
   return jnp.where(is_top, index, x.shape[-1] - 1).min(axis=-1)
@@ -91,7 +94,9 @@ def sample(
     seeds: Int[Array, 'S 2'],
     positions: Int[Array, ' S'],
 ) -> batch.StepOutput:
-  """Samples a token a row. Rows, and batches, only pay for what they ask.
+  """Samples one token a row.
+
+  Does no work that no row of the batch asks for.
 
   Args:
     logits: float32.
@@ -101,14 +106,14 @@ def sample(
     positions: of the sampled tokens in their sequences.
 
   Returns:
-    Token ids (int32) and their log-probabilities under `logits` as they came,
-    before temperature and filters: finite, or NaN where logits are NaN,
-    infinite, or all minus infinity. Such a row's token is void.
+    Token ids (int32) and their log-probabilities (float32) under `logits` as
+    given, before temperature and filters. These are finite, or NaN where logits
+    are NaN, infinite, or all minus infinity; such a row's token is void.
   """
   greedy = _argmax(logits)
 
   def draw() -> Array:
-    # The largest is 0, or a low temperature would make several infinite.
+    # With 0 as the largest, a low temperature makes no logit infinite.
     scaled = logits - logits.max(axis=-1, keepdims=True)
     scaled = scaled / jnp.where(temperature > 0, temperature, 1)[:, None]
     is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX as the engine needs it, whatever the program around it has set."""
+"""Sets JAX up as the engine needs it, whatever the program has set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax
 
 @contextlib.contextmanager
 def own() -> Iterator[None]:
-  """Types of 32 bits, compiled functions, and transfers that are meant.
+  """Sets 32-bit types, compiled functions, and transfers within the block.
 
-  A trainer may compute in 64 bits, or forbid transfers to find its own that
-  are not meant; those of the engine all are.
+  A trainer may compute in 64 bits, or forbid transfers to find those it did not
+  intend; the engine intends all of its own.
   """
   with (jax.enable_x64(False), jax.transfer_guard('allow'),
         jax.disable_jit(False)):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steps change on the devices: one tree, donated to each of them.
+"""The state that steps update on the devices: one tree, donated to each step.
 
-A feature that keeps something there adds a field, and its line in `shapes`:
-it is then made at the start and after a fault, placed on the mesh, donated,
+A feature that keeps something there adds a field, and a line in `shapes`. The
+field is then made at the start and after a fault, placed on the mesh, donated,
 updated in place, and counted in memory plans. `step.stage_step` computes it.
 """
 
@@ -24,7 +24,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class SlotState:
-  """What is kept of each running request, by its slot.
+  """The state of running requests, by their slots.
 
   Attributes:
     last_tokens: [max_num_seqs] int32, the last sampled token.
@@ -36,12 +36,15 @@ class SlotState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceState:
-  """What a step takes and returns updated: arrays, or ShapeDtypeStruct.
+  """The state that a step takes, and returns updated.
+
+  Its leaves are arrays, ShapeDtypeStruct or shardings.
 
   Attributes:
-    kv: the pages, one pair a layer of a stage.
+    kv: the pages, one pair for each layer of a stage.
     slots: see `SlotState`.
-    hidden: [pp * tokens, D] what stages hand on; None without stages.
+    hidden: [pp * tokens, D] the hidden states that stages hand on; None
+      without stages.
   """
 
   kv: list[kv_cache.LayerKv]
@@ -53,16 +56,16 @@ def shapes(
     model: model_config_lib.ModelConfig, mesh: Mesh,
     config: config_lib.EngineConfig, *, num_pages: int, max_tokens: int,
     dtype: Any, kv_dtype: Any) -> DeviceState:
-  """The state of a deployment, as ShapeDtypeStruct.
+  """Returns the state of a deployment, as ShapeDtypeStruct.
 
   Args:
     model, mesh, config: the deployment.
-    num_pages: of the cache.
-    max_tokens: of a step.
-    dtype, kv_dtype: of weights and cache.
+    num_pages: pages of the cache.
+    max_tokens: the most tokens of a step.
+    dtype, kv_dtype: dtypes of the weights and of the cache.
 
   Raises:
-    NotImplementedError: attention can't have such pages.
+    NotImplementedError: attention doesn't support such pages.
   """
   num_stages = mesh.shape[mesh_lib.PP]
   return DeviceState(
@@ -77,7 +80,10 @@ def shapes(
 
 
 def init(shapes: DeviceState) -> DeviceState:
-  """Zeros, and not garbage: a kernel may multiply what it masks by 0."""
+  """Makes a state of zeros, as a kernel may multiply what it masks by 0.
+
+  Garbage might be NaN.
+  """
   state: DeviceState = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
     shapes)

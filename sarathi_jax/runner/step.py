@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step: one XLA program over one hybrid batch.
 
-With pipeline stages it is a *tick*: each stage computes a batch of its own,
-the one that entered the pipeline as many steps ago as the stage has others
-before it, and hands its hidden states on. The batch at the last stage gets
-its tokens. All devices of the mesh run this one program (`jax.shard_map`).
+With pipeline stages it is a *tick*: each stage computes a batch of its own, and
+hands its hidden states on. A stage's batch entered the pipeline as many steps
+ago as there are stages before it. Tokens are sampled for the batch at the last
+stage. All devices of the mesh run this one program (`jax.shard_map`).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class StepSpec:
 
   Attributes:
     model: the model.
-    mesh: what it lies on, see `mesh`.
+    mesh: the mesh it lies on, see `mesh`.
     layout: of the batches.
     page_size: tokens in a page.
     attention: implementation of ragged_paged_attention; None picks one.
-    state: how the state lies on the mesh, a sharding for each array.
+    state: the sharding of each array of the state.
   """
 
   model: model_config_lib.ModelConfig
@@ -61,7 +61,7 @@ class StepSpec:
 
   @property
   def kinds(self) -> list[Kinds]:
-    """Of a stage's layers, the kind at each stage."""
+    """The kinds of layers: for each layer of a stage, one kind a stage."""
     parallelism = mesh_lib.parallelism_of(self.mesh)
     return [
       tuple(self.model.layer_kind(layer or 0)
@@ -75,11 +75,11 @@ def step(
     state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
 ) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
-  """`stage_step` on every device of a mesh. `state` is donated.
+  """Runs `stage_step` on every device of a mesh. `state` is donated.
 
-  Args and Returns are `stage_step`'s, of the whole mesh: layers have an axis
-  for their stage, pages lie stage after stage and head after head, and so do
-  hidden states.
+  Args and Returns are `stage_step`'s, for the whole mesh: layers have an axis
+  for their stage, pages lie stage after stage and head after head, and hidden
+  states stage after stage and column after column.
   """
   if spec.mesh.size == 1:
     return stage_step(spec, params, state, buffers)
@@ -100,15 +100,15 @@ def stage_step(
     state: state_lib.DeviceState,
     buffers: Int[Array, 'stages size'],
 ) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
-  """One device's part of a step.
+  """Computes one device's part of a step.
 
   Args:
-    spec: fixed when compiled.
+    spec: what is fixed when the step is compiled.
     params: the device's part of the weights.
-    state: its part: the pages of its stage's layers, and its columns of what
-      the stage before handed on; donated.
-    buffers: the batch at each stage, see `batch.BatchLayout`; all rows 0 for
-      none.
+    state: the device's part: the pages of its stage's layers, and its columns
+      of what the stage before handed on; donated.
+    buffers: the batch at each stage, see `batch.BatchLayout`; zeros where a
+      stage has no batch.
 
   Returns:
     The state, updated in place, and `batch.StepOutput` of the batch at the
@@ -129,8 +129,8 @@ def stage_step(
   if hidden is not None:
     before = _whole(hidden[:layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
-  # Only what is sampled from leaves the last stage; where it is the only one,
-  # already its last layer leaves the rest out.
+  # Only rows that are sampled from leave the last stage. If it is the only one,
+  # its last layer already leaves the other rows out.
   is_early = hidden is None and layout.num_samples < layout.num_tokens
   x, kv = models.run_layers(
     model, layers, state.kv, x, spec.kinds,
@@ -151,7 +151,7 @@ def stage_step(
 
 def _keep(last_tokens: Int[Array, ' slots'], b: batch_lib.BatchArrays,
           sampled: Int[Array, ' R']) -> Int[Array, ' slots']:
-  """Each slot's last token, where there is a new one."""
+  """Returns each slot's last token, updated where one was sampled."""
   index = jnp.arange(sampled.shape[0], dtype=jnp.int32)
   is_last = (index + 1 == b.num_samples) | (
     b.sample_slots != jnp.roll(b.sample_slots, -1))
@@ -167,7 +167,8 @@ def _packed(output: batch_lib.StepOutput) -> Int[Array, ' output']:
 def _places_of_tokens(
     layout: batch_lib.BatchLayout, b: batch_lib.BatchArrays,
 ) -> tuple[Int[Array, ' T'], Int[Array, ' T']]:
-  """Each token's row, and its place in its sequence; of padding, 0."""
+  """Returns each token's batch row and its position; padding has position 0.
+  """
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
   row = jnp.minimum(
     jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
@@ -182,7 +183,8 @@ def _contexts(
     spec: StepSpec, kv: Sequence[kv_cache.LayerKv], b: batch_lib.BatchArrays,
     row: Int[Array, ' T'], positions: Int[Array, ' T'], dtype: Any,
     shards: sharding.Shards) -> Callable[..., models.LayerContext]:
-  """What layers are told: see `models.run_layers`."""
+  """Returns the function that makes layers' contexts; see `models.run_layers`.
+  """
   kinds = dict.fromkeys(itertools.chain(*spec.kinds))
   ropes = {kind.rope for kind in kinds}
   lens = None
@@ -210,7 +212,7 @@ def _contexts(
 
 def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,
            ) -> Float[Array, 'T D']:
-  """Hidden states from each device's columns of them."""
+  """Gathers hidden states from each device's columns of them."""
   if shards.tp is None:
     return x
   return lax.all_gather(x, shards.tp, axis=1, tiled=True)
@@ -218,10 +220,11 @@ def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,
 
 def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
              ) -> Float[Array, 'T columns']:
-  """Hidden states to the next stage, of which each device sends its part.
+  """Sends hidden states to the next stage; each device sends its columns.
 
-  All devices of a stage have them all: to send them all would take tp times
-  the bytes between hosts (Megatron-LM's scatter-gather, arXiv 2104.04473).
+  All devices of a stage have all columns: sending all of them from each device
+  would take tp times the bytes between hosts (Megatron-LM's scatter-gather,
+  arXiv 2104.04473).
   """
   assert shards.pp is not None
   if shards.tp is not None:
@@ -235,7 +238,7 @@ def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
 
 def _from_last_stage(rows: Float[Array, 'R D'], shards: sharding.Shards,
                      ) -> Float[Array, 'R D']:
-  """The last stage's rows, on all."""
+  """Returns the last stage's rows, on all stages."""
   if shards.pp is None:
     return rows
   is_last = lax.axis_index(shards.pp) == lax.axis_size(shards.pp) - 1
@@ -248,8 +251,8 @@ def _sample(
 ) -> batch_lib.StepOutput:
   """Samples from logits of which each device has some columns.
 
-  Columns of all rows become all columns of some rows, so that devices share
-  the work and rows are sampled from as they are on one device.
+  Exchanges columns of all rows for all columns of some rows. So devices share
+  the work, and rows are sampled as they are on one device.
   """
   rows = {**batch_lib.sampling_of(b.sampling), 'seeds': b.seeds,
           'positions': b.sample_positions}
@@ -258,7 +261,7 @@ def _sample(
   num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
   share = -(-num_rows // num_devices)
 
-  def padded(row: Array) -> Array:  # It asks for what another asks for.
+  def padded(row: Array) -> Array:  # Padding repeats the last row's request.
     last = (share * num_devices - num_rows, *[0] * (row.ndim - 1))
     return jnp.pad(row, [(0, n) for n in last], mode='edge')
 

@@ -25,7 +25,7 @@ POLICIES: Mapping[str, type[Scheduler]] = {
   'orca': orca.OrcaScheduler,
   'faster_transformer': faster_transformer.FasterTransformerScheduler,
 }
-# Half of sarathi each, to show what the other half is good for.
+# Each is half of sarathi, to show what the other half is good for.
 ABLATIONS: Mapping[str, type[Scheduler]] = {
   'hybrid_only': ablations.HybridOnlyScheduler,
   'chunked_only': ablations.ChunkedOnlyScheduler,
@@ -33,7 +33,11 @@ ABLATIONS: Mapping[str, type[Scheduler]] = {
 
 
 def class_of(config: config_lib.EngineConfig) -> type[Scheduler]:
-  """The scheduler that is asked for; ConfigError if that can't work."""
+  """Returns the configured scheduler's class.
+
+  Raises:
+    ConfigError: there is none of that name, or it can't follow tbt_slo_ms.
+  """
   config_lib.check(
     config.tbt_slo_ms is None or config.policy == 'sarathi', 'tbt_slo_ms',
     config.tbt_slo_ms, f'policy={config.policy!r} has no budget that could '
@@ -51,7 +55,7 @@ def make(config: config_lib.EngineConfig,
     resolved: see `SchedulerConfig.of`.
 
   Raises:
-    ConfigError: these can't work together.
+    ConfigError: the configuration can't work.
   """
   return class_of(config)(
     config_lib.SchedulerConfig.of(config, **resolved), num_rows)
@@ -59,14 +63,14 @@ def make(config: config_lib.EngineConfig,
 
 def max_step_tokens(config: config_lib.EngineConfig,
                     max_model_len: int) -> int:
-  """Returns the most tokens of a step, by the policy."""
+  """Returns the most tokens that the configured policy puts into a step."""
   return policy_class(config.policy).max_step_tokens(
     config_lib.SchedulerConfig.of(
       config, max_model_len=max_model_len, num_pages=max_model_len))
 
 
 def policy_class(name: str) -> type[Scheduler]:
-  """The scheduler of a policy; ConfigError for a name that is none."""
+  """Returns the scheduler class of a policy; raises ConfigError if unknown."""
   known = {**POLICIES, **ABLATIONS}
   config_lib.check(name in known, 'policy', name,
                    f'must be one of {", ".join(POLICIES)}')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Half of Sarathi-Serve each: what the other half is good for (table 4)."""
+"""Two halves of Sarathi-Serve, to show what each is good for (table 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sarathi_jax.scheduler import sequence
 class HybridOnlyScheduler(orca.OrcaScheduler):
   """Hybrid batches without chunks: whole prompts join the decodes.
 
-  As Orca, but pages are taken for the prompt only.
+  Does as Orca, but takes pages for the prompt only.
   """
 
   reserves_all = False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every policy shares: queues, pages, preemption and completion.
+"""The base of every policy: queues, pages, preemption and completion.
 
-A policy is one generator, `_plan`. Whatever it plans, the base class sees to
-it that
+A policy is one generator, `_plan`. Whatever it plans, the base class ensures
+that
 
 - each ready decode has a page for its next token, or the step waits until
   enough batches in flight have completed;
@@ -41,15 +41,16 @@ class Scheduler(abc.ABC):
   One thread at a time may call it, except `check`, which is pure.
 
   Args:
-    config: its limits.
-    num_rows: what a batch of so many tokens is padded to; the runner's.
+    config: the scheduler's limits.
+    num_rows: returns the rows that a batch of so many tokens is padded to; the
+      runner's.
   """
 
   def __init__(self, config: config_lib.SchedulerConfig,
                num_rows: step_time.NumRows = int) -> None:
     self.config = config
     self.pages = pages.PagePool(config.num_pages, config.page_size)
-    # What the budget follows, if it does; it learns from `pacing`.
+    # The pace that the budget follows, if any; it learns from `pacing`.
     self.pace = (None if config.tbt_slo_ms is None
                  else pace.Pace(config, num_rows))
     self.waiting: deque[Sequence] = deque()  # by urgency
@@ -68,7 +69,7 @@ class Scheduler(abc.ABC):
 
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
-    """The most tokens that a step of this policy holds."""
+    """Returns the most tokens that a step of this policy holds."""
     return max(config.token_budget, config.max_model_len)
 
   @abc.abstractmethod
@@ -97,10 +98,10 @@ class Scheduler(abc.ABC):
         f'room to generate; max_model_len={self.config.max_model_len}.')
 
   def add(self, request: types.Request) -> Sequence:
-    """Queues a request that `check` found good.
+    """Queues a request that `check` accepted.
 
     Returns:
-      Its progress, to be read only.
+      Its progress; for reading only.
     """
     num_tokens = len(request.prompt_token_ids)
     assert 0 < num_tokens < self.config.max_model_len, num_tokens
@@ -112,10 +113,10 @@ class Scheduler(abc.ABC):
     return seq
 
   def remove(self, seq: Sequence) -> bool:
-    """Ends a request now and frees its pages; False if it has ended.
+    """Ends a request now and frees its pages; returns False if it has ended.
 
-    What batches in flight still compute for it is void. Its pages may be
-    reused at once, as the device runs batches in order.
+    Results of batches in flight are void for it. Its pages may be reused at
+    once, as the device runs batches in order.
     """
     if seq.is_finished:
       return False
@@ -135,7 +136,7 @@ class Scheduler(abc.ABC):
     self.config = dataclasses.replace(self.config, token_budget=token_budget)
 
   def forget_in_flight(self) -> None:
-    """Gives up the batches in flight: what they hold is to be recomputed."""
+    """Gives up the batches in flight; their sequences will be recomputed."""
     for batch, seqs in self._in_flight:
       for seq, chunk in zip(seqs, batch.chunks, strict=True):
         seq.num_in_flight -= 1
@@ -144,7 +145,7 @@ class Scheduler(abc.ABC):
     self.preempt_all()
 
   def preempt_all(self) -> None:
-    """Takes back all pages: every running sequence is to be recomputed."""
+    """Takes back all pages; every running sequence will be recomputed."""
     assert not self._in_flight
     for seq in reversed(list(self.running)):
       self._preempt(seq)
@@ -161,8 +162,8 @@ class Scheduler(abc.ABC):
     """Plans the next step.
 
     Returns:
-      A batch to launch; without chunks if there is nothing to do, or nothing
-      before a batch in flight completes.
+      A batch to launch. It has no chunks if there is nothing to do, or nothing
+      can be done before a batch in flight completes.
     """
     self._preempted = []
     chunks: list[types.Chunk] = []
@@ -188,7 +189,11 @@ class Scheduler(abc.ABC):
 
   def complete(self, batch: types.ScheduledBatch,
                sampled: types.Sampled) -> list[types.TokenEvent]:
-    """Takes in the tokens of the oldest batch in flight; errors come last."""
+    """Takes in the tokens of the oldest batch in flight.
+
+    Returns:
+      What each request gained; errors come last.
+    """
     oldest, seqs = self._in_flight.popleft()
     assert oldest is batch, 'batches complete in the order of their launch'
     events, failed = [], []
@@ -220,26 +225,30 @@ class Scheduler(abc.ABC):
   # -- What policies are built from --
 
   def _prefills(self) -> Iterator[Sequence]:
-    """Running sequences with tokens left to prefill, by urgency."""
+    """Returns running sequences with tokens left to prefill, by urgency."""
     return (s for s in self.running if s.is_prefilling)
 
   def _next_to_admit(self, now: float) -> Sequence | None:
-    """The most urgent one that has arrived, if a slot is free.
+    """Returns the most urgent waiting sequence that has arrived, or None.
 
-    None in a step that preempts: a newcomer would take the room just made.
+    None if no slot is free, or if this step preempts: a newcomer would take
+    the room just made.
     """
     if not (self.waiting and self._slots) or self._preempted:
       return None
     return urgency.first_arrived(self.waiting, now)
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
-    """Moves the next of the queue to running, if that can be done now.
+    """Moves the next waiting sequence to running, if there is room now.
 
     Args:
       now: seconds on the engine's clock.
-      reserve: the number of tokens to take pages for at once; None takes
-        none now, but admits only if the whole prefill would fit beside what
-        the prefills under way have yet to take.
+      reserve: the number of tokens to take pages for at once. None takes none
+        now, but admits only if the whole prefill would fit beside what the
+        prefills under way have yet to take.
+
+    Returns:
+      The sequence; None if none was admitted.
     """
     seq = self._next_to_admit(now)
     if seq is None:
@@ -264,11 +273,11 @@ class Scheduler(abc.ABC):
 
   def _admit_whole(self, now: float, budget: int, reserve: int = 0,
                    ) -> Iterator[tuple[Sequence, int]]:
-    """Admits prompts, whole, and yields them as `_plan` does.
+    """Admits whole prompts, and yields them as `_plan` does.
 
     Args:
       now: seconds on the engine's clock.
-      budget: their tokens, together.
+      budget: the most tokens of all of them.
       reserve: the number of tokens to take pages for, where that is more
         than a prompt has.
     """
@@ -280,7 +289,7 @@ class Scheduler(abc.ABC):
       yield new, new.num_left
 
   def _num_that_fit(self, seq: Sequence) -> int:
-    """Tokens that could be computed next for `seq`, by pages alone."""
+    """Returns the tokens that could be computed next for `seq`, by pages."""
     num_pages = len(seq.pages) + self.pages.num_free
     return num_pages * self.pages.page_size - seq.num_computed
 
@@ -293,12 +302,13 @@ class Scheduler(abc.ABC):
       seq.page_table = tuple(seq.pages)
 
   def _secure_decodes(self) -> list[Sequence] | None:
-    """Every ready decode, each with the page for its next token.
+    """Takes the page for the next token of every ready decode.
 
     Preempts the least urgent sequences where pages are short.
 
     Returns:
-      None if the least urgent is in flight: the step must wait.
+      The decodes; None if the least urgent sequence is in flight, so the step
+      must wait.
     """
     ready_step = self._step - self.config.num_stages
     page_size = self.pages.page_size
@@ -314,8 +324,8 @@ class Scheduler(abc.ABC):
         for s in starved:
           self._grow(s, s.num_computed + 1)
         return decodes
-      # None but the least urgent, though others have more pages: so the most
-      # urgent always gets on.
+      # Only the least urgent, even if others have more pages: so the most
+      # urgent always makes progress.
       least_urgent = self.running[-1]
       if least_urgent.num_in_flight:
         return None

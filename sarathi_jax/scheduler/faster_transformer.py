@@ -10,7 +10,7 @@ from sarathi_jax.scheduler import sequence
 
 
 class FasterTransformerScheduler(base.Scheduler):
-  """A batch of requests runs to its end before the next one is formed."""
+  """Runs a batch of requests to its end before it forms the next one."""
 
   def _plan(
       self, now: float, decodes: list[sequence.Sequence],

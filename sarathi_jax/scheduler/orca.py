@@ -11,10 +11,10 @@ from sarathi_jax.scheduler import sequence
 
 
 class OrcaScheduler(base.Scheduler):
-  """Whole prompts join the running decodes.
+  """Lets whole prompts join the running decodes.
 
-  Memory is reserved for the longest sequence there may be, so that nothing
-  is ever preempted.
+  Reserves memory for the longest possible sequence, so that nothing is ever
+  preempted.
   """
 
   reserves_all = True

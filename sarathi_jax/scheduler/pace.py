@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The token budget that follows two targets: TBT, and TTFT behind it.
+"""Chooses token budgets that follow two targets: TBT, then TTFT.
 
-Each step takes the most tokens that keep the tightest running request inside
-its time between tokens (TBT), by the measured times of steps; of budgets that
-do, the one that computes prompts the fastest. Where nothing decodes, nothing
-bounds it.
+The first target is the time between tokens (TBT) of the tightest running
+request. Of the budgets that keep it, by the measured times of steps, a step
+takes the one that computes prompts the fastest. Where nothing decodes, nothing
+bounds the budget.
 
-Prompts that wait are never left out: a step takes a chunk of some. If they
-would wait longer for their first token (TTFT) than they are to, the budget
-grows; where both targets can't be had, it is the one whose worse ratio, of
-time to target, is the least. So a queue that grows makes steps longer until
-they compute as many tokens a second as the device can, and no longer ones than
-it takes.
+Waiting prompts are never left out: a step takes a chunk of some. If they would
+wait for their first token (TTFT) longer than its target, the budget grows.
+Where both targets can't be met, it is the budget whose worse ratio, of time to
+target, is the least. So a growing queue makes steps longer, until they compute
+as many tokens a second as the device can, but not longer than that needs.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from sarathi_jax import config as config_lib
 from sarathi_jax.scheduler import sequence
 from sarathi_jax.scheduler import step_time
 
-# Of the device's rate of computing prompts, what one may count on while TBT is
-# kept; below, TBT gives way.
+# The fraction of the device's rate of computing prompts to count on while TBT
+# is kept; below it, TBT gives way.
 _LEAST_RATE = 0.25
-_SMALLEST = 8  # tokens of a step, of those that are tried
+_SMALLEST = 8  # tokens of the smallest step that is tried
 _TRIED = 16  # budgets, evenly up to the largest, beside the powers of two
-_NO_TIME = 1e-6  # seconds; a model that is still learning may say less
-_HALF_LIFE_S = 10.0  # of what is told of targets that are not kept
+_NO_TIME = 1e-6  # seconds; a model that is still learning may predict less
+_HALF_LIFE_S = 10.0  # of the memory of targets that were missed
 
 
 class Prompt(NamedTuple):
@@ -39,8 +38,8 @@ class Prompt(NamedTuple):
 
   Attributes:
     start: its tokens in the cache.
-    left: its tokens to compute.
-    waited_s: for its first token, so far; None: nobody waits for that.
+    left: its tokens still to compute.
+    waited_s: seconds waited for its first token; None: nobody waits for it.
   """
 
   start: int
@@ -49,7 +48,13 @@ class Prompt(NamedTuple):
 
 
 class _Plan(NamedTuple):
-  """A step that could be next: its tokens, those of prompts, seconds."""
+  """A step that could be next.
+
+  Attributes:
+    tokens: all of its tokens.
+    chunk: its tokens of prompts.
+    seconds: its predicted time.
+  """
 
   tokens: int
   chunk: int
@@ -60,12 +65,12 @@ class Pace:
   """Chooses each step's budget; owns the model of step times.
 
   Args:
-    config: with tbt_slo_ms.
+    config: has tbt_slo_ms.
     num_rows: see `StepTimeModel`.
 
   Attributes:
-    model: of step times.
-    ttft_target: seconds; beside what computing the prompt takes.
+    model: the model of step times.
+    ttft_target: seconds, beyond the time that computing the prompt takes.
   """
 
   def __init__(self, config: config_lib.SchedulerConfig,
@@ -84,10 +89,10 @@ class Pace:
     self._over, self._noted = 0.0, 0.0
 
   def needed_s(self, now: float) -> float:
-    """The TBT that can be held at this load, seconds.
+    """Returns the TBT that can be kept at this load, seconds.
 
-    That of interactive requests' target, or of steps that were planned to take
-    longer, if there were any lately.
+    It is the target of interactive requests, or longer if steps were lately
+    planned to take longer.
     """
     target = self._targets['interactive']
     assert target is not None
@@ -96,14 +101,14 @@ class Pace:
   def budget(self, now: float, running: Iterable[sequence.Sequence],
              decodes: Sequence[sequence.Sequence],
              prompts: Sequence[Prompt], most: int) -> int:
-    """The most tokens of the next step.
+    """Returns the most tokens of the next step.
 
     Args:
       now: seconds on the engine's clock.
-      running: all that run; those which decode bound the step, even if they
-        are in another batch that it delays.
-      decodes: those whose next token is part of the step.
-      prompts: in their order.
+      running: all running sequences; those that decode bound the step, even if
+        they are in another batch, which it delays.
+      decodes: the sequences whose next token is part of the step.
+      prompts: the prompts, in the order in which they will be computed.
       most: the configured budget.
 
     Returns:
@@ -134,17 +139,18 @@ class Pace:
 
   def _best(self, plans: Sequence[_Plan], target: float,
             prompts: Sequence[Prompt]) -> _Plan:
-    """The plan whose worse ratio is the least: of TBT, or the prompts' mean.
+    """Returns the plan whose worse ratio, of time to target, is the least.
 
-    A ratio below 1 is none: of plans that keep both targets, it is the one by
-    which all prompts are computed the soonest.
+    One ratio is TBT's, the other the mean of the prompts'. Ratios below 1 count
+    as 1: of the plans that keep both targets, the best is the one that computes
+    all prompts the soonest.
     """
     wanted = sum(p.left for p in prompts)
     kept = max((p.chunk / p.seconds for p in plans if p.seconds <= target),
                default=0.0)
     rate = max(kept, _LEAST_RATE * max(p.chunk / p.seconds for p in plans))
-    # The worst of the prompts would be a short one that waited, which the
-    # smallest step helps the most, and those behind it the least.
+    # The mean, not the worst: the worst prompt would be a short one that has
+    # waited. The smallest step helps that the most, and those behind the least.
     waits = list(self._waits(prompts, rate))
 
     def ratio(plan: _Plan) -> float:
@@ -163,9 +169,9 @@ class Pace:
 
   def _waits(self, prompts: Sequence[Prompt],
              rate: float) -> Iterator[tuple[float, float, float]]:
-    """Yields, of each that waits: how long, tokens ahead, and its target.
+    """Yields for each waiting prompt: seconds waited, tokens ahead, target.
 
-    A prompt has to be computed, too: at `rate`, that is not counted.
+    The target includes the time to compute the prompt itself, at `rate`.
     """
     # Up to each length, the tokens of all prompts that are not longer.
     lengths = sorted(p.left for p in prompts)
@@ -176,13 +182,13 @@ class Pace:
       if prompt.waited_s is None:
         continue
       ahead: float = before
-      if self._share:  # Shorter ones don't wait for longer ones.
+      if self._share:  # Short prompts don't wait for longer ones.
         ahead = min(ahead, up_to[prompt.left] / self._share)
       yield (prompt.waited_s, ahead,
              self.ttft_target + (prompt.start + prompt.left) / rate)
 
   def _tried(self, num_decodes: int, wanted: int, most: int) -> list[int]:
-    """Budgets that are worth a look: what steps are padded to, above all."""
+    """Returns budgets that are worth trying, such as the padded sizes."""
     largest = min(num_decodes + wanted, most)
     tried = {largest}
     size = _SMALLEST
@@ -194,7 +200,7 @@ class Pace:
     return sorted(n for n in tried if num_decodes < n <= largest)
 
   def _note(self, now: float, over: float) -> None:
-    """Keeps by how much targets were missed, less and less."""
+    """Remembers by how much targets were missed, with fading memory."""
     self._over = max(over, self._over * self._fading(now), 0.0)
     self._noted = now
 
@@ -204,7 +210,7 @@ class Pace:
 
 def _load(tokens: int, num_decodes: int, context: int,
           prompts: Sequence[Prompt]) -> step_time.Load:
-  """Returns the load of a step of so many tokens."""
+  """Returns the load of a step of so many tokens, `num_decodes` of decodes."""
   left = tokens - num_decodes
   pairs = 0
   for prompt in prompts:

@@ -2,8 +2,8 @@
 """Measures steps for the budget that follows the time between tokens.
 
 `PacedRunner` stands between the engine and any runner, a device's or the
-simulator's: it tells the scheduler's model what each step took, and before
-the first request, `warm_up` tries steps of all kinds.
+simulator's. It tells the scheduler's model the time of each step. Before the
+first request, `warm_up` tries steps of all kinds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from sarathi_jax.scheduler import runner as runner_lib
 from sarathi_jax.scheduler import step_time
 
 _GREEDY = types.SamplingParams(temperature=0, ignore_eos=True)
-# Tries of each kind of step. The first may still load or allocate.
+# Tries of each kind of step; the first one may still load or allocate.
 _TRIES = 4
-# A target that is missed by less is not worth a word; and one each minute.
+# A target missed by less is not reported; one missed by more, once a minute.
 _TOLD_OVER, _TOLD_EVERY_S = 1.1, 60.0
-# Of chunks.
+# Tokens of chunks.
 _SIZES = tuple(8 << i for i in range(12))
 
 
@@ -41,12 +41,12 @@ class _Pending(NamedTuple):
 
 
 class PacedRunner:
-  """An `runner_lib.Runner` that times another one's steps.
+  """A `runner_lib.Runner` that times another runner's steps.
 
   Args:
-    inner: computes.
-    scheduler: with a `pace`, which learns.
-    clock: the engine's.
+    inner: computes the steps.
+    scheduler: has a `pace`, which learns from them.
+    clock: the engine's; returns seconds.
   """
 
   def __init__(self, inner: runner_lib.Runner,
@@ -76,8 +76,8 @@ class PacedRunner:
     sampled = self._inner.fetch(pending.inner)
     assert self._in_flight.popleft() is pending
     now = self._clock()
-    # What it added to the time of those before it; alone, it passes all the
-    # stages, of which each takes a part.
+    # The time it added to the batches before it. A batch alone in the pipeline
+    # passes all stages, each of which takes a part of the time.
     seconds = now - max(pending.launched, self._last_done)
     if not pending.num_before:
       seconds /= self._num_stages
@@ -87,7 +87,7 @@ class PacedRunner:
     return sampled
 
   def _tell(self, now: float) -> None:
-    """Says so where the target can't be had."""
+    """Logs a warning where the target can't be kept."""
     needed_ms = self._pace.needed_s(now) * 1e3
     if needed_ms > _TOLD_OVER * self._slo_ms and (
         now - self._told >= _TOLD_EVERY_S):
@@ -106,7 +106,7 @@ class PacedRunner:
 
 def paced(inner: runner_lib.Runner, scheduler: base.Scheduler,
           clock: Callable[[], float]) -> runner_lib.Runner:
-  """Returns the runner for an engine: paced and warm, if the scheduler is.
+  """Returns the runner for an engine: paced and warm, if its scheduler paces.
 
   Raises:
     ConfigError: even a step of one decode takes longer than the target.
@@ -128,10 +128,10 @@ def warm_up(runner: runner_lib.Runner, scheduler: base.Scheduler,
             clock: Callable[[], float]) -> float:
   """Times steps of all kinds, before there are requests.
 
-  They write to pages that hold nothing yet.
+  The steps write to pages that hold nothing yet.
 
   Returns:
-    What the step of a single decode takes, through all stages, seconds.
+    The time of a step of a single decode, through all stages, seconds.
   """
   assert scheduler.pace is not None
   alone = 0.0
@@ -151,7 +151,7 @@ def warm_up(runner: runner_lib.Runner, scheduler: base.Scheduler,
 
 
 class _Kind(NamedTuple):
-  """A batch of decodes of one context, and a chunk."""
+  """A batch of decodes of one context, and a chunk of a prefill."""
 
   num_decodes: int
   context: int
@@ -160,7 +160,7 @@ class _Kind(NamedTuple):
 
 
 def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
-  """Yields what is tried, a single decode first; all fits into the cache."""
+  """Yields the batches to try, which fit the cache; a single decode first."""
   room = config.num_pages * config.page_size
   longest = config.max_model_len - 1
 

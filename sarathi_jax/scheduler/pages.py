@@ -17,7 +17,7 @@ class PagePool:
     return len(self._free)
 
   def num_for(self, num_tokens: int) -> int:
-    """Pages that hold `num_tokens` tokens."""
+    """Returns the number of pages that hold `num_tokens` tokens."""
     return -(-num_tokens // self.page_size)
 
   def take(self, num_pages: int) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What computes the batches that a scheduler plans: a device's, or a fake."""
+"""The interface to what computes a scheduler's batches: devices, or a fake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from sarathi_jax import types
 
-Pending = Any  # What a runner returns for a batch that is being computed.
+# A runner's own handle of a batch that it computes: of `launch`, for `fetch`.
+Pending = Any
 
 
 class Runner(Protocol):
@@ -17,14 +18,14 @@ class Runner(Protocol):
     """Starts a batch and returns at once."""
 
   def fetch(self, pending: Pending) -> types.Sampled:
-    """Waits for a batch. Called once for each, in the order of launch."""
+    """Waits for a batch; called once for each, in the order of launch."""
 
   def num_rows(self, num_tokens: int) -> int:
-    """Rows computed for a batch of `num_tokens`, padding included."""
+    """Returns the rows computed for `num_tokens`, padding included."""
 
   def recover(self) -> None:
-    """Makes ready for new batches after one failed; the cache may be lost.
+    """Gets ready for new batches after one failed; may lose the cache.
 
     Raises:
-      Exception: the device is of no use any more.
+      Exception: the device can't be used any more.
     """

@@ -2,7 +2,7 @@
 """Sarathi-Serve: chunked prefills, stall-free (paper, section 4, Alg. 3).
 
 With pipeline stages, batches under way at once should take the same time, or
-stages wait for one another (section 3.3): each batch takes its share of the
+stages wait for one another (section 3.3). So each batch takes its share of the
 decodes, and chunks shrink as the context before them grows.
 """
 
@@ -30,8 +30,8 @@ class SarathiScheduler(base.Scheduler):
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     decodes = self._fair_share(decodes)
     budget = self._budget(now, decodes) - len(decodes)
-    # Of the step, not of what is left: else each prompt would leave a part of
-    # a part, down to chunks of a single token.
+    # A part of the step's budget, not of what is left of it: otherwise each
+    # prompt would leave a part of a part, down to chunks of a single token.
     share = int(budget * self.config.short_prompt_share)
     for seq in decodes:
       yield seq, 1
@@ -57,11 +57,12 @@ class SarathiScheduler(base.Scheduler):
 
   def _fair_share(self, decodes: list[sequence.Sequence],
                   ) -> list[sequence.Sequence]:
-    """A stage's part of all decodes, those that waited longest first.
+    """Returns a stage's part of all decodes, those that waited longest first.
 
-    Decodes that became ready together would stay together, and a batch of all
-    of them be followed by batches of none. Who is left out once goes first in
-    the next batch: each batch holds its share, so none waits for a round.
+    Otherwise decodes that became ready together would stay together: one batch
+    would have all of them, and the next ones none. A decode that is left out
+    goes first in the next batch. Each batch holds its share, so none waits for
+    a whole round.
     """
     if self.config.num_stages == 1:
       return decodes
@@ -70,20 +71,20 @@ class SarathiScheduler(base.Scheduler):
     return sorted(decodes, key=lambda seq: seq.last_step)[:share]
 
   def _cost(self, seq: sequence.Sequence, n: int) -> int:
-    """Counts what the next n tokens of a prefill take of the budget."""
+    """Returns what the next n tokens of a prefill take of the budget."""
     return math.ceil(n * self._token_cost(seq))
 
   def _token_cost(self, seq: sequence.Sequence) -> float:
-    if self.pace is not None:  # It has counted what chunks attend to.
+    if self.pace is not None:  # The pace counts what chunks attend to.
       return 1.0
     return 1 + self.config.prefix_cost * seq.num_computed
 
   def _chunk_len(self, seq: sequence.Sequence, budget: int, share: int,
                  now: float, behind: list[sequence.Sequence]) -> int:
-    """How much of what is left of the budget the prefill `seq` takes.
+    """Returns the tokens that the prefill `seq` takes of the budget left.
 
-    All it can use, but for a share that shorter prompts behind it can: or a
-    long prompt would hold them up for many steps.
+    It takes all it can use, except a share that shorter prompts behind it can
+    use: otherwise a long prompt would hold them up for many steps.
     """
     n = min(seq.num_left, self._num_that_fit(seq),
             max(1, int(budget / self._token_cost(seq))) if budget else 0)
@@ -93,7 +94,7 @@ class SarathiScheduler(base.Scheduler):
 
   def _wanted_behind(self, seq: sequence.Sequence, at_most: int, now: float,
                      behind: list[sequence.Sequence]) -> int:
-    """Tokens that prompts behind `seq`, and shorter, could use now."""
+    """Returns tokens that shorter prompts behind `seq` could use now."""
     if not at_most:
       return 0
     lens = [s.num_left for s in behind]
@@ -104,7 +105,7 @@ class SarathiScheduler(base.Scheduler):
 
 
 def _prompt(seq: sequence.Sequence, left: int, now: float) -> pace.Prompt:
-  """Tells what a prefill has yet to compute, and how long it has waited."""
+  """Returns what a prefill has yet to compute, and how long it has waited."""
   request = seq.request
   waits = request.tier == 'interactive' and not seq.num_output
   return pace.Prompt(seq.num_computed, left,

@@ -11,35 +11,35 @@ from sarathi_jax import types
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-  """A request's tokens and place in the KV cache. The scheduler alone writes.
+  """A request's tokens and place in the KV cache. Only the scheduler writes it.
 
-  Prefill, chunk, decode and recompute are all "compute the next n tokens":
-  tokens [0, num_computed) are in the cache, or will be once the batches in
-  flight ran; then come the rest of `tokens`, and `num_pending` more that were
-  sampled by batches in flight and are known to the device only.
+  Prefill, chunk, decode and recompute are all "compute the next n tokens".
+  Tokens [0, num_computed) are in the cache, or will be once the batches in
+  flight ran. Then come the rest of `tokens`, and `num_pending` more that
+  batches in flight sample and only the device knows.
 
   Attributes:
-    request: what was asked.
-    urgency: the priority, and of how many requests before: the smallest is
-      the most urgent.
+    request: the request.
+    urgency: (priority, order of arrival); the smallest is the most urgent.
     seed: of its random numbers.
     stop_ids: tokens that end it.
     prompt_len: tokens of the prompt.
     max_len: its length, prompt and output, at which it ends.
-    tokens: prompt and output, as far as known here.
+    tokens: prompt and output, as far as the host knows them.
     num_computed: see above.
     num_pending: see above.
     prefill_len: tokens to compute before the next one is sampled, set when
-      it is admitted: the prompt, or after a preemption the output too.
+      it is admitted: the prompt, and after a preemption the output too.
     num_prefilled: tokens of the prompt that were computed at least once.
     slot: its row on the device while it runs, else -1.
-    pages: of the cache, in order.
-    page_table: the same, as the tuple that chunks share.
-    num_in_flight: batches in flight that hold it.
-    last_step: the last batch that held it.
+    pages: its pages of the cache, in order.
+    page_table: the same pages, as the tuple that chunks share.
+    num_in_flight: the number of batches in flight that hold it.
+    last_step: the step of the last batch that held it.
     num_preemptions: how often its pages were taken back.
     first_scheduled_time: seconds on the engine's clock; None before.
-    is_finished: it ended or was removed; results still in flight are void.
+    is_finished: whether it ended or was removed; results still in flight are
+      then void.
   """
 
   request: types.Request
@@ -65,7 +65,7 @@ class Sequence:
   @classmethod
   def of(cls, request: types.Request, config: config_lib.SchedulerConfig,
          order: int, seed: int) -> Sequence:
-    """That of a request which came after `order` others."""
+    """Makes the sequence of a request that came after `order` others."""
     sampling = request.sampling
     prompt_len = len(request.prompt_token_ids)
     room = config.max_model_len - prompt_len
@@ -87,17 +87,17 @@ class Sequence:
 
   @property
   def num_left(self) -> int:
-    """Tokens of the prefill that are still to be computed."""
+    """The tokens of the prefill that are still to be computed."""
     return self.prefill_len - self.num_computed
 
   def end(self, num_new: int) -> tuple[int, types.FinishReason]:
-    """Leaves out what comes after the token that the sequence ends with.
+    """Drops the tokens after the one that ends the sequence.
 
     Args:
-      num_new: how many of the last tokens are new; one of them is it.
+      num_new: how many of the last tokens are new; one of them ends it.
 
     Returns:
-      How many of the new ones are left, and why it ends.
+      How many of the new tokens are left, and why it ends.
     """
     first = len(self.tokens) - num_new
     stop, reason = self.max_len, types.FinishReason.LENGTH
@@ -109,8 +109,12 @@ class Sequence:
     return stop - first, reason
 
   def count_prefilled(self, stop: int) -> int:
-    """Notes that tokens [0, stop) were computed; returns how many of the
-    prompt's were for the first time, and not again after a preemption."""
+    """Notes that tokens [0, stop) were computed.
+
+    Returns:
+      How many of the prompt's tokens were computed for the first time, and not
+      again after a preemption.
+    """
     new = max(min(stop, self.prompt_len) - self.num_prefilled, 0)
     self.num_prefilled += new
     return new

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small model of what a step takes, learnt from the steps themselves.
+"""A small model of the time of a step, learnt from the steps themselves.
 
-Linear in a few features of a batch: its rows, by a broken line (weights
-count first, then arithmetic), its decodes and their contexts, and what its
-chunks attend to. The weights are a Kalman filter's: recursive least squares
-that never stops to learn. Errors are relative, as steps differ by a hundred
-times. Standard library only: the scheduler asks it before every step.
+It is linear in a few features of a batch: its rows, by a piecewise linear
+function (reading weights counts first, then arithmetic), its decodes and their
+contexts, and what its chunks attend to. A Kalman filter fits the weights:
+recursive least squares that never stop learning. Errors are relative, as steps
+differ by a factor of a hundred. Standard library only: the scheduler asks it
+before every step.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from collections.abc import Callable, Iterable
 
 from sarathi_jax import types
 
-# Where the broken line may bend, rows; the last one is what a step may have.
-# Steps are padded to powers of two, so each small size has a time of its own.
+# Rows at which the piecewise linear function may bend; the last knot is the
+# most rows of a step. Steps are padded to powers of two, so each small size has
+# a time of its own.
 _KNOTS = (0, *(8 << i for i in range(13)))
 # Features are near 1 in these units.
 _SEQS, _CONTEXT, _PAIRS = 1e-2, 1e-5, 1e-6
-_PRIOR = 1e2  # variance of a weight that nothing is known of, seconds^2
+_PRIOR = 1e2  # variance of a weight of which nothing is known, seconds^2
 _NOISE = 1e-3  # variance of a step's relative error
-# What weights may change by from step to step, as a part of the step's time:
-# with the noise, some hundred steps are averaged.
+# How much weights may change from step to step, as a fraction of the step's
+# time: with the noise, some hundred steps are averaged.
 _DRIFT = 2e-4
-# The part of steps that may take longer than was bargained for.
+# The fraction of steps that may take longer than predicted with the spread.
 _TAIL = 0.005
 _TAIL_GAIN = 0.02
 _MAX_SPREAD = 0.5
@@ -37,11 +39,11 @@ NumRows = Callable[[int], int]  # of a batch of so many tokens
 
 
 def load_of(chunks: Iterable[types.Chunk]) -> Load:
-  """Counts what a batch's time is predicted by.
+  """Counts the quantities that predict a batch's time.
 
   Returns:
-    Its tokens; its decodes; the contexts of these, summed; and of each other
-    chunk's tokens, what they attend to, summed.
+    Its tokens; its decodes; the sum of their contexts; and the sum, over the
+    tokens of all other chunks, of the tokens that they attend to.
   """
   tokens = num_decodes = context = pairs = 0
   for chunk in chunks:
@@ -60,14 +62,14 @@ class StepTimeModel:
 
   Args:
     max_tokens: the most tokens of a step.
-    num_rows: rows computed for a batch of so many tokens, padding included;
-      see `runner.Runner`.
+    num_rows: returns the rows computed for a batch of so many tokens, padding
+      included; see `runner.Runner`.
 
   Attributes:
-    num_rows: that.
-    spread: by how much, relative, all but a small part of steps stay within
-      what is predicted.
-    num_observed: steps that were learnt from.
+    num_rows: see above.
+    spread: all but a small fraction of steps take at most (1 + spread) times
+      the predicted time.
+    num_observed: the number of steps that were learnt from.
     recent: the last steps that were learnt from, and their seconds.
   """
 
@@ -84,12 +86,12 @@ class StepTimeModel:
     self.recent: deque[tuple[Load, float]] = deque(maxlen=_NUM_RECENT)
 
   def predict(self, load: Load) -> float:
-    """Seconds that a step of this load takes, on average."""
+    """Returns the seconds that a step of this load takes on average."""
     weights = self._weights
     return sum(weights[i] * x for i, x in self._features(load))
 
   def observe(self, load: Load, seconds: float) -> None:
-    """Learns from a step that was done."""
+    """Learns from a completed step."""
     if seconds <= 0:
       return
     _, num_decodes, _, pairs = load
@@ -111,20 +113,20 @@ class StepTimeModel:
       row[i] = min(row[i] + (_DRIFT * seconds)**2, _PRIOR)
 
   def _learn_spread(self, seconds: float, predicted: float) -> None:
-    """Steps up if a step took longer than allowed for, else down a little."""
+    """Raises the spread if a step exceeded it, else lowers it a little."""
     late = seconds > predicted * (1 + self.spread)
     self.spread = min(_MAX_SPREAD, max(
       0.0, self.spread + _TAIL_GAIN * (late - _TAIL)))
 
   def _features(self, load: Load) -> list[tuple[int, float]]:
-    """(index, value) of the features that are not 0."""
+    """Returns (index, value) of the features that are not 0."""
     tokens, num_decodes, context, pairs = load
     rows = self.num_rows(tokens)
     knots = self._knots
     last = len(knots) - 1
     right = min(bisect.bisect_left(knots, rows, 1), last)
     left = knots[right - 1]
-    # The time at the two nearest knots, mixed.
+    # Interpolates between the two nearest knots.
     part = (rows - left) / (knots[right] - left)
     found = [(right - 1, 1 - part), (right, part)]
     if num_decodes:

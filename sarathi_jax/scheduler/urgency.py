@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who goes first, and keeps its pages: the more urgent.
+"""Orders sequences by urgency: the more urgent go first and keep their pages.
 
-That is who has the smaller `Request.priority`; of the same priority, who came
-first. So where all have the same, it is first come, first served.
+The smaller `Request.priority` is the more urgent; of equal priorities, the one
+that came first. So where all are equal, it is first come, first served.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _URGENCY = operator.attrgetter('urgency')
 
 def insert(queue: MutableSequence[sequence.Sequence],
            seq: sequence.Sequence) -> None:
-  """Puts a sequence where it belongs, the most urgent at the front."""
+  """Inserts a sequence in its place, with the most urgent at the front."""
   if not queue or queue[-1].urgency < seq.urgency:
     queue.append(seq)
   elif seq.urgency < queue[0].urgency:
@@ -29,10 +29,13 @@ def insert(queue: MutableSequence[sequence.Sequence],
 
 def first_arrived(queue: MutableSequence[sequence.Sequence],
                   now: float) -> sequence.Sequence | None:
-  """The most urgent one that has arrived, of a queue that is not empty."""
+  """Returns the most urgent sequence that has arrived; None if none has.
+
+  The queue must not be empty.
+  """
   first = queue[0]
   if first.request.arrival_time <= now:
     return first
   if queue[-1].request.priority == first.request.priority:
-    return None  # As they are in the order of arrival.
+    return None  # All have one priority, so they are in the order of arrival.
   return next((s for s in queue if s.request.arrival_time <= now), None)

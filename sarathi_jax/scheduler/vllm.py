@@ -10,7 +10,7 @@ from sarathi_jax.scheduler import sequence
 
 
 class VllmScheduler(base.Scheduler):
-  """New prompts first, whole; decodes run in batches without prefills.
+  """Runs new prompts first, whole; decodes run in batches without prefills.
 
   A prompt longer than the token budget gets a batch of its own.
   """

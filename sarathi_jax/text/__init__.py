@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to tokens and back: tokenizers, chats, detokenizing. Loads no JAX."""
+"""Turns text into tokens and back: tokenizers, chats. Loads no JAX."""

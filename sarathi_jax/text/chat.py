@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays out chats by a checkpoint's own template, as transformers would.
 
-Rendered here with jinja2: importing transformers for it takes seconds, which
-the first chat would wait for.
+They are rendered here with jinja2: importing transformers would take seconds,
+for which the first chat would wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sarathi_jax.text import messages as messages_lib
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` marks what a model wrote; here it means nothing."""
+  """Ignores `{% generation %}`, which marks what a model wrote."""
 
   tags = {'generation'}  # noqa: RUF012
 
@@ -44,8 +44,8 @@ class ChatTemplate:
   """A chat template.
 
   Args:
-    source: jinja2.
-    special_tokens: what it may name, such as bos_token.
+    source: the template's text, of jinja2.
+    special_tokens: texts that it may name, such as bos_token.
 
   Raises:
     CheckpointError: it is not a template.
@@ -71,7 +71,7 @@ class ChatTemplate:
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
-    """The template of a checkpoint; None if it has none."""
+    """Returns the template of a checkpoint; None if it has none."""
     config = tokenizer_config(folder)
     source = _source(folder, config)
     if not source:
@@ -82,7 +82,10 @@ class ChatTemplate:
       name: text for name, text in tokens.items() if text is not None})
 
   def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a chat, up to where the assistant's answer begins.
+    """Returns the text of a chat, up to where the assistant's answer begins.
+
+    Args:
+      messages: as OpenAI has them; see `messages.prepared`.
 
     Raises:
       InvalidRequestError: they are not such messages, or the template refuses
@@ -100,10 +103,10 @@ class ChatTemplate:
 
 
 def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
-  """tokenizer_config.json, with special_tokens_map.json merged into it.
+  """Reads tokenizer_config.json, and merges special_tokens_map.json into it.
 
-  As transformers does it: files that list added_tokens_decoder are new enough
-  to say all by themselves.
+  Does as transformers does: a file that lists added_tokens_decoder is new
+  enough to say everything by itself.
 
   Raises:
     CheckpointError: one of them is not JSON.
@@ -115,13 +118,14 @@ def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def text_of(token: Any) -> str | None:
-  """The text of a token, as those files have it; None if it is none."""
+  """Returns the text of a token, as those files have it; None if it has none.
+  """
   text = token.get('content') if isinstance(token, dict) else token
   return text if isinstance(text, str) else None
 
 
 def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-  """The template's text, of whichever file has it; None if none has."""
+  """Returns the template's text, of the file that has it; None if none has."""
   file = folder / 'chat_template.jinja'
   if file.is_file():
     try:
@@ -146,10 +150,10 @@ def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """An object of a JSON file; empty if there is no such file, or none in it.
+  """Reads a JSON object; returns {} without a file, or an object in it.
 
   Raises:
-    CheckpointError: it is no JSON.
+    CheckpointError: it is not JSON.
   """
   if not file.is_file():
     return {}

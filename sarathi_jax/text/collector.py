@@ -14,7 +14,7 @@ class Collector:
     self._deltas: list[types.OutputDelta] = []
 
   def add(self, delta: types.OutputDelta) -> types.Completion | None:
-    """Takes in a delta; returns the whole with the last one."""
+    """Takes in a delta; returns the completion with the last one, else None."""
     self._deltas.append(delta)
     if delta.finish_reason is None:
       return None

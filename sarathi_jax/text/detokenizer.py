@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of a running request, ended by its stop strings."""
+"""Turns a running request's tokens into text, and finds its stop strings."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 
 
 def _num_held_back(text: str, stops: tuple[str, ...]) -> int:
-  """Characters at the end of `text` that may begin a stop string.
+  """Counts the characters at the end of `text` that may begin a stop string.
 
-  'abc EN' with stop 'END' -> 2
+  Worked example: 'abc EN' with stop 'END' -> 2.
   """
   longest = 0
   for stop in stops:
-    # Only where its first character is: there are few such places.
+    # Looks only where its first character is: there are few such places.
     start = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
     while 0 <= start < len(text) - longest:
       if stop.startswith(text[start:]):
@@ -31,9 +31,9 @@ class _Pending(NamedTuple):
   """Text that is searched for stop strings.
 
   Attributes:
-    text: with special tokens, where a stop string has one.
-    shown: for each character '1' if it may be shown, '0' if it is a special
-      token's, which are to be left out; '' if all may be.
+    text: the text; it has special tokens if a stop string has one.
+    shown: for each character '1' if it may be shown, '0' if it is part of a
+      special token that is left out; '' if all may be shown.
   """
 
   text: str
@@ -69,7 +69,8 @@ class Detokenizer:
     self._keep_stop = sampling.include_stop_str_in_output
     skip = sampling.skip_special_tokens
     special = tokenizer.special_tokens if skip and self._stops else {}
-    # Special tokens that are decoded, to be found, and left out here.
+    # Special tokens that are decoded, so that stop strings are found in them,
+    # and then left out here.
     self._hidden = special if any(
       text in stop for text in special.values() for stop in self._stops) else {}
     self._stream = tokenizer.stream(

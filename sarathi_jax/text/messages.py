@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chat's messages as OpenAI has them, made ready for a chat template.
+"""Prepares a chat's messages, as OpenAI has them, for a chat template.
 
-Templates were written for texts. What OpenAI's messages may have instead, a
-list of parts, null, or arguments as JSON, would get into the prompt as Python
-writes it; vLLM, SGLang and the gateway turn it into texts first, and so does
-this.
+Templates were written for texts. OpenAI's messages may have a list of parts
+instead, null, or arguments as JSON, which would get into the prompt as Python
+prints them. vLLM, SGLang and the gateway turn them into texts first, and so
+does this.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jinja2 import nodes
 
 from sarathi_jax import errors
 
-# Type of a part -> where its text is.
+# Type of a part -> the field that holds its text.
 _TEXTS: Mapping[str, str] = {
   'text': 'text', 'input_text': 'text', 'output_text': 'text',
   'refusal': 'refusal'}
 
 
 class NoText(str):
-  """What null is to a template: no text, and yet `is none`."""
+  """The empty text that stands for null: a template's `is none` is true."""
 
   def __eq__(self, other: object) -> bool:
     return other is None or str.__eq__(self, other)
@@ -54,7 +54,7 @@ class _Arguments(dict[str, Any]):
 
 
 class Contents(enum.Enum):
-  """What a template takes as a message's content."""
+  """The kind of content that a template takes in a message."""
 
   TEXT = 'text'
   EITHER = 'either'  # It asks whether it is a text.
@@ -63,22 +63,22 @@ class Contents(enum.Enum):
 
 def prepared(messages: Sequence[Any], contents: Contents = Contents.TEXT,
              ) -> list[dict[str, Any]]:
-  """Messages whose contents are what a template takes.
+  """Returns messages whose contents are what a template takes.
 
   Args:
     messages: as OpenAI has them.
-    contents: where they are to be texts, parts are joined, a line each.
+    contents: what the template takes; for TEXT, parts are joined, a line each.
 
   Raises:
-    UnsupportedError: a part that is no text.
-    InvalidRequestError: not such messages.
+    UnsupportedError: a part is not text.
+    InvalidRequestError: these are not such messages.
   """
   return [_prepared(message, f'messages[{i}]', contents)
           for i, message in enumerate(messages)]
 
 
 def contents_of(template: nodes.Template) -> Contents:
-  """Finds what a template takes: parts, if it goes through them itself."""
+  """Finds what a template takes: parts, if it iterates over contents itself."""
   names = {assign.target.name for assign in template.find_all(nodes.Assign)
            if isinstance(assign.target, nodes.Name)
            and _is_content(assign.node)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens turned into text as they come; whole characters only.
+"""Turns tokens into text as they come; gives whole characters only.
 
 A text that ends with U+FFFD either ends within a character or has that very
-character, as damaged texts do. The text can't tell; the tokens' bytes can.
+character, as damaged texts do. Only the tokens' bytes can tell which.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import tokenizers
 from tokenizers import decoders
 
 _REPLACEMENT = '\ufffd'
-# Tokens of a prompt that are looked at: its end tells whether the first word
-# begins with a space, and what it leaves of an unfinished character.
+# Tokens at a prompt's end that are looked at: they tell whether the first word
+# begins with a space, and whether a character is unfinished.
 _NUM_SEEN = 8
 _MOST_BYTES = 4  # of a character
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-  """The bytes that the characters of byte-level pieces stand for: GPT-2's.
+  """Returns the bytes that characters of byte-level pieces stand for (GPT-2).
 
-  Bytes that can be seen stand for themselves; the others come after them.
+  Printable bytes stand for themselves; the others come after them.
   """
   shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   hidden = [byte for byte in range(0x100) if byte not in shown]
@@ -52,7 +52,7 @@ class Pieces:
     self._has_byte_pieces = b'"ByteFallback"' in decoder
 
   def bytes_of(self, token: int) -> bytes:
-    """Returns what a token adds to the text; b'', if its id is unknown."""
+    """Returns the bytes that a token adds to the text; b'' if it is unknown."""
     if token in self._added:
       return self._added[token].encode()
     piece = self._tokenizer.id_to_token(token) or ''
@@ -64,9 +64,9 @@ class Pieces:
 
 
 def num_unfinished(data: bytes) -> int:
-  """Bytes at the end that begin a character and do not end it.
+  """Counts the bytes at the end that begin a character and do not end it.
 
-  b'a\\xf0\\x9f' -> 2
+  Worked example: b'a\\xf0\\x9f' -> 2.
   """
   for n in range(1, min(_MOST_BYTES, len(data) + 1)):
     try:
@@ -81,10 +81,10 @@ class TextStream:
   """Turns the tokens that follow a prompt into text, one at a time.
 
   Args:
-    tokenizer: decodes.
-    pieces: of it.
-    prompt: what came before; nothing of it is said again.
-    skip_special_tokens: leave those out.
+    tokenizer: decodes the tokens.
+    pieces: the tokenizer's.
+    prompt: the tokens before; their text is not given again.
+    skip_special_tokens: whether to leave special tokens out.
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer, pieces: Pieces,
@@ -92,11 +92,11 @@ class TextStream:
     self._tokenizer = tokenizer
     self._pieces = pieces
     self._skip = skip_special_tokens
-    # Tokens whose text the stream gave last, and those since.
+    # The tokens whose text the stream gave last, and the tokens since.
     self._given: list[int] = []
     self._held: list[int] = []
     self._num_shown = 0  # characters of the held tokens' text
-    self._has_prompt = False  # whether some of the held are the prompt's
+    self._has_prompt = False  # whether some held tokens are the prompt's
     seen = list(prompt[self._start(prompt):])
     if self._decode(seen).endswith(_REPLACEMENT):
       self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
@@ -109,7 +109,7 @@ class TextStream:
         ids=seen, skip_special_tokens=self._skip)
 
   def step(self, token: int) -> str:
-    """The text that `token` completes; '' in the middle of a character."""
+    """Returns the text that `token` completes; '' within a character."""
     self._held.append(token)
     try:
       text = self._stream.step(self._tokenizer, token)
@@ -120,13 +120,13 @@ class TextStream:
     if text:
       self._given, self._held, self._num_shown = self._held, [], 0
       self._has_prompt = False
-    else:  # It may be whole nevertheless, or have whole characters in front.
+    else:  # Still, it may be whole, or begin with whole characters.
       text = self._whole()
       self._num_shown = max(start, len(text))
     return text[start:]
 
   def _begin_anew(self) -> None:
-    """Forgets what was given, which is said; not what is held, which isn't."""
+    """Drops the tokens whose text was given, and keeps those that are held."""
     held = self._held[:-1]
     self._given = []
     if self._has_prompt or not self._decode(held).endswith(_REPLACEMENT):
@@ -136,7 +136,7 @@ class TextStream:
       ids=held, skip_special_tokens=self._skip)
 
   def _start(self, prompt: Sequence[int]) -> int:
-    """Where the prompt's last tokens begin, and a character with them."""
+    """Returns where the prompt's last tokens begin, at a character's start."""
     last = max(len(prompt) - _NUM_SEEN, 0)
     for start in range(last, max(last - _MOST_BYTES, 0), -1):
       if not num_unfinished(self._bytes(prompt[max(start - 4, 0):start])):
@@ -144,10 +144,10 @@ class TextStream:
     return max(last - _MOST_BYTES, 0)
 
   def _whole(self) -> str:
-    """The text of the held tokens, but for a character they don't finish."""
+    """Returns the text of the held tokens, less an unfinished character."""
     text = self._decode(self._given + self._held)
     if not text.endswith(_REPLACEMENT):
-      return ''  # What the stream makes of it, it says itself.
+      return ''  # The stream itself will give this text.
     unfinished = num_unfinished(self._bytes(self._held[-_MOST_BYTES:]))
     kept = len(self._held)
     while unfinished > 0:
@@ -156,7 +156,7 @@ class TextStream:
     before = self._decode(self._given)
     if unfinished == 0:
       text = self._decode(self._given + self._held[:kept])
-    else:  # A token has the end of one character and the start of another.
+    else:  # One token ends a character and begins another.
       text = text.removesuffix(_REPLACEMENT)
     return text[len(before):] if text.startswith(before) else ''
 

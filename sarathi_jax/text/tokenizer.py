@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back, by the checkpoint's own tokenizer.json."""
+"""Turns text into token ids and back, by a checkpoint's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Tokenizer:
   """A Hugging Face tokenizer. Thread-safe.
 
   Args:
-    path: the folder that holds tokenizer.json and, for chats,
-      a chat template.
+    path: the folder that holds tokenizer.json and, for chats, a chat template.
 
   Attributes:
-    folder: the same; None if it was made of one in memory.
+    folder: the same; None if it was made of a tokenizer in memory.
 
   Raises:
     CheckpointError: tokenizer.json or the template is damaged.
@@ -47,11 +46,11 @@ class Tokenizer:
   @classmethod
   def copy_of(cls, tokenizer: tokenizers.Tokenizer,
               template: chat.ChatTemplate | None = None) -> Tokenizer:
-    """One of a tokenizer that is in memory, which may be changed later on.
+    """Copies a tokenizer in memory, which others may change later on.
 
     Args:
-      tokenizer: of it.
-      template: of chats.
+      tokenizer: the tokenizer to copy.
+      template: of chats; None if there is none.
     """
     copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
     encode_all(copy)
@@ -64,13 +63,17 @@ class Tokenizer:
 
   @classmethod
   def from_folder(cls, path: str | pathlib.Path) -> Tokenizer | None:
-    """The folder's tokenizer; None if it has none."""
+    """Reads a folder's tokenizer; returns None if it has none."""
     if not (pathlib.Path(path) / 'tokenizer.json').exists():
       return None
     return cls(path)
 
   def encode(self, text: str) -> tuple[int, ...]:
-    """Token ids of a prompt, with the special tokens that start one."""
+    """Returns a prompt's token ids, with the special tokens that start one.
+
+    Raises:
+      InvalidRequestError: it can't be tokenized.
+    """
     return self._encode(text, add_special_tokens=True)
 
   def decode(self, token_ids: Iterable[int],
@@ -79,7 +82,12 @@ class Tokenizer:
       list(token_ids), skip_special_tokens=skip_special_tokens)
 
   def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a chat, up to where the assistant's answer begins."""
+    """Returns a chat's token ids, up to where the assistant's answer begins.
+
+    Raises:
+      InvalidRequestError: they are not messages that the template takes.
+      UnsupportedError: there is no chat template.
+    """
     if self._chat is None:
       raise errors.UnsupportedError(
         'messages: this model has no chat template, or none that is called '
@@ -89,7 +97,8 @@ class Tokenizer:
     return self._encode(text, add_special_tokens=False)
 
   def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-    # Of a batch, as `encode` lets no other thread run; fast: no offsets.
+    # A batch, as the library's `encode` lets no other thread run; `fast`
+    # computes no offsets.
     try:
       encoding, = self._tokenizer.encode_batch_fast(
         [text], add_special_tokens=add_special_tokens)
@@ -100,26 +109,26 @@ class Tokenizer:
 
   def stream(self, prompt: Sequence[int],
              skip_special_tokens: bool) -> text_stream.TextStream:
-    """Decodes the tokens that follow `prompt`, one at a time."""
+    """Returns a stream that decodes the tokens after `prompt`, one by one."""
     return text_stream.TextStream(
       self._tokenizer, self._pieces, prompt, skip_special_tokens)
 
   def token_id(self, text: str) -> int | None:
-    """The token that is this text; None if there is none."""
+    """Returns the id of the token of this text; None if there is none."""
     found: int | None = self._tokenizer.token_to_id(text)
     return found
 
   @property
   def special_tokens(self) -> Mapping[int, str]:
-    """Texts of the special tokens, by id."""
+    """The texts of the special tokens, by id."""
     return self._pieces.special
 
 
 def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
-  """Has a tokenizer encode all of a text, in one way, and nothing else.
+  """Has a tokenizer encode whole texts, always in the same way.
 
-  tokenizer.json keeps what its last user, perhaps a training script, had set:
-  a length to cut or to pad to, a probability to leave merges out.
+  tokenizer.json keeps what its last user, perhaps a training script, had set: a
+  length to truncate or pad to, or a probability of leaving merges out.
 
   Returns:
     Whether anything of that kind was set.
@@ -135,7 +144,7 @@ def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def checked(prompt: Any) -> Prompt:
-  """A prompt, if it may be one; what is in it is checked when it is encoded.
+  """Returns `prompt` if it may be one; its content is checked when encoded.
 
   Raises:
     InvalidRequestError: it is neither a text nor a list.
@@ -155,7 +164,7 @@ def _wrong(prompt: Any) -> errors.InvalidRequestError:
 
 def encode_prompt(tokenizer: Tokenizer | None,
                   prompt: Prompt) -> tuple[int, ...]:
-  """Token ids of a text, of a chat, or of token ids.
+  """Returns the token ids of a text, of a chat, or of token ids.
 
   Raises:
     InvalidRequestError: it is none of these, or there is no tokenizer.
