@@ -51,7 +51,7 @@ def is_harmless(name: str, value: Any, *, remote_code: bool) -> bool:
 
   Args:
     name: the attribute.
-    value: what it is; not None, which changes nothing.
+    value: its JSON value; not None, which changes nothing.
     remote_code: whether the checkpoint brings a model's code of its own, which
       may read what no model of transformers does.
   """

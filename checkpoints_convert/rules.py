@@ -94,7 +94,13 @@ def leaf_specs(specs: Any, prefix: str = ''
 
 
 def map_specs(function: Any, specs: Any, prefix: str = '') -> Any:
-  """Returns a tree of ParamSpec with function(path, spec) for its leaves."""
+  """Returns a tree of ParamSpec with function(path, spec) for its leaves.
+
+  Args:
+    function: takes a path and its ParamSpec, and returns the new leaf.
+    specs: the tree, of dicts and lists.
+    prefix: the path of the tree.
+  """
   if isinstance(specs, spec.ParamSpec):
     return function(prefix, specs)
   if isinstance(specs, dict):

@@ -71,7 +71,7 @@ def _variant(attributes: hf_config.Attributes, num_heads: int
 
 
 def rules(config: config_lib.FalconConfig) -> tuple[Any, ...]:
-  """Returns where the tensors go.
+  """Returns the `rules.Rule` of each tensor.
 
   The numbers of heads determine how q, k and v are fused.
   """

@@ -42,6 +42,6 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
-  """Returns where the tensors go: the same rules for every config."""
+  """Returns the `rules.Rule` of each tensor: the same for every config."""
   del config
   return TOP_RULES + ATTENTION_RULES + MLP_RULES

@@ -191,7 +191,7 @@ class ModelConfig:
 
   @property
   def context_len(self) -> int:
-    """The tokens that a sequence may have, with scaled rotary embeddings."""
+    """The most tokens of a sequence, with scaled rotary embeddings."""
     rope = self.rope
     if rope.kind not in ('linear', 'dynamic', 'yarn'):
       return self.max_position_embeddings
@@ -206,7 +206,7 @@ class ModelConfig:
 
   @property
   def sums_per_layer(self) -> int:
-    """The sums over devices that a layer takes, where devices share it."""
+    """The number of sums over devices that a layer takes, if they share it."""
     return 2
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:

@@ -35,7 +35,7 @@ class Shards:
 
   @property
   def axes(self) -> tuple[str, ...]:
-    """The axes there are, in the order in which they split the vocabulary."""
+    """The axes that are not None, in the order that splits the vocabulary."""
     return tuple(axis for axis in (self.tp, self.pp) if axis is not None)
 
   def sum(self, part: Float[Array, 'T D']) -> Float[Array, 'T D']:

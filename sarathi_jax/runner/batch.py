@@ -45,7 +45,7 @@ class BatchArrays(NamedTuple):
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.
     prompt_lens: [S] tokens of each sequence's prompt.
-    num_samples: [1] the real rows of the following fields.
+    num_samples: [1] the number of real rows of the following fields.
     sample_tokens: [R] index in the batch of the token to sample after.
     sample_slots: [R] the slot of its sequence, which keeps the last sample.
     sample_positions: [R] the sampled token's position in its sequence.

@@ -236,7 +236,12 @@ class DeviceRunner:
     self._leaves = jax.tree.leaves(placed)
 
   def load_params(self, dtype: Any, read: params_reader.Read) -> None:
-    """Replaces the weights by those that `read` reads, as `dtype`."""
+    """Replaces the weights by those that `read` reads, converted to `dtype`.
+
+    Args:
+      dtype: a NumPy dtype, such as jnp.dtype('bfloat16').
+      read: reads them.
+    """
     self._leaves = jax.tree.leaves(placement.load(
       self._model, self.mesh, dtype, read, transpose=self._transposed,
       old=self._leaves))

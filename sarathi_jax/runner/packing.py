@@ -43,7 +43,7 @@ class Packing:
     return self._spans[-1][1].stop
 
   def split(self, buffer: Any) -> dict[str, Any]:
-    """Returns the arrays in a [size] int32 buffer, by name."""
+    """Returns the arrays in a [size] int32 buffer of NumPy or JAX, by name."""
     return {
       name: (as_float(buffer[span]) if is_float else buffer[span]
              ).reshape(shape)
@@ -51,5 +51,5 @@ class Packing:
 
 
 def as_float(bits: Any) -> Any:
-  """Returns int32 bits as the float32 values they stand for."""
+  """Returns int32 bits, an array, as the float32 values they stand for."""
   return bits.view(np.float32)

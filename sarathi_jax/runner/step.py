@@ -61,7 +61,7 @@ class StepSpec:
 
   @property
   def kinds(self) -> list[Kinds]:
-    """The kinds of layers: for each layer of a stage, one kind a stage."""
+    """The kinds of layers: of each layer of a stage, its kind at each stage."""
     parallelism = mesh_lib.parallelism_of(self.mesh)
     return [
       tuple(self.model.layer_kind(layer or 0)

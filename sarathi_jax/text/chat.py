@@ -118,7 +118,10 @@ def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def text_of(token: Any) -> str | None:
-  """Returns the text of a token, as those files have it; None if it has none.
+  """Returns the text of a token; None if it has none.
+
+  Args:
+    token: its JSON value in those files: a text, or an object with content.
   """
   text = token.get('content') if isinstance(token, dict) else token
   return text if isinstance(text, str) else None
