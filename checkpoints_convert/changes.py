@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the result of a conversion has changed from version to version.
+"""The changes of a conversion's result, by version of the converter.
 
 A conversion that is kept records in sarathi.json
 (`CheckpointMetadata.source`) which version made it, and only that version uses

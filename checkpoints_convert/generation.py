@@ -39,7 +39,7 @@ _HARMLESS = frozenset((
   'num_assistant_tokens_schedule', 'prefill_chunk_size',
   'prompt_lookup_num_tokens', 'return_legacy_cache', 'speculation_type',
   'target_lookbehind', 'use_cache', 'use_mtp',
-  # What is returned.
+  # Which values transformers returns.
   'output_attentions', 'output_hidden_states', 'output_logits',
   'output_scores', 'return_dict_in_generate',
   # Softmax does it, and a request without finite logits ends with an error.
@@ -82,7 +82,7 @@ _NEUTRAL_IF_SAMPLED: Mapping[str, tuple[Any, ...]] = {
 _VLLM: Mapping[str, Any] = {
   **sampling_params.UNSUPPORTED, **sampling_params.DEFAULTS}
 
-# What transformers would take from config.json; no model reads any of it.
+# Names that transformers would take from config.json; no model reads them.
 NAMES = frozenset((
   *_HARMLESS, *_NEUTRAL, *_NEUTRAL_IF_SAMPLED, *checkpoint.GENERATION_FIELDS))
 

@@ -23,7 +23,7 @@ from sarathi_jax.models import spec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-  """Where a tensor goes.
+  """Maps the tensors of one name to parameters.
 
   Attributes:
     tensor: the tensor's name, with {layer} and {expert} for numbers.

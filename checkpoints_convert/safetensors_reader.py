@@ -35,7 +35,7 @@ DTYPES: Mapping[str, np.dtype] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
-  """Where a tensor lies.
+  """A tensor's shape, and its place in a file.
 
   Attributes:
     name: as in the file.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint has one table of embeddings, or two."""
+"""Decides whether a checkpoint has one table of embeddings, or two."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def settle(model: config_lib.ModelConfig, reader: safetensors_reader.Reader,
 def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
            reader: safetensors_reader.Reader) -> bool:
   if a.shape != b.shape or a.dtype != b.dtype or not (a.shape and a.num_bytes):
-    return False  # What is no table is refused for that, later on.
+    return False  # Anything but a table is refused later on.
   step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)
   for start in range(0, a.shape[0], step):
     shape = (min(step, a.shape[0] - start), *a.shape[1:])

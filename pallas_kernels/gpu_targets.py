@@ -133,7 +133,7 @@ TARGETS: Mapping[str, GpuTarget] = {
 }
 
 
-# By what jax.Device.device_kind begins with.
+# The beginning of jax.Device.device_kind -> the target.
 _KINDS: Mapping[str, str] = {
   'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
   'NVIDIA H200': 'h100'}

@@ -319,7 +319,7 @@ class LLM:
     params = params_lib.check_params(self.model, params, self._dtype)
     with self._runs.turns.take('update_params'), settings.own():
       with self._runs.whole():
-        self.engine.drain()  # What is in flight is of the old weights.
+        self.engine.drain()  # Batches in flight use the old weights.
       try:
         with self._runs.inside():
           self._runner.update_params(params)

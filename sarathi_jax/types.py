@@ -124,7 +124,7 @@ class ScheduledBatch(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """What a batch sampled: an entry of any number of tokens for each chunk.
+  """The samples of a batch: any number of tokens for each chunk.
 
   Attributes:
     tokens: token ids, in the order of the sequence.
@@ -146,7 +146,7 @@ class Sampled(NamedTuple):
 
 def _shared_out(counts: list[int], values: Iterable[_T]
                 ) -> list[tuple[_T, ...]]:
-  ones = zip(values)  # What makes tuples of one the fastest.
+  ones = zip(values)  # The fastest way to make tuples of one.
   return [next(ones) if n == 1 else tuple(x for x, in islice(ones, n))
           for n in counts]
 
@@ -189,7 +189,7 @@ class RequestMetrics:
 
 
 class OutputDelta(NamedTuple):
-  """What one request gained in one step.
+  """The output that one request gained in one step.
 
   Attributes:
     request_id: the request's `key`.

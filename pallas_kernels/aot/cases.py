@@ -37,7 +37,7 @@ class Case(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-  """How a case compiled.
+  """The result of compiling a case.
 
   Attributes:
     name: of the case.

@@ -50,7 +50,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'pallas_triton': pallas_triton.ragged_paged_attention,
   'pallas_mosaic': _attend_by_mosaic,
 }
-# Of `write_kv`: XLA's scatter, and a kernel.
+# The implementations of `write_kv`: XLA's scatter, and a kernel.
 WRITERS: Mapping[str, Callable[..., tuple[Pages, Pages]]] = {
   'xla': layout.write, 'pallas_triton': pallas_write.write}
 _LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
@@ -358,7 +358,7 @@ def _check_shape(name: str, page_size: int, num_kv_heads: int, head_dim: int,
                  dtype: jax.typing.DTypeLike) -> None:
   """Raises NotImplementedError if the kernel doesn't support such pages."""
   kept = quantization.kept_dtype(dtype)
-  # What is quantized is meant for queries of 16 bits; 32 would do, too.
+  # Quantized pages are meant for queries of 16 bits; 32 would do, too.
   queries = kept.name if kept.itemsize > 1 else 'bfloat16'
   _SHAPES[name](tuning.Shape(
     queries, kept.name, num_kv_heads, 1, head_dim, page_size))

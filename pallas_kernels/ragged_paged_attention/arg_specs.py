@@ -186,7 +186,7 @@ def _phases(page_size: int) -> tuple[ArgSpec, ...]:
 
 
 TESTS: tuple[ArgSpec, ...] = (
-  # As models have them: the tiles that a GPU computes with.
+  # Sizes of real models, for the tiles that a GPU computes with.
   *(ArgSpec(name=f'head_dim_{head_dim}_{dtype}', contexts=(70, 129, 200, 66),
             q_lens=(65, 30), num_decodes=2, num_heads=heads, num_kv_heads=2,
             head_dim=head_dim, page_size=64, max_tokens=128, max_seqs=8,

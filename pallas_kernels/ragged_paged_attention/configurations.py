@@ -59,7 +59,7 @@ def cases(device: str) -> Iterator[Case]:
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
     yield _case(name, heads, kv_heads, head_dim, plain)
     yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
-    if name in _OF_EACH_HEAD_DIM:  # It differs from int8 by little.
+    if name in _OF_EACH_HEAD_DIM:  # It differs little from int8.
       yield _case(name, heads, kv_heads, head_dim, plain,
                   kv_dtype='float8_e4m3fn')
     if name in ('mistral-7b', 'gemma-7b'):
@@ -102,7 +102,7 @@ def mosaic_cases() -> Iterator[Case]:
     yield case(name, *sizes, batch_lib.Options(scale))
     if name == 'mistral-7b':
       yield case(name, *sizes, batch_lib.Options(scale, 4096))
-    # Of each head dim, heads in pairs and alone.
+    # For each head dim, tiles of two heads and of one.
     if name in ('mistral-7b', 'llama2-7b', 'llama3.2-1b', 'falcon-7b'):
       yield case(name, *sizes, batch_lib.Options(scale, 4096, 30.0))
     # Pages of parts of a block, and of several.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a page lays out its keys and values, and how new ones are written.
+"""Lays out keys and values in pages, and writes new ones.
 
 rows:   keys and values [N, K, page_size, h].
 tiles:  keys   [N, K, page_size / l, h, l], l positions side by side;

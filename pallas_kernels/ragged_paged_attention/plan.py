@@ -31,7 +31,7 @@ NO_SLOT = -1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiling:
-  """How work is cut.
+  """The sizes by which work is cut.
 
   Attributes:
     wide_rows: rows of a tile of a prefill.
@@ -252,7 +252,7 @@ def _expand(counts: Any, size: int, xp: Any) -> tuple[_Expanded, Any]:
   """
   ends = xp.cumsum(counts)
   index = xp.arange(size)
-  # Not searchsorted: traced, it is a loop, which ends a GPU's graph of kernels.
+  # searchsorted would be a loop when traced, which ends a GPU's CUDA graph.
   seq = xp.sum(ends[None, :] <= index[:, None], axis=1)
   seq = xp.minimum(seq, counts.shape[0] - 1)
   return _Expanded(seq, index - (ends - counts)[seq]), ends[-1]

@@ -37,7 +37,7 @@ def pieces(size: int) -> tuple[tuple[int, int], ...]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-  """What a kernel is compiled for, beside the sizes of its arrays.
+  """The shape that a kernel is compiled for, beside its arrays' lengths.
 
   Attributes:
     dtype: of queries, and of keys and values once they are decoded.
@@ -135,7 +135,7 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
   'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
 }
-# By compute capability, where those of its like spill.
+# Compute capability -> its own sizes, where those of its target spill.
 _ITS_OWN: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
   '10.0': {**_SIZES['h100'], (2, 256): (32, 16, 8, 2)}}
 # What `implementation=None` of `api.write_kv` means, for pages of rows: one of

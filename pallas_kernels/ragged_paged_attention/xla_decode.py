@@ -73,8 +73,8 @@ def decodes(
     scores = jnp.where(seen[:, None, None], scores, _MASKED)
     top = _row_max(belongs, scores.max(-1), rows[1])  # [block, K, G]
     item_top = top[jnp.minimum(seq - first, size - 1)]
-    # What is masked weighs 0, for an item sees at least one position; padding
-    # does not, and adds nonsense to a row that nobody reads.
+    # Masked positions weigh 0, for an item sees at least one position. Padding
+    # sees none, and adds nonsense to a row that nobody reads.
     weights = jnp.exp(scores - item_top[..., None])
     factors = weights
     if isinstance(v_pages, quantization.Quantized):

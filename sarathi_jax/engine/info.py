@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is served, as clients are told, and its default sampling."""
+"""The facts of a served model, for clients, and its default sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sarathi_jax import types
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-  """What is being served.
+  """The facts of a served model and its engine.
 
   Attributes:
     model_name: a name for people.

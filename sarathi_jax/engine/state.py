@@ -43,7 +43,7 @@ class EngineStats:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestState:
-  """How far one request is.
+  """The progress of one request.
 
   Attributes:
     request_id: of the request.

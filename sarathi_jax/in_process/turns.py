@@ -12,7 +12,7 @@ from sarathi_jax import errors
 
 
 class _Turn(NamedTuple):
-  """What a thread is doing."""
+  """A thread that is in, and what it does."""
 
   thread: int  # its identifier
   name: str

@@ -49,6 +49,6 @@ def block(
   if config.num_norms == 2:
     normed = norm(params['mlp_norm'], mlp_input, config.norm_eps)
   mlp = layers.plain_mlp(params['mlp'], normed, config.activation, shards)
-  if config.parallel:  # One sum for both halves its traffic.
+  if config.parallel:  # One sum for both halves the traffic.
     return x + shards.sum(mlp + out), layer_kv
   return x + (shards.sum(mlp) + out), layer_kv

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers of one kind have in common. Standard library only."""
+"""Kinds of layers: options that layers share. Standard library only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AttentionOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerKind:
-  """What tells layers apart beside their weights.
+  """The options that tell layers apart, beside their weights.
 
   Attributes:
     attention: options of the attention.

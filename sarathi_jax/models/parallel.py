@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model divides over a mesh of tp x pp devices. Arithmetic; no JAX.
+"""Divides a model over a mesh of tp x pp devices. Arithmetic only; no JAX.
 
 `tp` devices share each layer: whole heads, MLP columns, rows of the
 embedding. `pp` stages hold consecutive layers, the same number each: where pp

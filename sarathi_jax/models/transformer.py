@@ -139,7 +139,7 @@ def embed(
   shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'T D']:
   """Returns the residual stream that enters the first layer."""
-  del config  # So far, all families take the embedding as it is.
+  del config  # All families take the embedding unchanged so far.
   return shards.embed(params['embed'], tokens)
 
 

@@ -57,7 +57,7 @@ def write(folder: pathlib.Path, config: config_lib.LlamaConfig,
   folder.mkdir(parents=True, exist_ok=True)
   tensors = {name: np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
              for name, value in _tensors(params)}
-  # Not save_file, which makes a file that only its owner can read.
+  # safetensors' save_file would make a file that only its owner can read.
   (folder / 'model.safetensors').write_bytes(
     safetensors.save(tensors, metadata={'format': 'pt'}))
   write_tokenizer(folder, tokenizer)

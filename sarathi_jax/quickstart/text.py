@@ -184,7 +184,7 @@ def _shorten(paragraphs: Iterable[str]) -> str:
   if prose and not text:
     ends = [start - 1 for start in sentence_starts(prose[0])[1:]]
     text = prose[0][:max((e for e in ends if e <= _MAX_ANSWER), default=0)]
-  # What a last colon promises was cut off.
+  # What a final colon announces was cut off.
   return '' if text.endswith(':') else text
 
 

@@ -93,7 +93,7 @@ _INT32_MAX = int(np.iinfo(np.int32).max)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchLayout:
-  """Where the fields of a batch and of its outputs lie in buffers.
+  """The places of a batch's fields, and of its outputs, in buffers.
 
   Attributes:
     num_tokens: T, the bucket of the ladder.

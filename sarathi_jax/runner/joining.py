@@ -40,7 +40,7 @@ _MAX_NAMED = 8  # differences that a message names
 
 
 class Address(NamedTuple):
-  """Where the first process listens."""
+  """The address at which the first process listens."""
 
   host: str
   port: int

@@ -39,7 +39,7 @@ _UNRELATED = ('cache', 'log')
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where one step is kept.
+  """The file that keeps one step.
 
   A bad file is no error: the step is compiled instead.
 

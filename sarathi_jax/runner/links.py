@@ -21,7 +21,7 @@ _TCP_OPTIONS = {'TCP_NODELAY': 1, 'TCP_KEEPIDLE': 3, 'TCP_KEEPINTVL': 2,
 
 
 class Kind(enum.IntEnum):
-  """What a message is; `->` is to the first process, `<-` from it."""
+  """The kind of a message; `->` is to the first process, `<-` from it."""
 
   HELLO = 1  # -> JSON: which process it is, and what it is to run
   WELCOME = 2  # <- JSON, what the others need to know
@@ -86,7 +86,7 @@ class Link:
       self._socket.shutdown(socket.SHUT_RDWR)  # wakes who receives
     self._socket.close()
 
-  # What multiprocessing's challenges use.
+  # Used by multiprocessing's challenges.
 
   def send_bytes(self, message: bytes) -> None:
     with self._sending:

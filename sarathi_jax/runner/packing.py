@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """Where arrays lie in a buffer.
+  """The places of arrays in a buffer.
 
   Attributes:
     fields: name -> (shape, dtype), `INT` or `FLOAT`, in the buffer's order.

@@ -188,7 +188,7 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
     place = leaves[i]
     if old is not None:
       old[i] = None
-    with settings.own():  # It is a thread's own.
+    with settings.own():  # Settings are per thread.
       return jax.block_until_ready(jax.make_array_from_callback(
         place.global_shape, place.sharding,
         functools.partial(_read_part, place, read, dtype), dtype=dtype))

@@ -72,7 +72,7 @@ def filter_logits(
   kept = _largest_threshold(keys, lambda m: m.sum(-1, dtype=jnp.int32) >= k)
   logits = jnp.where(kept, logits, _NEVER)
   probs = jax.nn.softmax(logits, axis=-1)
-  top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # One is kept.
+  top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # Keeps one token.
   kept = _largest_threshold(
     keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p)
   return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
@@ -122,7 +122,7 @@ def sample(
       lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, scaled)
 
     def noise(seed: Array, position: Array) -> Array:
-      # Not the program's default generator, which may depend on the batch.
+      # The program's default generator may depend on the batch.
       low, high = seed.astype(jnp.uint32)
       key = jax.random.wrap_key_data(
         jnp.stack([jnp.uint32(0), high]), impl='threefry2x32')

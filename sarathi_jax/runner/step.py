@@ -41,7 +41,7 @@ Kinds = tuple[kinds_lib.LayerKind, ...]  # of one layer at each stage
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-  """What is fixed when a step is compiled.
+  """The constants that a step is compiled with.
 
   Attributes:
     model: the model.

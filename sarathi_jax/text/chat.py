@@ -36,7 +36,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-  # Not jinja2's own, which escapes for HTML.
+  # jinja2's own filter escapes for HTML.
   return json.dumps(value, **({'ensure_ascii': False} | options))
 
 
@@ -96,7 +96,7 @@ class ChatTemplate:
       return self._template.render(
         messages=prepared, add_generation_prompt=True, tools=None,
         documents=None, **self._special_tokens)
-    except Exception as error:  # What a template raises is its own affair.
+    except Exception as error:  # A template may raise anything.
       raise errors.InvalidRequestError(
         'messages: the chat template refused them: '
         f'{errors.cut(str(error))}') from error

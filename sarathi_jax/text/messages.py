@@ -57,7 +57,7 @@ class Contents(enum.Enum):
   """The kind of content that a template takes in a message."""
 
   TEXT = 'text'
-  EITHER = 'either'  # It asks whether it is a text.
+  EITHER = 'either'  # The template tests whether it is a text.
   PARTS = 'parts'
 
 

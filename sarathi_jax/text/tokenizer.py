@@ -174,7 +174,7 @@ def encode_prompt(tokenizer: Tokenizer | None,
              and isinstance(prompt[0], Mapping))
   if isinstance(prompt, str) or is_chat:
     if not prompt:
-      # Not left to the tokenizer, which may add a token that starts a text.
+      # The tokenizer itself might add a token that starts a text.
       raise errors.InvalidRequestError('prompt=\'\': must not be empty.')
     if tokenizer is None:
       raise errors.UnsupportedError(
