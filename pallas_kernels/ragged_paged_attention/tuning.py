@@ -152,8 +152,8 @@ _FASTEST: Mapping[str, tuple[str, ...]] = {
 def choose(shape: Shape) -> Sizes:
   """Returns the sizes for a shape, on the default device.
 
-  Takes those of the GPU in the tables whose multiprocessors are alike, by
-  compute capability. CPUs interpret the kernel.
+  Takes those listed for its compute capability, or else those of the GPU in the
+  tables whose multiprocessors are alike. CPUs interpret the kernel.
 
   Raises:
     NotImplementedError: there are none for such a shape or device.
