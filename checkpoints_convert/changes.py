@@ -14,8 +14,8 @@ from typing import Any
 # Version -> what it changed, worded as the end of "since then, ...".
 CHANGES: Mapping[int, str] = {
   2: 'recommendations of generation_config.json that are not supported are '
-     'refused, and tokenizers made of tokenizer.model alone give the tokens '
-     'of sentencepiece',
+  'refused, and tokenizers made of tokenizer.model alone give the tokens '
+  'of sentencepiece',
 }
 VERSION = max(CHANGES)
 

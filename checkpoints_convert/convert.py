@@ -30,7 +30,10 @@ from sarathi_jax.models import parallel
 
 # The dtypes that parameters can have -> what safetensors calls them.
 DTYPES: Mapping[str, str] = {
-  'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
+  'bfloat16': 'BF16',
+  'float16': 'F16',
+  'float32': 'F32',
+}
 
 # Makes a progress bar of a title and a total of bytes: a context manager that
 # gives an `orbax_writer.Progress`.
@@ -72,10 +75,14 @@ class Plan:
     return sum(leaf.num_bytes for leaf in self.all_leaves())
 
 
-def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
-              dtype: str | None,
-              parallelism: parallel.Parallelism = parallel.ONE_DEVICE, *,
-              sampling_defaults: bool = True) -> Plan:
+def make_plan(
+  folder: pathlib.Path,
+  reader: safetensors_reader.Reader,
+  dtype: str | None,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+  *,
+  sampling_defaults: bool = True,
+) -> Plan:
   """Checks everything that can be checked without reading a tensor.
 
   Args:
@@ -91,23 +98,34 @@ def make_plan(folder: pathlib.Path, reader: safetensors_reader.Reader,
   """
   if dtype is not None and dtype not in DTYPES:
     raise errors.CheckpointError(
-      f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.')
+      f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.'
+    )
   model, rules, raw = hf_config.read(folder)
   parallelism.check(model)
   dtype = dtype or _main_dtype(reader.tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
   model, tensors = tied.settle(model, reader, rules)
   leaves = rules_lib.plan(
-    tensors, rules, models.param_specs(model),
-    safetensors_reader.DTYPES[DTYPES[dtype]], parallelism)
+    tensors,
+    rules,
+    models.param_specs(model),
+    safetensors_reader.DTYPES[DTYPES[dtype]],
+    parallelism,
+  )
   return Plan(folder, model, dtype, leaves, generation, raw)
 
 
-def convert(folder: pathlib.Path, target: pathlib.Path, *,
-            dtype: str | None = None, check: bool = False,
-            parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
-            sampling_defaults: bool = True, allow_nonfinite: bool = False,
-            bar: Bar = no_bar) -> Plan:
+def convert(
+  folder: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  dtype: str | None = None,
+  check: bool = False,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+  sampling_defaults: bool = True,
+  allow_nonfinite: bool = False,
+  bar: Bar = no_bar,
+) -> Plan:
   """Converts a Hugging Face checkpoint.
 
   Writes to a hidden folder beside the target, syncs it, and renames it. So the
@@ -137,14 +155,18 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
   target = pathlib.Path(os.path.abspath(target))
   _check_free(target)
   with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(folder, reader, dtype, parallelism,
-                     sampling_defaults=sampling_defaults)
-    with (_write_errors(target),
-          staging_lib.staging(target, plan.num_bytes) as staging):
+    plan = make_plan(
+      folder, reader, dtype, parallelism, sampling_defaults=sampling_defaults
+    )
+    with (
+      _write_errors(target),
+      staging_lib.staging(target, plan.num_bytes) as staging,
+    ):
       tokenizer_files.write(folder, staging)  # may refuse, so it goes first
       with bar('converting', plan.num_bytes) as progress:
         nonfinite = orbax_writer.write(
-          staging / checkpoint.PARAMS, plan.leaves, reader, progress)
+          staging / checkpoint.PARAMS, plan.leaves, reader, progress
+        )
       if nonfinite and not allow_nonfinite:
         raise transforms.nonfinite_error(nonfinite)
       checkpoint.write_metadata(staging, metadata_of(plan, nonfinite))
@@ -154,8 +176,9 @@ def convert(folder: pathlib.Path, target: pathlib.Path, *,
   return plan
 
 
-def verify(folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
-           ) -> None:
+def verify(
+  folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
+) -> None:
   """Compares a converted checkpoint with what it was made from, bit by bit.
 
   Raises:
@@ -163,16 +186,17 @@ def verify(folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
   """
   metadata = checkpoint.load_metadata(target)
   with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(
-      folder, reader, metadata.dtype, sampling_defaults=False)
+    plan = make_plan(folder, reader, metadata.dtype, sampling_defaults=False)
     if plan.model != metadata.model:
       raise errors.CheckpointError(
-        f'{target}: is of another model than {folder}.')
+        f'{target}: is of another model than {folder}.'
+      )
     compare(plan, target, reader, bar)
 
 
-def compare(plan: Plan, target: pathlib.Path,
-            reader: safetensors_reader.Reader, bar: Bar) -> None:
+def compare(
+  plan: Plan, target: pathlib.Path, reader: safetensors_reader.Reader, bar: Bar
+) -> None:
   """Reads every parameter back and compares it with its tensors."""
   scratch = transforms.Scratch()
   with bar('verifying', plan.num_bytes) as progress:
@@ -185,16 +209,19 @@ def compare(plan: Plan, target: pathlib.Path,
         expected = rows.T if chunk.part.transpose else rows
         if leaf.stacked:
           expected = expected[None]
-        if (stored.dtype != expected.dtype
-            or not np.array_equal(_bits(stored), _bits(expected))):
+        if stored.dtype != expected.dtype or not np.array_equal(
+          _bits(stored), _bits(expected)
+        ):
           raise errors.CheckpointError(
             f'{leaf.path}: differs from {chunk.part.tensor.name}, rows '
-            f'[{chunk.start}, {chunk.stop}).')
+            f'[{chunk.start}, {chunk.stop}).'
+          )
         progress(stored.nbytes)
 
 
-def _read_back(folder: pathlib.Path, leaf: transforms.Leaf,
-               chunk: transforms.Chunk) -> np.ndarray:
+def _read_back(
+  folder: pathlib.Path, leaf: transforms.Leaf, chunk: transforms.Chunk
+) -> np.ndarray:
   try:
     return orbax_writer.read_chunk(folder, chunk.index)
   except ValueError as e:  # what tensorstore raises for everything
@@ -226,8 +253,10 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
   return max(sizes, key=lambda name: sizes[name])
 
 
-def metadata_of(plan: Plan, nonfinite: Mapping[str, int] | None = None,
-                ) -> checkpoint.CheckpointMetadata:
+def metadata_of(
+  plan: Plan,
+  nonfinite: Mapping[str, int] | None = None,
+) -> checkpoint.CheckpointMetadata:
   """Returns the metadata for a checkpoint's sarathi.json.
 
   Args:
@@ -248,7 +277,8 @@ def metadata_of(plan: Plan, nonfinite: Mapping[str, int] | None = None,
       'architecture': (plan.raw.get('architectures') or [None])[0],
       'converter': changes.VERSION,
       **({'nonfinite': dict(nonfinite)} if nonfinite else {}),
-    })
+    },
+  )
 
 
 def _check_free(target: pathlib.Path) -> None:
@@ -256,7 +286,8 @@ def _check_free(target: pathlib.Path) -> None:
     return
   if target.exists() or target.is_symlink():
     raise errors.CheckpointError(
-      f'target={str(target)!r}: exists; remove it or name another.')
+      f'target={str(target)!r}: exists; remove it or name another.'
+    )
 
 
 @contextlib.contextmanager
@@ -268,4 +299,5 @@ def _write_errors(target: pathlib.Path) -> Iterator[None]:
     raise
   except (OSError, ValueError) as e:  # tensorstore raises ValueError
     raise errors.CheckpointError(
-      f'target={str(target)!r}: can not be written: {e}') from e
+      f'target={str(target)!r}: can not be written: {e}'
+    ) from e

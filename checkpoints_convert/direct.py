@@ -36,14 +36,20 @@ class DirectParams:
     metadata: what sarathi.json would say.
   """
 
-  def __init__(self, folder: pathlib.Path, dtype: str | None = None, *,
-               sampling_defaults: bool = True,
-               allow_nonfinite: bool = False) -> None:
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    dtype: str | None = None,
+    *,
+    sampling_defaults: bool = True,
+    allow_nonfinite: bool = False,
+  ) -> None:
     self._allow_nonfinite = allow_nonfinite
     self._reader = safetensors_reader.Reader(folder)
     try:
-      plan = convert.make_plan(folder, self._reader, dtype,
-                               sampling_defaults=sampling_defaults)
+      plan = convert.make_plan(
+        folder, self._reader, dtype, sampling_defaults=sampling_defaults
+      )
       self.metadata: checkpoint.CheckpointMetadata = convert.metadata_of(plan)
     except BaseException:
       self._reader.close()
@@ -52,8 +58,9 @@ class DirectParams:
 
   def __call__(self, name: str, index: params_reader.Slices) -> np.ndarray:
     leaf = self._leaves[name]
-    spans = [range(*s.indices(size))
-             for s, size in zip(index, leaf.shape, strict=True)]
+    spans = [
+      range(*s.indices(size)) for s, size in zip(index, leaf.shape, strict=True)
+    ]
     part = np.empty(tuple(map(len, spans)), leaf.dtype)
     if not leaf.stacked:
       self._fill(part, leaf, leaf.parts[0], spans)
@@ -65,15 +72,21 @@ class DirectParams:
   def close(self) -> None:
     self._reader.close()
 
-  def _fill(self, result: np.ndarray, leaf: transforms.Leaf,
-            part: transforms.Part, spans: list[range]) -> None:
+  def _fill(
+    self,
+    result: np.ndarray,
+    leaf: transforms.Leaf,
+    part: transforms.Part,
+    spans: list[range],
+  ) -> None:
     """Sets `result` to the spans of one part, some rows at a time."""
     if part.transpose:
       result, spans = result.T, spans[::-1]
     rows, *rest = spans
     tensor = part.tensor
-    row_bytes = (np.prod(tensor.shape[1:], dtype=int)
-                 * tensor.numpy_dtype.itemsize)
+    row_bytes = (
+      np.prod(tensor.shape[1:], dtype=int) * tensor.numpy_dtype.itemsize
+    )
     step = max(1, _BLOCK_BYTES // max(1, int(row_bytes)))
     columns = tuple(slice(span.start, span.stop) for span in rest)
     for start in range(rows.start, rows.stop, step):
@@ -81,8 +94,10 @@ class DirectParams:
       block = np.empty((stop - start, *tensor.shape[1:]), tensor.numpy_dtype)
       part.read(self._reader, start, block)
       values = transforms.cast(
-        block[(slice(None), *columns)], leaf.dtype, tensor.name)
+        block[(slice(None), *columns)], leaf.dtype, tensor.name
+      )
       if not self._allow_nonfinite and (
-          count := transforms.count_nonfinite(values)):
+        count := transforms.count_nonfinite(values)
+      ):
         raise transforms.nonfinite_error({tensor.name: count})
-      result[start - rows.start:stop - rows.start] = values
+      result[start - rows.start : stop - rows.start] = values

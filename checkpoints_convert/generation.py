@@ -24,28 +24,56 @@ _FILE = 'generation_config.json'
 _TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')
 
 # Names that don't change which tokens are likely.
-_HARMLESS = frozenset((
-  # How long an output may be, or take: each request sets that itself.
-  'max_length', 'max_new_tokens', 'max_time', 'max_tokens',
-  # For beam search, which `num_beams` excludes, and for encoders.
-  'decoder_start_token_id', 'diversity_penalty', 'early_stopping',
-  'length_penalty', 'num_beam_groups',
-  # How it is computed, which we decide: caches, compilation, speculation.
-  'assistant_confidence_threshold', 'assistant_early_exit',
-  'assistant_ensemble_weight', 'assistant_lookbehind', 'cache_config',
-  'cache_implementation', 'compile_config', 'continuous_batching_config',
-  'disable_compile', 'is_assistant', 'low_memory', 'max_cache_len',
-  'max_matching_ngram_size', 'num_assistant_tokens',
-  'num_assistant_tokens_schedule', 'prefill_chunk_size',
-  'prompt_lookup_num_tokens', 'return_legacy_cache', 'speculation_type',
-  'target_lookbehind', 'use_cache', 'use_mtp',
-  # Which values transformers returns.
-  'output_attentions', 'output_hidden_states', 'output_logits',
-  'output_scores', 'return_dict_in_generate',
-  # Softmax does it, and a request without finite logits ends with an error.
-  'remove_invalid_values', 'renormalize_logits',
-  '_commit_hash', '_from_model_config', 'transformers_version',
-))
+_HARMLESS = frozenset(
+  (
+    # How long an output may be, or take: each request sets that itself.
+    'max_length',
+    'max_new_tokens',
+    'max_time',
+    'max_tokens',
+    # For beam search, which `num_beams` excludes, and for encoders.
+    'decoder_start_token_id',
+    'diversity_penalty',
+    'early_stopping',
+    'length_penalty',
+    'num_beam_groups',
+    # How it is computed, which we decide: caches, compilation, speculation.
+    'assistant_confidence_threshold',
+    'assistant_early_exit',
+    'assistant_ensemble_weight',
+    'assistant_lookbehind',
+    'cache_config',
+    'cache_implementation',
+    'compile_config',
+    'continuous_batching_config',
+    'disable_compile',
+    'is_assistant',
+    'low_memory',
+    'max_cache_len',
+    'max_matching_ngram_size',
+    'num_assistant_tokens',
+    'num_assistant_tokens_schedule',
+    'prefill_chunk_size',
+    'prompt_lookup_num_tokens',
+    'return_legacy_cache',
+    'speculation_type',
+    'target_lookbehind',
+    'use_cache',
+    'use_mtp',
+    # Which values transformers returns.
+    'output_attentions',
+    'output_hidden_states',
+    'output_logits',
+    'output_scores',
+    'return_dict_in_generate',
+    # Softmax does it, and a request without finite logits ends with an error.
+    'remove_invalid_values',
+    'renormalize_logits',
+    '_commit_hash',
+    '_from_model_config',
+    'transformers_version',
+  )
+)
 
 # Name that is not honoured -> the values, beside null, that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -76,15 +104,22 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 # The same, for names that matter only where tokens are sampled.
 _NEUTRAL_IF_SAMPLED: Mapping[str, tuple[Any, ...]] = {
-  'epsilon_cutoff': (0,), 'eta_cutoff': (0,), 'top_h': (), 'typical_p': (1,)}
+  'epsilon_cutoff': (0,),
+  'eta_cutoff': (0,),
+  'top_h': (),
+  'typical_p': (1,),
+}
 
 # The same by vLLM's names, which other files use.
 _VLLM: Mapping[str, Any] = {
-  **sampling_params.UNSUPPORTED, **sampling_params.DEFAULTS}
+  **sampling_params.UNSUPPORTED,
+  **sampling_params.DEFAULTS,
+}
 
 # Names that transformers would take from config.json; no model reads them.
-NAMES = frozenset((
-  *_HARMLESS, *_NEUTRAL, *_NEUTRAL_IF_SAMPLED, *checkpoint.GENERATION_FIELDS))
+NAMES = frozenset(
+  (*_HARMLESS, *_NEUTRAL, *_NEUTRAL_IF_SAMPLED, *checkpoint.GENERATION_FIELDS)
+)
 
 
 class Generation(NamedTuple):
@@ -96,8 +131,9 @@ class Generation(NamedTuple):
   sampling: Mapping[str, Any]
 
 
-def read(folder: pathlib.Path, config: Mapping[str, Any], *,
-         sampling: bool = True) -> Generation:
+def read(
+  folder: pathlib.Path, config: Mapping[str, Any], *, sampling: bool = True
+) -> Generation:
   """Reads what a Hugging Face checkpoint recommends.
 
   Args:
@@ -119,15 +155,22 @@ def read(folder: pathlib.Path, config: Mapping[str, Any], *,
   for name in _TOKENS[1:]:
     if len(tokens[name]) > 1:
       raise errors.CheckpointError(
-        f'{path}: {name}={list(tokens[name])}: must be one token id.')
+        f'{path}: {name}={list(tokens[name])}: must be one token id.'
+      )
   return Generation(
-    tokens['eos_token_id'], next(iter(tokens['bos_token_id']), None),
+    tokens['eos_token_id'],
+    next(iter(tokens['bos_token_id']), None),
     next(iter(tokens['pad_token_id']), None),
-    _sampling(path, values) if sampling else {})
+    _sampling(path, values) if sampling else {},
+  )
 
 
-def _token_ids(path: pathlib.Path, values: Mapping[str, Any],
-               config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def _token_ids(
+  path: pathlib.Path,
+  values: Mapping[str, Any],
+  config: Mapping[str, Any],
+  name: str,
+) -> tuple[int, ...]:
   """Returns the ids of one kind: of the file, or else of config.json."""
   value = values.get(name)
   if value is None:
@@ -135,22 +178,26 @@ def _token_ids(path: pathlib.Path, values: Mapping[str, Any],
   ids = [] if value is None else value if isinstance(value, list) else [value]
   if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
     raise errors.CheckpointError(
-      f'{path}: {name}={value!r}: must be a token id, or a list of them.')
+      f'{path}: {name}={value!r}: must be a token id, or a list of them.'
+    )
   return tuple(ids)
 
 
-def _sampling(path: pathlib.Path, values: Mapping[str, Any]
-              ) -> dict[str, Any]:
+def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> dict[str, Any]:
   is_sampled = values.get('do_sample')
   if is_sampled not in (None, False, True):
     raise _refusal(path, f'do_sample={is_sampled!r}: must be true or false')
   for name, value in values.items():
     if value is not None and not _is_known(name, value, bool(is_sampled)):
       raise _refusal(
-        path, f'{name}={json.dumps(value)}: this recommendation is not '
-        'supported')
-  kept = {name: values[name] for name in checkpoint.GENERATION_FIELDS
-          if values.get(name) is not None}
+        path,
+        f'{name}={json.dumps(value)}: this recommendation is not supported',
+      )
+  kept = {
+    name: values[name]
+    for name in checkpoint.GENERATION_FIELDS
+    if values.get(name) is not None
+  }
   try:
     sampling_params.SamplingParams.from_dict(checkpoint.default_sampling(kept))
   except errors.InvalidRequestError as e:
@@ -162,7 +209,8 @@ def _refusal(path: pathlib.Path, message: str) -> errors.CheckpointError:
   return errors.CheckpointError(
     f'{path}: {message}; take it out of the file, or leave all the sampling '
     'that the file recommends out by --nosampling_defaults '
-    '(sampling_defaults=False).')
+    '(sampling_defaults=False).'
+  )
 
 
 def _is_known(name: str, value: Any, is_sampled: bool) -> bool:
@@ -174,13 +222,14 @@ def _is_known(name: str, value: Any, is_sampled: bool) -> bool:
   if name in _NEUTRAL_IF_SAMPLED:
     return not is_sampled or value in _NEUTRAL_IF_SAMPLED[name]
   if name in _VLLM:
-    return bool(_VLLM[name] == (
-      tuple(value) if isinstance(value, list) else value))
+    return bool(
+      _VLLM[name] == (tuple(value) if isinstance(value, list) else value)
+    )
   return name in _TOKENS or name not in _read_by_transformers()
 
 
 @functools.cache
 def _read_by_transformers() -> frozenset[str]:
   return harmless.names_in(
-    ('generation/*.py',),
-    r'(?:config|self)\.(\w+)|["\'](\w+)["\']')
+    ('generation/*.py',), r'(?:config|self)\.(\w+)|["\'](\w+)["\']'
+  )

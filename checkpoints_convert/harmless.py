@@ -17,16 +17,41 @@ import re
 from typing import Any
 
 # They say nothing about inference, or are read elsewhere.
-IGNORED = frozenset((
-  '_attn_implementation', '_attn_implementation_autoset', '_commit_hash',
-  '_name_or_path', 'architectures', 'attention_dropout', 'attn_implementation',
-  'auto_map', 'bos_token_id', 'dtype', 'eos_token_id',
-  'gradient_checkpointing', 'hidden_dropout', 'id2label', 'initializer_range',
-  'label2id', 'model_type', 'output_attentions', 'output_hidden_states',
-  'output_router_logits', 'pad_token_id', 'pretraining_tp', 'problem_type',
-  'return_dict', 'router_aux_loss_coef', 'router_jitter_noise', 'torch_dtype',
-  'transformers_version', 'unsloth_fixed', 'unsloth_version', 'use_cache',
-))
+IGNORED = frozenset(
+  (
+    '_attn_implementation',
+    '_attn_implementation_autoset',
+    '_commit_hash',
+    '_name_or_path',
+    'architectures',
+    'attention_dropout',
+    'attn_implementation',
+    'auto_map',
+    'bos_token_id',
+    'dtype',
+    'eos_token_id',
+    'gradient_checkpointing',
+    'hidden_dropout',
+    'id2label',
+    'initializer_range',
+    'label2id',
+    'model_type',
+    'output_attentions',
+    'output_hidden_states',
+    'output_router_logits',
+    'pad_token_id',
+    'pretraining_tp',
+    'problem_type',
+    'return_dict',
+    'router_aux_loss_coef',
+    'router_jitter_noise',
+    'torch_dtype',
+    'transformers_version',
+    'unsloth_fixed',
+    'unsloth_version',
+    'use_cache',
+  )
+)
 
 # Attribute -> the values that change nothing: attributes of all configs of
 # transformers 4 and 5, and of our families.
@@ -62,8 +87,10 @@ def is_harmless(name: str, value: Any, *, remote_code: bool) -> bool:
 
 @functools.cache
 def _read_by_models() -> frozenset[str]:
-  return names_in(('modeling_*.py', 'models/*/modeling_*.py'),
-                  r'config\.(\w+)|["\'](\w+)["\']')
+  return names_in(
+    ('modeling_*.py', 'models/*/modeling_*.py'),
+    r'config\.(\w+)|["\'](\w+)["\']',
+  )
 
 
 def names_in(globs: Iterable[str], pattern: str) -> frozenset[str]:
@@ -79,6 +106,10 @@ def names_in(globs: Iterable[str], pattern: str) -> frozenset[str]:
   assert found is not None and found.submodule_search_locations
   root = pathlib.Path(found.submodule_search_locations[0])
   return frozenset(
-    name for glob in globs for path in root.glob(glob)
+    name
+    for glob in globs
+    for path in root.glob(glob)
     for groups in re.finditer(pattern, path.read_text(encoding='utf-8'))
-    for name in groups.groups() if name)
+    for name in groups.groups()
+    if name
+  )

@@ -25,8 +25,12 @@ from sarathi_jax.models import config as config_lib
 _QUANTIZED = ('compression_config', 'quantization', 'quantization_config')
 
 ACTIVATIONS: Mapping[str, str] = {
-  'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'relu': 'relu',
-  'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
+  'silu': 'silu',
+  'swish': 'silu',
+  'gelu': 'gelu',
+  'relu': 'relu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
 }
 
 
@@ -38,8 +42,7 @@ class Attributes:
     self._where = where
 
   def take(self, name: str, default: Any = None) -> Any:
-    """Takes an attribute; returns its JSON value, `default` if absent or null.
-    """
+    """Takes an attribute; its JSON value, or `default` if absent or null."""
     value = self._values.pop(name, None)
     return default if value is None else value
 
@@ -100,15 +103,20 @@ class Attributes:
         continue
       if name in _QUANTIZED:
         raise self.refuse(
-          name, value, 'quantized checkpoints are not supported')
+          name, value, 'quantized checkpoints are not supported'
+        )
       if not harmless.is_harmless(name, value, remote_code=remote_code):
         raise self.refuse(
-          name, value, 'this attribute is not supported, and might change '
-          'what the model computes')
+          name,
+          value,
+          'this attribute is not supported, and might change '
+          'what the model computes',
+        )
 
 
-def read(folder: pathlib.Path
-         ) -> tuple[config_lib.ModelConfig, Sequence[Any], dict[str, Any]]:
+def read(
+  folder: pathlib.Path,
+) -> tuple[config_lib.ModelConfig, Sequence[Any], dict[str, Any]]:
   """Reads the config of a Hugging Face checkpoint.
 
   Args:
@@ -149,12 +157,20 @@ def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
   if not isinstance(names, list) or len(names) != 1 or not names[0]:
     raise errors.CheckpointError(
       f'{path}: architectures={names!r}: must name one architecture, or '
-      'model_type must.')
+      'model_type must.'
+    )
   return str(names[0])
 
 
-def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
-           eps: float, positions: int, tied: bool = False) -> dict[str, Any]:
+def common(
+  attributes: Attributes,
+  *,
+  kv_heads: int | None,
+  theta: float,
+  eps: float,
+  positions: int,
+  tied: bool = False,
+) -> dict[str, Any]:
   """Takes the attributes that Llama-like families share; returns the fields.
 
   Args:
@@ -168,15 +184,17 @@ def common(attributes: Attributes, *, kv_heads: int | None, theta: float,
   num_heads = attributes.size('num_attention_heads')
   hidden_size = attributes.size('hidden_size')
   rope, length = read_rope(
-    attributes, theta, attributes.size('max_position_embeddings', positions))
+    attributes, theta, attributes.size('max_position_embeddings', positions)
+  )
   return dict(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.require('intermediate_size'),
     num_layers=attributes.size('num_hidden_layers'),
     num_heads=num_heads,
-    num_kv_heads=(attributes.take('num_key_value_heads', kv_heads)
-                  or num_heads),
+    num_kv_heads=(
+      attributes.take('num_key_value_heads', kv_heads) or num_heads
+    ),
     head_dim=attributes.take('head_dim') or hidden_size // num_heads,
     max_position_embeddings=length,
     norm_eps=attributes.take('rms_norm_eps', eps),
@@ -191,12 +209,14 @@ def activation(attributes: Attributes, name: str, default: str) -> str:
   value = attributes.take(name, default)
   if value not in ACTIVATIONS:
     raise attributes.refuse(
-      name, value, f'must be one of {", ".join(ACTIVATIONS)}')
+      name, value, f'must be one of {", ".join(ACTIVATIONS)}'
+    )
   return ACTIVATIONS[value]
 
 
-def read_rope(attributes: Attributes, theta: float, positions: int
-              ) -> tuple[config_lib.RopeConfig, int]:
+def read_rope(
+  attributes: Attributes, theta: float, positions: int
+) -> tuple[config_lib.RopeConfig, int]:
   """Reads the rotary embedding and the context length.
 
   transformers 5 writes `rope_parameters`, older versions write `rope_theta`
@@ -218,21 +238,23 @@ def read_rope(attributes: Attributes, theta: float, positions: int
   for name, value in values.items():
     if isinstance(value, dict):
       raise attributes.refuse(
-        f'rope_parameters.{name}', value, 'one for all layers is supported')
+        f'rope_parameters.{name}', value, 'one for all layers is supported'
+      )
   old_name = values.pop('type', None)
   kind = values.pop('rope_type', None) or old_name or 'default'
   if kind not in _ROPES:
     raise attributes.refuse(
-      'rope_type', kind, f'must be one of {", ".join(_ROPES)}')
+      'rope_type', kind, f'must be one of {", ".join(_ROPES)}'
+    )
   if values.pop('partial_rotary_factor', 1.0) not in (None, 1.0):
     raise attributes.error('partial_rotary_factor: only 1 is supported')
   theta = values.pop('rope_theta', None) or theta
-  numbers = {name: value for name, value in values.items()
-             if value is not None}
+  numbers = {name: value for name, value in values.items() if value is not None}
   rope, length = _ROPES[kind](numbers, theta, positions)
   if numbers:
     raise attributes.error(
-      f'rope_type={kind!r} with {", ".join(sorted(numbers))}: not supported')
+      f'rope_type={kind!r} with {", ".join(sorted(numbers))}: not supported'
+    )
   return rope, length
 
 
@@ -248,8 +270,7 @@ def _default(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
 
 def _linear(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   factor = numbers.pop('factor', None)
-  rope = config_lib.RopeConfig(
-    theta=float(theta), kind='linear', factor=factor)
+  rope = config_lib.RopeConfig(theta=float(theta), kind='linear', factor=factor)
   return rope, int(positions * rope.factor)  # type: ignore[operator]
 
 
@@ -257,18 +278,25 @@ def _dynamic(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   # transformers scales from max_position_embeddings, whatever else is said.
   numbers.pop('original_max_position_embeddings', None)
   rope = config_lib.RopeConfig(
-    theta=float(theta), kind='dynamic', factor=numbers.pop('factor', None),
-    original_max_position=positions)
+    theta=float(theta),
+    kind='dynamic',
+    factor=numbers.pop('factor', None),
+    original_max_position=positions,
+  )
   return rope, int(positions * rope.factor)  # type: ignore[operator]
 
 
 def _llama3(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   rope = config_lib.RopeConfig(
-    theta=float(theta), kind='llama3', factor=numbers.pop('factor', None),
+    theta=float(theta),
+    kind='llama3',
+    factor=numbers.pop('factor', None),
     original_max_position=numbers.pop(
-      'original_max_position_embeddings', positions),
+      'original_max_position_embeddings', positions
+    ),
     low_freq_factor=numbers.pop('low_freq_factor', None),
-    high_freq_factor=numbers.pop('high_freq_factor', None))
+    high_freq_factor=numbers.pop('high_freq_factor', None),
+  )
   return rope, positions
 
 
@@ -283,15 +311,19 @@ def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   if attention_factor is None:
     attention_factor = _temperature(factor)
     if mscale and mscale_all_dim:
-      attention_factor = (
-        _temperature(factor, mscale)
-        / _temperature(factor, mscale_all_dim))
+      attention_factor = _temperature(factor, mscale) / _temperature(
+        factor, mscale_all_dim
+      )
   rope = config_lib.RopeConfig(
-    theta=float(theta), kind='yarn', factor=factor,
-    original_max_position=original, attention_factor=attention_factor,
+    theta=float(theta),
+    kind='yarn',
+    factor=factor,
+    original_max_position=original,
+    attention_factor=attention_factor,
     beta_fast=numbers.pop('beta_fast', None) or 32,
     beta_slow=numbers.pop('beta_slow', None) or 1,
-    truncate=numbers.pop('truncate', True))
+    truncate=numbers.pop('truncate', True),
+  )
   return rope, int(original * factor)
 
 
@@ -300,5 +332,10 @@ def _temperature(factor: float, mscale: float = 1.0) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-_ROPES = {'default': _default, 'linear': _linear, 'dynamic': _dynamic,
-          'llama3': _llama3, 'yarn': _yarn}
+_ROPES = {
+  'default': _default,
+  'linear': _linear,
+  'dynamic': _dynamic,
+  'llama3': _llama3,
+  'yarn': _yarn,
+}

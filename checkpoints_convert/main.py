@@ -22,42 +22,70 @@ import tqdm
 from sarathi_jax.cli import mains
 
 _SOURCE = flags.DEFINE_string(
-  'source', None, 'A Hugging Face checkpoint: a folder, or an id on the hub.',
-  required=True)
+  'source',
+  None,
+  'A Hugging Face checkpoint: a folder, or an id on the hub.',
+  required=True,
+)
 _TARGET = flags.DEFINE_string(
-  'target', None, 'The folder to write the converted checkpoint to. It must '
-  'be empty or absent.', required=True)
+  'target',
+  None,
+  'The folder to write the converted checkpoint to. It must '
+  'be empty or absent.',
+  required=True,
+)
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['bfloat16', 'float16', 'float32'],
+  'dtype',
+  None,
+  ['bfloat16', 'float16', 'float32'],
   'The dtype to store the parameters in. By default they keep the dtype that '
-  'most of the checkpoint has.')
+  'most of the checkpoint has.',
+)
 _TP = flags.DEFINE_integer(
-  'tp', 1, 'Tensor parallelism to write files for: the number of devices that '
+  'tp',
+  1,
+  'Tensor parallelism to write files for: the number of devices that '
   'will share a layer. No file then holds parts of two devices. Any mesh can '
-  'load the checkpoint all the same.', lower_bound=1)
+  'load the checkpoint all the same.',
+  lower_bound=1,
+)
 _PP = flags.DEFINE_integer(
-  'pp', 1, 'Pipeline parallelism to write files for: the number of pipeline '
+  'pp',
+  1,
+  'Pipeline parallelism to write files for: the number of pipeline '
   'stages. No file then holds parts of two stages. Any mesh can load the '
-  'checkpoint all the same.', lower_bound=1)
+  'checkpoint all the same.',
+  lower_bound=1,
+)
 _VERIFY = flags.DEFINE_bool(
-  'verify', False, 'Read the converted checkpoint back and compare it with '
-  'its source, bit by bit.')
+  'verify',
+  False,
+  'Read the converted checkpoint back and compare it with '
+  'its source, bit by bit.',
+)
 
 _SAMPLING_DEFAULTS = flags.DEFINE_bool(
-  'sampling_defaults', True, 'Keep the sampling parameters that '
+  'sampling_defaults',
+  True,
+  'Keep the sampling parameters that '
   'generation_config.json recommends, for requests that do not set their own. '
-  'A recommendation that is not supported is then an error.')
+  'A recommendation that is not supported is then an error.',
+)
 _ALLOW_NONFINITE = flags.DEFINE_bool(
-  'allow_nonfinite', False, 'Convert a checkpoint even if it holds weights '
+  'allow_nonfinite',
+  False,
+  'Convert a checkpoint even if it holds weights '
   'that are NaN or infinite. A request whose logits they ruin ends with the '
-  'reason error.')
+  'reason error.',
+)
 
 
 @contextlib.contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
   """Shows a progress bar in bytes (see `convert.Bar`)."""
-  with tqdm.tqdm(total=total, desc=title, unit='B', unit_scale=True,
-                 mininterval=0.5) as bar:
+  with tqdm.tqdm(
+    total=total, desc=title, unit='B', unit_scale=True, mininterval=0.5
+  ) as bar:
     yield bar.update
 
 
@@ -68,17 +96,24 @@ def main() -> None:
   from checkpoints_convert import convert
   from checkpoints_convert import source
   from sarathi_jax.models import parallel
+
   start = time.monotonic()
   plan = convert.convert(
-    source.locate(_SOURCE.value), pathlib.Path(_TARGET.value),
-    dtype=_DTYPE.value, check=_VERIFY.value, bar=_bar,
+    source.locate(_SOURCE.value),
+    pathlib.Path(_TARGET.value),
+    dtype=_DTYPE.value,
+    check=_VERIFY.value,
+    bar=_bar,
     parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value),
     sampling_defaults=_SAMPLING_DEFAULTS.value,
-    allow_nonfinite=_ALLOW_NONFINITE.value)
+    allow_nonfinite=_ALLOW_NONFINITE.value,
+  )
   seconds = time.monotonic() - start
-  print(f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
-        f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'
-        f'{", verified" if _VERIFY.value else ""}')
+  print(
+    f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
+    f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'
+    f'{", verified" if _VERIFY.value else ""}'
+  )
 
 
 def run() -> None:

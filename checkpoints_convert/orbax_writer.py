@@ -38,9 +38,12 @@ _NUM_THREADS = min(4, os.cpu_count() or 1)
 _BLOCK = 4096  # bytes; what direct writes are multiples of, in memory, too
 
 
-def write(folder: pathlib.Path, leaves: Any,
-          reader: safetensors_reader.Reader, progress: Progress
-          ) -> Mapping[str, int]:
+def write(
+  folder: pathlib.Path,
+  leaves: Any,
+  reader: safetensors_reader.Reader,
+  progress: Progress,
+) -> Mapping[str, int]:
   """Writes an orbax checkpoint of a tree of Leaf.
 
   Args:
@@ -55,9 +58,11 @@ def write(folder: pathlib.Path, leaves: Any,
   """
   writer = _LeafHandler(reader, progress)
   registry = ocp.type_handlers.create_type_handler_registry(
-    (transforms.Leaf, writer))
+    (transforms.Leaf, writer)
+  )
   handler = ocp.PyTreeCheckpointHandler(
-    use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
+    use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
+  )
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder, args=ocp.args.PyTreeSave(leaves))
   return +writer.nonfinite
@@ -77,33 +82,43 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
   async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
     raise NotImplementedError('Leaves are only written.')
 
-  async def deserialize(self, infos: Sequence[Any],
-                        args: Sequence[Any] | None = None) -> Sequence[Any]:
+  async def deserialize(
+    self, infos: Sequence[Any], args: Sequence[Any] | None = None
+  ) -> Sequence[Any]:
     raise NotImplementedError('Leaves are only written.')
 
-  async def serialize(self, values: Sequence[transforms.Leaf],
-                      infos: Sequence[Any],
-                      args: Sequence[Any] | None = None) -> Sequence[Any]:
-    return [ocp.future.CommitFutureAwaitingContractedSignals(
-      self._write_all(values, infos), name='leaves')]
+  async def serialize(
+    self,
+    values: Sequence[transforms.Leaf],
+    infos: Sequence[Any],
+    args: Sequence[Any] | None = None,
+  ) -> Sequence[Any]:
+    return [
+      ocp.future.CommitFutureAwaitingContractedSignals(
+        self._write_all(values, infos), name='leaves'
+      )
+    ]
 
-  async def _write_all(self, leaves: Sequence[transforms.Leaf],
-                       infos: Sequence[Any]) -> None:
+  async def _write_all(
+    self, leaves: Sequence[transforms.Leaf], infos: Sequence[Any]
+  ) -> None:
     for info in infos:
       await info.await_path_creation()
     folders = [pathlib.Path(info.path) for info in infos]
     await asyncio.to_thread(self._write_chunks, leaves, folders)
 
-  def _write_chunks(self, leaves: Sequence[transforms.Leaf],
-                    folders: Sequence[pathlib.Path]) -> None:
+  def _write_chunks(
+    self, leaves: Sequence[transforms.Leaf], folders: Sequence[pathlib.Path]
+  ) -> None:
     """Writes all chunks by a few threads.
 
     Each thread has one chunk in memory, before and after it is laid out.
     """
     scratch = _ThreadScratch()
 
-    def work(leaf: transforms.Leaf, folder: pathlib.Path,
-             chunk: transforms.Chunk) -> tuple[str, int]:
+    def work(
+      leaf: transforms.Leaf, folder: pathlib.Path, chunk: transforms.Chunk
+    ) -> tuple[str, int]:
       values = leaf.compute(self._reader, chunk, scratch.own)
       write_chunk(folder, leaf, chunk, values)
       self._progress(leaf.chunk_bytes(chunk))
@@ -159,20 +174,29 @@ def create(folder: pathlib.Path, leaf: transforms.Leaf) -> None:
     },
     # The caller of `write` syncs everything at the end.
     context=ts.Context({'file_io_sync': False}),
-    dtype=ts.dtype(leaf.dtype.name), create=True, open=False,
+    dtype=ts.dtype(leaf.dtype.name),
+    create=True,
+    open=False,
   ).result()
 
 
-def write_chunk(folder: pathlib.Path, leaf: transforms.Leaf,
-                chunk: transforms.Chunk, values: np.ndarray) -> None:
+def write_chunk(
+  folder: pathlib.Path,
+  leaf: transforms.Leaf,
+  chunk: transforms.Chunk,
+  values: np.ndarray,
+) -> None:
   """Writes a chunk's file; without a compressor it holds just the bytes.
 
   tensorstore would copy them once more, to freshly allocated memory each time.
   """
-  index = (piece.start // size for piece, size in zip(
-    chunk.index, leaf.chunk_shape, strict=True))
-  _write_file(folder / '.'.join(map(str, index)),
-              values.reshape(-1).view(np.uint8).data)
+  index = (
+    piece.start // size
+    for piece, size in zip(chunk.index, leaf.chunk_shape, strict=True)
+  )
+  _write_file(
+    folder / '.'.join(map(str, index)), values.reshape(-1).view(np.uint8).data
+  )
 
 
 def _write_file(path: pathlib.Path, content: memoryview) -> None:
@@ -211,7 +235,12 @@ def _write_direct(file: int, blocks: memoryview) -> int:
 def read_chunk(folder: pathlib.Path, index: tuple[slice, ...]) -> np.ndarray:
   """Reads a piece of an array that `write` wrote, through tensorstore."""
   array = ts.open(
-    {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': f'{folder}/'},
-     'fill_missing_data_reads': False}, open=True).result()
+    {
+      'driver': 'zarr',
+      'kvstore': {'driver': 'file', 'path': f'{folder}/'},
+      'fill_missing_data_reads': False,
+    },
+    open=True,
+  ).result()
   values: np.ndarray = array[index].read().result()
   return values

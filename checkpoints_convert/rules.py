@@ -40,12 +40,14 @@ class Rule:
   select: transforms.Select | None = None
 
 
-def linear(tensor: str, leaf: str,
-           select: transforms.Select | None = None) -> tuple[Rule, Rule]:
-  """Returns the rules of a linear layer's weight and its bias, if it has one.
-  """
-  return (Rule(f'{tensor}.weight', leaf, transpose=True, select=select),
-          Rule(f'{tensor}.bias', f'{leaf}_bias', select=select))
+def linear(
+  tensor: str, leaf: str, select: transforms.Select | None = None
+) -> tuple[Rule, Rule]:
+  """Returns the rules of a linear layer's weight and of its bias, if any."""
+  return (
+    Rule(f'{tensor}.weight', leaf, transpose=True, select=select),
+    Rule(f'{tensor}.bias', f'{leaf}_bias', select=select),
+  )
 
 
 def plan(
@@ -76,14 +78,18 @@ def plan(
   missing = [_missing(path, rules) for path in wanted if path not in parts]
   if missing:
     raise errors.CheckpointError(
-      f'the checkpoint lacks {_some(missing)}, which the model needs.')
-  leaves = {path: _leaf(
-    path, parts[path], wanted[path], dtype, parallelism) for path in wanted}
+      f'the checkpoint lacks {_some(missing)}, which the model needs.'
+    )
+  leaves = {
+    path: _leaf(path, parts[path], wanted[path], dtype, parallelism)
+    for path in wanted
+  }
   return map_specs(lambda path, _: leaves[path], specs)
 
 
-def leaf_specs(specs: Any, prefix: str = ''
-               ) -> Iterator[tuple[str, spec.ParamSpec]]:
+def leaf_specs(
+  specs: Any, prefix: str = ''
+) -> Iterator[tuple[str, spec.ParamSpec]]:
   """Yields every parameter's path and spec, of a tree of ParamSpec."""
   if isinstance(specs, spec.ParamSpec):
     yield prefix, specs
@@ -104,17 +110,23 @@ def map_specs(function: Any, specs: Any, prefix: str = '') -> Any:
   if isinstance(specs, spec.ParamSpec):
     return function(prefix, specs)
   if isinstance(specs, dict):
-    return {key: map_specs(function, value, f'{prefix}.{key}'.lstrip('.'))
-            for key, value in specs.items()}
-  return [map_specs(function, value, f'{prefix}.{i}')
-          for i, value in enumerate(specs)]
+    return {
+      key: map_specs(function, value, f'{prefix}.{key}'.lstrip('.'))
+      for key, value in specs.items()
+    }
+  return [
+    map_specs(function, value, f'{prefix}.{i}') for i, value in enumerate(specs)
+  ]
 
 
 _Parts = dict[str, dict[int | None, transforms.Part]]
 
 
-def _match(tensors: Mapping[str, safetensors_reader.Tensor],
-           rules: Sequence[Rule], wanted: Mapping[str, Any]) -> _Parts:
+def _match(
+  tensors: Mapping[str, safetensors_reader.Tensor],
+  rules: Sequence[Rule],
+  wanted: Mapping[str, Any],
+) -> _Parts:
   patterns: dict[str, list[Rule]] = {}
   for rule in rules:
     patterns.setdefault(rule.tensor, []).append(rule)
@@ -122,22 +134,27 @@ def _match(tensors: Mapping[str, safetensors_reader.Tensor],
   parts: _Parts = {}
   unknown = []
   for name, tensor in tensors.items():
-    hits = [(m, group) for regex, group in compiled
-            if (m := regex.fullmatch(name))]
+    hits = [
+      (m, group) for regex, group in compiled if (m := regex.fullmatch(name))
+    ]
     assert len(hits) <= 1, f'{name} matches several rules'
     placed = bool(hits) and _place(tensor, *hits[0], wanted, parts)
     if not placed:
       unknown.append(name)
   if unknown:
     raise errors.CheckpointError(
-      f'the checkpoint holds {_some(unknown)}, for which this model has no '
-      'use.')
+      f'the checkpoint holds {_some(unknown)}, for which this model has no use.'
+    )
   return parts
 
 
-def _place(tensor: safetensors_reader.Tensor, match: re.Match[str],
-           group: Sequence[Rule], wanted: Mapping[str, Any],
-           parts: _Parts) -> bool:
+def _place(
+  tensor: safetensors_reader.Tensor,
+  match: re.Match[str],
+  group: Sequence[Rule],
+  wanted: Mapping[str, Any],
+  parts: _Parts,
+) -> bool:
   """Adds the tensor to `parts`; False if the model has no such parameter."""
   numbers = match.groupdict()
   expert = int(numbers['expert']) if 'expert' in numbers else None
@@ -153,27 +170,35 @@ def _place(tensor: safetensors_reader.Tensor, match: re.Match[str],
     slots = parts.setdefault(path, {})
     if expert in slots:
       raise errors.CheckpointError(
-        f'{path}: both {slots[expert].tensor.name} and {tensor.name} fill it.')
+        f'{path}: both {slots[expert].tensor.name} and {tensor.name} fill it.'
+      )
     slots[expert] = part
     used += part.num_rows
   if used != tensor.shape[0]:
     raise errors.CheckpointError(
       f'{tensor.name}: has {tensor.shape[0]} rows, of which the model uses '
-      f'{used}.')
+      f'{used}.'
+    )
   return True
 
 
-def _check_rank(tensor: safetensors_reader.Tensor,
-                part: transforms.Part) -> None:
+def _check_rank(
+  tensor: safetensors_reader.Tensor, part: transforms.Part
+) -> None:
   rank = 2 if part.transpose else len(tensor.shape)
   if len(tensor.shape) != max(rank, 1) or 0 in tensor.shape:
     raise errors.CheckpointError(
-      f'{tensor.name}: shape {tensor.shape} does not fit this model.')
+      f'{tensor.name}: shape {tensor.shape} does not fit this model.'
+    )
 
 
-def _leaf(path: str, slots: Mapping[int | None, transforms.Part],
-          wanted: spec.ParamSpec, dtype: np.dtype,
-          parallelism: parallel.Parallelism) -> transforms.Leaf:
+def _leaf(
+  path: str,
+  slots: Mapping[int | None, transforms.Part],
+  wanted: spec.ParamSpec,
+  dtype: np.dtype,
+  parallelism: parallel.Parallelism,
+) -> transforms.Leaf:
   stacked = None not in slots
   count = wanted.shape[0] if stacked else 1
   keys: Iterable[int | None] = range(count) if stacked else (None,)
@@ -181,18 +206,25 @@ def _leaf(path: str, slots: Mapping[int | None, transforms.Part],
   if absent or len(slots) != count:
     raise errors.CheckpointError(
       f'{path}: the checkpoint has parts {sorted(slots, key=str)}, the model '
-      f'wants {count} of them.')
+      f'wants {count} of them.'
+    )
   parts = tuple(slots[key] for key in keys)
   expected = wanted.shape[1:] if stacked else wanted.shape
   for part in parts:
     if part.shape != expected:
       raise errors.CheckpointError(
         f'{part.tensor.name}: shape {part.tensor.shape} makes {path} '
-        f'{part.shape}; the model wants {expected}.')
+        f'{part.shape}; the model wants {expected}.'
+      )
   axis = transforms.chunked_axis(wanted.shape, parts[0], stacked)
   return transforms.Leaf(
-    path, wanted.shape, dtype, parts, stacked,
-    parallelism.part_len(wanted.axes[axis], wanted.shape[axis]))
+    path,
+    wanted.shape,
+    dtype,
+    parts,
+    stacked,
+    parallelism.part_len(wanted.axes[axis], wanted.shape[axis]),
+  )
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

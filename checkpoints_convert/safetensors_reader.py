@@ -58,7 +58,8 @@ class Tensor:
     if self.dtype not in DTYPES:
       raise errors.CheckpointError(
         f'{self.name}: dtype={self.dtype} can not be converted; supported: '
-        f'{", ".join(DTYPES)}. Quantized checkpoints are not supported.')
+        f'{", ".join(DTYPES)}. Quantized checkpoints are not supported.'
+      )
     return DTYPES[self.dtype]
 
 
@@ -87,13 +88,15 @@ class Reader:
   def _add(self, path: pathlib.Path, names: frozenset[str] | None) -> None:
     if not path.is_file():
       raise errors.CheckpointError(
-        f'{path}: missing, though the index {INDEX} names it.')
+        f'{path}: missing, though the index {INDEX} names it.'
+      )
     tensors = _read_header(path)
     if names is not None and names != tensors.keys():
       odd = sorted(names ^ tensors.keys())
       raise errors.CheckpointError(
         f'{path}: its tensors are not those that {INDEX} says; first '
-        f'difference: {odd[0]}.')
+        f'difference: {odd[0]}.'
+      )
     twice = tensors.keys() & self.tensors.keys()
     if twice:
       raise errors.CheckpointError(f'{path}: {min(twice)} is in two files.')
@@ -114,7 +117,8 @@ class Reader:
       got = os.preadv(file, [view], offset)
       if not got:
         raise errors.CheckpointError(
-          f'{tensor.path}: truncated inside {tensor.name}.')
+          f'{tensor.path}: truncated inside {tensor.name}.'
+        )
       view, offset = view[got:], offset + got
 
   def close(self) -> None:
@@ -129,8 +133,7 @@ class Reader:
     self.close()
 
 
-def _files(folder: pathlib.Path
-           ) -> dict[pathlib.Path, frozenset[str] | None]:
+def _files(folder: pathlib.Path) -> dict[pathlib.Path, frozenset[str] | None]:
   """Returns the files to read -> the tensors that the index lists for each.
 
   None stands for all of a file's tensors, where there is no index.
@@ -144,17 +147,20 @@ def _files(folder: pathlib.Path
     return {found[0]: None}
   if found:
     raise errors.CheckpointError(
-      f'{folder}: {len(found)} safetensors files, but no {INDEX}.')
+      f'{folder}: {len(found)} safetensors files, but no {INDEX}.'
+    )
   pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
   if pickled:
     raise errors.CheckpointError(
       f'{folder / pickled[0]}: a pickled checkpoint, which can run any code '
-      'when it is read, is refused. Save the model as safetensors.')
+      'when it is read, is refused. Save the model as safetensors.'
+    )
   raise errors.CheckpointError(f'{folder}: holds no safetensors file.')
 
 
-def _index_files(folder: pathlib.Path
-                 ) -> dict[pathlib.Path, frozenset[str] | None]:
+def _index_files(
+  folder: pathlib.Path,
+) -> dict[pathlib.Path, frozenset[str] | None]:
   try:
     weight_map = json.loads((folder / INDEX).read_bytes())['weight_map']
     shards: dict[str, set[str]] = {}
@@ -162,13 +168,16 @@ def _index_files(folder: pathlib.Path
       shards.setdefault(shard, set()).add(name)
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise errors.CheckpointError(
-      f'{folder / INDEX}: not a valid index: {e}.') from e
+      f'{folder / INDEX}: not a valid index: {e}.'
+    ) from e
   for shard in shards:
     if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
       raise errors.CheckpointError(
-        f'{folder / INDEX}: shard {shard!r} is not a plain file name.')
-  return {folder / shard: frozenset(names)
-          for shard, names in sorted(shards.items())}
+        f'{folder / INDEX}: shard {shard!r} is not a plain file name.'
+      )
+  return {
+    folder / shard: frozenset(names) for shard, names in sorted(shards.items())
+  }
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
@@ -181,8 +190,10 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
   try:
     header = json.loads(raw)
     header.pop('__metadata__', None)
-    tensors = {name: _tensor(path, name, entry, 8 + length)
-               for name, entry in header.items()}
+    tensors = {
+      name: _tensor(path, name, entry, 8 + length)
+      for name, entry in header.items()
+    }
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     if isinstance(e, errors.CheckpointError):
       raise
@@ -191,21 +202,30 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
     if tensor.offset + tensor.num_bytes > size:
       raise errors.CheckpointError(
         f'{path}: truncated: {tensor.name} ends at byte '
-        f'{tensor.offset + tensor.num_bytes} of {size}.')
+        f'{tensor.offset + tensor.num_bytes} of {size}.'
+      )
   return tensors
 
 
-def _tensor(path: pathlib.Path, name: str, entry: Mapping[str, Any],
-            base: int) -> Tensor:
+def _tensor(
+  path: pathlib.Path, name: str, entry: Mapping[str, Any], base: int
+) -> Tensor:
   start, stop = entry['data_offsets']
   if not 0 <= start <= stop:
     raise ValueError(f'{name} has data_offsets={[start, stop]}')
-  tensor = Tensor(name, tuple(entry['shape']), entry['dtype'], path,
-                  base + start, stop - start)
+  tensor = Tensor(
+    name,
+    tuple(entry['shape']),
+    entry['dtype'],
+    path,
+    base + start,
+    stop - start,
+  )
   if tensor.dtype in DTYPES:
     wanted = math.prod(tensor.shape) * tensor.numpy_dtype.itemsize
     if tensor.num_bytes != wanted:
       raise errors.CheckpointError(
         f'{path}: damaged header: {name} of shape {tensor.shape} takes '
-        f'{wanted} bytes, not {tensor.num_bytes}.')
+        f'{wanted} bytes, not {tensor.num_bytes}.'
+      )
   return tensor

@@ -9,8 +9,14 @@ import re
 from sarathi_jax import errors
 
 _HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
-_FILES = ('*.json', '*.safetensors', '*.jinja', 'tokenizer.model*',
-          'merges.txt', '*.tiktoken')
+_FILES = (
+  '*.json',
+  '*.safetensors',
+  '*.jinja',
+  'tokenizer.model*',
+  'merges.txt',
+  '*.tiktoken',
+)
 # Not downloaded: the same weights for other programs, and subfolders.
 _OTHERS = ('consolidated*', '*/*')
 
@@ -32,19 +38,24 @@ def locate(source: str) -> pathlib.Path:
     raise errors.CheckpointError(f'{source}: is not a folder.')
   if not _HUB_ID.fullmatch(source):
     raise errors.CheckpointError(
-      f'{source}: no such folder, and not a hub id (org/name).')
+      f'{source}: no such folder, and not a hub id (org/name).'
+    )
   return _download(source)
 
 
 def _download(hub_id: str) -> pathlib.Path:
   # Imported late: most conversions read a folder.
   import huggingface_hub
+
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        hub_id, allow_patterns=list(_FILES), ignore_patterns=list(_OTHERS)))
+        hub_id, allow_patterns=list(_FILES), ignore_patterns=list(_OTHERS)
+      )
+    )
   except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
     reason = str(e).strip().splitlines()
     raise errors.CheckpointError(
       f'{hub_id}: no such folder, and the hub does not give it: '
-      f'{reason[0] if reason else type(e).__name__}') from e
+      f'{reason[0] if reason else type(e).__name__}'
+    ) from e

@@ -41,7 +41,8 @@ def staging(target: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
     if free < num_bytes:
       raise errors.CheckpointError(
         f'target={str(target)!r}: needs {num_bytes} bytes, but the disk has '
-        f'{free} left.')
+        f'{free} left.'
+      )
     yield folder
   except BaseException as e:
     if not isinstance(e, BusyError):
@@ -88,7 +89,8 @@ def _lock(lock: int, folder: pathlib.Path, target: pathlib.Path) -> None:
 
 def _busy(target: pathlib.Path) -> BusyError:
   return BusyError(
-    f'target={str(target)!r}: another conversion is writing it now.')
+    f'target={str(target)!r}: another conversion is writing it now.'
+  )
 
 
 def _empty(folder: pathlib.Path) -> None:

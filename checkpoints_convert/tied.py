@@ -14,10 +14,11 @@ from checkpoints_convert import transforms
 from sarathi_jax.models import config as config_lib
 
 
-def settle(model: config_lib.ModelConfig, reader: safetensors_reader.Reader,
-           rules: Sequence[rules_lib.Rule],
-           ) -> tuple[config_lib.ModelConfig,
-                      dict[str, safetensors_reader.Tensor]]:
+def settle(
+  model: config_lib.ModelConfig,
+  reader: safetensors_reader.Reader,
+  rules: Sequence[rules_lib.Rule],
+) -> tuple[config_lib.ModelConfig, dict[str, safetensors_reader.Tensor]]:
   """Decides if a checkpoint is tied whose config says so, but has lm_head.
 
   Decides as transformers does. Of two equal tables one is dropped; two
@@ -43,8 +44,11 @@ def settle(model: config_lib.ModelConfig, reader: safetensors_reader.Reader,
   return dataclasses.replace(model, tie_word_embeddings=False), tensors
 
 
-def _equal(a: safetensors_reader.Tensor, b: safetensors_reader.Tensor,
-           reader: safetensors_reader.Reader) -> bool:
+def _equal(
+  a: safetensors_reader.Tensor,
+  b: safetensors_reader.Tensor,
+  reader: safetensors_reader.Reader,
+) -> bool:
   if a.shape != b.shape or a.dtype != b.dtype or not (a.shape and a.num_bytes):
     return False  # Anything but a table is refused later on.
   step = max(1, transforms.CHUNK_BYTES * a.shape[0] // a.num_bytes)

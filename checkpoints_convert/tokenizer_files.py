@@ -22,12 +22,24 @@ from sarathi_jax.text import chat
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 # Files that are copied unchanged, where they exist.
-FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-         'chat_template.jinja', 'chat_template.json', 'generation_config.json')
+FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
 
 # Tokenizers of other kinds, which are refused and not silently left out.
-_FOREIGN = ('tekken.json', '*.tiktoken', 'tokenizer.model.v*', 'spiece.model',
-            'sentencepiece.bpe.model', 'vocab.txt')
+_FOREIGN = (
+  'tekken.json',
+  '*.tiktoken',
+  'tokenizer.model.v*',
+  'spiece.model',
+  'sentencepiece.bpe.model',
+  'vocab.txt',
+)
 
 
 def write(folder: pathlib.Path, target: pathlib.Path) -> None:
@@ -82,15 +94,18 @@ def _take(path: pathlib.Path, made: pathlib.Path) -> None:
 def _build(folder: pathlib.Path, made: pathlib.Path) -> None:
   if not (folder / 'merges.txt').is_file():
     raise errors.CheckpointError(
-      f'{folder}: has vocab.json, but neither merges.txt nor tokenizer.json.')
+      f'{folder}: has vocab.json, but neither merges.txt nor tokenizer.json.'
+    )
   import transformers  # slow to import, and seldom needed
+
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     tokenizer.backend_tokenizer.save(str(made))
   except Exception as e:  # whatever a tokenizer's own code raises
     raise errors.CheckpointError(
       f'{folder}: transformers can not make tokenizer.json of vocab.json and '
-      f'merges.txt: {e}') from e
+      f'merges.txt: {e}'
+    ) from e
 
 
 def _refuse_foreign(folder: pathlib.Path) -> None:
@@ -99,4 +114,5 @@ def _refuse_foreign(folder: pathlib.Path) -> None:
     raise errors.CheckpointError(
       f'{folder / found[0]}: a tokenizer of this kind can not be read. Put the '
       'tokenizer.json of the model beside it, or take the file away to serve '
-      'token ids alone.')
+      'token ids alone.'
+    )

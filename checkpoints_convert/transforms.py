@@ -31,8 +31,9 @@ class Scratch:
   def __init__(self) -> None:
     self._buffers: dict[str, np.ndarray] = {}
 
-  def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype
-           ) -> np.ndarray:
+  def take(
+    self, name: str, shape: tuple[int, ...], dtype: np.dtype
+  ) -> np.ndarray:
     """Returns an array of any content, valid until this name's next call."""
     size = math.prod(shape) * dtype.itemsize
     buffer = self._buffers.get(name)
@@ -77,10 +78,10 @@ class Part:
     shape = (self.num_rows, *self.tensor.shape[1:])
     return shape[::-1] if self.transpose else shape
 
-  def read(self, reader: safetensors_reader.Reader, start: int,
-           rows: np.ndarray) -> None:
-    """Fills `rows` with selected ones from number `start` on, as in the file.
-    """
+  def read(
+    self, reader: safetensors_reader.Reader, start: int, rows: np.ndarray
+  ) -> None:
+    """Fills `rows` with selected ones from `start` on, as in the file."""
     if self.select is None:
       reader.read_rows(self.tensor, start, rows)
       return
@@ -89,8 +90,11 @@ class Part:
     while done < len(rows):
       group, within = divmod(start + done, width)
       length = min(width - within, len(rows) - done)
-      reader.read_rows(self.tensor, group * stride + offset + within,
-                       rows[done:done + length])
+      reader.read_rows(
+        self.tensor,
+        group * stride + offset + within,
+        rows[done : done + length],
+      )
       done += length
 
 
@@ -150,8 +154,9 @@ class Leaf:
     row_bytes = self.num_bytes // len(self.parts) // self.shape[self._axis]
     num_chunks = min(rows, -(-rows * row_bytes // CHUNK_BYTES))
     if self.part_len < self.shape[self._axis]:
-      num_chunks = next((n for n in range(num_chunks, 4 * num_chunks)
-                         if not rows % n), 1)
+      num_chunks = next(
+        (n for n in range(num_chunks, 4 * num_chunks) if not rows % n), 1
+      )
     shape = list(self.shape)
     shape[self._axis] = -(-rows // num_chunks)
     if self.stacked:
@@ -169,22 +174,24 @@ class Leaf:
           index[0] = slice(i, i + 1)
         yield Chunk(part, start, stop, tuple(index))
 
-  def compute(self, reader: safetensors_reader.Reader, chunk: Chunk,
-              scratch: Scratch) -> np.ndarray:
+  def compute(
+    self, reader: safetensors_reader.Reader, chunk: Chunk, scratch: Scratch
+  ) -> np.ndarray:
     """Returns a chunk as it is stored, [*chunk_shape]; zeros fill its end."""
     rows = self.rows(reader, chunk, scratch)
     stored = scratch.take('stored', self.chunk_shape, self.dtype)
     part = stored[0] if self.stacked else stored
     if chunk.part.transpose:
-      transpose(rows, part[:, :len(rows)])
-      part[:, len(rows):] = 0
+      transpose(rows, part[:, : len(rows)])
+      part[:, len(rows) :] = 0
     else:
-      part[:len(rows)] = rows
-      part[len(rows):] = 0
+      part[: len(rows)] = rows
+      part[len(rows) :] = 0
     return stored
 
-  def rows(self, reader: safetensors_reader.Reader, chunk: Chunk,
-           scratch: Scratch) -> np.ndarray:
+  def rows(
+    self, reader: safetensors_reader.Reader, chunk: Chunk, scratch: Scratch
+  ) -> np.ndarray:
     """Returns a chunk's rows, cast, laid out as they are in the file."""
     tensor = chunk.part.tensor
     shape = (chunk.stop - chunk.start, *tensor.shape[1:])
@@ -206,7 +213,8 @@ def cast(rows: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   if count_nonfinite(narrowed) > count_nonfinite(rows):
     wider = 'bfloat16 or float32' if dtype == np.float16 else 'float32'
     raise errors.CheckpointError(
-      f'{name}: holds numbers too large for {dtype}; convert to {wider}.')
+      f'{name}: holds numbers too large for {dtype}; convert to {wider}.'
+    )
   return narrowed
 
 
@@ -220,8 +228,10 @@ def count_nonfinite(values: np.ndarray) -> int:
   """
   infinity = int(np.array(np.inf, values.dtype).view(f'u{values.itemsize}'))
   sign = 1 << (8 * values.itemsize - 1)
-  if (values.view(f'i{values.itemsize}').max() < infinity
-      and values.view(f'u{values.itemsize}').max() < sign | infinity):
+  if (
+    values.view(f'i{values.itemsize}').max() < infinity
+    and values.view(f'u{values.itemsize}').max() < sign | infinity
+  ):
     return 0
   return values.size - int(np.count_nonzero(np.isfinite(values)))
 
@@ -237,7 +247,8 @@ def nonfinite_error(counts: Mapping[str, int]) -> errors.CheckpointError:
   return errors.CheckpointError(
     f'the checkpoint holds numbers that are NaN or infinite, in '
     f'{", ".join(shown[:5])}{more}; what it computes from them is of no use. '
-    '--allow_nonfinite (allow_nonfinite=True) takes it all the same.')
+    '--allow_nonfinite (allow_nonfinite=True) takes it all the same.'
+  )
 
 
 def transpose(rows: np.ndarray, result: np.ndarray) -> None:
@@ -250,4 +261,4 @@ def transpose(rows: np.ndarray, result: np.ndarray) -> None:
   bits = rows.view(f'u{rows.itemsize}')
   result = result.view(bits.dtype)
   for start in range(0, len(bits), 16):
-    result[:, start:start + 16] = bits[start:start + 16].T
+    result[:, start : start + 16] = bits[start : start + 16].T

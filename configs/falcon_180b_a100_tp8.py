@@ -24,8 +24,7 @@ DEVICE = 'a100'
 
 
 def get_config() -> EngineConfig:
-  return EngineConfig(
-    tp=8, token_budget=512, max_num_seqs=128)
+  return EngineConfig(tp=8, token_budget=512, max_num_seqs=128)
 
 
 def get_model() -> config.ModelConfig:

@@ -24,7 +24,8 @@ DEVICE = 'h100'
 
 def get_config() -> EngineConfig:
   return EngineConfig(
-    tp=4, token_budget=1024, max_num_seqs=256, max_model_len=32768)
+    tp=4, token_budget=1024, max_num_seqs=256, max_model_len=32768
+  )
 
 
 def get_model() -> config.ModelConfig:

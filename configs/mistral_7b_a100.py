@@ -24,8 +24,7 @@ DEVICE = 'a100'
 
 
 def get_config() -> EngineConfig:
-  return EngineConfig(
-    token_budget=512, max_num_seqs=128, max_model_len=16384)
+  return EngineConfig(token_budget=512, max_num_seqs=128, max_model_len=16384)
 
 
 def get_model() -> config.ModelConfig:

@@ -23,8 +23,7 @@ DEVICE = 'h100'
 
 
 def get_config() -> EngineConfig:
-  return EngineConfig(
-    token_budget=1024, max_num_seqs=256, max_model_len=16384)
+  return EngineConfig(token_budget=1024, max_num_seqs=256, max_model_len=16384)
 
 
 def get_model() -> config.ModelConfig:

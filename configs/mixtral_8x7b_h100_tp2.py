@@ -23,8 +23,7 @@ DEVICE = 'h100'
 
 
 def get_config() -> EngineConfig:
-  return EngineConfig(
-    tp=2, token_budget=512, max_num_seqs=128)
+  return EngineConfig(tp=2, token_budget=512, max_num_seqs=128)
 
 
 def get_model() -> config.ModelConfig:

@@ -22,8 +22,7 @@ DEVICE = 'h100'
 
 
 def get_config() -> EngineConfig:
-  return EngineConfig(
-    tp=2, token_budget=1024, max_num_seqs=256)
+  return EngineConfig(tp=2, token_budget=1024, max_num_seqs=256)
 
 
 def get_model() -> config.ModelConfig:

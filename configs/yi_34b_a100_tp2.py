@@ -24,7 +24,8 @@ DEVICE = 'a100'
 
 def get_config() -> EngineConfig:
   return EngineConfig(
-    tp=2, token_budget=512, max_num_seqs=128, max_model_len=16384)
+    tp=2, token_budget=512, max_num_seqs=128, max_model_len=16384
+  )
 
 
 def get_model() -> config.ModelConfig:

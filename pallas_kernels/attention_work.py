@@ -7,7 +7,12 @@ from collections.abc import Mapping
 
 # dtype of keys and values -> bytes of a number.
 NUMBER_BYTES: Mapping[str, int] = {
-  'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1, 'float8_e4m3fn': 1}
+  'float32': 4,
+  'bfloat16': 2,
+  'float16': 2,
+  'int8': 1,
+  'float8_e4m3fn': 1,
+}
 # Bytes of the scale of each token and head, where they are quantized.
 _SCALE_BYTES = 4
 

@@ -52,8 +52,9 @@ class GpuTarget:
     """The most bytes of shared memory that a block may ask for."""
     return self.shared_memory - _SYSTEM_SHARED
 
-  def blocks_that_fit(self, threads: int, registers: int,
-                      shared_memory: int) -> int:
+  def blocks_that_fit(
+    self, threads: int, registers: int, shared_memory: int
+  ) -> int:
     """Returns the number of blocks (CTAs) that a multiprocessor runs at once.
 
     Args:
@@ -64,15 +65,17 @@ class GpuTarget:
     warps = -(-threads // _WARP)
     warp_registers = _round_up(max(registers, 1) * _WARP, _REGISTER_UNIT)
     shared = _round_up(shared_memory + _SYSTEM_SHARED, _SHARED_UNIT)
-    if (shared_memory > self.shared_memory_per_block
-        or registers > _MAX_REGISTERS):
+    if (
+      shared_memory > self.shared_memory_per_block or registers > _MAX_REGISTERS
+    ):
       return 0
     return min(
       self.blocks_per_multiprocessor,
       self.threads_per_multiprocessor // (warps * _WARP),
       # Each of the four schedulers has a quarter of the registers.
       REGISTERS // 4 // warp_registers * 4 // warps,
-      self.shared_memory // shared)
+      self.shared_memory // shared,
+    )
 
   def text_proto(self) -> str:
     """Returns XLA's stream_executor.GpuTargetConfigProto, as text."""
@@ -113,40 +116,73 @@ device_description_str: "{self.device_kind}"
 
 TARGETS: Mapping[str, GpuTarget] = {
   'a100': GpuTarget(
-    device_kind='NVIDIA A100-SXM4-80GB', compute_capability=(8, 0),
-    multiprocessors=108, lanes=64, shared_memory=167936,
-    threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
-    memory_bytes=85_100_068_864, bandwidth=2_039_040_000_000,
-    l2_bytes=41_943_040, clock_ghz=1.41, matmul_flops=312e12),
+    device_kind='NVIDIA A100-SXM4-80GB',
+    compute_capability=(8, 0),
+    multiprocessors=108,
+    lanes=64,
+    shared_memory=167936,
+    threads_per_multiprocessor=2048,
+    blocks_per_multiprocessor=32,
+    memory_bytes=85_100_068_864,
+    bandwidth=2_039_040_000_000,
+    l2_bytes=41_943_040,
+    clock_ghz=1.41,
+    matmul_flops=312e12,
+  ),
   'a40': GpuTarget(
-    device_kind='NVIDIA A40', compute_capability=(8, 6),
-    multiprocessors=84, lanes=128, shared_memory=102400,
-    threads_per_multiprocessor=1536, blocks_per_multiprocessor=16,
-    memory_bytes=47_800_000_000, bandwidth=696_000_000_000,
-    l2_bytes=6_291_456, clock_ghz=1.74, matmul_flops=149.7e12),
+    device_kind='NVIDIA A40',
+    compute_capability=(8, 6),
+    multiprocessors=84,
+    lanes=128,
+    shared_memory=102400,
+    threads_per_multiprocessor=1536,
+    blocks_per_multiprocessor=16,
+    memory_bytes=47_800_000_000,
+    bandwidth=696_000_000_000,
+    l2_bytes=6_291_456,
+    clock_ghz=1.74,
+    matmul_flops=149.7e12,
+  ),
   'h100': GpuTarget(
-    device_kind='NVIDIA H100 80GB HBM3', compute_capability=(9, 0),
-    multiprocessors=132, lanes=128, shared_memory=233472,
-    threads_per_multiprocessor=2048, blocks_per_multiprocessor=32,
-    memory_bytes=84_942_979_072, bandwidth=3_352_320_000_000,
-    l2_bytes=52_428_800, clock_ghz=1.98, matmul_flops=989.4e12),
+    device_kind='NVIDIA H100 80GB HBM3',
+    compute_capability=(9, 0),
+    multiprocessors=132,
+    lanes=128,
+    shared_memory=233472,
+    threads_per_multiprocessor=2048,
+    blocks_per_multiprocessor=32,
+    memory_bytes=84_942_979_072,
+    bandwidth=3_352_320_000_000,
+    l2_bytes=52_428_800,
+    clock_ghz=1.98,
+    matmul_flops=989.4e12,
+  ),
 }
 
 
 # The beginning of jax.Device.device_kind -> the target.
 _KINDS: Mapping[str, str] = {
-  'NVIDIA A100': 'a100', 'NVIDIA A40': 'a40', 'NVIDIA H100': 'h100',
-  'NVIDIA H200': 'h100'}
+  'NVIDIA A100': 'a100',
+  'NVIDIA A40': 'a40',
+  'NVIDIA H100': 'h100',
+  'NVIDIA H200': 'h100',
+}
 # H100 and H200 of these kinds are slower than SXM's, by varying amounts.
 _SLOWER = ('H100 PCIe', 'NVL')
 # The target whose multiprocessors have the same room, by compute capability:
 # 164 KiB of shared memory, 228 KiB, or 100 KiB and fewer threads.
 _ALIKE: Mapping[str, str] = {
-  '8.0': 'a100', '8.7': 'a100',  # A100, A800, A30; Orin
+  '8.0': 'a100',
+  '8.7': 'a100',  # A100, A800, A30; Orin
   '9.0': 'h100',  # H100, H200, H800, H20, GH200
-  '10.0': 'h100', '10.3': 'h100', '11.0': 'h100',  # B200, B300, Thor
-  '8.6': 'a40', '8.9': 'a40',  # A40, A10; L40S, L4
-  '12.0': 'a40', '12.1': 'a40'}  # RTX PRO 6000, Spark
+  '10.0': 'h100',
+  '10.3': 'h100',
+  '11.0': 'h100',  # B200, B300, Thor
+  '8.6': 'a40',
+  '8.9': 'a40',  # A40, A10; L40S, L4
+  '12.0': 'a40',
+  '12.1': 'a40',
+}  # RTX PRO 6000, Spark
 _MOST_MODEST = 'a40'
 
 
@@ -164,8 +200,10 @@ def alike(compute_capability: str) -> str:
 
 def name_of(device_kind: str) -> str | None:
   """Returns the name of the target that a device is; None if in no table."""
-  return next((name for begin, name in _KINDS.items()
-               if device_kind.startswith(begin)), None)
+  return next(
+    (name for begin, name in _KINDS.items() if device_kind.startswith(begin)),
+    None,
+  )
 
 
 def matmul_flops(device_kind: str) -> float | None:

@@ -33,13 +33,21 @@ PARAMS = 'params'
 
 DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
 _ZARR_DTYPES: Mapping[str, str] = {
-  'bfloat16': 'bfloat16', 'float16': '<f2', 'float32': '<f4'}
+  'bfloat16': 'bfloat16',
+  'float16': '<f2',
+  'float32': '<f4',
+}
 
 # The names kept of generation_config.json: fields of SamplingParams, and
 # do_sample, without which transformers ignores them.
-GENERATION_FIELDS = ('do_sample', *(
-  name for name, field in sampling_params.FIELDS.items()
-  if field.is_recommended))
+GENERATION_FIELDS = (
+  'do_sample',
+  *(
+    name
+    for name, field in sampling_params.FIELDS.items()
+    if field.is_recommended
+  ),
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -76,15 +84,27 @@ class CheckpointMetadata:
     return default_sampling(self.generation)
 
   def __post_init__(self) -> None:
-    _check(self.dtype in DTYPE_BYTES, 'dtype', self.dtype,
-           f'must be one of {", ".join(DTYPE_BYTES)}')
+    _check(
+      self.dtype in DTYPE_BYTES,
+      'dtype',
+      self.dtype,
+      f'must be one of {", ".join(DTYPE_BYTES)}',
+    )
     object.__setattr__(self, 'eos_token_ids', tuple(self.eos_token_ids))
-    _check(all(_is_id(token) for token in self.eos_token_ids),
-           'eos_token_ids', self.eos_token_ids, 'must be token ids')
+    _check(
+      all(_is_id(token) for token in self.eos_token_ids),
+      'eos_token_ids',
+      self.eos_token_ids,
+      'must be token ids',
+    )
     for name in ('bos_token_id', 'pad_token_id'):
       value = getattr(self, name)
-      _check(value is None or _is_id(value), name, value,
-             'must be a token id or null')
+      _check(
+        value is None or _is_id(value),
+        name,
+        value,
+        'must be a token id or null',
+      )
     for name in ('generation', 'source'):
       value = getattr(self, name)
       _check(isinstance(value, Mapping), name, value, 'must be an object')
@@ -98,8 +118,11 @@ class CheckpointMetadata:
 
 def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
   """Returns `CheckpointMetadata.default_sampling` of a `generation`."""
-  return {name: value for name, value in generation.items()
-          if name != 'do_sample' and generation.get('do_sample')}
+  return {
+    name: value
+    for name, value in generation.items()
+    if name != 'do_sample' and generation.get('do_sample')
+  }
 
 
 def _check(ok: bool, field: str, value: object, rule: str) -> None:
@@ -128,7 +151,8 @@ def load_metadata(directory: PathLike) -> CheckpointMetadata:
   except FileNotFoundError as e:
     raise errors.CheckpointError(
       f'{directory}: not a converted checkpoint: it holds no {METADATA}. '
-      'Convert it with python -m checkpoints_convert.') from e
+      'Convert it with python -m checkpoints_convert.'
+    ) from e
   except (OSError, ValueError) as e:
     raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
   if not isinstance(fields, dict):
@@ -137,7 +161,8 @@ def load_metadata(directory: PathLike) -> CheckpointMetadata:
   if version != FORMAT_VERSION:
     raise errors.CheckpointError(
       f'{path}: format_version={version!r}: must be {FORMAT_VERSION}; convert '
-      'the checkpoint again.')
+      'the checkpoint again.'
+    )
   try:
     return _parse(fields)
   except errors.ConfigError as e:
@@ -146,22 +171,32 @@ def load_metadata(directory: PathLike) -> CheckpointMetadata:
 
 def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
   known = {field.name for field in dataclasses.fields(CheckpointMetadata)}
-  _check(known >= fields.keys(), 'fields', sorted(fields.keys() - known),
-         'unknown')
+  _check(
+    known >= fields.keys(), 'fields', sorted(fields.keys() - known), 'unknown'
+  )
   for name in ('model', 'dtype'):
     _check(name in fields, name, None, 'missing')
   model = config_lib.ModelConfig.from_dict(fields.pop('model'))
-  _check(isinstance(fields.get('eos_token_ids', []), list), 'eos_token_ids',
-         fields.get('eos_token_ids'), 'must be a list')
+  _check(
+    isinstance(fields.get('eos_token_ids', []), list),
+    'eos_token_ids',
+    fields.get('eos_token_ids'),
+    'must be a list',
+  )
   return CheckpointMetadata(model=model, **fields)
 
 
 def write_metadata(directory: PathLike, metadata: CheckpointMetadata) -> None:
   """Writes sarathi.json, which makes the folder a checkpoint."""
-  fields = {field.name: getattr(metadata, field.name)
-            for field in dataclasses.fields(metadata)}
-  fields = {'format_version': FORMAT_VERSION, **fields,
-            'model': metadata.model.to_dict()}
+  fields = {
+    field.name: getattr(metadata, field.name)
+    for field in dataclasses.fields(metadata)
+  }
+  fields = {
+    'format_version': FORMAT_VERSION,
+    **fields,
+    'model': metadata.model.to_dict(),
+  }
   path = pathlib.Path(directory, METADATA)
   path.write_text(json.dumps(fields, indent=2) + '\n')
 
@@ -184,6 +219,7 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
   metadata = load_metadata(directory)
   import jax  # Here, so that metadata can be read without JAX.
   import orbax.checkpoint as ocp
+
   specs = models.param_specs(metadata.model)
   folder = pathlib.Path(os.path.abspath(directory)) / PARAMS
   _check_arrays(folder, specs, metadata.dtype)
@@ -194,13 +230,20 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
     sharding = jax.tree.map(lambda _: one, specs)
   args = jax.tree.map(
     lambda leaf, where: ocp.ArrayRestoreArgs(
-      restore_type=jax.Array, dtype=metadata.dtype, sharding=where,
-      global_shape=leaf.shape, strict=True),
-    specs, sharding)
+      restore_type=jax.Array,
+      dtype=metadata.dtype,
+      sharding=where,
+      global_shape=leaf.shape,
+      strict=True,
+    ),
+    specs,
+    sharding,
+  )
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     try:
       return checkpointer.restore(
-        folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args))
+        folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args)
+      )
     except (OSError, ValueError, KeyError) as e:
       raise errors.CheckpointError(f'{folder}: can not be read: {e}') from e
 
@@ -215,14 +258,17 @@ def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
   if (folder / 'manifest.ocdbt').exists():
     return
   import jax
+
   for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
-    name = '.'.join(str(getattr(key, 'key', getattr(key, 'idx', None)))
-                    for key in path)
+    name = '.'.join(
+      str(getattr(key, 'key', getattr(key, 'idx', None))) for key in path
+    )
     _check_array(folder / name, name, leaf.shape, dtype)
 
 
-def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
-                 dtype: str) -> None:
+def _check_array(
+  folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: str
+) -> None:
   try:
     stored = json.loads((folder / '.zarray').read_bytes())
     chunks = tuple(stored['chunks'])
@@ -234,16 +280,19 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
   if stored_shape != shape:
     raise errors.CheckpointError(
       f'{folder.parent}: {name} has shape {stored_shape}; the model wants '
-      f'{shape}.')
+      f'{shape}.'
+    )
   if stored.get('dtype') != _ZARR_DTYPES[dtype]:
     raise errors.CheckpointError(
       f'{folder.parent}: {name} is stored as {stored.get("dtype")}, and not '
-      f'as {dtype}.')
+      f'as {dtype}.'
+    )
   if stored.get('compressor') is not None:
     return
   num_bytes = math.prod(chunks) * DTYPE_BYTES[dtype]
-  grid = [range(-(-size // chunk))
-          for size, chunk in zip(shape, chunks, strict=True)]
+  grid = [
+    range(-(-size // chunk)) for size, chunk in zip(shape, chunks, strict=True)
+  ]
   for index in itertools.product(*grid):
     path = folder / '.'.join(map(str, index))
     size = path.stat().st_size if path.exists() else None
@@ -251,7 +300,8 @@ def _check_array(folder: pathlib.Path, name: str, shape: tuple[int, ...],
       problem = 'missing' if size is None else f'{size} bytes'
       raise errors.CheckpointError(
         f'{path}: {problem}, so {name} is truncated; it must be {num_bytes} '
-        'bytes.')
+        'bytes.'
+      )
 
 
 class Checkpoint(NamedTuple):
@@ -278,4 +328,5 @@ def open_converted(directory: PathLike) -> Checkpoint:
   params = pathlib.Path(os.path.abspath(directory)) / PARAMS
   _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
   return Checkpoint(
-    metadata, params_reader.open_params(params), pathlib.Path(directory))
+    metadata, params_reader.open_params(params), pathlib.Path(directory)
+  )

@@ -33,30 +33,43 @@ def define_flags() -> None:
   """Defines the flags; not on import, as their names may be taken."""
   flags.DEFINE_string('target', 'localhost:50051', 'Server to ask, HOST:PORT.')
   flags.DEFINE_bool(
-    'chat', False,
-    'Send the prompt as a user\'s message of a chat, which the checkpoint\'s '
-    'template lays out.')
+    'chat',
+    False,
+    "Send the prompt as a user's message of a chat, which the checkpoint's "
+    'template lays out.',
+  )
   flags.DEFINE_string(
-    'system', None, 'System message of the chat; needs --chat.')
+    'system', None, 'System message of the chat; needs --chat.'
+  )
   flags.DEFINE_list(
-    'token_ids', None,
+    'token_ids',
+    None,
     'Token ids to send in place of a text, such as 1,15043. Those of the '
-    'output are printed, too.')
+    'output are printed, too.',
+  )
   flags.DEFINE_bool(
-    'json', False, 'Print every message of the server as a line of JSON.')
+    'json', False, 'Print every message of the server as a line of JSON.'
+  )
   flags.DEFINE_string(
-    'request_id', None, 'Id to give the request. Default: the server makes '
-    'one.')
+    'request_id', None, 'Id to give the request. Default: the server makes one.'
+  )
   flags.DEFINE_enum(
-    'tier', None, ['interactive', 'batch'],
+    'tier',
+    None,
+    ['interactive', 'batch'],
     'Tier of the request: whether its time between tokens counts for the '
-    'server\'s --tbt_slo_ms (interactive) or --batch_tbt_slo_ms (batch). '
-    'Default: interactive.')
+    "server's --tbt_slo_ms (interactive) or --batch_tbt_slo_ms (batch). "
+    'Default: interactive.',
+  )
   flags.DEFINE_float(
-    'timeout_s', None, 'Give up after this many seconds.', lower_bound=0)
+    'timeout_s', None, 'Give up after this many seconds.', lower_bound=0
+  )
   flags.DEFINE_bool(
-    'fill_context', None, 'Generate as many tokens as the context has room '
-    'for, in place of --max_tokens.')
+    'fill_context',
+    None,
+    'Generate as many tokens as the context has room '
+    'for, in place of --max_tokens.',
+  )
   sampling_flags.define()
 
 
@@ -80,9 +93,11 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
   """Makes the request of the command line; UsageError if it makes no sense."""
   # Unset ones are not sent: the server's defaults hold.
   sampling = pb.SamplingParams(
-    fill_context=FLAGS.fill_context, **sampling_flags.said())
+    fill_context=FLAGS.fill_context, **sampling_flags.said()
+  )
   request = pb.GenerateRequest(
-    request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling)
+    request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling
+  )
   if len(prompts) + (FLAGS.token_ids is not None) != 1:
     raise app.UsageError('give one prompt, in quotes, or --token_ids')
   if FLAGS.token_ids is not None:
@@ -99,14 +114,21 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
 def _token_id(text: str) -> int:
   if not text.isdecimal():
     raise app.UsageError(
-      f'--token_ids: {text!r} is not a token id, such as 15043')
+      f'--token_ids: {text!r} is not a token id, such as 15043'
+    )
   return int(text)
 
 
 def _print(responses: Iterator[pb.GenerateResponse]) -> None:
-  show = next(show for is_on, show in (
-    (FLAGS.json, _json), (FLAGS.token_ids is not None, _ids), (True, _text),
-  ) if is_on)
+  show = next(
+    show
+    for is_on, show in (
+      (FLAGS.json, _json),
+      (FLAGS.token_ids is not None, _ids),
+      (True, _text),
+    )
+    if is_on
+  )
   for response in responses:
     print(show(response), end='', flush=True)
     if response.HasField('finished') and not FLAGS.json:
@@ -117,8 +139,13 @@ def _print(responses: Iterator[pb.GenerateResponse]) -> None:
 
 
 def _json(response: pb.GenerateResponse) -> str:
-  return json.dumps(json_format.MessageToDict(
-    response, preserving_proto_field_name=True), ensure_ascii=False) + '\n'
+  return (
+    json.dumps(
+      json_format.MessageToDict(response, preserving_proto_field_name=True),
+      ensure_ascii=False,
+    )
+    + '\n'
+  )
 
 
 def _ids(response: pb.GenerateResponse) -> str:
@@ -137,13 +164,18 @@ def _summary(finished: pb.Finished) -> str:
   """Returns a line such as '9 prompt tokens, 16 generated, ttft 12.3 ms'."""
   reason = pb.FinishReason.Name(finished.finish_reason)
   timing = finished.timing
-  return ', '.join([
-    f'{finished.usage.prompt_tokens} prompt tokens',
-    f'{finished.usage.completion_tokens} generated',
-    reason.removeprefix('FINISH_REASON_').lower(),
-    *(f'{name} {getattr(timing, f"{name}_s") * 1e3:.1f} ms'
-      for name in ('ttft', 'tpot') if timing.HasField(f'{name}_s')),
-  ])
+  return ', '.join(
+    [
+      f'{finished.usage.prompt_tokens} prompt tokens',
+      f'{finished.usage.completion_tokens} generated',
+      reason.removeprefix('FINISH_REASON_').lower(),
+      *(
+        f'{name} {getattr(timing, f"{name}_s") * 1e3:.1f} ms'
+        for name in ('ttft', 'tpot')
+        if timing.HasField(f'{name}_s')
+      ),
+    ]
+  )
 
 
 def _explain(call: Any) -> str:
@@ -155,8 +187,10 @@ def _explain(call: Any) -> str:
     return f'{code.name}: {details}'
   if 'connect' not in details:  # the server's own words
     return f'{FLAGS.target}: {details}'
-  return (f'no server at {FLAGS.target}; start one with '
-          'python -m sarathi_jax.server, or give its --target')
+  return (
+    f'no server at {FLAGS.target}; start one with '
+    'python -m sarathi_jax.server, or give its --target'
+  )
 
 
 def run() -> None:

@@ -28,14 +28,17 @@ def is_int(value: object) -> bool:
 
 def is_real(value: Any) -> bool:
   """Says whether a value is a number that a float can hold, and finite."""
-  return ((is_int(value) or isinstance(value, float))
-          and abs(value) <= sys.float_info.max)
+  return (is_int(value) or isinstance(value, float)) and abs(
+    value
+  ) <= sys.float_info.max
 
 
 # What a value must be: a test of it, and the rule in words.
 Rule = tuple[Callable[[Any], bool], str]
-SIZE: Rule = (lambda value: is_int(value) and value >= 1,
-              'must be an integer >= 1')
+SIZE: Rule = (
+  lambda value: is_int(value) and value >= 1,
+  'must be an integer >= 1',
+)
 POSITIVE: Rule = (lambda value: is_real(value) and value > 0, 'must be > 0')
 FLAG: Rule = (lambda value: isinstance(value, bool), 'must be true or false')
 
@@ -48,8 +51,10 @@ def or_none(rule: Rule, text: str | None = None) -> Rule:
 
 def one_of(values: Collection[object]) -> Rule:
   """Returns the rule that a value must be one of these."""
-  return (lambda value: value in values,
-          f'must be one of {", ".join(map(str, values))}')
+  return (
+    lambda value: value in values,
+    f'must be one of {", ".join(map(str, values))}',
+  )
 
 
 def check_fields(config: object, rules: Mapping[str, Rule]) -> None:
@@ -143,14 +148,21 @@ class EngineConfig:
 
   def __post_init__(self) -> None:
     check_fields(self, _ENGINE_RULES)
-    check(self.token_budget >= self.max_num_seqs, 'token_budget',
-          self.token_budget,
-          f'must be at least max_num_seqs={self.max_num_seqs}, or a decode '
-          'could be left out of a step')
+    check(
+      self.token_budget >= self.max_num_seqs,
+      'token_budget',
+      self.token_budget,
+      f'must be at least max_num_seqs={self.max_num_seqs}, or a decode '
+      'could be left out of a step',
+    )
     for field in SLOS:
       value = getattr(self, field)
-      check(value is None or self.tbt_slo_ms is not None, field, value,
-            'needs tbt_slo_ms')
+      check(
+        value is None or self.tbt_slo_ms is not None,
+        field,
+        value,
+        'needs tbt_slo_ms',
+      )
 
   def cache_bytes(self, page_bytes: int) -> float | None:
     """Returns the configured bytes of the KV cache on one device.
@@ -168,20 +180,31 @@ class EngineConfig:
 
 _ENGINE_RULES: Mapping[str, Rule] = {
   **dict.fromkeys(
-    ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'), SIZE),
+    ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'), SIZE
+  ),
   **dict.fromkeys(('max_model_len', 'num_pages'), or_none(SIZE)),
   **dict.fromkeys(SLOS, or_none(POSITIVE, 'must be milliseconds > 0')),
-  'kv_cache_gib': or_none((  # inf: all that can be used
-    lambda value: value == math.inf or POSITIVE[0](value), POSITIVE[1])),
+  'kv_cache_gib': or_none(
+    (  # inf: all that can be used
+      lambda value: value == math.inf or POSITIVE[0](value),
+      POSITIVE[1],
+    )
+  ),
   'memory_utilization': (
-    lambda value: is_real(value) and 0 < value <= 1, 'must be in (0, 1]'),
+    lambda value: is_real(value) and 0 < value <= 1,
+    'must be in (0, 1]',
+  ),
   'short_prompt_share': (
-    lambda value: is_real(value) and 0 <= value < 1, 'must be in [0, 1)'),
+    lambda value: is_real(value) and 0 <= value < 1,
+    'must be in [0, 1)',
+  ),
   'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
   'look_ahead': FLAG,
-  'seed': (lambda value: is_int(value) and 0 <= value < 2**63,
-           'must be an integer in [0, 2**63)'),
+  'seed': (
+    lambda value: is_int(value) and 0 <= value < 2**63,
+    'must be an integer in [0, 2**63)',
+  ),
 }
 
 
@@ -230,19 +253,28 @@ class SchedulerConfig:
     Raises:
       ConfigError: the cache has no room for one sequence.
     """
-    shared = {field.name for field in dataclasses.fields(cls)
-              if hasattr(config, field.name)}
+    shared = {
+      field.name
+      for field in dataclasses.fields(cls)
+      if hasattr(config, field.name)
+    }
     return cls(**{name: getattr(config, name) for name in shared} | resolved)
 
   def __post_init__(self) -> None:
-    check(self.token_budget >= self.max_num_seqs, 'token_budget',
-          self.token_budget,
-          f'must be at least max_num_seqs={self.max_num_seqs}')
-    check(self.num_pages * self.page_size >= self.max_model_len, 'num_pages',
-          self.num_pages,
-          f'{self.num_pages * self.page_size} tokens of KV cache are too few '
-          f'for one sequence of max_model_len={self.max_model_len}; lower '
-          'max_model_len or raise kv_cache_gib')
+    check(
+      self.token_budget >= self.max_num_seqs,
+      'token_budget',
+      self.token_budget,
+      f'must be at least max_num_seqs={self.max_num_seqs}',
+    )
+    check(
+      self.num_pages * self.page_size >= self.max_model_len,
+      'num_pages',
+      self.num_pages,
+      f'{self.num_pages * self.page_size} tokens of KV cache are too few '
+      f'for one sequence of max_model_len={self.max_model_len}; lower '
+      'max_model_len or raise kv_cache_gib',
+    )
 
   @property
   def ttft_target_s(self) -> float:

@@ -30,13 +30,18 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 10
 
 
 def shown(value: object) -> str:
-  """Returns the repr of a value; of a long one, of its ends, and its length.
-  """
+  """Returns the repr of a value; of a long one, of its ends, and its length."""
   text = _SHORT.repr(value)
-  size = len(value) if isinstance(
-    value, (str, bytes, list, tuple, dict, set, frozenset)) else 0
-  return f'{text} (length {size:,})' if size > (
-    _MOST if isinstance(value, (str, bytes)) else 10) else text
+  size = (
+    len(value)
+    if isinstance(value, (str, bytes, list, tuple, dict, set, frozenset))
+    else 0
+  )
+  return (
+    f'{text} (length {size:,})'
+    if size > (_MOST if isinstance(value, (str, bytes)) else 10)
+    else text
+  )
 
 
 def cut(text: str, most: int = _MOST) -> str:

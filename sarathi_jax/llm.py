@@ -88,49 +88,75 @@ class LLM:
       or the tokenizer is of another kind, or doesn't say where to stop.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig,
-               params: Params = None, *,
-               mesh: jax.sharding.Mesh | None = None,
-               axis_names: mesh_lib.AxisNames | None = None,
-               tokenizer: Any = None,
-               config: config_lib.EngineConfig | None = None,
-               eos_token_ids: int | Iterable[int] | None = None,
-               model_name: str = '',
-               default_sampling: Mapping[str, Any] | None = None,
-               on_compiled: OnCompiled | None = None) -> None:
+  def __init__(
+    self,
+    model: model_config_lib.ModelConfig,
+    params: Params = None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axis_names: mesh_lib.AxisNames | None = None,
+    tokenizer: Any = None,
+    config: config_lib.EngineConfig | None = None,
+    eos_token_ids: int | Iterable[int] | None = None,
+    model_name: str = '',
+    default_sampling: Mapping[str, Any] | None = None,
+    on_compiled: OnCompiled | None = None,
+  ) -> None:
     config = config or config_lib.EngineConfig()
     if not isinstance(model, model_config_lib.ModelConfig):
       raise errors.ConfigError(
         f'model: is a {type(model).__module__}.{type(model).__name__}; must be '
         'a ModelConfig, as of opening.open_checkpoint. A checkpoint is '
-        'served by LLM.from_checkpoint.')
+        'served by LLM.from_checkpoint.'
+      )
     words = tokenizing.tokenizer_of(tokenizer)
-    eos_token_ids = tokenizing.eos_token_ids_of(
-      eos_token_ids, tokenizer, words)
-    params = params_lib.check_params(model, params, (
-      None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)))
+    eos_token_ids = tokenizing.eos_token_ids_of(eos_token_ids, tokenizer, words)
+    params = params_lib.check_params(
+      model,
+      params,
+      (None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)),
+    )
     with settings.own():
       mesh = building.make_mesh(
-        model, config, users=mesh, axis_names=axis_names,
-        home=params_lib.devices_of(params))
+        model,
+        config,
+        users=mesh,
+        axis_names=axis_names,
+        home=params_lib.devices_of(params),
+      )
       self._start(
-        model, placement.place_live(model, mesh, params), mesh, config,
-        on_compiled, tokenizer=words, eos_token_ids=eos_token_ids,
-        model_name=model_name, default_sampling=default_sampling)
+        model,
+        placement.place_live(model, mesh, params),
+        mesh,
+        config,
+        on_compiled,
+        tokenizer=words,
+        eos_token_ids=eos_token_ids,
+        model_name=model_name,
+        default_sampling=default_sampling,
+      )
 
-  def _start(self, model: model_config_lib.ModelConfig, placed: Params,
-             mesh: jax.sharding.Mesh, config: config_lib.EngineConfig,
-             on_compiled: OnCompiled | None,
-             leader: hosts.Leader | None = None, **engine: Any) -> None:
+  def _start(
+    self,
+    model: model_config_lib.ModelConfig,
+    placed: Params,
+    mesh: jax.sharding.Mesh,
+    config: config_lib.EngineConfig,
+    on_compiled: OnCompiled | None,
+    leader: hosts.Leader | None = None,
+    **engine: Any,
+  ) -> None:
     """Compiles the steps and builds the engine, once weights are placed."""
     engine['default_sampling'] = types.SamplingParams.defaults(
-      engine['default_sampling'] or {})  # Checked before anything is compiled.
+      engine['default_sampling'] or {}
+    )  # Checked before anything is compiled.
     self.model = model
     self._config = config
     self._leader = leader
     with progress.told(on_compiled, 'Compiling steps') as tell:
       self._runner = building.build_runner(
-        model, placed, mesh, config, tell, leader)
+        model, placed, mesh, config, tell, leader
+      )
     self.engine = building.build_engine(model, self._runner, config, **engine)
     self._dtype = jax.tree.leaves(placed)[0].dtype
     self._ids = itertools.count()
@@ -138,16 +164,21 @@ class LLM:
 
   @classmethod
   def from_checkpoint(
-      cls, path: str | pathlib.Path, *,
-      config: config_lib.EngineConfig | None = None,
-      mesh: jax.sharding.Mesh | None = None,
-      axis_names: mesh_lib.AxisNames | None = None,
-      cache_dir: str | pathlib.Path | None = None,
-      convert: bool = True, sampling_defaults: bool = True,
-      allow_nonfinite: bool = False, model_name: str | None = None,
-      leader: hosts.Leader | None = None,
-      on_loaded: OnCompiled | None = None,
-      on_compiled: OnCompiled | None = None) -> LLM:
+    cls,
+    path: str | pathlib.Path,
+    *,
+    config: config_lib.EngineConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    axis_names: mesh_lib.AxisNames | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+    convert: bool = True,
+    sampling_defaults: bool = True,
+    allow_nonfinite: bool = False,
+    model_name: str | None = None,
+    leader: hosts.Leader | None = None,
+    on_loaded: OnCompiled | None = None,
+    on_compiled: OnCompiled | None = None,
+  ) -> LLM:
     """Loads a converted checkpoint, or a Hugging Face one.
 
     Args:
@@ -174,11 +205,16 @@ class LLM:
     """
     config = config or config_lib.EngineConfig()
     make_mesh = functools.partial(
-      building.make_mesh, config=config, users=mesh, axis_names=axis_names)
+      building.make_mesh, config=config, users=mesh, axis_names=axis_names
+    )
     opened = opening.open_checkpoint(
-      path, cache_dir or config_lib.default_cache_dir(), convert=convert,
-      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite,
-      on_model=make_mesh)
+      path,
+      cache_dir or config_lib.default_cache_dir(),
+      convert=convert,
+      sampling_defaults=sampling_defaults,
+      allow_nonfinite=allow_nonfinite,
+      on_model=make_mesh,
+    )
     metadata = opened.metadata
     with settings.own():
       mesh = make_mesh(metadata.model)
@@ -186,21 +222,35 @@ class LLM:
       memory.check_weights(metadata.model, config, mesh, dtype)
       with progress.told(on_loaded, 'Loading weights') as tell:
         placed = placement.load(
-          metadata.model, mesh, dtype, opened.read,
-          transpose=placement.transposes(mesh), on_loaded=tell)
+          metadata.model,
+          mesh,
+          dtype,
+          opened.read,
+          transpose=placement.transposes(mesh),
+          on_loaded=tell,
+        )
       llm = object.__new__(cls)
       llm._start(
-        metadata.model, placed, mesh, config, on_compiled, leader,
+        metadata.model,
+        placed,
+        mesh,
+        config,
+        on_compiled,
+        leader,
         tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
         eos_token_ids=metadata.eos_token_ids,
         default_sampling=metadata.default_sampling,
-        model_name=str(path) if model_name is None else model_name)
+        model_name=str(path) if model_name is None else model_name,
+      )
     return llm
 
-  def generate(self, prompts: Prompt | Sequence[Prompt],
-               sampling: types.SamplingParams
-               | Sequence[types.SamplingParams] | None = None,
-               ) -> list[types.Completion]:
+  def generate(
+    self,
+    prompts: Prompt | Sequence[Prompt],
+    sampling: types.SamplingParams
+    | Sequence[types.SamplingParams]
+    | None = None,
+  ) -> list[types.Completion]:
     """Continues prompts, all at once, and waits until the last is done.
 
     Args:
@@ -231,9 +281,11 @@ class LLM:
       run.close()
     return [done[r.request_id] for r in requests]
 
-  def stream(self, prompt: Prompt,
-             sampling: types.SamplingParams | None = None,
-             ) -> runs_lib.Run:
+  def stream(
+    self,
+    prompt: Prompt,
+    sampling: types.SamplingParams | None = None,
+  ) -> runs_lib.Run:
     """Continues one prompt, token by token.
 
     Leaving the loop early aborts the request. Several streams may be read in
@@ -247,11 +299,16 @@ class LLM:
       InvalidRequestError: it can't be served.
     """
     return runs_lib.Run(
-      self._runs, self._requests([prompt], sampling), 'stream')
+      self._runs, self._requests([prompt], sampling), 'stream'
+    )
 
-  def open_weights(self, path: str | pathlib.Path, *,
-                   cache_dir: str | pathlib.Path | None = None,
-                   **options: Any) -> checkpoint.Checkpoint:
+  def open_weights(
+    self,
+    path: str | pathlib.Path,
+    *,
+    cache_dir: str | pathlib.Path | None = None,
+    **options: Any,
+  ) -> checkpoint.Checkpoint:
     """Opens other weights of the same model, for `load_weights`.
 
     Does not touch what is served, so any thread may call it.
@@ -265,10 +322,16 @@ class LLM:
         dtype.
     """
     opened = opening.open_checkpoint(
-      path, cache_dir or config_lib.default_cache_dir(), **options)
+      path, cache_dir or config_lib.default_cache_dir(), **options
+    )
     building.check_same(
-      str(path), opened.metadata, self.model, self._dtype, self._config,
-      self._runner.mesh)
+      str(path),
+      opened.metadata,
+      self.model,
+      self._dtype,
+      self._config,
+      self._runner.mesh,
+    )
     return opened
 
   def load_weights(self, opened: checkpoint.Checkpoint) -> None:
@@ -284,10 +347,13 @@ class LLM:
     """
     if self._leader is not None:
       raise errors.UnsupportedError(
-        'weights: can\'t be replaced while several hosts serve them; start '
-        'anew.')
-    with (self._runs.turns.take('load_weights'), self._runs.whole(),
-          settings.own()):
+        "weights: can't be replaced while several hosts serve them; start anew."
+      )
+    with (
+      self._runs.turns.take('load_weights'),
+      self._runs.whole(),
+      settings.own(),
+    ):
       self.engine.invalidate_cache()
       self._runner.load_params(self._dtype, opened.read)
 
@@ -329,14 +395,16 @@ class LLM:
         raise
       except Exception as error:  # A device's faults have no common type.
         raise errors.ConfigError(
-          'params: can\'t be moved to where they are served: '
-          f'{errors.describe(error)}. The old weights stay.') from error
+          "params: can't be moved to where they are served: "
+          f'{errors.describe(error)}. The old weights stay.'
+        ) from error
 
   def _check_weights(self) -> None:
     if not self._runner.has_params:
       raise errors.ConfigError(
         'params: were deleted, or donated to a computation; call '
-        'update_params with those that took their place.')
+        'update_params with those that took their place.'
+      )
 
   def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
     prompts = prompts_lib.listed(prompts)
@@ -345,15 +413,20 @@ class LLM:
     if len(sampling) != len(prompts):
       raise errors.InvalidRequestError(
         f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '
-        'for all, or one each.')
+        'for all, or one each.'
+      )
     now = self.engine.clock()
     requests = [
       types.Request(
-        request_id=f'llm-{next(self._ids)}', sampling=params,
+        request_id=f'llm-{next(self._ids)}',
+        sampling=params,
         prompt_token_ids=tokenizer_lib.encode_prompt(
-          self.engine.tokenizer, prompt),
-        arrival_time=now)
-      for prompt, params in zip(prompts, sampling, strict=True)]
+          self.engine.tokenizer, prompt
+        ),
+        arrival_time=now,
+      )
+      for prompt, params in zip(prompts, sampling, strict=True)
+    ]
     for request in requests:
       self.engine.check(request)
     return requests

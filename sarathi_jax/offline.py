@@ -64,15 +64,23 @@ class Written(NamedTuple):
 def define_flags() -> None:
   """Defines the flags; not on import, as their names may be taken."""
   flags.DEFINE_string(
-    'checkpoint', None, 'Checkpoint to run: a converted one, or a Hugging Face '
-    'folder or hub id, which is converted once.', required=True)
-  flags.DEFINE_string('prompts', None, 'File of JSON lines to read requests '
-                      'from.', required=True)
-  flags.DEFINE_string('output', None, 'File of JSON lines to write results to.',
-                      required=True)
+    'checkpoint',
+    None,
+    'Checkpoint to run: a converted one, or a Hugging Face '
+    'folder or hub id, which is converted once.',
+    required=True,
+  )
+  flags.DEFINE_string(
+    'prompts', None, 'File of JSON lines to read requests from.', required=True
+  )
+  flags.DEFINE_string(
+    'output', None, 'File of JSON lines to write results to.', required=True
+  )
   flags.DEFINE_bool(
-    'resume', False, 'Go on with the file --output: skip requests whose ids it '
-    'holds.')
+    'resume',
+    False,
+    'Go on with the file --output: skip requests whose ids it holds.',
+  )
   engine_flags.define_engine_flags()
   sampling_flags.define(but=_ENGINES_OWN)
 
@@ -86,17 +94,23 @@ def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
         yield line
     elif line.request.request_id in seen:
       if line.number not in written.lines:
-        yield Line(line.number, line.request_id, None,
-                   'request_id: an earlier line has it, too.')
+        yield Line(
+          line.number,
+          line.request_id,
+          None,
+          'request_id: an earlier line has it, too.',
+        )
     else:
       seen.add(line.request.request_id)
       if line.request.request_id not in written.ids:
         yield line
 
 
-def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
-              on_tokens: Callable[[int], None] = lambda num_tokens: None,
-              ) -> Iterator[dict[str, Any]]:
+def run_lines(
+  engine: engine_lib.Engine,
+  lines: Iterator[Line],
+  on_tokens: Callable[[int], None] = lambda num_tokens: None,
+) -> Iterator[dict[str, Any]]:
   """Runs requests to their end and yields results as they come.
 
   Lines are read as the engine makes room, not all at once.
@@ -115,11 +129,16 @@ def run_lines(engine: engine_lib.Engine, lines: Iterator[Line],
       if line is None:
         is_last = True
       elif line.request is None:
-        yield {'request_id': line.request_id, 'line': line.number,
-               'error': line.error}
+        yield {
+          'request_id': line.request_id,
+          'line': line.number,
+          'error': line.error,
+        }
       else:
         live[line.request.request_id] = (
-          line, collector.Collector(line.request))
+          line,
+          collector.Collector(line.request),
+        )
         engine.add(line.request)
     deltas = engine.step()
     on_tokens(sum(len(delta.token_ids) for delta in deltas))
@@ -161,7 +180,8 @@ def _read_written(path: pathlib.Path) -> Written:
       except (ValueError, KeyError, TypeError):
         raise errors.ConfigError(
           f'output={str(path)!r}: line {number} is not one of our results; '
-          'won\'t go on with this file.') from None
+          "won't go on with this file."
+        ) from None
       whole += len(line)
   if whole < path.stat().st_size:
     os.truncate(path, whole)
@@ -178,7 +198,8 @@ class _Output:
       if path.is_file() and path.stat().st_size:
         if not resume:
           raise errors.ConfigError(
-            f'output={str(path)!r}: exists; --resume goes on with it.')
+            f'output={str(path)!r}: exists; --resume goes on with it.'
+          )
         self.written = _read_written(path)
       self._file = path.open('ab', buffering=0)
     except OSError as error:
@@ -189,8 +210,8 @@ class _Output:
 
   def _error(self, error: OSError, hint: str = '') -> errors.ConfigError:
     return errors.ConfigError(
-      f'output={str(self._path)!r}: can\'t be written: {error.strerror}'
-      f'{hint}.')
+      f"output={str(self._path)!r}: can't be written: {error.strerror}{hint}."
+    )
 
   def write(self, result: Mapping[str, Any]) -> None:
     text = json.dumps(result, ensure_ascii=False) + '\n'
@@ -198,10 +219,11 @@ class _Output:
     rest = memoryview(text.encode('utf-8', 'backslashreplace'))
     try:
       while rest:
-        rest = rest[self._file.write(rest):]
+        rest = rest[self._file.write(rest) :]
     except OSError as error:
       raise self._error(
-        error, '; --resume goes on with what is missing') from error
+        error, '; --resume goes on with what is missing'
+      ) from error
 
 
 def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:
@@ -210,17 +232,22 @@ def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:
     lines = path.read_bytes().split(b'\n')
   except OSError as error:
     raise errors.ConfigError(
-      f'prompts={str(path)!r}: can\'t be read: {error.strerror}.') from error
+      f"prompts={str(path)!r}: can't be read: {error.strerror}."
+    ) from error
   return [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def _progress(console: rich.console.Console) -> rich.progress.Progress:
   return rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
-    rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
     rich.progress.TextColumn('{task.fields[rate]:,.0f} tokens/s'),
-    rich.progress.TimeRemainingColumn(), console=console, transient=True,
-    disable=not console.is_terminal)
+    rich.progress.TimeRemainingColumn(),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  )
 
 
 def _start(console: rich.console.Console) -> None:
@@ -233,53 +260,73 @@ def _start(console: rich.console.Console) -> None:
   leader = None
   if (processes := engine_flags.processes_from_flags()) is not None:
     from sarathi_jax.launch import loading
-    leader = loading.join(
-      processes, FLAGS.checkpoint, config, **load_options)
+
+    leader = loading.join(processes, FLAGS.checkpoint, config, **load_options)
   # The first of several processes tells the others how it ends.
-  with (leader or contextlib.nullcontext(),
-        contextlib.closing(_Output(path, FLAGS.resume)) as output):
+  with (
+    leader or contextlib.nullcontext(),
+    contextlib.closing(_Output(path, FLAGS.resume)) as output,
+  ):
     # Not on top: a wrong flag is told before JAX is loaded.
     from sarathi_jax.launch import loading
+
     engine = loading.load_llm(
-      FLAGS.checkpoint, config, end=leader, console=console,
-      **load_options).engine
-    lines = [functools.partial(
-      prompt_lines.parse_line, number, text, defaults, config.seed, engine)
-      for number, text in prompts]
+      FLAGS.checkpoint, config, end=leader, console=console, **load_options
+    ).engine
+    lines = [
+      functools.partial(
+        prompt_lines.parse_line, number, text, defaults, config.seed, engine
+      )
+      for number, text in prompts
+    ]
     _run(engine, lines, output, console)
 
 
-def _run(engine: engine_lib.Engine, lines: Sequence[Callable[[], Line]],
-         output: _Output, console: rich.console.Console) -> None:
+def _run(
+  engine: engine_lib.Engine,
+  lines: Sequence[Callable[[], Line]],
+  output: _Output,
+  console: rich.console.Console,
+) -> None:
   num_written = len(output.written.ids) + len(output.written.lines)
   num_done = num_written
   num_errors = num_tokens = 0
   start = time.monotonic()
   told = progress_lib.Lines(console)
   with _progress(console) as progress:
-    task = progress.add_task('Generating', total=len(lines), rate=0.0,
-                             completed=num_written)
+    task = progress.add_task(
+      'Generating', total=len(lines), rate=0.0, completed=num_written
+    )
 
     def on_tokens(n: int) -> None:
       nonlocal num_tokens
       num_tokens += n
       rate = num_tokens / (time.monotonic() - start)
       progress.update(task, rate=rate)
-      told.tell(lambda: f'{num_done:,} of {len(lines):,} lines are done, '
-                        f'{rate:,.0f} tokens/s.')
+      told.tell(
+        lambda: (
+          f'{num_done:,} of {len(lines):,} lines are done, '
+          f'{rate:,.0f} tokens/s.'
+        )
+      )
 
     for result in run_lines(
-        engine, unwritten((parse() for parse in lines), output.written),
-        on_tokens):
+      engine, unwritten((parse() for parse in lines), output.written), on_tokens
+    ):
       output.write(result)
       num_done += 1
       num_errors += 'error' in result
       progress.advance(task)
   if num_written:
     console.print(f'{num_written:,} results were there already.')
-  console.print(report.summary_table(
-    engine.metrics, time.monotonic() - start, engine.stats().num_preemptions,
-    num_errors))
+  console.print(
+    report.summary_table(
+      engine.metrics,
+      time.monotonic() - start,
+      engine.stats().num_preemptions,
+      num_errors,
+    )
+  )
 
 
 def main() -> None:

@@ -28,20 +28,24 @@ Say = Callable[[str], object]  # A line, for people.
 # Makes a progress bar of a title and a number of bytes; the block's value is
 # called with the bytes just done.
 Bar = Callable[
-  [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]]
+  [str, int], contextlib.AbstractContextManager[Callable[[int], Any]]
+]
 
 
 def _warn(line: str) -> None:
   warnings.warn(line, RuntimeWarning, stacklevel=4)
 
 
-def open_checkpoint(path_or_hub_id: checkpoint.PathLike,
-                    cache_dir: checkpoint.PathLike, *,
-                    convert: bool = True, sampling_defaults: bool = True,
-                    allow_nonfinite: bool = False,
-                    bar: Bar | None = None,
-                    on_model: OnModel = lambda model: None,
-                    ) -> checkpoint.Checkpoint:
+def open_checkpoint(
+  path_or_hub_id: checkpoint.PathLike,
+  cache_dir: checkpoint.PathLike,
+  *,
+  convert: bool = True,
+  sampling_defaults: bool = True,
+  allow_nonfinite: bool = False,
+  bar: Bar | None = None,
+  on_model: OnModel = lambda model: None,
+) -> checkpoint.Checkpoint:
   """Opens a checkpoint, converted or Hugging Face's.
 
   Warns if an older version of the converter made a converted checkpoint.
@@ -58,32 +62,46 @@ def open_checkpoint(path_or_hub_id: checkpoint.PathLike,
   """
   folder = pathlib.Path(path_or_hub_id)
   if convert or (folder / checkpoint.METADATA).is_file():
-    opened = checkpoint.open_converted(resolve(
-      path_or_hub_id, cache_dir, bar, on_model,
-      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite))
+    opened = checkpoint.open_converted(
+      resolve(
+        path_or_hub_id,
+        cache_dir,
+        bar,
+        on_model,
+        sampling_defaults=sampling_defaults,
+        allow_nonfinite=allow_nonfinite,
+      )
+    )
     if not sampling_defaults:
-      opened = opened._replace(metadata=dataclasses.replace(
-        opened.metadata, generation={}))
+      opened = opened._replace(
+        metadata=dataclasses.replace(opened.metadata, generation={})
+      )
     _warn_of_older(opened)
     return opened
   from checkpoints_convert import direct
   from checkpoints_convert import source
   from checkpoints_convert import tokenizer_files
+
   origin = source.locate(str(path_or_hub_id))
   params = direct.DirectParams(
-    origin, sampling_defaults=sampling_defaults,
-    allow_nonfinite=allow_nonfinite)
+    origin, sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite
+  )
   kept = _kept(pathlib.Path(cache_dir, 'tokenizers'), origin)
   if not kept.is_dir():
     whole_folder.make(kept, functools.partial(tokenizer_files.write, origin))
   return checkpoint.Checkpoint(params.metadata, params, kept)
 
 
-def resolve(path_or_hub_id: checkpoint.PathLike,
-            cache_dir: checkpoint.PathLike,
-            bar: Bar | None = None, on_model: OnModel = lambda model: None,
-            say: Say = _warn, *, sampling_defaults: bool = True,
-            allow_nonfinite: bool = False) -> pathlib.Path:
+def resolve(
+  path_or_hub_id: checkpoint.PathLike,
+  cache_dir: checkpoint.PathLike,
+  bar: Bar | None = None,
+  on_model: OnModel = lambda model: None,
+  say: Say = _warn,
+  *,
+  sampling_defaults: bool = True,
+  allow_nonfinite: bool = False,
+) -> pathlib.Path:
   """Returns the folder of a converted checkpoint, converting it if need be.
 
   Waits while another process converts the same checkpoint, and takes over if
@@ -110,8 +128,10 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
   if folder.is_dir() and not (folder / 'config.json').is_file():
     raise errors.CheckpointError(
       f'{folder}: neither a converted checkpoint, with {checkpoint.METADATA}, '
-      'nor one of Hugging Face, with config.json.')
+      'nor one of Hugging Face, with config.json.'
+    )
   from checkpoints_convert import source
+
   origin = source.locate(str(path_or_hub_id))
   target = _kept(pathlib.Path(cache_dir), origin)
   _tell_of_older(pathlib.Path(cache_dir), origin, say)
@@ -120,33 +140,49 @@ def resolve(path_or_hub_id: checkpoint.PathLike,
     target = target.with_name(f'{target.name}-nosampling_defaults')
   if not (target / checkpoint.METADATA).is_file():
     _convert(
-      str(path_or_hub_id), origin, target, on_model=on_model, say=say, bar=bar,
-      sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite)
+      str(path_or_hub_id),
+      origin,
+      target,
+      on_model=on_model,
+      say=say,
+      bar=bar,
+      sampling_defaults=sampling_defaults,
+      allow_nonfinite=allow_nonfinite,
+    )
   found = checkpoint.load_metadata(target).source.get('nonfinite')
   if found and not allow_nonfinite:  # An earlier caller allowed them.
     from checkpoints_convert import transforms
+
     raise transforms.nonfinite_error(found)
   return target
 
 
-def _convert(name: str, origin: pathlib.Path, target: pathlib.Path, *,
-             on_model: OnModel, say: Say, bar: Bar | None,
-             **options: Any) -> None:
+def _convert(
+  name: str,
+  origin: pathlib.Path,
+  target: pathlib.Path,
+  *,
+  on_model: OnModel,
+  say: Say,
+  bar: Bar | None,
+  **options: Any,
+) -> None:
   """Converts a checkpoint, or waits for another process that does."""
   from checkpoints_convert import convert
   from checkpoints_convert import hf_config
   from checkpoints_convert import staging
+
   has_waited = False
   while not (target / checkpoint.METADATA).is_file():
     on_model(hf_config.read(origin)[0])
     try:
-      convert.convert(
-        origin, target, bar=bar or convert.no_bar, **options)
+      convert.convert(origin, target, bar=bar or convert.no_bar, **options)
     except staging.BusyError:
       if not has_waited:
         has_waited = True
-        say(f'Another process converts {name} into {target}; waiting for it '
-            '...')
+        say(
+          f'Another process converts {name} into {target}; waiting for it ...'
+        )
       staging.wait_for_other(target)
     except errors.CheckpointError:
       # Another may have made it meanwhile.
@@ -160,30 +196,37 @@ def _warn_of_older(opened: checkpoint.Checkpoint) -> None:
   if not (changed := changes.since(version)):
     return
   from checkpoints_convert import generation
+
   dropped = ''
   try:
     generation.read(opened.folder, {})
   except errors.CheckpointError as error:
     dropped = f' Of it was dropped: {error}'
-  _warn(f'{opened.folder}: was converted by version {version} of the '
-        f'converter; since then, {changed}. The weights are the same. To have '
-        f'the rest, convert it again.{dropped}')
+  _warn(
+    f'{opened.folder}: was converted by version {version} of the '
+    f'converter; since then, {changed}. The weights are the same. To have '
+    f'the rest, convert it again.{dropped}'
+  )
 
 
-def _tell_of_older(cache_dir: pathlib.Path, origin: pathlib.Path,
-                   say: Say) -> None:
+def _tell_of_older(
+  cache_dir: pathlib.Path, origin: pathlib.Path, say: Say
+) -> None:
   """Says which older conversions are not used, if one is made anew."""
   if _kept(cache_dir, origin).is_dir():
     return
   for version in range(1, changes.VERSION):
     older = _kept(cache_dir, origin, version)
     if older.is_dir():
-      say(f'{origin} is converted anew: since {older} was made, '
-          f'{changes.since(version)}. That folder is not used any more.')
+      say(
+        f'{origin} is converted anew: since {older} was made, '
+        f'{changes.since(version)}. That folder is not used any more.'
+      )
 
 
-def _kept(cache_dir: pathlib.Path, origin: pathlib.Path,
-          version: int = changes.VERSION) -> pathlib.Path:
+def _kept(
+  cache_dir: pathlib.Path, origin: pathlib.Path, version: int = changes.VERSION
+) -> pathlib.Path:
   """Returns the folder for a version's conversion of a checkpoint."""
   facts = [str(origin)]
   for path in sorted(origin.iterdir()):

@@ -46,28 +46,35 @@ def _read(folder: pathlib.Path, name: str, index: Slices) -> np.ndarray:
     stored = json.loads((array / '.zarray').read_bytes())
     if stored.get('compressor') is not None or stored.get('order') != 'C':
       return _read_by_tensorstore(
-        {'driver': 'file', 'path': f'{folder}/'}, name, index)
+        {'driver': 'file', 'path': f'{folder}/'}, name, index
+      )
     return _map(array, stored, index)
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.CheckpointError(f'{array}: can not be read: {e}') from e
 
 
-def _map(array: pathlib.Path, stored: dict[str, Any],
-         index: Slices) -> np.ndarray:
+def _map(
+  array: pathlib.Path, stored: dict[str, Any], index: Slices
+) -> np.ndarray:
   dtype = _DTYPES.get(stored['dtype']) or np.dtype(stored['dtype'])
   chunks = tuple(stored['chunks'])
-  wanted = [range(*s.indices(size))
-            for s, size in zip(index, stored['shape'], strict=True)]
+  wanted = [
+    range(*s.indices(size))
+    for s, size in zip(index, stored['shape'], strict=True)
+  ]
   part = np.empty(tuple(map(len, wanted)), dtype)
   if not part.size:
     return part
-  per_axis = [list(_overlaps(span, size))
-              for span, size in zip(wanted, chunks, strict=True)]
+  per_axis = [
+    list(_overlaps(span, size))
+    for span, size in zip(wanted, chunks, strict=True)
+  ]
   for pieces in itertools.product(*per_axis):
     name = '.'.join(str(number) for number, _, _ in pieces)
     chunk = np.memmap(array / name, dtype, 'r', shape=chunks)
-    part[tuple(to for _, _, to in pieces)] = (
-      chunk[tuple(of for _, of, _ in pieces)])
+    part[tuple(to for _, _, to in pieces)] = chunk[
+      tuple(of for _, of, _ in pieces)
+    ]
   return part
 
 
@@ -79,19 +86,29 @@ def _overlaps(wanted: range, size: int) -> Iterator[tuple[int, slice, slice]]:
   for number in range(wanted.start // size, (wanted.stop - 1) // size + 1):
     first = number * size
     start, stop = max(wanted.start, first), min(wanted.stop, first + size)
-    yield (number, slice(start - first, stop - first),
-           slice(start - wanted.start, stop - wanted.start))
+    yield (
+      number,
+      slice(start - first, stop - first),
+      slice(start - wanted.start, stop - wanted.start),
+    )
 
 
-def _read_by_tensorstore(kvstore: dict[str, Any], name: str,
-                         index: Sequence[slice]) -> np.ndarray:
+def _read_by_tensorstore(
+  kvstore: dict[str, Any], name: str, index: Sequence[slice]
+) -> np.ndarray:
   import tensorstore as ts
+
   for driver in ('zarr', 'zarr3'):
     try:
-      array = ts.open({
-        'driver': driver, 'fill_missing_data_reads': False,
-        'kvstore': {**kvstore, 'path': f'{kvstore.get("path", "")}{name}/'},
-      }, open=True, read=True).result()
+      array = ts.open(
+        {
+          'driver': driver,
+          'fill_missing_data_reads': False,
+          'kvstore': {**kvstore, 'path': f'{kvstore.get("path", "")}{name}/'},
+        },
+        open=True,
+        read=True,
+      ).result()
       values: np.ndarray = array[tuple(index)].read().result()
     except ValueError as e:  # what tensorstore raises for everything
       problem = e

@@ -36,14 +36,23 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   flags.DEFINE_string(
-    'device', None, "GPU to plan for: a100, a40 or h100; or cpu, this "
-    "machine. Default: the config's.")
-  flags.DEFINE_list('context', ['1024', '4096', '16384'],
-                    'Lengths of sequences, tokens, to say for each how many '
-                    'sequences fit.')
+    'device',
+    None,
+    'GPU to plan for: a100, a40 or h100; or cpu, this '
+    "machine. Default: the config's.",
+  )
+  flags.DEFINE_list(
+    'context',
+    ['1024', '4096', '16384'],
+    'Lengths of sequences, tokens, to say for each how many sequences fit.',
+  )
   flags.DEFINE_integer(
-    'tokens', None, 'Compile the step for a batch of so many tokens, such as '
-    'one of decodes only. Default: the largest.', lower_bound=1)
+    'tokens',
+    None,
+    'Compile the step for a batch of so many tokens, such as '
+    'one of decodes only. Default: the largest.',
+    lower_bound=1,
+  )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
 
@@ -54,16 +63,25 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
   from sarathi_jax.runner import placement
+
   mesh = building.make_mesh(model, config)
   dtype = placement.choose_dtype(config.dtype, 'float32', mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
   programs = building.step_programs(
-    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype)
+    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype
+  )
 
   def plan(temporaries: int) -> memory.MemoryPlan:
     return memory.plan(
-      model, config, mesh, programs, dtype=dtype, kv_dtype=kv_dtype,
-      temporaries=temporaries, device_bytes=None)
+      model,
+      config,
+      mesh,
+      programs,
+      dtype=dtype,
+      kv_dtype=kv_dtype,
+      temporaries=temporaries,
+      device_bytes=None,
+    )
 
   pages = plan(0).num_pages or programs.pages_per_seq
   return plan(programs.temp_bytes(pages))
@@ -75,15 +93,18 @@ def _contexts(model: Any, config: config_lib.EngineConfig) -> list[int]:
     asked = sorted({int(text) for text in FLAGS.context})
   except ValueError:
     asked = [0]
-  config_lib.check(min(asked) >= 1, 'context', FLAGS.context,
-                   'must be lengths in tokens, >= 1')
+  config_lib.check(
+    min(asked) >= 1, 'context', FLAGS.context, 'must be lengths in tokens, >= 1'
+  )
   return sorted({n for n in asked if n <= longest} | {longest})
 
 
 def _sequences(memory: Any, contexts: list[int]) -> rich.table.Table:
   table = rich.table.Table(
-    'of so many tokens', box=rich.box.SIMPLE_HEAD,
-    caption=f'{memory.kv_tokens:,} tokens of KV cache')
+    'of so many tokens',
+    box=rich.box.SIMPLE_HEAD,
+    caption=f'{memory.kv_tokens:,} tokens of KV cache',
+  )
   table.add_column('sequences at once', justify='right')
   for context in contexts:
     table.add_row(f'{context:,}', f'{memory.num_seqs_at(context):,}')
@@ -98,17 +119,27 @@ def main() -> None:
   config = engine_flags.engine_config_from_flags()
   model = asked.known_model()
   device = FLAGS.device or asked.device or ''
-  config_lib.check(bool(device), 'device', FLAGS.device,
-                   'must be given, as the config names none')
+  config_lib.check(
+    bool(device),
+    'device',
+    FLAGS.device,
+    'must be given, as the config names none',
+  )
   contexts = _contexts(model, config)
   if problems := _run(asked.name, model, config, device, contexts):
     sys.exit('\n'.join(f'error: {problem}' for problem in problems))
 
 
-def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
-         contexts: list[int]) -> list[str]:
+def _run(
+  name: str,
+  model: Any,
+  config: config_lib.EngineConfig,
+  device: str,
+  contexts: list[int],
+) -> list[str]:
   """Prints the plan; returns its problems."""
   import jax
+
   num_devices = config.tp * config.pp
   if device == 'cpu':
     jax.config.update('jax_num_cpu_devices', num_devices)
@@ -117,9 +148,12 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
   from pallas_kernels import gpu_targets
   from pallas_kernels.aot import toolkit
   from sarathi_jax.launch import absent_gpus
+
   console = rich.console.Console(highlight=False)
-  console.print(f'[bold]{name}[/]: {num_devices} x {device}, TP{config.tp} '
-                f'PP{config.pp}, steps of up to {config.token_budget} tokens')
+  console.print(
+    f'[bold]{name}[/]: {num_devices} x {device}, TP{config.tp} '
+    f'PP{config.pp}, steps of up to {config.token_budget} tokens'
+  )
   if device == 'cpu':
     memory, problems = on_cpu(model, config), []
     if memory.problem:
@@ -127,26 +161,42 @@ def _run(name: str, model: Any, config: config_lib.EngineConfig, device: str,
     more: dict[str, Any] = {'memory': absent_gpus.memory_dict(memory)}
     console.print(absent_gpus.memory_table(memory))
   else:
-    config_lib.check(device in gpu_targets.TARGETS, 'device', device,
-                     f'must be cpu or one of {", ".join(gpu_targets.TARGETS)}')
+    config_lib.check(
+      device in gpu_targets.TARGETS,
+      'device',
+      device,
+      f'must be cpu or one of {", ".join(gpu_targets.TARGETS)}',
+    )
     if reason := toolkit.missing():
       sys.exit(f'error: {reason}')
     with console.status(f'Compiling for {num_devices} x {device} ...'):
-      result = absent_gpus.check(
-        name, model, config, device, FLAGS.tokens)
+      result = absent_gpus.check(name, model, config, device, FLAGS.tokens)
     memory, problems, more = (
-      result.memory, list(result.case.problems), result.as_dict())
+      result.memory,
+      list(result.case.problems),
+      result.as_dict(),
+    )
     for table in result.tables():
       console.print(table)
     for warning in result.case.warnings:
       console.print(rich.text.Text(warning, 'yellow'), soft_wrap=True)
   console.print(_sequences(memory, contexts))
   if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(json.dumps({
-      'name': name, 'device': device, 'tp': config.tp, 'pp': config.pp,
-      'problems': problems,
-      'sequences': {n: memory.num_seqs_at(n) for n in contexts}, **more,
-    }, indent=1) + '\n')
+    pathlib.Path(FLAGS.json).write_text(
+      json.dumps(
+        {
+          'name': name,
+          'device': device,
+          'tp': config.tp,
+          'pp': config.pp,
+          'problems': problems,
+          'sequences': {n: memory.num_seqs_at(n) for n in contexts},
+          **more,
+        },
+        indent=1,
+      )
+      + '\n'
+    )
   return problems
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from sarathi_jax import config
 from sarathi_jax import errors
 
-MIN_SEED, MAX_SEED = -2**63, 2**63 - 1  # vLLM's
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # vLLM's
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
 # which it changes nothing. Any other value, but None, is refused by name.
@@ -102,19 +102,38 @@ class Field(NamedTuple):
 
 def _field(default: Any, *args: Any, **kwargs: Any) -> Any:
   return dataclasses.field(
-    default=default, metadata={'field': Field(*args, **kwargs)})
+    default=default, metadata={'field': Field(*args, **kwargs)}
+  )
 
 
 def _flag(default: bool, help: str) -> Any:
-  return _field(default, Kind.BOOL, help, 'must be true or false',
-                lambda value: isinstance(value, bool))
+  return _field(
+    default,
+    Kind.BOOL,
+    help,
+    'must be true or false',
+    lambda value: isinstance(value, bool),
+  )
 
 
-def _probability(default: float, help: str, rule: str,
-                 holds: Callable[[Any], bool], neutral: float) -> Any:
+def _probability(
+  default: float,
+  help: str,
+  rule: str,
+  holds: Callable[[Any], bool],
+  neutral: float,
+) -> Any:
   """A number that the device gets, and that a checkpoint may recommend."""
-  return _field(default, Kind.FLOAT, help, rule, holds, none_is_default=True,
-                is_recommended=True, on_device=OnDevice(neutral))
+  return _field(
+    default,
+    Kind.FLOAT,
+    help,
+    rule,
+    holds,
+    none_is_default=True,
+    is_recommended=True,
+    on_device=OnDevice(neutral),
+  )
 
 
 def _plain(value: Any) -> Any:
@@ -127,8 +146,9 @@ def _listed(value: Any) -> Any:
   """A list, or an array of NumPy or JAX, as a tuple of plain values."""
   if getattr(value, 'ndim', None) == 1 and hasattr(value, 'tolist'):
     value = value.tolist()
-  return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else (
-    value)
+  return (
+    tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else (value)
+  )
 
 
 _is_int, _is_real = config.is_int, config.is_real
@@ -166,52 +186,84 @@ class SamplingParams:
   """
 
   max_tokens: int | None = _field(
-    16, Kind.INT, 'The most tokens to generate.', 'must be an integer >= 1',
-    lambda n: n is None or (_is_int(n) and n >= 1))
+    16,
+    Kind.INT,
+    'The most tokens to generate.',
+    'must be an integer >= 1',
+    lambda n: n is None or (_is_int(n) and n >= 1),
+  )
   temperature: float = _probability(
-    1.0, 'Temperature of sampling; 0 takes the likeliest token each time.',
+    1.0,
+    'Temperature of sampling; 0 takes the likeliest token each time.',
     'must be finite and >= 0',
-    lambda t: _is_real(t) and t >= 0, 0.0)
+    lambda t: _is_real(t) and t >= 0,
+    0.0,
+  )
   top_k: int = _field(
-    0, Kind.INT, 'Sample among this many likeliest tokens; 0 or -1: among all.',
+    0,
+    Kind.INT,
+    'Sample among this many likeliest tokens; 0 or -1: among all.',
     'must be an integer >= 1, or 0 or -1 for all',
-    lambda k: _is_int(k) and k >= -1, none_is_default=True,
-    is_recommended=True, on_device=OnDevice(0, lambda k: max(k, 0)))
+    lambda k: _is_int(k) and k >= -1,
+    none_is_default=True,
+    is_recommended=True,
+    on_device=OnDevice(0, lambda k: max(k, 0)),
+  )
   top_p: float = _probability(
-    1.0, 'Sample among the likeliest tokens that together have this '
-    'probability.',
-    'must be in (0, 1]', lambda p: _is_real(p) and 0 < p <= 1, 1.0)
+    1.0,
+    'Sample among the likeliest tokens that together have this probability.',
+    'must be in (0, 1]',
+    lambda p: _is_real(p) and 0 < p <= 1,
+    1.0,
+  )
   min_p: float = _probability(
-    0.0, 'Drop tokens less likely than this fraction of the likeliest token\'s '
+    0.0,
+    "Drop tokens less likely than this fraction of the likeliest token's "
     'probability.',
-    'must be in [0, 1]', lambda p: _is_real(p) and 0 <= p <= 1, 0.0)
+    'must be in [0, 1]',
+    lambda p: _is_real(p) and 0 <= p <= 1,
+    0.0,
+  )
   seed: int | None = _field(
-    None, Kind.LONG, 'Seed of the request\'s random numbers; the same seed '
-    'gives the same ones.',
+    None,
+    Kind.LONG,
+    "Seed of the request's random numbers; the same seed gives the same ones.",
     f'must be an integer in [{MIN_SEED}, {MAX_SEED}]',
-    lambda s: s is None or (_is_int(s) and MIN_SEED <= s <= MAX_SEED))
+    lambda s: s is None or (_is_int(s) and MIN_SEED <= s <= MAX_SEED),
+  )
   stop: tuple[str, ...] = _field(
-    (), Kind.STRINGS,
+    (),
+    Kind.STRINGS,
     'Text that ends the output; may be given several times.',
     'must be strings that are not empty',
     lambda stop: all(isinstance(s, str) and s for s in stop),
-    none_is_default=True)
+    none_is_default=True,
+  )
   stop_token_ids: tuple[int, ...] = _field(
-    (), Kind.IDS,
+    (),
+    Kind.IDS,
     'Id of a token that ends the output; may be given several times.',
-    'must be token ids >= 0', lambda ids: all(
-      _is_int(t) and t >= 0 for t in ids), none_is_default=True)
+    'must be token ids >= 0',
+    lambda ids: all(_is_int(t) and t >= 0 for t in ids),
+    none_is_default=True,
+  )
   include_stop_str_in_output: bool = _flag(
-    False, 'Keep the stop text at the end of the output.')
+    False, 'Keep the stop text at the end of the output.'
+  )
   ignore_eos: bool = _flag(
-    False, 'Go on generating past the end-of-sequence token.')
+    False, 'Go on generating past the end-of-sequence token.'
+  )
   skip_special_tokens: bool = _flag(
-    True, 'Leave special tokens out of the output\'s text.')
+    True, "Leave special tokens out of the output's text."
+  )
   logprobs: int | None = _field(
-    None, Kind.INT,
+    None,
+    Kind.INT,
     'Only 0 is supported: log-probabilities of the sampled tokens, which are '
     'always returned.',
-    '', lambda value: True)
+    '',
+    lambda value: True,
+  )
 
   def __post_init__(self) -> None:
     for name, field in FIELDS.items():
@@ -230,14 +282,17 @@ class SamplingParams:
       object.__setattr__(self, 'seed', None)
     if self.logprobs not in (None, 0) or isinstance(self.logprobs, bool):
       raise errors.UnsupportedError(
-        f'logprobs={errors.shown(self.logprobs)}: only the sampled token\'s '
-        'log-probability is returned (logprobs=0; in OpenAI\'s chats, '
-        'top_logprobs=0).')
+        f"logprobs={errors.shown(self.logprobs)}: only the sampled token's "
+        "log-probability is returned (logprobs=0; in OpenAI's chats, "
+        'top_logprobs=0).'
+      )
 
   @classmethod
-  def from_dict(cls, fields: Mapping[str, Any],
-                defaults: Mapping[str, Any] = MappingProxyType({}),
-                ) -> SamplingParams:
+  def from_dict(
+    cls,
+    fields: Mapping[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+  ) -> SamplingParams:
     """Makes parameters from decoded JSON.
 
     Args:
@@ -252,10 +307,15 @@ class SamplingParams:
     if not isinstance(fields, Mapping):
       raise errors.InvalidRequestError(
         f'sampling={errors.shown(fields)}: must be an object of sampling '
-        'fields.')
+        'fields.'
+      )
     kept = {}
-    said = {name: value for name, value in fields.items() if value is not None
-            or not (name in FIELDS and FIELDS[name].none_is_default)}
+    said = {
+      name: value
+      for name, value in fields.items()
+      if value is not None
+      or not (name in FIELDS and FIELDS[name].none_is_default)
+    }
     for name, value in {**defaults, **said}.items():
       if name in FIELDS:
         kept[name] = value
@@ -263,12 +323,14 @@ class SamplingParams:
         raise errors.InvalidRequestError(
           f'{errors.cut(str(name))}={errors.shown(value)}: unknown sampling '
           f'field; known: '
-          f'{", ".join(sorted(FIELDS))}.')
+          f'{", ".join(sorted(FIELDS))}.'
+        )
       elif value is not None and UNSUPPORTED[name] != (
-          tuple(value) if isinstance(value, list) else value):
+        tuple(value) if isinstance(value, list) else value
+      ):
         raise errors.UnsupportedError(
-          f'{name}={errors.shown(value)}: this sampling field is not '
-          'supported.')
+          f'{name}={errors.shown(value)}: this sampling field is not supported.'
+        )
     return cls(**kept)
 
   @classmethod
@@ -291,6 +353,8 @@ def _check(ok: bool, field: str, value: object, rule: str) -> None:
 
 FIELDS: Mapping[str, Field] = {
   field.name: field.metadata['field']
-  for field in dataclasses.fields(SamplingParams)}
+  for field in dataclasses.fields(SamplingParams)
+}
 DEFAULTS: Mapping[str, Any] = {
-  field.name: field.default for field in dataclasses.fields(SamplingParams)}
+  field.name: field.default for field in dataclasses.fields(SamplingParams)
+}

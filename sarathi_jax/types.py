@@ -66,7 +66,8 @@ class Request:
   def __post_init__(self) -> None:
     if self.tier not in TIERS:
       raise errors.InvalidRequestError(
-        f'tier={errors.shown(self.tier)}: must be one of {", ".join(TIERS)}.')
+        f'tier={errors.shown(self.tier)}: must be one of {", ".join(TIERS)}.'
+      )
     object.__setattr__(self, 'key', self.key or self.request_id)
 
 
@@ -137,18 +138,25 @@ class Sampled(NamedTuple):
   logprobs: list[tuple[float, ...]]
 
   @classmethod
-  def of(cls, chunks: Iterable[Chunk], tokens: Iterable[int],
-         logprobs: Iterable[float]) -> Sampled:
+  def of(
+    cls,
+    chunks: Iterable[Chunk],
+    tokens: Iterable[int],
+    logprobs: Iterable[float],
+  ) -> Sampled:
     """Distributes sampled values among the chunks, in order."""
     counts = [chunk.samples for chunk in chunks]
     return cls(_shared_out(counts, tokens), _shared_out(counts, logprobs))
 
 
-def _shared_out(counts: list[int], values: Iterable[_T]
-                ) -> list[tuple[_T, ...]]:
+def _shared_out(
+  counts: list[int], values: Iterable[_T]
+) -> list[tuple[_T, ...]]:
   ones = zip(values)  # The fastest way to make tuples of one.
-  return [next(ones) if n == 1 else tuple(x for x, in islice(ones, n))
-          for n in counts]
+  return [
+    next(ones) if n == 1 else tuple(x for (x,) in islice(ones, n))
+    for n in counts
+  ]
 
 
 class TokenEvent(NamedTuple):

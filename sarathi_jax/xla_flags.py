@@ -44,8 +44,11 @@ TABLE: tuple[Flag, ...] = (
 
 def flags(version: Version) -> str:
   """Returns XLA_FLAGS for a version of JAX, such as (0, 10, 2)."""
-  return ' '.join(f'--{flag.name}={flag.value}' for flag in TABLE
-                  if flag.since <= version < flag.before)
+  return ' '.join(
+    f'--{flag.name}={flag.value}'
+    for flag in TABLE
+    if flag.since <= version < flag.before
+  )
 
 
 def _ours() -> str:
@@ -60,8 +63,9 @@ def unset(environ: Mapping[str, str]) -> str:
     environ: os.environ.
   """
   given = environ.get('XLA_FLAGS', '')
-  return ' '.join(flag for flag in _ours().split()
-                  if flag.partition('=')[0] not in given)
+  return ' '.join(
+    flag for flag in _ours().split() if flag.partition('=')[0] not in given
+  )
 
 
 def set_environment(environ: MutableMapping[str, str]) -> None:

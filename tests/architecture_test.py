@@ -39,42 +39,91 @@ class Layer(NamedTuple):
 # of the layer with the longest name that begins its own. ARCHITECTURE.md opens
 # with the picture of it.
 LAYERS: Mapping[str, Layer] = {
-  'base': Layer(('sarathi_jax.types', 'sarathi_jax.config',
-                 'sarathi_jax.errors', 'sarathi_jax.sampling_params',
-                 'sarathi_jax.source_hash', 'sarathi_jax.xla_flags',
-                 'sarathi_jax'),
-                ('~llm',)),
+  'base': Layer(
+    (
+      'sarathi_jax.types',
+      'sarathi_jax.config',
+      'sarathi_jax.errors',
+      'sarathi_jax.sampling_params',
+      'sarathi_jax.source_hash',
+      'sarathi_jax.xla_flags',
+      'sarathi_jax',
+    ),
+    ('~llm',),
+  ),
   'kernels': Layer(('pallas_kernels',)),
   'scheduler': Layer(('sarathi_jax.scheduler',)),
   'text': Layer(('sarathi_jax.text',)),
   'engine': Layer(('sarathi_jax.engine',), ('scheduler', 'text')),
   'models': Layer(('sarathi_jax.models',), ('kernels',)),
   'checkpoint': Layer(
-    ('sarathi_jax.checkpoint', 'sarathi_jax.params_reader',
-     'sarathi_jax.whole_folder'), ('models',)),
-  'cli': Layer(('sarathi_jax.cli', 'sarathi_jax.quickstart'),
-               ('scheduler', 'text', 'engine', 'models')),
-  'converter': Layer(('checkpoints_convert',),
-                     ('text', 'models', 'checkpoint', 'cli')),
-  'runner': Layer(('sarathi_jax.runner',),
-                  ('kernels', 'engine', 'models', 'checkpoint')),
+    (
+      'sarathi_jax.checkpoint',
+      'sarathi_jax.params_reader',
+      'sarathi_jax.whole_folder',
+    ),
+    ('models',),
+  ),
+  'cli': Layer(
+    ('sarathi_jax.cli', 'sarathi_jax.quickstart'),
+    ('scheduler', 'text', 'engine', 'models'),
+  ),
+  'converter': Layer(
+    ('checkpoints_convert',), ('text', 'models', 'checkpoint', 'cli')
+  ),
+  'runner': Layer(
+    ('sarathi_jax.runner',), ('kernels', 'engine', 'models', 'checkpoint')
+  ),
   'llm': Layer(
     ('sarathi_jax.in_process', 'sarathi_jax.llm', 'sarathi_jax.opening'),
-    ('scheduler', 'text', 'engine', 'models', 'checkpoint', 'converter',
-     'runner')),
-  'launch': Layer(('sarathi_jax.launch',),
-                  ('kernels', 'models', 'checkpoint', 'runner', 'llm')),
+    (
+      'scheduler',
+      'text',
+      'engine',
+      'models',
+      'checkpoint',
+      'converter',
+      'runner',
+    ),
+  ),
+  'launch': Layer(
+    ('sarathi_jax.launch',),
+    ('kernels', 'models', 'checkpoint', 'runner', 'llm'),
+  ),
   'server': Layer(
     ('sarathi_jax.server',),
-    ('scheduler', 'text', 'engine', 'cli', 'llm', '~launch')),
+    ('scheduler', 'text', 'engine', 'cli', 'llm', '~launch'),
+  ),
   'simulator': Layer(
     ('sarathi_jax.simulator',),
-    ('kernels', 'scheduler', 'engine', 'models', 'cli', 'server')),
+    ('kernels', 'scheduler', 'engine', 'models', 'cli', 'server'),
+  ),
   'top': Layer(
-    ('sarathi_jax.offline', 'sarathi_jax.client', 'sarathi_jax.top',
-     'sarathi_jax.plan', 'sarathi_jax.benchmarks', 'configs', 'tests'),
-    ('kernels', 'scheduler', 'text', 'engine', 'models', 'checkpoint', 'cli',
-     'converter', 'runner', 'llm', 'launch', 'server', 'simulator')),
+    (
+      'sarathi_jax.offline',
+      'sarathi_jax.client',
+      'sarathi_jax.top',
+      'sarathi_jax.plan',
+      'sarathi_jax.benchmarks',
+      'configs',
+      'tests',
+    ),
+    (
+      'kernels',
+      'scheduler',
+      'text',
+      'engine',
+      'models',
+      'checkpoint',
+      'cli',
+      'converter',
+      'runner',
+      'llm',
+      'launch',
+      'server',
+      'simulator',
+    ),
+  ),
 }
 # The layers that are to run without much, and what of others they may import.
 MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
@@ -93,28 +142,54 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.engine': ('absl',),
   'sarathi_jax.text': ('absl', 'jinja2', 'tokenizers'),
   'sarathi_jax.simulator': (
-    'absl', 'grpc', 'matplotlib', 'numpy', 'rich', 'scipy'),
+    'absl',
+    'grpc',
+    'matplotlib',
+    'numpy',
+    'rich',
+    'scipy',
+  ),
   'sarathi_jax.runner.batch': ('numpy',),
   'sarathi_jax.runner.packing': ('numpy',),
   'sarathi_jax.server': (
-    'absl', 'google', 'grpc', 'grpc_health', 'grpc_reflection', 'rich',
-    'prometheus_client', 'smg_grpc_proto', 'opentelemetry', '~jax', '~smg'),
+    'absl',
+    'google',
+    'grpc',
+    'grpc_health',
+    'grpc_reflection',
+    'rich',
+    'prometheus_client',
+    'smg_grpc_proto',
+    'opentelemetry',
+    '~jax',
+    '~smg',
+  ),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'sarathi_jax.top': ('absl', 'grpc', 'rich'),
   'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }
 WITHOUT_JAX = (
-  'sarathi_jax.scheduler', 'sarathi_jax.engine.engine',
-  'sarathi_jax.engine.fake_runner', 'sarathi_jax.text.collector',
-  'sarathi_jax.models.config', 'sarathi_jax.models.facts',
+  'sarathi_jax.scheduler',
+  'sarathi_jax.engine.engine',
+  'sarathi_jax.engine.fake_runner',
+  'sarathi_jax.text.collector',
+  'sarathi_jax.models.config',
+  'sarathi_jax.models.facts',
   'sarathi_jax.models.published',
-  'sarathi_jax.models.parallel', 'sarathi_jax.cli.deployment',
+  'sarathi_jax.models.parallel',
+  'sarathi_jax.cli.deployment',
   'sarathi_jax.xla_flags',
-  'sarathi_jax.runner.batch', 'sarathi_jax.checkpoint', 'sarathi_jax.offline',
-  'sarathi_jax.simulator', 'sarathi_jax.simulator.capacity',
-  'sarathi_jax.simulator.calibrate', 'sarathi_jax.simulator.live',
-  'sarathi_jax.server.server', 'sarathi_jax.server.main',
-  'sarathi_jax.client')
+  'sarathi_jax.runner.batch',
+  'sarathi_jax.checkpoint',
+  'sarathi_jax.offline',
+  'sarathi_jax.simulator',
+  'sarathi_jax.simulator.capacity',
+  'sarathi_jax.simulator.calibrate',
+  'sarathi_jax.simulator.live',
+  'sarathi_jax.server.server',
+  'sarathi_jax.server.main',
+  'sarathi_jax.client',
+)
 # These run the engines we compare with, by the Python of their own.
 _PEERS = 'sarathi_jax.benchmarks.peer_workers'
 # This one runs the tests.
@@ -122,13 +197,18 @@ _TESTS = 'sarathi_jax.benchmarks.gpu.kernel_tests'
 _DEFS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _MAINS = ('main', 'run', 'define_flags')  # Their module says what they do.
 # Dependencies of our dependencies, which come with them.
-_COME_ALONG = {'huggingface_hub': 'transformers', 'tqdm': 'transformers',
-               'tensorstore': 'orbax-checkpoint'}
+_COME_ALONG = {
+  'huggingface_hub': 'transformers',
+  'tqdm': 'transformers',
+  'tensorstore': 'orbax-checkpoint',
+}
 
 FILES = source_tree.files()
-OURS = {name: f for name, f in FILES.items()
-        if name.partition('.')[0] in source_tree.PACKAGES
-        and not f.is_generated}
+OURS = {
+  name: f
+  for name, f in FILES.items()
+  if name.partition('.')[0] in source_tree.PACKAGES and not f.is_generated
+}
 
 
 def begins(module: str, prefix: str) -> bool:
@@ -141,16 +221,23 @@ def begins(module: str, prefix: str) -> bool:
 def layer_of(module: str) -> str | None:
   """The layer with the longest name that begins `module`."""
   _, layer = max(
-    ((len(prefix), name) for name, layer in LAYERS.items()
-     for prefix in layer.modules if begins(module, prefix)),
-    default=(0, None))
+    (
+      (len(prefix), name)
+      for name, layer in LAYERS.items()
+      for prefix in layer.modules
+      if begins(module, prefix)
+    ),
+    default=(0, None),
+  )
   return layer
 
 
 def is_allowed(used: source_tree.Import, allowed: tuple[str, ...]) -> bool:
   return any(
     begins(used.module, name.lstrip('~'))
-    and (used.is_lazy or not name.startswith('~')) for name in allowed)
+    and (used.is_lazy or not name.startswith('~'))
+    for name in allowed
+  )
 
 
 def test_every_module_has_its_layer() -> None:
@@ -176,17 +263,22 @@ def test_imports_follow_the_layers(file: source_tree.File) -> None:
   for used in file.imports:
     layer = layer_of(used.module) if used.is_ours else name
     assert layer in seen or (used.is_lazy and f'~{layer}' in seen), (
-      f'{name} may not import {used}')
+      f'{name} may not import {used}'
+    )
 
 
 @pytest.mark.parametrize('file', FILES.values(), ids=lambda f: f.path)
 def test_other_imports_are_few(file: source_tree.File) -> None:
   others = [i for i in file.imports if not i.is_ours]
-  layer = max((n for n in MAY_IMPORT_OTHERS if begins(file.module, n)),
-              key=len, default=None)
+  layer = max(
+    (n for n in MAY_IMPORT_OTHERS if begins(file.module, n)),
+    key=len,
+    default=None,
+  )
   if layer is not None:
-    assert not [i for i in others
-                if not is_allowed(i, MAY_IMPORT_OTHERS[layer])]
+    assert not [
+      i for i in others if not is_allowed(i, MAY_IMPORT_OTHERS[layer])
+    ]
   if not (begins(file.module, 'tests') or begins(file.module, _PEERS)):
     assert 'torch' not in {i.module for i in others}
 
@@ -196,14 +288,22 @@ def loaded() -> dict[str, list[str]]:
   """What is there after importing each of WITHOUT_JAX, one after the other."""
   heavy = ('jax', 'jaxlib', 'flax', 'orbax', 'torch', 'transformers')
   done = subprocess.run(
-    [sys.executable, '-c', f"""
+    [
+      sys.executable,
+      '-c',
+      f"""
 import importlib, json, sys
 found = {{}}
 for name in {WITHOUT_JAX}:
   importlib.import_module(name)
   found[name] = [other for other in {heavy} if other in sys.modules]
-print(json.dumps(found))"""], cwd=source_tree.ROOT, check=True,
-    capture_output=True, text=True)
+print(json.dumps(found))""",
+    ],
+    cwd=source_tree.ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
   found: dict[str, list[str]] = json.loads(done.stdout)
   return found
 
@@ -214,27 +314,39 @@ def test_loads_no_jax(name: str) -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-  project = tomllib.loads(
-    (source_tree.ROOT / 'pyproject.toml').read_text())['project']
-  lines = [*project['dependencies'],
-           *project['optional-dependencies']['gateway'],
-           *project['optional-dependencies']['otel'],
-           *project['optional-dependencies']['quickstart'],
-           *project['optional-dependencies']['sentencepiece']]
+  project = tomllib.loads((source_tree.ROOT / 'pyproject.toml').read_text())[
+    'project'
+  ]
+  lines = [
+    *project['dependencies'],
+    *project['optional-dependencies']['gateway'],
+    *project['optional-dependencies']['otel'],
+    *project['optional-dependencies']['quickstart'],
+    *project['optional-dependencies']['sentencepiece'],
+  ]
   declared = {re.split(r'[^\w-]', line)[0] for line in lines}
-  used = {_COME_ALONG.get(i.module) or build_file.distribution(i.module)
-          for name, f in FILES.items() for i in f.imports
-          if name in OURS and not begins(name, _PEERS) and name != _TESTS
-          and not i.is_ours}
+  used = {
+    _COME_ALONG.get(i.module) or build_file.distribution(i.module)
+    for name, f in FILES.items()
+    for i in f.imports
+    if name in OURS
+    and not begins(name, _PEERS)
+    and name != _TESTS
+    and not i.is_ours
+  }
   assert used <= declared
 
 
-def public_defs(file: source_tree.File) -> Iterator[
-    ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+def public_defs(
+  file: source_tree.File,
+) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
   """Its functions and classes whose names say that others may use them."""
   for node in file.tree.body:
-    if (isinstance(node, _DEFS) and not node.name.startswith('_')
-        and node.name not in _MAINS):
+    if (
+      isinstance(node, _DEFS)
+      and not node.name.startswith('_')
+      and node.name not in _MAINS
+    ):
       yield node
 
 
@@ -245,8 +357,10 @@ def test_what_is_public_is_documented(file: source_tree.File) -> None:
 
 
 @pytest.mark.parametrize(
-  'file', [f for f in FILES.values() if not f.is_generated],
-  ids=lambda f: f.path)
+  'file',
+  [f for f in FILES.values() if not f.is_generated],
+  ids=lambda f: f.path,
+)
 def test_files_are_short_and_licensed(file: source_tree.File) -> None:
   assert file.num_lines <= 600
   first = (source_tree.ROOT / file.path).read_text().partition('\n')[0]
@@ -254,14 +368,23 @@ def test_files_are_short_and_licensed(file: source_tree.File) -> None:
 
 
 @pytest.mark.parametrize(
-  'file', [f for f in OURS.values() if any(
-    isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'
-    for n in f.tree.body)], ids=lambda f: f.path)
+  'file',
+  [
+    f
+    for f in OURS.values()
+    if any(
+      isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'
+      for n in f.tree.body
+    )
+  ],
+  ids=lambda f: f.path,
+)
 def test_all_is_sorted_and_complete(file: source_tree.File) -> None:
   module = importlib.import_module(file.module)
   names = list(module.__all__)
-  constants_first = sorted(names, key=lambda n: (
-    not n.isupper(), not n[0].isupper(), n))
+  constants_first = sorted(
+    names, key=lambda n: (not n.isupper(), not n[0].isupper(), n)
+  )
   assert names in (sorted(names), constants_first)
   assert all(hasattr(module, name) for name in names)
   assert {n.name for n in public_defs(file)} <= set(names)
@@ -272,7 +395,8 @@ def test_all_is_sorted_and_complete(file: source_tree.File) -> None:
 
 def test_build_is_up_to_date() -> None:
   assert build_file.PATH.read_text() == build_file.render(), (
-    'BUILD differs from the tree: run scripts/update_build')
+    'BUILD differs from the tree: run scripts/update_build'
+  )
 
 
 def test_build_has_each_file_once() -> None:
@@ -288,51 +412,73 @@ def test_build_has_no_cycle() -> None:
 
 def make_file(path: str, text: str) -> source_tree.File:
   """A file of these contents, imports included."""
-  names = frozenset({
-    'sarathi_jax.errors', 'sarathi_jax.llm', 'sarathi_jax.types',
-    'sarathi_jax.models', 'sarathi_jax.models.rope'})
+  names = frozenset(
+    {
+      'sarathi_jax.errors',
+      'sarathi_jax.llm',
+      'sarathi_jax.types',
+      'sarathi_jax.models',
+      'sarathi_jax.models.rope',
+    }
+  )
   file = source_tree.File(
-    path, source_tree.module_name(pathlib.PurePath(path)), ast.parse(text), 1)
+    path, source_tree.module_name(pathlib.PurePath(path)), ast.parse(text), 1
+  )
   return dataclasses.replace(
-    file, imports=frozenset(source_tree.read_imports(file, names)))
+    file, imports=frozenset(source_tree.read_imports(file, names))
+  )
 
 
-@pytest.mark.parametrize(('text', 'expected'), [
-  ('from sarathi_jax import types', {('sarathi_jax.types', False)}),
-  ('import sarathi_jax.models.rope as r', {('sarathi_jax.models.rope', False)}),
-  ('from sarathi_jax.models import rope, apply',
-   {('sarathi_jax.models.rope', False), ('sarathi_jax.models', False)}),
-  ('def f():\n  import jax.numpy as jnp', {('jax', True)}),
-  ('if TYPE_CHECKING:\n  import jax', {('jax', True)}),
-  ('class C:\n  import jax', {('jax', False)}),
-  ('try:\n  import jax\nexcept ImportError:\n  pass', {('jax', False)}),
-  ('import os, sys', set()),
-])
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('from sarathi_jax import types', {('sarathi_jax.types', False)}),
+    (
+      'import sarathi_jax.models.rope as r',
+      {('sarathi_jax.models.rope', False)},
+    ),
+    (
+      'from sarathi_jax.models import rope, apply',
+      {('sarathi_jax.models.rope', False), ('sarathi_jax.models', False)},
+    ),
+    ('def f():\n  import jax.numpy as jnp', {('jax', True)}),
+    ('if TYPE_CHECKING:\n  import jax', {('jax', True)}),
+    ('class C:\n  import jax', {('jax', False)}),
+    ('try:\n  import jax\nexcept ImportError:\n  pass', {('jax', False)}),
+    ('import os, sys', set()),
+  ],
+)
 def test_imports_are_read(text: str, expected: set[tuple[str, bool]]) -> None:
   file = make_file('sarathi_jax/errors.py', text)
   assert {(i.module, i.is_lazy) for i in file.imports} == expected
 
 
-@pytest.mark.parametrize(('path', 'text'), [
-  ('sarathi_jax/scheduler/new.py', 'import sarathi_jax.engine.engine'),
-  ('sarathi_jax/engine/new.py', 'from sarathi_jax.runner import step'),
-  ('sarathi_jax/models/new.py', 'from sarathi_jax import llm'),
-  ('pallas_kernels/new.py', 'from sarathi_jax import types'),
-  ('sarathi_jax/checkpoint.py', 'import checkpoints_convert.main'),
-  ('sarathi_jax/__init__.py', 'import sarathi_jax.llm'),
-  ('sarathi_jax/server/new.py', 'import sarathi_jax.launch.loading'),
-])
+@pytest.mark.parametrize(
+  ('path', 'text'),
+  [
+    ('sarathi_jax/scheduler/new.py', 'import sarathi_jax.engine.engine'),
+    ('sarathi_jax/engine/new.py', 'from sarathi_jax.runner import step'),
+    ('sarathi_jax/models/new.py', 'from sarathi_jax import llm'),
+    ('pallas_kernels/new.py', 'from sarathi_jax import types'),
+    ('sarathi_jax/checkpoint.py', 'import checkpoints_convert.main'),
+    ('sarathi_jax/__init__.py', 'import sarathi_jax.llm'),
+    ('sarathi_jax/server/new.py', 'import sarathi_jax.launch.loading'),
+  ],
+)
 def test_a_forbidden_import_is_found(path: str, text: str) -> None:
   with pytest.raises(AssertionError, match='may not import'):
     test_imports_follow_the_layers(make_file(path, text))
 
 
-@pytest.mark.parametrize(('path', 'text'), [
-  ('sarathi_jax/scheduler/new.py', 'import numpy'),
-  ('sarathi_jax/engine/new.py', 'import jax'),
-  ('sarathi_jax/engine/new.py', 'def f():\n  import transformers'),
-  ('sarathi_jax/runner/new.py', 'def f():\n  import torch'),
-])
+@pytest.mark.parametrize(
+  ('path', 'text'),
+  [
+    ('sarathi_jax/scheduler/new.py', 'import numpy'),
+    ('sarathi_jax/engine/new.py', 'import jax'),
+    ('sarathi_jax/engine/new.py', 'def f():\n  import transformers'),
+    ('sarathi_jax/runner/new.py', 'def f():\n  import torch'),
+  ],
+)
 def test_a_forbidden_import_of_others_is_found(path: str, text: str) -> None:
   with pytest.raises(AssertionError):
     test_other_imports_are_few(make_file(path, text))
@@ -341,7 +487,8 @@ def test_a_forbidden_import_of_others_is_found(path: str, text: str) -> None:
 def test_two_targets_that_need_each_other_are_found() -> None:
   files = [
     make_file('sarathi_jax/types.py', 'from sarathi_jax import errors'),
-    make_file('sarathi_jax/errors.py', 'from sarathi_jax import types')]
+    make_file('sarathi_jax/errors.py', 'from sarathi_jax import types'),
+  ]
   found = build_file.targets({f.module: f for f in files})
   assert found['sarathi_jax/types'].deps == {'sarathi_jax/errors'}
   assert build_file.cycle(found) is not None

@@ -16,7 +16,7 @@ import pathlib
 from tests import source_tree
 
 PATH = source_tree.ROOT / 'BUILD'
-_HEADER = '''\
+_HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
 # Made from the tree by scripts/update_build, and held to it by
 # tests/architecture_test.py. Tests run by pytest.
@@ -31,15 +31,21 @@ package(default_visibility = ["//visibility:private"])
 licenses(["notice"])
 
 exports_files(["LICENSE"])
-'''
-_PUBLIC = ('sarathi_jax', 'checkpoints_convert',
-           'pallas_kernels/ragged_paged_attention')
+"""
+_PUBLIC = (
+  'sarathi_jax',
+  'checkpoints_convert',
+  'pallas_kernels/ragged_paged_attention',
+)
 # Packages that import each other are one target.
 _MERGED = {'checkpoints_convert/families': 'checkpoints_convert'} | {
   f'sarathi_jax/server/{folder}': 'sarathi_jax/server'
-  for folder in ('guard', 'protocols', 'queue', 'telling')}
-_DATA = {'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',
-         'sarathi_jax/simulator': 'sarathi_jax/simulator/**/*.json'}
+  for folder in ('guard', 'protocols', 'queue', 'telling')
+}
+_DATA = {
+  'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',
+  'sarathi_jax/simulator': 'sarathi_jax/simulator/**/*.json',
+}
 # The first name of an import -> the distribution it comes from.
 DISTRIBUTIONS = {
   'absl': 'absl-py',
@@ -62,7 +68,8 @@ class Target:
   files: list[source_tree.File] = dataclasses.field(default_factory=list)
   deps: set[str] = dataclasses.field(default_factory=set)
   attributes: dict[str, str | Sequence[str]] = dataclasses.field(
-    default_factory=dict)
+    default_factory=dict
+  )
 
 
 def distribution(module: str) -> str:
@@ -75,7 +82,8 @@ def _is_binary(file: source_tree.File) -> bool:
     return False
   return file.path.endswith('/__main__.py') or any(
     isinstance(node, ast.If) and ast.unparse(node.test).startswith('__name__ ')
-    for node in file.tree.body)
+    for node in file.tree.body
+  )
 
 
 def _target_name(file: source_tree.File) -> str:
@@ -129,14 +137,19 @@ def _attributes(target: Target) -> Iterator[tuple[str, str | Sequence[str]]]:
     yield 'visibility', ['//visibility:public']
 
 
-def _conftests(owners: Mapping[str, str], found: Mapping[str, Target],
-               ) -> Iterator[tuple[str, str]]:
+def _conftests(
+  owners: Mapping[str, str],
+  found: Mapping[str, Target],
+) -> Iterator[tuple[str, str]]:
   """What pytest imports by itself: (test, owner of a conftest above it)."""
   for module, owner in owners.items():
     folder, _, last = module.replace('.', '/').rpartition('/')
     if last == 'conftest':
-      yield from ((name, owner) for name, target in found.items()
-                  if target.rule == 'py_test' and name.startswith(f'{folder}/'))
+      yield from (
+        (name, owner)
+        for name, target in found.items()
+        if target.rule == 'py_test' and name.startswith(f'{folder}/')
+      )
 
 
 def _binaries(found: Mapping[str, Target]) -> Iterator[Target]:
@@ -145,8 +158,12 @@ def _binaries(found: Mapping[str, Target]) -> Iterator[Target]:
       if target.rule == 'py_library' and _is_binary(file):
         module = file.module.removesuffix('.__main__')
         yield Target(
-          'py_binary', f'{module.replace(".", "/")}_main', [], {target.name},
-          {'main_module': module})
+          'py_binary',
+          f'{module.replace(".", "/")}_main',
+          [],
+          {target.name},
+          {'main_module': module},
+        )
 
 
 def _closure(name: str, found: Mapping[str, Target]) -> set[str]:
@@ -183,8 +200,11 @@ def _render(target: Target) -> str:
   if target.files:
     values['srcs'] = _list(sorted(f.path for f in target.files))
   for key, value in target.attributes.items():
-    values[key] = value if value == 'True' else (
-      _string(value) if isinstance(value, str) else _list(value))
+    values[key] = (
+      value
+      if value == 'True'
+      else (_string(value) if isinstance(value, str) else _list(value))
+    )
   if pattern := _DATA.get(target.name):
     values['data'] = f'glob({_list([pattern])}, allow_empty = True)'
   if target.deps:
@@ -198,15 +218,19 @@ def _render(target: Target) -> str:
 def _protos() -> Iterator[str]:
   for path in sorted((source_tree.ROOT / 'sarathi_jax').rglob('*.proto')):
     name = path.relative_to(source_tree.ROOT).as_posix()
-    yield (f'proto_library(\n    name = "{name.replace(".", "_")}",\n'
-           f'    srcs = ["{name}"],\n)\n')
+    yield (
+      f'proto_library(\n    name = "{name.replace(".", "_")}",\n'
+      f'    srcs = ["{name}"],\n)\n'
+    )
 
 
 def render() -> str:
   """What BUILD should be."""
   found = targets(source_tree.files())
-  order = sorted(found.values(), key=lambda t: (
-    t.name.startswith('tests'), t.rule != 'py_library', t.name))
+  order = sorted(
+    found.values(),
+    key=lambda t: (t.name.startswith('tests'), t.rule != 'py_library', t.name),
+  )
   return '\n'.join([_HEADER, *_protos(), *map(_render, order)])
 
 

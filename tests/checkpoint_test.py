@@ -34,8 +34,9 @@ def copy(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(shutil.copytree(whole, tmp_path / 'copy'))
 
 
-def _edit(folder: pathlib.Path, change: Callable[[dict[str, Any]], Any]
-          ) -> None:
+def _edit(
+  folder: pathlib.Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
   path = folder / 'sarathi.json'
   fields = json.loads(path.read_text())
   change(fields)
@@ -61,22 +62,26 @@ def test_damaged_metadata(content: str, copy: pathlib.Path) -> None:
   _refused(copy, r'sarathi\.json')
 
 
-@pytest.mark.parametrize(('change', 'match'), [
-  (lambda fields: fields.update(format_version=2), 'format_version=2'),
-  (lambda fields: fields.pop('format_version'), 'format_version=None'),
-  (lambda fields: fields.update(extra=1), "'extra'"),
-  (lambda fields: fields.pop('model'), 'model=None: missing'),
-  (lambda fields: fields.update(dtype='int8'), "dtype='int8'"),
-  (lambda fields: fields.update(eos_token_ids=['a']), 'eos_token_ids'),
-  (lambda fields: fields.update(eos_token_ids=2), 'eos_token_ids'),
-  (lambda fields: fields.update(bos_token_id='a'), 'bos_token_id'),
-  (lambda fields: fields['model'].update(family='gpt'), "family='gpt'"),
-  (lambda fields: fields['model'].update(alibi=True), r'model\.alibi'),
-  (lambda fields: fields['model'].pop('head_dim'), r'model\.head_dim'),
-  (lambda fields: fields['model'].update(num_heads=0), 'num_heads=0'),
-])
-def test_bad_metadata(change: Callable[[dict[str, Any]], Any], match: str,
-                      copy: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+  ('change', 'match'),
+  [
+    (lambda fields: fields.update(format_version=2), 'format_version=2'),
+    (lambda fields: fields.pop('format_version'), 'format_version=None'),
+    (lambda fields: fields.update(extra=1), "'extra'"),
+    (lambda fields: fields.pop('model'), 'model=None: missing'),
+    (lambda fields: fields.update(dtype='int8'), "dtype='int8'"),
+    (lambda fields: fields.update(eos_token_ids=['a']), 'eos_token_ids'),
+    (lambda fields: fields.update(eos_token_ids=2), 'eos_token_ids'),
+    (lambda fields: fields.update(bos_token_id='a'), 'bos_token_id'),
+    (lambda fields: fields['model'].update(family='gpt'), "family='gpt'"),
+    (lambda fields: fields['model'].update(alibi=True), r'model\.alibi'),
+    (lambda fields: fields['model'].pop('head_dim'), r'model\.head_dim'),
+    (lambda fields: fields['model'].update(num_heads=0), 'num_heads=0'),
+  ],
+)
+def test_bad_metadata(
+  change: Callable[[dict[str, Any]], Any], match: str, copy: pathlib.Path
+) -> None:
   _edit(copy, change)
   _refused(copy, match)
 
@@ -120,19 +125,23 @@ def test_damaged_tree(copy: pathlib.Path) -> None:
   _refused(copy, 'params: can not be read')
 
 
-def test_metadata_goes_through_json(whole: pathlib.Path,
-                                    tmp_path: pathlib.Path) -> None:
+def test_metadata_goes_through_json(
+  whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
   metadata = checkpoint.load_metadata(whole)
   checkpoint.write_metadata(tmp_path, metadata)
   assert checkpoint.load_metadata(tmp_path) == metadata
 
 
 def test_metadata_loads_no_jax(whole: pathlib.Path) -> None:
-  script = ('import sys; from sarathi_jax import checkpoint; '
-            f'checkpoint.load_metadata({str(whole)!r}); '
-            'print(sorted({"jax", "orbax"} & set(sys.modules)))')
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True,
-                        text=True, check=True)
+  script = (
+    'import sys; from sarathi_jax import checkpoint; '
+    f'checkpoint.load_metadata({str(whole)!r}); '
+    'print(sorted({"jax", "orbax"} & set(sys.modules)))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
   assert done.stdout == '[]\n'
 
 
@@ -147,7 +156,8 @@ def test_sharding(whole: pathlib.Path) -> None:
 
 
 def test_an_ordinary_orbax_checkpoint_will_do(
-  whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  whole: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
   """What a training loop saves with orbax's defaults."""
   params = checkpoint.restore_params(whole)
   checkpoint.write_metadata(tmp_path, checkpoint.load_metadata(whole))

@@ -16,8 +16,7 @@ from sarathi_jax import scheduler
 BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'token_budget': 0}, 'token_budget=0: must be an integer >= 1'),
   ({'token_budget': 1.5}, 'token_budget=1.5: must be an integer >= 1'),
-  ({'token_budget': 64},
-   'token_budget=64: must be at least max_num_seqs=128'),
+  ({'token_budget': 64}, 'token_budget=64: must be at least max_num_seqs=128'),
   ({'max_num_seqs': -1}, 'max_num_seqs=-1: must be an integer >= 1'),
   ({'max_num_seqs': '8'}, "max_num_seqs='8': must be an integer >= 1"),
   ({'max_num_seqs': True}, 'max_num_seqs=True: must be an integer >= 1'),
@@ -35,8 +34,10 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'short_prompt_share': -0.1}, 'short_prompt_share=-0.1: must be in [0, 1)'),
   ({'look_ahead': 'no'}, "look_ahead='no': must be true or false"),
   ({'seed': -1}, 'seed=-1: must be an integer in [0, 2**63)'),
-  ({'seed': 2**63},
-   'seed=9223372036854775808: must be an integer in [0, 2**63)'),
+  (
+    {'seed': 2**63},
+    'seed=9223372036854775808: must be an integer in [0, 2**63)',
+  ),
   ({'seed': 0.5}, 'seed=0.5: must be an integer in [0, 2**63)'),
 )
 
@@ -57,25 +58,39 @@ def test_an_unknown_policy_is_refused_and_the_known_are_named() -> None:
   with pytest.raises(errors.ConfigError) as caught:
     scheduler.policy_class('fifo')
   assert str(caught.value) == (
-    "policy='fifo': must be one of sarathi, vllm, orca, faster_transformer.")
+    "policy='fifo': must be one of sarathi, vllm, orca, faster_transformer."
+  )
 
 
 def make_scheduler_config(**fields: Any) -> config_lib.SchedulerConfig:
-  defaults = dict(token_budget=8, max_num_seqs=4, max_model_len=32,
-                  num_pages=8, page_size=4)
+  defaults = dict(
+    token_budget=8, max_num_seqs=4, max_model_len=32, num_pages=8, page_size=4
+  )
   return config_lib.SchedulerConfig(**(defaults | fields))
 
 
 def test_what_both_configs_have_is_the_same_in_both() -> None:
   given: dict[str, Any] = dict(
-    token_budget=99, max_num_seqs=7, page_size=5, look_ahead=False,
-    short_prompt_share=0.5, tbt_slo_ms=30.0, ttft_slo_ms=400.0,
-    batch_tbt_slo_ms=90.0, seed=3)
+    token_budget=99,
+    max_num_seqs=7,
+    page_size=5,
+    look_ahead=False,
+    short_prompt_share=0.5,
+    tbt_slo_ms=30.0,
+    ttft_slo_ms=400.0,
+    batch_tbt_slo_ms=90.0,
+    seed=3,
+  )
   resolved: dict[str, Any] = dict(
-    max_model_len=32, num_pages=8, num_stages=2, prefix_cost=0.5,
-    eos_token_ids=(1,))
+    max_model_len=32,
+    num_pages=8,
+    num_stages=2,
+    prefix_cost=0.5,
+    eos_token_ids=(1,),
+  )
   made = config_lib.SchedulerConfig.of(
-    config_lib.EngineConfig(**given, max_model_len=64), **resolved)
+    config_lib.EngineConfig(**given, max_model_len=64), **resolved
+  )
   assert dataclasses.asdict(made) == given | resolved
 
 
@@ -91,16 +106,21 @@ def test_a_cache_too_small_for_one_sequence_is_refused() -> None:
   assert 'max_model_len=32' in str(caught.value)
 
 
-@pytest.mark.parametrize(('num_stages', 'look_ahead', 'max_in_flight'), [
-  (1, False, 1), (1, True, 2), (3, False, 3), (3, True, 4)])
-def test_batches_in_flight(num_stages: int, look_ahead: bool,
-                           max_in_flight: int) -> None:
+@pytest.mark.parametrize(
+  ('num_stages', 'look_ahead', 'max_in_flight'),
+  [(1, False, 1), (1, True, 2), (3, False, 3), (3, True, 4)],
+)
+def test_batches_in_flight(
+  num_stages: int, look_ahead: bool, max_in_flight: int
+) -> None:
   config = make_scheduler_config(num_stages=num_stages, look_ahead=look_ahead)
   assert config.max_in_flight == max_in_flight
 
 
-@pytest.mark.parametrize(('max_model_len', 'pages'), [
-  (1, 1), (4, 1), (5, 2), (32, 8)])
+@pytest.mark.parametrize(
+  ('max_model_len', 'pages'), [(1, 1), (4, 1), (5, 2), (32, 8)]
+)
 def test_pages_per_seq(max_model_len: int, pages: int) -> None:
-  assert make_scheduler_config(
-    max_model_len=max_model_len).pages_per_seq == pages
+  assert (
+    make_scheduler_config(max_model_len=max_model_len).pages_per_seq == pages
+  )

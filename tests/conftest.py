@@ -29,9 +29,11 @@ os.environ.update(
 # this one, and those that tests start.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(
-    prefix='sarathi_jax_compiled_')
-  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'],
-                  ignore_errors=True)
+    prefix='sarathi_jax_compiled_'
+  )
+  atexit.register(
+    shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
+  )
 
 # What JAX has traced stays: looking through it for garbage takes ever longer.
 gc.set_threshold(20_000, 50, 50)
@@ -41,8 +43,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On a busy machine time says nothing about the code.
 hypothesis.settings.register_profile(
-  'project', deadline=None,
-  suppress_health_check=[hypothesis.HealthCheck.too_slow])
+  'project',
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile('project')
 
 
@@ -53,7 +57,10 @@ def _training_mixes_types(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     return
   import jax
-  with (pytest.MonkeyPatch.context() as patch,
-        jax.numpy_dtype_promotion('standard')):
+
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    jax.numpy_dtype_promotion('standard'),
+  ):
     patch.setenv('JAX_NUMPY_DTYPE_PROMOTION', 'standard')
     yield

@@ -30,9 +30,16 @@ from sarathi_jax.runner import programs
 from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
-  vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=2,
-  num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=96,
-  sliding_window=40)
+  vocab_size=97,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  max_position_embeddings=96,
+  sliding_window=40,
+)
 MAX_LEN = MODEL.max_position_embeddings
 MAX_SEQS = 8
 PAGE_SIZE = 16
@@ -45,16 +52,28 @@ def params() -> Any:
   return models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.3)
 
 
-def make_runner(params, attention: str, *, transpose: bool = False,
-                most_tokens: int = UNLIMITED + MAX_SEQS,
-                ) -> device_runner.DeviceRunner:
+def make_runner(
+  params,
+  attention: str,
+  *,
+  transpose: bool = False,
+  most_tokens: int = UNLIMITED + MAX_SEQS,
+) -> device_runner.DeviceRunner:
   config = config_lib.EngineConfig(
-    token_budget=most_tokens, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
-    num_pages=PLENTY, attention=attention)
+    token_budget=most_tokens,
+    max_num_seqs=MAX_SEQS,
+    page_size=PAGE_SIZE,
+    num_pages=PLENTY,
+    attention=attention,
+  )
   mesh = mesh_lib.make()
   return device_runner.DeviceRunner(
-    MODEL, placement.place_live(MODEL, mesh, params, transpose=transpose),
-    mesh, config, lambda max_model_len: most_tokens)
+    MODEL,
+    placement.place_live(MODEL, mesh, params, transpose=transpose),
+    mesh,
+    config,
+    lambda max_model_len: most_tokens,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +101,8 @@ def transposed_runner(params) -> device_runner.DeviceRunner:
 @pytest.fixture(scope='module')
 def requests() -> list[types.Request]:
   return naive.make_requests(
-    MODEL.vocab_size, [1, 2, 7, 8, 9, 90, 33, 60, 16, 75, 5, 41])
+    MODEL.vocab_size, [1, 2, 7, 8, 9, 90, 33, 60, 16, 75, 5, 41]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -93,45 +113,90 @@ def expected(params, requests):
 
 def run_engine(runner, requests, **limits):
   return naive.run_engine(
-    runner, requests, vocab_size=MODEL.vocab_size, max_num_seqs=MAX_SEQS,
-    max_model_len=MAX_LEN, page_size=PAGE_SIZE, **limits)
+    runner,
+    requests,
+    vocab_size=MODEL.vocab_size,
+    max_num_seqs=MAX_SEQS,
+    max_model_len=MAX_LEN,
+    page_size=PAGE_SIZE,
+    **limits,
+  )
 
 
 @pytest.mark.parametrize(
   'policy,token_budget,num_pages,look_ahead',
-  list(itertools.product(
-    scheduler_lib.POLICIES, (MAX_SEQS, 17, 64, UNLIMITED), (PLENTY, SCARCE),
-    (True, False))))
+  list(
+    itertools.product(
+      scheduler_lib.POLICIES,
+      (MAX_SEQS, 17, 64, UNLIMITED),
+      (PLENTY, SCARCE),
+      (True, False),
+    )
+  ),
+)
 def test_tokens_do_not_depend_on_how_they_are_computed(
-    runner, requests, expected, policy, token_budget, num_pages, look_ahead):
+  runner, requests, expected, policy, token_budget, num_pages, look_ahead
+):
   got, stats = run_engine(
-    runner, requests, policy=policy, token_budget=token_budget,
-    num_pages=num_pages, look_ahead=look_ahead)
+    runner,
+    requests,
+    policy=policy,
+    token_budget=token_budget,
+    num_pages=num_pages,
+    look_ahead=look_ahead,
+  )
   naive.assert_same(got, expected)
   reserves = policy in ('orca', 'faster_transformer')  # Never preempt.
   if num_pages == SCARCE and not reserves:
     assert stats.num_preemptions > 0
 
 
-@pytest.mark.parametrize('token_budget,num_pages,look_ahead', [
-  (MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True)])
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [(MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True)],
+)
 def test_the_kernel_computes_the_same(
-    kernel_runner, requests, expected, token_budget, num_pages, look_ahead):
+  kernel_runner, requests, expected, token_budget, num_pages, look_ahead
+):
   test_tokens_do_not_depend_on_how_they_are_computed(
-    kernel_runner, requests, expected, 'sarathi', token_budget, num_pages,
-    look_ahead)
+    kernel_runner,
+    requests,
+    expected,
+    'sarathi',
+    token_budget,
+    num_pages,
+    look_ahead,
+  )
 
 
 @pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
-@pytest.mark.parametrize('token_budget,num_pages,look_ahead', [
-  (MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True),
-  (UNLIMITED, SCARCE, True)])
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [
+    (MAX_SEQS, SCARCE, True),
+    (17, SCARCE, False),
+    (64, PLENTY, True),
+    (UNLIMITED, SCARCE, True),
+  ],
+)
 def test_transposed_matrices_compute_the_same(
-    transposed_runner, requests, expected, policy, token_budget, num_pages,
-    look_ahead):
+  transposed_runner,
+  requests,
+  expected,
+  policy,
+  token_budget,
+  num_pages,
+  look_ahead,
+):
   test_tokens_do_not_depend_on_how_they_are_computed(
-    transposed_runner, requests, expected, policy, token_budget, num_pages,
-    look_ahead)
+    transposed_runner,
+    requests,
+    expected,
+    policy,
+    token_budget,
+    num_pages,
+    look_ahead,
+  )
 
 
 def test_outputs_are_lively(expected):
@@ -144,15 +209,25 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
   """The negative control."""
   nudged = jax.tree.map(lambda x: x, params)
   nudged['layers'][1]['mlp']['up'] = (
-    nudged['layers'][1]['mlp']['up'].at[0, 0].add(1.0))
+    nudged['layers'][1]['mlp']['up'].at[0, 0].add(1.0)
+  )
   config = config_lib.EngineConfig(
-    token_budget=64, max_num_seqs=MAX_SEQS, page_size=PAGE_SIZE,
-    num_pages=PLENTY)
+    token_budget=64,
+    max_num_seqs=MAX_SEQS,
+    page_size=PAGE_SIZE,
+    num_pages=PLENTY,
+  )
   runner = device_runner.DeviceRunner(
-    MODEL, nudged, mesh_lib.make(), config, lambda max_model_len: 64)
+    MODEL, nudged, mesh_lib.make(), config, lambda max_model_len: 64
+  )
   got, _ = run_engine(
-    runner, requests, policy='sarathi', token_budget=64, num_pages=PLENTY,
-    look_ahead=True)
+    runner,
+    requests,
+    policy='sarathi',
+    token_budget=64,
+    num_pages=PLENTY,
+    look_ahead=True,
+  )
   assert any(got[r][0] != tokens for r, (tokens, _) in expected.items())
 
 
@@ -163,24 +238,37 @@ MOST_DIFFERENT = 3
 
 
 def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
-    params, runner, record_property):
+  params, runner, record_property
+):
   """Rounding depends on a step's rows, and decides between near-ties."""
   rng = np.random.default_rng(0)
   requests = [
     types.Request(
-      request_id=str(i), prompt_token_ids=tuple(
-        rng.integers(0, MODEL.vocab_size, rng.integers(1, 70)).tolist()),
-      sampling=naive.GREEDY if i % 2 else dataclasses.replace(
-        naive.SEEDED[i // 2 % 4], seed=i))
-    for i in range(200)]
+      request_id=str(i),
+      prompt_token_ids=tuple(
+        rng.integers(0, MODEL.vocab_size, rng.integers(1, 70)).tolist()
+      ),
+      sampling=naive.GREEDY
+      if i % 2
+      else dataclasses.replace(naive.SEEDED[i // 2 % 4], seed=i),
+    )
+    for i in range(200)
+  ]
   rounded = make_runner(
-    jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), 'xla',
-    most_tokens=64)
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
+    'xla',
+    most_tokens=64,
+  )
 
   def run(runner, requests, token_budget=64, num_pages=PLENTY):
     got, _ = run_engine(
-      runner, requests, policy='sarathi', token_budget=token_budget,
-      num_pages=num_pages, look_ahead=True)
+      runner,
+      requests,
+      policy='sarathi',
+      token_budget=token_budget,
+      num_pages=num_pages,
+      look_ahead=True,
+    )
     return got
 
   def num_different(got):
@@ -191,11 +279,14 @@ def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
     'again': num_different(run(rounded, requests)),
     'reversed': num_different(run(rounded, requests[::-1])),
     'other chunks, preemptions': num_different(
-      run(rounded, requests, 17, SCARCE))}
+      run(rounded, requests, 17, SCARCE)
+    ),
+  }
   record_property('outputs of 200 that differ', counts)
   print(counts)
   assert counts['again'] == 0
   assert max(counts.values()) <= MOST_DIFFERENT / 100 * len(requests)
   # The bound can fail: other weights by less than what rounds to these.
   assert num_different(run(runner, requests)) > (
-    MOST_DIFFERENT / 100 * len(requests))
+    MOST_DIFFERENT / 100 * len(requests)
+  )

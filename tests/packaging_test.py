@@ -9,8 +9,9 @@ import tomllib
 
 from tests import source_tree
 
-SETUPTOOLS = tomllib.loads(
-  (source_tree.ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
+SETUPTOOLS = tomllib.loads((source_tree.ROOT / 'pyproject.toml').read_text())[
+  'tool'
+]['setuptools']
 
 
 def folder_of(package: str) -> pathlib.PurePath:
@@ -19,9 +20,11 @@ def folder_of(package: str) -> pathlib.PurePath:
 
 
 def test_every_package_is_installed() -> None:
-  folders = {pathlib.PurePath(file.path).parent
-             for module, file in source_tree.files().items()
-             if not module.startswith('tests')}
+  folders = {
+    pathlib.PurePath(file.path).parent
+    for module, file in source_tree.files().items()
+    if not module.startswith('tests')
+  }
   assert {folder_of(p) for p in SETUPTOOLS['packages']} == folders
 
 
@@ -30,7 +33,12 @@ def test_files_that_are_no_modules_are_installed() -> None:
   patterns = SETUPTOOLS['package-data']['sarathi_jax']
   for path in root.rglob('*'):
     name = path.relative_to(root).as_posix()
-    if path.is_file() and path.suffix not in ('.py', '.pyc', '.pyi') and (
-        not name.startswith('benchmarks/')):
-      assert any(fnmatch.fnmatch(name, pattern.replace('**/', '*'))
-                 for pattern in patterns), name
+    if (
+      path.is_file()
+      and path.suffix not in ('.py', '.pyc', '.pyi')
+      and (not name.startswith('benchmarks/'))
+    ):
+      assert any(
+        fnmatch.fnmatch(name, pattern.replace('**/', '*'))
+        for pattern in patterns
+      ), name

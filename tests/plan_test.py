@@ -24,11 +24,19 @@ from sarathi_jax.runner import programs as programs_lib
 from tests import source_tree
 
 MODEL = model_config_lib.LlamaConfig(
-  vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3,
-  num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=64)
+  vocab_size=97,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  max_position_embeddings=64,
+)
 CONFIG = config_lib.EngineConfig(
-  tp=2, pp=2, token_budget=8, max_num_seqs=8, page_size=8, num_pages=40)
-_FILE = '''
+  tp=2, pp=2, token_budget=8, max_num_seqs=8, page_size=8, num_pages=40
+)
+_FILE = """
 from sarathi_jax import EngineConfig
 from sarathi_jax.models import config
 def get_config():
@@ -38,13 +46,17 @@ def get_model():
   return config.LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3,
     num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=64)
-'''
+"""
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
-    [sys.executable, '-m', 'sarathi_jax.plan', *args], cwd=source_tree.ROOT,
-    capture_output=True, text=True, check=False)
+    [sys.executable, '-m', 'sarathi_jax.plan', *args],
+    cwd=source_tree.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def bytes_by_device(tree: Any) -> Counter[jax.Device]:
@@ -58,13 +70,17 @@ def bytes_by_device(tree: Any) -> Counter[jax.Device]:
 def test_a_plan_is_what_the_engine_allocates():
   planned = plan.on_cpu(MODEL, CONFIG)
   llm = llm_lib.LLM(
-    MODEL, models.init_params(MODEL, jax.random.key(0), jnp.float32),
-    config=CONFIG, eos_token_ids=())
+    MODEL,
+    models.init_params(MODEL, jax.random.key(0), jnp.float32),
+    config=CONFIG,
+    eos_token_ids=(),
+  )
   runner = llm._runner
   for what, tree in (
-      (planned.weights, runner._leaves),
-      (planned.kv_cache, runner._state.kv),
-      (planned.state, (runner._state.slots, runner._state.hidden))):
+    (planned.weights, runner._leaves),
+    (planned.kv_cache, runner._state.kv),
+    (planned.state, (runner._state.slots, runner._state.hidden)),
+  ):
     found = bytes_by_device(tree)
     assert len(found) == 4
     for size in found.values():
@@ -72,13 +88,20 @@ def test_a_plan_is_what_the_engine_allocates():
   largest = runner._programs[runner._programs.sizes[-1]]
   assert planned.temporaries == programs_lib.extra_bytes(largest)
   assert planned.kv_tokens == (
-    llm.engine.info.num_pages * llm.engine.info.page_size)
+    llm.engine.info.num_pages * llm.engine.info.page_size
+  )
 
 
 def test_what_fits_and_what_is_missing():
   fields = dict(
-    weights=60, state=5, temporaries=5, page=2, page_size=8,
-    max_model_len=64, max_num_seqs=3)
+    weights=60,
+    state=5,
+    temporaries=5,
+    page=2,
+    page_size=8,
+    max_model_len=64,
+    max_num_seqs=3,
+  )
   fits = memory_lib.MemoryPlan(usable=100, num_pages=15, **fields)
   assert (fits.kv_cache, fits.kv_tokens, fits.missing) == (30, 120, 0)
   assert [fits.num_seqs_at(n) for n in (8, 40, 41, 64)] == [3, 3, 2, 1]
@@ -89,30 +112,42 @@ def test_what_fits_and_what_is_missing():
 def test_the_command(tmp_path: pathlib.Path):
   config, result = tmp_path / 'tiny.py', tmp_path / 'plan.json'
   config.write_text(_FILE)
-  done = run(f'--config={config}', '--device=cpu', '--context=16,64,1000',
-             f'--json={result}')
+  done = run(
+    f'--config={config}',
+    '--device=cpu',
+    '--context=16,64,1000',
+    f'--json={result}',
+  )
   assert done.returncode == 0, done.stderr
   assert 'tiny: 4 x cpu, TP2 PP2' in done.stdout
   found = json.loads(result.read_text())
   assert found['sequences'] == {'16': 8, '64': 5}
   assert found['memory']['kv_tokens'] == 320
   # A flag overrides the file: there is no room for one sequence.
-  done = run(f'--config={config}', '--device=cpu', '--num_pages=4',
-             '--max_model_len=64')
+  done = run(
+    f'--config={config}', '--device=cpu', '--num_pages=4', '--max_model_len=64'
+  )
   assert done.returncode == 1
   assert 'num_pages' in done.stderr
 
 
-@pytest.mark.parametrize('args,words', [
-  ((), 'config=None: must be given'),
-  (('--config=/no/such.py',), 'no such file'),
-  (('--config=configs/quickstart.py',), 'must define get_model()'),
-  (('--config=configs/yi_34b_a100_tp2.py', '--device=b200'),
-   "device='b200': must be cpu or one of a100, a40, h100"),
-  (('--config=configs/yi_34b_a100_tp2.py', '--context=0'), 'context='),
-  (('--config=configs/yi_34b_a100_tp2.py', '--tp=3', '--device=cpu'),
-   "tp=3: must divide the model's num_heads=56"),
-])
+@pytest.mark.parametrize(
+  'args,words',
+  [
+    ((), 'config=None: must be given'),
+    (('--config=/no/such.py',), 'no such file'),
+    (('--config=configs/quickstart.py',), 'must define get_model()'),
+    (
+      ('--config=configs/yi_34b_a100_tp2.py', '--device=b200'),
+      "device='b200': must be cpu or one of a100, a40, h100",
+    ),
+    (('--config=configs/yi_34b_a100_tp2.py', '--context=0'), 'context='),
+    (
+      ('--config=configs/yi_34b_a100_tp2.py', '--tp=3', '--device=cpu'),
+      "tp=3: must divide the model's num_heads=56",
+    ),
+  ],
+)
 def test_what_cant_be_planned(args, words):
   done = run(*args)
   assert done.returncode == 1

@@ -15,33 +15,48 @@ from sarathi_jax import checkpoint
 from sarathi_jax import models
 from tests import source_tree
 
-SECTION = (source_tree.ROOT / 'README.md').read_text().partition(
-  '## Embed it')[2].partition('\n## ')[0]
+SECTION = (
+  (source_tree.ROOT / 'README.md')
+  .read_text()
+  .partition('## Embed it')[2]
+  .partition('\n## ')[0]
+)
 EXAMPLE, TREE = re.findall('```python\n(.*?)```', SECTION, re.S)
 
 
 def test_it_stops_where_the_model_does_and_keeps_what_it_compiled(
-    tmp_path: pathlib.Path) -> None:
-  environ = {k: v for k, v in os.environ.items()
-             if k != 'JAX_COMPILATION_CACHE_DIR'}
+  tmp_path: pathlib.Path,
+) -> None:
+  environ = {
+    k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'
+  }
   environ |= {'HOME': str(tmp_path), 'PYTHONPATH': str(source_tree.ROOT)}
   done = subprocess.run(
-    [sys.executable, '-c', EXAMPLE], cwd=tmp_path, env=environ,
-    capture_output=True, text=True, timeout=600, check=False)
+    [sys.executable, '-c', EXAMPLE],
+    cwd=tmp_path,
+    env=environ,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   greedy, *rollouts = done.stdout.splitlines()
   assert greedy.startswith(
-    'Return the number of items in a container. FinishReason.STOP')
+    'Return the number of items in a container. FinishReason.STOP'
+  )
   texts = [text for line in rollouts for text in ast.literal_eval(line)]
   assert len(texts) == 8 and all(len(text) < 200 for text in texts)
   kept = tmp_path / '.cache' / 'sarathi_jax' / 'compiled'
   assert any(name.startswith('jit_run-') for name in os.listdir(kept))
-  model = checkpoint.load_metadata(next(
-    (tmp_path / 'checkpoints').glob('*/sarathi.json')).parent).model
+  model = checkpoint.load_metadata(
+    next((tmp_path / 'checkpoints').glob('*/sarathi.json')).parent
+  ).model
   specs: Any = models.param_specs(model)
   shapes = ast.literal_eval(TREE.replace(', ...]', ']'))
   assert shapes['layers'][0]['attn'] == {
-    name: spec.shape for name, spec in specs['layers'][0]['attn'].items()}
+    name: spec.shape for name, spec in specs['layers'][0]['attn'].items()
+  }
   assert shapes['embed'] == specs['embed'].shape
   assert shapes.keys() == specs.keys()
   assert shapes['layers'][0].keys() == specs['layers'][0].keys()

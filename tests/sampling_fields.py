@@ -10,10 +10,18 @@ NAN, INF = math.nan, math.inf
 
 # One that is not the default, for each.
 EXAMPLES: dict[str, Any] = {
-  'max_tokens': 3, 'temperature': 0.75, 'top_k': 5, 'top_p': 0.875,
-  'min_p': 0.125, 'seed': 7, 'stop': ('a', 'b'), 'stop_token_ids': (1, 2),
-  'include_stop_str_in_output': True, 'ignore_eos': True,
-  'skip_special_tokens': False, 'logprobs': 0,
+  'max_tokens': 3,
+  'temperature': 0.75,
+  'top_k': 5,
+  'top_p': 0.875,
+  'min_p': 0.125,
+  'seed': 7,
+  'stop': ('a', 'b'),
+  'stop_token_ids': (1, 2),
+  'include_stop_str_in_output': True,
+  'ignore_eos': True,
+  'skip_special_tokens': False,
+  'logprobs': 0,
 }
 BAD: tuple[tuple[str, Any, str], ...] = (
   ('max_tokens', 0, 'must be an integer >= 1'),
@@ -37,7 +45,7 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ('min_p', 1.1, 'must be in [0, 1]'),
   ('min_p', NAN, 'must be in [0, 1]'),
   ('seed', 2**63, 'in [-9223372036854775808, 9223372036854775807]'),
-  ('seed', -2**63 - 1, 'in [-9223372036854775808, 9223372036854775807]'),
+  ('seed', -(2**63) - 1, 'in [-9223372036854775808, 9223372036854775807]'),
   ('seed', 0.5, 'must be an integer in'),
   ('seed', True, 'must be an integer in'),
   ('stop', ('',), 'must be strings that are not empty'),

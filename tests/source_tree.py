@@ -50,7 +50,8 @@ class File:
   tree: ast.Module = dataclasses.field(repr=False)
   num_lines: int
   imports: frozenset[Import] = dataclasses.field(
-    default=frozenset(), repr=False)
+    default=frozenset(), repr=False
+  )
 
   @property
   def is_generated(self) -> bool:
@@ -66,16 +67,24 @@ def module_name(path: pathlib.PurePath) -> str:
 def files() -> Mapping[str, File]:
   """Every file of the project's folders, by module name, sorted."""
   found = []
-  for path in sorted(p for folder in FOLDERS
-                     for p in (ROOT / folder).rglob('*.py')):
+  for path in sorted(
+    p for folder in FOLDERS for p in (ROOT / folder).rglob('*.py')
+  ):
     relative = path.relative_to(ROOT)
     text = path.read_text()
-    found.append(File(
-      relative.as_posix(), module_name(relative), ast.parse(text),
-      len(text.splitlines())))
+    found.append(
+      File(
+        relative.as_posix(),
+        module_name(relative),
+        ast.parse(text),
+        len(text.splitlines()),
+      )
+    )
   names = frozenset(f.module for f in found)
-  return {f.module: dataclasses.replace(
-    f, imports=frozenset(read_imports(f, names))) for f in found}
+  return {
+    f.module: dataclasses.replace(f, imports=frozenset(read_imports(f, names)))
+    for f in found
+  }
 
 
 def read_imports(file: File, ours: frozenset[str]) -> Iterator[Import]:
@@ -100,8 +109,9 @@ def _walk(node: ast.AST, is_lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
   """Every node below, and whether importing the file leaves it out."""
   yield node, is_lazy
   is_lazy |= isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-  is_lazy |= (isinstance(node, ast.If)
-              and ast.unparse(node.test) == 'TYPE_CHECKING')
+  is_lazy |= (
+    isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
+  )
   for child in ast.iter_child_nodes(node):
     yield from _walk(child, is_lazy)
 

@@ -18,8 +18,15 @@ from sarathi_jax.models import config as model_config_lib
 
 # Its vocabulary is that of tokenizer_fixture.
 MODEL = model_config_lib.LlamaConfig(
-  vocab_size=300, hidden_size=16, intermediate_size=24, num_layers=1,
-  num_heads=2, num_kv_heads=1, head_dim=8, max_position_embeddings=64)
+  vocab_size=300,
+  hidden_size=16,
+  intermediate_size=24,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  max_position_embeddings=64,
+)
 
 
 def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
@@ -27,14 +34,17 @@ def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda leaf: jnp.asarray(
-      (leaf.init == 'scale') + rng.normal(0, 0.4, leaf.shape), dtype),
-    models.param_specs(MODEL))
+      (leaf.init == 'scale') + rng.normal(0, 0.4, leaf.shape), dtype
+    ),
+    models.param_specs(MODEL),
+  )
 
 
 def engine_config(**fields: Any) -> config_lib.EngineConfig:
   """Two programs to compile, of 4 and of 8 tokens."""
-  return config_lib.EngineConfig(**(dict(
-    token_budget=8, max_num_seqs=4, page_size=8, num_pages=24) | fields))
+  return config_lib.EngineConfig(
+    **(dict(token_budget=8, max_num_seqs=4, page_size=8, num_pages=24) | fields)
+  )
 
 
 @contextlib.contextmanager

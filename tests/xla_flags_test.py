@@ -20,56 +20,87 @@ from sarathi_jax.in_process import building
 GRAPHS = '--xla_gpu_enable_command_buffer=+WHILE'
 
 
-@pytest.mark.parametrize(('version', 'expected'), [
-  ((0, 10, 1), ''), ((0, 10, 2), GRAPHS), ((0, 11, 2), GRAPHS),
-  ((0, 12, 0), GRAPHS), ((0, 13, 0), '')])
+@pytest.mark.parametrize(
+  ('version', 'expected'),
+  [
+    ((0, 10, 1), ''),
+    ((0, 10, 2), GRAPHS),
+    ((0, 11, 2), GRAPHS),
+    ((0, 12, 0), GRAPHS),
+    ((0, 13, 0), ''),
+  ],
+)
 def test_flags_are_for_versions(
-    version: tuple[int, ...], expected: str) -> None:
+  version: tuple[int, ...], expected: str
+) -> None:
   assert xla_flags.flags(version) == expected
 
 
 @pytest.mark.parametrize('version', ['0.12.0.1', '0.10.2', '0.12.1.dev3'])
 def test_versions_are_read(
-    version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(importlib.metadata, 'version', lambda name: version)
   environ: dict[str, str] = {}
   xla_flags.set_environment(environ)
-  assert environ == {'XLA_FLAGS': GRAPHS,
-                     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95'}
+  assert environ == {
+    'XLA_FLAGS': GRAPHS,
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
+  }
 
 
 def test_what_the_user_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.10.2')
-  environ = {'XLA_FLAGS': '--xla_gpu_enable_command_buffer=',
-             'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5'}
+  environ = {
+    'XLA_FLAGS': '--xla_gpu_enable_command_buffer=',
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5',
+  }
   xla_flags.set_environment(environ)
   assert environ['XLA_FLAGS'] == f'{GRAPHS} --xla_gpu_enable_command_buffer='
   assert environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
 
 
-@pytest.mark.parametrize(('given', 'unset'), [
-  ('', GRAPHS), ('--xla_other=1', GRAPHS), (GRAPHS, ''),
-  ('--xla_gpu_enable_command_buffer=', '')])
+@pytest.mark.parametrize(
+  ('given', 'unset'),
+  [
+    ('', GRAPHS),
+    ('--xla_other=1', GRAPHS),
+    (GRAPHS, ''),
+    ('--xla_gpu_enable_command_buffer=', ''),
+  ],
+)
 def test_what_nobody_set_is_told(
-    given: str, unset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  given: str, unset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.10.2')
   assert xla_flags.unset({'XLA_FLAGS': given}) == unset
 
 
-@pytest.mark.parametrize(('platform', 'flags', 'is_warned'), [
-  ('gpu', '', True), ('gpu', GRAPHS, False), ('cpu', '', False)])
+@pytest.mark.parametrize(
+  ('platform', 'flags', 'is_warned'),
+  [('gpu', '', True), ('gpu', GRAPHS, False), ('cpu', '', False)],
+)
 def test_an_engine_on_a_gpu_warns_of_them(
-    platform: str, flags: str, is_warned: bool,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  platform: str, flags: str, is_warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """Who embeds it has started JAX long before."""
   monkeypatch.setenv('XLA_FLAGS', flags)
-  monkeypatch.setattr(building.device_runner, 'DeviceRunner',
-                      lambda *args, **kwargs: 'runner')
-  mesh: Any = types.SimpleNamespace(devices=types.SimpleNamespace(
-    flat=[types.SimpleNamespace(platform=platform)]))
+  monkeypatch.setattr(
+    building.device_runner, 'DeviceRunner', lambda *args, **kwargs: 'runner'
+  )
+  mesh: Any = types.SimpleNamespace(
+    devices=types.SimpleNamespace(
+      flat=[types.SimpleNamespace(platform=platform)]
+    )
+  )
   made: Any = functools.partial(
-    building.build_runner, None, None, mesh,  # type: ignore[arg-type]
-    config.EngineConfig(compilation_cache_dir=None), lambda *n: None)
+    building.build_runner,
+    None,
+    None,
+    mesh,  # type: ignore[arg-type]
+    config.EngineConfig(compilation_cache_dir=None),
+    lambda *n: None,
+  )
   if is_warned:
     with pytest.warns(RuntimeWarning, match='xla_gpu_enable_command_buffer'):
       assert made() == 'runner'
@@ -81,7 +112,10 @@ def _start(flags: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, '-c', 'import jax; print(jax.numpy.ones(3).sum())'],
     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
-    capture_output=True, text=True, check=False)
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
 
 def test_xla_knows_them() -> None:

@@ -28,8 +28,14 @@ ARCHITECTURES: Mapping[str, str] = {
 
 def architecture_of(model_type: object) -> str | None:
   """Returns the architecture of a model type ('llama'); None if unknown."""
-  return next((name for name, module in ARCHITECTURES.items()
-               if module == f'{_HERE}.{model_type}'), None)
+  return next(
+    (
+      name
+      for name, module in ARCHITECTURES.items()
+      if module == f'{_HERE}.{model_type}'
+    ),
+    None,
+  )
 
 
 def find(architecture: str) -> Any:
@@ -41,5 +47,6 @@ def find(architecture: str) -> Any:
   if architecture not in ARCHITECTURES:
     raise errors.CheckpointError(
       f'architecture {architecture!r} is not supported; supported: '
-      f'{", ".join(ARCHITECTURES)}.')
+      f'{", ".join(ARCHITECTURES)}.'
+    )
   return importlib.import_module(ARCHITECTURES[architecture])

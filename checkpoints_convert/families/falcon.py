@@ -23,12 +23,14 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
   """Reads what transformers' FalconConfig reads, with its defaults."""
   if attributes.flag('alibi', False):
     raise attributes.refuse(
-      'alibi', True, 'only Falcon models with rotary embeddings are supported')
+      'alibi', True, 'only Falcon models with rotary embeddings are supported'
+    )
   hidden_size = attributes.size('hidden_size')
   num_heads = attributes.size('num_attention_heads')
   parallel, num_norms, num_kv_heads = _variant(attributes, num_heads)
   rope, length = hf_config.read_rope(
-    attributes, 10000.0, attributes.size('max_position_embeddings', 2048))
+    attributes, 10000.0, attributes.size('max_position_embeddings', 2048)
+  )
   return config_lib.FalconConfig(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
@@ -44,11 +46,13 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
     tie_word_embeddings=attributes.flag('tie_word_embeddings', True),
     parallel=parallel,
     num_norms=num_norms,
-    bias=attributes.flag('bias', False))
+    bias=attributes.flag('bias', False),
+  )
 
 
-def _variant(attributes: hf_config.Attributes, num_heads: int
-             ) -> tuple[bool, int, int]:
+def _variant(
+  attributes: hf_config.Attributes, num_heads: int
+) -> tuple[bool, int, int]:
   """Returns (parallel, num_norms, num_kv_heads).
 
   The new decoder architecture may have two norms side by side. The old one has
@@ -61,10 +65,12 @@ def _variant(attributes: hf_config.Attributes, num_heads: int
   norms = attributes.take('num_ln_in_parallel_attn') or (2 if new else 1)
   if new and not parallel:
     raise attributes.refuse(
-      'parallel_attn', parallel, 'must be true in the new architecture')
+      'parallel_attn', parallel, 'must be true in the new architecture'
+    )
   if not new and parallel and norms != 1:
     raise attributes.refuse(
-      'num_ln_in_parallel_attn', norms, 'must be 1 in the old architecture')
+      'num_ln_in_parallel_attn', norms, 'must be 1 in the old architecture'
+    )
   if not new:
     kv_heads = 1 if multi_query else num_heads
   return parallel, norms if parallel else 2, kv_heads
@@ -78,9 +84,11 @@ def rules(config: config_lib.FalconConfig) -> tuple[Any, ...]:
   width = config.head_dim
   group = config.num_heads // config.num_kv_heads
   stride = (group + 2) * width
-  fused = {'q': transforms.Select(stride, 0, group * width),
-           'k': transforms.Select(stride, group * width, width),
-           'v': transforms.Select(stride, (group + 1) * width, width)}
+  fused = {
+    'q': transforms.Select(stride, 0, group * width),
+    'k': transforms.Select(stride, group * width, width),
+    'v': transforms.Select(stride, (group + 1) * width, width),
+  }
   table = [
     rules_lib.Rule('transformer.word_embeddings.weight', 'embed'),
     rules_lib.Rule('lm_head.weight', 'lm_head', transpose=True),
@@ -94,11 +102,14 @@ def rules(config: config_lib.FalconConfig) -> tuple[Any, ...]:
     (f'{_LAYER}.ln_attn', f'{_LEAF}.attn_norm'),
     (f'{_LAYER}.ln_mlp', f'{_LEAF}.mlp_norm'),
   ):
-    table += [rules_lib.Rule(f'{name}.weight', f'{leaf}.scale'),
-              rules_lib.Rule(f'{name}.bias', f'{leaf}.bias')]
+    table += [
+      rules_lib.Rule(f'{name}.weight', f'{leaf}.scale'),
+      rules_lib.Rule(f'{name}.bias', f'{leaf}.bias'),
+    ]
   for part, select in fused.items():
-    table += rules_lib.linear(f'{_LAYER}.self_attention.query_key_value',
-                              f'{_LEAF}.attn.{part}', select)
+    table += rules_lib.linear(
+      f'{_LAYER}.self_attention.query_key_value', f'{_LEAF}.attn.{part}', select
+    )
   for name, leaf in (
     (f'{_LAYER}.self_attention.dense', f'{_LEAF}.attn.o'),
     (f'{_LAYER}.mlp.dense_h_to_4h', f'{_LEAF}.mlp.up'),

@@ -15,30 +15,46 @@ TOP_RULES: tuple[rules_lib.Rule, ...] = (
   rules_lib.Rule('model.embed_tokens.weight', 'embed'),
   rules_lib.Rule('model.norm.weight', 'final_norm.scale'),
   rules_lib.Rule('lm_head.weight', 'lm_head', transpose=True),
-  rules_lib.Rule(f'{_LAYER}.input_layernorm.weight',
-                 'layers.{layer}.attn_norm.scale'),
-  rules_lib.Rule(f'{_LAYER}.post_attention_layernorm.weight',
-                 'layers.{layer}.mlp_norm.scale'),
+  rules_lib.Rule(
+    f'{_LAYER}.input_layernorm.weight', 'layers.{layer}.attn_norm.scale'
+  ),
+  rules_lib.Rule(
+    f'{_LAYER}.post_attention_layernorm.weight', 'layers.{layer}.mlp_norm.scale'
+  ),
   # Written by old versions of transformers; config.json says the same.
   rules_lib.Rule(f'{_LAYER}.self_attn.rotary_emb.inv_freq', None),
 )
 
 ATTENTION_RULES: tuple[rules_lib.Rule, ...] = sum(
-  (rules_lib.linear(f'{_LAYER}.self_attn.{name}_proj',
-                    'layers.{layer}.attn.' + name) for name in 'qkvo'), ())
+  (
+    rules_lib.linear(
+      f'{_LAYER}.self_attn.{name}_proj', 'layers.{layer}.attn.' + name
+    )
+    for name in 'qkvo'
+  ),
+  (),
+)
 
 MLP_RULES: tuple[rules_lib.Rule, ...] = sum(
-  (rules_lib.linear(f'{_LAYER}.mlp.{name}_proj', 'layers.{layer}.mlp.' + name)
-   for name in ('gate', 'up', 'down')), ())
+  (
+    rules_lib.linear(f'{_LAYER}.mlp.{name}_proj', 'layers.{layer}.mlp.' + name)
+    for name in ('gate', 'up', 'down')
+  ),
+  (),
+)
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """Reads what transformers' LlamaConfig reads, with its defaults."""
   bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
-    qkv_bias=bias, o_bias=bias, mlp_bias=attributes.flag('mlp_bias', False),
-    **hf_config.common(attributes, kv_heads=None, theta=10000.0, eps=1e-6,
-                       positions=2048))
+    qkv_bias=bias,
+    o_bias=bias,
+    mlp_bias=attributes.flag('mlp_bias', False),
+    **hf_config.common(
+      attributes, kv_heads=None, theta=10000.0, eps=1e-6, positions=2048
+    ),
+  )
 
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:

@@ -14,5 +14,7 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """Reads what transformers' MistralConfig reads, with its defaults."""
   return config_lib.LlamaConfig(
     sliding_window=attributes.take_or_none('sliding_window', 4096),
-    **hf_config.common(attributes, kv_heads=8, theta=10000.0, eps=1e-6,
-                       positions=131072))
+    **hf_config.common(
+      attributes, kv_heads=8, theta=10000.0, eps=1e-6, positions=131072
+    ),
+  )

@@ -15,9 +15,14 @@ _LEAF = 'layers.{layer}.moe'
 
 _MOE_RULES = (
   rules_lib.Rule(f'{_MOE}.gate.weight', f'{_LEAF}.router', transpose=True),
-  *(rules_lib.Rule(f'{_MOE}.experts.{{expert}}.{name}.weight',
-                   f'{_LEAF}.{leaf}', transpose=True)
-    for name, leaf in (('w1', 'gate'), ('w2', 'down'), ('w3', 'up'))),
+  *(
+    rules_lib.Rule(
+      f'{_MOE}.experts.{{expert}}.{name}.weight',
+      f'{_LEAF}.{leaf}',
+      transpose=True,
+    )
+    for name, leaf in (('w1', 'gate'), ('w2', 'down'), ('w3', 'up'))
+  ),
 )
 
 
@@ -27,8 +32,10 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
     num_experts=attributes.take('num_local_experts', 8),
     experts_per_token=attributes.take('num_experts_per_tok', 2),
     sliding_window=attributes.take('sliding_window'),
-    **hf_config.common(attributes, kv_heads=8, theta=1e6, eps=1e-5,
-                       positions=131072))
+    **hf_config.common(
+      attributes, kv_heads=8, theta=1e6, eps=1e-5, positions=131072
+    ),
+  )
 
 
 def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:

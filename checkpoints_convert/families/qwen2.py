@@ -14,14 +14,17 @@ rules = llama.rules
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """Reads what transformers' Qwen2Config reads, with its defaults."""
-  fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
-                            positions=32768)
+  fields = hf_config.common(
+    attributes, kv_heads=32, theta=10000.0, eps=1e-6, positions=32768
+  )
   return config_lib.LlamaConfig(
-    qkv_bias=True, **fields, **windows(attributes, fields['num_layers']))
+    qkv_bias=True, **fields, **windows(attributes, fields['num_layers'])
+  )
 
 
-def windows(attributes: hf_config.Attributes, num_layers: int
-            ) -> dict[str, Any]:
+def windows(
+  attributes: hf_config.Attributes, num_layers: int
+) -> dict[str, Any]:
   """Returns the config's fields for the sliding window; none without one.
 
   Newer files list `layer_types`. In older ones the layers from
@@ -33,18 +36,26 @@ def windows(attributes: hf_config.Attributes, num_layers: int
   if not attributes.flag('use_sliding_window', False):
     window = None
   if types is None:
-    types = ['sliding_attention' if window is not None and i >= first
-             else 'full_attention' for i in range(num_layers)]
+    types = [
+      'sliding_attention'
+      if window is not None and i >= first
+      else 'full_attention'
+      for i in range(num_layers)
+    ]
   known = {'sliding_attention', 'full_attention'}
   if len(types) != num_layers or not known.issuperset(types):
     raise attributes.refuse(
-      'layer_types', types, f'must be one of {sorted(known)} for each of the '
-      f'{num_layers} layers')
+      'layer_types',
+      types,
+      f'must be one of {sorted(known)} for each of the {num_layers} layers',
+    )
   layers = tuple(
-    i for i, kind in enumerate(types) if kind == 'sliding_attention')
+    i for i, kind in enumerate(types) if kind == 'sliding_attention'
+  )
   if layers and window is None:
     raise attributes.refuse(
-      'layer_types', types, 'has sliding_attention, but there is no window')
+      'layer_types', types, 'has sliding_attention, but there is no window'
+    )
   if not layers:
     return {}
   if len(layers) == num_layers:

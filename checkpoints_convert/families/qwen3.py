@@ -12,21 +12,28 @@ from checkpoints_convert.families import qwen2
 from sarathi_jax.models import config as config_lib
 
 _NORM_RULES = tuple(
-  rules_lib.Rule(f'model.layers.{{layer}}.self_attn.{name}_norm.weight',
-                 f'layers.{{layer}}.attn.{name}_norm.scale')
-  for name in 'qk')
+  rules_lib.Rule(
+    f'model.layers.{{layer}}.self_attn.{name}_norm.weight',
+    f'layers.{{layer}}.attn.{name}_norm.scale',
+  )
+  for name in 'qk'
+)
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """Reads what transformers' Qwen3Config reads, with its defaults."""
   head_dim = attributes.take('head_dim', 128)
-  fields = hf_config.common(attributes, kv_heads=32, theta=10000.0, eps=1e-6,
-                            positions=32768)
+  fields = hf_config.common(
+    attributes, kv_heads=32, theta=10000.0, eps=1e-6, positions=32768
+  )
   bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
-    qk_norm=True, qkv_bias=bias, o_bias=bias,
+    qk_norm=True,
+    qkv_bias=bias,
+    o_bias=bias,
     **{**fields, 'head_dim': head_dim},
-    **qwen2.windows(attributes, fields['num_layers']))
+    **qwen2.windows(attributes, fields['num_layers']),
+  )
 
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:

@@ -60,9 +60,11 @@ class Result:
   compiled: Any = dataclasses.field(default=None, repr=False)
 
 
-def check(cases: Iterable[Case], device: str,
-          on_done: Callable[[Result], None] = lambda result: None,
-          ) -> list[Result]:
+def check(
+  cases: Iterable[Case],
+  device: str,
+  on_done: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
   """Compiles each case and looks at its kernels.
 
   Args:
@@ -76,13 +78,18 @@ def check(cases: Iterable[Case], device: str,
     def fn(*args: Any) -> Any:  # A new one, for JAX caches what it compiled.
       return case.function(*args)
 
-    return measure(case.name, device, lambda: jax.jit(fn).lower(
-      *compiler.placed(case.args, device)))
+    return measure(
+      case.name,
+      device,
+      lambda: jax.jit(fn).lower(*compiler.placed(case.args, device)),
+    )
 
   results = []
   # `cases` may be made lazily, so the default device is set here, too.
-  with (compiler.on(device),
-        futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool):
+  with (
+    compiler.on(device),
+    futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool,
+  ):
     for result in pool.map(run, cases):
       results.append(result)
       on_done(result)
@@ -109,9 +116,12 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
     try:
       with _watching_mosaic(folder / 'mosaic', target):
         lowered = lower()
-        compiled = lowered.compile({
-          'xla_gpu_cuda_data_dir': str(toolkit.spying(folder)),
-          'xla_dump_to': str(folder / 'xla')})
+        compiled = lowered.compile(
+          {
+            'xla_gpu_cuda_data_dir': str(toolkit.spying(folder)),
+            'xla_dump_to': str(folder / 'xla'),
+          }
+        )
     except jax.errors.JaxRuntimeError as error:
       problems.append(str(error).partition('\n')[0])
     except Exception as error:
@@ -123,11 +133,16 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
       said = toolkit.read_log(folder)
       mosaic = list(kernels_lib.read_mosaic(folder / 'mosaic', target))
       if 'mosaic_gpu' in lowered.as_text() and not mosaic:
-        problems.append('Mosaic does not say what its kernel takes: it keeps '
-                        'what it compiled before in this process')
+        problems.append(
+          'Mosaic does not say what its kernel takes: it keeps '
+          'what it compiled before in this process'
+        )
       kernels = [*kernels_lib.read(folder / 'xla', said, ours, target), *mosaic]
-      graphs, outside = kernels_lib.parse_graphs(kernels_lib.read_thunks(
-        folder / 'xla', 'thunk_sequence_after_thunk_passes'))
+      graphs, outside = kernels_lib.parse_graphs(
+        kernels_lib.read_thunks(
+          folder / 'xla', 'thunk_sequence_after_thunk_passes'
+        )
+      )
       slow = sorted(set(re.findall(r'Potential Performance Loss: (.*)', said)))
   if compiled is not None and not any(kernel.is_ours for kernel in kernels):
     problems.append('there is no Pallas kernel in it')
@@ -135,18 +150,24 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
     if kernel.is_ours and kernel.registers < 0:
       problems.append(f'{kernel.name}: ptxas said nothing about it')
     if kernel.is_ours and kernel.spill_bytes > 0:
-      problems.append(f'{kernel.name}: spills {kernel.spill_bytes:,} bytes of '
-                      'registers a thread')
+      problems.append(
+        f'{kernel.name}: spills {kernel.spill_bytes:,} bytes of '
+        'registers a thread'
+      )
     if kernel.shared_memory > target.shared_memory_per_block:
       problems.append(
         f'{kernel.name}: asks for {kernel.shared_memory:,} bytes of shared '
-        f'memory; a block may have {target.shared_memory_per_block:,}')
-  return Result(name, seconds, kernels, problems, slow, graphs, outside,
-                compiled=compiled)
+        f'memory; a block may have {target.shared_memory_per_block:,}'
+      )
+  return Result(
+    name, seconds, kernels, problems, slow, graphs, outside, compiled=compiled
+  )
 
 
-def _watching_mosaic(folder: pathlib.Path, target: gpu_targets.GpuTarget,
-                     ) -> contextlib.AbstractContextManager[None]:
+def _watching_mosaic(
+  folder: pathlib.Path,
+  target: gpu_targets.GpuTarget,
+) -> contextlib.AbstractContextManager[None]:
   """Returns `toolkit.mosaic_dumps`, or nothing where Mosaic has no kernel.
 
   Dumping admits one caller at a time.

@@ -8,12 +8,26 @@ import dataclasses
 import math
 import re
 
-_KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
-          'collective-permute')
-_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4,
-          'u32': 4, 'f32': 4}
+_KINDS = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+_BYTES = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  'bf16': 2,
+  'f16': 2,
+  's32': 4,
+  'u32': 4,
+  'f32': 4,
+}
 _CALL = re.compile(
-  rf'^\s*(?:ROOT )?\S+ = (.+?) ({"|".join(_KINDS)})(-start)?\(', re.M)
+  rf'^\s*(?:ROOT )?\S+ = (.+?) ({"|".join(_KINDS)})(-start)?\(', re.M
+)
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\[([\d,]*)\]')
 
 
@@ -43,8 +57,11 @@ def read(hlo: str) -> list[Collective]:
       arrays = arrays[:2][-1:]
     counts[kind] += 1
     sizes[kind] += sum(arrays)
-  return [Collective(kind, counts[kind], sizes[kind])
-          for kind in _KINDS if counts[kind]]
+  return [
+    Collective(kind, counts[kind], sizes[kind])
+    for kind in _KINDS
+    if counts[kind]
+  ]
 
 
 def _num_bytes(dtype: str, shape: str) -> int:

@@ -16,8 +16,13 @@ from jax.experimental import topologies
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import toolkit
 
-_HLO_TYPES = {'bfloat16': 'bf16', 'float16': 'f16', 'float32': 'f32',
-              'int8': 's8', 'uint8': 'u8'}
+_HLO_TYPES = {
+  'bfloat16': 'bf16',
+  'float16': 'f16',
+  'float32': 'f32',
+  'int8': 's8',
+  'uint8': 'u8',
+}
 
 
 @functools.cache
@@ -35,9 +40,13 @@ def devices_for(name: str, count: int = 1) -> tuple[Any, ...]:
   target = gpu_targets.get(name)
   if reason := toolkit.missing():
     raise toolkit.UnavailableError(reason)
-  return tuple(topologies.get_topology_desc(
-    platform='cuda', target_config=target.text_proto(),
-    topology=f'1x1x{count}').devices)
+  return tuple(
+    topologies.get_topology_desc(
+      platform='cuda',
+      target_config=target.text_proto(),
+      topology=f'1x1x{count}',
+    ).devices
+  )
 
 
 @contextlib.contextmanager
@@ -50,12 +59,17 @@ def on(device: str) -> Iterator[None]:
 def placed(args: Any, device: str) -> Any:
   """Returns a tree of ShapeDtypeStruct, placed on this device."""
   sharding = jax.sharding.SingleDeviceSharding(devices_for(device)[0])
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-    leaf.shape, leaf.dtype, sharding=sharding), args)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    args,
+  )
 
 
-def compile_for(fn: Callable[..., Any], args: Sequence[Any], device: str,
-                **jit_kwargs: Any) -> Any:
+def compile_for(
+  fn: Callable[..., Any], args: Sequence[Any], device: str, **jit_kwargs: Any
+) -> Any:
   """Compiles a function for a GPU that is not here.
 
   Args:
@@ -73,8 +87,11 @@ def compile_for(fn: Callable[..., Any], args: Sequence[Any], device: str,
       among other reasons.
   """
   with on(device):
-    return jax.jit(fn, **jit_kwargs).lower(*placed(args, device)).compile(
-      {'xla_gpu_cuda_data_dir': str(toolkit.find())})
+    return (
+      jax.jit(fn, **jit_kwargs)
+      .lower(*placed(args, device))
+      .compile({'xla_gpu_cuda_data_dir': str(toolkit.find())})
+    )
 
 
 def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
@@ -91,22 +108,29 @@ def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
   problems = []
   aliased = compiled.memory_analysis().alias_size_in_bytes
   if aliased != (expected := num_bytes(donated)):
-    problems.append(f'{aliased:,} bytes are updated in place; all that is '
-                    f'donated, the KV cache above all, is {expected:,}')
+    problems.append(
+      f'{aliased:,} bytes are updated in place; all that is '
+      f'donated, the KV cache above all, is {expected:,}'
+    )
   text = compiled.as_text()
   for shape in sorted({_hlo_type(leaf) for leaf in jax.tree.leaves(kv)}):
     copies = re.findall(
-      rf'^.*= \(?{re.escape(shape)}\S* .*?copy(?:-start)?\(.*$', text, re.M)
+      rf'^.*= \(?{re.escape(shape)}\S* .*?copy(?:-start)?\(.*$', text, re.M
+    )
     if copies:
-      problems.append(f'{len(copies)} copies of the KV cache, {shape}: '
-                      f'{copies[0].strip()[:100]}')
+      problems.append(
+        f'{len(copies)} copies of the KV cache, {shape}: '
+        f'{copies[0].strip()[:100]}'
+      )
   return problems
 
 
 def num_bytes(tree: Any) -> int:
   """Counts the bytes on one device of a tree of arrays or ShapeDtypeStruct."""
-  return sum(math.prod(_local_shape(leaf)) * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves(tree))
+  return sum(
+    math.prod(_local_shape(leaf)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _local_shape(leaf: Any) -> tuple[int, ...]:
@@ -117,5 +141,6 @@ def _local_shape(leaf: Any) -> tuple[int, ...]:
 
 def _hlo_type(leaf: Any) -> str:
   """Returns the leaf's type as HLO writes it: 'bf16[8,128]'."""
-  return (f'{_HLO_TYPES[leaf.dtype.name]}'
-          f'[{",".join(map(str, _local_shape(leaf)))}]')
+  return (
+    f'{_HLO_TYPES[leaf.dtype.name]}[{",".join(map(str, _local_shape(leaf)))}]'
+  )

@@ -46,7 +46,8 @@ def parse_ptxas(log: str) -> dict[str, tuple[int, int]]:
     if match := re.search(r"Compiling entry function '(\S+)'", line):
       name, spills = match[1], 0
     elif match := re.search(
-        r'(\d+) bytes spill stores, (\d+) bytes spill loads', line):
+      r'(\d+) bytes spill stores, (\d+) bytes spill loads', line
+    ):
       # The warning that says the same comes before any entry function.
       spills += int(match[1]) + int(match[2])
     elif (match := re.search(r'Used (\d+) registers', line)) and name:
@@ -60,11 +61,16 @@ def parse_launches(thunks: str) -> dict[str, tuple[int, int]]:
     match[1]: (math.prod(map(int, match[2].split(','))), int(match[3]))
     for match in re.finditer(
       r'^\s*\d+: k\w*Kernel .*?(\S+) grid: \[[\d, ]+\] threads: \[([\d, ]+)\]'
-      r'.*? shared_memory: (\d+) bytes', thunks, re.M)}
+      r'.*? shared_memory: (\d+) bytes',
+      thunks,
+      re.M,
+    )
+  }
 
 
-def read_mosaic(dumps: pathlib.Path,
-                target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
+def read_mosaic(
+  dumps: pathlib.Path, target: gpu_targets.GpuTarget
+) -> Iterator[Kernel]:
   """Yields the kernels that Mosaic compiled, which XLA does not list.
 
   Args:
@@ -72,16 +78,25 @@ def read_mosaic(dumps: pathlib.Path,
     target: the device.
   """
   for file in sorted(dumps.glob('*.ptxas')):
-    (registers, spills), = parse_ptxas(file.read_text()).values()
+    ((registers, spills),) = parse_ptxas(file.read_text()).values()
     found = re.search(
-      r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text())
-    asked = re.search(r'smem_scratch_bytes=(\d+)',
-                      file.with_suffix('.resources.txt').read_text())
+      r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text()
+    )
+    asked = re.search(
+      r'smem_scratch_bytes=(\d+)',
+      file.with_suffix('.resources.txt').read_text(),
+    )
     assert found and asked, file
     threads, shared = int(found[1]), int(asked[1])
     yield Kernel(  # Each of a name has a number.
-      file.stem.rpartition('_')[0], True, threads, registers, spills, shared,
-      target.blocks_that_fit(threads, registers, shared))
+      file.stem.rpartition('_')[0],
+      True,
+      threads,
+      registers,
+      spills,
+      shared,
+      target.blocks_that_fit(threads, registers, shared),
+    )
 
 
 def parse_graphs(thunks: str) -> tuple[int, list[str]]:
@@ -106,8 +121,12 @@ def parse_graphs(thunks: str) -> tuple[int, list[str]]:
   return num_graphs, outside
 
 
-def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
-         target: gpu_targets.GpuTarget) -> Iterator[Kernel]:
+def read(
+  dumps: pathlib.Path,
+  ptxas_log: str,
+  ours: set[str],
+  target: gpu_targets.GpuTarget,
+) -> Iterator[Kernel]:
   """Yields the kernels of a program, in the order of their launches.
 
   Args:
@@ -122,8 +141,14 @@ def read(dumps: pathlib.Path, ptxas_log: str, ours: set[str],
   for name, (threads, shared) in launches.items():
     registers, spills = used.get(name, (-1, 0))
     yield Kernel(
-      name, re.sub(r'__\d+$', '', name) in ours, threads, registers, spills,
-      shared, target.blocks_that_fit(threads, registers, shared))
+      name,
+      re.sub(r'__\d+$', '', name) in ours,
+      threads,
+      registers,
+      spills,
+      shared,
+      target.blocks_that_fit(threads, registers, shared),
+    )
 
 
 def read_thunks(dumps: pathlib.Path, name: str) -> str:

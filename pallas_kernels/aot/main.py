@@ -32,11 +32,16 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('device', None, list(gpu_targets.TARGETS),
-                    'The GPU to compile for; it need not be here.',
-                    required=True)
+  flags.DEFINE_enum(
+    'device',
+    None,
+    list(gpu_targets.TARGETS),
+    'The GPU to compile for; it need not be here.',
+    required=True,
+  )
   flags.DEFINE_string(
-    'json', None, 'File to write the results to, as JSON; none by default.')
+    'json', None, 'File to write the results to, as JSON; none by default.'
+  )
 
 
 def _compile_kernels() -> list[cases_lib.Result]:
@@ -45,7 +50,8 @@ def _compile_kernels() -> list[cases_lib.Result]:
   with rich.progress.Progress(transient=True) as progress:
     task = progress.add_task('Compiling', total=len(cases))
     return cases_lib.check(
-      cases, FLAGS.device, lambda result: progress.advance(task))
+      cases, FLAGS.device, lambda result: progress.advance(task)
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -68,8 +74,9 @@ def main(argv: list[str]) -> None:
     console.print(rich.text.Text(f'{name}: {text}', style), soft_wrap=True)
   if failed:
     sys.exit(f'error: {len(failed)} problems on {FLAGS.device}, see above')
-  console.print(f'{len(results)} of {len(results)} compile for '
-                f'{FLAGS.device}; no spills.')
+  console.print(
+    f'{len(results)} of {len(results)} compile for {FLAGS.device}; no spills.'
+  )
 
 
 def run() -> None:

@@ -25,8 +25,7 @@ class UnavailableError(RuntimeError):
 
 def missing() -> str | None:
   """Returns what has to be installed and is not; None if nothing."""
-  if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin')
-             for n in (12, 13)):
+  if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
     return f"JAX's CUDA plugin is not installed; {_INSTALL}"
   if find() is None:
     return f'ptxas and libdevice of CUDA are not installed; {_INSTALL}'
@@ -49,9 +48,15 @@ def find() -> pathlib.Path | None:
     if path := shutil.which(tool):
       found.append(str(pathlib.Path(path).resolve().parent.parent))
   found.append('/usr/local/cuda')
-  return next((path for path in map(pathlib.Path, found)
-               if (path / 'bin' / 'ptxas').exists()
-               and (path / 'nvvm' / 'libdevice').exists()), None)
+  return next(
+    (
+      path
+      for path in map(pathlib.Path, found)
+      if (path / 'bin' / 'ptxas').exists()
+      and (path / 'nvvm' / 'libdevice').exists()
+    ),
+    None,
+  )
 
 
 def spying(folder: pathlib.Path) -> pathlib.Path:
@@ -75,13 +80,13 @@ def spying(folder: pathlib.Path) -> pathlib.Path:
   ptxas = shlex.quote(str(real / 'bin' / 'ptxas'))
   log = shlex.quote(str(folder / 'log')) + '/$$'
   # XLA reads why ptxas failed from standard error.
-  (root / 'bin' / 'ptxas').write_text(f'''#!/bin/sh
+  (root / 'bin' / 'ptxas').write_text(f"""#!/bin/sh
 case "$*" in *--version*|*--input-as-string*) exec {ptxas} "$@";; esac
 {ptxas} -v "$@" 2> {log}
 status=$?
 [ $status = 0 ] || cat {log} >&2
 exit $status
-''')
+""")
   (root / 'bin' / 'ptxas').chmod(0o755)
   return root
 

@@ -34,11 +34,13 @@ Pages = quantization.Pages
 def _pallas_mosaic() -> Any:
   """Imports the module, which few need and takes a third of a second."""
   from pallas_kernels.ragged_paged_attention import pallas_mosaic
+
   return pallas_mosaic
 
 
-def _attend_by_mosaic(q: jax.Array, k_pages: Pages, *args: Any,
-                      **kwargs: Any) -> Any:
+def _attend_by_mosaic(
+  q: jax.Array, k_pages: Pages, *args: Any, **kwargs: Any
+) -> Any:
   # Checked before the module is loaded, which needs a recent JAX.
   tuning.choose_mosaic(tuning.Shape.of(q, k_pages))
   return _pallas_mosaic().ragged_paged_attention(q, k_pages, *args, **kwargs)
@@ -52,9 +54,15 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
 }
 # The implementations of `write_kv`: XLA's scatter, and a kernel.
 WRITERS: Mapping[str, Callable[..., tuple[Pages, Pages]]] = {
-  'xla': layout.write, 'pallas_triton': pallas_write.write}
-_LAYOUTS = {'reference': layout.TILES, 'xla': layout.TILES,
-            'pallas_triton': layout.ROWS, 'pallas_mosaic': layout.ROWS}
+  'xla': layout.write,
+  'pallas_triton': pallas_write.write,
+}
+_LAYOUTS = {
+  'reference': layout.TILES,
+  'xla': layout.TILES,
+  'pallas_triton': layout.ROWS,
+  'pallas_mosaic': layout.ROWS,
+}
 
 
 def ragged_paged_attention(
@@ -113,25 +121,43 @@ def ragged_paged_attention(
     ValueError: shapes, dtypes or options don't fit; says which and why.
     NotImplementedError: they do, but this implementation can't do it.
   """
-  name = _for_pages(k_pages) if implementation is None else (
-    _known(implementation))
+  name = (
+    _for_pages(k_pages) if implementation is None else (_known(implementation))
+  )
   validate.static_validate(
-    q, k_pages, v_pages, kv_lens, page_indices, cu_q_lens, distribution,
-    sliding_window=sliding_window, soft_cap=soft_cap)
+    q,
+    k_pages,
+    v_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    distribution,
+    sliding_window=sliding_window,
+    soft_cap=soft_cap,
+  )
   is_rows = layout.is_rows(k_pages)
   validate.check(
     name == 'reference' or is_rows == (_LAYOUTS[name] == layout.ROWS),
     'k_pages',
     quantization.values_of(k_pages).shape,
-    f'must be as from init_pages for {name!r}')
+    f'must be as from init_pages for {name!r}',
+  )
   validate.check(math.isfinite(scale), 'scale', scale, 'must be finite')
-  validate.check(plan is None or name in _SHAPES, 'plan', type(plan).__name__,
-                 f'must be None for {name!r}, which needs none')
+  validate.check(
+    plan is None or name in _SHAPES,
+    'plan',
+    type(plan).__name__,
+    f'must be None for {name!r}, which needs none',
+  )
   planned = {} if plan is None else {'plan': plan}
   return IMPLEMENTATIONS[name](
-    q, k_pages, v_pages,
+    q,
+    k_pages,
+    v_pages,
     batch_lib.Batch(kv_lens, page_indices, cu_q_lens, distribution),
-    batch_lib.Options(scale, sliding_window, soft_cap), **planned)
+    batch_lib.Options(scale, sliding_window, soft_cap),
+    **planned,
+  )
 
 
 def make_plan(
@@ -156,16 +182,22 @@ def make_plan(
     ValueError: shapes, dtypes or the window don't fit; says which and why.
     NotImplementedError: the implementation doesn't support such shapes.
   """
-  name = _for_pages(k_pages) if implementation is None else (
-    _known(implementation))
+  name = (
+    _for_pages(k_pages) if implementation is None else (_known(implementation))
+  )
   validate.validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
   validate.validate_options(sliding_window, None)
   if name not in _SHAPES:
     return None
   shape = tuning.Shape.of(q, k_pages)
   batch: Any = dict(
-    kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution,
-    num_tokens=q.shape[0], sliding_window=sliding_window, shape=shape)
+    kv_lens=kv_lens,
+    cu_q_lens=cu_q_lens,
+    distribution=distribution,
+    num_tokens=q.shape[0],
+    sliding_window=sliding_window,
+    shape=shape,
+  )
   if name == 'pallas_triton':
     return pallas_triton.make_plan(**batch, sizes=tuning.choose(shape))
   tuning.choose_mosaic(shape)
@@ -202,27 +234,43 @@ def init_pages(
     ValueError: there is no such dtype, or a size is below 1.
     NotImplementedError: the implementation doesn't support such pages.
   """
-  for name, size in (('num_pages', num_pages), ('page_size', page_size),
-                     ('num_kv_heads', num_kv_heads), ('head_dim', head_dim)):
+  for name, size in (
+    ('num_pages', num_pages),
+    ('page_size', page_size),
+    ('num_kv_heads', num_kv_heads),
+    ('head_dim', head_dim),
+  ):
     validate.check(size > 0, name, size, 'must be at least 1')
   known = (*validate.DTYPES, *quantization.DTYPES)
-  validate.check(jnp.dtype(dtype) in known, 'dtype', jnp.dtype(dtype),
-                 f'must be one of {", ".join(d.name for d in known)}')
+  validate.check(
+    jnp.dtype(dtype) in known,
+    'dtype',
+    jnp.dtype(dtype),
+    f'must be one of {", ".join(d.name for d in known)}',
+  )
   most = most_pages(page_size, num_kv_heads, head_dim, dtype)
   if most is not None and num_pages > most:
     raise NotImplementedError(
       f'num_pages={num_pages}: must be at most {most}, or the kernel could '
-      f'not count the bytes of one layer\'s keys in int32.')
+      f"not count the bytes of one layer's keys in int32."
+    )
   if implementation is None:
     implementation = _default(page_size, num_kv_heads, head_dim, dtype)
   elif implementation in _SHAPES:
     _check_shape(implementation, page_size, num_kv_heads, head_dim, dtype)
-  return layout.init(_LAYOUTS[_known(implementation)], num_pages, page_size,
-                     num_kv_heads, head_dim, dtype)
+  return layout.init(
+    _LAYOUTS[_known(implementation)],
+    num_pages,
+    page_size,
+    num_kv_heads,
+    head_dim,
+    dtype,
+  )
 
 
-def most_pages(page_size: int, num_kv_heads: int, head_dim: int,
-               dtype: jax.typing.DTypeLike) -> int | None:
+def most_pages(
+  page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> int | None:
   """Returns the most pages that `init_pages` makes; None for no limit.
 
   Triton's offsets are int32, and int64 where an array has more than 2**32
@@ -257,8 +305,9 @@ def pages_from_rows(
   """
   if implementation is None:
     _, num_kv_heads, page_size, head_dim = layout.sizes(k_rows)
-    implementation = _default(page_size, num_kv_heads, head_dim,
-                              quantization.values_of(k_rows).dtype)
+    implementation = _default(
+      page_size, num_kv_heads, head_dim, quantization.values_of(k_rows).dtype
+    )
   return layout.from_rows(_LAYOUTS[_known(implementation)], k_rows, v_rows)
 
 
@@ -290,16 +339,22 @@ def write_kv(
   """
   if implementation is None:
     implementation = tuning.writer() if layout.is_rows(k_pages) else 'xla'
-  validate.check(implementation in WRITERS, 'implementation', implementation,
-                 f'must be None or one of {", ".join(WRITERS)}')
+  validate.check(
+    implementation in WRITERS,
+    'implementation',
+    implementation,
+    f'must be None or one of {", ".join(WRITERS)}',
+  )
   validate.validate_written(k_pages, v_pages, k, v, slot_mapping)
   return WRITERS[implementation](k_pages, v_pages, k, v, slot_mapping)
 
 
 def _known(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'{implementation=}: must be None or one of '
-                     f'{", ".join(sorted(IMPLEMENTATIONS))}.')
+    raise ValueError(
+      f'{implementation=}: must be None or one of '
+      f'{", ".join(sorted(IMPLEMENTATIONS))}.'
+    )
   return implementation
 
 
@@ -308,15 +363,17 @@ def _for_pages(k_pages: Pages) -> str:
   if not layout.is_rows(k_pages):
     return 'xla'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
-  name, reason = _fastest(page_size, num_kv_heads, head_dim,
-                          quantization.values_of(k_pages).dtype)
+  name, reason = _fastest(
+    page_size, num_kv_heads, head_dim, quantization.values_of(k_pages).dtype
+  )
   if name and reason:
     _say_once(f'Attention falls back to {name}: {reason}')
   return name or 'pallas_triton'  # It will say why it can't.
 
 
-def _default(page_size: int, num_kv_heads: int, head_dim: int,
-             dtype: jax.typing.DTypeLike) -> str:
+def _default(
+  page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> str:
   """Returns what `implementation=None` means on the default device."""
   device = tuning.default_device()
   if device.platform not in ('gpu', 'cuda'):
@@ -327,8 +384,9 @@ def _default(page_size: int, num_kv_heads: int, head_dim: int,
   return name or 'xla'
 
 
-def _fastest(page_size: int, num_kv_heads: int, head_dim: int,
-             dtype: jax.typing.DTypeLike) -> tuple[str | None, str]:
+def _fastest(
+  page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> tuple[str | None, str]:
   """Returns the fastest implementation that supports such pages.
 
   Returns:
@@ -351,14 +409,22 @@ def _say_once(text: str) -> None:
 
 
 _SHAPES: Mapping[str, Callable[[tuning.Shape], Any]] = {
-  'pallas_triton': tuning.choose, 'pallas_mosaic': tuning.choose_mosaic}
+  'pallas_triton': tuning.choose,
+  'pallas_mosaic': tuning.choose_mosaic,
+}
 
 
-def _check_shape(name: str, page_size: int, num_kv_heads: int, head_dim: int,
-                 dtype: jax.typing.DTypeLike) -> None:
+def _check_shape(
+  name: str,
+  page_size: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: jax.typing.DTypeLike,
+) -> None:
   """Raises NotImplementedError if the kernel doesn't support such pages."""
   kept = quantization.kept_dtype(dtype)
   # Quantized pages are meant for queries of 16 bits; 32 would do, too.
   queries = kept.name if kept.itemsize > 1 else 'bfloat16'
-  _SHAPES[name](tuning.Shape(
-    queries, kept.name, num_kv_heads, 1, head_dim, page_size))
+  _SHAPES[name](
+    tuning.Shape(queries, kept.name, num_kv_heads, 1, head_dim, page_size)
+  )

@@ -36,20 +36,29 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags; not on import, when others may have these names."""
   flags.DEFINE_list(
-    'specs', [spec.name for spec in arg_specs.BENCHMARKS],
-    'Batches to time, by their names in arg_specs.')
+    'specs',
+    [spec.name for spec in arg_specs.BENCHMARKS],
+    'Batches to time, by their names in arg_specs.',
+  )
   flags.DEFINE_list(
-    'implementations', ['xla'], 'Implementations to time, of '
+    'implementations',
+    ['xla'],
+    'Implementations to time, of '
     f'{", ".join(sorted(api.IMPLEMENTATIONS))}; the reference can not be '
-    'jitted.')
+    'jitted.',
+  )
   flags.DEFINE_integer(
-    'layers', 12, 'Calls of the attention in a timed step, each with its own '
-    'pages.', lower_bound=1)
+    'layers',
+    12,
+    'Calls of the attention in a timed step, each with its own pages.',
+    lower_bound=1,
+  )
   flags.DEFINE_integer(
-    'repeats', 20, 'Steps to time, of which the fastest counts.',
-    lower_bound=1)
+    'repeats', 20, 'Steps to time, of which the fastest counts.', lower_bound=1
+  )
   flags.DEFINE_string(
-    'output', '', 'File to write the results to, as JSON; none by default.')
+    'output', '', 'File to write the results to, as JSON; none by default.'
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +90,30 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
     pairs += attention_work.num_pairs(context - q_len, q_len, window)
     rows += attention_work.num_keys(context - q_len, q_len, window)
   return (
-    rows * attention_work.token_bytes(
-      spec.num_kv_heads, spec.head_dim, spec.kv_dtype or spec.dtype),
-    pairs * attention_work.pair_flops(spec.num_heads, spec.head_dim))
+    rows
+    * attention_work.token_bytes(
+      spec.num_kv_heads, spec.head_dim, spec.kv_dtype or spec.dtype
+    ),
+    pairs * attention_work.pair_flops(spec.num_heads, spec.head_dim),
+  )
 
 
-def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,
-          ) -> tuple[Callable[[], Any], float]:
+def _step(
+  spec: arg_specs.ArgSpec,
+  implementation: str,
+  layers: int,
+) -> tuple[Callable[[], Any], float]:
   """Compiles a step of all layers; returns it, and the seconds it took."""
   arrays = arg_specs.make(spec)
   pages = api.pages_from_rows(
-    arrays.pop('k_pages'), arrays.pop('v_pages'), implementation)
+    arrays.pop('k_pages'), arrays.pop('v_pages'), implementation
+  )
   caches = jax.block_until_ready(
-    [jax.tree.map(jnp.copy, pages) for _ in range(layers)])
+    [jax.tree.map(jnp.copy, pages) for _ in range(layers)]
+  )
   attend = functools.partial(
-    api.ragged_paged_attention, implementation=implementation, **spec.options)
+    api.ragged_paged_attention, implementation=implementation, **spec.options
+  )
 
   def step(arrays: dict[str, jax.Array], caches: Any) -> jax.Array:
     q = arrays['q']
@@ -109,11 +127,18 @@ def _step(spec: arg_specs.ArgSpec, implementation: str, layers: int,
   return functools.partial(compiled, arrays, caches), seconds
 
 
-def run(specs: Sequence[arg_specs.ArgSpec], implementations: Sequence[str],
-        layers: int, repeats: int) -> list[Row]:
+def run(
+  specs: Sequence[arg_specs.ArgSpec],
+  implementations: Sequence[str],
+  layers: int,
+  repeats: int,
+) -> list[Row]:
   """Measures every spec with every implementation."""
-  steps = {(spec, name): _step(spec, name, layers)
-           for spec in specs for name in implementations}
+  steps = {
+    (spec, name): _step(spec, name, layers)
+    for spec in specs
+    for name in implementations
+  }
   best = dict.fromkeys(steps, float('inf'))
   for _ in range(repeats):
     for key, (step, _) in steps.items():
@@ -123,11 +148,16 @@ def run(specs: Sequence[arg_specs.ArgSpec], implementations: Sequence[str],
   rows = []
   for (spec, name), seconds in best.items():
     num_bytes, operations = (n * layers for n in work(spec))
-    rows.append(Row(
-      spec=spec.name, implementation=name, ms=seconds * 1e3,
-      gb_per_s=num_bytes / seconds / 1e9,
-      gflop_per_s=operations / seconds / 1e9,
-      compile_s=steps[spec, name][1]))
+    rows.append(
+      Row(
+        spec=spec.name,
+        implementation=name,
+        ms=seconds * 1e3,
+        gb_per_s=num_bytes / seconds / 1e9,
+        gflop_per_s=operations / seconds / 1e9,
+        compile_s=steps[spec, name][1],
+      )
+    )
   return rows
 
 
@@ -137,20 +167,39 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f'{argv[1]}: takes flags only.')
   unknown = sorted(set(FLAGS.specs) - set(arg_specs.BY_NAME))
   if unknown:
-    raise app.UsageError(f'--specs={",".join(unknown)}: not among '
-                         f'{", ".join(sorted(arg_specs.BY_NAME))}.')
-  rows = run([arg_specs.BY_NAME[name] for name in FLAGS.specs],
-             FLAGS.implementations, FLAGS.layers, FLAGS.repeats)
-  print(f'{"spec":18} {"implementation":15} {"ms":>9} {"GB/s":>7} '
-        f'{"GFLOP/s":>8} {"compile s":>9}')
+    raise app.UsageError(
+      f'--specs={",".join(unknown)}: not among '
+      f'{", ".join(sorted(arg_specs.BY_NAME))}.'
+    )
+  rows = run(
+    [arg_specs.BY_NAME[name] for name in FLAGS.specs],
+    FLAGS.implementations,
+    FLAGS.layers,
+    FLAGS.repeats,
+  )
+  print(
+    f'{"spec":18} {"implementation":15} {"ms":>9} {"GB/s":>7} '
+    f'{"GFLOP/s":>8} {"compile s":>9}'
+  )
   for r in rows:
-    print(f'{r.spec:18} {r.implementation:15} {r.ms:9.2f} {r.gb_per_s:7.1f} '
-          f'{r.gflop_per_s:8.1f} {r.compile_s:9.1f}')
+    print(
+      f'{r.spec:18} {r.implementation:15} {r.ms:9.2f} {r.gb_per_s:7.1f} '
+      f'{r.gflop_per_s:8.1f} {r.compile_s:9.1f}'
+    )
   if FLAGS.output:
-    pathlib.Path(FLAGS.output).write_text(json.dumps({
-      'device': jax.devices()[0].device_kind, 'jax': jax.__version__,
-      'layers': FLAGS.layers, 'repeats': FLAGS.repeats,
-      'rows': [dataclasses.asdict(row) for row in rows]}, indent=2) + '\n')
+    pathlib.Path(FLAGS.output).write_text(
+      json.dumps(
+        {
+          'device': jax.devices()[0].device_kind,
+          'jax': jax.__version__,
+          'layers': FLAGS.layers,
+          'repeats': FLAGS.repeats,
+          'rows': [dataclasses.asdict(row) for row in rows],
+        },
+        indent=2,
+      )
+      + '\n'
+    )
 
 
 if __name__ == '__main__':

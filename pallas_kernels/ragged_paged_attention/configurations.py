@@ -35,8 +35,11 @@ class Case:
 
 # All models are compiled in bfloat16; in other dtypes, one of each head dim.
 _DTYPES: Mapping[str, tuple[str, ...]] = {
-  'mistral-7b': ('float16',), 'falcon-7b': ('float32',),
-  'phi-2': ('float32',), 'h96': ('float32',)}
+  'mistral-7b': ('float16',),
+  'falcon-7b': ('float32',),
+  'phi-2': ('float32',),
+  'h96': ('float32',),
+}
 _OF_EACH_HEAD_DIM = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
 # Further dtypes of pages that `pallas_write` is compiled for: for one model of
 # each head dim, and for Mistral alone.
@@ -52,16 +55,20 @@ def cases(device: str) -> Iterator[Case]:
   compile it.
   """
   for name, (heads, kv_heads, head_dim) in arg_specs.HEADS.items():
-    for kept in ('bfloat16', *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
-                 *_WRITTEN_ONCE * (name == 'mistral-7b')):
+    for kept in (
+      'bfloat16',
+      *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
+      *_WRITTEN_ONCE * (name == 'mistral-7b'),
+    ):
       yield _write_case(name, kv_heads, head_dim, kept)
     plain = batch_lib.Options(head_dim**-0.5)
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
     yield _case(name, heads, kv_heads, head_dim, plain)
     yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
     if name in _OF_EACH_HEAD_DIM:  # It differs little from int8.
-      yield _case(name, heads, kv_heads, head_dim, plain,
-                  kv_dtype='float8_e4m3fn')
+      yield _case(
+        name, heads, kv_heads, head_dim, plain, kv_dtype='float8_e4m3fn'
+      )
     if name in ('mistral-7b', 'gemma-7b'):
       yield _case(name, heads, kv_heads, head_dim, special)
       for kept in ('int8', 'float8_e4m3fn'):
@@ -73,20 +80,31 @@ def cases(device: str) -> Iterator[Case]:
     if name == 'mistral-7b':  # Larger pages than a block change no block.
       for page_size in (16, 32):
         for small in (None, 'int8', 'float8_e4m3fn'):
-          yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype=small,
-                      page_size=page_size)
+          yield _case(
+            name,
+            heads,
+            kv_heads,
+            head_dim,
+            plain,
+            kv_dtype=small,
+            page_size=page_size,
+          )
       for dtype in ('float16', 'float32'):
-        yield _case(name, heads, kv_heads, head_dim, plain, dtype,
-                    page_size=16)
+        yield _case(name, heads, kv_heads, head_dim, plain, dtype, page_size=16)
         for kept in ('int8', 'float8_e4m3fn'):
           yield _case(name, heads, kv_heads, head_dim, plain, dtype, kept)
   for target, dtype, kept, group, head_dim, page_size in tuning.TUNED:
     if target == device:
       yield _case(
-        f'tuned {group} {head_dim}', 4 * group, 4, head_dim,
-        batch_lib.Options(head_dim**-0.5), dtype,
+        f'tuned {group} {head_dim}',
+        4 * group,
+        4,
+        head_dim,
+        batch_lib.Options(head_dim**-0.5),
+        dtype,
         None if kept == dtype else 'float8_e4m3fn' if kept == 'uint8' else kept,
-        page_size=page_size)
+        page_size=page_size,
+      )
   if device == 'h100' and jax.__version_info__ >= tuning.MOSAIC_JAX:
     yield from mosaic_cases()
 
@@ -108,40 +126,70 @@ def mosaic_cases() -> Iterator[Case]:
     # Pages of parts of a block, and of several.
     if name in ('mistral-7b', 'llama3.2-1b'):
       for page_size in (16, 256):
-        yield case(name, *sizes, batch_lib.Options(scale), 'float16',
-                   page_size=page_size)
+        yield case(
+          name, *sizes, batch_lib.Options(scale), 'float16', page_size=page_size
+        )
 
 
-def _case(model: str, heads: int, kv_heads: int, head_dim: int,
-          options: batch_lib.Options, dtype: str = 'bfloat16',
-          kv_dtype: str | None = None, implementation: str = 'pallas_triton',
-          page_size: int = 64) -> Case:
-  pages = jax.eval_shape(lambda: layout.init(
-    layout.ROWS, 1024, page_size, kv_heads, head_dim, kv_dtype or dtype))
-  ints: Any = [jax.ShapeDtypeStruct(shape, jnp.int32)
-               for shape in ((128,), (128, 128), (129,), (2,))]
+def _case(
+  model: str,
+  heads: int,
+  kv_heads: int,
+  head_dim: int,
+  options: batch_lib.Options,
+  dtype: str = 'bfloat16',
+  kv_dtype: str | None = None,
+  implementation: str = 'pallas_triton',
+  page_size: int = 64,
+) -> Case:
+  pages = jax.eval_shape(
+    lambda: layout.init(
+      layout.ROWS, 1024, page_size, kv_heads, head_dim, kv_dtype or dtype
+    )
+  )
+  ints: Any = [
+    jax.ShapeDtypeStruct(shape, jnp.int32)
+    for shape in ((128,), (128, 128), (129,), (2,))
+  ]
   q = jax.ShapeDtypeStruct((512, heads, head_dim), dtype)
   batch = batch_lib.Batch(*ints)
   plan = jax.eval_shape(
-    functools.partial(api.make_plan, sliding_window=options.sliding_window,
-                      implementation=implementation),
-    q, pages[0], batch.kv_lens, batch.cu_q_lens, batch.distribution)
-  what = [model, dtype, *([f'KV {kv_dtype}'] if kv_dtype else []),
-          *([f'pages of {page_size}'] if page_size != 64 else []),
-          *(['window'] if options.sliding_window else []),
-          *(['cap'] if options.soft_cap else []),
-          *(['Mosaic'] if implementation == 'pallas_mosaic' else [])]
+    functools.partial(
+      api.make_plan,
+      sliding_window=options.sliding_window,
+      implementation=implementation,
+    ),
+    q,
+    pages[0],
+    batch.kv_lens,
+    batch.cu_q_lens,
+    batch.distribution,
+  )
+  what = [
+    model,
+    dtype,
+    *([f'KV {kv_dtype}'] if kv_dtype else []),
+    *([f'pages of {page_size}'] if page_size != 64 else []),
+    *(['window'] if options.sliding_window else []),
+    *(['cap'] if options.soft_cap else []),
+    *(['Mosaic'] if implementation == 'pallas_mosaic' else []),
+  ]
 
   def attend(*args: Any) -> jax.Array:
     return api.IMPLEMENTATIONS[implementation](
-      *args[:-1], options=options, plan=args[-1])
+      *args[:-1], options=options, plan=args[-1]
+    )
 
   return Case(' '.join(what), attend, (q, *pages, batch, plan))
 
 
 def _write_case(model: str, kv_heads: int, head_dim: int, kept: str) -> Case:
-  pages = jax.eval_shape(lambda: layout.init(
-    layout.ROWS, 1024, 64, kv_heads, head_dim, kept))
+  pages = jax.eval_shape(
+    lambda: layout.init(layout.ROWS, 1024, 64, kv_heads, head_dim, kept)
+  )
   new = jax.ShapeDtypeStruct((512, kv_heads, head_dim), 'bfloat16')
-  return Case(f'{model} write KV {kept}', api.WRITERS['pallas_triton'],
-              (*pages, new, new, jax.ShapeDtypeStruct((512,), jnp.int32)))
+  return Case(
+    f'{model} write KV {kept}',
+    api.WRITERS['pallas_triton'],
+    (*pages, new, new, jax.ShapeDtypeStruct((512,), jnp.int32)),
+  )

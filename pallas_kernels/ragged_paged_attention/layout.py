@@ -42,18 +42,24 @@ def init(
   shapes: list[tuple[int, ...]] = [(page_size, head_dim)] * 2
   if layout == TILES:
     l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
-    shapes = [(page_size // l_k, head_dim, l_k),
-              (head_dim // l_v, page_size, l_v)]
+    shapes = [
+      (page_size // l_k, head_dim, l_k),
+      (head_dim // l_v, page_size, l_v),
+    ]
   heads = num_pages, num_kv_heads
   k_pages, v_pages = (
     jnp.zeros((*heads, *shape), quantization.kept_dtype(dtype))
-    for shape in shapes)
+    for shape in shapes
+  )
   if jnp.dtype(dtype) not in quantization.DTYPES:
     return k_pages, v_pages
   k_scales, v_scales = (
-    jnp.zeros((*heads, page_size), quantization.SCALE_DTYPE) for _ in range(2))
-  return (quantization.Quantized(k_pages, k_scales),
-          quantization.Quantized(v_pages, v_scales))
+    jnp.zeros((*heads, page_size), quantization.SCALE_DTYPE) for _ in range(2)
+  )
+  return (
+    quantization.Quantized(k_pages, k_scales),
+    quantization.Quantized(v_pages, v_scales),
+  )
 
 
 def sizes(k_pages: Pages) -> tuple[int, int, int, int]:
@@ -76,8 +82,10 @@ def to_rows(k_pages: Pages, v_pages: Pages) -> tuple[Pages, Pages]:
   if is_rows(k_pages):
     return k_pages, v_pages
   shape = sizes(k_pages)
-  return (_of_values(lambda x: x.swapaxes(-1, -2).reshape(shape), k_pages),
-          _of_values(lambda x: x.swapaxes(-2, -3).reshape(shape), v_pages))
+  return (
+    _of_values(lambda x: x.swapaxes(-1, -2).reshape(shape), k_pages),
+    _of_values(lambda x: x.swapaxes(-2, -3).reshape(shape), v_pages),
+  )
 
 
 def from_rows(
@@ -92,8 +100,10 @@ def from_rows(
   l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
   k_shape = num_pages, num_kv_heads, -1, l_k, head_dim
   v_shape = num_pages, num_kv_heads, page_size, -1, l_v
-  return (_of_values(lambda x: x.reshape(k_shape).swapaxes(-1, -2), k_pages),
-          _of_values(lambda x: x.reshape(v_shape).swapaxes(-2, -3), v_pages))
+  return (
+    _of_values(lambda x: x.reshape(k_shape).swapaxes(-1, -2), k_pages),
+    _of_values(lambda x: x.reshape(v_shape).swapaxes(-2, -3), v_pages),
+  )
 
 
 def write(
@@ -108,22 +118,26 @@ def write(
   # A negative index would count from the end.
   slots = jnp.where(slots < 0, num_pages * page_size, slots)
   place = slots // page_size, slots % page_size
-  return (_write(k_pages, k, place, _put_keys),
-          _write(v_pages, v, place, _put_values))
+  return (
+    _write(k_pages, k, place, _put_keys),
+    _write(v_pages, v, place, _put_values),
+  )
 
 
 _Place = tuple[jax.Array, jax.Array]  # page and offset of each token
 
 
-def _write(pages: Pages, new: jax.Array, place: _Place,
-           put: Callable[..., jax.Array]) -> Pages:
+def _write(
+  pages: Pages, new: jax.Array, place: _Place, put: Callable[..., jax.Array]
+) -> Pages:
   if not isinstance(pages, quantization.Quantized):
     return put(pages, new.astype(pages.dtype), place)
   rounded = quantization.quantize_like(new, pages)
   page, offset = place
   return quantization.Quantized(
     put(pages.values, rounded.values, place),
-    _put(pages.scales.at[page, :, offset], rounded.scales))
+    _put(pages.scales.at[page, :, offset], rounded.scales),
+  )
 
 
 def _put_keys(pages: jax.Array, k: jax.Array, place: _Place) -> jax.Array:
@@ -139,16 +153,18 @@ def _put_values(pages: jax.Array, v: jax.Array, place: _Place) -> jax.Array:
   if is_rows(pages):
     return _put(pages.at[page, :, offset], v)
   _, num_kv_heads, tiles, _, lanes = pages.shape
-  return _put(pages.at[page, :, :, offset],
-              v.reshape(-1, num_kv_heads, tiles, lanes))
+  return _put(
+    pages.at[page, :, :, offset], v.reshape(-1, num_kv_heads, tiles, lanes)
+  )
 
 
 def _put(where: Any, new: jax.Array) -> jax.Array:
   return where.set(new, mode='drop', unique_indices=True)
 
 
-def _of_values(function: Callable[[jax.Array], jax.Array],
-               pages: Pages) -> Pages:
+def _of_values(
+  function: Callable[[jax.Array], jax.Array], pages: Pages
+) -> Pages:
   """Rearranges values, and not scales: these are the same in all layouts."""
   if isinstance(pages, quantization.Quantized):
     return pages._replace(values=function(pages.values))

@@ -82,14 +82,18 @@ def run(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
   """Runs a block of the GPU: two warpgroups compute, one fetches."""
   thread = lax.axis_index('thread')
   pl.when(thread == WARPGROUPS)(
-    functools.partial(_fetch, spec, inputs, scratch))
+    functools.partial(_fetch, spec, inputs, scratch)
+  )
   pl.when(thread < WARPGROUPS)(
-    functools.partial(_compute, spec, inputs, scratch, thread))
+    functools.partial(_compute, spec, inputs, scratch, thread)
+  )
 
 
-def _for_work(spec: Spec, inputs: Inputs,
-              do: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-              ) -> jax.Array:
+def _for_work(
+  spec: Spec,
+  inputs: Inputs,
+  do: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
   """Does this block's share of the tiles, for all heads of each in turn.
 
   Args:
@@ -110,8 +114,11 @@ def _for_work(spec: Spec, inputs: Inputs,
 
   def turn(i: jax.Array, num_done: jax.Array) -> jax.Array:
     work = i * num_blocks + block
-    return do(lax.div(work, jnp.int32(units)),
-              lax.rem(work, jnp.int32(units)) * spec.sizes.heads, num_done)
+    return do(
+      lax.div(work, jnp.int32(units)),
+      lax.rem(work, jnp.int32(units)) * spec.sizes.heads,
+      num_done,
+    )
 
   return lax.fori_loop(0, turns, turn, jnp.int32(0))
 
@@ -121,8 +128,10 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
   plgpu.set_max_registers(_FETCH_REGISTERS, action='decrease')
   stages, block_n = spec.sizes.num_stages, spec.sizes.block_n
   page_size = spec.shape.page_size
-  rings = ((inputs.k_pages, scratch.k, scratch.k_there, scratch.k_free),
-           (inputs.v_pages, scratch.v, scratch.v_there, scratch.v_free))
+  rings = (
+    (inputs.k_pages, scratch.k, scratch.k_there, scratch.k_free),
+    (inputs.v_pages, scratch.v, scratch.v_there, scratch.v_free),
+  )
 
   def tile(item: jax.Array, head: jax.Array, num_done: jax.Array) -> jax.Array:
     kv_head = lax.div(head, jnp.int32(spec.shape.group))
@@ -137,12 +146,15 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
         page = jnp.minimum(j * (block_n // page_size) + i, last_page)
         return inputs.page_indices[seq, page], slice(None)
       per_page = jnp.int32(page_size // block_n)
-      return (inputs.page_indices[seq, lax.div(j, per_page)],
-              pl.ds(lax.rem(j, per_page) * block_n, block_n))
+      return (
+        inputs.page_indices[seq, lax.div(j, per_page)],
+        pl.ds(lax.rem(j, per_page) * block_n, block_n),
+      )
 
     def key_block(j: jax.Array, num_done: jax.Array) -> jax.Array:
       slot = lax.rem(num_done, jnp.int32(stages))
       for pages, buffer, there, free in rings:
+
         @pl.when(num_done >= stages)
         def wait(free: Any = free) -> None:
           plgpu.barrier_wait(free.at[slot])
@@ -152,23 +164,28 @@ def _fetch(spec: Spec, inputs: Inputs, scratch: Scratch) -> None:
           size = min(page_size, block_n)
           plgpu.copy_gmem_to_smem(
             pages.at[page, kv_head, place],
-            buffer.at[slot, pl.ds(i * size, size)], there.at[slot])
+            buffer.at[slot, pl.ds(i * size, size)],
+            there.at[slot],
+          )
       return num_done + 1
 
     return lax.fori_loop(
-      inputs.start[item], inputs.stop[item], key_block, num_done)
+      inputs.start[item], inputs.stop[item], key_block, num_done
+    )
 
   num_done = _for_work(spec, inputs, tile)
   # Every phase of a barrier must be waited for before the kernel ends.
   for slot in range(stages):
+
     @pl.when(slot < num_done)
     def drain(slot: int = slot) -> None:
       plgpu.barrier_wait(scratch.k_free.at[slot])
       plgpu.barrier_wait(scratch.v_free.at[slot])
 
 
-def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
-             thread: jax.Array) -> None:
+def _compute(
+  spec: Spec, inputs: Inputs, scratch: Scratch, thread: jax.Array
+) -> None:
   """Computes 64 rows of each tile; `thread` is the warpgroup's number."""
   plgpu.set_max_registers(_COMPUTE_REGISTERS, action='increase')
   rows_ref, q_ref = scratch.rows.at[thread], scratch.q.at[thread]
@@ -186,44 +203,65 @@ def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
     past = kv_len - (q_stop - q_start)
     token = jnp.minimum(q_start + first, inputs.rows.shape[0])
     # Rows after the chunk's are others', or zeros: computed, but not stored.
-    plgpu.copy_gmem_to_smem(inputs.rows.at[pl.ds(token, ROWS), head],
-                            rows_ref, scratch.q_there.at[thread])
+    plgpu.copy_gmem_to_smem(
+      inputs.rows.at[pl.ds(token, ROWS), head],
+      rows_ref,
+      scratch.q_there.at[thread],
+    )
     plgpu.barrier_wait(scratch.q_there.at[thread])
     q_ref[...] = plgpu.load(
-      rows_ref, layout=plgpu.Layout.WGMMA, optimized=False)
+      rows_ref, layout=plgpu.Layout.WGMMA, optimized=False
+    )
     plgpu.commit_smem()
 
     # The blocks that all rows see entirely need no mask.
-    full_start, full_stop = start, jnp.clip(
-      lax.div(past + tile_first + 1, jnp.int32(block_n)), start, stop)
+    full_start, full_stop = (
+      start,
+      jnp.clip(lax.div(past + tile_first + 1, jnp.int32(block_n)), start, stop),
+    )
     if (window := spec.options.sliding_window) is not None:
       oldest = jnp.maximum(past + tile_first + spec.sizes.queries - window, 0)
       full_start = jnp.clip(
-        lax.div(oldest + (block_n - 1), jnp.int32(block_n)), start, full_stop)
+        lax.div(oldest + (block_n - 1), jnp.int32(block_n)), start, full_stop
+      )
     state: Any = (
       plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
-      *(plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32),
-                          plgpu.Layout.WGMMA.reduce(1))
-        for x in (_MASKED, 0.0)), num_done)
+      *(
+        plgpu.layout_cast(
+          jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+        )
+        for x in (_MASKED, 0.0)
+      ),
+      num_done,
+    )
     step = functools.partial(
-      _key_block, spec, scratch, q_ref, past + first, kv_len)
+      _key_block, spec, scratch, q_ref, past + first, kv_len
+    )
     if window is not None:
       state = lax.fori_loop(
-        start, full_start, functools.partial(step, True), state)
+        start, full_start, functools.partial(step, True), state
+      )
     state = lax.fori_loop(
-      full_start, full_stop, functools.partial(step, False), state)
+      full_start, full_stop, functools.partial(step, False), state
+    )
     acc, _, norm, num_done = lax.fori_loop(
-      full_stop, stop, functools.partial(step, True), state)
+      full_stop, stop, functools.partial(step, True), state
+    )
 
-    _store(rows_ref, (acc * lax.broadcast_in_dim(1 / norm, shape, [0])
-                      ).astype(spec.shape.dtype))
+    _store(
+      rows_ref,
+      (acc * lax.broadcast_in_dim(1 / norm, shape, [0])).astype(
+        spec.shape.dtype
+      ),
+    )
     plgpu.commit_smem()
     num_rows = q_stop - q_start - first
 
     @pl.when(num_rows >= ROWS)
     def store_tile() -> None:
       plgpu.copy_smem_to_gmem(
-        rows_ref, inputs.rows.at[pl.ds(token, ROWS), head])
+        rows_ref, inputs.rows.at[pl.ds(token, ROWS), head]
+      )
 
     @pl.when(num_rows < ROWS)
     def store_rows() -> None:
@@ -231,7 +269,8 @@ def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
       def store_row(row: jax.Array) -> None:
         plgpu.copy_smem_to_gmem(
           rows_ref.at[pl.ds(row, 1)],
-          inputs.rows.at[pl.ds(token + row, 1), head])
+          inputs.rows.at[pl.ds(token + row, 1), head],
+        )
 
     plgpu.wait_smem_to_gmem(0)
     return num_done
@@ -240,8 +279,14 @@ def _compute(spec: Spec, inputs: Inputs, scratch: Scratch,
 
 
 def _key_block(
-  spec: Spec, scratch: Scratch, q_ref: Any, q_first: jax.Array,
-  kv_len: jax.Array, masked: bool, j: jax.Array, state: Any,
+  spec: Spec,
+  scratch: Scratch,
+  q_ref: Any,
+  q_first: jax.Array,
+  kv_len: jax.Array,
+  masked: bool,
+  j: jax.Array,
+  state: Any,
 ) -> Any:
   """Takes one block of keys into the online softmax.
 
@@ -279,26 +324,33 @@ def _key_block(
   if masked:
     # The barrier keeps it from being computed once before the loop, and from
     # taking up 64 registers meanwhile.
-    at = lax.optimization_barrier(plgpu.broadcasted_iota(
-      jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA))
+    at = lax.optimization_barrier(
+      plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    )
     last = _row_numbers() + (q_first - j * block_n)
     scores = jnp.where(
-      at <= lax.broadcast_in_dim(last, shape, [0]), scores, _MASKED)
+      at <= lax.broadcast_in_dim(last, shape, [0]), scores, _MASKED
+    )
     if (window := options.sliding_window) is not None:
       scores = jnp.where(
-        at > lax.broadcast_in_dim(last - window, shape, [0]), scores, _MASKED)
+        at > lax.broadcast_in_dim(last - window, shape, [0]), scores, _MASKED
+      )
   new_top = jnp.maximum(top, scores.max(axis=1) * factor)
   decay = jnp.exp2(top - new_top)
   weights = jnp.exp2(
-    scores * factor - lax.broadcast_in_dim(new_top, shape, [0]))
+    scores * factor - lax.broadcast_in_dim(new_top, shape, [0])
+  )
   norm = norm * decay + weights.sum(axis=1)
   weights = weights.astype(spec.shape.dtype)
   plgpu.barrier_wait(scratch.v_there.at[slot])
   if masked:
     _clear_unwritten(spec, scratch.v.at[slot], kv_len - j * block_n)
   acc = _accumulate(
-    acc * lax.broadcast_in_dim(decay, acc.shape, [0]), weights,
-    scratch.v.at[slot], spec.sizes.interpret)
+    acc * lax.broadcast_in_dim(decay, acc.shape, [0]),
+    weights,
+    scratch.v.at[slot],
+    spec.sizes.interpret,
+  )
   plgpu.barrier_arrive(scratch.v_free.at[slot])
   return acc, new_top, norm, num_done + 1
 
@@ -316,6 +368,7 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
   """
   shape = ROWS, 64  # Larger pieces need more registers than there are.
   for row in range(0, spec.sizes.block_n, ROWS):
+
     @pl.when(num_rows < row + ROWS)
     def clear(row: int = row) -> None:
       for column in range(0, spec.shape.head_dim, 64):
@@ -323,12 +376,14 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
         values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
         at = lax.broadcast_in_dim(_row_numbers(), shape, [0])
         piece[...] = jnp.where(
-          at < num_rows - row, values, jnp.zeros_like(values))
+          at < num_rows - row, values, jnp.zeros_like(values)
+        )
       plgpu.commit_smem()
 
 
-def _accumulate(acc: jax.Array, weights: jax.Array, v_ref: Any,
-                interpret: bool) -> Any:
+def _accumulate(
+  acc: jax.Array, weights: jax.Array, v_ref: Any, interpret: bool
+) -> Any:
   """Returns acc + weights @ values; the weights stay in registers.
 
   Args:
@@ -339,15 +394,16 @@ def _accumulate(acc: jax.Array, weights: jax.Array, v_ref: Any,
   """
   if interpret:  # The interpreter knows wgmma of shared memory only.
     return acc + jnp.dot(
-      weights, v_ref[...], preferred_element_type=jnp.float32)
-  run: Any = pl.run_state(
-    lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_ref))
+      weights, v_ref[...], preferred_element_type=jnp.float32
+    )
+  run: Any = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_ref))
   return run(plgpu.ACC.init(acc))
 
 
 def _row_numbers() -> jax.Array:
   numbers: jax.Array = plgpu.broadcasted_iota(
-    jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+    jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
+  )
   return numbers
 
 

@@ -38,8 +38,9 @@ from pallas_kernels.ragged_paged_attention import validate
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
 # wgmma reads shared memory in tiles of 8 rows of 128 bytes, whose bytes are
 # exchanged (swizzled) so that no two rows have a bank in common.
-_TILED: Any = dict(transforms=(
-  plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+_TILED: Any = dict(
+  transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+)
 
 
 class Plan(NamedTuple):
@@ -64,15 +65,24 @@ def make_plan(
     NotImplementedError: the kernel doesn't support the shapes, the device or
       this JAX.
   """
-  batch: Any = dict(kv_lens=kv_lens, cu_q_lens=cu_q_lens,
-                    distribution=distribution, num_tokens=num_tokens,
-                    sliding_window=sliding_window)
+  batch: Any = dict(
+    kv_lens=kv_lens,
+    cu_q_lens=cu_q_lens,
+    distribution=distribution,
+    num_tokens=num_tokens,
+    sliding_window=sliding_window,
+  )
   sizes, small = tuning.choose_mosaic(shape), _small_sizes(shape)
   return Plan(
     pallas_triton.make_plan(**batch, sizes=small, shape=shape),
     plan_lib.make_chunks(
-      **batch, tile=sizes.queries, block_n=sizes.block_n,
-      small=small.tiling(shape).narrow_rows // shape.group, xp=jnp))
+      **batch,
+      tile=sizes.queries,
+      block_n=sizes.block_n,
+      small=small.tiling(shape).narrow_rows // shape.group,
+      xp=jnp,
+    ),
+  )
 
 
 def ragged_paged_attention(
@@ -95,17 +105,32 @@ def ragged_paged_attention(
   """
   shape = tuning.Shape.of(q, k_pages)
   spec = mosaic_kernel.Spec(
-    shape, tuning.choose_mosaic(shape), options, q.shape[1])
+    shape, tuning.choose_mosaic(shape), options, q.shape[1]
+  )
   if plan is None:
     plan = make_plan(
-      batch.kv_lens, batch.cu_q_lens, batch.distribution,
-      num_tokens=q.shape[0], sliding_window=options.sliding_window,
-      shape=shape)
-  validate.check(isinstance(plan, Plan), 'plan', type(plan).__name__,
-                 'must be of make_plan for this implementation')
+      batch.kv_lens,
+      batch.cu_q_lens,
+      batch.distribution,
+      num_tokens=q.shape[0],
+      sliding_window=options.sliding_window,
+      shape=shape,
+    )
+  validate.check(
+    isinstance(plan, Plan),
+    'plan',
+    type(plan).__name__,
+    'must be of make_plan for this implementation',
+  )
   out = pallas_triton.ragged_paged_attention(
-    q, k_pages, v_pages, batch, options, plan=plan.small,
-    sizes=_small_sizes(shape))
+    q,
+    k_pages,
+    v_pages,
+    batch,
+    options,
+    plan=plan.small,
+    sizes=_small_sizes(shape),
+  )
   # Without it XLA fuses a slice of a larger array with the call, and leaves
   # both out of the CUDA graph.
   ints = lax.optimization_barrier(batch[:3])
@@ -125,28 +150,38 @@ def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:
   rows = mosaic_kernel.WARPGROUPS, mosaic_kernel.ROWS, spec.shape.head_dim
   ring = sizes.num_stages, sizes.block_n, spec.shape.head_dim
   barriers: Any = functools.partial(
-    plgpu.Barrier, num_barriers=sizes.num_stages)
+    plgpu.Barrier, num_barriers=sizes.num_stages
+  )
   copies = max(sizes.block_n // spec.shape.page_size, 1)
   warpgroups = mosaic_kernel.WARPGROUPS
 
   def attend_chunks(*refs: Any) -> None:
     num_inputs = len(mosaic_kernel.Inputs._fields)
-    mosaic_kernel.run(spec, mosaic_kernel.Inputs(*refs[:num_inputs]),
-                      mosaic_kernel.Scratch(*refs[num_inputs:]))
+    mosaic_kernel.run(
+      spec,
+      mosaic_kernel.Inputs(*refs[:num_inputs]),
+      mosaic_kernel.Scratch(*refs[num_inputs:]),
+    )
 
   kernel: Callable[..., Any] = plgpu.kernel(
-    attend_chunks, out_type=(), grid=(sizes.num_blocks,), grid_names=('block',),
-    num_threads=warpgroups + 1, thread_name='thread',
+    attend_chunks,
+    out_type=(),
+    grid=(sizes.num_blocks,),
+    grid_names=('block',),
+    num_threads=warpgroups + 1,
+    thread_name='thread',
     scratch_types=mosaic_kernel.Scratch(
-      rows=plgpu.SMEM(rows, dtype), q=plgpu.SMEM(rows, dtype, **_TILED),
-      k=plgpu.SMEM(ring, dtype, **_TILED), v=plgpu.SMEM(ring, dtype, **_TILED),
+      rows=plgpu.SMEM(rows, dtype),
+      q=plgpu.SMEM(rows, dtype, **_TILED),
+      k=plgpu.SMEM(ring, dtype, **_TILED),
+      v=plgpu.SMEM(ring, dtype, **_TILED),
       q_there=plgpu.Barrier(num_barriers=warpgroups),
       k_there=barriers(num_arrivals=copies),
       v_there=barriers(num_arrivals=copies),
       k_free=barriers(num_arrivals=warpgroups),
-      v_free=barriers(num_arrivals=warpgroups)),
+      v_free=barriers(num_arrivals=warpgroups),
+    ),
     compiler_params=plgpu.CompilerParams(approx_math=True),
-    interpret=plgpu.InterpretGPUParams() if sizes.interpret else None)
+    interpret=plgpu.InterpretGPUParams() if sizes.interpret else None,
+  )
   return kernel
-
-

@@ -36,7 +36,8 @@ from pallas_kernels.ragged_paged_attention import validate
 
 # JAX 0.11 and newer warn at every lowering. Nothing else serves Ampere.
 warnings.filterwarnings(
-  'ignore', '.*Pallas Triton backend is deprecated', DeprecationWarning)
+  'ignore', '.*Pallas Triton backend is deprecated', DeprecationWarning
+)
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 
@@ -53,9 +54,15 @@ def make_plan(
 ) -> plan_lib.Plan:
   """Plans a traced batch, for all layers of one window."""
   return plan_lib.make(
-    kv_lens, cu_q_lens, distribution, tiling=sizes.tiling(shape),
-    num_tokens=num_tokens, group=shape.group, sliding_window=sliding_window,
-    xp=jnp)
+    kv_lens,
+    cu_q_lens,
+    distribution,
+    tiling=sizes.tiling(shape),
+    num_tokens=num_tokens,
+    group=shape.group,
+    sliding_window=sliding_window,
+    xp=jnp,
+  )
 
 
 def ragged_paged_attention(
@@ -83,21 +90,39 @@ def ragged_paged_attention(
   sizes = sizes or tuning.choose(shape)
   if plan is None:
     plan = make_plan(
-      batch.kv_lens, batch.cu_q_lens, batch.distribution,
-      num_tokens=q.shape[0], sliding_window=options.sliding_window,
-      sizes=sizes, shape=shape)
-  validate.check(isinstance(plan, plan_lib.Plan), 'plan', type(plan).__name__,
-                 'must be of make_plan for this implementation')
+      batch.kv_lens,
+      batch.cu_q_lens,
+      batch.distribution,
+      num_tokens=q.shape[0],
+      sliding_window=options.sliding_window,
+      sizes=sizes,
+      shape=shape,
+    )
+  validate.check(
+    isinstance(plan, plan_lib.Plan),
+    'plan',
+    type(plan).__name__,
+    'must be of make_plan for this implementation',
+  )
   items = sizes.tiling(shape).num_work_items(
-    q.shape[0], len(batch.kv_lens), shape.group)
-  validate.check(len(plan.rows) == items, 'plan', f'{len(plan.rows)} items',
-                 f'must be of make_plan for these arguments, {items}')
-  launch = functools.partial(
-    _launch, shape=shape, sizes=sizes, options=options)
+    q.shape[0], len(batch.kv_lens), shape.group
+  )
+  validate.check(
+    len(plan.rows) == items,
+    'plan',
+    f'{len(plan.rows)} items',
+    f'must be of make_plan for these arguments, {items}',
+  )
+  launch = functools.partial(_launch, shape=shape, sizes=sizes, options=options)
   return lax.platform_dependent(
-    q, k_pages, v_pages, batch, plan,
+    q,
+    k_pages,
+    v_pages,
+    batch,
+    plan,
     cpu=functools.partial(launch, interpret=True),
-    default=functools.partial(launch, interpret=False))
+    default=functools.partial(launch, interpret=False),
+  )
 
 
 def _launch(
@@ -116,35 +141,51 @@ def _launch(
   heads = shape.num_kv_heads
   tiling = sizes.tiling(shape)
   num_items, num_merges = len(plan.rows), len(plan.merge_seq)
-  slots = tiling.num_narrow(
-    q.shape[0], len(batch.kv_lens), shape.group) + tiling.num_items
+  slots = (
+    tiling.num_narrow(q.shape[0], len(batch.kv_lens), shape.group)
+    + tiling.num_items
+  )
   partial = (slots, heads, tiling.narrow_rows)
   params = plgpu.CompilerParams(
-    num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+    num_warps=sizes.num_warps, num_stages=sizes.num_stages
+  )
   out, *partials = pl.pallas_call(
     functools.partial(_attend, shape=shape, tiling=tiling, options=options),
     grid=(num_items * heads,),
-    out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype),
-               jax.ShapeDtypeStruct((*partial, shape.head_dim), jnp.float32),
-               jax.ShapeDtypeStruct(partial, jnp.float32),
-               jax.ShapeDtypeStruct(partial, jnp.float32)],
-    input_output_aliases={0: 0}, compiler_params=params, interpret=interpret,
+    out_shape=[
+      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct((*partial, shape.head_dim), jnp.float32),
+      jax.ShapeDtypeStruct(partial, jnp.float32),
+      jax.ShapeDtypeStruct(partial, jnp.float32),
+    ],
+    input_output_aliases={0: 0},
+    compiler_params=params,
+    interpret=interpret,
     name='ragged_paged_attention',
   )(q, k_pages, v_pages, *batch[:3], *plan[:6])
   return pl.pallas_call(
     functools.partial(_merge, shape=shape, rows=tiling.narrow_rows),
     grid=(num_merges * heads,),
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    input_output_aliases={0: 0}, interpret=interpret,
+    input_output_aliases={0: 0},
+    interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     name='merge_splits',
   )(out, *partials, batch.cu_q_lens, *plan[6:])
 
 
 def _attend(
-  q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
-  starts_ref: Any, rows_ref: Any, *refs: Any,
-  shape: tuning.Shape, tiling: plan_lib.Tiling, options: batch_lib.Options,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  kv_lens_ref: Any,
+  pages_ref: Any,
+  starts_ref: Any,
+  rows_ref: Any,
+  *refs: Any,
+  shape: tuning.Shape,
+  tiling: plan_lib.Tiling,
+  options: batch_lib.Options,
 ) -> None:
   """Does one work item for one KV head: the kernel's entry.
 
@@ -166,10 +207,25 @@ def _attend(
   head = pl.program_id(0) % shape.num_kv_heads
   rows = rows_ref[item]
   for size in tiling.row_counts:
-    pl.when(rows == size)(functools.partial(
-      _attend_tile, item, head, q_ref, k_ref, v_ref, kv_lens_ref, pages_ref,
-      starts_ref, *refs, num_rows=size, may_split=size == tiling.narrow_rows,
-      shape=shape, block_n=tiling.block_n, options=options))
+    pl.when(rows == size)(
+      functools.partial(
+        _attend_tile,
+        item,
+        head,
+        q_ref,
+        k_ref,
+        v_ref,
+        kv_lens_ref,
+        pages_ref,
+        starts_ref,
+        *refs,
+        num_rows=size,
+        may_split=size == tiling.narrow_rows,
+        shape=shape,
+        block_n=tiling.block_n,
+        options=options,
+      )
+    )
 
 
 # Does a work item's tile of `num_rows` rows for one KV head. Its result may be
@@ -181,10 +237,22 @@ def _attend(
 #     log2(e).
 #   norm_ref: [B, K, R] float32, their sums of weights.
 def _attend_tile(
-  item: jax.Array, head: jax.Array,
-  q_ref: Any, k_ref: Any, v_ref: Any, kv_lens_ref: Any, pages_ref: Any,
-  starts_ref: Any, seq_ref: Any, first_row_ref: Any, start_ref: Any,
-  stop_ref: Any, slot_ref: Any, out_ref: Any, acc_ref: Any, top_ref: Any,
+  item: jax.Array,
+  head: jax.Array,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  kv_lens_ref: Any,
+  pages_ref: Any,
+  starts_ref: Any,
+  seq_ref: Any,
+  first_row_ref: Any,
+  start_ref: Any,
+  stop_ref: Any,
+  slot_ref: Any,
+  out_ref: Any,
+  acc_ref: Any,
+  top_ref: Any,
   norm_ref: Any,
   *,
   num_rows: int,
@@ -196,12 +264,15 @@ def _attend_tile(
   scale, window = options.scale, options.sliding_window
   seq, start, stop = seq_ref[item], start_ref[item], stop_ref[item]
   tokens, heads, query = _rows(
-    starts_ref, seq, first_row_ref[item], head, num_rows, shape.group)
+    starts_ref, seq, first_row_ref[item], head, num_rows, shape.group
+  )
   kv_len = kv_lens_ref[seq]
   past = kv_len - (starts_ref[seq + 1] - starts_ref[seq])
   q_at = past + query
-  queries = [plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
-             for d in shape.channels()]
+  queries = [
+    plgpu.load(q_ref.at[tokens[:, None], heads[:, None], d[None]])
+    for d in shape.channels()
+  ]
   dot: Any = functools.partial(plgpu.dot, **shape.dot_options)
   # A weight times the scale of small values may be too small for float16;
   # bfloat16 holds it, and every value that is kept in a byte.
@@ -214,7 +285,8 @@ def _attend_tile(
     # Loaded a turn ahead: otherwise the loads of keys would wait for it, and
     # the compiler could not overlap them with the turn before.
     next_page = pages_ref[
-      seq, jnp.minimum(j + 1, stop - 1) // (shape.page_size // block_n)]
+      seq, jnp.minimum(j + 1, stop - 1) // (shape.page_size // block_n)
+    ]
     at = j * block_n + jnp.arange(block_n, dtype=jnp.int32)
     place = pl.ds((j % (shape.page_size // block_n)) * block_n, block_n)
 
@@ -224,15 +296,20 @@ def _attend_tile(
         return plgpu.load(ref)
       written = (at < kv_len).reshape(-1, *[1] * len(dims))
       return plgpu.load(
-        ref, mask=jnp.broadcast_to(written, (block_n, *dims)),
-        other=jnp.zeros((), ref.dtype))
+        ref,
+        mask=jnp.broadcast_to(written, (block_n, *dims)),
+        other=jnp.zeros((), ref.dtype),
+      )
 
     def load_block(pages: Any, dtype: str) -> list[jax.Array]:
       """Loads the block's channels: [block_n, size] for each piece."""
       ref = quantization.values_of(pages)
-      return [quantization.decode(load(
-        ref.at[page, head, place, pl.ds(first, size)], size), dtype)
-        for first, size in shape.pieces]
+      return [
+        quantization.decode(
+          load(ref.at[page, head, place, pl.ds(first, size)], size), dtype
+        )
+        for first, size in shape.pieces
+      ]
 
     def scaled(x: jax.Array, pages: Any) -> jax.Array:
       """Multiplies x, [rows, block_n], by the scale of each position."""
@@ -257,37 +334,45 @@ def _attend_tile(
     decay = jnp.exp2(top - new_top)
     weights = jnp.exp2(scores - new_top[:, None])
     factors = scaled(weights, v_ref).astype(mixing)
-    acc = [a * decay[:, None] + dot(factors, v)
-           for a, v in zip(acc, load_block(v_ref, mixing), strict=True)]
+    acc = [
+      a * decay[:, None] + dot(factors, v)
+      for a, v in zip(acc, load_block(v_ref, mixing), strict=True)
+    ]
     return acc, new_top, norm * decay + weights.sum(axis=1), next_page
 
   # The blocks that all rows see entirely need no mask.
   last = first_row_ref[item] + num_rows - 1
-  full_stop = jnp.clip((past + first_row_ref[item] // shape.group + 1)
-                       // block_n, start, stop)
+  full_stop = jnp.clip(
+    (past + first_row_ref[item] // shape.group + 1) // block_n, start, stop
+  )
   state = (
     [jnp.zeros((num_rows, size), jnp.float32) for _, size in shape.pieces],
     jnp.full((num_rows,), _MASKED, jnp.float32),
     jnp.zeros((num_rows,), jnp.float32),
-    pages_ref[seq, start // (shape.page_size // block_n)])
+    pages_ref[seq, start // (shape.page_size // block_n)],
+  )
   full_start = start
   if window is not None:
     oldest = past + last // shape.group - window + 1
-    full_start = jnp.clip(
-      (oldest + block_n - 1) // block_n, start, full_stop)
+    full_start = jnp.clip((oldest + block_n - 1) // block_n, start, full_stop)
     state = lax.fori_loop(
-      start, full_start, functools.partial(body, True), state)
+      start, full_start, functools.partial(body, True), state
+    )
   state = lax.fori_loop(
-    full_start, full_stop, functools.partial(body, False), state)
+    full_start, full_stop, functools.partial(body, False), state
+  )
   acc, top, norm, _ = lax.fori_loop(
-    full_stop, stop, functools.partial(body, True), state)
+    full_stop, stop, functools.partial(body, True), state
+  )
 
   slot = slot_ref[item]
 
   def store_result() -> None:
     for d, a in zip(shape.channels(), acc, strict=True):
-      plgpu.store(out_ref.at[tokens[:, None], heads[:, None], d[None]],
-                  (a / norm[:, None]).astype(out_ref.dtype))
+      plgpu.store(
+        out_ref.at[tokens[:, None], heads[:, None], d[None]],
+        (a / norm[:, None]).astype(out_ref.dtype),
+      )
 
   def store_partial() -> None:
     for (first, size), a in zip(shape.pieces, acc, strict=True):
@@ -303,9 +388,19 @@ def _attend_tile(
 
 
 def _merge(
-  old_out_ref: Any, acc_ref: Any, top_ref: Any, norm_ref: Any, starts_ref: Any,
-  seq_ref: Any, row_ref: Any, slot_ref: Any, count_ref: Any, out_ref: Any,
-  *, shape: tuning.Shape, rows: int,
+  old_out_ref: Any,
+  acc_ref: Any,
+  top_ref: Any,
+  norm_ref: Any,
+  starts_ref: Any,
+  seq_ref: Any,
+  row_ref: Any,
+  slot_ref: Any,
+  count_ref: Any,
+  out_ref: Any,
+  *,
+  shape: tuning.Shape,
+  rows: int,
 ) -> None:
   """Merges the partial results of a narrow tile, for one KV head.
 
@@ -331,28 +426,46 @@ def _merge(
     new_top = jnp.maximum(top, new)
     old_weight, weight = jnp.exp2(top - new_top), jnp.exp2(new - new_top)
     acc = [
-      a * old_weight[:, None] + weight[:, None] * plgpu.load(
-        acc_ref.at[slot + i, head, :, pl.ds(first, size)])
-      for a, (first, size) in zip(acc, shape.pieces, strict=True)]
-    return acc, new_top, norm * old_weight + weight * plgpu.load(
-      norm_ref.at[slot + i, head, :])
+      a * old_weight[:, None]
+      + weight[:, None]
+      * plgpu.load(acc_ref.at[slot + i, head, :, pl.ds(first, size)])
+      for a, (first, size) in zip(acc, shape.pieces, strict=True)
+    ]
+    return (
+      acc,
+      new_top,
+      norm * old_weight + weight * plgpu.load(norm_ref.at[slot + i, head, :]),
+    )
 
   @pl.when(count > 0)
   def put_together() -> None:
-    acc, _, norm = lax.fori_loop(0, count, body, (
-      [jnp.zeros((rows, size), jnp.float32) for _, size in shape.pieces],
-      jnp.full((rows,), _MASKED, jnp.float32),
-      jnp.zeros((rows,), jnp.float32)))
+    acc, _, norm = lax.fori_loop(
+      0,
+      count,
+      body,
+      (
+        [jnp.zeros((rows, size), jnp.float32) for _, size in shape.pieces],
+        jnp.full((rows,), _MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+      ),
+    )
     tokens, heads, _ = _rows(
-      starts_ref, seq_ref[tile], row_ref[tile], head, rows, shape.group)
+      starts_ref, seq_ref[tile], row_ref[tile], head, rows, shape.group
+    )
     for d, a in zip(shape.channels(), acc, strict=True):
-      plgpu.store(out_ref.at[tokens[:, None], heads[:, None], d[None]],
-                  (a / norm[:, None]).astype(out_ref.dtype))
+      plgpu.store(
+        out_ref.at[tokens[:, None], heads[:, None], d[None]],
+        (a / norm[:, None]).astype(out_ref.dtype),
+      )
 
 
 def _rows(
-  starts_ref: Any, seq: jax.Array, first_row: jax.Array, head: jax.Array,
-  num_rows: int, group: int,
+  starts_ref: Any,
+  seq: jax.Array,
+  first_row: jax.Array,
+  head: jax.Array,
+  num_rows: int,
+  group: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the token, head and query of each row of a tile, [num_rows] each.
 
@@ -368,8 +481,9 @@ def _rows(
     group: H / K.
   """
   start, stop = starts_ref[seq], starts_ref[seq + 1]
-  row = jnp.minimum(first_row + jnp.arange(num_rows, dtype=jnp.int32),
-                    (stop - start) * group - 1)
+  row = jnp.minimum(
+    first_row + jnp.arange(num_rows, dtype=jnp.int32),
+    (stop - start) * group - 1,
+  )
   query = row // group
   return start + query, head * group + row % group, query
-

@@ -46,17 +46,22 @@ def write(
   if not layout.is_rows(k_pages):
     raise NotImplementedError(
       f'pallas_triton: k_pages={quantization.values_of(k_pages).shape}: must '
-      'be rows, [N, K, page_size, h].')
+      'be rows, [N, K, page_size, h].'
+    )
   if not slot_mapping.size:
     return k_pages, v_pages  # No grid is empty.
   return lax.platform_dependent(
-    slot_mapping, _as_kept(k, v, k_pages), (k_pages, v_pages),
+    slot_mapping,
+    _as_kept(k, v, k_pages),
+    (k_pages, v_pages),
     cpu=functools.partial(_launch, interpret=True),
-    default=functools.partial(_launch, interpret=False))
+    default=functools.partial(_launch, interpret=False),
+  )
 
 
-def _as_kept(k: jax.Array, v: jax.Array, pages: quantization.Pages
-             ) -> quantization.Pages:
+def _as_kept(
+  k: jax.Array, v: jax.Array, pages: quantization.Pages
+) -> quantization.Pages:
   """Returns keys and values as they are kept, [2, T, K, h].
 
   Together, XLA rounds them by as many kernels as one of them.
@@ -75,11 +80,14 @@ def _launch(slots: jax.Array, new: Any, pages: Any, *, interpret: bool) -> Any:
     _store,
     grid=(*slots.shape, 2),
     out_shape=jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pages),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pages
+    ),
     input_output_aliases={
-      first + i: i for i in range(len(jax.tree.leaves(pages)))},
+      first + i: i for i in range(len(jax.tree.leaves(pages)))
+    },
     compiler_params=plgpu.CompilerParams(num_warps=_NUM_WARPS, num_stages=1),
-    interpret=interpret, name='write_kv',
+    interpret=interpret,
+    name='write_kv',
   )(slots, new, pages)
 
 
@@ -103,13 +111,18 @@ def _store(slots_ref: Any, new: Any, old_pages: Any, *pages: Any) -> None:
 
   def store(its_pages: Any) -> None:
     for new_ref, ref in zip(
-        jax.tree.leaves(new), jax.tree.leaves(its_pages), strict=True):
+      jax.tree.leaves(new), jax.tree.leaves(its_pages), strict=True
+    ):
       # [2, T, K, h] into [N, K, page_size, h]; of scales, all but h.
-      pieces = ([pl.ds(*piece) for piece in tuning.pieces(size)]
-                for size in new_ref.shape[2:])
+      pieces = (
+        [pl.ds(*piece) for piece in tuning.pieces(size)]
+        for size in new_ref.shape[2:]
+      )
       for heads, *channels in itertools.product(*pieces):
-        plgpu.store(ref.at[page, heads, offset, *channels],
-                    plgpu.load(new_ref.at[which, token, heads, *channels]))
+        plgpu.store(
+          ref.at[page, heads, offset, *channels],
+          plgpu.load(new_ref.at[which, token, heads, *channels]),
+        )
 
   for i, its_pages in enumerate(pages):
     pl.when(is_real & (which == i))(functools.partial(store, its_pages))

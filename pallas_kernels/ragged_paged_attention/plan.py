@@ -62,9 +62,9 @@ class Tiling:
   def num_work_items(self, num_tokens: int, num_seqs: int, group: int) -> int:
     """Returns the most work items of a batch."""
     wide = self.has_wide * (
-      num_tokens * group // self.wide_rows + min(num_seqs, num_tokens))
-    return (self.num_narrow(num_tokens, num_seqs, group) + self.num_items
-            + wide)
+      num_tokens * group // self.wide_rows + min(num_seqs, num_tokens)
+    )
+    return self.num_narrow(num_tokens, num_seqs, group) + self.num_items + wide
 
 
 class Plan(NamedTuple):
@@ -114,17 +114,20 @@ def make(
   """
   num_seqs = kv_lens.shape[0]
   q_lens, is_small = _q_lens(
-    cu_q_lens, distribution, tiling.narrow_rows // group, xp)
+    cu_q_lens, distribution, tiling.narrow_rows // group, xp
+  )
   tile_rows = xp.where(is_small, tiling.narrow_rows, tiling.wide_rows)
   tiles = _ceil(q_lens * group, tile_rows)
   if not tiling.has_wide:
     tiles = xp.where(is_small, tiles, 0)
   first_block, last_block = _block_range(
-    kv_lens - q_lens, kv_lens, tiling.block_n, sliding_window, xp)
+    kv_lens - q_lens, kv_lens, tiling.block_n, sliding_window, xp
+  )
   blocks = last_block - first_block
   narrow_tiles = xp.where(is_small, tiles, 0)
-  size = xp.maximum(_ceil(xp.sum(blocks * narrow_tiles), tiling.num_items),
-                    tiling.min_split)
+  size = xp.maximum(
+    _ceil(xp.sum(blocks * narrow_tiles), tiling.num_items), tiling.min_split
+  )
   splits = xp.where(is_small, xp.maximum(_ceil(blocks, size), 1), 1)
 
   # Narrow items first, so that an item's place is its slot.
@@ -143,9 +146,15 @@ def make(
   past = kv_lens[seq] - q_lens[seq]
   first_query = first_row // group
   last_query = xp.minimum(
-    (first_row + tile_rows[seq] - 1) // group, q_lens[seq] - 1)
-  start, stop = _block_range(past + first_query, past + last_query + 1,
-                             tiling.block_n, sliding_window, xp)
+    (first_row + tile_rows[seq] - 1) // group, q_lens[seq] - 1
+  )
+  start, stop = _block_range(
+    past + first_query,
+    past + last_query + 1,
+    tiling.block_n,
+    sliding_window,
+    xp,
+  )
   start = xp.where(is_narrow, first_block[seq] + split * size, start)
   stop = xp.where(is_narrow, xp.minimum(start + size, last_block[seq]), stop)
   real = is_narrow | is_wide
@@ -155,17 +164,24 @@ def make(
   slot = xp.where(is_narrow & (splits[seq] > 1), item, NO_SLOT)
 
   merge, num_merges = _expand(
-    narrow_tiles, tiling.num_narrow(num_tokens, num_seqs, group), xp)
+    narrow_tiles, tiling.num_narrow(num_tokens, num_seqs, group), xp
+  )
   before = xp.cumsum(narrow_tiles * splits) - narrow_tiles * splits
   count = splits[merge.seq]
   to_merge = (xp.arange(merge.seq.shape[0]) < num_merges) & (count > 1)
   columns = (item_rows, seq, first_row, start, stop, slot)
-  return Plan(*(
-    x.astype(np.int32) for x in (
-      *(column[order] for column in columns),
-      merge.seq, merge.place * tiling.narrow_rows,
-      before[merge.seq] + merge.place * count,
-      xp.where(to_merge, count, 0))))
+  return Plan(
+    *(
+      x.astype(np.int32)
+      for x in (
+        *(column[order] for column in columns),
+        merge.seq,
+        merge.place * tiling.narrow_rows,
+        before[merge.seq] + merge.place * count,
+        xp.where(to_merge, count, 0),
+      )
+    )
+  )
 
 
 class Chunks(NamedTuple):
@@ -213,27 +229,32 @@ def make_chunks(
   q_lens, is_small = _q_lens(cu_q_lens, distribution, small, xp)
   tiles = xp.where(is_small, 0, _ceil(q_lens, tile))
   (seq, place), count = _expand(
-    tiles, num_tokens // tile + min(num_seqs, num_tokens), xp)
+    tiles, num_tokens // tile + min(num_seqs, num_tokens), xp
+  )
   first = place * tile
   past = kv_lens[seq] - q_lens[seq]
   start, stop = _block_range(
-    past + first, past + xp.minimum(first + tile, q_lens[seq]), block_n,
-    sliding_window, xp)
+    past + first,
+    past + xp.minimum(first + tile, q_lens[seq]),
+    block_n,
+    sliding_window,
+    xp,
+  )
   cost = xp.where(xp.arange(len(seq)) < count, stop - start, -1)
   order = xp.argsort(-cost, stable=True)
   columns = [column[order] for column in (seq, first, start, stop)]
   return Chunks(*(x.astype(np.int32) for x in (*columns, count.reshape(1))))
 
 
-def _q_lens(cu_q_lens: Any, distribution: Any, small: int,
-            xp: Any) -> tuple[Any, Any]:
+def _q_lens(
+  cu_q_lens: Any, distribution: Any, small: int, xp: Any
+) -> tuple[Any, Any]:
   """Returns the queries of each sequence, and which get narrow tiles, [S] each.
 
   Padding has 0 queries.
   """
   place = xp.arange(cu_q_lens.shape[0] - 1)
-  q_lens = xp.where(
-    place < distribution[1], cu_q_lens[1:] - cu_q_lens[:-1], 0)
+  q_lens = xp.where(place < distribution[1], cu_q_lens[1:] - cu_q_lens[:-1], 0)
   return q_lens, (q_lens <= small) | (place < distribution[0])
 
 
@@ -258,12 +279,15 @@ def _expand(counts: Any, size: int, xp: Any) -> tuple[_Expanded, Any]:
   return _Expanded(seq, index - (ends - counts)[seq]), ends[-1]
 
 
-def _block_range(first: Any, stop: Any, block_n: int,
-                 sliding_window: int | None, xp: Any) -> tuple[Any, Any]:
-  """Returns the key blocks, [start, stop), that queries at [first, stop) see.
-  """
-  oldest = first * 0 if sliding_window is None else (
-    xp.maximum(first - sliding_window + 1, 0))
+def _block_range(
+  first: Any, stop: Any, block_n: int, sliding_window: int | None, xp: Any
+) -> tuple[Any, Any]:
+  """Returns the key blocks [start, stop) that queries at [first, stop) see."""
+  oldest = (
+    first * 0
+    if sliding_window is None
+    else (xp.maximum(first - sliding_window + 1, 0))
+  )
   return oldest // block_n, _ceil(stop, block_n)
 
 

@@ -74,8 +74,9 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
   """
   dtype = jnp.dtype(dtype)
   if dtype not in _KEPT:
-    raise ValueError(f'dtype={dtype}: must be one of '
-                     f'{", ".join(d.name for d in _KEPT)}.')
+    raise ValueError(
+      f'dtype={dtype}: must be one of {", ".join(d.name for d in _KEPT)}.'
+    )
   x = x.astype(jnp.float32)
   _, largest = _KEPT[dtype]
   scales = jnp.maximum(jnp.abs(x).max(-1) / largest, _TINY)
@@ -84,13 +85,15 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
   if dtype == INT8:
     return Quantized(jnp.round(scaled).astype(INT8), scales)
   return Quantized(
-    lax.bitcast_convert_type(scaled.astype(FP8), jnp.uint8), scales)
+    lax.bitcast_convert_type(scaled.astype(FP8), jnp.uint8), scales
+  )
 
 
 def quantize_like(x: jax.Array, pages: Quantized) -> Quantized:
   """Quantizes x, [..., h], to the dtype that pages are kept in."""
-  dtype = next(d for d, (kept, _) in _KEPT.items()
-               if kept == pages.values.dtype)
+  dtype = next(
+    d for d, (kept, _) in _KEPT.items() if kept == pages.values.dtype
+  )
   return quantize(x, dtype)
 
 
@@ -106,6 +109,6 @@ def decode(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   # seee emmm -> s0ee eemm m000 0000, a float16 of 2**-8 times the number: its
   # exponent has a bit more, and a bias of 15 where e4m3 has 7.
   bits = values.astype(jnp.uint16)
-  bits = ((bits & 0x80) << 8) | ((bits & 0x7f) << 7)
+  bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
   halves = lax.bitcast_convert_type(bits, jnp.float16)
   return (halves.astype(jnp.float32) * 256).astype(dtype)

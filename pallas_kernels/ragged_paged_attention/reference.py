@@ -27,10 +27,13 @@ def ragged_paged_attention(
   Raises:
     NotImplementedError: it is traced.
   """
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(
-      (q, k_pages, v_pages, batch))):
+  if any(
+    isinstance(x, jax.core.Tracer)
+    for x in jax.tree.leaves((q, k_pages, v_pages, batch))
+  ):
     raise NotImplementedError(
-      'reference: it looks at values: call it outside jax.jit.')
+      'reference: it looks at values: call it outside jax.jit.'
+    )
   queries = np.asarray(q)
   keys, values = map(_numbers, layout.to_rows(k_pages, v_pages))
   lens, tables, starts, distribution = map(np.asarray, batch)
@@ -41,16 +44,19 @@ def ragged_paged_attention(
       continue
     out[start:stop] = _attend(
       queries[start:stop].astype(np.float32),
-      _gather(keys, tables[s], context), _gather(values, tables[s], context),
-      options)
+      _gather(keys, tables[s], context),
+      _gather(values, tables[s], context),
+      options,
+    )
   return jnp.asarray(out, q.dtype)
 
 
 def _numbers(pages: quantization.Pages) -> np.ndarray:
   if not isinstance(pages, quantization.Quantized):
     return np.asarray(pages)
-  return np.asarray(quantization.decode(pages.values, jnp.float32)
-                    * pages.scales[..., None])
+  return np.asarray(
+    quantization.decode(pages.values, jnp.float32) * pages.scales[..., None]
+  )
 
 
 def _gather(pages: np.ndarray, table: np.ndarray, context: int) -> np.ndarray:
@@ -62,7 +68,7 @@ def _gather(pages: np.ndarray, table: np.ndarray, context: int) -> np.ndarray:
     context: tokens in the cache.
   """
   num_kv_heads, page_size, head_dim = pages.shape[1:]
-  used = pages[table[:-(-context // page_size)]]  # [pages, K, page_size, h]
+  used = pages[table[: -(-context // page_size)]]  # [pages, K, page_size, h]
   rows = used.transpose(0, 2, 1, 3).reshape(-1, num_kv_heads, head_dim)
   return rows[:context].astype(np.float32)
 
@@ -76,8 +82,7 @@ def _attend(
   """Returns the last `q_len` rows of causal attention, [q_len, H, h]."""
   q_len, num_heads, head_dim = q.shape
   context, num_kv_heads, _ = k.shape
-  grouped = q.reshape(
-    q_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
+  grouped = q.reshape(q_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
   scores = np.einsum('qkgh,ckh->qkgc', grouped, k, optimize=True)
   scores *= options.scale
   if (cap := options.soft_cap) is not None:

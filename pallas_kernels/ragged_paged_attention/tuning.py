@@ -53,8 +53,9 @@ class Shape:
   page_size: int
 
   @classmethod
-  def of(cls, q: jax.Array | jax.ShapeDtypeStruct,
-         k_pages: quantization.Pages) -> Shape:
+  def of(
+    cls, q: jax.Array | jax.ShapeDtypeStruct, k_pages: quantization.Pages
+  ) -> Shape:
     """Returns the shape of a call.
 
     Args:
@@ -67,14 +68,28 @@ class Shape:
     check_indices(k_pages)
     _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
     kv_dtype = quantization.values_of(k_pages).dtype
-    return cls(q.dtype.name, kv_dtype.name, num_kv_heads,
-               q.shape[1] // num_kv_heads, head_dim, page_size)
+    return cls(
+      q.dtype.name,
+      kv_dtype.name,
+      num_kv_heads,
+      q.shape[1] // num_kv_heads,
+      head_dim,
+      page_size,
+    )
 
   def __post_init__(self) -> None:
-    _check(self.head_dim % 16 == 0, 'head_dim', self.head_dim,
-           'must be a multiple of 16')
-    _check(self.page_size >= 16 and not self.page_size & (self.page_size - 1),
-           'page_size', self.page_size, 'must be a power of two from 16 on')
+    _check(
+      self.head_dim % 16 == 0,
+      'head_dim',
+      self.head_dim,
+      'must be a multiple of 16',
+    )
+    _check(
+      self.page_size >= 16 and not self.page_size & (self.page_size - 1),
+      'page_size',
+      self.page_size,
+      'must be a power of two from 16 on',
+    )
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -83,8 +98,9 @@ class Shape:
 
   def channels(self) -> list[jax.Array]:
     """Returns the indices of each piece's channels, int32 [size]."""
-    return [first + jnp.arange(size, dtype=jnp.int32)
-            for first, size in self.pieces]
+    return [
+      first + jnp.arange(size, dtype=jnp.int32) for first, size in self.pieces
+    ]
 
   @property
   def dot_options(self) -> dict[str, Any]:
@@ -115,10 +131,12 @@ class Sizes:
   def tiling(self, shape: Shape) -> plan_lib.Tiling:
     narrow = min(max(16, _power_of_two(shape.group)), self.wide_rows // 2)
     return plan_lib.Tiling(
-      wide_rows=self.wide_rows, narrow_rows=narrow,
+      wide_rows=self.wide_rows,
+      narrow_rows=narrow,
       block_n=min(self.block_n, shape.page_size),
       num_items=-(-2 * self.num_blocks // shape.num_kv_heads),
-      has_wide=self.has_wide)
+      has_wide=self.has_wide,
+    )
 
 
 # The fields of Sizes that the tables hold.
@@ -137,7 +155,8 @@ _SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
 }
 # Compute capability -> its own sizes, where those of its target spill.
 _ITS_OWN: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
-  '10.0': {**_SIZES['h100'], (2, 256): (32, 16, 8, 2)}}
+  '10.0': {**_SIZES['h100'], (2, 256): (32, 16, 8, 2)}
+}
 # What `implementation=None` of `api.write_kv` means, for pages of rows: one of
 # `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
 _WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
@@ -145,8 +164,10 @@ _WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
 # measurement may put pallas_mosaic before pallas_triton on H100, and there is
 # none yet: `scripts/gpu_check` has both in its sweep.
 _FASTEST: Mapping[str, tuple[str, ...]] = {
-  'a100': ('pallas_triton',), 'a40': ('pallas_triton',),
-  'h100': ('pallas_triton', 'pallas_mosaic')}
+  'a100': ('pallas_triton',),
+  'a40': ('pallas_triton',),
+  'h100': ('pallas_triton', 'pallas_mosaic'),
+}
 
 
 def choose(shape: Shape) -> Sizes:
@@ -161,8 +182,16 @@ def choose(shape: Shape) -> Sizes:
   device = default_device()
   check_device(device)
   target, width = _target(device), jnp.dtype(shape.dtype).itemsize
-  tuned = TUNED.get((measured_as(device), shape.dtype, shape.kv_dtype,
-                     shape.group, shape.head_dim, shape.page_size))
+  tuned = TUNED.get(
+    (
+      measured_as(device),
+      shape.dtype,
+      shape.kv_dtype,
+      shape.group,
+      shape.head_dim,
+      shape.page_size,
+    )
+  )
   num_blocks = 2 * _multiprocessors(device)
   if tuned is not None:
     return Sizes(*tuned, num_blocks=num_blocks)
@@ -172,8 +201,12 @@ def choose(shape: Shape) -> Sizes:
   for (itemsize, head_dim), sizes in rows.items():
     if itemsize == width and shape.head_dim <= head_dim:
       return Sizes(*sizes, num_blocks=num_blocks)
-  _check(width in (2, 4), 'dtype', shape.dtype,
-         'must be float32, bfloat16 or float16')
+  _check(
+    width in (2, 4),
+    'dtype',
+    shape.dtype,
+    'must be float32, bfloat16 or float16',
+  )
   _check(False, 'head_dim', shape.head_dim, 'must be at most 256')
   raise AssertionError
 
@@ -182,10 +215,23 @@ def choose(shape: Shape) -> Sizes:
 # instructions a product (tiles of 128 rows by eight warps), or load a block
 # before the current one is done (three stages).
 _CANDIDATES: tuple[_Numbers, ...] = (
-  (64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2),
-  (64, 32, 4, 3), (128, 32, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2),
-  (64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 8, 2), (64, 32, 8, 3),
-  (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 2), (128, 32, 4, 3))
+  (64, 64, 4, 2),
+  (128, 64, 8, 3),
+  (64, 64, 4, 3),
+  (128, 64, 8, 2),
+  (64, 32, 4, 3),
+  (128, 32, 8, 3),
+  (64, 32, 4, 2),
+  (128, 32, 8, 2),
+  (64, 64, 8, 2),
+  (64, 64, 8, 3),
+  (64, 32, 8, 2),
+  (64, 32, 8, 3),
+  (128, 64, 4, 2),
+  (128, 64, 4, 3),
+  (128, 32, 4, 2),
+  (128, 32, 4, 3),
+)
 
 
 def candidates() -> Iterator[Sizes]:
@@ -203,19 +249,31 @@ def check_device(device: Any) -> None:
   """
   if device.platform == 'cpu':
     return
-  _check(device.platform in ('gpu', 'cuda'), 'platform', device.platform,
-         'must be gpu, or cpu to be interpreted')
+  _check(
+    device.platform in ('gpu', 'cuda'),
+    'platform',
+    device.platform,
+    'must be gpu, or cpu to be interpreted',
+  )
   capability = str(getattr(device, 'compute_capability', ''))
   major = capability.partition('.')[0]
-  _check(major.isdigit() and int(major) >= 8, 'compute_capability',
-         capability, 'must be 8.0 or above')
+  _check(
+    major.isdigit() and int(major) >= 8,
+    'compute_capability',
+    capability,
+    'must be 8.0 or above',
+  )
 
 
 def check_indices(pages: quantization.Pages) -> None:
   """Raises NotImplementedError if a kernel's offsets would overflow."""
   kept = quantization.values_of(pages)
-  _check(kept.dtype.itemsize > 1 or kept.size < INDICES, 'k_pages',
-         kept.shape, f'must be less than {INDICES} numbers of a byte')
+  _check(
+    kept.dtype.itemsize > 1 or kept.size < INDICES,
+    'k_pages',
+    kept.shape,
+    f'must be less than {INDICES} numbers of a byte',
+  )
 
 
 def fastest() -> tuple[str, ...]:
@@ -291,37 +349,61 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
     NotImplementedError: there are none for such a shape, device or JAX.
   """
   check = functools.partial(_check, who='pallas_mosaic')
-  check(jax.__version_info__ >= MOSAIC_JAX, 'jax', jax.__version__,
-        'must be 0.11 or newer')
+  check(
+    jax.__version_info__ >= MOSAIC_JAX,
+    'jax',
+    jax.__version__,
+    'must be 0.11 or newer',
+  )
   device = default_device()
   if not (interpret := device.platform == 'cpu'):
     capability = str(getattr(device, 'compute_capability', ''))
-    check(capability in ('9.0', '9.0a'), 'compute_capability', capability,
-          'must be 9.0, as Hopper\'s')
-  check(shape.dtype in ('bfloat16', 'float16'), 'dtype', shape.dtype,
-        'must be bfloat16 or float16')
-  check(shape.kv_dtype == shape.dtype, 'kv_dtype', shape.kv_dtype,
-        'must be bfloat16 or float16, as of the queries')
-  check(shape.head_dim in MOSAIC, 'head_dim', shape.head_dim,
-        f'must be one of {", ".join(map(str, MOSAIC))}')
+    check(
+      capability in ('9.0', '9.0a'),
+      'compute_capability',
+      capability,
+      "must be 9.0, as Hopper's",
+    )
+  check(
+    shape.dtype in ('bfloat16', 'float16'),
+    'dtype',
+    shape.dtype,
+    'must be bfloat16 or float16',
+  )
+  check(
+    shape.kv_dtype == shape.dtype,
+    'kv_dtype',
+    shape.kv_dtype,
+    'must be bfloat16 or float16, as of the queries',
+  )
+  check(
+    shape.head_dim in MOSAIC,
+    'head_dim',
+    shape.head_dim,
+    f'must be one of {", ".join(map(str, MOSAIC))}',
+  )
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
-  num_blocks = (
-    _INTERPRETED_BLOCKS if interpret else _multiprocessors(device))
+  num_blocks = _INTERPRETED_BLOCKS if interpret else _multiprocessors(device)
   return MosaicSizes(
-    *MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret)
+    *MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret
+  )
 
 
 def default_device() -> jax.Device:
   """Returns the device on which JAX computes by default."""
   config: Any = jax.config
   device = config.jax_default_device
-  return jax.devices(device)[0] if device is None or isinstance(
-    device, str) else device
+  return (
+    jax.devices(device)[0]
+    if device is None or isinstance(device, str)
+    else device
+  )
 
 
-def _check(ok: bool, name: str, value: object, rule: str,
-           who: str = 'pallas_triton') -> None:
+def _check(
+  ok: bool, name: str, value: object, rule: str, who: str = 'pallas_triton'
+) -> None:
   if not ok:
     raise NotImplementedError(f'{who}: {name}={value}: {rule}.')
 

@@ -26,15 +26,14 @@ def ragged_paged_attention(
   batch: batch_lib.Batch,
   options: batch_lib.Options,
 ) -> jax.Array:
-  """Attends as `api.ragged_paged_attention`; pages are tiles (see `layout`).
-  """
+  """Attends as `api.ragged_paged_attention`; pages are tiles (see `layout`)."""
   num_tokens, num_heads, head_dim = q.shape
   num_kv_heads = quantization.values_of(k_pages).shape[1]
   grouped = (q.astype(jnp.float32) * options.scale).reshape(
-    num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim
+  )
   most = min(num_tokens, batch.kv_lens.shape[0])  # decodes
-  decoded = xla_decode.decodes(
-    grouped[:most], k_pages, v_pages, batch, options)
+  decoded = xla_decode.decodes(grouped[:most], k_pages, v_pages, batch, options)
   is_decode = (jnp.arange(most) < batch.distribution[0])[:, None, None, None]
   out = jnp.zeros_like(grouped).at[:most].set(jnp.where(is_decode, decoded, 0))
   out = xla_prefill.chunks(out, grouped, k_pages, v_pages, batch, options)

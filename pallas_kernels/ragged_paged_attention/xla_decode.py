@@ -48,22 +48,29 @@ def decodes(
   page_size = layout.sizes(k_pages)[2]
   k_values, v_values = map(quantization.values_of, (k_pages, v_pages))
   items, total = _work_items(
-    batch.kv_lens[:num_seqs], batch.page_indices[:num_seqs],
-    batch.distribution[0], page_size, options.sliding_window)
+    batch.kv_lens[:num_seqs],
+    batch.page_indices[:num_seqs],
+    batch.distribution[0],
+    page_size,
+    options.sliding_window,
+  )
   positions = jnp.arange(page_size, dtype=jnp.int32)[None]
   wall = total > 0
 
-  def block(size: int, done: jax.Array, b: jax.Array,
-            state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  def block(
+    size: int, done: jax.Array, b: jax.Array, state: tuple[jax.Array, ...]
+  ) -> tuple[jax.Array, ...]:
     seq, page, start, stop = (
-      lax.dynamic_slice_in_dim(x, done + b * size, size) for x in items)
+      lax.dynamic_slice_in_dim(x, done + b * size, size) for x in items
+    )
     # Items are in order, so a block's sequences are within as many rows.
     first = seq[0]
     rows = [lax.dynamic_slice_in_dim(x, first, size) for x in state]
     belongs = (seq - first)[None, :] == jnp.arange(size)[:, None]
     seen = (positions >= start[:, None]) & (positions < stop[:, None])
     scores = _walled(
-      wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_values, page)
+      wall, _scores, q[jnp.minimum(seq, num_seqs - 1)], k_values, page
+    )
     # A long last axis: exp is not vectorized over one of `l`.
     scores = scores.swapaxes(2, 3).reshape(size, *q.shape[1:3], -1)
     if isinstance(k_pages, quantization.Quantized):
@@ -81,17 +88,23 @@ def decodes(
       factors *= jnp.where(seen[:, None], v_pages.scales[page], 0)[:, :, None]
     mixed = _walled(wall, _mixed, factors, v_values, page, seen)
     decay = jnp.exp(rows[1] - top)
-    new = (rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
-           top,
-           rows[2] * decay + _row_sum(belongs, _marked(weights.sum(-1))))
-    return tuple(lax.dynamic_update_slice_in_dim(x, y, first, 0)
-                 for x, y in zip(state, new, strict=True))
+    new = (
+      rows[0] * decay[:, :, None, :, None] + _row_sum(belongs, mixed),
+      top,
+      rows[2] * decay + _row_sum(belongs, _marked(weights.sum(-1))),
+    )
+    return tuple(
+      lax.dynamic_update_slice_in_dim(x, y, first, 0)
+      for x, y in zip(state, new, strict=True)
+    )
 
   rows, (num_kv_heads, group) = num_seqs + _BLOCK, q.shape[1:3]
   channels = v_values.shape[2], group, v_values.shape[4]
-  state = (jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
-           jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
-           jnp.zeros((rows, num_kv_heads, group), jnp.float32))
+  state = (
+    jnp.zeros((rows, num_kv_heads, *channels), jnp.float32),
+    jnp.full((rows, num_kv_heads, group), _MASKED, jnp.float32),
+    jnp.zeros((rows, num_kv_heads, group), jnp.float32),
+  )
   done = jnp.int32(0)
   # A single sequence may have fewer pages than a block, so its rest is done in
   # small blocks. With many sequences the rest is not worth another loop.
@@ -126,22 +139,28 @@ def _work_items(
   num_seqs, pages = page_indices.shape
   live = jnp.arange(num_seqs) < num_decodes
   stop = jnp.where(live, kv_lens, 0)
-  start = jnp.zeros_like(stop) if sliding_window is None else (
-    jnp.maximum(stop - sliding_window, 0))
+  start = (
+    jnp.zeros_like(stop)
+    if sliding_window is None
+    else (jnp.maximum(stop - sliding_window, 0))
+  )
   first = start // page_size
   counts = jnp.where(live, (stop + page_size - 1) // page_size - first, 0)
   ends = jnp.cumsum(counts)
   size = -(-num_seqs * pages // _BLOCK) * _BLOCK
   item = jnp.arange(size, dtype=jnp.int32)
-  seq = jnp.repeat(jnp.arange(num_seqs, dtype=jnp.int32), counts,
-                   total_repeat_length=size)
+  seq = jnp.repeat(
+    jnp.arange(num_seqs, dtype=jnp.int32), counts, total_repeat_length=size
+  )
   column = item - (ends - counts)[seq] + first[seq]
   real = item < ends[-1]
   page = page_indices[seq, jnp.clip(column, 0, pages - 1)]
-  return (jnp.where(real, seq, num_seqs),
-          jnp.where(real, page, 0),
-          jnp.where(real, start[seq] - column * page_size, 0),
-          jnp.where(real, stop[seq] - column * page_size, 0)), ends[-1]
+  return (
+    jnp.where(real, seq, num_seqs),
+    jnp.where(real, page, 0),
+    jnp.where(real, start[seq] - column * page_size, 0),
+    jnp.where(real, stop[seq] - column * page_size, 0),
+  ), ends[-1]
 
 
 def _scores(q: jax.Array, k_pages: jax.Array, page: jax.Array) -> jax.Array:
@@ -158,8 +177,14 @@ def _mixed(
   """Returns the values, weighted and summed: [block, K, h / l, G, l]."""
   keep = -seen.astype(jnp.int32)  # all bits, or none
   columns = range(seen.shape[1])
-  return _marked(_mix([weights[..., c] for c in columns], v_pages, page,
-                      [keep[:, c] for c in columns]))
+  return _marked(
+    _mix(
+      [weights[..., c] for c in columns],
+      v_pages,
+      page,
+      [keep[:, c] for c in columns],
+    )
+  )
 
 
 def _mix(
@@ -181,13 +206,16 @@ def _mix(
   tile = page[:, None] * per_page + jnp.arange(per_page, dtype=jnp.int32)[None]
   tile = jnp.broadcast_to(
     tile.reshape(-1, num_kv_heads, num_tiles, 1, 1),
-    (len(page), num_kv_heads, num_tiles, factors[0].shape[-1], 1))
+    (len(page), num_kv_heads, num_tiles, factors[0].shape[-1], 1),
+  )
   numbers = lax.GatherDimensionNumbers(
-    offset_dims=(4,), collapsed_slice_dims=(0,), start_index_map=(0,))
+    offset_dims=(4,), collapsed_slice_dims=(0,), start_index_map=(0,)
+  )
   sums: list[jax.Array] = []
   for c, factor in enumerate(factors):
-    x = lax.gather(tiles[:, c], tile, numbers, (1, lanes),
-                   mode='promise_in_bounds')
+    x = lax.gather(
+      tiles[:, c], tile, numbers, (1, lanes), mode='promise_in_bounds'
+    )
     x = quantization.decode(x, jnp.float32)
     if keep is not None:
       bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -208,8 +236,9 @@ def _walled(
 ) -> jax.Array:
   """Returns function(*args), and keeps XLA from fusing it with its context."""
   out = jax.eval_shape(function, *args)
-  return lax.cond(wall, function,
-                  lambda *_: jnp.zeros(out.shape, out.dtype), *args)
+  return lax.cond(
+    wall, function, lambda *_: jnp.zeros(out.shape, out.dtype), *args
+  )
 
 
 def _row_max(belongs: jax.Array, x: jax.Array, old: jax.Array) -> jax.Array:

@@ -48,19 +48,26 @@ def chunks(
     rows = start + jnp.arange(size)
     queries = lax.dynamic_slice_in_dim(q, start, size)
     queries = queries.transpose(1, 3, 2, 0).reshape(
-      num_kv_heads, head_dim, group * size)
+      num_kv_heads, head_dim, group * size
+    )
     at = row + kv_lens[s] - cu_q_lens[s + 1]  # position of `row`
     stop = jnp.minimum(at + size, kv_lens[s])
     q_at = jnp.tile(at + rows - row, group)[None]
-    first = 0 if sliding_window is None else (
-      jnp.maximum(at - sliding_window + 1, 0) // block_size)
+    first = (
+      0
+      if sliding_window is None
+      else (jnp.maximum(at - sliding_window + 1, 0) // block_size)
+    )
 
     def block(b: jax.Array, state: tuple[jax.Array, ...]):
       acc, top, norm = state
       k_at = (b * block_size + jnp.arange(block_size))[:, None]
       used = k_at[::page_size, 0] < stop
-      pages = jnp.where(used, lax.dynamic_slice(
-        tables, (s, b * per_block), (1, per_block))[0], 0)
+      pages = jnp.where(
+        used,
+        lax.dynamic_slice(tables, (s, b * per_block), (1, per_block))[0],
+        0,
+      )
       k = _keys(k_pages, pages)
       v = jnp.where((k_at < stop).T[None], _values(v_pages, pages), 0)
       scores = jnp.einsum('kph,kht->kpt', k, queries)
@@ -73,29 +80,43 @@ def chunks(
       new_top = jnp.maximum(top, scores.max(1))
       decay = jnp.exp(top - new_top)
       weights = jnp.exp(scores - new_top[:, None])
-      return (acc * decay[:, None] + jnp.einsum('khp,kpt->kht', v, weights),
-              new_top, norm * decay + weights.sum(1))
+      return (
+        acc * decay[:, None] + jnp.einsum('khp,kpt->kht', v, weights),
+        new_top,
+        norm * decay + weights.sum(1),
+      )
 
     acc, _, norm = lax.fori_loop(
-      first, (stop + block_size - 1) // block_size, block,
-      (jnp.zeros_like(queries),
-       jnp.full(queries.shape[::2], _MASKED, jnp.float32),
-       jnp.zeros(queries.shape[::2], jnp.float32)))
-    new = (acc / norm[:, None]).reshape(
-      num_kv_heads, head_dim, group, size).transpose(3, 0, 2, 1)
+      first,
+      (stop + block_size - 1) // block_size,
+      block,
+      (
+        jnp.zeros_like(queries),
+        jnp.full(queries.shape[::2], _MASKED, jnp.float32),
+        jnp.zeros(queries.shape[::2], jnp.float32),
+      ),
+    )
+    new = (
+      (acc / norm[:, None])
+      .reshape(num_kv_heads, head_dim, group, size)
+      .transpose(3, 0, 2, 1)
+    )
     mine = (rows >= row) & (rows < cu_q_lens[s + 1])
     old = lax.dynamic_slice_in_dim(out, start, size)
     return lax.dynamic_update_slice_in_dim(
-      out, jnp.where(mine[:, None, None, None], new, old), start, 0)
+      out, jnp.where(mine[:, None, None, None], new, old), start, 0
+    )
 
   def chunk(s: jax.Array, out: jax.Array) -> jax.Array:
     first, stop = cu_q_lens[s], cu_q_lens[s + 1]
     return lax.fori_loop(
-      0, (stop - first + size - 1) // size,
-      lambda t, out: tile(s, first + t * size, out), out)
+      0,
+      (stop - first + size - 1) // size,
+      lambda t, out: tile(s, first + t * size, out),
+      out,
+    )
 
-  return lax.fori_loop(
-    distribution[0], distribution[1], chunk, out)
+  return lax.fori_loop(distribution[0], distribution[1], chunk, out)
 
 
 def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
@@ -103,7 +124,8 @@ def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   tiles = quantization.values_of(k_pages)[pages]
   tiles = tiles.transpose(1, 0, 2, 4, 3)  # [K, pages, tiles, l, h]
   keys = quantization.decode(
-    tiles.reshape(len(tiles), -1, tiles.shape[-1]), jnp.float32)
+    tiles.reshape(len(tiles), -1, tiles.shape[-1]), jnp.float32
+  )
   return keys * _scales(k_pages, pages)[..., None]
 
 
@@ -113,7 +135,8 @@ def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   tiles = tiles.transpose(1, 2, 4, 0, 3)  # [K, h / l, l, pages, page_size]
   heads, outer, lanes = tiles.shape[:3]
   values = quantization.decode(
-    tiles.reshape(heads, outer * lanes, -1), jnp.float32)
+    tiles.reshape(heads, outer * lanes, -1), jnp.float32
+  )
   return values * _scales(v_pages, pages)[:, None]
 
 

@@ -49,9 +49,12 @@ def sleep_until(time_s: float) -> None:
 def machine() -> dict[str, Any]:
   """Describes the host; a benchmark that uses a device adds its name."""
   return {
-    'cpu': _cpu(), 'cores': os.cpu_count(),
-    'load': os.getloadavg()[0], 'python': platform.python_version(),
-    'versions': {p: v for p in _PACKAGES if (v := _version(p))}}
+    'cpu': _cpu(),
+    'cores': os.cpu_count(),
+    'load': os.getloadavg()[0],
+    'python': platform.python_version(),
+    'versions': {p: v for p in _PACKAGES if (v := _version(p))},
+  }
 
 
 def _without_folder(value: Any) -> Any:
@@ -67,7 +70,8 @@ class PeerError(errors.SarathiError):
 def check_program(flag: str, path: str) -> None:
   """Raises ConfigError if a flag's value is no program."""
   config_lib.check(
-    shutil.which(path) is not None, flag, path, 'must be a program')
+    shutil.which(path) is not None, flag, path, 'must be a program'
+  )
 
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:
@@ -76,19 +80,32 @@ def progress(console: rich.console.Console) -> rich.progress.Progress:
   They are redrawn once a second only, as what is measured shares the processor.
   """
   return rich.progress.Progress(
-    rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
-    rich.progress.TaskProgressColumn(), rich.progress.TimeElapsedColumn(),
-    rich.progress.TextColumn('left'), rich.progress.TimeRemainingColumn(
-      compact=True, elapsed_when_finished=True),
-    console=console, transient=True, refresh_per_second=1)
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.TaskProgressColumn(),
+    rich.progress.TimeElapsedColumn(),
+    rich.progress.TextColumn('left'),
+    rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    console=console,
+    transient=True,
+    refresh_per_second=1,
+  )
 
 
 def command(module: str, arguments: Sequence[str]) -> str:
   """Returns what to type to run the same again, but for where files lie."""
-  return shlex.join(['python', '-m', f'sarathi_jax.benchmarks.{module}', *(
-    f'{name}={_without_folder(value)}' if is_given else argument
-    for argument in arguments
-    for name, is_given, value in [argument.partition('=')])])
+  return shlex.join(
+    [
+      'python',
+      '-m',
+      f'sarathi_jax.benchmarks.{module}',
+      *(
+        f'{name}={_without_folder(value)}' if is_given else argument
+        for argument in arguments
+        for name, is_given, value in [argument.partition('=')]
+      ),
+    ]
+  )
 
 
 def flag_values(benchmark: str, flags: Any) -> dict[str, Any]:
@@ -99,16 +116,22 @@ def flag_values(benchmark: str, flags: Any) -> dict[str, Any]:
     flags: absl's FLAGS.
   """
   # absl names the main module by its file, others by their dotted names.
-  ours = (f'{benchmark.replace(".", "/")}.py', f'.{benchmark}',
-          'sarathi_jax.cli.flags')
+  ours = (
+    f'{benchmark.replace(".", "/")}.py',
+    f'.{benchmark}',
+    'sarathi_jax.cli.flags',
+  )
   return {
     flag.name: _without_folder(flag.value)
     for module, defined in flags.flags_by_module_dict().items()
-    if module.endswith(ours) for flag in defined}
+    if module.endswith(ours)
+    for flag in defined
+  }
 
 
-def write_json(path: str | None, benchmark: str, flags: Any,
-               results: Any, **more: Any) -> None:
+def write_json(
+  path: str | None, benchmark: str, flags: Any, results: Any, **more: Any
+) -> None:
   """Writes results with their circumstances; does nothing without a path.
 
   Args:
@@ -120,8 +143,18 @@ def write_json(path: str | None, benchmark: str, flags: Any,
   """
   if not path:
     return
-  pathlib.Path(path).write_text(json.dumps({
-    'benchmark': benchmark, 'date': datetime.date.today().isoformat(),
-    'command': command(benchmark, sys.argv[1:]), 'machine': machine(), **more,
-    'flags': flag_values(benchmark, flags), 'results': results,
-  }, indent=1) + '\n')
+  pathlib.Path(path).write_text(
+    json.dumps(
+      {
+        'benchmark': benchmark,
+        'date': datetime.date.today().isoformat(),
+        'command': command(benchmark, sys.argv[1:]),
+        'machine': machine(),
+        **more,
+        'flags': flag_values(benchmark, flags),
+        'results': results,
+      },
+      indent=1,
+    )
+    + '\n'
+  )

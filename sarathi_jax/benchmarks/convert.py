@@ -37,12 +37,15 @@ _MIB = 2**20
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer('layers', 4, 'Layers of the checkpoint, 0.4 GB each.',
-                       lower_bound=1)
-  flags.DEFINE_integer('runs', 3, 'Rounds, each of a copy and a conversion.',
-                       lower_bound=1)
-  flags.DEFINE_string('folder', None, 'Folder to write checkpoints to. '
-                      'Default: a temporary one.')
+  flags.DEFINE_integer(
+    'layers', 4, 'Layers of the checkpoint, 0.4 GB each.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'runs', 3, 'Rounds, each of a copy and a conversion.', lower_bound=1
+  )
+  flags.DEFINE_string(
+    'folder', None, 'Folder to write checkpoints to. Default: a temporary one.'
+  )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
@@ -75,11 +78,20 @@ def make_checkpoint(folder: pathlib.Path, layers: int) -> pathlib.Path:
     for start in range(0, end, 16 * _MIB):
       bits = os.urandom(min(16 * _MIB, end - start))
       # One bit of each exponent is cleared, so no number is NaN or infinite.
-      file.write((np.frombuffer(bits, np.uint16) & 0xbfff).data)
-  (folder / 'config.json').write_text(json.dumps(dict(
-    architectures=['LlamaForCausalLM'], vocab_size=_VOCAB,
-    hidden_size=_WIDTH, intermediate_size=_INNER, num_hidden_layers=layers,
-    num_attention_heads=32, max_position_embeddings=4096)))
+      file.write((np.frombuffer(bits, np.uint16) & 0xBFFF).data)
+  (folder / 'config.json').write_text(
+    json.dumps(
+      dict(
+        architectures=['LlamaForCausalLM'],
+        vocab_size=_VOCAB,
+        hidden_size=_WIDTH,
+        intermediate_size=_INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        max_position_embeddings=4096,
+      )
+    )
+  )
   return path
 
 
@@ -96,7 +108,7 @@ def copy(path: pathlib.Path, target: pathlib.Path) -> float:
 
 # Times the conversion alone: importing JAX and orbax takes seconds, however
 # large the checkpoint is.
-_CONVERT = '''
+_CONVERT = """
 import os, pathlib, resource, sys, time
 os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import logging
@@ -106,15 +118,17 @@ start = time.perf_counter()
 convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 print(time.perf_counter() - start,
       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-'''
+"""
 
 
-def convert(folder: pathlib.Path, target: pathlib.Path
-            ) -> tuple[float, float]:
+def convert(folder: pathlib.Path, target: pathlib.Path) -> tuple[float, float]:
   """Converts; returns seconds until on the disk, and peak MiB of memory."""
   done = subprocess.run(
     [sys.executable, '-c', _CONVERT, str(folder), str(target)],
-    stdout=subprocess.PIPE, text=True, check=True)
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
   shutil.rmtree(target)
   seconds, kib = map(float, done.stdout.split())
   return seconds, kib / 1024
@@ -128,13 +142,17 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
   return {
     'copy_gb_per_s': gigabytes / copied,
     'convert_gb_per_s': gigabytes / converted,
-    'of_copy': copied / converted, 'peak_mib': peak}
+    'of_copy': copied / converted,
+    'peak_mib': peak,
+  }
 
 
 def main() -> None:
   console = rich.console.Console(highlight=False)
-  with (tempfile.TemporaryDirectory(dir=FLAGS.folder) as name,
-        rich.progress.Progress(console=console, transient=True) as progress):
+  with (
+    tempfile.TemporaryDirectory(dir=FLAGS.folder) as name,
+    rich.progress.Progress(console=console, transient=True) as progress,
+  ):
     folder = pathlib.Path(name)
     task = progress.add_task('Making a checkpoint', total=FLAGS.runs)
     path = make_checkpoint(folder / 'hf', FLAGS.layers)
@@ -147,11 +165,19 @@ def main() -> None:
   table = rich.table.Table('run', *rows[0], title=f'{gigabytes:.2f} GB')
   for i, row in enumerate(rows):
     table.add_row(str(i + 1), *(f'{value:.3g}' for value in row.values()))
-  table.add_row('median', *(
-    f'{statistics.median(row[key] for row in rows):.3g}' for key in rows[0]))
+  table.add_row(
+    'median',
+    *(f'{statistics.median(row[key] for row in rows):.3g}' for key in rows[0]),
+  )
   console.print(table)
-  common.write_json(FLAGS.json, 'convert', FLAGS, rows, gigabytes=gigabytes,
-                    largest_tensor_mib=2 * _VOCAB * _WIDTH / _MIB)
+  common.write_json(
+    FLAGS.json,
+    'convert',
+    FLAGS,
+    rows,
+    gigabytes=gigabytes,
+    largest_tensor_mib=2 * _VOCAB * _WIDTH / _MIB,
+  )
 
 
 if __name__ == '__main__':

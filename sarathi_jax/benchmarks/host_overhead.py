@@ -43,14 +43,21 @@ QUICKSTART = pathlib.Path(__file__).parent.parent / 'quickstart' / 'model'
 
 
 def define_flags() -> None:
-  flags.DEFINE_list('running', ['128', '256'], 'Numbers of sequences that run '
-                    'at once; each number is measured.')
-  flags.DEFINE_list('waiting', ['0', '10000'], 'Numbers of sequences that wait '
-                    'meanwhile; each number is measured.')
+  flags.DEFINE_list(
+    'running',
+    ['128', '256'],
+    'Numbers of sequences that run at once; each number is measured.',
+  )
+  flags.DEFINE_list(
+    'waiting',
+    ['0', '10000'],
+    'Numbers of sequences that wait meanwhile; each number is measured.',
+  )
   engine_flags.define_fields(policy='sarathi', token_budget=512)
   flags.DEFINE_integer('steps', 1000, 'Number of steps to measure.')
-  flags.DEFINE_string('tokenizer', str(QUICKSTART),
-                      'Folder with the tokenizer.json to use.')
+  flags.DEFINE_string(
+    'tokenizer', str(QUICKSTART), 'Folder with the tokenizer.json to use.'
+  )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
@@ -76,14 +83,21 @@ class Stopwatch:
 class TextRunner:
   """A runner that builds batches as for a device; a text gives the tokens."""
 
-  def __init__(self, text: Sequence[int], max_num_seqs: int,
-               max_step_tokens: int, watch: Stopwatch) -> None:
+  def __init__(
+    self,
+    text: Sequence[int],
+    max_num_seqs: int,
+    max_step_tokens: int,
+    watch: Stopwatch,
+  ) -> None:
     pages_per_seq = -(-MAX_MODEL_LEN // PAGE_SIZE)
     self._sizes = batch_lib.ladder(max_step_tokens, max_num_seqs)
     self._layouts = {
       n: batch_lib.BatchLayout(
-        n, min(n, max_num_seqs), min(n, max_num_seqs), pages_per_seq)
-      for n in self._sizes}
+        n, min(n, max_num_seqs), min(n, max_num_seqs), pages_per_seq
+      )
+      for n in self._sizes
+    }
     builder = batch_lib.BatchBuilder(max_num_seqs, pages_per_seq)
     self._build = watch.timed('build', builder.build)
     self._text = text
@@ -96,8 +110,9 @@ class TextRunner:
     text = self._text  # Each sequence reads on from a place of its own.
     return types.Sampled.of(
       batch.chunks,
-      [text[(c.seed + c.start) % len(text)] for c in batch.chunks
-       if c.samples], itertools.repeat(-0.5))
+      [text[(c.seed + c.start) % len(text)] for c in batch.chunks if c.samples],
+      itertools.repeat(-0.5),
+    )
 
   def num_rows(self, num_tokens: int) -> int:
     return next(n for n in self._sizes if n >= num_tokens)
@@ -118,35 +133,55 @@ class Load:
     start = self._random.randrange(len(self._text) - prompt_len)
     return types.Request(
       request_id=f'request-{next(self._ids)}',
-      prompt_token_ids=tuple(self._text[start:start + prompt_len]),
+      prompt_token_ids=tuple(self._text[start : start + prompt_len]),
       sampling=types.SamplingParams(
-        temperature=0.7, ignore_eos=True,
-        max_tokens=self._random.randint(16, 1024)))
+        temperature=0.7,
+        ignore_eos=True,
+        max_tokens=self._random.randint(16, 1024),
+      ),
+    )
 
 
-def make_engine(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
-                num_running: int, watch: Stopwatch) -> engine_lib.Engine:
+def make_engine(
+  tokenizer: tokenizer_lib.Tokenizer,
+  text: Sequence[int],
+  num_running: int,
+  watch: Stopwatch,
+) -> engine_lib.Engine:
   """Makes an engine whose parts are timed."""
   config = config_lib.SchedulerConfig(
-    token_budget=FLAGS.token_budget, max_num_seqs=num_running,
-    max_model_len=MAX_MODEL_LEN, page_size=PAGE_SIZE,
-    num_pages=num_running * (MAX_MODEL_LEN // PAGE_SIZE))
+    token_budget=FLAGS.token_budget,
+    max_num_seqs=num_running,
+    max_model_len=MAX_MODEL_LEN,
+    page_size=PAGE_SIZE,
+    num_pages=num_running * (MAX_MODEL_LEN // PAGE_SIZE),
+  )
   policy = scheduler_lib.policy_class(FLAGS.policy)
   scheduler: Any = policy(config)
   runner: Any = TextRunner(
-    text, num_running, policy.max_step_tokens(config), watch)
+    text, num_running, policy.max_step_tokens(config), watch
+  )
   engine = engine_lib.Engine(
-    scheduler, runner, tokenizer=tokenizer, info=engine_lib.EngineInfo.of(
-      config, policy=FLAGS.policy, vocab_size=2**31))
+    scheduler,
+    runner,
+    tokenizer=tokenizer,
+    info=engine_lib.EngineInfo.of(
+      config, policy=FLAGS.policy, vocab_size=2**31
+    ),
+  )
   scheduler.schedule = watch.timed('schedule', scheduler.schedule)
   scheduler.complete = watch.timed('complete', scheduler.complete)
   runner.fetch = watch.timed('(the text)', runner.fetch)
   return engine
 
 
-def measure(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
-            num_running: int, num_waiting: int,
-            on_step: Callable[[], None]) -> dict[str, float]:
+def measure(
+  tokenizer: tokenizer_lib.Tokenizer,
+  text: Sequence[int],
+  num_running: int,
+  num_waiting: int,
+  on_step: Callable[[], None],
+) -> dict[str, float]:
   """Measures milliseconds a step by part, and of whole steps.
 
   'outputs' is all that the engine does beside its parts: times, text, deltas.
@@ -175,10 +210,14 @@ def measure(tokenizer: tokenizer_lib.Tokenizer, text: Sequence[int],
   fake = parts.pop('(the text)')
   total = statistics.mean(steps) - fake
   return {
-    'running': num_running, 'waiting': num_waiting, **parts,
-    'outputs': total - sum(parts.values()), 'total': total,
+    'running': num_running,
+    'waiting': num_waiting,
+    **parts,
+    'outputs': total - sum(parts.values()),
+    'total': total,
     'p50': statistics.median(steps) - fake,
-    'p99': statistics.quantiles(steps, n=100)[98] - fake}
+    'p99': statistics.quantiles(steps, n=100)[98] - fake,
+  }
 
 
 def main() -> None:
@@ -187,20 +226,25 @@ def main() -> None:
   loading.collect_less_garbage()  # As the server does.
   manual = '\n'.join(pydoc_data.topics.topics.values())  # Python's own.
   text = tokenizer.encode(manual[:400_000])
-  cases = list(itertools.product(
-    map(int, FLAGS.running), map(int, FLAGS.waiting)))
+  cases = list(
+    itertools.product(map(int, FLAGS.running), map(int, FLAGS.waiting))
+  )
   rows = []
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Running', total=len(cases) * FLAGS.steps)
     for case in cases:
-      rows.append(measure(tokenizer, text, *case,
-                          on_step=lambda: progress.advance(task)))
+      rows.append(
+        measure(tokenizer, text, *case, on_step=lambda: progress.advance(task))
+      )
   table = rich.table.Table(
-    *rows[0], title=f'Host work, ms a step: {FLAGS.policy}, '
-    f'{FLAGS.token_budget} tokens a step')
+    *rows[0],
+    title=f'Host work, ms a step: {FLAGS.policy}, '
+    f'{FLAGS.token_budget} tokens a step',
+  )
   for row in rows:
-    table.add_row(*(f'{v:,}' if isinstance(v, int) else f'{v:.3f}'
-                    for v in row.values()))
+    table.add_row(
+      *(f'{v:,}' if isinstance(v, int) else f'{v:.3f}' for v in row.values())
+    )
   console.print(table)
   common.write_json(FLAGS.json, 'host_overhead', FLAGS, rows)
 

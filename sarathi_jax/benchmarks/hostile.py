@@ -38,9 +38,12 @@ def watch(pipe: Any, port: int) -> None:
     nonlocal longest
     while True:
       last = None
-      async for _ in stub.Generate(pb.GenerateRequest(
-          token_ids=pb.TokenIds(ids=[7]), sampling=pb.SamplingParams(
-            fill_context=True, ignore_eos=True))):
+      async for _ in stub.Generate(
+        pb.GenerateRequest(
+          token_ids=pb.TokenIds(ids=[7]),
+          sampling=pb.SamplingParams(fill_context=True, ignore_eos=True),
+        )
+      ):
         now = time.monotonic()
         longest = max(longest, now - (last or now))
         last = now
@@ -73,12 +76,15 @@ def send(channel: grpc.Channel, body: hostile_bodies.Body) -> str:
       for _ in each:
         pass
     counts[each.code().name] = counts.get(each.code().name, 0) + 1
-  return ', '.join(name if len(counts) == 1 else f'{num} {name}'
-                   for name, num in counts.items())
+  return ', '.join(
+    name if len(counts) == 1 else f'{num} {name}'
+    for name, num in counts.items()
+  )
 
 
-def measure(port: int, bodies: Iterable[hostile_bodies.Body],
-            repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+  port: int, bodies: Iterable[hostile_bodies.Body], repeats: int
+) -> Iterator[dict[str, Any]]:
   """Sends bodies to a server that is there.
 
   Args:
@@ -101,9 +107,13 @@ def measure(port: int, bodies: Iterable[hostile_bodies.Body],
     gap: float = here.recv()
     return gap
 
-  with grpc.insecure_channel(f'127.0.0.1:{port}', options=[
+  with grpc.insecure_channel(
+    f'127.0.0.1:{port}',
+    options=[
       ('grpc.max_send_message_length', -1),
-      ('grpc.max_receive_message_length', -1)]) as channel:
+      ('grpc.max_receive_message_length', -1),
+    ],
+  ) as channel:
     while not longest_gap():  # until streams run
       time.sleep(0.1)
     time.sleep(1.0)
@@ -118,11 +128,16 @@ def measure(port: int, bodies: Iterable[hostile_bodies.Body],
         gap = longest_gap()
         time.sleep(seconds + _AFTER_S)
         quiet = longest_gap()
-        row = {'body': body.name, 'bytes': len(body.data),
-               'calls': body.num_calls, 'outcome': outcome,
-               'seconds': seconds, 'gap_ms': gap * 1e3,
-               'quiet_ms': quiet * 1e3,
-               'lengthened_ms': max(gap - quiet, 0) * 1e3}
+        row = {
+          'body': body.name,
+          'bytes': len(body.data),
+          'calls': body.num_calls,
+          'outcome': outcome,
+          'seconds': seconds,
+          'gap_ms': gap * 1e3,
+          'quiet_ms': quiet * 1e3,
+          'lengthened_ms': max(gap - quiet, 0) * 1e3,
+        }
         if not best or row['lengthened_ms'] < best['lengthened_ms']:
           best = row
       assert not body.is_served or best['outcome'] == 'OK', best
@@ -134,7 +149,9 @@ def measure(port: int, bodies: Iterable[hostile_bodies.Body],
 
 def line(row: Mapping[str, Any]) -> str:
   """Returns a result as a line for people."""
-  return (f'{row["body"]:38} {row["bytes"] / 1024:9,.0f} KiB '
-          f'{row["seconds"]:7.2f} s  others\' longest gap '
-          f'{row["gap_ms"]:5.0f} ms, quiet {row["quiet_ms"]:5.0f} ms: '
-          f'lengthened by {row["lengthened_ms"]:5.0f} ms  {row["outcome"]}')
+  return (
+    f'{row["body"]:38} {row["bytes"] / 1024:9,.0f} KiB '
+    f"{row['seconds']:7.2f} s  others' longest gap "
+    f'{row["gap_ms"]:5.0f} ms, quiet {row["quiet_ms"]:5.0f} ms: '
+    f'lengthened by {row["lengthened_ms"]:5.0f} ms  {row["outcome"]}'
+  )

@@ -43,11 +43,17 @@ def all_bodies(only: str = '') -> Iterator[Body]:
 
 
 def _small() -> Iterator[Body]:
-  yield Body('20 x GetTokenizer', '/vllm.grpc.engine.VllmEngine/GetTokenizer',
-             b'', 20)
-  yield Body('3,000 calls at once', '/sarathi.v1.Sarathi/Generate',
-             pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=(
-               pb.SamplingParams(max_tokens=2))).SerializeToString(), 3000)
+  yield Body(
+    '20 x GetTokenizer', '/vllm.grpc.engine.VllmEngine/GetTokenizer', b'', 20
+  )
+  yield Body(
+    '3,000 calls at once',
+    '/sarathi.v1.Sarathi/Generate',
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=[5]), sampling=(pb.SamplingParams(max_tokens=2))
+    ).SerializeToString(),
+    3000,
+  )
   yield from _served()
 
 
@@ -93,32 +99,59 @@ def _sarathi() -> _Table:
     'text, 15 MB, one word': (method, lambda: generate(text='a' * _LARGEST)),
     'text, 2 MB, of spaces': (method, lambda: generate(text=' ' * 2_000_000)),
     'text, 15 MB, not ASCII': (
-      method, lambda: generate(text='\u4e2d' * (_LARGEST // 3))),
-    'token_ids, 15 M': (method, lambda: generate(
-      token_ids=pb.TokenIds(ids=[5] * _LARGEST))),
+      method,
+      lambda: generate(text='\u4e2d' * (_LARGEST // 3)),
+    ),
+    'token_ids, 15 M': (
+      method,
+      lambda: generate(token_ids=pb.TokenIds(ids=[5] * _LARGEST)),
+    ),
     'token_ids, 7 M, not packed': (
-      method, lambda: _field(3, b'\x08\x05' * (_LARGEST // 2))),
-    'stop, 200,000 strings': (method, lambda: sampled(
-      stop=[f'zz{i:06d}' for i in range(200_000)])),
+      method,
+      lambda: _field(3, b'\x08\x05' * (_LARGEST // 2)),
+    ),
+    'stop, 200,000 strings': (
+      method,
+      lambda: sampled(stop=[f'zz{i:06d}' for i in range(200_000)]),
+    ),
     'stop, 7 M empty strings': (method, lambda: _filled(5, 8)),
-    'stop, 1,000 strings': (method, lambda: sampled(
-      stop=[f'zz{i:06d}' for i in range(1000)], max_tokens=20)),
+    'stop, 1,000 strings': (
+      method,
+      lambda: sampled(stop=[f'zz{i:06d}' for i in range(1000)], max_tokens=20),
+    ),
     'stop, one of 10 MB': (method, lambda: sampled(stop=['e' * 10_000_000])),
     'stop_token_ids, 10 M': (
-      method, lambda: sampled(stop_token_ids=[7] * 10_000_000)),
-    'chat, 100,000 messages': (method, lambda: generate(chat=pb.Chat(
-      messages=[pb.ChatMessage(role='user', content='x')] * 100_000))),
+      method,
+      lambda: sampled(stop_token_ids=[7] * 10_000_000),
+    ),
+    'chat, 100,000 messages': (
+      method,
+      lambda: generate(
+        chat=pb.Chat(
+          messages=[pb.ChatMessage(role='user', content='x')] * 100_000
+        )
+      ),
+    ),
     'chat, 7 M empty messages': (method, lambda: _filled(4, 1)),
-    'chat, one message of 15 MB': (method, lambda: generate(chat=pb.Chat(
-      messages=[pb.ChatMessage(role='user', content='ab ' * 5_000_000)]))),
-    'request_id, 15 MB': (method, lambda: generate(
-      request_id='x' * _LARGEST, text='hi')),
+    'chat, one message of 15 MB': (
+      method,
+      lambda: generate(
+        chat=pb.Chat(
+          messages=[pb.ChatMessage(role='user', content='ab ' * 5_000_000)]
+        )
+      ),
+    ),
+    'request_id, 15 MB': (
+      method,
+      lambda: generate(request_id='x' * _LARGEST, text='hi'),
+    ),
     'tier, 15 MB': (method, lambda: generate(text='hi', tier='x' * _LARGEST)),
-    'unknown fields, 5 M': (
-      method, lambda: b'\xf8\x06\x01' * (_LARGEST // 3)),
+    'unknown fields, 5 M': (method, lambda: b'\xf8\x06\x01' * (_LARGEST // 3)),
     'text, 5 M times': (method, lambda: _filled(2, item=b'x')),
-    'Abort, 1 M ids': ('/sarathi.v1.Sarathi/Abort', lambda: _field(
-      1, b'x' * 8) * 1_000_000),
+    'Abort, 1 M ids': (
+      '/sarathi.v1.Sarathi/Abort',
+      lambda: _field(1, b'x' * 8) * 1_000_000,
+    ),
     'GetStats, 15 MB': ('/sarathi.v1.Sarathi/GetStats', lambda: _filled(9)),
   }
 
@@ -127,24 +160,44 @@ def _vllm() -> _Table:
   service = '/vllm.grpc.engine.VllmEngine'
   method = f'{service}/Generate'
   sampling = vllm.GenerateRequest.DESCRIPTOR.fields_by_name[
-    'sampling_params'].number
+    'sampling_params'
+  ].number
   bias = vllm.SamplingParams.DESCRIPTOR.fields_by_name['logit_bias'].number
   tensors = vllm.GenerateRequest.DESCRIPTOR.fields_by_name['mm_inputs'].number
   return {
-    'vllm: text, 15 MB': (method, lambda: vllm.GenerateRequest(
-      text='hello world ' * 1_300_000).SerializeToString()),
-    'vllm: input_ids, 15 M': (method, lambda: vllm.GenerateRequest(
-      tokenized=vllm.TokenizedInput(input_ids=[5] * _LARGEST),
-      ).SerializeToString()),
-    'vllm: stop, 200,000 strings': (method, lambda: vllm.GenerateRequest(
-      text='A list is', sampling_params=vllm.SamplingParams(
-        stop=[f'zz{i:06d}' for i in range(200_000)],
-          max_tokens=20)).SerializeToString()),
-    'vllm: logit_bias, 1 M': (method, lambda: _field(sampling, b''.join(
-      _field(bias, b'\x08' + _varint(i)) for i in range(1_000_000)))),
+    'vllm: text, 15 MB': (
+      method,
+      lambda: vllm.GenerateRequest(
+        text='hello world ' * 1_300_000
+      ).SerializeToString(),
+    ),
+    'vllm: input_ids, 15 M': (
+      method,
+      lambda: vllm.GenerateRequest(
+        tokenized=vllm.TokenizedInput(input_ids=[5] * _LARGEST),
+      ).SerializeToString(),
+    ),
+    'vllm: stop, 200,000 strings': (
+      method,
+      lambda: vllm.GenerateRequest(
+        text='A list is',
+        sampling_params=vllm.SamplingParams(
+          stop=[f'zz{i:06d}' for i in range(200_000)], max_tokens=20
+        ),
+      ).SerializeToString(),
+    ),
+    'vllm: logit_bias, 1 M': (
+      method,
+      lambda: _field(
+        sampling,
+        b''.join(_field(bias, b'\x08' + _varint(i)) for i in range(1_000_000)),
+      ),
+    ),
     'vllm: mm_inputs, 7 M parts': (method, lambda: _filled(tensors, 3)),
-    'vllm: Abort, 1 M ids': (f'{service}/Abort', lambda: _field(
-      1, b'x' * 8) * 1_000_000),
+    'vllm: Abort, 1 M ids': (
+      f'{service}/Abort',
+      lambda: _field(1, b'x' * 8) * 1_000_000,
+    ),
     'vllm: HealthCheck, 15 MB': (f'{service}/HealthCheck', lambda: _filled(9)),
   }
 
@@ -152,8 +205,11 @@ def _vllm() -> _Table:
 def _infer(**parameters: str) -> bytes:
   request = oip.ModelInferRequest(model_name='counting')
   request.inputs.add(
-    name='text_input', datatype='BYTES', shape=[1],
-    contents=oip.InferTensorContents(bytes_contents=[b'x']))
+    name='text_input',
+    datatype='BYTES',
+    shape=[1],
+    contents=oip.InferTensorContents(bytes_contents=[b'x']),
+  )
   for name, value in parameters.items():
     request.parameters[name].string_param = value
   return request.SerializeToString()
@@ -161,7 +217,8 @@ def _infer(**parameters: str) -> bytes:
 
 def _tensor(name: str, datatype: str, shape: list[int], raw: bytes) -> bytes:
   request = oip.ModelInferRequest(
-    model_name='counting', raw_input_contents=[b'\1\0\0\0x', raw])
+    model_name='counting', raw_input_contents=[b'\1\0\0\0x', raw]
+  )
   request.inputs.add(name='text_input', datatype='BYTES', shape=[1])
   request.inputs.add(name=name, datatype=datatype, shape=shape)
   return request.SerializeToString()
@@ -171,49 +228,88 @@ def _open_inference() -> _Table:
   method = '/inference.GRPCInferenceService/ModelInfer'
   streamed = '/inference.GRPCInferenceService/ModelStreamInfer'
   return {
-    'inference: shape of 60,000 sizes': (method, lambda: _tensor(
-      'stop', 'BYTES', [2**62] * 60_000, b'')),
+    'inference: shape of 60,000 sizes': (
+      method,
+      lambda: _tensor('stop', 'BYTES', [2**62] * 60_000, b''),
+    ),
     'inference: shape of 15 M sizes': (
-      method, lambda: _field(5, _field(3, b'\1' * _LARGEST))),
+      method,
+      lambda: _field(5, _field(3, b'\1' * _LARGEST)),
+    ),
     'inference: 7 M inputs': (method, lambda: _filled(5)),
     'inference: 7 M outputs': (method, lambda: _filled(6)),
     'inference: 7 M raw contents': (method, lambda: _filled(7)),
-    'inference: 1 M parameters': (method, lambda: b''.join(
-      _field(4, _field(1, b'%x' % i) + _field(2, b''))
-      for i in range(1_000_000))),
-    'inference: input_ids, 15 M': (method, lambda: _field(
-      5, _field(5, _field(3, b'\5' * _LARGEST)))),
-    'inference: raw ids, 2 M': (method, lambda: _tensor(
-      'input_ids', 'INT64', [1_900_000], b'\0' * 8 * 1_900_000)),
-    'inference: raw stop, 4 M': (method, lambda: _tensor(
-      'stop', 'BYTES', [_LARGEST // 4], b'\0' * _LARGEST)),
-    'inference: text, 15 MB': (method, lambda: oip.ModelInferRequest(
-      model_name='counting', inputs=[dict(
-        name='text_input', datatype='BYTES', shape=[1], contents=dict(
-          bytes_contents=[b'hello world ' * 1_300_000]))],  # type: ignore
-      ).SerializeToString()),
-    'inference: JSON of 10 MB': (method, lambda: _infer(
-      sampling_parameters=json.dumps({'stop': ['x'] * 2_000_000}))),
-    'inference: deep JSON': (method, lambda: _infer(
-      sampling_parameters='{"a":' * 100_000 + '1' + '}' * 100_000)),
-    'inference: JSON of a huge integer': (method, lambda: _infer(
-      sampling_parameters='{"seed":%s}' % ('9' * 1_000_000))),
+    'inference: 1 M parameters': (
+      method,
+      lambda: b''.join(
+        _field(4, _field(1, b'%x' % i) + _field(2, b''))
+        for i in range(1_000_000)
+      ),
+    ),
+    'inference: input_ids, 15 M': (
+      method,
+      lambda: _field(5, _field(5, _field(3, b'\5' * _LARGEST))),
+    ),
+    'inference: raw ids, 2 M': (
+      method,
+      lambda: _tensor('input_ids', 'INT64', [1_900_000], b'\0' * 8 * 1_900_000),
+    ),
+    'inference: raw stop, 4 M': (
+      method,
+      lambda: _tensor('stop', 'BYTES', [_LARGEST // 4], b'\0' * _LARGEST),
+    ),
+    'inference: text, 15 MB': (
+      method,
+      lambda: oip.ModelInferRequest(
+        model_name='counting',
+        inputs=[
+          dict(
+            name='text_input',
+            datatype='BYTES',
+            shape=[1],
+            contents=dict(bytes_contents=[b'hello world ' * 1_300_000]),
+          )
+        ],  # type: ignore
+      ).SerializeToString(),
+    ),
+    'inference: JSON of 10 MB': (
+      method,
+      lambda: _infer(
+        sampling_parameters=json.dumps({'stop': ['x'] * 2_000_000})
+      ),
+    ),
+    'inference: deep JSON': (
+      method,
+      lambda: _infer(
+        sampling_parameters='{"a":' * 100_000 + '1' + '}' * 100_000
+      ),
+    ),
+    'inference: JSON of a huge integer': (
+      method,
+      lambda: _infer(sampling_parameters='{"seed":%s}' % ('9' * 1_000_000)),
+    ),
     'inference: a stream of 7 M inputs': (streamed, lambda: _filled(5)),
     'inference: model name, 15 MB': (
       '/inference.GRPCInferenceService/ModelMetadata',
-      lambda: _field(1, b'x' * _LARGEST)),
+      lambda: _field(1, b'x' * _LARGEST),
+    ),
   }
 
 
 def _others() -> _Table:
   return {
     'health: unknown fields, 5 M': (
-      '/grpc.health.v1.Health/Check', lambda: _filled(9, item=b'x')),
+      '/grpc.health.v1.Health/Check',
+      lambda: _filled(9, item=b'x'),
+    ),
     'reflection: unknown fields, 5 M': (
       '/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo',
-      lambda: _filled(99)),
+      lambda: _filled(99),
+    ),
     'control: unknown fields, 5 M': (
-      '/sarathi.v1.Control/Pause', lambda: _filled(9, item=b'x')),
+      '/sarathi.v1.Control/Pause',
+      lambda: _filled(9, item=b'x'),
+    ),
   }
 
 
@@ -221,29 +317,58 @@ def _served() -> Iterator[Body]:
   """Yields honest requests that are large."""
   few = pb.SamplingParams(max_tokens=2)
   ids = [5] * _SERVED_TOKENS
-  yield Body('served: 100,000 token ids', '/sarathi.v1.Sarathi/Generate',
-             pb.GenerateRequest(
-               token_ids=pb.TokenIds(ids=ids), sampling=few,
-               ).SerializeToString(), is_served=True)
-  yield Body('served: a text of 100,000 tokens',
-             '/sarathi.v1.Sarathi/Generate', pb.GenerateRequest(
-               text='the list ' * (_SERVED_TOKENS // 2), sampling=few,
-               ).SerializeToString(), is_served=True)
-  yield Body('served: a chat of 10,000 messages',
-             '/sarathi.v1.Sarathi/Generate', pb.GenerateRequest(
-               chat=pb.Chat(messages=[
-                 pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
-                 for i in range(_SERVED_MESSAGES)]), sampling=few,
-               ).SerializeToString(), is_served=True)
-  yield Body('served: vllm, 100,000 token ids',
-             '/vllm.grpc.engine.VllmEngine/Generate', vllm.GenerateRequest(
-               tokenized=vllm.TokenizedInput(input_ids=ids),
-               sampling_params=vllm.SamplingParams(max_tokens=2),
-               ).SerializeToString(), is_served=True)
+  yield Body(
+    'served: 100,000 token ids',
+    '/sarathi.v1.Sarathi/Generate',
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=ids),
+      sampling=few,
+    ).SerializeToString(),
+    is_served=True,
+  )
+  yield Body(
+    'served: a text of 100,000 tokens',
+    '/sarathi.v1.Sarathi/Generate',
+    pb.GenerateRequest(
+      text='the list ' * (_SERVED_TOKENS // 2),
+      sampling=few,
+    ).SerializeToString(),
+    is_served=True,
+  )
+  yield Body(
+    'served: a chat of 10,000 messages',
+    '/sarathi.v1.Sarathi/Generate',
+    pb.GenerateRequest(
+      chat=pb.Chat(
+        messages=[
+          pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
+          for i in range(_SERVED_MESSAGES)
+        ]
+      ),
+      sampling=few,
+    ).SerializeToString(),
+    is_served=True,
+  )
+  yield Body(
+    'served: vllm, 100,000 token ids',
+    '/vllm.grpc.engine.VllmEngine/Generate',
+    vllm.GenerateRequest(
+      tokenized=vllm.TokenizedInput(input_ids=ids),
+      sampling_params=vllm.SamplingParams(max_tokens=2),
+    ).SerializeToString(),
+    is_served=True,
+  )
   request = oip.ModelInferRequest(model_name='counting')
-  request.inputs.add(name='input_ids', datatype='INT64', shape=[len(ids)],
-                     contents=oip.InferTensorContents(int64_contents=ids))
+  request.inputs.add(
+    name='input_ids',
+    datatype='INT64',
+    shape=[len(ids)],
+    contents=oip.InferTensorContents(int64_contents=ids),
+  )
   request.parameters['max_tokens'].int64_param = 2
-  yield Body('served: inference, 100,000 token ids',
-             '/inference.GRPCInferenceService/ModelInfer',
-             request.SerializeToString(), is_served=True)
+  yield Body(
+    'served: inference, 100,000 token ids',
+    '/inference.GRPCInferenceService/ModelInfer',
+    request.SerializeToString(),
+    is_served=True,
+  )

@@ -13,7 +13,8 @@ from typing import Any
 Row = dict[str, Any]
 # CUDA's word for a kernel that breaks its process: nothing runs there after it.
 _BROKEN = re.compile(
-  'CUDA_ERROR_(ILLEGAL|MISALIGNED|INVALID_PC|LAUNCH|ASSERT|HARDWARE)')
+  'CUDA_ERROR_(ILLEGAL|MISALIGNED|INVALID_PC|LAUNCH|ASSERT|HARDWARE)'
+)
 
 
 def absent(error: Exception) -> Row:

@@ -39,12 +39,16 @@ class HttpTarget:
     model = json.loads(text)['data'][0]['id']
 
     async def ask(
-        request: open_loop.Request) -> AsyncIterator[open_loop.Message]:
+      request: open_loop.Request,
+    ) -> AsyncIterator[open_loop.Message]:
       count = 0
       async for event in self._events(self._body(model, request)):
         for choice in event.get('choices', ()):
-          tokens = (choice.get('token_ids') or () if self._has_token_ids
-                    else [0] * bool(choice.get('text')))
+          tokens = (
+            choice.get('token_ids') or ()
+            if self._has_token_ids
+            else [0] * bool(choice.get('text'))
+          )
           count += len(tokens)
           yield open_loop.Message(tokens)
         told = (event.get('usage') or {}).get('completion_tokens', 0)
@@ -56,14 +60,20 @@ class HttpTarget:
 
   def _body(self, model: str, request: open_loop.Request) -> dict[str, Any]:
     body: dict[str, Any] = {
-      'model': model, 'prompt': request.token_ids, 'stream': True,
-      'max_tokens': request.max_tokens, 'ignore_eos': True, 'temperature': 0}
+      'model': model,
+      'prompt': request.token_ids,
+      'stream': True,
+      'max_tokens': request.max_tokens,
+      'ignore_eos': True,
+      'temperature': 0,
+    }
     if self._has_token_ids:
       return body | {'return_token_ids': True}
     rng = random.Random(hash(tuple(request.token_ids)))
     return body | {
       'prompt': ' '.join(rng.choice(_WORDS) for _ in request.token_ids),
-      'stream_options': {'include_usage': True}}
+      'stream_options': {'include_usage': True},
+    }
 
   async def _events(self, body: dict[str, Any]) -> AsyncIterator[Any]:
     async for line in self._request('POST', '/v1/completions', body):
@@ -75,8 +85,9 @@ class HttpTarget:
           raise open_loop.RequestError(json.dumps(event['error']))
         yield event
 
-  async def _request(self, method: str, path: str,
-                     body: Any = None) -> AsyncIterator[str]:
+  async def _request(
+    self, method: str, path: str, body: Any = None
+  ) -> AsyncIterator[str]:
     """Yields the lines of an answer. Each request has its own connection.
 
     Raises:
@@ -84,13 +95,18 @@ class HttpTarget:
     """
     try:
       reader, writer = await asyncio.open_connection(
-        self._host, self._port, limit=1 << 20)  # of a line
+        self._host, self._port, limit=1 << 20
+      )  # of a line
       try:
         data = b'' if body is None else json.dumps(body).encode()
-        writer.write((
-          f'{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n'
-          'Content-Type: application/json\r\n'
-          f'Content-Length: {len(data)}\r\n\r\n').encode() + data)
+        writer.write(
+          (
+            f'{method} {path} HTTP/1.0\r\nHost: {self._host}\r\n'
+            'Content-Type: application/json\r\n'
+            f'Content-Length: {len(data)}\r\n\r\n'
+          ).encode()
+          + data
+        )
         await writer.drain()
         status = (await reader.readline()).decode()
         while (await reader.readline()).strip():

@@ -24,8 +24,12 @@ def llama(size: str, python: str) -> pathlib.Path:
     size: one of `SIZES`.
     python: the Python of an environment with torch and transformers.
   """
-  return _once(_folder() / f'llama-{size}', lambda folder: _run(
-    [python, str(WORKERS / 'make_model.py'), str(folder), size]))
+  return _once(
+    _folder() / f'llama-{size}',
+    lambda folder: _run(
+      [python, str(WORKERS / 'make_model.py'), str(folder), size]
+    ),
+  )
 
 
 def openvino(model: pathlib.Path, python: str) -> pathlib.Path:
@@ -36,17 +40,32 @@ def openvino(model: pathlib.Path, python: str) -> pathlib.Path:
     python: the Python of an environment with optimum-intel.
   """
   command = pathlib.Path(python).parent / 'optimum-cli'
-  return _once(model.with_name(f'{model.name}-openvino'), lambda folder: _run([
-    str(command), 'export', 'openvino', '--model', str(model), '--task',
-    'text-generation-with-past', '--weight-format', 'fp32', str(folder)]))
+  return _once(
+    model.with_name(f'{model.name}-openvino'),
+    lambda folder: _run(
+      [
+        str(command),
+        'export',
+        'openvino',
+        '--model',
+        str(model),
+        '--task',
+        'text-generation-with-past',
+        '--weight-format',
+        'fp32',
+        str(folder),
+      ]
+    ),
+  )
 
 
 def _folder() -> pathlib.Path:
   return pathlib.Path(config_lib.default_cache_dir()) / 'peers'
 
 
-def _once(path: pathlib.Path,
-          make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+def _once(
+  path: pathlib.Path, make: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
   """Makes a folder if it is not there; never leaves half of it."""
   if not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +82,13 @@ def _once(path: pathlib.Path,
 def _run(command: Sequence[str]) -> None:
   """Runs a program of a peer; PeerError with the end of its output."""
   done = subprocess.run(
-    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    check=False)
+    command,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
   if done.returncode:
     raise common.PeerError(
-      f'{" ".join(command)} failed:\n{done.stdout[-4000:]}')
+      f'{" ".join(command)} failed:\n{done.stdout[-4000:]}'
+    )

@@ -52,25 +52,42 @@ Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('model_size', '43m', peer_models.SIZES,
-                    'Size of the random Llama that all engines run.')
+  flags.DEFINE_enum(
+    'model_size',
+    '43m',
+    peer_models.SIZES,
+    'Size of the random Llama that all engines run.',
+  )
   for name, (flag, _) in PEERS.items():
-    flags.DEFINE_string(flag, None, f'Python of the virtual environment with '
-                        f'{name}. Default: leave {name} out.')
+    flags.DEFINE_string(
+      flag,
+      None,
+      f'Python of the virtual environment with '
+      f'{name}. Default: leave {name} out.',
+    )
   flags.DEFINE_list(
-    'loads', list(workload.LOADS), 'Loads to run. Requests of each, and '
-    'lengths to draw from: ' + '; '.join(
+    'loads',
+    list(workload.LOADS),
+    'Loads to run. Requests of each, and '
+    'lengths to draw from: '
+    + '; '.join(
       f'{name}: {load.num_requests}, {load.prompt_lens} in, '
-      f'{load.output_lens} out' for name, load in workload.LOADS.items()))
-  flags.DEFINE_integer('runs', 5, 'Runs to measure of each engine and load.',
-                       lower_bound=1)
+      f'{load.output_lens} out'
+      for name, load in workload.LOADS.items()
+    ),
+  )
+  flags.DEFINE_integer(
+    'runs', 5, 'Runs to measure of each engine and load.', lower_bound=1
+  )
   flags.DEFINE_integer('seed', 0, 'Seed of the prompts.', lower_bound=0)
   flags.DEFINE_integer('threads', 2, 'Threads of each engine.')
   engine_flags.define_fields(max_num_seqs=32, token_budget=512)
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   flags.register_validator(
-    'loads', lambda names: bool(names) and set(names) <= set(workload.LOADS),
-    f'must be some of {",".join(workload.LOADS)}')
+    'loads',
+    lambda names: bool(names) and set(names) <= set(workload.LOADS),
+    f'must be some of {",".join(workload.LOADS)}',
+  )
 
 
 class Worker:
@@ -93,9 +110,14 @@ class Worker:
     self.name = name
     self._log = tempfile.TemporaryFile('w+')  # noqa: SIM115
     self._process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-      stderr=self._log, text=True, start_new_session=True,
-      env=os.environ | {'OMP_NUM_THREADS': str(threads)})
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._log,
+      text=True,
+      start_new_session=True,
+      env=os.environ | {'OMP_NUM_THREADS': str(threads)},
+    )
     self.version = ''
 
   def load(self) -> None:
@@ -172,19 +194,37 @@ def commands(pythons: Mapping[str, str], size: str) -> dict[str, list[str]]:
   if python := pythons.get('openvino-genai'):
     models['openvino-genai'] = peer_models.openvino(model, python)
   return {
-    OURS: [sys.executable, '-m', 'sarathi_jax.benchmarks.peer_workers.ours',
-           f'--model={model}'],
-    **{name: [python, str(peer_models.WORKERS / PEERS[name][1]),
-              f'--model={models[name]}'] for name, python in pythons.items()}}
+    OURS: [
+      sys.executable,
+      '-m',
+      'sarathi_jax.benchmarks.peer_workers.ours',
+      f'--model={model}',
+    ],
+    **{
+      name: [
+        python,
+        str(peer_models.WORKERS / PEERS[name][1]),
+        f'--model={models[name]}',
+      ]
+      for name, python in pythons.items()
+    },
+  }
 
 
-def measure(workers: Sequence[Worker], loads: Sequence[str], runs: int,
-            seed: int, progress: rich.progress.Progress) -> Runs:
+def measure(
+  workers: Sequence[Worker],
+  loads: Sequence[str],
+  runs: int,
+  seed: int,
+  progress: rich.progress.Progress,
+) -> Runs:
   """Lets workers take turns, after a run of each load and worker to warm up."""
   found: dict[str, dict[str, list[Any]]] = {
-    load: {w.name: [] for w in workers} for load in loads}
+    load: {w.name: [] for w in workers} for load in loads
+  }
   task = progress.add_task(
-    'Running', total=len(loads) * (runs + 1) * len(workers))
+    'Running', total=len(loads) * (runs + 1) * len(workers)
+  )
   for load in loads:
     for i in range(-1, runs):
       what = 'warm-up' if i < 0 else f'run {i + 1} of {runs}'
@@ -199,8 +239,11 @@ def measure(workers: Sequence[Worker], loads: Sequence[str], runs: int,
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-  return {'median': statistics.median(values), 'lowest': min(values),
-          'highest': max(values)}
+  return {
+    'median': statistics.median(values),
+    'lowest': min(values),
+    'highest': max(values),
+  }
 
 
 def summarize(found: Runs) -> list[dict[str, Any]]:
@@ -210,14 +253,24 @@ def summarize(found: Runs) -> list[dict[str, Any]]:
     ours = engines[OURS]
     for name, theirs in engines.items():
       rates = [r['num_output_tokens'] / r['seconds'] for r in theirs]
-      rows.append({
-        'load': load, 'engine': name, 'output_tokens_per_s': rates,
-        **_spread(rates), 'ours_over_theirs': _spread([
-          b['seconds'] / a['seconds']
-          for a, b in zip(ours, theirs, strict=True)]),
-        'agreement': statistics.mean(
-          agreement(a['outputs'], b['outputs'])
-          for a, b in zip(ours, theirs, strict=True))})
+      rows.append(
+        {
+          'load': load,
+          'engine': name,
+          'output_tokens_per_s': rates,
+          **_spread(rates),
+          'ours_over_theirs': _spread(
+            [
+              b['seconds'] / a['seconds']
+              for a, b in zip(ours, theirs, strict=True)
+            ]
+          ),
+          'agreement': statistics.mean(
+            agreement(a['outputs'], b['outputs'])
+            for a, b in zip(ours, theirs, strict=True)
+          ),
+        }
+      )
   return rows
 
 
@@ -226,8 +279,13 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
   shown = rich.table.Table(title=title)
   for name in ('load', 'engine'):
     shown.add_column(name)
-  for name in ('output tokens/s', 'range', 'ours / theirs', 'range',
-               'same tokens'):
+  for name in (
+    'output tokens/s',
+    'range',
+    'ours / theirs',
+    'range',
+    'same tokens',
+  ):
     shown.add_column(name, justify='right')
   load = None
   for row in rows:
@@ -235,29 +293,40 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
       shown.add_section()
     ratio = row['ours_over_theirs']
     shown.add_row(
-      row['load'] if row['load'] != load else '', row['engine'],
-      f'{row["median"]:.1f}', f'{row["lowest"]:.1f} - {row["highest"]:.1f}',
-      *(('', '', '') if row['engine'] == OURS else (
-        f'{ratio["median"]:.2f}',
-        f'{ratio["lowest"]:.2f} - {ratio["highest"]:.2f}',
-        f'{row["agreement"]:.1%}')))
+      row['load'] if row['load'] != load else '',
+      row['engine'],
+      f'{row["median"]:.1f}',
+      f'{row["lowest"]:.1f} - {row["highest"]:.1f}',
+      *(
+        ('', '', '')
+        if row['engine'] == OURS
+        else (
+          f'{ratio["median"]:.2f}',
+          f'{ratio["lowest"]:.2f} - {ratio["highest"]:.2f}',
+          f'{row["agreement"]:.1%}',
+        )
+      ),
+    )
     load = row['load']
   return shown
 
 
-def _measured(console: rich.console.Console, pythons: Mapping[str, str],
-              ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _measured(
+  console: rich.console.Console,
+  pythons: Mapping[str, str],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
   """Measures; returns the summary's rows, and the version of each engine."""
-  with (contextlib.ExitStack() as closing,
-        common.progress(console) as progress):
+  with contextlib.ExitStack() as closing, common.progress(console) as progress:
     making = progress.add_task('Making the models', total=None)
     started = commands(pythons, FLAGS.model_size)
     progress.update(making, total=len(started))
     workers: list[Worker] = []
     for name, command in started.items():
       progress.update(making, description=f'Loading {name}')
-      arguments = [f'--{flag}={FLAGS[flag].value}' for flag in (
-        'max_num_seqs', 'token_budget', 'threads')]
+      arguments = [
+        f'--{flag}={FLAGS[flag].value}'
+        for flag in ('max_num_seqs', 'token_budget', 'threads')
+      ]
       workers.append(Worker(name, [*command, *arguments], FLAGS.threads))
       closing.callback(workers[-1].close)
       workers[-1].load()
@@ -268,20 +337,29 @@ def _measured(console: rich.console.Console, pythons: Mapping[str, str],
 
 
 def main() -> None:
-  pythons = {name: python for name, (flag, _) in PEERS.items()
-             if (python := FLAGS[flag].value)}
+  pythons = {
+    name: python
+    for name, (flag, _) in PEERS.items()
+    if (python := FLAGS[flag].value)
+  }
   if not pythons:
-    raise app.UsageError('no peer: give --' + ', --'.join(
-      flag for flag, _ in PEERS.values()))
+    raise app.UsageError(
+      'no peer: give --' + ', --'.join(flag for flag, _ in PEERS.values())
+    )
   for name, python in pythons.items():
     common.check_program(PEERS[name][0], python)
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 110)
+    highlight=False, width=None if sys.stdout.isatty() else 110
+  )
   rows, versions = _measured(console, pythons)
-  console.print(table(
-    rows, f'{FLAGS.model_size} Llama, float32, {FLAGS.threads} threads, '
-    f'{FLAGS.runs} runs of each\n'
-    + ', '.join(f'{name} {v}' for name, v in versions.items())))
+  console.print(
+    table(
+      rows,
+      f'{FLAGS.model_size} Llama, float32, {FLAGS.threads} threads, '
+      f'{FLAGS.runs} runs of each\n'
+      + ', '.join(f'{name} {v}' for name, v in versions.items()),
+    )
+  )
   common.write_json(FLAGS.json, 'peers', FLAGS, rows, engines=versions)
 
 

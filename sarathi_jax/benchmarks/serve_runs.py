@@ -52,23 +52,34 @@ class Load:
 
   def workload(self, qps: float, round_: int) -> workload_lib.Workload:
     """Makes what comes in `seconds`; ConfigError if a trace has too few."""
-    return workload_lib.make(dataclasses.replace(
-      self.config, seed=self.config.seed + round_, qps=qps,
-      num_requests=max(2, math.ceil(qps * self.seconds)))).at_rate(qps)
+    return workload_lib.make(
+      dataclasses.replace(
+        self.config,
+        seed=self.config.seed + round_,
+        qps=qps,
+        num_requests=max(2, math.ceil(qps * self.seconds)),
+      )
+    ).at_rate(qps)
 
   def requests(self, qps: float, round_: int) -> list[open_loop.Request]:
     """Makes the requests, which are the same for all servers."""
     return open_loop.requests(
-      self.workload(qps, round_), self.vocab_size, self.config.seed + round_)
+      self.workload(qps, round_), self.vocab_size, self.config.seed + round_
+    )
 
-  def burst(self, count: int, prompt_len: int, output_len: int,
-            seed: int = 0) -> list[open_loop.Request]:
+  def burst(
+    self, count: int, prompt_len: int, output_len: int, seed: int = 0
+  ) -> list[open_loop.Request]:
     """Makes requests that come at once, and are not of the load."""
     rng = random.Random(f'burst {seed}')
     return [
       open_loop.Request(
-        0.0, [rng.randrange(self.vocab_size) for _ in range(prompt_len)],
-        output_len) for _ in range(count)]
+        0.0,
+        [rng.randrange(self.vocab_size) for _ in range(prompt_len)],
+        output_len,
+      )
+      for _ in range(count)
+    ]
 
 
 class Server(Protocol):
@@ -107,17 +118,21 @@ class Contender:
   start: Callable[[], contextlib.AbstractContextManager[Server]]
 
 
-def run(target: open_loop.Target, asked: Sequence[open_loop.Request],
-        limit_s: float = math.inf,
-        on_look: Callable[[open_loop.Seen], None] = lambda seen: None,
-        ) -> open_loop.Seen:
+def run(
+  target: open_loop.Target,
+  asked: Sequence[open_loop.Request],
+  limit_s: float = math.inf,
+  on_look: Callable[[open_loop.Seen], None] = lambda seen: None,
+) -> open_loop.Seen:
   """Calls `open_loop.run` in an event loop of its own."""
+
   def look(seen: open_loop.Seen) -> bool:
     on_look(seen)
     return False
 
   return asyncio.run(
-    open_loop.run(target, asked, limit_s=limit_s, stop_when=look))
+    open_loop.run(target, asked, limit_s=limit_s, stop_when=look)
+  )
 
 
 class Runs:
@@ -133,9 +148,12 @@ class Runs:
     last: what the last run saw; None before any.
   """
 
-  def __init__(self, journal: journal_lib.Journal,
-               console: rich.console.Console,
-               progress: rich.progress.Progress) -> None:
+  def __init__(
+    self,
+    journal: journal_lib.Journal,
+    console: rich.console.Console,
+    progress: rich.progress.Progress,
+  ) -> None:
     self.journal = journal
     self.console = console
     self._progress = progress
@@ -147,8 +165,12 @@ class Runs:
     """Shows what is under way."""
     self._progress.update(self._task, description=what)
 
-  def announce(self, load: Load, num_slos: Sequence[int], num_started: int,
-               ) -> None:
+  def announce(
+    self,
+    load: Load,
+    num_slos: Sequence[int],
+    num_started: int,
+  ) -> None:
     """Announces how long all will take.
 
     Args:
@@ -158,18 +180,23 @@ class Runs:
     """
     self.turn_s = _START_S + _WARM_UP_S if num_started else _WARM_UP_S
     self.run_s = load.seconds * _OVER + _PAUSE_S
-    num_runs = sum(
-      len(load.rates) + load.refine * slos for slos in num_slos)
-    total = (num_started * self.turn_s + load.rounds * (
-      len(num_slos) * self.turn_s + num_runs * self.run_s))
+    num_runs = sum(len(load.rates) + load.refine * slos for slos in num_slos)
+    total = num_started * self.turn_s + load.rounds * (
+      len(num_slos) * self.turn_s + num_runs * self.run_s
+    )
     self._progress.update(self._task, total=total)
     done = sum('side' in row for row in self.journal.rows.values())
     self.console.print(
       f'{_count(len(num_slos), "server")}, {_count(load.rounds, "round")}, '
       f'at most {_count(num_runs * load.rounds, "run")} of {load.seconds:g} s,'
       f' {done} of them done: about {_time(total - done * self.run_s)}.'
-      + (f' Kept in {self.journal.path}: the same command goes on after an '
-         'interruption.' if num_started else ''))
+      + (
+        f' Kept in {self.journal.path}: the same command goes on after an '
+        'interruption.'
+        if num_started
+        else ''
+      )
+    )
 
   def tick(self) -> None:
     """Notes that a second is over."""
@@ -180,10 +207,13 @@ class Runs:
     self._settled_s += seconds
     self._progress.update(self._task, completed=self._settled_s)
 
-  def go(self, load: Load, slos: Sequence[serve_capacity.Slo],
-         contenders: Sequence[Contender],
-         groups: Mapping[str, Mapping[str, Sequence[str]]],
-         ) -> dict[str, Any]:
+  def go(
+    self,
+    load: Load,
+    slos: Sequence[serve_capacity.Slo],
+    contenders: Sequence[Contender],
+    groups: Mapping[str, Mapping[str, Sequence[str]]],
+  ) -> dict[str, Any]:
     """Runs all rounds.
 
     Args:
@@ -202,19 +232,30 @@ class Runs:
     for round_ in range(load.rounds):
       for contender in contenders:
         _Turn(self, load, slos, contender, round_).go()
-    rows = [{key: value for key, value in row.items() if key != 'point'}
-            for row in self.journal.rows.values() if 'side' in row]
+    rows = [
+      {key: value for key, value in row.items() if key != 'point'}
+      for row in self.journal.rows.values()
+      if 'side' in row
+    ]
     merged = serve_capacity.merge(rows)
-    return {'runs': rows, 'points': merged, 'capacity':
-            serve_capacity.capacities(merged, slos, groups)}
+    return {
+      'runs': rows,
+      'points': merged,
+      'capacity': serve_capacity.capacities(merged, slos, groups),
+    }
 
 
 class _Turn:
   """One server's runs of one round."""
 
-  def __init__(self, runs: Runs, load: Load,
-               slos: Sequence[serve_capacity.Slo], contender: Contender,
-               round_: int) -> None:
+  def __init__(
+    self,
+    runs: Runs,
+    load: Load,
+    slos: Sequence[serve_capacity.Slo],
+    contender: Contender,
+    round_: int,
+  ) -> None:
     self._runs, self._load, self._slos = runs, load, slos
     self._contender, self._round = contender, round_
     self._server: Server | None = None
@@ -230,7 +271,8 @@ class _Turn:
       for qps in self._load.rates:
         row = self._try(qps)
         if 'skipped' not in row and serve_capacity.is_overloaded(
-            row, self._slos[0].ttft_s):
+          row, self._slos[0].ttft_s
+        ):
           for more in self._load.rates:
             if more > qps:
               self._skip(more, f'overloaded at {qps:g}')
@@ -238,16 +280,19 @@ class _Turn:
         for _ in range(self._load.refine):
           rows = self._rows(0)
           between = serve_capacity.next_rate(
-            {q: slo.holds(row) for q, row in rows.items()})
+            {q: slo.holds(row) for q, row in rows.items()}
+          )
           if between is None or between in rows:
             break
           self._try(between)
 
   def _rows(self, round_: int) -> dict[float, serve_capacity.Row]:
     """Returns this server's rows of a round so far, by rate, in order."""
-    return {row['qps']: row for row in self._runs.journal.rows.values()
-            if (row.get('side'), row.get('round')) == (
-              self._contender.name, round_)}
+    return {
+      row['qps']: row
+      for row in self._runs.journal.rows.values()
+      if (row.get('side'), row.get('round')) == (self._contender.name, round_)
+    }
 
   def _point(self, qps: float) -> str:
     return f'{self._contender.name}, {qps:g} QPS, round {self._round}'
@@ -258,7 +303,8 @@ class _Turn:
   def _skip(self, qps: float, why: str) -> None:
     if self._point(qps) not in self._runs.journal:
       self._runs.journal.add(
-        self._point(qps), {**self._facts(qps), 'skipped': why})
+        self._point(qps), {**self._facts(qps), 'skipped': why}
+      )
       self._runs.settle(self._runs.run_s)
 
   def _try(self, qps: float) -> serve_capacity.Row:
@@ -291,18 +337,23 @@ class _Turn:
 
   def _run(self, server: Server, qps: float) -> open_loop.Seen:
     asked = self._load.requests(qps, self._round)
-    what = (f'round {self._round + 1} of {self._load.rounds}, '
-            f'{self._contender.name}, {qps:g} QPS')
+    what = (
+      f'round {self._round + 1} of {self._load.rounds}, '
+      f'{self._contender.name}, {qps:g} QPS'
+    )
 
     def show(seen: open_loop.Seen) -> None:
       self._runs.tick()
-      done = sum(o.e2e_s is not None and len(o.token_ids) == r.max_tokens
-                 for o, r in zip(seen.outcomes, asked, strict=True))
+      done = sum(
+        o.e2e_s is not None and len(o.token_ids) == r.max_tokens
+        for o, r in zip(seen.outcomes, asked, strict=True)
+      )
       self._runs.say(f'{what}: {done} of {len(asked)} requests')
 
     self._runs.say(what)
-    seen = run(server.target, asked,
-               self._load.seconds + self._load.drain_s, show)
+    seen = run(
+      server.target, asked, self._load.seconds + self._load.drain_s, show
+    )
     time.sleep(_PAUSE_S)
     return seen
 
@@ -313,5 +364,8 @@ def _count(number: int, what: str) -> str:
 
 def _time(seconds: float) -> str:
   minutes = max(1, round(seconds / 60))
-  return (f'{minutes // 60} h {minutes % 60} min' if minutes >= 60
-          else f'{minutes} min')
+  return (
+    f'{minutes // 60} h {minutes % 60} min'
+    if minutes >= 60
+    else f'{minutes} min'
+  )

@@ -46,9 +46,11 @@ def _ranged(row: Row, name: str) -> str:
 
 def line(row: Row) -> str:
   """Returns one run as a line, for people who wait for the next."""
-  text = (f'{row["side"]}, {row["qps"]:g} QPS: '
-          f'{row["output_tokens_per_s"]:.0f} tokens/s, TTFT P50 '
-          f'{_ms(row["ttft_p50_s"])} ms, TBT P99 {_ms(row["tbt_p99_s"])} ms')
+  text = (
+    f'{row["side"]}, {row["qps"]:g} QPS: '
+    f'{row["output_tokens_per_s"]:.0f} tokens/s, TTFT P50 '
+    f'{_ms(row["ttft_p50_s"])} ms, TBT P99 {_ms(row["tbt_p99_s"])} ms'
+  )
   if row['num_errors']:
     text += f', {row["num_errors"]} failed: {row["errors"][0]}'
   if row['num_cut']:
@@ -61,14 +63,28 @@ def line(row: Row) -> str:
 def points(merged: Sequence[Row]) -> rich.table.Table:
   """Makes a table of latencies by server and rate: a section a server."""
   table = rich.table.Table(
-    title='Times in ms; medians (and ranges) over rounds', padding=(0, 1, 0, 0),
+    title='Times in ms; medians (and ranges) over rounds',
+    padding=(0, 1, 0, 0),
     caption='A server: its engine, and its token budget or the SLO that this '
     'follows. Of tokens that came in one message all but one have a gap of 0: '
-    'tokens/message tells how many did.')
-  for name in ('server', 'QPS', 'tokens/s', 'TTFT P50', 'P99', 'TBT P50',
-               'P90', 'P99', 'good/s', 'tokens/\nmessage', 'failed,\ncut'):
-    table.add_column(name, justify='left' if name == 'server' else 'right',
-                     no_wrap=True)
+    'tokens/message tells how many did.',
+  )
+  for name in (
+    'server',
+    'QPS',
+    'tokens/s',
+    'TTFT P50',
+    'P99',
+    'TBT P50',
+    'P90',
+    'P99',
+    'good/s',
+    'tokens/\nmessage',
+    'failed,\ncut',
+  ):
+    table.add_column(
+      name, justify='left' if name == 'server' else 'right', no_wrap=True
+    )
   side = None
   for row in merged:
     if side is not None and row['side'] != side:
@@ -79,12 +95,18 @@ def points(merged: Sequence[Row]) -> rich.table.Table:
       table.add_row(first, f'{row["qps"]:g}', '-', row['skipped'])
       continue
     table.add_row(
-      first, f'{row["qps"]:g}', f'{row["output_tokens_per_s"]:,.0f}',
-      _ranged(row, 'ttft_p50_s'), _ms(row['ttft_p99_s']),
-      _ms(row['tbt_p50_s']), _ms(row['tbt_p90_s']), _ranged(row, 'tbt_p99_s'),
+      first,
+      f'{row["qps"]:g}',
+      f'{row["output_tokens_per_s"]:,.0f}',
+      _ranged(row, 'ttft_p50_s'),
+      _ms(row['ttft_p99_s']),
+      _ms(row['tbt_p50_s']),
+      _ms(row['tbt_p90_s']),
+      _ranged(row, 'tbt_p99_s'),
       '/'.join(f'{v:.3g}' for v in row['goodput_per_s'].values()),
       f'{row["tokens_per_message"]:.2f}',
-      f'{row["num_errors"]:g}, {row["num_cut"]:g}')
+      f'{row["num_errors"]:g}, {row["num_cut"]:g}',
+    )
   return table
 
 
@@ -107,7 +129,8 @@ def ratio(best: Mapping[str, Any], group: str) -> float | None:
 def capacities(rows: Sequence[Row]) -> rich.table.Table:
   """Makes a table of the largest rates that met each SLO, and who had them."""
   table = rich.table.Table(
-    title=f'Capacity, QPS: P50 TTFT <= {rows[0]["ttft_s"]:g} s, and')
+    title=f'Capacity, QPS: P50 TTFT <= {rows[0]["ttft_s"]:g} s, and'
+  )
   groups = list(dict.fromkeys(g for row in rows for g in row['best']))
   table.add_column('P99 TBT')
   for group in groups:
@@ -119,14 +142,18 @@ def capacities(rows: Sequence[Row]) -> rich.table.Table:
         table.add_column(f'{group}\n/ {servers.VLLM}', justify='right')
   for row in rows:
     best = row['best']
-    cells = [_capacity(best.get(g)) + (
-      f'\n{best[g]["side"].partition(" ")[2]}' if g in best else '')
-      for g in groups]
+    cells = [
+      _capacity(best.get(g))
+      + (f'\n{best[g]["side"].partition(" ")[2]}' if g in best else '')
+      for g in groups
+    ]
     if has_peer:
-      cells += ['-' if (r := ratio(best, g)) is None else f'{r:.2f}'
-                for g in groups if g != servers.VLLM]
-    table.add_row(
-      f'<= {row["tbt_s"] * 1e3:.0f} ms, {row["name"]}', *cells)
+      cells += [
+        '-' if (r := ratio(best, g)) is None else f'{r:.2f}'
+        for g in groups
+        if g != servers.VLLM
+      ]
+    table.add_row(f'<= {row["tbt_s"] * 1e3:.0f} ms, {row["name"]}', *cells)
   return table
 
 
@@ -139,21 +166,27 @@ def plot(series: Mapping[str, metrics_lib.Quantiles]) -> str:
     part = math.log(value / low) / math.log(high / low)
     return f'{60 + 5 * i},{340 - 320 * part:.1f}'
 
-  lines = ['<svg xmlns="http://www.w3.org/2000/svg" width="620" height="380" '
-           'font-family="sans-serif" font-size="12">']
+  lines = [
+    '<svg xmlns="http://www.w3.org/2000/svg" width="620" height="380" '
+    'font-family="sans-serif" font-size="12">'
+  ]
   for exponent in range(-4, 3):
     y = 340 - 320 * (exponent + 4) / 6
-    lines.append(f'<line x1="60" x2="560" y1="{y}" y2="{y}" stroke="#ddd"/>'
-                 f'<text x="5" y="{y + 4}">1e{exponent} s</text>')
+    lines.append(
+      f'<line x1="60" x2="560" y1="{y}" y2="{y}" stroke="#ddd"/>'
+      f'<text x="5" y="{y + 4}">1e{exponent} s</text>'
+    )
   for i, (name, values) in enumerate(series.items()):
     if values.count:
       color = ('#1f77b4', '#d62728')[i]
       shown = ' '.join(point(values, i) for i in range(101))
       lines.append(
         f'<polyline fill="none" stroke="{color}" points="{shown}"/>'
-        f'<text x="565" y="{30 + 16 * i}" fill="{color}">{name}</text>')
-  lines.append('<text x="60" y="365">P0</text><text x="540" y="365">P100'
-               '</text></svg>')
+        f'<text x="565" y="{30 + 16 * i}" fill="{color}">{name}</text>'
+      )
+  lines.append(
+    '<text x="60" y="365">P0</text><text x="540" y="365">P100</text></svg>'
+  )
   return '\n'.join(lines) + '\n'
 
 
@@ -174,7 +207,8 @@ def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
         f'| Largest rate, requests/s, on {file["machine"]["cores"]} cores | '
         f'sarathi_jax, `--tbt_slo_ms` | vLLM {version}, best of budgets '
         f'{", ".join(flags["vllm_token_budgets"])} | ratio |',
-        '|---|---|---|---|']
+        '|---|---|---|---|',
+      ]
     for row in results['capacity']:
       best = row['best']
       over = ratio(best, PACED)
@@ -182,15 +216,19 @@ def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
         f'| {size} Llama, P99 TBT ≤ {row["tbt_s"] * 1e3:.0f} ms '
         f'({row["name"]}) | {_capacity(best.get(PACED))} | '
         f'{_capacity(best.get(servers.VLLM))} | '
-        f'{"-" if over is None else f"{over:.2f}"} |')
+        f'{"-" if over is None else f"{over:.2f}"} |'
+      )
   return '\n'.join(lines) + '\n'
 
 
 def read() -> dict[str, Any]:
   """Reads the results that are there, by model."""
   paths = {size: RESULTS / f'serve_{size}_cpu.json' for size in _MODELS}
-  return {size: json.loads(path.read_text())
-          for size, path in paths.items() if path.exists()}
+  return {
+    size: json.loads(path.read_text())
+    for size, path in paths.items()
+    if path.exists()
+  }
 
 
 def insert(text: str, table: str) -> str:

@@ -46,22 +46,28 @@ _QUANTILES = (0.5, 0.99)
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('model', '43m', 'Shape of the model; see the flag '
-                      '--model of benchmarks.throughput.')
+  flags.DEFINE_string(
+    'model',
+    '43m',
+    'Shape of the model; see the flag --model of benchmarks.throughput.',
+  )
   flags.DEFINE_integer('token_budget', 128, 'The most tokens of a step.')
-  flags.DEFINE_integer('max_num_seqs', 64, 'The most sequences that run at '
-                       'once.')
+  flags.DEFINE_integer(
+    'max_num_seqs', 64, 'The most sequences that run at once.'
+  )
   flags.DEFINE_float('qps', 8.0, 'Requests per second; arrivals are Poisson.')
   flags.DEFINE_integer('prompt_len', 64, 'Tokens of each prompt.')
   flags.DEFINE_integer('output_len', 96, 'Tokens to generate for each request.')
-  flags.DEFINE_float('seconds', 6.0, 'Seconds for which requests come in each '
-                     'run.')
+  flags.DEFINE_float(
+    'seconds', 6.0, 'Seconds for which requests come in each run.'
+  )
   flags.DEFINE_integer('pairs', 10, 'Pairs of runs to measure.')
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
-def make_workload(options: Mapping[str, Any],
-                  seed: int) -> workload_lib.Workload:
+def make_workload(
+  options: Mapping[str, Any], seed: int
+) -> workload_lib.Workload:
   """Makes requests that are alike, at random times."""
   rng = np.random.default_rng(seed)
   n = max(1, round(options['qps'] * options['seconds']))
@@ -69,7 +75,8 @@ def make_workload(options: Mapping[str, Any],
     arrived_at=np.sort(rng.uniform(0, options['seconds'], n)),
     prompt_lens=np.full(n, options['prompt_len']),
     output_lens=np.full(n, options['output_len']),
-    is_batch=np.zeros(n, bool))
+    is_batch=np.zeros(n, bool),
+  )
 
 
 def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
@@ -81,15 +88,20 @@ def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
   from sarathi_jax import models
   from sarathi_jax.benchmarks import throughput
   from sarathi_jax.launch import loading
+
   model = throughput.MODELS[options['model']]
   longest = options['prompt_len'] + options['output_len']
   llm = llm_lib.LLM(
-    model, models.init_params(
-      model, jax.random.key(0), jnp.float32, scale=0.06),
-    eos_token_ids=(), config=config_lib.EngineConfig(
-      token_budget=options['token_budget'], max_model_len=longest,
+    model,
+    models.init_params(model, jax.random.key(0), jnp.float32, scale=0.06),
+    eos_token_ids=(),
+    config=config_lib.EngineConfig(
+      token_budget=options['token_budget'],
+      max_model_len=longest,
       max_num_seqs=options['max_num_seqs'],
-      num_pages=options['max_num_seqs'] * -(-longest // 64)))
+      num_pages=options['max_num_seqs'] * -(-longest // 64),
+    ),
+  )
   loading.collect_less_garbage()
   return llm.engine
 
@@ -100,28 +112,38 @@ def _cpu_s() -> dict[str, float]:
   for thread in threading.enumerate():
     assert thread.ident is not None
     spent[thread.name] = time.clock_gettime(
-      time.pthread_getcpuclockid(thread.ident))
+      time.pthread_getcpuclockid(thread.ident)
+    )
   return spent
 
 
-def _ms_per_step(before: Mapping[str, float], after: Mapping[str, float],
-                 engine: engine_lib.Engine) -> dict[str, float]:
-  spent = {name: (seconds - before.get(name, 0.0))
-           / engine.metrics.num_steps * 1e3 for name, seconds in after.items()}
+def _ms_per_step(
+  before: Mapping[str, float],
+  after: Mapping[str, float],
+  engine: engine_lib.Engine,
+) -> dict[str, float]:
+  spent = {
+    name: (seconds - before.get(name, 0.0)) / engine.metrics.num_steps * 1e3
+    for name, seconds in after.items()
+  }
   main, stepping = spent['MainThread'], spent.get('engine')
   all_ms = spent['all']
   return {
-    'cpu_ms': all_ms, 'loop_ms': main if stepping else 0.0,
+    'cpu_ms': all_ms,
+    'loop_ms': main if stepping else 0.0,
     'engine_ms': main if stepping is None else stepping,
-    'other_ms': all_ms - main - (stepping or 0.0)}
+    'other_ms': all_ms - main - (stepping or 0.0),
+  }
 
 
-def _quantiles(tbt_s: metrics_lib.Quantiles,
-               ttft_s: metrics_lib.Quantiles) -> dict[str, float]:
+def _quantiles(
+  tbt_s: metrics_lib.Quantiles, ttft_s: metrics_lib.Quantiles
+) -> dict[str, float]:
   return {
     f'{name}_p{q * 100:g}_ms': (seconds.quantile(q) or 0.0) * 1e3
     for name, seconds in (('tbt', tbt_s), ('ttft', ttft_s))
-    for q in _QUANTILES}
+    for q in _QUANTILES
+  }
 
 
 def work(pipe: Any, options: Mapping[str, Any], make: MakeEngine) -> None:
@@ -133,52 +155,66 @@ def work(pipe: Any, options: Mapping[str, Any], make: MakeEngine) -> None:
     if how == 'direct':
       before = _cpu_s()
       metrics = simulate.drive(
-        engine, make_workload(options, seed),
-        wait_until=common.sleep_until).metrics
-      pipe.send(_quantiles(metrics.tbt_s, metrics.ttft_s)
-                | _ms_per_step(before, _cpu_s(), engine)
-                | {'steps': metrics.num_steps})
+        engine, make_workload(options, seed), wait_until=common.sleep_until
+      ).metrics
+      pipe.send(
+        _quantiles(metrics.tbt_s, metrics.ttft_s)
+        | _ms_per_step(before, _cpu_s(), engine)
+        | {'steps': metrics.num_steps}
+      )
     else:
       asyncio.run(_serve(pipe, engine))
 
 
 async def _serve(pipe: Any, engine: engine_lib.Engine) -> None:
-  server = server_lib.Server(
-    server_lib.ServerConfig(port=0), lambda: engine)
+  server = server_lib.Server(server_lib.ServerConfig(port=0), lambda: engine)
   await server.start()
   await server.warm()
   engine.metrics = type(engine.metrics)()
   before = _cpu_s()
   pipe.send(server.port)
   await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
-  pipe.send(_ms_per_step(before, _cpu_s(), engine)
-            | {f'engine_{name}': value
-               for name, value in _quantiles(
-              engine.metrics.tbt_s, engine.metrics.ttft_s).items()}
-            | {'steps': engine.metrics.num_steps})
+  pipe.send(
+    _ms_per_step(before, _cpu_s(), engine)
+    | {
+      f'engine_{name}': value
+      for name, value in _quantiles(
+        engine.metrics.tbt_s, engine.metrics.ttft_s
+      ).items()
+    }
+    | {'steps': engine.metrics.num_steps}
+  )
   await server.stop()
 
 
-def served(pipe: Any, options: Mapping[str, Any],
-           seed: int) -> dict[str, float]:
+def served(
+  pipe: Any, options: Mapping[str, Any], seed: int
+) -> dict[str, float]:
   """Sends a load to a server in the other process."""
   pipe.send(('served', seed))
   target = open_loop.GrpcTarget(f'127.0.0.1:{pipe.recv()}')
   asked = open_loop.requests(
-    make_workload(options, seed), target.info(10).vocab_size, seed)
+    make_workload(options, seed), target.info(10).vocab_size, seed
+  )
   before = time.process_time()
   seen = asyncio.run(open_loop.run(target, asked))
   assert not seen.errors, seen.errors
   client_s = time.process_time() - before
   pipe.send('done')
   told: dict[str, float] = pipe.recv()
-  return _quantiles(seen.tbt_s, seen.quantiles('ttft_s')) | told | {
-    'client_ms': client_s / told['steps'] * 1e3}
+  return (
+    _quantiles(seen.tbt_s, seen.quantiles('ttft_s'))
+    | told
+    | {'client_ms': client_s / told['steps'] * 1e3}
+  )
 
 
-def measure(options: Mapping[str, Any], num_pairs: int,
-            on_pair: Callable[[dict[str, Any]], None],
-            make: MakeEngine = make_engine) -> list[dict[str, Any]]:
+def measure(
+  options: Mapping[str, Any],
+  num_pairs: int,
+  on_pair: Callable[[dict[str, Any]], None],
+  make: MakeEngine = make_engine,
+) -> list[dict[str, Any]]:
   """Runs pairs, after one that warms up."""
   context = multiprocessing.get_context('spawn')
   here, there = context.Pipe()
@@ -190,7 +226,7 @@ def measure(options: Mapping[str, Any], num_pairs: int,
     pairs = []
     for seed in range(num_pairs + 1):
       pair: dict[str, Any] = {}
-      for how in ('direct', 'served')[::1 if seed % 2 else -1]:
+      for how in ('direct', 'served')[:: 1 if seed % 2 else -1]:
         if how == 'served':
           pair[how] = served(here, options, seed)
         else:
@@ -217,8 +253,10 @@ def summary(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
       row[how] = statistics.median(values) if values else None
     if None not in (row['direct'], row['served']) and row['direct']:
       ratios = [p['served'][name] / p['direct'][name] for p in pairs]
-      medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios)))
-                       for _ in range(_RESAMPLES))
+      medians = sorted(
+        statistics.median(rng.choices(ratios, k=len(ratios)))
+        for _ in range(_RESAMPLES)
+      )
       row['ratio'] = statistics.median(ratios)
       row['low'] = medians[round(0.025 * _RESAMPLES)]
       row['high'] = medians[round(0.975 * _RESAMPLES) - 1]
@@ -237,30 +275,50 @@ def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
 
   for row in rows:
     shown.add_row(
-      row['quantity'], number(row['direct']), number(row['served']),
+      row['quantity'],
+      number(row['direct']),
+      number(row['served']),
       number(row.get('ratio')),
-      f'{row["low"]:.3f} to {row["high"]:.3f}' if 'low' in row else '-')
+      f'{row["low"]:.3f} to {row["high"]:.3f}' if 'low' in row else '-',
+    )
   return shown
 
 
 def main() -> None:
-  options = {name: FLAGS[name].value for name in (
-    'model', 'token_budget', 'max_num_seqs', 'qps', 'prompt_len',
-    'output_len', 'seconds')}
+  options = {
+    name: FLAGS[name].value
+    for name in (
+      'model',
+      'token_budget',
+      'max_num_seqs',
+      'qps',
+      'prompt_len',
+      'output_len',
+      'seconds',
+    )
+  }
 
   def on_pair(pair: dict[str, Any]) -> None:
-    print(' '.join(
-      f'{how}: P50 {pair[how]["tbt_p50_ms"]:.1f} '
-      f'P99 {pair[how]["tbt_p99_ms"]:.1f} ms, '
-      f'{pair[how]["cpu_ms"]:.1f} ms of CPU a step;'
-      for how in ('direct', 'served')), flush=True)
+    print(
+      ' '.join(
+        f'{how}: P50 {pair[how]["tbt_p50_ms"]:.1f} '
+        f'P99 {pair[how]["tbt_p99_ms"]:.1f} ms, '
+        f'{pair[how]["cpu_ms"]:.1f} ms of CPU a step;'
+        for how in ('direct', 'served')
+      ),
+      flush=True,
+    )
 
   pairs = measure(options, FLAGS.pairs, on_pair)
   rows = summary(pairs)
   rich.print(table(rows))
-  common.write_json(FLAGS.json, 'server_adds', FLAGS,
-                    {'summary': rows, 'pairs': pairs},
-                    cores_usable=len(os.sched_getaffinity(0)))
+  common.write_json(
+    FLAGS.json,
+    'server_adds',
+    FLAGS,
+    {'summary': rows, 'pairs': pairs},
+    cores_usable=len(os.sched_getaffinity(0)),
+  )
 
 
 if __name__ == '__main__':

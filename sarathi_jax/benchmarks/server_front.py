@@ -56,53 +56,87 @@ class _Spent(NamedTuple):
 
 def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """Makes an engine without a model, with room for all."""
-  return _make_engine(config_lib.SchedulerConfig(
-    token_budget=2 * max_num_seqs, max_num_seqs=max_num_seqs,
-    max_model_len=4096, num_pages=max_num_seqs * 64, page_size=64),
-    step_s, _VOCAB)
+  return _make_engine(
+    config_lib.SchedulerConfig(
+      token_budget=2 * max_num_seqs,
+      max_num_seqs=max_num_seqs,
+      max_model_len=4096,
+      num_pages=max_num_seqs * 64,
+      page_size=64,
+    ),
+    step_s,
+    _VOCAB,
+  )
 
 
 def make_roomy_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """Makes one with a tokenizer, which takes prompts of 100,000 tokens."""
   page_size, max_model_len = 512, 2**17
-  return _make_engine(config_lib.SchedulerConfig(
-    token_budget=8192, max_num_seqs=max_num_seqs,
-    max_model_len=max_model_len, page_size=page_size,
-    num_pages=16 * max_model_len // page_size), step_s, 2048,
-    tokenizer_lib.Tokenizer(hostile.TOKENIZER))
+  return _make_engine(
+    config_lib.SchedulerConfig(
+      token_budget=8192,
+      max_num_seqs=max_num_seqs,
+      max_model_len=max_model_len,
+      page_size=page_size,
+      num_pages=16 * max_model_len // page_size,
+    ),
+    step_s,
+    2048,
+    tokenizer_lib.Tokenizer(hostile.TOKENIZER),
+  )
 
 
-def _make_engine(config: config_lib.SchedulerConfig, step_s: float,
-                 vocab_size: int,
-                 tokenizer: tokenizer_lib.Tokenizer | None = None,
-                 ) -> engine_lib.Engine:
+def _make_engine(
+  config: config_lib.SchedulerConfig,
+  step_s: float,
+  vocab_size: int,
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+) -> engine_lib.Engine:
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
     fake_runner.FakeRunner(vocab_size, config.max_num_seqs, step_s),
     info=engine_lib.EngineInfo.of(
-      config, policy='sarathi', model_name='counting', vocab_size=vocab_size),
-    tokenizer=tokenizer)
+      config, policy='sarathi', model_name='counting', vocab_size=vocab_size
+    ),
+    tokenizer=tokenizer,
+  )
 
 
-def serve_as_it_is(pipe: Any, max_num_seqs: int, step_s: float,
-                   stream_interval_ms: int) -> None:
+def serve_as_it_is(
+  pipe: Any, max_num_seqs: int, step_s: float, stream_interval_ms: int
+) -> None:
   """Serves as `serve`, but with the server's own limits, and a tokenizer."""
-  serve(pipe, max_num_seqs, step_s, stream_interval_ms,
-        admission.Limits(), make_roomy_engine)
+  serve(
+    pipe,
+    max_num_seqs,
+    step_s,
+    stream_interval_ms,
+    admission.Limits(),
+    make_roomy_engine,
+  )
 
 
-def serve(pipe: Any, max_num_seqs: int, step_s: float,
-          stream_interval_ms: int,
-          limits: admission.Limits | None = None,
-          make: Callable[[int, float], engine_lib.Engine] = make_engine,
-          ) -> None:
+def serve(
+  pipe: Any,
+  max_num_seqs: int,
+  step_s: float,
+  stream_interval_ms: int,
+  limits: admission.Limits | None = None,
+  make: Callable[[int, float], engine_lib.Engine] = make_engine,
+) -> None:
   """Runs a server in this process; tells its port, and CPU times when asked."""
+
   async def main() -> None:
     server = server_lib.Server(
       server_lib.ServerConfig(
-        port=0, limits=limits or admission.Limits(
-          max_waiting=100_000, stream_interval_ms=stream_interval_ms)),
-      lambda: make(max_num_seqs, step_s))
+        port=0,
+        limits=limits
+        or admission.Limits(
+          max_waiting=100_000, stream_interval_ms=stream_interval_ms
+        ),
+      ),
+      lambda: make(max_num_seqs, step_s),
+    )
     await server.start()
     await server.warm()
     loading.collect_less_garbage()  # As the server does.
@@ -112,20 +146,27 @@ def serve(pipe: Any, max_num_seqs: int, step_s: float,
       stats = await server.frontend.stats()
       assert stats.num_free_pages == stats.num_pages, 'pages were leaked'
       engine_s = await server.frontend.engine_thread.call(
-        lambda engine: time.thread_time())
+        lambda engine: time.thread_time()
+      )
       pipe.send(_Spent(time.process_time(), engine_s))
     await server.stop()
 
   asyncio.run(main())
 
 
-def serve_floor(pipe: Any, max_num_seqs: int, step_s: float,
-                stream_interval_ms: int) -> None:
+def serve_floor(
+  pipe: Any, max_num_seqs: int, step_s: float, stream_interval_ms: int
+) -> None:
   """Serves as `serve`, but by grpc.aio alone: ready bytes, on a clock."""
   del max_num_seqs, stream_interval_ms
-  answers = [pb.GenerateResponse(
-    request_id='0' * 32, token_ids=[token], logprobs=[0.0],
-    ).SerializeToString() for token in range(_VOCAB)]
+  answers = [
+    pb.GenerateResponse(
+      request_id='0' * 32,
+      token_ids=[token],
+      logprobs=[0.0],
+    ).SerializeToString()
+    for token in range(_VOCAB)
+  ]
 
   async def main() -> None:
     loop = asyncio.get_running_loop()
@@ -145,9 +186,18 @@ def serve_floor(pipe: Any, max_num_seqs: int, step_s: float,
         done.set_result(None)
 
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
-      sarathi_v1.NAME, {'Generate': grpc.unary_stream_rpc_method_handler(
-        generate, pb.GenerateRequest.FromString)}),))
+    server.add_generic_rpc_handlers(
+      (
+        grpc.method_handlers_generic_handler(
+          sarathi_v1.NAME,
+          {
+            'Generate': grpc.unary_stream_rpc_method_handler(
+              generate, pb.GenerateRequest.FromString
+            )
+          },
+        ),
+      )
+    )
     pipe.send(server.add_insecure_port('127.0.0.1:0'))
     await server.start()
     loading.collect_less_garbage()
@@ -162,11 +212,15 @@ def serve_floor(pipe: Any, max_num_seqs: int, step_s: float,
 
 async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
   """Opens all streams at once; returns how many messages each got."""
+
   async def one(stub: Any, i: int) -> int:
     tokens, num_messages = [], 0
-    async for response in stub.Generate(pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=[i % _VOCAB]), sampling=pb.SamplingParams(
-          max_tokens=num_tokens, ignore_eos=True))):
+    async for response in stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[i % _VOCAB]),
+        sampling=pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+      )
+    ):
       tokens += response.token_ids
       num_messages += 1
     assert tokens == [(i + 1 + k) % _VOCAB for k in range(num_tokens)]
@@ -174,13 +228,15 @@ async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
 
   async with grpc.aio.insecure_channel(f'127.0.0.1:{port}') as channel:
     stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
-    return list(await asyncio.gather(
-      *(one(stub, i) for i in range(num_streams))))
+    return list(
+      await asyncio.gather(*(one(stub, i) for i in range(num_streams)))
+    )
 
 
 @contextlib.contextmanager
-def running(serve: Callable[..., None], *args: Any) -> Iterator[
-    tuple[Any, int]]:
+def running(
+  serve: Callable[..., None], *args: Any
+) -> Iterator[tuple[Any, int]]:
   """Runs a server in another process; yields a pipe to it, and its port."""
   context = multiprocessing.get_context('spawn')
   here, there = context.Pipe()
@@ -195,19 +251,24 @@ def running(serve: Callable[..., None], *args: Any) -> Iterator[
     process.kill()
 
 
-def measure_hostile(repeats: int, step_s: float,
-                    only: str = '') -> Iterator[dict[str, Any]]:
+def measure_hostile(
+  repeats: int, step_s: float, only: str = ''
+) -> Iterator[dict[str, Any]]:
   """Sends all bodies whose name has `only` in it."""
   with running(serve_as_it_is, 16, step_s, 0) as (_, port):
-    yield from hostile.measure(
-      port, hostile_bodies.all_bodies(only), repeats)
+    yield from hostile.measure(port, hostile_bodies.all_bodies(only), repeats)
 
 
-def measure(num_streams: int, num_tokens: int, step_s: float,
-            stream_interval_ms: int = 0,
-            serve: Callable[..., None] = serve) -> dict[str, Any]:
+def measure(
+  num_streams: int,
+  num_tokens: int,
+  step_s: float,
+  stream_interval_ms: int = 0,
+  serve: Callable[..., None] = serve,
+) -> dict[str, Any]:
   """Streams tokens, and returns what that cost."""
   with running(serve, num_streams, step_s, stream_interval_ms) as (here, port):
+
     def ask() -> _Spent:
       here.send(True)
       spent: _Spent = here.recv()
@@ -223,75 +284,105 @@ def measure(num_streams: int, num_tokens: int, step_s: float,
   cpu_s = after.cpu_s - before.cpu_s
   engine_s = after.engine_s - before.engine_s
   return {
-    'streams': num_streams, 'tokens': num_out, 'messages': sum(messages),
-    'seconds': seconds, 'tokens_per_s': num_out / seconds,
+    'streams': num_streams,
+    'tokens': num_out,
+    'messages': sum(messages),
+    'seconds': seconds,
+    'tokens_per_s': num_out / seconds,
     'cpu_us_per_token': cpu_s / num_out * 1e6,
     'front_cpu_us_per_token': (cpu_s - engine_s) / num_out * 1e6,
-    'front_cpu_us_per_message': (cpu_s - engine_s) / sum(messages) * 1e6}
+    'front_cpu_us_per_message': (cpu_s - engine_s) / sum(messages) * 1e6,
+  }
 
 
-def compare(num_streams: int, num_tokens: int, step_s: float,
-            stream_interval_ms: int) -> dict[str, Any]:
+def compare(
+  num_streams: int, num_tokens: int, step_s: float, stream_interval_ms: int
+) -> dict[str, Any]:
   """Measures our front, and grpc.aio alone with a message a token."""
   ours = measure(num_streams, num_tokens, step_s, stream_interval_ms)
   floor = measure(num_streams, num_tokens, step_s, serve=serve_floor)
   us = floor['front_cpu_us_per_message']
-  return {**ours, 'grpc_cpu_us_per_message': us,
-          'our_share': 1 - us / ours['front_cpu_us_per_message']}
+  return {
+    **ours,
+    'grpc_cpu_us_per_message': us,
+    'our_share': 1 - us / ours['front_cpu_us_per_message'],
+  }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
   """Makes a table of the results, for people."""
   shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
   columns = {
-    'streams': 'streams', 'tokens/s': 'tokens_per_s',
-    'messages': 'messages', 'us a token': 'front_cpu_us_per_token',
+    'streams': 'streams',
+    'tokens/s': 'tokens_per_s',
+    'messages': 'messages',
+    'us a token': 'front_cpu_us_per_token',
     'us a message': 'front_cpu_us_per_message',
-    'of it grpc.aio': 'grpc_cpu_us_per_message'}
+    'of it grpc.aio': 'grpc_cpu_us_per_message',
+  }
   for name in (*columns, 'ours'):
     shown.add_column(name, justify='right')
   for row in rows:
-    shown.add_row(*(f'{row[key]:.0f}' for key in columns.values()),
-                  f'{row["our_share"]:.0%}')
+    shown.add_row(
+      *(f'{row[key]:.0f}' for key in columns.values()),
+      f'{row["our_share"]:.0%}',
+    )
   return shown
 
 
 def main() -> None:
   rows = _hostile() if FLAGS.hostile else _front()
-  common.write_json(FLAGS.json, 'server_front', FLAGS, rows,
-                    grpcio=grpc.__version__)
+  common.write_json(
+    FLAGS.json, 'server_front', FLAGS, rows, grpcio=grpc.__version__
+  )
 
 
 def _hostile() -> list[dict[str, Any]]:
   rows = []
-  for row in measure_hostile(
-      FLAGS.repeats, FLAGS.step_ms / 1e3, FLAGS.only):
+  for row in measure_hostile(FLAGS.repeats, FLAGS.step_ms / 1e3, FLAGS.only):
     print(hostile.line(row), flush=True)  # a slow server shows where
     rows.append(row)
   return rows
 
 
 def _front() -> list[dict[str, Any]]:
-  rows = [compare(num_streams, FLAGS.tokens, FLAGS.step_ms / 1e3,
-                  FLAGS.stream_interval_ms) for num_streams in FLAGS.streams]
+  rows = [
+    compare(
+      num_streams, FLAGS.tokens, FLAGS.step_ms / 1e3, FLAGS.stream_interval_ms
+    )
+    for num_streams in FLAGS.streams
+  ]
   rich.print(table(rows))
   return rows
 
 
 if __name__ == '__main__':
   flags.DEFINE_multi_integer(
-    'streams', [128, 1000], 'Number of streams open at once; each number given '
-    'is measured.')
+    'streams',
+    [128, 1000],
+    'Number of streams open at once; each number given is measured.',
+  )
   flags.DEFINE_integer('tokens', 100, 'Tokens of each stream.')
   flags.DEFINE_float('step_ms', 20.0, 'Time of each step, milliseconds.')
-  flags.DEFINE_integer('stream_interval_ms', 0, 'The server\'s flag of this '
-                       'name: the least milliseconds between two messages.')
-  flags.DEFINE_bool(
-    'hostile', False, 'Measure what large bodies do to others\' streams.')
-  flags.DEFINE_string('only', '', 'With --hostile, send only bodies with this '
-                      'text in their names.')
   flags.DEFINE_integer(
-    'repeats', 3, 'With --hostile, how often to send each body; the least harm '
-    'counts, as others may use the machine.')
+    'stream_interval_ms',
+    0,
+    "The server's flag of this "
+    'name: the least milliseconds between two messages.',
+  )
+  flags.DEFINE_bool(
+    'hostile', False, "Measure what large bodies do to others' streams."
+  )
+  flags.DEFINE_string(
+    'only',
+    '',
+    'With --hostile, send only bodies with this text in their names.',
+  )
+  flags.DEFINE_integer(
+    'repeats',
+    3,
+    'With --hostile, how often to send each body; the least harm '
+    'counts, as others may use the machine.',
+  )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   mains.run(main)

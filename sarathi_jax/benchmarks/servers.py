@@ -45,8 +45,10 @@ class Side:
   @property
   def name(self) -> str:
     return f'{self.engine} ' + (
-      f'{self.token_budget}' if self.steps is None
-      else f'≤ {self.steps:g} steps')
+      f'{self.token_budget}'
+      if self.steps is None
+      else f'≤ {self.steps:g} steps'
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,46 +73,75 @@ class Setup:
   threads: int
   args: Mapping[str, Sequence[str]]
 
-  def command(self, side: Side, port: int, tbt_slo_s: float | None,
-              ttft_slo_s: float) -> list[str]:
+  def command(
+    self, side: Side, port: int, tbt_slo_s: float | None, ttft_slo_s: float
+  ) -> list[str]:
     """Returns what starts the server of a side, at a port of 127.0.0.1."""
     if side.engine == VLLM:
       assert self.vllm_python is not None
       return [
-        self.vllm_python, '-m', 'vllm.entrypoints.openai.api_server',
-        f'--model={self.model}', '--served-model-name=m', '--dtype=float32',
-        '--host=127.0.0.1', f'--port={port}',
+        self.vllm_python,
+        '-m',
+        'vllm.entrypoints.openai.api_server',
+        f'--model={self.model}',
+        '--served-model-name=m',
+        '--dtype=float32',
+        '--host=127.0.0.1',
+        f'--port={port}',
         f'--max-model-len={self.max_model_len}',
         f'--max-num-seqs={self.max_num_seqs}',
         f'--max-num-batched-tokens={side.token_budget}',
-        '--skip-tokenizer-init', '--no-enable-prefix-caching',
-        '--disable-uvicorn-access-log', '--disable-log-stats',
-        *self.args[VLLM]]
-    slos = () if tbt_slo_s is None else (
-      f'--tbt_slo_ms={tbt_slo_s * 1e3:g}',
-      f'--ttft_slo_ms={ttft_slo_s * 1e3:g}')
+        '--skip-tokenizer-init',
+        '--no-enable-prefix-caching',
+        '--disable-uvicorn-access-log',
+        '--disable-log-stats',
+        *self.args[VLLM],
+      ]
+    slos = (
+      ()
+      if tbt_slo_s is None
+      else (
+        f'--tbt_slo_ms={tbt_slo_s * 1e3:g}',
+        f'--ttft_slo_ms={ttft_slo_s * 1e3:g}',
+      )
+    )
     return [
-      sys.executable, '-m', 'sarathi_jax.server', f'--checkpoint={self.model}',
-      '--served_model_name=m', f'--port={port}',
+      sys.executable,
+      '-m',
+      'sarathi_jax.server',
+      f'--checkpoint={self.model}',
+      '--served_model_name=m',
+      f'--port={port}',
       f'--max_model_len={self.max_model_len}',
       f'--max_num_seqs={self.max_num_seqs}',
       f'--kv_cache_gib={self.kv_cache_gib}',
-      f'--token_budget={side.token_budget}', *slos, *self.args[OURS]]
+      f'--token_budget={side.token_budget}',
+      *slos,
+      *self.args[OURS],
+    ]
 
   def environment(self) -> dict[str, str]:
     """Returns the environment of all servers: for vLLM what has no flag."""
     return os.environ | {
-      'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1',
+      'HF_HUB_OFFLINE': '1',
+      'VLLM_NO_USAGE_STATS': '1',
       'VLLM_CPU_KVCACHE_SPACE': str(self.kv_cache_gib),
-      'VLLM_CPU_OMP_THREADS_BIND': f'0-{self.threads - 1}'}
+      'VLLM_CPU_OMP_THREADS_BIND': f'0-{self.threads - 1}',
+    }
 
 
 def version(vllm_python: str) -> str:
   """Returns the version of vllm-cpu."""
   return subprocess.run(
-    [vllm_python, '-c', 'import importlib.metadata as found; '
-     'print(found.version("vllm-cpu"))'],
-    capture_output=True, text=True, check=True).stdout.strip()
+    [
+      vllm_python,
+      '-c',
+      'import importlib.metadata as found; print(found.version("vllm-cpu"))',
+    ],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.strip()
 
 
 class Server:
@@ -120,8 +151,12 @@ class Server:
     target: what the client asks.
   """
 
-  def __init__(self, process: subprocess.Popen[bytes], log: pathlib.Path,
-               target: open_loop.Target) -> None:
+  def __init__(
+    self,
+    process: subprocess.Popen[bytes],
+    log: pathlib.Path,
+    target: open_loop.Target,
+  ) -> None:
     self.target = target
     self._process = process
     self._log = log
@@ -132,7 +167,8 @@ class Server:
       words = self._log.read_text(errors='replace')[-4000:]
       raise common.PeerError(
         f'{shlex.join(map(str, self._process.args))}\n'  # type: ignore[arg-type]
-        f'ended with {status}:\n{words}')
+        f'ended with {status}:\n{words}'
+      )
 
   def answers(self) -> bool:
     async def opens() -> None:
@@ -163,9 +199,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], environment: Mapping[str, str],
-            target: open_loop.Target,
-            start_s: float = _START_S) -> Iterator[Server]:
+def running(
+  command: Sequence[str],
+  environment: Mapping[str, str],
+  target: open_loop.Target,
+  start_s: float = _START_S,
+) -> Iterator[Server]:
   """Runs a server, from when it answers to the end of the block.
 
   Raises:
@@ -175,8 +214,13 @@ def running(command: Sequence[str], environment: Mapping[str, str],
     log = pathlib.Path(folder) / 'log'
     with log.open('wb') as file:
       process = subprocess.Popen(
-        command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file,
-        stderr=subprocess.STDOUT, start_new_session=True)
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+      )
     server = Server(process, log, target)
     try:
       deadline = time.monotonic() + start_s
@@ -185,7 +229,8 @@ def running(command: Sequence[str], environment: Mapping[str, str],
         if time.monotonic() > deadline:
           raise common.PeerError(
             f'{shlex.join(command)}\ngave no answer for {start_s:g} s:\n'
-            + log.read_text(errors='replace')[-4000:])
+            + log.read_text(errors='replace')[-4000:]
+          )
         time.sleep(_LOOK_S)
       yield server
     finally:
@@ -193,8 +238,14 @@ def running(command: Sequence[str], environment: Mapping[str, str],
 
 
 @contextlib.contextmanager
-def start(setup: Setup, side: Side, port: int, *, tbt_slo_s: float | None,
-          ttft_slo_s: float) -> Iterator[Server]:
+def start(
+  setup: Setup,
+  side: Side,
+  port: int,
+  *,
+  tbt_slo_s: float | None,
+  ttft_slo_s: float,
+) -> Iterator[Server]:
   """Starts the server of a side; see `running`.
 
   Args:
@@ -208,6 +259,9 @@ def start(setup: Setup, side: Side, port: int, *, tbt_slo_s: float | None,
   target: open_loop.Target = open_loop.GrpcTarget(f'127.0.0.1:{port}')
   if side.engine == VLLM:
     target = openai.HttpTarget(f'http://127.0.0.1:{port}', has_token_ids=True)
-  with running(setup.command(side, port, tbt_slo_s, ttft_slo_s),
-               setup.environment(), target) as server:
+  with running(
+    setup.command(side, port, tbt_slo_s, ttft_slo_s),
+    setup.environment(),
+    target,
+  ) as server:
     yield server

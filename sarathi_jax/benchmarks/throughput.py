@@ -37,12 +37,25 @@ from sarathi_jax.models import published
 FLAGS = flags.FLAGS
 
 
-def _llama(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int,
-           vocab: int, context: int) -> model_config_lib.LlamaConfig:
+def _llama(
+  layers: int,
+  hidden: int,
+  mlp: int,
+  heads: int,
+  kv_heads: int,
+  vocab: int,
+  context: int,
+) -> model_config_lib.LlamaConfig:
   return model_config_lib.LlamaConfig(
-    vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp,
-    num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
-    head_dim=hidden // heads, max_position_embeddings=context)
+    vocab_size=vocab,
+    hidden_size=hidden,
+    intermediate_size=mlp,
+    num_layers=layers,
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=hidden // heads,
+    max_position_embeddings=context,
+  )
 
 
 MODELS = {
@@ -56,10 +69,16 @@ MODELS = {
 def define_flags() -> None:
   flags.DEFINE_enum('model', '43m', list(MODELS), 'Shape of the model.')
   flags.DEFINE_integer('num_requests', 32, 'Requests of each run.')
-  flags.DEFINE_list('prompt_lens', ['32', '64', '128', '256'],
-                    'Lengths of prompts to draw from, tokens.')
-  flags.DEFINE_list('output_lens', ['32', '64', '128'],
-                    'Lengths of outputs to draw from, tokens.')
+  flags.DEFINE_list(
+    'prompt_lens',
+    ['32', '64', '128', '256'],
+    'Lengths of prompts to draw from, tokens.',
+  )
+  flags.DEFINE_list(
+    'output_lens',
+    ['32', '64', '128'],
+    'Lengths of outputs to draw from, tokens.',
+  )
   flags.DEFINE_integer('runs', 3, 'Number of runs to measure.')
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
@@ -74,17 +93,28 @@ class Workload:
   output_lens: tuple[int, ...]
 
 
-def run(llm: llm_lib.LLM, workload: Workload, seed: int,
-        ) -> dict[str, float | None]:
+def run(
+  llm: llm_lib.LLM,
+  workload: Workload,
+  seed: int,
+) -> dict[str, float | None]:
   """Runs random prompts, fresh for every seed; returns the run's numbers."""
   rng = random.Random(seed)
   prompts, sampling = [], []
   for _ in range(workload.num_requests):
-    prompts.append([rng.randrange(llm.model.vocab_size)
-                    for _ in range(rng.choice(workload.prompt_lens))])
-    sampling.append(types.SamplingParams(
-      temperature=0, ignore_eos=True,
-      max_tokens=rng.choice(workload.output_lens)))
+    prompts.append(
+      [
+        rng.randrange(llm.model.vocab_size)
+        for _ in range(rng.choice(workload.prompt_lens))
+      ]
+    )
+    sampling.append(
+      types.SamplingParams(
+        temperature=0,
+        ignore_eos=True,
+        max_tokens=rng.choice(workload.output_lens),
+      )
+    )
   metrics = llm.engine.metrics
   num_steps, wait_s = metrics.num_steps, metrics.wait_s
   earlier = metrics.ttft_s.copy(), metrics.tbt_s.copy()
@@ -92,19 +122,29 @@ def run(llm: llm_lib.LLM, workload: Workload, seed: int,
   done = llm.generate(prompts, sampling)
   seconds = time.perf_counter() - start
   num_steps, wait_s = metrics.num_steps - num_steps, metrics.wait_s - wait_s
-  output, prompt = (sum(map(len, x)) for x in (
-    [d.token_ids for d in done], prompts))
+  output, prompt = (
+    sum(map(len, x)) for x in ([d.token_ids for d in done], prompts)
+  )
   ttft, tbt = (
-    values.since(before) for values, before in zip(
-      (metrics.ttft_s, metrics.tbt_s), earlier, strict=True))
+    values.since(before)
+    for values, before in zip(
+      (metrics.ttft_s, metrics.tbt_s), earlier, strict=True
+    )
+  )
   return {
-    'seconds': seconds, 'output_tokens': output, 'prompt_tokens': prompt,
+    'seconds': seconds,
+    'output_tokens': output,
+    'prompt_tokens': prompt,
     'output_tokens_per_s': output / seconds,
-    'prompt_tokens_per_s': prompt / seconds, 'steps': num_steps,
+    'prompt_tokens_per_s': prompt / seconds,
+    'steps': num_steps,
     'step_ms': seconds / num_steps * 1e3,
     'host_ms_per_step': (seconds - wait_s) / num_steps * 1e3,
-    'ttft_p50_s': ttft.quantile(.5), 'ttft_p99_s': ttft.quantile(.99),
-    'tbt_p50_s': tbt.quantile(.5), 'tbt_p99_s': tbt.quantile(.99)}
+    'ttft_p50_s': ttft.quantile(0.5),
+    'ttft_p99_s': ttft.quantile(0.99),
+    'tbt_p50_s': tbt.quantile(0.5),
+    'tbt_p99_s': tbt.quantile(0.99),
+  }
 
 
 def main() -> None:
@@ -115,18 +155,22 @@ def main() -> None:
   workload = Workload(
     num_requests=FLAGS.num_requests,
     prompt_lens=tuple(map(int, FLAGS.prompt_lens)),
-    output_lens=tuple(map(int, FLAGS.output_lens)))
+    output_lens=tuple(map(int, FLAGS.output_lens)),
+  )
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Making weights', total=None)
     params = models.init_params(
-      model, jax.random.key(0), jnp.dtype(dtype_of(config)), scale=0.06)
+      model, jax.random.key(0), jnp.dtype(dtype_of(config)), scale=0.06
+    )
 
     def on_compiled(done: int, total: int) -> None:
-      progress.update(task, description='Compiling', completed=done,
-                      total=total)
+      progress.update(
+        task, description='Compiling', completed=done, total=total
+      )
 
-    llm = llm_lib.LLM(model, params, config=config, eos_token_ids=(),
-                      on_compiled=on_compiled)
+    llm = llm_lib.LLM(
+      model, params, config=config, eos_token_ids=(), on_compiled=on_compiled
+    )
     progress.reset(task, description='Running', total=FLAGS.runs + 1)
     rows = []
     for seed in range(FLAGS.runs + 1):
@@ -146,21 +190,32 @@ def _shown(value: float | None) -> str:
   return f'{value:,.0f}' if value > 99 else f'{value:.3g}'
 
 
-def _report(console: rich.console.Console, config: config_lib.EngineConfig,
-            llm: llm_lib.LLM,
-            rows: list[dict[str, float | None]]) -> None:
+def _report(
+  console: rich.console.Console,
+  config: config_lib.EngineConfig,
+  llm: llm_lib.LLM,
+  rows: list[dict[str, float | None]],
+) -> None:
   device = jax.devices()[0].device_kind
   table = rich.table.Table(
-    '', *('warm-up' if i == 0 else f'run {i}' for i in range(len(rows))),
+    '',
+    *('warm-up' if i == 0 else f'run {i}' for i in range(len(rows))),
     title=f'{FLAGS.model} {dtype_of(config)} on {device}, {config.policy}, '
-    f'{config.token_budget} tokens a step')
+    f'{config.token_budget} tokens a step',
+  )
   for name in rows[0]:
     table.add_row(name, *(_shown(row[name]) for row in rows))
   console.print(table)
   waste = llm.engine.stats().padding_waste
   console.print(f'{waste:.1%} of the rows computed were padding.')
-  common.write_json(FLAGS.json, 'throughput', FLAGS, rows[1:], device=device,
-                    padding_waste=waste)
+  common.write_json(
+    FLAGS.json,
+    'throughput',
+    FLAGS,
+    rows[1:],
+    device=device,
+    padding_waste=waste,
+  )
 
 
 if __name__ == '__main__':

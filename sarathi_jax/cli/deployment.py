@@ -23,8 +23,9 @@ from sarathi_jax import errors
 from sarathi_jax.models import config as model_config_lib
 
 # Where they are once installed, and in a clone.
-_SHIPPED = tuple(folder / 'configs'
-                 for folder in pathlib.Path(__file__).parents[1:3])
+_SHIPPED = tuple(
+  folder / 'configs' for folder in pathlib.Path(__file__).parents[1:3]
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +83,27 @@ def read(path: str) -> Deployment:
   if not isinstance(device, str | None):
     _fail(path, f"DEVICE must be a name such as 'a100', not {device!r}")
   return Deployment(
-    path=path, config=config, device=device,
-    model=_call(path, names, 'get_model', model_config_lib.ModelConfig))
+    path=path,
+    config=config,
+    device=device,
+    model=_call(path, names, 'get_model', model_config_lib.ModelConfig),
+  )
 
 
 def _find(path: str) -> str:
   given = pathlib.Path(path)
   if given.is_file():
     return path
-  shipped = {file.stem: file for folder in _SHIPPED
-             for file in sorted(folder.glob('*.py'))}
-  if given.parent.name in ('', 'configs') and not given.is_absolute() and (
-      file := shipped.get(given.name.removesuffix('.py'))):
+  shipped = {
+    file.stem: file
+    for folder in _SHIPPED
+    for file in sorted(folder.glob('*.py'))
+  }
+  if (
+    given.parent.name in ('', 'configs')
+    and not given.is_absolute()
+    and (file := shipped.get(given.name.removesuffix('.py')))
+  ):
     return str(file)
   _fail(path, f'no such file, nor one of the package: {", ".join(shipped)}')
 

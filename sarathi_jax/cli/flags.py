@@ -20,115 +20,180 @@ flags.disclaim_key_flags()  # They are of the main that asks for them.
 # Field of EngineConfig -> (kind of flag, help). If a flag is not given, the
 # value is that of --config, else the default.
 _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
-  'policy': (flags.DEFINE_string,
-             'Scheduling policy: sarathi, vllm, orca or faster_transformer.'),
-  'token_budget': (flags.DEFINE_integer,
-                   'The most tokens that a step computes.'),
-  'max_num_seqs': (flags.DEFINE_integer,
-                   'The most sequences that run at once.'),
-  'max_model_len': (flags.DEFINE_integer,
-                    'The most tokens of a sequence, prompt and output '
-                    'together. Default: what the model was made for.'),
+  'policy': (
+    flags.DEFINE_string,
+    'Scheduling policy: sarathi, vllm, orca or faster_transformer.',
+  ),
+  'token_budget': (
+    flags.DEFINE_integer,
+    'The most tokens that a step computes.',
+  ),
+  'max_num_seqs': (
+    flags.DEFINE_integer,
+    'The most sequences that run at once.',
+  ),
+  'max_model_len': (
+    flags.DEFINE_integer,
+    'The most tokens of a sequence, prompt and output '
+    'together. Default: what the model was made for.',
+  ),
   'page_size': (flags.DEFINE_integer, 'Tokens in a page of the KV cache.'),
-  'num_pages': (flags.DEFINE_integer,
-                'Number of pages in the KV cache. Default: as many as fit.'),
-  'kv_cache_gib': (flags.DEFINE_float,
-                   'Size of the KV cache, GiB. Default: what is free on a '
-                   'GPU, 1 on a CPU.'),
-  'memory_utilization': (flags.DEFINE_float,
-                         'Fraction of each device\'s memory to use, in '
-                         '(0, 1], where the KV cache\'s size is not given.'),
-  'look_ahead': (flags.DEFINE_bool,
-                 'Launch each step before the tokens of the last one are '
-                 'fetched.'),
+  'num_pages': (
+    flags.DEFINE_integer,
+    'Number of pages in the KV cache. Default: as many as fit.',
+  ),
+  'kv_cache_gib': (
+    flags.DEFINE_float,
+    'Size of the KV cache, GiB. Default: what is free on a GPU, 1 on a CPU.',
+  ),
+  'memory_utilization': (
+    flags.DEFINE_float,
+    "Fraction of each device's memory to use, in "
+    "(0, 1], where the KV cache's size is not given.",
+  ),
+  'look_ahead': (
+    flags.DEFINE_bool,
+    'Launch each step before the tokens of the last one are fetched.',
+  ),
   'short_prompt_share': (
-    flags.DEFINE_float, 'Fraction of a step\'s prefill tokens that a prompt '
-    'leaves to shorter prompts behind it.'),
+    flags.DEFINE_float,
+    "Fraction of a step's prefill tokens that a prompt "
+    'leaves to shorter prompts behind it.',
+  ),
   'dtype': (
-    flags.DEFINE_string, 'Dtype to serve a checkpoint\'s weights in: '
-    f'{", ".join(config_lib.DTYPES)}. auto is the checkpoint\'s own, but '
-    'float32 on a CPU.'),
+    flags.DEFINE_string,
+    "Dtype to serve a checkpoint's weights in: "
+    f"{', '.join(config_lib.DTYPES)}. auto is the checkpoint's own, but "
+    'float32 on a CPU.',
+  ),
   'kv_cache_dtype': (
-    flags.DEFINE_string, 'Dtype of the KV cache: '
-    f'{", ".join(config_lib.KV_CACHE_DTYPES)}.'),
+    flags.DEFINE_string,
+    f'Dtype of the KV cache: {", ".join(config_lib.KV_CACHE_DTYPES)}.',
+  ),
   'tbt_slo_ms': (
-    flags.DEFINE_float, 'Time between tokens to aim at, milliseconds: the '
+    flags.DEFINE_float,
+    'Time between tokens to aim at, milliseconds: the '
     'token budget of each step follows it, up to --token_budget. Default: '
-    'each step may take --token_budget.'),
+    'each step may take --token_budget.',
+  ),
   'ttft_slo_ms': (
-    flags.DEFINE_float, 'Time to the first token, milliseconds, beside what '
+    flags.DEFINE_float,
+    'Time to the first token, milliseconds, beside what '
     'computing the prompt takes, at which --tbt_slo_ms gives way. Default: '
-    'twenty times --tbt_slo_ms.'),
+    'twenty times --tbt_slo_ms.',
+  ),
   'batch_tbt_slo_ms': (
-    flags.DEFINE_float, 'Like --tbt_slo_ms, for requests of the tier batch. '
-    'Default: requests of that tier limit no step.'),
-  'attention': (flags.DEFINE_string,
-                'Implementation of attention: reference, xla, pallas_triton '
-                'or pallas_mosaic. Default: chosen for the device.'),
-  'tp': (flags.DEFINE_integer,
-         'Tensor parallelism: number of devices that share each layer.'),
-  'pp': (flags.DEFINE_integer,
-         'Pipeline parallelism: number of stages, of --tp devices each.'),
-  'seed': (flags.DEFINE_integer,
-           'Seed of the random numbers of requests that give none.'),
+    flags.DEFINE_float,
+    'Like --tbt_slo_ms, for requests of the tier batch. '
+    'Default: requests of that tier limit no step.',
+  ),
+  'attention': (
+    flags.DEFINE_string,
+    'Implementation of attention: reference, xla, pallas_triton '
+    'or pallas_mosaic. Default: chosen for the device.',
+  ),
+  'tp': (
+    flags.DEFINE_integer,
+    'Tensor parallelism: number of devices that share each layer.',
+  ),
+  'pp': (
+    flags.DEFINE_integer,
+    'Pipeline parallelism: number of stages, of --tp devices each.',
+  ),
+  'seed': (
+    flags.DEFINE_integer,
+    'Seed of the random numbers of requests that give none.',
+  ),
 }
 
 
 def define_engine_flags() -> None:
   """Defines a flag for every field of EngineConfig, and --config."""
   flags.DEFINE_string(
-    'config', None, 'Deployment: a Python file with get_config() -> '
+    'config',
+    None,
+    'Deployment: a Python file with get_config() -> '
     'EngineConfig, or the name of one that comes with the package; see '
-    'configs/. Other flags override its fields.')
+    'configs/. Other flags override its fields.',
+  )
   flags.DEFINE_string(
-    'cache_dir', str(config_lib.default_cache_dir()),
+    'cache_dir',
+    str(config_lib.default_cache_dir()),
     'Folder to keep compiled steps and converted Hugging Face checkpoints in; '
-    'empty: keep no compiled steps.')
+    'empty: keep no compiled steps.',
+  )
   default = config_lib.EngineConfig()
   flags.DEFINE_bool(
-    'convert', True, 'Convert a Hugging Face checkpoint once, into '
+    'convert',
+    True,
+    'Convert a Hugging Face checkpoint once, into '
     '--cache_dir. --noconvert: read its tensors slice by slice at every start, '
-    'and keep no copy.')
+    'and keep no copy.',
+  )
   flags.DEFINE_bool(
-    'sampling_defaults', True, 'Take the sampling that a checkpoint\'s makers '
+    'sampling_defaults',
+    True,
+    "Take the sampling that a checkpoint's makers "
     'recommend for requests that do not say. It is an error if parts of it are '
-    'not supported.')
+    'not supported.',
+  )
   flags.DEFINE_bool(
-    'allow_nonfinite', False, 'Serve a checkpoint even if some weights are NaN '
-    'or infinite. Requests whose logits they ruin end with the reason error.')
+    'allow_nonfinite',
+    False,
+    'Serve a checkpoint even if some weights are NaN '
+    'or infinite. Requests whose logits they ruin end with the reason error.',
+  )
   flags.DEFINE_bool(
-    'distributed', False, 'Run as one of several processes, one per host, that '
+    'distributed',
+    False,
+    'Run as one of several processes, one per host, that '
     'share a model. --coordinator_address, --num_processes and --process_id '
-    'are detected under SLURM, Open MPI and Kubernetes if not given.')
+    'are detected under SLURM, Open MPI and Kubernetes if not given.',
+  )
   flags.DEFINE_string(
-    'coordinator_address', None,
+    'coordinator_address',
+    None,
     'HOST:PORT where the first of several processes waits for the others to '
-    'join it.')
+    'join it.',
+  )
   flags.DEFINE_float(
-    'join_timeout_s', None,
+    'join_timeout_s',
+    None,
     'Seconds that several processes wait for each other at the start. '
-    'Default: 300.', 0.0)
+    'Default: 300.',
+    0.0,
+  )
   flags.DEFINE_string(
-    'join_key_file', None,
+    'join_key_file',
+    None,
     'File with the secret by which several processes know each other, the same '
     'on each host. Default: one in ~/.cache/sarathi_jax, which is made if '
-    'there is none; that suffices where hosts share home directories.')
+    'there is none; that suffices where hosts share home directories.',
+  )
   flags.DEFINE_integer(
-    'num_processes', None, 'Number of processes that share the model, one per '
-    'host.', 1)
+    'num_processes',
+    None,
+    'Number of processes that share the model, one per host.',
+    1,
+  )
   flags.DEFINE_integer(
-    'process_id', None, 'Number of this process among those that share the '
-    'model, from 0. Process 0 schedules and serves.', 0)
+    'process_id',
+    None,
+    'Number of this process among those that share the '
+    'model, from 0. Process 0 schedules and serves.',
+    0,
+  )
   for name, (define, text) in _ENGINE_FLAGS.items():
     value = getattr(default, name)
-    define(
-      name, None, text if value is None else f'{text} Default: {value}.')
+    define(name, None, text if value is None else f'{text} Default: {value}.')
 
 
 def loading_from_flags() -> dict[str, Any]:
   """Returns how to open a checkpoint: arguments of `LLM.from_checkpoint`."""
-  return {name: FLAGS[name].value for name in (
-    'cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')}
+  return {
+    name: FLAGS[name].value
+    for name in ('cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')
+  }
 
 
 def define_fields(**defaults: Any) -> None:
@@ -146,22 +211,34 @@ def processes_from_flags() -> dict[str, Any] | None:
   """
   names = ('coordinator_address', 'num_processes', 'process_id')
   given: dict[str, Any] = {name: FLAGS[name].value for name in names}
-  more: dict[str, Any] = {name: FLAGS[name].value for name in (
-    'join_timeout_s', 'join_key_file') if FLAGS[name].value is not None}
+  more: dict[str, Any] = {
+    name: FLAGS[name].value
+    for name in ('join_timeout_s', 'join_key_file')
+    if FLAGS[name].value is not None
+  }
   if not FLAGS.distributed and given == dict.fromkeys(names):
     for name, value in more.items():
       config_lib.check(
-        False, name, value,
-        'is for several processes; say coordinator_address or distributed')
+        False,
+        name,
+        value,
+        'is for several processes; say coordinator_address or distributed',
+      )
     return None
   process, count = given['process_id'], given['num_processes']
   config_lib.check(
-    process is None or count is None or process < count, 'process_id',
-    process, f'must be below num_processes={count}')
+    process is None or count is None or process < count,
+    'process_id',
+    process,
+    f'must be below num_processes={count}',
+  )
   timeout_s = more.get('join_timeout_s', 1.0)
   config_lib.check(
-    math.isfinite(timeout_s) and timeout_s > 0, 'join_timeout_s', timeout_s,
-    'must be seconds > 0')
+    math.isfinite(timeout_s) and timeout_s > 0,
+    'join_timeout_s',
+    timeout_s,
+    'must be seconds > 0',
+  )
   return given | more
 
 
@@ -172,15 +249,22 @@ def engine_config_from_flags() -> config_lib.EngineConfig:
     ConfigError: it can't work, or --config can't be read. What depends on
       the model is checked when that is loaded.
   """
-  config = deployment.read(FLAGS.config).config if FLAGS.config else (
-    config_lib.EngineConfig())
+  config = (
+    deployment.read(FLAGS.config).config
+    if FLAGS.config
+    else (config_lib.EngineConfig())
+  )
   given: dict[str, Any] = {
-    name: FLAGS[name].value for name in _ENGINE_FLAGS
-    if FLAGS[name].value is not None}
+    name: FLAGS[name].value
+    for name in _ENGINE_FLAGS
+    if FLAGS[name].value is not None
+  }
   if config.compilation_cache_dir == config_lib.AUTO:
-    given['compilation_cache_dir'] = str(
-      pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled'
-    ) if FLAGS.cache_dir else None
+    given['compilation_cache_dir'] = (
+      str(pathlib.Path(FLAGS.cache_dir).expanduser() / 'compiled')
+      if FLAGS.cache_dir
+      else None
+    )
   config = dataclasses.replace(config, **given)
   scheduler.policy_class(config.policy)
   return config

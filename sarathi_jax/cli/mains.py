@@ -14,9 +14,13 @@ from absl import logging
 from sarathi_jax import errors
 
 
-def run(main: Callable[..., Any],
-        define_flags: Callable[[], object] = lambda: None, *,
-        takes_arguments: bool = False, verbosity: int | None = None) -> None:
+def run(
+  main: Callable[..., Any],
+  define_flags: Callable[[], object] = lambda: None,
+  *,
+  takes_arguments: bool = False,
+  verbosity: int | None = None,
+) -> None:
   """Runs a main, whose `--help` shows its module's docstring and flags.
 
   absl shows those of the module that Python was started with, which is
@@ -43,8 +47,12 @@ def run(main: Callable[..., Any],
   app.run(called)
 
 
-def call(main: Callable[..., Any], argv: Sequence[str], *,
-         takes_arguments: bool = False) -> Any:
+def call(
+  main: Callable[..., Any],
+  argv: Sequence[str],
+  *,
+  takes_arguments: bool = False,
+) -> Any:
   """Calls a main; reports a user's error, or one of ours, in one line.
 
   Args:

@@ -15,8 +15,10 @@ flags.disclaim_key_flags()  # They are of the main that asks for them.
 
 _Kind = sampling_params.Kind
 _DEFINE: Mapping[_Kind, Callable[..., Any]] = {
-  _Kind.INT: flags.DEFINE_integer, _Kind.LONG: flags.DEFINE_integer,
-  _Kind.FLOAT: flags.DEFINE_float, _Kind.BOOL: flags.DEFINE_bool,
+  _Kind.INT: flags.DEFINE_integer,
+  _Kind.LONG: flags.DEFINE_integer,
+  _Kind.FLOAT: flags.DEFINE_float,
+  _Kind.BOOL: flags.DEFINE_bool,
   _Kind.STRINGS: flags.DEFINE_multi_string,
   _Kind.IDS: flags.DEFINE_multi_integer,
 }
@@ -31,6 +33,9 @@ def define(*, but: tuple[str, ...] = ()) -> None:
 
 def said(*, but: tuple[str, ...] = ()) -> dict[str, Any]:
   """Returns the values of the flags that were given, `but` for some."""
-  values = {name: FLAGS[name].value for name in sampling_params.FIELDS
-            if name not in but}
+  values = {
+    name: FLAGS[name].value
+    for name in sampling_params.FIELDS
+    if name not in but
+  }
   return {name: value for name, value in values.items() if value is not None}

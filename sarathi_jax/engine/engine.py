@@ -46,7 +46,8 @@ class _Live:
   seq: sequence.Sequence
   detokenizer: detokenizer.Detokenizer | None
   times: metrics_lib.RequestTimes = dataclasses.field(
-    default_factory=metrics_lib.RequestTimes)
+    default_factory=metrics_lib.RequestTimes
+  )
 
 
 class Engine:
@@ -62,10 +63,15 @@ class Engine:
     clock: returns seconds, monotonic.
   """
 
-  def __init__(self, scheduler: scheduler_lib.Scheduler, runner: Runner, *,
-               info: EngineInfo,
-               tokenizer: tokenizer_lib.Tokenizer | None = None,
-               clock: Callable[[], float] = time.monotonic) -> None:
+  def __init__(
+    self,
+    scheduler: scheduler_lib.Scheduler,
+    runner: Runner,
+    *,
+    info: EngineInfo,
+    tokenizer: tokenizer_lib.Tokenizer | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ) -> None:
     self._info = info
     self.tokenizer = tokenizer
     self.clock = clock
@@ -88,36 +94,45 @@ class Engine:
   def info(self) -> EngineInfo:
     """What is served at the moment; any thread may read it."""
     return dataclasses.replace(
-      self._info, token_budget=self._scheduler.config.token_budget)
+      self._info, token_budget=self._scheduler.config.token_budget
+    )
 
   def check(self, request: types.Request) -> None:
     """Raises InvalidRequestError for a request that can never be served."""
     self._scheduler.check(request)
     sampling = request.sampling
-    for field, ids in (('prompt_token_ids', request.prompt_token_ids),
-                       ('stop_token_ids', sampling.stop_token_ids)):
+    for field, ids in (
+      ('prompt_token_ids', request.prompt_token_ids),
+      ('stop_token_ids', sampling.stop_token_ids),
+    ):
       for kind in set(map(type, ids)):
         if kind is bool or not issubclass(kind, numbers.Integral):
           bad = next(i for i in ids if type(i) is kind)
           raise errors.InvalidRequestError(
             f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
-            'must be integers.')
+            'must be integers.'
+          )
       vocab_size = self._info.vocab_size
       if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         raise errors.InvalidRequestError(
           f'{request.request_id}: {field} has the unknown token id {bad}; '
-          f'ids must be in [0, {vocab_size}).')
+          f'ids must be in [0, {vocab_size}).'
+        )
     if sampling.stop and self.tokenizer is None:
       raise errors.UnsupportedError(
         f'stop={errors.shown(sampling.stop)}: this model has no tokenizer, so '
-        'its output has no text to find stop strings in; use stop_token_ids.')
+        'its output has no text to find stop strings in; use stop_token_ids.'
+      )
 
   def add(self, request: types.Request) -> None:
     """Queues a request that `check` accepted, with a key of its own."""
     assert request.key not in self._live, f'{request.key}: is there already'
-    detok = (detokenizer.Detokenizer(self.tokenizer, request)
-             if self.tokenizer else None)
+    detok = (
+      detokenizer.Detokenizer(self.tokenizer, request)
+      if self.tokenizer
+      else None
+    )
     self._live[request.key] = _Live(self._scheduler.add(request), detok)
 
   def abort(self, request_id: str) -> bool:
@@ -157,8 +172,11 @@ class Engine:
       self._rows.append(num_rows)
       self._last_step_tokens = batch.num_tokens
       self.metrics.record_step(
-        batch.num_tokens, num_rows, self._scheduler.config.token_budget,
-        max(self._rows) * len(self._rows) / sum(self._rows) - 1)
+        batch.num_tokens,
+        num_rows,
+        self._scheduler.config.token_budget,
+        max(self._rows) * len(self._rows) / sum(self._rows) - 1,
+      )
     if self._in_flight:
       self._drained += self._complete_oldest()
     outputs, self._drained = self._drained, []
@@ -170,8 +188,7 @@ class Engine:
       self._drained += self._complete_oldest()
 
   def invalidate_cache(self) -> None:
-    """Drops the whole KV cache, for new weights; recomputes what is running.
-    """
+    """Drops the whole KV cache, for new weights; recomputes what is running."""
     self.drain()
     self._scheduler.preempt_all()
 
@@ -211,7 +228,8 @@ class Engine:
     if not least <= token_budget <= most:
       raise errors.InvalidRequestError(
         f'token_budget={token_budget}: must be in [{least}, {most}]: from '
-        'max_num_seqs to what was compiled.')
+        'max_num_seqs to what was compiled.'
+      )
     self._scheduler.set_token_budget(token_budget)
 
   def observe(self, observer: state.Observer, *, on: bool = True) -> None:
@@ -233,11 +251,16 @@ class Engine:
         don't count.
     """
     scheduler = self._scheduler
-    ahead = [len(seq.tokens) for seq in scheduler.waiting
-             if seq.request.priority <= priority]
+    ahead = [
+      len(seq.tokens)
+      for seq in scheduler.waiting
+      if seq.request.priority <= priority
+    ]
     config = scheduler.config
-    return (config.max_num_seqs - len(scheduler.running) - len(ahead),
-            config.token_budget - sum(ahead))
+    return (
+      config.max_num_seqs - len(scheduler.running) - len(ahead),
+      config.token_budget - sum(ahead),
+    )
 
   def num_output(self, key: str) -> int:
     """Returns a request's tokens generated so far; 0 if it is unknown."""
@@ -247,14 +270,16 @@ class Engine:
   def requests(self) -> list[state.RequestState]:
     """Returns how far each request is, by arrival."""
     now = self.clock()
-    return [state.request_state(live.seq, now)
-            for live in self._live.values()]
+    return [state.request_state(live.seq, now) for live in self._live.values()]
 
   def stats(self) -> state.EngineStats:
     """Returns the load at this moment."""
     return state.engine_stats(
-      self._scheduler, self.metrics, num_in_flight=len(self._in_flight),
-      last_step_tokens=self._last_step_tokens)
+      self._scheduler,
+      self.metrics,
+      num_in_flight=len(self._in_flight),
+      last_step_tokens=self._last_step_tokens,
+    )
 
   def _complete_oldest(self) -> list[types.OutputDelta]:
     batch, pending, num_rows, launched = self._in_flight.popleft()
@@ -275,8 +300,10 @@ class Engine:
       num_gained -= 1
     self._record_times(lives[:num_gained], now)
     self._ends.append(now)
-    outputs = [self._output(event, live, now)
-               for event, live in zip(events, lives, strict=True)]
+    outputs = [
+      self._output(event, live, now)
+      for event, live in zip(events, lives, strict=True)
+    ]
     self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
     return outputs
 
@@ -298,17 +325,22 @@ class Engine:
     if self._ends:  # The part of a gap beyond the last steps, one a stage.
       step_s = now - self._ends[0]
       self.metrics.decode_stall_s += sum(
-        gap - step_s for gap in gaps if gap > step_s)
+        gap - step_s for gap in gaps if gap > step_s
+      )
 
-  def _output(self, event: types.TokenEvent, live: _Live,
-              now: float) -> types.OutputDelta:
+  def _output(
+    self, event: types.TokenEvent, live: _Live, now: float
+  ) -> types.OutputDelta:
     request_id, tokens, logprobs, reason = event
     text = ''
     stop_reason: int | str | None = None
     if reason is _ERROR:
       logging.log_every_n_seconds(
-        logging.ERROR, '%s: ends, as its logits are NaN or infinite; the '
-        'weights may be.', 10, live.seq.request.request_id)
+        logging.ERROR,
+        '%s: ends, as its logits are NaN or infinite; the weights may be.',
+        10,
+        live.seq.request.request_id,
+      )
     elif live.detokenizer is not None:
       if len(tokens) == 1:
         text, stop_reason = live.detokenizer.step(tokens[0], reason is _STOP)
@@ -323,15 +355,18 @@ class Engine:
       if reason is None:
         self._scheduler.remove(live.seq)
       reason = _STOP
-    elif (reason is _STOP
-          and tokens[-1] in live.seq.request.sampling.stop_token_ids):
+    elif (
+      reason is _STOP and tokens[-1] in live.seq.request.sampling.stop_token_ids
+    ):
       stop_reason = tokens[-1]
     assert reason is not None
     del self._live[request_id]
     summary = live.times.summary(
-      live.seq, live.seq.num_output - len(event.tokens) + len(tokens), now)
+      live.seq, live.seq.num_output - len(event.tokens) + len(tokens), now
+    )
     self.metrics.record_finished(summary, reason)
     for observer in self._observers:
       observer.on_finished(live.seq.request, summary, reason, now)
-    return types.OutputDelta(request_id, text, tokens, logprobs, reason,
-                             stop_reason, summary)
+    return types.OutputDelta(
+      request_id, text, tokens, logprobs, reason, stop_reason, summary
+    )

@@ -21,8 +21,9 @@ class FakeRunner:
     step_s: the time that a step takes, seconds.
   """
 
-  def __init__(self, vocab_size: int, max_num_seqs: int,
-               step_s: float = 0.0) -> None:
+  def __init__(
+    self, vocab_size: int, max_num_seqs: int, step_s: float = 0.0
+  ) -> None:
     self.vocab_size = vocab_size
     self._step_s = step_s
     self._last = [-1] * max_num_seqs

@@ -38,8 +38,7 @@ class EngineInfo:
   max_num_seqs: int
   num_pages: int
   page_size: int
-  default_sampling: Mapping[str, Any] = dataclasses.field(
-    default_factory=dict)
+  default_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:
@@ -49,15 +48,19 @@ class EngineInfo:
       config: of the scheduler.
       others: the fields that `config` does not have.
     """
-    shared = {field.name: getattr(config, field.name)
-              for field in dataclasses.fields(cls)
-              if hasattr(config, field.name)}
+    shared = {
+      field.name: getattr(config, field.name)
+      for field in dataclasses.fields(cls)
+      if hasattr(config, field.name)
+    }
     shared['eos_token_ids'] = tuple(config.eos_token_ids)
     return cls(**shared, **others)
 
-  def sampling(self, fields: Mapping[str, Any],
-               defaults: Mapping[str, Any] = MappingProxyType({}),
-               ) -> types.SamplingParams:
+  def sampling(
+    self,
+    fields: Mapping[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+  ) -> types.SamplingParams:
     """Returns the sampling parameters of a request.
 
     Args:
@@ -68,4 +71,5 @@ class EngineInfo:
       InvalidRequestError: one is unknown, out of range or not supported.
     """
     return types.SamplingParams.from_dict(
-      fields, {**self.default_sampling, **defaults})
+      fields, {**self.default_sampling, **defaults}
+    )

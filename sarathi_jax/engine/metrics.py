@@ -30,8 +30,7 @@ class Quantiles:
   def add(self, values: Iterable[float]) -> None:
     # Sequences of one step share their time between tokens: few are distinct.
     for value, times in Counter(values).items():
-      bucket = math.ceil(
-        math.log(max(value, self._SMALLEST)) / self._LOG_GAMMA)
+      bucket = math.ceil(math.log(max(value, self._SMALLEST)) / self._LOG_GAMMA)
       self._counts[bucket] += times
       self.count += times
       self.total += value * times
@@ -41,7 +40,10 @@ class Quantiles:
     copy = Quantiles()
     copy._counts = self._counts.copy()
     copy.count, copy.total, copy.largest = (
-      self.count, self.total, self.largest)
+      self.count,
+      self.total,
+      self.largest,
+    )
     return copy
 
   def since(self, earlier: Quantiles) -> Quantiles:
@@ -129,7 +131,8 @@ class EngineMetrics:
   num_generated: int = 0
   num_finished: int = 0
   finish_reasons: Counter[types.FinishReason] = dataclasses.field(
-    default_factory=Counter)
+    default_factory=Counter
+  )
   num_aborted: int = 0
   num_step_faults: int = 0
   decode_stall_s: float = 0.0
@@ -149,10 +152,14 @@ class EngineMetrics:
   def copy(self) -> EngineMetrics:
     """Returns a copy of the present values, for other threads."""
     return dataclasses.replace(
-      self, finish_reasons=self.finish_reasons.copy(), **{
+      self,
+      finish_reasons=self.finish_reasons.copy(),
+      **{
         field.name: getattr(self, field.name).copy()
         for field in dataclasses.fields(self)
-        if isinstance(getattr(self, field.name), Quantiles)})
+        if isinstance(getattr(self, field.name), Quantiles)
+      },
+    )
 
   @property
   def padding_waste(self) -> float:
@@ -160,8 +167,13 @@ class EngineMetrics:
     rows = self.num_scheduled_tokens + self.num_padded_tokens
     return self.num_padded_tokens / rows if rows else 0.0
 
-  def record_step(self, num_tokens: int, num_rows: int, token_budget: int,
-                  imbalance: float = 0.0) -> None:
+  def record_step(
+    self,
+    num_tokens: int,
+    num_rows: int,
+    token_budget: int,
+    imbalance: float = 0.0,
+  ) -> None:
     """Counts a step; `imbalance` is its term of the sum of that name."""
     self.num_steps += 1
     self.imbalance += imbalance
@@ -170,8 +182,9 @@ class EngineMetrics:
     self.num_scheduled_tokens += num_tokens
     self.num_padded_tokens += num_rows - num_tokens
 
-  def record_finished(self, metrics: types.RequestMetrics,
-                      reason: types.FinishReason) -> None:
+  def record_finished(
+    self, metrics: types.RequestMetrics, reason: types.FinishReason
+  ) -> None:
     self.num_finished += 1
     self.finish_reasons[reason] += 1
     self.num_prompt_tokens += metrics.num_prompt_tokens
@@ -197,8 +210,9 @@ class RequestTimes:
   last_token: float | None = None
   max_gap: float = 0.0
 
-  def summary(self, seq: sequence.Sequence, num_output: int,
-              now: float) -> types.RequestMetrics:
+  def summary(
+    self, seq: sequence.Sequence, num_output: int, now: float
+  ) -> types.RequestMetrics:
     """Returns the metrics of a request that ends now.
 
     Args:
@@ -216,9 +230,13 @@ class RequestTimes:
       num_prompt_tokens=seq.prompt_len,
       num_output_tokens=num_output,
       num_preemptions=seq.num_preemptions,
-      scheduling_delay_s=(None if seq.first_scheduled_time is None
-                          else seq.first_scheduled_time - arrival),
+      scheduling_delay_s=(
+        None
+        if seq.first_scheduled_time is None
+        else seq.first_scheduled_time - arrival
+      ),
       ttft_s=None if first is None else first - arrival,
       tpot_s=tpot_s,
       e2e_s=now - arrival,
-      max_tbt_s=None if tpot_s is None else self.max_gap)
+      max_tbt_s=None if tpot_s is None else self.max_gap,
+    )

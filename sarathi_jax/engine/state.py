@@ -74,19 +74,32 @@ class Observer(Protocol):
   Times are seconds on the engine's clock.
   """
 
-  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
-              launched: float, started: float, completed: float) -> None:
+  def on_step(
+    self,
+    batch: types.ScheduledBatch,
+    num_rows: int,
+    launched: float,
+    started: float,
+    completed: float,
+  ) -> None:
     """Is told that a batch is done, which had the device from `started` on."""
 
-  def on_finished(self, request: types.Request,
-                  metrics: types.RequestMetrics,
-                  reason: types.FinishReason, now: float) -> None:
+  def on_finished(
+    self,
+    request: types.Request,
+    metrics: types.RequestMetrics,
+    reason: types.FinishReason,
+    now: float,
+  ) -> None:
     """Is told that a request ended by itself, and was not aborted."""
 
 
 def engine_stats(
-    scheduler: scheduler_lib.Scheduler, metrics: metrics_lib.EngineMetrics, *,
-    num_in_flight: int, last_step_tokens: int,
+  scheduler: scheduler_lib.Scheduler,
+  metrics: metrics_lib.EngineMetrics,
+  *,
+  num_in_flight: int,
+  last_step_tokens: int,
 ) -> EngineStats:
   """Returns the load of an engine with this scheduler and these metrics."""
   return EngineStats(
@@ -108,14 +121,20 @@ def engine_stats(
     ttft_p50_s=metrics.ttft_s.quantile(0.5),
     ttft_p99_s=metrics.ttft_s.quantile(0.99),
     tbt_p50_s=metrics.tbt_s.quantile(0.5),
-    tbt_p99_s=metrics.tbt_s.quantile(0.99))
+    tbt_p99_s=metrics.tbt_s.quantile(0.99),
+  )
 
 
 def request_state(seq: sequence.Sequence, now: float) -> RequestState:
   """Returns how far a request is, at `now` of the engine's clock."""
   return RequestState(
-    request_id=seq.request.request_id, client=seq.request.client,
-    is_running=seq.slot >= 0, num_prompt_tokens=seq.prompt_len,
-    num_computed=seq.num_computed, num_output_tokens=seq.num_output,
+    request_id=seq.request.request_id,
+    client=seq.request.client,
+    is_running=seq.slot >= 0,
+    num_prompt_tokens=seq.prompt_len,
+    num_computed=seq.num_computed,
+    num_output_tokens=seq.num_output,
     max_output_tokens=seq.max_len - seq.prompt_len,
-    num_preemptions=seq.num_preemptions, age_s=now - seq.request.arrival_time)
+    num_preemptions=seq.num_preemptions,
+    age_s=now - seq.request.arrival_time,
+  )

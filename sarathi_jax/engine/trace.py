@@ -17,7 +17,8 @@ _STEPS, _REQUESTS = 1, 2  # process ids, which Perfetto shows as groups
 
 HEADER: tuple[Event, ...] = tuple(
   {'ph': 'M', 'name': 'process_name', 'pid': pid, 'args': {'name': name}}
-  for pid, name in ((_STEPS, 'steps'), (_REQUESTS, 'requests')))
+  for pid, name in ((_STEPS, 'steps'), (_REQUESTS, 'requests'))
+)
 
 
 class ChromeTrace:
@@ -30,34 +31,69 @@ class ChromeTrace:
   def __init__(self, emit: Callable[[Event], None]) -> None:
     self._emit = emit
 
-  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
-              launched: float, started: float, completed: float) -> None:
+  def on_step(
+    self,
+    batch: types.ScheduledBatch,
+    num_rows: int,
+    launched: float,
+    started: float,
+    completed: float,
+  ) -> None:
     num_decodes = sum(not chunk.is_prefill for chunk in batch.chunks)
-    self._emit({
-      'ph': 'X', 'pid': _STEPS, 'tid': 1, 'cat': 'step',
-      'name': f'{num_decodes} decodes + {batch.num_tokens - num_decodes}',
-      'ts': started * 1e6, 'dur': (completed - started) * 1e6, 'args': {
-        'step': batch.step, 'rows': num_rows, 'tokens': batch.num_tokens,
-        'decodes': num_decodes, 'launched_us_before': (
-          (started - launched) * 1e6),
-        'prefills': {c.request_id: [c.start, c.start + c.num_tokens]
-                     for c in batch.chunks if c.is_prefill},
-        'preempted': list(batch.preempted)}})
+    self._emit(
+      {
+        'ph': 'X',
+        'pid': _STEPS,
+        'tid': 1,
+        'cat': 'step',
+        'name': f'{num_decodes} decodes + {batch.num_tokens - num_decodes}',
+        'ts': started * 1e6,
+        'dur': (completed - started) * 1e6,
+        'args': {
+          'step': batch.step,
+          'rows': num_rows,
+          'tokens': batch.num_tokens,
+          'decodes': num_decodes,
+          'launched_us_before': ((started - launched) * 1e6),
+          'prefills': {
+            c.request_id: [c.start, c.start + c.num_tokens]
+            for c in batch.chunks
+            if c.is_prefill
+          },
+          'preempted': list(batch.preempted),
+        },
+      }
+    )
 
-  def on_finished(self, request: types.Request,
-                  metrics: types.RequestMetrics,
-                  reason: types.FinishReason, now: float) -> None:
+  def on_finished(
+    self,
+    request: types.Request,
+    metrics: types.RequestMetrics,
+    reason: types.FinishReason,
+    now: float,
+  ) -> None:
     arrival = now - metrics.e2e_s
     begin = arrival + (metrics.scheduling_delay_s or 0.0)
     first = arrival + (metrics.ttft_s or metrics.e2e_s)
-    args = {'prompt_tokens': metrics.num_prompt_tokens,
-            'output_tokens': metrics.num_output_tokens,
-            'preemptions': metrics.num_preemptions,
-            'finish_reason': reason.value, 'client': request.client}
+    args = {
+      'prompt_tokens': metrics.num_prompt_tokens,
+      'output_tokens': metrics.num_output_tokens,
+      'preemptions': metrics.num_preemptions,
+      'finish_reason': reason.value,
+      'client': request.client,
+    }
     for name, start, stop in (
-        (request.request_id, arrival, now), ('queued', arrival, begin),
-        ('prefill', begin, first), ('decode', first, now)):
-      common = {'pid': _REQUESTS, 'tid': 1, 'cat': 'request', 'name': name,
-                'id': request.key}
+      (request.request_id, arrival, now),
+      ('queued', arrival, begin),
+      ('prefill', begin, first),
+      ('decode', first, now),
+    ):
+      common = {
+        'pid': _REQUESTS,
+        'tid': 1,
+        'cat': 'request',
+        'name': name,
+        'id': request.key,
+      }
       self._emit({**common, 'ph': 'b', 'ts': start * 1e6, 'args': args})
       self._emit({**common, 'ph': 'e', 'ts': stop * 1e6})

@@ -35,11 +35,14 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 OnCompiled = programs_lib.OnCompiled
 
 
-def make_mesh(model: model_config_lib.ModelConfig,
-              config: config_lib.EngineConfig, *,
-              users: Mesh | None = None,
-              axis_names: mesh_lib.AxisNames | None = None,
-              home: Collection[jax.Device] = ()) -> Mesh:
+def make_mesh(
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  *,
+  users: Mesh | None = None,
+  axis_names: mesh_lib.AxisNames | None = None,
+  home: Collection[jax.Device] = (),
+) -> Mesh:
   """Checks what can be checked before weights are loaded, and picks devices.
 
   Args:
@@ -54,33 +57,49 @@ def make_mesh(model: model_config_lib.ModelConfig,
   """
   scheduler_lib.class_of(config)
   config_lib.check(
-    (config.max_model_len or 1) <= model.context_len, 'max_model_len',
+    (config.max_model_len or 1) <= model.context_len,
+    'max_model_len',
     config.max_model_len,
-    f'the model was made for at most {model.context_len} tokens')
+    f'the model was made for at most {model.context_len} tokens',
+  )
   config_lib.check(
-    users is not None or axis_names is None, 'axis_names', axis_names,
-    'they are those of a mesh, and there is none')
+    users is not None or axis_names is None,
+    'axis_names',
+    axis_names,
+    'they are those of a mesh, and there is none',
+  )
   asked = parallel.Parallelism(tp=config.tp, pp=config.pp)
   if users is not None:
     mesh = mesh_lib.of_users(users, axis_names)
     given = mesh_lib.parallelism_of(mesh)
     config_lib.check(
-      asked in (given, parallel.Parallelism()), 'tp, pp',
-      (config.tp, config.pp), f'the mesh has tp={given.tp}, pp={given.pp}')
+      asked in (given, parallel.Parallelism()),
+      'tp, pp',
+      (config.tp, config.pp),
+      f'the mesh has tp={given.tp}, pp={given.pp}',
+    )
     given.check(model)
     return mesh
   asked.check(model)
   if not home or asked.num_devices > 1:
     return mesh_lib.make(asked)
   config_lib.check(
-    len(home) == 1, 'params', f'on {len(home)} devices', 'with neither tp, '
-    'pp nor a mesh they must be on one')
+    len(home) == 1,
+    'params',
+    f'on {len(home)} devices',
+    'with neither tp, pp nor a mesh they must be on one',
+  )
   return mesh_lib.make(asked, list(home))
 
 
-def check_same(path: str, metadata: checkpoint.CheckpointMetadata,
-               model: model_config_lib.ModelConfig, dtype: Any,
-               config: config_lib.EngineConfig, mesh: Mesh) -> None:
+def check_same(
+  path: str,
+  metadata: checkpoint.CheckpointMetadata,
+  model: model_config_lib.ModelConfig,
+  dtype: Any,
+  config: config_lib.EngineConfig,
+  mesh: Mesh,
+) -> None:
   """Raises CheckpointError if a checkpoint can't replace an engine's weights.
 
   Args:
@@ -90,16 +109,24 @@ def check_same(path: str, metadata: checkpoint.CheckpointMetadata,
   """
   if metadata.model != model:
     raise errors.CheckpointError(
-      f'{path}: is of another model than the one that is served.')
-  if dtype not in (jnp.dtype(metadata.dtype), placement.choose_dtype(
-      config.dtype, metadata.dtype, mesh)):
+      f'{path}: is of another model than the one that is served.'
+    )
+  if dtype not in (
+    jnp.dtype(metadata.dtype),
+    placement.choose_dtype(config.dtype, metadata.dtype, mesh),
+  ):
     raise errors.CheckpointError(
-      f'{path}: is in {metadata.dtype}, and {dtype} is served.')
+      f'{path}: is in {metadata.dtype}, and {dtype} is served.'
+    )
 
 
 def step_programs(
-    model: model_config_lib.ModelConfig, mesh: Mesh,
-    config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  config: config_lib.EngineConfig,
+  *,
+  dtype: Any,
+  kv_dtype: Any,
 ) -> programs_lib.StepPrograms:
   """Returns the uncompiled steps of a deployment; its devices may be absent.
 
@@ -109,15 +136,24 @@ def step_programs(
   """
   max_model_len = config.max_model_len or model.context_len
   return programs_lib.StepPrograms(
-    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
+    model,
+    mesh,
+    config,
+    dtype=dtype,
+    kv_dtype=kv_dtype,
     max_model_len=max_model_len,
-    max_step_tokens=scheduler_lib.max_step_tokens(config, max_model_len))
+    max_step_tokens=scheduler_lib.max_step_tokens(config, max_model_len),
+  )
 
 
 def build_runner(
-    model: model_config_lib.ModelConfig, params: Any, mesh: Mesh,
-    config: config_lib.EngineConfig, on_compiled: OnCompiled,
-    leader: hosts.Leader | None = None) -> device_runner.DeviceRunner:
+  model: model_config_lib.ModelConfig,
+  params: Any,
+  mesh: Mesh,
+  config: config_lib.EngineConfig,
+  on_compiled: OnCompiled,
+  leader: hosts.Leader | None = None,
+) -> device_runner.DeviceRunner:
   """Makes a runner, and compiles its steps.
 
   Args:
@@ -132,37 +168,61 @@ def build_runner(
     ConfigError: the KV cache has no room, or attention is unknown.
   """
   if mesh.devices.flat[0].platform == 'gpu' and (
-      unset := xla_flags.unset(os.environ)):
+    unset := xla_flags.unset(os.environ)
+  ):
     warnings.warn(
       f'XLA_FLAGS lacks {unset}, without which steps take longer. Set it '
       'before JAX first computes: sarathi_jax.xla_flags.set_environment('
-      'os.environ).', RuntimeWarning, stacklevel=2)
+      'os.environ).',
+      RuntimeWarning,
+      stacklevel=2,
+    )
   with compiled.kept_in(_compilation_cache_dir(config)) as kept:
     return device_runner.DeviceRunner(
-      model, params, mesh, config,
+      model,
+      params,
+      mesh,
+      config,
       functools.partial(scheduler_lib.max_step_tokens, config),
-      on_compiled, leader, kept=kept)
+      on_compiled,
+      leader,
+      kept=kept,
+    )
 
 
 def build_engine(
-    model: model_config_lib.ModelConfig,
-    runner: device_runner.DeviceRunner, config: config_lib.EngineConfig, *,
-    tokenizer: tokenizer_lib.Tokenizer | None, eos_token_ids: Sequence[int],
-    model_name: str, default_sampling: Mapping[str, Any],
+  model: model_config_lib.ModelConfig,
+  runner: device_runner.DeviceRunner,
+  config: config_lib.EngineConfig,
+  *,
+  tokenizer: tokenizer_lib.Tokenizer | None,
+  eos_token_ids: Sequence[int],
+  model_name: str,
+  default_sampling: Mapping[str, Any],
 ) -> engine_lib.Engine:
   """Builds an engine around a runner; for the arguments see `llm.LLM`."""
   scheduler = scheduler_lib.make(
-    config, runner.num_rows, max_model_len=runner.max_model_len,
-    num_pages=runner.num_pages, num_stages=runner.num_stages,
+    config,
+    runner.num_rows,
+    max_model_len=runner.max_model_len,
+    num_pages=runner.num_pages,
+    num_stages=runner.num_stages,
     eos_token_ids=tuple(eos_token_ids),
-    prefix_cost=facts.prefix_cost(model, runner.num_stages))
+    prefix_cost=facts.prefix_cost(model, runner.num_stages),
+  )
   return engine_lib.Engine(
-    scheduler, pacing.paced(runner, scheduler, time.monotonic),
+    scheduler,
+    pacing.paced(runner, scheduler, time.monotonic),
     tokenizer=tokenizer,
     info=engine_lib.EngineInfo.of(
-      scheduler.config, policy=config.policy, model_name=model_name,
-      family=model.family, vocab_size=model.vocab_size,
-      default_sampling=default_sampling))
+      scheduler.config,
+      policy=config.policy,
+      model_name=model_name,
+      family=model.family,
+      vocab_size=model.vocab_size,
+      default_sampling=default_sampling,
+    ),
+  )
 
 
 def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:

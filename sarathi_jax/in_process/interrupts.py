@@ -14,8 +14,9 @@ from typing import Any
 def deferred() -> Iterator[None]:
   """Defers a Ctrl-C, or a notebook's stop button, until the block is done."""
   handler = signal.getsignal(signal.SIGINT)
-  if (threading.current_thread() is not threading.main_thread()
-      or not callable(handler)):
+  if threading.current_thread() is not threading.main_thread() or not callable(
+    handler
+  ):
     yield
     return
   pressed: list[Any] = []

@@ -25,8 +25,11 @@ class Lines:
     clock: returns seconds, monotonic.
   """
 
-  def __init__(self, console: rich.console.Console,
-               clock: Callable[[], float] = time.monotonic) -> None:
+  def __init__(
+    self,
+    console: rich.console.Console,
+    clock: Callable[[], float] = time.monotonic,
+  ) -> None:
     self._console = console
     self._clock = clock
     self._next = clock() + FIRST_LINE_S
@@ -40,18 +43,22 @@ class Lines:
 
 
 def bar(console: rich.console.Console) -> rich.progress.Progress:
-  """Returns a bar for tasks with a field `count`; hidden without a terminal.
-  """
+  """Returns a bar for tasks with a field `count`; hidden without a terminal."""
   return rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
     rich.progress.BarColumn(),
     rich.progress.TextColumn('{task.fields[count]}'),
-    rich.progress.TimeElapsedColumn(), console=console, transient=True,
-    disable=not console.is_terminal)
+    rich.progress.TimeElapsedColumn(),
+    console=console,
+    transient=True,
+    disable=not console.is_terminal,
+  )
 
 
-def told(on_done: OnDone | None, description: str,
-         ) -> contextlib.AbstractContextManager[OnDone]:
+def told(
+  on_done: OnDone | None,
+  description: str,
+) -> contextlib.AbstractContextManager[OnDone]:
   """Tells a caller how much is done, or shows it to people if there is none.
 
   Args:
@@ -83,7 +90,8 @@ def counted(description: str) -> Iterator[OnDone]:
 
     def on_done(done: int, total: int) -> None:
       progress.update(
-        task, completed=done, total=total, count=f'{done}/{total}')
+        task, completed=done, total=total, count=f'{done}/{total}'
+      )
       lines.tell(lambda: f'{description}: {done} of {total}')
 
     yield on_done

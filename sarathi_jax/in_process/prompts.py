@@ -25,12 +25,16 @@ def listed(prompts: Any) -> list[tokenizer.Prompt]:
   """
   prompts = _plain(prompts)
   if isinstance(prompts, (str, bytes, bytearray, Mapping, Set)) or (
-      not isinstance(prompts, Iterable)):
+    not isinstance(prompts, Iterable)
+  ):
     return [_prompt(prompts)]
   prompts = [_plain(prompt) for prompt in prompts]
   # A list of token ids, or a chat; not a list of these.
-  if prompts and isinstance(prompts[0], (numbers.Number, Mapping)) and (
-      not _is_vllms(prompts[0])):
+  if (
+    prompts
+    and isinstance(prompts[0], (numbers.Number, Mapping))
+    and (not _is_vllms(prompts[0]))
+  ):
     return [prompts]
   return [_prompt(prompt) for prompt in prompts]
 
@@ -44,10 +48,11 @@ def _plain(value: Any) -> Any:
 def _is_vllms(prompt: Any) -> bool:
   """Says whether a prompt is as vLLM has it: {'prompt_token_ids': [...]}."""
   return isinstance(prompt, Mapping) and (
-    prompt.keys() in ({'prompt'}, {'prompt_token_ids'}))
+    prompt.keys() in ({'prompt'}, {'prompt_token_ids'})
+  )
 
 
 def _prompt(prompt: Any) -> tokenizer.Prompt:
   if _is_vllms(prompt):
-    prompt, = map(_plain, prompt.values())
+    (prompt,) = map(_plain, prompt.values())
   return tokenizer.checked(prompt)

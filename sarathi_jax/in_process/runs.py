@@ -22,8 +22,9 @@ class Run(Iterator[types.OutputDelta]):
   read on later.
   """
 
-  def __init__(self, runs: Runs, requests: Sequence[types.Request],
-               what: str) -> None:
+  def __init__(
+    self, runs: Runs, requests: Sequence[types.Request], what: str
+  ) -> None:
     self._runs = runs
     self._what = what
     self._new = list(requests)
@@ -80,8 +81,9 @@ class Runs:
     fault: the error that stopped the engine, if any.
   """
 
-  def __init__(self, engine: engine_lib.Engine,
-               check: Callable[[], None]) -> None:
+  def __init__(
+    self, engine: engine_lib.Engine, check: Callable[[], None]
+  ) -> None:
     self.turns = turns_lib.Turns('LLM')
     self.fault: Exception | None = None
     self._engine = engine

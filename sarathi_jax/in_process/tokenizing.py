@@ -44,17 +44,21 @@ def tokenizer_of(given: Any) -> tokenizer_lib.Tokenizer | None:
     if isinstance(template, Mapping):  # Several, by name.
       template = template.get('default')
     return tokenizer_lib.Tokenizer.copy_of(
-      backend, template and chat.ChatTemplate(
-        template, given.special_tokens_map))
+      backend,
+      template and chat.ChatTemplate(template, given.special_tokens_map),
+    )
   raise errors.ConfigError(
     f'tokenizer: is a {type(given).__module__}.{type(given).__name__}; must be '
     'the folder of a tokenizer.json, a fast tokenizer of transformers, or a '
-    'tokenizers.Tokenizer.')
+    'tokenizers.Tokenizer.'
+  )
 
 
 def eos_token_ids_of(
-    eos_token_ids: int | Iterable[int] | None, given: Any,
-    tokenizer: tokenizer_lib.Tokenizer | None) -> tuple[int, ...]:
+  eos_token_ids: int | Iterable[int] | None,
+  given: Any,
+  tokenizer: tokenizer_lib.Tokenizer | None,
+) -> tuple[int, ...]:
   """Returns the tokens that end a sequence.
 
   Args:
@@ -72,7 +76,8 @@ def eos_token_ids_of(
       return _ids(eos_token_ids)
     except TypeError:
       raise errors.ConfigError(
-        f'eos_token_ids={eos_token_ids!r}: must be token ids.') from None
+        f'eos_token_ids={eos_token_ids!r}: must be token ids.'
+      ) from None
   found: tuple[int, ...] = ()
   if tokenizer is not None:
     folder = tokenizer.folder or getattr(given, 'name_or_path', None)
@@ -82,14 +87,21 @@ def eos_token_ids_of(
   if not found:
     raise errors.ConfigError(
       'eos_token_ids: must be given, for '
-      + ('there is no tokenizer that says' if tokenizer is None else
-         'the tokenizer doesn\'t say') + ' which tokens end a sequence; () if '
-      'none does.')
+      + (
+        'there is no tokenizer that says'
+        if tokenizer is None
+        else "the tokenizer doesn't say"
+      )
+      + ' which tokens end a sequence; () if '
+      'none does.'
+    )
   return tuple(dict.fromkeys(found))
 
 
-def _of_folder(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
-               ) -> tuple[int, ...]:
+def _of_folder(
+  folder: pathlib.Path,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> tuple[int, ...]:
   if (folder / checkpoint.METADATA).is_file():
     return checkpoint.load_metadata(folder).eos_token_ids
   for name in _MODEL_FILES:
@@ -99,7 +111,8 @@ def _of_folder(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
     except TypeError:
       raise errors.CheckpointError(
         f'{folder / name}: eos_token_id={value!r}: must be a token id, or a '
-        'list of them.') from None
+        'list of them.'
+      ) from None
     if ids:
       return ids
   for name in _TOKENIZER_FILES:

@@ -40,8 +40,7 @@ class Turns:
     Raises:
       BusyError: another thread is in; nothing was done.
     """
-    mine = _Turn(
-      threading.get_ident(), threading.current_thread().name, what)
+    mine = _Turn(threading.get_ident(), threading.current_thread().name, what)
     # Unlike a lock's owner, the holder is always known, even if a Ctrl-C comes
     # right after the turn was taken.
     holder = self._holder.setdefault('turn', mine)
@@ -52,7 +51,8 @@ class Turns:
       raise errors.BusyError(
         f'{what}, called in thread {mine.name!r}: thread {holder.name!r} is '
         f'in {holder.what} of this {self._name}, which takes one thread at a '
-        'time. Nothing was done; call again when that is over.')
+        'time. Nothing was done; call again when that is over.'
+      )
     try:
       yield
     finally:

@@ -52,8 +52,10 @@ class StepResult:
     """Yields the tables that people read."""
     yield report.kernels_table([self.case], self.device)
     table = memory_table(self.memory)
-    table.caption = (f'{self.case.graphs} CUDA graphs, '
-                     f'{len(self.case.outside_graphs)} launches in none')
+    table.caption = (
+      f'{self.case.graphs} CUDA graphs, '
+      f'{len(self.case.outside_graphs)} launches in none'
+    )
     yield table
     if self.sent:
       yield report.sent_table(self.sent, self.least_sent)
@@ -64,12 +66,17 @@ class StepResult:
       'step': report.case_dict(self.case),
       'memory': memory_dict(self.memory),
       'sent': [dataclasses.asdict(one) for one in self.sent],
-      'least_sent': self.least_sent}
+      'least_sent': self.least_sent,
+    }
 
 
-def check(name: str, model: model_config_lib.ModelConfig,
-          config: config_lib.EngineConfig, device: str,
-          tokens: int | None = None) -> StepResult:
+def check(
+  name: str,
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  device: str,
+  tokens: int | None = None,
+) -> StepResult:
   """Compiles a step of a deployment.
 
   Args:
@@ -86,51 +93,81 @@ def check(name: str, model: model_config_lib.ModelConfig,
   parallelism.check(model)
   target = gpu_targets.get(device)
   mesh = mesh_lib.make(
-    parallelism, compiler.devices_for(device, parallelism.num_devices))
+    parallelism, compiler.devices_for(device, parallelism.num_devices)
+  )
   dtype = placement.choose_dtype(config.dtype, _DTYPE, mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
   with compiler.on(device):
     programs = building.step_programs(
-      model, mesh, dataclasses.replace(
-        config, attention=config.attention or 'pallas_triton'),
-      dtype=dtype, kv_dtype=kv_dtype)
+      model,
+      mesh,
+      dataclasses.replace(
+        config, attention=config.attention or 'pallas_triton'
+      ),
+      dtype=dtype,
+      kv_dtype=kv_dtype,
+    )
 
     def plan(temporaries: int) -> memory_lib.MemoryPlan:
       return memory_lib.plan(
-        model, config, mesh, programs, dtype=dtype, kv_dtype=kv_dtype,
+        model,
+        config,
+        mesh,
+        programs,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         temporaries=temporaries,
-        device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION))
+        device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION),
+      )
 
     memory = plan(0)
     most = programs.sizes[-1]
-    config_lib.check(tokens is None or tokens <= most, 'tokens', tokens,
-                     f'must be at most {most}, as of the largest step')
+    config_lib.check(
+      tokens is None or tokens <= most,
+      'tokens',
+      tokens,
+      f'must be at most {most}, as of the largest step',
+    )
     size = next(n for n in programs.sizes if n >= (tokens or most))
     num_pages = memory.num_pages or programs.pages_per_seq
-    case = cases.measure(f'{name}, {size} tokens', device,
-                         lambda: programs.lower(size, num_pages))
+    case = cases.measure(
+      f'{name}, {size} tokens', device, lambda: programs.lower(size, num_pages)
+    )
     if case.compiled is None:
       return StepResult(device, case, memory, [], 0)
     memory = plan(programs_lib.extra_bytes(case.compiled))
     state = programs.state_shapes(num_pages)
-  problems = [*case.problems, *compiler.in_place_problems(
-    case.compiled, state, state.kv)]
+  problems = [
+    *case.problems,
+    *compiler.in_place_problems(case.compiled, state, state.kv),
+  ]
   if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
-    problems.append(f'{", ".join(sorted(waits))} in no CUDA graph: there the '
-                    'host waits for the device in the middle of a step')
+    problems.append(
+      f'{", ".join(sorted(waits))} in no CUDA graph: there the '
+      'host waits for the device in the middle of a step'
+    )
   if memory.problem:
-    problems.append(f'{memory.problem} {memory.missing / 2**30:.2f} GiB are '
-                    'missing on each device.')
+    problems.append(
+      f'{memory.problem} {memory.missing / 2**30:.2f} GiB are '
+      'missing on each device.'
+    )
   return StepResult(
-    device, dataclasses.replace(case, problems=problems), memory,
+    device,
+    dataclasses.replace(case, problems=problems),
+    memory,
     collectives.read(case.compiled.as_text()),
-    _least_sent(model, parallelism, programs.layouts[size], dtype))
+    _least_sent(model, parallelism, programs.layouts[size], dtype),
+  )
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
   """Returns a memory plan for JSON."""
-  return {**dataclasses.asdict(memory), 'kv_cache': memory.kv_cache,
-          'kv_tokens': memory.kv_tokens, 'missing': memory.missing}
+  return {
+    **dataclasses.asdict(memory),
+    'kv_cache': memory.kv_cache,
+    'kv_tokens': memory.kv_tokens,
+    'missing': memory.missing,
+  }
 
 
 def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
@@ -139,17 +176,22 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
   for column in ('bytes', 'GiB'):
     table.add_column(column, justify='right')
   for name, size in (
-      ('weights', memory.weights), ('kv cache', memory.kv_cache),
-      ('temporaries', memory.temporaries + memory.state),
-      ('usable', memory.usable)):
+    ('weights', memory.weights),
+    ('kv cache', memory.kv_cache),
+    ('temporaries', memory.temporaries + memory.state),
+    ('usable', memory.usable),
+  ):
     if size is not None:
       table.add_row(name, f'{size:,}', f'{size / 2**30:.2f}')
   return table
 
 
-def _least_sent(model: model_config_lib.ModelConfig,
-                parallelism: parallel.Parallelism,
-                layout: batch_lib.BatchLayout, dtype: Any) -> int:
+def _least_sent(
+  model: model_config_lib.ModelConfig,
+  parallelism: parallel.Parallelism,
+  layout: batch_lib.BatchLayout,
+  dtype: Any,
+) -> int:
   """Returns bytes of all sums [T, D], of layers and embedding, and of a hop.
 
   A hop is what a stage sends to the next. The last layer of a model without

@@ -27,11 +27,17 @@ from sarathi_jax import source_hash
 
 _VERSIONS = ('jax', 'jaxlib')
 # Fields of JAX's configuration that change programs.
-_JAX_CONFIG = ('jax_platforms', 'jax_enable_x64', 'jax_default_prng_impl',
-               'jax_default_matmul_precision', 'jax_threefry_partitionable')
+_JAX_CONFIG = (
+  'jax_platforms',
+  'jax_enable_x64',
+  'jax_default_prng_impl',
+  'jax_default_matmul_precision',
+  'jax_threefry_partitionable',
+)
 # XLA's flags that change none, and may be a host's own.
 _OWN_FLAGS = re.compile(
-  r'--xla_(dump_\S*|force_host_platform_device_count|gpu_cuda_data_dir)\b.*')
+  r'--xla_(dump_\S*|force_host_platform_device_count|gpu_cuda_data_dir)\b.*'
+)
 _SAMPLE = 64  # values at each end of an array
 _READERS = 8
 
@@ -41,14 +47,18 @@ def program(config: config_lib.EngineConfig) -> dict[str, Any]:
   facts: dict[str, Any] = {
     f'config.{field.name}': getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name != 'compilation_cache_dir'}  # a host's own affair
-  facts |= {f'{name}\'s version': importlib.metadata.version(name)
-            for name in _VERSIONS}
+    if field.name != 'compilation_cache_dir'
+  }  # a host's own affair
+  facts |= {
+    f"{name}'s version": importlib.metadata.version(name) for name in _VERSIONS
+  }
   facts |= {name: str(jax.config.values[name]) for name in _JAX_CONFIG}
   facts['XLA_FLAGS'] = ' '.join(
-    flag for flag in os.environ.get('XLA_FLAGS', '').split()
-    if not _OWN_FLAGS.fullmatch(flag))
-  facts['the code\'s hash'] = source_hash.source_hash()
+    flag
+    for flag in os.environ.get('XLA_FLAGS', '').split()
+    if not _OWN_FLAGS.fullmatch(flag)
+  )
+  facts["the code's hash"] = source_hash.source_hash()
   return facts
 
 
@@ -62,12 +72,15 @@ def weights(opened: checkpoint_lib.Checkpoint) -> dict[str, Any]:
     CheckpointError: a parameter can't be read.
   """
   metadata = opened.metadata
-  facts = {f'checkpoint.{name}': value
-           for name, value in metadata.model.to_dict().items()}
+  facts = {
+    f'checkpoint.{name}': value
+    for name, value in metadata.model.to_dict().items()
+  }
   facts['checkpoint.dtype'] = metadata.dtype
-  facts['the weights\' hash'] = _weights_hash(opened)
+  facts["the weights' hash"] = _weights_hash(opened)
   facts['the kind of devices'] = ', '.join(
-    sorted({device.device_kind for device in jax.local_devices()}))
+    sorted({device.device_kind for device in jax.local_devices()})
+  )
   return facts
 
 
@@ -81,16 +94,24 @@ def _weights_hash(opened: checkpoint_lib.Checkpoint) -> str:
     first = tuple(slice(0, min(size, 1)) for size in shape[:-1])
     last = tuple(slice(max(size - 1, 0), size) for size in shape[:-1])
     size = shape[-1]
-    ends = (opened.read(name, (*first, slice(0, min(size, _SAMPLE)))),
-            opened.read(name, (*last, slice(max(size - _SAMPLE, 0), size))))
+    ends = (
+      opened.read(name, (*first, slice(0, min(size, _SAMPLE)))),
+      opened.read(name, (*last, slice(max(size - _SAMPLE, 0), size))),
+    )
     return b''.join(
-      [f'{name} {shape}'.encode(),
-       *(np.ascontiguousarray(part).tobytes() for part in ends)])
+      [
+        f'{name} {shape}'.encode(),
+        *(np.ascontiguousarray(part).tobytes() for part in ends),
+      ]
+    )
 
   named = [
     (jax.tree_util.keystr(path, simple=True, separator='.'), leaf.shape)
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      models.param_specs(opened.metadata.model)) if math.prod(leaf.shape)]
+      models.param_specs(opened.metadata.model)
+    )
+    if math.prod(leaf.shape)
+  ]
   digest = hashlib.sha256()
   with futures.ThreadPoolExecutor(_READERS) as pool:
     for part in pool.map(sample, named):

@@ -41,12 +41,17 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
-             cache_dir: str | None = None, convert: bool = True,
-             end: hosts.Leader | hosts.Follower | None = None,
-             model_name: str | None = None,
-             console: rich.console.Console | None = None,
-             **options: Any) -> llm_lib.LLM:
+def load_llm(
+  checkpoint: str,
+  config: config_lib.EngineConfig,
+  *,
+  cache_dir: str | None = None,
+  convert: bool = True,
+  end: hosts.Leader | hosts.Follower | None = None,
+  model_name: str | None = None,
+  console: rich.console.Console | None = None,
+  **options: Any,
+) -> llm_lib.LLM:
   """Calls `LLM.from_checkpoint` with a progress bar on standard error.
 
   Args:
@@ -72,10 +77,12 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     @contextlib.contextmanager
     def converting(title: str, total: int) -> Iterator[Callable[[int], None]]:
       shown = rich.markup.escape(model_name or checkpoint)
-      console.print(f'Converting {shown} (once) ...',
-                    highlight=False, soft_wrap=True)
+      console.print(
+        f'Converting {shown} (once) ...', highlight=False, soft_wrap=True
+      )
       bar = progress.add_task(
-        title.capitalize(), total=total, count=filesize.decimal(total))
+        title.capitalize(), total=total, count=filesize.decimal(total)
+      )
       yield functools.partial(progress.advance, bar)
       progress.remove_task(bar)
 
@@ -86,30 +93,51 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
       tell('Loading weights', done, total)
 
     def tell(what: str, done: int, total: int) -> None:
-      progress.update(task, description=what, completed=done, total=total,
-                      count=f'{done}/{total}')
+      progress.update(
+        task,
+        description=what,
+        completed=done,
+        total=total,
+        count=f'{done}/{total}',
+      )
       told.tell(lambda: f'{what}: {done} of {total}')
 
     kept = pathlib.Path(cache_dir or config_lib.default_cache_dir())
     kept = kept.expanduser()
     if convert:
       path = opening.resolve(
-        path if path.exists() else checkpoint, kept, converting,
+        path if path.exists() else checkpoint,
+        kept,
+        converting,
         functools.partial(building.make_mesh, config=config),
-        functools.partial(console.print, markup=False, highlight=False,
-                          soft_wrap=True), **options)
+        functools.partial(
+          console.print, markup=False, highlight=False, soft_wrap=True
+        ),
+        **options,
+      )
     where = path if path.exists() else checkpoint
     if end is not None:
-      end.agree(fingerprint.weights(opening.open_checkpoint(
-        where, kept, convert=convert, **options)))
+      end.agree(
+        fingerprint.weights(
+          opening.open_checkpoint(where, kept, convert=convert, **options)
+        )
+      )
     leader = end if isinstance(end, hosts.Leader) else None
     llm = llm_lib.LLM.from_checkpoint(
-      where, config=config, cache_dir=kept, convert=convert,
-      model_name=model_name or served_name(checkpoint), leader=leader,
-      on_loaded=on_loaded, on_compiled=on_compiled, **options)
+      where,
+      config=config,
+      cache_dir=kept,
+      convert=convert,
+      model_name=model_name or served_name(checkpoint),
+      leader=leader,
+      on_loaded=on_loaded,
+      on_compiled=on_compiled,
+      **options,
+    )
     if leader is not None:
-      progress.update(task, description='Waiting for other hosts', total=None,
-                      count='')
+      progress.update(
+        task, description='Waiting for other hosts', total=None, count=''
+      )
       leader.wait_until_warm()
       llm.connect()
   collect_less_garbage()
@@ -120,7 +148,9 @@ def load_llm(checkpoint: str, config: config_lib.EngineConfig, *,
     f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
     f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
     f'{info.max_model_len:,} a sequence.',
-    highlight=False, soft_wrap=True)
+    highlight=False,
+    soft_wrap=True,
+  )
   return llm
 
 
@@ -133,9 +163,12 @@ def served_name(checkpoint: str) -> str:
   return path.resolve().name if path.exists() else checkpoint
 
 
-def join(processes: Mapping[str, Any] | None, checkpoint: str,
-         config: config_lib.EngineConfig, **options: Any,
-         ) -> hosts.Leader | None:
+def join(
+  processes: Mapping[str, Any] | None,
+  checkpoint: str,
+  config: config_lib.EngineConfig,
+  **options: Any,
+) -> hosts.Leader | None:
   """Joins several processes; all but the first compute with it and end here.
 
   Args:

@@ -66,11 +66,17 @@ FAMILIES: Mapping[str, str] = {
 }
 
 _HOMES: Mapping[str, str] = {
-  'Attend': 'attention', 'LayerContext': 'attention',
-  'causal_attend': 'attention', 'ParamSpec': 'spec', 'embed': 'transformer',
-  'final_norm': 'transformer', 'forward': 'transformer',
-  'init_params': 'transformer', 'param_specs': 'transformer',
-  'run_layers': 'transformer', 'unembed': 'transformer',
+  'Attend': 'attention',
+  'LayerContext': 'attention',
+  'causal_attend': 'attention',
+  'ParamSpec': 'spec',
+  'embed': 'transformer',
+  'final_norm': 'transformer',
+  'forward': 'transformer',
+  'init_params': 'transformer',
+  'param_specs': 'transformer',
+  'run_layers': 'transformer',
+  'unembed': 'transformer',
 }
 
 

@@ -88,8 +88,10 @@ def causal_attend(
   """
   num_rows, num_heads, head_dim = q.shape
   grouped = q.reshape(num_rows, k.shape[1], -1, head_dim)
-  scores = jnp.einsum('tkgh,skh->kgts', grouped, k,
-                      preferred_element_type=jnp.float32) * options.scale
+  scores = (
+    jnp.einsum('tkgh,skh->kgts', grouped, k, preferred_element_type=jnp.float32)
+    * options.scale
+  )
   if options.soft_cap is not None:
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
   tokens = jnp.arange(k.shape[0])
@@ -114,12 +116,15 @@ def attention(
 
   Heads of q and k are normalized first if `params` holds the norms (Qwen3).
   """
+
   def heads(name: str, x: jax.Array) -> jax.Array:
     split = layers.project(params, name, x).reshape(
-      x.shape[0], -1, config.head_dim)
+      x.shape[0], -1, config.head_dim
+    )
     norm = params.get(f'{name}_norm')
-    return split if norm is None else layers.rms_norm(
-      norm, split, config.norm_eps)
+    return (
+      split if norm is None else layers.rms_norm(norm, split, config.norm_eps)
+    )
 
   asking = context.take(x)
   cos, sin = context.rotation
@@ -167,13 +172,16 @@ def attention_specs(
   kv_heads = ('kv_heads', config.num_kv_heads * config.head_dim)
   inner = {'q': heads, 'k': kv_heads, 'v': kv_heads}
   specs: dict[str, Any] = {
-    name: spec.matrix(width, axis) for name, axis in inner.items()}
+    name: spec.matrix(width, axis) for name, axis in inner.items()
+  }
   specs['o'] = spec.matrix(heads, width)
   if qkv_bias:
     specs |= {f'{name}_bias': spec.bias(axis) for name, axis in inner.items()}
   if o_bias:
     specs['o_bias'] = spec.bias(width)
   if qk_norm:
-    specs |= {f'{name}_norm': {'scale': spec.scale(config.head_dim, None)}
-              for name in ('q', 'k')}
+    specs |= {
+      f'{name}_norm': {'scale': spec.scale(config.head_dim, None)}
+      for name in ('q', 'k')
+    }
   return specs

@@ -23,10 +23,20 @@ ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
   'default': (),
   'linear': ('factor',),
   'dynamic': ('factor', 'original_max_position'),
-  'llama3': ('factor', 'original_max_position', 'low_freq_factor',
-             'high_freq_factor'),
-  'yarn': ('factor', 'original_max_position', 'attention_factor', 'beta_fast',
-           'beta_slow', 'truncate'),
+  'llama3': (
+    'factor',
+    'original_max_position',
+    'low_freq_factor',
+    'high_freq_factor',
+  ),
+  'yarn': (
+    'factor',
+    'original_max_position',
+    'attention_factor',
+    'beta_fast',
+    'beta_slow',
+    'truncate',
+  ),
 }
 
 
@@ -45,10 +55,13 @@ def _from_dict(cls: Any, fields: Mapping[str, Any], what: str) -> Any:
   for name in fields:
     if name not in known:
       raise errors.ConfigError(
-        f'{what}.{name}: unknown field; known: {", ".join(sorted(known))}.')
+        f'{what}.{name}: unknown field; known: {", ".join(sorted(known))}.'
+      )
   for name, field in known.items():
-    required = (field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING)
+    required = (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    )
     if required and name not in fields:
       raise errors.ConfigError(f'{what}.{name}: missing.')
   return cls(**fields)
@@ -89,27 +102,44 @@ class RopeConfig:
 
   def __post_init__(self) -> None:
     _check(_is_positive(self.theta), 'rope.theta', self.theta, _POSITIVE[1])
-    _check(self.kind in ROPE_FIELDS, 'rope.kind', self.kind,
-           f'must be one of {", ".join(ROPE_FIELDS)}')
-    _check(self.rotary_dim is None
-           or (_is_size(self.rotary_dim) and self.rotary_dim % 2 == 0),
-           'rope.rotary_dim', self.rotary_dim, 'must be even and >= 2, or null')
+    _check(
+      self.kind in ROPE_FIELDS,
+      'rope.kind',
+      self.kind,
+      f'must be one of {", ".join(ROPE_FIELDS)}',
+    )
+    _check(
+      self.rotary_dim is None
+      or (_is_size(self.rotary_dim) and self.rotary_dim % 2 == 0),
+      'rope.rotary_dim',
+      self.rotary_dim,
+      'must be even and >= 2, or null',
+    )
     takes = ROPE_FIELDS[self.kind]
     special = {'original_max_position': _SIZE, 'truncate': _FLAG}
-    for name in sorted({name for names in ROPE_FIELDS.values()
-                        for name in names}):
+    for name in sorted(
+      {name for names in ROPE_FIELDS.values() for name in names}
+    ):
       value = getattr(self, name)
       if name in takes:
         holds, rule = special.get(name, _POSITIVE)
-        _check(holds(value), f'rope.{name}', value,
-               f'{rule} with kind={self.kind!r}')
+        _check(
+          holds(value), f'rope.{name}', value, f'{rule} with kind={self.kind!r}'
+        )
       else:
-        _check(value is None, f'rope.{name}', value,
-               f'has no meaning with kind={self.kind!r}')
+        _check(
+          value is None,
+          f'rope.{name}',
+          value,
+          f'has no meaning with kind={self.kind!r}',
+        )
     if self.low_freq_factor is not None and self.high_freq_factor is not None:
-      _check(self.high_freq_factor > self.low_freq_factor,
-             'rope.high_freq_factor', self.high_freq_factor,
-             f'must exceed low_freq_factor={self.low_freq_factor}')
+      _check(
+        self.high_freq_factor > self.low_freq_factor,
+        'rope.high_freq_factor',
+        self.high_freq_factor,
+        f'must exceed low_freq_factor={self.low_freq_factor}',
+      )
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> RopeConfig:
@@ -171,23 +201,47 @@ class ModelConfig:
   tie_word_embeddings: bool = False
 
   def __post_init__(self) -> None:
-    _check_types(self, {
-      'vocab_size': _SIZE, 'hidden_size': _SIZE, 'intermediate_size': _SIZE,
-      'num_layers': _SIZE, 'num_heads': _SIZE, 'num_kv_heads': _SIZE,
-      'head_dim': _SIZE, 'max_position_embeddings': _SIZE,
-      'norm_eps': _POSITIVE, 'sliding_window': _WINDOW,
-      'tie_word_embeddings': _FLAG,
-    })
-    _check(self.num_heads % self.num_kv_heads == 0, 'num_kv_heads',
-           self.num_kv_heads, f'must divide num_heads={self.num_heads}')
-    _check(self.activation in ACTIVATIONS, 'activation', self.activation,
-           f'must be one of {", ".join(ACTIVATIONS)}')
-    _check(isinstance(self.rope, RopeConfig), 'rope', self.rope,
-           'must be a RopeConfig')
+    _check_types(
+      self,
+      {
+        'vocab_size': _SIZE,
+        'hidden_size': _SIZE,
+        'intermediate_size': _SIZE,
+        'num_layers': _SIZE,
+        'num_heads': _SIZE,
+        'num_kv_heads': _SIZE,
+        'head_dim': _SIZE,
+        'max_position_embeddings': _SIZE,
+        'norm_eps': _POSITIVE,
+        'sliding_window': _WINDOW,
+        'tie_word_embeddings': _FLAG,
+      },
+    )
+    _check(
+      self.num_heads % self.num_kv_heads == 0,
+      'num_kv_heads',
+      self.num_kv_heads,
+      f'must divide num_heads={self.num_heads}',
+    )
+    _check(
+      self.activation in ACTIVATIONS,
+      'activation',
+      self.activation,
+      f'must be one of {", ".join(ACTIVATIONS)}',
+    )
+    _check(
+      isinstance(self.rope, RopeConfig),
+      'rope',
+      self.rope,
+      'must be a RopeConfig',
+    )
     rotary_dim = self.rope.rotary_dim or self.head_dim
-    _check(rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
-           'rope.rotary_dim', rotary_dim,
-           f'must be even and at most head_dim={self.head_dim}')
+    _check(
+      rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
+      'rope.rotary_dim',
+      rotary_dim,
+      f'must be even and at most head_dim={self.head_dim}',
+    )
 
   @property
   def context_len(self) -> int:
@@ -196,8 +250,7 @@ class ModelConfig:
     if rope.kind not in ('linear', 'dynamic', 'yarn'):
       return self.max_position_embeddings
     original = rope.original_max_position or self.max_position_embeddings
-    return max(self.max_position_embeddings,
-               int(original * (rope.factor or 1)))
+    return max(self.max_position_embeddings, int(original * (rope.factor or 1)))
 
   @property
   def mlp(self) -> Mlp:
@@ -212,8 +265,12 @@ class ModelConfig:
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     """Returns what a layer in [0, L) has in common with others of its kind."""
     del layer
-    return kinds.LayerKind(kinds.AttentionOptions(
-      scale=self.head_dim**-0.5, window=self.sliding_window), self.rope)
+    return kinds.LayerKind(
+      kinds.AttentionOptions(
+        scale=self.head_dim**-0.5, window=self.sliding_window
+      ),
+      self.rope,
+    )
 
   def layer_window(self, layer: int) -> int | None:
     """Returns the sliding window of a layer in [0, L), or None."""
@@ -235,8 +292,12 @@ class ModelConfig:
       raise errors.ConfigError(f'model={fields!r}: must be an object.')
     fields = dict(fields)
     family = fields.pop('family', None)
-    _check(family in CONFIGS and issubclass(CONFIGS[family], cls),
-           'family', family, f'must be one of {", ".join(CONFIGS)}')
+    _check(
+      family in CONFIGS and issubclass(CONFIGS[family], cls),
+      'family',
+      family,
+      f'must be one of {", ".join(CONFIGS)}',
+    )
     if 'rope' in fields:
       fields['rope'] = RopeConfig.from_dict(fields['rope'])
     config: Self = _from_dict(CONFIGS[family], fields, 'model')
@@ -267,14 +328,18 @@ class LlamaConfig(ModelConfig):
   def __post_init__(self) -> None:
     # Without arguments, super() does not survive slots=True.
     super(LlamaConfig, self).__post_init__()
-    _check_types(self, dict.fromkeys(
-      ('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm'), _FLAG))
+    _check_types(
+      self, dict.fromkeys(('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm'), _FLAG)
+    )
     if self.window_layers is not None:
       layers = tuple(self.window_layers)
-      _check(all(layer in range(self.num_layers) for layer in layers)
-             and list(layers) == sorted(set(layers)),
-             'window_layers', layers,
-             f'must be layers in [0, {self.num_layers}), ascending')
+      _check(
+        all(layer in range(self.num_layers) for layer in layers)
+        and list(layers) == sorted(set(layers)),
+        'window_layers',
+        layers,
+        f'must be layers in [0, {self.num_layers}), ascending',
+      )
       object.__setattr__(self, 'window_layers', layers)
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
@@ -282,7 +347,8 @@ class LlamaConfig(ModelConfig):
     if self.window_layers is None or layer in self.window_layers:
       return kind
     return dataclasses.replace(
-      kind, attention=dataclasses.replace(kind.attention, window=None))
+      kind, attention=dataclasses.replace(kind.attention, window=None)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,13 +368,18 @@ class MixtralConfig(ModelConfig):
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
     _check_types(self, {'num_experts': _SIZE, 'experts_per_token': _SIZE})
-    _check(self.experts_per_token <= self.num_experts, 'experts_per_token',
-           self.experts_per_token, f'exceeds num_experts={self.num_experts}')
+    _check(
+      self.experts_per_token <= self.num_experts,
+      'experts_per_token',
+      self.experts_per_token,
+      f'exceeds num_experts={self.num_experts}',
+    )
 
   @property
   def mlp(self) -> Mlp:
-    return Mlp(num_experts=self.num_experts,
-               experts_per_token=self.experts_per_token)
+    return Mlp(
+      num_experts=self.num_experts, experts_per_token=self.experts_per_token
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,10 +403,15 @@ class FalconConfig(ModelConfig):
   def __post_init__(self) -> None:
     super(FalconConfig, self).__post_init__()
     _check_types(self, {'parallel': _FLAG, 'bias': _FLAG})
-    _check(self.num_norms in (1, 2), 'num_norms', self.num_norms,
-           'must be 1 or 2')
-    _check(self.parallel or self.num_norms == 2, 'num_norms', self.num_norms,
-           'must be 2 where attention and MLP follow one another')
+    _check(
+      self.num_norms in (1, 2), 'num_norms', self.num_norms, 'must be 1 or 2'
+    )
+    _check(
+      self.parallel or self.num_norms == 2,
+      'num_norms',
+      self.num_norms,
+      'must be 2 where attention and MLP follow one another',
+    )
 
   @property
   def mlp(self) -> Mlp:

@@ -28,8 +28,9 @@ class Matrix(NamedTuple):
   used: int = 1
 
 
-def layer_matrices(model: config_lib.ModelConfig,
-                   tp: int = 1) -> tuple[Matrix, ...]:
+def layer_matrices(
+  model: config_lib.ModelConfig, tp: int = 1
+) -> tuple[Matrix, ...]:
   """Returns the matrices that one of `tp` devices has of a layer."""
   width, mlp = model.hidden_size, model.mlp
   heads, kv_heads = model.num_heads // tp, max(model.num_kv_heads // tp, 1)
@@ -38,9 +39,11 @@ def layer_matrices(model: config_lib.ModelConfig,
   router = [Matrix(width, mlp.num_experts)] if mlp.num_experts > 1 else []
   return (
     Matrix(width, (heads + 2 * kv_heads) * model.head_dim),
-    Matrix(heads * model.head_dim, width), *router,
+    Matrix(heads * model.head_dim, width),
+    *router,
     Matrix(width, (1 + mlp.is_gated) * inner, *experts),
-    Matrix(inner, width, *experts))
+    Matrix(inner, width, *experts),
+  )
 
 
 def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
@@ -59,5 +62,9 @@ def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
   if num_stages == 1:
     return 0.0
   whole = sum(model.layer_window(i) is None for i in range(model.num_layers))
-  return (whole / model.num_layers / (2 * layer_size(model))
-          * attention_work.pair_flops(model.num_heads, model.head_dim))
+  return (
+    whole
+    / model.num_layers
+    / (2 * layer_size(model))
+    * attention_work.pair_flops(model.num_heads, model.head_dim)
+  )

@@ -20,7 +20,8 @@ def layer_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
   specs = {
     'attn_norm': norm_specs(config.hidden_size),
     'attn': attention.attention_specs(
-      config, qkv_bias=config.bias, o_bias=config.bias),
+      config, qkv_bias=config.bias, o_bias=config.bias
+    ),
     'mlp': layers.mlp_specs(config, gated=False, bias=config.bias),
   }
   if config.num_norms == 2:
@@ -39,7 +40,8 @@ def block(
   shards = context.shards
   normed = norm(params['attn_norm'], x, config.norm_eps)
   out, layer_kv = attention.attention(
-    config, params['attn'], layer_kv, normed, context)
+    config, params['attn'], layer_kv, normed, context
+  )
   x, normed = (context.take(both) for both in (x, normed))
   if config.parallel:
     mlp_input = x

@@ -30,8 +30,9 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def rms_norm(params: Params, x: Float[Array, '*rows D'], eps: float
-             ) -> Float[Array, '*rows D']:
+def rms_norm(
+  params: Params, x: Float[Array, '*rows D'], eps: float
+) -> Float[Array, '*rows D']:
   """Divides by the root mean square over the last axis."""
   x32 = x.astype(jnp.float32)
   variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -39,8 +40,9 @@ def rms_norm(params: Params, x: Float[Array, '*rows D'], eps: float
   return (normed * _rows(params['scale'], x)).astype(x.dtype)
 
 
-def layer_norm(params: Params, x: Float[Array, '*rows D'], eps: float
-               ) -> Float[Array, '*rows D']:
+def layer_norm(
+  params: Params, x: Float[Array, '*rows D'], eps: float
+) -> Float[Array, '*rows D']:
   """Subtracts the mean, divides by the deviation, over the last axis."""
   x32 = x.astype(jnp.float32)
   x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
@@ -51,59 +53,70 @@ def layer_norm(params: Params, x: Float[Array, '*rows D'], eps: float
 
 
 def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns a vector in float32 with the rank of `like`: ranks never promote.
-  """
+  """Returns a vector in float32 of `like`'s rank: ranks never promote."""
   return vector.astype(jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def project(params: Params, name: str, x: Float[Array, 'T D']
-            ) -> Float[Array, 'T columns']:
+def project(
+  params: Params, name: str, x: Float[Array, 'T D']
+) -> Float[Array, 'T columns']:
   """Returns x @ params[name], plus the bias `name`_bias if there is one."""
-  return _add_bias(
-    matrices.matmul(x, params[name]), params.get(f'{name}_bias'))
+  return _add_bias(matrices.matmul(x, params[name]), params.get(f'{name}_bias'))
 
 
-def project_out(params: Params, name: str, x: Float[Array, 'T rows'],
-                shards: sharding.Shards) -> Float[Array, 'T D']:
-  """Projects over rows that are split over shards; returns a part of the sum.
-  """
+def project_out(
+  params: Params, name: str, x: Float[Array, 'T rows'], shards: sharding.Shards
+) -> Float[Array, 'T D']:
+  """Projects over rows that are split over shards: a part of the sum."""
   bias = params.get(f'{name}_bias')
-  return _add_bias(matrices.matmul(x, params[name]),
-                   None if bias is None else shards.once(bias))
+  return _add_bias(
+    matrices.matmul(x, params[name]),
+    None if bias is None else shards.once(bias),
+  )
 
 
 def _add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
   return x if bias is None else x + bias[None, :]
 
 
-def gated_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
-              shards: sharding.Shards = sharding.WHOLE,
-              ) -> Float[Array, 'T D']:
+def gated_mlp(
+  params: Params,
+  x: Float[Array, 'T D'],
+  activation: str,
+  shards: sharding.Shards = sharding.WHOLE,
+) -> Float[Array, 'T D']:
   """Returns down(act(gate(x)) * up(x)), as in Llama; on a shard, a part."""
   gate = ACTIVATIONS[activation](project(params, 'gate', x))
-  return project_out(
-    params, 'down', gate * project(params, 'up', x), shards)
+  return project_out(params, 'down', gate * project(params, 'up', x), shards)
 
 
-def plain_mlp(params: Params, x: Float[Array, 'T D'], activation: str,
-              shards: sharding.Shards = sharding.WHOLE,
-              ) -> Float[Array, 'T D']:
+def plain_mlp(
+  params: Params,
+  x: Float[Array, 'T D'],
+  activation: str,
+  shards: sharding.Shards = sharding.WHOLE,
+) -> Float[Array, 'T D']:
   """Returns down(act(up(x))), as in Falcon; on a shard, a part."""
   up = ACTIVATIONS[activation](project(params, 'up', x))
   return project_out(params, 'down', up, shards)
 
 
-def mlp_specs(config: config_lib.ModelConfig, *, gated: bool, bias: bool
-              ) -> dict[str, spec.ParamSpec]:
+def mlp_specs(
+  config: config_lib.ModelConfig, *, gated: bool, bias: bool
+) -> dict[str, spec.ParamSpec]:
   """Returns the specs of either MLP's parameters."""
   width = ('embed', config.hidden_size)
   inner = ('mlp', config.intermediate_size)
-  specs = {name: spec.matrix(width, inner)
-           for name in (('gate', 'up') if gated else ('up',))}
+  specs = {
+    name: spec.matrix(width, inner)
+    for name in (('gate', 'up') if gated else ('up',))
+  }
   specs['down'] = spec.matrix(inner, width)
   if bias:
-    specs |= {f'{name}_bias': spec.bias(width if name == 'down' else inner)
-              for name in tuple(specs)}
+    specs |= {
+      f'{name}_bias': spec.bias(width if name == 'down' else inner)
+      for name in tuple(specs)
+    }
   return specs
 
 

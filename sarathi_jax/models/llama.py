@@ -20,8 +20,11 @@ def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
   return {
     'attn_norm': norm_specs(config.hidden_size),
     'attn': attention.attention_specs(
-      config, qkv_bias=config.qkv_bias, o_bias=config.o_bias,
-      qk_norm=config.qk_norm),
+      config,
+      qkv_bias=config.qkv_bias,
+      o_bias=config.o_bias,
+      qk_norm=config.qk_norm,
+    ),
     'mlp_norm': norm_specs(config.hidden_size),
     'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias),
   }
@@ -36,8 +39,10 @@ def block(
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Adds attention, then the MLP, to the residual stream."""
   x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, context, norm=norm)
+    config, params, layer_kv, x, context, norm=norm
+  )
   normed = norm(params['mlp_norm'], x, config.norm_eps)
   out = layers.gated_mlp(
-    params['mlp'], normed, config.activation, context.shards)
+    params['mlp'], normed, config.activation, context.shards
+  )
   return x + context.shards.sum(out), layer_kv

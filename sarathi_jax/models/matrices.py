@@ -33,9 +33,11 @@ class Transposed:
   array: Any
 
 
-def matmul(x: Float[Array, 'T in'],
-           w: Float[Array, 'in out'] | Transposed,
-           dtype: Any = None) -> Float[Array, 'T out']:
+def matmul(
+  x: Float[Array, 'T in'],
+  w: Float[Array, 'in out'] | Transposed,
+  dtype: Any = None,
+) -> Float[Array, 'T out']:
   """Returns x @ w.
 
   Args:

@@ -35,7 +35,8 @@ def block(
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Adds attention, then the experts' output, to the residual stream."""
   x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, context, norm=norm)
+    config, params, layer_kv, x, context, norm=norm
+  )
   normed = norm(params['mlp_norm'], x, config.norm_eps)
   out = moe.moe(config, params['moe'], normed)
   return x + context.shards.sum(out), layer_kv

@@ -21,27 +21,34 @@ from sarathi_jax.models import matrices
 from sarathi_jax.models import spec
 
 
-def route(config: config_lib.MixtralConfig, router: Float[Array, 'D E'],
-          x: Float[Array, 'T D']) -> Float[Array, 'T E']:
+def route(
+  config: config_lib.MixtralConfig,
+  router: Float[Array, 'D E'],
+  x: Float[Array, 'T D'],
+) -> Float[Array, 'T E']:
   """Returns the experts' weights in float32: 0 for all but the chosen ones.
 
   Takes the softmax over all experts, and scales the top ones to sum to 1.
   """
   probs = jax.nn.softmax(
-    matrices.matmul(x, router).astype(jnp.float32), axis=-1)
+    matrices.matmul(x, router).astype(jnp.float32), axis=-1
+  )
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
   top = top / jnp.sum(top, axis=-1, keepdims=True)
   chosen = jax.nn.one_hot(experts, probs.shape[-1], dtype=top.dtype)
   return jnp.sum(chosen * top[:, :, None], axis=1)
 
 
-def moe(config: config_lib.MixtralConfig, params: layers.Params,
-        x: Float[Array, 'T D']) -> Float[Array, 'T D']:
-  """Returns the weighted sum of the experts' gated MLPs; on a shard, a part.
-  """
+def moe(
+  config: config_lib.MixtralConfig,
+  params: layers.Params,
+  x: Float[Array, 'T D'],
+) -> Float[Array, 'T D']:
+  """Returns the weighted sum of the experts' gated MLPs; on a shard, a part."""
   weights = route(config, params['router'], x)
   gate = layers.ACTIVATIONS[config.activation](
-    jnp.einsum('td,edf->etf', x, params['gate']))
+    jnp.einsum('td,edf->etf', x, params['gate'])
+  )
   inner = gate * jnp.einsum('td,edf->etf', x, params['up'])
   out = jnp.einsum('etf,efd->etd', inner, params['down'])
   weighted = out.astype(jnp.float32) * weights.T[:, :, None]
@@ -51,7 +58,10 @@ def moe(config: config_lib.MixtralConfig, params: layers.Params,
 def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
   """Returns the specs of `moe`'s parameters."""
   num, width, inner = (
-    config.num_experts, config.hidden_size, config.intermediate_size)
+    config.num_experts,
+    config.hidden_size,
+    config.intermediate_size,
+  )
   into = spec.ParamSpec((num, width, inner), ('experts', 'embed', 'mlp'))
   return {
     'router': spec.ParamSpec((width, num), ('embed', None)),

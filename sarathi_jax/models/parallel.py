@@ -34,23 +34,39 @@ class Parallelism:
   def check(self, model: model_config_lib.ModelConfig) -> None:
     """Raises ConfigError, with the numbers, if a model can't be so divided."""
     config_lib.check(
-      self.pp <= model.num_layers, 'pp', self.pp,
-      f'more stages than the model has layers, {model.num_layers}')
+      self.pp <= model.num_layers,
+      'pp',
+      self.pp,
+      f'more stages than the model has layers, {model.num_layers}',
+    )
     config_lib.check(
-      model.num_heads % self.tp == 0, 'tp', self.tp,
-      f'must divide the model\'s num_heads={model.num_heads}')
+      model.num_heads % self.tp == 0,
+      'tp',
+      self.tp,
+      f"must divide the model's num_heads={model.num_heads}",
+    )
     # With more devices than key and value heads, each has a copy of one.
     many, few = sorted((model.num_kv_heads, self.tp))[::-1]
     config_lib.check(
-      many % few == 0, 'tp', self.tp, 'must divide the model\'s num_kv_heads='
-      f'{model.num_kv_heads}, or be a multiple of it')
+      many % few == 0,
+      'tp',
+      self.tp,
+      "must divide the model's num_kv_heads="
+      f'{model.num_kv_heads}, or be a multiple of it',
+    )
     config_lib.check(
-      model.intermediate_size % self.tp == 0, 'tp', self.tp,
-      f'must divide the model\'s intermediate_size={model.intermediate_size}')
+      model.intermediate_size % self.tp == 0,
+      'tp',
+      self.tp,
+      f"must divide the model's intermediate_size={model.intermediate_size}",
+    )
     # Each device of a stage hands on its part of the hidden states.
     config_lib.check(
-      self.pp == 1 or model.hidden_size % self.tp == 0, 'tp', self.tp,
-      f'must divide the model\'s hidden_size={model.hidden_size}')
+      self.pp == 1 or model.hidden_size % self.tp == 0,
+      'tp',
+      self.tp,
+      f"must divide the model's hidden_size={model.hidden_size}",
+    )
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:
     """Returns the layers of a stage, those of zeros counted in."""
@@ -71,13 +87,19 @@ class Parallelism:
       axis: the axis's name, see `spec.ParamSpec`.
       size: the axis's length, without padding and copies of heads.
     """
-    parts = {'vocab': self.tp, 'heads': self.tp, 'kv_heads': self.tp,
-             'mlp': self.tp, 'logits': self.num_devices}.get(axis or '', 1)
+    parts = {
+      'vocab': self.tp,
+      'heads': self.tp,
+      'kv_heads': self.tp,
+      'mlp': self.tp,
+      'logits': self.num_devices,
+    }.get(axis or '', 1)
     multiple = self.num_devices if axis == 'vocab' else parts
     return -(-size // multiple) * multiple // parts
 
-  def layers_of(self, model: model_config_lib.ModelConfig,
-                index: int) -> tuple[int | None, ...]:
+  def layers_of(
+    self, model: model_config_lib.ModelConfig, index: int
+  ) -> tuple[int | None, ...]:
     """Returns each stage's layer number `index`; None for one of zeros.
 
     Worked example, 5 layers in 2 stages: index 0 -> (0, 3), 2 -> (2, None).

@@ -55,8 +55,10 @@ def tables(
   factor = config.attention_factor or 1.0
   cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
   return lax.platform_dependent(
-    (cos, sin), cpu=functools.partial(_computed_once, positions[0] >= 0),
-    default=lambda rotation: rotation)
+    (cos, sin),
+    cpu=functools.partial(_computed_once, positions[0] >= 0),
+    default=lambda rotation: rotation,
+  )
 
 
 def _computed_once(always: Array, rotation: Rotation) -> Rotation:
@@ -65,19 +67,22 @@ def _computed_once(always: Array, rotation: Rotation) -> Rotation:
   It would fuse them with all that reads them, through any barrier but a
   branch that it can't foresee.
   """
-  return lax.cond(always, lambda x: x,
-                  lambda x: jax.tree.map(jnp.zeros_like, x), rotation)
+  return lax.cond(
+    always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), rotation
+  )
 
 
-def apply(x: Float[Array, 'T heads h'], rotation: Rotation
-          ) -> Float[Array, 'T heads h']:
+def apply(
+  x: Float[Array, 'T heads h'], rotation: Rotation
+) -> Float[Array, 'T heads h']:
   """Rotates each head's pairs (i, i + rotary_dim / 2)."""
   cos, sin = (table[:, None, :] for table in rotation)
   half = cos.shape[-1]
   x32 = x.astype(jnp.float32)
   left, right, rest = jnp.split(x32, (half, 2 * half), axis=-1)
   turned = jnp.stack(
-    [left * cos - right * sin, right * cos + left * sin], axis=-2)
+    [left * cos - right * sin, right * cos + left * sin], axis=-2
+  )
   turned = turned.reshape(*x.shape[:-1], 2 * half)
   return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
@@ -104,12 +109,15 @@ def _llama3(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
   length = config.original_max_position
   wavelengths = np.float32(2 * math.pi) / frequencies
   factor = np.float32(config.factor)
-  blend = ((np.float32(length) / wavelengths - np.float32(low))
-           / np.float32(high - low))
+  blend = (np.float32(length) / wavelengths - np.float32(low)) / np.float32(
+    high - low
+  )
   blended = (1 - blend) * frequencies / factor + blend * frequencies
   return np.where(
-    wavelengths > length / low, frequencies / factor,
-    np.where(wavelengths < length / high, frequencies, blended))
+    wavelengths > length / low,
+    frequencies / factor,
+    np.where(wavelengths < length / high, frequencies, blended),
+  )
 
 
 def _yarn(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
@@ -123,29 +131,34 @@ def _yarn(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
     They are counted over the original context.
     """
     assert rotations
-    return (dim * math.log(length / (rotations * 2 * math.pi))
-            / (2 * math.log(theta)))
+    return (
+      dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+    )
 
   first, last = dimension(config.beta_fast), dimension(config.beta_slow)
   if config.truncate:
     first, last = math.floor(first), math.ceil(last)
   first, last = max(first, 0), min(last, dim - 1)
   width = (last - first) or 0.001
-  ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(first))
+  ramp = np.arange(dim // 2, dtype=np.float32) - np.float32(first)
   keep = 1 - np.clip(ramp / np.float32(width), 0, 1)
   powers = np.float32(theta) ** _exponents(dim)
-  return (1 / (np.float32(config.factor) * powers) * (1 - keep)
-          + 1 / powers * keep)
+  return (
+    1 / (np.float32(config.factor) * powers) * (1 - keep) + 1 / powers * keep
+  )
 
 
-_STATIC: Mapping[
-  str, Callable[[config_lib.RopeConfig, int], np.ndarray]] = {
-  'default': _default, 'linear': _linear, 'llama3': _llama3, 'yarn': _yarn,
+_STATIC: Mapping[str, Callable[[config_lib.RopeConfig, int], np.ndarray]] = {
+  'default': _default,
+  'linear': _linear,
+  'llama3': _llama3,
+  'yarn': _yarn,
 }
 
 
-def _dynamic(config: config_lib.RopeConfig, dim: int,
-             lens: Int[Array, ' T']) -> Float[Array, 'T pairs']:
+def _dynamic(
+  config: config_lib.RopeConfig, dim: int, lens: Int[Array, ' T']
+) -> Float[Array, 'T pairs']:
   """Returns frequencies by dynamic NTK: a longer length has a larger base."""
   assert config.factor and config.original_max_position
   original = config.original_max_position

@@ -48,8 +48,11 @@ class Shards:
       return bias
     return jnp.where(lax.axis_index(self.tp) == 0, bias, 0)
 
-  def embed(self, table: Float[Array, 'V D'], tokens: Int[Array, ' T'],
-            ) -> Float[Array, 'T D']:
+  def embed(
+    self,
+    table: Float[Array, 'V D'],
+    tokens: Int[Array, ' T'],
+  ) -> Float[Array, 'T D']:
     """Returns rows of the embedding; the caller refuses ids outside [0, V)."""
     if self.tp is None:
       return jnp.take(table, tokens, axis=0, mode='clip')
@@ -58,8 +61,11 @@ class Shards:
     rows = jnp.take(table, row, axis=0, mode='clip')
     return self.sum(jnp.where(is_mine[:, None], rows, 0))
 
-  def by_stage(self, values: Sequence[Value], compute: Callable[[Value], Any],
-               ) -> Any:
+  def by_stage(
+    self,
+    values: Sequence[Value],
+    compute: Callable[[Value], Any],
+  ) -> Any:
     """Returns `compute` of this stage's value; branches only if values differ.
 
     Args:
@@ -71,8 +77,10 @@ class Shards:
       return compute(distinct[0])
     assert self.pp is not None
     which = jnp.array([distinct.index(value) for value in values], jnp.int32)
-    return lax.switch(which[lax.axis_index(self.pp)], [
-      functools.partial(compute, value) for value in distinct])
+    return lax.switch(
+      which[lax.axis_index(self.pp)],
+      [functools.partial(compute, value) for value in distinct],
+    )
 
   def head_rows(self, table: Float[Array, 'V D']) -> Float[Array, 'rows D']:
     """Returns this device's rows of an embedding that is the output, too.

@@ -25,8 +25,7 @@ class ParamSpec:
 
   @property
   def is_factor(self) -> bool:
-    """Whether rows are multiplied by it: a single matrix, and no lookup table.
-    """
+    """Whether rows are multiplied by it: one matrix, and no lookup table."""
     return len(self.shape) == 2 and self.axes[0] != 'vocab'
 
 

@@ -70,10 +70,16 @@ def init_params(
   Must not be jitted: it compiles a small program for each shape, while one for
   all leaves would take minutes.
   """
+
   def draw(path: Any, leaf: spec.ParamSpec) -> jax.Array:
     name = jax.tree_util.keystr(path)
-    return _draw(jax.random.fold_in(key, zlib.crc32(name.encode())),
-                 leaf.shape, jnp.dtype(dtype), _CENTERS[leaf.init], scale)
+    return _draw(
+      jax.random.fold_in(key, zlib.crc32(name.encode())),
+      leaf.shape,
+      jnp.dtype(dtype),
+      _CENTERS[leaf.init],
+      scale,
+    )
 
   return jax.tree_util.tree_map_with_path(draw, param_specs(config))
 
@@ -83,10 +89,14 @@ _CENTERS: Mapping[str, float] = {'normal': 0.0, 'bias': 0.0, 'scale': 1.0}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, center: float,
-          scale: float) -> jax.Array:
-  drawn: jax.Array = center + scale * jax.random.normal(
-    key, shape, jnp.float32)
+def _draw(
+  key: jax.Array,
+  shape: tuple[int, ...],
+  dtype: Any,
+  center: float,
+  scale: float,
+) -> jax.Array:
+  drawn: jax.Array = center + scale * jax.random.normal(key, shape, jnp.float32)
   return drawn.astype(dtype)
 
 
@@ -119,13 +129,18 @@ def forward(
   kinds = [config.layer_kind(i) for i in range(config.num_layers)]
   rotations = {
     kind.rope: rope.tables(kind.rope, config.head_dim, positions, rope_lens)
-    for kind in dict.fromkeys(kinds)}
+    for kind in dict.fromkeys(kinds)
+  }
 
-  def context(kind: kinds_lib.LayerKind, rows: attention.Rows | None,
-              ) -> attention.LayerContext:
+  def context(
+    kind: kinds_lib.LayerKind,
+    rows: attention.Rows | None,
+  ) -> attention.LayerContext:
     return attention.LayerContext(
-      rotations[kind.rope], functools.partial(
-        attend, options=kind.attention, rows=rows), rows=rows)
+      rotations[kind.rope],
+      functools.partial(attend, options=kind.attention, rows=rows),
+      rows=rows,
+    )
 
   x = embed(config, params, tokens)
   x, kv = run_layers(config, params['layers'], kv, x, kinds, context)
@@ -170,11 +185,18 @@ def run_layers(
     The residual stream after the layers, of the rows `leaving`, and the new
     `kv`.
   """
+
   @functools.partial(jax.jit, static_argnames='kind')
-  def block(layer: layers.Params, layer_kv: attention.LayerKv, x: Array,
-            kind: Kind, rows: attention.Rows | None) -> Any:
+  def block(
+    layer: layers.Params,
+    layer_kv: attention.LayerKv,
+    x: Array,
+    kind: Kind,
+    rows: attention.Rows | None,
+  ) -> Any:
     return _family(config).block(
-      config, layer, layer_kv, x, context(kind, rows))
+      config, layer, layer_kv, x, context(kind, rows)
+    )
 
   kv = list(kv)
   rows = [None] * (len(params) - 1) + [leaving]
@@ -204,6 +226,10 @@ def unembed(
   On a shard, computes those of its part of the vocabulary.
   """
   if config.tie_word_embeddings:
-    return jnp.einsum('sd,vd->sv', hidden, shards.head_rows(params['embed']),
-                      preferred_element_type=jnp.float32)
+    return jnp.einsum(
+      'sd,vd->sv',
+      hidden,
+      shards.head_rows(params['embed']),
+      preferred_element_type=jnp.float32,
+    )
   return matrices.matmul(hidden, params['lm_head'], jnp.float32)

@@ -13,7 +13,7 @@ from sarathi_jax.models import config as config_lib
 # The PSF's licence, as CPython comes with it.
 _LICENSE = pathlib.Path(__file__).parent / 'PYTHON_LICENSE.txt'
 
-_README = '''\
+_README = """\
 ---
 license: psf-2.0
 language: en
@@ -49,7 +49,7 @@ Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved, under
 the PSF License Version 2 (see `LICENSE`). Changes made to it: markup, the lines
 under headings and line ends were taken off, docstrings were cut and put as
 answers to questions, and a model was trained on the result.
-'''
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,20 +77,28 @@ class Facts:
 
 def summary(facts: Facts) -> str:
   """Returns the facts in a line or two, for people."""
-  return (f'{facts.num_params:,} parameters saw {facts.tokens_learned:,} '
-          f'tokens in {facts.minutes:.1f} minutes. Loss {facts.loss:.3f}'
-          + _held_out(facts) + '.')
+  return (
+    f'{facts.num_params:,} parameters saw {facts.tokens_learned:,} '
+    f'tokens in {facts.minutes:.1f} minutes. Loss {facts.loss:.3f}'
+    + _held_out(facts)
+    + '.'
+  )
 
 
-def write(folder: pathlib.Path, config: config_lib.LlamaConfig, facts: Facts
-          ) -> None:
+def write(
+  folder: pathlib.Path, config: config_lib.LlamaConfig, facts: Facts
+) -> None:
   """Writes README.md and LICENSE."""
   shutil.copyfile(_LICENSE, folder / 'LICENSE')
-  (folder / 'README.md').write_text(_README.format(
-    **config.to_dict(), **dataclasses.asdict(facts),
-    python=platform.python_version(),
-    epochs=facts.tokens_learned / facts.num_tokens,
-    and_held_out=_held_out(facts)))
+  (folder / 'README.md').write_text(
+    _README.format(
+      **config.to_dict(),
+      **dataclasses.asdict(facts),
+      python=platform.python_version(),
+      epochs=facts.tokens_learned / facts.num_tokens,
+      and_held_out=_held_out(facts),
+    )
+  )
 
 
 def _held_out(facts: Facts) -> str:

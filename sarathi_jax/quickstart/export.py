@@ -44,8 +44,12 @@ _LAYER: Mapping[str, str] = {
 }
 
 
-def write(folder: pathlib.Path, config: config_lib.LlamaConfig,
-          params: Params, tokenizer: tokenizers.Tokenizer) -> None:
+def write(
+  folder: pathlib.Path,
+  config: config_lib.LlamaConfig,
+  params: Params,
+  tokenizer: tokenizers.Tokenizer,
+) -> None:
   """Writes the model, in bfloat16, and everything needed to serve it.
 
   Args:
@@ -55,27 +59,44 @@ def write(folder: pathlib.Path, config: config_lib.LlamaConfig,
     tokenizer: with `text.SPECIAL_TOKENS`.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = {name: np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
-             for name, value in _tensors(params)}
+  tensors = {
+    name: np.ascontiguousarray(value.astype(ml_dtypes.bfloat16))
+    for name, value in _tensors(params)
+  }
   # safetensors' save_file would make a file that only its owner can read.
   (folder / 'model.safetensors').write_bytes(
-    safetensors.save(tensors, metadata={'format': 'pt'}))
+    safetensors.save(tensors, metadata={'format': 'pt'})
+  )
   write_tokenizer(folder, tokenizer)
   end = tokenizer_lib.end_id(tokenizer)
   _write_json(folder / 'config.json', _config(config, end))
-  _write_json(folder / 'generation_config.json', {
-    'do_sample': True, 'temperature': 0.3, 'top_p': 0.9, 'eos_token_id': end,
-    'pad_token_id': end})
+  _write_json(
+    folder / 'generation_config.json',
+    {
+      'do_sample': True,
+      'temperature': 0.3,
+      'top_p': 0.9,
+      'eos_token_id': end,
+      'pad_token_id': end,
+    },
+  )
 
 
-def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer
-                    ) -> None:
+def write_tokenizer(
+  folder: pathlib.Path, tokenizer: tokenizers.Tokenizer
+) -> None:
   """Writes tokenizer.json, its configuration and the template of chats."""
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / 'tokenizer.json'))
-  _write_json(folder / 'tokenizer_config.json', {
-    'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': text.END,
-    'pad_token': text.END, 'clean_up_tokenization_spaces': False})
+  _write_json(
+    folder / 'tokenizer_config.json',
+    {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'eos_token': text.END,
+      'pad_token': text.END,
+      'clean_up_tokenization_spaces': False,
+    },
+  )
   (folder / 'chat_template.jinja').write_text(text.CHAT_TEMPLATE)
 
 

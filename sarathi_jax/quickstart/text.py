@@ -38,27 +38,80 @@ CHAT_TEMPLATE = (
   "{{ '" + USER + "' + message['content'] }}"
   "{% else %}{{ raise_exception('only the roles user and assistant exist') }}"
   '{% endif %}{% endfor %}'
-  "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}")
+  "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
 
 # Folders and modules of the standard library that explain little: tests,
 # programs, and those that Python 3.13 no longer has.
-_SKIPPED = frozenset((
-  '__phello__', 'aifc.py', 'antigravity.py', 'asynchat.py', 'asyncore.py',
-  'audioop.py', 'cgi.py', 'cgitb.py', 'chunk.py', 'crypt.py', 'ctypes',
-  'curses', 'dbm', 'distutils', 'encodings', 'ensurepip', 'idlelib',
-  'imghdr.py', 'imp.py', 'lib-dynload', 'lib2to3', 'mailcap.py', 'msilib',
-  'nntplib.py', 'nturl2path.py', 'pipes.py', 'pydoc_data', 'site-packages',
-  'smtpd.py', 'sndhdr.py', 'sre_compile.py', 'sre_constants.py',
-  'sre_parse.py', 'sunau.py', 'telnetlib.py', 'test', 'tests', 'this.py',
-  'tkinter', 'turtledemo', 'uu.py', 'xdrlib.py'))
+_SKIPPED = frozenset(
+  (
+    '__phello__',
+    'aifc.py',
+    'antigravity.py',
+    'asynchat.py',
+    'asyncore.py',
+    'audioop.py',
+    'cgi.py',
+    'cgitb.py',
+    'chunk.py',
+    'crypt.py',
+    'ctypes',
+    'curses',
+    'dbm',
+    'distutils',
+    'encodings',
+    'ensurepip',
+    'idlelib',
+    'imghdr.py',
+    'imp.py',
+    'lib-dynload',
+    'lib2to3',
+    'mailcap.py',
+    'msilib',
+    'nntplib.py',
+    'nturl2path.py',
+    'pipes.py',
+    'pydoc_data',
+    'site-packages',
+    'smtpd.py',
+    'sndhdr.py',
+    'sre_compile.py',
+    'sre_constants.py',
+    'sre_parse.py',
+    'sunau.py',
+    'telnetlib.py',
+    'test',
+    'tests',
+    'this.py',
+    'tkinter',
+    'turtledemo',
+    'uu.py',
+    'xdrlib.py',
+  )
+)
 
 # Modules that are compiled into the interpreter, without a source file to read.
 _COMPILED = ('builtins', 'itertools', 'math', 'time')
-_BUILTIN_TYPES = ('bytes', 'dict', 'float', 'int', 'list', 'set', 'str',
-                  'tuple')
+_BUILTIN_TYPES = (
+  'bytes',
+  'dict',
+  'float',
+  'int',
+  'list',
+  'set',
+  'str',
+  'tuple',
+)
 
-_ASCII = {0x2018: "'", 0x2019: "'", 0x201c: '"', 0x201d: '"', 0x2013: '-',
-          0x2014: '--', 0x2026: '...'}
+_ASCII = {
+  0x2018: "'",
+  0x2019: "'",
+  0x201C: '"',
+  0x201D: '"',
+  0x2013: '-',
+  0x2014: '--',
+  0x2026: '...',
+}
 _UNDERLINE = re.compile(r'([*=~^"-])\1{3,}')
 # Lengths in characters: a small model gets fluent on little text, read often.
 _MAX_TOPIC = 4000
@@ -89,24 +142,28 @@ def split(docs: Sequence[Document]) -> tuple[list[Document], list[Document]]:
   Holds out docstrings, chosen by name. Topics overlap each other, so holding
   one out would measure memory.
   """
+
   def held_out(doc: Document) -> bool:
     digest = hashlib.sha256(doc.name.encode()).digest()
     return not doc.name.startswith('topic:') and digest[0] % _HELD_OUT == 0
 
-  return ([doc for doc in docs if not held_out(doc)],
-          [doc for doc in docs if held_out(doc)])
+  return (
+    [doc for doc in docs if not held_out(doc)],
+    [doc for doc in docs if held_out(doc)],
+  )
 
 
 def sentence_starts(body: str) -> list[int]:
   """Returns the offsets where a text, its paragraphs and sentences begin."""
-  return [0, *(match.end() for match in re.finditer(
-    r'\n\n|[.:!?] (?=[A-Z])', body))]
+  return [
+    0,
+    *(match.end() for match in re.finditer(r'\n\n|[.:!?] (?=[A-Z])', body)),
+  ]
 
 
 def words(docs: Sequence[Document]) -> frozenset[str]:
   """Returns every word of the documents, in lower case."""
-  return frozenset(
-    word for doc in docs for word in find_words(doc.text))
+  return frozenset(word for doc in docs for word in find_words(doc.text))
 
 
 def find_words(text: str) -> list[str]:
@@ -116,11 +173,13 @@ def find_words(text: str) -> list[str]:
 
 def _topics() -> Iterator[Document]:
   from pydoc_data import topics  # half a megabyte: only when wanted
+
   seen: set[str] = set()
   docs = []
   # Long topics contain short ones, which are better to have whole.
-  for name, body in sorted(topics.topics.items(),
-                           key=lambda item: (len(item[1]), item[0])):
+  for name, body in sorted(
+    topics.topics.items(), key=lambda item: (len(item[1]), item[0])
+  ):
     # The title goes: prompts don't begin with one.
     paragraphs = list(_unseen(_paragraphs(body), seen))[1:]
     text = _cut(_without_code(paragraphs), _MAX_TOPIC)
@@ -170,20 +229,27 @@ def _answers() -> Iterator[Document]:
     if name.count('.') > 1 or len(answer) < 20 or answer in seen:
       continue
     seen.add(answer)
-    question = (f'What is the {name} module?' if kind == 'module'
-                else f'What is {name}?' if kind == 'class'
-                else f'What does {name} do?')
+    question = (
+      f'What is the {name} module?'
+      if kind == 'module'
+      else f'What is {name}?'
+      if kind == 'class'
+      else f'What does {name} do?'
+    )
     yield Document(name, f'{USER}{question}{ASSISTANT}{answer}')
 
 
 def _shorten(paragraphs: Iterable[str]) -> str:
   """Returns the leading paragraphs that explain, or the first's sentences."""
-  prose = list(itertools.takewhile(
-    lambda p: re.match(r'[A-Z]', p) and p[-1] in '.:!?)', paragraphs))
+  prose = list(
+    itertools.takewhile(
+      lambda p: re.match(r'[A-Z]', p) and p[-1] in '.:!?)', paragraphs
+    )
+  )
   text = _cut(prose, _MAX_ANSWER)
   if prose and not text:
     ends = [start - 1 for start in sentence_starts(prose[0])[1:]]
-    text = prose[0][:max((e for e in ends if e <= _MAX_ANSWER), default=0)]
+    text = prose[0][: max((e for e in ends if e <= _MAX_ANSWER), default=0)]
   # What a final colon announces was cut off.
   return '' if text.endswith(':') else text
 
@@ -207,9 +273,9 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
   root = pathlib.Path(sysconfig.get_paths()['stdlib'])
   for path in sorted(root.rglob('*.py')):
     parts = path.relative_to(root).parts
-    if (_SKIPPED & set(parts)
-        or any(part.startswith('_') and part != '__init__.py'
-               for part in parts)):
+    if _SKIPPED & set(parts) or any(
+      part.startswith('_') and part != '__init__.py' for part in parts
+    ):
       continue
     module = '.'.join(parts).removesuffix('.py').removesuffix('.__init__')
     try:
@@ -226,7 +292,8 @@ def _compiled_docstrings() -> Iterator[tuple[str, str, str]]:
     for name, value in sorted(vars(module).items()):
       # `site` adds helpers for the prompt, which are neither of these.
       if name.startswith('_') or not (
-          inspect.isclass(value) or inspect.isbuiltin(value)):
+        inspect.isclass(value) or inspect.isbuiltin(value)
+      ):
         continue
       kind = 'class' if inspect.isclass(value) else 'function'
       yield f'{prefix}{name}', kind, value.__doc__ or ''
@@ -238,15 +305,17 @@ def _compiled_docstrings() -> Iterator[tuple[str, str, str]]:
 
 def _of(node: ast.AST, name: str, kind: str) -> Iterator[tuple[str, str, str]]:
   assert isinstance(
-    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  )
   docstring = ast.get_docstring(node)
   if docstring:
     yield name, kind, docstring
   if kind == 'function':
     return
   for child in node.body:
-    if (isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        and not child.name.startswith('_')):
+    if isinstance(
+      child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    ) and not child.name.startswith('_'):
       child_kind = 'class' if isinstance(child, ast.ClassDef) else 'function'
       yield from _of(child, f'{name}.{child.name}', child_kind)
 
@@ -274,9 +343,13 @@ def _is_prose(lines: Sequence[str], text: str) -> bool:
   body = re.sub(r'^([*-]|\d+\.) ', '', text)
   letters = sum(c.isalpha() or c in " ,.'" for c in body)
   sentence = re.match(r'["\'(*`]*[A-Z]', body) and body[-1] in '.:!?)'
-  return (len(indents) <= 1 and '>>>' not in text and '::=' not in text
-          and letters > 0.85 * len(body)
-          and bool(sentence or not lines[0].startswith(' ')))
+  return (
+    len(indents) <= 1
+    and '>>>' not in text
+    and '::=' not in text
+    and letters > 0.85 * len(body)
+    and bool(sentence or not lines[0].startswith(' '))
+  )
 
 
 def _plain(prose: str) -> str:

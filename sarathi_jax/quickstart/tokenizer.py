@@ -15,10 +15,10 @@ from tokenizers import trainers
 from sarathi_jax.quickstart import text
 
 
-def train(docs: Sequence[text.Document], vocab_size: int
-          ) -> tokenizers.Tokenizer:
-  """Trains a tokenizer: special tokens first, then bytes, then merged pieces.
-  """
+def train(
+  docs: Sequence[text.Document], vocab_size: int
+) -> tokenizers.Tokenizer:
+  """Trains a tokenizer: special tokens, then bytes, then merged pieces."""
   between = re.compile('|'.join(map(re.escape, text.SPECIAL_TOKENS)))
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -27,9 +27,12 @@ def train(docs: Sequence[text.Document], vocab_size: int
   tokenizer.train_from_iterator(
     (part for doc in docs for part in between.split(doc.text)),
     trainers.BpeTrainer(
-      vocab_size=vocab_size, special_tokens=list(text.SPECIAL_TOKENS),
+      vocab_size=vocab_size,
+      special_tokens=list(text.SPECIAL_TOKENS),
       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-      show_progress=False))
+      show_progress=False,
+    ),
+  )
   return tokenizer
 
 

@@ -83,9 +83,11 @@ class StepOutput(NamedTuple):
 
 
 # The fields of `SamplingParams` that the device gets: the rows of `sampling`.
-_SAMPLING = {name: (field.kind, field.on_device)
-             for name, field in sampling_params.FIELDS.items()
-             if field.on_device is not None}
+_SAMPLING = {
+  name: (field.kind, field.on_device)
+  for name, field in sampling_params.FIELDS.items()
+  if field.on_device is not None
+}
 _FLOAT = sampling_params.Kind.FLOAT
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
@@ -131,18 +133,32 @@ class BatchLayout:
 def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
   row, sample = (layout.num_rows,), (layout.num_samples,)
   batch = BatchArrays(
-    cu_q_lens=(layout.num_rows + 1,), kv_lens=row,
-    page_indices=(layout.num_rows, layout.pages_per_seq), distribution=(2,),
-    slots=row, from_device=row, prompt_lens=row, num_samples=(1,),
-    sample_tokens=sample, sample_slots=sample, sample_positions=sample,
-    seeds=(*sample, 2), sampling=(len(_SAMPLING), *sample),
-    tokens=(layout.num_tokens,))
+    cu_q_lens=(layout.num_rows + 1,),
+    kv_lens=row,
+    page_indices=(layout.num_rows, layout.pages_per_seq),
+    distribution=(2,),
+    slots=row,
+    from_device=row,
+    prompt_lens=row,
+    num_samples=(1,),
+    sample_tokens=sample,
+    sample_slots=sample,
+    sample_positions=sample,
+    seeds=(*sample, 2),
+    sampling=(len(_SAMPLING), *sample),
+    tokens=(layout.num_tokens,),
+  )
   return (
-    packing.Packing({
-      name: (shape, packing.INT) for name, shape in batch._asdict().items()}),
-    packing.Packing(StepOutput(
-      tokens=(sample, packing.INT), logprobs=(sample, packing.FLOAT),
-    )._asdict()))
+    packing.Packing(
+      {name: (shape, packing.INT) for name, shape in batch._asdict().items()}
+    ),
+    packing.Packing(
+      StepOutput(
+        tokens=(sample, packing.INT),
+        logprobs=(sample, packing.FLOAT),
+      )._asdict()
+    ),
+  )
 
 
 class BatchBuilder:
@@ -159,43 +175,54 @@ class BatchBuilder:
     self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
     self._sampling = np.zeros((len(_SAMPLING), max_num_seqs), np.int32)
 
-  def build(self, batch: types.ScheduledBatch,
-            layout: BatchLayout) -> np.ndarray:
+  def build(
+    self, batch: types.ScheduledBatch, layout: BatchLayout
+  ) -> np.ndarray:
     """Packs a batch into a fresh [layout.size] int32 buffer."""
     n = len(batch.chunks)
     columns: Any = types.Chunk(  # A tuple of each field.
-      *cast(Any, zip(*batch.chunks, strict=True)))
+      *cast(Any, zip(*batch.chunks, strict=True))
+    )
     buffer = np.zeros(layout.size, np.int32)
     fields = layout.split(buffer)
     for slot, table, params in zip(
-        columns.slot, columns.page_table, columns.sampling, strict=True):
+      columns.slot, columns.page_table, columns.sampling, strict=True
+    ):
       if self._tables[slot] is not table:
         self._remember_table(slot, table)
       if self._params[slot] is not params:
         self._params[slot] = params
-        self._sampling[:, slot] = _bits([
-          on_device.read(getattr(params, name))
-          for name, (_, on_device) in _SAMPLING.items()])
+        self._sampling[:, slot] = _bits(
+          [
+            on_device.read(getattr(params, name))
+            for name, (_, on_device) in _SAMPLING.items()
+          ]
+        )
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
     np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
     q_lens = np.array(columns.num_tokens, np.int32)
-    np.cumsum(q_lens, out=fields.cu_q_lens[1:n + 1])
-    fields.cu_q_lens[n + 1:] = batch.num_tokens
+    np.cumsum(q_lens, out=fields.cu_q_lens[1 : n + 1])
+    fields.cu_q_lens[n + 1 :] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.prompt_lens[:n] = columns.prompt_len
     fields.from_device[:n] = np.fromiter(
-      map(operator.not_, columns.tokens), np.int32, n)
-    fields.tokens[:batch.num_tokens] = np.fromiter(
+      map(operator.not_, columns.tokens), np.int32, n
+    )
+    fields.tokens[: batch.num_tokens] = np.fromiter(
       itertools.chain.from_iterable(t or (0,) for t in columns.tokens),
-      np.int32, batch.num_tokens)
+      np.int32,
+      batch.num_tokens,
+    )
     fields.distribution[:] = n - sum(columns.is_prefill), n
     self._add_samples(
-      fields, np.fromiter(columns.samples, np.int32, n), columns.seed)
+      fields, np.fromiter(columns.samples, np.int32, n), columns.seed
+    )
     return buffer
 
-  def _add_samples(self, fields: BatchArrays, counts: np.ndarray,
-                   seeds: tuple[int, ...]) -> None:
+  def _add_samples(
+    self, fields: BatchArrays, counts: np.ndarray, seeds: tuple[int, ...]
+  ) -> None:
     """Fills the fields of samples: `counts` of them at each row's end."""
     rows = counts.nonzero()[0]
     before_end: Any = 0  # of its row's
@@ -213,8 +240,8 @@ class BatchBuilder:
     fields.sampling[:, m:] = _NEUTRAL[:, None]
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
-    self._pages[slot, :len(table)] = table
-    self._pages[slot, len(table):] = 0  # of the request here before
+    self._pages[slot, : len(table)] = table
+    self._pages[slot, len(table) :] = 0  # of the request here before
     self._tables[slot] = table
 
 
@@ -222,7 +249,8 @@ def _bits(values: list[float]) -> np.ndarray:
   """Returns [F] values in 32 bits each; too large ones become the largest."""
   bits = np.zeros(len(_SAMPLING), np.int32)
   for i, (value, (kind, _)) in enumerate(
-      zip(values, _SAMPLING.values(), strict=True)):
+    zip(values, _SAMPLING.values(), strict=True)
+  ):
     most = _FLOAT32_MAX if kind is _FLOAT else _INT32_MAX
     held = max(min(value, most), -most)
     bits[i] = np.float32(held).view(np.int32) if kind is _FLOAT else held
@@ -236,15 +264,17 @@ def sampling_of(rows: Any) -> dict[str, Any]:
   """Returns the rows of `BatchArrays.sampling` by name, each in its dtype."""
   return {
     name: packing.as_float(row) if kind is _FLOAT else row
-    for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)}
+    for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)
+  }
 
 
 # Sizes below eight tokens. Two tokens take as long as four.
 _SMALL = (1, 4)
 
 
-def ladder(max_tokens: int, max_num_seqs: int, *, fine: bool = False,
-           small: bool = False) -> tuple[int, ...]:
+def ladder(
+  max_tokens: int, max_num_seqs: int, *, fine: bool = False, small: bool = False
+) -> tuple[int, ...]:
   """Returns the token counts to compile the step for, ascending.
 
   They are powers of two up to half of the largest, then eighths of it: hybrid
@@ -276,5 +306,5 @@ def ladder(max_tokens: int, max_num_seqs: int, *, fine: bool = False,
     size *= 2
   tile = 32 if fine else 128
   step = -(-max_tokens // 8 // tile) * tile or tile
-  sizes.update(range(step, max_tokens, step)[max_tokens // 2 // step:])
+  sizes.update(range(step, max_tokens, step)[max_tokens // 2 // step :])
   return tuple(sorted(sizes))

@@ -81,20 +81,22 @@ def _make(folder: str) -> bool:
   except OSError as error:
     if error.errno not in _READ_ONLY:
       raise errors.ConfigError(
-        f'compilation_cache_dir={folder!r}: can\'t be made: {error.strerror}.'
+        f"compilation_cache_dir={folder!r}: can't be made: {error.strerror}."
       ) from error
   if os.access(folder, os.W_OK | os.X_OK):
     return True
   warnings.warn(
-    f'Compiled steps are not kept: {folder} can\'t be written. Those that it '
-    'has are used.', RuntimeWarning, stacklevel=2)
+    f"Compiled steps are not kept: {folder} can't be written. Those that it "
+    'has are used.',
+    RuntimeWarning,
+    stacklevel=2,
+  )
   return False
 
 
 @contextlib.contextmanager
 def _as_first() -> Iterator[None]:
-  """Lets this process keep what it compiles, as JAX lets the first one only.
-  """
+  """Lets this process keep what it compiles, as JAX lets the first one only."""
   state = distributed.global_state
   process, state.process_id = state.process_id, 0
   try:

@@ -87,13 +87,18 @@ class DeviceRunner:
     num_stages: stages of the pipeline.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig, params: Params,
-               mesh: Mesh, config: config_lib.EngineConfig,
-               max_step_tokens: Callable[[int], int],
-               on_compiled: OnCompiled = lambda done, total: None,
-               leader: hosts.Leader | None = None,
-               sizes: Collection[int] | None = None,
-               kept: kept_lib.Kept = kept_lib.NOWHERE) -> None:
+  def __init__(
+    self,
+    model: model_config_lib.ModelConfig,
+    params: Params,
+    mesh: Mesh,
+    config: config_lib.EngineConfig,
+    max_step_tokens: Callable[[int], int],
+    on_compiled: OnCompiled = lambda done, total: None,
+    leader: hosts.Leader | None = None,
+    sizes: Collection[int] | None = None,
+    kept: kept_lib.Kept = kept_lib.NOWHERE,
+  ) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
     self._transposed = placement.are_transposed(params)
@@ -102,20 +107,29 @@ class DeviceRunner:
     devices = mesh.local_devices
     dtype = self._leaves[0].dtype
     kv_dtype = kv_cache.choose_dtype(
-      config.kv_cache_dtype, dtype, devices[0].platform)
+      config.kv_cache_dtype, dtype, devices[0].platform
+    )
     context = config.max_model_len or model.context_len
     # The reference is a loop in Python, for tests of the others.
     known = [name for name in rpa.IMPLEMENTATIONS if name != 'reference']
     config_lib.check(
-      config.attention in (None, *known), 'attention', config.attention,
-      f'must be one of {", ".join(known)}')
+      config.attention in (None, *known),
+      'attention',
+      config.attention,
+      f'must be one of {", ".join(known)}',
+    )
 
     def programs(max_model_len: int) -> programs_lib.StepPrograms:
       return programs_lib.StepPrograms(
-        model, mesh, config, dtype=dtype, kv_dtype=kv_dtype,
+        model,
+        mesh,
+        config,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens(max_model_len),
-        transposed=self._transposed)
+        transposed=self._transposed,
+      )
 
     with jax.default_device(devices[0]):
       trial = programs(context)
@@ -125,32 +139,48 @@ class DeviceRunner:
         raise errors.UnsupportedError(str(error)) from error
       stats = [device.memory_stats() for device in devices]
       parallelism = mesh_lib.parallelism_of(mesh)
-      self.num_pages = hosts.smallest(kv_cache.choose_num_pages(
-        model, config, context, kv_dtype, stats,
-        _temp_bytes(config, stats[0], trial), parallelism))
+      self.num_pages = hosts.smallest(
+        kv_cache.choose_num_pages(
+          model,
+          config,
+          context,
+          kv_dtype,
+          stats,
+          _temp_bytes(config, stats[0], trial),
+          parallelism,
+        )
+      )
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
       self.num_programs = len(self._programs.sizes)
       self.num_stages = parallelism.pp
       self._page_bytes = kv_cache.page_bytes(
-        model, config.page_size, kv_dtype, parallelism)
+        model, config.page_size, kv_dtype, parallelism
+      )
       self._start()
       self._programs.compile(
-        self.num_pages, on_compiled,
-        self._programs.sizes if sizes is None else sizes, kept=kept)
+        self.num_pages,
+        on_compiled,
+        self._programs.sizes if sizes is None else sizes,
+        kept=kept,
+      )
     self._builder = batch_lib.BatchBuilder(
-      config.max_num_seqs, self._programs.pages_per_seq)
+      config.max_num_seqs, self._programs.pages_per_seq
+    )
 
   def _start(self) -> None:
     """Makes all state anew: the cache is zeros, and nothing is under way."""
     # The old state is freed first.
     self._state: state_lib.DeviceState | None = None
-    self._state = _init_state(self._programs.state_shapes(self.num_pages),
-                              self.num_pages, self._page_bytes)
+    self._state = _init_state(
+      self._programs.state_shapes(self.num_pages),
+      self.num_pages,
+      self._page_bytes,
+    )
     smallest = self._programs.sizes[0]
     self._nothing = _InPipeline(
-      np.zeros(self._programs.layouts[smallest].size, np.int32), smallest,
-      False)
+      np.zeros(self._programs.layouts[smallest].size, np.int32), smallest, False
+    )
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
     # Step -> how its output is packed, and the output, of batches that left.
@@ -169,13 +199,15 @@ class DeviceRunner:
       where, buffer = self._outputs.pop(pending.step)
       output = batch_lib.StepOutput(**where.split(np.asarray(buffer)))
     return types.Sampled.of(
-      pending.chunks, output.tokens.tolist(), output.logprobs.tolist())
+      pending.chunks, output.tokens.tolist(), output.logprobs.tolist()
+    )
 
   def num_rows(self, num_tokens: int) -> int:
     return self._programs.size_for(num_tokens)
 
-  def compile(self, num_tokens: int,
-              options: Mapping[str, Any] | None = None) -> None:
+  def compile(
+    self, num_tokens: int, options: Mapping[str, Any] | None = None
+  ) -> None:
     """Compiles the step for so many tokens, even if it was compiled before.
 
     Args:
@@ -184,8 +216,11 @@ class DeviceRunner:
     """
     with jax.default_device(self.mesh.local_devices[0]):
       self._programs.compile(
-        self.num_pages, lambda done, total: None,
-        [self._programs.size_for(num_tokens)], options)
+        self.num_pages,
+        lambda done, total: None,
+        [self._programs.size_for(num_tokens)],
+        options,
+      )
 
   @property
   def has_params(self) -> bool:
@@ -220,8 +255,12 @@ class DeviceRunner:
       Exception: they could not be moved; the old ones stay.
     """
     place = functools.partial(
-      placement.place_live, self._model, self.mesh, params,
-      transpose=self._transposed)
+      placement.place_live,
+      self._model,
+      self.mesh,
+      params,
+      transpose=self._transposed,
+    )
     try:
       placed = place()
     except jax.errors.JaxRuntimeError as error:
@@ -232,7 +271,8 @@ class DeviceRunner:
       except Exception as fault:
         raise errors.EngineDeadError(
           'there was no memory for new weights, and some of the old ones are '
-          f'gone: {errors.describe(fault)}') from fault
+          f'gone: {errors.describe(fault)}'
+        ) from fault
     self._leaves = jax.tree.leaves(placed)
 
   def load_params(self, dtype: Any, read: params_reader.Read) -> None:
@@ -242,9 +282,16 @@ class DeviceRunner:
       dtype: a NumPy dtype, such as jnp.dtype('bfloat16').
       read: reads them.
     """
-    self._leaves = jax.tree.leaves(placement.load(
-      self._model, self.mesh, dtype, read, transpose=self._transposed,
-      old=self._leaves))
+    self._leaves = jax.tree.leaves(
+      placement.load(
+        self._model,
+        self.mesh,
+        dtype,
+        read,
+        transpose=self._transposed,
+        old=self._leaves,
+      )
+    )
 
   def _step(self, entering: _InPipeline) -> None:
     """Runs one step: one batch enters, the others advance by one stage."""
@@ -253,9 +300,10 @@ class DeviceRunner:
     ints = entering.buffer
     if self.num_stages > 1:
       buffers = np.zeros(
-        (self.num_stages, self._programs.layouts[size].size), np.int32)
+        (self.num_stages, self._programs.layouts[size].size), np.int32
+      )
       for row, stage in zip(buffers, self._stages, strict=True):
-        row[:len(stage.buffer)] = stage.buffer
+        row[: len(stage.buffer)] = stage.buffer
       ints = buffers.ravel()
     if self._leader is not None:
       self._leader.send(size, ints)
@@ -264,7 +312,9 @@ class DeviceRunner:
       with jax.transfer_guard_device_to_host('allow'):
         output.copy_to_host_async()
       self._outputs[self._num_steps] = (
-        self._programs.layouts[size].output, output)
+        self._programs.layouts[size].output,
+        output,
+      )
     self._num_steps += 1
 
   def connect(self) -> None:
@@ -299,12 +349,14 @@ class DeviceRunner:
     with jax.transfer_guard_host_to_device('allow'):
       output: jax.Array
       self._state, output = self._programs[program](
-        self._leaves, self._state, ints)
+        self._leaves, self._state, ints
+      )
     return output
 
 
-def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
-                trial: programs_lib.StepPrograms) -> int:
+def _temp_bytes(
+  config: config_lib.EngineConfig, stats: Any, trial: programs_lib.StepPrograms
+) -> int:
   """Returns the bytes that the largest step takes beside its arguments.
 
   The cache gets the memory that remains. Returns 0 where the cache's size is
@@ -320,8 +372,9 @@ def _temp_bytes(config: config_lib.EngineConfig, stats: Any,
   return trial.temp_bytes(trial.pages_per_seq)
 
 
-def _init_state(shapes: state_lib.DeviceState, num_pages: int,
-                page_bytes: int) -> state_lib.DeviceState:
+def _init_state(
+  shapes: state_lib.DeviceState, num_pages: int, page_bytes: int
+) -> state_lib.DeviceState:
   try:
     return jax.block_until_ready(state_lib.init(shapes))
   except jax.errors.JaxRuntimeError as error:
@@ -330,4 +383,5 @@ def _init_state(shapes: state_lib.DeviceState, num_pages: int,
     raise errors.ConfigError(
       f'num_pages={num_pages}: {num_pages * page_bytes / kv_cache.GIB:.3g} '
       'GiB of KV cache are more than the device has free; lower num_pages or '
-      'kv_cache_gib.') from error
+      'kv_cache_gib.'
+    ) from error

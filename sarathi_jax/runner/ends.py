@@ -60,9 +60,12 @@ class End:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, kind: type[BaseException] | None,
-               error: BaseException | None,
-               trace: TracebackType | None) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
     if isinstance(error, Exception):
       if not isinstance(error, errors.SarathiError):
         traceback.print_exception(error)
@@ -109,8 +112,10 @@ class End:
 
 def gone(process: int, count: int) -> str:
   """Returns the message about a process that ended without a word."""
-  return (f'process {process} of {count} is gone; nothing can be computed '
-          'without its devices.')
+  return (
+    f'process {process} of {count} is gone; nothing can be computed '
+    'without its devices.'
+  )
 
 
 def told(error: BaseException) -> str:

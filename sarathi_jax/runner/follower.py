@@ -29,16 +29,16 @@ class Follower(ends.End):
     exit_with: ends this process.
   """
 
-  def __init__(self, link: Link, count: int,
-               exit_with: ends.Exit = ends.exit_at_once) -> None:
+  def __init__(
+    self, link: Link, count: int, exit_with: ends.Exit = ends.exit_at_once
+  ) -> None:
     super().__init__(exit_with)
     self._link = link
     self._count = count
     self._agreed = threading.Event()
     self._is_leaving = False
     self._steps: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(
-      target=self._watch, name='process 0', daemon=True).start()
+    threading.Thread(target=self._watch, name='process 0', daemon=True).start()
 
   def agree(self, facts: joining.Facts) -> None:
     """Waits until all others have the same facts; ends if they don't."""
@@ -61,8 +61,9 @@ class Follower(ends.End):
     self._is_leaving = True
     self._send(Kind.LEAVING)
 
-  def steps(self, on_idle: Callable[[], object]) -> Iterator[
-      tuple[int, np.ndarray]]:
+  def steps(
+    self, on_idle: Callable[[], object]
+  ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields what `Leader.send` is given, (program, ints), for ever.
 
     This process ends while it waits.

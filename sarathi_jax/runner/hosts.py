@@ -39,12 +39,15 @@ JOIN_TIMEOUT_S = 300.0
 _JAX_TIMEOUT_S = 60  # for JAX's own connections, once all have joined
 
 
-def start(coordinator_address: str | None = None,
-          num_processes: int | None = None,
-          process_id: int | None = None, *,
-          join_timeout_s: float = JOIN_TIMEOUT_S,
-          join_key_file: str | None = None,
-          facts: Mapping[str, Any] | None = None) -> Leader | Follower | None:
+def start(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  join_timeout_s: float = JOIN_TIMEOUT_S,
+  join_key_file: str | None = None,
+  facts: Mapping[str, Any] | None = None,
+) -> Leader | Follower | None:
   """Joins the processes; each calls it before JAX computes anything.
 
   Args:
@@ -63,13 +66,13 @@ def start(coordinator_address: str | None = None,
   Raises:
     ConfigError: the processes don't find each other, or their facts differ.
   """
-  text, count, process = _detect(
-    coordinator_address, num_processes, process_id)
+  text, count, process = _detect(coordinator_address, num_processes, process_id)
   if count == 1:
     return None
   address = joining.parse_address(text)
   key = join_key.read(
-    pathlib.Path(join_key_file).expanduser() if join_key_file else None)
+    pathlib.Path(join_key_file).expanduser() if join_key_file else None
+  )
   facts = {'num_processes': count, **(facts or {})}
   if process == 0:
     gathering = joining.Gathering(address, count, facts, key, _say)
@@ -80,8 +83,7 @@ def start(coordinator_address: str | None = None,
       leader.welcome({'port': at_jax.port})
       _initialize(at_jax, count, process)
     return leader
-  link, told = joining.join(
-    address, process, facts, key, join_timeout_s, _say)
+  link, told = joining.join(address, process, facts, key, join_timeout_s, _say)
   at_jax = joining.Address(address.host, told['port'])
   follower = Follower(link, count)
   _on_signals(follower.end_at, signal.SIGTERM, signal.SIGINT)
@@ -91,8 +93,9 @@ def start(coordinator_address: str | None = None,
   return follower
 
 
-def _detect(address: str | None, count: int | None,
-            process: int | None) -> tuple[str, int, int]:
+def _detect(
+  address: str | None, count: int | None, process: int | None
+) -> tuple[str, int, int]:
   """Detects what is not given, from what started the processes.
 
   Returns:
@@ -103,21 +106,31 @@ def _detect(address: str | None, count: int | None,
     try:
       address, count, process, _ = (
         clusters.ClusterEnv.auto_detect_unset_distributed_params(
-          address, count, process, [], None, _JAX_TIMEOUT_S))
+          address, count, process, [], None, _JAX_TIMEOUT_S
+        )
+      )
     except Exception as error:  # A cluster's own code raises what it likes.
       raise errors.ConfigError(
-        'distributed: what started the processes can\'t be asked: '
-        f'{ends.told(error)}') from error
-  for name, value in (('coordinator_address', address),
-                      ('num_processes', count), ('process_id', process)):
+        "distributed: what started the processes can't be asked: "
+        f'{ends.told(error)}'
+      ) from error
+  for name, value in (
+    ('coordinator_address', address),
+    ('num_processes', count),
+    ('process_id', process),
+  ):
     if value is None:
       raise errors.ConfigError(
         f'{name}: is not given, and neither SLURM, Open MPI nor Kubernetes '
-        'says it.')
+        'says it.'
+      )
   assert address is not None and count is not None and process is not None
   config_lib.check(
-    0 <= process < count, 'process_id', process,
-    f'must be in [0, num_processes={count})')
+    0 <= process < count,
+    'process_id',
+    process,
+    f'must be in [0, num_processes={count})',
+  )
   return address, count, process
 
 
@@ -126,18 +139,20 @@ def _initialize(address: joining.Address, count: int, process: int) -> None:
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
-      str(address), count, process,
+      str(address),
+      count,
+      process,
       local_device_ids=[],  # All of this host's; by default SLURM's gives one.
       initialization_timeout=_JAX_TIMEOUT_S,
-      coordinator_bind_address=str(address) if address.is_loopback else None)
+      coordinator_bind_address=str(address) if address.is_loopback else None,
+    )
   except (RuntimeError, ValueError) as error:
     raise errors.ConfigError(
-      f'JAX can\'t join {count} processes at {address}: {ends.told(error)}'
+      f"JAX can't join {count} processes at {address}: {ends.told(error)}"
     ) from error
 
 
-def _on_signals(act: Callable[[int], object],
-                *numbers: signal.Signals) -> None:
+def _on_signals(act: Callable[[int], object], *numbers: signal.Signals) -> None:
   """Calls `act` with each signal, on a thread of its own.
 
   The main thread may be in a collective.

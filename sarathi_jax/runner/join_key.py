@@ -31,11 +31,14 @@ def read(path: pathlib.Path | None = None) -> bytes:
     key = path.read_bytes().strip()
   except OSError as error:
     raise errors.ConfigError(
-      f'join_key_file={str(path)!r}: can\'t be read: {error.strerror}.'
+      f"join_key_file={str(path)!r}: can't be read: {error.strerror}."
     ) from error
   config_lib.check(
-    len(key) >= _MIN_BYTES, 'join_key_file', str(path),
-    f'must hold a secret of at least {_MIN_BYTES} bytes')
+    len(key) >= _MIN_BYTES,
+    'join_key_file',
+    str(path),
+    f'must hold a secret of at least {_MIN_BYTES} bytes',
+  )
   return key
 
 
@@ -43,8 +46,11 @@ def _make(path: pathlib.Path) -> None:
   """Makes a key that only this user can read, as a whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f'.{path.name}.{os.getpid()}.{secrets.token_hex(4)}')
-  with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
-            'w', encoding='ascii') as file:
+  with open(
+    os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600),
+    'w',
+    encoding='ascii',
+  ) as file:
     file.write(secrets.token_hex(32) + '\n')
   try:
     os.link(part, path)

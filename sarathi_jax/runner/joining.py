@@ -48,8 +48,11 @@ class Address(NamedTuple):
   @property
   def is_loopback(self) -> bool:
     """Whether it can only mean this machine."""
-    return self.host == 'localhost' or self.host.startswith('127.') or (
-      self.host == '::1')
+    return (
+      self.host == 'localhost'
+      or self.host.startswith('127.')
+      or (self.host == '::1')
+    )
 
   def __str__(self) -> str:
     host = f'[{self.host}]' if ':' in self.host else self.host
@@ -61,26 +64,34 @@ def parse_address(text: str) -> Address:
   host, _, port = text.rpartition(':')
   host = host.removeprefix('[').removesuffix(']')
   config_lib.check(
-    bool(host) and port.isascii() and port.isdigit()
-    and 0 < int(port) < 2**16, 'coordinator_address', text,
-    'must be HOST:PORT')
+    bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16,
+    'coordinator_address',
+    text,
+    'must be HOST:PORT',
+  )
   return Address(host, int(port))
 
 
 def misfit(process: int, theirs: Facts, ours: Facts) -> str | None:
   """Says how a process's facts differ from the first one's; None if equal."""
   ours = json.loads(json.dumps(dict(ours)))
-  names = [name for name in {**ours, **theirs}
-           if name not in ours or name not in theirs
-           or ours[name] != theirs[name]]
+  names = [
+    name
+    for name in {**ours, **theirs}
+    if name not in ours or name not in theirs or ours[name] != theirs[name]
+  ]
   if not names:
     return None
   told = '; '.join(
-    f'{name} is {theirs.get(name)!r} there, and {ours.get(name)!r} on '
-    'process 0' for name in names[:_MAX_NAMED])
+    f'{name} is {theirs.get(name)!r} there, and {ours.get(name)!r} on process 0'
+    for name in names[:_MAX_NAMED]
+  )
   more = len(names) - _MAX_NAMED
-  return (f'process {process} is not to run what process 0 is: {told}'
-          + (f'; and {more} more' if more > 0 else '') + '.')
+  return (
+    f'process {process} is not to run what process 0 is: {told}'
+    + (f'; and {more} more' if more > 0 else '')
+    + '.'
+  )
 
 
 class Gathering:
@@ -97,8 +108,9 @@ class Gathering:
     ConfigError: this process can't listen there.
   """
 
-  def __init__(self, address: Address, count: int, facts: Facts, key: bytes,
-               say: Say) -> None:
+  def __init__(
+    self, address: Address, count: int, facts: Facts, key: bytes, say: Say
+  ) -> None:
     self._address = address
     self._count = count
     self._facts = facts
@@ -114,8 +126,9 @@ class Gathering:
       self._listener = _listen(address)
     except OSError as error:
       raise errors.ConfigError(
-        f'coordinator_address={str(address)!r}: process 0 can\'t listen '
-        f'there: {error.strerror or error}.') from error
+        f"coordinator_address={str(address)!r}: process 0 can't listen "
+        f'there: {error.strerror or error}.'
+      ) from error
 
   def wait(self, timeout_s: float) -> dict[int, Link]:
     """Waits for all others; returns the connections, by process.
@@ -148,13 +161,17 @@ class Gathering:
       while self._misfit is None and (missing := self._missing()):
         now = time.monotonic()
         if now - begin >= timeout_s:
-          return (f'join_timeout_s={timeout_s:g}: {_named(missing)} of '
-                  f'{self._count} did not join process 0 at {self._address}.')
+          return (
+            f'join_timeout_s={timeout_s:g}: {_named(missing)} of '
+            f'{self._count} did not join process 0 at {self._address}.'
+          )
         if now >= next_word:
           next_word = now + _SAY_EVERY_S
-          self._say(f'Waiting for {_named(missing)} of {self._count} to join '
-                    f'at {self._address}, for {timeout_s - now + begin:.0f} s '
-                    'at most.')
+          self._say(
+            f'Waiting for {_named(missing)} of {self._count} to join '
+            f'at {self._address}, for {timeout_s - now + begin:.0f} s '
+            'at most.'
+          )
         self._changed.wait(min(_POLL_S, timeout_s))
       return self._misfit
 
@@ -176,8 +193,12 @@ class Gathering:
         time.sleep(_POLL_S)
         continue
       if self._slots.acquire(blocking=False):
-        threading.Thread(target=self._admit, args=(end, str(peer[0])),
-                         name='joining', daemon=True).start()
+        threading.Thread(
+          target=self._admit,
+          args=(end, str(peer[0])),
+          name='joining',
+          daemon=True,
+        ).start()
       else:
         end.close()
 
@@ -202,8 +223,10 @@ class Gathering:
         if is_first:
           self._refused.add(host)
       if is_first:
-        self._say(f'Refused a connection from {host}: it does not have the '
-                  'key of --join_key_file.')
+        self._say(
+          f'Refused a connection from {host}: it does not have the '
+          'key of --join_key_file.'
+        )
     except Exception:  # A stranger, whatever it tried.
       end.close()
     finally:
@@ -213,7 +236,8 @@ class Gathering:
     with self._changed:
       known = self._links.get(process)
       if not 0 < process < self._count or (
-          known is not None and not known.is_gone):
+        known is not None and not known.is_gone
+      ):
         problem = f'process_id={process}: another process has it.'
       elif not self._is_open:
         problem = 'process 0 waits for nobody any more.'
@@ -228,8 +252,14 @@ class Gathering:
     link.close()
 
 
-def join(address: Address, process: int, facts: Facts, key: bytes,
-         timeout_s: float, say: Say) -> tuple[Link, Any]:
+def join(
+  address: Address,
+  process: int,
+  facts: Facts,
+  key: bytes,
+  timeout_s: float,
+  say: Say,
+) -> tuple[Link, Any]:
   """Joins the first process.
 
   Args:
@@ -259,17 +289,22 @@ def join(address: Address, process: int, facts: Facts, key: bytes,
     except AuthenticationError as error:
       raise errors.ConfigError(
         f'join_key_file: process 0 at {address} has another key than process '
-        f'{process}; give all of them the same file.') from error
+        f'{process}; give all of them the same file.'
+      ) from error
     except errors.ConfigError:
       raise
     except (OSError, EOFError, ValueError, AssertionError) as error:
-      reason = getattr(error, 'strerror', None) or str(error) or (
-        'it ended the connection')
+      reason = (
+        getattr(error, 'strerror', None)
+        or str(error)
+        or ('it ended the connection')
+      )
     now = time.monotonic()
     if now - begin >= timeout_s:
       raise errors.ConfigError(
-        f'join_timeout_s={timeout_s:g}: process {process} can\'t join process '
-        f'0 at coordinator_address={str(address)!r}: {reason}.')
+        f"join_timeout_s={timeout_s:g}: process {process} can't join process "
+        f'0 at coordinator_address={str(address)!r}: {reason}.'
+      )
     if now >= next_word:
       next_word = now + _SAY_EVERY_S
       say(f'Process {process} waits for process 0 at {address}: {reason}.')
@@ -305,8 +340,9 @@ def wait_until_open(address: Address, timeout_s: float) -> None:
     except OSError as error:
       if time.monotonic() >= until:
         raise errors.ConfigError(
-          f'coordinator_address: JAX on process 0 can\'t be reached at '
-          f'{address}: {error.strerror or error}.') from error
+          f"coordinator_address: JAX on process 0 can't be reached at "
+          f'{address}: {error.strerror or error}.'
+        ) from error
     time.sleep(_POLL_S)
 
 
@@ -327,8 +363,11 @@ def _listen(address: Address) -> socket.socket:
     return socket.create_server(address, family=info[0], backlog=128)
   if socket.has_dualstack_ipv6():
     return socket.create_server(
-      ('', address.port), family=socket.AF_INET6, backlog=128,
-      dualstack_ipv6=True)
+      ('', address.port),
+      family=socket.AF_INET6,
+      backlog=128,
+      dualstack_ipv6=True,
+    )
   return socket.create_server(('', address.port), backlog=128)
 
 

@@ -63,13 +63,19 @@ class Place:
       return None
     try:
       payload, in_tree, out_tree = pickle.loads(
-        zlib.decompress(self.path.read_bytes()))
+        zlib.decompress(self.path.read_bytes())
+      )
       return serialize_executable.deserialize_and_load(
-        payload, in_tree, out_tree, backend=self.devices[0].client,
-        execution_devices=self.devices)
+        payload,
+        in_tree,
+        out_tree,
+        backend=self.devices[0].client,
+        execution_devices=self.devices,
+      )
     except Exception as error:  # pickle's and XLA's have no common type.
-      logging.warning('%s: can\'t be loaded, so it is compiled anew: %s',
-                      self.path, error)
+      logging.warning(
+        "%s: can't be loaded, so it is compiled anew: %s", self.path, error
+      )
       return None
 
   def save(self, step: jax.stages.Compiled) -> None:
@@ -80,7 +86,7 @@ class Place:
       whole = pickle.dumps(serialize_executable.serialize(step))
       _write(self.path, zlib.compress(whole, level=1))
     except Exception as error:  # A full disk, or what XLA can't serialize.
-      logging.warning('%s: can\'t be kept: %s', self.path, error)
+      logging.warning("%s: can't be kept: %s", self.path, error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +112,7 @@ class Kept:
       return Place(None, devices, False)
     text = repr((facts, _surroundings(), _machine(devices)))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Place(
-      self.folder / f'step-{digest[:32]}', devices, self.is_writable)
+    return Place(self.folder / f'step-{digest[:32]}', devices, self.is_writable)
 
 
 NOWHERE = Kept(None, False)
@@ -128,10 +133,15 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 def _surroundings() -> list[Any]:
   """Returns what determines a step's text and code, beside its own facts."""
   return [
-    _SOURCE, os.environ.get('XLA_FLAGS', ''),
+    _SOURCE,
+    os.environ.get('XLA_FLAGS', ''),
     *(importlib.metadata.version(name) for name in _VERSIONS),
-    *(item for item in sorted(jax.config.values.items())
-      if not any(part in item[0] for part in _UNRELATED))]
+    *(
+      item
+      for item in sorted(jax.config.values.items())
+      if not any(part in item[0] for part in _UNRELATED)
+    ),
+  ]
 
 
 def _is_patched() -> bool:
@@ -140,12 +150,17 @@ def _is_patched() -> bool:
   return any(
     isinstance(value, types.FunctionType)
     and value.__module__.partition('.')[0] not in ours
-    for name, module in list(sys.modules.items()) if name.startswith(_TRACED)
-    for value in list(vars(module).values()))
+    for name, module in list(sys.modules.items())
+    if name.startswith(_TRACED)
+    for value in list(vars(module).values())
+  )
 
 
 def _machine(devices: Sequence[jax.Device]) -> list[Any]:
   """Returns facts of the devices, and a CPU's set of instructions."""
   topology = xla_client.get_topology_for_devices(list(devices))
-  return [topology.fingerprint(), devices[0].client.platform_version,
-          *((device.id, device.device_kind) for device in devices)]
+  return [
+    topology.fingerprint(),
+    devices[0].client.platform_version,
+    *((device.id, device.device_kind) for device in devices),
+  ]

@@ -45,19 +45,31 @@ def choose_dtype(name: str, dtype: Any, platform: str) -> Any:
 
 
 def page_bytes(
-    model: model_config_lib.ModelConfig, page_size: int, dtype: Any,
-    parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
+  model: model_config_lib.ModelConfig,
+  page_size: int,
+  dtype: Any,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+) -> int:
   """Returns the bytes of one page on a device: its layers' keys and values."""
   num_heads = parallelism.num_kv_heads(model) // parallelism.tp
-  pages = jax.eval_shape(lambda: rpa.init_pages(
-    1, page_size, num_heads, model.head_dim, dtype, 'xla'))
+  pages = jax.eval_shape(
+    lambda: rpa.init_pages(
+      1, page_size, num_heads, model.head_dim, dtype, 'xla'
+    )
+  )
   return parallelism.num_layers(model) * sum(
-    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages))
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)
+  )
 
 
 def shapes(
-    model: model_config_lib.ModelConfig, mesh: Mesh, num_pages: int,
-    page_size: int, dtype: Any, attention: str | None) -> list[LayerKv]:
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  num_pages: int,
+  page_size: int,
+  dtype: Any,
+  attention: str | None,
+) -> list[LayerKv]:
   """Returns pages of keys and of values for each layer of a stage.
 
   They are trees of ShapeDtypeStruct, laid out for attention: pages stage after
@@ -69,21 +81,36 @@ def shapes(
   parallelism = mesh_lib.parallelism_of(mesh)
   num_heads = parallelism.num_kv_heads(model)
   sharding = mesh_lib.on(mesh, mesh_lib.PP, mesh_lib.TP)
-  one_device = jax.eval_shape(lambda: rpa.init_pages(
-    num_pages, page_size, num_heads // parallelism.tp, model.head_dim, dtype,
-    attention))
+  one_device = jax.eval_shape(
+    lambda: rpa.init_pages(
+      num_pages,
+      page_size,
+      num_heads // parallelism.tp,
+      model.head_dim,
+      dtype,
+      attention,
+    )
+  )
   layer: LayerKv = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(
-      (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]), leaf.dtype,
-      sharding=sharding), one_device)
+      (parallelism.pp * num_pages, num_heads, *leaf.shape[2:]),
+      leaf.dtype,
+      sharding=sharding,
+    ),
+    one_device,
+  )
   return [layer] * parallelism.num_layers(model)
 
 
 def choose_num_pages(
-    model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
-    max_model_len: int, dtype: Any,
-    stats: Sequence[Mapping[str, int] | None], temp_bytes: int,
-    parallelism: parallel.Parallelism = parallel.ONE_DEVICE) -> int:
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  max_model_len: int,
+  dtype: Any,
+  stats: Sequence[Mapping[str, int] | None],
+  temp_bytes: int,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+) -> int:
   """Returns the cache's pages: as configured, or as many as memory allows.
 
   Args:
@@ -106,21 +133,32 @@ def choose_num_pages(
   if free is not None:
     source = 'kv_cache_gib' if config.num_pages is None else 'num_pages'
   elif known := [s for s in stats if s and 'bytes_limit' in s]:
-    free = min(s['bytes_limit'] * config.memory_utilization
-               - s['bytes_in_use'] for s in known) - temp_bytes
+    free = (
+      min(
+        s['bytes_limit'] * config.memory_utilization - s['bytes_in_use']
+        for s in known
+      )
+      - temp_bytes
+    )
     source = 'what is free on the device'
   else:
     free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'
   per_seq = math.ceil(max_model_len / config.page_size)
   most = config.num_pages or per_seq * config.max_num_seqs
   limit = rpa.most_pages(
-    config.page_size, parallelism.num_kv_heads(model) // parallelism.tp,
-    model.head_dim, dtype)
+    config.page_size,
+    parallelism.num_kv_heads(model) // parallelism.tp,
+    model.head_dim,
+    dtype,
+  )
   if limit is not None:
     config_lib.check(
-      (config.num_pages or 0) <= limit, 'num_pages', config.num_pages,
+      (config.num_pages or 0) <= limit,
+      'num_pages',
+      config.num_pages,
       f'must be at most {limit} for a cache of {jnp.dtype(dtype)}: the bytes '
-      'of one layer\'s keys are counted in int32')
+      "of one layer's keys are counted in int32",
+    )
     most = min(most, limit)
   num_pages = int(min(free, most * size) // size)
   needed = 1 if config.max_model_len is None else per_seq
@@ -130,5 +168,6 @@ def choose_num_pages(
       f'max_model_len={config.max_model_len}: {what} needs '
       f'{needed * size / GIB:.3g} GiB of KV cache, {needed} pages, but there '
       f'are {max(free, 0) / GIB:.3g} GiB ({source}); lower max_model_len or '
-      'set kv_cache_gib.')
+      'set kv_cache_gib.'
+    )
   return num_pages

@@ -41,18 +41,27 @@ class Leader(ends.End):
       default, tells this process to end, too.
   """
 
-  def __init__(self, links: Mapping[int, Link],
-               exit_with: ends.Exit = ends.exit_at_once) -> None:
+  def __init__(
+    self, links: Mapping[int, Link], exit_with: ends.Exit = ends.exit_at_once
+  ) -> None:
     super().__init__(exit_with)
-    self.on_fault: Callable[[errors.EngineDeadError], object] = (
-      lambda error: exit_with(1, f'error: {error}'))
+    self.on_fault: Callable[[errors.EngineDeadError], object] = lambda error: (
+      exit_with(1, f'error: {error}')
+    )
     self.on_leaving: Callable[[int], object] = _leave_too
     self._links = dict(links)
     self._inboxes: dict[int, queue.SimpleQueue[Any]] = {
-      process: queue.SimpleQueue() for process in links}
-    self._threads = [threading.Thread(
-      target=self._watch, args=(process, link), name=f'process {process}',
-      daemon=True) for process, link in links.items()]
+      process: queue.SimpleQueue() for process in links
+    }
+    self._threads = [
+      threading.Thread(
+        target=self._watch,
+        args=(process, link),
+        name=f'process {process}',
+        daemon=True,
+      )
+      for process, link in links.items()
+    ]
     for thread in self._threads:
       thread.start()
 
@@ -98,8 +107,7 @@ class Leader(ends.End):
     Raises:
       EngineDeadError: a process is gone.
     """
-    message = np.concatenate(
-      [np.array([program], np.int32), ints]).tobytes()
+    message = np.concatenate([np.array([program], np.int32), ints]).tobytes()
     for process in self._links:
       self._send(process, Kind.STEP, message)
 
@@ -112,6 +120,7 @@ class Leader(ends.End):
 
     Returns at once.
     """
+
     def fail() -> None:
       if not self._is_over.wait(ends.CAUSE_S):
         self._lose(f'process 0 failed: {ends.told(error)}')
@@ -161,7 +170,8 @@ class Leader(ends.End):
           self.on_leaving(process)
         else:
           self._inboxes[process].put(
-            json.loads(content) if kind is Kind.FACTS else kind)
+            json.loads(content) if kind is Kind.FACTS else kind
+          )
     self._lose(self._gone(process))
 
   def _lose(self, why: str) -> None:
@@ -185,6 +195,9 @@ class Leader(ends.End):
 
 
 def _leave_too(process: int) -> None:
-  print(f'Process {process} was told to end, so all do.', file=sys.stderr,
-        flush=True)
+  print(
+    f'Process {process} was told to end, so all do.',
+    file=sys.stderr,
+    flush=True,
+  )
   os.kill(os.getpid(), signal.SIGTERM)

@@ -16,8 +16,13 @@ import time
 _MAX_BYTES = 1 << 30  # of a message
 _SEND_S = 10  # A process that takes nothing for so long counts as gone.
 # A host that vanished without a word counts as gone after ten seconds.
-_TCP_OPTIONS = {'TCP_NODELAY': 1, 'TCP_KEEPIDLE': 3, 'TCP_KEEPINTVL': 2,
-                'TCP_KEEPCNT': 3, 'TCP_USER_TIMEOUT': 10_000}
+_TCP_OPTIONS = {
+  'TCP_NODELAY': 1,
+  'TCP_KEEPIDLE': 3,
+  'TCP_KEEPINTVL': 2,
+  'TCP_KEEPCNT': 3,
+  'TCP_USER_TIMEOUT': 10_000,
+}
 
 
 class Kind(enum.IntEnum):
@@ -43,8 +48,9 @@ class Link:
     self._until: float | None = None
     end.settimeout(None)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
-                   struct.pack('@ll', _SEND_S, 0))  # a timeval
+    end.setsockopt(
+      socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack('@ll', _SEND_S, 0)
+    )  # a timeval
     for name, value in _TCP_OPTIONS.items():
       if (option := getattr(socket, name, None)) is not None:
         end.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -63,8 +63,13 @@ class MemoryPlan:
     if self.usable is None or self.num_pages:
       return 0
     pages = math.ceil(self.max_model_len / self.page_size)
-    return (self.weights + self.state + self.temporaries
-            + pages * self.page - self.usable)
+    return (
+      self.weights
+      + self.state
+      + self.temporaries
+      + pages * self.page
+      - self.usable
+    )
 
   def num_seqs_at(self, context: int) -> int:
     """Returns the most sequences of `context` tokens that run at once."""
@@ -77,9 +82,12 @@ def machine_bytes() -> int:
   return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def check_weights(model: model_config_lib.ModelConfig,
-                  config: config_lib.EngineConfig, mesh: jax.sharding.Mesh,
-                  dtype: Any) -> None:
+def check_weights(
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  mesh: jax.sharding.Mesh,
+  dtype: Any,
+) -> None:
   """Raises ConfigError if a device, or a CPU's machine, can't hold its weights.
 
   Call it before any are read. What else is needed is known later.
@@ -92,27 +100,43 @@ def check_weights(model: model_config_lib.ModelConfig,
       return
     usable = stats.get('bytes_limit', math.inf) * config.memory_utilization
     config_lib.check(
-      needed <= usable, 'tp, pp',
+      needed <= usable,
+      'tp, pp',
       tuple(mesh.shape[axis] for axis in (mesh_lib.TP, mesh_lib.PP)),
       f'the weights take {needed / kv_cache.GIB:.3g} GiB of each device, and '
-      f'{usable / kv_cache.GIB:.3g} GiB may be used; use more devices')
+      f'{usable / kv_cache.GIB:.3g} GiB may be used; use more devices',
+    )
 
 
 def _check_machine(
-    config: config_lib.EngineConfig, needed: int, dtype: Any) -> None:
+  config: config_lib.EngineConfig, needed: int, dtype: Any
+) -> None:
   usable = machine_bytes()
   config_lib.check(
-    needed <= usable, 'dtype', config.dtype,
+    needed <= usable,
+    'dtype',
+    config.dtype,
     f'the weights take {needed / kv_cache.GIB:.3g} GiB in {dtype}, and this '
     f'machine has {usable / kv_cache.GIB:.3g} GiB of memory'
-    + ('; bfloat16 takes half of it, but several times as long'
-       if dtype == jnp.float32 else ''))
+    + (
+      '; bfloat16 takes half of it, but several times as long'
+      if dtype == jnp.float32
+      else ''
+    ),
+  )
 
 
-def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
-         mesh: jax.sharding.Mesh, programs: programs_lib.StepPrograms, *,
-         dtype: Any, kv_dtype: Any, temporaries: int,
-         device_bytes: int | None) -> MemoryPlan:
+def plan(
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  mesh: jax.sharding.Mesh,
+  programs: programs_lib.StepPrograms,
+  *,
+  dtype: Any,
+  kv_dtype: Any,
+  temporaries: int,
+  device_bytes: int | None,
+) -> MemoryPlan:
   """Divides up a device's memory as the engine does.
 
   Args:
@@ -125,21 +149,34 @@ def plan(model: model_config_lib.ModelConfig, config: config_lib.EngineConfig,
   context = config.max_model_len or model.context_len
   weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
   state = placement.bytes_of(
-    dataclasses.replace(programs.state_shapes(1), kv=[]))
-  stats = None if device_bytes is None else {
-    'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
+    dataclasses.replace(programs.state_shapes(1), kv=[])
+  )
+  stats = (
+    None
+    if device_bytes is None
+    else {'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
+  )
   problem = ''
   try:
     num_pages = kv_cache.choose_num_pages(
-      model, config, context, kv_dtype, [stats], temporaries, parallelism)
+      model, config, context, kv_dtype, [stats], temporaries, parallelism
+    )
   except errors.ConfigError as error:
     num_pages, problem = 0, str(error)
-  usable = None if device_bytes is None else int(
-    device_bytes * config.memory_utilization)
+  usable = (
+    None
+    if device_bytes is None
+    else int(device_bytes * config.memory_utilization)
+  )
   return MemoryPlan(
-    usable=usable, weights=weights, state=state, temporaries=temporaries,
-    page=kv_cache.page_bytes(
-      model, config.page_size, kv_dtype, parallelism),
-    num_pages=num_pages, page_size=config.page_size,
+    usable=usable,
+    weights=weights,
+    state=state,
+    temporaries=temporaries,
+    page=kv_cache.page_bytes(model, config.page_size, kv_dtype, parallelism),
+    num_pages=num_pages,
+    page_size=config.page_size,
     max_model_len=min(context, num_pages * config.page_size) or context,
-    max_num_seqs=config.max_num_seqs, problem=problem)
+    max_num_seqs=config.max_num_seqs,
+    problem=problem,
+  )

@@ -23,8 +23,10 @@ PP, TP = 'pp', 'tp'
 AxisNames = Mapping[str, str | Sequence[str]]
 
 
-def make(parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
-         devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Makes a mesh of the first devices, in stages of `tp` neighbours.
 
   Neighbours are close: of one host, where a host has as many.
@@ -35,8 +37,11 @@ def make(parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
   devices = jax.devices() if devices is None else devices
   needed = parallelism.num_devices
   config_lib.check(
-    len(devices) >= needed, 'tp, pp', (parallelism.tp, parallelism.pp),
-    f'{needed} devices are needed, and there are {len(devices)}')
+    len(devices) >= needed,
+    'tp, pp',
+    (parallelism.tp, parallelism.pp),
+    f'{needed} devices are needed, and there are {len(devices)}',
+  )
   grid = np.array(devices[:needed]).reshape(parallelism.pp, parallelism.tp)
   return Mesh(grid, (PP, TP))
 
@@ -57,24 +62,33 @@ def of_users(mesh: Mesh, axis_names: AxisNames | None = None) -> Mesh:
   used: list[str] = []
   sizes = []
   for name in axis_names:
-    config_lib.check(name in (PP, TP), 'axis_names', dict(axis_names),
-                     f"{name!r} is neither 'pp' nor 'tp'")
+    config_lib.check(
+      name in (PP, TP),
+      'axis_names',
+      dict(axis_names),
+      f"{name!r} is neither 'pp' nor 'tp'",
+    )
   for ours in (PP, TP):
     theirs = axis_names.get(ours, ())
     theirs = (theirs,) if isinstance(theirs, str) else tuple(theirs)
     for name in theirs:
       config_lib.check(
-        name in mesh.axis_names and name not in used, 'axis_names',
-        dict(axis_names), f'{name!r} must be an axis of the mesh, '
-        f'{mesh.axis_names}, named once')
+        name in mesh.axis_names and name not in used,
+        'axis_names',
+        dict(axis_names),
+        f'{name!r} must be an axis of the mesh, {mesh.axis_names}, named once',
+      )
       used.append(name)
     sizes.append(math.prod(mesh.shape[name] for name in theirs))
   left = [name for name in mesh.axis_names if name not in used]
   for name in left:
     config_lib.check(
-      mesh.shape[name] == 1, 'mesh', dict(mesh.shape),
+      mesh.shape[name] == 1,
+      'mesh',
+      dict(mesh.shape),
       f"axis {name!r} is neither 'pp' nor 'tp'; say which with axis_names, or "
-      'hand over a mesh without it')
+      'hand over a mesh without it',
+    )
   order = [mesh.axis_names.index(name) for name in (*used, *left)]
   return Mesh(mesh.devices.transpose(order).reshape(sizes), (PP, TP))
 
@@ -87,8 +101,8 @@ def parallelism_of(mesh: Mesh) -> parallel.Parallelism:
 def shards_of(mesh: Mesh) -> sharding.Shards:
   """Returns the axes of a mesh that have more than one device."""
   return sharding.Shards(
-    tp=TP if mesh.shape[TP] > 1 else None,
-    pp=PP if mesh.shape[PP] > 1 else None)
+    tp=TP if mesh.shape[TP] > 1 else None, pp=PP if mesh.shape[PP] > 1 else None
+  )
 
 
 def on(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Sharding:

@@ -35,7 +35,9 @@ class Packing:
     return [
       (name, slice(stop - size, stop), shape, dtype == FLOAT)
       for (name, (shape, dtype)), size, stop in zip(
-        self.fields.items(), sizes, itertools.accumulate(sizes), strict=True)]
+        self.fields.items(), sizes, itertools.accumulate(sizes), strict=True
+      )
+    ]
 
   @property
   def size(self) -> int:
@@ -45,9 +47,11 @@ class Packing:
   def split(self, buffer: Any) -> dict[str, Any]:
     """Returns the arrays in a [size] int32 buffer of NumPy or JAX, by name."""
     return {
-      name: (as_float(buffer[span]) if is_float else buffer[span]
-             ).reshape(shape)
-      for name, span, shape, is_float in self._spans}
+      name: (as_float(buffer[span]) if is_float else buffer[span]).reshape(
+        shape
+      )
+      for name, span, shape, is_float in self._spans
+    }
 
 
 def as_float(bits: Any) -> Any:

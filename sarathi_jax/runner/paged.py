@@ -18,10 +18,16 @@ from sarathi_jax.runner import kv_cache
 
 
 def attend_to(
-    kv: Sequence[kv_cache.LayerKv], b: batch_lib.BatchArrays,
-    row: Int[Array, ' T'], positions: Int[Array, ' T'], *, page_size: int,
-    queries: tuple[int, int, Any], windows: Collection[int | None],
-    shards: sharding.Shards, implementation: str | None,
+  kv: Sequence[kv_cache.LayerKv],
+  b: batch_lib.BatchArrays,
+  row: Int[Array, ' T'],
+  positions: Int[Array, ' T'],
+  *,
+  page_size: int,
+  queries: tuple[int, int, Any],
+  windows: Collection[int | None],
+  shards: sharding.Shards,
+  implementation: str | None,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
   """Makes a `models.Attend` that writes keys and values to pages, and attends.
 
@@ -43,25 +49,39 @@ def attend_to(
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
   is_real = jnp.arange(len(row), dtype=jnp.int32) < b.cu_q_lens[-1]
   slot_mapping = jnp.where(
-    is_real, b.page_indices[row, positions // page_size] * page_size
-    + positions % page_size, num_slots)
+    is_real,
+    b.page_indices[row, positions // page_size] * page_size
+    + positions % page_size,
+    num_slots,
+  )
   batches = {True: b, False: _samples_of(b, row)}  # by whether of all tokens
   *heads, dtype = queries
 
   def plan(of: batch_lib.BatchArrays, num: int, window: int | None) -> Any:
     return rpa.make_plan(
       jax.ShapeDtypeStruct((num, *heads), rpa.query_dtype(k_pages, dtype)),
-      k_pages, of.kv_lens, of.cu_q_lens, of.distribution,
-      sliding_window=window, implementation=implementation)
+      k_pages,
+      of.kv_lens,
+      of.cu_q_lens,
+      of.distribution,
+      sliding_window=window,
+      implementation=implementation,
+    )
 
   plans = {
     (is_all, window): plan(of, len(row if is_all else b.sample_tokens), window)
-    for is_all, of in batches.items() for window in windows}
+    for is_all, of in batches.items()
+    for window in windows
+  }
 
   def attend(
-      layer_kv: kv_cache.LayerKv, q: Float[Array, 'rows H h'],
-      k: Float[Array, 'T K h'], v: Float[Array, 'T K h'], *,
-      options: Sequence[kinds.AttentionOptions], rows: Array | None,
+    layer_kv: kv_cache.LayerKv,
+    q: Float[Array, 'rows H h'],
+    k: Float[Array, 'T K h'],
+    v: Float[Array, 'T K h'],
+    *,
+    options: Sequence[kinds.AttentionOptions],
+    rows: Array | None,
   ) -> tuple[Array, kv_cache.LayerKv]:
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
@@ -70,21 +90,33 @@ def attend_to(
 
     def within(options: kinds.AttentionOptions) -> Array:
       return rpa.ragged_paged_attention(
-        q_kv, *pages, of.kv_lens, of.page_indices, of.cu_q_lens,
-        of.distribution, scale=options.scale, sliding_window=options.window,
-        soft_cap=options.soft_cap, plan=plans[rows is None, options.window],
-        implementation=implementation)
+        q_kv,
+        *pages,
+        of.kv_lens,
+        of.page_indices,
+        of.cu_q_lens,
+        of.distribution,
+        scale=options.scale,
+        sliding_window=options.window,
+        soft_cap=options.soft_cap,
+        plan=plans[rows is None, options.window],
+        implementation=implementation,
+      )
 
     return shards.by_stage(options, within).astype(q.dtype), pages
 
   return attend
 
 
-def _samples_of(b: batch_lib.BatchArrays, row: Int[Array, ' T'],
-                ) -> batch_lib.BatchArrays:
+def _samples_of(
+  b: batch_lib.BatchArrays,
+  row: Int[Array, ' T'],
+) -> batch_lib.BatchArrays:
   """Returns the batch of the tokens that are sampled from, as decodes."""
   index = jnp.arange(b.sample_tokens.shape[0] + 1, dtype=jnp.int32)
   return b._replace(
-    cu_q_lens=jnp.minimum(index, b.num_samples), kv_lens=b.sample_positions,
+    cu_q_lens=jnp.minimum(index, b.num_samples),
+    kv_lens=b.sample_positions,
     page_indices=b.page_indices[row[b.sample_tokens]],
-    distribution=jnp.tile(b.num_samples, 2))
+    distribution=jnp.tile(b.num_samples, 2),
+  )

@@ -24,12 +24,15 @@ _DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
   leaves, _ = jax.tree.flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-          for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in leaves
+  }
 
 
-def check_params(model: model_config_lib.ModelConfig, params: Params,
-                 dtype: Any = None) -> Params:
+def check_params(
+  model: model_config_lib.ModelConfig, params: Params, dtype: Any = None
+) -> Params:
   """Checks that live arrays are what the model takes.
 
   Args:
@@ -49,27 +52,32 @@ def check_params(model: model_config_lib.ModelConfig, params: Params,
   if not leaves or '' in leaves:  # '' names a tree that is one leaf.
     raise errors.ConfigError(
       f'params: is a {type(params).__name__}; must be a tree of arrays, as '
-      'models.param_specs says.')
+      'models.param_specs says.'
+    )
   unknown, missing = leaves.keys() - specs.keys(), specs.keys() - leaves.keys()
   # A leaf of the layers is the most informative.
-  for name in sorted(
-      unknown, key=lambda name: ('layers' not in name, name))[:1]:
+  for name in sorted(unknown, key=lambda name: ('layers' not in name, name))[
+    :1
+  ]:
     if problem := _packed(name, specs):
       raise errors.ConfigError(problem)
   for names, is_what, others, are_what in (
-      (missing, 'missing', unknown, 'Found is'),
-      (unknown, 'unknown', missing, 'Wanted is')):
+    (missing, 'missing', unknown, 'Found is'),
+    (unknown, 'unknown', missing, 'Wanted is'),
+  ):
     if names:
       name = min(names)
       near = difflib.get_close_matches(name, sorted(others), 1, cutoff=0)
       raise errors.ConfigError(
         f'params.{name}: {is_what} in a {model.family}.'
-        + (f' {are_what} params.{near[0]}.' if near else ''))
+        + (f' {are_what} params.{near[0]}.' if near else '')
+      )
   for name, leaf in leaves.items():
     _check_leaf(name, leaf, specs[name].shape, dtype)
     dtype = leaf.dtype  # All as the first one.
   return jax.tree.unflatten(
-    jax.tree.structure(tree), [leaves[name] for name in specs])
+    jax.tree.structure(tree), [leaves[name] for name in specs]
+  )
 
 
 def _packed(found: str, specs: Iterable[str]) -> str | None:
@@ -87,19 +95,34 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
     inner = '.'.join(unboxed[outer:])
     for wanted in specs:
       is_stacked = inner != wanted and inner == re.sub(
-        r'^layers\.\d+\.', 'layers.', wanted)
+        r'^layers\.\d+\.', 'layers.', wanted
+      )
       if inner != wanted and not is_stacked:
         continue
-      path = ''.join(f'[{name if name.isdigit() else repr(name)}]'
-                     for name in names[:outer])
-      remedies = [remedy for is_so, remedy in (
-        (outer, f'hand over what is in its {path}'),
-        (len(unboxed) < len(names), 'take the arrays out of their boxes, as '
-         'flax.nnx.to_pure_dict(state) and flax.core.meta.unbox(tree) do'),
-        (is_stacked, 'make layers a list, of one tree a layer: [jax.tree.map('
-         'lambda x: x[i], layers) for i in range(num_layers)]')) if is_so]
-      return (f'params.{found}: found where params.{wanted} is wanted: '
-              f'{"; ".join(remedies)}.')
+      path = ''.join(
+        f'[{name if name.isdigit() else repr(name)}]' for name in names[:outer]
+      )
+      remedies = [
+        remedy
+        for is_so, remedy in (
+          (outer, f'hand over what is in its {path}'),
+          (
+            len(unboxed) < len(names),
+            'take the arrays out of their boxes, as '
+            'flax.nnx.to_pure_dict(state) and flax.core.meta.unbox(tree) do',
+          ),
+          (
+            is_stacked,
+            'make layers a list, of one tree a layer: [jax.tree.map('
+            'lambda x: x[i], layers) for i in range(num_layers)]',
+          ),
+        )
+        if is_so
+      ]
+      return (
+        f'params.{found}: found where params.{wanted} is wanted: '
+        f'{"; ".join(remedies)}.'
+      )
   return None
 
 
@@ -108,18 +131,24 @@ def devices_of(params: Params) -> set[jax.Device]:
   return set().union(*(leaf.devices() for leaf in jax.tree.leaves(params)))
 
 
-def _check_leaf(name: str, leaf: Any, shape: tuple[int, ...],
-                dtype: Any) -> None:
+def _check_leaf(
+  name: str, leaf: Any, shape: tuple[int, ...], dtype: Any
+) -> None:
   def check(ok: bool, is_what: object, must_be: object) -> None:
     if not ok:
       raise errors.ConfigError(
-        f'params.{name}: is {is_what}; must be {must_be}.')
+        f'params.{name}: is {is_what}; must be {must_be}.'
+      )
 
-  check(isinstance(leaf, jax.Array), f'a {type(leaf).__name__}',
-        'a jax.Array')
-  check(not leaf.is_deleted(), 'deleted, or donated to a computation',
-        'alive while it is served')
+  check(isinstance(leaf, jax.Array), f'a {type(leaf).__name__}', 'a jax.Array')
+  check(
+    not leaf.is_deleted(),
+    'deleted, or donated to a computation',
+    'alive while it is served',
+  )
   dtypes = _DTYPES if dtype is None else (dtype,)
-  check(leaf.shape == shape and leaf.dtype in dtypes,
-        f'{leaf.dtype}{list(leaf.shape)}',
-        f'{" or ".join(map(str, dtypes))}{list(shape)}')
+  check(
+    leaf.shape == shape and leaf.dtype in dtypes,
+    f'{leaf.dtype}{list(leaf.shape)}',
+    f'{" or ".join(map(str, dtypes))}{list(shape)}',
+  )

@@ -36,8 +36,11 @@ OnLoaded = Callable[[int, int], object]  # (arrays loaded, of how many)
 
 # Name of a parameter's axis -> the axes of the mesh it is split over.
 _SPLIT: Mapping[str | None, Any] = {
-  'vocab': mesh_lib.TP, 'logits': (mesh_lib.TP, mesh_lib.PP),
-  'heads': mesh_lib.TP, 'kv_heads': mesh_lib.TP, 'mlp': mesh_lib.TP,
+  'vocab': mesh_lib.TP,
+  'logits': (mesh_lib.TP, mesh_lib.PP),
+  'heads': mesh_lib.TP,
+  'kv_heads': mesh_lib.TP,
+  'mlp': mesh_lib.TP,
 }
 _NUM_READERS = 2  # Each has a shard in memory.
 
@@ -92,8 +95,9 @@ def choose_dtype(name: str, dtype: Any, mesh: Mesh) -> Any:
   return jnp.dtype(jnp.float32 if is_cpu else dtype)
 
 
-def places(model: model_config_lib.ModelConfig, mesh: Mesh,
-           transpose: bool = False) -> Any:
+def places(
+  model: model_config_lib.ModelConfig, mesh: Mesh, transpose: bool = False
+) -> Any:
   """Returns a tree of Place, shaped as the parameters on the mesh.
 
   It is shaped as `models.param_specs`, but 'layers' are those of one stage.
@@ -107,64 +111,97 @@ def places(model: model_config_lib.ModelConfig, mesh: Mesh,
   sizes: dict[str | None, int] = {
     'vocab': parallelism.vocab_size(model),
     'logits': parallelism.vocab_size(model),
-    'kv_heads': parallelism.num_kv_heads(model) * model.head_dim}
+    'kv_heads': parallelism.num_kv_heads(model) * model.head_dim,
+  }
 
-  def place(path: Any, leaf: spec.ParamSpec, *,
-            layers: tuple[int | None, ...] | None) -> Any:
+  def place(
+    path: Any, leaf: spec.ParamSpec, *, layers: tuple[int | None, ...] | None
+  ) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     sources: tuple[str | None, ...] = (name,)
     axes = [_SPLIT.get(axis) for axis in leaf.axes]
     if layers is not None:
       sources = tuple(
-        None if layer is None else f'layers.{layer}.{name}'
-        for layer in layers)
+        None if layer is None else f'layers.{layer}.{name}' for layer in layers
+      )
     has_stages = len(sources) > 1
     is_transposed = transpose and leaf.is_factor
     found = Place(
-      sources, leaf, tuple(sizes.get(axis, size) for axis, size in zip(
-        leaf.axes, leaf.shape, strict=True)),
-      model.head_dim, has_stages, is_transposed,
-      mesh_lib.on(mesh, *[mesh_lib.PP] * has_stages,
-                  *(axes[::-1] if is_transposed else axes)))
+      sources,
+      leaf,
+      tuple(
+        sizes.get(axis, size)
+        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+      ),
+      model.head_dim,
+      has_stages,
+      is_transposed,
+      mesh_lib.on(
+        mesh,
+        *[mesh_lib.PP] * has_stages,
+        *(axes[::-1] if is_transposed else axes),
+      ),
+    )
     return matrices.Transposed(found) if is_transposed else found
 
   def tree(specs: Any, layers: tuple[int | None, ...] | None = None) -> Any:
     return jax.tree_util.tree_map_with_path(
-      functools.partial(place, layers=layers), specs)
+      functools.partial(place, layers=layers), specs
+    )
 
   specs = models.param_specs(model)
   layer_specs = specs.pop('layers')
-  return tree(specs) | {'layers': [
-    tree(layer_specs[0], parallelism.layers_of(model, i))
-    for i in range(parallelism.num_layers(model))]}
+  return tree(specs) | {
+    'layers': [
+      tree(layer_specs[0], parallelism.layers_of(model, i))
+      for i in range(parallelism.num_layers(model))
+    ]
+  }
 
 
-def shapes(model: model_config_lib.ModelConfig, mesh: Mesh,
-           dtype: Any, transpose: bool = False) -> Params:
+def shapes(
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  dtype: Any,
+  transpose: bool = False,
+) -> Params:
   """Returns the parameters on the mesh as ShapeDtypeStruct, for compiling."""
   return jax.tree.map(
     lambda place: jax.ShapeDtypeStruct(
-      place.global_shape, dtype, sharding=place.sharding),
-    places(model, mesh, transpose))
+      place.global_shape, dtype, sharding=place.sharding
+    ),
+    places(model, mesh, transpose),
+  )
 
 
 def are_transposed(params: Params) -> bool:
   """Says whether parameters on a mesh are transposed, as by `places`."""
-  return any(isinstance(leaf, matrices.Transposed) for leaf in jax.tree.leaves(
-    params, is_leaf=lambda node: isinstance(node, matrices.Transposed)))
+  return any(
+    isinstance(leaf, matrices.Transposed)
+    for leaf in jax.tree.leaves(
+      params, is_leaf=lambda node: isinstance(node, matrices.Transposed)
+    )
+  )
 
 
 def bytes_of(tree: Any) -> int:
   """Counts one device's bytes of a tree of ShapeDtypeStruct with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree))
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
-def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
-         read: params_reader.Read, *, transpose: bool = False,
-         old: list[Any] | None = None,
-         on_loaded: OnLoaded = lambda done, total: None) -> Params:
+def load(
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  dtype: Any,
+  read: params_reader.Read,
+  *,
+  transpose: bool = False,
+  old: list[Any] | None = None,
+  on_loaded: OnLoaded = lambda done, total: None,
+) -> Params:
   """Reads each device's part of the parameters straight onto it.
 
   A host reads what its own devices need, and has two parts in memory at once.
@@ -189,9 +226,14 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
     if old is not None:
       old[i] = None
     with settings.own():  # Settings are per thread.
-      return jax.block_until_ready(jax.make_array_from_callback(
-        place.global_shape, place.sharding,
-        functools.partial(_read_part, place, read, dtype), dtype=dtype))
+      return jax.block_until_ready(
+        jax.make_array_from_callback(
+          place.global_shape,
+          place.sharding,
+          functools.partial(_read_part, place, read, dtype),
+          dtype=dtype,
+        )
+      )
 
   arrays = []
   with futures.ThreadPoolExecutor(_NUM_READERS) as pool:
@@ -202,8 +244,12 @@ def load(model: model_config_lib.ModelConfig, mesh: Mesh, dtype: Any,
   return jax.tree.unflatten(treedef, arrays)
 
 
-def _read_part(place: Place, read: params_reader.Read, dtype: Any,
-               index: params_reader.Slices | None) -> np.ndarray:
+def _read_part(
+  place: Place,
+  read: params_reader.Read,
+  dtype: Any,
+  index: params_reader.Slices | None,
+) -> np.ndarray:
   """Reads the part at `index` of an array on the mesh."""
   assert index is not None
   source = place.sources[0]
@@ -212,17 +258,21 @@ def _read_part(place: Place, read: params_reader.Read, dtype: Any,
     index = index[1:]
   if place.is_transposed:
     index = index[::-1]
-  spans = [range(*s.indices(size))
-           for s, size in zip(index, place.shape, strict=True)]
+  spans = [
+    range(*s.indices(size)) for s, size in zip(index, place.shape, strict=True)
+  ]
   shape = tuple(map(len, spans))
   if source is None:
     part = np.zeros(shape, dtype)
   else:
-    part = read(source, tuple(
-      _source_span(place, axis, span) for axis, span in enumerate(spans)))
+    part = read(
+      source,
+      tuple(_source_span(place, axis, span) for axis, span in enumerate(spans)),
+    )
     part = part.astype(dtype, copy=False)
-    missing = [(0, want - got)
-               for want, got in zip(shape, part.shape, strict=True)]
+    missing = [
+      (0, want - got) for want, got in zip(shape, part.shape, strict=True)
+    ]
     if any(n for _, n in missing):
       part = np.pad(part, missing)
   if place.is_transposed:
@@ -240,9 +290,13 @@ def _source_span(place: Place, axis: int, span: range) -> slice:
   return slice(min(start, size), min(start + len(span), size))
 
 
-def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
-               params: Params, old: list[Any] | None = None,
-               transpose: bool = False) -> Params:
+def place_live(
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  params: Params,
+  old: list[Any] | None = None,
+  transpose: bool = False,
+) -> Params:
   """Puts live arrays where the model is to run.
 
   Takes an array that lies there already as it is, without a copy. Moves others
@@ -264,18 +318,24 @@ def place_live(model: model_config_lib.ModelConfig, mesh: Mesh,
   for i, place in enumerate(leaves):
     if old is not None:
       old[i] = None
-    arrays.append(_place_one(place, [
-      None if name is None else named[name] for name in place.sources]))
+    arrays.append(
+      _place_one(
+        place, [None if name is None else named[name] for name in place.sources]
+      )
+    )
   return jax.tree.unflatten(treedef, arrays)
 
 
 def _place_one(place: Place, sources: list[jax.Array | None]) -> jax.Array:
   padding = tuple(
-    want - size for want, size in zip(
-      place.shape, place.spec.shape, strict=True))
-  repeats = [(axis, place.shape[axis] // place.spec.shape[axis])
-             for axis, name in enumerate(place.spec.axes)
-             if name == 'kv_heads' and padding[axis]]
+    want - size
+    for want, size in zip(place.shape, place.spec.shape, strict=True)
+  )
+  repeats = [
+    (axis, place.shape[axis] // place.spec.shape[axis])
+    for axis, name in enumerate(place.spec.axes)
+    if name == 'kv_heads' and padding[axis]
+  ]
 
   def shaped(source: jax.Array) -> jax.Array:
     if repeats:
@@ -289,19 +349,21 @@ def _place_one(place: Place, sources: list[jax.Array | None]) -> jax.Array:
     return jax.device_put(ready[0], place.sharding)
   assert isinstance(place.sharding, jax.sharding.NamedSharding)
   each = jax.sharding.NamedSharding(
-    place.sharding.mesh,
-    jax.sharding.PartitionSpec(*place.sharding.spec[1:]))
+    place.sharding.mesh, jax.sharding.PartitionSpec(*place.sharding.spec[1:])
+  )
   return _stack(place.sharding, len(place.sources))(
-    *(jax.device_put(source, each) for source in ready))
+    *(jax.device_put(source, each) for source in ready)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _repeat_heads(x: jax.Array, axis: int, copies: int,
-                  head_dim: int) -> jax.Array:
+def _repeat_heads(
+  x: jax.Array, axis: int, copies: int, head_dim: int
+) -> jax.Array:
   shape = x.shape
-  split = (*shape[:axis], -1, head_dim, *shape[axis + 1:])
+  split = (*shape[:axis], -1, head_dim, *shape[axis + 1 :])
   x = jnp.repeat(x.reshape(split), copies, axis=axis)
-  return x.reshape(*shape[:axis], -1, *shape[axis + 1:])
+  return x.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -312,6 +374,7 @@ def _pad(x: jax.Array, padding: tuple[int, ...]) -> jax.Array:
 @functools.cache
 def _stack(sharding: Sharding, num_stages: int) -> Callable[..., jax.Array]:
   """Returns a function that stacks arrays, and zeros for the last stages."""
+
   def stack(*arrays: jax.Array) -> jax.Array:
     zeros = [jnp.zeros_like(arrays[0])] * (num_stages - len(arrays))
     return jnp.stack([*arrays, *zeros])

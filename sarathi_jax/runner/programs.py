@@ -55,26 +55,43 @@ class StepPrograms:
     pages_per_seq: P.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig, mesh: Mesh,
-               config: config_lib.EngineConfig, *, dtype: Any, kv_dtype: Any,
-               max_model_len: int, max_step_tokens: int,
-               transposed: bool = False) -> None:
+  def __init__(
+    self,
+    model: model_config_lib.ModelConfig,
+    mesh: Mesh,
+    config: config_lib.EngineConfig,
+    *,
+    dtype: Any,
+    kv_dtype: Any,
+    max_model_len: int,
+    max_step_tokens: int,
+    transposed: bool = False,
+  ) -> None:
     max_num_seqs = config.max_num_seqs
     is_cpu = mesh.devices.flat[0].platform == 'cpu'
     weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
     self.sizes = batch_lib.ladder(
-      max_step_tokens, max_num_seqs, fine=is_cpu,
-      small=is_cpu and weights >= _LARGE)
+      max_step_tokens,
+      max_num_seqs,
+      fine=is_cpu,
+      small=is_cpu and weights >= _LARGE,
+    )
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of different sizes meet in a pipeline, so all have as many rows.
-    rows = {n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
-            for n in self.sizes}
+    rows = {
+      n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
+      for n in self.sizes
+    }
     self.layouts = {
       n: batch_lib.BatchLayout(
-        num_tokens=n, num_rows=rows[n], num_samples=rows[n],
-        pages_per_seq=self.pages_per_seq)
-      for n in self.sizes}
+        num_tokens=n,
+        num_rows=rows[n],
+        num_samples=rows[n],
+        pages_per_seq=self.pages_per_seq,
+      )
+      for n in self.sizes
+    }
     self._model = model
     self._mesh = mesh
     self._dtype = dtype
@@ -90,8 +107,14 @@ class StepPrograms:
       NotImplementedError: attention doesn't support such pages.
     """
     return state_lib.shapes(
-      self._model, self._mesh, self._config, num_pages=num_pages,
-      max_tokens=self.sizes[-1], dtype=self._dtype, kv_dtype=self._kv_dtype)
+      self._model,
+      self._mesh,
+      self._config,
+      num_pages=num_pages,
+      max_tokens=self.sizes[-1],
+      dtype=self._dtype,
+      kv_dtype=self._kv_dtype,
+    )
 
   def lower(self, size: int, num_pages: int) -> Any:
     """Lowers the step of one size; returns a jax.stages.Lowered."""
@@ -103,18 +126,27 @@ class StepPrograms:
     def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.
       return step.step(
-        spec, jax.tree.unflatten(treedef, leaves), state,
-        ints.reshape(self._num_stages, layout.size))
+        spec,
+        jax.tree.unflatten(treedef, leaves),
+        state,
+        ints.reshape(self._num_stages, layout.size),
+      )
 
     ints = jax.ShapeDtypeStruct(
-      (self._num_stages * layout.size,), jnp.int32,
-      sharding=mesh_lib.on(self._mesh))
+      (self._num_stages * layout.size,),
+      jnp.int32,
+      sharding=mesh_lib.on(self._mesh),
+    )
     return jax.jit(run, donate_argnames='state').lower(leaves, state, ints)
 
-  def compile(self, num_pages: int, on_compiled: OnCompiled,
-              sizes: Collection[int],
-              options: Mapping[str, Any] | None = None,
-              kept: kept_lib.Kept = kept_lib.NOWHERE) -> None:
+  def compile(
+    self,
+    num_pages: int,
+    on_compiled: OnCompiled,
+    sizes: Collection[int],
+    options: Mapping[str, Any] | None = None,
+    kept: kept_lib.Kept = kept_lib.NOWHERE,
+  ) -> None:
     """Compiles some sizes, the largest first, several at a time.
 
     Args:
@@ -127,11 +159,14 @@ class StepPrograms:
     asked = sorted(sizes, reverse=True)
     done: set[int] = set()
 
-    def gather(jobs: Collection[_Job], timeout_s: float = _TELL_S,
-               ) -> Collection[_Job]:
+    def gather(
+      jobs: Collection[_Job],
+      timeout_s: float = _TELL_S,
+    ) -> Collection[_Job]:
       """Takes the jobs that are done, tells the count, returns the rest."""
       ready, rest = futures.wait(
-        jobs, timeout_s, return_when=futures.FIRST_COMPLETED)
+        jobs, timeout_s, return_when=futures.FIRST_COMPLETED
+      )
       for job in ready:
         size, compiled = job.result()
         if compiled is not None:
@@ -143,8 +178,9 @@ class StepPrograms:
     def load(place: kept_lib.Place, size: int) -> _Compiled:
       return size, place.load()
 
-    def compile_and_keep(place: kept_lib.Place, size: int,
-                         lowered: Any) -> _Compiled:
+    def compile_and_keep(
+      place: kept_lib.Place, size: int, lowered: Any
+    ) -> _Compiled:
       compiled = lowered.compile(dict(options or {}))
       place.save(compiled)
       return size, compiled
@@ -154,16 +190,24 @@ class StepPrograms:
     try:
       # Settings that affect programs may be a thread's own: read them here.
       places = {
-        n: kept.place(self._facts(n, num_pages, options),
-                      self._mesh.local_devices) for n in asked}
+        n: kept.place(
+          self._facts(n, num_pages, options), self._mesh.local_devices
+        )
+        for n in asked
+      }
       jobs: Collection[_Job] = [
-        pool.submit(load, place, n) for n, place in places.items()]
+        pool.submit(load, place, n) for n, place in places.items()
+      ]
       while jobs:
         jobs = gather(jobs)
       for n in asked:
         if n not in done:
-          jobs = {*jobs, pool.submit(
-            compile_and_keep, places[n], n, self.lower(n, num_pages))}
+          jobs = {
+            *jobs,
+            pool.submit(
+              compile_and_keep, places[n], n, self.lower(n, num_pages)
+            ),
+          }
           jobs = gather(jobs, 0)
       while jobs:
         jobs = gather(jobs)
@@ -184,20 +228,30 @@ class StepPrograms:
   def _weights(self) -> Any:
     """Returns the weights as ShapeDtypeStruct."""
     return placement.shapes(
-      self._model, self._mesh, self._dtype, self._transposed)
+      self._model, self._mesh, self._dtype, self._transposed
+    )
 
   def _spec(self, size: int, state: state_lib.DeviceState) -> step.StepSpec:
     return step.StepSpec(
-      self._model, self._mesh, self.layouts[size], self._config.page_size,
+      self._model,
+      self._mesh,
+      self.layouts[size],
+      self._config.page_size,
       self._config.attention,
-      jax.tree.map(lambda leaf: leaf.sharding, state))
+      jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
 
-  def _facts(self, size: int, num_pages: int,
-             options: Mapping[str, Any] | None) -> Any:
+  def _facts(
+    self, size: int, num_pages: int, options: Mapping[str, Any] | None
+  ) -> Any:
     """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
-    return (self._spec(size, state), state, self._weights(),
-            sorted((options or {}).items()))
+    return (
+      self._spec(size, state),
+      state,
+      self._weights(),
+      sorted((options or {}).items()),
+    )
 
 
 def extra_bytes(compiled: Any) -> int:
@@ -207,6 +261,9 @@ def extra_bytes(compiled: Any) -> int:
     compiled: a jax.stages.Compiled.
   """
   analysis = compiled.memory_analysis()
-  extra: int = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - (
-    analysis.alias_size_in_bytes)
+  extra: int = (
+    analysis.temp_size_in_bytes
+    + analysis.output_size_in_bytes
+    - (analysis.alias_size_in_bytes)
+  )
   return extra

@@ -35,13 +35,14 @@ def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
 
 
 def _largest_threshold(
-    keys: UInt[Array, 'S V'],
-    enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
+  keys: UInt[Array, 'S V'],
+  enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
 ) -> Bool[Array, 'S V']:
   """Selects the fewest largest keys of each row that are `enough`.
 
   Keeps all ties.
   """
+
   def set_bit(i: Array, threshold: Array) -> Array:
     candidate = threshold | (jnp.uint32(0x80000000) >> i.astype(jnp.uint32))
     keep = enough(keys >= candidate[:, None])
@@ -52,10 +53,10 @@ def _largest_threshold(
 
 
 def filter_logits(
-    logits: Float[Array, 'S V'],
-    top_k: Int[Array, ' S'],
-    top_p: Float[Array, ' S'],
-    min_p: Float[Array, ' S'],
+  logits: Float[Array, 'S V'],
+  top_k: Int[Array, ' S'],
+  top_p: Float[Array, ' S'],
+  min_p: Float[Array, ' S'],
 ) -> Float[Array, 'S V']:
   """Sets the logits of tokens that must not be sampled to minus infinity.
 
@@ -74,7 +75,8 @@ def filter_logits(
   probs = jax.nn.softmax(logits, axis=-1)
   top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # Keeps one token.
   kept = _largest_threshold(
-    keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p)
+    keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p
+  )
   return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
 
 
@@ -86,13 +88,13 @@ def _argmax(x: Float[Array, 'S V']) -> Int[Array, ' S']:
 
 
 def sample(
-    logits: Float[Array, 'S V'],
-    temperature: Float[Array, ' S'],
-    top_k: Int[Array, ' S'],
-    top_p: Float[Array, ' S'],
-    min_p: Float[Array, ' S'],
-    seeds: Int[Array, 'S 2'],
-    positions: Int[Array, ' S'],
+  logits: Float[Array, 'S V'],
+  temperature: Float[Array, ' S'],
+  top_k: Int[Array, ' S'],
+  top_p: Float[Array, ' S'],
+  min_p: Float[Array, ' S'],
+  seeds: Int[Array, 'S 2'],
+  positions: Int[Array, ' S'],
 ) -> batch.StepOutput:
   """Samples one token a row.
 
@@ -119,13 +121,17 @@ def sample(
     is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
     scaled = lax.cond(
       is_filtered.any(),
-      lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, scaled)
+      lambda x: filter_logits(x, top_k, top_p, min_p),
+      lambda x: x,
+      scaled,
+    )
 
     def noise(seed: Array, position: Array) -> Array:
       # The program's default generator may depend on the batch.
       low, high = seed.astype(jnp.uint32)
       key = jax.random.wrap_key_data(
-        jnp.stack([jnp.uint32(0), high]), impl='threefry2x32')
+        jnp.stack([jnp.uint32(0), high]), impl='threefry2x32'
+      )
       key = jax.random.fold_in(jax.random.fold_in(key, low), position)
       return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
@@ -137,4 +143,5 @@ def sample(
   total = jax.nn.logsumexp(logits, axis=-1)  # Finite if the logits are sane.
   logprobs = jnp.maximum(chosen - total, jnp.finfo(jnp.float32).min)
   return batch.StepOutput(
-    tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan))
+    tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan)
+  )

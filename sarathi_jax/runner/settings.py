@@ -16,6 +16,9 @@ def own() -> Iterator[None]:
   A trainer may compute in 64 bits, or forbid transfers to find those it did not
   intend; the engine intends all of its own.
   """
-  with (jax.enable_x64(False), jax.transfer_guard('allow'),
-        jax.disable_jit(False)):
+  with (
+    jax.enable_x64(False),
+    jax.transfer_guard('allow'),
+    jax.disable_jit(False),
+  ):
     yield

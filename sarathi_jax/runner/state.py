@@ -53,9 +53,15 @@ class DeviceState:
 
 
 def shapes(
-    model: model_config_lib.ModelConfig, mesh: Mesh,
-    config: config_lib.EngineConfig, *, num_pages: int, max_tokens: int,
-    dtype: Any, kv_dtype: Any) -> DeviceState:
+  model: model_config_lib.ModelConfig,
+  mesh: Mesh,
+  config: config_lib.EngineConfig,
+  *,
+  num_pages: int,
+  max_tokens: int,
+  dtype: Any,
+  kv_dtype: Any,
+) -> DeviceState:
   """Returns the state of a deployment, as ShapeDtypeStruct.
 
   Args:
@@ -70,13 +76,21 @@ def shapes(
   num_stages = mesh.shape[mesh_lib.PP]
   return DeviceState(
     kv=kv_cache.shapes(
-      model, mesh, num_pages, config.page_size, kv_dtype, config.attention),
+      model, mesh, num_pages, config.page_size, kv_dtype, config.attention
+    ),
     slots=SlotState(
       last_tokens=jax.ShapeDtypeStruct(
-        (config.max_num_seqs,), jnp.int32, sharding=mesh_lib.on(mesh))),
-    hidden=None if num_stages == 1 else jax.ShapeDtypeStruct(
-      (num_stages * max_tokens, model.hidden_size), dtype,
-      sharding=mesh_lib.on(mesh, mesh_lib.PP, mesh_lib.TP)))
+        (config.max_num_seqs,), jnp.int32, sharding=mesh_lib.on(mesh)
+      )
+    ),
+    hidden=None
+    if num_stages == 1
+    else jax.ShapeDtypeStruct(
+      (num_stages * max_tokens, model.hidden_size),
+      dtype,
+      sharding=mesh_lib.on(mesh, mesh_lib.PP, mesh_lib.TP),
+    ),
+  )
 
 
 def init(shapes: DeviceState) -> DeviceState:
@@ -85,6 +99,6 @@ def init(shapes: DeviceState) -> DeviceState:
   Garbage might be NaN.
   """
   state: DeviceState = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
-    shapes)
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes
+  )
   return state

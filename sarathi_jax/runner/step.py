@@ -64,16 +64,19 @@ class StepSpec:
     """The kinds of layers: of each layer of a stage, its kind at each stage."""
     parallelism = mesh_lib.parallelism_of(self.mesh)
     return [
-      tuple(self.model.layer_kind(layer or 0)
-            for layer in parallelism.layers_of(self.model, i))
-      for i in range(parallelism.num_layers(self.model))]
+      tuple(
+        self.model.layer_kind(layer or 0)
+        for layer in parallelism.layers_of(self.model, i)
+      )
+      for i in range(parallelism.num_layers(self.model))
+    ]
 
 
 def step(
-    spec: StepSpec,
-    params: Params,
-    state: state_lib.DeviceState,
-    buffers: Int[Array, 'stages size'],
+  spec: StepSpec,
+  params: Params,
+  state: state_lib.DeviceState,
+  buffers: Int[Array, 'stages size'],
 ) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
   """Runs `stage_step` on every device of a mesh. `state` is donated.
 
@@ -85,20 +88,24 @@ def step(
     return stage_step(spec, params, state, buffers)
   everywhere = PartitionSpec()
   weights = jax.tree.map(
-    lambda place: place.sharding.spec, placement.places(
-      spec.model, spec.mesh, placement.are_transposed(params)))
+    lambda place: place.sharding.spec,
+    placement.places(spec.model, spec.mesh, placement.are_transposed(params)),
+  )
   lies = jax.tree.map(lambda sharding: sharding.spec, spec.state)
   return jax.shard_map(
-    functools.partial(stage_step, spec), mesh=spec.mesh,
-    in_specs=(weights, lies, everywhere), out_specs=(lies, everywhere),
-    check_vma=False)(params, state, buffers)
+    functools.partial(stage_step, spec),
+    mesh=spec.mesh,
+    in_specs=(weights, lies, everywhere),
+    out_specs=(lies, everywhere),
+    check_vma=False,
+  )(params, state, buffers)
 
 
 def stage_step(
-    spec: StepSpec,
-    params: Params,
-    state: state_lib.DeviceState,
-    buffers: Int[Array, 'stages size'],
+  spec: StepSpec,
+  params: Params,
+  state: state_lib.DeviceState,
+  buffers: Int[Array, 'stages size'],
 ) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
   """Computes one device's part of a step.
 
@@ -124,39 +131,51 @@ def stage_step(
   mine, leaving = (layout.split(buffers[i]) for i in (stage, -1))
   row, positions = _places_of_tokens(layout, mine)
   tokens = jnp.where(
-    mine.from_device[row] != 0, last_tokens[mine.slots][row], mine.tokens)
+    mine.from_device[row] != 0, last_tokens[mine.slots][row], mine.tokens
+  )
   x = models.embed(model, params, tokens, shards)
   if hidden is not None:
-    before = _whole(hidden[:layout.num_tokens], shards)
+    before = _whole(hidden[: layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
   # Only rows that are sampled from leave the last stage. If it is the only one,
   # its last layer already leaves the other rows out.
   is_early = hidden is None and layout.num_samples < layout.num_tokens
   x, kv = models.run_layers(
-    model, layers, state.kv, x, spec.kinds,
+    model,
+    layers,
+    state.kv,
+    x,
+    spec.kinds,
     _contexts(spec, state.kv, mine, row, positions, x.dtype, shards),
-    leaving=leaving.sample_tokens if is_early else None)
+    leaving=leaving.sample_tokens if is_early else None,
+  )
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
-      hidden, _hand_on(x, shards), 0, axis=0)
-  last = x if is_early else _from_last_stage(
-    x[leaving.sample_tokens], shards)
+      hidden, _hand_on(x, shards), 0, axis=0
+    )
+  last = x if is_early else _from_last_stage(x[leaving.sample_tokens], shards)
   logits = models.unembed(
-    model, params, models.final_norm(model, params, last), shards)
+    model, params, models.final_norm(model, params, last), shards
+  )
   output = _sample(model, logits, leaving, shards)
-  slots = state_lib.SlotState(
-    _keep(last_tokens, leaving, output.tokens))
+  slots = state_lib.SlotState(_keep(last_tokens, leaving, output.tokens))
   return state_lib.DeviceState(kv, slots, hidden), _packed(output)
 
 
-def _keep(last_tokens: Int[Array, ' slots'], b: batch_lib.BatchArrays,
-          sampled: Int[Array, ' R']) -> Int[Array, ' slots']:
+def _keep(
+  last_tokens: Int[Array, ' slots'],
+  b: batch_lib.BatchArrays,
+  sampled: Int[Array, ' R'],
+) -> Int[Array, ' slots']:
   """Returns each slot's last token, updated where one was sampled."""
   index = jnp.arange(sampled.shape[0], dtype=jnp.int32)
   is_last = (index + 1 == b.num_samples) | (
-    b.sample_slots != jnp.roll(b.sample_slots, -1))
-  return last_tokens.at[jnp.where(
-    is_last & (index < b.num_samples), b.sample_slots, last_tokens.shape[0])
+    b.sample_slots != jnp.roll(b.sample_slots, -1)
+  )
+  return last_tokens.at[
+    jnp.where(
+      is_last & (index < b.num_samples), b.sample_slots, last_tokens.shape[0]
+    )
   ].set(sampled, mode='drop')
 
 
@@ -165,26 +184,30 @@ def _packed(output: batch_lib.StepOutput) -> Int[Array, ' output']:
 
 
 def _places_of_tokens(
-    layout: batch_lib.BatchLayout, b: batch_lib.BatchArrays,
+  layout: batch_lib.BatchLayout,
+  b: batch_lib.BatchArrays,
 ) -> tuple[Int[Array, ' T'], Int[Array, ' T']]:
-  """Returns each token's batch row and its position; padding has position 0.
-  """
+  """Returns each token's batch row and its position; padding has position 0."""
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
   row = jnp.minimum(
     jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
-    layout.num_rows - 1)
+    layout.num_rows - 1,
+  )
   is_real = index < b.cu_q_lens[-1]
   # A row's tokens are its sequence's last ones.
-  return row, jnp.where(
-    is_real, index + (b.kv_lens - b.cu_q_lens[1:])[row], 0)
+  return row, jnp.where(is_real, index + (b.kv_lens - b.cu_q_lens[1:])[row], 0)
 
 
 def _contexts(
-    spec: StepSpec, kv: Sequence[kv_cache.LayerKv], b: batch_lib.BatchArrays,
-    row: Int[Array, ' T'], positions: Int[Array, ' T'], dtype: Any,
-    shards: sharding.Shards) -> Callable[..., models.LayerContext]:
-  """Returns the function that makes layers' contexts; see `models.run_layers`.
-  """
+  spec: StepSpec,
+  kv: Sequence[kv_cache.LayerKv],
+  b: batch_lib.BatchArrays,
+  row: Int[Array, ' T'],
+  positions: Int[Array, ' T'],
+  dtype: Any,
+  shards: sharding.Shards,
+) -> Callable[..., models.LayerContext]:
+  """Returns what makes layers' contexts; see `models.run_layers`."""
   kinds = dict.fromkeys(itertools.chain(*spec.kinds))
   ropes = {kind.rope for kind in kinds}
   lens = None
@@ -192,34 +215,51 @@ def _contexts(
     lens = jnp.maximum(b.prompt_lens[row], positions + 1)
   rotations = {
     rope: rope_lib.tables(rope, spec.model.head_dim, positions, lens)
-    for rope in ropes}
+    for rope in ropes
+  }
   attend = paged.attend_to(
-    kv, b, row, positions, page_size=spec.page_size,
-    queries=(spec.model.num_heads // spec.mesh.shape[mesh_lib.TP],
-             spec.model.head_dim, dtype),
-    windows={kind.attention.window for kind in kinds}, shards=shards,
-    implementation=spec.attention)
+    kv,
+    b,
+    row,
+    positions,
+    page_size=spec.page_size,
+    queries=(
+      spec.model.num_heads // spec.mesh.shape[mesh_lib.TP],
+      spec.model.head_dim,
+      dtype,
+    ),
+    windows={kind.attention.window for kind in kinds},
+    shards=shards,
+    implementation=spec.attention,
+  )
 
   def context(kinds: Kinds, rows: Array | None) -> models.LayerContext:
     return models.LayerContext(
       shards.by_stage([kind.rope for kind in kinds], rotations.__getitem__),
       functools.partial(
-        attend, options=[kind.attention for kind in kinds], rows=rows),
-      shards, rows)
+        attend, options=[kind.attention for kind in kinds], rows=rows
+      ),
+      shards,
+      rows,
+    )
 
   return context
 
 
-def _whole(x: Float[Array, 'T columns'], shards: sharding.Shards,
-           ) -> Float[Array, 'T D']:
+def _whole(
+  x: Float[Array, 'T columns'],
+  shards: sharding.Shards,
+) -> Float[Array, 'T D']:
   """Gathers hidden states from each device's columns of them."""
   if shards.tp is None:
     return x
   return lax.all_gather(x, shards.tp, axis=1, tiled=True)
 
 
-def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
-             ) -> Float[Array, 'T columns']:
+def _hand_on(
+  x: Float[Array, 'T D'],
+  shards: sharding.Shards,
+) -> Float[Array, 'T columns']:
   """Sends hidden states to the next stage; each device sends its columns.
 
   All devices of a stage have all columns: sending all of them from each device
@@ -230,14 +270,16 @@ def _hand_on(x: Float[Array, 'T D'], shards: sharding.Shards,
   if shards.tp is not None:
     columns = x.shape[1] // lax.axis_size(shards.tp)
     x = lax.dynamic_slice_in_dim(
-      x, lax.axis_index(shards.tp) * columns, columns, axis=1)
+      x, lax.axis_index(shards.tp) * columns, columns, axis=1
+    )
   num_stages = lax.axis_size(shards.pp)
-  return lax.ppermute(
-    x, shards.pp, [(i, i + 1) for i in range(num_stages - 1)])
+  return lax.ppermute(x, shards.pp, [(i, i + 1) for i in range(num_stages - 1)])
 
 
-def _from_last_stage(rows: Float[Array, 'R D'], shards: sharding.Shards,
-                     ) -> Float[Array, 'R D']:
+def _from_last_stage(
+  rows: Float[Array, 'R D'],
+  shards: sharding.Shards,
+) -> Float[Array, 'R D']:
   """Returns the last stage's rows, on all stages."""
   if shards.pp is None:
     return rows
@@ -246,16 +288,21 @@ def _from_last_stage(rows: Float[Array, 'R D'], shards: sharding.Shards,
 
 
 def _sample(
-    model: model_config_lib.ModelConfig, logits: Float[Array, 'R columns'],
-    b: batch_lib.BatchArrays, shards: sharding.Shards,
+  model: model_config_lib.ModelConfig,
+  logits: Float[Array, 'R columns'],
+  b: batch_lib.BatchArrays,
+  shards: sharding.Shards,
 ) -> batch_lib.StepOutput:
   """Samples from logits of which each device has some columns.
 
   Exchanges columns of all rows for all columns of some rows. So devices share
   the work, and rows are sampled as they are on one device.
   """
-  rows = {**batch_lib.sampling_of(b.sampling), 'seeds': b.seeds,
-          'positions': b.sample_positions}
+  rows = {
+    **batch_lib.sampling_of(b.sampling),
+    'seeds': b.seeds,
+    'positions': b.sample_positions,
+  }
   if not shards.axes:
     return sampling.sample(logits, **rows)
   num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
@@ -267,9 +314,14 @@ def _sample(
 
   logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
   start = lax.axis_index(shards.axes) * share
-  output = sampling.sample(logits[:, :model.vocab_size], **{
-    name: lax.dynamic_slice_in_dim(padded(row), start, share)
-    for name, row in rows.items()})
+  output = sampling.sample(
+    logits[:, : model.vocab_size],
+    **{
+      name: lax.dynamic_slice_in_dim(padded(row), start, share)
+      for name, row in rows.items()
+    },
+  )
   gathered: batch_lib.StepOutput = jax.tree.map(
-    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], output)
+    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], output
+  )
   return gathered

@@ -39,14 +39,20 @@ def class_of(config: config_lib.EngineConfig) -> type[Scheduler]:
     ConfigError: there is none of that name, or it can't follow tbt_slo_ms.
   """
   config_lib.check(
-    config.tbt_slo_ms is None or config.policy == 'sarathi', 'tbt_slo_ms',
-    config.tbt_slo_ms, f'policy={config.policy!r} has no budget that could '
-    'follow it; only sarathi has')
+    config.tbt_slo_ms is None or config.policy == 'sarathi',
+    'tbt_slo_ms',
+    config.tbt_slo_ms,
+    f'policy={config.policy!r} has no budget that could '
+    'follow it; only sarathi has',
+  )
   return policy_class(config.policy)
 
 
-def make(config: config_lib.EngineConfig,
-         num_rows: step_time.NumRows = int, **resolved: Any) -> Scheduler:
+def make(
+  config: config_lib.EngineConfig,
+  num_rows: step_time.NumRows = int,
+  **resolved: Any,
+) -> Scheduler:
   """Makes the scheduler of an engine.
 
   Args:
@@ -58,20 +64,23 @@ def make(config: config_lib.EngineConfig,
     ConfigError: the configuration can't work.
   """
   return class_of(config)(
-    config_lib.SchedulerConfig.of(config, **resolved), num_rows)
+    config_lib.SchedulerConfig.of(config, **resolved), num_rows
+  )
 
 
-def max_step_tokens(config: config_lib.EngineConfig,
-                    max_model_len: int) -> int:
+def max_step_tokens(config: config_lib.EngineConfig, max_model_len: int) -> int:
   """Returns the most tokens that the configured policy puts into a step."""
   return policy_class(config.policy).max_step_tokens(
     config_lib.SchedulerConfig.of(
-      config, max_model_len=max_model_len, num_pages=max_model_len))
+      config, max_model_len=max_model_len, num_pages=max_model_len
+    )
+  )
 
 
 def policy_class(name: str) -> type[Scheduler]:
   """Returns the scheduler class of a policy; raises ConfigError if unknown."""
   known = {**POLICIES, **ABLATIONS}
-  config_lib.check(name in known, 'policy', name,
-                   f'must be one of {", ".join(POLICIES)}')
+  config_lib.check(
+    name in known, 'policy', name, f'must be one of {", ".join(POLICIES)}'
+  )
   return known[name]

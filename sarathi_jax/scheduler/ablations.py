@@ -30,7 +30,9 @@ class ChunkedOnlyScheduler(base.Scheduler):
     return config.token_budget
 
   def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
+    self,
+    now: float,
+    decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     budget = self.config.token_budget
     if not (self._was_prefill and decodes):

@@ -46,20 +46,23 @@ class Scheduler(abc.ABC):
       runner's.
   """
 
-  def __init__(self, config: config_lib.SchedulerConfig,
-               num_rows: step_time.NumRows = int) -> None:
+  def __init__(
+    self, config: config_lib.SchedulerConfig, num_rows: step_time.NumRows = int
+  ) -> None:
     self.config = config
     self.pages = pages.PagePool(config.num_pages, config.page_size)
     # The pace that the budget follows, if any; it learns from `pacing`.
-    self.pace = (None if config.tbt_slo_ms is None
-                 else pace.Pace(config, num_rows))
+    self.pace = (
+      None if config.tbt_slo_ms is None else pace.Pace(config, num_rows)
+    )
     self.waiting: deque[Sequence] = deque()  # by urgency
     self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0
     self.num_prefilled = 0  # tokens of prompts computed, each counted once
     self._slots = list(range(config.max_num_seqs))[::-1]
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
-      deque())
+      deque()
+    )
     self._step = 0
     self._orders = itertools.count()
     self._preempted: list[str] = []
@@ -73,8 +76,9 @@ class Scheduler(abc.ABC):
     return max(config.token_budget, config.max_model_len)
 
   @abc.abstractmethod
-  def _plan(self, now: float,
-            decodes: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+  def _plan(
+    self, now: float, decodes: list[Sequence]
+  ) -> Iterator[tuple[Sequence, int]]:
     """Yields (sequence, number of its tokens to compute) for the next batch.
 
     Args:
@@ -91,11 +95,13 @@ class Scheduler(abc.ABC):
     if not num_tokens:
       raise errors.InvalidRequestError(
         f'{request.request_id}: the prompt is empty; it must have at least '
-        'one token.')
+        'one token.'
+      )
     if num_tokens >= self.config.max_model_len:
       raise errors.InvalidRequestError(
         f'{request.request_id}: a prompt of {num_tokens} tokens leaves no '
-        f'room to generate; max_model_len={self.config.max_model_len}.')
+        f'room to generate; max_model_len={self.config.max_model_len}.'
+      )
 
   def add(self, request: types.Request) -> Sequence:
     """Queues a request that `check` accepted.
@@ -107,8 +113,11 @@ class Scheduler(abc.ABC):
     assert 0 < num_tokens < self.config.max_model_len, num_tokens
     seed = request.sampling.seed
     seq = Sequence.of(
-      request, self.config, next(self._orders),
-      self._random.getrandbits(31) if seed is None else seed)
+      request,
+      self.config,
+      next(self._orders),
+      self._random.getrandbits(31) if seed is None else seed,
+    )
     urgency.insert(self.waiting, seq)
     return seq
 
@@ -181,14 +190,16 @@ class Scheduler(abc.ABC):
         # Prefills alone hold all pages, and none has enough to go on.
         self._preempt(self.running[-1])
     batch = types.ScheduledBatch(
-      self._step, tuple(chunks), num_tokens, tuple(self._preempted))
+      self._step, tuple(chunks), num_tokens, tuple(self._preempted)
+    )
     if chunks:
       self._in_flight.append((batch, seqs))
       self._step += 1
     return batch
 
-  def complete(self, batch: types.ScheduledBatch,
-               sampled: types.Sampled) -> list[types.TokenEvent]:
+  def complete(
+    self, batch: types.ScheduledBatch, sampled: types.Sampled
+  ) -> list[types.TokenEvent]:
     """Takes in the tokens of the oldest batch in flight.
 
     Returns:
@@ -198,13 +209,16 @@ class Scheduler(abc.ABC):
     assert oldest is batch, 'batches complete in the order of their launch'
     events, failed = [], []
     is_any_nan = math.isnan(
-      sum(itertools.chain.from_iterable(sampled.logprobs)))
+      sum(itertools.chain.from_iterable(sampled.logprobs))
+    )
     for seq, chunk, tokens, logprobs in zip(
-        seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True):
+      seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True
+    ):
       seq.num_in_flight -= 1
       if chunk.is_prefill:
         self.num_prefilled += seq.count_prefilled(
-          chunk.start + chunk.num_tokens)
+          chunk.start + chunk.num_tokens
+        )
       if seq.is_finished or not chunk.samples:
         continue
       seq.num_pending -= chunk.samples
@@ -217,7 +231,8 @@ class Scheduler(abc.ABC):
       if len(seq.tokens) >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
         num, reason = seq.end(len(tokens))
         event = types.TokenEvent(
-          chunk.request_id, tokens[:num], logprobs[:num], reason)
+          chunk.request_id, tokens[:num], logprobs[:num], reason
+        )
         self._finish(seq)
       events.append(event)
     return events + failed
@@ -254,11 +269,14 @@ class Scheduler(abc.ABC):
     if seq is None:
       return None
     num_pages = self.pages.num_for(
-      len(seq.tokens) if reserve is None else reserve)
+      len(seq.tokens) if reserve is None else reserve
+    )
     owed = 0
     if reserve is None:
-      owed = sum(self.pages.num_for(s.prefill_len) - len(s.pages)
-                 for s in self._prefills())
+      owed = sum(
+        self.pages.num_for(s.prefill_len) - len(s.pages)
+        for s in self._prefills()
+      )
     if num_pages + owed > self.pages.num_free:
       return None
     self.waiting.remove(seq)
@@ -271,8 +289,12 @@ class Scheduler(abc.ABC):
     urgency.insert(self.running, seq)
     return seq
 
-  def _admit_whole(self, now: float, budget: int, reserve: int = 0,
-                   ) -> Iterator[tuple[Sequence, int]]:
+  def _admit_whole(
+    self,
+    now: float,
+    budget: int,
+    reserve: int = 0,
+  ) -> Iterator[tuple[Sequence, int]]:
     """Admits whole prompts, and yields them as `_plan` does.
 
     Args:
@@ -314,12 +336,15 @@ class Scheduler(abc.ABC):
     page_size = self.pages.page_size
     while True:
       decodes = [
-        s for s in self.running
+        s
+        for s in self.running
         if s.num_computed >= s.prefill_len
         and (s.last_step <= ready_step or not s.num_in_flight)
-        and len(s.tokens) + s.num_pending < s.max_len]
-      starved = [s for s in decodes
-                 if s.num_computed == len(s.pages) * page_size]
+        and len(s.tokens) + s.num_pending < s.max_len
+      ]
+      starved = [
+        s for s in decodes if s.num_computed == len(s.pages) * page_size
+      ]
       if len(starved) <= self.pages.num_free:
         for s in starved:
           self._grow(s, s.num_computed + 1)
@@ -349,9 +374,18 @@ class Scheduler(abc.ABC):
     seq.last_step = self._step
     request = seq.request
     return types.Chunk(
-      request.key, seq.slot, start, tokens, n, seq.page_table,
-      is_prefill, samples, seq.prompt_len, seq.seed,
-      request.sampling)
+      request.key,
+      seq.slot,
+      start,
+      tokens,
+      n,
+      seq.page_table,
+      is_prefill,
+      samples,
+      seq.prompt_len,
+      seq.seed,
+      request.sampling,
+    )
 
   def _preempt(self, seq: Sequence) -> None:
     assert not seq.num_in_flight and not seq.num_pending

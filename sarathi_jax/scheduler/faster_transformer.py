@@ -13,11 +13,16 @@ class FasterTransformerScheduler(base.Scheduler):
   """Runs a batch of requests to its end before it forms the next one."""
 
   def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
+    self,
+    now: float,
+    decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     if self.running:
       for seq in decodes:
         yield seq, 1
     else:
-      yield from self._admit_whole(now, self.max_step_tokens(self.config),
-                                   reserve=self.config.max_model_len)
+      yield from self._admit_whole(
+        now,
+        self.max_step_tokens(self.config),
+        reserve=self.config.max_model_len,
+      )

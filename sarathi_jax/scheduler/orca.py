@@ -21,14 +21,16 @@ class OrcaScheduler(base.Scheduler):
 
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
-    return (max(config.token_budget, config.max_model_len)
-            + config.max_num_seqs)
+    return max(config.token_budget, config.max_model_len) + config.max_num_seqs
 
   def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
+    self,
+    now: float,
+    decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     budget = self.max_step_tokens(self.config) - len(decodes)
     for seq in decodes:
       yield seq, 1
     yield from self._admit_whole(
-      now, budget, self.config.max_model_len if self.reserves_all else 0)
+      now, budget, self.config.max_model_len if self.reserves_all else 0
+    )

@@ -73,8 +73,9 @@ class Pace:
     ttft_target: seconds, beyond the time that computing the prompt takes.
   """
 
-  def __init__(self, config: config_lib.SchedulerConfig,
-               num_rows: step_time.NumRows = int) -> None:
+  def __init__(
+    self, config: config_lib.SchedulerConfig, num_rows: step_time.NumRows = int
+  ) -> None:
     assert config.tbt_slo_ms is not None
     self.model = step_time.StepTimeModel(config.token_budget, num_rows)
     self.ttft_target = config.ttft_target_s
@@ -84,8 +85,12 @@ class Pace:
     # take its part of the target.
     self._targets = {
       'interactive': config.tbt_slo_ms / 1e3 / config.num_stages,
-      'batch': (None if config.batch_tbt_slo_ms is None
-                else config.batch_tbt_slo_ms / 1e3 / config.num_stages)}
+      'batch': (
+        None
+        if config.batch_tbt_slo_ms is None
+        else config.batch_tbt_slo_ms / 1e3 / config.num_stages
+      ),
+    }
     self._over, self._noted = 0.0, 0.0
 
   def needed_s(self, now: float) -> float:
@@ -98,9 +103,14 @@ class Pace:
     assert target is not None
     return target * (1 + self._over * self._fading(now)) * self._num_stages
 
-  def budget(self, now: float, running: Iterable[sequence.Sequence],
-             decodes: Sequence[sequence.Sequence],
-             prompts: Sequence[Prompt], most: int) -> int:
+  def budget(
+    self,
+    now: float,
+    running: Iterable[sequence.Sequence],
+    decodes: Sequence[sequence.Sequence],
+    prompts: Sequence[Prompt],
+    most: int,
+  ) -> int:
     """Returns the most tokens of the next step.
 
     Args:
@@ -115,9 +125,16 @@ class Pace:
       At most `most`; more than len(decodes), but if there are no prompts or
       no room.
     """
-    target = min((t for t in (
-      self._targets[s.request.tier] for s in running if not s.is_prefilling)
-      if t is not None), default=None)
+    target = min(
+      (
+        t
+        for t in (
+          self._targets[s.request.tier] for s in running if not s.is_prefilling
+        )
+        if t is not None
+      ),
+      default=None,
+    )
     if target is None or not self.model.num_observed:
       return most
     num_decodes = len(decodes)
@@ -128,17 +145,24 @@ class Pace:
       self._note(now, alone * spread / target - 1)
       return num_decodes
     plans = [
-      _Plan(tokens, tokens - num_decodes, max(
-        _NO_TIME, spread * self.model.predict(
-          _load(tokens, num_decodes, context, prompts))))
-      for tokens in self._tried(
-        num_decodes, sum(p.left for p in prompts), most)]
+      _Plan(
+        tokens,
+        tokens - num_decodes,
+        max(
+          _NO_TIME,
+          spread
+          * self.model.predict(_load(tokens, num_decodes, context, prompts)),
+        ),
+      )
+      for tokens in self._tried(num_decodes, sum(p.left for p in prompts), most)
+    ]
     best = self._best(plans, target, prompts)
     self._note(now, best.seconds / target - 1)
     return best.tokens
 
-  def _best(self, plans: Sequence[_Plan], target: float,
-            prompts: Sequence[Prompt]) -> _Plan:
+  def _best(
+    self, plans: Sequence[_Plan], target: float, prompts: Sequence[Prompt]
+  ) -> _Plan:
     """Returns the plan whose worse ratio, of time to target, is the least.
 
     One ratio is TBT's, the other the mean of the prompts'. Ratios below 1 count
@@ -146,8 +170,9 @@ class Pace:
     all prompts the soonest.
     """
     wanted = sum(p.left for p in prompts)
-    kept = max((p.chunk / p.seconds for p in plans if p.seconds <= target),
-               default=0.0)
+    kept = max(
+      (p.chunk / p.seconds for p in plans if p.seconds <= target), default=0.0
+    )
     rate = max(kept, _LEAST_RATE * max(p.chunk / p.seconds for p in plans))
     # The mean, not the worst: the worst prompt would be a short one that has
     # waited. The smallest step helps that the most, and those behind the least.
@@ -156,7 +181,8 @@ class Pace:
     def ratio(plan: _Plan) -> float:
       waiting = sum(
         (waited + plan.seconds * math.ceil(ahead / plan.chunk)) / allowed
-        for waited, ahead, allowed in waits) / max(1, len(waits))
+        for waited, ahead, allowed in waits
+      ) / max(1, len(waits))
       return max(1.0, plan.seconds / target, waiting)
 
     def soonest(plan: _Plan) -> float:
@@ -167,8 +193,9 @@ class Pace:
       return best
     return min(plans, key=lambda plan: (ratio(plan), soonest(plan)))
 
-  def _waits(self, prompts: Sequence[Prompt],
-             rate: float) -> Iterator[tuple[float, float, float]]:
+  def _waits(
+    self, prompts: Sequence[Prompt], rate: float
+  ) -> Iterator[tuple[float, float, float]]:
     """Yields for each waiting prompt: seconds waited, tokens ahead, target.
 
     The target includes the time to compute the prompt itself, at `rate`.
@@ -184,8 +211,11 @@ class Pace:
       ahead: float = before
       if self._share:  # Short prompts don't wait for longer ones.
         ahead = min(ahead, up_to[prompt.left] / self._share)
-      yield (prompt.waited_s, ahead,
-             self.ttft_target + (prompt.start + prompt.left) / rate)
+      yield (
+        prompt.waited_s,
+        ahead,
+        self.ttft_target + (prompt.start + prompt.left) / rate,
+      )
 
   def _tried(self, num_decodes: int, wanted: int, most: int) -> list[int]:
     """Returns budgets that are worth trying, such as the padded sizes."""
@@ -208,8 +238,9 @@ class Pace:
     return float(0.5 ** (max(0.0, now - self._noted) / _HALF_LIFE_S))
 
 
-def _load(tokens: int, num_decodes: int, context: int,
-          prompts: Sequence[Prompt]) -> step_time.Load:
+def _load(
+  tokens: int, num_decodes: int, context: int, prompts: Sequence[Prompt]
+) -> step_time.Load:
   """Returns the load of a step of so many tokens, `num_decodes` of decodes."""
   left = tokens - num_decodes
   pairs = 0

@@ -49,9 +49,12 @@ class PacedRunner:
     clock: the engine's; returns seconds.
   """
 
-  def __init__(self, inner: runner_lib.Runner,
-               scheduler: base.Scheduler,
-               clock: Callable[[], float]) -> None:
+  def __init__(
+    self,
+    inner: runner_lib.Runner,
+    scheduler: base.Scheduler,
+    clock: Callable[[], float],
+  ) -> None:
     assert scheduler.pace is not None
     assert scheduler.config.tbt_slo_ms is not None
     self._inner = inner
@@ -67,8 +70,11 @@ class PacedRunner:
   def launch(self, batch: types.ScheduledBatch) -> _Pending:
     launched = self._clock()
     pending = _Pending(
-      self._inner.launch(batch), step_time.load_of(batch.chunks), launched,
-      len(self._in_flight))
+      self._inner.launch(batch),
+      step_time.load_of(batch.chunks),
+      launched,
+      len(self._in_flight),
+    )
     self._in_flight.append(pending)
     return pending
 
@@ -90,11 +96,14 @@ class PacedRunner:
     """Logs a warning where the target can't be kept."""
     needed_ms = self._pace.needed_s(now) * 1e3
     if needed_ms > _TOLD_OVER * self._slo_ms and (
-        now - self._told >= _TOLD_EVERY_S):
+      now - self._told >= _TOLD_EVERY_S
+    ):
       self._told = now
       logging.warning(
         'tbt_slo_ms=%g cannot be held at this load; at least %.0f ms.',
-        self._slo_ms, needed_ms)
+        self._slo_ms,
+        needed_ms,
+      )
 
   def num_rows(self, num_tokens: int) -> int:
     return self._inner.num_rows(num_tokens)
@@ -104,8 +113,11 @@ class PacedRunner:
     self._inner.recover()
 
 
-def paced(inner: runner_lib.Runner, scheduler: base.Scheduler,
-          clock: Callable[[], float]) -> runner_lib.Runner:
+def paced(
+  inner: runner_lib.Runner,
+  scheduler: base.Scheduler,
+  clock: Callable[[], float],
+) -> runner_lib.Runner:
   """Returns the runner for an engine: paced and warm, if its scheduler paces.
 
   Raises:
@@ -120,12 +132,16 @@ def paced(inner: runner_lib.Runner, scheduler: base.Scheduler,
   if fastest * 1e3 > slo_ms:
     raise errors.ConfigError(
       f'tbt_slo_ms={slo_ms:g}: a step of a single decode takes '
-      f'{fastest * 1e3:.3g} ms here, so nothing can meet it.')
+      f'{fastest * 1e3:.3g} ms here, so nothing can meet it.'
+    )
   return runner
 
 
-def warm_up(runner: runner_lib.Runner, scheduler: base.Scheduler,
-            clock: Callable[[], float]) -> float:
+def warm_up(
+  runner: runner_lib.Runner,
+  scheduler: base.Scheduler,
+  clock: Callable[[], float],
+) -> float:
   """Times steps of all kinds, before there are requests.
 
   The steps write to pages that hold nothing yet.
@@ -146,7 +162,8 @@ def warm_up(runner: runner_lib.Runner, scheduler: base.Scheduler,
     seconds = statistics.median(times[1:])
     alone = alone or seconds
     scheduler.pace.model.observe(
-      step_time.load_of(chunks), seconds / scheduler.config.num_stages)
+      step_time.load_of(chunks), seconds / scheduler.config.num_stages
+    )
   return alone
 
 
@@ -169,8 +186,9 @@ def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
     start = min(start, longest - chunk)
     pages = config.num_pages - -(-(start + chunk) // config.page_size)
     each = pages // max(num_decodes, 1) * config.page_size
-    return _Kind(num_decodes, max(0, min(context, longest, each - 1)), chunk,
-                 start)
+    return _Kind(
+      num_decodes, max(0, min(context, longest, each - 1)), chunk, start
+    )
 
   most = min(config.max_num_seqs, config.num_pages)
   yield fit(1, 1, 0, 0)
@@ -185,8 +203,9 @@ def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
       yield fit(most // 2, longest // 4, size - most // 2, longest // 4)
 
 
-def _chunks(kind: _Kind,
-            config: config_lib.SchedulerConfig) -> Iterator[types.Chunk]:
+def _chunks(
+  kind: _Kind, config: config_lib.SchedulerConfig
+) -> Iterator[types.Chunk]:
   next_page = 0
 
   def chunk(slot: int, start: int, n: int, is_prefill: bool) -> types.Chunk:
@@ -195,9 +214,18 @@ def _chunks(kind: _Kind,
     pages = tuple(range(next_page, next_page + num_pages))
     next_page += num_pages
     return types.Chunk(
-      request_id=f'warm-up-{slot}', slot=slot, start=start, tokens=(0,) * n,
-      num_tokens=n, page_table=pages, is_prefill=is_prefill, samples=True,
-      prompt_len=start + n, seed=0, sampling=_GREEDY)
+      request_id=f'warm-up-{slot}',
+      slot=slot,
+      start=start,
+      tokens=(0,) * n,
+      num_tokens=n,
+      page_table=pages,
+      is_prefill=is_prefill,
+      samples=True,
+      prompt_len=start + n,
+      seed=0,
+      sampling=_GREEDY,
+    )
 
   for slot in range(kind.num_decodes):
     yield chunk(slot, kind.context, 1, False)

@@ -26,7 +26,9 @@ class SarathiScheduler(base.Scheduler):
     return config.token_budget
 
   def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
+    self,
+    now: float,
+    decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     decodes = self._fair_share(decodes)
     budget = self._budget(now, decodes) - len(decodes)
@@ -37,7 +39,7 @@ class SarathiScheduler(base.Scheduler):
       yield seq, 1
     prefills = list(self._prefills())
     for i, seq in enumerate(prefills):
-      if n := self._chunk_len(seq, budget, share, now, prefills[i + 1:]):
+      if n := self._chunk_len(seq, budget, share, now, prefills[i + 1 :]):
         budget = max(0, budget - self._cost(seq, n))
         yield seq, n
     while budget and (new := self._admit(now)):
@@ -50,13 +52,18 @@ class SarathiScheduler(base.Scheduler):
       return self.config.token_budget
     prompts = [_prompt(s, s.num_left, now) for s in self._prefills()]
     if self._next_to_admit(now):
-      prompts += [_prompt(s, len(s.tokens), now)
-                  for s in itertools.islice(self.waiting, 8)]
+      prompts += [
+        _prompt(s, len(s.tokens), now)
+        for s in itertools.islice(self.waiting, 8)
+      ]
     return self.pace.budget(
-      now, self.running, decodes, prompts, self.config.token_budget)
+      now, self.running, decodes, prompts, self.config.token_budget
+    )
 
-  def _fair_share(self, decodes: list[sequence.Sequence],
-                  ) -> list[sequence.Sequence]:
+  def _fair_share(
+    self,
+    decodes: list[sequence.Sequence],
+  ) -> list[sequence.Sequence]:
     """Returns a stage's part of all decodes, those that waited longest first.
 
     Otherwise decodes that became ready together would stay together: one batch
@@ -79,28 +86,45 @@ class SarathiScheduler(base.Scheduler):
       return 1.0
     return 1 + self.config.prefix_cost * seq.num_computed
 
-  def _chunk_len(self, seq: sequence.Sequence, budget: int, share: int,
-                 now: float, behind: list[sequence.Sequence]) -> int:
+  def _chunk_len(
+    self,
+    seq: sequence.Sequence,
+    budget: int,
+    share: int,
+    now: float,
+    behind: list[sequence.Sequence],
+  ) -> int:
     """Returns the tokens that the prefill `seq` takes of the budget left.
 
     It takes all it can use, except a share that shorter prompts behind it can
     use: otherwise a long prompt would hold them up for many steps.
     """
-    n = min(seq.num_left, self._num_that_fit(seq),
-            max(1, int(budget / self._token_cost(seq))) if budget else 0)
+    n = min(
+      seq.num_left,
+      self._num_that_fit(seq),
+      max(1, int(budget / self._token_cost(seq))) if budget else 0,
+    )
     if budget > share and n > budget - share:
       n = min(n, budget - self._wanted_behind(seq, share, now, behind))
     return n
 
-  def _wanted_behind(self, seq: sequence.Sequence, at_most: int, now: float,
-                     behind: list[sequence.Sequence]) -> int:
+  def _wanted_behind(
+    self,
+    seq: sequence.Sequence,
+    at_most: int,
+    now: float,
+    behind: list[sequence.Sequence],
+  ) -> int:
     """Returns tokens that shorter prompts behind `seq` could use now."""
     if not at_most:
       return 0
     lens = [s.num_left for s in behind]
     if self._next_to_admit(now):
-      lens += [len(s.tokens) for s in itertools.islice(self.waiting, 8)
-               if s.request.arrival_time <= now]
+      lens += [
+        len(s.tokens)
+        for s in itertools.islice(self.waiting, 8)
+        if s.request.arrival_time <= now
+      ]
     return min(at_most, sum(n for n in lens if n < seq.num_left))
 
 
@@ -108,5 +132,8 @@ def _prompt(seq: sequence.Sequence, left: int, now: float) -> pace.Prompt:
   """Returns what a prefill has yet to compute, and how long it has waited."""
   request = seq.request
   waits = request.tier == 'interactive' and not seq.num_output
-  return pace.Prompt(seq.num_computed, left,
-                     max(0.0, now - request.arrival_time) if waits else None)
+  return pace.Prompt(
+    seq.num_computed,
+    left,
+    max(0.0, now - request.arrival_time) if waits else None,
+  )

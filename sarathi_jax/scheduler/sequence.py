@@ -63,19 +63,28 @@ class Sequence:
   is_finished: bool = False
 
   @classmethod
-  def of(cls, request: types.Request, config: config_lib.SchedulerConfig,
-         order: int, seed: int) -> Sequence:
+  def of(
+    cls,
+    request: types.Request,
+    config: config_lib.SchedulerConfig,
+    order: int,
+    seed: int,
+  ) -> Sequence:
     """Makes the sequence of a request that came after `order` others."""
     sampling = request.sampling
     prompt_len = len(request.prompt_token_ids)
     room = config.max_model_len - prompt_len
     return cls(
-      request=request, urgency=(request.priority, order), seed=seed,
+      request=request,
+      urgency=(request.priority, order),
+      seed=seed,
       stop_ids=frozenset(sampling.stop_token_ids).union(
-        () if sampling.ignore_eos else config.eos_token_ids),
+        () if sampling.ignore_eos else config.eos_token_ids
+      ),
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
-      tokens=list(request.prompt_token_ids))
+      tokens=list(request.prompt_token_ids),
+    )
 
   @property
   def num_output(self) -> int:

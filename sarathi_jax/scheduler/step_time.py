@@ -78,8 +78,7 @@ class StepTimeModel:
     self._knots = (*inner, max_tokens)
     size = len(self._knots) + 3
     self._weights = [0.0] * size
-    self._cov = [[_PRIOR * (i == j) for j in range(size)]
-                 for i in range(size)]
+    self._cov = [[_PRIOR * (i == j) for j in range(size)] for i in range(size)]
     self.num_rows = num_rows
     self.spread = 0.02
     self.num_observed = 0
@@ -110,13 +109,14 @@ class StepTimeModel:
       self._weights[i] += change * error
       for j, other in enumerate(gain):
         row[j] -= change * other
-      row[i] = min(row[i] + (_DRIFT * seconds)**2, _PRIOR)
+      row[i] = min(row[i] + (_DRIFT * seconds) ** 2, _PRIOR)
 
   def _learn_spread(self, seconds: float, predicted: float) -> None:
     """Raises the spread if a step exceeded it, else lowers it a little."""
     late = seconds > predicted * (1 + self.spread)
-    self.spread = min(_MAX_SPREAD, max(
-      0.0, self.spread + _TAIL_GAIN * (late - _TAIL)))
+    self.spread = min(
+      _MAX_SPREAD, max(0.0, self.spread + _TAIL_GAIN * (late - _TAIL))
+    )
 
   def _features(self, load: Load) -> list[tuple[int, float]]:
     """Returns (index, value) of the features that are not 0."""

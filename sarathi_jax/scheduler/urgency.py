@@ -16,8 +16,9 @@ from sarathi_jax.scheduler import sequence
 _URGENCY = operator.attrgetter('urgency')
 
 
-def insert(queue: MutableSequence[sequence.Sequence],
-           seq: sequence.Sequence) -> None:
+def insert(
+  queue: MutableSequence[sequence.Sequence], seq: sequence.Sequence
+) -> None:
   """Inserts a sequence in its place, with the most urgent at the front."""
   if not queue or queue[-1].urgency < seq.urgency:
     queue.append(seq)
@@ -27,8 +28,9 @@ def insert(queue: MutableSequence[sequence.Sequence],
     bisect.insort(queue, seq, key=_URGENCY)
 
 
-def first_arrived(queue: MutableSequence[sequence.Sequence],
-                  now: float) -> sequence.Sequence | None:
+def first_arrived(
+  queue: MutableSequence[sequence.Sequence], now: float
+) -> sequence.Sequence | None:
   """Returns the most urgent sequence that has arrived; None if none has.
 
   The queue must not be empty.

@@ -16,7 +16,9 @@ class VllmScheduler(base.Scheduler):
   """
 
   def _plan(
-      self, now: float, decodes: list[sequence.Sequence],
+    self,
+    now: float,
+    decodes: list[sequence.Sequence],
   ) -> Iterator[tuple[sequence.Sequence, int]]:
     budget = self.config.token_budget
     any_prefill = False

@@ -68,8 +68,7 @@ class Watch:
     num_restarts: how often each was started again, by name.
   """
 
-  def __init__(self,
-               fail: Callable[[errors.EngineDeadError], object]) -> None:
+  def __init__(self, fail: Callable[[errors.EngineDeadError], object]) -> None:
     self._fail = fail
     self._watched: dict[str, tuple[Background, _Record]] = {}
     self._task: asyncio.Task[NoReturn] | None = None
@@ -79,12 +78,16 @@ class Watch:
     """Looks after another one, which runs already."""
     self.num_restarts[background.name] = 0
     self._watched[background.name] = (
-      background, _Record(_PAUSE_S, time.monotonic()))
+      background,
+      _Record(_PAUSE_S, time.monotonic()),
+    )
 
   def is_up(self) -> dict[str, bool]:
     """Returns whether each does what it is for, by name; any thread."""
-    return {name: _is_up(background)
-            for name, (background, _) in list(self._watched.items())}
+    return {
+      name: _is_up(background)
+      for name, (background, _) in list(self._watched.items())
+    }
 
   def start(self) -> None:
     """Begins to look, until `stop`."""
@@ -101,8 +104,11 @@ class Watch:
   def _on_done(self, task: asyncio.Task[NoReturn]) -> None:
     error = None if task.cancelled() else task.exception()
     if task is self._task:
-      self._fail(errors.EngineDeadError(
-        f'what looks after the server\'s background ended: {error!r}'))
+      self._fail(
+        errors.EngineDeadError(
+          f"what looks after the server's background ended: {error!r}"
+        )
+      )
 
   async def _run(self) -> NoReturn:
     while True:
@@ -110,8 +116,7 @@ class Watch:
         self._look(background, record, time.monotonic())
       await asyncio.sleep(_LOOK_S)
 
-  def _look(self, background: Background, record: _Record,
-            now: float) -> None:
+  def _look(self, background: Background, record: _Record, now: float) -> None:
     is_up = _is_up(background)
     if background.on_change is not None and is_up != record.is_up:
       background.on_change(is_up)
@@ -126,8 +131,12 @@ class Watch:
       if now - record.started > _STEADY_S:
         record.pause_s = _PAUSE_S
       record.due = now + record.pause_s
-      logging.error('%s ended: %s. It is started again in %g s.',
-                    background.name, why, record.pause_s)
+      logging.error(
+        '%s ended: %s. It is started again in %g s.',
+        background.name,
+        why,
+        record.pause_s,
+      )
     elif now >= record.due:
       record.due, record.started = None, now
       record.pause_s = min(2 * record.pause_s, _MAX_PAUSE_S)
@@ -135,10 +144,12 @@ class Watch:
       try:
         background.restart()
       except Exception as error:  # the next look finds that it doesn't run
-        logging.error('%s can\'t be started.', background.name,
-                      exc_info=error)
+        logging.error("%s can't be started.", background.name, exc_info=error)
 
 
 def _is_up(background: Background) -> bool:
-  return (background.why_ended() is None if background.is_up is None
-          else background.is_up())
+  return (
+    background.why_ended() is None
+    if background.is_up is None
+    else background.is_up()
+  )

@@ -50,8 +50,7 @@ class ServerConfig:
   port: int = 50051
   drain_s: float = 30.0
   max_step_s: float = 300.0
-  limits: admission.Limits = dataclasses.field(
-    default_factory=admission.Limits)
+  limits: admission.Limits = dataclasses.field(default_factory=admission.Limits)
   auth_tokens: pathlib.Path | None = None
   tls: tls_lib.TlsFiles | None = None
   reflection: bool = True
@@ -69,34 +68,56 @@ class ServerConfig:
   def __post_init__(self) -> None:
     for field in ('port', 'metrics_port', 'http_port'):
       value = getattr(self, field)
-      config_lib.check(value is None or 0 <= value < 2**16, field, value,
-                       'must be in [0, 65535]')
-    config_lib.check(self.http_port != 0, 'http_port', 0,
-                     'must be a port, as the gateway is another process')
-    config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s,
-                     'must be >= 0')
-    config_lib.check(self.max_step_s > 0, 'max_step_s', self.max_step_s,
-                     'must be > 0')
+      config_lib.check(
+        value is None or 0 <= value < 2**16,
+        field,
+        value,
+        'must be in [0, 65535]',
+      )
+    config_lib.check(
+      self.http_port != 0,
+      'http_port',
+      0,
+      'must be a port, as the gateway is another process',
+    )
+    config_lib.check(self.drain_s >= 0, 'drain_s', self.drain_s, 'must be >= 0')
+    config_lib.check(
+      self.max_step_s > 0, 'max_step_s', self.max_step_s, 'must be > 0'
+    )
     config_lib.check(
       re.fullmatch('[a-zA-Z_][a-zA-Z0-9_]*', self.metrics_prefix) is not None,
-      'metrics_prefix', self.metrics_prefix,
-      'must be letters, digits and underscores')
+      'metrics_prefix',
+      self.metrics_prefix,
+      'must be letters, digits and underscores',
+    )
     config_lib.check(
-      not self.log_prompts or self.request_log is not None, 'log_prompts',
-      self.log_prompts, 'needs request_log')
+      not self.log_prompts or self.request_log is not None,
+      'log_prompts',
+      self.log_prompts,
+      'needs request_log',
+    )
     for field in ('replicas', 'gateway_args'):
       config_lib.check(
-        not getattr(self, field) or self.http_port is not None, field,
-        getattr(self, field), 'needs http_port')
+        not getattr(self, field) or self.http_port is not None,
+        field,
+        getattr(self, field),
+        'needs http_port',
+      )
     config_lib.check(
-      self.http_port is None or self.tls is None, 'http_port', self.http_port,
+      self.http_port is None or self.tls is None,
+      'http_port',
+      self.http_port,
       'the gateway speaks to us in plain text, so it excludes tls; give it '
-      'a certificate of its own with gateway_args, and us host=127.0.0.1')
+      'a certificate of its own with gateway_args, and us host=127.0.0.1',
+    )
     config_lib.check(
-      self.http_port is None or self.auth_tokens is None, 'http_port',
-      self.http_port, 'the gateway sends us no token, so it excludes '
+      self.http_port is None or self.auth_tokens is None,
+      'http_port',
+      self.http_port,
+      'the gateway sends us no token, so it excludes '
       'auth_tokens; give it --api-key with gateway_args, and us '
-      'host=127.0.0.1')
+      'host=127.0.0.1',
+    )
 
   @property
   def serves_control(self) -> bool:

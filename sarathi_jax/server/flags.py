@@ -20,57 +20,83 @@ FLAGS = flags.FLAGS
 # Field of ServerConfig -> (kind of flag, help).
 _FLAGS: dict[str, tuple[Any, str]] = {
   'max_step_s': (
-    flags.DEFINE_float, 'Seconds after which a step of the engine is taken to '
+    flags.DEFINE_float,
+    'Seconds after which a step of the engine is taken to '
     'hang, as when a device or another host hangs. The health service then '
-    'reports liveness as NOT_SERVING until the step ends. Default: 300.'),
+    'reports liveness as NOT_SERVING until the step ends. Default: 300.',
+  ),
   'auth_tokens': (
-    flags.DEFINE_string, 'File of the bearer tokens that let clients call, one '
+    flags.DEFINE_string,
+    'File of the bearer tokens that let clients call, one '
     'per line: NAME TOKEN [admin] [priority=N]. TOKEN may be sha256:HEX; N is '
     'the smallest priority that its requests may ask for. A change of the file '
-    'counts from the next call on. Default: who reaches the port may call.'),
+    'counts from the next call on. Default: who reaches the port may call.',
+  ),
   'reflection': (
-    flags.DEFINE_bool, 'Whether gRPC clients can list the server\'s services '
-    'and messages (server reflection). Default: true.'),
+    flags.DEFINE_bool,
+    "Whether gRPC clients can list the server's services "
+    'and messages (server reflection). Default: true.',
+  ),
   'control': (
-    flags.DEFINE_bool, 'Whether to serve sarathi.v1.Control, by which '
+    flags.DEFINE_bool,
+    'Whether to serve sarathi.v1.Control, by which '
     'administrators pause the server, replace weights and record profiles. '
     'Default: only with --auth_tokens, or if no other machine can reach '
-    '--host.'),
+    '--host.',
+  ),
   'metrics_port': (
-    flags.DEFINE_integer, 'Port at which Prometheus scrapes metrics, '
-    '/metrics; 0 for any that is free. Default: no metrics.'),
+    flags.DEFINE_integer,
+    'Port at which Prometheus scrapes metrics, '
+    '/metrics; 0 for any that is free. Default: no metrics.',
+  ),
   'metrics_prefix': (
-    flags.DEFINE_string, 'What the names of metrics begin with; vllm suits '
-    'dashboards made for vLLM. Default: sarathi.'),
+    flags.DEFINE_string,
+    'What the names of metrics begin with; vllm suits '
+    'dashboards made for vLLM. Default: sarathi.',
+  ),
   'http_port': (
-    flags.DEFINE_integer, 'Port at which a gateway, smg, serves OpenAI\'s HTTP '
-    'API; needs the extra sarathi-jax[gateway]. Default: no gateway.'),
+    flags.DEFINE_integer,
+    "Port at which a gateway, smg, serves OpenAI's HTTP "
+    'API; needs the extra sarathi-jax[gateway]. Default: no gateway.',
+  ),
   'replicas': (
-    flags.DEFINE_list, 'Further gRPC servers, HOST:PORT,HOST:PORT, that the '
-    'gateway of --http_port routes requests to.'),
+    flags.DEFINE_list,
+    'Further gRPC servers, HOST:PORT,HOST:PORT, that the '
+    'gateway of --http_port routes requests to.',
+  ),
   'gateway_args': (
-    flags.DEFINE_string, 'Further arguments for the gateway of --http_port, '
-    'smg launch, quoted as in a shell.'),
+    flags.DEFINE_string,
+    'Further arguments for the gateway of --http_port, '
+    'smg launch, quoted as in a shell.',
+  ),
   'trace_dir': (
-    flags.DEFINE_string, 'Folder to write a Chrome trace of all steps, and '
-    'profiles, into. Default: neither is written.'),
+    flags.DEFINE_string,
+    'Folder to write a Chrome trace of all steps, and '
+    'profiles, into. Default: neither is written.',
+  ),
   'request_log': (
-    flags.DEFINE_string, 'File to add a line of JSON to for each request that '
-    'ends; - for standard error. Default: no such log.'),
+    flags.DEFINE_string,
+    'File to add a line of JSON to for each request that '
+    'ends; - for standard error. Default: no such log.',
+  ),
   'log_prompts': (
-    flags.DEFINE_bool, 'Whether the lines of --request_log have the token ids '
-    'of prompts. Default: false.'),
+    flags.DEFINE_bool,
+    'Whether the lines of --request_log have the token ids '
+    'of prompts. Default: false.',
+  ),
   'otlp_endpoint': (
-    flags.DEFINE_string, 'Collector to send an OpenTelemetry span for each '
+    flags.DEFINE_string,
+    'Collector to send an OpenTelemetry span for each '
     'request to, by gRPC, such as http://localhost:4317; needs the extra '
-    'sarathi-jax[otel]. Default: no spans.'),
+    'sarathi-jax[otel]. Default: no spans.',
+  ),
 }
 _TLS: dict[str, str] = {
-  'tls_cert': 'File with the server\'s certificate and those that vouch for '
-              'it, PEM; with --tls_key. Default: no TLS.',
+  'tls_cert': "File with the server's certificate and those that vouch for "
+  'it, PEM; with --tls_key. Default: no TLS.',
   'tls_key': 'File with the private key of --tls_cert, PEM.',
   'tls_client_ca': 'File with the certificate authorities that vouch for '
-                   'clients, PEM. Clients then need certificates (mutual TLS).',
+  'clients, PEM. Clients then need certificates (mutual TLS).',
 }
 
 
@@ -79,8 +105,11 @@ def define_server_flags() -> None:
   for name, (define, text) in _FLAGS.items():
     define(name, None, text)
   for name, row in limits_lib.ROWS.items():
-    define = (flags.DEFINE_float if isinstance(row.default, float)
-              else flags.DEFINE_integer)
+    define = (
+      flags.DEFINE_float
+      if isinstance(row.default, float)
+      else flags.DEFINE_integer
+    )
     define(name, None, limits_lib.help_of(name))
   for name, text in _TLS.items():
     flags.DEFINE_string(name, None, text)
@@ -102,24 +131,34 @@ def server_config_from_flags() -> config_lib.ServerConfig:
       given['gateway_args'] = tuple(shlex.split(given['gateway_args']))
     except ValueError as error:
       raise errors.ConfigError(
-        f'gateway_args={given["gateway_args"]!r}: {error}.') from error
+        f'gateway_args={given["gateway_args"]!r}: {error}.'
+      ) from error
   limits = limits_lib.Limits(**_given(limits_lib.ROWS))
   return config_lib.ServerConfig(
-    host=FLAGS.host, port=FLAGS.port, drain_s=FLAGS.drain_s, limits=limits,
-    tls=_tls(), **given)
+    host=FLAGS.host,
+    port=FLAGS.port,
+    drain_s=FLAGS.drain_s,
+    limits=limits,
+    tls=_tls(),
+    **given,
+  )
 
 
 def _given(names: Iterable[str]) -> dict[str, Any]:
-  return {name: FLAGS[name].value for name in names
-          if FLAGS[name].value is not None}
+  return {
+    name: FLAGS[name].value for name in names if FLAGS[name].value is not None
+  }
 
 
 def _tls() -> tls.TlsFiles | None:
-  files = {name.removeprefix('tls_'): pathlib.Path(path).expanduser()
-           for name, path in _given(_TLS).items()}
+  files = {
+    name.removeprefix('tls_'): pathlib.Path(path).expanduser()
+    for name, path in _given(_TLS).items()
+  }
   if not files:
     return None
   if not {'cert', 'key'} <= set(files):
     raise errors.ConfigError(
-      'tls_cert and tls_key: one can\'t be without the other.')
+      "tls_cert and tls_key: one can't be without the other."
+    )
   return tls.TlsFiles(**files)

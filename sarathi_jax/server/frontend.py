@@ -117,9 +117,12 @@ class Frontend:
     observers: told how each request ended; they must be quick.
   """
 
-  def __init__(self, engine_thread: engine_thread_lib.EngineThread,
-               limits: admission.Limits | None = None,
-               observers: Sequence[Callable[[Ended], None]] = ()) -> None:
+  def __init__(
+    self,
+    engine_thread: engine_thread_lib.EngineThread,
+    limits: admission.Limits | None = None,
+    observers: Sequence[Callable[[Ended], None]] = (),
+  ) -> None:
     self.state = State.LOADING
     self.last_arrival = 0.0  # seconds since the epoch
     self._engine_thread = engine_thread
@@ -159,15 +162,17 @@ class Frontend:
     """Requests between admission and the end of their reader."""
     return self._num_open
 
-  async def abort(self, request_ids: Collection[str],
-                  caller: Caller) -> list[str]:
+  async def abort(
+    self, request_ids: Collection[str], caller: Caller
+  ) -> list[str]:
     """Aborts requests that are the caller's to end.
 
     Returns:
       The ids of those that were running or waiting.
     """
     return await self._engine_thread.abort(
-      request_ids, None if caller.is_admin else caller.tenant)
+      request_ids, None if caller.is_admin else caller.tenant
+    )
 
   @property
   def engine_thread(self) -> engine_thread_lib.EngineThread:
@@ -178,7 +183,8 @@ class Frontend:
     """Returns what the engine does now, and counts our queue as waiting."""
     stats = await self._engine_thread.call(lambda engine: engine.stats())
     return dataclasses.replace(
-      stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued)
+      stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued
+    )
 
   async def drain(self) -> None:
     """Ends requests that could not begin, and waits until none is open.
@@ -196,10 +202,15 @@ class Frontend:
 
   @contextlib.asynccontextmanager
   async def open(
-      self, prompt: Prompt, sampling: types.SamplingParams,
-      request_id: str | None = None, *, priority: int = 0,
-      tier: str = types.TIERS[0],
-      caller: Caller, protocol: str,
+    self,
+    prompt: Prompt,
+    sampling: types.SamplingParams,
+    request_id: str | None = None,
+    *,
+    priority: int = 0,
+    tier: str = types.TIERS[0],
+    caller: Caller,
+    protocol: str,
   ) -> AsyncIterator[outbox.Stream]:
     """Submits a request, and aborts what is left of it on leaving the context.
 
@@ -223,25 +234,37 @@ class Frontend:
       raise errors.EngineDeadError(self.state.value)
     if request_id == '':
       raise errors.InvalidRequestError(
-        'request_id=\'\': must not be empty; leave it out to have one made.')
+        "request_id='': must not be empty; leave it out to have one made."
+      )
     self.limits.check_name('request_id', request_id or '')
     self.limits.check_name('x-client-id', caller.client)
     if caller.min_priority is not None and priority < caller.min_priority:
       raise errors.ForbiddenError(
         f'priority={priority}: must be >= {caller.min_priority} with the '
-        f'token of {caller.tenant}.')
+        f'token of {caller.tenant}.'
+      )
     now = self.engine.clock()
     self.last_arrival = time.time()
     draft = types.Request(
-      request_id=request_id or uuid.uuid4().hex, prompt_token_ids=(),
-      sampling=sampling, arrival_time=now, tenant=caller.tenant,
-      client=caller.client, priority=priority, tier=tier,
-      key=str(next(self._keys)), deadline=(
-        None if caller.timeout_s is None else now + caller.timeout_s))
+      request_id=request_id or uuid.uuid4().hex,
+      prompt_token_ids=(),
+      sampling=sampling,
+      arrival_time=now,
+      tenant=caller.tenant,
+      client=caller.client,
+      priority=priority,
+      tier=tier,
+      key=str(next(self._keys)),
+      deadline=(None if caller.timeout_s is None else now + caller.timeout_s),
+    )
     self._num_open += 1
     self._all_closed.clear()
-    end = Ended(request_id=draft.request_id, caller=caller, protocol=protocol,
-                started=self.last_arrival)
+    end = Ended(
+      request_id=draft.request_id,
+      caller=caller,
+      protocol=protocol,
+      started=self.last_arrival,
+    )
     try:
       end.request = await self._prepare(prompt, draft)
       with self._submitted(end.request) as end.stream:
@@ -268,7 +291,8 @@ class Frontend:
     if live is not None and not live.is_closed:
       raise errors.InvalidRequestError(
         f'request_id={errors.shown(request.request_id)}: a request of this id '
-        'is running or waiting; ids must be unique.')
+        'is running or waiting; ids must be unique.'
+      )
     with contextlib.closing(self._engine_thread.submit(request)) as stream:
       self._streams[named] = stream
       try:
@@ -277,8 +301,9 @@ class Frontend:
         if self._streams.get(named) is stream:  # else another had its id
           del self._streams[named]
 
-  async def _prepare(self, prompt: Prompt,
-                     draft: types.Request) -> types.Request:
+  async def _prepare(
+    self, prompt: Prompt, draft: types.Request
+  ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
     self._engine_thread.check_room(self._num_preparing + 1)
@@ -287,14 +312,19 @@ class Frontend:
     size = len(prompt) if chat is None else max(_LEAST_CHAT, chat)
     self._num_preparing += 1
     try:
-      return await messages.read(size, lambda: prepare(
-        self.engine, prompt, draft, self.limits))
+      return await messages.read(
+        size, lambda: prepare(self.engine, prompt, draft, self.limits)
+      )
     finally:
       self._num_preparing -= 1
 
 
-def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
-            limits: admission.Limits) -> types.Request:
+def prepare(
+  engine: engine_lib.Engine,
+  prompt: Prompt,
+  draft: types.Request,
+  limits: admission.Limits,
+) -> types.Request:
   """Tokenizes a prompt and checks the request; any thread.
 
   Raises:
@@ -310,8 +340,10 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
     limits.check_prompt_chars(chat, max_model_len)
   else:
     limits.check_prompt_tokens(len(prompt), max_model_len)
-  request = dataclasses.replace(draft, prompt_token_ids=(
-    tokenizer_lib.encode_prompt(engine.tokenizer, prompt)))
+  request = dataclasses.replace(
+    draft,
+    prompt_token_ids=(tokenizer_lib.encode_prompt(engine.tokenizer, prompt)),
+  )
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   engine.check(request)
   return request
@@ -320,7 +352,10 @@ def prepare(engine: engine_lib.Engine, prompt: Prompt, draft: types.Request,
 def _chat_chars(prompt: Prompt) -> int | None:
   """Returns the characters of a chat's messages; None if it is no chat."""
   parts: Any = prompt
-  if isinstance(prompt, str) or not len(prompt) or not isinstance(
-      parts[0], Mapping):
+  if (
+    isinstance(prompt, str)
+    or not len(prompt)
+    or not isinstance(parts[0], Mapping)
+  ):
     return None
   return sum(len(value) for part in parts for value in part.values())

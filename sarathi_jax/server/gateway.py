@@ -59,31 +59,58 @@ class Gateway:
     ConfigError: the gateway is not installed, or the port can't be had.
   """
 
-  def __init__(self, host: str, port: int, workers: Sequence[str],
-               args: Sequence[str] = (), *, max_body_bytes: int = 16 << 20,
-               on_change: Callable[[bool], object] = lambda _: None) -> None:
+  def __init__(
+    self,
+    host: str,
+    port: int,
+    workers: Sequence[str],
+    args: Sequence[str] = (),
+    *,
+    max_body_bytes: int = 16 << 20,
+    on_change: Callable[[bool], object] = lambda _: None,
+  ) -> None:
     if importlib.util.find_spec('smg') is None:
       raise errors.ConfigError(
         f'http_port={port}: needs the gateway, in the source tree: '
-        'pip install -e ".[gateway]".')
+        'pip install -e ".[gateway]".'
+      )
     for name, ours in _OURS.items():
       if any(arg.partition('=')[0] == name for arg in args):
         raise errors.ConfigError(
-          f'gateway_args={" ".join(args)!r}: {name} is {ours}\'s.')
+          f"gateway_args={' '.join(args)!r}: {name} is {ours}'s."
+        )
     _check_port(host, port)
     self._port, self._num_workers = port, len(workers)
     self._more_args = tuple(args)
     self._args: tuple[str, ...] = (
-      '--host', host, '--port', str(port),
-      '--prometheus-host', '127.0.0.1', '--prometheus-port', str(_free_port()),
-      '--policy', 'round_robin', '--log-level', 'warn',
-      '--health-check-interval-secs', '5', '--health-failure-threshold', '2',
-      '--shutdown-grace-period-secs', '1',
-      '--max-payload-size', str(max_body_bytes),
-      '--worker-urls', *(f'grpc://{worker}' for worker in workers))
+      '--host',
+      host,
+      '--port',
+      str(port),
+      '--prometheus-host',
+      '127.0.0.1',
+      '--prometheus-port',
+      str(_free_port()),
+      '--policy',
+      'round_robin',
+      '--log-level',
+      'warn',
+      '--health-check-interval-secs',
+      '5',
+      '--health-failure-threshold',
+      '2',
+      '--shutdown-grace-period-secs',
+      '1',
+      '--max-payload-size',
+      str(max_body_bytes),
+      '--worker-urls',
+      *(f'grpc://{worker}' for worker in workers),
+    )
     self._address = (
-      {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port,
-      _accept_any() if any(a.startswith('--tls-c') for a in args) else None)
+      {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host),
+      port,
+      _accept_any() if any(a.startswith('--tls-c') for a in args) else None,
+    )
     self._on_change = on_change
     self._process: asyncio.subprocess.Process | None = None
     self._task: asyncio.Task[str] | None = None
@@ -94,14 +121,18 @@ class Gateway:
   def pid(self) -> int | None:
     """The process id of the child that runs; None if none does."""
     process = self._process
-    return None if process is None or process.returncode is not None else (
-      process.pid)
+    return (
+      None
+      if process is None or process.returncode is not None
+      else (process.pid)
+    )
 
   @property
   def as_background(self) -> background.Background:
     """The gateway as `background.Watch` takes it, once it is started."""
     return background.Background(
-      NAME, self.why_ended, self.restart, lambda: self.is_serving)
+      NAME, self.why_ended, self.restart, lambda: self.is_serving
+    )
 
   async def start(self, max_requests: int) -> bool:
     """Starts it and waits until it serves a model; False if it does not.
@@ -115,19 +146,25 @@ class Gateway:
       ConfigError: the gateway ended before that.
     """
     self._args += (
-      '--max-concurrent-requests', str(max_requests * self._num_workers),
-      '--queue-size', '0', *self._more_args)
+      '--max-concurrent-requests',
+      str(max_requests * self._num_workers),
+      '--queue-size',
+      '0',
+      *self._more_args,
+    )
     self.restart()
     with contextlib.suppress(TimeoutError):
       async with asyncio.timeout(_READY_S):
         while not self.is_serving:
           if (why := self.why_ended()) is not None:
             raise errors.ConfigError(
-              f'http_port={self._port}: the gateway ended: {why}')
+              f'http_port={self._port}: the gateway ended: {why}'
+            )
           await asyncio.sleep(0.05)
         return True
-    logging.error('The gateway serves no model after %g s: %s', _READY_S,
-                  self._last_words())
+    logging.error(
+      'The gateway serves no model after %g s: %s', _READY_S, self._last_words()
+    )
     return False
 
   async def stop(self) -> None:
@@ -160,11 +197,21 @@ class Gateway:
       hears, says = _pipe(stack), _pipe(stack)
       self._tell(hears.write)
       process = self._process = await asyncio.create_subprocess_exec(
-        sys.executable, *_CHILD, stdin=hears.read, stdout=says.write,
+        sys.executable,
+        *_CHILD,
+        stdin=hears.read,
+        stdout=says.write,
         stderr=says.write,
-        start_new_session=True)  # Ctrl-C is for us: it goes on as we drain
-      tasks = [asyncio.create_task(work) for work in (
-        process.wait(), self._ask(), self._listen(os.dup(says.read)))]
+        start_new_session=True,
+      )  # Ctrl-C is for us: it goes on as we drain
+      tasks = [
+        asyncio.create_task(work)
+        for work in (
+          process.wait(),
+          self._ask(),
+          self._listen(os.dup(says.read)),
+        )
+      ]
     ending, asking, listening = tasks
     is_lost = False
     try:
@@ -182,9 +229,16 @@ class Gateway:
 
   def _tell(self, pipe: int) -> None:
     """Writes to the child's pipe what no command line shall show."""
-    told = json.dumps({
-      'parent': os.getpid(), 'args': self._args,
-      'key': secrets.token_hex(_KEY_BYTES)}).encode() + b'\n'
+    told = (
+      json.dumps(
+        {
+          'parent': os.getpid(),
+          'args': self._args,
+          'key': secrets.token_hex(_KEY_BYTES),
+        }
+      ).encode()
+      + b'\n'
+    )
     os.set_blocking(pipe, False)
     if os.write(pipe, told) < len(told):
       raise errors.ConfigError('gateway_args: are too long for a pipe.')
@@ -193,7 +247,8 @@ class Gateway:
     """Keeps the end of the child's output, however much that is."""
     reader = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-      lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, 'rb'))
+      lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(pipe, 'rb')
+    )
     with contextlib.closing(transport):
       while said := await reader.read(1 << 16):
         self._tail = (self._tail + said)[-_TAIL_BYTES:]
@@ -201,9 +256,12 @@ class Gateway:
   def _last_words(self) -> str:
     """Returns its last output, without what would move a terminal's cursor."""
     text = _COLOURS.sub('', self._tail.decode(errors='replace'))
-    lines = [''.join(c if c.isprintable() else ascii(c)[1:-1]
-                     for c in line[-_LINE_LEN:])
-             for line in text.splitlines()[-3:]]
+    lines = [
+      ''.join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in line[-_LINE_LEN:]
+      )
+      for line in text.splitlines()[-3:]
+    ]
     return ' / '.join(lines) or 'nothing'
 
   async def _ask(self) -> NoReturn:
@@ -226,8 +284,11 @@ class Gateway:
           is_ready = False
           # If we were late ourselves, that tells nothing.
           num_missed += loop.time() - asked < 2 * _ANSWER_S
-          if (num_missed >= _MAX_MISSED if has_answered
-              else loop.time() - start > _READY_S):
+          if (
+            num_missed >= _MAX_MISSED
+            if has_answered
+            else loop.time() - start > _READY_S
+          ):
             raise
         self._set_serving(is_ready)
         await asyncio.sleep(_PROBE_S if has_answered else 0.1)
@@ -245,11 +306,11 @@ class _Connection:
   about whether it lives.
   """
 
-  def __init__(self, host: str, port: int,
-               tls: ssl.SSLContext | None) -> None:
+  def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
     self._host, self._port, self._tls = host, port, tls
-    self._streams: tuple[
-      asyncio.StreamReader, asyncio.StreamWriter] | None = None
+    self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = (
+      None
+    )
 
   async def get(self, path: str) -> int:
     """Gets a path; returns the HTTP status.
@@ -259,13 +320,17 @@ class _Connection:
     """
     if self._streams is None:
       self._streams = await asyncio.open_connection(
-        self._host, self._port, ssl=self._tls)
+        self._host, self._port, ssl=self._tls
+      )
     reader, writer = self._streams
     writer.write(f'GET {path} HTTP/1.1\r\nhost: gateway\r\n\r\n'.encode())
     first, *fields = (
-      await reader.readuntil(b'\r\n\r\n')).decode('latin-1').splitlines()
-    headers = {name.lower(): value.strip() for name, _, value in (
-      field.partition(':') for field in fields)}
+      (await reader.readuntil(b'\r\n\r\n')).decode('latin-1').splitlines()
+    )
+    headers = {
+      name.lower(): value.strip()
+      for name, _, value in (field.partition(':') for field in fields)
+    }
     await reader.readexactly(int(headers.get('content-length', 0)))
     return int(first.split()[1])
 
@@ -307,12 +372,13 @@ def _accept_any() -> ssl.SSLContext:
 
 def _check_port(host: str, port: int) -> None:
   try:
-    with socket.create_server((host, port), family=(
-        socket.AF_INET6 if ':' in host else socket.AF_INET)):
+    with socket.create_server(
+      (host, port), family=(socket.AF_INET6 if ':' in host else socket.AF_INET)
+    ):
       pass
   except OSError as error:
     raise errors.ConfigError(
-      f'http_port={port}: can\'t listen at {host}: {error.strerror}.'
+      f"http_port={port}: can't listen at {host}: {error.strerror}."
     ) from error
 
 

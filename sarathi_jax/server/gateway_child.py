@@ -20,19 +20,24 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 # A request to /v1/responses may name any URL as one of its tools, and smg would
 # connect to it, from where we are: of a proxy that can't be, nothing comes.
-_NO_TOOLS = {'MCP_HTTP_PROXY': 'http://127.0.0.1:0',
-             'MCP_HTTPS_PROXY': 'http://127.0.0.1:0', 'MCP_NO_PROXY': ''}
+_NO_TOOLS = {
+  'MCP_HTTP_PROXY': 'http://127.0.0.1:0',
+  'MCP_HTTPS_PROXY': 'http://127.0.0.1:0',
+  'MCP_NO_PROXY': '',
+}
 
 
 def main(told: dict[str, Any]) -> None:
   _end_with_parent(told['parent'])
   from smg import launch_router
+
   args = launch_router.parse_router_args(told['args'])
   if args.mcp_config_path is None:
     os.environ.update(_NO_TOOLS)
   args.control_plane_api_keys = [
     *args.control_plane_api_keys,
-    ('sarathi', 'sarathi', told['key'], 'admin')]
+    ('sarathi', 'sarathi', told['key'], 'admin'),
+  ]
   launch_router.launch_router(args)
 
 

@@ -39,21 +39,30 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags; not on import, as their names may be taken."""
   flags.DEFINE_string(
-    'checkpoint', None,
+    'checkpoint',
+    None,
     'Checkpoint to serve: a converted one, or a Hugging Face folder or hub id, '
-    'which is converted once. Default: the quickstart model.')
+    'which is converted once. Default: the quickstart model.',
+  )
   flags.DEFINE_string(
-    'served_model_name', None,
+    'served_model_name',
+    None,
     'Name of the model that clients are told. Default: the name of the folder '
-    '--checkpoint, or its hub id.')
+    '--checkpoint, or its hub id.',
+  )
   flags.DEFINE_string(
-    'host', '127.0.0.1',
-    'Address to listen at. 0.0.0.0 lets in whoever can reach this machine.')
+    'host',
+    '127.0.0.1',
+    'Address to listen at. 0.0.0.0 lets in whoever can reach this machine.',
+  )
   flags.DEFINE_integer(
-    'port', 50051, 'Port at which to serve gRPC; 0 for any that is free.')
+    'port', 50051, 'Port at which to serve gRPC; 0 for any that is free.'
+  )
   flags.DEFINE_float(
-    'drain_s', 30.0,
-    'Seconds that running requests may go on after SIGTERM or Ctrl-C.')
+    'drain_s',
+    30.0,
+    'Seconds that running requests may go on after SIGTERM or Ctrl-C.',
+  )
   server_flags.define_server_flags()
   engine_flags.define_engine_flags()
 
@@ -68,9 +77,14 @@ def main(arguments: list[str]) -> None:
   @functools.cache
   def llm() -> Any:
     from sarathi_jax.launch import loading
+
     return loading.load_llm(
-      FLAGS.checkpoint, engine_config, end=leader,
-      model_name=FLAGS.served_model_name, **engine_flags.loading_from_flags())
+      FLAGS.checkpoint,
+      engine_config,
+      end=leader,
+      model_name=FLAGS.served_model_name,
+      **engine_flags.loading_from_flags(),
+    )
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
@@ -78,15 +92,18 @@ def main(arguments: list[str]) -> None:
 
   def profiler() -> Any:
     import jax
+
     return jax.profiler
 
   hooks = control_v1.Hooks(
     load_weights=lambda path: llm().open_weights(
-      path, **engine_flags.loading_from_flags()),
+      path, **engine_flags.loading_from_flags()
+    ),
     update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
-    num_compiled=lambda: llm().num_compiled)
+    num_compiled=lambda: llm().num_compiled,
+  )
   # The first of several processes tells the others how it ends.
   with leader or contextlib.nullcontext():
     serve(config, make_engine, hooks, leader)
@@ -98,9 +115,11 @@ def _choose_checkpoint(arguments: list[str]) -> None:
     raise app.UsageError(f'unexpected argument: {arguments[-1]}')
   said = {'checkpoint': arguments[0]} if arguments else {}
   if FLAGS.checkpoint is None and not arguments:
-    said = {'checkpoint': str(quickstart.MODEL),
-            'served_model_name': FLAGS.served_model_name or 'quickstart',
-            'config': FLAGS.config or 'quickstart'}
+    said = {
+      'checkpoint': str(quickstart.MODEL),
+      'served_model_name': FLAGS.served_model_name or 'quickstart',
+      'config': FLAGS.config or 'quickstart',
+    }
   for name, value in said.items():
     FLAGS[name].value = value
 
@@ -111,14 +130,18 @@ def _join(config: Any) -> Any:
   if processes is None:
     return None
   from sarathi_jax.launch import loading
+
   return loading.join(
-    processes, FLAGS.checkpoint, config, **engine_flags.loading_from_flags())
+    processes, FLAGS.checkpoint, config, **engine_flags.loading_from_flags()
+  )
 
 
-def serve(config: server_lib.ServerConfig,
-          make_engine: Callable[[], engine_lib.Engine],
-          hooks: control_v1.Hooks | None = None,
-          leader: Any = None) -> NoReturn:
+def serve(
+  config: server_lib.ServerConfig,
+  make_engine: Callable[[], engine_lib.Engine],
+  hooks: control_v1.Hooks | None = None,
+  leader: Any = None,
+) -> NoReturn:
   """Serves an engine, then exits.
 
   Args:
@@ -133,15 +156,21 @@ def serve(config: server_lib.ServerConfig,
   def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
     target = '' if port == 50051 else f'--target=localhost:{port} '
     for what, where in (
-        ('OpenAI\'s HTTP', config.http_port and f'{config.http_port}/v1'),
-        ('Metrics', config.metrics_port and f'{config.metrics_port}/metrics')):
+      ("OpenAI's HTTP", config.http_port and f'{config.http_port}/v1'),
+      ('Metrics', config.metrics_port and f'{config.metrics_port}/metrics'),
+    ):
       if where:
-        console.print(f'{what}: http://{config.address}:{where}',
-                      markup=False, soft_wrap=True)
+        console.print(
+          f'{what}: http://{config.address}:{where}',
+          markup=False,
+          soft_wrap=True,
+        )
     console.print(
       f'Serving {info.model_name} at {config.host}:{port}. Try:\n'
       f'  {_python()} -m sarathi_jax.client {target}"A list is"',
-      markup=False, soft_wrap=True)
+      markup=False,
+      soft_wrap=True,
+    )
 
   async def served() -> tuple[int, server_lib.Server]:
     server = server_lib.Server(config, make_engine, hooks=hooks)
@@ -172,5 +201,4 @@ def _python() -> str:
 
 def run() -> None:
   """Runs the console script sarathi-serve."""
-  mains.run(main, define_flags, takes_arguments=True,
-            verbosity=logging.WARNING)
+  mains.run(main, define_flags, takes_arguments=True, verbosity=logging.WARNING)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's life: bind, load, serve, drain, stop.
 
-  LOADING    bound, so that a port in use is found before minutes of loading;
-             health says NOT_SERVING
-  SERVING    the engine is warm; health says SERVING
-  DRAINING   after SIGTERM or SIGINT: NOT_SERVING, new requests are refused,
-             open ones get `drain_s` to finish
-  DEAD       the engine is gone: what is open ends with UNAVAILABLE, and then
-             the process, with 1
+LOADING    bound, so that a port in use is found before minutes of loading;
+           health says NOT_SERVING
+SERVING    the engine is warm; health says SERVING
+DRAINING   after SIGTERM or SIGINT: NOT_SERVING, new requests are refused,
+           open ones get `drain_s` to finish
+DEAD       the engine is gone: what is open ends with UNAVAILABLE, and then
+           the process, with 1
 """
 
 from __future__ import annotations
@@ -60,9 +60,13 @@ _CHANNEL_OPTIONS = (
   ('grpc.server.max_pending_requests_hard_limit', 100_000),
 )
 # Methods and services whose requests must have no field that we don't know.
-_STRICT = (f'/{sarathi_v1.NAME}/Generate', f'/{vllm_engine.NAME}/Generate',
-           f'/{open_inference.NAME}/ModelInfer',
-           f'/{open_inference.NAME}/ModelStreamInfer', f'/{control_v1.NAME}')
+_STRICT = (
+  f'/{sarathi_v1.NAME}/Generate',
+  f'/{vllm_engine.NAME}/Generate',
+  f'/{open_inference.NAME}/ModelInfer',
+  f'/{open_inference.NAME}/ModelStreamInfer',
+  f'/{control_v1.NAME}',
+)
 
 # For the last messages of streams that have just ended to be sent, and for a
 # step under way to end.
@@ -87,9 +91,13 @@ class Server:
     on_left: called by `leave`.
   """
 
-  def __init__(self, config: ServerConfig,
-               make_engine: Callable[[], engine_lib.Engine], *,
-               hooks: control_v1.Hooks | None = None) -> None:
+  def __init__(
+    self,
+    config: ServerConfig,
+    make_engine: Callable[[], engine_lib.Engine],
+    *,
+    hooks: control_v1.Hooks | None = None,
+  ) -> None:
     self.port = config.port
     self.fault: errors.EngineDeadError | None = None
     self.on_failed: Callable[[], object] = lambda: None
@@ -97,52 +105,72 @@ class Server:
     self._config = config
     self._hooks = hooks or control_v1.Hooks()
     self._engine_thread = engine_thread_lib.EngineThread(
-      make_engine, asyncio.get_running_loop(), self._on_death, config.limits)
+      make_engine, asyncio.get_running_loop(), self._on_death, config.limits
+    )
     self.watch = background.Watch(self.fail)
     self.telemetry = telemetry_lib.Telemetry(
-      config, self._engine_thread, self._hooks, self.watch)
+      config, self._engine_thread, self._hooks, self.watch
+    )
     self.frontend = frontend_lib.Frontend(
-      self._engine_thread, config.limits, self.telemetry.observers)
+      self._engine_thread, config.limits, self.telemetry.observers
+    )
     self._gateway: gateway.Gateway | None = None
     self._services = self._make_services()
     self._health = health.HealthService(self._services)
     self._why_no_calls: Callable[[], str | None] = lambda: None
     self._is_broken = False  # gRPC is, when we stop
     self._grpc = grpc.aio.server(
-      interceptors=self._interceptors(), options=(
-        *_CHANNEL_OPTIONS, ('grpc.max_receive_message_length',
-                            round(config.limits.max_message_mib * 2**20))))
+      interceptors=self._interceptors(),
+      options=(
+        *_CHANNEL_OPTIONS,
+        (
+          'grpc.max_receive_message_length',
+          round(config.limits.max_message_mib * 2**20),
+        ),
+      ),
+    )
 
   def _make_services(self) -> dict[str, Callable[[grpc.aio.Server], None]]:
     """Makes the services: name -> what adds the service to a gRPC server."""
+
     def adder(add: Any, service: Any) -> Callable[[grpc.aio.Server], None]:
       return lambda server: add(service, server)
 
     services = {
       sarathi_v1.NAME: adder(
         sarathi_pb2_grpc.add_SarathiServicer_to_server,
-        sarathi_v1.SarathiService(self.frontend)),
+        sarathi_v1.SarathiService(self.frontend),
+      ),
       vllm_engine.NAME: adder(
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server,
-        vllm_engine.VllmEngineService(self.frontend)),
+        vllm_engine.VllmEngineService(self.frontend),
+      ),
       open_inference.NAME: adder(
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
-        open_inference.OpenInferenceService(self.frontend))}
+        open_inference.OpenInferenceService(self.frontend),
+      ),
+    }
     if self._config.serves_control:
       services[control_v1.NAME] = adder(
         sarathi_pb2_grpc.add_ControlServicer_to_server,
         control_v1.ControlService(
-          self.frontend, self._hooks, self._set_draining,
-          self._config.trace_dir))
+          self.frontend, self._hooks, self._set_draining, self._config.trace_dir
+        ),
+      )
     return services
 
   def _interceptors(self) -> tuple[grpc.aio.ServerInterceptor, ...]:
     parse = malformed.Interceptor(self._config.limits, _STRICT)
     if self._config.auth_tokens is None:
       return (parse,)
-    return (auth.Interceptor(
-      auth.Tokens(self._config.auth_tokens), (health.NAME,),
-      (control_v1.NAME, reflection.SERVICE_NAME)), parse)
+    return (
+      auth.Interceptor(
+        auth.Tokens(self._config.auth_tokens),
+        (health.NAME,),
+        (control_v1.NAME, reflection.SERVICE_NAME),
+      ),
+      parse,
+    )
 
   async def start(self) -> None:
     """Listens, and begins to make the engine.
@@ -155,28 +183,37 @@ class Server:
     health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
     if self._config.reflection:
       reflection.enable_server_reflection(
-        (*self._services, health.NAME, reflection.SERVICE_NAME), self._grpc)
+        (*self._services, health.NAME, reflection.SERVICE_NAME), self._grpc
+      )
     self.port = _bind(self._grpc, self._config)
     if self._config.http_port is not None:
       host = self._config.host
       ours = '127.0.0.1' if host == '0.0.0.0' else self._config.address
       self._gateway = gateway.Gateway(
-        host, self._config.http_port,
+        host,
+        self._config.http_port,
         (f'{ours}:{self.port}', *self._config.replicas),
         self._config.gateway_args,
         max_body_bytes=round(self._config.limits.max_message_mib * 2**20),
-        on_change=lambda serves: self._health.set(serves, health.GATEWAY))
+        on_change=lambda serves: self._health.set(serves, health.GATEWAY),
+      )
       self._health.set(False, health.GATEWAY)
     self.telemetry.start()
     await self._grpc.start()
     self._why_no_calls = _why_no_calls(asyncio.all_tasks())
     self.watch.add(background.Background('grpc', self._why_no_calls))
     self._loading = self._engine_thread.start()
-    self.watch.add(background.Background(
-      'engine', self._engine_thread.why_ended, is_up=lambda: (
-        self._engine_thread.why_ended() is None
-        and self._engine_thread.step_s < self._config.max_step_s),
-      on_change=self._set_alive))
+    self.watch.add(
+      background.Background(
+        'engine',
+        self._engine_thread.why_ended,
+        is_up=lambda: (
+          self._engine_thread.why_ended() is None
+          and self._engine_thread.step_s < self._config.max_step_s
+        ),
+        on_change=self._set_alive,
+      )
+    )
     self.watch.start()
 
   async def warm(self) -> None:
@@ -192,7 +229,8 @@ class Server:
     self._health.set(True)
     if self._gateway is not None:
       await self._gateway.start(
-        engine.info.max_num_seqs + self._config.limits.max_waiting)
+        engine.info.max_num_seqs + self._config.limits.max_waiting
+      )
       self.watch.add(self._gateway.as_background)
 
   async def drain(self) -> None:
@@ -204,8 +242,9 @@ class Server:
     except errors.EngineDeadError:
       pass
     except TimeoutError:
-      logging.warning('Requests are cut off after %g s of draining.',
-                      self._config.drain_s)
+      logging.warning(
+        'Requests are cut off after %g s of draining.', self._config.drain_s
+      )
 
   async def stop(self) -> None:
     """Cuts off the requests that are left, and stops."""
@@ -220,7 +259,8 @@ class Server:
     if not self._is_broken:  # else it would never stop
       await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
-      None, self._engine_thread.join, _GRACE_S)
+      None, self._engine_thread.join, _GRACE_S
+    )
     self.telemetry.stop()
 
   def fail(self, fault: errors.EngineDeadError) -> None:
@@ -242,16 +282,17 @@ class Server:
 
   def _set_draining(self, is_draining: bool) -> None:
     self.frontend.state = (
-      frontend_lib.State.DRAINING if is_draining
-      else frontend_lib.State.SERVING)
+      frontend_lib.State.DRAINING if is_draining else frontend_lib.State.SERVING
+    )
     self._health.set(not is_draining)
 
   def _set_alive(self, is_alive: bool) -> None:
     if self.frontend.state is frontend_lib.State.DEAD:
       return
     if not is_alive:
-      logging.error('A step has taken more than max_step_s=%g s.',
-                    self._config.max_step_s)
+      logging.error(
+        'A step has taken more than max_step_s=%g s.', self._config.max_step_s
+      )
     self._health.set(is_alive, health.LIVENESS)
 
   def _on_death(self, fault: BaseException) -> None:
@@ -269,7 +310,8 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
   try:
     # gRPC would not tell why, but log it.
     family, kind, protocol, _, location = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM)[0]
+      host, port, type=socket.SOCK_STREAM
+    )[0]
     with socket.socket(family, kind, protocol) as probe:
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       probe.bind(location)
@@ -279,21 +321,23 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
   except (OSError, RuntimeError) as error:
     reason = getattr(error, 'strerror', None) or str(error)
     raise errors.ConfigError(
-      f'port={port}: can\'t listen at {address}: {reason}. Is another server '
-      'running there? Then choose another --port.') from error
+      f"port={port}: can't listen at {address}: {reason}. Is another server "
+      'running there? Then choose another --port.'
+    ) from error
 
 
-def _why_no_calls(
-    tasks: set[asyncio.Task[Any]]) -> Callable[[], str | None]:
+def _why_no_calls(tasks: set[asyncio.Task[Any]]) -> Callable[[], str | None]:
   """Returns what tells if the one of `tasks` that takes gRPC's calls ended."""
   # gRPC shows it to nobody, and says nothing if it is cancelled.
   loops = [task for task in tasks if '._server_main_loop' in repr(task)]
-  return lambda: ('it takes no more calls' if any(
-    task.done() for task in loops) else None)
+  return lambda: (
+    'it takes no more calls' if any(task.done() for task in loops) else None
+  )
 
 
-async def serve(server: Server,
-                on_ready: Callable[[engine_lib.EngineInfo, int], None]) -> int:
+async def serve(
+  server: Server, on_ready: Callable[[engine_lib.EngineInfo, int], None]
+) -> int:
   """Serves until a signal; a second one cuts the draining short.
 
   Args:

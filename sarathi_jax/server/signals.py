@@ -30,9 +30,12 @@ class Signals(asyncio.Queue[int]):
   def tellers(self) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns what to call, on any thread: if the server can't go on, and if
     another process left."""
-    failed, left = (functools.partial(
-      self._events.call_soon_threadsafe, self.put_nowait, number)
-                    for number in (FAILED, _LEFT))
+    failed, left = (
+      functools.partial(
+        self._events.call_soon_threadsafe, self.put_nowait, number
+      )
+      for number in (FAILED, _LEFT)
+    )
     return failed, left
 
   def put_nowait(self, number: int) -> None:
@@ -50,7 +53,8 @@ class Signals(asyncio.Queue[int]):
     """Runs `work` until its end or a signal; returns the signal, if any."""
     tasks = (asyncio.create_task(work), asyncio.create_task(self.get()))
     done, undone = await asyncio.wait(
-      tasks, return_when=asyncio.FIRST_COMPLETED)
+      tasks, return_when=asyncio.FIRST_COMPLETED
+    )
     for task in undone:
       task.cancel()
     if tasks[0] in done:

@@ -28,42 +28,68 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   scenario_lib.define_flags()
-  flags.DEFINE_float('qps', None, 'Requests per second to simulate. Default: '
-                     'the pace of the trace (--arrivals=trace).')
-  flags.DEFINE_string('policy', 'sarathi', 'Scheduling policy: sarathi, vllm, '
-                      'orca, faster_transformer, hybrid_only or chunked_only.')
-  flags.DEFINE_string('token_budget', None, 'The most tokens of a step; auto '
-                      'follows --slo_tbt_p99. Default: --config\'s.')
-  flags.DEFINE_float('slo_tbt_p99', None, 'P99 time between tokens that '
-                     '--token_budget=auto aims at, seconds.')
-  flags.DEFINE_string('trace', None, 'File to write a Chrome trace to; '
-                      'compressed if it ends with .gz.')
-  flags.DEFINE_float('trace_s', 120.0, 'Seconds of the run that --trace shows, '
-                     'from its start.')
+  flags.DEFINE_float(
+    'qps',
+    None,
+    'Requests per second to simulate. Default: '
+    'the pace of the trace (--arrivals=trace).',
+  )
+  flags.DEFINE_string(
+    'policy',
+    'sarathi',
+    'Scheduling policy: sarathi, vllm, '
+    'orca, faster_transformer, hybrid_only or chunked_only.',
+  )
+  flags.DEFINE_string(
+    'token_budget',
+    None,
+    'The most tokens of a step; auto '
+    "follows --slo_tbt_p99. Default: --config's.",
+  )
+  flags.DEFINE_float(
+    'slo_tbt_p99',
+    None,
+    'P99 time between tokens that --token_budget=auto aims at, seconds.',
+  )
+  flags.DEFINE_string(
+    'trace',
+    None,
+    'File to write a Chrome trace to; compressed if it ends with .gz.',
+  )
+  flags.DEFINE_float(
+    'trace_s', 120.0, 'Seconds of the run that --trace shows, from its start.'
+  )
 
 
 def main() -> None:
   console = rich.console.Console(highlight=False)
   budget = scenario_lib.budget_of(FLAGS.token_budget)
   scenario = scenario_lib.from_flags(FLAGS.qps).with_policy(
-    FLAGS.policy, budget, FLAGS.slo_tbt_p99)
+    FLAGS.policy, budget, FLAGS.slo_tbt_p99
+  )
   trace = trace_lib.ChromeTrace(FLAGS.trace_s)
   start = time.perf_counter()
   with console.status('Simulating'):
     result = simulate.simulate(
-      scenario.cost(), scenario.config, workload_lib.make(scenario.workload),
-      on_span=trace.add if FLAGS.trace else None)
-  console.print(report.summary_table(
-    result.metrics, result.seconds, result.num_preemptions))
+      scenario.cost(),
+      scenario.config,
+      workload_lib.make(scenario.workload),
+      on_span=trace.add if FLAGS.trace else None,
+    )
+  console.print(
+    report.summary_table(result.metrics, result.seconds, result.num_preemptions)
+  )
   busy = ', '.join(f'{part:.1%}' for part in result.busy)
-  console.print(f'Stages were busy {busy} of the time. Simulated in '
-                f'{time.perf_counter() - start:.1f} s.')
+  console.print(
+    f'Stages were busy {busy} of the time. Simulated in '
+    f'{time.perf_counter() - start:.1f} s.'
+  )
   if FLAGS.trace:
     try:
       trace.write(FLAGS.trace)
     except OSError as error:
       raise errors.ConfigError(
-        f'trace={FLAGS.trace!r}: can\'t be written: {error.strerror}.'
+        f"trace={FLAGS.trace!r}: can't be written: {error.strerror}."
       ) from error
 
 

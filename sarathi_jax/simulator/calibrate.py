@@ -60,20 +60,38 @@ _SOFT = 0.05
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('tables', None, 'Folder of measured tables, Vidur\'s CSV '
-                      'files, to fit to.')
-  flags.DEFINE_list('device', ['a100'], 'Devices whose tables to fit to: names '
-                    'in simulator/devices, or JSON files like those.')
-  flags.DEFINE_bool('fit', True, 'Fit the efficiencies. --nofit: only judge '
-                    'the device as it is.')
-  flags.DEFINE_string('gpu_check', None, 'A gpu_check.json, written by '
-                      'scripts/gpu_check, to fit to.')
-  flags.DEFINE_string('artifact', None, 'Folder with the tables of '
-                      'Sarathi-Serve\'s artifact to fit to.')
-  flags.DEFINE_string('config', None, 'Deployment that --gpu_check or '
-                      '--artifact measured: a file of configs/.')
-  flags.DEFINE_string('output', None, 'File to write the fitted device to, as '
-                      'JSON.')
+  flags.DEFINE_string(
+    'tables', None, "Folder of measured tables, Vidur's CSV files, to fit to."
+  )
+  flags.DEFINE_list(
+    'device',
+    ['a100'],
+    'Devices whose tables to fit to: names '
+    'in simulator/devices, or JSON files like those.',
+  )
+  flags.DEFINE_bool(
+    'fit',
+    True,
+    'Fit the efficiencies. --nofit: only judge the device as it is.',
+  )
+  flags.DEFINE_string(
+    'gpu_check',
+    None,
+    'A gpu_check.json, written by scripts/gpu_check, to fit to.',
+  )
+  flags.DEFINE_string(
+    'artifact',
+    None,
+    "Folder with the tables of Sarathi-Serve's artifact to fit to.",
+  )
+  flags.DEFINE_string(
+    'config',
+    None,
+    'Deployment that --gpu_check or --artifact measured: a file of configs/.',
+  )
+  flags.DEFINE_string(
+    'output', None, 'File to write the fitted device to, as JSON.'
+  )
 
 
 def fit(hardware: Hardware, tables: Iterable[Table]) -> Hardware:
@@ -86,45 +104,55 @@ def fit(hardware: Hardware, tables: Iterable[Table]) -> Hardware:
   return hardware
 
 
-def with_efficiencies(hardware: Hardware,
-                      values: Mapping[str, float]) -> Hardware:
+def with_efficiencies(
+  hardware: Hardware, values: Mapping[str, float]
+) -> Hardware:
   """Returns the same hardware with some efficiencies replaced."""
-  return dataclasses.replace(hardware, efficiencies=dataclasses.replace(
-    hardware.efficiencies, **values))
+  return dataclasses.replace(
+    hardware, efficiencies=dataclasses.replace(hardware.efficiencies, **values)
+  )
 
 
-def _fit_fields(hardware: Hardware, fields: Sequence[str],
-                tables: Sequence[Table]) -> Hardware:
+def _fit_fields(
+  hardware: Hardware, fields: Sequence[str], tables: Sequence[Table]
+) -> Hardware:
   """Fits some fields by least squares of logarithms; outliers pull less."""
   start = [getattr(hardware.efficiencies, f) for f in fields]
 
   def at(x: Any) -> Hardware:  # x: logarithms, so that all stay positive
     return with_efficiencies(
-      hardware, dict(zip(fields, np.exp(x).tolist(), strict=True)))
+      hardware, dict(zip(fields, np.exp(x).tolist(), strict=True))
+    )
 
   # Tables weigh the same, however many rows they have.
   def residuals(x: Any) -> Any:
     here = at(x)
-    return np.concatenate([
-      t.log_error(here) / np.sqrt(len(t.seconds)) * 30 for t in tables])
+    return np.concatenate(
+      [t.log_error(here) / np.sqrt(len(t.seconds)) * 30 for t in tables]
+    )
 
   found = optimize.least_squares(
-    residuals, np.log(start), loss='soft_l1', f_scale=_SOFT)
+    residuals, np.log(start), loss='soft_l1', f_scale=_SOFT
+  )
   return at(found.x)
 
 
-def summary(hardware: Hardware,
-            tables: Iterable[Table]) -> dict[str, tuple[float, float, int]]:
+def summary(
+  hardware: Hardware, tables: Iterable[Table]
+) -> dict[str, tuple[float, float, int]]:
   """Returns kind of table -> median error, P90 error, rows."""
   kinds: dict[str, list[Any]] = {}
   for table in tables:
     kinds.setdefault(table.kind, []).append(table.error(hardware))
-  return {kind: (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
-          for kind, e in ((k, np.concatenate(v)) for k, v in kinds.items())}
+  return {
+    kind: (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
+    for kind, e in ((k, np.concatenate(v)) for k, v in kinds.items())
+  }
 
 
 def leave_one_model_out(
-    hardware: Hardware, tables: Sequence[Table],
+  hardware: Hardware,
+  tables: Sequence[Table],
 ) -> dict[str, dict[str, tuple[float, float, int]]]:
   """Returns model -> errors on its tables of a fit that saw none of them."""
   models = sorted({t.model for t in tables if t.kind == 'linear'})
@@ -133,27 +161,38 @@ def leave_one_model_out(
   return {
     model: summary(
       fit(hardware, [t for t in tables if t.model != model]),
-      [t for t in tables if t.model == model]) for model in models}
+      [t for t in tables if t.model == model],
+    )
+    for model in models
+  }
 
 
 def write(hardware: Hardware, path: str, source: str) -> None:
   """Writes a device's file."""
   fields = {'source': source, **dataclasses.asdict(hardware)}
   fields['efficiencies'] = {
-    k: float(f'{v:.4g}') for k, v in fields['efficiencies'].items()}
+    k: float(f'{v:.4g}') for k, v in fields['efficiencies'].items()
+  }
   pathlib.Path(path).write_text(json.dumps(fields, indent=1) + '\n')
 
 
-def _rows(table: rich.table.Table, name: str,
-          found: Mapping[str, tuple[float, float, int]]) -> None:
+def _rows(
+  table: rich.table.Table,
+  name: str,
+  found: Mapping[str, tuple[float, float, int]],
+) -> None:
   for kind, (median, p90, n) in found.items():
     table.add_row(name, kind, f'{median:.1%}', f'{p90:.1%}', f'{n:,}')
 
 
-def _show(console: rich.console.Console, title: str,
-          rows: Mapping[str, Mapping[str, tuple[float, float, int]]]) -> None:
-  table = rich.table.Table('', 'kind', 'median error', 'P90', 'rows',
-                           title=title)
+def _show(
+  console: rich.console.Console,
+  title: str,
+  rows: Mapping[str, Mapping[str, tuple[float, float, int]]],
+) -> None:
+  table = rich.table.Table(
+    '', 'kind', 'median error', 'P90', 'rows', title=title
+  )
   for name, found in rows.items():
     _rows(table, name, found)
   console.print(table)
@@ -161,25 +200,37 @@ def _show(console: rich.console.Console, title: str,
 
 def _calibrate_tables(console: rich.console.Console) -> Hardware:
   devices = {name: hardware_lib.load(name) for name in FLAGS.device}
-  read = {name: tables_lib.read(
-    FLAGS.tables, pathlib.Path(name).stem.partition('_')[0], hw)
-    for name, hw in devices.items()}
-  fitted = {name: fit(hw, read[name]) if FLAGS.fit else hw
-            for name, hw in devices.items()}
+  read = {
+    name: tables_lib.read(
+      FLAGS.tables, pathlib.Path(name).stem.partition('_')[0], hw
+    )
+    for name, hw in devices.items()
+  }
+  fitted = {
+    name: fit(hw, read[name]) if FLAGS.fit else hw
+    for name, hw in devices.items()
+  }
   for name, hw in fitted.items():
     tables = read[name]
-    _show(console, f'{name}: {"fitted" if FLAGS.fit else "as it is"}',
-          {'all': summary(hw, tables)} | {
-            t.name: summary(hw, [t]) for t in tables})
+    _show(
+      console,
+      f'{name}: {"fitted" if FLAGS.fit else "as it is"}',
+      {'all': summary(hw, tables)} | {t.name: summary(hw, [t]) for t in tables},
+    )
     if FLAGS.fit:
-      _show(console, f'{name}: each model by a fit that did not see it',
-            leave_one_model_out(devices[name], tables))
+      _show(
+        console,
+        f'{name}: each model by a fit that did not see it',
+        leave_one_model_out(devices[name], tables),
+      )
       for other, source in fitted.items():
         if other != name:
-          moved = dataclasses.replace(
-            hw, efficiencies=source.efficiencies)
-          _show(console, f'{name}, by the efficiencies of {other}',
-                {'all': summary(moved, tables)})
+          moved = dataclasses.replace(hw, efficiencies=source.efficiencies)
+          _show(
+            console,
+            f'{name}, by the efficiencies of {other}',
+            {'all': summary(moved, tables)},
+          )
   return fitted[FLAGS.device[0]]
 
 
@@ -189,17 +240,26 @@ def _cost(host: cost_model.Host) -> cost_model.CostModel:
     raise errors.ConfigError('config: must be given, what was measured.')
   read = deployment.read(FLAGS.config)
   return cost_model.CostModel(
-    read.known_model(), hardware_lib.load(FLAGS.device[0]), tp=read.config.tp,
-    pp=read.config.pp, host=host)
+    read.known_model(),
+    hardware_lib.load(FLAGS.device[0]),
+    tp=read.config.tp,
+    pp=read.config.pp,
+    host=host,
+  )
 
 
 def _calibrate_host(console: rich.console.Console) -> None:
   cost = _cost(cost_model.HOSTS['none'])
   steps = step_tables.read_artifact(FLAGS.artifact)
   fitted = step_tables.fit_host(cost, steps)
-  _show(console, 'Steps of the artifact, by the host\'s costs', {
-    name: step_tables.summary(cost.with_host(host), steps)
-    for name, host in (*cost_model.HOSTS.items(), ('fitted', fitted))})
+  _show(
+    console,
+    "Steps of the artifact, by the host's costs",
+    {
+      name: step_tables.summary(cost.with_host(host), steps)
+      for name, host in (*cost_model.HOSTS.items(), ('fitted', fitted))
+    },
+  )
   console.print(fitted)
 
 
@@ -207,9 +267,14 @@ def _calibrate_gpu(console: rich.console.Console) -> Hardware:
   cost = _cost(cost_model.HOSTS['none'])
   steps = step_tables.read_gpu_check(FLAGS.gpu_check)
   fitted = step_tables.fit_efficiencies(cost, steps) if FLAGS.fit else cost
-  _show(console, 'Steps of gpu_check', {
-    'as it was': step_tables.summary(cost, steps),
-    'fitted': step_tables.summary(fitted, steps)})
+  _show(
+    console,
+    'Steps of gpu_check',
+    {
+      'as it was': step_tables.summary(cost, steps),
+      'fitted': step_tables.summary(fitted, steps),
+    },
+  )
   return fitted.hardware
 
 
@@ -218,17 +283,24 @@ def main() -> None:
   if len(sources) != 1:
     raise app.UsageError('give one of --tables, --gpu_check, --artifact')
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 120)
+    highlight=False, width=None if sys.stdout.isatty() else 120
+  )
   if FLAGS.artifact:
     _calibrate_host(console)
     return
-  hardware = (_calibrate_tables(console) if FLAGS.tables
-              else _calibrate_gpu(console))
+  hardware = (
+    _calibrate_tables(console) if FLAGS.tables else _calibrate_gpu(console)
+  )
   for field, value in dataclasses.asdict(hardware.efficiencies).items():
     console.print(f'{field:>18} {value:.4g}')
   if FLAGS.output:
-    write(hardware, FLAGS.output, f'Fitted to {FLAGS.device[0]}*.csv.'
-          if FLAGS.tables else 'Fitted to scripts/gpu_check.')
+    write(
+      hardware,
+      FLAGS.output,
+      f'Fitted to {FLAGS.device[0]}*.csv.'
+      if FLAGS.tables
+      else 'Fitted to scripts/gpu_check.',
+    )
 
 
 if __name__ == '__main__':

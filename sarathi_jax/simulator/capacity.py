@@ -43,26 +43,54 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   scenario_lib.define_flags()
-  flags.DEFINE_list('policy', ['sarathi'], 'Scheduling policies to compare: '
-                    'sarathi, vllm, orca, faster_transformer; hybrid_only and '
-                    'chunked_only are half of sarathi each.')
-  flags.DEFINE_list('token_budget', None, 'Token budgets to compare, for '
-                    'policies that have one: numbers, or auto, which follows '
-                    'the SLO. Default: --config\'s.')
-  flags.DEFINE_list('slo_tbt_p99', None, 'SLOs to compare: the most that the '
-                    'P99 time between tokens may be, seconds.')
-  flags.DEFINE_float('slo_delay_p50', 2.0, 'The most that the median '
-                     'scheduling delay may be, seconds.')
-  flags.DEFINE_float('precision', 0.02, 'Relative precision of the capacity: a '
-                     'rate this much above it does not hold.')
-  flags.DEFINE_float('start_qps', None, 'Requests per second at which to begin '
-                     'the search. Default: an estimate.')
-  flags.DEFINE_integer('jobs', None, 'Processes that simulate at once. '
-                       'Default: as many as cores.')
-  flags.DEFINE_string('target', None, 'grpc://HOST:PORT of a live server whose '
-                      'capacity to search for, in place of a simulated one\'s.')
-  flags.DEFINE_string('output', None, 'Folder to write capacity.json and plots '
-                      'to.')
+  flags.DEFINE_list(
+    'policy',
+    ['sarathi'],
+    'Scheduling policies to compare: '
+    'sarathi, vllm, orca, faster_transformer; hybrid_only and '
+    'chunked_only are half of sarathi each.',
+  )
+  flags.DEFINE_list(
+    'token_budget',
+    None,
+    'Token budgets to compare, for '
+    'policies that have one: numbers, or auto, which follows '
+    "the SLO. Default: --config's.",
+  )
+  flags.DEFINE_list(
+    'slo_tbt_p99',
+    None,
+    'SLOs to compare: the most that the '
+    'P99 time between tokens may be, seconds.',
+  )
+  flags.DEFINE_float(
+    'slo_delay_p50',
+    2.0,
+    'The most that the median scheduling delay may be, seconds.',
+  )
+  flags.DEFINE_float(
+    'precision',
+    0.02,
+    'Relative precision of the capacity: a '
+    'rate this much above it does not hold.',
+  )
+  flags.DEFINE_float(
+    'start_qps',
+    None,
+    'Requests per second at which to begin the search. Default: an estimate.',
+  )
+  flags.DEFINE_integer(
+    'jobs', None, 'Processes that simulate at once. Default: as many as cores.'
+  )
+  flags.DEFINE_string(
+    'target',
+    None,
+    'grpc://HOST:PORT of a live server whose '
+    "capacity to search for, in place of a simulated one's.",
+  )
+  flags.DEFINE_string(
+    'output', None, 'Folder to write capacity.json and plots to.'
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,38 +121,63 @@ class Row:
     """Returns a line of capacity.json; times are None where no rate held."""
     best = found.best
     return {
-      'config': self.config, 'workload': self.workload,
-      'policy': self.policy, 'token_budget': self.token_budget,
-      'slo_tbt_p99_s': self.slo.p99_tbt_s, 'capacity_qps': found.qps,
-      **{name: getattr(best, name, None) for name in (
-        'p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')}}
+      'config': self.config,
+      'workload': self.workload,
+      'policy': self.policy,
+      'token_budget': self.token_budget,
+      'slo_tbt_p99_s': self.slo.p99_tbt_s,
+      'capacity_qps': found.qps,
+      **{
+        name: getattr(best, name, None)
+        for name in ('p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')
+      },
+    }
 
 
-def rows_of(base: scenario_lib.Scenario, policies: Sequence[str],
-            budgets: Sequence[int | str | None],
-            slos: Sequence[search.Slo]) -> list[Row]:
+def rows_of(
+  base: scenario_lib.Scenario,
+  policies: Sequence[str],
+  budgets: Sequence[int | str | None],
+  slos: Sequence[search.Slo],
+) -> list[Row]:
   """Makes a row of every combination; of budgets only if a policy has one."""
   rows = []
   for policy, slo in itertools.product(policies, slos):
     of_policy = budgets if scenario_lib.has_budget(policy) else [None]
     for budget in of_policy:
       config_lib.check(
-        budget != 'auto' or policy == 'sarathi', 'token_budget', budget,
-        f'policy={policy!r} has no budget that follows the SLO')
+        budget != 'auto' or policy == 'sarathi',
+        'token_budget',
+        budget,
+        f'policy={policy!r} has no budget that follows the SLO',
+      )
       scenario = base.with_policy(policy, budget, slo.p99_tbt_s)
-      shown = scenario.config.token_budget if (
-        budget is None and scenario_lib.has_budget(policy)) else budget
-      rows.append(Row(
-        scenario=scenario, config=base.name,
-        workload=pathlib.Path(base.workload.source).stem, policy=policy,
-        token_budget=shown, slo=slo))
+      shown = (
+        scenario.config.token_budget
+        if (budget is None and scenario_lib.has_budget(policy))
+        else budget
+      )
+      rows.append(
+        Row(
+          scenario=scenario,
+          config=base.name,
+          workload=pathlib.Path(base.workload.source).stem,
+          policy=policy,
+          token_budget=shown,
+          slo=slo,
+        )
+      )
   return rows
 
 
-def search_rows(rows: Sequence[Row], *, precision: float, jobs: int,
-                start_qps: float | None = None,
-                on_done: Callable[[int], None] = lambda num_points: None,
-                ) -> list[search.Capacity]:
+def search_rows(
+  rows: Sequence[Row],
+  *,
+  precision: float,
+  jobs: int,
+  start_qps: float | None = None,
+  on_done: Callable[[int], None] = lambda num_points: None,
+) -> list[search.Capacity]:
   """Searches rows at once, each probe in a process of its own.
 
   Args:
@@ -143,8 +196,10 @@ def search_rows(rows: Sequence[Row], *, precision: float, jobs: int,
   width = max(1, jobs // len(rows))
   # Not forked: this process may have threads.
   context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(jobs, mp_context=context) as processes, (
-      futures.ThreadPoolExecutor(len(rows))) as threads:
+  with (
+    futures.ProcessPoolExecutor(jobs, mp_context=context) as processes,
+    futures.ThreadPoolExecutor(len(rows)) as threads,
+  ):
 
     def find(row: Row) -> search.Capacity:
       scenario = row.scenario
@@ -153,14 +208,18 @@ def search_rows(rows: Sequence[Row], *, precision: float, jobs: int,
       def probe(rates: Sequence[float]) -> list[search.Point]:
         points = []
         for point in processes.map(
-            functools.partial(probe_lib.run, scenario, row.slo), rates):
+          functools.partial(probe_lib.run, scenario, row.slo), rates
+        ):
           points.append(point)
           on_done(1)
         return points
 
       found = search.find(
-        probe, start_qps or probe_lib.start_qps(scenario), width=width,
-        precision=precision)
+        probe,
+        start_qps or probe_lib.start_qps(scenario),
+        width=width,
+        precision=precision,
+      )
       on_done(0)
       return found
 
@@ -172,24 +231,34 @@ def _slos() -> list[search.Slo]:
     values = [float(text) for text in FLAGS.slo_tbt_p99 or []]
   except ValueError as error:
     raise errors.ConfigError(
-      f'slo_tbt_p99={FLAGS.slo_tbt_p99}: must be seconds.') from error
-  config_lib.check(bool(values), 'slo_tbt_p99', FLAGS.slo_tbt_p99,
-                   'must be given, seconds')
-  return [search.Slo(p99_tbt_s=v, p50_delay_s=FLAGS.slo_delay_p50)
-          for v in values]
+      f'slo_tbt_p99={FLAGS.slo_tbt_p99}: must be seconds.'
+    ) from error
+  config_lib.check(
+    bool(values), 'slo_tbt_p99', FLAGS.slo_tbt_p99, 'must be given, seconds'
+  )
+  return [
+    search.Slo(p99_tbt_s=v, p50_delay_s=FLAGS.slo_delay_p50) for v in values
+  ]
 
 
-def _simulated(console: rich.console.Console,
-               ) -> tuple[list[Row], list[search.Capacity]]:
-  rows = rows_of(scenario_lib.from_flags(), FLAGS.policy, [
-    scenario_lib.budget_of(text) for text in FLAGS.token_budget or [None]],
-    _slos())
+def _simulated(
+  console: rich.console.Console,
+) -> tuple[list[Row], list[search.Capacity]]:
+  rows = rows_of(
+    scenario_lib.from_flags(),
+    FLAGS.policy,
+    [scenario_lib.budget_of(text) for text in FLAGS.token_budget or [None]],
+    _slos(),
+  )
   with rich.progress.Progress(
-      rich.progress.TextColumn('{task.description}'),
-      rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-      rich.progress.TextColumn('{task.fields[probes]} simulations'),
-      rich.progress.TimeElapsedColumn(), console=console,
-      transient=True) as progress:
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn('{task.fields[probes]} simulations'),
+    rich.progress.TimeElapsedColumn(),
+    console=console,
+    transient=True,
+  ) as progress:
     task = progress.add_task('Searching', total=len(rows), probes=0)
     probes = itertools.count(1)
 
@@ -200,37 +269,62 @@ def _simulated(console: rich.console.Console,
         progress.advance(task)
 
     return rows, search_rows(
-      rows, precision=FLAGS.precision, start_qps=FLAGS.start_qps,
-      jobs=FLAGS.jobs or os.cpu_count() or 1, on_done=on_done)
+      rows,
+      precision=FLAGS.precision,
+      start_qps=FLAGS.start_qps,
+      jobs=FLAGS.jobs or os.cpu_count() or 1,
+      on_done=on_done,
+    )
 
 
 def _seconds(value: float | None) -> str:
   return '-' if value is None else f'{value:.3g} s'
 
 
-def show(console: rich.console.Console, rows: Sequence[Row],
-         found: Sequence[search.Capacity]) -> None:
+def show(
+  console: rich.console.Console,
+  rows: Sequence[Row],
+  found: Sequence[search.Capacity],
+) -> None:
   """Prints a table of what was found."""
   table = rich.table.Table(
-    'policy', 'SLO (P99 TBT)', 'capacity', 'P99 TBT', 'P50 TTFT',
-    'P50 scheduling delay', title=f'{rows[0].config}, {rows[0].workload}')
+    'policy',
+    'SLO (P99 TBT)',
+    'capacity',
+    'P99 TBT',
+    'P50 TTFT',
+    'P50 scheduling delay',
+    title=f'{rows[0].config}, {rows[0].workload}',
+  )
   for row, capacity in zip(rows, found, strict=True):
     best = capacity.best
     table.add_row(
-      row.label, _seconds(row.slo.p99_tbt_s), f'{capacity.qps:.3g} QPS',
-      *(_seconds(getattr(best, name, None)) for name in (
-        'p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')))
+      row.label,
+      _seconds(row.slo.p99_tbt_s),
+      f'{capacity.qps:.3g} QPS',
+      *(
+        _seconds(getattr(best, name, None))
+        for name in ('p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')
+      ),
+    )
   console.print(table)
 
 
 def main() -> None:
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 110)
+    highlight=False, width=None if sys.stdout.isatty() else 110
+  )
   if FLAGS.target:
     from sarathi_jax.simulator import live
+
     rows, found = live.search_target(
-      console, FLAGS.target, _slos(), scenario_lib.workload_from_flags(),
-      start_qps=FLAGS.start_qps, precision=FLAGS.precision)
+      console,
+      FLAGS.target,
+      _slos(),
+      scenario_lib.workload_from_flags(),
+      start_qps=FLAGS.start_qps,
+      precision=FLAGS.precision,
+    )
   else:
     rows, found = _simulated(console)
   show(console, rows, found)
@@ -240,6 +334,7 @@ def main() -> None:
     results = [r.result(f) for r, f in zip(rows, found, strict=True)]
     (folder / 'capacity.json').write_text(json.dumps(results, indent=1) + '\n')
     from sarathi_jax.simulator import plots
+
     plots.save_all(folder, rows, found)
     console.print(f'{folder}: {", ".join(sorted(os.listdir(folder)))}')
 

@@ -78,16 +78,28 @@ class CostModel:
     ConfigError: tp or pp does not divide the model.
   """
 
-  def __init__(self, model: model_config_lib.ModelConfig,
-               hardware: hardware_lib.Hardware, *, tp: int = 1, pp: int = 1,
-               host: Host = HOSTS['none'],
-               kv_cache_dtype: str = 'auto') -> None:
+  def __init__(
+    self,
+    model: model_config_lib.ModelConfig,
+    hardware: hardware_lib.Hardware,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    host: Host = HOSTS['none'],
+    kv_cache_dtype: str = 'auto',
+  ) -> None:
     config_lib.check(
-      tp >= 1 and model.num_heads % tp == 0, 'tp', tp,
-      f'must divide num_heads={model.num_heads}')
+      tp >= 1 and model.num_heads % tp == 0,
+      'tp',
+      tp,
+      f'must divide num_heads={model.num_heads}',
+    )
     config_lib.check(
-      1 <= pp <= model.num_layers, 'pp', pp,
-      f'must be in [1, num_layers={model.num_layers}]')
+      1 <= pp <= model.num_layers,
+      'pp',
+      pp,
+      f'must be in [1, num_layers={model.num_layers}]',
+    )
     self.model = model
     self.hardware = hardware
     self.tp = tp
@@ -96,37 +108,55 @@ class CostModel:
     self.kv_cache_dtype = kv_cache_dtype
     # Stages differ by a layer at most; the first ones have one more.
     self.stage_layers = [
-      model.num_layers // pp + (s < model.num_layers % pp) for s in range(pp)]
+      model.num_layers // pp + (s < model.num_layers % pp) for s in range(pp)
+    ]
     self.num_heads = model.num_heads // tp
     self.num_kv_heads = -(-model.num_kv_heads // tp)
     # Bytes of a token's keys and values in a layer.
     self._token_bytes = attention_work.token_bytes(
-      self.num_kv_heads, model.head_dim,
-      _DTYPES.get(kv_cache_dtype, kv_cache_dtype))
+      self.num_kv_heads,
+      model.head_dim,
+      _DTYPES.get(kv_cache_dtype, kv_cache_dtype),
+    )
     # For each stage, the layers that attend to so many tokens.
-    windows = [model.layer_window(i) or _NO_WINDOW
-               for i in range(model.num_layers)]
+    windows = [
+      model.layer_window(i) or _NO_WINDOW for i in range(model.num_layers)
+    ]
     ends = [0, *itertools.accumulate(self.stage_layers)]
-    self._windows = [Counter(windows[start:stop])
-                     for start, stop in itertools.pairwise(ends)]
+    self._windows = [
+      Counter(windows[start:stop]) for start, stop in itertools.pairwise(ends)
+    ]
     self._all_windows = set(windows)
     self._matrices = facts.layer_matrices(model, tp)
     self._tp_link = hardware.link_within(0, tp - 1)
     self._hop_links = [
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
-      for s in range(pp - 1)]
+      for s in range(pp - 1)
+    ]
     self._layer_s: dict[int, float] = {}
     self._head_s: dict[int, float] = {}
 
   def with_host(self, host: Host) -> CostModel:
     """Returns the same model with another host."""
-    return CostModel(self.model, self.hardware, tp=self.tp, pp=self.pp,
-                     host=host, kv_cache_dtype=self.kv_cache_dtype)
+    return CostModel(
+      self.model,
+      self.hardware,
+      tp=self.tp,
+      pp=self.pp,
+      host=host,
+      kv_cache_dtype=self.kv_cache_dtype,
+    )
 
   def with_hardware(self, hardware: hardware_lib.Hardware) -> CostModel:
     """Returns the same model on other hardware."""
-    return CostModel(self.model, hardware, tp=self.tp, pp=self.pp,
-                     host=self.host, kv_cache_dtype=self.kv_cache_dtype)
+    return CostModel(
+      self.model,
+      hardware,
+      tp=self.tp,
+      pp=self.pp,
+      host=self.host,
+      kv_cache_dtype=self.kv_cache_dtype,
+    )
 
   # -- Time --
 
@@ -141,15 +171,34 @@ class CostModel:
     prefills = [c for c in chunks if c.num_tokens > 1]
     return self._stage_seconds(
       len(contexts) + sum(c.num_tokens for c in prefills),
-      sum(c.samples for c in chunks), len(chunks), {
-        window: (sum(map(min, contexts, itertools.repeat(window))), sum(
-          operators.prefill_attention(
-            self.hardware, c.num_tokens, min(c.start, window),
-            self.num_heads, self.model.head_dim) for c in prefills))
-        for window in self._all_windows})
+      sum(c.samples for c in chunks),
+      len(chunks),
+      {
+        window: (
+          sum(map(min, contexts, itertools.repeat(window))),
+          sum(
+            operators.prefill_attention(
+              self.hardware,
+              c.num_tokens,
+              min(c.start, window),
+              self.num_heads,
+              self.model.head_dim,
+            )
+            for c in prefills
+          ),
+        )
+        for window in self._all_windows
+      },
+    )
 
-  def stage_seconds(self, tokens: int, rows: int, num_seqs: int,
-                    kv_tokens: int, prefill_s: float) -> list[float]:
+  def stage_seconds(
+    self,
+    tokens: int,
+    rows: int,
+    num_seqs: int,
+    kv_tokens: int,
+    prefill_s: float,
+  ) -> list[float]:
     """Predicts what each stage takes, where all layers attend alike.
 
     Args:
@@ -159,28 +208,44 @@ class CostModel:
       kv_tokens: contexts of the decodes, summed, tokens.
       prefill_s: one layer's attention of the chunks, seconds.
     """
-    return self._stage_seconds(tokens, rows, num_seqs, dict.fromkeys(
-      self._all_windows, (kv_tokens, prefill_s)))
+    return self._stage_seconds(
+      tokens,
+      rows,
+      num_seqs,
+      dict.fromkeys(self._all_windows, (kv_tokens, prefill_s)),
+    )
 
   def _stage_seconds(
-      self, tokens: int, rows: int, num_seqs: int,
-      loads: Mapping[int, tuple[int, float]]) -> list[float]:
+    self,
+    tokens: int,
+    rows: int,
+    num_seqs: int,
+    loads: Mapping[int, tuple[int, float]],
+  ) -> list[float]:
     """Predicts as `stage_seconds`; `loads`: kv_tokens, prefill_s by window."""
     layer_s = {}
     for window, (kv_tokens, prefill_s) in loads.items():
       attention_s = operators.decode_attention(
-        self.hardware, kv_tokens, self._token_bytes)
+        self.hardware, kv_tokens, self._token_bytes
+      )
       calls = (kv_tokens > 0) + (prefill_s > 0)
       layer_s[window] = max(
-        self.layer_seconds(tokens) + attention_s + prefill_s
-        + calls * self.hardware.efficiencies.attention_s, self.host.launch_s)
+        self.layer_seconds(tokens)
+        + attention_s
+        + prefill_s
+        + calls * self.hardware.efficiencies.attention_s,
+        self.host.launch_s,
+      )
     serial_s = self.host.step_s + self.host.seq_s * num_seqs
-    seconds = [sum(n * layer_s[window] for window, n in windows.items())
-               + serial_s for windows in self._windows]
+    seconds = [
+      sum(n * layer_s[window] for window, n in windows.items()) + serial_s
+      for windows in self._windows
+    ]
     seconds[-1] += self.head_seconds(rows)
     for s, link in enumerate(self._hop_links):
       seconds[s] += operators.send(
-        self.hardware, tokens * self.model.hidden_size * operators.BYTES, link)
+        self.hardware, tokens * self.model.hidden_size * operators.BYTES, link
+      )
     return seconds
 
   def layer_seconds(self, tokens: int) -> float:
@@ -192,9 +257,18 @@ class CostModel:
   def head_seconds(self, rows: int) -> float:
     """Predicts the output matrix, for rows that a token is sampled after."""
     if rows not in self._head_s:
-      self._head_s[rows] = float(operators.matmul(
-        self.hardware, rows, self.model.hidden_size,
-        self.model.vocab_size / self.tp)) if rows else 0.0
+      self._head_s[rows] = (
+        float(
+          operators.matmul(
+            self.hardware,
+            rows,
+            self.model.hidden_size,
+            self.model.vocab_size / self.tp,
+          )
+        )
+        if rows
+        else 0.0
+      )
     return self._head_s[rows]
 
   def _layer_seconds(self, n: int) -> float:
@@ -205,7 +279,8 @@ class CostModel:
       pairs = n * matrix.used
       experts = min(matrix.copies, pairs)
       seconds += experts * operators.matmul(
-        hw, pairs / experts, matrix.rows, matrix.columns)
+        hw, pairs / experts, matrix.rows, matrix.columns
+      )
     mlp = self.model.mlp
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
     inner = self.model.intermediate_size / self.tp
@@ -213,12 +288,16 @@ class CostModel:
       2 * heads,  # rotation
       (2 + mlp.is_gated) * inner * mlp.experts_per_token,  # activation
       2 * 2 * self.num_kv_heads * self.model.head_dim,  # into the cache
-      3 * width, 3 * width]  # two norms, which read twice
-    seconds += sum(operators.elementwise(hw, n * x * operators.BYTES)
-                   for x in numbers)
+      3 * width,
+      3 * width,
+    ]  # two norms, which read twice
+    seconds += sum(
+      operators.elementwise(hw, n * x * operators.BYTES) for x in numbers
+    )
     if self.tp > 1:
       seconds += self.model.sums_per_layer * operators.all_reduce(
-        hw, n * width * operators.BYTES, self.tp, self._tp_link)
+        hw, n * width * operators.BYTES, self.tp, self._tp_link
+      )
     return float(seconds)
 
   @property
@@ -241,8 +320,9 @@ class CostModel:
     """Bytes of a token's keys and values on the device that has most."""
     return max(self.stage_layers) * self._token_bytes
 
-  def num_pages(self, config: config_lib.EngineConfig,
-                max_step_tokens: int) -> int:
+  def num_pages(
+    self, config: config_lib.EngineConfig, max_step_tokens: int
+  ) -> int:
     """Returns how many pages of KV cache fit beside the weights.
 
     Raises:
@@ -252,12 +332,17 @@ class CostModel:
     room = config.cache_bytes(page)
     if room is None:
       # For one layer at a time: its input, its output and what is inside.
-      width = 4 * self.model.hidden_size + (
-        2 * self.model.intermediate_size
-        * self.model.mlp.experts_per_token) // self.tp
-      room = int(self.hardware.memory_bytes * config.memory_utilization
-                 - self.weight_bytes - _RESERVED
-                 - max_step_tokens * width * operators.BYTES)
+      width = (
+        4 * self.model.hidden_size
+        + (2 * self.model.intermediate_size * self.model.mlp.experts_per_token)
+        // self.tp
+      )
+      room = int(
+        self.hardware.memory_bytes * config.memory_utilization
+        - self.weight_bytes
+        - _RESERVED
+        - max_step_tokens * width * operators.BYTES
+      )
     left = self.hardware.memory_bytes - self.weight_bytes
     if room < page or room > left:
       raise errors.ConfigError(
@@ -265,5 +350,6 @@ class CostModel:
         f'{self.tp * self.pp} {self.hardware.name} with '
         f'{self.hardware.memory_bytes / 1e9:.1f} GB leave no room for '
         f'{max(room, page) / 1e9:.3g} GB of KV cache; raise tp or pp, or '
-        'take a larger device.')
+        'take a larger device.'
+      )
     return int(room // page)

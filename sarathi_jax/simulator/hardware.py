@@ -88,8 +88,10 @@ class Hardware:
 
   def link_within(self, first: int, last: int) -> str:
     """Returns the slowest link between the devices numbered [first, last]."""
-    for link, size in (('nvlink', self.nvlink_group),
-                       ('pcie', self.devices_per_node)):
+    for link, size in (
+      ('nvlink', self.nvlink_group),
+      ('pcie', self.devices_per_node),
+    ):
       if first // size == last // size:
         return link
     return 'network'
@@ -117,7 +119,8 @@ def load(name: str) -> Hardware:
   if not path.is_file():
     raise errors.ConfigError(
       f'device={name!r}: must be one of {", ".join(names())}, or a JSON file '
-      'like theirs.')
+      'like theirs.'
+    )
   try:
     fields = json.loads(path.read_text())
   except (OSError, ValueError) as error:
@@ -127,6 +130,7 @@ def load(name: str) -> Hardware:
 
 def from_dict(fields: Any, name: str) -> Hardware:
   """Makes the device that a file describes; ConfigError says what is wrong."""
+
   def fail(what: str) -> errors.ConfigError:
     return errors.ConfigError(f'device={name!r}: {what}.')
 
@@ -136,16 +140,19 @@ def from_dict(fields: Any, name: str) -> Hardware:
   gpu = fields.pop('gpu', None)
   if gpu is not None:
     if gpu not in gpu_targets.TARGETS:
-      raise fail(f'gpu={gpu!r}: must be one of '
-                 f'{", ".join(gpu_targets.TARGETS)}')
+      raise fail(
+        f'gpu={gpu!r}: must be one of {", ".join(gpu_targets.TARGETS)}'
+      )
     fields = _facts_of(gpu_targets.TARGETS[gpu]) | fields
   other = fields.pop('efficiencies_of', None)
   if other is not None:
     fields['efficiencies'] = dataclasses.asdict(load(other).efficiencies) | (
-      fields.get('efficiencies', {}))
+      fields.get('efficiencies', {})
+    )
   for what, cls, part in (
-      ('', Hardware, {'name': name, **fields}),
-      ('efficiencies', Efficiencies, fields.get('efficiencies'))):
+    ('', Hardware, {'name': name, **fields}),
+    ('efficiencies', Efficiencies, fields.get('efficiencies')),
+  ):
     known = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(part, dict) or set(part) != known:
       wrong = sorted(known ^ set(part or {}))
@@ -153,17 +160,27 @@ def from_dict(fields: Any, name: str) -> Hardware:
     for key, value in part.items():
       numbers = value.values() if key == 'link_rates' else [value]
       if key not in ('name', 'efficiencies') and not all(
-          isinstance(v, (int, float)) and math.isfinite(v) and v > 0
-          for v in numbers):
+        isinstance(v, (int, float)) and math.isfinite(v) and v > 0
+        for v in numbers
+      ):
         raise fail(f'{key}={value!r}: must be a finite number > 0')
   if set(fields['link_rates']) != set(LINKS):
     raise fail(f'link_rates must have {", ".join(LINKS)}')
-  return Hardware(**{'name': name, **fields, 'efficiencies': Efficiencies(
-    **fields['efficiencies'])})
+  return Hardware(
+    **{
+      'name': name,
+      **fields,
+      'efficiencies': Efficiencies(**fields['efficiencies']),
+    }
+  )
 
 
 def _facts_of(gpu: gpu_targets.GpuTarget) -> dict[str, float]:
   """Returns the fields of `Hardware` that are a GPU's."""
-  return {'flops': gpu.matmul_flops, 'memory_bytes': gpu.memory_bytes,
-          'memory_rate': gpu.bandwidth, 'num_sms': gpu.multiprocessors,
-          'clock_hz': gpu.clock_ghz * 1e9}
+  return {
+    'flops': gpu.matmul_flops,
+    'memory_bytes': gpu.memory_bytes,
+    'memory_rate': gpu.bandwidth,
+    'num_sms': gpu.multiprocessors,
+    'clock_hz': gpu.clock_ghz * 1e9,
+  }

@@ -35,9 +35,13 @@ def address(target: str) -> str:
 
 
 def search_target(
-    console: rich.console.Console, target: str, slos: Sequence[search.Slo],
-    config: workload_lib.WorkloadConfig, *, start_qps: float | None,
-    precision: float,
+  console: rich.console.Console,
+  target: str,
+  slos: Sequence[search.Slo],
+  config: workload_lib.WorkloadConfig,
+  *,
+  start_qps: float | None,
+  precision: float,
 ) -> tuple[list[capacity.Row], list[search.Capacity]]:
   """Searches the capacity of the server at `target`, for each SLO.
 
@@ -53,8 +57,9 @@ def search_target(
     for slo in slos:
       task = progress.add_task(f'P99 TBT <= {slo.p99_tbt_s:g} s', total=None)
 
-      def probe(rates: Sequence[float], slo: search.Slo = slo,
-                task: Any = task) -> list[search.Point]:
+      def probe(
+        rates: Sequence[float], slo: search.Slo = slo, task: Any = task
+      ) -> list[search.Point]:
         points = []
         for qps in rates:
           progress.update(task, description=f'Trying {qps:.3g} QPS')
@@ -62,15 +67,21 @@ def search_target(
           if slo.p99_tbt_s < (fastest := client.fastest_tbt_s or 0):
             raise errors.ConfigError(
               f'slo_tbt_p99={slo.p99_tbt_s:g}: no rate can meet it; the '
-              f'fastest time between tokens seen here was {fastest:.4g} s.')
+              f'fastest time between tokens seen here was {fastest:.4g} s.'
+            )
         return points
 
-      rows.append(capacity.Row(
-        scenario=None, config=info.model_name, policy=info.policy, slo=slo,
-        workload=pathlib.Path(config.source).stem,
-        token_budget=info.token_budget if info.policy == 'sarathi' else None))
-      found.append(search.find(
-        probe, start_qps or 1.0, precision=precision))
+      rows.append(
+        capacity.Row(
+          scenario=None,
+          config=info.model_name,
+          policy=info.policy,
+          slo=slo,
+          workload=pathlib.Path(config.source).stem,
+          token_budget=info.token_budget if info.policy == 'sarathi' else None,
+        )
+      )
+      found.append(search.find(probe, start_qps or 1.0, precision=precision))
       progress.remove_task(task)
   return rows, found
 
@@ -98,39 +109,56 @@ class Client:
       self.info = self._target.info(_CONNECT_S)
     except open_loop.RequestError as error:
       raise errors.ConfigError(
-        f'target=\'{_SCHEME}{address}\': no server answers: {error}.'
+        f"target='{_SCHEME}{address}': no server answers: {error}."
       ) from error
 
-  def try_rate(self, workload: workload_lib.Workload, slo: search.Slo,
-               qps: float) -> search.Point:
+  def try_rate(
+    self, workload: workload_lib.Workload, slo: search.Slo, qps: float
+  ) -> search.Point:
     """Sends every request at its time and records what comes back when.
 
     Ends early once the SLO is lost.
     """
     if self.fastest_tbt_s is None:
-      alone = asyncio.run(open_loop.run(
-        self._target, [open_loop.Request(0.0, [1], 32)]))
+      alone = asyncio.run(
+        open_loop.run(self._target, [open_loop.Request(0.0, [1], 32)])
+      )
       self.fastest_tbt_s = alone.tbt_s.quantile(0.1) or 0.0
     num_gaps = int((workload.output_lens - 1)[~workload.is_batch].sum())
 
     def is_lost(seen: open_loop.Seen) -> bool:
       of_seen = 1 - 0.01 * num_gaps / max(seen.tbt_s.count, 1)
-      return bool(seen.errors) or (of_seen > 0 and (
-        seen.tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01)
+      return bool(seen.errors) or (
+        of_seen > 0
+        and (seen.tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01
+      )
 
     self._num_tried += 1
-    seen = asyncio.run(open_loop.run(
-      self._target, open_loop.requests(
-        workload, self.info.vocab_size, self._num_tried), stop_when=is_lost))
+    seen = asyncio.run(
+      open_loop.run(
+        self._target,
+        open_loop.requests(workload, self.info.vocab_size, self._num_tried),
+        stop_when=is_lost,
+      )
+    )
     if seen.errors:
       raise errors.ConfigError(
-        f'target: the server refused a request: {seen.errors[0]}.')
+        f'target: the server refused a request: {seen.errors[0]}.'
+      )
     p99 = seen.tbt_s.quantile(0.99) or 0.0
     ttft, delay = (
-      math.inf if value is None else value for value in (
+      math.inf if value is None else value
+      for value in (
         seen.quantiles(name).quantile(0.5)
-        for name in ('ttft_s', 'scheduling_delay_s')))
+        for name in ('ttft_s', 'scheduling_delay_s')
+      )
+    )
     return search.Point(
-      qps=qps, p99_tbt_s=p99, p50_ttft_s=ttft, p50_scheduling_delay_s=delay,
-      holds=not seen.is_stopped and p99 <= slo.p99_tbt_s
-      and delay <= slo.p50_delay_s)
+      qps=qps,
+      p99_tbt_s=p99,
+      p50_ttft_s=ttft,
+      p50_scheduling_delay_s=delay,
+      holds=not seen.is_stopped
+      and p99 <= slo.p99_tbt_s
+      and delay <= slo.p50_delay_s,
+    )

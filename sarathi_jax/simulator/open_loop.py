@@ -107,8 +107,13 @@ class Outcome:
 
   def meets(self, ttft_s: float, tbt_s: float) -> bool:
     """Says whether it was served within limits."""
-    return (not self.error and not self.is_cut and self.ttft_s is not None
-            and self.ttft_s <= ttft_s and self.longest_gap_s <= tbt_s)
+    return (
+      not self.error
+      and not self.is_cut
+      and self.ttft_s is not None
+      and self.ttft_s <= ttft_s
+      and self.longest_gap_s <= tbt_s
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -124,15 +129,19 @@ class Seen:
 
   outcomes: list[Outcome]
   tbt_s: metrics_lib.Quantiles = dataclasses.field(
-    default_factory=metrics_lib.Quantiles)
+    default_factory=metrics_lib.Quantiles
+  )
   seconds: float = 0.0
   is_stopped: bool = False
 
   def quantiles(self, name: str) -> metrics_lib.Quantiles:
     """Returns quantiles of a time of outcomes, by its name; None left out."""
     found = metrics_lib.Quantiles()
-    found.add(value for outcome in self.outcomes
-              if (value := getattr(outcome, name)) is not None)
+    found.add(
+      value
+      for outcome in self.outcomes
+      if (value := getattr(outcome, name)) is not None
+    )
     return found
 
   @property
@@ -149,23 +158,32 @@ class Seen:
     return sorted({o.error for o in self.outcomes if o.error})
 
 
-def requests(workload: workload_lib.Workload, vocab_size: int,
-             seed: int = 0) -> list[Request]:
+def requests(
+  workload: workload_lib.Workload, vocab_size: int, seed: int = 0
+) -> list[Request]:
   """Makes a workload's requests, with random prompts.
 
   No two begin alike, so that no server has one in its cache.
   """
   rng = np.random.default_rng([seed, vocab_size])
   return [
-    Request(float(workload.arrived_at[i]),
-            rng.integers(vocab_size, size=workload.prompt_lens[i]).tolist(),
-            int(workload.output_lens[i]), workload.tier(i))
-    for i in range(len(workload))]
+    Request(
+      float(workload.arrived_at[i]),
+      rng.integers(vocab_size, size=workload.prompt_lens[i]).tolist(),
+      int(workload.output_lens[i]),
+      workload.tier(i),
+    )
+    for i in range(len(workload))
+  ]
 
 
-async def run(target: Target, asked: Sequence[Request], *,
-              limit_s: float = math.inf,
-              stop_when: Callable[[Seen], bool] = lambda seen: False) -> Seen:
+async def run(
+  target: Target,
+  asked: Sequence[Request],
+  *,
+  limit_s: float = math.inf,
+  stop_when: Callable[[Seen], bool] = lambda seen: False,
+) -> Seen:
   """Sends every request at its time and records what comes back when.
 
   Args:
@@ -190,8 +208,9 @@ async def run(target: Target, asked: Sequence[Request], *,
         async for message in ask(request):
           if message.token_ids:
             now = time.monotonic() - began
-            _note(seen, request, outcome, now - last_s[i],
-                  len(message.token_ids))
+            _note(
+              seen, request, outcome, now - last_s[i], len(message.token_ids)
+            )
             outcome.e2e_s = now - request.arrives_s
             outcome.token_ids += message.token_ids
             outcome.num_messages += 1
@@ -199,8 +218,9 @@ async def run(target: Target, asked: Sequence[Request], *,
           if message.scheduling_delay_s is not None:
             outcome.scheduling_delay_s = message.scheduling_delay_s
         if len(outcome.token_ids) != request.max_tokens:
-          outcome.error = (f'{len(outcome.token_ids)} of {request.max_tokens} '
-                           'tokens came')
+          outcome.error = (
+            f'{len(outcome.token_ids)} of {request.max_tokens} tokens came'
+          )
       except RequestError as error:
         outcome.error = str(error)
 
@@ -228,8 +248,13 @@ async def run(target: Target, asked: Sequence[Request], *,
   return seen
 
 
-def _note(seen: Seen, request: Request, outcome: Outcome, waited_s: float,
-          num_tokens: int) -> None:
+def _note(
+  seen: Seen,
+  request: Request,
+  outcome: Outcome,
+  waited_s: float,
+  num_tokens: int,
+) -> None:
   """Takes note of tokens that came at once, after a wait."""
   if outcome.ttft_s is None:
     outcome.ttft_s = waited_s
@@ -257,7 +282,8 @@ class GrpcTarget:
       stub = sarathi_pb2_grpc.SarathiStub(channel)  # type: ignore[no-untyped-call]
       try:
         info: pb.GetModelInfoResponse = stub.GetModelInfo(
-          pb.GetModelInfoRequest(), timeout=timeout_s, wait_for_ready=True)
+          pb.GetModelInfoRequest(), timeout=timeout_s, wait_for_ready=True
+        )
         return info
       except grpc.RpcError as error:
         raise RequestError(error.details()) from error
@@ -272,17 +298,24 @@ class GrpcTarget:
         raise _refusal(error) from error
 
       async def ask(request: Request) -> AsyncIterator[Message]:
-        call = stub.Generate(pb.GenerateRequest(
-          tier=request.tier, token_ids=pb.TokenIds(ids=request.token_ids),
-          sampling=pb.SamplingParams(
-            temperature=0, ignore_eos=True, max_tokens=request.max_tokens)))
+        call = stub.Generate(
+          pb.GenerateRequest(
+            tier=request.tier,
+            token_ids=pb.TokenIds(ids=request.token_ids),
+            sampling=pb.SamplingParams(
+              temperature=0, ignore_eos=True, max_tokens=request.max_tokens
+            ),
+          )
+        )
         try:
           async for response in call:
             timing = response.finished.timing
             yield Message(
               response.token_ids,
               timing.scheduling_delay_s
-              if timing.HasField('scheduling_delay_s') else None)
+              if timing.HasField('scheduling_delay_s')
+              else None,
+            )
         except grpc.RpcError as error:
           raise _refusal(error) from error
 

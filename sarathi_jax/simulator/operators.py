@@ -33,8 +33,9 @@ _DIAGONAL = 1.375
 _ROWS = 128  # of queries, a thread block of attention
 
 
-def matmul(hardware: hardware_lib.Hardware, n: Number, k: Number,
-           m: Number) -> Number:
+def matmul(
+  hardware: hardware_lib.Hardware, n: Number, k: Number, m: Number
+) -> Number:
   """Predicts [n, k] x [k, m], n tokens: a roofline with tile quantisation.
 
   Where memory and arithmetic take about as long, both are felt: their times add
@@ -66,12 +67,14 @@ def elementwise(hardware: hardware_lib.Hardware, num_bytes: Number) -> Number:
   fit = hardware.efficiencies
   rate = min(
     hardware.memory_rate * fit.memory,
-    hardware.num_sms * hardware.clock_hz * fit.elementwise)
+    hardware.num_sms * hardware.clock_hz * fit.elementwise,
+  )
   return np.hypot(fit.kernel_s, num_bytes / rate)
 
 
-def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
-                     token_bytes: Number) -> Number:
+def decode_attention(
+  hardware: hardware_lib.Hardware, kv_tokens: Number, token_bytes: Number
+) -> Number:
   """Predicts a layer's attention of decodes of `kv_tokens` contexts, summed.
 
   `attention_s`, which is per call, is not included.
@@ -81,35 +84,48 @@ def decode_attention(hardware: hardware_lib.Hardware, kv_tokens: Number,
     kv_tokens: the sum of the decodes' contexts.
     token_bytes: bytes of a token's keys and values.
   """
-  return kv_tokens * token_bytes / (
-    hardware.memory_rate * hardware.efficiencies.decode_attention)
+  return (
+    kv_tokens
+    * token_bytes
+    / (hardware.memory_rate * hardware.efficiencies.decode_attention)
+  )
 
 
-def prefill_attention(hardware: hardware_lib.Hardware, tokens: Number,
-                      before: Number, num_heads: int,
-                      head_dim: int) -> Number:
+def prefill_attention(
+  hardware: hardware_lib.Hardware,
+  tokens: Number,
+  before: Number,
+  num_heads: int,
+  head_dim: int,
+) -> Number:
   """Predicts a layer's attention of a chunk with `before` tokens in the cache.
 
   `attention_s`, which is per call, is not included.
   """
   rows = -(-tokens // _ROWS) * _ROWS
-  flops = rows * (before + _DIAGONAL * rows) * attention_work.pair_flops(
-    num_heads, head_dim)
+  flops = (
+    rows
+    * (before + _DIAGONAL * rows)
+    * attention_work.pair_flops(num_heads, head_dim)
+  )
   return flops / (hardware.flops * hardware.efficiencies.prefill_attention)
 
 
-def all_reduce(hardware: hardware_lib.Hardware, num_bytes: Number,
-               workers: Number, link: str) -> Number:
+def all_reduce(
+  hardware: hardware_lib.Hardware, num_bytes: Number, workers: Number, link: str
+) -> Number:
   """Predicts a ring among `workers` devices, as slow as its slowest link."""
   least = hardware.efficiencies.collective_s
   if link == 'network':
     least = np.maximum(least, 2 * (workers - 1) * hardware.message_s)
   return least + (
-    num_bytes * 2 * (workers - 1) / workers / hardware.link_rate(link))
+    num_bytes * 2 * (workers - 1) / workers / hardware.link_rate(link)
+  )
 
 
-def send(hardware: hardware_lib.Hardware, num_bytes: Number,
-         link: str) -> Number:
+def send(
+  hardware: hardware_lib.Hardware, num_bytes: Number, link: str
+) -> Number:
   """Predicts sending bytes from one device to another."""
   least = hardware.efficiencies.kernel_s
   if link == 'network':

@@ -24,8 +24,11 @@ _TIMELINE_LOAD = 0.9
 _TIMELINE_REQUESTS = 192
 
 
-def save_all(folder: pathlib.Path, rows: Sequence[capacity.Row],
-             found: Sequence[search.Capacity]) -> None:
+def save_all(
+  folder: pathlib.Path,
+  rows: Sequence[capacity.Row],
+  found: Sequence[search.Capacity],
+) -> None:
   """Writes into a folder every plot that has something to show."""
   _save(capacity_bars(rows, found), folder, 'capacity')
   _save(against_qps(rows, found, 'p99_tbt_s', 'P99 TBT, s'), folder, 'tbt')
@@ -62,8 +65,9 @@ def _legend(plot: figure.Figure) -> None:
     plot.axes[0].legend(title='policy', fontsize=7)
 
 
-def capacity_bars(rows: Sequence[capacity.Row],
-                  found: Sequence[search.Capacity]) -> figure.Figure:
+def capacity_bars(
+  rows: Sequence[capacity.Row], found: Sequence[search.Capacity]
+) -> figure.Figure:
   """Plots the capacity of each policy, by SLO (the paper's figure 10)."""
   plot = _figure('', 'capacity, QPS', _title(rows))
   axes = plot.axes[0]
@@ -71,11 +75,17 @@ def capacity_bars(rows: Sequence[capacity.Row],
   labels = list(dict.fromkeys(row.label for row in rows))
   width = 0.8 / len(labels)
   for i, label in enumerate(labels):
-    bars = [(slos.index(row.slo.p99_tbt_s) + (i - (len(labels) - 1) / 2)
-             * width, c.qps)
-            for row, c in zip(rows, found, strict=True) if row.label == label]
-    drawn = axes.bar([x for x, _ in bars], [q for _, q in bars], width,
-                     label=label)
+    bars = [
+      (
+        slos.index(row.slo.p99_tbt_s) + (i - (len(labels) - 1) / 2) * width,
+        c.qps,
+      )
+      for row, c in zip(rows, found, strict=True)
+      if row.label == label
+    ]
+    drawn = axes.bar(
+      [x for x, _ in bars], [q for _, q in bars], width, label=label
+    )
     axes.bar_label(drawn, fmt='%.2f', fontsize=7)
   axes.set_xticks(range(len(slos)), [f'P99 TBT ≤ {s:g} s' for s in slos])
   axes.set_ylim(bottom=0)
@@ -83,9 +93,12 @@ def capacity_bars(rows: Sequence[capacity.Row],
   return plot
 
 
-def against_qps(rows: Sequence[capacity.Row],
-                found: Sequence[search.Capacity], field: str,
-                what: str) -> figure.Figure:
+def against_qps(
+  rows: Sequence[capacity.Row],
+  found: Sequence[search.Capacity],
+  field: str,
+  what: str,
+) -> figure.Figure:
   """Plots a latency over the rates that were tried (the paper's figure 11)."""
   plot = _figure('QPS', what, _title(rows))
   axes = plot.axes[0]
@@ -93,8 +106,12 @@ def against_qps(rows: Sequence[capacity.Row],
     seen = [p for p in c.points if getattr(p, field) > 0]
     if not seen:
       continue
-    axes.plot([p.qps for p in seen], [getattr(p, field) for p in seen], '.-',
-              label=f'{row.label}, SLO {row.slo.p99_tbt_s:g} s')
+    axes.plot(
+      [p.qps for p in seen],
+      [getattr(p, field) for p in seen],
+      '.-',
+      label=f'{row.label}, SLO {row.slo.p99_tbt_s:g} s',
+    )
   if field == 'p99_tbt_s':
     for slo in sorted({row.slo.p99_tbt_s for row in rows}):
       axes.axhline(slo, color='k', ls=':', lw=0.8)
@@ -103,45 +120,59 @@ def against_qps(rows: Sequence[capacity.Row],
   return plot
 
 
-def stall_timeline(rows: Sequence[capacity.Row],
-                   found: Sequence[search.Capacity]) -> figure.Figure:
+def stall_timeline(
+  rows: Sequence[capacity.Row], found: Sequence[search.Capacity]
+) -> figure.Figure:
   """Plots the tokens of one request as they come (the paper's figure 1a).
 
   All policies get the same requests at the same rate; the request is the one
   with the longest output that all can be compared by.
   """
   qps = _TIMELINE_LOAD * max(*(c.qps for c in found), 0.01)
-  plot = _figure('seconds since the first token', 'tokens generated',
-                 f'{_title(rows)}, one request at {qps:.2f} QPS')
+  plot = _figure(
+    'seconds since the first token',
+    'tokens generated',
+    f'{_title(rows)}, one request at {qps:.2f} QPS',
+  )
   axes = plot.axes[0]
   for label, times in _timelines(rows, qps):
     if not times:
       continue
-    axes.step([t - times[0] for t in times], range(1, len(times) + 1),
-              where='post', label=label)
+    axes.step(
+      [t - times[0] for t in times],
+      range(1, len(times) + 1),
+      where='post',
+      label=label,
+    )
   _legend(plot)
   return plot
 
 
-def _timelines(rows: Sequence[capacity.Row],
-               qps: float) -> Iterator[tuple[str, list[float]]]:
+def _timelines(
+  rows: Sequence[capacity.Row], qps: float
+) -> Iterator[tuple[str, list[float]]]:
   """Yields (label, when each token came) of each policy and budget."""
   for row in {row.label: row for row in rows}.values():
     assert row.scenario is not None
     config = row.scenario.workload
-    workload = workload_lib.make(dataclasses.replace(
-      config, num_requests=min(
-        _TIMELINE_REQUESTS, len(workload_lib.make(config))))).at_rate(qps)
+    workload = workload_lib.make(
+      dataclasses.replace(
+        config,
+        num_requests=min(_TIMELINE_REQUESTS, len(workload_lib.make(config))),
+      )
+    ).at_rate(qps)
     half = len(workload) // 2
-    watched = int(workload.output_lens[:max(half, 1)].argmax())
+    watched = int(workload.output_lens[: max(half, 1)].argmax())
     times: list[float] = []
     simulate.simulate(
-      row.scenario.cost(), row.scenario.config, workload,
-      on_token=functools.partial(_note, times, watched))
+      row.scenario.cost(),
+      row.scenario.config,
+      workload,
+      on_token=functools.partial(_note, times, watched),
+    )
     yield row.label, times
 
 
-def _note(times: list[float], watched: int, request: int,
-          now: float) -> None:
+def _note(times: list[float], watched: int, request: int, now: float) -> None:
   if request == watched:
     times.append(now)

@@ -17,28 +17,36 @@ from sarathi_jax.simulator import workload as workload_lib
 _LOOK_EVERY = 256
 
 
-def run(scenario: scenario_lib.Scenario, slo: search.Slo,
-        qps: float) -> search.Point:
+def run(
+  scenario: scenario_lib.Scenario, slo: search.Slo, qps: float
+) -> search.Point:
   """Simulates a scenario at a rate; ends early if the SLO is lost."""
   workload = workload_lib.make(scenario.workload).at_rate(qps)
   result = simulate.simulate(
-    scenario.cost(), scenario.config, workload,
-    stop_when=lost(slo, workload))
+    scenario.cost(), scenario.config, workload, stop_when=lost(slo, workload)
+  )
   return point(result, slo, qps)
 
 
-def point(result: simulate.Result, slo: search.Slo,
-          qps: float) -> search.Point:
+def point(result: simulate.Result, slo: search.Slo, qps: float) -> search.Point:
   """Returns what a run says about a rate."""
   return search.Point(
-    qps=qps, p99_tbt_s=result.p99_tbt_s, p50_ttft_s=result.p50_ttft_s,
+    qps=qps,
+    p99_tbt_s=result.p99_tbt_s,
+    p50_ttft_s=result.p50_ttft_s,
     p50_scheduling_delay_s=result.p50_scheduling_delay_s,
-    holds=(result.is_complete and result.p99_tbt_s <= slo.p99_tbt_s
-           and result.p50_scheduling_delay_s <= slo.p50_delay_s))
+    holds=(
+      result.is_complete
+      and result.p99_tbt_s <= slo.p99_tbt_s
+      and result.p50_scheduling_delay_s <= slo.p50_delay_s
+    ),
+  )
 
 
-def lost(slo: search.Slo, workload: workload_lib.Workload,
-          ) -> Callable[[engine_lib.Engine, float], bool]:
+def lost(
+  slo: search.Slo,
+  workload: workload_lib.Workload,
+) -> Callable[[engine_lib.Engine, float], bool]:
   """Returns what says whether the SLO is lost, whatever may still come."""
   num_gaps = int((workload.output_lens - 1).sum())
   # The engine does not tell gaps of the tier batch from those that count.
@@ -53,16 +61,23 @@ def lost(slo: search.Slo, workload: workload_lib.Workload,
     # Too many gaps were too long, even if no other will be.
     tbt_s = engine.metrics.tbt_s
     of_seen = 1 - 0.01 * num_gaps / max(tbt_s.count, 1)
-    if all_count and of_seen > 0 and (
-        tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01:
+    if (
+      all_count
+      and of_seen > 0
+      and (tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01
+    ):
       return True
     # More than half of all requests wait, and have done so for too long.
     waiting = engine.stats().num_waiting
-    oldest = workload.arrived_at[min(
-      engine.metrics.scheduling_delay_s.count + waiting // 2,
-      len(workload) - 1)]
+    oldest = workload.arrived_at[
+      min(
+        engine.metrics.scheduling_delay_s.count + waiting // 2,
+        len(workload) - 1,
+      )
+    ]
     return waiting > len(workload) / 2 + 1 and (
-      now - float(oldest) > slo.p50_delay_s)
+      now - float(oldest) > slo.p50_delay_s
+    )
 
   return is_lost
 
@@ -80,11 +95,15 @@ def check(scenario: scenario_lib.Scenario, slo: search.Slo) -> None:
     raise errors.ConfigError(
       f'slo_tbt_p99={slo.p99_tbt_s:g}: no rate can meet it; the fastest '
       f'possible time between tokens of {scenario.name} is {fastest:.4g} s, '
-      'of one sequence alone.')
+      'of one sequence alone.'
+    )
   longest = workload_lib.make(scenario.workload)
   simulate.make_scheduler(
-    scenario.cost(), scenario.config, scenario.config.max_model_len
-    or int((longest.prompt_lens + longest.output_lens).max()))
+    scenario.cost(),
+    scenario.config,
+    scenario.config.max_model_len
+    or int((longest.prompt_lens + longest.output_lens).max()),
+  )
 
 
 def start_qps(scenario: scenario_lib.Scenario) -> float:

@@ -26,7 +26,7 @@ from sarathi_jax.simulator import experiments as experiments_lib
 
 FLAGS = flags.FLAGS
 
-_HEAD = '''\
+_HEAD = """\
 # The experiments of Sarathi-Serve, simulated
 
 Our scheduler and engine on a virtual clock, steps as long as the cost model
@@ -34,8 +34,8 @@ says, against what the paper measured (arXiv 2403.02310v3, read off its
 figures). Rates are the paper's nominal ones: of 1.05 requests that came, it
 counts 1. Capacities of few requests are a little too high: a queue takes time
 to grow.
-'''
-_NOT_MODELLED = '''\
+"""
+_NOT_MODELLED = """\
 ## What is not modelled
 
 - Its host: that of the paper (eager PyTorch, Ray, ZMQ) is two numbers: a
@@ -60,30 +60,42 @@ _NOT_MODELLED = '''\
   is measured by scripts/gpu_check.
 - Memory: blocks, fragmentation and activations by formula; no swapping.
 - Speculation, prefix caching, preemption by anything but recompute.
-'''
+"""
 
 
 def define_flags() -> None:
-  flags.DEFINE_string('output', None, 'Folder to write the report to.',
-                      required=True)
-  flags.DEFINE_list('experiments', list(experiments_lib.EXPERIMENTS),
-                    'Experiments to simulate and show.')
-  flags.DEFINE_string('configs', 'configs', 'Folder of the deployments\' '
-                      'files.')
-  flags.DEFINE_integer('num_requests', 2048, 'Requests of each simulation.')
-  flags.DEFINE_integer('jobs', None, 'Processes that simulate at once. '
-                       'Default: as many as cores.')
-  flags.DEFINE_float('precision', 0.02, 'Relative precision of capacities.')
-  flags.DEFINE_enum('host', 'paper', list(cost_model.HOSTS),
-                    'What the host costs: as in the paper (eager PyTorch), as '
-                    'in its artifact\'s tables, or none.')
   flags.DEFINE_string(
-    'chat_trace', None, 'File with the chat lengths of the paper\'s artifact: '
+    'output', None, 'Folder to write the report to.', required=True
+  )
+  flags.DEFINE_list(
+    'experiments',
+    list(experiments_lib.EXPERIMENTS),
+    'Experiments to simulate and show.',
+  )
+  flags.DEFINE_string('configs', 'configs', "Folder of the deployments' files.")
+  flags.DEFINE_integer('num_requests', 2048, 'Requests of each simulation.')
+  flags.DEFINE_integer(
+    'jobs', None, 'Processes that simulate at once. Default: as many as cores.'
+  )
+  flags.DEFINE_float('precision', 0.02, 'Relative precision of capacities.')
+  flags.DEFINE_enum(
+    'host',
+    'paper',
+    list(cost_model.HOSTS),
+    'What the host costs: as in the paper (eager PyTorch), as '
+    "in its artifact's tables, or none.",
+  )
+  flags.DEFINE_string(
+    'chat_trace',
+    None,
+    "File with the chat lengths of the paper's artifact: "
     'data/processed_traces/sharegpt_8k_filtered_stats_llama2_tokenizer.csv of '
     'its branch niyama_asplos2026. Default: lengths are drawn by their '
-    'quantiles.')
-  flags.DEFINE_bool('again', False, 'Simulate anew, even what was simulated '
-                    'before.')
+    'quantiles.',
+  )
+  flags.DEFINE_bool(
+    'again', False, 'Simulate anew, even what was simulated before.'
+  )
 
 
 def _cell(value: Any) -> str:
@@ -96,8 +108,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
   """Makes a table; adds the ratio of columns 'paper x' and 'ours x'."""
   lines = []
   names = list(rows[0])
-  pairs = [(n, n.replace('paper', 'ours', 1)) for n in names
-           if n.startswith('paper') and n.replace('paper', 'ours', 1) in names]
+  pairs = [
+    (n, n.replace('paper', 'ours', 1))
+    for n in names
+    if n.startswith('paper') and n.replace('paper', 'ours', 1) in names
+  ]
   header = [*names, *(f'{ours} / paper' for _, ours in pairs)]
   lines.append(f'| {" | ".join(header)} |')
   lines.append(f'|{"---|" * len(header)}')
@@ -113,33 +128,46 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
   known = experiments_lib.EXPERIMENTS
   if unknown := set(FLAGS.experiments) - set(known):
-    raise app.UsageError(f'--experiments={",".join(sorted(unknown))}: must be '
-                         f'of {", ".join(known)}.')
+    raise app.UsageError(
+      f'--experiments={",".join(sorted(unknown))}: must be '
+      f'of {", ".join(known)}.'
+    )
   console = rich.console.Console(highlight=False)
   folder = pathlib.Path(FLAGS.output)
   folder.mkdir(parents=True, exist_ok=True)
   settings = experiments_lib.Settings(
-    configs=pathlib.Path(FLAGS.configs), num_requests=FLAGS.num_requests,
-    jobs=FLAGS.jobs or os.cpu_count() or 1, precision=FLAGS.precision,
-    host=FLAGS.host, chat_trace=FLAGS.chat_trace)
+    configs=pathlib.Path(FLAGS.configs),
+    num_requests=FLAGS.num_requests,
+    jobs=FLAGS.jobs or os.cpu_count() or 1,
+    precision=FLAGS.precision,
+    host=FLAGS.host,
+    chat_trace=FLAGS.chat_trace,
+  )
   parts = [_HEAD]
   for name in FLAGS.experiments:
     path = folder / f'{name}.json'
     if FLAGS.again or not path.exists():
       with console.status(f'Simulating {name}'):
         rows = known[name](settings)
-      path.write_text(json.dumps({
-        'num_requests': FLAGS.num_requests, 'host': FLAGS.host,
-        'chats': 'of the artifact' if FLAGS.chat_trace else 'drawn',
-        'rows': rows}, indent=1) + '\n')
+      path.write_text(
+        json.dumps(
+          {
+            'num_requests': FLAGS.num_requests,
+            'host': FLAGS.host,
+            'chats': 'of the artifact' if FLAGS.chat_trace else 'drawn',
+            'rows': rows,
+          },
+          indent=1,
+        )
+        + '\n'
+      )
     kept = json.loads(path.read_text())
     title = name.replace('_', ' ').capitalize()
     text = inspect.getdoc(known[name])
     how = f'Host costs: {kept["host"]}. Chats: {kept["chats"]}.'
     if 'ours QPS' in kept['rows'][0]:
       how = f'{kept["num_requests"]} requests a simulation. {how}'
-    parts.append(f'## {title}\n\n{text}\n\n{how}\n\n'
-                 f'{markdown(kept["rows"])}')
+    parts.append(f'## {title}\n\n{text}\n\n{how}\n\n{markdown(kept["rows"])}')
   parts.append(_NOT_MODELLED)
   (folder / 'report.md').write_text('\n'.join(parts))
   console.print(f'{folder / "report.md"}')

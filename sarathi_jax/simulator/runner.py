@@ -50,7 +50,8 @@ class FittedCost:
     for load, seconds in model.recent:
       if (predicted := model.predict(load)) > 0:
         self._factors.setdefault(self._kind(load), []).append(
-          seconds / predicted)
+          seconds / predicted
+        )
 
   def _kind(self, load: step_time.Load) -> tuple[int, bool]:
     tokens, _, _, pairs = load
@@ -112,8 +113,12 @@ class SimulatedRunner:
     on_span: told what each stage does, for a trace.
   """
 
-  def __init__(self, cost: StepCost, clock: Clock,
-               on_span: Callable[[Span], None] | None = None) -> None:
+  def __init__(
+    self,
+    cost: StepCost,
+    clock: Clock,
+    on_span: Callable[[Span], None] | None = None,
+  ) -> None:
     self._cost = cost
     self._clock = clock
     self._on_span = on_span
@@ -123,7 +128,8 @@ class SimulatedRunner:
     self._is_warm = False
     # In lockstep: what is in each stage, and when ticks ended.
     self._stages: deque[tuple[types.ScheduledBatch, Sequence[float]] | None] = (
-      deque([None] * cost.pp, cost.pp))
+      deque([None] * cost.pp, cost.pp)
+    )
     self._ends: list[float] = []
 
   def reset(self) -> None:
@@ -136,16 +142,17 @@ class SimulatedRunner:
     costs = self._cost.step_seconds(batch.chunks)
     if self._lockstep:
       self._tick((batch, costs))
-      return Pending(None, len(self._ends) + self._cost.pp - 2,
-                     batch.chunks)
+      return Pending(None, len(self._ends) + self._cost.pp - 2, batch.chunks)
     for stage, seconds in enumerate(costs):
       start = max(ready, self._free_at[stage])
       ready = start + seconds
       self._spend(stage, start, ready, batch)
     return Pending(ready, 0, batch.chunks)
 
-  def _tick(self, entering: tuple[types.ScheduledBatch, Sequence[float]] | None,
-            ) -> None:
+  def _tick(
+    self,
+    entering: tuple[types.ScheduledBatch, Sequence[float]] | None,
+  ) -> None:
     """Moves all stages at once: a batch enters, and the others go on by one."""
     self._stages.appendleft(entering)
     start = max(self._clock.now, self._ends[-1] if self._ends else 0.0)
@@ -157,8 +164,9 @@ class SimulatedRunner:
         longest = max(longest, costs[stage])
     self._ends.append(start + longest)
 
-  def _spend(self, stage: int, start: float, end: float,
-             batch: types.ScheduledBatch) -> None:
+  def _spend(
+    self, stage: int, start: float, end: float, batch: types.ScheduledBatch
+  ) -> None:
     self._free_at[stage] = end
     self.busy_s[stage] += end - start
     if self._on_span is not None and self._is_warm:
@@ -172,7 +180,8 @@ class SimulatedRunner:
       done_at = self._ends[pending.last_tick]
     self._clock.advance_to(done_at)
     return types.Sampled.of(
-      pending.chunks, itertools.repeat(0), itertools.repeat(0.0))
+      pending.chunks, itertools.repeat(0), itertools.repeat(0.0)
+    )
 
   def num_rows(self, num_tokens: int) -> int:
     return self._cost.num_rows(num_tokens)

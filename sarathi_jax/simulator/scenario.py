@@ -23,17 +23,28 @@ FLAGS = flags.FLAGS
 # The most sequences that the paper lets run at once under Orca, which takes
 # memory for the longest sequence there may be: by deployment.
 ORCA_MAX_NUM_SEQS: Mapping[str, int] = {
-  'mistral_7b_a100': 16, 'yi_34b_a100_tp2': 16, 'llama2_70b_a40_tp4_pp2': 8,
-  'falcon_180b_a100_tp4_pp2': 8, 'falcon_180b_a100_tp8': 8}
+  'mistral_7b_a100': 16,
+  'yi_34b_a100_tp2': 16,
+  'llama2_70b_a40_tp4_pp2': 8,
+  'falcon_180b_a100_tp4_pp2': 8,
+  'falcon_180b_a100_tp8': 8,
+}
 # The most of a budget that follows the SLO. Longer steps gain nothing: matmuls
 # are at their best by then, and a chunk attends to itself in vain for half.
 AUTO_MAX_BUDGET = 2048
 # Fields of EngineConfig that flags may set in place of --config.
-_FIELDS = ('tp', 'pp', 'max_num_seqs', 'max_model_len', 'look_ahead',
-           'kv_cache_dtype')
+_FIELDS = (
+  'tp',
+  'pp',
+  'max_num_seqs',
+  'max_model_len',
+  'look_ahead',
+  'kv_cache_dtype',
+)
 # Fields of a configuration that does not follow an SLO.
 _UNPACED: Mapping[str, None] = dict.fromkeys(
-  ('tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'))
+  ('tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms')
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +72,20 @@ class Scenario:
   def cost(self) -> cost_model.CostModel:
     """Makes the model of its steps; ConfigError if tp, pp don't divide it."""
     return cost_model.CostModel(
-      self.model, self.hardware, tp=self.config.tp, pp=self.config.pp,
-      host=self.host, kv_cache_dtype=self.config.kv_cache_dtype)
+      self.model,
+      self.hardware,
+      tp=self.config.tp,
+      pp=self.config.pp,
+      host=self.host,
+      kv_cache_dtype=self.config.kv_cache_dtype,
+    )
 
-  def with_policy(self, policy: str, token_budget: int | str | None,
-                  slo_tbt_p99_s: float | None = None) -> Scenario:
+  def with_policy(
+    self,
+    policy: str,
+    token_budget: int | str | None,
+    slo_tbt_p99_s: float | None = None,
+  ) -> Scenario:
     """Returns the same scenario under another policy.
 
     Args:
@@ -77,23 +97,35 @@ class Scenario:
     scheduler.policy_class(policy)
     changes: dict[str, Any] = {'policy': policy}
     if token_budget == 'auto':
-      config_lib.check(slo_tbt_p99_s is not None, 'token_budget', 'auto',
-                       'follows an SLO, so one must be given')
+      config_lib.check(
+        slo_tbt_p99_s is not None,
+        'token_budget',
+        'auto',
+        'follows an SLO, so one must be given',
+      )
       assert slo_tbt_p99_s is not None
-      changes |= {'token_budget': AUTO_MAX_BUDGET,
-                  'tbt_slo_ms': slo_tbt_p99_s * 1e3,
-                  'batch_tbt_slo_ms': self.batch_tbt_slo_ms}
+      changes |= {
+        'token_budget': AUTO_MAX_BUDGET,
+        'tbt_slo_ms': slo_tbt_p99_s * 1e3,
+        'batch_tbt_slo_ms': self.batch_tbt_slo_ms,
+      }
     elif token_budget is not None:
       changes |= {'token_budget': token_budget, **_UNPACED}
     if not has_budget(policy):
       # As in the paper, which gives vLLM as many as a sequence may have.
-      changes |= {'token_budget': max(
-        self.config.max_model_len or 0, self.config.token_budget), **_UNPACED}
+      changes |= {
+        'token_budget': max(
+          self.config.max_model_len or 0, self.config.token_budget
+        ),
+        **_UNPACED,
+      }
     if policy == 'orca':
       changes['max_num_seqs'] = min(
-        self.config.max_num_seqs, ORCA_MAX_NUM_SEQS.get(self.name, 16))
+        self.config.max_num_seqs, ORCA_MAX_NUM_SEQS.get(self.name, 16)
+      )
     return dataclasses.replace(
-      self, config=dataclasses.replace(self.config, **changes))
+      self, config=dataclasses.replace(self.config, **changes)
+    )
 
 
 def has_budget(policy: str) -> bool:
@@ -108,39 +140,69 @@ def budget_of(text: str | None) -> int | str | None:
     ConfigError: the text is none of these.
   """
   config_lib.check(
-    text is None or text == 'auto' or text.isdecimal(), 'token_budget', text,
-    'must be a number, or auto')
+    text is None or text == 'auto' or text.isdecimal(),
+    'token_budget',
+    text,
+    'must be a number, or auto',
+  )
   return int(text) if text and text.isdecimal() else text
 
 
 def define_flags() -> None:
   """Defines the flags that all programs of the simulator share."""
-  flags.DEFINE_string('config', None, 'Deployment to simulate: a file of '
-                      'configs/.')
   flags.DEFINE_string(
-    'device', None, 'Device to simulate: a name in simulator/devices, or a '
-    'JSON file like those. Default: the device that --config names.')
+    'config', None, 'Deployment to simulate: a file of configs/.'
+  )
+  flags.DEFINE_string(
+    'device',
+    None,
+    'Device to simulate: a name in simulator/devices, or a '
+    'JSON file like those. Default: the device that --config names.',
+  )
   flags.DEFINE_enum(
-    'host', 'paper', list(cost_model.HOSTS), 'What the host costs: as in the '
-    'paper (eager PyTorch), as in its artifact\'s tables, or none.')
+    'host',
+    'paper',
+    list(cost_model.HOSTS),
+    'What the host costs: as in the '
+    "paper (eager PyTorch), as in its artifact's tables, or none.",
+  )
   engine_flags.define_fields(**dict.fromkeys(_FIELDS))
-  flags.DEFINE_string(
-    'workload', 'openchat_sharegpt4',
-    workload_lib.SOURCES)
-  flags.DEFINE_enum('arrivals', 'poisson', list(workload_lib.ARRIVALS),
-                    'Process by which requests arrive; trace: as the trace '
-                    'says.')
-  flags.DEFINE_float('cv', 2.0, 'Coefficient of variation of the gaps between '
-                     'requests, with --arrivals=gamma.')
-  flags.DEFINE_float('length_scale', 1.0, 'Factor that lengths of prompts and '
-                     'outputs are multiplied by.')
-  flags.DEFINE_float('batch_share', 0.0, 'Fraction of the requests that are of '
-                     'the tier batch; see --batch_tbt_slo_ms.')
-  flags.DEFINE_float('batch_tbt_slo_ms', None, 'Time between tokens that '
-                     '--token_budget=auto aims at for requests of the tier '
-                     'batch, milliseconds. Default: none.')
-  flags.DEFINE_integer('num_requests', None, 'Number of requests. Default: all '
-                       'of a trace, or 2048.')
+  flags.DEFINE_string('workload', 'openchat_sharegpt4', workload_lib.SOURCES)
+  flags.DEFINE_enum(
+    'arrivals',
+    'poisson',
+    list(workload_lib.ARRIVALS),
+    'Process by which requests arrive; trace: as the trace says.',
+  )
+  flags.DEFINE_float(
+    'cv',
+    2.0,
+    'Coefficient of variation of the gaps between '
+    'requests, with --arrivals=gamma.',
+  )
+  flags.DEFINE_float(
+    'length_scale',
+    1.0,
+    'Factor that lengths of prompts and outputs are multiplied by.',
+  )
+  flags.DEFINE_float(
+    'batch_share',
+    0.0,
+    'Fraction of the requests that are of '
+    'the tier batch; see --batch_tbt_slo_ms.',
+  )
+  flags.DEFINE_float(
+    'batch_tbt_slo_ms',
+    None,
+    'Time between tokens that '
+    '--token_budget=auto aims at for requests of the tier '
+    'batch, milliseconds. Default: none.',
+  )
+  flags.DEFINE_integer(
+    'num_requests',
+    None,
+    'Number of requests. Default: all of a trace, or 2048.',
+  )
   flags.DEFINE_integer('seed', 0, 'Seed of all that is random.')
 
 
@@ -150,28 +212,44 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
   Raises:
     ConfigError: the scenario can't work.
   """
-  config_lib.check(FLAGS.config is not None, 'config', FLAGS.config,
-                   'must be given, a file of configs/')
+  config_lib.check(
+    FLAGS.config is not None,
+    'config',
+    FLAGS.config,
+    'must be given, a file of configs/',
+  )
   deployment = deployment_lib.read(FLAGS.config)
   device = FLAGS.device or deployment.device
-  config_lib.check(device is not None, 'device', device,
-                   f'must be given: {FLAGS.config} names none')
+  config_lib.check(
+    device is not None,
+    'device',
+    device,
+    f'must be given: {FLAGS.config} names none',
+  )
   assert device is not None
   changes: dict[str, Any] = {
-    name: value for name in _FIELDS
-    if (value := FLAGS[name].value) is not None}
+    name: value for name in _FIELDS if (value := FLAGS[name].value) is not None
+  }
   return Scenario(
-    name=deployment.name, model=deployment.known_model(),
-    hardware=hardware_lib.load(device), host=cost_model.HOSTS[FLAGS.host],
+    name=deployment.name,
+    model=deployment.known_model(),
+    hardware=hardware_lib.load(device),
+    host=cost_model.HOSTS[FLAGS.host],
     batch_tbt_slo_ms=FLAGS.batch_tbt_slo_ms,
     config=dataclasses.replace(deployment.config, **changes),
-    workload=workload_from_flags(qps))
+    workload=workload_from_flags(qps),
+  )
 
 
-def workload_from_flags(
-    qps: float | None = 1.0) -> workload_lib.WorkloadConfig:
+def workload_from_flags(qps: float | None = 1.0) -> workload_lib.WorkloadConfig:
   """Makes the workload that the flags describe; ConfigError if it can't be."""
   return workload_lib.WorkloadConfig(
-    source=FLAGS.workload, num_requests=FLAGS.num_requests,
-    arrivals=FLAGS.arrivals, qps=qps, cv=FLAGS.cv, seed=FLAGS.seed,
-    length_scale=FLAGS.length_scale, batch_share=FLAGS.batch_share)
+    source=FLAGS.workload,
+    num_requests=FLAGS.num_requests,
+    arrivals=FLAGS.arrivals,
+    qps=qps,
+    cv=FLAGS.cv,
+    seed=FLAGS.seed,
+    length_scale=FLAGS.length_scale,
+    batch_share=FLAGS.batch_share,
+  )

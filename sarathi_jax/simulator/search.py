@@ -33,8 +33,11 @@ class Slo:
     for field in ('p99_tbt_s', 'p50_delay_s'):
       value = getattr(self, field)
       config_lib.check(
-        math.isfinite(value) and value > 0, f'slo.{field}', value,
-        'must be seconds > 0')
+        math.isfinite(value) and value > 0,
+        f'slo.{field}',
+        value,
+        'must be seconds > 0',
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +79,9 @@ class Capacity:
     return self.best.qps if self.best else 0.0
 
 
-def find(probe: Probe, start: float, *, width: int = 1,
-         precision: float = 0.02) -> Capacity:
+def find(
+  probe: Probe, start: float, *, width: int = 1, precision: float = 0.02
+) -> Capacity:
   """Searches for the capacity.
 
   Args:
@@ -94,8 +98,9 @@ def find(probe: Probe, start: float, *, width: int = 1,
 
   def held() -> float:
     failed = lowest_failed()
-    return max((p.qps for p in points if p.holds and p.qps < failed),
-               default=0.0)
+    return max(
+      (p.qps for p in points if p.holds and p.qps < failed), default=0.0
+    )
 
   def lowest_failed() -> float:
     return min((p.qps for p in points if not p.holds), default=math.inf)
@@ -111,7 +116,9 @@ def find(probe: Probe, start: float, *, width: int = 1,
     if ratio == math.inf:
       break
     try_rates([low * ratio ** ((i + 1) / (width + 1)) for i in range(width)])
-  best = max((p for p in points if p.holds and p.qps <= held()),
-             key=lambda p: p.qps, default=None)
-  return Capacity(
-    best=best, points=tuple(sorted(points, key=lambda p: p.qps)))
+  best = max(
+    (p for p in points if p.holds and p.qps <= held()),
+    key=lambda p: p.qps,
+    default=None,
+  )
+  return Capacity(best=best, points=tuple(sorted(points, key=lambda p: p.qps)))

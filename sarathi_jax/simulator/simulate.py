@@ -64,8 +64,10 @@ class Result:
 
 
 def make_scheduler(
-    cost: cost_model.CostModel, config: config_lib.EngineConfig,
-    max_model_len: int) -> scheduler_lib.Scheduler:
+  cost: cost_model.CostModel,
+  config: config_lib.EngineConfig,
+  max_model_len: int,
+) -> scheduler_lib.Scheduler:
   """Makes the scheduler of a deployment whose cache fills the memory left.
 
   Raises:
@@ -73,16 +75,24 @@ def make_scheduler(
   """
   num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
   return scheduler_lib.make(
-    config, cost.num_rows, max_model_len=max_model_len, num_stages=cost.pp,
+    config,
+    cost.num_rows,
+    max_model_len=max_model_len,
+    num_stages=cost.pp,
     num_pages=cost.num_pages(config, num_tokens),
-    prefix_cost=facts.prefix_cost(cost.model, cost.pp))
+    prefix_cost=facts.prefix_cost(cost.model, cost.pp),
+  )
 
 
-def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
-             workload: workload_lib.Workload, *,
-             on_span: Callable[[runner_lib.Span], None] | None = None,
-             stop_when: StopWhen | None = None,
-             on_token: OnToken | None = None) -> Result:
+def simulate(
+  cost: cost_model.CostModel,
+  config: config_lib.EngineConfig,
+  workload: workload_lib.Workload,
+  *,
+  on_span: Callable[[runner_lib.Span], None] | None = None,
+  stop_when: StopWhen | None = None,
+  on_token: OnToken | None = None,
+) -> Result:
   """Runs a workload to its end.
 
   Args:
@@ -103,21 +113,36 @@ def simulate(cost: cost_model.CostModel, config: config_lib.EngineConfig,
   if longest > max_model_len:
     raise errors.ConfigError(
       f'workload: a request of {longest} tokens, prompt and output, exceeds '
-      f'max_model_len={max_model_len}.')
+      f'max_model_len={max_model_len}.'
+    )
   scheduler = make_scheduler(cost, config, max_model_len)
   return simulate_steps(
-    scheduler, cost, workload, on_span=on_span, stop_when=stop_when,
-    on_token=on_token, info=engine_lib.EngineInfo.of(
-      scheduler.config, policy=config.policy, model_name='simulated',
-      family=cost.model.family, vocab_size=cost.model.vocab_size))
+    scheduler,
+    cost,
+    workload,
+    on_span=on_span,
+    stop_when=stop_when,
+    on_token=on_token,
+    info=engine_lib.EngineInfo.of(
+      scheduler.config,
+      policy=config.policy,
+      model_name='simulated',
+      family=cost.model.family,
+      vocab_size=cost.model.vocab_size,
+    ),
+  )
 
 
 def simulate_steps(
-    scheduler: scheduler_lib.Scheduler, cost: runner_lib.StepCost,
-    workload: workload_lib.Workload, *, info: engine_lib.EngineInfo,
-    on_span: Callable[[runner_lib.Span], None] | None = None,
-    stop_when: StopWhen | None = None,
-    on_token: OnToken | None = None) -> Result:
+  scheduler: scheduler_lib.Scheduler,
+  cost: runner_lib.StepCost,
+  workload: workload_lib.Workload,
+  *,
+  info: engine_lib.EngineInfo,
+  on_span: Callable[[runner_lib.Span], None] | None = None,
+  stop_when: StopWhen | None = None,
+  on_token: OnToken | None = None,
+) -> Result:
   """Runs a workload on any scheduler, with steps that take what `cost` says.
 
   See `simulate` for the other arguments.
@@ -125,18 +150,29 @@ def simulate_steps(
   clock = runner_lib.Clock()
   runner = runner_lib.SimulatedRunner(cost, clock, on_span)
   engine = engine_lib.Engine(
-    scheduler, pacing.paced(runner, scheduler, clock), clock=clock, info=info)
+    scheduler, pacing.paced(runner, scheduler, clock), clock=clock, info=info
+  )
   runner.reset()
-  result = drive(engine, workload, wait_until=clock.advance_to,
-                 stop_when=stop_when, on_token=on_token)
+  result = drive(
+    engine,
+    workload,
+    wait_until=clock.advance_to,
+    stop_when=stop_when,
+    on_token=on_token,
+  )
   return dataclasses.replace(
-    result, busy=tuple(b / result.seconds for b in runner.busy_s))
+    result, busy=tuple(b / result.seconds for b in runner.busy_s)
+  )
 
 
-def drive(engine: engine_lib.Engine, workload: workload_lib.Workload, *,
-          wait_until: Callable[[float], None],
-          stop_when: StopWhen | None = None,
-          on_token: OnToken | None = None) -> Result:
+def drive(
+  engine: engine_lib.Engine,
+  workload: workload_lib.Workload,
+  *,
+  wait_until: Callable[[float], None],
+  stop_when: StopWhen | None = None,
+  on_token: OnToken | None = None,
+) -> Result:
   """Has an engine serve a workload, whose time begins now.
 
   Args:
@@ -157,14 +193,18 @@ def drive(engine: engine_lib.Engine, workload: workload_lib.Workload, *,
   try:
     return dataclasses.replace(
       _drive(engine, workload, wait_until, stop_when, on_token),
-      interactive_tbt_s=interactive)
+      interactive_tbt_s=interactive,
+    )
   finally:
     if was_enabled:
       gc.enable()
 
 
-def _gaps(workload: workload_lib.Workload, gaps: metrics_lib.Quantiles,
-          on_token: OnToken | None) -> OnToken:
+def _gaps(
+  workload: workload_lib.Workload,
+  gaps: metrics_lib.Quantiles,
+  on_token: OnToken | None,
+) -> OnToken:
   """Adds the times between tokens of interactive requests to `gaps`."""
   last: dict[int, float] = {}
 
@@ -179,9 +219,13 @@ def _gaps(workload: workload_lib.Workload, gaps: metrics_lib.Quantiles,
   return add
 
 
-def _drive(engine: engine_lib.Engine, workload: workload_lib.Workload,
-           wait_until: Callable[[float], None], stop_when: StopWhen | None,
-           on_token: OnToken | None) -> Result:
+def _drive(
+  engine: engine_lib.Engine,
+  workload: workload_lib.Workload,
+  wait_until: Callable[[float], None],
+  stop_when: StopWhen | None,
+  on_token: OnToken | None,
+) -> Result:
   began, clock = engine.clock(), engine.clock
   arrivals = (workload.arrived_at - workload.arrived_at[0] + began).tolist()
   prompt_lens = workload.prompt_lens.tolist()
@@ -195,9 +239,15 @@ def _drive(engine: engine_lib.Engine, workload: workload_lib.Workload,
     while i < n and arrivals[i] <= now:
       length = prompt_lens[i]
       prompt = prompts.setdefault(length, (_TOKEN,) * length)
-      engine.add(types.Request(
-        request_id=str(i), prompt_token_ids=prompt, arrival_time=arrivals[i],
-        sampling=workload.sampling(i), tier=workload.tier(i)))
+      engine.add(
+        types.Request(
+          request_id=str(i),
+          prompt_token_ids=prompt,
+          arrival_time=arrivals[i],
+          sampling=workload.sampling(i),
+          tier=workload.tier(i),
+        )
+      )
       i += 1
     for delta in engine.step():
       if delta.metrics is not None:
@@ -213,5 +263,10 @@ def _drive(engine: engine_lib.Engine, workload: workload_lib.Workload,
     engine.drain()
     engine.step()
   return Result(
-    metrics=engine.metrics, requests=tuple(requests), seconds=seconds,
-    num_preemptions=num_preemptions, busy=(), is_complete=not stopped)
+    metrics=engine.metrics,
+    requests=tuple(requests),
+    seconds=seconds,
+    num_preemptions=num_preemptions,
+    busy=(),
+    is_complete=not stopped,
+  )

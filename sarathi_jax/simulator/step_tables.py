@@ -47,14 +47,29 @@ class Step:
     """Returns what the model predicts, seconds."""
     total = 0.0
     for tokens, before in self.chunks or ((0, 0),):
-      each = float(operators.prefill_attention(
-        cost.hardware, tokens, before, cost.num_heads, cost.model.head_dim,
-      )) if tokens else 0.0
+      each = (
+        float(
+          operators.prefill_attention(
+            cost.hardware,
+            tokens,
+            before,
+            cost.num_heads,
+            cost.model.head_dim,
+          )
+        )
+        if tokens
+        else 0.0
+      )
       prefills = self.num_prefills if tokens else 0
-      total += sum(cost.stage_seconds(
-        self.num_decodes + prefills * tokens, self.num_decodes + prefills,
-        self.num_decodes + prefills, self.num_decodes * self.context,
-        prefills * each))
+      total += sum(
+        cost.stage_seconds(
+          self.num_decodes + prefills * tokens,
+          self.num_decodes + prefills,
+          self.num_decodes + prefills,
+          self.num_decodes * self.context,
+          prefills * each,
+        )
+      )
     return total
 
 
@@ -74,23 +89,31 @@ def _artifact(folder: pathlib.Path) -> Iterator[Step]:
         return list(csv.DictReader(file))
     except OSError as error:
       raise errors.ConfigError(
-        f'artifact={str(folder)!r}: {name}: {error.strerror}.') from error
+        f'artifact={str(folder)!r}: {name}: {error.strerror}.'
+      ) from error
 
   for name in ('figure-2_decode', 'figure-2_prefill', 'table-2_results'):
     for row in rows(f'{name}.csv'):
       prefill = int(row['batch_num_prefill_tokens'])
       yield Step(
-        table=name, num_decodes=int(row['batch_num_decode_tokens']),
-        context=_CONTEXT, chunks=((prefill, 0),) if prefill else (),
+        table=name,
+        num_decodes=int(row['batch_num_decode_tokens']),
+        context=_CONTEXT,
+        chunks=((prefill, 0),) if prefill else (),
         seconds=float(row['batch_execution_time'])
-        / (1e3 if name == 'table-2_results' else 1))
+        / (1e3 if name == 'table-2_results' else 1),
+      )
   for row in rows('figure-9_chunking-overhead.csv'):
     length, chunk = int(row['prefill_length']), int(row['chunk_size'])
     yield Step(
-      table='figure-9_chunking-overhead', num_decodes=0, context=0,
-      chunks=tuple((min(chunk, length - s), s)
-                   for s in range(0, length, chunk)),
-      seconds=float(row['prefill_execution_time']) / 1e3)
+      table='figure-9_chunking-overhead',
+      num_decodes=0,
+      context=0,
+      chunks=tuple(
+        (min(chunk, length - s), s) for s in range(0, length, chunk)
+      ),
+      seconds=float(row['prefill_execution_time']) / 1e3,
+    )
 
 
 def read_gpu_check(path: str) -> list[Step]:
@@ -102,17 +125,28 @@ def read_gpu_check(path: str) -> list[Step]:
   try:
     rows = json.loads(pathlib.Path(path).read_text())['results']['engine']
     return [
-      Step(table='gpu_check', context=row['context'], seconds=row['step_s'],
-           **({'num_decodes': row['sequences'], 'chunks': ()}
-              if row['tokens'] == 1 else
-              {'num_decodes': 0, 'num_prefills': row['sequences'],
-               'chunks': ((row['tokens'], row['context']),)}))
+      Step(
+        table='gpu_check',
+        context=row['context'],
+        seconds=row['step_s'],
+        **(
+          {'num_decodes': row['sequences'], 'chunks': ()}
+          if row['tokens'] == 1
+          else {
+            'num_decodes': 0,
+            'num_prefills': row['sequences'],
+            'chunks': ((row['tokens'], row['context']),),
+          }
+        ),
+      )
       for row in rows
-      if row.keys() >= {'step_s', 'sequences', 'context', 'tokens'}]
+      if row.keys() >= {'step_s', 'sequences', 'context', 'tokens'}
+    ]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise errors.ConfigError(
       f'gpu_check={path!r}: not what scripts/gpu_check writes with its stage '
-      f'engine: {type(error).__name__}: {error}.') from error
+      f'engine: {type(error).__name__}: {error}.'
+    ) from error
 
 
 def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
@@ -123,41 +157,55 @@ def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
     launch, step, seq = (x * scale).tolist()
     return cost_model.Host(launch_s=launch, step_s=step, seq_s=seq)
 
-  return at(_fit(lambda x: cost.with_host(at(x)), np.array([0.5, 0.1, 0.5]),
-                 steps))
+  return at(
+    _fit(lambda x: cost.with_host(at(x)), np.array([0.5, 0.1, 0.5]), steps)
+  )
 
 
 def fit_efficiencies(cost: CostModel, steps: Sequence[Step]) -> CostModel:
   """Fits the efficiencies, 4 numbers, that explain whole steps best."""
-  start = np.array([
-    getattr(cost.hardware.efficiencies, f) for f in _OF_GPU_CHECK])
+  start = np.array(
+    [getattr(cost.hardware.efficiencies, f) for f in _OF_GPU_CHECK]
+  )
 
   def at(x: Any) -> CostModel:
-    return cost.with_hardware(dataclasses.replace(
-      cost.hardware, efficiencies=dataclasses.replace(
-        cost.hardware.efficiencies,
-        **dict(zip(_OF_GPU_CHECK, x.tolist(), strict=True)))))
+    return cost.with_hardware(
+      dataclasses.replace(
+        cost.hardware,
+        efficiencies=dataclasses.replace(
+          cost.hardware.efficiencies,
+          **dict(zip(_OF_GPU_CHECK, x.tolist(), strict=True)),
+        ),
+      )
+    )
 
   return at(_fit(at, start, steps))
 
 
-def _fit(at: Callable[[Any], CostModel], start: Any,
-         steps: Sequence[Step]) -> Any:
+def _fit(
+  at: Callable[[Any], CostModel], start: Any, steps: Sequence[Step]
+) -> Any:
   def residuals(x: Any) -> Any:
     cost = at(x)
     return [np.log(s.predict(cost) / s.seconds) for s in steps]
 
   return optimize.least_squares(
-    residuals, start, bounds=(1e-6, np.inf), loss='soft_l1', f_scale=0.1).x
+    residuals, start, bounds=(1e-6, np.inf), loss='soft_l1', f_scale=0.1
+  ).x
 
 
-def summary(cost: CostModel, steps: Sequence[Step],
-            ) -> dict[str, tuple[float, float, int]]:
+def summary(
+  cost: CostModel,
+  steps: Sequence[Step],
+) -> dict[str, tuple[float, float, int]]:
   """Returns table -> median error, P90 error, rows; and those of all."""
   names = dict.fromkeys(['all', *(s.table for s in steps)])
   found = {}
   for name in names:
-    e = [abs(s.predict(cost) / s.seconds - 1) for s in steps
-         if name in ('all', s.table)]
+    e = [
+      abs(s.predict(cost) / s.seconds - 1)
+      for s in steps
+      if name in ('all', s.table)
+    ]
     found[name] = (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
   return found

@@ -64,13 +64,15 @@ def read(folder: str, prefix: str, hardware: Hardware) -> list[Table]:
   """
   paths = sorted(pathlib.Path(folder).glob(f'{prefix}*.csv'))
   if not paths:
-    raise errors.ConfigError(
-      f'tables={folder!r}: has no file {prefix}*.csv.')
+    raise errors.ConfigError(f'tables={folder!r}: has no file {prefix}*.csv.')
   switched = hardware.nvlink_group == hardware.devices_per_node
   return [
-    table for path in paths for table in _read(path)
+    table
+    for path in paths
+    for table in _read(path)
     if not table.kind.endswith('across nodes')
-    or ('dgx' in path.stem) == switched]
+    or ('dgx' in path.stem) == switched
+  ]
 
 
 def _read(path: pathlib.Path) -> Iterator[Table]:
@@ -86,7 +88,8 @@ def _read(path: pathlib.Path) -> Iterator[Table]:
   else:
     raise errors.ConfigError(
       f'{path.name}: columns={sorted(columns)[:8]}: none of the tables known, '
-      'which are of MLPs, attention, all-reduces and transfers.')
+      'which are of MLPs, attention, all-reduces and transfers.'
+    )
 
 
 def _column(rows: Sequence[dict[str, str]], name: str) -> Floats:
@@ -95,85 +98,133 @@ def _column(rows: Sequence[dict[str, str]], name: str) -> Floats:
 
 def _seconds(rows: Sequence[dict[str, str]], operator: str) -> Floats:
   # Milliseconds to the microsecond; the fastest ones are rounded to 0.
-  return np.maximum(
-    _column(rows, f'time_stats.{operator}.median'), 5e-4) / 1e3
+  return np.maximum(_column(rows, f'time_stats.{operator}.median'), 5e-4) / 1e3
 
 
 def _mlp(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
   heads, kv_heads, width, inner, tp, n = (
-    _column(rows, c) for c in (
-      'n_head', 'n_kv_head', 'n_embd', 'n_expanded_embd',
-      'num_tensor_parallel_workers', 'num_tokens'))
-  gated = _column([{'g': str(int(r['use_gated_mlp'] == 'True'))}
-                   for r in rows], 'g')
+    _column(rows, c)
+    for c in (
+      'n_head',
+      'n_kv_head',
+      'n_embd',
+      'n_expanded_embd',
+      'num_tensor_parallel_workers',
+      'num_tokens',
+    )
+  )
+  gated = _column(
+    [{'g': str(int(r['use_gated_mlp'] == 'True'))} for r in rows], 'g'
+  )
   head = width / heads
   qkv = (heads / tp + 2 * np.maximum(1, kv_heads / tp)) * head
   shapes = {
-    'attn_pre_proj': (width, qkv), 'attn_post_proj': (width / tp, width),
+    'attn_pre_proj': (width, qkv),
+    'attn_post_proj': (width / tp, width),
     'mlp_up_proj': (width, (1 + gated) * inner / tp),
-    'mlp_down_proj': (inner / tp, width)}
+    'mlp_down_proj': (inner / tp, width),
+  }
   for op, (k, m) in shapes.items():
     yield Table(
-      name=f'{name} {op}', kind='linear', model=name,
+      name=f'{name} {op}',
+      kind='linear',
+      model=name,
       seconds=_seconds(rows, op),
-      predict=functools.partial(operators.matmul, n=n, k=k, m=m))
+      predict=functools.partial(operators.matmul, n=n, k=k, m=m),
+    )
   moved = {  # numbers read and written, by token; a norm reads twice
     'input_layernorm': 3 * width,
     'mlp_act': (2 + gated) * inner / tp,
-    'attn_rope': 2 * (heads + kv_heads) / tp * head}
+    'attn_rope': 2 * (heads + kv_heads) / tp * head,
+  }
   for op, numbers in moved.items():
     yield Table(
-      name=f'{name} {op}', kind='elementwise', model=name,
+      name=f'{name} {op}',
+      kind='elementwise',
+      model=name,
       seconds=_seconds(rows, op),
       predict=functools.partial(
-        operators.elementwise, num_bytes=n * numbers * operators.BYTES))
+        operators.elementwise, num_bytes=n * numbers * operators.BYTES
+      ),
+    )
 
 
 def _attention(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
-  width, heads, kv_heads, tp = (int(rows[0][c]) for c in (
-    'n_embd', 'n_q_head', 'n_kv_head', 'num_tensor_parallel_workers'))
+  width, heads, kv_heads, tp = (
+    int(rows[0][c])
+    for c in ('n_embd', 'n_q_head', 'n_kv_head', 'num_tensor_parallel_workers')
+  )
   head = width // heads
   decodes = [r for r in rows if r['is_prefill'] == 'False']
   chunks = [r for r in rows if r['is_prefill'] == 'True']
-  context = (_column(decodes, 'batch_size')
-             * _column(decodes, 'kv_cache_size'))
+  context = _column(decodes, 'batch_size') * _column(decodes, 'kv_cache_size')
   yield Table(
-    name=f'{name} decode', kind='attention', model=name,
+    name=f'{name} decode',
+    kind='attention',
+    model=name,
     seconds=_seconds(decodes, 'attn_decode'),
-    predict=lambda hw: hw.efficiencies.attention_s
-    + operators.decode_attention(
-      hw, context, 2 * kv_heads // tp * head * operators.BYTES))
-  tokens, before = (_column(chunks, c) for c in (
-    'prefill_chunk_size', 'kv_cache_size'))
+    predict=lambda hw: (
+      hw.efficiencies.attention_s
+      + operators.decode_attention(
+        hw, context, 2 * kv_heads // tp * head * operators.BYTES
+      )
+    ),
+  )
+  tokens, before = (
+    _column(chunks, c) for c in ('prefill_chunk_size', 'kv_cache_size')
+  )
   yield Table(
-    name=f'{name} prefill', kind='attention', model=name,
+    name=f'{name} prefill',
+    kind='attention',
+    model=name,
     seconds=_seconds(chunks, 'attn_prefill'),
-    predict=lambda hw: hw.efficiencies.attention_s
-    + operators.prefill_attention(hw, tokens, before, heads // tp, head))
+    predict=lambda hw: (
+      hw.efficiencies.attention_s
+      + operators.prefill_attention(hw, tokens, before, heads // tp, head)
+    ),
+  )
 
 
 def _collectives(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
   groups: dict[tuple[int, int, int], list[dict[str, str]]] = {}
   for row in rows:
-    groups.setdefault((int(row['num_workers']), int(row['devices_per_node']),
-                       int(row['max_devices_per_node'])), []).append(row)
+    groups.setdefault(
+      (
+        int(row['num_workers']),
+        int(row['devices_per_node']),
+        int(row['max_devices_per_node']),
+      ),
+      [],
+    ).append(row)
   for (workers, per_node, most), group in groups.items():
     kind = group[0]['collective']
     size = _column(group, 'size')
     predict: Any = (
-      (lambda hw, s=size, w=workers, p=per_node, m=most, n=name:
-       operators.all_reduce(hw, s, w, _link(hw, w, p, m, n)))
-      if kind == 'all_reduce' else
-      (lambda hw, s=size, w=workers, p=per_node, m=most, n=name:
-       operators.send(hw, s, _link(hw, w, p, m, n))))
+      (
+        lambda hw, s=size, w=workers, p=per_node, m=most, n=name: (
+          operators.all_reduce(hw, s, w, _link(hw, w, p, m, n))
+        )
+      )
+      if kind == 'all_reduce'
+      else (
+        lambda hw, s=size, w=workers, p=per_node, m=most, n=name: (
+          operators.send(hw, s, _link(hw, w, p, m, n))
+        )
+      )
+    )
     across = '' if workers <= per_node else ', across nodes'
     yield Table(
-      name=f'{name} {workers} workers{across}', model='',
-      kind=kind + across, seconds=_seconds(group, kind), predict=predict)
+      name=f'{name} {workers} workers{across}',
+      model='',
+      kind=kind + across,
+      seconds=_seconds(group, kind),
+      predict=predict,
+    )
 
 
-def _link(hardware: Hardware, workers: int, per_node: int, most: int,
-          name: str) -> str:
+def _link(
+  hardware: Hardware, workers: int, per_node: int, most: int, name: str
+) -> str:
   """Returns the link of a group; a file's name may say how it is wired."""
   if workers > per_node:
     return 'network'

@@ -36,23 +36,39 @@ class ChromeTrace:
     """Writes the trace as JSON, compressed if the path ends with .gz."""
     opened = gzip.open if path.endswith('.gz') else open
     with opened(path, 'wt', encoding='utf-8') as file:
-      json.dump({'traceEvents': list(self._events()),
-                 'displayTimeUnit': 'ms'}, file)
+      json.dump(
+        {'traceEvents': list(self._events()), 'displayTimeUnit': 'ms'}, file
+      )
 
   def _events(self) -> Iterator[dict[str, Any]]:
     stages = sorted({span.stage for span in self._spans})
     for stage in stages:
-      yield {'name': 'thread_name', 'ph': 'M', 'pid': 0, 'tid': stage,
-             'args': {'name': f'stage {stage}'}}
+      yield {
+        'name': 'thread_name',
+        'ph': 'M',
+        'pid': 0,
+        'tid': stage,
+        'args': {'name': f'stage {stage}'},
+      }
     for stage, start, end, batch in self._spans:
       chunks = [c.num_tokens for c in batch.chunks if c.is_prefill]
       num_decodes = len(batch.chunks) - len(chunks)
       yield {
-        'name': _kind(num_decodes, chunks), 'cat': 'step', 'ph': 'X',
-        'pid': 0, 'tid': stage, 'ts': start * 1e6, 'dur': (end - start) * 1e6,
-        'args': {'step': batch.step, 'num_tokens': batch.num_tokens,
-                 'num_decodes': num_decodes, 'chunks': chunks,
-                 'preempted': list(batch.preempted)}}
+        'name': _kind(num_decodes, chunks),
+        'cat': 'step',
+        'ph': 'X',
+        'pid': 0,
+        'tid': stage,
+        'ts': start * 1e6,
+        'dur': (end - start) * 1e6,
+        'args': {
+          'step': batch.step,
+          'num_tokens': batch.num_tokens,
+          'num_decodes': num_decodes,
+          'chunks': chunks,
+          'preempted': list(batch.preempted),
+        },
+      }
 
 
 def _kind(num_decodes: int, chunks: list[int]) -> str:

@@ -53,8 +53,12 @@ class Lengths:
   def draw(self, rng: np.random.Generator, n: int) -> tuple[Ints, Ints]:
     """Draws prompt and output lengths, [n] each, both at least 1."""
     prompt, output = (
-      np.interp(rng.random(n), self.probabilities, knots).round()
-      .astype(np.int64).clip(1) for knots in (self.prompt, self.output))
+      np.interp(rng.random(n), self.probabilities, knots)
+      .round()
+      .astype(np.int64)
+      .clip(1)
+      for knots in (self.prompt, self.output)
+    )
     prompt = prompt.clip(max=self.cap - 1)
     return prompt, np.minimum(output, self.cap - prompt)
 
@@ -66,23 +70,30 @@ class Lengths:
 # it says itself that those of arXiv vary less.
 DATASETS: Mapping[str, Lengths] = {
   'openchat_sharegpt4': Lengths(
-    probabilities=(0, .1, .25, .5, .75, .9, .95, .99, 1), cap=8192,
+    probabilities=(0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1),
+    cap=8192,
     prompt=(1, 74, 580, 1730, 3734, 5696, 6563, 7434, 8141),
-    output=(2, 84, 228, 415, 628, 834, 920, 998, 1024)),
+    output=(2, 84, 228, 415, 628, 834, 920, 998, 1024),
+  ),
   'arxiv_summarization': Lengths(
-    probabilities=(0, .25, .5, .75, .9, .99, 1), cap=16384,
+    probabilities=(0, 0.25, 0.5, 0.75, 0.9, 0.99, 1),
+    cap=16384,
     prompt=(1000, 5167, 7059, 9494, 12985, 15600, 16300),
-    output=(20, 158, 208, 265, 371, 408, 600)),
+    output=(20, 158, 208, 265, 371, 408, 600),
+  ),
   # Ours, for models of 1,024 tokens: log-normal lengths of these medians, a
   # prompt's varying the more (sigma 0.9 and 0.6), and cut at both ends.
   'short_chat': Lengths(
-    probabilities=(0, .01, .05, .1, .25, .5, .75, .87, .93, 1), cap=1020,
+    probabilities=(0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.87, 0.93, 1),
+    cap=1020,
     prompt=(16, 30, 56, 77, 133, 245, 449, 674, 900, 900),
-    output=(8, 15, 22, 28, 40, 60, 90, 118, 120, 120)),
+    output=(8, 15, 22, 28, 40, 60, 90, 118, 120, 120),
+  ),
 }
 SOURCES = (
   f'Where lengths come from: {", ".join(DATASETS)} (the first two are the '
-  f'paper\'s), or a CSV with {", ".join(_COLUMNS)} and maybe arrived_at.')
+  f"paper's), or a CSV with {', '.join(_COLUMNS)} and maybe arrived_at."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,22 +125,49 @@ class WorkloadConfig:
 
   def __post_init__(self) -> None:
     check = config_lib.check
-    check(self.source in DATASETS or pathlib.Path(self.source).is_file(),
-          'workload', self.source,
-          f'must be one of {", ".join(DATASETS)}, or a CSV file')
-    check(self.arrivals in ARRIVALS, 'arrivals', self.arrivals,
-          f'must be one of {", ".join(ARRIVALS)}')
-    check(self.num_requests is None or self.num_requests >= 1,
-          'num_requests', self.num_requests, 'must be >= 1')
-    check(self.qps is None or (math.isfinite(self.qps) and self.qps > 0),
-          'qps', self.qps, 'must be > 0')
-    check(self.qps is not None or self.arrivals == 'trace', 'qps', self.qps,
-          'must be given unless arrivals=trace')
+    check(
+      self.source in DATASETS or pathlib.Path(self.source).is_file(),
+      'workload',
+      self.source,
+      f'must be one of {", ".join(DATASETS)}, or a CSV file',
+    )
+    check(
+      self.arrivals in ARRIVALS,
+      'arrivals',
+      self.arrivals,
+      f'must be one of {", ".join(ARRIVALS)}',
+    )
+    check(
+      self.num_requests is None or self.num_requests >= 1,
+      'num_requests',
+      self.num_requests,
+      'must be >= 1',
+    )
+    check(
+      self.qps is None or (math.isfinite(self.qps) and self.qps > 0),
+      'qps',
+      self.qps,
+      'must be > 0',
+    )
+    check(
+      self.qps is not None or self.arrivals == 'trace',
+      'qps',
+      self.qps,
+      'must be given unless arrivals=trace',
+    )
     check(math.isfinite(self.cv) and self.cv > 0, 'cv', self.cv, 'must be > 0')
-    check(math.isfinite(self.length_scale) and self.length_scale > 0,
-          'length_scale', self.length_scale, 'must be > 0')
-    check(0 <= self.batch_share <= 1, 'batch_share', self.batch_share,
-          'must be in [0, 1]')
+    check(
+      math.isfinite(self.length_scale) and self.length_scale > 0,
+      'length_scale',
+      self.length_scale,
+      'must be > 0',
+    )
+    check(
+      0 <= self.batch_share <= 1,
+      'batch_share',
+      self.batch_share,
+      'must be in [0, 1]',
+    )
     check(self.seed >= 0, 'seed', self.seed, 'must be >= 0')
 
 
@@ -164,12 +202,14 @@ class Workload:
       return self
     scale = self.qps / qps
     return dataclasses.replace(
-      self, arrived_at=(self.arrived_at - self.arrived_at[0]) * scale)
+      self, arrived_at=(self.arrived_at - self.arrived_at[0]) * scale
+    )
 
   def sampling(self, i: int) -> types.SamplingParams:
     """Returns greedy sampling of exactly the workload's output length."""
     return types.SamplingParams(
-      temperature=0, ignore_eos=True, max_tokens=int(self.output_lens[i]))
+      temperature=0, ignore_eos=True, max_tokens=int(self.output_lens[i])
+    )
 
   def tier(self, i: int) -> str:
     """Returns the tier of a request; see `types.Request`."""
@@ -182,8 +222,9 @@ def check_fits(workload: Workload, max_model_len: int) -> None:
   if longest > max_model_len:
     raise errors.ConfigError(
       f'workload: a request of {longest} tokens, prompt and output, exceeds '
-      f'the server\'s max_model_len={max_model_len}; a --length_scale '
-      f'below {max_model_len / longest:.3g} makes them shorter.')
+      f"the server's max_model_len={max_model_len}; a --length_scale "
+      f'below {max_model_len / longest:.3g} makes them shorter.'
+    )
 
 
 def make(config: WorkloadConfig) -> Workload:
@@ -194,7 +235,8 @@ def make(config: WorkloadConfig) -> Workload:
   """
   # Streams of their own, so that no length depends on the arrivals.
   length_rng, arrival_rng, tier_rng = (
-    np.random.default_rng([config.seed, i]) for i in range(3))
+    np.random.default_rng([config.seed, i]) for i in range(3)
+  )
   own: Floats | None = None
   if config.source in DATASETS:
     n = config.num_requests or 2048
@@ -204,9 +246,12 @@ def make(config: WorkloadConfig) -> Workload:
     n = config.num_requests or len(prompt)
     is_order_given = config.arrivals in ('trace', 'artifact')
     config_lib.check(
-      n <= len(prompt) or not is_order_given, 'num_requests', n,
+      n <= len(prompt) or not is_order_given,
+      'num_requests',
+      n,
       f'the trace has {len(prompt)} requests; arrivals={config.arrivals} can '
-      'have no more')
+      'have no more',
+    )
     if config.arrivals == 'artifact':  # As pandas shuffles.
       order = np.random.RandomState(config.seed).permutation(len(prompt))
       prompt, output = prompt[order], output[order]
@@ -217,28 +262,38 @@ def make(config: WorkloadConfig) -> Workload:
   if config.length_scale != 1:
     prompt, output = (
       (x * config.length_scale).round().astype(np.int64).clip(1)
-      for x in (prompt, output))
+      for x in (prompt, output)
+    )
   workload = Workload(
-    arrived_at=_arrivals(config, n, own, arrival_rng), prompt_lens=prompt,
-    output_lens=output, is_batch=tier_rng.random(n) < config.batch_share)
+    arrived_at=_arrivals(config, n, own, arrival_rng),
+    prompt_lens=prompt,
+    output_lens=output,
+    is_batch=tier_rng.random(n) < config.batch_share,
+  )
   is_rescaled = config.arrivals == 'trace' and config.qps is not None
   return workload.at_rate(config.qps or 1) if is_rescaled else workload
 
 
-def _arrivals(config: WorkloadConfig, n: int, own: Floats | None,
-              rng: np.random.Generator) -> Floats:
+def _arrivals(
+  config: WorkloadConfig, n: int, own: Floats | None, rng: np.random.Generator
+) -> Floats:
   if config.arrivals == 'trace':
     config_lib.check(
-      own is not None, 'arrivals', config.arrivals,
-      f'workload={config.source!r} has no column arrived_at')
+      own is not None,
+      'arrivals',
+      config.arrivals,
+      f'workload={config.source!r} has no column arrived_at',
+    )
     assert own is not None
     since: Floats = own[:n] - own[0]
     return since
   assert config.qps is not None
   if config.arrivals == 'artifact':  # To the last bit.
     draw = random.Random(config.seed).random
-    return np.cumsum(
-      [min(-math.log(1 - draw()), 3.0) for _ in range(n)]) / config.qps
+    return (
+      np.cumsum([min(-math.log(1 - draw()), 3.0) for _ in range(n)])
+      / config.qps
+    )
   # The exponential is the gamma distribution of shape 1.
   shape = 1 / config.cv**2 if config.arrivals == 'gamma' else 1.0
   return np.cumsum(rng.gamma(shape, 1 / shape, n)) / config.qps
@@ -250,6 +305,7 @@ def read_trace(path: str) -> tuple[Ints, Ints, Floats | None]:
   Raises:
     ConfigError: the file is not such a trace.
   """
+
   def fail(where: str, value: Any, rule: str) -> None:
     config_lib.check(False, f'{path}: {where}', value, rule)
 
@@ -271,16 +327,21 @@ def read_trace(path: str) -> tuple[Ints, Ints, Floats | None]:
     for j, name in enumerate(_COLUMNS):
       value = _number(row[name])
       if not (value.is_integer() and 1 <= value <= MAX_LENGTH):
-        fail(f'line {i + 2}: {name}', row[name],
-             f'must be an integer in [1, {MAX_LENGTH}]')
+        fail(
+          f'line {i + 2}: {name}',
+          row[name],
+          f'must be an integer in [1, {MAX_LENGTH}]',
+        )
       lengths[j, i] = int(value)
     if 'arrived_at' in columns:
       arrived[i] = _number(row['arrived_at'])
       if not math.isfinite(arrived[i]) or arrived[i] < arrived[max(i - 1, 0)]:
-        fail(f'line {i + 2}: arrived_at', row['arrived_at'],
-             'must be seconds, none before the line above')
-  return (lengths[0], lengths[1],
-          arrived if 'arrived_at' in columns else None)
+        fail(
+          f'line {i + 2}: arrived_at',
+          row['arrived_at'],
+          'must be seconds, none before the line above',
+        )
+  return (lengths[0], lengths[1], arrived if 'arrived_at' in columns else None)
 
 
 def _number(text: str | None) -> float:

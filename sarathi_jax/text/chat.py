@@ -53,21 +53,26 @@ class ChatTemplate:
 
   def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
     environment = sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True,
-      extensions=[ext.loopcontrols, _Generation])
+      trim_blocks=True,
+      lstrip_blocks=True,
+      extensions=[ext.loopcontrols, _Generation],
+    )
     environment.filters['tojson'] = _to_json
-    environment.tests['none'] = (
-      lambda value: value is None or isinstance(value, messages_lib.NoText))
+    environment.tests['none'] = lambda value: (
+      value is None or isinstance(value, messages_lib.NoText)
+    )
     environment.globals['raise_exception'] = _raise
-    environment.globals['strftime_now'] = (
-      lambda form: datetime.datetime.now().strftime(form))
+    environment.globals['strftime_now'] = lambda form: (
+      datetime.datetime.now().strftime(form)
+    )
     self._special_tokens = dict(special_tokens)
     try:
       self._template = environment.from_string(source)
       self._contents = messages_lib.contents_of(environment.parse(source))
     except jinja2.TemplateError as error:
       raise errors.CheckpointError(
-        f'chat template: can\'t be read: {error}') from error
+        f"chat template: can't be read: {error}"
+      ) from error
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
@@ -76,10 +81,14 @@ class ChatTemplate:
     source = _source(folder, config)
     if not source:
       return None
-    tokens = {name: text_of(value) for name, value in config.items()
-              if name.endswith('_token')}
-    return cls(source, {
-      name: text for name, text in tokens.items() if text is not None})
+    tokens = {
+      name: text_of(value)
+      for name, value in config.items()
+      if name.endswith('_token')
+    }
+    return cls(
+      source, {name: text for name, text in tokens.items() if text is not None}
+    )
 
   def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
     """Returns the text of a chat, up to where the assistant's answer begins.
@@ -94,12 +103,16 @@ class ChatTemplate:
     prepared = messages_lib.prepared(messages, self._contents)
     try:
       return self._template.render(
-        messages=prepared, add_generation_prompt=True, tools=None,
-        documents=None, **self._special_tokens)
+        messages=prepared,
+        add_generation_prompt=True,
+        tools=None,
+        documents=None,
+        **self._special_tokens,
+      )
     except Exception as error:  # A template may raise anything.
       raise errors.InvalidRequestError(
-        'messages: the chat template refused them: '
-        f'{errors.cut(str(error))}') from error
+        f'messages: the chat template refused them: {errors.cut(str(error))}'
+      ) from error
 
 
 def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -134,10 +147,10 @@ def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
     try:
       return file.read_text(encoding='utf-8')
     except ValueError as error:
-      raise errors.CheckpointError(
-        f'{file}: can\'t be read: {error}') from error
+      raise errors.CheckpointError(f"{file}: can't be read: {error}") from error
   source = config.get('chat_template') or read_json(
-    folder / 'chat_template.json').get('chat_template')
+    folder / 'chat_template.json'
+  ).get('chat_template')
   try:
     if isinstance(source, list):  # Several, by name.
       source = {entry['name']: entry['template'] for entry in source}
@@ -148,7 +161,8 @@ def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   except (KeyError, TypeError) as error:
     raise errors.CheckpointError(
       f'{folder}: chat_template: must be a text, a list of objects with name '
-      f'and template, or an object of texts by name: {error}') from error
+      f'and template, or an object of texts by name: {error}'
+    ) from error
   return source
 
 

@@ -25,5 +25,7 @@ class Collector:
       token_ids=tuple(t for d in self._deltas for t in d.token_ids),
       logprobs=tuple(p for d in self._deltas for p in d.logprobs),
       text=''.join(d.text for d in self._deltas),
-      finish_reason=delta.finish_reason, stop_reason=delta.stop_reason,
-      metrics=delta.metrics)
+      finish_reason=delta.finish_reason,
+      stop_reason=delta.stop_reason,
+      metrics=delta.metrics,
+    )

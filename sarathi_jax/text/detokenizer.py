@@ -48,8 +48,9 @@ class _Pending(NamedTuple):
   def visible(self) -> str:
     if '0' not in self.shown:
       return self.text
-    return ''.join(c for c, shown in zip(self.text, self.shown, strict=True)
-                   if shown == '1')
+    return ''.join(
+      c for c, shown in zip(self.text, self.shown, strict=True) if shown == '1'
+    )
 
 
 _NONE = _Pending('', '')
@@ -62,8 +63,9 @@ class Detokenizer:
   where special tokens are left out of the text, too.
   """
 
-  def __init__(self, tokenizer: tokenizer_lib.Tokenizer,
-               request: types.Request) -> None:
+  def __init__(
+    self, tokenizer: tokenizer_lib.Tokenizer, request: types.Request
+  ) -> None:
     sampling = request.sampling
     self._stops = sampling.stop
     self._keep_stop = sampling.include_stop_str_in_output
@@ -71,14 +73,21 @@ class Detokenizer:
     special = tokenizer.special_tokens if skip and self._stops else {}
     # Special tokens that are decoded, so that stop strings are found in them,
     # and then left out here.
-    self._hidden = special if any(
-      text in stop for text in special.values() for stop in self._stops) else {}
+    self._hidden = (
+      special
+      if any(text in stop for text in special.values() for stop in self._stops)
+      else {}
+    )
     self._stream = tokenizer.stream(
-      request.prompt_token_ids, skip and not self._hidden)
+      request.prompt_token_ids, skip and not self._hidden
+    )
     self._held = _NONE
 
-  def read(self, tokens: Sequence[int], ended_by_token: bool,
-           ) -> tuple[str, str | None, int]:
+  def read(
+    self,
+    tokens: Sequence[int],
+    ended_by_token: bool,
+  ) -> tuple[str, str | None, int]:
     """Takes in several tokens, as `step`, until a stop string is complete.
 
     Returns:
@@ -112,8 +121,9 @@ class Detokenizer:
       return self._find_stop(_Pending(new, ''))
     special = self._hidden.get(token, '')
     num_hidden = len(special) if new.endswith(special) else 0
-    return self._find_stop(_Pending(
-      new, '1' * (len(new) - num_hidden) + '0' * num_hidden))
+    return self._find_stop(
+      _Pending(new, '1' * (len(new) - num_hidden) + '0' * num_hidden)
+    )
 
   def _find_stop(self, new: _Pending) -> tuple[str, str | None]:
     pending = self._held.plus(new)
@@ -122,8 +132,9 @@ class Detokenizer:
     if found:
       start, stop = min(found, key=lambda f: (f[0], -len(f[1])))
       self._held = _NONE
-      return (pending.part(0, start).visible()
-              + (stop if self._keep_stop else '')), stop
+      return (
+        pending.part(0, start).visible() + (stop if self._keep_stop else '')
+      ), stop
     cut = len(text) - _num_held_back(text, self._stops)
     self._held = pending.part(cut, len(text))
     return pending.part(0, cut).visible(), None

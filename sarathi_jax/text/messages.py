@@ -20,8 +20,11 @@ from sarathi_jax import errors
 
 # Type of a part -> the field that holds its text.
 _TEXTS: Mapping[str, str] = {
-  'text': 'text', 'input_text': 'text', 'output_text': 'text',
-  'refusal': 'refusal'}
+  'text': 'text',
+  'input_text': 'text',
+  'output_text': 'text',
+  'refusal': 'refusal',
+}
 
 
 class NoText(str):
@@ -61,8 +64,10 @@ class Contents(enum.Enum):
   PARTS = 'parts'
 
 
-def prepared(messages: Sequence[Any], contents: Contents = Contents.TEXT,
-             ) -> list[dict[str, Any]]:
+def prepared(
+  messages: Sequence[Any],
+  contents: Contents = Contents.TEXT,
+) -> list[dict[str, Any]]:
   """Returns messages whose contents are what a template takes.
 
   Args:
@@ -73,46 +78,59 @@ def prepared(messages: Sequence[Any], contents: Contents = Contents.TEXT,
     UnsupportedError: a part is not text.
     InvalidRequestError: these are not such messages.
   """
-  return [_prepared(message, f'messages[{i}]', contents)
-          for i, message in enumerate(messages)]
+  return [
+    _prepared(message, f'messages[{i}]', contents)
+    for i, message in enumerate(messages)
+  ]
 
 
 def contents_of(template: nodes.Template) -> Contents:
   """Finds what a template takes: parts, if it iterates over contents itself."""
-  names = {assign.target.name for assign in template.find_all(nodes.Assign)
-           if isinstance(assign.target, nodes.Name)
-           and _is_content(assign.node)}
+  names = {
+    assign.target.name
+    for assign in template.find_all(nodes.Assign)
+    if isinstance(assign.target, nodes.Name) and _is_content(assign.node)
+  }
   if not any(
-      _is_content(loop.iter)
-      or (isinstance(loop.iter, nodes.Name) and loop.iter.name in names)
-      for loop in template.find_all(nodes.For)):
+    _is_content(loop.iter)
+    or (isinstance(loop.iter, nodes.Name) and loop.iter.name in names)
+    for loop in template.find_all(nodes.For)
+  ):
     return Contents.TEXT
-  asks = any(test.name in ('string', 'iterable', 'sequence')
-             for test in template.find_all(nodes.Test))
+  asks = any(
+    test.name in ('string', 'iterable', 'sequence')
+    for test in template.find_all(nodes.Test)
+  )
   return Contents.EITHER if asks else Contents.PARTS
 
 
 def _is_content(node: nodes.Node) -> bool:
   if isinstance(node, nodes.Getattr):
     return node.attr == 'content'
-  return (isinstance(node, nodes.Getitem) and isinstance(
-    node.arg, nodes.Const) and node.arg.value == 'content')
+  return (
+    isinstance(node, nodes.Getitem)
+    and isinstance(node.arg, nodes.Const)
+    and node.arg.value == 'content'
+  )
 
 
-def _prepared(message: Any, where: str,
-              contents: Contents) -> dict[str, Any]:
+def _prepared(message: Any, where: str, contents: Contents) -> dict[str, Any]:
   if not isinstance(message, Mapping):
     raise _wrong(where, message, 'must be an object with role and content')
   role = message.get('role')
   if not isinstance(role, str) or not role:
     raise _wrong(f'{where}.role', role, 'must be a text that is not empty')
-  made = {**message, 'content': _content(
-    message.get('content'), f'{where}.content', contents)}
+  made = {
+    **message,
+    'content': _content(message.get('content'), f'{where}.content', contents),
+  }
   if message.get('tool_calls'):
     made['tool_calls'] = [
       _tool_call(call, f'{where}.tool_calls[{i}]')
-      for i, call in enumerate(_a_list(
-        message['tool_calls'], f'{where}.tool_calls', 'must be a list'))]
+      for i, call in enumerate(
+        _a_list(message['tool_calls'], f'{where}.tool_calls', 'must be a list')
+      )
+    ]
   return made
 
 
@@ -123,9 +141,12 @@ def _content(content: Any, where: str, contents: Contents) -> Any:
     if contents is not Contents.PARTS:
       return content
     content = [content]
-  texts = [_text_of(part, f'{where}[{i}]')
-           for i, part in enumerate(_a_list(
-             content, where, 'must be a text, null, or a list of parts'))]
+  texts = [
+    _text_of(part, f'{where}[{i}]')
+    for i, part in enumerate(
+      _a_list(content, where, 'must be a text, null, or a list of parts')
+    )
+  ]
   if contents is not Contents.TEXT:
     return [{'type': 'text', 'text': text} for text in texts]
   return '\n'.join(texts)
@@ -140,7 +161,8 @@ def _text_of(part: Any, where: str) -> str:
   if not isinstance(kind, str) or kind not in _TEXTS:
     raise errors.UnsupportedError(
       f'{where}: type={errors.shown(kind)}: only parts that are text are '
-      'supported.')
+      'supported.'
+    )
   text = part.get(_TEXTS[kind])
   if not isinstance(text, str):
     raise _wrong(f'{where}.{_TEXTS[kind]}', text, 'must be a text')
@@ -159,10 +181,13 @@ def _tool_call(call: Any, where: str) -> Any:
   except (ValueError, RecursionError):
     values = None
   if not isinstance(values, dict):
-    raise _wrong(f'{where}.function.arguments', text,
-                 'must be a JSON object, as a text')
-  return {**call, 'function': {
-    **function, 'arguments': _Arguments(text, values)}}
+    raise _wrong(
+      f'{where}.function.arguments', text, 'must be a JSON object, as a text'
+    )
+  return {
+    **call,
+    'function': {**function, 'arguments': _Arguments(text, values)},
+  }
 
 
 def _a_list(value: Any, where: str, rule: str) -> Sequence[Any]:
@@ -172,5 +197,4 @@ def _a_list(value: Any, where: str, rule: str) -> Sequence[Any]:
 
 
 def _wrong(where: str, value: Any, rule: str) -> errors.InvalidRequestError:
-  return errors.InvalidRequestError(
-    f'{where}={errors.shown(value)}: {rule}.')
+  return errors.InvalidRequestError(f'{where}={errors.shown(value)}: {rule}.')

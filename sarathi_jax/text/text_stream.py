@@ -28,7 +28,8 @@ def _byte_level_alphabet() -> dict[str, int]:
   shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   hidden = [byte for byte in range(0x100) if byte not in shown]
   return {chr(byte): byte for byte in shown} | {
-    chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    chr(0x100 + i): byte for i, byte in enumerate(hidden)
+  }
 
 
 _ALPHABET = _byte_level_alphabet()
@@ -45,8 +46,9 @@ class Pieces:
     self._tokenizer = tokenizer
     added = tokenizer.get_added_tokens_decoder()
     self._added = {token: piece.content for token, piece in added.items()}
-    self.special = {token: piece.content for token, piece in added.items()
-                    if piece.special}
+    self.special = {
+      token: piece.content for token, piece in added.items() if piece.special
+    }
     decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b''
     self._is_byte_level = b'"ByteLevel"' in decoder
     self._has_byte_pieces = b'"ByteFallback"' in decoder
@@ -87,8 +89,13 @@ class TextStream:
     skip_special_tokens: whether to leave special tokens out.
   """
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, pieces: Pieces,
-               prompt: Sequence[int], skip_special_tokens: bool) -> None:
+  def __init__(
+    self,
+    tokenizer: tokenizers.Tokenizer,
+    pieces: Pieces,
+    prompt: Sequence[int],
+    skip_special_tokens: bool,
+  ) -> None:
     self._tokenizer = tokenizer
     self._pieces = pieces
     self._skip = skip_special_tokens
@@ -97,7 +104,7 @@ class TextStream:
     self._held: list[int] = []
     self._num_shown = 0  # characters of the held tokens' text
     self._has_prompt = False  # whether some held tokens are the prompt's
-    seen = list(prompt[self._start(prompt):])
+    seen = list(prompt[self._start(prompt) :])
     if self._decode(seen).endswith(_REPLACEMENT):
       self._stream = decoders.DecodeStream(skip_special_tokens=self._skip)
       for token in seen:
@@ -106,7 +113,8 @@ class TextStream:
     else:
       self._given = seen
       self._stream = decoders.DecodeStream(
-        ids=seen, skip_special_tokens=self._skip)
+        ids=seen, skip_special_tokens=self._skip
+      )
 
   def step(self, token: int) -> str:
     """Returns the text that `token` completes; '' within a character."""
@@ -133,13 +141,14 @@ class TextStream:
       held, self._held, self._num_shown = [], self._held[-1:], 0
       self._has_prompt = False
     self._stream = decoders.DecodeStream(
-      ids=held, skip_special_tokens=self._skip)
+      ids=held, skip_special_tokens=self._skip
+    )
 
   def _start(self, prompt: Sequence[int]) -> int:
     """Returns where the prompt's last tokens begin, at a character's start."""
     last = max(len(prompt) - _NUM_SEEN, 0)
     for start in range(last, max(last - _MOST_BYTES, 0), -1):
-      if not num_unfinished(self._bytes(prompt[max(start - 4, 0):start])):
+      if not num_unfinished(self._bytes(prompt[max(start - 4, 0) : start])):
         return start
     return max(last - _MOST_BYTES, 0)
 
@@ -152,20 +161,20 @@ class TextStream:
     kept = len(self._held)
     while unfinished > 0:
       kept -= 1
-      unfinished -= len(self._bytes(self._held[kept:kept + 1]))
+      unfinished -= len(self._bytes(self._held[kept : kept + 1]))
     before = self._decode(self._given)
     if unfinished == 0:
       text = self._decode(self._given + self._held[:kept])
     else:  # One token ends a character and begins another.
       text = text.removesuffix(_REPLACEMENT)
-    return text[len(before):] if text.startswith(before) else ''
+    return text[len(before) :] if text.startswith(before) else ''
 
   def _bytes(self, tokens: Sequence[int]) -> bytes:
     skipped = self._pieces.special if self._skip else {}
-    return b''.join(self._pieces.bytes_of(token) for token in tokens
-                    if token not in skipped)
+    return b''.join(
+      self._pieces.bytes_of(token) for token in tokens if token not in skipped
+    )
 
   def _decode(self, tokens: list[int]) -> str:
-    text: str = self._tokenizer.decode(
-      tokens, skip_special_tokens=self._skip)
+    text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
     return text

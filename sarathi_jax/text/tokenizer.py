@@ -38,14 +38,18 @@ class Tokenizer:
       self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # The library raises plain Exception.
       raise errors.CheckpointError(
-        f'{file}: not a tokenizer that can be read: {error}') from error
+        f'{file}: not a tokenizer that can be read: {error}'
+      ) from error
     encode_all(self._tokenizer)
     self._pieces = text_stream.Pieces(self._tokenizer)
     self._chat = chat.ChatTemplate.from_folder(folder)
 
   @classmethod
-  def copy_of(cls, tokenizer: tokenizers.Tokenizer,
-              template: chat.ChatTemplate | None = None) -> Tokenizer:
+  def copy_of(
+    cls,
+    tokenizer: tokenizers.Tokenizer,
+    template: chat.ChatTemplate | None = None,
+  ) -> Tokenizer:
     """Copies a tokenizer in memory, which others may change later on.
 
     Args:
@@ -76,10 +80,12 @@ class Tokenizer:
     """
     return self._encode(text, add_special_tokens=True)
 
-  def decode(self, token_ids: Iterable[int],
-             skip_special_tokens: bool = True) -> str:
+  def decode(
+    self, token_ids: Iterable[int], skip_special_tokens: bool = True
+  ) -> str:
     return self._tokenizer.decode(
-      list(token_ids), skip_special_tokens=skip_special_tokens)
+      list(token_ids), skip_special_tokens=skip_special_tokens
+    )
 
   def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
     """Returns a chat's token ids, up to where the assistant's answer begins.
@@ -91,7 +97,8 @@ class Tokenizer:
     if self._chat is None:
       raise errors.UnsupportedError(
         'messages: this model has no chat template, or none that is called '
-        'default; send a prompt.')
+        'default; send a prompt.'
+      )
     text = self._chat.render(messages)
     # The template writes the special tokens itself.
     return self._encode(text, add_special_tokens=False)
@@ -100,18 +107,22 @@ class Tokenizer:
     # A batch, as the library's `encode` lets no other thread run; `fast`
     # computes no offsets.
     try:
-      encoding, = self._tokenizer.encode_batch_fast(
-        [text], add_special_tokens=add_special_tokens)
+      (encoding,) = self._tokenizer.encode_batch_fast(
+        [text], add_special_tokens=add_special_tokens
+      )
     except Exception as error:  # Lone surrogates, for example.
       raise errors.InvalidRequestError(
-        f'prompt: can\'t be tokenized: {errors.cut(str(error))}') from error
+        f"prompt: can't be tokenized: {errors.cut(str(error))}"
+      ) from error
     return tuple(encoding.ids)
 
-  def stream(self, prompt: Sequence[int],
-             skip_special_tokens: bool) -> text_stream.TextStream:
+  def stream(
+    self, prompt: Sequence[int], skip_special_tokens: bool
+  ) -> text_stream.TextStream:
     """Returns a stream that decodes the tokens after `prompt`, one by one."""
     return text_stream.TextStream(
-      self._tokenizer, self._pieces, prompt, skip_special_tokens)
+      self._tokenizer, self._pieces, prompt, skip_special_tokens
+    )
 
   def token_id(self, text: str) -> int | None:
     """Returns the id of the token of this text; None if there is none."""
@@ -150,8 +161,8 @@ def checked(prompt: Any) -> Prompt:
     InvalidRequestError: it is neither a text nor a list.
   """
   if isinstance(prompt, str) or (
-      isinstance(prompt, Sequence)
-      and not isinstance(prompt, (bytes, bytearray))):
+    isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
+  ):
     return prompt
   raise _wrong(prompt)
 
@@ -159,28 +170,37 @@ def checked(prompt: Any) -> Prompt:
 def _wrong(prompt: Any) -> errors.InvalidRequestError:
   return errors.InvalidRequestError(
     f'prompt={errors.shown(prompt)}: must be a text, a list of token ids, or a '
-    'list of messages.')
+    'list of messages.'
+  )
 
 
-def encode_prompt(tokenizer: Tokenizer | None,
-                  prompt: Prompt) -> tuple[int, ...]:
+def encode_prompt(
+  tokenizer: Tokenizer | None, prompt: Prompt
+) -> tuple[int, ...]:
   """Returns the token ids of a text, of a chat, or of token ids.
 
   Raises:
     InvalidRequestError: it is none of these, or there is no tokenizer.
   """
   prompt = checked(prompt)
-  is_chat = (not isinstance(prompt, str) and len(prompt) > 0
-             and isinstance(prompt[0], Mapping))
+  is_chat = (
+    not isinstance(prompt, str)
+    and len(prompt) > 0
+    and isinstance(prompt[0], Mapping)
+  )
   if isinstance(prompt, str) or is_chat:
     if not prompt:
       # The tokenizer itself might add a token that starts a text.
-      raise errors.InvalidRequestError('prompt=\'\': must not be empty.')
+      raise errors.InvalidRequestError("prompt='': must not be empty.")
     if tokenizer is None:
       raise errors.UnsupportedError(
-        'prompt: this model has no tokenizer; send token ids.')
-    return (tokenizer.apply_chat_template(prompt) if is_chat  # type: ignore
-            else tokenizer.encode(prompt))  # type: ignore
+        'prompt: this model has no tokenizer; send token ids.'
+      )
+    return (
+      tokenizer.apply_chat_template(prompt)
+      if is_chat  # type: ignore
+      else tokenizer.encode(prompt)
+    )  # type: ignore
   if any(isinstance(token, bool) for token in prompt):
     raise _wrong(prompt)
   try:

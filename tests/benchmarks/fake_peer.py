@@ -25,8 +25,9 @@ def install(folder: pathlib.Path) -> pathlib.Path:
   """Makes an environment with this as its Python; returns that."""
   for name in ('python', 'optimum-cli'):
     script = folder / name
-    script.write_text(f'#!{sys.executable}\n' + pathlib.Path(
-      __file__).read_text())
+    script.write_text(
+      f'#!{sys.executable}\n' + pathlib.Path(__file__).read_text()
+    )
     script.chmod(0o755)
   return folder / 'python'
 
@@ -36,8 +37,9 @@ def continued(prompt: Sequence[int], count: int) -> list[int]:
   return [(prompt[-1] + 1 + i) % VOCAB_SIZE for i in range(count)]
 
 
-async def _answer(reader: asyncio.StreamReader,
-                  writer: asyncio.StreamWriter) -> None:
+async def _answer(
+  reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
   """One connection's one request."""
   method = (await reader.readline()).decode().partition(' ')[0]
   length = 0
@@ -57,6 +59,7 @@ async def _answer(reader: asyncio.StreamReader,
 
 async def _stream(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
   """Chunked events, the last two tokens in one; without ids, as text."""
+
   def send(text: str) -> None:
     data = text.encode()
     writer.write(b'%x\r\n%b\r\n' % (len(data), data))
@@ -70,8 +73,9 @@ async def _stream(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
   pieces = [[t] for t in tokens[:-2]] + [tokens[-2:]]
   for piece in pieces:
     await asyncio.sleep(STEP_S)
-    event(choices=[{'text': '', 'token_ids': piece} if has_ids
-                   else {'text': 'x'}])
+    event(
+      choices=[{'text': '', 'token_ids': piece} if has_ids else {'text': 'x'}]
+    )
   if body.get('stream_options'):
     event(choices=[], usage={'completion_tokens': count})
   send('data: [DONE]\n\n')
@@ -86,10 +90,12 @@ def _work(folder: str) -> None:
   """A worker of `peers`, by its own protocol."""
   sys.path.insert(0, folder)
   import workload  # type: ignore[import-not-found]
+
   args = workload.parse_args()
   assert os.path.isdir(args.model)
   workload.serve(
-    args, lambda prompts: [continued(p, n) for p, n in prompts], VERSION)
+    args, lambda prompts: [continued(p, n) for p, n in prompts], VERSION
+  )
 
 
 def main() -> None:
@@ -98,7 +104,8 @@ def main() -> None:
   what = pathlib.Path(arguments[0]).name
   if what == 'make_model.py':
     pathlib.Path(arguments[1], 'config.json').write_text(
-      json.dumps({'vocab_size': VOCAB_SIZE}))
+      json.dumps({'vocab_size': VOCAB_SIZE})
+    )
   elif what == 'export':
     pathlib.Path(arguments[-1]).mkdir(exist_ok=True)
   elif what == '-c':
@@ -108,9 +115,10 @@ def main() -> None:
       sys.exit('thirteen is a bad number')
     asyncio.run(_serve(int(flags['--port'])))
   else:
-    folder = (os.environ['WORKERS'] if what == '-m'
-              else os.path.dirname(arguments[0]))
-    del sys.argv[1:3 if what == '-m' else 2]
+    folder = (
+      os.environ['WORKERS'] if what == '-m' else os.path.dirname(arguments[0])
+    )
+    del sys.argv[1 : 3 if what == '-m' else 2]
     _work(folder)
 
 

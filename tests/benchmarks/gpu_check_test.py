@@ -24,8 +24,12 @@ from sarathi_jax.benchmarks.gpu import processes
 def run(*args: str) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check', *args],
-    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
 
 
 def results(folder: pathlib.Path) -> dict[str, Any]:
@@ -42,8 +46,12 @@ def names_in(path: pathlib.Path) -> set[str]:
 def test_one_call_after_another(tmp_path: pathlib.Path) -> None:
   """What hangs is ended alone, all that is known is packed, a call goes on."""
   out = tmp_path / 'out'
-  flags = ('--size=tiny', f'--output={out}', f'--cache_dir={tmp_path}',
-           '--stages=preflight,write')
+  flags = (
+    '--size=tiny',
+    f'--output={out}',
+    f'--cache_dir={tmp_path}',
+    '--stages=preflight,write',
+  )
   # The first stage that is left less than it needs is the next call's.
   first = run(*flags, '--budget_s=11', '--hang=preflight')
   assert first.returncode == 1, first.stdout
@@ -54,37 +62,46 @@ def test_one_call_after_another(tmp_path: pathlib.Path) -> None:
   assert second.stdout.index('preflight:') < second.stdout.index('write:')
   found = results(out)
   assert set(found['results']) == {'preflight', 'write'}
-  limits = next(row for row in found['results']['preflight']
-                if row['point'] == 'limits')
+  limits = next(
+    row for row in found['results']['preflight'] if row['point'] == 'limits'
+  )
   assert limits['matmul_flops_per_s'] > 0
   last = second.stdout.strip().splitlines()[-1]
   assert last == f'All of it: {out}.tar.gz'
   assert names_in(pathlib.Path(f'{out}.tar.gz')) >= {
-    'out/gpu_check.json', 'out/write.jsonl', 'out/logs/preflight.log'}
+    'out/gpu_check.json',
+    'out/write.jsonl',
+    'out/logs/preflight.log',
+  }
   third = run(*flags)
   assert third.returncode == 0, third.stdout
   assert 'write: done before' in third.stdout
   other = json.loads((out / 'device.json').read_text()) | {
-    'device': 'NVIDIA A40'}
+    'device': 'NVIDIA A40'
+  }
   (out / 'device.json').write_text(json.dumps(other))
   wrong = run(*flags, '--stages=tests')
   assert wrong.returncode == 1
   assert "holds results of {'device': 'NVIDIA A40'" in wrong.stdout
 
 
-@pytest.mark.parametrize(('flag', 'message'), [
-  ('--stages=nonsense', '--stages=nonsense: must be of preflight, tests'),
-  ('--size=full', 'JAX sees no GPU here, but cpu'),
-])
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--stages=nonsense', '--stages=nonsense: must be of preflight, tests'),
+    ('--size=full', 'JAX sees no GPU here, but cpu'),
+  ],
+)
 def test_what_cannot_be_done_is_said(
-    tmp_path: pathlib.Path, flag: str, message: str) -> None:
+  tmp_path: pathlib.Path, flag: str, message: str
+) -> None:
   done = run(f'--output={tmp_path}', flag)
   assert done.returncode == 1
   assert message in done.stdout.replace('\n', ' ')
 
 
 # What a stage's process does, by its journal.
-POINTS = '''
+POINTS = """
 import os, pathlib, sys, time
 from sarathi_jax.benchmarks import journal
 j = journal.Journal(pathlib.Path(sys.argv[1]))
@@ -93,21 +110,27 @@ def hang(): time.sleep(60)
 for point in sys.argv[2:]:
   j.measure(point, {'crash': crash, 'hang': hang}.get(point, dict))
 j.complete()
-'''
+"""
 
 
-def run_points(folder: pathlib.Path, *points: str, code: str = POINTS,
-               most_s: float = 60) -> tuple[str | None, journal_lib.Journal]:
+def run_points(
+  folder: pathlib.Path, *points: str, code: str = POINTS, most_s: float = 60
+) -> tuple[str | None, journal_lib.Journal]:
   path = folder / 'x.jsonl'
   error = processes.run(
     [sys.executable, '-c', code, str(path), *points],
-    os.environ | {'PYTHONPATH': str(pathlib.Path.cwd())}, folder / 'x.log',
-    journal_lib.Journal(path), most_s, folder)
+    os.environ | {'PYTHONPATH': str(pathlib.Path.cwd())},
+    folder / 'x.log',
+    journal_lib.Journal(path),
+    most_s,
+    folder,
+  )
   return error, journal_lib.Journal(path)
 
 
 def test_a_stage_goes_on_after_a_point_that_crashes(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   error, journal = run_points(tmp_path, 'a', 'crash', 'b')
   assert error is None and journal.is_complete
   assert journal.rows['crash']['error'] == 'its process ended with -6'
@@ -115,7 +138,8 @@ def test_a_stage_goes_on_after_a_point_that_crashes(
 
 
 def test_a_stage_that_hangs_is_ended_and_its_point_tried_again(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   error, journal = run_points(tmp_path, 'a', 'hang', 'b', most_s=4)
   assert error == 'stopped after 4 s, run again to go on'
   assert list(journal.rows) == ['a'] and journal.under_way == 'hang'
@@ -123,19 +147,25 @@ def test_a_stage_that_hangs_is_ended_and_its_point_tried_again(
 
 
 def test_a_process_that_gets_nowhere_is_not_started_again(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   error, journal = run_points(
-    tmp_path, code='print("why"); raise SystemExit(3)')
+    tmp_path, code='print("why"); raise SystemExit(3)'
+  )
   assert error == 'exit status 3: why\n' and not journal.rows
   with pytest.raises(SystemExit, match='wrong device'):
     run_points(tmp_path, code='print("wrong device"); raise SystemExit(2)')
 
 
 def test_remedies_are_tried_until_none_is_left(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """As on a machine where any loop in a CUDA graph crashes the process."""
-  monkeypatch.setattr(check, 'FLAGS', types.SimpleNamespace(
-    output=str(tmp_path), cache_dir=str(tmp_path)))
+  monkeypatch.setattr(
+    check,
+    'FLAGS',
+    types.SimpleNamespace(output=str(tmp_path), cache_dir=str(tmp_path)),
+  )
   seen = []
 
   def stage(name: str, most_s: float) -> str | None:
@@ -160,7 +190,8 @@ def test_remedies_are_tried_until_none_is_left(
   assert not journal.has_errors
   # And what comes later has all that helped, last.
   assert check._environment('engine')['XLA_FLAGS'] == seen[2].replace(
-    'preflight.txt', 'engine.txt')
+    'preflight.txt', 'engine.txt'
+  )
 
 
 def test_archives_are_bounded_and_whole(tmp_path: pathlib.Path) -> None:
@@ -171,7 +202,8 @@ def test_archives_are_bounded_and_whole(tmp_path: pathlib.Path) -> None:
   (folder / 'large.bin').write_bytes(os.urandom(3 * 10**6))
   path = tmp_path / 'sub' / 'out.tar.gz'
   left_out = archive.pack(
-    {'out': folder, 'no': tmp_path / 'nowhere'}, path, 2 * 10**6)
+    {'out': folder, 'no': tmp_path / 'nowhere'}, path, 2 * 10**6
+  )
   assert left_out == ['out/large.bin']
   assert path.stat().st_size < 2 * 10**6
   assert names_in(path) == {'out/small.json', 'out/long.log'}
@@ -182,7 +214,8 @@ def test_archives_are_bounded_and_whole(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_point_that_fails_is_told_and_tried_again(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   journal = journal_lib.Journal(tmp_path / 'x.jsonl')
   journal.measure('good', lambda: {'us': 1})
   journal.measure('bad', lambda: {'us': 1 // 0})
@@ -196,8 +229,7 @@ def test_a_point_that_fails_is_told_and_tried_again(
   assert not again.has_errors and not again.is_complete
 
 
-def test_what_breaks_its_process_is_left_behind(
-    tmp_path: pathlib.Path) -> None:
+def test_what_breaks_its_process_is_left_behind(tmp_path: pathlib.Path) -> None:
   def fail() -> journal_lib.Row:
     raise RuntimeError('CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access')
 

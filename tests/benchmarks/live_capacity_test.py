@@ -36,10 +36,14 @@ class Setup(live_capacity.Setup):
     config = dataclasses.replace(self.config, **changes)
     scheduler = scheduler_lib.make(config, max_model_len=32, num_pages=64)
     return engine_lib.Engine(
-      scheduler, pacing.paced(
-        SteadyRunner(100, config.max_num_seqs), scheduler, time.monotonic),
+      scheduler,
+      pacing.paced(
+        SteadyRunner(100, config.max_num_seqs), scheduler, time.monotonic
+      ),
       info=engine_lib.EngineInfo.of(
-        scheduler.config, policy=config.policy, vocab_size=100))
+        scheduler.config, policy=config.policy, vocab_size=100
+      ),
+    )
 
 
 @pytest.fixture
@@ -47,16 +51,24 @@ def setup(tmp_path: pathlib.Path) -> Setup:
   trace = tmp_path / 'trace.csv'
   trace.write_text('num_prefill_tokens,num_decode_tokens\n6,4\n12,8\n')
   return Setup(
-    model=None, params=None, config=config_lib.EngineConfig(
-      token_budget=8, max_num_seqs=4, page_size=8, look_ahead=False),
-    workload=workload.WorkloadConfig(source=str(trace), num_requests=60))
+    model=None,
+    params=None,
+    config=config_lib.EngineConfig(
+      token_budget=8, max_num_seqs=4, page_size=8, look_ahead=False
+    ),
+    workload=workload.WorkloadConfig(source=str(trace), num_requests=60),
+  )
 
 
 def test_live_and_simulated_are_compared(setup: Setup) -> None:
   found = live_capacity.compare(setup, load=0.3, seconds=0.6)
   assert found['num_requests'] >= 0.6 * found['qps']
   assert [row['quantity'] for row in found['rows']] == [
-    'P50 ttft_s', 'P99 ttft_s', 'P50 tbt_s', 'P99 tbt_s']
+    'P50 ttft_s',
+    'P99 ttft_s',
+    'P50 tbt_s',
+    'P99 tbt_s',
+  ]
   for row in found['rows']:
     assert row['live'] >= 1e-3
     for told in ('before', 'own'):
@@ -66,8 +78,13 @@ def test_live_and_simulated_are_compared(setup: Setup) -> None:
 
 def test_policies_are_compared_live(setup: Setup) -> None:
   rows = live_capacity.capacities(
-    setup, ['vllm', 'sarathi 16'], search.Slo(p99_tbt_s=5, p50_delay_s=0.01),
-    start=50.0, precision=1.0, seconds=0.2)
+    setup,
+    ['vllm', 'sarathi 16'],
+    search.Slo(p99_tbt_s=5, p50_delay_s=0.01),
+    start=50.0,
+    precision=1.0,
+    seconds=0.2,
+  )
   assert [row['row'] for row in rows] == ['vllm', 'sarathi 16']
   assert rows[0]['over_first'] == 1
   for row in rows:  # A step each token, four at once at most.

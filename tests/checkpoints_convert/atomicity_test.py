@@ -18,7 +18,7 @@ from tests.checkpoints_convert import fake_checkpoint as fake
 
 # Converts in a child of its own, which kills itself as it calls `moment` for
 # the n-th time. Importing is slow, so one process forks them all.
-_KILL = '''
+_KILL = """
 import contextlib, os, pathlib, signal, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
 from checkpoints_convert import convert, orbax_writer, staging
@@ -56,24 +56,47 @@ if not child:
   convert.convert(source, target, check=True)
   os._exit(0)
 print('last', os.waitpid(child, 0)[1])
-'''
+"""
 
 # Creating an array is the start of writing it: the 1st, the 9th of 21. Orbax
 # renames its own folder first.
-_MOMENTS = ('create:1', 'create:9', 'create:21', 'write:1', 'write_metadata:1',
-            'compare:1', '_sync:1', 'rename:1', 'rename:2')
+_MOMENTS = (
+  'create:1',
+  'create:9',
+  'create:21',
+  'write:1',
+  'write_metadata:1',
+  'compare:1',
+  '_sync:1',
+  'rename:1',
+  'rename:2',
+)
 
 
 def test_killed_at_any_moment(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf')
   target = tmp_path / 'out'
   done = subprocess.run(
-    [sys.executable, '-W', 'ignore', '-c', _KILL, str(folder), str(target),
-     *_MOMENTS],
-    capture_output=True, text=True, timeout=120, check=False)
+    [
+      sys.executable,
+      '-W',
+      'ignore',
+      '-c',
+      _KILL,
+      str(folder),
+      str(target),
+      *_MOMENTS,
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   lines = done.stdout.splitlines()
-  assert lines == [*(f'{moment} True False True' for moment in _MOMENTS),
-                   'last 0'], done.stderr
+  assert lines == [
+    *(f'{moment} True False True' for moment in _MOMENTS),
+    'last 0',
+  ], done.stderr
   # The last one went over what the killed ones left.
   convert.verify(folder, target)
   assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
@@ -90,7 +113,8 @@ def test_what_a_killed_one_left_does_not_load(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize('kind', ['folder', 'file', 'link'])
 def test_an_existing_target_is_refused(
-  kind: str, tmp_path: pathlib.Path) -> None:
+  kind: str, tmp_path: pathlib.Path
+) -> None:
   folder = fake.llama(tmp_path / 'hf')
   target = tmp_path / 'out'
   if kind == 'folder':
@@ -130,17 +154,20 @@ def test_target_that_can_not_be_made(tmp_path: pathlib.Path) -> None:
 
 
 def test_disk_too_small(
-  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   folder = fake.llama(tmp_path / 'hf')
   monkeypatch.setattr(
-    staging.shutil, 'disk_usage', lambda path: staging.shutil._ntuple_diskusage(
-      100, 90, 10))
+    staging.shutil,
+    'disk_usage',
+    lambda path: staging.shutil._ntuple_diskusage(100, 90, 10),
+  )
   with pytest.raises(errors.CheckpointError, match='the disk has 10 left'):
     convert.convert(folder, tmp_path / 'out')
   assert os.listdir(tmp_path) == ['hf']
 
 
-_FULL = '''
+_FULL = """
 import os, pathlib, resource, signal, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
 from checkpoints_convert import convert
@@ -151,7 +178,7 @@ try:
   convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 except errors.CheckpointError as e:
   print(e)
-'''
+"""
 
 
 def test_a_write_that_fails(tmp_path: pathlib.Path) -> None:
@@ -159,13 +186,18 @@ def test_a_write_that_fails(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf')
   done = subprocess.run(
     [sys.executable, '-c', _FULL, str(folder), str(tmp_path / 'out')],
-    capture_output=True, text=True, timeout=120, check=False)
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert f"target='{tmp_path / 'out'}': can not be written" in done.stdout, (
-    done.stderr)
+    done.stderr
+  )
   assert os.listdir(tmp_path) == ['hf']
 
 
-_MEMORY = '''
+_MEMORY = """
 import os, pathlib, sys
 os.environ['JAX_PLATFORMS'] = 'cpu'
 from checkpoints_convert import convert
@@ -175,17 +207,26 @@ before = peak()
 convert.convert(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]),
                 check=True)
 print(before, peak())
-'''
+"""
 
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path: pathlib.Path) -> None:
   """A tensor of 512 MiB is never in memory whole, copied or transposed."""
   vocab, width = 65536, 4096
-  folder = fake.write(tmp_path / 'hf', fake.llama_config(
-    vocab_size=vocab, hidden_size=width, intermediate_size=16,
-    num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-    head_dim=16), {})
+  folder = fake.write(
+    tmp_path / 'hf',
+    fake.llama_config(
+      vocab_size=vocab,
+      hidden_size=width,
+      intermediate_size=16,
+      num_hidden_layers=1,
+      num_attention_heads=1,
+      num_key_value_heads=1,
+      head_dim=16,
+    ),
+    {},
+  )
   prefix = 'model.layers.0'
   shapes = {
     'model.embed_tokens.weight': (vocab, width),
@@ -193,17 +234,21 @@ def test_peak_memory(tmp_path: pathlib.Path) -> None:
     'model.norm.weight': (width,),
     f'{prefix}.input_layernorm.weight': (width,),
     f'{prefix}.post_attention_layernorm.weight': (width,),
-    **{f'{prefix}.self_attn.{name}_proj.weight': (16, width)
-       for name in 'qkv'},
+    **{f'{prefix}.self_attn.{name}_proj.weight': (16, width) for name in 'qkv'},
     f'{prefix}.self_attn.o_proj.weight': (width, 16),
-    **{f'{prefix}.mlp.{name}_proj.weight': (16, width)
-       for name in ('gate', 'up')},
+    **{
+      f'{prefix}.mlp.{name}_proj.weight': (16, width) for name in ('gate', 'up')
+    },
     f'{prefix}.mlp.down_proj.weight': (width, 16),
   }
   fake.write_sparse(folder / 'model.safetensors', shapes)
   done = subprocess.run(
     [sys.executable, '-c', _MEMORY, str(folder), str(tmp_path / 'out')],
-    capture_output=True, text=True, timeout=300, check=False)
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   before, after = (int(n) / 2**20 for n in done.stdout.split())
   assert after - before < 400, (before, after)  # MiB

@@ -28,29 +28,42 @@ def _refused(folder: pathlib.Path, match: str) -> None:
   assert sorted(os.listdir(folder.parent)) == before  # nothing is left
 
 
-def _with(tmp_path: pathlib.Path,
-          change: Callable[[dict[str, np.ndarray]], Any]) -> pathlib.Path:
+def _with(
+  tmp_path: pathlib.Path, change: Callable[[dict[str, np.ndarray]], Any]
+) -> pathlib.Path:
   tensors = fake.random_tensors(fake.llama_shapes())
   change(tensors)
   return fake.write(tmp_path / 'hf', fake.llama_config(), tensors)
 
 
 def test_unknown_tensor(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {'model.layers.0.self_attn.sink': np.ones(4, np.float32)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {'model.layers.0.self_attn.sink': np.ones(4, np.float32)}
+    ),
+  )
   _refused(folder, r'holds model\.layers\.0\.self_attn\.sink, for which')
 
 
 def test_tensor_of_a_layer_too_many(tmp_path: pathlib.Path) -> None:
   name = 'model.layers.2.mlp.up_proj.weight'
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {name: np.ones((fake.INNER, fake.WIDTH), np.float32)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {name: np.ones((fake.INNER, fake.WIDTH), np.float32)}
+    ),
+  )
   _refused(folder, r'holds model\.layers\.2\.mlp\.up_proj\.weight')
 
 
 def test_bias_that_the_config_denies(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {'model.layers.0.self_attn.q_proj.bias': np.ones(16, np.float32)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {'model.layers.0.self_attn.q_proj.bias': np.ones(16, np.float32)}
+    ),
+  )
   _refused(folder, r'q_proj\.bias')
 
 
@@ -61,46 +74,66 @@ def test_missing_tensor(tmp_path: pathlib.Path) -> None:
 
 
 def test_wrong_shape(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {'model.layers.1.mlp.up_proj.weight': np.ones((24, 15), np.float32)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {'model.layers.1.mlp.up_proj.weight': np.ones((24, 15), np.float32)}
+    ),
+  )
   _refused(folder, r'up_proj\.weight: shape \(24, 15\)')
 
 
 def test_inv_freq_of_old_checkpoints_is_known(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(2, np.float32)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(2, np.float32)}
+    ),
+  )
   convert.convert(folder, tmp_path / 'out')
 
 
 def test_quantized_tensor(tmp_path: pathlib.Path) -> None:
-  folder = _with(tmp_path, lambda tensors: tensors.update(
-    {'model.layers.1.mlp.up_proj.weight': np.ones((24, 16), np.int8)}))
+  folder = _with(
+    tmp_path,
+    lambda tensors: tensors.update(
+      {'model.layers.1.mlp.up_proj.weight': np.ones((24, 16), np.int8)}
+    ),
+  )
   _refused(folder, r'up_proj\.weight: dtype=I8')
 
 
-@pytest.mark.parametrize(('fields', 'match'), [
-  (dict(logit_scale=0.5), 'logit_scale=0.5'),
-  (dict(quantization_config={'bits': 4}), 'quantized checkpoints'),
-  (dict(hidden_act='mish'), "hidden_act='mish'"),
-  (dict(num_key_value_heads=3), 'num_kv_heads=3'),
-  (dict(hidden_size='16'), "hidden_size='16'"),
-  (dict(vocab_size='16'), "vocab_size='16'"),
-  (dict(rope_scaling='linear'), 'wrong type'),
-  (dict(rope_scaling=dict(type='yarn', factor='4')), 'wrong type'),
-  (dict(rope_scaling=dict(type='longrope', factor=2.0)), "'longrope'"),
-  (dict(rope_scaling=dict(type='linear', factor=2.0, odd=1)), 'odd'),
-  (dict(rope_scaling=dict(type='linear')), 'rope.factor'),
-  (dict(rope_scaling=dict(type='linear', factor='2')), 'rope.factor'),
-  (dict(rope_parameters=dict(
-    full_attention=dict(rope_type='default'))), 'full_attention'),
-  (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'),
-  (dict(architectures=['BloomForCausalLM']),
-   "'BloomForCausalLM' is not supported; supported: .*LlamaForCausalLM"),
-  (dict(architectures=['A', 'B']), 'architectures'),
-  (dict(hidden_size=None), 'hidden_size: missing'),
-])
-def test_config_attribute(fields: dict[str, Any], match: str,
-                          tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(logit_scale=0.5), 'logit_scale=0.5'),
+    (dict(quantization_config={'bits': 4}), 'quantized checkpoints'),
+    (dict(hidden_act='mish'), "hidden_act='mish'"),
+    (dict(num_key_value_heads=3), 'num_kv_heads=3'),
+    (dict(hidden_size='16'), "hidden_size='16'"),
+    (dict(vocab_size='16'), "vocab_size='16'"),
+    (dict(rope_scaling='linear'), 'wrong type'),
+    (dict(rope_scaling=dict(type='yarn', factor='4')), 'wrong type'),
+    (dict(rope_scaling=dict(type='longrope', factor=2.0)), "'longrope'"),
+    (dict(rope_scaling=dict(type='linear', factor=2.0, odd=1)), 'odd'),
+    (dict(rope_scaling=dict(type='linear')), 'rope.factor'),
+    (dict(rope_scaling=dict(type='linear', factor='2')), 'rope.factor'),
+    (
+      dict(rope_parameters=dict(full_attention=dict(rope_type='default'))),
+      'full_attention',
+    ),
+    (dict(partial_rotary_factor=0.5), 'partial_rotary_factor'),
+    (
+      dict(architectures=['BloomForCausalLM']),
+      "'BloomForCausalLM' is not supported; supported: .*LlamaForCausalLM",
+    ),
+    (dict(architectures=['A', 'B']), 'architectures'),
+    (dict(hidden_size=None), 'hidden_size: missing'),
+  ],
+)
+def test_config_attribute(
+  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
   folder = fake.llama(tmp_path / 'hf')
   config = fake.llama_config(**fields)
   (folder / 'config.json').write_text(json.dumps(config))
@@ -108,48 +141,70 @@ def test_config_attribute(fields: dict[str, Any], match: str,
 
 
 def _falcon(**fields: Any) -> dict[str, Any]:
-  return dict(architectures=['FalconForCausalLM'], vocab_size=29,
-              hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-              **fields)
+  return dict(
+    architectures=['FalconForCausalLM'],
+    vocab_size=29,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    **fields,
+  )
 
 
-@pytest.mark.parametrize(('fields', 'match'), [
-  (dict(alibi=True), 'alibi=True: only Falcon models with rotary'),
-  (dict(new_decoder_architecture=True, parallel_attn=False), 'parallel_attn'),
-  (dict(num_ln_in_parallel_attn=2), 'num_ln_in_parallel_attn=2'),
-  (dict(n_layer=2), 'n_layer=2'),
-])
-def test_falcon_config_attribute(fields: dict[str, Any], match: str,
-                                 tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(alibi=True), 'alibi=True: only Falcon models with rotary'),
+    (dict(new_decoder_architecture=True, parallel_attn=False), 'parallel_attn'),
+    (dict(num_ln_in_parallel_attn=2), 'num_ln_in_parallel_attn=2'),
+    (dict(n_layer=2), 'n_layer=2'),
+  ],
+)
+def test_falcon_config_attribute(
+  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
   folder = fake.llama(tmp_path / 'hf')
   (folder / 'config.json').write_text(json.dumps(_falcon(**fields)))
   _refused(folder, match)
 
 
-def _read(tmp_path: pathlib.Path, config: dict[str, Any]
-          ) -> config_lib.ModelConfig:
+def _read(
+  tmp_path: pathlib.Path, config: dict[str, Any]
+) -> config_lib.ModelConfig:
   tmp_path.joinpath('config.json').write_text(json.dumps(config))
   return hf_config.read(tmp_path)[0]
 
 
 def test_both_ways_to_write_rope(tmp_path: pathlib.Path) -> None:
   """transformers 4 and 5, and the name of before."""
-  old = _read(tmp_path, fake.llama_config(
-    rope_theta=5e5, rope_scaling=dict(type='linear', factor=2.0)))
-  new = _read(tmp_path, fake.llama_config(
-    rope_theta=None, torch_dtype='bfloat16', rope_parameters=dict(
-      rope_type='linear', factor=2.0, rope_theta=5e5)))
+  old = _read(
+    tmp_path,
+    fake.llama_config(
+      rope_theta=5e5, rope_scaling=dict(type='linear', factor=2.0)
+    ),
+  )
+  new = _read(
+    tmp_path,
+    fake.llama_config(
+      rope_theta=None,
+      torch_dtype='bfloat16',
+      rope_parameters=dict(rope_type='linear', factor=2.0, rope_theta=5e5),
+    ),
+  )
   assert old == new
-  assert old.rope == config_lib.RopeConfig(
-    theta=5e5, kind='linear', factor=2.0)
+  assert old.rope == config_lib.RopeConfig(theta=5e5, kind='linear', factor=2.0)
   assert old.max_position_embeddings == 128  # 64, stretched
 
 
 def test_defaults_are_those_of_transformers(tmp_path: pathlib.Path) -> None:
   """config.json leaves out what equals the library's default."""
   bare = fake.llama_config(
-    architectures=['MistralForCausalLM'], rope_theta=None, hidden_act=None,
-    max_position_embeddings=None, rms_norm_eps=None)
+    architectures=['MistralForCausalLM'],
+    rope_theta=None,
+    hidden_act=None,
+    max_position_embeddings=None,
+    rms_norm_eps=None,
+  )
   mistral = _read(tmp_path, bare)
   assert mistral.sliding_window == 4096
   assert mistral.max_position_embeddings == 131072
@@ -166,23 +221,39 @@ def test_defaults_are_those_of_transformers(tmp_path: pathlib.Path) -> None:
 
 def test_null_window_is_no_window(tmp_path: pathlib.Path) -> None:
   config = fake.llama_config(architectures=['MistralForCausalLM'])
-  assert _read(tmp_path, config | {'sliding_window': None}
-               ).sliding_window is None
+  assert (
+    _read(tmp_path, config | {'sliding_window': None}).sliding_window is None
+  )
 
 
-@pytest.mark.parametrize(('fields', 'windows'), [
-  (dict(use_sliding_window=False, sliding_window=8), [None, None]),
-  (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
-   [None, 8]),
-  (dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
-   [8, 8]),
-  (dict(use_sliding_window=True, sliding_window=8, layer_types=[
-    'sliding_attention', 'full_attention']), [8, None]),
-])
-def test_qwen_windows(fields: dict[str, Any], windows: list[int | None],
-                      tmp_path: pathlib.Path) -> None:
-  model = _read(tmp_path, fake.llama_config(
-    architectures=['Qwen2ForCausalLM'], **fields))
+@pytest.mark.parametrize(
+  ('fields', 'windows'),
+  [
+    (dict(use_sliding_window=False, sliding_window=8), [None, None]),
+    (
+      dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+      [None, 8],
+    ),
+    (
+      dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+      [8, 8],
+    ),
+    (
+      dict(
+        use_sliding_window=True,
+        sliding_window=8,
+        layer_types=['sliding_attention', 'full_attention'],
+      ),
+      [8, None],
+    ),
+  ],
+)
+def test_qwen_windows(
+  fields: dict[str, Any], windows: list[int | None], tmp_path: pathlib.Path
+) -> None:
+  model = _read(
+    tmp_path, fake.llama_config(architectures=['Qwen2ForCausalLM'], **fields)
+  )
   assert [model.layer_window(i) for i in range(2)] == windows
 
 
@@ -206,8 +277,12 @@ def test_two_files_and_no_index(tmp_path: pathlib.Path) -> None:
 
 
 def _sharded(tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-  folder = fake.write(tmp_path / 'hf', fake.llama_config(),
-                      fake.random_tensors(fake.llama_shapes()), 2)
+  folder = fake.write(
+    tmp_path / 'hf',
+    fake.llama_config(),
+    fake.random_tensors(fake.llama_shapes()),
+    2,
+  )
   return folder, folder / 'model.safetensors.index.json'
 
 
@@ -225,9 +300,16 @@ def test_index_that_lies(tmp_path: pathlib.Path) -> None:
   _refused(folder, r'first difference: model\.norm\.weight')
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{"weight_map": 3}',
-                                     '{"weight_map": {"a": 3}}',
-                                     '{"weight_map": {"a": "../b"}}'])
+@pytest.mark.parametrize(
+  'content',
+  [
+    '{',
+    '[]',
+    '{"weight_map": 3}',
+    '{"weight_map": {"a": 3}}',
+    '{"weight_map": {"a": "../b"}}',
+  ],
+)
 def test_damaged_index(content: str, tmp_path: pathlib.Path) -> None:
   folder, index = _sharded(tmp_path)
   index.write_text(content)
@@ -252,22 +334,30 @@ def test_damaged_header(tmp_path: pathlib.Path) -> None:
 
 def test_a_tensor_that_begins_within_the_header(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf')
-  header = json.dumps({'a': {
-    'dtype': 'F32', 'shape': [2], 'data_offsets': [-8, 0]}}).encode()
+  header = json.dumps(
+    {'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [-8, 0]}}
+  ).encode()
   (folder / 'model.safetensors').write_bytes(
-    len(header).to_bytes(8, 'little') + header)
+    len(header).to_bytes(8, 'little') + header
+  )
   _refused(folder, 'damaged header: a has data_offsets')
 
 
 @pytest.mark.parametrize('shape', [(), (0, fake.WIDTH)])
 def test_tied_tables_that_are_none(
-    shape: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+  shape: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
   table = np.ones(shape, np.float32)
   tensors = fake.random_tensors(fake.llama_shapes()) | {
-    'model.embed_tokens.weight': table, 'lm_head.weight': table}
-  _refused(fake.write(
-    tmp_path / 'hf', fake.llama_config(tie_word_embeddings=True), tensors),
-    r'shape \(.*does not fit')
+    'model.embed_tokens.weight': table,
+    'lm_head.weight': table,
+  }
+  _refused(
+    fake.write(
+      tmp_path / 'hf', fake.llama_config(tie_word_embeddings=True), tensors
+    ),
+    r'shape \(.*does not fit',
+  )
 
 
 @pytest.mark.parametrize('content', [None, '{', '[]'])
@@ -286,7 +376,8 @@ def test_unknown_dtype(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-  'name', ['/no/such/folder', 'a/b/c', 'a b', 'org/none'])
+  'name', ['/no/such/folder', 'a/b/c', 'a b', 'org/none']
+)
 def test_source_that_is_nothing(name: str) -> None:
   with pytest.raises(errors.CheckpointError, match='no such folder'):
     source.locate(name)

@@ -26,19 +26,34 @@ DTYPES: Mapping[str, np.dtype] = {
 def llama_config(**fields: Any) -> dict[str, Any]:
   """A config.json; a field of None is left out."""
   config = dict(
-    architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=VOCAB,
-    hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-    num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-    max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0,
-    hidden_act='silu', bos_token_id=1, eos_token_id=2)
-  return {name: value for name, value in {**config, **fields}.items()
-          if value is not None}
+    architectures=['LlamaForCausalLM'],
+    model_type='llama',
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=INNER,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    hidden_act='silu',
+    bos_token_id=1,
+    eos_token_id=2,
+  )
+  return {
+    name: value
+    for name, value in {**config, **fields}.items()
+    if value is not None
+  }
 
 
 def llama_shapes(tied: bool = False) -> dict[str, tuple[int, ...]]:
   """The tensors of `llama_config`, as transformers names them."""
-  shapes = {'model.embed_tokens.weight': (VOCAB, WIDTH),
-            'model.norm.weight': (WIDTH,)}
+  shapes = {
+    'model.embed_tokens.weight': (VOCAB, WIDTH),
+    'model.norm.weight': (WIDTH,),
+  }
   if not tied:
     shapes['lm_head.weight'] = (VOCAB, WIDTH)
   for layer in range(LAYERS):
@@ -57,17 +72,23 @@ def llama_shapes(tied: bool = False) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-def random_tensors(shapes: Mapping[str, tuple[int, ...]],
-                   dtype: str = 'float32') -> dict[str, np.ndarray]:
+def random_tensors(
+  shapes: Mapping[str, tuple[int, ...]], dtype: str = 'float32'
+) -> dict[str, np.ndarray]:
   """Any bits at all but infinities and NaN: what a cast would round."""
   rng = np.random.default_rng(0)
-  return {name: rng.standard_normal(shape).astype(DTYPES[dtype])
-          for name, shape in shapes.items()}
+  return {
+    name: rng.standard_normal(shape).astype(DTYPES[dtype])
+    for name, shape in shapes.items()
+  }
 
 
-def write(folder: pathlib.Path, config: Mapping[str, Any],
-          tensors: Mapping[str, np.ndarray], num_shards: int = 1
-          ) -> pathlib.Path:
+def write(
+  folder: pathlib.Path,
+  config: Mapping[str, Any],
+  tensors: Mapping[str, np.ndarray],
+  num_shards: int = 1,
+) -> pathlib.Path:
   """Writes config.json, and the tensors in one file or in shards."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(config))
@@ -81,20 +102,24 @@ def write(folder: pathlib.Path, config: Mapping[str, Any],
     safetensors_numpy.save_file(part, folder / name)
     weight_map |= dict.fromkeys(part, name)
   (folder / 'model.safetensors.index.json').write_text(
-    json.dumps({'metadata': {}, 'weight_map': weight_map}))
+    json.dumps({'metadata': {}, 'weight_map': weight_map})
+  )
   return folder
 
 
-def llama(folder: pathlib.Path, dtype: str = 'float32', **fields: Any
-          ) -> pathlib.Path:
+def llama(
+  folder: pathlib.Path, dtype: str = 'float32', **fields: Any
+) -> pathlib.Path:
   """A whole tiny Llama checkpoint."""
   tied = bool(fields.get('tie_word_embeddings'))
-  return write(folder, llama_config(**fields),
-               random_tensors(llama_shapes(tied), dtype))
+  return write(
+    folder, llama_config(**fields), random_tensors(llama_shapes(tied), dtype)
+  )
 
 
-def write_sparse(path: pathlib.Path,
-                 shapes: Mapping[str, tuple[int, ...]]) -> None:
+def write_sparse(
+  path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
   """bfloat16 zeros of any size, which take no room on the disk."""
   header, offset = {}, 0
   for name, shape in shapes.items():

@@ -26,46 +26,76 @@ def _write(folder: pathlib.Path, values: dict[str, Any]) -> pathlib.Path:
   return folder
 
 
-def _read(folder: pathlib.Path, values: dict[str, Any],
-          **config: Any) -> generation.Generation:
+def _read(
+  folder: pathlib.Path, values: dict[str, Any], **config: Any
+) -> generation.Generation:
   return generation.read(_write(folder, values), config)
 
 
-@pytest.mark.parametrize('more', [
-  dict(max_new_tokens=2048, max_length=4096, transformers_version='4.37.0'),
-  dict(repetition_penalty=1.0, num_beams=1, min_length=0, typical_p=1.0),
-  dict(repetition_penalty=1, renormalize_logits=True, use_cache=False),
-  dict(length_penalty=0.5, early_stopping=True, cache_implementation='static'),
-  dict(bad_words_ids=[], suppress_tokens=[], stop_strings=None),
-  dict(user_token_id=195, assistant_token_id=196, chat_format='chatml'),
-  dict(presence_penalty=0.0, min_p=None),
-  dict.fromkeys(transformers.GenerationConfig().to_dict()),
-])
+@pytest.mark.parametrize(
+  'more',
+  [
+    dict(max_new_tokens=2048, max_length=4096, transformers_version='4.37.0'),
+    dict(repetition_penalty=1.0, num_beams=1, min_length=0, typical_p=1.0),
+    dict(repetition_penalty=1, renormalize_logits=True, use_cache=False),
+    dict(
+      length_penalty=0.5, early_stopping=True, cache_implementation='static'
+    ),
+    dict(bad_words_ids=[], suppress_tokens=[], stop_strings=None),
+    dict(user_token_id=195, assistant_token_id=196, chat_format='chatml'),
+    dict(presence_penalty=0.0, min_p=None),
+    dict.fromkeys(transformers.GenerationConfig().to_dict()),
+  ],
+)
 def test_harmless(more: dict[str, Any], tmp_path: pathlib.Path) -> None:
   assert _read(tmp_path, more | _SAMPLED).sampling == _SAMPLED
 
 
-@pytest.mark.parametrize('fields', [
-  dict(repetition_penalty=1.05), dict(encoder_repetition_penalty=1.1),
-  dict(no_repeat_ngram_size=3), dict(num_beams=4), dict(min_length=5),
-  dict(min_new_tokens=1), dict(typical_p=0.9), dict(epsilon_cutoff=3e-4),
-  dict(eta_cutoff=3e-4), dict(top_h=0.4), dict(penalty_alpha=0.6),
-  dict(bad_words_ids=[[5]]), dict(suppress_tokens=[1]),
-  dict(begin_suppress_tokens=[1]), dict(forced_bos_token_id=1),
-  dict(forced_eos_token_id=2), dict(sequence_bias=[[[1], -9.0]]),
-  dict(exponential_decay_length_penalty=[5, 1.2]), dict(guidance_scale=1.5),
-  dict(watermarking_config={}), dict(token_healing=True),
-  dict(stop_strings=['x']), dict(num_return_sequences=2),
-  dict(dola_layers='low'), dict(constraints=[1]),
-  dict(presence_penalty=1.5), dict(frequency_penalty=0.1), dict(min_tokens=3),
-  dict(seed=1), dict(stop=['x']), dict(logit_bias={'5': 1.0}),
-])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(repetition_penalty=1.05),
+    dict(encoder_repetition_penalty=1.1),
+    dict(no_repeat_ngram_size=3),
+    dict(num_beams=4),
+    dict(min_length=5),
+    dict(min_new_tokens=1),
+    dict(typical_p=0.9),
+    dict(epsilon_cutoff=3e-4),
+    dict(eta_cutoff=3e-4),
+    dict(top_h=0.4),
+    dict(penalty_alpha=0.6),
+    dict(bad_words_ids=[[5]]),
+    dict(suppress_tokens=[1]),
+    dict(begin_suppress_tokens=[1]),
+    dict(forced_bos_token_id=1),
+    dict(forced_eos_token_id=2),
+    dict(sequence_bias=[[[1], -9.0]]),
+    dict(exponential_decay_length_penalty=[5, 1.2]),
+    dict(guidance_scale=1.5),
+    dict(watermarking_config={}),
+    dict(token_healing=True),
+    dict(stop_strings=['x']),
+    dict(num_return_sequences=2),
+    dict(dola_layers='low'),
+    dict(constraints=[1]),
+    dict(presence_penalty=1.5),
+    dict(frequency_penalty=0.1),
+    dict(min_tokens=3),
+    dict(seed=1),
+    dict(stop=['x']),
+    dict(logit_bias={'5': 1.0}),
+  ],
+)
 def test_refused(fields: dict[str, Any], tmp_path: pathlib.Path) -> None:
   name, value = next(iter(fields.items()))
   with pytest.raises(errors.CheckpointError) as caught:
     _read(tmp_path, fields | _SAMPLED)
-  for word in ('generation_config.json', f'{name}={json.dumps(value)}: ',
-               '--nosampling_defaults'):
+  for word in (
+    'generation_config.json',
+    f'{name}={json.dumps(value)}: ',
+    '--nosampling_defaults',
+  ):
     assert word in str(caught.value)
 
 
@@ -73,13 +103,19 @@ def test_every_name_that_transformers_knows_is_known() -> None:
   """A new one is to be thought about; until then it is refused."""
   known = transformers.GenerationConfig().to_dict().keys()
   assert known <= generation.NAMES | {
-    'eos_token_id', 'bos_token_id', 'pad_token_id'}
+    'eos_token_id',
+    'bos_token_id',
+    'pad_token_id',
+  }
 
 
-@pytest.mark.parametrize('fields', [
-  dict(temperature=0.9, top_p=0.6), dict(typical_p=0.5, do_sample=False)])
+@pytest.mark.parametrize(
+  'fields',
+  [dict(temperature=0.9, top_p=0.6), dict(typical_p=0.5, do_sample=False)],
+)
 def test_without_sampling_its_parameters_are_for_nothing(
-    fields: dict[str, Any], tmp_path: pathlib.Path) -> None:
+  fields: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
   """As in transformers; but a penalty counts there, too."""
   kept = _read(tmp_path, fields).sampling
   assert checkpoint.default_sampling(kept) == {}
@@ -101,8 +137,9 @@ _WRONG = (
 
 
 @pytest.mark.parametrize(('fields', 'match'), _WRONG)
-def test_out_of_range(fields: dict[str, Any], match: str,
-                      tmp_path: pathlib.Path) -> None:
+def test_out_of_range(
+  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
   """Found before a tensor is written, or read, and the file is named."""
   folder = _write(fake.llama(tmp_path / 'hf'), fields)
   match = f'generation_config.json: {match}: must be '
@@ -113,24 +150,32 @@ def test_out_of_range(fields: dict[str, Any], match: str,
     direct.DirectParams(folder)
 
 
-@pytest.mark.parametrize(('change', 'match'), [
-  (dict(do_sample=True, top_p=0.0), 'top_p=0.0'),
-  (dict(repetition_penalty=1.1), 'repetition_penalty')])
+@pytest.mark.parametrize(
+  ('change', 'match'),
+  [
+    (dict(do_sample=True, top_p=0.0), 'top_p=0.0'),
+    (dict(repetition_penalty=1.1), 'repetition_penalty'),
+  ],
+)
 def test_a_converted_checkpoint_is_held_to_it_at_start(
-    change: dict[str, Any], match: str, tmp_path: pathlib.Path) -> None:
+  change: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
   convert.convert(fake.llama(tmp_path / 'hf'), tmp_path / 'out')
   path = tmp_path / 'out' / 'sarathi.json'
   fields = json.loads(path.read_text())
   path.write_text(json.dumps(fields | {'generation': change}))
-  with pytest.raises(errors.CheckpointError,
-                     match=rf'sarathi\.json: generation.*{match}'):
+  with pytest.raises(
+    errors.CheckpointError, match=rf'sarathi\.json: generation.*{match}'
+  ):
     checkpoint.load_metadata(tmp_path / 'out')
 
 
 def test_the_way_to_go_on_without(tmp_path: pathlib.Path) -> None:
   """The tokens that end a text stay."""
-  folder = _write(fake.llama(tmp_path / 'hf'), _SAMPLED | dict(
-    repetition_penalty=1.05, top_p=0.0, eos_token_id=[2, 9]))
+  folder = _write(
+    fake.llama(tmp_path / 'hf'),
+    _SAMPLED | dict(repetition_penalty=1.05, top_p=0.0, eos_token_id=[2, 9]),
+  )
   convert.convert(folder, tmp_path / 'out', sampling_defaults=False)
   metadata = checkpoint.load_metadata(tmp_path / 'out')
   assert metadata.default_sampling == {}
@@ -138,7 +183,8 @@ def test_the_way_to_go_on_without(tmp_path: pathlib.Path) -> None:
 
 
 def test_config_json_says_it_where_there_is_no_file(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   """As transformers reads old checkpoints; else the file is what counts."""
   said = dict(do_sample=True, temperature=0.5, eos_token_id=7, top_k=None)
   got = generation.read(tmp_path, said)
@@ -150,6 +196,10 @@ def test_config_json_says_it_where_there_is_no_file(
 
 
 def test_null_leaves_the_end_to_config_json(tmp_path: pathlib.Path) -> None:
-  got = _read(tmp_path, dict(eos_token_id=None, pad_token_id=0),
-              eos_token_id=[2, 3], bos_token_id=1)
+  got = _read(
+    tmp_path,
+    dict(eos_token_id=None, pad_token_id=0),
+    eos_token_id=[2, 3],
+    bos_token_id=1,
+  )
   assert got == ((2, 3), 1, 0, {})

@@ -32,8 +32,8 @@ def _write(folder: pathlib.Path, dtype: str) -> pathlib.Path:
 
 @pytest.mark.parametrize('dtype', fake.DTYPES)
 def test_conversion_counts_them(
-    dtype: str, tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  dtype: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(transforms, 'CHUNK_BYTES', 300)  # several chunks
   folder = _write(tmp_path / 'hf', dtype)
   for wanted in fake.DTYPES:
@@ -47,16 +47,28 @@ def test_conversion_counts_them(
 def test_they_can_be_allowed(tmp_path: pathlib.Path) -> None:
   folder = _write(tmp_path / 'hf', 'float32')
   done = subprocess.run(
-    [sys.executable, '-m', 'checkpoints_convert', f'--source={folder}',
-     f'--target={tmp_path}/out', '--allow_nonfinite', '--verify'],
-    capture_output=True, text=True, check=False, timeout=120)
+    [
+      sys.executable,
+      '-m',
+      'checkpoints_convert',
+      f'--source={folder}',
+      f'--target={tmp_path}/out',
+      '--allow_nonfinite',
+      '--verify',
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr
   scale = checkpoint.restore_params(tmp_path / 'out')['final_norm']['scale']
   assert np.flatnonzero(~np.isfinite(np.asarray(scale))).tolist() == [5]
 
 
 def test_served_straight_they_are_found_as_they_are_read(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   params = direct.DirectParams(_write(tmp_path / 'hf', 'bfloat16'))
   whole = (slice(None), slice(None))
   params('layers.0.mlp.up', whole)
@@ -80,8 +92,7 @@ def test_count(dtype: str) -> None:
   assert transforms.count_nonfinite(fine) == 0
   for bad in (np.inf, -np.inf, np.nan, -np.nan):
     assert transforms.count_nonfinite(np.array([*fine, bad], kind)) == 1
-  assert transforms.count_nonfinite(
-    np.full((3, 2), np.nan, kind)[:, :1]) == 3
+  assert transforms.count_nonfinite(np.full((3, 2), np.nan, kind)[:, :1]) == 3
 
 
 def test_numbers_too_large_for_bfloat16(tmp_path: pathlib.Path) -> None:
@@ -89,6 +100,8 @@ def test_numbers_too_large_for_bfloat16(tmp_path: pathlib.Path) -> None:
   tensors = fake.random_tensors(fake.llama_shapes())
   tensors[_UP][1, 1] = 3.4e38
   folder = fake.write(tmp_path / 'hf', fake.llama_config(), tensors)
-  with pytest.raises(errors.CheckpointError,
-                     match=r'up_proj.*too large for bfloat16; .* to float32'):
+  with pytest.raises(
+    errors.CheckpointError,
+    match=r'up_proj.*too large for bfloat16; .* to float32',
+  ):
     convert.convert(folder, tmp_path / 'out', dtype='bfloat16')

@@ -28,21 +28,34 @@ def _make(folder: pathlib.Path, *, adds_bos: bool, **flags: object) -> None:
   folder.mkdir()
   vocab = {word: i for i, word in enumerate(_WORDS)}
   tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(vocab, unk_token='<unk>'))
+    tokenizers.models.WordLevel(vocab, unk_token='<unk>')
+  )
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   tokenizer.add_special_tokens(list(_WORDS[:3]))
   if adds_bos:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<s> $A', special_tokens=[('<s>', 0)])
+      single='<s> $A', special_tokens=[('<s>', 0)]
+    )
   tokenizer.save(str(folder / 'tokenizer.json'))
-  (folder / 'tokenizer_config.json').write_text(json.dumps(
-    dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>',
-         eos_token='</s>', unk_token='<unk>', **flags)))
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps(
+      dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        **flags,
+      )
+    )
+  )
 
 
 def _encode(folder: pathlib.Path, text: str) -> list[int]:
-  ids: list[int] = tokenizers.Tokenizer.from_file(
-    str(folder / 'tokenizer.json')).encode(text).ids
+  ids: list[int] = (
+    tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    .encode(text)
+    .ids
+  )
   return ids
 
 
@@ -54,17 +67,27 @@ def _written(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize('adds_bos', [True, False])
-@pytest.mark.parametrize('flags', [
-  {}, {'add_bos_token': True}, {'add_bos_token': False, 'add_eos_token': True}])
+@pytest.mark.parametrize(
+  'flags',
+  [
+    {},
+    {'add_bos_token': True},
+    {'add_bos_token': False, 'add_eos_token': True},
+  ],
+)
 def test_tokenizer_json_is_copied(
-  adds_bos: bool, flags: dict[str, object], tmp_path: pathlib.Path) -> None:
+  adds_bos: bool, flags: dict[str, object], tmp_path: pathlib.Path
+) -> None:
   """And gives what transformers gives, whatever the flags are."""
   _make(tmp_path / 'hf', adds_bos=adds_bos, **flags)
   (tmp_path / 'hf' / 'chat_template.jinja').write_text('{{ messages }}')
   (tmp_path / 'hf' / 'README.md').touch()
   target = _written(tmp_path)
   assert sorted(path.name for path in target.iterdir()) == [
-    'chat_template.jinja', 'tokenizer.json', 'tokenizer_config.json']
+    'chat_template.jinja',
+    'tokenizer.json',
+    'tokenizer_config.json',
+  ]
   for path in target.iterdir():
     assert path.read_bytes() == (tmp_path / 'hf' / path.name).read_bytes()
   theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf'))
@@ -80,28 +103,50 @@ def test_sentencepiece_alone(eos: bool, tmp_path: pathlib.Path) -> None:
   corpus = tmp_path / 'corpus.txt'
   corpus.write_text('the cat sat on the mat with a hat\n' * 50)
   sentencepiece.SentencePieceTrainer.train(
-    input=str(corpus), model_prefix=str(folder / 'tokenizer'), vocab_size=290,
-    model_type='bpe', byte_fallback=True, minloglevel=2)
+    input=str(corpus),
+    model_prefix=str(folder / 'tokenizer'),
+    vocab_size=290,
+    model_type='bpe',
+    byte_fallback=True,
+    minloglevel=2,
+  )
   (folder / 'tokenizer.vocab').unlink()
   (folder / 'config.json').write_text('{"model_type": "llama"}')
-  (folder / 'tokenizer_config.json').write_text(json.dumps(
-    dict(tokenizer_class='LlamaTokenizer', add_bos_token=True,
-         add_eos_token=eos, bos_token='<s>', eos_token='</s>',
-         unk_token='<unk>')))
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps(
+      dict(
+        tokenizer_class='LlamaTokenizer',
+        add_bos_token=True,
+        add_eos_token=eos,
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+      )
+    )
+  )
   target = _written(tmp_path)
   pieces = sentencepiece.SentencePieceProcessor(
-    model_file=str(folder / 'tokenizer.model'))
+    model_file=str(folder / 'tokenizer.model')
+  )
   for text in ('the cat', 'a hat on the mat', 'sat at \u00e9'):
     assert _encode(target, text) == [
-      pieces.bos_id(), *pieces.encode(text), *[pieces.eos_id()] * eos]
+      pieces.bos_id(),
+      *pieces.encode(text),
+      *[pieces.eos_id()] * eos,
+    ]
 
 
-@pytest.mark.parametrize('change', [
-  lambda made: made.enable_truncation(2),
-  lambda made: made.enable_padding(length=9),
-], ids=['truncation', 'padding'])
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda made: made.enable_truncation(2),
+    lambda made: made.enable_padding(length=9),
+  ],
+  ids=['truncation', 'padding'],
+)
 def test_what_a_training_script_left_on_is_not_taken_along(
-    change: Any, tmp_path: pathlib.Path) -> None:
+  change: Any, tmp_path: pathlib.Path
+) -> None:
   """Gateways read the file by themselves."""
   _make(tmp_path / 'hf', adds_bos=True)
   path = tmp_path / 'hf' / 'tokenizer.json'
@@ -128,11 +173,18 @@ def test_vocab_and_merges(tmp_path: pathlib.Path) -> None:
 
 
 def test_of_the_hub_what_is_read_is_downloaded_once(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """Mistral's repositories have the weights twice."""
-  names = ['config.json', 'model-00001-of-00002.safetensors', 'vocab.json',
-           'consolidated.safetensors', 'original/model.safetensors',
-           'chat_template.jinja', 'pytorch_model.bin']
+  names = [
+    'config.json',
+    'model-00001-of-00002.safetensors',
+    'vocab.json',
+    'consolidated.safetensors',
+    'original/model.safetensors',
+    'chat_template.jinja',
+    'pytorch_model.bin',
+  ]
 
   def download(hub_id: str, **patterns: list[str]) -> str:
     return ' '.join(filter_repo_objects(names, **patterns))
@@ -141,14 +193,17 @@ def test_of_the_hub_what_is_read_is_downloaded_once(
   assert str(source.locate('org/name')).split() == [*names[:3], names[5]]
 
 
-@pytest.mark.parametrize('name', [
-  'tekken.json', 'qwen.tiktoken', 'tokenizer.model.v3', 'spiece.model'])
+@pytest.mark.parametrize(
+  'name', ['tekken.json', 'qwen.tiktoken', 'tokenizer.model.v3', 'spiece.model']
+)
 def test_tokenizers_of_other_kinds_are_not_left_out_without_a_word(
-    name: str, tmp_path: pathlib.Path) -> None:
+  name: str, tmp_path: pathlib.Path
+) -> None:
   (tmp_path / 'hf').mkdir()
   (tmp_path / 'hf' / name).write_text('{}')
-  with pytest.raises(errors.CheckpointError,
-                     match=f'{name}: a tokenizer of this kind'):
+  with pytest.raises(
+    errors.CheckpointError, match=f'{name}: a tokenizer of this kind'
+  ):
     _written(tmp_path)
   _make(tmp_path / 'hf2', adds_bos=True)
   (tmp_path / 'hf2' / name).write_text('{}')

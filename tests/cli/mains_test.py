@@ -17,28 +17,43 @@ from sarathi_jax.cli import mains
 from tests import source_tree
 
 SCRIPTS: dict[str, str] = tomllib.loads(
-  (source_tree.ROOT / 'pyproject.toml').read_text())['project']['scripts']
-ENGINE = tuple(f.name for f in dataclasses.fields(config_lib.EngineConfig)
-               if f.name != 'compilation_cache_dir')
+  (source_tree.ROOT / 'pyproject.toml').read_text()
+)['project']['scripts']
+ENGINE = tuple(
+  f.name
+  for f in dataclasses.fields(config_lib.EngineConfig)
+  if f.name != 'compilation_cache_dir'
+)
 # Console script -> how Python runs the same, some of its flags.
 MAINS = {
   'sarathi-convert': (
-    'checkpoints_convert', ('source', 'target', 'dtype', 'verify')),
+    'checkpoints_convert',
+    ('source', 'target', 'dtype', 'verify'),
+  ),
   'sarathi-serve': (
     'sarathi_jax.server',
-    ('checkpoint', 'port', 'served_model_name', *ENGINE)),
+    ('checkpoint', 'port', 'served_model_name', *ENGINE),
+  ),
   'sarathi-offline': (
-    'sarathi_jax.offline', ('checkpoint', 'prompts', 'max_tokens', *ENGINE)),
+    'sarathi_jax.offline',
+    ('checkpoint', 'prompts', 'max_tokens', *ENGINE),
+  ),
   'sarathi-client': (
-    'sarathi_jax.client', ('target', 'chat', 'temperature', 'stop')),
+    'sarathi_jax.client',
+    ('target', 'chat', 'temperature', 'stop'),
+  ),
   'sarathi-top': ('sarathi_jax.top', ('target',)),
 }
 
 
 def help_of(*command: str) -> str:
   done = subprocess.run(
-    [sys.executable, *command, '--help'], capture_output=True, text=True,
-    check=False, cwd=source_tree.ROOT)
+    [sys.executable, *command, '--help'],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=source_tree.ROOT,
+  )
   assert done.stderr == ''
   return done.stdout
 
@@ -53,7 +68,8 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture) -> None:
   assert mains.call(fail, ['name']) == 1
   assert mains.call(fail, ['name', 'a']) == 1
   assert capsys.readouterr().err == (
-    'error: tp=3: must divide.\nerror: unexpected argument: a; see --help\n')
+    'error: tp=3: must divide.\nerror: unexpected argument: a; see --help\n'
+  )
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

@@ -16,19 +16,33 @@ def test_metrics_by_hand() -> None:
   """b waits for one of two slots; each step takes a second."""
   clock = harness.Clock()
   engine = make_engine(
-    clock=clock, token_budget=4, max_num_seqs=1, short_prompt_share=0.0)
+    clock=clock, token_budget=4, max_num_seqs=1, short_prompt_share=0.0
+  )
   engine.add(request('a', range(6), 3))
   clock.now = 0.5
   engine.add(request('b', [9], 2, arrival_time=0.25))
   found = finish(engine)
   # Steps at 0.5: a[0,4), 1.5: a[4,6), 2.5: a6, 3.5: a7, 4.5: b[0,1), 5.5: b1.
   assert found['a'][-1].metrics == types.RequestMetrics(
-    num_prompt_tokens=6, num_output_tokens=3, num_preemptions=0,
-    scheduling_delay_s=0.5, ttft_s=1.5, tpot_s=1.0, e2e_s=3.5, max_tbt_s=1.0)
+    num_prompt_tokens=6,
+    num_output_tokens=3,
+    num_preemptions=0,
+    scheduling_delay_s=0.5,
+    ttft_s=1.5,
+    tpot_s=1.0,
+    e2e_s=3.5,
+    max_tbt_s=1.0,
+  )
   assert found['b'][-1].metrics == types.RequestMetrics(
-    num_prompt_tokens=1, num_output_tokens=2, num_preemptions=0,
-    scheduling_delay_s=4.25, ttft_s=4.25, tpot_s=1.0, e2e_s=5.25,
-    max_tbt_s=1.0)
+    num_prompt_tokens=1,
+    num_output_tokens=2,
+    num_preemptions=0,
+    scheduling_delay_s=4.25,
+    ttft_s=4.25,
+    tpot_s=1.0,
+    e2e_s=5.25,
+    max_tbt_s=1.0,
+  )
   metrics = engine.metrics
   assert (metrics.num_steps, metrics.num_scheduled_tokens) == (6, 10)
   assert (metrics.num_prompt_tokens, metrics.num_output_tokens) == (7, 5)
@@ -65,8 +79,15 @@ def test_stats() -> None:
   step(engine)
   stats = dataclasses.asdict(engine.stats())
   expected = dict(
-    num_running=2, num_waiting=1, num_in_flight=1, num_pages=64,
-    num_free_pages=60, num_preemptions=0, num_steps=2, padding_waste=0.0)
+    num_running=2,
+    num_waiting=1,
+    num_in_flight=1,
+    num_pages=64,
+    num_free_pages=60,
+    num_preemptions=0,
+    num_steps=2,
+    padding_waste=0.0,
+  )
   assert {name: stats[name] for name in expected} == expected
 
 

@@ -19,7 +19,8 @@ tokens_of = harness.tokens_of
 @pytest.mark.parametrize('look_ahead', [False, True])
 @pytest.mark.parametrize('num_steps', range(7))
 def test_an_abort_at_any_moment_frees_the_pages(
-    num_steps: int, look_ahead: bool) -> None:
+  num_steps: int, look_ahead: bool
+) -> None:
   """Waiting, between chunks of its prefill, at each decode."""
   engine = make_engine(look_ahead=look_ahead)
   engine.add(request('other', [50, 51], 9))
@@ -66,27 +67,49 @@ def test_aborting_what_is_unknown_or_done() -> None:
 
 BAD: tuple[tuple[types.Request, type[Exception], str], ...] = (
   (request('r', []), errors.InvalidRequestError, 'r: the prompt is empty'),
-  (request('r', range(32)), errors.InvalidRequestError,
-   'r: a prompt of 32 tokens leaves no room'),
-  (request('r', [1, 100]), errors.InvalidRequestError,
-   'r: prompt_token_ids has the unknown token id 100; ids must be in [0, 100)'),
+  (
+    request('r', range(32)),
+    errors.InvalidRequestError,
+    'r: a prompt of 32 tokens leaves no room',
+  ),
+  (
+    request('r', [1, 100]),
+    errors.InvalidRequestError,
+    'r: prompt_token_ids has the unknown token id 100; ids must be in [0, 100)',
+  ),
   (request('r', [-1, 2]), errors.InvalidRequestError, 'token id -1'),
-  (request('r', [1.5]), errors.InvalidRequestError,  # type: ignore
-   'r: prompt_token_ids has 1.5; token ids must be integers'),
-  (request('r', [True]), errors.InvalidRequestError,
-   'r: prompt_token_ids has True; token ids must be integers'),
-  (request('r', ['a']), errors.InvalidRequestError,  # type: ignore
-   "r: prompt_token_ids has 'a'; token ids must be integers"),
-  (request('r', [1], stop_token_ids=(3, 100)), errors.InvalidRequestError,
-   'r: stop_token_ids has the unknown token id 100'),
-  (request('r', [1], stop=('x',)), errors.UnsupportedError,
-   "stop=('x',): this model has no tokenizer"),
+  (
+    request('r', [1.5]),
+    errors.InvalidRequestError,  # type: ignore
+    'r: prompt_token_ids has 1.5; token ids must be integers',
+  ),
+  (
+    request('r', [True]),
+    errors.InvalidRequestError,
+    'r: prompt_token_ids has True; token ids must be integers',
+  ),
+  (
+    request('r', ['a']),
+    errors.InvalidRequestError,  # type: ignore
+    "r: prompt_token_ids has 'a'; token ids must be integers",
+  ),
+  (
+    request('r', [1], stop_token_ids=(3, 100)),
+    errors.InvalidRequestError,
+    'r: stop_token_ids has the unknown token id 100',
+  ),
+  (
+    request('r', [1], stop=('x',)),
+    errors.UnsupportedError,
+    "stop=('x',): this model has no tokenizer",
+  ),
 )
 
 
 @pytest.mark.parametrize(('bad', 'error', 'message'), BAD)
 def test_a_bad_request_is_refused_and_the_engine_goes_on(
-    bad: types.Request, error: type[Exception], message: str) -> None:
+  bad: types.Request, error: type[Exception], message: str
+) -> None:
   engine = make_engine()
   engine.add(request('taken', [10], 3))
   step(engine)
@@ -96,8 +119,9 @@ def test_a_bad_request_is_refused_and_the_engine_goes_on(
   assert list(finish(engine)) == ['taken']
 
 
-@pytest.mark.parametrize('bad', [
-  request('taken', [1]), request('r', []), request('r', range(32))])
+@pytest.mark.parametrize(
+  'bad', [request('taken', [1]), request('r', []), request('r', range(32))]
+)
 def test_add_takes_nothing_that_was_not_checked(bad: types.Request) -> None:
   engine = make_engine()
   engine.add(request('taken', [10], 3))

@@ -29,7 +29,10 @@ def test_tokens_by_hand(policy: str, look_ahead: bool) -> None:
   engine.add(request('c', [98], 5))
   found = finish(engine)
   assert {k: tokens_of(d) for k, d in found.items()} == {
-    'a': [10, 11, 12, 13], 'b': [20, 21, 22], 'c': [99, 0, 1, 2, 3]}
+    'a': [10, 11, 12, 13],
+    'b': [20, 21, 22],
+    'c': [99, 0, 1, 2, 3],
+  }
   for deltas in found.values():
     reasons = [d.finish_reason for d in deltas]
     assert reasons == [None] * (len(reasons) - 1) + [LENGTH]
@@ -39,7 +42,8 @@ def test_tokens_by_hand(policy: str, look_ahead: bool) -> None:
 @pytest.mark.parametrize('num_stages', [1, 2, 3])
 @pytest.mark.parametrize('look_ahead', [False, True])
 def test_a_lone_request_ends_with_any_number_of_stages(
-    num_stages: int, look_ahead: bool) -> None:
+  num_stages: int, look_ahead: bool
+) -> None:
   engine = make_engine(num_stages=num_stages, look_ahead=look_ahead)
   engine.add(request('a', range(12), 5))
   assert tokens_of(finish(engine)['a']) == [12, 13, 14, 15, 16]
@@ -47,12 +51,16 @@ def test_a_lone_request_ends_with_any_number_of_stages(
 
 @pytest.mark.parametrize('look_ahead', [False, True])
 def test_the_end_of_sequence_ends_it_but_is_no_stop_reason(
-    look_ahead: bool) -> None:
+  look_ahead: bool,
+) -> None:
   engine = make_engine(eos_token_ids=frozenset({12}), look_ahead=look_ahead)
   engine.add(request('a', [9]))
   last = finish(engine)['a'][-1]
   assert (last.token_ids, last.finish_reason, last.stop_reason) == (
-    (12,), STOP, None)
+    (12,),
+    STOP,
+    None,
+  )
   assert last.metrics is not None
   assert last.metrics.num_output_tokens == 3
 
@@ -70,7 +78,10 @@ def test_ignore_eos_does_not_ignore_stop_token_ids() -> None:
   engine.add(request('a', [9], stop_token_ids=(14, 12), ignore_eos=True))
   last = finish(engine)['a'][-1]
   assert (last.token_ids, last.finish_reason, last.stop_reason) == (
-    (12,), STOP, 12)
+    (12,),
+    STOP,
+    12,
+  )
 
 
 @pytest.mark.parametrize('look_ahead', [False, True])
@@ -100,7 +111,8 @@ def test_the_context_ends_it(max_tokens: int | None) -> None:
 
 @pytest.mark.parametrize('policy', ['sarathi', 'vllm'])
 def test_preempted_requests_say_so_and_give_the_same_tokens(
-    policy: str) -> None:
+  policy: str,
+) -> None:
   engine = make_engine(policy, num_pages=8, look_ahead=True)
   for i in range(4):
     engine.add(request(f'r{i}', [10 * i, 10 * i + 1], 20))
@@ -119,7 +131,8 @@ def test_preempted_requests_say_so_and_give_the_same_tokens(
 @pytest.mark.parametrize('look_ahead', [False, True])
 @pytest.mark.parametrize('num_steps', range(6))
 def test_forgetting_the_cache_does_not_change_the_tokens(
-    policy: str, look_ahead: bool, num_steps: int) -> None:
+  policy: str, look_ahead: bool, num_steps: int
+) -> None:
   engine = make_engine(policy, look_ahead=look_ahead)
   engine.add(request('a', range(12), 5))
   engine.add(request('b', [50], 2))
@@ -177,7 +190,8 @@ def test_seeds_are_the_requests_own_or_the_engines() -> None:
         return super().launch(batch)
 
     engine: engine_lib.Engine = make_engine(
-      runner=Recorder({'a': (), 'b': ()}), seed=3)
+      runner=Recorder({'a': (), 'b': ()}), seed=3
+    )
     engine.add(request('a', [1], 1, **sampling))
     engine.add(request('b', [1], 1, **sampling))
     finish(engine)
@@ -194,25 +208,39 @@ class _NoLogits(harness.ScriptRunner):
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
     sampled = super().launch(batch)
-    return sampled._replace(logprobs=[
-      (float('nan'),) if (chunk.request_id == 'bad' and
-                          chunk.start + chunk.num_tokens > chunk.prompt_len)
-      else logprobs
-      for chunk, logprobs in zip(
-        batch.chunks, sampled.logprobs, strict=True)])
+    return sampled._replace(
+      logprobs=[
+        (float('nan'),)
+        if (
+          chunk.request_id == 'bad'
+          and chunk.start + chunk.num_tokens > chunk.prompt_len
+        )
+        else logprobs
+        for chunk, logprobs in zip(batch.chunks, sampled.logprobs, strict=True)
+      ]
+    )
 
 
 @pytest.mark.parametrize('look_ahead', [False, True])
 @pytest.mark.parametrize('policy', POLICIES)
 def test_a_request_without_finite_logits_ends_alone(
-    policy: str, look_ahead: bool) -> None:
-  engine = make_engine(policy, look_ahead=look_ahead, runner=_NoLogits(
-    {'good': (1, 2, 3, 4), 'bad': (5, 6, 7, 8), 'late': (9, 10)}))
+  policy: str, look_ahead: bool
+) -> None:
+  engine = make_engine(
+    policy,
+    look_ahead=look_ahead,
+    runner=_NoLogits(
+      {'good': (1, 2, 3, 4), 'bad': (5, 6, 7, 8), 'late': (9, 10)}
+    ),
+  )
   for name in ('good', 'bad', 'late'):
     engine.add(request(name, [7, 8], 2 if name == 'late' else 4))
   found = finish(engine)
   assert {name: tokens_of(deltas) for name, deltas in found.items()} == {
-    'good': [1, 2, 3, 4], 'bad': [5], 'late': [9, 10]}
+    'good': [1, 2, 3, 4],
+    'bad': [5],
+    'late': [9, 10],
+  }
   last = found['bad'][-1]
   assert (last.token_ids, last.logprobs, last.text) == ((), (), '')
   assert last.finish_reason is types.FinishReason.ERROR
@@ -226,34 +254,40 @@ def test_a_request_that_never_got_a_token_has_no_time_of_a_first() -> None:
   class Broken(harness.ScriptRunner):
     def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
       sampled = super().launch(batch)
-      return sampled._replace(
-        logprobs=[(float('nan'),)] * len(sampled.tokens))
+      return sampled._replace(logprobs=[(float('nan'),)] * len(sampled.tokens))
 
   engine = make_engine(runner=Broken({'a': ()}))
   engine.add(request('a', [7], 4))
-  delta, = finish(engine)['a']
+  (delta,) = finish(engine)['a']
   assert delta.metrics is not None and delta.metrics.ttft_s is None
   assert engine.metrics.ttft_s.count == 0
 
 
-@pytest.mark.parametrize(('fields', 'tokens', 'reason', 'stop_reason'), [
-  (dict(max_tokens=4), [11, 12, 13, 14], LENGTH, None),
-  (dict(max_tokens=2), [11, 12], LENGTH, None),
-  (dict(stop_token_ids=(13,)), [11, 12, 13], STOP, 13),
-])
+@pytest.mark.parametrize(
+  ('fields', 'tokens', 'reason', 'stop_reason'),
+  [
+    (dict(max_tokens=4), [11, 12, 13, 14], LENGTH, None),
+    (dict(max_tokens=2), [11, 12], LENGTH, None),
+    (dict(stop_token_ids=(13,)), [11, 12, 13], STOP, 13),
+  ],
+)
 def test_a_step_may_give_several_tokens(
-    fields: dict[str, Any], tokens: list[int], reason: types.FinishReason,
-    stop_reason: int | None) -> None:
+  fields: dict[str, Any],
+  tokens: list[int],
+  reason: types.FinishReason,
+  stop_reason: int | None,
+) -> None:
   """None of those after the one that ends the request is told."""
+
   class Several(harness.ScriptRunner):
     def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
       return types.Sampled([(11, 12, 13, 14)], [(-1.0, -2.0, -3.0, -4.0)])
 
   engine = make_engine(runner=Several({}))
   engine.add(request('a', [7], **fields))
-  delta, = finish(engine)['a']
+  (delta,) = finish(engine)['a']
   assert tokens_of([delta]) == tokens
-  assert delta.logprobs == (-1.0, -2.0, -3.0, -4.0)[:len(tokens)]
+  assert delta.logprobs == (-1.0, -2.0, -3.0, -4.0)[: len(tokens)]
   assert (delta.finish_reason, delta.stop_reason) == (reason, stop_reason)
   assert delta.metrics is not None
   assert delta.metrics.num_output_tokens == len(tokens)
@@ -267,15 +301,20 @@ def test_of_several_tokens_one_without_finite_logits_voids_all() -> None:
 
   engine = make_engine(runner=Several({}))
   engine.add(request('a', [7], 4))
-  delta, = finish(engine)['a']
+  (delta,) = finish(engine)['a']
   assert (delta.token_ids, delta.finish_reason) == (
-    (), types.FinishReason.ERROR)
+    (),
+    types.FinishReason.ERROR,
+  )
   assert engine.metrics.num_generated == 0
 
 
 def test_what_was_sampled_is_shared_out_among_the_chunks() -> None:
-  chunk = types.Chunk('a', 0, 0, (), 1, (), False, 1, 1, 0,
-                      types.SamplingParams())
+  chunk = types.Chunk(
+    'a', 0, 0, (), 1, (), False, 1, 1, 0, types.SamplingParams()
+  )
   chunks = [chunk._replace(samples=n) for n in (1, 0, 2, 1)]
   assert types.Sampled.of(chunks, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0]) == (
-    [(5,), (), (6, 7), (8,)], [(-1.0,), (), (-2.0, -3.0), (-4.0,)])
+    [(5,), (), (6, 7), (8,)],
+    [(-1.0,), (), (-2.0, -3.0), (-4.0,)],
+  )

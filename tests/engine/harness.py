@@ -47,11 +47,15 @@ class ScriptRunner(fake_runner.FakeRunner):
     return types.Sampled.of(batch.chunks, tokens, [-float(t) for t in tokens])
 
 
-def make_engine(policy: str = 'sarathi', *,
-                runner: engine_lib.Runner | None = None,
-                tokenizer: tokenizer_lib.Tokenizer | None = None,
-                clock: Clock | None = None, vocab_size: int = VOCAB_SIZE,
-                **fields: Any) -> engine_lib.Engine:
+def make_engine(
+  policy: str = 'sarathi',
+  *,
+  runner: engine_lib.Runner | None = None,
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+  clock: Clock | None = None,
+  vocab_size: int = VOCAB_SIZE,
+  **fields: Any,
+) -> engine_lib.Engine:
   """An engine that counts up, unless a runner says otherwise.
 
   Args:
@@ -62,23 +66,42 @@ def make_engine(policy: str = 'sarathi', *,
     vocab_size: of the model.
     fields: of SchedulerConfig, where they differ from the defaults here.
   """
-  config = config_lib.SchedulerConfig(**(dict(
-    token_budget=8, max_num_seqs=4, max_model_len=32, num_pages=64,
-    page_size=4, look_ahead=False) | fields))
+  config = config_lib.SchedulerConfig(
+    **(
+      dict(
+        token_budget=8,
+        max_num_seqs=4,
+        max_model_len=32,
+        num_pages=64,
+        page_size=4,
+        look_ahead=False,
+      )
+      | fields
+    )
+  )
   info = engine_lib.EngineInfo.of(config, policy=policy, vocab_size=vocab_size)
   return engine_lib.Engine(
     scheduler_lib.policy_class(policy)(config),
     runner or fake_runner.FakeRunner(vocab_size, config.max_num_seqs),
-    info=info, tokenizer=tokenizer, clock=clock or Clock())
+    info=info,
+    tokenizer=tokenizer,
+    clock=clock or Clock(),
+  )
 
 
-def make_request(request_id: str, prompt: Sequence[int],
-                 max_tokens: int | None = None, arrival_time: float = 0.0,
-                 **sampling: Any) -> types.Request:
+def make_request(
+  request_id: str,
+  prompt: Sequence[int],
+  max_tokens: int | None = None,
+  arrival_time: float = 0.0,
+  **sampling: Any,
+) -> types.Request:
   return types.Request(
-    request_id=request_id, prompt_token_ids=tuple(prompt),
+    request_id=request_id,
+    prompt_token_ids=tuple(prompt),
     sampling=types.SamplingParams(max_tokens=max_tokens, **sampling),
-    arrival_time=arrival_time)
+    arrival_time=arrival_time,
+  )
 
 
 def step(engine: engine_lib.Engine) -> list[types.OutputDelta]:
@@ -89,9 +112,10 @@ def step(engine: engine_lib.Engine) -> list[types.OutputDelta]:
   return deltas
 
 
-def finish(engine: engine_lib.Engine,
-           deltas: Sequence[types.OutputDelta] = (),
-           ) -> dict[str, list[types.OutputDelta]]:
+def finish(
+  engine: engine_lib.Engine,
+  deltas: Sequence[types.OutputDelta] = (),
+) -> dict[str, list[types.OutputDelta]]:
   """Runs to the end; all deltas by request, after those given."""
   found: dict[str, list[types.OutputDelta]] = {}
   for delta in deltas:

@@ -18,13 +18,15 @@ ranks = st.floats(0, 1)
 @hypothesis.given(values=values, q=ranks)
 @hypothesis.settings(max_examples=300)
 def test_a_quantile_is_within_one_percent(
-    values: list[float], q: float) -> None:
+  values: list[float], q: float
+) -> None:
   quantiles = metrics.Quantiles()
   quantiles.add(values)
   found = quantiles.quantile(q)
   assert found is not None
-  lower, higher = (
-    np.quantile(values, [max(q - 1e-9, 0), min(q + 1e-9, 1)], method='lower'))
+  lower, higher = np.quantile(
+    values, [max(q - 1e-9, 0), min(q + 1e-9, 1)], method='lower'
+  )
   assert lower * 0.99 <= found <= higher * 1.01
 
 

@@ -19,8 +19,14 @@ PROMPTS = [[5, 6, 7], [8], list(range(20, 50))]
 def all_logprobs(params: Any, tokens: jax.Array) -> jax.Array:
   """[T, V], by a model without a cache."""
   hidden, _ = models.forward(
-    tiny.MODEL, params, [None] * tiny.MODEL.num_layers, tokens,
-    jnp.arange(len(tokens), dtype=jnp.int32), None, models.causal_attend)
+    tiny.MODEL,
+    params,
+    [None] * tiny.MODEL.num_layers,
+    tokens,
+    jnp.arange(len(tokens), dtype=jnp.int32),
+    None,
+    models.causal_attend,
+  )
   return jax.nn.log_softmax(models.unembed(tiny.MODEL, params, hidden))
 
 

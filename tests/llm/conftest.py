@@ -28,12 +28,21 @@ def make_llm(cache_dir, tmp_path_factory):
   folder = tokenizer_fixture.write(tmp_path_factory.mktemp('tokenizer'))
   words = tokenizer_lib.Tokenizer(folder)
 
-  def make(params: Any, *, tokenizer: Any = words,
-           default_sampling: Any = None, **fields: Any) -> llm_lib.LLM:
+  def make(
+    params: Any,
+    *,
+    tokenizer: Any = words,
+    default_sampling: Any = None,
+    **fields: Any,
+  ) -> llm_lib.LLM:
     return llm_lib.LLM(
-      MODEL, params, tokenizer=tokenizer, eos_token_ids=(),
+      MODEL,
+      params,
+      tokenizer=tokenizer,
+      eos_token_ids=(),
       default_sampling=default_sampling,
-      config=tiny.engine_config(compilation_cache_dir=cache_dir, **fields))
+      config=tiny.engine_config(compilation_cache_dir=cache_dir, **fields),
+    )
 
   return make
 
@@ -67,5 +76,7 @@ def llm(shared_llm, params) -> Iterator[llm_lib.LLM]:
 @pytest.fixture(scope='session')
 def greedy(make_llm, params, new_params) -> dict[str, list[tuple[int, ...]]]:
   """PROMPTS' tokens with either weights, of LLMs that serve nothing else."""
-  return {name: [c.token_ids for c in make_llm(p).generate(PROMPTS, GREEDY)]
-          for name, p in (('old', params), ('new', new_params))}
+  return {
+    name: [c.token_ids for c in make_llm(p).generate(PROMPTS, GREEDY)]
+    for name, p in (('old', params), ('new', new_params))
+  }

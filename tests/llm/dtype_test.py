@@ -31,16 +31,21 @@ tokens_of = common.tokens_of
 @pytest.fixture
 def open_in(params, tmp_path, monkeypatch) -> Callable[[str], None]:
   """Has every path lead to a checkpoint of the tiny model, in a dtype."""
-  named = {jax.tree_util.keystr(path, simple=True, separator='.'):
-           np.asarray(leaf) for path, leaf in
-           jax.tree_util.tree_leaves_with_path(params)}
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
 
   def become(dtype: str) -> None:
     monkeypatch.setattr(
-      opening, 'open_checkpoint',
+      opening,
+      'open_checkpoint',
       lambda *args, **kwargs: checkpoint.Checkpoint(
         checkpoint.CheckpointMetadata(model=tiny.MODEL, dtype=dtype),
-        lambda name, index: named[name][index].astype(dtype), tmp_path))
+        lambda name, index: named[name][index].astype(dtype),
+        tmp_path,
+      ),
+    )
 
   return become
 
@@ -49,50 +54,70 @@ def dtypes_of(llm: llm_lib.LLM) -> set[str]:
   return {leaf.dtype.name for leaf in llm._runner._leaves}
 
 
-@pytest.mark.parametrize(('asked', 'kept', 'served'), [
-  ('auto', 'bfloat16', 'float32'), ('float32', 'float16', 'float32'),
-  ('bfloat16', 'float32', 'bfloat16')])
+@pytest.mark.parametrize(
+  ('asked', 'kept', 'served'),
+  [
+    ('auto', 'bfloat16', 'float32'),
+    ('float32', 'float16', 'float32'),
+    ('bfloat16', 'float32', 'bfloat16'),
+  ],
+)
 def test_what_is_served(
-    open_in, params, cache_dir, asked: str, kept: str, served: str) -> None:
+  open_in, params, cache_dir, asked: str, kept: str, served: str
+) -> None:
   open_in(kept)
-  llm = llm_lib.LLM.from_checkpoint('x', config=tiny.engine_config(
-    compilation_cache_dir=cache_dir, dtype=asked))
+  llm = llm_lib.LLM.from_checkpoint(
+    'x', config=tiny.engine_config(compilation_cache_dir=cache_dir, dtype=asked)
+  )
   assert dtypes_of(llm) == {served}
   tokens = tokens_of(llm.generate(PROMPTS, GREEDY))
   if served == 'float32':  # Nothing is rounded but what is kept.
     rounded = jax.tree.map(
-      lambda leaf: leaf.astype(kept).astype(served), params)
+      lambda leaf: leaf.astype(kept).astype(served), params
+    )
     recompute = naive.recompute(tiny.MODEL, rounded)
-    assert tokens == [tuple(recompute(types.Request(
-      request_id='', prompt_token_ids=tuple(prompt), sampling=GREEDY))[0])
-      for prompt in PROMPTS]
+    assert tokens == [
+      tuple(
+        recompute(
+          types.Request(
+            request_id='', prompt_token_ids=tuple(prompt), sampling=GREEDY
+          )
+        )[0]
+      )
+      for prompt in PROMPTS
+    ]
   llm.load_weights(llm.open_weights('y'))
   assert dtypes_of(llm) == {served}
   assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens
 
 
 def test_other_weights_of_the_live_ones_dtype_or_of_the_asked_one(
-    open_in, make_llm) -> None:
+  open_in, make_llm
+) -> None:
   half = tiny.make_params(dtype=jnp.bfloat16)
   llm = make_llm(half)  # As they are, without a copy.
   assert dtypes_of(llm) == {'bfloat16'}
   open_in('bfloat16')
   llm.load_weights(llm.open_weights('x'))
   open_in('float16')
-  with pytest.raises(errors.CheckpointError, match=(
-      'x: is in float16, and bfloat16 is served')):
+  with pytest.raises(
+    errors.CheckpointError, match=('x: is in float16, and bfloat16 is served')
+  ):
     llm.open_weights('x')
 
 
 def test_live_weights_of_another_dtype_are_refused(make_llm, params) -> None:
-  with pytest.raises(errors.ConfigError, match=(
-      r'float32\[.*must be bfloat16')):
+  with pytest.raises(
+    errors.ConfigError, match=(r'float32\[.*must be bfloat16')
+  ):
     make_llm(params, dtype='bfloat16')
 
 
 def test_unknown_dtypes_are_refused() -> None:
-  with pytest.raises(errors.ConfigError, match=(
-      "dtype='int8': must be one of auto, float32, bfloat16, float16")):
+  with pytest.raises(
+    errors.ConfigError,
+    match=("dtype='int8': must be one of auto, float32, bfloat16, float16"),
+  ):
     config_lib.EngineConfig(dtype='int8')
 
 
@@ -107,17 +132,21 @@ def test_gpus_take_a_checkpoints_own() -> None:
   mesh: Any = Mesh()
   assert placement.choose_dtype('auto', 'bfloat16', mesh) == jnp.bfloat16
   assert placement.choose_dtype('float32', 'bfloat16', mesh) == jnp.float32
-  assert placement.choose_dtype(
-    'auto', 'bfloat16', mesh_lib.make()) == jnp.float32
+  assert (
+    placement.choose_dtype('auto', 'bfloat16', mesh_lib.make()) == jnp.float32
+  )
 
 
-def test_weights_that_the_machine_cant_hold(
-    open_in, monkeypatch) -> None:
+def test_weights_that_the_machine_cant_hold(open_in, monkeypatch) -> None:
   """Named before any is read: twice what the checkpoint has."""
   open_in('bfloat16')
   monkeypatch.setattr(placement, 'load', None)  # It is not called.
   monkeypatch.setattr(memory, 'machine_bytes', lambda: 30_000)
-  with pytest.raises(errors.ConfigError, match=(
+  with pytest.raises(
+    errors.ConfigError,
+    match=(
       r"dtype='auto': the weights take .* GiB in float32, and this machine "
-      r'has .* bfloat16 takes half of it')):
+      r'has .* bfloat16 takes half of it'
+    ),
+  ):
     llm_lib.LLM.from_checkpoint('x', config=tiny.engine_config())

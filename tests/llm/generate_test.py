@@ -27,7 +27,7 @@ tokens_of = common.tokens_of
 def test_text_token_ids_lists_and_chats_are_prompts(llm):
   text, chat = 'The quick', [{'role': 'user', 'content': 'a fox'}]
   ids = llm.engine.tokenizer.encode(text)
-  one, = llm.generate(text, GREEDY)
+  (one,) = llm.generate(text, GREEDY)
   assert one.prompt_token_ids == ids
   assert len(one.token_ids) == len(one.logprobs) == 6
   assert one.finish_reason is types.FinishReason.LENGTH
@@ -37,10 +37,12 @@ def test_text_token_ids_lists_and_chats_are_prompts(llm):
     assert llm.generate(prompt, GREEDY)[0].token_ids == one.token_ids
   assert tokens_of(llm.generate(same, GREEDY)) == [one.token_ids] * 4
   assert tokens_of(llm.generate(np.stack([ids, ids]), GREEDY)) == (
-    [one.token_ids] * 2)
-  of_chat, = llm.generate(chat, GREEDY)
+    [one.token_ids] * 2
+  )
+  (of_chat,) = llm.generate(chat, GREEDY)
   assert of_chat.prompt_token_ids == (
-    llm.engine.tokenizer.apply_chat_template(chat))
+    llm.engine.tokenizer.apply_chat_template(chat)
+  )
   mixed = llm.generate([text, list(ids), chat], GREEDY)
   assert tokens_of(mixed) == [one.token_ids, one.token_ids, of_chat.token_ids]
   assert llm.generate([]) == []
@@ -49,15 +51,17 @@ def test_text_token_ids_lists_and_chats_are_prompts(llm):
 def test_logprobs_are_those_of_the_model(llm, params):
   sampling = types.SamplingParams(temperature=1.5, top_k=9, seed=1)
   model = jax.jit(common.all_logprobs)
-  for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, sampling),
-                          strict=True):
+  for prompt, done in zip(
+    PROMPTS, llm.generate(PROMPTS, sampling), strict=True
+  ):
     tokens = np.zeros(MODEL.context_len, np.int32)
     stop = len(prompt) + len(done.token_ids)
     tokens[:stop] = [*prompt, *done.token_ids]
     logprobs = np.asarray(model(params, tokens))
     at = np.arange(len(prompt), stop)
     np.testing.assert_allclose(
-      done.logprobs, logprobs[at - 1, tokens[at]], atol=1e-4)
+      done.logprobs, logprobs[at - 1, tokens[at]], atol=1e-4
+    )
 
 
 def test_each_prompt_may_have_its_own_sampling(llm, greedy):
@@ -67,8 +71,9 @@ def test_each_prompt_may_have_its_own_sampling(llm, greedy):
   assert done[2].token_ids == greedy['old'][2]
   assert done[1].token_ids == llm.generate(PROMPTS[1], seeded)[0].token_ids
   assert len(done[1].token_ids) == 3
-  with pytest.raises(errors.InvalidRequestError,
-                     match=r'sampling: 2 for 3 prompts'):
+  with pytest.raises(
+    errors.InvalidRequestError, match=r'sampling: 2 for 3 prompts'
+  ):
     llm.generate(PROMPTS, [GREEDY, GREEDY])
 
 
@@ -88,6 +93,7 @@ def test_a_bad_prompt_among_good_ones_starts_none(llm):
 
 def test_inside_a_running_event_loop(llm, greedy):
   """As a notebook has it."""
+
   async def cell() -> list[types.Completion]:
     return llm.generate(PROMPTS, GREEDY)
 
@@ -97,7 +103,8 @@ def test_inside_a_running_event_loop(llm, greedy):
 def test_outside_of_the_main_thread(llm, greedy):
   got: list[types.Completion] = []
   thread = threading.Thread(
-    target=lambda: got.extend(llm.generate(PROMPTS, GREEDY)))
+    target=lambda: got.extend(llm.generate(PROMPTS, GREEDY))
+  )
   thread.start()
   thread.join()
   assert tokens_of(got) == greedy['old']

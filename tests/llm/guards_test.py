@@ -23,9 +23,13 @@ tokens_of = common.tokens_of
 
 # As contexts, and for all threads, as a program's settings are.
 SETTINGS: tuple[tuple[str, Any], ...] = (
-  ('jax_enable_x64', True), ('jax_transfer_guard', 'disallow'),
-  ('jax_transfer_guard', 'disallow_explicit'), ('jax_disable_jit', True),
-  ('jax_debug_nans', True), ('jax_numpy_dtype_promotion', 'standard'))
+  ('jax_enable_x64', True),
+  ('jax_transfer_guard', 'disallow'),
+  ('jax_transfer_guard', 'disallow_explicit'),
+  ('jax_disable_jit', True),
+  ('jax_debug_nans', True),
+  ('jax_numpy_dtype_promotion', 'standard'),
+)
 
 
 @contextlib.contextmanager
@@ -40,7 +44,8 @@ def configured(name: str, value: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize('name,value', SETTINGS)
 def test_an_llm_is_made_and_used(
-    make_llm, params, new_params, greedy, name: str, value: Any) -> None:
+  make_llm, params, new_params, greedy, name: str, value: Any
+) -> None:
   with configured(name, value):
     llm = make_llm(params)
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']
@@ -61,18 +66,25 @@ def test_a_guard_around_a_call_alone(llm, new_params, greedy) -> None:
 
 @pytest.mark.parametrize('name,value', SETTINGS[:3])
 def test_a_checkpoint_is_loaded(
-    cache_dir, tmp_path, params, greedy, name: str, value: Any,
-    monkeypatch) -> None:
-  named = {jax.tree_util.keystr(path, simple=True, separator='.'):
-           np.asarray(leaf) for path, leaf in
-           jax.tree_util.tree_leaves_with_path(params)}
-  monkeypatch.setattr(opening, 'open_checkpoint', lambda *args, **kwargs:
-                      checkpoint.Checkpoint(checkpoint.CheckpointMetadata(
-                        model=tiny.MODEL, dtype='float32'),
-                        lambda name, index: named[name][index], tmp_path))
+  cache_dir, tmp_path, params, greedy, name: str, value: Any, monkeypatch
+) -> None:
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  monkeypatch.setattr(
+    opening,
+    'open_checkpoint',
+    lambda *args, **kwargs: checkpoint.Checkpoint(
+      checkpoint.CheckpointMetadata(model=tiny.MODEL, dtype='float32'),
+      lambda name, index: named[name][index],
+      tmp_path,
+    ),
+  )
   with configured(name, value):
     llm = llm_lib.LLM.from_checkpoint(
-      'x', config=tiny.engine_config(compilation_cache_dir=cache_dir))
+      'x', config=tiny.engine_config(compilation_cache_dir=cache_dir)
+    )
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']
     llm.load_weights(llm.open_weights('x'))
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']

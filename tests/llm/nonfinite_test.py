@@ -19,10 +19,12 @@ def test_one_token_whose_embedding_is_not_finite(llm, params, bad, sampling):
   """A prompt that holds it gets no token; the batch beside it all of them."""
   good = [[5, 6, 7], [8], list(range(20, 50))]
   expected = llm.generate(good, sampling)
-  unused = next(token for token in range(100, 300) if all(
-    token not in done.token_ids for done in expected))
-  llm.update_params({
-    **params, 'embed': params['embed'].at[unused, 3].set(bad)})
+  unused = next(
+    token
+    for token in range(100, 300)
+    if all(token not in done.token_ids for done in expected)
+  )
+  llm.update_params({**params, 'embed': params['embed'].at[unused, 3].set(bad)})
   ruined = [[5, unused, 7], [unused]]
   done = llm.generate([ruined[0], *good, ruined[1]], sampling)
   for broken in (done[0], done[-1]):
@@ -33,13 +35,16 @@ def test_one_token_whose_embedding_is_not_finite(llm, params, bad, sampling):
   # What they left in the cache is not read by who gets their pages.
   for _ in range(3):
     assert common.tokens_of(llm.generate(good, sampling)) == (
-      common.tokens_of(expected))
+      common.tokens_of(expected)
+    )
 
 
 def test_a_matrix_with_a_nan_ends_every_request(llm, params):
   layers = [dict(layer) for layer in params['layers']]
-  layers[0]['mlp'] = {**layers[0]['mlp'], 'down': (
-    layers[0]['mlp']['down'].at[0, 0].set(jnp.nan))}
+  layers[0]['mlp'] = {
+    **layers[0]['mlp'],
+    'down': (layers[0]['mlp']['down'].at[0, 0].set(jnp.nan)),
+  }
   llm.update_params({**params, 'layers': layers})
   for done in llm.generate(common.PROMPTS, _DRAWN):
     assert done.finish_reason is types.FinishReason.ERROR

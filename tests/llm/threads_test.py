@@ -35,7 +35,8 @@ class Held:
     monkeypatch.setattr(llm._runner, 'launch', wait_and_launch)
     self._thread = threading.Thread(
       target=lambda: self.done.extend(llm.generate(PROMPTS, GREEDY)),
-      name='first')
+      name='first',
+    )
 
   def __enter__(self) -> Held:
     self._thread.start()
@@ -48,15 +49,23 @@ class Held:
     assert not self._thread.is_alive()
 
 
-@pytest.mark.parametrize('what,call', [
-  ('generate', lambda llm, params: llm.generate(PROMPTS, GREEDY)),
-  ('stream', lambda llm, params: next(llm.stream(PROMPTS[0], GREEDY))),
-  ('update_params', lambda llm, params: llm.update_params(params)),
-  ('load_weights', lambda llm, params: llm.load_weights(None)),
-])
+@pytest.mark.parametrize(
+  'what,call',
+  [
+    ('generate', lambda llm, params: llm.generate(PROMPTS, GREEDY)),
+    ('stream', lambda llm, params: next(llm.stream(PROMPTS[0], GREEDY))),
+    ('update_params', lambda llm, params: llm.update_params(params)),
+    ('load_weights', lambda llm, params: llm.load_weights(None)),
+  ],
+)
 def test_who_comes_second_is_told_of_the_first(
-    llm, greedy, new_params, monkeypatch, what: str,
-    call: Callable[[Any, Any], Any]) -> None:
+  llm,
+  greedy,
+  new_params,
+  monkeypatch,
+  what: str,
+  call: Callable[[Any, Any], Any],
+) -> None:
   with Held(llm, monkeypatch) as first:
     with pytest.raises(errors.BusyError) as caught:
       call(llm, new_params)
@@ -66,12 +75,13 @@ def test_who_comes_second_is_told_of_the_first(
   assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']
 
 
-def test_a_stream_that_was_told_so_is_read_on(
-    llm, greedy, monkeypatch) -> None:
+def test_a_stream_that_was_told_so_is_read_on(llm, greedy, monkeypatch) -> None:
   stream = llm.stream(PROMPTS[0], GREEDY)
   got = list(next(stream).token_ids)
-  with Held(llm, monkeypatch) as first, pytest.raises(
-      errors.BusyError, match='first'):
+  with (
+    Held(llm, monkeypatch) as first,
+    pytest.raises(errors.BusyError, match='first'),
+  ):
     for delta in stream:  # What the steps before brought comes first.
       got += delta.token_ids
   for delta in stream:
@@ -81,7 +91,8 @@ def test_a_stream_that_was_told_so_is_read_on(
 
 
 def test_a_stream_that_is_left_meanwhile_frees_its_pages(
-    llm, greedy, monkeypatch) -> None:
+  llm, greedy, monkeypatch
+) -> None:
   """At the next step: the one under way can't be disturbed."""
   stream = llm.stream(PROMPTS[0], GREEDY)
   next(stream)
@@ -92,7 +103,8 @@ def test_a_stream_that_is_left_meanwhile_frees_its_pages(
 
 
 def test_the_garbage_collector_does_not_disturb_a_step(
-    llm, greedy, monkeypatch) -> None:
+  llm, greedy, monkeypatch
+) -> None:
   """A stream in a cycle is forgotten while its engine is in a step."""
   stream: Any = llm.stream(PROMPTS[0], GREEDY)
   next(stream)
@@ -111,11 +123,17 @@ def test_the_garbage_collector_does_not_disturb_a_step(
   assert llm.engine.stats().num_running == 0
 
 
-@pytest.mark.parametrize('fault,words', [
-  (AssertionError(), 'AssertionError'), (KeyError('x'), "KeyError: 'x'"),
-  (RuntimeError('RESOURCE_EXHAUSTED: memory'), 'RESOURCE_EXHAUSTED: memory')])
+@pytest.mark.parametrize(
+  'fault,words',
+  [
+    (AssertionError(), 'AssertionError'),
+    (KeyError('x'), "KeyError: 'x'"),
+    (RuntimeError('RESOURCE_EXHAUSTED: memory'), 'RESOURCE_EXHAUSTED: memory'),
+  ],
+)
 def test_a_faults_message_is_never_empty(
-    make_llm, params, monkeypatch, fault, words) -> None:
+  make_llm, params, monkeypatch, fault, words
+) -> None:
   llm = make_llm(params)
 
   def fail(pending: Any) -> Any:

@@ -32,7 +32,8 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def eos_of(given: Any, said: Any = None) -> tuple[int, ...]:
   return tokenizing.eos_token_ids_of(
-    said, given, tokenizing.tokenizer_of(given))
+    said, given, tokenizing.tokenizer_of(given)
+  )
 
 
 def write(folder: pathlib.Path, name: str, **fields: Any) -> None:
@@ -49,8 +50,12 @@ def test_the_files_of_a_folder_say_where_to_stop(folder) -> None:
   assert eos_of(folder) == (5,)
   write(folder, 'generation_config.json', eos_token_id=[6, 7])
   assert eos_of(folder) == (6, 7)
-  checkpoint.write_metadata(folder, checkpoint.CheckpointMetadata(
-    model=tiny.MODEL, dtype='float32', eos_token_ids=(8,)))
+  checkpoint.write_metadata(
+    folder,
+    checkpoint.CheckpointMetadata(
+      model=tiny.MODEL, dtype='float32', eos_token_ids=(8,)
+    ),
+  )
   assert eos_of(folder) == (8,)
   assert eos_of(folder, [9]) == (9,)
   assert eos_of(folder, ()) == ()
@@ -63,8 +68,9 @@ def test_a_file_that_names_no_token_is_refused(folder, value: Any) -> None:
     eos_of(folder)
 
 
-@pytest.mark.parametrize('said', [
-  3, [3], (3,), np.int32(3), np.array([3]), {3}])
+@pytest.mark.parametrize(
+  'said', [3, [3], (3,), np.int32(3), np.array([3]), {3}]
+)
 def test_what_the_caller_says_counts(said: Any) -> None:
   assert eos_of(None, said) == (3,)
 
@@ -84,7 +90,8 @@ def test_a_tokenizer_of_transformers(folder) -> None:
   assert eos_of(theirs) == (5, tokenizer_fixture.EOS)
   assert ours.encode('the fox') == tuple(theirs('the fox').input_ids)
   assert ours.apply_chat_template(CHAT) == (
-    tokenizer_lib.Tokenizer(folder).apply_chat_template(CHAT))
+    tokenizer_lib.Tokenizer(folder).apply_chat_template(CHAT)
+  )
   assert len(theirs('the fox', truncation=True, max_length=1).input_ids) == 1
   assert len(ours.encode('the fox')) > 1  # Theirs was changed, not ours.
 
@@ -96,7 +103,7 @@ def test_a_tokenizer_of_tokenizers() -> None:
   assert ours.encode('the fox') == tuple(theirs.encode('the fox').ids)
   with pytest.raises(errors.UnsupportedError, match='no chat template'):
     ours.apply_chat_template(CHAT)
-  with pytest.raises(errors.ConfigError, match='tokenizer doesn\'t say which'):
+  with pytest.raises(errors.ConfigError, match="tokenizer doesn't say which"):
     eos_of(theirs)
 
 
@@ -111,30 +118,44 @@ class SlowTokenizer:
   decode = encode
 
 
-@pytest.mark.parametrize('fields,words', [
-  (dict(tokenizer=SlowTokenizer()), 'tokenizer: is a .*SlowTokenizer; must'),
-  (dict(tokenizer=7), 'tokenizer: is a builtins.int; must be'),
-  (dict(tokenizer=tokenizer_fixture.make()), 'eos_token_ids: must be given'),
-  (dict(tokenizer=None), 'eos_token_ids: must be given.*there is no tokenizer'),
-  (dict(tokenizer='/no/such'), 'not a tokenizer that can be read'),
-])
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    (dict(tokenizer=SlowTokenizer()), 'tokenizer: is a .*SlowTokenizer; must'),
+    (dict(tokenizer=7), 'tokenizer: is a builtins.int; must be'),
+    (dict(tokenizer=tokenizer_fixture.make()), 'eos_token_ids: must be given'),
+    (
+      dict(tokenizer=None),
+      'eos_token_ids: must be given.*there is no tokenizer',
+    ),
+    (dict(tokenizer='/no/such'), 'not a tokenizer that can be read'),
+  ],
+)
 def test_what_cant_be_is_refused_before_anything_is_compiled(
-    params, fields, words, monkeypatch) -> None:
+  params, fields, words, monkeypatch
+) -> None:
   monkeypatch.setattr(building, 'build_runner', None)
   with pytest.raises(errors.ConfigError, match=words):
     llm_lib.LLM(tiny.MODEL, params, config=tiny.engine_config(), **fields)
 
 
-@pytest.mark.parametrize('model', [
-  '/checkpoint', pathlib.Path('/checkpoint'), None,
-  transformers.LlamaConfig()])
+@pytest.mark.parametrize(
+  'model',
+  [
+    '/checkpoint',
+    pathlib.Path('/checkpoint'),
+    None,
+    transformers.LlamaConfig(),
+  ],
+)
 def test_a_model_that_is_none_is_told_what_to_call(model: Any) -> None:
   with pytest.raises(errors.ConfigError, match=r'LLM\.from_checkpoint'):
     llm_lib.LLM(model)
 
 
 def test_it_stops_where_the_model_stops(
-    cache_dir, params, folder, greedy) -> None:
+  cache_dir, params, folder, greedy
+) -> None:
   """Live arrays, and a tokenizer whose folder says which token ends."""
   tokens = greedy['old'][0]
   stop = next(t for t in tokens[1:] if t != tokens[0])
@@ -142,9 +163,12 @@ def test_it_stops_where_the_model_stops(
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   for given in (str(folder), theirs):
     llm = llm_lib.LLM(
-      tiny.MODEL, params, tokenizer=given,
-      config=tiny.engine_config(compilation_cache_dir=cache_dir))
-    done, = llm.generate(common.PROMPTS[0], common.GREEDY)
+      tiny.MODEL,
+      params,
+      tokenizer=given,
+      config=tiny.engine_config(compilation_cache_dir=cache_dir),
+    )
+    (done,) = llm.generate(common.PROMPTS[0], common.GREEDY)
     assert done.finish_reason is types.FinishReason.STOP
-    assert done.token_ids == tokens[:tokens.index(stop) + 1]
+    assert done.token_ids == tokens[: tokens.index(stop) + 1]
     assert llm.generate(CHAT, common.GREEDY)[0].token_ids

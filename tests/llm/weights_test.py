@@ -30,8 +30,9 @@ def test_new_weights_are_those_of_a_fresh_llm(llm, new_params, greedy):
   assert compiled == []
 
 
-def test_new_weights_in_the_middle_of_a_stream(llm, params, new_params,
-                                               make_llm):
+def test_new_weights_in_the_middle_of_a_stream(
+  llm, params, new_params, make_llm
+):
   """What was generated stays; what follows is of the new weights alone."""
   prompt = PROMPTS[2]
   tokens: list[int] = []
@@ -45,9 +46,9 @@ def test_new_weights_in_the_middle_of_a_stream(llm, params, new_params,
   # What was in flight still came from the old weights.
   num_old = 2 + llm.engine._scheduler.config.max_in_flight - 1
   fresh = make_llm(new_params)
-  rest, = fresh.generate([*prompt, *tokens[:num_old]], GREEDY)
-  assert tuple(tokens[num_old:]) == rest.token_ids[:6 - num_old]
-  old, = make_llm(params).generate(prompt, GREEDY)
+  (rest,) = fresh.generate([*prompt, *tokens[:num_old]], GREEDY)
+  assert tuple(tokens[num_old:]) == rest.token_ids[: 6 - num_old]
+  (old,) = make_llm(params).generate(prompt, GREEDY)
   assert tuple(tokens[:num_old]) == old.token_ids[:num_old]
   assert tuple(tokens) != old.token_ids
 
@@ -65,23 +66,38 @@ def without(tree: Any, name: str) -> Any:
   return {k: v for k, v in tree.items() if k != name}
 
 
-@pytest.mark.parametrize('change,words', [
-  (lambda p: without(p, 'embed'), ['params.embed', 'missing in a llama']),
-  (lambda p: {**p, 'extra': p['embed']}, ['params.extra', 'unknown']),
-  (lambda p: {**p, 'layers': p['layers'] * 2}, ['params.layers.1', 'unknown']),
-  (lambda p: {**p, 'embed': p['embed'].T},
-   ['params.embed', 'float32[16, 300]', 'float32[300, 16]']),
-  (lambda p: {**p, 'embed': p['embed'].astype(jnp.bfloat16)},
-   ['params.embed', 'bfloat16[300, 16]', 'must be float32']),
-  (lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p),
-   ['bfloat16', 'must be float32']),
-  (lambda p: {**p, 'embed': np.asarray(p['embed'])},
-   ['params.embed', 'ndarray', 'jax.Array']),
-  (lambda p: None, ['params: is a NoneType', 'a tree of arrays']),
-  (lambda p: 'path', ['params: is a str', 'a tree of arrays']),
-])
-def test_wrong_weights_are_named_and_the_old_stay(llm, params, greedy, change,
-                                                  words):
+@pytest.mark.parametrize(
+  'change,words',
+  [
+    (lambda p: without(p, 'embed'), ['params.embed', 'missing in a llama']),
+    (lambda p: {**p, 'extra': p['embed']}, ['params.extra', 'unknown']),
+    (
+      lambda p: {**p, 'layers': p['layers'] * 2},
+      ['params.layers.1', 'unknown'],
+    ),
+    (
+      lambda p: {**p, 'embed': p['embed'].T},
+      ['params.embed', 'float32[16, 300]', 'float32[300, 16]'],
+    ),
+    (
+      lambda p: {**p, 'embed': p['embed'].astype(jnp.bfloat16)},
+      ['params.embed', 'bfloat16[300, 16]', 'must be float32'],
+    ),
+    (
+      lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p),
+      ['bfloat16', 'must be float32'],
+    ),
+    (
+      lambda p: {**p, 'embed': np.asarray(p['embed'])},
+      ['params.embed', 'ndarray', 'jax.Array'],
+    ),
+    (lambda p: None, ['params: is a NoneType', 'a tree of arrays']),
+    (lambda p: 'path', ['params: is a str', 'a tree of arrays']),
+  ],
+)
+def test_wrong_weights_are_named_and_the_old_stay(
+  llm, params, greedy, change, words
+):
   with pytest.raises(errors.ConfigError) as caught:
     llm.update_params(change(params))
   for word in words:
@@ -94,31 +110,66 @@ def boxed(tree: Any) -> Any:
 
 
 def stacked(tree: Any) -> Any:
-  return {**tree, 'layers': jax.tree.map(
-    lambda *leaves: jnp.stack(leaves), *tree['layers'])}
+  return {
+    **tree,
+    'layers': jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree['layers']),
+  }
 
 
-@pytest.mark.parametrize('change,found,wanted,remedies', [
-  (lambda p: {'params': p}, 'params.layers.0.attn.k', 'layers.0.attn.k',
-   ["what is in its ['params']"]),
-  (boxed, 'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
-  (lambda p: nnx.State(boxed({**p, 'layers': dict(enumerate(p['layers']))})),
-   'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
-  (lambda p: jax.tree.map(lambda x: meta.Partitioned(x, (None,) * x.ndim), p),
-   'layers.0.attn.k.value', 'layers.0.attn.k', ['core.meta.unbox']),
-  (lambda p: (p, {}), '0.layers.0.attn.k', 'layers.0.attn.k',
-   ['what is in its [0]']),
-  (stacked, 'layers.attn.k', 'layers.0.attn.k', ['make layers a list']),
-  (lambda p: {'model': {'params': stacked(boxed(p))}},
-   'model.params.layers.attn.k.value', 'layers.0.attn.k',
-   ["['model']['params']", 'boxes', 'a list']),
-  (lambda p: without(p, 'layers') | {'layers_0': p['layers'][0]},
-   'layers_0.attn.k', 'layers.0.attn.k', []),
-  (lambda p: without(p, 'embed') | {'embedding': p['embed']},
-   'embedding', 'embed', []),
-])
+@pytest.mark.parametrize(
+  'change,found,wanted,remedies',
+  [
+    (
+      lambda p: {'params': p},
+      'params.layers.0.attn.k',
+      'layers.0.attn.k',
+      ["what is in its ['params']"],
+    ),
+    (boxed, 'layers.0.attn.k.value', 'layers.0.attn.k', ['nnx.to_pure_dict']),
+    (
+      lambda p: nnx.State(boxed({**p, 'layers': dict(enumerate(p['layers']))})),
+      'layers.0.attn.k.value',
+      'layers.0.attn.k',
+      ['nnx.to_pure_dict'],
+    ),
+    (
+      lambda p: jax.tree.map(
+        lambda x: meta.Partitioned(x, (None,) * x.ndim), p
+      ),
+      'layers.0.attn.k.value',
+      'layers.0.attn.k',
+      ['core.meta.unbox'],
+    ),
+    (
+      lambda p: (p, {}),
+      '0.layers.0.attn.k',
+      'layers.0.attn.k',
+      ['what is in its [0]'],
+    ),
+    (stacked, 'layers.attn.k', 'layers.0.attn.k', ['make layers a list']),
+    (
+      lambda p: {'model': {'params': stacked(boxed(p))}},
+      'model.params.layers.attn.k.value',
+      'layers.0.attn.k',
+      ["['model']['params']", 'boxes', 'a list'],
+    ),
+    (
+      lambda p: without(p, 'layers') | {'layers_0': p['layers'][0]},
+      'layers_0.attn.k',
+      'layers.0.attn.k',
+      [],
+    ),
+    (
+      lambda p: without(p, 'embed') | {'embedding': p['embed']},
+      'embedding',
+      'embed',
+      [],
+    ),
+  ],
+)
 def test_trees_that_are_nearly_right_are_told_what_is_wanted(
-    llm, params, change, found, wanted, remedies):
+  llm, params, change, found, wanted, remedies
+):
   with pytest.raises(errors.ConfigError) as caught:
     llm.update_params(change(params))
   for words in (f'params.{found}', f'params.{wanted}', *remedies):
@@ -126,22 +177,28 @@ def test_trees_that_are_nearly_right_are_told_what_is_wanted(
 
 
 def test_what_is_told_to_be_handed_over_is_taken(llm, new_params, greedy):
-  state = nnx.State(boxed({
-    **new_params, 'layers': dict(enumerate(new_params['layers']))}))
+  state = nnx.State(
+    boxed({**new_params, 'layers': dict(enumerate(new_params['layers']))})
+  )
   layers = stacked(new_params)['layers']
   for params in (
-      nnx.to_pure_dict(state),
-      meta.unbox(jax.tree.map(
-        lambda x: meta.Partitioned(x, (None,) * x.ndim), new_params)),
-      {**new_params, 'layers': [jax.tree.map(lambda x, i=i: x[i], layers)
-                                for i in range(1)]}):
+    nnx.to_pure_dict(state),
+    meta.unbox(
+      jax.tree.map(lambda x: meta.Partitioned(x, (None,) * x.ndim), new_params)
+    ),
+    {
+      **new_params,
+      'layers': [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(1)],
+    },
+  ):
     llm.update_params(params)
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
 
 
 @pytest.mark.parametrize('is_full', [False, True])
 def test_an_update_that_fails_leaves_the_old_weights(
-    llm, new_params, greedy, monkeypatch, is_full):
+  llm, new_params, greedy, monkeypatch, is_full
+):
   """In the middle of moving them; and of a stream, which goes on."""
   stream = llm.stream(PROMPTS[0], GREEDY)
   tokens = list(next(stream).token_ids)
@@ -164,15 +221,19 @@ def test_an_update_that_fails_leaves_the_old_weights(
     with pytest.raises(errors.ConfigError, match=r'ValueError.*old weights st'):
       llm.update_params(new_params)
     assert (*tokens, *(t for d in stream for t in d.token_ids)) == (
-      greedy['old'][0])
-  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == (
-    greedy['new' if is_full else 'old'])
+      greedy['old'][0]
+    )
+  assert (
+    tokens_of(llm.generate(PROMPTS, GREEDY))
+    == (greedy['new' if is_full else 'old'])
+  )
 
 
 def test_weights_of_a_dtype_that_attention_lacks(params, make_llm):
   whole = jax.tree.map(lambda x: x.astype(jnp.int32), params)
-  with pytest.raises(errors.ConfigError, match=(
-      r'int32.*must be float32 or bfloat16 or float16')):
+  with pytest.raises(
+    errors.ConfigError, match=(r'int32.*must be float32 or bfloat16 or float16')
+  ):
     make_llm(whole)
 
 
@@ -183,7 +244,8 @@ def test_weights_that_a_trainer_donated(llm, new_params, greedy):
   stream = llm.stream(PROMPTS[0], GREEDY)
   next(stream)
   train_step = jax.jit(
-    lambda p: jax.tree.map(lambda x: x + 0, p), donate_argnums=0)
+    lambda p: jax.tree.map(lambda x: x + 0, p), donate_argnums=0
+  )
   trained = train_step(donated)
   with pytest.raises(errors.ConfigError, match=r'donated.*update_params'):
     list(stream)
@@ -204,14 +266,15 @@ def test_a_training_loop(llm):
     return -common.all_logprobs(params, tokens)[2:5, target].sum()
 
   def update(params: Any) -> Any:
-    return jax.tree.map(lambda p, g: p - 0.05 * g, params,
-                        jax.grad(loss)(params))
+    return jax.tree.map(
+      lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params)
+    )
 
   train_step = jax.jit(update, donate_argnums=0)
   params = tiny.make_params()
   rewards = []
   for _ in range(10):
-    done, = llm.generate(prompt, GREEDY)
+    (done,) = llm.generate(prompt, GREEDY)
     rewards.append(done.token_ids[:3].count(target))
     params = train_step(params)
     llm.update_params(params)

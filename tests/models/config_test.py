@@ -14,18 +14,37 @@ from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
 
 _SIZES: dict[str, Any] = dict(
-  vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=3,
-  num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64)
+  vocab_size=50,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_position_embeddings=64,
+)
 
 _YARN = config_lib.RopeConfig(
-  kind='yarn', factor=4.0, original_max_position=32, attention_factor=1.1,
-  beta_fast=32, beta_slow=1, truncate=True)
+  kind='yarn',
+  factor=4.0,
+  original_max_position=32,
+  attention_factor=1.1,
+  beta_fast=32,
+  beta_slow=1,
+  truncate=True,
+)
 
 _EXAMPLES = (
   config_lib.LlamaConfig(**_SIZES),
   config_lib.LlamaConfig(
-    **_SIZES, rope=_YARN, qkv_bias=True, qk_norm=True, sliding_window=7,
-    window_layers=(0, 2), tie_word_embeddings=True),
+    **_SIZES,
+    rope=_YARN,
+    qkv_bias=True,
+    qk_norm=True,
+    sliding_window=7,
+    window_layers=(0, 2),
+    tie_word_embeddings=True,
+  ),
   config_lib.MixtralConfig(**_SIZES, num_experts=4, experts_per_token=2),
   config_lib.FalconConfig(**_SIZES, num_norms=2, activation='gelu'),
 )
@@ -48,8 +67,10 @@ def test_closed_world() -> None:
     ({**fields, 'family': 'gpt'}, "family='gpt'"),
     ({**fields, 'num_experts': 3}, r'model\.num_experts'),
     ({k: v for k, v in fields.items() if k != 'family'}, 'family=None'),
-    ({k: v for k, v in fields.items() if k != 'num_heads'},
-     r'model\.num_heads: missing'),
+    (
+      {k: v for k, v in fields.items() if k != 'num_heads'},
+      r'model\.num_heads: missing',
+    ),
     ([], r'model=\[\]'),
   ):
     with pytest.raises(errors.ConfigError, match=match):
@@ -61,44 +82,66 @@ def test_a_family_reads_only_itself() -> None:
     config_lib.LlamaConfig.from_dict(_EXAMPLES[-1].to_dict())
 
 
-@pytest.mark.parametrize(('cls', 'fields', 'match'), [
-  (config_lib.LlamaConfig, dict(hidden_size='32'), "hidden_size='32'"),
-  (config_lib.LlamaConfig, dict(num_layers=0), 'num_layers=0'),
-  (config_lib.LlamaConfig, dict(num_layers=True), 'num_layers=True'),
-  (config_lib.LlamaConfig, dict(num_kv_heads=3), 'num_kv_heads=3'),
-  (config_lib.LlamaConfig, dict(head_dim=7), 'rotary_dim=7'),
-  (config_lib.LlamaConfig, dict(norm_eps=0.0), r'norm_eps=0\.0'),
-  (config_lib.LlamaConfig, dict(norm_eps=float('nan')), 'norm_eps=nan'),
-  (config_lib.LlamaConfig, dict(activation='mish'), "activation='mish'"),
-  (config_lib.LlamaConfig, dict(sliding_window=0), 'sliding_window=0'),
-  (config_lib.LlamaConfig, dict(qk_norm=1), 'qk_norm=1'),
-  (config_lib.LlamaConfig, dict(window_layers=(3,)), r'window_layers=\(3,\)'),
-  (config_lib.LlamaConfig, dict(window_layers=(1, 0)), 'window_layers'),
-  (config_lib.LlamaConfig, dict(rope={'kind': 'default'}), 'rope='),
-  (config_lib.LlamaConfig, dict(rope=config_lib.RopeConfig(rotary_dim=16)),
-   r'rotary_dim=16.*head_dim=8'),
-  (config_lib.MixtralConfig, dict(num_experts=2, experts_per_token=3),
-   'experts_per_token=3'),
-  (config_lib.FalconConfig, dict(num_norms=3), 'num_norms=3'),
-  (config_lib.FalconConfig, dict(parallel=False), 'num_norms=1'),
-])
+@pytest.mark.parametrize(
+  ('cls', 'fields', 'match'),
+  [
+    (config_lib.LlamaConfig, dict(hidden_size='32'), "hidden_size='32'"),
+    (config_lib.LlamaConfig, dict(num_layers=0), 'num_layers=0'),
+    (config_lib.LlamaConfig, dict(num_layers=True), 'num_layers=True'),
+    (config_lib.LlamaConfig, dict(num_kv_heads=3), 'num_kv_heads=3'),
+    (config_lib.LlamaConfig, dict(head_dim=7), 'rotary_dim=7'),
+    (config_lib.LlamaConfig, dict(norm_eps=0.0), r'norm_eps=0\.0'),
+    (config_lib.LlamaConfig, dict(norm_eps=float('nan')), 'norm_eps=nan'),
+    (config_lib.LlamaConfig, dict(activation='mish'), "activation='mish'"),
+    (config_lib.LlamaConfig, dict(sliding_window=0), 'sliding_window=0'),
+    (config_lib.LlamaConfig, dict(qk_norm=1), 'qk_norm=1'),
+    (config_lib.LlamaConfig, dict(window_layers=(3,)), r'window_layers=\(3,\)'),
+    (config_lib.LlamaConfig, dict(window_layers=(1, 0)), 'window_layers'),
+    (config_lib.LlamaConfig, dict(rope={'kind': 'default'}), 'rope='),
+    (
+      config_lib.LlamaConfig,
+      dict(rope=config_lib.RopeConfig(rotary_dim=16)),
+      r'rotary_dim=16.*head_dim=8',
+    ),
+    (
+      config_lib.MixtralConfig,
+      dict(num_experts=2, experts_per_token=3),
+      'experts_per_token=3',
+    ),
+    (config_lib.FalconConfig, dict(num_norms=3), 'num_norms=3'),
+    (config_lib.FalconConfig, dict(parallel=False), 'num_norms=1'),
+  ],
+)
 def test_bad_value(cls: Any, fields: dict[str, Any], match: str) -> None:
   with pytest.raises(errors.ConfigError, match=match):
     cls(**{**_SIZES, **fields})
 
 
-@pytest.mark.parametrize(('fields', 'match'), [
-  (dict(kind='longrope'), "kind='longrope'"),
-  (dict(theta=-1.0), r'theta=-1\.0'),
-  (dict(rotary_dim=3), 'rotary_dim=3'),
-  (dict(kind='linear'), 'factor=None'),
-  (dict(kind='linear', factor=2.0, beta_fast=1), 'beta_fast=1: has no'),
-  (dict(factor=2.0), 'factor=2.0: has no'),
-  (dict(kind='dynamic', factor=2.0, original_max_position=2.5),
-   r'original_max_position=2\.5'),
-  (dict(kind='llama3', factor=2.0, original_max_position=8,
-        low_freq_factor=4.0, high_freq_factor=1.0), 'high_freq_factor'),
-])
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(kind='longrope'), "kind='longrope'"),
+    (dict(theta=-1.0), r'theta=-1\.0'),
+    (dict(rotary_dim=3), 'rotary_dim=3'),
+    (dict(kind='linear'), 'factor=None'),
+    (dict(kind='linear', factor=2.0, beta_fast=1), 'beta_fast=1: has no'),
+    (dict(factor=2.0), 'factor=2.0: has no'),
+    (
+      dict(kind='dynamic', factor=2.0, original_max_position=2.5),
+      r'original_max_position=2\.5',
+    ),
+    (
+      dict(
+        kind='llama3',
+        factor=2.0,
+        original_max_position=8,
+        low_freq_factor=4.0,
+        high_freq_factor=1.0,
+      ),
+      'high_freq_factor',
+    ),
+  ],
+)
 def test_bad_rope(fields: dict[str, Any], match: str) -> None:
   with pytest.raises(errors.ConfigError, match=match):
     config_lib.RopeConfig(**fields)
@@ -111,9 +154,12 @@ def test_layer_window() -> None:
 
 
 def test_needs_no_jax() -> None:
-  script = ('import sys; from sarathi_jax import models; '
-            'from sarathi_jax.models import config; '
-            'print("jax" in sys.modules, "numpy" in sys.modules)')
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True,
-                        text=True, check=True)
+  script = (
+    'import sys; from sarathi_jax import models; '
+    'from sarathi_jax.models import config; '
+    'print("jax" in sys.modules, "numpy" in sys.modules)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
   assert done.stdout == 'False False\n'

@@ -17,14 +17,23 @@ from sarathi_jax.models import parallel
 from sarathi_jax.models import published
 from sarathi_jax.runner import kv_cache
 
-TINY = dict(vocab_size=16, hidden_size=24, intermediate_size=40, num_layers=2,
-            num_heads=4, num_kv_heads=2, head_dim=6,
-            max_position_embeddings=16)
+TINY = dict(
+  vocab_size=16,
+  hidden_size=24,
+  intermediate_size=40,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  max_position_embeddings=16,
+)
 MODELS = {
   **published.MODELS,
   'biases': config_lib.LlamaConfig(**TINY, qkv_bias=True, mlp_bias=True),
   'sequential': config_lib.FalconConfig(
-    **TINY, parallel=False, num_norms=2, bias=True)}
+    **TINY, parallel=False, num_norms=2, bias=True
+  ),
+}
 
 
 def test_every_family_is_here() -> None:
@@ -37,37 +46,59 @@ def test_matrices_are_those_of_the_parameters(name: str) -> None:
   layer = models.param_specs(model)['layers'][0]
   shapes = [leaf.shape for leaf in jax.tree.leaves(layer)]
   assert facts.layer_size(model) == sum(
-    math.prod(shape) for shape in shapes if len(shape) > 1)
+    math.prod(shape) for shape in shapes if len(shape) > 1
+  )
 
 
-@pytest.mark.parametrize(('name', 'tp'), [
-  ('llama-3.1-70b', 4), ('falcon-180b', 8), ('mixtral-8x7b', 2)])
+@pytest.mark.parametrize(
+  ('name', 'tp'),
+  [('llama-3.1-70b', 4), ('falcon-180b', 8), ('mixtral-8x7b', 2)],
+)
 def test_devices_share_matrices(name: str, tp: int) -> None:
   model, parallelism = MODELS[name], parallel.Parallelism(tp=tp)
   layer = models.param_specs(model)['layers'][0]
   assert facts.layer_size(model, tp) == sum(
     math.prod(map(parallelism.part_len, leaf.axes, leaf.shape))
-    for leaf in jax.tree.leaves(layer) if len(leaf.shape) > 1)
+    for leaf in jax.tree.leaves(layer)
+    if len(leaf.shape) > 1
+  )
 
 
 def test_each_token_goes_through_some_of_the_experts() -> None:
   model = published.MODELS['mixtral-8x7b']
   assert [(m.copies, m.used) for m in facts.layer_matrices(model)] == [
-    (1, 1), (1, 1), (1, 1), (8, 2), (8, 2)]
+    (1, 1),
+    (1, 1),
+    (1, 1),
+    (8, 2),
+    (8, 2),
+  ]
 
 
 @pytest.mark.parametrize('dtype', attention_work.NUMBER_BYTES)
 def test_keys_and_values_are_those_of_the_cache(dtype: str) -> None:
   model = published.MODELS['mistral-7b']
   assert kv_cache.page_bytes(model, 16, jnp.dtype(dtype)) == (
-    16 * model.num_layers * attention_work.token_bytes(
-      model.num_kv_heads, model.head_dim, dtype))
+    16
+    * model.num_layers
+    * attention_work.token_bytes(model.num_kv_heads, model.head_dim, dtype)
+  )
 
 
-@pytest.mark.parametrize(('before', 'tokens', 'window', 'pairs', 'keys'), [
-  (3, 2, None, 9, 5), (3, 2, 4, 8, 5), (3, 2, 2, 4, 3), (7, 1, 3, 3, 3),
-  (0, 4, None, 10, 4), (5, 0, None, 0, 0), (5, 0, 3, 0, 0)])
-def test_pairs_are_counted(before: int, tokens: int, window: int | None,
-                           pairs: int, keys: int) -> None:
+@pytest.mark.parametrize(
+  ('before', 'tokens', 'window', 'pairs', 'keys'),
+  [
+    (3, 2, None, 9, 5),
+    (3, 2, 4, 8, 5),
+    (3, 2, 2, 4, 3),
+    (7, 1, 3, 3, 3),
+    (0, 4, None, 10, 4),
+    (5, 0, None, 0, 0),
+    (5, 0, 3, 0, 0),
+  ],
+)
+def test_pairs_are_counted(
+  before: int, tokens: int, window: int | None, pairs: int, keys: int
+) -> None:
   assert attention_work.num_pairs(before, tokens, window) == pairs
   assert attention_work.num_keys(before, tokens, window) == keys

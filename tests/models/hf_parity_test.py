@@ -36,10 +36,16 @@ CONTEXT = 32  # of the original, for those rotary embeddings that are scaled
 TOLERANCE = 1e-4
 
 _SIZES: dict[str, Any] = dict(
-  vocab_size=199, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-  max_position_embeddings=128, initializer_range=0.12)
+  vocab_size=199,
+  hidden_size=64,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=128,
+  initializer_range=0.12,
+)
 _GATED: dict[str, Any] = dict(
-  _SIZES, intermediate_size=96, num_key_value_heads=2)
+  _SIZES, intermediate_size=96, num_key_value_heads=2
+)
 
 
 def _llama(**fields: Any) -> Any:
@@ -61,53 +67,90 @@ CASES: Mapping[str, Any] = {
   'llama_mha': lambda: _llama(num_key_value_heads=4),
   'llama_gqa': _llama,
   'llama_mqa_tied': lambda: _llama(
-    num_key_value_heads=1, tie_word_embeddings=True),
+    num_key_value_heads=1, tie_word_embeddings=True
+  ),
   'llama_biases': lambda: _llama(attention_bias=True, mlp_bias=True),
   'llama_head_dim': lambda: _llama(head_dim=24, hidden_act='gelu_new'),
   'llama_linear': lambda: _llama(
-    rope_parameters=_scaled('linear'), max_position_embeddings=CONTEXT),
+    rope_parameters=_scaled('linear'), max_position_embeddings=CONTEXT
+  ),
   'llama_dynamic': lambda: _llama(
-    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT),
-  'llama3': lambda: _llama(rope_parameters=_scaled(
-    'llama3', original_max_position_embeddings=CONTEXT, low_freq_factor=1.0,
-    high_freq_factor=4.0, rope_theta=500000.0)),
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT
+  ),
+  'llama3': lambda: _llama(
+    rope_parameters=_scaled(
+      'llama3',
+      original_max_position_embeddings=CONTEXT,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      rope_theta=500000.0,
+    )
+  ),
   'llama_yarn': lambda: _llama(rope_parameters=_YARN),
-  'llama_yarn_numbers': lambda: _llama(rope_parameters=dict(
-    _YARN, beta_fast=16.0, beta_slow=2.0, mscale=0.8, mscale_all_dim=0.5,
-    truncate=False)),
-  'yi': lambda: _llama(rope_parameters=dict(
-    rope_type='default', rope_theta=5000000.0), rms_norm_eps=1e-5),
+  'llama_yarn_numbers': lambda: _llama(
+    rope_parameters=dict(
+      _YARN,
+      beta_fast=16.0,
+      beta_slow=2.0,
+      mscale=0.8,
+      mscale_all_dim=0.5,
+      truncate=False,
+    )
+  ),
+  'yi': lambda: _llama(
+    rope_parameters=dict(rope_type='default', rope_theta=5000000.0),
+    rms_norm_eps=1e-5,
+  ),
   'mistral_window': lambda: transformers.MistralConfig(
-    **_GATED, sliding_window=WINDOW),
+    **_GATED, sliding_window=WINDOW
+  ),
   'mistral_no_window': lambda: transformers.MistralConfig(
-    **_GATED, sliding_window=None, head_dim=24),
+    **_GATED, sliding_window=None, head_dim=24
+  ),
   'qwen2': lambda: transformers.Qwen2Config(**_GATED),
   'qwen2_tied_windows': lambda: transformers.Qwen2Config(
-    **_GATED, tie_word_embeddings=True, use_sliding_window=True,
-    sliding_window=WINDOW, max_window_layers=1),
+    **_GATED,
+    tie_word_embeddings=True,
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+    max_window_layers=1,
+  ),
   'qwen3': lambda: transformers.Qwen3Config(**_GATED, head_dim=24),
   'qwen3_biases_windows': lambda: transformers.Qwen3Config(
-    **_GATED, head_dim=8, attention_bias=True, tie_word_embeddings=True,
-    use_sliding_window=True, sliding_window=WINDOW, max_window_layers=0),
+    **_GATED,
+    head_dim=8,
+    attention_bias=True,
+    tie_word_embeddings=True,
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+    max_window_layers=0,
+  ),
   'qwen3_yarn': lambda: transformers.Qwen3Config(
-    **_GATED, head_dim=24, rope_parameters=_YARN),
+    **_GATED, head_dim=24, rope_parameters=_YARN
+  ),
   'mixtral': lambda: transformers.MixtralConfig(
-    **_GATED, num_local_experts=4, num_experts_per_tok=2),
+    **_GATED, num_local_experts=4, num_experts_per_tok=2
+  ),
   'mixtral_window_top3': lambda: transformers.MixtralConfig(
-    **_GATED, num_local_experts=5, num_experts_per_tok=3,
-    sliding_window=WINDOW),
+    **_GATED, num_local_experts=5, num_experts_per_tok=3, sliding_window=WINDOW
+  ),
   'falcon_7b': _falcon,
   'falcon_7b_untied_biases': lambda: _falcon(
-    bias=True, tie_word_embeddings=False),
-  'falcon_40b': lambda: _falcon(
-    new_decoder_architecture=True, num_kv_heads=2),
+    bias=True, tie_word_embeddings=False
+  ),
+  'falcon_40b': lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
   'falcon_11b_one_norm': lambda: _falcon(
-    new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1,
-    ffn_hidden_size=80),
+    new_decoder_architecture=True,
+    num_kv_heads=2,
+    num_ln_in_parallel_attn=1,
+    ffn_hidden_size=80,
+  ),
   'falcon_sequential_mha': lambda: _falcon(
-    multi_query=False, parallel_attn=False, bias=True),
+    multi_query=False, parallel_attn=False, bias=True
+  ),
   'falcon_dynamic': lambda: _falcon(
-    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT),
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT
+  ),
 }
 
 
@@ -133,7 +176,8 @@ def make_model(config: Any) -> Any:
   torch.set_num_threads(1)
   torch.manual_seed(1)
   model = transformers.AutoModelForCausalLM.from_config(
-    config, dtype=torch.float32).eval()
+    config, dtype=torch.float32
+  ).eval()
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.ndim == 1:  # norms and biases
@@ -146,18 +190,29 @@ def make_model(config: Any) -> Any:
 def run_reference(model: Any) -> Reference:
   """Runs generate, as a user of transformers would."""
   prompt = torch.randint(
-    3, model.config.vocab_size, (1, PROMPT_LEN),
-    generator=torch.Generator().manual_seed(2))
+    3,
+    model.config.vocab_size,
+    (1, PROMPT_LEN),
+    generator=torch.Generator().manual_seed(2),
+  )
   model.generation_config.eos_token_id = None
   with torch.no_grad():
     prompt_logits = model(prompt).logits[0]
     out = model.generate(
-      prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-      max_new_tokens=NUM_NEW, output_logits=True, pad_token_id=0,
-      return_dict_in_generate=True)
+      prompt,
+      attention_mask=torch.ones_like(prompt),
+      do_sample=False,
+      max_new_tokens=NUM_NEW,
+      output_logits=True,
+      pad_token_id=0,
+      return_dict_in_generate=True,
+    )
   return Reference(
-    prompt[0].numpy(), prompt_logits.numpy(),
-    out.sequences[0, PROMPT_LEN:].numpy(), torch.cat(out.logits).numpy())
+    prompt[0].numpy(),
+    prompt_logits.numpy(),
+    out.sequences[0, PROMPT_LEN:].numpy(),
+    torch.cat(out.logits).numpy(),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,8 +221,14 @@ def _logits(config: Any, params: Any, tokens: Any) -> Any:
   positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
   rope_lens = jnp.maximum(positions + 1, PROMPT_LEN)
   hidden, _ = models.forward(
-    config, params, [None] * config.num_layers, tokens, positions, rope_lens,
-    models.causal_attend)
+    config,
+    params,
+    [None] * config.num_layers,
+    tokens,
+    positions,
+    rope_lens,
+    models.causal_attend,
+  )
   return models.unembed(config, params, hidden)
 
 
@@ -180,18 +241,23 @@ def run_ours(config: Any, params: Any, prompt: np.ndarray) -> Reference:
     logits = np.asarray(_logits(config, params, tokens))
     chosen_from.append(logits[length - 1])
     tokens[length] = logits[length - 1].argmax()
-  return Reference(prompt, logits[:PROMPT_LEN], tokens[PROMPT_LEN:],
-                   np.stack(chosen_from))
+  return Reference(
+    prompt, logits[:PROMPT_LEN], tokens[PROMPT_LEN:], np.stack(chosen_from)
+  )
 
 
 def check(ours: Reference, theirs: Reference) -> None:
   """Logits within the tolerance; tokens equal up to a tie of the reference."""
   np.testing.assert_allclose(
-    ours.prompt_logits, theirs.prompt_logits, atol=TOLERANCE, rtol=0)
+    ours.prompt_logits, theirs.prompt_logits, atol=TOLERANCE, rtol=0
+  )
   num_same = check_tokens(ours.tokens, theirs)
   np.testing.assert_allclose(
-    ours.logits[:num_same + 1], theirs.logits[:num_same + 1], atol=TOLERANCE,
-    rtol=0)
+    ours.logits[: num_same + 1],
+    theirs.logits[: num_same + 1],
+    atol=TOLERANCE,
+    rtol=0,
+  )
 
 
 def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
@@ -208,8 +274,13 @@ def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
 def run_served(config: Any, params: Any, prompt: np.ndarray) -> Sequence[int]:
   """The engine's tokens, in chunks of 8 at most, beside others' requests."""
   llm = sarathi_jax.LLM(
-    config, params, eos_token_ids=(), config=sarathi_jax.EngineConfig(
-      token_budget=8, max_num_seqs=8, page_size=16, num_pages=14))
+    config,
+    params,
+    eos_token_ids=(),
+    config=sarathi_jax.EngineConfig(
+      token_budget=8, max_num_seqs=8, page_size=16, num_pages=14
+    ),
+  )
   sampling = sarathi_jax.SamplingParams(temperature=0, max_tokens=NUM_NEW)
   prompts = [prompt[:7], prompt, prompt[::-1], prompt[:30]]
   done = llm.generate(prompts, sampling)
@@ -220,8 +291,10 @@ def run_served(config: Any, params: Any, prompt: np.ndarray) -> Sequence[int]:
 def _convert(model: Any, folder: pathlib.Path) -> tuple[Any, Any]:
   model.save_pretrained(folder / 'hf')
   convert.convert(folder / 'hf', folder / 'out', check=True)
-  return (checkpoint.load_metadata(folder / 'out').model,
-          checkpoint.restore_params(folder / 'out'))
+  return (
+    checkpoint.load_metadata(folder / 'out').model,
+    checkpoint.restore_params(folder / 'out'),
+  )
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -20,22 +20,40 @@ _POSITIONS = (0, 1, 63, 64, 4095, 4096, 8192, 100_000)
 _KINDS: dict[str, dict[str, Any]] = {
   'default': dict(),
   'linear': dict(factor=4.0),
-  'llama3': dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                 original_max_position=4096),
-  'yarn': dict(factor=4.0, original_max_position=4096, beta_fast=32,
-               beta_slow=1, attention_factor=1.25, truncate=True),
+  'llama3': dict(
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position=4096,
+  ),
+  'yarn': dict(
+    factor=4.0,
+    original_max_position=4096,
+    beta_fast=32,
+    beta_slow=1,
+    attention_factor=1.25,
+    truncate=True,
+  ),
 }
 
 
-def _theirs(kind: str, numbers: dict[str, Any], head_dim: int, theta: float,
-            positions: Any) -> tuple[np.ndarray, np.ndarray]:
+def _theirs(
+  kind: str,
+  numbers: dict[str, Any],
+  head_dim: int,
+  theta: float,
+  positions: Any,
+) -> tuple[np.ndarray, np.ndarray]:
   names = dict(numbers)
   if 'original_max_position' in names:
     names['original_max_position_embeddings'] = names.pop(
-      'original_max_position')
+      'original_max_position'
+    )
   config = transformers.LlamaConfig(
-    head_dim=head_dim, max_position_embeddings=8192,
-    rope_parameters=dict(rope_type=kind, rope_theta=theta, **names))
+    head_dim=head_dim,
+    max_position_embeddings=8192,
+    rope_parameters=dict(rope_type=kind, rope_theta=theta, **names),
+  )
   embedding = modeling_llama.LlamaRotaryEmbedding(config)
   cos, sin = embedding(torch.zeros(1), torch.tensor([list(positions)]))
   half = head_dim // 2
@@ -61,13 +79,17 @@ def test_tables(kind: str, head_dim: int, theta: float) -> None:
 def test_dynamic_uses_the_length_it_is_given(length: int) -> None:
   """Every token has its own base, for the length in `rope_lens`."""
   config = config_lib.RopeConfig(
-    kind='dynamic', factor=4.0, original_max_position=64)
+    kind='dynamic', factor=4.0, original_max_position=64
+  )
   positions = np.arange(length, dtype=np.int32)
-  ours = rope.tables(config, 16, jnp.asarray(positions),
-                     jnp.full(length, length, jnp.int32))
+  ours = rope.tables(
+    config, 16, jnp.asarray(positions), jnp.full(length, length, jnp.int32)
+  )
   hf_config = transformers.LlamaConfig(
-    head_dim=16, max_position_embeddings=64, rope_parameters=dict(
-      rope_type='dynamic', rope_theta=10000.0, factor=4.0))
+    head_dim=16,
+    max_position_embeddings=64,
+    rope_parameters=dict(rope_type='dynamic', rope_theta=10000.0, factor=4.0),
+  )
   embedding = modeling_llama.LlamaRotaryEmbedding(hf_config)
   cos, sin = embedding(torch.zeros(1), torch.from_numpy(positions)[None])
   np.testing.assert_allclose(ours[0], cos[0, :, :8], atol=1e-4)
@@ -76,7 +98,8 @@ def test_dynamic_uses_the_length_it_is_given(length: int) -> None:
 
 def test_dynamic_needs_lengths() -> None:
   config = config_lib.RopeConfig(
-    kind='dynamic', factor=4.0, original_max_position=64)
+    kind='dynamic', factor=4.0, original_max_position=64
+  )
   with pytest.raises(ValueError, match='rope_lens=None'):
     rope.tables(config, 16, jnp.arange(3), None)
 
@@ -93,6 +116,7 @@ def test_apply_rotates_pairs_and_leaves_the_rest() -> None:
 def test_partial_rotation_has_the_frequencies_of_its_width() -> None:
   positions = jnp.arange(5)
   partial = rope.tables(
-    config_lib.RopeConfig(rotary_dim=8), 32, positions, None)
+    config_lib.RopeConfig(rotary_dim=8), 32, positions, None
+  )
   whole = rope.tables(config_lib.RopeConfig(), 8, positions, None)
   np.testing.assert_array_equal(partial[0], whole[0])

@@ -23,27 +23,42 @@ from sarathi_jax.models import rope
 from sarathi_jax.models import spec
 
 _SIZES: dict[str, Any] = dict(
-  vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=2,
-  num_heads=4, num_kv_heads=2, head_dim=8, max_position_embeddings=64)
+  vocab_size=50,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_position_embeddings=64,
+)
 
 CONFIGS: dict[str, config_lib.ModelConfig] = {
   'llama': config_lib.LlamaConfig(**_SIZES),
   'llama_everything': config_lib.LlamaConfig(
-    **_SIZES, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True,
-    sliding_window=3, window_layers=(1,), tie_word_embeddings=True,
-    rope=config_lib.RopeConfig(rotary_dim=4)),
+    **_SIZES,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    sliding_window=3,
+    window_layers=(1,),
+    tie_word_embeddings=True,
+    rope=config_lib.RopeConfig(rotary_dim=4),
+  ),
   'mixtral': config_lib.MixtralConfig(
-    **_SIZES, num_experts=4, experts_per_token=2),
+    **_SIZES, num_experts=4, experts_per_token=2
+  ),
   'falcon': config_lib.FalconConfig(**_SIZES, activation='gelu'),
   'falcon_sequential': config_lib.FalconConfig(
-    **_SIZES, activation='gelu', bias=True, num_norms=2, parallel=False),
+    **_SIZES, activation='gelu', bias=True, num_norms=2, parallel=False
+  ),
 }
 
 
 @pytest.fixture(autouse=True)
 def _strict() -> Iterator[None]:
-  with (jax.numpy_rank_promotion('raise'),
-        jax.numpy_dtype_promotion('strict')):
+  with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'):
     yield
 
 
@@ -52,18 +67,26 @@ def _tokens(length: int) -> np.ndarray:
 
 
 @functools.cache
-def _init(config: config_lib.ModelConfig, dtype: str = 'float32',
-          scale: float = 0.2) -> Any:
+def _init(
+  config: config_lib.ModelConfig, dtype: str = 'float32', scale: float = 0.2
+) -> Any:
   return models.init_params(config, jax.random.key(0), dtype, scale)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: config_lib.ModelConfig, params: Any, tokens: Any
-            ) -> jax.Array:
+def _logits(
+  config: config_lib.ModelConfig, params: Any, tokens: Any
+) -> jax.Array:
   positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
   hidden, kv = models.forward(
-    config, params, [None] * config.num_layers, tokens, positions, None,
-    models.causal_attend)
+    config,
+    params,
+    [None] * config.num_layers,
+    tokens,
+    positions,
+    None,
+    models.causal_attend,
+  )
   assert kv == [None] * config.num_layers
   assert hidden.dtype == params['embed'].dtype
   return models.unembed(config, params, hidden)
@@ -78,8 +101,11 @@ def test_dtypes(name: str, dtype: str) -> None:
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
   logits = _logits(config, params, _tokens(9))
   assert logits.dtype == jnp.float32 and logits.shape == (9, 50)
-  exact = _logits(config, jax.tree.map(
-    lambda leaf: leaf.astype(jnp.float32), params), _tokens(9))
+  exact = _logits(
+    config,
+    jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params),
+    _tokens(9),
+  )
   np.testing.assert_allclose(logits, exact, atol=0.05)
 
 
@@ -89,8 +115,12 @@ def test_params_are_what_the_specs_say(name: str) -> None:
   specs = models.param_specs(config)
   params = _init(config)
   checked = jax.tree.map(
-    lambda want, leaf: want.shape == leaf.shape and (
-      len(want.axes) == leaf.ndim), specs, params)
+    lambda want, leaf: (
+      want.shape == leaf.shape and (len(want.axes) == leaf.ndim)
+    ),
+    specs,
+    params,
+  )
   assert all(jax.tree.leaves(checked))
   assert isinstance(specs['embed'], spec.ParamSpec)
 
@@ -112,11 +142,16 @@ def test_every_parameter_matters(name: str) -> None:
   config = CONFIGS[name]
   params = _init(config, scale=0.3)
   mixing = jax.random.normal(jax.random.key(1), (12, 50))
-  grads = jax.jit(jax.grad(lambda params: jnp.sum(
-    _logits(config, params, _tokens(12)) * mixing)))(params)
-  zero = [jax.tree_util.keystr(path)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-          if float(jnp.abs(leaf).max()) < 1e-6]
+  grads = jax.jit(
+    jax.grad(
+      lambda params: jnp.sum(_logits(config, params, _tokens(12)) * mixing)
+    )
+  )(params)
+  zero = [
+    jax.tree_util.keystr(path)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    if float(jnp.abs(leaf).max()) < 1e-6
+  ]
   assert not zero, zero
 
 
@@ -129,23 +164,32 @@ def test_the_last_layer_computes_what_leaves_only(name: str) -> None:
 
   @functools.partial(jax.jit, static_argnums=2)
   def run(params: Any, tokens: Any, leaving: bool) -> jax.Array:
-    rotation = rope.tables(
-      config.rope, config.head_dim, jnp.arange(12), None)
+    rotation = rope.tables(config.rope, config.head_dim, jnp.arange(12), None)
     x, _ = models.run_layers(
-      config, params['layers'], [None] * config.num_layers,
+      config,
+      params['layers'],
+      [None] * config.num_layers,
       models.embed(config, params, tokens),
       [config.layer_kind(i) for i in range(config.num_layers)],
-      lambda kind, rows: models.LayerContext(rotation, functools.partial(
-        models.causal_attend, options=kind.attention, rows=rows), rows=rows),
-      leaving=rows if leaving else None)
+      lambda kind, rows: models.LayerContext(
+        rotation,
+        functools.partial(
+          models.causal_attend, options=kind.attention, rows=rows
+        ),
+        rows=rows,
+      ),
+      leaving=rows if leaving else None,
+    )
     return x
 
   np.testing.assert_allclose(
-    run(params, tokens, True), run(params, tokens, False)[rows], atol=1e-5)
+    run(params, tokens, True), run(params, tokens, False)[rows], atol=1e-5
+  )
   some, everything = (
     run.lower(params, tokens, leaving).compile().cost_analysis()['flops']
-    for leaving in (True, False))
-  assert some < .75 * everything, 'one of two layers has a quarter of the rows'
+    for leaving in (True, False)
+  )
+  assert some < 0.75 * everything, 'one of two layers has a quarter of the rows'
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -154,8 +198,10 @@ def test_padding_after_the_end_changes_nothing(name: str) -> None:
   params = _init(config)
   tokens = _tokens(12)
   np.testing.assert_allclose(
-    _logits(config, params, tokens)[:7], _logits(config, params, tokens[:7]),
-    atol=1e-5)
+    _logits(config, params, tokens)[:7],
+    _logits(config, params, tokens[:7]),
+    atol=1e-5,
+  )
 
 
 def test_window_is_so_many_tokens_and_itself() -> None:
@@ -164,7 +210,8 @@ def test_window_is_so_many_tokens_and_itself() -> None:
   k = jnp.zeros((5, 1, 4))
   v = jnp.eye(5)[:, None, :4] + jnp.zeros((5, 1, 4))
   out, _ = models.causal_attend(
-    None, q, k, v, options=kinds.AttentionOptions(1.0, window=3))
+    None, q, k, v, options=kinds.AttentionOptions(1.0, window=3)
+  )
   third = 1 / 3
   np.testing.assert_allclose(out[3, 0], [0, third, third, third], atol=1e-6)
   np.testing.assert_allclose(out[4, 1], [0, 0, third, third], atol=1e-6)
@@ -173,17 +220,32 @@ def test_window_is_so_many_tokens_and_itself() -> None:
 
 def test_a_soft_cap_bounds_scores_as_the_kernels_do() -> None:
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.normal(0, 3, (6, heads, 8)), jnp.float32)
-             for heads in (4, 2, 2))
-  out, _ = models.causal_attend(None, q, k, v, options=kinds.AttentionOptions(
-    0.5, window=4, soft_cap=2.0))
+  q, k, v = (
+    jnp.asarray(rng.normal(0, 3, (6, heads, 8)), jnp.float32)
+    for heads in (4, 2, 2)
+  )
+  out, _ = models.causal_attend(
+    None, q, k, v, options=kinds.AttentionOptions(0.5, window=4, soft_cap=2.0)
+  )
   pages = rpa.write_kv(
-    *rpa.init_pages(1, 8, 2, 8, jnp.float32, 'reference'), k, v,
-    jnp.arange(6, dtype=jnp.int32))
+    *rpa.init_pages(1, 8, 2, 8, jnp.float32, 'reference'),
+    k,
+    v,
+    jnp.arange(6, dtype=jnp.int32),
+  )
   ints = functools.partial(jnp.array, dtype=jnp.int32)
   expected = rpa.ragged_paged_attention(
-    q, *pages, ints([6]), ints([[0]]), ints([0, 6]), ints([0, 1]), scale=0.5,
-    sliding_window=4, soft_cap=2.0, implementation='reference')
+    q,
+    *pages,
+    ints([6]),
+    ints([[0]]),
+    ints([0, 6]),
+    ints([0, 1]),
+    scale=0.5,
+    sliding_window=4,
+    soft_cap=2.0,
+    implementation='reference',
+  )
   np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -191,7 +253,8 @@ def test_query_heads_read_their_group() -> None:
   """Heads 0 and 1 read key and value head 0, heads 2 and 3 head 1."""
   v = jnp.stack([jnp.zeros((3, 2)), jnp.ones((3, 2))], axis=1)
   out, _ = models.causal_attend(
-    None, jnp.ones((3, 4, 2)), v, v, options=kinds.AttentionOptions(1.0))
+    None, jnp.ones((3, 4, 2)), v, v, options=kinds.AttentionOptions(1.0)
+  )
   assert out[2, :, 0].tolist() == [0, 0, 1, 1]
 
 
@@ -217,11 +280,9 @@ def test_moe_is_the_sum_over_the_chosen_experts() -> None:
   expected = np.zeros((6, 32), np.float32)
   for t in range(6):
     for e in np.flatnonzero(weights[t]):
-      inner = (jax.nn.silu(x[t] @ layer['gate'][e])
-               * (x[t] @ layer['up'][e]))
+      inner = jax.nn.silu(x[t] @ layer['gate'][e]) * (x[t] @ layer['up'][e])
       expected[t] += weights[t, e] * (inner @ layer['down'][e])
-  np.testing.assert_allclose(
-    moe.moe(config, layer, x), expected, atol=1e-4)
+  np.testing.assert_allclose(moe.moe(config, layer, x), expected, atol=1e-4)
 
 
 def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:
@@ -240,16 +301,24 @@ def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:
 
   x = jax.random.normal(jax.random.key(3), (5, 32))
   context = models.LayerContext(
-    rope.tables(config.rope, 8, jnp.arange(5), None), functools.partial(
-      models.causal_attend, options=config.layer_kind(0).attention))
+    rope.tables(config.rope, 8, jnp.arange(5), None),
+    functools.partial(
+      models.causal_attend, options=config.layer_kind(0).attention
+    ),
+  )
 
   def run(layer: Any) -> tuple[jax.Array, jax.Array]:
     out, _ = attention.attention(config, layer['attn'], None, x, context)
     return out, layers.gated_mlp(layer['mlp'], x, 'silu')
 
   layer, want = params['layers'][0], specs['layers'][0]
-  shards = [run(jax.tree.map(
-    lambda leaf, spec, which=which: half(leaf, spec, which), layer, want))
-    for which in range(2)]
+  shards = [
+    run(
+      jax.tree.map(
+        lambda leaf, spec, which=which: half(leaf, spec, which), layer, want
+      )
+    )
+    for which in range(2)
+  ]
   for whole, first, second in zip(run(layer), *shards, strict=True):
     np.testing.assert_allclose(whole, first + second, atol=1e-5)

@@ -42,8 +42,10 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
   ({'sampling': {'temperature': float('nan')}, **GOOD}, 'temperature=nan'),
   ({'sampling': {'top_p': 0}, **GOOD}, 'top_p=0'),
   ({'sampling': {'top_p': 2}, **GOOD}, 'top_p=2'),
-  ({'sampling': {'min_tokens': 5}, **GOOD},
-   'min_tokens=5: this sampling field is not supported'),
+  (
+    {'sampling': {'min_tokens': 5}, **GOOD},
+    'min_tokens=5: this sampling field is not supported',
+  ),
   ({'sampling': {'temprature': 1}, **GOOD}, 'temprature=1: unknown sampling'),
   ({'sampling': [1], **GOOD}, 'sampling=[1]: must be an object'),
   ({'sampling': 'hot', **GOOD}, "sampling='hot': must be an object"),
@@ -54,8 +56,10 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
 
 def test_bad_lines_are_told_by_number_and_the_rest_is_done(run):
   run.write(
-    {'request_id': 'twice', **GOOD}, *(line for line, _ in BAD_LINES),
-    {'request_id': 'last', **GOOD})
+    {'request_id': 'twice', **GOOD},
+    *(line for line, _ in BAD_LINES),
+    {'request_id': 'last', **GOOD},
+  )
   code, seen = run()
   assert code == 0
   refused = {r['line']: r for r in run.results() if 'error' in r}

@@ -27,13 +27,21 @@ def hugging_face(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('checkpoints') / 'tiny[llama]'
   shapes = {
     name: (VOCAB, *shape[1:]) if shape[0] == fake_checkpoint.VOCAB else shape
-    for name, shape in fake_checkpoint.llama_shapes().items()}
+    for name, shape in fake_checkpoint.llama_shapes().items()
+  }
   fake_checkpoint.write(
-    folder, fake_checkpoint.llama_config(
-      vocab_size=VOCAB, max_position_embeddings=CONTEXT, bos_token_id=0,
-      eos_token_id=1),
-    {name: 0.3 * tensor for name, tensor in
-     fake_checkpoint.random_tensors(shapes).items()})
+    folder,
+    fake_checkpoint.llama_config(
+      vocab_size=VOCAB,
+      max_position_embeddings=CONTEXT,
+      bos_token_id=0,
+      eos_token_id=1,
+    ),
+    {
+      name: 0.3 * tensor
+      for name, tensor in fake_checkpoint.random_tensors(shapes).items()
+    },
+  )
   return tokenizer_fixture.write(folder)
 
 

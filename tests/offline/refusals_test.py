@@ -14,14 +14,17 @@ CONTEXT, GOOD = runs.CONTEXT, runs.GOOD
 
 
 def test_files_that_cant_be_read_or_written(run):
-  assert 'in.jsonl\': can\'t be read: No such file' in run.fails()
+  assert "in.jsonl': can't be read: No such file" in run.fails()
   run.write(GOOD)
-  assert 'can\'t be written: Is a directory' in run.fails(
-    f'--output={run.folder}')
-  assert 'can\'t be written: No such file' in run.fails(
-    f'--output={run.folder}/no/such/folder')
-  assert 'can\'t be written: Not a directory' in run.fails(
-    f'--output={run.prompts}/out')
+  assert "can't be written: Is a directory" in run.fails(
+    f'--output={run.folder}'
+  )
+  assert "can't be written: No such file" in run.fails(
+    f'--output={run.folder}/no/such/folder'
+  )
+  assert "can't be written: Not a directory" in run.fails(
+    f'--output={run.prompts}/out'
+  )
 
 
 def test_a_full_disk(run):
@@ -30,14 +33,17 @@ def test_a_full_disk(run):
   assert 'No space left on device; --resume goes on' in error
 
 
-@pytest.mark.parametrize('flags,words', [
-  (['--policy=fifo'], ["policy='fifo'", 'sarathi, vllm']),
-  (['--token_budget=2'], ['token_budget=2', 'max_num_seqs=4']),
-  (['--config=no.py'], ["config='no.py'", 'no such file']),
-  (['--max_tokens=0'], ['max_tokens=0']),
-  (['--temperature=nan'], ['temperature=nan']),
-  (['--top_p=2'], ['top_p=2.0']),
-])
+@pytest.mark.parametrize(
+  'flags,words',
+  [
+    (['--policy=fifo'], ["policy='fifo'", 'sarathi, vllm']),
+    (['--token_budget=2'], ['token_budget=2', 'max_num_seqs=4']),
+    (['--config=no.py'], ["config='no.py'", 'no such file']),
+    (['--max_tokens=0'], ['max_tokens=0']),
+    (['--temperature=nan'], ['temperature=nan']),
+    (['--top_p=2'], ['top_p=2.0']),
+  ],
+)
 def test_wrong_flags_are_told_before_anything_is_written(run, flags, words):
   run.write(GOOD)
   error = run.fails(*flags)
@@ -50,7 +56,8 @@ def test_a_missing_checkpoint(cold):
   cold.write(GOOD)
   (cold.folder / 'empty[x]').mkdir()
   assert 'empty[x]: neither a converted checkpoint' in cold.fails(
-    f'--checkpoint={cold.folder}/empty[x]')
+    f'--checkpoint={cold.folder}/empty[x]'
+  )
   assert '/no/such/folder' in cold.fails('--checkpoint=/no/such/folder')
 
 
@@ -58,17 +65,22 @@ def test_a_truncated_checkpoint(cold, checkpoint):
   cold.write(GOOD)
   copy = cold.folder / 'copy'
   shutil.copytree(checkpoint, copy)
-  array = max((p for p in (copy / 'params').rglob('*') if p.is_file()),
-              key=lambda p: p.stat().st_size)
+  array = max(
+    (p for p in (copy / 'params').rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
   os.truncate(array, array.stat().st_size - 1)
   assert 'truncated' in cold.fails(f'--checkpoint={copy}')
 
 
-@pytest.mark.parametrize('flags,words', [
-  (['--max_model_len=999'], ['max_model_len=999', f'at most {CONTEXT}']),
-  (['--attention=magic'], ["attention='magic'", 'xla']),
-  (['--num_pages=2', '--max_model_len=64'], ['max_model_len=64', '4 pages']),
-])
+@pytest.mark.parametrize(
+  'flags,words',
+  [
+    (['--max_model_len=999'], ['max_model_len=999', f'at most {CONTEXT}']),
+    (['--attention=magic'], ["attention='magic'", 'xla']),
+    (['--num_pages=2', '--max_model_len=64'], ['max_model_len=64', '4 pages']),
+  ],
+)
 def test_a_config_that_does_not_fit_the_model(cold, flags, words):
   cold.write(GOOD)
   error = cold.fails(*flags)
@@ -79,8 +91,12 @@ def test_a_config_that_does_not_fit_the_model(cold, flags, words):
 def test_a_conversion_is_told_and_done_once(cold, hugging_face):
   """Even where the run fails after it."""
   cold.write(GOOD)
-  flags = (f'--checkpoint={hugging_face}', f'--cache_dir={cold.folder}/cache',
-           '--max_model_len=200', '--num_pages=1')
+  flags = (
+    f'--checkpoint={hugging_face}',
+    f'--cache_dir={cold.folder}/cache',
+    '--max_model_len=200',
+    '--num_pages=1',
+  )
   told = f'Converting {hugging_face} (once) ...\n'
   # What the model can't is told before.
   code, seen = cold(*flags, '--max_model_len=999')

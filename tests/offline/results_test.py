@@ -15,25 +15,37 @@ VOCAB, GOOD = runs.VOCAB, runs.GOOD
 def test_the_format_of_results(run):
   run.write(
     {'prompt': 'The quick'},
-    {'request_id': 'ids', 'prompt_token_ids': [5, 6, 7],
-     'sampling': {'max_tokens': 2, 'temperature': 0}},
+    {
+      'request_id': 'ids',
+      'prompt_token_ids': [5, 6, 7],
+      'sampling': {'max_tokens': 2, 'temperature': 0},
+    },
     {'request_id': 'chat', 'messages': [{'role': 'user', 'content': 'Hi'}]},
     b'  ',
-    {'prompt': 'Unic\u00f6de', 'sampling': None})
+    {'prompt': 'Unic\u00f6de', 'sampling': None},
+  )
   code, seen = run()
   assert code == 0
   results = {r['request_id']: r for r in run.results()}
   assert set(results) == {'line-1', 'ids', 'chat', 'line-5'}
   ids = results['ids']
   assert set(ids) == {
-    'request_id', 'prompt_token_ids', 'token_ids', 'logprobs', 'text',
-    'finish_reason', 'stop_reason', 'metrics'}
+    'request_id',
+    'prompt_token_ids',
+    'token_ids',
+    'logprobs',
+    'text',
+    'finish_reason',
+    'stop_reason',
+    'metrics',
+  }
   assert ids['prompt_token_ids'] == [5, 6, 7]
   assert len(ids['token_ids']) == len(ids['logprobs']) == 2
   assert all(x < 0 for x in ids['logprobs'])
   assert ids['finish_reason'] == 'length' and ids['stop_reason'] is None
   assert results['line-1']['prompt_token_ids'] == list(
-    tokenizer_fixture.make().encode('The quick').ids)
+    tokenizer_fixture.make().encode('The quick').ids
+  )
   assert len(results['line-1']['token_ids']) == 5
   times = ids['metrics']
   assert times['num_prompt_tokens'] == 3
@@ -48,8 +60,10 @@ def test_the_format_of_results(run):
 
 def test_results_do_not_depend_on_order(run):
   """Though they are sampled, without a seed."""
-  lines = [{'request_id': f'r{i}', 'prompt_token_ids': [i + 3] * (i + 1)}
-           for i in range(9)]
+  lines = [
+    {'request_id': f'r{i}', 'prompt_token_ids': [i + 3] * (i + 1)}
+    for i in range(9)
+  ]
   run.write(*lines)
   assert run()[0] == 0
   first = runs.by_id(run.results())
@@ -64,13 +78,16 @@ def test_results_do_not_depend_on_order(run):
 
 
 def test_seeds_have_64_bits(run):
-  seeds = [7, 7 + 2**32, 2**63 - 1, -2**63, 7]
-  run.write(*({'prompt_token_ids': [5], 'sampling': {'seed': seed}}
-              for seed in (*seeds, 2**63)))
+  seeds = [7, 7 + 2**32, 2**63 - 1, -(2**63), 7]
+  run.write(
+    *(
+      {'prompt_token_ids': [5], 'sampling': {'seed': seed}}
+      for seed in (*seeds, 2**63)
+    )
+  )
   assert run('--temperature=2')[0] == 0
   results = runs.by_id(run.results())
-  tokens = [tuple(results[f'line-{i}', None]['token_ids'])
-            for i in range(1, 6)]
+  tokens = [tuple(results[f'line-{i}', None]['token_ids']) for i in range(1, 6)]
   assert tokens[0] == tokens[4]
   assert len(set(tokens)) == 4
   assert 'seed=9223372036854775808: must be' in results['line-6', 6]['error']
@@ -80,7 +97,8 @@ def test_a_file_from_another_system(run):
   """A byte order mark, CRLF, no newline at the end, half a pair in an id."""
   run.prompts.write_bytes(
     b'\xef\xbb\xbf{"request_id": "\\ud800", "prompt_token_ids": [5]}\r\n'
-    b'\r\n{"prompt_token_ids": [6]}')
+    b'\r\n{"prompt_token_ids": [6]}'
+  )
   assert run()[0] == 0
   assert {r['request_id'] for r in run.results()} == {'\ud800', 'line-3'}
   assert run('--resume')[0] == 0
@@ -89,8 +107,18 @@ def test_a_file_from_another_system(run):
 
 def test_sampling_flags_are_for_lines_that_say_nothing_else(run):
   run.write(GOOD, {'sampling': {'max_tokens': 2}, **GOOD})
-  assert run('--max_tokens=3', '--temperature=0', '--top_k=4', '--top_p=0.5',
-             '--min_p=0.1', '--noignore_eos', '--stop=zzz')[0] == 0
+  assert (
+    run(
+      '--max_tokens=3',
+      '--temperature=0',
+      '--top_k=4',
+      '--top_p=0.5',
+      '--min_p=0.1',
+      '--noignore_eos',
+      '--stop=zzz',
+    )[0]
+    == 0
+  )
   assert sorted(len(r['token_ids']) for r in run.results()) == [2, 3]
 
 
@@ -108,13 +136,17 @@ def test_more_lines_than_the_engine_takes_at_once(run):
 
 
 def test_ids_may_be_integers_and_come_back_as_they_are(run):
-  run.write({'request_id': 7, **GOOD}, {'request_id': '8', **GOOD},
-            {'request_id': 8, **GOOD})
+  run.write(
+    {'request_id': 7, **GOOD},
+    {'request_id': '8', **GOOD},
+    {'request_id': 8, **GOOD},
+  )
   assert run()[0] == 0
   results = {r['request_id']: r for r in run.results() if 'error' not in r}
   assert results.keys() == {7, '8'}
   assert 'an earlier line' in next(
-    r['error'] for r in run.results() if r['request_id'] == 8)
+    r['error'] for r in run.results() if r['request_id'] == 8
+  )
   assert run('--resume')[0] == 0
   assert len(run.results()) == 3
   run.output.unlink()  # They are sampled as texts of the same digits are.
@@ -124,18 +156,22 @@ def test_ids_may_be_integers_and_come_back_as_they_are(run):
 
 
 def test_null_in_sampling_is_not_said(run):
-  run.write({'sampling': {'temperature': None, 'stop': None, 'top_k': None},
-             'request_id': 'a', **GOOD})
+  run.write(
+    {
+      'sampling': {'temperature': None, 'stop': None, 'top_k': None},
+      'request_id': 'a',
+      **GOOD,
+    }
+  )
   assert run('--temperature=0', '--top_k=3')[0] == 0
-  first, = run.results()
+  (first,) = run.results()
   run.output.unlink()
   run.write({'request_id': 'a', **GOOD})
   assert run('--temperature=0')[0] == 0
   assert run.results()[0]['token_ids'] == first['token_ids']
 
 
-def test_where_there_is_no_terminal_a_line_tells_now_and_then(
-    run, monkeypatch):
+def test_where_there_is_no_terminal_a_line_tells_now_and_then(run, monkeypatch):
   monkeypatch.setattr(progress, 'FIRST_LINE_S', 0.0)
   monkeypatch.setattr(progress, 'LINE_S', 0.0)
   run.write(*[GOOD] * 9)

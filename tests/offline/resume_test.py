@@ -23,9 +23,19 @@ VOCAB, GOOD, by_id = runs.VOCAB, runs.GOOD, runs.by_id
 
 def write_many(run: runs.Runner) -> None:
   run.write(
-    b'{', *[{'request_id': f'r{i}', 'prompt_token_ids': [i + 2, 7],
-             'sampling': {'max_tokens': 1 + i % 7}} for i in range(12)],
-    {'request_id': 'r0', **GOOD}, {'prompt': 'The fox'}, [])
+    b'{',
+    *[
+      {
+        'request_id': f'r{i}',
+        'prompt_token_ids': [i + 2, 7],
+        'sampling': {'max_tokens': 1 + i % 7},
+      }
+      for i in range(12)
+    ],
+    {'request_id': 'r0', **GOOD},
+    {'prompt': 'The fox'},
+    [],
+  )
 
 
 @pytest.mark.parametrize('num_whole', [0, 1, 4, 15])
@@ -37,7 +47,7 @@ def test_resume_makes_the_same_set(run, num_whole, order, cut):
   assert run()[0] == 0
   everything = run.output.read_bytes().splitlines(keepends=True)[::order]
   assert len(everything) == 16
-  cut_off = everything[num_whole][:-1][:cut and -cut] if cut else b''
+  cut_off = everything[num_whole][:-1][: cut and -cut] if cut else b''
   run.output.write_bytes(b''.join(everything[:num_whole]) + cut_off)
   code, seen = run('--resume')
   assert code == 0
@@ -64,7 +74,8 @@ def test_an_output_that_exists_is_left_alone(run):
   # An input, given as the output by mistake.
   run.write({'request_id': 'a', **GOOD})
   assert 'not one of our results' in run.fails(
-    '--resume', f'--output={run.prompts}')
+    '--resume', f'--output={run.prompts}'
+  )
 
 
 def test_a_disk_that_fills_up_within_a_line(run, monkeypatch):
@@ -82,7 +93,7 @@ def test_a_disk_that_fills_up_within_a_line(run, monkeypatch):
     def write(self, data: Any) -> int:
       if not self._room:
         raise OSError(28, 'No space left on device')
-      data = data[:min(self._room, 100)]  # Part of it, as a system may.
+      data = data[: min(self._room, 100)]  # Part of it, as a system may.
       self._room -= len(data)
       return self._file.write(data)
 
@@ -100,20 +111,35 @@ def test_a_disk_that_fills_up_within_a_line(run, monkeypatch):
   assert len(by_id(run.results())) == 16
 
 
-def start(run: runs.Runner, hugging_face: pathlib.Path, *flags: str,
-          ) -> subprocess.Popen[str]:
+def start(
+  run: runs.Runner,
+  hugging_face: pathlib.Path,
+  *flags: str,
+) -> subprocess.Popen[str]:
   return subprocess.Popen(
-    [sys.executable, '-m', 'sarathi_jax.offline', *run.flags,
-     f'--checkpoint={hugging_face}', '--max_tokens=60', *flags],
-    stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    cwd=source_tree.ROOT)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.offline',
+      *run.flags,
+      f'--checkpoint={hugging_face}',
+      '--max_tokens=60',
+      *flags,
+    ],
+    stderr=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=source_tree.ROOT,
+  )
 
 
-def wait_for_results(run: runs.Runner, process: subprocess.Popen[str],
-                     at_least: int) -> None:
+def wait_for_results(
+  run: runs.Runner, process: subprocess.Popen[str], at_least: int
+) -> None:
   while process.poll() is None:
     if run.output.exists() and (
-        run.output.read_bytes().count(b'\n') >= at_least):
+      run.output.read_bytes().count(b'\n') >= at_least
+    ):
       return
     time.sleep(0.002)
   raise AssertionError(process.communicate())
@@ -123,8 +149,12 @@ def test_killed_interrupted_and_resumed(cold, hugging_face):
   """Three processes do what one would have done; nothing is done twice."""
   rng = np.random.default_rng(0)
   ids = {f'r{i}' for i in range(400)}
-  cold.write(*[{'request_id': i, 'prompt_token_ids':
-                rng.integers(2, VOCAB, 20).tolist()} for i in sorted(ids)])
+  cold.write(
+    *[
+      {'request_id': i, 'prompt_token_ids': rng.integers(2, VOCAB, 20).tolist()}
+      for i in sorted(ids)
+    ]
+  )
   process = start(cold, hugging_face)
   wait_for_results(cold, process, 5)
   process.kill()

@@ -22,21 +22,33 @@ Result = dict[str, Any]
 class Runner:
   """Runs main in this process; files are in a folder of the test's."""
 
-  def __init__(self, folder: pathlib.Path, checkpoint: pathlib.Path,
-               cache_dir: pathlib.Path, capsys: Any) -> None:
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    checkpoint: pathlib.Path,
+    cache_dir: pathlib.Path,
+    capsys: Any,
+  ) -> None:
     self.folder = folder
     self.prompts, self.output = folder / 'in.jsonl', folder / 'out.jsonl'
     self.flags = [
-      f'--checkpoint={checkpoint}', f'--prompts={self.prompts}',
-      f'--output={self.output}', f'--cache_dir={cache_dir}', *ENGINE,
-      *SAMPLING]
+      f'--checkpoint={checkpoint}',
+      f'--prompts={self.prompts}',
+      f'--output={self.output}',
+      f'--cache_dir={cache_dir}',
+      *ENGINE,
+      *SAMPLING,
+    ]
     self._capsys = capsys
 
   def write(self, *lines: Any) -> None:
     """Objects become JSON; bytes stay as they are."""
-    self.prompts.write_bytes(b''.join(
-      (line if isinstance(line, bytes) else json.dumps(line).encode()) + b'\n'
-      for line in lines))
+    self.prompts.write_bytes(
+      b''.join(
+        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b'\n'
+        for line in lines
+      )
+    )
 
   def __call__(self, *flags: str) -> tuple[int, str]:
     """Returns the exit code and what a person sees."""
@@ -66,8 +78,11 @@ class Runner:
 
 def by_id(results: Sequence[Result]) -> dict[tuple[str, int | None], Result]:
   """Results without what differs from run to run: times, and last bits."""
-  found = {(r['request_id'], r.get('line')):
-           {k: v for k, v in r.items() if k not in ('metrics', 'logprobs')}
-           for r in results}
+  found = {
+    (r['request_id'], r.get('line')): {
+      k: v for k, v in r.items() if k not in ('metrics', 'logprobs')
+    }
+    for r in results
+  }
   assert len(found) == len(results)
   return found

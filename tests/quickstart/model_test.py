@@ -40,30 +40,49 @@ def llm(folder: pathlib.Path) -> sarathi_jax.LLM:
 
 def _small() -> sarathi_jax.EngineConfig:
   return sarathi_jax.EngineConfig(
-    token_budget=16, max_num_seqs=4, max_model_len=128, page_size=32,
-    num_pages=16)
+    token_budget=16,
+    max_num_seqs=4,
+    max_model_len=128,
+    page_size=32,
+    num_pages=16,
+  )
 
 
 def test_it_is_small() -> None:
-  sizes = {path.name: path.stat().st_size
-           for path in quickstart.MODEL.iterdir()}
-  assert {'config.json', 'model.safetensors', 'tokenizer.json', 'LICENSE',
-          'README.md'} <= sizes.keys()
+  sizes = {
+    path.name: path.stat().st_size for path in quickstart.MODEL.iterdir()
+  }
+  assert {
+    'config.json',
+    'model.safetensors',
+    'tokenizer.json',
+    'LICENSE',
+    'README.md',
+  } <= sizes.keys()
   assert sum(sizes.values()) < 4_000_000
 
 
 def test_it_is_called_as_it_was_given(
-    llm: sarathi_jax.LLM, folder: pathlib.Path) -> None:
+  llm: sarathi_jax.LLM, folder: pathlib.Path
+) -> None:
   assert llm.engine.info.model_name == str(folder)
 
 
 def test_it_says_words(llm: sarathi_jax.LLM) -> None:
   known = text.words(text.documents())
-  prompts = [PROMPT, 'Exceptions are', 'A class definition',
-             f'{text.USER}What does len do?{text.ASSISTANT}']
-  for prompt, said in zip(prompts, llm.generate(
-      prompts, sarathi_jax.SamplingParams(max_tokens=64, temperature=0)),
-      strict=True):
+  prompts = [
+    PROMPT,
+    'Exceptions are',
+    'A class definition',
+    f'{text.USER}What does len do?{text.ASSISTANT}',
+  ]
+  for prompt, said in zip(
+    prompts,
+    llm.generate(
+      prompts, sarathi_jax.SamplingParams(max_tokens=64, temperature=0)
+    ),
+    strict=True,
+  ):
     found = text.find_words(said.text)
     assert len(found) >= 5, prompt
     # The last word may be cut off.
@@ -74,18 +93,25 @@ def test_it_says_words(llm: sarathi_jax.LLM) -> None:
 
 def test_sampled_words_are_words_too(llm: sarathi_jax.LLM) -> None:
   known = text.words(text.documents())
-  said = llm.generate([PROMPT] * 4, [
-    sarathi_jax.SamplingParams(max_tokens=64, temperature=0.6, top_p=0.9,
-                               seed=seed) for seed in range(4)])
+  said = llm.generate(
+    [PROMPT] * 4,
+    [
+      sarathi_jax.SamplingParams(
+        max_tokens=64, temperature=0.6, top_p=0.9, seed=seed
+      )
+      for seed in range(4)
+    ],
+  )
   found = [word for one in said for word in text.find_words(one.text)]
   assert len(found) > 60
   assert np.mean([word in known for word in found]) > 0.9
 
 
 def test_it_ends_answers(llm: sarathi_jax.LLM) -> None:
-  answer, = llm.generate(
+  (answer,) = llm.generate(
     [[{'role': 'user', 'content': 'What does len do?'}]],
-    sarathi_jax.SamplingParams(max_tokens=100, temperature=0))
+    sarathi_jax.SamplingParams(max_tokens=100, temperature=0),
+  )
   assert answer.finish_reason is sarathi_jax.FinishReason.STOP
   assert 'Return' in answer.text
 
@@ -93,18 +119,22 @@ def test_it_ends_answers(llm: sarathi_jax.LLM) -> None:
 def test_chats_are_as_they_were_learned(llm: sarathi_jax.LLM) -> None:
   tokenizer = llm.engine.tokenizer
   assert tokenizer is not None
-  assert tokenizer.apply_chat_template([
-    {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'},
-    {'role': 'user', 'content': 'c'},
-  ]) == tokenizer.encode('<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>')
+  assert tokenizer.apply_chat_template(
+    [
+      {'role': 'user', 'content': 'a'},
+      {'role': 'assistant', 'content': 'b'},
+      {'role': 'user', 'content': 'c'},
+    ]
+  ) == tokenizer.encode('<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>')
   with pytest.raises(errors.InvalidRequestError, match='only the roles'):
     tokenizer.apply_chat_template([{'role': 'system', 'content': 'a'}])
 
 
 def test_loss_on_what_it_never_saw(folder: pathlib.Path) -> None:
   config = checkpoint.load_metadata(folder).model
-  params = jax.tree.map(lambda x: x.astype(jnp.float32),
-                        checkpoint.restore_params(folder))
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.float32), checkpoint.restore_params(folder)
+  )
   _, held_out = text.split(text.documents())
   tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
   stream = training.token_stream(held_out, tokenizer, seed=0)[:4096]
@@ -117,29 +147,42 @@ def test_loss_on_what_it_never_saw(folder: pathlib.Path) -> None:
 def test_transformers_says_the_same(folder: pathlib.Path) -> None:
   import torch
   import transformers
+
   torch.set_num_threads(1)
   theirs = transformers.LlamaForCausalLM.from_pretrained(
-    quickstart.MODEL, dtype=torch.float32)
+    quickstart.MODEL, dtype=torch.float32
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(quickstart.MODEL)
   prompt = tokenizer(PROMPT, return_tensors='pt')
   expected = theirs.generate(  # type: ignore[misc]
-    **prompt, max_new_tokens=32, do_sample=False, eos_token_id=None,
-    temperature=None, top_p=None)[0].tolist()
+    **prompt,
+    max_new_tokens=32,
+    do_sample=False,
+    eos_token_id=None,
+    temperature=None,
+    top_p=None,
+  )[0].tolist()
   num_prompt = prompt['input_ids'].shape[1]
 
   config = checkpoint.load_metadata(folder).model
-  params = jax.tree.map(lambda x: x.astype(jnp.float32),
-                        checkpoint.restore_params(folder))
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.float32), checkpoint.restore_params(folder)
+  )
   ours = sarathi_jax.LLM(config, params, tokenizer=str(folder), config=_small())
-  said, = ours.generate(PROMPT, sarathi_jax.SamplingParams(
-    max_tokens=32, temperature=0, ignore_eos=True))
+  (said,) = ours.generate(
+    PROMPT,
+    sarathi_jax.SamplingParams(max_tokens=32, temperature=0, ignore_eos=True),
+  )
   assert list(said.prompt_token_ids) == expected[:num_prompt]
   assert list(said.token_ids) == expected[num_prompt:]
   assert said.text == tokenizer.decode(expected[num_prompt:])
 
   logits = training.sequence_logits(
-    config, params, jnp.asarray(expected, jnp.int32))
+    config, params, jnp.asarray(expected, jnp.int32)
+  )
   with torch.no_grad():
     np.testing.assert_allclose(
-      np.asarray(logits), theirs(torch.tensor([expected])).logits[0].numpy(),
-      atol=1e-3)
+      np.asarray(logits),
+      theirs(torch.tensor([expected])).logits[0].numpy(),
+      atol=1e-3,
+    )

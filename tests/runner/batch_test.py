@@ -13,34 +13,61 @@ from sarathi_jax.runner import batch as batch_lib
 
 PAGE_SIZE = 4
 LAYOUT = batch_lib.BatchLayout(
-  num_tokens=8, num_rows=4, num_samples=4, pages_per_seq=3)
+  num_tokens=8, num_rows=4, num_samples=4, pages_per_seq=3
+)
 GREEDY = types.SamplingParams(temperature=0)
 
 
-def chunk(request_id: str, *, slot: int, start: int, tokens: tuple[int, ...],
-          pages: tuple[int, ...], **fields) -> types.Chunk:
+def chunk(
+  request_id: str,
+  *,
+  slot: int,
+  start: int,
+  tokens: tuple[int, ...],
+  pages: tuple[int, ...],
+  **fields,
+) -> types.Chunk:
   """A decode if `tokens` is empty or `is_prefill` is not given."""
-  fields = dict(
-    num_tokens=len(tokens) or 1, is_prefill=False, samples=1, prompt_len=0,
-    seed=0, sampling=GREEDY) | fields
-  return types.Chunk(request_id=request_id, slot=slot, start=start,
-                     tokens=tokens, page_table=pages, **fields)
+  fields = (
+    dict(
+      num_tokens=len(tokens) or 1,
+      is_prefill=False,
+      samples=1,
+      prompt_len=0,
+      seed=0,
+      sampling=GREEDY,
+    )
+    | fields
+  )
+  return types.Chunk(
+    request_id=request_id,
+    slot=slot,
+    start=start,
+    tokens=tokens,
+    page_table=pages,
+    **fields,
+  )
 
 
 def batch(*chunks: types.Chunk) -> types.ScheduledBatch:
   return types.ScheduledBatch(0, chunks, sum(c.num_tokens for c in chunks))
 
 
-def build(builder: batch_lib.BatchBuilder, *chunks: types.Chunk,
-          layout: batch_lib.BatchLayout = LAYOUT) -> batch_lib.BatchArrays:
+def build(
+  builder: batch_lib.BatchBuilder,
+  *chunks: types.Chunk,
+  layout: batch_lib.BatchLayout = LAYOUT,
+) -> batch_lib.BatchArrays:
   buffer = builder.build(batch(*chunks), layout)
   assert buffer.dtype == np.int32 and buffer.shape == (layout.size,)
   return layout.split(buffer)
 
 
 def params(got: batch_lib.BatchArrays) -> dict[str, list[float]]:
-  return {name: row.tolist()
-          for name, row in batch_lib.sampling_of(got.sampling).items()}
+  return {
+    name: row.tolist()
+    for name, row in batch_lib.sampling_of(got.sampling).items()
+  }
 
 
 @pytest.fixture
@@ -49,14 +76,38 @@ def builder() -> batch_lib.BatchBuilder:
 
 
 # The example of the module's docstring.
-A = chunk('a', slot=5, start=5, tokens=(7,), pages=(2, 0), prompt_len=4,
-          seed=2**62 + 11,
-          sampling=types.SamplingParams(temperature=0.5, top_k=3))
-B = chunk('b', slot=0, start=3, tokens=(), pages=(5,), prompt_len=2, seed=-2,
-          sampling=types.SamplingParams(top_p=0.25, top_k=-1))
-C = chunk('c', slot=2, start=4, tokens=(1, 2, 3), pages=(1, 3), prompt_len=9,
-          seed=13, is_prefill=True, samples=0,
-          sampling=types.SamplingParams(min_p=0.125, temperature=2))
+A = chunk(
+  'a',
+  slot=5,
+  start=5,
+  tokens=(7,),
+  pages=(2, 0),
+  prompt_len=4,
+  seed=2**62 + 11,
+  sampling=types.SamplingParams(temperature=0.5, top_k=3),
+)
+B = chunk(
+  'b',
+  slot=0,
+  start=3,
+  tokens=(),
+  pages=(5,),
+  prompt_len=2,
+  seed=-2,
+  sampling=types.SamplingParams(top_p=0.25, top_k=-1),
+)
+C = chunk(
+  'c',
+  slot=2,
+  start=4,
+  tokens=(1, 2, 3),
+  pages=(1, 3),
+  prompt_len=9,
+  seed=13,
+  is_prefill=True,
+  samples=0,
+  sampling=types.SamplingParams(min_p=0.125, temperature=2),
+)
 
 EXPECTED = batch_lib.BatchArrays(
   tokens=[7, 0, 1, 2, 3, 0, 0, 0],  # b's is on the device
@@ -76,15 +127,19 @@ EXPECTED = batch_lib.BatchArrays(
     top_k=[3, 0, 0, 0],
     temperature=[0.5, 1, 0, 0],
     top_p=[1, 0.25, 1, 1],
-    min_p=[0, 0, 0, 0]))
+    min_p=[0, 0, 0, 0],
+  ),
+)
 
 
-def assert_equal(got: batch_lib.BatchArrays,
-                 expected: batch_lib.BatchArrays) -> None:
+def assert_equal(
+  got: batch_lib.BatchArrays, expected: batch_lib.BatchArrays
+) -> None:
   assert params(got) | expected.sampling == params(got)
   for name, array in got._replace(sampling=0)._asdict().items():
     np.testing.assert_array_equal(
-      array, getattr(expected._replace(sampling=0), name), name)
+      array, getattr(expected._replace(sampling=0), name), name
+    )
 
 
 def test_a_hybrid_batch_by_hand(builder):
@@ -94,9 +149,11 @@ def test_a_hybrid_batch_by_hand(builder):
 def test_several_tokens_of_a_sequence_are_sampled(builder):
   """After the last two of b's, and c's prompt ends; nothing after a's."""
   got = build(
-    builder, A._replace(samples=0),
+    builder,
+    A._replace(samples=0),
     B._replace(tokens=(8, 9), num_tokens=2, samples=2),
-    C._replace(samples=1))
+    C._replace(samples=1),
+  )
   assert got.num_samples == 3
   np.testing.assert_array_equal(got.sample_tokens, [1, 2, 5, 0])
   np.testing.assert_array_equal(got.sample_slots, [0, 0, 2, 0])
@@ -118,17 +175,34 @@ def test_the_buffer_is_fresh(builder):
 def test_a_result_depends_on_the_batch_alone(builder):
   """Not on those who had the slots before, with more pages and filters."""
   for slot in (5, 0, 2):
-    build(builder, chunk(
-      'z', slot=slot, start=9, tokens=(1,), pages=(3, 4, 5), seed=99,
-      prompt_len=7, sampling=types.SamplingParams(
-        temperature=3, top_k=9, top_p=0.5, min_p=0.5)))
+    build(
+      builder,
+      chunk(
+        'z',
+        slot=slot,
+        start=9,
+        tokens=(1,),
+        pages=(3, 4, 5),
+        seed=99,
+        prompt_len=7,
+        sampling=types.SamplingParams(
+          temperature=3, top_k=9, top_p=0.5, min_p=0.5
+        ),
+      ),
+    )
   assert_equal(build(builder, A, B, C), EXPECTED)
 
 
 def test_a_slot_is_reused_by_a_request_with_an_equal_table(builder):
   pages = (4,)
-  old = chunk('old', slot=1, start=0, tokens=(1,), pages=pages,
-              sampling=types.SamplingParams(temperature=1, top_k=7))
+  old = chunk(
+    'old',
+    slot=1,
+    start=0,
+    tokens=(1,),
+    pages=pages,
+    sampling=types.SamplingParams(temperature=1, top_k=7),
+  )
   new = old._replace(request_id='new', sampling=GREEDY)
   assert params(build(builder, old))['top_k'][0] == 7
   got = params(build(builder, new))
@@ -145,7 +219,8 @@ def test_a_page_table_grows(builder):
 
 def test_all_rows_pending_and_none_padded(builder):
   layout = batch_lib.BatchLayout(
-    num_tokens=2, num_rows=2, num_samples=2, pages_per_seq=3)
+    num_tokens=2, num_rows=2, num_samples=2, pages_per_seq=3
+  )
   got = build(builder, B, A._replace(tokens=()), layout=layout)
   np.testing.assert_array_equal(got.tokens, [0, 0])
   np.testing.assert_array_equal(got.cu_q_lens, [0, 1, 2])
@@ -161,16 +236,23 @@ def test_parameters_beyond_32_bits_are_as_good_as_the_largest(builder):
   assert got['top_p'][0] == 0
 
 
-@given(num_tokens=st.integers(1, 40), num_rows=st.integers(1, 9),
-       num_samples=st.integers(1, 9), pages_per_seq=st.integers(1, 9))
-def test_fields_tile_the_buffer(num_tokens, num_rows, num_samples,
-                                pages_per_seq):
+@given(
+  num_tokens=st.integers(1, 40),
+  num_rows=st.integers(1, 9),
+  num_samples=st.integers(1, 9),
+  pages_per_seq=st.integers(1, 9),
+)
+def test_fields_tile_the_buffer(
+  num_tokens, num_rows, num_samples, pages_per_seq
+):
   layout = batch_lib.BatchLayout(
-    num_tokens, num_rows, num_samples, pages_per_seq)
+    num_tokens, num_rows, num_samples, pages_per_seq
+  )
   buffer = np.arange(layout.size, dtype=np.int32)
   fields = layout.split(buffer)
   np.testing.assert_array_equal(
-    np.concatenate([np.ravel(f) for f in fields]), buffer)
+    np.concatenate([np.ravel(f) for f in fields]), buffer
+  )
   assert fields.tokens.shape == (num_tokens,)
   assert fields.page_indices.shape == (num_rows, pages_per_seq)
 
@@ -178,20 +260,69 @@ def test_fields_tile_the_buffer(num_tokens, num_rows, num_samples,
 def test_ladder_by_hand():
   assert batch_lib.ladder(512, 128) == (8, 16, 32, 64, 128, 256, 384, 512)
   assert batch_lib.ladder(512, 64, fine=True) == (
-    8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    320,
+    384,
+    448,
+    512,
+  )
   assert batch_lib.ladder(128, 64, fine=True) == (
-    8, 16, 24, 32, 48, 64, 96, 128)
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+  )
   assert batch_lib.ladder(4, 4, fine=True) == batch_lib.ladder(4, 4) == (4,)
   assert batch_lib.ladder(512, 32, small=True) == (
-    1, 4, 8, 16, 32, 64, 128, 256, 384, 512)
+    1,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+    384,
+    512,
+  )
   assert batch_lib.ladder(4, 2, small=True) == (1, 2, 4)
   assert batch_lib.ladder(1, 1, small=True) == (1,)
   assert batch_lib.ladder(2048, 100) == (
-    8, 16, 32, 64, 100, 128, 256, 512, 1024, 1280, 1536, 1792, 2048)
+    8,
+    16,
+    32,
+    64,
+    100,
+    128,
+    256,
+    512,
+    1024,
+    1280,
+    1536,
+    1792,
+    2048,
+  )
 
 
-@given(max_tokens=st.integers(1, 20_000), max_num_seqs=st.integers(1, 2_000),
-       fine=st.booleans(), small=st.booleans())
+@given(
+  max_tokens=st.integers(1, 20_000),
+  max_num_seqs=st.integers(1, 2_000),
+  fine=st.booleans(),
+  small=st.booleans(),
+)
 def test_ladder(max_tokens, max_num_seqs, fine, small):
   sizes = batch_lib.ladder(max_tokens, max_num_seqs, fine=fine, small=small)
   assert list(sizes) == sorted(set(sizes))

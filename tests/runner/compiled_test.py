@@ -40,7 +40,8 @@ def compile_in(folder: pathlib.Path) -> int:
 
 
 def test_a_folder_that_was_moved_has_all_that_it_had(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   assert compile_in(tmp_path / 'old') == 1
   os.rename(tmp_path / 'old', tmp_path / 'new')
   names = sorted(os.listdir(tmp_path / 'new'))
@@ -55,12 +56,14 @@ def test_what_the_program_has_set_holds_again(tmp_path: pathlib.Path) -> None:
     assert jax.config.values == before
   names = sorted(os.listdir(tmp_path / 'other'))
   jax.jit(lambda x: jnp.cos(x) @ x).lower(
-    jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
+    jax.ShapeDtypeStruct((8, 8), jnp.float32)
+  ).compile()
   assert sorted(os.listdir(tmp_path / 'other')) == names
 
 
 def test_every_host_keeps_its_own(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   """JAX has only the first process write, and CPUs' programs differ."""
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   monkeypatch.setattr(distributed.global_state, 'process_id', 1)
@@ -71,7 +74,8 @@ def test_every_host_keeps_its_own(
 
 
 def test_a_folder_that_can_only_be_read_is_read(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   assert compile_in(tmp_path) == 1
   names = sorted(os.listdir(tmp_path))
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
@@ -87,19 +91,23 @@ def test_a_folder_that_can_only_be_read_is_read(
 
 @pytest.mark.parametrize('number', [errno.EROFS, errno.EACCES])
 def test_a_folder_that_can_not_be_made_is_gone_without(
-    number: int, tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  number: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def refuse(*args: object, **fields: object) -> None:
     raise OSError(number, os.strerror(number))
 
   monkeypatch.setattr(pathlib.Path, 'mkdir', refuse)
-  with (pytest.warns(RuntimeWarning, match='are not kept'),
-        compiled.kept_in(str(tmp_path / 'none'))):
+  with (
+    pytest.warns(RuntimeWarning, match='are not kept'),
+    compiled.kept_in(str(tmp_path / 'none')),
+  ):
     pass
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path: pathlib.Path) -> None:
   (tmp_path / 'file').touch()
-  with (pytest.raises(errors.ConfigError, match='Not a directory'),
-        compiled.kept_in(str(tmp_path / 'file' / 'compiled'))):
+  with (
+    pytest.raises(errors.ConfigError, match='Not a directory'),
+    compiled.kept_in(str(tmp_path / 'file' / 'compiled')),
+  ):
     pass

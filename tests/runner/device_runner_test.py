@@ -37,9 +37,14 @@ class Served:
     params = tiny.make_params()
     with tiny.count_compiles() as self.compiled:
       self.llm = llm_lib.LLM(
-        MODEL, params, eos_token_ids=(), config=tiny.engine_config(
-          token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE),
-        on_compiled=lambda *n: self.progress.append(n))
+        MODEL,
+        params,
+        eos_token_ids=(),
+        config=tiny.engine_config(
+          token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE
+        ),
+        on_compiled=lambda *n: self.progress.append(n),
+      )
 
 
 @pytest.fixture(scope='module')
@@ -55,15 +60,21 @@ def test_warm_up_compiles_exactly_the_ladder(served):
   assert (served.progress[0], served.progress[-1]) == ((0, 3), (3, 3))
   engine = served.llm.engine
   assert [engine._runner.num_rows(n) for n in (1, 4, 5, 8, 9, 16)] == (
-    [4, 4, 8, 8, 16, 16])
+    [4, 4, 8, 8, 16, 16]
+  )
 
 
 def test_large_models_have_steps_of_few_tokens_on_cpus():
   def sizes(**of_model):
     return programs.StepPrograms(
-      dataclasses.replace(MODEL, **of_model), mesh_lib.make(),
-      tiny.engine_config(token_budget=16, max_num_seqs=4), dtype=jnp.float32,
-      kv_dtype=jnp.float32, max_model_len=32, max_step_tokens=16).sizes
+      dataclasses.replace(MODEL, **of_model),
+      mesh_lib.make(),
+      tiny.engine_config(token_budget=16, max_num_seqs=4),
+      dtype=jnp.float32,
+      kv_dtype=jnp.float32,
+      max_model_len=32,
+      max_step_tokens=16,
+    ).sizes
 
   assert sizes() == (4, 8, 16)
   assert sizes(vocab_size=1 << 20) == (1, 4, 8, 16)
@@ -71,18 +82,28 @@ def test_large_models_have_steps_of_few_tokens_on_cpus():
 
 def test_what_is_compiled_can_be_chosen():
   config = tiny.engine_config(
-    token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE)
+    token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE
+  )
   with tiny.count_compiles() as compiled:
     runner = device_runner.DeviceRunner(
-      MODEL, tiny.make_params(), mesh_lib.make(), config, lambda _: 16,
-      sizes=())
+      MODEL, tiny.make_params(), mesh_lib.make(), config, lambda _: 16, sizes=()
+    )
     assert not compiled.count('jit(run)')
     runner.compile(3)
     assert compiled.count('jit(run)') == 1
     chunk = types.Chunk(
-      request_id='a', slot=0, start=0, tokens=(1, 2, 3), num_tokens=3,
-      is_prefill=True, samples=True, page_table=(0,), prompt_len=3, seed=0,
-      sampling=types.SamplingParams(temperature=0))
+      request_id='a',
+      slot=0,
+      start=0,
+      tokens=(1, 2, 3),
+      num_tokens=3,
+      is_prefill=True,
+      samples=True,
+      page_table=(0,),
+      prompt_len=3,
+      seed=0,
+      sampling=types.SamplingParams(temperature=0),
+    )
     batch = types.ScheduledBatch(0, (chunk,), 3)
     first = runner.fetch(runner.launch(batch))
     runner.compile(3, {'xla_cpu_enable_fast_math': False})
@@ -104,17 +125,28 @@ def test_a_program_beside_the_steps_sets_the_state_of_a_slot(served):
 
   def sampled(*tokens):
     chunk = types.Chunk(
-      request_id='a', slot=2, start=0, tokens=tokens, num_tokens=1,
-      is_prefill=False, samples=True, page_table=(0,), prompt_len=1, seed=0,
-      sampling=types.SamplingParams(temperature=0))
+      request_id='a',
+      slot=2,
+      start=0,
+      tokens=tokens,
+      num_tokens=1,
+      is_prefill=False,
+      samples=True,
+      page_table=(0,),
+      prompt_len=1,
+      seed=0,
+      sampling=types.SamplingParams(temperature=0),
+    )
     batch = types.ScheduledBatch(0, (chunk,), 1)
     return runner.fetch(runner.launch(batch))
 
   number, ints = -1, np.array([2, 7], np.int32)
   pages = runner._state.kv[0][0].unsafe_buffer_pointer()
-  runner._programs._steps[number] = jax.jit(
-    put, donate_argnames='state').lower(
-      runner._leaves, runner._state, ints).compile()
+  runner._programs._steps[number] = (
+    jax.jit(put, donate_argnames='state')
+    .lower(runner._leaves, runner._state, ints)
+    .compile()
+  )
   assert sampled(3) != sampled(7)
   runner._compute(number, ints)
   assert sampled() == sampled(7)
@@ -129,12 +161,21 @@ def test_several_tokens_of_a_sequence_are_sampled_at_once(served):
   def sampled(samples, *tokens, num_tokens=0, start=0):
     num_tokens = num_tokens or len(tokens)
     chunk = types.Chunk(
-      request_id='a', slot=1, start=start, tokens=tokens,
-      num_tokens=num_tokens, is_prefill=not start, samples=samples,
-      page_table=(4, 2), prompt_len=9, seed=7,
-      sampling=types.SamplingParams(temperature=1.0))
-    return runner.fetch(runner.launch(
-      types.ScheduledBatch(0, (chunk,), num_tokens)))
+      request_id='a',
+      slot=1,
+      start=start,
+      tokens=tokens,
+      num_tokens=num_tokens,
+      is_prefill=not start,
+      samples=samples,
+      page_table=(4, 2),
+      prompt_len=9,
+      seed=7,
+      sampling=types.SamplingParams(temperature=1.0),
+    )
+    return runner.fetch(
+      runner.launch(types.ScheduledBatch(0, (chunk,), num_tokens))
+    )
 
   prompt = range(3, 13)
   (tokens,), (logprobs,) = sampled(3, *prompt)
@@ -144,13 +185,17 @@ def test_several_tokens_of_a_sequence_are_sampled_at_once(served):
   alone = [sampled(1, *prompt[:n]) for n in (8, 9, 10)]
   assert tokens == tuple(one.tokens[0][0] for one in alone)
   np.testing.assert_allclose(
-    logprobs, [one.logprobs[0][0] for one in alone], atol=1e-5)
+    logprobs, [one.logprobs[0][0] for one in alone], atol=1e-5
+  )
 
 
-@pytest.mark.parametrize(('given', 'trials'), [
-  ({}, 1), ({'num_pages': 9}, 0), ({'kv_cache_gib': 1.0}, 0)])
+@pytest.mark.parametrize(
+  ('given', 'trials'),
+  [({}, 1), ({'num_pages': 9}, 0), ({'kv_cache_gib': 1.0}, 0)],
+)
 def test_no_step_is_compiled_to_learn_what_nobody_asks(
-    given: dict[str, Any], trials: int):
+  given: dict[str, Any], trials: int
+):
   asked = []
 
   class Trial:
@@ -173,11 +218,17 @@ def random_request(rng: random.Random, i: int) -> types.Request:
   return types.Request(
     request_id=str(i),
     prompt_token_ids=tuple(
-      rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 50))),
+      rng.randrange(MODEL.vocab_size) for _ in range(rng.randint(1, 50))
+    ),
     sampling=types.SamplingParams(
-      temperature=temperature, max_tokens=rng.randint(1, 12),
-      top_k=rng.choice([0, 5]), top_p=rng.choice([1, 0.9]),
-      min_p=rng.choice([0, 0.05]), seed=rng.choice([None, 3])))
+      temperature=temperature,
+      max_tokens=rng.randint(1, 12),
+      top_k=rng.choice([0, 5]),
+      top_p=rng.choice([1, 0.9]),
+      min_p=rng.choice([0, 0.05]),
+      seed=rng.choice([None, 3]),
+    ),
+  )
 
 
 def test_a_soak_of_500_mixed_requests_compiles_nothing(served):
@@ -218,7 +269,7 @@ def kv_copies(compiled_text: str, shape: tuple[int, ...]) -> list[str]:
 def test_the_kv_cache_is_updated_in_place(served):
   runner: Any = served.llm.engine._runner
   num_bytes = NUM_PAGES * kv_cache.page_bytes(MODEL, PAGE_SIZE, jnp.float32)
-  shape, = {pages.shape for pages in jax.tree.leaves(runner._state.kv)}
+  (shape,) = {pages.shape for pages in jax.tree.leaves(runner._state.kv)}
   assert math.prod(shape) * 4 * 2 == num_bytes
   for size in (4, 8, 16):
     compiled = runner._programs[size]
@@ -230,8 +281,11 @@ def test_a_copy_of_the_kv_cache_would_be_found():
   """The negative control: without donation."""
   pages, _ = rpa.init_pages(5, PAGE_SIZE, 1, 8, jnp.float32)
   new = jnp.ones((3, 1, 8))
-  compiled = jax.jit(rpa.write_kv).lower(
-    pages, pages, new, new, jnp.arange(3, dtype=jnp.int32)).compile()
+  compiled = (
+    jax.jit(rpa.write_kv)
+    .lower(pages, pages, new, new, jnp.arange(3, dtype=jnp.int32))
+    .compile()
+  )
   assert compiled.memory_analysis().alias_size_in_bytes == 0
   assert len(kv_copies(compiled.as_text(), pages.shape)) >= 2
 
@@ -239,17 +293,27 @@ def test_a_copy_of_the_kv_cache_would_be_found():
 def test_the_last_layer_leaves_out_what_nobody_reads():
   model = dataclasses.replace(MODEL, num_layers=3, intermediate_size=40)
   steps = programs.StepPrograms(
-    model, mesh_lib.make(), tiny.engine_config(token_budget=16),
-    dtype=jnp.float32, kv_dtype=jnp.float32, max_model_len=32,
-    max_step_tokens=16)
+    model,
+    mesh_lib.make(),
+    tiny.engine_config(token_budget=16),
+    dtype=jnp.float32,
+    kv_dtype=jnp.float32,
+    max_model_len=32,
+    max_step_tokens=16,
+  )
 
   def rows_of_mlps(size):
     """Of gate and up, by the function that they are in; and its calls."""
     text = steps.lower(size, NUM_PAGES).as_text()
-    return [(re.findall(r'dot_general.*-> tensor<(\d+)x40xf32>', body),
-             len(re.findall(rf'call @{name}\(', text)))
-            for name, body in re.findall(
-              r'func private @(block\w*)\((.*?)\n  }', text, re.DOTALL)]
+    return [
+      (
+        re.findall(r'dot_general.*-> tensor<(\d+)x40xf32>', body),
+        len(re.findall(rf'call @{name}\(', text)),
+      )
+      for name, body in re.findall(
+        r'func private @(block\w*)\((.*?)\n  }', text, re.DOTALL
+      )
+    ]
 
   assert rows_of_mlps(16) == [(['16'] * 2, 2), (['4'] * 2, 1)]
   assert rows_of_mlps(4) == [(['4'] * 2, 3)]
@@ -263,8 +327,13 @@ PAGE_BYTES = 512
 def choose(temp_bytes: int = 0, stats: Any = None, **fields: Any) -> int:
   config = tiny.engine_config(**{'num_pages': None, **fields})
   return kv_cache.choose_num_pages(
-    MODEL, config, config.max_model_len or MODEL.context_len, jnp.float32,
-    [stats], temp_bytes)
+    MODEL,
+    config,
+    config.max_model_len or MODEL.context_len,
+    jnp.float32,
+    [stats],
+    temp_bytes,
+  )
 
 
 def test_the_kv_cache_has_the_pages_asked_for():
@@ -288,15 +357,24 @@ def test_the_kv_cache_takes_what_is_free():
   assert choose(stats=stats, temp_bytes=10 * PAGE_BYTES) == 20
 
 
-@pytest.mark.parametrize('fields,words', [
-  (dict(num_pages=3, max_model_len=25),
-   ['max_model_len=25', '4 pages', '1.91e-06 GiB', '1.43e-06', 'num_pages']),
-  (dict(kv_cache_gib=3 * PAGE_BYTES / GIB, max_model_len=25),
-   ['max_model_len=25', '1.91e-06', '1.43e-06', 'kv_cache_gib']),
-  (dict(kv_cache_gib=PAGE_BYTES / 2 / GIB), ['a page', '1 pages']),
-  (dict(stats=dict(bytes_limit=10, bytes_in_use=10_000)),
-   ['are 0 GiB', 'free on the device']),
-])
+@pytest.mark.parametrize(
+  'fields,words',
+  [
+    (
+      dict(num_pages=3, max_model_len=25),
+      ['max_model_len=25', '4 pages', '1.91e-06 GiB', '1.43e-06', 'num_pages'],
+    ),
+    (
+      dict(kv_cache_gib=3 * PAGE_BYTES / GIB, max_model_len=25),
+      ['max_model_len=25', '1.91e-06', '1.43e-06', 'kv_cache_gib'],
+    ),
+    (dict(kv_cache_gib=PAGE_BYTES / 2 / GIB), ['a page', '1 pages']),
+    (
+      dict(stats=dict(bytes_limit=10, bytes_in_use=10_000)),
+      ['are 0 GiB', 'free on the device'],
+    ),
+  ],
+)
 def test_too_small_a_kv_cache_is_refused_with_its_numbers(fields, words):
   with pytest.raises(errors.ConfigError) as caught:
     choose(**fields)
@@ -308,8 +386,8 @@ def runner_of(**fields: Any) -> device_runner.DeviceRunner:
   """One program to compile."""
   config = tiny.engine_config(**{'token_budget': 4, **fields})
   return device_runner.DeviceRunner(
-    MODEL, tiny.make_params(), mesh_lib.make(), config,
-    lambda max_model_len: 4)
+    MODEL, tiny.make_params(), mesh_lib.make(), config, lambda max_model_len: 4
+  )
 
 
 def test_a_device_without_room_for_the_pages_is_named():
@@ -327,8 +405,11 @@ def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
   """The largest step is compiled on trial, and what it needs is kept free."""
   kind = type(jax.devices()[0])
   limit = 10 * 2**20
-  monkeypatch.setattr(kind, 'memory_stats', lambda self: dict(
-    bytes_limit=limit, bytes_in_use=limit // 2))
+  monkeypatch.setattr(
+    kind,
+    'memory_stats',
+    lambda self: dict(bytes_limit=limit, bytes_in_use=limit // 2),
+  )
   needed = []
   temp_bytes = programs.StepPrograms.temp_bytes
 

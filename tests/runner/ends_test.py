@@ -18,7 +18,7 @@ from sarathi_jax.runner import leader as leader_lib
 from sarathi_jax.runner import links
 
 TIMEOUT_S = 30.0
-FACTS = {'the weights\' hash': 'abc'}
+FACTS = {"the weights' hash": 'abc'}
 
 
 class Hosts:
@@ -26,14 +26,16 @@ class Hosts:
 
   def __init__(self) -> None:
     self.exits: list[queue.SimpleQueue[tuple[int, str]]] = [
-      queue.SimpleQueue() for _ in range(3)]
+      queue.SimpleQueue() for _ in range(3)
+    ]
     self.pairs = {i: self._pair() for i in (1, 2)}
     self.leader = leader_lib.Leader(
-      {i: links.Link(pair[0]) for i, pair in self.pairs.items()},
-      self._exit(0))
+      {i: links.Link(pair[0]) for i, pair in self.pairs.items()}, self._exit(0)
+    )
     self.followers = {
       i: follower_lib.Follower(links.Link(pair[1]), 3, self._exit(i))
-      for i, pair in self.pairs.items()}
+      for i, pair in self.pairs.items()
+    }
 
   @staticmethod
   def _pair() -> tuple[socket.socket, socket.socket]:
@@ -49,7 +51,7 @@ class Hosts:
     return exit_with
 
   def vanish(self, i: int) -> None:
-    for pair in ([self.pairs[i]] if i else self.pairs.values()):
+    for pair in [self.pairs[i]] if i else self.pairs.values():
       end = pair[1 if i else 0]
       try:
         end.shutdown(socket.SHUT_RDWR)
@@ -111,7 +113,9 @@ def test_all_agree_and_are_warm_before_it_goes_on(hosts: Hosts) -> None:
   for thread in threads:
     thread.start()
   assert {done.get(timeout=TIMEOUT_S) for _ in range(2)} == {
-    '1 agrees', '2 agrees'}
+    '1 agrees',
+    '2 agrees',
+  }
   hosts.followers[2].tell_warm()
   threads[-1].join(0.2)
   assert done.empty()  # One of them still compiles.
@@ -122,28 +126,40 @@ def test_all_agree_and_are_warm_before_it_goes_on(hosts: Hosts) -> None:
 
 
 def test_a_difference_ends_all_with_its_name(hosts: Hosts) -> None:
-  threads = [threading.Thread(
-    target=hosts.followers[i].agree, args=({**FACTS, 'x': i},), daemon=True)
-    for i in (1, 2)]
+  threads = [
+    threading.Thread(
+      target=hosts.followers[i].agree, args=({**FACTS, 'x': i},), daemon=True
+    )
+    for i in (1, 2)
+  ]
   for thread in threads:
     thread.start()
   with pytest.raises(errors.ConfigError) as caught:
     hosts.leader.agree({**FACTS, 'x': 1})
   leave(hosts.leader, caught.value)
-  wanted = ('process 2 is not to run what process 0 is: x is 2 there, and 1 on '
-            'process 0.')
+  wanted = (
+    'process 2 is not to run what process 0 is: x is 2 there, and 1 on '
+    'process 0.'
+  )
   assert hosts.exit_of(0) == (1, f'error: {wanted}')
   for i in (1, 2):
     assert hosts.exit_of(i) == (1, f'error: process 0 failed: {wanted}')
 
 
-@pytest.mark.parametrize('fault, line', [
-  (RuntimeError('the GPU is on fire\nand more'),
-   'RuntimeError: the GPU is on fire'),
-  (errors.ConfigError('num_pages=1: too few.'), 'num_pages=1: too few.')])
+@pytest.mark.parametrize(
+  'fault, line',
+  [
+    (
+      RuntimeError('the GPU is on fire\nand more'),
+      'RuntimeError: the GPU is on fire',
+    ),
+    (errors.ConfigError('num_pages=1: too few.'), 'num_pages=1: too few.'),
+  ],
+)
 @pytest.mark.parametrize('who', [0, 1])
 def test_an_exception_anywhere_ends_all_with_its_words(
-    hosts: Hosts, who: int, fault: Exception, line: str) -> None:
+  hosts: Hosts, who: int, fault: Exception, line: str
+) -> None:
   leave(hosts.followers[1] if who else hosts.leader, fault)
   assert hosts.exit_of(who) == (1, f'error: {line}')
   for i in {0, 1, 2} - {who}:
@@ -152,16 +168,20 @@ def test_an_exception_anywhere_ends_all_with_its_words(
 
 def test_a_process_that_vanishes_is_named_by_all(hosts: Hosts) -> None:
   hosts.vanish(2)
-  line = ('error: process 2 of 3 is gone; nothing can be computed without its '
-          'devices.')
+  line = (
+    'error: process 2 of 3 is gone; nothing can be computed without its '
+    'devices.'
+  )
   assert hosts.exit_of(0) == hosts.exit_of(1) == (1, line)
 
 
 def test_a_first_process_that_vanishes_is_named_by_all(hosts: Hosts) -> None:
   hosts.leader._end()  # The dead say nothing.
   hosts.vanish(0)
-  line = ('error: process 0 of 3 is gone; nothing can be computed without its '
-          'devices.')
+  line = (
+    'error: process 0 of 3 is gone; nothing can be computed without its '
+    'devices.'
+  )
   assert hosts.exit_of(1) == hosts.exit_of(2) == (1, line)
 
 
@@ -224,7 +244,8 @@ def test_a_code_goes_to_all(hosts: Hosts) -> None:
 
 
 def test_one_that_takes_nothing_holds_nobody_up(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """It is stopped, say; the others are to hear of the end."""
   monkeypatch.setattr(links, '_SEND_S', 1, raising=False)
   stopped, end = Hosts._pair()

@@ -23,7 +23,7 @@ from sarathi_jax.runner import joining
 from sarathi_jax.runner import links
 
 KEY = b'k' * 32
-FACTS = {'config.token_budget': 32, 'jax\'s version': '0.10.2'}
+FACTS = {'config.token_budget': 32, "jax's version": '0.10.2'}
 TIMEOUT_S = 30.0
 
 
@@ -38,12 +38,17 @@ def address() -> joining.Address:
   return joining.Address('127.0.0.1', joining.free_port())
 
 
-def gather(address: joining.Address, count: int = 2, *,
-           timeout_s: float = TIMEOUT_S, said: list[str] | None = None,
-           ) -> dict[int, links.Link]:
+def gather(
+  address: joining.Address,
+  count: int = 2,
+  *,
+  timeout_s: float = TIMEOUT_S,
+  said: list[str] | None = None,
+) -> dict[int, links.Link]:
   """What the first process does; the others are welcome, then left alone."""
   gathering = joining.Gathering(
-    address, count, FACTS, KEY, ([] if said is None else said).append)
+    address, count, FACTS, KEY, ([] if said is None else said).append
+  )
   ends = gathering.wait(timeout_s)
   for end in ends.values():
     end.send(links.Kind.WELCOME, b'{"port": 7}')
@@ -51,18 +56,30 @@ def gather(address: joining.Address, count: int = 2, *,
   return ends
 
 
-def join(address: joining.Address, process: int = 1, *,
-         facts: Mapping[str, Any] = FACTS, key: bytes = KEY,
-         timeout_s: float = TIMEOUT_S, said: list[str] | None = None) -> Any:
+def join(
+  address: joining.Address,
+  process: int = 1,
+  *,
+  facts: Mapping[str, Any] = FACTS,
+  key: bytes = KEY,
+  timeout_s: float = TIMEOUT_S,
+  said: list[str] | None = None,
+) -> Any:
   link, told = joining.join(
-    address, process, facts, key, timeout_s,
-    ([] if said is None else said).append)
+    address,
+    process,
+    facts,
+    key,
+    timeout_s,
+    ([] if said is None else said).append,
+  )
   link.close()
   return told
 
 
 def test_all_join_in_any_order(
-    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   early = [pool.submit(join, address, process) for process in (3, 1)]
   first = pool.submit(gather, address, 4)
   late = pool.submit(join, address, 2)
@@ -71,26 +88,32 @@ def test_all_join_in_any_order(
 
 
 def test_a_difference_is_named_to_both(
-    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   first = pool.submit(gather, address)
   with pytest.raises(errors.ConfigError) as caught:
     join(address, facts={**FACTS, 'config.token_budget': 64, 'more': 'x'})
   assert str(caught.value) == (
     'process 1 is not to run what process 0 is: config.token_budget is 64 '
-    'there, and 32 on process 0; more is \'x\' there, and None on process 0.')
+    "there, and 32 on process 0; more is 'x' there, and None on process 0."
+  )
   with pytest.raises(errors.ConfigError) as too:
     first.result(TIMEOUT_S)
   assert str(too.value) == str(caught.value)
 
 
 def test_who_is_missing_is_said(
-    address: joining.Address, pool: futures.ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  address: joining.Address,
+  pool: futures.ThreadPoolExecutor,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   monkeypatch.setattr(joining, '_SAY_AFTER_S', 0.0)
   said: list[str] = []
   first = pool.submit(gather, address, 4, timeout_s=1.0, said=said)
-  wanted = (f'join_timeout_s=1: processes 1 and 3 of 4 did not join process 0 '
-            f'at {address}.')
+  wanted = (
+    f'join_timeout_s=1: processes 1 and 3 of 4 did not join process 0 '
+    f'at {address}.'
+  )
   with pytest.raises(errors.ConfigError) as there:  # and is told the same
     join(address, 2)
   with pytest.raises(errors.ConfigError) as caught:
@@ -100,7 +123,8 @@ def test_who_is_missing_is_said(
 
 
 def test_a_first_process_that_can_not_be_reached_is_an_error_in_time(
-    address: joining.Address, monkeypatch: pytest.MonkeyPatch) -> None:
+  address: joining.Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(joining, '_SAY_AFTER_S', 0.0)
   said: list[str] = []
   start = time.monotonic()
@@ -108,15 +132,19 @@ def test_a_first_process_that_can_not_be_reached_is_an_error_in_time(
     join(address, timeout_s=0.5, said=said)
   assert time.monotonic() - start < 10
   assert str(caught.value) == (
-    'join_timeout_s=0.5: process 1 can\'t join process 0 at '
-    f'coordinator_address=\'{address}\': Connection refused.')
+    "join_timeout_s=0.5: process 1 can't join process 0 at "
+    f"coordinator_address='{address}': Connection refused."
+  )
   assert said == [
-    f'Process 1 waits for process 0 at {address}: Connection refused.']
+    f'Process 1 waits for process 0 at {address}: Connection refused.'
+  ]
 
 
 def test_one_that_speaks_something_else_is_an_error_in_time(
-    pool: futures.ThreadPoolExecutor) -> None:
+  pool: futures.ThreadPoolExecutor,
+) -> None:
   with socket.create_server(('127.0.0.1', 0)) as server:
+
     def talk() -> None:
       with contextlib.suppress(OSError):
         while True:
@@ -155,7 +183,9 @@ def _frame(content: bytes) -> bytes:
 
 
 STRANGERS = {
-  'closes': _closes, 'resets': _resets, 'is silent': _is_silent,
+  'closes': _closes,
+  'resets': _resets,
+  'is silent': _is_silent,
   'sends http': _sends(b'GET / HTTP/1.1\r\n\r\n'),
   'sends zeros': _sends(bytes(100)),
   'sends a huge message': _sends(b'\xff' * 1000),
@@ -169,8 +199,8 @@ STRANGERS = {
 
 @pytest.mark.parametrize('stranger', STRANGERS)
 def test_a_stranger_does_not_join_and_disturbs_nobody(
-    stranger: str, address: joining.Address,
-    pool: futures.ThreadPoolExecutor) -> None:
+  stranger: str, address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   first = pool.submit(gather, address)
   strangers = []
   for _ in range(5):
@@ -190,8 +220,10 @@ def test_a_stranger_does_not_join_and_disturbs_nobody(
 
 
 def test_more_strangers_than_there_is_room_for_keep_nobody_out(
-    address: joining.Address, pool: futures.ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  address: joining.Address,
+  pool: futures.ThreadPoolExecutor,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   """Those that say nothing are sent away; who has the key tries again."""
   monkeypatch.setattr(joining, '_MAX_HANDSHAKES', 3)
   monkeypatch.setattr(joining, '_HANDSHAKE_S', 0.5)
@@ -209,21 +241,24 @@ def test_more_strangers_than_there_is_room_for_keep_nobody_out(
 
 
 def test_another_key_is_told_on_both_sides(
-    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   said: list[str] = []
   first = pool.submit(gather, address, said=said)
   with pytest.raises(errors.ConfigError, match=r'key_file: .* another key'):
     join(address, key=b'another key of all')
   assert join(address) == {'port': 7}
   first.result(TIMEOUT_S)
-  assert said == ['Refused a connection from 127.0.0.1: it does not have the '
-                  'key of --join_key_file.']
+  assert said == [
+    'Refused a connection from 127.0.0.1: it does not have the '
+    'key of --join_key_file.'
+  ]
 
 
 @pytest.mark.parametrize('process', [0, 1, 2, -1])
 def test_a_number_that_is_taken_or_unknown_is_refused(
-    process: int, address: joining.Address,
-    pool: futures.ThreadPoolExecutor) -> None:
+  process: int, address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   first = pool.submit(gather, address, 3)
   one = pool.submit(join, address, 1)
   if process == 2:
@@ -238,15 +273,17 @@ def test_a_number_that_is_taken_or_unknown_is_refused(
 
 
 def test_one_that_left_before_all_were_there_may_come_again(
-    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   said: list[str] = []
   first = pool.submit(gather, address, 3, said=said)
   joining.wait_until_open(address, TIMEOUT_S)
   link = links.Link(socket.create_connection(address))
   connection.answer_challenge(link, KEY)
   connection.deliver_challenge(link, KEY)
-  link.send(links.Kind.HELLO, json.dumps(
-    {'process': 1, 'facts': FACTS}).encode())
+  link.send(
+    links.Kind.HELLO, json.dumps({'process': 1, 'facts': FACTS}).encode()
+  )
   link.close()
   while not said:
     assert not first.done()
@@ -258,7 +295,8 @@ def test_one_that_left_before_all_were_there_may_come_again(
 
 
 def test_one_that_comes_too_late_is_told_and_changes_nothing(
-    address: joining.Address, pool: futures.ThreadPoolExecutor) -> None:
+  address: joining.Address, pool: futures.ThreadPoolExecutor
+) -> None:
   gathering = joining.Gathering(address, 3, FACTS, KEY, lambda line: None)
   with pytest.raises(errors.ConfigError, match='processes 1 and 2 of 3'):
     gathering.wait(0.0)
@@ -268,19 +306,24 @@ def test_one_that_comes_too_late_is_told_and_changes_nothing(
     link = links.Link(end)
     link.limit(5.0)
     assert link.receive() == (
-      links.Kind.FAULT, b'process 0 waits for nobody any more.')
+      links.Kind.FAULT,
+      b'process 0 waits for nobody any more.',
+    )
     link.close()
   assert not gathering._links
 
 
 def test_an_address_in_use_is_an_error(address: joining.Address) -> None:
-  with (socket.create_server(address),
-        pytest.raises(errors.ConfigError, match='can\'t listen there: Addr')):
+  with (
+    socket.create_server(address),
+    pytest.raises(errors.ConfigError, match="can't listen there: Addr"),
+  ):
     gather(address)
 
 
-@pytest.mark.parametrize('text', ['host', 'host:', ':1', 'h:0', 'h:70000',
-                                  'h:x', ''])
+@pytest.mark.parametrize(
+  'text', ['host', 'host:', ':1', 'h:0', 'h:70000', 'h:x', '']
+)
 def test_an_address_that_is_none(text: str) -> None:
   with pytest.raises(errors.ConfigError, match='must be HOST:PORT'):
     joining.parse_address(text)
@@ -294,10 +337,13 @@ def test_addresses() -> None:
 
 
 def test_a_key_is_made_once_for_one_user(
-    tmp_path: pathlib.Path, pool: futures.ThreadPoolExecutor,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path,
+  pool: futures.ThreadPoolExecutor,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   monkeypatch.setattr(
-    config_lib, 'default_cache_dir', lambda: tmp_path / 'cache')
+    config_lib, 'default_cache_dir', lambda: tmp_path / 'cache'
+  )
   keys = {f.result() for f in [pool.submit(join_key.read) for _ in range(8)]}
   assert len(keys) == 1 and len(keys.pop()) == 64
   assert os.listdir(tmp_path / 'cache') == ['join_key']

@@ -34,13 +34,22 @@ PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
 def make(folder: pathlib.Path, **fields: Any) -> llm_lib.LLM:
   """Has one step to compile."""
   return llm_lib.LLM(
-    MODEL, PARAMS, eos_token_ids=(), config=tiny.engine_config(
-      token_budget=4, compilation_cache_dir=str(folder), **fields))
+    MODEL,
+    PARAMS,
+    eos_token_ids=(),
+    config=tiny.engine_config(
+      token_budget=4, compilation_cache_dir=str(folder), **fields
+    ),
+  )
 
 
 def tokens_of(llm: llm_lib.LLM) -> list[tuple[int, ...]]:
-  return [done.token_ids for done in llm.generate(
-    [[1, 2, 3], [4] * 20], types.SamplingParams(temperature=0, max_tokens=8))]
+  return [
+    done.token_ids
+    for done in llm.generate(
+      [[1, 2, 3], [4] * 20], types.SamplingParams(temperature=0, max_tokens=8)
+    )
+  ]
 
 
 @pytest.fixture
@@ -57,11 +66,12 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   return sizes
 
 
-@pytest.mark.parametrize('fields', [{}, {'kv_cache_dtype': 'int8'}, {'tp': 2}],
-                         ids=str)
+@pytest.mark.parametrize(
+  'fields', [{}, {'kv_cache_dtype': 'int8'}, {'tp': 2}], ids=str
+)
 def test_a_second_start_traces_nothing(
-    fields: dict[str, Any], tmp_path: pathlib.Path,
-    lowered: list[int]) -> None:
+  fields: dict[str, Any], tmp_path: pathlib.Path, lowered: list[int]
+) -> None:
   first = tokens_of(make(tmp_path, **fields))
   assert lowered == [4]
   names = sorted(os.listdir(tmp_path))
@@ -73,8 +83,8 @@ def test_a_second_start_traces_nothing(
 
 
 def test_where_a_function_was_replaced_nothing_is_found_or_kept(
-    tmp_path: pathlib.Path, lowered: list[int],
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, lowered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
   first = tokens_of(make(tmp_path))
   names = os.listdir(tmp_path)
   unembed = transformer.unembed
@@ -82,16 +92,23 @@ def test_where_a_function_was_replaced_nothing_is_found_or_kept(
   assert tokens_of(make(tmp_path)) != first
   assert lowered == [4, 4]
   assert {n for n in os.listdir(tmp_path) if n.startswith('step-')} == {
-    n for n in names if n.startswith('step-')}
+    n for n in names if n.startswith('step-')
+  }
 
 
 def test_what_is_kept_is_told_as_what_is_compiled(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   steps, told = make_programs(), []
   monkeypatch.setattr(
-    kept.Place, 'load', lambda place: None if place.path is None else 'found')
-  steps.compile(24, lambda *count: told.append(count), steps.sizes,
-                kept=kept.Kept(pathlib.Path('/'), True))
+    kept.Place, 'load', lambda place: None if place.path is None else 'found'
+  )
+  steps.compile(
+    24,
+    lambda *count: told.append(count),
+    steps.sizes,
+    kept=kept.Kept(pathlib.Path('/'), True),
+  )
   assert told[0] == (0, 2) and told[-1] == (2, 2) and told == sorted(told)
   assert [steps[size] for size in steps.sizes] == ['found'] * 2
 
@@ -113,7 +130,8 @@ def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
       enough.set()
 
   monkeypatch.setattr(
-    programs.StepPrograms, 'lower', lambda self, size, num_pages: Slow())
+    programs.StepPrograms, 'lower', lambda self, size, num_pages: Slow()
+  )
   steps = make_programs()
   steps.compile(24, on_compiled, steps.sizes[:1])
   assert told[-1] == (1, 1) and steps[steps.sizes[0]] == 'compiled'
@@ -130,57 +148,76 @@ def doubling() -> jax.stages.Compiled:
 
 
 def test_what_was_saved_is_loaded(
-    place: kept.Place, doubling: jax.stages.Compiled) -> None:
+  place: kept.Place, doubling: jax.stages.Compiled
+) -> None:
   assert place.load() is None
   place.save(doubling)
   step = place.load()
   assert step is not None and step(jnp.float32(3)) == 6
 
 
-@pytest.mark.parametrize('damage', [
-  lambda data: b'', lambda data: data[:-100], lambda data: b'?' + data[1:],
-  lambda data: zlib.compress(pickle.dumps((b'x', None, None)))],
-  ids=['empty', 'truncated', 'no zlib', 'another'])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda data: b'',
+    lambda data: data[:-100],
+    lambda data: b'?' + data[1:],
+    lambda data: zlib.compress(pickle.dumps((b'x', None, None))),
+  ],
+  ids=['empty', 'truncated', 'no zlib', 'another'],
+)
 def test_a_file_that_is_damaged_is_as_good_as_none(
-    damage: Callable[[bytes], bytes], place: kept.Place,
-    doubling: jax.stages.Compiled, caplog: pytest.LogCaptureFixture) -> None:
+  damage: Callable[[bytes], bytes],
+  place: kept.Place,
+  doubling: jax.stages.Compiled,
+  caplog: pytest.LogCaptureFixture,
+) -> None:
   place.save(doubling)
   assert place.path is not None
   place.path.write_bytes(damage(place.path.read_bytes()))
   with caplog.at_level(logging.WARNING, 'absl'):
     assert place.load() is None
-  assert f'{place.path}: can\'t be loaded' in caplog.text
+  assert f"{place.path}: can't be loaded" in caplog.text
 
 
 def test_a_full_disk_is_no_error(
-    place: kept.Place, doubling: jax.stages.Compiled, tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture) -> None:
+  place: kept.Place,
+  doubling: jax.stages.Compiled,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+  caplog: pytest.LogCaptureFixture,
+) -> None:
   def fail(old: str, new: pathlib.Path) -> None:
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(os, 'replace', fail)
   with caplog.at_level(logging.WARNING, 'absl'):
     place.save(doubling)
-  assert 'can\'t be kept: [Errno 28]' in caplog.text
+  assert "can't be kept: [Errno 28]" in caplog.text
   assert not os.listdir(tmp_path)
 
 
 def test_a_folder_that_can_only_be_read_is_not_written(
-    place: kept.Place, doubling: jax.stages.Compiled, tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  place: kept.Place,
+  doubling: jax.stages.Compiled,
+  tmp_path: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   place.save(doubling)
   names = os.listdir(tmp_path)
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
-  with (pytest.warns(RuntimeWarning, match='are not kept'),
-        compiled.kept_in(str(tmp_path)) as found):
+  with (
+    pytest.warns(RuntimeWarning, match='are not kept'),
+    compiled.kept_in(str(tmp_path)) as found,
+  ):
     assert found.place('facts', jax.devices()[:1]).load() is not None
     found.place('others', jax.devices()[:1]).save(doubling)
   assert os.listdir(tmp_path) == names
 
 
 def test_several_processes_have_jax_find_theirs(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   with compiled.kept_in(str(tmp_path)) as found:
     assert found == kept.NOWHERE
@@ -189,19 +226,20 @@ def test_several_processes_have_jax_find_theirs(
 
 
 def path_of(facts: Any = 'facts') -> pathlib.Path | None:
-  return kept.Kept(pathlib.Path('/'), True).place(
-    facts, jax.devices()[:1]).path
+  return kept.Kept(pathlib.Path('/'), True).place(facts, jax.devices()[:1]).path
 
 
 def test_what_is_not_the_same_is_kept_elsewhere(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   paths = [path_of(), path_of('others')]
   with jax.default_matmul_precision('highest'):  # of this thread alone
     paths.append(path_of())
   with jax.enable_x64(True):
     paths.append(path_of())
-  paths.append(kept.Kept(pathlib.Path('/'), True).place(
-    'facts', jax.devices()[1:2]).path)
+  paths.append(
+    kept.Kept(pathlib.Path('/'), True).place('facts', jax.devices()[1:2]).path
+  )
   with monkeypatch.context() as patch:
     patch.setenv('XLA_FLAGS', f'{os.environ.get("XLA_FLAGS", "")} --of_xla=1')
     paths.append(path_of())
@@ -220,18 +258,30 @@ def test_what_is_not_the_same_is_kept_elsewhere(
     jax.config.update('jax_compilation_cache_dir', before)
 
 
-def make_programs(model: Any = tiny.MODEL, *, max_model_len: int = 64,
-                  dtype: Any = jnp.float32, kv_dtype: Any = jnp.float32,
-                  transposed: bool = False, **fields: Any,
-                  ) -> programs.StepPrograms:
+def make_programs(
+  model: Any = tiny.MODEL,
+  *,
+  max_model_len: int = 64,
+  dtype: Any = jnp.float32,
+  kv_dtype: Any = jnp.float32,
+  transposed: bool = False,
+  **fields: Any,
+) -> programs.StepPrograms:
   return programs.StepPrograms(
-    model, mesh_lib.make(), tiny.engine_config(**fields),
-    dtype=jnp.dtype(dtype), kv_dtype=jnp.dtype(kv_dtype),
-    max_model_len=max_model_len, max_step_tokens=8, transposed=transposed)
+    model,
+    mesh_lib.make(),
+    tiny.engine_config(**fields),
+    dtype=jnp.dtype(dtype),
+    kv_dtype=jnp.dtype(kv_dtype),
+    max_model_len=max_model_len,
+    max_step_tokens=8,
+    transposed=transposed,
+  )
 
 
 def test_no_two_steps_have_a_place_in_common(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   places: list[kept.Place] = []
   place = kept.Kept.place
 
@@ -244,23 +294,37 @@ def test_no_two_steps_have_a_place_in_common(
 
   monkeypatch.setattr(kept.Kept, 'place', remember)
 
-  def ask(steps: programs.StepPrograms, num_pages: int = 24,
-          **options: Any) -> None:
+  def ask(
+    steps: programs.StepPrograms, num_pages: int = 24, **options: Any
+  ) -> None:
     for size in steps.sizes:
       with pytest.raises(Enough):
-        steps.compile(num_pages, lambda *count: None, [size], options,
-                      kept.Kept(pathlib.Path('/'), True))
+        steps.compile(
+          num_pages,
+          lambda *count: None,
+          [size],
+          options,
+          kept.Kept(pathlib.Path('/'), True),
+        )
 
   ask(make_programs())
   for model in (
-      dataclasses.replace(
-        tiny.MODEL, rope=dataclasses.replace(tiny.MODEL.rope, theta=5.0)),
-      dataclasses.replace(tiny.MODEL, sliding_window=9), MODEL):
+    dataclasses.replace(
+      tiny.MODEL, rope=dataclasses.replace(tiny.MODEL.rope, theta=5.0)
+    ),
+    dataclasses.replace(tiny.MODEL, sliding_window=9),
+    MODEL,
+  ):
     ask(make_programs(model))
   for fields in (
-      {'max_model_len': 32}, {'dtype': jnp.bfloat16},
-      {'kv_dtype': jnp.int8}, {'transposed': True}, {'page_size': 4},
-      {'max_num_seqs': 3}, {'attention': 'xla'}):
+    {'max_model_len': 32},
+    {'dtype': jnp.bfloat16},
+    {'kv_dtype': jnp.int8},
+    {'transposed': True},
+    {'page_size': 4},
+    {'max_num_seqs': 3},
+    {'attention': 'xla'},
+  ):
     ask(make_programs(**fields))
   ask(make_programs(), 25)
   ask(make_programs(), xla_cpu_enable_fast_math=True)

@@ -23,8 +23,9 @@ def softmax(x: np.ndarray) -> np.ndarray:
   return exp / exp.sum(axis=-1, keepdims=True)
 
 
-def may_be_sampled(logits: np.ndarray, top_k: int, top_p: float,
-                   min_p: float) -> np.ndarray:
+def may_be_sampled(
+  logits: np.ndarray, top_k: int, top_p: float, min_p: float
+) -> np.ndarray:
   """The definition, for one row: vLLM's order, by sorting; ties all stay.
 
   Skips examples where rounding decides.
@@ -47,12 +48,14 @@ def may_be_sampled(logits: np.ndarray, top_k: int, top_p: float,
 
 # On a coarse grid, so that many are equal.
 LOGITS = hnp.arrays(
-  np.float32, (S, V), elements=st.integers(-20, 20).map(lambda i: i / 4))
+  np.float32, (S, V), elements=st.integers(-20, 20).map(lambda i: i / 4)
+)
 
 
 def rows(elements):
   return hnp.arrays(np.float64, S, elements=elements).map(
-    lambda x: x.astype(np.float32))
+    lambda x: x.astype(np.float32)
+  )
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -60,42 +63,52 @@ def rows(elements):
   logits=LOGITS,
   top_k=hnp.arrays(np.int32, S, elements=st.integers(0, V + 3)),
   top_p=rows(st.just(1.0) | st.floats(0.01, 1)),
-  min_p=rows(st.just(0.0) | st.just(1.0) | st.floats(0.001, 1)))
+  min_p=rows(st.just(0.0) | st.just(1.0) | st.floats(0.001, 1)),
+)
 def test_filters_are_what_they_are_defined_to_be(logits, top_k, top_p, min_p):
   got = np.asarray(filter_logits(logits, top_k, top_p, min_p))
   for row in range(S):
     kept = may_be_sampled(
-      logits[row], top_k[row], float(top_p[row]), float(min_p[row]))
+      logits[row], top_k[row], float(top_p[row]), float(min_p[row])
+    )
     np.testing.assert_array_equal(got[row] > -np.inf, kept, f'{row=}')
     np.testing.assert_array_equal(got[row][kept], logits[row][kept])
 
 
 def one_row(values, top_k=0, top_p=1.0, min_p=0.0) -> list[int]:
   logits = np.full((S, V), -30, np.float32)
-  logits[0, :len(values)] = values
+  logits[0, : len(values)] = values
+
   def fill(x, dtype):
     return np.full(S, x, dtype)
 
-  got = filter_logits(logits, fill(top_k, np.int32), fill(top_p, np.float32),
-                      fill(min_p, np.float32))
+  got = filter_logits(
+    logits,
+    fill(top_k, np.int32),
+    fill(top_p, np.float32),
+    fill(min_p, np.float32),
+  )
   return np.flatnonzero(np.asarray(got[0]) > -np.inf).tolist()
 
 
-@pytest.mark.parametrize('fields,kept', [
-  (dict(top_k=1), [1]),
-  (dict(top_k=2), [0, 1, 3]),  # A tie for the second place.
-  (dict(top_k=V + 9), list(range(V))),
-  (dict(top_p=1e-30), [1]),
-  (dict(top_p=0.0), [1]),  # A top_p that float32 has no room for.
-  (dict(top_p=0.5), [1]),
-  (dict(top_p=0.7), [0, 1, 3]),
-  (dict(min_p=1.0), [1]),
-  (dict(min_p=np.exp(-1.01)), [0, 1, 3]),
-  # min_p first: of what it leaves, the likeliest is more than top_p.
-  (dict(min_p=0.9, top_p=0.99), [1]),
-  # top_k first: of what it leaves, three make up top_p.
-  (dict(top_k=3, top_p=0.98), [0, 1, 3]),
-])
+@pytest.mark.parametrize(
+  'fields,kept',
+  [
+    (dict(top_k=1), [1]),
+    (dict(top_k=2), [0, 1, 3]),  # A tie for the second place.
+    (dict(top_k=V + 9), list(range(V))),
+    (dict(top_p=1e-30), [1]),
+    (dict(top_p=0.0), [1]),  # A top_p that float32 has no room for.
+    (dict(top_p=0.5), [1]),
+    (dict(top_p=0.7), [0, 1, 3]),
+    (dict(min_p=1.0), [1]),
+    (dict(min_p=np.exp(-1.01)), [0, 1, 3]),
+    # min_p first: of what it leaves, the likeliest is more than top_p.
+    (dict(min_p=0.9, top_p=0.99), [1]),
+    # top_k first: of what it leaves, three make up top_p.
+    (dict(top_k=3, top_p=0.98), [0, 1, 3]),
+  ],
+)
 def test_filters_by_hand(fields, kept):
   assert one_row([1, 2, -1, 1, 0], **fields) == kept
 
@@ -120,7 +133,8 @@ def batch() -> dict[str, np.ndarray]:
     top_p=np.array([1, 1, 1, 0.9, 0.5, 1, 0.8, 1], np.float32),
     min_p=np.array([0, 0, 0, 0, 0, 0.1, 0.05, 0], np.float32),
     seeds=words([1, 2, 3, 4, 5, 1, 2**63 - 1, 0]),
-    positions=np.array([1, 7, 7, 9, 40, 1, 3, 100], np.int32))
+    positions=np.array([1, 7, 7, 9, 40, 1, 3, 100], np.int32),
+  )
 
 
 def test_greedy_rows_are_the_likeliest_whatever_the_others_are(batch):
@@ -136,13 +150,16 @@ def test_logprobs_are_of_the_logits_as_they_came(batch):
   tokens, logprobs = sample(**batch)
   expected = np.log(softmax(batch['logits'].astype(np.float64)))
   np.testing.assert_allclose(
-    logprobs, expected[np.arange(S), tokens], rtol=1e-5)
+    logprobs, expected[np.arange(S), tokens], rtol=1e-5
+  )
   assert tokens.dtype == np.int32 and logprobs.dtype == np.float32
 
 
-@pytest.mark.parametrize('chosen', [
-  np.random.default_rng(1).permutation(S), np.array([6, 2, 0])],
-  ids=['permuted', 'fewer'])
+@pytest.mark.parametrize(
+  'chosen',
+  [np.random.default_rng(1).permutation(S), np.array([6, 2, 0])],
+  ids=['permuted', 'fewer'],
+)
 def test_a_row_does_not_depend_on_its_batch(batch, chosen):
   tokens, logprobs = sample(**batch)
   got, got_logprobs = sample(**{k: v[chosen] for k, v in batch.items()})
@@ -163,7 +180,8 @@ VARIED = {
   'positions': dict(positions=np.arange(N, dtype=np.int32)),
   'seeds': dict(seeds=words(range(N))),
   'high halves': dict(seeds=words(i << 32 for i in range(N))),
-  'negative seeds': dict(seeds=words(range(-N, 0)))}
+  'negative seeds': dict(seeds=words(range(-N, 0))),
+}
 LOGITS_OF_FEW = np.linspace(-1, 1.5, FEW).astype(np.float32)
 
 
@@ -172,9 +190,13 @@ LOGITS_OF_FEW = np.linspace(-1, 1.5, FEW).astype(np.float32)
 def test_frequencies_are_those_of_the_distribution(varied, top_k):
   """Chi-square; deterministic, as the seeds are."""
   columns = dict(
-    temperature=np.full(N, 0.8, np.float32), top_k=np.full(N, top_k, np.int32),
-    top_p=np.ones(N, np.float32), min_p=np.zeros(N, np.float32),
-    seeds=words([5] * N), positions=np.full(N, 7, np.int32))
+    temperature=np.full(N, 0.8, np.float32),
+    top_k=np.full(N, top_k, np.int32),
+    top_p=np.ones(N, np.float32),
+    min_p=np.zeros(N, np.float32),
+    seeds=words([5] * N),
+    positions=np.full(N, 7, np.int32),
+  )
   columns.update(VARIED[varied])
   tokens, _ = sample(np.tile(LOGITS_OF_FEW, (N, 1)), **columns)
   counts = np.bincount(tokens, minlength=FEW)
@@ -193,9 +215,14 @@ def test_neighbouring_tokens_are_independent():
   side = 64
   seeds, positions = np.divmod(np.arange(side * side, dtype=np.int32), side)
   tokens, _ = sample(
-    np.zeros((N, FEW), np.float32), np.ones(N, np.float32),
-    np.zeros(N, np.int32), np.ones(N, np.float32), np.zeros(N, np.float32),
-    words(seeds), positions)
+    np.zeros((N, FEW), np.float32),
+    np.ones(N, np.float32),
+    np.zeros(N, np.int32),
+    np.ones(N, np.float32),
+    np.zeros(N, np.float32),
+    words(seeds),
+    positions,
+  )
   grid = np.asarray(tokens).reshape(side, side)
   for a, b in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])):
     assert abs((a == b).mean() - 1 / FEW) < 0.018  # Four deviations.
@@ -205,10 +232,14 @@ def tokens_of(seeds) -> np.ndarray:
   """[seeds, V] what each draws from even odds at V places."""
   n = len(seeds)
   rows = dict(
-    logits=np.zeros((n * V, V), np.float32), temperature=np.ones(n * V),
-    top_k=np.zeros(n * V, np.int32), top_p=np.ones(n * V),
-    min_p=np.zeros(n * V), seeds=np.repeat(words(seeds), V, axis=0),
-    positions=np.tile(np.arange(V, dtype=np.int32), n))
+    logits=np.zeros((n * V, V), np.float32),
+    temperature=np.ones(n * V),
+    top_k=np.zeros(n * V, np.int32),
+    top_p=np.ones(n * V),
+    min_p=np.zeros(n * V),
+    seeds=np.repeat(words(seeds), V, axis=0),
+    positions=np.tile(np.arange(V, dtype=np.int32), n),
+  )
   return np.asarray(sample(**rows)[0]).reshape(n, V)
 
 
@@ -223,25 +254,37 @@ def test_seeds_of_64_bits_that_differ_in_one_give_other_tokens():
 @pytest.mark.parametrize('seed', [0, 1, 12345, 2**31 - 1])
 def test_seeds_of_31_bits_give_what_they_always_gave(seed):
   key = jax.random.fold_in(jax.random.key(0, impl='threefry2x32'), seed)
-  noise = jax.vmap(lambda position: jax.random.gumbel(
-    jax.random.fold_in(key, position), (V,), np.float32))(np.arange(V))
+  noise = jax.vmap(
+    lambda position: jax.random.gumbel(
+      jax.random.fold_in(key, position), (V,), np.float32
+    )
+  )(np.arange(V))
   np.testing.assert_array_equal(
-    tokens_of([seed])[0], np.asarray(noise).argmax(axis=-1))
+    tokens_of([seed])[0], np.asarray(noise).argmax(axis=-1)
+  )
 
 
 @pytest.mark.parametrize('temperature', [0, 1])
-@pytest.mark.parametrize('bad', [
-  {3: np.nan}, {V - 1: np.inf}, dict.fromkeys(range(V), -np.inf),
-  dict.fromkeys(range(V), np.nan), {0: np.inf, 1: -np.inf}],
-  ids=['a NaN', 'an infinity', 'no token', 'all NaN', 'both'])
+@pytest.mark.parametrize(
+  'bad',
+  [
+    {3: np.nan},
+    {V - 1: np.inf},
+    dict.fromkeys(range(V), -np.inf),
+    dict.fromkeys(range(V), np.nan),
+    {0: np.inf, 1: -np.inf},
+  ],
+  ids=['a NaN', 'an infinity', 'no token', 'all NaN', 'both'],
+)
 def test_a_row_without_a_largest_finite_logit_says_so(batch, bad, temperature):
   """And the others don't notice."""
   fine = {**batch, 'temperature': np.full(S, temperature, np.float32)}
   logits = fine['logits'].copy()
   logits[2, list(bad)] = list(bad.values())
   logits[4, 5:] = -np.inf  # Some tokens can't be; others can.
-  expected, _ = sample(**{**fine, 'logits': np.where(
-    np.arange(S)[:, None] == 2, 0, logits)})
+  expected, _ = sample(
+    **{**fine, 'logits': np.where(np.arange(S)[:, None] == 2, 0, logits)}
+  )
   tokens, logprobs = sample(**{**fine, 'logits': logits})
   np.testing.assert_array_equal(np.isnan(logprobs), np.arange(S) == 2)
   assert np.isfinite(np.delete(logprobs, 2)).all()
@@ -252,6 +295,12 @@ def test_a_row_without_a_largest_finite_logit_says_so(batch, bad, temperature):
 def test_log_probabilities_are_finite_if_the_logits_are(batch):
   logits = np.full((S, V), 3e38, np.float32)
   logits[:, 1:] = -3e38
-  _, logprobs = sample(**{**batch, 'logits': logits, 'temperature': np.full(
-    S, 3e38, np.float32), 'top_k': np.zeros(S, np.int32)})
+  _, logprobs = sample(
+    **{
+      **batch,
+      'logits': logits,
+      'temperature': np.full(S, 3e38, np.float32),
+      'top_k': np.zeros(S, np.int32),
+    }
+  )
   assert np.isfinite(logprobs).all()

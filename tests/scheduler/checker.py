@@ -30,16 +30,23 @@ def token_at(request_id: str, position: int) -> int:
   return zlib.crc32(f'{request_id}:{position}'.encode()) % VOCAB
 
 
-def make_request(request_id: str, prompt_len: int, max_tokens: int | None,
-                 stop_token_ids: tuple[int, ...] = (),
-                 arrival_time: float = 0.0,
-                 priority: int = 0) -> types.Request:
+def make_request(
+  request_id: str,
+  prompt_len: int,
+  max_tokens: int | None,
+  stop_token_ids: tuple[int, ...] = (),
+  arrival_time: float = 0.0,
+  priority: int = 0,
+) -> types.Request:
   return types.Request(
     request_id=request_id,
     prompt_token_ids=tuple(token_at(request_id, p) for p in range(prompt_len)),
     sampling=types.SamplingParams(
-      max_tokens=max_tokens, stop_token_ids=stop_token_ids),
-    arrival_time=arrival_time, priority=priority)
+      max_tokens=max_tokens, stop_token_ids=stop_token_ids
+    ),
+    arrival_time=arrival_time,
+    priority=priority,
+  )
 
 
 class Checker:
@@ -56,7 +63,8 @@ class Checker:
     self.num_preempted = 0
     self._num_added = 0
     self._in_flight: deque[
-      tuple[types.ScheduledBatch, list[Known], list[int]]] = deque()
+      tuple[types.ScheduledBatch, list[Known], list[int]]
+    ] = deque()
     # slot -> (request, position, step) that the device sampled last.
     self._slots: dict[int, tuple[Known, int, int]] = {}
 
@@ -67,9 +75,12 @@ class Checker:
     prompt_len = len(request.prompt_token_ids)
     max_tokens = request.sampling.max_tokens or self.config.max_model_len
     self.live[request.request_id] = Known(
-      request=request, order=self._num_added,
+      request=request,
+      order=self._num_added,
       max_len=min(prompt_len + max_tokens, self.config.max_model_len),
-      num_tokens=prompt_len, num_on_host=prompt_len)
+      num_tokens=prompt_len,
+      num_on_host=prompt_len,
+    )
     self._num_added += 1
 
   def remove(self, request_id: str) -> None:
@@ -126,14 +137,18 @@ class Checker:
         known.finish_reason = types.FinishReason.STOP
       elif known.num_on_host == known.max_len:
         known.finish_reason = types.FinishReason.LENGTH
-      expected.append(types.TokenEvent(
-        known.id, (token,), (-token / VOCAB,), known.finish_reason))
+      expected.append(
+        types.TokenEvent(
+          known.id, (token,), (-token / VOCAB,), known.finish_reason
+        )
+      )
       if known.finish_reason:
         self.finished[known.id] = known
         self._forget(known)
     events = self.scheduler.complete(
-      batch, types.Sampled.of(
-        batch.chunks, tokens, [-t / VOCAB for t in tokens]))
+      batch,
+      types.Sampled.of(batch.chunks, tokens, [-t / VOCAB for t in tokens]),
+    )
     assert events == expected, f'events: {events}, expected {expected}'
     self._check_state()
     return events
@@ -155,11 +170,16 @@ class Checker:
 
   def _is_ready(self, known: Known) -> bool:
     """Whether the next token is a decode that this step could compute."""
-    newest_is_there = (known.newest_step not in known.flights
-                       or known.newest_step
-                       <= self.num_steps - self.config.num_stages)
-    return (known.newest_step >= 0 and known.num_tokens < known.max_len
-            and known.num_computed == known.num_tokens - 1 and newest_is_there)
+    newest_is_there = (
+      known.newest_step not in known.flights
+      or known.newest_step <= self.num_steps - self.config.num_stages
+    )
+    return (
+      known.newest_step >= 0
+      and known.num_tokens < known.max_len
+      and known.num_computed == known.num_tokens - 1
+      and newest_is_there
+    )
 
   def _needs_page(self, known: Known) -> bool:
     held = next(s for s in self.scheduler.running if s.request is known.request)
@@ -175,33 +195,36 @@ class Checker:
       known.newest_step = -1
     least = min((self.live[i].urgency for i in batch.preempted), default=None)
     assert least is None or all(
-      self.live[i].urgency < least for i in self._running()), (
-        'preempted is who is the least urgent')
+      self.live[i].urgency < least for i in self._running()
+    ), 'preempted is who is the least urgent'
 
   def _check_admitted(self, admitted: set[str], now: float) -> None:
     left_out = [
-      self.live[s.request.request_id].urgency for s in self.scheduler.waiting
-      if s.request.arrival_time <= now]
+      self.live[s.request.request_id].urgency
+      for s in self.scheduler.waiting
+      if s.request.arrival_time <= now
+    ]
     assert not (admitted and left_out) or (
-      max(self.live[i].urgency for i in admitted) < min(left_out)), (
-        'one was admitted before one that is more urgent')
+      max(self.live[i].urgency for i in admitted) < min(left_out)
+    ), 'one was admitted before one that is more urgent'
 
   def _running(self) -> set[str]:
     return {s.request.request_id for s in self.scheduler.running}
 
-  def _check_empty(self, can_launch: bool, ready: list[Known],
-                   now: float) -> None:
+  def _check_empty(
+    self, can_launch: bool, ready: list[Known], now: float
+  ) -> None:
     """An empty batch: all is done, or waits for a batch in flight."""
     if not can_launch:
       return
     starved = [k for k in ready if self._needs_page(k)]
     assert not ready or (
-      self._in_flight and len(starved) > self.scheduler.pages.num_free), (
-        f'nothing was scheduled though {[k.id for k in ready]} are ready')
-    arrived = [k for k in self.live.values()
-               if k.request.arrival_time <= now]
+      self._in_flight and len(starved) > self.scheduler.pages.num_free
+    ), f'nothing was scheduled though {[k.id for k in ready]} are ready'
+    arrived = [k for k in self.live.values() if k.request.arrival_time <= now]
     assert self._in_flight or not arrived, (
-      f'deadlock: {[k.id for k in arrived]} are stuck')
+      f'deadlock: {[k.id for k in arrived]} are stuck'
+    )
 
   def _check_limits(self, batch: types.ScheduledBatch) -> None:
     chunks, config = batch.chunks, self.config
@@ -210,20 +233,22 @@ class Checker:
       'vllm': max(config.token_budget, config.max_model_len),
       'faster_transformer': max(config.token_budget, config.max_model_len),
       'orca': max(config.token_budget, config.max_model_len)
-              + config.max_num_seqs,
+      + config.max_num_seqs,
     }[self.policy]
     assert limit == self.scheduler.max_step_tokens(config), 'another limit'
     assert batch.num_tokens == sum(c.num_tokens for c in chunks), 'bad sum'
     assert batch.num_tokens <= limit, 'more tokens than the limit'
     assert len(chunks) <= config.max_num_seqs, 'too many sequences'
     assert len({c.request_id for c in chunks}) == len(chunks), (
-      'a request is in the batch twice')
+      'a request is in the batch twice'
+    )
     assert len({c.slot for c in chunks}) == len(chunks), 'a slot is shared'
     kinds = [c.is_prefill for c in chunks]
     assert kinds == sorted(kinds), 'decodes come first'
 
-  def _check_decodes(self, batch: types.ScheduledBatch,
-                     ready: list[Known]) -> None:
+  def _check_decodes(
+    self, batch: types.ScheduledBatch, ready: list[Known]
+  ) -> None:
     decodes = {c.request_id for c in batch.chunks if not c.is_prefill}
     prefills = [c for c in batch.chunks if c.is_prefill]
     assert decodes <= {k.id for k in ready}, 'a decode that was not ready'
@@ -240,8 +265,8 @@ class Checker:
     decoding = [k for k in self.live.values() if k.newest_step >= 0]
     share = math.ceil(len(decoding) / self.config.num_stages)
     assert not left_out or (
-      self.policy == 'sarathi' and num_decodes == share), (
-        f'stalled: {[k.id for k in left_out]}')
+      self.policy == 'sarathi' and num_decodes == share
+    ), f'stalled: {[k.id for k in left_out]}'
     most, left = 0, self.config.max_num_seqs
     while left:
       left -= math.ceil(left / self.config.num_stages)
@@ -274,37 +299,47 @@ class Checker:
     assert start == known.num_computed, f'{known.id}: chunks must tile'
     assert stop <= known.num_tokens < known.max_len, f'{known.id}: too long'
     assert chunk.samples == (stop == known.num_tokens), (
-      f'{known.id}: a chunk samples where it reaches the end, only there')
+      f'{known.id}: a chunk samples where it reaches the end, only there'
+    )
     assert chunk.is_prefill == (known.newest_step < 0), (
-      f'{known.id}: {chunk.is_prefill=}')
+      f'{known.id}: {chunk.is_prefill=}'
+    )
     if stop <= known.num_on_host:
       assert chunk.tokens == tuple(
-        token_at(known.id, p) for p in range(start, stop)), (
-          f'{known.id}: wrong tokens')
+        token_at(known.id, p) for p in range(start, stop)
+      ), f'{known.id}: wrong tokens'
     else:
       owner, position, sampled_at = self._slots[chunk.slot]
       assert (chunk.tokens, n) == ((), 1), (
-        f'{known.id}: a token that only the device can know')
+        f'{known.id}: a token that only the device can know'
+      )
       assert owner is known and position == start, 'slot of another sequence'
       assert sampled_at <= step - self.config.num_stages, (
-        f'{known.id}: its last token is not sampled yet')
+        f'{known.id}: its last token is not sampled yet'
+      )
     self._check_page_table(chunk)
     known.seed = chunk.seed if known.seed is None else known.seed
     assert (chunk.prompt_len, chunk.seed, chunk.sampling) == (
-      len(known.request.prompt_token_ids), known.seed,
-      known.request.sampling), f'{known.id}: not as requested'
+      len(known.request.prompt_token_ids),
+      known.seed,
+      known.request.sampling,
+    ), f'{known.id}: not as requested'
 
   def _check_page_table(self, chunk: types.Chunk) -> None:
     num_tokens = chunk.start + chunk.num_tokens
     if self.policy in ('orca', 'faster_transformer'):
       num_tokens = self.config.max_model_len  # They reserve for the longest.
     assert len(chunk.page_table) == math.ceil(
-      num_tokens / self.config.page_size), (
-        f'{chunk.request_id}: too few or too many pages')
-    held = next(s for s in self.scheduler.running
-                if s.request.request_id == chunk.request_id)
-    assert chunk.page_table == tuple(held.pages)[:len(chunk.page_table)], (
-      f'{chunk.request_id}: pages of another')
+      num_tokens / self.config.page_size
+    ), f'{chunk.request_id}: too few or too many pages'
+    held = next(
+      s
+      for s in self.scheduler.running
+      if s.request.request_id == chunk.request_id
+    )
+    assert chunk.page_table == tuple(held.pages)[: len(chunk.page_table)], (
+      f'{chunk.request_id}: pages of another'
+    )
     assert chunk.slot == held.slot, f'{chunk.request_id}: another slot'
 
   def _check_state(self) -> None:
@@ -316,14 +351,19 @@ class Checker:
       urgency = [self.live[i].urgency for i in queue]
       assert urgency == sorted(urgency), 'not by urgency'
     # Of the same priority, who came first runs first.
-    order = [self.live[i].urgency for i in sorted(
-      running + waiting, key=lambda i: self.live[i].request.priority)]
+    order = [
+      self.live[i].urgency
+      for i in sorted(
+        running + waiting, key=lambda i: self.live[i].request.priority
+      )
+    ]
     assert order == sorted(order), 'not first come, first served'
     held = [p for s in scheduler.running for p in s.pages]
     assert len(set(held)) == len(held), 'a page has two owners'
     assert set(held) <= set(range(config.num_pages)), 'no such page'
     assert len(held) + scheduler.pages.num_free == config.num_pages, (
-      'pages were lost or made')
+      'pages were lost or made'
+    )
     slots = {s.slot for s in scheduler.running}
     assert len(slots) == len(running), 'a slot is shared'
     assert slots <= set(range(config.max_num_seqs)), 'no such slot'

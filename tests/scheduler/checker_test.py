@@ -57,8 +57,9 @@ class SamplesTooEarly(sarathi.SarathiScheduler):
 
 
 class AdmitsTheLastFirst(sarathi.SarathiScheduler):
-  def _admit(self, now: float,
-             reserve: int | None = None) -> sequence.Sequence | None:
+  def _admit(
+    self, now: float, reserve: int | None = None
+  ) -> sequence.Sequence | None:
     self.waiting.reverse()
     try:
       return super()._admit(now, reserve)
@@ -76,17 +77,22 @@ class PreemptsTheYoungest(sarathi.SarathiScheduler):
   """Whatever its priority."""
 
   def _preempt(self, seq: sequence.Sequence) -> None:
-    super()._preempt(max(
-      (s for s in self.running if not s.num_in_flight),
-      key=lambda s: s.urgency[1]))
+    super()._preempt(
+      max(
+        (s for s in self.running if not s.num_in_flight),
+        key=lambda s: s.urgency[1],
+      )
+    )
 
 
 class AdmitsByArrival(sarathi.SarathiScheduler):
   def _next_to_admit(self, now: float) -> sequence.Sequence | None:
     if super()._next_to_admit(now) is None:
       return None
-    return min((s for s in self.waiting if s.request.arrival_time <= now),
-               key=lambda s: s.urgency[1])
+    return min(
+      (s for s in self.waiting if s.request.arrival_time <= now),
+      key=lambda s: s.urgency[1],
+    )
 
 
 class PreemptsInFlight(sarathi.SarathiScheduler):
@@ -115,8 +121,9 @@ class CountsTheOutputAnew(sarathi.SarathiScheduler):
 
 
 class SharesASlot(sarathi.SarathiScheduler):
-  def _admit(self, now: float,
-             reserve: int | None = None) -> sequence.Sequence | None:
+  def _admit(
+    self, now: float, reserve: int | None = None
+  ) -> sequence.Sequence | None:
     seq = super()._admit(now, reserve)
     if seq is not None:
       seq.slot = 0
@@ -148,8 +155,9 @@ class TakesTooManyPages(sarathi.SarathiScheduler):
 
 
 class AdmitsNobody(sarathi.SarathiScheduler):
-  def _admit(self, now: float,
-             reserve: int | None = None) -> sequence.Sequence | None:
+  def _admit(
+    self, now: float, reserve: int | None = None
+  ) -> sequence.Sequence | None:
     return None
 
 
@@ -176,8 +184,11 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
 }
 
 
-def first_fault(scheduler_class: Callable[
-    [config_lib.SchedulerConfig], sarathi.SarathiScheduler]) -> str | None:
+def first_fault(
+  scheduler_class: Callable[
+    [config_lib.SchedulerConfig], sarathi.SarathiScheduler
+  ],
+) -> str | None:
   """What the checker says of a class on the soak's workloads."""
   for seed in range(100):
     rng = random.Random(seed)
@@ -191,9 +202,11 @@ def first_fault(scheduler_class: Callable[
 
 
 @pytest.mark.parametrize(
-  ('broken', 'message'), BROKEN.items(), ids=[c.__name__ for c in BROKEN])
+  ('broken', 'message'), BROKEN.items(), ids=[c.__name__ for c in BROKEN]
+)
 def test_finds_the_fault(
-    broken: type[sarathi.SarathiScheduler], message: str) -> None:
+  broken: type[sarathi.SarathiScheduler], message: str
+) -> None:
   fault = first_fault(broken)
   assert fault is not None
   assert message in fault

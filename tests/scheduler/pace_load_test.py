@@ -50,32 +50,59 @@ class Device:
   def step_seconds(self, chunks: Iterable[types.Chunk]) -> Sequence[float]:
     tokens, _, context, pairs = step_time.load_of(chunks)
     factor = random.Random(tokens * 7919 + context + pairs).uniform(
-      1 - self.noise, 1 + self.noise)
-    return [factor * (
-      self.rows[self.num_rows(tokens)] + context * self.per_context
-      + pairs * self.per_pair)]
+      1 - self.noise, 1 + self.noise
+    )
+    return [
+      factor
+      * (
+        self.rows[self.num_rows(tokens)]
+        + context * self.per_context
+        + pairs * self.per_pair
+      )
+    ]
 
 
 def ladder(seconds: dict[int, float]) -> dict[int, float]:
   """Seconds of all sizes of our ladder, between those that are given."""
   sizes = batch_lib.ladder(MOST, 64, fine=True)
-  return dict(zip(sizes, np.interp(
-    sizes, list(seconds), list(seconds.values())).tolist(), strict=True))
+  return dict(
+    zip(
+      sizes,
+      np.interp(sizes, list(seconds), list(seconds.values())).tolist(),
+      strict=True,
+    )
+  )
 
 
 # Measured: 43m in float32 on two cores, in milliseconds here; attention of 20
 # decodes of 500 tokens 14, of a chunk of 108 that ends at 400 15.
 CPU = Device(
-  rows=ladder({8: .018, 16: .020, 32: .028, 64: .046, 128: .062, 256: .110,
-               512: .190}), per_context=1.4e-6, per_pair=4e-7)
+  rows=ladder(
+    {
+      8: 0.018,
+      16: 0.020,
+      32: 0.028,
+      64: 0.046,
+      128: 0.062,
+      256: 0.110,
+      512: 0.190,
+    }
+  ),
+  per_context=1.4e-6,
+  per_pair=4e-7,
+)
 SLOWER = dataclasses.replace(
-  CPU, rows={n: 2 * seconds for n, seconds in CPU.rows.items()})
+  CPU, rows={n: 2 * seconds for n, seconds in CPU.rows.items()}
+)
 # A step of 16 tokens takes longer than the target of 100 ms.
 SLOWEST = dataclasses.replace(
-  CPU, rows=ladder({8: .080, 16: .130, 64: .250, 128: .350, 512: 1.0}))
+  CPU, rows=ladder({8: 0.080, 16: 0.130, 64: 0.250, 128: 0.350, 512: 1.0})
+)
 GPU = Device(
-  rows=ladder({8: .008, 128: .009, 256: .013, 512: .022}),
-  per_context=2e-9, per_pair=2e-9)
+  rows=ladder({8: 0.008, 128: 0.009, 256: 0.013, 512: 0.022}),
+  per_context=2e-9,
+  per_pair=2e-9,
+)
 DEVICES = {'cpu': CPU, 'slower': SLOWER, 'slowest': SLOWEST, 'gpu': GPU}
 
 
@@ -85,23 +112,41 @@ def chats(qps: float, seconds: float, seed: int) -> workload_lib.Workload:
   n = max(1, round(qps * seconds))
   return workload_lib.Workload(
     arrived_at=np.cumsum(rng.exponential(1 / qps, n)),
-    prompt_lens=np.clip(rng.lognormal(5.5, .9, n), 16, 900).astype(int),
-    output_lens=np.clip(rng.lognormal(4.1, .6, n), 8, 120).astype(int),
-    is_batch=np.zeros(n, bool))
+    prompt_lens=np.clip(rng.lognormal(5.5, 0.9, n), 16, 900).astype(int),
+    output_lens=np.clip(rng.lognormal(4.1, 0.6, n), 8, 120).astype(int),
+    is_batch=np.zeros(n, bool),
+  )
 
 
-def make_scheduler(device: Device, budget: int = MOST,
-                   **fields: float | None) -> scheduler_lib.Scheduler:
-  return scheduler_lib.policy_class('sarathi')(config_lib.SchedulerConfig(
-    token_budget=budget, max_num_seqs=64, max_model_len=1024, num_pages=1100,
-    page_size=64, **fields), device.num_rows)  # type: ignore[arg-type]
+def make_scheduler(
+  device: Device, budget: int = MOST, **fields: float | None
+) -> scheduler_lib.Scheduler:
+  return scheduler_lib.policy_class('sarathi')(
+    config_lib.SchedulerConfig(
+      token_budget=budget,
+      max_num_seqs=64,
+      max_model_len=1024,
+      num_pages=1100,
+      page_size=64,
+      **fields,
+    ),
+    device.num_rows,
+  )  # type: ignore[arg-type]
 
 
-def run(device: Device, workload: workload_lib.Workload,
-        scheduler: scheduler_lib.Scheduler) -> simulate.Result:
+def run(
+  device: Device,
+  workload: workload_lib.Workload,
+  scheduler: scheduler_lib.Scheduler,
+) -> simulate.Result:
   return simulate.simulate_steps(
-    scheduler, device, workload, info=engine_lib.EngineInfo.of(
-      scheduler.config, policy='sarathi', vocab_size=10))
+    scheduler,
+    device,
+    workload,
+    info=engine_lib.EngineInfo.of(
+      scheduler.config, policy='sarathi', vocab_size=10
+    ),
+  )
 
 
 def at(quantiles: metrics_lib.Quantiles, q: float) -> float:
@@ -121,7 +166,8 @@ def test_prompts_that_wait_get_on_at_every_step(name: str, seed: int) -> None:
   def schedule(now: float) -> types.ScheduledBatch:
     free = len(scheduler.running) < scheduler.config.max_num_seqs
     waits = any(s.is_prefilling for s in scheduler.running) or (
-      free and bool(scheduler.waiting) and scheduler.pages.num_free > 64)
+      free and bool(scheduler.waiting) and scheduler.pages.num_free > 64
+    )
     batch = plan(now)
     if batch.chunks and waits and not batch.preempted:
       left_out.append(not any(c.is_prefill for c in batch.chunks))
@@ -136,12 +182,15 @@ def test_prompts_that_wait_get_on_at_every_step(name: str, seed: int) -> None:
 @pytest.mark.parametrize('slo_ms', [30.0, 100.0, 300.0])
 @pytest.mark.parametrize('name', DEVICES)
 def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
-    name: str, slo_ms: float) -> None:
+  name: str, slo_ms: float
+) -> None:
   device = DEVICES[name]
   slo_ms = max(slo_ms, 1.1e3 * device.rows[8])  # A decode alone can meet it.
   workload = chats(40.0, 12.0, 0)
-  fixed = min(run(device, workload, make_scheduler(device, budget)).seconds
-              for budget in (64, 128, 256, 384, 512))
+  fixed = min(
+    run(device, workload, make_scheduler(device, budget)).seconds
+    for budget in (64, 128, 256, 384, 512)
+  )
   ours = run(device, workload, make_scheduler(device, tbt_slo_ms=slo_ms))
   assert fixed / ours.seconds >= 0.95
 
@@ -150,11 +199,11 @@ def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
 def test_both_targets_are_kept_where_they_can_be(seed: int) -> None:
   scheduler = make_scheduler(CPU, tbt_slo_ms=100.0)
   metrics = run(CPU, chats(2.0, 120.0, seed), scheduler).metrics
-  assert at(metrics.tbt_s, .99) <= .120
-  assert at(metrics.ttft_s, .5) <= 1.0
-  assert at(metrics.ttft_s, .99) <= 4.0
+  assert at(metrics.tbt_s, 0.99) <= 0.120
+  assert at(metrics.ttft_s, 0.5) <= 1.0
+  assert at(metrics.ttft_s, 0.99) <= 4.0
   assert scheduler.pace is not None
-  assert scheduler.pace.needed_s(0.0) < .120
+  assert scheduler.pace.needed_s(0.0) < 0.120
 
 
 def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
@@ -164,10 +213,13 @@ def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
     scheduler = make_scheduler(SLOWER, tbt_slo_ms=100.0, ttft_slo_ms=ttft)
     metrics = run(SLOWER, chats(4.0, 60.0, 0), scheduler).metrics
     assert scheduler.pace is not None
-    seen[ttft] = (at(metrics.ttft_s, .5), at(metrics.tbt_s, .9),
-                  scheduler.pace.needed_s(0.0))
+    seen[ttft] = (
+      at(metrics.ttft_s, 0.5),
+      at(metrics.tbt_s, 0.9),
+      scheduler.pace.needed_s(0.0),
+    )
   for _, tbt_s, needed_s in seen.values():
-    assert needed_s > .110 and tbt_s > .100
+    assert needed_s > 0.110 and tbt_s > 0.100
   # Who asks for a shorter wait has it at the cost of the time between tokens.
   assert seen[500.0][0] <= seen[20_000.0][0]
   assert seen[500.0][1] >= seen[20_000.0][1]
@@ -176,20 +228,28 @@ def test_where_both_cannot_be_had_the_shortfall_is_shared_and_told() -> None:
 def test_a_long_prompt_alone_does_not_make_decodes_stutter() -> None:
   """It takes more than the target to compute: that alone moves nothing."""
   workload = workload_lib.Workload(
-    arrived_at=np.array([0.0, 0.0, 1.0]), prompt_lens=np.array([20, 20, 900]),
-    output_lens=np.array([120, 120, 4]), is_batch=np.zeros(3, bool))
-  metrics = run(CPU, workload, make_scheduler(
-    CPU, tbt_slo_ms=70.0, ttft_slo_ms=200.0)).metrics
-  assert at(metrics.tbt_s, .99) <= .070
+    arrived_at=np.array([0.0, 0.0, 1.0]),
+    prompt_lens=np.array([20, 20, 900]),
+    output_lens=np.array([120, 120, 4]),
+    is_batch=np.zeros(3, bool),
+  )
+  metrics = run(
+    CPU, workload, make_scheduler(CPU, tbt_slo_ms=70.0, ttft_slo_ms=200.0)
+  ).metrics
+  assert at(metrics.tbt_s, 0.99) <= 0.070
 
 
 def test_batch_prompts_wait_for_the_tighter_target() -> None:
   """Nobody waits for their first token, but they get on."""
   workload = chats(3.0, 40.0, 0)
   workload = dataclasses.replace(
-    workload, is_batch=np.arange(len(workload)) % 2 == 0)
-  result = run(SLOWER, workload, make_scheduler(
-    SLOWER, tbt_slo_ms=100.0, ttft_slo_ms=100_000.0))
+    workload, is_batch=np.arange(len(workload)) % 2 == 0
+  )
+  result = run(
+    SLOWER,
+    workload,
+    make_scheduler(SLOWER, tbt_slo_ms=100.0, ttft_slo_ms=100_000.0),
+  )
   assert len(result.requests) == len(workload)
   assert result.interactive_tbt_s is not None
-  assert at(result.interactive_tbt_s, .9) <= .120
+  assert at(result.interactive_tbt_s, 0.9) <= 0.120

@@ -24,16 +24,26 @@ MS = 1e-3
 def true_seconds(load: step_time.Load) -> float:
   """10 ms, 0.05 ms for each further token, and attention."""
   tokens, num_decodes, context, pairs = load
-  return (10 + 0.05 * (tokens - 1)) * MS + num_decodes * 2e-5 + (
-    context * 1e-8 + pairs * 1e-8)
+  return (
+    (10 + 0.05 * (tokens - 1)) * MS
+    + num_decodes * 2e-5
+    + (context * 1e-8 + pairs * 1e-8)
+  )
 
 
 def random_load(rng: random.Random) -> step_time.Load:
   num_decodes = rng.choice([0, 1, 8, 64])
-  chunk = rng.choice([0, 7, 15, 31, 64, 120, 250, 448, 960, 1984]) if (
-    num_decodes) else rng.choice([8, 16, 32, 512])
-  return (num_decodes + chunk, num_decodes, num_decodes * rng.randrange(4000),
-          chunk * rng.randrange(8000))
+  chunk = (
+    rng.choice([0, 7, 15, 31, 64, 120, 250, 448, 960, 1984])
+    if (num_decodes)
+    else rng.choice([8, 16, 32, 512])
+  )
+  return (
+    num_decodes + chunk,
+    num_decodes,
+    num_decodes * rng.randrange(4000),
+    chunk * rng.randrange(8000),
+  )
 
 
 @pytest.mark.parametrize('noise', [0.0, 0.1])
@@ -46,7 +56,8 @@ def test_the_model_learns(noise: float) -> None:
   for _ in range(200):
     load = random_load(rng)
     assert model.predict(load) == pytest.approx(
-      true_seconds(load), rel=0.05 + noise / 3)
+      true_seconds(load), rel=0.05 + noise / 3
+    )
   assert model.spread == pytest.approx(noise, abs=0.05)
 
 
@@ -57,22 +68,26 @@ def test_the_model_follows_a_device_that_becomes_slower() -> None:
     for _ in range(20_000):
       load = random_load(rng)
       model.observe(load, factor * true_seconds(load))
-  errors_ = [model.predict(load) / (2 * true_seconds(load)) - 1
-             for load in (random_load(rng) for _ in range(100))]
+  errors_ = [
+    model.predict(load) / (2 * true_seconds(load)) - 1
+    for load in (random_load(rng) for _ in range(100))
+  ]
   assert max(map(abs, errors_)) < 0.15
 
 
 def test_padded_rows_take_time() -> None:
   """Steps of 65 to 128 tokens are all padded to 128, and take the same."""
   model = step_time.StepTimeModel(
-    128, lambda n: 1 << max(3, (n - 1).bit_length()))
+    128, lambda n: 1 << max(3, (n - 1).bit_length())
+  )
   rng = random.Random(0)
   for _ in range(500):
     n = rng.randrange(1, 129)
     model.observe((n, 0, 0, 0), model.num_rows(n) * MS)
   for n in (1, 8, 9, 33, 64, 65, 128):
     assert model.predict((n, 0, 0, 0)) == pytest.approx(
-      model.num_rows(n) * MS, rel=0.02)
+      model.num_rows(n) * MS, rel=0.02
+    )
 
 
 def test_a_noisy_machine_does_not_mislead() -> None:
@@ -89,12 +104,26 @@ def test_a_noisy_machine_does_not_mislead() -> None:
   assert len(model.recent) == 5000
 
 
-def make(tbt_slo_ms: float | None = 50.0, learn: bool = True,
-         **fields: Any) -> scheduler_lib.Scheduler:
-  scheduler = scheduler_lib.policy_class('sarathi')(config_lib.SchedulerConfig(
-    **(dict(token_budget=2048, max_num_seqs=128, max_model_len=16384,
-            num_pages=4096, page_size=64, short_prompt_share=0.0,
-            look_ahead=False, tbt_slo_ms=tbt_slo_ms) | fields)))
+def make(
+  tbt_slo_ms: float | None = 50.0, learn: bool = True, **fields: Any
+) -> scheduler_lib.Scheduler:
+  scheduler = scheduler_lib.policy_class('sarathi')(
+    config_lib.SchedulerConfig(
+      **(
+        dict(
+          token_budget=2048,
+          max_num_seqs=128,
+          max_model_len=16384,
+          num_pages=4096,
+          page_size=64,
+          short_prompt_share=0.0,
+          look_ahead=False,
+          tbt_slo_ms=tbt_slo_ms,
+        )
+        | fields
+      )
+    )
+  )
   if scheduler.pace is not None and learn:
     rng = random.Random(1)
     for _ in range(2000):
@@ -103,17 +132,28 @@ def make(tbt_slo_ms: float | None = 50.0, learn: bool = True,
   return scheduler
 
 
-def add(scheduler: scheduler_lib.Scheduler, request_id: str, prompt_len: int,
-        tier: str = 'interactive') -> None:
-  scheduler.add(types.Request(
-    request_id=request_id, prompt_token_ids=(1,) * prompt_len, tier=tier,
-    sampling=types.SamplingParams(max_tokens=100, ignore_eos=True)))
+def add(
+  scheduler: scheduler_lib.Scheduler,
+  request_id: str,
+  prompt_len: int,
+  tier: str = 'interactive',
+) -> None:
+  scheduler.add(
+    types.Request(
+      request_id=request_id,
+      prompt_token_ids=(1,) * prompt_len,
+      tier=tier,
+      sampling=types.SamplingParams(max_tokens=100, ignore_eos=True),
+    )
+  )
 
 
 def step(scheduler: scheduler_lib.Scheduler) -> types.ScheduledBatch:
   batch = scheduler.schedule(0.0)
-  scheduler.complete(batch, types.Sampled.of(
-    batch.chunks, itertools.repeat(0), itertools.repeat(0.0)))
+  scheduler.complete(
+    batch,
+    types.Sampled.of(batch.chunks, itertools.repeat(0), itertools.repeat(0.0)),
+  )
   return batch
 
 
@@ -130,7 +170,8 @@ def rate(load: step_time.Load) -> float:
 
 @pytest.mark.parametrize('slo_ms', [20, 30, 50, 100, 150])
 def test_a_step_with_decodes_keeps_the_target_and_uses_it(
-    slo_ms: float) -> None:
+  slo_ms: float,
+) -> None:
   scheduler = make(slo_ms)
   for i in range(40):
     add(scheduler, f'short {i}', 50)
@@ -162,8 +203,11 @@ def test_the_chunk_shrinks_as_the_prefix_grows() -> None:
 
 def test_batch_requests_bound_steps_by_their_own_target() -> None:
   sizes = {}
-  for tier, batch_slo in (('interactive', None), ('batch', None),
-                          ('batch', 150.0)):
+  for tier, batch_slo in (
+    ('interactive', None),
+    ('batch', None),
+    ('batch', 150.0),
+  ):
     scheduler = make(40.0, batch_tbt_slo_ms=batch_slo)
     add(scheduler, 'short', 50, tier)
     step(scheduler)
@@ -189,11 +233,15 @@ def test_tiers_are_named() -> None:
     types.Request(request_id='x', prompt_token_ids=(1,), tier='slow')
 
 
-@pytest.mark.parametrize(('fields', 'message'), [
-  (dict(tbt_slo_ms=0), 'must be milliseconds > 0'),
-  (dict(tbt_slo_ms=float('nan')), 'must be milliseconds > 0'),
-  (dict(batch_tbt_slo_ms=5), 'needs tbt_slo_ms'),
-  (dict(tbt_slo_ms=5, policy='vllm'), 'only sarathi has')])
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (dict(tbt_slo_ms=0), 'must be milliseconds > 0'),
+    (dict(tbt_slo_ms=float('nan')), 'must be milliseconds > 0'),
+    (dict(batch_tbt_slo_ms=5), 'needs tbt_slo_ms'),
+    (dict(tbt_slo_ms=5, policy='vllm'), 'only sarathi has'),
+  ],
+)
 def test_bad_targets(fields: dict, message: str) -> None:
   with pytest.raises(errors.ConfigError, match=message):
     scheduler_lib.class_of(config_lib.EngineConfig(**fields))
@@ -213,8 +261,8 @@ class TimedRunner(fake_runner.FakeRunner):
 
 @pytest.mark.parametrize(('ttft_slo_ms', 'said'), [(1e6, 0), (None, 1)])
 def test_what_cannot_be_held_is_said_once(
-    ttft_slo_ms: float | None, said: int,
-    caplog: pytest.LogCaptureFixture) -> None:
+  ttft_slo_ms: float | None, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
   """100 decodes, beside a prompt that has waited for a while."""
   scheduler = make(20.0, learn=False, ttft_slo_ms=ttft_slo_ms)
   runner = TimedRunner(128)
@@ -233,8 +281,11 @@ def test_what_cannot_be_held_is_said_once(
   lines = [r.getMessage() for r in caplog.records]
   assert len(lines) == said
   if said:
-    assert re.fullmatch('tbt_slo_ms=20 cannot be held at this load; at least '
-                        r'\d+ ms\.', lines[0])
+    assert re.fullmatch(
+      'tbt_slo_ms=20 cannot be held at this load; at least '
+      r'\d+ ms\.',
+      lines[0],
+    )
 
 
 def test_warming_up_teaches_enough() -> None:
@@ -246,13 +297,19 @@ def test_warming_up_teaches_enough() -> None:
   for _ in range(100):
     load = random_load(rng)
     assert scheduler.pace.model.predict(load) == pytest.approx(
-      true_seconds(load), rel=0.2), load
+      true_seconds(load), rel=0.2
+    ), load
 
 
-@pytest.mark.parametrize('fields', [
-  dict(num_pages=4, max_model_len=64, max_num_seqs=128),
-  dict(token_budget=8, max_num_seqs=4, num_pages=8, page_size=4,
-       max_model_len=20)])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(num_pages=4, max_model_len=64, max_num_seqs=128),
+    dict(
+      token_budget=8, max_num_seqs=4, num_pages=8, page_size=4, max_model_len=20
+    ),
+  ],
+)
 def test_warming_up_fits_any_cache(fields: dict) -> None:
   scheduler = make(learn=False, **fields)
   runner = TimedRunner(128)

@@ -57,37 +57,44 @@ def make_workload(rng: random.Random) -> Workload:
       num_stages=rng.randint(1, 3),
       look_ahead=rng.random() < 0.5,
       short_prompt_share=rng.choice((0.0, 0.25, 0.9)),
-      prefix_cost=(0.0, 0.0, 0.01, 1.0)[max_model_len % 4]),
+      prefix_cost=(0.0, 0.0, 0.01, 1.0)[max_model_len % 4],
+    ),
     num_requests=rng.randint(1, 16),
     arrival_rate=rng.choice((0.2, 0.8, 1.0)),
     abort_rate=rng.choice((0.0, 0.0, 0.05)),
     eager=rng.choice((0.0, 0.3, 1.0)),
     stop_rate=rng.choice((0.0, 0.0, 0.05)),
-    priorities=rng.choice(((0,), (0, 0, 0, -1), (3, 0, -2, -2**31))))
+    priorities=rng.choice(((0,), (0, 0, 0, -1), (3, 0, -2, -(2**31)))),
+  )
 
 
-def draw_request(rng: random.Random, request_id: str, workload: Workload,
-                 arrival_time: float) -> types.Request:
+def draw_request(
+  rng: random.Random, request_id: str, workload: Workload, arrival_time: float
+) -> types.Request:
   max_model_len = workload.config.max_model_len
   return checker_lib.make_request(
     request_id,
     prompt_len=rng.randint(
-      1, max(1, (max_model_len - 1) // rng.choice((1, 10, 10)))),
+      1, max(1, (max_model_len - 1) // rng.choice((1, 10, 10)))
+    ),
     max_tokens=rng.choice((None, None, 1, rng.randint(1, max_model_len))),
-    stop_token_ids=tuple(
-      range(int(workload.stop_rate * checker_lib.VOCAB))),
-    arrival_time=arrival_time, priority=rng.choice(workload.priorities))
+    stop_token_ids=tuple(range(int(workload.stop_rate * checker_lib.VOCAB))),
+    arrival_time=arrival_time,
+    priority=rng.choice(workload.priorities),
+  )
 
 
-def drive(checker: checker_lib.Checker, workload: Workload,
-          rng: random.Random) -> None:
+def drive(
+  checker: checker_lib.Checker, workload: Workload, rng: random.Random
+) -> None:
   """Arrivals, steps, late completions and aborts, until all is done."""
   num_added = 0
   now = arrival = 0.0
   while num_added < workload.num_requests:
     now += 1.0
-    while (num_added < workload.num_requests
-           and rng.random() < workload.arrival_rate):
+    while (
+      num_added < workload.num_requests and rng.random() < workload.arrival_rate
+    ):
       # Some are known ahead, as the simulator's are.
       arrival = max(arrival, now + rng.choice((0.0, 0.0, 1.5)))
       checker.add(draw_request(rng, f'r{num_added}', workload, arrival))
@@ -96,7 +103,8 @@ def drive(checker: checker_lib.Checker, workload: Workload,
       checker.remove(rng.choice(sorted(checker.live)))
     launched = checker.schedule(now).chunks
     if checker.num_in_flight and (
-        not launched or rng.random() < workload.eager):
+      not launched or rng.random() < workload.eager
+    ):
       checker.complete()
   checker.drain()
 
@@ -136,8 +144,9 @@ def test_soak(policy: str) -> None:
 class Machine(stateful.RuleBasedStateMachine):
   """Any order of calls that an engine may make."""
 
-  @stateful.initialize(policy=st.sampled_from(POLICIES),
-                       rng=st.randoms(use_true_random=False))
+  @stateful.initialize(
+    policy=st.sampled_from(POLICIES), rng=st.randoms(use_true_random=False)
+  )
   def start(self, policy: str, rng: random.Random) -> None:
     self.workload = make_workload(rng)
     self.checker = checker_lib.make_checker(policy, self.workload.config)
@@ -146,7 +155,8 @@ class Machine(stateful.RuleBasedStateMachine):
   @stateful.rule(rng=st.randoms(use_true_random=False))
   def add(self, rng: random.Random) -> None:
     self.checker.add(
-      draw_request(rng, f'r{self.num_added}', self.workload, 0.0))
+      draw_request(rng, f'r{self.num_added}', self.workload, 0.0)
+    )
     self.num_added += 1
 
   @stateful.rule()
@@ -174,5 +184,6 @@ class Machine(stateful.RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = hypothesis.settings(
-  max_examples=80, stateful_step_count=40)
+  max_examples=80, stateful_step_count=40
+)
 MachineTest = Machine.TestCase

@@ -24,20 +24,32 @@ POLICIES = tuple(scheduler_lib.POLICIES)
 
 def make_config(**fields: Any) -> config_lib.SchedulerConfig:
   """Pages are plenty and nothing is ahead, but for what `fields` says."""
-  defaults = dict(token_budget=8, max_num_seqs=4, max_model_len=32,
-                  num_pages=64, page_size=4, look_ahead=False,
-                  short_prompt_share=0.0)
+  defaults = dict(
+    token_budget=8,
+    max_num_seqs=4,
+    max_model_len=32,
+    num_pages=64,
+    page_size=4,
+    look_ahead=False,
+    short_prompt_share=0.0,
+  )
   return config_lib.SchedulerConfig(**(defaults | fields))
 
 
 def show(batch: types.ScheduledBatch) -> str:
   return ' '.join(
-    f'{c.request_id}[{c.start},{c.start + c.num_tokens})' if c.is_prefill
-    else f'{c.request_id}{c.start}' for c in batch.chunks)
+    f'{c.request_id}[{c.start},{c.start + c.num_tokens})'
+    if c.is_prefill
+    else f'{c.request_id}{c.start}'
+    for c in batch.chunks
+  )
 
 
-def play(policy: str, config: config_lib.SchedulerConfig,
-         arrivals: Mapping[int, tuple[types.Request, ...]]) -> list[str]:
+def play(
+  policy: str,
+  config: config_lib.SchedulerConfig,
+  arrivals: Mapping[int, tuple[types.Request, ...]],
+) -> list[str]:
   """Runs to the end, one batch at a time.
 
   Args:
@@ -112,67 +124,109 @@ def test_figure_7(policy: str) -> None:
 
 def test_vllm_stalls_decodes_and_sarathi_does_not() -> None:
   arrivals = {0: (request('A', 1, 9),)} | {
-    i: (request(f'P{i}', 8, 1),) for i in range(1, 6)}
+    i: (request(f'P{i}', 8, 1),) for i in range(1, 6)
+  }
   config = make_config()
   assert play('vllm', config, arrivals)[:8] == [
-    'A[0,1)', 'P1[0,8)', 'P2[0,8)', 'P3[0,8)', 'P4[0,8)', 'P5[0,8)',
-    'A1', 'A2']
+    'A[0,1)',
+    'P1[0,8)',
+    'P2[0,8)',
+    'P3[0,8)',
+    'P4[0,8)',
+    'P5[0,8)',
+    'A1',
+    'A2',
+  ]
   assert play('sarathi', config, arrivals)[:8] == [
-    'A[0,1)', 'A1 P1[0,7)', 'A2 P1[7,8) P2[0,6)', 'A3 P2[6,8) P3[0,5)',
-    'A4 P3[5,8) P4[0,4)', 'A5 P4[4,8) P5[0,3)', 'A6 P5[3,8)', 'A7']
+    'A[0,1)',
+    'A1 P1[0,7)',
+    'A2 P1[7,8) P2[0,6)',
+    'A3 P2[6,8) P3[0,5)',
+    'A4 P3[5,8) P4[0,4)',
+    'A5 P4[4,8) P5[0,3)',
+    'A6 P5[3,8)',
+    'A7',
+  ]
 
 
 def test_a_short_prompt_gets_a_share_beside_a_long_one() -> None:
   arrivals = {0: (request('L', 30, 1),), 1: (request('S', 2, 1),)}
   assert play('sarathi', make_config(short_prompt_share=0.25), arrivals) == [
-    'L[0,8)', 'L[8,14) S[0,2)', 'L[14,22)', 'L[22,30)']
+    'L[0,8)',
+    'L[8,14) S[0,2)',
+    'L[14,22)',
+    'L[22,30)',
+  ]
 
 
 def test_without_a_share_a_short_prompt_waits_for_the_long_one() -> None:
   arrivals = {0: (request('L', 30, 1),), 1: (request('S', 2, 1),)}
   assert play('sarathi', make_config(short_prompt_share=0.0), arrivals) == [
-    'L[0,8)', 'L[8,16)', 'L[16,24)', 'L[24,30) S[0,2)']
+    'L[0,8)',
+    'L[8,16)',
+    'L[16,24)',
+    'L[24,30) S[0,2)',
+  ]
 
 
 def test_a_share_is_not_kept_for_a_longer_prompt() -> None:
   arrivals = {0: (request('L', 20, 1), request('M', 30, 1))}
   config = make_config(short_prompt_share=0.25)
   assert play('sarathi', config, arrivals)[:3] == [
-    'L[0,8)', 'L[8,16)', 'L[16,20) M[0,4)']
+    'L[0,8)',
+    'L[8,16)',
+    'L[16,20) M[0,4)',
+  ]
 
 
 def test_a_share_is_not_kept_where_no_sequence_can_be_admitted() -> None:
   arrivals = {0: (request('L', 20, 1),), 1: (request('S', 2, 1),)}
   config = make_config(short_prompt_share=0.25, max_num_seqs=1)
   assert play('sarathi', config, arrivals) == [
-    'L[0,8)', 'L[8,16)', 'L[16,20)', 'S[0,2)']
+    'L[0,8)',
+    'L[8,16)',
+    'L[16,20)',
+    'S[0,2)',
+  ]
 
 
 def test_what_is_kept_for_a_short_prompt_is_what_it_needs() -> None:
-  arrivals = {0: (request('D', 1, 9),),
-              1: (request('L', 900, 1), request('S', 90, 1))}
+  arrivals = {
+    0: (request('D', 1, 9),),
+    1: (request('L', 900, 1), request('S', 90, 1)),
+  }
   config = make_config(
-    token_budget=512, max_model_len=1024, num_pages=999,
-    short_prompt_share=0.25)
+    token_budget=512, max_model_len=1024, num_pages=999, short_prompt_share=0.25
+  )
   assert play('sarathi', config, arrivals)[1:3] == [
-    'D1 L[0,421) S[0,90)', 'D2 L[421,900)']
+    'D1 L[0,421) S[0,90)',
+    'D2 L[421,900)',
+  ]
 
 
 def test_the_share_is_not_cut_into_ever_smaller_ones() -> None:
-  arrivals = {0: tuple(request(name, n, 1) for name, n in (
-    ('A', 300), ('B', 200), ('C', 150), ('E', 100)))}
+  arrivals = {
+    0: tuple(
+      request(name, n, 1)
+      for name, n in (('A', 300), ('B', 200), ('C', 150), ('E', 100))
+    )
+  }
   config = make_config(
-    token_budget=256, max_model_len=1024, num_pages=999,
-    short_prompt_share=0.25)
+    token_budget=256, max_model_len=1024, num_pages=999, short_prompt_share=0.25
+  )
   # 64 of 256 are kept for those behind A; B takes all that is kept.
   assert play('sarathi', config, arrivals)[:2] == [
-    'A[0,192) B[0,64)', 'A[192,300) B[64,148) C[0,64)']
+    'A[0,192) B[0,64)',
+    'A[192,300) B[64,148) C[0,64)',
+  ]
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
   config = make_config(max_model_len=12, num_pages=3)
-  arrivals = {0: (request('A', 3, 4), request('B', 1, 5), request('C', 1, 4)),
-              1: (request('D', 1, 1),)}
+  arrivals = {
+    0: (request('A', 3, 4), request('B', 1, 5), request('C', 1, 4)),
+    1: (request('D', 1, 1),),
+  }
   assert play('sarathi', config, arrivals) == [
     'A[0,3) B[0,1) C[0,1)',
     'A3 B1 C1',
@@ -273,7 +327,8 @@ def test_look_ahead_decodes_carry_no_token() -> None:
 
 def test_with_two_stages_a_sequence_is_in_every_other_batch() -> None:
   checker = checker_lib.make_checker(
-    'sarathi', make_config(num_stages=2, look_ahead=True))
+    'sarathi', make_config(num_stages=2, look_ahead=True)
+  )
   checker.add(request('A', 8, 3))
   checker.add(request('B', 8, 3))
   table = []
@@ -307,15 +362,20 @@ class CountingDeque(deque[Any]):
 def test_cost_does_not_grow_with_the_queue(policy: str) -> None:
   def num_looks(num_waiting: int) -> int:
     scheduler = scheduler_lib.policy_class(policy)(
-      make_config(short_prompt_share=0.25))
+      make_config(short_prompt_share=0.25)
+    )
     scheduler.waiting = CountingDeque()
     for i in range(num_waiting):
       scheduler.add(request(f'r{i}', 5, 4))
     scheduler.waiting.num_looks = 0  # Adding is done once.
     for _ in range(20):
       batch = scheduler.schedule(0.0)
-      scheduler.complete(batch, types.Sampled.of(
-        batch.chunks, itertools.repeat(0), itertools.repeat(0.0)))
+      scheduler.complete(
+        batch,
+        types.Sampled.of(
+          batch.chunks, itertools.repeat(0), itertools.repeat(0.0)
+        ),
+      )
     return scheduler.waiting.num_looks
 
   assert num_looks(10_000) == num_looks(1000) > 20

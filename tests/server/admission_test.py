@@ -21,11 +21,15 @@ from sarathi_jax.server.queue import outbox
 from tests.server import fake
 
 
-def _request(name: str, *, client: str = '', num_tokens: int = 1,
-             priority: int = 0) -> types.Request:
+def _request(
+  name: str, *, client: str = '', num_tokens: int = 1, priority: int = 0
+) -> types.Request:
   return types.Request(
-    request_id=name, prompt_token_ids=(1,) * num_tokens, client=client,
-    priority=priority)
+    request_id=name,
+    prompt_token_ids=(1,) * num_tokens,
+    client=client,
+    priority=priority,
+  )
 
 
 def _queue(*requests: types.Request, **limits: Any) -> admission.Queue:
@@ -48,14 +52,25 @@ def test_one_client_is_served_in_order_of_arrival() -> None:
 
 
 def test_the_smallest_priority_goes_first() -> None:
-  assert _order(_queue(
-    _request('a'), _request('b', priority=-1), _request('c', priority=2),
-    _request('d', priority=-1), _request('e'))) == 'bdaec'
+  assert (
+    _order(
+      _queue(
+        _request('a'),
+        _request('b', priority=-1),
+        _request('c', priority=2),
+        _request('d', priority=-1),
+        _request('e'),
+      )
+    )
+    == 'bdaec'
+  )
 
 
 def test_a_client_with_long_prompts_does_not_hold_up_others() -> None:
-  queue = _queue(*(_request(c, client='x', num_tokens=100) for c in 'abcd'),
-                 *(_request(c, client='y', num_tokens=10) for c in 'pqrs'))
+  queue = _queue(
+    *(_request(c, client='x', num_tokens=100) for c in 'abcd'),
+    *(_request(c, client='y', num_tokens=10) for c in 'pqrs'),
+  )
   assert _order(queue) == 'apqrsbcd'
 
 
@@ -63,9 +78,12 @@ def _tenants(*names: str) -> admission.Queue:
   """Requests such as 'xa1': of the tenant x, of its client a."""
   queue = _queue()
   for name in names:
-    _push(queue, types.Request(
-      request_id=name, prompt_token_ids=(1,), tenant=name[0],
-      client=name[:2]))
+    _push(
+      queue,
+      types.Request(
+        request_id=name, prompt_token_ids=(1,), tenant=name[0], client=name[:2]
+      ),
+    )
   return queue
 
 
@@ -86,16 +104,29 @@ def test_a_client_that_is_new_gets_no_credit_by_an_empty_queue() -> None:
   assert _order_ids(queue).index('old') < 10
 
 
-@hypothesis.given(st.lists(st.tuples(
-  st.sampled_from('xyz'), st.sampled_from('abc'), st.integers(1, 9)),
-  min_size=9, max_size=60))
+@hypothesis.given(
+  st.lists(
+    st.tuples(
+      st.sampled_from('xyz'), st.sampled_from('abc'), st.integers(1, 9)
+    ),
+    min_size=9,
+    max_size=60,
+  )
+)
 def test_tenants_that_wait_are_served_alike(
-    asked: list[tuple[str, str, int]]) -> None:
+  asked: list[tuple[str, str, int]],
+) -> None:
   queue = _queue()
   for i, (tenant, client, num_tokens) in enumerate(asked):
-    _push(queue, types.Request(
-      request_id=str(i), prompt_token_ids=(1,) * num_tokens, tenant=tenant,
-      client=tenant + client))
+    _push(
+      queue,
+      types.Request(
+        request_id=str(i),
+        prompt_token_ids=(1,) * num_tokens,
+        tenant=tenant,
+        client=tenant + client,
+      ),
+    )
   served = dict.fromkeys('xyz', 0)
   while len(queue):
     waiting = {stream.request.tenant for stream in queue}
@@ -106,14 +137,21 @@ def test_tenants_that_wait_are_served_alike(
 
 
 def test_what_is_remembered_of_names_is_bounded(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   monkeypatch.setattr(admission, '_MAX_KNOWN', 5)
   queue = _queue()
   for i in range(50):
     for tenant in ('x', f't{i}'):
-      _push(queue, types.Request(
-        request_id=f'{tenant} {i}', prompt_token_ids=(1,), tenant=tenant,
-        client=f'{tenant}/{i}'))
+      _push(
+        queue,
+        types.Request(
+          request_id=f'{tenant} {i}',
+          prompt_token_ids=(1,),
+          tenant=tenant,
+          client=f'{tenant}/{i}',
+        ),
+      )
     queue.pop()
     queue.pop()
   known = [queue._tenants, *queue._clients.values()]
@@ -136,16 +174,25 @@ def test_who_was_away_gets_no_credit_for_it() -> None:
   assert _order(queue) in ('cpq', 'pcq')
 
 
-@hypothesis.given(st.lists(st.tuples(
-  st.sampled_from('xyz'), st.integers(1, 9), st.integers(-1, 1),
-  st.sampled_from(['push', 'push', 'pop', 'remove'])), max_size=60))
+@hypothesis.given(
+  st.lists(
+    st.tuples(
+      st.sampled_from('xyz'),
+      st.integers(1, 9),
+      st.integers(-1, 1),
+      st.sampled_from(['push', 'push', 'pop', 'remove']),
+    ),
+    max_size=60,
+  )
+)
 def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
   queue = _queue()
   here: dict[str, types.Request] = {}
   for i, (client, num_tokens, priority, op) in enumerate(ops):
     if op == 'push':
-      here[str(i)] = _request(str(i), client=client, num_tokens=num_tokens,
-                              priority=priority)
+      here[str(i)] = _request(
+        str(i), client=client, num_tokens=num_tokens, priority=priority
+      )
       _push(queue, here[str(i)])
     elif op == 'pop' and here:
       request = queue.pop().request
@@ -157,7 +204,8 @@ def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
       assert (removed and removed.request) is here.pop(name, None)
     assert len(queue) == len(here)
     assert queue.num_tokens == sum(
-      len(r.prompt_token_ids) for r in here.values())
+      len(r.prompt_token_ids) for r in here.values()
+    )
   assert sorted(_order_ids(queue)) == sorted(here)
   assert queue.peek() is None and not queue._lines
 
@@ -178,11 +226,14 @@ def test_a_full_queue_refuses_with_a_hint() -> None:
     _push(queue, _request('b', num_tokens=11))
 
 
-@pytest.mark.parametrize('seconds, whole', [
-  (0.1, '1'), (1.0, '1'), (1.4, '2'), (59.5, '60')])
+@pytest.mark.parametrize(
+  'seconds, whole', [(0.1, '1'), (1.0, '1'), (1.4, '2'), (59.5, '60')]
+)
 def test_nobody_is_told_to_come_too_early(seconds: float, whole: str) -> None:
   assert dict(status.hints(errors.CapacityError('full', seconds))) == {
-    'grpc-retry-pushback-ms': f'{seconds * 1e3:.0f}', 'retry-after': whole}
+    'grpc-retry-pushback-ms': f'{seconds * 1e3:.0f}',
+    'retry-after': whole,
+  }
 
 
 def test_a_prompt_beyond_the_token_limit_may_wait_alone() -> None:
@@ -190,8 +241,10 @@ def test_a_prompt_beyond_the_token_limit_may_wait_alone() -> None:
   assert len(queue) == 1
 
 
-@pytest.mark.parametrize('field', [
-  'max_waiting', 'max_waiting_tokens', 'max_prompt_tokens', 'max_outbox'])
+@pytest.mark.parametrize(
+  'field',
+  ['max_waiting', 'max_waiting_tokens', 'max_prompt_tokens', 'max_outbox'],
+)
 def test_a_bad_limit_is_named(field: str) -> None:
   with pytest.raises(errors.ConfigError, match=f'{field}=0'):
     admission.Limits(**{field: 0})
@@ -204,16 +257,19 @@ def _end(call: Any) -> tuple[grpc.StatusCode, str, dict[str, str]]:
 
 
 def test_overload_is_refused_at_once_with_a_hint(
-    gated: Callable[..., Any]) -> None:
-  running, runner = gated(max_num_seqs=1, config={
-    'limits': admission.Limits(max_waiting=2)})
+  gated: Callable[..., Any],
+) -> None:
+  running, runner = gated(
+    max_num_seqs=1, config={'limits': admission.Limits(max_waiting=2)}
+  )
   first = running.generate(token_ids=[1], sampling={'max_tokens': 3})
   runner.let(1)
   assert next(first).token_ids[0] == 2
   waiting = []
   for i in range(2):
-    waiting.append(running.generate(
-      token_ids=[10 * i], sampling={'max_tokens': 3}))
+    waiting.append(
+      running.generate(token_ids=[10 * i], sampling={'max_tokens': 3})
+    )
     running.wait_until_open(2 + i)
   code, details, trailing = _end(running.generate(token_ids=[1]))
   assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -237,10 +293,14 @@ def test_priorities_over_the_wire(gated: Callable[..., Any]) -> None:
   running.engine.add = spy
   calls = {}
   for i, (name, priority) in enumerate(
-      [('first', 0), ('late', 5), ('soon', 1), ('now', -3)]):
+    [('first', 0), ('late', 5), ('soon', 1), ('now', -3)]
+  ):
     calls[name] = running.generate(
-      token_ids=[1], request_id=name, priority=priority,
-      sampling={'max_tokens': 2})
+      token_ids=[1],
+      request_id=name,
+      priority=priority,
+      sampling={'max_tokens': 2},
+    )
     running.wait_until_open(i + 1)
   runner.open()
   for call in calls.values():
@@ -249,23 +309,27 @@ def test_priorities_over_the_wire(gated: Callable[..., Any]) -> None:
 
 
 def test_what_can_not_make_its_deadline_is_refused(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   runner.open()
   list(running.generate(token_ids=[1], sampling={'max_tokens': 3}))
   thread = running.server.frontend.engine_thread
   thread._waiting._step_s = 5.0  # as if a step took so long
-  code, details, _ = _end(running.generate(
-    token_ids=[1] * 20, timeout=10))  # three steps for its prompt alone
+  code, details, _ = _end(
+    running.generate(token_ids=[1] * 20, timeout=10)
+  )  # three steps for its prompt alone
   assert code is grpc.StatusCode.DEADLINE_EXCEEDED
   assert 'its prompt alone takes 15 s' in details
   assert running.engine.metrics.num_aborted == 0
 
 
 def test_a_prompt_too_long_for_the_server_is_refused(
-    gated: Callable[..., Any]) -> None:
-  running, runner = gated(config={
-    'limits': admission.Limits(max_prompt_tokens=3)})
+  gated: Callable[..., Any],
+) -> None:
+  running, runner = gated(
+    config={'limits': admission.Limits(max_prompt_tokens=3)}
+  )
   runner.open()
   code, details, _ = _end(running.generate(token_ids=[1] * 4))
   assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -275,16 +339,24 @@ def test_a_prompt_too_long_for_the_server_is_refused(
 
 def test_a_slow_reader_is_ended_alone(gated: Callable[..., Any]) -> None:
   running, runner = gated(
-    max_model_len=2**17, num_pages=2**16, config={
-      'limits': admission.Limits(max_outbox=50)})
+    max_model_len=2**17,
+    num_pages=2**16,
+    config={'limits': admission.Limits(max_outbox=50)},
+  )
   with grpc.insecure_channel(
-      f'127.0.0.1:{running.server.port}', options=[
-        ('grpc.use_local_subchannel_pool', 1),
-        ('grpc.http2.bdp_probe', 0),
-        ('grpc.http2.lookahead_bytes', 1024)]) as channel:
-    slow = running.stub_of(channel).Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
-        fill_context=True)))
+    f'127.0.0.1:{running.server.port}',
+    options=[
+      ('grpc.use_local_subchannel_pool', 1),
+      ('grpc.http2.bdp_probe', 0),
+      ('grpc.http2.lookahead_bytes', 1024),
+    ],
+  ) as channel:
+    slow = running.stub_of(channel).Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]),
+        sampling=pb.SamplingParams(fill_context=True),
+      )
+    )
     running.wait_until_open(1)
     runner.open()
     fake.wait_until(lambda: running.server.frontend.num_open == 0)

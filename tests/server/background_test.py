@@ -42,16 +42,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def everything(quick: None, tokenizer_folder: pathlib.Path,
-               tmp_path: pathlib.Path) -> Iterator[fake.RunningServer]:
+def everything(
+  quick: None, tokenizer_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> Iterator[fake.RunningServer]:
   """A server that has all of them."""
   collector = grpc.server(futures.ThreadPoolExecutor(1))  # refuses all spans
   port = collector.add_insecure_port('127.0.0.1:0')
   collector.start()
-  with contextlib.closing(fake.RunningServer(
+  with contextlib.closing(
+    fake.RunningServer(
       functools.partial(fake.make_engine, tokenizer_folder=tokenizer_folder),
-      http_port=fake.free_port(), metrics_port=0, trace_dir=tmp_path,
-      otlp_endpoint=f'http://127.0.0.1:{port}')) as running:
+      http_port=fake.free_port(),
+      metrics_port=0,
+      trace_dir=tmp_path,
+      otlp_endpoint=f'http://127.0.0.1:{port}',
+    )
+  ) as running:
     yield running
   collector.stop(None)
 
@@ -61,12 +67,13 @@ def _end_thread(name: str) -> None:
   *_, thread = (t for t in threading.enumerate() if name in t.name)
   assert thread.ident is not None
   ctypes.pythonapi.PyThreadState_SetAsyncExc(
-    ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
+  )
 
 
 def _cancel(running: fake.RunningServer, name: str) -> None:
   async def cancel() -> None:
-    task, = (t for t in asyncio.all_tasks() if name in repr(t))
+    (task,) = (t for t in asyncio.all_tasks() if name in repr(t))
     task.cancel()
 
   running.run(cancel())
@@ -74,8 +81,9 @@ def _cancel(running: fake.RunningServer, name: str) -> None:
 
 def _scrape(running: fake.RunningServer) -> str:
   with urllib.request.urlopen(
-      f'http://127.0.0.1:{running.server.telemetry.metrics_port}/metrics',
-      timeout=fake.TIMEOUT_S) as reply:
+    f'http://127.0.0.1:{running.server.telemetry.metrics_port}/metrics',
+    timeout=fake.TIMEOUT_S,
+  ) as reply:
     text: str = reply.read().decode()
     return text
 
@@ -99,49 +107,53 @@ def _kill_gateway(running: fake.RunningServer) -> None:
 
 # Name -> the ways to end it.
 PARTS: dict[str, tuple[Callable[[fake.RunningServer], None], ...]] = {
-  'gateway': (_kill_gateway, lambda running: _cancel(running, '\'gateway\'')),
+  'gateway': (_kill_gateway, lambda running: _cancel(running, "'gateway'")),
   'metrics': (_end_metrics,),
   'trace': (_end_trace,),
   'spans': (lambda running: _end_thread('OtelBatch'),),
 }
 FATAL: dict[str, Callable[[fake.RunningServer], None]] = {
   'engine': lambda running: (
-    _end_thread('engine'), running.submit(running.server.frontend.stats())
-    )[0],
+    _end_thread('engine'),
+    running.submit(running.server.frontend.stats()),
+  )[0],
   'grpc': lambda running: _cancel(running, '_server_main_loop'),
-  'watch': lambda running: _cancel(running, '\'watch\''),
+  'watch': lambda running: _cancel(running, "'watch'"),
 }
 
 
-def test_each_part_is_ended_by_a_test(
-    everything: fake.RunningServer) -> None:
-  assert set(everything.server.watch.is_up()) | {'watch'} == (
-    {*PARTS, *FATAL})
+def test_each_part_is_ended_by_a_test(everything: fake.RunningServer) -> None:
+  assert set(everything.server.watch.is_up()) | {'watch'} == ({*PARTS, *FATAL})
 
 
 @pytest.mark.filterwarnings(
-  'ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_what_can_be_started_again_is(
-    everything: fake.RunningServer) -> None:
+  'ignore::pytest.PytestUnhandledThreadExceptionWarning'
+)
+def test_what_can_be_started_again_is(everything: fake.RunningServer) -> None:
   watch = everything.server.watch
   fake.wait_until(lambda: all(watch.is_up().values()))
   for name, ways in PARTS.items():
     for num_before, end in enumerate(ways):
       end(everything)
-      fake.wait_until(lambda n=name, k=num_before: (
-        watch.num_restarts[n] > k and watch.is_up()[n]))
+      fake.wait_until(
+        lambda n=name, k=num_before: (
+          watch.num_restarts[n] > k and watch.is_up()[n]
+        )
+      )
       assert everything.is_alive()
   assert everything.server.fault is None
   text = _scrape(everything)
   for name, ways in PARTS.items():
     assert f'sarathi:background_up{{name="{name}"}} 1.0' in text
-    count, = re.findall(
-      rf'sarathi:background_restarts_total{{name="{name}"}} (\S+)', text)
+    (count,) = re.findall(
+      rf'sarathi:background_restarts_total{{name="{name}"}} (\S+)', text
+    )
     assert float(count) >= len(ways)
 
 
 @pytest.mark.filterwarnings(  # by grpc.aio, which can't be stopped in order
-  'ignore::pytest.PytestUnraisableExceptionWarning')
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
 @pytest.mark.parametrize('name', FATAL)
 def test_without_the_others_the_server_ends(quick: None, name: str) -> None:
   ended = threading.Event()
@@ -156,7 +168,7 @@ def test_without_the_others_the_server_ends(quick: None, name: str) -> None:
       ctypes.pythonapi.Py_IncRef(ctypes.py_object(dead))
 
 
-_DYING = '''\
+_DYING = """\
 from tests.server import fake
 from sarathi_jax.server import main, server
 class Runner(fake.GatedRunner):
@@ -170,7 +182,7 @@ class Runner(fake.GatedRunner):
     raise RuntimeError('the device is gone')
 main.serve(server.ServerConfig(port=0, drain_s=1000),
            lambda: fake.make_engine(runner=Runner))
-'''
+"""
 
 
 @pytest.mark.parametrize('fault', ['RuntimeError', 'SystemExit'])
@@ -178,9 +190,13 @@ def test_a_process_ends_with_its_engine(fault: str) -> None:
   process = process_test.Process('-c', _DYING.format(fault=fault))
   try:
     stub = process.connect()
-    call = stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[1]),
-      sampling=pb.SamplingParams(max_tokens=100)), timeout=fake.TIMEOUT_S)
+    call = stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]),
+        sampling=pb.SamplingParams(max_tokens=100),
+      ),
+      timeout=fake.TIMEOUT_S,
+    )
     with pytest.raises(grpc.RpcError):
       list(call)
     assert call.code() is grpc.StatusCode.UNAVAILABLE
@@ -193,8 +209,10 @@ def test_a_process_ends_with_its_engine(fault: str) -> None:
 
 def _statuses(running: fake.RunningServer) -> dict[str, int]:
   stub = health_pb2_grpc.HealthStub(running.channel)
-  return {name: stub.Check(health_pb2.HealthCheckRequest(
-    service=name)).status for name in ('', health.LIVENESS)}
+  return {
+    name: stub.Check(health_pb2.HealthCheckRequest(service=name)).status
+    for name in ('', health.LIVENESS)
+  }
 
 
 def test_liveness_is_not_readiness(gated: Callable[..., Any]) -> None:
@@ -217,22 +235,26 @@ def test_liveness_is_not_readiness(gated: Callable[..., Any]) -> None:
   runner.open()
   with pytest.raises(grpc.RpcError):
     list(running.generate(token_ids=[1]))
-  fake.wait_until(lambda: _statuses(running) == {
-    '': not_serving, 'liveness': not_serving})
+  fake.wait_until(
+    lambda: _statuses(running) == {'': not_serving, 'liveness': not_serving}
+  )
 
 
 def test_a_step_that_hangs_is_not_alive(
-    quick: None, caplog: pytest.LogCaptureFixture) -> None:
+  quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
   serving, not_serving = 1, 2
   runners: list[fake.GatedRunner] = []
 
   def make() -> Any:
     time.sleep(0.5)  # a load, and what is compiled then, takes its time
-    return fake.make_engine(lambda *args: runners.append(
-      fake.GatedRunner(*args)) or runners[0])  # type: ignore[func-returns-value]
+    return fake.make_engine(
+      lambda *args: runners.append(fake.GatedRunner(*args)) or runners[0]
+    )  # type: ignore[func-returns-value]
 
-  with contextlib.closing(fake.RunningServer(
-      make, wait=False, max_step_s=0.3)) as running:
+  with contextlib.closing(
+    fake.RunningServer(make, wait=False, max_step_s=0.3)
+  ) as running:
     seen = set()
     while not running.warming.done():
       seen.add(_statuses(running)['liveness'])
@@ -243,8 +265,9 @@ def test_a_step_that_hangs_is_not_alive(
     assert 'A step has taken more than max_step_s=0.3 s.' in caplog.text
     runners[0].open()
     assert fake.take(call) == [2, 3, 4]
-    fake.wait_until(lambda: _statuses(running) == {
-      '': serving, 'liveness': serving})
+    fake.wait_until(
+      lambda: _statuses(running) == {'': serving, 'liveness': serving}
+    )
     # One that was taken to hang, and dies then, does not come back.
     runners[0].close()
     call = running.generate(token_ids=[1])
@@ -259,7 +282,8 @@ def test_a_step_that_hangs_is_not_alive(
 
 
 def test_pauses_grow_and_a_start_that_fails_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   monkeypatch.setattr(background, '_LOOK_S', 0.0)
   monkeypatch.setattr(background, '_PAUSE_S', 0.01)
   monkeypatch.setattr(background, '_MAX_PAUSE_S', 0.04)
@@ -284,6 +308,8 @@ def test_pauses_grow_and_a_start_that_fails_is_tried_again(
 
   asyncio.run(run())
   gaps = [b - a for a, b in itertools.pairwise(starts)]
-  assert all(gap >= least for gap, least in zip(
-    gaps, (0.02, 0.04, 0.04, 0.04), strict=True))
+  assert all(
+    gap >= least
+    for gap, least in zip(gaps, (0.02, 0.04, 0.04, 0.04), strict=True)
+  )
   assert not faults

@@ -19,7 +19,7 @@ IDS = {'token_ids': [1, 2]}
 # fields of the request, its sampling, what the message must say
 BAD: tuple[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
   ({}, {}, ('input', 'must be set')),
-  ({'text': ''}, {}, ('prompt=\'\'', 'empty')),
+  ({'text': ''}, {}, ("prompt=''", 'empty')),
   ({'token_ids': []}, {}, ('prompt=()', 'empty')),
   ({'chat': pb.Chat()}, {}, ('prompt=[]', 'empty')),
   ({'token_ids': [1] * 128}, {}, ('128 tokens', 'max_model_len=128')),
@@ -29,8 +29,11 @@ BAD: tuple[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
   ({**IDS, 'tier': 'slow'}, {}, ("tier='slow'", 'interactive, batch')),
   (IDS, {'max_tokens': 0}, ('max_tokens=0', '>= 1')),
   (IDS, {'max_tokens': -5}, ('max_tokens=-5', '>= 1')),
-  (IDS, {'max_tokens': 3, 'fill_context': True},
-   ('max_tokens=3', 'fill_context')),
+  (
+    IDS,
+    {'max_tokens': 3, 'fill_context': True},
+    ('max_tokens=3', 'fill_context'),
+  ),
   (IDS, {'temperature': math.nan}, ('temperature=nan', 'finite')),
   (IDS, {'temperature': math.inf}, ('temperature=inf', 'finite')),
   (IDS, {'temperature': -1.0}, ('temperature=-1.0', '>= 0')),
@@ -51,11 +54,15 @@ def _refusal(call: Any) -> tuple[grpc.StatusCode, str]:
   return call.code(), call.details()
 
 
-@pytest.mark.parametrize('fields, sampling, says', BAD, ids=lambda v: str(
-  v)[:40])
+@pytest.mark.parametrize(
+  'fields, sampling, says', BAD, ids=lambda v: str(v)[:40]
+)
 def test_bad_fields_are_named_and_the_server_lives(
-    server: fake.RunningServer, fields: dict[str, Any],
-    sampling: dict[str, Any], says: tuple[str, ...]) -> None:
+  server: fake.RunningServer,
+  fields: dict[str, Any],
+  sampling: dict[str, Any],
+  says: tuple[str, ...],
+) -> None:
   code, details = _refusal(server.generate(sampling=sampling, **fields))
   assert code is grpc.StatusCode.INVALID_ARGUMENT
   assert all(part in details for part in says), details
@@ -69,15 +76,18 @@ def test_an_empty_request_id_is_refused(server: fake.RunningServer) -> None:
 
 
 def test_a_chat_without_a_template_is_refused_by_name(
-    server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+  server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def refuse(messages: object) -> tuple[int, ...]:
     assert messages == [{'role': 'user', 'content': 'hi'}]
     raise errors.UnsupportedError('messages: no chat template.')
 
-  monkeypatch.setattr(
-    server.engine.tokenizer, 'apply_chat_template', refuse)
-  code, details = _refusal(server.generate(chat=pb.Chat(
-    messages=[pb.ChatMessage(role='user', content='hi')])))
+  monkeypatch.setattr(server.engine.tokenizer, 'apply_chat_template', refuse)
+  code, details = _refusal(
+    server.generate(
+      chat=pb.Chat(messages=[pb.ChatMessage(role='user', content='hi')])
+    )
+  )
   assert code is grpc.StatusCode.INVALID_ARGUMENT
   assert 'chat template' in details
 
@@ -85,27 +95,36 @@ def test_a_chat_without_a_template_is_refused_by_name(
 def _raw(server: fake.RunningServer, data: bytes) -> Any:
   """Sends bytes that no generated client would."""
   return server.channel.unary_stream('/sarathi.v1.Sarathi/Generate')(
-    data, timeout=fake.TIMEOUT_S)
+    data, timeout=fake.TIMEOUT_S
+  )
 
 
-@pytest.mark.parametrize('data', [
-  pb.GenerateRequest(text='t1').SerializeToString() + b'\xf8\x06\x01',
-  pb.GenerateRequest(text='t1').SerializeToString()
-  + b'\x2a\x03\xf8\x06\x01',  # in `sampling`
-])
+@pytest.mark.parametrize(
+  'data',
+  [
+    pb.GenerateRequest(text='t1').SerializeToString() + b'\xf8\x06\x01',
+    pb.GenerateRequest(text='t1').SerializeToString()
+    + b'\x2a\x03\xf8\x06\x01',  # in `sampling`
+  ],
+)
 def test_a_field_of_a_newer_client_is_refused_not_ignored(
-    server: fake.RunningServer, data: bytes) -> None:
+  server: fake.RunningServer, data: bytes
+) -> None:
   code, details = _refusal(_raw(server, data))
   assert code is grpc.StatusCode.INVALID_ARGUMENT
   assert 'field number 111' in details
 
 
-@pytest.mark.parametrize('data', [
-  b'\x12\x02\xff\xfe',  # text that is not UTF-8
-  b'\xff\xff\xff',  # no message
-])
-def test_bytes_that_are_no_message(server: fake.RunningServer,
-                                   data: bytes) -> None:
+@pytest.mark.parametrize(
+  'data',
+  [
+    b'\x12\x02\xff\xfe',  # text that is not UTF-8
+    b'\xff\xff\xff',  # no message
+  ],
+)
+def test_bytes_that_are_no_message(
+  server: fake.RunningServer, data: bytes
+) -> None:
   code, _ = _refusal(_raw(server, data))
   assert code is grpc.StatusCode.INVALID_ARGUMENT
   assert server.is_alive()
@@ -115,15 +134,16 @@ def test_text_and_stop_strings_need_a_tokenizer(gated: Any) -> None:
   running, _ = gated()
   code, details = _refusal(running.generate(text='t1'))
   assert (code, 'no tokenizer' in details) == (
-    grpc.StatusCode.INVALID_ARGUMENT, True)
-  code, details = _refusal(running.generate(
-    sampling={'stop': ['x']}, **IDS))
-  assert (code, 'stop=' in details) == (
-    grpc.StatusCode.INVALID_ARGUMENT, True)
+    grpc.StatusCode.INVALID_ARGUMENT,
+    True,
+  )
+  code, details = _refusal(running.generate(sampling={'stop': ['x']}, **IDS))
+  assert (code, 'stop=' in details) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
 def test_a_defect_of_ours_is_internal_and_keeps_its_details(
-    server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+  server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def fail(text: str) -> tuple[int, ...]:
     raise KeyError('a secret of the prompt')
 
@@ -135,13 +155,17 @@ def test_a_defect_of_ours_is_internal_and_keeps_its_details(
   assert server.is_alive()
 
 
-@pytest.mark.parametrize('error, code', [
-  (errors.InvalidRequestError('x'), grpc.StatusCode.INVALID_ARGUMENT),
-  (errors.UnsupportedError('x'), grpc.StatusCode.INVALID_ARGUMENT),
-  (errors.CapacityError('x'), grpc.StatusCode.RESOURCE_EXHAUSTED),
-  (errors.EngineDeadError('x'), grpc.StatusCode.UNAVAILABLE),
-  (ZeroDivisionError('x'), grpc.StatusCode.INTERNAL),
-])
-def test_every_error_has_its_status(error: Exception,
-                                    code: grpc.StatusCode) -> None:
+@pytest.mark.parametrize(
+  'error, code',
+  [
+    (errors.InvalidRequestError('x'), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnsupportedError('x'), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.CapacityError('x'), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.EngineDeadError('x'), grpc.StatusCode.UNAVAILABLE),
+    (ZeroDivisionError('x'), grpc.StatusCode.INTERNAL),
+  ],
+)
+def test_every_error_has_its_status(
+  error: Exception, code: grpc.StatusCode
+) -> None:
   assert status.of(error)[0] is code

@@ -21,9 +21,18 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def _start(target: int, *args: str) -> subprocess.Popen[str]:
   return subprocess.Popen(
-    [sys.executable, '-m', 'sarathi_jax.client', f'--target=localhost:{target}',
-     *args], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.client',
+      f'--target=localhost:{target}',
+      *args,
+    ],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
 
 
 def _run(target: int, *args: str) -> tuple[int, str, str]:
@@ -41,39 +50,59 @@ def test_text_on_stdout_summary_on_stderr(server: fake.RunningServer) -> None:
 
 def test_sampling_flags_are_sent(server: fake.RunningServer) -> None:
   code, out, err = _run(
-    server.server.port, 't1', '--max_tokens=40', '--stop=t9', '--stop=t4',
-    '--temperature=0', '--seed=0', '--include_stop_str_in_output')
+    server.server.port,
+    't1',
+    '--max_tokens=40',
+    '--stop=t9',
+    '--stop=t4',
+    '--temperature=0',
+    '--seed=0',
+    '--include_stop_str_in_output',
+  )
   assert (code, out.split()) == (0, ['t2', 't3', 't4'])
   assert ', stop,' in err
 
 
 def test_token_ids_and_json(server: fake.RunningServer) -> None:
   code, out, _ = _run(
-    server.server.port, '--token_ids=1,2', '--max_tokens=3', '--json',
-    '--request_id=mine')
+    server.server.port,
+    '--token_ids=1,2',
+    '--max_tokens=3',
+    '--json',
+    '--request_id=mine',
+  )
   lines = [json.loads(line) for line in out.splitlines()]
   assert code == 0
   assert [t for line in lines for t in line['token_ids']] == [3, 4, 5]
   assert lines[0]['request_id'] == 'mine'
   assert lines[-1]['finished']['usage'] == {
-    'prompt_tokens': 2, 'completion_tokens': 3}
+    'prompt_tokens': 2,
+    'completion_tokens': 3,
+  }
 
 
 def test_token_ids_are_printed_for_token_ids(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   assert _run(server.server.port, '--token_ids=1,2', '--max_tokens=3')[:2] == (
-    0, '3 4 5 \n')
+    0,
+    '3 4 5 \n',
+  )
 
 
-@pytest.mark.parametrize('args, says', [
-  (('t1', '--max_tokens=0'), 'error: INVALID_ARGUMENT: max_tokens=0'),
-  (('t1', '--logprobs=3'), 'error: INVALID_ARGUMENT: logprobs=3'),
-  ((), 'error: give one prompt'),
-  (('two', 'prompts'), 'error: give one prompt'),
-  (('--token_ids=1,x',), "error: --token_ids: 'x' is not a token id"),
-])
+@pytest.mark.parametrize(
+  'args, says',
+  [
+    (('t1', '--max_tokens=0'), 'error: INVALID_ARGUMENT: max_tokens=0'),
+    (('t1', '--logprobs=3'), 'error: INVALID_ARGUMENT: logprobs=3'),
+    ((), 'error: give one prompt'),
+    (('two', 'prompts'), 'error: give one prompt'),
+    (('--token_ids=1,x',), "error: --token_ids: 'x' is not a token id"),
+  ],
+)
 def test_errors_are_one_line_without_a_traceback(
-    server: fake.RunningServer, args: tuple[str, ...], says: str) -> None:
+  server: fake.RunningServer, args: tuple[str, ...], says: str
+) -> None:
   code, out, err = _run(server.server.port, *args)
   assert code == 1
   assert err.startswith(says) and err.count('\n') == 1
@@ -85,7 +114,8 @@ def test_an_end_by_an_error_is_a_failure(gated: Callable[..., Any]) -> None:
   sampled = runner.fetch
   runner.open()
   runner.fetch = lambda pending: sampled(pending)._replace(
-    logprobs=[(float('nan'),)] * len(pending.tokens))
+    logprobs=[(float('nan'),)] * len(pending.tokens)
+  )
   code, out, err = _run(running.server.port, '--token_ids=1')
   assert (code, out.split()) == (1, [])
   assert err.startswith('1 prompt tokens, 0 generated, error')

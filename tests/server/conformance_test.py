@@ -27,32 +27,48 @@ from tests.server import fake
 _CODE = grpc.StatusCode
 
 
-def _sarathi(running: fake.RunningServer, ids: list[int],
-             **sampling: Any) -> Any:
-  return running.stub.Generate(pb.GenerateRequest(
-    token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParams(**sampling)),
-    timeout=fake.TIMEOUT_S)
+def _sarathi(
+  running: fake.RunningServer, ids: list[int], **sampling: Any
+) -> Any:
+  return running.stub.Generate(
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=ids), sampling=pb.SamplingParams(**sampling)
+    ),
+    timeout=fake.TIMEOUT_S,
+  )
 
 
-def _vllm(running: fake.RunningServer, ids: list[int],
-          **sampling: Any) -> Any:
+def _vllm(running: fake.RunningServer, ids: list[int], **sampling: Any) -> Any:
   stub: Any = vllm_engine_pb2_grpc.VllmEngineStub(running.channel)
-  return stub.Generate(vllm.GenerateRequest(
-    tokenized=vllm.TokenizedInput(input_ids=ids),
-    sampling_params=vllm.SamplingParams(**sampling)), timeout=fake.TIMEOUT_S)
+  return stub.Generate(
+    vllm.GenerateRequest(
+      tokenized=vllm.TokenizedInput(input_ids=ids),
+      sampling_params=vllm.SamplingParams(**sampling),
+    ),
+    timeout=fake.TIMEOUT_S,
+  )
 
 
-def _open_inference(running: fake.RunningServer, ids: list[int],
-                    **sampling: Any) -> Any:
+def _open_inference(
+  running: fake.RunningServer, ids: list[int], **sampling: Any
+) -> Any:
   request = oip.ModelInferRequest(model_name='counting')
-  request.inputs.add(name='input_ids', datatype='INT64', shape=[len(ids)],
-                     contents=oip.InferTensorContents(int64_contents=ids))
+  request.inputs.add(
+    name='input_ids',
+    datatype='INT64',
+    shape=[len(ids)],
+    contents=oip.InferTensorContents(int64_contents=ids),
+  )
   for name, value in sampling.items():
     if name == 'stop':
       request.inputs.add(
-        name='stop', datatype='BYTES', shape=[len(value)],
+        name='stop',
+        datatype='BYTES',
+        shape=[len(value)],
         contents=oip.InferTensorContents(
-          bytes_contents=[s.encode() for s in value]))
+          bytes_contents=[s.encode() for s in value]
+        ),
+      )
     else:
       kind = 'int64_param' if isinstance(value, int) else 'double_param'
       setattr(request.parameters[name], kind, value)
@@ -60,7 +76,8 @@ def _open_inference(running: fake.RunningServer, ids: list[int],
   return running.channel.unary_stream(
     f'/{open_inference.NAME}/ModelInfer',
     oip.ModelInferRequest.SerializeToString,
-    oip.ModelInferResponse.FromString)(request, timeout=fake.TIMEOUT_S)
+    oip.ModelInferResponse.FromString,
+  )(request, timeout=fake.TIMEOUT_S)
 
 
 PROTOCOLS = (_sarathi, _vllm, _open_inference)
@@ -77,20 +94,29 @@ BAD = (
   ([1], {'temperature': -1.0}, 'temperature'),
   ([1], {'temperature': float('nan')}, 'temperature'),
   ([1], {'temperature': float('inf')}, 'temperature'),
-  ([1], {'top_p': -0.5}, 'top_p'), ([1], {'top_p': 1.5}, 'top_p'),
-  ([1], {'min_p': 1.5}, 'min_p'), ([1], {'max_tokens': 0}, 'max_tokens'),
+  ([1], {'top_p': -0.5}, 'top_p'),
+  ([1], {'top_p': 1.5}, 'top_p'),
+  ([1], {'min_p': 1.5}, 'min_p'),
+  ([1], {'max_tokens': 0}, 'max_tokens'),
   ([1], {'stop': ['']}, 'stop'),
   ([1], {'logprobs': 1}, 'logprobs=1'),
-  ([], {}, 'empty'), ([64], {}, '64'), ([2**31 - 1], {}, str(2**31 - 1)),
-  ([1] * 128, {}, 'max_model_len=128'), ([1] * 5000, {}, 'max_model_len=128'),
+  ([], {}, 'empty'),
+  ([64], {}, '64'),
+  ([2**31 - 1], {}, str(2**31 - 1)),
+  ([1] * 128, {}, 'max_model_len=128'),
+  ([1] * 5000, {}, 'max_model_len=128'),
 )
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 @pytest.mark.parametrize('ids, sampling, says', BAD)
-def test_a_bad_request(server: fake.RunningServer, protocol: Any,
-                       ids: list[int], sampling: dict[str, Any],
-                       says: str) -> None:
+def test_a_bad_request(
+  server: fake.RunningServer,
+  protocol: Any,
+  ids: list[int],
+  sampling: dict[str, Any],
+  says: str,
+) -> None:
   code, details, _ = _end(protocol(server, ids, **sampling))
   assert code is _CODE.INVALID_ARGUMENT and says in details
 
@@ -103,26 +129,39 @@ def _logprobs(response: Any) -> list[float]:
       return list(response.complete.output_logprobs.token_logprobs)
   output = [o.name for o in response.outputs].index('logprobs')
   return np.frombuffer(
-    response.raw_output_contents[output], np.float32).tolist()
+    response.raw_output_contents[output], np.float32
+  ).tolist()
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_the_sampled_tokens_log_probabilities(
-    gated: Callable[..., Any], protocol: Any) -> None:
+  gated: Callable[..., Any], protocol: Any
+) -> None:
   running, runner = gated()
   sampled = runner.fetch
   runner.open()
   runner.fetch = lambda pending: sampled(pending)._replace(
-    logprobs=[(-0.5 * token,) for token, in pending.tokens])
+    logprobs=[(-0.5 * token,) for (token,) in pending.tokens]
+  )
   call = protocol(running, [1], max_tokens=3, logprobs=0)
   assert [p for r in call for p in _logprobs(r)] == [-1.0, -1.5, -2.0]
 
 
-@pytest.mark.parametrize('protocol, seed', [
-  (_sarathi, 2**63 - 1), (_sarathi, -2**63), (_open_inference, 2**63 - 1),
-  (_vllm, 1 - 2**31), (_sarathi, -1), (_vllm, -1), (_open_inference, -1)])
+@pytest.mark.parametrize(
+  'protocol, seed',
+  [
+    (_sarathi, 2**63 - 1),
+    (_sarathi, -(2**63)),
+    (_open_inference, 2**63 - 1),
+    (_vllm, 1 - 2**31),
+    (_sarathi, -1),
+    (_vllm, -1),
+    (_open_inference, -1),
+  ],
+)
 def test_a_seed_reaches_the_device_whole(
-    gated: Callable[..., Any], protocol: Any, seed: int) -> None:
+  gated: Callable[..., Any], protocol: Any, seed: int
+) -> None:
   running, runner = gated()
   seeds: list[int] = []
   launch = runner.launch
@@ -157,15 +196,20 @@ def _reason(response: Any) -> str:
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_logits_that_are_not_finite(
-    gated: Callable[..., Any], protocol: Any) -> None:
+  gated: Callable[..., Any], protocol: Any
+) -> None:
   """An end with a reason, after the tokens until there; others go on."""
   running, runner = gated()
   sampled = runner.fetch
   runner.open()
-  runner.fetch = lambda pending: sampled(pending)._replace(logprobs=[
-    (float('nan') if token == 4 else -1.0,) for token, in pending.tokens])
-  bad, good = (protocol(running, [i], max_tokens=3, logprobs=0)
-               for i in (1, 10))
+  runner.fetch = lambda pending: sampled(pending)._replace(
+    logprobs=[
+      (float('nan') if token == 4 else -1.0,) for (token,) in pending.tokens
+    ]
+  )
+  bad, good = (
+    protocol(running, [i], max_tokens=3, logprobs=0) for i in (1, 10)
+  )
   for call, num_tokens, reason in ((bad, 2, 'error'), (good, 3, 'length')):
     responses = list(call)
     assert [p for r in responses for p in _logprobs(r)] == [-1.0] * num_tokens
@@ -176,15 +220,17 @@ def test_logits_that_are_not_finite(
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_beyond_the_context_is_cut_there(
-    server: fake.RunningServer, protocol: Any) -> None:
+  server: fake.RunningServer, protocol: Any
+) -> None:
   call = protocol(server, [1] * 120, max_tokens=1000)
   assert _end(call)[0] is _CODE.OK
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_overload(gated: Callable[..., Any], protocol: Any) -> None:
-  running, runner = gated(max_num_seqs=1, config={
-    'limits': admission.Limits(max_waiting=1)})
+  running, runner = gated(
+    max_num_seqs=1, config={'limits': admission.Limits(max_waiting=1)}
+  )
   calls = []
   for i in range(2):
     calls.append(protocol(running, [1], max_tokens=2))
@@ -192,7 +238,8 @@ def test_overload(gated: Callable[..., Any], protocol: Any) -> None:
     if not i:
       runner.let(1)
       fake.wait_until(
-        lambda: not running.server.frontend.engine_thread.num_queued)
+        lambda: not running.server.frontend.engine_thread.num_queued
+      )
   code, details, trailing = _end(protocol(running, [1], max_tokens=2))
   assert code is _CODE.RESOURCE_EXHAUSTED and 'max_waiting=1' in details
   assert int(trailing['grpc-retry-pushback-ms']) > 0
@@ -221,8 +268,7 @@ def test_a_dead_engine(gated: Callable[..., Any], protocol: Any) -> None:
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_a_server_that_drains(gated: Callable[..., Any],
-                              protocol: Any) -> None:
+def test_a_server_that_drains(gated: Callable[..., Any], protocol: Any) -> None:
   running, runner = gated()
   runner.open()
   running.run(running.server.drain())
@@ -230,8 +276,9 @@ def test_a_server_that_drains(gated: Callable[..., Any],
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_a_deadline(gated: Callable[..., Any], protocol: Any,
-                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline(
+  gated: Callable[..., Any], protocol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
   running, runner = gated()
   monkeypatch.setattr(fake, 'TIMEOUT_S', 0.1)
   code, _, _ = _end(protocol(running, [1], max_tokens=100))

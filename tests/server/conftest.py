@@ -15,17 +15,22 @@ from tests.server import fake
 
 
 @pytest.fixture(scope='session')
-def tokenizer_folder(
-    tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return fake.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
 
 
 @pytest.fixture(scope='module')
 def server(tokenizer_folder: pathlib.Path) -> Iterator[fake.RunningServer]:
   """One that steps freely, shared by a module's tests."""
-  with contextlib.closing(fake.RunningServer(functools.partial(
-      fake.make_engine, tokenizer_folder=tokenizer_folder,
-      eos_token_ids=frozenset({60})))) as running:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(
+        fake.make_engine,
+        tokenizer_folder=tokenizer_folder,
+        eos_token_ids=frozenset({60}),
+      )
+    )
+  ) as running:
     yield running
 
 
@@ -41,8 +46,10 @@ def gated() -> Iterator[Callable[..., Any]]:
         runners.append(fake.GatedRunner(*args))
         return runners[0]
 
-      running = fake.RunningServer(functools.partial(
-        fake.make_engine, make_runner, **changes), **(config or {}))
+      running = fake.RunningServer(
+        functools.partial(fake.make_engine, make_runner, **changes),
+        **(config or {}),
+      )
       stack.callback(running.close)
       stack.callback(runners[0].open)
       return running, runners[0]

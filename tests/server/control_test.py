@@ -28,8 +28,9 @@ def _control(running: fake.RunningServer) -> Any:
 
 
 @pytest.fixture
-def events(tmp_path: pathlib.Path) -> Iterator[
-    tuple[fake.RunningServer, list[Any]]]:
+def events(
+  tmp_path: pathlib.Path,
+) -> Iterator[tuple[fake.RunningServer, list[Any]]]:
   """A server whose hooks note down that they were called."""
   done: list[Any] = []
 
@@ -39,15 +40,22 @@ def events(tmp_path: pathlib.Path) -> Iterator[
     return f'weights of {path}'
 
   hooks = control_v1.Hooks(
-    load_weights=load, update_weights=done.append,
+    load_weights=load,
+    update_weights=done.append,
     start_profile=lambda folder: done.append(('start', folder)),
-    stop_profile=lambda: done.append('stop'))
+    stop_profile=lambda: done.append('stop'),
+  )
   # Calls are to come while requests run, on a busy machine, too.
   slow = functools.partial(fake_runner.FakeRunner, step_s=5e-4)
-  with contextlib.closing(fake.RunningServer(
-      functools.partial(fake.make_engine, slow, max_model_len=2**16,
-                        num_pages=2**15),
-      hooks=hooks, trace_dir=tmp_path / 'traces')) as running:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(
+        fake.make_engine, slow, max_model_len=2**16, num_pages=2**15
+      ),
+      hooks=hooks,
+      trace_dir=tmp_path / 'traces',
+    )
+  ) as running:
     yield running, done
 
 
@@ -58,7 +66,8 @@ def _refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
 
 
 def test_pause_keeps_requests_where_they_are(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   assert next(call).token_ids[0] == 2
@@ -70,8 +79,7 @@ def test_pause_keeps_requests_where_they_are(
   assert stats.num_steps == num_steps and stats.is_paused
   assert (stats.num_running, stats.num_queued) == (1, 1)
   states = _control(running).ListRequests(pb.ListRequestsRequest()).requests
-  assert [(s.is_running, s.max_output_tokens) for s in states] == [
-    (True, 3000)]
+  assert [(s.is_running, s.max_output_tokens) for s in states] == [(True, 3000)]
   _control(running).Resume(pb.ResumeRequest())
   assert fake.take(late) == [6, 7]
   assert fake.take(call)[-1] == (1 + 3000) % 64
@@ -79,7 +87,8 @@ def test_pause_keeps_requests_where_they_are(
 
 
 def test_pause_can_wait_for_those_that_run(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   call = running.generate(token_ids=[1], sampling={'max_tokens': 500})
   first = list(next(call).token_ids)
@@ -94,7 +103,8 @@ def test_pause_can_wait_for_those_that_run(
 
 
 def test_pause_can_abort_those_that_run(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   assert next(call).token_ids[0] == 2
@@ -104,8 +114,7 @@ def test_pause_can_abort_those_that_run(
   assert running.is_alive()
 
 
-def test_drain_and_resume(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+def test_drain_and_resume(events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, _ = events
   _control(running).Drain(pb.DrainRequest())
   code, _ = _refusal(lambda: list(running.generate(token_ids=[1])))
@@ -116,18 +125,21 @@ def test_drain_and_resume(
 
 def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, done = events
-  response = _control(running).UpdateWeights(
-    pb.UpdateWeightsRequest(path='x'))
+  response = _control(running).UpdateWeights(pb.UpdateWeightsRequest(path='x'))
   assert done == ['weights of x'] and response.pause_s >= 0
   for path, says in (('bad', 'another model'), ('', 'path')):
-    code, details = _refusal(lambda path=path: _control(running).UpdateWeights(
-      pb.UpdateWeightsRequest(path=path)))
+    code, details = _refusal(
+      lambda path=path: _control(running).UpdateWeights(
+        pb.UpdateWeightsRequest(path=path)
+      )
+    )
     assert code is grpc.StatusCode.INVALID_ARGUMENT and says in details
   assert len(done) == 1 and running.is_alive()
 
 
 def test_reset_cache_recomputes_what_runs(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   call = running.generate(token_ids=[1], sampling={'max_tokens': 3000})
   tokens = list(next(call).token_ids)
@@ -139,7 +151,8 @@ def test_reset_cache_recomputes_what_runs(
 
 
 def test_the_token_budget_can_be_changed(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   _control(running).SetTokenBudget(pb.SetTokenBudgetRequest(token_budget=4))
   before = running.stats().num_steps
@@ -149,7 +162,9 @@ def test_the_token_budget_can_be_changed(
   for budget in (3, 9):  # max_num_seqs is 4; 8 was compiled
     code, details = _refusal(
       lambda budget=budget: _control(running).SetTokenBudget(
-        pb.SetTokenBudgetRequest(token_budget=budget)))
+        pb.SetTokenBudgetRequest(token_budget=budget)
+      )
+    )
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert '[4, 8]' in details
   _control(running).SetTokenBudget(pb.SetTokenBudgetRequest(token_budget=8))
@@ -157,7 +172,8 @@ def test_the_token_budget_can_be_changed(
 
 
 def test_profile_for_some_steps(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, done = events
   reply = _control(running).Profile.future(pb.ProfileRequest(num_steps=5))
   fake.wait_until(lambda: bool(done))
@@ -168,7 +184,8 @@ def test_profile_for_some_steps(
 
 
 def test_a_second_profile_is_told_when_to_try_again(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, done = events
   first = _control(running).Profile.future(pb.ProfileRequest(num_steps=5))
   fake.wait_until(lambda: bool(done))
@@ -181,7 +198,8 @@ def test_a_second_profile_is_told_when_to_try_again(
 
 
 def test_a_profile_that_is_cancelled_ends(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, done = events
   reply = _control(running).Profile.future(pb.ProfileRequest(num_steps=5))
   fake.wait_until(lambda: bool(done))
@@ -204,51 +222,68 @@ def _check_trace(events: list[dict[str, Any]], num_tokens: int) -> None:
 
 
 def test_a_trace_on_demand(
-    events: tuple[fake.RunningServer, list[Any]]) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+) -> None:
   running, _ = events
   call = _control(running).Trace(pb.TraceRequest(seconds=0.3))
   fake.wait_until(lambda: len(running.engine._observers) == 2)
-  list(running.generate(token_ids=[1] * 9, request_id='r',
-                        sampling={'max_tokens': 5}))
+  list(
+    running.generate(
+      token_ids=[1] * 9, request_id='r', sampling={'max_tokens': 5}
+    )
+  )
   data = b''.join(chunk.data for chunk in call)
   _check_trace(json.loads(gzip.decompress(data)), 9 + 4)
   fake.wait_until(lambda: len(running.engine._observers) == 1)
 
 
 def test_a_trace_of_everything(tmp_path: pathlib.Path) -> None:
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, trace_dir=tmp_path)) as running:
-    list(running.generate(token_ids=[1] * 9, request_id='r',
-                          sampling={'max_tokens': 5}))
-  file, = tmp_path.glob('trace-*.json')
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, trace_dir=tmp_path)
+  ) as running:
+    list(
+      running.generate(
+        token_ids=[1] * 9, request_id='r', sampling={'max_tokens': 5}
+      )
+    )
+  (file,) = tmp_path.glob('trace-*.json')
   text = file.read_text().rstrip().rstrip(',') + ']'  # as viewers read it
   _check_trace(json.loads(text), 9 + 4)
 
 
-@pytest.mark.parametrize('method, request_, says', [
-  ('Pause', pb.PauseRequest(mode=9), 'mode=9'),
-  ('Profile', pb.ProfileRequest(num_steps=0), 'num_steps=0'),
-  ('SetTokenBudget', pb.SetTokenBudgetRequest(), 'token_budget=0')])
+@pytest.mark.parametrize(
+  'method, request_, says',
+  [
+    ('Pause', pb.PauseRequest(mode=9), 'mode=9'),
+    ('Profile', pb.ProfileRequest(num_steps=0), 'num_steps=0'),
+    ('SetTokenBudget', pb.SetTokenBudgetRequest(), 'token_budget=0'),
+  ],
+)
 def test_bad_calls_are_refused(
-    events: tuple[fake.RunningServer, list[Any]], method: str, request_: Any,
-    says: str) -> None:
+  events: tuple[fake.RunningServer, list[Any]],
+  method: str,
+  request_: Any,
+  says: str,
+) -> None:
   code, details = _refusal(
-    lambda: getattr(_control(events[0]), method)(request_))
+    lambda: getattr(_control(events[0]), method)(request_)
+  )
   assert code is grpc.StatusCode.INVALID_ARGUMENT and says in details
 
 
 @pytest.mark.parametrize('seconds', [0, -1, float('nan'), float('inf'), 1e9])
 def test_bad_traces_are_refused(
-    events: tuple[fake.RunningServer, list[Any]], seconds: float) -> None:
-  code, details = _refusal(lambda: list(_control(events[0]).Trace(
-    pb.TraceRequest(seconds=seconds))))
+  events: tuple[fake.RunningServer, list[Any]], seconds: float
+) -> None:
+  code, details = _refusal(
+    lambda: list(_control(events[0]).Trace(pb.TraceRequest(seconds=seconds)))
+  )
   assert code is grpc.StatusCode.INVALID_ARGUMENT and 'seconds' in details
 
 
-def test_what_a_model_can_not_do_is_refused(
-    server: fake.RunningServer) -> None:
+def test_what_a_model_can_not_do_is_refused(server: fake.RunningServer) -> None:
   for call in (
-      lambda: _control(server).UpdateWeights(
-        pb.UpdateWeightsRequest(path='x')),
-      lambda: _control(server).Profile(pb.ProfileRequest(num_steps=1))):
+    lambda: _control(server).UpdateWeights(pb.UpdateWeightsRequest(path='x')),
+    lambda: _control(server).Profile(pb.ProfileRequest(num_steps=1)),
+  ):
     assert _refusal(call)[0] is grpc.StatusCode.INVALID_ARGUMENT

@@ -28,8 +28,9 @@ def _free(running: fake.RunningServer) -> int:
   return running.engine.stats().num_free_pages
 
 
-def _assert_aborted(running: fake.RunningServer, runner: fake.GatedRunner,
-                    num_aborted: int = 1) -> None:
+def _assert_aborted(
+  running: fake.RunningServer, runner: fake.GatedRunner, num_aborted: int = 1
+) -> None:
   """The requests that are gone for the front are gone for the engine."""
   num_steps = running.engine.metrics.num_steps
   runner.open()
@@ -62,7 +63,8 @@ def test_cancel_in_prefill(gated: Callable[..., Any]) -> None:
 
 
 def test_cancel_in_the_queue_leaves_the_running_one_alone(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated(max_num_seqs=1)
   first = running.generate(token_ids=[1], sampling={'max_tokens': 6})
   runner.let(1)
@@ -70,8 +72,7 @@ def test_cancel_in_the_queue_leaves_the_running_one_alone(
   second = running.generate(token_ids=[9], sampling=LONG)
   running.wait_until_open(2)
   runner.let(1)
-  fake.wait_until(
-    lambda: running.server.frontend.engine_thread.num_queued == 1)
+  fake.wait_until(lambda: running.server.frontend.engine_thread.num_queued == 1)
   second.cancel()
   running.wait_until_open(1)
   runner.open()
@@ -84,10 +85,14 @@ def test_cancel_in_the_queue_leaves_the_running_one_alone(
 def test_a_lost_connection(gated: Callable[..., Any]) -> None:
   running, runner = gated()
   with grpc.insecure_channel(
-      f'127.0.0.1:{running.server.port}',
-      options=[('grpc.use_local_subchannel_pool', 1)]) as channel:
-    call = running.stub_of(channel).Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(**LONG)))
+    f'127.0.0.1:{running.server.port}',
+    options=[('grpc.use_local_subchannel_pool', 1)],
+  ) as channel:
+    call = running.stub_of(channel).Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(**LONG)
+      )
+    )
     runner.let(1)
     assert next(call).token_ids[0] == 2
   running.wait_until_open(0)
@@ -105,14 +110,17 @@ def test_deadline(gated: Callable[..., Any]) -> None:
 
 
 def test_abort_ends_the_stream_with_its_usage(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated(max_model_len=4096, num_pages=1024)
   call = running.generate(
-    token_ids=[1, 2], request_id='a', sampling={'fill_context': True})
+    token_ids=[1, 2], request_id='a', sampling={'fill_context': True}
+  )
   runner.let(1)
   assert next(call).token_ids[0] == 3
   reply = running.stub.Abort.future(
-    pb.AbortRequest(request_ids=['a', 'unknown']))
+    pb.AbortRequest(request_ids=['a', 'unknown'])
+  )
   fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
   assert list(reply.result(fake.TIMEOUT_S).aborted) == ['a']
   last = list(call)[-1]
@@ -124,7 +132,8 @@ def test_abort_ends_the_stream_with_its_usage(
 
 
 def test_a_duplicate_id_is_refused_and_does_not_end_the_first(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   first = running.generate(token_ids=[1], request_id='a', sampling=LONG)
   runner.let(1)
@@ -135,20 +144,26 @@ def test_a_duplicate_id_is_refused_and_does_not_end_the_first(
   with pytest.raises(grpc.RpcError):
     next(second)
   assert second.code() is grpc.StatusCode.INVALID_ARGUMENT
-  assert 'request_id=\'a\'' in second.details()
+  assert "request_id='a'" in second.details()
   assert fake.take(first) == [(1 + k) % 64 for k in range(2, 101)]
   assert running.is_alive()
 
 
 def test_an_id_may_be_used_again_before_its_reader_has_left(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   """It has taken the end, and is about to write it."""
   running, runner = gated()
   runner.open()
   frontend = running.server.frontend
   open_one = functools.partial(
-    frontend.open, [1], types.SamplingParams(max_tokens=2), 'a',
-    caller=frontend_lib.Caller(), protocol='test')
+    frontend.open,
+    [1],
+    types.SamplingParams(max_tokens=2),
+    'a',
+    caller=frontend_lib.Caller(),
+    protocol='test',
+  )
 
   async def both() -> list[int]:
     async with open_one() as first:
@@ -164,7 +179,8 @@ def test_an_id_may_be_used_again_before_its_reader_has_left(
 
 
 def test_an_id_may_be_used_again_right_after_a_cancel(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   first = running.generate(token_ids=[1], request_id='a', sampling=LONG)
   runner.let(2)
@@ -172,7 +188,8 @@ def test_an_id_may_be_used_again_right_after_a_cancel(
   first.cancel()
   running.wait_until_open(0)
   second = running.generate(
-    token_ids=[30], request_id='a', sampling={'max_tokens': 3})
+    token_ids=[30], request_id='a', sampling={'max_tokens': 3}
+  )
   running.wait_until_open(1)
   runner.open()
   assert fake.take(second) == [31, 32, 33]

@@ -23,19 +23,26 @@ from sarathi_jax.server.queue import pausing
 from tests.server import fake
 
 
-def _request(request_id: str, *, max_tokens: int = 5,
-             first: int = 1) -> types.Request:
+def _request(
+  request_id: str, *, max_tokens: int = 5, first: int = 1
+) -> types.Request:
   return types.Request(
-    request_id=request_id, prompt_token_ids=(first,),
-    sampling=types.SamplingParams(max_tokens=max_tokens))
+    request_id=request_id,
+    prompt_token_ids=(first,),
+    sampling=types.SamplingParams(max_tokens=max_tokens),
+  )
 
 
-def _run(scenario: Callable[[engine_thread.EngineThread, Any], Awaitable[None]],
-         make: Callable[[], engine_lib.Engine] = fake.make_engine) -> None:
+def _run(
+  scenario: Callable[[engine_thread.EngineThread, Any], Awaitable[None]],
+  make: Callable[[], engine_lib.Engine] = fake.make_engine,
+) -> None:
   """Runs a scenario beside a started engine thread."""
+
   async def run() -> None:
     thread = engine_thread.EngineThread(
-      make, asyncio.get_running_loop(), lambda fault: None)
+      make, asyncio.get_running_loop(), lambda fault: None
+    )
     engine = await thread.start()
     try:
       await scenario(thread, engine)
@@ -74,8 +81,7 @@ def test_one_callback_a_step() -> None:
       calls.append(args[0])
       return post(*args, **kwargs)
 
-    streams = [thread.submit(_request(str(i), max_tokens=20))
-               for i in range(4)]
+    streams = [thread.submit(_request(str(i), max_tokens=20)) for i in range(4)]
     loop.call_soon_threadsafe = spy  # type: ignore[method-assign]
     await asyncio.gather(*map(_tokens, streams))
     assert len(calls) <= engine.metrics.num_steps < 80
@@ -105,6 +111,7 @@ def test_a_refusal_reaches_its_own_stream_only() -> None:
 
 def test_a_request_that_takes_long_to_add_holds_up_no_other() -> None:
   """As a prompt of 100,000 tokens does, which are copied and decoded."""
+
   async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
     add, is_adding, go_on = engine.add, threading.Event(), threading.Event()
 
@@ -116,8 +123,9 @@ def test_a_request_that_takes_long_to_add_holds_up_no_other() -> None:
     engine.add = slow
     first = thread.submit(_request('a'))
     await asyncio.to_thread(is_adding.wait)
-    submitted = asyncio.create_task(asyncio.to_thread(
-      thread.submit, _request('b', first=30)))
+    submitted = asyncio.create_task(
+      asyncio.to_thread(thread.submit, _request('b', first=30))
+    )
     done, _ = await asyncio.wait([submitted], timeout=fake.TIMEOUT_S / 4)
     go_on.set()
     assert done, 'it waits for the other one'
@@ -147,18 +155,22 @@ class _FaultyEngine(engine_lib.Engine):
 
 
 def test_a_fault_fails_every_request_and_all_later_ones(
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   monkeypatch.setattr(engine_lib, 'Engine', _FaultyEngine)
   deaths = []
 
   async def scenario() -> None:
     thread = engine_thread.EngineThread(
-      fake.make_engine, asyncio.get_running_loop(), deaths.append)
+      fake.make_engine, asyncio.get_running_loop(), deaths.append
+    )
     await thread.start()
-    streams = [thread.submit(_request(str(i), max_tokens=100))
-               for i in range(3)]
+    streams = [
+      thread.submit(_request(str(i), max_tokens=100)) for i in range(3)
+    ]
     for outcome in await asyncio.gather(
-        *map(_tokens, streams), return_exceptions=True):
+      *map(_tokens, streams), return_exceptions=True
+    ):
       assert isinstance(outcome, errors.EngineDeadError)
       assert 'the device is gone' not in str(outcome)  # may have paths
       assert isinstance(outcome.__cause__, RuntimeError)
@@ -185,11 +197,12 @@ def test_stop_fails_what_is_left() -> None:
 
 def test_an_engine_that_can_not_be_made_fails_the_start_and_submits() -> None:
   def fail() -> engine_lib.Engine:
-    raise errors.CheckpointError('checkpoint=\'x\': no such folder.')
+    raise errors.CheckpointError("checkpoint='x': no such folder.")
 
   async def scenario() -> None:
     thread = engine_thread.EngineThread(
-      fail, asyncio.get_running_loop(), lambda fault: None)
+      fail, asyncio.get_running_loop(), lambda fault: None
+    )
     with pytest.raises(errors.CheckpointError, match='no such folder'):
       await thread.start()
     with pytest.raises(errors.EngineDeadError):
@@ -229,8 +242,7 @@ def test_random_closes_and_aborts_lose_nothing(seed: int) -> None:
     leaves_at_once = i % 10 == 9
     max_tokens = 60 if leaves_at_once else rng.randint(1, 60)
     first = rng.randrange(64)
-    stream = thread.submit(
-      _request(str(i), max_tokens=max_tokens, first=first))
+    stream = thread.submit(_request(str(i), max_tokens=max_tokens, first=first))
     leave_after = rng.choice([0, 1, 5, 1000])
     tokens: list[int] = []
     with contextlib.closing(stream):

@@ -78,36 +78,57 @@ def free_port() -> int:
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   """Text is words 't0' to 't63', each the token of its number."""
-  words = tokenizers.Tokenizer(models.WordLevel(
-    {f't{i}': i for i in range(VOCAB_SIZE)}, unk_token='t0'))
+  words = tokenizers.Tokenizer(
+    models.WordLevel({f't{i}': i for i in range(VOCAB_SIZE)}, unk_token='t0')
+  )
   words.pre_tokenizer = pre_tokenizers.Whitespace()
   words.save(str(folder / 'tokenizer.json'))
   return folder
 
 
 def make_engine(
-    runner: Callable[[int, int], fake_runner.FakeRunner] = (
-      fake_runner.FakeRunner),
-    tokenizer_folder: pathlib.Path | None = None,
-    model_name: str = 'counting',
-    default_sampling: Mapping[str, Any] | None = None, **changes: Any,
+  runner: Callable[[int, int], fake_runner.FakeRunner] = (
+    fake_runner.FakeRunner
+  ),
+  tokenizer_folder: pathlib.Path | None = None,
+  model_name: str = 'counting',
+  default_sampling: Mapping[str, Any] | None = None,
+  **changes: Any,
 ) -> engine_lib.Engine:
   """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
-  config = config_lib.SchedulerConfig(**{
-    'token_budget': 8, 'max_num_seqs': 4, 'max_model_len': 128,
-    'num_pages': 64, 'page_size': 4, **changes})
+  config = config_lib.SchedulerConfig(
+    **{
+      'token_budget': 8,
+      'max_num_seqs': 4,
+      'max_model_len': 128,
+      'num_pages': 64,
+      'page_size': 4,
+      **changes,
+    }
+  )
   info = engine_lib.EngineInfo.of(
-    config, policy='sarathi', model_name=model_name, family='fake',
-    vocab_size=VOCAB_SIZE, default_sampling=default_sampling or {})
+    config,
+    policy='sarathi',
+    model_name=model_name,
+    family='fake',
+    vocab_size=VOCAB_SIZE,
+    default_sampling=default_sampling or {},
+  )
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
-    runner(VOCAB_SIZE, config.max_num_seqs), info=info,
-    tokenizer=(None if tokenizer_folder is None
-               else tokenizer_lib.Tokenizer(tokenizer_folder)))
+    runner(VOCAB_SIZE, config.max_num_seqs),
+    info=info,
+    tokenizer=(
+      None
+      if tokenizer_folder is None
+      else tokenizer_lib.Tokenizer(tokenizer_folder)
+    ),
+  )
 
 
-def wait_until(condition: Callable[[], bool],
-               timeout_s: float = TIMEOUT_S) -> None:
+def wait_until(
+  condition: Callable[[], bool], timeout_s: float = TIMEOUT_S
+) -> None:
   """Waits for what another thread is about to bring about."""
   deadline = time.monotonic() + timeout_s
   while not condition():
@@ -130,27 +151,38 @@ def take(call: Any, num_tokens: int | None = None) -> list[int]:
 class RunningServer:
   """A server on its own event loop and thread, and a client of it."""
 
-  def __init__(self, make: Callable[[], engine_lib.Engine], *,
-               wait: bool = True, hooks: control_v1.Hooks | None = None,
-               **config: Any) -> None:
+  def __init__(
+    self,
+    make: Callable[[], engine_lib.Engine],
+    *,
+    wait: bool = True,
+    hooks: control_v1.Hooks | None = None,
+    **config: Any,
+  ) -> None:
     self._loop = asyncio.new_event_loop()
-    self._thread = threading.Thread(
-      target=self._loop.run_forever, daemon=True)
+    self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
     self._thread.start()
     self.server = self.run(self._make(make, hooks, config))
     self.run(self.server.start())
     self.warming = asyncio.run_coroutine_threadsafe(
-      self.server.warm(), self._loop)
+      self.server.warm(), self._loop
+    )
     self.channel = grpc.insecure_channel(f'127.0.0.1:{self.server.port}')
     self.stub = self.stub_of(self.channel)
     if wait:
       self.warming.result(TIMEOUT_S)
 
-  async def _make(self, make: Callable[[], engine_lib.Engine], hooks: Any,
-                  config: dict[str, Any]) -> server_lib.Server:
+  async def _make(
+    self,
+    make: Callable[[], engine_lib.Engine],
+    hooks: Any,
+    config: dict[str, Any],
+  ) -> server_lib.Server:
     return server_lib.Server(
       server_lib.ServerConfig(**{'port': 0, 'drain_s': TIMEOUT_S, **config}),
-      make, hooks=hooks)
+      make,
+      hooks=hooks,
+    )
 
   @staticmethod
   def stub_of(channel: grpc.Channel) -> Any:
@@ -172,27 +204,36 @@ class RunningServer:
     wait_until(lambda: self.server.frontend.num_open == num_requests)
     self.run(asyncio.sleep(0))  # what counted them has submitted them, too
 
-  def generate(self, *, timeout: float = TIMEOUT_S, sampling: Any = None,
-               **fields: Any) -> Any:
+  def generate(
+    self, *, timeout: float = TIMEOUT_S, sampling: Any = None, **fields: Any
+  ) -> Any:
     """A call; `token_ids` may be a list, `sampling` a dict."""
     if 'token_ids' in fields:
       fields['token_ids'] = pb.TokenIds(ids=fields['token_ids'])
-    return self.stub.Generate(pb.GenerateRequest(
-      sampling=pb.SamplingParams(**(sampling or {})), **fields),
-      timeout=timeout)
+    return self.stub.Generate(
+      pb.GenerateRequest(
+        sampling=pb.SamplingParams(**(sampling or {})), **fields
+      ),
+      timeout=timeout,
+    )
 
   def stats(self) -> Any:
     return self.stub.GetStats(pb.GetStatsRequest(), timeout=TIMEOUT_S)
 
   def all_pages_are_free(self) -> bool:
     stats = self.stats()
-    return (stats.num_free_pages == stats.num_pages
-            and not stats.num_running + stats.num_waiting)
+    return (
+      stats.num_free_pages == stats.num_pages
+      and not stats.num_running + stats.num_waiting
+    )
 
   def is_alive(self) -> bool:
     """Whether a good request is still answered, and no page is lost."""
-    tokens = [t for r in self.generate(token_ids=[1, 2], sampling={
-      'max_tokens': 3}) for t in r.token_ids]
+    tokens = [
+      t
+      for r in self.generate(token_ids=[1, 2], sampling={'max_tokens': 3})
+      for t in r.token_ids
+    ]
     return tokens == [3, 4, 5] and self.all_pages_are_free()
 
   def assert_nothing_is_left(self) -> None:
@@ -201,8 +242,12 @@ class RunningServer:
     frontend = self.server.frontend
     thread = frontend.engine_thread
     wait_until(lambda: not frontend.num_open)
-    assert not (thread._streams or thread.num_queued or frontend._streams
-                or self.engine._live)
+    assert not (
+      thread._streams
+      or thread.num_queued
+      or frontend._streams
+      or self.engine._live
+    )
     assert self.is_alive()
 
   def close(self) -> None:
@@ -220,8 +265,11 @@ def main() -> None:
 
   port, drain_s, *more = sys.argv[1:]
   folder, http_port = (*more, None, None)[:2]
-  size = (dict(max_model_len=2**20, num_pages=2**18) if http_port is None else
-          dict(max_num_seqs=32, token_budget=64, num_pages=2**12))
+  size = (
+    dict(max_model_len=2**20, num_pages=2**18)
+    if http_port is None
+    else dict(max_num_seqs=32, token_budget=64, num_pages=2**12)
+  )
 
   def make() -> engine_lib.Engine:
     if folder is None:
@@ -230,12 +278,18 @@ def main() -> None:
     # Steps take time: a client that is held up must not be too slow a reader.
     return make_engine(
       functools.partial(fake_runner.FakeRunner, step_s=0.005),
-      tokenizer_folder=pathlib.Path(folder), **size)
+      tokenizer_folder=pathlib.Path(folder),
+      **size,
+    )
 
   main_lib.serve(
     server_lib.ServerConfig(
-      port=int(port), drain_s=float(drain_s),
-      http_port=None if http_port is None else int(http_port)), make)
+      port=int(port),
+      drain_s=float(drain_s),
+      http_port=None if http_port is None else int(http_port),
+    ),
+    make,
+  )
 
 
 if __name__ == '__main__':

@@ -50,7 +50,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def test_a_line_is_whole_or_not_there(
-    disk: Disk, tmp_path: pathlib.Path) -> None:
+  disk: Disk, tmp_path: pathlib.Path
+) -> None:
   file = whole_lines.WholeLines(tmp_path / 'log')
   file.write(b'first\n')
   disk.room = 3  # of the second, which is longer
@@ -64,8 +65,8 @@ def test_a_line_is_whole_or_not_there(
 
 
 def test_what_can_not_be_taken_back_spoils_no_other_line(
-    disk: Disk, tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  disk: Disk, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
   def refuse(*args: int) -> None:
     raise OSError(errno.EINVAL, 'a pipe')
 
@@ -85,16 +86,20 @@ def _ids(text: str) -> list[str]:
 
 
 def _generate(running: fake.RunningServer, request_id: str) -> None:
-  list(running.generate(token_ids=[1], request_id=request_id,
-                        sampling={'max_tokens': 2}))
+  list(
+    running.generate(
+      token_ids=[1], request_id=request_id, sampling={'max_tokens': 2}
+    )
+  )
 
 
 def test_the_request_log_goes_on_when_there_is_room(
-    disk: Disk, tmp_path: pathlib.Path,
-    caplog: pytest.LogCaptureFixture) -> None:
+  disk: Disk, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
   log = tmp_path / 'log'
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, request_log=str(log))) as running:
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, request_log=str(log))
+  ) as running:
     _generate(running, 'before')
     disk.room = 9
     _generate(running, 'cut')
@@ -110,9 +115,11 @@ def test_the_request_log_goes_on_when_there_is_room(
 
 @pytest.mark.parametrize('option', ['request_log', 'trace_dir'])
 def test_a_disk_that_stays_full_does_not_spoil_the_end(
-    option: str, disk: Disk, tmp_path: pathlib.Path) -> None:
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, **{option: tmp_path / 'x'})) as running:
+  option: str, disk: Disk, tmp_path: pathlib.Path
+) -> None:
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, **{option: tmp_path / 'x'})
+  ) as running:
     disk.room = 0
     _generate(running, 'missing')
     fake.wait_until(lambda: disk.num_refused > 0)
@@ -127,9 +134,11 @@ def _events(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 
 
 def test_the_trace_goes_on_when_there_is_room(
-    disk: Disk, tmp_path: pathlib.Path) -> None:
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, trace_dir=tmp_path)) as running:
+  disk: Disk, tmp_path: pathlib.Path
+) -> None:
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, trace_dir=tmp_path)
+  ) as running:
     _generate(running, 'before')
     fake.wait_until(lambda: 'before' in _names(tmp_path))
     disk.room = 9
@@ -152,7 +161,8 @@ def _is_traced(running: fake.RunningServer, folder: pathlib.Path) -> bool:
 
 def test_a_device_that_is_always_full_is_no_reason_to_end() -> None:
   """As the kernel has it, not as the fake above."""
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine, request_log='/dev/full')) as running:
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, request_log='/dev/full')
+  ) as running:
     _generate(running, 'a')
     assert running.is_alive()

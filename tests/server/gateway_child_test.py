@@ -22,7 +22,7 @@ from sarathi_jax.server import gateway
 from tests.server import fake
 from tests.server import process_test
 
-_CHILD = '''\
+_CHILD = """\
 import http.server, json, os, signal, subprocess, sys, threading, time
 told = json.loads(sys.stdin.readline())
 args = told['args']
@@ -43,7 +43,7 @@ def loop(work):
   threading.Thread(target=work, daemon=True).start()
 {misdeed}
 server.serve_forever()
-'''
+"""
 # What it does while it serves.
 MISDEEDS = {
   'a long line': 'out.write(b"x" * 10_000_000 + b"\\n")',
@@ -52,37 +52,40 @@ MISDEEDS = {
   'control sequences': 'out.write(b"\\x1b]0;title\\x07\\x1b[2J\\r\\x00" * 99)',
   'a closed pipe': 'out.close(); os.close(2)',
   'a closed pipe to hear by': 'sys.stdin.close()',
-  'a flood': '''
+  'a flood': """
 def flood():
   while True:
     out.write(b"y" * 65536)
-loop(flood)''',
-  'a child that keeps its pipe':
-    'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(9)"])',
+loop(flood)""",
+  'a child that keeps its pipe': (
+    'subprocess.Popen([sys.executable, "-c", "import time; time.sleep(9)"])'
+  ),
   'deafness': 'signal.signal(signal.SIGTERM, signal.SIG_IGN)',
 }
 # What ends it, or makes it useless.
 ENDS = {
   'it ends': 'loop(lambda: (time.sleep(0.3), os._exit(3)))',
-  'it is killed':
-    'loop(lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGKILL)))',
-  'it stops':
-    'loop(lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGSTOP)))',
-  'it answers nonsense': '''
+  'it is killed': (
+    'loop(lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGKILL)))'
+  ),
+  'it stops': (
+    'loop(lambda: (time.sleep(0.3), os.kill(os.getpid(), signal.SIGSTOP)))'
+  ),
+  'it answers nonsense': """
 def nonsense():
   time.sleep(0.3)
   Handler.do_GET = lambda self: self.wfile.write(b"\\0" * 1_000_000)
-loop(nonsense)''',
-  'it answers no more':
+loop(nonsense)""",
+  'it answers no more': (
     'loop(lambda: (time.sleep(0.3), setattr(Handler, "do_GET", '
-    'lambda self: time.sleep(99))))',
+    'lambda self: time.sleep(99))))'
+  ),
 }
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-  for name, value in (('_PROBE_S', 0.05), ('_ANSWER_S', 1.0),
-                      ('_STOP_S', 0.5)):
+  for name, value in (('_PROBE_S', 0.05), ('_ANSWER_S', 1.0), ('_STOP_S', 0.5)):
     monkeypatch.setattr(gateway, name, value)
   monkeypatch.setattr(background, '_LOOK_S', 0.02)
   monkeypatch.setattr(background, '_PAUSE_S', 0.02)
@@ -94,21 +97,27 @@ async def _until(condition: Callable[[], bool]) -> None:
       await asyncio.sleep(0.01)
 
 
-async def _serve(watch: background.Watch,
-                 changes: list[bool]) -> gateway.Gateway:
-  made = gateway.Gateway('127.0.0.1', fake.free_port(), ['127.0.0.1:1'],
-                         on_change=changes.append)
+async def _serve(
+  watch: background.Watch, changes: list[bool]
+) -> gateway.Gateway:
+  made = gateway.Gateway(
+    '127.0.0.1', fake.free_port(), ['127.0.0.1:1'], on_change=changes.append
+  )
   assert await made.start(10)
   watch.add(made.as_background)
   watch.start()
   return made
 
 
-def _run(misdeed: str, monkeypatch: pytest.MonkeyPatch, work: Callable[
-    [gateway.Gateway, background.Watch, list[bool]], object]) -> list[float]:
+def _run(
+  misdeed: str,
+  monkeypatch: pytest.MonkeyPatch,
+  work: Callable[[gateway.Gateway, background.Watch, list[bool]], object],
+) -> list[float]:
   """Runs `work` beside such a gateway; returns the event loop's gaps."""
   monkeypatch.setattr(
-    gateway, '_CHILD', ('-c', _CHILD.replace('{misdeed}', misdeed)))
+    gateway, '_CHILD', ('-c', _CHILD.replace('{misdeed}', misdeed))
+  )
   gaps: list[float] = []
 
   async def tick() -> None:
@@ -141,9 +150,11 @@ def _run(misdeed: str, monkeypatch: pytest.MonkeyPatch, work: Callable[
 
 @pytest.mark.parametrize('misdeed', MISDEEDS)
 def test_what_it_says_disturbs_nobody(
-    monkeypatch: pytest.MonkeyPatch, misdeed: str) -> None:
-  async def work(made: gateway.Gateway, watch: background.Watch,
-                 changes: list[bool]) -> None:
+  monkeypatch: pytest.MonkeyPatch, misdeed: str
+) -> None:
+  async def work(
+    made: gateway.Gateway, watch: background.Watch, changes: list[bool]
+  ) -> None:
     pid = made.pid
     await asyncio.sleep(0.3)
     assert made.is_serving and made.pid == pid  # and goes on serving
@@ -159,12 +170,20 @@ def test_what_it_says_disturbs_nobody(
 
 @pytest.mark.parametrize('end', ENDS)
 def test_what_is_of_no_use_is_replaced(
-    monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-  async def work(made: gateway.Gateway, watch: background.Watch,
-                 changes: list[bool]) -> None:
+  monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+  async def work(
+    made: gateway.Gateway, watch: background.Watch, changes: list[bool]
+  ) -> None:
     pids = {made.pid}
-    await _until(lambda: pids.add(made.pid) or (  # type: ignore[func-returns-value]
-      watch.num_restarts['gateway'] >= 2 and made.is_serving))
+    await _until(
+      lambda: (
+        pids.add(made.pid)
+        or (  # type: ignore[func-returns-value]
+          watch.num_restarts['gateway'] >= 2 and made.is_serving
+        )
+      )
+    )
     assert len(pids - {None}) >= 2
     assert changes[:4] == [True, False, True, False]
 
@@ -172,25 +191,35 @@ def test_what_is_of_no_use_is_replaced(
 
 
 def test_the_log_says_what_it_said_and_moves_no_cursor(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-  async def work(made: gateway.Gateway, watch: background.Watch,
-                 changes: list[bool]) -> None:
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  async def work(
+    made: gateway.Gateway, watch: background.Watch, changes: list[bool]
+  ) -> None:
     await _until(lambda: watch.num_restarts['gateway'] > 0)
 
-  _run('out.write(b"\\x1b[31mred\\x1b]0;t\\x07" + b"z" * 9999 + b"\\nlast")\n'
-       'loop(lambda: (time.sleep(0.3), os._exit(7)))', monkeypatch, work)
+  _run(
+    'out.write(b"\\x1b[31mred\\x1b]0;t\\x07" + b"z" * 9999 + b"\\nlast")\n'
+    'loop(lambda: (time.sleep(0.3), os._exit(7)))',
+    monkeypatch,
+    work,
+  )
   line = next(r.getMessage() for r in caplog.records)
   assert 'gateway ended: with 7' in line and 'last' in line
   assert len(line) < 1000 and line.isprintable()
 
 
-@pytest.mark.parametrize('args, says', [
-  (['--no-such-flag'], '--no-such-flag'), (['--policy', 'x'], 'policy')])
+@pytest.mark.parametrize(
+  'args, says',
+  [(['--no-such-flag'], '--no-such-flag'), (['--policy', 'x'], 'policy')],
+)
 def test_wrong_arguments_are_an_error_at_once(
-    args: list[str], says: str) -> None:
+  args: list[str], says: str
+) -> None:
   async def run() -> None:
-    await gateway.Gateway('127.0.0.1', fake.free_port(), ['127.0.0.1:1'],
-                          args).start(10)
+    await gateway.Gateway(
+      '127.0.0.1', fake.free_port(), ['127.0.0.1:1'], args
+    ).start(10)
 
   with pytest.raises(errors.ConfigError, match=says):
     asyncio.run(run())
@@ -204,13 +233,15 @@ def test_what_is_ours_to_say_is_refused(arg: str) -> None:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='has no PDEATHSIG')
 def test_it_does_not_outlive_a_server_that_is_killed() -> None:
-  code = ('import asyncio\nfrom sarathi_jax.server import gateway\n'
-          'async def run():\n'
-          f'  made = gateway.Gateway("127.0.0.1", {fake.free_port()}, [])\n'
-          '  made.restart()\n'
-          '  while made.pid is None: await asyncio.sleep(0.01)\n'
-          '  print("child", made.pid, flush=True)\n'
-          '  await asyncio.sleep(99)\nasyncio.run(run())')
+  code = (
+    'import asyncio\nfrom sarathi_jax.server import gateway\n'
+    'async def run():\n'
+    f'  made = gateway.Gateway("127.0.0.1", {fake.free_port()}, [])\n'
+    '  made.restart()\n'
+    '  while made.pid is None: await asyncio.sleep(0.01)\n'
+    '  print("child", made.pid, flush=True)\n'
+    '  await asyncio.sleep(99)\nasyncio.run(run())'
+  )
   process = process_test.Process('-c', code)
   child = psutil.Process(int(process.read_until(r'child (\d+)')[1]))
   fake.wait_until(lambda: 'smg' in ' '.join(child.cmdline()))

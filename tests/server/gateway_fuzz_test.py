@@ -44,28 +44,69 @@ _MAX_REPEATS = 5
 _PATIENCE_S = 120.0  # with 1,000 prompts of one body
 _FAULTS = range(500, 600)  # but for what smg does not do
 _NOT_DONE = 501
+_chats = chat.completion_create_params
+_responses = responses.response_create_params
+_texts = completion_create_params
 _TYPES: dict[str, Any] = {
-  '/v1/completions':
-    completion_create_params.CompletionCreateParamsNonStreaming,
-  '/v1/chat/completions':
-    chat.completion_create_params.CompletionCreateParamsNonStreaming,
-  '/v1/responses':
-    responses.response_create_params.ResponseCreateParamsNonStreaming,
+  '/v1/completions': _texts.CompletionCreateParamsNonStreaming,
+  '/v1/chat/completions': _chats.CompletionCreateParamsNonStreaming,
+  '/v1/responses': _responses.ResponseCreateParamsNonStreaming,
 }
 _EDGES: tuple[Any, ...] = (
-  None, True, False, 0, -1, 1, 2**31 - 1, 2**31, -2**31, 2**53, 2**63, 2**64,
-  10**40, 0.5, -0.5, 1e308, 5e-324, '', 'a', 't1 t2', '\0', '\ud7ff',
-  '\U0001f600' * 100, '\x1b[31m\r\n', 'x' * 100_000, '../../etc/passwd',
-  'file:///etc/passwd', 'http://127.0.0.1:1/x', '{{ 1/0 }}',
-  '{% for i in range(9) %}{{ i }}{% endfor %}', '(a+)+$', [], {}, [[]],
-  [None], [0] * 1000, ['x'] * 1000, {'type': 'x'}, {'a': {'b': {'c': []}}})
+  None,
+  True,
+  False,
+  0,
+  -1,
+  1,
+  2**31 - 1,
+  2**31,
+  -(2**31),
+  2**53,
+  2**63,
+  2**64,
+  10**40,
+  0.5,
+  -0.5,
+  1e308,
+  5e-324,
+  '',
+  'a',
+  't1 t2',
+  '\0',
+  '\ud7ff',
+  '\U0001f600' * 100,
+  '\x1b[31m\r\n',
+  'x' * 100_000,
+  '../../etc/passwd',
+  'file:///etc/passwd',
+  'http://127.0.0.1:1/x',
+  '{{ 1/0 }}',
+  '{% for i in range(9) %}{{ i }}{% endfor %}',
+  '(a+)+$',
+  [],
+  {},
+  [[]],
+  [None],
+  [0] * 1000,
+  ['x'] * 1000,
+  {'type': 'x'},
+  {'a': {'b': {'c': []}}},
+)
 # Leads past the first check, as noise seldom does.
 _HINTS: dict[str, tuple[Any, ...]] = {
   'prompt': ('t1 t2', [1, 2], 't1'),
-  'input': ('t1 t2',), 'max_tokens': (1, 4, 8), 'n': (1,),
-  'max_completion_tokens': (1, 4), 'max_output_tokens': (1, 4),
-  'temperature': (0, 1, 0.5), 'top_p': (1, 0.5), 'seed': (1, 2),
-  'content': ('t1 t2', 'x'), 'stop': ('t9', ['t9', 't10'])}
+  'input': ('t1 t2',),
+  'max_tokens': (1, 4, 8),
+  'n': (1,),
+  'max_completion_tokens': (1, 4),
+  'max_output_tokens': (1, 4),
+  'temperature': (0, 1, 0.5),
+  'top_p': (1, 0.5),
+  'seed': (1, 2),
+  'content': ('t1 t2', 'x'),
+  'stop': ('t9', ['t9', 't10']),
+}
 _MAX_DEPTH = 5
 
 
@@ -75,8 +116,10 @@ class Bodies:
   def __init__(self, seed: int, model: str = 'counting') -> None:
     self._random = random.Random(seed)
     self._hints = {**_HINTS, 'model': (model,) * 9 + ('x',)}
-    self._schemas = {path: pydantic.TypeAdapter(kind).json_schema()
-                     for path, kind in _TYPES.items()}
+    self._schemas = {
+      path: pydantic.TypeAdapter(kind).json_schema()
+      for path, kind in _TYPES.items()
+    }
 
   def make(self) -> tuple[str, bytes]:
     """A path and what to send there."""
@@ -92,7 +135,8 @@ class Bodies:
     return path, self._damage(data)
 
   def _value(  # noqa: PLR0911
-      self, schema: Any, root: Any, name: str, depth: int) -> Any:
+    self, schema: Any, root: Any, name: str, depth: int
+  ) -> Any:
     """A value of a schema, with some of the fields that it allows."""
     rng = self._random
     if name in self._hints and rng.random() < 0.9:
@@ -110,12 +154,16 @@ class Bodies:
       case 'object' if 'properties' in schema:
         needed = set(schema.get('required', ()))
         odds = 0.05 if depth < _MAX_DEPTH else 0.0
-        return {key: self._value(field, root, key, depth + 1)
-                for key, field in schema['properties'].items()
-                if key in needed or rng.random() < odds}
+        return {
+          key: self._value(field, root, key, depth + 1)
+          for key, field in schema['properties'].items()
+          if key in needed or rng.random() < odds
+        }
       case 'array':
-        return [self._value(schema.get('items', {}), root, name, depth + 1)
-                for _ in range(rng.choice((0, 1, 1, 2)))]
+        return [
+          self._value(schema.get('items', {}), root, name, depth + 1)
+          for _ in range(rng.choice((0, 1, 1, 2)))
+        ]
       case 'integer' | 'number':
         return rng.choice((0, 1, 2, 0.5, -1))
       case 'boolean':
@@ -144,8 +192,7 @@ class Bodies:
         for _ in range(rng.choice((3, 100, 200))):
           deep = [deep] if rng.random() < 0.5 else {'a': deep}
         parent[key] = deep
-      case 3 if isinstance(parent, dict) and isinstance(
-          parent.get(key), list):
+      case 3 if isinstance(parent, dict) and isinstance(parent.get(key), list):
         parent[key] = parent[key] * rng.choice((2, 100))
       case _:
         parent[key] = self._edge()
@@ -158,11 +205,19 @@ class Bodies:
       case 0:
         return data[:i]
       case 1:
-        return data[:i] + rng.randbytes(3) + data[i + 1:]
+        return data[:i] + rng.randbytes(3) + data[i + 1 :]
       case 2:
-        return rng.choice((
-          b'', b'null', b'[' * 100_000, b'{"a":' * 9_999, b'\xff\xfe{}',
-          b'1' * 99_999, b'"' + b'\\u0000' * 9_999 + b'"'))
+        return rng.choice(
+          (
+            b'',
+            b'null',
+            b'[' * 100_000,
+            b'{"a":' * 9_999,
+            b'\xff\xfe{}',
+            b'1' * 99_999,
+            b'"' + b'\\u0000' * 9_999 + b'"',
+          )
+        )
       case 3:  # a key twice
         return b'{"model": "counting", ' + data[1:]
       case _:
@@ -172,7 +227,8 @@ class Bodies:
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
   """Where something stands in a body: what holds it, and at which key."""
   for key, value in list(
-      node.items() if isinstance(node, dict) else enumerate(node)):
+    node.items() if isinstance(node, dict) else enumerate(node)
+  ):
     yield node, key
     if isinstance(value, (dict, list)):
       yield from _places(value)
@@ -190,8 +246,9 @@ class _Streams(threading.Thread):
 
   def run(self) -> None:
     while not self.is_over:
-      call = self._running.generate(token_ids=[1], sampling={
-        'max_tokens': 100, 'ignore_eos': True})
+      call = self._running.generate(
+        token_ids=[1], sampling={'max_tokens': 100, 'ignore_eos': True}
+      )
       tokens, last = [], time.monotonic()
       for response in call:
         tokens += response.token_ids
@@ -202,46 +259,63 @@ class _Streams(threading.Thread):
       self.num_wrong += not is_right
 
 
-def _send(port: int, calls: list[tuple[str, bytes]],
-          timeout_s: float = fake.TIMEOUT_S) -> Counter[int]:
+def _send(
+  port: int, calls: list[tuple[str, bytes]], timeout_s: float = fake.TIMEOUT_S
+) -> Counter[int]:
   """The statuses of calls, one after another."""
   statuses: Counter[int] = Counter()
   for path, body in calls:
     connection = http.client.HTTPConnection(
-      '127.0.0.1', port, timeout=timeout_s)
+      '127.0.0.1', port, timeout=timeout_s
+    )
     with contextlib.closing(connection):
       try:
-        connection.request('POST', path, body, {
-          'content-type': 'application/json'})
+        connection.request(
+          'POST', path, body, {'content-type': 'application/json'}
+        )
         reply = connection.getresponse()
         reply.read()
       except (OSError, http.client.HTTPException) as error:
         raise AssertionError((path, body[:2000])) from error
       assert reply.status == _NOT_DONE or reply.status not in _FAULTS, (
-        reply.status, path, body[:2000])
+        reply.status,
+        path,
+        body[:2000],
+      )
       statuses[reply.status] += 1
   return statuses
 
 
-def _send_all(port: int, calls: list[tuple[str, bytes]],
-              timeout_s: float = fake.TIMEOUT_S) -> Counter[int]:
+def _send_all(
+  port: int, calls: list[tuple[str, bytes]], timeout_s: float = fake.TIMEOUT_S
+) -> Counter[int]:
   """The same by several clients at once."""
   with futures.ThreadPoolExecutor(_NUM_CLIENTS) as pool:
-    return sum(pool.map(
-      functools.partial(_send, port, timeout_s=timeout_s),
-      [calls[i::_NUM_CLIENTS] for i in range(_NUM_CLIENTS)]), Counter())
+    return sum(
+      pool.map(
+        functools.partial(_send, port, timeout_s=timeout_s),
+        [calls[i::_NUM_CLIENTS] for i in range(_NUM_CLIENTS)],
+      ),
+      Counter(),
+    )
 
 
 @pytest.fixture(scope='module')
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
-    tuple[fake.RunningServer, gateway_test.Client]]:
-  with gateway_test.serve(gateway_test.write_tokenizer(
-      tmp_path_factory.mktemp('tokenizer'))) as both:
+def served(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[fake.RunningServer, gateway_test.Client]]:
+  with gateway_test.serve(
+    gateway_test.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+  ) as both:
     yield both
 
 
-def _fuzz(running: fake.RunningServer, client: gateway_test.Client,
-          num_bodies: int, make: Callable[[], tuple[str, bytes]]) -> None:
+def _fuzz(
+  running: fake.RunningServer,
+  client: gateway_test.Client,
+  num_bodies: int,
+  make: Callable[[], tuple[str, bytes]],
+) -> None:
   gateway = running.server._gateway
   assert gateway is not None
   pid = gateway.pid
@@ -272,12 +346,14 @@ def test_the_same_seed_makes_the_same_bodies() -> None:
 
 
 def test_nonsense(
-    served: tuple[fake.RunningServer, gateway_test.Client]) -> None:
+  served: tuple[fake.RunningServer, gateway_test.Client],
+) -> None:
   _fuzz(*served, 400, Bodies(SEED).make)
 
 
 # What follows measures: the server, who sends nonsense, and who watches are
 # three processes, so that none is held up by another's Python.
+
 
 def _send_when_asked(pipe: Any, port: int, seed: int, model: str) -> None:
   """Makes as many bodies as it is told, and sends them as often as it is told;
@@ -349,16 +425,23 @@ class _Lengthened:
     return least
 
 
-def _measure(*args: str, model: str, http_port: int, seed: int,
-             num_groups: int, num_bodies: int) -> None:
+def _measure(
+  *args: str,
+  model: str,
+  http_port: int,
+  seed: int,
+  num_groups: int,
+  num_bodies: int,
+) -> None:
   """Holds each group of bodies to the bound, before one server."""
   process = process_test.Process(*args)
   try:
-    port = int(process.read_until(
-      r'Serving \S+ at 127\.0\.0\.1:(\d+)\.')[1])
+    port = int(process.read_until(r'Serving \S+ at 127\.0\.0\.1:(\d+)\.')[1])
     children = psutil.Process(process.process.pid).children()
-    with (_beside(hostile.watch, port) as watcher,
-          _beside(_send_when_asked, http_port, seed, model) as sender):
+    with (
+      _beside(hostile.watch, port) as watcher,
+      _beside(_send_when_asked, http_port, seed, model) as sender,
+    ):
       lengthened = _Lengthened(watcher, sender)
       for _ in range(num_groups):
         assert lengthened.by(num_bodies, _MAX_REPEATS) <= _MAX_LENGTHENED_S
@@ -371,19 +454,35 @@ def _measure(*args: str, model: str, http_port: int, seed: int,
     process.close()
 
 
-def test_nonsense_hardly_lengthens_others_gaps(
-    tmp_path: pathlib.Path) -> None:
+def test_nonsense_hardly_lengthens_others_gaps(tmp_path: pathlib.Path) -> None:
   port = fake.free_port()
   _measure(
-    'tests/server/fake.py', '0', '1',
-    str(gateway_test.write_tokenizer(tmp_path)), str(port), model='counting',
-    http_port=port, seed=SEED, num_groups=2, num_bodies=100)
+    'tests/server/fake.py',
+    '0',
+    '1',
+    str(gateway_test.write_tokenizer(tmp_path)),
+    str(port),
+    model='counting',
+    http_port=port,
+    seed=SEED,
+    num_groups=2,
+    num_bodies=100,
+  )
 
 
 @pytest.mark.soak
 def test_much_nonsense() -> None:
   port = fake.free_port()
   _measure(
-    '-m', 'sarathi_jax.server', '--port=0', f'--http_port={port}',
-    '--max_model_len=128', '--drain_s=1', model='quickstart', http_port=port,
-    seed=SEED + 1, num_groups=10, num_bodies=500)
+    '-m',
+    'sarathi_jax.server',
+    '--port=0',
+    f'--http_port={port}',
+    '--max_model_len=128',
+    '--drain_s=1',
+    model='quickstart',
+    http_port=port,
+    seed=SEED + 1,
+    num_groups=10,
+    num_bodies=500,
+  )

@@ -23,30 +23,58 @@ import pytest
 from sarathi_jax import types
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import health
-from tests import source_tree
 from tests.server import fake
 
-PROMPT = {'model': 'counting', 'prompt': 't1 t2', 'max_tokens': 4,
-          'temperature': 0}
-CHAT = {'model': 'counting', 'messages': [{'role': 'user', 'content': 't1 t2'}],
-        'max_tokens': 4, 'temperature': 0}
+PROMPT = {
+  'model': 'counting',
+  'prompt': 't1 t2',
+  'max_tokens': 4,
+  'temperature': 0,
+}
+CHAT = {
+  'model': 'counting',
+  'messages': [{'role': 'user', 'content': 't1 t2'}],
+  'max_tokens': 4,
+  'temperature': 0,
+}
+BODIES = {
+  'chat': ('/v1/chat/completions', CHAT),
+  'text': ('/v1/completions', PROMPT),
+}
 USER_KEY = 'user-key'
 # All that changes smg, or tells of it, as its own log lists them.
 CONTROL = (
-  ('GET', '/workers'), ('POST', '/workers'), ('GET', '/workers/ID'),
-  ('PUT', '/workers/ID'), ('PATCH', '/workers/ID'), ('DELETE', '/workers/ID'),
-  ('POST', '/flush_cache'), ('POST', '/start_profile'),
-  ('POST', '/stop_profile'), ('POST', '/heap_profile'), ('GET', '/get_loads'),
-  ('POST', '/parse/function_call'), ('POST', '/parse/reasoning'),
-  ('GET', '/wasm'), ('POST', '/wasm'), ('DELETE', '/wasm/ID'),
-  ('GET', '/v1/tokenizers'), ('POST', '/v1/tokenizers'),
-  ('GET', '/v1/tokenizers/ID'), ('DELETE', '/v1/tokenizers/ID'),
-  ('GET', '/v1/tokenizers/ID/status'))
+  ('GET', '/workers'),
+  ('POST', '/workers'),
+  ('GET', '/workers/ID'),
+  ('PUT', '/workers/ID'),
+  ('PATCH', '/workers/ID'),
+  ('DELETE', '/workers/ID'),
+  ('POST', '/flush_cache'),
+  ('POST', '/start_profile'),
+  ('POST', '/stop_profile'),
+  ('POST', '/heap_profile'),
+  ('GET', '/get_loads'),
+  ('POST', '/parse/function_call'),
+  ('POST', '/parse/reasoning'),
+  ('GET', '/wasm'),
+  ('POST', '/wasm'),
+  ('DELETE', '/wasm/ID'),
+  ('GET', '/v1/tokenizers'),
+  ('POST', '/v1/tokenizers'),
+  ('GET', '/v1/tokenizers/ID'),
+  ('DELETE', '/v1/tokenizers/ID'),
+  ('GET', '/v1/tokenizers/ID/status'),
+)
 # Of no use to anybody but who runs it; not built, or not switched on.
 ABSENT = (
-  ('POST', '/add_worker'), ('POST', '/remove_worker'), ('GET', '/list_workers'),
-  ('POST', '/v1/rl/pause'), ('POST', '/workers/ID/engine/pause'),
-  ('GET', '/ha/health'))
+  ('POST', '/add_worker'),
+  ('POST', '/remove_worker'),
+  ('GET', '/list_workers'),
+  ('POST', '/v1/rl/pause'),
+  ('POST', '/workers/ID/engine/pause'),
+  ('GET', '/ha/health'),
+)
 
 
 class Client:
@@ -55,17 +83,25 @@ class Client:
   def __init__(self, port: int) -> None:
     self.port = port
 
-  def ask(self, method: str, path: str, body: Any = None,
-          **headers: str) -> tuple[int, dict[str, str], str]:
+  def ask(
+    self, method: str, path: str, body: Any = None, **headers: str
+  ) -> tuple[int, dict[str, str], str]:
     connection = http.client.HTTPConnection(
-      '127.0.0.1', self.port, timeout=fake.TIMEOUT_S)
+      '127.0.0.1', self.port, timeout=fake.TIMEOUT_S
+    )
     with contextlib.closing(connection):
       connection.request(
-        method, path, None if body is None else json.dumps(body),
-        {'content-type': 'application/json', **headers})
+        method,
+        path,
+        None if body is None else json.dumps(body),
+        {'content-type': 'application/json', **headers},
+      )
       reply = connection.getresponse()
-      return (reply.status, {k.lower(): v for k, v in reply.getheaders()},
-              reply.read().decode())
+      return (
+        reply.status,
+        {k.lower(): v for k, v in reply.getheaders()},
+        reply.read().decode(),
+      )
 
   def complete(self, **headers: str) -> tuple[int, str]:
     status, _, text = self.ask('POST', '/v1/completions', PROMPT, **headers)
@@ -83,20 +119,25 @@ class Client:
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   """As `fake.write_tokenizer`, for chats, too."""
   (folder / 'chat_template.jinja').write_text(
-    '{% for m in messages %}{{ m["content"] }} {% endfor %}')
+    '{% for m in messages %}{{ m["content"] }} {% endfor %}'
+  )
   return fake.write_tokenizer(folder)
 
 
 @contextlib.contextmanager
-def serve(folder: pathlib.Path, **config: Any) -> Iterator[
-    tuple[fake.RunningServer, Client]]:
+def serve(
+  folder: pathlib.Path, **config: Any
+) -> Iterator[tuple[fake.RunningServer, Client]]:
   """A server of `fake` behind the gateway."""
   changes = config.pop('engine', {})
   port = fake.free_port()
-  with contextlib.closing(fake.RunningServer(
-      functools.partial(
-        fake.make_engine, tokenizer_folder=folder, **changes),
-      http_port=port, **config)) as running:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(fake.make_engine, tokenizer_folder=folder, **changes),
+      http_port=port,
+      **config,
+    )
+  ) as running:
     yield running, Client(port)
 
 
@@ -106,15 +147,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='module')
-def served(folder: pathlib.Path) -> Iterator[
-    tuple[fake.RunningServer, Client]]:
+def served(folder: pathlib.Path) -> Iterator[tuple[fake.RunningServer, Client]]:
   with serve(folder) as both:
     yield both
 
 
 @pytest.fixture(scope='module')
-def guarded(folder: pathlib.Path) -> Iterator[
-    tuple[fake.RunningServer, Client]]:
+def guarded(
+  folder: pathlib.Path,
+) -> Iterator[tuple[fake.RunningServer, Client]]:
   with serve(folder, gateway_args=('--api-key', USER_KEY)) as both:
     yield both
 
@@ -129,7 +170,8 @@ def _refuses_control(client: Client, **headers: str) -> None:
 
 
 def test_nobody_reaches_the_control_plane(
-    served: tuple[fake.RunningServer, Client]) -> None:
+  served: tuple[fake.RunningServer, Client],
+) -> None:
   running, client = served
   assert client.complete() == (200, 't3 t4 t5 t6')
   _refuses_control(client)
@@ -140,7 +182,8 @@ def test_nobody_reaches_the_control_plane(
 
 
 def test_a_user_with_a_key_does_not_either(
-    guarded: tuple[fake.RunningServer, Client]) -> None:
+  guarded: tuple[fake.RunningServer, Client],
+) -> None:
   _, client = guarded
   bearer = {'authorization': f'Bearer {USER_KEY}'}
   assert client.complete()[0] == 401
@@ -151,23 +194,37 @@ def test_a_user_with_a_key_does_not_either(
 
 
 def test_the_keys_of_who_runs_it_open_it(folder: pathlib.Path) -> None:
-  with serve(folder, gateway_args=(
-      '--control-plane-api-keys', 'ops:ops:admin:their-key')) as (_, client):
+  with serve(
+    folder, gateway_args=('--control-plane-api-keys', 'ops:ops:admin:their-key')
+  ) as (_, client):
     _refuses_control(client)
     status, _, text = client.ask(
-      'GET', '/workers', authorization='Bearer their-key')
+      'GET', '/workers', authorization='Bearer their-key'
+    )
     assert status == 200 and len(json.loads(text)['workers']) == 1
 
 
 def test_nobody_has_it_connect_to_others(
-    served: tuple[fake.RunningServer, Client]) -> None:
+  served: tuple[fake.RunningServer, Client],
+) -> None:
   _, client = served
   with socket.create_server(('127.0.0.1', 0)) as other:
     other.settimeout(0.5)
-    status, _, text = client.ask('POST', '/v1/responses', {
-      'model': 'counting', 'input': 't1', 'tools': [{
-        'type': 'mcp', 'server_label': 'x', 'server_url': (
-          f'http://127.0.0.1:{other.getsockname()[1]}/mcp')}]})
+    status, _, text = client.ask(
+      'POST',
+      '/v1/responses',
+      {
+        'model': 'counting',
+        'input': 't1',
+        'tools': [
+          {
+            'type': 'mcp',
+            'server_label': 'x',
+            'server_url': (f'http://127.0.0.1:{other.getsockname()[1]}/mcp'),
+          }
+        ],
+      },
+    )
     assert status == 424 and 'connect to MCP' in text
     with pytest.raises(TimeoutError):
       other.accept()
@@ -175,8 +232,8 @@ def test_nobody_has_it_connect_to_others(
 
 
 def test_the_key_is_nowhere_to_be_seen(
-    guarded: tuple[fake.RunningServer, Client],
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  guarded: tuple[fake.RunningServer, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
   running, client = guarded
   gateway = running.server._gateway
   assert gateway is not None
@@ -184,8 +241,10 @@ def test_the_key_is_nowhere_to_be_seen(
   tell = gateway._tell
 
   def spy(pipe: int) -> None:
-    monkeypatch.setattr('secrets.token_hex', lambda n: (
-      keys.append(os.urandom(n).hex()) or keys[-1]))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+      'secrets.token_hex',
+      lambda n: keys.append(os.urandom(n).hex()) or keys[-1],
+    )  # type: ignore[func-returns-value]
     tell(pipe)
     monkeypatch.undo()
 
@@ -196,35 +255,41 @@ def test_the_key_is_nowhere_to_be_seen(
   fake.wait_until(lambda: bool(keys) and gateway.pid is not None)
   child = psutil.Process(gateway.pid)
   while not gateway.is_serving:  # from its first moment on
-    assert not any(keys[0] in word or USER_KEY in word
-                   for word in (*child.cmdline(), *child.environ().values()))
+    assert not any(
+      keys[0] in word or USER_KEY in word
+      for word in (*child.cmdline(), *child.environ().values())
+    )
   assert keys[0] not in ''.join(child.cmdline())
   bearer = {'authorization': f'Bearer {keys[0]}'}
   assert client.ask('GET', '/workers', **bearer)[0] == 200  # it is the key
 
 
 def test_a_long_line_in_its_log_ends_nothing(
-    served: tuple[fake.RunningServer, Client]) -> None:
+  served: tuple[fake.RunningServer, Client],
+) -> None:
   running, client = served
   gateway = running.server._gateway
   assert gateway is not None
   pid = gateway.pid
   for value in ('m' * 200_000, '\x1b[2J\r\n\0'):
     for path, body in (('completions', PROMPT), ('chat/completions', CHAT)):
-      assert client.ask(
-        'POST', f'/v1/{path}', {**body, 'model': value})[0] == 404
+      assert (
+        client.ask('POST', f'/v1/{path}', {**body, 'model': value})[0] == 404
+      )
   assert client.serves() and gateway.pid == pid
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_it_is_replaced(served: tuple[fake.RunningServer, Client],
-                        number: signal.Signals) -> None:
+def test_it_is_replaced(
+  served: tuple[fake.RunningServer, Client], number: signal.Signals
+) -> None:
   running, client = served
   stub = health_pb2_grpc.HealthStub(running.channel)
 
   def says() -> int:
-    status: int = stub.Check(health_pb2.HealthCheckRequest(
-      service=health.GATEWAY)).status
+    status: int = stub.Check(
+      health_pb2.HealthCheckRequest(service=health.GATEWAY)
+    ).status
     return status
 
   fake.wait_until(lambda: says() == 1)
@@ -246,16 +311,28 @@ def test_too_many_are_told_when_to_come_again(folder: pathlib.Path) -> None:
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(folder, limits=limits_lib.Limits(max_waiting=3), engine={
-      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+  with serve(
+    folder,
+    limits=limits_lib.Limits(max_waiting=3),
+    engine={'runner': make_runner, 'max_num_seqs': 1},
+  ) as (running, client):
     with contextlib.ExitStack() as stack:
       stack.callback(runners[0].open)
       streams = []
       for _ in range(4):
-        streams.append(stack.enter_context(contextlib.closing(
-          http.client.HTTPConnection('127.0.0.1', client.port))))
-        streams[-1].request('POST', '/v1/completions', json.dumps(PROMPT), {
-          'content-type': 'application/json'})
+        streams.append(
+          stack.enter_context(
+            contextlib.closing(
+              http.client.HTTPConnection('127.0.0.1', client.port)
+            )
+          )
+        )
+        streams[-1].request(
+          'POST',
+          '/v1/completions',
+          json.dumps(PROMPT),
+          {'content-type': 'application/json'},
+        )
       running.wait_until_open(4)
       status, headers, _ = client.ask('POST', '/v1/completions', PROMPT)
       assert status == 429 and int(headers['retry-after']) >= 1
@@ -265,7 +342,8 @@ def test_too_many_are_told_when_to_come_again(folder: pathlib.Path) -> None:
 
 
 def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
-    folder: pathlib.Path) -> None:
+  folder: pathlib.Path,
+) -> None:
   """smg leaves trailing metadata out; if it no longer does, README has to say
   so."""
   runners: list[fake.GatedRunner] = []
@@ -274,19 +352,24 @@ def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(folder, limits=limits_lib.Limits(max_waiting_tokens=4), engine={
-      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+  with serve(
+    folder,
+    limits=limits_lib.Limits(max_waiting_tokens=4),
+    engine={'runner': make_runner, 'max_num_seqs': 1},
+  ) as (running, client):
     try:
       calls = [running.generate(token_ids=[1, 2, 3]) for _ in range(2)]
       running.wait_until_open(2)
       for path, body in BODIES.values():
         for stream in (False, True):
           status, headers, text = client.ask(
-            'POST', path, {**body, 'stream': stream})
+            'POST', path, {**body, 'stream': stream}
+          )
           error = json.loads(text)['error']
           assert status == 429 and error['type'] == 'rate_limit_error'
-          assert re.search(r'max_waiting_tokens=4; try again in [\d.]+ s\.$',
-                           error['message'])
+          assert re.search(
+            r'max_waiting_tokens=4; try again in [\d.]+ s\.$', error['message']
+          )
           assert 'retry-after' not in headers
     finally:
       runners[0].open()
@@ -295,15 +378,18 @@ def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
 
 
 def test_a_list_of_prompts_does_not_hold_up_other_calls(
-    folder: pathlib.Path) -> None:
+  folder: pathlib.Path,
+) -> None:
   runners: list[fake.GatedRunner] = []
 
   def make_runner(*args: int) -> fake.GatedRunner:
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(folder, engine={
-      'runner': make_runner, 'max_num_seqs': 1}) as (running, client):
+  with serve(folder, engine={'runner': make_runner, 'max_num_seqs': 1}) as (
+    running,
+    client,
+  ):
     begun: list[str] = []
     add = running.engine.add
 
@@ -316,11 +402,19 @@ def test_a_list_of_prompts_does_not_hold_up_other_calls(
       stack.callback(runners[0].open)
       calls, num_open = [], 0
       for name, num_prompts in (('many', 20), ('one', 1), ('two', 2)):
-        calls.append(stack.enter_context(contextlib.closing(
-          http.client.HTTPConnection('127.0.0.1', client.port))))
-        calls[-1].request('POST', '/v1/completions', json.dumps({
-          **PROMPT, 'prompt': ['t1 t2'] * num_prompts}), {
-          'content-type': 'application/json', 'x-request-id': name})
+        calls.append(
+          stack.enter_context(
+            contextlib.closing(
+              http.client.HTTPConnection('127.0.0.1', client.port)
+            )
+          )
+        )
+        calls[-1].request(
+          'POST',
+          '/v1/completions',
+          json.dumps({**PROMPT, 'prompt': ['t1 t2'] * num_prompts}),
+          {'content-type': 'application/json', 'x-request-id': name},
+        )
         num_open += num_prompts
         running.wait_until_open(num_open)
       runners[0].open()
@@ -330,118 +424,61 @@ def test_a_list_of_prompts_does_not_hold_up_other_calls(
 
 
 def test_a_body_too_long_is_refused(folder: pathlib.Path) -> None:
-  with serve(folder, limits=limits_lib.Limits(
-      max_message_mib=0.1)) as (_, client):
+  with serve(folder, limits=limits_lib.Limits(max_message_mib=0.1)) as (
+    _,
+    client,
+  ):
     for size, status in ((50_000, 404), (200_000, 413)):
-      assert client.ask('POST', '/v1/completions', {
-        **PROMPT, 'model': 'm' * size})[0] == status
+      assert (
+        client.ask('POST', '/v1/completions', {**PROMPT, 'model': 'm' * size})[
+          0
+        ]
+        == status
+      )
     assert client.serves()
 
 
 def test_the_gateway_may_have_a_certificate(
-    folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
   import ssl
   import subprocess
+
   subprocess.run(
-    ['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '1',
-     '-subj', '/CN=x', '-keyout', 'key.pem', '-out', 'cert.pem'],
-    cwd=tmp_path, check=True, capture_output=True)
-  with serve(folder, gateway_args=(
-      '--tls-cert-path', str(tmp_path / 'cert.pem'),
-      '--tls-key-path', str(tmp_path / 'key.pem'))) as (running, client):
+    [
+      'openssl',
+      'req',
+      '-x509',
+      '-newkey',
+      'rsa:2048',
+      '-nodes',
+      '-days',
+      '1',
+      '-subj',
+      '/CN=x',
+      '-keyout',
+      'key.pem',
+      '-out',
+      'cert.pem',
+    ],
+    cwd=tmp_path,
+    check=True,
+    capture_output=True,
+  )
+  with serve(
+    folder,
+    gateway_args=(
+      '--tls-cert-path',
+      str(tmp_path / 'cert.pem'),
+      '--tls-key-path',
+      str(tmp_path / 'key.pem'),
+    ),
+  ) as (running, client):
     gateway = running.server._gateway
     assert gateway is not None and gateway.is_serving
     assert 'CERTIFICATE' in ssl.get_server_certificate(
-      ('127.0.0.1', client.port))
-
-
-# What becomes of the fields of a body, chat and text: 400, a part of our
-# message, or nothing: then README names it.
-REFUSED: dict[str, tuple[Any, str]] = {
-  'n': (2, 'chat text'), 'presence_penalty': (1.0, 'chat text'),
-  'frequency_penalty': (1.0, 'chat text'),
-  'repetition_penalty': (1.5, 'chat text'), 'regex': ('a+', 'chat text'),
-  'ebnf': ('root ::= "a"', 'chat text'), 'json_schema': ('{}', 'text'),
-  'response_format': ({'type': 'json_object'}, 'chat'),
-  'min_tokens': (3, 'text'), 'modalities': (['audio'], 'chat'),
-  'seed': (2**31, 'chat text'),
-}
-DROPPED: dict[str, tuple[Any, str]] = {
-  'best_of': (3, 'chat text'),
-  'logit_bias': ({'5': 1}, 'chat text'),
-  'min_tokens': (3, 'chat'),
-  'response_format': ({'type': 'json_object'}, 'text'),
-  'json_schema': ('{}', 'chat'), 'guided_json': ({}, 'chat text'),
-  'guided_regex': ('a+', 'chat text'), 'guided_choice': (['a'], 'chat text'),
-  'guided_grammar': ('x', 'chat text'),
-  'structured_outputs': ({'regex': 'a'}, 'chat text'),
-  'allowed_token_ids': ([5], 'chat text'), 'bad_words': (['a'], 'chat text'),
-  'use_beam_search': (True, 'chat text'),
-  'length_penalty': (2.0, 'chat text'), 'prompt_logprobs': (1, 'chat text'),
-  'truncate_prompt_tokens': (1, 'chat text'),
-  'add_special_tokens': (False, 'chat text'),
-  'include_stop_str_in_output': (True, 'chat text'),
-  'priority': (5, 'chat text'), 'logprobs': (0, 'text'),
-  'max_completion_tokens': (2, 'text'),
-}
-BODIES = {'chat': ('/v1/chat/completions', CHAT),
-          'text': ('/v1/completions', PROMPT)}
-
-
-@pytest.mark.parametrize('name', REFUSED)
-def test_what_is_refused(served: tuple[fake.RunningServer, Client],
-                         name: str) -> None:
-  value, kinds = REFUSED[name]
-  for kind in kinds.split():
-    path, body = BODIES[kind]
-    status, _, text = served[1].ask('POST', path, {**body, name: value})
-    assert status == 400, (kind, status, text)
-    words = {'ebnf': 'grammar', 'response_format': 'json_schema',
-             'modalities': 'modality'}
-    assert words.get(name, name) in text
-
-
-def _readme_names() -> set[str]:
-  text = (source_tree.ROOT / 'README.md').read_text()
-  dropped = re.search(r'smg drops, without a word:(.*?)\n\n', text, re.S)
-  assert dropped is not None
-  return set(re.findall(r'`([a-z_]+)`', dropped[1]))
-
-
-def test_what_smg_drops_is_named(
-    served: tuple[fake.RunningServer, Client]) -> None:
-  """If one of these is no longer dropped, README has to say so."""
-  _, client = served
-  for name, (value, kinds) in DROPPED.items():
-    for kind in kinds.split():
-      path, body = BODIES[kind]
-      status, _, text = client.ask('POST', path, {**body, name: value})
-      assert status == 200, (name, kind, status, text)
-      choice = json.loads(text)['choices'][0]
-      assert (choice.get('text') or choice['message']['content']) == (
-        't3 t4 t5 t6'), name
-      assert not choice.get('logprobs')
-  assert set(DROPPED) == _readme_names()
-
-
-@pytest.mark.parametrize('fields, text', [
-  ({'echo': True}, 't1 t2t3 t4 t5 t6'), ({'suffix': ' x'}, 't3 t4 t5 t6 x')])
-def test_what_smg_adds_itself(served: tuple[fake.RunningServer, Client],
-                              fields: dict[str, Any], text: str) -> None:
-  _, _, body = served[1].ask('POST', '/v1/completions', PROMPT | fields)
-  assert json.loads(body)['choices'][0]['text'] == text
-
-
-@pytest.mark.parametrize('seed, status', [
-  (0, 200), (2**31 - 2, 200), (2**31 - 1, 400), (2**63 - 1, 400),
-  (-1, 200), (-2**31 + 1, 200), (-2**31, 400), (-2**40, 400)])
-def test_seeds_that_smg_makes_one_are_refused(
-    served: tuple[fake.RunningServer, Client], seed: int,
-    status: int) -> None:
-  got, _, text = served[1].ask(
-    'POST', '/v1/completions', {**PROMPT, 'seed': seed})
-  assert got == status, text
-  assert status == 200 or 'seed=' in text
+      ('127.0.0.1', client.port)
+    )
 
 
 def test_nothing_is_left(served: tuple[fake.RunningServer, Client]) -> None:

@@ -19,21 +19,26 @@ def _text(responses: list[pb.GenerateResponse]) -> str:
   return ''.join(r.text for r in responses)
 
 
-def test_streams_tokens_and_finishes_once(
-    server: fake.RunningServer) -> None:
-  responses = list(server.generate(
-    token_ids=[1, 2, 3], request_id='a', sampling={'max_tokens': 4}))
+def test_streams_tokens_and_finishes_once(server: fake.RunningServer) -> None:
+  responses = list(
+    server.generate(
+      token_ids=[1, 2, 3], request_id='a', sampling={'max_tokens': 4}
+    )
+  )
   assert _tokens(responses) == [4, 5, 6, 7]
   assert all(len(r.logprobs) == len(r.token_ids) for r in responses)
   assert all(r.request_id == 'a' for r in responses)
   assert [r.HasField('finished') for r in responses] == (
-    [False] * (len(responses) - 1) + [True])
+    [False] * (len(responses) - 1) + [True]
+  )
 
 
 def test_the_end_tells_reason_usage_and_times(
-    server: fake.RunningServer) -> None:
-  finished = list(server.generate(
-    token_ids=[1, 2, 3], sampling={'max_tokens': 4}))[-1].finished
+  server: fake.RunningServer,
+) -> None:
+  finished = list(
+    server.generate(token_ids=[1, 2, 3], sampling={'max_tokens': 4})
+  )[-1].finished
   assert finished.finish_reason == pb.FINISH_REASON_LENGTH
   assert finished.WhichOneof('stop_reason') is None
   assert finished.usage == pb.Usage(prompt_tokens=3, completion_tokens=4)
@@ -44,15 +49,16 @@ def test_the_end_tells_reason_usage_and_times(
 
 
 def test_a_time_that_does_not_exist_is_unset(
-    server: fake.RunningServer) -> None:
-  timing = list(server.generate(
-    token_ids=[1], sampling={'max_tokens': 1}))[-1].finished.timing
+  server: fake.RunningServer,
+) -> None:
+  timing = list(server.generate(token_ids=[1], sampling={'max_tokens': 1}))[
+    -1
+  ].finished.timing
   assert timing.HasField('ttft_s') and not timing.HasField('tpot_s')
 
 
 def test_text_in_text_out(server: fake.RunningServer) -> None:
-  responses = list(server.generate(
-    text='t7 t8', sampling={'max_tokens': 3}))
+  responses = list(server.generate(text='t7 t8', sampling={'max_tokens': 3}))
   assert _text(responses).split() == ['t9', 't10', 't11']
   assert responses[-1].finished.usage.prompt_tokens == 2
 
@@ -64,17 +70,23 @@ def test_unset_fields_take_our_defaults(server: fake.RunningServer) -> None:
 
 
 def test_fill_context_generates_to_the_end_of_the_context(
-    server: fake.RunningServer) -> None:
-  responses = list(server.generate(
-    token_ids=[1], sampling={'fill_context': True, 'ignore_eos': True}))
+  server: fake.RunningServer,
+) -> None:
+  responses = list(
+    server.generate(
+      token_ids=[1], sampling={'fill_context': True, 'ignore_eos': True}
+    )
+  )
   assert len(_tokens(responses)) == 127
   assert responses[-1].finished.finish_reason == pb.FINISH_REASON_LENGTH
 
 
 def test_a_stop_string_ends_the_text_before_it(
-    server: fake.RunningServer) -> None:
-  responses = list(server.generate(
-    text='t1', sampling={'max_tokens': 50, 'stop': ['t5']}))
+  server: fake.RunningServer,
+) -> None:
+  responses = list(
+    server.generate(text='t1', sampling={'max_tokens': 50, 'stop': ['t5']})
+  )
   assert _text(responses).split() == ['t2', 't3', 't4']
   finished = responses[-1].finished
   assert finished.finish_reason == pb.FINISH_REASON_STOP
@@ -83,31 +95,48 @@ def test_a_stop_string_ends_the_text_before_it(
 
 
 def test_a_stop_string_can_be_kept(server: fake.RunningServer) -> None:
-  responses = list(server.generate(text='t1', sampling={
-    'max_tokens': 50, 'stop': ['t5'], 'include_stop_str_in_output': True}))
+  responses = list(
+    server.generate(
+      text='t1',
+      sampling={
+        'max_tokens': 50,
+        'stop': ['t5'],
+        'include_stop_str_in_output': True,
+      },
+    )
+  )
   assert _text(responses).split() == ['t2', 't3', 't4', 't5']
 
 
 def test_a_stop_token_is_named(server: fake.RunningServer) -> None:
-  responses = list(server.generate(
-    token_ids=[1], sampling={'max_tokens': 50, 'stop_token_ids': [4, 9]}))
+  responses = list(
+    server.generate(
+      token_ids=[1], sampling={'max_tokens': 50, 'stop_token_ids': [4, 9]}
+    )
+  )
   assert _tokens(responses) == [2, 3, 4]
   assert responses[-1].finished.WhichOneof('stop_reason') == 'stop_token_id'
   assert responses[-1].finished.stop_token_id == 4
 
 
 @pytest.mark.parametrize('ignore_eos, num_tokens', [(False, 3), (True, 9)])
-def test_the_end_of_sequence(server: fake.RunningServer, ignore_eos: bool,
-                             num_tokens: int) -> None:
-  responses = list(server.generate(token_ids=[57], sampling={
-    'max_tokens': 9, 'ignore_eos': ignore_eos}))
+def test_the_end_of_sequence(
+  server: fake.RunningServer, ignore_eos: bool, num_tokens: int
+) -> None:
+  responses = list(
+    server.generate(
+      token_ids=[57], sampling={'max_tokens': 9, 'ignore_eos': ignore_eos}
+    )
+  )
   assert len(_tokens(responses)) == num_tokens
   assert responses[-1].finished.WhichOneof('stop_reason') is None
 
 
 def test_a_long_prompt_is_prepared_off_the_event_loop(
-    server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+  server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
   import threading
+
   threads = []
   encode = server.engine.tokenizer.encode
 
@@ -122,8 +151,12 @@ def test_a_long_prompt_is_prepared_off_the_event_loop(
 
 
 def test_many_at_once_do_not_mix(server: fake.RunningServer) -> None:
-  calls = [server.generate(token_ids=[i % 50] * (1 + i % 7),
-                           sampling={'max_tokens': 9}) for i in range(60)]
+  calls = [
+    server.generate(
+      token_ids=[i % 50] * (1 + i % 7), sampling={'max_tokens': 9}
+    )
+    for i in range(60)
+  ]
   for i, call in enumerate(calls):
     assert _tokens(list(call)) == [i % 50 + k for k in range(1, 10)]
   assert server.all_pages_are_free()

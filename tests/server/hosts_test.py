@@ -55,8 +55,9 @@ class Hosts:
     script: what the second one runs instead of the module.
   """
 
-  def __init__(self, *args: str, by_slurm: bool = False,
-               script: str = '') -> None:
+  def __init__(
+    self, *args: str, by_slurm: bool = False, script: str = ''
+  ) -> None:
     self.printed = ['', '']
     self._coordinator = f'127.0.0.1:{_free_port()}'
     self._by_slurm = by_slurm
@@ -65,29 +66,58 @@ class Hosts:
     self._home = tempfile.TemporaryDirectory()
     self.processes = [self._start(i, args) for i in range(2)]
     self._readers = [
-      threading.Thread(target=self._read, args=(i,)) for i in range(2)]
+      threading.Thread(target=self._read, args=(i,)) for i in range(2)
+    ]
     for reader in self._readers:
       reader.start()
 
-  def _start(self, process_id: int, args: tuple[str, ...],
-             ) -> subprocess.Popen[str]:
-    env = {'JAX_NUM_CPU_DEVICES': '2', 'PYTHONUNBUFFERED': '1',
-           'JAX_PLATFORMS': 'cpu', 'HOME': self._home.name}
+  def _start(
+    self,
+    process_id: int,
+    args: tuple[str, ...],
+  ) -> subprocess.Popen[str]:
+    env = {
+      'JAX_NUM_CPU_DEVICES': '2',
+      'PYTHONUNBUFFERED': '1',
+      'JAX_PLATFORMS': 'cpu',
+      'HOME': self._home.name,
+    }
     if self._by_slurm:  # As SLURM would for a task a node.
       joins = ['--distributed']
-      env |= {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2',
-              'SLURM_STEP_NODELIST': 'localhost', 'SLURM_LOCALID': '0',
-              'SLURM_PROCID': str(process_id)}
+      env |= {
+        'SLURM_JOB_ID': str(os.getpid()),
+        'SLURM_NTASKS': '2',
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_LOCALID': '0',
+        'SLURM_PROCID': str(process_id),
+      }
     else:
-      joins = [f'--coordinator_address={self._coordinator}',
-               '--num_processes=2', f'--process_id={process_id}']
+      joins = [
+        f'--coordinator_address={self._coordinator}',
+        '--num_processes=2',
+        f'--process_id={process_id}',
+      ]
     return subprocess.Popen(
-      [sys.executable, *(
-        ('-c', self._script) if process_id and self._script
-        else ('-m', args[0])), *args[1:], '--tp=2', '--pp=2', '--cache_dir=',
-       *(f'--{name}={value}' for name, value in ENGINE.items()), *joins],
-      cwd=source_tree.ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, env=os.environ | env)
+      [
+        sys.executable,
+        *(
+          ('-c', self._script)
+          if process_id and self._script
+          else ('-m', args[0])
+        ),
+        *args[1:],
+        '--tp=2',
+        '--pp=2',
+        '--cache_dir=',
+        *(f'--{name}={value}' for name, value in ENGINE.items()),
+        *joins,
+      ],
+      cwd=source_tree.ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      env=os.environ | env,
+    )
 
   def _read(self, i: int) -> None:
     for line in self.processes[i].stdout or ():
@@ -123,24 +153,32 @@ def served(checkpoint: pathlib.Path) -> Iterator[tuple[Hosts, grpc.Channel]]:
     hosts.close()
 
 
-def _generate(channel: grpc.Channel, prompt: list[int],
-              max_tokens: int) -> list[int]:
+def _generate(
+  channel: grpc.Channel, prompt: list[int], max_tokens: int
+) -> list[int]:
   stub = sarathi_pb2_grpc.SarathiStub(channel)
   tokens: list[int] = []
-  for response in stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=max_tokens)),
-      timeout=TIMEOUT_S):
+  for response in stub.Generate(
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=prompt),
+      sampling=pb.SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=max_tokens
+      ),
+    ),
+    timeout=TIMEOUT_S,
+  ):
     tokens += response.token_ids
   return tokens
 
 
 def test_two_hosts_serve_what_one_device_does_and_end_together(
-    served, checkpoint):
+  served, checkpoint
+):
   hosts, channel = served
   llm = LLM.from_checkpoint(checkpoint, config=EngineConfig(**ENGINE))
   done = llm.generate(
-    PROMPTS, SamplingParams(temperature=0, ignore_eos=True, max_tokens=20))
+    PROMPTS, SamplingParams(temperature=0, ignore_eos=True, max_tokens=20)
+  )
   for prompt, expected in zip(PROMPTS, done, strict=True):
     assert tuple(_generate(channel, prompt, 20)) == expected.token_ids
   # Wherever it arrives; JAX would keep it from the second one.
@@ -152,10 +190,18 @@ def test_a_lost_host_ends_the_service_at_once(served):
   hosts, channel = served
   _generate(channel, [1], 2)
   stub = sarathi_pb2_grpc.SarathiStub(channel)
-  calls = [stub.Generate(pb.GenerateRequest(
-    token_ids=pb.TokenIds(ids=[1]), sampling=pb.SamplingParams(
-      temperature=0, ignore_eos=True, max_tokens=60)), timeout=TIMEOUT_S)
-    for _ in range(8)]
+  calls = [
+    stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]),
+        sampling=pb.SamplingParams(
+          temperature=0, ignore_eos=True, max_tokens=60
+        ),
+      ),
+      timeout=TIMEOUT_S,
+    )
+    for _ in range(8)
+  ]
   next(iter(calls[0]))
   hosts.processes[1].kill()
   start = time.monotonic()
@@ -180,7 +226,7 @@ def test_the_others_end_when_the_first_one_is_lost(served):
 
 
 # The first step is of nothing, before there are requests.
-_FAILS = '''
+_FAILS = """
 import runpy
 import sys
 from sarathi_jax.runner import device_runner
@@ -197,16 +243,22 @@ def fails(*args):
 device_runner.DeviceRunner._compute = fails
 sys.argv[0] = 'server'
 runpy.run_module('sarathi_jax.server', run_name='__main__', alter_sys=True)
-'''
+"""
 
 
 def test_an_exception_on_one_host_ends_all_with_its_words(checkpoint):
-  hosts = Hosts('sarathi_jax.server', f'--checkpoint={checkpoint}',
-                '--port=0', script=_FAILS)
+  hosts = Hosts(
+    'sarathi_jax.server',
+    f'--checkpoint={checkpoint}',
+    '--port=0',
+    script=_FAILS,
+  )
   try:
     port = hosts.wait_for(r'Serving \S+ at 127\.0\.0\.1:(\d+)\.')[1]
-    with (grpc.insecure_channel(f'127.0.0.1:{port}') as channel,
-          pytest.raises(grpc.RpcError) as caught):
+    with (
+      grpc.insecure_channel(f'127.0.0.1:{port}') as channel,
+      pytest.raises(grpc.RpcError) as caught,
+    ):
       _generate(channel, [1], 50)
     start = time.monotonic()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -216,22 +268,27 @@ def test_an_exception_on_one_host_ends_all_with_its_words(checkpoint):
     hosts.close()
   line = 'RuntimeError: the device is on fire'
   assert hosts.printed[0].splitlines()[-1] == (
-    f'error: process 1 failed: {line}')
+    f'error: process 1 failed: {line}'
+  )
   assert hosts.printed[1].splitlines()[-1] == f'error: {line}'
 
 
 def test_an_offline_run_on_two_hosts_that_slurm_started(
-    checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  checkpoint: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
   """Where they are is detected; the second one writes nothing."""
   prompts, output = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
   prompts.write_text('{"prompt_token_ids": [1, 2, 3]}\n' * 3)
   hosts = Hosts(
-    'sarathi_jax.offline', f'--checkpoint={checkpoint}',
-    f'--prompts={prompts}', f'--output={output}', '--max_tokens=5',
-    by_slurm=True)
+    'sarathi_jax.offline',
+    f'--checkpoint={checkpoint}',
+    f'--prompts={prompts}',
+    f'--output={output}',
+    '--max_tokens=5',
+    by_slurm=True,
+  )
   try:
-    assert [p.wait(TIMEOUT_S) for p in hosts.processes] == [0, 0], (
-      hosts.printed)
+    assert [p.wait(TIMEOUT_S) for p in hosts.processes] == [0, 0], hosts.printed
   finally:
     hosts.close()
   assert len(output.read_text().splitlines()) == 3

@@ -30,7 +30,8 @@ def _health(running: fake.RunningServer) -> set[int]:
   stub = health_pb2_grpc.HealthStub(running.channel)
   return {
     stub.Check(health_pb2.HealthCheckRequest(service=name)).status
-    for name in ('', 'sarathi.v1.Sarathi')}
+    for name in ('', 'sarathi.v1.Sarathi')
+  }
 
 
 def _refusal(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -53,12 +54,15 @@ def loading() -> Iterator[tuple[fake.RunningServer, threading.Event]]:
 
 
 def test_not_serving_until_warm(
-    loading: tuple[fake.RunningServer, threading.Event]) -> None:
+  loading: tuple[fake.RunningServer, threading.Event],
+) -> None:
   running, loaded = loading
   assert _health(running) == {NOT_SERVING}
   code, details = _refusal(running.generate(token_ids=[1]))
   assert (code, details) == (
-    grpc.StatusCode.UNAVAILABLE, 'the model is being loaded')
+    grpc.StatusCode.UNAVAILABLE,
+    'the model is being loaded',
+  )
   with pytest.raises(grpc.RpcError) as refusal:
     running.stub.GetModelInfo(pb.GetModelInfoRequest())
   assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -69,19 +73,28 @@ def test_not_serving_until_warm(
 
 
 def test_reflection_lists_and_describes_the_services(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   database = (
     proto_reflection_descriptor_database.ProtoReflectionDescriptorDatabase(
-      server.channel))
+      server.channel
+    )
+  )
   assert {sarathi_v1.NAME, 'grpc.health.v1.Health'} <= set(
-    database.get_services())
+    database.get_services()
+  )
   described = database.FindFileContainingSymbol(sarathi_v1.NAME)
   assert {m.name for m in described.service[0].method} == {
-    'Generate', 'Abort', 'GetModelInfo', 'GetStats'}
+    'Generate',
+    'Abort',
+    'GetModelInfo',
+    'GetStats',
+  }
 
 
 def test_a_fault_fails_all_and_shows_in_health(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   calls = [running.generate(token_ids=[1], sampling={'max_tokens': 100})]
   runner.let(1)
@@ -96,14 +109,18 @@ def test_a_fault_fails_all_and_shows_in_health(
     assert 'RuntimeError' in details and 'device' not in details
   fake.wait_until(lambda: _health(running) == {NOT_SERVING})
   assert _refusal(running.generate(token_ids=[1]))[0] is (
-    grpc.StatusCode.UNAVAILABLE)
+    grpc.StatusCode.UNAVAILABLE
+  )
 
 
 def test_a_step_that_fails_ends_what_was_in_it_and_nothing_else(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated(max_num_seqs=2)
-  in_it = [running.generate(token_ids=[i], sampling={'max_tokens': 100})
-           for i in (1, 2)]
+  in_it = [
+    running.generate(token_ids=[i], sampling={'max_tokens': 100})
+    for i in (1, 2)
+  ]
   running.wait_until_open(2)
   runner.let(6)
   assert [next(call).token_ids[0] for call in in_it] == [2, 3]
@@ -120,7 +137,8 @@ def test_a_step_that_fails_ends_what_was_in_it_and_nothing_else(
 
 
 def test_an_engine_whose_every_step_fails_is_given_up(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   runner.open()
 
@@ -130,12 +148,14 @@ def test_an_engine_whose_every_step_fails_is_given_up(
   runner.fetch = fail
   codes = [_refusal(running.generate(token_ids=[1]))[0] for _ in range(5)]
   assert codes == [grpc.StatusCode.INTERNAL] * 3 + (
-    [grpc.StatusCode.UNAVAILABLE] * 2)
+    [grpc.StatusCode.UNAVAILABLE] * 2
+  )
   fake.wait_until(lambda: _health(running) == {NOT_SERVING})
 
 
 def test_draining_lets_open_requests_finish_and_refuses_new_ones(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated()
   call = running.generate(token_ids=[1], sampling={'max_tokens': 5})
   runner.let(1)
@@ -144,7 +164,9 @@ def test_draining_lets_open_requests_finish_and_refuses_new_ones(
   fake.wait_until(lambda: _health(running) == {NOT_SERVING})
   code, details = _refusal(running.generate(token_ids=[1]))
   assert (code, details) == (
-    grpc.StatusCode.UNAVAILABLE, 'the server is shutting down')
+    grpc.StatusCode.UNAVAILABLE,
+    'the server is shutting down',
+  )
   assert not draining.done()
   runner.open()
   assert fake.take(call) == [3, 4, 5, 6]
@@ -160,7 +182,8 @@ def _drain(running: fake.RunningServer, by: str) -> Any:
 
 @pytest.mark.parametrize('by', ['SIGTERM', 'Control'])
 def test_a_drain_refuses_at_once_what_can_not_begin(
-    gated: Callable[..., Any], by: str) -> None:
+  gated: Callable[..., Any], by: str
+) -> None:
   running, runner = gated(max_num_seqs=1)
   call = running.generate(token_ids=[1], sampling={'max_tokens': 5})
   runner.let(1)
@@ -170,7 +193,9 @@ def test_a_drain_refuses_at_once_what_can_not_begin(
   draining = _drain(running, by)
   for other in waiting:  # though no step completes meanwhile
     assert _refusal(other) == (
-      grpc.StatusCode.UNAVAILABLE, 'the server is shutting down')
+      grpc.StatusCode.UNAVAILABLE,
+      'the server is shutting down',
+    )
   assert not draining.done()
   runner.open()
   assert fake.take(call) == [3, 4, 5, 6]
@@ -179,7 +204,8 @@ def test_a_drain_refuses_at_once_what_can_not_begin(
 
 @pytest.mark.parametrize('by', ['SIGTERM', 'Control'])
 def test_a_drain_serves_what_can_begin(
-    gated: Callable[..., Any], by: str) -> None:
+  gated: Callable[..., Any], by: str
+) -> None:
   running, runner = gated(max_num_seqs=3, token_budget=6)
   calls = [running.generate(token_ids=[1] * 3, sampling={'max_tokens': 5})]
   runner.let(1)
@@ -216,7 +242,8 @@ def test_a_drain_ends_a_pause(gated: Callable[..., Any], by: str) -> None:
 
 
 def test_what_outlasts_the_drain_is_cut_off_with_a_status(
-    gated: Callable[..., Any]) -> None:
+  gated: Callable[..., Any],
+) -> None:
   running, runner = gated(config={'drain_s': 0.01})
   call = running.generate(token_ids=[1], sampling={'max_tokens': 100})
   runner.let(1)
@@ -225,7 +252,9 @@ def test_what_outlasts_the_drain_is_cut_off_with_a_status(
   stopping = running.submit(running.server.stop())  # a step is under way
   code, details = _refusal(call)
   assert (code, details) == (
-    grpc.StatusCode.UNAVAILABLE, 'the server is shutting down')
+    grpc.StatusCode.UNAVAILABLE,
+    'the server is shutting down',
+  )
   runner.open()
   stopping.result(fake.TIMEOUT_S)
 
@@ -235,13 +264,15 @@ def test_a_port_in_use_is_refused(server: fake.RunningServer) -> None:
     config = server_lib.ServerConfig(port=server.server.port)
     await server_lib.Server(config, fake.make_engine).start()
 
-  with pytest.raises(errors.ConfigError,
-                     match=f'port={server.server.port}: .*in use'):
+  with pytest.raises(
+    errors.ConfigError, match=f'port={server.server.port}: .*in use'
+  ):
     server.run(start_another())
 
 
-@pytest.mark.parametrize('field, value', [
-  ('port', -1), ('port', 65536), ('drain_s', -1.0)])
+@pytest.mark.parametrize(
+  'field, value', [('port', -1), ('port', 65536), ('drain_s', -1.0)]
+)
 def test_a_bad_config_is_named(field: str, value: float) -> None:
   with pytest.raises(errors.ConfigError, match=f'{field}={value}'):
     server_lib.ServerConfig(**{field: value})

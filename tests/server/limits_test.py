@@ -46,13 +46,17 @@ _STREAM = '/inference.GRPCInferenceService/ModelStreamInfer'
 @pytest.fixture(scope='module')
 def roomy() -> Iterator[fake.RunningServer]:
   """One with a chat template, that takes prompts of 100,000 tokens."""
-  with contextlib.closing(fake.RunningServer(functools.partial(
-      server_front.make_roomy_engine, 16, 0.0))) as running:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(server_front.make_roomy_engine, 16, 0.0)
+    )
+  ) as running:
     yield running
 
 
-def _send(running: fake.RunningServer, method: str,
-          message: Any) -> tuple[grpc.StatusCode, str, list[bytes]]:
+def _send(
+  running: fake.RunningServer, method: str, message: Any
+) -> tuple[grpc.StatusCode, str, list[bytes]]:
   call: Any = running.channel.unary_stream(method)
   data: Any = message.SerializeToString()
   if method == _STREAM:
@@ -64,6 +68,7 @@ def _send(running: fake.RunningServer, method: str,
 
 
 # The table.
+
 
 def test_every_row_says_what_and_why_and_is_a_flag() -> None:
   with absl_flags.defined(flags.define_server_flags):
@@ -81,24 +86,36 @@ def test_a_bound_that_makes_no_sense_is_refused(name: str) -> None:
 
 # What is refused.
 
+
 def _sampled(**sampling: Any) -> pb.GenerateRequest:
   return pb.GenerateRequest(text='x', sampling=pb.SamplingParams(**sampling))
 
 
 def _vllm_sampled(**sampling: Any) -> vllm.GenerateRequest:
   return vllm.GenerateRequest(
-    text='x', sampling_params=vllm.SamplingParams(**sampling))
+    text='x', sampling_params=vllm.SamplingParams(**sampling)
+  )
 
 
-def _infer(*tensors: tuple[str, str, list[int], dict[str, Any]],
-           raw: list[bytes] | None = None, id: str = '',
-           **parameters: str) -> oip.ModelInferRequest:
+def _infer(
+  *tensors: tuple[str, str, list[int], dict[str, Any]],
+  raw: list[bytes] | None = None,
+  id: str = '',
+  **parameters: str,
+) -> oip.ModelInferRequest:
   request = oip.ModelInferRequest(
-    model_name='counting', id=id, raw_input_contents=raw or ())
+    model_name='counting', id=id, raw_input_contents=raw or ()
+  )
   for name, datatype, shape, contents in (
-      ('text_input', 'BYTES', [1], {'bytes_contents': [b'x']}), *tensors):
-    request.inputs.add(name=name, datatype=datatype, shape=shape,
-                       contents=None if raw else contents)
+    ('text_input', 'BYTES', [1], {'bytes_contents': [b'x']}),
+    *tensors,
+  ):
+    request.inputs.add(
+      name=name,
+      datatype=datatype,
+      shape=shape,
+      contents=None if raw else contents,
+    )
   for name, value in parameters.items():
     request.parameters[name].string_param = value
   return request
@@ -111,89 +128,184 @@ def _bytes(name: str, values: list[bytes]) -> Any:
 _LONG = 3_000_000
 # Method, message, what its refusal says.
 TOO_MUCH: dict[str, tuple[str, Callable[[], Any], str]] = {
-  'text': (_SARATHI, lambda: pb.GenerateRequest(text='ab ' * _LONG),
-           'prompt: has 9,000,000 characters of a prompt: must be at most '
-           f'max_prompt_chars={16 * 2**17}'),
-  'chat text': (_SARATHI, lambda: pb.GenerateRequest(chat=pb.Chat(messages=[
-    pb.ChatMessage(role='user', content='ab ' * _LONG)])),
-    'max_prompt_chars'),
-  'token ids': (_SARATHI, lambda: pb.GenerateRequest(
-    token_ids=pb.TokenIds(ids=[1] * _LONG)), 'max_numbers'),
-  'messages': (_SARATHI, lambda: pb.GenerateRequest(chat=pb.Chat(
-    messages=[pb.ChatMessage(role='user', content='x')] * 20_000)),
-    'max_messages=16384'),
+  'text': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(text='ab ' * _LONG),
+    'prompt: has 9,000,000 characters of a prompt: must be at most '
+    f'max_prompt_chars={16 * 2**17}',
+  ),
+  'chat text': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(
+      chat=pb.Chat(
+        messages=[pb.ChatMessage(role='user', content='ab ' * _LONG)]
+      )
+    ),
+    'max_prompt_chars',
+  ),
+  'token ids': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * _LONG)),
+    'max_numbers',
+  ),
+  'messages': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(
+      chat=pb.Chat(messages=[pb.ChatMessage(role='user', content='x')] * 20_000)
+    ),
+    'max_messages=16384',
+  ),
   'stops': (_SARATHI, lambda: _sampled(stop=['zz'] * 129), 'max_stops=128'),
-  'stop chars': (_SARATHI, lambda: _sampled(stop=['z' * 2000] * 3),
-                 'has 6,000 characters of all stop strings'),
-  'stop ids': (_SARATHI, lambda: _sampled(stop_token_ids=[1] * 1025),
-               'max_stop_token_ids=1024'),
-  'request id': (_SARATHI, lambda: pb.GenerateRequest(
-    text='x', request_id='r' * 257), 'request_id: has 257 characters'),
-  'tier': (_SARATHI, lambda: pb.GenerateRequest(text='x', tier='t' * _LONG),
-           '(length 3,000,000)'),
-  'abort': ('/sarathi.v1.Sarathi/Abort', lambda: pb.AbortRequest(
-    request_ids=['r'] * 1025), 'max_abort_ids=1024'),
-  'vllm text': (_VLLM, lambda: vllm.GenerateRequest(text='ab ' * _LONG),
-                'max_prompt_chars'),
-  'vllm ids': (_VLLM, lambda: vllm.GenerateRequest(
-    tokenized=vllm.TokenizedInput(input_ids=[1] * _LONG)), 'max_numbers'),
-  'vllm stops': (_VLLM, lambda: _vllm_sampled(stop=['zz'] * 129),
-                 'max_stops=128'),
-  'vllm stop chars': (_VLLM, lambda: _vllm_sampled(stop=['z' * 5000]),
-                      'max_stop_chars=4096'),
-  'vllm request id': (_VLLM, lambda: vllm.GenerateRequest(
-    text='x', request_id='r' * 257), 'max_id_chars=256'),
-  'vllm logit_bias': (_VLLM, lambda: _vllm_sampled(
-    logit_bias=dict.fromkeys(range(1025), 1.0)), 'max_parameters=1024'),
-  'vllm abort': ('/vllm.grpc.engine.VllmEngine/Abort', lambda:
-                 vllm.AbortRequest(request_ids=['r'] * 1025),
-                 'max_abort_ids=1024'),
-  'dimensions': (_INFER, lambda: _infer(
-    ('stop', 'BYTES', [2**62] * 60_000, {})), 'max_dims=8'),
-  'inputs': (_INFER, lambda: _infer(*(_bytes(f't{i}', [b'x'])
-                                      for i in range(64))), 'max_tensors=64'),
-  'raw ids': (_INFER, lambda: _infer(
-    ('input_ids', 'INT64', [_LONG // 8], {}),
-    raw=[b'\1\0\0\0x', b'\0' * _LONG]), 'max_model_len=131072'),
-  'raw booleans': (_INFER, lambda: _infer(
-    ('stream', 'BOOL', [_LONG], {}), raw=[b'\1\0\0\0x', b'\0' * _LONG]),
-    'inputs: stream: has 3,000,000 elements of a tensor'),
-  'raw stops': (_INFER, lambda: _infer(
-    ('stop_words', 'BYTES', [_LONG // 4], {}),
-    raw=[b'\1\0\0\0x', b'\0' * _LONG]), 'max_stops=128'),
-  'tensor of stops': (_INFER, lambda: _infer(_bytes('stop', [b'z'] * 129)),
-                      'max_stops=128'),
-  'JSON': (_INFER, lambda: _infer(sampling_parameters='[' * _LONG),
-           'max_json_chars=65536'),
-  'JSON of stops': (_INFER, lambda: _infer(
-    sampling_parameters=json.dumps({'stop': ['z'] * 200})),
-    'max_stops=128'),
+  'stop chars': (
+    _SARATHI,
+    lambda: _sampled(stop=['z' * 2000] * 3),
+    'has 6,000 characters of all stop strings',
+  ),
+  'stop ids': (
+    _SARATHI,
+    lambda: _sampled(stop_token_ids=[1] * 1025),
+    'max_stop_token_ids=1024',
+  ),
+  'request id': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(text='x', request_id='r' * 257),
+    'request_id: has 257 characters',
+  ),
+  'tier': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(text='x', tier='t' * _LONG),
+    '(length 3,000,000)',
+  ),
+  'abort': (
+    '/sarathi.v1.Sarathi/Abort',
+    lambda: pb.AbortRequest(request_ids=['r'] * 1025),
+    'max_abort_ids=1024',
+  ),
+  'vllm text': (
+    _VLLM,
+    lambda: vllm.GenerateRequest(text='ab ' * _LONG),
+    'max_prompt_chars',
+  ),
+  'vllm ids': (
+    _VLLM,
+    lambda: vllm.GenerateRequest(
+      tokenized=vllm.TokenizedInput(input_ids=[1] * _LONG)
+    ),
+    'max_numbers',
+  ),
+  'vllm stops': (
+    _VLLM,
+    lambda: _vllm_sampled(stop=['zz'] * 129),
+    'max_stops=128',
+  ),
+  'vllm stop chars': (
+    _VLLM,
+    lambda: _vllm_sampled(stop=['z' * 5000]),
+    'max_stop_chars=4096',
+  ),
+  'vllm request id': (
+    _VLLM,
+    lambda: vllm.GenerateRequest(text='x', request_id='r' * 257),
+    'max_id_chars=256',
+  ),
+  'vllm logit_bias': (
+    _VLLM,
+    lambda: _vllm_sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
+    'max_parameters=1024',
+  ),
+  'vllm abort': (
+    '/vllm.grpc.engine.VllmEngine/Abort',
+    lambda: vllm.AbortRequest(request_ids=['r'] * 1025),
+    'max_abort_ids=1024',
+  ),
+  'dimensions': (
+    _INFER,
+    lambda: _infer(('stop', 'BYTES', [2**62] * 60_000, {})),
+    'max_dims=8',
+  ),
+  'inputs': (
+    _INFER,
+    lambda: _infer(*(_bytes(f't{i}', [b'x']) for i in range(64))),
+    'max_tensors=64',
+  ),
+  'raw ids': (
+    _INFER,
+    lambda: _infer(
+      ('input_ids', 'INT64', [_LONG // 8], {}),
+      raw=[b'\1\0\0\0x', b'\0' * _LONG],
+    ),
+    'max_model_len=131072',
+  ),
+  'raw booleans': (
+    _INFER,
+    lambda: _infer(
+      ('stream', 'BOOL', [_LONG], {}), raw=[b'\1\0\0\0x', b'\0' * _LONG]
+    ),
+    'inputs: stream: has 3,000,000 elements of a tensor',
+  ),
+  'raw stops': (
+    _INFER,
+    lambda: _infer(
+      ('stop_words', 'BYTES', [_LONG // 4], {}),
+      raw=[b'\1\0\0\0x', b'\0' * _LONG],
+    ),
+    'max_stops=128',
+  ),
+  'tensor of stops': (
+    _INFER,
+    lambda: _infer(_bytes('stop', [b'z'] * 129)),
+    'max_stops=128',
+  ),
+  'JSON': (
+    _INFER,
+    lambda: _infer(sampling_parameters='[' * _LONG),
+    'max_json_chars=65536',
+  ),
+  'JSON of stops': (
+    _INFER,
+    lambda: _infer(sampling_parameters=json.dumps({'stop': ['z'] * 200})),
+    'max_stops=128',
+  ),
   'inference id': (_INFER, lambda: _infer(id='i' * 257), 'max_id_chars=256'),
   'a parameter': (_INFER, lambda: _infer(stop='z' * 5000), 'max_stop_chars'),
-  'a long name': (_INFER, lambda: _infer(**{'n' * _LONG: ''}),
-                  '(length 3,000,000)'),
-  'model': (_INFER, lambda: oip.ModelInferRequest(model_name='m' * _LONG),
-            '(length 3,000,000)'),
-  'control': ('/sarathi.v1.Control/Profile', lambda: pb.ProfileRequest(
-    num_steps=2**31 - 1), 'max_profile_steps=1000'),
+  'a long name': (
+    _INFER,
+    lambda: _infer(**{'n' * _LONG: ''}),
+    '(length 3,000,000)',
+  ),
+  'model': (
+    _INFER,
+    lambda: oip.ModelInferRequest(model_name='m' * _LONG),
+    '(length 3,000,000)',
+  ),
+  'control': (
+    '/sarathi.v1.Control/Profile',
+    lambda: pb.ProfileRequest(num_steps=2**31 - 1),
+    'max_profile_steps=1000',
+  ),
 }
 
 
 @pytest.fixture(scope='module')
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
   from sarathi_jax.server.protocols import control_v1
-  with contextlib.closing(fake.RunningServer(
+
+  with contextlib.closing(
+    fake.RunningServer(
       functools.partial(server_front.make_roomy_engine, 16, 0.0),
-      trace_dir=tmp_path_factory.mktemp('trace'), hooks=control_v1.Hooks(
-        start_profile=lambda folder: None,
-        stop_profile=lambda: None))) as running:
+      trace_dir=tmp_path_factory.mktemp('trace'),
+      hooks=control_v1.Hooks(
+        start_profile=lambda folder: None, stop_profile=lambda: None
+      ),
+    )
+  ) as running:
     yield running
 
 
 @pytest.mark.parametrize('name', TOO_MUCH)
 def test_too_much_is_refused_by_name_and_costs_nothing(
-    profiled: fake.RunningServer, name: str,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  profiled: fake.RunningServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
   for work in ('encode', 'apply_chat_template'):
     monkeypatch.setattr(profiled.engine.tokenizer, work, None)
   method, make, says = TOO_MUCH[name]
@@ -204,9 +316,11 @@ def test_too_much_is_refused_by_name_and_costs_nothing(
 
 
 def test_too_much_in_a_stream_ends_what_it_must(
-    roomy: fake.RunningServer) -> None:
-  code, details, _ = _send(roomy, _STREAM, _infer(*(
-    _bytes(f't{i}', [b'x']) for i in range(64))))
+  roomy: fake.RunningServer,
+) -> None:
+  code, details, _ = _send(
+    roomy, _STREAM, _infer(*(_bytes(f't{i}', [b'x']) for i in range(64)))
+  )
   assert code is _CODE.INVALID_ARGUMENT and 'max_tensors=64' in details
   code, _, answers = _send(roomy, _STREAM, _infer(id='i' * 1_000_000))
   assert code is _CODE.OK and len(answers[0]) < 1000
@@ -215,9 +329,11 @@ def test_too_much_in_a_stream_ends_what_it_must(
 
 
 def test_a_client_can_not_call_itself_what_it_likes(
-    roomy: fake.RunningServer) -> None:
+  roomy: fake.RunningServer,
+) -> None:
   call = roomy.stub.Generate(
-    pb.GenerateRequest(text='x'), metadata=[('x-client-id', 'c' * 5000)])
+    pb.GenerateRequest(text='x'), metadata=[('x-client-id', 'c' * 5000)]
+  )
   with pytest.raises(grpc.RpcError):
     list(call)
   assert call.code() is _CODE.INVALID_ARGUMENT
@@ -225,12 +341,15 @@ def test_a_client_can_not_call_itself_what_it_likes(
   assert 'x-client-id: has 5,0' in call.details()
 
 
-@pytest.mark.parametrize('value', ['x' * 10**6, '\u4e2d' * 10**6, '"' * 10**6,
-                                   '\udcff' * 10**6])
+@pytest.mark.parametrize(
+  'value', ['x' * 10**6, '\u4e2d' * 10**6, '"' * 10**6, '\udcff' * 10**6]
+)
 def test_what_quotes_a_large_value_fits_into_a_trailer(value: str) -> None:
-  for error in (errors.InvalidRequestError(f'tier={value!r}: no.'),
-                errors.InvalidRequestError(value),
-                errors.EngineDeadError(value)):
+  for error in (
+    errors.InvalidRequestError(f'tier={value!r}: no.'),
+    errors.InvalidRequestError(value),
+    errors.EngineDeadError(value),
+  ):
     text = status.of(error)[1]
     sent = urllib.parse.quote(text, safe=string.printable)
     assert len(sent) < 7000 and '(length ' in text
@@ -245,12 +364,22 @@ def test_values_are_shown_whole_if_they_are_short() -> None:
 
 # What is served.
 
+
 def _tokens(running: fake.RunningServer, **fields: Any) -> Any:
-  return list(running.stub.Generate(pb.GenerateRequest(
-    sampling=pb.SamplingParams(max_tokens=2, ignore_eos=True,
-                               stop=[f'zz{i}' for i in range(128)],
-                               stop_token_ids=[2000] * 1024),
-    **fields), timeout=60))
+  return list(
+    running.stub.Generate(
+      pb.GenerateRequest(
+        sampling=pb.SamplingParams(
+          max_tokens=2,
+          ignore_eos=True,
+          stop=[f'zz{i}' for i in range(128)],
+          stop_token_ids=[2000] * 1024,
+        ),
+        **fields,
+      ),
+      timeout=60,
+    )
+  )
 
 
 def test_large_prompts_are_served(roomy: fake.RunningServer) -> None:
@@ -258,33 +387,43 @@ def test_large_prompts_are_served(roomy: fake.RunningServer) -> None:
   assert done[-1].finished.usage.prompt_tokens == 100_000
   done = _tokens(roomy, text='the list ' * 50_000)
   assert done[-1].finished.usage.prompt_tokens >= 100_000
-  done = _tokens(roomy, chat=pb.Chat(messages=[
-    pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
-    for i in range(10_000)]))
+  done = _tokens(
+    roomy,
+    chat=pb.Chat(
+      messages=[
+        pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
+        for i in range(10_000)
+      ]
+    ),
+  )
   assert done[-1].finished.usage.prompt_tokens >= 20_000
 
 
 # What is not worth its work.
 
+
 def test_a_full_queue_tokenizes_nothing(
-    gated: Callable[..., Any], tokenizer_folder: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  gated: Callable[..., Any],
+  tokenizer_folder: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   running, runner = gated(
-    max_num_seqs=1, tokenizer_folder=tokenizer_folder,
-    config={'limits': limits_lib.Limits(max_waiting=1)})
+    max_num_seqs=1,
+    tokenizer_folder=tokenizer_folder,
+    config={'limits': limits_lib.Limits(max_waiting=1)},
+  )
   calls = []
   for i in range(2):
-    calls.append(running.generate(
-      token_ids=[1], sampling={'max_tokens': 2}))
+    calls.append(running.generate(token_ids=[1], sampling={'max_tokens': 2}))
     running.wait_until_open(i + 1)
     if not i:
       runner.let(1)
       fake.wait_until(
-        lambda: not running.server.frontend.engine_thread.num_queued)
+        lambda: not running.server.frontend.engine_thread.num_queued
+      )
   monkeypatch.setattr(running.engine.tokenizer, 'encode', None)
   ended: list[Any] = []
-  monkeypatch.setattr(
-    running.server.frontend, '_observers', (ended.append,))
+  monkeypatch.setattr(running.server.frontend, '_observers', (ended.append,))
   call = running.generate(text='t1 t2')
   with pytest.raises(grpc.RpcError):
     list(call)
@@ -296,18 +435,25 @@ def test_a_full_queue_tokenizes_nothing(
 
 
 def test_prompts_that_are_being_tokenized_count_as_waiting(
-    gated: Callable[..., Any], tokenizer_folder: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch) -> None:
+  gated: Callable[..., Any],
+  tokenizer_folder: pathlib.Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   running, runner = gated(
     tokenizer_folder=tokenizer_folder,
-    config={'limits': limits_lib.Limits(max_waiting=2)})
+    config={'limits': limits_lib.Limits(max_waiting=2)},
+  )
   go = threading.Event()
   encode = running.engine.tokenizer.encode
-  monkeypatch.setattr(running.engine.tokenizer, 'encode', lambda text: (
-    go.wait(fake.TIMEOUT_S) and encode(text)))
+  monkeypatch.setattr(
+    running.engine.tokenizer,
+    'encode',
+    lambda text: go.wait(fake.TIMEOUT_S) and encode(text),
+  )
   text = 't1' + ' ' * 2000
-  held = [running.generate(text=text, sampling={'max_tokens': 1})
-          for _ in range(2)]
+  held = [
+    running.generate(text=text, sampling={'max_tokens': 1}) for _ in range(2)
+  ]
   fake.wait_until(lambda: running.server.frontend.num_open == 2)
   call = running.generate(text=text)
   with pytest.raises(grpc.RpcError):
@@ -320,11 +466,14 @@ def test_prompts_that_are_being_tokenized_count_as_waiting(
 
 
 def test_a_burst_is_refused_with_a_hint_and_never_cancelled(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   async def one(stub: Any) -> Any:
-    call = stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[5]),
-      sampling=pb.SamplingParams(max_tokens=2)))
+    call = stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5]), sampling=pb.SamplingParams(max_tokens=2)
+      )
+    )
     with contextlib.suppress(grpc.aio.AioRpcError):
       async for _ in call:
         pass
@@ -332,21 +481,31 @@ def test_a_burst_is_refused_with_a_hint_and_never_cancelled(
 
   async def burst() -> Any:
     async with contextlib.AsyncExitStack() as stack:
-      stubs = [sarathi_pb2_grpc.SarathiStub(
-        await stack.enter_async_context(grpc.aio.insecure_channel(
-          f'127.0.0.1:{server.server.port}',
-          options=[('grpc.use_local_subchannel_pool', 1)])))
-               for _ in range(10)]
+      stubs = [
+        sarathi_pb2_grpc.SarathiStub(
+          await stack.enter_async_context(
+            grpc.aio.insecure_channel(
+              f'127.0.0.1:{server.server.port}',
+              options=[('grpc.use_local_subchannel_pool', 1)],
+            )
+          )
+        )
+        for _ in range(10)
+      ]
       return await asyncio.gather(*(one(stubs[i % 10]) for i in range(3000)))
 
   results = asyncio.run(burst())
   assert {code for code, _ in results} <= {_CODE.OK, _CODE.RESOURCE_EXHAUSTED}
-  assert all(int(trailing['grpc-retry-pushback-ms']) > 0
-             for code, trailing in results if code is not _CODE.OK)
+  assert all(
+    int(trailing['grpc-retry-pushback-ms']) > 0
+    for code, trailing in results
+    if code is not _CODE.OK
+  )
   assert server.is_alive()
 
 
 # What remains lets others run.
+
 
 def test_tokenizing_lets_other_threads_run() -> None:
   tokenizer = tokenizer_lib.Tokenizer(hostile.TOKENIZER)
@@ -376,11 +535,15 @@ def test_large_messages_hold_up_no_others() -> None:
   async def run() -> None:
     try:
       for _ in range(2):  # those whose clients left are read on, too
-        large = [asyncio.create_task(messages.read(1 << 20, is_over.wait))
-                 for _ in range(100)]
+        large = [
+          asyncio.create_task(messages.read(1 << 20, is_over.wait))
+          for _ in range(100)
+        ]
         for size in (1, 2048, 65_536):
-          assert await asyncio.wait_for(
-            messages.read(size, lambda: 'read'), 5.0) == 'read'
+          assert (
+            await asyncio.wait_for(messages.read(size, lambda: 'read'), 5.0)
+            == 'read'
+          )
         for task in large[:50]:
           task.cancel()
     finally:
@@ -393,18 +556,28 @@ def test_large_messages_hold_up_no_others() -> None:
 def test_texts_are_tokenized_as_the_library_does() -> None:
   tokenizer = tokenizer_lib.Tokenizer(hostile.TOKENIZER)
   library = tokenizers.Tokenizer.from_file(
-    str(hostile.TOKENIZER / 'tokenizer.json'))
-  for text in ('', ' ', 'The for statement', 'a\u0301\u4e2d\U0001f600\n\t x',
-               '<|user|>x<|end|>', 'def f(x):\n    return x  # ' * 50):
+    str(hostile.TOKENIZER / 'tokenizer.json')
+  )
+  for text in (
+    '',
+    ' ',
+    'The for statement',
+    'a\u0301\u4e2d\U0001f600\n\t x',
+    '<|user|>x<|end|>',
+    'def f(x):\n    return x  # ' * 50,
+  ):
     assert tokenizer.encode(text) == tuple(library.encode(text).ids)
     assert tokenizer._encode(text, False) == tuple(
-      library.encode(text, add_special_tokens=False).ids)
+      library.encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_the_benchmark_of_hostile_bodies_runs(
-    roomy: fake.RunningServer) -> None:
-  row, = hostile.measure(
-    roomy.server.port, hostile_bodies.all_bodies('shape of 60,000'), 1)
+  roomy: fake.RunningServer,
+) -> None:
+  (row,) = hostile.measure(
+    roomy.server.port, hostile_bodies.all_bodies('shape of 60,000'), 1
+  )
   assert row['outcome'] == 'INVALID_ARGUMENT'
   # This server's steps take no time, so that streams may be over: no gap.
   assert row['gap_ms'] < 1e3 * fake.TIMEOUT_S

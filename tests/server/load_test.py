@@ -26,10 +26,14 @@ _ME = psutil.Process()
 @pytest.fixture
 def roomy() -> Iterator[fake.RunningServer]:
   """Scarce pages, so that preemption is in the play, too."""
-  with contextlib.closing(fake.RunningServer(
-      functools.partial(fake.make_engine, token_budget=64, max_num_seqs=16,
-                        num_pages=64),
-      limits=admission.Limits(max_waiting=2000))) as running:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(
+        fake.make_engine, token_budget=64, max_num_seqs=16, num_pages=64
+      ),
+      limits=admission.Limits(max_waiting=2000),
+    )
+  ) as running:
     yield running
 
 
@@ -56,9 +60,12 @@ def test_a_thousand_streams_at_once(roomy: fake.RunningServer) -> None:
 async def _count_up(port: int, num_streams: int) -> list[int]:
   async def one(stub: Any, i: int) -> int:
     tokens: list[int] = []
-    async for response in stub.Generate(pb.GenerateRequest(
+    async for response in stub.Generate(
+      pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=[i % 64] * (1 + i % 9)),
-        sampling=pb.SamplingParams(max_tokens=1 + i % 20))):
+        sampling=pb.SamplingParams(max_tokens=1 + i % 20),
+      )
+    ):
       tokens += response.token_ids
     assert tokens == [(i + 1 + k) % 64 for k in range(1 + i % 20)]
     return i
@@ -70,16 +77,19 @@ async def _count_up(port: int, num_streams: int) -> list[int]:
 
 def test_the_benchmark_of_the_front_runs() -> None:
   result = server_front.compare(
-    num_streams=20, num_tokens=10, step_s=0.001, stream_interval_ms=0)
+    num_streams=20, num_tokens=10, step_s=0.001, stream_interval_ms=0
+  )
   assert result['tokens'] == 200 and 0 < result['messages'] <= 200
   assert result['cpu_us_per_token'] > 0 < result['grpc_cpu_us_per_message']
   assert server_front.table([result]).row_count == 1
 
 
 def test_tokens_are_merged_within_the_interval(
-    gated: Callable[..., Any]) -> None:
-  running, runner = gated(config={
-    'limits': admission.Limits(stream_interval_ms=200)})
+  gated: Callable[..., Any],
+) -> None:
+  running, runner = gated(
+    config={'limits': admission.Limits(stream_interval_ms=200)}
+  )
   call = running.generate(token_ids=[1], sampling={'max_tokens': 100})
   runner.let(1)
   assert list(next(call).token_ids) == [2]
@@ -87,4 +97,5 @@ def test_tokens_are_merged_within_the_interval(
   rest = list(call)
   assert len(rest) <= 3
   assert [t for r in rest for t in r.token_ids] == [
-    (3 + k) % 64 for k in range(99)]
+    (3 + k) % 64 for k in range(99)
+  ]

@@ -18,25 +18,40 @@ from sarathi_jax.server.protocols import tensors
 from sarathi_jax.server.queue import admission
 from tests.server import fake
 
-_FIELDS = {bool: 'bool_param', int: 'int64_param', str: 'string_param',
-           float: 'double_param'}
+_FIELDS = {
+  bool: 'bool_param',
+  int: 'int64_param',
+  str: 'string_param',
+  float: 'double_param',
+}
 
 
 def _stub(running: fake.RunningServer) -> Any:
   return open_inference_pb2_grpc.GRPCInferenceServiceStub(running.channel)
 
 
-def _request(text: str | None = None, *, ids: list[int] | None = None,
-             model_name: str = 'counting', **parameters: Any) -> Any:
+def _request(
+  text: str | None = None,
+  *,
+  ids: list[int] | None = None,
+  model_name: str = 'counting',
+  **parameters: Any,
+) -> Any:
   request = pb.ModelInferRequest(model_name=model_name, id='r')
   if text is not None:
     request.inputs.add(
-      name='text_input', datatype='BYTES', shape=[1],
-      contents=pb.InferTensorContents(bytes_contents=[text.encode()]))
+      name='text_input',
+      datatype='BYTES',
+      shape=[1],
+      contents=pb.InferTensorContents(bytes_contents=[text.encode()]),
+    )
   if ids is not None:
     request.inputs.add(
-      name='input_ids', datatype='INT64', shape=[1, len(ids)],
-      contents=pb.InferTensorContents(int64_contents=ids))
+      name='input_ids',
+      datatype='INT64',
+      shape=[1, len(ids)],
+      contents=pb.InferTensorContents(int64_contents=ids),
+    )
   for name, value in parameters.items():
     setattr(request.parameters[name], _FIELDS[type(value)], value)
   return request
@@ -44,10 +59,12 @@ def _request(text: str | None = None, *, ids: list[int] | None = None,
 
 def _outputs(response: pb.ModelInferResponse) -> dict[str, list[Any]]:
   request = pb.ModelInferRequest(
-    raw_input_contents=response.raw_output_contents)
+    raw_input_contents=response.raw_output_contents
+  )
   for output in response.outputs:
     request.inputs.add(
-      name=output.name, datatype=output.datatype, shape=output.shape)
+      name=output.name, datatype=output.datatype, shape=output.shape
+    )
   return tensors.read_inputs(request)
 
 
@@ -55,16 +72,18 @@ def _infer(running: fake.RunningServer, request: Any) -> dict[str, list[Any]]:
   return _outputs(_stub(running).ModelInfer(request, timeout=fake.TIMEOUT_S))
 
 
-def _refusal(running: fake.RunningServer,
-             request: Any) -> tuple[grpc.StatusCode, str]:
+def _refusal(
+  running: fake.RunningServer, request: Any
+) -> tuple[grpc.StatusCode, str]:
   with pytest.raises(grpc.RpcError) as caught:
     _stub(running).ModelInfer(request, timeout=fake.TIMEOUT_S)
   return caught.value.code(), caught.value.details()
 
 
 def _stream(running: fake.RunningServer, *requests: Any) -> list[Any]:
-  return list(_stub(running).ModelStreamInfer(
-    iter(requests), timeout=fake.TIMEOUT_S))
+  return list(
+    _stub(running).ModelStreamInfer(iter(requests), timeout=fake.TIMEOUT_S)
+  )
 
 
 def test_infer_text(server: fake.RunningServer) -> None:
@@ -76,39 +95,54 @@ def test_infer_text(server: fake.RunningServer) -> None:
 
 
 def test_infer_ids(server: fake.RunningServer) -> None:
-  assert _infer(server, _request(ids=[7, 8], max_tokens=2))[
-    'output_ids'] == [9, 10]
+  assert _infer(server, _request(ids=[7, 8], max_tokens=2))['output_ids'] == [
+    9,
+    10,
+  ]
 
 
 def test_only_the_outputs_that_are_asked_for(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   request = _request('t1', max_tokens=3)
   request.outputs.add(name='text_output')
   assert list(_infer(server, request)) == ['text_output']
 
 
 def test_the_prompt_may_be_in_the_output(server: fake.RunningServer) -> None:
-  outputs = _infer(server, _request(
-    't1', max_tokens=1, exclude_input_in_output=False))
+  outputs = _infer(
+    server, _request('t1', max_tokens=1, exclude_input_in_output=False)
+  )
   assert outputs['text_output'][0].split() == [b't1', b't2'] or (
-    outputs['text_output'] == [b't1t2'])
+    outputs['text_output'] == [b't1t2']
+  )
 
 
-def test_parameters_may_be_tensors_and_json(
-    server: fake.RunningServer) -> None:
+def test_parameters_may_be_tensors_and_json(server: fake.RunningServer) -> None:
   request = _request('t1', sampling_parameters='{"ignore_eos": true}')
-  request.inputs.add(name='max_tokens', datatype='INT32', shape=[1],
-                     contents=pb.InferTensorContents(int_contents=[2]))
-  request.inputs.add(name='temperature', datatype='FP32', shape=[1, 1],
-                     contents=pb.InferTensorContents(fp32_contents=[0.5]))
+  request.inputs.add(
+    name='max_tokens',
+    datatype='INT32',
+    shape=[1],
+    contents=pb.InferTensorContents(int_contents=[2]),
+  )
+  request.inputs.add(
+    name='temperature',
+    datatype='FP32',
+    shape=[1, 1],
+    contents=pb.InferTensorContents(fp32_contents=[0.5]),
+  )
   assert _infer(server, request)['output_ids'] == [2, 3]
 
 
 def test_stop_strings(server: fake.RunningServer) -> None:
   request = _request('t1')
   request.inputs.add(
-    name='stop', datatype='BYTES', shape=[2],
-    contents=pb.InferTensorContents(bytes_contents=[b't9', b't4']))
+    name='stop',
+    datatype='BYTES',
+    shape=[2],
+    contents=pb.InferTensorContents(bytes_contents=[b't9', b't4']),
+  )
   outputs = _infer(server, request)
   assert outputs['text_output'][0].split() == [b't2', b't3']
   assert outputs['finish_reason'] == [b'stop']
@@ -126,21 +160,24 @@ def test_a_stream_of_requests(server: fake.RunningServer) -> None:
     infer = response.infer_response
     tokens[infer.id] += _outputs(infer)['output_ids']
     finals[infer.id].append(
-      infer.parameters['triton_final_response'].bool_param)
+      infer.parameters['triton_final_response'].bool_param
+    )
   assert tokens == {str(i): list(range(i + 1, i + 6)) for i in range(20)}
   assert all(f == [False] * (len(f) - 1) + [True] for f in finals.values())
   assert all(len(finals[str(i)]) == 1 for i in range(1, 20, 2))
 
 
 def test_an_error_in_a_stream_ends_its_request_only(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   bad, good = _request('t1', temperature=-1.0), _request('t1', max_tokens=2)
   bad.id, good.id = 'bad', 'good'
   by_id = {r.infer_response.id: r for r in _stream(server, bad, good)}
   assert 'INVALID_ARGUMENT' in by_id['bad'].error_message
   assert 'temperature' in by_id['bad'].error_message
-  assert by_id['bad'].infer_response.parameters[
-    'triton_final_response'].bool_param
+  assert (
+    by_id['bad'].infer_response.parameters['triton_final_response'].bool_param
+  )
   assert _outputs(by_id['good'].infer_response)['output_ids'] == [2, 3]
 
 
@@ -152,6 +189,7 @@ def test_cancelling_a_stream_frees_all(gated: Callable[..., Any]) -> None:
       yield _request(ids=[i], max_tokens=100, stream=True)
     while not call.done():
       import time
+
       time.sleep(0.01)
 
   call = _stub(running).ModelStreamInfer(requests())
@@ -166,9 +204,11 @@ def test_cancelling_a_stream_frees_all(gated: Callable[..., Any]) -> None:
 
 
 def test_bytes_that_are_no_message_end_a_stream(
-    server: fake.RunningServer) -> None:
+  server: fake.RunningServer,
+) -> None:
   call = server.channel.stream_stream(
-    '/inference.GRPCInferenceService/ModelStreamInfer')(iter([b'\xff']))
+    '/inference.GRPCInferenceService/ModelStreamInfer'
+  )(iter([b'\xff']))
   with pytest.raises(grpc.RpcError):
     list(call)
   assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -213,18 +253,21 @@ def _bad_requests() -> Iterator[tuple[Any, str]]:
   yield request, 'twice'
 
 
-@pytest.mark.parametrize('request_, says', list(_bad_requests()),
-                         ids=lambda value: None)
-def test_bad_requests_are_refused(server: fake.RunningServer, request_: Any,
-                                  says: str) -> None:
+@pytest.mark.parametrize(
+  'request_, says', list(_bad_requests()), ids=lambda value: None
+)
+def test_bad_requests_are_refused(
+  server: fake.RunningServer, request_: Any, says: str
+) -> None:
   code, details = _refusal(server, request_)
   assert code is grpc.StatusCode.INVALID_ARGUMENT and says in details
   assert server.is_alive()
 
 
 @pytest.mark.parametrize('name, version', [('x', ''), ('counting', '2')])
-def test_an_unknown_model_is_not_found(server: fake.RunningServer, name: str,
-                                       version: str) -> None:
+def test_an_unknown_model_is_not_found(
+  server: fake.RunningServer, name: str, version: str
+) -> None:
   request = _request('t1', model_name=name)
   request.model_version = version
   assert _refusal(server, request)[0] is grpc.StatusCode.NOT_FOUND
@@ -242,8 +285,9 @@ def test_what_is_told_of_the_model(server: fake.RunningServer) -> None:
   config = stub.ModelConfig(pb.ModelConfigRequest(name='counting')).config
   assert config.model_transaction_policy.decoupled
   assert config.output[0] == pb.ModelOutput(
-    name='text_output', data_type=pb.TYPE_STRING, dims=[1])
-  model, = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
+    name='text_output', data_type=pb.TYPE_STRING, dims=[1]
+  )
+  (model,) = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
   assert (model.name, model.state) == ('counting', 'READY')
 
 
@@ -252,7 +296,8 @@ def test_statistics(server: fake.RunningServer) -> None:
 
   def statistics() -> Any:
     return stub.ModelStatistics(
-      pb.ModelStatisticsRequest(name='counting')).model_stats[0]
+      pb.ModelStatisticsRequest(name='counting')
+    ).model_stats[0]
 
   before = statistics()
   _infer(server, _request('t1', max_tokens=3))
@@ -263,9 +308,11 @@ def test_statistics(server: fake.RunningServer) -> None:
 
 
 def test_a_response_of_a_stream_says_when_to_try_again(
-    gated: Callable[..., Any]) -> None:
-  running, runner = gated(max_num_seqs=1, config={
-    'limits': admission.Limits(max_waiting=1)})
+  gated: Callable[..., Any],
+) -> None:
+  running, runner = gated(
+    max_num_seqs=1, config={'limits': admission.Limits(max_waiting=1)}
+  )
   calls = [running.generate(token_ids=[1], sampling={'max_tokens': 3})]
   runner.let(1)
   assert next(calls[0]).token_ids[0] == 2

@@ -26,11 +26,20 @@ class Process:
 
   def __init__(self, *args: str) -> None:
     self.process = subprocess.Popen(
-      [sys.executable, *args], cwd=ROOT, text=True,
-      env={**os.environ, 'PYTHONUNBUFFERED': '1', 'HF_HUB_OFFLINE': '1',
-           'PYTHONPATH': os.pathsep.join(
-        [str(ROOT), os.environ.get('PYTHONPATH', '')])},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      [sys.executable, *args],
+      cwd=ROOT,
+      text=True,
+      env={
+        **os.environ,
+        'PYTHONUNBUFFERED': '1',
+        'HF_HUB_OFFLINE': '1',
+        'PYTHONPATH': os.pathsep.join(
+          [str(ROOT), os.environ.get('PYTHONPATH', '')]
+        ),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
     self.printed = ''
 
   def read_until(self, pattern: str) -> re.Match[str]:
@@ -60,9 +69,14 @@ def start(tokenizer_folder: pathlib.Path) -> Iterator[Callable[..., Process]]:
   started = []
 
   def start(*, drain_s: float, loads: bool = True) -> Process:
-    started.append(Process(
-      'tests/server/fake.py', '0', str(drain_s),
-      *([str(tokenizer_folder)] if loads else [])))
+    started.append(
+      Process(
+        'tests/server/fake.py',
+        '0',
+        str(drain_s),
+        *([str(tokenizer_folder)] if loads else []),
+      )
+    )
     return started[-1]
 
   yield start
@@ -71,10 +85,13 @@ def start(tokenizer_folder: pathlib.Path) -> Iterator[Callable[..., Process]]:
 
 
 def _generate(stub: Any, max_tokens: int) -> Any:
-  return stub.Generate(pb.GenerateRequest(
-    token_ids=pb.TokenIds(ids=[1]),
-    sampling=pb.SamplingParams(max_tokens=max_tokens)),
-    timeout=fake.TIMEOUT_S)
+  return stub.Generate(
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=[1]),
+      sampling=pb.SamplingParams(max_tokens=max_tokens),
+    ),
+    timeout=fake.TIMEOUT_S,
+  )
 
 
 def test_tells_what_to_try(start: Callable[..., Process]) -> None:
@@ -82,10 +99,15 @@ def test_tells_what_to_try(start: Callable[..., Process]) -> None:
   server.connect()
   command = server.read_until(
     r'Try:\n  (\S+ -m sarathi_jax\.client --target=localhost:\d+) "A list is"'
-    r'\n')[1]
+    r'\n'
+  )[1]
   client = subprocess.run(
-    [*command.split(), 't1 t2'], cwd=ROOT, capture_output=True, text=True,
-    check=True)
+    [*command.split(), 't1 t2'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
   assert client.stdout.split()[:2] == ['t3', 't4']
 
 
@@ -114,7 +136,8 @@ def test_a_drain_ends_in_time(start: Callable[..., Process]) -> None:
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(
-    start: Callable[..., Process], number: signal.Signals) -> None:
+  start: Callable[..., Process], number: signal.Signals
+) -> None:
   server = start(drain_s=1000)
   stub = server.connect()
   call = _generate(stub, 10**6)
@@ -138,7 +161,8 @@ def _is_refused(stub: Any) -> bool:
 
 
 def test_a_signal_while_loading_stops_at_once(
-    start: Callable[..., Process]) -> None:
+  start: Callable[..., Process],
+) -> None:
   server = start(drain_s=1000, loads=False)
   server.read_until('Stuck')
   server.process.send_signal(signal.SIGTERM)
@@ -156,23 +180,27 @@ def test_a_port_in_use_is_one_line(server: fake.RunningServer) -> None:
   code, err = _run(f'--port={port}')
   assert code == 1
   assert err == (
-    f'error: port={port}: can\'t listen at 127.0.0.1:{port}: Address already '
-    'in use. Is another server running there? Then choose another --port.\n')
+    f"error: port={port}: can't listen at 127.0.0.1:{port}: Address already "
+    'in use. Is another server running there? Then choose another --port.\n'
+  )
   assert server.is_alive()
 
 
 def test_a_host_that_is_not_ours_is_one_line() -> None:
   code, err = _run('--host=192.0.2.1')  # kept for documentation: RFC 5737
   assert code == 1
-  assert 'can\'t listen at 192.0.2.1:50051: Cannot assign' in err
+  assert "can't listen at 192.0.2.1:50051: Cannot assign" in err
   assert err.count('\n') == 1
 
 
-@pytest.mark.parametrize('args, says', [
-  (('--port=70000',), 'port=70000'),
-  (('--policy=random',), 'policy=\'random\''),
-  (('--token_budget=4', '--max_num_seqs=8'), 'token_budget=4'),
-])
+@pytest.mark.parametrize(
+  'args, says',
+  [
+    (('--port=70000',), 'port=70000'),
+    (('--policy=random',), "policy='random'"),
+    (('--token_budget=4', '--max_num_seqs=8'), 'token_budget=4'),
+  ],
+)
 def test_a_bad_flag_is_one_line(args: tuple[str, ...], says: str) -> None:
   code, err = _run('--port=0', *args)
   assert code == 1

@@ -15,9 +15,13 @@ from tests import tiny
 def _run(engine: Any, fail_at: int | None) -> tuple[dict[str, list[int]], Any]:
   """Steps to the end; the fetch of one step raises, and loses the cache."""
   for i in range(6):  # two more than run at once
-    engine.add(types.Request(
-      request_id=str(i), prompt_token_ids=tuple(range(1 + i, 6 + 2 * i)),
-      sampling=types.SamplingParams(max_tokens=8, temperature=1.0, seed=i)))
+    engine.add(
+      types.Request(
+        request_id=str(i),
+        prompt_token_ids=tuple(range(1 + i, 6 + 2 * i)),
+        sampling=types.SamplingParams(max_tokens=8, temperature=1.0, seed=i),
+      )
+    )
   tokens: dict[str, list[int]] = {str(i): [] for i in range(6)}
   failed: list[str] = []
   runner, num_fetched = engine._runner, 0
@@ -48,8 +52,11 @@ def _run(engine: Any, fail_at: int | None) -> tuple[dict[str, list[int]], Any]:
 @pytest.fixture(scope='module')
 def llm() -> llm_lib.LLM:
   return llm_lib.LLM(
-    tiny.MODEL, tiny.make_params(), config=tiny.engine_config(),
-    eos_token_ids=())
+    tiny.MODEL,
+    tiny.make_params(),
+    config=tiny.engine_config(),
+    eos_token_ids=(),
+  )
 
 
 @pytest.mark.parametrize('fail_at', [1, 4, 9])
@@ -61,7 +68,7 @@ def test_a_step_that_fails(llm: llm_lib.LLM, fail_at: int) -> None:
   assert 0 < len(failed) < 6
   for name, tokens in got.items():
     if name in failed:
-      assert tokens == expected[name][:len(tokens)]
+      assert tokens == expected[name][: len(tokens)]
     else:
       assert tokens == expected[name]
   stats = engine.stats()

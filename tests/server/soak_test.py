@@ -39,10 +39,14 @@ class _Client:
     first = rng.randrange(64)
     num_prompt, max_tokens = rng.randint(1, 60), rng.randint(1, 60)
     timeout = rng.choice([None, None, 5.0, 0.005])
-    call = self._stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[first] * num_prompt), sampling=(
-        pb.SamplingParams(max_tokens=max_tokens)),
-      priority=rng.randint(-1, 1)), timeout=timeout)
+    call = self._stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[first] * num_prompt),
+        sampling=(pb.SamplingParams(max_tokens=max_tokens)),
+        priority=rng.randint(-1, 1),
+      ),
+      timeout=timeout,
+    )
     patience = rng.choice([0, 0.001, 0.01, 0.1, 60, 60, 60])
     stop_after = rng.choice([0, 1, 10, 1000, 1000])
     tokens: list[int] = []
@@ -77,8 +81,9 @@ async def _load(port: int, seconds: float, seed: int) -> tuple[int, int]:
   return (sum(c.num_done for c in clients), sum(c.num_left for c in clients))
 
 
-def _check(serve: Callable[[Any], None],
-           seconds: float) -> tuple[soaked.Holds, int]:
+def _check(
+  serve: Callable[[Any], None], seconds: float
+) -> tuple[soaked.Holds, int]:
   """Holds what a server has after a while against what it had before.
 
   Returns:
@@ -90,8 +95,10 @@ def _check(serve: Callable[[Any], None],
     done, left = asyncio.run(_load(server.port, seconds, 1000))
     after = server.holds()
     grown = soaked.Holds(*(b - a for a, b in zip(before, after, strict=True)))
-    print(f'{seconds} s: {done} requests done, {left} left; before: {before}; '
-          f'grown by: {grown}')
+    print(
+      f'{seconds} s: {done} requests done, {left} left; before: {before}; '
+      f'grown by: {grown}'
+    )
     assert done > 10 * seconds and left > 10 * seconds
     assert grown.blocks < 4000
     assert grown.files <= 5
@@ -99,17 +106,27 @@ def _check(serve: Callable[[Any], None],
   return grown, left
 
 
-@pytest.mark.parametrize('seconds', [
-  5, pytest.param(30, marks=pytest.mark.slow),
-  pytest.param(600, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+  'seconds',
+  [
+    5,
+    pytest.param(30, marks=pytest.mark.slow),
+    pytest.param(600, marks=pytest.mark.soak),
+  ],
+)
 def test_random_cancels(seconds: float) -> None:
   grown, _ = _check(soaked.ours, seconds)
   assert grown.preemptions > 0
 
 
-@pytest.mark.parametrize('serve, found', [
-  (soaked.leaks_objects, 'blocks'), (soaked.leaks_files, 'files'),
-  (soaked.leaks_memory, 'rss')])
+@pytest.mark.parametrize(
+  'serve, found',
+  [
+    (soaked.leaks_objects, 'blocks'),
+    (soaked.leaks_files, 'files'),
+    (soaked.leaks_memory, 'rss'),
+  ],
+)
 def test_a_leak_is_found(serve: Callable[[Any], None], found: str) -> None:
   with pytest.raises(AssertionError, match=rf'\.{found}'):
     _check(serve, 4)
@@ -119,4 +136,5 @@ def test_a_leak_is_found(serve: Callable[[Any], None], found: str) -> None:
 def test_grpc_alone_loses_memory_too() -> None:
   grown, left = _check(soaked.bare, 60)
   assert grown.rss > left * _LOST_BY_GRPC / 10, (
-    'grpc.aio frees what it lost until now: allow nothing for it any more.')
+    'grpc.aio frees what it lost until now: allow nothing for it any more.'
+  )

@@ -85,8 +85,9 @@ def leaks_objects(pipe: Any) -> None:
 def leaks_files(pipe: Any) -> None:
   """As `ours`, but some requests leave an open file."""
   count = iter(range(sys.maxsize))
-  _leak(pipe, lambda ended: (
-    next(count) % 20 or os.open(os.devnull, os.O_RDONLY)))
+  _leak(
+    pipe, lambda ended: next(count) % 20 or os.open(os.devnull, os.O_RDONLY)
+  )
 
 
 def leaks_memory(pipe: Any) -> None:
@@ -103,6 +104,7 @@ def leaks_memory(pipe: Any) -> None:
 
 def bare(pipe: Any) -> None:
   """Nothing but gRPC, which counts up as `ours` does."""
+
   async def main() -> None:
     server = grpc.aio.server()
     sarathi_pb2_grpc.add_SarathiServicer_to_server(_Counting(), server)
@@ -116,20 +118,22 @@ def bare(pipe: Any) -> None:
 
 
 class _Counting(sarathi_pb2_grpc.SarathiServicer):
-
   async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
     first = request.token_ids.ids[0]
     for k in range(request.sampling.max_tokens):
       await asyncio.sleep(0.001)
-      await context.write(pb.GenerateResponse(
-        token_ids=[(first + 1 + k) % fake.VOCAB_SIZE]))
+      await context.write(
+        pb.GenerateResponse(token_ids=[(first + 1 + k) % fake.VOCAB_SIZE])
+      )
 
 
 def _make() -> fake.RunningServer:
   return fake.RunningServer(
-    functools.partial(fake.make_engine, token_budget=64, max_num_seqs=16,
-                      num_pages=64),
-    limits=admission.Limits(max_waiting=2000))
+    functools.partial(
+      fake.make_engine, token_budget=64, max_num_seqs=16, num_pages=64
+    ),
+    limits=admission.Limits(max_waiting=2000),
+  )
 
 
 def _leak(pipe: Any, observe: Callable[[Any], object]) -> None:
@@ -148,5 +152,6 @@ def _answer(pipe: Any, running: fake.RunningServer) -> None:
 def _holds(preemptions: int = 0) -> Holds:
   me = psutil.Process()
   gc.collect()
-  return Holds(me.memory_info().rss, sys.getallocatedblocks(), me.num_fds(),
-               preemptions)
+  return Holds(
+    me.memory_info().rss, sys.getallocatedblocks(), me.num_fds(), preemptions
+  )

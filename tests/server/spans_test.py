@@ -21,8 +21,12 @@ class _Collector(trace_service_pb2_grpc.TraceServiceServicer):
     self.spans: list[Any] = []
 
   def Export(self, request: Any, context: Any) -> Any:
-    self.spans += [span for resource in request.resource_spans
-                   for scope in resource.scope_spans for span in scope.spans]
+    self.spans += [
+      span
+      for resource in request.resource_spans
+      for scope in resource.scope_spans
+      for span in scope.spans
+    ]
     return trace_service_pb2.ExportTraceServiceResponse()
 
 
@@ -33,13 +37,21 @@ def test_a_span_a_request_in_its_callers_trace() -> None:
   port = server.add_insecure_port('127.0.0.1:0')
   server.start()
   trace_id, parent = 'ab' * 16, 'cd' * 8
-  with contextlib.closing(fake.RunningServer(
-      fake.make_engine,
-      otlp_endpoint=f'http://127.0.0.1:{port}')) as running:
-    list(running.stub.Generate(pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[1, 2]), request_id='r',
-      sampling=pb.SamplingParams(max_tokens=3)), metadata=[
-        ('traceparent', f'00-{trace_id}-{parent}-01')]))
+  with contextlib.closing(
+    fake.RunningServer(
+      fake.make_engine, otlp_endpoint=f'http://127.0.0.1:{port}'
+    )
+  ) as running:
+    list(
+      running.stub.Generate(
+        pb.GenerateRequest(
+          token_ids=pb.TokenIds(ids=[1, 2]),
+          request_id='r',
+          sampling=pb.SamplingParams(max_tokens=3),
+        ),
+        metadata=[('traceparent', f'00-{trace_id}-{parent}-01')],
+      )
+    )
     with pytest.raises(grpc.RpcError):
       list(running.generate(token_ids=[]))
   server.stop(None)  # what was left was sent before the server was closed

@@ -44,22 +44,35 @@ def tokens(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def guarded(gated: Callable[..., Any], tokens: pathlib.Path,
-            ) -> Callable[..., Any]:
+def guarded(
+  gated: Callable[..., Any],
+  tokens: pathlib.Path,
+) -> Callable[..., Any]:
   """Makes (server, runner) with tokens."""
+
   def make(**changes: Any) -> Any:
     return gated(config={'auth_tokens': tokens}, **changes)
 
   return make
 
 
-def _generate(running: fake.RunningServer, metadata: Any,
-              request_id: str | None = None, priority: int = 0,
-              **sampling: Any) -> Any:
-  return running.stub.Generate(pb.GenerateRequest(
-    token_ids=pb.TokenIds(ids=[1]), request_id=request_id, priority=priority,
-    sampling=pb.SamplingParams(**{'max_tokens': 2, **sampling})),
-    metadata=metadata, timeout=fake.TIMEOUT_S)
+def _generate(
+  running: fake.RunningServer,
+  metadata: Any,
+  request_id: str | None = None,
+  priority: int = 0,
+  **sampling: Any,
+) -> Any:
+  return running.stub.Generate(
+    pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=[1]),
+      request_id=request_id,
+      priority=priority,
+      sampling=pb.SamplingParams(**{'max_tokens': 2, **sampling}),
+    ),
+    metadata=metadata,
+    timeout=fake.TIMEOUT_S,
+  )
 
 
 def _vllm(running: fake.RunningServer) -> Any:
@@ -72,8 +85,12 @@ def _open_inference(running: fake.RunningServer) -> Any:
 
 def _infer_request(**parameters: int) -> oip.ModelInferRequest:
   request = oip.ModelInferRequest(model_name='counting')
-  request.inputs.add(name='input_ids', datatype='INT64', shape=[1],
-                     contents=oip.InferTensorContents(int64_contents=[1]))
+  request.inputs.add(
+    name='input_ids',
+    datatype='INT64',
+    shape=[1],
+    contents=oip.InferTensorContents(int64_contents=[1]),
+  )
   for name, value in parameters.items():
     request.parameters[name].int64_param = value
   return request
@@ -102,7 +119,8 @@ def _order(running: fake.RunningServer) -> list[str]:
 
 
 def test_a_tenant_gains_nothing_by_more_clients(
-    guarded: Callable[..., Any]) -> None:
+  guarded: Callable[..., Any],
+) -> None:
   running, runner = guarded(max_num_seqs=1)
   order = _order(running)
   calls = [_generate(running, _as('ann'), 'first')]
@@ -129,25 +147,30 @@ def test_a_tenants_clients_take_turns(guarded: Callable[..., Any]) -> None:
   runner.open()
   assert {_end(call)[0] for call in calls} == {_CODE.OK}
   assert [name[0] for name in order[1:5]] in (
-    ['x', 'y', 'x', 'y'], ['x', 'y', 'y', 'x'])
+    ['x', 'y', 'x', 'y'],
+    ['x', 'y', 'y', 'x'],
+  )
 
 
 def test_two_tokens_of_one_name_are_one_tenant(
-    guarded: Callable[..., Any]) -> None:
+  guarded: Callable[..., Any],
+) -> None:
   running, runner = guarded()
   call = _generate(running, _as('ann'), 'r', **_LONG)
   runner.let(1)
   assert next(call).token_ids[0] == 2
   reply = running.stub.Abort.future(
     pb.AbortRequest(request_ids=['r']),
-    metadata=[('authorization', 'Bearer ann-other')])
+    metadata=[('authorization', 'Bearer ann-other')],
+  )
   fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
   assert list(reply.result().aborted) == ['r']
   runner.open()
 
 
 def test_output_counts_though_its_reader_leaves(
-    guarded: Callable[..., Any]) -> None:
+  guarded: Callable[..., Any],
+) -> None:
   running, runner = guarded(max_num_seqs=1)
   order = _order(running)
   call = _generate(running, _as('bob'), 'left', **_LONG)
@@ -167,10 +190,13 @@ def test_output_counts_though_its_reader_leaves(
 # -- Who may do what --
 
 
-@pytest.mark.parametrize('name, priority, least', [
-  ('ann', -1, 0), ('bob', -3, -2), ('low', 2, 3), ('low', -2**31, 3)])
+@pytest.mark.parametrize(
+  'name, priority, least',
+  [('ann', -1, 0), ('bob', -3, -2), ('low', 2, 3), ('low', -(2**31), 3)],
+)
 def test_a_priority_beyond_the_token_is_refused(
-    guarded: Callable[..., Any], name: str, priority: int, least: int) -> None:
+  guarded: Callable[..., Any], name: str, priority: int, least: int
+) -> None:
   running, runner = guarded()
   runner.open()
   says = f'priority={priority}: must be >= {least}'
@@ -180,38 +206,44 @@ def test_a_priority_beyond_the_token_is_refused(
     assert _end(_generate(running, _as(name), priority=allowed))[0] is _CODE.OK
   with pytest.raises(grpc.RpcError) as caught:
     _open_inference(running).ModelInfer(
-      _infer_request(priority=priority), metadata=_as(name))
+      _infer_request(priority=priority), metadata=_as(name)
+    )
   assert caught.value.code() is _CODE.PERMISSION_DENIED
-  last = list(_open_inference(running).ModelStreamInfer(
-    iter([_infer_request(priority=priority)]), metadata=_as(name)))[-1]
+  last = list(
+    _open_inference(running).ModelStreamInfer(
+      iter([_infer_request(priority=priority)]), metadata=_as(name)
+    )
+  )[-1]
   assert f'[PERMISSION_DENIED] {says}' in last.error_message
 
 
 def test_an_administrator_may_ask_for_any_priority(
-    guarded: Callable[..., Any]) -> None:
+  guarded: Callable[..., Any],
+) -> None:
   running, runner = guarded()
   runner.open()
-  call = _generate(running, _as('ops'), priority=-2**31)
+  call = _generate(running, _as('ops'), priority=-(2**31))
   assert _end(call)[0] is _CODE.OK
 
 
 @pytest.mark.parametrize('protocol', ['sarathi', 'vllm'])
 @pytest.mark.parametrize('phase', ['running', 'waiting'])
 def test_only_its_owner_or_an_administrator_aborts_a_request(
-    guarded: Callable[..., Any], protocol: str, phase: str) -> None:
+  guarded: Callable[..., Any], protocol: str, phase: str
+) -> None:
   running, runner = guarded(max_num_seqs=1)
   thread = running.server.frontend.engine_thread
 
   def abort(name: str) -> Any:
     stub, message = {
       'sarathi': (running.stub, pb.AbortRequest(request_ids=['r'])),
-      'vllm': (_vllm(running), vllm.AbortRequest(request_ids=['r']))}[protocol]
+      'vllm': (_vllm(running), vllm.AbortRequest(request_ids=['r'])),
+    }[protocol]
     reply = stub.Abort.future(message, metadata=_as(name), timeout=10)
     fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
     reply.result()
 
-  for owner, other, ends_it in (
-      ('ann', 'bob', 'ann'), ('ann', 'bob', 'ops')):
+  for owner, other, ends_it in (('ann', 'bob', 'ann'), ('ann', 'bob', 'ops')):
     first = None
     if phase == 'waiting':
       first = _generate(running, _as('low'), priority=3, **_LONG)
@@ -222,8 +254,9 @@ def test_only_its_owner_or_an_administrator_aborts_a_request(
       runner.let(3)  # one of them for a batch that was launched ahead
       assert next(call).token_ids[0] == 2
     abort(other)
-    assert 'r' in {s.request.request_id
-                   for s in (*thread._waiting, *thread._streams)}
+    assert 'r' in {
+      s.request.request_id for s in (*thread._waiting, *thread._streams)
+    }
     abort(ends_it)
     assert list(call)[-1].finished.finish_reason == pb.FINISH_REASON_ABORT
     if first is not None:
@@ -235,9 +268,17 @@ def test_only_its_owner_or_an_administrator_aborts_a_request(
 def test_without_tokens_only_the_same_address_aborts() -> None:
   with contextlib.closing(fake.RunningServer(fake.make_engine)) as running:
     thread = running.server.frontend.engine_thread
-    stream = running.run(_submit(thread, types.Request(
-      request_id='r', prompt_token_ids=(1,), tenant='ipv4:10.0.0.1',
-      sampling=types.SamplingParams(max_tokens=100))))
+    stream = running.run(
+      _submit(
+        thread,
+        types.Request(
+          request_id='r',
+          prompt_token_ids=(1,),
+          tenant='ipv4:10.0.0.1',
+          sampling=types.SamplingParams(max_tokens=100),
+        ),
+      )
+    )
     reply = running.stub.Abort(pb.AbortRequest(request_ids=['r']))
     assert not reply.aborted
     del stream
@@ -249,8 +290,9 @@ async def _submit(thread: Any, request: types.Request) -> Any:
 
 def test_tenants_ids_do_not_meet(guarded: Callable[..., Any]) -> None:
   running, runner = guarded()
-  calls = [_generate(running, _as(name), 'r', max_tokens=4)
-           for name in ('ann', 'bob')]
+  calls = [
+    _generate(running, _as(name), 'r', max_tokens=4) for name in ('ann', 'bob')
+  ]
   running.wait_until_open(2)
   runner.open()
   for call in calls:
@@ -264,12 +306,16 @@ def test_a_client_id_has_a_bound(guarded: Callable[..., Any]) -> None:
   runner.open()
   long = _as('ann', 'x' * 1000)
   for call in (
-      _generate(running, long),
-      _vllm(running).Generate(vllm.GenerateRequest(
-        tokenized=vllm.TokenizedInput(input_ids=[1])), metadata=long)):
+    _generate(running, long),
+    _vllm(running).Generate(
+      vllm.GenerateRequest(tokenized=vllm.TokenizedInput(input_ids=[1])),
+      metadata=long,
+    ),
+  ):
     code, details = _end(call)
     assert code is _CODE.INVALID_ARGUMENT and 'x-client-id: has 1,00' in details
-  answer, = _open_inference(running).ModelStreamInfer(
-    iter([_infer_request()]), metadata=long)
+  (answer,) = _open_inference(running).ModelStreamInfer(
+    iter([_infer_request()]), metadata=long
+  )
   assert 'x-client-id: has 1,00' in answer.error_message
   assert _end(_generate(running, _as('ann', 'x' * 200)))[0] is _CODE.OK

@@ -26,7 +26,11 @@ _ROOT = pathlib.Path(__file__).parents[2]
 def _drive(client: str, port: int) -> Any:
   done = subprocess.run(
     [sys.executable, '-I', _CLIENTS / f'{client}.py', str(port)],
-    check=False, capture_output=True, text=True, timeout=120)
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
@@ -47,20 +51,29 @@ def test_triton(server: fake.RunningServer) -> None:
 
 def test_reflection_and_health(server: fake.RunningServer) -> None:
   got = _drive('reflection', server.server.port)
-  assert {'sarathi.v1.Sarathi', 'sarathi.v1.Control',
-          'vllm.grpc.engine.VllmEngine', 'inference.GRPCInferenceService',
-          'grpc.health.v1.Health'} <= set(got['services'])
+  assert {
+    'sarathi.v1.Sarathi',
+    'sarathi.v1.Control',
+    'vllm.grpc.engine.VllmEngine',
+    'inference.GRPCInferenceService',
+    'grpc.health.v1.Health',
+  } <= set(got['services'])
   assert set(got['statuses'].values()) == {1}  # SERVING
   assert got['tokens'] == [3, 4, 5]
 
 
 def _serve(folder: pathlib.Path, *args: str) -> process_test.Process:
   return process_test.Process(
-    '-m', 'sarathi_jax.server',
+    '-m',
+    'sarathi_jax.server',
     f'--checkpoint={_ROOT / "sarathi_jax/quickstart/model"}',
-    f'--config={_ROOT / "configs/quickstart.py"}', '--token_budget=16',
-    '--served_model_name=quickstart', '--port=0', f'--cache_dir={folder}',
-    *args)
+    f'--config={_ROOT / "configs/quickstart.py"}',
+    '--token_budget=16',
+    '--served_model_name=quickstart',
+    '--port=0',
+    f'--cache_dir={folder}',
+    *args,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -69,8 +82,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='module')
-def gateway(cache: pathlib.Path) -> Iterator[
-    tuple[process_test.Process, int]]:
+def gateway(cache: pathlib.Path) -> Iterator[tuple[process_test.Process, int]]:
   """The quickstart model behind the gateway, and the port of that."""
   port = fake.free_port()
   process = _serve(cache, f'--http_port={port}')
@@ -99,7 +111,12 @@ def test_openai(gateway: tuple[process_test.Process, int]) -> None:
   for name, (status, message) in got['refused'].items():
     assert status == 400 and name in message
   assert set(got['refused']) == {
-    'frequency_penalty', 'n', 'logprobs', 'top_logprobs=0', 'temperature'}
+    'frequency_penalty',
+    'n',
+    'logprobs',
+    'top_logprobs=0',
+    'temperature',
+  }
   tokens, logprobs = zip(*got['logprobs'], strict=True)
   assert ''.join(tokens).startswith(got['chat'])
   assert all(-5 < p <= 0 for p in logprobs) and len(set(logprobs)) > 5
@@ -107,13 +124,15 @@ def test_openai(gateway: tuple[process_test.Process, int]) -> None:
 
 @pytest.mark.slow
 def test_a_gateway_that_is_killed_is_started_again(
-    gateway: tuple[process_test.Process, int]) -> None:
+  gateway: tuple[process_test.Process, int],
+) -> None:
   process, port = gateway
-  child, = psutil.Process(process.process.pid).children()
+  (child,) = psutil.Process(process.process.pid).children()
   child.send_signal(signal.SIGKILL)
   child.wait(fake.TIMEOUT_S)
-  fake.wait_until(lambda: psutil.Process(
-    process.process.pid).children() != [], timeout_s=60)
+  fake.wait_until(
+    lambda: psutil.Process(process.process.pid).children() != [], timeout_s=60
+  )
 
   def serves() -> bool:
     try:
@@ -131,8 +150,11 @@ def test_two_replicas_survive_the_death_of_one(cache: pathlib.Path) -> None:
   second = _serve(cache)
   first = None
   try:
-    address = re.sub(r'\s', '', second.read_until(
-      r'Serving quickstart at (127\.0\.0\.1:\d+)\.')[1])
+    address = re.sub(
+      r'\s',
+      '',
+      second.read_until(r'Serving quickstart at (127\.0\.0\.1:\d+)\.')[1],
+    )
     first = _serve(cache, f'--http_port={port}', f'--replicas={address}')
     first.read_until('Serving quickstart')
     _drive('openai_http', port)

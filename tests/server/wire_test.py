@@ -21,8 +21,15 @@ from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import wire
 
 _FEW = limits_lib.Limits(
-  max_fields=50, max_numbers=50, max_parameters=20, max_messages=20,
-  max_stops=20, max_stop_token_ids=20, max_abort_ids=20, max_tensors=20)
+  max_fields=50,
+  max_numbers=50,
+  max_parameters=20,
+  max_messages=20,
+  max_stops=20,
+  max_stop_token_ids=20,
+  max_abort_ids=20,
+  max_tensors=20,
+)
 _MANY = 60
 
 # The messages that each service takes.
@@ -30,13 +37,19 @@ REQUESTS = [
   method.input_type
   for module in (pb, vllm, oip, health_pb2, reflection_pb2)
   for service in module.DESCRIPTOR.services_by_name.values()
-  for method in service.methods]
+  for method in service.methods
+]
 
 
-def _check(data: bytes, message: Any,
-           limits: limits_lib.Limits = _FEW, **kwargs: Any) -> None:
-  wire.check(data, getattr(message, 'DESCRIPTOR', message), limits,
-             **{'refuses_unknown': False, **kwargs})
+def _check(
+  data: bytes, message: Any, limits: limits_lib.Limits = _FEW, **kwargs: Any
+) -> None:
+  wire.check(
+    data,
+    getattr(message, 'DESCRIPTOR', message),
+    limits,
+    **{'refuses_unknown': False, **kwargs},
+  )
 
 
 def _field(number: int, data: bytes, wire_type: int = 2) -> bytes:
@@ -63,16 +76,21 @@ def _lists(message: Any, path: tuple[int, ...] = ()) -> Any:
 
 LISTS = [
   pytest.param(root, path, field, id=f'{root.name}.{field.full_name}')
-  for root in dict.fromkeys(REQUESTS) for path, field in _lists(root)]
+  for root in dict.fromkeys(REQUESTS)
+  for path, field in _lists(root)
+]
 
 
 @pytest.mark.parametrize('root, path, field', LISTS)
 def test_every_list_of_every_request_is_bounded(
-    root: Any, path: tuple[int, ...], field: Any) -> None:
+  root: Any, path: tuple[int, ...], field: Any
+) -> None:
   *outer, last = path
   data = _field(last, b'') * _MANY
   if field.message_type is None and field.type not in (
-      field.TYPE_STRING, field.TYPE_BYTES):
+    field.TYPE_STRING,
+    field.TYPE_BYTES,
+  ):
     # Packed; of eight bytes each they are many, whatever the type.
     data = _field(last, b'\0' * 8 * _MANY)
   for number in reversed(outer):
@@ -98,15 +116,22 @@ def test_packed_numbers_are_counted_by_their_ends(ids: list[int]) -> None:
   limits = limits_lib.Limits(max_numbers=1000)
   for num, is_right in ((1000, True), (1001, False)):
     data = pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=ids * num)).SerializeToString()
-    with (contextlib.nullcontext() if is_right else pytest.raises(
-        errors.InvalidRequestError, match='ids: has too many numbers')):
+      token_ids=pb.TokenIds(ids=ids * num)
+    ).SerializeToString()
+    with (
+      contextlib.nullcontext()
+      if is_right
+      else pytest.raises(
+        errors.InvalidRequestError, match='ids: has too many numbers'
+      )
+    ):
       _check(data, pb.GenerateRequest, limits)
 
 
 def test_all_that_is_merged_counts() -> None:
-  chat = pb.GenerateRequest(chat=pb.Chat(messages=[
-    pb.ChatMessage(role='user', content='x')] * 8)).SerializeToString()
+  chat = pb.GenerateRequest(
+    chat=pb.Chat(messages=[pb.ChatMessage(role='user', content='x')] * 8)
+  ).SerializeToString()
   _check(chat, pb.GenerateRequest)
   with pytest.raises(errors.InvalidRequestError, match='max_messages=20'):
     _check(chat * 3, pb.GenerateRequest, limits_lib.Limits(max_messages=20))
@@ -119,19 +144,34 @@ def test_a_number_is_read_however_long_it_is_written() -> None:
     _check(_field(5, stops), pb.GenerateRequest)
 
 
-@pytest.mark.parametrize('data', [
-  _field(111, b'\1', 0), _field(111, b''), _field(5, _field(111, b'\1', 0)),
-  _field(2, b'\1', 0),  # known, but of another type
-])
+@pytest.mark.parametrize(
+  'data',
+  [
+    _field(111, b'\1', 0),
+    _field(111, b''),
+    _field(5, _field(111, b'\1', 0)),
+    _field(2, b'\1', 0),  # known, but of another type
+  ],
+)
 def test_what_is_not_known_is_refused_if_asked(data: bytes) -> None:
   _check(data, pb.GenerateRequest)
   with pytest.raises(errors.UnsupportedError, match=r'field number (111|2)\.'):
     _check(data, pb.GenerateRequest, refuses_unknown=True)
 
 
-@pytest.mark.parametrize('data', [
-  b'\xff', b'\x12\x05abc', b'\x0b', b'\xff' * 12, b'\x12',
-  _field(5, b'\x42\x7f'), b'\x09' + b'1234567', b'\x12' + b'\xff' * 9 + b'\1'])
+@pytest.mark.parametrize(
+  'data',
+  [
+    b'\xff',
+    b'\x12\x05abc',
+    b'\x0b',
+    b'\xff' * 12,
+    b'\x12',
+    _field(5, b'\x42\x7f'),
+    b'\x09' + b'1234567',
+    b'\x12' + b'\xff' * 9 + b'\1',
+  ],
+)
 def test_what_is_no_message_is_refused(data: bytes) -> None:
   with pytest.raises(errors.InvalidRequestError, match='no message'):
     _check(data, pb.GenerateRequest)

@@ -27,8 +27,12 @@ def cost_of(name: str, host: str = 'none') -> cost_model.CostModel:
   read = deployment.read(str(CONFIGS / f'{name}.py'))
   assert read.device is not None
   return cost_model.CostModel(
-    read.known_model(), hardware_lib.load(read.device), tp=read.config.tp,
-    pp=read.config.pp, host=cost_model.HOSTS[host])
+    read.known_model(),
+    hardware_lib.load(read.device),
+    tp=read.config.tp,
+    pp=read.config.pp,
+    host=cost_model.HOSTS[host],
+  )
 
 
 def test_matmul_is_bound_by_memory_then_by_arithmetic() -> None:
@@ -40,30 +44,45 @@ def test_matmul_is_bound_by_memory_then_by_arithmetic() -> None:
 
 
 def test_a_token_beyond_a_tile_costs_a_tile() -> None:
-  at = {n: float(operators.matmul(A100, n, 4096, 28672))
-        for n in (250, 256, 257, 320)}
+  at = {
+    n: float(operators.matmul(A100, n, 4096, 28672))
+    for n in (250, 256, 257, 320)
+  }
   assert at[250] == pytest.approx(at[256], rel=0.02)
   assert at[257] > 1.2 * at[256]  # the paper measured 1.32
   assert at[320] == pytest.approx(at[257], rel=0.02)
 
 
 # Yi-34B, TP2: whole prefills of Sarathi-Serve's artifact (figure 2), seconds.
-@pytest.mark.parametrize(('tokens', 'seconds'), [
-  (512, 0.1056), (1024, 0.2143), (2048, 0.3660), (4096, 0.7576),
-  (8192, 1.8633), (16384, 4.4075)])
+@pytest.mark.parametrize(
+  ('tokens', 'seconds'),
+  [
+    (512, 0.1056),
+    (1024, 0.2143),
+    (2048, 0.3660),
+    (4096, 0.7576),
+    (8192, 1.8633),
+    (16384, 4.4075),
+  ],
+)
 def test_prefills_take_what_the_artifact_measured(
-    tokens: int, seconds: float) -> None:
+  tokens: int, seconds: float
+) -> None:
   cost = cost_of(paper.YI, 'paper')
   assert experiments.prefill_seconds(cost, tokens, tokens) == pytest.approx(
-    seconds, rel=0.15)
+    seconds, rel=0.15
+  )
 
 
 def test_pipelines_beat_tensor_parallelism_over_ethernet() -> None:
   """The paper's figure 13, of 2x at any batch, within a quarter."""
   for batch, (tp8, hybrid) in paper.FIGURE_13.items():
     for name, measured in ((paper.FALCON_TP8, tp8), (paper.FALCON, hybrid)):
-      seconds = sum(cost_of(name, 'paper').stage_seconds(
-        batch, batch, batch, batch * 1024, 0.0))
+      seconds = sum(
+        cost_of(name, 'paper').stage_seconds(
+          batch, batch, batch, batch * 1024, 0.0
+        )
+      )
       assert seconds == pytest.approx(measured, rel=0.25), (name, batch)
 
 
@@ -75,19 +94,23 @@ def test_stages_share_the_layers_and_the_last_has_the_head() -> None:
   sent = operators.send(halves.hardware, 512 * 14848 * 2, 'network')
   assert hop == pytest.approx(halves.layer_seconds(512) * 40 + sent)
   assert last == pytest.approx(
-    halves.layer_seconds(512) * 40 + halves.head_seconds(1))
+    halves.layer_seconds(512) * 40 + halves.head_seconds(1)
+  )
 
 
 def test_launches_bound_short_steps_and_hide_behind_long_ones() -> None:
   none, paper_host = (cost_of(paper.MISTRAL, h) for h in ('none', 'paper'))
   host = paper_host.host
-  for load, is_short in (((8, 8, 8, 8000, 0.0), True),
-                         ((512, 8, 8, 8000, 0.0), False)):
+  for load, is_short in (
+    ((8, 8, 8, 8000, 0.0), True),
+    ((512, 8, 8, 8000, 0.0), False),
+  ):
     bare = sum(none.stage_seconds(*load))
     floor = 32 * host.launch_s + none.head_seconds(8)
     assert (bare < floor) == is_short
     assert sum(paper_host.stage_seconds(*load)) == pytest.approx(
-      max(bare, floor) + 8 * host.seq_s)
+      max(bare, floor) + 8 * host.seq_s
+    )
 
 
 def test_weights_and_cache_fill_the_memory() -> None:
@@ -117,15 +140,17 @@ def test_what_does_not_fit_is_refused(fields: dict) -> None:
     cost.num_pages(config_lib.EngineConfig(**fields), 512)
 
 
-@pytest.mark.parametrize(('tp', 'pp', 'field'), [
-  (3, 1, 'tp'), (1, 0, 'pp'), (1, 81, 'pp')])
+@pytest.mark.parametrize(
+  ('tp', 'pp', 'field'), [(3, 1, 'tp'), (1, 0, 'pp'), (1, 81, 'pp')]
+)
 def test_what_can_not_be_cut_is_refused(tp: int, pp: int, field: str) -> None:
   with pytest.raises(errors.ConfigError, match=f'^{field}='):
     cost_model.CostModel(cost_of(paper.FALCON).model, A100, tp=tp, pp=pp)
 
 
-@pytest.mark.parametrize('name', sorted(
-  p.stem for p in CONFIGS.glob('*.py') if p.stem != 'quickstart'))
+@pytest.mark.parametrize(
+  'name', sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem != 'quickstart')
+)
 def test_every_deployment_fits_its_devices(name: str) -> None:
   config = deployment.read(str(CONFIGS / f'{name}.py')).config
   assert cost_of(name).num_pages(config, 8192) * config.page_size > 8192
@@ -133,12 +158,16 @@ def test_every_deployment_fits_its_devices(name: str) -> None:
 
 def test_layers_attend_to_their_own_windows() -> None:
   model = cost_of(paper.MISTRAL).model
-  chunk = types.Chunk('a', 0, 8000, (1,), 1, (), False, True, 8000, 0,
-                      types.SamplingParams())
+  chunk = types.Chunk(
+    'a', 0, 8000, (1,), 1, (), False, True, 8000, 0, types.SamplingParams()
+  )
 
   def seconds(**changes: Any) -> float:
-    return sum(cost_model.CostModel(
-      dataclasses.replace(model, **changes), A100).step_seconds([chunk]))
+    return sum(
+      cost_model.CostModel(
+        dataclasses.replace(model, **changes), A100
+      ).step_seconds([chunk])
+    )
 
   whole, slides = seconds(), seconds(sliding_window=100)
   half = seconds(sliding_window=100, window_layers=tuple(range(16)))

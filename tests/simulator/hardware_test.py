@@ -24,48 +24,72 @@ def test_devices_come_with_a_dozen_fitted_numbers_at_most(name: str) -> None:
 
 @pytest.mark.parametrize('name', hardware.names())
 def test_facts_of_gpus_are_those_that_kernels_are_compiled_for(
-    name: str) -> None:
+  name: str,
+) -> None:
   device = hardware.load(name)
   gpu = gpu_targets.get(name.partition('_')[0])
   assert (device.memory_bytes, device.memory_rate, device.num_sms) == (
-    gpu.memory_bytes, gpu.bandwidth, gpu.multiprocessors)
+    gpu.memory_bytes,
+    gpu.bandwidth,
+    gpu.multiprocessors,
+  )
   assert (device.flops, device.clock_hz) == (
-    gpu.matmul_flops, gpu.clock_ghz * 1e9)
+    gpu.matmul_flops,
+    gpu.clock_ghz * 1e9,
+  )
 
 
-@pytest.mark.parametrize(('device', 'last', 'link'), [
-  ('a100', 1, 'nvlink'), ('a100', 3, 'pcie'), ('a100', 7, 'network'),
-  ('a100_dgx', 7, 'nvlink'), ('a40', 7, 'pcie')])
+@pytest.mark.parametrize(
+  ('device', 'last', 'link'),
+  [
+    ('a100', 1, 'nvlink'),
+    ('a100', 3, 'pcie'),
+    ('a100', 7, 'network'),
+    ('a100_dgx', 7, 'nvlink'),
+    ('a40', 7, 'pcie'),
+  ],
+)
 def test_a_group_is_as_slow_as_its_slowest_link(
-    device: str, last: int, link: str) -> None:
+  device: str, last: int, link: str
+) -> None:
   assert hardware.load(device).link_within(0, last) == link
 
 
 def _write(path: pathlib.Path, **changes: Any) -> str:
   fields = dataclasses.asdict(hardware.load('a100')) | changes
-  path.write_text(json.dumps(
-    {k: v for k, v in fields.items() if v is not None}))
+  path.write_text(
+    json.dumps({k: v for k, v in fields.items() if v is not None})
+  )
   return str(path)
 
 
 def test_a_file_makes_a_device(tmp_path: pathlib.Path) -> None:
-  path = _write(tmp_path / 'b200.json', name='B200', flops=2.25e15,
-                efficiencies=None, efficiencies_of='a100')
+  path = _write(
+    tmp_path / 'b200.json',
+    name='B200',
+    flops=2.25e15,
+    efficiencies=None,
+    efficiencies_of='a100',
+  )
   device = hardware.load(path)
   assert device.flops == 2.25e15
   assert device.efficiencies == hardware.load('a100').efficiencies
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-  ({'flops': -1}, 'flops=-1: must be a finite number > 0'),
-  ({'num_sms': None}, 'num_sms: missing or unknown'),
-  ({'gpu': 'a41'}, "gpu='a41': must be one of a100, a40, h100"),
-  ({'colour': 'green'}, 'colour: missing or unknown'),
-  ({'efficiencies': {'gemm': 1}}, 'efficiencies .*memory.*: missing'),
-  ({'link_rates': {'nvlink': 1}}, 'link_rates must have'),
-])
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'flops': -1}, 'flops=-1: must be a finite number > 0'),
+    ({'num_sms': None}, 'num_sms: missing or unknown'),
+    ({'gpu': 'a41'}, "gpu='a41': must be one of a100, a40, h100"),
+    ({'colour': 'green'}, 'colour: missing or unknown'),
+    ({'efficiencies': {'gemm': 1}}, 'efficiencies .*memory.*: missing'),
+    ({'link_rates': {'nvlink': 1}}, 'link_rates must have'),
+  ],
+)
 def test_bad_files_are_refused(
-    tmp_path: pathlib.Path, changes: dict, message: str) -> None:
+  tmp_path: pathlib.Path, changes: dict, message: str
+) -> None:
   with pytest.raises(errors.ConfigError, match=message):
     hardware.load(_write(tmp_path / 'bad.json', **changes))
 

@@ -20,15 +20,21 @@ class Service:
 
   def __call__(self, rates: Sequence[float]) -> list[search.Point]:
     self.tried += rates
-    return [search.Point(
-      qps=q, p99_tbt_s=q, p50_ttft_s=1.0, p50_scheduling_delay_s=0.0,
-      holds=q <= self.capacity) for q in rates]
+    return [
+      search.Point(
+        qps=q,
+        p99_tbt_s=q,
+        p50_ttft_s=1.0,
+        p50_scheduling_delay_s=0.0,
+        holds=q <= self.capacity,
+      )
+      for q in rates
+    ]
 
 
 @pytest.mark.parametrize('width', [1, 2, 5])
 @pytest.mark.parametrize('capacity', [0.013, 0.9, 1.0, 7.7, 300])
-def test_a_capacity_is_found_from_anywhere(
-    width: int, capacity: float) -> None:
+def test_a_capacity_is_found_from_anywhere(width: int, capacity: float) -> None:
   service = Service(capacity)
   found = search.find(service, 1.0, width=width, precision=0.02)
   assert capacity / 1.02 <= found.qps <= capacity
@@ -51,17 +57,30 @@ def test_what_always_holds_ends() -> None:
 
 def test_a_rate_that_fails_bounds_those_above() -> None:
   """Noise: a rate that holds above one that does not counts for nothing."""
+
   def probe(rates: Sequence[float]) -> list[search.Point]:
-    return [search.Point(
-      qps=q, p99_tbt_s=q, p50_ttft_s=1.0, p50_scheduling_delay_s=0.0,
-      holds=q < 1 or 3 < q < 5) for q in rates]
+    return [
+      search.Point(
+        qps=q,
+        p99_tbt_s=q,
+        p50_ttft_s=1.0,
+        p50_scheduling_delay_s=0.0,
+        holds=q < 1 or 3 < q < 5,
+      )
+      for q in rates
+    ]
 
   assert search.find(probe, 1.0, width=3).qps < 1
 
 
-@pytest.mark.parametrize('fields', [
-  {'p99_tbt_s': 0}, {'p99_tbt_s': float('nan')},
-  {'p99_tbt_s': 1, 'p50_delay_s': -1}])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'p99_tbt_s': 0},
+    {'p99_tbt_s': float('nan')},
+    {'p99_tbt_s': 1, 'p50_delay_s': -1},
+  ],
+)
 def test_bad_objectives(fields: dict) -> None:
   with pytest.raises(errors.ConfigError, match='must be seconds > 0'):
     search.Slo(**fields)

@@ -46,25 +46,46 @@ def make_workload(*requests: tuple[float, int, int]) -> workload_lib.Workload:
   """(arrival, prompt length, output length) of each."""
   arrived, prompt, output = zip(*requests, strict=True)
   return workload_lib.Workload(
-    arrived_at=np.array(arrived, float), prompt_lens=np.array(prompt),
-    output_lens=np.array(output), is_batch=np.zeros(len(requests), bool))
+    arrived_at=np.array(arrived, float),
+    prompt_lens=np.array(prompt),
+    output_lens=np.array(output),
+    is_batch=np.zeros(len(requests), bool),
+  )
 
 
-def run(workload: workload_lib.Workload, policy: str = 'sarathi',
-        cost: Any = None, **fields: Any) -> tuple[
-          simulate.Result, list[runner_lib.Span], dict[int, list[float]]]:
+def run(
+  workload: workload_lib.Workload,
+  policy: str = 'sarathi',
+  cost: Any = None,
+  **fields: Any,
+) -> tuple[simulate.Result, list[runner_lib.Span], dict[int, list[float]]]:
   """Simulates; returns spans and each request's token times, too."""
   cost = cost or TokenCost()
-  config = config_lib.SchedulerConfig(**(dict(
-    token_budget=8, max_num_seqs=4, max_model_len=64, num_pages=64,
-    page_size=4, look_ahead=False, num_stages=cost.pp) | fields))
+  config = config_lib.SchedulerConfig(
+    **(
+      dict(
+        token_budget=8,
+        max_num_seqs=4,
+        max_model_len=64,
+        num_pages=64,
+        page_size=4,
+        look_ahead=False,
+        num_stages=cost.pp,
+      )
+      | fields
+    )
+  )
   info = engine_lib.EngineInfo.of(config, policy=policy, vocab_size=10)
   spans: list[runner_lib.Span] = []
   tokens: dict[int, list[float]] = {}
   result = simulate.simulate_steps(
-    scheduler_lib.policy_class(policy)(config), cost, workload, info=info,
+    scheduler_lib.policy_class(policy)(config),
+    cost,
+    workload,
+    info=info,
     on_span=spans.append,
-    on_token=lambda i, now: tokens.setdefault(i, []).append(now))
+    on_token=lambda i, now: tokens.setdefault(i, []).append(now),
+  )
   return result, spans, tokens
 
 
@@ -95,7 +116,8 @@ def test_steps_vary_as_those_that_were_measured() -> None:
     model.observe((1, 1, 4, 0), 1.0 if i % 2 else 3.0)
     model.observe((4, 0, 0, 8), 8.0)
   result, _, tokens = run(
-    make_workload((0, 4, 41)), cost=runner_lib.FittedCost(model))
+    make_workload((0, 4, 41)), cost=runner_lib.FittedCost(model)
+  )
   assert tokens[0][0] == pytest.approx(8, rel=0.05)
   gaps = np.diff(tokens[0])
   assert gaps.mean() == pytest.approx(2, rel=0.2)
@@ -115,8 +137,7 @@ def test_idle_time_is_waited_for() -> None:
 
 def test_stages_overlap() -> None:
   """Two micro-batches in two stages: a new one each second, not two."""
-  _, spans, tokens = run(
-    make_workload((0, 8, 3), (0, 8, 3)), cost=TokenCost(2))
+  _, spans, tokens = run(make_workload((0, 8, 3), (0, 8, 3)), cost=TokenCost(2))
   of = {s: [(x.start, x.end) for x in spans if x.stage == s] for s in (0, 1)}
   assert of[0][:2] == [(0, 8), (8, 16)]
   assert of[1][:2] == [(8, 16), (16, 24)]
@@ -126,32 +147,41 @@ def test_stages_overlap() -> None:
 
 def test_stages_in_lockstep_wait_for_the_slowest() -> None:
   workload = make_workload((0, 8, 1), (0, 2, 1))
-  _, spans, tokens = run(workload, cost=TokenCost(2, lockstep=True),
-                         short_prompt_share=0.0)
+  _, spans, tokens = run(
+    workload, cost=TokenCost(2, lockstep=True), short_prompt_share=0.0
+  )
   assert [(s.stage, s.start, s.end) for s in spans] == [
-    (0, 0, 8), (0, 8, 10), (1, 8, 16), (1, 16, 18)]
+    (0, 0, 8),
+    (0, 8, 10),
+    (1, 8, 16),
+    (1, 16, 18),
+  ]
   assert tokens == {0: [16], 1: [18]}
 
 
 def test_a_trace_shows_hybrid_batches_and_bubbles(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   chrome = trace.ChromeTrace()
   _, spans, _ = run(
-    make_workload((0, 4, 4), (1, 12, 1), (2, 8, 2)), cost=TokenCost(2))
+    make_workload((0, 4, 4), (1, 12, 1), (2, 8, 2)), cost=TokenCost(2)
+  )
   for span in spans:
     chrome.add(span)
   chrome.write(str(tmp_path / 'trace.json'))
   chrome.write(str(tmp_path / 'trace.json.gz'))
   text = (tmp_path / 'trace.json').read_text()
-  assert gzip.decompress(
-    (tmp_path / 'trace.json.gz').read_bytes()).decode() == text
+  assert (
+    gzip.decompress((tmp_path / 'trace.json.gz').read_bytes()).decode() == text
+  )
   events = json.loads(text)['traceEvents']
   steps = [e for e in events if e['ph'] == 'X']
   assert {e['tid'] for e in steps} == {0, 1}
   assert {e['name'] for e in steps} == {'prefill', 'hybrid', 'decode'}
   for event in steps:
     assert event['args']['num_tokens'] == (
-      event['args']['num_decodes'] + sum(event['args']['chunks']))
+      event['args']['num_decodes'] + sum(event['args']['chunks'])
+    )
     assert event['dur'] == event['args']['num_tokens'] * 1e6
   for stage in (0, 1):  # One thing at a time.
     ends = [(e['ts'], e['ts'] + e['dur']) for e in steps if e['tid'] == stage]
@@ -161,8 +191,9 @@ def test_a_trace_shows_hybrid_batches_and_bubbles(
 def test_runs_are_the_same_by_seed() -> None:
   cost = cost_model_test.cost_of(paper.MISTRAL, 'paper')
   config = config_lib.EngineConfig(max_model_len=16384)
-  workload = workload_lib.make(workload_lib.WorkloadConfig(
-    num_requests=50, qps=1.5, seed=3))
+  workload = workload_lib.make(
+    workload_lib.WorkloadConfig(num_requests=50, qps=1.5, seed=3)
+  )
   one, same = (simulate.simulate(cost, config, workload) for _ in range(2))
   assert one.requests == same.requests
   assert one.seconds == same.seconds
@@ -172,23 +203,31 @@ def test_runs_are_the_same_by_seed() -> None:
 def test_too_long_requests_are_told_before() -> None:
   cost = cost_model_test.cost_of(paper.MISTRAL)
   with pytest.raises(errors.ConfigError, match='exceeds max_model_len=100'):
-    simulate.simulate(cost, config_lib.EngineConfig(max_model_len=100),
-                      make_workload((0, 90, 20)))
+    simulate.simulate(
+      cost,
+      config_lib.EngineConfig(max_model_len=100),
+      make_workload((0, 90, 20)),
+    )
 
 
 def test_an_early_end_leaves_the_engine_in_order() -> None:
   clock = runner_lib.Clock()
   config = config_lib.SchedulerConfig(
-    token_budget=8, max_num_seqs=4, max_model_len=64, num_pages=64,
-    page_size=4)
+    token_budget=8, max_num_seqs=4, max_model_len=64, num_pages=64, page_size=4
+  )
   engine = engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
-    runner_lib.SimulatedRunner(TokenCost(), clock), clock=clock,
-    info=engine_lib.EngineInfo.of(config, policy='sarathi', vocab_size=10))
+    runner_lib.SimulatedRunner(TokenCost(), clock),
+    clock=clock,
+    info=engine_lib.EngineInfo.of(config, policy='sarathi', vocab_size=10),
+  )
   workload = make_workload(*[(i, 8, 8) for i in range(8)])
   result = simulate.drive(
-    engine, workload, wait_until=clock.advance_to,
-    stop_when=lambda engine, now: now > 30)
+    engine,
+    workload,
+    wait_until=clock.advance_to,
+    stop_when=lambda engine, now: now > 30,
+  )
   assert not result.is_complete
   assert not engine.has_work
   assert engine.stats().num_free_pages == 64
@@ -199,7 +238,8 @@ def test_an_early_end_leaves_the_engine_in_order() -> None:
 
 def test_tiers_have_times_of_their_own() -> None:
   workload = dataclasses.replace(
-    make_workload((0, 4, 4), (0, 4, 4)), is_batch=np.array([False, True]))
+    make_workload((0, 4, 4), (0, 4, 4)), is_batch=np.array([False, True])
+  )
   result, _, tokens = run(workload)
   assert result.interactive_tbt_s is not None
   assert result.interactive_tbt_s.count == 3

@@ -17,34 +17,43 @@ MESSAGES = [
   {'role': 'system', 'content': 'Be brief.'},
   {'role': 'user', 'content': 'Say "<é & 日本>"'},
   {'role': 'assistant', 'content': 'No.'},
-  {'role': 'user', 'content': 'Why?'}]
+  {'role': 'user', 'content': 'Why?'},
+]
 
 TEMPLATES = {
-  'plain': "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>"
-           "{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
-           "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-  'blocks': "{%- for message in messages %}\n"
-            "  {%- if loop.index0 == 1 %}{% continue %}{% endif %}\n"
-            "    {{- message | tojson }}\n{% endfor %}\n",
+  'plain': '{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>'
+  "{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+  '{% if add_generation_prompt %}<|assistant|>{% endif %}',
+  'blocks': '{%- for message in messages %}\n'
+  '  {%- if loop.index0 == 1 %}{% continue %}{% endif %}\n'
+  '    {{- message | tojson }}\n{% endfor %}\n',
   'generation': "{% for m in messages %}{% if m.role == 'assistant' %}"
-                "{% generation %}{{ m.content }}{% endgeneration %}"
-                "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+  '{% generation %}{{ m.content }}{% endgeneration %}'
+  '{% else %}{{ m.content }}{% endif %}{% endfor %}',
 }
 
 
 def _write(folder: pathlib.Path, template: str, **more: object) -> None:
   tokenizer_fixture.write(folder)
-  (folder / 'tokenizer_config.json').write_text(json.dumps({
-    'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>',
-    'eos_token': '</s>', 'chat_template': template, **more}))
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps(
+      {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': '<s>',
+        'eos_token': '</s>',
+        'chat_template': template,
+        **more,
+      }
+    )
+  )
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_renders_as_transformers_does(tmp_path, name):
   _write(tmp_path, TEMPLATES[name])
   theirs = transformers.AutoTokenizer.from_pretrained(
-    tmp_path).apply_chat_template(
-      MESSAGES, tokenize=False, add_generation_prompt=True)
+    tmp_path
+  ).apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
   template = chat.ChatTemplate.from_folder(tmp_path)
   assert template is not None
   assert template.render(MESSAGES) == theirs
@@ -58,26 +67,47 @@ def test_a_file_of_its_own_takes_precedence(tmp_path):
   assert template.render(MESSAGES) == 'new'
 
 
-@pytest.mark.parametrize('template', [
-  [{'name': 'tool_use', 'template': 'no'}, {'name': 'default',
-                                            'template': '[{{ bos_token }}]'}],
-  {'default': '[{{ bos_token }}]', 'tool_use': 'no'}, '[{{ bos_token }}]'])
-@pytest.mark.parametrize('decoder', [{}, {'added_tokens_decoder': {
-  '0': {'content': '<s>', 'special': True}}}], ids=['old', 'new'])
-@pytest.mark.parametrize(('config', 'special'), [
-  ({'bos_token': None}, {'bos_token': '<s>'}),
-  ({}, {'bos_token': '<s>'}),
-  ({'bos_token': '</s>'}, {'bos_token': {'content': '<s>'}}),
-  ({'bos_token': '<s>'}, {'eos_token': '</s>'}),
-  ({'bos_token': '<s>'}, {'bos_token': None}),
-])
+@pytest.mark.parametrize(
+  'template',
+  [
+    [
+      {'name': 'tool_use', 'template': 'no'},
+      {'name': 'default', 'template': '[{{ bos_token }}]'},
+    ],
+    {'default': '[{{ bos_token }}]', 'tool_use': 'no'},
+    '[{{ bos_token }}]',
+  ],
+)
+@pytest.mark.parametrize(
+  'decoder',
+  [{}, {'added_tokens_decoder': {'0': {'content': '<s>', 'special': True}}}],
+  ids=['old', 'new'],
+)
+@pytest.mark.parametrize(
+  ('config', 'special'),
+  [
+    ({'bos_token': None}, {'bos_token': '<s>'}),
+    ({}, {'bos_token': '<s>'}),
+    ({'bos_token': '</s>'}, {'bos_token': {'content': '<s>'}}),
+    ({'bos_token': '<s>'}, {'eos_token': '</s>'}),
+    ({'bos_token': '<s>'}, {'bos_token': None}),
+  ],
+)
 def test_which_file_says_what_special_tokens_are(
-    config, special, decoder, template, tmp_path):
+  config, special, decoder, template, tmp_path
+):
   """And in which of its shapes the template is."""
   tokenizer_fixture.write(tmp_path)
-  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({
-    'tokenizer_class': 'PreTrainedTokenizerFast', 'chat_template': template,
-    **config, **decoder}))
+  (tmp_path / 'tokenizer_config.json').write_text(
+    json.dumps(
+      {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'chat_template': template,
+        **config,
+        **decoder,
+      }
+    )
+  )
   (tmp_path / 'special_tokens_map.json').write_text(json.dumps(special))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   ours = chat.ChatTemplate.from_folder(tmp_path)
@@ -85,7 +115,8 @@ def test_which_file_says_what_special_tokens_are(
   if isinstance(template, dict):
     theirs.chat_template = template['default']  # which this transformers lacks
   assert ours.render(MESSAGES) == theirs.apply_chat_template(
-    MESSAGES, tokenize=False)
+    MESSAGES, tokenize=False
+  )
 
 
 def test_a_template_in_an_old_file_of_json(tmp_path):
@@ -95,8 +126,9 @@ def test_a_template_in_an_old_file_of_json(tmp_path):
   assert template is not None and template.render(MESSAGES) == 'old'
 
 
-@pytest.mark.parametrize('template', [3, [3], [{'name': 'default'}],
-                                      {'default': 3}])
+@pytest.mark.parametrize(
+  'template', [3, [3], [{'name': 'default'}], {'default': 3}]
+)
 def test_a_template_of_no_known_shape(tmp_path, template):
   _write(tmp_path, template)
   with pytest.raises(errors.CheckpointError, match='chat_template: must be'):
@@ -120,94 +152,147 @@ def test_there_may_be_none(tmp_path):
   assert chat.ChatTemplate.from_folder(tmp_path) is None
 
 
-LLAMA_3 = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' "
-           "+ m['content'] | trim + '<|end|>' }}{% endfor %}")
-CALL = {'id': 'call_1', 'type': 'function',
-        'function': {'name': 'f', 'arguments': '{"a": [1]}'}}
+LLAMA_3 = (
+  "{% for m in messages %}{{ '<|' + m['role'] + '|>' "
+  "+ m['content'] | trim + '<|end|>' }}{% endfor %}"
+)
+CALL = {
+  'id': 'call_1',
+  'type': 'function',
+  'function': {'name': 'f', 'arguments': '{"a": [1]}'},
+}
 
 
 def rendered(template: str, *messages: object) -> str:
   return chat.ChatTemplate(template, {}).render(messages)  # type: ignore
 
 
-@pytest.mark.parametrize('template', [
-  LLAMA_3, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
-           '{% endfor %}'])
+@pytest.mark.parametrize(
+  'template',
+  [
+    LLAMA_3,
+    '{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}',
+  ],
+)
 def test_parts_and_null_are_texts_to_a_template(template):
   """Joined as vLLM and the gateway do; null says nothing."""
   parts = [{'type': 'text', 'text': 'What does'}, {'text': 'len do?'}]
   assert rendered(
-    template, {'role': 'user', 'content': parts},
+    template,
+    {'role': 'user', 'content': parts},
     {'role': 'assistant', 'content': None, 'tool_calls': [CALL]},
     {'role': 'assistant', 'tool_calls': [CALL]},
     {'role': 'tool', 'content': ['sunny'], 'tool_call_id': 'call_1'},
-  ) == ('<|user|>What does\nlen do?<|end|><|assistant|><|end|>'
-        '<|assistant|><|end|><|tool|>sunny<|end|>')
+  ) == (
+    '<|user|>What does\nlen do?<|end|><|assistant|><|end|>'
+    '<|assistant|><|end|><|tool|>sunny<|end|>'
+  )
 
 
 @pytest.mark.parametrize('kind', ['text', 'input_text', 'output_text'])
 def test_parts_of_other_names_are_texts(kind):
-  assert rendered(LLAMA_3, {'role': 'user', 'content': [
-    {'type': kind, 'text': 'a'}, {'type': 'refusal', 'refusal': 'b'}]}) == (
-      '<|user|>a\nb<|end|>')
-
-
-LOOP = ("{%% for m in messages %%}%s{%% for part in %s %%}<{{ part['type'] }}:"
-        "{{ part['text'] }}>{%% endfor %%}%s{%% endfor %%}")
-
-
-@pytest.mark.parametrize('template,of_text', [
-  (LOOP % ('', "m['content']", ''), '<text:b>'),
-  (LOOP % ('{% set content = m.content %}', 'content', ''), '<text:b>'),
-  (LOOP % ('{% if m.content is string %}{{ m.content }}{% else %}',
-           'm.content', '{% endif %}'), 'b'),
-])
-def test_a_template_that_takes_parts_gets_parts(template, of_text):
   assert rendered(
-    template, {'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]},
-    {'role': 'user', 'content': 'b'}) == f'<text:a>{of_text}'
+    LLAMA_3,
+    {
+      'role': 'user',
+      'content': [
+        {'type': kind, 'text': 'a'},
+        {'type': 'refusal', 'refusal': 'b'},
+      ],
+    },
+  ) == ('<|user|>a\nb<|end|>')
+
+
+LOOP = (
+  "{%% for m in messages %%}%s{%% for part in %s %%}<{{ part['type'] }}:"
+  "{{ part['text'] }}>{%% endfor %%}%s{%% endfor %%}"
+)
+
+
+@pytest.mark.parametrize(
+  'template,of_text',
+  [
+    (LOOP % ('', "m['content']", ''), '<text:b>'),
+    (LOOP % ('{% set content = m.content %}', 'content', ''), '<text:b>'),
+    (
+      LOOP
+      % (
+        '{% if m.content is string %}{{ m.content }}{% else %}',
+        'm.content',
+        '{% endif %}',
+      ),
+      'b',
+    ),
+  ],
+)
+def test_a_template_that_takes_parts_gets_parts(template, of_text):
+  assert (
+    rendered(
+      template,
+      {'role': 'user', 'content': [{'type': 'text', 'text': 'a'}]},
+      {'role': 'user', 'content': 'b'},
+    )
+    == f'<text:a>{of_text}'
+  )
 
 
 def test_null_is_none_to_a_template_that_asks():
   """As DeepSeek's does, to find calls of tools."""
   message = {'role': 'assistant', 'content': None}
   for template, expected in (
-      ('{{ messages[0].content is none }}', 'True'),
-      ('{{ messages[0].content is not none }}', 'False'),
-      ('{{ messages[0].content == none }}', 'True'),
-      ('{{ messages[0].content != none }}', 'False'),
-      ("{{ messages[0].content == '' }}", 'True'),
-      ("{% if messages[0].content %}a{% else %}b{% endif %}", 'b')):
+    ('{{ messages[0].content is none }}', 'True'),
+    ('{{ messages[0].content is not none }}', 'False'),
+    ('{{ messages[0].content == none }}', 'True'),
+    ('{{ messages[0].content != none }}', 'False'),
+    ("{{ messages[0].content == '' }}", 'True'),
+    ('{% if messages[0].content %}a{% else %}b{% endif %}', 'b'),
+  ):
     assert rendered(template, message) == expected
 
 
-@pytest.mark.parametrize('template,expected', [
-  ('{{ a | tojson }}', '{"a": [1]}'), ("{{ '<' + a + '>' }}", '<{"a": [1]}>'),
-  ('{{ a }}', '{"a": [1]}'),
-  ('{% for k, v in a.items() %}{{ k }}={{ v[0] }}{% endfor %}', 'a=1')])
+@pytest.mark.parametrize(
+  'template,expected',
+  [
+    ('{{ a | tojson }}', '{"a": [1]}'),
+    ("{{ '<' + a + '>' }}", '<{"a": [1]}>'),
+    ('{{ a }}', '{"a": [1]}'),
+    ('{% for k, v in a.items() %}{{ k }}={{ v[0] }}{% endfor %}', 'a=1'),
+  ],
+)
 def test_arguments_of_a_call_are_an_object_and_a_text(template, expected):
-  source = ('{% set a = messages[0].tool_calls[0].function.arguments %}'
-            + template)
+  source = (
+    '{% set a = messages[0].tool_calls[0].function.arguments %}' + template
+  )
   assert rendered(source, {'role': 'assistant', 'tool_calls': [CALL]}) == (
-    expected)
+    expected
+  )
 
 
-@pytest.mark.parametrize('message,words', [
-  ('x', 'messages[0]=\'x\': must be an object'),
-  ({'content': 'x'}, 'messages[0].role=None: must be a text'),
-  ({'role': '', 'content': 'x'}, "messages[0].role='': must be a text"),
-  ({'role': 'user', 'content': 5}, 'messages[0].content=5: must be a text'),
-  ({'role': 'user', 'content': {'text': 'x'}}, 'must be a text, null, or a'),
-  ({'role': 'user', 'content': [5]}, 'messages[0].content[0]=5: must be a'),
-  ({'role': 'user', 'content': [{'type': 'text'}]},
-   'messages[0].content[0].text=None: must be a text'),
-  ({'role': 'user', 'content': ['a', {'type': 'image_url'}]},
-   "messages[0].content[1]: type='image_url': only parts that are text"),
-  ({'role': 'assistant', 'tool_calls': 5}, 'messages[0].tool_calls=5'),
-  ({'role': 'assistant', 'tool_calls': [{}]}, 'with a function'),
-  ({'role': 'assistant', 'tool_calls': [{'function': {'arguments': '{'}}]},
-   "messages[0].tool_calls[0].function.arguments='{': must be a JSON object"),
-])
+@pytest.mark.parametrize(
+  'message,words',
+  [
+    ('x', "messages[0]='x': must be an object"),
+    ({'content': 'x'}, 'messages[0].role=None: must be a text'),
+    ({'role': '', 'content': 'x'}, "messages[0].role='': must be a text"),
+    ({'role': 'user', 'content': 5}, 'messages[0].content=5: must be a text'),
+    ({'role': 'user', 'content': {'text': 'x'}}, 'must be a text, null, or a'),
+    ({'role': 'user', 'content': [5]}, 'messages[0].content[0]=5: must be a'),
+    (
+      {'role': 'user', 'content': [{'type': 'text'}]},
+      'messages[0].content[0].text=None: must be a text',
+    ),
+    (
+      {'role': 'user', 'content': ['a', {'type': 'image_url'}]},
+      "messages[0].content[1]: type='image_url': only parts that are text",
+    ),
+    ({'role': 'assistant', 'tool_calls': 5}, 'messages[0].tool_calls=5'),
+    ({'role': 'assistant', 'tool_calls': [{}]}, 'with a function'),
+    (
+      {'role': 'assistant', 'tool_calls': [{'function': {'arguments': '{'}}]},
+      "messages[0].tool_calls[0].function.arguments='{': must be a JSON object",
+    ),
+  ],
+)
 def test_messages_that_are_none_are_told_by_field(message, words):
   with pytest.raises(errors.InvalidRequestError) as caught:
     rendered(LLAMA_3, message)
@@ -222,7 +307,8 @@ def test_what_a_template_refuses_is_told():
 
 def test_templates_can_not_reach_python():
   template = chat.ChatTemplate(
-    "{{ messages.__class__.__mro__[1].__subclasses__() }}", {})
+    '{{ messages.__class__.__mro__[1].__subclasses__() }}', {}
+  )
   with pytest.raises(errors.InvalidRequestError, match='unsafe'):
     template.render(MESSAGES)
 

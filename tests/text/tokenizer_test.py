@@ -21,19 +21,35 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import tokenizer_fixture
 
 PIECES = (
-  'the ', 'fox', 'a ', ' ', '  ', '\n', 'x', 'é', '日本', '🎉', '\ufffd')
+  'the ',
+  'fox',
+  'a ',
+  ' ',
+  '  ',
+  '\n',
+  'x',
+  'é',
+  '日本',
+  '🎉',
+  '\ufffd',
+)
 texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map(''.join)
 
 
 @pytest.fixture(scope='module', params=['byte_level', 'sentencepiece'])
-def tokenizer(request: pytest.FixtureRequest,
-              tmp_path_factory: pytest.TempPathFactory,
-              ) -> tokenizer_lib.Tokenizer:
+def tokenizer(
+  request: pytest.FixtureRequest,
+  tmp_path_factory: pytest.TempPathFactory,
+) -> tokenizer_lib.Tokenizer:
   made: tokenizers.Tokenizer = {
     'byte_level': tokenizer_fixture.make,
-    'sentencepiece': tokenizer_fixture.make_sentencepiece}[request.param]()
-  return tokenizer_lib.Tokenizer(tokenizer_fixture.write(
-    tmp_path_factory.mktemp('tokenizer'), tokenizer=made))
+    'sentencepiece': tokenizer_fixture.make_sentencepiece,
+  }[request.param]()
+  return tokenizer_lib.Tokenizer(
+    tokenizer_fixture.write(
+      tmp_path_factory.mktemp('tokenizer'), tokenizer=made
+    )
+  )
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @hypothesis.given(text=texts, data=st.data())
 @hypothesis.settings(max_examples=200)
 def test_a_stream_says_what_follows_the_prompt(
-    tokenizer: tokenizer_lib.Tokenizer, text: str, data: st.DataObject,
+  tokenizer: tokenizer_lib.Tokenizer,
+  text: str,
+  data: st.DataObject,
 ) -> None:
   """The prompt may end anywhere, within a character too."""
   ids = tokenizer.encode(text)
@@ -71,34 +89,40 @@ def num_bytes_of(tokenizer: tokenizer_lib.Tokenizer, token: int) -> int:
 
 
 def test_whole_characters_beside_a_part_of_one_are_shown_at_once(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   """A token may hold both, wherever the prompt ends."""
-  vocab = {c: i for i, c in enumerate(
-    sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  vocab = {
+    c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+  }
   # Two bytes of the alphabet's: 'a' or the end of an emoji, and 0xF0.
   joined = [('a', '\xf0'), ('\u012b', '\xf0')]
   vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(joined)}
   made = tokenizers.Tokenizer(models.BPE(vocab, joined))
   made.pre_tokenizer = pre_tokenizers.ByteLevel(
-    add_prefix_space=False, use_regex=False)
+    add_prefix_space=False, use_regex=False
+  )
   made.decoder = decoders.ByteLevel()
   tokenizer = tokenizer_lib.Tokenizer(
-    tokenizer_fixture.write(tmp_path, tokenizer=made))
+    tokenizer_fixture.write(tmp_path, tokenizer=made)
+  )
   text = 'ba\U0001f389\U0001f389\ufffda\U0001f389'
   ids = tokenizer.encode(text)
   assert sum(len(made.id_to_token(token)) > 1 for token in ids) == 3
   for cut in range(len(ids) + 1):
     stream = tokenizer.stream(ids[:cut], skip_special_tokens=True)
-    shown = text.encode()[:sum(
-      len(made.id_to_token(t)) for t in ids[:cut])].decode(errors='ignore')
+    shown = text.encode()[
+      : sum(len(made.id_to_token(t)) for t in ids[:cut])
+    ].decode(errors='ignore')
     for n in range(cut, len(ids)):
       shown += stream.step(ids[n])
-      num_bytes = sum(len(made.id_to_token(t)) for t in ids[:n + 1])
+      num_bytes = sum(len(made.id_to_token(t)) for t in ids[: n + 1])
       assert shown == text.encode()[:num_bytes].decode(errors='ignore')
 
 
 def test_a_character_comes_whole_with_its_last_token(
-    folder: pathlib.Path) -> None:
+  folder: pathlib.Path,
+) -> None:
   tokenizer = tokenizer_lib.Tokenizer(folder)
   ids = tokenizer.encode('é🎉')
   assert len(ids) == 1 + 2 + 4  # '<s>', then a token for each byte.
@@ -107,7 +131,8 @@ def test_a_character_comes_whole_with_its_last_token(
 
 
 def test_broken_bytes_are_marked_and_the_text_goes_on(
-    folder: pathlib.Path) -> None:
+  folder: pathlib.Path,
+) -> None:
   tokenizer = tokenizer_lib.Tokenizer(folder)
   first_bytes = tokenizer.encode('🎉')[1:3]
   stream = tokenizer.stream(tokenizer.encode('a'), skip_special_tokens=True)
@@ -116,19 +141,19 @@ def test_broken_bytes_are_marked_and_the_text_goes_on(
 
 
 def test_broken_bytes_behind_a_byte_that_was_given(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   """All bytes in a row are one text: what was given of them is rewritten."""
   made = tokenizer_fixture.make_sentencepiece()
   tokenizer = tokenizer_lib.Tokenizer(
-    tokenizer_fixture.write(tmp_path, tokenizer=made))
-  ids = [made.token_to_id(piece) for piece in (
-    '<0x41>', '<0x94>', '\u2581the')]
+    tokenizer_fixture.write(tmp_path, tokenizer=made)
+  )
+  ids = [made.token_to_id(piece) for piece in ('<0x41>', '<0x94>', '\u2581the')]
   stream = tokenizer.stream(tokenizer.encode('a'), skip_special_tokens=True)
   assert [stream.step(t) for t in ids] == ['A', '', '\ufffd the']
 
 
-def test_special_tokens_are_shown_where_asked_for(
-    folder: pathlib.Path) -> None:
+def test_special_tokens_are_shown_where_asked_for(folder: pathlib.Path) -> None:
   tokenizer = tokenizer_lib.Tokenizer(folder)
   ids = (tokenizer_fixture.EOS, *tokenizer.encode('x')[1:])
   for skip, text in ((True, 'x'), (False, '</s>x')):
@@ -144,12 +169,13 @@ def test_a_prompt_begins_with_its_special_token(folder: pathlib.Path) -> None:
 
 
 def test_text_that_is_no_unicode_is_refused(folder: pathlib.Path) -> None:
-  with pytest.raises(errors.InvalidRequestError, match='prompt: can\'t be'):
+  with pytest.raises(errors.InvalidRequestError, match="prompt: can't be"):
     tokenizer_lib.Tokenizer(folder).encode('a\ud800')
 
 
 def test_a_chat_has_one_start_and_ends_at_the_answer(
-    folder: pathlib.Path) -> None:
+  folder: pathlib.Path,
+) -> None:
   tokenizer = tokenizer_lib.Tokenizer(folder)
   ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'the fox'}])
   assert ids.count(tokenizer_fixture.BOS) == 1
@@ -160,16 +186,20 @@ def test_a_chat_without_a_template_is_refused(tmp_path: pathlib.Path) -> None:
   tokenizer_fixture.write(tmp_path, chat_template=None)
   with pytest.raises(errors.UnsupportedError, match='no chat template'):
     tokenizer_lib.Tokenizer(tmp_path).apply_chat_template(
-      [{'role': 'user', 'content': 'x'}])
+      [{'role': 'user', 'content': 'x'}]
+    )
 
 
 def test_a_chat_that_the_template_refuses_is_refused(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   tokenizer_fixture.write(
-    tmp_path, chat_template="{{ raise_exception('only one system role') }}")
+    tmp_path, chat_template="{{ raise_exception('only one system role') }}"
+  )
   with pytest.raises(errors.InvalidRequestError, match='only one system role'):
     tokenizer_lib.Tokenizer(tmp_path).apply_chat_template(
-      [{'role': 'user', 'content': 'x'}])
+      [{'role': 'user', 'content': 'x'}]
+    )
 
 
 def test_a_damaged_file_is_named(tmp_path: pathlib.Path) -> None:
@@ -179,31 +209,39 @@ def test_a_damaged_file_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_has_none(
-    tmp_path: pathlib.Path, folder: pathlib.Path) -> None:
+  tmp_path: pathlib.Path, folder: pathlib.Path
+) -> None:
   assert tokenizer_lib.Tokenizer.from_folder(tmp_path) is None
   assert tokenizer_lib.Tokenizer.from_folder(folder) is not None
 
 
-@pytest.mark.parametrize('left_on', [
-  lambda made: made.enable_truncation(4),
-  lambda made: made.enable_truncation(4, stride=2, direction='left'),
-  lambda made: made.enable_padding(length=64, pad_token='</s>', pad_id=1),
-  lambda made: made.enable_padding(pad_to_multiple_of=8),
-  lambda made: setattr(made.model, 'dropout', 0.9),
-], ids=['truncation', 'stride', 'padding', 'multiple', 'dropout'])
+@pytest.mark.parametrize(
+  'left_on',
+  [
+    lambda made: made.enable_truncation(4),
+    lambda made: made.enable_truncation(4, stride=2, direction='left'),
+    lambda made: made.enable_padding(length=64, pad_token='</s>', pad_id=1),
+    lambda made: made.enable_padding(pad_to_multiple_of=8),
+    lambda made: setattr(made.model, 'dropout', 0.9),
+  ],
+  ids=['truncation', 'stride', 'padding', 'multiple', 'dropout'],
+)
 def test_what_a_training_script_left_on_is_off(
-    left_on: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  left_on: Any, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
   """Dropout of merges would make other tokens each time."""
   made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
   text = 'The quick brown fox jumps over the lazy dog.'
   want = tuple(made.encode(text).ids)
   left_on(made)
   ours = tokenizer_lib.Tokenizer(
-    tokenizer_fixture.write(tmp_path, tokenizer=made))
+    tokenizer_fixture.write(tmp_path, tokenizer=made)
+  )
   assert {ours.encode(text) for _ in range(5)} == {want}
   chat = [{'role': 'user', 'content': text}]
   assert ours.apply_chat_template(chat) == (
-    tokenizer_lib.Tokenizer(folder).apply_chat_template(chat))
+    tokenizer_lib.Tokenizer(folder).apply_chat_template(chat)
+  )
 
 
 def test_what_belongs_to_a_tokenizer_stays(tmp_path: pathlib.Path) -> None:
@@ -211,12 +249,16 @@ def test_what_belongs_to_a_tokenizer_stays(tmp_path: pathlib.Path) -> None:
   made = tokenizers.Tokenizer.from_str(tokenizer_fixture.make().to_str())
   made.normalizer = normalizers.Lowercase()
   made.post_processor = processors.TemplateProcessing(
-    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)])
-  made.add_special_tokens([tokenizers.AddedToken(
-    '<sep>', lstrip=True, rstrip=True)])
+    single='<s> $A </s>', special_tokens=[('<s>', 0), ('</s>', 1)]
+  )
+  made.add_special_tokens(
+    [tokenizers.AddedToken('<sep>', lstrip=True, rstrip=True)]
+  )
   ours = tokenizer_lib.Tokenizer(
-    tokenizer_fixture.write(tmp_path, tokenizer=made))
+    tokenizer_fixture.write(tmp_path, tokenizer=made)
+  )
   text = 'THE FOX  <sep>  x'
   assert list(ours.encode(text)) == made.encode(text).ids
   assert [made.token_to_id(name) for name in ('x', '<sep>', 'x', '</s>')] == (
-    list(ours.encode(text))[-4:])
+    list(ours.encode(text))[-4:]
+  )

@@ -13,8 +13,11 @@ _LOG_BYTES = 2**18  # of the end of each log; the rest is of no use
 _BUFFERED = 2**18  # that gzip may not have written yet, at least
 
 
-def pack(folders: Mapping[str, pathlib.Path], archive: pathlib.Path,
-         most_bytes: int = MOST_BYTES) -> list[str]:
+def pack(
+  folders: Mapping[str, pathlib.Path],
+  archive: pathlib.Path,
+  most_bytes: int = MOST_BYTES,
+) -> list[str]:
   """Packs folders, small files first, and as much as there is room for.
 
   A reader never sees half an archive.
@@ -45,8 +48,9 @@ def pack(folders: Mapping[str, pathlib.Path], archive: pathlib.Path,
   return left_out
 
 
-def _files(folders: Mapping[str, pathlib.Path],
-           ) -> Iterator[tuple[int, pathlib.Path, str]]:
+def _files(
+  folders: Mapping[str, pathlib.Path],
+) -> Iterator[tuple[int, pathlib.Path, str]]:
   """Yields (its last bytes that are wanted, file, name in the archive)."""
   for name, folder in folders.items():
     for path in folder.rglob('*'):

@@ -29,7 +29,8 @@ from sarathi_jax.benchmarks.gpu import timing
 
 _HEADS = arg_specs.HEADS['mistral-7b']
 _TORCH_WORKER = (
-  pathlib.Path(__file__).parents[1] / 'peer_workers' / 'torch_sdpa.py')
+  pathlib.Path(__file__).parents[1] / 'peer_workers' / 'torch_sdpa.py'
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +88,14 @@ class Batch:
   def kv_bytes(self, sweep: Sweep) -> int:
     """Counts the bytes of keys and values that must be read at least once."""
     return sum(self.lens) * attention_work.token_bytes(
-      sweep.num_kv_heads, sweep.head_dim, sweep.kv_dtype or sweep.dtype)
+      sweep.num_kv_heads, sweep.head_dim, sweep.kv_dtype or sweep.dtype
+    )
 
   def flops(self, sweep: Sweep) -> int:
     """Counts operations of the pairs of query and key that causality leaves."""
     pairs = self.decodes * self.context + attention_work.num_pairs(
-      self.before, self.chunk)
+      self.before, self.chunk
+    )
     return pairs * attention_work.pair_flops(sweep.num_heads, sweep.head_dim)
 
 
@@ -108,10 +111,16 @@ def prefills(*pairs: tuple[int, int]) -> tuple[Batch, ...]:
 
 def hybrids(*batches: tuple[int, int, int, int]) -> tuple[Batch, ...]:
   """Makes points of (decodes, their context, chunk, before it), and parts."""
-  return tuple(itertools.chain.from_iterable(
-    (Batch('hybrid', n, context, chunk, before),
-     Batch('part', n, context, 0, 0), Batch('part', 0, 0, chunk, before))
-    for n, context, chunk, before in batches))
+  return tuple(
+    itertools.chain.from_iterable(
+      (
+        Batch('hybrid', n, context, chunk, before),
+        Batch('part', n, context, 0, 0),
+        Batch('part', 0, 0, chunk, before),
+      )
+      for n, context, chunk, before in batches
+    )
+  )
 
 
 class Kernel:
@@ -123,27 +132,40 @@ class Kernel:
     tried: sizes of tiles that it is run with; None: those of the table.
   """
 
-  def __init__(self, sweep: Sweep, implementation: str,
-               tried: Iterable[tuning.Sizes | None] = (None,)) -> None:
+  def __init__(
+    self,
+    sweep: Sweep,
+    implementation: str,
+    tried: Iterable[tuning.Sizes | None] = (None,),
+  ) -> None:
     self.sweep = sweep
     self._implementation = implementation
     num_pages = -(-sweep.pool_tokens // sweep.page_size)
     shape = (num_pages, sweep.page_size, sweep.num_kv_heads, sweep.head_dim)
-    zeros, tree = jax.tree.flatten(rpa.init_pages(
-      *shape, sweep.kv_dtype or sweep.dtype, implementation))
-    self._pages = jax.tree.unflatten(tree, [
-      jax.jit(functools.partial(_random, x.shape, x.dtype))(jax.random.key(i))
-      for i, x in enumerate(zeros)])
+    zeros, tree = jax.tree.flatten(
+      rpa.init_pages(*shape, sweep.kv_dtype or sweep.dtype, implementation)
+    )
+    self._pages = jax.tree.unflatten(
+      tree,
+      [
+        jax.jit(functools.partial(_random, x.shape, x.dtype))(jax.random.key(i))
+        for i, x in enumerate(zeros)
+      ],
+    )
     self._order = np.random.default_rng(0).permutation(num_pages)
-    self._pages_per_seq = -(-max(
-      max(b.lens) for b in sweep.batches) // sweep.page_size)
+    self._pages_per_seq = -(
+      -max(max(b.lens) for b in sweep.batches) // sweep.page_size
+    )
     # Compiled several at a time, and all before the first is timed, which is
     # to have the host for itself.
     with futures.ThreadPoolExecutor(max_workers=4) as pool:
       self._programs = {
         (tokens, rows, sizes): pool.submit(self._compile, batch, sizes)
-        for sizes in tried for (tokens, rows), batch in {
-          _rows_of(batch): batch for batch in sweep.batches}.items()}
+        for sizes in tried
+        for (tokens, rows), batch in {
+          _rows_of(batch): batch for batch in sweep.batches
+        }.items()
+      }
 
   def arguments(self, batch: Batch) -> tuple[Any, ...]:
     lens = batch.lens
@@ -154,19 +176,30 @@ class Kernel:
       for row, n in zip(table, lens, strict=False):
         count = -(-n // self.sweep.page_size)
         # Pages of the pool in a shuffled order, around if it ends.
-        row[:count] = self._order[
-          np.arange(at, at + count) % len(self._order)]
+        row[:count] = self._order[np.arange(at, at + count) % len(self._order)]
         at += count
     kv_lens = np.zeros(rows, np.int32)
-    kv_lens[:len(lens)] = lens
+    kv_lens[: len(lens)] = lens
     starts = np.full(rows + 1, batch.num_tokens, np.int32)
-    starts[:batch.decodes + 1] = np.arange(batch.decodes + 1)
+    starts[: batch.decodes + 1] = np.arange(batch.decodes + 1)
     q = jax.random.normal(
-      jax.random.key(2), (tokens, self.sweep.num_heads, self.sweep.head_dim),
-      self.sweep.dtype)
-    return (q, *self._pages, *map(jnp.asarray, (
-      kv_lens, tables, starts,
-      np.array([batch.decodes, len(lens)], np.int32))))
+      jax.random.key(2),
+      (tokens, self.sweep.num_heads, self.sweep.head_dim),
+      self.sweep.dtype,
+    )
+    return (
+      q,
+      *self._pages,
+      *map(
+        jnp.asarray,
+        (
+          kv_lens,
+          tables,
+          starts,
+          np.array([batch.decodes, len(lens)], np.int32),
+        ),
+      ),
+    )
 
   def seconds(self, batch: Batch, sizes: tuning.Sizes | None = None) -> float:
     """Times a call; raises what compiling it raised."""
@@ -176,10 +209,15 @@ class Kernel:
 
   def _compile(self, batch: Batch, sizes: tuning.Sizes | None) -> Any:
     scale = self.sweep.head_dim**-0.5
-    chain = functools.partial(
-      _chain, scale=scale, implementation=self._implementation,
-    ) if sizes is None else functools.partial(
-      _chain_of, sizes, batch_lib.Options(scale))
+    chain = (
+      functools.partial(
+        _chain,
+        scale=scale,
+        implementation=self._implementation,
+      )
+      if sizes is None
+      else functools.partial(_chain_of, sizes, batch_lib.Options(scale))
+    )
     return jax.jit(chain).lower(*self.arguments(batch)).compile()
 
 
@@ -207,24 +245,42 @@ def _chain(
   **options: Any,
 ) -> jax.Array:
   """Chains attention to attention's output by one plan, as model layers do."""
-  plan = rpa.make_plan(q, k_pages, kv_lens, starts, distribution,
-                       implementation=implementation)
+  plan = rpa.make_plan(
+    q, k_pages, kv_lens, starts, distribution, implementation=implementation
+  )
   for table in tables:
     q = rpa.ragged_paged_attention(
-      q, k_pages, v_pages, kv_lens, table, starts, distribution, plan=plan,
-      implementation=implementation, **options)
+      q,
+      k_pages,
+      v_pages,
+      kv_lens,
+      table,
+      starts,
+      distribution,
+      plan=plan,
+      implementation=implementation,
+      **options,
+    )
   return q
 
 
-def _chain_of(sizes: tuning.Sizes, options: batch_lib.Options, q: jax.Array,
-              k_pages: jax.Array, v_pages: jax.Array, kv_lens: jax.Array,
-              tables: jax.Array, starts: jax.Array,
-              distribution: jax.Array) -> jax.Array:
+def _chain_of(
+  sizes: tuning.Sizes,
+  options: batch_lib.Options,
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  kv_lens: jax.Array,
+  tables: jax.Array,
+  starts: jax.Array,
+  distribution: jax.Array,
+) -> jax.Array:
   """Chains as `_chain`, by pallas_triton with these sizes."""
   for table in tables:
     batch = batch_lib.Batch(kv_lens, table, starts, distribution)
     q = pallas_triton.ragged_paged_attention(
-      q, k_pages, v_pages, batch, options, sizes=sizes)
+      q, k_pages, v_pages, batch, options, sizes=sizes
+    )
   return q
 
 
@@ -235,11 +291,18 @@ def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   have to leave, as they do in a model.
   """
   rows, q_len = (batch.decodes, 1) if batch.decodes else (1, batch.chunk)
-  q, k, v = (jax.random.normal(
-    jax.random.key(i), (rows, n, heads, sweep.head_dim), sweep.dtype)
-    for i, (n, heads) in enumerate((
-      (q_len, sweep.num_heads), (batch.lens[0], sweep.num_kv_heads),
-      (batch.lens[0], sweep.num_kv_heads))))
+  q, k, v = (
+    jax.random.normal(
+      jax.random.key(i), (rows, n, heads, sweep.head_dim), sweep.dtype
+    )
+    for i, (n, heads) in enumerate(
+      (
+        (q_len, sweep.num_heads),
+        (batch.lens[0], sweep.num_kv_heads),
+        (batch.lens[0], sweep.num_kv_heads),
+      )
+    )
+  )
 
   def chain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     attend: Any = jax.nn.dot_product_attention
@@ -251,9 +314,13 @@ def dense_seconds(sweep: Sweep, batch: Batch, implementation: str) -> float:
   return timing.seconds(lambda: run(q, k, v)) / sweep.calls
 
 
-def run(journal: journal_lib.Journal, sweep: Sweep,
-        limits: Mapping[str, float], implementation: str,
-        dense: str | None = None) -> None:
+def run(
+  journal: journal_lib.Journal,
+  sweep: Sweep,
+  limits: Mapping[str, float],
+  implementation: str,
+  dense: str | None = None,
+) -> None:
   """Measures all points.
 
   Args:
@@ -270,12 +337,15 @@ def run(journal: journal_lib.Journal, sweep: Sweep,
     took = kernel().seconds(batch)
     num_bytes, flops = batch.kv_bytes(sweep), batch.flops(sweep)
     return {
-      **dataclasses.asdict(batch), 'us': took * 1e6,
-      'tb_per_s': num_bytes / took / 1e12, 'tflop_per_s': flops / took / 1e12,
+      **dataclasses.asdict(batch),
+      'us': took * 1e6,
+      'tb_per_s': num_bytes / took / 1e12,
+      'tflop_per_s': flops / took / 1e12,
       'of_copy': num_bytes / took / limits['copy_bytes_per_s'],
       'of_matmul': flops / took / limits['matmul_flops_per_s'],
       # Small caches stay in the device's own; theirs is no memory's speed.
-      'kv_mb': num_bytes / 1e6}
+      'kv_mb': num_bytes / 1e6,
+    }
 
   def alternative(batch: Batch, name: str) -> journal_lib.Row:
     try:
@@ -290,41 +360,58 @@ def run(journal: journal_lib.Journal, sweep: Sweep,
   for batch in sweep.batches:
     # It has no mask for a chunk behind others but one in memory.
     if dense and batch.name in sweep.compared and not batch.before:
-      journal.measure(f'{batch.name} {dense}', functools.partial(
-        alternative, batch, dense))
+      journal.measure(
+        f'{batch.name} {dense}', functools.partial(alternative, batch, dense)
+      )
 
 
-def run_mosaic(journal: journal_lib.Journal, sweep: Sweep,
-               limits: Mapping[str, float]) -> None:
+def run_mosaic(
+  journal: journal_lib.Journal, sweep: Sweep, limits: Mapping[str, float]
+) -> None:
   """Measures pallas_mosaic, too, where device and JAX can run it."""
   name = 'pallas_mosaic'
   try:
-    rpa.init_pages(1, sweep.page_size, sweep.num_kv_heads, sweep.head_dim,
-                   sweep.dtype, name)
+    rpa.init_pages(
+      1, sweep.page_size, sweep.num_kv_heads, sweep.head_dim, sweep.dtype, name
+    )
   except NotImplementedError as reason:
     journal.add(name, {'absent': str(reason)})
     return
   run(journal, sweep, limits, name)
 
 
-def run_torch(journal: journal_lib.Journal, sweep: Sweep,
-              python: str) -> None:
+def run_torch(journal: journal_lib.Journal, sweep: Sweep, python: str) -> None:
   """Times torch at the compared points, in a process, if `python` has torch."""
-  specs = [json.dumps({
-    'point': batch.name, 'rows': batch.decodes or 1,
-    'q_len': batch.chunk or 1, 'kv_len': batch.lens[0],
-    'num_heads': sweep.num_heads, 'num_kv_heads': sweep.num_kv_heads,
-    'head_dim': sweep.head_dim, 'dtype': sweep.dtype})
-    for batch in sweep.batches if batch.name in sweep.compared
-    and f'{batch.name} torch' not in journal]
+  specs = [
+    json.dumps(
+      {
+        'point': batch.name,
+        'rows': batch.decodes or 1,
+        'q_len': batch.chunk or 1,
+        'kv_len': batch.lens[0],
+        'num_heads': sweep.num_heads,
+        'num_kv_heads': sweep.num_kv_heads,
+        'head_dim': sweep.head_dim,
+        'dtype': sweep.dtype,
+      }
+    )
+    for batch in sweep.batches
+    if batch.name in sweep.compared and f'{batch.name} torch' not in journal
+  ]
   # Files, for a pipe that nobody reads would fill up.
-  with tempfile.TemporaryFile('w+') as questions, (
-      tempfile.TemporaryFile('w+')) as log:
+  with (
+    tempfile.TemporaryFile('w+') as questions,
+    tempfile.TemporaryFile('w+') as log,
+  ):
     questions.write(''.join(f'{spec}\n' for spec in specs))
     questions.seek(0)
     with subprocess.Popen(
-        [python, str(_TORCH_WORKER), jax.default_backend()], stdin=questions,
-        stdout=subprocess.PIPE, stderr=log, text=True) as worker:
+      [python, str(_TORCH_WORKER), jax.default_backend()],
+      stdin=questions,
+      stdout=subprocess.PIPE,
+      stderr=log,
+      text=True,
+    ) as worker:
       assert worker.stdout
       for answer in map(json.loads, worker.stdout):
         if point := answer.pop('point', None):

@@ -54,27 +54,49 @@ _LEAST_S = 10.0  # with less time left, no stage is begun
 
 def define_flags() -> None:
   flags.DEFINE_string(
-    'output', os.path.join(tempfile.gettempdir(), 'gpu_check'),
-    'Folder to write results to; outside the source tree, which some copy.')
-  flags.DEFINE_string('archive', None, 'File to pack all results into. '
-                      'Default: OUTPUT.tar.gz.')
-  flags.DEFINE_string('cache_dir', str(config_lib.default_cache_dir()),
-                      'Folder to keep compiled steps in.')
-  flags.DEFINE_list('stages', list(stages.STAGES),
-                    'Stages to run, in this order.')
-  flags.DEFINE_bool('again', False, 'Run stages anew, even those that were '
-                    'done.')
-  flags.DEFINE_float('budget_s', 540, 'Seconds after which no stage begins or '
-                     'goes on.')
-  flags.DEFINE_enum('size', 'full', list(sizes.SIZES), 'How much to measure; '
-                    "'tiny' tries the script, on any machine.")
+    'output',
+    os.path.join(tempfile.gettempdir(), 'gpu_check'),
+    'Folder to write results to; outside the source tree, which some copy.',
+  )
   flags.DEFINE_string(
-    'torch_python', None, 'Python interpreter that has torch. Default: this '
-    'one.')
-  flags.DEFINE_enum('hang', None, list(stages.STAGES), 'Stage that sleeps '
-                    'in place of measuring, to try the time limits.')
-  flags.DEFINE_string('run_stage', None, 'Stage to run in this process; the '
-                      'script itself sets this.')
+    'archive', None, 'File to pack all results into. Default: OUTPUT.tar.gz.'
+  )
+  flags.DEFINE_string(
+    'cache_dir',
+    str(config_lib.default_cache_dir()),
+    'Folder to keep compiled steps in.',
+  )
+  flags.DEFINE_list(
+    'stages', list(stages.STAGES), 'Stages to run, in this order.'
+  )
+  flags.DEFINE_bool(
+    'again', False, 'Run stages anew, even those that were done.'
+  )
+  flags.DEFINE_float(
+    'budget_s', 540, 'Seconds after which no stage begins or goes on.'
+  )
+  flags.DEFINE_enum(
+    'size',
+    'full',
+    list(sizes.SIZES),
+    "How much to measure; 'tiny' tries the script, on any machine.",
+  )
+  flags.DEFINE_string(
+    'torch_python',
+    None,
+    'Python interpreter that has torch. Default: this one.',
+  )
+  flags.DEFINE_enum(
+    'hang',
+    None,
+    list(stages.STAGES),
+    'Stage that sleeps in place of measuring, to try the time limits.',
+  )
+  flags.DEFINE_string(
+    'run_stage',
+    None,
+    'Stage to run in this process; the script itself sets this.',
+  )
 
 
 def _output() -> pathlib.Path:
@@ -98,8 +120,9 @@ def _run_here(name: str) -> None:
     print(error)
     sys.exit(processes.USAGE_ERROR)
   journal = _journal(name)
-  stages.STAGES[name].run(stages.Run(
-    sizes.SIZES[FLAGS.size], journal, _journal('preflight')))
+  stages.STAGES[name].run(
+    stages.Run(sizes.SIZES[FLAGS.size], journal, _journal('preflight'))
+  )
   journal.complete()
 
 
@@ -107,14 +130,21 @@ def _wrong_device() -> str | None:
   """Notes the device and JAX; returns why the folder is not for them, if so."""
   device = jax.devices()[0]
   if device.platform != 'gpu' and FLAGS.size == 'full':
-    return (f'JAX sees no GPU here, but {device.device_kind}; --size=tiny '
-            'tries the script on any machine.')
-  here = {'device': device.device_kind, 'jax': jax.__version__,
-          'size': FLAGS.size}
+    return (
+      f'JAX sees no GPU here, but {device.device_kind}; --size=tiny '
+      'tries the script on any machine.'
+    )
+  here = {
+    'device': device.device_kind,
+    'jax': jax.__version__,
+    'size': FLAGS.size,
+  }
   path = _output() / 'device.json'
   if path.exists() and (there := json.loads(path.read_text())) != here:
-    return (f'--output={FLAGS.output}: holds results of {there}, and this is '
-            f'{here}; name another folder.')
+    return (
+      f'--output={FLAGS.output}: holds results of {there}, and this is '
+      f'{here}; name another folder.'
+    )
   path.write_text(json.dumps(here))
   return None
 
@@ -122,31 +152,53 @@ def _wrong_device() -> str | None:
 def _environment(name: str) -> dict[str, str]:
   """Returns the environment of a stage's process."""
   stage = stages.STAGES[name]
-  remedies = [row['flags'] for row in _journal('preflight').rows.values()
-              if 'flags' in row]
+  remedies = [
+    row['flags']
+    for row in _journal('preflight').rows.values()
+    if 'flags' in row
+  ]
   autotuned = _output() / 'autotune' / f'{name}.txt'
   autotuned.parent.mkdir(exist_ok=True)
   return os.environ | {
-    'XLA_FLAGS': ' '.join((
-      os.environ.get('XLA_FLAGS', ''), stage.xla_flags,
-      f'--xla_gpu_dump_autotune_results_to={autotuned}', *remedies)).strip(),
+    'XLA_FLAGS': ' '.join(
+      (
+        os.environ.get('XLA_FLAGS', ''),
+        stage.xla_flags,
+        f'--xla_gpu_dump_autotune_results_to={autotuned}',
+        *remedies,
+      )
+    ).strip(),
     # A stage that is cut short while it compiles gets on the next time.
     'JAX_COMPILATION_CACHE_DIR': str(_cache()),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    **stage.environment}
+    **stage.environment,
+  }
 
 
 def _run_stage(name: str, most_s: float) -> str | None:
   """Runs a stage in its process; returns why it is not done, None if it is."""
-  given = [f'--{flag}={FLAGS[flag].value}'
-           for flag in ('size', 'torch_python', 'hang', 'cache_dir')
-           if FLAGS[flag].value]
+  given = [
+    f'--{flag}={FLAGS[flag].value}'
+    for flag in ('size', 'torch_python', 'hang', 'cache_dir')
+    if FLAGS[flag].value
+  ]
   logs = _output() / 'logs'
   logs.mkdir(exist_ok=True)
   return processes.run(
-    [sys.executable, '-m', 'sarathi_jax.benchmarks.gpu.check',
-     f'--run_stage={name}', f'--output={_output()}', *given],
-    _environment(name), logs / f'{name}.log', _journal(name), most_s, _ROOT)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.benchmarks.gpu.check',
+      f'--run_stage={name}',
+      f'--output={_output()}',
+      *given,
+    ],
+    _environment(name),
+    logs / f'{name}.log',
+    _journal(name),
+    most_s,
+    _ROOT,
+  )
 
 
 def _run_with_remedies(name: str, most_s: float) -> Iterator[str]:
@@ -164,13 +216,18 @@ def _run_with_remedies(name: str, most_s: float) -> Iterator[str]:
     failed = [point for point, row in journal.rows.items() if 'error' in row]
     for remedy in preflight.REMEDIES:
       said = f'remedy: {remedy.name}'
-      if remedy.point in failed and said not in journal.rows and (
-          found := remedy.flags()) is not None:
+      if (
+        remedy.point in failed
+        and said not in journal.rows
+        and (found := remedy.flags()) is not None
+      ):
         break
     else:
       return
-    yield (f'{remedy.point}: {journal.rows[remedy.point]["error"]}\n'
-           f'{said}: from here on with {found}')
+    yield (
+      f'{remedy.point}: {journal.rows[remedy.point]["error"]}\n'
+      f'{said}: from here on with {found}'
+    )
     journal.add(said, {'flags': found, 'for': remedy.point})
     for point in failed:
       journal.forget(point)
@@ -178,20 +235,29 @@ def _run_with_remedies(name: str, most_s: float) -> Iterator[str]:
 
 def _write(console: rich.console.Console) -> targets.Verdicts:
   """Writes all results, and packs them."""
-  results = {name: list(_journal(name).rows.values())
-             for name in stages.STAGES}
+  results = {name: list(_journal(name).rows.values()) for name in stages.STAGES}
   results = {name: rows for name, rows in results.items() if rows}
   path = _output() / 'device.json'
   here = json.loads(path.read_text()) if path.exists() else {'device': '?'}
   verdicts = targets.judge_all(
-    results, sizes.SIZES[FLAGS.size].tuned, here['device'])
+    results, sizes.SIZES[FLAGS.size].tuned, here['device']
+  )
   common.write_json(
-    str(_output() / 'gpu_check.json'), 'gpu.check', FLAGS, results,
-    targets=verdicts.targets, **verdicts.comparisons, **here)
+    str(_output() / 'gpu_check.json'),
+    'gpu.check',
+    FLAGS,
+    results,
+    targets=verdicts.targets,
+    **verdicts.comparisons,
+    **here,
+  )
   left_out = archive.pack(
-    {_output().name: _output(),
-     'autotune_cache': _cache() / 'xla_gpu_per_fusion_autotune_cache_dir'},
-    _archive())
+    {
+      _output().name: _output(),
+      'autotune_cache': _cache() / 'xla_gpu_per_fusion_autotune_cache_dir',
+    },
+    _archive(),
+  )
   if left_out:
     console.print(f'{_archive()}: no room for {", ".join(left_out)}')
   return verdicts
@@ -207,13 +273,15 @@ def main() -> None:
   if unknown := set(FLAGS.stages) - set(stages.STAGES):
     raise app.UsageError(
       f'--stages={",".join(sorted(unknown))}: must be of '
-      f'{", ".join(stages.STAGES)}.')
+      f'{", ".join(stages.STAGES)}.'
+    )
   if FLAGS.run_stage:
     _run_here(FLAGS.run_stage)
     return
   # Wide, where no terminal says how wide: the tables go to a log.
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 140)
+    highlight=False, width=None if sys.stdout.isatty() else 140
+  )
   _output().mkdir(parents=True, exist_ok=True)
   start, failed, took = time.monotonic(), False, list[dict[str, object]]()
   for name in FLAGS.stages:
@@ -233,8 +301,15 @@ def main() -> None:
       console.print(text, markup=False)
     journal = _journal(name)
     seconds = time.monotonic() - began
-    took.append({'stage': name, 'seconds': seconds, 'at most': most_s,
-                 'rows': len(journal.rows), 'complete': journal.is_complete})
+    took.append(
+      {
+        'stage': name,
+        'seconds': seconds,
+        'at most': most_s,
+        'rows': len(journal.rows),
+        'complete': journal.is_complete,
+      }
+    )
     tables.show(console, name, list(journal.rows.values()))
     console.print(f'{name}: {seconds:.0f} s')
     failed |= journal.has_errors or not journal.is_complete

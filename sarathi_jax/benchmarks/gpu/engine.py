@@ -39,11 +39,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
   # if one of them has less than 32 MiB.
   'matmuls apart': {'xla_gpu_dot_merger_threshold_mb': 0},
   'matmuls merged': {'xla_gpu_dot_merger_threshold_mb': 1024},
-  'matmuls apart, by cuBLAS': {'xla_gpu_dot_merger_threshold_mb': 0,
-                               'xla_gpu_enable_triton_gemm': False},
+  'matmuls apart, by cuBLAS': {
+    'xla_gpu_dot_merger_threshold_mb': 0,
+    'xla_gpu_enable_triton_gemm': False,
+  },
   'loops in no graph': {
     'xla_gpu_enable_command_buffer': 'FUSION,CUBLAS,CUBLASLT,CUDNN,'
-                                     'CUSTOM_CALL,CONDITIONAL'},
+    'CUSTOM_CALL,CONDITIONAL'
+  },
   'no graphs': {'xla_gpu_enable_command_buffer': ''},
   'as served, again': {},
 }
@@ -80,32 +83,51 @@ class Point:
       sampling = types.SamplingParams(temperature=1, top_k=50, top_p=0.9)
     chunks = tuple(
       types.Chunk(
-        request_id=str(slot), slot=slot, start=self.context,
-        tokens=(1,) * self.tokens, num_tokens=self.tokens,
-        is_prefill=self.tokens > 1, samples=True,
+        request_id=str(slot),
+        slot=slot,
+        start=self.context,
+        tokens=(1,) * self.tokens,
+        num_tokens=self.tokens,
+        is_prefill=self.tokens > 1,
+        samples=True,
         page_table=tuple(range(slot * pages, (slot + 1) * pages)),
-        prompt_len=self.context + self.tokens, seed=slot, sampling=sampling)
-      for slot in range(self.sequences))
+        prompt_len=self.context + self.tokens,
+        seed=slot,
+        sampling=sampling,
+      )
+      for slot in range(self.sequences)
+    )
     return types.ScheduledBatch(0, chunks, self.sequences * self.tokens)
 
 
-def make_runner(model: model_config_lib.ModelConfig, params: Any,
-                config: config_lib.EngineConfig) -> device_runner.DeviceRunner:
+def make_runner(
+  model: model_config_lib.ModelConfig,
+  params: Any,
+  config: config_lib.EngineConfig,
+) -> device_runner.DeviceRunner:
   """Makes a runner that has compiled nothing yet."""
   return device_runner.DeviceRunner(
-    model, params, mesh_lib.make(), config,
-    lambda max_model_len: config.token_budget, sizes=())
+    model,
+    params,
+    mesh_lib.make(),
+    config,
+    lambda max_model_len: config.token_budget,
+    sizes=(),
+  )
 
 
 def make_params(model: model_config_lib.ModelConfig, dtype: str) -> Any:
   """Makes random weights on the device."""
-  return jax.block_until_ready(models.init_params(
-    model, jax.random.key(0), jnp.dtype(dtype), scale=0.02))
+  return jax.block_until_ready(
+    models.init_params(model, jax.random.key(0), jnp.dtype(dtype), scale=0.02)
+  )
 
 
-def step_seconds(runner: engine_lib.Runner,
-                 batch: types.ScheduledBatch) -> dict[str, float]:
+def step_seconds(
+  runner: engine_lib.Runner, batch: types.ScheduledBatch
+) -> dict[str, float]:
   """Times steps that follow each other, and one that is waited for."""
+
   def many(n: int) -> float:
     start = time.perf_counter()
     for pending in [runner.launch(batch) for _ in range(n)]:
@@ -114,14 +136,20 @@ def step_seconds(runner: engine_lib.Runner,
 
   many(2)
   alone = statistics.median(many(1) for _ in range(9))
-  return {'step_s': statistics.median(many(10) for _ in range(5)),
-          'alone_s': alone}
+  return {
+    'step_s': statistics.median(many(10) for _ in range(5)),
+    'alone_s': alone,
+  }
 
 
-def steps(journal: journal_lib.Journal,
-          model: model_config_lib.ModelConfig, params: Any,
-          limits: Mapping[str, float], config: config_lib.EngineConfig,
-          points: tuple[Point, ...]) -> None:
+def steps(
+  journal: journal_lib.Journal,
+  model: model_config_lib.ModelConfig,
+  params: Any,
+  limits: Mapping[str, float],
+  config: config_lib.EngineConfig,
+  points: tuple[Point, ...],
+) -> None:
   """Times steps of one kind of chunk, each compiled when its turn comes.
 
   A row's `of_floor` is the step's time over that of reading weights, keys and
@@ -150,7 +178,8 @@ def steps(journal: journal_lib.Journal,
 
   def row(point: Point) -> journal_lib.Row:
     needed = point.sequences * -(
-      -(point.context + point.tokens) // config.page_size)
+      -(point.context + point.tokens) // config.page_size
+    )
     if needed > runner().num_pages:
       return {'left_out': f'{needed} pages needed, {runner().num_pages} there'}
     batch = point.batch(config.page_size)
@@ -159,11 +188,16 @@ def steps(journal: journal_lib.Journal,
     floor = work.num_bytes(point) / limits['copy_bytes_per_s']
     rate = work.flops(point) / times['step_s']
     return {
-      'sequences': point.sequences, 'context': point.context,
-      'tokens': point.tokens, **times, 'floor_s': floor,
+      'sequences': point.sequences,
+      'context': point.context,
+      'tokens': point.tokens,
+      **times,
+      'floor_s': floor,
       'of_floor': times['step_s'] / floor,
       'of_matmul': rate / limits['matmul_flops_per_s'],
-      'mfu': rate / peak if peak else None, 'compile_s': compile_s}
+      'mfu': rate / peak if peak else None,
+      'compile_s': compile_s,
+    }
 
   def kernels(point: Point) -> journal_lib.Row:
     batch = point.batch(config.page_size)
@@ -178,14 +212,16 @@ def steps(journal: journal_lib.Journal,
       table = profile.kernels(profile.traced(run), _TRACED_STEPS)
     except Exception as error:  # The profiler is a guest.
       return journal_lib.absent(error)
-    return {'kernels': table} if table else {
-      'absent': 'a profile shows no device'}
+    return (
+      {'kernels': table} if table else {'absent': 'a profile shows no device'}
+    )
 
   for point in points:
     journal.measure(point.name, functools.partial(row, point))
     if point.profiled and 'step_s' in journal.rows[point.name]:
-      journal.measure(f'kernels, {point.name}', functools.partial(
-        kernels, point))
+      journal.measure(
+        f'kernels, {point.name}', functools.partial(kernels, point)
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,34 +255,44 @@ class Work:
     left_out = _size(last) - sum(last['attn'][name].size for name in 'kv')
     return cls(
       read_bytes=sum(x.nbytes for x in jax.tree.leaves(params)) - looked_up,
-      kv_bytes=model.num_layers * attention_work.token_bytes(
-        model.num_kv_heads, model.head_dim, vocab.dtype.name),
+      kv_bytes=model.num_layers
+      * attention_work.token_bytes(
+        model.num_kv_heads, model.head_dim, vocab.dtype.name
+      ),
       token_flops=2 * (_size(params['layers']) - left_out),
       last_flops=2 * (left_out + vocab.size),
       pair_flops=attention_work.pair_flops(model.num_heads, model.head_dim),
-      num_layers=model.num_layers)
+      num_layers=model.num_layers,
+    )
 
   def num_bytes(self, point: Point) -> int:
     """Counts the bytes that are to be read once."""
     return self.read_bytes + point.sequences * self.kv_bytes * (
-      point.context + point.tokens)
+      point.context + point.tokens
+    )
 
   def flops(self, point: Point) -> int:
     """Counts multiplications and additions."""
     before, tokens = point.context, point.tokens
     pairs = (before + tokens) + (
-      self.num_layers - 1) * attention_work.num_pairs(before, tokens)
+      self.num_layers - 1
+    ) * attention_work.num_pairs(before, tokens)
     return point.sequences * (
-      tokens * self.token_flops + self.last_flops + pairs * self.pair_flops)
+      tokens * self.token_flops + self.last_flops + pairs * self.pair_flops
+    )
 
 
 def _size(tree: Any) -> int:
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def variants(journal: journal_lib.Journal,
-             model: model_config_lib.ModelConfig, params: Any,
-             config: config_lib.EngineConfig, point: Point) -> None:
+def variants(
+  journal: journal_lib.Journal,
+  model: model_config_lib.ModelConfig,
+  params: Any,
+  config: config_lib.EngineConfig,
+  point: Point,
+) -> None:
   """Times one step as XLA compiles it by other choices, see `VARIANTS`.
 
   A row's `over` is its time over that of the first; `tokens` are those that
@@ -270,19 +316,25 @@ def variants(journal: journal_lib.Journal,
     times = step_seconds(runner(), batch)
     first = journal.rows.get('as served', times).get('step_s')
     return {
-      **times, 'over': times['step_s'] / first if first else None,
+      **times,
+      'over': times['step_s'] / first if first else None,
       'filtered_s': step_seconds(runner(), drawn)['step_s'],
       'compile_s': compile_s,
-      'tokens': runner().fetch(runner().launch(drawn)).tokens}
+      'tokens': runner().fetch(runner().launch(drawn)).tokens,
+    }
 
   for name, options in VARIANTS.items():
     journal.measure(name, functools.partial(row, options))
 
 
-def whole_engine(journal: journal_lib.Journal,
-                 model: model_config_lib.ModelConfig, params: Any,
-                 config: config_lib.EngineConfig,
-                 workload: throughput.Workload, decode: Point) -> None:
+def whole_engine(
+  journal: journal_lib.Journal,
+  model: model_config_lib.ModelConfig,
+  params: Any,
+  config: config_lib.EngineConfig,
+  workload: throughput.Workload,
+  decode: Point,
+) -> None:
   """Runs the engine's loop: a workload, and decodes to compare with a step.
 
   Args:
@@ -291,9 +343,11 @@ def whole_engine(journal: journal_lib.Journal,
     workload: requests, all there at once.
     decode: the point in which to look for idle time.
   """
-  llm = functools.cache(lambda: llm_lib.LLM(
-    model, params, config=config, eos_token_ids=(),
-    on_compiled=_say_compiled))
+  llm = functools.cache(
+    lambda: llm_lib.LLM(
+      model, params, config=config, eos_token_ids=(), on_compiled=_say_compiled
+    )
+  )
 
   def serve() -> journal_lib.Row:
     throughput.run(llm(), dataclasses.replace(workload, num_requests=8), 0)
@@ -301,10 +355,17 @@ def whole_engine(journal: journal_lib.Journal,
 
   def gap() -> journal_lib.Row:
     seen = idle.decode_steps(llm().engine, decode.sequences, decode.context)
-    step = step_seconds(llm().engine._runner, dataclasses.replace(
-      decode, context=seen.context).batch(config.page_size))['step_s']
-    return {'context': seen.context, 'wall_s': seen.wall_s, 'step_s': step,
-            'idle': max(0.0, 1 - step / seen.wall_s), 'traced_idle': seen.idle}
+    step = step_seconds(
+      llm().engine._runner,
+      dataclasses.replace(decode, context=seen.context).batch(config.page_size),
+    )['step_s']
+    return {
+      'context': seen.context,
+      'wall_s': seen.wall_s,
+      'step_s': step,
+      'idle': max(0.0, 1 - step / seen.wall_s),
+      'traced_idle': seen.idle,
+    }
 
   journal.measure('serving', serve)
   journal.measure(f'engine, {decode.name}', gap)

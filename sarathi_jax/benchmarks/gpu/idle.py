@@ -28,16 +28,24 @@ class Decodes(NamedTuple):
   idle: float | None
 
 
-def decode_steps(engine: engine_lib.Engine, sequences: int,
-                 context: int) -> Decodes:
+def decode_steps(
+  engine: engine_lib.Engine, sequences: int, context: int
+) -> Decodes:
   """Runs steps in which all sequences decode, after prompts of `context`."""
   names = [f'idle-{i}' for i in range(sequences)]
   for i, name in enumerate(names):
-    engine.add(types.Request(
-      request_id=name, arrival_time=engine.clock(),
-      prompt_token_ids=(1 + i,) * context, sampling=types.SamplingParams(
-        temperature=0, ignore_eos=True,
-        max_tokens=engine.info.max_model_len - context)))
+    engine.add(
+      types.Request(
+        request_id=name,
+        arrival_time=engine.clock(),
+        prompt_token_ids=(1 + i,) * context,
+        sampling=types.SamplingParams(
+          temperature=0,
+          ignore_eos=True,
+          max_tokens=engine.info.max_model_len - context,
+        ),
+      )
+    )
   try:
     waiting, generated = set(names), 0
     while waiting:
@@ -46,8 +54,7 @@ def decode_steps(engine: engine_lib.Engine, sequences: int,
       generated += sum(len(delta.token_ids) for delta in deltas)
     wall = _steps(engine)
     idle = profile.idle_part(profile.traced(lambda: _steps(engine)))
-    return Decodes(
-      wall, context + generated // sequences + _STEPS // 2, idle)
+    return Decodes(wall, context + generated // sequences + _STEPS // 2, idle)
   finally:
     for name in names:
       engine.abort(name)

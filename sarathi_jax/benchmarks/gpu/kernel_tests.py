@@ -19,8 +19,10 @@ class _Recorder:
   def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
     if report.failed:
       crash = getattr(report.longrepr, 'reprcrash', None)
-      self._journal.add(report.nodeid, {
-        'error': str(crash.message if crash else report.longrepr)[-500:]})
+      self._journal.add(
+        report.nodeid,
+        {'error': str(crash.message if crash else report.longrepr)[-500:]},
+      )
     elif report.passed and report.when == 'call':
       self._journal.add(report.nodeid, {'seconds': report.duration})
 
@@ -39,8 +41,12 @@ def run(journal: journal_lib.Journal, arguments: Sequence[str]) -> None:
   # A warning of a newer JAX is no failure of a GPU.
   status = pytest.main(
     ['-q', '-p', 'no:cacheprovider', '-W', 'default', *arguments, *passed],
-    plugins=[_Recorder(journal)])
-  ran = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED,
-         pytest.ExitCode.NO_TESTS_COLLECTED)
+    plugins=[_Recorder(journal)],
+  )
+  ran = (
+    pytest.ExitCode.OK,
+    pytest.ExitCode.TESTS_FAILED,
+    pytest.ExitCode.NO_TESTS_COLLECTED,
+  )
   if status not in ran or not journal.rows:
     raise RuntimeError(f'pytest: exit status {int(status)}')

@@ -56,12 +56,19 @@ def _cuda_data_dir() -> str | None:
 REMEDIES: tuple[Remedy, ...] = (
   Remedy(_EXP, 'tell XLA where ptxas and libdevice are', _cuda_data_dir),
   # XLA of late 2025 crashed where such a graph was run a second time.
-  Remedy(_FILTERED, 'no loops in CUDA graphs',
-         lambda: '--xla_gpu_enable_command_buffer=-WHILE'),
-  Remedy(_FILTERED, 'no CUDA graphs',
-         lambda: '--xla_gpu_enable_command_buffer='),
-  Remedy(_FILTERED, 'do not keep the autotuner\'s results',
-         lambda: '--xla_gpu_dump_autotune_results_to='),
+  Remedy(
+    _FILTERED,
+    'no loops in CUDA graphs',
+    lambda: '--xla_gpu_enable_command_buffer=-WHILE',
+  ),
+  Remedy(
+    _FILTERED, 'no CUDA graphs', lambda: '--xla_gpu_enable_command_buffer='
+  ),
+  Remedy(
+    _FILTERED,
+    "do not keep the autotuner's results",
+    lambda: '--xla_gpu_dump_autotune_results_to=',
+  ),
 )
 
 
@@ -71,19 +78,30 @@ def run(size: sizes.Size, journal: journal_lib.Journal) -> None:
   journal.measure(_EXP, _exp)
   journal.measure('kernel against reference', functools.partial(_kernel, size))
   journal.measure(_FILTERED, functools.partial(_filtered, size))
-  journal.measure('limits', lambda: dict(
-    timing.limits(size.copy_bytes, size.matmul_n)))
+  journal.measure(
+    'limits', lambda: dict(timing.limits(size.copy_bytes, size.matmul_n))
+  )
 
 
 def _machine() -> journal_lib.Row:
   """Returns facts that every result needs to be understood."""
-  packages = ('jax', 'jaxlib', 'jax-cuda13-plugin', 'jax-cuda12-plugin',
-              'numpy', 'torch')
+  packages = (
+    'jax',
+    'jaxlib',
+    'jax-cuda13-plugin',
+    'jax-cuda12-plugin',
+    'numpy',
+    'torch',
+  )
   return {
-    'gpu': _nvidia_smi(), 'devices': len(jax.devices()),
+    'gpu': _nvidia_smi(),
+    'devices': len(jax.devices()),
     'packages': ' '.join(
-      f'{dist.name}={dist.version}' for dist in importlib.metadata.
-      distributions() if dist.name in packages)}
+      f'{dist.name}={dist.version}'
+      for dist in importlib.metadata.distributions()
+      if dist.name in packages
+    ),
+  }
 
 
 def _nvidia_smi() -> str | None:
@@ -93,7 +111,11 @@ def _nvidia_smi() -> str | None:
   fields = 'name,driver_version,memory.total,power.limit,clocks.max.sm'
   asked = subprocess.run(
     [command, f'--query-gpu={fields}', '--format=csv,noheader'],
-    capture_output=True, text=True, check=False, timeout=20)
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=20,
+  )
   return asked.stdout.strip() or asked.stderr.strip()[:200]
 
 
@@ -111,14 +133,16 @@ def _kernel(size: sizes.Size) -> journal_lib.Row:
   found: dict[str, Any] = {}
   for name in (size.attention, 'reference'):
     k_pages, v_pages = rpa.pages_from_rows(
-      arrays['k_pages'], arrays['v_pages'], name)
+      arrays['k_pages'], arrays['v_pages'], name
+    )
     attend: Any = functools.partial(
-      rpa.ragged_paged_attention, **spec.options, implementation=name)
+      rpa.ragged_paged_attention, **spec.options, implementation=name
+    )
     if name != 'reference':
       attend = jax.jit(attend)
     found[name] = np.asarray(
-      attend(**(arrays | {'k_pages': k_pages, 'v_pages': v_pages})),
-      np.float32)[:sum(spec.all_q_lens)]
+      attend(**(arrays | {'k_pages': k_pages, 'v_pages': v_pages})), np.float32
+    )[: sum(spec.all_q_lens)]
   worst = np.abs(found[size.attention] - found['reference']).max()
   _check(bool(worst < _TOLERANCE), f'attention is off by {worst:.2g}')
   return {'worst': float(worst)}
@@ -128,7 +152,8 @@ def _filtered(size: sizes.Size) -> journal_lib.Row:
   """Runs one layer of the model; filters are loops in branches in a graph."""
   model = dataclasses.replace(size.model, num_layers=1)
   runner = engine.make_runner(
-    model, engine.make_params(model, size.dtype), size.config)
+    model, engine.make_params(model, size.dtype), size.config
+  )
   point = dataclasses.replace(size.varied, filtered=True)
   batch = point.batch(size.config.page_size)
   runner.compile(batch.num_tokens)

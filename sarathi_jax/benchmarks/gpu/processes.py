@@ -18,9 +18,14 @@ USAGE_ERROR = 2
 _LAST = 3000  # characters of a log, to be shown
 
 
-def run(command: Sequence[str], environment: Mapping[str, str],
-        log: pathlib.Path, journal: journal_lib.Journal,
-        most_s: float, cwd: pathlib.Path) -> str | None:
+def run(
+  command: Sequence[str],
+  environment: Mapping[str, str],
+  log: pathlib.Path,
+  journal: journal_lib.Journal,
+  most_s: float,
+  cwd: pathlib.Path,
+) -> str | None:
   """Runs a command, again after each point that it crashes at.
 
   Args:
@@ -40,8 +45,9 @@ def run(command: Sequence[str], environment: Mapping[str, str],
   deadline = time.monotonic() + most_s
   while True:
     before = len(journal_lib.Journal(journal.path).rows)
-    status = _run_once(command, environment, log, cwd,
-                       deadline - time.monotonic())
+    status = _run_once(
+      command, environment, log, cwd, deadline - time.monotonic()
+    )
     last = log.read_text(errors='replace')[-_LAST:]
     if status == 0:
       return None
@@ -56,14 +62,24 @@ def run(command: Sequence[str], environment: Mapping[str, str],
       return f'exit status {status}: {last}'
 
 
-def _run_once(command: Sequence[str], environment: Mapping[str, str],
-              log: pathlib.Path, cwd: pathlib.Path,
-              most_s: float) -> int | None:
+def _run_once(
+  command: Sequence[str],
+  environment: Mapping[str, str],
+  log: pathlib.Path,
+  cwd: pathlib.Path,
+  most_s: float,
+) -> int | None:
   """Returns the exit status, negative for a signal; None if it was stopped."""
   with log.open('a') as file:
     process = subprocess.Popen(
-      command, cwd=cwd, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
-      start_new_session=True, env=dict(environment))
+      command,
+      cwd=cwd,
+      stdout=file,
+      stderr=file,
+      stdin=subprocess.DEVNULL,
+      start_new_session=True,
+      env=dict(environment),
+    )
   try:
     return process.wait(max(0.0, most_s))
   except subprocess.TimeoutExpired:

@@ -39,28 +39,36 @@ def traced(run: Callable[[], Any]) -> list[Event]:
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       run()
-    return [event for file in pathlib.Path(folder).rglob('*.xplane.pb')
-            for event in device_events(
-              jax.profiler.ProfileData.from_file(str(file)))]
+    return [
+      event
+      for file in pathlib.Path(folder).rglob('*.xplane.pb')
+      for event in device_events(jax.profiler.ProfileData.from_file(str(file)))
+    ]
 
 
 def device_events(data: jax.profiler.ProfileData) -> list[Event]:
   """Returns the events on the streams of all GPUs."""
   return [
     Event(event.name, event.start_ns, event.duration_ns)
-    for plane in data.planes if plane.name.startswith('/device:GPU')
-    for line in plane.lines if line.name.startswith('Stream')
-    for event in line.events]
+    for plane in data.planes
+    if plane.name.startswith('/device:GPU')
+    for line in plane.lines
+    if line.name.startswith('Stream')
+    for event in line.events
+  ]
 
 
-def kernels(events: Iterable[Event], steps: int,
-            most: int = 40) -> list[Kernel]:
+def kernels(
+  events: Iterable[Event], steps: int, most: int = 40
+) -> list[Kernel]:
   """Lists what took the most time, over so many steps that were alike."""
   took: dict[str, list[float]] = collections.defaultdict(list)
   for event in events:
     took[event.name].append(event.duration)
-  table = [Kernel(name, len(each) / steps, sum(each) / steps / 1e3)
-           for name, each in took.items()]
+  table = [
+    Kernel(name, len(each) / steps, sum(each) / steps / 1e3)
+    for name, each in took.items()
+  ]
   return sorted(table, key=lambda kernel: -kernel.us)[:most]
 
 

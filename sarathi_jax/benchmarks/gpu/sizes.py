@@ -72,102 +72,194 @@ class Size:
 def _full() -> Size:
   first = (
     *attention_lib.decodes(
-      (64, 2048), (64, 1024), (1, 32768), (8, 2048), (128, 1024), (256, 512)),
+      (64, 2048), (64, 1024), (1, 32768), (8, 2048), (128, 1024), (256, 512)
+    ),
     *attention_lib.prefills(
-      (2048, 0), (512, 0), (512, 4096), (2048, 8192), (8192, 0)),
-    *attention_lib.hybrids((64, 2048, 448, 4096)))
+      (2048, 0), (512, 0), (512, 4096), (2048, 8192), (8192, 0)
+    ),
+    *attention_lib.hybrids((64, 2048, 448, 4096)),
+  )
   everything = (
-    *attention_lib.decodes(*itertools.product(
-      (1, 8, 32, 64, 128, 256), (512, 1024, 2048, 8192, 32768))),
-    *attention_lib.prefills(*itertools.product(
-      (128, 512, 2048, 8192), (0, 4096, 32768))),
-    *attention_lib.hybrids((64, 1024, 448, 0), (128, 2048, 1920, 8192)))
+    *attention_lib.decodes(
+      *itertools.product(
+        (1, 8, 32, 64, 128, 256), (512, 1024, 2048, 8192, 32768)
+      )
+    ),
+    *attention_lib.prefills(
+      *itertools.product((128, 512, 2048, 8192), (0, 4096, 32768))
+    ),
+    *attention_lib.hybrids((64, 1024, 448, 0), (128, 2048, 1920, 8192)),
+  )
   return Size(
-    model=throughput.MODELS['mistral-7b'], dtype='bfloat16',
+    model=throughput.MODELS['mistral-7b'],
+    dtype='bfloat16',
     config=config_lib.EngineConfig(
-      token_budget=2048, max_num_seqs=128, max_model_len=4096,
-      num_pages=2304),
-    attention='pallas_triton', kernel_spec='hybrid_7b',
-    copy_bytes=2**31, matmul_n=8192,
+      token_budget=2048, max_num_seqs=128, max_model_len=4096, num_pages=2304
+    ),
+    attention='pallas_triton',
+    kernel_spec='hybrid_7b',
+    copy_bytes=2**31,
+    matmul_n=8192,
     # Each worker takes two tests at a time, from the first on.
     tests=(
-      f'{_KERNEL_TESTS}/attention_test.py', f'{_KERNEL_TESTS}/write_kv_test.py',
-      'tests/pallas_kernels', '-m', 'gpu', '-n', '4', '--maxschedchunk=2'),
+      f'{_KERNEL_TESTS}/attention_test.py',
+      f'{_KERNEL_TESTS}/write_kv_test.py',
+      'tests/pallas_kernels',
+      '-m',
+      'gpu',
+      '-n',
+      '4',
+      '--maxschedchunk=2',
+    ),
     points=(
-      Point(64, 2047, 1, profiled=True), Point(64, 2047, 1, filtered=True),
-      Point(1, 2047, 1), Point(128, 1023, 1), Point(1, 0, 512, profiled=True),
-      Point(1, 0, 2048, profiled=True), Point(1, 2048, 512)),
+      Point(64, 2047, 1, profiled=True),
+      Point(64, 2047, 1, filtered=True),
+      Point(1, 2047, 1),
+      Point(128, 1023, 1),
+      Point(1, 0, 512, profiled=True),
+      Point(1, 0, 2048, profiled=True),
+      Point(1, 2048, 512),
+    ),
     varied=Point(64, 2047, 1),
-    sweep=attention_lib.Sweep(batches=first, compared=(
-      'decode 64 x 2048', 'decode 8 x 2048', 'prefill 2048 after 0',
-      'prefill 512 after 0', 'prefill 8192 after 0')),
-    rest=attention_lib.Sweep(batches=tuple(
-      batch for batch in everything if batch not in first)),
+    sweep=attention_lib.Sweep(
+      batches=first,
+      compared=(
+        'decode 64 x 2048',
+        'decode 8 x 2048',
+        'prefill 2048 after 0',
+        'prefill 512 after 0',
+        'prefill 8192 after 0',
+      ),
+    ),
+    rest=attention_lib.Sweep(
+      batches=tuple(batch for batch in everything if batch not in first)
+    ),
     dense='cudnn',
     # Decodes are the other kernel's: what the launch more costs them.
-    mosaic=attention_lib.Sweep(batches=(
-      *attention_lib.prefills(
-        (2048, 0), (512, 0), (512, 4096), (2048, 8192), (8192, 0)),
-      *attention_lib.decodes((64, 2048)),
-      *attention_lib.hybrids((64, 2048, 448, 4096))[::2])),
-    tuned=attention_lib.Sweep(pool_tokens=2**20, batches=(
-      *attention_lib.decodes((64, 2048)), *attention_lib.prefills((2048, 4096)),
-      attention_lib.hybrids((64, 2048, 448, 4096))[0])),
+    mosaic=attention_lib.Sweep(
+      batches=(
+        *attention_lib.prefills(
+          (2048, 0), (512, 0), (512, 4096), (2048, 8192), (8192, 0)
+        ),
+        *attention_lib.decodes((64, 2048)),
+        *attention_lib.hybrids((64, 2048, 448, 4096))[::2],
+      )
+    ),
+    tuned=attention_lib.Sweep(
+      pool_tokens=2**20,
+      batches=(
+        *attention_lib.decodes((64, 2048)),
+        *attention_lib.prefills((2048, 4096)),
+        attention_lib.hybrids((64, 2048, 448, 4096))[0],
+      ),
+    ),
     num_tried=8,
-    quantized=tuple(attention_lib.Sweep(
-      kv_dtype=kept, pool_tokens=2**20, batches=(
-        *attention_lib.decodes(*itertools.product((1, 64, 256), (2048, 32768))),
-        *attention_lib.prefills((2048, 0), (2048, 8192))))
-      for kept in ('int8', 'float8_e4m3fn')),
+    quantized=tuple(
+      attention_lib.Sweep(
+        kv_dtype=kept,
+        pool_tokens=2**20,
+        batches=(
+          *attention_lib.decodes(
+            *itertools.product((1, 64, 256), (2048, 32768))
+          ),
+          *attention_lib.prefills((2048, 0), (2048, 8192)),
+        ),
+      )
+      for kept in ('int8', 'float8_e4m3fn')
+    ),
     written=(64, 512, 2048),
     workload=throughput.Workload(
-      num_requests=256, prompt_lens=(32, 128, 512),
-      output_lens=(16, 64, 128)),
+      num_requests=256, prompt_lens=(32, 128, 512), output_lens=(16, 64, 128)
+    ),
     idle=Point(64, 2047, 1),
     chats=workload_lib.WorkloadConfig(num_requests=96),
-    capacity_rows=('vllm', 'sarathi 512', 'sarathi 2048', 'auto'))
+    capacity_rows=('vllm', 'sarathi 512', 'sarathi 2048', 'auto'),
+  )
 
 
 def _tiny() -> Size:
   """Makes a size to try the script: all stages, on any machine, in minutes."""
   small = attention_lib.Sweep(
-    num_heads=4, num_kv_heads=2, head_dim=16, dtype='float32', page_size=16,
-    pool_tokens=512, calls=1, batches=())
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    dtype='float32',
+    page_size=16,
+    pool_tokens=512,
+    calls=1,
+    batches=(),
+  )
   lone = attention_lib.Sweep(
-    num_heads=2, num_kv_heads=1, head_dim=16, dtype='float32', page_size=32,
-    pool_tokens=256, calls=1, batches=attention_lib.decodes((1, 32)))
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    dtype='float32',
+    page_size=32,
+    pool_tokens=256,
+    calls=1,
+    batches=attention_lib.decodes((1, 32)),
+  )
   return Size(
     model=model_config_lib.LlamaConfig(
-      vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=1,
-      num_heads=4, num_kv_heads=2, head_dim=16, max_position_embeddings=256),
+      vocab_size=256,
+      hidden_size=64,
+      intermediate_size=96,
+      num_layers=1,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=16,
+      max_position_embeddings=256,
+    ),
     dtype='float32',
     config=config_lib.EngineConfig(
-      token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64),
+      token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64
+    ),
     attention='xla',  # Interpreted, the kernel takes a minute.
-    kernel_spec='mixed', copy_bytes=2**20, matmul_n=128,
+    kernel_spec='mixed',
+    copy_bytes=2**20,
+    matmul_n=128,
     tests=('tests/pallas_kernels/gpu_targets_test.py', '-n', '2'),
-    points=(Point(4, 63, 1, profiled=True), Point(4, 63, 1, filtered=True),
-            Point(1, 0, 32)),
+    points=(
+      Point(4, 63, 1, profiled=True),
+      Point(4, 63, 1, filtered=True),
+      Point(1, 0, 32),
+    ),
     varied=Point(4, 63, 1),
     sweep=dataclasses.replace(
-      small, compared=('decode 4 x 64', 'prefill 32 after 0'), batches=(
+      small,
+      compared=('decode 4 x 64', 'prefill 32 after 0'),
+      batches=(
         *attention_lib.decodes((4, 64)),
         *attention_lib.prefills((32, 0), (32, 64)),
-        *attention_lib.hybrids((4, 64, 16, 16)))),
+        *attention_lib.hybrids((4, 64, 16, 16)),
+      ),
+    ),
     rest=dataclasses.replace(small, batches=attention_lib.decodes((1, 64))),
     dense='xla',
     mosaic=attention_lib.Sweep(
-      num_heads=2, num_kv_heads=1, head_dim=64, page_size=16,
-      pool_tokens=256, calls=1, batches=attention_lib.prefills((32, 0))),
-    tuned=lone, num_tried=2,
-    quantized=(dataclasses.replace(
-      small, kv_dtype='int8', batches=attention_lib.decodes((4, 64))),),
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=64,
+      page_size=16,
+      pool_tokens=256,
+      calls=1,
+      batches=attention_lib.prefills((32, 0)),
+    ),
+    tuned=lone,
+    num_tried=2,
+    quantized=(
+      dataclasses.replace(
+        small, kv_dtype='int8', batches=attention_lib.decodes((4, 64))
+      ),
+    ),
     written=(4,),
     workload=throughput.Workload(
-      num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)),
+      num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)
+    ),
     idle=Point(4, 63, 1),
     chats=workload_lib.WorkloadConfig(num_requests=4, length_scale=0.01),
-    capacity_rows=('vllm', 'sarathi'))
+    capacity_rows=('vllm', 'sarathi'),
+  )
 
 
 SIZES: Mapping[str, Size] = {'full': _full(), 'tiny': _tiny()}

@@ -42,8 +42,11 @@ class Run:
   def limits(self) -> Mapping[str, float]:
     """The device's limits, as the preflight measured them, or measured now."""
     found = self.preflight.rows.get('limits', {})
-    return found if 'copy_bytes_per_s' in found else timing.limits(
-      self.size.copy_bytes, self.size.matmul_n)
+    return (
+      found
+      if 'copy_bytes_per_s' in found
+      else timing.limits(self.size.copy_bytes, self.size.matmul_n)
+    )
 
   def make_params(self) -> Any:
     """Makes random weights of the model, on the device."""
@@ -76,18 +79,30 @@ def _tests(run: Run) -> None:
 
 
 def _engine(run: Run) -> None:
-  engine.steps(run.journal, run.size.model, run.make_params(), run.limits,
-               run.size.config, run.size.points)
+  engine.steps(
+    run.journal,
+    run.size.model,
+    run.make_params(),
+    run.limits,
+    run.size.config,
+    run.size.points,
+  )
 
 
 def _variants(run: Run) -> None:
-  engine.variants(run.journal, run.size.model, run.make_params(),
-                  run.size.config, run.size.varied)
+  engine.variants(
+    run.journal,
+    run.size.model,
+    run.make_params(),
+    run.size.config,
+    run.size.varied,
+  )
 
 
 def _attention(run: Run) -> None:
-  attention.run(run.journal, run.size.sweep, run.limits, run.size.attention,
-                run.size.dense)
+  attention.run(
+    run.journal, run.size.sweep, run.limits, run.size.attention, run.size.dense
+  )
 
 
 def _tune(run: Run) -> None:
@@ -99,26 +114,45 @@ def _mosaic(run: Run) -> None:
 
 
 def _serving(run: Run) -> None:
-  engine.whole_engine(run.journal, run.size.model, run.make_params(),
-                      run.size.config, run.size.workload, run.size.idle)
+  engine.whole_engine(
+    run.journal,
+    run.size.model,
+    run.make_params(),
+    run.size.config,
+    run.size.workload,
+    run.size.idle,
+  )
 
 
 def _capacity(run: Run) -> None:
   size, journal = run.size, run.journal
   setup = live_capacity.Setup(
-    model=size.model, params=run.make_params(), workload=size.chats,
+    model=size.model,
+    params=run.make_params(),
+    workload=size.chats,
     config=dataclasses.replace(
-      size.config, num_pages=None,
-      max_model_len=live_capacity.max_model_len(size.chats)))
+      size.config,
+      num_pages=None,
+      max_model_len=live_capacity.max_model_len(size.chats),
+    ),
+  )
   # One SLO for all rows, if they are of several runs, too.
-  journal.measure('strict SLO', lambda: {
-    'slo_tbt_p99_s': live_capacity.strict_slo_s(setup)})
+  journal.measure(
+    'strict SLO', lambda: {'slo_tbt_p99_s': live_capacity.strict_slo_s(setup)}
+  )
   slo_s = journal.rows['strict SLO'].get('slo_tbt_p99_s')
   for name in size.capacity_rows if slo_s else ():
-    journal.measure(name, functools.partial(
-      live_capacity.search_row, setup, name,
-      search.Slo(p99_tbt_s=float(slo_s or 0)), start=4.0,
-      precision=0.2))
+    journal.measure(
+      name,
+      functools.partial(
+        live_capacity.search_row,
+        setup,
+        name,
+        search.Slo(p99_tbt_s=float(slo_s or 0)),
+        start=4.0,
+        precision=0.2,
+      ),
+    )
 
 
 def _write(run: Run) -> None:
@@ -136,8 +170,9 @@ def _quantized(run: Run) -> None:
 
 def _torch(run: Run) -> None:
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # torch takes it.
-  attention.run_torch(run.journal, run.size.sweep,
-                      flags.FLAGS.torch_python or sys.executable)
+  attention.run_torch(
+    run.journal, run.size.sweep, flags.FLAGS.torch_python or sys.executable
+  )
 
 
 STAGES: Mapping[str, Stage] = {
@@ -151,8 +186,10 @@ STAGES: Mapping[str, Stage] = {
   'mosaic': Stage(_mosaic, 65),
   # From here on, it is a second call's.
   'serving': Stage(
-    _serving, 150,
-    xla_flags='--xla_enable_command_buffers_during_profiling=true'),
+    _serving,
+    150,
+    xla_flags='--xla_enable_command_buffers_during_profiling=true',
+  ),
   'capacity': Stage(_capacity, 300),
   'write': Stage(_write, 60),
   'sweep': Stage(_sweep, 200),

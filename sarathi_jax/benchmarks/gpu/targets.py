@@ -38,34 +38,56 @@ def _points(results: Mapping[str, Rows]) -> Rows:
 
 def _attention(column: str, **least: int) -> Callable[..., list[float]]:
   """Returns what finds a column of attention's rows of large enough batches."""
+
   def values(results: Mapping[str, Rows]) -> list[float]:
-    return [row[column] for row in _points(results)
-            if row.get('kind') in ('decode', 'prefill') and column in row
-            and all(row[name] >= n for name, n in least.items())]
+    return [
+      row[column]
+      for row in _points(results)
+      if row.get('kind') in ('decode', 'prefill')
+      and column in row
+      and all(row[name] >= n for name, n in least.items())
+    ]
+
   return values
 
 
-def _step(point: str, column: str,
-          stage: str = 'engine') -> Callable[..., list[float]]:
+def _step(
+  point: str, column: str, stage: str = 'engine'
+) -> Callable[..., list[float]]:
   def values(results: Mapping[str, Rows]) -> list[float]:
-    return [row[column] for row in results.get(stage, [])
-            if row['point'] == point and row.get(column) is not None]
+    return [
+      row[column]
+      for row in results.get(stage, [])
+      if row['point'] == point and row.get(column) is not None
+    ]
+
   return values
 
 
 def _lone_decode(results: Mapping[str, Rows]) -> list[float]:
-  return [row['of_copy'] for row in _points(results)
-          if row['point'] == 'decode 1 x 32768' and 'of_copy' in row]
+  return [
+    row['of_copy']
+    for row in _points(results)
+    if row['point'] == 'decode 1 x 32768' and 'of_copy' in row
+  ]
 
 
 def _same_tokens(results: Mapping[str, Rows]) -> list[float]:
   """Returns the fraction of tokens that other choices of XLA draw alike."""
-  drawn = {row['point']: row['tokens'] for row in results.get('variants', [])
-           if 'tokens' in row}
+  drawn = {
+    row['point']: row['tokens']
+    for row in results.get('variants', [])
+    if 'tokens' in row
+  }
   ours = drawn.pop('as served', None)
-  return [] if ours is None else [
-    sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
-    for theirs in drawn.values()]
+  return (
+    []
+    if ours is None
+    else [
+      sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+      for theirs in drawn.values()
+    ]
+  )
 
 
 def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
@@ -74,21 +96,28 @@ def over_alternatives(results: Mapping[str, Rows]) -> dict[str, float]:
   for row in _points(results) + results.get('torch', []):
     if 'us' in row and (point := row.get('alternative_to')):
       best[point] = min(row['us'], best.get(point, row['us']))
-  return {row['point']: best[row['point']] / row['us']
-          for row in _points(results)
-          if row['point'] in best and 'us' in row}
+  return {
+    row['point']: best[row['point']] / row['us']
+    for row in _points(results)
+    if row['point'] in best and 'us' in row
+  }
 
 
 def over_parts(results: Mapping[str, Rows]) -> dict[str, float]:
   """Returns hybrid -> its time over the sum of its parts', launched alone."""
   rows = [r for r in _points(results) if 'us' in r]
-  parts = {(r['decodes'], r['context'], r['chunk'], r['before']): r['us']
-           for r in rows if r.get('kind') == 'part'}
+  parts = {
+    (r['decodes'], r['context'], r['chunk'], r['before']): r['us']
+    for r in rows
+    if r.get('kind') == 'part'
+  }
   ratios = {}
   for row in rows:
     if row.get('kind') == 'hybrid':
-      halves = ((row['decodes'], row['context'], 0, 0),
-                (0, 0, row['chunk'], row['before']))
+      halves = (
+        (row['decodes'], row['context'], 0, 0),
+        (0, 0, row['chunk'], row['before']),
+      )
       if all(half in parts for half in halves):
         ratios[row['point']] = row['us'] / sum(parts[h] for h in halves)
   return ratios
@@ -100,11 +129,14 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
   Above 1, pallas_triton is slower. The kernels' `tuning` is to prefer the
   faster one.
   """
-  ours = {r['point']: r['us'] for r in _points(results) if 'kind' in r
-          and 'us' in r}
-  return {r['point']: ours[r['point']] / r['us']
-          for r in results.get('mosaic', [])
-          if 'us' in r and r['point'] in ours}
+  ours = {
+    r['point']: r['us'] for r in _points(results) if 'kind' in r and 'us' in r
+  }
+  return {
+    r['point']: ours[r['point']] / r['us']
+    for r in results.get('mosaic', [])
+    if 'us' in r and r['point'] in ours
+  }
 
 
 def best_sizes(results: Mapping[str, Rows]) -> Rows:
@@ -120,77 +152,128 @@ def best_sizes(results: Mapping[str, Rows]) -> Rows:
   tried: dict[tuple[int, ...], list[float]] = {}
   for row in rows:
     tried.setdefault(tuple(row[n] for n in tuning.NUMBERS), []).append(
-      row['us'] / best[row['batch']])
+      row['us'] / best[row['batch']]
+    )
   found = [
     dict(zip(tuning.NUMBERS, numbers, strict=True))
     | {'over_best': statistics.geometric_mean(ratios)}
-    for numbers, ratios in tried.items() if len(ratios) == len(best)]
+    for numbers, ratios in tried.items()
+    if len(ratios) == len(best)
+  ]
   return sorted(found, key=lambda row: row['over_best'])[:5]
 
 
-def tuned_line(results: Mapping[str, Rows],
-               sweep: attention.Sweep, device: str) -> str | None:
+def tuned_line(
+  results: Mapping[str, Rows], sweep: attention.Sweep, device: str
+) -> str | None:
   """Returns the best sizes as a line of `tuning.TUNED`; see `judge_all`."""
   best = best_sizes(results)
   if not best:
     return None
   kept = sweep.kv_dtype or sweep.dtype
-  key = (gpu_targets.name_of(device) or device, sweep.dtype, kept,
-         sweep.num_heads // sweep.num_kv_heads, sweep.head_dim,
-         sweep.page_size)
+  key = (
+    gpu_targets.name_of(device) or device,
+    sweep.dtype,
+    kept,
+    sweep.num_heads // sweep.num_kv_heads,
+    sweep.head_dim,
+    sweep.page_size,
+  )
   numbers = tuple(best[0][name] for name in tuning.NUMBERS)
   return f'{key}: {numbers},'
 
 
 TARGETS: tuple[Target, ...] = (
-  Target('decode attention, 64+ sequences of 1k+: of the copy bandwidth', .85,
-         _attention('of_copy', decodes=64, context=1024)),
-  Target('decode attention, 1 sequence of 32k: of the copy bandwidth', .7,
-         _lone_decode),
-  Target('prefill attention, chunks of 512+: of the matmul rate', .6,
-         _attention('of_matmul', chunk=512)),
-  Target('prefill attention: of the best alternative', .9, lambda r: [
-    x for point, x in over_alternatives(r).items()
-    if point.startswith('prefill')]),
-  Target('hybrid launch: over the sum of its parts', 1.0,
-         lambda r: over_parts(r).values(), at_most=True),
-  Target('decode step, 64 x 2k: over its bytes at copy bandwidth', 1.25,
-         _step('decode 64 x 1 after 2047', 'of_floor'), at_most=True),
-  Target('decode, 64 x 2k: device idle between steps', .03,
-         _step('engine, decode 64 x 1 after 2047', 'idle', 'serving'),
-         at_most=True),
+  Target(
+    'decode attention, 64+ sequences of 1k+: of the copy bandwidth',
+    0.85,
+    _attention('of_copy', decodes=64, context=1024),
+  ),
+  Target(
+    'decode attention, 1 sequence of 32k: of the copy bandwidth',
+    0.7,
+    _lone_decode,
+  ),
+  Target(
+    'prefill attention, chunks of 512+: of the matmul rate',
+    0.6,
+    _attention('of_matmul', chunk=512),
+  ),
+  Target(
+    'prefill attention: of the best alternative',
+    0.9,
+    lambda r: [
+      x
+      for point, x in over_alternatives(r).items()
+      if point.startswith('prefill')
+    ],
+  ),
+  Target(
+    'hybrid launch: over the sum of its parts',
+    1.0,
+    lambda r: over_parts(r).values(),
+    at_most=True,
+  ),
+  Target(
+    'decode step, 64 x 2k: over its bytes at copy bandwidth',
+    1.25,
+    _step('decode 64 x 1 after 2047', 'of_floor'),
+    at_most=True,
+  ),
+  Target(
+    'decode, 64 x 2k: device idle between steps',
+    0.03,
+    _step('engine, decode 64 x 1 after 2047', 'idle', 'serving'),
+    at_most=True,
+  ),
   # Other choices of matmuls may round otherwise, and draw another token.
-  Target('drawn tokens: the same by other choices of XLA', .9,
-         _same_tokens),
-  Target('prefill step, 512 tokens: MFU', .45,
-         _step('prefill 1 x 512 after 0', 'mfu')),
-  Target('prefill step, 2048 tokens: MFU', .55,
-         _step('prefill 1 x 2048 after 0', 'mfu')),
+  Target('drawn tokens: the same by other choices of XLA', 0.9, _same_tokens),
+  Target(
+    'prefill step, 512 tokens: MFU',
+    0.45,
+    _step('prefill 1 x 512 after 0', 'mfu'),
+  ),
+  Target(
+    'prefill step, 2048 tokens: MFU',
+    0.55,
+    _step('prefill 1 x 2048 after 0', 'mfu'),
+  ),
 )
 
 
 def judge(results: Mapping[str, Rows]) -> Rows:
   """Returns a row for each target: bound, worst value or None, if it is met."""
   rows: Rows = []
-  yes = 'yes, of what ran' if any(
-    'error' in row for found in results.values() for row in found) else 'yes'
+  yes = (
+    'yes, of what ran'
+    if any('error' in row for found in results.values() for row in found)
+    else 'yes'
+  )
   for target in TARGETS:
     values = list(target.values(results))
     worst = (max if target.at_most else min)(values, default=None)
     met = worst is not None and (
-      worst <= target.bound if target.at_most else worst >= target.bound)
-    rows.append({
-      'target': target.name,
-      'bound': f'{"<=" if target.at_most else ">="} {target.bound:g}',
-      'worst': worst, 'of': len(values),
-      'met': 'not measured' if worst is None else yes if met else 'no'})
+      worst <= target.bound if target.at_most else worst >= target.bound
+    )
+    rows.append(
+      {
+        'target': target.name,
+        'bound': f'{"<=" if target.at_most else ">="} {target.bound:g}',
+        'worst': worst,
+        'of': len(values),
+        'met': 'not measured' if worst is None else yes if met else 'no',
+      }
+    )
   return rows
 
 
 # Comparisons that the results have beside rows and targets.
 COMPARISONS: Mapping[str, Callable[[Mapping[str, Rows]], Any]] = {
-  'over_alternatives': over_alternatives, 'over_parts': over_parts,
-  'over_mosaic': over_mosaic, 'best_sizes': best_sizes}
+  'over_alternatives': over_alternatives,
+  'over_parts': over_parts,
+  'over_mosaic': over_mosaic,
+  'best_sizes': best_sizes,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,8 +291,9 @@ class Verdicts:
   tuned: str | None
 
 
-def judge_all(results: Mapping[str, Rows], tuned: attention.Sweep,
-              device: str) -> Verdicts:
+def judge_all(
+  results: Mapping[str, Rows], tuned: attention.Sweep, device: str
+) -> Verdicts:
   """Judges results, and compares what is in them.
 
   Args:
@@ -218,6 +302,7 @@ def judge_all(results: Mapping[str, Rows], tuned: attention.Sweep,
     device: its name, as in jax.Device.device_kind.
   """
   return Verdicts(
-    judge(results), {name: compare(results)
-                     for name, compare in COMPARISONS.items()},
-    tuned_line(results, tuned, device))
+    judge(results),
+    {name: compare(results) for name, compare in COMPARISONS.items()},
+    tuned_line(results, tuned, device),
+  )

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 
-def seconds(run: Callable[[], Any], repeats: int = 7,
-            at_least: float = 0.02) -> float:
+def seconds(
+  run: Callable[[], Any], repeats: int = 7, at_least: float = 0.02
+) -> float:
   """Returns the median seconds of a call whose result is waited for.
 
   Args:
@@ -45,12 +46,16 @@ def copy_bandwidth(num_bytes: int) -> float:
 
 def matmul_rate(n: int, dtype: str = 'bfloat16') -> float:
   """Measures operations a second of a product of random [n, n] matrices."""
-  a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(
-    dtype) for i in range(2))
+  a, b = (
+    jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype)
+    for i in range(2)
+  )
   return 2 * n**3 / seconds(functools.partial(jax.jit(jnp.matmul), a, b))
 
 
 def limits(num_bytes: int, n: int) -> dict[str, float]:
   """Measures the limits that results on this device are compared with."""
-  return {'copy_bytes_per_s': copy_bandwidth(num_bytes),
-          'matmul_flops_per_s': matmul_rate(n)}
+  return {
+    'copy_bytes_per_s': copy_bandwidth(num_bytes),
+    'matmul_flops_per_s': matmul_rate(n),
+  }

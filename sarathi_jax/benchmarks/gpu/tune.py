@@ -18,8 +18,11 @@ from sarathi_jax.benchmarks.gpu import attention
 from sarathi_jax.benchmarks.gpu import timing
 
 
-def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
-           num_tokens: tuple[int, ...]) -> None:
+def writes(
+  journal: journal_lib.Journal,
+  sweep: attention.Sweep,
+  num_tokens: tuple[int, ...],
+) -> None:
   """Times the ways to put new keys and values into their pages, in place.
 
   The faster one here goes into `tuning._WRITER`.
@@ -34,13 +37,19 @@ def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
 
   def row(kept: str, tokens: int, name: str) -> journal_lib.Row:
     pages = rpa.init_pages(
-      num_slots // sweep.page_size, *shape, kept, 'pallas_triton')
-    slots = jnp.asarray(np.random.default_rng(0).permutation(num_slots)[
-      :sweep.calls * tokens].reshape(-1, tokens), jnp.int32)
+      num_slots // sweep.page_size, *shape, kept, 'pallas_triton'
+    )
+    slots = jnp.asarray(
+      np.random.default_rng(0)
+      .permutation(num_slots)[: sweep.calls * tokens]
+      .reshape(-1, tokens),
+      jnp.int32,
+    )
     # Each call has keys and values of its own, as each layer: of equal ones
     # XLA would round those of all calls at once.
     new = jax.random.normal(
-      jax.random.key(0), (sweep.calls, 2, tokens, *shape[1:]), sweep.dtype)
+      jax.random.key(0), (sweep.calls, 2, tokens, *shape[1:]), sweep.dtype
+    )
 
     def chain(pages: Any, new: jax.Array, slots: jax.Array) -> Any:
       for (k, v), mine in zip(new, slots, strict=True):
@@ -58,13 +67,16 @@ def writes(journal: journal_lib.Journal, sweep: attention.Sweep,
     return {'kept': kept, 'new': tokens, 'writer': name, 'us': took * 1e6}
 
   for kept, tokens, name in itertools.product(
-      (sweep.dtype, 'int8'), num_tokens, rpa.WRITERS):
-    journal.measure(f'{kept} {tokens} {name}', functools.partial(
-      row, kept, tokens, name))
+    (sweep.dtype, 'int8'), num_tokens, rpa.WRITERS
+  ):
+    journal.measure(
+      f'{kept} {tokens} {name}', functools.partial(row, kept, tokens, name)
+    )
 
 
-def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
-          most: int | None = None) -> None:
+def sizes(
+  journal: journal_lib.Journal, sweep: attention.Sweep, most: int | None = None
+) -> None:
   """Times pallas_triton with sizes that are worth a try.
 
   Sizes that can't be compiled, as shared memory does not suffice, are absent.
@@ -78,7 +90,8 @@ def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
   """
   tried = tuple(itertools.islice(tuning.candidates(), most))
   kernel = functools.cache(
-    lambda: attention.Kernel(sweep, 'pallas_triton', tried))
+    lambda: attention.Kernel(sweep, 'pallas_triton', tried)
+  )
 
   def row(batch: attention.Batch, sizes: tuning.Sizes) -> journal_lib.Row:
     numbers = {name: getattr(sizes, name) for name in tuning.NUMBERS}
@@ -90,5 +103,7 @@ def sizes(journal: journal_lib.Journal, sweep: attention.Sweep,
 
   for sizes, batch in itertools.product(tried, sweep.batches):
     numbers = [str(getattr(sizes, name)) for name in tuning.NUMBERS]
-    journal.measure(f'{batch.name}: {", ".join(numbers)}', functools.partial(
-      row, batch, sizes))
+    journal.measure(
+      f'{batch.name}: {", ".join(numbers)}',
+      functools.partial(row, batch, sizes),
+    )

@@ -12,10 +12,16 @@ import torch
 import transformers
 
 SIZES: dict[str, dict[str, Any]] = {
-  '43m': {'hidden_size': 512, 'intermediate_size': 1376,
-          'num_attention_heads': 8},
-  '150m': {'hidden_size': 1024, 'intermediate_size': 2752,
-           'num_attention_heads': 16},
+  '43m': {
+    'hidden_size': 512,
+    'intermediate_size': 1376,
+    'num_attention_heads': 8,
+  },
+  '150m': {
+    'hidden_size': 1024,
+    'intermediate_size': 2752,
+    'num_attention_heads': 16,
+  },
 }
 
 
@@ -23,10 +29,17 @@ def main() -> None:
   folder, size = sys.argv[1:]
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
-    vocab_size=8192, num_hidden_layers=12, num_key_value_heads=4,
-    max_position_embeddings=2048, initializer_range=0.06,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    **SIZES[size])
+    vocab_size=8192,
+    num_hidden_layers=12,
+    num_key_value_heads=4,
+    max_position_embeddings=2048,
+    initializer_range=0.06,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    **SIZES[size],
+  )
   transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 

@@ -21,9 +21,15 @@ def main() -> None:
   scheduler.enable_prefix_caching = False
   scheduler.cache_size = 1  # GiB
   pipeline = openvino_genai.ContinuousBatchingPipeline(
-    args.model, scheduler, 'CPU', {
-      'INFERENCE_PRECISION_HINT': 'f32', 'KV_CACHE_PRECISION': 'f32',
-      'INFERENCE_NUM_THREADS': args.threads})
+    args.model,
+    scheduler,
+    'CPU',
+    {
+      'INFERENCE_PRECISION_HINT': 'f32',
+      'KV_CACHE_PRECISION': 'f32',
+      'INFERENCE_NUM_THREADS': args.threads,
+    },
+  )
 
   def config(num_tokens: int) -> Any:
     found = openvino_genai.GenerationConfig()
@@ -34,7 +40,8 @@ def main() -> None:
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = pipeline.generate(
       [openvino.Tensor(np.array([tokens], np.int64)) for tokens, _ in prompts],
-      [config(n) for _, n in prompts])
+      [config(n) for _, n in prompts],
+    )
     return [list(map(int, d.m_generation_ids[0])) for d in done]
 
   workload.serve(args, generate, openvino_genai.__version__)

@@ -10,15 +10,23 @@ from sarathi_jax.benchmarks.peer_workers import workload
 
 def main() -> None:
   args = workload.parse_args()
-  llm = LLM.from_checkpoint(args.model, config=EngineConfig(
-    token_budget=args.token_budget, max_num_seqs=args.max_num_seqs,
-    max_model_len=workload.MAX_MODEL_LEN))
+  llm = LLM.from_checkpoint(
+    args.model,
+    config=EngineConfig(
+      token_budget=args.token_budget,
+      max_num_seqs=args.max_num_seqs,
+      max_model_len=workload.MAX_MODEL_LEN,
+    ),
+  )
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
       [tokens for tokens, _ in prompts],
-      [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
-       for _, n in prompts])
+      [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True)
+        for _, n in prompts
+      ],
+    )
     return [list(d.token_ids) for d in done]
 
   workload.serve(args, generate, sarathi_jax.__version__)

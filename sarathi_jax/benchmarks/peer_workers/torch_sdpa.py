@@ -20,6 +20,7 @@ from torch.nn.attention import bias
 
 def seconds(run: Any, device: str, at_least: float = 0.02) -> float:
   """Returns the median seconds of a call, of many that are queued."""
+
   def many(calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -36,19 +37,32 @@ def seconds(run: Any, device: str, at_least: float = 0.02) -> float:
 def measure(spec: dict[str, Any], device: str) -> float:
   """Returns the seconds of one call."""
   kv_heads, kv_len = spec['num_kv_heads'], spec['kv_len']
-  q, k, v = (torch.randn(
-    spec['rows'], heads, length, spec['head_dim'], device=device,
-    dtype=getattr(torch, spec['dtype'])) for heads, length in (
-      (spec['num_heads'], spec['q_len']), (kv_heads, kv_len),
-      (kv_heads, kv_len)))
+  q, k, v = (
+    torch.randn(
+      spec['rows'],
+      heads,
+      length,
+      spec['head_dim'],
+      device=device,
+      dtype=getattr(torch, spec['dtype']),
+    )
+    for heads, length in (
+      (spec['num_heads'], spec['q_len']),
+      (kv_heads, kv_len),
+      (kv_heads, kv_len),
+    )
+  )
   options: dict[str, Any] = dict(
     enable_gqa=spec['num_heads'] != kv_heads,
-    is_causal=1 < spec['q_len'] == kv_len)
+    is_causal=1 < spec['q_len'] == kv_len,
+  )
   if 1 < spec['q_len'] < kv_len:
     options['attn_mask'] = bias.causal_lower_right(spec['q_len'], kv_len)
   with torch.inference_mode():
-    return seconds(lambda: functional.scaled_dot_product_attention(
-      q, k, v, **options), device)
+    return seconds(
+      lambda: functional.scaled_dot_product_attention(q, k, v, **options),
+      device,
+    )
 
 
 def main() -> None:

@@ -9,21 +9,35 @@ import workload
 def main() -> None:
   args = workload.parse_args()
   os.environ.update(
-    HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1',
-    VLLM_CPU_OMP_THREADS_BIND=f'0-{args.threads - 1}')
+    HF_HUB_OFFLINE='1',
+    VLLM_NO_USAGE_STATS='1',
+    VLLM_CPU_KVCACHE_SPACE='1',
+    VLLM_CPU_OMP_THREADS_BIND=f'0-{args.threads - 1}',
+  )
   import vllm
+
   llm = vllm.LLM(
-    model=args.model, dtype='float32', max_model_len=workload.MAX_MODEL_LEN,
-    max_num_seqs=args.max_num_seqs, skip_tokenizer_init=True,
-    max_num_batched_tokens=args.token_budget, enable_prefix_caching=False,
-    seed=0)
+    model=args.model,
+    dtype='float32',
+    max_model_len=workload.MAX_MODEL_LEN,
+    max_num_seqs=args.max_num_seqs,
+    skip_tokenizer_init=True,
+    max_num_batched_tokens=args.token_budget,
+    enable_prefix_caching=False,
+    seed=0,
+  )
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
       [{'prompt_token_ids': tokens} for tokens, _ in prompts],
-      [vllm.SamplingParams(temperature=0, max_tokens=n, ignore_eos=True,
-                           detokenize=False) for _, n in prompts],
-      use_tqdm=False)
+      [
+        vllm.SamplingParams(
+          temperature=0, max_tokens=n, ignore_eos=True, detokenize=False
+        )
+        for _, n in prompts
+      ],
+      use_tqdm=False,
+    )
     return [list(d.outputs[0].token_ids) for d in done]
 
   workload.serve(args, generate, vllm.__version__)

@@ -45,10 +45,15 @@ def draw(load: Load, seed: int) -> Prompts:
   """Draws random prompts, fresh for every seed."""
   rng = random.Random(seed)
   return [
-    ([rng.randrange(5, VOCAB_SIZE)
-      for _ in range(rng.choice(load.prompt_lens))],
-     rng.choice(load.output_lens))
-    for _ in range(load.num_requests)]
+    (
+      [
+        rng.randrange(5, VOCAB_SIZE)
+        for _ in range(rng.choice(load.prompt_lens))
+      ],
+      rng.choice(load.output_lens),
+    )
+    for _ in range(load.num_requests)
+  ]
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,9 +71,11 @@ def parse_args() -> argparse.Namespace:
   return parser.parse_args(namespace=argparse.Namespace(answers=answers))
 
 
-def serve(args: argparse.Namespace,
-          generate: Callable[[Prompts], list[list[int]]],
-          version: str) -> None:
+def serve(
+  args: argparse.Namespace,
+  generate: Callable[[Prompts], list[list[int]]],
+  version: str,
+) -> None:
   """Makes runs until standard input ends.
 
   Args:
@@ -87,7 +94,15 @@ def serve(args: argparse.Namespace,
     seconds = time.perf_counter() - start
     lengths = [len(tokens) for tokens in outputs]
     assert lengths == [n for _, n in prompts], 'outputs of a wrong length'
-    print(json.dumps({
-      'seconds': seconds, 'num_prompt_tokens': sum(len(p) for p, _ in prompts),
-      'num_output_tokens': sum(n for _, n in prompts), 'outputs': outputs,
-    }), file=answers, flush=True)
+    print(
+      json.dumps(
+        {
+          'seconds': seconds,
+          'num_prompt_tokens': sum(len(p) for p, _ in prompts),
+          'num_output_tokens': sum(n for _, n in prompts),
+          'outputs': outputs,
+        }
+      ),
+      file=answers,
+      flush=True,
+    )

@@ -30,7 +30,8 @@ _PREFIX = 'sha256:'
 _SCHEME = 'bearer '
 _FORM = 'NAME TOKEN [admin] [priority=N]'
 _MORE = re.compile(
-  r'(?P<admin>admin)?(?:(?:^| )priority=(?P<priority>-?\d{1,10}))?')
+  r'(?P<admin>admin)?(?:(?:^| )priority=(?P<priority>-?\d{1,10}))?'
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ class Token:
 
 # The token that the current call came with; set by `Interceptor`.
 CURRENT: contextvars.ContextVar[Token | None] = contextvars.ContextVar(
-  'token', default=None)
+  'token', default=None
+)
 
 
 def parse(text: str, path: str) -> tuple[Token, ...]:
@@ -70,16 +72,26 @@ def parse(text: str, path: str) -> tuple[Token, ...]:
     match = _MORE.fullmatch(' '.join(sorted(words[2:])))
     if len(words) < 2 or match is None:
       raise errors.ConfigError(
-        f'{path}, line {number}: must be {_FORM}, N an integer.')
-    digest = (words[1].removeprefix(_PREFIX).lower()
-              if words[1].startswith(_PREFIX) else _digest(words[1]))
+        f'{path}, line {number}: must be {_FORM}, N an integer.'
+      )
+    digest = (
+      words[1].removeprefix(_PREFIX).lower()
+      if words[1].startswith(_PREFIX)
+      else _digest(words[1])
+    )
     if len(digest) != hashlib.sha256().digest_size * 2:
       raise errors.ConfigError(
-        f'{path}, line {number}: {_PREFIX} must be followed by 64 hex digits.')
+        f'{path}, line {number}: {_PREFIX} must be followed by 64 hex digits.'
+      )
     is_admin, priority = match['admin'] is not None, match['priority']
-    tokens.append(Token(
-      words[0], digest, is_admin, int(priority) if priority else (
-        None if is_admin else 0)))
+    tokens.append(
+      Token(
+        words[0],
+        digest,
+        is_admin,
+        int(priority) if priority else (None if is_admin else 0),
+      )
+    )
   if not tokens:
     raise errors.ConfigError(f'{path}: has no token.')
   return tuple(tokens)
@@ -110,7 +122,7 @@ class Tokens:
     """Finds the token of an authorization header, `Bearer TOKEN`."""
     if not authorization.lower().startswith(_SCHEME):
       return None
-    return self.find(authorization[len(_SCHEME):].strip())
+    return self.find(authorization[len(_SCHEME) :].strip())
 
   def _reload(self) -> None:
     try:
@@ -119,7 +131,8 @@ class Tokens:
         logging.info('Read the tokens of %s anew.', self._path)
     except (OSError, errors.ConfigError) as error:
       logging.log_every_n_seconds(
-        logging.ERROR, 'The tokens stay as they were: %s', 10, error)
+        logging.ERROR, 'The tokens stay as they were: %s', 10, error
+      )
 
   def _stat(self) -> tuple[int, int, int]:
     stat = self._path.stat()
@@ -130,7 +143,7 @@ class Tokens:
       return self._stat(), parse(self._path.read_text(), str(self._path))
     except (OSError, UnicodeDecodeError) as error:
       raise errors.ConfigError(
-        f'auth_tokens={str(self._path)!r}: can\'t be read: {error}.'
+        f"auth_tokens={str(self._path)!r}: can't be read: {error}."
       ) from error
 
 
@@ -143,28 +156,39 @@ class Interceptor(grpc.aio.ServerInterceptor):
     admin_services: services that need an administrator's token.
   """
 
-  def __init__(self, tokens: Tokens, open_services: Collection[str],
-               admin_services: Collection[str]) -> None:
+  def __init__(
+    self,
+    tokens: Tokens,
+    open_services: Collection[str],
+    admin_services: Collection[str],
+  ) -> None:
     self._tokens = tokens
     self._open = open_services
     self._admin = admin_services
 
   async def intercept_service(
-      self,
-      continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-      handler_call_details: grpc.HandlerCallDetails) -> Any:
+    self,
+    continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+    handler_call_details: grpc.HandlerCallDetails,
+  ) -> Any:
     service = handler_call_details.method.split('/')[1]
     if service in self._open:
       return await continuation(handler_call_details)
     token = self._token(handler_call_details)
     if token is None:
       return await _refuse(
-        continuation, handler_call_details, grpc.StatusCode.UNAUTHENTICATED,
-        'needs a token that the server knows: "authorization: Bearer TOKEN".')
+        continuation,
+        handler_call_details,
+        grpc.StatusCode.UNAUTHENTICATED,
+        'needs a token that the server knows: "authorization: Bearer TOKEN".',
+      )
     if service in self._admin and not token.is_admin:
       return await _refuse(
-        continuation, handler_call_details, grpc.StatusCode.PERMISSION_DENIED,
-        f'{service}: needs the token of an administrator.')
+        continuation,
+        handler_call_details,
+        grpc.StatusCode.PERMISSION_DENIED,
+        f'{service}: needs the token of an administrator.',
+      )
     CURRENT.set(token)
     return await continuation(handler_call_details)
 
@@ -176,9 +200,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 async def _refuse(
-    continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-    details: grpc.HandlerCallDetails, code: grpc.StatusCode,
-    message: str) -> Any:
+  continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+  details: grpc.HandlerCallDetails,
+  code: grpc.StatusCode,
+  message: str,
+) -> Any:
   """Returns a handler of the same kind, whose every call ends with `code`."""
   handler = await continuation(details)
   if handler is None:
@@ -187,11 +213,12 @@ async def _refuse(
   async def refuse(request: Any, context: Any) -> None:
     await context.abort(code, message)
 
-  kind = (f'{"stream" if handler.request_streaming else "unary"}_'
-          f'{"stream" if handler.response_streaming else "unary"}')
+  kind = (
+    f'{"stream" if handler.request_streaming else "unary"}_'
+    f'{"stream" if handler.response_streaming else "unary"}'
+  )
   make = getattr(grpc, f'{kind}_rpc_method_handler')
-  return make(refuse, handler.request_deserializer,
-              handler.response_serializer)
+  return make(refuse, handler.request_deserializer, handler.response_serializer)
 
 
 def _digest(secret: str) -> str:

@@ -23,10 +23,18 @@ _CHARS_PER_TOKEN = 16
 _LEAST_PROMPT_CHARS = 65_536
 
 
-def _row(default: Any, what: str, why: str = '', *, least: float = 1,
-         counts: tuple[str, ...] = ()) -> Any:
-  return dataclasses.field(default=default, metadata={
-    'what': what, 'why': why, 'least': least, 'counts': counts})
+def _row(
+  default: Any,
+  what: str,
+  why: str = '',
+  *,
+  least: float = 1,
+  counts: tuple[str, ...] = (),
+) -> Any:
+  return dataclasses.field(
+    default=default,
+    metadata={'what': what, 'why': why, 'least': least, 'counts': counts},
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,99 +48,155 @@ class Limits:
   """
 
   max_waiting: int = _row(
-    1024, 'requests that wait to begin',
-    'each holds its prompt, and what can\'t be served soon is best refused')
+    1024,
+    'requests that wait to begin',
+    "each holds its prompt, and what can't be served soon is best refused",
+  )
   max_waiting_tokens: int | None = _row(
-    None, 'tokens of the prompts that wait',
+    None,
+    'tokens of the prompts that wait',
     'a few long prompts hold as much memory as many short ones. Default: no '
-    'bound')
+    'bound',
+  )
   max_outbox: int = _row(
-    4096, 'pieces of output that may wait for one slow client',
-    'they are kept until it reads them')
+    4096,
+    'pieces of output that may wait for one slow client',
+    'they are kept until it reads them',
+  )
   stream_interval_ms: int = _row(
-    0, 'milliseconds, at the least, between two messages of a stream',
-    'tokens in between are merged, as most of a token\'s cost is its message',
-    least=0)
+    0,
+    'milliseconds, at the least, between two messages of a stream',
+    "tokens in between are merged, as most of a token's cost is its message",
+    least=0,
+  )
   max_message_mib: float = _row(
-    16.0, 'MiB of a message', 'it is copied whole before it is looked at',
-    least=0.001)
+    16.0,
+    'MiB of a message',
+    'it is copied whole before it is looked at',
+    least=0.001,
+  )
   max_fields: int = _row(
-    2**16, 'fields of a message, counting those of its parts',
-    'counting one takes 0.4 us of Python, parsing it 0.1 us')
+    2**16,
+    'fields of a message, counting those of its parts',
+    'counting one takes 0.4 us of Python, parsing it 0.1 us',
+  )
   max_numbers: int = _row(
-    2**20, 'numbers in the lists of a message',
-    'parsing a million takes 5 ms; a prompt may have as many token ids')
+    2**20,
+    'numbers in the lists of a message',
+    'parsing a million takes 5 ms; a prompt may have as many token ids',
+  )
   max_parameters: int = _row(
-    1024, 'entries in the maps of a message',
-    'parsing one holds the interpreter for 0.4 us')
+    1024,
+    'entries in the maps of a message',
+    'parsing one holds the interpreter for 0.4 us',
+  )
   max_prompt_tokens: int | None = _row(
-    None, 'tokens of a prompt',
-    'the engine\'s thread copies them once more. Default: as many as the model '
-    'takes')
+    None,
+    'tokens of a prompt',
+    "the engine's thread copies them once more. Default: as many as the model "
+    'takes',
+  )
   max_prompt_chars: int | None = _row(
-    None, 'characters of a prompt, or of all messages of a chat; by '
+    None,
+    'characters of a prompt, or of all messages of a chat; by '
     f'default {_CHARS_PER_TOKEN} for each token that a prompt may have, and '
     f'at least {_LEAST_PROMPT_CHARS:,}',
-    'tokenizing a million takes a core for up to 1 s')
+    'tokenizing a million takes a core for up to 1 s',
+  )
   max_messages: int = _row(
-    2**14, 'messages of a chat',
+    2**14,
+    'messages of a chat',
     'a template takes some 3 us for each, in Python',
-    counts=('sarathi.v1.Chat.messages',))
+    counts=('sarathi.v1.Chat.messages',),
+  )
   max_stops: int = _row(
-    128, 'stop strings', 'each is looked for after each token',
-    counts=('sarathi.v1.SamplingParams.stop',
-            'vllm.grpc.engine.SamplingParams.stop'))
+    128,
+    'stop strings',
+    'each is looked for after each token',
+    counts=(
+      'sarathi.v1.SamplingParams.stop',
+      'vllm.grpc.engine.SamplingParams.stop',
+    ),
+  )
   max_stop_chars: int = _row(
-    4096, 'characters of all stop strings',
-    'output is held back while it may be the beginning of one')
+    4096,
+    'characters of all stop strings',
+    'output is held back while it may be the beginning of one',
+  )
   max_stop_token_ids: int = _row(
-    1024, 'stop token ids', 'the engine\'s thread makes a set of them',
-    counts=('sarathi.v1.SamplingParams.stop_token_ids',
-            'vllm.grpc.engine.SamplingParams.stop_token_ids'))
+    1024,
+    'stop token ids',
+    "the engine's thread makes a set of them",
+    counts=(
+      'sarathi.v1.SamplingParams.stop_token_ids',
+      'vllm.grpc.engine.SamplingParams.stop_token_ids',
+    ),
+  )
   max_id_chars: int = _row(
-    256, 'characters of an id or a name, of a request or a client',
-    'it is in each message of a stream, in logs and in errors')
+    256,
+    'characters of an id or a name, of a request or a client',
+    'it is in each message of a stream, in logs and in errors',
+  )
   max_abort_ids: int = _row(
-    1024, 'requests that one call aborts',
-    'the engine\'s thread looks each of them up',
-    counts=('sarathi.v1.AbortRequest.request_ids',
-            'vllm.grpc.engine.AbortRequest.request_ids'))
+    1024,
+    'requests that one call aborts',
+    "the engine's thread looks each of them up",
+    counts=(
+      'sarathi.v1.AbortRequest.request_ids',
+      'vllm.grpc.engine.AbortRequest.request_ids',
+    ),
+  )
   max_tensors: int = _row(
-    64, 'tensors of a request, in or out',
+    64,
+    'tensors of a request, in or out',
     'each is read in Python; the model takes and gives 17',
-    counts=('inference.ModelInferRequest.inputs',
-            'inference.ModelInferRequest.outputs',
-            'inference.ModelInferRequest.raw_input_contents'))
+    counts=(
+      'inference.ModelInferRequest.inputs',
+      'inference.ModelInferRequest.outputs',
+      'inference.ModelInferRequest.raw_input_contents',
+    ),
+  )
   max_elements: int = _row(
-    1024, 'elements of a tensor, but for input_ids',
-    'each becomes an object of Python')
+    1024,
+    'elements of a tensor, but for input_ids',
+    'each becomes an object of Python',
+  )
   max_dims: int = _row(
-    8, 'dimensions of a tensor',
-    'multiplying their sizes takes time by the square of their number')
+    8,
+    'dimensions of a tensor',
+    'multiplying their sizes takes time by the square of their number',
+  )
   max_json_chars: int = _row(
-    65_536, 'characters of JSON, as in sampling_parameters',
-    'decoding it holds the interpreter')
+    65_536,
+    'characters of JSON, as in sampling_parameters',
+    'decoding it holds the interpreter',
+  )
   max_stream_requests: int = _row(
-    1024, 'requests at once of one stream',
+    1024,
+    'requests at once of one stream',
     'each takes a task and the memory of its prompt; the next is read when one '
-    'ends')
+    'ends',
+  )
   max_trace_s: float = _row(
-    600.0, 'seconds of a trace', 'its events stay in memory until its end')
+    600.0, 'seconds of a trace', 'its events stay in memory until its end'
+  )
   max_profile_steps: int = _row(
-    1000, 'steps of a profile', 'each adds megabytes to it')
+    1000, 'steps of a profile', 'each adds megabytes to it'
+  )
 
   def __post_init__(self) -> None:
     for row in dataclasses.fields(self):
       value, least = getattr(self, row.name), row.metadata['least']
       if value is not None and not value >= least:
-        raise errors.ConfigError(
-          f'{row.name}={value!r}: must be >= {least}.')
+        raise errors.ConfigError(f'{row.name}={value!r}: must be >= {least}.')
     if self.max_message_mib >= 2048:
       raise errors.ConfigError(
-        f'max_message_mib={self.max_message_mib!r}: must be below 2048.')
+        f'max_message_mib={self.max_message_mib!r}: must be below 2048.'
+      )
 
-  def check(self, name: str, value: int, field: str,
-            at_most: int | None = None) -> None:
+  def check(
+    self, name: str, value: int, field: str, at_most: int | None = None
+  ) -> None:
     """Refuses a value that is larger than its row allows.
 
     Args:
@@ -148,15 +212,16 @@ class Limits:
     if bound is not None and value > bound:
       raise errors.InvalidRequestError(
         f'{field}: has {value:,} {_short(name)}: must be at most '
-        f'{name}={bound}.')
+        f'{name}={bound}.'
+      )
 
   def check_so_far(self, name: str, num_counted: int, field: str) -> None:
     """Refuses what was counted so far, where nobody goes on to count."""
     bound = getattr(self, name)
     if num_counted > bound:
       raise errors.InvalidRequestError(
-        f'{field}: has too many {_short(name)}: must be at most '
-        f'{name}={bound}.')
+        f'{field}: has too many {_short(name)}: must be at most {name}={bound}.'
+      )
 
   def check_name(self, field: str, value: str) -> None:
     """Refuses ids and names that are too long."""
@@ -166,8 +231,9 @@ class Limits:
     """Refuses sampling with too many stop strings and token ids to look for."""
     self.check('max_stops', len(sampling.stop), 'stop')
     self.check('max_stop_chars', sum(map(len, sampling.stop)), 'stop')
-    self.check('max_stop_token_ids', len(sampling.stop_token_ids),
-               'stop_token_ids')
+    self.check(
+      'max_stop_token_ids', len(sampling.stop_token_ids), 'stop_token_ids'
+    )
 
   def check_prompt_tokens(self, num_tokens: int, max_model_len: int) -> None:
     """Refuses a prompt that is too long for the server, or for its model."""
@@ -175,22 +241,31 @@ class Limits:
     if num_tokens >= max_model_len:
       raise errors.InvalidRequestError(
         f'prompt: has {num_tokens} tokens, which leaves no room to generate; '
-        f'max_model_len={max_model_len}.')
+        f'max_model_len={max_model_len}.'
+      )
 
   def check_prompt_chars(self, num_chars: int, max_model_len: int) -> None:
     """Refuses a text that must not even be tokenized."""
     self.check(
-      'max_prompt_chars', num_chars, 'prompt', self.max_prompt_chars or max(
-        _CHARS_PER_TOKEN * min(self.max_prompt_tokens or max_model_len,
-                               max_model_len), _LEAST_PROMPT_CHARS))
+      'max_prompt_chars',
+      num_chars,
+      'prompt',
+      self.max_prompt_chars
+      or max(
+        _CHARS_PER_TOKEN
+        * min(self.max_prompt_tokens or max_model_len, max_model_len),
+        _LEAST_PROMPT_CHARS,
+      ),
+    )
 
 
 ROWS: Mapping[str, dataclasses.Field[Any]] = {
-  row.name: row for row in dataclasses.fields(Limits)}
+  row.name: row for row in dataclasses.fields(Limits)
+}
 # Repeated field of a message -> the row that bounds its entries.
 COUNTED: Mapping[str, str] = {
-  field: name for name, row in ROWS.items()
-  for field in row.metadata['counts']}
+  field: name for name, row in ROWS.items() for field in row.metadata['counts']
+}
 
 
 def _short(name: str) -> str:
@@ -200,7 +275,10 @@ def _short(name: str) -> str:
 def help_of(name: str) -> str:
   """Returns the help of the flag for a row."""
   row = ROWS[name]
-  text = row.metadata['what'] if name == 'stream_interval_ms' else (
-    f'The most {row.metadata["what"]}')
+  text = (
+    row.metadata['what']
+    if name == 'stream_interval_ms'
+    else (f'The most {row.metadata["what"]}')
+  )
   default = '' if row.default is None else f' Default: {row.default}.'
   return f'{text[0].upper()}{text[1:]}: {row.metadata["why"]}.{default}'

@@ -51,8 +51,10 @@ def credentials(files: TlsFiles) -> grpc.ServerCredentials:
     return renewed
 
   return grpc.dynamic_ssl_server_credentials(
-    config, fetch,  # type: ignore[arg-type]  # the stub forgets None
-    require_client_authentication=files.client_ca is not None)
+    config,
+    fetch,  # type: ignore[arg-type]  # the stub forgets None
+    require_client_authentication=files.client_ca is not None,
+  )
 
 
 class Contexts:
@@ -84,8 +86,9 @@ def _context(files: TlsFiles) -> ssl.SSLContext:
       context.verify_mode = ssl.CERT_REQUIRED
   except OSError as error:  # SSLError is one.
     raise errors.ConfigError(
-      f'tls_cert={str(files.cert)!r}, tls_key={str(files.key)!r}: can\'t be '
-      f'used: {error}.') from error
+      f"tls_cert={str(files.cert)!r}, tls_key={str(files.key)!r}: can't be "
+      f'used: {error}.'
+    ) from error
   return context
 
 
@@ -101,12 +104,15 @@ def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:
       data = path.read_bytes()
     except OSError as error:
       raise errors.ConfigError(
-        f'{field}={str(path)!r}: can\'t be read: {error.strerror}.') from error
+        f"{field}={str(path)!r}: can't be read: {error.strerror}."
+      ) from error
     if b'-----BEGIN ' not in data:
       raise errors.ConfigError(f'{field}={str(path)!r}: is not PEM.')
     return data
 
-  client_ca = (None if files.client_ca is None
-               else read('tls_client_ca', files.client_ca))
+  client_ca = (
+    None if files.client_ca is None else read('tls_client_ca', files.client_ca)
+  )
   return grpc.ssl_server_certificate_configuration(
-    [(read('tls_key', files.key), read('tls_cert', files.cert))], client_ca)
+    [(read('tls_key', files.key), read('tls_cert', files.cert))], client_ca
+  )

@@ -37,7 +37,8 @@ _PAUSE_MODES = {
   pb.PAUSE_MODE_ABORT: pausing.PauseMode.ABORT,
 }
 _REQUEST_STATE = tuple(
-  field.name for field in pb.RequestState.DESCRIPTOR.fields)
+  field.name for field in pb.RequestState.DESCRIPTOR.fields
+)
 _MAX_TRACE_EVENTS = 1_000_000
 _EVENTS_AT_ONCE = 1000
 _CHUNK_BYTES = 64 * 1024
@@ -72,9 +73,13 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
     trace_dir: where profiles go; None to refuse them.
   """
 
-  def __init__(self, frontend: frontend_lib.Frontend, hooks: Hooks,
-               set_draining: Callable[[bool], None],
-               trace_dir: pathlib.Path | None) -> None:
+  def __init__(
+    self,
+    frontend: frontend_lib.Frontend,
+    hooks: Hooks,
+    set_draining: Callable[[bool], None],
+    trace_dir: pathlib.Path | None,
+  ) -> None:
     self._frontend = frontend
     self._thread = frontend.engine_thread
     self._hooks = hooks
@@ -83,71 +88,84 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
     self._updating = asyncio.Lock()
     self._profiling = asyncio.Lock()
 
-  async def Pause(self, request: pb.PauseRequest,
-                  context: Context) -> pb.PauseResponse:
+  async def Pause(
+    self, request: pb.PauseRequest, context: Context
+  ) -> pb.PauseResponse:
     async with self._checked(context):
       if request.mode not in _PAUSE_MODES:
         raise errors.InvalidRequestError(
-          f'mode={request.mode}: is not a PauseMode.')
+          f'mode={request.mode}: is not a PauseMode.'
+        )
       await self._thread.pause(_PAUSE_MODES[request.mode])
       return pb.PauseResponse()
 
-  async def Resume(self, request: pb.ResumeRequest,
-                   context: Context) -> pb.ResumeResponse:
+  async def Resume(
+    self, request: pb.ResumeRequest, context: Context
+  ) -> pb.ResumeResponse:
     async with self._checked(context):
       await self._thread.resume()
       self._set_draining(False)
       return pb.ResumeResponse()
 
-  async def Drain(self, request: pb.DrainRequest,
-                  context: Context) -> pb.DrainResponse:
+  async def Drain(
+    self, request: pb.DrainRequest, context: Context
+  ) -> pb.DrainResponse:
     async with self._checked(context):
       self._set_draining(True)
       await self._frontend.drain()
       return pb.DrainResponse()
 
-  async def UpdateWeights(self, request: pb.UpdateWeightsRequest,
-                          context: Context) -> pb.UpdateWeightsResponse:
+  async def UpdateWeights(
+    self, request: pb.UpdateWeightsRequest, context: Context
+  ) -> pb.UpdateWeightsResponse:
     async with self._checked(context):
       load, update = self._hooks.load_weights, self._hooks.update_weights
       if load is None or update is None:
         raise errors.UnsupportedError(
-          'UpdateWeights: this server can\'t read weights.')
+          "UpdateWeights: this server can't read weights."
+        )
       if not request.path:
-        raise errors.InvalidRequestError('path=\'\': must name a checkpoint.')
+        raise errors.InvalidRequestError("path='': must name a checkpoint.")
       async with self._updating:
         weights = await asyncio.get_running_loop().run_in_executor(
-          None, load, request.path)
+          None, load, request.path
+        )
         start = time.monotonic()
         await self._thread.call(lambda engine: update(weights))
         return pb.UpdateWeightsResponse(pause_s=time.monotonic() - start)
 
-  async def ResetCache(self, request: pb.ResetCacheRequest,
-                       context: Context) -> pb.ResetCacheResponse:
+  async def ResetCache(
+    self, request: pb.ResetCacheRequest, context: Context
+  ) -> pb.ResetCacheResponse:
     async with self._checked(context):
       await self._thread.call(lambda engine: engine.invalidate_cache())
       return pb.ResetCacheResponse()
 
   async def SetTokenBudget(
-      self, request: pb.SetTokenBudgetRequest,
-      context: Context) -> pb.SetTokenBudgetResponse:
+    self, request: pb.SetTokenBudgetRequest, context: Context
+  ) -> pb.SetTokenBudgetResponse:
     async with self._checked(context):
       await self._thread.call(
-        lambda engine: engine.set_token_budget(request.token_budget))
+        lambda engine: engine.set_token_budget(request.token_budget)
+      )
       return pb.SetTokenBudgetResponse()
 
-  async def Profile(self, request: pb.ProfileRequest,
-                    context: Context) -> pb.ProfileResponse:
+  async def Profile(
+    self, request: pb.ProfileRequest, context: Context
+  ) -> pb.ProfileResponse:
     async with self._checked(context):
       start, stop = self._hooks.start_profile, self._hooks.stop_profile
       if start is None or stop is None or self._trace_dir is None:
         raise errors.UnsupportedError(
-          'Profile: this server has no profiler, or no --trace_dir.')
+          'Profile: this server has no profiler, or no --trace_dir.'
+        )
       if request.num_steps < 1:
         raise errors.InvalidRequestError(
-          f'num_steps={request.num_steps}: must be >= 1.')
+          f'num_steps={request.num_steps}: must be >= 1.'
+        )
       self._frontend.limits.check(
-        'max_profile_steps', request.num_steps, 'num_steps')
+        'max_profile_steps', request.num_steps, 'num_steps'
+      )
       if self._profiling.locked():
         raise errors.CapacityError('Profile: one is being made already.')
       async with self._profiling:
@@ -165,10 +183,12 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
   async def Trace(self, request: pb.TraceRequest, context: Context) -> None:
     async with self._checked(context):
       longest_s = self._frontend.limits.max_trace_s
-      if not (math.isfinite(request.seconds)
-              and 0 < request.seconds <= longest_s):
+      if not (
+        math.isfinite(request.seconds) and 0 < request.seconds <= longest_s
+      ):
         raise errors.InvalidRequestError(
-          f'seconds={request.seconds}: must be in (0, {longest_s:g}].')
+          f'seconds={request.seconds}: must be in (0, {longest_s:g}].'
+        )
       events: list[trace.Event] = list(trace.HEADER)
 
       def emit(event: trace.Event) -> None:
@@ -178,17 +198,22 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
       async with self._observing(trace.ChromeTrace(emit)):
         await asyncio.sleep(request.seconds)
       data = await asyncio.get_running_loop().run_in_executor(
-        None, _zipped, events)
+        None, _zipped, events
+      )
       for i in range(0, len(data), _CHUNK_BYTES):
-        await context.write(pb.TraceChunk(data=data[i:i + _CHUNK_BYTES]))
+        await context.write(pb.TraceChunk(data=data[i : i + _CHUNK_BYTES]))
 
-  async def ListRequests(self, request: pb.ListRequestsRequest,
-                         context: Context) -> pb.ListRequestsResponse:
+  async def ListRequests(
+    self, request: pb.ListRequestsRequest, context: Context
+  ) -> pb.ListRequestsResponse:
     async with self._checked(context):
       states = await self._thread.call(lambda engine: engine.requests())
-      return pb.ListRequestsResponse(requests=[
-        pb.RequestState(**{n: getattr(s, n) for n in _REQUEST_STATE})
-        for s in states])
+      return pb.ListRequestsResponse(
+        requests=[
+          pb.RequestState(**{n: getattr(s, n) for n in _REQUEST_STATE})
+          for s in states
+        ]
+      )
 
   @contextlib.asynccontextmanager
   async def _observing(self, observer: state.Observer) -> Any:
@@ -196,8 +221,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
     try:
       yield
     finally:
-      await self._thread.call(
-        lambda engine: engine.observe(observer, on=False))
+      await self._thread.call(lambda engine: engine.observe(observer, on=False))
 
   @contextlib.asynccontextmanager
   async def _checked(self, context: Context) -> Any:
@@ -211,7 +235,7 @@ def _zipped(events: Sequence[trace.Event]) -> bytes:
   with gzip.open(data, 'wt', encoding='utf-8') as file:
     for i in range(0, len(events), _EVENTS_AT_ONCE):
       file.write('[' if not i else ',')
-      file.write(json.dumps(events[i:i + _EVENTS_AT_ONCE])[1:-1])
+      file.write(json.dumps(events[i : i + _EVENTS_AT_ONCE])[1:-1])
     file.write(']')
   return data.getvalue()
 
@@ -223,13 +247,23 @@ class _Steps:
     self._num_left = num_steps
     self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-  def on_step(self, batch: types.ScheduledBatch, num_rows: int,
-              launched: float, started: float, completed: float) -> None:
+  def on_step(
+    self,
+    batch: types.ScheduledBatch,
+    num_rows: int,
+    launched: float,
+    started: float,
+    completed: float,
+  ) -> None:
     self._num_left -= 1
     if not self._num_left:
       self.done.set_result(None)
 
-  def on_finished(self, request: types.Request,
-                  metrics: types.RequestMetrics,
-                  reason: types.FinishReason, now: float) -> None:
+  def on_finished(
+    self,
+    request: types.Request,
+    metrics: types.RequestMetrics,
+    reason: types.FinishReason,
+    now: float,
+  ) -> None:
     """Does nothing: only steps count."""

@@ -49,20 +49,24 @@ class HealthService(health_pb2_grpc.HealthServicer):
     self._changed.set()
     self._changed = asyncio.Event()
 
-  async def Check(self, request: pb.HealthCheckRequest,
-                  context: Context) -> pb.HealthCheckResponse:
+  async def Check(
+    self, request: pb.HealthCheckRequest, context: Context
+  ) -> pb.HealthCheckResponse:
     if request.service not in self._is_serving:
-      await context.abort(grpc.StatusCode.NOT_FOUND,
-                          f'service={errors.shown(request.service)}: is '
-                          'not here.')
+      await context.abort(
+        grpc.StatusCode.NOT_FOUND,
+        f'service={errors.shown(request.service)}: is not here.',
+      )
     return self._response(request.service)
 
   async def List(self, request: Any, context: Context) -> Any:
     return pb.HealthListResponse(  # type: ignore[attr-defined]
-      statuses={name: self._response(name) for name in self._is_serving})
+      statuses={name: self._response(name) for name in self._is_serving}
+    )
 
-  async def Watch(self, request: pb.HealthCheckRequest,
-                  context: Context) -> None:
+  async def Watch(
+    self, request: pb.HealthCheckRequest, context: Context
+  ) -> None:
     # By the protocol, this waits for ever if the service is unknown.
     sent = None
     while True:
@@ -76,5 +80,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
   def _response(self, service: str) -> pb.HealthCheckResponse:
     if service not in self._is_serving:
       return _Status(status=_Status.SERVICE_UNKNOWN)
-    return _Status(status=_Status.SERVING if self._is_serving[service]
-                   else _Status.NOT_SERVING)
+    return _Status(
+      status=_Status.SERVING
+      if self._is_serving[service]
+      else _Status.NOT_SERVING
+    )

@@ -33,33 +33,38 @@ class Interceptor(grpc.aio.ServerInterceptor):
       don't know: a newer client's wish is refused then, not ignored.
   """
 
-  def __init__(self, limits: limits_lib.Limits,
-               strict: Collection[str] = ()) -> None:
+  def __init__(
+    self, limits: limits_lib.Limits, strict: Collection[str] = ()
+  ) -> None:
     self._limits = limits
     self._strict = frozenset(strict)
 
   async def intercept_service(
-      self,
-      continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-      handler_call_details: grpc.HandlerCallDetails) -> Any:
+    self,
+    continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+    handler_call_details: grpc.HandlerCallDetails,
+  ) -> Any:
     handler = await continuation(handler_call_details)
     if handler is None:
       return handler
     method = handler_call_details.method
     parse = self._parser(
       handler.request_deserializer.__self__,
-      not self._strict.isdisjoint((method, method.rpartition('/')[0])))
-    kind = (f'{"stream" if handler.request_streaming else "unary"}_'
-            f'{"stream" if handler.response_streaming else "unary"}')
+      not self._strict.isdisjoint((method, method.rpartition('/')[0])),
+    )
+    kind = (
+      f'{"stream" if handler.request_streaming else "unary"}_'
+      f'{"stream" if handler.response_streaming else "unary"}'
+    )
     wrap = _wrap_stream if handler.request_streaming else _wrap_unary
     make = getattr(grpc, f'{kind}_rpc_method_handler')
-    return make(wrap(getattr(handler, kind), parse), None,
-                handler.response_serializer)
+    return make(
+      wrap(getattr(handler, kind), parse), None, handler.response_serializer
+    )
 
   def _parser(self, cls: Any, is_strict: bool) -> _Parse:
     def parse(data: bytes) -> Any:
-      wire.check(data, cls.DESCRIPTOR, self._limits,
-                 refuses_unknown=is_strict)
+      wire.check(data, cls.DESCRIPTOR, self._limits, refuses_unknown=is_strict)
       return cls.FromString(data)
 
     async def parse_or_end(data: bytes, context: Any) -> Any:
@@ -74,6 +79,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 def _wrap_unary(method: Callable[[Any, Any], Any], parse: _Parse) -> Any:
   """Serves bytes by a method that takes a message."""
+
   async def checked(data: bytes, context: Any) -> Any:
     return await method(await parse(data, context), context)
 
@@ -86,6 +92,7 @@ def _wrap_unary(method: Callable[[Any, Any], Any], parse: _Parse) -> Any:
 
 def _wrap_stream(method: Callable[[Any, Any], Any], parse: _Parse) -> Any:
   """Serves a stream of bytes by a method that takes one of messages."""
+
   async def parsed(requests: Any, context: Any) -> AsyncIterator[Any]:
     async for data in requests:
       yield await parse(data, context)

@@ -28,10 +28,10 @@ async def read(size: float, function: Callable[[], T]) -> T:
   if size <= _INLINE:
     return function()
   return await asyncio.get_running_loop().run_in_executor(
-    _threads_of_large() if size > _LARGE else None, function)
+    _threads_of_large() if size > _LARGE else None, function
+  )
 
 
 @functools.cache
 def _threads_of_large() -> futures.ThreadPoolExecutor:
-  return futures.ThreadPoolExecutor(
-    max((os.cpu_count() or 1) // 2, 1), 'large')
+  return futures.ThreadPoolExecutor(max((os.cpu_count() or 1) // 2, 1), 'large')

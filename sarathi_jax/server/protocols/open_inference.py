@@ -32,83 +32,107 @@ NAME = pb.DESCRIPTOR.services_by_name['GRPCInferenceService'].full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 
 # Names that Triton's backends for language models use -> ours.
-_ALIASES = {'stop_words': 'stop', 'random_seed': 'seed',
-            'request_output_len': 'max_tokens'}
+_ALIASES = {
+  'stop_words': 'stop',
+  'random_seed': 'seed',
+  'request_output_len': 'max_tokens',
+}
 _LISTS = ('stop', 'stop_token_ids', 'bad_words', 'allowed_token_ids')
 # Input -> what bounds its elements; of others, max_elements.
 _SIZES = {'stop': 'max_stops', 'stop_token_ids': 'max_stop_token_ids'}
 
 
 class OpenInferenceService(
-    open_inference_pb2_grpc.GRPCInferenceServiceServicer):
+  open_inference_pb2_grpc.GRPCInferenceServiceServicer
+):
   """Serves the protocol; open_inference.proto says what the calls do."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
     self._frontend = frontend
 
-  async def ServerLive(self, request: pb.ServerLiveRequest,
-                       context: Context) -> pb.ServerLiveResponse:
+  async def ServerLive(
+    self, request: pb.ServerLiveRequest, context: Context
+  ) -> pb.ServerLiveResponse:
     return pb.ServerLiveResponse(live=True)
 
-  async def ServerReady(self, request: pb.ServerReadyRequest,
-                        context: Context) -> pb.ServerReadyResponse:
+  async def ServerReady(
+    self, request: pb.ServerReadyRequest, context: Context
+  ) -> pb.ServerReadyResponse:
     return pb.ServerReadyResponse(ready=self._frontend.is_serving)
 
-  async def ModelReady(self, request: pb.ModelReadyRequest,
-                       context: Context) -> pb.ModelReadyResponse:
+  async def ModelReady(
+    self, request: pb.ModelReadyRequest, context: Context
+  ) -> pb.ModelReadyResponse:
     try:
       self._check_model(request.name, request.version)
     except errors.SarathiError:
       return pb.ModelReadyResponse(ready=False)
     return pb.ModelReadyResponse(ready=self._frontend.is_serving)
 
-  async def ServerMetadata(self, request: pb.ServerMetadataRequest,
-                           context: Context) -> pb.ServerMetadataResponse:
+  async def ServerMetadata(
+    self, request: pb.ServerMetadataRequest, context: Context
+  ) -> pb.ServerMetadataResponse:
     return pb.ServerMetadataResponse(
-      name='sarathi_jax', version=sarathi_jax.__version__,
-      extensions=['model_configuration', 'model_repository', 'parameters',
-                  'statistics'])
+      name='sarathi_jax',
+      version=sarathi_jax.__version__,
+      extensions=[
+        'model_configuration',
+        'model_repository',
+        'parameters',
+        'statistics',
+      ],
+    )
 
-  async def ModelMetadata(self, request: pb.ModelMetadataRequest,
-                          context: Context) -> pb.ModelMetadataResponse:
+  async def ModelMetadata(
+    self, request: pb.ModelMetadataRequest, context: Context
+  ) -> pb.ModelMetadataResponse:
     async with status.reported(context):
       self._check_model(request.name, request.version)
       return describe.metadata(self._frontend.engine.info)
 
-  async def ModelConfig(self, request: pb.ModelConfigRequest,
-                        context: Context) -> pb.ModelConfigResponse:
+  async def ModelConfig(
+    self, request: pb.ModelConfigRequest, context: Context
+  ) -> pb.ModelConfigResponse:
     async with status.reported(context):
       self._check_model(request.name, request.version)
       return pb.ModelConfigResponse(
-        config=describe.config(self._frontend.engine.info))
+        config=describe.config(self._frontend.engine.info)
+      )
 
-  async def ModelStatistics(self, request: pb.ModelStatisticsRequest,
-                            context: Context) -> pb.ModelStatisticsResponse:
+  async def ModelStatistics(
+    self, request: pb.ModelStatisticsRequest, context: Context
+  ) -> pb.ModelStatisticsResponse:
     async with status.reported(context):
       if request.name:
         self._check_model(request.name, request.version)
-      return pb.ModelStatisticsResponse(model_stats=[
-        await describe.statistics(self._frontend)])
+      return pb.ModelStatisticsResponse(
+        model_stats=[await describe.statistics(self._frontend)]
+      )
 
-  async def RepositoryIndex(self, request: pb.RepositoryIndexRequest,
-                            context: Context) -> pb.RepositoryIndexResponse:
+  async def RepositoryIndex(
+    self, request: pb.RepositoryIndexRequest, context: Context
+  ) -> pb.RepositoryIndexResponse:
     async with status.reported(context):
       frontend = self._frontend
       response = pb.RepositoryIndexResponse()
       if frontend.is_serving or not request.ready:
         response.models.add(
-          name=frontend.engine.info.model_name, version=describe.VERSION,
+          name=frontend.engine.info.model_name,
+          version=describe.VERSION,
           state='READY' if frontend.is_serving else 'UNAVAILABLE',
-          reason='' if frontend.is_serving else frontend.state.value)
+          reason='' if frontend.is_serving else frontend.state.value,
+        )
       return response
 
-  async def ModelInfer(self, request: pb.ModelInferRequest,
-                       context: Context) -> pb.ModelInferResponse:
+  async def ModelInfer(
+    self, request: pb.ModelInferRequest, context: Context
+  ) -> pb.ModelInferResponse:
     async with status.reported(context):
       call = await self._read(request)
       if call.stream:
         raise errors.InvalidRequestError(
-          'stream=True: ModelInfer has one response; use ModelStreamInfer.')
+          'stream=True: ModelInfer has one response; use ModelStreamInfer.'
+        )
       async with self._open(call, caller_lib.of(context)) as stream:
         deltas = [delta async for delta in stream]
         return self._response(call, outbox.merge(deltas))
@@ -123,19 +147,24 @@ class OpenInferenceService(
       async with asyncio.TaskGroup() as group:
         async for request in requests:
           if len(running) >= self._frontend.limits.max_stream_requests:
-            await asyncio.wait(
-              running, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
           task = group.create_task(
-            self._answer(request, caller, context, writing))
+            self._answer(request, caller, context, writing)
+          )
           running.add(task)
           task.add_done_callback(running.discard)
     except* grpc.aio.AbortError as group_error:
       raise group_error.exceptions[0] from None
 
-  async def _answer(self, request: pb.ModelInferRequest,
-                    caller: frontend_lib.Caller, context: Context,
-                    writing: asyncio.Lock) -> None:
+  async def _answer(
+    self,
+    request: pb.ModelInferRequest,
+    caller: frontend_lib.Caller,
+    context: Context,
+    writing: asyncio.Lock,
+  ) -> None:
     """Writes all responses to one request of a stream."""
+
     async def write(response: pb.ModelStreamInferResponse) -> None:
       async with writing:  # gRPC takes one message at a time
         await context.write(response)
@@ -146,18 +175,25 @@ class OpenInferenceService(
         deltas: list[types.OutputDelta] = []
         async for delta in stream:
           if call.stream:
-            await write(pb.ModelStreamInferResponse(
-              infer_response=self._response(call, delta)))
+            await write(
+              pb.ModelStreamInferResponse(
+                infer_response=self._response(call, delta)
+              )
+            )
           else:
             deltas.append(delta)
       if not call.stream:
-        await write(pb.ModelStreamInferResponse(
-          infer_response=self._response(call, outbox.merge(deltas))))
+        await write(
+          pb.ModelStreamInferResponse(
+            infer_response=self._response(call, outbox.merge(deltas))
+          )
+        )
     except Exception as error:
       status.log_defect(error)
       code, message = status.of(error)
       response = pb.ModelStreamInferResponse(
-        error_message=f'[{code.name}] {message}')
+        error_message=f'[{code.name}] {message}'
+      )
       # By which the client knows it, if it is none that it was refused for.
       response.infer_response.id = errors.cut(request.id)
       response.infer_response.model_name = errors.cut(request.model_name)
@@ -175,19 +211,28 @@ class OpenInferenceService(
     def check_size(name: str, size: int) -> None:
       if name == 'input_ids':
         frontend.limits.check_prompt_tokens(
-          size, frontend.engine.info.max_model_len)
+          size, frontend.engine.info.max_model_len
+        )
       else:
         row = _SIZES.get(_ALIASES.get(name, name), 'max_elements')
         frontend.limits.check(row, size, f'inputs: {errors.cut(name)}')
 
     return await messages.read(
-      request.ByteSize(), lambda: _Call(request, frontend.limits, check_size))
+      request.ByteSize(), lambda: _Call(request, frontend.limits, check_size)
+    )
 
-  def _open(self, call: _Call, caller: frontend_lib.Caller,
-            ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
+  def _open(
+    self,
+    call: _Call,
+    caller: frontend_lib.Caller,
+  ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
     return self._frontend.open(
-      call.prompt, self._frontend.engine.info.sampling(call.sampling),
-      priority=call.priority, caller=caller, protocol=NAME)
+      call.prompt,
+      self._frontend.engine.info.sampling(call.sampling),
+      priority=call.priority,
+      caller=caller,
+      protocol=NAME,
+    )
 
   def _check_model(self, name: str, version: str) -> None:
     served = self._frontend.engine.info.model_name
@@ -195,21 +240,26 @@ class OpenInferenceService(
       raise errors.NotFoundError(
         f'model={errors.shown(name)}, version={errors.shown(version)}: is '
         'not served here; '
-        f'{served!r} is, version {describe.VERSION!r}.')
+        f'{served!r} is, version {describe.VERSION!r}.'
+      )
 
-  def _response(self, call: _Call,
-                delta: types.OutputDelta) -> pb.ModelInferResponse:
+  def _response(
+    self, call: _Call, delta: types.OutputDelta
+  ) -> pb.ModelInferResponse:
     response = pb.ModelInferResponse(
-      model_name=call.request.model_name, model_version=describe.VERSION,
-      id=call.request.id)
+      model_name=call.request.model_name,
+      model_version=describe.VERSION,
+      id=call.request.id,
+    )
     text = call.echo + delta.text
     call.echo = ''  # before the first piece of text only
     reason = '' if delta.finish_reason is None else delta.finish_reason.value
     for name, datatype, values in (
-        ('text_output', 'BYTES', [text.encode()]),
-        ('output_ids', 'INT64', delta.token_ids),
-        ('logprobs', 'FP32', delta.logprobs),
-        ('finish_reason', 'BYTES', [reason.encode()])):
+      ('text_output', 'BYTES', [text.encode()]),
+      ('output_ids', 'INT64', delta.token_ids),
+      ('logprobs', 'FP32', delta.logprobs),
+      ('finish_reason', 'BYTES', [reason.encode()]),
+    ):
       if name in call.outputs:
         tensors.add_output(response, name, datatype, values)
     _set_final(response, delta.finish_reason is not None)
@@ -227,39 +277,48 @@ class _Call:
     InvalidRequestError: what it asks can't be understood.
   """
 
-  def __init__(self, request: pb.ModelInferRequest,
-               limits: admission.Limits,
-               check_size: Callable[[str, int], None]) -> None:
+  def __init__(
+    self,
+    request: pb.ModelInferRequest,
+    limits: admission.Limits,
+    check_size: Callable[[str, int], None],
+  ) -> None:
     self.request = request
     inputs = tensors.read_inputs(request, limits, check_size)
     self.prompt = _prompt(inputs)
-    fields = {_ALIASES.get(name, name): _plain(name, values)
-              for name, values in inputs.items()}
+    fields = {
+      _ALIASES.get(name, name): _plain(name, values)
+      for name, values in inputs.items()
+    }
     for name, parameter in request.parameters.items():
       field = _ALIASES.get(name, name)
       if field in fields:
-        raise errors.InvalidRequestError(
-          f'{errors.cut(name)}: is there twice.')
+        raise errors.InvalidRequestError(f'{errors.cut(name)}: is there twice.')
       fields[field] = tensors.parameter_value(parameter)
       if field in _LISTS:
         fields[field] = (fields[field],)
     self.stream = _bool('stream', fields.pop('stream', False))
     fields.pop('triton_enable_empty_final_response', None)
     self.priority = _int32('priority', fields.pop('priority', 0))
-    without_input = _bool('exclude_input_in_output',
-                          fields.pop('exclude_input_in_output', True))
+    without_input = _bool(
+      'exclude_input_in_output', fields.pop('exclude_input_in_output', True)
+    )
     if not (without_input or isinstance(self.prompt, str)):
       raise errors.UnsupportedError(
-        'exclude_input_in_output=False: only with text_input.')
+        'exclude_input_in_output=False: only with text_input.'
+      )
     self.echo = '' if without_input else str(self.prompt)
-    self.sampling = _from_json(
-      fields.pop('sampling_parameters', ''), limits) | fields
+    self.sampling = (
+      _from_json(fields.pop('sampling_parameters', ''), limits) | fields
+    )
     self.outputs = {output.name for output in request.outputs} or {
-      name for name, _, _ in describe.OUTPUTS}
+      name for name, _, _ in describe.OUTPUTS
+    }
     for name in self.outputs - {name for name, _, _ in describe.OUTPUTS}:
       raise errors.InvalidRequestError(
         f'outputs: there is no {errors.shown(name)}; there are '
-        f'{", ".join(name for name, _, _ in describe.OUTPUTS)}.')
+        f'{", ".join(name for name, _, _ in describe.OUTPUTS)}.'
+      )
 
 
 def _prompt(inputs: dict[str, list[Any]]) -> frontend_lib.Prompt:
@@ -267,7 +326,8 @@ def _prompt(inputs: dict[str, list[Any]]) -> frontend_lib.Prompt:
   given = [name for name in ('text_input', 'input_ids') if name in inputs]
   if len(given) != 1:
     raise errors.InvalidRequestError(
-      'inputs: must have one of text_input, input_ids.')
+      'inputs: must have one of text_input, input_ids.'
+    )
   values = inputs.pop(given[0])
   if given[0] == 'input_ids':
     # Which are integers, and whether they are known, the engine checks.
@@ -275,7 +335,8 @@ def _prompt(inputs: dict[str, list[Any]]) -> frontend_lib.Prompt:
   if len(values) != 1:
     raise errors.InvalidRequestError(
       f'inputs: text_input has {len(values)} elements; must be one: a request '
-      'is one prompt.')
+      'is one prompt.'
+    )
   return str(_plain('text_input', values))
 
 
@@ -285,28 +346,34 @@ def _plain(name: str, values: list[Any]) -> Any:
     plain = tuple(v.decode() if isinstance(v, bytes) else v for v in values)
   except UnicodeDecodeError as error:
     raise errors.InvalidRequestError(
-      f'inputs: {errors.shown(name)} is not UTF-8: '
-      f'{errors.cut(str(error))}.') from None
+      f'inputs: {errors.shown(name)} is not UTF-8: {errors.cut(str(error))}.'
+    ) from None
   if _ALIASES.get(name, name) in _LISTS:
     return plain
   if len(plain) != 1:
     raise errors.InvalidRequestError(
-      f'inputs: {errors.shown(name)} has {len(plain)} elements; must be one.')
+      f'inputs: {errors.shown(name)} has {len(plain)} elements; must be one.'
+    )
   return plain[0]
 
 
 def _bool(name: str, value: Any) -> bool:
   if not isinstance(value, bool):
     raise errors.InvalidRequestError(
-      f'{name}={errors.shown(value)}: must be true or false.')
+      f'{name}={errors.shown(value)}: must be true or false.'
+    )
   return value
 
 
 def _int32(name: str, value: Any) -> int:
-  if isinstance(value, bool) or not isinstance(value, int) or not (
-      -2**31 <= value < 2**31):
+  if (
+    isinstance(value, bool)
+    or not isinstance(value, int)
+    or not (-(2**31) <= value < 2**31)
+  ):
     raise errors.InvalidRequestError(
-      f'{name}={errors.shown(value)}: must be an integer of 32 bits.')
+      f'{name}={errors.shown(value)}: must be an integer of 32 bits.'
+    )
   return value
 
 
@@ -319,8 +386,10 @@ def _from_json(text: Any, limits: admission.Limits) -> dict[str, Any]:
     fields = json.loads(text)
   except (TypeError, ValueError, RecursionError) as error:
     raise errors.InvalidRequestError(
-      f'sampling_parameters: is not JSON: {error}.') from None
+      f'sampling_parameters: is not JSON: {error}.'
+    ) from None
   if not isinstance(fields, dict):
     raise errors.InvalidRequestError(
-      f'sampling_parameters={errors.shown(text)}: must be an object.')
+      f'sampling_parameters={errors.shown(text)}: must be an object.'
+    )
   return fields

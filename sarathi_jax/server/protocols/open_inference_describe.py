@@ -12,19 +12,31 @@ from sarathi_jax.server import open_inference_pb2 as pb
 VERSION = '1'  # of the model; there is one
 _Kind = sampling_params.Kind
 _DATATYPES = {
-  _Kind.INT: 'INT32', _Kind.LONG: 'INT64', _Kind.FLOAT: 'FP32',
-  _Kind.BOOL: 'BOOL', _Kind.STRINGS: 'BYTES', _Kind.IDS: 'INT32'}
+  _Kind.INT: 'INT32',
+  _Kind.LONG: 'INT64',
+  _Kind.FLOAT: 'FP32',
+  _Kind.BOOL: 'BOOL',
+  _Kind.STRINGS: 'BYTES',
+  _Kind.IDS: 'INT32',
+}
 # Name, datatype, size (-1: any).
 _INPUTS = (
-  ('text_input', 'BYTES', 1), ('input_ids', 'INT64', -1),
-  ('stream', 'BOOL', 1), ('sampling_parameters', 'BYTES', 1),
-  ('exclude_input_in_output', 'BOOL', 1), ('priority', 'INT32', 1),
-  *((name, _DATATYPES[field.kind], -1 if field.kind.is_list else 1)
-    for name, field in sampling_params.FIELDS.items()),
+  ('text_input', 'BYTES', 1),
+  ('input_ids', 'INT64', -1),
+  ('stream', 'BOOL', 1),
+  ('sampling_parameters', 'BYTES', 1),
+  ('exclude_input_in_output', 'BOOL', 1),
+  ('priority', 'INT32', 1),
+  *(
+    (name, _DATATYPES[field.kind], -1 if field.kind.is_list else 1)
+    for name, field in sampling_params.FIELDS.items()
+  ),
 )
 OUTPUTS = (
-  ('text_output', 'BYTES', 1), ('output_ids', 'INT64', -1),
-  ('logprobs', 'FP32', -1), ('finish_reason', 'BYTES', 1),
+  ('text_output', 'BYTES', 1),
+  ('output_ids', 'INT64', -1),
+  ('logprobs', 'FP32', -1),
+  ('finish_reason', 'BYTES', 1),
 )
 _BACKEND = 'sarathi_jax'
 
@@ -33,48 +45,74 @@ def metadata(info: engine_lib.EngineInfo) -> pb.ModelMetadataResponse:
   """Describes the tensors of the model."""
   tensor = pb.ModelMetadataResponse.TensorMetadata
   return pb.ModelMetadataResponse(
-    name=info.model_name, versions=[VERSION], platform=_BACKEND,
+    name=info.model_name,
+    versions=[VERSION],
+    platform=_BACKEND,
     inputs=[tensor(name=n, datatype=t, shape=[s]) for n, t, s in _INPUTS],
-    outputs=[tensor(name=n, datatype=t, shape=[s]) for n, t, s in OUTPUTS])
+    outputs=[tensor(name=n, datatype=t, shape=[s]) for n, t, s in OUTPUTS],
+  )
 
 
 def config(info: engine_lib.EngineInfo) -> pb.ModelConfig:
   """Describes them as Triton's configuration of a decoupled model."""
+
   def data_type(datatype: str) -> str:
     name = 'STRING' if datatype == 'BYTES' else datatype
     return f'TYPE_{name}'
 
   parameters = {
     name: pb.ModelParameter(string_value=str(getattr(info, name)))
-    for name in ('family', 'policy', 'token_budget', 'max_num_seqs',
-                 'max_model_len', 'num_pages', 'page_size')}
+    for name in (
+      'family',
+      'policy',
+      'token_budget',
+      'max_num_seqs',
+      'max_model_len',
+      'num_pages',
+      'page_size',
+    )
+  }
   return pb.ModelConfig(
-    name=info.model_name, platform=_BACKEND, backend=_BACKEND,
-    max_batch_size=0, parameters=parameters,
-    input=[pb.ModelInput(name=n, data_type=data_type(t), dims=[s],
-                         optional=True) for n, t, s in _INPUTS],
-    output=[pb.ModelOutput(name=n, data_type=data_type(t), dims=[s])
-            for n, t, s in OUTPUTS],
-    model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True))
+    name=info.model_name,
+    platform=_BACKEND,
+    backend=_BACKEND,
+    max_batch_size=0,
+    parameters=parameters,
+    input=[
+      pb.ModelInput(name=n, data_type=data_type(t), dims=[s], optional=True)
+      for n, t, s in _INPUTS
+    ],
+    output=[
+      pb.ModelOutput(name=n, data_type=data_type(t), dims=[s])
+      for n, t, s in OUTPUTS
+    ],
+    model_transaction_policy=pb.ModelTransactionPolicy(decoupled=True),
+  )
 
 
 async def statistics(frontend: frontend_lib.Frontend) -> pb.ModelStatistics:
   """Returns totals since the start."""
   totals = await frontend.engine_thread.call(
-    lambda engine: engine.metrics.copy())
+    lambda engine: engine.metrics.copy()
+  )
 
   def duration(values: metrics_lib.Quantiles) -> pb.StatisticDuration:
     return pb.StatisticDuration(
-      count=values.count, ns=round(values.total * 1e9))
+      count=values.count, ns=round(values.total * 1e9)
+    )
 
   return pb.ModelStatistics(
-    name=frontend.engine.info.model_name, version=VERSION,
+    name=frontend.engine.info.model_name,
+    version=VERSION,
     last_inference=round(frontend.last_arrival * 1e3),
-    inference_count=totals.num_finished, execution_count=totals.num_steps,
+    inference_count=totals.num_finished,
+    execution_count=totals.num_steps,
     inference_stats=pb.InferStatistics(
       success=duration(totals.e2e_s),
       fail=pb.StatisticDuration(count=totals.num_aborted),
       queue=duration(totals.scheduling_delay_s),
       compute_input=duration(totals.prefill_s),
       compute_infer=duration(totals.decode_s),
-      compute_output=pb.StatisticDuration(count=totals.num_finished)))
+      compute_output=pb.StatisticDuration(count=totals.num_finished),
+    ),
+  )

@@ -33,12 +33,17 @@ _FINISH_REASONS = {
 
 _TIMING = tuple(field.name for field in pb.Timing.DESCRIPTOR.fields)
 _MODEL_INFO = tuple(
-  field.name for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
-  if field.name not in ('has_tokenizer', 'default_sampling'))
+  field.name
+  for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
+  if field.name not in ('has_tokenizer', 'default_sampling')
+)
 # Statistics that the server adds to the engine's.
 OWN_STATS = ('is_paused', 'num_queued', 'uptime_s')
-_STATS = tuple(field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields
-               if field.name not in OWN_STATS)
+_STATS = tuple(
+  field.name
+  for field in pb.GetStatsResponse.DESCRIPTOR.fields
+  if field.name not in OWN_STATS
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,40 +55,55 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
     self._frontend = frontend
     self._start = time.monotonic()
 
-  async def Generate(self, request: pb.GenerateRequest,
-                     context: Context) -> None:
+  async def Generate(
+    self, request: pb.GenerateRequest, context: Context
+  ) -> None:
     # Written, not yielded: a cancelled call then unwinds `open` at once,
     # whereas it leaves a generator to the garbage collector.
     async with status.reported(context):
       info = self._frontend.engine.info
-      prompt, sampling = await messages.read(request.ByteSize(), lambda: (
-        prompt_of(request), sampling_of(request.sampling, info.sampling)))
+      prompt, sampling = await messages.read(
+        request.ByteSize(),
+        lambda: (
+          prompt_of(request),
+          sampling_of(request.sampling, info.sampling),
+        ),
+      )
       async with self._frontend.open(
-          prompt, sampling,
-          request.request_id if request.HasField('request_id') else None,
-          priority=request.priority,
-          tier=request.tier or types.TIERS[0], caller=caller.of(context),
-          protocol=NAME) as stream:
+        prompt,
+        sampling,
+        request.request_id if request.HasField('request_id') else None,
+        priority=request.priority,
+        tier=request.tier or types.TIERS[0],
+        caller=caller.of(context),
+        protocol=NAME,
+      ) as stream:
         await _write(stream, context)
 
-  async def Abort(self, request: pb.AbortRequest,
-                  context: Context) -> pb.AbortResponse:
+  async def Abort(
+    self, request: pb.AbortRequest, context: Context
+  ) -> pb.AbortResponse:
     async with status.reported(context):
       return pb.AbortResponse(
         aborted=await self._frontend.abort(
-          request.request_ids, caller.of(context)))
+          request.request_ids, caller.of(context)
+        )
+      )
 
-  async def GetModelInfo(self, request: pb.GetModelInfoRequest,
-                         context: Context) -> pb.GetModelInfoResponse:
+  async def GetModelInfo(
+    self, request: pb.GetModelInfoRequest, context: Context
+  ) -> pb.GetModelInfoResponse:
     async with status.reported(context):
       engine = self._frontend.engine
       return pb.GetModelInfoResponse(
         has_tokenizer=engine.tokenizer is not None,
         default_sampling=pb.SamplingParams(**engine.info.default_sampling),
-        **{name: getattr(engine.info, name) for name in _MODEL_INFO})
+        **{name: getattr(engine.info, name) for name in _MODEL_INFO},
+      )
 
-  async def GetStats(self, request: pb.GetStatsRequest,
-                     context: Context) -> pb.GetStatsResponse:
+  async def GetStats(
+    self, request: pb.GetStatsRequest, context: Context
+  ) -> pb.GetStatsResponse:
     async with status.reported(context):
       frontend = self._frontend
       stats = await frontend.stats()
@@ -91,19 +111,24 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
         is_paused=frontend.engine_thread.is_paused,
         num_queued=frontend.engine_thread.num_queued,
         uptime_s=time.monotonic() - self._start,
-        **{name: getattr(stats, name) for name in _STATS})
+        **{name: getattr(stats, name) for name in _STATS},
+      )
 
 
 async def _write(stream: outbox.Stream, context: Context) -> None:
   request_id = stream.request.request_id
   async for delta in stream:
     response = pb.GenerateResponse(
-      request_id=request_id, text=delta.text, token_ids=delta.token_ids,
-      logprobs=delta.logprobs)
+      request_id=request_id,
+      text=delta.text,
+      token_ids=delta.token_ids,
+      logprobs=delta.logprobs,
+    )
     if delta.finish_reason is not None:
       response.finished.CopyFrom(finished(delta))
       response.finished.usage.prompt_tokens = len(
-        stream.request.prompt_token_ids)
+        stream.request.prompt_token_ids
+      )
       response.finished.usage.completion_tokens = stream.num_tokens
     await context.write(response)
 
@@ -120,16 +145,21 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
     case 'token_ids':
       return request.token_ids.ids or ()
     case 'chat':
-      return [{'role': m.role, 'content': m.content}
-              for m in request.chat.messages]
+      return [
+        {'role': m.role, 'content': m.content} for m in request.chat.messages
+      ]
     case _:
       raise errors.InvalidRequestError(
-        'input: one of text, token_ids, chat must be set.')
+        'input: one of text, token_ids, chat must be set.'
+      )
 
 
-def sampling_of(message: pb.SamplingParams,
-                make: Callable[[Mapping[str, Any]], types.SamplingParams] = (
-                  types.SamplingParams.from_dict)) -> types.SamplingParams:
+def sampling_of(
+  message: pb.SamplingParams,
+  make: Callable[[Mapping[str, Any]], types.SamplingParams] = (
+    types.SamplingParams.from_dict
+  ),
+) -> types.SamplingParams:
   """Returns the parameters of a message; what is unset takes its default.
 
   Args:
@@ -142,11 +172,13 @@ def sampling_of(message: pb.SamplingParams,
   """
   fields: dict[str, Any] = {
     field.name: tuple(value) if field.is_repeated else value
-    for field, value in message.ListFields()}
+    for field, value in message.ListFields()
+  }
   if fields.pop('fill_context', False):
     if 'max_tokens' in fields:
       raise errors.InvalidRequestError(
-        f'max_tokens={message.max_tokens}: excludes fill_context.')
+        f'max_tokens={message.max_tokens}: excludes fill_context.'
+      )
     fields['max_tokens'] = None
   return make(fields)
 
@@ -160,6 +192,7 @@ def finished(delta: types.OutputDelta) -> pb.Finished:
   elif delta.stop_reason is not None:
     message.stop_token_id = delta.stop_reason
   if delta.metrics is not None:
-    message.timing.CopyFrom(pb.Timing(
-      **{name: getattr(delta.metrics, name) for name in _TIMING}))
+    message.timing.CopyFrom(
+      pb.Timing(**{name: getattr(delta.metrics, name) for name in _TIMING})
+    )
   return message

@@ -38,8 +38,10 @@ def of(error: Exception) -> tuple[grpc.StatusCode, str]:
       text = errors.cut(str(error), _MAX_CHARS)
       # Lone surrogates, of JSON, can't be sent.
       return code, text.encode(errors='backslashreplace').decode()
-  return (grpc.StatusCode.INTERNAL,
-          f'internal error, see the log of the server: {type(error).__name__}')
+  return (
+    grpc.StatusCode.INTERNAL,
+    f'internal error, see the log of the server: {type(error).__name__}',
+  )
 
 
 def hints(error: Exception) -> tuple[tuple[str, str], ...]:
@@ -49,8 +51,10 @@ def hints(error: Exception) -> tuple[tuple[str, str], ...]:
   """
   if not isinstance(error, errors.CapacityError):
     return ()
-  return (('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
-          ('retry-after', f'{max(math.ceil(error.retry_after_s), 1)}'))
+  return (
+    ('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
+    ('retry-after', f'{max(math.ceil(error.retry_after_s), 1)}'),
+  )
 
 
 def log_defect(error: Exception) -> None:
@@ -61,7 +65,8 @@ def log_defect(error: Exception) -> None:
 
 @contextlib.asynccontextmanager
 async def reported(
-    context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+  context: grpc.aio.ServicerContext[Any, Any],
+) -> AsyncIterator[None]:
   """Ends a call with the status of the exception raised inside, if any."""
   try:
     yield

@@ -36,14 +36,14 @@ _TYPES = {
 
 def _check(ok: bool, name: str, problem: str) -> None:
   if not ok:
-    raise errors.InvalidRequestError(
-      f'inputs: {errors.shown(name)} {problem}.')
+    raise errors.InvalidRequestError(f'inputs: {errors.shown(name)} {problem}.')
 
 
-def read_inputs(request: pb.ModelInferRequest,
-                limits: limits_lib.Limits | None = None,
-                check_size: Callable[[str, int], None] = lambda name, size: (
-                  None)) -> dict[str, list[Any]]:
+def read_inputs(
+  request: pb.ModelInferRequest,
+  limits: limits_lib.Limits | None = None,
+  check_size: Callable[[str, int], None] = lambda name, size: None,
+) -> dict[str, list[Any]]:
   """Reads the elements of each input, flat: BYTES as bytes, others as numbers.
 
   Args:
@@ -60,40 +60,58 @@ def read_inputs(request: pb.ModelInferRequest,
   if raw and len(raw) != len(request.inputs):
     raise errors.InvalidRequestError(
       f'raw_input_contents: {len(raw)} for {len(request.inputs)} inputs; '
-      'must be as many.')
+      'must be as many.'
+    )
   inputs: dict[str, list[Any]] = {}
   for i, tensor in enumerate(request.inputs):
     _check(tensor.name not in inputs, tensor.name, 'is there twice')
-    _check(tensor.datatype in _TYPES, tensor.name,
-           f'has the datatype {errors.shown(tensor.datatype)}; known are '
-           f'{", ".join(_TYPES)}')
+    _check(
+      tensor.datatype in _TYPES,
+      tensor.name,
+      f'has the datatype {errors.shown(tensor.datatype)}; known are '
+      f'{", ".join(_TYPES)}',
+    )
     # Before anything is made of it.
     limits.check('max_dims', len(tensor.shape), f'inputs: {tensor.name[:99]}')
-    _check(all(n >= 0 for n in tensor.shape), tensor.name,
-           f'has the shape {list(tensor.shape)}; sizes must be >= 0')
+    _check(
+      all(n >= 0 for n in tensor.shape),
+      tensor.name,
+      f'has the shape {list(tensor.shape)}; sizes must be >= 0',
+    )
     field, form = _TYPES[tensor.datatype]
     if raw:
       values = _read_raw(tensor.name, form, raw[i], check_size)
     else:
-      others = [f.name for f, _ in tensor.contents.ListFields()
-                if f.name != field]
-      _check(not others, tensor.name,
-             f'of datatype {tensor.datatype} has {others[0] if others else ""}'
-             f'; must have {field}')
+      others = [
+        f.name for f, _ in tensor.contents.ListFields() if f.name != field
+      ]
+      _check(
+        not others,
+        tensor.name,
+        f'of datatype {tensor.datatype} has {others[0] if others else ""}'
+        f'; must have {field}',
+      )
       check_size(tensor.name, len(getattr(tensor.contents, field)))
       values = list(getattr(tensor.contents, field))
-    _check(math.prod(tensor.shape) == len(values), tensor.name,
-           f'has {len(values)} elements for the shape {list(tensor.shape)}')
+    _check(
+      math.prod(tensor.shape) == len(values),
+      tensor.name,
+      f'has {len(values)} elements for the shape {list(tensor.shape)}',
+    )
     inputs[tensor.name] = values
   return inputs
 
 
-def _read_raw(name: str, form: str, data: bytes,
-              check_size: Callable[[str, int], None]) -> list[Any]:
+def _read_raw(
+  name: str, form: str, data: bytes, check_size: Callable[[str, int], None]
+) -> list[Any]:
   if form:
     size = struct.calcsize(form)
-    _check(len(data) % size == 0, name,
-           f'has {len(data)} bytes; must be a multiple of {size}')
+    _check(
+      len(data) % size == 0,
+      name,
+      f'has {len(data)} bytes; must be a multiple of {size}',
+    )
     check_size(name, len(data) // size)
     return list(struct.unpack(f'<{len(data) // size}{form}', data))
   values: list[Any] = []
@@ -101,9 +119,9 @@ def _read_raw(name: str, form: str, data: bytes,
   while start < len(data):
     check_size(name, len(values) + 1)
     _check(start + 4 <= len(data), name, 'is cut off in a length')
-    stop = start + 4 + int.from_bytes(data[start:start + 4], 'little')
+    stop = start + 4 + int.from_bytes(data[start : start + 4], 'little')
     _check(stop <= len(data), name, 'is cut off in an element')
-    values.append(data[start + 4:stop])
+    values.append(data[start + 4 : stop])
     start = stop
   return values
 
@@ -114,11 +132,17 @@ def parameter_value(parameter: pb.InferParameter) -> Any:
   return None if choice is None else getattr(parameter, choice)
 
 
-def add_output(response: pb.ModelInferResponse, name: str, datatype: str,
-               values: Sequence[Any]) -> None:
+def add_output(
+  response: pb.ModelInferResponse,
+  name: str,
+  datatype: str,
+  values: Sequence[Any],
+) -> None:
   """Adds a one-dimensional output in raw form, as Triton's clients expect."""
   response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
   form = _TYPES[datatype][1]
   response.raw_output_contents.append(
-    struct.pack(f'<{len(values)}{form}', *values) if form else
-    b''.join(len(v).to_bytes(4, 'little') + v for v in values))
+    struct.pack(f'<{len(values)}{form}', *values)
+    if form
+    else b''.join(len(v).to_bytes(4, 'little') + v for v in values)
+  )

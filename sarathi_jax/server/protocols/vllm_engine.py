@@ -42,27 +42,37 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _CHUNK_BYTES = 64 * 1024
 # Files that a gateway needs to tokenize and to lay out chats.
 _TOKENIZER_FILES = (
-  'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'generation_config.json', 'config.json', 'chat_template.jinja',
-  'chat_template.json')
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'generation_config.json',
+  'config.json',
+  'chat_template.jinja',
+  'chat_template.json',
+)
 
 # Zero stands for these, as messages of proto3 can't tell it from unset.
 _FOR_ZERO = {'top_p': 1.0, 'repetition_penalty': 1.0, 'n': 1}
 # smg sends these for all seeds beyond, which would be one and the same.
-_CLAMPED_SEEDS = (-2**31, 2**31 - 1)
+_CLAMPED_SEEDS = (-(2**31), 2**31 - 1)
 # Request ids that smg makes of an HTTP call's id, one for each of its prompts.
 _OF_A_CALL = re.compile(
-  r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
+  r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}'
+)
 _MAX_CALL_CHARS = 128
 # About the text, which the client makes, and about grammars: there are none.
 _NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
 # Fields of GenerateRequest that are set only for what this engine does not do.
-_UNSUPPORTED = ('kv_transfer_params', 'kv_transfer_params_json', 'mm_inputs',
-                'extra_mm_inputs', 'media_refs')
+_UNSUPPORTED = (
+  'kv_transfer_params',
+  'kv_transfer_params_json',
+  'mm_inputs',
+  'extra_mm_inputs',
+  'media_refs',
+)
 
 
-class VllmEngineService(
-    vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
+class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
   """Serves the protocol; see vllm_engine.proto of smg-grpc-proto."""
 
   def __init__(self, frontend: frontend_lib.Frontend) -> None:
@@ -73,42 +83,58 @@ class VllmEngineService(
     self._bundling = asyncio.Lock()
     self._bundle: tuple[bytes, str] | None = None  # of the tokenizer
 
-  async def Generate(self, request: pb.GenerateRequest,
-                     context: Context) -> None:
+  async def Generate(
+    self, request: pb.GenerateRequest, context: Context
+  ) -> None:
     async with status.reported(context):
-      prompt, sampling = await messages.read(request.ByteSize(), lambda: (
-        prompt_of(request), sampling_of(request.sampling_params)))
+      prompt, sampling = await messages.read(
+        request.ByteSize(),
+        lambda: (prompt_of(request), sampling_of(request.sampling_params)),
+      )
       async with self._frontend.open(
-          prompt, sampling, request.request_id or None,
-          caller=self._caller(request, context), protocol=NAME) as stream:
+        prompt,
+        sampling,
+        request.request_id or None,
+        caller=self._caller(request, context),
+        protocol=NAME,
+      ) as stream:
         await _write(request, stream, context)
 
-  async def Abort(self, request: pb.AbortRequest,
-                  context: Context) -> pb.AbortResponse:
+  async def Abort(
+    self, request: pb.AbortRequest, context: Context
+  ) -> pb.AbortResponse:
     async with status.reported(context):
       await self._frontend.abort(request.request_ids, caller.of(context))
       return pb.AbortResponse()
 
-  async def HealthCheck(self, request: pb.HealthCheckRequest,
-                        context: Context) -> pb.HealthCheckResponse:
+  async def HealthCheck(
+    self, request: pb.HealthCheckRequest, context: Context
+  ) -> pb.HealthCheckResponse:
     return pb.HealthCheckResponse(
-      healthy=self._frontend.is_serving, message=self._frontend.state.value)
+      healthy=self._frontend.is_serving, message=self._frontend.state.value
+    )
 
-  async def GetModelInfo(self, request: pb.GetModelInfoRequest,
-                         context: Context) -> pb.GetModelInfoResponse:
+  async def GetModelInfo(
+    self, request: pb.GetModelInfoRequest, context: Context
+  ) -> pb.GetModelInfoResponse:
     async with status.reported(context):
       info = self._frontend.engine.info
       # No paths of ours: the tokenizer comes by GetTokenizer.
       return pb.GetModelInfoResponse(
-        model_path=info.model_name, is_generation=True,
-        max_context_length=info.max_model_len, vocab_size=info.vocab_size,
+        model_path=info.model_name,
+        is_generation=True,
+        max_context_length=info.max_model_len,
+        vocab_size=info.vocab_size,
         served_model_name=info.model_name,
-        model_type=info.family, eos_token_ids=info.eos_token_ids,
+        model_type=info.family,
+        eos_token_ids=info.eos_token_ids,
         max_req_input_len=info.max_model_len - 1,
-        default_sampling_params_json=json.dumps(dict(info.default_sampling)))
+        default_sampling_params_json=json.dumps(dict(info.default_sampling)),
+      )
 
-  async def GetServerInfo(self, request: pb.GetServerInfoRequest,
-                          context: Context) -> pb.GetServerInfoResponse:
+  async def GetServerInfo(
+    self, request: pb.GetServerInfoRequest, context: Context
+  ) -> pb.GetServerInfoResponse:
     async with status.reported(context):
       info = self._frontend.engine.info
       return pb.GetServerInfoResponse(
@@ -116,59 +142,76 @@ class VllmEngineService(
         is_paused=self._frontend.engine_thread.is_paused,
         last_receive_timestamp=self._frontend.last_arrival,
         uptime_seconds=time.monotonic() - self._start,
-        server_type='sarathi-grpc', data_parallel_size=1,
-        block_size=info.page_size, max_num_seqs=info.max_num_seqs)
+        server_type='sarathi-grpc',
+        data_parallel_size=1,
+        block_size=info.page_size,
+        max_num_seqs=info.max_num_seqs,
+      )
 
-  async def GetLoads(self, request: pb.GetLoadsRequest,
-                     context: Context) -> pb.GetLoadsResponse:
+  async def GetLoads(
+    self, request: pb.GetLoadsRequest, context: Context
+  ) -> pb.GetLoadsResponse:
     async with status.reported(context):
       if request.dp_rank:
         raise errors.NotFoundError(
-          f'dp_rank={request.dp_rank}: there is one rank, 0.')
+          f'dp_rank={request.dp_rank}: there is one rank, 0.'
+        )
       stats = await self._frontend.stats()
       info = self._frontend.engine.info
       num_used = stats.num_pages - stats.num_free_pages
       return pb.GetLoadsResponse(
         timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
-        version=sarathi_jax.__version__, dp_rank_count=1,
-        loads=[pb.SchedulerLoad(
-          dp_rank=0, num_running_reqs=stats.num_running,
-          num_waiting_reqs=stats.num_waiting,
-          num_total_reqs=stats.num_running + stats.num_waiting,
-          num_used_tokens=num_used * info.page_size,
-          max_total_num_tokens=stats.num_pages * info.page_size,
-          token_usage=num_used / stats.num_pages,
-          gen_throughput=self._measure(stats.num_generated),
-          utilization=stats.num_running / info.max_num_seqs,
-          max_running_requests=info.max_num_seqs,
-          num_waiting_uncached_tokens=(
-            self._frontend.engine_thread.num_queued_tokens))])
+        version=sarathi_jax.__version__,
+        dp_rank_count=1,
+        loads=[
+          pb.SchedulerLoad(
+            dp_rank=0,
+            num_running_reqs=stats.num_running,
+            num_waiting_reqs=stats.num_waiting,
+            num_total_reqs=stats.num_running + stats.num_waiting,
+            num_used_tokens=num_used * info.page_size,
+            max_total_num_tokens=stats.num_pages * info.page_size,
+            token_usage=num_used / stats.num_pages,
+            gen_throughput=self._measure(stats.num_generated),
+            utilization=stats.num_running / info.max_num_seqs,
+            max_running_requests=info.max_num_seqs,
+            num_waiting_uncached_tokens=(
+              self._frontend.engine_thread.num_queued_tokens
+            ),
+          )
+        ],
+      )
 
-  async def GetTokenizer(self, request: common_pb2.GetTokenizerRequest,
-                         context: Context) -> None:
+  async def GetTokenizer(
+    self, request: common_pb2.GetTokenizerRequest, context: Context
+  ) -> None:
     async with status.reported(context):
       if self._folder is None:
         raise errors.NotFoundError('tokenizer: this model has none.')
       async with self._bundling:  # once: it takes a second for large ones
         if self._bundle is None:
           self._bundle = await asyncio.get_running_loop().run_in_executor(
-            None, bundle, self._folder)
+            None, bundle, self._folder
+          )
       for chunk in chunks(*self._bundle):
         await context.write(chunk)
 
-  async def FlushCache(self, request: common_pb2.FlushCacheRequest,
-                       context: Context) -> common_pb2.FlushCacheResponse:
+  async def FlushCache(
+    self, request: common_pb2.FlushCacheRequest, context: Context
+  ) -> common_pb2.FlushCacheResponse:
     # There is no prefix cache: nothing is kept that could be stale.
     return common_pb2.FlushCacheResponse(
-      success=True, message='there is no prefix cache')
+      success=True, message='there is no prefix cache'
+    )
 
   @property
   def _folder(self) -> pathlib.Path | None:
     tokenizer = self._frontend.engine.tokenizer
     return None if tokenizer is None else tokenizer.folder
 
-  def _caller(self, request: pb.GenerateRequest,
-              context: Context) -> frontend_lib.Caller:
+  def _caller(
+    self, request: pb.GenerateRequest, context: Context
+  ) -> frontend_lib.Caller:
     """Returns who calls; for the gateway, which HTTP call, not whose it is.
 
     The gateway does not say whose. So each HTTP call has its turn, however
@@ -180,7 +223,8 @@ class VllmEngineService(
     if match is None or who.client != who.tenant:
       return who
     return dataclasses.replace(
-      who, client=f'{who.tenant}/{match["call"][:_MAX_CALL_CHARS]}')
+      who, client=f'{who.tenant}/{match["call"][:_MAX_CALL_CHARS]}'
+    )
 
   def _measure(self, num_generated: int) -> float:
     """Returns tokens a second since the last call, or the one before."""
@@ -192,8 +236,9 @@ class VllmEngineService(
     return self._throughput
 
 
-async def _write(request: pb.GenerateRequest, stream: outbox.Stream,
-                 context: Context) -> None:
+async def _write(
+  request: pb.GenerateRequest, stream: outbox.Stream, context: Context
+) -> None:
   num_prompt = len(stream.request.prompt_token_ids)
   wants_logprobs = request.sampling_params.HasField('logprobs')
   deltas: list[types.OutputDelta] = []
@@ -201,16 +246,20 @@ async def _write(request: pb.GenerateRequest, stream: outbox.Stream,
     deltas.append(delta)
     if request.stream:
       chunk = pb.GenerateStreamChunk(
-        token_ids=delta.token_ids, prompt_tokens=num_prompt,
-        completion_tokens=len(delta.token_ids))
+        token_ids=delta.token_ids,
+        prompt_tokens=num_prompt,
+        completion_tokens=len(delta.token_ids),
+      )
       if wants_logprobs:
         chunk.output_logprobs.CopyFrom(_logprobs(delta))
       await context.write(pb.GenerateResponse(chunk=chunk))
   whole = outbox.merge(deltas)
   complete = pb.GenerateComplete(
-    output_ids=whole.token_ids, prompt_tokens=num_prompt,
+    output_ids=whole.token_ids,
+    prompt_tokens=num_prompt,
     completion_tokens=len(whole.token_ids),
-    finish_reason=whole.finish_reason.value if whole.finish_reason else '')
+    finish_reason=whole.finish_reason.value if whole.finish_reason else '',
+  )
   if isinstance(whole.stop_reason, str):
     complete.matched_stop_str = whole.stop_reason
   elif whole.stop_reason is not None:
@@ -222,7 +271,8 @@ async def _write(request: pb.GenerateRequest, stream: outbox.Stream,
 
 def _logprobs(delta: types.OutputDelta) -> pb.OutputLogProbs:
   return pb.OutputLogProbs(
-    token_logprobs=delta.logprobs, token_ids=delta.token_ids)
+    token_logprobs=delta.logprobs, token_ids=delta.token_ids
+  )
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
@@ -232,14 +282,18 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
     InvalidRequestError: there is no input, or more than text.
   """
   for name in _UNSUPPORTED:
-    if (getattr(request, name) if name == 'extra_mm_inputs'
-        else request.HasField(name)):
+    if (
+      getattr(request, name)
+      if name == 'extra_mm_inputs'
+      else request.HasField(name)
+    ):
       raise errors.UnsupportedError(
-        f'{name}: is not supported: this server takes text and token ids.')
+        f'{name}: is not supported: this server takes text and token ids.'
+      )
   if request.data_parallel_rank:
     raise errors.InvalidRequestError(
-      f'data_parallel_rank={request.data_parallel_rank}: there is one rank, '
-      '0.')
+      f'data_parallel_rank={request.data_parallel_rank}: there is one rank, 0.'
+    )
   match request.WhichOneof('input'):
     case 'text':
       return str(request.text)
@@ -248,7 +302,8 @@ def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:
       return ids
     case _:
       raise errors.InvalidRequestError(
-        'input: one of tokenized, text must be set.')
+        'input: one of tokenized, text must be set.'
+      )
 
 
 def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
@@ -257,17 +312,22 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
   Raises:
     InvalidRequestError: a value is out of range, or not supported.
   """
-  fields: dict[str, Any] = {'skip_special_tokens': message.skip_special_tokens,
-                            'max_tokens': None}
+  fields: dict[str, Any] = {
+    'skip_special_tokens': message.skip_special_tokens,
+    'max_tokens': None,
+  }
   if message.seed in _CLAMPED_SEEDS:
     raise errors.UnsupportedError(
       f'seed={message.seed}: must be between -2**31 and 2**31 - 1, both '
-      'excluded: the gateway sends these for all seeds beyond.')
+      'excluded: the gateway sends these for all seeds beyond.'
+    )
   for field, value in message.ListFields():
     if field.containing_oneof is not None and (
-        field.containing_oneof.name == 'constraint'):
+      field.containing_oneof.name == 'constraint'
+    ):
       raise errors.UnsupportedError(
-        f'{field.name}: structured outputs are not supported.')
+        f'{field.name}: structured outputs are not supported.'
+      )
     if field.name not in _NO_EFFECT:
       plain = {'logit_bias': dict, 'stop': tuple, 'stop_token_ids': tuple}
       fields[field.name] = plain.get(field.name, lambda v: v)(value)
@@ -293,11 +353,10 @@ def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
   return zipped, hashlib.sha256(zipped).hexdigest()
 
 
-def chunks(data: bytes,
-           sha256: str) -> Iterator[common_pb2.GetTokenizerChunk]:
+def chunks(data: bytes, sha256: str) -> Iterator[common_pb2.GetTokenizerChunk]:
   """Yields pieces of `data`; the last one has its SHA-256."""
   for start in range(0, len(data), _CHUNK_BYTES):
     stop = start + _CHUNK_BYTES
     yield common_pb2.GetTokenizerChunk(
-      data=data[start:stop],
-      sha256=sha256 if stop >= len(data) else '')
+      data=data[start:stop], sha256=sha256 if stop >= len(data) else ''
+    )

@@ -26,12 +26,15 @@ _NOT_LAST = bytes(range(128, 256))  # bytes of a varint that goes on
 
 _Field = descriptor.FieldDescriptor
 _WIRE_TYPES = {
-  **dict.fromkeys((_Field.TYPE_DOUBLE, _Field.TYPE_FIXED64,
-                   _Field.TYPE_SFIXED64), _FIXED64),
-  **dict.fromkeys((_Field.TYPE_FLOAT, _Field.TYPE_FIXED32,
-                   _Field.TYPE_SFIXED32), _FIXED32),
-  **dict.fromkeys((_Field.TYPE_STRING, _Field.TYPE_BYTES,
-                   _Field.TYPE_MESSAGE), _LENGTH),
+  **dict.fromkeys(
+    (_Field.TYPE_DOUBLE, _Field.TYPE_FIXED64, _Field.TYPE_SFIXED64), _FIXED64
+  ),
+  **dict.fromkeys(
+    (_Field.TYPE_FLOAT, _Field.TYPE_FIXED32, _Field.TYPE_SFIXED32), _FIXED32
+  ),
+  **dict.fromkeys(
+    (_Field.TYPE_STRING, _Field.TYPE_BYTES, _Field.TYPE_MESSAGE), _LENGTH
+  ),
 }
 
 
@@ -69,12 +72,18 @@ def _plan(message: descriptor.Descriptor) -> _Plan:
     plan[field.number << 3 | wire_type] = _Known(field.name, row, part)
     if field.is_repeated and wire_type != _LENGTH:
       plan[field.number << 3 | _LENGTH] = _Known(
-        field.name, row or 'max_numbers', packed=wire_type)
+        field.name, row or 'max_numbers', packed=wire_type
+      )
   return plan
 
 
-def check(data: bytes, message: descriptor.Descriptor,
-          limits: limits_lib.Limits, *, refuses_unknown: bool) -> None:
+def check(
+  data: bytes,
+  message: descriptor.Descriptor,
+  limits: limits_lib.Limits,
+  *,
+  refuses_unknown: bool,
+) -> None:
   """Refuses a message that has too many entries, or is malformed.
 
   Args:
@@ -102,12 +111,15 @@ def check(data: bytes, message: descriptor.Descriptor,
         if known is None:
           if refuses_unknown:
             raise errors.UnsupportedError(
-              f'{name}: this server does not know its field number '
-              f'{tag >> 3}.')
+              f'{name}: this server does not know its field number {tag >> 3}.'
+            )
           continue
         if known.row is not None:
-          counts[known.row] += 1 if known.packed is None else _num_packed(
-            data, begin, end, known.packed)
+          counts[known.row] += (
+            1
+            if known.packed is None
+            else _num_packed(data, begin, end, known.packed)
+          )
           limits.check_so_far(known.row, counts[known.row], known.name)
         if known.part is not None:
           parts.append((begin, end, known.name, known.part()))
@@ -115,8 +127,9 @@ def check(data: bytes, message: descriptor.Descriptor,
     raise _no_message(message) from None
 
 
-def _fields(data: bytes, start: int,
-            stop: int) -> Iterator[tuple[int, int, int]]:
+def _fields(
+  data: bytes, start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
   """Yields the fields of a message: tag, where its value begins and ends.
 
   Raises:
@@ -164,10 +177,12 @@ def _num_packed(data: bytes, start: int, stop: int, wire_type: int) -> int:
   if wire_type != _VARINT:
     return (stop - start) // _FIXED_SIZES[wire_type]
   return sum(
-    len(data[i:min(i + _SLICE, stop)].translate(None, _NOT_LAST))
-    for i in range(start, stop, _SLICE))
+    len(data[i : min(i + _SLICE, stop)].translate(None, _NOT_LAST))
+    for i in range(start, stop, _SLICE)
+  )
 
 
 def _no_message(message: Any) -> errors.InvalidRequestError:
   return errors.InvalidRequestError(
-    f'{message.full_name}: these bytes are no message of this type.')
+    f'{message.full_name}: these bytes are no message of this type.'
+  )

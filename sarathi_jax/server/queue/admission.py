@@ -46,7 +46,8 @@ class _Shares:
       # Who comes back gets no credit for the time in which it was away.
       others = (self._served[n] for n in self.waiting)
       self._served[name] = max(
-        self._served.get(name, 0.0), min(others, default=self._last))
+        self._served.get(name, 0.0), min(others, default=self._last)
+      )
     self.waiting[name] += 1
 
   def leave(self, name: str) -> None:
@@ -67,8 +68,7 @@ class _Shares:
     """Counts tokens that a name was served."""
     self._served[name] = self._served.get(name, self._last) + num_tokens
     if len(self._served) > _MAX_KNOWN:
-      self._served = {
-        n: self._served[n] for n in {*self.waiting, name}}
+      self._served = {n: self._served[n] for n in {*self.waiting, name}}
 
   def __contains__(self, name: str) -> bool:
     return name in self._served
@@ -119,14 +119,17 @@ class Queue:
     if len(self) + num_requests > limits.max_waiting:
       full = f'{len(self)} requests: max_waiting={limits.max_waiting}'
     elif self._streams and self.num_tokens + num_tokens > max_tokens:
-      full = (f'{self.num_tokens} tokens of prompts: '
-              f'max_waiting_tokens={limits.max_waiting_tokens}')
+      full = (
+        f'{self.num_tokens} tokens of prompts: '
+        f'max_waiting_tokens={limits.max_waiting_tokens}'
+      )
     if full:
       seconds = self._retry_after_s()
       # In words, too: a gateway may pass on the message alone.
       raise errors.CapacityError(
         f'the queue is full, with {full}; try again in {seconds:.2g} s.',
-        seconds)
+        seconds,
+      )
 
   def push(self, stream: outbox.Stream) -> None:
     """Adds the stream of a request that has just arrived.
@@ -144,7 +147,8 @@ class Queue:
     self._tenants.enter(tenant)
     self._clients.setdefault(tenant, _Shares()).enter(client)
     self._lines.setdefault(request.priority, {}).setdefault(
-      tenant, {}).setdefault(client, deque()).append(stream)
+      tenant, {}
+    ).setdefault(client, deque()).append(stream)
     self._streams[request.key] = stream
     self.num_tokens += num_tokens
 
@@ -168,8 +172,10 @@ class Queue:
     self.charge(request, len(request.prompt_token_ids), 0)
     return stream
 
-  def begin(self, engine: engine_lib.Engine,
-            ) -> list[tuple[outbox.Stream, Exception | None]]:
+  def begin(
+    self,
+    engine: engine_lib.Engine,
+  ) -> list[tuple[outbox.Stream, Exception | None]]:
     """Takes out the requests that a step could begin; others keep their order.
 
     Args:
@@ -226,25 +232,30 @@ class Queue:
       self.remove(stream.request.key)
     return streams
 
-  def charge(self, request: types.Request, num_prompt: int,
-             num_output: int) -> None:
+  def charge(
+    self, request: types.Request, num_prompt: int, num_output: int
+  ) -> None:
     """Counts tokens that a request was served since it began."""
     num_tokens = num_prompt + _OUTPUT_WEIGHT * num_output
     self._tenants.charge(request.tenant, num_tokens)
     self._clients.setdefault(request.tenant, _Shares()).charge(
-      request.client, num_tokens)
+      request.client, num_tokens
+    )
     if len(self._clients) > _MAX_KNOWN:
       self._clients = {
-        tenant: shares for tenant, shares in self._clients.items()
-        if tenant in self._tenants}
+        tenant: shares
+        for tenant, shares in self._clients.items()
+        if tenant in self._tenants
+      }
 
   def observe_step(self, step_s: float, token_budget: int) -> None:
     """Learns how long a step took, seconds, and the most tokens of a step."""
     self._step_s += (step_s - self._step_s) * (0.1 if self._step_s else 1)
     self._token_budget = token_budget
 
-  def _late(self, request: types.Request,
-            now: float) -> errors.DeadlineError | None:
+  def _late(
+    self, request: types.Request, now: float
+  ) -> errors.DeadlineError | None:
     """Returns the error for a request that is too late; None if it is not."""
     if request.deadline is None:
       return None
@@ -254,7 +265,8 @@ class Queue:
       return None
     return errors.DeadlineError(
       f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
-      f'its prompt alone takes {wait_s:.3g} s.')
+      f'its prompt alone takes {wait_s:.3g} s.'
+    )
 
   def _retry_after_s(self) -> float:
     """Estimates in how many seconds half of what waits will have begun."""

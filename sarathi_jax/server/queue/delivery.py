@@ -52,8 +52,9 @@ class Delivery:
     self.put(stream, delta)
     return self.remove(delta.request_id) if delta.finish_reason else None
 
-  def put(self, stream: outbox.Stream,
-          item: types.OutputDelta | Exception) -> None:
+  def put(
+    self, stream: outbox.Stream, item: types.OutputDelta | Exception
+  ) -> None:
     """Keeps a stream's next delta, or the error that ends it, until `flush`."""
     self._outgoing.append((stream, item))
 
@@ -63,8 +64,9 @@ class Delivery:
       outgoing, self._outgoing = self._outgoing, []
       call_on(self._loop, _put_all, outgoing)
 
-  def end_all(self, waiting: Iterable[outbox.Stream],
-              make_error: Callable[[], Exception]) -> None:
+  def end_all(
+    self, waiting: Iterable[outbox.Stream], make_error: Callable[[], Exception]
+  ) -> None:
     """Ends every stream, and those `waiting`, with an error of its own."""
     for stream in (*self._streams.values(), *waiting):
       self.put(stream, make_error())
@@ -72,8 +74,9 @@ class Delivery:
     self.flush()
 
 
-def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None],
-            *args: object) -> None:
+def call_on(
+  loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object
+) -> None:
   """Has an event loop call a function, unless it is closed; any thread."""
   try:
     loop.call_soon_threadsafe(function, *args)
@@ -86,7 +89,8 @@ def step_error(request_id: str, fault: Exception) -> errors.StepError:
   """Makes the error that ends the stream of a request whose step failed."""
   error = errors.StepError(
     f'{request_id}: a step that it was in failed: {type(fault).__name__}; '
-    'see the log of the server.')
+    'see the log of the server.'
+  )
   error.__cause__ = fault
   return error
 
@@ -104,7 +108,8 @@ def gone_error(fault: BaseException | None) -> errors.EngineDeadError:
   # No more than its name: a message may have paths, or what others sent.
   error = errors.EngineDeadError(
     f'the engine stopped after a fault: {type(fault).__name__}; see the log '
-    'of the server.')
+    'of the server.'
+  )
   error.__cause__ = fault
   return error
 

@@ -26,8 +26,12 @@ class Endings:
     lock: guards `waiting`.
   """
 
-  def __init__(self, waiting: admission.Queue,
-               streams: delivery.Delivery, lock: threading.Condition) -> None:
+  def __init__(
+    self,
+    waiting: admission.Queue,
+    streams: delivery.Delivery,
+    lock: threading.Condition,
+  ) -> None:
     self._waiting = waiting
     self._streams = streams
     self._lock = lock
@@ -43,26 +47,33 @@ class Endings:
     if self._streams.remove(stream.request.key):
       self._forget(stream.request, engine)
 
-  def abort(self, is_meant: Callable[[types.Request], bool],
-            engine: engine_lib.Engine) -> list[str]:
+  def abort(
+    self, is_meant: Callable[[types.Request], bool], engine: engine_lib.Engine
+  ) -> list[str]:
     """Ends requests with ABORT; returns their ids."""
     with self._lock:
-      meant = [s for s in (*self._waiting, *self._streams)
-               if is_meant(s.request)]
+      meant = [
+        s for s in (*self._waiting, *self._streams) if is_meant(s.request)
+      ]
       ended = [s for s in meant if self._waiting.remove(s.request.key)]
     ended += [s for s in meant if self._forget(s.request, engine)]
     for stream in ended:
       self._streams.remove(stream.request.key)
-      self._streams.put(stream, types.OutputDelta(
-        stream.request.key, '', (), (), types.FinishReason.ABORT))
+      self._streams.put(
+        stream,
+        types.OutputDelta(
+          stream.request.key, '', (), (), types.FinishReason.ABORT
+        ),
+      )
     return [stream.request.request_id for stream in ended]
 
   def fail(self, keys: Iterable[str], fault: Exception) -> None:
     """Ends requests whose step failed; the engine has given them up."""
     for key in keys:
       if stream := self._streams.remove(key):
-        self._streams.put(stream, delivery.step_error(
-          stream.request.request_id, fault))
+        self._streams.put(
+          stream, delivery.step_error(stream.request.request_id, fault)
+        )
 
   def _forget(self, request: types.Request, engine: engine_lib.Engine) -> bool:
     num_output = engine.num_output(request.key)

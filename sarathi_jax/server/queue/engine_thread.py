@@ -65,15 +65,19 @@ class EngineThread:
     limits: the most that may wait.
   """
 
-  def __init__(self, make_engine: Callable[[], engine_lib.Engine],
-               loop: asyncio.AbstractEventLoop,
-               on_death: Callable[[BaseException], None],
-               limits: admission.Limits | None = None) -> None:
+  def __init__(
+    self,
+    make_engine: Callable[[], engine_lib.Engine],
+    loop: asyncio.AbstractEventLoop,
+    on_death: Callable[[BaseException], None],
+    limits: admission.Limits | None = None,
+  ) -> None:
     self._make_engine = make_engine
     self._loop = loop
     self._on_death = on_death
     self._ready: concurrent.futures.Future[engine_lib.Engine] = (
-      concurrent.futures.Future())
+      concurrent.futures.Future()
+    )
     self._limits = limits or admission.Limits()
     self._wakeup = threading.Condition()  # guards what follows, to _gone
     self._inbox: list[_Command] = []
@@ -84,14 +88,14 @@ class EngineThread:
     self._gone: Callable[[], errors.EngineDeadError] | None = None
     # The engine thread's own, what follows.
     self._streams = delivery.Delivery(loop)
-    self._endings = endings.Endings(
-      self._waiting, self._streams, self._wakeup)
+    self._endings = endings.Endings(self._waiting, self._streams, self._wakeup)
     self._pause = pausing.Pause()
     self._num_faults = 0  # steps that failed since one went well
     self._step_began: float | None = None  # the one under way; read by any
     # Not joined at exit: a second signal must not wait for a long step.
     self._thread = threading.Thread(
-      target=self._run, name='engine', daemon=True)
+      target=self._run, name='engine', daemon=True
+    )
 
   def start(self) -> Awaitable[engine_lib.Engine]:
     """Starts to make the engine; the result is the engine, once it is warm.
@@ -111,8 +115,11 @@ class EngineThread:
       EngineDeadError: the engine has stopped.
     """
     stream = outbox.Stream(
-      request, self._close, self._limits.max_outbox,
-      self._limits.stream_interval_ms / 1e3)
+      request,
+      self._close,
+      self._limits.max_outbox,
+      self._limits.stream_interval_ms / 1e3,
+    )
     with self._wakeup:
       gone = self._is_gone()
       if gone is None:
@@ -187,13 +194,17 @@ class EngineThread:
       stream.put(delivery.gone_error(None))
     await self.call(lambda engine: self._pause.end(is_draining=True))
 
-  async def abort(self, request_ids: Collection[str],
-                  tenant: str | None) -> list[str]:
+  async def abort(
+    self, request_ids: Collection[str], tenant: str | None
+  ) -> list[str]:
     """Ends requests of a tenant, or of anybody if that is None, with ABORT;
     returns those found."""
     wanted = frozenset(request_ids)
-    return await self.call(lambda engine: self._endings.abort(
-      lambda r: r.request_id in wanted and tenant in (None, r.tenant), engine))
+    return await self.call(
+      lambda engine: self._endings.abort(
+        lambda r: r.request_id in wanted and tenant in (None, r.tenant), engine
+      )
+    )
 
   async def call(self, function: Callable[[engine_lib.Engine], T]) -> T:
     """Runs a function of the engine between two steps.
@@ -266,8 +277,11 @@ class EngineThread:
     with self._wakeup:
       if self._waiting.remove(stream.request.key):
         return
-    self._send(_Command(functools.partial(self._endings.drop, stream),
-                        lambda error: None))
+    self._send(
+      _Command(
+        functools.partial(self._endings.drop, stream), lambda error: None
+      )
+    )
 
   # What follows runs on the engine's thread.
 
@@ -297,6 +311,7 @@ class EngineThread:
 
   def _receive(self, engine: engine_lib.Engine) -> list[_Command] | None:
     """Takes the commands that were sent; None if the thread shall end."""
+
     def is_busy() -> bool:
       can_begin = len(self._waiting) and not self._pause.is_holding
       can_step = engine.has_work and not self._pause.is_paused
@@ -339,8 +354,9 @@ class EngineThread:
       if self._num_faults > _MAX_FAULTS:
         raise
       failed = engine.recover(fault)
-      logging.error('A step failed; %d requests were in it.', len(failed),
-                    exc_info=fault)
+      logging.error(
+        'A step failed; %d requests were in it.', len(failed), exc_info=fault
+      )
       self._endings.fail(failed, fault)
       return []
     if deltas:
@@ -348,7 +364,8 @@ class EngineThread:
     if engine.metrics.num_steps > num_steps:
       with self._wakeup:
         self._waiting.observe_step(
-          engine.clock() - start, engine.info.token_budget)
+          engine.clock() - start, engine.info.token_budget
+        )
     return deltas
 
   def _end(self, fault: BaseException | None) -> None:

@@ -30,10 +30,13 @@ class Stream:
     interval_s: the least time between two of its deltas.
   """
 
-  def __init__(self, request: types.Request,
-               abandon: Callable[[Stream], None],
-               max_waiting: int = 1 << 30,
-               interval_s: float = 0.0) -> None:
+  def __init__(
+    self,
+    request: types.Request,
+    abandon: Callable[[Stream], None],
+    max_waiting: int = 1 << 30,
+    interval_s: float = 0.0,
+  ) -> None:
     self.request = request
     self.num_tokens = 0  # that the reader took
     self._num_taken = 0  # deltas
@@ -110,7 +113,8 @@ class Stream:
   def _overflow(self) -> None:
     self._error = errors.CapacityError(
       f'{self.request.request_id}: more than {self._max_waiting} pieces of '
-      'output wait for the client, who reads too slowly.')
+      'output wait for the client, who reads too slowly.'
+    )
     self._deltas = []
     self._abandon(self)
     if self._reader is not None and self._num_taken > 1:
@@ -126,4 +130,5 @@ def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
   return last._replace(
     text=''.join(delta.text for delta in deltas),
     token_ids=tuple(t for delta in deltas for t in delta.token_ids),
-    logprobs=tuple(p for delta in deltas for p in delta.logprobs))
+    logprobs=tuple(p for delta in deltas for p in delta.logprobs),
+  )

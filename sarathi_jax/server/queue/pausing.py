@@ -31,8 +31,9 @@ class Pause:
     self.is_draining = False
     self._when_idle: list[concurrent.futures.Future[None]] = []
 
-  def begin(self, mode: PauseMode,
-            idle: concurrent.futures.Future[None]) -> None:
+  def begin(
+    self, mode: PauseMode, idle: concurrent.futures.Future[None]
+  ) -> None:
     """Begins a pause; `idle` is done once nothing runs, or is kept from it."""
     self.is_holding = True
     self.is_paused = mode is PauseMode.KEEP

@@ -35,9 +35,33 @@ from sarathi_jax.server.telling import request_log
 from sarathi_jax.server.telling import web
 
 _SCRAPE_S = 5.0  # a step that takes longer is not waited for
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
-            0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-            160.0, 640.0, 2560.0)
+_SECONDS = (
+  0.001,
+  0.0025,
+  0.005,
+  0.01,
+  0.025,
+  0.05,
+  0.075,
+  0.1,
+  0.15,
+  0.2,
+  0.3,
+  0.4,
+  0.5,
+  0.75,
+  1.0,
+  2.5,
+  5.0,
+  7.5,
+  10.0,
+  20.0,
+  40.0,
+  80.0,
+  160.0,
+  640.0,
+  2560.0,
+)
 _TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
 _PARTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
@@ -66,63 +90,133 @@ class _Histogram(NamedTuple):
 
 # The first ones of each table are vLLM's.
 GAUGES = (
-  _Value('num_requests_running', 'Requests in the batch.',
-         lambda s: s.stats.num_running),
-  _Value('kv_cache_usage_perc', 'Part of the KV cache in use, 0 to 1.',
-         lambda s: 1 - s.stats.num_free_pages / s.stats.num_pages),
-  _Value('token_budget', 'The most tokens of a step, now.',
-         lambda s: s.info.token_budget),
-  _Value('padding_waste', 'Part of all computed rows that was padding.',
-         lambda s: s.totals.padding_waste),
-  _Value('micro_batch_imbalance', 'By how much the longest micro-batch in '
-         'flight exceeds their mean, as a part of it; mean over steps.',
-         lambda s: s.totals.imbalance / max(s.totals.num_steps, 1)),
+  _Value(
+    'num_requests_running',
+    'Requests in the batch.',
+    lambda s: s.stats.num_running,
+  ),
+  _Value(
+    'kv_cache_usage_perc',
+    'Part of the KV cache in use, 0 to 1.',
+    lambda s: 1 - s.stats.num_free_pages / s.stats.num_pages,
+  ),
+  _Value(
+    'token_budget',
+    'The most tokens of a step, now.',
+    lambda s: s.info.token_budget,
+  ),
+  _Value(
+    'padding_waste',
+    'Part of all computed rows that was padding.',
+    lambda s: s.totals.padding_waste,
+  ),
+  _Value(
+    'micro_batch_imbalance',
+    'By how much the longest micro-batch in '
+    'flight exceeds their mean, as a part of it; mean over steps.',
+    lambda s: s.totals.imbalance / max(s.totals.num_steps, 1),
+  ),
 )
 COUNTERS = (
-  _Value('num_preemptions', 'Requests whose pages were taken back.',
-         lambda s: s.stats.num_preemptions),
-  _Value('prompt_tokens', 'Tokens of prompts computed, each counted once.',
-         lambda s: s.stats.num_prefilled),
-  _Value('generation_tokens', 'Tokens generated.',
-         lambda s: s.totals.num_generated),
+  _Value(
+    'num_preemptions',
+    'Requests whose pages were taken back.',
+    lambda s: s.stats.num_preemptions,
+  ),
+  _Value(
+    'prompt_tokens',
+    'Tokens of prompts computed, each counted once.',
+    lambda s: s.stats.num_prefilled,
+  ),
+  _Value(
+    'generation_tokens', 'Tokens generated.', lambda s: s.totals.num_generated
+  ),
   _Value('steps', 'Steps launched.', lambda s: s.totals.num_steps),
-  _Value('step_faults', 'Steps that failed.',
-         lambda s: s.totals.num_step_faults),
-  _Value('scheduled_tokens', 'Tokens that steps held.',
-         lambda s: s.totals.num_scheduled_tokens),
-  _Value('padded_tokens', 'Rows computed to fill compiled shapes.',
-         lambda s: s.totals.num_padded_tokens),
-  _Value('busy_seconds', 'Time in which a step was under way.',
-         lambda s: s.totals.busy_s),
-  _Value('device_wait_seconds', 'Time that the host waited for the device.',
-         lambda s: s.totals.wait_s),
-  _Value('decode_stall_seconds', 'Time that decodes waited while steps ran '
-         'without them, summed over decodes.',
-         lambda s: s.totals.decode_stall_s),
+  _Value(
+    'step_faults', 'Steps that failed.', lambda s: s.totals.num_step_faults
+  ),
+  _Value(
+    'scheduled_tokens',
+    'Tokens that steps held.',
+    lambda s: s.totals.num_scheduled_tokens,
+  ),
+  _Value(
+    'padded_tokens',
+    'Rows computed to fill compiled shapes.',
+    lambda s: s.totals.num_padded_tokens,
+  ),
+  _Value(
+    'busy_seconds',
+    'Time in which a step was under way.',
+    lambda s: s.totals.busy_s,
+  ),
+  _Value(
+    'device_wait_seconds',
+    'Time that the host waited for the device.',
+    lambda s: s.totals.wait_s,
+  ),
+  _Value(
+    'decode_stall_seconds',
+    'Time that decodes waited while steps ran '
+    'without them, summed over decodes.',
+    lambda s: s.totals.decode_stall_s,
+  ),
 )
 HISTOGRAMS = (
-  _Histogram('time_to_first_token_seconds', 'From arrival to the first token.',
-             'ttft_s', _SECONDS),
-  _Histogram('inter_token_latency_seconds', 'Between two tokens.',
-             'tbt_s', _SECONDS),
-  _Histogram('request_time_per_output_token_seconds',
-             'Mean between two tokens of a request.', 'tpot_s', _SECONDS),
-  _Histogram('e2e_request_latency_seconds', 'From arrival to the end.',
-             'e2e_s', _SECONDS),
-  _Histogram('request_queue_time_seconds', 'From arrival to the first step.',
-             'scheduling_delay_s', _SECONDS),
-  _Histogram('request_prefill_time_seconds',
-             'From the first step to the first token.', 'prefill_s', _SECONDS),
-  _Histogram('request_decode_time_seconds',
-             'From the first token to the end.', 'decode_s', _SECONDS),
-  _Histogram('request_prompt_tokens', 'Tokens of a prompt.', 'prompt_len',
-             _TOKENS),
-  _Histogram('request_generation_tokens', 'Tokens generated for a request.',
-             'output_len', _TOKENS),
-  _Histogram('iteration_tokens_total', 'Tokens of a step.', 'step_tokens',
-             _TOKENS),
-  _Histogram('token_budget_use', 'Part of the token budget that a step used.',
-             'budget_use', _PARTS),
+  _Histogram(
+    'time_to_first_token_seconds',
+    'From arrival to the first token.',
+    'ttft_s',
+    _SECONDS,
+  ),
+  _Histogram(
+    'inter_token_latency_seconds', 'Between two tokens.', 'tbt_s', _SECONDS
+  ),
+  _Histogram(
+    'request_time_per_output_token_seconds',
+    'Mean between two tokens of a request.',
+    'tpot_s',
+    _SECONDS,
+  ),
+  _Histogram(
+    'e2e_request_latency_seconds', 'From arrival to the end.', 'e2e_s', _SECONDS
+  ),
+  _Histogram(
+    'request_queue_time_seconds',
+    'From arrival to the first step.',
+    'scheduling_delay_s',
+    _SECONDS,
+  ),
+  _Histogram(
+    'request_prefill_time_seconds',
+    'From the first step to the first token.',
+    'prefill_s',
+    _SECONDS,
+  ),
+  _Histogram(
+    'request_decode_time_seconds',
+    'From the first token to the end.',
+    'decode_s',
+    _SECONDS,
+  ),
+  _Histogram(
+    'request_prompt_tokens', 'Tokens of a prompt.', 'prompt_len', _TOKENS
+  ),
+  _Histogram(
+    'request_generation_tokens',
+    'Tokens generated for a request.',
+    'output_len',
+    _TOKENS,
+  ),
+  _Histogram(
+    'iteration_tokens_total', 'Tokens of a step.', 'step_tokens', _TOKENS
+  ),
+  _Histogram(
+    'token_budget_use',
+    'Part of the token budget that a step used.',
+    'budget_use',
+    _PARTS,
+  ),
 )
 
 
@@ -137,9 +231,14 @@ class Collector(registry_lib.Collector):
     num_compiled: counts the programs compiled so far.
   """
 
-  def __init__(self, prefix: str, engine_thread: engine_thread_lib.EngineThread,
-               loop: asyncio.AbstractEventLoop, watch: background.Watch,
-               num_compiled: Callable[[], int] | None) -> None:
+  def __init__(
+    self,
+    prefix: str,
+    engine_thread: engine_thread_lib.EngineThread,
+    loop: asyncio.AbstractEventLoop,
+    watch: background.Watch,
+    num_compiled: Callable[[], int] | None,
+  ) -> None:
     self._prefix = prefix
     self._watch = watch
     self._thread = engine_thread
@@ -155,13 +254,19 @@ class Collector(registry_lib.Collector):
 
   def collect(self) -> Iterator[core.Metric]:
     is_up = self._read()
-    yield self._gauge('engine_up', 'Whether the engine serves; 0 while it is '
-                      'loaded, and after a fault.', float(is_up))
-    yield self._gauge('is_paused', 'Whether no requests begin.',
-                      float(self._thread.is_paused))
+    yield self._gauge(
+      'engine_up',
+      'Whether the engine serves; 0 while it is loaded, and after a fault.',
+      float(is_up),
+    )
+    yield self._gauge(
+      'is_paused', 'Whether no requests begin.', float(self._thread.is_paused)
+    )
     requests = core.CounterMetricFamily(
-      self._name('requests_ended'), 'Requests, by how they ended.',
-      labels=('protocol', 'outcome'))
+      self._name('requests_ended'),
+      'Requests, by how they ended.',
+      labels=('protocol', 'outcome'),
+    )
     for labels, count in list(self._ended.items()):
       requests.add_metric(labels, count)
     yield requests
@@ -171,13 +276,18 @@ class Collector(registry_lib.Collector):
 
   def _of_background(self) -> Iterator[core.Metric]:
     up = core.GaugeMetricFamily(
-      self._name('background_up'), 'Whether what runs beside the calls is '
-      'well; of the gateway: whether it serves.', labels=('name',))
+      self._name('background_up'),
+      'Whether what runs beside the calls is '
+      'well; of the gateway: whether it serves.',
+      labels=('name',),
+    )
     for name, is_up in self._watch.is_up().items():
       up.add_metric((name,), float(is_up))
     restarts = core.CounterMetricFamily(
-      self._name('background_restarts'), 'How often it was started again.',
-      labels=('name',))
+      self._name('background_restarts'),
+      'How often it was started again.',
+      labels=('name',),
+    )
     for name, count in list(self._watch.num_restarts.items()):
       restarts.add_metric((name,), count)
     yield from (up, restarts)
@@ -187,7 +297,8 @@ class Collector(registry_lib.Collector):
     if not self._thread.is_up:
       return False
     snapshot = asyncio.run_coroutine_threadsafe(
-      self._thread.call(_snapshot), self._loop)
+      self._thread.call(_snapshot), self._loop
+    )
     try:
       self._last = snapshot.result(_SCRAPE_S)
     except concurrent.futures.TimeoutError:
@@ -204,55 +315,88 @@ class Collector(registry_lib.Collector):
       yield self._gauge(value.name, value.text, value.read(snapshot), label)
     if snapshot.needed_tbt_s is not None:
       yield self._gauge(
-        'tbt_slo_needed_seconds', 'The least time between tokens that can be '
+        'tbt_slo_needed_seconds',
+        'The least time between tokens that can be '
         'held at this load, of --tbt_slo_ms or above.',
-        snapshot.needed_tbt_s, label)
+        snapshot.needed_tbt_s,
+        label,
+      )
     yield self._gauge(
-      'num_requests_waiting', 'Requests that wait.',
-      snapshot.stats.num_waiting + self._thread.num_queued, label)
+      'num_requests_waiting',
+      'Requests that wait.',
+      snapshot.stats.num_waiting + self._thread.num_queued,
+      label,
+    )
     yield self._gauge(
-      'num_tokens_waiting', 'Tokens of prompts that wait in the queue.',
-      self._thread.num_queued_tokens, label)
+      'num_tokens_waiting',
+      'Tokens of prompts that wait in the queue.',
+      self._thread.num_queued_tokens,
+      label,
+    )
     if self._num_compiled is not None:
-      yield self._gauge('compiled_programs', 'Programs compiled for steps.',
-                        self._num_compiled(), label)
+      yield self._gauge(
+        'compiled_programs',
+        'Programs compiled for steps.',
+        self._num_compiled(),
+        label,
+      )
     for value in COUNTERS:
       counter = core.CounterMetricFamily(
-        self._name(value.name), value.text, labels=('model_name',))
+        self._name(value.name), value.text, labels=('model_name',)
+      )
       counter.add_metric(label, value.read(snapshot), created=self._start)
       yield counter
     success = core.CounterMetricFamily(
-      self._name('request_success'), 'Requests that ended by themselves.',
-      labels=('model_name', 'finished_reason'))
+      self._name('request_success'),
+      'Requests that ended by themselves.',
+      labels=('model_name', 'finished_reason'),
+    )
     for reason, count in totals.finish_reasons.items():
       success.add_metric((info.model_name, reason.value), count)
     yield success
     config = core.GaugeMetricFamily(
-      self._name('cache_config_info'), 'The KV cache.',
-      labels=('model_name', 'block_size', 'num_gpu_blocks'))
-    config.add_metric((info.model_name, str(info.page_size),
-                       str(info.num_pages)), 1)
+      self._name('cache_config_info'),
+      'The KV cache.',
+      labels=('model_name', 'block_size', 'num_gpu_blocks'),
+    )
+    config.add_metric(
+      (info.model_name, str(info.page_size), str(info.num_pages)), 1
+    )
     yield config
     for histogram in HISTOGRAMS:
       yield self._histogram(histogram, getattr(totals, histogram.field), label)
 
-  def _histogram(self, histogram: _Histogram, values: metrics_lib.Quantiles,
-                 label: tuple[str]) -> core.HistogramMetricFamily:
+  def _histogram(
+    self,
+    histogram: _Histogram,
+    values: metrics_lib.Quantiles,
+    label: tuple[str],
+  ) -> core.HistogramMetricFamily:
     family = core.HistogramMetricFamily(
-      self._name(histogram.name), histogram.text, labels=('model_name',))
+      self._name(histogram.name), histogram.text, labels=('model_name',)
+    )
     counts = values.cumulative(histogram.bounds)
     family.add_metric(
-      label, [*((str(bound), count) for bound, count in zip(
-        histogram.bounds, counts, strict=True)), ('+Inf', values.count)],
-      values.total)
+      label,
+      [
+        *(
+          (str(bound), count)
+          for bound, count in zip(histogram.bounds, counts, strict=True)
+        ),
+        ('+Inf', values.count),
+      ],
+      values.total,
+    )
     return family
 
-  def _gauge(self, name: str, text: str, value: float,
-             label: tuple[str] | None = None) -> core.GaugeMetricFamily:
+  def _gauge(
+    self, name: str, text: str, value: float, label: tuple[str] | None = None
+  ) -> core.GaugeMetricFamily:
     if label is None:
       return core.GaugeMetricFamily(self._name(name), text, value=value)
     gauge = core.GaugeMetricFamily(
-      self._name(name), text, labels=('model_name',))
+      self._name(name), text, labels=('model_name',)
+    )
     gauge.add_metric(label, value)
     return gauge
 
@@ -262,8 +406,11 @@ class Collector(registry_lib.Collector):
 
 def _snapshot(engine: engine_lib.Engine) -> Snapshot:
   return Snapshot(
-    engine.metrics.copy(), engine.stats(), engine.info,
-    None if engine.pace is None else engine.pace.needed_s(engine.clock()))
+    engine.metrics.copy(),
+    engine.stats(),
+    engine.info,
+    None if engine.pace is None else engine.pace.needed_s(engine.clock()),
+  )
 
 
 class MetricsServer:
@@ -280,20 +427,28 @@ class MetricsServer:
     ConfigError: the port can't be had, or a file can't be used.
   """
 
-  def __init__(self, collector: Collector, host: str, port: int,
-               tokens: auth.Tokens | None = None,
-               files: tls.TlsFiles | None = None) -> None:
+  def __init__(
+    self,
+    collector: Collector,
+    host: str,
+    port: int,
+    tokens: auth.Tokens | None = None,
+    files: tls.TlsFiles | None = None,
+  ) -> None:
     registry = core.CollectorRegistry(auto_describe=False)
     registry.register(collector)
     prometheus_client.ProcessCollector(registry=registry)
     app = prometheus_client.make_wsgi_app(registry)
     try:
       self._server = web.WebServer(
-        app if tokens is None else web.guarded(app, tokens), host, port,
-        None if files is None else tls.Contexts(files))
+        app if tokens is None else web.guarded(app, tokens),
+        host,
+        port,
+        None if files is None else tls.Contexts(files),
+      )
     except OSError as error:
       raise errors.ConfigError(
-        f'metrics_port={port}: can\'t listen at {host}: {error.strerror}.'
+        f"metrics_port={port}: can't listen at {host}: {error.strerror}."
       ) from error
     self.port: int = self._server.server_port
     self._is_stopped = False
@@ -312,7 +467,8 @@ class MetricsServer:
   def restart(self) -> None:
     """Serves scrapes again, from a new thread; the port stays."""
     self._thread = threading.Thread(
-      target=self._server.serve_forever, name='metrics', daemon=True)
+      target=self._server.serve_forever, name='metrics', daemon=True
+    )
     self._thread.start()
 
   def stop(self) -> None:

@@ -50,7 +50,7 @@ class RequestLog:
         self._file = whole_lines.WholeLines(path)
     except OSError as error:
       raise errors.ConfigError(
-        f'request_log={path!r}: can\'t be written: {error.strerror}.'
+        f"request_log={path!r}: can't be written: {error.strerror}."
       ) from error
 
   def __call__(self, ended: frontend.Ended) -> None:
@@ -60,12 +60,18 @@ class RequestLog:
     except (OSError, ValueError) as error:
       self._num_missing += 1
       logging.log_every_n_seconds(
-        logging.ERROR, 'The request log misses %d lines: %s. It goes on when '
-        'it can; serving goes on.', 60, self._num_missing, error)
+        logging.ERROR,
+        'The request log misses %d lines: %s. It goes on when '
+        'it can; serving goes on.',
+        60,
+        self._num_missing,
+        error,
+      )
       return
     if self._num_missing:
-      logging.warning('The request log goes on; %d lines are missing.',
-                      self._num_missing)
+      logging.warning(
+        'The request log goes on; %d lines are missing.', self._num_missing
+      )
       self._num_missing = 0
 
   def close(self) -> None:
@@ -83,24 +89,33 @@ class RequestLog:
     request = ended.request
     line: dict[str, Any] = {
       'time': datetime.datetime.fromtimestamp(
-        ended.started, datetime.UTC).isoformat(timespec='milliseconds'),
-      'request_id': ended.request_id, 'client': ended.caller.client,
-      'protocol': ended.protocol, 'outcome': outcome(ended),
-      'output_tokens': ended.num_tokens}
+        ended.started, datetime.UTC
+      ).isoformat(timespec='milliseconds'),
+      'request_id': ended.request_id,
+      'client': ended.caller.client,
+      'protocol': ended.protocol,
+      'outcome': outcome(ended),
+      'output_tokens': ended.num_tokens,
+    }
     if request is not None:
-      line |= {'prompt_tokens': len(request.prompt_token_ids),
-               'priority': request.priority}
+      line |= {
+        'prompt_tokens': len(request.prompt_token_ids),
+        'priority': request.priority,
+      }
     if ended.last is not None and ended.last.metrics is not None:
       line |= {
-        name: round(value, 6) for name, value in dataclasses.asdict(
-          ended.last.metrics).items()
-        if name.endswith('_s') and value is not None}
+        name: round(value, 6)
+        for name, value in dataclasses.asdict(ended.last.metrics).items()
+        if name.endswith('_s') and value is not None
+      }
     if isinstance(ended.error, errors.SarathiError):
       # A message may quote a value, so of an invalid request only its field.
       line['error'] = (
-        str(ended.error) if self._with_prompts
+        str(ended.error)
+        if self._with_prompts
         or not isinstance(ended.error, errors.InvalidRequestError)
-        else str(ended.error).partition('=')[0][:80])
+        else str(ended.error).partition('=')[0][:80]
+      )
     if self._with_prompts and request is not None:
       line['prompt_token_ids'] = list(request.prompt_token_ids)
     return line

@@ -13,9 +13,11 @@ from sarathi_jax.server import background
 from sarathi_jax.server import frontend
 from sarathi_jax.server.telling import request_log
 
-_TIMES = {'scheduling_delay_s': 'gen_ai.latency.time_in_queue',
-          'ttft_s': 'gen_ai.latency.time_to_first_token',
-          'e2e_s': 'gen_ai.latency.e2e'}
+_TIMES = {
+  'scheduling_delay_s': 'gen_ai.latency.time_in_queue',
+  'ttft_s': 'gen_ai.latency.time_to_first_token',
+  'e2e_s': 'gen_ai.latency.e2e',
+}
 
 
 class Spans:
@@ -38,14 +40,20 @@ class Spans:
     except ImportError as error:
       raise errors.ConfigError(
         f'otlp_endpoint={endpoint!r}: needs OpenTelemetry, in the source tree: '
-        f'pip install -e ".[otel]" ({error}).') from error
+        f'pip install -e ".[otel]" ({error}).'
+      ) from error
 
     def provide() -> sdk.TracerProvider:
-      provider = sdk.TracerProvider(resource=resources.Resource.create(
-        {'service.name': 'sarathi_jax'}))
-      provider.add_span_processor(export.BatchSpanProcessor(
-        trace_exporter.OTLPSpanExporter(
-          endpoint=endpoint, insecure=not endpoint.startswith('https'))))
+      provider = sdk.TracerProvider(
+        resource=resources.Resource.create({'service.name': 'sarathi_jax'})
+      )
+      provider.add_span_processor(
+        export.BatchSpanProcessor(
+          trace_exporter.OTLPSpanExporter(
+            endpoint=endpoint, insecure=not endpoint.startswith('https')
+          )
+        )
+      )
       return provider
 
     self._provide = provide
@@ -68,29 +76,44 @@ class Spans:
     self._provider = self._provide()
     self._tracer = self._provider.get_tracer('sarathi_jax')
     # OpenTelemetry does not show its thread.
-    self._thread = next((
-      thread for thread in set(threading.enumerate()) - before
-      if thread.name.startswith('Otel')), None)
+    self._thread = next(
+      (
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.name.startswith('Otel')
+      ),
+      None,
+    )
 
   def __call__(self, ended: frontend.Ended) -> None:
     """Makes the span of a request that ended, without any of its text."""
     from opentelemetry import trace
 
     span = self._tracer.start_span(
-      'llm_request', self._propagator.extract(dict(ended.caller.trace)),
-      kind=trace.SpanKind.SERVER, start_time=round(ended.started * 1e9))
+      'llm_request',
+      self._propagator.extract(dict(ended.caller.trace)),
+      kind=trace.SpanKind.SERVER,
+      start_time=round(ended.started * 1e9),
+    )
     outcome = request_log.outcome(ended)
-    span.set_attributes({
-      'gen_ai.request.id': ended.request_id,
-      'gen_ai.usage.completion_tokens': ended.num_tokens,
-      'rpc.service': ended.protocol, 'sarathi.client': ended.caller.client,
-      'sarathi.outcome': outcome})
+    span.set_attributes(
+      {
+        'gen_ai.request.id': ended.request_id,
+        'gen_ai.usage.completion_tokens': ended.num_tokens,
+        'rpc.service': ended.protocol,
+        'sarathi.client': ended.caller.client,
+        'sarathi.outcome': outcome,
+      }
+    )
     if (request := ended.request) is not None:
       sampling = request.sampling
-      span.set_attributes({
-        'gen_ai.usage.prompt_tokens': len(request.prompt_token_ids),
-        'gen_ai.request.temperature': sampling.temperature,
-        'gen_ai.request.top_p': sampling.top_p})
+      span.set_attributes(
+        {
+          'gen_ai.usage.prompt_tokens': len(request.prompt_token_ids),
+          'gen_ai.request.temperature': sampling.temperature,
+          'gen_ai.request.top_p': sampling.top_p,
+        }
+      )
     if ended.last is not None and ended.last.metrics is not None:
       for field, name in _TIMES.items():
         value = getattr(ended.last.metrics, field)

@@ -36,9 +36,13 @@ class Telemetry:
     ConfigError: a file can't be opened, or a package is missing.
   """
 
-  def __init__(self, config: config_lib.ServerConfig,
-               engine_thread: engine_thread_lib.EngineThread,
-               hooks: control_v1.Hooks, watch: background.Watch) -> None:
+  def __init__(
+    self,
+    config: config_lib.ServerConfig,
+    engine_thread: engine_thread_lib.EngineThread,
+    hooks: control_v1.Hooks,
+    watch: background.Watch,
+  ) -> None:
     self._watch = watch
     self._engine_thread = engine_thread
     self._closers: list[Callable[[], None]] = []
@@ -46,7 +50,8 @@ class Telemetry:
     observers: list[Observer] = []
     if config.request_log is not None:
       log = request_log.RequestLog(
-        config.request_log, with_prompts=config.log_prompts)
+        config.request_log, with_prompts=config.log_prompts
+      )
       self._closers.append(log.close)
       observers.append(log)
     if config.trace_dir is not None:
@@ -54,8 +59,9 @@ class Telemetry:
         file = trace_file.TraceFile(config.trace_dir)
       except OSError as error:
         raise errors.ConfigError(
-          f'trace_dir={str(config.trace_dir)!r}: can\'t be written: '
-          f'{error.strerror}.') from error
+          f"trace_dir={str(config.trace_dir)!r}: can't be written: "
+          f'{error.strerror}.'
+        ) from error
       self._closers.append(file.close)
       watch.add(file.as_background)
       self._trace = trace.ChromeTrace(file.emit)
@@ -67,8 +73,12 @@ class Telemetry:
     self._collector: metrics.Collector | None = None
     if config.metrics_port is not None:
       self._collector = metrics.Collector(
-        config.metrics_prefix, engine_thread, asyncio.get_running_loop(),
-        watch, hooks.num_compiled)
+        config.metrics_prefix,
+        engine_thread,
+        asyncio.get_running_loop(),
+        watch,
+        hooks.num_compiled,
+      )
       observers.append(self._collector.count)
     self._config = config
     self.metrics_port = config.metrics_port
@@ -82,10 +92,12 @@ class Telemetry:
     """
     if self._collector is not None and self.metrics_port is not None:
       config = self._config
-      tokens = (None if config.auth_tokens is None
-                else auth.Tokens(config.auth_tokens))
+      tokens = (
+        None if config.auth_tokens is None else auth.Tokens(config.auth_tokens)
+      )
       server = metrics.MetricsServer(
-        self._collector, config.host, self.metrics_port, tokens, config.tls)
+        self._collector, config.host, self.metrics_port, tokens, config.tls
+      )
       self._closers.append(server.stop)
       self._watch.add(server.as_background)
       self.metrics_port = server.port
@@ -93,8 +105,7 @@ class Telemetry:
   async def observe_engine(self) -> None:
     """Begins the trace, once there is an engine."""
     if (observer := self._trace) is not None:
-      await self._engine_thread.call(
-        lambda engine: engine.observe(observer))
+      await self._engine_thread.call(lambda engine: engine.observe(observer))
 
   def stop(self) -> None:
     """Writes what is left."""

@@ -59,8 +59,7 @@ class TraceFile:
 
   def restart(self) -> None:
     """Writes from a new thread."""
-    self._thread = threading.Thread(
-      target=self._run, name='trace', daemon=True)
+    self._thread = threading.Thread(target=self._run, name='trace', daemon=True)
     self._thread.start()
 
   def emit(self, event: trace.Event) -> None:
@@ -80,8 +79,12 @@ class TraceFile:
   def _drop(self, num_events: int, why: object) -> None:
     self._num_dropped += num_events
     logging.log_every_n_seconds(
-      logging.WARNING, 'The trace misses %d events: %s. Serving goes on.', 10,
-      self._num_dropped, why)
+      logging.WARNING,
+      'The trace misses %d events: %s. Serving goes on.',
+      10,
+      self._num_dropped,
+      why,
+    )
 
   def _open(self) -> whole_lines.WholeLines:
     # A trace may lack its end: the format allows for it.

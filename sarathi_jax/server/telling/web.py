@@ -41,10 +41,16 @@ class WebServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
 
   daemon_threads = True
 
-  def __init__(self, app: App, host: str, port: int,
-               context: Callable[[], ssl.SSLContext] | None = None) -> None:
+  def __init__(
+    self,
+    app: App,
+    host: str,
+    port: int,
+    context: Callable[[], ssl.SSLContext] | None = None,
+  ) -> None:
     self.address_family, _, _, _, address = socket.getaddrinfo(
-      host, port, type=socket.SOCK_STREAM)[0]
+      host, port, type=socket.SOCK_STREAM
+    )[0]
     super().__init__((str(address[0]), port), _Handler)
     self.set_app(app)
     self._context = context
@@ -106,11 +112,14 @@ class _Handler(simple_server.WSGIRequestHandler):
 
 def guarded(app: App, tokens: auth.Tokens) -> App:
   """Wraps an application so that it answers only those who have a token."""
+
   def answer(environ: dict[str, Any], start_response: Any) -> Any:
     if tokens.of_header(environ.get('HTTP_AUTHORIZATION', '')) is not None:
       return app(environ, start_response)
-    start_response('401 Unauthorized', [
-      ('WWW-Authenticate', 'Bearer'), ('Content-Type', 'text/plain')])
+    start_response(
+      '401 Unauthorized',
+      [('WWW-Authenticate', 'Bearer'), ('Content-Type', 'text/plain')],
+    )
     return [b'needs a token that the server knows.\n']
 
   return answer

@@ -38,7 +38,7 @@ class WholeLines:
     rest = memoryview(lines)
     try:
       while rest:
-        rest = rest[self._file.write(rest) or 0:]
+        rest = rest[self._file.write(rest) or 0 :]
     except OSError:
       self._take_back(len(lines) - len(rest))
       raise

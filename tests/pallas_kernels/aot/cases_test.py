@@ -27,14 +27,14 @@ from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
 DEVICES = list(gpu_targets.TARGETS)
-_SHALLOW = '''
+_SHALLOW = """
 import dataclasses, runpy
 _whole = runpy.run_path('configs/mistral_7b_h100.py')
 get_config = _whole['get_config']
 def get_model():
   return dataclasses.replace(_whole['get_model'](), num_layers=2)
-'''
-_COMMAND = '''
+"""
+_COMMAND = """
 from pallas_kernels.aot import main
 from pallas_kernels.ragged_paged_attention import configurations
 from tests.pallas_kernels.aot import matmul
@@ -42,14 +42,14 @@ import sys
 names = sys.argv.pop(1).split(',')
 configurations.cases = lambda device: (getattr(matmul, name) for name in names)
 main.run()
-'''
+"""
 
 
 @matmul.needs_wheels
 def test_a_good_kernel_passes() -> None:
-  result, = cases.check([matmul.GOOD], 'a40')
+  (result,) = cases.check([matmul.GOOD], 'a40')
   assert not result.problems
-  kernel, = result.kernels
+  (kernel,) = result.kernels
   assert (kernel.name, kernel.is_ours, kernel.threads) == ('good', True, 128)
   assert 32 < kernel.registers < 255
   assert kernel.spill_bytes == 0
@@ -68,7 +68,7 @@ def test_a_kernel_is_measured_each_time() -> None:
 
 @matmul.needs_wheels
 def test_spills_are_refused() -> None:
-  result, = cases.check([matmul.SPILLS], 'a40')
+  (result,) = cases.check([matmul.SPILLS], 'a40')
   assert len(result.problems) == 1
   assert 'spills: spills ' in result.problems[0]
   assert result.kernels[0].registers == 255
@@ -76,16 +76,16 @@ def test_spills_are_refused() -> None:
 
 @matmul.needs_wheels
 def test_what_ptxas_calls_slow_is_told() -> None:
-  result, = cases.check([matmul.SPILLS], 'h100')
+  (result,) = cases.check([matmul.SPILLS], 'h100')
   assert any('wgmma' in warning for warning in result.warnings)
 
 
 @matmul.needs_wheels
 def test_shared_memory_is_that_of_the_device() -> None:
-  result, = cases.check([matmul.TOO_MUCH_SHARED], 'a40')
+  (result,) = cases.check([matmul.TOO_MUCH_SHARED], 'a40')
   assert 'Shared memory size limit exceeded' in result.problems[0]
   assert '101376' in result.problems[0]
-  result, = cases.check([matmul.TOO_MUCH_SHARED], 'a100')
+  (result,) = cases.check([matmul.TOO_MUCH_SHARED], 'a100')
   assert not result.problems
   assert result.kernels[0].shared_memory > 101376
 
@@ -93,22 +93,31 @@ def test_shared_memory_is_that_of_the_device() -> None:
 @matmul.needs_wheels
 def test_a_case_without_a_kernel_is_refused() -> None:
   case = configurations.Case(
-    'jnp', functools.partial(jnp.add, 1), matmul.GOOD.args[:1])
-  result, = cases.check([case], 'a40')
+    'jnp', functools.partial(jnp.add, 1), matmul.GOOD.args[:1]
+  )
+  (result,) = cases.check([case], 'a40')
   assert result.problems == ['there is no Pallas kernel in it']
 
 
 @matmul.needs_wheels
-@pytest.mark.parametrize(('names', 'status', 'words'), [
-  ('GOOD', 0, '1 of 1 compile for a40'),
-  ('GOOD,SPILLS,TOO_MUCH_SHARED', 1, 'spills: spills: spills '),
-])
-def test_command(names: str, status: int, words: str,
-                 tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+  ('names', 'status', 'words'),
+  [
+    ('GOOD', 0, '1 of 1 compile for a40'),
+    ('GOOD,SPILLS,TOO_MUCH_SHARED', 1, 'spills: spills: spills '),
+  ],
+)
+def test_command(
+  names: str, status: int, words: str, tmp_path: pathlib.Path
+) -> None:
   file = tmp_path / 'aot.json'
   done = subprocess.run(
     [sys.executable, '-c', _COMMAND, names, '--device=a40', f'--json={file}'],
-    cwd=source_tree.ROOT, capture_output=True, text=True, check=False)
+    cwd=source_tree.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == status, done.stderr
   assert words in done.stdout
   found = json.loads(file.read_text())['cases']
@@ -124,7 +133,7 @@ def test_every_configuration_compiles(device: str) -> None:
   """Each for one of the devices, in turn."""
   mine = DEVICES.index(device)
   with compiler.on(device):
-    chosen = list(configurations.cases(device))[mine::len(DEVICES)]
+    chosen = list(configurations.cases(device))[mine :: len(DEVICES)]
   check_all(chosen, device)
 
 
@@ -142,17 +151,30 @@ def check_all(chosen: Iterable[configurations.Case], device: str) -> None:
   assert not {r.name: r.problems for r in results if r.problems}
 
 
-def _step(tmp_path: pathlib.Path, device: str, config: str, *args: str,
-          **environ: str) -> Any:
+def _step(
+  tmp_path: pathlib.Path, device: str, config: str, *args: str, **environ: str
+) -> Any:
   """What the command says of a step, and its exit status."""
   file = tmp_path / 'aot.json'
   done = subprocess.run(
-    [sys.executable, '-m', 'sarathi_jax.plan', f'--device={device}',
-     f'--config={config}', f'--json={file}', *args],
-    cwd=source_tree.ROOT, env=os.environ | environ, check=False)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.plan',
+      f'--device={device}',
+      f'--config={config}',
+      f'--json={file}',
+      *args,
+    ],
+    cwd=source_tree.ROOT,
+    env=os.environ | environ,
+    check=False,
+  )
   found = json.loads(file.read_text())
   return found['step'] | {
-    'memory': found['memory'], 'problems': found['problems']}, done.returncode
+    'memory': found['memory'],
+    'problems': found['problems'],
+  }, done.returncode
 
 
 @matmul.needs_wheels
@@ -173,7 +195,8 @@ def test_mistrals_step_compiles_in_place(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
   case, status = _step(
-    tmp_path, 'h100', 'configs/mistral_7b_h100.py', '--tokens=128')
+    tmp_path, 'h100', 'configs/mistral_7b_h100.py', '--tokens=128'
+  )
   assert status == 0
   assert case['name'].endswith(', 128 tokens')
   assert (case['graphs'], case['outside_graphs']) == (1, [])
@@ -182,12 +205,16 @@ def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
 @matmul.needs_wheels
 @pytest.mark.slow
 def test_a_step_that_the_host_waits_in_is_refused(
-    tmp_path: pathlib.Path) -> None:
+  tmp_path: pathlib.Path,
+) -> None:
   """As XLA has it by itself: it puts no loop into a graph."""
   config = tmp_path / 'shallow.py'
   config.write_text(_SHALLOW)
   case, status = _step(
-    tmp_path, 'h100', str(config),
-    XLA_FLAGS='--xla_gpu_enable_command_buffer=-WHILE')
+    tmp_path,
+    'h100',
+    str(config),
+    XLA_FLAGS='--xla_gpu_enable_command_buffer=-WHILE',
+  )
   assert status == 1
   assert 'kConditional, kWhile in no CUDA graph' in case['problems'][0]

@@ -23,23 +23,35 @@ def test_unknown_devices_are_refused() -> None:
 
 def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(toolkit.importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(toolkit.UnavailableError,
-                     match=r"pip install -e '\.\[aot\]'"):
+  with pytest.raises(
+    toolkit.UnavailableError, match=r"pip install -e '\.\[aot\]'"
+  ):
     compiler.devices_for.__wrapped__('a40')
 
 
-@pytest.mark.parametrize(('update', 'donated', 'expected'), [
-  (lambda kv, x: kv.at[3].set(x), True, []),
-  (lambda kv, x: kv.at[3].set(x), False,
-   ['0 bytes are updated in place', 'copies of the KV cache']),
-  (lambda kv, x: (kv.at[3].set(x), kv.at[4].set(x)), True,
-   ['copies of the KV cache']),
-])
+@pytest.mark.parametrize(
+  ('update', 'donated', 'expected'),
+  [
+    (lambda kv, x: kv.at[3].set(x), True, []),
+    (
+      lambda kv, x: kv.at[3].set(x),
+      False,
+      ['0 bytes are updated in place', 'copies of the KV cache'],
+    ),
+    (
+      lambda kv, x: (kv.at[3].set(x), kv.at[4].set(x)),
+      True,
+      ['copies of the KV cache'],
+    ),
+  ],
+)
 def test_copies_of_the_cache_are_found(
-    update: Callable[..., Any], donated: bool, expected: list[str]) -> None:
+  update: Callable[..., Any], donated: bool, expected: list[str]
+) -> None:
   kv, x = jnp.zeros((64, 4, 128)), jnp.ones((4, 128))
-  compiled = jax.jit(update, donate_argnums=0 if donated else ()).lower(
-    kv, x).compile()
+  compiled = (
+    jax.jit(update, donate_argnums=0 if donated else ()).lower(kv, x).compile()
+  )
   problems = compiler.in_place_problems(compiled, kv, kv)
   assert len(problems) == len(expected)
   for problem, words in zip(problems, expected, strict=True):
@@ -50,7 +62,8 @@ def test_copies_of_the_cache_are_found(
 def test_compile_for_takes_options_of_jit() -> None:
   kv = jax.ShapeDtypeStruct((64, 8, 64, 128), jnp.bfloat16)
   compiled = compiler.compile_for(
-    lambda kv: kv.at[3].set(1), (kv,), 'h100', donate_argnums=0)
+    lambda kv: kv.at[3].set(1), (kv,), 'h100', donate_argnums=0
+  )
   assert not compiler.in_place_problems(compiled, kv, kv)
 
 
@@ -59,19 +72,31 @@ def test_compile_for_takes_options_of_jit() -> None:
 @pytest.mark.parametrize('writer', rpa.WRITERS)
 def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
   """Also where the device knows no fp8."""
-  def step(pages: Any, q: jax.Array, k: jax.Array, slots: jax.Array,
-           ints: Any) -> Any:
+
+  def step(
+    pages: Any, q: jax.Array, k: jax.Array, slots: jax.Array, ints: Any
+  ) -> Any:
     pages = rpa.write_kv(*pages, k, k, slots, writer)
     return pages, rpa.ragged_paged_attention(
-      q, *pages, *ints, scale=1.0, implementation='pallas_triton')
+      q, *pages, *ints, scale=1.0, implementation='pallas_triton'
+    )
 
   def array(*shape: int, dtype: str = 'int32') -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
-  pages = jax.eval_shape(lambda: rpa.init_pages(
-    512, 64, 8, 128, dtype, 'pallas_triton'))
-  compiled = compiler.compile_for(step, (
-    pages, array(64, 32, 128, dtype='bfloat16'),
-    array(64, 8, 128, dtype='bfloat16'), array(64),
-    (array(8), array(8, 16), array(9), array(2))), 'a100', donate_argnums=0)
+  pages = jax.eval_shape(
+    lambda: rpa.init_pages(512, 64, 8, 128, dtype, 'pallas_triton')
+  )
+  compiled = compiler.compile_for(
+    step,
+    (
+      pages,
+      array(64, 32, 128, dtype='bfloat16'),
+      array(64, 8, 128, dtype='bfloat16'),
+      array(64),
+      (array(8), array(8, 16), array(9), array(2)),
+    ),
+    'a100',
+    donate_argnums=0,
+  )
   assert not compiler.in_place_problems(compiled, pages, pages)

@@ -15,28 +15,35 @@ from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
 # Two layers a stage have every kernel, copy and collective that all have.
-_SHALLOW = '''
+_SHALLOW = """
 import dataclasses, runpy
 _whole = runpy.run_path('configs/{name}.py')
 DEVICE, get_config = _whole['DEVICE'], _whole['get_config']
 def get_model():
   return dataclasses.replace(
     _whole['get_model'](), num_layers=2 * get_config().pp)
-'''
-CONFIGS = sorted(path.stem for path in (source_tree.ROOT / 'configs').glob(
-  '*.py') if deployment.read(str(path)).device)
+"""
+CONFIGS = sorted(
+  path.stem
+  for path in (source_tree.ROOT / 'configs').glob('*.py')
+  if deployment.read(str(path)).device
+)
 
 
 def test_the_papers_deployments_are_there() -> None:
-  assert {'mistral_7b_a100', 'yi_34b_a100_tp2', 'llama2_70b_a40_tp4_pp2',
-          'falcon_180b_a100_tp4_pp2', 'falcon_180b_a100_tp8',
-          'mistral_7b_h100'} <= set(CONFIGS)
+  assert {
+    'mistral_7b_a100',
+    'yi_34b_a100_tp2',
+    'llama2_70b_a40_tp4_pp2',
+    'falcon_180b_a100_tp4_pp2',
+    'falcon_180b_a100_tp8',
+    'mistral_7b_h100',
+  } <= set(CONFIGS)
 
 
 @matmul.needs_wheels
 @pytest.mark.parametrize('name', CONFIGS)
-def test_a_deployments_step_compiles(
-    name: str, tmp_path: pathlib.Path) -> None:
+def test_a_deployments_step_compiles(name: str, tmp_path: pathlib.Path) -> None:
   """In place, without spills, sending no more than it must."""
   shallow = tmp_path / f'{name}.py'
   shallow.write_text(_SHALLOW.format(name=name))
@@ -53,16 +60,29 @@ def test_a_deployment_fits(name: str, tmp_path: pathlib.Path) -> None:
 def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
   """Compiles a step, the plan in a file, and looks at all that it says."""
   done = subprocess.run(
-    [sys.executable, '-m', 'sarathi_jax.plan', f'--config={config}',
-     f'--json={path}'], cwd=source_tree.ROOT, text=True, capture_output=True,
-    check=False)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.plan',
+      f'--config={config}',
+      f'--json={path}',
+    ],
+    cwd=source_tree.ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+  )
   print(done.stdout)
   assert done.returncode == 0, done.stderr
   found = json.loads(path.read_text())
   assert found['problems'] == []
   memory = found['memory']
-  used = (memory['weights'] + memory['kv_cache'] + memory['temporaries']
-          + memory['state'])
+  used = (
+    memory['weights']
+    + memory['kv_cache']
+    + memory['temporaries']
+    + memory['state']
+  )
   assert used <= memory['usable']
   assert all(found['sequences'].values())
   sent = {one['kind']: one for one in found['sent']}

@@ -39,23 +39,34 @@ class Matmul:
     def body(i: jax.Array, acc: jax.Array) -> jax.Array:
       at = pl.ds(i * self.block, self.block)
       return acc + plgpu.dot(
-        plgpu.load(x_ref.at[:, at]), plgpu.load(y_ref.at[at, :]))
+        plgpu.load(x_ref.at[:, at]), plgpu.load(y_ref.at[at, :])
+      )
 
-    acc = jax.lax.fori_loop(0, self.inner // self.block, body, jnp.zeros(
-      (self.rows, self.columns), jnp.float32))
+    acc = jax.lax.fori_loop(
+      0,
+      self.inner // self.block,
+      body,
+      jnp.zeros((self.rows, self.columns), jnp.float32),
+    )
     plgpu.store(out_ref.at[:, :], acc.astype(out_ref.dtype))
 
   def function(self, x: jax.Array, y: jax.Array) -> Any:
     return pl.pallas_call(
-      self._kernel, name=self.name, grid=(1,),
+      self._kernel,
+      name=self.name,
+      grid=(1,),
       out_shape=jax.ShapeDtypeStruct((self.rows, self.columns), x.dtype),
       compiler_params=plgpu.CompilerParams(
-        num_warps=4, num_stages=self.num_stages))(x, y)
+        num_warps=4, num_stages=self.num_stages
+      ),
+    )(x, y)
 
   @property
   def args(self) -> Any:
-    return (jax.ShapeDtypeStruct((self.rows, self.inner), jnp.bfloat16),
-            jax.ShapeDtypeStruct((self.inner, self.columns), jnp.bfloat16))
+    return (
+      jax.ShapeDtypeStruct((self.rows, self.inner), jnp.bfloat16),
+      jax.ShapeDtypeStruct((self.inner, self.columns), jnp.bfloat16),
+    )
 
 
 GOOD = Matmul('good', 64, 64, 3)

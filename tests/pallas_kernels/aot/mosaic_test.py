@@ -21,7 +21,7 @@ from pallas_kernels.ragged_paged_attention import configurations
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
-_COMMAND = '''
+_COMMAND = """
 from pallas_kernels.aot import main
 from pallas_kernels.ragged_paged_attention import configurations
 import sys
@@ -29,39 +29,59 @@ part = slice(int(sys.argv.pop(1)), None, 2)
 configurations.cases = (
   lambda device: list(configurations.mosaic_cases())[part])
 main.run()
-'''
+"""
 
 
 def needs_mosaic(test: Callable[..., None]) -> Any:
   """Marks a test of the lane with the compiler of the newest JAX."""
-  return matmul.needs_wheels(pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason='needs JAX 0.11')(test))
+  return matmul.needs_wheels(
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='needs JAX 0.11')(
+      test
+    )
+  )
 
 
 def test_what_mosaic_dumps_is_read(tmp_path: pathlib.Path) -> None:
-  (tmp_path / 'attend_0.ptxas').write_text('''\
+  (tmp_path / 'attend_0.ptxas').write_text("""\
 ptxas info    : Compiling entry function 'attend_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for attend_mosaic_gpu_kernel
     8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers
-''')
+""")
   (tmp_path / 'attend_0.ptx').write_text('.visible .entry x()\n.reqntid 384\n')
   (tmp_path / 'attend_0.resources.txt').write_text(
-    'Resources(smem_scratch_bytes=198656, tmem_scratch_cols=0)')
-  found, = kernels.read_mosaic(tmp_path, gpu_targets.get('h100'))
+    'Resources(smem_scratch_bytes=198656, tmem_scratch_cols=0)'
+  )
+  (found,) = kernels.read_mosaic(tmp_path, gpu_targets.get('h100'))
   assert found == kernels.Kernel(
-    'attend', True, threads=384, registers=168, spill_bytes=12,
-    shared_memory=198656, blocks_per_sm=1)
+    'attend',
+    True,
+    threads=384,
+    registers=168,
+    spill_bytes=12,
+    shared_memory=198656,
+    blocks_per_sm=1,
+  )
 
 
 def _compile(path: pathlib.Path, part: int) -> list[dict[str, Any]]:
   """What the command finds, alone: Mosaic keeps what a process compiled."""
   done = subprocess.run(
-    [sys.executable, '-c', _COMMAND, str(part), '--device=h100',
-     f'--json={path}'], cwd=source_tree.ROOT, check=False)
+    [
+      sys.executable,
+      '-c',
+      _COMMAND,
+      str(part),
+      '--device=h100',
+      f'--json={path}',
+    ],
+    cwd=source_tree.ROOT,
+    check=False,
+  )
   found: list[dict[str, Any]] = json.loads(path.read_text())['cases']
-  assert not {case['name']: case['problems'] for case in found
-              if case['problems']}
+  assert not {
+    case['name']: case['problems'] for case in found if case['problems']
+  }
   assert done.returncode == 0
   return found
 
@@ -69,14 +89,15 @@ def _compile(path: pathlib.Path, part: int) -> list[dict[str, Any]]:
 @needs_mosaic
 @pytest.mark.parametrize('part', [0, 1])
 def test_every_configuration_compiles(
-    part: int, tmp_path: pathlib.Path) -> None:
+  part: int, tmp_path: pathlib.Path
+) -> None:
   """Every second one: a process compiles one after the other."""
   found = _compile(tmp_path / 'aot.json', part)
   assert len(found) > 5
   for case in found:
-    assert [kernel['name'] for kernel in case['kernels']
-            if kernel['is_ours']] == [
-      'ragged_paged_attention', 'merge_splits', 'attend_chunks']
+    assert [
+      kernel['name'] for kernel in case['kernels'] if kernel['is_ours']
+    ] == ['ragged_paged_attention', 'merge_splits', 'attend_chunks']
 
 
 @needs_mosaic
@@ -87,7 +108,10 @@ def test_tritons_compile_on_this_jax_too(device: str) -> None:
   results = cases.check(first, device)
   assert not {r.name: r.problems for r in results if r.problems}
   assert {k.name for r in results for k in r.kernels if k.is_ours} == {
-    'ragged_paged_attention', 'merge_splits', 'write_kv'}
+    'ragged_paged_attention',
+    'merge_splits',
+    'write_kv',
+  }
 
 
 @needs_mosaic
@@ -95,9 +119,17 @@ def test_tritons_compile_on_this_jax_too(device: str) -> None:
 def test_mistrals_step_compiles_in_place(tmp_path: pathlib.Path) -> None:
   path = tmp_path / 'plan.json'
   subprocess.run(
-    [sys.executable, '-m', 'sarathi_jax.plan', f'--json={path}',
-     '--config=configs/mistral_7b_h100.py', '--attention=pallas_mosaic'],
-    cwd=source_tree.ROOT, check=True)
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.plan',
+      f'--json={path}',
+      '--config=configs/mistral_7b_h100.py',
+      '--attention=pallas_mosaic',
+    ],
+    cwd=source_tree.ROOT,
+    check=True,
+  )
   case = json.loads(path.read_text())['step']
   assert 'attend_chunks' in {kernel['name'] for kernel in case['kernels']}
   assert (case['graphs'], case['outside_graphs']) == (1, [])

@@ -25,7 +25,9 @@ from pallas_kernels.ragged_paged_attention import xla_decode
 # exponentials a GPU approximates.
 TOLERANCES = {
   'float32': 5e-6 if jax.default_backend() == 'cpu' else 5e-5,
-  'bfloat16': 2e-2, 'float16': 2e-3}
+  'bfloat16': 2e-2,
+  'float16': 2e-3,
+}
 
 
 def _missing_for_mosaic() -> str | None:
@@ -37,25 +39,49 @@ def _missing_for_mosaic() -> str | None:
 
 
 _MISSING = _missing_for_mosaic()
-MOSAIC = pytest.param('pallas_mosaic', marks=(
-  pytest.mark.gpu,
-  pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))))
+MOSAIC = pytest.param(
+  'pallas_mosaic',
+  marks=(
+    pytest.mark.gpu,
+    pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
+  ),
+)
 IMPLEMENTATIONS: list[Any] = [
-  'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu), MOSAIC]
+  'xla',
+  pytest.param('pallas_triton', marks=pytest.mark.gpu),
+  MOSAIC,
+]
 # What Mosaic's kernel, and on a push Triton's, is tried on where it is
 # interpreted, which takes its time: one compilation serves those that differ in
 # values only.
 _INTERPRETED = (
-  'empty', 'one_token', 'one_token_prefill', 'q_len_around_a_page',
-  'late_chunks', 'whole_bucket_prefill', '4_decodes', 'all_phases', 'mixed',
-  'window_9', 'window_soft_cap', 'float16', 'groups_of_7', 'head_dim_80',
-  'many_tiles', 'head_dim_128_bfloat16', 'pages_of_256')
+  'empty',
+  'one_token',
+  'one_token_prefill',
+  'q_len_around_a_page',
+  'late_chunks',
+  'whole_bucket_prefill',
+  '4_decodes',
+  'all_phases',
+  'mixed',
+  'window_9',
+  'window_soft_cap',
+  'float16',
+  'groups_of_7',
+  'head_dim_80',
+  'many_tiles',
+  'head_dim_128_bfloat16',
+  'pages_of_256',
+)
 
 
 def _can(spec: arg_specs.ArgSpec) -> bool:
   """Whether Mosaic's kernel has such specs, and is to be tried on this one."""
-  return spec.kv_dtype is None and spec.head_dim <= 128 and (
-    jax.default_backend() == 'gpu' or spec.name in _INTERPRETED)
+  return (
+    spec.kv_dtype is None
+    and spec.head_dim <= 128
+    and (jax.default_backend() == 'gpu' or spec.name in _INTERPRETED)
+  )
 
 
 def _cases() -> Iterator[Any]:
@@ -64,31 +90,40 @@ def _cases() -> Iterator[Any]:
   for spec in production + arg_specs.TESTS:
     yield pytest.param(spec, 'xla', id=f'{spec.name}-xla')
     for kernel in IMPLEMENTATIONS[1:]:
-      name, = kernel.values
-      is_slow = (jax.default_backend() != 'gpu'
-                 and spec.name not in _INTERPRETED)
+      (name,) = kernel.values
+      is_slow = jax.default_backend() != 'gpu' and spec.name not in _INTERPRETED
       if kernel is not MOSAIC or _can(spec):
         yield pytest.param(
-          spec, name, id=f'{spec.name}-{name}',
-          marks=[*kernel.marks, *[pytest.mark.slow] * is_slow])
+          spec,
+          name,
+          id=f'{spec.name}-{name}',
+          marks=[*kernel.marks, *[pytest.mark.slow] * is_slow],
+        )
 
 
 MIXED = arg_specs.BY_NAME['mixed']
 
 _jitted = jax.jit(
   rpa.ragged_paged_attention,
-  static_argnames=('scale', 'sliding_window', 'soft_cap', 'implementation'))
+  static_argnames=('scale', 'sliding_window', 'soft_cap', 'implementation'),
+)
 
 
-def attend(spec: arg_specs.ArgSpec, arrays: Mapping[str, Any],
-           implementation: str) -> np.ndarray:
+def attend(
+  spec: arg_specs.ArgSpec, arrays: Mapping[str, Any], implementation: str
+) -> np.ndarray:
   """The outputs of all rows, as float32."""
-  call = rpa.ragged_paged_attention if implementation == 'reference' else (
-    _jitted)
+  call = (
+    rpa.ragged_paged_attention if implementation == 'reference' else (_jitted)
+  )
   k_pages, v_pages = rpa.pages_from_rows(
-    arrays['k_pages'], arrays['v_pages'], implementation)
-  out = call(**(arrays | dict(k_pages=k_pages, v_pages=v_pages)),
-             **spec.options, implementation=implementation)
+    arrays['k_pages'], arrays['v_pages'], implementation
+  )
+  out = call(
+    **(arrays | dict(k_pages=k_pages, v_pages=v_pages)),
+    **spec.options,
+    implementation=implementation,
+  )
   assert out.dtype == arrays['q'].dtype
   return np.asarray(out, np.float32)
 
@@ -98,29 +133,46 @@ def fit(spec: arg_specs.ArgSpec, implementation: str) -> arg_specs.ArgSpec:
   if implementation == 'xla':
     return spec
   spec = dataclasses.replace(
-    spec, page_size=max(16, 1 << (spec.page_size - 1).bit_length()),
-    head_dim=-(-spec.head_dim // 16) * 16)
+    spec,
+    page_size=max(16, 1 << (spec.page_size - 1).bit_length()),
+    head_dim=-(-spec.head_dim // 16) * 16,
+  )
   if implementation == 'pallas_triton':
     return spec
   return dataclasses.replace(
-    spec, head_dim=64 if spec.head_dim <= 64 else 128,
-    dtype='float16' if spec.dtype == 'float16' else 'bfloat16')
+    spec,
+    head_dim=64 if spec.head_dim <= 64 else 128,
+    dtype='float16' if spec.dtype == 'float16' else 'bfloat16',
+  )
 
 
 def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
   spec = fit(spec, implementation)
   arrays = arg_specs.make(spec, seed, unused=float('nan'))
-  rpa.dynamic_validate(**{name: arrays[name] for name in (
-    'q', 'k_pages', 'kv_lens', 'page_indices', 'cu_q_lens', 'distribution')})
+  rpa.dynamic_validate(
+    **{
+      name: arrays[name]
+      for name in (
+        'q',
+        'k_pages',
+        'kv_lens',
+        'page_indices',
+        'cu_q_lens',
+        'distribution',
+      )
+    }
+  )
   got = attend(spec, arrays, implementation)
   want = attend(spec, arrays, 'reference')
   real = sum(spec.all_q_lens)
   assert np.isfinite(got).all()
   # float16 mixes quantized values as bfloat16; see pallas_triton.
-  rounded = 'bfloat16' if spec.kv_dtype and spec.dtype == 'float16' else (
-    spec.dtype)
-  np.testing.assert_allclose(got[:real], want[:real], rtol=0,
-                             atol=TOLERANCES[rounded])
+  rounded = (
+    'bfloat16' if spec.kv_dtype and spec.dtype == 'float16' else (spec.dtype)
+  )
+  np.testing.assert_allclose(
+    got[:real], want[:real], rtol=0, atol=TOLERANCES[rounded]
+  )
 
 
 @pytest.mark.parametrize(('spec', 'implementation'), list(_cases()))
@@ -140,12 +192,21 @@ def test_any_lengths(implementation: str, data: strategies.DataObject):
     q_lens.append(data.draw(strategies.integers(1, room // 2 or 1), 'q_len'))
     room -= q_lens[-1]
     hypothesis.assume(room >= 0)
-  contexts = [data.draw(strategies.integers(n, 64), 'context')
-              for n in [1] * num_decodes + q_lens]
-  check(dataclasses.replace(
-    MIXED, name='drawn', contexts=tuple(contexts), q_lens=tuple(q_lens),
-    num_decodes=num_decodes), implementation,
-    seed=data.draw(strategies.integers(0, 99), 'seed'))
+  contexts = [
+    data.draw(strategies.integers(n, 64), 'context')
+    for n in [1] * num_decodes + q_lens
+  ]
+  check(
+    dataclasses.replace(
+      MIXED,
+      name='drawn',
+      contexts=tuple(contexts),
+      q_lens=tuple(q_lens),
+      num_decodes=num_decodes,
+    ),
+    implementation,
+    seed=data.draw(strategies.integers(0, 99), 'seed'),
+  )
 
 
 # Mosaic's kernel has two head dims, and its interpreter takes its time.
@@ -155,29 +216,45 @@ def test_any_lengths(implementation: str, data: strategies.DataObject):
 def test_any_shapes(implementation: str, data: strategies.DataObject):
   def draw(*choices: Any) -> Any:
     return data.draw(strategies.sampled_from(choices))
+
   num_kv_heads = draw(1, 2, 3)
   context = data.draw(strategies.integers(1, 70), 'context')
-  check(arg_specs.ArgSpec(
-    name='drawn', contexts=(context, 13, context), num_decodes=2,
-    q_lens=(data.draw(strategies.integers(1, context), 'q_len'),),
-    num_kv_heads=num_kv_heads, num_heads=num_kv_heads * draw(1, 2, 3),
-    head_dim=draw(4, 8, 20), page_size=draw(1, 3, 4, 16),
-    dtype=draw('float32', 'bfloat16'), soft_cap=draw(None, 3.0),
-    sliding_window=draw(None, 1, 10)), implementation)
+  check(
+    arg_specs.ArgSpec(
+      name='drawn',
+      contexts=(context, 13, context),
+      num_decodes=2,
+      q_lens=(data.draw(strategies.integers(1, context), 'q_len'),),
+      num_kv_heads=num_kv_heads,
+      num_heads=num_kv_heads * draw(1, 2, 3),
+      head_dim=draw(4, 8, 20),
+      page_size=draw(1, 3, 4, 16),
+      dtype=draw('float32', 'bfloat16'),
+      soft_cap=draw(None, 3.0),
+      sliding_window=draw(None, 1, 10),
+    ),
+    implementation,
+  )
 
 
-@pytest.mark.parametrize('implementation', [
-  'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+  'implementation',
+  ['xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)],
+)
 @pytest.mark.parametrize('kv_dtype', ['int8', 'float8_e4m3fn'])
 def test_small_values_are_kept(kv_dtype: str, implementation: str):
   """A weight times the scale of a small value is none of float16's numbers."""
-  spec = fit(dataclasses.replace(MIXED, dtype='float16', kv_dtype=kv_dtype),
-             implementation)
+  spec = fit(
+    dataclasses.replace(MIXED, dtype='float16', kv_dtype=kv_dtype),
+    implementation,
+  )
   arrays = arg_specs.make(spec)
   values = arrays['v_pages']
   arrays['v_pages'] = values._replace(scales=values.scales * 2.0**-10)
-  got, want = (attend(spec, arrays, name)[:sum(spec.all_q_lens)]
-               for name in (implementation, 'reference'))
+  got, want = (
+    attend(spec, arrays, name)[: sum(spec.all_q_lens)]
+    for name in (implementation, 'reference')
+  )
   assert np.abs(got - want).max() < 0.004 * np.abs(want).max()
 
 
@@ -214,42 +291,49 @@ def test_batch_mates_change_nothing(implementation: str):
     alone['q'] = jnp.roll(arrays['q'], -starts[s], axis=0)
     alone['cu_q_lens'] = jnp.full_like(arrays['cu_q_lens'], q_len).at[0].set(0)
     alone['distribution'] = jnp.array(
-      [int(s < mixed.num_decodes), 1], jnp.int32)
+      [int(s < mixed.num_decodes), 1], jnp.int32
+    )
     np.testing.assert_allclose(
       attend(mixed, alone, implementation)[:q_len],
-      together[starts[s]:starts[s] + q_len], rtol=0, atol=2e-6)
+      together[starts[s] : starts[s] + q_len],
+      rtol=0,
+      atol=2e-6,
+    )
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 @pytest.mark.parametrize('pages', ['k_pages', 'v_pages'])
-def test_a_sequence_of_nan_ruins_itself_alone(
-    pages: str, implementation: str):
+def test_a_sequence_of_nan_ruins_itself_alone(pages: str, implementation: str):
   """Not even those whose work is shared; and it does not hide its own."""
   mixed = fit(MIXED, implementation)
   arrays = arg_specs.make(mixed)
   want = attend(mixed, arrays, implementation)
   starts, page_size = np.asarray(arrays['cu_q_lens']), mixed.page_size
   for s, (q_len, context) in enumerate(
-      zip(mixed.all_q_lens, mixed.contexts, strict=True)):
-    first = arrays['page_indices'][s, :-(-context // page_size)][:1]
+    zip(mixed.all_q_lens, mixed.contexts, strict=True)
+  ):
+    first = arrays['page_indices'][s, : -(-context // page_size)][:1]
     ruined = arrays | {pages: arrays[pages].at[first].set(np.nan)}
     got = attend(mixed, ruined, implementation)
     mine = np.arange(len(got)) - starts[s]
     mine = (mine >= 0) & (mine < q_len)
     assert np.isnan(got[mine]).all(), s
-    mine[starts[-1]:] = True  # padding
+    mine[starts[-1] :] = True  # padding
     np.testing.assert_array_equal(got[~mine], want[~mine])
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_a_query_alone_is_a_decode_or_a_chunk(implementation: str):
   """The two paths agree on what both can do."""
-  decodes, chunks = (fit(arg_specs.BY_NAME[f'{n}_decodes'], implementation)
-                     for n in (8, 0))
+  decodes, chunks = (
+    fit(arg_specs.BY_NAME[f'{n}_decodes'], implementation) for n in (8, 0)
+  )
   np.testing.assert_allclose(
     attend(decodes, arg_specs.make(decodes), implementation)[:8],
     attend(chunks, arg_specs.make(chunks), implementation)[:8],
-    rtol=0, atol=2e-6)
+    rtol=0,
+    atol=2e-6,
+  )
 
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
@@ -261,8 +345,10 @@ def test_one_compilation_serves_all_values(implementation: str):
     nonlocal traces
     traces += 1
     return rpa.ragged_paged_attention(
-      **arrays, **fit(MIXED, implementation).options,
-      implementation=implementation)
+      **arrays,
+      **fit(MIXED, implementation).options,
+      implementation=implementation,
+    )
 
   # JAX loads its interpreter within a first trace, which then no longer counts
   # as one of the same settings.
@@ -271,7 +357,8 @@ def test_one_compilation_serves_all_values(implementation: str):
   for name in ('mixed', 'empty', 'phase_3', '4_decodes'):
     arrays = arg_specs.make(fit(arg_specs.BY_NAME[name], implementation))
     arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
-      arrays['k_pages'], arrays['v_pages'], implementation)
+      arrays['k_pages'], arrays['v_pages'], implementation
+    )
     counted(arrays)
   assert traces == 1
 
@@ -279,15 +366,25 @@ def test_one_compilation_serves_all_values(implementation: str):
 def _decode_temp_bytes() -> tuple[int, int]:
   """Temporaries of decodes, and the size of one block's keys."""
   spec = dataclasses.replace(
-    arg_specs.BY_NAME['decode_43m'], head_dim=32, page_size=32)
+    arg_specs.BY_NAME['decode_43m'], head_dim=32, page_size=32
+  )
   arrays = arg_specs.make(spec)
   k_pages, v_pages = rpa.pages_from_rows(
-    arrays['k_pages'], arrays['v_pages'], 'xla')
+    arrays['k_pages'], arrays['v_pages'], 'xla'
+  )
   q = arrays['q'].reshape(-1, spec.num_kv_heads, 2, spec.head_dim)
-  compiled = jax.jit(functools.partial(
-    xla_decode.decodes, options=batch_lib.Options(1.0))).lower(
-      q, k_pages, v_pages, batch_lib.Batch(*(
-        arrays[name] for name in batch_lib.Batch._fields))).compile()
+  compiled = (
+    jax.jit(
+      functools.partial(xla_decode.decodes, options=batch_lib.Options(1.0))
+    )
+    .lower(
+      q,
+      k_pages,
+      v_pages,
+      batch_lib.Batch(*(arrays[name] for name in batch_lib.Batch._fields)),
+    )
+    .compile()
+  )
   keys = xla_decode._BLOCK * k_pages[0].nbytes
   return compiled.memory_analysis().temp_size_in_bytes, keys
 
@@ -297,6 +394,7 @@ def test_decodes_on_cpu_copy_no_pages(monkeypatch: pytest.MonkeyPatch):
   got, keys = _decode_temp_bytes()
   assert got < keys
   monkeypatch.setattr(
-    xla_decode, '_walled', lambda _, function, *args: function(*args))
+    xla_decode, '_walled', lambda _, function, *args: function(*args)
+  )
   got, keys = _decode_temp_bytes()
   assert got > keys

@@ -17,30 +17,49 @@ import pytest
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 
 TILING = plan_lib.Tiling(
-  wide_rows=32, narrow_rows=16, block_n=16, num_items=12, min_split=2)
+  wide_rows=32, narrow_rows=16, block_n=16, num_items=12, min_split=2
+)
 
 
-def batch(contexts: list[int], q_lens: list[int], num_decodes: int,
-          num_seqs: int = 8) -> tuple[np.ndarray, ...]:
+def batch(
+  contexts: list[int], q_lens: list[int], num_decodes: int, num_seqs: int = 8
+) -> tuple[np.ndarray, ...]:
   kv_lens = np.zeros(num_seqs, np.int32)
-  kv_lens[:len(contexts)] = contexts
+  kv_lens[: len(contexts)] = contexts
   starts = np.full(num_seqs + 1, sum(q_lens), np.int32)
-  starts[:len(q_lens) + 1] = np.concatenate(([0], np.cumsum(q_lens)))
+  starts[: len(q_lens) + 1] = np.concatenate(([0], np.cumsum(q_lens)))
   return kv_lens, starts, np.array([num_decodes, len(contexts)], np.int32)
 
 
-def make(contexts: list[int], q_lens: list[int], num_decodes: int,
-         group: int, window: int | None = None, num_seqs: int = 8,
-         num_tokens: int = 64, xp=np) -> plan_lib.Plan:
+def make(
+  contexts: list[int],
+  q_lens: list[int],
+  num_decodes: int,
+  group: int,
+  window: int | None = None,
+  num_seqs: int = 8,
+  num_tokens: int = 64,
+  xp=np,
+) -> plan_lib.Plan:
   arrays = batch(contexts, q_lens, num_decodes, num_seqs)
   plan = plan_lib.make(
-    *map(xp.asarray, arrays), tiling=TILING, num_tokens=num_tokens,
-    group=group, sliding_window=window, xp=xp)
+    *map(xp.asarray, arrays),
+    tiling=TILING,
+    num_tokens=num_tokens,
+    group=group,
+    sliding_window=window,
+    xp=xp,
+  )
   return plan_lib.Plan(*map(np.asarray, plan))
 
 
-def check(plan: plan_lib.Plan, contexts: list[int], q_lens: list[int],
-          group: int, window: int | None) -> None:
+def check(
+  plan: plan_lib.Plan,
+  contexts: list[int],
+  q_lens: list[int],
+  group: int,
+  window: int | None,
+) -> None:
   done: collections.Counter[tuple[int, int, int]] = collections.Counter()
   slots = {}
   for i in np.flatnonzero(plan.rows):
@@ -65,8 +84,10 @@ def check(plan: plan_lib.Plan, contexts: list[int], q_lens: list[int],
   merged = {
     slot: (plan.merge_seq[i], plan.merge_row[i])
     for i in np.flatnonzero(plan.merge_count)
-    for slot in range(plan.merge_slot[i],
-                      plan.merge_slot[i] + plan.merge_count[i])}
+    for slot in range(
+      plan.merge_slot[i], plan.merge_slot[i] + plan.merge_count[i]
+    )
+  }
   assert merged == slots, 'what is partial is merged, and nothing else'
   cost = np.where(plan.rows > 0, plan.rows * (plan.stop - plan.start), -1)
   assert (np.diff(cost) <= 0).all(), 'longest first'
@@ -76,11 +97,15 @@ def check(plan: plan_lib.Plan, contexts: list[int], q_lens: list[int],
 @pytest.mark.parametrize('group', [1, 4, 7, 71])
 @hypothesis.given(data=strategies.data())
 @hypothesis.settings(max_examples=40)
-def test_every_key_is_met_once(group: int, window: int | None,
-                               data: strategies.DataObject) -> None:
+def test_every_key_is_met_once(
+  group: int, window: int | None, data: strategies.DataObject
+) -> None:
   num_decodes = data.draw(strategies.integers(0, 8))
-  q_lens = [1] * num_decodes + data.draw(strategies.lists(
-    strategies.integers(1, 28), max_size=min(8 - num_decodes, 2)))
+  q_lens = [1] * num_decodes + data.draw(
+    strategies.lists(
+      strategies.integers(1, 28), max_size=min(8 - num_decodes, 2)
+    )
+  )
   contexts = [n + data.draw(strategies.integers(0, 700)) for n in q_lens]
   plan = make(contexts, q_lens, num_decodes, group, window)
   check(plan, contexts, q_lens, group, window)
@@ -97,16 +122,26 @@ def test_a_gap_is_noticed() -> None:
 
 def test_the_worked_example() -> None:
   tiling = plan_lib.Tiling(
-    wide_rows=64, narrow_rows=16, block_n=64, num_items=4)
+    wide_rows=64, narrow_rows=16, block_n=64, num_items=4
+  )
   plan = plan_lib.make(
-    np.array([1024, 120]), np.array([0, 1, 21]), np.array([1, 2]),
-    tiling=tiling, num_tokens=21, group=4)
+    np.array([1024, 120]),
+    np.array([0, 1, 21]),
+    np.array([1, 2]),
+    tiling=tiling,
+    num_tokens=21,
+    group=4,
+  )
   real = plan.rows > 0
   items = zip(*(column[real].tolist() for column in plan[:6]), strict=True)
   assert list(items) == [
-    (64, 1, 0, 0, 2, -1), (64, 1, 64, 0, 2, -1),
-    (16, 0, 0, 0, 4, 0), (16, 0, 0, 4, 8, 1), (16, 0, 0, 8, 12, 2),
-    (16, 0, 0, 12, 16, 3)]
+    (64, 1, 0, 0, 2, -1),
+    (64, 1, 64, 0, 2, -1),
+    (16, 0, 0, 0, 4, 0),
+    (16, 0, 0, 4, 8, 1),
+    (16, 0, 0, 8, 12, 2),
+    (16, 0, 0, 12, 16, 3),
+  ]
   assert plan.merge_count.tolist() == [4, 0]
 
 
@@ -136,27 +171,37 @@ def test_plans_are_int32_and_of_fixed_shape() -> None:
 @pytest.mark.parametrize('group', [1, 4, 71])
 @hypothesis.given(data=strategies.data())
 @hypothesis.settings(max_examples=40)
-def test_two_plans_share_a_batch(group: int, window: int | None,
-                                 data: strategies.DataObject) -> None:
+def test_two_plans_share_a_batch(
+  group: int, window: int | None, data: strategies.DataObject
+) -> None:
   """What one kernel leaves out, the other does: each query, and its keys."""
   num_decodes = data.draw(strategies.integers(0, 8))
-  q_lens = [1] * num_decodes + data.draw(strategies.lists(
-    strategies.integers(1, 28), max_size=min(8 - num_decodes, 2)))
+  q_lens = [1] * num_decodes + data.draw(
+    strategies.lists(
+      strategies.integers(1, 28), max_size=min(8 - num_decodes, 2)
+    )
+  )
   contexts = [n + data.draw(strategies.integers(0, 700)) for n in q_lens]
   arrays = batch(contexts, q_lens, num_decodes)
   options: Any = dict(num_tokens=64, sliding_window=window)
   small = plan_lib.make(
-    *arrays, tiling=dataclasses.replace(TILING, has_wide=False), group=group,
-    **options)
+    *arrays,
+    tiling=dataclasses.replace(TILING, has_wide=False),
+    group=group,
+    **options,
+  )
   chunks = plan_lib.make_chunks(
-    *arrays, tile=8, block_n=32, small=TILING.narrow_rows // group, **options)
+    *arrays, tile=8, block_n=32, small=TILING.narrow_rows // group, **options
+  )
   real = small.rows > 0
   assert (small.rows[real] == TILING.narrow_rows).all()
-  done = {(seq, row // group)
-          for seq, first in zip(small.seq[real], small.first_row[real],
-                                strict=True)
-          for row in range(first, min(first + TILING.narrow_rows,
-                                      q_lens[seq] * group))}
+  done = {
+    (seq, row // group)
+    for seq, first in zip(small.seq[real], small.first_row[real], strict=True)
+    for row in range(
+      first, min(first + TILING.narrow_rows, q_lens[seq] * group)
+    )
+  }
   for i in range(int(chunks.count[0])):
     seq, first = chunks.seq[i], chunks.first_query[i]
     stop = min(first + 8, q_lens[seq])
@@ -168,7 +213,8 @@ def test_two_plans_share_a_batch(group: int, window: int | None,
     oldest = 0 if window is None else max(past + first - window + 1, 0)
     assert chunks.start[i] == oldest // 32
     assert chunks.stop[i] == -(-(past + stop) // 32)
-  assert done == {(seq, query) for seq, n in enumerate(q_lens)
-                  for query in range(n)}
-  cost = (chunks.stop - chunks.start)[:chunks.count[0]]
+  assert done == {
+    (seq, query) for seq, n in enumerate(q_lens) for query in range(n)
+  }
+  cost = (chunks.stop - chunks.start)[: chunks.count[0]]
   assert (np.diff(cost) <= 0).all(), 'longest first'

@@ -18,15 +18,18 @@ DTYPES = quantization.DTYPES
 def test_every_byte_is_decoded(dtype: str) -> None:
   codes = np.arange(256, dtype=np.uint8)
   want = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-  got = np.asarray(jax.jit(quantization.decode, static_argnums=1)(
-    jnp.asarray(codes), dtype), np.float32)
+  got = np.asarray(
+    jax.jit(quantization.decode, static_argnums=1)(jnp.asarray(codes), dtype),
+    np.float32,
+  )
   is_nan = np.isnan(want)
   assert is_nan.sum() == 2  # Nothing is ever rounded to these.
   np.testing.assert_array_equal(got[~is_nan], want[~is_nan])
   ints = np.arange(-128, 128).astype(np.int8)
   np.testing.assert_array_equal(
     np.asarray(quantization.decode(jnp.asarray(ints), dtype), np.float32),
-    ints.astype(np.float32))
+    ints.astype(np.float32),
+  )
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -43,10 +46,11 @@ def test_errors_are_small(dtype: jnp.dtype) -> None:
     assert (error <= top / 127 * 0.5001).all()
   else:
     # Three bits of mantissa; below 2**-6, fixed steps of 2**-9.
-    assert (error <= np.maximum(np.abs(x) / 16, top / 448 * 2**-10)
-            * 1.0001).all()
+    assert (
+      error <= np.maximum(np.abs(x) / 16, top / 448 * 2**-10) * 1.0001
+    ).all()
   relative = np.sqrt((error**2).mean() / (x**2).mean())
-  low, high = (.003, .01) if dtype == quantization.INT8 else (.015, .035)
+  low, high = (0.003, 0.01) if dtype == quantization.INT8 else (0.015, 0.035)
   assert low < relative < high
 
 

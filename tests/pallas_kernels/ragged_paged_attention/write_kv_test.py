@@ -21,8 +21,10 @@ from pallas_kernels.ragged_paged_attention import layout
 WRITERS: list[Any] = [
   pytest.param(layout.ROWS, 'xla', id='rows'),
   pytest.param(layout.TILES, 'xla', id='tiles'),
-  pytest.param(layout.ROWS, 'pallas_triton', marks=pytest.mark.gpu,
-               id='pallas_triton')]
+  pytest.param(
+    layout.ROWS, 'pallas_triton', marks=pytest.mark.gpu, id='pallas_triton'
+  ),
+]
 
 _write = jax.jit(rpa.write_kv, static_argnames='implementation')
 _quantize = jax.jit(rpa.quantize, static_argnames='dtype')
@@ -33,34 +35,44 @@ def _pages(name: str, page_size: int = 8, dtype: str = 'float32'):
 
 
 def _new(num_tokens: int):
-  k = jnp.arange(1., 1 + num_tokens * 2 * 20).reshape(num_tokens, 2, 20)
+  k = jnp.arange(1.0, 1 + num_tokens * 2 * 20).reshape(num_tokens, 2, 20)
   return k, -k
 
 
 @pytest.mark.parametrize('page_size', [1, 5, 8, 16, 32])
 def test_tiles_and_rows_are_the_same_pages(page_size: int):
   rng = np.random.default_rng(0)
-  rows = tuple(jnp.asarray(x, jnp.float32) for x in rng.standard_normal(
-    (2, 6, 2, page_size, 20)))
+  rows = tuple(
+    jnp.asarray(x, jnp.float32)
+    for x in rng.standard_normal((2, 6, 2, page_size, 20))
+  )
   tiles = layout.from_rows(layout.TILES, *rows)
   empty = layout.init(layout.TILES, 6, page_size, 2, 20, 'float32')
   assert [x.shape for x in tiles] == [x.shape for x in empty]
-  assert layout.sizes(tiles[0]) == layout.sizes(rows[0]) == (
-    6, 2, page_size, 20)
+  assert (
+    layout.sizes(tiles[0]) == layout.sizes(rows[0]) == (6, 2, page_size, 20)
+  )
   for got, want in zip(layout.to_rows(*tiles), rows, strict=True):
     np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(('name', 'writer'), WRITERS)
-@hypothesis.given(slots=strategies.lists(
-  strategies.integers(-3, 60), min_size=5, max_size=5,
-  unique_by=lambda s: s if 0 <= s < 48 else object()))
+@hypothesis.given(
+  slots=strategies.lists(
+    strategies.integers(-3, 60),
+    min_size=5,
+    max_size=5,
+    unique_by=lambda s: s if 0 <= s < 48 else object(),
+  )
+)
 @hypothesis.settings(max_examples=25)
 def test_writes_slots_and_drops_padding(
-    name: str, writer: str, slots: list[int]):
+  name: str, writer: str, slots: list[int]
+):
   k, v = _new(5)
-  pages = _write(*_pages(name), k, v, jnp.array(slots, jnp.int32),
-                 implementation=writer)
+  pages = _write(
+    *_pages(name), k, v, jnp.array(slots, jnp.int32), implementation=writer
+  )
   for got, new in zip(layout.to_rows(*pages), (k, v), strict=True):
     want = np.zeros((6, 2, 8, 20), np.float32)
     for token, slot in enumerate(slots):
@@ -73,11 +85,13 @@ def test_writes_slots_and_drops_padding(
 def test_keeps_what_was_there_and_rounds_to_the_cache(name: str, writer: str):
   k, v = _new(1)
   pages = tuple(x + 7 for x in _pages(name, dtype='bfloat16'))
-  got, _ = layout.to_rows(*rpa.write_kv(
-    *pages, k / 3, v, jnp.array([9], jnp.int32), implementation=writer))
+  got, _ = layout.to_rows(
+    *rpa.write_kv(
+      *pages, k / 3, v, jnp.array([9], jnp.int32), implementation=writer
+    )
+  )
   assert got.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(
-    got[1, :, 1], (k[0] / 3).astype(jnp.bfloat16))
+  np.testing.assert_array_equal(got[1, :, 1], (k[0] / 3).astype(jnp.bfloat16))
   assert (np.asarray(got.at[1, :, 1].set(7), np.float32) == 7).all()
 
 
@@ -85,9 +99,15 @@ def test_keeps_what_was_there_and_rounds_to_the_cache(name: str, writer: str):
 @pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
 def test_quantizes_what_it_writes(name: str, writer: str, dtype: str):
   k, v = _new(2)
-  pages = layout.to_rows(*_write(
-    *_pages(name, dtype=dtype), k, v, jnp.array([9, 60], jnp.int32),
-    implementation=writer))
+  pages = layout.to_rows(
+    *_write(
+      *_pages(name, dtype=dtype),
+      k,
+      v,
+      jnp.array([9, 60], jnp.int32),
+      implementation=writer,
+    )
+  )
   for got, new in zip(pages, (k, v), strict=True):
     want = _quantize(new[0], dtype=dtype)
     for x, y in zip(got, want, strict=True):
@@ -96,27 +116,45 @@ def test_quantizes_what_it_writes(name: str, writer: str, dtype: str):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('dtype', [
-  'float32', 'bfloat16', 'float16', 'int8', 'float8_e4m3fn'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', 'bfloat16', 'float16', 'int8', 'float8_e4m3fn']
+)
 @pytest.mark.parametrize(
   ('num_kv_heads', 'head_dim', 'page_size'),
-  [(1, 64, 16), (2, 128, 16), (3, 80, 16), (7, 96, 4), (12, 16, 8)])
+  [(1, 64, 16), (2, 128, 16), (3, 80, 16), (7, 96, 4), (12, 16, 8)],
+)
 def test_the_kernel_does_what_scatter_does(
-    dtype: str, num_kv_heads: int, head_dim: int, page_size: int):
+  dtype: str, num_kv_heads: int, head_dim: int, page_size: int
+):
   """And touches nothing else."""
   rng = np.random.default_rng(0)
   num_slots = 6 * page_size
   pages = jax.tree.map(
     lambda x: jnp.asarray(rng.uniform(1, 100, x.shape).astype(x.dtype)),
-    layout.init(layout.ROWS, 6, page_size, num_kv_heads, head_dim, dtype))
-  k, v = jnp.asarray(rng.standard_normal(
-    (2, 9, num_kv_heads, head_dim)), jnp.bfloat16)
+    layout.init(layout.ROWS, 6, page_size, num_kv_heads, head_dim, dtype),
+  )
+  k, v = jnp.asarray(
+    rng.standard_normal((2, 9, num_kv_heads, head_dim)), jnp.bfloat16
+  )
   # The first, the last, and what lies just beside.
-  slots = jnp.array([3, -1, num_slots - 1, num_slots, 0, page_size, -2**31,
-                     2**31 - 1, page_size - 1], jnp.int32)
-  want, got = (_write(*pages, k, v.astype(jnp.float32), slots,
-                      implementation=writer)
-               for writer in ('xla', 'pallas_triton'))
+  slots = jnp.array(
+    [
+      3,
+      -1,
+      num_slots - 1,
+      num_slots,
+      0,
+      page_size,
+      -(2**31),
+      2**31 - 1,
+      page_size - 1,
+    ],
+    jnp.int32,
+  )
+  want, got = (
+    _write(*pages, k, v.astype(jnp.float32), slots, implementation=writer)
+    for writer in ('xla', 'pallas_triton')
+  )
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for x, y, old in zip(*map(jax.tree.leaves, (got, want, pages)), strict=True):
     assert x.dtype == y.dtype
@@ -128,8 +166,9 @@ def test_the_kernel_does_what_scatter_does(
 def test_the_kernel_may_have_nothing_to_write():
   pages = _pages(layout.ROWS)
   k, v = _new(0)
-  got = _write(*pages, k, v, jnp.zeros(0, jnp.int32),
-               implementation='pallas_triton')
+  got = _write(
+    *pages, k, v, jnp.zeros(0, jnp.int32), implementation='pallas_triton'
+  )
   assert not any(x.any() for x in got)
 
 
@@ -140,20 +179,30 @@ def _tiles() -> Any:
 def _many() -> Any:
   """More than int32 can index."""
   return jax.eval_shape(
-    lambda: layout.init(layout.ROWS, 6710887, 8, 2, 20, 'int8'))
+    lambda: layout.init(layout.ROWS, 6710887, 8, 2, 20, 'int8')
+  )
 
 
-@pytest.mark.parametrize(('pages', 'message'), [
-  (_tiles, r'k_pages=\(.*\): must be rows'),
-  (_many,
-   r'k_pages=\(6710887, .*\): must be less than 2147483648 numbers of a byte'),
-])
+@pytest.mark.parametrize(
+  ('pages', 'message'),
+  [
+    (_tiles, r'k_pages=\(.*\): must be rows'),
+    (
+      _many,
+      r'k_pages=\(6710887, .*\): must be less than 2147483648 numbers',
+    ),
+  ],
+)
 def test_what_the_kernel_cannot_have_is_named(
-    pages: Callable[[], Any], message: str):
+  pages: Callable[[], Any], message: str
+):
   with pytest.raises(NotImplementedError, match=f'pallas_triton: {message}'):
     jax.eval_shape(
       functools.partial(rpa.write_kv, implementation='pallas_triton'),
-      *pages(), *_new(5), jnp.arange(5, dtype=jnp.int32))
+      *pages(),
+      *_new(5),
+      jnp.arange(5, dtype=jnp.int32),
+    )
 
 
 @pytest.mark.parametrize(('name', 'writer'), WRITERS)
@@ -161,10 +210,14 @@ def test_what_the_kernel_cannot_have_is_named(
 def test_is_in_place_when_donated(name: str, writer: str, dtype: str):
   pages = _pages(name, dtype=dtype)
   k, v = _new(5)
-  compiled = jax.jit(
-    functools.partial(rpa.write_kv, implementation=writer),
-    donate_argnums=(0, 1)).lower(
-      *pages, k, v, jnp.arange(5, dtype=jnp.int32)).compile()
+  compiled = (
+    jax.jit(
+      functools.partial(rpa.write_kv, implementation=writer),
+      donate_argnums=(0, 1),
+    )
+    .lower(*pages, k, v, jnp.arange(5, dtype=jnp.int32))
+    .compile()
+  )
   leaves = jax.tree.leaves(pages)
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes == sum(x.nbytes for x in leaves)
@@ -172,31 +225,46 @@ def test_is_in_place_when_donated(name: str, writer: str, dtype: str):
     return  # Pallas's interpreter copies what it works on.
   for x in leaves:
     shape = f'[{",".join(map(str, x.shape))}]'
-    copies = [line for line in compiled.as_text().splitlines()
-              if f'{shape}{{' in line.partition(' copy(')[0]
-              and ' copy(' in line]
+    copies = [
+      line
+      for line in compiled.as_text().splitlines()
+      if f'{shape}{{' in line.partition(' copy(')[0] and ' copy(' in line
+    ]
     assert not copies
 
 
 def test_write_then_attend_is_in_place():
   """As in a step: the cache is read in the program that updates it."""
+
   def step(k_pages, v_pages, k, v, slots, ints):
     pages = rpa.write_kv(k_pages, v_pages, k, v, slots)
     return pages, rpa.ragged_paged_attention(
-      k, *pages, *ints, scale=1.0, implementation='xla')
+      k, *pages, *ints, scale=1.0, implementation='xla'
+    )
 
   pages = rpa.init_pages(6, 8, 2, 20, 'float32', 'xla')
   k, v = _new(5)
-  ints = (jnp.array([4, 4], jnp.int32), jnp.zeros((2, 2), jnp.int32),
-          jnp.array([0, 1, 5], jnp.int32), jnp.array([1, 2], jnp.int32))
-  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
-    *pages, k, v, jnp.arange(5, dtype=jnp.int32), ints).compile()
+  ints = (
+    jnp.array([4, 4], jnp.int32),
+    jnp.zeros((2, 2), jnp.int32),
+    jnp.array([0, 1, 5], jnp.int32),
+    jnp.array([1, 2], jnp.int32),
+  )
+  compiled = (
+    jax.jit(step, donate_argnums=(0, 1))
+    .lower(*pages, k, v, jnp.arange(5, dtype=jnp.int32), ints)
+    .compile()
+  )
   assert compiled.memory_analysis().alias_size_in_bytes == sum(
-    x.nbytes for x in pages)
+    x.nbytes for x in pages
+  )
   for x in pages:
     shape = f'f32[{",".join(map(str, x.shape))}]'
-    assert not [line for line in compiled.as_text().splitlines()
-                if f'= {shape}' in line and ' copy(' in line]
+    assert not [
+      line
+      for line in compiled.as_text().splitlines()
+      if f'= {shape}' in line and ' copy(' in line
+    ]
 
 
 @pytest.mark.parametrize('name', rpa.IMPLEMENTATIONS)

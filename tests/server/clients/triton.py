@@ -32,25 +32,34 @@ def _scalar(name: str, value: Any, dtype: str) -> Any:
 def main() -> None:
   client = triton.InferenceServerClient(f'127.0.0.1:{sys.argv[1]}')
   got: dict[str, Any] = {
-    'live': client.is_server_live(), 'ready': client.is_server_ready(),
+    'live': client.is_server_live(),
+    'ready': client.is_server_ready(),
     'model_ready': client.is_model_ready('counting'),
     'metadata': client.get_model_metadata('counting', as_json=True),
     'config': client.get_model_config('counting', as_json=True),
     'statistics': client.get_inference_statistics('counting', as_json=True),
-    'index': client.get_model_repository_index(as_json=True)}
+    'index': client.get_model_repository_index(as_json=True),
+  }
   result = client.infer(
-    'counting', [_input('t1 t2'), _scalar('max_tokens', np.int32(3), 'INT32')],
-    outputs=[triton.InferRequestedOutput('text_output'),
-             triton.InferRequestedOutput('output_ids')])
+    'counting',
+    [_input('t1 t2'), _scalar('max_tokens', np.int32(3), 'INT32')],
+    outputs=[
+      triton.InferRequestedOutput('text_output'),
+      triton.InferRequestedOutput('output_ids'),
+    ],
+  )
   got['text'] = result.as_numpy('text_output')[0].decode()
   got['ids'] = result.as_numpy('output_ids').tolist()
 
   responses: queue.Queue[Any] = queue.Queue()
   client.start_stream(lambda result, error: responses.put((result, error)))
   client.async_stream_infer(
-    'counting', [_input('t5'), _scalar('stream', True, 'BOOL')],
-    request_id='7', enable_empty_final_response=True,
-    parameters={'max_tokens': 6})
+    'counting',
+    [_input('t5'), _scalar('stream', True, 'BOOL')],
+    request_id='7',
+    enable_empty_final_response=True,
+    parameters={'max_tokens': 6},
+  )
   streamed, is_final = '', False
   while not is_final:
     result, error = responses.get(timeout=20)
@@ -61,7 +70,8 @@ def main() -> None:
     is_final = response.parameters['triton_final_response'].bool_param
   got['streamed'] = streamed
   client.async_stream_infer(
-    'counting', [_input('t5')], parameters={'temperature': -1.0})
+    'counting', [_input('t5')], parameters={'temperature': -1.0}
+  )
   _, error = responses.get(timeout=20)
   got['stream_error'] = str(error)
   client.stop_stream()
