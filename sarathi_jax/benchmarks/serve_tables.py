@@ -18,6 +18,7 @@ from absl import app
 import rich.table
 
 from sarathi_jax import errors
+from sarathi_jax.benchmarks import serve_capacity
 from sarathi_jax.benchmarks import servers
 from sarathi_jax.benchmarks.serve_capacity import Row
 from sarathi_jax.cli import mains
@@ -190,8 +191,28 @@ def plot(series: Mapping[str, metrics_lib.Quantiles]) -> str:
   return '\n'.join(lines) + '\n'
 
 
+def _latencies(size: str, runs: Sequence[Row]) -> list[str]:
+  """Makes a table of a model's times by rate and server, in Markdown."""
+  merged = [row for row in serve_capacity.merge(runs) if 'skipped' not in row]
+  sides = list(dict.fromkeys(row['side'] for row in merged))
+  cells = {
+    (row['qps'], row['side']): f'{_ms(row["ttft_p50_s"])}, '
+    f'{_ms(row["tbt_p99_s"])}'
+    for row in merged
+  }
+  return [
+    f'| {size}: P50 TTFT, P99 TBT, ms, at | {" | ".join(sides)} |',
+    '|' + '---|' * (1 + len(sides)),
+    *(
+      f'| {qps:g} requests/s | '
+      f'{" | ".join(cells.get((qps, side), "-") for side in sides)} |'
+      for qps in sorted({row['qps'] for row in merged})
+    ),
+  ]
+
+
 def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
-  """Makes the README's table, in Markdown; empty without results.
+  """Makes the README's tables, in Markdown; empty without results.
 
   Args:
     found: model -> the JSON of its run.
@@ -218,6 +239,9 @@ def readme(found: Mapping[str, Mapping[str, Any]]) -> str:
         f'{_capacity(best.get(servers.VLLM))} | '
         f'{"-" if over is None else f"{over:.2f}"} |'
       )
+  for size, file in found.items():
+    if runs := file['results']['runs']:
+      lines += ['', *_latencies(size, runs)]
   return '\n'.join(lines) + '\n'
 
 
