@@ -196,11 +196,9 @@ def encode_prompt(
       raise errors.UnsupportedError(
         'prompt: this model has no tokenizer; send token ids.'
       )
-    return (
-      tokenizer.apply_chat_template(prompt)
-      if is_chat  # type: ignore
-      else tokenizer.encode(prompt)
-    )  # type: ignore
+    if is_chat:
+      return tokenizer.apply_chat_template(prompt)  # type: ignore
+    return tokenizer.encode(prompt)  # type: ignore
   if any(isinstance(token, bool) for token in prompt):
     raise _wrong(prompt)
   try:
