@@ -15,7 +15,7 @@ from checkpoints_convert import convert
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import transforms
 from sarathi_jax import checkpoint
-from sarathi_jax import params_reader
+from sarathi_jax.checkpoint import params_reader
 
 _BLOCK_BYTES = 16 * 2**20  # of a tensor's rows in memory at once
 

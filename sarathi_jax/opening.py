@@ -20,7 +20,7 @@ import warnings
 from checkpoints_convert import changes
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
-from sarathi_jax import whole_folder
+from sarathi_jax.checkpoint import whole_folder
 from sarathi_jax.models import config as config_lib
 
 OnModel = Callable[[config_lib.ModelConfig], object]

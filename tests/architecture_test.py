@@ -45,7 +45,6 @@ LAYERS: Mapping[str, Layer] = {
       'sarathi_jax.config',
       'sarathi_jax.errors',
       'sarathi_jax.sampling_params',
-      'sarathi_jax.source_hash',
       'sarathi_jax.xla_flags',
       'sarathi_jax',
     ),
@@ -56,14 +55,7 @@ LAYERS: Mapping[str, Layer] = {
   'text': Layer(('sarathi_jax.text',)),
   'engine': Layer(('sarathi_jax.engine',), ('scheduler', 'text')),
   'models': Layer(('sarathi_jax.models',), ('kernels',)),
-  'checkpoint': Layer(
-    (
-      'sarathi_jax.checkpoint',
-      'sarathi_jax.params_reader',
-      'sarathi_jax.whole_folder',
-    ),
-    ('models',),
-  ),
+  'checkpoint': Layer(('sarathi_jax.checkpoint',), ('models',)),
   'cli': Layer(
     ('sarathi_jax.cli', 'sarathi_jax.quickstart'),
     ('scheduler', 'text', 'engine', 'models'),
@@ -460,7 +452,7 @@ def test_imports_are_read(text: str, expected: set[tuple[str, bool]]) -> None:
     ('sarathi_jax/engine/new.py', 'from sarathi_jax.runner import step'),
     ('sarathi_jax/models/new.py', 'from sarathi_jax import llm'),
     ('pallas_kernels/new.py', 'from sarathi_jax import types'),
-    ('sarathi_jax/checkpoint.py', 'import checkpoints_convert.main'),
+    ('sarathi_jax/checkpoint/new.py', 'import checkpoints_convert.main'),
     ('sarathi_jax/__init__.py', 'import sarathi_jax.llm'),
     ('sarathi_jax/server/new.py', 'import sarathi_jax.launch.loading'),
   ],

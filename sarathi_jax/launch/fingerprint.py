@@ -23,7 +23,7 @@ import numpy as np
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
-from sarathi_jax import source_hash
+from sarathi_jax.runner import source_hash
 
 _VERSIONS = ('jax', 'jaxlib')
 # Fields of JAX's configuration that change programs.

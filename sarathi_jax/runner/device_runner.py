@@ -16,8 +16,8 @@ import numpy as np
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import params_reader
 from sarathi_jax import types
+from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import hosts

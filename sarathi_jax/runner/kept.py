@@ -27,7 +27,7 @@ import jax
 from jax._src.lib import xla_client  # JAX's cache asks it, too.
 from jax.experimental import serialize_executable
 
-from sarathi_jax import source_hash
+from sarathi_jax.runner import source_hash
 
 # Read now: a file that is edited later is not what runs here.
 _SOURCE = source_hash.source_hash()

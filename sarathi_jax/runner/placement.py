@@ -24,7 +24,7 @@ import numpy as np
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
-from sarathi_jax import params_reader
+from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import spec

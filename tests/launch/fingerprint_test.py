@@ -12,10 +12,10 @@ import pytest
 
 from checkpoints_convert import convert
 from sarathi_jax import opening
-from sarathi_jax import source_hash
 from sarathi_jax.launch import fingerprint
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import joining
+from sarathi_jax.runner import source_hash
 from tests import tiny
 from tests.checkpoints_convert import fake_checkpoint as fake
 

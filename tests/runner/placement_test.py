@@ -20,7 +20,7 @@ from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
 from sarathi_jax import opening
-from sarathi_jax import params_reader
+from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel

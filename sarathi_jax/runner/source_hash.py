@@ -13,7 +13,7 @@ PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
 @functools.cache
 def source_hash() -> str:
   """Returns a hash of all our Python files, 16 hexadecimal digits."""
-  root = pathlib.Path(__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   digest = hashlib.sha256()
   for package in PACKAGES:
     for path in sorted((root / package).rglob('*.py')):

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A converted checkpoint's parameters: checks their files, and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import itertools
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.checkpoint import metadata as metadata_lib
+from sarathi_jax.checkpoint import params_reader
+from sarathi_jax.checkpoint.metadata import PathLike
+
+PARAMS = 'params'
+
+_ZARR_DTYPES: Mapping[str, str] = {
+  'bfloat16': 'bfloat16',
+  'float16': '<f2',
+  'float32': '<f4',
+}
+
+
+def restore_params(directory: PathLike, sharding: Any = None) -> Any:
+  """Reads the parameters straight onto devices.
+
+  Args:
+    directory: a converted checkpoint.
+    sharding: a jax.sharding.Sharding for all, or a tree of them shaped as the
+      parameters; None for the first device.
+
+  Returns:
+    The parameters, as `models.param_specs` describes them, jax.Arrays.
+
+  Raises:
+    CheckpointError: for `load_metadata`'s reasons, or an array is missing,
+      truncated or of another shape; names it.
+  """
+  metadata = metadata_lib.load_metadata(directory)
+  import jax  # Here, so that metadata can be read without JAX.
+  import orbax.checkpoint as ocp
+
+  specs = models.param_specs(metadata.model)
+  folder = pathlib.Path(os.path.abspath(directory)) / PARAMS
+  _check_arrays(folder, specs, metadata.dtype)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  if isinstance(sharding, jax.sharding.Sharding):
+    one = sharding
+    sharding = jax.tree.map(lambda _: one, specs)
+  args = jax.tree.map(
+    lambda leaf, where: ocp.ArrayRestoreArgs(
+      restore_type=jax.Array,
+      dtype=metadata.dtype,
+      sharding=where,
+      global_shape=leaf.shape,
+      strict=True,
+    ),
+    specs,
+    sharding,
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    try:
+      return checkpointer.restore(
+        folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args)
+      )
+    except (OSError, ValueError, KeyError) as e:
+      raise errors.CheckpointError(f'{folder}: can not be read: {e}') from e
+
+
+def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
+  """Finds missing and truncated files, by their names and sizes alone.
+
+  Leaves OCDBT checkpoints, which our converter does not write, to orbax.
+  """
+  if not folder.is_dir():
+    raise errors.CheckpointError(f'{folder}: no such folder.')
+  if (folder / 'manifest.ocdbt').exists():
+    return
+  import jax
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    _check_array(folder / name, name, leaf.shape, dtype)
+
+
+def _check_array(
+  folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: str
+) -> None:
+  try:
+    stored = json.loads((folder / '.zarray').read_bytes())
+    chunks = tuple(stored['chunks'])
+    stored_shape = tuple(stored['shape'])
+  except FileNotFoundError as e:
+    raise errors.CheckpointError(f'{folder.parent}: lacks {name}.') from e
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.CheckpointError(f'{folder / ".zarray"}: damaged: {e}.') from e
+  if stored_shape != shape:
+    raise errors.CheckpointError(
+      f'{folder.parent}: {name} has shape {stored_shape}; the model wants '
+      f'{shape}.'
+    )
+  if stored.get('dtype') != _ZARR_DTYPES[dtype]:
+    raise errors.CheckpointError(
+      f'{folder.parent}: {name} is stored as {stored.get("dtype")}, and not '
+      f'as {dtype}.'
+    )
+  if stored.get('compressor') is not None:
+    return
+  num_bytes = math.prod(chunks) * metadata_lib.DTYPE_BYTES[dtype]
+  grid = [
+    range(-(-size // chunk)) for size, chunk in zip(shape, chunks, strict=True)
+  ]
+  for index in itertools.product(*grid):
+    path = folder / '.'.join(map(str, index))
+    size = path.stat().st_size if path.exists() else None
+    if size != num_bytes:
+      problem = 'missing' if size is None else f'{size} bytes'
+      raise errors.CheckpointError(
+        f'{path}: {problem}, so {name} is truncated; it must be {num_bytes} '
+        'bytes.'
+      )
+
+
+class Checkpoint(NamedTuple):
+  """An open checkpoint, to load a model from.
+
+  Attributes:
+    metadata: what sarathi.json says, or would say.
+    read: reads parts of the parameters.
+    folder: holds the files of the tokenizer.
+  """
+
+  metadata: metadata_lib.CheckpointMetadata
+  read: params_reader.Read
+  folder: pathlib.Path
+
+
+def open_converted(directory: PathLike) -> Checkpoint:
+  """Opens a converted checkpoint, without reading any parameters yet.
+
+  Raises:
+    CheckpointError: as `restore_params`.
+  """
+  metadata = metadata_lib.load_metadata(directory)
+  params = pathlib.Path(os.path.abspath(directory)) / PARAMS
+  _check_arrays(params, models.param_specs(metadata.model), metadata.dtype)
+  return Checkpoint(
+    metadata, params_reader.open_params(params), pathlib.Path(directory)
+  )
