@@ -3,25 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from typing import Any
 
 import rich.console
 import rich.progress
+import rich.table
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 
+_END_S = 20.0  # for another process to end by itself
 _PACKAGES = ('jax', 'jaxlib', 'numpy', 'sarathi-jax', 'tokenizers')
 
 
@@ -72,6 +78,44 @@ def check_program(flag: str, path: str) -> None:
   config_lib.check(
     shutil.which(path) is not None, flag, path, 'must be a program'
   )
+
+
+@contextlib.contextmanager
+def process(run: Callable[..., object], *args: Any) -> Iterator[Any]:
+  """Runs a function in another process; yields this end of a pipe to it.
+
+  Args:
+    run: gets the pipe's other end, and then `args`; ends when it reads None.
+    *args: further arguments.
+  """
+  context = multiprocessing.get_context('spawn')
+  here, there = context.Pipe()
+  other = context.Process(target=run, args=(there, *args), daemon=True)
+  other.start()
+  there.close()  # else nobody would hear of its death
+  try:
+    yield here
+    here.send(None)
+    other.join(_END_S)
+  finally:
+    other.kill()
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+  """Kills a process that has a session of its own, and what it started."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
+  """Makes a table for people, of rows with the same columns."""
+  shown = rich.table.Table(*rows[0], title=title)
+  for row in rows:
+    shown.add_row(
+      *(f'{v:,.4g}' if isinstance(v, float) else str(v) for v in row.values())
+    )
+  return shown
 
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:

@@ -26,7 +26,6 @@ from absl import flags
 import numpy as np
 import rich.console
 import rich.progress
-import rich.table
 
 from sarathi_jax.benchmarks import common
 from sarathi_jax.cli import mains
@@ -162,14 +161,13 @@ def main() -> None:
     for _ in range(FLAGS.runs):
       rows.append(run(path, folder))
       progress.advance(task)
-  table = rich.table.Table('run', *rows[0], title=f'{gigabytes:.2f} GB')
-  for i, row in enumerate(rows):
-    table.add_row(str(i + 1), *(f'{value:.3g}' for value in row.values()))
-  table.add_row(
-    'median',
-    *(f'{statistics.median(row[key] for row in rows):.3g}' for key in rows[0]),
+  shown = [{'run': str(i), **row} for i, row in enumerate(rows, 1)]
+  medians = {
+    key: statistics.median(row[key] for row in rows) for key in rows[0]
+  }
+  console.print(
+    common.table([*shown, {'run': 'median', **medians}], f'{gigabytes:.2f} GB')
   )
-  console.print(table)
   common.write_json(
     FLAGS.json,
     'convert',

@@ -23,7 +23,6 @@ from typing import Any
 from absl import flags
 import rich.console
 import rich.progress
-import rich.table
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
@@ -236,16 +235,13 @@ def main() -> None:
       rows.append(
         measure(tokenizer, text, *case, on_step=lambda: progress.advance(task))
       )
-  table = rich.table.Table(
-    *rows[0],
-    title=f'Host work, ms a step: {FLAGS.policy}, '
-    f'{FLAGS.token_budget} tokens a step',
-  )
-  for row in rows:
-    table.add_row(
-      *(f'{v:,}' if isinstance(v, int) else f'{v:.3f}' for v in row.values())
+  console.print(
+    common.table(
+      rows,
+      f'Host work, ms a step: {FLAGS.policy}, {FLAGS.token_budget} tokens a '
+      'step',
     )
-  console.print(table)
+  )
   common.write_json(FLAGS.json, 'host_overhead', FLAGS, rows)
 
 

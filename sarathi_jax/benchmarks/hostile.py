@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
-import multiprocessing
 import pathlib
 import time
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import grpc
 
 import sarathi_jax
+from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import hostile_bodies
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -96,24 +96,22 @@ def measure(
     A row for each body: `gap_ms`, the longest gap of others while it was
     served, and `quiet_ms`, that of as long a time without it.
   """
-  context = multiprocessing.get_context('spawn')
-  here, there = context.Pipe()
-  watcher = context.Process(target=watch, args=(there, port), daemon=True)
-  watcher.start()
-  there.close()
+  with (
+    common.process(watch, port) as watcher,
+    grpc.insecure_channel(
+      f'127.0.0.1:{port}',
+      options=[
+        ('grpc.max_send_message_length', -1),
+        ('grpc.max_receive_message_length', -1),
+      ],
+    ) as channel,
+  ):
 
-  def longest_gap() -> float:
-    here.send(True)
-    gap: float = here.recv()
-    return gap
+    def longest_gap() -> float:
+      watcher.send(True)
+      gap: float = watcher.recv()
+      return gap
 
-  with grpc.insecure_channel(
-    f'127.0.0.1:{port}',
-    options=[
-      ('grpc.max_send_message_length', -1),
-      ('grpc.max_receive_message_length', -1),
-    ],
-  ) as channel:
     while not longest_gap():  # until streams run
       time.sleep(0.1)
     time.sleep(1.0)
@@ -142,9 +140,6 @@ def measure(
           best = row
       assert not body.is_served or best['outcome'] == 'OK', best
       yield best
-  here.send(False)
-  watcher.join(10)
-  watcher.kill()
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from sarathi_jax.server import sarathi_pb2 as pb
 _MIB = 2**20
 _LARGEST = 15 * _MIB  # below what a server reads by default
 _SERVED_TOKENS, _SERVED_MESSAGES = 100_000, 10_000
+_NUM_CALLS = {'20 x GetTokenizer': 20, '3,000 calls at once': 3000}
 
 
 class Body(NamedTuple):
@@ -35,26 +36,12 @@ def all_bodies(only: str = '') -> Iterator[Body]:
 
   Together they are gigabytes.
   """
-  for table in (_sarathi(), _vllm(), _open_inference(), _others()):
+  tables = (_sarathi(), _vllm(), _open_inference(), _others(), _served())
+  for table in tables:
     for name, (method, make) in table.items():
       if only in name:
-        yield Body(name, method, make())
-  yield from (body for body in _small() if only in body.name)
-
-
-def _small() -> Iterator[Body]:
-  yield Body(
-    '20 x GetTokenizer', '/vllm.grpc.engine.VllmEngine/GetTokenizer', b'', 20
-  )
-  yield Body(
-    '3,000 calls at once',
-    '/sarathi.v1.Sarathi/Generate',
-    pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=[5]), sampling=(pb.SamplingParams(max_tokens=2))
-    ).SerializeToString(),
-    3000,
-  )
-  yield from _served()
+        num_calls = _NUM_CALLS.get(name, 1)
+        yield Body(name, method, make(), num_calls, table is tables[-1])
 
 
 _Table = Mapping[str, tuple[str, Callable[[], bytes]]]
@@ -298,6 +285,17 @@ def _open_inference() -> _Table:
 
 def _others() -> _Table:
   return {
+    '20 x GetTokenizer': (
+      '/vllm.grpc.engine.VllmEngine/GetTokenizer',
+      lambda: b'',
+    ),
+    '3,000 calls at once': (
+      '/sarathi.v1.Sarathi/Generate',
+      lambda: pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5]),
+        sampling=pb.SamplingParams(max_tokens=2),
+      ).SerializeToString(),
+    ),
     'health: unknown fields, 5 M': (
       '/grpc.health.v1.Health/Check',
       lambda: _filled(9, item=b'x'),
@@ -313,62 +311,56 @@ def _others() -> _Table:
   }
 
 
-def _served() -> Iterator[Body]:
-  """Yields honest requests that are large."""
+def _served() -> _Table:
+  """Returns honest requests that are large."""
+  method = '/sarathi.v1.Sarathi/Generate'
   few = pb.SamplingParams(max_tokens=2)
   ids = [5] * _SERVED_TOKENS
-  yield Body(
-    'served: 100,000 token ids',
-    '/sarathi.v1.Sarathi/Generate',
-    pb.GenerateRequest(
-      token_ids=pb.TokenIds(ids=ids),
-      sampling=few,
-    ).SerializeToString(),
-    is_served=True,
-  )
-  yield Body(
-    'served: a text of 100,000 tokens',
-    '/sarathi.v1.Sarathi/Generate',
-    pb.GenerateRequest(
-      text='the list ' * (_SERVED_TOKENS // 2),
-      sampling=few,
-    ).SerializeToString(),
-    is_served=True,
-  )
-  yield Body(
-    'served: a chat of 10,000 messages',
-    '/sarathi.v1.Sarathi/Generate',
-    pb.GenerateRequest(
-      chat=pb.Chat(
-        messages=[
-          pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
-          for i in range(_SERVED_MESSAGES)
-        ]
-      ),
-      sampling=few,
-    ).SerializeToString(),
-    is_served=True,
-  )
-  yield Body(
-    'served: vllm, 100,000 token ids',
-    '/vllm.grpc.engine.VllmEngine/Generate',
-    vllm.GenerateRequest(
-      tokenized=vllm.TokenizedInput(input_ids=ids),
-      sampling_params=vllm.SamplingParams(max_tokens=2),
-    ).SerializeToString(),
-    is_served=True,
-  )
-  request = oip.ModelInferRequest(model_name='counting')
-  request.inputs.add(
-    name='input_ids',
-    datatype='INT64',
-    shape=[len(ids)],
-    contents=oip.InferTensorContents(int64_contents=ids),
-  )
-  request.parameters['max_tokens'].int64_param = 2
-  yield Body(
-    'served: inference, 100,000 token ids',
-    '/inference.GRPCInferenceService/ModelInfer',
-    request.SerializeToString(),
-    is_served=True,
-  )
+  return {
+    'served: 100,000 token ids': (
+      method,
+      lambda: pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=ids), sampling=few
+      ).SerializeToString(),
+    ),
+    'served: a text of 100,000 tokens': (
+      method,
+      lambda: pb.GenerateRequest(
+        text='the list ' * (_SERVED_TOKENS // 2), sampling=few
+      ).SerializeToString(),
+    ),
+    'served: a chat of 10,000 messages': (
+      method,
+      lambda: pb.GenerateRequest(
+        chat=pb.Chat(
+          messages=[
+            pb.ChatMessage(role=('user', 'assistant')[i % 2], content='x')
+            for i in range(_SERVED_MESSAGES)
+          ]
+        ),
+        sampling=few,
+      ).SerializeToString(),
+    ),
+    'served: vllm, 100,000 token ids': (
+      '/vllm.grpc.engine.VllmEngine/Generate',
+      lambda: vllm.GenerateRequest(
+        tokenized=vllm.TokenizedInput(input_ids=ids),
+        sampling_params=vllm.SamplingParams(max_tokens=2),
+      ).SerializeToString(),
+    ),
+    'served: inference, 100,000 token ids': (
+      '/inference.GRPCInferenceService/ModelInfer',
+      lambda: oip.ModelInferRequest(
+        model_name='counting',
+        inputs=[
+          dict(
+            name='input_ids',
+            datatype='INT64',
+            shape=[len(ids)],
+            contents=dict(int64_contents=ids),
+          )
+        ],  # type: ignore
+        parameters={'max_tokens': oip.InferParameter(int64_param=2)},
+      ).SerializeToString(),
+    ),
+  }

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import rich.console
 import rich.progress
-import rich.table
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
@@ -321,17 +320,6 @@ def strict_slo_s(setup: Setup) -> float:
   return 5 * pace.model.predict((32, 32, context, 0))
 
 
-def _show(
-  console: rich.console.Console, title: str, rows: Sequence[dict[str, Any]]
-) -> None:
-  table = rich.table.Table(*rows[0], title=title)
-  for row in rows:
-    table.add_row(
-      *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values())
-    )
-  console.print(table)
-
-
 def main() -> None:
   console = rich.console.Console(highlight=False)
   model = throughput.MODELS[FLAGS.model]
@@ -358,12 +346,13 @@ def main() -> None:
   )
   with setup.progress:
     compared = compare(setup, FLAGS.load, FLAGS.seconds)
-    _show(
-      console,
-      f'{compared["num_requests"]} requests at '
-      f'{compared["qps"]:.3g} QPS: live, and simulated by the steps of a '
-      'run before, or its own',
-      compared['rows'],
+    console.print(
+      common.table(
+        compared['rows'],
+        f'{compared["num_requests"]} requests at '
+        f'{compared["qps"]:.3g} QPS: live, and simulated by the steps of a '
+        'run before, or its own',
+      )
     )
     found = FLAGS.rows and capacities(
       setup,
@@ -377,7 +366,7 @@ def main() -> None:
       seconds=FLAGS.probe_seconds,
     )
   if found:
-    _show(console, 'Live capacity', found)
+    console.print(common.table(found, 'Live capacity'))
   common.write_json(
     FLAGS.json,
     'live_capacity',

@@ -165,9 +165,7 @@ class Worker:
       self._process.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-      self._signal(signal.SIGKILL)
-    self._process.wait()
+    common.kill(self._process)
     self._process.stdout.close()
     self._log.close()
 

@@ -52,6 +52,7 @@ from sarathi_jax.benchmarks import servers
 from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 from sarathi_jax.simulator import open_loop
+from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import workload as workload_lib
 
 FLAGS = flags.FLAGS
@@ -146,7 +147,12 @@ def define_flags() -> None:
     'the last one came, before they are cut off.',
     0.0,
   )
-  flags.DEFINE_integer('rounds', 1, 'Number of turns that each server has.', 1)
+  flags.DEFINE_integer(
+    'rounds',
+    1,
+    'Number of turns that each server has, each with the next --seed.',
+    1,
+  )
   flags.DEFINE_integer(
     'refine',
     0,
@@ -154,31 +160,7 @@ def define_flags() -> None:
     'the capacity, for each SLO of a server.',
     0,
   )
-  flags.DEFINE_string('workload', 'short_chat', workload_lib.SOURCES)
-  flags.DEFINE_enum(
-    'arrivals',
-    'poisson',
-    list(workload_lib.ARRIVALS),
-    'Process by which requests arrive; trace: as the trace says.',
-  )
-  flags.DEFINE_float(
-    'cv',
-    2.0,
-    'Coefficient of variation of the gaps between '
-    'requests, with --arrivals=gamma.',
-  )
-  flags.DEFINE_float(
-    'length_scale',
-    1.0,
-    'Factor that lengths of prompts and outputs are multiplied by.',
-  )
-  flags.DEFINE_integer(
-    'seed',
-    0,
-    'Seed of arrivals, lengths and prompts in '
-    'the first round; each round takes the next seed.',
-    0,
-  )
+  scenario_lib.define_workload_flags('short_chat')
   flags.DEFINE_float(
     'ttft_s', 1.0, 'SLO: the most that the P50 of TTFT may be, seconds.'
   )
@@ -211,13 +193,7 @@ def _numbers(name: str, least: int = 1) -> list[float]:
 def _load(vocab_size: int, max_model_len: int | None) -> serve_runs.Load:
   """Makes the load that the flags ask for; ConfigError if it does not fit."""
   load = serve_runs.Load(
-    config=workload_lib.WorkloadConfig(
-      source=FLAGS.workload,
-      arrivals=FLAGS.arrivals,
-      cv=FLAGS.cv,
-      length_scale=FLAGS.length_scale,
-      seed=FLAGS.seed,
-    ),
+    config=scenario_lib.workload_from_flags(),
     rates=tuple(sorted(set(_numbers('qps')))),
     seconds=FLAGS.seconds,
     drain_s=FLAGS.drain_s,

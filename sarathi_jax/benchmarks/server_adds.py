@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-import multiprocessing
 import os
 import random
 import statistics
@@ -216,12 +215,7 @@ def measure(
   make: MakeEngine = make_engine,
 ) -> list[dict[str, Any]]:
   """Runs pairs, after one that warms up."""
-  context = multiprocessing.get_context('spawn')
-  here, there = context.Pipe()
-  process = context.Process(target=work, args=(there, options, make))
-  process.start()
-  there.close()  # else nobody would hear of its death
-  try:
+  with common.process(work, options, make) as here:
     here.recv()
     pairs = []
     for seed in range(num_pairs + 1):
@@ -235,10 +229,6 @@ def measure(
       if seed:
         pairs.append(pair)
         on_pair(pair)
-    here.send(None)
-  finally:
-    process.join(20)
-    process.kill()
   return pairs
 
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import multiprocessing
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -99,20 +98,6 @@ def _make_engine(
       config, policy='sarathi', model_name='counting', vocab_size=vocab_size
     ),
     tokenizer=tokenizer,
-  )
-
-
-def serve_as_it_is(
-  pipe: Any, max_num_seqs: int, step_s: float, stream_interval_ms: int
-) -> None:
-  """Serves as `serve`, but with the server's own limits, and a tokenizer."""
-  serve(
-    pipe,
-    max_num_seqs,
-    step_s,
-    stream_interval_ms,
-    admission.Limits(),
-    make_roomy_engine,
   )
 
 
@@ -233,30 +218,18 @@ async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:
     )
 
 
-@contextlib.contextmanager
-def running(
-  serve: Callable[..., None], *args: Any
-) -> Iterator[tuple[Any, int]]:
-  """Runs a server in another process; yields a pipe to it, and its port."""
-  context = multiprocessing.get_context('spawn')
-  here, there = context.Pipe()
-  process = context.Process(target=serve, args=(there, *args))
-  process.start()
-  there.close()  # else nobody would hear of its death
-  try:
-    yield here, here.recv()
-    here.send(False)
-  finally:
-    process.join(20)
-    process.kill()
-
-
 def measure_hostile(
   repeats: int, step_s: float, only: str = ''
 ) -> Iterator[dict[str, Any]]:
   """Sends all bodies whose name has `only` in it."""
-  with running(serve_as_it_is, 16, step_s, 0) as (_, port):
-    yield from hostile.measure(port, hostile_bodies.all_bodies(only), repeats)
+  # With the server's own limits, and a tokenizer.
+  serve_as_it_is = functools.partial(
+    serve, limits=admission.Limits(), make=make_roomy_engine
+  )
+  with common.process(serve_as_it_is, 16, step_s, 0) as pipe:
+    yield from hostile.measure(
+      pipe.recv(), hostile_bodies.all_bodies(only), repeats
+    )
 
 
 def measure(
@@ -267,11 +240,12 @@ def measure(
   serve: Callable[..., None] = serve,
 ) -> dict[str, Any]:
   """Streams tokens, and returns what that cost."""
-  with running(serve, num_streams, step_s, stream_interval_ms) as (here, port):
+  with common.process(serve, num_streams, step_s, stream_interval_ms) as pipe:
+    port = pipe.recv()
 
     def ask() -> _Spent:
-      here.send(True)
-      spent: _Spent = here.recv()
+      pipe.send(True)
+      spent: _Spent = pipe.recv()
       return spent
 
     asyncio.run(drive(port, min(num_streams, 50), 20))  # warm
@@ -331,29 +305,21 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 
 
 def main() -> None:
-  rows = _hostile() if FLAGS.hostile else _front()
+  step_s = FLAGS.step_ms / 1e3
+  rows = []
+  if FLAGS.hostile:
+    for row in measure_hostile(FLAGS.repeats, step_s, FLAGS.only):
+      print(hostile.line(row), flush=True)  # a slow server shows where
+      rows.append(row)
+  else:
+    rows = [
+      compare(num_streams, FLAGS.tokens, step_s, FLAGS.stream_interval_ms)
+      for num_streams in FLAGS.streams
+    ]
+    rich.print(table(rows))
   common.write_json(
     FLAGS.json, 'server_front', FLAGS, rows, grpcio=grpc.__version__
   )
-
-
-def _hostile() -> list[dict[str, Any]]:
-  rows = []
-  for row in measure_hostile(FLAGS.repeats, FLAGS.step_ms / 1e3, FLAGS.only):
-    print(hostile.line(row), flush=True)  # a slow server shows where
-    rows.append(row)
-  return rows
-
-
-def _front() -> list[dict[str, Any]]:
-  rows = [
-    compare(
-      num_streams, FLAGS.tokens, FLAGS.step_ms / 1e3, FLAGS.stream_interval_ms
-    )
-    for num_streams in FLAGS.streams
-  ]
-  rich.print(table(rows))
-  return rows
 
 
 if __name__ == '__main__':

@@ -10,8 +10,6 @@ import dataclasses
 import os
 import pathlib
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ import time
 
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import openai
+from sarathi_jax.runner import joining
 from sarathi_jax.simulator import open_loop
 
 OURS, VLLM = 'sarathi_jax', 'vLLM'
@@ -186,16 +185,7 @@ class Server:
     self._process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(_STOP_S)
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
-    self._process.wait()
-
-
-def free_port() -> int:
-  """Finds a port of 127.0.0.1 that nobody listens at."""
-  with socket.create_server(('127.0.0.1', 0)) as probe:
-    port: int = probe.getsockname()[1]
-    return port
+    common.kill(self._process)
 
 
 @contextlib.contextmanager
@@ -255,7 +245,7 @@ def start(
     tbt_slo_s: the SLO of TBT that its budget follows, seconds; None: none.
     ttft_slo_s: the SLO of TTFT, seconds.
   """
-  port = port or free_port()
+  port = port or joining.free_port()
   target: open_loop.Target = open_loop.GrpcTarget(f'127.0.0.1:{port}')
   if side.engine == VLLM:
     target = openai.HttpTarget(f'http://127.0.0.1:{port}', has_token_ids=True)

@@ -321,7 +321,9 @@ def main() -> None:
       console,
       FLAGS.target,
       _slos(),
-      scenario_lib.workload_from_flags(),
+      scenario_lib.workload_from_flags(
+        num_requests=FLAGS.num_requests, batch_share=FLAGS.batch_share
+      ),
       start_qps=FLAGS.start_qps,
       precision=FLAGS.precision,
     )

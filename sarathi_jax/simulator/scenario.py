@@ -19,6 +19,7 @@ from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import workload as workload_lib
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # They are of the main that asks for them.
 
 # The most sequences that the paper lets run at once under Orca, which takes
 # memory for the longest sequence there may be: by deployment.
@@ -167,24 +168,7 @@ def define_flags() -> None:
     "paper (eager PyTorch), as in its artifact's tables, or none.",
   )
   engine_flags.define_fields(**dict.fromkeys(_FIELDS))
-  flags.DEFINE_string('workload', 'openchat_sharegpt4', workload_lib.SOURCES)
-  flags.DEFINE_enum(
-    'arrivals',
-    'poisson',
-    list(workload_lib.ARRIVALS),
-    'Process by which requests arrive; trace: as the trace says.',
-  )
-  flags.DEFINE_float(
-    'cv',
-    2.0,
-    'Coefficient of variation of the gaps between '
-    'requests, with --arrivals=gamma.',
-  )
-  flags.DEFINE_float(
-    'length_scale',
-    1.0,
-    'Factor that lengths of prompts and outputs are multiplied by.',
-  )
+  define_workload_flags('openchat_sharegpt4')
   flags.DEFINE_float(
     'batch_share',
     0.0,
@@ -203,7 +187,29 @@ def define_flags() -> None:
     None,
     'Number of requests. Default: all of a trace, or 2048.',
   )
-  flags.DEFINE_integer('seed', 0, 'Seed of all that is random.')
+
+
+def define_workload_flags(source: str) -> None:
+  """Defines the flags of a workload, whose lengths are those of `source`."""
+  flags.DEFINE_string('workload', source, workload_lib.SOURCES)
+  flags.DEFINE_enum(
+    'arrivals',
+    'poisson',
+    list(workload_lib.ARRIVALS),
+    'Process by which requests arrive; trace: as the trace says.',
+  )
+  flags.DEFINE_float(
+    'cv',
+    2.0,
+    'Coefficient of variation of the gaps between '
+    'requests, with --arrivals=gamma.',
+  )
+  flags.DEFINE_float(
+    'length_scale',
+    1.0,
+    'Factor that lengths of prompts and outputs are multiplied by.',
+  )
+  flags.DEFINE_integer('seed', 0, 'Seed of arrivals, lengths and prompts.', 0)
 
 
 def from_flags(qps: float | None = 1.0) -> Scenario:
@@ -237,19 +243,25 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
     host=cost_model.HOSTS[FLAGS.host],
     batch_tbt_slo_ms=FLAGS.batch_tbt_slo_ms,
     config=dataclasses.replace(deployment.config, **changes),
-    workload=workload_from_flags(qps),
+    workload=workload_from_flags(
+      qps=qps,
+      num_requests=FLAGS.num_requests,
+      batch_share=FLAGS.batch_share,
+    ),
   )
 
 
-def workload_from_flags(qps: float | None = 1.0) -> workload_lib.WorkloadConfig:
-  """Makes the workload that the flags describe; ConfigError if it can't be."""
+def workload_from_flags(**more: Any) -> workload_lib.WorkloadConfig:
+  """Makes the workload that the flags describe, with `more` of its fields.
+
+  Raises:
+    ConfigError: there can be no such workload.
+  """
   return workload_lib.WorkloadConfig(
     source=FLAGS.workload,
-    num_requests=FLAGS.num_requests,
     arrivals=FLAGS.arrivals,
-    qps=qps,
     cv=FLAGS.cv,
-    seed=FLAGS.seed,
     length_scale=FLAGS.length_scale,
-    batch_share=FLAGS.batch_share,
+    seed=FLAGS.seed,
+    **more,
   )

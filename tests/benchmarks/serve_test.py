@@ -29,6 +29,7 @@ from sarathi_jax.benchmarks import serve_tables
 from sarathi_jax.benchmarks import servers
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import fake_runner
+from sarathi_jax.runner import joining
 from sarathi_jax.simulator import open_loop
 from sarathi_jax.simulator import workload as workload_lib
 from tests import absl_flags
@@ -133,7 +134,7 @@ def test_a_running_server(tmp_path: pathlib.Path) -> None:
 def test_a_server_of_openai_s_http(
   tmp_path: pathlib.Path, python: pathlib.Path
 ) -> None:
-  port = servers.free_port()
+  port = joining.free_port()
   with servers.running(
     [str(python), f'--port={port}', '--max-num-batched-tokens=1'],
     {},

@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 
+from absl import flags
 import pytest
 
 from sarathi_jax.cli import mains
@@ -55,6 +56,11 @@ def error_of(capsys: pytest.CaptureFixture, *args: str) -> str:
   assert message.startswith('error: ')
   assert message.count('\n') == 1
   return message
+
+
+def test_help_shows_the_flags_that_are_shared() -> None:
+  shown = {f.name for f in flags.FLAGS.get_key_flags_for_module(capacity)}
+  assert shown >= {'config', 'device', 'workload', 'length_scale', 'tp'}
 
 
 @pytest.mark.slow

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import contextlib
-import os
 import pathlib
-import signal
 import subprocess
 import time
 
+from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import journal as journal_lib
 
 # A process that fails with this says why in its last line, and all end.
@@ -85,6 +83,4 @@ def _run_once(
   except subprocess.TimeoutExpired:
     return None
   finally:  # With all that it started, which holds the GPU's memory.
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    common.kill(process)

@@ -70,60 +70,6 @@ class Stage:
   xla_flags: str = ''
 
 
-def _preflight(run: Run) -> None:
-  preflight.run(run.size, run.journal)
-
-
-def _tests(run: Run) -> None:
-  kernel_tests.run(run.journal, run.size.tests)
-
-
-def _engine(run: Run) -> None:
-  engine.steps(
-    run.journal,
-    run.size.model,
-    run.make_params(),
-    run.limits,
-    run.size.config,
-    run.size.points,
-  )
-
-
-def _variants(run: Run) -> None:
-  engine.variants(
-    run.journal,
-    run.size.model,
-    run.make_params(),
-    run.size.config,
-    run.size.varied,
-  )
-
-
-def _attention(run: Run) -> None:
-  attention.run(
-    run.journal, run.size.sweep, run.limits, run.size.attention, run.size.dense
-  )
-
-
-def _tune(run: Run) -> None:
-  tune.sizes(run.journal, run.size.tuned, run.size.num_tried)
-
-
-def _mosaic(run: Run) -> None:
-  attention.run_mosaic(run.journal, run.size.mosaic, run.limits)
-
-
-def _serving(run: Run) -> None:
-  engine.whole_engine(
-    run.journal,
-    run.size.model,
-    run.make_params(),
-    run.size.config,
-    run.size.workload,
-    run.size.idle,
-  )
-
-
 def _capacity(run: Run) -> None:
   size, journal = run.size, run.journal
   setup = live_capacity.Setup(
@@ -155,14 +101,6 @@ def _capacity(run: Run) -> None:
     )
 
 
-def _write(run: Run) -> None:
-  tune.writes(run.journal, run.size.tuned, run.size.written)
-
-
-def _sweep(run: Run) -> None:
-  attention.run(run.journal, run.size.rest, run.limits, run.size.attention)
-
-
 def _quantized(run: Run) -> None:
   for sweep in run.size.quantized:
     attention.run(run.journal, sweep, run.limits, run.size.attention)
@@ -176,23 +114,74 @@ def _torch(run: Run) -> None:
 
 
 STAGES: Mapping[str, Stage] = {
-  'preflight': Stage(_preflight, 45),
+  'preflight': Stage(lambda run: preflight.run(run.size, run.journal), 45),
   # Five processes share the memory.
-  'tests': Stage(_tests, 87, {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.18'}),
-  'engine': Stage(_engine, 140),
-  'variants': Stage(_variants, 70),
-  'attention': Stage(_attention, 75),
-  'tune': Stage(_tune, 75),
-  'mosaic': Stage(_mosaic, 65),
+  'tests': Stage(
+    lambda run: kernel_tests.run(run.journal, run.size.tests),
+    87,
+    {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.18'},
+  ),
+  'engine': Stage(
+    lambda run: engine.steps(
+      run.journal,
+      run.size.model,
+      run.make_params(),
+      run.limits,
+      run.size.config,
+      run.size.points,
+    ),
+    140,
+  ),
+  'variants': Stage(
+    lambda run: engine.variants(
+      run.journal,
+      run.size.model,
+      run.make_params(),
+      run.size.config,
+      run.size.varied,
+    ),
+    70,
+  ),
+  'attention': Stage(
+    lambda run: attention.run(
+      run.journal,
+      run.size.sweep,
+      run.limits,
+      run.size.attention,
+      run.size.dense,
+    ),
+    75,
+  ),
+  'tune': Stage(
+    lambda run: tune.sizes(run.journal, run.size.tuned, run.size.num_tried), 75
+  ),
+  'mosaic': Stage(
+    lambda run: attention.run_mosaic(run.journal, run.size.mosaic, run.limits),
+    65,
+  ),
   # From here on, it is a second call's.
   'serving': Stage(
-    _serving,
+    lambda run: engine.whole_engine(
+      run.journal,
+      run.size.model,
+      run.make_params(),
+      run.size.config,
+      run.size.workload,
+      run.size.idle,
+    ),
     150,
     xla_flags='--xla_enable_command_buffers_during_profiling=true',
   ),
   'capacity': Stage(_capacity, 300),
-  'write': Stage(_write, 60),
-  'sweep': Stage(_sweep, 200),
+  'write': Stage(
+    lambda run: tune.writes(run.journal, run.size.tuned, run.size.written), 60
+  ),
+  'sweep': Stage(
+    lambda run: attention.run(
+      run.journal, run.size.rest, run.limits, run.size.attention
+    ),
+    200,
+  ),
   'quantized': Stage(_quantized, 120),
   'torch': Stage(_torch, 60),
 }

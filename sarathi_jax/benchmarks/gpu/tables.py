@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import rich.console
-import rich.table
 
+from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks.gpu import targets
 
 _KERNELS = 12  # of each step; all are in the results
@@ -68,11 +66,4 @@ def _table(
     return
   if len(rows) == 1 and len(rows[0]) > _COLUMNS:
     rows = [{'': name, 'value': value} for name, value in rows[0].items()]
-  table = rich.table.Table(*rows[0], title=title)
-  for row in rows:
-    table.add_row(*map(_text, row.values()))
-  console.print(table)
-
-
-def _text(value: Any) -> str:
-  return f'{value:,.4g}' if isinstance(value, float) else str(value)
+  console.print(common.table(rows, title))
