@@ -25,6 +25,12 @@ from sarathi_jax.text import detokenizer
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _ERROR, _STOP = types.FinishReason.ERROR, types.FinishReason.STOP
+# When to launch behind a batch that computes: this fraction of its time before
+# its end, and so many seconds, in which the host makes the next one.
+_AHEAD, _AHEAD_S = 0.2, 5e-3
+# The most by which the expected time of a step grows at once: it is to be on
+# the short side, as a device that waits is worse than an early plan.
+_GROWTH, _GROWTH_S = 1.25, 1e-3
 Pending = runner_lib.Pending
 Runner = runner_lib.Runner
 EngineInfo = info_lib.EngineInfo
@@ -86,6 +92,7 @@ class Engine:
     self._ends: deque[float] = deque(maxlen=num_stages)
     self._rows: deque[int] = deque(maxlen=num_stages)
     self._last_step_tokens = 0
+    self._step_s: dict[int, float] = {}  # rows -> expected time of a step
     # The batch that the runner is working on: the culprit, if that raises.
     self._suspect: types.ScheduledBatch | None = None
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
@@ -156,6 +163,22 @@ class Engine:
   @property
   def has_work(self) -> bool:
     return bool(self._live or self._in_flight or self._drained)
+
+  @property
+  def step_at(self) -> float:
+    """When to call `step` next, on the clock; any time past is now.
+
+    While a batch computes, the next one may still change: what is added before
+    this time is in it. So a prompt waits for the step under way, and not for
+    another one that was planned without it. It is early enough for the device
+    not to wait. Pipeline stages have batches to compute at any time.
+    """
+    if len(self._in_flight) != 1 or self._scheduler.config.num_stages > 1:
+      return 0.0
+    ahead = self._in_flight[0]
+    began = max(ahead.launched, self._ends[-1] if self._ends else 0.0)
+    seconds = self._step_s.get(ahead.num_rows, 0.0)
+    return began + (1 - _AHEAD) * seconds - _AHEAD_S
 
   def step(self) -> list[types.OutputDelta]:
     """Launches what can be launched, then completes the oldest batch.
@@ -291,6 +314,9 @@ class Engine:
     self.metrics.wait_s += now - start
     began = max(launched, self._ends[-1]) if self._ends else launched
     self.metrics.busy_s += now - began
+    self._step_s[num_rows] = min(
+      now - began, _GROWTH * self._step_s.get(num_rows, 0.0) + _GROWTH_S
+    )
     for observer in self._observers:
       observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)

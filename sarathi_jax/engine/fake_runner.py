@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 import time
 
 from sarathi_jax import types
@@ -27,6 +28,8 @@ class FakeRunner:
     self.vocab_size = vocab_size
     self._step_s = step_s
     self._last = [-1] * max_num_seqs
+    self._done = 0.0  # when the steps launched so far are computed
+    self._ends: deque[float] = deque()  # of those not fetched
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
     tokens: list[int] = []
@@ -37,15 +40,18 @@ class FakeRunner:
       if chunk.samples:
         self._last[chunk.slot] = token
         tokens.append(token)
+    if self._step_s:
+      self._done = max(self._done, time.monotonic()) + self._step_s
+      self._ends.append(self._done)
     return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))
 
   def fetch(self, pending: types.Sampled) -> types.Sampled:
-    if self._step_s:
-      time.sleep(self._step_s)
+    if self._ends:
+      time.sleep(max(0.0, self._ends.popleft() - time.monotonic()))
     return pending
 
   def recover(self) -> None:
-    """Does nothing: there is nothing to make anew."""
+    self._ends.clear()
 
   def num_rows(self, num_tokens: int) -> int:
     return num_tokens

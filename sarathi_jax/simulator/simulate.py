@@ -233,8 +233,7 @@ def _drive(
   prompts: dict[int, tuple[int, ...]] = {}
   n, i, stopped = len(arrivals), 0, False
   while (i < n or engine.has_work) and not stopped:
-    if not engine.has_work:
-      wait_until(arrivals[i])
+    wait_until(engine.step_at if engine.has_work else arrivals[i])
     now = clock()
     while i < n and arrivals[i] <= now:
       length = prompt_lens[i]

@@ -89,6 +89,30 @@ def test_one_callback_a_step() -> None:
   _run(scenario)
 
 
+def test_who_comes_while_a_step_computes_is_in_the_next(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  due = [1e9]
+  monkeypatch.setattr(
+    engine_lib.Engine, 'step_at', property(lambda engine: due[0])
+  )
+
+  async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
+    streams = []
+    for request_id in 'ab':
+      streams.append(thread.submit(_request(request_id)))
+      for _ in range(2):  # Commands don't wait; what came before is taken.
+        states = await thread.call(lambda engine: engine.requests())
+    assert [s.request_id for s in states] == ['a', 'b']
+    assert not engine.metrics.num_steps
+    due[0] = 0.0
+    await thread.call(lambda engine: None)
+    assert await asyncio.gather(*map(_tokens, streams)) == 2 * [[2, 3, 4, 5, 6]]
+    assert engine.metrics.num_steps == 5
+
+  _run(scenario)
+
+
 def test_a_refusal_reaches_its_own_stream_only() -> None:
   async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
     add = engine.add

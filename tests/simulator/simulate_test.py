@@ -110,6 +110,19 @@ def test_halves_of_sarathi() -> None:
   assert chunked == {0: [4, 5, 14], 1: [18]}
 
 
+def test_a_prompt_waits_for_the_step_under_way_alone() -> None:
+  """And not for one that look-ahead planned before it came."""
+  decodes = (0, 1, 60)
+  for arrival, first in (
+    (40.5, 45),  # in the next step, of the decode and its 3 tokens
+    (40.9, 46),  # which is planned by then
+  ):
+    _, _, tokens = run(make_workload(decodes, (arrival, 3, 1)), look_ahead=True)
+    assert tokens[1] == [first]
+    # The device did not wait.
+    assert tokens[0][-1] == 60 + 3
+
+
 def test_steps_vary_as_those_that_were_measured() -> None:
   model = step_time.StepTimeModel(8)
   for i in range(2000):

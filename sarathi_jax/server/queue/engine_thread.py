@@ -294,7 +294,7 @@ class EngineThread:
           command.run(engine)
         self._feed(engine)
         self._streams.flush()  # refusals need not wait for a step
-        if not self._pause.is_paused:
+        if not self._pause.is_paused and engine.clock() >= engine.step_at:
           self._step_began = time.monotonic()
           for delta in self._step(engine):
             self._endings.route(delta)
@@ -312,13 +312,21 @@ class EngineThread:
   def _receive(self, engine: engine_lib.Engine) -> list[_Command] | None:
     """Takes the commands that were sent; None if the thread shall end."""
 
-    def is_busy() -> bool:
-      can_begin = len(self._waiting) and not self._pause.is_holding
-      can_step = engine.has_work and not self._pause.is_paused
-      return bool(self._inbox or self._stopping or can_begin or can_step)
+    def has_work() -> bool:
+      if engine.has_work and not self._pause.is_paused:
+        return True
+      return len(self._waiting) > 0 and not self._pause.is_holding
 
     with self._wakeup:
-      self._wakeup.wait_for(is_busy)
+      while not (self._inbox or self._stopping):
+        # What comes while a step computes may still be in the next one.
+        now = engine.clock()
+        seconds = engine.step_at - now if has_work() else None
+        if seconds is not None and seconds <= 0:
+          break
+        self._wakeup.wait(seconds)
+        if seconds is not None:
+          engine.metrics.wait_s += engine.clock() - now
       if self._stopping:
         return None
       commands, self._inbox = self._inbox, []
@@ -345,8 +353,7 @@ class EngineThread:
         self._streams.put(stream, error)
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
-    start = engine.clock()
-    num_steps = engine.metrics.num_steps
+    num_steps, busy_s = engine.metrics.num_steps, engine.metrics.busy_s
     try:
       deltas = engine.step()
     except Exception as fault:
@@ -364,7 +371,7 @@ class EngineThread:
     if engine.metrics.num_steps > num_steps:
       with self._wakeup:
         self._waiting.observe_step(
-          engine.clock() - start, engine.info.token_budget
+          engine.metrics.busy_s - busy_s, engine.info.token_budget
         )
     return deltas
 
