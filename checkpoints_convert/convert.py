@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from checkpoints_convert import changes
@@ -68,7 +69,7 @@ class Plan:
   raw: Mapping[str, Any]
 
   def all_leaves(self) -> list[transforms.Leaf]:
-    return list(_flatten(self.leaves))
+    return jax.tree.leaves(self.leaves)
 
   @property
   def num_bytes(self) -> int:
@@ -230,14 +231,6 @@ def _read_back(
 
 def _bits(values: np.ndarray) -> np.ndarray:
   return values.view(f'u{values.itemsize}')
-
-
-def _flatten(tree: Any) -> Iterator[transforms.Leaf]:
-  if isinstance(tree, transforms.Leaf):
-    yield tree
-  else:
-    for child in tree.values() if isinstance(tree, dict) else tree:
-      yield from _flatten(child)
 
 
 def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:

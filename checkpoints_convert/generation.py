@@ -15,10 +15,10 @@ import pathlib
 from typing import Any, NamedTuple
 
 from checkpoints_convert import harmless
-from checkpoints_convert import json_file
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
+from sarathi_jax.checkpoint import json_file
 
 _FILE = 'generation_config.json'
 _TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')

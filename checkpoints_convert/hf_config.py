@@ -17,8 +17,8 @@ from typing import Any
 from checkpoints_convert import families
 from checkpoints_convert import generation
 from checkpoints_convert import harmless
-from checkpoints_convert import json_file
 from sarathi_jax import errors
+from sarathi_jax.checkpoint import json_file
 from sarathi_jax.models import config as config_lib
 
 # Attributes of quantized checkpoints.

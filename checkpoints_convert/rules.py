@@ -7,11 +7,12 @@ and a shape that is not the model's are errors, each by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 from checkpoints_convert import safetensors_reader
@@ -19,6 +20,7 @@ from checkpoints_convert import transforms
 from sarathi_jax import errors
 from sarathi_jax.models import parallel
 from sarathi_jax.models import spec
+from sarathi_jax.models import tree
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,50 +75,20 @@ def plan(
     CheckpointError: a tensor without a rule or without a place in the model,
       a parameter without a tensor, or a wrong shape; by name.
   """
-  wanted = dict(leaf_specs(specs))
+  wanted = tree.named_leaves(specs)
   parts = _match(tensors, rules, wanted)
   missing = [_missing(path, rules) for path in wanted if path not in parts]
   if missing:
     raise errors.CheckpointError(
       f'the checkpoint lacks {_some(missing)}, which the model needs.'
     )
-  leaves = {
-    path: _leaf(path, parts[path], wanted[path], dtype, parallelism)
-    for path in wanted
-  }
-  return map_specs(lambda path, _: leaves[path], specs)
-
-
-def leaf_specs(
-  specs: Any, prefix: str = ''
-) -> Iterator[tuple[str, spec.ParamSpec]]:
-  """Yields every parameter's path and spec, of a tree of ParamSpec."""
-  if isinstance(specs, spec.ParamSpec):
-    yield prefix, specs
-    return
-  items = specs.items() if isinstance(specs, dict) else enumerate(specs)
-  for key, value in items:
-    yield from leaf_specs(value, f'{prefix}.{key}' if prefix else str(key))
-
-
-def map_specs(function: Any, specs: Any, prefix: str = '') -> Any:
-  """Returns a tree of ParamSpec with function(path, spec) for its leaves.
-
-  Args:
-    function: takes a path and its ParamSpec, and returns the new leaf.
-    specs: the tree, of dicts and lists.
-    prefix: the path of the tree.
-  """
-  if isinstance(specs, spec.ParamSpec):
-    return function(prefix, specs)
-  if isinstance(specs, dict):
-    return {
-      key: map_specs(function, value, f'{prefix}.{key}'.lstrip('.'))
-      for key, value in specs.items()
-    }
-  return [
-    map_specs(function, value, f'{prefix}.{i}') for i, value in enumerate(specs)
-  ]
+  return jax.tree.unflatten(
+    jax.tree.structure(specs),
+    [
+      _leaf(path, parts[path], wanted[path], dtype, parallelism)
+      for path in wanted
+    ],
+  )
 
 
 _Parts = dict[str, dict[int | None, transforms.Part]]

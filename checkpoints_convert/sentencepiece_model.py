@@ -22,8 +22,8 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import processors
 
-from checkpoints_convert import json_file
 from sarathi_jax import errors
+from sarathi_jax.checkpoint import json_file
 from sarathi_jax.text import chat
 
 FILE = 'tokenizer.model'

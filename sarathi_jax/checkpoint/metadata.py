@@ -12,6 +12,7 @@ from typing import Any
 
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
+from sarathi_jax.checkpoint import json_file
 from sarathi_jax.models import config as config_lib
 
 FORMAT_VERSION = 1
@@ -127,17 +128,12 @@ def load_metadata(directory: PathLike) -> CheckpointMetadata:
   path = directory / METADATA
   if not directory.is_dir():
     raise errors.CheckpointError(f'{directory}: no such folder.')
-  try:
-    fields = json.loads(path.read_bytes())
-  except FileNotFoundError as e:
+  if not path.is_file():
     raise errors.CheckpointError(
       f'{directory}: not a converted checkpoint: it holds no {METADATA}. '
       'Convert it with python -m checkpoints_convert.'
-    ) from e
-  except (OSError, ValueError) as e:
-    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
-  if not isinstance(fields, dict):
-    raise errors.CheckpointError(f'{path}: is not a JSON object.')
+    )
+  fields = json_file.read(path)
   version = fields.pop('format_version', None)
   if version != FORMAT_VERSION:
     raise errors.CheckpointError(
@@ -170,12 +166,8 @@ def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
 def write_metadata(directory: PathLike, metadata: CheckpointMetadata) -> None:
   """Writes sarathi.json, which makes the folder a checkpoint."""
   fields = {
-    field.name: getattr(metadata, field.name)
-    for field in dataclasses.fields(metadata)
-  }
-  fields = {
     'format_version': FORMAT_VERSION,
-    **fields,
+    **dataclasses.asdict(metadata),
     'model': metadata.model.to_dict(),
   }
   path = pathlib.Path(directory, METADATA)

@@ -82,10 +82,9 @@ def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
     raise errors.CheckpointError(f'{folder}: no such folder.')
   if (folder / 'manifest.ocdbt').exists():
     return
-  import jax
+  from sarathi_jax.models import tree  # Here, as it loads JAX.
 
-  for path, leaf in jax.tree_util.tree_leaves_with_path(specs):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
+  for name, leaf in tree.named_leaves(specs).items():
     _check_array(folder / name, name, leaf.shape, dtype)
 
 

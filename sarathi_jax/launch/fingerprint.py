@@ -23,6 +23,7 @@ import numpy as np
 from sarathi_jax import checkpoint as checkpoint_lib
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
+from sarathi_jax.models import tree
 from sarathi_jax.runner import source_hash
 
 _VERSIONS = ('jax', 'jaxlib')
@@ -105,12 +106,9 @@ def _weights_hash(opened: checkpoint_lib.Checkpoint) -> str:
       ]
     )
 
+  specs = tree.named_leaves(models.param_specs(opened.metadata.model))
   named = [
-    (jax.tree_util.keystr(path, simple=True, separator='.'), leaf.shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      models.param_specs(opened.metadata.model)
-    )
-    if math.prod(leaf.shape)
+    (name, leaf.shape) for name, leaf in specs.items() if math.prod(leaf.shape)
   ]
   digest = hashlib.sha256()
   with futures.ThreadPoolExecutor(_READERS) as pool:

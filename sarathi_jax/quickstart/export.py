@@ -12,13 +12,13 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors
 import tokenizers
 
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import tree
 from sarathi_jax.quickstart import text
 from sarathi_jax.quickstart import tokenizer as tokenizer_lib
 
@@ -101,8 +101,7 @@ def write_tokenizer(
 
 
 def _tensors(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-  for path, value in jax.tree.leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
+  for name, value in tree.named_leaves(params).items():
     if name in _TOP:
       transposed = name == 'lm_head'
       theirs = _TOP[name]

@@ -19,6 +19,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 import dataclasses
+import threading
 import time
 from typing import NamedTuple, NoReturn
 
@@ -48,6 +49,45 @@ class Background(NamedTuple):
   restart: Callable[[], object] | None = None
   is_up: Callable[[], bool] | None = None
   on_change: Callable[[bool], object] | None = None
+
+
+class Thread:
+  """A thread that runs until it is told to end.
+
+  Args:
+    name: what logs and metrics call it.
+    run: what it does.
+
+  Attributes:
+    is_ending: whether it was told to end.
+  """
+
+  def __init__(self, name: str, run: Callable[[], object]) -> None:
+    self._name = name
+    self._run = run
+    self.is_ending = False
+    self.restart()
+
+  @property
+  def as_background(self) -> Background:
+    """The thread as `Watch` takes it."""
+    return Background(self._name, self.why_ended, self.restart)
+
+  def why_ended(self) -> str | None:
+    """Tells whether it is gone; None while it runs."""
+    is_well = self.is_ending or self._thread.is_alive()
+    return None if is_well else 'its thread is gone'
+
+  def restart(self) -> None:
+    """Runs from a new thread."""
+    self._thread = threading.Thread(
+      target=self._run, name=self._name, daemon=True
+    )
+    self._thread.start()
+
+  def join(self, timeout_s: float | None = None) -> None:
+    """Waits for its end."""
+    self._thread.join(timeout_s)
 
 
 @dataclasses.dataclass(slots=True)

@@ -112,9 +112,14 @@ class Frontend:
   `state` is the server's to set.
 
   Args:
-    engine_thread: runs the engine.
+    engine_thread: runs the engine; for what must happen between two steps.
     limits: the most that requests may ask for.
     observers: told how each request ended; they must be quick.
+
+  Attributes:
+    engine_thread, limits: see above.
+    num_open: requests between admission and the end of their reader.
+    last_arrival: when the last request came, seconds since the epoch.
   """
 
   def __init__(
@@ -124,12 +129,12 @@ class Frontend:
     observers: Sequence[Callable[[Ended], None]] = (),
   ) -> None:
     self.state = State.LOADING
-    self.last_arrival = 0.0  # seconds since the epoch
-    self._engine_thread = engine_thread
+    self.last_arrival = 0.0
+    self.engine_thread = engine_thread
     self.limits = limits or admission.Limits()
     self._observers = observers
     self._engine: engine_lib.Engine | None = None
-    self._num_open = 0
+    self.num_open = 0
     self._num_preparing = 0  # of them, those that are not yet submitted
     self._keys = itertools.count()
     # (tenant, request id) -> what its reader has not left.
@@ -157,11 +162,6 @@ class Frontend:
   def is_serving(self) -> bool:
     return self.state is State.SERVING
 
-  @property
-  def num_open(self) -> int:
-    """Requests between admission and the end of their reader."""
-    return self._num_open
-
   async def abort(
     self, request_ids: Collection[str], caller: Caller
   ) -> list[str]:
@@ -170,20 +170,15 @@ class Frontend:
     Returns:
       The ids of those that were running or waiting.
     """
-    return await self._engine_thread.abort(
+    return await self.engine_thread.abort(
       request_ids, None if caller.is_admin else caller.tenant
     )
 
-  @property
-  def engine_thread(self) -> engine_thread_lib.EngineThread:
-    """The thread of the engine, for what must happen between two steps."""
-    return self._engine_thread
-
   async def stats(self) -> state.EngineStats:
     """Returns what the engine does now, and counts our queue as waiting."""
-    stats = await self._engine_thread.call(lambda engine: engine.stats())
+    stats = await self.engine_thread.call(lambda engine: engine.stats())
     return dataclasses.replace(
-      stats, num_waiting=stats.num_waiting + self._engine_thread.num_queued
+      stats, num_waiting=stats.num_waiting + self.engine_thread.num_queued
     )
 
   async def drain(self) -> None:
@@ -192,7 +187,7 @@ class Frontend:
     Raises:
       EngineDeadError: the engine has stopped.
     """
-    await self._engine_thread.drain()
+    await self.engine_thread.drain()
     await self._all_closed.wait()
 
   def cut_off(self) -> None:
@@ -257,7 +252,7 @@ class Frontend:
       key=str(next(self._keys)),
       deadline=(None if caller.timeout_s is None else now + caller.timeout_s),
     )
-    self._num_open += 1
+    self.num_open += 1
     self._all_closed.clear()
     end = Ended(
       request_id=draft.request_id,
@@ -277,8 +272,8 @@ class Frontend:
       end.error = error
       raise
     finally:
-      self._num_open -= 1
-      if not self._num_open:
+      self.num_open -= 1
+      if not self.num_open:
         self._all_closed.set()
       for observe in self._observers:
         observe(end)
@@ -293,7 +288,7 @@ class Frontend:
         f'request_id={errors.shown(request.request_id)}: a request of this id '
         'is running or waiting; ids must be unique.'
       )
-    with contextlib.closing(self._engine_thread.submit(request)) as stream:
+    with contextlib.closing(self.engine_thread.submit(request)) as stream:
       self._streams[named] = stream
       try:
         yield stream
@@ -306,7 +301,7 @@ class Frontend:
   ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
-    self._engine_thread.check_room(self._num_preparing + 1)
+    self.engine_thread.check_room(self._num_preparing + 1)
     chat = _chat_chars(prompt)
     # No chat at once, however short: what its template does is its own affair.
     size = len(prompt) if chat is None else max(_LEAST_CHAT, chat)

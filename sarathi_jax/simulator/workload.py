@@ -124,51 +124,32 @@ class WorkloadConfig:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    check = config_lib.check
-    check(
+    config_lib.check(
       self.source in DATASETS or pathlib.Path(self.source).is_file(),
       'workload',
       self.source,
       f'must be one of {", ".join(DATASETS)}, or a CSV file',
     )
-    check(
-      self.arrivals in ARRIVALS,
-      'arrivals',
-      self.arrivals,
-      f'must be one of {", ".join(ARRIVALS)}',
-    )
-    check(
-      self.num_requests is None or self.num_requests >= 1,
-      'num_requests',
-      self.num_requests,
-      'must be >= 1',
-    )
-    check(
-      self.qps is None or (math.isfinite(self.qps) and self.qps > 0),
-      'qps',
-      self.qps,
-      'must be > 0',
-    )
-    check(
+    config_lib.check_fields(self, _RULES)
+    config_lib.check(
       self.qps is not None or self.arrivals == 'trace',
       'qps',
       self.qps,
       'must be given unless arrivals=trace',
     )
-    check(math.isfinite(self.cv) and self.cv > 0, 'cv', self.cv, 'must be > 0')
-    check(
-      math.isfinite(self.length_scale) and self.length_scale > 0,
-      'length_scale',
-      self.length_scale,
-      'must be > 0',
-    )
-    check(
-      0 <= self.batch_share <= 1,
-      'batch_share',
-      self.batch_share,
-      'must be in [0, 1]',
-    )
-    check(self.seed >= 0, 'seed', self.seed, 'must be >= 0')
+
+
+_RULES: Mapping[str, config_lib.Rule] = {
+  'arrivals': config_lib.one_of(ARRIVALS),
+  'num_requests': config_lib.or_none(
+    (lambda value: value >= 1, 'must be >= 1')
+  ),
+  'qps': config_lib.or_none(config_lib.POSITIVE),
+  'cv': config_lib.POSITIVE,
+  'length_scale': config_lib.POSITIVE,
+  'batch_share': (lambda value: 0 <= value <= 1, 'must be in [0, 1]'),
+  'seed': (lambda value: value >= 0, 'must be >= 0'),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

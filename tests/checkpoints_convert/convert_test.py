@@ -135,7 +135,7 @@ def test_for_a_mesh_no_file_holds_parts_of_two_devices(
   for kind, made in plans.items():
     for leaf, spec in zip(
       made.all_leaves(),
-      dict(rules.leaf_specs(models.param_specs(plan.model))).values(),
+      jax.tree.leaves(models.param_specs(plan.model)),
       strict=True,
     ):
       size = mesh.part_len(spec.axes[-1], leaf.shape[-1])

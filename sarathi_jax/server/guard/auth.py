@@ -21,10 +21,10 @@ import pathlib
 import re
 from typing import Any
 
-from absl import logging
 import grpc
 
 from sarathi_jax import errors
+from sarathi_jax.server.guard import renewed
 
 _PREFIX = 'sha256:'
 _SCHEME = 'bearer '
@@ -106,14 +106,13 @@ class Tokens:
 
   def __init__(self, path: pathlib.Path) -> None:
     self._path = path
-    self._stamp, self._tokens = self._read()
+    self._tokens = renewed.Renewed('The tokens', (path,), self._read)
 
   def find(self, secret: str) -> Token | None:
     """Finds the token of a secret; compares all, so that time tells nothing."""
-    self._reload()
     digest = _digest(secret)
     found = None
-    for token in self._tokens:
+    for token in self._tokens.get():
       if hmac.compare_digest(token.digest.encode(), digest.encode()):
         found = token
     return found
@@ -124,23 +123,9 @@ class Tokens:
       return None
     return self.find(authorization[len(_SCHEME) :].strip())
 
-  def _reload(self) -> None:
+  def _read(self) -> tuple[Token, ...]:
     try:
-      if self._stat() != self._stamp:
-        self._stamp, self._tokens = self._read()
-        logging.info('Read the tokens of %s anew.', self._path)
-    except (OSError, errors.ConfigError) as error:
-      logging.log_every_n_seconds(
-        logging.ERROR, 'The tokens stay as they were: %s', 10, error
-      )
-
-  def _stat(self) -> tuple[int, int, int]:
-    stat = self._path.stat()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-  def _read(self) -> tuple[tuple[int, int, int], tuple[Token, ...]]:
-    try:
-      return self._stat(), parse(self._path.read_text(), str(self._path))
+      return parse(self._path.read_text(), str(self._path))
     except (OSError, UnicodeDecodeError) as error:
       raise errors.ConfigError(
         f"auth_tokens={str(self._path)!r}: can't be read: {error}."

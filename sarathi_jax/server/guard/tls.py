@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 import ssl
+from typing import TypeVar
 
-from absl import logging
 import grpc
 
 from sarathi_jax import errors
+from sarathi_jax.server.guard import renewed
+
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +33,10 @@ class TlsFiles:
   key: pathlib.Path
   client_ca: pathlib.Path | None = None
 
+  @property
+  def paths(self) -> tuple[pathlib.Path, ...]:
+    return tuple(filter(None, (self.cert, self.key, self.client_ca)))
+
 
 def credentials(files: TlsFiles) -> grpc.ServerCredentials:
   """Makes credentials that follow the files: each handshake looks for new.
@@ -35,46 +44,36 @@ def credentials(files: TlsFiles) -> grpc.ServerCredentials:
   Raises:
     ConfigError: a file can't be read, or isn't PEM.
   """
-  config = _read(files)
-  state = _stamps(files)
+  found = _renewed(files, _read)
+  last = found.get()
 
   def fetch() -> grpc.ServerCertificateConfiguration | None:
-    nonlocal state
-    try:
-      if (now := _stamps(files)) == state:
-        return None
-      state, renewed = now, _read(files)
-    except (OSError, errors.ConfigError) as error:
-      logging.error('The certificate stays as it was: %s', error)
-      return None
-    logging.info('Read %s anew.', files.cert)
-    return renewed
+    nonlocal last
+    before, last = last, found.get()
+    return None if last is before else last
 
   return grpc.dynamic_ssl_server_credentials(
-    config,
+    last,
     fetch,  # type: ignore[arg-type]  # the stub forgets None
     require_client_authentication=files.client_ca is not None,
   )
 
 
-class Contexts:
-  """Python's contexts of the same files; each call looks for new ones.
+def contexts(files: TlsFiles) -> Callable[[], ssl.SSLContext]:
+  """Returns what makes Python's context of the files, as they are now.
 
   Raises:
     ConfigError: a file can't be used.
   """
+  return _renewed(files, _context).get
 
-  def __init__(self, files: TlsFiles) -> None:
-    self._files = files
-    self._state, self._context = _stamps(files), _context(files)
 
-  def __call__(self) -> ssl.SSLContext:
-    try:
-      if (now := _stamps(self._files)) != self._state:
-        self._state, self._context = now, _context(self._files)
-    except (OSError, errors.ConfigError) as error:
-      logging.error('The certificate stays as it was: %s', error)
-    return self._context
+def _renewed(
+  files: TlsFiles, read: Callable[[TlsFiles], T]
+) -> renewed.Renewed[T]:
+  return renewed.Renewed(
+    'The certificates', files.paths, functools.partial(read, files)
+  )
 
 
 def _context(files: TlsFiles) -> ssl.SSLContext:
@@ -90,12 +89,6 @@ def _context(files: TlsFiles) -> ssl.SSLContext:
       f'used: {error}.'
     ) from error
   return context
-
-
-def _stamps(files: TlsFiles) -> tuple[tuple[int, int], ...]:
-  paths = (files.cert, files.key, files.client_ca)
-  stats = [path.stat() for path in paths if path is not None]
-  return tuple((stat.st_mtime_ns, stat.st_ino) for stat in stats)
 
 
 def _read(files: TlsFiles) -> grpc.ServerCertificateConfiguration:

@@ -120,13 +120,7 @@ class EngineThread:
       self._limits.max_outbox,
       self._limits.stream_interval_ms / 1e3,
     )
-    with self._wakeup:
-      gone = self._is_gone()
-      if gone is None:
-        self._waiting.push(stream)
-        self._wakeup.notify()
-    if gone is not None:
-      raise gone()
+    self._wake(lambda: self._waiting.push(stream))
     return stream
 
   def check_room(self, num_requests: int) -> None:
@@ -260,13 +254,20 @@ class EngineThread:
     return not self._thread.is_alive()
 
   def _send(self, command: _Command) -> None:
+    try:
+      self._wake(lambda: self._inbox.append(command))
+    except errors.EngineDeadError as error:
+      command.fail(error)
+
+  def _wake(self, leave: Callable[[], None]) -> None:
+    """Calls `leave`, for the thread to see; EngineDeadError if it is gone."""
     with self._wakeup:
       gone = self._is_gone()
       if gone is None:
-        self._inbox.append(command)
+        leave()
         self._wakeup.notify()
     if gone is not None:
-      command.fail(gone())
+      raise gone()
 
   def _is_gone(self) -> Callable[[], errors.EngineDeadError] | None:
     if self._stopping and self._gone is None:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
-import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import prometheus_client
 from prometheus_client import core
@@ -257,40 +256,35 @@ class Collector(registry_lib.Collector):
     yield self._gauge(
       'engine_up',
       'Whether the engine serves; 0 while it is loaded, and after a fault.',
-      float(is_up),
+      is_up,
     )
     yield self._gauge(
-      'is_paused', 'Whether no requests begin.', float(self._thread.is_paused)
+      'is_paused', 'Whether no requests begin.', self._thread.is_paused
     )
-    requests = core.CounterMetricFamily(
-      self._name('requests_ended'),
+    yield self._family(
+      core.CounterMetricFamily,
+      'requests_ended',
       'Requests, by how they ended.',
-      labels=('protocol', 'outcome'),
+      ('protocol', 'outcome'),
+      self._ended,
     )
-    for labels, count in list(self._ended.items()):
-      requests.add_metric(labels, count)
-    yield requests
-    yield from self._of_background()
-    if self._last is not None:
-      yield from self._of_engine(self._last)
-
-  def _of_background(self) -> Iterator[core.Metric]:
-    up = core.GaugeMetricFamily(
-      self._name('background_up'),
+    yield self._family(
+      core.GaugeMetricFamily,
+      'background_up',
       'Whether what runs beside the calls is '
       'well; of the gateway: whether it serves.',
-      labels=('name',),
+      ('name',),
+      {(name,): up for name, up in self._watch.is_up().items()},
     )
-    for name, is_up in self._watch.is_up().items():
-      up.add_metric((name,), float(is_up))
-    restarts = core.CounterMetricFamily(
-      self._name('background_restarts'),
+    yield self._family(
+      core.CounterMetricFamily,
+      'background_restarts',
       'How often it was started again.',
-      labels=('name',),
+      ('name',),
+      {(name,): n for name, n in list(self._watch.num_restarts.items())},
     )
-    for name, count in list(self._watch.num_restarts.items()):
-      restarts.add_metric((name,), count)
-    yield from (up, restarts)
+    if self._last is not None:
+      yield from self._of_engine(self._last)
 
   def _read(self) -> bool:
     """Takes a snapshot; keeps the last one if the engine is in a long step."""
@@ -310,74 +304,77 @@ class Collector(registry_lib.Collector):
 
   def _of_engine(self, snapshot: Snapshot) -> Iterator[core.Metric]:
     info, totals = snapshot.info, snapshot.totals
-    label = (info.model_name,)
+    model = info.model_name
     for value in GAUGES:
-      yield self._gauge(value.name, value.text, value.read(snapshot), label)
+      yield self._gauge(
+        value.name, value.text, value.read(snapshot), model_name=model
+      )
     if snapshot.needed_tbt_s is not None:
       yield self._gauge(
         'tbt_slo_needed_seconds',
         'The least time between tokens that can be '
         'held at this load, of --tbt_slo_ms or above.',
         snapshot.needed_tbt_s,
-        label,
+        model_name=model,
       )
     yield self._gauge(
       'num_requests_waiting',
       'Requests that wait.',
       snapshot.stats.num_waiting + self._thread.num_queued,
-      label,
+      model_name=model,
     )
     yield self._gauge(
       'num_tokens_waiting',
       'Tokens of prompts that wait in the queue.',
       self._thread.num_queued_tokens,
-      label,
+      model_name=model,
     )
     if self._num_compiled is not None:
       yield self._gauge(
         'compiled_programs',
         'Programs compiled for steps.',
         self._num_compiled(),
-        label,
+        model_name=model,
       )
     for value in COUNTERS:
-      counter = core.CounterMetricFamily(
-        self._name(value.name), value.text, labels=('model_name',)
+      yield self._family(
+        core.CounterMetricFamily,
+        value.name,
+        value.text,
+        ('model_name',),
+        {(model,): value.read(snapshot)},
+        created=self._start,
       )
-      counter.add_metric(label, value.read(snapshot), created=self._start)
-      yield counter
-    success = core.CounterMetricFamily(
-      self._name('request_success'),
+    yield self._family(
+      core.CounterMetricFamily,
+      'request_success',
       'Requests that ended by themselves.',
-      labels=('model_name', 'finished_reason'),
+      ('model_name', 'finished_reason'),
+      {(model, r.value): n for r, n in totals.finish_reasons.items()},
     )
-    for reason, count in totals.finish_reasons.items():
-      success.add_metric((info.model_name, reason.value), count)
-    yield success
-    config = core.GaugeMetricFamily(
-      self._name('cache_config_info'),
+    yield self._gauge(
+      'cache_config_info',
       'The KV cache.',
-      labels=('model_name', 'block_size', 'num_gpu_blocks'),
+      1,
+      model_name=model,
+      block_size=str(info.page_size),
+      num_gpu_blocks=str(info.num_pages),
     )
-    config.add_metric(
-      (info.model_name, str(info.page_size), str(info.num_pages)), 1
-    )
-    yield config
     for histogram in HISTOGRAMS:
-      yield self._histogram(histogram, getattr(totals, histogram.field), label)
+      yield self._histogram(histogram, getattr(totals, histogram.field), model)
 
   def _histogram(
     self,
     histogram: _Histogram,
     values: metrics_lib.Quantiles,
-    label: tuple[str],
+    model_name: str,
   ) -> core.HistogramMetricFamily:
     family = core.HistogramMetricFamily(
       self._name(histogram.name), histogram.text, labels=('model_name',)
     )
     counts = values.cumulative(histogram.bounds)
     family.add_metric(
-      label,
+      (model_name,),
       [
         *(
           (str(bound), count)
@@ -390,15 +387,30 @@ class Collector(registry_lib.Collector):
     return family
 
   def _gauge(
-    self, name: str, text: str, value: float, label: tuple[str] | None = None
-  ) -> core.GaugeMetricFamily:
-    if label is None:
-      return core.GaugeMetricFamily(self._name(name), text, value=value)
-    gauge = core.GaugeMetricFamily(
-      self._name(name), text, labels=('model_name',)
+    self, name: str, text: str, value: float, **labels: str
+  ) -> core.Metric:
+    return self._family(
+      core.GaugeMetricFamily,
+      name,
+      text,
+      tuple(labels),
+      {tuple(labels.values()): value},
     )
-    gauge.add_metric(label, value)
-    return gauge
+
+  def _family(
+    self,
+    kind: Callable[..., Any],
+    name: str,
+    text: str,
+    labels: tuple[str, ...],
+    values: Mapping[Any, float],
+    **options: float,
+  ) -> core.Metric:
+    """Makes a metric of the values of labels; `options` are each value's."""
+    family: core.Metric = kind(self._name(name), text, labels=labels)
+    for of_labels, value in list(values.items()):
+      family.add_metric(of_labels, float(value), **options)  # type: ignore
+    return family
 
   def _name(self, name: str) -> str:
     return f'{self._prefix}:{name}'
@@ -425,6 +437,10 @@ class MetricsServer:
 
   Raises:
     ConfigError: the port can't be had, or a file can't be used.
+
+  Attributes:
+    port: where it listens.
+    thread: its thread. The port stays, if that is started again.
   """
 
   def __init__(
@@ -444,35 +460,17 @@ class MetricsServer:
         app if tokens is None else web.guarded(app, tokens),
         host,
         port,
-        None if files is None else tls.Contexts(files),
+        None if files is None else tls.contexts(files),
       )
     except OSError as error:
       raise errors.ConfigError(
         f"metrics_port={port}: can't listen at {host}: {error.strerror}."
       ) from error
     self.port: int = self._server.server_port
-    self._is_stopped = False
-    self.restart()
-
-  @property
-  def as_background(self) -> background.Background:
-    """The server's thread as `background.Watch` takes it."""
-    return background.Background('metrics', self.why_ended, self.restart)
-
-  def why_ended(self) -> str | None:
-    """Tells whether its thread is gone; None while it runs."""
-    is_well = self._is_stopped or self._thread.is_alive()
-    return None if is_well else 'its thread is gone'
-
-  def restart(self) -> None:
-    """Serves scrapes again, from a new thread; the port stays."""
-    self._thread = threading.Thread(
-      target=self._server.serve_forever, name='metrics', daemon=True
-    )
-    self._thread.start()
+    self.thread = background.Thread('metrics', self._server.serve_forever)
 
   def stop(self) -> None:
-    self._is_stopped = True
+    self.thread.is_ending = True
     self._server.shutdown()
     self._server.server_close()
-    self._thread.join()
+    self.thread.join()

@@ -63,7 +63,7 @@ class Telemetry:
           f'{error.strerror}.'
         ) from error
       self._closers.append(file.close)
-      watch.add(file.as_background)
+      watch.add(file.thread.as_background)
       self._trace = trace.ChromeTrace(file.emit)
     if config.otlp_endpoint is not None:
       otlp = spans.Spans(config.otlp_endpoint)
@@ -99,7 +99,7 @@ class Telemetry:
         self._collector, config.host, self.metrics_port, tokens, config.tls
       )
       self._closers.append(server.stop)
-      self._watch.add(server.as_background)
+      self._watch.add(server.thread.as_background)
       self.metrics_port = server.port
 
   async def observe_engine(self) -> None:

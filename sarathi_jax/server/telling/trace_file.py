@@ -12,7 +12,6 @@ import contextlib
 import json
 import pathlib
 import queue
-import threading
 import time
 
 from absl import logging
@@ -35,6 +34,9 @@ class TraceFile:
 
   Raises:
     OSError: the first file can't be made.
+
+  Attributes:
+    thread: the thread that writes.
   """
 
   def __init__(self, folder: pathlib.Path) -> None:
@@ -44,23 +46,7 @@ class TraceFile:
     self._num_dropped = 0
     self._number = 0
     self._file: whole_lines.WholeLines | None = self._open()
-    self._is_closed = False
-    self.restart()
-
-  @property
-  def as_background(self) -> background.Background:
-    """The writing thread as `background.Watch` takes it."""
-    return background.Background('trace', self.why_ended, self.restart)
-
-  def why_ended(self) -> str | None:
-    """Tells whether its thread is gone; None while it runs."""
-    is_well = self._is_closed or self._thread.is_alive()
-    return None if is_well else 'its thread is gone'
-
-  def restart(self) -> None:
-    """Writes from a new thread."""
-    self._thread = threading.Thread(target=self._run, name='trace', daemon=True)
-    self._thread.start()
+    self.thread = background.Thread('trace', self._run)
 
   def emit(self, event: trace.Event) -> None:
     """Hands an event over; never waits, never raises."""
@@ -71,10 +57,10 @@ class TraceFile:
 
   def close(self, timeout_s: float = 5.0) -> None:
     """Writes what is left."""
-    self._is_closed = True
+    self.thread.is_ending = True
     with contextlib.suppress(queue.Full):
       self._events.put(None, timeout=timeout_s)
-    self._thread.join(timeout_s)
+    self.thread.join(timeout_s)
 
   def _drop(self, num_events: int, why: object) -> None:
     self._num_dropped += num_events
