@@ -104,15 +104,6 @@ def fit(hardware: Hardware, tables: Iterable[Table]) -> Hardware:
   return hardware
 
 
-def with_efficiencies(
-  hardware: Hardware, values: Mapping[str, float]
-) -> Hardware:
-  """Returns the same hardware with some efficiencies replaced."""
-  return dataclasses.replace(
-    hardware, efficiencies=dataclasses.replace(hardware.efficiencies, **values)
-  )
-
-
 def _fit_fields(
   hardware: Hardware, fields: Sequence[str], tables: Sequence[Table]
 ) -> Hardware:
@@ -120,8 +111,8 @@ def _fit_fields(
   start = [getattr(hardware.efficiencies, f) for f in fields]
 
   def at(x: Any) -> Hardware:  # x: logarithms, so that all stay positive
-    return with_efficiencies(
-      hardware, dict(zip(fields, np.exp(x).tolist(), strict=True))
+    return hardware.with_efficiencies(
+      **dict(zip(fields, np.exp(x).tolist(), strict=True))
     )
 
   # Tables weigh the same, however many rows they have.
@@ -139,21 +130,21 @@ def _fit_fields(
 
 def summary(
   hardware: Hardware, tables: Iterable[Table]
-) -> dict[str, tuple[float, float, int]]:
+) -> dict[str, tables_lib.Spread]:
   """Returns kind of table -> median error, P90 error, rows."""
   kinds: dict[str, list[Any]] = {}
   for table in tables:
     kinds.setdefault(table.kind, []).append(table.error(hardware))
   return {
-    kind: (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
-    for kind, e in ((k, np.concatenate(v)) for k, v in kinds.items())
+    kind: tables_lib.spread(np.concatenate(found))
+    for kind, found in kinds.items()
   }
 
 
 def leave_one_model_out(
   hardware: Hardware,
   tables: Sequence[Table],
-) -> dict[str, dict[str, tuple[float, float, int]]]:
+) -> dict[str, dict[str, tables_lib.Spread]]:
   """Returns model -> errors on its tables of a fit that saw none of them."""
   models = sorted({t.model for t in tables if t.kind == 'linear'})
   if len(models) < 2:
@@ -176,25 +167,17 @@ def write(hardware: Hardware, path: str, source: str) -> None:
   pathlib.Path(path).write_text(json.dumps(fields, indent=1) + '\n')
 
 
-def _rows(
-  table: rich.table.Table,
-  name: str,
-  found: Mapping[str, tuple[float, float, int]],
-) -> None:
-  for kind, (median, p90, n) in found.items():
-    table.add_row(name, kind, f'{median:.1%}', f'{p90:.1%}', f'{n:,}')
-
-
 def _show(
   console: rich.console.Console,
   title: str,
-  rows: Mapping[str, Mapping[str, tuple[float, float, int]]],
+  rows: Mapping[str, Mapping[str, tables_lib.Spread]],
 ) -> None:
   table = rich.table.Table(
     '', 'kind', 'median error', 'P90', 'rows', title=title
   )
   for name, found in rows.items():
-    _rows(table, name, found)
+    for kind, (median, p90, n) in found.items():
+      table.add_row(name, kind, f'{median:.1%}', f'{p90:.1%}', f'{n:,}')
   console.print(table)
 
 

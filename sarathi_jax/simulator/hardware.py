@@ -86,6 +86,12 @@ class Hardware:
   message_s: float
   efficiencies: Efficiencies
 
+  def with_efficiencies(self, **values: float) -> Hardware:
+    """Returns the same hardware with some efficiencies replaced."""
+    return dataclasses.replace(
+      self, efficiencies=dataclasses.replace(self.efficiencies, **values)
+    )
+
   def link_within(self, first: int, last: int) -> str:
     """Returns the slowest link between the devices numbered [first, last]."""
     for link, size in (

@@ -127,11 +127,7 @@ class Client:
     num_gaps = int((workload.output_lens - 1)[~workload.is_batch].sum())
 
     def is_lost(seen: open_loop.Seen) -> bool:
-      of_seen = 1 - 0.01 * num_gaps / max(seen.tbt_s.count, 1)
-      return bool(seen.errors) or (
-        of_seen > 0
-        and (seen.tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01
-      )
+      return bool(seen.errors) or slo.is_lost(seen.tbt_s, num_gaps)
 
     self._num_tried += 1
     seen = asyncio.run(

@@ -58,14 +58,7 @@ def lost(
     num_steps += 1
     if num_steps % _LOOK_EVERY:
       return False
-    # Too many gaps were too long, even if no other will be.
-    tbt_s = engine.metrics.tbt_s
-    of_seen = 1 - 0.01 * num_gaps / max(tbt_s.count, 1)
-    if (
-      all_count
-      and of_seen > 0
-      and (tbt_s.quantile(of_seen) or 0) > slo.p99_tbt_s * 1.01
-    ):
+    if all_count and slo.is_lost(engine.metrics.tbt_s, num_gaps):
       return True
     # More than half of all requests wait, and have done so for too long.
     waiting = engine.stats().num_waiting

@@ -12,6 +12,7 @@ import dataclasses
 import math
 
 from sarathi_jax import config as config_lib
+from sarathi_jax.engine import metrics as metrics_lib
 
 # A rate that nothing we simulate comes near, or falls below.
 _LEAST, _MOST = 1e-3, 1e4
@@ -38,6 +39,18 @@ class Slo:
         value,
         'must be seconds > 0',
       )
+
+  def is_lost(self, tbt_s: metrics_lib.Quantiles, num_gaps: int) -> bool:
+    """Says whether too many gaps were too long, even if no other will be.
+
+    Args:
+      tbt_s: the gaps seen so far.
+      num_gaps: how many there will be in all.
+    """
+    of_seen = 1 - 0.01 * num_gaps / max(tbt_s.count, 1)
+    return of_seen > 0 and (
+      (tbt_s.quantile(of_seen) or 0) > self.p99_tbt_s * 1.01
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

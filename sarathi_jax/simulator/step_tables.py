@@ -16,6 +16,7 @@ from scipy import optimize
 from sarathi_jax import errors
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import operators
+from sarathi_jax.simulator import tables
 
 # Context of the artifact's decodes, which it does not tell.
 _CONTEXT = 1024
@@ -170,12 +171,8 @@ def fit_efficiencies(cost: CostModel, steps: Sequence[Step]) -> CostModel:
 
   def at(x: Any) -> CostModel:
     return cost.with_hardware(
-      dataclasses.replace(
-        cost.hardware,
-        efficiencies=dataclasses.replace(
-          cost.hardware.efficiencies,
-          **dict(zip(_OF_GPU_CHECK, x.tolist(), strict=True)),
-        ),
+      cost.hardware.with_efficiencies(
+        **dict(zip(_OF_GPU_CHECK, x.tolist(), strict=True))
       )
     )
 
@@ -197,15 +194,15 @@ def _fit(
 def summary(
   cost: CostModel,
   steps: Sequence[Step],
-) -> dict[str, tuple[float, float, int]]:
+) -> dict[str, tables.Spread]:
   """Returns table -> median error, P90 error, rows; and those of all."""
-  names = dict.fromkeys(['all', *(s.table for s in steps)])
-  found = {}
-  for name in names:
-    e = [
-      abs(s.predict(cost) / s.seconds - 1)
-      for s in steps
-      if name in ('all', s.table)
-    ]
-    found[name] = (float(np.median(e)), float(np.quantile(e, 0.9)), len(e))
-  return found
+  return {
+    name: tables.spread(
+      [
+        abs(s.predict(cost) / s.seconds - 1)
+        for s in steps
+        if name in ('all', s.table)
+      ]
+    )
+    for name in dict.fromkeys(['all', *(s.table for s in steps)])
+  }

@@ -24,6 +24,13 @@ from sarathi_jax.simulator import operators
 
 Floats = npt.NDArray[np.float64]
 Hardware = hardware_lib.Hardware
+Spread = tuple[float, float, int]
+
+
+def spread(relative_errors: npt.ArrayLike) -> Spread:
+  """Returns the median and the P90 of some errors, and how many they are."""
+  found = np.asarray(relative_errors)
+  return float(np.median(found)), float(np.quantile(found, 0.9)), len(found)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,20 +20,17 @@ from sarathi_jax.simulator import step_tables
 from sarathi_jax.simulator import tables
 from tests.simulator import cost_model_test
 
-TRUE = calibrate.with_efficiencies(
-  hardware_lib.load('a100'),
-  {
-    'gemm': 0.6,
-    'memory': 0.7,
-    'kernel_s': 6e-6,
-    'elementwise': 0.4,
-    'decode_attention': 0.6,
-    'prefill_attention': 0.3,
-    'attention_s': 2e-5,
-    'collective_s': 3e-5,
-    'nvlink': 0.5,
-    'pcie': 0.9,
-  },
+TRUE = hardware_lib.load('a100').with_efficiencies(
+  gemm=0.6,
+  memory=0.7,
+  kernel_s=6e-6,
+  elementwise=0.4,
+  decode_attention=0.6,
+  prefill_attention=0.3,
+  attention_s=2e-5,
+  collective_s=3e-5,
+  nvlink=0.5,
+  pcie=0.9,
 )
 
 
@@ -208,9 +205,7 @@ def test_the_host_is_fitted_to_whole_steps() -> None:
 def test_a_gpu_check_is_fitted(tmp_path: pathlib.Path) -> None:
   cost = cost_model_test.cost_of('mistral_7b_h100')
   true = cost.with_hardware(
-    calibrate.with_efficiencies(
-      cost.hardware, {'gemm': 0.5, 'decode_attention': 0.6}
-    )
+    cost.hardware.with_efficiencies(gemm=0.5, decode_attention=0.6)
   )
   rows = [
     {'step': 'decode', 'sequences': n, 'context': before, 'tokens': 1}
