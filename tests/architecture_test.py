@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-import dataclasses
 import functools
 import importlib
 import json
-import pathlib
 import re
 import subprocess
 import sys
@@ -385,66 +383,6 @@ def test_all_is_sorted_and_complete(file: source_tree.File) -> None:
       assert {a.asname for a in node.names if a.asname == a.name} <= set(names)
 
 
-def test_build_is_up_to_date() -> None:
-  assert build_file.PATH.read_text() == build_file.render(), (
-    'BUILD differs from the tree: run scripts/update_build'
-  )
-
-
-def test_build_has_each_file_once() -> None:
-  text = build_file.PATH.read_text()
-  srcs = re.findall(r'srcs = \[(.*?)\]', text, re.S)
-  listed = [p for s in srcs for p in re.findall(r'"([^"]+\.py)"', s)]
-  assert sorted(listed) == sorted(f.path for f in FILES.values())
-
-
-def test_build_has_no_cycle() -> None:
-  assert build_file.cycle(build_file.targets(FILES)) is None
-
-
-def make_file(path: str, text: str) -> source_tree.File:
-  """A file of these contents, imports included."""
-  names = frozenset(
-    {
-      'sarathi_jax.errors',
-      'sarathi_jax.llm',
-      'sarathi_jax.types',
-      'sarathi_jax.models',
-      'sarathi_jax.models.rope',
-    }
-  )
-  file = source_tree.File(
-    path, source_tree.module_name(pathlib.PurePath(path)), ast.parse(text), 1
-  )
-  return dataclasses.replace(
-    file, imports=frozenset(source_tree.read_imports(file, names))
-  )
-
-
-@pytest.mark.parametrize(
-  ('text', 'expected'),
-  [
-    ('from sarathi_jax import types', {('sarathi_jax.types', False)}),
-    (
-      'import sarathi_jax.models.rope as r',
-      {('sarathi_jax.models.rope', False)},
-    ),
-    (
-      'from sarathi_jax.models import rope, apply',
-      {('sarathi_jax.models.rope', False), ('sarathi_jax.models', False)},
-    ),
-    ('def f():\n  import jax.numpy as jnp', {('jax', True)}),
-    ('if TYPE_CHECKING:\n  import jax', {('jax', True)}),
-    ('class C:\n  import jax', {('jax', False)}),
-    ('try:\n  import jax\nexcept ImportError:\n  pass', {('jax', False)}),
-    ('import os, sys', set()),
-  ],
-)
-def test_imports_are_read(text: str, expected: set[tuple[str, bool]]) -> None:
-  file = make_file('sarathi_jax/errors.py', text)
-  assert {(i.module, i.is_lazy) for i in file.imports} == expected
-
-
 @pytest.mark.parametrize(
   ('path', 'text'),
   [
@@ -459,7 +397,7 @@ def test_imports_are_read(text: str, expected: set[tuple[str, bool]]) -> None:
 )
 def test_a_forbidden_import_is_found(path: str, text: str) -> None:
   with pytest.raises(AssertionError, match='may not import'):
-    test_imports_follow_the_layers(make_file(path, text))
+    test_imports_follow_the_layers(source_tree.make_file(path, text))
 
 
 @pytest.mark.parametrize(
@@ -473,14 +411,4 @@ def test_a_forbidden_import_is_found(path: str, text: str) -> None:
 )
 def test_a_forbidden_import_of_others_is_found(path: str, text: str) -> None:
   with pytest.raises(AssertionError):
-    test_other_imports_are_few(make_file(path, text))
-
-
-def test_two_targets_that_need_each_other_are_found() -> None:
-  files = [
-    make_file('sarathi_jax/types.py', 'from sarathi_jax import errors'),
-    make_file('sarathi_jax/errors.py', 'from sarathi_jax import types'),
-  ]
-  found = build_file.targets({f.module: f for f in files})
-  assert found['sarathi_jax/types'].deps == {'sarathi_jax/errors'}
-  assert build_file.cycle(found) is not None
+    test_other_imports_are_few(source_tree.make_file(path, text))

@@ -19,7 +19,7 @@ PATH = source_tree.ROOT / 'BUILD'
 _HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
 # Made from the tree by scripts/update_build, and held to it by
-# tests/architecture_test.py. Tests run by pytest.
+# tests/source_tree_test.py. Tests run by pytest.
 
 load("@protobuf//bazel:proto_library.bzl", "proto_library")
 load("@rules_python//python:py_binary.bzl", "py_binary")

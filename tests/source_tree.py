@@ -124,3 +124,18 @@ def _imported(node: ast.AST, ours: frozenset[str]) -> Iterator[str]:
     for alias in node.names:
       name = f'{node.module}.{alias.name}'
       yield name if name in ours else node.module
+
+
+def make_file(path: str, text: str) -> File:
+  """A file of these contents, imports included."""
+  names = frozenset(
+    {
+      'sarathi_jax.errors',
+      'sarathi_jax.llm',
+      'sarathi_jax.types',
+      'sarathi_jax.models',
+      'sarathi_jax.models.rope',
+    }
+  )
+  file = File(path, module_name(pathlib.PurePath(path)), ast.parse(text), 1)
+  return dataclasses.replace(file, imports=frozenset(read_imports(file, names)))

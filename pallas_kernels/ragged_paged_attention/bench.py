@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import attention_work
 from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import arg_specs
 
 FLAGS = flags.FLAGS
@@ -82,7 +83,7 @@ class Row:
   compile_s: float
 
 
-def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
+def work(spec: arg_spec.ArgSpec) -> tuple[int, int]:
   """Returns the bytes of keys and values, and the operations, of one call."""
   window = spec.sliding_window
   rows = pairs = 0
@@ -99,12 +100,12 @@ def work(spec: arg_specs.ArgSpec) -> tuple[int, int]:
 
 
 def _step(
-  spec: arg_specs.ArgSpec,
+  spec: arg_spec.ArgSpec,
   implementation: str,
   layers: int,
 ) -> tuple[Callable[[], Any], float]:
   """Compiles a step of all layers; returns it, and the seconds it took."""
-  arrays = arg_specs.make(spec)
+  arrays = arg_spec.make(spec)
   pages = api.pages_from_rows(
     arrays.pop('k_pages'), arrays.pop('v_pages'), implementation
   )
@@ -128,7 +129,7 @@ def _step(
 
 
 def run(
-  specs: Sequence[arg_specs.ArgSpec],
+  specs: Sequence[arg_spec.ArgSpec],
   implementations: Sequence[str],
   layers: int,
   repeats: int,

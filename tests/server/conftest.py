@@ -34,6 +34,19 @@ def server(tokenizer_folder: pathlib.Path) -> Iterator[fake.RunningServer]:
     yield running
 
 
+@pytest.fixture(scope='module')
+def roomy() -> Iterator[fake.RunningServer]:
+  """One with a chat template, that takes prompts of 100,000 tokens."""
+  from sarathi_jax.benchmarks import server_front  # It loads JAX.
+
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(server_front.make_roomy_engine, 16, 0.0)
+    )
+  ) as running:
+    yield running
+
+
 @pytest.fixture
 def gated() -> Iterator[Callable[..., Any]]:
   """Makes (server, runner) whose steps the test lets through."""

@@ -22,6 +22,7 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.server.protocols import control_v1
+from sarathi_jax.server.telling import metric_tables
 from sarathi_jax.server.telling import metrics
 from sarathi_jax.server.telling import web
 from tests.server import fake
@@ -103,7 +104,7 @@ def test_histograms_count_each_thing_once(scraped: fake.RunningServer) -> None:
   assert value('request_generation_tokens_bucket', le='2.0') == 1
   assert value('request_generation_tokens_bucket', le='5.0') == 6
   assert value('token_budget_use_bucket', le='1.0') == value('steps_total')
-  for histogram in metrics.HISTOGRAMS:
+  for histogram in metric_tables.HISTOGRAMS:
     counts = [
       v
       for (n, labels), v in samples.items()
@@ -116,9 +117,9 @@ def test_histograms_count_each_thing_once(scraped: fake.RunningServer) -> None:
 
 def test_names_are_those_of_vllm() -> None:
   """Those of vLLM 0.32's dashboard that apply to this engine."""
-  ours = {v.name for v in (*metrics.GAUGES, *metrics.HISTOGRAMS)} | {
-    f'{v.name}_total' for v in metrics.COUNTERS
-  }
+  ours = {
+    v.name for v in (*metric_tables.GAUGES, *metric_tables.HISTOGRAMS)
+  } | {f'{v.name}_total' for v in metric_tables.COUNTERS}
   assert ours >= {
     'num_requests_running',
     'kv_cache_usage_perc',

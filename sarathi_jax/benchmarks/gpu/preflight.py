@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.aot import toolkit
+from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import arg_specs
 from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import engine
@@ -129,7 +130,7 @@ def _exp() -> journal_lib.Row:
 
 def _kernel(size: sizes.Size) -> journal_lib.Row:
   spec = arg_specs.BY_NAME[size.kernel_spec]
-  arrays = arg_specs.make(spec, unused=float('nan'))
+  arrays = arg_spec.make(spec, unused=float('nan'))
   found: dict[str, Any] = {}
   for name in (size.attention, 'reference'):
     k_pages, v_pages = rpa.pages_from_rows(

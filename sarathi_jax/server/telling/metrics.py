@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import prometheus_client
 from prometheus_client import core
@@ -24,199 +24,16 @@ from prometheus_client import registry as registry_lib
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
-from sarathi_jax.engine import state
 from sarathi_jax.server import background
 from sarathi_jax.server import frontend
 from sarathi_jax.server.guard import auth
 from sarathi_jax.server.guard import tls
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
+from sarathi_jax.server.telling import metric_tables as tables
 from sarathi_jax.server.telling import request_log
 from sarathi_jax.server.telling import web
 
 _SCRAPE_S = 5.0  # a step that takes longer is not waited for
-_SECONDS = (
-  0.001,
-  0.0025,
-  0.005,
-  0.01,
-  0.025,
-  0.05,
-  0.075,
-  0.1,
-  0.15,
-  0.2,
-  0.3,
-  0.4,
-  0.5,
-  0.75,
-  1.0,
-  2.5,
-  5.0,
-  7.5,
-  10.0,
-  20.0,
-  40.0,
-  80.0,
-  160.0,
-  640.0,
-  2560.0,
-)
-_TOKENS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
-_PARTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-
-
-class Snapshot(NamedTuple):
-  """The engine's totals between two steps."""
-
-  totals: metrics_lib.EngineMetrics
-  stats: state.EngineStats
-  info: engine_lib.EngineInfo
-  needed_tbt_s: float | None  # that can be held; None without a target
-
-
-class _Value(NamedTuple):
-  name: str
-  text: str
-  read: Callable[[Snapshot], float]
-
-
-class _Histogram(NamedTuple):
-  name: str
-  text: str
-  field: str  # of EngineMetrics
-  bounds: tuple[float, ...]
-
-
-# The first ones of each table are vLLM's.
-GAUGES = (
-  _Value(
-    'num_requests_running',
-    'Requests in the batch.',
-    lambda s: s.stats.num_running,
-  ),
-  _Value(
-    'kv_cache_usage_perc',
-    'Part of the KV cache in use, 0 to 1.',
-    lambda s: 1 - s.stats.num_free_pages / s.stats.num_pages,
-  ),
-  _Value(
-    'token_budget',
-    'The most tokens of a step, now.',
-    lambda s: s.info.token_budget,
-  ),
-  _Value(
-    'padding_waste',
-    'Part of all computed rows that was padding.',
-    lambda s: s.totals.padding_waste,
-  ),
-  _Value(
-    'micro_batch_imbalance',
-    'By how much the longest micro-batch in '
-    'flight exceeds their mean, as a part of it; mean over steps.',
-    lambda s: s.totals.imbalance / max(s.totals.num_steps, 1),
-  ),
-)
-COUNTERS = (
-  _Value(
-    'num_preemptions',
-    'Requests whose pages were taken back.',
-    lambda s: s.stats.num_preemptions,
-  ),
-  _Value(
-    'prompt_tokens',
-    'Tokens of prompts computed, each counted once.',
-    lambda s: s.stats.num_prefilled,
-  ),
-  _Value(
-    'generation_tokens', 'Tokens generated.', lambda s: s.totals.num_generated
-  ),
-  _Value('steps', 'Steps launched.', lambda s: s.totals.num_steps),
-  _Value(
-    'step_faults', 'Steps that failed.', lambda s: s.totals.num_step_faults
-  ),
-  _Value(
-    'scheduled_tokens',
-    'Tokens that steps held.',
-    lambda s: s.totals.num_scheduled_tokens,
-  ),
-  _Value(
-    'padded_tokens',
-    'Rows computed to fill compiled shapes.',
-    lambda s: s.totals.num_padded_tokens,
-  ),
-  _Value(
-    'busy_seconds',
-    'Time in which a step was under way.',
-    lambda s: s.totals.busy_s,
-  ),
-  _Value(
-    'device_wait_seconds',
-    'Time that the host waited for the device.',
-    lambda s: s.totals.wait_s,
-  ),
-  _Value(
-    'decode_stall_seconds',
-    'Time that decodes waited while steps ran '
-    'without them, summed over decodes.',
-    lambda s: s.totals.decode_stall_s,
-  ),
-)
-HISTOGRAMS = (
-  _Histogram(
-    'time_to_first_token_seconds',
-    'From arrival to the first token.',
-    'ttft_s',
-    _SECONDS,
-  ),
-  _Histogram(
-    'inter_token_latency_seconds', 'Between two tokens.', 'tbt_s', _SECONDS
-  ),
-  _Histogram(
-    'request_time_per_output_token_seconds',
-    'Mean between two tokens of a request.',
-    'tpot_s',
-    _SECONDS,
-  ),
-  _Histogram(
-    'e2e_request_latency_seconds', 'From arrival to the end.', 'e2e_s', _SECONDS
-  ),
-  _Histogram(
-    'request_queue_time_seconds',
-    'From arrival to the first step.',
-    'scheduling_delay_s',
-    _SECONDS,
-  ),
-  _Histogram(
-    'request_prefill_time_seconds',
-    'From the first step to the first token.',
-    'prefill_s',
-    _SECONDS,
-  ),
-  _Histogram(
-    'request_decode_time_seconds',
-    'From the first token to the end.',
-    'decode_s',
-    _SECONDS,
-  ),
-  _Histogram(
-    'request_prompt_tokens', 'Tokens of a prompt.', 'prompt_len', _TOKENS
-  ),
-  _Histogram(
-    'request_generation_tokens',
-    'Tokens generated for a request.',
-    'output_len',
-    _TOKENS,
-  ),
-  _Histogram(
-    'iteration_tokens_total', 'Tokens of a step.', 'step_tokens', _TOKENS
-  ),
-  _Histogram(
-    'token_budget_use',
-    'Part of the token budget that a step used.',
-    'budget_use',
-    _PARTS,
-  ),
-)
 
 
 class Collector(registry_lib.Collector):
@@ -244,7 +61,7 @@ class Collector(registry_lib.Collector):
     self._loop = loop
     self._num_compiled = num_compiled
     self._ended: Counter[tuple[str, str]] = Counter()
-    self._last: Snapshot | None = None
+    self._last: tables.Snapshot | None = None
     self._start = time.time()
 
   def count(self, ended: frontend.Ended) -> None:
@@ -302,10 +119,10 @@ class Collector(registry_lib.Collector):
       return False
     return True
 
-  def _of_engine(self, snapshot: Snapshot) -> Iterator[core.Metric]:
+  def _of_engine(self, snapshot: tables.Snapshot) -> Iterator[core.Metric]:
     info, totals = snapshot.info, snapshot.totals
     model = info.model_name
-    for value in GAUGES:
+    for value in tables.GAUGES:
       yield self._gauge(
         value.name, value.text, value.read(snapshot), model_name=model
       )
@@ -336,7 +153,7 @@ class Collector(registry_lib.Collector):
         self._num_compiled(),
         model_name=model,
       )
-    for value in COUNTERS:
+    for value in tables.COUNTERS:
       yield self._family(
         core.CounterMetricFamily,
         value.name,
@@ -360,12 +177,12 @@ class Collector(registry_lib.Collector):
       block_size=str(info.page_size),
       num_gpu_blocks=str(info.num_pages),
     )
-    for histogram in HISTOGRAMS:
+    for histogram in tables.HISTOGRAMS:
       yield self._histogram(histogram, getattr(totals, histogram.field), model)
 
   def _histogram(
     self,
-    histogram: _Histogram,
+    histogram: tables.Histogram,
     values: metrics_lib.Quantiles,
     model_name: str,
   ) -> core.HistogramMetricFamily:
@@ -416,8 +233,8 @@ class Collector(registry_lib.Collector):
     return f'{self._prefix}:{name}'
 
 
-def _snapshot(engine: engine_lib.Engine) -> Snapshot:
-  return Snapshot(
+def _snapshot(engine: engine_lib.Engine) -> tables.Snapshot:
+  return tables.Snapshot(
     engine.metrics.copy(),
     engine.stats(),
     engine.info,

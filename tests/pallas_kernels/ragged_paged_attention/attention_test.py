@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import small_specs
 from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import xla_decode
 
@@ -75,7 +77,7 @@ _INTERPRETED = (
 )
 
 
-def _can(spec: arg_specs.ArgSpec) -> bool:
+def _can(spec: arg_spec.ArgSpec) -> bool:
   """Whether Mosaic's kernel has such specs, and is to be tried on this one."""
   return (
     spec.kv_dtype is None
@@ -87,7 +89,7 @@ def _can(spec: arg_specs.ArgSpec) -> bool:
 def _cases() -> Iterator[Any]:
   # On a GPU, what is served counts first.
   production = arg_specs.PRODUCTION if jax.default_backend() == 'gpu' else ()
-  for spec in production + arg_specs.TESTS:
+  for spec in production + small_specs.TESTS:
     yield pytest.param(spec, 'xla', id=f'{spec.name}-xla')
     for kernel in IMPLEMENTATIONS[1:]:
       (name,) = kernel.values
@@ -110,7 +112,7 @@ _jitted = jax.jit(
 
 
 def attend(
-  spec: arg_specs.ArgSpec, arrays: Mapping[str, Any], implementation: str
+  spec: arg_spec.ArgSpec, arrays: Mapping[str, Any], implementation: str
 ) -> np.ndarray:
   """The outputs of all rows, as float32."""
   call = (
@@ -128,7 +130,7 @@ def attend(
   return np.asarray(out, np.float32)
 
 
-def fit(spec: arg_specs.ArgSpec, implementation: str) -> arg_specs.ArgSpec:
+def fit(spec: arg_spec.ArgSpec, implementation: str) -> arg_spec.ArgSpec:
   """The spec with pages and heads that the implementation can have."""
   if implementation == 'xla':
     return spec
@@ -146,9 +148,9 @@ def fit(spec: arg_specs.ArgSpec, implementation: str) -> arg_specs.ArgSpec:
   )
 
 
-def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
+def check(spec: arg_spec.ArgSpec, implementation: str, seed: int = 0) -> None:
   spec = fit(spec, implementation)
-  arrays = arg_specs.make(spec, seed, unused=float('nan'))
+  arrays = arg_spec.make(spec, seed, unused=float('nan'))
   rpa.dynamic_validate(
     **{
       name: arrays[name]
@@ -176,7 +178,7 @@ def check(spec: arg_specs.ArgSpec, implementation: str, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize(('spec', 'implementation'), list(_cases()))
-def test_equals_reference(spec: arg_specs.ArgSpec, implementation: str):
+def test_equals_reference(spec: arg_spec.ArgSpec, implementation: str):
   check(spec, implementation)
 
 
@@ -220,7 +222,7 @@ def test_any_shapes(implementation: str, data: strategies.DataObject):
   num_kv_heads = draw(1, 2, 3)
   context = data.draw(strategies.integers(1, 70), 'context')
   check(
-    arg_specs.ArgSpec(
+    arg_spec.ArgSpec(
       name='drawn',
       contexts=(context, 13, context),
       num_decodes=2,
@@ -248,7 +250,7 @@ def test_small_values_are_kept(kv_dtype: str, implementation: str):
     dataclasses.replace(MIXED, dtype='float16', kv_dtype=kv_dtype),
     implementation,
   )
-  arrays = arg_specs.make(spec)
+  arrays = arg_spec.make(spec)
   values = arrays['v_pages']
   arrays['v_pages'] = values._replace(scales=values.scales * 2.0**-10)
   got, want = (
@@ -259,7 +261,7 @@ def test_small_values_are_kept(kv_dtype: str, implementation: str):
 
 
 def test_a_wrong_page_or_position_is_noticed():
-  arrays = arg_specs.make(MIXED)
+  arrays = arg_spec.make(MIXED)
   want = attend(MIXED, arrays, 'reference')
   table = arrays['page_indices']
   wrong = {
@@ -280,7 +282,7 @@ def test_a_wrong_page_or_position_is_noticed():
 def test_batch_mates_change_nothing(implementation: str):
   """What a sequence gets does not depend on who else is in the batch."""
   mixed = fit(MIXED, implementation)
-  arrays = arg_specs.make(mixed)
+  arrays = arg_spec.make(mixed)
   together = attend(mixed, arrays, implementation)
   starts = np.asarray(arrays['cu_q_lens'])
   for s, q_len in enumerate(mixed.all_q_lens):
@@ -306,7 +308,7 @@ def test_batch_mates_change_nothing(implementation: str):
 def test_a_sequence_of_nan_ruins_itself_alone(pages: str, implementation: str):
   """Not even those whose work is shared; and it does not hide its own."""
   mixed = fit(MIXED, implementation)
-  arrays = arg_specs.make(mixed)
+  arrays = arg_spec.make(mixed)
   want = attend(mixed, arrays, implementation)
   starts, page_size = np.asarray(arrays['cu_q_lens']), mixed.page_size
   for s, (q_len, context) in enumerate(
@@ -329,8 +331,8 @@ def test_a_query_alone_is_a_decode_or_a_chunk(implementation: str):
     fit(arg_specs.BY_NAME[f'{n}_decodes'], implementation) for n in (8, 0)
   )
   np.testing.assert_allclose(
-    attend(decodes, arg_specs.make(decodes), implementation)[:8],
-    attend(chunks, arg_specs.make(chunks), implementation)[:8],
+    attend(decodes, arg_spec.make(decodes), implementation)[:8],
+    attend(chunks, arg_spec.make(chunks), implementation)[:8],
     rtol=0,
     atol=2e-6,
   )
@@ -353,9 +355,9 @@ def test_one_compilation_serves_all_values(implementation: str):
   # JAX loads its interpreter within a first trace, which then no longer counts
   # as one of the same settings.
   mixed = fit(MIXED, implementation)
-  attend(mixed, arg_specs.make(mixed), implementation)
+  attend(mixed, arg_spec.make(mixed), implementation)
   for name in ('mixed', 'empty', 'phase_3', '4_decodes'):
-    arrays = arg_specs.make(fit(arg_specs.BY_NAME[name], implementation))
+    arrays = arg_spec.make(fit(arg_specs.BY_NAME[name], implementation))
     arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
       arrays['k_pages'], arrays['v_pages'], implementation
     )
@@ -368,7 +370,7 @@ def _decode_temp_bytes() -> tuple[int, int]:
   spec = dataclasses.replace(
     arg_specs.BY_NAME['decode_43m'], head_dim=32, page_size=32
   )
-  arrays = arg_specs.make(spec)
+  arrays = arg_spec.make(spec)
   k_pages, v_pages = rpa.pages_from_rows(
     arrays['k_pages'], arrays['v_pages'], 'xla'
   )

@@ -9,12 +9,12 @@ import pathlib
 import subprocess
 import sys
 
-from pallas_kernels.ragged_paged_attention import arg_specs
+from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import bench
 
 
 def test_counts_work():
-  spec = arg_specs.ArgSpec(
+  spec = arg_spec.ArgSpec(
     name='by_hand',
     contexts=(5, 4),
     num_decodes=1,
@@ -28,7 +28,7 @@ def test_counts_work():
 
 
 def test_counts_work_within_a_window():
-  spec = arg_specs.ArgSpec(
+  spec = arg_spec.ArgSpec(
     name='by_hand',
     contexts=(9, 5, 9),
     num_decodes=1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import types
 from typing import Any
 
 import jax
@@ -13,17 +12,14 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
-from pallas_kernels.ragged_paged_attention import api
+from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import arg_specs
-from pallas_kernels.ragged_paged_attention import configurations
-from pallas_kernels.ragged_paged_attention import layout
-from pallas_kernels.ragged_paged_attention import tuning
 
 SPEC = arg_specs.BY_NAME['mixed']
 
 
 def _arrays() -> dict[str, Any]:
-  arrays = arg_specs.make(SPEC)
+  arrays = arg_spec.make(SPEC)
   arrays['k_pages'], arrays['v_pages'] = rpa.pages_from_rows(
     arrays['k_pages'], arrays['v_pages']
   )
@@ -100,7 +96,7 @@ def test_what_is_written(name: str, value: Any, match: str):
 
 def test_a_plan_for_other_shapes():
   spec = dataclasses.replace(SPEC, page_size=16)
-  arrays = arg_specs.make(spec)
+  arrays = arg_spec.make(spec)
   ints = {
     name: arrays[name]
     for name in ('k_pages', 'kv_lens', 'cu_q_lens', 'distribution')
@@ -187,245 +183,6 @@ def test_pages_of_other_numbers():
     rpa.init_pages(2, 16, 2, 16, 'float8_e5m2')
 
 
-def test_kernels_refuse_more_than_int32_can_count():
-  """Pages of another making, for `init_pages` makes none of them."""
-  pages = jax.eval_shape(
-    lambda: layout.init(layout.ROWS, 2**21 + 1, 64, 1, 16, 'int8')
-  )
-  with pytest.raises(
-    NotImplementedError,
-    match=(r'k_pages=\(2097153, .*\): must be less than 2147483648 numbers'),
-  ):
-    rpa.make_plan(
-      jax.ShapeDtypeStruct((4, 2, 16), 'bfloat16'),
-      pages[0],
-      *(jnp.zeros(n, jnp.int32) for n in (4, 5, 2)),
-      implementation='pallas_triton',
-    )
-
-
-@pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
-def test_offsets_stay_within_int32(dtype: str):
-  shape = 64, 8, 128
-  most = rpa.most_pages(*shape, dtype)
-  assert most == 2**31 // (64 * 8 * 128) - 1
-  assert rpa.most_pages(*shape, 'bfloat16') is None
-  pages = jax.eval_shape(lambda: rpa.init_pages(most, *shape, dtype))
-  assert pages[0].values.size < 2**31
-  with pytest.raises(
-    NotImplementedError, match=f'num_pages={most + 1}: must be at most {most}'
-  ):
-    rpa.init_pages(most + 1, *shape, dtype)
-
-
-@pytest.mark.parametrize(
-  ('page_size', 'head_dim', 'match'),
-  [
-    (8, 16, 'page_size=8: must be a power of two from 16 on'),
-    (48, 16, 'page_size=48: must be a power of two'),
-    (16, 20, 'head_dim=20: must be a multiple of 16'),
-    (16, 272, 'head_dim=272: must be at most 256'),
-  ],
-)
-def test_what_the_kernel_cannot_do(page_size: int, head_dim: int, match: str):
-  with pytest.raises(NotImplementedError, match=match):
-    rpa.init_pages(2, page_size, 2, head_dim, 'float32', 'pallas_triton')
-
-
-def _pretend(
-  monkeypatch: pytest.MonkeyPatch,
-  kind: str,
-  capability: str,
-  jax_version: tuple[int, ...] = (0, 11, 2),
-) -> None:
-  monkeypatch.setattr(
-    tuning,
-    'default_device',
-    lambda: types.SimpleNamespace(
-      platform='gpu', device_kind=kind, compute_capability=capability
-    ),
-  )
-  monkeypatch.setattr(jax, '__version_info__', jax_version)
-  monkeypatch.setattr(jax, '__version__', '.'.join(map(str, jax_version)))
-
-
-@pytest.mark.parametrize(
-  ('page_size', 'head_dim', 'dtype', 'match'),
-  [
-    (64, 128, 'float32', 'dtype=float32: must be bfloat16 or float16'),
-    (64, 128, 'int8', 'kv_dtype=int8: must be bfloat16 or float16'),
-    (64, 128, 'float8_e4m3fn', 'kv_dtype=uint8: must be bfloat16'),
-    (64, 80, 'bfloat16', 'head_dim=80: must be one of 64, 128'),
-    (64, 256, 'bfloat16', 'head_dim=256: must be one of 64, 128'),
-    (8, 128, 'bfloat16', 'page_size=8: must be a power of two from 16 on'),
-  ],
-)
-def test_what_mosaics_kernel_cannot_do(
-  page_size: int,
-  head_dim: int,
-  dtype: str,
-  match: str,
-  monkeypatch: pytest.MonkeyPatch,
-):
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
-  assert rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')[0].ndim == 4
-  with pytest.raises(NotImplementedError, match=match):
-    rpa.init_pages(2, page_size, 2, head_dim, dtype, 'pallas_mosaic')
-
-
-@pytest.mark.parametrize(
-  ('kind', 'capability', 'version', 'match'),
-  [
-    (
-      'NVIDIA A100-SXM4-80GB',
-      '8.0',
-      (0, 11, 2),
-      'compute_capability=8.0: must',
-    ),
-    ('NVIDIA B200', '10.0', (0, 12, 0), 'compute_capability=10.0: must be 9.0'),
-    (
-      'NVIDIA H100 PCIe',
-      '9.0',
-      (0, 10, 2),
-      'jax=0.10.2: must be 0.11 or newer',
-    ),
-  ],
-)
-def test_where_mosaics_kernel_cannot_run(
-  kind: str,
-  capability: str,
-  version: tuple[int, ...],
-  match: str,
-  monkeypatch: pytest.MonkeyPatch,
-):
-  _pretend(monkeypatch, kind, capability, version)
-  with pytest.raises(NotImplementedError, match=f'pallas_mosaic: {match}'):
-    rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')
-
-
-def test_mosaics_kernel_is_not_chosen_by_itself(
-  monkeypatch: pytest.MonkeyPatch,
-):
-  """Until it is measured to be faster: then the table says so."""
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
-  args = 64, 2, 128, jnp.bfloat16
-  assert api._default(*args) == 'pallas_triton'
-  monkeypatch.setitem(
-    tuning._FASTEST, 'h100', ('pallas_mosaic', 'pallas_triton')
-  )
-  assert api._default(*args) == 'pallas_mosaic'
-  assert api._default(64, 2, 80, jnp.bfloat16) == 'pallas_triton'
-
-
-def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
-  shape = tuning.Shape('bfloat16', 'int8', 8, 4, 128, 64)
-  monkeypatch.setattr(
-    tuning, 'TUNED', {('a100', 'bfloat16', 'int8', 4, 128, 64): (128, 16, 8, 3)}
-  )
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
-  assert tuning.choose(shape).wide_rows == 64
-  _pretend(monkeypatch, 'NVIDIA A100-SXM4-80GB', '8.0')
-  sizes = tuning.choose(shape)
-  assert (
-    sizes.wide_rows,
-    sizes.block_n,
-    sizes.num_warps,
-    sizes.num_stages,
-    sizes.num_blocks,
-  ) == (128, 16, 8, 3, 2 * 108)
-  assert tuning.choose(dataclasses.replace(shape, page_size=32)).wide_rows == 64
-  _pretend(monkeypatch, 'NVIDIA A800-SXM4-80GB', '8.0')
-  assert tuning.choose(shape).wide_rows == 128
-  _pretend(monkeypatch, 'Orin (nvgpu)', '8.7')  # It is like A100, but no A100.
-  assert tuning.choose(shape).wide_rows == 64
-  assert 'tuned 4 128 bfloat16 KV int8' in {
-    case.name for case in configurations.cases('a100')
-  }
-
-
-def test_the_device_knows_its_multiprocessors_best(
-  monkeypatch: pytest.MonkeyPatch,
-):
-  monkeypatch.setattr(
-    tuning,
-    'default_device',
-    lambda: types.SimpleNamespace(
-      platform='gpu',
-      device_kind='NVIDIA H100 PCIe',
-      core_count=114,
-      compute_capability='9.0',
-    ),
-  )
-  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
-  assert tuning.choose(shape).num_blocks == 2 * 114
-  assert all(c.num_blocks == 2 * 114 for c in tuning.candidates())
-
-
-@pytest.mark.parametrize(
-  ('kind', 'capability', 'like'),
-  [
-    ('NVIDIA GH200 480GB', '9.0', 'NVIDIA H100 80GB HBM3'),
-    ('NVIDIA H20', '9.0', 'NVIDIA H100 80GB HBM3'),
-    ('NVIDIA A800-SXM4-80GB', '8.0', 'NVIDIA A100-SXM4-80GB'),
-  ],
-)
-def test_a_gpu_takes_the_sizes_of_its_like(
-  kind: str, capability: str, like: str, monkeypatch: pytest.MonkeyPatch
-):
-  """Not those of the most modest, of which it has never been one."""
-  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
-  _pretend(monkeypatch, like, capability)
-  expected = tuning.choose(shape)
-  _pretend(monkeypatch, 'NVIDIA A40', '8.6')
-  modest = tuning.choose(shape)
-  _pretend(monkeypatch, kind, capability)
-  assert tuning.choose(shape) == expected != modest
-
-
-def test_a_b200_takes_what_does_not_spill_there(
-  monkeypatch: pytest.MonkeyPatch,
-):
-  """Compiled for it: H100's tiles of 256 channels spill 24 bytes a thread."""
-  shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
-  wide = dataclasses.replace(shape, head_dim=256)
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
-  hopper = tuning.choose(shape), tuning.choose(wide)
-  _pretend(monkeypatch, 'NVIDIA B200', '10.0')
-  assert tuning.choose(shape) == hopper[0]
-  assert tuning.choose(wide).wide_rows < hopper[1].wide_rows
-
-
-@pytest.mark.parametrize(
-  ('device', 'match'),
-  [
-    (
-      dict(platform='gpu', device_kind='Tesla V100', compute_capability='7.0'),
-      'pallas_triton: compute_capability=7.0: must be 8.0 or above',
-    ),
-    (
-      dict(
-        platform='gpu',
-        device_kind='AMD Instinct MI300X',
-        compute_capability='gfx942',
-      ),
-      'compute_capability=gfx942',
-    ),
-    (
-      dict(platform='tpu', device_kind='TPU v5e'),
-      'platform=tpu: must be gpu, or cpu to be interpreted',
-    ),
-  ],
-)
-def test_where_the_kernel_cannot_run(
-  device: dict[str, str], match: str, monkeypatch: pytest.MonkeyPatch
-):
-  monkeypatch.setattr(
-    tuning, 'default_device', lambda: types.SimpleNamespace(**device)
-  )
-  with pytest.raises(NotImplementedError, match=match):
-    rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_triton')
-
-
 def test_pages_for_another_implementation():
   pages = rpa.init_pages(65, 16, 2, 16, 'float32', 'pallas_triton')
   with pytest.raises(ValueError, match="must be as from init_pages for 'xla'"):
@@ -434,33 +191,6 @@ def test_pages_for_another_implementation():
       scale=1.0,
       implementation='xla',
     )
-
-
-def test_a_gpu_gets_the_kernel_where_it_can(
-  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-  monkeypatch.setattr(
-    tuning,
-    'default_device',
-    lambda: types.SimpleNamespace(
-      platform='gpu',
-      device_kind='NVIDIA A100-SXM4-80GB',
-      compute_capability='8.0',
-    ),
-  )
-  assert rpa.init_pages(2, 16, 2, 32, 'bfloat16')[0].ndim == 4
-  assert not caplog.text
-  assert rpa.init_pages(2, 8, 2, 32, 'bfloat16')[0].ndim == 5
-  assert 'falls back to plain XLA: pallas_triton: page_size=8' in caplog.text
-  monkeypatch.setattr(
-    tuning,
-    'default_device',
-    lambda: types.SimpleNamespace(
-      platform='gpu', device_kind='Tesla V100', compute_capability='7.0'
-    ),
-  )
-  assert rpa.init_pages(2, 16, 2, 32, 'float16')[0].ndim == 5
-  assert 'compute_capability=7.0: must be 8.0 or above' in caplog.text
 
 
 @pytest.mark.parametrize(
