@@ -150,6 +150,8 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
     'rich',
     'prometheus_client',
     'smg_grpc_proto',
+    'starlette',
+    'uvicorn',
     'opentelemetry',
     '~jax',
     '~smg',

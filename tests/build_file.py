@@ -40,7 +40,7 @@ _PUBLIC = (
 # Packages that import each other are one target.
 _MERGED = {'checkpoints_convert/families': 'checkpoints_convert'} | {
   f'sarathi_jax/server/{folder}': 'sarathi_jax/server'
-  for folder in ('guard', 'protocols', 'queue', 'telling')
+  for folder in ('guard', 'http', 'protocols', 'queue', 'telling')
 }
 _DATA = {
   'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',

@@ -21,6 +21,7 @@ import grpc
 import sarathi_jax
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import hostile_bodies
+from sarathi_jax.benchmarks import hostile_http
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 
@@ -63,8 +64,13 @@ def watch(pipe: Any, port: int) -> None:
   asyncio.run(main())
 
 
-def send(channel: grpc.Channel, body: hostile_bodies.Body) -> str:
+def send(
+  channel: grpc.Channel, body: hostile_bodies.Body, http_port: int | None = None
+) -> str:
   """Sends a body as often at once as it says; returns what became of it."""
+  if body.method == hostile_http.METHOD:
+    assert http_port is not None
+    return hostile_http.send(http_port, body.data)
   call: Callable[..., Any] = channel.unary_stream(body.method)
   data: Any = body.data
   if body.method.endswith(('ModelStreamInfer', 'ServerReflectionInfo')):
@@ -83,7 +89,10 @@ def send(channel: grpc.Channel, body: hostile_bodies.Body) -> str:
 
 
 def measure(
-  port: int, bodies: Iterable[hostile_bodies.Body], repeats: int
+  port: int,
+  bodies: Iterable[hostile_bodies.Body],
+  repeats: int,
+  http_port: int | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Sends bodies to a server that is there.
 
@@ -91,6 +100,7 @@ def measure(
     port: the server's.
     bodies: what to send.
     repeats: how often; the least gap counts, as others may use the machine.
+    http_port: the server's, too; for bodies of HTTP.
 
   Yields:
     A row for each body: `gap_ms`, the longest gap of others while it was
@@ -120,7 +130,7 @@ def measure(
       for _ in range(repeats):
         longest_gap()
         start = time.monotonic()
-        outcome = send(channel, body)
+        outcome = send(channel, body, http_port)
         seconds = time.monotonic() - start
         time.sleep(_AFTER_S)
         gap = longest_gap()

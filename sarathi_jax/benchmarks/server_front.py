@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the server's CPU time to stream a token over gRPC, without a model.
+"""Measures the server's CPU time to stream a token, without a model.
 
   python -m sarathi_jax.benchmarks.server_front --streams=1000
 
@@ -7,7 +7,8 @@ The server runs in a process of its own, with a runner that counts up; the
 clients run here. `cpu_us_per_token` is the CPU time of the whole server divided
 by the tokens that it streamed; `front_cpu_us_per_token` leaves out the engine's
 thread, which schedules. The cost of a message is compared with that of a server
-of grpc.aio alone, which writes bytes that were made beforehand.
+of grpc.aio alone, which writes bytes that were made beforehand. With `--http`,
+OpenAI's HTTP is measured in turn with gRPC, several times, and compared.
 
 With `--hostile`, it sends one body after another that a client can make large,
 and tells by how much each lengthens the longest gap of others' streams.
@@ -18,6 +19,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 import functools
+import itertools
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -29,8 +32,10 @@ import rich.table
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks import front_http
 from sarathi_jax.benchmarks import hostile
 from sarathi_jax.benchmarks import hostile_bodies
+from sarathi_jax.benchmarks import hostile_http
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
@@ -44,6 +49,13 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 
 FLAGS = flags.FLAGS
 _VOCAB = 1000
+
+
+class Ports(NamedTuple):
+  """Where a server listens."""
+
+  grpc: int
+  http: int
 
 
 class _Spent(NamedTuple):
@@ -109,12 +121,13 @@ def serve(
   limits: admission.Limits | None = None,
   make: Callable[[int, float], engine_lib.Engine] = make_engine,
 ) -> None:
-  """Runs a server in this process; tells its port, and CPU times when asked."""
+  """Runs a server in this process; tells its ports, and CPU times if asked."""
 
   async def main() -> None:
     server = server_lib.Server(
       server_lib.ServerConfig(
         port=0,
+        http_port=0,
         limits=limits
         or admission.Limits(
           max_waiting=100_000, stream_interval_ms=stream_interval_ms
@@ -125,7 +138,7 @@ def serve(
     await server.start()
     await server.warm()
     loading.collect_less_garbage()  # As the server does.
-    pipe.send(server.port)
+    pipe.send(Ports(server.port, server.http_port or 0))
     loop = asyncio.get_running_loop()
     while await loop.run_in_executor(None, pipe.recv):
       stats = await server.frontend.stats()
@@ -183,7 +196,7 @@ def serve_floor(
         ),
       )
     )
-    pipe.send(server.add_insecure_port('127.0.0.1:0'))
+    pipe.send(Ports(server.add_insecure_port('127.0.0.1:0'), 0))
     await server.start()
     loading.collect_less_garbage()
     ticking = asyncio.create_task(tick())
@@ -227,9 +240,11 @@ def measure_hostile(
     serve, limits=admission.Limits(), make=make_roomy_engine
   )
   with common.process(serve_as_it_is, 16, step_s, 0) as pipe:
-    yield from hostile.measure(
-      pipe.recv(), hostile_bodies.all_bodies(only), repeats
+    ports = pipe.recv()
+    bodies = itertools.chain(
+      hostile_http.all_bodies(only), hostile_bodies.all_bodies(only)
     )
+    yield from hostile.measure(ports.grpc, bodies, repeats, ports.http)
 
 
 def measure(
@@ -238,20 +253,29 @@ def measure(
   step_s: float,
   stream_interval_ms: int = 0,
   serve: Callable[..., None] = serve,
+  *,
+  is_http: bool = False,
 ) -> dict[str, Any]:
   """Streams tokens, and returns what that cost."""
   with common.process(serve, num_streams, step_s, stream_interval_ms) as pipe:
-    port = pipe.recv()
+    ports = pipe.recv()
 
     def ask() -> _Spent:
       pipe.send(True)
       spent: _Spent = pipe.recv()
       return spent
 
-    asyncio.run(drive(port, min(num_streams, 50), 20))  # warm
+    async def go(num_streams: int, num_tokens: int) -> list[int]:
+      if is_http:
+        return await front_http.drive(
+          ports.http, num_streams, num_tokens, _VOCAB
+        )
+      return await drive(ports.grpc, num_streams, num_tokens)
+
+    asyncio.run(go(min(num_streams, 50), 20))  # warm
     before = ask()
     start = time.monotonic()
-    messages = asyncio.run(drive(port, num_streams, num_tokens))
+    messages = asyncio.run(go(num_streams, num_tokens))
     seconds = time.monotonic() - start
     after = ask()
   num_out = num_streams * num_tokens
@@ -283,6 +307,38 @@ def compare(
   }
 
 
+def compare_http(
+  num_streams: int,
+  num_tokens: int,
+  step_s: float,
+  stream_interval_ms: int,
+  repeats: int,
+) -> dict[str, Any]:
+  """Measures HTTP and gRPC in turn; returns medians, and their ratio's."""
+  pairs = []
+  for _ in range(repeats):
+    args = num_streams, num_tokens, step_s, stream_interval_ms
+    grpc_us = measure(*args)['front_cpu_us_per_token']
+    http = measure(*args, is_http=True)
+    pairs.append((http['front_cpu_us_per_token'], grpc_us))
+  return {
+    'streams': num_streams,
+    'http_us_per_token': statistics.median(us for us, _ in pairs),
+    'grpc_us_per_token': statistics.median(us for _, us in pairs),
+    'ratio': statistics.median(http / grpc for http, grpc in pairs),
+    'pairs': pairs,
+  }
+
+
+def line(row: dict[str, Any]) -> str:
+  """Returns a result of `compare_http` as a line for people."""
+  return (
+    f'{row["streams"]} streams: a token takes '
+    f'{row["http_us_per_token"]:.0f} us of CPU over HTTP, '
+    f'{row["grpc_us_per_token"]:.0f} over gRPC: {row["ratio"]:.2f} times'
+  )
+
+
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
   """Makes a table of the results, for people."""
   shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
@@ -311,6 +367,18 @@ def main() -> None:
     for row in measure_hostile(FLAGS.repeats, step_s, FLAGS.only):
       print(hostile.line(row), flush=True)  # a slow server shows where
       rows.append(row)
+  elif FLAGS.http:
+    for num_streams in FLAGS.streams:
+      rows.append(
+        compare_http(
+          num_streams,
+          FLAGS.tokens,
+          step_s,
+          FLAGS.stream_interval_ms,
+          FLAGS.repeats,
+        )
+      )
+      print(line(rows[-1]), flush=True)
   else:
     rows = [
       compare(num_streams, FLAGS.tokens, step_s, FLAGS.stream_interval_ms)
@@ -336,6 +404,7 @@ if __name__ == '__main__':
     "The server's flag of this "
     'name: the least milliseconds between two messages.',
   )
+  flags.DEFINE_bool('http', False, "Compare OpenAI's HTTP with gRPC.")
   flags.DEFINE_bool(
     'hostile', False, "Measure what large bodies do to others' streams."
   )
@@ -348,7 +417,8 @@ if __name__ == '__main__':
     'repeats',
     3,
     'With --hostile, how often to send each body; the least harm '
-    'counts, as others may use the machine.',
+    'counts, as others may use the machine. With --http, how often to measure '
+    'each of the two; medians count.',
   )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   mains.run(main)

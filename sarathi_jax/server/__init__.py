@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gRPC server: `python -m sarathi_jax.server`. Loads no JAX by itself.
+"""The server: `python -m sarathi_jax.server`. Loads no JAX by itself.
 
 The life of a request:
   1. `auth.Interceptor` looks for a token, if that is asked;
@@ -13,5 +13,6 @@ The life of a request:
   7. leaving `open`, by whatever way, aborts what has not finished, and tells
      the observers (`telemetry`) how it ended.
 
-Another protocol is another adapter, over the same frontend.
+Another protocol is another adapter, over the same frontend; OpenAI's HTTP is
+one, `http`.
 """

@@ -6,6 +6,7 @@
   grpc       grpc.aio's task that takes calls       the server ends
   watch      who looks after all of these           the server ends
   gateway    smg, a child, and who listens to it    is started again
+  http       uvicorn's task                         is started again
   metrics    the thread that takes scrapers         is started again
   trace      the thread that writes --trace_dir     is started again
   spans      OpenTelemetry's thread                 is started again

@@ -34,7 +34,10 @@ class ServerConfig:
       that is free, None for no metrics.
     metrics_prefix: what names of metrics begin with; 'vllm' suits dashboards
       of vLLM.
-    http_port: where the gateway serves OpenAI's HTTP API; None for no gateway.
+    http_port: where we serve OpenAI's HTTP; 0 for any port that is free, None
+      for none.
+    gateway_port: where the gateway, smg, serves OpenAI's HTTP; None for no
+      gateway.
     replicas: other servers, host:port, that the gateway routes to as well.
     gateway_args: further arguments of the gateway.
     trace_dir: folder for a Chrome trace of all steps, and profiles; None for
@@ -58,6 +61,7 @@ class ServerConfig:
   metrics_port: int | None = None
   metrics_prefix: str = 'sarathi'
   http_port: int | None = None
+  gateway_port: int | None = None
   replicas: tuple[str, ...] = ()
   gateway_args: tuple[str, ...] = ()
   trace_dir: pathlib.Path | None = None
@@ -66,7 +70,7 @@ class ServerConfig:
   otlp_endpoint: str | None = None
 
   def __post_init__(self) -> None:
-    for field in ('port', 'metrics_port', 'http_port'):
+    for field in ('port', 'metrics_port', 'http_port', 'gateway_port'):
       value = getattr(self, field)
       config_lib.check(
         value is None or 0 <= value < 2**16,
@@ -75,8 +79,8 @@ class ServerConfig:
         'must be in [0, 65535]',
       )
     config_lib.check(
-      self.http_port != 0,
-      'http_port',
+      self.gateway_port != 0,
+      'gateway_port',
       0,
       'must be a port, as the gateway is another process',
     )
@@ -98,22 +102,22 @@ class ServerConfig:
     )
     for field in ('replicas', 'gateway_args'):
       config_lib.check(
-        not getattr(self, field) or self.http_port is not None,
+        not getattr(self, field) or self.gateway_port is not None,
         field,
         getattr(self, field),
-        'needs http_port',
+        'needs gateway_port',
       )
     config_lib.check(
-      self.http_port is None or self.tls is None,
-      'http_port',
-      self.http_port,
+      self.gateway_port is None or self.tls is None,
+      'gateway_port',
+      self.gateway_port,
       'the gateway speaks to us in plain text, so it excludes tls; give it '
       'a certificate of its own with gateway_args, and us host=127.0.0.1',
     )
     config_lib.check(
-      self.http_port is None or self.auth_tokens is None,
-      'http_port',
-      self.http_port,
+      self.gateway_port is None or self.auth_tokens is None,
+      'gateway_port',
+      self.gateway_port,
       'the gateway sends us no token, so it excludes '
       'auth_tokens; give it --api-key with gateway_args, and us '
       'host=127.0.0.1',

@@ -56,17 +56,24 @@ _FLAGS: dict[str, tuple[Any, str]] = {
   ),
   'http_port': (
     flags.DEFINE_integer,
-    "Port at which a gateway, smg, serves OpenAI's HTTP "
-    'API; needs the extra sarathi-jax[gateway]. Default: no gateway.',
+    "Port at which to serve OpenAI's HTTP: chats, completions, models, "
+    'tokenize; 0 for any that is free. --auth_tokens and --tls_cert guard it, '
+    'too. Default: no HTTP.',
+  ),
+  'gateway_port': (
+    flags.DEFINE_integer,
+    "Port at which a gateway, smg, serves OpenAI's HTTP for several servers, "
+    'and its responses API; needs the extra sarathi-jax[gateway]. Default: no '
+    'gateway.',
   ),
   'replicas': (
     flags.DEFINE_list,
     'Further gRPC servers, HOST:PORT,HOST:PORT, that the '
-    'gateway of --http_port routes requests to.',
+    'gateway of --gateway_port routes requests to.',
   ),
   'gateway_args': (
     flags.DEFINE_string,
-    'Further arguments for the gateway of --http_port, '
+    'Further arguments for the gateway of --gateway_port, '
     'smg launch, quoted as in a shell.',
   ),
   'trace_dir': (

@@ -21,13 +21,13 @@ import dataclasses
 import enum
 import itertools
 import time
-from typing import Any
 import uuid
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
+from sarathi_jax.server import prompts
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import delivery
@@ -181,6 +181,10 @@ class Frontend:
       stats, num_waiting=stats.num_waiting + self.engine_thread.num_queued
     )
 
+  def check_room(self, num_requests: int) -> None:
+    """Raises CapacityError if so many more could not wait."""
+    self.engine_thread.check_room(self._num_preparing + num_requests)
+
   async def drain(self) -> None:
     """Ends requests that could not begin, and waits until none is open.
 
@@ -206,6 +210,7 @@ class Frontend:
     tier: str = types.TIERS[0],
     caller: Caller,
     protocol: str,
+    size: int | None = None,
   ) -> AsyncIterator[outbox.Stream]:
     """Submits a request, and aborts what is left of it on leaving the context.
 
@@ -216,6 +221,8 @@ class Frontend:
       priority, tier: see `types.Request`.
       caller: who asks.
       protocol: the protocol's name, for logs.
+      size: bytes that the prompt came in, where that is known; else the
+        characters of a chat are counted here, on the event loop.
 
     Raises:
       InvalidRequestError: the request can't be served.
@@ -261,7 +268,7 @@ class Frontend:
       started=self.last_arrival,
     )
     try:
-      end.request = await self._prepare(prompt, draft)
+      end.request = await self._prepare(prompt, draft, size)
       with self._submitted(end.request) as end.stream:
         try:
           yield end.stream
@@ -297,60 +304,20 @@ class Frontend:
           del self._streams[named]
 
   async def _prepare(
-    self, prompt: Prompt, draft: types.Request
+    self, prompt: Prompt, draft: types.Request, size: int | None
   ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
-    self.engine_thread.check_room(self._num_preparing + 1)
-    chat = _chat_chars(prompt)
+    self.check_room(1)
+    if size is None:
+      size = prompts.num_chars(prompt)
     # No chat at once, however short: what its template does is its own affair.
-    size = len(prompt) if chat is None else max(_LEAST_CHAT, chat)
+    if prompts.is_chat(prompt):
+      size = max(_LEAST_CHAT, size)
     self._num_preparing += 1
     try:
       return await messages.read(
-        size, lambda: prepare(self.engine, prompt, draft, self.limits)
+        size, lambda: prompts.prepare(self.engine, prompt, draft, self.limits)
       )
     finally:
       self._num_preparing -= 1
-
-
-def prepare(
-  engine: engine_lib.Engine,
-  prompt: Prompt,
-  draft: types.Request,
-  limits: admission.Limits,
-) -> types.Request:
-  """Tokenizes a prompt and checks the request; any thread.
-
-  Raises:
-    InvalidRequestError: the request can't be served.
-  """
-  if not len(prompt):  # else a tokenizer may make a lone BOS of it
-    raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
-  max_model_len = engine.info.max_model_len
-  if isinstance(prompt, str):
-    limits.check_prompt_chars(len(prompt), max_model_len)
-  elif (chat := _chat_chars(prompt)) is not None:
-    limits.check('max_messages', len(prompt), 'chat')
-    limits.check_prompt_chars(chat, max_model_len)
-  else:
-    limits.check_prompt_tokens(len(prompt), max_model_len)
-  request = dataclasses.replace(
-    draft,
-    prompt_token_ids=(tokenizer_lib.encode_prompt(engine.tokenizer, prompt)),
-  )
-  limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
-  engine.check(request)
-  return request
-
-
-def _chat_chars(prompt: Prompt) -> int | None:
-  """Returns the characters of a chat's messages; None if it is no chat."""
-  parts: Any = prompt
-  if (
-    isinstance(prompt, str)
-    or not len(prompt)
-    or not isinstance(parts[0], Mapping)
-  ):
-    return None
-  return sum(len(value) for part in parts for value in part.values())

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's HTTP: the gateway `smg`, a child process in front of our gRPC port.
+"""The gateway `smg`, a child process in front of our gRPC port, or of several.
 
-It tokenizes, lays out chats, streams, retries, and routes over replicas. It
-is started once we serve, and ended with us. `background.Watch` starts it
-again if it ends, as it does if it gives no answer: then it is killed. Nothing
-that it says or does is trusted: clients have a hand in it.
+It speaks OpenAI's HTTP: it tokenizes, lays out chats, streams, retries, and
+routes over replicas. It is started once we serve, and ended with us.
+`background.Watch` starts it again if it ends, as it does if it gives no answer:
+then it is killed. Nothing that it says or does is trusted: clients have a hand
+in it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _KEY_BYTES = 32
 _NO_ANSWER = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 _CHILD = ('-m', 'sarathi_jax.server.gateway_child')
 # The gateway's flags that only the server may set -> the server's own flag.
-_OURS = {'--host': 'host', '--port': 'http_port'}
+_OURS = {'--host': 'host', '--port': 'gateway_port'}
 
 
 class Gateway:
@@ -71,7 +72,7 @@ class Gateway:
   ) -> None:
     if importlib.util.find_spec('smg') is None:
       raise errors.ConfigError(
-        f'http_port={port}: needs the gateway, in the source tree: '
+        f'gateway_port={port}: needs the gateway, in the source tree: '
         'pip install -e ".[gateway]".'
       )
     for name, ours in _OURS.items():
@@ -158,7 +159,7 @@ class Gateway:
         while not self.is_serving:
           if (why := self.why_ended()) is not None:
             raise errors.ConfigError(
-              f'http_port={self._port}: the gateway ended: {why}'
+              f'gateway_port={self._port}: the gateway ended: {why}'
             )
           await asyncio.sleep(0.05)
         return True
@@ -378,7 +379,7 @@ def _check_port(host: str, port: int) -> None:
       pass
   except OSError as error:
     raise errors.ConfigError(
-      f"http_port={port}: can't listen at {host}: {error.strerror}."
+      f"gateway_port={port}: can't listen at {host}: {error.strerror}."
     ) from error
 
 

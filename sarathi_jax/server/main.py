@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves a checkpoint over gRPC until SIGTERM or Ctrl-C.
+"""Serves a checkpoint over gRPC, and HTTP, until SIGTERM or Ctrl-C.
 
   sarathi-serve CHECKPOINT --port=50051    a folder or hub id
   sarathi-serve                            the quickstart model
@@ -153,15 +153,19 @@ def serve(
   """
   console = rich.console.Console(highlight=False)
 
-  def on_ready(info: engine_lib.EngineInfo, port: int) -> None:
+  def on_ready(
+    info: engine_lib.EngineInfo, port: int, http_port: int | None
+  ) -> None:
     target = '' if port == 50051 else f'--target=localhost:{port} '
+    scheme = 'http' if config.tls is None else 'https'
     for what, where in (
-      ("OpenAI's HTTP", config.http_port and f'{config.http_port}/v1'),
+      ("OpenAI's HTTP", http_port and f'{http_port}/v1'),
+      ('The gateway', config.gateway_port and f'{config.gateway_port}/v1'),
       ('Metrics', config.metrics_port and f'{config.metrics_port}/metrics'),
     ):
       if where:
         console.print(
-          f'{what}: http://{config.address}:{where}',
+          f'{what}: {scheme}://{config.address}:{where}',
           markup=False,
           soft_wrap=True,
         )

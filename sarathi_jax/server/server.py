@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 import grpc
@@ -43,6 +43,9 @@ from sarathi_jax.server.protocols import vllm_engine
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
 from sarathi_jax.server.telling import telemetry as telemetry_lib
+
+if TYPE_CHECKING:
+  from sarathi_jax.server.http import listener
 
 ServerConfig = config_lib.ServerConfig
 
@@ -86,6 +89,7 @@ class Server:
 
   Attributes:
     port: the port where it listens.
+    http_port: the port of OpenAI's HTTP; None without.
     fault: why it can't go on; None while it can.
     on_failed: called when it can't go on.
     on_left: called by `leave`.
@@ -115,6 +119,8 @@ class Server:
       self._engine_thread, config.limits, self.telemetry.observers
     )
     self._gateway: gateway.Gateway | None = None
+    self._http: listener.Listener | None = None
+    self.http_port = config.http_port
     self._services = self._make_services()
     self._health = health.HealthService(self._services)
     self._why_no_calls: Callable[[], str | None] = lambda: None
@@ -187,11 +193,18 @@ class Server:
       )
     self.port = _bind(self._grpc, self._config)
     if self._config.http_port is not None:
+      from sarathi_jax.server.http import listener  # takes 0.1 s to load
+
+      self._http = listener.Listener(self._config, self.frontend)
+      self.http_port = self._http.port
+      self._http.start()
+      self.watch.add(self._http.as_background)
+    if self._config.gateway_port is not None:
       host = self._config.host
       ours = '127.0.0.1' if host == '0.0.0.0' else self._config.address
       self._gateway = gateway.Gateway(
         host,
-        self._config.http_port,
+        self._config.gateway_port,
         (f'{ours}:{self.port}', *self._config.replicas),
         self._config.gateway_args,
         max_body_bytes=round(self._config.limits.max_message_mib * 2**20),
@@ -256,6 +269,8 @@ class Server:
     if self._gateway is not None:
       await self._gateway.stop()
     self._is_broken = self._why_no_calls() is not None
+    if self._http is not None:
+      await self._http.stop(_GRACE_S)
     if not self._is_broken:  # else it would never stop
       await self._grpc.stop(_GRACE_S)
     await asyncio.get_running_loop().run_in_executor(
@@ -336,13 +351,14 @@ def _why_no_calls(tasks: set[asyncio.Task[Any]]) -> Callable[[], str | None]:
 
 
 async def serve(
-  server: Server, on_ready: Callable[[engine_lib.EngineInfo, int], None]
+  server: Server,
+  on_ready: Callable[[engine_lib.EngineInfo, int, int | None], None],
 ) -> int:
   """Serves until a signal; a second one cuts the draining short.
 
   Args:
     server: not yet started.
-    on_ready: told what is served, and at which port.
+    on_ready: told what is served, at which port, and at which one HTTP.
 
   Returns:
     An exit code for the process: 0 after a drain, 1 if the server can't go
@@ -358,7 +374,7 @@ async def serve(
   try:
     if cut := await heard.until(server.warm()):
       return signals.exit_code(cut)
-    on_ready(server.frontend.engine.info, server.port)
+    on_ready(server.frontend.engine.info, server.port, server.http_port)
     if (number := await heard.get()) == signals.FAILED:
       return signals.exit_code(number)
     if cut := await heard.until(server.drain()):

@@ -18,6 +18,7 @@ _REPLACEMENT = '\ufffd'
 # begins with a space, and whether a character is unfinished.
 _NUM_SEEN = 8
 _MOST_BYTES = 4  # of a character
+_SPACE = '\u2581'  # a space, in the pieces of SentencePiece's tokenizers
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -52,6 +53,7 @@ class Pieces:
     decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder else b''
     self._is_byte_level = b'"ByteLevel"' in decoder
     self._has_byte_pieces = b'"ByteFallback"' in decoder
+    self._has_spaces = _SPACE.encode() in decoder
 
   def bytes_of(self, token: int) -> bytes:
     """Returns the bytes that a token adds to the text; b'' if it is unknown."""
@@ -62,7 +64,7 @@ class Pieces:
       return bytes(_ALPHABET[c] for c in piece)
     if self._has_byte_pieces and re.fullmatch('<0x[0-9A-F]{2}>', piece):
       return bytes([int(piece[3:5], 16)])
-    return piece.encode()
+    return (piece.replace(_SPACE, ' ') if self._has_spaces else piece).encode()
 
 
 def num_unfinished(data: bytes) -> int:

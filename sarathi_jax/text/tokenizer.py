@@ -72,20 +72,29 @@ class Tokenizer:
       return None
     return cls(path)
 
-  def encode(self, text: str) -> tuple[int, ...]:
+  def encode(
+    self, text: str, add_special_tokens: bool = True
+  ) -> tuple[int, ...]:
     """Returns a prompt's token ids, with the special tokens that start one.
 
     Raises:
       InvalidRequestError: it can't be tokenized.
     """
-    return self._encode(text, add_special_tokens=True)
+    return self._encode(text, add_special_tokens)
 
   def decode(
     self, token_ids: Iterable[int], skip_special_tokens: bool = True
   ) -> str:
-    return self._tokenizer.decode(
-      list(token_ids), skip_special_tokens=skip_special_tokens
+    # A batch, as the library's `decode` lets no other thread run.
+    (text,) = self._tokenizer.decode_batch(
+      [list(token_ids)], skip_special_tokens=skip_special_tokens
     )
+    return str(text)
+
+  def bytes_of(self, token_id: int) -> bytes:
+    """Returns what a token adds to a text, special ones included; b'' if it is
+    unknown."""
+    return self._pieces.bytes_of(token_id)
 
   def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
     """Returns a chat's token ids, up to where the assistant's answer begins.

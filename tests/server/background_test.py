@@ -52,7 +52,8 @@ def everything(
   with contextlib.closing(
     fake.RunningServer(
       functools.partial(fake.make_engine, tokenizer_folder=tokenizer_folder),
-      http_port=fake.free_port(),
+      gateway_port=fake.free_port(),
+      http_port=0,
       metrics_port=0,
       trace_dir=tmp_path,
       otlp_endpoint=f'http://127.0.0.1:{port}',
@@ -108,6 +109,7 @@ def _kill_gateway(running: fake.RunningServer) -> None:
 # Name -> the ways to end it.
 PARTS: dict[str, tuple[Callable[[fake.RunningServer], None], ...]] = {
   'gateway': (_kill_gateway, lambda running: _cancel(running, "'gateway'")),
+  'http': (lambda running: _cancel(running, "'http'"),),
   'metrics': (_end_metrics,),
   'trace': (_end_trace,),
   'spans': (lambda running: _end_thread('OtelBatch'),),

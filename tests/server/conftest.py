@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.server import fake
+from tests.server import http_client
 
 
 @pytest.fixture(scope='session')
@@ -66,5 +67,54 @@ def gated() -> Iterator[Callable[..., Any]]:
       stack.callback(running.close)
       stack.callback(runners[0].open)
       return running, runners[0]
+
+    yield make
+
+
+@pytest.fixture(scope='session')
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return http_client.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+
+
+@pytest.fixture(scope='module')
+def ours(
+  chat_folder: pathlib.Path,
+) -> Iterator[tuple[fake.RunningServer, http_client.Client]]:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(
+        fake.make_engine,
+        tokenizer_folder=chat_folder,
+        eos_token_ids=frozenset({60}),
+      ),
+      http_port=0,
+    )
+  ) as running:
+    yield running, http_client.Client.of(running)
+
+
+@pytest.fixture(scope='module')
+def client(
+  ours: tuple[fake.RunningServer, http_client.Client],
+) -> http_client.Client:
+  return ours[1]
+
+
+@pytest.fixture
+def stepped(
+  gated: Callable[..., Any], chat_folder: pathlib.Path
+) -> Iterator[Callable[..., Any]]:
+  """Makes (server, runner, client) whose steps the test lets through."""
+  with contextlib.ExitStack() as stack:
+
+    def make(**changes: Any) -> Any:
+      config = {'http_port': 0, **changes.pop('config', {})}
+      running, runner = gated(
+        tokenizer_folder=chat_folder, config=config, **changes
+      )
+      client = stack.enter_context(
+        contextlib.closing(http_client.Client.of(running))
+      )
+      return running, runner, client
 
     yield make

@@ -24,6 +24,7 @@ from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from tests.server import fake
+from tests.server import http_client
 
 
 @pytest.fixture(scope='module')
@@ -39,6 +40,7 @@ def placed(
         fake.make_engine, tokenizer_folder=folder, model_name=name
       ),
       metrics_port=0,
+      http_port=0,
     )
   ) as running:
     list(running.generate(text='t1'))
@@ -72,6 +74,16 @@ def _told(running: fake.RunningServer) -> dict[str, str]:
     ),
     'metrics': _scrape(running.server.telemetry.metrics_port),
   }
+  ours = http_client.Client(running.server.http_port or 0)
+  for method, path, body in (
+    ('GET', '/health', None),
+    ('GET', '/v1/models', None),
+    ('GET', '/etc/passwd', None),
+    ('POST', '/v1/completions', {'prompt': 't1'}),
+    ('POST', '/v1/completions', {'model': 'other'}),
+    ('POST', '/v1/chat/completions', http_client.CHAT),  # it has no template
+  ):
+    told[f'{method} {path} {body}'] = str(ours.ask(method, path, body))
   refused = {
     'another model': lambda: triton.ModelInfer(
       oip.ModelInferRequest(model_name='other')

@@ -259,15 +259,18 @@ class RunningServer:
 
 
 def main() -> None:
-  """PORT DRAIN_S [TOKENIZER-FOLDER [HTTP-PORT]]; without a folder loading is
-  stuck, without HTTP requests may take hours."""
+  """PORT DRAIN_S [TOKENIZER-FOLDER [FIELD=PORT ...]]: without a folder loading
+  is stuck, without fields of ServerConfig requests may take hours."""
   from sarathi_jax.server import main as main_lib
 
   port, drain_s, *more = sys.argv[1:]
-  folder, http_port = (*more, None, None)[:2]
+  folder = more.pop(0) if more else None
+  ports = {
+    field: int(port) for field, port in (text.split('=') for text in more)
+  }
   size = (
     dict(max_model_len=2**20, num_pages=2**18)
-    if http_port is None
+    if not ports
     else dict(max_num_seqs=32, token_budget=64, num_pages=2**12)
   )
 
@@ -286,7 +289,7 @@ def main() -> None:
     server_lib.ServerConfig(
       port=int(port),
       drain_s=float(drain_s),
-      http_port=None if http_port is None else int(http_port),
+      **ports,
     ),
     make,
   )

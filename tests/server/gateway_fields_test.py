@@ -13,9 +13,10 @@ import pytest
 from tests import source_tree
 from tests.server import fake
 from tests.server import gateway_test
-from tests.server.gateway_test import BODIES
-from tests.server.gateway_test import PROMPT
-from tests.server.gateway_test import Client
+from tests.server import http_client
+from tests.server.http_client import BODIES
+from tests.server.http_client import PROMPT
+from tests.server.http_client import Client
 
 # What becomes of the fields of a body, chat and text: 400, a part of our
 # message, or nothing: then README names it.
@@ -61,7 +62,7 @@ DROPPED: dict[str, tuple[Any, str]] = {
 def served(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[fake.RunningServer, Client]]:
-  folder = gateway_test.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+  folder = http_client.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
   with gateway_test.serve(folder) as both:
     yield both
 

@@ -24,23 +24,12 @@ from sarathi_jax import types
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import health
 from tests.server import fake
+from tests.server import http_client
+from tests.server.http_client import BODIES
+from tests.server.http_client import CHAT
+from tests.server.http_client import PROMPT
+from tests.server.http_client import Client
 
-PROMPT = {
-  'model': 'counting',
-  'prompt': 't1 t2',
-  'max_tokens': 4,
-  'temperature': 0,
-}
-CHAT = {
-  'model': 'counting',
-  'messages': [{'role': 'user', 'content': 't1 t2'}],
-  'max_tokens': 4,
-  'temperature': 0,
-}
-BODIES = {
-  'chat': ('/v1/chat/completions', CHAT),
-  'text': ('/v1/completions', PROMPT),
-}
 USER_KEY = 'user-key'
 # All that changes smg, or tells of it, as its own log lists them.
 CONTROL = (
@@ -77,53 +66,6 @@ ABSENT = (
 )
 
 
-class Client:
-  """Asks a gateway."""
-
-  def __init__(self, port: int) -> None:
-    self.port = port
-
-  def ask(
-    self, method: str, path: str, body: Any = None, **headers: str
-  ) -> tuple[int, dict[str, str], str]:
-    connection = http.client.HTTPConnection(
-      '127.0.0.1', self.port, timeout=fake.TIMEOUT_S
-    )
-    with contextlib.closing(connection):
-      connection.request(
-        method,
-        path,
-        None if body is None else json.dumps(body),
-        {'content-type': 'application/json', **headers},
-      )
-      reply = connection.getresponse()
-      return (
-        reply.status,
-        {k.lower(): v for k, v in reply.getheaders()},
-        reply.read().decode(),
-      )
-
-  def complete(self, **headers: str) -> tuple[int, str]:
-    status, _, text = self.ask('POST', '/v1/completions', PROMPT, **headers)
-    if status == 200:
-      text = json.loads(text)['choices'][0]['text']
-    return status, text
-
-  def serves(self) -> bool:
-    try:
-      return self.complete() == (200, 't3 t4 t5 t6')
-    except OSError:
-      return False
-
-
-def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-  """As `fake.write_tokenizer`, for chats, too."""
-  (folder / 'chat_template.jinja').write_text(
-    '{% for m in messages %}{{ m["content"] }} {% endfor %}'
-  )
-  return fake.write_tokenizer(folder)
-
-
 @contextlib.contextmanager
 def serve(
   folder: pathlib.Path, **config: Any
@@ -134,16 +76,16 @@ def serve(
   with contextlib.closing(
     fake.RunningServer(
       functools.partial(fake.make_engine, tokenizer_folder=folder, **changes),
-      http_port=port,
+      gateway_port=port,
       **config,
     )
   ) as running:
-    yield running, Client(port)
+    yield running, Client(port, 't3 t4 t5 t6')
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
+  return http_client.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
 
 
 @pytest.fixture(scope='module')

@@ -14,6 +14,7 @@ import grpc
 import psutil
 import pytest
 
+from sarathi_jax.benchmarks import front_http
 from sarathi_jax.benchmarks import server_front
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -73,6 +74,35 @@ async def _count_up(port: int, num_streams: int) -> list[int]:
   async with grpc.aio.insecure_channel(f'127.0.0.1:{port}') as channel:
     stub = sarathi_pb2_grpc.SarathiStub(channel)
     return await asyncio.gather(*(one(stub, i) for i in range(num_streams)))
+
+
+@pytest.mark.parametrize(
+  'num_streams', [200, pytest.param(1000, marks=pytest.mark.slow)]
+)
+def test_many_streams_over_http(num_streams: int) -> None:
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(
+        fake.make_engine, token_budget=64, max_num_seqs=16, num_pages=64
+      ),
+      limits=admission.Limits(max_waiting=2000),
+      http_port=0,
+    )
+  ) as running:
+    port, before = running.server.http_port, 0
+    for _ in range(3):
+      # Each checks its own tokens.
+      asyncio.run(front_http.drive(port, num_streams, 20, fake.VOCAB_SIZE))
+      _, num_files = _sizes(running)
+      assert not before or num_files <= before + 5
+      before = num_files
+    running.assert_nothing_is_left()
+
+
+def test_the_benchmark_of_http_runs() -> None:
+  row = server_front.compare_http(20, 10, 0.001, 0, repeats=1)
+  assert row['http_us_per_token'] > 0 < row['grpc_us_per_token']
+  assert row['ratio'] > 0
 
 
 def test_the_benchmark_of_the_front_runs() -> None:

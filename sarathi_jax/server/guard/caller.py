@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -24,15 +25,35 @@ def of(context: Context) -> frontend.Caller:
     for key, value in context.invocation_metadata() or ()
     if isinstance(value, str)
   }
-  client_id = metadata.get(CLIENT_ID, '')
-  token = auth.CURRENT.get()
   # Without its port: a client has one address and many connections.
-  tenant = token.name if token else context.peer().rpartition(':')[0]
+  address = context.peer().rpartition(':')[0]
+  return of_metadata(
+    metadata, auth.CURRENT.get(), address, context.time_remaining()
+  )
+
+
+def of_metadata(
+  metadata: Mapping[str, str],
+  token: auth.Token | None,
+  address: str,
+  timeout_s: float | None = None,
+) -> frontend.Caller:
+  """Returns who calls, of any protocol.
+
+  Args:
+    metadata: the call's, or HTTP's headers; names in lower case.
+    token: the one that it came with, if any.
+    address: where it comes from, as gRPC writes it; whose it is without a
+      token.
+    timeout_s: seconds until its deadline, if it has one.
+  """
+  client_id = metadata.get(CLIENT_ID, '')
+  tenant = token.name if token else address
   return frontend.Caller(
     tenant=tenant,
     client=f'{tenant}/{client_id}' if client_id else tenant,
     min_priority=token.min_priority if token else None,
     is_admin=token is not None and token.is_admin,
-    timeout_s=context.time_remaining(),
+    timeout_s=timeout_s,
     trace={key: metadata[key] for key in _TRACE_HEADERS if key in metadata},
   )

@@ -168,8 +168,18 @@ class Limits:
   )
   max_json_chars: int = _row(
     65_536,
-    'characters of JSON, as in sampling_parameters',
+    'characters of JSON within a message, as in sampling_parameters',
     'decoding it holds the interpreter',
+  )
+  max_prompts: int = _row(
+    1024,
+    'prompts of one HTTP request',
+    'each is a request of its own to the queue, and takes a task',
+  )
+  max_connections: int = _row(
+    4096,
+    'HTTP connections at once',
+    'each takes an open file and up to 128 KiB of buffers',
   )
   max_stream_requests: int = _row(
     1024,

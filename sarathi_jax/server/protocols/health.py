@@ -6,7 +6,7 @@ Beside the services, and '' for the server as a whole, it knows these names:
   liveness   serves from the start, while the model is loaded and while we
              drain, until the engine is dead, or hangs in a step: for probes
              that end us
-  gateway    OpenAI's HTTP, where there is one
+  gateway    smg, where there is one
 
 Our own servicer, as that of grpcio-health-checking forgets all watchers of a
 service when one of them leaves (its `Watch`, up to 1.85 at least).

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps what an engine raises to the status that a gRPC client gets."""
+"""Maps what an engine raises to the status and the words a client gets."""
 
 from __future__ import annotations
 
@@ -35,13 +35,20 @@ def of(error: Exception) -> tuple[grpc.StatusCode, str]:
   """Returns the code and the message for a client, cut if it is long."""
   for kind, code in CODES:
     if isinstance(error, kind):
-      text = errors.cut(str(error), _MAX_CHARS)
-      # Lone surrogates, of JSON, can't be sent.
-      return code, text.encode(errors='backslashreplace').decode()
-  return (
-    grpc.StatusCode.INTERNAL,
-    f'internal error, see the log of the server: {type(error).__name__}',
-  )
+      return code, message_of(error)
+  return grpc.StatusCode.INTERNAL, message_of(error)
+
+
+def message_of(error: Exception) -> str:
+  """Returns the message for a client, cut if it is long.
+
+  Of a defect of ours it has the type alone: the message may quote anything.
+  """
+  if not isinstance(error, errors.SarathiError):
+    return f'internal error, see the log of the server: {type(error).__name__}'
+  text = errors.cut(str(error), _MAX_CHARS)
+  # Lone surrogates, of JSON, can't be sent.
+  return text.encode(errors='backslashreplace').decode()
 
 
 def hints(error: Exception) -> tuple[tuple[str, str], ...]:
@@ -53,8 +60,13 @@ def hints(error: Exception) -> tuple[tuple[str, str], ...]:
     return ()
   return (
     ('grpc-retry-pushback-ms', f'{error.retry_after_s * 1e3:.0f}'),
-    ('retry-after', f'{max(math.ceil(error.retry_after_s), 1)}'),
+    ('retry-after', f'{retry_after_s(error)}'),
   )
+
+
+def retry_after_s(error: errors.CapacityError) -> int:
+  """Returns when to try again, in whole seconds, as HTTP has it; >= 1."""
+  return max(math.ceil(error.retry_after_s), 1)
 
 
 def log_defect(error: Exception) -> None:

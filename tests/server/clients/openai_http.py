@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives the gateway with OpenAI's client: PORT. Prints JSON of what it got."""
+"""Drives HTTP with OpenAI's client: PORT. Prints JSON of what it got."""
 
 from __future__ import annotations
 

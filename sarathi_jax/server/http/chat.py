@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.http import fields
+from sarathi_jax.server.http import forms
+
+FIELDS: Mapping[str, fields.Kind] = {
+  'logprobs': fields.FLAG,
+  'messages': fields.ANY,
+  'top_logprobs': fields.INT,
+}
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'add_special_tokens': (False,),  # templates write them
+  'echo': (False,),
+}
+# Those that templates read. Others say nothing if they are null or empty, as
+# OpenAI's client writes them into messages that it got.
+_MESSAGE = (
+  'content',
+  'name',
+  'reasoning',
+  'reasoning_content',
+  'role',
+  'tool_call_id',
+  'tool_calls',
+)
+_PART = ('refusal', 'text', 'type')
+
+
+def read(
+  body: Mapping[str, Any],
+  info: engine_lib.EngineInfo,
+  limits: limits_lib.Limits,
+) -> forms.Call:
+  """Reads a body; any thread.
+
+  Raises:
+    InvalidRequestError: it asks for what we don't do, or do not know.
+  """
+  # Unless it says how much, an answer has all that the context has room for.
+  asked, own = fields.read(body, FIELDS, info, {'max_tokens': None}, NEUTRAL)
+  logprobs = own.get('logprobs', False)
+  forms.check_sampled_alone('top_logprobs', own.get('top_logprobs'))
+  if 'top_logprobs' in own and not logprobs:
+    raise errors.InvalidRequestError(
+      f'top_logprobs={own["top_logprobs"]}: needs logprobs=true.'
+    )
+  return forms.Call(
+    asked, (messages_of(own.get('messages'), limits),), logprobs
+  )
+
+
+def messages_of(value: Any, limits: limits_lib.Limits) -> list[dict[str, Any]]:
+  """Returns the messages of a body, without what says nothing.
+
+  Raises:
+    InvalidRequestError: they are none, or have what no template reads.
+  """
+  if not isinstance(value, list) or not value:
+    raise errors.InvalidRequestError(
+      f'messages={errors.shown(value)}: must be a list of messages, not empty.'
+    )
+  limits.check('max_messages', len(value), 'messages')
+  return [_message(m, f'messages[{i}]') for i, m in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+  if not isinstance(message, dict):
+    raise errors.InvalidRequestError(
+      f'{where}={errors.shown(message)}: must be an object with role and '
+      'content.'
+    )
+  kept = {}
+  for name, value in message.items():
+    if name in _MESSAGE:
+      if value is not None or name == 'content':
+        kept[name] = value
+    elif value not in (None, [], ''):
+      _refuse(f'{where}.{errors.cut(name)}', value)
+  content = message.get('content')
+  if isinstance(content, list):
+    for i, part in enumerate(content):
+      for name, value in part.items() if isinstance(part, dict) else ():
+        if name not in _PART and value is not None:
+          _refuse(f'{where}.content[{i}].{errors.cut(name)}', value)
+  return kept
+
+
+def _refuse(where: str, value: Any) -> None:
+  raise errors.UnsupportedError(
+    f'{where}={errors.shown(value)}: is not supported.'
+  )
+
+
+def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
+  if not is_piece:
+    message = {'role': 'assistant', 'content': text, 'refusal': None}
+    return {'message': message}
+  if is_first:
+    return {'delta': {'role': 'assistant', 'content': text}}
+  return {'delta': {'content': text} if text else {}}
+
+
+def _logprobs(
+  scored: list[tuple[bytes, float]], num_before: int
+) -> dict[str, Any]:
+  del num_before
+  return {
+    'content': [
+      {
+        'token': token.decode(errors='replace'),
+        'logprob': logprob,
+        'bytes': list(token),
+        'top_logprobs': [],
+      }
+      for token, logprob in scored
+    ],
+    'refusal': None,
+  }
+
+
+FORM = forms.Form(
+  'openai.chat',
+  'chatcmpl-',
+  'chat.completion',
+  'chat.completion.chunk',
+  read,
+  _text,
+  _logprobs,
+  has_prompt_ids_by_choice=False,
+)

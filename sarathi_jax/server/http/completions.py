@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's completions: texts or token ids, one prompt or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import itertools
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.http import fields
+from sarathi_jax.server.http import forms
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+FIELDS: Mapping[str, fields.Kind] = {
+  'echo': fields.FLAG,
+  'logprobs': fields.INT,
+  'prompt': fields.ANY,
+}
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  'add_special_tokens': (True,),
+  'suffix': ('',),
+}
+
+
+def read(
+  body: Mapping[str, Any],
+  info: engine_lib.EngineInfo,
+  limits: limits_lib.Limits,
+) -> forms.Call:
+  """Reads a body; any thread.
+
+  Raises:
+    InvalidRequestError: it asks for what we don't do, or do not know.
+  """
+  asked, own = fields.read(body, FIELDS, info, {}, NEUTRAL)
+  logprobs, echo = own.get('logprobs'), own.get('echo', False)
+  forms.check_sampled_alone('logprobs', logprobs)
+  if echo and logprobs is not None:
+    raise errors.UnsupportedError(
+      'echo=True: log-probabilities of prompts are not supported; leave out '
+      'logprobs.'
+    )
+  return forms.Call(
+    asked, _prompts(own.get('prompt'), limits), logprobs is not None, echo
+  )
+
+
+def _prompts(
+  prompt: Any, limits: limits_lib.Limits
+) -> tuple[tokenizer_lib.Prompt, ...]:
+  if isinstance(prompt, str) or fields.is_token_ids(prompt):
+    return (prompt,)
+  if isinstance(prompt, list) and prompt:
+    limits.check('max_prompts', len(prompt), 'prompt')
+    if all(isinstance(p, str) or fields.is_token_ids(p) for p in prompt):
+      return tuple(prompt)
+  raise errors.InvalidRequestError(
+    f'prompt={errors.shown(prompt)}: must be a text or a list of token ids, or '
+    'a list of these, not empty.'
+  )
+
+
+def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
+  del is_piece, is_first
+  return {'text': text}
+
+
+def _logprobs(
+  scored: list[tuple[bytes, float]], num_before: int
+) -> dict[str, Any]:
+  tokens = [token.decode(errors='replace') for token, _ in scored]
+  return {
+    'tokens': tokens,
+    'token_logprobs': [logprob for _, logprob in scored],
+    'top_logprobs': None,
+    'text_offset': list(
+      itertools.accumulate(map(len, tokens[:-1]), initial=num_before)
+    )[: len(tokens)],
+  }
+
+
+FORM = forms.Form(
+  'openai.completions',
+  'cmpl-',
+  'text_completion',
+  'text_completion',
+  read,
+  _text,
+  _logprobs,
+  has_prompt_ids_by_choice=True,
+)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brings the prompts of a call to the frontend, and their output back.
+
+Each prompt is a request of its own, in a task of its own. Nothing is answered
+before all of them wait or run, so what is refused is refused as a whole; the
+first output begins the response, so what fails before has its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+import time
+from typing import Any
+import uuid
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server.http import exchange as exchange_lib
+from sarathi_jax.server.http import forms
+from sarathi_jax.server.protocols import messages
+from sarathi_jax.server.queue import outbox
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+_DONE = b'data: [DONE]\n\n'
+
+
+async def answer(
+  exchange: exchange_lib.Exchange,
+  frontend: frontend_lib.Frontend,
+  form: forms.Form,
+) -> None:
+  """Answers a request of a form.
+
+  Raises:
+    HttpError: its body can't be read.
+    SarathiError: it is refused, or was given up.
+  """
+  if not frontend.is_serving:  # before a body is read
+    raise errors.EngineDeadError(frontend.state.value)
+  info = frontend.engine.info
+  body, size = await exchange.read(frontend.limits)
+  call = await messages.read(
+    size, lambda: form.read(body, info, frontend.limits)
+  )
+  frontend.check_room(len(call.prompts))
+  async with exchange.while_connected():
+    await _Answer(exchange, frontend, form, call, size).run()
+
+
+class _Answer:
+  """The response to one call."""
+
+  def __init__(
+    self,
+    exchange: exchange_lib.Exchange,
+    frontend: frontend_lib.Frontend,
+    form: forms.Form,
+    call: forms.Call,
+    size: int,
+  ) -> None:
+    self._exchange, self._frontend = exchange, frontend
+    self._form, self._call, self._size = form, call, size
+    self._id = exchange.request_id or uuid.uuid4().hex
+    self._head: dict[str, Any] = {
+      'id': form.prefix + self._id,
+      'object': form.piece if call.asked.stream else form.whole,
+      'created': int(time.time()),
+      'model': frontend.engine.info.model_name,
+    }
+    self._caller = exchange.caller(call.asked.user)
+    self._num_left = len(call.prompts)  # that do not wait yet
+    self._all_wait = asyncio.Event()
+    self._choices: list[dict[str, Any]] = [{}] * len(call.prompts)
+    self._usage = {
+      'prompt_tokens': 0,
+      'completion_tokens': 0,
+      'total_tokens': 0,
+    }
+    self._prompt_ids: tuple[int, ...] = ()
+
+  async def run(self) -> None:
+    """Answers."""
+    try:
+      async with asyncio.TaskGroup() as group:
+        for i, prompt in enumerate(self._call.prompts):
+          group.create_task(self._one(i, prompt))
+    except BaseExceptionGroup as errors_of_tasks:
+      raise errors_of_tasks.exceptions[0] from None
+    if self._call.asked.stream:
+      last = b''
+      if self._call.asked.include_usage:
+        last = _event(self._head | {'choices': [], 'usage': self._usage})
+      await self._exchange.write(last + _DONE, is_last=True)
+      return
+    whole = self._head | {'choices': self._choices, 'usage': self._usage}
+    if self._call.asked.token_ids and not self._form.has_prompt_ids_by_choice:
+      whole['prompt_token_ids'] = self._prompt_ids
+    data = await messages.read(
+      len(self._choices) * 64 + 4 * self._usage['total_tokens'],
+      lambda: exchange_lib.encode(whole),
+    )
+    await self._exchange.reply_bytes(data)
+
+  async def _one(self, index: int, prompt: tokenizer_lib.Prompt) -> None:
+    """Takes one prompt to its end."""
+    asked = self._call.asked
+    several = len(self._call.prompts) > 1
+    async with self._frontend.open(
+      prompt,
+      asked.sampling,
+      f'{self._id}-{index}' if several else self._id,
+      priority=asked.priority,
+      tier=asked.tier,
+      caller=self._caller,
+      protocol=self._form.protocol,
+      size=self._size,
+    ) as stream:
+      self._num_left -= 1
+      if not self._num_left:
+        self._all_wait.set()
+      await self._all_wait.wait()
+      echo = await self._echo(prompt) if self._call.echo else ''
+      if asked.stream:
+        await self._write(index, stream, echo)
+      else:
+        deltas = [delta async for delta in stream]
+        whole = outbox.merge(deltas)
+        if whole.finish_reason is types.FinishReason.ERROR:
+          raise _not_finite(stream)
+        self._choices[index] = self._choice(
+          index, whole, stream, echo + whole.text, is_first=True
+        )
+      self._count(stream)
+
+  async def _write(self, index: int, stream: outbox.Stream, text: str) -> None:
+    """Writes the events of one choice."""
+    asked = self._call.asked
+    write = self._exchange.write
+    is_first, num_before = True, 0
+    tells_all = asked.token_ids or self._call.logprobs
+    prompt_ids = asked.token_ids and not self._form.has_prompt_ids_by_choice
+    async for delta in stream:
+      text += delta.text
+      has_failed = delta.finish_reason is types.FinishReason.ERROR
+      has_ended = delta.finish_reason is not None and not has_failed
+      # Else it is in the middle of a character.
+      if text or has_ended or (tells_all and delta.token_ids):
+        event = self._head | {
+          'choices': [
+            self._choice(index, delta, stream, text, is_first, num_before)
+          ]
+        }
+        if asked.include_usage:
+          event['usage'] = None
+        if prompt_ids and is_first:
+          event['prompt_token_ids'] = stream.request.prompt_token_ids
+        await write(_event(event))
+        num_before += len(text)
+        is_first, text = False, ''
+      if has_failed:
+        raise _not_finite(stream)
+
+  def _choice(
+    self,
+    index: int,
+    delta: types.OutputDelta,
+    stream: outbox.Stream,
+    text: str,
+    is_first: bool,
+    num_before: int = 0,
+  ) -> dict[str, Any]:
+    """Returns a choice, or what it gained."""
+    form, asked = self._form, self._call.asked
+    choice = {
+      'index': index,
+      **form.text(text, asked.stream, is_first),
+      'logprobs': None,
+      'finish_reason': None,
+    }
+    if delta.finish_reason not in (None, types.FinishReason.ERROR):
+      choice['finish_reason'] = delta.finish_reason.value
+      choice['stop_reason'] = delta.stop_reason
+    if self._call.logprobs:
+      choice['logprobs'] = form.logprobs(
+        forms.scored(delta, self._frontend.engine.tokenizer), num_before
+      )
+    if asked.token_ids:
+      choice['token_ids'] = delta.token_ids
+      if is_first and form.has_prompt_ids_by_choice:
+        choice['prompt_token_ids'] = stream.request.prompt_token_ids
+    return choice
+
+  async def _echo(self, prompt: tokenizer_lib.Prompt) -> str:
+    """Returns the text of a prompt."""
+    if isinstance(prompt, str):
+      return prompt
+    tokenizer = self._frontend.engine.tokenizer
+    if tokenizer is None:
+      raise errors.UnsupportedError('echo=True: this model has no tokenizer.')
+    ids: Any = prompt
+    return await messages.read(len(ids), lambda: tokenizer.decode(ids))
+
+  def _count(self, stream: outbox.Stream) -> None:
+    self._prompt_ids = stream.request.prompt_token_ids
+    self._usage['prompt_tokens'] += len(self._prompt_ids)
+    self._usage['completion_tokens'] += stream.num_tokens
+    self._usage['total_tokens'] += len(self._prompt_ids) + stream.num_tokens
+
+
+def event_of_error(body: Mapping[str, Any]) -> bytes:
+  """Returns the event that ends a stream with an error."""
+  return _event(body)
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+  return b'data: ' + exchange_lib.encode(content) + b'\n\n'
+
+
+def _not_finite(stream: outbox.Stream) -> errors.StepError:
+  return errors.StepError(
+    f'{stream.request.request_id}: its logits are NaN or infinite; see the log '
+    'of the server.'
+  )

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, as vLLM's /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server import prompts
+from sarathi_jax.server.guard import limits as limits_lib
+from sarathi_jax.server.http import chat
+from sarathi_jax.server.http import exchange as exchange_lib
+from sarathi_jax.server.http import fields
+from sarathi_jax.server.protocols import messages
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+_TOKENIZE: Mapping[str, fields.Kind] = {
+  'add_special_tokens': fields.FLAG,
+  'messages': fields.ANY,
+  'model': fields.TEXT,
+  'prompt': fields.TEXT,
+  'return_token_strs': fields.FLAG,
+}
+_DETOKENIZE: Mapping[str, fields.Kind] = {
+  'model': fields.TEXT,
+  'tokens': fields.ANY,
+}
+
+
+async def tokenize(
+  frontend: frontend_lib.Frontend, exchange: exchange_lib.Exchange
+) -> None:
+  """Answers with the token ids of a prompt, or of a chat as it is laid out.
+
+  Raises:
+    HttpError, SarathiError: it can't.
+  """
+  engine = frontend.engine
+  body, size = await exchange.read(frontend.limits)
+  await exchange.reply_bytes(
+    await messages.read(
+      size, lambda: exchange_lib.encode(_tokens(body, engine, frontend.limits))
+    )
+  )
+
+
+def _tokens(
+  body: Mapping[str, Any],
+  engine: engine_lib.Engine,
+  limits: limits_lib.Limits,
+) -> dict[str, Any]:
+  own = _read(body, _TOKENIZE, engine)
+  if ('prompt' in own) == ('messages' in own):
+    raise errors.InvalidRequestError(
+      'prompt: one of prompt, messages must be set.'
+    )
+  tokenizer = _tokenizer(engine)
+  if 'messages' in own:
+    if 'add_special_tokens' in own:
+      raise errors.InvalidRequestError(
+        'add_special_tokens: is for a prompt; of a chat, the template writes '
+        'them.'
+      )
+    chat_messages = chat.messages_of(own['messages'], limits)
+    prompts.check_size(chat_messages, limits, engine.info.max_model_len)
+    ids = tokenizer.apply_chat_template(chat_messages)
+  else:
+    prompts.check_size(own['prompt'], limits, engine.info.max_model_len)
+    ids = tokenizer.encode(own['prompt'], own.get('add_special_tokens', True))
+  answer: dict[str, Any] = {
+    'count': len(ids),
+    'max_model_len': engine.info.max_model_len,
+    'tokens': ids,
+  }
+  if own.get('return_token_strs'):
+    answer['token_strs'] = [
+      tokenizer.bytes_of(token).decode(errors='replace') for token in ids
+    ]
+  return answer
+
+
+async def detokenize(
+  frontend: frontend_lib.Frontend, exchange: exchange_lib.Exchange
+) -> None:
+  """Answers with the text of token ids.
+
+  Raises:
+    HttpError, SarathiError: it can't.
+  """
+  engine = frontend.engine
+  body, size = await exchange.read(frontend.limits)
+  await exchange.reply_bytes(
+    await messages.read(size, lambda: exchange_lib.encode(_text(body, engine)))
+  )
+
+
+def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
+  ids: Any = _read(body, _DETOKENIZE, engine).get('tokens')
+  if ids != [] and not fields.is_token_ids(ids):
+    raise errors.InvalidRequestError(
+      f'tokens={errors.shown(ids)}: must be a list of token ids.'
+    )
+  vocab_size = engine.info.vocab_size
+  if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+    bad = next(i for i in ids if not 0 <= i < vocab_size)
+    raise errors.InvalidRequestError(
+      f'tokens: has the unknown token id {errors.shown(bad)}; ids must be in '
+      f'[0, {vocab_size}).'
+    )
+  return {'prompt': _tokenizer(engine).decode(ids, skip_special_tokens=False)}
+
+
+def _read(
+  body: Mapping[str, Any],
+  known: Mapping[str, fields.Kind],
+  engine: engine_lib.Engine,
+) -> dict[str, Any]:
+  own = {}
+  for name, value in body.items():
+    if name not in known:
+      raise fields.unknown(name, value)
+    if value is not None:
+      fields.check(name, value, known[name])
+      own[name] = value
+  fields.check_model(own.get('model'), engine.info)
+  return own
+
+
+def _tokenizer(engine: engine_lib.Engine) -> tokenizer_lib.Tokenizer:
+  if engine.tokenizer is None:
+    raise errors.UnsupportedError('prompt: this model has no tokenizer.')
+  return engine.tokenizer

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a prompt into token ids, within the server's limits; any thread.
+
+Imports no gRPC and no JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server.queue import admission
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+Prompt = tokenizer_lib.Prompt
+
+
+def prepare(
+  engine: engine_lib.Engine,
+  prompt: Prompt,
+  draft: types.Request,
+  limits: admission.Limits,
+) -> types.Request:
+  """Tokenizes a prompt and checks the request.
+
+  Raises:
+    InvalidRequestError: the request can't be served.
+  """
+  max_model_len = engine.info.max_model_len
+  check_size(prompt, limits, max_model_len)
+  request = dataclasses.replace(
+    draft,
+    prompt_token_ids=(tokenizer_lib.encode_prompt(engine.tokenizer, prompt)),
+  )
+  limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
+  engine.check(request)
+  return request
+
+
+def check_size(
+  prompt: Prompt, limits: admission.Limits, max_model_len: int
+) -> None:
+  """Refuses a prompt that must not even be tokenized.
+
+  Raises:
+    InvalidRequestError: it is empty, or too long.
+  """
+  if not len(prompt):  # else a tokenizer may make a lone BOS of it
+    raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
+  if is_chat(prompt):
+    limits.check('max_messages', len(prompt), 'chat')
+  elif not isinstance(prompt, str):
+    limits.check_prompt_tokens(len(prompt), max_model_len)
+    return
+  limits.check_prompt_chars(num_chars(prompt), max_model_len)
+
+
+def is_chat(prompt: Prompt) -> bool:
+  """Whether a prompt is a list of messages."""
+  parts: Any = prompt
+  return (
+    not isinstance(prompt, str)
+    and len(prompt) > 0
+    and isinstance(parts[0], Mapping)
+  )
+
+
+def num_chars(prompt: Prompt) -> int:
+  """Counts the characters of a text or of a chat, and ids as one each."""
+  if not is_chat(prompt):
+    return len(prompt)
+  num, parts = 0, [prompt]
+  while parts:  # of any JSON that messages have
+    part: Any = parts.pop()
+    if isinstance(part, str):
+      num += len(part)
+    elif isinstance(part, Mapping):
+      parts.extend(part.values())
+    elif isinstance(part, (list, tuple)):
+      parts.extend(part)
+  return num
