@@ -185,10 +185,12 @@ def _token_ids(
 
 def _sampling(path: pathlib.Path, values: Mapping[str, Any]) -> dict[str, Any]:
   is_sampled = values.get('do_sample')
-  if is_sampled not in (None, False, True):
+  if not isinstance(is_sampled, bool | None):
     raise _refusal(path, f'do_sample={is_sampled!r}: must be true or false')
   for name, value in values.items():
-    if value is not None and not _is_known(name, value, bool(is_sampled)):
+    if value is not None and not _is_known(
+      name, value, is_sampled is not False
+    ):
       raise _refusal(
         path,
         f'{name}={json.dumps(value)}: this recommendation is not supported',

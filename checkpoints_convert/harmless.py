@@ -21,6 +21,7 @@ IGNORED = frozenset(
   (
     '_attn_implementation',
     '_attn_implementation_autoset',
+    '_attn_implementation_internal',
     '_commit_hash',
     '_name_or_path',
     'architectures',
@@ -36,6 +37,7 @@ IGNORED = frozenset(
     'initializer_range',
     'label2id',
     'model_type',
+    'num_labels',
     'output_attentions',
     'output_hidden_states',
     'output_router_logits',

@@ -36,9 +36,12 @@ _FOREIGN = (
   'tekken.json',
   '*.tiktoken',
   'tokenizer.model.v*',
-  'spiece.model',
-  'sentencepiece.bpe.model',
+  '*.model',
+  '*.spm',
+  'encoder.json',
+  'vocab.bpe',
   'vocab.txt',
+  'tokenizer_config.json',  # of a tokenizer that is nowhere, or is code
 )
 
 
@@ -109,7 +112,7 @@ def _build(folder: pathlib.Path, made: pathlib.Path) -> None:
 
 
 def _refuse_foreign(folder: pathlib.Path) -> None:
-  found = sorted(path.name for glob in _FOREIGN for path in folder.glob(glob))
+  found = [path.name for glob in _FOREIGN for path in sorted(folder.glob(glob))]
   if found:
     raise errors.CheckpointError(
       f'{folder / found[0]}: a tokenizer of this kind can not be read. Put the '

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import math
+import os
 import pathlib
 import sys
 from typing import Any
@@ -144,7 +145,7 @@ class EngineConfig:
   tp: int = 1
   pp: int = 1
   seed: int = 0
-  compilation_cache_dir: str | None = AUTO
+  compilation_cache_dir: str | os.PathLike[str] | None = AUTO
 
   def __post_init__(self) -> None:
     check_fields(self, _ENGINE_RULES)
@@ -201,11 +202,32 @@ _ENGINE_RULES: Mapping[str, Rule] = {
   'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
   'look_ahead': FLAG,
+  'compilation_cache_dir': or_none(
+    (
+      lambda value: isinstance(value, (str, os.PathLike)),
+      "must be a folder, 'auto' or None",
+    )
+  ),
   'seed': (
     lambda value: is_int(value) and 0 <= value < 2**63,
     'must be an integer in [0, 2**63)',
   ),
 }
+
+
+def or_default(config: object) -> EngineConfig:
+  """Returns a caller's configuration; the default one for None.
+
+  Raises:
+    ConfigError: it is something else.
+  """
+  if config is None:
+    return EngineConfig()
+  if not isinstance(config, EngineConfig):
+    raise errors.ConfigError(
+      f'config: is a {type(config).__name__}; must be an EngineConfig.'
+    )
+  return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import functools
 import itertools
+import os
 import pathlib
 from typing import Any
 
@@ -102,7 +103,7 @@ class LLM:
     default_sampling: Mapping[str, Any] | None = None,
     on_compiled: OnCompiled | None = None,
   ) -> None:
-    config = config or config_lib.EngineConfig()
+    config = config_lib.or_default(config)
     if not isinstance(model, model_config_lib.ModelConfig):
       raise errors.ConfigError(
         f'model: is a {type(model).__module__}.{type(model).__name__}; must be '
@@ -111,6 +112,12 @@ class LLM:
       )
     words = tokenizing.tokenizer_of(tokenizer)
     eos_token_ids = tokenizing.eos_token_ids_of(eos_token_ids, tokenizer, words)
+    config_lib.check(
+      all(0 <= token < model.vocab_size for token in eos_token_ids),
+      'eos_token_ids',
+      eos_token_ids,
+      f"must be of the model's vocabulary, in [0, {model.vocab_size})",
+    )
     params = params_lib.check_params(
       model,
       params,
@@ -203,7 +210,9 @@ class LLM:
       CheckpointError: there is no checkpoint, or it is damaged or not
         supported.
     """
-    config = config or config_lib.EngineConfig()
+    config = config_lib.or_default(config)
+    if not isinstance(path, (str, os.PathLike)):
+      raise errors.ConfigError(f'path={path!r}: must be a folder, or a hub id.')
     make_mesh = functools.partial(
       building.make_mesh, config=config, users=mesh, axis_names=axis_names
     )
@@ -410,6 +419,13 @@ class LLM:
     prompts = prompts_lib.listed(prompts)
     if sampling is None or isinstance(sampling, types.SamplingParams):
       sampling = [sampling or self.engine.info.sampling({})] * len(prompts)
+    if not isinstance(sampling, (list, tuple)) or not all(
+      isinstance(params, types.SamplingParams) for params in sampling
+    ):
+      raise errors.InvalidRequestError(
+        f'sampling={errors.shown(sampling)}: must be SamplingParams, or a list '
+        'of them; SamplingParams.from_dict makes them of an object.'
+      )
     if len(sampling) != len(prompts):
       raise errors.InvalidRequestError(
         f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '

@@ -21,7 +21,7 @@ METADATA = 'sarathi.json'
 DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
 
 # The names kept of generation_config.json: fields of SamplingParams, and
-# do_sample, without which transformers ignores them.
+# do_sample, which may say that they are for nothing.
 GENERATION_FIELDS = (
   'do_sample',
   *(
@@ -61,7 +61,8 @@ class CheckpointMetadata:
     """Returns what the makers recommend, as fields of SamplingParams.
 
     They are for requests that don't set their own. Returns nothing if the
-    makers don't sample: transformers then ignores the rest, too.
+    makers say that they don't sample. If they don't say, what they recommend
+    counts, as in vLLM.
     """
     return default_sampling(self.generation)
 
@@ -103,7 +104,7 @@ def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
   return {
     name: value
     for name, value in generation.items()
-    if name != 'do_sample' and generation.get('do_sample')
+    if name != 'do_sample' and generation.get('do_sample') is not False
   }
 
 

@@ -226,8 +226,9 @@ def build_engine(
 
 
 def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:
-  if config.compilation_cache_dir != config_lib.AUTO:
-    return config.compilation_cache_dir
+  folder = config.compilation_cache_dir
+  if folder != config_lib.AUTO:
+    return None if folder is None else os.fspath(folder)
   if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     return None  # JAX keeps them already.
   return str(config_lib.default_cache_dir() / 'compiled')

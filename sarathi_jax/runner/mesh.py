@@ -55,8 +55,10 @@ def of_users(mesh: Mesh, axis_names: AxisNames | None = None) -> Mesh:
       several; None: those of the same name. Other axes must be of size 1.
 
   Raises:
-    ConfigError: an axis is unknown, named twice, or left over.
+    ConfigError: it is no mesh, or an axis is unknown, named twice, or left
+      over.
   """
+  config_lib.check(isinstance(mesh, Mesh), 'mesh', mesh, 'must be a Mesh')
   if axis_names is None:
     axis_names = {name: name for name in (PP, TP) if name in mesh.axis_names}
   used: list[str] = []

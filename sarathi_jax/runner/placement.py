@@ -23,6 +23,7 @@ from jax.sharding import Sharding
 import numpy as np
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
@@ -269,7 +270,7 @@ def _read_part(
       source,
       tuple(_source_span(place, axis, span) for axis, span in enumerate(spans)),
     )
-    part = part.astype(dtype, copy=False)
+    part = _cast(part, dtype, source)
     missing = [
       (0, want - got) for want, got in zip(shape, part.shape, strict=True)
     ]
@@ -278,6 +279,24 @@ def _read_part(
   if place.is_transposed:
     part = part.T
   return part[None] if place.has_stages else part
+
+
+def _cast(part: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+  """Rounds to the nearest.
+
+  Raises:
+    CheckpointError: a finite number is too large for `dtype`.
+  """
+  if part.dtype == dtype:
+    return part
+  with np.errstate(over='ignore'):  # reported below, by name
+    cast = part.astype(dtype)
+  is_narrower = jnp.finfo(dtype).max < jnp.finfo(part.dtype).max
+  if is_narrower and np.isinf(cast).sum() > np.isinf(part).sum():
+    raise errors.CheckpointError(
+      f'params.{name}: holds numbers too large for dtype={jnp.dtype(dtype)}.'
+    )
+  return cast
 
 
 def _source_span(place: Place, axis: int, span: range) -> slice:

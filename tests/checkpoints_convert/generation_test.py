@@ -111,16 +111,31 @@ def test_every_name_that_transformers_knows_is_known() -> None:
 
 @pytest.mark.parametrize(
   'fields',
-  [dict(temperature=0.9, top_p=0.6), dict(typical_p=0.5, do_sample=False)],
+  [dict(temperature=0.9, top_p=0.6), dict(typical_p=0.5)],
 )
 def test_without_sampling_its_parameters_are_for_nothing(
   fields: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
   """As in transformers; but a penalty counts there, too."""
+  fields = fields | dict(do_sample=False)
   kept = _read(tmp_path, fields).sampling
   assert checkpoint.default_sampling(kept) == {}
   with pytest.raises(errors.CheckpointError, match=r'repetition_penalty=1\.2'):
     _read(tmp_path, fields | dict(repetition_penalty=1.2))
+
+
+@pytest.mark.parametrize('more', [{}, dict(do_sample=None)])
+def test_a_recommendation_counts_unless_sampling_is_off(
+  more: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+  """As in vLLM. Llama 2's first files were so."""
+  said = dict(temperature=0.9, top_p=0.6)
+  kept = _read(tmp_path, said | more).sampling
+  assert checkpoint.default_sampling(kept) == said
+  with pytest.raises(errors.CheckpointError, match=r'typical_p=0\.5'):
+    _read(tmp_path, dict(typical_p=0.5) | more)
+  with pytest.raises(errors.CheckpointError, match=r'top_p=0\.0'):
+    _read(tmp_path, dict(top_p=0.0) | more)
 
 
 _WRONG = (
@@ -130,6 +145,7 @@ _WRONG = (
   (dict(do_sample=True, top_k=2.5), 'top_k=2.5'),
   (dict(do_sample=True, min_p=2), 'min_p=2'),
   (dict(do_sample='yes'), "do_sample='yes'"),
+  (dict(do_sample=1), 'do_sample=1'),
   (dict(eos_token_id='</s>'), "eos_token_id='</s>'"),
   (dict(eos_token_id=[2, True]), r'eos_token_id=\[2, True\]'),
   (dict(bos_token_id=[1, 2]), r'bos_token_id=\[1, 2\]'),

@@ -68,6 +68,8 @@ _WHOLE = dict(
   task_specific_params=None,
   problem_type=None,
   _name_or_path='',
+  _attn_implementation_internal='sdpa',
+  num_labels=2,
 )
 
 

@@ -194,7 +194,17 @@ def test_of_the_hub_what_is_read_is_downloaded_once(
 
 
 @pytest.mark.parametrize(
-  'name', ['tekken.json', 'qwen.tiktoken', 'tokenizer.model.v3', 'spiece.model']
+  'name',
+  [
+    'tekken.json',
+    'qwen.tiktoken',
+    'tokenizer.model.v3',
+    'spiece.model',
+    'spm.model',
+    'source.spm',
+    'vocab.bpe',
+    'tokenizer_config.json',
+  ],
 )
 def test_tokenizers_of_other_kinds_are_not_left_out_without_a_word(
   name: str, tmp_path: pathlib.Path

@@ -29,14 +29,15 @@ tokens_of = common.tokens_of
 
 
 @pytest.fixture
-def open_in(params, tmp_path, monkeypatch) -> Callable[[str], None]:
+def open_in(params, tmp_path, monkeypatch) -> Callable[..., None]:
   """Has every path lead to a checkpoint of the tiny model, in a dtype."""
   named = {
     jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
 
-  def become(dtype: str) -> None:
+  def become(dtype: str, **changed: np.ndarray) -> None:
+    named.update(changed)
     monkeypatch.setattr(
       opening,
       'open_checkpoint',
@@ -119,6 +120,20 @@ def test_unknown_dtypes_are_refused() -> None:
     match=("dtype='int8': must be one of auto, float32, bfloat16, float16"),
   ):
     config_lib.EngineConfig(dtype='int8')
+
+
+@pytest.mark.parametrize('kept', ['bfloat16', 'float32'])
+def test_weights_too_large_for_what_they_are_served_in(
+  open_in, params, kept: str
+) -> None:
+  """They would be infinite, and so would be all that is computed of them."""
+  scale = np.asarray(params['final_norm']['scale']) + 1e5
+  open_in(kept, **{'final_norm.scale': scale})
+  with pytest.raises(
+    errors.CheckpointError,
+    match=r'params\.final_norm\.scale: .*too large for dtype=float16',
+  ):
+    llm_lib.LLM.from_checkpoint('x', config=tiny.engine_config(dtype='float16'))
 
 
 class _Gpu:

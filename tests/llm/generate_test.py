@@ -77,6 +77,17 @@ def test_each_prompt_may_have_its_own_sampling(llm, greedy):
     llm.generate(PROMPTS, [GREEDY, GREEDY])
 
 
+@pytest.mark.parametrize(
+  'sampling', [{'temperature': 0}, [{}], [None], 'x', 5, {GREEDY}]
+)
+def test_sampling_of_another_type_is_refused(llm, sampling):
+  for use in (llm.generate, llm.stream):
+    with pytest.raises(
+      errors.InvalidRequestError, match=r'sampling=.*: must be SamplingParams'
+    ):
+      use([1], sampling)
+
+
 def test_it_can_be_used_again_and_again(llm, greedy):
   for _ in range(3):
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']

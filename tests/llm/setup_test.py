@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import pytest
 
@@ -78,6 +79,17 @@ def test_a_compilation_cache_that_cant_be_made(params, tmp_path):
 def test_steps_compiled_before_are_found_again(cache_dir, shared_llm):
   """Though this process had compiled other things before there was a cache."""
   assert any(name.startswith('jit_run-') for name in os.listdir(cache_dir))
+
+
+def test_a_compilation_cache_may_be_a_path(params, cache_dir):
+  llm_lib.LLM(
+    tiny.MODEL,
+    params,
+    eos_token_ids=(),
+    config=tiny.engine_config(compilation_cache_dir=pathlib.Path(cache_dir)),
+  )
+  with pytest.raises(errors.ConfigError, match='compilation_cache_dir=5: must'):
+    tiny.engine_config(compilation_cache_dir=5)
 
 
 def test_the_public_names():

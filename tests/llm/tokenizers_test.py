@@ -129,6 +129,10 @@ class SlowTokenizer:
       'eos_token_ids: must be given.*there is no tokenizer',
     ),
     (dict(tokenizer='/no/such'), 'not a tokenizer that can be read'),
+    (dict(eos_token_ids=(3, -1)), r'eos_token_ids=\(3, -1\): must be of the'),
+    (dict(eos_token_ids=10**6), r'eos_token_ids=\(1000000,\): must be of the'),
+    (dict(config={'tp': 1}), 'config: is a dict; must be an EngineConfig'),
+    (dict(eos_token_ids=(), mesh=1), 'mesh=1: must be a Mesh'),
   ],
 )
 def test_what_cant_be_is_refused_before_anything_is_compiled(
@@ -136,7 +140,15 @@ def test_what_cant_be_is_refused_before_anything_is_compiled(
 ) -> None:
   monkeypatch.setattr(building, 'build_runner', None)
   with pytest.raises(errors.ConfigError, match=words):
-    llm_lib.LLM(tiny.MODEL, params, config=tiny.engine_config(), **fields)
+    llm_lib.LLM(
+      tiny.MODEL, params, **dict(config=tiny.engine_config()) | fields
+    )
+
+
+@pytest.mark.parametrize('path', [None, 5, b'/checkpoint'])
+def test_a_path_that_is_none_is_refused(path: Any) -> None:
+  with pytest.raises(errors.ConfigError, match=r'path=.*: must be a folder'):
+    llm_lib.LLM.from_checkpoint(path)
 
 
 @pytest.mark.parametrize(
