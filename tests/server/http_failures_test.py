@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
+import signal
 import socket
 import threading
 import time
@@ -14,6 +16,8 @@ import pytest
 
 from sarathi_jax.server.guard import limits as limits_lib
 from tests.server import fake
+from tests.server import http_client
+from tests.server import process_test
 from tests.server.http_client import PROMPT
 from tests.server.http_client import Client
 
@@ -186,3 +190,40 @@ def test_of_several_requests_at_once_all_end_with_their_client(
   fake.wait_until(lambda: not running.server.frontend.num_open)
   runner.open()
   running.assert_nothing_is_left()
+
+
+def test_what_does_not_end_in_time_is_cut_off(stepped: Any) -> None:
+  running, runner, client = stepped()
+  connection = client.begin('/v1/completions', {**PROMPT, 'stream': True})
+  runner.let(1)
+  reply = connection.getresponse()
+  assert b't3' in reply.readline()
+
+  async def cut_off() -> None:
+    running.server.frontend.cut_off()
+
+  running.run(cut_off())
+  told = json.loads(reply.read().strip().removeprefix(b'data: '))['error']
+  assert 'shutting down' in told['message']
+
+
+def test_a_process_that_is_told_to_end_lets_streams_end(
+  chat_folder: pathlib.Path,
+) -> None:
+  port = fake.free_port()
+  process = process_test.Process(
+    'tests/server/fake.py', '0', '60', str(chat_folder), f'http_port={port}'
+  )
+  try:
+    process.read_until(r'Serving \S+ at')
+    body = {'prompt': 't1', 'stream': True, 'max_tokens': 120}
+    with contextlib.closing(
+      http_client.Client(port).begin('/v1/completions', body)
+    ) as connection:
+      reply = connection.getresponse()
+      process.process.send_signal(signal.SIGTERM)
+      assert reply.read().endswith(b'data: [DONE]\n\n')
+    code, err = process.end()
+    assert (code, 'Traceback' in err) == (0, False)
+  finally:
+    process.close()

@@ -89,7 +89,7 @@ def test_what_other_fields_are_refused(client: Client) -> None:
     ('text', {'stream': 1}, 'stream'),
     ('text', {'stream': True, 'stream_options': {'x': 1}}, 'stream_options'),
     ('text', {'max_completion_tokens': 3}, 'max_completion_tokens'),
-    ('text', {'user': 'u' * 300}, 'x-client-id'),
+    ('text', {'user': 'u' * 300}, 'user'),
     ('chat', {'messages': None}, 'messages'),
     ('chat', {'messages': []}, 'messages'),
     ('chat', {'messages': 'x'}, 'messages'),

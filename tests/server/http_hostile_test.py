@@ -421,6 +421,29 @@ def test_connections_are_bounded(
   fake.wait_until(client.serves)
 
 
+def test_bodies_that_come_slowly_are_bounded_together(
+  chat_folder: pathlib.Path,
+) -> None:
+  limits = limits_lib.Limits(max_message_mib=1.0, max_bodies_mib=1.5)
+  with (
+    _serve(chat_folder, limits=limits) as (_, client),
+    contextlib.ExitStack() as stack,
+  ):
+    for _ in range(2):
+      held = stack.enter_context(
+        socket.create_connection(('127.0.0.1', client.port))
+      )
+      held.sendall(_request(_POST, b' ' * 700_000, f'content-length: {2**20}'))
+
+    def status() -> int:
+      return _ask(client, _request(_POST, b' ' * 400_000 + b'{}'))[0]
+
+    fake.wait_until(lambda: status() == 429)
+    stack.close()
+    fake.wait_until(lambda: status() == 400)  # it has no prompt
+    assert client.serves()
+
+
 # What holds the interpreter.
 
 

@@ -181,6 +181,12 @@ class Limits:
     'HTTP connections at once',
     'each takes an open file and up to 128 KiB of buffers',
   )
+  max_bodies_mib: float = _row(
+    256.0,
+    'MiB of the HTTP bodies that are being read',
+    'each is kept until it is whole, however slowly it comes',
+    least=0.001,
+  )
   max_stream_requests: int = _row(
     1024,
     'requests at once of one stream',

@@ -56,6 +56,7 @@ def make(
     return lambda exchange: generation.answer(exchange, frontend, form)
 
   started = int(time.time())
+  room = exchange_lib.Room(frontend.limits.max_bodies_mib * 2**20)
   routes: tuple[tuple[str, str, _Answer], ...] = (
     ('POST', '/v1/chat/completions', generate(chat.FORM)),
     ('POST', '/v1/completions', generate(completions.FORM)),
@@ -79,7 +80,7 @@ def make(
   )
   app = applications.Starlette(
     routes=[
-      routing.Route(path, _Endpoint(answer), methods=[method])
+      routing.Route(path, _Endpoint(answer, room), methods=[method])
       for method, path, answer in routes
     ],
     exception_handlers={exceptions.HTTPException: _refuse},
@@ -91,13 +92,13 @@ def make(
 class _Endpoint:
   """Answers at one path; whatever is raised becomes a response."""
 
-  def __init__(self, answer: _Answer) -> None:
-    self._answer = answer
+  def __init__(self, answer: _Answer, room: exchange_lib.Room) -> None:
+    self._answer, self._room = answer, room
 
   async def __call__(
     self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send
   ) -> None:
-    exchange = Exchange(scope, receive, send, scope.get(_TOKEN))
+    exchange = Exchange(scope, receive, send, self._room, scope.get(_TOKEN))
     try:
       await self._answer(exchange)
     except asyncio.CancelledError:
@@ -126,7 +127,8 @@ class _Guarded:
       said = datastructures.Headers(scope=scope).get('authorization', '')
       token = self._tokens.of_header(said)
       if token is None:
-        await Exchange(scope, receive, send, None).reply(
+        room = exchange_lib.Room(0)  # nothing is read
+        await Exchange(scope, receive, send, room, None).reply(
           http_errors.body_of(
             401,
             'needs a token that the server knows: "authorization: Bearer '

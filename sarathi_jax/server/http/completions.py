@@ -44,19 +44,23 @@ def read(
       'logprobs.'
     )
   return forms.Call(
-    asked, _prompts(own.get('prompt'), limits), logprobs is not None, echo
+    asked, _prompts(own.get('prompt'), info, limits), logprobs is not None, echo
   )
 
 
 def _prompts(
-  prompt: Any, limits: limits_lib.Limits
+  prompt: Any, info: engine_lib.EngineInfo, limits: limits_lib.Limits
 ) -> tuple[tokenizer_lib.Prompt, ...]:
-  if isinstance(prompt, str) or fields.is_token_ids(prompt):
-    return (prompt,)
-  if isinstance(prompt, list) and prompt:
-    limits.check('max_prompts', len(prompt), 'prompt')
-    if all(isinstance(p, str) or fields.is_token_ids(p) for p in prompt):
-      return tuple(prompt)
+  def is_prompt(value: Any) -> bool:
+    if isinstance(value, list):  # before each is looked at
+      limits.check_prompt_tokens(len(value), info.max_model_len)
+    return isinstance(value, str) or fields.is_token_ids(value)
+
+  is_list = isinstance(prompt, list) and prompt and type(prompt[0]) is not int
+  prompts = prompt if is_list else [prompt]
+  limits.check('max_prompts', len(prompts), 'prompt')
+  if all(map(is_prompt, prompts)):
+    return tuple(prompts)
   raise errors.InvalidRequestError(
     f'prompt={errors.shown(prompt)}: must be a text or a list of token ids, or '
     'a list of these, not empty.'

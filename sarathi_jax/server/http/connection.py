@@ -24,11 +24,14 @@ _MOST_HEADERS = 128
 _MOST_CHUNKS = 4096  # of a body, beside one for each 256 bytes of it
 _HEAD_S = 30.0  # in which a request's line and headers are to be here
 WRITE_S = 60.0  # in which a client is to read some of what waits for it
-_PHRASES = {
-  400: 'Bad Request',
-  431: 'Request Header Fields Too Large',
-  503: 'Service Unavailable',
-}
+_NO_REQUEST = 400, 'Bad Request', 'this is no request of HTTP/1.1.'
+_MANY_CHUNKS = 400, 'Bad Request', 'the body comes in too many chunks.'
+_LONG_HEAD = (
+  431,
+  'Request Header Fields Too Large',
+  'the headers are too long, or too many.',
+)
+_FULL = 503, 'Service Unavailable', 'there are too many connections.'
 
 
 class Connection(httptools_impl.HttpToolsProtocol):
@@ -49,6 +52,7 @@ class Connection(httptools_impl.HttpToolsProtocol):
     self._num_unwanted = 0  # bytes of a body whose request is answered
     self._num_bytes = self._num_chunks = 0  # of a body
     self._in_head = True
+    self._problem = _NO_REQUEST  # why the parser stops
     self._timer: asyncio.TimerHandle | None = None  # for a head to be here
     self._writing: asyncio.TimerHandle | None = None
     self._cycles: list[httptools_impl.RequestResponseCycle] = []
@@ -62,7 +66,7 @@ class Connection(httptools_impl.HttpToolsProtocol):
         10,
         self.most_connections,
       )
-      self._refuse(503, 'there are too many connections.', 'retry-after: 1')
+      self._refuse(*_FULL, 'retry-after: 1')
     else:
       self._expect_head()
 
@@ -82,6 +86,7 @@ class Connection(httptools_impl.HttpToolsProtocol):
     self._num_head += len(data)
     super().data_received(data)
     if self._num_head > _MOST_HEAD:
+      self._problem = _LONG_HEAD
       self.send_400_response('')
 
   def on_message_begin(self) -> None:
@@ -91,8 +96,8 @@ class Connection(httptools_impl.HttpToolsProtocol):
   def on_header(self, name: bytes, value: bytes) -> None:
     super().on_header(name, value)
     if len(self.headers) > _MOST_HEADERS:
-      self._num_head = _MOST_HEAD + 1
-      raise ValueError('too many headers')  # the parser stops
+      self._problem = _LONG_HEAD
+      raise ValueError('too many headers')
 
   def on_headers_complete(self) -> None:
     self._in_head = False
@@ -108,7 +113,8 @@ class Connection(httptools_impl.HttpToolsProtocol):
     self._num_bytes += len(body)
     self._num_chunks += 1
     if self._num_chunks > _MOST_CHUNKS + self._num_bytes // 256:
-      raise ValueError('too many chunks')  # the parser stops
+      self._problem = _MANY_CHUNKS
+      raise ValueError('too many chunks')
     if self.cycle.response_complete:
       # It is read, so that its client reads the answer; but not for ever.
       self._num_unwanted += len(body)
@@ -134,21 +140,19 @@ class Connection(httptools_impl.HttpToolsProtocol):
 
   def send_400_response(self, msg: str) -> None:
     """Answers to what is no request."""
-    del msg
-    if self.transport.is_closing():
-      return
-    if self._num_head > _MOST_HEAD:
-      self._refuse(431, 'the headers are too long, or too many.')
-    else:
-      self._refuse(400, 'this is no request of HTTP/1.1.')
+    del msg  # uvicorn's, which knows one problem
+    if not self.transport.is_closing():
+      self._refuse(*self._problem)
 
   def _expect_head(self) -> None:
     self._timer = self.loop.call_later(_HEAD_S, self.transport.close)
 
-  def _refuse(self, status: int, message: str, *headers: str) -> None:
+  def _refuse(
+    self, status: int, phrase: str, message: str, *headers: str
+  ) -> None:
     body = exchange.encode(http_errors.body_of(status, message))
     lines = (
-      f'HTTP/1.1 {status} {_PHRASES[status]}',
+      f'HTTP/1.1 {status} {phrase}',
       'content-type: application/json',
       f'content-length: {len(body)}',
       'connection: close',

@@ -38,11 +38,37 @@ def encode(content: Any) -> bytes:
   return _encoder.encode(content).encode()
 
 
+class Room:
+  """The bytes that bodies which are being read may have together.
+
+  Args:
+    most: so many.
+  """
+
+  def __init__(self, most: float) -> None:
+    self._most = most
+    self._num = 0
+
+  def take(self, num: int) -> None:
+    """Takes some; CapacityError if there are not so many."""
+    self._num += num
+    if self._num > self._most:
+      raise errors.CapacityError(
+        'the bodies that are being read have more than max_bodies_mib='
+        f'{self._most / 2**20:g} MiB; try again in 1 s.'
+      )
+
+  def give_back(self, num: int) -> None:
+    """Gives back what was taken, in vain or not."""
+    self._num -= num
+
+
 class Exchange:
   """One request, and what it is answered.
 
   Args:
     scope, receive, send: ASGI's.
+    room: for its body.
     token: the token that it came with, if any.
 
   Attributes:
@@ -55,6 +81,7 @@ class Exchange:
     scope: asgi.Scope,
     receive: asgi.Receive,
     send: asgi.Send,
+    room: Room,
     token: auth.Token | None,
   ) -> None:
     self.headers = datastructures.Headers(scope=scope)
@@ -63,7 +90,7 @@ class Exchange:
     self.has_begun = False
     self._client = scope.get('client')
     self._receive, self._send = receive, send
-    self._token = token
+    self._room, self._token = room, token
     self._beginning = asyncio.Lock()
     self._is_gone = False
 
@@ -87,18 +114,23 @@ class Exchange:
     Raises:
       HttpError: it is too long, takes too long, or is something else.
       InvalidRequestError: it is not JSON, or has too many parts.
+      CapacityError: others' bodies take all room.
     """
     self._check_type()
+    parts: list[bytes] = []
     try:
       async with asyncio.timeout(BODY_S):
-        data = await self._read(round(limits.max_message_mib * 2**20))
+        await self._read(round(limits.max_message_mib * 2**20), parts)
+      data = b''.join(parts)
+      fields = await messages.read(
+        len(data), lambda: body_lib.parse(data, limits)
+      )
     except TimeoutError:
       raise http_errors.HttpError(
         408, f'body: was not here after {BODY_S:g} s.', connection='close'
       ) from None
-    fields = await messages.read(
-      len(data), lambda: body_lib.parse(data, limits)
-    )
+    finally:
+      self._room.give_back(sum(map(len, parts)))
     self.names.update(fields)
     return fields, len(data)
 
@@ -113,9 +145,9 @@ class Exchange:
         415, f'content-encoding={errors.shown(coding)}: is not supported.'
       )
 
-  async def _read(self, most: int) -> bytes:
+  async def _read(self, most: int, parts: list[bytes]) -> None:
+    """Adds to `parts` what comes of a body."""
     said = self.headers.get('content-length', '0')
-    parts: list[bytes] = []
     num = int(said) if said.isascii() and said.isdigit() else 0
     is_last = num > most
     num = num if is_last else 0
@@ -125,6 +157,7 @@ class Exchange:
         raise asyncio.CancelledError
       parts.append(message.get('body', b''))
       num += len(parts[-1])
+      self._room.take(len(parts[-1]))
       is_last = num > most or not message.get('more_body', False)
     if num > most:
       raise http_errors.HttpError(
@@ -132,7 +165,6 @@ class Exchange:
         f'body: has more than {most:,} bytes: must be at most max_message_mib='
         f'{most / 2**20:g} MiB.',
       )
-    return b''.join(parts)
 
   @contextlib.asynccontextmanager
   async def while_connected(self) -> AsyncIterator[None]:

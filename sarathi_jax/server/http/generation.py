@@ -69,6 +69,7 @@ class _Answer:
       'created': int(time.time()),
       'model': frontend.engine.info.model_name,
     }
+    frontend.limits.check_name('user', call.asked.user)
     self._caller = exchange.caller(call.asked.user)
     self._num_left = len(call.prompts)  # that do not wait yet
     self._all_wait = asyncio.Event()

@@ -51,11 +51,11 @@ class Listener:
     tokens = (
       None if config.auth_tokens is None else auth.Tokens(config.auth_tokens)
     )
-    self._app = app_lib.make(frontend, tokens)
     self._limits = config.limits
     self._contexts = None if config.tls is None else tls.contexts(config.tls)
     self._socket = _bind(config.host, config.http_port)
     self.port: int = self._socket.getsockname()[1]
+    self._app = app_lib.make(frontend, tokens)
     self._server: uvicorn.Server | None = None
     self._task: asyncio.Task[None] | None = None
 

@@ -99,6 +99,11 @@ async def detokenize(
 
 def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
   ids: Any = _read(body, _DETOKENIZE, engine).get('tokens')
+  most = engine.info.max_model_len
+  if isinstance(ids, list) and len(ids) > most:
+    raise errors.InvalidRequestError(
+      f'tokens: has {len(ids):,}: must be at most max_model_len={most}.'
+    )
   if ids != [] and not fields.is_token_ids(ids):
     raise errors.InvalidRequestError(
       f'tokens={errors.shown(ids)}: must be a list of token ids.'
