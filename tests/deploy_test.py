@@ -46,13 +46,22 @@ def test_pods_and_services_are_valid():
   validate(service)
   labels = template['leaderTemplate']['metadata']['labels']
   assert service['spec']['selector'] == labels
+  (container,) = template['leaderTemplate']['spec']['containers']
+  assert {p['name'] for p in container['ports']} == {
+    p['targetPort'] for p in service['spec']['ports']
+  }
 
 
 def test_probes_ask_what_the_server_knows():
   """To be ready is to serve; to be alive is less, so loading ends nobody."""
   template = documents()[0]['spec']['leaderWorkerTemplate']['leaderTemplate']
   (container,) = template['spec']['containers']
-  (port,) = (p['containerPort'] for p in container['ports'])
+  ports = {p['name']: p['containerPort'] for p in container['ports']}
+  assert (
+    f'--port={ports["grpc"]} --http_port={ports["http"]}'
+    in (container['args'][0])
+  )
+  port = ports['grpc']
   asked = {
     kind: container[f'{kind}Probe']['grpc']
     for kind in ('readiness', 'startup', 'liveness')

@@ -14,6 +14,7 @@ from sarathi_jax import sampling_params
 from sarathi_jax.server.http import chat
 from sarathi_jax.server.http import completions
 from sarathi_jax.server.http import fields
+from tests import sampling_fields
 from tests.server import conformance_test
 from tests.server import http_client
 from tests.server.http_client import BODIES
@@ -136,3 +137,24 @@ def test_a_bad_request(
     or 'not JSON' in told['message']
     or (not ids and told['param'] == 'prompt')
   )
+
+
+@pytest.mark.parametrize('kind', BODIES)
+def test_values_that_a_field_does_not_take(client: Client, kind: str) -> None:
+  path, body = BODIES[kind]
+  for name, value, rule in sampling_fields.BAD:
+    data = json.dumps(value)
+    if data == 'null' or 'NaN' in data or 'Infinity' in data:
+      continue  # which says nothing, or is not JSON
+    status, message, param = client.refused(path, {**body, name: value})
+    assert (status, param) == (400, name) and rule in message, message
+
+
+@pytest.mark.parametrize('kind', BODIES)
+def test_fields_that_the_engine_does_not_honour(
+  client: Client, kind: str
+) -> None:
+  path, body = BODIES[kind]
+  for name, value in sampling_fields.NOT_SUPPORTED:
+    status, message, param = client.refused(path, {**body, name: value})
+    assert (status, param) == (400, name) and 'supported' in message, message

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from sarathi_jax import types
-from sarathi_jax.sampling_params import FIELDS
+from tests import sampling_fields
 from tests.server import fake
 from tests.server import http_client
 from tests.server.http_client import BODIES
@@ -141,36 +141,15 @@ def test_log_probabilities(stepped: Any) -> None:
   ]
 
 
-# Fields of sampling, those to come as well, and values that change something.
-_ASKED = {
-  'temperature': 0.5,
-  'top_p': 0.25,
-  'top_k': 7,
-  'min_p': 0.125,
-  'seed': -(2**63),
-  'stop': ['t9', 'x'],
-  'stop_token_ids': [9],
-  'ignore_eos': True,
-  'include_stop_str_in_output': True,
-  'skip_special_tokens': False,
-  'repetition_penalty': 1.5,
-  'presence_penalty': 0.5,
-  'frequency_penalty': 0.25,
-  'logit_bias': {'5': 1.0},
-  'allowed_token_ids': [3, 4, 5, 6, 7],
-  'bad_token_ids': [11],
-  'bad_words': ['t12'],
-  'min_tokens': 2,
-}
-
-
 def test_sampling_reaches_the_engine(stepped: Any) -> None:
   running, runner, client = stepped()
   got: list[types.Request] = []
   add = running.engine.add
   running.engine.add = lambda request: (got.append(request), add(request))
   runner.open()
-  asked = {name: value for name, value in _ASKED.items() if name in FIELDS}
+  # As JSON has them.
+  asked = json.loads(json.dumps(sampling_fields.EXAMPLES))
+  del asked['max_tokens'], asked['logprobs']
   body = {
     **asked,
     'priority': 3,
@@ -194,11 +173,9 @@ def test_sampling_reaches_the_engine(stepped: Any) -> None:
     == 200
   )
   first, second, third = got
-  for name, value in asked.items():
-    got_value = getattr(first.sampling, name)
-    assert got_value == (tuple(value) if isinstance(value, list) else value), (
-      name
-    )
+  wanted = types.SamplingParams(**sampling_fields.EXAMPLES)
+  for name in asked:
+    assert getattr(first.sampling, name) == getattr(wanted, name), name
   assert first.sampling.max_tokens == 5
   assert (first.priority, first.tier) == (3, 'batch')
   assert first.tenant == 'ipv4:127.0.0.1'
