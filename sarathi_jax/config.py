@@ -96,7 +96,7 @@ class EngineConfig:
     page_size: tokens in a page of the KV cache.
     num_pages: pages in the KV cache; None for as many as fit.
     kv_cache_gib: size of the KV cache, GiB; None for what is free on the
-      device (on a CPU, which can't tell: 1 GiB).
+      device (on a CPU, which can't tell: 1 GiB for all of its devices).
     memory_utilization: the part of a device's memory that may be used, where
       the size of the KV cache is not given.
     look_ahead: whether to launch a step before the previous one was fetched.
@@ -118,7 +118,9 @@ class EngineConfig:
     batch_tbt_slo_ms: like tbt_slo_ms, for requests of the tier 'batch'; None:
       these bound no step.
     attention: the implementation of ragged_paged_attention; None picks one.
-    tp: tensor parallelism: devices that share each layer.
+    tp: tensor parallelism: devices that share each layer; None for one, but
+      on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
+      as a large model can use, if it is to run several sequences.
     pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
     compilation_cache_dir: where compiled steps are kept between runs; 'auto'
@@ -142,7 +144,7 @@ class EngineConfig:
   ttft_slo_ms: float | None = None
   batch_tbt_slo_ms: float | None = None
   attention: str | None = None
-  tp: int = 1
+  tp: int | None = None
   pp: int = 1
   seed: int = 0
   compilation_cache_dir: str | os.PathLike[str] | None = AUTO
@@ -180,10 +182,8 @@ class EngineConfig:
 
 
 _ENGINE_RULES: Mapping[str, Rule] = {
-  **dict.fromkeys(
-    ('token_budget', 'max_num_seqs', 'page_size', 'tp', 'pp'), SIZE
-  ),
-  **dict.fromkeys(('max_model_len', 'num_pages'), or_none(SIZE)),
+  **dict.fromkeys(('token_budget', 'max_num_seqs', 'page_size', 'pp'), SIZE),
+  **dict.fromkeys(('max_model_len', 'num_pages', 'tp'), or_none(SIZE)),
   **dict.fromkeys(SLOS, or_none(POSITIVE, 'must be milliseconds > 0')),
   'kv_cache_gib': or_none(
     (  # inf: all that can be used

@@ -13,6 +13,7 @@ does not fit, spills registers, or copies its KV cache.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -55,6 +56,21 @@ def define_flags() -> None:
   )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
+
+
+def _shared(
+  model: Any, config: config_lib.EngineConfig
+) -> config_lib.EngineConfig:
+  """Returns the config with the `tp` that this CPU would serve it with."""
+  import jax
+
+  from sarathi_jax.in_process import building
+
+  if config.tp is not None:
+    jax.config.update('jax_num_cpu_devices', config.tp * config.pp)
+    return config
+  xla_flags.share_cpu(os.environ)
+  return dataclasses.replace(config, tp=building.choose_tp(model, config))
 
 
 def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
@@ -140,10 +156,11 @@ def _run(
   """Prints the plan; returns its problems."""
   import jax
 
-  num_devices = config.tp * config.pp
-  if device == 'cpu':
-    jax.config.update('jax_num_cpu_devices', num_devices)
   jax.config.update('jax_platforms', 'cpu')
+  if device == 'cpu':
+    config = _shared(model, config)
+  tp = config.tp or 1
+  num_devices = tp * config.pp
   jax.config.update('jax_enable_compilation_cache', False)
   from pallas_kernels import gpu_targets
   from pallas_kernels.aot import toolkit
@@ -151,7 +168,7 @@ def _run(
 
   console = rich.console.Console(highlight=False)
   console.print(
-    f'[bold]{name}[/]: {num_devices} x {device}, TP{config.tp} '
+    f'[bold]{name}[/]: {num_devices} x {device}, TP{tp} '
     f'PP{config.pp}, steps of up to {config.token_budget} tokens'
   )
   if device == 'cpu':
@@ -187,7 +204,7 @@ def _run(
         {
           'name': name,
           'device': device,
-          'tp': config.tp,
+          'tp': tp,
           'pp': config.pp,
           'problems': problems,
           'sequences': {n: memory.num_seqs_at(n) for n in contexts},

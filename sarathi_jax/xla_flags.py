@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA's flags for serving on GPUs, by JAX's version. For mains; loads no JAX.
+"""XLA's flags for serving, by JAX's version. For mains; loads no JAX.
 
 XLA ends the process at a flag that it does not know. So each flag is listed
 with the versions that it was tried with, and other versions go without it.
@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 import dataclasses
 import importlib.metadata
+import os
 import re
 
 Version = tuple[int, ...]
 # The fraction of a GPU's memory to take: a main has the GPU for itself. JAX's
 # own default is three quarters.
 MEMORY_FRACTION = 0.95
+_MOST_CPU_DEVICES = 8
+_CPU_DEVICES = '--xla_force_host_platform_device_count'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,3 +81,26 @@ def set_environment(environ: MutableMapping[str, str]) -> None:
   """
   environ['XLA_FLAGS'] = f'{_ours()} {environ.get("XLA_FLAGS", "")}'.strip()
   environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(MEMORY_FRACTION))
+
+
+def share_cpu(environ: MutableMapping[str, str]) -> None:
+  """Makes devices of a CPU's cores, which a model may share (`--tp`).
+
+  XLA runs parts of a step on one thread a device; above all chunks' attention.
+  Call it before JAX first computes. Changes nothing if the user has said how
+  many devices there are, and nothing on a GPU.
+
+  Args:
+    environ: os.environ.
+  """
+  given = environ.get('XLA_FLAGS', '')
+  if _CPU_DEVICES not in given and 'JAX_NUM_CPU_DEVICES' not in environ:
+    devices = min(num_cores(), _MOST_CPU_DEVICES)
+    environ['XLA_FLAGS'] = f'{given} {_CPU_DEVICES}={devices}'.strip()
+
+
+def num_cores() -> int:
+  """Returns the number of cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1

@@ -97,8 +97,8 @@ def test_nodes_and_gpus_are_as_many_as_the_config_asks_for():
     config = deployment.read(
       str(source_tree.ROOT / 'configs' / 'falcon_180b_a100_tp4_pp2.py')
     ).config
-    assert nodes * each == config.tp * config.pp
-    assert each == config.tp  # A stage a node.
+    assert nodes * each == (config.tp or 1) * config.pp
+    assert each == (config.tp or 1)  # A stage a node.
 
 
 def test_the_script_is_one():

@@ -125,3 +125,25 @@ def test_xla_knows_them() -> None:
   assert environ['XLA_FLAGS']
   assert _start(environ['XLA_FLAGS']).stdout == '3.0\n'
   assert 'Unknown flag' in _start('--xla_gpu_no_such_flag=1').stderr
+
+
+@pytest.mark.parametrize(
+  ('environ', 'expected'),
+  [
+    ({}, '--xla_force_host_platform_device_count=3'),
+    ({'XLA_FLAGS': '--x=1'}, '--x=1 --xla_force_host_platform_device_count=3'),
+    (
+      {'XLA_FLAGS': '--xla_force_host_platform_device_count=5'},
+      '--xla_force_host_platform_device_count=5',
+    ),
+    ({'JAX_NUM_CPU_DEVICES': '2'}, None),
+  ],
+)
+def test_cores_are_devices_unless_the_user_said(
+  environ: dict[str, str],
+  expected: str | None,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  monkeypatch.setattr(xla_flags, 'num_cores', lambda: 3)
+  xla_flags.share_cpu(environ)
+  assert environ.get('XLA_FLAGS') == expected

@@ -94,7 +94,8 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   ),
   'tp': (
     flags.DEFINE_integer,
-    'Tensor parallelism: number of devices that share each layer.',
+    'Tensor parallelism: number of devices that share each layer. Default: '
+    '1; on a CPU, the cores that a large model can use.',
   ),
   'pp': (
     flags.DEFINE_integer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 import functools
+import math
 import os
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
@@ -33,6 +35,7 @@ from sarathi_jax.scheduler import pacing
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 OnCompiled = programs_lib.OnCompiled
+_WEIGHT_BYTES = 4  # on a CPU
 
 
 def make_mesh(
@@ -68,14 +71,15 @@ def make_mesh(
     axis_names,
     'they are those of a mesh, and there is none',
   )
-  asked = parallel.Parallelism(tp=config.tp, pp=config.pp)
+  tp = config.tp or (1 if home or users else choose_tp(model, config))
+  asked = parallel.Parallelism(tp=tp, pp=config.pp)
   if users is not None:
     mesh = mesh_lib.of_users(users, axis_names)
     given = mesh_lib.parallelism_of(mesh)
     config_lib.check(
       asked in (given, parallel.Parallelism()),
       'tp, pp',
-      (config.tp, config.pp),
+      (tp, config.pp),
       f'the mesh has tp={given.tp}, pp={given.pp}',
     )
     given.check(model)
@@ -90,6 +94,36 @@ def make_mesh(
     'with neither tp, pp nor a mesh they must be on one',
   )
   return mesh_lib.make(asked, list(home))
+
+
+def choose_tp(
+  model: model_config_lib.ModelConfig, config: config_lib.EngineConfig
+) -> int:
+  """Returns how many devices share each layer, where nobody has said.
+
+  On a CPU, devices are its cores. Hybrid steps of a large model take less time
+  on several, and its steps of a single sequence more; those of a small model
+  take as long as its many operations, and as the sums between devices.
+  """
+  weights = sum(
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(models.param_specs(model))
+  )
+  if (
+    jax.default_backend() != 'cpu'
+    or jax.process_count() > 1
+    or weights * _WEIGHT_BYTES < programs_lib.LARGE
+    or config.pp > 1
+    or config.max_num_seqs == 1
+  ):
+    return 1
+  most = min(jax.device_count(), xla_flags.num_cores(), model.num_kv_heads)
+  for tp in range(most, 1, -1):
+    try:
+      parallel.Parallelism(tp=tp).check(model)
+    except errors.ConfigError:
+      continue
+    return tp
+  return 1
 
 
 def check_same(

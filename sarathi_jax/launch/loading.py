@@ -68,6 +68,8 @@ def load_llm(
   """
   console = console or rich.console.Console(stderr=True)
   xla_flags.set_environment(os.environ)
+  if end is None:
+    xla_flags.share_cpu(os.environ)
   path = pathlib.Path(checkpoint).expanduser()
   start = time.monotonic()
   told = progress_lib.Lines(console)

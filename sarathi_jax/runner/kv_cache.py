@@ -142,7 +142,8 @@ def choose_num_pages(
     )
     source = 'what is free on the device'
   else:
-    free, source = CPU_DEFAULT_GIB * GIB, 'the default for a CPU'
+    # Its devices share a CPU's memory.
+    free, source = CPU_DEFAULT_GIB * GIB / len(stats), 'the default for a CPU'
   per_seq = math.ceil(max_model_len / config.page_size)
   most = config.num_pages or per_seq * config.max_num_seqs
   limit = rpa.most_pages(

@@ -29,7 +29,7 @@ _TELL_S = 5.0
 
 # From so many bytes of weights on, a CPU's small steps take as long as reading
 # them. The steps of smaller models take as long as their many operations.
-_LARGE = 32 << 20
+LARGE = 32 << 20
 
 
 class StepPrograms:
@@ -74,7 +74,7 @@ class StepPrograms:
       max_step_tokens,
       max_num_seqs,
       fine=is_cpu,
-      small=is_cpu and weights >= _LARGE,
+      small=is_cpu and weights >= LARGE,
     )
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]

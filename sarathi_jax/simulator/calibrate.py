@@ -225,7 +225,7 @@ def _cost(host: cost_model.Host) -> cost_model.CostModel:
   return cost_model.CostModel(
     read.known_model(),
     hardware_lib.load(FLAGS.device[0]),
-    tp=read.config.tp,
+    tp=read.config.tp or 1,
     pp=read.config.pp,
     host=host,
   )

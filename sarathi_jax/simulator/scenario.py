@@ -75,7 +75,7 @@ class Scenario:
     return cost_model.CostModel(
       self.model,
       self.hardware,
-      tp=self.config.tp,
+      tp=self.config.tp or 1,
       pp=self.config.pp,
       host=self.host,
       kv_cache_dtype=self.config.kv_cache_dtype,

@@ -29,7 +29,7 @@ def cost_of(name: str, host: str = 'none') -> cost_model.CostModel:
   return cost_model.CostModel(
     read.known_model(),
     hardware_lib.load(read.device),
-    tp=read.config.tp,
+    tp=read.config.tp or 1,
     pp=read.config.pp,
     host=cost_model.HOSTS[host],
   )
