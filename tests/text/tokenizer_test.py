@@ -77,6 +77,19 @@ def test_a_stream_says_what_follows_the_prompt(
   assert whole + ''.join(new) == text
 
 
+@hypothesis.given(text=texts)
+@hypothesis.settings(max_examples=100)
+def test_the_bytes_of_tokens_are_those_of_the_text(
+  tokenizer: tokenizer_lib.Tokenizer, text: str
+) -> None:
+  """As clients that ask for log-probabilities put them together."""
+  ids = tokenizer.encode(text)
+  special = [t for t in ids if t in tokenizer.special_tokens]
+  whole = b''.join(tokenizer.bytes_of(t) for t in ids if t not in special)
+  # SentencePiece's has a space in front of the first word.
+  assert whole.decode() in (text, f' {text}')
+
+
 def num_bytes_of(tokenizer: tokenizer_lib.Tokenizer, token: int) -> int:
   piece = tokenizer._tokenizer.id_to_token(token)
   if piece in ('<s>', '</s>'):
