@@ -20,6 +20,7 @@ import rich.console
 import rich.table
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.benchmarks import common
@@ -113,7 +114,15 @@ class Counts:
 
 
 def count(loads: Sequence[Load]) -> Counts:
-  """Counts the bubbles and unevenness of some steps."""
+  """Counts the bubbles and unevenness of some steps.
+
+  Raises:
+    ConfigError: there are no steps.
+  """
+  if not loads:
+    raise errors.ConfigError(
+      'num_requests: too few; none waited once the pipeline was full.'
+    )
   slots = [tokens for load in loads for tokens in load]
   longest = sum(max(load) * len(load) for load in loads)
   return Counts(
@@ -188,8 +197,9 @@ def plot(path: str, loads: Mapping[str, Sequence[Load]]) -> None:
       vmax=most,
       interpolation='nearest',
     )
-    axis.set_ylabel(f'{policy}\nstage')
+    axis.set_ylabel(f'policy {policy}\nstage')
     axis.set_yticks(range(len(some[0])))
+  picture.suptitle('tokens at each stage while requests wait, simulated')
   axes[-1].set_xlabel('step')
   picture.colorbar(image, ax=list(axes), label='tokens')
   picture.savefig(path, dpi=150, bbox_inches='tight')

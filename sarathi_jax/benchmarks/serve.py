@@ -175,7 +175,9 @@ def define_flags() -> None:
     'File to write the results to, as JSON. '
     'Until complete, they are kept beside it, in a .jsonl.',
   )
-  flags.DEFINE_string('plot', None, 'File to plot the last run into, as SVG.')
+  flags.DEFINE_string(
+    'plot', None, 'File to plot the last run into, .png or .svg.'
+  )
 
 
 def _numbers(name: str, least: int = 1) -> list[float]:
@@ -405,10 +407,9 @@ def _journal(folder: str) -> journal_lib.Journal:
 def _plot(path: str, runs: serve_runs.Runs) -> None:
   if runs.last is None:
     raise errors.ConfigError('plot: nothing was run.')
-  pathlib.Path(path).write_text(
-    serve_tables.plot(
-      {'TTFT': runs.last.quantiles('ttft_s'), 'TBT': runs.last.tbt_s}
-    )
+  point, seen = runs.last
+  serve_tables.plot(
+    path, point, {'TTFT': seen.quantiles('ttft_s'), 'TBT': seen.tbt_s}
   )
 
 
@@ -430,14 +431,14 @@ def main() -> int | None:
         versions[servers.VLLM] = servers.version(FLAGS.vllm_python)
       else:
         results = _running(runs)
-      if FLAGS.plot:
-        _plot(FLAGS.plot, runs)
   except KeyboardInterrupt:
     return 128 + signal.SIGINT
   console.print(serve_tables.points(results['points']))
   console.print(serve_tables.capacities(results['capacity']))
   common.write_json(FLAGS.json, 'serve', FLAGS, results, engines=versions)
   runs.journal.forget()
+  if FLAGS.plot:
+    _plot(FLAGS.plot, runs)
   return None
 
 

@@ -145,7 +145,7 @@ class Runs:
 
   Attributes:
     journal, console: see above.
-    last: what the last run saw; None before any.
+    last: the last run's name, and what it saw; None before any.
   """
 
   def __init__(
@@ -159,7 +159,7 @@ class Runs:
     self._progress = progress
     self._task = progress.add_task('', total=None)
     self._settled_s = 0.0
-    self.last: open_loop.Seen | None = None
+    self.last: tuple[str, open_loop.Seen] | None = None
 
   def say(self, what: str) -> None:
     """Shows what is under way."""
@@ -314,7 +314,8 @@ class _Turn:
       self._skip(qps, first['skipped'])
     if point not in journal:
       server = self._running()
-      self._runs.last = seen = self._run(server, qps)
+      seen = self._run(server, qps)
+      self._runs.last = point, seen
       server.check()
       row = self._facts(qps) | serve_capacity.make_row(seen, self._slos)
       journal.add(point, row)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -158,37 +157,38 @@ def capacities(rows: Sequence[Row]) -> rich.table.Table:
   return table
 
 
-def plot(series: Mapping[str, metrics_lib.Quantiles]) -> str:
-  """Plots the quantiles of distributions of seconds, log scale, as SVG."""
-  low, high = 1e-4, 1e2  # seconds
+def plot(
+  path: str, title: str, series: Mapping[str, metrics_lib.Quantiles]
+) -> None:
+  """Plots how long each part of some times took at most.
 
-  def point(values: metrics_lib.Quantiles, i: int) -> str:
-    value = min(max(values.quantile(i / 100) or low, low), high)
-    part = math.log(value / low) / math.log(high / low)
-    return f'{60 + 5 * i},{340 - 320 * part:.1f}'
+  Args:
+    path: the file, .png or .svg.
+    title: what was measured.
+    series: name -> times, seconds.
 
-  lines = [
-    '<svg xmlns="http://www.w3.org/2000/svg" width="620" height="380" '
-    'font-family="sans-serif" font-size="12">'
-  ]
-  for exponent in range(-4, 3):
-    y = 340 - 320 * (exponent + 4) / 6
-    lines.append(
-      f'<line x1="60" x2="560" y1="{y}" y2="{y}" stroke="#ddd"/>'
-      f'<text x="5" y="{y + 4}">1e{exponent} s</text>'
-    )
-  for i, (name, values) in enumerate(series.items()):
+  Raises:
+    ConfigError: there is nothing to show, or the file can't be written.
+  """
+  from matplotlib import figure
+
+  picture = figure.Figure(figsize=(6.4, 4), layout='constrained')
+  axes = picture.subplots()
+  axes.set(xlabel='percentile', ylabel='seconds', title=f'{title}, measured')
+  axes.set_yscale('log')
+  axes.grid(alpha=0.3)
+  for name, values in series.items():
     if values.count:
-      color = ('#1f77b4', '#d62728')[i]
-      shown = ' '.join(point(values, i) for i in range(101))
-      lines.append(
-        f'<polyline fill="none" stroke="{color}" points="{shown}"/>'
-        f'<text x="565" y="{30 + 16 * i}" fill="{color}">{name}</text>'
-      )
-  lines.append(
-    '<text x="60" y="365">P0</text><text x="540" y="365">P100</text></svg>'
-  )
-  return '\n'.join(lines) + '\n'
+      axes.plot([values.quantile(i / 100) for i in range(101)], label=name)
+  if not axes.lines:
+    raise errors.ConfigError(f'plot={path!r}: {title}: nothing was answered.')
+  axes.legend()
+  try:
+    picture.savefig(path, dpi=150)
+  except (OSError, ValueError) as error:  # such as for .txt
+    raise errors.ConfigError(
+      f"plot={path!r}: can't be written: {error}."
+    ) from error
 
 
 def _latencies(size: str, runs: Sequence[Row]) -> list[str]:

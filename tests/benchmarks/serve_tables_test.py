@@ -11,6 +11,7 @@ import pytest
 from sarathi_jax import errors
 from sarathi_jax.benchmarks import serve_capacity
 from sarathi_jax.benchmarks import serve_tables
+from sarathi_jax.engine import metrics
 from sarathi_jax.simulator import open_loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -197,3 +198,26 @@ def test_the_readme_is_what_the_results_say() -> None:
   )
   with pytest.raises(errors.ConfigError, match='no <!--'):
     serve_tables.insert('nothing', '')
+
+
+def test_a_plot_says_what_was_measured(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / 'plot.svg'
+  times = {'TTFT': seen(open_loop.Outcome()).tbt_s, 'TBT': metrics.Quantiles()}
+  serve_tables.plot(str(path), 'ours 512, 2 QPS', times)
+  text = path.read_text()  # SVG keeps texts as comments.
+  for words in ('ours 512, 2 QPS, measured', 'seconds', 'TTFT'):
+    assert words in text
+  assert 'TBT' not in text  # There are none.
+
+
+def test_a_plot_of_nothing_is_not_drawn(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / 'plot.svg'
+  with pytest.raises(errors.ConfigError, match='2 QPS: nothing was answered'):
+    serve_tables.plot(str(path), '2 QPS', {'TTFT': metrics.Quantiles()})
+  assert not path.exists()
+
+
+@pytest.mark.parametrize('name', ['none/plot.svg', 'plot.txt'])
+def test_a_plot_that_cant_be_written(tmp_path: pathlib.Path, name: str) -> None:
+  with pytest.raises(errors.ConfigError, match=r"plot=.*can't be written"):
+    serve_tables.plot(str(tmp_path / name), 'x', {'TTFT': seen().tbt_s})

@@ -129,6 +129,7 @@ def test_a_running_server(tmp_path: pathlib.Path) -> None:
   assert found['flags']['qps'] == ['100']
   assert not (tmp_path / 'out.jsonl').exists()
   ElementTree.parse(tmp_path / 'plot.svg')
+  assert '100 QPS, round 0, measured' in (tmp_path / 'plot.svg').read_text()
 
 
 def test_a_server_of_openai_s_http(

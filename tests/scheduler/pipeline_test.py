@@ -9,6 +9,7 @@ import pathlib
 import pytest
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.benchmarks import pipeline
 from sarathi_jax.models import facts
@@ -109,9 +110,9 @@ def test_what_context_costs_is_that_of_attention():
   assert facts.prefix_cost(half, 2) == pytest.approx(cost / 2)
 
 
-def test_the_plot_is_drawn(tmp_path: pathlib.Path):
+def test_the_plot_says_what_it_shows(tmp_path: pathlib.Path):
   requests = pipeline.chat_requests(12, seed=0)
-  path = tmp_path / 'bubbles.png'
+  path = tmp_path / 'bubbles.svg'
   pipeline.plot(
     str(path),
     {
@@ -119,4 +120,12 @@ def test_the_plot_is_drawn(tmp_path: pathlib.Path):
       for policy in ('sarathi', 'vllm')
     },
   )
-  assert path.read_bytes().startswith(b'\x89PNG')
+  text = path.read_text()  # SVG keeps texts as comments.
+  for words in ('simulated', 'policy sarathi', 'policy vllm'):
+    assert words in text
+
+
+def test_too_few_requests_to_keep_any_waiting():
+  loads, _ = run('vllm', 4, pipeline.chat_requests(1, seed=0))
+  with pytest.raises(errors.ConfigError, match='num_requests: too few'):
+    pipeline.count(loads)
