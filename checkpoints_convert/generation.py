@@ -94,7 +94,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'num_beams': (1,),
   'num_return_sequences': (1,),
   'penalty_alpha': (0,),
-  'repetition_penalty': (1,),
   'sequence_bias': ({}, []),
   'stop_strings': ([],),
   'suppress_tokens': ([],),

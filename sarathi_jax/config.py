@@ -76,6 +76,9 @@ def default_cache_dir() -> pathlib.Path:
   return pathlib.Path('~/.cache/sarathi_jax').expanduser()
 
 
+# At most, by default, for max_adjusted_seqs. 128 take 149 of a vocabulary of
+# 152,000 tokens.
+_ADJUSTED_MIB = 256
 SLOS = 'tbt_slo_ms', 'ttft_slo_ms', 'batch_tbt_slo_ms'
 # The ratio of the two targets, where only TBT's is given. MLPerf and others
 # measure at ratios of about ten; at this one, TBT gives way to TTFT.
@@ -91,6 +94,10 @@ class EngineConfig:
     token_budget: the most tokens of a step, decodes counted in. Policies that
       take prompts whole exceed it by a single prompt where they must.
     max_num_seqs: the most sequences running at once; <= token_budget.
+    max_adjusted_seqs: the most of these with penalties, biases, tokens or words
+      that are ruled out, or a least length; for each the device keeps eight
+      bytes for each token of the vocabulary. More wait, and who comes after
+      them. None for all of max_num_seqs, as far as 256 MiB go; 0 for none.
     max_model_len: the most tokens of a sequence, prompt and output; None for
       what the model was made for.
     page_size: tokens in a page of the KV cache.
@@ -131,6 +138,7 @@ class EngineConfig:
   policy: str = 'sarathi'
   token_budget: int = 512
   max_num_seqs: int = 128
+  max_adjusted_seqs: int | None = None
   max_model_len: int | None = None
   page_size: int = 64
   num_pages: int | None = None
@@ -167,6 +175,13 @@ class EngineConfig:
         'needs tbt_slo_ms',
       )
 
+  def num_adjusted_seqs(self, vocab_size: int) -> int:
+    """Returns `max_adjusted_seqs`, resolved for a model's vocabulary."""
+    most = self.max_adjusted_seqs
+    if most is None:
+      most = max((_ADJUSTED_MIB << 20) // (8 * vocab_size), 1)
+    return min(most, self.max_num_seqs)
+
   def cache_bytes(self, page_bytes: int) -> float | None:
     """Returns the configured bytes of the KV cache on one device.
 
@@ -184,6 +199,9 @@ class EngineConfig:
 _ENGINE_RULES: Mapping[str, Rule] = {
   **dict.fromkeys(('token_budget', 'max_num_seqs', 'page_size', 'pp'), SIZE),
   **dict.fromkeys(('max_model_len', 'num_pages', 'tp'), or_none(SIZE)),
+  'max_adjusted_seqs': or_none(
+    (lambda value: is_int(value) and value >= 0, 'must be an integer >= 0')
+  ),
   **dict.fromkeys(SLOS, or_none(POSITIVE, 'must be milliseconds > 0')),
   'kv_cache_gib': or_none(
     (  # inf: all that can be used
@@ -237,6 +255,8 @@ class SchedulerConfig:
   Attributes:
     token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms, ttft_slo_ms,
       batch_tbt_slo_ms: see `EngineConfig`.
+    max_adjusted_seqs: the most sequences running at once whose logits are
+      adjusted; they have the first slots. None for all.
     max_model_len: the most tokens of a sequence.
     num_pages, page_size: the KV cache.
     num_stages: pipeline stages. A sequence's next token can be launched once
@@ -262,6 +282,7 @@ class SchedulerConfig:
   batch_tbt_slo_ms: float | None = None
   eos_token_ids: Collection[int] = ()
   seed: int = 0
+  max_adjusted_seqs: int | None = None
 
   @classmethod
   def of(cls, config: EngineConfig, **resolved: Any) -> SchedulerConfig:
@@ -308,6 +329,13 @@ class SchedulerConfig:
   def max_in_flight(self) -> int:
     """The most batches that may be launched and not yet completed."""
     return self.num_stages + self.look_ahead
+
+  @property
+  def num_adjusted_seqs(self) -> int:
+    """The slots, the first ones, whose sequences may be adjusted."""
+    if self.max_adjusted_seqs is None:
+      return self.max_num_seqs
+    return min(self.max_adjusted_seqs, self.max_num_seqs)
 
   @property
   def pages_per_seq(self) -> int:

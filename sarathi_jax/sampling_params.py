@@ -11,37 +11,33 @@ it is honoured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
-import enum
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from sarathi_jax import config
 from sarathi_jax import errors
+from sarathi_jax import sampling_fields as fields_lib
 
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # vLLM's
+# Of the bad words of a request, those of several tokens; vLLM takes 1,024
+# tokens of at most 128 words.
+MAX_SPELLINGS, MAX_SPELLING_TOKENS = 128, 16
 
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
 # which it changes nothing. Any other value, but None, is refused by name.
 UNSUPPORTED: Mapping[str, Any] = {
-  'allowed_token_ids': None,
-  'bad_words': (),
   'detokenize': True,
   'extra_args': {},
   'flat_logprobs': False,
-  'frequency_penalty': 0.0,
   'guided_decoding': None,
-  'logit_bias': {},
   'logprob_token_ids': None,
   'logits_processors': None,
-  'min_tokens': 0,
   'n': 1,
   'output_kind': None,
-  'presence_penalty': 0.0,
   'prompt_logprobs': None,
   'repetition_detection': None,
-  'repetition_penalty': 1.0,
   'spaces_between_special_tokens': True,
   'structured_outputs': None,
   'thinking_token_budget': None,
@@ -49,108 +45,8 @@ UNSUPPORTED: Mapping[str, Any] = {
 }
 
 
-class Kind(enum.Enum):
-  """What the values of a field are."""
-
-  INT = 'an integer of 32 bits'
-  LONG = 'an integer of 64 bits'
-  FLOAT = 'a real number'
-  BOOL = 'true or false'
-  STRINGS = 'a list of strings'
-  IDS = 'a list of token ids'
-
-  @property
-  def is_list(self) -> bool:
-    return self in (Kind.STRINGS, Kind.IDS)
-
-
-class OnDevice(NamedTuple):
-  """What the sampler on the device gets of a field, in 32 bits.
-
-  Attributes:
-    neutral: the value that asks for nothing, which rows have that nobody
-      samples from.
-    read: makes the device's value of the field's.
-  """
-
-  neutral: float
-  read: Callable[[Any], Any] = lambda value: value
-
-
-class Field(NamedTuple):
-  """What there is to know of a field of `SamplingParams`.
-
-  Attributes:
-    kind: of its values.
-    help: of its flag: a sentence.
-    rule: what its values have to be.
-    holds: whether a value is so.
-    none_is_default: whether vLLM, or its HTTP, takes None for what is not
-      said, and None says nothing itself.
-    is_recommended: whether a checkpoint's makers may recommend a value.
-    on_device: None where the device needs nothing of it.
-  """
-
-  kind: Kind
-  help: str
-  rule: str
-  holds: Callable[[Any], bool]
-  none_is_default: bool = False
-  is_recommended: bool = False
-  on_device: OnDevice | None = None
-
-
-def _field(default: Any, *args: Any, **kwargs: Any) -> Any:
-  return dataclasses.field(
-    default=default, metadata={'field': Field(*args, **kwargs)}
-  )
-
-
-def _flag(default: bool, help: str) -> Any:
-  return _field(
-    default,
-    Kind.BOOL,
-    help,
-    'must be true or false',
-    lambda value: isinstance(value, bool),
-  )
-
-
-def _probability(
-  default: float,
-  help: str,
-  rule: str,
-  holds: Callable[[Any], bool],
-  neutral: float,
-) -> Any:
-  """A number that the device gets, and that a checkpoint may recommend."""
-  return _field(
-    default,
-    Kind.FLOAT,
-    help,
-    rule,
-    holds,
-    none_is_default=True,
-    is_recommended=True,
-    on_device=OnDevice(neutral),
-  )
-
-
-def _plain(value: Any) -> Any:
-  """A scalar of NumPy or JAX as Python's; other things as they are."""
-  is_scalar = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
-  return value.item() if is_scalar else value
-
-
-def _listed(value: Any) -> Any:
-  """A list, or an array of NumPy or JAX, as a tuple of plain values."""
-  if getattr(value, 'ndim', None) == 1 and hasattr(value, 'tolist'):
-    value = value.tolist()
-  return (
-    tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else (value)
-  )
-
-
+Kind = fields_lib.Kind
+Field = fields_lib.Field
 _is_int, _is_real = config.is_int, config.is_real
 
 
@@ -158,8 +54,9 @@ _is_int, _is_real = config.is_int, config.is_real
 class SamplingParams:
   """How to choose the tokens of one request. Names and defaults are vLLM's.
 
-  Where vLLM takes None for a value that is not said, so does this: it is the
-  default. Scalars of NumPy and JAX are taken, and kept as Python's.
+  `runner.sampling` says in what order they act on the logits. Where vLLM takes
+  None for a value that is not said, so does this: it is the default. Scalars of
+  NumPy and JAX are taken, and kept as Python's.
 
   Attributes:
     max_tokens: the most tokens to generate, >= 1; None for all that the
@@ -170,6 +67,22 @@ class SamplingParams:
       in (0, 1].
     min_p: drop tokens less likely than this fraction of the likeliest one,
       in [0, 1].
+    repetition_penalty: > 0; divides the logits of tokens of the prompt and of
+      the output that are positive, and multiplies those that are negative.
+    presence_penalty: in [-2, 2]; is taken off the logits of tokens of the
+      output.
+    frequency_penalty: in [-2, 2]; is taken off the logits of tokens of the
+      output, as often as they are there.
+    logit_bias: token id -> what is added to its logit; None or empty for
+      nothing.
+    allowed_token_ids: the only tokens that may be sampled; None for all.
+    bad_token_ids: tokens that are never sampled.
+    bad_words: words that are never completed, as they are spelled at the start
+      of a text or after a space (vLLM's rule). At most MAX_SPELLINGS spellings
+      of several tokens, each of at most MAX_SPELLING_TOKENS.
+    min_tokens: the least tokens to generate: before them, neither the model's
+      end of sequence nor `stop_token_ids` are sampled, and stop strings
+      are text like any other.
     seed: in [-2**63, 2**63); the same seed, prompt and weights give the same
       random numbers, whatever else runs. So they give the same tokens, but
       where rounding, which does depend on what else is in a step, decides
@@ -185,21 +98,21 @@ class SamplingParams:
       returned; those of other tokens are not supported.
   """
 
-  max_tokens: int | None = _field(
+  max_tokens: int | None = fields_lib.field(
     16,
     Kind.INT,
     'The most tokens to generate.',
     'must be an integer >= 1',
     lambda n: n is None or (_is_int(n) and n >= 1),
   )
-  temperature: float = _probability(
+  temperature: float = fields_lib.probability(
     1.0,
     'Temperature of sampling; 0 takes the likeliest token each time.',
     'must be finite and >= 0',
     lambda t: _is_real(t) and t >= 0,
     0.0,
   )
-  top_k: int = _field(
+  top_k: int = fields_lib.field(
     0,
     Kind.INT,
     'Sample among this many likeliest tokens; 0 or -1: among all.',
@@ -207,16 +120,16 @@ class SamplingParams:
     lambda k: _is_int(k) and k >= -1,
     none_is_default=True,
     is_recommended=True,
-    on_device=OnDevice(0, lambda k: max(k, 0)),
+    on_device=fields_lib.OnDevice(0, lambda k: max(k, 0)),
   )
-  top_p: float = _probability(
+  top_p: float = fields_lib.probability(
     1.0,
     'Sample among the likeliest tokens that together have this probability.',
     'must be in (0, 1]',
     lambda p: _is_real(p) and 0 < p <= 1,
     1.0,
   )
-  min_p: float = _probability(
+  min_p: float = fields_lib.probability(
     0.0,
     "Drop tokens less likely than this fraction of the likeliest token's "
     'probability.',
@@ -224,14 +137,74 @@ class SamplingParams:
     lambda p: _is_real(p) and 0 <= p <= 1,
     0.0,
   )
-  seed: int | None = _field(
+  repetition_penalty: float = fields_lib.penalty(
+    1.0,
+    'Penalty of tokens that are in the prompt or the output, a factor; 1 for '
+    'none.',
+    'must be finite and > 0',
+    lambda penalty: penalty > 0,
+    is_recommended=True,
+  )
+  presence_penalty: float = fields_lib.penalty(
+    0.0,
+    'Penalty of tokens that are in the output, taken off their logits.',
+    'must be in [-2, 2]',
+    lambda penalty: -2 <= penalty <= 2,
+  )
+  frequency_penalty: float = fields_lib.penalty(
+    0.0,
+    'Penalty of tokens for each time that they are in the output, taken off '
+    'their logits.',
+    'must be in [-2, 2]',
+    lambda penalty: -2 <= penalty <= 2,
+  )
+  logit_bias: Mapping[int, float] | None = fields_lib.field(
+    None,
+    Kind.BIAS,
+    "Token id and what is added to the token's logit, as ID:BIAS; may be given "
+    'several times.',
+    'must have token ids >= 0, and finite numbers',
+    lambda bias: bias is None or fields_lib.is_bias(bias),
+    none_is_default=True,
+    adjusts=True,
+  )
+  allowed_token_ids: tuple[int, ...] | None = fields_lib.ids(
+    None,
+    'Id of a token that may be sampled, if it is given at all; may be given '
+    'several times.',
+    adjusts=True,
+  )
+  bad_token_ids: tuple[int, ...] = fields_lib.ids(
+    (),
+    'Id of a token that is never sampled; may be given several times.',
+    adjusts=True,
+  )
+  bad_words: tuple[str, ...] = fields_lib.field(
+    (),
+    Kind.STRINGS,
+    'Word that is never completed; may be given several times.',
+    'must be strings that are not blank',
+    lambda words: all(isinstance(w, str) and w.strip() for w in words),
+    none_is_default=True,
+    adjusts=True,
+  )
+  min_tokens: int = fields_lib.field(
+    0,
+    Kind.INT,
+    'The least tokens to generate before the output may end by itself.',
+    'must be an integer >= 0',
+    lambda n: _is_int(n) and n >= 0,
+    none_is_default=True,
+    adjusts=True,
+  )
+  seed: int | None = fields_lib.field(
     None,
     Kind.LONG,
     "Seed of the request's random numbers; the same seed gives the same ones.",
     f'must be an integer in [{MIN_SEED}, {MAX_SEED}]',
     lambda s: s is None or (_is_int(s) and MIN_SEED <= s <= MAX_SEED),
   )
-  stop: tuple[str, ...] = _field(
+  stop: tuple[str, ...] = fields_lib.field(
     (),
     Kind.STRINGS,
     'Text that ends the output; may be given several times.',
@@ -239,24 +212,19 @@ class SamplingParams:
     lambda stop: all(isinstance(s, str) and s for s in stop),
     none_is_default=True,
   )
-  stop_token_ids: tuple[int, ...] = _field(
-    (),
-    Kind.IDS,
-    'Id of a token that ends the output; may be given several times.',
-    'must be token ids >= 0',
-    lambda ids: all(_is_int(t) and t >= 0 for t in ids),
-    none_is_default=True,
+  stop_token_ids: tuple[int, ...] = fields_lib.ids(
+    (), 'Id of a token that ends the output; may be given several times.'
   )
-  include_stop_str_in_output: bool = _flag(
+  include_stop_str_in_output: bool = fields_lib.flag(
     False, 'Keep the stop text at the end of the output.'
   )
-  ignore_eos: bool = _flag(
+  ignore_eos: bool = fields_lib.flag(
     False, 'Go on generating past the end-of-sequence token.'
   )
-  skip_special_tokens: bool = _flag(
+  skip_special_tokens: bool = fields_lib.flag(
     True, "Leave special tokens out of the output's text."
   )
-  logprobs: int | None = _field(
+  logprobs: int | None = fields_lib.field(
     None,
     Kind.INT,
     'Only 0 is supported: log-probabilities of the sampled tokens, which are '
@@ -272,12 +240,21 @@ class SamplingParams:
         value = DEFAULTS[name]
       elif field.kind.is_list:
         is_one = field.kind is Kind.STRINGS and isinstance(value, str)
-        value = _listed((value,) if is_one else value)
+        value = fields_lib.listed((value,) if is_one else value)
         _check(isinstance(value, tuple), name, value, 'must be a list')
+      elif field.kind is Kind.BIAS:
+        value = fields_lib.biases(value)
+        value = None if value == {} else value
       else:
-        value = _plain(value)
+        value = fields_lib.plain(value)
       _check(field.holds(value), name, value, field.rule)
       object.__setattr__(self, name, value)
+    _check(
+      self.max_tokens is None or self.min_tokens <= self.max_tokens,
+      'min_tokens',
+      self.min_tokens,
+      f'must be at most max_tokens={self.max_tokens}',
+    )
     if self.seed == -1:  # as in vLLM
       object.__setattr__(self, 'seed', None)
     if self.logprobs not in (None, 0) or isinstance(self.logprobs, bool):
@@ -286,6 +263,16 @@ class SamplingParams:
         "log-probability is returned (logprobs=0; in OpenAI's chats, "
         'top_logprobs=0).'
       )
+
+  @property
+  def is_adjusted(self) -> bool:
+    """Whether a field changes the logits by what the device keeps."""
+    return any(getattr(self, name) != DEFAULTS[name] for name in _ADJUSTING)
+
+  @property
+  def has_penalties(self) -> bool:
+    """Whether a penalty changes the logits."""
+    return any(getattr(self, name) != DEFAULTS[name] for name in _PENALTIES)
 
   @classmethod
   def from_dict(
@@ -358,3 +345,5 @@ FIELDS: Mapping[str, Field] = {
 DEFAULTS: Mapping[str, Any] = {
   field.name: field.default for field in dataclasses.fields(SamplingParams)
 }
+_ADJUSTING = tuple(name for name, field in FIELDS.items() if field.adjusts)
+_PENALTIES = tuple(name for name in _ADJUSTING if FIELDS[name].on_device)

@@ -71,6 +71,20 @@ class Request:
     object.__setattr__(self, 'key', self.key or self.request_id)
 
 
+class SlotSetup(NamedTuple):
+  """What only the host knows of a sequence whose logits are adjusted.
+
+  Attributes:
+    tokens: all that the sequence has so far, prompt and output.
+    end_ids: tokens that may not be sampled before `min_tokens` are.
+    bad_words: the token ids of each.
+  """
+
+  tokens: tuple[int, ...]
+  end_ids: tuple[int, ...] = ()
+  bad_words: tuple[tuple[int, ...], ...] = ()
+
+
 class Chunk(NamedTuple):
   """The tokens that one sequence contributes to one hybrid batch.
 
@@ -93,6 +107,8 @@ class Chunk(NamedTuple):
     prompt_len: tokens of the request's prompt, on which dynamic RoPE depends.
     seed: of the request's random numbers, a signed 64-bit integer.
     sampling: how to choose the tokens.
+    setup: with the first chunk of a sequence in its slot, if its logits are
+      adjusted (`SamplingParams.is_adjusted`).
   """
 
   request_id: str
@@ -106,6 +122,7 @@ class Chunk(NamedTuple):
   prompt_len: int
   seed: int
   sampling: SamplingParams
+  setup: SlotSetup | None = None
 
 
 class ScheduledBatch(NamedTuple):

@@ -73,6 +73,7 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
   given: dict[str, Any] = dict(
     token_budget=99,
     max_num_seqs=7,
+    max_adjusted_seqs=3,
     page_size=5,
     look_ahead=False,
     short_prompt_share=0.5,

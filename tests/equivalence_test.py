@@ -20,6 +20,7 @@ import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
+from sarathi_jax import sampling_params
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
@@ -111,6 +112,19 @@ def expected(params, requests):
   return {r.request_id: recompute(r) for r in requests}
 
 
+@pytest.fixture(scope='module')
+def adjusted() -> list[types.Request]:
+  return naive.make_adjusted(
+    MODEL.vocab_size, [1, 7, 9, 60, 33, 16, 5, 41, 2, 12]
+  )
+
+
+@pytest.fixture(scope='module')
+def expected_adjusted(params, adjusted):
+  recompute = naive.recompute(MODEL, params)
+  return {r.request_id: recompute(r) for r in adjusted}
+
+
 def run_engine(runner, requests, **limits):
   return naive.run_engine(
     runner,
@@ -197,6 +211,59 @@ def test_transposed_matrices_compute_the_same(
     num_pages,
     look_ahead,
   )
+
+
+@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead,max_adjusted_seqs',
+  [
+    (MAX_SEQS, SCARCE, True, None),
+    (17, SCARCE, False, 3),
+    (64, PLENTY, True, 1),
+    (UNLIMITED, SCARCE, True, 5),
+  ],
+)
+def test_adjusted_logits_do_not_depend_on_how_they_are_computed(
+  runner,
+  adjusted,
+  expected_adjusted,
+  policy,
+  token_budget,
+  num_pages,
+  look_ahead,
+  max_adjusted_seqs,
+):
+  """Every field of `SamplingParams`, beside requests that have none of them."""
+  got, stats = run_engine(
+    runner,
+    adjusted,
+    policy=policy,
+    token_budget=token_budget,
+    num_pages=num_pages,
+    look_ahead=look_ahead,
+    max_adjusted_seqs=max_adjusted_seqs,
+  )
+  naive.assert_same(got, expected_adjusted)
+  if num_pages == SCARCE and policy in ('sarathi', 'vllm'):
+    assert stats.num_preemptions > 0
+
+
+def test_each_field_adjusts_some_output(params, adjusted, expected_adjusted):
+  """Or equality would prove little."""
+  recompute = naive.recompute(MODEL, params)
+  everything = [r for r in adjusted if r.request_id.startswith('all')][:6]
+  for name, field in sampling_params.FIELDS.items():
+    if field.adjusts:
+      without = {name: sampling_params.DEFAULTS[name]}
+      assert any(
+        recompute(
+          dataclasses.replace(
+            r, sampling=dataclasses.replace(r.sampling, **without)
+          )
+        )
+        != expected_adjusted[r.request_id]
+        for r in everything
+      ), name
 
 
 def test_outputs_are_lively(expected):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
@@ -18,6 +19,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import sampling as sampling_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
+from tests import sampling_oracle
 
 GREEDY = types.SamplingParams(temperature=0, max_tokens=20)
 SEEDED = (
@@ -27,6 +30,41 @@ SEEDED = (
   types.SamplingParams(
     temperature=1.1, min_p=0.05, top_k=40, top_p=0.95, seed=4, max_tokens=9
   ),
+)
+
+# All that adjusts logits at once, and few tokens, so that it does often. Words
+# are those of `make_tokenizer`.
+_FEW = (3, 8, 13, 21, 34, 40, 55, 60, 77, 89, 92)
+ADJUSTED = tuple(
+  types.SamplingParams(
+    max_tokens=24,
+    min_tokens=min_tokens,
+    stop_token_ids=(13, 55, 92),
+    repetition_penalty=1.4,
+    presence_penalty=0.7,
+    frequency_penalty=frequency_penalty,
+    logit_bias={3: 0.5, 8: -1.0, 21: 1.5, 96: 100.0},
+    allowed_token_ids=_FEW,
+    bad_token_ids=(40,),
+    bad_words=(
+      't60',
+      *(f't{a} t{b}' for a in _FEW[::2] for b in _FEW[::3]),
+      *(f't{a} t{a} t{b}' for a in _FEW for b in _FEW[1::3]),
+    ),
+    **rest,
+  )
+  for min_tokens, frequency_penalty, rest in (
+    (15, 0.2, dict(temperature=0)),
+    (9, -0.4, dict(temperature=1.2, seed=2**40 + 1)),
+    (20, 0.1, dict(temperature=0.9, seed=5, top_k=7, top_p=0.95, min_p=0.02)),
+  )
+)
+# And one thing alone.
+ALONE = (
+  types.SamplingParams(temperature=0, max_tokens=20, frequency_penalty=1.5),
+  types.SamplingParams(temperature=0, max_tokens=20, repetition_penalty=3.0),
+  types.SamplingParams(seed=8, max_tokens=20, presence_penalty=-2.0),
+  types.SamplingParams(seed=9, max_tokens=20, logit_bias={5: 4.0}),
 )
 
 Tokens = tuple[list[int], list[float]]  # ids, log-probabilities
@@ -49,6 +87,37 @@ def make_requests(
   ]
 
 
+def make_adjusted(
+  vocab_size: int,
+  prompt_lens: Sequence[int],
+) -> list[types.Request]:
+  """Two of each length whose logits are adjusted, and one whose are not."""
+  return [
+    types.Request(
+      request_id=f'{name}-{i}',
+      prompt_token_ids=request.prompt_token_ids,
+      sampling=sampling,
+    )
+    for i, request in enumerate(make_requests(vocab_size, prompt_lens)[::2])
+    for name, sampling in (
+      ('all', ADJUSTED[i % len(ADJUSTED)]),
+      ('none', SEEDED[i % len(SEEDED)]),
+      ('one', ALONE[i % len(ALONE)]),
+    )
+  ]
+
+
+def make_tokenizer(vocab_size: int) -> tokenizer_lib.Tokenizer:
+  """Text is words 't0', 't1', ..., each the token of its number."""
+  words = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(
+      {f't{i}': i for i in range(vocab_size)}, unk_token='t0'
+    )
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  return tokenizer_lib.Tokenizer.copy_of(words)
+
+
 def recompute(
   model: model_config_lib.ModelConfig,
   params: Any,
@@ -57,7 +126,7 @@ def recompute(
   max_len = model.max_position_embeddings
 
   @jax.jit
-  def next_token(tokens, length, temperature, top_k, top_p, min_p, seed):
+  def next_logits(tokens, length):
     hidden, _ = models.forward(
       model,
       params,
@@ -67,30 +136,47 @@ def recompute(
       None,
       models.causal_attend,
     )
-    logits = models.unembed(model, params, hidden[length - 1][None])
-    rows = (temperature, top_k, top_p, min_p, seed, length)
-    token, logprob = sampling_lib.sample(logits, *(r[None] for r in rows))
-    return token[0], logprob[0]
+    return models.unembed(model, params, hidden[length - 1][None])
+
+  @jax.jit
+  def sample(logits, *rows):
+    return sampling_lib.sample(logits, *(r[None] for r in rows)).tokens[0]
 
   def run(request: types.Request) -> Tokens:
     tokens = list(request.prompt_token_ids)
+    num_prompt = len(tokens)
     s = request.sampling
+    bad_words = [
+      [int(token[1:]) for token in word.split()] for word in s.bad_words
+    ]
     logprobs = []
     for _ in range(min(s.max_tokens, max_len - len(tokens))):
       padded = np.zeros(max_len, np.int32)
       padded[: len(tokens)] = tokens
-      token, logprob = next_token(
-        padded,
-        np.int32(len(tokens)),
+      logits = next_logits(padded, np.int32(len(tokens)))
+      adjusted = logits
+      if s.is_adjusted:
+        adjusted = sampling_oracle.adjust(
+          np.asarray(logits[0]),
+          s,
+          tokens[:num_prompt],
+          tokens[num_prompt:],
+          bad_words,
+        )[None].astype(np.float32)
+      token = sample(
+        adjusted,
         np.float32(s.temperature),
         np.int32(s.top_k),
         np.float32(s.top_p),
         np.float32(s.min_p),
         np.array([s.seed or 0], np.int64).view(np.int32),
+        np.int32(len(tokens)),
       )
       tokens.append(int(token))
-      logprobs.append(float(logprob))
-    return tokens[len(request.prompt_token_ids) :], logprobs
+      logprobs.append(float(jax.nn.log_softmax(logits[0])[int(token)]))
+      if tokens[-1] in s.stop_token_ids:
+        break
+    return tokens[num_prompt:], logprobs
 
   return run
 
@@ -118,6 +204,7 @@ def run_engine(
     scheduler,
     runner,
     info=engine_lib.EngineInfo.of(config, policy=policy, vocab_size=vocab_size),
+    tokenizer=make_tokenizer(vocab_size),
   )
   for request in requests:
     engine.add(request)

@@ -225,8 +225,8 @@ def test_a_converted_checkpoint_of_an_older_version_is_warned_of(
     opening.open_checkpoint(old, tmp_path)
   assert 'dropped' not in str(caught[0].message)
   assert caught[0].filename == __file__
-  (old / 'generation_config.json').write_text('{"repetition_penalty": 1.05}')
-  with pytest.warns(RuntimeWarning, match=r'dropped: .*penalty=1\.05'):
+  (old / 'generation_config.json').write_text('{"num_beams": 3}')
+  with pytest.warns(RuntimeWarning, match=r'dropped: .*num_beams=3'):
     opening.open_checkpoint(old, tmp_path, convert=False)
 
 
@@ -280,13 +280,16 @@ def test_what_makers_recommend_can_be_left_out(
       where, cache, convert=is_converted, **options
     ).metadata.default_sampling
 
-  file.write_text('{"do_sample": true, "top_k": 5, "repetition_penalty": 1.1}')
+  file.write_text('{"do_sample": true, "top_k": 5, "num_beams": 2}')
   with pytest.raises(errors.CheckpointError, match='--nosampling_defaults'):
     sampling()
   assert sampling(sampling_defaults=False) == {}
   file.write_text('{"do_sample": true, "top_k": 5}')
   assert sampling(sampling_defaults=False) == {}
   assert sampling() == {'top_k': 5}
+  file.write_text('{"do_sample": false, "top_k": 5, "repetition_penalty": 1.1}')
+  assert sampling() == {'repetition_penalty': 1.1}
+  file.write_text('{"do_sample": true, "top_k": 5}')
   assert sampling(sampling_defaults=False) == {}
   made = tmp_path / 'out'
   convert.convert(folder, made)

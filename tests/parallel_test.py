@@ -96,14 +96,15 @@ def make_params(name: str) -> Any:
 
 
 @functools.cache
-def requests() -> Any:
-  return naive.make_requests(_SIZES['vocab_size'], PROMPT_LENS)
+def requests(adjusted: bool = False) -> Any:
+  make = naive.make_adjusted if adjusted else naive.make_requests
+  return make(_SIZES['vocab_size'], PROMPT_LENS)
 
 
 @functools.cache
-def expected(name: str) -> Any:
+def expected(name: str, adjusted: bool = False) -> Any:
   recompute = naive.recompute(MODELS[name], make_params(name))
-  return {r.request_id: recompute(r) for r in requests()}
+  return {r.request_id: recompute(r) for r in requests(adjusted)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,10 +144,11 @@ def run(
   num_pages: int,
   look_ahead: bool,
   token_budget: int = MAX_SEQS,
+  adjusted: bool = False,
 ) -> Any:
   return naive.run_engine(
     runner,
-    requests(),
+    requests(adjusted),
     vocab_size=_SIZES['vocab_size'],
     token_budget=token_budget,
     max_num_seqs=MAX_SEQS,
@@ -165,24 +167,27 @@ def check(
   num_pages: int,
   look_ahead: bool,
   token_budget: int = MAX_SEQS,
+  adjusted: bool = False,
 ) -> None:
   got, stats = run(
     runner,
     num_pages=num_pages,
     look_ahead=look_ahead,
     token_budget=token_budget,
+    adjusted=adjusted,
   )
-  naive.assert_same(got, expected(name))
+  naive.assert_same(got, expected(name, adjusted))
   assert (stats.num_preemptions > 0) == (num_pages == SCARCE)
 
 
+@pytest.mark.parametrize('adjusted', [False, True], ids=['plain', 'adjusted'])
 @pytest.mark.parametrize(
   'num_pages,look_ahead,token_budget',
   [(PLENTY, True, 16), (SCARCE, True, 16), (SCARCE, False, 8)],
 )
 @pytest.mark.parametrize('tp,pp', MESHES)
 def test_tokens_do_not_depend_on_the_mesh(
-  tp, pp, num_pages, look_ahead, token_budget
+  tp, pp, num_pages, look_ahead, token_budget, adjusted
 ):
   check(
     'llama',
@@ -190,6 +195,7 @@ def test_tokens_do_not_depend_on_the_mesh(
     num_pages=num_pages,
     look_ahead=look_ahead,
     token_budget=token_budget,
+    adjusted=adjusted,
   )
 
 

@@ -150,6 +150,9 @@ def test_whole_scalars_of_numpy_and_jax_are_taken(scalar: Any) -> None:
     top_k=scalar(4),
     seed=scalar(5),
     stop_token_ids=[scalar(6)],
+    logit_bias={7: scalar(2)},
+    allowed_token_ids=np.array([8, 9]),
+    min_tokens=scalar(1),
     logprobs=scalar(0),
   )  # type: ignore[arg-type]
   assert json.loads(json.dumps(dataclasses.asdict(params))) == {
@@ -158,8 +161,13 @@ def test_whole_scalars_of_numpy_and_jax_are_taken(scalar: Any) -> None:
     'top_k': 4,
     'seed': 5,
     'stop_token_ids': [6],
+    'logit_bias': {'7': 2},
+    'allowed_token_ids': [8, 9],
+    'min_tokens': 1,
     'logprobs': 0,
     'stop': [],
+    'bad_token_ids': [],
+    'bad_words': [],
   }
   assert types.SamplingParams(
     ignore_eos=np.True_,

@@ -60,9 +60,9 @@ class CheckpointMetadata:
   def default_sampling(self) -> dict[str, Any]:
     """Returns what the makers recommend, as fields of SamplingParams.
 
-    They are for requests that don't set their own. Returns nothing if the
-    makers say that they don't sample. If they don't say, what they recommend
-    counts, as in vLLM.
+    They are for requests that don't set their own. Returns penalties alone if
+    the makers say that they don't sample, as transformers does. If they don't
+    say, what they recommend counts, as in vLLM.
     """
     return default_sampling(self.generation)
 
@@ -101,10 +101,12 @@ class CheckpointMetadata:
 
 def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
   """Returns `CheckpointMetadata.default_sampling` of a `generation`."""
+  is_sampled = generation.get('do_sample') is not False
   return {
     name: value
     for name, value in generation.items()
-    if name != 'do_sample' and generation.get('do_sample') is not False
+    if name != 'do_sample'
+    and (is_sampled or sampling_params.FIELDS[name].adjusts)
   }
 
 

@@ -32,6 +32,13 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     flags.DEFINE_integer,
     'The most sequences that run at once.',
   ),
+  'max_adjusted_seqs': (
+    flags.DEFINE_integer,
+    'The most sequences at once with penalties, biases, tokens or words that '
+    'are ruled out, or a least length: each takes 8 bytes of the device for '
+    'each token of the vocabulary, and more wait. Default: --max_num_seqs, as '
+    'far as 256 MiB go.',
+  ),
   'max_model_len': (
     flags.DEFINE_integer,
     'The most tokens of a sequence, prompt and output '

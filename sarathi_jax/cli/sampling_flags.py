@@ -21,7 +21,20 @@ _DEFINE: Mapping[_Kind, Callable[..., Any]] = {
   _Kind.BOOL: flags.DEFINE_bool,
   _Kind.STRINGS: flags.DEFINE_multi_string,
   _Kind.IDS: flags.DEFINE_multi_integer,
+  _Kind.BIAS: lambda name, default, help: flags.DEFINE_multi(
+    _BiasParser(), flags.ArgumentSerializer(), name, default, help
+  ),
 }
+
+
+class _BiasParser(flags.ArgumentParser[tuple[int, float]]):
+  """Parses ID:BIAS."""
+
+  def parse(self, argument: str) -> tuple[int, float]:
+    token, colon, bias = argument.partition(':')
+    if not colon:
+      raise ValueError('must be ID:BIAS')
+    return int(token), float(bias)
 
 
 def define(*, but: tuple[str, ...] = ()) -> None:
@@ -38,4 +51,10 @@ def said(*, but: tuple[str, ...] = ()) -> dict[str, Any]:
     for name in sampling_params.FIELDS
     if name not in but
   }
-  return {name: value for name, value in values.items() if value is not None}
+  return {
+    name: dict(value)
+    if sampling_params.FIELDS[name].kind is _Kind.BIAS
+    else value
+    for name, value in values.items()
+    if value is not None
+  }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 import dataclasses
-import numbers
+import functools
 import time
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from absl import logging
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
+from sarathi_jax.engine import checks
 from sarathi_jax.engine import info as info_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
@@ -31,6 +32,8 @@ _AHEAD, _AHEAD_S = 0.2, 5e-3
 # The most by which the expected time of a step grows at once: it is to be on
 # the short side, as a device that waits is worse than an early plan.
 _GROWTH, _GROWTH_S = 1.25, 1e-3
+# Requests' lists of bad words whose token ids are remembered.
+_KEPT_BAD_WORDS = 1024
 Pending = runner_lib.Pending
 Runner = runner_lib.Runner
 EngineInfo = info_lib.EngineInfo
@@ -82,6 +85,10 @@ class Engine:
     self.tokenizer = tokenizer
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
+    # So those of a request are tokenized once, by `check`, on another thread.
+    self._bad_words_of = functools.lru_cache(_KEPT_BAD_WORDS)(
+      functools.partial(checks.bad_words_of, tokenizer)
+    )
     self._scheduler = scheduler
     self._runner = runner
     self._live: dict[str, _Live] = {}
@@ -107,30 +114,15 @@ class Engine:
   def check(self, request: types.Request) -> None:
     """Raises InvalidRequestError for a request that can never be served."""
     self._scheduler.check(request)
+    checks.check_tokens(request, self._info)
     sampling = request.sampling
-    for field, ids in (
-      ('prompt_token_ids', request.prompt_token_ids),
-      ('stop_token_ids', sampling.stop_token_ids),
-    ):
-      for kind in set(map(type, ids)):
-        if kind is bool or not issubclass(kind, numbers.Integral):
-          bad = next(i for i in ids if type(i) is kind)
-          raise errors.InvalidRequestError(
-            f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
-            'must be integers.'
-          )
-      vocab_size = self._info.vocab_size
-      if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        bad = next(i for i in ids if not 0 <= i < vocab_size)
-        raise errors.InvalidRequestError(
-          f'{request.request_id}: {field} has the unknown token id {bad}; '
-          f'ids must be in [0, {vocab_size}).'
-        )
     if sampling.stop and self.tokenizer is None:
       raise errors.UnsupportedError(
         f'stop={errors.shown(sampling.stop)}: this model has no tokenizer, so '
         'its output has no text to find stop strings in; use stop_token_ids.'
       )
+    bad_words = self._bad_words_of(sampling.bad_words)
+    checks.check_some_are_left(request, bad_words, self._info.eos_token_ids)
 
   def add(self, request: types.Request) -> None:
     """Queues a request that `check` accepted, with a key of its own."""
@@ -140,7 +132,10 @@ class Engine:
       if self.tokenizer
       else None
     )
-    self._live[request.key] = _Live(self._scheduler.add(request), detok)
+    bad_words = self._bad_words_of(request.sampling.bad_words)
+    self._live[request.key] = _Live(
+      self._scheduler.add(request, bad_words), detok
+    )
 
   def abort(self, request_id: str) -> bool:
     """Drops a request and frees its pages; returns False if it is unknown."""
@@ -363,7 +358,8 @@ class Engine:
     if reason is _ERROR:
       logging.log_every_n_seconds(
         logging.ERROR,
-        '%s: ends, as its logits are NaN or infinite; the weights may be.',
+        '%s: ends, as no token can be sampled: its logits are NaN or infinite '
+        '(the weights may be), or all that its sampling allows is ruled out.',
         10,
         live.seq.request.request_id,
       )

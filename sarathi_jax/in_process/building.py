@@ -241,6 +241,7 @@ def build_engine(
     max_model_len=runner.max_model_len,
     num_pages=runner.num_pages,
     num_stages=runner.num_stages,
+    max_adjusted_seqs=config.num_adjusted_seqs(model.vocab_size),
     eos_token_ids=tuple(eos_token_ids),
     prefix_cost=facts.prefix_cost(model, runner.num_stages),
   )

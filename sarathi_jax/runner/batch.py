@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from sarathi_jax import sampling_fields
 from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.runner import packing
@@ -82,13 +83,16 @@ class StepOutput(NamedTuple):
   logprobs: Any
 
 
-# The fields of `SamplingParams` that the device gets: the rows of `sampling`.
+_BOOL, _FLOAT = sampling_params.Kind.BOOL, sampling_params.Kind.FLOAT
+# What the device gets of `SamplingParams`: the rows of `sampling`.
 _SAMPLING = {
-  name: (field.kind, field.on_device)
-  for name, field in sampling_params.FIELDS.items()
-  if field.on_device is not None
+  **{
+    name: (field.kind, field.on_device)
+    for name, field in sampling_params.FIELDS.items()
+    if field.on_device is not None
+  },
+  'is_adjusted': (_BOOL, sampling_fields.OnDevice(False)),
 }
-_FLOAT = sampling_params.Kind.FLOAT
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
@@ -263,7 +267,11 @@ _NEUTRAL = _bits([on_device.neutral for _, on_device in _SAMPLING.values()])
 def sampling_of(rows: Any) -> dict[str, Any]:
   """Returns the rows of `BatchArrays.sampling` by name, each in its dtype."""
   return {
-    name: packing.as_float(row) if kind is _FLOAT else row
+    name: packing.as_float(row)
+    if kind is _FLOAT
+    else row != 0
+    if kind is _BOOL
+    else row
     for (name, (kind, _)), row in zip(_SAMPLING.items(), rows, strict=True)
   }
 

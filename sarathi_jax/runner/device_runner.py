@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 import functools
+import itertools
 import sys
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kept as kept_lib
@@ -47,11 +49,19 @@ class Pending(NamedTuple):
 
 
 class _InPipeline(NamedTuple):
-  """A batch at a stage; an empty one where there was nothing to do."""
+  """A batch at a stage; an empty one where there was nothing to do.
+
+  Attributes:
+    buffer: the batch, packed.
+    size: of its step.
+    is_batch: whether there is one.
+    setups: what sets up slots before the batch is sampled from.
+  """
 
   buffer: np.ndarray
   size: int
   is_batch: bool
+  setups: tuple[np.ndarray, ...] = ()
 
 
 class DeviceRunner:
@@ -83,7 +93,7 @@ class DeviceRunner:
     mesh: the mesh that it runs on.
     num_pages: pages of the KV cache.
     max_model_len: the most tokens of a sequence.
-    num_programs: the number of steps to compile.
+    num_programs: the number of programs to compile, nearly all of them steps.
     num_stages: stages of the pipeline.
   """
 
@@ -152,7 +162,8 @@ class DeviceRunner:
       )
       self.max_model_len = min(context, self.num_pages * config.page_size)
       self._programs = programs(self.max_model_len)
-      self.num_programs = len(self._programs.sizes)
+      numbers = (*self._programs.sizes, *self._programs.others)
+      self.num_programs = len(numbers)
       self.num_stages = parallelism.pp
       self._page_bytes = kv_cache.page_bytes(
         model, config.page_size, kv_dtype, parallelism
@@ -161,7 +172,7 @@ class DeviceRunner:
       self._programs.compile(
         self.num_pages,
         on_compiled,
-        self._programs.sizes if sizes is None else sizes,
+        numbers if sizes is None else (*sizes, *self._programs.others),
         kept=kept,
       )
     self._builder = batch_lib.BatchBuilder(
@@ -189,7 +200,12 @@ class DeviceRunner:
   def launch(self, batch: types.ScheduledBatch) -> Pending:
     size = self._programs.size_for(batch.num_tokens)
     buffer = self._builder.build(batch, self._programs.layouts[size])
-    self._step(_InPipeline(buffer, size, True))
+    setups = itertools.chain.from_iterable(
+      adjusting.messages(chunk)
+      for chunk in batch.chunks
+      if chunk.setup is not None
+    )
+    self._step(_InPipeline(buffer, size, True, tuple(setups)))
     return Pending(batch.chunks, self._num_steps + self.num_stages - 2)
 
   def fetch(self, pending: Pending) -> types.Sampled:
@@ -305,9 +321,10 @@ class DeviceRunner:
       for row, stage in zip(buffers, self._stages, strict=True):
         row[: len(stage.buffer)] = stage.buffer
       ints = buffers.ravel()
-    if self._leader is not None:
-      self._leader.send(size, ints)
-    output = self._compute(size, ints)
+    # Not earlier: batches between may be of those who had the slots before.
+    for setup in self._stages[-1].setups:
+      self._run(programs_lib.SET_UP, setup)
+    output = self._run(size, ints)
     if self._stages[-1].is_batch:
       with jax.transfer_guard_device_to_host('allow'):
         output.copy_to_host_async()
@@ -316,6 +333,12 @@ class DeviceRunner:
         output,
       )
     self._num_steps += 1
+
+  def _run(self, program: int, ints: np.ndarray) -> jax.Array:
+    """Runs a program on all hosts; returns its output."""
+    if self._leader is not None:
+      self._leader.send(program, ints)
+    return self._compute(program, ints)
 
   def connect(self) -> None:
     """Runs an empty step, in which all processes have to take part."""
@@ -357,7 +380,7 @@ class DeviceRunner:
 def _temp_bytes(
   config: config_lib.EngineConfig, stats: Any, trial: programs_lib.StepPrograms
 ) -> int:
-  """Returns the bytes that the largest step takes beside its arguments.
+  """Returns the bytes of a device that steps take beside weights and cache.
 
   The cache gets the memory that remains. Returns 0 where the cache's size is
   given or the device can't tell, so the step need not be compiled to find out.
@@ -369,7 +392,7 @@ def _temp_bytes(
   """
   if not stats or config.num_pages or config.kv_cache_gib:
     return 0
-  return trial.temp_bytes(trial.pages_per_seq)
+  return trial.temp_bytes(trial.pages_per_seq) + trial.state_bytes
 
 
 def _init_state(

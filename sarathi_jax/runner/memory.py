@@ -148,9 +148,7 @@ def plan(
   parallelism = mesh_lib.parallelism_of(mesh)
   context = config.max_model_len or model.context_len
   weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
-  state = placement.bytes_of(
-    dataclasses.replace(programs.state_shapes(1), kv=[])
-  )
+  state = programs.state_bytes
   stats = (
     None
     if device_bytes is None

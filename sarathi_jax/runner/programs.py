@@ -6,6 +6,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import mesh as mesh_lib
@@ -23,9 +25,12 @@ from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
 OnCompiled = Callable[[int, int], object]  # (programs compiled, of how many)
-_Compiled = tuple[int, Any]  # a size and its step; None if still to compile
+_Compiled = tuple[int, Any]  # a number and its program; None if to compile
 _Job = futures.Future[_Compiled]
 _TELL_S = 5.0
+
+# The number of the program that sets up a slot; a step's is its size.
+SET_UP = -1
 
 # From so many bytes of weights on, a CPU's small steps take as long as reading
 # them. The steps of smaller models take as long as their many operations.
@@ -38,9 +43,10 @@ class StepPrograms:
   A size that was not compiled at warm-up can't be run: no request can make
   the engine compile while it serves.
 
-  All steps are called alike, (leaves, state, ints) -> (state, output). Callers,
-  here or on other hosts, need only a step's number and its integers. Another
-  program could be called so, too: one that sets a slot's state from the host.
+  All programs are called alike, (leaves, state, ints) -> (state, output).
+  Callers, here or on other hosts, need only a program's number and its
+  integers. `SET_UP` is the one beside the steps: its integers are
+  `adjusting.message`, its output is empty.
 
   Args:
     model, mesh, config: the deployment.
@@ -51,6 +57,7 @@ class StepPrograms:
 
   Attributes:
     sizes: the steps' numbers of tokens, ascending.
+    others: the numbers of the other programs.
     layouts: size -> the layout of its batches.
     pages_per_seq: P.
   """
@@ -98,6 +105,8 @@ class StepPrograms:
     self._kv_dtype = kv_dtype
     self._config = config
     self._transposed = transposed
+    num_adjusted = config.num_adjusted_seqs(model.vocab_size)
+    self.others = (SET_UP,) if num_adjusted else ()
     self._steps: dict[int, Any] = {}
 
   def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
@@ -116,8 +125,20 @@ class StepPrograms:
       kv_dtype=self._kv_dtype,
     )
 
+  @property
+  def state_bytes(self) -> int:
+    """The bytes of a device that the state takes beside the cache."""
+    return placement.bytes_of(dataclasses.replace(self.state_shapes(1), kv=[]))
+
   def lower(self, size: int, num_pages: int) -> Any:
-    """Lowers the step of one size; returns a jax.stages.Lowered."""
+    """Lowers one program; returns a jax.stages.Lowered.
+
+    Args:
+      size: of a step, or the number of another program.
+      num_pages: of the cache.
+    """
+    if size == SET_UP:
+      return self._lower_set_up(num_pages)
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(self._weights())
@@ -139,6 +160,27 @@ class StepPrograms:
     )
     return jax.jit(run, donate_argnames='state').lower(leaves, state, ints)
 
+  def _lower_set_up(self, num_pages: int) -> Any:
+    state = self.state_shapes(num_pages)
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def set_up(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
+      del leaves
+      adjustments = state.slots.adjustments
+      assert adjustments is not None
+      slots = dataclasses.replace(
+        state.slots, adjustments=adjusting.set_up(adjustments, ints)
+      )
+      return dataclasses.replace(state, slots=slots), ints[:0]
+
+    everywhere = mesh_lib.on(self._mesh)
+    ints = jax.ShapeDtypeStruct(
+      (adjusting.message().size,), jnp.int32, sharding=everywhere
+    )
+    return jax.jit(
+      set_up, donate_argnames='state', out_shardings=(lies, everywhere)
+    ).lower(jax.tree.leaves(self._weights()), state, ints)
+
   def compile(
     self,
     num_pages: int,
@@ -152,7 +194,7 @@ class StepPrograms:
     Args:
       num_pages: of the cache.
       on_compiled: called with the progress, at least every few seconds.
-      sizes: those of `self.sizes` to compile.
+      sizes: those of `self.sizes` and `self.others` to compile.
       options: XLA's options by name, beside those of the environment.
       kept: finds steps that were compiled before, and keeps these.
     """
@@ -247,7 +289,7 @@ class StepPrograms:
     """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
     return (
-      self._spec(size, state),
+      size if size in self.others else self._spec(size, state),
       state,
       self._weights(),
       sorted((options or {}).items()),

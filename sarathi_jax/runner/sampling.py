@@ -6,15 +6,32 @@ position)`. The high half of the seed's 64 bits makes the key, and the low half
 is folded in. So a request's tokens depend on its seed alone, and not on its
 batch, chunks, preemptions or parallelism.
 
-Filters are applied in vLLM's order: temperature, min-p, top-k, top-p. Tokens
-as likely as the last that a filter keeps are kept, too. Thresholds are found
-by bisecting the bits of a float, in 32 passes over the logits, instead of by
-sorting them.
+What is asked acts on the float32 logits l in vLLM's order, by its formulas:
+
+  1. logit_bias b             l + b
+  2. repetition_penalty r     l / r where l > 0, else l * r; tokens of the
+                              prompt or the output
+  3. frequency_penalty f      l - f * n; tokens that the output has n times
+  4. presence_penalty p       l - p; tokens of the output
+  5. allowed_token_ids, bad_token_ids, bad_words, and before min_tokens what
+     could end the output     minus infinity
+  6. temperature 0            the largest, the first of equal ones
+  7. temperature t            l / t
+  8. min_p m                  tokens at least m times as likely as the likeliest
+  9. top_k k                  the k likeliest of these
+ 10. top_p p                  the likeliest of these that make up p of them
+ 11. seed                     one of these is drawn
+
+1 to 5 are `adjusting`'s. Tokens as likely as the last that a filter keeps are
+kept, too: of top-p's, vLLM keeps some. Thresholds are found by bisecting the
+bits of a float, in 32 passes over the logits, instead of by sorting them. The
+log-probability is of the logits as they came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -24,6 +41,19 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from sarathi_jax.runner import batch
 
 _NEVER = -jnp.inf
+_VOID = -1  # where no token may be sampled
+
+
+class Adjust(NamedTuple):
+  """How to adjust the logits of some rows.
+
+  Attributes:
+    is_asked: [S] bool, of which.
+    apply: returns the adjusted logits; minus infinity is never sampled.
+  """
+
+  is_asked: Array
+  apply: Callable[[Array], Array]
 
 
 def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
@@ -36,20 +66,25 @@ def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
 
 def _largest_threshold(
   keys: UInt[Array, 'S V'],
+  is_asked: Bool[Array, ' S'],
   enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
 ) -> Bool[Array, 'S V']:
   """Selects the fewest largest keys of each row that are `enough`.
 
-  Keeps all ties.
+  Keeps all ties; and all keys of rows that do not ask. If none does, it makes
+  no pass over the keys.
   """
 
   def set_bit(i: Array, threshold: Array) -> Array:
-    candidate = threshold | (jnp.uint32(0x80000000) >> i.astype(jnp.uint32))
+    bit = jnp.uint32(0x80000000) >> lax.convert_element_type(i, jnp.uint32)
+    candidate = threshold | bit
     keep = enough(keys >= candidate[:, None])
     return jnp.where(keep, candidate, threshold)
 
   zeros = jnp.zeros(keys.shape[0], jnp.uint32)
-  return keys >= lax.fori_loop(0, 32, set_bit, zeros)[:, None]
+  num_bits = jnp.where(is_asked.any(), 32, 0)
+  threshold = lax.fori_loop(0, num_bits, set_bit, zeros)
+  return keys >= jnp.where(is_asked, threshold, 0)[:, None]
 
 
 def filter_logits(
@@ -69,15 +104,16 @@ def filter_logits(
   relative = logits - logits.max(axis=-1, keepdims=True)
   logits = jnp.where(relative >= jnp.log(min_p)[:, None], logits, _NEVER)
   keys = _sortable(logits)
-  k = jnp.where(top_k > 0, top_k, logits.shape[-1])
-  kept = _largest_threshold(keys, lambda m: m.sum(-1, dtype=jnp.int32) >= k)
+  kept = _largest_threshold(
+    keys, top_k > 0, lambda m: m.sum(-1, dtype=jnp.int32) >= top_k
+  )
   logits = jnp.where(kept, logits, _NEVER)
   probs = jax.nn.softmax(logits, axis=-1)
   top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # Keeps one token.
   kept = _largest_threshold(
-    keys, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p
+    keys, top_p < 1, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p
   )
-  return jnp.where(kept | (top_p >= 1)[:, None], logits, _NEVER)
+  return jnp.where(kept, logits, _NEVER)
 
 
 def _argmax(x: Float[Array, 'S V']) -> Int[Array, ' S']:
@@ -95,6 +131,7 @@ def sample(
   min_p: Float[Array, ' S'],
   seeds: Int[Array, 'S 2'],
   positions: Int[Array, ' S'],
+  adjust: Adjust | None = None,
 ) -> batch.StepOutput:
   """Samples one token a row.
 
@@ -106,18 +143,20 @@ def sample(
     top_k, top_p, min_p: see `filter_logits`.
     seeds: of the requests, see `batch.BatchArrays`.
     positions: of the sampled tokens in their sequences.
+    adjust: adjusts logits before anything else; None if none are.
 
   Returns:
     Token ids (int32) and their log-probabilities (float32) under `logits` as
     given, before temperature and filters. These are finite, or NaN where logits
-    are NaN, infinite, or all minus infinity; such a row's token is void.
+    are NaN, infinite, or all minus infinity, adjusted or not; such a row's
+    token is void.
   """
-  greedy = _argmax(logits)
+  is_drawn = temperature > 0
 
-  def draw() -> Array:
+  def draw(logits: Array, greedy: Array) -> Array:
     # With 0 as the largest, a low temperature makes no logit infinite.
     scaled = logits - logits.max(axis=-1, keepdims=True)
-    scaled = scaled / jnp.where(temperature > 0, temperature, 1)[:, None]
+    scaled = scaled / jnp.where(is_drawn, temperature, 1)[:, None]
     is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
     scaled = lax.cond(
       is_filtered.any(),
@@ -136,12 +175,30 @@ def sample(
       return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     drawn = _argmax(scaled + jax.vmap(noise)(seeds, positions))
-    return jnp.where(temperature > 0, drawn, greedy)
+    return jnp.where(is_drawn, drawn, greedy)
 
-  tokens = lax.cond((temperature > 0).any(), draw, lambda: greedy)
+  def keep(logits: Array, greedy: Array) -> Array:
+    del logits
+    return greedy
+
+  def pick_adjusted(logits: Array, greedy: Array) -> Array:
+    assert adjust is not None
+    logits = adjust.apply(logits)
+    greedy = _argmax(logits)
+    tokens = lax.cond(is_drawn.any(), draw, keep, logits, greedy)
+    return jnp.where((logits == _NEVER).all(-1), _VOID, tokens)
+
+  picks = [keep, draw]
+  which = is_drawn.any().astype(jnp.int32)
+  if adjust is not None:
+    picks.append(pick_adjusted)
+    which = jnp.where(adjust.is_asked.any(), 2, which)
+  tokens = lax.switch(which, picks, logits, _argmax(logits))
+  is_void = tokens == _VOID
+  tokens = jnp.maximum(tokens, 0)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   total = jax.nn.logsumexp(logits, axis=-1)  # Finite if the logits are sane.
   logprobs = jnp.maximum(chosen - total, jnp.finfo(jnp.float32).min)
   return batch.StepOutput(
-    tokens, jnp.where(jnp.isfinite(total), logprobs, jnp.nan)
+    tokens, jnp.where(jnp.isfinite(total) & ~is_void, logprobs, jnp.nan)
   )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 
@@ -28,9 +29,12 @@ class SlotState:
 
   Attributes:
     last_tokens: [max_num_seqs] int32, the last sampled token.
+    adjustments: of the first slots, what their sequences' logits are adjusted
+      by; None where there are no such slots.
   """
 
   last_tokens: Any
+  adjustments: adjusting.Adjustments | None
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +85,10 @@ def shapes(
     slots=SlotState(
       last_tokens=jax.ShapeDtypeStruct(
         (config.max_num_seqs,), jnp.int32, sharding=mesh_lib.on(mesh)
-      )
+      ),
+      adjustments=adjusting.shapes(
+        config.num_adjusted_seqs(model.vocab_size), model.vocab_size, mesh
+      ),
     ),
     hidden=None
     if num_stages == 1

@@ -32,7 +32,7 @@ from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import paged
 from sarathi_jax.runner import placement
-from sarathi_jax.runner import sampling
+from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
@@ -157,8 +157,12 @@ def stage_step(
   logits = models.unembed(
     model, params, models.final_norm(model, params, last), shards
   )
-  output = _sample(model, logits, leaving, shards)
-  slots = state_lib.SlotState(_keep(last_tokens, leaving, output.tokens))
+  output, adjustments = sampling_rows.sample(
+    model, logits, leaving, state.slots.adjustments, shards
+  )
+  slots = state_lib.SlotState(
+    _keep(last_tokens, leaving, output.tokens), adjustments
+  )
   return state_lib.DeviceState(kv, slots, hidden), _packed(output)
 
 
@@ -285,43 +289,3 @@ def _from_last_stage(
     return rows
   is_last = lax.axis_index(shards.pp) == lax.axis_size(shards.pp) - 1
   return lax.psum(jnp.where(is_last, rows, 0), shards.pp)
-
-
-def _sample(
-  model: model_config_lib.ModelConfig,
-  logits: Float[Array, 'R columns'],
-  b: batch_lib.BatchArrays,
-  shards: sharding.Shards,
-) -> batch_lib.StepOutput:
-  """Samples from logits of which each device has some columns.
-
-  Exchanges columns of all rows for all columns of some rows. So devices share
-  the work, and rows are sampled as they are on one device.
-  """
-  rows = {
-    **batch_lib.sampling_of(b.sampling),
-    'seeds': b.seeds,
-    'positions': b.sample_positions,
-  }
-  if not shards.axes:
-    return sampling.sample(logits, **rows)
-  num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
-  share = -(-num_rows // num_devices)
-
-  def padded(row: Array) -> Array:  # Padding repeats the last row's request.
-    last = (share * num_devices - num_rows, *[0] * (row.ndim - 1))
-    return jnp.pad(row, [(0, n) for n in last], mode='edge')
-
-  logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
-  start = lax.axis_index(shards.axes) * share
-  output = sampling.sample(
-    logits[:, : model.vocab_size],
-    **{
-      name: lax.dynamic_slice_in_dim(padded(row), start, share)
-      for name, row in rows.items()
-    },
-  )
-  gathered: batch_lib.StepOutput = jax.tree.map(
-    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], output
-  )
-  return gathered

@@ -59,7 +59,10 @@ class Scheduler(abc.ABC):
     self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0
     self.num_prefilled = 0  # tokens of prompts computed, each counted once
-    self._slots = list(range(config.max_num_seqs))[::-1]
+    # Free slots; those of sequences whose logits may be adjusted, and others.
+    slots = list(range(config.max_num_seqs))[::-1]
+    num_others = config.max_num_seqs - config.num_adjusted_seqs
+    self._slots, self._adjusted_slots = slots[:num_others], slots[num_others:]
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
       deque()
     )
@@ -102,9 +105,23 @@ class Scheduler(abc.ABC):
         f'{request.request_id}: a prompt of {num_tokens} tokens leaves no '
         f'room to generate; max_model_len={self.config.max_model_len}.'
       )
+    if request.sampling.is_adjusted and not self.config.num_adjusted_seqs:
+      raise errors.UnsupportedError(
+        f'{request.request_id}: its sampling needs memory that this engine '
+        'does not keep, as max_adjusted_seqs=0: penalties, biases, token ids '
+        'and words to allow or to rule out, min_tokens.'
+      )
 
-  def add(self, request: types.Request) -> Sequence:
+  def add(
+    self,
+    request: types.Request,
+    bad_words: tuple[tuple[int, ...], ...] = (),
+  ) -> Sequence:
     """Queues a request that `check` accepted.
+
+    Args:
+      request: the request.
+      bad_words: the token ids of each of its bad words.
 
     Returns:
       Its progress; for reading only.
@@ -117,6 +134,7 @@ class Scheduler(abc.ABC):
       self.config,
       next(self._orders),
       self._random.getrandbits(31) if seed is None else seed,
+      bad_words,
     )
     urgency.insert(self.waiting, seq)
     return seq
@@ -246,12 +264,21 @@ class Scheduler(abc.ABC):
   def _next_to_admit(self, now: float) -> Sequence | None:
     """Returns the most urgent waiting sequence that has arrived, or None.
 
-    None if no slot is free, or if this step preempts: a newcomer would take
+    None if it has no free slot, or if this step preempts: a newcomer would take
     the room just made.
     """
-    if not (self.waiting and self._slots) or self._preempted:
+    if not self.waiting or self._preempted:
       return None
-    return urgency.first_arrived(self.waiting, now)
+    if not (self._slots or self._adjusted_slots):
+      return None
+    seq = urgency.first_arrived(self.waiting, now)
+    return seq if seq is not None and self._free_slots(seq) else None
+
+  def _free_slots(self, seq: Sequence) -> list[int]:
+    """Returns the free slots for a sequence, which takes the last of them."""
+    if seq.setup is None and self._slots:
+      return self._slots
+    return self._adjusted_slots
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
     """Moves the next waiting sequence to running, if there is room now.
@@ -281,7 +308,8 @@ class Scheduler(abc.ABC):
       return None
     self.waiting.remove(seq)
     seq.prefill_len = len(seq.tokens)
-    seq.slot = self._slots.pop()
+    seq.slot = self._free_slots(seq).pop()
+    seq.is_set_up = False
     if seq.first_scheduled_time is None:
       seq.first_scheduled_time = now
     if reserve is not None:
@@ -362,8 +390,12 @@ class Scheduler(abc.ABC):
     is_prefill = start < seq.prefill_len
     samples = 1
     tokens: tuple[int, ...] = ()
+    setup = None
     if is_prefill:
       self._grow(seq, stop)
+      if seq.setup is not None and not seq.is_set_up:
+        setup = seq.setup._replace(tokens=tuple(seq.tokens))
+        seq.is_set_up = True
       tokens = tuple(seq.tokens[start:stop])
       samples = int(stop == seq.prefill_len)
     elif not seq.num_pending:
@@ -385,6 +417,7 @@ class Scheduler(abc.ABC):
       seq.prompt_len,
       seq.seed,
       request.sampling,
+      setup,
     )
 
   def _preempt(self, seq: Sequence) -> None:
@@ -403,7 +436,8 @@ class Scheduler(abc.ABC):
   def _release(self, seq: Sequence) -> None:
     self.running.remove(seq)
     self.pages.give_back(seq.pages)
-    self._slots.append(seq.slot)
+    is_adjusted_slot = seq.slot < self.config.num_adjusted_seqs
+    (self._adjusted_slots if is_adjusted_slot else self._slots).append(seq.slot)
     seq.slot = -1
     seq.pages = []
     seq.page_table = ()

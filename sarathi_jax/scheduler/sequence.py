@@ -23,6 +23,8 @@ class Sequence:
     urgency: (priority, order of arrival); the smallest is the most urgent.
     seed: of its random numbers.
     stop_ids: tokens that end it.
+    setup: what its slot is set up with, but for its tokens; None if its logits
+      are not adjusted.
     prompt_len: tokens of the prompt.
     max_len: its length, prompt and output, at which it ends.
     tokens: prompt and output, as far as the host knows them.
@@ -32,6 +34,8 @@ class Sequence:
       it is admitted: the prompt, and after a preemption the output too.
     num_prefilled: tokens of the prompt that were computed at least once.
     slot: its row on the device while it runs, else -1.
+    is_set_up: whether a chunk of it told the device what `setup` has, since
+      it has its slot.
     pages: its pages of the cache, in order.
     page_table: the same pages, as the tuple that chunks share.
     num_in_flight: the number of batches in flight that hold it.
@@ -46,6 +50,7 @@ class Sequence:
   urgency: tuple[int, int]
   seed: int
   stop_ids: frozenset[int]
+  setup: types.SlotSetup | None
   prompt_len: int
   max_len: int
   tokens: list[int]
@@ -54,6 +59,7 @@ class Sequence:
   prefill_len: int = 0
   num_prefilled: int = 0
   slot: int = -1
+  is_set_up: bool = False
   pages: list[int] = dataclasses.field(default_factory=list)
   page_table: tuple[int, ...] = ()
   num_in_flight: int = 0
@@ -69,8 +75,16 @@ class Sequence:
     config: config_lib.SchedulerConfig,
     order: int,
     seed: int,
+    bad_words: tuple[tuple[int, ...], ...] = (),
   ) -> Sequence:
-    """Makes the sequence of a request that came after `order` others."""
+    """Makes the sequence of a request that came after `order` others.
+
+    Args:
+      request, config: the request, and the scheduler's limits.
+      order: how many came before.
+      seed: of its random numbers.
+      bad_words: the token ids of each of the request's.
+    """
     sampling = request.sampling
     prompt_len = len(request.prompt_token_ids)
     room = config.max_model_len - prompt_len
@@ -81,6 +95,16 @@ class Sequence:
       stop_ids=frozenset(sampling.stop_token_ids).union(
         () if sampling.ignore_eos else config.eos_token_ids
       ),
+      setup=types.SlotSetup(
+        (),
+        # As in vLLM, the model's own end even if it would be ignored.
+        (*config.eos_token_ids, *sampling.stop_token_ids)
+        if sampling.min_tokens
+        else (),
+        bad_words,
+      )
+      if sampling.is_adjusted
+      else None,
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids),

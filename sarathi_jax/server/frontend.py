@@ -314,6 +314,7 @@ class Frontend:
     # No chat at once, however short: what its template does is its own affair.
     if prompts.is_chat(prompt):
       size = max(_LEAST_CHAT, size)
+    size += sum(map(len, draft.sampling.bad_words))
     self._num_preparing += 1
     try:
       return await messages.read(

@@ -60,7 +60,8 @@ class Detokenizer:
   """Turns one request's tokens into the text that may be shown.
 
   A stop string may be a special token's text, or have one in it. It is found
-  where special tokens are left out of the text, too.
+  where special tokens are left out of the text, too. One that ends within the
+  request's `min_tokens` is text like any other.
   """
 
   def __init__(
@@ -69,6 +70,8 @@ class Detokenizer:
     sampling = request.sampling
     self._stops = sampling.stop
     self._keep_stop = sampling.include_stop_str_in_output
+    # Tokens that are yet to come before a stop string may end the request.
+    self._num_unheeded = sampling.min_tokens if self._stops else 0
     skip = sampling.skip_special_tokens
     special = tokenizer.special_tokens if skip and self._stops else {}
     # Special tokens that are decoded, so that stop strings are found in them,
@@ -128,7 +131,16 @@ class Detokenizer:
   def _find_stop(self, new: _Pending) -> tuple[str, str | None]:
     pending = self._held.plus(new)
     text = pending.text
-    found = [(text.find(s), s) for s in self._stops if s in text]
+    found = []
+    if self._num_unheeded:
+      self._num_unheeded -= 1
+    else:
+      # One that was there before was complete within `min_tokens`.
+      num_held = len(self._held.text)
+      starts = [
+        (text.find(s, max(num_held - len(s) + 1, 0)), s) for s in self._stops
+      ]
+      found = [start for start in starts if start[0] >= 0]
     if found:
       start, stop = min(found, key=lambda f: (f[0], -len(f[1])))
       self._held = _NONE

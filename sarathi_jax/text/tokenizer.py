@@ -82,6 +82,21 @@ class Tokenizer:
     """
     return self._encode(text, add_special_tokens)
 
+  def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Returns words as token ids: at the start of a text, and after a space.
+
+    As in vLLM, the second only if it begins with another token and has as many:
+    otherwise it ends with the first one.
+    """
+    found: list[tuple[int, ...]] = []
+    for word in (word.lstrip() for word in words):
+      first = self._encode(word, add_special_tokens=False)
+      spaced = self._encode(f' {word}', add_special_tokens=False)
+      found.append(first)
+      if spaced[:1] != first[:1] and len(spaced) == len(first):
+        found.append(spaced)
+    return tuple(ids for ids in found if ids)
+
   def decode(
     self, token_ids: Iterable[int], skip_special_tokens: bool = True
   ) -> str:

@@ -36,8 +36,8 @@ def _read(
   'more',
   [
     dict(max_new_tokens=2048, max_length=4096, transformers_version='4.37.0'),
-    dict(repetition_penalty=1.0, num_beams=1, min_length=0, typical_p=1.0),
-    dict(repetition_penalty=1, renormalize_logits=True, use_cache=False),
+    dict(num_beams=1, min_length=0, typical_p=1.0),
+    dict(renormalize_logits=True, use_cache=False),
     dict(
       length_penalty=0.5, early_stopping=True, cache_implementation='static'
     ),
@@ -54,7 +54,6 @@ def test_harmless(more: dict[str, Any], tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   'fields',
   [
-    dict(repetition_penalty=1.05),
     dict(encoder_repetition_penalty=1.1),
     dict(no_repeat_ngram_size=3),
     dict(num_beams=4),
@@ -120,8 +119,8 @@ def test_without_sampling_its_parameters_are_for_nothing(
   fields = fields | dict(do_sample=False)
   kept = _read(tmp_path, fields).sampling
   assert checkpoint.default_sampling(kept) == {}
-  with pytest.raises(errors.CheckpointError, match=r'repetition_penalty=1\.2'):
-    _read(tmp_path, fields | dict(repetition_penalty=1.2))
+  kept = _read(tmp_path, fields | dict(repetition_penalty=1.2)).sampling
+  assert checkpoint.default_sampling(kept) == dict(repetition_penalty=1.2)
 
 
 @pytest.mark.parametrize('more', [{}, dict(do_sample=None)])
@@ -170,7 +169,8 @@ def test_out_of_range(
   ('change', 'match'),
   [
     (dict(do_sample=True, top_p=0.0), 'top_p=0.0'),
-    (dict(repetition_penalty=1.1), 'repetition_penalty'),
+    (dict(repetition_penalty=0), 'repetition_penalty=0'),
+    (dict(num_beams=2), 'num_beams'),
   ],
 )
 def test_a_converted_checkpoint_is_held_to_it_at_start(

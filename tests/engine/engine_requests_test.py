@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import math
+import pathlib
+from typing import Any
 
 import pytest
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests.engine import harness
+from tests.server import fake
 
 finish, make_engine = harness.finish, harness.make_engine
 request, step = harness.make_request, harness.step
@@ -136,3 +140,59 @@ def test_an_id_may_be_used_again_when_its_request_is_done() -> None:
   finish(engine)
   engine.add(request('a', [5], 1))
   assert tokens_of(finish(engine)['a']) == [6]
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(allowed_token_ids=(100,)), 'allowed_token_ids has the unknown'),
+    (dict(bad_token_ids=(7, 100)), 'bad_token_ids has the unknown'),
+    (dict(logit_bias={100: 1.0}), 'logit_bias has the unknown'),
+    (dict(bad_words=('a',)), 'has no tokenizer; use bad_token_ids'),
+    (
+      dict(allowed_token_ids=(1, 2), bad_token_ids=(2, 1)),
+      'all of them are ruled out',
+    ),
+    (
+      dict(allowed_token_ids=(3, 5), min_tokens=1, stop_token_ids=(5,)),
+      'all of them are ruled out',
+    ),
+  ],
+)
+def test_what_can_never_be_sampled_is_refused(
+  fields: dict[str, Any], match: str
+) -> None:
+  engine = make_engine(eos_token_ids=(3,))
+  with pytest.raises(errors.InvalidRequestError, match=match):
+    engine.check(request('a', [1], **fields))
+  # So are none of these.
+  for some in (
+    dict(allowed_token_ids=(99,)),
+    dict(allowed_token_ids=(1, 2), bad_token_ids=(2,)),
+    dict(allowed_token_ids=(3, 5), stop_token_ids=(5,)),
+  ):
+    engine.check(request('a', [1], **some))
+
+
+def test_bad_words_are_bounded_and_tokenized_once(
+  tmp_path: pathlib.Path,
+) -> None:
+  tokenizer = tokenizer_lib.Tokenizer(fake.write_tokenizer(tmp_path))
+  engine = make_engine(tokenizer=tokenizer)
+  calls = []
+  spellings = tokenizer.spellings
+  tokenizer.spellings = lambda words: calls.append(words) or spellings(words)
+  for words, match in (
+    (['t1 t2', ' '.join(['t1'] * 17)], 'at most 16 tokens each, and .* has 17'),
+    ([f't{i} t{i}' for i in range(129)], 'at most 128 spellings'),
+  ):
+    with pytest.raises(errors.InvalidRequestError, match=match):
+      engine.check(request('a', [1], bad_words=words))
+  fine = request('a', [1], 2, bad_words=['t1', ' '.join(['t1'] * 16)])
+  calls.clear()
+  engine.check(fine)
+  engine.add(fine)
+  assert len(calls) == 1
+  allowed = dict(allowed_token_ids=(1,), bad_words=['t1'])
+  with pytest.raises(errors.InvalidRequestError, match='ruled out'):
+    engine.check(request('b', [1], **allowed))

@@ -32,7 +32,7 @@ PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
 
 
 def make(folder: pathlib.Path, **fields: Any) -> llm_lib.LLM:
-  """Has one step to compile."""
+  """Has one step to compile, and what sets up slots."""
   return llm_lib.LLM(
     MODEL,
     PARAMS,
@@ -73,11 +73,11 @@ def test_a_second_start_traces_nothing(
   fields: dict[str, Any], tmp_path: pathlib.Path, lowered: list[int]
 ) -> None:
   first = tokens_of(make(tmp_path, **fields))
-  assert lowered == [4]
+  assert lowered == [4, programs.SET_UP]
   names = sorted(os.listdir(tmp_path))
-  assert len([name for name in names if name.startswith('step-')]) == 1
+  assert len([name for name in names if name.startswith('step-')]) == 2
   again = make(tmp_path, **fields)
-  assert lowered == [4]
+  assert lowered == [4, programs.SET_UP]
   assert tokens_of(again) == first
   assert sorted(os.listdir(tmp_path)) == names  # and nothing is left
 
@@ -90,7 +90,7 @@ def test_where_a_function_was_replaced_nothing_is_found_or_kept(
   unembed = transformer.unembed
   monkeypatch.setattr(transformer, 'unembed', lambda *args: -unembed(*args))
   assert tokens_of(make(tmp_path)) != first
-  assert lowered == [4, 4]
+  assert lowered == [4, programs.SET_UP] * 2
   assert {n for n in os.listdir(tmp_path) if n.startswith('step-')} == {
     n for n in names if n.startswith('step-')
   }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sarathi_jax.runner import sampling
+from tests import sampling_oracle
 
 S, V = 8, 33
 
@@ -18,31 +19,17 @@ filter_logits = jax.jit(sampling.filter_logits)
 sample = jax.jit(sampling.sample)
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-  exp = np.exp(x - x.max(axis=-1, keepdims=True))
-  return exp / exp.sum(axis=-1, keepdims=True)
+softmax = sampling_oracle.softmax
 
 
 def may_be_sampled(
   logits: np.ndarray, top_k: int, top_p: float, min_p: float
 ) -> np.ndarray:
-  """The definition, for one row: vLLM's order, by sorting; ties all stay.
-
-  Skips examples where rounding decides.
-  """
-  x = logits.astype(np.float64)
-  if min_p > 0:
-    relative = softmax(x) / softmax(x).max()
-    hypothesis.assume(min_p == 1 or (abs(relative - min_p) > 1e-5).all())
-    x = np.where(relative >= min_p, x, -np.inf)
-  if 0 < top_k < len(x):
-    x = np.where(x >= np.sort(x)[-top_k], x, -np.inf)
-  if top_p < 1:
-    descending = np.sort(x)[::-1]
-    totals = np.cumsum(softmax(descending))
-    hypothesis.assume((abs(totals - top_p) > 1e-5).all())
-    needed = np.argmax(totals >= top_p)
-    x = np.where(x >= descending[needed], x, -np.inf)
+  """The definition, for one row. Skips examples where rounding decides."""
+  x, margin = sampling_oracle.filter_row(
+    logits.astype(np.float64), top_k, top_p, min_p
+  )
+  hypothesis.assume(margin > 1e-5)
   return x > -np.inf
 
 
@@ -111,6 +98,41 @@ def one_row(values, top_k=0, top_p=1.0, min_p=0.0) -> list[int]:
 )
 def test_filters_by_hand(fields, kept):
   assert one_row([1, 2, -1, 1, 0], **fields) == kept
+
+
+@pytest.mark.parametrize(
+  'fields,num_passes',
+  [
+    (dict(top_p=np.float32(0.5)), [0, 32]),
+    (dict(top_k=np.int32(3)), [32, 0]),
+    (dict(top_k=np.int32(3), top_p=np.float32(0.5)), [32, 32]),
+    (dict(min_p=np.float32(0.5)), [0, 0]),
+  ],
+)
+def test_a_filter_that_nobody_asks_for_makes_no_pass(
+  monkeypatch, fields, num_passes
+):
+  counts = []
+  threshold = sampling._largest_threshold
+
+  def counted(keys, is_asked, enough):
+    counts.append(0)
+    i = len(counts) - 1
+
+    def count(kept):
+      counts[i] += 1
+      return np.asarray(enough(kept))
+
+    with jax.disable_jit():
+      return threshold(keys, is_asked, count)
+
+  monkeypatch.setattr(sampling, '_largest_threshold', counted)
+  rows = dict(top_k=np.int32(0), top_p=np.float32(1), min_p=np.float32(0))
+  sampling.filter_logits(
+    np.zeros((S, V), np.float32),
+    **{name: np.full(S, value) for name, value in (rows | fields).items()},
+  )
+  assert counts == num_passes
 
 
 def test_minus_zero_is_zero():

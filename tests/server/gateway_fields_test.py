@@ -22,14 +22,10 @@ from tests.server.http_client import Client
 # message, or nothing: then README names it.
 REFUSED: dict[str, tuple[Any, str]] = {
   'n': (2, 'chat text'),
-  'presence_penalty': (1.0, 'chat text'),
-  'frequency_penalty': (1.0, 'chat text'),
-  'repetition_penalty': (1.5, 'chat text'),
   'regex': ('a+', 'chat text'),
   'ebnf': ('root ::= "a"', 'chat text'),
   'json_schema': ('{}', 'text'),
   'response_format': ({'type': 'json_object'}, 'chat'),
-  'min_tokens': (3, 'text'),
   'modalities': (['audio'], 'chat'),
   'seed': (2**31, 'chat text'),
 }

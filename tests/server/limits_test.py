@@ -145,6 +145,31 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], str]] = {
     lambda: _sampled(stop_token_ids=[1] * 1025),
     'max_stop_token_ids=1024',
   ),
+  'biases': (
+    _SARATHI,
+    lambda: _sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
+    'max_parameters=1024',
+  ),
+  'allowed ids': (
+    _SARATHI,
+    lambda: _sampled(allowed_token_ids=[1] * 1025),
+    'max_adjusted_token_ids=1024',
+  ),
+  'bad ids': (
+    _SARATHI,
+    lambda: _sampled(bad_token_ids=[1] * 1025),
+    'max_adjusted_token_ids=1024',
+  ),
+  'bad words': (
+    _SARATHI,
+    lambda: _sampled(bad_words=['zz'] * 65),
+    'max_bad_words=64',
+  ),
+  'bad word chars': (
+    _SARATHI,
+    lambda: _sampled(bad_words=['z' * 2000] * 3),
+    'max_bad_word_chars=4096',
+  ),
   'request id': (
     _SARATHI,
     lambda: pb.GenerateRequest(text='x', request_id='r' * 257),

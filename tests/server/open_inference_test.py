@@ -7,15 +7,21 @@ Triton's own client has a process of its own: third_party_test.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+import json
 from typing import Any
 
 import grpc
 import pytest
 
+from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.server import open_inference_pb2 as pb
 from sarathi_jax.server import open_inference_pb2_grpc
+from sarathi_jax.server.protocols import open_inference
+from sarathi_jax.server.protocols import open_inference_describe as describe
 from sarathi_jax.server.protocols import tensors
 from sarathi_jax.server.queue import admission
+from tests import sampling_fields
 from tests.server import fake
 
 _FIELDS = {
@@ -99,6 +105,57 @@ def test_infer_ids(server: fake.RunningServer) -> None:
     9,
     10,
   ]
+
+
+def _sampled(request: Any) -> types.SamplingParams:
+  call = open_inference._Call(request, admission.Limits(), lambda *_: None)
+  return types.SamplingParams.from_dict(call.sampling)
+
+
+def test_every_sampling_field_arrives_as_the_tensor_that_is_described() -> None:
+  described = {name: (kind, n) for name, kind, n in describe._INPUTS}
+  request = _request('t1')
+  for name, value in sampling_fields.EXAMPLES.items():
+    datatype, _ = described[name]
+    values = list(value) if isinstance(value, tuple) else [value]
+    if isinstance(value, dict):
+      values = [json.dumps(value)]
+    if datatype == 'BYTES':
+      values = [text.encode() for text in values]
+    request.inputs.add(
+      name=name,
+      datatype=datatype,
+      shape=[len(values)],
+      contents=pb.InferTensorContents(**{tensors._TYPES[datatype][0]: values}),
+    )
+  assert _sampled(request) == types.SamplingParams(**sampling_fields.EXAMPLES)
+
+
+def test_every_sampling_field_arrives_in_json_and_as_a_parameter() -> None:
+  given = sampling_fields.EXAMPLES
+  expected = types.SamplingParams(**given)
+  assert (
+    _sampled(_request('t1', sampling_parameters=json.dumps(given))) == expected
+  )
+  alone = {
+    name: json.dumps(value) if isinstance(value, dict) else value
+    for name, value in given.items()
+    if not isinstance(value, tuple)
+  }
+  lists = {
+    name: value[:1] for name, value in given.items() if name not in alone
+  }
+  # A parameter of a list is one of its values.
+  some = alone | {name: value[0] for name, value in lists.items()}
+  assert _sampled(_request('t1', **some)) == types.SamplingParams(
+    **{**given, **lists}
+  )
+
+
+@pytest.mark.parametrize('value', ['[1]', '{', '3', '{"a": 1}', '{"1": "x"}'])
+def test_a_bias_that_is_no_map_is_refused(value: str) -> None:
+  with pytest.raises(errors.InvalidRequestError, match='logit_bias'):
+    _sampled(_request('t1', logit_bias=value))
 
 
 def test_only_the_outputs_that_are_asked_for(

@@ -366,3 +366,39 @@ def test_of_several_tokens_none_is_told_after_a_stop_string(
   assert len(delta.logprobs) == 5
   assert delta.metrics is not None and delta.metrics.num_output_tokens == 5
   assert engine.metrics.num_generated == 5
+
+
+@pytest.mark.parametrize(
+  ('output', 'stop', 'min_tokens', 'shown', 'matched'),
+  [
+    ('abENDxEND', ('END',), 0, 'ab', 'END'),
+    ('abENDxEND', ('END',), 4, 'ab', 'END'),  # It ends with the fifth.
+    ('abENDxEND', ('END',), 5, 'abENDx', 'END'),
+    ('abENDxEND', ('END',), 8, 'abENDx', 'END'),
+    ('abENDxEND', ('END',), 9, 'abENDxEND', None),
+    # One that was complete before is not found when another begins after it.
+    ('xabcde', ('ab', 'abcd'), 3, 'x', 'abcd'),
+    ('xabab', ('ab', 'abcd'), 3, 'xab', 'ab'),
+    ('aaaa', ('aa',), 2, 'a', 'aa'),
+  ],
+)
+@pytest.mark.parametrize('look_ahead', [False, True])
+def test_stop_strings_within_the_least_tokens_are_text(
+  *,
+  tokenizer: tokenizer_lib.Tokenizer,
+  output: str,
+  stop: tuple[str, ...],
+  min_tokens: int,
+  shown: str,
+  matched: str | None,
+  look_ahead: bool,
+) -> None:
+  deltas = run(
+    tokenizer,
+    letters(tokenizer, output),
+    look_ahead,
+    stop=stop,
+    min_tokens=min_tokens,
+  )
+  assert harness.text_of(deltas) == shown
+  assert deltas[-1].stop_reason == matched

@@ -275,3 +275,32 @@ def test_what_belongs_to_a_tokenizer_stays(tmp_path: pathlib.Path) -> None:
   assert [made.token_to_id(name) for name in ('x', '<sep>', 'x', '</s>')] == (
     list(ours.encode(text))[-4:]
   )
+
+
+@pytest.mark.parametrize(
+  ('words', 'pieces'),
+  [
+    # A space is a part of the token after it: another first token, as many.
+    (['fox'], [['fox'], ['\u2581fox']]),
+    ([' fox'], [['fox'], ['\u2581fox']]),
+    (['foxthe'], [['fox', 'the'], ['\u2581fox', 'the']]),
+    # A token of its own for the space, after which the first spelling ends.
+    (['x'], [['x']]),
+    (['x', 'fox'], [['x'], ['fox'], ['\u2581fox']]),
+  ],
+)
+def test_words_are_spelled_as_vllm_spells_them(
+  words: list[str], pieces: list[list[str]]
+) -> None:
+  vocab = ['x', 'the', 'fox', '\u2581fox', '\u2581', '<s>']
+  made = tokenizers.Tokenizer(
+    models.Unigram([(piece, -1.0) for piece in vocab], unk_id=5)
+  )
+  made.normalizer = normalizers.Replace(' ', '\u2581')
+  made.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 5)]
+  )
+  tokenizer = tokenizer_lib.Tokenizer.copy_of(made)
+  assert tokenizer.spellings(words) == tuple(
+    tuple(vocab.index(piece) for piece in word) for word in pieces
+  )

@@ -132,6 +132,24 @@ class Limits:
       'vllm.grpc.engine.SamplingParams.stop_token_ids',
     ),
   )
+  max_adjusted_token_ids: int = _row(
+    1024,
+    'token ids to bias, to allow or to rule out',
+    'the device is told of each when its request begins',
+    counts=(
+      'sarathi.v1.SamplingParams.allowed_token_ids',
+      'sarathi.v1.SamplingParams.bad_token_ids',
+    ),
+  )
+  max_bad_words: int = _row(
+    64,
+    'bad words',
+    'each is tokenized twice, and looked for at each token',
+    counts=('sarathi.v1.SamplingParams.bad_words',),
+  )
+  max_bad_word_chars: int = _row(
+    4096, 'characters of all bad words', 'they are tokenized'
+  )
   max_id_chars: int = _row(
     256,
     'characters of an id or a name, of a request or a client',
@@ -149,7 +167,7 @@ class Limits:
   max_tensors: int = _row(
     64,
     'tensors of a request, in or out',
-    'each is read in Python; the model takes and gives 17',
+    'each is read in Python; the model takes and gives 30',
     counts=(
       'inference.ModelInferRequest.inputs',
       'inference.ModelInferRequest.outputs',
@@ -244,12 +262,19 @@ class Limits:
     self.check('max_id_chars', len(value), field)
 
   def check_sampling(self, sampling: types.SamplingParams) -> None:
-    """Refuses sampling with too many stop strings and token ids to look for."""
+    """Refuses sampling with too many strings and token ids to look for."""
     self.check('max_stops', len(sampling.stop), 'stop')
     self.check('max_stop_chars', sum(map(len, sampling.stop)), 'stop')
     self.check(
       'max_stop_token_ids', len(sampling.stop_token_ids), 'stop_token_ids'
     )
+    self.check('max_bad_words', len(sampling.bad_words), 'bad_words')
+    self.check(
+      'max_bad_word_chars', sum(map(len, sampling.bad_words)), 'bad_words'
+    )
+    for field in ('logit_bias', 'allowed_token_ids', 'bad_token_ids'):
+      ids = getattr(sampling, field) or ()
+      self.check('max_adjusted_token_ids', len(ids), field)
 
   def check_prompt_tokens(self, num_tokens: int, max_model_len: int) -> None:
     """Refuses a prompt that is too long for the server, or for its model."""

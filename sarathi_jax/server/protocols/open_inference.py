@@ -16,6 +16,7 @@ import grpc
 
 import sarathi_jax
 from sarathi_jax import errors
+from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import open_inference_pb2 as pb
@@ -37,9 +38,22 @@ _ALIASES = {
   'random_seed': 'seed',
   'request_output_len': 'max_tokens',
 }
-_LISTS = ('stop', 'stop_token_ids', 'bad_words', 'allowed_token_ids')
+_LISTS = tuple(
+  name for name, field in sampling_params.FIELDS.items() if field.kind.is_list
+)
+_MAPS = tuple(
+  name
+  for name, field in sampling_params.FIELDS.items()
+  if field.kind is sampling_params.Kind.BIAS
+)
 # Input -> what bounds its elements; of others, max_elements.
-_SIZES = {'stop': 'max_stops', 'stop_token_ids': 'max_stop_token_ids'}
+_SIZES = {
+  'stop': 'max_stops',
+  'stop_token_ids': 'max_stop_token_ids',
+  'bad_words': 'max_bad_words',
+  'allowed_token_ids': 'max_adjusted_token_ids',
+  'bad_token_ids': 'max_adjusted_token_ids',
+}
 
 
 class OpenInferenceService(
@@ -297,6 +311,8 @@ class _Call:
       fields[field] = tensors.parameter_value(parameter)
       if field in _LISTS:
         fields[field] = (fields[field],)
+    for name in fields.keys() & set(_MAPS):
+      fields[name] = _from_json(name, fields[name], limits)
     self.stream = _bool('stream', fields.pop('stream', False))
     fields.pop('triton_enable_empty_final_response', None)
     self.priority = _int32('priority', fields.pop('priority', 0))
@@ -309,7 +325,10 @@ class _Call:
       )
     self.echo = '' if without_input else str(self.prompt)
     self.sampling = (
-      _from_json(fields.pop('sampling_parameters', ''), limits) | fields
+      _from_json(
+        'sampling_parameters', fields.pop('sampling_parameters', ''), limits
+      )
+      | fields
     )
     self.outputs = {output.name for output in request.outputs} or {
       name for name, _, _ in describe.OUTPUTS
@@ -377,19 +396,20 @@ def _int32(name: str, value: Any) -> int:
   return value
 
 
-def _from_json(text: Any, limits: admission.Limits) -> dict[str, Any]:
+def _from_json(
+  name: str, text: Any, limits: admission.Limits
+) -> dict[str, Any]:
+  """Decodes an object that a field holds as JSON; nothing is an empty one."""
   if not text:
     return {}
   if isinstance(text, str):
-    limits.check('max_json_chars', len(text), 'sampling_parameters')
+    limits.check('max_json_chars', len(text), name)
   try:
     fields = json.loads(text)
   except (TypeError, ValueError, RecursionError) as error:
-    raise errors.InvalidRequestError(
-      f'sampling_parameters: is not JSON: {error}.'
-    ) from None
+    raise errors.InvalidRequestError(f'{name}: is not JSON: {error}.') from None
   if not isinstance(fields, dict):
     raise errors.InvalidRequestError(
-      f'sampling_parameters={errors.shown(text)}: must be an object.'
+      f'{name}={errors.shown(text)}: must be an object.'
     )
   return fields

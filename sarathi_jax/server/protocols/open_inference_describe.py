@@ -18,6 +18,7 @@ _DATATYPES = {
   _Kind.BOOL: 'BOOL',
   _Kind.STRINGS: 'BYTES',
   _Kind.IDS: 'INT32',
+  _Kind.BIAS: 'BYTES',  # of a JSON object
 }
 # Name, datatype, size (-1: any).
 _INPUTS = (

@@ -171,7 +171,11 @@ def sampling_of(
     InvalidRequestError: a value is out of range.
   """
   fields: dict[str, Any] = {
-    field.name: tuple(value) if field.is_repeated else value
+    field.name: dict(value)
+    if field.message_type is not None  # a map
+    else tuple(value)
+    if field.is_repeated
+    else value
     for field, value in message.ListFields()
   }
   if fields.pop('fill_context', False):

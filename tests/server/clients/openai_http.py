@@ -63,7 +63,7 @@ def main() -> None:
   except openai.APIStatusError as error:
     refused['top_logprobs=0'] = [error.status_code, str(error)]
   for name, value in (
-    ('frequency_penalty', 0.5),
+    ('frequency_penalty', 2.5),
     ('n', 2),
     ('logprobs', 3),
     ('temperature', -1),

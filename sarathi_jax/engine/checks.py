@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuses requests that ask for what a model does not have. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import numbers
+
+from sarathi_jax import errors
+from sarathi_jax import sampling_params
+from sarathi_jax import types
+from sarathi_jax.engine import info as info_lib
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+BadWords = tuple[tuple[int, ...], ...]
+
+
+def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
+  """Raises InvalidRequestError for token ids that the model does not have."""
+  sampling = request.sampling
+  for field, ids in (
+    ('prompt_token_ids', request.prompt_token_ids),
+    ('stop_token_ids', sampling.stop_token_ids),
+    ('allowed_token_ids', sampling.allowed_token_ids or ()),
+    ('bad_token_ids', sampling.bad_token_ids),
+    ('logit_bias', tuple(sampling.logit_bias or ())),
+  ):
+    for kind in set(map(type, ids)):
+      if kind is bool or not issubclass(kind, numbers.Integral):
+        bad = next(i for i in ids if type(i) is kind)
+        raise errors.InvalidRequestError(
+          f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
+          'must be integers.'
+        )
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+      bad = next(i for i in ids if not 0 <= i < info.vocab_size)
+      raise errors.InvalidRequestError(
+        f'{request.request_id}: {field} has the unknown token id {bad}; '
+        f'ids must be in [0, {info.vocab_size}).'
+      )
+
+
+def bad_words_of(
+  tokenizer: tokenizer_lib.Tokenizer | None, words: tuple[str, ...]
+) -> BadWords:
+  """Returns the token ids of each spelling of words.
+
+  Raises:
+    UnsupportedError: there is no tokenizer.
+    InvalidRequestError: they are too many, or too long.
+  """
+  if not words:
+    return ()
+  if tokenizer is None:
+    raise errors.UnsupportedError(
+      f'bad_words={errors.shown(words)}: this model has no '
+      'tokenizer; use bad_token_ids.'
+    )
+  found = tokenizer.spellings(words)
+  num_long = sum(len(ids) > 1 for ids in found)
+  if num_long > sampling_params.MAX_SPELLINGS:
+    raise errors.InvalidRequestError(
+      f'bad_words={errors.shown(words)}: must have at most '
+      f'{sampling_params.MAX_SPELLINGS} spellings of several tokens, and have '
+      f'{num_long}.'
+    )
+  longest = max(found, key=len, default=())
+  if len(longest) > sampling_params.MAX_SPELLING_TOKENS:
+    raise errors.InvalidRequestError(
+      f'bad_words={errors.shown(words)}: must have at most '
+      f'{sampling_params.MAX_SPELLING_TOKENS} tokens each, and '
+      f'{errors.shown(tokenizer.decode(longest))} has {len(longest)}.'
+    )
+  return found
+
+
+def check_some_are_left(
+  request: types.Request, bad_words: BadWords, eos_token_ids: Iterable[int]
+) -> None:
+  """Raises InvalidRequestError if no token that is allowed may be sampled.
+
+  Args:
+    request: the request.
+    bad_words: see `bad_words_of`.
+    eos_token_ids: the model's.
+  """
+  sampling = request.sampling
+  if sampling.allowed_token_ids is None:
+    return
+  ruled_out = {
+    *sampling.bad_token_ids,
+    *(ids[0] for ids in bad_words if len(ids) == 1),
+    *(
+      (*eos_token_ids, *sampling.stop_token_ids) if sampling.min_tokens else ()
+    ),
+  }
+  if ruled_out.issuperset(sampling.allowed_token_ids):
+    raise errors.InvalidRequestError(
+      f'{request.request_id}: allowed_token_ids='
+      f'{errors.shown(sampling.allowed_token_ids)}: all of them are ruled out '
+      'by bad_token_ids, bad_words or min_tokens.'
+    )
