@@ -177,24 +177,6 @@ def convert(
   return plan
 
 
-def verify(
-  folder: pathlib.Path, target: pathlib.Path, bar: Bar = no_bar
-) -> None:
-  """Compares a converted checkpoint with what it was made from, bit by bit.
-
-  Raises:
-    CheckpointError: a parameter differs, by name.
-  """
-  metadata = checkpoint.load_metadata(target)
-  with safetensors_reader.Reader(folder) as reader:
-    plan = make_plan(folder, reader, metadata.dtype, sampling_defaults=False)
-    if plan.model != metadata.model:
-      raise errors.CheckpointError(
-        f'{target}: is of another model than {folder}.'
-      )
-    compare(plan, target, reader, bar)
-
-
 def compare(
   plan: Plan, target: pathlib.Path, reader: safetensors_reader.Reader, bar: Bar
 ) -> None:

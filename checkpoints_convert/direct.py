@@ -25,7 +25,6 @@ class DirectParams:
 
   Args:
     folder: of the checkpoint.
-    dtype: of the parameters; None for what most of the checkpoint is in.
     sampling_defaults: see `convert.make_plan`.
     allow_nonfinite: whether they may be NaN or infinite.
 
@@ -39,7 +38,6 @@ class DirectParams:
   def __init__(
     self,
     folder: pathlib.Path,
-    dtype: str | None = None,
     *,
     sampling_defaults: bool = True,
     allow_nonfinite: bool = False,
@@ -48,7 +46,7 @@ class DirectParams:
     self._reader = safetensors_reader.Reader(folder)
     try:
       plan = convert.make_plan(
-        folder, self._reader, dtype, sampling_defaults=sampling_defaults
+        folder, self._reader, None, sampling_defaults=sampling_defaults
       )
       self.metadata: checkpoint.CheckpointMetadata = convert.metadata_of(plan)
     except BaseException:

@@ -169,7 +169,6 @@ def common(
   theta: float,
   eps: float,
   positions: int,
-  tied: bool = False,
 ) -> dict[str, Any]:
   """Takes the attributes that Llama-like families share; returns the fields.
 
@@ -179,7 +178,6 @@ def common(
     theta: the default of rope_theta.
     eps: the default of rms_norm_eps.
     positions: the default of max_position_embeddings.
-    tied: the default of tie_word_embeddings.
   """
   num_heads = attributes.size('num_attention_heads')
   hidden_size = attributes.size('hidden_size')
@@ -200,7 +198,7 @@ def common(
     norm_eps=attributes.take('rms_norm_eps', eps),
     activation=activation(attributes, 'hidden_act', 'silu'),
     rope=rope,
-    tie_word_embeddings=attributes.flag('tie_word_embeddings', tied),
+    tie_word_embeddings=attributes.flag('tie_word_embeddings', False),
   )
 
 

@@ -22,6 +22,8 @@ from sarathi_jax.models import parallel
 from sarathi_jax.models import spec
 from sarathi_jax.models import tree
 
+_MOST = 5  # names that a message has
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
@@ -212,6 +214,6 @@ def _missing(path: str, rules: Sequence[Rule]) -> str:
   return path
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-  more = f' and {len(names) - limit} more' if len(names) > limit else ''
-  return ', '.join(names[:limit]) + more
+def _some(names: Sequence[str]) -> str:
+  more = f' and {len(names) - _MOST} more' if len(names) > _MOST else ''
+  return ', '.join(names[:_MOST]) + more

@@ -25,6 +25,7 @@ from checkpoints_convert import convert
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import opening
+from tests.checkpoints_convert import bits
 from tests.checkpoints_convert import fake_checkpoint as fake
 
 
@@ -105,7 +106,7 @@ def test_who_comes_second_waits_and_takes_over_from_one_that_is_killed(
   assert said == [
     f'Another process converts {folder} into {found}; waiting for it ...'
   ]
-  convert.verify(folder, found)
+  bits.verify(folder, found)
   assert sorted(os.listdir(cache)) == [found.name]
 
 
@@ -129,7 +130,7 @@ def test_those_that_come_together_convert_once(tmp_path: pathlib.Path) -> None:
       )
     )
   assert len(set(found)) == 1 and len(converted) == 1
-  convert.verify(folder, found[0])
+  bits.verify(folder, found[0])
 
 
 def test_a_conversion_that_fails_fails_for_who_waits_for_it(

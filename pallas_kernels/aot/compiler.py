@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import functools
 import math
@@ -65,33 +65,6 @@ def placed(args: Any, device: str) -> Any:
     ),
     args,
   )
-
-
-def compile_for(
-  fn: Callable[..., Any], args: Sequence[Any], device: str, **jit_kwargs: Any
-) -> Any:
-  """Compiles a function for a GPU that is not here.
-
-  Args:
-    fn: to be jitted.
-    args: its positional arguments, trees of ShapeDtypeStruct.
-    device: 'a100', 'a40' or 'h100'.
-    **jit_kwargs: of jax.jit.
-
-  Returns:
-    The jax.stages.Compiled, to look at.
-
-  Raises:
-    ValueError, toolkit.UnavailableError: see `devices_for`.
-    jax.errors.JaxRuntimeError: XLA refuses it, for too much shared memory
-      among other reasons.
-  """
-  with on(device):
-    return (
-      jax.jit(fn, **jit_kwargs)
-      .lower(*placed(args, device))
-      .compile({'xla_gpu_cuda_data_dir': str(toolkit.find())})
-    )
 
 
 def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:

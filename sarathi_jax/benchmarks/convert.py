@@ -148,19 +148,20 @@ def run(path: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
 
 def main() -> None:
   console = rich.console.Console(highlight=False)
-  with (
-    tempfile.TemporaryDirectory(dir=FLAGS.folder) as name,
-    rich.progress.Progress(console=console, transient=True) as progress,
-  ):
+  with tempfile.TemporaryDirectory(dir=FLAGS.folder) as name:
     folder = pathlib.Path(name)
-    task = progress.add_task('Making a checkpoint', total=FLAGS.runs)
-    path = make_checkpoint(folder / 'hf', FLAGS.layers)
+    with console.status('Making a checkpoint'):
+      path = make_checkpoint(folder / 'hf', FLAGS.layers)
     gigabytes = path.stat().st_size / 1e9
-    progress.update(task, description='Copying and converting')
-    rows = []
-    for _ in range(FLAGS.runs):
-      rows.append(run(path, folder))
-      progress.advance(task)
+    rows = [
+      run(path, folder)
+      for _ in rich.progress.track(
+        range(FLAGS.runs),
+        'Copying and converting',
+        console=console,
+        transient=True,
+      )
+    ]
   shown = [{'run': str(i), **row} for i, row in enumerate(rows, 1)]
   medians = {
     key: statistics.median(row[key] for row in rows) for key in rows[0]

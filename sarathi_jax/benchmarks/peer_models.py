@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import os
 import pathlib
-import shutil
 import subprocess
-import tempfile
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.benchmarks import common
+from sarathi_jax.checkpoint import whole_folder
 
 WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
 SIZES = ('43m', '150m')
@@ -67,15 +65,8 @@ def _once(
   path: pathlib.Path, make: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
   """Makes a folder if it is not there; never leaves half of it."""
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(dir=path.parent))
-    try:
-      make(part)
-      part.chmod(0o755)
-      os.rename(part, path)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
+  if not path.is_dir():
+    whole_folder.make(path, make)
   return path
 
 

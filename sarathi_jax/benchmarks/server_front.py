@@ -68,41 +68,37 @@ class _Spent(NamedTuple):
 def make_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """Makes an engine without a model, with room for all."""
   return _make_engine(
-    config_lib.SchedulerConfig(
-      token_budget=2 * max_num_seqs,
-      max_num_seqs=max_num_seqs,
-      max_model_len=4096,
-      num_pages=max_num_seqs * 64,
-      page_size=64,
-    ),
     step_s,
     _VOCAB,
+    token_budget=2 * max_num_seqs,
+    max_num_seqs=max_num_seqs,
+    max_model_len=4096,
+    num_pages=max_num_seqs * 64,
+    page_size=64,
   )
 
 
 def make_roomy_engine(max_num_seqs: int, step_s: float) -> engine_lib.Engine:
   """Makes one with a tokenizer, which takes prompts of 100,000 tokens."""
-  page_size, max_model_len = 512, 2**17
   return _make_engine(
-    config_lib.SchedulerConfig(
-      token_budget=8192,
-      max_num_seqs=max_num_seqs,
-      max_model_len=max_model_len,
-      page_size=page_size,
-      num_pages=16 * max_model_len // page_size,
-    ),
     step_s,
     2048,
     tokenizer_lib.Tokenizer(hostile.TOKENIZER),
+    token_budget=8192,
+    max_num_seqs=max_num_seqs,
+    max_model_len=2**17,
+    page_size=512,
+    num_pages=16 * 2**17 // 512,
   )
 
 
 def _make_engine(
-  config: config_lib.SchedulerConfig,
   step_s: float,
   vocab_size: int,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
+  **fields: int,
 ) -> engine_lib.Engine:
+  config = config_lib.SchedulerConfig(**fields)  # type: ignore[arg-type]
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
     fake_runner.FakeRunner(vocab_size, config.max_num_seqs, step_s),

@@ -157,25 +157,17 @@ def main() -> None:
     prompt_lens=tuple(map(int, FLAGS.prompt_lens)),
     output_lens=tuple(map(int, FLAGS.output_lens)),
   )
-  with rich.progress.Progress(console=console, transient=True) as progress:
-    task = progress.add_task('Making weights', total=None)
+  with console.status('Making weights'):
     params = models.init_params(
       model, jax.random.key(0), jnp.dtype(dtype_of(config)), scale=0.06
     )
-
-    def on_compiled(done: int, total: int) -> None:
-      progress.update(
-        task, description='Compiling', completed=done, total=total
-      )
-
-    llm = llm_lib.LLM(
-      model, params, config=config, eos_token_ids=(), on_compiled=on_compiled
+  llm = llm_lib.LLM(model, params, config=config, eos_token_ids=())
+  rows = [
+    run(llm, workload, seed)
+    for seed in rich.progress.track(
+      range(FLAGS.runs + 1), 'Running', console=console, transient=True
     )
-    progress.reset(task, description='Running', total=FLAGS.runs + 1)
-    rows = []
-    for seed in range(FLAGS.runs + 1):
-      rows.append(run(llm, workload, seed))
-      progress.advance(task)
+  ]
   _report(console, config, llm, rows)
 
 

@@ -88,12 +88,6 @@ def load_llm(
       yield functools.partial(progress.advance, bar)
       progress.remove_task(bar)
 
-    def on_compiled(done: int, total: int) -> None:
-      tell('Compiling steps', done, total)
-
-    def on_loaded(done: int, total: int) -> None:
-      tell('Loading weights', done, total)
-
     def tell(what: str, done: int, total: int) -> None:
       progress.update(
         task,
@@ -132,8 +126,8 @@ def load_llm(
       convert=convert,
       model_name=model_name or served_name(checkpoint),
       leader=leader,
-      on_loaded=on_loaded,
-      on_compiled=on_compiled,
+      on_loaded=functools.partial(tell, 'Loading weights'),
+      on_compiled=functools.partial(tell, 'Compiling steps'),
       **options,
     )
     if leader is not None:

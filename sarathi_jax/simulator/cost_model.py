@@ -138,27 +138,21 @@ class CostModel:
 
   def with_host(self, host: Host) -> CostModel:
     """Returns the same model with another host."""
-    return CostModel(
-      self.model,
-      self.hardware,
-      tp=self.tp,
-      pp=self.pp,
-      host=host,
-      kv_cache_dtype=self.kv_cache_dtype,
-    )
+    return self._on(self.hardware, host)
 
   def with_hardware(self, hardware: hardware_lib.Hardware) -> CostModel:
     """Returns the same model on other hardware."""
+    return self._on(hardware, self.host)
+
+  def _on(self, hardware: hardware_lib.Hardware, host: Host) -> CostModel:
     return CostModel(
       self.model,
       hardware,
       tp=self.tp,
       pp=self.pp,
-      host=self.host,
+      host=host,
       kv_cache_dtype=self.kv_cache_dtype,
     )
-
-  # -- Time --
 
   def num_rows(self, num_tokens: int) -> int:
     """Returns the rows that a step computes, padding not counted."""
@@ -303,8 +297,6 @@ class CostModel:
   @property
   def lockstep(self) -> bool:
     return self.host.lockstep
-
-  # -- Memory --
 
   @property
   def weight_bytes(self) -> float:

@@ -37,15 +37,14 @@ class FittedCost:
 
   Args:
     model: predicts the steps of one device; it is not changed.
-    seed: the seed of what is drawn.
   """
 
   pp = 1
   lockstep = False
 
-  def __init__(self, model: step_time.StepTimeModel, seed: int = 0) -> None:
+  def __init__(self, model: step_time.StepTimeModel) -> None:
     self._model = model
-    self._random = random.Random(seed)
+    self._random = random.Random(0)
     self._factors: dict[tuple[int, bool], list[float]] = {}
     for load, seconds in model.recent:
       if (predicted := model.predict(load)) > 0:

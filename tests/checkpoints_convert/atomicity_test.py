@@ -14,6 +14,7 @@ from checkpoints_convert import convert
 from checkpoints_convert import staging
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
+from tests.checkpoints_convert import bits
 from tests.checkpoints_convert import fake_checkpoint as fake
 
 # Converts in a child of its own, which kills itself as it calls `moment` for
@@ -98,7 +99,7 @@ def test_killed_at_any_moment(tmp_path: pathlib.Path) -> None:
     'last 0',
   ], done.stderr
   # The last one went over what the killed ones left.
-  convert.verify(folder, target)
+  bits.verify(folder, target)
   assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
 
 

@@ -24,6 +24,7 @@ from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import parallel
+from tests.checkpoints_convert import bits
 from tests.checkpoints_convert import fake_checkpoint as fake
 
 
@@ -192,13 +193,13 @@ def test_verify_finds_a_flipped_bit(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf', 'bfloat16')
   target = tmp_path / 'out'
   convert.convert(folder, target)
-  convert.verify(folder, target)
+  bits.verify(folder, target)
   chunk = target / 'params' / 'layers.1.attn.k' / '0.0'
   stored = bytearray(chunk.read_bytes())
   stored[7] ^= 1
   chunk.write_bytes(stored)
   with pytest.raises(errors.CheckpointError, match=r'layers\.1\.attn\.k'):
-    convert.verify(folder, target)
+    bits.verify(folder, target)
 
 
 def test_verify_notices_a_change_while_converting(

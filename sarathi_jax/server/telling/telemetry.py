@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 
 from sarathi_jax import errors
 from sarathi_jax.engine import trace
@@ -45,14 +46,14 @@ class Telemetry:
   ) -> None:
     self._watch = watch
     self._engine_thread = engine_thread
-    self._closers: list[Callable[[], None]] = []
+    self._closing = contextlib.ExitStack()
     self._trace: trace.ChromeTrace | None = None
     observers: list[Observer] = []
     if config.request_log is not None:
       log = request_log.RequestLog(
         config.request_log, with_prompts=config.log_prompts
       )
-      self._closers.append(log.close)
+      self._closing.callback(log.close)
       observers.append(log)
     if config.trace_dir is not None:
       try:
@@ -62,12 +63,12 @@ class Telemetry:
           f"trace_dir={str(config.trace_dir)!r}: can't be written: "
           f'{error.strerror}.'
         ) from error
-      self._closers.append(file.close)
+      self._closing.callback(file.close)
       watch.add(file.thread.as_background)
       self._trace = trace.ChromeTrace(file.emit)
     if config.otlp_endpoint is not None:
       otlp = spans.Spans(config.otlp_endpoint)
-      self._closers.append(otlp.stop)
+      self._closing.callback(otlp.stop)
       watch.add(otlp.as_background)
       observers.append(otlp)
     self._collector: metrics.Collector | None = None
@@ -98,7 +99,7 @@ class Telemetry:
       server = metrics.MetricsServer(
         self._collector, config.host, self.metrics_port, tokens, config.tls
       )
-      self._closers.append(server.stop)
+      self._closing.callback(server.stop)
       self._watch.add(server.thread.as_background)
       self.metrics_port = server.port
 
@@ -109,5 +110,4 @@ class Telemetry:
 
   def stop(self) -> None:
     """Writes what is left."""
-    for close in reversed(self._closers):
-      close()
+    self._closing.close()

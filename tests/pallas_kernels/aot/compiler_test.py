@@ -58,12 +58,20 @@ def test_copies_of_the_cache_are_found(
     assert words in problem
 
 
+def compile_for(fn: Any, args: Any, device: str) -> Any:
+  """Compiles a function that may write to its first argument."""
+  with compiler.on(device):
+    return (
+      jax.jit(fn, donate_argnums=0)
+      .lower(*compiler.placed(args, device))
+      .compile({'xla_gpu_cuda_data_dir': str(toolkit.find())})
+    )
+
+
 @matmul.needs_wheels
-def test_compile_for_takes_options_of_jit() -> None:
+def test_a_donated_cache_is_written_in_place() -> None:
   kv = jax.ShapeDtypeStruct((64, 8, 64, 128), jnp.bfloat16)
-  compiled = compiler.compile_for(
-    lambda kv: kv.at[3].set(1), (kv,), 'h100', donate_argnums=0
-  )
+  compiled = compile_for(lambda kv: kv.at[3].set(1), (kv,), 'h100')
   assert not compiler.in_place_problems(compiled, kv, kv)
 
 
@@ -87,7 +95,7 @@ def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
   pages = jax.eval_shape(
     lambda: rpa.init_pages(512, 64, 8, 128, dtype, 'pallas_triton')
   )
-  compiled = compiler.compile_for(
+  compiled = compile_for(
     step,
     (
       pages,
@@ -97,6 +105,5 @@ def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
       (array(8), array(8, 16), array(9), array(2)),
     ),
     'a100',
-    donate_argnums=0,
   )
   assert not compiler.in_place_problems(compiled, pages, pages)
