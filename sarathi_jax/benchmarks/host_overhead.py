@@ -228,13 +228,12 @@ def main() -> None:
   cases = list(
     itertools.product(map(int, FLAGS.running), map(int, FLAGS.waiting))
   )
-  rows = []
   with rich.progress.Progress(console=console, transient=True) as progress:
     task = progress.add_task('Running', total=len(cases) * FLAGS.steps)
-    for case in cases:
-      rows.append(
-        measure(tokenizer, text, *case, on_step=lambda: progress.advance(task))
-      )
+    rows = [
+      measure(tokenizer, text, *case, on_step=lambda: progress.advance(task))
+      for case in cases
+    ]
   console.print(
     common.table(
       rows,
