@@ -179,7 +179,8 @@ def plot(
   axes.grid(alpha=0.3)
   for name, values in series.items():
     if values.count:
-      axes.plot([values.quantile(i / 100) for i in range(101)], label=name)
+      shown = [values.quantile(i / 100) or 0.0 for i in range(101)]
+      axes.plot(shown, label=name)
   if not axes.lines:
     raise errors.ConfigError(f'plot={path!r}: {title}: nothing was answered.')
   axes.legend()
