@@ -30,6 +30,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import settings
+from sarathi_jax.runner import weights as weights_lib
 from sarathi_jax.text import collector
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
@@ -131,9 +132,11 @@ class LLM:
         axis_names=axis_names,
         home=params_lib.devices_of(params),
       )
+      layout = placement.of_live(params_lib.dtype_of(params))
       self._start(
         model,
-        placement.place_live(model, mesh, params),
+        weights_lib.place_live(model, mesh, layout, params),
+        layout,
         mesh,
         config,
         on_compiled,
@@ -147,6 +150,7 @@ class LLM:
     self,
     model: model_config_lib.ModelConfig,
     placed: Params,
+    layout: placement.Layout,
     mesh: jax.sharding.Mesh,
     config: config_lib.EngineConfig,
     on_compiled: OnCompiled | None,
@@ -162,10 +166,10 @@ class LLM:
     self._leader = leader
     with progress.told(on_compiled, 'Compiling steps') as tell:
       self._runner = building.build_runner(
-        model, placed, mesh, config, tell, leader
+        model, placed, layout, mesh, config, tell, leader
       )
     self.engine = building.build_engine(model, self._runner, config, **engine)
-    self._dtype = jax.tree.leaves(placed)[0].dtype
+    self._dtype = layout.dtype
     self._ids = itertools.count()
     self._runs = runs_lib.Runs(self.engine, self._check_weights)
 
@@ -228,20 +232,17 @@ class LLM:
     with settings.own():
       mesh = make_mesh(metadata.model)
       dtype = placement.choose_dtype(config.dtype, metadata.dtype, mesh)
-      memory.check_weights(metadata.model, config, mesh, dtype)
+      layout = placement.of_checkpoint(mesh, dtype)
+      memory.check_weights(metadata.model, config, mesh, layout)
       with progress.told(on_loaded, 'Loading weights') as tell:
-        placed = placement.load(
-          metadata.model,
-          mesh,
-          dtype,
-          opened.read,
-          transpose=placement.transposes(mesh),
-          on_loaded=tell,
+        placed = weights_lib.load(
+          metadata.model, mesh, layout, opened.read, on_loaded=tell
         )
       llm = object.__new__(cls)
       llm._start(
         metadata.model,
         placed,
+        layout,
         mesh,
         config,
         on_compiled,
@@ -364,7 +365,7 @@ class LLM:
       settings.own(),
     ):
       self.engine.invalidate_cache()
-      self._runner.load_params(self._dtype, opened.read)
+      self._runner.load_params(opened.read)
 
   @property
   def num_compiled(self) -> int:

@@ -84,7 +84,11 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   dtype = placement.choose_dtype(config.dtype, 'float32', mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
   programs = building.step_programs(
-    model, mesh, config, dtype=dtype, kv_dtype=kv_dtype
+    model,
+    mesh,
+    config,
+    layout=placement.of_checkpoint(mesh, dtype),
+    kv_dtype=kv_dtype,
   )
 
   def plan(temporaries: int) -> memory.MemoryPlan:
@@ -93,7 +97,6 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
       config,
       mesh,
       programs,
-      dtype=dtype,
       kv_dtype=kv_dtype,
       temporaries=temporaries,
       device_bytes=None,

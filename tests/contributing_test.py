@@ -30,6 +30,7 @@ def test_each_kind_of_addition_has_its_proof() -> None:
     'A model',
     'A sampling field',
     'A kernel',
+    'A way to keep weights',
     'A protocol',
     'A device',
   ]

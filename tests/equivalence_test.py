@@ -28,6 +28,7 @@ from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs
+from sarathi_jax.runner import weights
 from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
@@ -57,7 +58,7 @@ def make_runner(
   params,
   attention: str,
   *,
-  transpose: bool = False,
+  as_read: bool = False,
   most_tokens: int = UNLIMITED + MAX_SEQS,
 ) -> device_runner.DeviceRunner:
   config = config_lib.EngineConfig(
@@ -68,9 +69,16 @@ def make_runner(
     attention=attention,
   )
   mesh = mesh_lib.make()
+  dtype = params['embed'].dtype
+  layout = (
+    placement.of_checkpoint(mesh, dtype)
+    if as_read
+    else placement.of_live(dtype)
+  )
   return device_runner.DeviceRunner(
     MODEL,
-    placement.place_live(MODEL, mesh, params, transpose=transpose),
+    weights.place_live(MODEL, mesh, layout, params),
+    layout,
     mesh,
     config,
     lambda max_model_len: most_tokens,
@@ -90,11 +98,11 @@ def kernel_runner(params) -> device_runner.DeviceRunner:
 
 
 @pytest.fixture(scope='module')
-def transposed_runner(params) -> device_runner.DeviceRunner:
+def read_runner(params) -> device_runner.DeviceRunner:
   """As a checkpoint of a large model is served on a CPU."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, '_LARGE', 0)
-    runner = make_runner(params, 'xla', transpose=True)
+    patch.setattr(programs, 'LARGE', 0)
+    runner = make_runner(params, 'xla', as_read=True)
   assert [runner.num_rows(n) for n in (1, 2, 5)] == [1, 4, 8]
   return runner
 
@@ -193,8 +201,8 @@ def test_the_kernel_computes_the_same(
     (UNLIMITED, SCARCE, True),
   ],
 )
-def test_transposed_matrices_compute_the_same(
-  transposed_runner,
+def test_weights_as_they_are_read_compute_the_same(
+  read_runner,
   requests,
   expected,
   policy,
@@ -203,7 +211,7 @@ def test_transposed_matrices_compute_the_same(
   look_ahead,
 ):
   test_tokens_do_not_depend_on_how_they_are_computed(
-    transposed_runner,
+    read_runner,
     requests,
     expected,
     policy,
@@ -285,7 +293,12 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
     num_pages=PLENTY,
   )
   runner = device_runner.DeviceRunner(
-    MODEL, nudged, mesh_lib.make(), config, lambda max_model_len: 64
+    MODEL,
+    nudged,
+    placement.of_live(jnp.float32),
+    mesh_lib.make(),
+    config,
+    lambda max_model_len: 64,
   )
   got, _ = run_engine(
     runner,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import weights
 from tests import naive
 
 MAX_LEN = 64
@@ -75,6 +78,39 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     bias=True,
   ),
 }
+F32 = jnp.dtype(jnp.float32)
+LIVE = placement.of_live(F32)
+MERGED = placement.Layout(F32, placement.transposed, merged=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+  """A matrix as quantized ones are kept, but exact: by powers of two."""
+
+  values: Any
+  scale: Any
+
+  @classmethod
+  def axes(cls) -> Scaled:
+    return cls((matrices.IN, matrices.OUT), (matrices.IN, matrices.OUT))
+
+  @classmethod
+  def of(cls, w: Any) -> Scaled:
+    scale = 1 + 3 * (abs(w).max(-2, keepdims=True) > 0.9).astype(w.dtype)
+    return cls(w / scale, scale)
+
+  def multiply(self, x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.matmul(x, self.values, preferred_element_type=dtype) * self.scale
+
+
+SCALED = placement.Layout(
+  F32,
+  lambda name, leaf: (
+    Scaled if len(leaf.shape) > 1 and leaf.axes[0] != 'vocab' else None
+  ),
+  merged=True,
+)
 # tp, pp. A push has each kind, and the largest.
 MESHES = [
   (2, 1),
@@ -115,7 +151,7 @@ def make_runner(
   token_budget: int = MAX_SEQS,
   attention: str = 'xla',
   kv_cache_dtype: str = 'auto',
-  transpose: bool = False,
+  layout: placement.Layout = LIVE,
 ) -> device_runner.DeviceRunner:
   """One program, or two, of 8 and 16 tokens, which meet in the pipeline."""
   model = MODELS[name]
@@ -124,7 +160,8 @@ def make_runner(
   mesh = mesh_lib.make(parallelism)
   return device_runner.DeviceRunner(
     model,
-    placement.place_live(model, mesh, make_params(name), transpose=transpose),
+    weights.place_live(model, mesh, layout, make_params(name)),
+    layout,
     mesh,
     config_lib.EngineConfig(
       token_budget=token_budget,
@@ -200,17 +237,36 @@ def test_tokens_do_not_depend_on_the_mesh(
 
 
 @pytest.mark.parametrize(
-  ('tp', 'pp', 'transpose'),
-  [pytest.param(4, 1, False, marks=pytest.mark.slow), (2, 2, True)],
+  ('tp', 'pp', 'layout'),
+  [pytest.param(4, 1, LIVE, marks=pytest.mark.slow), (2, 2, MERGED)],
 )
 @pytest.mark.parametrize('name', MODELS)
-def test_every_family_runs_on_a_mesh(name, tp, pp, transpose):
+def test_every_family_runs_on_a_mesh(name, tp, pp, layout):
   check(
     name,
-    make_runner(name, tp, pp, transpose=transpose),
+    make_runner(name, tp, pp, layout=layout),
     num_pages=SCARCE,
     look_ahead=True,
   )
+
+
+def test_merged_matrices_compute_the_same_on_one_device():
+  """With rows that leave the last layer, and without."""
+  check(
+    'qwen',
+    make_runner('qwen', 1, 1, 16, layout=MERGED),
+    num_pages=SCARCE,
+    look_ahead=True,
+    token_budget=16,
+  )
+
+
+def test_a_way_to_keep_matrices_is_one_class():
+  """Experts', too: all else takes it from there."""
+  runner = make_runner('mixtral', 2, 2, layout=SCALED)
+  check('mixtral', runner, num_pages=PLENTY, look_ahead=True)
+  of_two = [x for x in runner._leaves if x.shape[-2:] == (1, 48)]
+  assert of_two and all({1.0, 4.0} == set(x.ravel().tolist()) for x in of_two)
 
 
 def test_the_kernel_runs_on_a_mesh():

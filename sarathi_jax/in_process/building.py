@@ -159,21 +159,22 @@ def step_programs(
   mesh: Mesh,
   config: config_lib.EngineConfig,
   *,
-  dtype: Any,
+  layout: placement.Layout,
   kv_dtype: Any,
 ) -> programs_lib.StepPrograms:
   """Returns the uncompiled steps of a deployment; its devices may be absent.
 
   Args:
     model, mesh, config: the deployment.
-    dtype, kv_dtype: dtypes of the weights and of the cache.
+    layout: how the weights lie.
+    kv_dtype: dtype of the cache.
   """
   max_model_len = config.max_model_len or model.context_len
   return programs_lib.StepPrograms(
     model,
     mesh,
     config,
-    dtype=dtype,
+    layout=layout,
     kv_dtype=kv_dtype,
     max_model_len=max_model_len,
     max_step_tokens=scheduler_lib.max_step_tokens(config, max_model_len),
@@ -183,6 +184,7 @@ def step_programs(
 def build_runner(
   model: model_config_lib.ModelConfig,
   params: Any,
+  layout: placement.Layout,
   mesh: Mesh,
   config: config_lib.EngineConfig,
   on_compiled: OnCompiled,
@@ -193,6 +195,7 @@ def build_runner(
   Args:
     model: the model.
     params: its weights, placed on the mesh; see `runner.placement`.
+    layout: how they lie.
     mesh: of `make_mesh`.
     config: of the engine.
     on_compiled: told of the progress.
@@ -215,6 +218,7 @@ def build_runner(
     return device_runner.DeviceRunner(
       model,
       params,
+      layout,
       mesh,
       config,
       functools.partial(scheduler_lib.max_step_tokens, config),

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 import dataclasses
+import re
 from typing import Any
 
 import rich.box
@@ -104,7 +106,7 @@ def check(
       dataclasses.replace(
         config, attention=config.attention or 'pallas_triton'
       ),
-      dtype=dtype,
+      layout=placement.of_checkpoint(mesh, dtype),
       kv_dtype=kv_dtype,
     )
 
@@ -114,7 +116,6 @@ def check(
         config,
         mesh,
         programs,
-        dtype=dtype,
         kv_dtype=kv_dtype,
         temporaries=temporaries,
         device_bytes=int(target.memory_bytes * xla_flags.MEMORY_FRACTION),
@@ -140,6 +141,7 @@ def check(
   problems = [
     *case.problems,
     *compiler.in_place_problems(case.compiled, state, state.kv),
+    *matrix_problems(case.compiled.as_text(), model.hidden_size),
   ]
   if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
     problems.append(
@@ -158,6 +160,24 @@ def check(
     collectives.read(case.compiled.as_text()),
     _least_sent(model, parallelism, programs.layouts[size], dtype),
   )
+
+
+def matrix_problems(text: str, hidden_size: int) -> list[str]:
+  """Names matrices of weights that a step puts together before it multiplies.
+
+  XLA does so to make one product of several; where the product is no kernel of
+  its own, all of them are copied in each step.
+
+  Args:
+    text: the step's optimized HLO.
+    hidden_size: D, of which such matrices have as many rows, or columns.
+  """
+  shape = rf'(?:{hidden_size},\d+|\d+,{hidden_size})'
+  found = re.findall(rf'= (\w*f\d+\w*\[{shape}\])\S* concatenate\(', text)
+  return [
+    f'{count} matrices {shape} of weights are put together in each step'
+    for shape, count in collections.Counter(found).items()
+  ]
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:

@@ -118,20 +118,18 @@ def attention(
   """
 
   def heads(name: str, x: jax.Array) -> jax.Array:
-    split = layers.project(params, name, x).reshape(
-      x.shape[0], -1, config.head_dim
-    )
+    split = x.reshape(x.shape[0], -1, config.head_dim)
     norm = params.get(f'{name}_norm')
     return (
       split if norm is None else layers.rms_norm(norm, split, config.norm_eps)
     )
 
-  asking = context.take(x)
+  q, k, v = layers.project_group(params, 'qkv', x, context.take)
   cos, sin = context.rotation
-  q = rope.apply(heads('q', asking), (context.take(cos), context.take(sin)))
-  k = rope.apply(heads('k', x), context.rotation)
-  out, layer_kv = context.attend(layer_kv, q, k, heads('v', x))
-  out = out.reshape(asking.shape[0], -1)
+  q = rope.apply(heads('q', q), (context.take(cos), context.take(sin)))
+  k = rope.apply(heads('k', k), context.rotation)
+  out, layer_kv = context.attend(layer_kv, q, k, heads('v', v))
+  out = out.reshape(q.shape[0], -1)
   return layers.project_out(params, 'o', out, context.shards), layer_kv
 
 

@@ -64,6 +64,35 @@ def project(
   return _add_bias(matrices.matmul(x, params[name]), params.get(f'{name}_bias'))
 
 
+def project_group(
+  params: Params,
+  group: str,
+  x: Float[Array, 'T D'],
+  take_first: Callable[[jax.Array], jax.Array] = lambda rows: rows,
+) -> list[Float[Array, 'rows columns']]:
+  """Returns `project` of each matrix of a group; in one product if it is one.
+
+  Args:
+    params: has the matrices, or the group.
+    group: of `spec.GROUPS`.
+    x: rows.
+    take_first: takes the rows that the first matrix is to multiply. In a group
+      that is one, it multiplies all, and the others are dropped.
+  """
+  names = spec.GROUPS[group]
+  if group not in params:
+    first, *others = names
+    return [
+      project(params, first, take_first(x)),
+      *(project(params, name, x) for name in others),
+    ]
+  first, *others = params[group].multiply(x)
+  return [
+    _add_bias(out, params.get(f'{name}_bias'))
+    for name, out in zip(names, [take_first(first), *others], strict=True)
+  ]
+
+
 def project_out(
   params: Params, name: str, x: Float[Array, 'T rows'], shards: sharding.Shards
 ) -> Float[Array, 'T D']:
@@ -86,8 +115,8 @@ def gated_mlp(
   shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'T D']:
   """Returns down(act(gate(x)) * up(x)), as in Llama; on a shard, a part."""
-  gate = ACTIVATIONS[activation](project(params, 'gate', x))
-  return project_out(params, 'down', gate * project(params, 'up', x), shards)
+  gate, up = project_group(params, 'gate_up', x)
+  return project_out(params, 'down', ACTIVATIONS[activation](gate) * up, shards)
 
 
 def plain_mlp(

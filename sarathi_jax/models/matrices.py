@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multiplies by matrices of weights the way that suits their layout in memory.
+"""Multiplies by matrices of weights, however these lie in memory.
 
-On a CPU, XLA multiplies x @ W in panels of W, which it first copies to be able
-to read them: with the few rows of decodes, that takes a third of the time. In
-W^T @ x^T it copies panels of x^T, which are few, and reads W^T in place.
+`matmul` is the one place where a weight is multiplied. A matrix is an array, or
+a node of params: a class with the methods of `Matrix`, which has all there is
+to know of it. Nodes may have arrays of any dtype; what is multiplied, and the
+product, are in the model's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
-from typing import Any
+import itertools
+from typing import Any, Protocol, Self
 
 import jax
 from jax import lax
@@ -20,36 +23,103 @@ from jaxtyping import Array, Float
 # a large one.
 _FEW_ROWS = 256
 
+IN, OUT = -2, -1  # a matrix's axes, behind those of experts
+
+
+class Matrix(Protocol):
+  """A way to keep a matrix [..., in, out]: a dataclass of arrays, registered.
+
+  Each array has all axes of the matrix, in whatever order. On a mesh each
+  device makes its own part of the node from its part of the matrix.
+  """
+
+  @classmethod
+  def axes(cls) -> Self:
+    """Returns for each array the matrix's axes that its last two follow."""
+
+  @classmethod
+  def of(cls, w: Any) -> Self:
+    """Makes the node of a matrix, a NumPy array or a jax.Array, as it is."""
+
+  def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
+    """Returns x @ w, [..., T, out], summed in `dtype`."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transposed:
-  """A matrix [in, out] that is kept as an array [out, in]: a node of params.
+  """A matrix that is kept as an array [..., out, in].
+
+  On a CPU, XLA multiplies x @ W in panels of W, which it first copies to be
+  able to read them: with the few rows of decodes, that takes a third of the
+  time. In W^T @ x^T it copies panels of x^T, which are few, and reads W^T in
+  place.
 
   Attributes:
-    array: [out, in]; or what stands for it in a tree, such as a spec.
+    array: [..., out, in]; or what stands for it in a tree, such as a spec.
   """
 
   array: Any
 
+  @classmethod
+  def axes(cls) -> Transposed:
+    return cls((OUT, IN))
+
+  @classmethod
+  def of(cls, w: Any) -> Transposed:
+    return cls(w.swapaxes(IN, OUT))
+
+  def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
+    def by_rows(x: Array, w: Array) -> Array:
+      return jnp.matmul(x, w.swapaxes(IN, OUT), preferred_element_type=dtype)
+
+    def by_columns(x: Array, w: Array) -> Array:
+      # Without barriers XLA swaps the operands back.
+      columns = lax.optimization_barrier(x.swapaxes(IN, OUT))
+      out = jnp.matmul(w, columns, preferred_element_type=dtype)
+      return lax.optimization_barrier(out).swapaxes(IN, OUT)
+
+    if x.shape[IN] > _FEW_ROWS:
+      return by_rows(x, self.array)
+    out: Array = lax.platform_dependent(
+      x, self.array, cpu=by_columns, default=by_rows
+    )
+    return out
+
 
 def matmul(
-  x: Float[Array, 'T in'],
-  w: Float[Array, 'in out'] | Transposed,
-  dtype: Any = None,
-) -> Float[Array, 'T out']:
-  """Returns x @ w.
+  x: Float[Array, '... T in'], w: Any, dtype: Any = None
+) -> Float[Array, '... T out']:
+  """Returns x @ w; both may have the same axes in front, such as experts'.
 
   Args:
     x: rows.
-    w: the matrix.
-    dtype: of the sums and the result; None: the arguments'.
+    w: the matrix [..., in, out]: an array, or a `Matrix`.
+    dtype: of the sums and the result; None: that of x.
   """
-  if not isinstance(w, Transposed):
+  if not hasattr(w, 'multiply'):
     return jnp.matmul(x, w, preferred_element_type=dtype)
-  if x.shape[0] > _FEW_ROWS:
-    return jnp.matmul(x, w.array.T, preferred_element_type=dtype)
-  # Without barriers XLA swaps the operands back.
-  columns = lax.optimization_barrier(x.T)
-  out = jnp.matmul(w.array, columns, preferred_element_type=dtype)
-  return lax.optimization_barrier(out).T
+  product: Array = w.multiply(x, x.dtype if dtype is None else dtype)
+  return product
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class SideBySide:
+  """Matrices that multiply the same rows, kept as one.
+
+  Attributes:
+    matrix: all columns, an array or a `Matrix`. On a mesh each device has its
+      columns of each.
+    widths: the numbers of columns of one device.
+  """
+
+  matrix: Any
+  widths: tuple[int, ...] = dataclasses.field(metadata={'static': True})
+
+  def multiply(
+    self, x: Float[Array, 'T in']
+  ) -> Iterable[Float[Array, 'T columns']]:
+    """Returns x @ each of them."""
+    ends = list(itertools.accumulate(self.widths))[:-1]
+    return jnp.split(matmul(x, self.matrix), ends, axis=OUT)

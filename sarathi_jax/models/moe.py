@@ -46,11 +46,14 @@ def moe(
 ) -> Float[Array, 'T D']:
   """Returns the weighted sum of the experts' gated MLPs; on a shard, a part."""
   weights = route(config, params['router'], x)
+  # Each expert's own rows: of rows that all share, XLA on GPUs would make one
+  # product, and to that end copy all experts' matrices in each step.
+  rows = jnp.broadcast_to(x, (weights.shape[1], *x.shape))
   gate = layers.ACTIVATIONS[config.activation](
-    jnp.einsum('td,edf->etf', x, params['gate'])
+    matrices.matmul(rows, params['gate'])
   )
-  inner = gate * jnp.einsum('td,edf->etf', x, params['up'])
-  out = jnp.einsum('etf,efd->etd', inner, params['down'])
+  inner = gate * matrices.matmul(rows, params['up'])
+  out = matrices.matmul(inner, params['down'])
   weighted = out.astype(jnp.float32) * weights.T[:, :, None]
   return jnp.sum(weighted, axis=0).astype(x.dtype)
 

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
+
+# Matrices that multiply the same rows, and the name of all of them where they
+# are kept as one (`matrices.SideBySide`).
+GROUPS: Mapping[str, tuple[str, ...]] = {
+  'qkv': ('q', 'k', 'v'),
+  'gate_up': ('gate', 'up'),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

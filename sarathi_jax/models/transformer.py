@@ -116,7 +116,8 @@ def forward(
   Args:
     config: the model.
     params: as `param_specs` says, in one dtype. Matmuls and the residual
-      stream use that; norms, softmax and rotations are in float32.
+      stream use that; norms, softmax and rotations are in float32. Matrices
+      may be nodes, see `matrices`, and those of a group of `spec` be one.
     kv: what `attend` keeps, one a layer. `[None] * L` for `causal_attend`.
     tokens: ids.
     positions: of the tokens in their sequences.
@@ -225,11 +226,9 @@ def unembed(
 
   On a shard, computes those of its part of the vocabulary.
   """
-  if config.tie_word_embeddings:
-    return jnp.einsum(
-      'sd,vd->sv',
-      hidden,
-      shards.head_rows(params['embed']),
-      preferred_element_type=jnp.float32,
-    )
-  return matrices.matmul(hidden, params['lm_head'], jnp.float32)
+  head = (
+    matrices.Transposed(shards.head_rows(params['embed']))
+    if config.tie_word_embeddings
+    else params['lm_head']
+  )
+  return matrices.matmul(hidden, head, jnp.float32)

@@ -31,6 +31,7 @@ from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.runner import settings
 from sarathi_jax.runner import state as state_lib
+from sarathi_jax.runner import weights as weights_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
 OnCompiled = programs_lib.OnCompiled
@@ -76,6 +77,7 @@ class DeviceRunner:
   Args:
     model: the model.
     params: its weights, placed on the mesh (`placement`).
+    layout: how they lie.
     mesh: a mesh ('pp', 'tp'), see `mesh`.
     config: the engine's configuration.
     max_step_tokens: returns the most tokens of a step of the scheduler's
@@ -101,6 +103,7 @@ class DeviceRunner:
     self,
     model: model_config_lib.ModelConfig,
     params: Params,
+    layout: placement.Layout,
     mesh: Mesh,
     config: config_lib.EngineConfig,
     max_step_tokens: Callable[[int], int],
@@ -111,13 +114,12 @@ class DeviceRunner:
   ) -> None:
     self._model = model
     self._leaves: list[jax.Array] = jax.tree.leaves(params)
-    self._transposed = placement.are_transposed(params)
+    self._layout = layout
     self.mesh = mesh
     self._leader = leader
     devices = mesh.local_devices
-    dtype = self._leaves[0].dtype
     kv_dtype = kv_cache.choose_dtype(
-      config.kv_cache_dtype, dtype, devices[0].platform
+      config.kv_cache_dtype, layout.dtype, devices[0].platform
     )
     context = config.max_model_len or model.context_len
     # The reference is a loop in Python, for tests of the others.
@@ -134,11 +136,10 @@ class DeviceRunner:
         model,
         mesh,
         config,
-        dtype=dtype,
+        layout=layout,
         kv_dtype=kv_dtype,
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens(max_model_len),
-        transposed=self._transposed,
       )
 
     with jax.default_device(devices[0]):
@@ -271,11 +272,7 @@ class DeviceRunner:
       Exception: they could not be moved; the old ones stay.
     """
     place = functools.partial(
-      placement.place_live,
-      self._model,
-      self.mesh,
-      params,
-      transpose=self._transposed,
+      weights_lib.place_live, self._model, self.mesh, self._layout, params
     )
     try:
       placed = place()
@@ -291,21 +288,11 @@ class DeviceRunner:
         ) from fault
     self._leaves = jax.tree.leaves(placed)
 
-  def load_params(self, dtype: Any, read: params_reader.Read) -> None:
-    """Replaces the weights by those that `read` reads, converted to `dtype`.
-
-    Args:
-      dtype: a NumPy dtype, such as jnp.dtype('bfloat16').
-      read: reads them.
-    """
+  def load_params(self, read: params_reader.Read) -> None:
+    """Replaces the weights by those that `read` reads, in the same dtype."""
     self._leaves = jax.tree.leaves(
-      placement.load(
-        self._model,
-        self.mesh,
-        dtype,
-        read,
-        transpose=self._transposed,
-        old=self._leaves,
+      weights_lib.load(
+        self._model, self.mesh, self._layout, read, old=self._leaves
       )
     )
 

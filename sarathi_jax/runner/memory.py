@@ -86,17 +86,17 @@ def check_weights(
   model: model_config_lib.ModelConfig,
   config: config_lib.EngineConfig,
   mesh: jax.sharding.Mesh,
-  dtype: Any,
+  layout: placement.Layout,
 ) -> None:
   """Raises ConfigError if a device, or a CPU's machine, can't hold its weights.
 
   Call it before any are read. What else is needed is known later.
   """
-  needed = placement.bytes_of(placement.shapes(model, mesh, dtype))
+  needed = placement.bytes_of(placement.shapes(model, mesh, layout))
   for device in mesh.local_devices:
     stats = device.memory_stats()
     if stats is None:  # A CPU's, which can't tell.
-      _check_machine(config, needed * len(mesh.local_devices), dtype)
+      _check_machine(config, needed * len(mesh.local_devices), layout.dtype)
       return
     usable = stats.get('bytes_limit', math.inf) * config.memory_utilization
     config_lib.check(
@@ -132,7 +132,6 @@ def plan(
   mesh: jax.sharding.Mesh,
   programs: programs_lib.StepPrograms,
   *,
-  dtype: Any,
   kv_dtype: Any,
   temporaries: int,
   device_bytes: int | None,
@@ -141,13 +140,13 @@ def plan(
 
   Args:
     model, config, mesh, programs: the deployment.
-    dtype, kv_dtype: dtypes of the weights and of the cache.
+    kv_dtype: dtype of the cache.
     temporaries: of the largest step, see `programs.extra_bytes`.
     device_bytes: memory of a device that JAX has; None where it can't tell.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   context = config.max_model_len or model.context_len
-  weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
+  weights = placement.bytes_of(programs.weights)
   state = programs.state_bytes
   stats = (
     None

@@ -14,20 +14,13 @@ import jax.numpy as jnp
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import tree as tree_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 
 _BOX = 'value'  # The name of the array in flax's boxes, such as nnx.Param.
 _MOST_OUTER = 2  # Outer keys that a message names: {'params': ...}.
 _DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  leaves, _ = jax.tree.flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    for path, leaf in leaves
-  }
 
 
 def check_params(
@@ -48,7 +41,7 @@ def check_params(
       dtype. Names it, and says what to hand over if the tree is nearly right.
   """
   tree = models.param_specs(model)
-  specs, leaves = _named_leaves(tree), _named_leaves(params)
+  specs, leaves = tree_lib.named_leaves(tree), tree_lib.named_leaves(params)
   if not leaves or '' in leaves:  # '' names a tree that is one leaf.
     raise errors.ConfigError(
       f'params: is a {type(params).__name__}; must be a tree of arrays, as '
@@ -74,7 +67,7 @@ def check_params(
       )
   for name, leaf in leaves.items():
     _check_leaf(name, leaf, specs[name].shape, dtype)
-    dtype = leaf.dtype  # All as the first one.
+  dtype_of(leaves)
   return jax.tree.unflatten(
     jax.tree.structure(tree), [leaves[name] for name in specs]
   )
@@ -124,6 +117,24 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
         f'{"; ".join(remedies)}.'
       )
   return None
+
+
+def dtype_of(params: Params) -> Any:
+  """Returns the dtype of all arrays.
+
+  Raises:
+    ConfigError: there are several. Names an array of each.
+  """
+  found = {
+    leaf.dtype: name for name, leaf in tree_lib.named_leaves(params).items()
+  }
+  if len(found) > 1:
+    raise errors.ConfigError(
+      'params: must be in one dtype, which is computed in; '
+      + ', '.join(f'{name} is {dtype}' for dtype, name in found.items())
+      + '.'
+    )
+  return next(iter(found))
 
 
 def devices_of(params: Params) -> set[jax.Device]:

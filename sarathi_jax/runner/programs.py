@@ -50,16 +50,17 @@ class StepPrograms:
 
   Args:
     model, mesh, config: the deployment.
-    dtype, kv_dtype: dtypes of the weights and of the cache.
+    layout: how the weights lie.
+    kv_dtype: dtype of the cache.
     max_model_len: the most tokens of a sequence.
     max_step_tokens: the most tokens of a step.
-    transposed: whether weights are transposed, see `placement.places`.
 
   Attributes:
     sizes: the steps' numbers of tokens, ascending.
     others: the numbers of the other programs.
     layouts: size -> the layout of its batches.
     pages_per_seq: P.
+    weights: the weights on the mesh, as ShapeDtypeStruct.
   """
 
   def __init__(
@@ -68,20 +69,19 @@ class StepPrograms:
     mesh: Mesh,
     config: config_lib.EngineConfig,
     *,
-    dtype: Any,
+    layout: placement.Layout,
     kv_dtype: Any,
     max_model_len: int,
     max_step_tokens: int,
-    transposed: bool = False,
   ) -> None:
     max_num_seqs = config.max_num_seqs
     is_cpu = mesh.devices.flat[0].platform == 'cpu'
-    weights = placement.bytes_of(placement.shapes(model, mesh, dtype))
+    self.weights = placement.shapes(model, mesh, layout)
     self.sizes = batch_lib.ladder(
       max_step_tokens,
       max_num_seqs,
       fine=is_cpu,
-      small=is_cpu and weights >= LARGE,
+      small=is_cpu and placement.bytes_of(self.weights) >= LARGE,
     )
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
@@ -101,10 +101,9 @@ class StepPrograms:
     }
     self._model = model
     self._mesh = mesh
-    self._dtype = dtype
+    self._dtype = layout.dtype
     self._kv_dtype = kv_dtype
     self._config = config
-    self._transposed = transposed
     num_adjusted = config.num_adjusted_seqs(model.vocab_size)
     self.others = (SET_UP,) if num_adjusted else ()
     self._steps: dict[int, Any] = {}
@@ -141,7 +140,7 @@ class StepPrograms:
       return self._lower_set_up(num_pages)
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
-    leaves, treedef = jax.tree.flatten(self._weights())
+    leaves, treedef = jax.tree.flatten(self.weights)
     spec = self._spec(size, state)
 
     def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
@@ -179,7 +178,7 @@ class StepPrograms:
     )
     return jax.jit(
       set_up, donate_argnames='state', out_shardings=(lies, everywhere)
-    ).lower(jax.tree.leaves(self._weights()), state, ints)
+    ).lower(jax.tree.leaves(self.weights), state, ints)
 
   def compile(
     self,
@@ -267,12 +266,6 @@ class StepPrograms:
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
 
-  def _weights(self) -> Any:
-    """Returns the weights as ShapeDtypeStruct."""
-    return placement.shapes(
-      self._model, self._mesh, self._dtype, self._transposed
-    )
-
   def _spec(self, size: int, state: state_lib.DeviceState) -> step.StepSpec:
     return step.StepSpec(
       self._model,
@@ -280,7 +273,8 @@ class StepPrograms:
       self.layouts[size],
       self._config.page_size,
       self._config.attention,
-      jax.tree.map(lambda leaf: leaf.sharding, state),
+      self._dtype,
+      *jax.tree.map(lambda leaf: leaf.sharding, (self.weights, state)),
     )
 
   def _facts(
@@ -291,7 +285,7 @@ class StepPrograms:
     return (
       size if size in self.others else self._spec(size, state),
       state,
-      self._weights(),
+      self.weights,
       sorted((options or {}).items()),
     )
 

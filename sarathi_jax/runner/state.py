@@ -72,7 +72,8 @@ def shapes(
     model, mesh, config: the deployment.
     num_pages: pages of the cache.
     max_tokens: the most tokens of a step.
-    dtype, kv_dtype: dtypes of the weights and of the cache.
+    dtype: that the model computes in.
+    kv_dtype: of the cache.
 
   Raises:
     NotImplementedError: attention doesn't support such pages.

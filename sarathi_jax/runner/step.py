@@ -31,7 +31,6 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import paged
-from sarathi_jax.runner import placement
 from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import state as state_lib
 
@@ -49,6 +48,8 @@ class StepSpec:
     layout: of the batches.
     page_size: tokens in a page.
     attention: implementation of ragged_paged_attention; None picks one.
+    dtype: that the model computes in.
+    weights: the sharding of each array of the weights.
     state: the sharding of each array of the state.
   """
 
@@ -57,6 +58,8 @@ class StepSpec:
   layout: batch_lib.BatchLayout
   page_size: int
   attention: str | None
+  dtype: Any
+  weights: Any
   state: state_lib.DeviceState
 
   @property
@@ -87,11 +90,9 @@ def step(
   if spec.mesh.size == 1:
     return stage_step(spec, params, state, buffers)
   everywhere = PartitionSpec()
-  weights = jax.tree.map(
-    lambda place: place.sharding.spec,
-    placement.places(spec.model, spec.mesh, placement.are_transposed(params)),
+  weights, lies = jax.tree.map(
+    lambda sharding: sharding.spec, (spec.weights, spec.state)
   )
-  lies = jax.tree.map(lambda sharding: sharding.spec, spec.state)
   return jax.shard_map(
     functools.partial(stage_step, spec),
     mesh=spec.mesh,
@@ -133,7 +134,7 @@ def stage_step(
   tokens = jnp.where(
     mine.from_device[row] != 0, last_tokens[mine.slots][row], mine.tokens
   )
-  x = models.embed(model, params, tokens, shards)
+  x = models.embed(model, params, tokens, shards).astype(spec.dtype)
   if hidden is not None:
     before = _whole(hidden[: layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
@@ -146,7 +147,7 @@ def stage_step(
     state.kv,
     x,
     spec.kinds,
-    _contexts(spec, state.kv, mine, row, positions, x.dtype, shards),
+    _contexts(spec, state.kv, mine, row, positions, shards),
     leaving=leaving.sample_tokens if is_early else None,
   )
   if hidden is not None:
@@ -208,7 +209,6 @@ def _contexts(
   b: batch_lib.BatchArrays,
   row: Int[Array, ' T'],
   positions: Int[Array, ' T'],
-  dtype: Any,
   shards: sharding.Shards,
 ) -> Callable[..., models.LayerContext]:
   """Returns what makes layers' contexts; see `models.run_layers`."""
@@ -230,7 +230,7 @@ def _contexts(
     queries=(
       spec.model.num_heads // spec.mesh.shape[mesh_lib.TP],
       spec.model.head_dim,
-      dtype,
+      spec.dtype,
     ),
     windows={kind.attention.window for kind in kinds},
     shards=shards,

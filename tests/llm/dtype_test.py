@@ -20,6 +20,7 @@ from sarathi_jax import types
 from sarathi_jax.runner import memory
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import weights
 from tests import naive
 from tests import tiny
 from tests.llm import common
@@ -155,7 +156,7 @@ def test_gpus_take_a_checkpoints_own() -> None:
 def test_weights_that_the_machine_cant_hold(open_in, monkeypatch) -> None:
   """Named before any is read: twice what the checkpoint has."""
   open_in('bfloat16')
-  monkeypatch.setattr(placement, 'load', None)  # It is not called.
+  monkeypatch.setattr(weights, 'load', None)  # It is not called.
   monkeypatch.setattr(memory, 'machine_bytes', lambda: 30_000)
   with pytest.raises(
     errors.ConfigError,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sarathi_jax import errors
-from sarathi_jax.runner import placement
+from sarathi_jax.runner import weights
 from tests import tiny
 from tests.llm import common
 
@@ -202,7 +202,7 @@ def test_an_update_that_fails_leaves_the_old_weights(
   """In the middle of moving them; and of a stream, which goes on."""
   stream = llm.stream(PROMPTS[0], GREEDY)
   tokens = list(next(stream).token_ids)
-  place, num_placed = placement._place_one, 0
+  place, num_placed = weights._place_one, 0
 
   def fail(*args: Any) -> Any:
     nonlocal num_placed
@@ -213,7 +213,7 @@ def test_an_update_that_fails_leaves_the_old_weights(
       raise ValueError
     return place(*args)
 
-  monkeypatch.setattr(placement, '_place_one', fail)
+  monkeypatch.setattr(weights, '_place_one', fail)
   if is_full:
     llm.update_params(new_params)
     stream.close()
@@ -235,6 +235,15 @@ def test_weights_of_a_dtype_that_attention_lacks(params, make_llm):
     errors.ConfigError, match=(r'int32.*must be float32 or bfloat16 or float16')
   ):
     make_llm(whole)
+
+
+def test_weights_of_several_dtypes(params, make_llm):
+  """Which of them is to be computed in is not guessed."""
+  mixed = {**params, 'embed': params['embed'].astype(jnp.bfloat16)}
+  with pytest.raises(errors.ConfigError) as caught:
+    make_llm(mixed)
+  for words in ('one dtype', 'embed is bfloat16', 'is float32'):
+    assert words in str(caught.value)
 
 
 def test_weights_that_a_trainer_donated(llm, new_params, greedy):

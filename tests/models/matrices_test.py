@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sarathi_jax import models
 from sarathi_jax.models import matrices
+from sarathi_jax.models import moe
+from tests import parallel_test
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,74 @@ def test_a_product_does_not_depend_on_how_a_matrix_lies(
   rounding = 0.05 if expected.dtype == 'bfloat16' else 1e-4
   for result in (got, expected):
     np.testing.assert_allclose(result, exact, atol=rounding, rtol=0.01)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+  """A matrix that can do nothing but multiply."""
+
+  hidden: Any
+
+  def multiply(self, x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.matmul(x, self.hidden, preferred_element_type=dtype)
+
+
+@pytest.mark.parametrize('name', parallel_test.MODELS)
+def test_every_matrix_is_multiplied_by_matmul(name):
+  """Experts' and routers', and the output's: nothing else looks into one."""
+  model = parallel_test.MODELS[name]
+  params = models.init_params(model, jax.random.key(0))
+  opaque = jax.tree.map(
+    lambda leaf, x: (
+      Opaque(x) if len(leaf.shape) > 1 and leaf.axes[0] != 'vocab' else x
+    ),
+    models.param_specs(model),
+    params,
+  )
+  tokens = jnp.arange(8, dtype=jnp.int32)
+
+  @jax.jit
+  def logits(params):
+    hidden, _ = models.forward(
+      model,
+      params,
+      [None] * model.num_layers,
+      tokens,
+      tokens,
+      None,
+      models.causal_attend,
+    )
+    return models.unembed(model, params, hidden)
+
+  np.testing.assert_array_equal(logits(opaque), logits(params))
+
+
+def test_experts_are_not_multiplied_by_copies_of_their_matrices():
+  """A product for each, of the matrix as it lies: on GPUs XLA keeps to that."""
+  model = parallel_test.MODELS['mixtral']
+  params = models.init_params(model, jax.random.key(0))['layers'][0]['moe']
+  x = jnp.ones((8, model.hidden_size))
+  lowered = jax.jit(functools.partial(moe.moe, model)).lower(params, x)
+  dots = [
+    line for line in lowered.as_text().splitlines() if 'dot_general' in line
+  ]
+  assert len(dots) == 4
+  experts = [line for line in dots if 'batching_dims = [0] x [0]' in line]
+  assert len(experts) == 3
+  assert all('contracting_dims = [2] x [1]' in line for line in experts)
+
+
+def test_matrices_side_by_side_are_multiplied_as_one():
+  x, *parts = (
+    jax.random.normal(jax.random.key(i), shape)
+    for i, shape in enumerate(((3, 16), (16, 8), (16, 4), (16, 4)))
+  )
+  group = matrices.SideBySide(jnp.concatenate(parts, axis=1), (8, 4, 4))
+  lowered = jax.jit(lambda x, g: g.multiply(x)).lower(x, group)
+  assert lowered.as_text().count('dot_general') == 1
+  for got, part in zip(group.multiply(x), parts, strict=True):
+    np.testing.assert_allclose(got, x @ part, rtol=1e-5, atol=1e-5)
 
 
 def test_few_rows_are_not_multiplied_by_a_copy_of_the_matrix():

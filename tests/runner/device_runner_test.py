@@ -22,6 +22,7 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs
 from tests import tiny
 
@@ -71,7 +72,7 @@ def test_large_models_have_steps_of_few_tokens_on_cpus():
       dataclasses.replace(MODEL, **of_model),
       mesh_lib.make(),
       tiny.engine_config(token_budget=16, max_num_seqs=4),
-      dtype=jnp.float32,
+      layout=placement.of_live(jnp.float32),
       kv_dtype=jnp.float32,
       max_model_len=32,
       max_step_tokens=16,
@@ -87,7 +88,13 @@ def test_what_is_compiled_can_be_chosen():
   )
   with tiny.count_compiles() as compiled:
     runner = device_runner.DeviceRunner(
-      MODEL, tiny.make_params(), mesh_lib.make(), config, lambda _: 16, sizes=()
+      MODEL,
+      tiny.make_params(),
+      placement.of_live(jnp.float32),
+      mesh_lib.make(),
+      config,
+      lambda _: 16,
+      sizes=(),
     )
     assert not compiled.count('jit(run)')
     runner.compile(3)
@@ -297,7 +304,7 @@ def test_the_last_layer_leaves_out_what_nobody_reads():
     model,
     mesh_lib.make(),
     tiny.engine_config(token_budget=16),
-    dtype=jnp.float32,
+    layout=placement.of_live(jnp.float32),
     kv_dtype=jnp.float32,
     max_model_len=32,
     max_step_tokens=16,
@@ -387,7 +394,12 @@ def runner_of(**fields: Any) -> device_runner.DeviceRunner:
   """One program to compile."""
   config = tiny.engine_config(**{'token_budget': 4, **fields})
   return device_runner.DeviceRunner(
-    MODEL, tiny.make_params(), mesh_lib.make(), config, lambda max_model_len: 4
+    MODEL,
+    tiny.make_params(),
+    placement.of_live(jnp.float32),
+    mesh_lib.make(),
+    config,
+    lambda max_model_len: 4,
   )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -24,6 +25,7 @@ from sarathi_jax.models import transformer
 from sarathi_jax.runner import compiled
 from sarathi_jax.runner import kept
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs
 from tests import tiny
 
@@ -264,18 +266,17 @@ def make_programs(
   max_model_len: int = 64,
   dtype: Any = jnp.float32,
   kv_dtype: Any = jnp.float32,
-  transposed: bool = False,
+  layout: Any = placement.of_live,
   **fields: Any,
 ) -> programs.StepPrograms:
   return programs.StepPrograms(
     model,
     mesh_lib.make(),
     tiny.engine_config(**fields),
-    dtype=jnp.dtype(dtype),
+    layout=layout(jnp.dtype(dtype)),
     kv_dtype=jnp.dtype(kv_dtype),
     max_model_len=max_model_len,
     max_step_tokens=8,
-    transposed=transposed,
   )
 
 
@@ -320,7 +321,7 @@ def test_no_two_steps_have_a_place_in_common(
     {'max_model_len': 32},
     {'dtype': jnp.bfloat16},
     {'kv_dtype': jnp.int8},
-    {'transposed': True},
+    {'layout': functools.partial(placement.of_checkpoint, mesh_lib.make())},
     {'page_size': 4},
     {'max_num_seqs': 3},
     {'attention': 'xla'},

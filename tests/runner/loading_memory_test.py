@@ -27,14 +27,15 @@ from tests import memory
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import weights
 
 opened = opening.open_checkpoint(sys.argv[1], sys.argv[2], convert=False)
 mesh = mesh_lib.make(parallel.Parallelism(tp=2, pp=2))
 jax.block_until_ready(jnp.zeros(8))  # The backend has all it keeps.
 before = memory.peak()
-params = placement.load(
-  opened.metadata.model, mesh, jnp.dtype(opened.metadata.dtype), opened.read,
-  transpose=placement.transposes(mesh))
+params = weights.load(
+  opened.metadata.model, mesh,
+  placement.of_checkpoint(mesh, opened.metadata.dtype), opened.read)
 leaves = jax.tree.leaves(params)
 shards = [shard.data.nbytes for leaf in leaves
           for shard in leaf.addressable_shards]

@@ -24,8 +24,10 @@ from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
+from sarathi_jax.models import spec
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import weights
 
 MODEL = model_config_lib.MixtralConfig(
   vocab_size=50,
@@ -39,6 +41,19 @@ MODEL = model_config_lib.MixtralConfig(
   num_experts=2,
   experts_per_token=1,
 )
+MODELS: dict[str, model_config_lib.ModelConfig] = {
+  'mixtral': MODEL,
+  'llama': model_config_lib.LlamaConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    max_position_embeddings=64,
+  ),
+}
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
 
@@ -59,12 +74,22 @@ def assert_same(one: Any, other: Any) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('transpose', [False, True])
+F32 = jnp.dtype(jnp.float32)
+LAYOUTS = {
+  'live': placement.of_live(F32),
+  'cpu': placement.Layout(F32, placement.transposed),
+  'gpu': placement.Layout(F32, merged=True),
+  'both': placement.Layout(F32, placement.transposed, merged=True),
+}
+
+
+@pytest.mark.parametrize('lies', LAYOUTS)
 @pytest.mark.parametrize('tp,pp', MESHES)
-def test_live_and_read_weights_lie_the_same(tp, pp, transpose):
+def test_live_and_read_weights_lie_the_same(tp, pp, lies):
   params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
   whole = named(params)
   mesh = mesh_of(tp, pp)
+  layout = LAYOUTS[lies]
   num_read = 0
 
   def read(name: str, index: Any) -> np.ndarray:
@@ -74,19 +99,11 @@ def test_live_and_read_weights_lie_the_same(tp, pp, transpose):
     return part
 
   told: list[Any] = []
-  loaded = placement.load(
-    MODEL,
-    mesh,
-    jnp.dtype(jnp.float32),
-    read,
-    transpose=transpose,
-    on_loaded=lambda *n: told.append(n),
+  loaded = weights.load(
+    MODEL, mesh, layout, read, on_loaded=lambda *n: told.append(n)
   )
   assert told[-1] == (len(told), len(told))
-  assert placement.are_transposed(loaded) == transpose
-  assert_same(
-    loaded, placement.place_live(MODEL, mesh, params, transpose=transpose)
-  )
+  assert_same(loaded, weights.place_live(MODEL, mesh, layout, params))
   # Split parts once, and the rest by each device: norms, routers, and the
   # embedding by each stage, the heads that several devices have by each.
   most = sum(leaf.size for leaf in whole.values())
@@ -101,48 +118,76 @@ def test_live_and_read_weights_lie_the_same(tp, pp, transpose):
   assert most <= num_read <= most + (tp * pp - 1) * copied
 
 
+def shares(array: jax.Array) -> list[np.ndarray]:
+  """A device's part of it after the other."""
+  return [np.asarray(shard.data) for shard in array.addressable_shards]
+
+
+def apart(params: Any) -> Any:
+  """Each device's arrays, of nodes and groups made into plain matrices."""
+
+  def node_shares(node: Any) -> list[np.ndarray]:
+    if isinstance(node, matrices.Transposed):
+      return [share.swapaxes(-1, -2) for share in shares(node.array)]
+    return shares(node)
+
+  def walk(tree: Any) -> Any:
+    if isinstance(tree, list):
+      return [walk(inner) for inner in tree]
+    if not isinstance(tree, dict):
+      return node_shares(tree)
+    found = {}
+    for name, inner in tree.items():
+      if isinstance(inner, matrices.SideBySide):
+        ends = np.cumsum(inner.widths)[:-1]
+        split = [np.split(s, ends, -1) for s in node_shares(inner.matrix)]
+        for i, member in enumerate(spec.GROUPS[name]):
+          found[member] = [parts[i] for parts in split]
+      else:
+        found[name] = walk(inner)
+    return found
+
+  return walk(params)
+
+
 @pytest.mark.parametrize('tp,pp', MESHES)
-def test_transposed_matrices_are_the_others_transposed(tp, pp):
-  mesh = mesh_of(tp, pp)
-  params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
-  as_they_are, transposed = (
-    placement.place_live(MODEL, mesh, params, transpose=transpose)
-    for transpose in (False, True)
+@pytest.mark.parametrize('name', MODELS)
+def test_a_device_has_the_same_columns_however_they_lie(name, tp, pp):
+  """Transposed and side by side, each device has its own columns."""
+  model, mesh = MODELS[name], mesh_of(tp, pp)
+  params = models.init_params(model, jax.random.key(0), jnp.float32)
+  live, *_, read = (
+    weights.place_live(model, mesh, layout, params)
+    for layout in LAYOUTS.values()
   )
-  back = jax.tree.map(
-    lambda node: (
-      node.array.swapaxes(-1, -2)
-      if isinstance(node, matrices.Transposed)
-      else node
-    ),
-    transposed,
-    is_leaf=lambda node: isinstance(node, matrices.Transposed),
-  )
-  assert jax.tree.structure(back) == jax.tree.structure(as_they_are)
-  assert_same(back, as_they_are)
-  for name in 'qkvo':
-    assert isinstance(
-      transposed['layers'][0]['attn'][name], matrices.Transposed
-    )
-  assert not isinstance(transposed['embed'], matrices.Transposed)
+  jax.tree.map(np.testing.assert_array_equal, apart(read), apart(live))
+  layer = read['layers'][0]
+  assert layer['attn'].keys() == {'qkv', 'o'}
+  assert ('gate_up' in layer.get('mlp', {})) == (name == 'llama')
+  for matrix in (layer['attn']['qkv'].matrix, layer['attn']['o']):
+    assert isinstance(matrix, matrices.Transposed)
+  assert not isinstance(read['embed'], matrices.Transposed)
 
 
 @pytest.mark.parametrize('tp,pp', MESHES)
 def test_what_a_device_has_is_told_without_devices(tp, pp):
   """`part_len`, which files are cut by, says what the mesh's shards are."""
   parallelism = parallel.Parallelism(tp=tp, pp=pp)
-  for place in jax.tree.leaves(placement.places(MODEL, mesh_of(tp, pp))):
+  for place in jax.tree.leaves(
+    placement.places(MODEL, mesh_of(tp, pp), LAYOUTS['live'])
+  ):
+    (part,) = place.parts
     shard = place.sharding.shard_shape(place.global_shape)
     for axis, size, got in zip(
-      place.spec.axes, place.spec.shape, shard[place.has_stages :], strict=True
+      part.spec.axes, part.spec.shape, shard[place.has_stages :], strict=True
     ):
       if axis != 'kv_heads' or tp <= MODEL.num_kv_heads:  # no copies
-        assert got == parallelism.part_len(axis, size), (place.sources, axis)
+        assert got == parallelism.part_len(axis, size), (part.names, axis)
 
 
 def test_layers_and_heads_are_where_they_belong():
   params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
-  placed = placement.place_live(MODEL, mesh_of(4, 2), params)
+  placed = weights.place_live(MODEL, mesh_of(4, 2), LAYOUTS['live'], params)
   q, k = (np.asarray(placed['layers'][1]['attn'][name]) for name in 'qk')
   np.testing.assert_array_equal(q[0], params['layers'][1]['attn']['q'])
   assert not q[1].any()  # There are three layers: the fourth is of zeros.
@@ -194,15 +239,15 @@ def test_a_checkpoint_is_read_alike_from_all_that_keep_it(
   source, converted = folders
   monkeypatch.setattr(direct, '_BLOCK_BYTES', 64)
   opened = opening.open_checkpoint(converted, tmp_path)
-  model, dtype = opened.metadata.model, jnp.dtype(opened.metadata.dtype)
-  mesh = mesh_of(tp, pp)
-  expected = placement.place_live(
-    model, mesh, checkpoint.restore_params(converted)
+  model, mesh = opened.metadata.model, mesh_of(tp, pp)
+  layout = LAYOUTS['both']
+  expected = weights.place_live(
+    model, mesh, layout, checkpoint.restore_params(converted)
   )
-  assert_same(placement.load(model, mesh, dtype, opened.read), expected)
+  assert_same(weights.load(model, mesh, layout, opened.read), expected)
   unconverted = opening.open_checkpoint(source, tmp_path, convert=False)
   assert unconverted.metadata == opened.metadata
-  assert_same(placement.load(model, mesh, dtype, unconverted.read), expected)
+  assert_same(weights.load(model, mesh, layout, unconverted.read), expected)
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     checkpointer.save(
       tmp_path / 'theirs',
@@ -210,7 +255,7 @@ def test_a_checkpoint_is_read_alike_from_all_that_keep_it(
     )
   assert (tmp_path / 'theirs' / 'manifest.ocdbt').exists()
   theirs = params_reader.open_params(tmp_path / 'theirs')
-  assert_same(placement.load(model, mesh, dtype, theirs), expected)
+  assert_same(weights.load(model, mesh, layout, theirs), expected)
 
 
 def test_what_cant_be_read_is_named(folders):
@@ -224,9 +269,10 @@ def test_old_weights_are_forgotten_one_by_one():
   """So there is memory for the new ones."""
   params = models.init_params(MODEL, jax.random.key(0), jnp.float32)
   mesh = mesh_of(2, 1)
-  old = jax.tree.leaves(placement.place_live(MODEL, mesh, params))
+  layout = LAYOUTS['both']
+  old = jax.tree.leaves(weights.place_live(MODEL, mesh, layout, params))
   count = len(old)
-  placement.place_live(MODEL, mesh, params, old)
+  weights.place_live(MODEL, mesh, layout, params, old)
   assert old == [None] * count
 
 
@@ -238,7 +284,7 @@ def test_weights_that_dont_fit_are_refused_before_any_is_read(
     'memory_stats',
     lambda self: dict(bytes_limit=10_000, bytes_in_use=0),
   )
-  monkeypatch.setattr(placement, 'load', None)  # It is not called.
+  monkeypatch.setattr(weights, 'load', None)  # It is not called.
   with pytest.raises(
     errors.ConfigError,
     match=(r'tp, pp=\(2, 1\): the weights take .* GiB of each device, and'),
@@ -246,3 +292,15 @@ def test_weights_that_dont_fit_are_refused_before_any_is_read(
     llm_lib.LLM.from_checkpoint(
       folders[1], config=config_lib.EngineConfig(tp=2)
     )
+
+
+def test_what_is_read_lies_as_its_devices_are_fastest() -> None:
+  class Gpu:
+    platform = 'gpu'
+
+  class Mesh:
+    devices = np.array([Gpu()])
+
+  mesh: Any = Mesh()
+  assert placement.of_checkpoint(mesh, F32) == LAYOUTS['gpu']
+  assert placement.of_checkpoint(mesh_of(2, 1), F32) == LAYOUTS['cpu']

@@ -27,6 +27,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import params as params_lib
+from sarathi_jax.runner import placement
 
 _TRACED_STEPS = 4
 # XLA's choices that are tried one by one, by options of its own; the engine's
@@ -109,6 +111,7 @@ def make_runner(
   return device_runner.DeviceRunner(
     model,
     params,
+    placement.of_live(params_lib.dtype_of(params)),
     mesh_lib.make(),
     config,
     lambda max_model_len: config.token_budget,
@@ -257,7 +260,7 @@ class Work:
       read_bytes=sum(x.nbytes for x in jax.tree.leaves(params)) - looked_up,
       kv_bytes=model.num_layers
       * attention_work.token_bytes(
-        model.num_kv_heads, model.head_dim, vocab.dtype.name
+        model.num_kv_heads, model.head_dim, params_lib.dtype_of(params).name
       ),
       token_flops=2 * (_size(params['layers']) - left_out),
       last_flops=2 * (left_out + vocab.size),

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from sarathi_jax.cli import deployment
+from sarathi_jax.launch import absent_gpus
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
@@ -39,6 +40,20 @@ def test_the_papers_deployments_are_there() -> None:
     'falcon_180b_a100_tp8',
     'mistral_7b_h100',
   } <= set(CONFIGS)
+
+
+def test_matrices_that_are_put_together_are_named() -> None:
+  """As XLA writes it, of weights that lie apart, and of what is none."""
+  lines = """
+  %c.23 = bf16[4096,6144]{1,0} concatenate(%p.1, %p.2, %p.3), dimensions={1}
+  %c.24 = bf16[4096,6144]{1,0} concatenate(%p.5, %p.6, %p.7), dimensions={1}
+  %c.10 = s32[64,2]{1,0} concatenate(%bitcast.7, %bitcast.9), dimensions={1}
+  %c.11 = f32[64,8,128]{2,1,0} concatenate(%a, %b), dimensions={2}
+  """
+  assert absent_gpus.matrix_problems(lines, 4096) == [
+    '2 matrices bf16[4096,6144] of weights are put together in each step'
+  ]
+  assert not absent_gpus.matrix_problems(lines, 64)
 
 
 @matmul.needs_wheels
