@@ -426,9 +426,11 @@ def test_bodies_that_come_slowly_are_bounded_together(
 ) -> None:
   limits = limits_lib.Limits(max_message_mib=1.0, max_bodies_mib=1.5)
   with (
-    _serve(chat_folder, limits=limits) as (_, client),
+    _serve(chat_folder, limits=limits) as (running, client),
     contextlib.ExitStack() as stack,
   ):
+    app: Any = running.server._http._app
+    (room,) = {route.endpoint._room for route in app.routes}
     for _ in range(2):
       held = stack.enter_context(
         socket.create_connection(('127.0.0.1', client.port))
@@ -438,7 +440,8 @@ def test_bodies_that_come_slowly_are_bounded_together(
     def status() -> int:
       return _ask(client, _request(_POST, b' ' * 400_000 + b'{}'))[0]
 
-    fake.wait_until(lambda: status() == 429)
+    fake.wait_until(lambda: room._num == 1_400_000)
+    assert status() == 429
     stack.close()
     fake.wait_until(lambda: status() == 400)  # it has no prompt
     assert client.serves()
@@ -478,6 +481,16 @@ def test_parts_are_counted_whatever_the_slices(
       body_lib.check(
         text.encode(), limits_lib.Limits(max_numbers=num_numbers - 1)
       )
+
+
+@pytest.mark.parametrize('part', ['\\n', '\\u00e9', '\\\\', '\\"'])
+def test_escapes_are_counted(part: str) -> None:
+  """A text of 15 MiB of them held the interpreter for 100 ms."""
+  limits = limits_lib.Limits(max_escapes=100)
+  num = 100 // part.count('\\')
+  body_lib.parse(f'{{"a": "{part * num}"}}'.encode(), limits)
+  with pytest.raises(errors.InvalidRequestError, match='max_escapes=100'):
+    body_lib.check(f'{{"a": "{part * (num + 1)}"}}'.encode(), limits)
 
 
 def test_long_prompts_are_parsed() -> None:

@@ -199,6 +199,12 @@ class Limits:
     'HTTP connections at once',
     'each takes an open file and up to 128 KiB of buffers',
   )
+  max_escapes: int = _row(
+    2**20,
+    'backslashes in an HTTP body',
+    'reading a million characters that are escaped by them holds the '
+    'interpreter for up to 30 ms',
+  )
   max_bodies_mib: float = _row(
     256.0,
     'MiB of the HTTP bodies that are being read',

@@ -3,7 +3,8 @@
 
 To parse 16 MiB of `[[],[],...` takes a second in which no other thread of
 Python runs. So this counts first, slice by slice, and stops at the first bound;
-what is parsed then are few parts, and numbers, which Python reads one by one.
+what is parsed then are few parts, few escaped characters, and numbers, which
+Python reads one by one.
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ def check(data: bytes, limits: limits_lib.Limits) -> None:
     InvalidRequestError: there are too many.
   """
   num = {char: 0 for char in b',:[{'}
-  num_quotes = start = 0
+  num_quotes = num_escapes = start = 0
   while start < len(data):
     stop = min(start + _SLICE, len(data))
     while stop < len(data) and data[stop - 1] == ord('\\'):
       stop += 1  # what it escapes belongs to it
-    part = data[start:stop].replace(b'\\\\', b'').replace(b'\\"', b'')
+    part = data[start:stop]
+    num_escapes += part.count(b'\\')
+    limits.check_so_far('max_escapes', num_escapes, 'body')
+    part = part.replace(b'\\\\', b'').replace(b'\\"', b'')
     pieces = part.split(_QUOTE)
     outside = b''.join(pieces[num_quotes % 2 :: 2]).translate(
       None, _NOT_COUNTED
