@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -27,6 +28,16 @@ from sarathi_jax.server import sarathi_pb2_grpc
 from tests import source_tree
 from tests.checkpoints_convert import fake_checkpoint as fake
 
+# What both hosts keep of a request: nothing, and what adjusts its logits.
+SAMPLING: tuple[dict[str, Any], ...] = (
+  {},
+  dict(
+    frequency_penalty=1.5,
+    repetition_penalty=1.25,
+    logit_bias={3: 2.0},
+    min_tokens=20,
+  ),
+)
 PROMPTS = ([1, 2, 3], [7] * 20, [5, 9] * 6)
 ENGINE = dict(token_budget=4, max_num_seqs=4, page_size=8, num_pages=32)
 TIMEOUT_S = 240.0
@@ -154,7 +165,7 @@ def served(checkpoint: pathlib.Path) -> Iterator[tuple[Hosts, grpc.Channel]]:
 
 
 def _generate(
-  channel: grpc.Channel, prompt: list[int], max_tokens: int
+  channel: grpc.Channel, prompt: list[int], max_tokens: int, **sampling: Any
 ) -> list[int]:
   stub = sarathi_pb2_grpc.SarathiStub(channel)
   tokens: list[int] = []
@@ -162,7 +173,7 @@ def _generate(
     pb.GenerateRequest(
       token_ids=pb.TokenIds(ids=prompt),
       sampling=pb.SamplingParams(
-        temperature=0, ignore_eos=True, max_tokens=max_tokens
+        temperature=0, ignore_eos=True, max_tokens=max_tokens, **sampling
       ),
     ),
     timeout=TIMEOUT_S,
@@ -176,11 +187,16 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
 ):
   hosts, channel = served
   llm = LLM.from_checkpoint(checkpoint, config=EngineConfig(**ENGINE))
-  done = llm.generate(
-    PROMPTS, SamplingParams(temperature=0, ignore_eos=True, max_tokens=20)
-  )
-  for prompt, expected in zip(PROMPTS, done, strict=True):
-    assert tuple(_generate(channel, prompt, 20)) == expected.token_ids
+  outputs = []
+  for sampling in SAMPLING:
+    done = llm.generate(
+      PROMPTS,
+      SamplingParams(temperature=0, ignore_eos=True, max_tokens=20, **sampling),
+    )
+    outputs.append([one.token_ids for one in done])
+    for prompt, expected in zip(PROMPTS, outputs[-1], strict=True):
+      assert tuple(_generate(channel, prompt, 20, **sampling)) == expected
+  assert outputs[0] != outputs[1]
   # Wherever it arrives; JAX would keep it from the second one.
   hosts.processes[1].send_signal(signal.SIGTERM)
   assert [p.wait(60) for p in hosts.processes] == [0, 0], hosts.printed
