@@ -208,6 +208,7 @@ def test_no_step_is_compiled_to_learn_what_nobody_asks(
 
   class Trial:
     pages_per_seq = 4
+    state_bytes = 7
 
     def temp_bytes(self, num_pages: int) -> int:
       asked.append(num_pages)
@@ -216,7 +217,7 @@ def test_no_step_is_compiled_to_learn_what_nobody_asks(
   config = tiny.engine_config(**({'num_pages': None} | given))
   trial: Any = Trial()
   stats = {'bytes_limit': 1, 'bytes_in_use': 0}
-  assert device_runner._temp_bytes(config, stats, trial) == 5 * trials
+  assert device_runner._temp_bytes(config, stats, trial) == 12 * trials
   assert asked == [4] * trials
   assert device_runner._temp_bytes(config, None, trial) == 0  # as of CPUs
 
