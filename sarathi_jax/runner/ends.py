@@ -18,6 +18,8 @@ import traceback
 from types import TracebackType
 from typing import NoReturn, Self
 
+import rich.console
+
 from sarathi_jax import errors
 
 # A step may fail because a process is gone; the news of it comes within this.
@@ -34,6 +36,8 @@ def exit_at_once(code: int, message: str = '') -> NoReturn:
     message: the last line on standard error; '' for none.
   """
   sys.stdout.flush()
+  # A bar, which is on standard error, hides it.
+  rich.console.Console(stderr=True).show_cursor()
   if message:
     print(message, file=sys.stderr, flush=True)
   os._exit(code)

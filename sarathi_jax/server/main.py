@@ -192,6 +192,8 @@ def serve(
     # A long step or a compilation on the engine's thread can't be interrupted.
     # Python can't end cleanly beside it, nor beside a gRPC that broke.
     sys.stdout.flush()
+    # A bar, which is on standard error, hides it.
+    rich.console.Console(stderr=True).show_cursor()
     os._exit(code)
   sys.exit(code)
 
