@@ -97,6 +97,7 @@ def test_an_engine_on_a_gpu_warns_of_them(
     building.build_runner,
     None,
     None,
+    None,
     mesh,  # type: ignore[arg-type]
     config.EngineConfig(compilation_cache_dir=None),
     lambda *n: None,

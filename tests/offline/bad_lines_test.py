@@ -43,8 +43,8 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
   ({'sampling': {'top_p': 0}, **GOOD}, 'top_p=0'),
   ({'sampling': {'top_p': 2}, **GOOD}, 'top_p=2'),
   (
-    {'sampling': {'min_tokens': 5}, **GOOD},
-    'min_tokens=5: this sampling field is not supported',
+    {'sampling': {'n': 2}, **GOOD},
+    'n=2: this sampling field is not supported',
   ),
   ({'sampling': {'temprature': 1}, **GOOD}, 'temprature=1: unknown sampling'),
   ({'sampling': [1], **GOOD}, 'sampling=[1]: must be an object'),

@@ -300,8 +300,15 @@ def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
     engine={'runner': make_runner, 'max_num_seqs': 1},
   ) as (running, client):
     try:
-      calls = [running.generate(token_ids=[1, 2, 3]) for _ in range(2)]
-      running.wait_until_open(2)
+      calls = []
+      for num_open in (1, 2):
+        calls.append(running.generate(token_ids=[1, 2, 3]))
+        running.wait_until_open(num_open)
+        fake.wait_until(
+          lambda: (
+            len(calls) - 1 == running.server.frontend.engine_thread.num_queued
+          )
+        )
       for path, body in BODIES.values():
         for stream in (False, True):
           status, headers, text = client.ask(

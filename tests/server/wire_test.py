@@ -29,6 +29,7 @@ _FEW = limits_lib.Limits(
   max_stop_token_ids=20,
   max_abort_ids=20,
   max_tensors=20,
+  max_adjusted_token_ids=20,
 )
 _MANY = 60
 
