@@ -9,7 +9,7 @@ flags, and the machine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,6 +18,7 @@ import pathlib
 import pickle
 import sys
 import tempfile
+import threading
 import types
 from typing import Any
 import zlib
@@ -33,8 +34,22 @@ from sarathi_jax.runner import source_hash
 _SOURCE = source_hash.source_hash()
 _VERSIONS = ('jax', 'jaxlib')
 _TRACED = ('sarathi_jax.models', 'sarathi_jax.runner', 'pallas_kernels')
+_CACHE_HIT = '/jax/compilation_cache/cache_hits'
 # Parts of the names of JAX's settings that change no program.
 _UNRELATED = ('cache', 'log')
+
+
+class _Hits(threading.local):
+  """How many programs JAX's own cache gave this thread."""
+
+  count = 0
+
+  def on_event(self, event: str, **unused: Any) -> None:
+    self.count += event == _CACHE_HIT
+
+
+_hits = _Hits()
+jax.monitoring.register_event_listener(_hits.on_event)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +92,24 @@ class Place:
         "%s: can't be loaded, so it is compiled anew: %s", self.path, error
       )
       return None
+
+  def compile(
+    self, step: jax.stages.Lowered, options: Mapping[str, Any]
+  ) -> jax.stages.Compiled:
+    """Compiles a step, and keeps it for the next start; any thread may.
+
+    What JAX's cache had is not kept: XLA writes a program that it has read
+    without some of its functions, and a step that is made of that fails.
+
+    Args:
+      step: the step.
+      options: XLA's options by name, beside those of the environment.
+    """
+    num_hits = _hits.count
+    compiled = step.compile(dict(options))
+    if _hits.count == num_hits:
+      self.save(compiled)
+    return compiled
 
   def save(self, step: jax.stages.Compiled) -> None:
     """Keeps a step for the next start; any thread may call it."""

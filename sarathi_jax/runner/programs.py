@@ -222,9 +222,7 @@ class StepPrograms:
     def compile_and_keep(
       place: kept_lib.Place, size: int, lowered: Any
     ) -> _Compiled:
-      compiled = lowered.compile(dict(options or {}))
-      place.save(compiled)
-      return size, compiled
+      return size, place.compile(lowered, options or {})
 
     on_compiled(0, len(asked))
     pool = futures.ThreadPoolExecutor(max_workers=4)

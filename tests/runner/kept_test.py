@@ -54,6 +54,18 @@ def tokens_of(llm: llm_lib.LLM) -> list[tuple[int, ...]]:
   ]
 
 
+def test_what_jaxs_cache_had_is_not_kept(tmp_path: pathlib.Path) -> None:
+  """As after an update of our code: XLA can't write again what it read."""
+  expected = tokens_of(make(tmp_path))
+  for path in tmp_path.glob('step-*'):
+    path.unlink()
+  jax.clear_caches()
+  assert tokens_of(make(tmp_path)) == expected
+  assert not list(tmp_path.glob('step-*'))
+  jax.clear_caches()
+  assert tokens_of(make(tmp_path)) == expected
+
+
 @pytest.fixture
 def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   """The sizes that are traced meanwhile."""
