@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 import numbers
 
 from sarathi_jax import errors
@@ -32,12 +32,17 @@ def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
           f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
           'must be integers.'
         )
-    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
-      bad = next(i for i in ids if not 0 <= i < info.vocab_size)
-      raise errors.InvalidRequestError(
-        f'{request.request_id}: {field} has the unknown token id {bad}; '
-        f'ids must be in [0, {info.vocab_size}).'
-      )
+    check_known(f'{request.request_id}: {field}', ids, info.vocab_size)
+
+
+def check_known(name: str, ids: Collection[int], vocab_size: int) -> None:
+  """Raises InvalidRequestError for ids beyond a vocabulary; `name`s them."""
+  if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+    bad = next(i for i in ids if not 0 <= i < vocab_size)
+    raise errors.InvalidRequestError(
+      f'{name} has the unknown token id {errors.shown(bad)}; ids must be in '
+      f'[0, {vocab_size}).'
+    )
 
 
 def bad_words_of(

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax.engine import checks
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import prompts
@@ -38,12 +39,10 @@ async def tokenize(
   Raises:
     HttpError, SarathiError: it can't.
   """
-  engine = frontend.engine
-  body, size = await exchange.read(frontend.limits)
-  await exchange.reply_bytes(
-    await messages.read(
-      size, lambda: exchange_lib.encode(_tokens(body, engine, frontend.limits))
-    )
+  await _answer(
+    frontend,
+    exchange,
+    lambda body: _tokens(body, frontend.engine, frontend.limits),
   )
 
 
@@ -90,11 +89,7 @@ async def detokenize(
   Raises:
     HttpError, SarathiError: it can't.
   """
-  engine = frontend.engine
-  body, size = await exchange.read(frontend.limits)
-  await exchange.reply_bytes(
-    await messages.read(size, lambda: exchange_lib.encode(_text(body, engine)))
-  )
+  await _answer(frontend, exchange, lambda body: _text(body, frontend.engine))
 
 
 def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
@@ -108,14 +103,20 @@ def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
     raise errors.InvalidRequestError(
       f'tokens={errors.shown(ids)}: must be a list of token ids.'
     )
-  vocab_size = engine.info.vocab_size
-  if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-    bad = next(i for i in ids if not 0 <= i < vocab_size)
-    raise errors.InvalidRequestError(
-      f'tokens: has the unknown token id {errors.shown(bad)}; ids must be in '
-      f'[0, {vocab_size}).'
-    )
+  checks.check_known('tokens:', ids, engine.info.vocab_size)
   return {'prompt': _tokenizer(engine).decode(ids, skip_special_tokens=False)}
+
+
+async def _answer(
+  frontend: frontend_lib.Frontend,
+  exchange: exchange_lib.Exchange,
+  compute: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> None:
+  """Answers with what is computed of the body; beside the loop, if large."""
+  body, size = await exchange.read(frontend.limits)
+  await exchange.reply_bytes(
+    await messages.read(size, lambda: exchange_lib.encode(compute(body)))
+  )
 
 
 def _read(
