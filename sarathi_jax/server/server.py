@@ -58,9 +58,11 @@ _CHANNEL_OPTIONS = (
   # Let clients do the same, while they wait in the queue too.
   ('grpc.http2.min_recv_ping_interval_without_data_ms', 10_000),
   # Calls that come faster than they are begun: gRPC would cancel those beyond
-  # 1,000 to 3,000, without a word; our queue tells when to try again.
+  # 1,000 to 3,000, or that waited for 30 s, without a word; our queue tells
+  # when to try again.
   ('grpc.server.max_pending_requests', 100_000),
   ('grpc.server.max_pending_requests_hard_limit', 100_000),
+  ('grpc.server_max_unrequested_time_in_server', 24 * 3600),
 )
 # Methods and services whose requests must have no field that we don't know.
 _STRICT = (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import gc
+import time
 from typing import Any
 
 import grpc
@@ -56,6 +57,21 @@ def test_a_thousand_streams_at_once(roomy: fake.RunningServer) -> None:
   roomy.assert_nothing_is_left()
   assert after - before < 24 << 20
   assert num_files_after <= num_files + 5
+
+
+@pytest.mark.slow
+def test_calls_that_wait_long_to_be_begun_are_begun(
+  roomy: fake.RunningServer,
+) -> None:
+  """gRPC would cancel them after 30 s, without a word."""
+
+  async def block() -> None:
+    time.sleep(32)  # Nothing is begun meanwhile.
+
+  blocked = roomy.submit(block())
+  calls = [roomy.generate(token_ids=[1], timeout=60) for _ in range(50)]
+  blocked.result(60)
+  assert all(fake.take(call) for call in calls)
 
 
 async def _count_up(port: int, num_streams: int) -> list[int]:
