@@ -58,7 +58,8 @@ class Form(NamedTuple):
 
 
 def scored(
-  delta: types.OutputDelta, tokenizer: tokenizer_lib.Tokenizer | None
+  delta: types.OutputDelta | types.Completion,
+  tokenizer: tokenizer_lib.Tokenizer | None,
 ) -> list[tuple[bytes, float]]:
   """Returns the bytes and the log-probability of each token."""
   return [

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-import time
 from typing import Any
 import uuid
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server.http import answers
 from sarathi_jax.server.http import exchange as exchange_lib
 from sarathi_jax.server.http import forms
 from sarathi_jax.server.protocols import messages
@@ -63,23 +63,12 @@ class _Answer:
     self._exchange, self._frontend = exchange, frontend
     self._form, self._call, self._size = form, call, size
     self._id = exchange.request_id or uuid.uuid4().hex
-    self._head: dict[str, Any] = {
-      'id': form.prefix + self._id,
-      'object': form.piece if call.asked.stream else form.whole,
-      'created': int(time.time()),
-      'model': frontend.engine.info.model_name,
-    }
+    self._answer = answers.Answer(form, call, frontend.engine, self._id)
     frontend.limits.check_name('user', call.asked.user)
     self._caller = exchange.caller(call.asked.user)
     self._num_left = len(call.prompts)  # that do not wait yet
     self._all_wait = asyncio.Event()
     self._choices: list[dict[str, Any]] = [{}] * len(call.prompts)
-    self._usage = {
-      'prompt_tokens': 0,
-      'completion_tokens': 0,
-      'total_tokens': 0,
-    }
-    self._prompt_ids: tuple[int, ...] = ()
 
   async def run(self) -> None:
     """Answers."""
@@ -92,14 +81,14 @@ class _Answer:
     if self._call.asked.stream:
       last = b''
       if self._call.asked.include_usage:
-        last = _event(self._head | {'choices': [], 'usage': self._usage})
+        last = _event(
+          self._answer.head | {'choices': [], 'usage': self._answer.usage}
+        )
       await self._exchange.write(last + _DONE, is_last=True)
       return
-    whole = self._head | {'choices': self._choices, 'usage': self._usage}
-    if self._call.asked.token_ids and not self._form.has_prompt_ids_by_choice:
-      whole['prompt_token_ids'] = self._prompt_ids
+    whole = self._answer.whole(self._choices)
     data = await messages.read(
-      len(self._choices) * 64 + 4 * self._usage['total_tokens'],
+      len(self._choices) * 64 + 4 * self._answer.usage['total_tokens'],
       lambda: exchange_lib.encode(whole),
     )
     await self._exchange.reply_bytes(data)
@@ -122,7 +111,12 @@ class _Answer:
       if not self._num_left:
         self._all_wait.set()
       await self._all_wait.wait()
-      echo = await self._echo(prompt) if self._call.echo else ''
+      echo = ''
+      if self._call.echo:
+        echo = await messages.read(
+          0 if isinstance(prompt, str) else len(prompt),
+          lambda: answers.echo(prompt, self._frontend.engine),
+        )
       if asked.stream:
         await self._write(index, stream, echo)
       else:
@@ -130,84 +124,43 @@ class _Answer:
         whole = outbox.merge(deltas)
         if whole.finish_reason is types.FinishReason.ERROR:
           raise _not_finite(stream)
-        self._choices[index] = self._choice(
-          index, whole, stream, echo + whole.text, is_first=True
+        self._choices[index] = self._answer.choice(
+          index,
+          whole,
+          stream.request.prompt_token_ids,
+          echo + whole.text,
+          is_first=True,
         )
-      self._count(stream)
+      self._answer.count(stream.request.prompt_token_ids, stream.num_tokens)
 
   async def _write(self, index: int, stream: outbox.Stream, text: str) -> None:
     """Writes the events of one choice."""
-    asked = self._call.asked
+    asked, answer = self._call.asked, self._answer
+    prompt_ids = stream.request.prompt_token_ids
     write = self._exchange.write
     is_first, num_before = True, 0
     tells_all = asked.token_ids or self._call.logprobs
-    prompt_ids = asked.token_ids and not self._form.has_prompt_ids_by_choice
+    tells_prompt = asked.token_ids and not self._form.has_prompt_ids_by_choice
     async for delta in stream:
       text += delta.text
       has_failed = delta.finish_reason is types.FinishReason.ERROR
       has_ended = delta.finish_reason is not None and not has_failed
       # Else it is in the middle of a character.
       if text or has_ended or (tells_all and delta.token_ids):
-        event = self._head | {
+        event = answer.head | {
           'choices': [
-            self._choice(index, delta, stream, text, is_first, num_before)
+            answer.choice(index, delta, prompt_ids, text, is_first, num_before)
           ]
         }
         if asked.include_usage:
           event['usage'] = None
-        if prompt_ids and is_first:
-          event['prompt_token_ids'] = stream.request.prompt_token_ids
+        if tells_prompt and is_first:
+          event['prompt_token_ids'] = prompt_ids
         await write(_event(event))
         num_before += len(text)
         is_first, text = False, ''
       if has_failed:
         raise _not_finite(stream)
-
-  def _choice(
-    self,
-    index: int,
-    delta: types.OutputDelta,
-    stream: outbox.Stream,
-    text: str,
-    is_first: bool,
-    num_before: int = 0,
-  ) -> dict[str, Any]:
-    """Returns a choice, or what it gained."""
-    form, asked = self._form, self._call.asked
-    choice = {
-      'index': index,
-      **form.text(text, asked.stream, is_first),
-      'logprobs': None,
-      'finish_reason': None,
-    }
-    if delta.finish_reason not in (None, types.FinishReason.ERROR):
-      choice['finish_reason'] = delta.finish_reason.value
-      choice['stop_reason'] = delta.stop_reason
-    if self._call.logprobs:
-      choice['logprobs'] = form.logprobs(
-        forms.scored(delta, self._frontend.engine.tokenizer), num_before
-      )
-    if asked.token_ids:
-      choice['token_ids'] = delta.token_ids
-      if is_first and form.has_prompt_ids_by_choice:
-        choice['prompt_token_ids'] = stream.request.prompt_token_ids
-    return choice
-
-  async def _echo(self, prompt: tokenizer_lib.Prompt) -> str:
-    """Returns the text of a prompt."""
-    if isinstance(prompt, str):
-      return prompt
-    tokenizer = self._frontend.engine.tokenizer
-    if tokenizer is None:
-      raise errors.UnsupportedError('echo=True: this model has no tokenizer.')
-    ids: Any = prompt
-    return await messages.read(len(ids), lambda: tokenizer.decode(ids))
-
-  def _count(self, stream: outbox.Stream) -> None:
-    self._prompt_ids = stream.request.prompt_token_ids
-    self._usage['prompt_tokens'] += len(self._prompt_ids)
-    self._usage['completion_tokens'] += stream.num_tokens
-    self._usage['total_tokens'] += len(self._prompt_ids) + stream.num_tokens
 
 
 def event_of_error(body: Mapping[str, Any]) -> bytes:
