@@ -6,7 +6,8 @@
 
 A line of the input is an object with one of `prompt` (text),
 `prompt_token_ids` or `messages` (a chat), and maybe `request_id` (a text or an
-integer) and `sampling`, whose fields override the flags; null is not said.
+integer) and `sampling`, whose fields override the flags; null is not said. Or
+it is a line of OpenAI's batch files, see `batch_files`.
 Results are written as they finish, in any order. A line that can't be served
 becomes a result with `error` and `line`, and the rest is still done. After an
 interruption, --resume goes on with what is missing.
@@ -24,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -37,6 +37,7 @@ import rich.console
 import rich.markup
 import rich.progress
 
+from sarathi_jax import batch_files
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.cli import flags as engine_flags
@@ -76,6 +77,12 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'output', None, 'File of JSON lines to write results to.', required=True
   )
+  flags.DEFINE_string(
+    'served_model_name',
+    None,
+    "The model's name in bodies of OpenAI's batch files; by default the "
+    "folder's, or the hub id.",
+  )
   flags.DEFINE_bool(
     'resume',
     False,
@@ -85,25 +92,56 @@ def define_flags() -> None:
   sampling_flags.define(but=_ENGINES_OWN)
 
 
+def parse_line(
+  number: int,
+  text: bytes,
+  defaults: Mapping[str, Any],
+  seed: int,
+  engine: engine_lib.Engine,
+) -> Line:
+  """Makes requests of a line, of either form, or says what is wrong with it."""
+  try:
+    fields = prompt_lines.decode(text)
+  except errors.InvalidRequestError as error:
+    return Line(number, f'line-{number}', (), error)
+  if batch_files.KEYS & fields.keys():
+    return batch_files.parse(number, text, defaults, seed, engine)
+  return prompt_lines.parse(number, fields, defaults, seed, engine)
+
+
 def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
   """Yields the lines that an output lacks; refuses an id's second line."""
   seen: set[str] = set()
   for line in lines:
-    if line.request is None:
-      if line.number not in written.lines:
+    named = str(line.request_id)
+    if line.error is None and named not in seen:
+      seen.add(named)
+      if named not in written.ids:
         yield line
-    elif line.request.request_id in seen:
-      if line.number not in written.lines:
-        yield Line(
-          line.number,
-          line.request_id,
-          None,
-          'request_id: an earlier line has it, too.',
+    elif line.number not in written.lines:
+      yield (
+        line
+        if line.error
+        else line.refused(
+          errors.InvalidRequestError(
+            f'{line.ID_KEY}: an earlier line has it, too.'
+          )
         )
-    else:
-      seen.add(line.request.request_id)
-      if line.request.request_id not in written.ids:
-        yield line
+      )
+
+
+class _Live(NamedTuple):
+  """A line whose requests run.
+
+  Attributes:
+    line: the line.
+    collectors: of its requests, by key.
+    done: those that have ended, by key.
+  """
+
+  line: Line
+  collectors: dict[str, collector.Collector]
+  done: dict[str, types.Completion]
 
 
 def run_lines(
@@ -120,7 +158,7 @@ def run_lines(
     lines: the lines, with ids that differ.
     on_tokens: told the number of every step's new tokens.
   """
-  live: dict[str, tuple[Line, collector.Collector]] = {}
+  live: dict[str, _Live] = {}  # by the keys of requests that run
   max_live = 2 * engine.info.max_num_seqs
   is_last = False
   while live or not is_last:
@@ -128,38 +166,24 @@ def run_lines(
       line = next(lines, None)
       if line is None:
         is_last = True
-      elif line.request is None:
-        yield {
-          'request_id': line.request_id,
-          'line': line.number,
-          'error': line.error,
-        }
+      elif line.error is not None:
+        yield line.result(())
       else:
-        live[line.request.request_id] = (
-          line,
-          collector.Collector(line.request),
+        one = _Live(
+          line, {r.key: collector.Collector(r) for r in line.requests}, {}
         )
-        engine.add(line.request)
+        for request in line.requests:
+          live[request.key] = one
+          engine.add(request)
     deltas = engine.step()
     on_tokens(sum(len(delta.token_ids) for delta in deltas))
     for delta in deltas:
-      line, collected = live[delta.request_id]
-      if done := collected.add(delta):
+      line, collectors, done = live[delta.request_id]
+      if completion := collectors[delta.request_id].add(delta):
         del live[delta.request_id]
-        yield _result(line, done)
-
-
-def _result(line: Line, done: types.Completion) -> dict[str, Any]:
-  return {
-    'request_id': line.request_id,
-    'prompt_token_ids': done.prompt_token_ids,
-    'token_ids': done.token_ids,
-    'logprobs': done.logprobs,
-    'text': done.text,
-    'finish_reason': done.finish_reason.value,
-    'stop_reason': done.stop_reason,
-    'metrics': dataclasses.asdict(done.metrics),
-  }
+        done[delta.request_id] = completion
+        if len(done) == len(collectors):
+          yield line.result([done[key] for key in collectors])
 
 
 def _read_written(path: pathlib.Path) -> Written:
@@ -172,7 +196,9 @@ def _read_written(path: pathlib.Path) -> Written:
         break
       try:
         result = json.loads(line)
-        if 'error' in result:
+        if batch_files.KEYS & result.keys():
+          batch_files.add_written(result, written.ids, written.lines)
+        elif 'error' in result:
           written.lines.add(result['line'])
         else:
           result['metrics']  # An input, given by mistake, has ids only.
@@ -186,6 +212,12 @@ def _read_written(path: pathlib.Path) -> Written:
   if whole < path.stat().st_size:
     os.truncate(path, whole)
   return written
+
+
+def _has_failed(result: Mapping[str, Any]) -> bool:
+  if batch_files.KEYS & result.keys():
+    return batch_files.has_failed(result)
+  return 'error' in result
 
 
 class _Output:
@@ -271,12 +303,15 @@ def _start(console: rich.console.Console) -> None:
     from sarathi_jax.launch import loading
 
     engine = loading.load_llm(
-      FLAGS.checkpoint, config, end=leader, console=console, **load_options
+      FLAGS.checkpoint,
+      config,
+      model_name=FLAGS.served_model_name,
+      end=leader,
+      console=console,
+      **load_options,
     ).engine
     lines = [
-      functools.partial(
-        prompt_lines.parse_line, number, text, defaults, config.seed, engine
-      )
+      functools.partial(parse_line, number, text, defaults, config.seed, engine)
       for number, text in prompts
     ]
     _run(engine, lines, output, console)
@@ -315,7 +350,7 @@ def _run(
     ):
       output.write(result)
       num_done += 1
-      num_errors += 'error' in result
+      num_errors += _has_failed(result)
       progress.advance(task)
   if num_written:
     console.print(f'{num_written:,} results were there already.')

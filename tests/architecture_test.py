@@ -92,6 +92,7 @@ LAYERS: Mapping[str, Layer] = {
   'top': Layer(
     (
       'sarathi_jax.offline',
+      'sarathi_jax.batch_files',
       'sarathi_jax.client',
       'sarathi_jax.top',
       'sarathi_jax.plan',

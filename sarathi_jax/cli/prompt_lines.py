@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import random
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Self
 
 from sarathi_jax import errors
 from sarathi_jax import types
@@ -21,50 +21,56 @@ _MAX_DRAWN_SEED = 2**31 - 1
 _PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
 
 
-class Line(NamedTuple):
-  """A line of the input: a request, or what is wrong with it."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+  """A line of the input: requests, or what is wrong with it.
 
-  number: int  # from 1
-  request_id: str | int  # as it is given
-  request: types.Request | None
-  error: str | None
+  Attributes:
+    number: from 1.
+    request_id: as it is given.
+    requests: those that it asks for, with keys of their own; none if it is
+      refused.
+    error: what is wrong with it.
+  """
+
+  ID_KEY: ClassVar[str] = 'request_id'
+
+  number: int
+  request_id: str | int
+  requests: tuple[types.Request, ...]
+  error: errors.InvalidRequestError | None
+
+  def refused(self, error: errors.InvalidRequestError) -> Self:
+    """Returns the line with an error instead of its requests."""
+    return dataclasses.replace(self, requests=(), error=error)
+
+  def result(self, done: Sequence[types.Completion]) -> dict[str, Any]:
+    """Returns what to write once its requests are done, or it is refused."""
+    if self.error is not None:
+      return {
+        'request_id': self.request_id,
+        'line': self.number,
+        'error': str(self.error),
+      }
+    (completion,) = done
+    return {
+      'request_id': self.request_id,
+      'prompt_token_ids': completion.prompt_token_ids,
+      'token_ids': completion.token_ids,
+      'logprobs': completion.logprobs,
+      'text': completion.text,
+      'finish_reason': completion.finish_reason.value,
+      'stop_reason': completion.stop_reason,
+      'metrics': dataclasses.asdict(completion.metrics),
+    }
 
 
-def parse_line(
-  number: int,
-  text: bytes,
-  defaults: Mapping[str, Any],
-  seed: int,
-  engine: engine_lib.Engine,
-) -> Line:
-  """Makes a request of a line, or says what is wrong with it."""
-  request_id: str | int = f'line-{number}'
-  try:
-    fields = _decode(text)
-    given_id = fields.get('request_id', request_id)
-    if type(given_id) not in (str, int) or given_id == '':
-      raise errors.InvalidRequestError(
-        f'request_id={errors.shown(given_id)}: must be a text that is not '
-        'empty, or an integer.'
-      )
-    request_id = given_id
-    request = types.Request(
-      request_id=str(request_id),
-      prompt_token_ids=_prompt(fields, engine),
-      sampling=_sampling(
-        fields,
-        functools.partial(engine.info.sampling, defaults=defaults),
-        f'{seed} {str(request_id)!r}',
-      ),
-      arrival_time=engine.clock(),
-    )
-    engine.check(request)
-  except errors.InvalidRequestError as error:
-    return Line(number, request_id, None, str(error))
-  return Line(number, request_id, request, None)
+def decode(text: bytes) -> dict[str, Any]:
+  """Returns the JSON object that a line is.
 
-
-def _decode(text: bytes) -> dict[str, Any]:
+  Raises:
+    InvalidRequestError: it is none.
+  """
   try:
     fields = json.loads(text.decode('utf-8-sig'))
   except UnicodeDecodeError as error:
@@ -73,30 +79,71 @@ def _decode(text: bytes) -> dict[str, Any]:
     raise errors.InvalidRequestError(f'not JSON: {error}.') from error
   if not isinstance(fields, dict):
     raise errors.InvalidRequestError('must be a JSON object.')
-  if unknown := fields.keys() - _KEYS:
-    raise errors.InvalidRequestError(
-      f'{errors.cut(min(unknown))}: unknown key; known: '
-      f'{", ".join(sorted(_KEYS))}.'
-    )
   return fields
+
+
+def parse(
+  number: int,
+  fields: Mapping[str, Any],
+  defaults: Mapping[str, Any],
+  seed: int,
+  engine: engine_lib.Engine,
+) -> Line:
+  """Makes a request of a line, or says what is wrong with it."""
+  line = Line(number, f'line-{number}', (), None)
+  try:
+    if unknown := fields.keys() - _KEYS:
+      raise errors.InvalidRequestError(
+        f'{errors.cut(min(unknown))}: unknown key; known: '
+        f'{", ".join(sorted(_KEYS))}.'
+      )
+    given_id = fields.get('request_id', line.request_id)
+    if type(given_id) not in (str, int) or given_id == '':
+      raise errors.InvalidRequestError(
+        f'request_id={errors.shown(given_id)}: must be a text that is not '
+        'empty, or an integer.'
+      )
+    line = dataclasses.replace(line, request_id=given_id)
+    request = types.Request(
+      request_id=str(given_id),
+      prompt_token_ids=_prompt(fields, engine),
+      sampling=seeded(
+        _sampling(
+          fields,
+          functools.partial(engine.info.sampling, defaults=defaults),
+        ),
+        seed,
+        str(given_id),
+      ),
+      arrival_time=engine.clock(),
+      key=str(number),
+    )
+    engine.check(request)
+  except errors.InvalidRequestError as error:
+    return line.refused(error)
+  return dataclasses.replace(line, requests=(request,))
+
+
+def seeded(
+  sampling: types.SamplingParams, seed: int, request_id: str
+) -> types.SamplingParams:
+  """Returns sampling with a seed, made of the run's if it has none."""
+  if sampling.seed is not None:
+    return sampling
+  drawn = random.Random(f'{seed} {request_id!r}').randint(0, _MAX_DRAWN_SEED)
+  return dataclasses.replace(sampling, seed=drawn)
 
 
 def _sampling(
   fields: Mapping[str, Any],
   make: Callable[[Mapping[str, Any]], types.SamplingParams],
-  seed: str,
 ) -> types.SamplingParams:
   given = fields.get('sampling')
   if not isinstance(given, dict | None):
     raise errors.InvalidRequestError(
       f'sampling={errors.shown(given)}: must be an object of sampling fields.'
     )
-  sampling = make(given or {})
-  if sampling.seed is not None:
-    return sampling
-  return dataclasses.replace(
-    sampling, seed=random.Random(seed).randint(0, _MAX_DRAWN_SEED)
-  )
+  return make(given or {})
 
 
 def _prompt(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 from sarathi_jax import errors
@@ -304,6 +305,15 @@ class Limits:
         _LEAST_PROMPT_CHARS,
       ),
     )
+
+
+def without() -> Limits:
+  """Returns limits that nothing exceeds but messages of gRPC."""
+  rows = (row.name for row in dataclasses.fields(Limits))
+  unbound: dict[str, Any] = dict.fromkeys(rows, math.inf)
+  return Limits(
+    **{**unbound, 'max_message_mib': ROWS['max_message_mib'].default}
+  )
 
 
 ROWS: Mapping[str, dataclasses.Field[Any]] = {

@@ -116,3 +116,10 @@ def echo(prompt: tokenizer_lib.Prompt, engine: engine_lib.Engine) -> str:
     raise errors.UnsupportedError('echo=True: this model has no tokenizer.')
   ids: Any = prompt
   return engine.tokenizer.decode(ids)
+
+
+def not_finite(request_id: str) -> errors.StepError:
+  """Makes the error of a request that could not be sampled."""
+  return errors.StepError(
+    f'{request_id}: its logits are NaN or infinite; see the log of the server.'
+  )

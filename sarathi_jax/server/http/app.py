@@ -58,8 +58,8 @@ def make(
   started = int(time.time())
   room = exchange_lib.Room(frontend.limits.max_bodies_mib * 2**20)
   routes: tuple[tuple[str, str, _Answer], ...] = (
-    ('POST', '/v1/chat/completions', generate(chat.FORM)),
-    ('POST', '/v1/completions', generate(completions.FORM)),
+    ('POST', chat.FORM.path, generate(chat.FORM)),
+    ('POST', completions.FORM.path, generate(completions.FORM)),
     ('GET', '/v1/models', functools.partial(_models, frontend, started)),
     (
       'GET',

@@ -46,7 +46,8 @@ def read(
     InvalidRequestError: it asks for what we don't do, or do not know.
   """
   # Unless it says how much, an answer has all that the context has room for.
-  asked, own = fields.read(body, FIELDS, info, {'max_tokens': None}, NEUTRAL)
+  defaults = {'max_tokens': None, **info.default_sampling}
+  asked, own = fields.read(body, FIELDS, info, defaults, NEUTRAL)
   logprobs = own.get('logprobs', False)
   forms.check_sampled_alone('top_logprobs', own.get('top_logprobs'))
   if 'top_logprobs' in own and not logprobs:
@@ -129,6 +130,7 @@ def _logprobs(
 
 FORM = forms.Form(
   'openai.chat',
+  '/v1/chat/completions',
   'chatcmpl-',
   'chat.completion',
   'chat.completion.chunk',

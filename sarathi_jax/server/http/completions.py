@@ -88,6 +88,7 @@ def _logprobs(
 
 FORM = forms.Form(
   'openai.completions',
+  '/v1/completions',
   'cmpl-',
   'text_completion',
   'text_completion',

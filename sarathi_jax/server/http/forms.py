@@ -37,6 +37,7 @@ class Form(NamedTuple):
 
   Attributes:
     protocol: its name, for metrics and logs.
+    path: where it is served.
     prefix: of ids.
     whole, piece: the `object` of a response, and of an event.
     read: makes a call of a body. InvalidRequestError: it can't be served.
@@ -46,6 +47,7 @@ class Form(NamedTuple):
   """
 
   protocol: str
+  path: str
   prefix: str
   whole: str
   piece: str

@@ -123,7 +123,7 @@ class _Answer:
         deltas = [delta async for delta in stream]
         whole = outbox.merge(deltas)
         if whole.finish_reason is types.FinishReason.ERROR:
-          raise _not_finite(stream)
+          raise answers.not_finite(stream.request.request_id)
         self._choices[index] = self._answer.choice(
           index,
           whole,
@@ -160,7 +160,7 @@ class _Answer:
         num_before += len(text)
         is_first, text = False, ''
       if has_failed:
-        raise _not_finite(stream)
+        raise answers.not_finite(stream.request.request_id)
 
 
 def event_of_error(body: Mapping[str, Any]) -> bytes:
@@ -170,10 +170,3 @@ def event_of_error(body: Mapping[str, Any]) -> bytes:
 
 def _event(content: Mapping[str, Any]) -> bytes:
   return b'data: ' + exchange_lib.encode(content) + b'\n\n'
-
-
-def _not_finite(stream: outbox.Stream) -> errors.StepError:
-  return errors.StepError(
-    f'{stream.request.request_id}: its logits are NaN or infinite; see the log '
-    'of the server.'
-  )
