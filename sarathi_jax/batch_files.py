@@ -60,6 +60,7 @@ class Line(prompt_lines.Line):
       told = http_errors.of(error, self.names)
       return self._written(told.status, told.body)
     assert self.answer is not None
+    done = [self.answer.shown(completion) for completion in done]
     for completion in done:
       self.answer.count(completion.prompt_token_ids, len(completion.token_ids))
     choices = [

@@ -25,6 +25,7 @@ class Kind(enum.Enum):
   STRINGS = 'a list of strings'
   IDS = 'a list of token ids'
   BIAS = 'a map of token ids to real numbers'
+  NAME = 'one of some names'
 
   @property
   def is_list(self) -> bool:
@@ -111,6 +112,29 @@ def probability(
   )
 
 
+def logprobs(help: str, most: int) -> Any:
+  """Returns a number of likeliest tokens to tell of, or None for none."""
+  return field(
+    None,
+    Kind.INT,
+    f'{help}; at most {most}.',
+    f'must be an integer in [0, {most}]',
+    lambda num: num is None or (_is_int(num) and 0 <= num <= most),
+  )
+
+
+def name(default: str, names: tuple[str, ...], help: str) -> Any:
+  """Returns one of some names."""
+  return field(
+    default,
+    Kind.NAME,
+    help,
+    f'must be one of {", ".join(names)}',
+    lambda value: isinstance(value, str) and value in names,
+    none_is_default=True,
+  )
+
+
 def plain(value: Any) -> Any:
   """A scalar of NumPy or JAX as Python's; other things as they are."""
   is_scalar = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
@@ -148,11 +172,15 @@ def penalty(
   )
 
 
-def ids(default: Any, help: str, **more: Any) -> Any:
+def ids(
+  default: Any, help: str, *, most: int | None = None, **more: Any
+) -> Any:
   """Returns a list of token ids; if None is its default, it is not empty."""
   rule = 'must be token ids >= 0'
   if default is None:
     rule += ', at least one'
+  if most is not None:
+    rule += f', at most {most}'
   return field(
     default,
     Kind.IDS,
@@ -162,6 +190,7 @@ def ids(default: Any, help: str, **more: Any) -> Any:
       ids is None
       or (
         (default is not None or bool(ids))
+        and (most is None or len(ids) <= most)
         and all(_is_int(token) and token >= 0 for token in ids)
       )
     ),

@@ -25,6 +25,12 @@ MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # vLLM's
 # tokens of at most 128 words.
 MAX_SPELLINGS, MAX_SPELLING_TOKENS = 128, 16
 
+# The most log-probabilities at a position; vLLM's, by default.
+MAX_LOGPROBS, MAX_LOGPROB_TOKEN_IDS = 20, 128
+# Whether log-probabilities are of the logits as they came, divided by the
+# temperature, or as they are sampled from.
+LOGPROBS_MODES = ('raw', 'temperature', 'processed')
+
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
 # which it changes nothing. Any other value, but None, is refused by name.
 UNSUPPORTED: Mapping[str, Any] = {
@@ -32,11 +38,9 @@ UNSUPPORTED: Mapping[str, Any] = {
   'extra_args': {},
   'flat_logprobs': False,
   'guided_decoding': None,
-  'logprob_token_ids': None,
   'logits_processors': None,
   'n': 1,
   'output_kind': None,
-  'prompt_logprobs': None,
   'repetition_detection': None,
   'spaces_between_special_tokens': True,
   'structured_outputs': None,
@@ -94,8 +98,17 @@ class SamplingParams:
     include_stop_str_in_output: keep the stop string at the end of the text.
     ignore_eos: go on past the end-of-sequence token.
     skip_special_tokens: leave special tokens out of the text.
-    logprobs: None or 0. The log-probability of each sampled token is always
-      returned; those of other tokens are not supported.
+    logprobs: how many of the likeliest tokens to tell the log-probabilities
+      of, with each sampled token's, at most MAX_LOGPROBS; None to tell but the
+      sampled token's log-probability, which is always told.
+    prompt_logprobs: likewise of the prompt, with each of its tokens but the
+      first; of the logits as they came.
+    logprob_token_ids: tokens whose log-probabilities are told with each sampled
+      token's, at most MAX_LOGPROB_TOKEN_IDS.
+    logprobs_mode: what log-probabilities of the output are of: 'raw', the
+      logits as they came; 'temperature', these divided by the temperature, if
+      it is not 0; 'processed', what the token was sampled from, after all that
+      this request asks for.
   """
 
   max_tokens: int | None = fields_lib.field(
@@ -224,13 +237,28 @@ class SamplingParams:
   skip_special_tokens: bool = fields_lib.flag(
     True, "Leave special tokens out of the output's text."
   )
-  logprobs: int | None = fields_lib.field(
+  logprobs: int | None = fields_lib.logprobs(
+    'How many of the likeliest tokens to tell the log-probabilities of',
+    MAX_LOGPROBS,
+  )
+  prompt_logprobs: int | None = fields_lib.logprobs(
+    'How many of the likeliest tokens to tell the log-probabilities of at each '
+    'token of the prompt',
+    MAX_LOGPROBS,
+  )
+  logprob_token_ids: tuple[int, ...] | None = fields_lib.ids(
     None,
-    Kind.INT,
-    'Only 0 is supported: log-probabilities of the sampled tokens, which are '
-    'always returned.',
-    '',
-    lambda value: True,
+    'Id of a token whose log-probability is told with each sampled one; may be '
+    'given several times.',
+    most=MAX_LOGPROB_TOKEN_IDS,
+    adjusts=True,
+  )
+  logprobs_mode: str = fields_lib.name(
+    LOGPROBS_MODES[0],
+    LOGPROBS_MODES,
+    "Whether log-probabilities are of the model's logits (raw), of these "
+    'divided by the temperature (temperature), or of what tokens are sampled '
+    'from (processed).',
   )
 
   def __post_init__(self) -> None:
@@ -257,17 +285,25 @@ class SamplingParams:
     )
     if self.seed == -1:  # as in vLLM
       object.__setattr__(self, 'seed', None)
-    if self.logprobs not in (None, 0) or isinstance(self.logprobs, bool):
-      raise errors.UnsupportedError(
-        f"logprobs={errors.shown(self.logprobs)}: only the sampled token's "
-        "log-probability is returned (logprobs=0; in OpenAI's chats, "
-        'top_logprobs=0).'
-      )
 
   @property
   def is_adjusted(self) -> bool:
-    """Whether a field changes the logits by what the device keeps."""
+    """Whether a field needs what the device keeps of a sequence."""
     return any(getattr(self, name) != DEFAULTS[name] for name in _ADJUSTING)
+
+  @property
+  def tells(self) -> bool:
+    """Whether more is told of an output token than its log-probability."""
+    return self.logprobs is not None or self.logprob_token_ids is not None
+
+  @property
+  def telling(self) -> int:
+    """Returns 0 for the raw log-probability alone, else 1 + the mode's place.
+
+    The mode is in LOGPROBS_MODES.
+    """
+    mode = LOGPROBS_MODES.index(self.logprobs_mode)
+    return 1 + mode if mode or self.tells else 0
 
   @property
   def has_penalties(self) -> bool:

@@ -109,6 +109,9 @@ class Chunk(NamedTuple):
     sampling: how to choose the tokens.
     setup: with the first chunk of a sequence in its slot, if its logits are
       adjusted (`SamplingParams.is_adjusted`).
+    next_token: the token of the prompt that follows the chunk, where the
+      log-probabilities of the prompt are told; -1 where the prompt ends with
+      the chunk; None where none are told.
   """
 
   request_id: str
@@ -123,6 +126,33 @@ class Chunk(NamedTuple):
   seed: int
   sampling: SamplingParams
   setup: SlotSetup | None = None
+  next_token: int | None = None
+
+
+class TokenLogprobs(NamedTuple):
+  """The log-probabilities of several tokens at one position.
+
+  Attributes:
+    token_ids: the token that is there; then the likeliest ones, as many as are
+      asked for, the likeliest first, of equal ones the lower id; then those of
+      `SamplingParams.logprob_token_ids`. So an id may be there twice.
+    logprobs: of each (natural logarithm); minus infinity for a token that could
+      not be sampled. See `SamplingParams.logprobs_mode`.
+    rank: how many tokens are at least as likely as the one that is there,
+      itself included: 1 for the likeliest.
+  """
+
+  token_ids: tuple[int, ...]
+  logprobs: tuple[float, ...]
+  rank: int
+
+  @property
+  def logprob(self) -> float:
+    """The log-probability of the token that is there."""
+    return self.logprobs[0]
+
+
+Told = tuple[TokenLogprobs, ...]  # of consecutive tokens
 
 
 class ScheduledBatch(NamedTuple):
@@ -146,13 +176,19 @@ class Sampled(NamedTuple):
 
   Attributes:
     tokens: token ids, in the order of the sequence.
-    logprobs: log-probabilities of the tokens (natural logarithm, before
-      temperature); NaN where logits were not finite, so no token could be
-      sampled.
+    logprobs: log-probabilities of the tokens (natural logarithm, see
+      `SamplingParams.logprobs_mode`); NaN where logits were not finite, so no
+      token could be sampled.
+    told: of each token what `SamplingParams.logprobs` asks for, () for chunks
+      that do not; None if none does.
+    prompts: of each chunk with a `next_token`, its tokens' successors in the
+      prompt, () for the others; None if none has one.
   """
 
   tokens: list[tuple[int, ...]]
   logprobs: list[tuple[float, ...]]
+  told: list[Told] | None = None
+  prompts: list[Told] | None = None
 
   @classmethod
   def of(
@@ -180,12 +216,15 @@ class TokenEvent(NamedTuple):
   """The tokens that a request gained in a step, one or more.
 
   With FinishReason.ERROR it gained none, as a token could not be sampled.
+  `told` and `prompt_logprobs` are `OutputDelta`'s.
   """
 
   request_id: str
   tokens: tuple[int, ...]
   logprobs: tuple[float, ...]
   finish_reason: FinishReason | None
+  told: Told = ()
+  prompt_logprobs: Told | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +265,10 @@ class OutputDelta(NamedTuple):
     stop_reason: the stop token id or stop string that ended it, if any; None
       for the model's own end of sequence.
     metrics: with the last delta only.
+    told: of each new token, if `SamplingParams.logprobs` or `logprob_token_ids`
+      asks for it; else ().
+    prompt_logprobs: with the first delta only: of each token of the prompt but
+      the first, if `SamplingParams.prompt_logprobs` asks for it.
   """
 
   request_id: str
@@ -235,6 +278,8 @@ class OutputDelta(NamedTuple):
   finish_reason: FinishReason | None = None
   stop_reason: int | str | None = None
   metrics: RequestMetrics | None = None
+  told: Told = ()
+  prompt_logprobs: Told | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,12 +290,13 @@ class Completion:
     request_id: of the request.
     prompt_token_ids: the prompt.
     token_ids: the generated tokens.
-    logprobs: their log-probabilities (natural logarithm, before temperature
-      and filters).
+    logprobs: their log-probabilities (natural logarithm, see
+      `SamplingParams.logprobs_mode`).
     text: the generated text, '' without a tokenizer.
     finish_reason: why it ended.
     stop_reason: see `OutputDelta`.
     metrics: its measurements.
+    told, prompt_logprobs: see `OutputDelta`.
   """
 
   request_id: str
@@ -261,3 +307,5 @@ class Completion:
   finish_reason: FinishReason
   stop_reason: int | str | None
   metrics: RequestMetrics
+  told: Told = ()
+  prompt_logprobs: Told | None = None

@@ -29,6 +29,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs
 from sarathi_jax.runner import weights
+from tests import logprobs_oracle
 from tests import naive
 
 MODEL = model_config_lib.LlamaConfig(
@@ -131,6 +132,18 @@ def adjusted() -> list[types.Request]:
 def expected_adjusted(params, adjusted):
   recompute = naive.recompute(MODEL, params)
   return {r.request_id: recompute(r) for r in adjusted}
+
+
+@pytest.fixture(scope='module')
+def telling() -> list[types.Request]:
+  return logprobs_oracle.requests(
+    MODEL.vocab_size, [1, 2, 84, 9, 60, 33, 16, 83, 41, 7, 75, 12, 50, 8]
+  )
+
+
+@pytest.fixture(scope='module')
+def logits_of(params) -> logprobs_oracle.LogitsOf:
+  return logprobs_oracle.logits_of(MODEL, params)
 
 
 def run_engine(runner, requests, **limits):
@@ -252,6 +265,38 @@ def test_adjusted_logits_do_not_depend_on_how_they_are_computed(
     max_adjusted_seqs=max_adjusted_seqs,
   )
   naive.assert_same(got, expected_adjusted)
+  if num_pages == SCARCE and policy in ('sarathi', 'vllm'):
+    assert stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [
+    (MAX_SEQS, SCARCE, True),
+    (17, SCARCE, False),
+    (64, PLENTY, True),
+    (UNLIMITED, SCARCE, True),
+  ],
+)
+def test_log_probabilities_do_not_depend_on_how_they_are_computed(
+  runner, logits_of, telling, policy, token_budget, num_pages, look_ahead
+):
+  """Of samples and of prompts, each told once; preempted in the middle, too."""
+  done, stats = naive.complete(
+    runner,
+    telling,
+    vocab_size=MODEL.vocab_size,
+    max_num_seqs=MAX_SEQS,
+    max_model_len=MAX_LEN,
+    page_size=PAGE_SIZE,
+    policy=policy,
+    token_budget=token_budget,
+    num_pages=num_pages,
+    look_ahead=look_ahead,
+  )
+  for request in telling:
+    logprobs_oracle.check(done[request.request_id], request.sampling, logits_of)
   if num_pages == SCARCE and policy in ('sarathi', 'vllm'):
     assert stats.num_preemptions > 0
 

@@ -19,6 +19,7 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import sampling as sampling_lib
+from sarathi_jax.text import collector
 from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import sampling_oracle
 
@@ -140,7 +141,8 @@ def recompute(
 
   @jax.jit
   def sample(logits, *rows):
-    return sampling_lib.sample(logits, *(r[None] for r in rows)).tokens[0]
+    output, _ = sampling_lib.sample(logits, *(r[None] for r in rows))
+    return output.tokens[0]
 
   def run(request: types.Request) -> Tokens:
     tokens = list(request.prompt_token_ids)
@@ -184,11 +186,23 @@ def recompute(
 def run_engine(
   runner: Any,
   requests: Sequence[types.Request],
+  **options: Any,
+) -> tuple[dict[str, Tokens], state.EngineStats]:
+  """Runs requests as `complete` does; returns their tokens."""
+  done, stats = complete(runner, requests, **options)
+  return {
+    name: (list(c.token_ids), list(c.logprobs)) for name, c in done.items()
+  }, stats
+
+
+def complete(
+  runner: Any,
+  requests: Sequence[types.Request],
   *,
   vocab_size: int,
   policy: str = 'sarathi',
   **limits: Any,
-) -> tuple[dict[str, Tokens], state.EngineStats]:
+) -> tuple[dict[str, types.Completion], state.EngineStats]:
   """Runs requests on an engine around `runner`.
 
   Args:
@@ -208,14 +222,15 @@ def run_engine(
   )
   for request in requests:
     engine.add(request)
-  got: dict[str, Tokens] = {r.request_id: ([], []) for r in requests}
+  collected = {r.request_id: collector.Collector(r) for r in requests}
+  done: dict[str, types.Completion] = {}
   while engine.has_work:
     for delta in engine.step():
-      got[delta.request_id][0].extend(delta.token_ids)
-      got[delta.request_id][1].extend(delta.logprobs)
+      if completion := collected[delta.request_id].add(delta):
+        done[delta.request_id] = completion
   stats = engine.stats()
   assert stats.num_free_pages == config.num_pages
-  return got, stats
+  return done, stats
 
 
 def assert_same(got: dict[str, Tokens], expected: dict[str, Tokens]) -> None:

@@ -20,6 +20,7 @@ from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import weights
+from tests import logprobs_oracle
 from tests import naive
 
 MAX_LEN = 64
@@ -234,6 +235,33 @@ def test_tokens_do_not_depend_on_the_mesh(
     token_budget=token_budget,
     adjusted=adjusted,
   )
+
+
+@pytest.mark.parametrize(
+  'num_pages,look_ahead,token_budget', [(PLENTY, True, 16), (SCARCE, True, 16)]
+)
+@pytest.mark.parametrize('tp,pp', MESHES)
+def test_log_probabilities_do_not_depend_on_the_mesh(
+  tp, pp, num_pages, look_ahead, token_budget
+):
+  requests = logprobs_oracle.requests(_SIZES['vocab_size'], PROMPT_LENS)
+  runner = make_runner('llama', tp, pp, 16)
+  done, stats = naive.complete(
+    runner,
+    requests,
+    vocab_size=_SIZES['vocab_size'],
+    token_budget=token_budget,
+    max_num_seqs=MAX_SEQS,
+    max_model_len=MAX_LEN,
+    page_size=PAGE_SIZE,
+    num_pages=num_pages,
+    look_ahead=look_ahead,
+    num_stages=runner.num_stages,
+  )
+  assert (stats.num_preemptions > 0) == (num_pages == SCARCE)
+  logits_of = logprobs_oracle.logits_of(MODELS['llama'], make_params('llama'))
+  for request in requests:
+    logprobs_oracle.check(done[request.request_id], request.sampling, logits_of)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ EXAMPLES: dict[str, Any] = {
   'include_stop_str_in_output': True,
   'ignore_eos': True,
   'skip_special_tokens': False,
-  'logprobs': 0,
+  'logprobs': 3,
+  'prompt_logprobs': 0,
+  'logprob_token_ids': (1, 2),
+  'logprobs_mode': 'processed',
 }
 BAD: tuple[tuple[str, Any, str], ...] = (
   ('max_tokens', 0, 'must be an integer >= 1'),
@@ -102,6 +105,17 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ('include_stop_str_in_output', 1, 'must be true or false'),
   ('ignore_eos', None, 'must be true or false'),
   ('skip_special_tokens', 'no', 'must be true or false'),
+  *(
+    (field, value, 'must be an integer in [0, 20]')
+    for field in ('logprobs', 'prompt_logprobs')
+    for value in (21, -1, True, False, 0.5, '0')
+  ),
+  ('logprob_token_ids', (), 'at least one'),
+  ('logprob_token_ids', (-1,), 'must be token ids >= 0'),
+  ('logprob_token_ids', (1,) * 129, 'at most 128'),
+  ('logprob_token_ids', 3, 'must be a list'),
+  ('logprobs_mode', 'raw_logits', 'must be one of raw, temperature, processed'),
+  ('logprobs_mode', 1, 'must be one of raw, temperature, processed'),
 )
 NOT_SUPPORTED: tuple[tuple[str, Any], ...] = (
   ('detokenize', False),
@@ -112,8 +126,6 @@ NOT_SUPPORTED: tuple[tuple[str, Any], ...] = (
   ('n', 2),
   ('n', 0),
   ('output_kind', 1),
-  ('prompt_logprobs', 0),
-  ('prompt_logprobs', 1),
   ('spaces_between_special_tokens', False),
   ('structured_outputs', {'regex': 'a'}),
   ('thinking_token_budget', 0),

@@ -62,6 +62,11 @@ class Line:
       'finish_reason': completion.finish_reason.value,
       'stop_reason': completion.stop_reason,
       'metrics': dataclasses.asdict(completion.metrics),
+      **{
+        name: [at._asdict() for at in told]
+        for name in ('told', 'prompt_logprobs')
+        if (told := getattr(completion, name))
+      },
     }
 
 

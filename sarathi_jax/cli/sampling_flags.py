@@ -20,6 +20,7 @@ _DEFINE: Mapping[_Kind, Callable[..., Any]] = {
   _Kind.FLOAT: flags.DEFINE_float,
   _Kind.BOOL: flags.DEFINE_bool,
   _Kind.STRINGS: flags.DEFINE_multi_string,
+  _Kind.NAME: flags.DEFINE_string,
   _Kind.IDS: flags.DEFINE_multi_integer,
   _Kind.BIAS: lambda name, default, help: flags.DEFINE_multi(
     _BiasParser(), flags.ArgumentSerializer(), name, default, help

@@ -16,7 +16,7 @@ BadWords = tuple[tuple[int, ...], ...]
 
 
 def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
-  """Raises InvalidRequestError for token ids that the model does not have."""
+  """Raises InvalidRequestError for tokens that the model does not have."""
   sampling = request.sampling
   for field, ids in (
     ('prompt_token_ids', request.prompt_token_ids),
@@ -24,6 +24,7 @@ def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
     ('allowed_token_ids', sampling.allowed_token_ids or ()),
     ('bad_token_ids', sampling.bad_token_ids),
     ('logit_bias', tuple(sampling.logit_bias or ())),
+    ('logprob_token_ids', sampling.logprob_token_ids or ()),
   ):
     for kind in set(map(type, ids)):
       if kind is bool or not issubclass(kind, numbers.Integral):
@@ -33,6 +34,13 @@ def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
           'must be integers.'
         )
     check_known(f'{request.request_id}: {field}', ids, info.vocab_size)
+  for field in ('logprobs', 'prompt_logprobs'):
+    num = getattr(sampling, field)
+    if num is not None and num > info.vocab_size:
+      raise errors.InvalidRequestError(
+        f'{request.request_id}: {field}={num}: must be at most the size of the '
+        f'vocabulary, {info.vocab_size}.'
+      )
 
 
 def check_known(name: str, ids: Collection[int], vocab_size: int) -> None:

@@ -352,7 +352,7 @@ class Engine:
   def _output(
     self, event: types.TokenEvent, live: _Live, now: float
   ) -> types.OutputDelta:
-    request_id, tokens, logprobs, reason = event
+    request_id, tokens, logprobs, reason, told, of_prompt = event
     text = ''
     stop_reason: int | str | None = None
     if reason is _ERROR:
@@ -370,6 +370,15 @@ class Engine:
         text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
         tokens, logprobs = tokens[:num], logprobs[:num]
     if reason is None and stop_reason is None:
+      if told or of_prompt is not None:
+        return types.OutputDelta(
+          request_id,
+          text,
+          tokens,
+          logprobs,
+          told=told[: len(tokens)],
+          prompt_logprobs=of_prompt,
+        )
       return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:
       text += live.detokenizer.flush()
@@ -390,5 +399,13 @@ class Engine:
     for observer in self._observers:
       observer.on_finished(live.seq.request, summary, reason, now)
     return types.OutputDelta(
-      request_id, text, tokens, logprobs, reason, stop_reason, summary
+      request_id,
+      text,
+      tokens,
+      logprobs,
+      reason,
+      stop_reason,
+      summary,
+      told[: len(tokens)],
+      of_prompt,
     )

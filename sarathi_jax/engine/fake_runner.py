@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
+import itertools
 import time
 
 from sarathi_jax import types
@@ -12,7 +13,8 @@ from sarathi_jax import types
 class FakeRunner:
   """A `Runner` whose token after t is (t + 1) mod vocab_size.
 
-  So outputs can be checked by hand. Like a device, it keeps the last sampled
+  So outputs can be checked by hand. After t, token (t + 1 + d) mod vocab_size
+  has the log-probability -d. Like a device, it keeps the last sampled
   token of each slot, so look-ahead works. It refuses what a device would get
   wrong.
 
@@ -33,17 +35,56 @@ class FakeRunner:
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
     tokens: list[int] = []
+    told: list[types.Told] = []
+    prompts: list[types.Told] = []
     for chunk in batch.chunks:
       last = chunk.tokens[-1] if chunk.tokens else self._last[chunk.slot]
       assert last >= 0, f'{chunk.request_id}: no token in slot {chunk.slot}'
       token = (last + 1) % self.vocab_size
+      sampling = chunk.sampling
+      told.append(
+        (
+          self._tell(
+            last, token, sampling.logprobs, sampling.logprob_token_ids
+          ),
+        )
+        if chunk.samples and sampling.tells
+        else ()
+      )
+      prompts.append(
+        ()
+        if chunk.next_token is None
+        else tuple(
+          self._tell(before, after, sampling.prompt_logprobs)
+          for before, after in itertools.pairwise(
+            (*chunk.tokens, chunk.next_token)
+          )
+          if after >= 0
+        )
+      )
       if chunk.samples:
         self._last[chunk.slot] = token
         tokens.append(token)
     if self._step_s:
       self._done = max(self._done, time.monotonic()) + self._step_s
       self._ends.append(self._done)
-    return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))
+    return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))._replace(
+      told=told, prompts=prompts
+    )
+
+  def _tell(
+    self,
+    before: int,
+    token: int,
+    num_top: int | None,
+    named: tuple[int, ...] | None = None,
+  ) -> types.TokenLogprobs:
+    top = [(before + i + 1) % self.vocab_size for i in range(num_top or 0)]
+    ids = (token, *top, *(named or ()))
+    distances = [(i - before - 1) % self.vocab_size for i in ids]
+    return types.TokenLogprobs(
+      ids, tuple(0.0 - d for d in distances), distances[0] + 1
+    )
 
   def fetch(self, pending: types.Sampled) -> types.Sampled:
     if self._ends:

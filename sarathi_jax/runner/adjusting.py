@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adjusts logits by what a request has so far, or asks for; see `sampling`.
 
+What a request names beside, whose log-probabilities are told, is kept here too.
+
 The device keeps the state of some slots, the first ones
 (`EngineConfig.max_adjusted_seqs`): steps read it only where a row of the batch
 is of such a request, and count the tokens that they sample. So it is right
@@ -31,6 +33,7 @@ _NEVER = -jnp.inf
 _MAX = float(np.finfo(np.float32).max)
 _WORDS = sampling_params.MAX_SPELLINGS
 _LENGTH = sampling_params.MAX_SPELLING_TOKENS
+_NUM_NAMED = sampling_params.MAX_LOGPROB_TOKEN_IDS
 # Bits of `Adjustments.tokens`; from the third on, how often it was sampled.
 _IN_PROMPT, _ENDS, _ONCE = 1, 2, 4
 _COUNT_SHIFT = 2
@@ -51,6 +54,7 @@ class Adjustments:
     min_lens: [P] int32, the sequence's least length.
     bad_words: [P, W, L] int32 token ids, at the end of the last axis, after -1.
     recent: [P, L - 1] int32, the last tokens of the output, after -1.
+    named: [P, N] int32, tokens whose log-probabilities are told.
   """
 
   tokens: Any
@@ -58,6 +62,7 @@ class Adjustments:
   min_lens: Any
   bad_words: Any
   recent: Any
+  named: Any
 
 
 def shapes(num_slots: int, vocab_size: int, mesh: Mesh) -> Adjustments | None:
@@ -80,6 +85,7 @@ def shapes(num_slots: int, vocab_size: int, mesh: Mesh) -> Adjustments | None:
     min_lens=leaf(),
     bad_words=leaf(_WORDS, _LENGTH),
     recent=leaf(_LENGTH - 1),
+    named=leaf(_NUM_NAMED),
   )
 
 
@@ -155,7 +161,7 @@ def message() -> packing.Packing:
     ids, bits: [N] token ids, and what `Adjustments.tokens` is to have of each;
       padded by an id beyond all vocabularies.
     biased, biases: [N] token ids and their biases, padded likewise.
-    bad_words, recent: see `Adjustments`.
+    bad_words, recent, named: see `Adjustments`.
   """
   one, some = (1,), (_NUM_IDS,)
   return packing.Packing(
@@ -170,6 +176,7 @@ def message() -> packing.Packing:
       'biases': (some, packing.FLOAT),
       'bad_words': ((_WORDS, _LENGTH), packing.INT),
       'recent': ((_LENGTH - 1,), packing.INT),
+      'named': ((_NUM_NAMED,), packing.INT),
     }
   )
 
@@ -194,6 +201,7 @@ def set_up(state: Adjustments, ints: Int[Array, ' N']) -> Adjustments:
     min_lens=state.min_lens.at[slot].set(told['min_len'][0]),
     bad_words=state.bad_words.at[slot].set(told['bad_words']),
     recent=state.recent.at[slot].set(told['recent']),
+    named=state.named.at[slot].set(told['named']),
   )
 
 
@@ -231,6 +239,8 @@ def messages(chunk: types.Chunk) -> Iterator[np.ndarray]:
     recent = setup.tokens[chunk.prompt_len :][1 - _LENGTH :]
     told['recent'][:] = -1
     told['recent'][len(told['recent']) - len(recent) :] = recent
+    named = sampling.logprob_token_ids or ()
+    told['named'][: len(named)] = named
     yield ints
 
 

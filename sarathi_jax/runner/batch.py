@@ -33,6 +33,7 @@ from sarathi_jax import sampling_fields
 from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.runner import packing
+from sarathi_jax.runner import told as told_lib
 
 
 class BatchArrays(NamedTuple):
@@ -46,6 +47,8 @@ class BatchArrays(NamedTuple):
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.
     prompt_lens: [S] tokens of each sequence's prompt.
+    next_tokens: [S] one more than `types.Chunk.next_token`, or -1 where that is
+      -1; 0 where nothing is told of the prompt.
     num_samples: [1] the number of real rows of the following fields.
     sample_tokens: [R] index in the batch of the token to sample after.
     sample_slots: [R] the slot of its sequence, which keeps the last sample.
@@ -62,6 +65,7 @@ class BatchArrays(NamedTuple):
   slots: Any
   from_device: Any
   prompt_lens: Any
+  next_tokens: Any
   num_samples: Any
   sample_tokens: Any
   sample_slots: Any
@@ -92,6 +96,7 @@ _SAMPLING = {
     if field.on_device is not None
   },
   'is_adjusted': (_BOOL, sampling_fields.OnDevice(False)),
+  'telling': (sampling_params.Kind.INT, sampling_fields.OnDevice(0)),
 }
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
@@ -106,12 +111,14 @@ class BatchLayout:
     num_rows: S, the most sequences that such a batch has.
     num_samples: R, the most tokens that are sampled for it.
     pages_per_seq: P.
+    tells_prompts: whether the step tells of prompts, see `Chunk.next_token`.
   """
 
   num_tokens: int
   num_rows: int
   num_samples: int
   pages_per_seq: int
+  tells_prompts: bool = False
 
   @property
   def input(self) -> packing.Packing:
@@ -124,6 +131,13 @@ class BatchLayout:
     return _packings(self)[1]
 
   @property
+  def told(self) -> told_lib.ToldOfStep:
+    """The packing of what is told beside `StepOutput`."""
+    return told_lib.ToldOfStep(
+      self.num_samples, self.num_tokens if self.tells_prompts else 0
+    )
+
+  @property
   def size(self) -> int:
     """The number of int32 values in a batch's buffer."""
     return self.input.size
@@ -131,6 +145,12 @@ class BatchLayout:
   def split(self, buffer: Any) -> BatchArrays:
     """Returns the fields of a batch's buffer, an array of NumPy or JAX."""
     return BatchArrays(**self.input.split(buffer))
+
+  def tells(self, buffer: np.ndarray) -> bool:
+    """Whether a batch asks for what `told` packs."""
+    rows = self.input.span('sampling')
+    telling = buffer[rows.stop - self.num_samples : rows.stop]
+    return bool(telling.any() or buffer[self.input.span('next_tokens')].any())
 
 
 @functools.cache  # Each step asks.
@@ -144,6 +164,7 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     slots=row,
     from_device=row,
     prompt_lens=row,
+    next_tokens=row,
     num_samples=(1,),
     sample_tokens=sample,
     sample_slots=sample,
@@ -210,6 +231,10 @@ class BatchBuilder:
     fields.cu_q_lens[n + 1 :] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.prompt_lens[:n] = columns.prompt_len
+    if columns.next_token.count(None) != n:
+      fields.next_tokens[:n] = [
+        0 if token is None else token + 1 or -1 for token in columns.next_token
+      ]
     fields.from_device[:n] = np.fromiter(
       map(operator.not_, columns.tokens), np.int32, n
     )

@@ -26,11 +26,11 @@ from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
-from sarathi_jax.runner import packing
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.runner import settings
 from sarathi_jax.runner import state as state_lib
+from sarathi_jax.runner import told as told_lib
 from sarathi_jax.runner import weights as weights_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
@@ -56,13 +56,30 @@ class _InPipeline(NamedTuple):
     buffer: the batch, packed.
     size: of its step.
     is_batch: whether there is one.
+    tells: whether it asks for more than tokens and their log-probabilities.
+    tells_prompts: whether it asks for those of prompts.
     setups: what sets up slots before the batch is sampled from.
   """
 
   buffer: np.ndarray
   size: int
   is_batch: bool
+  tells: bool = False
+  tells_prompts: bool = False
   setups: tuple[np.ndarray, ...] = ()
+
+
+class _Output(NamedTuple):
+  """What a step computed.
+
+  Attributes:
+    layout: how it is packed.
+    output, told: see `step.stage_step`; None if it is not asked for.
+  """
+
+  layout: batch_lib.BatchLayout
+  output: jax.Array
+  told: jax.Array | None
 
 
 class DeviceRunner:
@@ -195,28 +212,45 @@ class DeviceRunner:
     )
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
-    # Step -> how its output is packed, and the output, of batches that left.
-    self._outputs: dict[int, tuple[packing.Packing, jax.Array]] = {}
+    # Step -> what it computed, of batches that left.
+    self._outputs: dict[int, _Output] = {}
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
-    size = self._programs.size_for(batch.num_tokens)
+    prefills = itertools.takewhile(
+      lambda chunk: chunk.is_prefill, reversed(batch.chunks)
+    )
+    tells_prompts = any(chunk.next_token is not None for chunk in prefills)
+    size = self._programs.size_for(
+      batch.num_tokens, tells_prompts=tells_prompts
+    )
     buffer = self._builder.build(batch, self._programs.layouts[size])
     setups = itertools.chain.from_iterable(
       adjusting.messages(chunk)
       for chunk in batch.chunks
       if chunk.setup is not None
     )
-    self._step(_InPipeline(buffer, size, True, tuple(setups)))
+    tells = self._programs.layouts[size].tells(buffer)
+    self._step(
+      _InPipeline(buffer, size, True, tells, tells_prompts, tuple(setups))
+    )
     return Pending(batch.chunks, self._num_steps + self.num_stages - 2)
 
   def fetch(self, pending: Pending) -> types.Sampled:
     while self._num_steps <= pending.step:
       self._step(self._nothing)
+    layout, buffer, told = self._outputs.pop(pending.step)
     with jax.transfer_guard_device_to_host('allow'):
-      where, buffer = self._outputs.pop(pending.step)
-      output = batch_lib.StepOutput(**where.split(np.asarray(buffer)))
-    return types.Sampled.of(
-      pending.chunks, output.tokens.tolist(), output.logprobs.tolist()
+      output = batch_lib.StepOutput(**layout.output.split(np.asarray(buffer)))
+      tokens = output.tokens.tolist()
+      sampled = types.Sampled.of(
+        pending.chunks, tokens, output.logprobs.tolist()
+      )
+      if told is None:
+        return sampled
+      of_samples, of_prompts = layout.told.split(np.asarray(told))
+    return sampled._replace(
+      told=told_lib.of_samples(pending.chunks, tokens, of_samples),
+      prompts=told_lib.of_prompts(pending.chunks, of_prompts),
     )
 
   def num_rows(self, num_tokens: int) -> int:
@@ -300,6 +334,8 @@ class DeviceRunner:
     """Runs one step: one batch enters, the others advance by one stage."""
     self._stages.appendleft(entering)
     size = max(stage.size for stage in self._stages)
+    if self._stages[-1].tells_prompts:
+      size = self._programs.size_for(size, tells_prompts=True)
     ints = entering.buffer
     if self.num_stages > 1:
       buffers = np.zeros(
@@ -311,18 +347,20 @@ class DeviceRunner:
     # Not earlier: batches between may be of those who had the slots before.
     for setup in self._stages[-1].setups:
       self._run(programs_lib.SET_UP, setup)
-    output = self._run(size, ints)
+    output, told = self._run(size, ints)
     if self._stages[-1].is_batch:
+      tells = self._stages[-1].tells
       with jax.transfer_guard_device_to_host('allow'):
         output.copy_to_host_async()
-      self._outputs[self._num_steps] = (
-        self._programs.layouts[size].output,
-        output,
+        if tells:
+          told.copy_to_host_async()
+      self._outputs[self._num_steps] = _Output(
+        self._programs.layouts[size], output, told if tells else None
       )
     self._num_steps += 1
 
-  def _run(self, program: int, ints: np.ndarray) -> jax.Array:
-    """Runs a program on all hosts; returns its output."""
+  def _run(self, program: int, ints: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Runs a program on all hosts; returns its outputs."""
     if self._leader is not None:
       self._leader.send(program, ints)
     return self._compute(program, ints)
@@ -338,18 +376,20 @@ class DeviceRunner:
     Raises:
       JaxRuntimeError: a step failed here.
     """
-    computing: deque[jax.Array] = deque()
+    computing: deque[tuple[jax.Array, jax.Array]] = deque()
 
     def wait(num_left: int = 0) -> None:
       while len(computing) > num_left:  # Nobody else would notice a fault.
-        computing.popleft().block_until_ready()
+        jax.block_until_ready(computing.popleft())
 
     for program, ints in follower.steps(on_idle=wait):
       computing.append(self._compute(program, ints))
       wait(self.num_stages + 1)  # as many as the first process has in flight
 
-  def _compute(self, program: int, ints: np.ndarray) -> jax.Array:
-    """Runs a program of `StepPrograms` on the state; returns its output."""
+  def _compute(
+    self, program: int, ints: np.ndarray
+  ) -> tuple[jax.Array, jax.Array]:
+    """Runs a program of `StepPrograms` on the state; returns its outputs."""
     # The steps are compiled already, so this setting must not keep them out.
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
       with jax.disable_jit(False):
@@ -357,11 +397,11 @@ class DeviceRunner:
     # The call itself moves the integers to where the program wants them:
     # jax.device_put would take as long as the rest of the call.
     with jax.transfer_guard_host_to_device('allow'):
-      output: jax.Array
-      self._state, output = self._programs[program](
+      outputs: tuple[jax.Array, jax.Array]
+      self._state, outputs = self._programs[program](
         self._leaves, self._state, ints
       )
-    return output
+    return outputs
 
 
 def _temp_bytes(

@@ -44,6 +44,10 @@ class Packing:
     """The number of int32 values in a buffer."""
     return self._spans[-1][1].stop
 
+  def span(self, name: str) -> slice:
+    """Returns where in a buffer an array is."""
+    return next(span for field, span, *_ in self._spans if field == name)
+
   def split(self, buffer: Any) -> dict[str, Any]:
     """Returns the arrays in a [size] int32 buffer of NumPy or JAX, by name."""
     return {

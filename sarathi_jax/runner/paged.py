@@ -32,7 +32,8 @@ def attend_to(
   """Makes a `models.Attend` that writes keys and values to pages, and attends.
 
   Its `options` are one a stage: those of the layer there. Queries are of all
-  tokens, or, with `rows`, of those that are sampled from. Layers share plans.
+  tokens, or, with `rows`, of those that are sampled from. Unless it `writes`,
+  the keys and values are there already. Layers share plans.
 
   Args:
     kv: the pages, one pair a layer.
@@ -82,10 +83,13 @@ def attend_to(
     *,
     options: Sequence[kinds.AttentionOptions],
     rows: Array | None,
+    writes: bool,
   ) -> tuple[Array, kv_cache.LayerKv]:
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
-    pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
+    pages = layer_kv
+    if writes:
+      pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
     of = batches[rows is None]
 
     def within(options: kinds.AttentionOptions) -> Array:

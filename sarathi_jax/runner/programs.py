@@ -43,10 +43,11 @@ class StepPrograms:
   A size that was not compiled at warm-up can't be run: no request can make
   the engine compile while it serves.
 
-  All programs are called alike, (leaves, state, ints) -> (state, output).
+  All programs are called alike, (leaves, state, ints) -> (state, outputs), of
+  which there are two, see `step.stage_step`.
   Callers, here or on other hosts, need only a program's number and its
   integers. `SET_UP` is the one beside the steps: its integers are
-  `adjusting.message`, its output is empty.
+  `adjusting.message`, its outputs are empty.
 
   Args:
     model, mesh, config: the deployment.
@@ -96,6 +97,7 @@ class StepPrograms:
         num_rows=rows[n],
         num_samples=rows[n],
         pages_per_seq=self.pages_per_seq,
+        tells_prompts=_tells_prompts(n) or n == self.sizes[-1],
       )
       for n in self.sizes
     }
@@ -170,14 +172,14 @@ class StepPrograms:
       slots = dataclasses.replace(
         state.slots, adjustments=adjusting.set_up(adjustments, ints)
       )
-      return dataclasses.replace(state, slots=slots), ints[:0]
+      return dataclasses.replace(state, slots=slots), (ints[:0], ints[:0])
 
     everywhere = mesh_lib.on(self._mesh)
     ints = jax.ShapeDtypeStruct(
       (adjusting.message().size,), jnp.int32, sharding=everywhere
     )
     return jax.jit(
-      set_up, donate_argnames='state', out_shardings=(lies, everywhere)
+      set_up, donate_argnames='state', out_shardings=(lies, (everywhere,) * 2)
     ).lower(jax.tree.leaves(self.weights), state, ints)
 
   def compile(
@@ -257,9 +259,17 @@ class StepPrograms:
     """Returns bytes of a device that the largest step needs; `extra_bytes`."""
     return extra_bytes(self.lower(self.sizes[-1], num_pages).compile())
 
-  def size_for(self, num_tokens: int) -> int:
-    """Returns the smallest size that holds so many tokens."""
-    return self.sizes[bisect.bisect_left(self.sizes, num_tokens)]
+  def size_for(self, num_tokens: int, *, tells_prompts: bool = False) -> int:
+    """Returns the smallest size that holds so many tokens.
+
+    Args:
+      num_tokens: of a batch.
+      tells_prompts: whether the step is to tell of prompts.
+    """
+    sizes = self.sizes[bisect.bisect_left(self.sizes, num_tokens) :]
+    if not tells_prompts:
+      return sizes[0]
+    return next(size for size in sizes if self.layouts[size].tells_prompts)
 
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
@@ -286,6 +296,11 @@ class StepPrograms:
       self.weights,
       sorted((options or {}).items()),
     )
+
+
+def _tells_prompts(size: int) -> bool:
+  """Whether a step tells of prompts, which takes a fourth more to compile."""
+  return size >= 32 and size.bit_count() == 1
 
 
 def extra_bytes(compiled: Any) -> int:

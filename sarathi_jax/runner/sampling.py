@@ -24,14 +24,17 @@ What is asked acts on the float32 logits l in vLLM's order, by its formulas:
 
 1 to 5 are `adjusting`'s. Tokens as likely as the last that a filter keeps are
 kept, too: of top-p's, vLLM keeps some. Thresholds are found by bisecting the
-bits of a float, in 32 passes over the logits, instead of by sorting them. The
-log-probability is of the logits as they came.
+bits of a float, in 32 passes over the logits, instead of by sorting them.
+
+Log-probabilities (`SamplingParams.logprobs_mode`) are of the logits as they
+came, of these after 7, or of those that the token is drawn from, after 10 (or
+after 5, where the largest is taken).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -39,6 +42,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sarathi_jax.runner import batch
+from sarathi_jax.runner import logprobs as logprobs_lib
+from sarathi_jax.runner import told as told_lib
 
 _NEVER = -jnp.inf
 _VOID = -1  # where no token may be sampled
@@ -56,12 +61,20 @@ class Adjust(NamedTuple):
   apply: Callable[[Array], Array]
 
 
-def _sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
-  """Returns floats as unsigned integers of the same order."""
-  x = jnp.where(x == 0, 0, x)  # -0.0 is no less than 0.0.
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
-  sign = jnp.uint32(0x80000000)
-  return jnp.where(bits >= sign, ~bits, bits | sign)
+class Tell(NamedTuple):
+  """What to tell of some rows beside the token.
+
+  Attributes:
+    modes: [S] int32, `SamplingParams.telling`.
+    named: [S, N] int32, tokens whose log-probabilities are told.
+  """
+
+  modes: Array
+  named: Array
+
+
+# `SamplingParams.telling` of the modes that are not 'raw'.
+_TEMPERATURE, _PROCESSED = 2, 3
 
 
 def _largest_threshold(
@@ -103,7 +116,7 @@ def filter_logits(
   """
   relative = logits - logits.max(axis=-1, keepdims=True)
   logits = jnp.where(relative >= jnp.log(min_p)[:, None], logits, _NEVER)
-  keys = _sortable(logits)
+  keys = logprobs_lib.sortable(logits)
   kept = _largest_threshold(
     keys, top_k > 0, lambda m: m.sum(-1, dtype=jnp.int32) >= top_k
   )
@@ -116,13 +129,6 @@ def filter_logits(
   return jnp.where(kept, logits, _NEVER)
 
 
-def _argmax(x: Float[Array, 'S V']) -> Int[Array, ' S']:
-  """Returns jnp.argmax, whose loop over pairs XLA doesn't vectorize on CPUs."""
-  index = jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]
-  is_top = x == x.max(axis=-1, keepdims=True)
-  return jnp.where(is_top, index, x.shape[-1] - 1).min(axis=-1)
-
-
 def sample(
   logits: Float[Array, 'S V'],
   temperature: Float[Array, ' S'],
@@ -132,7 +138,8 @@ def sample(
   seeds: Int[Array, 'S 2'],
   positions: Int[Array, ' S'],
   adjust: Adjust | None = None,
-) -> batch.StepOutput:
+  tell: Tell | None = None,
+) -> tuple[batch.StepOutput, told_lib.ToldArrays | None]:
   """Samples one token a row.
 
   Does no work that no row of the batch asks for.
@@ -144,27 +151,36 @@ def sample(
     seeds: of the requests, see `batch.BatchArrays`.
     positions: of the sampled tokens in their sequences.
     adjust: adjusts logits before anything else; None if none are.
+    tell: what to tell beside the token; None for nothing.
 
   Returns:
-    Token ids (int32) and their log-probabilities (float32) under `logits` as
-    given, before temperature and filters. These are finite, or NaN where logits
-    are NaN, infinite, or all minus infinity, adjusted or not; such a row's
-    token is void.
+    Token ids (int32) and their log-probabilities (float32) as each row asks, by
+    default under `logits` as given. These are finite, or NaN where logits are
+    NaN, infinite, or all minus infinity, adjusted or not; such a row's token is
+    void. And what is told of the rows that ask, zeros if none does.
   """
   is_drawn = temperature > 0
 
-  def draw(logits: Array, greedy: Array) -> Array:
+  def scale(logits: Array) -> Array:
     # With 0 as the largest, a low temperature makes no logit infinite.
     scaled = logits - logits.max(axis=-1, keepdims=True)
-    scaled = scaled / jnp.where(is_drawn, temperature, 1)[:, None]
-    is_filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    scaled = lax.cond(
-      is_filtered.any(),
-      lambda x: filter_logits(x, top_k, top_p, min_p),
+    return scaled / jnp.where(is_drawn, temperature, 1)[:, None]
+
+  def filtered(logits: Array) -> Array:
+    """Returns what tokens are drawn from; greedy rows have no filters."""
+    return lax.cond(
+      (is_drawn & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any(),
+      lambda x: filter_logits(
+        x,
+        jnp.where(is_drawn, top_k, 0),
+        jnp.where(is_drawn, top_p, 1),
+        jnp.where(is_drawn, min_p, 0),
+      ),
       lambda x: x,
-      scaled,
+      scale(logits),
     )
 
+  def draw(chances: Array, greedy: Array) -> Array:
     def noise(seed: Array, position: Array) -> Array:
       # The program's default generator may depend on the batch.
       low, high = seed.astype(jnp.uint32)
@@ -174,31 +190,67 @@ def sample(
       key = jax.random.fold_in(jax.random.fold_in(key, low), position)
       return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    drawn = _argmax(scaled + jax.vmap(noise)(seeds, positions))
+    drawn = logprobs_lib.argmax(chances + jax.vmap(noise)(seeds, positions))
     return jnp.where(is_drawn, drawn, greedy)
 
-  def keep(logits: Array, greedy: Array) -> Array:
+  def nothing() -> told_lib.ToldArrays | None:
+    return None if tell is None else logprobs_lib.zeros(*tell.named.shape)
+
+  def keep(logits: Array, greedy: Array) -> Any:
     del logits
-    return greedy
+    return greedy, nothing()
 
-  def pick_adjusted(logits: Array, greedy: Array) -> Array:
-    assert adjust is not None
-    logits = adjust.apply(logits)
-    greedy = _argmax(logits)
-    tokens = lax.cond(is_drawn.any(), draw, keep, logits, greedy)
-    return jnp.where((logits == _NEVER).all(-1), _VOID, tokens)
+  def draw_all(logits: Array, greedy: Array) -> Any:
+    return draw(filtered(logits), greedy), nothing()
 
-  picks = [keep, draw]
+  def do_all(logits: Array, greedy: Array) -> Any:
+    adjusted = logits
+    if adjust is not None:
+      adjusted = lax.cond(
+        adjust.is_asked.any(), adjust.apply, lambda x: x, logits
+      )
+      greedy = logprobs_lib.argmax(adjusted)
+    chances, tokens = lax.cond(
+      is_drawn.any(),
+      lambda x: ((y := filtered(x)), draw(y, greedy)),
+      lambda x: (x, greedy),
+      adjusted,
+    )
+    if tell is None:
+      told = None
+    else:
+      mode = tell.modes[:, None]
+      told = lax.cond(
+        (mode > 0).any(),
+        lambda: logprobs_lib.tell(
+          jnp.where(
+            mode == _PROCESSED,
+            chances,
+            jnp.where(mode == _TEMPERATURE, scale(logits), logits),
+          ),
+          tokens,
+          tell.named,
+        ),
+        nothing,
+      )
+    return jnp.where((adjusted == _NEVER).all(-1), _VOID, tokens), told
+
+  picks = [keep, draw_all]
   which = is_drawn.any().astype(jnp.int32)
-  if adjust is not None:
-    picks.append(pick_adjusted)
-    which = jnp.where(adjust.is_asked.any(), 2, which)
-  tokens = lax.switch(which, picks, logits, _argmax(logits))
+  for asks in (adjust and adjust.is_asked, tell and tell.modes > 0):
+    if asks is not None:
+      picks[2:] = [do_all]
+      which = jnp.where(asks.any(), 2, which)
+  tokens, told = lax.switch(which, picks, logits, logprobs_lib.argmax(logits))
   is_void = tokens == _VOID
   tokens = jnp.maximum(tokens, 0)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   total = jax.nn.logsumexp(logits, axis=-1)  # Finite if the logits are sane.
-  logprobs = jnp.maximum(chosen - total, jnp.finfo(jnp.float32).min)
-  return batch.StepOutput(
+  logprobs = chosen - total
+  if tell is not None:
+    logprobs = jnp.where(tell.modes > 0, told.logprobs, logprobs)
+  logprobs = jnp.maximum(logprobs, jnp.finfo(jnp.float32).min)
+  output = batch.StepOutput(
     tokens, jnp.where(jnp.isfinite(total) & ~is_void, logprobs, jnp.nan)
   )
+  return output, told

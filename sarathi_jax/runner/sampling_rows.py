@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import logprobs
 from sarathi_jax.runner import sampling
+from sarathi_jax.runner import told as told_lib
 
 
 def sample(
@@ -21,14 +25,16 @@ def sample(
   b: batch_lib.BatchArrays,
   adjustments: adjusting.Adjustments | None,
   shards: sharding.Shards,
-) -> tuple[batch_lib.StepOutput, adjusting.Adjustments | None]:
+) -> tuple[
+  batch_lib.StepOutput, told_lib.ToldArrays, adjusting.Adjustments | None
+]:
   """Samples from logits of which each device has some columns.
 
   Exchanges columns of all rows for all columns of some rows. So devices share
   the work, and rows are sampled as they are on one device.
 
   Returns:
-    What is sampled, and the adjustments, which know of it.
+    What is sampled, what is told of it, and the adjustments, which know of it.
   """
   rows = {
     **batch_lib.sampling_of(b.sampling),
@@ -37,14 +43,14 @@ def sample(
     'slots': b.sample_slots,
   }
   if not shards.axes:
-    output = _sample_rows(logits, adjustments, **rows)
+    output, told = _sample_rows(logits, adjustments, **rows)
   else:
-    output = _sample_shares(model, logits, adjustments, rows, shards)
+    output, told = _sample_shares(model, logits, adjustments, rows, shards)
   if adjustments is not None:
     adjustments = adjusting.count(
       adjustments, b.sample_slots, rows['is_adjusted'], output.tokens
     )
-  return output, adjustments
+  return output, told, adjustments
 
 
 def _sample_shares(
@@ -53,29 +59,56 @@ def _sample_shares(
   adjustments: adjusting.Adjustments | None,
   rows: dict[str, Array],
   shards: sharding.Shards,
-) -> batch_lib.StepOutput:
+) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples a share of the rows on each device; returns all, on all."""
-  num_rows, num_devices = logits.shape[0], lax.axis_size(shards.axes)
-  share = -(-num_rows // num_devices)
-
-  def padded(row: Array) -> Array:  # Padding repeats the last row's request.
-    last = (share * num_devices - num_rows, *[0] * (row.ndim - 1))
-    return jnp.pad(row, [(0, n) for n in last], mode='edge')
-
-  logits = lax.all_to_all(padded(logits), shards.axes, 0, 1, tiled=True)
-  start = lax.axis_index(shards.axes) * share
-  output = _sample_rows(
-    logits[:, : model.vocab_size],
+  num_rows = logits.shape[0]
+  output, told = _sample_rows(
+    shares_of(model, logits, shards),
     adjustments,
-    **{
-      name: lax.dynamic_slice_in_dim(padded(row), start, share)
-      for name, row in rows.items()
-    },
+    **{name: share_of(row, shards) for name, row in rows.items()},
   )
-  gathered: batch_lib.StepOutput = jax.tree.map(
-    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], output
+
+  def gathered(shares: Any) -> Any:
+    return jax.tree.map(
+      lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], shares
+    )
+
+  return gathered(output), lax.cond(  # All devices have the same rows.
+    (rows['telling'] > 0).any(),
+    gathered,
+    lambda told: logprobs.zeros(num_rows, told.named.shape[1]),
+    told,
   )
-  return gathered
+
+
+def shares_of(
+  model: model_config_lib.ModelConfig,
+  logits: Float[Array, 'R columns'],
+  shards: sharding.Shards,
+) -> Float[Array, 'share V']:
+  """Exchanges some columns of all rows for all columns of some rows."""
+  if not shards.axes:
+    return logits
+  padded = _padded(logits, shards)
+  logits = lax.all_to_all(padded, shards.axes, 0, 1, tiled=True)
+  return logits[:, : model.vocab_size]
+
+
+def share_of(row: Array, shards: sharding.Shards) -> Array:
+  """Returns a device's share of what is known of all rows."""
+  if not shards.axes:
+    return row
+  row = _padded(row, shards)
+  share = row.shape[0] // lax.axis_size(shards.axes)
+  start = lax.axis_index(shards.axes) * share
+  return lax.dynamic_slice_in_dim(row, start, share)
+
+
+def _padded(row: Array, shards: sharding.Shards) -> Array:
+  """Pads rows to shares of one size, with the last one's request."""
+  missing = -row.shape[0] % lax.axis_size(shards.axes)
+  widths = [(0, missing)] + [(0, 0)] * (row.ndim - 1)
+  return jnp.pad(row, widths, mode='edge')
 
 
 def _sample_rows(
@@ -88,11 +121,14 @@ def _sample_rows(
   presence_penalty: Float[Array, ' rows'],
   frequency_penalty: Float[Array, ' rows'],
   positions: Int[Array, ' rows'],
+  telling: Int[Array, ' rows'],
   **others: Array,
-) -> batch_lib.StepOutput:
+) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples one token a row; see `sampling.sample` for the `others`."""
   adjust = None
+  named = jnp.zeros((len(slots), told_lib.NUM_NAMED), jnp.int32)
   if adjustments is not None:
+    named = adjustments.named.at[slots].get(mode='clip')
     adjust = sampling.Adjust(
       is_adjusted,
       lambda logits: adjusting.adjust(
@@ -106,4 +142,12 @@ def _sample_rows(
         frequency_penalty,
       ),
     )
-  return sampling.sample(logits, positions=positions, adjust=adjust, **others)
+  output, told = sampling.sample(
+    logits,
+    positions=positions,
+    adjust=adjust,
+    tell=sampling.Tell(telling, named),
+    **others,
+  )
+  assert told is not None
+  return output, told

@@ -31,11 +31,13 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import paged
+from sarathi_jax.runner import prompt_rows
 from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
 Kinds = tuple[kinds_lib.LayerKind, ...]  # of one layer at each stage
+Outputs = tuple[Int[Array, ' output'], Int[Array, ' told']]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def step(
   params: Params,
   state: state_lib.DeviceState,
   buffers: Int[Array, 'stages size'],
-) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
+) -> tuple[state_lib.DeviceState, Outputs]:
   """Runs `stage_step` on every device of a mesh. `state` is donated.
 
   Args and Returns are `stage_step`'s, for the whole mesh: layers have an axis
@@ -97,7 +99,7 @@ def step(
     functools.partial(stage_step, spec),
     mesh=spec.mesh,
     in_specs=(weights, lies, everywhere),
-    out_specs=(lies, everywhere),
+    out_specs=(lies, (everywhere, everywhere)),
     check_vma=False,
   )(params, state, buffers)
 
@@ -107,7 +109,7 @@ def stage_step(
   params: Params,
   state: state_lib.DeviceState,
   buffers: Int[Array, 'stages size'],
-) -> tuple[state_lib.DeviceState, Int[Array, ' output']]:
+) -> tuple[state_lib.DeviceState, Outputs]:
   """Computes one device's part of a step.
 
   Args:
@@ -119,8 +121,8 @@ def stage_step(
       stage has no batch.
 
   Returns:
-    The state, updated in place, and `batch.StepOutput` of the batch at the
-    last stage, packed as its layout says.
+    The state, updated in place, and of the batch at the last stage
+    `batch.StepOutput`, and what is told beside it; packed as its layout says.
   """
   model, layout = spec.model, spec.layout
   hidden, last_tokens = state.hidden, state.slots.last_tokens
@@ -138,18 +140,21 @@ def stage_step(
   if hidden is not None:
     before = _whole(hidden[: layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
+  run = functools.partial(
+    _run_layers,
+    spec,
+    layers,
+    _contexts(spec, state.kv, mine, row, positions, shards),
+  )
   # Only rows that are sampled from leave the last stage. If it is the only one,
   # its last layer already leaves the other rows out.
   is_early = hidden is None and layout.num_samples < layout.num_tokens
-  x, kv = models.run_layers(
-    model,
-    layers,
-    state.kv,
-    x,
-    spec.kinds,
-    _contexts(spec, state.kv, mine, row, positions, shards),
-    leaving=leaving.sample_tokens if is_early else None,
-  )
+  num_whole = len(layers) - is_early
+  x, kv = run(slice(num_whole), state.kv, x)
+  if is_early:
+    last_layer, x_before = slice(num_whole, None), x
+    x, last_kv = run(last_layer, state.kv, x, leaving=leaving.sample_tokens)
+    kv += last_kv
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
       hidden, _hand_on(x, shards), 0, axis=0
@@ -158,13 +163,49 @@ def stage_step(
   logits = models.unembed(
     model, params, models.final_norm(model, params, last), shards
   )
-  output, adjustments = sampling_rows.sample(
+  output, told, adjustments = sampling_rows.sample(
     model, logits, leaving, state.slots.adjustments, shards
+  )
+
+  def rows_of_prompts() -> prompt_rows.RowsOf:
+    if is_early:  # All rows, once more, of keys and values that are kept.
+      whole, _ = run(last_layer, kv, x_before, writes=False)
+      return whole.__getitem__
+    return lambda rows: _from_last_stage(x[rows], shards)
+
+  told_of_prompts = prompt_rows.tell(
+    model, layout, params, leaving, rows_of_prompts, shards
   )
   slots = state_lib.SlotState(
     _keep(last_tokens, leaving, output.tokens), adjustments
   )
-  return state_lib.DeviceState(kv, slots, hidden), _packed(output)
+  return state_lib.DeviceState(kv, slots, hidden), (
+    _packed(output),
+    _packed((*told, *told_of_prompts)),
+  )
+
+
+def _run_layers(
+  spec: StepSpec,
+  params: Params,
+  context: Callable[..., models.LayerContext],
+  which: slice,
+  kv: Sequence[kv_cache.LayerKv],
+  x: Float[Array, 'T D'],
+  *,
+  leaving: Int[Array, ' R'] | None = None,
+  writes: bool = True,
+) -> tuple[Array, list[kv_cache.LayerKv]]:
+  """Runs some layers of a stage, see `models.run_layers`."""
+  return models.run_layers(
+    spec.model,
+    params[which],
+    kv[which],
+    x,
+    spec.kinds[which],
+    functools.partial(context, writes=writes),
+    leaving,
+  )
 
 
 def _keep(
@@ -184,8 +225,8 @@ def _keep(
   ].set(sampled, mode='drop')
 
 
-def _packed(output: batch_lib.StepOutput) -> Int[Array, ' output']:
-  return jnp.concatenate([x.view(jnp.int32).ravel() for x in output])
+def _packed(arrays: Sequence[Array]) -> Int[Array, ' output']:
+  return jnp.concatenate([x.view(jnp.int32).ravel() for x in arrays])
 
 
 def _places_of_tokens(
@@ -194,10 +235,7 @@ def _places_of_tokens(
 ) -> tuple[Int[Array, ' T'], Int[Array, ' T']]:
   """Returns each token's batch row and its position; padding has position 0."""
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
-  row = jnp.minimum(
-    jnp.sum(index[:, None] >= b.cu_q_lens[None, 1:], axis=1, dtype=jnp.int32),
-    layout.num_rows - 1,
-  )
+  row = prompt_rows.rows_of_tokens(layout, b)
   is_real = index < b.cu_q_lens[-1]
   # A row's tokens are its sequence's last ones.
   return row, jnp.where(is_real, index + (b.kv_lens - b.cu_q_lens[1:])[row], 0)
@@ -211,7 +249,10 @@ def _contexts(
   positions: Int[Array, ' T'],
   shards: sharding.Shards,
 ) -> Callable[..., models.LayerContext]:
-  """Returns what makes layers' contexts; see `models.run_layers`."""
+  """Returns what makes layers' contexts; see `models.run_layers`.
+
+  Beside a kind and rows, it takes whether keys and values are yet to be kept.
+  """
   kinds = dict.fromkeys(itertools.chain(*spec.kinds))
   ropes = {kind.rope for kind in kinds}
   lens = None
@@ -237,11 +278,16 @@ def _contexts(
     implementation=spec.attention,
   )
 
-  def context(kinds: Kinds, rows: Array | None) -> models.LayerContext:
+  def context(
+    kinds: Kinds, rows: Array | None, writes: bool
+  ) -> models.LayerContext:
     return models.LayerContext(
       shards.by_stage([kind.rope for kind in kinds], rotations.__getitem__),
       functools.partial(
-        attend, options=[kind.attention for kind in kinds], rows=rows
+        attend,
+        options=[kind.attention for kind in kinds],
+        rows=rows,
+        writes=writes,
       ),
       shards,
       rows,

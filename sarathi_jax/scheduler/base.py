@@ -229,18 +229,29 @@ class Scheduler(abc.ABC):
     is_any_nan = math.isnan(
       sum(itertools.chain.from_iterable(sampled.logprobs))
     )
-    for seq, chunk, tokens, logprobs in zip(
-      seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True
+    nothing = ((),) * len(seqs)
+    for seq, chunk, tokens, logprobs, told, of_prompt in zip(
+      seqs,
+      batch.chunks,
+      sampled.tokens,
+      sampled.logprobs,
+      sampled.told or nothing,
+      sampled.prompts or nothing,
+      strict=True,
     ):
       seq.num_in_flight -= 1
       if chunk.is_prefill:
         self.num_prefilled += seq.count_prefilled(
           chunk.start + chunk.num_tokens
         )
-      if seq.is_finished or not chunk.samples:
+      is_void = is_any_nan and math.isnan(sum(logprobs))
+      if of_prompt:
+        seq.keep_told(chunk.start, of_prompt)
+        is_void |= math.isnan(sum(at.logprob for at in of_prompt))
+      if seq.is_finished or not (chunk.samples or is_void):
         continue
       seq.num_pending -= chunk.samples
-      if is_any_nan and math.isnan(sum(logprobs)):
+      if is_void:
         self._finish(seq)
         failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue
@@ -252,6 +263,10 @@ class Scheduler(abc.ABC):
           chunk.request_id, tokens[:num], logprobs[:num], reason
         )
         self._finish(seq)
+      if told or seq.prompt_logprobs is not None:
+        event = event._replace(
+          told=told[: len(event.tokens)], prompt_logprobs=seq.take_told()
+        )
       events.append(event)
     return events + failed
 
@@ -390,7 +405,7 @@ class Scheduler(abc.ABC):
     is_prefill = start < seq.prefill_len
     samples = 1
     tokens: tuple[int, ...] = ()
-    setup = None
+    setup = next_token = None
     if is_prefill:
       self._grow(seq, stop)
       if seq.setup is not None and not seq.is_set_up:
@@ -398,6 +413,8 @@ class Scheduler(abc.ABC):
         seq.is_set_up = True
       tokens = tuple(seq.tokens[start:stop])
       samples = int(stop == seq.prefill_len)
+      if seq.prompt_logprobs is not None:
+        next_token = seq.next_token(stop)
     elif not seq.num_pending:
       tokens = (seq.tokens[start],)
     seq.num_computed = stop
@@ -418,6 +435,7 @@ class Scheduler(abc.ABC):
       seq.seed,
       request.sampling,
       setup,
+      next_token,
     )
 
   def _preempt(self, seq: Sequence) -> None:

@@ -42,6 +42,8 @@ class Sequence:
     last_step: the step of the last batch that held it.
     num_preemptions: how often its pages were taken back.
     first_scheduled_time: seconds on the engine's clock; None before.
+    prompt_logprobs: what is told of the prompt so far, from its second token
+      on; None if nothing is, or it was all given with the first token.
     is_finished: whether it ended or was removed; results still in flight are
       then void.
   """
@@ -66,6 +68,7 @@ class Sequence:
   last_step: int = -1
   num_preemptions: int = 0
   first_scheduled_time: float | None = None
+  prompt_logprobs: list[types.TokenLogprobs] | None = None
   is_finished: bool = False
 
   @classmethod
@@ -108,6 +111,7 @@ class Sequence:
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids),
+      prompt_logprobs=None if sampling.prompt_logprobs is None else [],
     )
 
   @property
@@ -140,6 +144,30 @@ class Sequence:
         break
     del self.tokens[stop:]
     return stop - first, reason
+
+  def next_token(self, stop: int) -> int | None:
+    """Returns the `Chunk.next_token` of a chunk that ends before `stop`."""
+    assert self.prompt_logprobs is not None
+    if stop >= self.prompt_len:
+      return -1
+    # Recomputed; what is told of it is there already.
+    is_told = stop <= len(self.prompt_logprobs)
+    return None if is_told else self.tokens[stop]
+
+  def keep_told(self, start: int, told: types.Told) -> None:
+    """Keeps what is told of a part of the prompt, if it is not there already.
+
+    Args:
+      start: of the chunk that it is told of.
+      told: of the successors of its tokens.
+    """
+    if self.prompt_logprobs is not None:
+      self.prompt_logprobs += told[len(self.prompt_logprobs) - start :]
+
+  def take_told(self) -> types.Told | None:
+    """Returns what is told of the prompt, once."""
+    told, self.prompt_logprobs = self.prompt_logprobs, None
+    return None if told is None else tuple(told)
 
   def count_prefilled(self, stop: int) -> int:
     """Notes that tokens [0, stop) were computed.

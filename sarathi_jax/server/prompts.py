@@ -37,6 +37,7 @@ def prepare(
     prompt_token_ids=(tokenizer_lib.encode_prompt(engine.tokenizer, prompt)),
   )
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
+  limits.check_prompt_logprobs(request)
   engine.check(request)
   return request
 

@@ -28,4 +28,6 @@ class Collector:
       finish_reason=delta.finish_reason,
       stop_reason=delta.stop_reason,
       metrics=delta.metrics,
+      told=tuple(t for d in self._deltas for t in d.told),
+      prompt_logprobs=self._deltas[0].prompt_logprobs,
     )

@@ -314,7 +314,8 @@ def test_what_was_sampled_is_shared_out_among_the_chunks() -> None:
     'a', 0, 0, (), 1, (), False, 1, 1, 0, types.SamplingParams()
   )
   chunks = [chunk._replace(samples=n) for n in (1, 0, 2, 1)]
-  assert types.Sampled.of(chunks, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0]) == (
-    [(5,), (), (6, 7), (8,)],
-    [(-1.0,), (), (-2.0, -3.0), (-4.0,)],
+  assert types.Sampled.of(
+    chunks, [5, 6, 7, 8], [-1.0, -2.0, -3.0, -4.0]
+  ) == types.Sampled(
+    [(5,), (), (6, 7), (8,)], [(-1.0,), (), (-2.0, -3.0), (-4.0,)]
   )

@@ -325,7 +325,7 @@ def test_a_long_request_takes_several_messages() -> None:
 
 @jax.jit
 def _sample(state: Any, logits: Any, rows: dict[str, Any]) -> Any:
-  return sampling_rows._sample_rows(logits, state, **rows)
+  return sampling_rows._sample_rows(logits, state, **rows)[0]
 
 
 def test_frequencies_are_those_of_the_distribution() -> None:
@@ -393,7 +393,7 @@ def test_rows_that_ask_for_nothing_do_not_notice(temperature: float) -> None:
   among = _sample(state, logits, rows_of(mixed))
   np.testing.assert_array_equal(among.tokens[1::2], alone.tokens[1::2])
   np.testing.assert_array_equal(among.logprobs[1::2], alone.logprobs[1::2])
-  without = sampling_rows._sample_rows(logits, None, **rows_of(plain))
+  without, _ = sampling_rows._sample_rows(logits, None, **rows_of(plain))
   np.testing.assert_array_equal(without.tokens, alone.tokens)
 
 

@@ -118,6 +118,7 @@ EXPECTED = batch_lib.BatchArrays(
   slots=[5, 0, 2, 0],
   from_device=[0, 1, 0, 0],
   prompt_lens=[4, 2, 9, 0],
+  next_tokens=[0, 0, 0, 0],
   num_samples=[2],
   sample_tokens=[0, 1, 0, 0],
   sample_slots=[5, 0, 0, 0],
@@ -161,6 +162,36 @@ def test_several_tokens_of_a_sequence_are_sampled(builder):
   np.testing.assert_array_equal(got.seeds, [[-2, -1]] * 2 + [[13, 0], [0, 0]])
   assert params(got)['temperature'] == [1, 1, 2, 0]
   assert params(got)['top_p'] == [0.25, 0.25, 1, 1]
+
+
+@pytest.mark.parametrize(
+  'next_token,expected', [(0, 1), (41, 42), (-1, -1), (None, 0)]
+)
+def test_what_follows_a_chunk_whose_prompt_is_told(
+  builder, next_token, expected
+):
+  buffer = builder.build(batch(A, B, C._replace(next_token=next_token)), LAYOUT)
+  assert_equal(
+    LAYOUT.split(buffer), EXPECTED._replace(next_tokens=[0, 0, expected, 0])
+  )
+  assert LAYOUT.tells(buffer) == (next_token is not None)
+
+
+@pytest.mark.parametrize(
+  'fields,expected',
+  [
+    (dict(logprobs=0), 1),
+    (dict(logprobs_mode='temperature'), 2),
+    (dict(logprobs_mode='processed', logprobs=3), 3),
+    (dict(logprob_token_ids=(4,)), 1),
+    (dict(temperature=0.5), 0),
+  ],
+)
+def test_what_asks_for_more_than_a_log_probability(builder, fields, expected):
+  sampling = types.SamplingParams(**fields)
+  buffer = builder.build(batch(A, B._replace(sampling=sampling)), LAYOUT)
+  assert params(LAYOUT.split(buffer))['telling'] == [0, expected, 0, 0]
+  assert LAYOUT.tells(buffer) == (expected > 0)
 
 
 def test_the_buffer_is_fresh(builder):

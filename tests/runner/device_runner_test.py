@@ -186,7 +186,7 @@ def test_several_tokens_of_a_sequence_are_sampled_at_once(served):
     )
 
   prompt = range(3, 13)
-  (tokens,), (logprobs,) = sampled(3, *prompt)
+  (tokens,), (logprobs,), *_ = sampled(3, *prompt)
   on_device = sampled(1, num_tokens=1, start=10)
   assert on_device == sampled(1, tokens[-1], start=10)
   assert on_device != sampled(1, tokens[0], start=10)
@@ -324,7 +324,13 @@ def test_the_last_layer_leaves_out_what_nobody_reads():
       )
     ]
 
-  assert rows_of_mlps(16) == [(['16'] * 2, 2), (['4'] * 2, 1)]
+  # The last is of the branch that tells of prompts.
+  assert rows_of_mlps(16) == [
+    (['16'] * 2, 2),
+    (['4'] * 2, 1),
+    (['16'] * 2, 1),
+  ]
+  assert rows_of_mlps(8) == [(['8'] * 2, 2), (['4'] * 2, 1)]
   assert rows_of_mlps(4) == [(['4'] * 2, 3)]
 
 

@@ -44,7 +44,7 @@ BAD: tuple[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
   (IDS, {'stop': ['']}, ('stop=', 'not empty')),
   (IDS, {'stop_token_ids': [-3]}, ('stop_token_ids', '>= 0')),
   (IDS, {'stop_token_ids': [99]}, ('stop_token_ids', '99', '[0, 64)')),
-  (IDS, {'logprobs': 5}, ('logprobs=5', 'only the sampled token')),
+  (IDS, {'logprobs': 25}, ('logprobs=25', 'must be an integer in [0, 20]')),
 )
 
 

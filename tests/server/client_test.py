@@ -94,7 +94,7 @@ def test_token_ids_are_printed_for_token_ids(
   'args, says',
   [
     (('t1', '--max_tokens=0'), 'error: INVALID_ARGUMENT: max_tokens=0'),
-    (('t1', '--logprobs=3'), 'error: INVALID_ARGUMENT: logprobs=3'),
+    (('t1', '--logprobs=33'), 'error: INVALID_ARGUMENT: logprobs=33'),
     ((), 'error: give one prompt'),
     (('two', 'prompts'), 'error: give one prompt'),
     (('--token_ids=1,x',), "error: --token_ids: 'x' is not a token id"),

@@ -99,7 +99,7 @@ BAD = (
   ([1], {'min_p': 1.5}, 'min_p'),
   ([1], {'max_tokens': 0}, 'max_tokens'),
   ([1], {'stop': ['']}, 'stop'),
-  ([1], {'logprobs': 1}, 'logprobs=1'),
+  ([1], {'logprobs': 21}, 'logprobs=21'),
   ([], {}, 'empty'),
   ([64], {}, '64'),
   ([2**31 - 1], {}, str(2**31 - 1)),

@@ -49,7 +49,7 @@ DROPPED: dict[str, tuple[Any, str]] = {
   'add_special_tokens': (False, 'chat text'),
   'include_stop_str_in_output': (True, 'chat text'),
   'priority': (5, 'chat text'),
-  'logprobs': (0, 'text'),
+  'logprobs': (2, 'text'),
   'max_completion_tokens': (2, 'text'),
 }
 

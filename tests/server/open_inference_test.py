@@ -100,6 +100,23 @@ def test_infer_text(server: fake.RunningServer) -> None:
   assert outputs['logprobs'] == [0.0, 0.0, 0.0]
 
 
+def test_several_log_probabilities_are_rows(
+  server: fake.RunningServer,
+) -> None:
+  request = _request(ids=[1, 2, 5], max_tokens=2, logprobs=2, prompt_logprobs=0)
+  response = _stub(server).ModelInfer(request, timeout=fake.TIMEOUT_S)
+  shapes = {output.name: list(output.shape) for output in response.outputs}
+  outputs = _outputs(response)
+  assert shapes['told_token_ids'] == shapes['told_logprobs'] == [2, 3]
+  assert outputs['told_token_ids'] == [6, 6, 7, 7, 7, 8]
+  assert outputs['told_logprobs'] == [0, 0, -1] * 2
+  assert outputs['told_ranks'] == [1, 1]
+  assert shapes['prompt_told_token_ids'] == [2, 1]
+  assert outputs['prompt_told_token_ids'] == [2, 5]
+  assert outputs['prompt_told_ranks'] == [1, 3]
+  assert 'told_ranks' not in _infer(server, _request(ids=[1], max_tokens=1))
+
+
 def test_infer_ids(server: fake.RunningServer) -> None:
   assert _infer(server, _request(ids=[7, 8], max_tokens=2))['output_ids'] == [
     9,

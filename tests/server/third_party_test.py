@@ -124,12 +124,24 @@ def test_openai(
     'n',
     'logprobs',
     'temperature',
-    # smg asks for the likeliest token of each place, unless told not to.
-    *(() if is_ours else ('top_logprobs=0',)),
   }
   tokens, logprobs = zip(*got['logprobs'], strict=True)
   assert ''.join(tokens).startswith(got['chat'])
   assert all(-5 < p <= 0 for p in logprobs) and len(set(logprobs)) > 5
+  for chosen, top in zip(got['logprobs'], got['top_logprobs'], strict=True):
+    assert len(top) == 3 and chosen == top[0]  # greedy
+  told = got['scored']
+  if not is_ours:
+    assert told is None  # smg drops it.
+    return
+  assert ''.join(told['tokens']) == got['echoed']
+  assert told['token_logprobs'][0] is told['top_logprobs'][0] is None
+  for token, logprob, top in list(
+    zip(
+      told['tokens'], told['token_logprobs'], told['top_logprobs'], strict=True
+    )
+  )[1:]:
+    assert top[token] == logprob <= max(top.values()) and len(top) in (2, 3)
 
 
 @pytest.mark.slow

@@ -76,6 +76,38 @@ def test_without_a_stream_there_is_one_message(
   assert list(logprobs.token_logprobs) == [0.0, 0.0, 0.0]
 
 
+def test_likeliest_tokens_and_prompts(server: fake.RunningServer) -> None:
+  """After t, t + 1 is the likeliest, and t + 1 + d has -d; see FakeRunner."""
+  for stream in (False, True):
+    responses = _generate(
+      server,
+      [1, 2, 5],
+      stream=stream,
+      sampling={'max_tokens': 2, 'logprobs': 2, 'prompt_logprobs': 1},
+    )
+    parts = [
+      getattr(response, response.WhichOneof('response'))
+      for response in responses
+    ]
+    tops = [
+      (list(top.token_ids), list(top.values))
+      for part in (parts[:-1] if stream else parts)
+      for top in part.output_logprobs.top_logprobs
+    ]
+    assert tops == [([6, 7], [0, -1]), ([7, 8], [0, -1])]
+    for part in (parts[0], parts[-1]):
+      told = part.input_logprobs
+      assert list(told.token_ids) == [1, 2, 5]
+      assert not told.token_logprobs[0].HasField('value')
+      assert [at.value for at in told.token_logprobs[1:]] == [0, -2]
+      assert [list(top.token_ids) for top in told.top_logprobs] == [
+        [],
+        [2],
+        [3],
+      ]
+    assert not any(part.HasField('input_logprobs') for part in parts[1:-1])
+
+
 def test_logprobs_come_only_if_asked(server: fake.RunningServer) -> None:
   (response,) = list(_generate(server, [1], sampling={'max_tokens': 3}))
   assert not response.complete.HasField('output_logprobs')
@@ -123,6 +155,8 @@ def test_every_field_arrives() -> None:
     'allowed_token_ids',
     'bad_token_ids',
     'bad_words',
+    'logprob_token_ids',
+    'logprobs_mode',
   }
   assert vllm_engine.sampling_of(
     pb.SamplingParams(**given)
@@ -137,7 +171,6 @@ def test_every_field_arrives() -> None:
       for field, value in sampling_fields.NOT_SUPPORTED
       if value and field in _NAMES - {*vllm_engine._NO_EFFECT}
     ),
-    ('logprobs', 3),
     ('json_schema', '{}'),
     ('regex', 'a'),
     ('grammar', 'a'),
@@ -162,6 +195,9 @@ def test_what_we_do_not_do_is_refused_by_name(
     ('top_p', -0.5),
     ('min_p', 2.0),
     ('max_tokens', 0),
+    ('logprobs', 21),
+    ('logprobs', -1),
+    ('prompt_logprobs', -1),
     ('stop', ['']),
     ('stop_token_ids', [64]),
   ],

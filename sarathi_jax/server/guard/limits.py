@@ -135,11 +135,12 @@ class Limits:
   )
   max_adjusted_token_ids: int = _row(
     1024,
-    'token ids to bias, to allow or to rule out',
+    'token ids to bias, to allow, to rule out or to tell of',
     'the device is told of each when its request begins',
     counts=(
       'sarathi.v1.SamplingParams.allowed_token_ids',
       'sarathi.v1.SamplingParams.bad_token_ids',
+      'sarathi.v1.SamplingParams.logprob_token_ids',
     ),
   )
   max_bad_words: int = _row(
@@ -150,6 +151,12 @@ class Limits:
   )
   max_bad_word_chars: int = _row(
     4096, 'characters of all bad words', 'they are tokenized'
+  )
+  max_prompt_logprobs: int = _row(
+    2**16,
+    'log-probabilities of a prompt, 1 + prompt_logprobs for each token',
+    'each is kept until the prompt is computed, and takes up to 40 bytes of a '
+    'response',
   )
   max_id_chars: int = _row(
     256,
@@ -168,7 +175,7 @@ class Limits:
   max_tensors: int = _row(
     64,
     'tensors of a request, in or out',
-    'each is read in Python; the model takes and gives 30',
+    'each is read in Python; the model takes and gives 39',
     counts=(
       'inference.ModelInferRequest.inputs',
       'inference.ModelInferRequest.outputs',
@@ -282,6 +289,15 @@ class Limits:
     for field in ('logit_bias', 'allowed_token_ids', 'bad_token_ids'):
       ids = getattr(sampling, field) or ()
       self.check('max_adjusted_token_ids', len(ids), field)
+
+  def check_prompt_logprobs(self, request: types.Request) -> None:
+    """Refuses a prompt of which too much is to be told."""
+    if request.sampling.prompt_logprobs is not None:
+      self.check(
+        'max_prompt_logprobs',
+        len(request.prompt_token_ids) * (1 + request.sampling.prompt_logprobs),
+        'prompt_logprobs',
+      )
 
   def check_prompt_tokens(self, num_tokens: int, max_model_len: int) -> None:
     """Refuses a prompt that is too long for the server, or for its model."""

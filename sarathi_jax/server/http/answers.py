@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.http import forms
+from sarathi_jax.server.http import told as told_lib
 from sarathi_jax.text import tokenizer as tokenizer_lib
+
+_Output = TypeVar('_Output', types.OutputDelta, types.Completion)
 
 
 class Answer:
@@ -48,11 +52,21 @@ class Answer:
       'completion_tokens': 0,
       'total_tokens': 0,
     }
-    self._prompt_ids: tuple[int, ...] = ()
+    # What it tells of a prompt beside choices.
+    self._of_prompt: dict[str, Any] = {}
+
+  def shown(self, output: _Output) -> _Output:
+    """Returns an output as far as it is asked for."""
+    if self._call.has_output:
+      return output
+    nothing: Any = {'text': '', 'token_ids': (), 'logprobs': (), 'told': ()}
+    if isinstance(output, types.Completion):
+      return dataclasses.replace(output, **nothing)
+    return output._replace(**nothing)
 
   def count(self, prompt_ids: tuple[int, ...], num_tokens: int) -> None:
     """Counts what one prompt, which is at its end, took."""
-    self._prompt_ids = prompt_ids
+    num_tokens *= self._call.has_output
     self.usage['prompt_tokens'] += len(prompt_ids)
     self.usage['completion_tokens'] += num_tokens
     self.usage['total_tokens'] += len(prompt_ids) + num_tokens
@@ -77,7 +91,7 @@ class Answer:
       num_before: characters of the pieces before.
     """
     form, asked = self._form, self._call.asked
-    choice = {
+    choice: dict[str, Any] = {
       'index': index,
       **form.text(text, asked.stream, is_first),
       'logprobs': None,
@@ -88,20 +102,52 @@ class Answer:
       choice['stop_reason'] = delta.stop_reason
     if self._call.logprobs:
       choice['logprobs'] = form.logprobs(
-        forms.scored(delta, self._tokenizer), num_before
+        self._positions(delta, prompt_ids, is_first), num_before
       )
     if asked.token_ids:
       choice['token_ids'] = delta.token_ids
-      if is_first and form.has_prompt_ids_by_choice:
-        choice['prompt_token_ids'] = prompt_ids
+    if is_first:
+      self._of_prompt = {}
+      if asked.token_ids:
+        self._of_prompt['prompt_token_ids'] = prompt_ids
+      num_top = self._call.prompt_logprobs
+      if num_top is not None and delta.prompt_logprobs is not None:
+        self._of_prompt['prompt_logprobs'] = told_lib.prompt_logprobs(
+          delta.prompt_logprobs, num_top, self._tokenizer
+        )
+      if form.has_prompt_by_choice:
+        choice |= self._of_prompt
+        self._of_prompt = {}
     return choice
+
+  def piece(self, choice: dict[str, Any], is_first: bool) -> dict[str, Any]:
+    """Returns a piece of the answer, with a piece of one choice."""
+    piece = self.head | {'choices': [choice]}
+    if self._call.asked.include_usage:
+      piece['usage'] = None
+    return piece | self._of_prompt if is_first else piece
+
+  def _positions(
+    self,
+    delta: types.OutputDelta | types.Completion,
+    prompt_ids: tuple[int, ...],
+    is_first: bool,
+  ) -> list[told_lib.Position]:
+    """Returns what is told of the tokens whose text is told."""
+    positions = list(told_lib.of_output(delta, self._tokenizer))
+    if not (is_first and self._call.echo):
+      return positions
+    num_top = self._call.asked.sampling.logprobs or 0
+    of_prompt = told_lib.of_prompt(
+      prompt_ids, delta.prompt_logprobs or (), num_top, self._tokenizer
+    )
+    return [*of_prompt, *positions]
 
   def whole(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the answer as a whole."""
-    whole = self.head | {'choices': choices, 'usage': self.usage}
-    if self._call.asked.token_ids and not self._form.has_prompt_ids_by_choice:
-      whole['prompt_token_ids'] = self._prompt_ids
-    return whole
+    return (
+      self.head | {'choices': choices, 'usage': self.usage} | self._of_prompt
+    )
 
 
 def echo(prompt: tokenizer_lib.Prompt, engine: engine_lib.Engine) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import itertools
 from typing import Any
 
 from sarathi_jax import errors
@@ -11,11 +12,12 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import fields
 from sarathi_jax.server.http import forms
+from sarathi_jax.server.http import told
 
 FIELDS: Mapping[str, fields.Kind] = {
   'logprobs': fields.FLAG,
   'messages': fields.ANY,
-  'top_logprobs': fields.INT,
+  'top_logprobs': fields.LOGPROBS,
 }
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'add_special_tokens': (False,),  # templates write them
@@ -49,13 +51,16 @@ def read(
   defaults = {'max_tokens': None, **info.default_sampling}
   asked, own = fields.read(body, FIELDS, info, defaults, NEUTRAL)
   logprobs = own.get('logprobs', False)
-  forms.check_sampled_alone('top_logprobs', own.get('top_logprobs'))
+  asked = forms.with_logprobs(asked, own.get('top_logprobs'))
   if 'top_logprobs' in own and not logprobs:
     raise errors.InvalidRequestError(
       f'top_logprobs={own["top_logprobs"]}: needs logprobs=true.'
     )
   return forms.Call(
-    asked, (messages_of(own.get('messages'), limits),), logprobs
+    asked,
+    (messages_of(own.get('messages'), limits),),
+    logprobs or asked.sampling.tells,
+    prompt_logprobs=asked.sampling.prompt_logprobs,
   )
 
 
@@ -111,20 +116,26 @@ def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
 
 
 def _logprobs(
-  scored: list[tuple[bytes, float]], num_before: int
+  positions: list[told.Position], num_before: int
 ) -> dict[str, Any]:
   del num_before
   return {
     'content': [
       {
-        'token': token.decode(errors='replace'),
-        'logprob': logprob,
-        'bytes': list(token),
-        'top_logprobs': [],
+        **_token(at.token, at.logprob),
+        'top_logprobs': list(itertools.starmap(_token, at.others)),
       }
-      for token, logprob in scored
+      for at in positions
     ],
     'refusal': None,
+  }
+
+
+def _token(token: bytes, logprob: float | None) -> dict[str, Any]:
+  return {
+    'token': told.text(token),
+    'logprob': logprob,
+    'bytes': list(token),
   }
 
 
@@ -137,5 +148,5 @@ FORM = forms.Form(
   read,
   _text,
   _logprobs,
-  has_prompt_ids_by_choice=False,
+  has_prompt_by_choice=False,
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 import itertools
 from typing import Any
 
@@ -12,11 +13,12 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import fields
 from sarathi_jax.server.http import forms
+from sarathi_jax.server.http import told
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 FIELDS: Mapping[str, fields.Kind] = {
   'echo': fields.FLAG,
-  'logprobs': fields.INT,
+  'logprobs': fields.LOGPROBS,
   'prompt': fields.ANY,
 }
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -35,16 +37,31 @@ def read(
   Raises:
     InvalidRequestError: it asks for what we don't do, or do not know.
   """
-  asked, own = fields.read(body, FIELDS, info, {}, NEUTRAL)
-  logprobs, echo = own.get('logprobs'), own.get('echo', False)
-  forms.check_sampled_alone('logprobs', logprobs)
-  if echo and logprobs is not None:
-    raise errors.UnsupportedError(
-      'echo=True: log-probabilities of prompts are not supported; leave out '
-      'logprobs.'
+  # As in vLLM: what is generated all the same is not told.
+  has_output = not (
+    body.get('echo') is True
+    and type(body.get('max_tokens')) is int
+    and body['max_tokens'] == 0
+  )
+  asked, own = fields.read(
+    body if has_output else {**body, 'max_tokens': 1}, FIELDS, info, {}, NEUTRAL
+  )
+  num, echo = own.get('logprobs'), own.get('echo', False)
+  asked = forms.with_logprobs(asked, num)
+  of_prompt = asked.sampling.prompt_logprobs
+  tells = num is not None or asked.sampling.tells
+  if echo and tells:
+    sampling = dataclasses.replace(
+      asked.sampling, prompt_logprobs=max(num or 0, of_prompt or 0)
     )
+    asked = asked._replace(sampling=sampling)
   return forms.Call(
-    asked, _prompts(own.get('prompt'), info, limits), logprobs is not None, echo
+    asked,
+    _prompts(own.get('prompt'), info, limits),
+    tells,
+    echo,
+    of_prompt,
+    has_output,
   )
 
 
@@ -73,13 +90,19 @@ def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
 
 
 def _logprobs(
-  scored: list[tuple[bytes, float]], num_before: int
+  positions: list[told.Position], num_before: int
 ) -> dict[str, Any]:
-  tokens = [token.decode(errors='replace') for token, _ in scored]
+  tokens = [told.text(at.token) for at in positions]
   return {
     'tokens': tokens,
-    'token_logprobs': [logprob for _, logprob in scored],
-    'top_logprobs': None,
+    'token_logprobs': [at.logprob for at in positions],
+    'top_logprobs': [
+      None
+      if at.logprob is None
+      else {token: at.logprob}
+      | {told.text(other): logprob for other, logprob in at.others}
+      for token, at in zip(tokens, positions, strict=True)
+    ],
     'text_offset': list(
       itertools.accumulate(map(len, tokens[:-1]), initial=num_before)
     )[: len(tokens)],
@@ -95,5 +118,5 @@ FORM = forms.Form(
   read,
   _text,
   _logprobs,
-  has_prompt_ids_by_choice=True,
+  has_prompt_by_choice=True,
 )

@@ -33,8 +33,19 @@ _encoder = json.JSONEncoder(separators=(',', ':'))
 _EVENTS = 'text/event-stream; charset=utf-8'
 
 
-def encode(content: Any) -> bytes:
-  """Returns JSON, as short as it is."""
+# From so many bytes on, the encoder in C would hold the interpreter for long.
+_LONG = 65_536
+
+
+def encode(content: Any, size: int = 0) -> bytes:
+  """Returns JSON, as short as it is.
+
+  Args:
+    content: what to encode.
+    size: about how many bytes that takes, if they may be many.
+  """
+  if size > _LONG:
+    return ''.join(_encoder.iterencode(content)).encode()
   return _encoder.encode(content).encode()
 
 

@@ -29,7 +29,8 @@ class Kind(NamedTuple):
 
 FLAG = Kind('must be true or false', lambda v: isinstance(v, bool))
 TEXT = Kind('must be a text', lambda v: isinstance(v, str))
-INT = Kind('must be an integer', config_lib.is_int)
+_LOGPROBS = sampling_params.FIELDS['logprobs']
+LOGPROBS = Kind(_LOGPROBS.rule, _LOGPROBS.holds)
 _COUNT = Kind(
   'must be an integer >= 1', lambda v: config_lib.is_int(v) and v >= 1
 )
@@ -69,7 +70,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'function_call': ('none', 'auto'),
   'functions': ([],),
   'length_penalty': (1, 1.0),
-  'logprob_token_ids': (),
   'metadata': (),
   'modalities': (['text'],),
   'n': (1,),
@@ -77,7 +77,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'parallel_tool_calls': (True, False),
   'prediction': (),
   'prompt_cache_key': (),
-  'prompt_logprobs': (),
   'reasoning_effort': (),
   'response_format': ({'type': 'text'},),
   'return_tokens_as_token_ids': (False,),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+import functools
 from typing import Any
 import uuid
 
@@ -19,6 +20,7 @@ from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server.http import answers
 from sarathi_jax.server.http import exchange as exchange_lib
 from sarathi_jax.server.http import forms
+from sarathi_jax.server.http import told
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.queue import outbox
 from sarathi_jax.text import tokenizer as tokenizer_lib
@@ -69,6 +71,7 @@ class _Answer:
     self._num_left = len(call.prompts)  # that do not wait yet
     self._all_wait = asyncio.Event()
     self._choices: list[dict[str, Any]] = [{}] * len(call.prompts)
+    self._num_chars = 0  # of log-probabilities, about
 
   async def run(self) -> None:
     """Answers."""
@@ -87,10 +90,12 @@ class _Answer:
       await self._exchange.write(last + _DONE, is_last=True)
       return
     whole = self._answer.whole(self._choices)
-    data = await messages.read(
-      len(self._choices) * 64 + 4 * self._answer.usage['total_tokens'],
-      lambda: exchange_lib.encode(whole),
+    size = (
+      len(self._choices) * 64
+      + 4 * self._answer.usage['total_tokens']
+      + self._num_chars
     )
+    data = await messages.read(size, lambda: exchange_lib.encode(whole, size))
     await self._exchange.reply_bytes(data)
 
   async def _one(self, index: int, prompt: tokenizer_lib.Prompt) -> None:
@@ -121,15 +126,20 @@ class _Answer:
         await self._write(index, stream, echo)
       else:
         deltas = [delta async for delta in stream]
-        whole = outbox.merge(deltas)
+        whole = self._answer.shown(outbox.merge(deltas))
         if whole.finish_reason is types.FinishReason.ERROR:
           raise answers.not_finite(stream.request.request_id)
-        self._choices[index] = self._answer.choice(
-          index,
-          whole,
-          stream.request.prompt_token_ids,
-          echo + whole.text,
-          is_first=True,
+        size = told.num_chars(whole)
+        self._num_chars += size
+        self._choices[index] = await messages.read(
+          size,
+          lambda: self._answer.choice(
+            index,
+            whole,
+            stream.request.prompt_token_ids,
+            echo + whole.text,
+            is_first=True,
+          ),
         )
       self._answer.count(stream.request.prompt_token_ids, stream.num_tokens)
 
@@ -137,30 +147,55 @@ class _Answer:
     """Writes the events of one choice."""
     asked, answer = self._call.asked, self._answer
     prompt_ids = stream.request.prompt_token_ids
-    write = self._exchange.write
     is_first, num_before = True, 0
     tells_all = asked.token_ids or self._call.logprobs
-    tells_prompt = asked.token_ids and not self._form.has_prompt_ids_by_choice
-    async for delta in stream:
+    async for whole in stream:
+      delta = answer.shown(whole)
       text += delta.text
       has_failed = delta.finish_reason is types.FinishReason.ERROR
       has_ended = delta.finish_reason is not None and not has_failed
       # Else it is in the middle of a character.
-      if text or has_ended or (tells_all and delta.token_ids):
-        event = answer.head | {
-          'choices': [
-            answer.choice(index, delta, prompt_ids, text, is_first, num_before)
-          ]
-        }
-        if asked.include_usage:
-          event['usage'] = None
-        if tells_prompt and is_first:
-          event['prompt_token_ids'] = prompt_ids
-        await write(_event(event))
+      if (
+        text
+        or has_ended
+        or (tells_all and delta.token_ids)
+        or delta.prompt_logprobs is not None
+      ):
+        size = told.num_chars(delta)
+        event = await messages.read(
+          size,
+          functools.partial(
+            self._event,
+            size,
+            index,
+            delta,
+            prompt_ids,
+            text,
+            is_first,
+            num_before,
+          ),
+        )
+        await self._exchange.write(event)
         num_before += len(text)
         is_first, text = False, ''
       if has_failed:
         raise answers.not_finite(stream.request.request_id)
+
+  def _event(
+    self,
+    size: int,
+    index: int,
+    delta: types.OutputDelta,
+    prompt_ids: tuple[int, ...],
+    text: str,
+    is_first: bool,
+    num_before: int,
+  ) -> bytes:
+    """Returns an event of about `size` bytes; see `answers.Answer.choice`."""
+    choice = self._answer.choice(
+      index, delta, prompt_ids, text, is_first, num_before
+    )
+    return _event(self._answer.piece(choice, is_first), size)
 
 
 def event_of_error(body: Mapping[str, Any]) -> bytes:
@@ -168,5 +203,5 @@ def event_of_error(body: Mapping[str, Any]) -> bytes:
   return _event(body)
 
 
-def _event(content: Mapping[str, Any]) -> bytes:
-  return b'data: ' + exchange_lib.encode(content) + b'\n\n'
+def _event(content: Mapping[str, Any], size: int = 0) -> bytes:
+  return b'data: ' + exchange_lib.encode(content, size) + b'\n\n'

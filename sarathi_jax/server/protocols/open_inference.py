@@ -53,6 +53,7 @@ _SIZES = {
   'bad_words': 'max_bad_words',
   'allowed_token_ids': 'max_adjusted_token_ids',
   'bad_token_ids': 'max_adjusted_token_ids',
+  'logprob_token_ids': 'max_adjusted_token_ids',
 }
 
 
@@ -276,6 +277,15 @@ class OpenInferenceService(
     ):
       if name in call.outputs:
         tensors.add_output(response, name, datatype, values)
+    for of, told in (
+      ('told', delta.told),
+      ('prompt_told', delta.prompt_logprobs or ()),
+    ):
+      for (name, datatype, _), values in zip(
+        describe.TOLD, zip(*told, strict=True), strict=False
+      ):
+        if f'{of}_{name}' in call.outputs:
+          tensors.add_output(response, f'{of}_{name}', datatype, values)
     _set_final(response, delta.finish_reason is not None)
     return response
 

@@ -17,11 +17,13 @@ _DATATYPES = {
   _Kind.FLOAT: 'FP32',
   _Kind.BOOL: 'BOOL',
   _Kind.STRINGS: 'BYTES',
+  _Kind.NAME: 'BYTES',
   _Kind.IDS: 'INT32',
   _Kind.BIAS: 'BYTES',  # of a JSON object
 }
 # Name, datatype, size (-1: any).
-_INPUTS = (
+Tensors = tuple[tuple[str, str, int], ...]
+_INPUTS: Tensors = (
   ('text_input', 'BYTES', 1),
   ('input_ids', 'INT64', -1),
   ('stream', 'BOOL', 1),
@@ -33,11 +35,22 @@ _INPUTS = (
     for name, field in sampling_params.FIELDS.items()
   ),
 )
-OUTPUTS = (
+# Of each token several others, if a request asks: a row each, of one length.
+TOLD: Tensors = (
+  ('token_ids', 'INT32', -1),
+  ('logprobs', 'FP32', -1),
+  ('ranks', 'INT32', -1),
+)
+OUTPUTS: Tensors = (
   ('text_output', 'BYTES', 1),
   ('output_ids', 'INT64', -1),
   ('logprobs', 'FP32', -1),
   ('finish_reason', 'BYTES', 1),
+  *(
+    (f'{of}_{name}', datatype, size)
+    for of in ('told', 'prompt_told')
+    for name, datatype, size in TOLD
+  ),
 )
 _BACKEND = 'sarathi_jax'
 

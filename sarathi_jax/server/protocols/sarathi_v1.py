@@ -123,6 +123,8 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
       text=delta.text,
       token_ids=delta.token_ids,
       logprobs=delta.logprobs,
+      told=_told(delta.told),
+      prompt_logprobs=_told(delta.prompt_logprobs or ()),
     )
     if delta.finish_reason is not None:
       response.finished.CopyFrom(finished(delta))
@@ -131,6 +133,10 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
       )
       response.finished.usage.completion_tokens = stream.num_tokens
     await context.write(response)
+
+
+def _told(told: types.Told) -> list[pb.TokenLogprobs]:
+  return [pb.TokenLogprobs(**at._asdict()) for at in told]
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:

@@ -9,6 +9,7 @@ it in four bytes. Standard library only, beside the messages.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import itertools
 import math
 import struct
 from typing import Any
@@ -138,8 +139,18 @@ def add_output(
   datatype: str,
   values: Sequence[Any],
 ) -> None:
-  """Adds a one-dimensional output in raw form, as Triton's clients expect."""
-  response.outputs.add(name=name, datatype=datatype, shape=[len(values)])
+  """Adds an output in raw form, as Triton's clients expect.
+
+  Args:
+    response: what it is added to.
+    name, datatype: of the output.
+    values: numbers or bytes; or rows of numbers, of one length.
+  """
+  shape = [len(values)]
+  if values and isinstance(values[0], tuple):
+    shape.append(len(values[0]))
+    values = list(itertools.chain.from_iterable(values))
+  response.outputs.add(name=name, datatype=datatype, shape=shape)
   form = _TYPES[datatype][1]
   response.raw_output_contents.append(
     struct.pack(f'<{len(values)}{form}', *values)

@@ -252,6 +252,8 @@ async def _write(
       )
       if wants_logprobs:
         chunk.output_logprobs.CopyFrom(_logprobs(delta))
+      if delta.prompt_logprobs is not None:
+        chunk.input_logprobs.CopyFrom(_of_prompt(stream.request, delta))
       await context.write(pb.GenerateResponse(chunk=chunk))
   whole = outbox.merge(deltas)
   complete = pb.GenerateComplete(
@@ -266,13 +268,35 @@ async def _write(
     complete.matched_token_id = whole.stop_reason
   if wants_logprobs:
     complete.output_logprobs.CopyFrom(_logprobs(whole))
+  if whole.prompt_logprobs is not None:
+    complete.input_logprobs.CopyFrom(_of_prompt(stream.request, whole))
   await context.write(pb.GenerateResponse(complete=complete))
 
 
 def _logprobs(delta: types.OutputDelta) -> pb.OutputLogProbs:
   return pb.OutputLogProbs(
-    token_logprobs=delta.logprobs, token_ids=delta.token_ids
+    token_logprobs=delta.logprobs,
+    token_ids=delta.token_ids,
+    top_logprobs=map(_top, delta.told),
   )
+
+
+def _of_prompt(
+  request: types.Request, delta: types.OutputDelta
+) -> pb.InputLogProbs:
+  told = delta.prompt_logprobs or ()
+  return pb.InputLogProbs(
+    token_logprobs=[
+      pb.InputTokenLogProb(),  # nothing is before the first token
+      *(pb.InputTokenLogProb(value=at.logprob) for at in told),
+    ],
+    token_ids=request.prompt_token_ids,
+    top_logprobs=[pb.TopLogProbs(), *map(_top, told)],
+  )
+
+
+def _top(told: types.TokenLogprobs) -> pb.TopLogProbs:
+  return pb.TopLogProbs(values=told.logprobs[1:], token_ids=told.token_ids[1:])
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:

@@ -131,4 +131,6 @@ def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
     text=''.join(delta.text for delta in deltas),
     token_ids=tuple(t for delta in deltas for t in delta.token_ids),
     logprobs=tuple(p for delta in deltas for p in delta.logprobs),
+    told=tuple(t for delta in deltas for t in delta.told),
+    prompt_logprobs=deltas[0].prompt_logprobs,
   )

@@ -52,20 +52,23 @@ def main() -> None:
   got['stopped'] = stopped.choices[0].text
   got['stopped_finish'] = stopped.choices[0].finish_reason
   scored = (
-    client.chat.completions.create(**chat, logprobs=True, top_logprobs=0)
+    client.chat.completions.create(**chat, logprobs=True, top_logprobs=3)
     .choices[0]
     .logprobs
   )
   got['logprobs'] = [(t.token, t.logprob) for t in scored.content]
+  got['top_logprobs'] = [
+    [(t.token, t.logprob) for t in at.top_logprobs] for at in scored.content
+  ]
+  echoed = client.completions.create(**prompt, echo=True, logprobs=2)
+  told = echoed.choices[0].logprobs
+  got['echoed'] = echoed.choices[0].text
+  got['scored'] = told and told.model_dump()
   refused: dict[str, Any] = {}
-  try:  # which asks for the likeliest token, too
-    client.chat.completions.create(**chat, logprobs=True)
-  except openai.APIStatusError as error:
-    refused['top_logprobs=0'] = [error.status_code, str(error)]
   for name, value in (
     ('frequency_penalty', 2.5),
     ('n', 2),
-    ('logprobs', 3),
+    ('logprobs', 21),
     ('temperature', -1),
   ):
     try:
