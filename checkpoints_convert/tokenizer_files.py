@@ -26,7 +26,8 @@ FILES = (
   'tokenizer.json',
   'tokenizer_config.json',
   'special_tokens_map.json',
-  'chat_template.jinja',
+  chat.FILE,
+  f'{chat.MORE_FILES}/tool_use.jinja',
   'chat_template.json',
   'generation_config.json',
 )
@@ -60,6 +61,7 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
     if (folder / name).is_file():
       if name.endswith('.json'):
         _check(folder / name)
+      (target / name).parent.mkdir(exist_ok=True)
       shutil.copyfile(folder / name, target / name)
   chat.ChatTemplate.from_folder(folder)
   made = target / 'tokenizer.json'

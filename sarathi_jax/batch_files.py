@@ -60,18 +60,16 @@ class Line(prompt_lines.Line):
       told = http_errors.of(error, self.names)
       return self._written(told.status, told.body)
     assert self.answer is not None
-    done = [self.answer.shown(completion) for completion in done]
     for completion in done:
       self.answer.count(completion.prompt_token_ids, len(completion.token_ids))
     choices = [
-      self.answer.choice(
-        i,
-        completion,
-        completion.prompt_token_ids,
-        text + completion.text,
-        is_first=True,
+      self.answer.choice(i, prompt, completion.prompt_token_ids, text).add(
+        completion
       )
-      for i, (text, completion) in enumerate(zip(self.texts, done, strict=True))
+      or {}
+      for i, (prompt, text, completion) in enumerate(
+        zip(self.answer.call.prompts, self.texts, done, strict=True)
+      )
     ]
     return self._written(200, self.answer.whole(choices))
 

@@ -130,6 +130,8 @@ class EngineConfig:
       as a large model can use, if it is to run several sequences.
     pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
+    tool_parser, reasoning_parser: how the model writes calls of tools, and what
+      it thinks; 'auto' by its chat template, see `text.reply_formats`.
     compilation_cache_dir: where compiled steps are kept between runs; 'auto'
       for JAX's own cache, where the program has set one, else a folder below
       `default_cache_dir`; None for no such cache.
@@ -155,6 +157,8 @@ class EngineConfig:
   tp: int | None = None
   pp: int = 1
   seed: int = 0
+  tool_parser: str = AUTO
+  reasoning_parser: str = AUTO
   compilation_cache_dir: str | os.PathLike[str] | None = AUTO
 
   def __post_init__(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import functools
 import itertools
 import os
@@ -31,6 +32,7 @@ from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import settings
 from sarathi_jax.runner import weights as weights_lib
+from sarathi_jax.text import chats
 from sarathi_jax.text import collector
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
@@ -158,6 +160,10 @@ class LLM:
     **engine: Any,
   ) -> None:
     """Compiles the steps and builds the engine, once weights are placed."""
+    words: tokenizer_lib.Tokenizer | None = engine['tokenizer']
+    engine['tokenizer'] = words and words.with_parsers(
+      config.tool_parser, config.reasoning_parser
+    )
     engine['default_sampling'] = types.SamplingParams.defaults(
       engine['default_sampling'] or {}
     )  # Checked before anything is compiled.
@@ -290,6 +296,46 @@ class LLM:
     finally:
       run.close()
     return [done[r.request_id] for r in requests]
+
+  def chat(
+    self,
+    messages: Sequence[tokenizer_lib.Message]
+    | Sequence[Sequence[tokenizer_lib.Message]],
+    sampling: types.SamplingParams
+    | Sequence[types.SamplingParams]
+    | None = None,
+    **options: Any,
+  ) -> list[types.Completion]:
+    """Replies to chats, and tells apart what the replies say.
+
+    Args:
+      messages: of one chat, or of several.
+      sampling: see `generate`.
+      **options: tools, tool_choice, parallel_tool_calls and
+        chat_template_kwargs of each chat; see `text.chats.Chat`.
+
+    Returns:
+      One completion a chat, in order, with its `reply`.
+
+    Raises:
+      See `generate`.
+    """
+    one = bool(messages) and isinstance(messages[0], Mapping)
+    several: Any = [messages] if one else messages
+    prompts = [chats.Chat(messages=chat, **options) for chat in several]
+    return [
+      dataclasses.replace(done, reply=self._reply(prompt, done))
+      for prompt, done in zip(
+        prompts, self.generate(prompts, sampling), strict=True
+      )
+    ]
+
+  def _reply(self, chat: chats.Chat, done: types.Completion) -> types.Reply:
+    assert self.engine.tokenizer is not None  # or there were no chats
+    reader = self.engine.tokenizer.reply_reader(chat, done.prompt_token_ids)
+    if reader is None:
+      return types.Reply(done.text)
+    return reader.read(done.text, is_last=True)
 
   def stream(
     self,
@@ -434,13 +480,15 @@ class LLM:
       )
     now = self.engine.clock()
     requests = [
-      types.Request(
-        request_id=f'llm-{next(self._ids)}',
-        sampling=params,
-        prompt_token_ids=tokenizer_lib.encode_prompt(
-          self.engine.tokenizer, prompt
+      tokenizer_lib.with_prompt(
+        types.Request(
+          request_id=f'llm-{next(self._ids)}',
+          sampling=params,
+          prompt_token_ids=(),
+          arrival_time=now,
         ),
-        arrival_time=now,
+        self.engine.tokenizer,
+        prompt,
       )
       for prompt, params in zip(prompts, sampling, strict=True)
     ]

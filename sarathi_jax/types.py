@@ -50,6 +50,8 @@ class Request:
       `EngineConfig.batch_tbt_slo_ms`.
     key: unique among all requests that an engine has; the `request_id` of its
       chunks and deltas. By default the request's own.
+    shown_token_ids: special tokens whose text is shown, though others' is not:
+      marks by which a reply is read.
   """
 
   request_id: str
@@ -62,6 +64,7 @@ class Request:
   deadline: float | None = None
   tier: str = 'interactive'
   key: str = dataclasses.field(default='', repr=False, compare=False)
+  shown_token_ids: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
     if self.tier not in TIERS:
@@ -282,6 +285,36 @@ class OutputDelta(NamedTuple):
   prompt_logprobs: Told | None = None
 
 
+class ToolCall(NamedTuple):
+  """A call of a tool, or what one gained.
+
+  Attributes:
+    number: its place among the calls of a reply, from 0.
+    id: what a tool's message answers to; '' in all pieces but the first.
+    name: the tool's; '' in all pieces but the first.
+    arguments: a JSON object, as the model wrote it; as much of it as it wrote.
+  """
+
+  number: int
+  id: str
+  name: str
+  arguments: str
+
+
+class Reply(NamedTuple):
+  """What the reply to a chat says, or what it gained.
+
+  Attributes:
+    content: text for the user.
+    reasoning: what the model wrote for itself before.
+    tool_calls: the calls, in order.
+  """
+
+  content: str = ''
+  reasoning: str = ''
+  tool_calls: tuple[ToolCall, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
   """The whole output of a finished request.
@@ -297,6 +330,7 @@ class Completion:
     stop_reason: see `OutputDelta`.
     metrics: its measurements.
     told, prompt_logprobs: see `OutputDelta`.
+    reply: what `text` says, told apart; of `LLM.chat` alone.
   """
 
   request_id: str
@@ -309,3 +343,4 @@ class Completion:
   metrics: RequestMetrics
   told: Told = ()
   prompt_logprobs: Told | None = None
+  reply: Reply | None = None

@@ -13,6 +13,7 @@ from absl import flags
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler
 from sarathi_jax.cli import deployment
+from sarathi_jax.text import reply_formats
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # They are of the main that asks for them.
@@ -111,6 +112,17 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   'seed': (
     flags.DEFINE_integer,
     'Seed of the random numbers of requests that give none.',
+  ),
+  'tool_parser': (
+    flags.DEFINE_string,
+    'How the model writes calls of tools: '
+    f'{", ".join(reply_formats.TOOLS)}, none, or auto: by its chat template.',
+  ),
+  'reasoning_parser': (
+    flags.DEFINE_string,
+    'How the model writes what it thinks: '
+    f'{", ".join(reply_formats.REASONING)}, none, or auto: by its chat '
+    'template.',
   ),
 }
 

@@ -13,12 +13,22 @@ from typing import Any, ClassVar, Self
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.text import chats
+from sarathi_jax.text import replies
+from sarathi_jax.text import reply_reader
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-_KEYS = {'request_id', 'prompt', 'prompt_token_ids', 'messages', 'sampling'}
+# Of a chat, beside its messages; see `chats.Chat`.
+_CHAT_KEYS = (
+  'chat_template_kwargs',
+  'parallel_tool_calls',
+  'tool_choice',
+  'tools',
+)
 # The largest seed drawn here. It never changes, so that results repeat.
 _MAX_DRAWN_SEED = 2**31 - 1
 _PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
+_KEYS = {'request_id', 'sampling', *_PROMPT_KEYS, *_CHAT_KEYS}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +41,7 @@ class Line:
     requests: those that it asks for, with keys of their own; none if it is
       refused.
     error: what is wrong with it.
+    reader: of the reply to a chat; None if that is content alone.
   """
 
   ID_KEY: ClassVar[str] = 'request_id'
@@ -39,6 +50,7 @@ class Line:
   request_id: str | int
   requests: tuple[types.Request, ...]
   error: errors.InvalidRequestError | None
+  reader: reply_reader.ReplyReader | None = None
 
   def refused(self, error: errors.InvalidRequestError) -> Self:
     """Returns the line with an error instead of its requests."""
@@ -53,12 +65,17 @@ class Line:
         'error': str(self.error),
       }
     (completion,) = done
+    message = {}
+    if self.reader is not None:
+      reply = self.reader.read(completion.text, is_last=True)
+      message = {'message': replies.message(reply)}
     return {
       'request_id': self.request_id,
       'prompt_token_ids': completion.prompt_token_ids,
       'token_ids': completion.token_ids,
       'logprobs': completion.logprobs,
       'text': completion.text,
+      **message,
       'finish_reason': completion.finish_reason.value,
       'stop_reason': completion.stop_reason,
       'metrics': dataclasses.asdict(completion.metrics),
@@ -109,9 +126,10 @@ def parse(
         'empty, or an integer.'
       )
     line = dataclasses.replace(line, request_id=given_id)
-    request = types.Request(
+    prompt = _prompt(fields)
+    draft = types.Request(
       request_id=str(given_id),
-      prompt_token_ids=_prompt(fields, engine),
+      prompt_token_ids=(),
       sampling=seeded(
         _sampling(
           fields,
@@ -123,10 +141,14 @@ def parse(
       arrival_time=engine.clock(),
       key=str(number),
     )
+    request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
     engine.check(request)
   except errors.InvalidRequestError as error:
     return line.refused(error)
-  return dataclasses.replace(line, requests=(request,))
+  reader = engine.tokenizer and engine.tokenizer.reply_reader(
+    prompt, request.prompt_token_ids
+  )
+  return dataclasses.replace(line, requests=(request,), reader=reader or None)
 
 
 def seeded(
@@ -151,9 +173,7 @@ def _sampling(
   return make(given or {})
 
 
-def _prompt(
-  fields: Mapping[str, Any], engine: engine_lib.Engine
-) -> tuple[int, ...]:
+def _prompt(fields: Mapping[str, Any]) -> tokenizer_lib.Prompt:
   keys = [key for key in _PROMPT_KEYS if key in fields]
   if len(keys) != 1:
     raise errors.InvalidRequestError(
@@ -173,7 +193,13 @@ def _prompt(
     raise errors.InvalidRequestError(
       f'{key}={errors.shown(value)}: must be {rule}.'
     )
-  return tokenizer_lib.encode_prompt(engine.tokenizer, value)
+  more = {k: fields[k] for k in _CHAT_KEYS if fields.get(k) is not None}
+  if key == 'messages':
+    return chats.Chat(messages=value, **more)
+  if more:
+    raise errors.InvalidRequestError(f'{min(more)}: is for messages.')
+  prompt: tokenizer_lib.Prompt = value
+  return prompt
 
 
 def _are_all(kind: type, values: Any) -> bool:

@@ -41,11 +41,15 @@ def tokenizer_of(given: Any) -> tokenizer_lib.Tokenizer | None:
   backend = getattr(given, 'backend_tokenizer', None)
   if isinstance(backend, tokenizers.Tokenizer):
     template = getattr(given, 'chat_template', None)
-    if isinstance(template, Mapping):  # Several, by name.
-      template = template.get('default')
+    if not isinstance(template, Mapping):  # Else several, by name.
+      template = {'default': template}
+    source = template.get('default')
     return tokenizer_lib.Tokenizer.copy_of(
       backend,
-      template and chat.ChatTemplate(template, given.special_tokens_map),
+      source
+      and chat.ChatTemplate(
+        source, given.special_tokens_map, template.get('tool_use')
+      ),
     )
   raise errors.ConfigError(
     f'tokenizer: is a {type(given).__module__}.{type(given).__name__}; must be '

@@ -7,13 +7,13 @@ Imports no gRPC and no JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.queue import admission
+from sarathi_jax.text import chats
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Prompt = tokenizer_lib.Prompt
@@ -32,10 +32,7 @@ def prepare(
   """
   max_model_len = engine.info.max_model_len
   check_size(prompt, limits, max_model_len)
-  request = dataclasses.replace(
-    draft,
-    prompt_token_ids=(tokenizer_lib.encode_prompt(engine.tokenizer, prompt)),
-  )
+  request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   limits.check_prompt_logprobs(request)
   engine.check(request)
@@ -50,20 +47,26 @@ def check_size(
   Raises:
     InvalidRequestError: it is empty, or too long.
   """
-  if not len(prompt):  # else a tokenizer may make a lone BOS of it
-    raise errors.InvalidRequestError(f'prompt={prompt!r}: must not be empty.')
+  parts = prompt.messages if isinstance(prompt, chats.Chat) else prompt
+  if not len(parts):  # else a tokenizer may make a lone BOS of it
+    raise errors.InvalidRequestError(f'prompt={parts!r}: must not be empty.')
   if is_chat(prompt):
-    limits.check('max_messages', len(prompt), 'chat')
+    limits.check('max_messages', len(parts), 'chat')
   elif not isinstance(prompt, str):
-    limits.check_prompt_tokens(len(prompt), max_model_len)
+    limits.check_prompt_tokens(len(parts), max_model_len)
     return
+  if isinstance(prompt, chats.Chat):
+    for name in ('tools', 'chat_template_kwargs'):
+      num, levels = _measured(getattr(prompt, name))
+      limits.check('max_tool_chars', num, name)
+      limits.check('max_tool_levels', levels, name)
   limits.check_prompt_chars(num_chars(prompt), max_model_len)
 
 
 def is_chat(prompt: Prompt) -> bool:
-  """Whether a prompt is a list of messages."""
+  """Whether a prompt is a chat, or a list of messages."""
   parts: Any = prompt
-  return (
+  return isinstance(prompt, chats.Chat) or (
     not isinstance(prompt, str)
     and len(prompt) > 0
     and isinstance(parts[0], Mapping)
@@ -72,6 +75,9 @@ def is_chat(prompt: Prompt) -> bool:
 
 def num_chars(prompt: Prompt) -> int:
   """Counts the characters of a text or of a chat, and ids as one each."""
+  if isinstance(prompt, chats.Chat):
+    more = (prompt.offered, prompt.chat_template_kwargs)
+    return num_chars(prompt.messages) + sum(_measured(m)[0] for m in more)
   if not is_chat(prompt):
     return len(prompt)
   num, parts = 0, [prompt]
@@ -84,3 +90,19 @@ def num_chars(prompt: Prompt) -> int:
     elif isinstance(part, (list, tuple)):
       parts.extend(part)
   return num
+
+
+def _measured(value: Any) -> tuple[int, int]:
+  """Counts the characters of JSON, with its keys, and its levels."""
+  num, levels, parts = 0, 0, [value]
+  while parts:  # those of a level
+    levels += 1
+    num += sum(len(part) for part in parts if isinstance(part, str))
+    inner: list[Any] = []
+    for part in parts:
+      if isinstance(part, Mapping):
+        inner += [*part.keys(), *part.values()]
+      elif isinstance(part, (list, tuple)):
+        inner += part
+    parts = inner
+  return num, levels

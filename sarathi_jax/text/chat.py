@@ -7,18 +7,23 @@ for which the first chat would wait.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 import datetime
 import json
 import pathlib
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import ext
+from jinja2 import meta
 from jinja2 import sandbox
 
 from sarathi_jax import errors
 from sarathi_jax.text import messages as messages_lib
+
+FILE, MORE_FILES = 'chat_template.jinja', 'additional_chat_templates'
+_DEFAULT, _WITH_TOOLS = 'default', 'tool_use'
 
 
 class _Generation(ext.Extension):
@@ -40,18 +45,49 @@ def _to_json(value: Any, **options: Any) -> str:
   return json.dumps(value, **({'ensure_ascii': False} | options))
 
 
+class _Parsed(NamedTuple):
+  """A template, the kind of contents it takes, and the variables it reads."""
+
+  template: jinja2.Template
+  contents: messages_lib.Contents
+  variables: Set[str]
+
+  @classmethod
+  def of(cls, source: str, environment: jinja2.Environment) -> _Parsed:
+    try:
+      tree = environment.parse(source)
+      return cls(
+        environment.from_string(source),
+        messages_lib.contents_of(tree),
+        meta.find_undeclared_variables(tree),
+      )
+    except jinja2.TemplateError as error:
+      raise errors.CheckpointError(
+        f"chat template: can't be read: {error}"
+      ) from error
+
+
 class ChatTemplate:
   """A chat template.
 
   Args:
     source: the template's text, of jinja2.
     special_tokens: texts that it may name, such as bos_token.
+    with_tools: another one for chats with tools, if there is one.
+
+  Attributes:
+    words: the text of both.
 
   Raises:
     CheckpointError: it is not a template.
   """
 
-  def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+  def __init__(
+    self,
+    source: str,
+    special_tokens: Mapping[str, str],
+    with_tools: str | None = None,
+  ) -> None:
     environment = sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True,
       lstrip_blocks=True,
@@ -66,20 +102,18 @@ class ChatTemplate:
       datetime.datetime.now().strftime(form)
     )
     self._special_tokens = dict(special_tokens)
-    try:
-      self._template = environment.from_string(source)
-      self._contents = messages_lib.contents_of(environment.parse(source))
-    except jinja2.TemplateError as error:
-      raise errors.CheckpointError(
-        f"chat template: can't be read: {error}"
-      ) from error
+    self.words = '\n'.join(filter(None, (source, with_tools)))
+    self._plain = _Parsed.of(source, environment)
+    self._with_tools = (
+      self._plain if with_tools is None else _Parsed.of(with_tools, environment)
+    )
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> ChatTemplate | None:
     """Returns the template of a checkpoint; None if it has none."""
     config = tokenizer_config(folder)
-    source = _source(folder, config)
-    if not source:
+    sources = _sources(folder, config)
+    if not sources.get(_DEFAULT):
       return None
     tokens = {
       name: text_of(value)
@@ -87,28 +121,51 @@ class ChatTemplate:
       if name.endswith('_token')
     }
     return cls(
-      source, {name: text for name, text in tokens.items() if text is not None}
+      sources[_DEFAULT],
+      {name: text for name, text in tokens.items() if text is not None},
+      sources.get(_WITH_TOOLS),
     )
 
-  def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+  def takes(self, variable: str) -> bool:
+    """Whether a template reads a variable."""
+    return any(
+      variable in parsed.variables for parsed in (self._plain, self._with_tools)
+    )
+
+  def render(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] = MappingProxyType({}),
+  ) -> str:
     """Returns the text of a chat, up to where the assistant's answer begins.
 
     Args:
       messages: as OpenAI has them; see `messages.prepared`.
+      tools: that the model may call.
+      variables: more of the template's variables; must be some that it takes.
 
     Raises:
       InvalidRequestError: they are not such messages, or the template refuses
         them.
     """
-    prepared = messages_lib.prepared(messages, self._contents)
+    parsed = self._with_tools if tools else self._plain
+    prepared = messages_lib.prepared(messages, parsed.contents)
+    ours = {
+      'messages': prepared,
+      'add_generation_prompt': True,
+      'tools': list(tools) or None,
+      'documents': None,
+      **self._special_tokens,
+    }
+    for name in variables:
+      if name in ours or not self.takes(name):
+        raise errors.UnsupportedError(
+          f'chat_template_kwargs: has {errors.shown(name)}, which the chat '
+          'template does not take from you.'
+        )
     try:
-      return self._template.render(
-        messages=prepared,
-        add_generation_prompt=True,
-        tools=None,
-        documents=None,
-        **self._special_tokens,
-      )
+      return parsed.template.render(**ours, **variables)
     except Exception as error:  # A template may raise anything.
       raise errors.InvalidRequestError(
         f'messages: the chat template refused them: {errors.cut(str(error))}'
@@ -140,30 +197,44 @@ def text_of(token: Any) -> str | None:
   return text if isinstance(text, str) else None
 
 
-def _source(folder: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-  """Returns the template's text, of the file that has it; None if none has."""
-  file = folder / 'chat_template.jinja'
+def _sources(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the texts of templates by name, as transformers finds them."""
+  file = folder / FILE
   if file.is_file():
-    try:
-      return file.read_text(encoding='utf-8')
-    except ValueError as error:
-      raise errors.CheckpointError(f"{file}: can't be read: {error}") from error
+    more = folder / MORE_FILES / f'{_WITH_TOOLS}.jinja'
+    files = {_DEFAULT: file, **({_WITH_TOOLS: more} if more.is_file() else {})}
+    return {name: _text_in(file) for name, file in files.items()}
   source = config.get('chat_template') or read_json(
     folder / 'chat_template.json'
   ).get('chat_template')
   try:
     if isinstance(source, list):  # Several, by name.
       source = {entry['name']: entry['template'] for entry in source}
-    if isinstance(source, Mapping):
-      source = source.get('default')
-    if not isinstance(source, str | None):
-      raise TypeError(f'is a {type(source).__name__}')
+    if not isinstance(source, Mapping):
+      source = {_DEFAULT: source}
+    return {
+      name: _checked(source[name])
+      for name in (_DEFAULT, _WITH_TOOLS)
+      if source.get(name)
+    }
   except (KeyError, TypeError) as error:
     raise errors.CheckpointError(
       f'{folder}: chat_template: must be a text, a list of objects with name '
       f'and template, or an object of texts by name: {error}'
     ) from error
+
+
+def _checked(source: Any) -> str:
+  if not isinstance(source, str):
+    raise TypeError(f'is a {type(source).__name__}')
   return source
+
+
+def _text_in(file: pathlib.Path) -> str:
+  try:
+    return file.read_text(encoding='utf-8')
+  except ValueError as error:
+    raise errors.CheckpointError(f"{file}: can't be read: {error}") from error
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class Detokenizer:
   """Turns one request's tokens into the text that may be shown.
 
   A stop string may be a special token's text, or have one in it. It is found
-  where special tokens are left out of the text, too. One that ends within the
+  where special tokens are left out of the text, too, but for those that the
+  request wants shown. One that ends within the
   request's `min_tokens` is text like any other.
   """
 
@@ -73,16 +74,22 @@ class Detokenizer:
     # Tokens that are yet to come before a stop string may end the request.
     self._num_unheeded = sampling.min_tokens if self._stops else 0
     skip = sampling.skip_special_tokens
-    special = tokenizer.special_tokens if skip and self._stops else {}
-    # Special tokens that are decoded, so that stop strings are found in them,
-    # and then left out here.
+    shown = request.shown_token_ids
+    special = (
+      tokenizer.special_tokens if skip and (self._stops or shown) else {}
+    )
+    # Whether special tokens are decoded: some are to be shown, or stop strings
+    # to be found in them. The others are left out here.
+    decodes = bool(shown) or any(
+      text in stop for text in special.values() for stop in self._stops
+    )
     self._hidden = (
-      special
-      if any(text in stop for text in special.values() for stop in self._stops)
+      {token: text for token, text in special.items() if token not in shown}
+      if decodes
       else {}
     )
     self._stream = tokenizer.stream(
-      request.prompt_token_ids, skip and not self._hidden
+      request.prompt_token_ids, skip and not decodes
     )
     self._held = _NONE
 
@@ -118,7 +125,7 @@ class Detokenizer:
     if ended_by_token and not self._keep_stop:
       return self.flush(), None
     new = self._stream.step(token)
-    if not self._stops:
+    if not self._stops and not self._hidden:
       return new, None
     if not self._hidden:
       return self._find_stop(_Pending(new, ''))

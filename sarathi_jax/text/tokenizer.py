@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import copy
+import dataclasses
 import operator
 import pathlib
 from typing import Any
@@ -11,11 +13,17 @@ from typing import Any
 import tokenizers
 
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.text import chat
+from sarathi_jax.text import chats
+from sarathi_jax.text import reply_formats
+from sarathi_jax.text import reply_reader
 from sarathi_jax.text import text_stream
 
-Message = Mapping[str, Any]  # {'role': ..., 'content': ...}
-Prompt = str | Sequence[int] | Sequence[Message]
+Message = chats.Message
+Prompt = str | Sequence[int] | Sequence[Message] | chats.Chat
+# Characters of a prompt's last tokens are enough to find a mark at its end.
+_NUM_END = 16
 
 
 class Tokenizer:
@@ -43,6 +51,7 @@ class Tokenizer:
     encode_all(self._tokenizer)
     self._pieces = text_stream.Pieces(self._tokenizer)
     self._chat = chat.ChatTemplate.from_folder(folder)
+    self._formats = _formats(self._chat)
 
   @classmethod
   def copy_of(
@@ -56,13 +65,14 @@ class Tokenizer:
       tokenizer: the tokenizer to copy.
       template: of chats; None if there is none.
     """
-    copy = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    encode_all(copy)
+    copied = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    encode_all(copied)
     made = object.__new__(cls)
     made.folder = None
-    made._tokenizer = copy
-    made._pieces = text_stream.Pieces(copy)
+    made._tokenizer = copied
+    made._pieces = text_stream.Pieces(copied)
     made._chat = template
+    made._formats = _formats(template)
     return made
 
   @classmethod
@@ -71,6 +81,16 @@ class Tokenizer:
     if not (pathlib.Path(path) / 'tokenizer.json').exists():
       return None
     return cls(path)
+
+  def with_parsers(self, tool_parser: str, reasoning_parser: str) -> Tokenizer:
+    """Returns the same, by which replies are read so.
+
+    Raises:
+      ConfigError: there is no such parser; see `reply_formats.choose`.
+    """
+    made = copy.copy(self)
+    made._formats = _formats(self._chat, tool_parser, reasoning_parser)
+    return made
 
   def encode(
     self, text: str, add_special_tokens: bool = True
@@ -111,21 +131,82 @@ class Tokenizer:
     unknown."""
     return self._pieces.bytes_of(token_id)
 
-  def apply_chat_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
+  def apply_chat_template(
+    self, messages: Sequence[Message] | chats.Chat
+  ) -> tuple[int, ...]:
     """Returns a chat's token ids, up to where the assistant's answer begins.
 
     Raises:
       InvalidRequestError: they are not messages that the template takes.
-      UnsupportedError: there is no chat template.
+      UnsupportedError: there is no chat template, or it knows no tools.
     """
     if self._chat is None:
       raise errors.UnsupportedError(
         'messages: this model has no chat template, or none that is called '
         'default; send a prompt.'
       )
-    text = self._chat.render(messages)
+    if not isinstance(messages, chats.Chat):
+      messages = chats.Chat(messages=messages)
+    if messages.offered and not self._chat.takes('tools'):
+      raise errors.UnsupportedError(
+        "tools: this model's chat template has no place for tools."
+      )
+    text = self._chat.render(
+      messages.messages, messages.offered, messages.chat_template_kwargs
+    )
     # The template writes the special tokens itself.
     return self._encode(text, add_special_tokens=False)
+
+  def reply_reader(
+    self, prompt: Prompt, prompt_token_ids: Sequence[int]
+  ) -> reply_reader.ReplyReader | None:
+    """Returns what reads the reply to a chat; None if it is content alone.
+
+    Args:
+      prompt: the chat; there is nothing to read in the output after others.
+      prompt_token_ids: its token ids.
+    """
+    if not isinstance(prompt, chats.Chat):
+      return None
+    formats = self._formats
+    if not prompt.callable:
+      formats = formats._replace(tools=None)
+    if formats == reply_formats.Formats():
+      return None
+    end = self.decode(prompt_token_ids[-_NUM_END:], skip_special_tokens=False)
+    return reply_reader.ReplyReader(
+      formats, prompt.callable, end, prompt.parallel_tool_calls
+    )
+
+  def prepare(self, request: types.Request, chat: chats.Chat) -> types.Request:
+    """Returns a chat's request so that its reply can be read.
+
+    Raises:
+      UnsupportedError: it asks for calls that can't be.
+    """
+    if chat.offered and self._formats.tools is None:
+      raise errors.UnsupportedError(
+        "tools: how this model writes calls of tools can't be told from its "
+        'chat template; whoever serves it may say so by tool_parser.'
+      )
+    if chat.offered and chat.tool_choice != chats.AUTO:
+      raise errors.UnsupportedError(
+        f'tool_choice={errors.shown(chat.tool_choice)}: is not supported.'
+      )
+    marks = [
+      *(
+        self._formats.tools.marks
+        if self._formats.tools and chat.offered
+        else ()
+      ),
+      *(self._formats.reasoning or ()),
+    ]
+    ids = map(self.token_id, marks)
+    special = self.special_tokens
+    return dataclasses.replace(
+      request,
+      shown_token_ids=tuple(i for i in ids if i is not None and i in special),
+    )
 
   def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
     # A batch, as the library's `encode` lets no other thread run; `fast`
@@ -159,6 +240,12 @@ class Tokenizer:
     return self._pieces.special
 
 
+def _formats(
+  template: chat.ChatTemplate | None, *parsers: str
+) -> reply_formats.Formats:
+  return reply_formats.choose(template.words if template else '', *parsers)
+
+
 def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
   """Has a tokenizer encode whole texts, always in the same way.
 
@@ -184,7 +271,7 @@ def checked(prompt: Any) -> Prompt:
   Raises:
     InvalidRequestError: it is neither a text nor a list.
   """
-  if isinstance(prompt, str) or (
+  if isinstance(prompt, (str, chats.Chat)) or (
     isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
   ):
     return prompt
@@ -198,6 +285,20 @@ def _wrong(prompt: Any) -> errors.InvalidRequestError:
   )
 
 
+def with_prompt(
+  request: types.Request, tokenizer: Tokenizer | None, prompt: Prompt
+) -> types.Request:
+  """Returns a request for the continuation of a prompt.
+
+  Raises:
+    InvalidRequestError: see `encode_prompt`; or it can't be asked for so.
+  """
+  ids = encode_prompt(tokenizer, prompt)
+  if isinstance(prompt, chats.Chat) and tokenizer is not None:
+    request = tokenizer.prepare(request, prompt)
+  return dataclasses.replace(request, prompt_token_ids=ids)
+
+
 def encode_prompt(
   tokenizer: Tokenizer | None, prompt: Prompt
 ) -> tuple[int, ...]:
@@ -207,7 +308,7 @@ def encode_prompt(
     InvalidRequestError: it is none of these, or there is no tokenizer.
   """
   prompt = checked(prompt)
-  is_chat = (
+  is_chat = isinstance(prompt, chats.Chat) or (
     not isinstance(prompt, str)
     and len(prompt) > 0
     and isinstance(prompt[0], Mapping)
@@ -223,9 +324,10 @@ def encode_prompt(
     if is_chat:
       return tokenizer.apply_chat_template(prompt)  # type: ignore
     return tokenizer.encode(prompt)  # type: ignore
-  if any(isinstance(token, bool) for token in prompt):
+  ids: Any = prompt
+  if any(isinstance(token, bool) for token in ids):
     raise _wrong(prompt)
   try:
-    return tuple(map(operator.index, prompt))  # type: ignore
+    return tuple(map(operator.index, ids))
   except TypeError:
     raise _wrong(prompt) from None

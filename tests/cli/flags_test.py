@@ -41,6 +41,8 @@ VALUES = dict(
   seed=9,
   dtype='bfloat16',
   kv_cache_dtype='int8',
+  tool_parser='hermes',
+  reasoning_parser='none',
 )
 
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 from openai.types import chat as openai_chat
@@ -71,9 +72,13 @@ def results_of(
   )
   unwritten = offline.unwritten(parsed, offline.Written(set(), set()))
   results = list(offline.run_lines(engine, unwritten))
-  results.sort(key=lambda r: int(r['id'].removeprefix('batch_req_')))
   found: list[dict[str, Any]] = json.loads(json.dumps(results))
-  return found
+  return sorted(
+    found,
+    key=lambda r: int(
+      re.sub('[^0-9]', '', str(r.get('id', r.get('request_id'))))
+    ),
+  )
 
 
 def without_names(body: dict[str, Any]) -> dict[str, Any]:

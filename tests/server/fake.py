@@ -93,6 +93,7 @@ def make_engine(
   tokenizer_folder: pathlib.Path | None = None,
   model_name: str = 'counting',
   default_sampling: Mapping[str, Any] | None = None,
+  vocab_size: int = VOCAB_SIZE,
   **changes: Any,
 ) -> engine_lib.Engine:
   """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
@@ -111,12 +112,12 @@ def make_engine(
     policy='sarathi',
     model_name=model_name,
     family='fake',
-    vocab_size=VOCAB_SIZE,
+    vocab_size=vocab_size,
     default_sampling=default_sampling or {},
   )
   return engine_lib.Engine(
     scheduler_lib.policy_class('sarathi')(config),
-    runner(VOCAB_SIZE, config.max_num_seqs),
+    runner(vocab_size, config.max_num_seqs),
     info=info,
     tokenizer=(
       None

@@ -59,6 +59,61 @@ def test_renders_as_transformers_does(tmp_path, name):
   assert template.render(MESSAGES) == theirs
 
 
+TOOLS = [
+  {
+    'type': 'function',
+    'function': {
+      'name': 'f',
+      'parameters': {'type': 'object', 'properties': {'a<b': {}}},
+    },
+  }
+]
+# Of a model whose chats with tools have a template of their own.
+_NAMED = [
+  {'name': 'default', 'template': 'plain {{ tools }}'},
+  {'name': 'tool_use', 'template': 'with {{ tools | tojson }} {{ odd }}'},
+]
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    '{% if tools %}{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}'
+    "{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    _NAMED,
+  ],
+)
+@pytest.mark.parametrize('as_files', [False, True])
+def test_tools_are_written_as_transformers_does(tmp_path, template, as_files):
+  if as_files and isinstance(template, list):
+    _write(tmp_path, 'old')
+    (tmp_path / chat.FILE).write_text(template[0]['template'])
+    (tmp_path / chat.MORE_FILES).mkdir()
+    (tmp_path / chat.MORE_FILES / 'tool_use.jinja').write_text(
+      template[1]['template']
+    )
+  else:
+    _write(tmp_path, template)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = chat.ChatTemplate.from_folder(tmp_path)
+  assert ours is not None and ours.takes('tools') and not ours.takes('x')
+  for tools in ([], TOOLS):
+    assert ours.render(MESSAGES, tools) == theirs.apply_chat_template(
+      MESSAGES, tools=tools or None, tokenize=False
+    )
+  if isinstance(template, list):
+    assert ours.render(MESSAGES, TOOLS, {'odd': 3}).endswith(' 3')
+    assert 'with {{' in ours.words and 'plain' in ours.words
+
+
+def test_variables_that_a_template_does_not_take():
+  template = chat.ChatTemplate('{{ a }}{{ bos_token }}', {'bos_token': 'b'})
+  assert template.render(MESSAGES, (), {'a': 1}) == '1b'
+  for name in ('bos_token', 'messages', 'b'):
+    with pytest.raises(errors.UnsupportedError, match=f"has '{name}'"):
+      template.render(MESSAGES, (), {name: 1})
+
+
 def test_a_file_of_its_own_takes_precedence(tmp_path):
   _write(tmp_path, 'old')
   (tmp_path / 'chat_template.jinja').write_text('new')

@@ -110,6 +110,21 @@ class Limits:
     'a template takes some 3 us for each, in Python',
     counts=('sarathi.v1.Chat.messages',),
   )
+  max_tools: int = _row(
+    128,
+    'tools of a chat',
+    "each is written into the prompt; OpenAI's limit",
+  )
+  max_tool_chars: int = _row(
+    2**18,
+    'characters of all tools of a chat, or of its chat_template_kwargs',
+    'a template writes them in Python',
+  )
+  max_tool_levels: int = _row(
+    64,
+    'levels of objects and lists in a tool',
+    'what writes and what checks them calls itself for each',
+  )
   max_stops: int = _row(
     128,
     'stop strings',

@@ -8,5 +8,6 @@ exchange     one request and its response; a client that leaves
 body         bytes to JSON, in slices
 fields       which fields a body may have, and what they ask for
 generation   prompts to the frontend, its output to the client
+answers      how the output is worded, as a whole or in pieces
 chat, completions    what a body says, and how the output is written
 """

@@ -6,16 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import time
-from typing import Any, TypeVar
+from typing import Any
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.http import forms
 from sarathi_jax.server.http import told as told_lib
+from sarathi_jax.text import reply_reader
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-_Output = TypeVar('_Output', types.OutputDelta, types.Completion)
+_Output = types.OutputDelta | types.Completion
 
 
 class Answer:
@@ -28,8 +29,11 @@ class Answer:
     request_id: the request's.
 
   Attributes:
+    form, call: see above.
+    tokenizer: the engine's.
     head: what the whole answer, and each of its pieces, begins with.
     usage: the tokens that were counted so far.
+    of_prompt: what is told of a prompt beside choices.
   """
 
   def __init__(
@@ -39,8 +43,8 @@ class Answer:
     engine: engine_lib.Engine,
     request_id: str,
   ) -> None:
-    self._form, self._call = form, call
-    self._tokenizer = engine.tokenizer
+    self.form, self.call = form, call
+    self.tokenizer = engine.tokenizer
     self.head: dict[str, Any] = {
       'id': form.prefix + request_id,
       'object': form.piece if call.asked.stream else form.whole,
@@ -52,12 +56,11 @@ class Answer:
       'completion_tokens': 0,
       'total_tokens': 0,
     }
-    # What it tells of a prompt beside choices.
-    self._of_prompt: dict[str, Any] = {}
+    self.of_prompt: dict[str, Any] = {}
 
   def shown(self, output: _Output) -> _Output:
     """Returns an output as far as it is asked for."""
-    if self._call.has_output:
+    if self.call.has_output:
       return output
     nothing: Any = {'text': '', 'token_ids': (), 'logprobs': (), 'told': ()}
     if isinstance(output, types.Completion):
@@ -66,88 +69,150 @@ class Answer:
 
   def count(self, prompt_ids: tuple[int, ...], num_tokens: int) -> None:
     """Counts what one prompt, which is at its end, took."""
-    num_tokens *= self._call.has_output
+    num_tokens *= self.call.has_output
     self.usage['prompt_tokens'] += len(prompt_ids)
     self.usage['completion_tokens'] += num_tokens
     self.usage['total_tokens'] += len(prompt_ids) + num_tokens
 
   def choice(
     self,
-    index: int,
-    delta: types.OutputDelta | types.Completion,
+    number: int,
+    prompt: tokenizer_lib.Prompt,
     prompt_ids: tuple[int, ...],
-    text: str,
-    is_first: bool,
-    num_before: int = 0,
-  ) -> dict[str, Any]:
-    """Returns a choice, or what it gained.
+    text: str = '',
+  ) -> Choice:
+    """Begins a choice.
 
     Args:
-      index: its number.
-      delta: the output.
-      prompt_ids: the prompt.
-      text: what to tell: the output's, and what comes before it.
-      is_first: whether it is the whole, or its first piece.
-      num_before: characters of the pieces before.
+      number: its own.
+      prompt: that it answers.
+      prompt_ids: the prompt's tokens.
+      text: what it begins with, before any output.
     """
-    form, asked = self._form, self._call.asked
-    choice: dict[str, Any] = {
-      'index': index,
-      **form.text(text, asked.stream, is_first),
-      'logprobs': None,
-      'finish_reason': None,
-    }
-    if delta.finish_reason not in (None, types.FinishReason.ERROR):
-      choice['finish_reason'] = delta.finish_reason.value
-      choice['stop_reason'] = delta.stop_reason
-    if self._call.logprobs:
-      choice['logprobs'] = form.logprobs(
-        self._positions(delta, prompt_ids, is_first), num_before
-      )
-    if asked.token_ids:
-      choice['token_ids'] = delta.token_ids
-    if is_first:
-      self._of_prompt = {}
-      if asked.token_ids:
-        self._of_prompt['prompt_token_ids'] = prompt_ids
-      num_top = self._call.prompt_logprobs
-      if num_top is not None and delta.prompt_logprobs is not None:
-        self._of_prompt['prompt_logprobs'] = told_lib.prompt_logprobs(
-          delta.prompt_logprobs, num_top, self._tokenizer
-        )
-      if form.has_prompt_by_choice:
-        choice |= self._of_prompt
-        self._of_prompt = {}
-    return choice
-
-  def piece(self, choice: dict[str, Any], is_first: bool) -> dict[str, Any]:
-    """Returns a piece of the answer, with a piece of one choice."""
-    piece = self.head | {'choices': [choice]}
-    if self._call.asked.include_usage:
-      piece['usage'] = None
-    return piece | self._of_prompt if is_first else piece
-
-  def _positions(
-    self,
-    delta: types.OutputDelta | types.Completion,
-    prompt_ids: tuple[int, ...],
-    is_first: bool,
-  ) -> list[told_lib.Position]:
-    """Returns what is told of the tokens whose text is told."""
-    positions = list(told_lib.of_output(delta, self._tokenizer))
-    if not (is_first and self._call.echo):
-      return positions
-    num_top = self._call.asked.sampling.logprobs or 0
-    of_prompt = told_lib.of_prompt(
-      prompt_ids, delta.prompt_logprobs or (), num_top, self._tokenizer
-    )
-    return [*of_prompt, *positions]
+    reader = None
+    if self.tokenizer is not None:
+      reader = self.tokenizer.reply_reader(prompt, prompt_ids)
+    return Choice(self, number, prompt_ids, reader, text)
 
   def whole(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the answer as a whole."""
     return (
-      self.head | {'choices': choices, 'usage': self.usage} | self._of_prompt
+      self.head | {'choices': choices, 'usage': self.usage} | self.of_prompt
     )
+
+
+class Choice:
+  """One choice of an answer: as a whole, or piece by piece.
+
+  Args:
+    answer: its own.
+    number, prompt_ids, text: see `Answer.choice`.
+    reader: tells apart what the output says; None if that is content alone.
+  """
+
+  def __init__(
+    self,
+    answer: Answer,
+    number: int,
+    prompt_ids: tuple[int, ...],
+    reader: reply_reader.ReplyReader | None,
+    text: str,
+  ) -> None:
+    self._answer = answer
+    self._number = number
+    self._prompt_ids = prompt_ids
+    self._reader = reader
+    self._text = text
+    self._is_first = True
+    self._num_before = 0  # characters of the pieces before
+
+  def event(self, delta: types.OutputDelta) -> dict[str, Any] | None:
+    """Returns the event that tells of what was gained; None if none does."""
+    is_first = self._is_first
+    choice = self.add(delta)
+    if choice is None:
+      return None
+    event = self._answer.head | {'choices': [choice]}
+    if self._answer.call.asked.include_usage:
+      event['usage'] = None
+    return event | self._answer.of_prompt if is_first else event
+
+  def add(self, output: _Output) -> dict[str, Any] | None:
+    """Returns what the choice gained; None if there is nothing to tell yet."""
+    form, call = self._answer.form, self._answer.call
+    delta = self._answer.shown(output)
+    finish_reason = delta.finish_reason
+    reply = (
+      types.Reply(delta.text)
+      if self._reader is None
+      else self._reader.read(delta.text, finish_reason is not None)
+    )
+    if self._text:
+      reply = reply._replace(content=self._text + reply.content)
+      self._text = ''
+    has_ended = finish_reason not in (None, types.FinishReason.ERROR)
+    tells_all = call.asked.token_ids or call.logprobs
+    # Else it is in the middle of a character, or of a mark.
+    if not (
+      any(reply)
+      or has_ended
+      or (tells_all and delta.token_ids)
+      or delta.prompt_logprobs is not None
+    ):
+      return None
+    choice = {
+      'index': self._number,
+      **form.text(reply, call.asked.stream, self._is_first),
+      'logprobs': None,
+      'finish_reason': None,
+    }
+    if finish_reason is not None and has_ended:
+      has_called = self._reader is not None and self._reader.num_whole
+      choice['finish_reason'] = (
+        'tool_calls'
+        if has_called and finish_reason is types.FinishReason.STOP
+        else finish_reason.value
+      )
+      choice['stop_reason'] = delta.stop_reason
+    if call.logprobs:
+      choice['logprobs'] = form.logprobs(
+        self._positions(delta), self._num_before
+      )
+    if call.asked.token_ids:
+      choice['token_ids'] = delta.token_ids
+    if self._is_first:
+      choice |= self._of_prompt(delta)
+    self._num_before += len(reply.content)
+    self._is_first = False
+    return choice
+
+  def _of_prompt(self, delta: _Output) -> dict[str, Any]:
+    """Returns what is told of the prompt here, or leaves it to the answer."""
+    answer = self._answer
+    told: dict[str, Any] = {}
+    if answer.call.asked.token_ids:
+      told['prompt_token_ids'] = self._prompt_ids
+    num_top = answer.call.prompt_logprobs
+    if num_top is not None and delta.prompt_logprobs is not None:
+      told['prompt_logprobs'] = told_lib.prompt_logprobs(
+        delta.prompt_logprobs, num_top, answer.tokenizer
+      )
+    if answer.form.has_prompt_by_choice:
+      return told
+    answer.of_prompt = told
+    return {}
+
+  def _positions(self, delta: _Output) -> list[told_lib.Position]:
+    """Returns what is told of the tokens whose text is told."""
+    answer = self._answer
+    positions = list(told_lib.of_output(delta, answer.tokenizer))
+    if not (self._is_first and answer.call.echo):
+      return positions
+    num_top = answer.call.asked.sampling.logprobs or 0
+    of_prompt = told_lib.of_prompt(
+      self._prompt_ids, delta.prompt_logprobs or (), num_top, answer.tokenizer
+    )
+    return [*of_prompt, *positions]
 
 
 def echo(prompt: tokenizer_lib.Prompt, engine: engine_lib.Engine) -> str:

@@ -8,17 +8,30 @@ import itertools
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import fields
 from sarathi_jax.server.http import forms
 from sarathi_jax.server.http import told
+from sarathi_jax.text import chats
+from sarathi_jax.text import replies
 
 FIELDS: Mapping[str, fields.Kind] = {
+  'chat_template_kwargs': fields.OBJECT,
   'logprobs': fields.FLAG,
   'messages': fields.ANY,
+  'parallel_tool_calls': fields.FLAG,
+  'tool_choice': fields.ANY,
+  'tools': fields.LIST,
   'top_logprobs': fields.LOGPROBS,
 }
+_CHAT = (
+  'chat_template_kwargs',
+  'parallel_tool_calls',
+  'tool_choice',
+  'tools',
+)
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'add_special_tokens': (False,),  # templates write them
   'echo': (False,),
@@ -58,9 +71,22 @@ def read(
     )
   return forms.Call(
     asked,
-    (messages_of(own.get('messages'), limits),),
+    (chat_of(own, limits),),
     logprobs or asked.sampling.tells,
     prompt_logprobs=asked.sampling.prompt_logprobs,
+  )
+
+
+def chat_of(own: Mapping[str, Any], limits: limits_lib.Limits) -> chats.Chat:
+  """Returns the chat that a body has.
+
+  Raises:
+    InvalidRequestError: it has none, or what no template reads.
+  """
+  limits.check('max_tools', len(own.get('tools', ())), 'tools')
+  return chats.Chat(
+    messages=messages_of(own.get('messages'), limits),
+    **{name: own[name] for name in _CHAT if name in own},
   )
 
 
@@ -106,13 +132,10 @@ def _refuse(where: str, value: Any) -> None:
   )
 
 
-def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
-  if not is_piece:
-    message = {'role': 'assistant', 'content': text, 'refusal': None}
-    return {'message': message}
-  if is_first:
-    return {'delta': {'role': 'assistant', 'content': text}}
-  return {'delta': {'content': text} if text else {}}
+def _text(reply: types.Reply, is_piece: bool, is_first: bool) -> dict[str, Any]:
+  if is_piece:
+    return {'delta': replies.delta(reply, is_first)}
+  return {'message': {**replies.message(reply), 'refusal': None}}
 
 
 def _logprobs(

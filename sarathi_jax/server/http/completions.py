@@ -9,6 +9,7 @@ import itertools
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import fields
@@ -23,7 +24,11 @@ FIELDS: Mapping[str, fields.Kind] = {
 }
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'add_special_tokens': (True,),
+  'chat_template_kwargs': ({},),
+  'parallel_tool_calls': (True, False),
   'suffix': ('',),
+  'tool_choice': ('none', 'auto'),
+  'tools': ([],),
 }
 
 
@@ -84,9 +89,9 @@ def _prompts(
   )
 
 
-def _text(text: str, is_piece: bool, is_first: bool) -> dict[str, Any]:
+def _text(reply: types.Reply, is_piece: bool, is_first: bool) -> dict[str, Any]:
   del is_piece, is_first
-  return {'text': text}
+  return {'text': reply.content}
 
 
 def _logprobs(

@@ -38,7 +38,8 @@ _INT32 = Kind(
   'must be an integer of 32 bits',
   lambda v: config_lib.is_int(v) and -(2**31) <= v < 2**31,
 )
-_OBJECT = Kind('must be an object', lambda v: isinstance(v, dict))
+LIST = Kind('must be a list', lambda v: isinstance(v, list))
+OBJECT = Kind('must be an object', lambda v: isinstance(v, dict))
 ANY = Kind('', lambda v: True)  # its reader checks it
 
 # What every form reads itself.
@@ -48,7 +49,7 @@ OWN: Mapping[str, Kind] = {
   'priority': _INT32,
   'return_token_ids': FLAG,  # vLLM's
   'stream': FLAG,
-  'stream_options': _OBJECT,
+  'stream_options': OBJECT,
   'tier': TEXT,
   'user': TEXT,
 }
@@ -62,7 +63,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'best_of': (1,),
   'cache_salt': (),
   'chat_template': (),
-  'chat_template_kwargs': ({},),
   'continue_final_message': (False,),
   'detokenize': (True,),
   'documents': ([],),
@@ -74,7 +74,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'modalities': (['text'],),
   'n': (1,),
   'output_kind': (),
-  'parallel_tool_calls': (True, False),
   'prediction': (),
   'prompt_cache_key': (),
   'reasoning_effort': (),
@@ -83,8 +82,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'safety_identifier': (),
   'service_tier': ('auto', 'default'),
   'store': (False,),
-  'tool_choice': ('none', 'auto'),
-  'tools': ([],),
   'use_beam_search': (False,),
   'verbosity': (),
   'web_search_options': (),

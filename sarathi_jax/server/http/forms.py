@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
+from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import fields
@@ -45,7 +46,8 @@ class Form(NamedTuple):
     prefix: of ids.
     whole, piece: the `object` of a response, and of an event.
     read: makes a call of a body. InvalidRequestError: it can't be served.
-    text: a choice's text: as a whole, or as one piece of it, maybe the first.
+    text: what a choice says: as a whole, or as one piece of it, maybe the
+      first.
     logprobs: of tokens, given how long the text before was.
     has_prompt_by_choice: whether what is told of prompts, beside their text,
       is told with each choice.
@@ -59,7 +61,7 @@ class Form(NamedTuple):
   read: Callable[
     [Mapping[str, Any], engine_lib.EngineInfo, limits_lib.Limits], Call
   ]
-  text: Callable[[str, bool, bool], dict[str, Any]]
+  text: Callable[[types.Reply, bool, bool], dict[str, Any]]
   logprobs: Callable[[list[told.Position], int], dict[str, Any]]
   has_prompt_by_choice: bool
 

@@ -118,84 +118,45 @@ class _Answer:
       await self._all_wait.wait()
       echo = ''
       if self._call.echo:
+        size: Any = prompt if isinstance(prompt, (list, tuple)) else ()
         echo = await messages.read(
-          0 if isinstance(prompt, str) else len(prompt),
-          lambda: answers.echo(prompt, self._frontend.engine),
+          len(size), lambda: answers.echo(prompt, self._frontend.engine)
         )
+      prompt_ids = stream.request.prompt_token_ids
+      choice = self._answer.choice(index, prompt, prompt_ids, echo)
       if asked.stream:
-        await self._write(index, stream, echo)
+        await self._write(choice, stream)
       else:
         deltas = [delta async for delta in stream]
-        whole = self._answer.shown(outbox.merge(deltas))
+        whole = outbox.merge(deltas)
         if whole.finish_reason is types.FinishReason.ERROR:
           raise answers.not_finite(stream.request.request_id)
-        size = told.num_chars(whole)
-        self._num_chars += size
+        num = told.num_chars(whole)
+        self._num_chars += num
         self._choices[index] = await messages.read(
-          size,
-          lambda: self._answer.choice(
-            index,
-            whole,
-            stream.request.prompt_token_ids,
-            echo + whole.text,
-            is_first=True,
-          ),
+          num + len(whole.text), lambda: choice.add(whole) or {}
         )
-      self._answer.count(stream.request.prompt_token_ids, stream.num_tokens)
+      self._answer.count(prompt_ids, stream.num_tokens)
 
-  async def _write(self, index: int, stream: outbox.Stream, text: str) -> None:
+  async def _write(self, choice: answers.Choice, stream: outbox.Stream) -> None:
     """Writes the events of one choice."""
-    asked, answer = self._call.asked, self._answer
-    prompt_ids = stream.request.prompt_token_ids
-    is_first, num_before = True, 0
-    tells_all = asked.token_ids or self._call.logprobs
-    async for whole in stream:
-      delta = answer.shown(whole)
-      text += delta.text
-      has_failed = delta.finish_reason is types.FinishReason.ERROR
-      has_ended = delta.finish_reason is not None and not has_failed
-      # Else it is in the middle of a character.
-      if (
-        text
-        or has_ended
-        or (tells_all and delta.token_ids)
-        or delta.prompt_logprobs is not None
-      ):
-        size = told.num_chars(delta)
-        event = await messages.read(
-          size,
-          functools.partial(
-            self._event,
-            size,
-            index,
-            delta,
-            prompt_ids,
-            text,
-            is_first,
-            num_before,
-          ),
-        )
+    async for delta in stream:
+      size = told.num_chars(delta) + len(delta.text)
+      event = await messages.read(
+        size, functools.partial(_piece, choice, delta, size)
+      )
+      if event:
         await self._exchange.write(event)
-        num_before += len(text)
-        is_first, text = False, ''
-      if has_failed:
+      if delta.finish_reason is types.FinishReason.ERROR:
         raise answers.not_finite(stream.request.request_id)
 
-  def _event(
-    self,
-    size: int,
-    index: int,
-    delta: types.OutputDelta,
-    prompt_ids: tuple[int, ...],
-    text: str,
-    is_first: bool,
-    num_before: int,
-  ) -> bytes:
-    """Returns an event of about `size` bytes; see `answers.Answer.choice`."""
-    choice = self._answer.choice(
-      index, delta, prompt_ids, text, is_first, num_before
-    )
-    return _event(self._answer.piece(choice, is_first), size)
+
+def _piece(
+  choice: answers.Choice, delta: types.OutputDelta, size: int
+) -> bytes:
+  """Returns the event of a delta; b'' if it has none."""
+  event = choice.event(delta)
+  return b'' if event is None else _event(event, size)
 
 
 def event_of_error(body: Mapping[str, Any]) -> bytes:

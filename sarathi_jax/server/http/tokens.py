@@ -20,10 +20,12 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _TOKENIZE: Mapping[str, fields.Kind] = {
   'add_special_tokens': fields.FLAG,
+  'chat_template_kwargs': fields.OBJECT,
   'messages': fields.ANY,
   'model': fields.TEXT,
   'prompt': fields.TEXT,
   'return_token_strs': fields.FLAG,
+  'tools': fields.LIST,
 }
 _DETOKENIZE: Mapping[str, fields.Kind] = {
   'model': fields.TEXT,
@@ -63,10 +65,13 @@ def _tokens(
         'add_special_tokens: is for a prompt; of a chat, the template writes '
         'them.'
       )
-    chat_messages = chat.messages_of(own['messages'], limits)
-    prompts.check_size(chat_messages, limits, engine.info.max_model_len)
-    ids = tokenizer.apply_chat_template(chat_messages)
+    asked = chat.chat_of(own, limits)
+    prompts.check_size(asked, limits, engine.info.max_model_len)
+    ids = tokenizer.apply_chat_template(asked)
   else:
+    for name in ('chat_template_kwargs', 'tools'):
+      if name in own:
+        raise errors.InvalidRequestError(f'{name}: is for messages.')
     prompts.check_size(own['prompt'], limits, engine.info.max_model_len)
     ids = tokenizer.encode(own['prompt'], own.get('add_special_tokens', True))
   answer: dict[str, Any] = {

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001
+"""What models write: content, reasoning and calls, cut wherever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import json
+import time
+from typing import Any
+
+import pytest
+
+from sarathi_jax import errors
+from sarathi_jax import types
+from sarathi_jax.text import replies
+from sarathi_jax.text import reply_formats
+from sarathi_jax.text import reply_reader
+
+TOOLS = ('get_weather', 'add', 'now')
+PARIS = '{"city": "Paris, \\"FR\\"", "days": [1, 2.5e3, null], "s": {"k": ""}}'
+ADD = '{"a":1,"b":-2}'
+Calls = list[tuple[str, str]]
+
+
+def read(
+  pieces: Iterable[str],
+  tool_parser: str = reply_formats.NONE,
+  reasoning_parser: str = reply_formats.NONE,
+  prompt_end: str = '',
+  **options: Any,
+) -> types.Reply:
+  reader = reply_reader.ReplyReader(
+    reply_formats.choose('', tool_parser, reasoning_parser),
+    TOOLS,
+    prompt_end,
+    **options,
+  )
+  gained = [reader.read(piece) for piece in pieces]
+  reply = replies.merged([*gained, reader.read('', is_last=True)])
+  assert [call.number for call in reply.tool_calls] == list(
+    range(len(reply.tool_calls))
+  )
+  assert reader.num_whole <= len(reply.tool_calls) or options
+  return reply
+
+
+def calls_of(reply: types.Reply) -> Calls:
+  assert len({call.id for call in reply.tool_calls}) == len(reply.tool_calls)
+  return [(call.name, call.arguments) for call in reply.tool_calls]
+
+
+def same_however_cut(text: str, *parsers: str, **options: Any) -> types.Reply:
+  """The reply, which must be the same for each cut in two, and for letters."""
+  whole = read([text], *parsers, **options)
+  for cuts in (
+    list(text),
+    *([text[:i], text[i:]] for i in range(1, len(text))),
+  ):
+    again = read(cuts, *parsers, **options)
+    assert again[:2] == whole[:2] and calls_of(again) == calls_of(whole), cuts
+  return whole
+
+
+# As models write them, by their chat templates and cards.
+WRITTEN: tuple[tuple[str, str, str, Calls], ...] = (
+  # Qwen2.5, Qwen3, Hermes.
+  (
+    'hermes',
+    f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n'
+    '</tool_call>',
+    '',
+    [('get_weather', PARIS)],
+  ),
+  (
+    'hermes',
+    'I ask.\n\n<tool_call>\n{"name": "add", "arguments": '
+    + ADD
+    + '}\n</tool_call>\n<tool_call>\n{"arguments": '
+    + PARIS
+    + ', "name": "get_weather"}\n</tool_call>',
+    'I ask.\n\n',
+    [('add', ADD), ('get_weather', PARIS)],
+  ),
+  ('hermes', '<tool_call>{"name": "now"}</tool_call>', '', [('now', '{}')]),
+  (
+    'hermes',
+    '<tool_call>{"name": "now", "arguments": null}</tool_call> Done.',
+    ' Done.',
+    [('now', '{}')],
+  ),
+  # The end is missing, or the arguments are a text.
+  (
+    'hermes',
+    f'\n<tool_call>{{"name": "add", "arguments": {json.dumps(ADD)}}}',
+    '',
+    [('add', ADD)],
+  ),
+  # xLAM, SmolLM2: a list.
+  (
+    'hermes',
+    f'<tool_call>[\n{{"name": "add", "arguments": {ADD}}},\n'
+    f'{{"name": "now", "arguments": {{}}}}\n]</tool_call>',
+    '',
+    [('add', ADD), ('now', '{}')],
+  ),
+  # Llama 3.1 to 3.3.
+  (
+    'llama3_json',
+    f'{{"name": "get_weather", "parameters": {PARIS}}}',
+    '',
+    [('get_weather', PARIS)],
+  ),
+  (
+    'llama3_json',
+    f'{{"type": "function", "name": "add", "parameters": {ADD}}}; '
+    f'{{"type": "function", "name": "now", "parameters": {{}}}}',
+    '',
+    [('add', ADD), ('now', '{}')],
+  ),
+  (
+    'llama3_json',
+    f'Well: <|python_tag|>{{"name": "add", "parameters": {ADD}}}',
+    'Well: ',
+    [('add', ADD)],
+  ),
+  # Mistral 7B v0.3, Nemo, Mixtral 8x22B; with ids of its own.
+  (
+    'mistral',
+    f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {PARIS}, '
+    '"id": "VvvODy9mT"}, {"name": "now", "arguments": {}, "id": "b"}]',
+    '',
+    [('get_weather', PARIS), ('now', '{}')],
+  ),
+  (
+    'mistral',
+    f'[TOOL_CALLS][{{"arguments": {ADD}, "name": "add"}}]',
+    '',
+    [('add', ADD)],
+  ),
+  # Mistral Small 3.2, Magistral, Devstral.
+  (
+    'mistral',
+    f'Sure.[TOOL_CALLS]add[ARGS]{ADD}[TOOL_CALLS]now[CALL_ID]a1B2c3D4e[ARGS]{{}}',
+    'Sure.',
+    [('add', ADD), ('now', '{}')],
+  ),
+  # DeepSeek-R1's distillations, and V3.1.
+  (
+    'deepseek_v3',
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n'
+    f'```json\n{PARIS}\n```<｜tool▁call▁end｜>\n'
+    f'<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{ADD}\n```'
+    '<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    '',
+    [('get_weather', PARIS), ('add', ADD)],
+  ),
+  (
+    'deepseek_v3',
+    'Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>'
+    f'{ADD}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    'Hm.',
+    [('add', ADD)],
+  ),
+)
+
+
+@pytest.mark.parametrize('parser, text, content, calls', WRITTEN)
+def test_what_models_write(
+  parser: str, text: str, content: str, calls: Calls
+) -> None:
+  reply = same_however_cut(text, parser)
+  assert (reply.content, calls_of(reply)) == (content, calls)
+  for call in reply.tool_calls:
+    json.loads(call.arguments)
+    length = 9 if parser == 'mistral' else 29
+    assert len(call.id) == length
+
+
+@pytest.mark.parametrize('parser', reply_formats.TOOLS)
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    ' \n',
+    '  Hello <b>[world]</b> | {"a": 1}\n',
+    '{"city": "Paris"}',
+    '[1, 2]',
+    '{"name": "Bob", "parameters": {"a": 1}}',  # no tool
+    '{"name": "now", "age": 5}',
+    '{',
+    '<tool_call',
+    '[TOOL_CALLS',
+    '<|python_tag|>brave_search.call(query="x")',
+    '<think>no</think>',
+  ],
+)
+def test_what_is_no_call_is_content(parser: str, text: str) -> None:
+  assert same_however_cut(text, parser) == (text, '', ())
+
+
+_CALL = '<tool_call>{"name": "add", "arguments": '
+MALFORMED: tuple[tuple[str, str, Calls], ...] = (
+  # Not begun: all is content.
+  *(
+    (text, text, [])
+    for text in (
+      '<tool_call>',
+      '<tool_call>\nadd(1, 2)\n</tool_call>',
+      '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+      '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
+      '<tool_call>{"arguments": {}}</tool_call>',
+      '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
+      '<tool_call>{"name": "add", "arguments": "x"}</tool_call>',
+      '<tool_call>{"name": "add", "arguments": "{} {}"}</tool_call>',
+      "<tool_call>{'name': 'add'}</tool_call>",
+      '<tool_call>{"name": "add" "arguments": {}}</tool_call>',
+      '<tool_call>{"name": "add", "na',
+      '<tool_call>[]</tool_call>',
+      '<tool_call>{}</tool_call>',
+      '<tool_call>{"' + 'k' * 70 + '": 1, "name": "now"}</tool_call>',
+      '<tool_call>{"name": "' + 'n' * 300 + '"}',
+      '<tool_call>{"id": tru, "name": "now"}',
+    )
+  ),
+  # Begun: the call has what was written of it, the rest is content.
+  (_CALL + '{"a": 1', '', [('add', '{"a": 1')]),
+  (_CALL + '{"a": "x', '', [('add', '{"a": "x')]),
+  (_CALL + '{"a": oops}}</tool_call>', '}}</tool_call>', [('add', '{"a": ')]),
+  (_CALL + '{"a" 1}}', '1}}', [('add', '{"a" ')]),
+  (_CALL + '{"a": "\\x"}}', '\\x"}}', [('add', '{"a": "')]),
+  (_CALL + '{"a": "\\u12', '\\u12', [('add', '{"a": "')]),
+  (_CALL + '{"a": 01}}', '}}', [('add', '{"a": ')]),
+  (_CALL + '{"a": 1,}}', '}}', [('add', '{"a": 1,')]),
+  (
+    _CALL + '{}] <tool_call>{"name": "now"}</tool_call>',
+    '] ',
+    [('add', '{}'), ('now', '{}')],
+  ),
+  # What must be escaped in JSON, is; models write lines into strings.
+  (
+    _CALL + '{"a": "1\n\t2"}}</tool_call>',
+    '',
+    [('add', '{"a": "1\\n\\t2"}')],
+  ),
+  # A call that is none does not hide the next.
+  (
+    '<tool_call>no<tool_call>{"name": "now"}</tool_call>',
+    '<tool_call>no',
+    [('now', '{}')],
+  ),
+)
+
+
+@pytest.mark.parametrize('text, content, calls', MALFORMED)
+def test_malformed_calls(text: str, content: str, calls: Calls) -> None:
+  reply = same_however_cut(text, 'hermes')
+  assert (reply.content, calls_of(reply)) == (content, calls)
+
+
+THINKING: tuple[tuple[str, str, str, str], ...] = (
+  # Qwen3 writes the mark itself; R1's template does, in the prompt.
+  ('', '<think>\nHm.\n\n  So.\n</think>\n\nYes. ', 'Hm.\n\n  So.', 'Yes. '),
+  ('<think>\n', 'Hm.\n</think>\n\nYes.', 'Hm.', 'Yes.'),
+  ('<think>\n', '\nHm. <think> </thin', 'Hm. <think> </thin', ''),
+  ('<think>\n', '</think>Yes.', '', 'Yes.'),
+  ('<think>\n\n</think>\n\n', 'Yes.', '', 'Yes.'),
+  ('', ' Yes <think>no</think>', '', ' Yes <think>no</think>'),
+  ('', ' \n<thin', '', ' \n<thin'),
+  ('', '<think>', '', ''),
+  ('<think>', '  ', '', ''),
+  ('', '', '', ''),
+)
+
+
+@pytest.mark.parametrize('prompt_end, text, reasoning, content', THINKING)
+def test_reasoning(
+  prompt_end: str, text: str, reasoning: str, content: str
+) -> None:
+  reply = same_however_cut(text, 'none', 'qwen3', prompt_end=prompt_end)
+  assert reply == (content, reasoning, ())
+
+
+def test_reasoning_then_calls() -> None:
+  reply = same_however_cut(
+    '<think>\nMaybe <tool_call>{"name": "now"}.\n</think>\n\n'
+    '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>',
+    'hermes',
+    'qwen3',
+  )
+  assert reply.reasoning == 'Maybe <tool_call>{"name": "now"}.'
+  assert (reply.content, calls_of(reply)) == ('', [('add', '{}')])
+  reply = same_however_cut(
+    '[THINK]Hm.[/THINK][TOOL_CALLS]add[ARGS]{}', 'mistral', 'mistral'
+  )
+  assert reply.reasoning == 'Hm.' and calls_of(reply) == [('add', '{}')]
+
+
+def test_names_come_first_and_arguments_in_pieces() -> None:
+  reader = reply_reader.ReplyReader(
+    reply_formats.choose('', 'hermes'), TOOLS, ''
+  )
+  text = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}'
+  gained = [c for letter in text for c in reader.read(letter).tool_calls]
+  first, *more = gained
+  assert first.name == 'get_weather' and first.id and first.arguments == '{'
+  assert len(more) > 20
+  assert {call[:3] for call in more} == {(0, '', '')}
+  assert first.arguments + ''.join(c.arguments for c in more) == PARIS
+
+
+def test_only_one_call_where_they_may_not_be_parallel() -> None:
+  text = _CALL + '{}}</tool_call>' + _CALL + '{}}</tool_call> So.'
+  reply = same_however_cut(text, 'hermes', parallel=False)
+  assert calls_of(reply) == [('add', '{}')] and reply.content == ' So.'
+
+
+def test_without_tools_calls_are_content() -> None:
+  reader = reply_reader.ReplyReader(reply_formats.choose('', 'hermes'), (), '')
+  text = _CALL + '{}}</tool_call>'
+  assert reader.read(text, is_last=True).content == text
+
+
+NUM = 2**20
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    _CALL + '{"a": ' + '[' * NUM,
+    _CALL + '{"a": ' * (NUM // 6),
+    _CALL + '{"a": "' + 'x' * NUM,
+    _CALL + '{"a": "' + '\\' * NUM,
+    _CALL + '{"a": "' + '\n' * (NUM // 2),
+    _CALL + '{"a": [' + '0,' * (NUM // 2),
+    _CALL + '{' + ' ' * NUM,
+    '<tool_call>' * (NUM // 11),
+    '<tool_call>{"' + 'n' * NUM,
+    '<tool_call>{"id": ' + '[' * NUM,
+    '<tool_call>' + ' ' * NUM,
+    '<' * NUM,
+    '\n' * NUM,
+    '<think>' + '\n' * NUM,
+    '<think>' + 'a\n' * (NUM // 2),
+    '<tool_call>{"arguments": {"a": "' + 'x' * NUM,
+    '<tool_call>{"name": "add", "arguments": "{' + '\\"' * (NUM // 2),
+  ],
+  ids=range(17),
+)
+@pytest.mark.parametrize('size', [32, NUM * 2])
+def test_hostile_outputs(text: str, size: int) -> None:
+  """A megabyte of anything takes time by its length, and loses nothing."""
+  pieces = [text[i : i + size] for i in range(0, len(text), size)]
+  start = time.process_time()
+  reply = read(pieces, 'hermes', 'qwen3')
+  seconds = time.process_time() - start
+  assert seconds < 20, seconds  # by its square: minutes
+  kept = sum(len(t) for t in (reply.content, reply.reasoning)) + sum(
+    len(call.arguments) for call in reply.tool_calls
+  )
+  if '<think>' not in text:
+    assert kept >= len(text) - len(_CALL)
+
+
+def test_formats_are_chosen_by_templates() -> None:
+  choose = reply_formats.choose
+  table, thinking = reply_formats.TOOLS, reply_formats.REASONING
+  for template, tools, reasoning in (
+    ('{{ messages }}', None, None),
+    ('... <tool_call>\\n{"name": <function-name>}', 'hermes', None),
+    ('<tool_call> ... </think>', 'hermes', 'qwen3'),
+    ('<tool_call>\n<function=f>', None, None),  # Qwen3-Coder's
+    ('"[TOOL_CALLS]" [THINK]x[/THINK]', 'mistral', 'mistral'),
+    ('please respond with JSON for a function call.', 'llama3_json', None),
+    ('<｜tool▁sep｜> </think>', 'deepseek_v3', 'deepseek_r1'),
+  ):
+    assert choose(template) == (
+      table.get(tools or ''),
+      thinking.get(reasoning or ''),
+    ), template
+  assert choose('<tool_call></think>', 'none', 'none') == (None, None)
+  assert choose('', 'mistral', 'qwen3') == (
+    table['mistral'],
+    thinking['qwen3'],
+  )
+  for name in ('tool_parser', 'reasoning_parser'):
+    with pytest.raises(errors.ConfigError, match=f"{name}='x': must be one of"):
+      choose('', **{name: 'x'})
