@@ -193,6 +193,11 @@ class Sampled(NamedTuple):
   told: list[Told] | None = None
   prompts: list[Told] | None = None
 
+  @property
+  def tells(self) -> bool:
+    """Whether more is told than tokens and their log-probabilities."""
+    return self.told is not None or self.prompts is not None
+
   @classmethod
   def of(
     cls,

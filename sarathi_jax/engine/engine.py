@@ -325,6 +325,14 @@ class Engine:
       self._output(event, live, now)
       for event, live in zip(events, lives, strict=True)
     ]
+    if sampled.tells:
+      outputs = [
+        output._replace(
+          told=event.told[: len(output.token_ids)],
+          prompt_logprobs=event.prompt_logprobs,
+        )
+        for output, event in zip(outputs, events, strict=True)
+      ]
     self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
     return outputs
 
@@ -352,7 +360,7 @@ class Engine:
   def _output(
     self, event: types.TokenEvent, live: _Live, now: float
   ) -> types.OutputDelta:
-    request_id, tokens, logprobs, reason, told, of_prompt = event
+    request_id, tokens, logprobs, reason, _, _ = event
     text = ''
     stop_reason: int | str | None = None
     if reason is _ERROR:
@@ -370,15 +378,6 @@ class Engine:
         text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
         tokens, logprobs = tokens[:num], logprobs[:num]
     if reason is None and stop_reason is None:
-      if told or of_prompt is not None:
-        return types.OutputDelta(
-          request_id,
-          text,
-          tokens,
-          logprobs,
-          told=told[: len(tokens)],
-          prompt_logprobs=of_prompt,
-        )
       return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:
       text += live.detokenizer.flush()
@@ -399,13 +398,5 @@ class Engine:
     for observer in self._observers:
       observer.on_finished(live.seq.request, summary, reason, now)
     return types.OutputDelta(
-      request_id,
-      text,
-      tokens,
-      logprobs,
-      reason,
-      stop_reason,
-      summary,
-      told[: len(tokens)],
-      of_prompt,
+      request_id, text, tokens, logprobs, reason, stop_reason, summary
     )

@@ -68,8 +68,10 @@ class FakeRunner:
     if self._step_s:
       self._done = max(self._done, time.monotonic()) + self._step_s
       self._ends.append(self._done)
+    tells_prompts = any(c.next_token is not None for c in batch.chunks)
     return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))._replace(
-      told=told, prompts=prompts
+      told=told if any(told) else None,
+      prompts=prompts if tells_prompts else None,
     )
 
   def _tell(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
 import math
@@ -225,33 +225,25 @@ class Scheduler(abc.ABC):
     """
     oldest, seqs = self._in_flight.popleft()
     assert oldest is batch, 'batches complete in the order of their launch'
-    events, failed = [], []
+    events: list[types.TokenEvent] = []
+    failed: list[types.TokenEvent] = []
     is_any_nan = math.isnan(
       sum(itertools.chain.from_iterable(sampled.logprobs))
     )
-    nothing = ((),) * len(seqs)
-    for seq, chunk, tokens, logprobs, told, of_prompt in zip(
-      seqs,
-      batch.chunks,
-      sampled.tokens,
-      sampled.logprobs,
-      sampled.told or nothing,
-      sampled.prompts or nothing,
-      strict=True,
+    if sampled.prompts is not None:
+      failed += self._keep_told(seqs, batch, sampled.prompts)
+    for seq, chunk, tokens, logprobs in zip(
+      seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True
     ):
       seq.num_in_flight -= 1
       if chunk.is_prefill:
         self.num_prefilled += seq.count_prefilled(
           chunk.start + chunk.num_tokens
         )
-      is_void = is_any_nan and math.isnan(sum(logprobs))
-      if of_prompt:
-        seq.keep_told(chunk.start, of_prompt)
-        is_void |= math.isnan(sum(at.logprob for at in of_prompt))
-      if seq.is_finished or not (chunk.samples or is_void):
+      if seq.is_finished or not chunk.samples:
         continue
       seq.num_pending -= chunk.samples
-      if is_void:
+      if is_any_nan and math.isnan(sum(logprobs)):
         self._finish(seq)
         failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue
@@ -263,11 +255,9 @@ class Scheduler(abc.ABC):
           chunk.request_id, tokens[:num], logprobs[:num], reason
         )
         self._finish(seq)
-      if told or seq.prompt_logprobs is not None:
-        event = event._replace(
-          told=told[: len(event.tokens)], prompt_logprobs=seq.take_told()
-        )
       events.append(event)
+    if sampled.tells:
+      events = _told(events, seqs, sampled)
     return events + failed
 
   # -- What policies are built from --
@@ -360,6 +350,23 @@ class Scheduler(abc.ABC):
 
   # -- Private --
 
+  def _keep_told(
+    self,
+    seqs: Iterable[Sequence],
+    batch: types.ScheduledBatch,
+    prompts: Iterable[types.Told],
+  ) -> list[types.TokenEvent]:
+    """Keeps what is told of prompts; returns the ends of those with NaN."""
+    failed = []
+    for seq, chunk, told in zip(seqs, batch.chunks, prompts, strict=True):
+      if seq.is_finished:
+        continue
+      if math.isnan(sum(at.logprob for at in told)):
+        self._finish(seq)
+        failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
+      seq.keep_told(chunk.start, told)
+    return failed
+
   def _grow(self, seq: Sequence, num_tokens: int) -> None:
     missing = self.pages.num_for(num_tokens) - len(seq.pages)
     if missing > 0:
@@ -405,7 +412,7 @@ class Scheduler(abc.ABC):
     is_prefill = start < seq.prefill_len
     samples = 1
     tokens: tuple[int, ...] = ()
-    setup = next_token = None
+    setup = None
     if is_prefill:
       self._grow(seq, stop)
       if seq.setup is not None and not seq.is_set_up:
@@ -413,8 +420,6 @@ class Scheduler(abc.ABC):
         seq.is_set_up = True
       tokens = tuple(seq.tokens[start:stop])
       samples = int(stop == seq.prefill_len)
-      if seq.prompt_logprobs is not None:
-        next_token = seq.next_token(stop)
     elif not seq.num_pending:
       tokens = (seq.tokens[start],)
     seq.num_computed = stop
@@ -422,7 +427,7 @@ class Scheduler(abc.ABC):
     seq.num_in_flight += 1
     seq.last_step = self._step
     request = seq.request
-    return types.Chunk(
+    chunk = types.Chunk(
       request.key,
       seq.slot,
       start,
@@ -435,8 +440,10 @@ class Scheduler(abc.ABC):
       seq.seed,
       request.sampling,
       setup,
-      next_token,
     )
+    if is_prefill and seq.prompt_logprobs is not None:
+      return chunk._replace(next_token=seq.next_token(stop))
+    return chunk
 
   def _preempt(self, seq: Sequence) -> None:
     assert not seq.num_in_flight and not seq.num_pending
@@ -459,3 +466,20 @@ class Scheduler(abc.ABC):
     seq.slot = -1
     seq.pages = []
     seq.page_table = ()
+
+
+def _told(
+  events: list[types.TokenEvent],
+  seqs: Iterable[Sequence],
+  sampled: types.Sampled,
+) -> list[types.TokenEvent]:
+  """Returns events with what is told of their tokens, and of prompts, once."""
+  told = sampled.told or itertools.repeat(())
+  of = {seq.request.key: (seq, at) for seq, at in zip(seqs, told, strict=False)}
+  return [
+    event._replace(
+      told=of[event.request_id][1][: len(event.tokens)],
+      prompt_logprobs=of[event.request_id][0].take_told(),
+    )
+    for event in events
+  ]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models compute what Hugging Face's do: logits, and 64 greedy tokens.
 
+Log-probabilities that the engine tells are those, too, of prompts and outputs.
+
 A tiny random checkpoint of every family and variant is made by transformers,
 converted by our converter, restored, and run as a naive full recompute, and by
 the engine: in chunks, beside other prompts, over pages that are too few. The
@@ -271,21 +273,40 @@ def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
   return len(tokens)
 
 
-def run_served(config: Any, params: Any, prompt: np.ndarray) -> Sequence[int]:
-  """The engine's tokens, in chunks of 8 at most, beside others' requests."""
+def run_served(config: Any, params: Any, prompt: np.ndarray) -> Any:
+  """The engine's completion, in chunks of 12 at most, beside others'."""
   llm = sarathi_jax.LLM(
     config,
     params,
     eos_token_ids=(),
     config=sarathi_jax.EngineConfig(
-      token_budget=8, max_num_seqs=8, page_size=16, num_pages=14
+      token_budget=12, max_num_seqs=8, page_size=16, num_pages=14
     ),
   )
-  sampling = sarathi_jax.SamplingParams(temperature=0, max_tokens=NUM_NEW)
+  sampling = sarathi_jax.SamplingParams(
+    temperature=0, max_tokens=NUM_NEW, logprobs=5, prompt_logprobs=3
+  )
   prompts = [prompt[:7], prompt, prompt[::-1], prompt[:30]]
   done = llm.generate(prompts, sampling)
   assert llm.engine.stats().num_preemptions > 0
-  return done[1].token_ids
+  return done[1]
+
+
+def check_logprobs(done: Any, num_same: int, theirs: Reference) -> None:
+  """Of the prompt, and of the tokens that are the same."""
+  for told, tokens, logits in (
+    (done.prompt_logprobs, theirs.prompt[1:], theirs.prompt_logits),
+    (done.told, theirs.tokens[:num_same], theirs.logits),
+  ):
+    assert len(told) >= len(tokens)
+    expected = torch.log_softmax(torch.tensor(logits), -1).numpy()
+    for at, token, row in zip(told, tokens, expected, strict=False):
+      assert at.token_ids[0] == token
+      np.testing.assert_allclose(
+        at.logprobs, row[list(at.token_ids)], atol=TOLERANCE, rtol=0
+      )
+      rest = np.delete(row, at.token_ids[1:])
+      assert rest.max() <= at.logprobs[-1] + TOLERANCE
 
 
 def _convert(model: Any, folder: pathlib.Path) -> tuple[Any, Any]:
@@ -304,7 +325,8 @@ def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   assert len(set(theirs.tokens.tolist())) >= 5, 'proves nothing'
   config, params = _convert(model, tmp_path)
   check(run_ours(config, params, theirs.prompt), theirs)
-  check_tokens(run_served(config, params, theirs.prompt), theirs)
+  done = run_served(config, params, theirs.prompt)
+  check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 
 
 def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
@@ -316,4 +338,4 @@ def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
   with pytest.raises(AssertionError):
     check(run_ours(config, params, theirs.prompt), theirs)
   with pytest.raises(AssertionError, match='differs'):
-    check_tokens(run_served(config, params, theirs.prompt), theirs)
+    check_tokens(run_served(config, params, theirs.prompt).token_ids, theirs)

@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from checkpoints_convert import convert
@@ -182,6 +183,24 @@ def _generate(
   return tokens
 
 
+def _check_logprobs(llm: LLM, channel: grpc.Channel) -> None:
+  asked = dict(
+    logprobs=3, prompt_logprobs=2, logprob_token_ids=(5,), max_tokens=4
+  )
+  (done,) = llm.generate([PROMPTS[-1]], SamplingParams(temperature=0, **asked))
+  stub = sarathi_pb2_grpc.SarathiStub(channel)
+  request = pb.GenerateRequest(
+    token_ids=pb.TokenIds(ids=PROMPTS[-1]),
+    sampling=pb.SamplingParams(temperature=0, **asked),
+  )
+  responses = list(stub.Generate(request, timeout=TIMEOUT_S))
+  for name in ('told', 'prompt_logprobs'):
+    got = [at for response in responses for at in getattr(response, name)]
+    for at, other in zip(got, getattr(done, name), strict=True):
+      assert tuple(at.token_ids) == other.token_ids and at.rank == other.rank
+      np.testing.assert_allclose(at.logprobs, other.logprobs, atol=1e-4)
+
+
 def test_two_hosts_serve_what_one_device_does_and_end_together(
   served, checkpoint
 ):
@@ -196,6 +215,7 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
     outputs.append([one.token_ids for one in done])
     for prompt, expected in zip(PROMPTS, outputs[-1], strict=True):
       assert tuple(_generate(channel, prompt, 20, **sampling)) == expected
+  _check_logprobs(llm, channel)
   assert outputs[0] != outputs[1]
   # Wherever it arrives; JAX would keep it from the second one.
   hosts.processes[1].send_signal(signal.SIGTERM)
