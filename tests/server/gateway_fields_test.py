@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests import source_tree
+from tests.server import behind_smg
 from tests.server import fake
-from tests.server import gateway_test
 from tests.server import http_client
 from tests.server.http_client import BODIES
 from tests.server.http_client import PROMPT
@@ -59,7 +59,7 @@ def served(
   tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[fake.RunningServer, Client]]:
   folder = http_client.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
-  with gateway_test.serve(folder) as both:
+  with behind_smg.serve(folder) as both:
     yield both
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
-import functools
 import http.client
 import json
 import os
@@ -13,7 +12,6 @@ import pathlib
 import re
 import signal
 import socket
-from typing import Any
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1 import health_pb2_grpc
@@ -23,6 +21,7 @@ import pytest
 from sarathi_jax import types
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import health
+from tests.server import behind_smg
 from tests.server import fake
 from tests.server import http_client
 from tests.server.http_client import BODIES
@@ -66,23 +65,6 @@ ABSENT = (
 )
 
 
-@contextlib.contextmanager
-def serve(
-  folder: pathlib.Path, **config: Any
-) -> Iterator[tuple[fake.RunningServer, Client]]:
-  """A server of `fake` behind the gateway."""
-  changes = config.pop('engine', {})
-  port = fake.free_port()
-  with contextlib.closing(
-    fake.RunningServer(
-      functools.partial(fake.make_engine, tokenizer_folder=folder, **changes),
-      gateway_port=port,
-      **config,
-    )
-  ) as running:
-    yield running, Client(port, 't3 t4 t5 t6')
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return http_client.write_tokenizer(tmp_path_factory.mktemp('tokenizer'))
@@ -90,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def served(folder: pathlib.Path) -> Iterator[tuple[fake.RunningServer, Client]]:
-  with serve(folder) as both:
+  with behind_smg.serve(folder) as both:
     yield both
 
 
@@ -98,7 +80,7 @@ def served(folder: pathlib.Path) -> Iterator[tuple[fake.RunningServer, Client]]:
 def guarded(
   folder: pathlib.Path,
 ) -> Iterator[tuple[fake.RunningServer, Client]]:
-  with serve(folder, gateway_args=('--api-key', USER_KEY)) as both:
+  with behind_smg.serve(folder, gateway_args=('--api-key', USER_KEY)) as both:
     yield both
 
 
@@ -136,7 +118,7 @@ def test_a_user_with_a_key_does_not_either(
 
 
 def test_the_keys_of_who_runs_it_open_it(folder: pathlib.Path) -> None:
-  with serve(
+  with behind_smg.serve(
     folder, gateway_args=('--control-plane-api-keys', 'ops:ops:admin:their-key')
   ) as (_, client):
     _refuses_control(client)
@@ -253,7 +235,7 @@ def test_too_many_are_told_when_to_come_again(folder: pathlib.Path) -> None:
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(
+  with behind_smg.serve(
     folder,
     limits=limits_lib.Limits(max_waiting=3),
     engine={'runner': make_runner, 'max_num_seqs': 1},
@@ -294,7 +276,7 @@ def test_where_the_server_is_the_first_to_refuse_the_message_says_when(
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(
+  with behind_smg.serve(
     folder,
     limits=limits_lib.Limits(max_waiting_tokens=4),
     engine={'runner': make_runner, 'max_num_seqs': 1},
@@ -335,7 +317,9 @@ def test_a_list_of_prompts_does_not_hold_up_other_calls(
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serve(folder, engine={'runner': make_runner, 'max_num_seqs': 1}) as (
+  with behind_smg.serve(
+    folder, engine={'runner': make_runner, 'max_num_seqs': 1}
+  ) as (
     running,
     client,
   ):
@@ -373,7 +357,9 @@ def test_a_list_of_prompts_does_not_hold_up_other_calls(
 
 
 def test_a_body_too_long_is_refused(folder: pathlib.Path) -> None:
-  with serve(folder, limits=limits_lib.Limits(max_message_mib=0.1)) as (
+  with behind_smg.serve(
+    folder, limits=limits_lib.Limits(max_message_mib=0.1)
+  ) as (
     _,
     client,
   ):
@@ -414,7 +400,7 @@ def test_the_gateway_may_have_a_certificate(
     check=True,
     capture_output=True,
   )
-  with serve(
+  with behind_smg.serve(
     folder,
     gateway_args=(
       '--tls-cert-path',

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from sarathi_jax.benchmarks import hostile
+from tests.server import behind_smg
 from tests.server import fake
-from tests.server import gateway_test
 from tests.server import http_client
 from tests.server import http_fuzzing
 from tests.server import process_test
@@ -33,7 +33,7 @@ def test_the_same_seed_makes_the_same_bodies() -> None:
 
 
 def test_nonsense_through_smg(chat_folder: pathlib.Path) -> None:
-  with gateway_test.serve(chat_folder) as (running, client):
+  with behind_smg.serve(chat_folder) as (running, client):
     gateway = running.server._gateway
     assert gateway is not None
     pid = gateway.pid
