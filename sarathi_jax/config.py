@@ -98,6 +98,8 @@ class EngineConfig:
       that are ruled out, or a least length; for each the device keeps eight
       bytes for each token of the vocabulary. More wait, and who comes after
       them. None for all of max_num_seqs, as far as 256 MiB go; 0 for none.
+    grammars: whether outputs may follow some (structured outputs), for which
+      the device keeps four bytes for each token of the vocabulary and sequence.
     max_model_len: the most tokens of a sequence, prompt and output; None for
       what the model was made for.
     page_size: tokens in a page of the KV cache.
@@ -141,6 +143,7 @@ class EngineConfig:
   token_budget: int = 512
   max_num_seqs: int = 128
   max_adjusted_seqs: int | None = None
+  grammars: bool = True
   max_model_len: int | None = None
   page_size: int = 64
   num_pages: int | None = None
@@ -223,7 +226,7 @@ _ENGINE_RULES: Mapping[str, Rule] = {
   ),
   'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
-  'look_ahead': FLAG,
+  **dict.fromkeys(('look_ahead', 'grammars'), FLAG),
   'compilation_cache_dir': or_none(
     (
       lambda value: isinstance(value, (str, os.PathLike)),

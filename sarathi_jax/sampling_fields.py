@@ -26,10 +26,16 @@ class Kind(enum.Enum):
   IDS = 'a list of token ids'
   BIAS = 'a map of token ids to real numbers'
   NAME = 'one of some names'
+  OUTPUTS = 'an object that says what the output has to be'
 
   @property
   def is_list(self) -> bool:
     return self in (Kind.STRINGS, Kind.IDS)
+
+  @property
+  def is_object(self) -> bool:
+    """Whether JSON writes them as objects."""
+    return self in (Kind.BIAS, Kind.OUTPUTS)
 
 
 class OnDevice(NamedTuple):

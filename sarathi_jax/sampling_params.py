@@ -19,6 +19,7 @@ from typing import Any
 from sarathi_jax import config
 from sarathi_jax import errors
 from sarathi_jax import sampling_fields as fields_lib
+from sarathi_jax import structured_outputs as structured_outputs_lib
 
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # vLLM's
 # Of the bad words of a request, those of several tokens; vLLM takes 1,024
@@ -43,7 +44,6 @@ UNSUPPORTED: Mapping[str, Any] = {
   'output_kind': None,
   'repetition_detection': None,
   'spaces_between_special_tokens': True,
-  'structured_outputs': None,
   'thinking_token_budget': None,
   'truncate_prompt_tokens': None,
 }
@@ -52,6 +52,7 @@ UNSUPPORTED: Mapping[str, Any] = {
 Kind = fields_lib.Kind
 Field = fields_lib.Field
 _is_int, _is_real = config.is_int, config.is_real
+_Outputs = structured_outputs_lib.StructuredOutputsParams
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,9 @@ class SamplingParams:
     include_stop_str_in_output: keep the stop string at the end of the text.
     ignore_eos: go on past the end-of-sequence token.
     skip_special_tokens: leave special tokens out of the text.
+    structured_outputs: what the output has to be; a StructuredOutputsParams, or
+      a dict of its fields. Nothing else is sampled, and an output ends where
+      its grammar does, whatever `min_tokens` and `ignore_eos` say.
     logprobs: how many of the likeliest tokens to tell the log-probabilities
       of, with each sampled token's, at most MAX_LOGPROBS; None to tell but the
       sampled token's log-probability, which is always told.
@@ -237,6 +241,15 @@ class SamplingParams:
   skip_special_tokens: bool = fields_lib.flag(
     True, "Leave special tokens out of the output's text."
   )
+  structured_outputs: _Outputs | None = fields_lib.field(  # noqa: RUF009
+    None,
+    Kind.OUTPUTS,
+    'What the output has to be, in JSON: an object with one of '
+    f'{", ".join(structured_outputs_lib.KINDS)}.',
+    '',
+    lambda value: True,
+    none_is_default=True,
+  )
   logprobs: int | None = fields_lib.logprobs(
     'How many of the likeliest tokens to tell the log-probabilities of',
     MAX_LOGPROBS,
@@ -273,6 +286,8 @@ class SamplingParams:
       elif field.kind is Kind.BIAS:
         value = fields_lib.biases(value)
         value = None if value == {} else value
+      elif field.kind is Kind.OUTPUTS:
+        value = _Outputs.of(value)
       else:
         value = fields_lib.plain(value)
       _check(field.holds(value), name, value, field.rule)
@@ -304,6 +319,11 @@ class SamplingParams:
     """
     mode = LOGPROBS_MODES.index(self.logprobs_mode)
     return 1 + mode if mode or self.tells else 0
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether the host says of each token which ones it may be."""
+    return self.structured_outputs is not None
 
   @property
   def has_penalties(self) -> bool:

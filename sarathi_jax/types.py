@@ -12,13 +12,15 @@ from collections.abc import Iterable
 import dataclasses
 import enum
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
+from sarathi_jax import structured_outputs
 
 _T = TypeVar('_T')
 SamplingParams = sampling_params.SamplingParams
+StructuredOutputsParams = structured_outputs.StructuredOutputsParams
 _DEFAULT_SAMPLING = SamplingParams()
 TIERS = ('interactive', 'batch')
 
@@ -52,6 +54,8 @@ class Request:
       chunks and deltas. By default the request's own.
     shown_token_ids: special tokens whose text is shown, though others' is not:
       marks by which a reply is read.
+    grammar: that of `sampling.structured_outputs`, if it was compiled; see
+      `Engine.prepared`.
   """
 
   request_id: str
@@ -65,6 +69,7 @@ class Request:
   tier: str = 'interactive'
   key: str = dataclasses.field(default='', repr=False, compare=False)
   shown_token_ids: tuple[int, ...] = ()
+  grammar: Any = dataclasses.field(default=None, repr=False, compare=False)
 
   def __post_init__(self) -> None:
     if self.tier not in TIERS:

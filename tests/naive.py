@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -68,6 +69,64 @@ ALONE = (
   types.SamplingParams(seed=9, max_tokens=20, logit_bias={5: 4.0}),
 )
 
+# What outputs may be -> which tokens may come after some; none: it is over. The
+# tokens are those of `make_tokenizer`.
+_CHOICES = 't1t2t3', 't1t5', 't4t6t8t2t2', 't7t9'
+_OTHERS = 't[1-9][0-9]?'  # All but the first.
+
+
+def _may_be(choices: Sequence[str], output: Sequence[int]) -> set[int]:
+  text = ''.join(f't{i}' for i in output)
+  rests = [c[len(text) :] for c in choices if c.startswith(text)]
+  return {int(rest.split('t')[1]) for rest in rests if rest}
+
+
+def _some_others(output: Sequence[int], least: int, most: int) -> set[int]:
+  if 0 in output:
+    return set()
+  return {
+    *(range(1, 97) if len(output) < most else ()),
+    *([0] if len(output) >= least else ()),
+  }
+
+
+_REGEX, _OPEN, _CHOICE = (
+  types.StructuredOutputsParams(**said)
+  for said in (
+    {'regex': f'({_OTHERS}){{6,14}}t0'},
+    {'regex': f'({_OTHERS})+'},
+    {'choice': _CHOICES},
+  )
+)
+ALLOWED = {
+  _REGEX: functools.partial(_some_others, least=6, most=14),
+  # Where the grammar may end, so may the request by a stop token.
+  _OPEN: functools.partial(_some_others, least=1, most=99),
+  _CHOICE: functools.partial(_may_be, _CHOICES),
+}
+STRUCTURED = (
+  types.SamplingParams(
+    seed=11, temperature=1.5, max_tokens=20, structured_outputs=_REGEX
+  ),
+  types.SamplingParams(
+    temperature=0, max_tokens=20, structured_outputs=_CHOICE
+  ),
+  types.SamplingParams(
+    seed=2**41,
+    max_tokens=20,
+    stop_token_ids=(0,),
+    logit_bias={0: 3.0},
+    min_tokens=3,
+    structured_outputs=_OPEN,
+  ),
+  types.SamplingParams(
+    temperature=0,
+    max_tokens=12,
+    repetition_penalty=1.6,
+    structured_outputs=_REGEX,
+  ),
+)
+
 Tokens = tuple[list[int], list[float]]  # ids, log-probabilities
 
 
@@ -92,7 +151,7 @@ def make_adjusted(
   vocab_size: int,
   prompt_lens: Sequence[int],
 ) -> list[types.Request]:
-  """Two of each length whose logits are adjusted, and one whose are not."""
+  """Four of each length: logits adjusted by all or one, a grammar, nothing."""
   return [
     types.Request(
       request_id=f'{name}-{i}',
@@ -104,6 +163,7 @@ def make_adjusted(
       ('all', ADJUSTED[i % len(ADJUSTED)]),
       ('none', SEEDED[i % len(SEEDED)]),
       ('one', ALONE[i % len(ALONE)]),
+      ('grammar', STRUCTURED[i % len(STRUCTURED)]),
     )
   ]
 
@@ -152,14 +212,21 @@ def recompute(
       [int(token[1:]) for token in word.split()] for word in s.bad_words
     ]
     logprobs = []
+    allowed = ALLOWED.get(s.structured_outputs)
     for _ in range(min(s.max_tokens, max_len - len(tokens))):
       padded = np.zeros(max_len, np.int32)
       padded[: len(tokens)] = tokens
       logits = next_logits(padded, np.int32(len(tokens)))
       adjusted = logits
+      if allowed is not None:
+        ids = sorted(allowed(tokens[num_prompt:]))
+        if not ids:
+          break
+        adjusted = np.full_like(logits, -np.inf)
+        adjusted[:, ids] = logits[:, np.array(ids)]
       if s.is_adjusted:
         adjusted = sampling_oracle.adjust(
-          np.asarray(logits[0]),
+          np.asarray(adjusted[0]),
           s,
           tokens[:num_prompt],
           tokens[num_prompt:],

@@ -29,7 +29,7 @@ def test_a_bad_value_is_refused(field: str, value: Any, rule: str) -> None:
   with pytest.raises(errors.InvalidRequestError) as caught:
     types.SamplingParams(**{field: value})
   message = str(caught.value)
-  assert message.startswith(f'{field}=')
+  assert message.startswith((f'{field}=', f'{field}.'))
   assert rule in message
   with pytest.raises(errors.InvalidRequestError):
     types.SamplingParams.from_dict({field: value})

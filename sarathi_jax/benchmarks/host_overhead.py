@@ -113,6 +113,9 @@ class TextRunner:
       itertools.repeat(-0.5),
     )
 
+  def mask(self, pending: Any, masks: Any) -> None:
+    """Does nothing: no output has a grammar here."""
+
   def num_rows(self, num_tokens: int) -> int:
     return next(n for n in self._sizes if n >= num_tokens)
 

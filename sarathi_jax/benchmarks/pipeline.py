@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 import dataclasses
 import random
+from typing import Any
 
 from absl import flags
 import rich.console
@@ -83,6 +84,9 @@ class Pipeline:
     while len(self.loads) <= pending[0]:
       self._step(0)
     return pending[1]
+
+  def mask(self, pending: Any, masks: Any) -> None:
+    """Does nothing: no output has a grammar here."""
 
   def recover(self) -> None:
     """Does nothing: nothing fails here."""

@@ -40,6 +40,11 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'each token of the vocabulary, and more wait. Default: --max_num_seqs, as '
     'far as 256 MiB go.',
   ),
+  'grammars': (
+    flags.DEFINE_bool,
+    'Whether outputs may follow grammars (structured outputs), which takes 4 '
+    'bytes of the device for each token of the vocabulary and sequence.',
+  ),
   'max_model_len': (
     flags.DEFINE_integer,
     'The most tokens of a sequence, prompt and output '

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import json
 from typing import Any
 
 from absl import flags
@@ -25,6 +26,9 @@ _DEFINE: Mapping[_Kind, Callable[..., Any]] = {
   _Kind.BIAS: lambda name, default, help: flags.DEFINE_multi(
     _BiasParser(), flags.ArgumentSerializer(), name, default, help
   ),
+  _Kind.OUTPUTS: lambda name, default, help: flags.DEFINE(
+    _JsonParser(), name, default, help, serializer=flags.ArgumentSerializer()
+  ),
 }
 
 
@@ -36,6 +40,16 @@ class _BiasParser(flags.ArgumentParser[tuple[int, float]]):
     if not colon:
       raise ValueError('must be ID:BIAS')
     return int(token), float(bias)
+
+
+class _JsonParser(flags.ArgumentParser[Any]):
+  """Parses JSON."""
+
+  def parse(self, argument: str) -> Any:
+    try:
+      return json.loads(argument)
+    except ValueError as error:
+      raise ValueError(f'must be JSON: {error}') from error
 
 
 def define(*, but: tuple[str, ...] = ()) -> None:

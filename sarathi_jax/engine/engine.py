@@ -16,6 +16,7 @@ from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import checks
+from sarathi_jax.engine import following
 from sarathi_jax.engine import info as info_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
@@ -54,6 +55,7 @@ class _Live:
 
   seq: sequence.Sequence
   detokenizer: detokenizer.Detokenizer | None
+  has_grammar: bool
   times: metrics_lib.RequestTimes = dataclasses.field(
     default_factory=metrics_lib.RequestTimes
   )
@@ -89,6 +91,7 @@ class Engine:
     self._bad_words_of = functools.lru_cache(_KEPT_BAD_WORDS)(
       functools.partial(checks.bad_words_of, tokenizer)
     )
+    self._following = following.Following(tokenizer, info)
     self._scheduler = scheduler
     self._runner = runner
     self._live: dict[str, _Live] = {}
@@ -123,6 +126,24 @@ class Engine:
       )
     bad_words = self._bad_words_of(sampling.bad_words)
     checks.check_some_are_left(request, bad_words, self._info.eos_token_ids)
+    self._following.compile(sampling)
+
+  def prepared(self, request: types.Request) -> types.Request:
+    """Returns a checked request with what `add` would take time for."""
+    if request.sampling.structured_outputs is None:
+      return request
+    return dataclasses.replace(
+      request, grammar=self._following.compile(request.sampling)
+    )
+
+  def warm_up_grammars(self) -> None:
+    """Reads the vocabulary for grammars now, which keeps all threads.
+
+    Takes a second for 150,000 tokens; otherwise the first request with a
+    grammar does.
+    """
+    if self.tokenizer is not None and self._info.grammars:
+      self._following.grammars.warm_up()
 
   def add(self, request: types.Request) -> None:
     """Queues a request that `check` accepted, with a key of its own."""
@@ -133,8 +154,11 @@ class Engine:
       else None
     )
     bad_words = self._bad_words_of(request.sampling.bad_words)
+    self._following.add(request)
     self._live[request.key] = _Live(
-      self._scheduler.add(request, bad_words), detok
+      self._scheduler.add(request, bad_words),
+      detok,
+      request.sampling.structured_outputs is not None,
     )
 
   def abort(self, request_id: str) -> bool:
@@ -142,6 +166,7 @@ class Engine:
     live = self._live.pop(request_id, None)
     if live is None:
       return False
+    self._following.drop(request_id)
     self._scheduler.remove(live.seq)
     self._drained = [d for d in self._drained if d.request_id != request_id]
     self.metrics.num_aborted += 1
@@ -185,6 +210,8 @@ class Engine:
       self._suspect = batch
       pending = self._runner.launch(batch)
       self._suspect = None
+      self._following.launched(batch, pending)
+      self._send_masks()
       num_rows = self._runner.num_rows(batch.num_tokens)
       self._in_flight.append(_InFlight(batch, pending, num_rows, now))
       self._rows.append(num_rows)
@@ -196,14 +223,14 @@ class Engine:
         max(self._rows) * len(self._rows) / sum(self._rows) - 1,
       )
     if self._in_flight:
-      self._drained += self._complete_oldest()
+      self._complete_oldest()
     outputs, self._drained = self._drained, []
     return outputs
 
   def drain(self) -> None:
     """Completes the batches in flight; `step` returns their outputs."""
     while self._in_flight:
-      self._drained += self._complete_oldest()
+      self._complete_oldest()
 
   def invalidate_cache(self) -> None:
     """Drops the whole KV cache, for new weights; recomputes what is running."""
@@ -227,12 +254,16 @@ class Engine:
       raise fault
     self.metrics.num_step_faults += 1
     self._in_flight.clear()
+    self._following.forget_in_flight()
     self._scheduler.forget_in_flight()
     self._runner.recover()
-    failed = [chunk.request_id for chunk in suspect.chunks]
+    failed = [
+      c.request_id for c in suspect.chunks if c.request_id in self._live
+    ]
     for request_id in failed:
-      if live := self._live.pop(request_id, None):
-        self._scheduler.remove(live.seq)
+      self._following.drop(request_id)
+      self._scheduler.remove(self._live.pop(request_id).seq)
+    self._drained = [d for d in self._drained if d.request_id not in failed]
     return failed
 
   def set_token_budget(self, token_budget: int) -> None:
@@ -299,7 +330,8 @@ class Engine:
       last_step_tokens=self._last_step_tokens,
     )
 
-  def _complete_oldest(self) -> list[types.OutputDelta]:
+  def _complete_oldest(self) -> None:
+    """Completes the oldest batch; `_drained` gets what requests gained."""
     batch, pending, num_rows, launched = self._in_flight.popleft()
     start = self.clock()
     self._suspect = batch
@@ -315,6 +347,15 @@ class Engine:
     for observer in self._observers:
       observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)
+    self._following.advance(events)
+    try:
+      self._send_masks()  # First, as the device may be waiting for them.
+    finally:  # What was gained is told even if that fails.
+      self._drained += self._deltas(events, now, sampled.tells)
+
+  def _deltas(
+    self, events: list[types.TokenEvent], now: float, tells: bool
+  ) -> list[types.OutputDelta]:
     lives = [self._live[event[0]] for event in events]
     num_gained = len(events)
     while num_gained and events[num_gained - 1].finish_reason is _ERROR:
@@ -325,7 +366,7 @@ class Engine:
       self._output(event, live, now)
       for event, live in zip(events, lives, strict=True)
     ]
-    if sampled.tells:
+    if tells:
       outputs = [
         output._replace(
           told=event.told[: len(output.token_ids)],
@@ -335,6 +376,13 @@ class Engine:
       ]
     self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
     return outputs
+
+  def _send_masks(self) -> None:
+    while (ready := self._following.ready()) is not None:
+      self._suspect = ready.batch
+      if ready.masks:
+        self._runner.mask(ready.pending, ready.masks)
+      self._suspect = None
 
   def _record_times(self, lives: Iterable[_Live], now: float) -> None:
     gaps, first = [], []
@@ -377,6 +425,8 @@ class Engine:
       else:
         text, stop_reason, num = live.detokenizer.read(tokens, reason is _STOP)
         tokens, logprobs = tokens[:num], logprobs[:num]
+    if live.has_grammar and reason is None and stop_reason is None:
+      reason = self._end_of_grammar(live)
     if reason is None and stop_reason is None:
       return types.OutputDelta(request_id, text, tokens, logprobs)
     if live.detokenizer is not None and stop_reason is None:
@@ -391,6 +441,7 @@ class Engine:
       stop_reason = tokens[-1]
     assert reason is not None
     del self._live[request_id]
+    self._following.drop(request_id)
     summary = live.times.summary(
       live.seq, live.seq.num_output - len(event.tokens) + len(tokens), now
     )
@@ -400,3 +451,21 @@ class Engine:
     return types.OutputDelta(
       request_id, text, tokens, logprobs, reason, stop_reason, summary
     )
+
+  def _end_of_grammar(self, live: _Live) -> types.FinishReason | None:
+    """Ends a request whose grammar is over; returns why, None if it is not."""
+    request = live.seq.request
+    is_over, fault = self._following.end(request.key)
+    if not is_over:
+      return None
+    self._scheduler.remove(live.seq)
+    if not fault:
+      return _STOP
+    logging.log_every_n_seconds(
+      logging.ERROR,
+      '%s: ends, as its grammar gave up: %s',
+      10,
+      request.request_id,
+      errors.cut(fault),
+    )
+    return _ERROR

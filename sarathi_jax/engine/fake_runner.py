@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 import itertools
+import math
 import time
+from typing import Any
 
 from sarathi_jax import types
 
@@ -14,9 +17,9 @@ class FakeRunner:
   """A `Runner` whose token after t is (t + 1) mod vocab_size.
 
   So outputs can be checked by hand. After t, token (t + 1 + d) mod vocab_size
-  has the log-probability -d. Like a device, it keeps the last sampled
-  token of each slot, so look-ahead works. It refuses what a device would get
-  wrong.
+  has the log-probability -d. Under a mask, it is the next that may come. Like a
+  device, it keeps the last sampled token of each slot, so look-ahead works. It
+  refuses what a device would get wrong.
 
   Args:
     vocab_size: V.
@@ -69,10 +72,34 @@ class FakeRunner:
       self._done = max(self._done, time.monotonic()) + self._step_s
       self._ends.append(self._done)
     tells_prompts = any(c.next_token is not None for c in batch.chunks)
-    return types.Sampled.of(batch.chunks, tokens, [0.0] * len(tokens))._replace(
+    sampled = types.Sampled.of(
+      batch.chunks, tokens, [0.0] * len(tokens)
+    )._replace(
       told=told if any(told) else None,
       prompts=prompts if tells_prompts else None,
     )
+    self._latest = sampled, batch.chunks
+    return sampled
+
+  def mask(self, pending: types.Sampled, masks: Mapping[int, Any]) -> None:
+    latest, chunks = self._latest
+    assert latest is pending, 'masks come before the next batch'
+    for i, mask in masks.items():
+      (first,) = pending.tokens[i]
+      ids = ((first + n) % self.vocab_size for n in range(self.vocab_size))
+      token = next((t for t in ids if mask[t // 32] >> t % 32 & 1), None)
+      if token is None:
+        pending.logprobs[i] = (math.nan,)
+        continue
+      pending.tokens[i] = (token,)
+      self._last[chunks[i].slot] = token
+      sampling = chunks[i].sampling
+      if sampling.tells and pending.told is not None:
+        pending.told[i] = (
+          self._tell(
+            first - 1, token, sampling.logprobs, sampling.logprob_token_ids
+          ),
+        )
 
   def _tell(
     self,

@@ -26,6 +26,7 @@ class EngineInfo:
     num_pages, page_size: of the KV cache.
     default_sampling: fields of `SamplingParams` for what a request leaves
       open, where they differ from its own defaults; see `sampling`.
+    grammars: whether outputs may follow some (structured outputs).
   """
 
   model_name: str = ''
@@ -39,6 +40,7 @@ class EngineInfo:
   num_pages: int
   page_size: int
   default_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  grammars: bool = True
 
   @classmethod
   def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:

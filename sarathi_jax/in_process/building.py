@@ -260,6 +260,7 @@ def build_engine(
       family=model.family,
       vocab_size=model.vocab_size,
       default_sampling=default_sampling,
+      grammars=config.grammars,
     ),
   )
 

@@ -96,8 +96,10 @@ _SAMPLING = {
     if field.on_device is not None
   },
   'is_adjusted': (_BOOL, sampling_fields.OnDevice(False)),
+  'is_masked': (_BOOL, sampling_fields.OnDevice(False)),
   'telling': (sampling_params.Kind.INT, sampling_fields.OnDevice(0)),
 }
+NUM_SAMPLING = len(_SAMPLING)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _INT32_MAX = int(np.iinfo(np.int32).max)
 
@@ -170,19 +172,26 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     sample_slots=sample,
     sample_positions=sample,
     seeds=(*sample, 2),
-    sampling=(len(_SAMPLING), *sample),
+    sampling=(NUM_SAMPLING, *sample),
     tokens=(layout.num_tokens,),
   )
   return (
     packing.Packing(
       {name: (shape, packing.INT) for name, shape in batch._asdict().items()}
     ),
-    packing.Packing(
-      StepOutput(
-        tokens=(sample, packing.INT),
-        logprobs=(sample, packing.FLOAT),
-      )._asdict()
-    ),
+    output_packing(layout.num_samples),
+  )
+
+
+@functools.cache
+def output_packing(num_samples: int) -> packing.Packing:
+  """Returns how the `StepOutput` of so many samples is packed."""
+  sample = (num_samples,)
+  return packing.Packing(
+    StepOutput(
+      tokens=(sample, packing.INT),
+      logprobs=(sample, packing.FLOAT),
+    )._asdict()
   )
 
 
@@ -198,7 +207,7 @@ class BatchBuilder:
     self._tables: list[tuple[int, ...] | None] = [None] * max_num_seqs
     self._params: list[types.SamplingParams | None] = [None] * max_num_seqs
     self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
-    self._sampling = np.zeros((len(_SAMPLING), max_num_seqs), np.int32)
+    self._sampling = np.zeros((NUM_SAMPLING, max_num_seqs), np.int32)
 
   def build(
     self, batch: types.ScheduledBatch, layout: BatchLayout
@@ -266,7 +275,7 @@ class BatchBuilder:
     fields.sample_positions[:m] = fields.kv_lens[rows] - before_end
     fields.seeds[:m] = np.array(seeds, '<i8').view('<i4').reshape(-1, 2)[rows]
     fields.sampling[:, :m] = self._sampling[:, slots]
-    fields.sampling[:, m:] = _NEUTRAL[:, None]
+    fields.sampling[:, m:] = NEUTRAL[:, None]
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
     self._pages[slot, : len(table)] = table
@@ -276,7 +285,7 @@ class BatchBuilder:
 
 def _bits(values: list[float]) -> np.ndarray:
   """Returns [F] values in 32 bits each; too large ones become the largest."""
-  bits = np.zeros(len(_SAMPLING), np.int32)
+  bits = np.zeros(NUM_SAMPLING, np.int32)
   for i, (value, (kind, _)) in enumerate(
     zip(values, _SAMPLING.values(), strict=True)
   ):
@@ -286,7 +295,7 @@ def _bits(values: list[float]) -> np.ndarray:
   return bits
 
 
-_NEUTRAL = _bits([on_device.neutral for _, on_device in _SAMPLING.values()])
+NEUTRAL = _bits([on_device.neutral for _, on_device in _SAMPLING.values()])
 
 
 def sampling_of(rows: Any) -> dict[str, Any]:

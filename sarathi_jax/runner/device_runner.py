@@ -25,6 +25,7 @@ from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
@@ -43,10 +44,12 @@ class Pending(NamedTuple):
   Attributes:
     chunks: of the batch.
     step: the step in which it leaves the last stage.
+    fields: the batch, as it is packed.
   """
 
   chunks: tuple[types.Chunk, ...]
   step: int
+  fields: batch_lib.BatchArrays
 
 
 class _InPipeline(NamedTuple):
@@ -80,6 +83,34 @@ class _Output(NamedTuple):
   layout: batch_lib.BatchLayout
   output: jax.Array
   told: jax.Array | None
+
+
+class _Asked(NamedTuple):
+  """Rows of a batch to sample anew.
+
+  Attributes:
+    rows: which samples of the batch.
+    num_rows: of the program.
+    ints: see `masking.message`.
+  """
+
+  rows: np.ndarray
+  num_rows: int
+  ints: np.ndarray
+
+
+class _Masked(NamedTuple):
+  """What was sampled anew.
+
+  Attributes:
+    rows, num_rows: see `_Asked`.
+    output, told: see `masking.sample`.
+  """
+
+  rows: np.ndarray
+  num_rows: int
+  output: jax.Array
+  told: jax.Array
 
 
 class DeviceRunner:
@@ -214,6 +245,9 @@ class DeviceRunner:
     self._num_steps = 0
     # Step -> what it computed, of batches that left.
     self._outputs: dict[int, _Output] = {}
+    # Step -> what to sample anew after it, and what was.
+    self._asked: dict[int, _Asked] = {}
+    self._masked: dict[int, _Masked] = {}
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
     prefills = itertools.takewhile(
@@ -233,21 +267,58 @@ class DeviceRunner:
     self._step(
       _InPipeline(buffer, size, True, tells, tells_prompts, tuple(setups))
     )
-    return Pending(batch.chunks, self._num_steps + self.num_stages - 2)
+    return Pending(
+      batch.chunks,
+      self._num_steps + self.num_stages - 2,
+      self._programs.layouts[size].split(buffer),
+    )
+
+  def mask(self, pending: Pending, masks: Mapping[int, np.ndarray]) -> None:
+    ends = list(itertools.accumulate(c.samples for c in pending.chunks))
+    rows = masking.rows_of(pending.fields)
+    num_rows = next(n for n in self._programs.masked.values() if n >= len(rows))
+    asked = _Asked(
+      rows,
+      num_rows,
+      masking.packed(
+        pending.fields,
+        rows,
+        {ends[i] - 1: mask for i, mask in masks.items()},
+        num_rows,
+        self._model.vocab_size,
+      ),
+    )
+    if pending.step >= self._num_steps:
+      self._asked[pending.step] = asked
+      return
+    # The next step takes what this one sampled, and keeps logits of its own.
+    assert pending.step == self._num_steps - 1, 'masks come before another step'
+    self._sample_masked(pending.step, asked)
 
   def fetch(self, pending: Pending) -> types.Sampled:
     while self._num_steps <= pending.step:
       self._step(self._nothing)
     layout, buffer, told = self._outputs.pop(pending.step)
+    masked = self._masked.pop(pending.step, None)
+    read = np.asarray if masked is None else np.array  # which may be written
     with jax.transfer_guard_device_to_host('allow'):
-      output = batch_lib.StepOutput(**layout.output.split(np.asarray(buffer)))
+      output = batch_lib.StepOutput(**layout.output.split(read(buffer)))
+      if masked is not None:
+        where = batch_lib.output_packing(masked.num_rows)
+        found = batch_lib.StepOutput(**where.split(np.asarray(masked.output)))
+        masking.put(output, masked.rows, found)
       tokens = output.tokens.tolist()
       sampled = types.Sampled.of(
         pending.chunks, tokens, output.logprobs.tolist()
       )
       if told is None:
         return sampled
-      of_samples, of_prompts = layout.told.split(np.asarray(told))
+      of_samples, of_prompts = layout.told.split(read(told))
+      if masked is not None:
+        told_anew, _ = told_lib.ToldOfStep(masked.num_rows, 0).split(
+          np.asarray(masked.told)
+        )
+        masking.put(of_samples, masked.rows, told_anew)
     return sampled._replace(
       told=told_lib.of_samples(pending.chunks, tokens, of_samples),
       prompts=told_lib.of_prompts(pending.chunks, of_prompts),
@@ -358,6 +429,16 @@ class DeviceRunner:
         self._programs.layouts[size], output, told if tells else None
       )
     self._num_steps += 1
+    asked = self._asked.pop(self._num_steps - 1, None)
+    if asked is not None:
+      self._sample_masked(self._num_steps - 1, asked)
+
+  def _sample_masked(self, step: int, asked: _Asked) -> None:
+    """Samples rows of the batch that has just left the last stage."""
+    output, told = self._run(programs_lib.masked(asked.num_rows), asked.ints)
+    with jax.transfer_guard_device_to_host('allow'):
+      output.copy_to_host_async()
+    self._masked[step] = _Masked(asked.rows, asked.num_rows, output, told)
 
   def _run(self, program: int, ints: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Runs a program on all hosts; returns its outputs."""

@@ -7,6 +7,7 @@ import bisect
 from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kept as kept_lib
+from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import state as state_lib
@@ -31,6 +33,12 @@ _TELL_S = 5.0
 
 # The number of the program that sets up a slot; a step's is its size.
 SET_UP = -1
+
+
+def masked(num_rows: int) -> int:
+  """Returns the number of the program that samples so many rows anew."""
+  return SET_UP - num_rows
+
 
 # From so many bytes of weights on, a CPU's small steps take as long as reading
 # them. The steps of smaller models take as long as their many operations.
@@ -46,8 +54,9 @@ class StepPrograms:
   All programs are called alike, (leaves, state, ints) -> (state, outputs), of
   which there are two, see `step.stage_step`.
   Callers, here or on other hosts, need only a program's number and its
-  integers. `SET_UP` is the one beside the steps: its integers are
-  `adjusting.message`, its outputs are empty.
+  integers. Beside the steps there are `SET_UP`, whose integers are
+  `adjusting.message` and whose outputs are empty, and those of `masked`, see
+  `masking`.
 
   Args:
     model, mesh, config: the deployment.
@@ -59,6 +68,7 @@ class StepPrograms:
   Attributes:
     sizes: the steps' numbers of tokens, ascending.
     others: the numbers of the other programs.
+    masked: of these, those that sample rows anew -> how many rows.
     layouts: size -> the layout of its batches.
     pages_per_seq: P.
     weights: the weights on the mesh, as ShapeDtypeStruct.
@@ -107,7 +117,12 @@ class StepPrograms:
     self._kv_dtype = kv_dtype
     self._config = config
     num_adjusted = config.num_adjusted_seqs(model.vocab_size)
-    self.others = (SET_UP,) if num_adjusted else ()
+    # Numbers of the programs that sample rows anew -> how many.
+    self.masked = {
+      masked(n): n
+      for n in (masking.sizes(max_num_seqs) if config.grammars else ())
+    }
+    self.others = (*([SET_UP] if num_adjusted else ()), *self.masked)
     self._steps: dict[int, Any] = {}
 
   def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
@@ -140,6 +155,8 @@ class StepPrograms:
     """
     if size == SET_UP:
       return self._lower_set_up(num_pages)
+    if size in self.masked:
+      return self._lower_masked(self.masked[size], num_pages)
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(self.weights)
@@ -162,11 +179,7 @@ class StepPrograms:
     return jax.jit(run, donate_argnames='state').lower(leaves, state, ints)
 
   def _lower_set_up(self, num_pages: int) -> Any:
-    state = self.state_shapes(num_pages)
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    def set_up(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
-      del leaves
+    def set_up(state: state_lib.DeviceState, ints: Any) -> Any:
       adjustments = state.slots.adjustments
       assert adjustments is not None
       slots = dataclasses.replace(
@@ -174,13 +187,46 @@ class StepPrograms:
       )
       return dataclasses.replace(state, slots=slots), (ints[:0], ints[:0])
 
-    everywhere = mesh_lib.on(self._mesh)
-    ints = jax.ShapeDtypeStruct(
-      (adjusting.message().size,), jnp.int32, sharding=everywhere
+    return self._lower_other(
+      'set_up', set_up, adjusting.message().size, num_pages
     )
+
+  def _lower_masked(self, num_rows: int, num_pages: int) -> Any:
+    return self._lower_other(
+      'sample_masked',
+      functools.partial(masking.sample, self._model, self._mesh, num_rows),
+      masking.message(num_rows, self._model.vocab_size).size,
+      num_pages,
+    )
+
+  def _lower_other(
+    self,
+    name: str,
+    function: Callable[..., Any],
+    num_ints: int,
+    num_pages: int,
+  ) -> Any:
+    """Lowers (state, ints) -> (state, outputs), of so many integers."""
+    state = self.state_shapes(num_pages)
+    everywhere = mesh_lib.on(self._mesh)
+
+    def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
+      del leaves
+      return function(state, ints)
+
+    run.__name__ = name
     return jax.jit(
-      set_up, donate_argnames='state', out_shardings=(lies, (everywhere,) * 2)
-    ).lower(jax.tree.leaves(self.weights), state, ints)
+      run,
+      donate_argnames='state',
+      out_shardings=(
+        jax.tree.map(lambda leaf: leaf.sharding, state),
+        (everywhere,) * 2,
+      ),
+    ).lower(
+      jax.tree.leaves(self.weights),
+      state,
+      jax.ShapeDtypeStruct((num_ints,), jnp.int32, sharding=everywhere),
+    )
 
   def compile(
     self,
@@ -291,7 +337,7 @@ class StepPrograms:
     """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
     return (
-      size if size in self.others else self._spec(size, state),
+      (size, self._model) if size in self.others else self._spec(size, state),
       state,
       self.weights,
       sorted((options or {}).items()),

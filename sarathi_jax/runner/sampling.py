@@ -8,6 +8,7 @@ batch, chunks, preemptions or parallelism.
 
 What is asked acts on the float32 logits l in vLLM's order, by its formulas:
 
+  0. structured_outputs       minus infinity, where the grammar forbids a token
   1. logit_bias b             l + b
   2. repetition_penalty r     l / r where l > 0, else l * r; tokens of the
                               prompt or the output
@@ -22,9 +23,10 @@ What is asked acts on the float32 logits l in vLLM's order, by its formulas:
  10. top_p p                  the likeliest of these that make up p of them
  11. seed                     one of these is drawn
 
-1 to 5 are `adjusting`'s. Tokens as likely as the last that a filter keeps are
-kept, too: of top-p's, vLLM keeps some. Thresholds are found by bisecting the
-bits of a float, in 32 passes over the logits, instead of by sorting them.
+0 is a program of its own (`masking`), 1 to 5 are `adjusting`'s. Tokens as
+likely as the last that a filter keeps are kept, too: of top-p's, vLLM keeps
+some. Thresholds are found by bisecting the bits of a float, in 32 passes over
+the logits, instead of by sorting them.
 
 Log-probabilities (`SamplingParams.logprobs_mode`) are of the logits as they
 came, of these after 7, or of those that the token is drawn from, after 10 (or
@@ -139,6 +141,7 @@ def sample(
   positions: Int[Array, ' S'],
   adjust: Adjust | None = None,
   tell: Tell | None = None,
+  allowed: Bool[Array, 'S V'] | None = None,
 ) -> tuple[batch.StepOutput, told_lib.ToldArrays | None]:
   """Samples one token a row.
 
@@ -152,6 +155,7 @@ def sample(
     positions: of the sampled tokens in their sequences.
     adjust: adjusts logits before anything else; None if none are.
     tell: what to tell beside the token; None for nothing.
+    allowed: the tokens that may be sampled, whatever adjusts them; None: all.
 
   Returns:
     Token ids (int32) and their log-probabilities (float32) as each row asks, by
@@ -160,6 +164,7 @@ def sample(
     void. And what is told of the rows that ask, zeros if none does.
   """
   is_drawn = temperature > 0
+  asked = logits if allowed is None else jnp.where(allowed, logits, _NEVER)
 
   def scale(logits: Array) -> Array:
     # With 0 as the largest, a low temperature makes no logit infinite.
@@ -196,18 +201,18 @@ def sample(
   def nothing() -> told_lib.ToldArrays | None:
     return None if tell is None else logprobs_lib.zeros(*tell.named.shape)
 
-  def keep(logits: Array, greedy: Array) -> Any:
-    del logits
+  def keep(asked: Array, greedy: Array) -> Any:
+    del asked
     return greedy, nothing()
 
-  def draw_all(logits: Array, greedy: Array) -> Any:
-    return draw(filtered(logits), greedy), nothing()
+  def draw_all(asked: Array, greedy: Array) -> Any:
+    return draw(filtered(asked), greedy), nothing()
 
-  def do_all(logits: Array, greedy: Array) -> Any:
-    adjusted = logits
+  def do_all(asked: Array, greedy: Array) -> Any:
+    adjusted = asked
     if adjust is not None:
       adjusted = lax.cond(
-        adjust.is_asked.any(), adjust.apply, lambda x: x, logits
+        adjust.is_asked.any(), adjust.apply, lambda x: x, asked
       )
       greedy = logprobs_lib.argmax(adjusted)
     chances, tokens = lax.cond(
@@ -241,7 +246,9 @@ def sample(
     if asks is not None:
       picks[2:] = [do_all]
       which = jnp.where(asks.any(), 2, which)
-  tokens, told = lax.switch(which, picks, logits, logprobs_lib.argmax(logits))
+  tokens, told = lax.switch(which, picks, asked, logprobs_lib.argmax(asked))
+  if allowed is not None:
+    tokens = jnp.where((asked == _NEVER).all(-1), _VOID, tokens)
   is_void = tokens == _VOID
   tokens = jnp.maximum(tokens, 0)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,10 @@ from sarathi_jax.runner import told as told_lib
 def sample(
   model: model_config_lib.ModelConfig,
   logits: Float[Array, 'R columns'],
-  b: batch_lib.BatchArrays,
+  b: Any,
   adjustments: adjusting.Adjustments | None,
   shards: sharding.Shards,
+  masks: Int[Array, 'R words'] | None = None,
 ) -> tuple[
   batch_lib.StepOutput, told_lib.ToldArrays, adjusting.Adjustments | None
 ]:
@@ -32,6 +34,15 @@ def sample(
 
   Exchanges columns of all rows for all columns of some rows. So devices share
   the work, and rows are sampled as they are on one device.
+
+  Args:
+    model: the model.
+    logits: float32.
+    b: the fields of samples of `batch.BatchArrays`.
+    adjustments: of slots.
+    shards: the devices.
+    masks: which tokens may come, see `masking`. None: rows that follow a
+      grammar are not sampled for good, so no adjustment counts them.
 
   Returns:
     What is sampled, what is told of it, and the adjustments, which know of it.
@@ -42,13 +53,19 @@ def sample(
     'positions': b.sample_positions,
     'slots': b.sample_slots,
   }
+  is_masked = rows.pop('is_masked')
+  counts = rows['is_adjusted']
+  if masks is None:
+    counts &= ~is_masked
+  else:
+    rows['masks'] = masks
   if not shards.axes:
     output, told = _sample_rows(logits, adjustments, **rows)
   else:
     output, told = _sample_shares(model, logits, adjustments, rows, shards)
   if adjustments is not None:
     adjustments = adjusting.count(
-      adjustments, b.sample_slots, rows['is_adjusted'], output.tokens
+      adjustments, b.sample_slots, counts, output.tokens
     )
   return output, told, adjustments
 
@@ -122,6 +139,7 @@ def _sample_rows(
   frequency_penalty: Float[Array, ' rows'],
   positions: Int[Array, ' rows'],
   telling: Int[Array, ' rows'],
+  masks: Int[Array, 'rows words'] | None = None,
   **others: Array,
 ) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples one token a row; see `sampling.sample` for the `others`."""
@@ -147,7 +165,37 @@ def _sample_rows(
     positions=positions,
     adjust=adjust,
     tell=sampling.Tell(telling, named),
+    allowed=None if masks is None else _allowed(masks, logits.shape[1]),
     **others,
   )
   assert told is not None
   return output, told
+
+
+def _allowed(
+  masks: Int[Array, 'rows words'], vocab_size: int
+) -> Bool[Array, 'rows V']:
+  bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]
+  return (bits.reshape(len(masks), -1)[:, :vocab_size] & 1) != 0
+
+
+def keep_last(
+  last_tokens: Int[Array, ' slots'],
+  b: Any,
+  sampled: Int[Array, ' R'],
+) -> Int[Array, ' slots']:
+  """Returns each slot's last token, updated where one was sampled."""
+  index = jnp.arange(sampled.shape[0], dtype=jnp.int32)
+  is_last = (index + 1 == b.num_samples) | (
+    b.sample_slots != jnp.roll(b.sample_slots, -1)
+  )
+  return last_tokens.at[
+    jnp.where(
+      is_last & (index < b.num_samples), b.sample_slots, last_tokens.shape[0]
+    )
+  ].set(sampled, mode='drop')
+
+
+def packed(arrays: Sequence[Array]) -> Int[Array, ' output']:
+  """Returns what is sampled, or told of it, as one array."""
+  return jnp.concatenate([x.view(jnp.int32).ravel() for x in arrays])

@@ -21,6 +21,9 @@ from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 
+# How the axes of logits lie on a mesh.
+LOGITS = None, (mesh_lib.TP, mesh_lib.PP)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,11 +52,14 @@ class DeviceState:
     slots: see `SlotState`.
     hidden: [pp * tokens, D] the hidden states that stages hand on; None
       without stages.
+    logits: [max_num_seqs, V] of the last step's rows that follow a grammar, see
+      `masking`; None where none may.
   """
 
   kv: list[kv_cache.LayerKv]
   slots: SlotState
   hidden: Any
+  logits: Any = None
 
 
 def shapes(
@@ -98,6 +104,16 @@ def shapes(
       dtype,
       sharding=mesh_lib.on(mesh, mesh_lib.PP, mesh_lib.TP),
     ),
+    logits=jax.ShapeDtypeStruct(
+      (
+        config.max_num_seqs,
+        mesh_lib.parallelism_of(mesh).vocab_size(model),
+      ),
+      jnp.float32,
+      sharding=mesh_lib.on(mesh, *LOGITS),
+    )
+    if config.grammars
+    else None,
   )
 
 

@@ -29,6 +29,7 @@ from sarathi_jax.models import rope as rope_lib
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import paged
 from sarathi_jax.runner import prompt_rows
@@ -176,12 +177,16 @@ def stage_step(
   told_of_prompts = prompt_rows.tell(
     model, layout, params, leaving, rows_of_prompts, shards
   )
+  kept = state.logits
+  if kept is not None:
+    is_masked = batch_lib.sampling_of(leaving.sampling)['is_masked']
+    kept = masking.keep(kept, logits, is_masked)
   slots = state_lib.SlotState(
-    _keep(last_tokens, leaving, output.tokens), adjustments
+    sampling_rows.keep_last(last_tokens, leaving, output.tokens), adjustments
   )
-  return state_lib.DeviceState(kv, slots, hidden), (
-    _packed(output),
-    _packed((*told, *told_of_prompts)),
+  return state_lib.DeviceState(kv, slots, hidden, kept), (
+    sampling_rows.packed(output),
+    sampling_rows.packed((*told, *told_of_prompts)),
   )
 
 
@@ -206,27 +211,6 @@ def _run_layers(
     functools.partial(context, writes=writes),
     leaving,
   )
-
-
-def _keep(
-  last_tokens: Int[Array, ' slots'],
-  b: batch_lib.BatchArrays,
-  sampled: Int[Array, ' R'],
-) -> Int[Array, ' slots']:
-  """Returns each slot's last token, updated where one was sampled."""
-  index = jnp.arange(sampled.shape[0], dtype=jnp.int32)
-  is_last = (index + 1 == b.num_samples) | (
-    b.sample_slots != jnp.roll(b.sample_slots, -1)
-  )
-  return last_tokens.at[
-    jnp.where(
-      is_last & (index < b.num_samples), b.sample_slots, last_tokens.shape[0]
-    )
-  ].set(sampled, mode='drop')
-
-
-def _packed(arrays: Sequence[Array]) -> Int[Array, ' output']:
-  return jnp.concatenate([x.view(jnp.int32).ravel() for x in arrays])
 
 
 def _places_of_tokens(

@@ -9,9 +9,9 @@ first request, `warm_up` tries steps of all kinds.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -77,6 +77,9 @@ class PacedRunner:
     )
     self._in_flight.append(pending)
     return pending
+
+  def mask(self, pending: _Pending, masks: Mapping[int, Any]) -> None:
+    self._inner.mask(pending.inner, masks)
 
   def fetch(self, pending: _Pending) -> types.Sampled:
     sampled = self._inner.fetch(pending.inner)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from sarathi_jax import types
@@ -16,6 +17,19 @@ class Runner(Protocol):
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
     """Starts a batch and returns at once."""
+
+  def mask(self, pending: Pending, masks: Mapping[int, Any]) -> None:
+    """Says which tokens may come, before they count.
+
+    Called at most once for a batch, if it samples for sequences that follow a
+    grammar; after the batches that these were in before were fetched, and
+    before another batch is launched.
+
+    Args:
+      pending: the batch.
+      masks: index of a chunk -> [ceil(V / 32)] int32, token i is bit i % 32 of
+        word i // 32. Of others, what is sampled is void.
+    """
 
   def fetch(self, pending: Pending) -> types.Sampled:
     """Waits for a batch; called once for each, in the order of launch."""

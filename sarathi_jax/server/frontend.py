@@ -37,6 +37,8 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Prompt = tokenizer_lib.Prompt
 _LEAST_CHAT = 2048  # bytes that reading one is taken for
+# What compiling a grammar is taken for: so many bytes, and so many a character.
+_LEAST_GRAMMAR, _GRAMMAR_CHAR = 2048, 4
 
 
 class State(enum.Enum):
@@ -315,6 +317,9 @@ class Frontend:
     if prompts.is_chat(prompt):
       size = max(_LEAST_CHAT, size)
     size += sum(map(len, draft.sampling.bad_words))
+    outputs = draft.sampling.structured_outputs
+    if outputs is not None:
+      size += _LEAST_GRAMMAR + _GRAMMAR_CHAR * outputs.num_chars
     self._num_preparing += 1
     try:
       return await messages.read(

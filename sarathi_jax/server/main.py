@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
 
   def make_engine() -> engine_lib.Engine:
     engine: engine_lib.Engine = llm().engine
+    engine.warm_up_grammars()
     return engine
 
   def profiler() -> Any:

@@ -36,7 +36,7 @@ def prepare(
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   limits.check_prompt_logprobs(request)
   engine.check(request)
-  return request
+  return engine.prepared(request)
 
 
 def check_size(

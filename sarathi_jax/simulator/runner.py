@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 import itertools
 import random
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sarathi_jax import types
 from sarathi_jax.scheduler import step_time
@@ -181,6 +181,9 @@ class SimulatedRunner:
     return types.Sampled.of(
       pending.chunks, itertools.repeat(0), itertools.repeat(0.0)
     )
+
+  def mask(self, pending: Any, masks: Any) -> None:
+    """Does nothing: no output has a grammar here."""
 
   def num_rows(self, num_tokens: int) -> int:
     return self._cost.num_rows(num_tokens)

@@ -234,6 +234,11 @@ class Tokenizer:
     found: int | None = self._tokenizer.token_to_id(text)
     return found
 
+  def to_json(self) -> str:
+    """Returns what tokenizer.json has, for who reads it anew."""
+    text: str = self._tokenizer.to_str()
+    return text
+
   @property
   def special_tokens(self) -> Mapping[int, str]:
     """The texts of the special tokens, by id."""

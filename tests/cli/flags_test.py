@@ -25,6 +25,7 @@ VALUES = dict(
   token_budget=256,
   max_num_seqs=64,
   max_adjusted_seqs=9,
+  grammars=False,
   max_model_len=100,
   page_size=16,
   num_pages=99,

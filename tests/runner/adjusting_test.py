@@ -105,8 +105,10 @@ def rows_of(cases: Sequence[Case]) -> dict[str, np.ndarray]:
   ]
   lens = [len(case.prompt) + len(case.output) for case in cases]
   seeds = [case.sampling.seed or 0 for case in cases]
+  fields = batch_lib.sampling_of(np.array(rows).T.copy())
+  del fields['is_masked']
   return {
-    **batch_lib.sampling_of(np.array(rows).T.copy()),
+    **fields,
     'slots': np.arange(len(cases), dtype=np.int32),
     'positions': np.array(lens, np.int32),
     'seeds': np.array(seeds, '<i8').view('<i4').reshape(-1, 2),

@@ -58,8 +58,9 @@ def test_warm_up_compiles_exactly_the_ladder(served):
   assert sizes == (4, 8, 16)
   assert served.compiled.count('jit(run)') == len(sizes)
   assert served.compiled.count('jit(set_up)') == 1
+  assert served.compiled.count('jit(sample_masked)') == 2
   assert served.progress == sorted(served.progress)
-  assert (served.progress[0], served.progress[-1]) == ((0, 4), (4, 4))
+  assert (served.progress[0], served.progress[-1]) == ((0, 6), (6, 6))
   engine = served.llm.engine
   assert [engine._runner.num_rows(n) for n in (1, 4, 5, 8, 9, 16)] == (
     [4, 4, 8, 8, 16, 16]
@@ -442,12 +443,14 @@ def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
   free = limit * 0.52 - limit // 2
   assert needed[0] > 4 * MODEL.vocab_size * 4  # At least the logits.
   # And the last tokens, and what adjusts logits.
-  kept = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._state.slots))
+  state = runner._state
+  assert state.logits.nbytes == 4 * MODEL.vocab_size * 4  # for grammars
+  kept = sum(x.nbytes for x in jax.tree.leaves((state.slots, state.logits)))
   assert kept > 4 * MODEL.vocab_size * 8
   assert runner.num_pages == min(
     32, int((free - needed[0] - kept) // PAGE_BYTES)
   )
-  assert runner.num_programs == 2
+  assert runner.num_programs == 4  # a step, and what is beside it
 
 
 def test_a_kernel_that_cannot_have_the_pages_is_refused():

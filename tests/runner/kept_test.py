@@ -32,6 +32,9 @@ from tests import tiny
 MODEL = dataclasses.replace(tiny.MODEL, num_kv_heads=2)
 PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
 
+# Of 4 tokens and as many sequences.
+ALL = [4, programs.SET_UP, programs.masked(1), programs.masked(4)]
+
 
 def make(folder: pathlib.Path, **fields: Any) -> llm_lib.LLM:
   """Has one step to compile, and what sets up slots."""
@@ -87,11 +90,11 @@ def test_a_second_start_traces_nothing(
   fields: dict[str, Any], tmp_path: pathlib.Path, lowered: list[int]
 ) -> None:
   first = tokens_of(make(tmp_path, **fields))
-  assert lowered == [4, programs.SET_UP]
+  assert lowered == ALL
   names = sorted(os.listdir(tmp_path))
-  assert len([name for name in names if name.startswith('step-')]) == 2
+  assert len([name for name in names if name.startswith('step-')]) == len(ALL)
   again = make(tmp_path, **fields)
-  assert lowered == [4, programs.SET_UP]
+  assert lowered == ALL
   assert tokens_of(again) == first
   assert sorted(os.listdir(tmp_path)) == names  # and nothing is left
 
@@ -104,7 +107,7 @@ def test_where_a_function_was_replaced_nothing_is_found_or_kept(
   unembed = transformer.unembed
   monkeypatch.setattr(transformer, 'unembed', lambda *args: -unembed(*args))
   assert tokens_of(make(tmp_path)) != first
-  assert lowered == [4, programs.SET_UP] * 2
+  assert lowered == ALL * 2
   assert {n for n in os.listdir(tmp_path) if n.startswith('step-')} == {
     n for n in names if n.startswith('step-')
   }

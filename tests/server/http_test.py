@@ -281,3 +281,87 @@ def test_openais_client(client: Client) -> None:
 def test_nothing_is_left(ours: tuple[fake.RunningServer, Client]) -> None:
   running, _ = ours
   running.assert_nothing_is_left()
+
+
+def _formats() -> dict[str, dict[str, Any]]:
+  """Each way to ask for outputs of t3, t5 and t7 alone."""
+  regex = '(t3|t5|t7)+t9'
+  tags = {
+    'type': 'structural_tag',
+    'format': {'type': 'regex', 'pattern': regex},
+  }
+  return {
+    'regex': {'structured_outputs': {'regex': regex}},
+    'choice': {'structured_outputs': {'choice': ['t3t5t7t9', 't1']}},
+    'grammar': {
+      'structured_outputs': {'grammar': 'start: ("t3" | "t5" | "t7")+ "t9"'}
+    },
+    'tags': {'response_format': tags},
+  }
+
+
+@pytest.mark.parametrize('kind', BODIES)
+def test_outputs_that_follow_a_grammar(
+  ours: tuple[fake.RunningServer, Client], kind: str
+) -> None:
+  path, body = BODIES[kind]
+  for name, asked in _formats().items():
+    whole = {**body, **asked, 'max_tokens': 9, 'ignore_eos': True}
+    status, told = ours[1].json(path, whole)
+    assert status == 200, (name, told)
+    choice = told['choices'][0]
+    assert text_of(choice).split() == ['t3', 't5', 't7', 't9'], name
+    assert choice['finish_reason'] == 'stop'
+
+
+@pytest.mark.parametrize('kind', BODIES)
+def test_a_response_format_that_is_none(
+  ours: tuple[fake.RunningServer, Client], kind: str
+) -> None:
+  path, body = BODIES[kind]
+  schema = {'name': 'a', 'schema': {'type': 'object'}}
+  for said, says in (
+    ('json_object', 'must be an object'),
+    ({}, 'response_format.type=None'),
+    ({'type': 'xml'}, 'must be one of text, json_object'),
+    ({'type': 'text', 'x': 1}, 'response_format.x'),
+    ({'type': 'json_schema'}, 'response_format.json_schema=None'),
+    ({'type': 'json_schema', 'json_schema': {'name': 'a'}}, 'schema.schema'),
+    (
+      {'type': 'json_schema', 'json_schema': {**schema, 'name': 'ä b'}},
+      'json_schema.name',
+    ),
+    (
+      {'type': 'json_schema', 'json_schema': {**schema, 'strict': 1}},
+      'json_schema.strict',
+    ),
+    (
+      {'type': 'json_schema', 'json_schema': {**schema, 'odd': 1}},
+      'json_schema.odd',
+    ),
+    (
+      {
+        'type': 'json_schema',
+        'json_schema': {**schema, 'schema': {'type': 'strin'}},
+      },
+      'Invalid type: strin',
+    ),
+    # No token of this model writes a brace.
+    ({'type': 'json_object'}, 'no token of this model'),
+  ):
+    status, message, param = ours[1].refused(
+      path, {**body, 'response_format': said}
+    )
+    assert (status, param) == (400, 'response_format'), (said, message)
+    assert says in message
+  status, told = ours[1].json(
+    path, {**body, 'response_format': {'type': 'text'}}
+  )
+  assert status == 200, told
+  both = {'response_format': {'type': 'json_object'}}
+  status, message, _ = ours[1].refused(
+    path, {**body, **both, 'structured_outputs': {'regex': 't1'}}
+  )
+  assert status == 400 and 'excludes structured_outputs' in message
+  status, message, _ = ours[1].refused(path, {**body, 'guided_regex': 't1'})
+  assert status == 400 and 'structured_outputs.regex' in message

@@ -157,5 +157,6 @@ def test_the_client_loads_only_the_protocol_and_its_flags() -> None:
       'sarathi_jax.server',
       'sarathi_jax.server.sarathi_pb2',
       'sarathi_jax.server.sarathi_pb2_grpc',
+      'sarathi_jax.structured_outputs',
     ]
   )

@@ -292,6 +292,7 @@ def _vllm(served: Served, fields: dict[str, Any]) -> None:
   if 'prompt_token_ids' in others:
     ids = others.pop('prompt_token_ids')
     others['tokenized'] = vllm.TokenizedInput(input_ids=ids)
+  sampling |= sampling.pop('structured_outputs', {})  # A field for each kind.
   _known(vllm.SamplingParams, sampling)
   _known(vllm.GenerateRequest, others)
   message = vllm.GenerateRequest(

@@ -157,6 +157,7 @@ def test_every_field_arrives() -> None:
     'bad_words',
     'logprob_token_ids',
     'logprobs_mode',
+    'structured_outputs',
   }
   assert vllm_engine.sampling_of(
     pb.SamplingParams(**given)
@@ -171,15 +172,15 @@ def test_every_field_arrives() -> None:
       for field, value in sampling_fields.NOT_SUPPORTED
       if value and field in _NAMES - {*vllm_engine._NO_EFFECT}
     ),
-    ('json_schema', '{}'),
-    ('regex', 'a'),
+    ('json_schema', '{'),
+    ('json_schema', '{"type": "strin"}'),
+    ('regex', '['),
     ('grammar', 'a'),
     ('structural_tag', 'a'),
-    ('json_object', True),
-    ('choice', pb.ChoiceConstraint(choices=['a'])),
+    ('choice', pb.ChoiceConstraint()),
   ],
 )
-def test_what_we_do_not_do_is_refused_by_name(
+def test_what_can_not_be_served_is_refused_by_name(
   server: fake.RunningServer, field: str, value: Any
 ) -> None:
   code, details = _refusal(_generate(server, [1], sampling={field: value}))

@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax import structured_outputs
 from sarathi_jax import types
 
 # A text whose tokens are longer on average is none: English has 4 to 5
@@ -173,6 +174,21 @@ class Limits:
     'each is kept until the prompt is computed, and takes up to 40 bytes of a '
     'response',
   )
+  max_choices: int = _row(
+    4096,
+    'texts of which an output is to be one',
+    'each is a part of its grammar',
+    counts=(
+      'sarathi.v1.StructuredOutputs.choice',
+      'vllm.grpc.engine.ChoiceConstraint.choices',
+    ),
+  )
+  max_grammar_chars: int = _row(
+    65_536,
+    'characters of a schema, of choices, of a regular expression or a grammar; '
+    f'at most {structured_outputs.MOST_CHARS}',
+    'compiling them takes a core for up to half a second',
+  )
   max_id_chars: int = _row(
     256,
     'characters of an id or a name, of a request or a client',
@@ -301,6 +317,11 @@ class Limits:
     self.check(
       'max_bad_word_chars', sum(map(len, sampling.bad_words)), 'bad_words'
     )
+    outputs = sampling.structured_outputs
+    if outputs is not None:
+      field = f'structured_outputs.{outputs.kind}'
+      self.check('max_choices', len(outputs.choice or ()), field)
+      self.check('max_grammar_chars', outputs.num_chars, field)
     for field in ('logit_bias', 'allowed_token_ids', 'bad_token_ids'):
       ids = getattr(sampling, field) or ()
       self.check('max_adjusted_token_ids', len(ids), field)

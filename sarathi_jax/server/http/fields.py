@@ -18,6 +18,7 @@ from sarathi_jax import errors
 from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server.http import response_format
 
 
 class Kind(NamedTuple):
@@ -47,6 +48,7 @@ OWN: Mapping[str, Kind] = {
   'max_completion_tokens': _COUNT,  # max_tokens by its newer name
   'model': TEXT,
   'priority': _INT32,
+  'response_format': OBJECT,
   'return_token_ids': FLAG,  # vLLM's
   'stream': FLAG,
   'stream_options': OBJECT,
@@ -77,7 +79,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'prediction': (),
   'prompt_cache_key': (),
   'reasoning_effort': (),
-  'response_format': ({'type': 'text'},),
   'return_tokens_as_token_ids': (False,),
   'safety_identifier': (),
   'service_tier': ('auto', 'default'),
@@ -85,6 +86,12 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'use_beam_search': (False,),
   'verbosity': (),
   'web_search_options': (),
+}
+
+# What vLLM called otherwise once -> what it is called now.
+_RENAMED: Mapping[str, str] = {
+  f'guided_{name}': f'structured_outputs.{name}'
+  for name in ('json', 'regex', 'choice', 'grammar', 'whitespace_pattern')
 }
 
 
@@ -145,12 +152,26 @@ def read(
     elif name in sampling_params.FIELDS or name in sampling_params.UNSUPPORTED:
       if value is not None:
         sampling[name] = value
+    elif name in _RENAMED:
+      raise errors.UnsupportedError(
+        f'{name}={errors.shown(value)}: is now called {_RENAMED[name]}.'
+      )
     else:
       raise unknown(name, value)
   check_model(own.get('model'), info)
   if 'max_completion_tokens' in own:
     _check_once(body, 'max_tokens', 'max_completion_tokens')
     sampling['max_tokens'] = own['max_completion_tokens']
+  if 'response_format' in own:
+    outputs = response_format.read(own['response_format'])
+    if outputs is not None and 'structured_outputs' in sampling:
+      raise errors.InvalidRequestError(
+        f'response_format={errors.shown(own["response_format"])}: excludes '
+        'structured_outputs.'
+      )
+    sampling['structured_outputs'] = outputs or sampling.get(
+      'structured_outputs'
+    )
   stream = own.get('stream', False)
   options = own.get('stream_options', {})
   if options and not stream:

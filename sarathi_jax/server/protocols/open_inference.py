@@ -41,10 +41,8 @@ _ALIASES = {
 _LISTS = tuple(
   name for name, field in sampling_params.FIELDS.items() if field.kind.is_list
 )
-_MAPS = tuple(
-  name
-  for name, field in sampling_params.FIELDS.items()
-  if field.kind is sampling_params.Kind.BIAS
+_OBJECTS = tuple(
+  name for name, field in sampling_params.FIELDS.items() if field.kind.is_object
 )
 # Input -> what bounds its elements; of others, max_elements.
 _SIZES = {
@@ -321,7 +319,7 @@ class _Call:
       fields[field] = tensors.parameter_value(parameter)
       if field in _LISTS:
         fields[field] = (fields[field],)
-    for name in fields.keys() & set(_MAPS):
+    for name in fields.keys() & set(_OBJECTS):
       fields[name] = _from_json(name, fields[name], limits)
     self.stream = _bool('stream', fields.pop('stream', False))
     fields.pop('triton_enable_empty_final_response', None)

@@ -20,6 +20,7 @@ _DATATYPES = {
   _Kind.NAME: 'BYTES',
   _Kind.IDS: 'INT32',
   _Kind.BIAS: 'BYTES',  # of a JSON object
+  _Kind.OUTPUTS: 'BYTES',  # likewise
 }
 # Name, datatype, size (-1: any).
 Tensors = tuple[tuple[str, str, int], ...]

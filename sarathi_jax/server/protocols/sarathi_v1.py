@@ -176,14 +176,7 @@ def sampling_of(
   Raises:
     InvalidRequestError: a value is out of range.
   """
-  fields: dict[str, Any] = {
-    field.name: dict(value)
-    if field.message_type is not None  # a map
-    else tuple(value)
-    if field.is_repeated
-    else value
-    for field, value in message.ListFields()
-  }
+  fields = _plain(message)
   if fields.pop('fill_context', False):
     if 'max_tokens' in fields:
       raise errors.InvalidRequestError(
@@ -191,6 +184,18 @@ def sampling_of(
       )
     fields['max_tokens'] = None
   return make(fields)
+
+
+def _plain(message: Any) -> dict[str, Any]:
+  """Returns what a message sets, by name."""
+  return {
+    field.name: (
+      dict(value) if field.message_type is not None else tuple(value)
+    )
+    if field.is_repeated
+    else (_plain(value) if field.message_type is not None else value)
+    for field, value in message.ListFields()
+  }
 
 
 def finished(delta: types.OutputDelta) -> pb.Finished:

@@ -10,7 +10,7 @@ is refused, and calls that it does not have are UNIMPLEMENTED. Imports no JAX.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import datetime
 import hashlib
@@ -19,7 +19,7 @@ import json
 import pathlib
 import re
 import time
-from typing import Any
+from typing import Any, ClassVar
 import zipfile
 
 import grpc
@@ -29,6 +29,7 @@ from smg_grpc_proto.generated import common_pb2
 
 import sarathi_jax
 from sarathi_jax import errors
+from sarathi_jax import structured_outputs
 from sarathi_jax import types
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server.guard import caller
@@ -60,8 +61,10 @@ _OF_A_CALL = re.compile(
   r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}'
 )
 _MAX_CALL_CHARS = 128
-# About the text, which the client makes, and about grammars: there are none.
+# About the text, which the client makes; grammars begin with the first token.
 _NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
+# Names of its constraints -> those of `StructuredOutputsParams`, if others.
+_FIELDS = {'json_schema': 'json'}
 # Fields of GenerateRequest that are set only for what this engine does not do.
 _UNSUPPORTED = (
   'kv_transfer_params',
@@ -70,6 +73,14 @@ _UNSUPPORTED = (
   'extra_mm_inputs',
   'media_refs',
 )
+
+
+class _Constraint(types.StructuredOutputsParams):
+  """What the output has to be, in this protocol's words."""
+
+  NAMES: ClassVar[Mapping[str, str]] = {
+    name: name for name in structured_outputs.KINDS
+  } | {ours: theirs for theirs, ours in _FIELDS.items()}
 
 
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
@@ -349,10 +360,11 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
     if field.containing_oneof is not None and (
       field.containing_oneof.name == 'constraint'
     ):
-      raise errors.UnsupportedError(
-        f'{field.name}: structured outputs are not supported.'
-      )
-    if field.name not in _NO_EFFECT:
+      outputs: Any = {_FIELDS.get(field.name, field.name): value}
+      if field.name == 'choice':
+        outputs = {'choice': tuple(value.choices)}
+      fields['structured_outputs'] = _Constraint(**outputs)
+    elif field.name not in _NO_EFFECT:
       plain = {'logit_bias': dict, 'stop': tuple, 'stop_token_ids': tuple}
       fields[field.name] = plain.get(field.name, lambda v: v)(value)
   for name, default in _FOR_ZERO.items():

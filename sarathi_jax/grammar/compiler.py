@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles grammars, and keeps those that were asked for lately."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+import functools
+import threading
+from typing import Any
+
+import llguidance
+import numpy as np
+
+from sarathi_jax import errors
+from sarathi_jax import structured_outputs
+from sarathi_jax import types
+from sarathi_jax.grammar import matcher as matcher_lib
+from sarathi_jax.grammar import texts
+from sarathi_jax.grammar import vocabulary
+from sarathi_jax.text import tokenizer as tokenizer_lib
+
+Params = structured_outputs.StructuredOutputsParams
+_KEPT = 256  # grammars
+_KEPT_CHARS = 4 << 20  # of what these were made of
+_FAULT_CHARS = 1024  # of llguidance's words
+
+
+class Grammar:
+  """A compiled grammar, which many outputs may follow.
+
+  Args:
+    inner: llguidance's, at the beginning.
+    eos_token_ids: the model's.
+    is_empty: whether only an empty output fits.
+
+  Attributes:
+    is_empty: see above.
+  """
+
+  def __init__(
+    self,
+    inner: llguidance.LLMatcher,
+    eos_token_ids: tuple[int, ...],
+    is_empty: bool,
+  ) -> None:
+    self._inner = inner
+    self._eos_token_ids = eos_token_ids
+    self.is_empty = is_empty
+
+  def matcher(self, sampling: types.SamplingParams) -> matcher_lib.Matcher:
+    """Returns where an output is before its first token."""
+    ends = matcher_lib.Ends(
+      self._eos_token_ids, sampling.stop_token_ids, sampling.ignore_eos
+    )
+    return matcher_lib.Matcher(self._inner.deep_copy(), ends)
+
+
+class Grammars:
+  """The grammars of one model's outputs.
+
+  Any thread may compile one; one at a time may ask for masks.
+
+  Args:
+    tokenizer: the model's.
+    vocab_size: its ids; those that the tokenizer doesn't know are never
+      allowed.
+    eos_token_ids: the tokens of which one ends an output.
+  """
+
+  def __init__(
+    self,
+    tokenizer: tokenizer_lib.Tokenizer,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+  ) -> None:
+    self._tokenizer = tokenizer
+    self._vocab_size = vocab_size
+    self._eos_token_ids = eos_token_ids
+    self._lock = threading.Lock()
+    self._vocabulary: llguidance.LLTokenizer | None = None
+    # What was asked for -> its grammar, or what is wrong with it.
+    self._kept: OrderedDict[Params, Grammar | str] = OrderedDict()
+    self._num_chars = 0
+
+  def warm_up(self) -> None:
+    """Reads the vocabulary, which keeps the interpreter: 1 s for 150,000."""
+    with self._lock:
+      if self._vocabulary is None:
+        self._vocabulary = vocabulary.read(
+          self._tokenizer, self._vocab_size, self._eos_token_ids
+        )
+
+  def compile(self, outputs: Params) -> Grammar:
+    """Returns the grammar of what a request asks for.
+
+    Raises:
+      InvalidRequestError: there is none, or it is too large; says why in
+        llguidance's words.
+    """
+    with self._lock:
+      found = self._kept.get(outputs)
+      if found is not None:
+        self._kept.move_to_end(outputs)
+    if found is None:
+      found = self._compile(outputs)
+      self._keep(outputs, found)
+    if isinstance(found, str):
+      raise errors.InvalidRequestError(
+        f'{outputs.shown(outputs.kind)}: {found}'
+      )
+    return found
+
+  def masks(self, matchers: Sequence[matcher_lib.Matcher]) -> np.ndarray:
+    """Returns which tokens may come next, of each output.
+
+    Computes without the interpreter, several at a time.
+
+    Returns:
+      [len(matchers), ceil(V / 32)] int32: token i is bit i % 32 of word
+      i // 32. Bits beyond V may be anything.
+    """
+    assert self._vocabulary is not None
+    num_words = -(-self._vocabulary.vocab_size // 32)
+    found = np.zeros((len(matchers), num_words), np.int32)
+    _executor().unsafe_compute_mask_ptr(
+      [(matcher.inner, i) for i, matcher in enumerate(matchers)],
+      found.ctypes.data,
+      num_words * found.itemsize,
+      len(matchers),
+    )
+    for matcher, mask in zip(matchers, found, strict=True):
+      matcher.mend(mask)
+    return found[:, : -(-self._vocab_size // 32)]
+
+  def _compile(self, outputs: Params) -> Grammar | str:
+    self.warm_up()
+    assert self._vocabulary is not None
+    try:
+      text = texts.text_of(outputs, self._tokenizer.special_tokens)
+    except errors.SarathiError:
+      raise
+    except (ValueError, RecursionError) as error:
+      return errors.cut(str(error), _FAULT_CHARS)
+    inner = llguidance.LLMatcher(
+      self._vocabulary, text, log_level=0, limits=_limits()
+    )
+    fault = inner.get_error()
+    if fault:
+      return errors.cut(fault.strip(), _FAULT_CHARS)
+    # The first mask takes the longest: here it does so once.
+    mask = np.frombuffer(inner.compute_bitmask(), np.uint8)
+    first = np.flatnonzero(np.unpackbits(mask, bitorder='little')).tolist()
+    begin = {token for token in first if token < self._vocab_size}
+    if not begin:
+      return 'no token of this model begins such an output.'
+    is_empty = begin.issubset(self._eos_token_ids)
+    return Grammar(inner, self._eos_token_ids, is_empty)
+
+  def _keep(self, outputs: Params, found: Grammar | str) -> None:
+    with self._lock:
+      if outputs not in self._kept:
+        self._num_chars += outputs.num_chars
+      self._kept[outputs] = found
+      while len(self._kept) > _KEPT or (
+        self._num_chars > _KEPT_CHARS and len(self._kept) > 1
+      ):
+        oldest, _ = self._kept.popitem(last=False)
+        self._num_chars -= oldest.num_chars
+
+
+@functools.cache
+def _limits() -> llguidance.LLParserLimits:
+  return llguidance.LLParserLimits(verbose_errors=False)
+
+
+@functools.cache
+def _executor() -> Any:
+  return llguidance.LLExecutor()
