@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001
 """How models write calls of tools, and what they think: one table each.
 
 No registry has a library for it that is kept and needs no torch. A format is
@@ -10,38 +11,36 @@ templates of the models that a row names.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-import re
 from typing import NamedTuple
 
 from sarathi_jax import errors
+from sarathi_jax.text import call_readers
 from sarathi_jax.text import incremental
 
 AUTO, NONE = 'auto', 'none'
-_MOST_NAME = 256
-_MOST_KEY = 64
-_MOST_ARGUMENTS_AS_TEXT = 2**20
-_NAME = re.compile(r'[\w./:-]+')
-
-MalformedError = incremental.MalformedError
 
 
-class Caller:
-  """What a format tells of the calls that it reads; see `reply_reader`."""
-
-  def begin(self, name: str) -> None:
-    """Begins a call; MalformedError if no such tool was offered."""
-    raise NotImplementedError
-
-  def add(self, arguments: str) -> None:
-    """Adds to the arguments of the call."""
-    raise NotImplementedError
-
-  def end(self) -> None:
-    """Ends the call: its arguments are whole."""
-    raise NotImplementedError
+Read = Callable[
+  [incremental.Source, call_readers.Caller, str], Generator[None, None, None]
+]
 
 
-Read = Callable[[incremental.Source, Caller, str], Generator[None, None, None]]
+class Frame(NamedTuple):
+  """How calls are written that must be: what is around them, and in them.
+
+  A call is `begin`, its name, `middle`, its arguments, `end`.
+
+  Attributes:
+    before, after: all calls.
+    separator: between two; None where there is only ever one.
+  """
+
+  begin: str
+  middle: str
+  end: str
+  separator: str | None = ''
+  before: str = ''
+  after: str = ''
 
 
 class ToolFormat(NamedTuple):
@@ -52,7 +51,9 @@ class ToolFormat(NamedTuple):
     begins: marks that begin calls.
     read: reads the calls after one of the marks, and tells of them. It raises
       MalformedError, or stops, where what comes is none.
+    frame: how calls are written.
     others: marks that say nothing.
+    inner: marks that are in calls.
     is_bare: whether a reply that begins with '{' is one call or more.
     id_chars: characters of a call's id, if the template insists on some.
   """
@@ -60,13 +61,16 @@ class ToolFormat(NamedTuple):
   words: tuple[str, ...]
   begins: tuple[str, ...]
   read: Read
+  frame: Frame
   others: tuple[str, ...] = ()
+  inner: tuple[str, ...] = ()
   is_bare: bool = False
   id_chars: int | None = None
 
   @property
   def marks(self) -> tuple[str, ...]:
-    return (*self.begins, *self.others)
+    """All of them."""
+    return (*self.begins, *self.others, *self.inner)
 
 
 class ReasoningFormat(NamedTuple):
@@ -76,192 +80,53 @@ class ReasoningFormat(NamedTuple):
   end: str
 
 
-def _json_call(
-  source: incremental.Source, caller: Caller, *, must_have_arguments: bool
-) -> incremental.Waiting[None]:
-  """Reads {"name": ..., "arguments": {...}}, its keys in any order."""
-  if not (yield from source.literal('{')):
-    raise MalformedError
-  name: str | None = None
-  early: list[str] = []  # arguments that came before the name
-  has_begun = False
-  while True:
-    yield from source.space()
-    key = yield from source.text(_MOST_KEY)
-    yield from source.space()
-    if not (yield from source.literal(':')):
-      raise MalformedError
-    yield from source.space()
-    if key == 'name' and name is None:
-      name = yield from source.text(_MOST_NAME)
-      if early:
-        caller.begin(name)
-        caller.add(''.join(early))
-        has_begun = True
-    elif key in ('arguments', 'parameters') and not (early or has_begun):
-      if name is None:
-        yield from _arguments(source, early.append)
-      else:
-        known = name
-
-        def out(text: str, known: str = known) -> None:
-          nonlocal has_begun
-          if not has_begun:
-            caller.begin(known)
-            has_begun = True
-          caller.add(text)
-
-        yield from _arguments(source, out)
-    elif key in ('name', 'arguments', 'parameters'):
-      raise MalformedError  # twice
-    else:  # an id, a type
-      yield from source.value(lambda text: None)
-    yield from source.space()
-    if (yield from source.literal('}')):
-      break
-    if not (yield from source.literal(',')):
-      raise MalformedError
-  if not has_begun:
-    if name is None or must_have_arguments:
-      raise MalformedError
-    caller.begin(name)
-    caller.add('{}')
-  caller.end()
-
-
-def _arguments(
-  source: incremental.Source, out: incremental.Out
-) -> incremental.Waiting[None]:
-  """Reads arguments: an object, or one as a text, or null for an empty one."""
-  char = yield from source.next()
-  if char == '{':
-    yield from source.value(out)
-  elif char == '"':
-    inner = incremental.Source()
-    inner.feed((yield from source.text(_MOST_ARGUMENTS_AS_TEXT)).strip(), True)
-    if (yield from inner.next()) != '{':
-      raise MalformedError
-    parts: list[str] = []
-    yield from inner.value(parts.append)
-    if (yield from inner.next()):
-      raise MalformedError
-    out(''.join(parts))
-  elif (yield from source.literal('null')):
-    out('{}')
-  else:
-    raise MalformedError
-
-
-def _json_calls(
-  source: incremental.Source, caller: Caller
-) -> incremental.Waiting[None]:
-  """Reads one call, or a list of calls."""
-  yield from source.space()
-  if not (yield from source.literal('[')):
-    yield from _json_call(source, caller, must_have_arguments=False)
-    return
-  while True:
-    yield from source.space()
-    yield from _json_call(source, caller, must_have_arguments=False)
-    yield from source.space()
-    if (yield from source.literal(']')):
-      return
-    if not (yield from source.literal(',')):
-      raise MalformedError
-
-
-def _hermes(
-  source: incremental.Source, caller: Caller, mark: str
-) -> incremental.Waiting[None]:
-  """Reads what is between <tool_call> and </tool_call>."""
-  yield from _json_calls(source, caller)
-  yield from source.space()
-  yield from source.literal('</tool_call>')
-
-
-def _mistral(
-  source: incremental.Source, caller: Caller, mark: str
-) -> incremental.Waiting[None]:
-  """Reads [{"name": ..., "arguments": {...}}], or later ones' NAME[ARGS]{...}.
-
-  The latter may have an id, NAME[CALL_ID]ID[ARGS]{...}.
-  """
-  yield from source.space()
-  if (yield from source.next()) in ('[', '{'):
-    yield from _json_calls(source, caller)
-    return
-  name = yield from source.run(_NAME, _MOST_NAME)
-  if (yield from source.literal('[CALL_ID]')):
-    yield from source.run(_NAME, _MOST_KEY)
-  yield from source.literal('[ARGS]')
-  yield from source.space()
-  yield from _named(source, caller, name)
-
-
-def _named(
-  source: incremental.Source, caller: Caller, name: str
-) -> incremental.Waiting[None]:
-  """Reads the arguments of a call whose name is known."""
-  if (yield from source.next()) != '{':
-    raise MalformedError
-  caller.begin(name)
-  yield from source.value(caller.add)
-  caller.end()
-
-
-def _llama(
-  source: incremental.Source, caller: Caller, mark: str
-) -> incremental.Waiting[None]:
-  """Reads {"name": ..., "parameters": {...}}; several have ; between them."""
-  while True:
-    yield from source.space()
-    yield from _json_call(source, caller, must_have_arguments=True)
-    yield from source.space()
-    has_more = yield from source.literal(';')
-    yield from source.space()
-    if not has_more and (yield from source.next()) != '{':
-      return
-
-
-_SEP, _END = '<｜tool▁sep｜>', '<｜tool▁call▁end｜>'  # noqa: RUF001
-
-
-def _deepseek(
-  source: incremental.Source, caller: Caller, mark: str
-) -> incremental.Waiting[None]:
-  """Reads function SEP NAME, and JSON in a fence; or V3.1's NAME SEP {...}."""
-  name = yield from source.run(_NAME, _MOST_NAME)
-  if not (yield from source.literal(_SEP)):
-    raise MalformedError
-  if (yield from source.next()) == '{':
-    yield from _named(source, caller, name)
-  else:
-    name = yield from source.run(_NAME, _MOST_NAME)
-    if not (yield from source.literal('\n```json\n')):
-      raise MalformedError
-    yield from _named(source, caller, name)
-    yield from source.space()
-    yield from source.literal('```')
-  yield from source.space()
-  yield from source.literal(_END)
-
-
 # In the order in which their words are looked for: templates of the later rows
 # may be modelled on the earlier ones' models.
 TOOLS: Mapping[str, ToolFormat] = {
   # DeepSeek-R1's distillations of Llama and Qwen2.
   'deepseek_v3': ToolFormat(
-    (_SEP,),
-    ('<｜tool▁call▁begin｜>',),  # noqa: RUF001
-    _deepseek,
-    ('<｜tool▁calls▁begin｜>', '<｜tool▁calls▁end｜>'),  # noqa: RUF001
+    (call_readers.SEP,),
+    ('<｜tool▁call▁begin｜>',),
+    call_readers.deepseek,
+    Frame(
+      '<｜tool▁call▁begin｜>function<｜tool▁sep｜>',
+      '\n```json\n',
+      f'\n```{call_readers.END}',
+      '\n',
+      '<｜tool▁calls▁begin｜>',
+      '<｜tool▁calls▁end｜>',
+    ),
+    ('<｜tool▁calls▁begin｜>', '<｜tool▁calls▁end｜>'),
+    (call_readers.SEP, call_readers.END),
   ),
-  # Mistral 7B v0.3, Nemo, Small, Mixtral 8x22B, Devstral, Magistral.
+  # Mistral Small from 3.1 on, Devstral, Magistral.
+  'mistral_args': ToolFormat(
+    ('[ARGS]',),
+    ('[TOOL_CALLS]',),
+    call_readers.mistral,
+    Frame('[TOOL_CALLS]', '[ARGS]', ''),
+    inner=('[ARGS]', '[CALL_ID]'),
+    id_chars=9,
+  ),
+  # Mistral 7B v0.3, Nemo, Mixtral 8x22B.
   'mistral': ToolFormat(
-    ('[TOOL_CALLS]',), ('[TOOL_CALLS]',), _mistral, id_chars=9
+    ('[TOOL_CALLS]',),
+    ('[TOOL_CALLS]',),
+    call_readers.mistral,
+    Frame('{"name": "', '", "arguments": ', '}', ', ', '[TOOL_CALLS][', ']'),
+    inner=('[ARGS]', '[CALL_ID]'),
+    id_chars=9,
   ),
   # Qwen2.5, Qwen3, QwQ, Hermes, SmolLM2; lists of calls are xLAM's.
-  'hermes': ToolFormat(('<tool_call>',), ('<tool_call>',), _hermes),
+  'hermes': ToolFormat(
+    ('<tool_call>',),
+    ('<tool_call>',),
+    call_readers.hermes,
+    Frame(
+      '<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>', '\n'
+    ),
+    inner=('</tool_call>',),
+  ),
   # Llama 3.1, 3.2 and 3.3.
   'llama3_json': ToolFormat(
     (
@@ -269,7 +134,8 @@ TOOLS: Mapping[str, ToolFormat] = {
       'respond with a JSON for a function call',
     ),
     ('<|python_tag|>',),
-    _llama,
+    call_readers.llama,
+    Frame('{"name": "', '", "parameters": ', '}', None),
     is_bare=True,
   ),
 }

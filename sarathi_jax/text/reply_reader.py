@@ -14,12 +14,13 @@ from collections.abc import Collection
 import uuid
 
 from sarathi_jax import types
+from sarathi_jax.text import call_readers
 from sarathi_jax.text import incremental
 from sarathi_jax.text import replies
 from sarathi_jax.text import reply_formats
 
 
-class ReplyReader(reply_formats.Caller):
+class ReplyReader(call_readers.Caller):
   """Reads one reply.
 
   Args:
@@ -133,7 +134,8 @@ class ReplyReader(reply_formats.Caller):
       yield from source.space(self._say)
       if (yield from source.next()) == '{':
         yield from self._call(form, '')
-    while mark := (yield from source.until(form.marks, self._say)):
+    marks = (*form.begins, *form.others)
+    while mark := (yield from source.until(marks, self._say)):
       if mark in form.begins:
         yield from self._call(form, mark)
 

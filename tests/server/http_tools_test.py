@@ -75,8 +75,8 @@ FAMILIES = {
   'mistral': Family(
     '[TOOL_CALLS] {{ "[/THINK]" }}',
     f'[THINK]Hm.[/THINK]I look.\n[TOOL_CALLS]get_weather[ARGS]{PARIS}'
-    '[TOOL_CALLS]now[ARGS]{}',
-    ('[TOOL_CALLS]', '[ARGS]', '[THINK]', '[/THINK]'),
+    '[TOOL_CALLS]now[CALL_ID]a1B2c3D4e[ARGS]{}',
+    ('[TOOL_CALLS]', '[ARGS]', '[CALL_ID]', '[THINK]', '[/THINK]'),
   ),
 }
 

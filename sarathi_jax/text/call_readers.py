@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001
+"""Reads calls of tools, each in one way to write them; see `reply_formats`."""
+
+from __future__ import annotations
+
+import re
+
+from sarathi_jax.text import incremental
+
+_MOST_NAME = 256
+_MOST_KEY = 64
+_MOST_ARGUMENTS_AS_TEXT = 2**20
+_NAME = re.compile(r'[\w./:-]+')
+MalformedError = incremental.MalformedError
+
+
+class Caller:
+  """What a format tells of the calls that it reads; see `reply_reader`."""
+
+  def begin(self, name: str) -> None:
+    """Begins a call; MalformedError if no such tool was offered."""
+    raise NotImplementedError
+
+  def add(self, arguments: str) -> None:
+    """Adds to the arguments of the call."""
+    raise NotImplementedError
+
+  def end(self) -> None:
+    """Ends the call: its arguments are whole."""
+    raise NotImplementedError
+
+
+def _json_call(
+  source: incremental.Source, caller: Caller, *, must_have_arguments: bool
+) -> incremental.Waiting[None]:
+  """Reads {"name": ..., "arguments": {...}}, its keys in any order."""
+  if not (yield from source.literal('{')):
+    raise MalformedError
+  name: str | None = None
+  early: list[str] = []  # arguments that came before the name
+  has_begun = False
+  while True:
+    yield from source.space()
+    key = yield from source.text(_MOST_KEY)
+    yield from source.space()
+    if not (yield from source.literal(':')):
+      raise MalformedError
+    yield from source.space()
+    if key == 'name' and name is None:
+      name = yield from source.text(_MOST_NAME)
+      if early:
+        caller.begin(name)
+        caller.add(''.join(early))
+        has_begun = True
+    elif key in ('arguments', 'parameters') and not (early or has_begun):
+      if name is None:
+        yield from _arguments(source, early.append)
+      else:
+        known = name
+
+        def out(text: str, known: str = known) -> None:
+          nonlocal has_begun
+          if not has_begun:
+            caller.begin(known)
+            has_begun = True
+          caller.add(text)
+
+        yield from _arguments(source, out)
+    elif key in ('name', 'arguments', 'parameters'):
+      raise MalformedError  # twice
+    else:  # an id, a type
+      yield from source.value(lambda text: None)
+    yield from source.space()
+    if (yield from source.literal('}')):
+      break
+    if not (yield from source.literal(',')):
+      raise MalformedError
+  if not has_begun:
+    if name is None or must_have_arguments:
+      raise MalformedError
+    caller.begin(name)
+    caller.add('{}')
+  caller.end()
+
+
+def _arguments(
+  source: incremental.Source, out: incremental.Out
+) -> incremental.Waiting[None]:
+  """Reads arguments: an object, or one as a text, or null for an empty one."""
+  char = yield from source.next()
+  if char == '{':
+    yield from source.value(out)
+  elif char == '"':
+    inner = incremental.Source()
+    inner.feed((yield from source.text(_MOST_ARGUMENTS_AS_TEXT)).strip(), True)
+    if (yield from inner.next()) != '{':
+      raise MalformedError
+    parts: list[str] = []
+    yield from inner.value(parts.append)
+    if (yield from inner.next()):
+      raise MalformedError
+    out(''.join(parts))
+  elif (yield from source.literal('null')):
+    out('{}')
+  else:
+    raise MalformedError
+
+
+def _json_calls(
+  source: incremental.Source, caller: Caller
+) -> incremental.Waiting[None]:
+  """Reads one call, or a list of calls."""
+  yield from source.space()
+  if not (yield from source.literal('[')):
+    yield from _json_call(source, caller, must_have_arguments=False)
+    return
+  while True:
+    yield from source.space()
+    yield from _json_call(source, caller, must_have_arguments=False)
+    yield from source.space()
+    if (yield from source.literal(']')):
+      return
+    if not (yield from source.literal(',')):
+      raise MalformedError
+
+
+def hermes(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads what is between <tool_call> and </tool_call>."""
+  yield from _json_calls(source, caller)
+  yield from source.space()
+  yield from source.literal('</tool_call>')
+
+
+def mistral(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads [{"name": ..., "arguments": {...}}], or later ones' NAME[ARGS]{...}.
+
+  The latter may have an id, NAME[CALL_ID]ID[ARGS]{...}.
+  """
+  yield from source.space()
+  if (yield from source.next()) in ('[', '{'):
+    yield from _json_calls(source, caller)
+    return
+  name = yield from source.run(_NAME, _MOST_NAME)
+  if (yield from source.literal('[CALL_ID]')):
+    yield from source.run(_NAME, _MOST_KEY)
+  yield from source.literal('[ARGS]')
+  yield from source.space()
+  yield from _named(source, caller, name)
+
+
+def _named(
+  source: incremental.Source, caller: Caller, name: str
+) -> incremental.Waiting[None]:
+  """Reads the arguments of a call whose name is known."""
+  if (yield from source.next()) != '{':
+    raise MalformedError
+  caller.begin(name)
+  yield from source.value(caller.add)
+  caller.end()
+
+
+def llama(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads {"name": ..., "parameters": {...}}; several have ; between them."""
+  while True:
+    yield from source.space()
+    yield from _json_call(source, caller, must_have_arguments=True)
+    yield from source.space()
+    has_more = yield from source.literal(';')
+    yield from source.space()
+    if not has_more and (yield from source.next()) != '{':
+      return
+
+
+SEP, END = '<｜tool▁sep｜>', '<｜tool▁call▁end｜>'
+
+
+def deepseek(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads function SEP NAME, and JSON in a fence; or V3.1's NAME SEP {...}."""
+  name = yield from source.run(_NAME, _MOST_NAME)
+  if not (yield from source.literal(SEP)):
+    raise MalformedError
+  if (yield from source.next()) == '{':
+    yield from _named(source, caller, name)
+  else:
+    name = yield from source.run(_NAME, _MOST_NAME)
+    if not (yield from source.literal('\n```json\n')):
+      raise MalformedError
+    yield from _named(source, caller, name)
+    yield from source.space()
+    yield from source.literal('```')
+  yield from source.space()
+  yield from source.literal(END)
