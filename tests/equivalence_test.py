@@ -47,7 +47,7 @@ MAX_LEN = MODEL.max_position_embeddings
 MAX_SEQS = 8
 PAGE_SIZE = 16
 PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
-UNLIMITED = 2 * MAX_LEN
+UNLIMITED = MAX_LEN  # Whole prompts are never longer.
 
 
 @pytest.fixture(scope='module')

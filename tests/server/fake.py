@@ -33,7 +33,7 @@ from sarathi_jax.server.protocols import control_v1
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 VOCAB_SIZE = 64
-TIMEOUT_S = 20.0  # of what should take milliseconds
+TIMEOUT_S = 60.0  # of what should take milliseconds
 
 
 class GatedRunner(fake_runner.FakeRunner):
