@@ -33,6 +33,7 @@ def prepare(
   max_model_len = engine.info.max_model_len
   check_size(prompt, limits, max_model_len)
   request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
+  limits.check_sampling(request.sampling)  # as tools make more of it
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   limits.check_prompt_logprobs(request)
   engine.check(request)

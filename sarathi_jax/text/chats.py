@@ -23,7 +23,8 @@ class Chat:
     messages: the messages; see `messages.prepared`.
     tools: what the model may call: {'type': 'function', 'function': {'name':
       ..., 'description': ..., 'parameters': SCHEMA}}. The template writes them
-      into the prompt, with whatever else they have.
+      into the prompt, with whatever else they have. The arguments of those
+      with 'strict' are of their schema.
     tool_choice: 'auto'; 'none', by which the prompt has no tools; 'required';
       or {'type': 'function', 'function': {'name': ...}}, for that one.
     parallel_tool_calls: whether a reply may have several calls.
@@ -139,10 +140,12 @@ def _name(tool: Any, where: str) -> str:
     description,
     'a text',
   )
-  if strict not in (None, False):
-    raise errors.UnsupportedError(
-      f'{where}.function.strict={errors.shown(strict)}: is not supported.'
-    )
+  _check(
+    strict is None or isinstance(strict, bool),
+    f'{where}.function.strict',
+    strict,
+    'true or false',
+  )
   return name
 
 

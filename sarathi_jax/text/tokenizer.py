@@ -14,6 +14,7 @@ import tokenizers
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.text import call_tags
 from sarathi_jax.text import chat
 from sarathi_jax.text import chats
 from sarathi_jax.text import reply_formats
@@ -173,13 +174,20 @@ class Tokenizer:
       formats = formats._replace(tools=None)
     if formats == reply_formats.Formats():
       return None
-    end = self.decode(prompt_token_ids[-_NUM_END:], skip_special_tokens=False)
     return reply_reader.ReplyReader(
-      formats, prompt.callable, end, prompt.parallel_tool_calls
+      formats,
+      prompt.callable,
+      self._end_of(prompt_token_ids),
+      prompt.parallel_tool_calls,
     )
 
+  def _end_of(self, prompt_token_ids: Sequence[int]) -> str:
+    ids = prompt_token_ids[-_NUM_END:]
+    return self.decode(ids, skip_special_tokens=False)
+
   def prepare(self, request: types.Request, chat: chats.Chat) -> types.Request:
-    """Returns a chat's request so that its reply can be read.
+    """Returns a chat's request so that its reply can be read, and has to be
+    what its tools ask for.
 
     Raises:
       UnsupportedError: it asks for calls that can't be.
@@ -189,10 +197,19 @@ class Tokenizer:
         "tools: how this model writes calls of tools can't be told from its "
         'chat template; whoever serves it may say so by tool_parser.'
       )
-    if chat.offered and chat.tool_choice != chats.AUTO:
-      raise errors.UnsupportedError(
-        f'tool_choice={errors.shown(chat.tool_choice)}: is not supported.'
-      )
+    reasoning = self._formats.reasoning
+    thinks = reasoning is not None and (
+      self._end_of(request.prompt_token_ids).rstrip().endswith(reasoning.begin)
+    )
+    sampling = request.sampling
+    outputs = call_tags.outputs_of(self._formats, chat, thinks)
+    if outputs is not None:
+      if sampling.structured_outputs is not None:
+        raise errors.InvalidRequestError(
+          'tools: that must be called, or are strict, exclude '
+          'structured_outputs and response_format.'
+        )
+      sampling = dataclasses.replace(sampling, structured_outputs=outputs)
     marks = [
       *(
         self._formats.tools.marks
@@ -205,6 +222,7 @@ class Tokenizer:
     special = self.special_tokens
     return dataclasses.replace(
       request,
+      sampling=sampling,
       shown_token_ids=tuple(i for i in ids if i is not None and i in special),
     )
 
@@ -298,10 +316,12 @@ def with_prompt(
   Raises:
     InvalidRequestError: see `encode_prompt`; or it can't be asked for so.
   """
-  ids = encode_prompt(tokenizer, prompt)
+  request = dataclasses.replace(
+    request, prompt_token_ids=encode_prompt(tokenizer, prompt)
+  )
   if isinstance(prompt, chats.Chat) and tokenizer is not None:
     request = tokenizer.prepare(request, prompt)
-  return dataclasses.replace(request, prompt_token_ids=ids)
+  return request
 
 
 def encode_prompt(

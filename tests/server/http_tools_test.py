@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import json
+import re
 from typing import Any, NamedTuple
 
 import openai
@@ -353,6 +354,57 @@ def test_templates_without_tools(tmp_path: Any) -> None:
       assert said == '<think>No.</think> <tool_call>'
 
 
+def test_calls_that_must_be(served: Served) -> None:
+  """Whatever the model would write: the grammar is its own way to call."""
+  call = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}'
+  named = {'type': 'function', 'function': {'name': 'get_weather'}}
+  strict = {**WEATHER, 'function': {**WEATHER['function'], 'strict': True}}
+  for more in (
+    {'tool_choice': 'required'},
+    {'tool_choice': named},
+    {'tools': [strict, NOW]},
+  ):
+    served.speaker.say(f'{call}\n</tool_call>')
+    choice, prompt = asked(served, **more)
+    assert choice['finish_reason'] == 'tool_calls', choice
+    (made,) = choice['message']['tool_calls']
+    assert made['function']['arguments'] == PARIS and 'now' in prompt
+    # Without "city", which is required: another token is taken.
+    served.speaker.say('<tool_call>\n{"name": "get_weather", "arguments": {}')
+    choice, _ = asked(served, **more, max_tokens=60)
+    (made,) = choice['message']['tool_calls']
+    assert re.match(r'{\s*"city"', made['function']['arguments']), made
+  served.speaker.say('Yes.')
+  for more in ({'tool_choice': 'required'}, {'tool_choice': named}):
+    choice, _ = asked(served, **more, max_tokens=9)
+    text = served.speaker.words.decode(choice['token_ids'])
+    assert text[0] == '<', text
+  served.speaker.say('<think>Hm.</think>\n' + call + '\n</tool_call>')
+  choice, _ = asked(served, tool_choice='required')
+  assert choice['message']['reasoning_content'] == 'Hm.'
+  assert choice['finish_reason'] == 'tool_calls'
+  assert asked(served, tools=[strict])[0]['finish_reason'] == 'tool_calls'
+  served.speaker.say('No.')
+  assert asked(served, tools=[strict])[0]['message']['content'] == 'No.'
+
+
+def test_schemas_that_are_none(served: Served) -> None:
+  bad = _function(parameters={'type': 'strin'})
+  more = {'tools': [bad], 'tool_choice': 'required'}
+  status, message, param = served.client.refused(CHAT, {**BODY, **more})
+  assert (status, param) == (400, 'tools') and 'strin' in message, message
+  assert asked(served, tools=[bad])  # of which nobody makes a grammar
+  status, message, param = served.client.refused(
+    CHAT,
+    {
+      **BODY,
+      'tool_choice': 'required',
+      'response_format': {'type': 'json_object'},
+    },
+  )
+  assert (status, param) == (400, 'tools') and 'exclude' in message
+
+
 def test_batch_files_and_lines(tmp_path: Any) -> None:
   template = _TEMPLATE.format(words=FAMILIES['qwen3'].words, end='')
   speaker = speaking.Speaker(tmp_path, template)
@@ -366,9 +418,10 @@ def test_batch_files_and_lines(tmp_path: Any) -> None:
   assert choice['message']['reasoning_content'] == 'Hm.'
   line = {'messages': BODY['messages'], 'tools': BODY['tools']}
   sampling = {'sampling': {'max_tokens': 999}}
-  done, alone, *bad = batch_files_test.results_of(
+  done, must, alone, *bad = batch_files_test.results_of(
     engine,
     line | sampling,
+    line | sampling | {'tool_choice': 'required'},
     {'messages': line['messages']} | sampling,
     line | {'tool_choice': 'odd'},
     {'prompt': 'a', 'tools': []},
@@ -380,6 +433,8 @@ def test_batch_files_and_lines(tmp_path: Any) -> None:
     'reasoning_content': 'Hm.',
     'tool_calls': None,
   }
+  assert must['message']['tool_calls'] and must['finish_reason'] == 'stop'
+  assert must['message']['content'] is None
   assert done['text'] == FAMILIES['qwen3'].text
   assert [c['function'] for c in done['message']['tool_calls']] == [
     {'name': 'get_weather', 'arguments': PARIS},

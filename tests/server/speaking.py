@@ -30,12 +30,14 @@ class Runner(fake_runner.FakeRunner):
       for chunk in batch.chunks
     ]
     written = [*self.script, *[tokenizer_fixture.EOS] * 2]
-    return sampled._replace(
+    sampled = sampled._replace(
       tokens=[
         (written[min(place, len(written) - 1)],) if chunk.samples else ()
         for place, chunk in zip(places, batch.chunks, strict=True)
       ]
     )
+    self._latest = sampled, batch.chunks
+    return sampled
 
 
 class Speaker:
