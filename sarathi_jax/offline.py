@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import time
@@ -39,6 +38,7 @@ import rich.progress
 
 from sarathi_jax import batch_files
 from sarathi_jax import errors
+from sarathi_jax import result_lines
 from sarathi_jax import types
 from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
@@ -53,13 +53,6 @@ FLAGS = flags.FLAGS
 Line = prompt_lines.Line
 
 _ENGINES_OWN = ('seed',)  # flag, from which each line's seed is made
-
-
-class Written(NamedTuple):
-  """What an output file holds: ids that are done, numbers of refused lines."""
-
-  ids: set[str]
-  lines: set[int]
 
 
 def define_flags() -> None:
@@ -109,7 +102,9 @@ def parse_line(
   return prompt_lines.parse(number, fields, defaults, seed, engine)
 
 
-def unwritten(lines: Iterable[Line], written: Written) -> Iterator[Line]:
+def unwritten(
+  lines: Iterable[Line], written: result_lines.Written
+) -> Iterator[Line]:
   """Yields the lines that an output lacks; refuses an id's second line."""
   seen: set[str] = set()
   for line in lines:
@@ -186,78 +181,6 @@ def run_lines(
           yield line.result([done[key] for key in collectors])
 
 
-def _read_written(path: pathlib.Path) -> Written:
-  """Reads what an output holds; removes a last line that was cut off."""
-  written = Written(set(), set())
-  whole = 0
-  with path.open('rb') as file:
-    for number, line in enumerate(file, 1):
-      if not line.endswith(b'\n'):
-        break
-      try:
-        result = json.loads(line)
-        if batch_files.KEYS & result.keys():
-          batch_files.add_written(result, written.ids, written.lines)
-        elif 'error' in result:
-          written.lines.add(result['line'])
-        else:
-          result['metrics']  # An input, given by mistake, has ids only.
-          written.ids.add(str(result['request_id']))
-      except (ValueError, KeyError, TypeError):
-        raise errors.ConfigError(
-          f'output={str(path)!r}: line {number} is not one of our results; '
-          "won't go on with this file."
-        ) from None
-      whole += len(line)
-  if whole < path.stat().st_size:
-    os.truncate(path, whole)
-  return written
-
-
-def _has_failed(result: Mapping[str, Any]) -> bool:
-  if batch_files.KEYS & result.keys():
-    return batch_files.has_failed(result)
-  return 'error' in result
-
-
-class _Output:
-  """The file of results, each written at once."""
-
-  def __init__(self, path: pathlib.Path, resume: bool) -> None:
-    self._path = path
-    self.written = Written(set(), set())
-    try:
-      if path.is_file() and path.stat().st_size:
-        if not resume:
-          raise errors.ConfigError(
-            f'output={str(path)!r}: exists; --resume goes on with it.'
-          )
-        self.written = _read_written(path)
-      self._file = path.open('ab', buffering=0)
-    except OSError as error:
-      raise self._error(error) from error
-
-  def close(self) -> None:
-    self._file.close()
-
-  def _error(self, error: OSError, hint: str = '') -> errors.ConfigError:
-    return errors.ConfigError(
-      f"output={str(self._path)!r}: can't be written: {error.strerror}{hint}."
-    )
-
-  def write(self, result: Mapping[str, Any]) -> None:
-    text = json.dumps(result, ensure_ascii=False) + '\n'
-    # Half a pair of UTF-16 has no UTF-8; what it becomes is JSON's escape.
-    rest = memoryview(text.encode('utf-8', 'backslashreplace'))
-    try:
-      while rest:
-        rest = rest[self._file.write(rest) :]
-    except OSError as error:
-      raise self._error(
-        error, '; --resume goes on with what is missing'
-      ) from error
-
-
 def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:
   """Reads the lines that are not blank, with their numbers."""
   try:
@@ -297,7 +220,7 @@ def _start(console: rich.console.Console) -> None:
   # The first of several processes tells the others how it ends.
   with (
     leader or contextlib.nullcontext(),
-    contextlib.closing(_Output(path, FLAGS.resume)) as output,
+    contextlib.closing(result_lines.Output(path, FLAGS.resume)) as output,
   ):
     # Not on top: a wrong flag is told before JAX is loaded.
     from sarathi_jax.launch import loading
@@ -320,7 +243,7 @@ def _start(console: rich.console.Console) -> None:
 def _run(
   engine: engine_lib.Engine,
   lines: Sequence[Callable[[], Line]],
-  output: _Output,
+  output: result_lines.Output,
   console: rich.console.Console,
 ) -> None:
   num_written = len(output.written.ids) + len(output.written.lines)
@@ -350,7 +273,7 @@ def _run(
     ):
       output.write(result)
       num_done += 1
-      num_errors += _has_failed(result)
+      num_errors += result_lines.has_failed(result)
       progress.advance(task)
   if num_written:
     console.print(f'{num_written:,} results were there already.')

@@ -95,6 +95,7 @@ LAYERS: Mapping[str, Layer] = {
     (
       'sarathi_jax.offline',
       'sarathi_jax.batch_files',
+      'sarathi_jax.result_lines',
       'sarathi_jax.client',
       'sarathi_jax.top',
       'sarathi_jax.plan',

@@ -16,6 +16,7 @@ from openai.types import completion as openai_completion
 import pytest
 
 from sarathi_jax import offline
+from sarathi_jax import result_lines
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.launch import loading
 from tests.offline import runs
@@ -70,7 +71,7 @@ def results_of(
     offline.parse_line(i, text, defaults, 0, engine)
     for i, text in enumerate(texts, 1)
   )
-  unwritten = offline.unwritten(parsed, offline.Written(set(), set()))
+  unwritten = offline.unwritten(parsed, result_lines.Written(set(), set()))
   results = list(offline.run_lines(engine, unwritten))
   found: list[dict[str, Any]] = json.loads(json.dumps(results))
   return sorted(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sarathi_jax import offline
+from sarathi_jax import result_lines
 from tests import source_tree
 from tests.offline import runs
 
@@ -97,14 +97,14 @@ def test_a_disk_that_fills_up_within_a_line(run, monkeypatch):
       self._room -= len(data)
       return self._file.write(data)
 
-  init = offline._Output.__init__
+  init = result_lines.Output.__init__
 
   def on_disk(self: Any, *args: Any) -> None:
     init(self, *args)
     self._file = Disk(self._file)
 
   with monkeypatch.context() as patch:
-    patch.setattr(offline._Output, '__init__', on_disk)
+    patch.setattr(result_lines.Output, '__init__', on_disk)
     assert 'No space left' in run.fails()
   assert run.output.stat().st_size == room
   assert run('--resume')[0] == 0

@@ -106,6 +106,17 @@ def test_tools_are_written_as_transformers_does(tmp_path, template, as_files):
     assert 'with {{' in ours.words and 'plain' in ours.words
 
 
+def test_a_template_that_sets_its_tools_takes_them():
+  """As Mistral's and Llama 3.1's do, where there are none."""
+  template = chat.ChatTemplate(
+    '{% if not tools is defined %}{% set tools = none %}{% endif %}'
+    '{% for m in messages %}{{ tools | tojson }}{% endfor %}',
+    {},
+  )
+  assert template.takes('tools')
+  assert template.render([MESSAGES[1]], TOOLS) == json.dumps(TOOLS)
+
+
 def test_variables_that_a_template_does_not_take():
   template = chat.ChatTemplate('{{ a }}{{ bos_token }}', {'bos_token': 'b'})
   assert template.render(MESSAGES, (), {'a': 1}) == '1b'
