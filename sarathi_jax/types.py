@@ -23,6 +23,8 @@ SamplingParams = sampling_params.SamplingParams
 StructuredOutputsParams = structured_outputs.StructuredOutputsParams
 _DEFAULT_SAMPLING = SamplingParams()
 TIERS = ('interactive', 'batch')
+# Of a token that can't be sampled, where JSON tells it; vLLM's.
+LEAST_LOGPROB = -9999.0
 
 
 class FinishReason(enum.Enum):
@@ -158,6 +160,11 @@ class TokenLogprobs(NamedTuple):
   def logprob(self) -> float:
     """The log-probability of the token that is there."""
     return self.logprobs[0]
+
+  def plain(self) -> dict[str, Any]:
+    """Returns the fields for JSON, where minus infinity is LEAST_LOGPROB."""
+    logprobs = [max(logprob, LEAST_LOGPROB) for logprob in self.logprobs]
+    return {**self._asdict(), 'logprobs': logprobs}
 
 
 Told = tuple[TokenLogprobs, ...]  # of consecutive tokens

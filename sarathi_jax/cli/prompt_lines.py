@@ -80,7 +80,7 @@ class Line:
       'stop_reason': completion.stop_reason,
       'metrics': dataclasses.asdict(completion.metrics),
       **{
-        name: [at._asdict() for at in told]
+        name: [at.plain() for at in told]
         for name in ('told', 'prompt_logprobs')
         if (told := getattr(completion, name))
       },

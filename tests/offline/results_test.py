@@ -18,7 +18,14 @@ def test_the_format_of_results(run):
     {
       'request_id': 'ids',
       'prompt_token_ids': [5, 6, 7],
-      'sampling': {'max_tokens': 2, 'temperature': 0},
+      'sampling': {
+        'max_tokens': 2,
+        'temperature': 0.5,
+        'top_k': 2,
+        'logprobs': 3,
+        'logprobs_mode': 'processed',
+        'prompt_logprobs': 1,
+      },
     },
     {'request_id': 'chat', 'messages': [{'role': 'user', 'content': 'Hi'}]},
     b'  ',
@@ -38,10 +45,20 @@ def test_the_format_of_results(run):
     'finish_reason',
     'stop_reason',
     'metrics',
+    'told',
+    'prompt_logprobs',
   }
   assert ids['prompt_token_ids'] == [5, 6, 7]
   assert len(ids['token_ids']) == len(ids['logprobs']) == 2
   assert all(x < 0 for x in ids['logprobs'])
+  for at, token, logprob in zip(
+    ids['told'], ids['token_ids'], ids['logprobs'], strict=True
+  ):
+    assert at['token_ids'][0] == token and at['logprobs'][0] == logprob
+    assert at['logprobs'][3] == -9999  # of the third, which top_k drops
+    assert at['rank'] in (1, 2)
+  assert [at['token_ids'][0] for at in ids['prompt_logprobs']] == [6, 7]
+  assert 'told' not in results['line-1']
   assert ids['finish_reason'] == 'length' and ids['stop_reason'] is None
   assert results['line-1']['prompt_token_ids'] == list(
     tokenizer_fixture.make().encode('The quick').ids

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from sarathi_jax import types
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-_LEAST_LOGPROB = -9999.0  # as vLLM: JSON has no infinity
 _CHARS = 40  # of each log-probability in a response, about
 _Tokenizer = tokenizer_lib.Tokenizer | None
 
@@ -103,4 +102,4 @@ def _bytes(token: int, tokenizer: _Tokenizer) -> bytes:
 
 
 def _number(logprob: float) -> float:
-  return max(logprob, _LEAST_LOGPROB)
+  return max(logprob, types.LEAST_LOGPROB)
