@@ -34,6 +34,8 @@ from sarathi_jax.runner import packing
 from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import state as state_lib
 
+_FEW = 8  # sequences that are not worth two sizes; and the ratio of two
+
 
 class MaskedArrays(NamedTuple):
   """The rows to sample, as in `batch.BatchArrays`, and their masks.
@@ -57,7 +59,9 @@ def sizes(max_num_seqs: int) -> tuple[int, ...]:
   Each size takes seconds to compile. Few sequences of many follow a grammar, or
   all do.
   """
-  return tuple(sorted({max(max_num_seqs // 8, 1), max_num_seqs}))
+  if max_num_seqs <= _FEW:
+    return (max_num_seqs,)
+  return max_num_seqs // _FEW, max_num_seqs
 
 
 @functools.cache

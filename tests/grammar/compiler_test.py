@@ -222,3 +222,37 @@ def test_grammars_are_kept_by_what_they_say(
   for _ in range(2):
     of.compile(Params(regex='b' * 101))
   assert len(of._kept) == 1 and of._num_chars == 101
+
+
+@pytest.mark.parametrize(
+  'said',
+  [
+    {'json': {'type': 'integer', 'multipleOf': 10**7}},
+    {'json': {'type': 'number', 'multipleOf': 0.12345678}},
+    {'json': {'type': 'number', 'multipleOf': 1e-30}},
+    {'json': {'allOf': [{'multipleOf': 997}, {'multipleOf': 991}]}},
+    {'grammar': 'start: %json {"type": "integer", "multipleOf": 1e9}'},
+    {'grammar': 'start: %json {"multiple\\u004ff": 1000003}'},
+  ],
+)
+def test_large_multiples_are_refused(said: dict[str, Any]) -> None:
+  """llguidance takes gigabytes for some of these."""
+  with pytest.raises(errors.InvalidRequestError, match='multipleOf is too'):
+    walks.grammars().compile(Params(**said))
+
+
+@pytest.mark.parametrize('multiple', [3, 0.01, 1000, 2.5])
+def test_multiples(multiple: float) -> None:
+  schema = {'type': 'number', 'multipleOf': multiple, 'minimum': 0}
+  outputs = Params(json=schema | {'maximum': 9000})
+  rng = random.Random(9)
+  for _ in range(10):
+    tokens, is_over = walks.walk(walks.grammars(), outputs, rng)
+    value = float(walks.text_of('bytes', tokens)) / multiple
+    assert not is_over or abs(value - round(value)) < 1e-6
+
+
+def test_a_grammar_whose_first_mask_is_too_large_is_refused() -> None:
+  rules = ' '.join('("a" | "b"{1,50})*' for _ in range(1500))
+  with pytest.raises(errors.InvalidRequestError, match='Too many items'):
+    walks.grammars().compile(Params(grammar=f'start: {rules}'))

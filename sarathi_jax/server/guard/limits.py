@@ -184,10 +184,11 @@ class Limits:
     ),
   )
   max_grammar_chars: int = _row(
-    65_536,
+    32_768,
     'characters of a schema, of choices, of a regular expression or a grammar; '
     f'at most {structured_outputs.MOST_CHARS}',
-    'compiling them takes a core for up to half a second',
+    'compiling them takes a core for up to 0.3 s, and each mask of a constant '
+    'that long 17 ms',
   )
   max_id_chars: int = _row(
     256,
