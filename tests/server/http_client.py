@@ -113,9 +113,10 @@ class Client:
 
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-  """As `fake.write_tokenizer`, for chats, too."""
+  """As `fake.write_tokenizer`, for chats with tools, too."""
   (folder / 'chat_template.jinja').write_text(
     '{% for m in messages %}{{ m["content"] }} {% endfor %}'
+    '{% if tools %}{# as <tool_call> #}{% endif %}'
   )
   return fake.write_tokenizer(folder)
 

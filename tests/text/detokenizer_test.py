@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import hypothesis
@@ -323,6 +324,25 @@ def test_streaming_equals_searching_the_text_so_far(
   for delta in deltas:  # What was shown is never taken back.
     shown += delta.text
     assert expected.startswith(shown)
+
+
+@pytest.mark.parametrize('stop', [(), ('fox',), ('</s>',)])
+def test_marks_are_shown_though_special_tokens_are_not(
+  tokenizer: tokenizer_lib.Tokenizer, stop: tuple[str, ...]
+) -> None:
+  """As a reply is read by them."""
+  bos, eos = tokenizer_fixture.BOS, tokenizer_fixture.EOS
+  words = tokenizer.encode('the', add_special_tokens=False)
+  for shown, text in (((), 'thethe'), ((bos,), '<s>the<s>the')):
+    request = dataclasses.replace(
+      harness.make_request('a', tokenizer.encode('a'), 9, stop=stop),
+      shown_token_ids=shown,
+    )
+    made = detokenizer.Detokenizer(tokenizer, request)
+    parts = [
+      made.step(token, False)[0] for token in (bos, *words, bos, *words, eos)
+    ]
+    assert ''.join([*parts, made.flush()]) == text
 
 
 @pytest.mark.parametrize(
