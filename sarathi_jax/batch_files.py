@@ -41,7 +41,7 @@ class Line(prompt_lines.Line):
   Attributes:
     call: what its body asks for; None if it is refused.
     answer: to the call.
-    texts: what each choice begins with, as echoes do.
+    texts: what the choices of each prompt begin with, as echoes do.
     names: the fields that its body has, of which errors may name one.
   """
 
@@ -61,15 +61,18 @@ class Line(prompt_lines.Line):
       return self._written(told.status, told.body)
     assert self.answer is not None
     for completion in done:
-      self.answer.count(completion.prompt_token_ids, len(completion.token_ids))
+      num_prompt = 0 if completion.index else len(completion.prompt_token_ids)
+      self.answer.count(num_prompt, len(completion.token_ids))
+    call = self.answer.call
     choices = [
-      self.answer.choice(i, prompt, completion.prompt_token_ids, text).add(
-        completion
-      )
+      self.answer.choice(
+        i,
+        call.prompts[i // call.asked.sampling.n],
+        completion.prompt_token_ids,
+        self.texts[i // call.asked.sampling.n],
+      ).add(completion)
       or {}
-      for i, (prompt, text, completion) in enumerate(
-        zip(self.answer.call.prompts, self.texts, done, strict=True)
-      )
+      for i, completion in enumerate(done)
     ]
     return self._written(200, self.answer.whole(choices))
 

@@ -129,13 +129,23 @@ def _print(responses: Iterator[pb.GenerateResponse]) -> None:
     )
     if is_on
   )
+  is_failed = False
+  shown: dict[int, str] = {}
   for response in responses:
-    print(show(response), end='', flush=True)
+    text = show(response)
+    if FLAGS.n is not None and FLAGS.n > 1 and not FLAGS.json:
+      # Several outputs at once: each as a whole, as it ends.
+      text = shown[response.index] = shown.get(response.index, '') + text
+      if not response.HasField('finished'):
+        continue
+      print(f'[{response.index}] ', end='')
+    print(text, end='', flush=True)
     if response.HasField('finished') and not FLAGS.json:
       print(flush=True)
       _say(_summary(response.finished))
-      if response.finished.finish_reason == pb.FINISH_REASON_ERROR:
-        sys.exit(1)
+      is_failed |= response.finished.finish_reason == pb.FINISH_REASON_ERROR
+  if is_failed:
+    sys.exit(1)
 
 
 def _json(response: pb.GenerateResponse) -> str:

@@ -269,6 +269,8 @@ class LLM:
   ) -> list[types.Completion]:
     """Continues prompts, all at once, and waits until the last is done.
 
+    Outputs of one prompt (`SamplingParams.n`) share what is kept of it.
+
     Args:
       prompts: texts, lists of token ids, or chats (lists of messages); one or
         a list of them.
@@ -276,7 +278,7 @@ class LLM:
         checkpoint recommend (`engine.info.default_sampling`).
 
     Returns:
-      One completion a prompt, in order.
+      The completions of each prompt, `SamplingParams.n` of them, in order.
 
     Raises:
       InvalidRequestError: a prompt can't be served; none was started.
@@ -286,16 +288,16 @@ class LLM:
     """
     requests = self._requests(prompts, sampling)
     collected = {r.request_id: collector.Collector(r) for r in requests}
-    done: dict[str, types.Completion] = {}
+    done: dict[str, list[types.Completion]] = {}
     run = runs_lib.Run(self._runs, requests, 'generate')
     try:
       with self._runs.turns.take('generate'):
         for delta in run:
-          if completion := collected[delta.request_id].add(delta):
-            done[delta.request_id] = completion
+          if completions := collected[delta.request_id].add(delta):
+            done[delta.request_id] = completions
     finally:
       run.close()
-    return [done[r.request_id] for r in requests]
+    return [done_of for r in requests for done_of in done[r.request_id]]
 
   def chat(
     self,
@@ -315,7 +317,7 @@ class LLM:
         chat_template_kwargs of each chat; see `text.chats.Chat`.
 
     Returns:
-      One completion a chat, in order, with its `reply`.
+      The completions of each chat, in order, with their `reply`.
 
     Raises:
       See `generate`.
@@ -323,11 +325,11 @@ class LLM:
     one = bool(messages) and isinstance(messages[0], Mapping)
     several: Any = [messages] if one else messages
     prompts = [chats.Chat(messages=chat, **options) for chat in several]
+    completions = self.generate(prompts, sampling)
+    num_begun = itertools.accumulate(not done.index for done in completions)
     return [
-      dataclasses.replace(done, reply=self._reply(prompt, done))
-      for prompt, done in zip(
-        prompts, self.generate(prompts, sampling), strict=True
-      )
+      dataclasses.replace(done, reply=self._reply(prompts[num - 1], done))
+      for done, num in zip(completions, num_begun, strict=True)
     ]
 
   def _reply(self, chat: chats.Chat, done: types.Completion) -> types.Reply:
@@ -342,7 +344,7 @@ class LLM:
     prompt: Prompt,
     sampling: types.SamplingParams | None = None,
   ) -> runs_lib.Run:
-    """Continues one prompt, token by token.
+    """Continues one prompt, token by token; outputs come as they are made.
 
     Leaving the loop early aborts the request. Several streams may be read in
     turn, and `generate` called in between: their requests share the steps.

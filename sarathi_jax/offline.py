@@ -131,12 +131,12 @@ class _Live(NamedTuple):
   Attributes:
     line: the line.
     collectors: of its requests, by key.
-    done: those that have ended, by key.
+    done: the outputs of those that have ended, by key.
   """
 
   line: Line
   collectors: dict[str, collector.Collector]
-  done: dict[str, types.Completion]
+  done: dict[str, list[types.Completion]]
 
 
 def run_lines(
@@ -174,11 +174,11 @@ def run_lines(
     on_tokens(sum(len(delta.token_ids) for delta in deltas))
     for delta in deltas:
       line, collectors, done = live[delta.request_id]
-      if completion := collectors[delta.request_id].add(delta):
+      if completions := collectors[delta.request_id].add(delta):
         del live[delta.request_id]
-        done[delta.request_id] = completion
+        done[delta.request_id] = completions
         if len(done) == len(collectors):
-          yield line.result([done[key] for key in collectors])
+          yield line.result([c for key in collectors for c in done[key]])
 
 
 def _read_prompts(path: pathlib.Path) -> list[tuple[int, bytes]]:

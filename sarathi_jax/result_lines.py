@@ -35,7 +35,8 @@ def read_written(path: pathlib.Path) -> Written:
         elif 'error' in result:
           written.lines.add(result['line'])
         else:
-          result['metrics']  # An input, given by mistake, has ids only.
+          # An input, given by mistake, has ids only.
+          result['outputs' if 'outputs' in result else 'metrics']
           written.ids.add(str(result['request_id']))
       except (ValueError, KeyError, TypeError):
         raise errors.ConfigError(

@@ -35,12 +35,12 @@ LOGPROBS_MODES = ('raw', 'temperature', 'processed')
 # What vLLM's SamplingParams knows and we don't honour yet -> the value at
 # which it changes nothing. Any other value, but None, is refused by name.
 UNSUPPORTED: Mapping[str, Any] = {
+  'best_of': 1,
   'detokenize': True,
   'extra_args': {},
   'flat_logprobs': False,
   'guided_decoding': None,
   'logits_processors': None,
-  'n': 1,
   'output_kind': None,
   'repetition_detection': None,
   'spaces_between_special_tokens': True,
@@ -64,6 +64,8 @@ class SamplingParams:
   NumPy and JAX are taken, and kept as Python's.
 
   Attributes:
+    n: how many outputs to make of the prompt, each with random numbers of its
+      own; >= 1, and 1 with temperature 0, as all would be the same.
     max_tokens: the most tokens to generate, >= 1; None for all that the
       context has room for.
     temperature: >= 0; 0 takes the likeliest token (greedy).
@@ -88,12 +90,12 @@ class SamplingParams:
     min_tokens: the least tokens to generate: before them, neither the model's
       end of sequence nor `stop_token_ids` are sampled, and stop strings
       are text like any other.
-    seed: in [-2**63, 2**63); the same seed, prompt and weights give the same
-      random numbers, whatever else runs. So they give the same tokens, but
-      where rounding, which does depend on what else is in a step, decides
-      between two that are nearly as likely: seldom with float32 weights,
-      often enough to notice with 16 bits. None or, as in vLLM, -1: the engine
-      draws one.
+    seed: in [-2**63, 2**63), of the first output; each next one has one more
+      (vLLM's rule). The same seed, prompt and weights give the same random
+      numbers, whatever else runs. So they give the same tokens, but where
+      rounding, which does depend on what else is in a step, decides between
+      two that are nearly as likely: seldom with float32 weights, often enough
+      to notice with 16 bits. None or, as in vLLM, -1: the engine draws one.
     stop: strings that end the output, which excludes them.
     stop_token_ids: tokens that end the output, which includes them.
     include_stop_str_in_output: keep the stop string at the end of the text.
@@ -115,6 +117,14 @@ class SamplingParams:
       this request asks for.
   """
 
+  n: int = fields_lib.field(
+    1,
+    Kind.INT,
+    'How many outputs to make of each prompt.',
+    'must be an integer >= 1',
+    lambda n: _is_int(n) and n >= 1,
+    none_is_default=True,
+  )
   max_tokens: int | None = fields_lib.field(
     16,
     Kind.INT,
@@ -297,6 +307,12 @@ class SamplingParams:
       'min_tokens',
       self.min_tokens,
       f'must be at most max_tokens={self.max_tokens}',
+    )
+    _check(
+      self.n == 1 or self.temperature > 0,
+      'n',
+      self.n,
+      'must be 1 with temperature=0, which makes all outputs the same',
     )
     if self.seed == -1:  # as in vLLM
       object.__setattr__(self, 'seed', None)

@@ -197,7 +197,7 @@ def _requests(
       else r.num_output_tokens / max(r.max_output_tokens, 1)
     )
     cells: tuple[Any, ...] = (
-      r.request_id[-16:],
+      f'{r.request_id[-16:]}{f"/{r.index}" if r.index else ""}',
       r.client[-16:],
       phase,
       f'{r.num_prompt_tokens:,}',

@@ -80,6 +80,10 @@ class Request:
       )
     object.__setattr__(self, 'key', self.key or self.request_id)
 
+  def key_of(self, index: int) -> str:
+    """Returns the key of one of its `sampling.n` sequences."""
+    return f'{self.key}/{index}' if index else self.key
+
 
 class SlotSetup(NamedTuple):
   """What only the host knows of a sequence whose logits are adjusted.
@@ -102,13 +106,15 @@ class Chunk(NamedTuple):
   that `samples` reaches the sequence's end, so what comes next is sampled.
 
   Attributes:
-    request_id: the request's `key`.
+    request_id: the request's `key`; of several sequences of a request, the
+      sequence's own (`Request.key_of`).
     slot: in [0, max_num_seqs), the sequence's own while it runs; the device
       keeps its last sampled token there.
     start: tokens of the sequence that are in the KV cache already.
     tokens: the token ids; empty if the one token is still on the device,
       sampled by a batch in flight (look-ahead).
-    num_tokens: how many are computed: len(tokens), or 1 if that is empty.
+    num_tokens: how many are computed: len(tokens), or 1 if that is empty; 0
+      of a `Fork`.
     page_table: the pages of tokens [0, start + num_tokens), in order. The
       same object is passed on until a page is added.
     is_prefill: whether this is part of a prefill (a recompute is, too).
@@ -170,6 +176,18 @@ class TokenLogprobs(NamedTuple):
 Told = tuple[TokenLogprobs, ...]  # of consecutive tokens
 
 
+class Fork(NamedTuple):
+  """A sequence that begins where a chunk ends: one more sample after it.
+
+  Attributes:
+    row: which chunk of the batch; it ends a prefill.
+    chunk: the sequence's own, of no tokens.
+  """
+
+  row: int
+  chunk: Chunk
+
+
 class ScheduledBatch(NamedTuple):
   """One step: every ready decode, then chunks of prefills.
 
@@ -178,12 +196,30 @@ class ScheduledBatch(NamedTuple):
     chunks: its chunks, decodes first.
     num_tokens: the sum over chunks; at most the step's limit.
     preempted: keys of requests whose pages were taken back to make this batch.
+    forks: sequences that begin at the ends of its prefills.
+    copies: pages (from, to) to copy before it is computed, in order.
   """
 
   step: int
   chunks: tuple[Chunk, ...]
   num_tokens: int
   preempted: tuple[str, ...] = ()
+  forks: tuple[Fork, ...] = ()
+  copies: tuple[tuple[int, int], ...] = ()
+
+  @property
+  def samplers(self) -> tuple[Chunk, ...]:
+    """All that may sample: the chunks, and those of the forks after them."""
+    if not self.forks:
+      return self.chunks
+    return (*self.chunks, *(fork.chunk for fork in self.forks))
+
+  @property
+  def size(self) -> int:
+    """The tokens of a step that holds it, which has as many samples."""
+    if not self.forks:
+      return self.num_tokens
+    return max(self.num_tokens, sum(c.samples for c in self.samplers))
 
 
 class Sampled(NamedTuple):
@@ -249,7 +285,7 @@ class TokenEvent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-  """Measurements of a finished request. Times are seconds.
+  """Measurements of a finished request, or output. Times are seconds.
 
   Attributes:
     num_prompt_tokens: length of the prompt.
@@ -273,7 +309,7 @@ class RequestMetrics:
 
 
 class OutputDelta(NamedTuple):
-  """The output that one request gained in one step.
+  """The output that one request gained in one step, or one of its several.
 
   Attributes:
     request_id: the request's `key`.
@@ -289,6 +325,8 @@ class OutputDelta(NamedTuple):
       asks for it; else ().
     prompt_logprobs: with the first delta only: of each token of the prompt but
       the first, if `SamplingParams.prompt_logprobs` asks for it.
+    output_index: which of the request's outputs it is of.
+    num_left: how many of these go on.
   """
 
   request_id: str
@@ -300,6 +338,13 @@ class OutputDelta(NamedTuple):
   metrics: RequestMetrics | None = None
   told: Told = ()
   prompt_logprobs: Told | None = None
+  output_index: int = 0
+  num_left: int = 0
+
+  @property
+  def ends_request(self) -> bool:
+    """Whether it is the last delta of its request."""
+    return self.finish_reason is not None and not self.num_left
 
 
 class ToolCall(NamedTuple):
@@ -334,10 +379,11 @@ class Reply(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-  """The whole output of a finished request.
+  """The whole output of a finished request, or one of its several.
 
   Attributes:
     request_id: of the request.
+    index: which of the request's outputs.
     prompt_token_ids: the prompt.
     token_ids: the generated tokens.
     logprobs: their log-probabilities (natural logarithm, see
@@ -361,3 +407,4 @@ class Completion:
   told: Told = ()
   prompt_logprobs: Told | None = None
   reply: Reply | None = None
+  index: int = 0

@@ -301,6 +301,46 @@ def test_log_probabilities_do_not_depend_on_how_they_are_computed(
     assert stats.num_preemptions > 0
 
 
+@pytest.fixture(scope='module')
+def several() -> list[types.Request]:
+  return naive.make_several(
+    MODEL.vocab_size, [1, 60, 33, 16, 5, 41, 2, 32], MAX_SEQS
+  )
+
+
+@pytest.fixture(scope='module')
+def expected_several(params, several):
+  recompute = naive.recompute(MODEL, params)
+  return {r.request_id: recompute(r) for r in naive.apart(several)}
+
+
+@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [
+    (MAX_SEQS, SCARCE, True),
+    (17, SCARCE, False),
+    (64, PLENTY, True),
+    (UNLIMITED, SCARCE, True),
+  ],
+)
+def test_outputs_of_one_prompt_are_those_of_requests_of_their_own(
+  runner, several, expected_several, policy, token_budget, num_pages, look_ahead
+):
+  """Pages that fork, beside those that don't, under preemption."""
+  got, stats = run_engine(
+    runner,
+    several,
+    policy=policy,
+    token_budget=token_budget,
+    num_pages=num_pages,
+    look_ahead=look_ahead,
+  )
+  naive.assert_same(got, expected_several)
+  if num_pages == SCARCE and policy in ('sarathi', 'vllm'):
+    assert stats.num_preemptions > 0
+
+
 def test_each_field_adjusts_some_output(params, adjusted, expected_adjusted):
   """Or equality would prove little."""
   recompute = naive.recompute(MODEL, params)

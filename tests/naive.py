@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -168,6 +169,40 @@ def make_adjusted(
   ]
 
 
+def make_several(
+  vocab_size: int, prompt_lens: Sequence[int], most: int
+) -> list[types.Request]:
+  """Requests of several outputs each, up to `most`; of some, adjusted."""
+  adjusted = ADJUSTED[1], ADJUSTED[2], ALONE[2], ALONE[3]
+  return [
+    types.Request(
+      request_id=f'{name}-{i}',
+      prompt_token_ids=request.prompt_token_ids,
+      sampling=dataclasses.replace(
+        sampling[i % len(sampling)], n=1 + (most - 1 - i) % most, seed=100 * i
+      ),
+    )
+    for i, request in enumerate(make_requests(vocab_size, prompt_lens)[::2])
+    for name, sampling in (('plain', SEEDED), ('adjusted', adjusted))
+  ]
+
+
+def apart(requests: Sequence[types.Request]) -> list[types.Request]:
+  """For each output of requests, a request of its own, named as it is."""
+  return [
+    dataclasses.replace(
+      r,
+      request_id=r.key_of(i),
+      sampling=dataclasses.replace(
+        r.sampling, n=1, seed=(r.sampling.seed or 0) + i
+      ),
+      key='',
+    )
+    for r in requests
+    for i in range(r.sampling.n)
+  ]
+
+
 def make_tokenizer(vocab_size: int) -> tokenizer_lib.Tokenizer:
   """Text is words 't0', 't1', ..., each the token of its number."""
   words = tokenizers.Tokenizer(
@@ -270,7 +305,7 @@ def complete(
   policy: str = 'sarathi',
   **limits: Any,
 ) -> tuple[dict[str, types.Completion], state.EngineStats]:
-  """Runs requests on an engine around `runner`.
+  """Runs requests on an engine around `runner`; outputs by their keys.
 
   Args:
     runner: computes; it may be used by several engines, one by one.
@@ -289,12 +324,13 @@ def complete(
   )
   for request in requests:
     engine.add(request)
+  named = {r.request_id: r for r in requests}
   collected = {r.request_id: collector.Collector(r) for r in requests}
   done: dict[str, types.Completion] = {}
   while engine.has_work:
     for delta in engine.step():
-      if completion := collected[delta.request_id].add(delta):
-        done[delta.request_id] = completion
+      for completion in collected[delta.request_id].add(delta):
+        done[named[delta.request_id].key_of(completion.index)] = completion
   stats = engine.stats()
   assert stats.num_free_pages == config.num_pages
   return done, stats

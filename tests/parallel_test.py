@@ -131,15 +131,19 @@ def make_params(name: str) -> Any:
 
 
 @functools.cache
-def requests(adjusted: bool = False) -> Any:
-  make = naive.make_adjusted if adjusted else naive.make_requests
+def requests(kind: str = 'plain') -> Any:
+  make = {
+    'plain': naive.make_requests,
+    'adjusted': naive.make_adjusted,
+    'several': functools.partial(naive.make_several, most=MAX_SEQS),
+  }[kind]
   return make(_SIZES['vocab_size'], PROMPT_LENS)
 
 
 @functools.cache
-def expected(name: str, adjusted: bool = False) -> Any:
+def expected(name: str, kind: str = 'plain') -> Any:
   recompute = naive.recompute(MODELS[name], make_params(name))
-  return {r.request_id: recompute(r) for r in requests(adjusted)}
+  return {r.request_id: recompute(r) for r in naive.apart(requests(kind))}
 
 
 @functools.lru_cache(maxsize=1)
@@ -180,11 +184,11 @@ def run(
   num_pages: int,
   look_ahead: bool,
   token_budget: int = MAX_SEQS,
-  adjusted: bool = False,
+  kind: str = 'plain',
 ) -> Any:
   return naive.run_engine(
     runner,
-    requests(adjusted),
+    requests(kind),
     vocab_size=_SIZES['vocab_size'],
     token_budget=token_budget,
     max_num_seqs=MAX_SEQS,
@@ -203,27 +207,27 @@ def check(
   num_pages: int,
   look_ahead: bool,
   token_budget: int = MAX_SEQS,
-  adjusted: bool = False,
+  kind: str = 'plain',
 ) -> None:
   got, stats = run(
     runner,
     num_pages=num_pages,
     look_ahead=look_ahead,
     token_budget=token_budget,
-    adjusted=adjusted,
+    kind=kind,
   )
-  naive.assert_same(got, expected(name, adjusted))
+  naive.assert_same(got, expected(name, kind))
   assert (stats.num_preemptions > 0) == (num_pages == SCARCE)
 
 
-@pytest.mark.parametrize('adjusted', [False, True], ids=['plain', 'adjusted'])
+@pytest.mark.parametrize('kind', ['plain', 'adjusted', 'several'])
 @pytest.mark.parametrize(
   'num_pages,look_ahead,token_budget',
   [(PLENTY, True, 16), (SCARCE, True, 16), (SCARCE, False, 8)],
 )
 @pytest.mark.parametrize('tp,pp', MESHES)
 def test_tokens_do_not_depend_on_the_mesh(
-  tp, pp, num_pages, look_ahead, token_budget, adjusted
+  tp, pp, num_pages, look_ahead, token_budget, kind
 ):
   check(
     'llama',
@@ -231,7 +235,7 @@ def test_tokens_do_not_depend_on_the_mesh(
     num_pages=num_pages,
     look_ahead=look_ahead,
     token_budget=token_budget,
-    adjusted=adjusted,
+    kind=kind,
   )
 
 

@@ -10,6 +10,7 @@ NAN, INF = math.nan, math.inf
 
 # One that is not the default, for each.
 EXAMPLES: dict[str, Any] = {
+  'n': 2,
   'max_tokens': 3,
   'temperature': 0.75,
   'top_k': 5,
@@ -36,6 +37,11 @@ EXAMPLES: dict[str, Any] = {
   'logprobs_mode': 'processed',
 }
 BAD: tuple[tuple[str, Any, str], ...] = (
+  ('n', 0, 'must be an integer >= 1'),
+  ('n', -1, 'must be an integer >= 1'),
+  ('n', 2.0, 'must be an integer >= 1'),
+  ('n', True, 'must be an integer >= 1'),
+  ('n', '2', 'must be an integer >= 1'),
   ('max_tokens', 0, 'must be an integer >= 1'),
   ('max_tokens', -1, 'must be an integer >= 1'),
   ('max_tokens', 1.5, 'must be an integer >= 1'),
@@ -139,13 +145,12 @@ BAD: tuple[tuple[str, Any, str], ...] = (
   ),
 )
 NOT_SUPPORTED: tuple[tuple[str, Any], ...] = (
+  ('best_of', 2),
   ('detokenize', False),
   ('extra_args', {'a': 1}),
   ('flat_logprobs', True),
   ('guided_decoding', {'json': {}}),
   ('logits_processors', ['p']),
-  ('n', 2),
-  ('n', 0),
   ('output_kind', 1),
   ('spaces_between_special_tokens', False),
   ('thinking_token_budget', 0),

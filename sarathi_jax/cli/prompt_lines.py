@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import json
 import random
 from typing import Any, ClassVar, Self
@@ -41,7 +42,7 @@ class Line:
     requests: those that it asks for, with keys of their own; none if it is
       refused.
     error: what is wrong with it.
-    reader: of the reply to a chat; None if that is content alone.
+    readers: of each reply to a chat; none if they are content alone.
   """
 
   ID_KEY: ClassVar[str] = 'request_id'
@@ -50,7 +51,7 @@ class Line:
   request_id: str | int
   requests: tuple[types.Request, ...]
   error: errors.InvalidRequestError | None
-  reader: reply_reader.ReplyReader | None = None
+  readers: tuple[reply_reader.ReplyReader, ...] = ()
 
   def refused(self, error: errors.InvalidRequestError) -> Self:
     """Returns the line with an error instead of its requests."""
@@ -64,27 +65,38 @@ class Line:
         'line': self.number,
         'error': str(self.error),
       }
-    (completion,) = done
-    message = {}
-    if self.reader is not None:
-      reply = self.reader.read(completion.text, is_last=True)
-      message = {'message': replies.message(reply)}
+    outputs = [
+      _output(completion, reader)
+      for completion, reader in itertools.zip_longest(done, self.readers)
+    ]
     return {
       'request_id': self.request_id,
-      'prompt_token_ids': completion.prompt_token_ids,
-      'token_ids': completion.token_ids,
-      'logprobs': completion.logprobs,
-      'text': completion.text,
-      **message,
-      'finish_reason': completion.finish_reason.value,
-      'stop_reason': completion.stop_reason,
-      'metrics': dataclasses.asdict(completion.metrics),
-      **{
-        name: [at.plain() for at in told]
-        for name in ('told', 'prompt_logprobs')
-        if (told := getattr(completion, name))
-      },
+      'prompt_token_ids': done[0].prompt_token_ids,
+      **({'outputs': outputs} if len(outputs) > 1 else outputs[0]),
     }
+
+
+def _output(
+  completion: types.Completion, reader: reply_reader.ReplyReader | None
+) -> dict[str, Any]:
+  message = {}
+  if reader is not None:
+    reply = reader.read(completion.text, is_last=True)
+    message = {'message': replies.message(reply)}
+  return {
+    'token_ids': completion.token_ids,
+    'logprobs': completion.logprobs,
+    'text': completion.text,
+    **message,
+    'finish_reason': completion.finish_reason.value,
+    'stop_reason': completion.stop_reason,
+    'metrics': dataclasses.asdict(completion.metrics),
+    **{
+      name: [at.plain() for at in told]
+      for name in ('told', 'prompt_logprobs')
+      if (told := getattr(completion, name))
+    },
+  }
 
 
 def decode(text: bytes) -> dict[str, Any]:
@@ -145,10 +157,13 @@ def parse(
     engine.check(request)
   except errors.InvalidRequestError as error:
     return line.refused(error)
-  reader = engine.tokenizer and engine.tokenizer.reply_reader(
-    prompt, request.prompt_token_ids
-  )
-  return dataclasses.replace(line, requests=(request,), reader=reader or None)
+  readers: list[reply_reader.ReplyReader] = []
+  for _ in range(request.sampling.n):
+    if engine.tokenizer and (
+      reader := engine.tokenizer.reply_reader(prompt, request.prompt_token_ids)
+    ):
+      readers.append(reader)
+  return dataclasses.replace(line, requests=(request,), readers=tuple(readers))
 
 
 def seeded(

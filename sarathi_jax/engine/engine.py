@@ -51,7 +51,7 @@ class _InFlight(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class _Live:
-  """A request between `add` and its end."""
+  """A sequence between `add` and its end."""
 
   seq: sequence.Sequence
   detokenizer: detokenizer.Detokenizer | None
@@ -94,7 +94,9 @@ class Engine:
     self._following = following.Following(tokenizer, info)
     self._scheduler = scheduler
     self._runner = runner
-    self._live: dict[str, _Live] = {}
+    self._live: dict[str, _Live] = {}  # by the sequence's key
+    # Of requests of several sequences, the keys of those that go on.
+    self._several: dict[str, list[str]] = {}
     self._in_flight: deque[_InFlight] = deque()
     self._observers: tuple[state.Observer, ...] = ()
     # The ends and the rows of the last steps, as many as there are stages.
@@ -148,29 +150,25 @@ class Engine:
   def add(self, request: types.Request) -> None:
     """Queues a request that `check` accepted, with a key of its own."""
     assert request.key not in self._live, f'{request.key}: is there already'
-    detok = (
-      detokenizer.Detokenizer(self.tokenizer, request)
-      if self.tokenizer
-      else None
-    )
     bad_words = self._bad_words_of(request.sampling.bad_words)
     self._following.add(request)
-    self._live[request.key] = _Live(
-      self._scheduler.add(request, bad_words),
-      detok,
-      request.sampling.structured_outputs is not None,
-    )
+    seqs = self._scheduler.add(request, bad_words)
+    has_grammar = request.sampling.structured_outputs is not None
+    for seq in seqs:
+      detok = None
+      if self.tokenizer is not None:
+        detok = detokenizer.Detokenizer(self.tokenizer, request)
+      self._live[seq.key] = _Live(seq, detok, has_grammar)
+    if len(seqs) > 1:
+      self._several[request.key] = [seq.key for seq in seqs]
 
   def abort(self, request_id: str) -> bool:
     """Drops a request and frees its pages; returns False if it is unknown."""
-    live = self._live.pop(request_id, None)
-    if live is None:
-      return False
-    self._following.drop(request_id)
-    self._scheduler.remove(live.seq)
-    self._drained = [d for d in self._drained if d.request_id != request_id]
-    self.metrics.num_aborted += 1
-    return True
+    num_aborted = self._drop(request_id)
+    if num_aborted:
+      self._drained = [d for d in self._drained if d.request_id != request_id]
+      self.metrics.num_aborted += num_aborted
+    return num_aborted > 0
 
   @property
   def pace(self) -> pace_lib.Pace | None:
@@ -212,7 +210,7 @@ class Engine:
       self._suspect = None
       self._following.launched(batch, pending)
       self._send_masks()
-      num_rows = self._runner.num_rows(batch.num_tokens)
+      num_rows = self._runner.num_rows(batch.size)
       self._in_flight.append(_InFlight(batch, pending, num_rows, now))
       self._rows.append(num_rows)
       self._last_step_tokens = batch.num_tokens
@@ -257,12 +255,10 @@ class Engine:
     self._following.forget_in_flight()
     self._scheduler.forget_in_flight()
     self._runner.recover()
-    failed = [
-      c.request_id for c in suspect.chunks if c.request_id in self._live
-    ]
-    for request_id in failed:
-      self._following.drop(request_id)
-      self._scheduler.remove(self._live.pop(request_id).seq)
+    in_it = [self._live.get(chunk.request_id) for chunk in suspect.samplers]
+    failed = list(dict.fromkeys(live.seq.request.key for live in in_it if live))
+    for key in failed:
+      self._drop(key)
     self._drained = [d for d in self._drained if d.request_id not in failed]
     return failed
 
@@ -293,7 +289,7 @@ class Engine:
       self._observers += (observer,)
 
   def room(self, priority: int) -> tuple[int, int]:
-    """Returns (requests, tokens) that one step could begin beside the waiting.
+    """Returns (sequences, tokens) that a step could begin beside the waiting.
 
     Args:
       priority: of the requests to begin; waiting ones that are less urgent
@@ -301,23 +297,23 @@ class Engine:
     """
     scheduler = self._scheduler
     ahead = [
-      len(seq.tokens)
-      for seq in scheduler.waiting
-      if seq.request.priority <= priority
+      seq for seq in scheduler.waiting if seq.request.priority <= priority
     ]
-    config = scheduler.config
     return (
-      config.max_num_seqs - len(scheduler.running) - len(ahead),
-      config.token_budget - sum(ahead),
+      scheduler.slots.num_free() - sum(1 + len(seq.forks) for seq in ahead),
+      scheduler.config.token_budget - sum(len(seq.tokens) for seq in ahead),
     )
 
   def num_output(self, key: str) -> int:
-    """Returns a request's tokens generated so far; 0 if it is unknown."""
-    live = self._live.get(key)
-    return 0 if live is None else live.seq.num_output
+    """Returns the tokens generated so far by what goes on of a request."""
+    return sum(
+      self._live[k].seq.num_output
+      for k in self._several.get(key, (key,))
+      if k in self._live
+    )
 
   def requests(self) -> list[state.RequestState]:
-    """Returns how far each request is, by arrival."""
+    """Returns how far each sequence is, by arrival."""
     now = self.clock()
     return [state.request_state(live.seq, now) for live in self._live.values()]
 
@@ -375,6 +371,8 @@ class Engine:
         for output, event in zip(outputs, events, strict=True)
       ]
     self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
+    if self._several:
+      outputs = list(map(self._of_request, outputs, lives))
     return outputs
 
   def _send_masks(self) -> None:
@@ -383,6 +381,31 @@ class Engine:
       if ready.masks:
         self._runner.mask(ready.pending, ready.masks)
       self._suspect = None
+
+  def _of_request(
+    self, output: types.OutputDelta, live: _Live
+  ) -> types.OutputDelta:
+    """Returns a sequence's output as one of its request's."""
+    seq = live.seq
+    left = self._several.get(seq.request.key)
+    if left is None:
+      return output
+    if output.finish_reason is not None:
+      left.remove(seq.key)
+    if not left:
+      del self._several[seq.request.key]
+    return output._replace(
+      request_id=seq.request.key, output_index=seq.index, num_left=len(left)
+    )
+
+  def _drop(self, key: str) -> int:
+    """Gives up what goes on of a request; returns how many sequences."""
+    keys = self._several.pop(key, (key,))
+    lives = [self._live.pop(k) for k in keys if k in self._live]
+    for live in lives:
+      self._following.drop(live.seq.key)
+      self._scheduler.remove(live.seq)
+    return len(lives)
 
   def _record_times(self, lives: Iterable[_Live], now: float) -> None:
     gaps, first = [], []
@@ -445,9 +468,9 @@ class Engine:
     summary = live.times.summary(
       live.seq, live.seq.num_output - len(event.tokens) + len(tokens), now
     )
-    self.metrics.record_finished(summary, reason)
+    self.metrics.record_finished(summary, reason, live.seq.index)
     for observer in self._observers:
-      observer.on_finished(live.seq.request, summary, reason, now)
+      observer.on_finished(live.seq, summary, reason, now)
     return types.OutputDelta(
       request_id, text, tokens, logprobs, reason, stop_reason, summary
     )
@@ -455,7 +478,7 @@ class Engine:
   def _end_of_grammar(self, live: _Live) -> types.FinishReason | None:
     """Ends a request whose grammar is over; returns why, None if it is not."""
     request = live.seq.request
-    is_over, fault = self._following.end(request.key)
+    is_over, fault = self._following.end(live.seq.key)
     if not is_over:
       return None
     self._scheduler.remove(live.seq)

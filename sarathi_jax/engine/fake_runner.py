@@ -40,9 +40,9 @@ class FakeRunner:
     tokens: list[int] = []
     told: list[types.Told] = []
     prompts: list[types.Told] = []
-    for chunk in batch.chunks:
-      last = chunk.tokens[-1] if chunk.tokens else self._last[chunk.slot]
-      assert last >= 0, f'{chunk.request_id}: no token in slot {chunk.slot}'
+    ends = [self._last_of(chunk) for chunk in batch.chunks]
+    ends += [ends[fork.row] for fork in batch.forks]
+    for chunk, last in zip(batch.samplers, ends, strict=True):
       token = (last + 1) % self.vocab_size
       sampling = chunk.sampling
       told.append(
@@ -73,12 +73,12 @@ class FakeRunner:
       self._ends.append(self._done)
     tells_prompts = any(c.next_token is not None for c in batch.chunks)
     sampled = types.Sampled.of(
-      batch.chunks, tokens, [0.0] * len(tokens)
+      batch.samplers, tokens, [0.0] * len(tokens)
     )._replace(
       told=told if any(told) else None,
       prompts=prompts if tells_prompts else None,
     )
-    self._latest = sampled, batch.chunks
+    self._latest = sampled, batch.samplers
     return sampled
 
   def mask(self, pending: types.Sampled, masks: Mapping[int, Any]) -> None:
@@ -100,6 +100,11 @@ class FakeRunner:
             first - 1, token, sampling.logprobs, sampling.logprob_token_ids
           ),
         )
+
+  def _last_of(self, chunk: types.Chunk) -> int:
+    last = chunk.tokens[-1] if chunk.tokens else self._last[chunk.slot]
+    assert last >= 0, f'{chunk.request_id}: no token in slot {chunk.slot}'
+    return last
 
   def _tell(
     self,

@@ -96,13 +96,15 @@ class Following:
     return grammar
 
   def add(self, request: types.Request) -> None:
-    """Follows a request's output from its beginning, if it has a grammar."""
+    """Follows a request's outputs from their beginning, if it has a grammar."""
     grammar = request.grammar or self.compile(request.sampling)
     if grammar is not None:
-      self._matchers[request.key] = grammar.matcher(request.sampling)
+      for index in range(request.sampling.n):
+        key = request.key_of(index)
+        self._matchers[key] = grammar.matcher(request.sampling)
 
   def drop(self, key: str) -> None:
-    """Follows a request's output no longer."""
+    """Follows an output no longer."""
     self._matchers.pop(key, None)
 
   def launched(
@@ -113,7 +115,7 @@ class Following:
       return
     which = [
       i
-      for i, chunk in enumerate(batch.chunks)
+      for i, chunk in enumerate(batch.samplers)
       if chunk.samples and chunk.request_id in self._matchers
     ]
     if which:
@@ -144,8 +146,9 @@ class Following:
       return None
     batch, pending, which = self._waiting[0]
     followed = []
+    samplers = batch.samplers
     for i in which:
-      chunk = batch.chunks[i]
+      chunk = samplers[i]
       found = self._matchers.get(chunk.request_id)
       if found is None or found.is_over:  # What is sampled is void.
         continue

@@ -102,11 +102,12 @@ class EngineMetrics:
     wait_s: time that the host waited for batches; the rest is its own work.
     busy_s: time that steps took, from one completion to the next while any
       was under way.
-    num_prompt_tokens, num_output_tokens: of finished requests.
+    num_prompt_tokens, num_output_tokens: of finished requests; of several
+      outputs of a request, the first one's end counts the prompt.
     num_generated: tokens sampled so far, of all requests.
-    num_finished: requests that ended by themselves.
+    num_finished: outputs that ended by themselves; a request has `sampling.n`.
     finish_reasons: the same, by reason.
-    num_aborted: requests that were removed.
+    num_aborted: outputs that were given up.
     num_step_faults: steps that failed.
     decode_stall_s: the time that decodes spent waiting, while steps ran that
       they were not in, summed over decodes. Stall-free scheduling has none.
@@ -183,13 +184,15 @@ class EngineMetrics:
     self.num_padded_tokens += num_rows - num_tokens
 
   def record_finished(
-    self, metrics: types.RequestMetrics, reason: types.FinishReason
+    self, metrics: types.RequestMetrics, reason: types.FinishReason, index: int
   ) -> None:
+    """Counts an output that ended; `index` says which of its request's."""
     self.num_finished += 1
     self.finish_reasons[reason] += 1
-    self.num_prompt_tokens += metrics.num_prompt_tokens
+    if not index:
+      self.num_prompt_tokens += metrics.num_prompt_tokens
+      self.prompt_len.add([metrics.num_prompt_tokens])
     self.num_output_tokens += metrics.num_output_tokens
-    self.prompt_len.add([metrics.num_prompt_tokens])
     self.output_len.add([metrics.num_output_tokens])
     self.e2e_s.add([metrics.e2e_s])
     if metrics.tpot_s is not None:

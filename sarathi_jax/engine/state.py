@@ -16,6 +16,9 @@ from sarathi_jax.scheduler import sequence
 class EngineStats:
   """The engine's load at one moment.
 
+  `num_running`, `num_waiting`, `num_finished` and `num_aborted` count outputs,
+  of which a request may have several.
+
   `num_prefilled` counts each token of a prompt once, however often it was
   computed.
   """
@@ -43,10 +46,11 @@ class EngineStats:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestState:
-  """The progress of one request.
+  """The progress of one output of a request.
 
   Attributes:
     request_id: of the request.
+    index: which of the request's outputs it is.
     client: who sent it.
     is_running: whether it has a place in the batch; otherwise it waits.
     num_prompt_tokens: tokens of its prompt.
@@ -58,6 +62,7 @@ class RequestState:
   """
 
   request_id: str
+  index: int
   client: str
   is_running: bool
   num_prompt_tokens: int
@@ -86,12 +91,12 @@ class Observer(Protocol):
 
   def on_finished(
     self,
-    request: types.Request,
+    seq: sequence.Sequence,
     metrics: types.RequestMetrics,
     reason: types.FinishReason,
     now: float,
   ) -> None:
-    """Is told that a request ended by itself, and was not aborted."""
+    """Is told that an output ended by itself, and was not aborted."""
 
 
 def engine_stats(
@@ -103,8 +108,8 @@ def engine_stats(
 ) -> EngineStats:
   """Returns the load of an engine with this scheduler and these metrics."""
   return EngineStats(
-    num_running=len(scheduler.running),
-    num_waiting=len(scheduler.waiting),
+    num_running=sum(1 + len(seq.forks) for seq in scheduler.running),
+    num_waiting=sum(1 + len(seq.forks) for seq in scheduler.waiting),
     num_in_flight=num_in_flight,
     num_pages=scheduler.pages.num_pages,
     num_free_pages=scheduler.pages.num_free,
@@ -129,6 +134,7 @@ def request_state(seq: sequence.Sequence, now: float) -> RequestState:
   """Returns how far a request is, at `now` of the engine's clock."""
   return RequestState(
     request_id=seq.request.request_id,
+    index=seq.index,
     client=seq.request.client,
     is_running=seq.slot >= 0,
     num_prompt_tokens=seq.prompt_len,

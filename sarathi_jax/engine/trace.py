@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sarathi_jax import types
+from sarathi_jax.scheduler import sequence
 
 Event = Mapping[str, Any]  # of the Trace Event Format
 _STEPS, _REQUESTS = 1, 2  # process ids, which Perfetto shows as groups
@@ -67,14 +68,16 @@ class ChromeTrace:
 
   def on_finished(
     self,
-    request: types.Request,
+    seq: sequence.Sequence,
     metrics: types.RequestMetrics,
     reason: types.FinishReason,
     now: float,
   ) -> None:
+    request = seq.request
     arrival = now - metrics.e2e_s
     begin = arrival + (metrics.scheduling_delay_s or 0.0)
     first = arrival + (metrics.ttft_s or metrics.e2e_s)
+    of_several = f' {seq.index}' if request.sampling.n > 1 else ''
     args = {
       'prompt_tokens': metrics.num_prompt_tokens,
       'output_tokens': metrics.num_output_tokens,
@@ -83,7 +86,7 @@ class ChromeTrace:
       'client': request.client,
     }
     for name, start, stop in (
-      (request.request_id, arrival, now),
+      (f'{request.request_id}{of_several}', arrival, now),
       ('queued', arrival, begin),
       ('prefill', begin, first),
       ('decode', first, now),
@@ -93,7 +96,7 @@ class ChromeTrace:
         'tid': 1,
         'cat': 'request',
         'name': name,
-        'id': request.key,
+        'id': seq.key,
       }
       self._emit({**common, 'ph': 'b', 'ts': start * 1e6, 'args': args})
       self._emit({**common, 'ph': 'e', 'ts': stop * 1e6})

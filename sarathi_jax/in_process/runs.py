@@ -50,7 +50,7 @@ class Run(Iterator[types.OutputDelta]):
       self.close()
       raise
     delta = self.inbox.popleft()
-    if delta.finish_reason:
+    if delta.ends_request:
       self._left.discard(delta.request_id)
     return delta
 
@@ -105,7 +105,7 @@ class Runs:
       for delta in self._engine.step():
         if run := self._runs.get(delta.request_id):
           run.inbox.append(delta)
-          if delta.finish_reason:
+          if delta.ends_request:
             del self._runs[delta.request_id]
 
   def abandon(self, request_ids: set[str]) -> None:

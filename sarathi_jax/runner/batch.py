@@ -225,13 +225,9 @@ class BatchBuilder:
       if self._tables[slot] is not table:
         self._remember_table(slot, table)
       if self._params[slot] is not params:
-        self._params[slot] = params
-        self._sampling[:, slot] = _bits(
-          [
-            on_device.read(getattr(params, name))
-            for name, (_, on_device) in _SAMPLING.items()
-          ]
-        )
+        self._remember_sampling(slot, params)
+    for fork in batch.forks:
+      self._remember_sampling(fork.chunk.slot, fork.chunk.sampling)
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
     np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
@@ -254,28 +250,55 @@ class BatchBuilder:
     )
     fields.distribution[:] = n - sum(columns.is_prefill), n
     self._add_samples(
-      fields, np.fromiter(columns.samples, np.int32, n), columns.seed
+      fields,
+      np.fromiter(columns.samples, np.int32, n),
+      columns.seed,
+      batch.forks,
     )
     return buffer
 
   def _add_samples(
-    self, fields: BatchArrays, counts: np.ndarray, seeds: tuple[int, ...]
+    self,
+    fields: BatchArrays,
+    counts: np.ndarray,
+    seeds: tuple[int, ...],
+    forks: tuple[types.Fork, ...],
   ) -> None:
-    """Fills the fields of samples: `counts` of them at each row's end."""
+    """Fills the fields of samples: `counts` of them at each row's end.
+
+    Those of `forks` come after them, each at the end of its row.
+    """
     rows = counts.nonzero()[0]
     before_end: Any = 0  # of its row's
     if counts.max() > 1:
       rows = rows.repeat(counts[rows])
       before_end = counts.cumsum()[rows] - np.arange(1, len(rows) + 1)
-    m = len(rows)
     slots = fields.slots[rows]
+    seeds_of = np.array(seeds, '<i8')[rows]
+    if forks:
+      rows = np.append(rows, [fork.row for fork in forks])
+      slots = np.append(slots, [fork.chunk.slot for fork in forks])
+      seeds_of = np.append(seeds_of, [fork.chunk.seed for fork in forks])
+      before_end = np.append(
+        np.broadcast_to(before_end, len(rows) - len(forks)), [0] * len(forks)
+      )
+    m = len(rows)
     fields.num_samples[:] = m
     fields.sample_tokens[:m] = fields.cu_q_lens[1:][rows] - 1 - before_end
     fields.sample_slots[:m] = slots
     fields.sample_positions[:m] = fields.kv_lens[rows] - before_end
-    fields.seeds[:m] = np.array(seeds, '<i8').view('<i4').reshape(-1, 2)[rows]
+    fields.seeds[:m] = seeds_of.view('<i4').reshape(-1, 2)
     fields.sampling[:, :m] = self._sampling[:, slots]
     fields.sampling[:, m:] = NEUTRAL[:, None]
+
+  def _remember_sampling(self, slot: int, params: types.SamplingParams) -> None:
+    self._params[slot] = params
+    self._sampling[:, slot] = _bits(
+      [
+        on_device.read(getattr(params, name))
+        for name, (_, on_device) in _SAMPLING.items()
+      ]
+    )
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
     self._pages[slot, : len(table)] = table

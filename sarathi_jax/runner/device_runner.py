@@ -22,6 +22,7 @@ from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import copying
 from sarathi_jax.runner import hosts
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
@@ -42,7 +43,7 @@ class Pending(NamedTuple):
   """A batch being computed.
 
   Attributes:
-    chunks: of the batch.
+    chunks: of the batch, that may sample.
     step: the step in which it leaves the last stage.
     fields: the batch, as it is packed.
   """
@@ -62,6 +63,7 @@ class _InPipeline(NamedTuple):
     tells: whether it asks for more than tokens and their log-probabilities.
     tells_prompts: whether it asks for those of prompts.
     setups: what sets up slots before the batch is sampled from.
+    copies: pages that a stage copies before it computes the batch.
   """
 
   buffer: np.ndarray
@@ -70,6 +72,7 @@ class _InPipeline(NamedTuple):
   tells: bool = False
   tells_prompts: bool = False
   setups: tuple[np.ndarray, ...] = ()
+  copies: copying.Copies = ()
 
 
 class _Output(NamedTuple):
@@ -254,21 +257,21 @@ class DeviceRunner:
       lambda chunk: chunk.is_prefill, reversed(batch.chunks)
     )
     tells_prompts = any(chunk.next_token is not None for chunk in prefills)
-    size = self._programs.size_for(
-      batch.num_tokens, tells_prompts=tells_prompts
-    )
+    size = self._programs.size_for(batch.size, tells_prompts=tells_prompts)
     buffer = self._builder.build(batch, self._programs.layouts[size])
     setups = itertools.chain.from_iterable(
       adjusting.messages(chunk)
-      for chunk in batch.chunks
+      for chunk in batch.samplers
       if chunk.setup is not None
     )
     tells = self._programs.layouts[size].tells(buffer)
     self._step(
-      _InPipeline(buffer, size, True, tells, tells_prompts, tuple(setups))
+      _InPipeline(
+        buffer, size, True, tells, tells_prompts, tuple(setups), batch.copies
+      )
     )
     return Pending(
-      batch.chunks,
+      batch.samplers,
       self._num_steps + self.num_stages - 2,
       self._programs.layouts[size].split(buffer),
     )
@@ -418,6 +421,9 @@ class DeviceRunner:
     # Not earlier: batches between may be of those who had the slots before.
     for setup in self._stages[-1].setups:
       self._run(programs_lib.SET_UP, setup)
+    if any(stage.copies for stage in self._stages):
+      for message in copying.messages([s.copies for s in self._stages]):
+        self._run(programs_lib.COPY, message)
     output, told = self._run(size, ints)
     if self._stages[-1].is_batch:
       tells = self._stages[-1].tells

@@ -19,6 +19,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import copying
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
@@ -31,13 +32,14 @@ _Compiled = tuple[int, Any]  # a number and its program; None if to compile
 _Job = futures.Future[_Compiled]
 _TELL_S = 5.0
 
-# The number of the program that sets up a slot; a step's is its size.
-SET_UP = -1
+# The numbers of the programs that set up a slot, and that copy pages; a step's
+# is its size.
+SET_UP, COPY = -1, -2
 
 
 def masked(num_rows: int) -> int:
   """Returns the number of the program that samples so many rows anew."""
-  return SET_UP - num_rows
+  return COPY - num_rows
 
 
 # From so many bytes of weights on, a CPU's small steps take as long as reading
@@ -54,9 +56,9 @@ class StepPrograms:
   All programs are called alike, (leaves, state, ints) -> (state, outputs), of
   which there are two, see `step.stage_step`.
   Callers, here or on other hosts, need only a program's number and its
-  integers. Beside the steps there are `SET_UP`, whose integers are
-  `adjusting.message` and whose outputs are empty, and those of `masked`, see
-  `masking`.
+  integers. Beside the steps there are `SET_UP` and `COPY`, whose integers are
+  `adjusting.message` and `copying.messages` and whose outputs are empty, and
+  those of `masked`, see `masking`.
 
   Args:
     model, mesh, config: the deployment.
@@ -122,7 +124,11 @@ class StepPrograms:
       masked(n): n
       for n in (masking.sizes(max_num_seqs) if config.grammars else ())
     }
-    self.others = (*([SET_UP] if num_adjusted else ()), *self.masked)
+    self.others = (
+      *([SET_UP] if num_adjusted else ()),
+      *([COPY] if max_num_seqs > 1 else ()),  # else none share pages
+      *self.masked,
+    )
     self._steps: dict[int, Any] = {}
 
   def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
@@ -155,6 +161,8 @@ class StepPrograms:
     """
     if size == SET_UP:
       return self._lower_set_up(num_pages)
+    if size == COPY:
+      return self._lower_copy(num_pages)
     if size in self.masked:
       return self._lower_masked(self.masked[size], num_pages)
     layout = self.layouts[size]
@@ -189,6 +197,19 @@ class StepPrograms:
 
     return self._lower_other(
       'set_up', set_up, adjusting.message().size, num_pages
+    )
+
+  def _lower_copy(self, num_pages: int) -> Any:
+    lies = jax.tree.map(
+      lambda leaf: leaf.sharding, self.state_shapes(num_pages).kv
+    )
+
+    def copy(state: state_lib.DeviceState, ints: Any) -> Any:
+      kv = copying.copy(state.kv, ints, self._mesh, lies)
+      return dataclasses.replace(state, kv=kv), (ints[:0], ints[:0])
+
+    return self._lower_other(
+      'copy', copy, copying.size(self._num_stages), num_pages
     )
 
   def _lower_masked(self, num_rows: int, num_pages: int) -> Any:
@@ -302,8 +323,11 @@ class StepPrograms:
       pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, num_pages: int) -> int:
-    """Returns bytes of a device that the largest step needs; `extra_bytes`."""
-    return extra_bytes(self.lower(self.sizes[-1], num_pages).compile())
+    """Returns bytes of a device that any program needs; see `extra_bytes`."""
+    return max(
+      extra_bytes(self.lower(n, num_pages).compile())
+      for n in (self.sizes[-1], *self.others)
+    )
 
   def size_for(self, num_tokens: int, *, tells_prompts: bool = False) -> int:
     """Returns the smallest size that holds so many tokens.

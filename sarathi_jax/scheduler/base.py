@@ -25,9 +25,11 @@ import random
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.scheduler import forks as forks_lib
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import slots
 from sarathi_jax.scheduler import step_time
 from sarathi_jax.scheduler import urgency
 
@@ -59,16 +61,14 @@ class Scheduler(abc.ABC):
     self.running: list[Sequence] = []  # by urgency
     self.num_preemptions = 0
     self.num_prefilled = 0  # tokens of prompts computed, each counted once
-    # Free slots; those of sequences whose logits may be adjusted, and others.
-    slots = list(range(config.max_num_seqs))[::-1]
-    num_others = config.max_num_seqs - config.num_adjusted_seqs
-    self._slots, self._adjusted_slots = slots[:num_others], slots[num_others:]
+    self.slots = slots.Slots(config.max_num_seqs, config.num_adjusted_seqs)
     self._in_flight: deque[tuple[types.ScheduledBatch, list[Sequence]]] = (
       deque()
     )
     self._step = 0
     self._orders = itertools.count()
     self._preempted: list[str] = []
+    self._copies: list[tuple[int, int]] = []
     self._random = random.Random(config.seed)
 
   # -- What a policy defines --
@@ -111,12 +111,20 @@ class Scheduler(abc.ABC):
         'does not keep, as max_adjusted_seqs=0: penalties, biases, token ids '
         'and words to allow or to rule out, min_tokens.'
       )
+    field, most = 'max_num_seqs', self.config.max_num_seqs
+    if request.sampling.is_adjusted:
+      field, most = 'max_adjusted_seqs', self.config.num_adjusted_seqs
+    if request.sampling.n > most:
+      raise errors.InvalidRequestError(
+        f'{request.request_id}: n={request.sampling.n}: must be at most '
+        f'{field}={most}, as all of them run at once.'
+      )
 
   def add(
     self,
     request: types.Request,
     bad_words: tuple[tuple[int, ...], ...] = (),
-  ) -> Sequence:
+  ) -> list[Sequence]:
     """Queues a request that `check` accepted.
 
     Args:
@@ -124,32 +132,35 @@ class Scheduler(abc.ABC):
       bad_words: the token ids of each of its bad words.
 
     Returns:
-      Its progress; for reading only.
+      Its sequences, `sampling.n` of them; for reading only.
     """
     num_tokens = len(request.prompt_token_ids)
     assert 0 < num_tokens < self.config.max_model_len, num_tokens
     seed = request.sampling.seed
-    seq = Sequence.of(
-      request,
-      self.config,
-      next(self._orders),
-      self._random.getrandbits(31) if seed is None else seed,
-      bad_words,
-    )
-    urgency.insert(self.waiting, seq)
-    return seq
+    if seed is None:
+      seed = self._random.getrandbits(31)
+    seqs = [
+      Sequence.of(
+        request, self.config, next(self._orders), seed, bad_words, index
+      )
+      for index in range(request.sampling.n)
+    ]
+    seqs[0].forks = seqs[1:]
+    urgency.insert(self.waiting, seqs[0])
+    return seqs
 
   def remove(self, seq: Sequence) -> bool:
-    """Ends a request now and frees its pages; returns False if it has ended.
+    """Ends a sequence now and frees its pages; returns False if it has ended.
 
     Results of batches in flight are void for it. Its pages may be reused at
-    once, as the device runs batches in order.
+    once, as the device runs batches in order. Forks that have not begun end
+    with the sequence that they wait for.
     """
     if seq.is_finished:
       return False
     if seq.slot < 0:
       self.waiting.remove(seq)
-      seq.is_finished = True
+      _end(seq)
     else:
       self._finish(seq)
     return True
@@ -165,7 +176,7 @@ class Scheduler(abc.ABC):
   def forget_in_flight(self) -> None:
     """Gives up the batches in flight; their sequences will be recomputed."""
     for batch, seqs in self._in_flight:
-      for seq, chunk in zip(seqs, batch.chunks, strict=True):
+      for seq, chunk in zip(seqs, batch.samplers, strict=True):
         seq.num_in_flight -= 1
         seq.num_pending -= chunk.samples
     self._in_flight.clear()
@@ -192,7 +203,7 @@ class Scheduler(abc.ABC):
       A batch to launch. It has no chunks if there is nothing to do, or nothing
       can be done before a batch in flight completes.
     """
-    self._preempted = []
+    self._preempted, self._copies = [], []
     chunks: list[types.Chunk] = []
     seqs: list[Sequence] = []
     num_tokens = 0
@@ -208,8 +219,14 @@ class Scheduler(abc.ABC):
         # Prefills alone hold all pages, and none has enough to go on.
         self._preempt(self.running[-1])
     batch = types.ScheduledBatch(
-      self._step, tuple(chunks), num_tokens, tuple(self._preempted)
+      self._step,
+      tuple(chunks),
+      num_tokens,
+      tuple(self._preempted),
+      self._begin_forks(chunks, seqs),
+      tuple(self._copies),
     )
+    assert chunks or not batch.copies
     if chunks:
       self._in_flight.append((batch, seqs))
       self._step += 1
@@ -233,7 +250,7 @@ class Scheduler(abc.ABC):
     if sampled.prompts is not None:
       failed += self._keep_told(seqs, batch, sampled.prompts)
     for seq, chunk, tokens, logprobs in zip(
-      seqs, batch.chunks, sampled.tokens, sampled.logprobs, strict=True
+      seqs, batch.samplers, sampled.tokens, sampled.logprobs, strict=True
     ):
       seq.num_in_flight -= 1
       if chunk.is_prefill:
@@ -269,21 +286,17 @@ class Scheduler(abc.ABC):
   def _next_to_admit(self, now: float) -> Sequence | None:
     """Returns the most urgent waiting sequence that has arrived, or None.
 
-    None if it has no free slot, or if this step preempts: a newcomer would take
-    the room just made.
+    None if there are no free slots for it and its forks, or if this step
+    preempts: a newcomer would take the room just made.
     """
-    if not self.waiting or self._preempted:
-      return None
-    if not (self._slots or self._adjusted_slots):
+    if not self.waiting or self._preempted or not self.slots.num_free():
       return None
     seq = urgency.first_arrived(self.waiting, now)
-    return seq if seq is not None and self._free_slots(seq) else None
-
-  def _free_slots(self, seq: Sequence) -> list[int]:
-    """Returns the free slots for a sequence, which takes the last of them."""
-    if seq.setup is None and self._slots:
-      return self._slots
-    return self._adjusted_slots
+    if seq is None or len(seq.forks) >= self.slots.num_free(
+      is_adjusted=seq.setup is not None
+    ):
+      return None
+    return seq
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
     """Moves the next waiting sequence to running, if there is room now.
@@ -292,7 +305,8 @@ class Scheduler(abc.ABC):
       now: seconds on the engine's clock.
       reserve: the number of tokens to take pages for at once. None takes none
         now, but admits only if the whole prefill would fit beside what the
-        prefills under way have yet to take.
+        prefills under way have yet to take. Forks count, too, as far as the
+        whole cache goes.
 
     Returns:
       The sequence; None if none was admitted.
@@ -300,25 +314,27 @@ class Scheduler(abc.ABC):
     seq = self._next_to_admit(now)
     if seq is None:
       return None
-    num_pages = self.pages.num_for(
-      len(seq.tokens) if reserve is None else reserve
-    )
     owed = 0
     if reserve is None:
       owed = sum(
-        self.pages.num_for(s.prefill_len) - len(s.pages)
+        self._num_pages(s, s.prefill_len) - len(s.pages)
         for s in self._prefills()
       )
+    num_pages = self._num_pages(seq, reserve or len(seq.tokens))
     if num_pages + owed > self.pages.num_free:
       return None
     self.waiting.remove(seq)
     seq.prefill_len = len(seq.tokens)
-    seq.slot = self._free_slots(seq).pop()
-    seq.is_set_up = False
+    for s in (seq, *seq.forks):
+      s.slot = self.slots.take(is_adjusted=s.setup is not None)
+      s.is_set_up = False
     if seq.first_scheduled_time is None:
       seq.first_scheduled_time = now
     if reserve is not None:
       self._grow(seq, reserve)
+      num_own = forks_lib.num_own_pages(seq, self.pages, reserve)
+      for fork in seq.forks:
+        fork.pages = self.pages.take(min(num_own, self.pages.num_free))
     urgency.insert(self.running, seq)
     return seq
 
@@ -358,20 +374,48 @@ class Scheduler(abc.ABC):
   ) -> list[types.TokenEvent]:
     """Keeps what is told of prompts; returns the ends of those with NaN."""
     failed = []
-    for seq, chunk, told in zip(seqs, batch.chunks, prompts, strict=True):
+    for seq, chunk, told in zip(seqs, batch.samplers, prompts, strict=True):
       if seq.is_finished:
         continue
       if math.isnan(sum(at.logprob for at in told)):
         self._finish(seq)
-        failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
+        failed += [
+          types.TokenEvent(s.key, (), (), _ERROR) for s in (seq, *seq.forks)
+        ]
       seq.keep_told(chunk.start, told)
     return failed
+
+  def _num_pages(self, seq: Sequence, num_tokens: int) -> int:
+    """Returns the pages for a prefill with so many tokens, and its forks."""
+    num_pages = self.pages.num_for(num_tokens)
+    if seq.forks:
+      num_own = forks_lib.num_own_pages(seq, self.pages, num_tokens)
+      num_pages += len(seq.forks) * num_own
+    return min(num_pages, self.pages.num_pages)
 
   def _grow(self, seq: Sequence, num_tokens: int) -> None:
     missing = self.pages.num_for(num_tokens) - len(seq.pages)
     if missing > 0:
       seq.pages.extend(self.pages.take(missing))
       seq.page_table = tuple(seq.pages)
+    seq.room = len(seq.pages) * self.pages.page_size
+
+  def _begin_forks(
+    self, chunks: list[types.Chunk], seqs: list[Sequence]
+  ) -> tuple[types.Fork, ...]:
+    """Begins the forks of the prefills that end; adds them to `seqs`."""
+    forks = []
+    for row in reversed(range(len(chunks))):
+      if not chunks[row].is_prefill:
+        break  # Prefills come last.
+      if chunks[row].samples and seqs[row].forks:
+        for fork in seqs[row].forks:
+          chunk = forks_lib.begin(fork, seqs[row], self.pages, self._step)
+          forks.append(types.Fork(row, chunk))
+          urgency.insert(self.running, fork)
+          seqs.append(fork)
+        seqs[row].forks = []
+    return tuple(forks)
 
   def _secure_decodes(self) -> list[Sequence] | None:
     """Takes the page for the next token of every ready decode.
@@ -383,7 +427,6 @@ class Scheduler(abc.ABC):
       must wait.
     """
     ready_step = self._step - self.config.num_stages
-    page_size = self.pages.page_size
     while True:
       decodes = [
         s
@@ -392,12 +435,11 @@ class Scheduler(abc.ABC):
         and (s.last_step <= ready_step or not s.num_in_flight)
         and len(s.tokens) + s.num_pending < s.max_len
       ]
-      starved = [
-        s for s in decodes if s.num_computed == len(s.pages) * page_size
-      ]
-      if len(starved) <= self.pages.num_free:
+      starved = [s for s in decodes if s.num_computed == s.room]
+      num_pages = sum(forks_lib.needs_page(s, self.pages) for s in starved)
+      if num_pages <= self.pages.num_free:
         for s in starved:
-          self._grow(s, s.num_computed + 1)
+          self._make_room(s)
         return decodes
       # Only the least urgent, even if others have more pages: so the most
       # urgent always makes progress.
@@ -405,6 +447,13 @@ class Scheduler(abc.ABC):
       if least_urgent.num_in_flight:
         return None
       self._preempt(least_urgent)
+
+  def _make_room(self, seq: Sequence) -> None:
+    """Gives a decode the page that it needs for its next token."""
+    if seq.copy_from is None or forks_lib.needs_page(seq, self.pages):
+      self._grow(seq, seq.num_computed + 1)
+    if seq.copy_from is not None:
+      self._copies += forks_lib.own_shared_page(seq, self.pages)
 
   def _take(self, seq: Sequence, n: int) -> types.Chunk:
     start = seq.num_computed
@@ -428,7 +477,7 @@ class Scheduler(abc.ABC):
     seq.last_step = self._step
     request = seq.request
     chunk = types.Chunk(
-      request.key,
+      seq.key,
       seq.slot,
       start,
       tokens,
@@ -452,20 +501,23 @@ class Scheduler(abc.ABC):
     seq.num_preemptions += 1
     self.num_preemptions += 1
     urgency.insert(self.waiting, seq)
-    self._preempted.append(seq.request.key)
+    self._preempted.append(seq.key)
 
   def _finish(self, seq: Sequence) -> None:
     self._release(seq)
-    seq.is_finished = True
+    _end(seq)
 
   def _release(self, seq: Sequence) -> None:
     self.running.remove(seq)
-    self.pages.give_back(seq.pages)
-    is_adjusted_slot = seq.slot < self.config.num_adjusted_seqs
-    (self._adjusted_slots if is_adjusted_slot else self._slots).append(seq.slot)
-    seq.slot = -1
-    seq.pages = []
-    seq.page_table = ()
+    for s in (seq, *seq.forks):
+      forks_lib.release(s, self.pages)
+      self.slots.give_back(s.slot)
+      s.slot = -1
+
+
+def _end(seq: Sequence) -> None:
+  for s in (seq, *seq.forks):
+    s.is_finished = True
 
 
 def _told(
@@ -475,7 +527,7 @@ def _told(
 ) -> list[types.TokenEvent]:
   """Returns events with what is told of their tokens, and of prompts, once."""
   told = sampled.told or itertools.repeat(())
-  of = {seq.request.key: (seq, at) for seq, at in zip(seqs, told, strict=False)}
+  of = {seq.key: (seq, at) for seq, at in zip(seqs, told, strict=False)}
   return [
     event._replace(
       told=of[event.request_id][1][: len(event.tokens)],

@@ -27,8 +27,8 @@ class Runner(Protocol):
 
     Args:
       pending: the batch.
-      masks: index of a chunk -> [ceil(V / 32)] int32, token i is bit i % 32 of
-        word i // 32. Of others, what is sampled is void.
+      masks: index in the batch's `samplers` -> [ceil(V / 32)] int32, token i is
+        bit i % 32 of word i // 32. Of others, what is sampled is void.
     """
 
   def fetch(self, pending: Pending) -> types.Sampled:

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress of one request."""
+"""The progress of one sequence: of a request, or of one of its several."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import sampling_params
 from sarathi_jax import types
+
+_MIN_SEED = sampling_params.MIN_SEED
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-  """A request's tokens and place in the KV cache. Only the scheduler writes it.
+  """Its tokens and place in the KV cache. Only the scheduler writes it.
+
+  A request has `sampling.n` of them. The first one computes the prompt; the
+  others are its forks until then, begin where its prefill ends, and share its
+  pages.
 
   Prefill, chunk, decode and recompute are all "compute the next n tokens".
   Tokens [0, num_computed) are in the cache, or will be once the batches in
@@ -20,8 +27,10 @@ class Sequence:
 
   Attributes:
     request: the request.
+    index: which of the request's sequences it is, from 0.
+    key: `request.key_of(index)`.
     urgency: (priority, order of arrival); the smallest is the most urgent.
-    seed: of its random numbers.
+    seed: of its random numbers: the request's, and one more for each index.
     stop_ids: tokens that end it.
     setup: what its slot is set up with, but for its tokens; None if its logits
       are not adjusted.
@@ -36,8 +45,13 @@ class Sequence:
     slot: its row on the device while it runs, else -1.
     is_set_up: whether a chunk of it told the device what `setup` has, since
       it has its slot.
+    forks: the sequences that begin where its prefill ends; they run when it
+      does, and have slots, but are in no queue.
     pages: its pages of the cache, in order.
     page_table: the same pages, as the tuple that chunks share.
+    copy_from: the page after these that it shares, of which it has to have a
+      copy before it writes; None for none.
+    room: tokens for which it has pages that it may write to.
     num_in_flight: the number of batches in flight that hold it.
     last_step: the step of the last batch that held it.
     num_preemptions: how often its pages were taken back.
@@ -49,6 +63,8 @@ class Sequence:
   """
 
   request: types.Request
+  index: int
+  key: str
   urgency: tuple[int, int]
   seed: int
   stop_ids: frozenset[int]
@@ -62,8 +78,11 @@ class Sequence:
   num_prefilled: int = 0
   slot: int = -1
   is_set_up: bool = False
+  forks: list[Sequence] = dataclasses.field(default_factory=list)
   pages: list[int] = dataclasses.field(default_factory=list)
   page_table: tuple[int, ...] = ()
+  copy_from: int | None = None
+  room: int = 0
   num_in_flight: int = 0
   last_step: int = -1
   num_preemptions: int = 0
@@ -79,22 +98,27 @@ class Sequence:
     order: int,
     seed: int,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    index: int = 0,
   ) -> Sequence:
-    """Makes the sequence of a request that came after `order` others.
+    """Makes a sequence of a request that came after `order` others.
 
     Args:
       request, config: the request, and the scheduler's limits.
       order: how many came before.
-      seed: of its random numbers.
+      seed: of the request's random numbers.
       bad_words: the token ids of each of the request's.
+      index: which of the request's sequences.
     """
     sampling = request.sampling
     prompt_len = len(request.prompt_token_ids)
     room = config.max_model_len - prompt_len
     return cls(
       request=request,
+      index=index,
+      key=request.key_of(index),
       urgency=(request.priority, order),
-      seed=seed,
+      # As vLLM derives it; what is too large is the smallest again.
+      seed=(seed + index - _MIN_SEED) % 2**64 + _MIN_SEED,
       stop_ids=frozenset(sampling.stop_token_ids).union(
         () if sampling.ignore_eos else config.eos_token_ids
       ),
@@ -111,7 +135,8 @@ class Sequence:
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids),
-      prompt_logprobs=None if sampling.prompt_logprobs is None else [],
+      # Told once, with the first of several outputs.
+      prompt_logprobs=None if index or sampling.prompt_logprobs is None else [],
     )
 
   @property

@@ -105,7 +105,7 @@ class Ended:
   @property
   def num_tokens(self) -> int:
     """Tokens that the reader got."""
-    return 0 if self.stream is None else self.stream.num_tokens
+    return 0 if self.stream is None else sum(self.stream.num_tokens)
 
 
 class Frontend:
@@ -137,7 +137,7 @@ class Frontend:
     self._observers = observers
     self._engine: engine_lib.Engine | None = None
     self.num_open = 0
-    self._num_preparing = 0  # of them, those that are not yet submitted
+    self._num_preparing = 0  # outputs of those that are not yet submitted
     self._keys = itertools.count()
     # (tenant, request id) -> what its reader has not left.
     self._streams: dict[tuple[str, str], outbox.Stream] = {}
@@ -183,9 +183,9 @@ class Frontend:
       stats, num_waiting=stats.num_waiting + self.engine_thread.num_queued
     )
 
-  def check_room(self, num_requests: int) -> None:
-    """Raises CapacityError if so many more could not wait."""
-    self.engine_thread.check_room(self._num_preparing + num_requests)
+  def check_room(self, num_outputs: int) -> None:
+    """Raises CapacityError if requests of so many more could not wait."""
+    self.engine_thread.check_room(self._num_preparing + num_outputs)
 
   async def drain(self) -> None:
     """Ends requests that could not begin, and waits until none is open.
@@ -310,7 +310,7 @@ class Frontend:
   ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
     # Before anything is tokenized; those that are being count as well.
-    self.check_room(1)
+    self.check_room(draft.sampling.n)
     if size is None:
       size = prompts.num_chars(prompt)
     # No chat at once, however short: what its template does is its own affair.
@@ -320,10 +320,10 @@ class Frontend:
     outputs = draft.sampling.structured_outputs
     if outputs is not None:
       size += _LEAST_GRAMMAR + _GRAMMAR_CHAR * outputs.num_chars
-    self._num_preparing += 1
+    self._num_preparing += draft.sampling.n
     try:
       return await messages.read(
         size, lambda: prompts.prepare(self.engine, prompt, draft, self.limits)
       )
     finally:
-      self._num_preparing -= 1
+      self._num_preparing -= draft.sampling.n

@@ -61,8 +61,8 @@ class SarathiServicer:
 
     def Generate(self, request, context):
         """Continues one prompt. Tokens are streamed as they are made; the last
-        message, and no other, has `finished`. Cancelling the call, its deadline
-        and a lost connection abort the request.
+        message of each output (sampling.n), and no other, has `finished`.
+        Cancelling the call, its deadline and a lost connection abort the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

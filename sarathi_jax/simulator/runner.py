@@ -141,12 +141,12 @@ class SimulatedRunner:
     costs = self._cost.step_seconds(batch.chunks)
     if self._lockstep:
       self._tick((batch, costs))
-      return Pending(None, len(self._ends) + self._cost.pp - 2, batch.chunks)
+      return Pending(None, len(self._ends) + self._cost.pp - 2, batch.samplers)
     for stage, seconds in enumerate(costs):
       start = max(ready, self._free_at[stage])
       ready = start + seconds
       self._spend(stage, start, ready, batch)
-    return Pending(ready, 0, batch.chunks)
+    return Pending(ready, 0, batch.samplers)
 
   def _tick(
     self,

@@ -11,23 +11,30 @@ class Collector:
 
   def __init__(self, request: types.Request) -> None:
     self._request = request
-    self._deltas: list[types.OutputDelta] = []
+    self._deltas: list[list[types.OutputDelta]] = [
+      [] for _ in range(request.sampling.n)
+    ]
 
-  def add(self, delta: types.OutputDelta) -> types.Completion | None:
-    """Takes in a delta; returns the completion with the last one, else None."""
-    self._deltas.append(delta)
-    if delta.finish_reason is None:
-      return None
-    assert delta.metrics is not None
+  def add(self, delta: types.OutputDelta) -> list[types.Completion]:
+    """Takes in a delta; returns the outputs with the last one, else none."""
+    self._deltas[delta.output_index].append(delta)
+    if not delta.ends_request:
+      return []
+    return [self._completion(deltas) for deltas in self._deltas]
+
+  def _completion(self, deltas: list[types.OutputDelta]) -> types.Completion:
+    last = deltas[-1]
+    assert last.finish_reason is not None and last.metrics is not None
     return types.Completion(
-      request_id=delta.request_id,
+      request_id=last.request_id,
       prompt_token_ids=self._request.prompt_token_ids,
-      token_ids=tuple(t for d in self._deltas for t in d.token_ids),
-      logprobs=tuple(p for d in self._deltas for p in d.logprobs),
-      text=''.join(d.text for d in self._deltas),
-      finish_reason=delta.finish_reason,
-      stop_reason=delta.stop_reason,
-      metrics=delta.metrics,
-      told=tuple(t for d in self._deltas for t in d.told),
-      prompt_logprobs=self._deltas[0].prompt_logprobs,
+      token_ids=tuple(t for d in deltas for t in d.token_ids),
+      logprobs=tuple(p for d in deltas for p in d.logprobs),
+      text=''.join(d.text for d in deltas),
+      finish_reason=last.finish_reason,
+      stop_reason=last.stop_reason,
+      metrics=last.metrics,
+      told=tuple(t for d in deltas for t in d.told),
+      prompt_logprobs=deltas[0].prompt_logprobs,
+      index=last.output_index,
     )

@@ -27,10 +27,11 @@ class Clock:
 
 
 class ScriptRunner(fake_runner.FakeRunner):
-  """Each request's output is written in advance.
+  """Each output is written in advance.
 
   Args:
-    script: request id -> its output tokens. Past their end, 0 is sampled.
+    script: the key of a request, or of one of its outputs -> its tokens. Past
+      their end, 0 is sampled.
   """
 
   def __init__(self, script: Mapping[str, Sequence[int]]) -> None:
@@ -39,12 +40,12 @@ class ScriptRunner(fake_runner.FakeRunner):
 
   def launch(self, batch: types.ScheduledBatch) -> types.Sampled:
     tokens = []
-    for chunk in batch.chunks:
+    for chunk in batch.samplers:
       output = self._script[chunk.request_id]
       i = chunk.start + chunk.num_tokens - chunk.prompt_len
       if chunk.samples:
         tokens.append(output[i] if i < len(output) else 0)
-    return types.Sampled.of(batch.chunks, tokens, [-float(t) for t in tokens])
+    return types.Sampled.of(batch.samplers, tokens, [-float(t) for t in tokens])
 
 
 def make_engine(

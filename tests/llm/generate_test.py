@@ -77,6 +77,43 @@ def test_each_prompt_may_have_its_own_sampling(llm, greedy):
     llm.generate(PROMPTS, [GREEDY, GREEDY])
 
 
+def test_outputs_of_a_prompt_are_those_of_seeds_one_after_the_other(llm):
+  several = types.SamplingParams(temperature=2, seed=7, n=3)
+  alone = [types.SamplingParams(temperature=2, seed=seed) for seed in (7, 8, 9)]
+  done = llm.generate(PROMPTS, several)
+  assert [d.index for d in done] == [0, 1, 2] * 3
+  assert tokens_of(done) == [
+    completion.token_ids
+    for prompt in PROMPTS
+    for completion in llm.generate([prompt] * 3, alone)
+  ]
+  assert len(set(tokens_of(done))) == 9
+  # Each prompt may have as many as it will.
+  done = llm.generate(PROMPTS, [GREEDY, several, GREEDY])
+  assert [d.request_id for d in done[1:4]] == [done[1].request_id] * 3
+  assert len(done) == 5
+  told: dict[int, list[int]] = {0: [], 1: [], 2: []}
+  for delta in llm.stream(PROMPTS[1], several):
+    told[delta.output_index] += delta.token_ids
+  assert [tuple(told[i]) for i in range(3)] == tokens_of(done[1:4])
+
+
+def test_all_outputs_end_when_a_stream_is_left(llm):
+  several = types.SamplingParams(temperature=2, seed=7, n=3)
+  stream = llm.stream(PROMPTS[1], several)
+  next(stream)
+  stream.close()
+  stats = llm.engine.stats()
+  assert (stats.num_running, stats.num_free_pages) == (0, stats.num_pages)
+
+
+def test_one_greedy_output_is_all_there_is():
+  with pytest.raises(
+    errors.InvalidRequestError, match='n=2: must be 1 with temperature=0'
+  ):
+    types.SamplingParams(temperature=0, n=2)
+
+
 @pytest.mark.parametrize(
   'sampling', [{'temperature': 0}, [{}], [None], 'x', 5, {GREEDY}]
 )

@@ -43,8 +43,8 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
   ({'sampling': {'top_p': 0}, **GOOD}, 'top_p=0'),
   ({'sampling': {'top_p': 2}, **GOOD}, 'top_p=2'),
   (
-    {'sampling': {'n': 2}, **GOOD},
-    'n=2: this sampling field is not supported',
+    {'sampling': {'best_of': 2}, **GOOD},
+    'best_of=2: this sampling field is not supported',
   ),
   ({'sampling': {'temprature': 1}, **GOOD}, 'temprature=1: unknown sampling'),
   ({'sampling': [1], **GOOD}, 'sampling=[1]: must be an object'),

@@ -94,6 +94,7 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
   (TEXT, {'prompt': [1, 2], 'echo': True, 'return_token_ids': True}),
   (TEXT, {'prompt': 't1', 'logprobs': 0, 'stream': False}),
   (TEXT, {'prompt': 't1', 'stop': ['t5'], 'seed': 2**63 - 1}),
+  (TEXT, {'prompt': ['t1', 't7'], 'echo': True, 'n': 2}),
   (CHAT, {'messages': MESSAGES, 'max_completion_tokens': 2}),
   (CHAT, {'messages': MESSAGES}),
   (CHAT, {'messages': MESSAGES, 'logprobs': True, 'return_token_ids': True}),

@@ -94,6 +94,32 @@ def test_results_do_not_depend_on_order(run):
   assert runs.by_id(run.results()) != first
 
 
+def test_several_outputs_of_a_line_are_in_its_result(run):
+  """And are found again, as one, by --resume."""
+  lines = [
+    {'request_id': 'n', 'prompt_token_ids': [5, 6], 'sampling': {'n': 3}},
+    {'request_id': 'one', 'prompt_token_ids': [5, 6]},
+  ]
+  run.write(*lines)
+  assert run()[0] == 0
+  results = {r['request_id']: r for r in run.results()}
+  several = results['n']
+  assert set(several) == {'request_id', 'prompt_token_ids', 'outputs'}
+  assert len(several['outputs']) == 3
+  assert len({tuple(o['token_ids']) for o in several['outputs']}) == 3
+  assert set(several['outputs'][0]) == (
+    set(results['one']) - {'request_id', 'prompt_token_ids'}
+  )
+  before = run.output.read_bytes()
+  assert run('--resume')[0] == 0
+  assert run.output.read_bytes() == before
+  run.output.unlink()
+  run.write(lines[1])
+  assert run('--n=2')[0] == 0
+  (result,) = run.results()
+  assert len(result['outputs']) == 2
+
+
 def test_seeds_have_64_bits(run):
   seeds = [7, 7 + 2**32, 2**63 - 1, -(2**63), 7]
   run.write(

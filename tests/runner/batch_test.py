@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
@@ -192,6 +194,62 @@ def test_what_asks_for_more_than_a_log_probability(builder, fields, expected):
   buffer = builder.build(batch(A, B._replace(sampling=sampling)), LAYOUT)
   assert params(LAYOUT.split(buffer))['telling'] == [0, expected, 0, 0]
   assert LAYOUT.tells(buffer) == (expected > 0)
+
+
+def test_forks_are_sampled_after_the_chunk_that_they_begin_at(builder):
+  """After all others, each with its own slot, seed and parameters."""
+  warm = types.SamplingParams(temperature=2, top_p=0.75)
+  forks = tuple(
+    types.Fork(
+      2,
+      chunk(
+        f'c/{i}',
+        slot=slot,
+        start=7,
+        tokens=(),
+        pages=(1,),
+        num_tokens=0,
+        seed=seed,
+        sampling=warm,
+      ),
+    )
+    for i, (slot, seed) in enumerate([(3, 14), (1, -(2**40))], 1)
+  )
+  ends = C._replace(samples=1, sampling=warm)
+  several = batch(A, B, ends)._replace(forks=forks)
+  assert (several.size, several.num_tokens) == (5, 5)
+  names = [c.request_id for c in several.samplers]
+  assert names == ['a', 'b', 'c', 'c/1', 'c/2']
+  layout = dataclasses.replace(LAYOUT, num_rows=6, num_samples=6)
+  got = layout.split(builder.build(several, layout))
+  assert got.num_samples == 5
+  np.testing.assert_array_equal(got.distribution, [2, 3])
+  np.testing.assert_array_equal(got.sample_tokens, [0, 1, 4, 4, 4, 0])
+  slots = [c.slot for c in several.samplers]
+  np.testing.assert_array_equal(got.sample_slots, [*slots, 0])
+  assert got.sample_positions[2:5].tolist() == [7, 7, 7]
+  seeds = np.array(got.seeds).view('<i8').ravel()
+  assert seeds[2:].tolist() == [C.seed, 14, -(2**40), 0]
+  assert params(got)['temperature'][2:] == [2, 2, 2, 0]
+  assert params(got)['top_p'][2:] == [0.75, 0.75, 0.75, 1]
+
+
+def test_a_batch_of_more_samples_than_tokens_has_a_step_of_these(builder):
+  forks = tuple(
+    types.Fork(
+      0,
+      chunk(f'a/{i}', slot=i, start=1, tokens=(), pages=(), num_tokens=0),
+    )
+    for i in range(1, 4)
+  )
+  first = chunk('a', slot=0, start=0, tokens=(5,), pages=(1,), is_prefill=True)
+  one = batch(first)._replace(forks=forks)
+  assert (one.num_tokens, one.size) == (1, 4)
+  got = LAYOUT.split(builder.build(one, LAYOUT))
+  assert got.num_samples == 4
+  assert got.sample_tokens.tolist() == [0] * 4
+  assert got.sample_slots.tolist() == [0, 1, 2, 3]
+  assert got.cu_q_lens.tolist() == [0, 1, 1, 1, 1]
 
 
 def test_the_buffer_is_fresh(builder):

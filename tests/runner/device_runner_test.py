@@ -59,8 +59,9 @@ def test_warm_up_compiles_exactly_the_ladder(served):
   assert served.compiled.count('jit(run)') == len(sizes)
   assert served.compiled.count('jit(set_up)') == 1
   assert served.compiled.count('jit(sample_masked)') == 1
+  assert served.compiled.count('jit(copy)') == 1
   assert served.progress == sorted(served.progress)
-  assert (served.progress[0], served.progress[-1]) == ((0, 5), (5, 5))
+  assert (served.progress[0], served.progress[-1]) == ((0, 6), (6, 6))
   engine = served.llm.engine
   assert [engine._runner.num_rows(n) for n in (1, 4, 5, 8, 9, 16)] == (
     [4, 4, 8, 8, 16, 16]
@@ -149,7 +150,7 @@ def test_a_program_beside_the_steps_sets_the_state_of_a_slot(served):
     batch = types.ScheduledBatch(0, (chunk,), 1)
     return runner.fetch(runner.launch(batch))
 
-  number, ints = -2, np.array([2, 7], np.int32)
+  number, ints = -99, np.array([2, 7], np.int32)
   pages = runner._state.kv[0][0].unsafe_buffer_pointer()
   runner._programs._steps[number] = (
     jax.jit(put, donate_argnames='state')
@@ -281,8 +282,8 @@ def test_the_kv_cache_is_updated_in_place(served):
   num_bytes = NUM_PAGES * kv_cache.page_bytes(MODEL, PAGE_SIZE, jnp.float32)
   (shape,) = {pages.shape for pages in jax.tree.leaves(runner._state.kv)}
   assert math.prod(shape) * 4 * 2 == num_bytes
-  for size in (4, 8, 16):
-    compiled = runner._programs[size]
+  for program in (4, 8, 16, programs.COPY):
+    compiled = runner._programs[program]
     assert compiled.memory_analysis().alias_size_in_bytes >= num_bytes
     assert kv_copies(compiled.as_text(), shape) == []
 
@@ -450,7 +451,7 @@ def test_a_device_that_knows_its_memory_leaves_room_for_the_step(monkeypatch):
   assert runner.num_pages == min(
     32, int((free - needed[0] - kept) // PAGE_BYTES)
   )
-  assert runner.num_programs == 3  # a step, and what is beside it
+  assert runner.num_programs == 4  # a step, and what is beside it
 
 
 def test_a_kernel_that_cannot_have_the_pages_is_refused():

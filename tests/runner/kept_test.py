@@ -33,7 +33,7 @@ MODEL = dataclasses.replace(tiny.MODEL, num_kv_heads=2)
 PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
 
 # Of 4 tokens and as many sequences.
-ALL = [4, programs.SET_UP, programs.masked(4)]
+ALL = [4, programs.SET_UP, programs.COPY, programs.masked(4)]
 
 
 def make(folder: pathlib.Path, **fields: Any) -> llm_lib.LLM:

@@ -5,8 +5,9 @@ What is right is said here a second time, without a look at how the scheduler
 does it: from the requests, the batches and the tokens alone. Of the
 scheduler's own state only the queues' order and the pages held are read.
 
-The device is simulated: the token at position p of a request is
-`token_at(request_id, p)`, so that a wrong token, position, slot or order shows.
+The device is simulated: the token at position p of a sequence is
+`token_at(its id, p)`, so that a wrong token, position, slot or order shows.
+So is the memory of its pages: each chunk must find all tokens before it there.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ def make_request(
   stop_token_ids: tuple[int, ...] = (),
   arrival_time: float = 0.0,
   priority: int = 0,
+  n: int = 1,
 ) -> types.Request:
   return types.Request(
     request_id=request_id,
     prompt_token_ids=tuple(token_at(request_id, p) for p in range(prompt_len)),
     sampling=types.SamplingParams(
-      max_tokens=max_tokens, stop_token_ids=stop_token_ids
+      max_tokens=max_tokens, stop_token_ids=stop_token_ids, n=n
     ),
     arrival_time=arrival_time,
     priority=priority,
@@ -65,28 +67,42 @@ class Checker:
     self._in_flight: deque[
       tuple[types.ScheduledBatch, list[Known], list[int]]
     ] = deque()
+    # (page, place in it) -> the token there, and its position.
+    self._memory: dict[tuple[int, int], tuple[int, int]] = {}
     # slot -> (request, position, step) that the device sampled last.
     self._slots: dict[int, tuple[Known, int, int]] = {}
 
   # -- What an engine does --
 
   def add(self, request: types.Request) -> None:
-    self._seqs[request.request_id] = self.scheduler.add(request)
+    seqs = self.scheduler.add(request)
     prompt_len = len(request.prompt_token_ids)
     max_tokens = request.sampling.max_tokens or self.config.max_model_len
-    self.live[request.request_id] = Known(
-      request=request,
-      order=self._num_added,
-      max_len=min(prompt_len + max_tokens, self.config.max_model_len),
-      num_tokens=prompt_len,
-      num_on_host=prompt_len,
-    )
-    self._num_added += 1
+    first = None
+    for index, seq in enumerate(seqs):
+      known = Known(
+        request=request,
+        index=index,
+        order=self._num_added,
+        max_len=min(prompt_len + max_tokens, self.config.max_model_len),
+        num_tokens=prompt_len,
+        num_on_host=prompt_len,
+        first=first,
+      )
+      first = first or known
+      self._seqs[known.id] = seq
+      self.live[known.id] = known
+      self._num_added += 1
 
   def remove(self, request_id: str) -> None:
-    assert self.scheduler.remove(self._seqs[request_id]), 'not removed'
-    assert not self.scheduler.remove(self._seqs[request_id]), 'removed twice'
-    self._forget(self.live[request_id])
+    """Removes a sequence; one that has not begun, with all of its request."""
+    known = self.live[request_id]
+    known = known.first or known
+    waiting = [k for k in self.live.values() if k.first is known]
+    assert self.scheduler.remove(self._seqs[known.id]), 'not removed'
+    for gone in (known, *waiting):
+      assert not self.scheduler.remove(self._seqs[gone.id]), 'removed twice'
+      self._forget(gone)
     self._check_state()
 
   def preempt_all(self) -> None:
@@ -108,7 +124,8 @@ class Checker:
     can_launch = len(self._in_flight) < self.config.max_in_flight
     running = self._running()
     batch = self.scheduler.schedule(now)
-    self._check_admitted(self._running() - running, now)
+    forked = {fork.chunk.request_id for fork in batch.forks}
+    self._check_admitted(self._running() - running - forked, now)
     assert batch.step == self.num_steps, 'steps are counted from 0'
     self._check_preempted(batch)
     ready = [k for k in self.live.values() if self._is_ready(k)]
@@ -127,7 +144,7 @@ class Checker:
     batch, knowns, tokens = self._in_flight.popleft()
     expected = []
     sampled = iter(tokens)
-    for known, chunk in zip(knowns, batch.chunks, strict=True):
+    for known, chunk in zip(knowns, batch.samplers, strict=True):
       token = next(sampled) if chunk.samples else None
       known.flights.discard(batch.step)
       if known.is_gone or token is None:
@@ -147,7 +164,7 @@ class Checker:
         self._forget(known)
     events = self.scheduler.complete(
       batch,
-      types.Sampled.of(batch.chunks, tokens, [-t / VOCAB for t in tokens]),
+      types.Sampled.of(batch.samplers, tokens, [-t / VOCAB for t in tokens]),
     )
     assert events == expected, f'events: {events}, expected {expected}'
     self._check_state()
@@ -182,7 +199,7 @@ class Checker:
     )
 
   def _needs_page(self, known: Known) -> bool:
-    held = next(s for s in self.scheduler.running if s.request is known.request)
+    held = self._seqs[known.id]
     return known.num_computed >= len(held.pages) * self.config.page_size
 
   def _check_preempted(self, batch: types.ScheduledBatch) -> None:
@@ -200,7 +217,7 @@ class Checker:
 
   def _check_admitted(self, admitted: set[str], now: float) -> None:
     left_out = [
-      self.live[s.request.request_id].urgency
+      self.live[s.key].urgency
       for s in self.scheduler.waiting
       if s.request.arrival_time <= now
     ]
@@ -209,7 +226,7 @@ class Checker:
     ), 'one was admitted before one that is more urgent'
 
   def _running(self) -> set[str]:
-    return {s.request.request_id for s in self.scheduler.running}
+    return {s.key for s in self.scheduler.running}
 
   def _check_empty(
     self, can_launch: bool, ready: list[Known], now: float
@@ -242,7 +259,12 @@ class Checker:
     assert len({c.request_id for c in chunks}) == len(chunks), (
       'a request is in the batch twice'
     )
-    assert len({c.slot for c in chunks}) == len(chunks), 'a slot is shared'
+    assert len({c.slot for c in batch.samplers}) == len(batch.samplers), (
+      'a slot is shared'
+    )
+    assert sum(c.samples for c in batch.samplers) <= config.max_num_seqs, (
+      'too many samples'
+    )
     kinds = [c.is_prefill for c in chunks]
     assert kinds == sorted(kinds), 'decodes come first'
 
@@ -278,6 +300,7 @@ class Checker:
   def _launch(self, batch: types.ScheduledBatch) -> None:
     knowns = []
     tokens = []
+    self._copy(batch.copies)
     for chunk in batch.chunks:
       known = self.live[chunk.request_id]
       self._check_chunk(batch.step, known, chunk)
@@ -289,8 +312,75 @@ class Checker:
         known.newest_step = batch.step
         self._slots[chunk.slot] = known, known.num_computed, batch.step
       knowns.append(known)
+    for fork in batch.forks:
+      known = self.live[fork.chunk.request_id]
+      self._check_fork(known, batch.chunks[fork.row], fork.chunk)
+      known.num_computed = known.prompt_len
+      known.num_tokens = known.prompt_len + 1
+      known.flights.add(batch.step)
+      known.newest_step = batch.step
+      known.first = None
+      tokens.append(token_at(known.id, known.num_computed))
+      self._slots[fork.chunk.slot] = known, known.num_computed, batch.step
+      knowns.append(known)
+    self._check_none_is_left_behind(batch)
     self._in_flight.append((batch, knowns, tokens))
     self.num_steps += 1
+
+  def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+    for source, target in copies:
+      for place in range(self.config.page_size):
+        if (source, place) in self._memory:
+          self._memory[target, place] = self._memory[source, place]
+        else:
+          self._memory.pop((target, place), None)
+
+  def _use_memory(self, known: Known, chunk: types.Chunk) -> None:
+    """Reads all tokens before a chunk's, and writes these."""
+    for position in range(chunk.start + chunk.num_tokens):
+      page, place = divmod(position, self.config.page_size)
+      where = chunk.page_table[page], place
+      token = self._token(known, position)
+      if position >= chunk.start:
+        self._memory[where] = token, position
+      assert self._memory.get(where) == (token, position), (
+        f'{known.id}: something else lies where its tokens should'
+      )
+
+  @staticmethod
+  def _token(known: Known, position: int) -> int:
+    if position < known.prompt_len:
+      return known.request.prompt_token_ids[position]
+    return token_at(known.id, position)
+
+  def _check_fork(
+    self, known: Known, ends: types.Chunk, chunk: types.Chunk
+  ) -> None:
+    """A fork begins in the step that ends the prefill of its prompt."""
+    assert known.first is not None, f'{known.id}: begins twice'
+    assert ends.request_id == known.first.id and ends.samples, (
+      f'{known.id}: begins at the end of another'
+    )
+    assert (chunk.start, chunk.num_tokens) == (known.prompt_len, 0), (
+      f'{known.id}: computes what is there'
+    )
+    assert chunk.start == ends.start + ends.num_tokens, 'begins elsewhere'
+    assert chunk.slot == self._seqs[known.id].slot, 'another slot'
+    self._check_request(known, chunk)
+
+  def _check_none_is_left_behind(self, batch: types.ScheduledBatch) -> None:
+    ended = {c.request_id for c in batch.chunks if c.samples}
+    assert not any(
+      k.first is not None and k.first.id in ended for k in self.live.values()
+    ), 'a fork was left behind'
+
+  def _check_request(self, known: Known, chunk: types.Chunk) -> None:
+    known.seed = chunk.seed if known.seed is None else known.seed
+    assert (chunk.prompt_len, chunk.seed, chunk.sampling) == (
+      known.prompt_len,
+      known.seed,
+      known.request.sampling,
+    ), f'{known.id}: not as requested'
 
   def _check_chunk(self, step: int, known: Known, chunk: types.Chunk) -> None:
     n, start = chunk.num_tokens, chunk.start
@@ -306,7 +396,7 @@ class Checker:
     )
     if stop <= known.num_on_host:
       assert chunk.tokens == tuple(
-        token_at(known.id, p) for p in range(start, stop)
+        self._token(known, p) for p in range(start, stop)
       ), f'{known.id}: wrong tokens'
     else:
       owner, position, sampled_at = self._slots[chunk.slot]
@@ -317,26 +407,22 @@ class Checker:
       assert sampled_at <= step - self.config.num_stages, (
         f'{known.id}: its last token is not sampled yet'
       )
-    self._check_page_table(chunk)
-    known.seed = chunk.seed if known.seed is None else known.seed
-    assert (chunk.prompt_len, chunk.seed, chunk.sampling) == (
-      len(known.request.prompt_token_ids),
-      known.seed,
-      known.request.sampling,
-    ), f'{known.id}: not as requested'
+    self._check_page_table(known, chunk)
+    self._use_memory(known, chunk)
+    self._check_request(known, chunk)
 
-  def _check_page_table(self, chunk: types.Chunk) -> None:
+  def _check_page_table(self, known: Known, chunk: types.Chunk) -> None:
     num_tokens = chunk.start + chunk.num_tokens
-    if self.policy in ('orca', 'faster_transformer'):
+    if self.policy in ('orca', 'faster_transformer') and not known.index:
       num_tokens = self.config.max_model_len  # They reserve for the longest.
-    assert len(chunk.page_table) == math.ceil(
-      num_tokens / self.config.page_size
+    num_pages = math.ceil(num_tokens / self.config.page_size)
+    assert len(chunk.page_table) == num_pages or (
+      # Forks have reserved as much as there was.
+      known.index
+      and self.policy in ('orca', 'faster_transformer')
+      and len(chunk.page_table) >= num_pages
     ), f'{chunk.request_id}: too few or too many pages'
-    held = next(
-      s
-      for s in self.scheduler.running
-      if s.request.request_id == chunk.request_id
-    )
+    held = self._seqs[known.id]
     assert chunk.page_table == tuple(held.pages)[: len(chunk.page_table)], (
       f'{chunk.request_id}: pages of another'
     )
@@ -344,9 +430,12 @@ class Checker:
 
   def _check_state(self) -> None:
     scheduler, config = self.scheduler, self.config
-    running = [s.request.request_id for s in scheduler.running]
-    waiting = [s.request.request_id for s in scheduler.waiting]
-    assert len(running) + len(waiting) == len(self.live), 'one was lost'
+    running = [s.key for s in scheduler.running]
+    waiting = [s.key for s in scheduler.waiting]
+    behind = [k for k in self.live.values() if k.first is not None]
+    assert len(running) + len(waiting) + len(behind) == len(self.live), (
+      'one was lost'
+    )
     for queue in running, waiting:
       urgency = [self.live[i].urgency for i in queue]
       assert urgency == sorted(urgency), 'not by urgency'
@@ -358,16 +447,51 @@ class Checker:
       )
     ]
     assert order == sorted(order), 'not first come, first served'
-    held = [p for s in scheduler.running for p in s.pages]
-    assert len(set(held)) == len(held), 'a page has two owners'
+    seqs = [self._seqs[i] for i in running]
+    seqs += [self._seqs[k.id] for k in behind]
+    self._check_pages(seqs)
+    slots = [s.slot for s in seqs if s.slot >= 0]
+    assert len({*slots}) == len(slots), 'a slot is shared'
+    assert {*slots} <= set(range(config.max_num_seqs)), 'no such slot'
+    assert len(slots) + scheduler.slots.num_free() == config.max_num_seqs, (
+      'slots were lost or made'
+    )
+    waiting_seqs = [*scheduler.waiting]
+    waiting_seqs += [
+      self._seqs[k.id] for k in behind if k.first and k.first.id in waiting
+    ]
+    assert not any(s.pages or s.slot >= 0 for s in waiting_seqs), (
+      'waits with pages'
+    )
+
+  def _check_pages(self, seqs: list[Any]) -> None:
+    """Each page is free, or has as many holders as hold it."""
+    pool, config = self.scheduler.pages, self.config
+    held: dict[int, list[tuple[Any, int]]] = {}
+    for seq in seqs:
+      mine = list(enumerate(seq.pages))
+      if seq.copy_from is not None:
+        mine.append((seq.num_computed // config.page_size, seq.copy_from))
+      assert len({page for _, page in mine}) == len(mine), (
+        'a page has two owners'
+      )
+      for place, page in mine:
+        held.setdefault(page, []).append((seq, place))
+    for holders in held.values():
+      places = {(id(seq.request), place) for seq, place in holders}
+      is_of_prompt = all(
+        place * config.page_size < seq.prompt_len for seq, place in holders
+      )
+      assert len(holders) == 1 or (len(places) == 1 and is_of_prompt), (
+        'a page has two owners'
+      )
     assert set(held) <= set(range(config.num_pages)), 'no such page'
-    assert len(held) + scheduler.pages.num_free == config.num_pages, (
+    assert len(held) + pool.num_free == config.num_pages, (
       'pages were lost or made'
     )
-    slots = {s.slot for s in scheduler.running}
-    assert len(slots) == len(running), 'a slot is shared'
-    assert slots <= set(range(config.max_num_seqs)), 'no such slot'
-    assert not any(s.pages for s in scheduler.waiting), 'waits with pages'
+    assert all(pool.num_holders(p) == len(held[p]) for p in held), (
+      'pages were lost or made: the pool knows of other holders'
+    )
 
   def _forget(self, known: Known) -> None:
     known.is_gone = True

@@ -154,6 +154,53 @@ class TakesTooManyPages(sarathi.SarathiScheduler):
     super()._grow(seq, num_tokens + spare * self.pages.page_size)
 
 
+class WritesToASharedPage(sarathi.SarathiScheduler):
+  def _make_room(self, seq: sequence.Sequence) -> None:
+    if seq.copy_from is not None:
+      self.pages.give_back(self.pages.take(1))
+      seq.pages.append(seq.copy_from)
+      seq.page_table = tuple(seq.pages)
+      seq.copy_from = None
+    super()._make_room(seq)
+
+
+class MakesNoCopy(sarathi.SarathiScheduler):
+  def _make_room(self, seq: sequence.Sequence) -> None:
+    super()._make_room(seq)
+    self._copies.clear()
+
+
+class CopiesTooLate(sarathi.SarathiScheduler):
+  _late: tuple[tuple[int, int], ...] = ()
+
+  def schedule(self, now: float) -> types.ScheduledBatch:
+    batch = super().schedule(now)
+    if batch.chunks:
+      late, self._late = self._late, batch.copies
+      self._in_flight[-1] = (
+        batch._replace(copies=late),
+        self._in_flight[-1][1],
+      )
+      return self._in_flight[-1][0]
+    return batch
+
+
+class GivesUpThePageToCopy(sarathi.SarathiScheduler):
+  def _finish(self, seq: sequence.Sequence) -> None:
+    for other in self.running:
+      if other is not seq and other.copy_from in seq.pages:
+        other.copy_from = None
+        other.room = len(other.pages) * self.pages.page_size
+    super()._finish(seq)
+
+
+class ForgetsForks(sarathi.SarathiScheduler):
+  def _begin_forks(
+    self, chunks: list[types.Chunk], seqs: list[sequence.Sequence]
+  ) -> tuple[types.Fork, ...]:
+    return ()
+
+
 class AdmitsNobody(sarathi.SarathiScheduler):
   def _admit(
     self, now: float, reserve: int | None = None
@@ -180,6 +227,11 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   ForgetsAPage: 'pages were lost or made',
   GivesAPageTwice: 'a page has two owners',
   TakesTooManyPages: 'too few or too many pages',
+  WritesToASharedPage: 'something else lies where its tokens should',
+  MakesNoCopy: 'something else lies where its tokens should',
+  CopiesTooLate: 'something else lies where its tokens should',
+  GivesUpThePageToCopy: 'pages were lost or made',
+  ForgetsForks: 'a fork was left behind',
   AdmitsNobody: 'deadlock',
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request as it is seen from outside the scheduler."""
+"""A sequence as it is seen from outside the scheduler."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from sarathi_jax import types
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Known:
-  """What is known of one request from the outside.
+  """What is known of one sequence of a request from the outside.
 
   Attributes:
     request: what was asked.
-    order: counts the requests as they were added.
+    index: which of the request's it is.
+    order: counts the sequences as they were added.
     max_len: its length at which it must end.
     num_computed: tokens in the cache.
     num_tokens: its length, tokens still on the device included.
@@ -23,9 +24,11 @@ class Known:
     flights: steps in flight that hold it.
     num_waited: steps since it could decode, that it was not in.
     is_gone: finished or removed.
+    first: the sequence at the end of whose prefill it begins; None since then.
   """
 
   request: types.Request
+  index: int
   order: int
   max_len: int
   num_computed: int = 0
@@ -37,10 +40,15 @@ class Known:
   finish_reason: types.FinishReason | None = None
   num_waited: int = 0
   is_gone: bool = False
+  first: Known | None = None
 
   @property
   def id(self) -> str:
-    return self.request.request_id
+    return self.request.key_of(self.index)
+
+  @property
+  def prompt_len(self) -> int:
+    return len(self.request.prompt_token_ids)
 
   @property
   def urgency(self) -> tuple[int, int]:

@@ -30,6 +30,7 @@ class Workload:
     eager: the chance to complete a batch before more can't be launched.
     stop_rate: the part of the vocabulary that ends a request.
     priorities: that requests have.
+    most: the most sequences of a request.
   """
 
   config: config_lib.SchedulerConfig
@@ -39,6 +40,7 @@ class Workload:
   eager: float
   stop_rate: float
   priorities: tuple[int, ...]
+  most: int
 
 
 def make_workload(rng: random.Random) -> Workload:
@@ -65,6 +67,7 @@ def make_workload(rng: random.Random) -> Workload:
     eager=rng.choice((0.0, 0.3, 1.0)),
     stop_rate=rng.choice((0.0, 0.0, 0.05)),
     priorities=rng.choice(((0,), (0, 0, 0, -1), (3, 0, -2, -(2**31)))),
+    most=rng.choice((1, 1, max_num_seqs)),
   )
 
 
@@ -81,6 +84,7 @@ def draw_request(
     stop_token_ids=tuple(range(int(workload.stop_rate * checker_lib.VOCAB))),
     arrival_time=arrival_time,
     priority=rng.choice(workload.priorities),
+    n=rng.choice((1, rng.randint(1, workload.most))),
   )
 
 

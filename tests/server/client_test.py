@@ -48,6 +48,20 @@ def test_text_on_stdout_summary_on_stderr(server: fake.RunningServer) -> None:
   assert 'tpot' in err
 
 
+def test_several_outputs_are_printed_one_after_the_other(
+  server: fake.RunningServer,
+) -> None:
+  code, out, err = _run(
+    server.server.port, 't1 t2', '--max_tokens=3', '--n=2', '--temperature=1'
+  )
+  assert code == 0
+  assert [line.split() for line in out.splitlines()] == [
+    ['[0]', 't3', 't4', 't5'],
+    ['[1]', 't3', 't4', 't5'],
+  ]
+  assert err.count('2 prompt tokens, 3 generated, length') == 2
+
+
 def test_sampling_flags_are_sent(server: fake.RunningServer) -> None:
   code, out, err = _run(
     server.server.port,

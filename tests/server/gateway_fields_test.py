@@ -17,6 +17,7 @@ from tests.server import http_client
 from tests.server.http_client import BODIES
 from tests.server.http_client import PROMPT
 from tests.server.http_client import Client
+from tests.server.http_client import text_of
 
 # What becomes of the fields of a body, chat and text: 400, a part of our
 # message, or nothing: then README names it.
@@ -103,6 +104,25 @@ def test_what_smg_drops_is_named(
       ), name
       assert not choice.get('logprobs')
   assert set(DROPPED) == _readme_names()
+
+
+@pytest.mark.parametrize('kind', BODIES)
+def test_several_outputs_come_through_smg(
+  served: tuple[fake.RunningServer, Client], kind: str
+) -> None:
+  path, body = BODIES[kind]
+  body = {**body, 'n': 2, 'temperature': 1}
+  status, whole = served[1].json(path, body)
+  assert status == 200, whole
+  assert [c['index'] for c in whole['choices']] == [0, 1]
+  assert [text_of(c) for c in whole['choices']] == ['t3 t4 t5 t6'] * 2
+  assert whole['usage']['prompt_tokens'] == 2
+  assert whole['usage']['completion_tokens'] == 8
+  texts = ['', '']
+  for event in served[1].events(path, body):
+    for choice in event['choices']:
+      texts[choice['index']] += text_of(choice) or ''
+  assert texts == ['t3 t4 t5 t6'] * 2
 
 
 @pytest.mark.parametrize(

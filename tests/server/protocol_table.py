@@ -26,6 +26,7 @@ from sarathi_jax import offline
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import open_inference_pb2 as oip
+from sarathi_jax.server import open_inference_pb2_grpc as oip_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server.http import chat
 from sarathi_jax.server.http import completions
@@ -330,6 +331,14 @@ def _open_inference(served: Served, fields: dict[str, Any]) -> None:
   if sampling:
     parameter = request.parameters['sampling_parameters']
     parameter.string_param = json.dumps(sampling)
+  if 'n' in sampling:  # It has a response for each output.
+    stub: Any = oip_grpc.GRPCInferenceServiceStub(served.running.channel)
+    for response in stub.ModelStreamInfer(
+      iter([request]), timeout=fake.TIMEOUT_S
+    ):
+      if response.error_message:
+        raise errors.InvalidRequestError(response.error_message)
+    return
   _call(
     served.running.channel.unary_stream(
       f'/{open_inference.NAME}/ModelInfer',
@@ -380,7 +389,7 @@ Names are those of `SamplingParams` and of `sarathi_jax.offline`. For our HTTP,
 `logprobs` of chats is `top_logprobs`, token ids are a `prompt`, and `client` is
 `user`; `request_id` is its header `x-request-id`, in batch files `custom_id`.
 Over gRPC, `client` is the metadata `x-client-id`. The `id` of Open Inference is
-given back, and names no request.
+given back, and names no request; `n` is for its ModelStreamInfer.
 """
 
 

@@ -51,7 +51,7 @@ class Limits:
 
   max_waiting: int = _row(
     1024,
-    'requests that wait to begin',
+    'requests that wait to begin, those of several outputs as so many',
     "each holds its prompt, and what can't be served soon is best refused",
   )
   max_waiting_tokens: int | None = _row(
@@ -125,6 +125,11 @@ class Limits:
     64,
     'levels of objects and lists in a tool',
     'what writes and what checks them calls itself for each',
+  )
+  max_n: int = _row(
+    128,
+    'outputs of a prompt',
+    'each is a sequence of its own to the engine, and waits as one',
   )
   max_stops: int = _row(
     128,
@@ -309,6 +314,8 @@ class Limits:
 
   def check_sampling(self, sampling: types.SamplingParams) -> None:
     """Refuses sampling with too many strings and token ids to look for."""
+    # More than may wait would never find room.
+    self.check('max_n', sampling.n, 'n', min(self.max_n, self.max_waiting))
     self.check('max_stops', len(sampling.stop), 'stop')
     self.check('max_stop_chars', sum(map(len, sampling.stop)), 'stop')
     self.check(

@@ -67,12 +67,12 @@ class Answer:
       return dataclasses.replace(output, **nothing)
     return output._replace(**nothing)
 
-  def count(self, prompt_ids: tuple[int, ...], num_tokens: int) -> None:
-    """Counts what one prompt, which is at its end, took."""
+  def count(self, num_prompt: int, num_tokens: int) -> None:
+    """Counts tokens of a prompt, if not yet counted, and of its output."""
     num_tokens *= self.call.has_output
-    self.usage['prompt_tokens'] += len(prompt_ids)
+    self.usage['prompt_tokens'] += num_prompt
     self.usage['completion_tokens'] += num_tokens
-    self.usage['total_tokens'] += len(prompt_ids) + num_tokens
+    self.usage['total_tokens'] += num_prompt + num_tokens
 
   def choice(
     self,
@@ -135,7 +135,9 @@ class Choice:
     event = self._answer.head | {'choices': [choice]}
     if self._answer.call.asked.include_usage:
       event['usage'] = None
-    return event | self._answer.of_prompt if is_first else event
+    # Of outputs of one prompt, the first one tells what is not by choice.
+    is_told = is_first and not self._number
+    return event | self._answer.of_prompt if is_told else event
 
   def add(self, output: _Output) -> dict[str, Any] | None:
     """Returns what the choice gained; None if there is nothing to tell yet."""
@@ -199,7 +201,8 @@ class Choice:
       )
     if answer.form.has_prompt_by_choice:
       return told
-    answer.of_prompt = told
+    if not self._number:
+      answer.of_prompt = told
     return {}
 
   def _positions(self, delta: _Output) -> list[told_lib.Position]:

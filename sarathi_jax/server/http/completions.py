@@ -55,6 +55,11 @@ def read(
   asked = forms.with_logprobs(asked, num)
   of_prompt = asked.sampling.prompt_logprobs
   tells = num is not None or asked.sampling.tells
+  if echo and tells and asked.sampling.n > 1:
+    raise errors.UnsupportedError(
+      f'echo=True: with logprobs, n={asked.sampling.n} is not supported: '
+      'log-probabilities of a prompt are told once.'
+    )
   if echo and tells:
     sampling = dataclasses.replace(
       asked.sampling, prompt_logprobs=max(num or 0, of_prompt or 0)

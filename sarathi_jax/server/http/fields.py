@@ -62,7 +62,6 @@ _STREAM_OPTIONS: Mapping[str, Kind] = {'include_usage': FLAG}
 NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'add_generation_prompt': (True,),
   'audio': (),
-  'best_of': (1,),
   'cache_salt': (),
   'chat_template': (),
   'continue_final_message': (False,),
@@ -74,7 +73,6 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'length_penalty': (1, 1.0),
   'metadata': (),
   'modalities': (['text'],),
-  'n': (1,),
   'output_kind': (),
   'prediction': (),
   'prompt_cache_key': (),

@@ -9,7 +9,7 @@ first output begins the response, so what fails before has its status.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any
 import uuid
@@ -46,7 +46,7 @@ async def answer(
   call = await messages.read(
     size, lambda: form.read(body, info, frontend.limits)
   )
-  frontend.check_room(len(call.prompts))
+  frontend.check_room(len(call.prompts) * call.asked.sampling.n)
   async with exchange.while_connected():
     await _Answer(exchange, frontend, form, call, size).run()
 
@@ -70,7 +70,9 @@ class _Answer:
     self._caller = exchange.caller(call.asked.user)
     self._num_left = len(call.prompts)  # that do not wait yet
     self._all_wait = asyncio.Event()
-    self._choices: list[dict[str, Any]] = [{}] * len(call.prompts)
+    self._choices: list[dict[str, Any]] = [{}] * (
+      len(call.prompts) * call.asked.sampling.n
+    )
     self._num_chars = 0  # of log-probabilities, about
 
   async def run(self) -> None:
@@ -123,25 +125,34 @@ class _Answer:
           len(size), lambda: answers.echo(prompt, self._frontend.engine)
         )
       prompt_ids = stream.request.prompt_token_ids
-      choice = self._answer.choice(index, prompt, prompt_ids, echo)
+      n = asked.sampling.n
+      choices = [
+        self._answer.choice(index * n + i, prompt, prompt_ids, echo)
+        for i in range(n)
+      ]
       if asked.stream:
-        await self._write(choice, stream)
+        await self._write(choices, stream)
       else:
         deltas = [delta async for delta in stream]
-        whole = outbox.merge(deltas)
-        if whole.finish_reason is types.FinishReason.ERROR:
-          raise answers.not_finite(stream.request.request_id)
-        num = told.num_chars(whole)
-        self._num_chars += num
-        self._choices[index] = await messages.read(
-          num + len(whole.text), lambda: choice.add(whole) or {}
-        )
-      self._answer.count(prompt_ids, stream.num_tokens)
+        for whole in outbox.merge_each(deltas):
+          if whole.finish_reason is types.FinishReason.ERROR:
+            raise answers.not_finite(stream.request.request_id)
+          num = told.num_chars(whole)
+          self._num_chars += num
+          of_output = choices[whole.output_index]
+          choice: dict[str, Any] | None = await messages.read(
+            num + len(whole.text), functools.partial(of_output.add, whole)
+          )
+          self._choices[index * n + whole.output_index] = choice or {}
+      self._answer.count(len(prompt_ids), sum(stream.num_tokens))
 
-  async def _write(self, choice: answers.Choice, stream: outbox.Stream) -> None:
-    """Writes the events of one choice."""
+  async def _write(
+    self, choices: Sequence[answers.Choice], stream: outbox.Stream
+  ) -> None:
+    """Writes the events of one prompt's choices."""
     async for delta in stream:
       size = told.num_chars(delta) + len(delta.text)
+      choice = choices[delta.output_index]
       event = await messages.read(
         size, functools.partial(_piece, choice, delta, size)
       )

@@ -22,6 +22,7 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
+from sarathi_jax.scheduler import sequence
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -261,7 +262,7 @@ class _Steps:
 
   def on_finished(
     self,
-    request: types.Request,
+    seq: sequence.Sequence,
     metrics: types.RequestMetrics,
     reason: types.FinishReason,
     now: float,

@@ -146,6 +146,11 @@ class OpenInferenceService(
         raise errors.InvalidRequestError(
           'stream=True: ModelInfer has one response; use ModelStreamInfer.'
         )
+      if (n := call.sampling.get('n') or 1) != 1:
+        raise errors.InvalidRequestError(
+          f'n={errors.shown(n)}: ModelInfer has one response; use '
+          'ModelStreamInfer, which has one for each output.'
+        )
       async with self._open(call, caller_lib.of(context)) as stream:
         deltas = [delta async for delta in stream]
         return self._response(call, outbox.merge(deltas))
@@ -185,22 +190,17 @@ class OpenInferenceService(
     try:
       call = await self._read(request)
       async with self._open(call, caller) as stream:
-        deltas: list[types.OutputDelta] = []
+        deltas: dict[int, list[types.OutputDelta]] = {}
         async for delta in stream:
-          if call.stream:
+          so_far = deltas.setdefault(delta.output_index, [])
+          so_far.append(delta)
+          if call.stream or delta.finish_reason is not None:
             await write(
               pb.ModelStreamInferResponse(
-                infer_response=self._response(call, delta)
+                infer_response=self._response(call, outbox.merge(so_far))
               )
             )
-          else:
-            deltas.append(delta)
-      if not call.stream:
-        await write(
-          pb.ModelStreamInferResponse(
-            infer_response=self._response(call, outbox.merge(deltas))
-          )
-        )
+            so_far.clear()
     except Exception as error:
       status.log_defect(error)
       code, message = status.of(error)
@@ -264,14 +264,17 @@ class OpenInferenceService(
       model_version=describe.VERSION,
       id=call.request.id,
     )
-    text = call.echo + delta.text
-    call.echo = ''  # before the first piece of text only
+    text = delta.text
+    if delta.output_index not in call.echoed:
+      text = call.echo + text  # before the first piece only
+      call.echoed.add(delta.output_index)
     reason = '' if delta.finish_reason is None else delta.finish_reason.value
     for name, datatype, values in (
       ('text_output', 'BYTES', [text.encode()]),
       ('output_ids', 'INT64', delta.token_ids),
       ('logprobs', 'FP32', delta.logprobs),
       ('finish_reason', 'BYTES', [reason.encode()]),
+      ('index', 'INT32', [delta.output_index]),
     ):
       if name in call.outputs:
         tensors.add_output(response, name, datatype, values)
@@ -284,7 +287,7 @@ class OpenInferenceService(
       ):
         if f'{of}_{name}' in call.outputs:
           tensors.add_output(response, f'{of}_{name}', datatype, values)
-    _set_final(response, delta.finish_reason is not None)
+    _set_final(response, delta.ends_request)
     return response
 
 
@@ -332,6 +335,7 @@ class _Call:
         'exclude_input_in_output=False: only with text_input.'
       )
     self.echo = '' if without_input else str(self.prompt)
+    self.echoed: set[int] = set()  # outputs whose text has begun
     self.sampling = (
       _from_json(
         'sampling_parameters', fields.pop('sampling_parameters', ''), limits

@@ -52,6 +52,7 @@ OUTPUTS: Tensors = (
     for of in ('told', 'prompt_told')
     for name, datatype, size in TOLD
   ),
+  ('index', 'INT32', 1),  # of the output, below n
 )
 _BACKEND = 'sarathi_jax'
 

@@ -125,13 +125,16 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
       logprobs=delta.logprobs,
       told=_told(delta.told),
       prompt_logprobs=_told(delta.prompt_logprobs or ()),
+      index=delta.output_index,
     )
     if delta.finish_reason is not None:
       response.finished.CopyFrom(finished(delta))
       response.finished.usage.prompt_tokens = len(
         stream.request.prompt_token_ids
       )
-      response.finished.usage.completion_tokens = stream.num_tokens
+      response.finished.usage.completion_tokens = stream.num_tokens[
+        delta.output_index
+      ]
     await context.write(response)
 
 
@@ -199,7 +202,7 @@ def _plain(message: Any) -> dict[str, Any]:
 
 
 def finished(delta: types.OutputDelta) -> pb.Finished:
-  """Makes the last message's `finished`, but for its usage."""
+  """Makes `finished` of an output's last message, but for its usage."""
   assert delta.finish_reason is not None
   message = pb.Finished(finish_reason=_FINISH_REASONS[delta.finish_reason])
   if isinstance(delta.stop_reason, str):

@@ -3,8 +3,9 @@
 
 Messages are those of the package smg-grpc-proto; semantics are those of vLLM's
 own server: zeros stand for defaults, a stream has deltas and then one
-`complete`, without a stream `complete` is all. What this engine does not do
-is refused, and calls that it does not have are UNIMPLEMENTED. Imports no JAX.
+`complete` of each output, without a stream `complete` is all. What this engine
+does not do is refused, and calls that it does not have are UNIMPLEMENTED.
+Imports no JAX.
 """
 
 from __future__ import annotations
@@ -252,26 +253,41 @@ async def _write(
 ) -> None:
   num_prompt = len(stream.request.prompt_token_ids)
   wants_logprobs = request.sampling_params.HasField('logprobs')
-  deltas: list[types.OutputDelta] = []
+  deltas: list[list[types.OutputDelta]] = [
+    [] for _ in range(stream.request.sampling.n)
+  ]
   async for delta in stream:
-    deltas.append(delta)
+    of_output = deltas[delta.output_index]
+    of_output.append(delta)
     if request.stream:
       chunk = pb.GenerateStreamChunk(
         token_ids=delta.token_ids,
         prompt_tokens=num_prompt,
         completion_tokens=len(delta.token_ids),
+        index=delta.output_index,
       )
       if wants_logprobs:
         chunk.output_logprobs.CopyFrom(_logprobs(delta))
       if delta.prompt_logprobs is not None:
         chunk.input_logprobs.CopyFrom(_of_prompt(stream.request, delta))
       await context.write(pb.GenerateResponse(chunk=chunk))
-  whole = outbox.merge(deltas)
+    if delta.finish_reason is not None:
+      complete = _complete(
+        stream.request, outbox.merge(of_output), wants_logprobs
+      )
+      await context.write(pb.GenerateResponse(complete=complete))
+
+
+def _complete(
+  request: types.Request, whole: types.OutputDelta, wants_logprobs: bool
+) -> pb.GenerateComplete:
+  """Makes the last message of an output."""
   complete = pb.GenerateComplete(
     output_ids=whole.token_ids,
-    prompt_tokens=num_prompt,
+    prompt_tokens=len(request.prompt_token_ids),
     completion_tokens=len(whole.token_ids),
     finish_reason=whole.finish_reason.value if whole.finish_reason else '',
+    index=whole.output_index,
   )
   if isinstance(whole.stop_reason, str):
     complete.matched_stop_str = whole.stop_reason
@@ -280,8 +296,8 @@ async def _write(
   if wants_logprobs:
     complete.output_logprobs.CopyFrom(_logprobs(whole))
   if whole.prompt_logprobs is not None:
-    complete.input_logprobs.CopyFrom(_of_prompt(stream.request, whole))
-  await context.write(pb.GenerateResponse(complete=complete))
+    complete.input_logprobs.CopyFrom(_of_prompt(request, whole))
+  return complete
 
 
 def _logprobs(delta: types.OutputDelta) -> pb.OutputLogProbs:

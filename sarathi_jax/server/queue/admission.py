@@ -81,6 +81,7 @@ class Queue:
     limits: the most that may wait.
 
   Attributes:
+    num_outputs: outputs of the requests that wait; a request may have several.
     num_tokens: tokens of the prompts that wait.
     has_room: whether more may begin, as far as is known.
   """
@@ -94,6 +95,7 @@ class Queue:
     self._clients: dict[str, _Shares] = {}  # of each tenant that is known
     self._step_s = 0.0  # what a step takes lately
     self._token_budget = 1  # of these
+    self.num_outputs = 0
     self.num_tokens = 0
     self.has_room = True
 
@@ -103,11 +105,11 @@ class Queue:
   def __iter__(self) -> Iterator[outbox.Stream]:
     return iter(self._streams.values())
 
-  def check_room(self, num_requests: int, num_tokens: int = 0) -> None:
+  def check_room(self, num_outputs: int, num_tokens: int = 0) -> None:
     """Refuses requests that there is no room for.
 
     Args:
-      num_requests: how many are to be pushed.
+      num_outputs: how many those that are to be pushed have.
       num_tokens: tokens of their prompts.
 
     Raises:
@@ -116,8 +118,8 @@ class Queue:
     limits = self._limits
     max_tokens = limits.max_waiting_tokens or math.inf
     full = ''
-    if len(self) + num_requests > limits.max_waiting:
-      full = f'{len(self)} requests: max_waiting={limits.max_waiting}'
+    if self.num_outputs + num_outputs > limits.max_waiting:
+      full = f'{self.num_outputs} requests: max_waiting={limits.max_waiting}'
     elif self._streams and self.num_tokens + num_tokens > max_tokens:
       full = (
         f'{self.num_tokens} tokens of prompts: '
@@ -142,7 +144,7 @@ class Queue:
     if error := self._late(request, request.arrival_time):
       raise error
     num_tokens = len(request.prompt_token_ids)
-    self.check_room(1, num_tokens)
+    self.check_room(request.sampling.n, num_tokens)
     tenant, client = request.tenant, request.client
     self._tenants.enter(tenant)
     self._clients.setdefault(tenant, _Shares()).enter(client)
@@ -150,6 +152,7 @@ class Queue:
       tenant, {}
     ).setdefault(client, deque()).append(stream)
     self._streams[request.key] = stream
+    self.num_outputs += request.sampling.n
     self.num_tokens += num_tokens
 
   def peek(self) -> outbox.Stream | None:
@@ -188,21 +191,21 @@ class Queue:
     now = engine.clock()
     priority: int | None = None
     taken: list[tuple[outbox.Stream, Exception | None]] = []
-    num_requests = num_tokens = 0  # that are to begin
+    num_outputs = num_tokens = 0  # of those that are to begin
     while (stream := self.peek()) is not None:
       request = stream.request
       if request.priority != priority:
         priority = request.priority
         room = engine.room(priority)
-      if room[0] <= num_requests or room[1] <= num_tokens:
+      if room[0] <= num_outputs or room[1] <= num_tokens:
         break
       error = self._late(request, now)
       taken.append((self.pop(), error))
       if error is None:
-        num_requests += 1
+        num_outputs += request.sampling.n
         num_tokens += len(request.prompt_token_ids)
     room = engine.room(_LEAST_URGENT)
-    self.has_room = room[0] > num_requests and room[1] > num_tokens
+    self.has_room = room[0] > num_outputs and room[1] > num_tokens
     return taken
 
   def remove(self, key: str) -> outbox.Stream | None:
@@ -211,6 +214,7 @@ class Queue:
     if stream is None:
       return None
     request = stream.request
+    self.num_outputs -= request.sampling.n
     self.num_tokens -= len(request.prompt_token_ids)
     self._tenants.leave(request.tenant)
     self._clients[request.tenant].leave(request.client)

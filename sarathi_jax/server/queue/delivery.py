@@ -45,12 +45,14 @@ class Delivery:
     return self._streams.pop(key, None)
 
   def route(self, delta: types.OutputDelta) -> outbox.Stream | None:
-    """Keeps a delta for its stream until `flush`; returns one that it ends."""
+    """Keeps a delta for its stream until `flush`; returns the stream."""
     stream = self._streams.get(delta.request_id)
     if stream is None:
       return None  # its reader left between the step and its delta
     self.put(stream, delta)
-    return self.remove(delta.request_id) if delta.finish_reason else None
+    if delta.ends_request:
+      self.remove(delta.request_id)
+    return stream
 
   def put(
     self, stream: outbox.Stream, item: types.OutputDelta | Exception

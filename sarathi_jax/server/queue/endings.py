@@ -37,10 +37,10 @@ class Endings:
     self._lock = lock
 
   def route(self, delta: types.OutputDelta) -> None:
-    """Keeps a delta for its reader; it may be the last."""
-    ended = self._streams.route(delta)
-    if ended is not None and delta.metrics is not None:
-      self._charge(ended.request, delta.metrics.num_output_tokens)
+    """Keeps a delta for its reader; it may be the last of an output."""
+    stream = self._streams.route(delta)
+    if stream is not None and delta.metrics is not None:
+      self._charge(stream.request, delta.metrics.num_output_tokens)
 
   def drop(self, stream: outbox.Stream, engine: engine_lib.Engine) -> None:
     """Gives up a request whose reader has left."""

@@ -123,15 +123,15 @@ class EngineThread:
     self._wake(lambda: self._waiting.push(stream))
     return stream
 
-  def check_room(self, num_requests: int) -> None:
+  def check_room(self, num_outputs: int) -> None:
     """Raises CapacityError if there is no room for so many more; any thread."""
     with self._wakeup:
-      self._waiting.check_room(num_requests)
+      self._waiting.check_room(num_outputs)
 
   @property
   def num_queued(self) -> int:
-    """Number of requests that wait and are not yet the engine's."""
-    return len(self._waiting)
+    """Number of outputs of requests that are not yet the engine's."""
+    return self._waiting.num_outputs
 
   @property
   def num_queued_tokens(self) -> int:

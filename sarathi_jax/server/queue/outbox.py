@@ -8,6 +8,7 @@ and costs less; one that falls far behind is ended. Imports no gRPC and no JAX.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from sarathi_jax import errors
@@ -17,17 +18,23 @@ from sarathi_jax import types
 class Stream:
   """The output of one request, in order; read by one task of the event loop.
 
-  Iteration ends after the delta with a finish_reason. It raises what the
-  request was refused with, StepError or EngineDeadError.
+  Iteration ends after the delta that ends the request. It raises what the
+  request was refused with, StepError or EngineDeadError. Where the request has
+  several outputs, each of these is in order.
 
   Args:
     request: whose output it is.
     abandon: called when the reader leaves before the end.
-    max_waiting: deltas that may wait for the reader; with one more the
-      request is aborted, and the reader's task cancelled, as it may be stuck
-      in a write: see `raise_overflow`. Not in the first one: gRPC can't end a
-      call while it sends the metadata that go with that, and never would.
-    interval_s: the least time between two of its deltas.
+    max_waiting: deltas of each output that may wait for the reader; with more
+      the request is aborted, and the reader's task cancelled, as it may be
+      stuck in a write: see `raise_overflow`. Not in the first one: gRPC can't
+      end a call while it sends the metadata that go with that, and never would.
+    interval_s: the least time between two deltas of an output.
+
+  Attributes:
+    request: see above.
+    num_tokens: tokens that the reader took, of each output.
+    last: the last delta that it took.
   """
 
   def __init__(
@@ -38,11 +45,15 @@ class Stream:
     interval_s: float = 0.0,
   ) -> None:
     self.request = request
-    self.num_tokens = 0  # that the reader took
+    num = request.sampling.n
+    self.num_tokens = [0] * num
+    self.last: types.OutputDelta | None = None
+    self._open = set(range(num))  # outputs whose last delta is not put
+    self._num_left = num  # whose last delta is not taken
     self._num_taken = 0  # deltas
-    self.last: types.OutputDelta | None = None  # the last one that it took
+    self._merged: deque[types.OutputDelta] = deque()  # next to be taken
     self._abandon = abandon
-    self._max_waiting = max_waiting
+    self._max_waiting = max_waiting * num
     self._interval_s = interval_s
     self._not_before = 0.0
     self._deltas: list[types.OutputDelta] = []
@@ -59,7 +70,7 @@ class Stream:
     if isinstance(item, Exception):
       self._error = item
     else:
-      self._deltas.append(item)
+      self._add(item)
       if len(self._deltas) > self._max_waiting:
         self._overflow()
     if self._waiter is not None and not self._waiter.done():
@@ -71,6 +82,8 @@ class Stream:
   async def __anext__(self) -> types.OutputDelta:
     if self._ended:
       raise StopAsyncIteration
+    if self._merged:
+      return self._take()
     if self._interval_s:
       loop = asyncio.get_running_loop()
       await asyncio.sleep(max(self._not_before - loop.time(), 0))
@@ -81,16 +94,35 @@ class Stream:
       self._waiter = asyncio.get_running_loop().create_future()
       await self._waiter
     if self._deltas:
-      delta = merge(self._deltas)
+      self._merged.extend(merge_each(self._deltas))
       self._deltas = []
-      self._ended = delta.finish_reason is not None
-      self.num_tokens += len(delta.token_ids)
-      self._num_taken += 1
-      self.last = delta
-      return delta
+      return self._take()
     self._ended = True
     assert self._error is not None
     raise self._error
+
+  def _add(self, delta: types.OutputDelta) -> None:
+    """Adds a delta; one of an abort stands for all outputs that went on."""
+    if delta.finish_reason is None:
+      self._deltas.append(delta)
+      return
+    ended = {delta.output_index}
+    if delta.finish_reason is types.FinishReason.ABORT:
+      ended = self._open
+    self._deltas += [delta._replace(output_index=i) for i in sorted(ended)]
+    self._open = self._open - ended
+
+  def _take(self) -> types.OutputDelta:
+    delta = self._merged.popleft()
+    if delta.finish_reason is not None:
+      self._num_left -= 1
+      self._ended = not self._num_left
+    if delta.num_left != self._num_left:  # as others were merged after it
+      delta = delta._replace(num_left=self._num_left)
+    self.num_tokens[delta.output_index] += len(delta.token_ids)
+    self._num_taken += 1
+    self.last = delta
+    return delta
 
   def close(self) -> None:
     """Aborts the request unless it has ended. May be called again."""
@@ -116,6 +148,7 @@ class Stream:
       'output wait for the client, who reads too slowly.'
     )
     self._deltas = []
+    self._merged.clear()
     self._abandon(self)
     if self._reader is not None and self._num_taken > 1:
       self._has_overflowed = True
@@ -123,7 +156,7 @@ class Stream:
 
 
 def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
-  """Merges consecutive deltas of one request, at least one, into one."""
+  """Merges consecutive deltas of one output, at least one, into one."""
   last = deltas[-1]
   if len(deltas) == 1:
     return last
@@ -134,3 +167,15 @@ def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
     told=tuple(t for delta in deltas for t in delta.told),
     prompt_logprobs=deltas[0].prompt_logprobs,
   )
+
+
+def merge_each(
+  deltas: Sequence[types.OutputDelta],
+) -> list[types.OutputDelta]:
+  """Merges consecutive deltas of a request into one of each of its outputs."""
+  if len(deltas) == 1:
+    return list(deltas)
+  by_index: dict[int, list[types.OutputDelta]] = {}
+  for delta in deltas:
+    by_index.setdefault(delta.output_index, []).append(delta)
+  return [merge(by_index[index]) for index in sorted(by_index)]
