@@ -101,8 +101,11 @@ class StructuredOutputsParams:
 
   def shown(self, field: str) -> str:
     """Returns a field and its value, for an error."""
-    name = self.NAMES.get(field, f'structured_outputs.{field}')
-    return f'{name}={errors.shown(getattr(self, field))}'
+    return f'{self.named(field)}={errors.shown(getattr(self, field))}'
+
+  def named(self, field: str) -> str:
+    """Returns what the client calls a field."""
+    return self.NAMES.get(field, f'structured_outputs.{field}')
 
   def _check(self, ok: bool, field: str, rule: str) -> None:
     if not ok:

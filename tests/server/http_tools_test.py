@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 
+from sarathi_jax.server.guard import limits as limits_lib
 from tests.offline import batch_files_test
 from tests.server import fake
 from tests.server import http_client
@@ -403,6 +404,26 @@ def test_schemas_that_are_none(served: Served) -> None:
     },
   )
   assert (status, param) == (400, 'tools') and 'exclude' in message
+
+
+def test_too_large_a_grammar_is_told_by_the_field(tmp_path: Any) -> None:
+  limits = limits_lib.Limits(max_grammar_chars=100)
+  with served_by(tmp_path, FAMILIES['qwen3'], limits=limits) as served:
+    schema = {'type': 'object', 'description': 'x' * 100}
+    response_format = {
+      'type': 'json_schema',
+      'json_schema': {'name': 'a', 'schema': schema},
+    }
+    for more in (
+      {'tool_choice': 'required'},
+      {'tools': [], 'response_format': response_format},
+      {'tools': [], 'structured_outputs': {'json': schema}},
+    ):
+      *_, name = more
+      name = 'tools' if name == 'tool_choice' else name
+      status, message, param = served.client.refused(CHAT, {**BODY, **more})
+      assert status == 400 and 'max_grammar_chars=100' in message, message
+      assert param == name, message
 
 
 def test_batch_files_and_lines(tmp_path: Any) -> None:

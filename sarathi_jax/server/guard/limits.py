@@ -327,7 +327,7 @@ class Limits:
     )
     outputs = sampling.structured_outputs
     if outputs is not None:
-      field = f'structured_outputs.{outputs.kind}'
+      field = outputs.named(outputs.kind)
       self.check('max_choices', len(outputs.choice or ()), field)
       self.check('max_grammar_chars', outputs.num_chars, field)
     for field in ('logit_bias', 'allowed_token_ids', 'bad_token_ids'):
