@@ -26,10 +26,12 @@ from sarathi_jax import EngineConfig
 from sarathi_jax import SamplingParams
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
+from tests import naive
 from tests import source_tree
 from tests.checkpoints_convert import fake_checkpoint as fake
 
-# What both hosts keep of a request: nothing, and what adjusts its logits.
+# What both hosts keep of a request: nothing, what adjusts its logits, and those
+# that wait for masks.
 SAMPLING: tuple[dict[str, Any], ...] = (
   {},
   dict(
@@ -38,6 +40,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     logit_bias={3: 2.0},
     min_tokens=20,
   ),
+  dict(structured_outputs={'regex': '(t1|t22|t3)+'}),
 )
 PROMPTS = ([1, 2, 3], [7] * 20, [5, 9] * 6)
 ENGINE = dict(token_budget=4, max_num_seqs=4, page_size=8, num_pages=32)
@@ -48,6 +51,8 @@ TIMEOUT_S = 240.0
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('model')
   convert.convert(fake.llama(folder / 'hf'), folder / 'out')
+  words = naive.make_tokenizer(fake.VOCAB).to_json()
+  (folder / 'out' / 'tokenizer.json').write_text(words)
   return folder / 'out'
 
 
@@ -217,6 +222,7 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
       assert tuple(_generate(channel, prompt, 20, **sampling)) == expected
   _check_logprobs(llm, channel)
   assert outputs[0] != outputs[1]
+  assert {t for tokens in outputs[2] for t in tokens} <= {1, 22, 3}
   # Wherever it arrives; JAX would keep it from the second one.
   hosts.processes[1].send_signal(signal.SIGTERM)
   assert [p.wait(60) for p in hosts.processes] == [0, 0], hosts.printed
