@@ -62,7 +62,11 @@ class Line(prompt_lines.Line):
     assert self.answer is not None
     for completion in done:
       num_prompt = 0 if completion.index else len(completion.prompt_token_ids)
-      self.answer.count(num_prompt, len(completion.token_ids))
+      self.answer.count(
+        num_prompt,
+        completion.metrics.num_cached_tokens,
+        len(completion.token_ids),
+      )
     call = self.answer.call
     choices = [
       self.answer.choice(
@@ -176,6 +180,7 @@ def _prepared(
       client=call.asked.user,
       priority=call.asked.priority,
       tier=call.asked.tier,
+      cache_salt=call.asked.cache_salt,
       key=f'{line.number}-{i}',
     )
     requests.append(prompts.prepare(engine, prompt, draft, _LIMITS))

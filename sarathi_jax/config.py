@@ -127,6 +127,10 @@ class EngineConfig:
     batch_tbt_slo_ms: like tbt_slo_ms, for requests of the tier 'batch'; None:
       these bound no step.
     attention: the implementation of ragged_paged_attention; None picks one.
+    prefix_cache: whether prompts that begin as others did use their pages of
+      the KV cache.
+    prefix_cache_misses: whether to find none, but to do all else: to measure
+      what finding them saves.
     tp: tensor parallelism: devices that share each layer; None for one, but
       on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
       as a large model can use, if it is to run several sequences.
@@ -157,6 +161,8 @@ class EngineConfig:
   ttft_slo_ms: float | None = None
   batch_tbt_slo_ms: float | None = None
   attention: str | None = None
+  prefix_cache: bool = True
+  prefix_cache_misses: bool = False
   tp: int | None = None
   pp: int = 1
   seed: int = 0
@@ -226,7 +232,9 @@ _ENGINE_RULES: Mapping[str, Rule] = {
   ),
   'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
-  **dict.fromkeys(('look_ahead', 'grammars'), FLAG),
+  **dict.fromkeys(
+    ('look_ahead', 'grammars', 'prefix_cache', 'prefix_cache_misses'), FLAG
+  ),
   'compilation_cache_dir': or_none(
     (
       lambda value: isinstance(value, (str, os.PathLike)),
@@ -261,7 +269,7 @@ class SchedulerConfig:
 
   Attributes:
     token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms, ttft_slo_ms,
-      batch_tbt_slo_ms: see `EngineConfig`.
+      batch_tbt_slo_ms, prefix_cache, prefix_cache_misses: see `EngineConfig`.
     max_adjusted_seqs: the most sequences running at once whose logits are
       adjusted; they have the first slots. None for all.
     max_model_len: the most tokens of a sequence.
@@ -273,6 +281,8 @@ class SchedulerConfig:
       prefill's token, in tokens; 0 where batches may take different times.
     eos_token_ids: tokens that end a sequence, unless it ignores them.
     seed: see `EngineConfig`.
+    dynamic_rope_len: the longest prompt whose keys in the cache do not depend
+      on its length; None where no prompt's do.
   """
 
   token_budget: int
@@ -290,6 +300,9 @@ class SchedulerConfig:
   eos_token_ids: Collection[int] = ()
   seed: int = 0
   max_adjusted_seqs: int | None = None
+  prefix_cache: bool = True
+  prefix_cache_misses: bool = False
+  dynamic_rope_len: int | None = None
 
   @classmethod
   def of(cls, config: EngineConfig, **resolved: Any) -> SchedulerConfig:

@@ -52,6 +52,8 @@ class Request:
       clock; None for never.
     tier: 'interactive', or 'batch' if nobody watches the tokens come; see
       `EngineConfig.batch_tbt_slo_ms`.
+    cache_salt: only requests of the same salt share pages of the KV cache: by
+      their times they could tell what others asked.
     key: unique among all requests that an engine has; the `request_id` of its
       chunks and deltas. By default the request's own.
     shown_token_ids: special tokens whose text is shown, though others' is not:
@@ -69,6 +71,7 @@ class Request:
   priority: int = 0
   deadline: float | None = None
   tier: str = 'interactive'
+  cache_salt: str = ''
   key: str = dataclasses.field(default='', repr=False, compare=False)
   shown_token_ids: tuple[int, ...] = ()
   grammar: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -289,6 +292,7 @@ class RequestMetrics:
 
   Attributes:
     num_prompt_tokens: length of the prompt.
+    num_cached_tokens: how many of these were found in the KV cache.
     num_output_tokens: tokens generated.
     num_preemptions: how often its pages were taken back.
     scheduling_delay_s: from arrival to its first chunk's schedule.
@@ -299,6 +303,7 @@ class RequestMetrics:
   """
 
   num_prompt_tokens: int
+  num_cached_tokens: int = 0
   num_output_tokens: int
   num_preemptions: int
   scheduling_delay_s: float | None

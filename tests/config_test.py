@@ -80,6 +80,8 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
     tbt_slo_ms=30.0,
     ttft_slo_ms=400.0,
     batch_tbt_slo_ms=90.0,
+    prefix_cache=False,
+    prefix_cache_misses=True,
     seed=3,
   )
   resolved: dict[str, Any] = dict(
@@ -87,6 +89,7 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
     num_pages=8,
     num_stages=2,
     prefix_cost=0.5,
+    dynamic_rope_len=7,
     eos_token_ids=(1,),
   )
   made = config_lib.SchedulerConfig.of(

@@ -10,6 +10,7 @@ the outputs that differ are counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -50,9 +51,14 @@ PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
 UNLIMITED = MAX_LEN  # Whole prompts are never longer.
 
 
+@functools.cache
+def make_params() -> Any:
+  return models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.3)
+
+
 @pytest.fixture(scope='module')
 def params() -> Any:
-  return models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.3)
+  return make_params()
 
 
 def make_runner(
@@ -86,10 +92,15 @@ def make_runner(
   )
 
 
-@pytest.fixture(scope='module')
-def runner(params) -> device_runner.DeviceRunner:
+@functools.cache
+def shared_runner() -> device_runner.DeviceRunner:
   """One for all cases: schedulers differ, compiled steps don't."""
-  return make_runner(params, 'xla')
+  return make_runner(make_params(), 'xla')
+
+
+@pytest.fixture(scope='module')
+def runner() -> device_runner.DeviceRunner:
+  return shared_runner()
 
 
 @pytest.fixture(scope='module')

@@ -187,6 +187,22 @@ def make_several(
   ]
 
 
+def make_alike(
+  vocab_size: int, prompt_lens: Sequence[int]
+) -> list[types.Request]:
+  """As `make_requests`, of prompts that begin with the same 20 tokens."""
+  rng = np.random.default_rng(1)
+  beginning = tuple(rng.integers(0, vocab_size, 20).tolist())
+  return [
+    dataclasses.replace(
+      request,
+      prompt_token_ids=beginning[: len(request.prompt_token_ids)]
+      + request.prompt_token_ids[20:],
+    )
+    for request in make_requests(vocab_size, prompt_lens)
+  ]
+
+
 def apart(requests: Sequence[types.Request]) -> list[types.Request]:
   """For each output of requests, a request of its own, named as it is."""
   return [
@@ -285,31 +301,13 @@ def recompute(
   return run
 
 
-def run_engine(
-  runner: Any,
-  requests: Sequence[types.Request],
-  **options: Any,
-) -> tuple[dict[str, Tokens], state.EngineStats]:
-  """Runs requests as `complete` does; returns their tokens."""
-  done, stats = complete(runner, requests, **options)
-  return {
-    name: (list(c.token_ids), list(c.logprobs)) for name, c in done.items()
-  }, stats
-
-
-def complete(
-  runner: Any,
-  requests: Sequence[types.Request],
-  *,
-  vocab_size: int,
-  policy: str = 'sarathi',
-  **limits: Any,
-) -> tuple[dict[str, types.Completion], state.EngineStats]:
-  """Runs requests on an engine around `runner`; outputs by their keys.
+def make_engine(
+  runner: Any, *, vocab_size: int, policy: str = 'sarathi', **limits: Any
+) -> tuple[engine_lib.Engine, scheduler_lib.Scheduler]:
+  """Makes an engine around `runner`.
 
   Args:
     runner: computes; it may be used by several engines, one by one.
-    requests: all added at once.
     vocab_size: of the model.
     policy: of the scheduler.
     **limits: of its SchedulerConfig.
@@ -322,6 +320,13 @@ def complete(
     info=engine_lib.EngineInfo.of(config, policy=policy, vocab_size=vocab_size),
     tokenizer=make_tokenizer(vocab_size),
   )
+  return engine, scheduler
+
+
+def finish(
+  engine: engine_lib.Engine, requests: Sequence[types.Request]
+) -> dict[str, types.Completion]:
+  """Runs requests, all added at once; returns outputs by their keys."""
   for request in requests:
     engine.add(request)
   named = {r.request_id: r for r in requests}
@@ -332,8 +337,30 @@ def complete(
       for completion in collected[delta.request_id].add(delta):
         done[named[delta.request_id].key_of(completion.index)] = completion
   stats = engine.stats()
-  assert stats.num_free_pages == config.num_pages
-  return done, stats
+  assert stats.num_free_pages == stats.num_pages
+  return done
+
+
+def complete(
+  runner: Any, requests: Sequence[types.Request], **options: Any
+) -> tuple[dict[str, types.Completion], state.EngineStats]:
+  """Runs requests on an engine of their own; see `make_engine`."""
+  engine, _ = make_engine(runner, **options)
+  return finish(engine, requests), engine.stats()
+
+
+def run_engine(
+  runner: Any, requests: Sequence[types.Request], **options: Any
+) -> tuple[dict[str, Tokens], state.EngineStats]:
+  """Runs requests as `complete` does; returns their tokens."""
+  done, stats = complete(runner, requests, **options)
+  return tokens_of(done), stats
+
+
+def tokens_of(done: dict[str, types.Completion]) -> dict[str, Tokens]:
+  return {
+    name: (list(c.token_ids), list(c.logprobs)) for name, c in done.items()
+  }
 
 
 def assert_same(got: dict[str, Tokens], expected: dict[str, Tokens]) -> None:

@@ -136,6 +136,7 @@ def requests(kind: str = 'plain') -> Any:
     'plain': naive.make_requests,
     'adjusted': naive.make_adjusted,
     'several': functools.partial(naive.make_several, most=MAX_SEQS),
+    'alike': naive.make_alike,
   }[kind]
   return make(_SIZES['vocab_size'], PROMPT_LENS)
 
@@ -218,9 +219,10 @@ def check(
   )
   naive.assert_same(got, expected(name, kind))
   assert (stats.num_preemptions > 0) == (num_pages == SCARCE)
+  assert stats.num_found or kind != 'alike' or num_pages == SCARCE
 
 
-@pytest.mark.parametrize('kind', ['plain', 'adjusted', 'several'])
+@pytest.mark.parametrize('kind', ['plain', 'adjusted', 'several', 'alike'])
 @pytest.mark.parametrize(
   'num_pages,look_ahead,token_budget',
   [(PLENTY, True, 16), (SCARCE, True, 16), (SCARCE, False, 8)],

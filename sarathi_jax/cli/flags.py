@@ -105,6 +105,15 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'Implementation of attention: reference, xla, pallas_triton '
     'or pallas_mosaic. Default: chosen for the device.',
   ),
+  'prefix_cache': (
+    flags.DEFINE_bool,
+    'Let prompts use the KV cache of what others, or earlier ones, began with.',
+  ),
+  'prefix_cache_misses': (
+    flags.DEFINE_bool,
+    'Find nothing in the prefix cache, but do all else: to measure what it '
+    'saves.',
+  ),
   'tp': (
     flags.DEFINE_integer,
     'Tensor parallelism: number of devices that share each layer. Default: '

@@ -231,6 +231,7 @@ class RequestTimes:
       tpot_s = (last - first) / num_gaps
     return types.RequestMetrics(
       num_prompt_tokens=seq.prompt_len,
+      num_cached_tokens=seq.num_cached,
       num_output_tokens=num_output,
       num_preemptions=seq.num_preemptions,
       scheduling_delay_s=(

@@ -20,7 +20,8 @@ class EngineStats:
   of which a request may have several.
 
   `num_prefilled` counts each token of a prompt once, however often it was
-  computed.
+  computed. `num_looked_up` counts tokens of requests that were admitted, and
+  `num_found` those of them that were in the KV cache.
   """
 
   num_running: int
@@ -32,6 +33,8 @@ class EngineStats:
   num_steps: int
   padding_waste: float
   num_prefilled: int
+  num_looked_up: int
+  num_found: int
   num_generated: int
   num_finished: int
   num_aborted: int
@@ -117,6 +120,8 @@ def engine_stats(
     num_steps=metrics.num_steps,
     padding_waste=metrics.padding_waste,
     num_prefilled=scheduler.num_prefilled,
+    num_looked_up=scheduler.prefixes.num_looked_up,
+    num_found=scheduler.prefixes.num_found,
     num_generated=metrics.num_generated,
     num_finished=metrics.num_finished,
     num_aborted=metrics.num_aborted,

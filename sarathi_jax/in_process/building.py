@@ -248,6 +248,7 @@ def build_engine(
     max_adjusted_seqs=config.num_adjusted_seqs(model.vocab_size),
     eos_token_ids=tuple(eos_token_ids),
     prefix_cost=facts.prefix_cost(model, runner.num_stages),
+    dynamic_rope_len=facts.dynamic_rope_len(model),
   )
   return engine_lib.Engine(
     scheduler,

@@ -51,6 +51,22 @@ def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
   return sum(m.rows * m.columns * m.copies for m in layer_matrices(model, tp))
 
 
+def dynamic_rope_len(model: config_lib.ModelConfig) -> int | None:
+  """Returns the longest prompt whose keys don't depend on its length.
+
+  None if no prompt's do: only 'dynamic' rotations look at lengths.
+  """
+  ropes = {model.layer_kind(i).rope for i in range(model.num_layers)}
+  return min(
+    (
+      rope.original_max_position
+      for rope in ropes
+      if rope.kind == 'dynamic' and rope.original_max_position
+    ),
+    default=None,
+  )
+
+
 def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
   """Returns what attending to one earlier token costs a token, in tokens.
 

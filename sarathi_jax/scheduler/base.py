@@ -28,6 +28,7 @@ from sarathi_jax import types
 from sarathi_jax.scheduler import forks as forks_lib
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import prefix_cache
 from sarathi_jax.scheduler import sequence
 from sarathi_jax.scheduler import slots
 from sarathi_jax.scheduler import step_time
@@ -53,6 +54,7 @@ class Scheduler(abc.ABC):
   ) -> None:
     self.config = config
     self.pages = pages.PagePool(config.num_pages, config.page_size)
+    self.prefixes = prefix_cache.PrefixCache(config, self.pages)
     # The pace that the budget follows, if any; it learns from `pacing`.
     self.pace = (
       None if config.tbt_slo_ms is None else pace.Pace(config, num_rows)
@@ -72,6 +74,9 @@ class Scheduler(abc.ABC):
     self._random = random.Random(config.seed)
 
   # -- What a policy defines --
+
+  # Whether a request that begins as one under way does waits for it.
+  waits_for_prefixes = True
 
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
@@ -183,10 +188,14 @@ class Scheduler(abc.ABC):
     self.preempt_all()
 
   def preempt_all(self) -> None:
-    """Takes back all pages; every running sequence will be recomputed."""
+    """Takes back all pages, whose contents are void.
+
+    Every running sequence will be recomputed.
+    """
     assert not self._in_flight
     for seq in reversed(list(self.running)):
       self._preempt(seq)
+    self.pages.unregister_all()
 
   @property
   def is_idle(self) -> bool:
@@ -244,6 +253,7 @@ class Scheduler(abc.ABC):
     assert oldest is batch, 'batches complete in the order of their launch'
     events: list[types.TokenEvent] = []
     failed: list[types.TokenEvent] = []
+    page_size = self.pages.page_size
     is_any_nan = math.isnan(
       sum(itertools.chain.from_iterable(sampled.logprobs))
     )
@@ -257,11 +267,16 @@ class Scheduler(abc.ABC):
         self.num_prefilled += seq.count_prefilled(
           chunk.start + chunk.num_tokens
         )
-      if seq.is_finished or not chunk.samples:
+      if seq.is_finished:
+        continue
+      num_computed = chunk.start + chunk.num_tokens
+      if num_computed // page_size > seq.num_registered:
+        self.prefixes.register(seq, num_computed)
+      if not chunk.samples:
         continue
       seq.num_pending -= chunk.samples
       if is_any_nan and math.isnan(sum(logprobs)):
-        self._finish(seq)
+        self._fail(seq)
         failed.append(types.TokenEvent(chunk.request_id, (), (), _ERROR))
         continue
       seq.tokens += tokens
@@ -286,8 +301,9 @@ class Scheduler(abc.ABC):
   def _next_to_admit(self, now: float) -> Sequence | None:
     """Returns the most urgent waiting sequence that has arrived, or None.
 
-    None if there are no free slots for it and its forks, or if this step
-    preempts: a newcomer would take the room just made.
+    None if there are no free slots for it and its forks, if another computes
+    what it begins with, or if this step preempts: a newcomer would take the
+    room just made.
     """
     if not self.waiting or self._preempted or not self.slots.num_free():
       return None
@@ -295,6 +311,8 @@ class Scheduler(abc.ABC):
     if seq is None or len(seq.forks) >= self.slots.num_free(
       is_adjusted=seq.setup is not None
     ):
+      return None
+    if self.waits_for_prefixes and self.prefixes.is_coming(seq, self._step):
       return None
     return seq
 
@@ -320,10 +338,15 @@ class Scheduler(abc.ABC):
         self._num_pages(s, s.prefill_len) - len(s.pages)
         for s in self._prefills()
       )
-    num_pages = self._num_pages(seq, reserve or len(seq.tokens))
-    if num_pages + owed > self.pages.num_free:
+    found = self.prefixes.find(seq)
+    num_pages = self._num_pages(seq, reserve or len(seq.tokens)) - len(found)
+    num_free = self.pages.num_free - sum(
+      not self.pages.num_holders(page) for page in found
+    )
+    if num_pages + owed > num_free:
       return None
     self.waiting.remove(seq)
+    self.prefixes.begin(seq)
     seq.prefill_len = len(seq.tokens)
     for s in (seq, *seq.forks):
       s.slot = self.slots.take(is_adjusted=s.setup is not None)
@@ -352,7 +375,9 @@ class Scheduler(abc.ABC):
       reserve: the number of tokens to take pages for, where that is more
         than a prompt has.
     """
-    while (head := self._next_to_admit(now)) and len(head.tokens) <= budget:
+    while (head := self._next_to_admit(now)) and (
+      self.prefixes.num_missing(head) <= budget
+    ):
       new = self._admit(now, reserve=max(reserve, len(head.tokens)))
       if new is None:
         break
@@ -378,7 +403,7 @@ class Scheduler(abc.ABC):
       if seq.is_finished:
         continue
       if math.isnan(sum(at.logprob for at in told)):
-        self._finish(seq)
+        self._fail(seq)
         failed += [
           types.TokenEvent(s.key, (), (), _ERROR) for s in (seq, *seq.forks)
         ]
@@ -503,12 +528,18 @@ class Scheduler(abc.ABC):
     urgency.insert(self.waiting, seq)
     self._preempted.append(seq.key)
 
+  def _fail(self, seq: Sequence) -> None:
+    """Ends a sequence of which something is NaN, and maybe its pages."""
+    self.pages.unregister(seq.pages)
+    self._finish(seq)
+
   def _finish(self, seq: Sequence) -> None:
     self._release(seq)
     _end(seq)
 
   def _release(self, seq: Sequence) -> None:
     self.running.remove(seq)
+    self.prefixes.end(seq)
     for s in (seq, *seq.forks):
       forks_lib.release(s, self.pages)
       self.slots.give_back(s.slot)

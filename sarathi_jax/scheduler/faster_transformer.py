@@ -12,6 +12,8 @@ from sarathi_jax.scheduler import sequence
 class FasterTransformerScheduler(base.Scheduler):
   """Runs a batch of requests to its end before it forms the next one."""
 
+  waits_for_prefixes = False  # It would be for all of a batch.
+
   def _plan(
     self,
     now: float,

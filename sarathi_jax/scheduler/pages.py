@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of KV cache pages, which sequences may share."""
+"""The pool of KV cache pages, which sequences may share and find again."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 
@@ -13,17 +14,37 @@ class PagePool:
   Each holder gives them back once; the last one's are free. A page that is
   shared is only read, but for tokens that nobody else knows of: who holds it
   with others writes to a copy.
+
+  A full page can be registered under a key that says what it holds. Then it can
+  be found, even when it is free, until it is taken for something else. Pages
+  without a key are taken first, then those free for the longest; of those given
+  back at once, the last first, as nobody can use a page without those before
+  it.
+
+  Attributes:
+    num_pages, page_size: the cache.
+    num_evicted: pages with a key that were taken for something else.
+    num_forgotten: keys that lead nowhere any more, for any reason.
   """
 
   def __init__(self, num_pages: int, page_size: int) -> None:
     self.num_pages = num_pages
     self.page_size = page_size
-    self._free = list(range(num_pages))[::-1]
+    self.num_evicted = 0
+    self.num_forgotten = 0
+    self._free = list(range(num_pages))[::-1]  # without a key
+    self._idle: OrderedDict[int, None] = OrderedDict()  # free, with a key
     self._num_holders = [0] * num_pages
+    self._keys: list[bytes | None] = [None] * num_pages
+    self._by_key: dict[bytes, int] = {}
 
   @property
   def num_free(self) -> int:
-    return len(self._free)
+    return len(self._free) + len(self._idle)
+
+  @property
+  def num_registered(self) -> int:
+    return len(self._by_key)
 
   def num_for(self, num_tokens: int) -> int:
     """Returns the number of pages that hold `num_tokens` tokens."""
@@ -35,16 +56,25 @@ class PagePool:
 
   def take(self, num_pages: int) -> list[int]:
     """Returns free pages, which the caller holds alone."""
-    assert num_pages <= len(self._free), (num_pages, len(self._free))
-    pages = [self._free.pop() for _ in range(num_pages)]
+    assert num_pages <= self.num_free, (num_pages, self.num_free)
+    pages = [
+      self._free.pop() if self._free else self._evict()
+      for _ in range(num_pages)
+    ]
     for page in pages:
       self._num_holders[page] = 1
     return pages
 
   def share(self, pages: Sequence[int]) -> list[int]:
-    """Returns the same pages, which one more holds now."""
+    """Returns the same pages, which one more holds now.
+
+    Args:
+      pages: held by somebody, or found by their keys.
+    """
     for page in pages:
-      assert self._num_holders[page], f'page {page} is free'
+      if not self._num_holders[page]:
+        assert self._keys[page], f'page {page} is free'
+        del self._idle[page]
       self._num_holders[page] += 1
     return list(pages)
 
@@ -54,4 +84,60 @@ class PagePool:
       assert self._num_holders[page], f'page {page} is free'
       self._num_holders[page] -= 1
       if not self._num_holders[page]:
-        self._free.append(page)
+        self._set_free(page)
+
+  def register(self, page: int, key: bytes) -> None:
+    """Lets a page that is held be found by what it holds.
+
+    Does nothing if another page is: pages in use are never exchanged.
+    """
+    assert self._num_holders[page], f'page {page} is free'
+    assert self._keys[page] in (None, key), f'page {page} has a key'
+    if key not in self._by_key:
+      self._by_key[key] = page
+      self._keys[page] = key
+
+  def find(self, keys: Sequence[bytes], start: int = 0) -> list[int]:
+    """Returns the pages of keys[start:], up to the first that there is none of.
+
+    They are not held: share them before anything else is taken.
+    """
+    pages = []
+    for i in range(start, len(keys)):
+      page = self._by_key.get(keys[i])
+      if page is None:
+        break
+      pages.append(page)
+    return pages
+
+  def unregister(self, pages: Sequence[int]) -> None:
+    """Lets pages be found no more."""
+    for page in pages:
+      if self._keys[page] is not None:
+        self._forget(page)
+        if not self._num_holders[page]:
+          del self._idle[page]
+          self._free.append(page)
+
+  def unregister_all(self) -> None:
+    """Lets no page be found, as none holds any more what it did."""
+    self.unregister(list(self._by_key.values()))
+
+  def _set_free(self, page: int) -> None:
+    if self._keys[page] is None:
+      self._free.append(page)
+    else:
+      self._idle[page] = None
+
+  def _evict(self) -> int:
+    """Returns the page that is free for the longest, without its key."""
+    page, _ = self._idle.popitem(last=False)
+    self._forget(page)
+    self.num_evicted += 1
+    return page
+
+  def _forget(self, page: int) -> None:
+    key, self._keys[page] = self._keys[page], None
+    assert key is not None
+    del self._by_key[key]
+    self.num_forgotten += 1

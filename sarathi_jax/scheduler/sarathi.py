@@ -53,7 +53,7 @@ class SarathiScheduler(base.Scheduler):
     prompts = [_prompt(s, s.num_left, now) for s in self._prefills()]
     if self._next_to_admit(now):
       prompts += [
-        _prompt(s, len(s.tokens), now)
+        _prompt(s, self.prefixes.num_missing(s), now)
         for s in itertools.islice(self.waiting, 8)
       ]
     return self.pace.budget(
@@ -121,7 +121,7 @@ class SarathiScheduler(base.Scheduler):
     lens = [s.num_left for s in behind]
     if self._next_to_admit(now):
       lens += [
-        len(s.tokens)
+        self.prefixes.num_missing(s)
         for s in itertools.islice(self.waiting, 8)
         if s.request.arrival_time <= now
       ]
@@ -133,7 +133,7 @@ def _prompt(seq: sequence.Sequence, left: int, now: float) -> pace.Prompt:
   request = seq.request
   waits = request.tier == 'interactive' and not seq.num_output
   return pace.Prompt(
-    seq.num_computed,
+    len(seq.tokens) - left,
     left,
     max(0.0, now - request.arrival_time) if waits else None,
   )

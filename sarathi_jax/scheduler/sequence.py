@@ -52,6 +52,12 @@ class Sequence:
     copy_from: the page after these that it shares, of which it has to have a
       copy before it writes; None for none.
     room: tokens for which it has pages that it may write to.
+    keys: of its first full pages, as far as they were needed.
+    num_registered: its first pages that others can find.
+    found: while it waits, pages that hold its beginning.
+    found_at: what the pool had forgotten when these were found.
+    waits_since: the step from which on it waits for what another computes.
+    num_cached: tokens of the prompt that were found, and not computed.
     num_in_flight: the number of batches in flight that hold it.
     last_step: the step of the last batch that held it.
     num_preemptions: how often its pages were taken back.
@@ -83,6 +89,12 @@ class Sequence:
   page_table: tuple[int, ...] = ()
   copy_from: int | None = None
   room: int = 0
+  keys: list[bytes] = dataclasses.field(default_factory=list)
+  num_registered: int = 0
+  found: list[int] = dataclasses.field(default_factory=list)
+  found_at: int = 0
+  waits_since: int | None = None
+  num_cached: int = 0
   num_in_flight: int = 0
   last_step: int = -1
   num_preemptions: int = 0

@@ -23,15 +23,14 @@ class VllmScheduler(base.Scheduler):
     budget = self.config.token_budget
     any_prefill = False
     while head := self._next_to_admit(now):
-      num_tokens = len(head.tokens)
-      if any_prefill and num_tokens > budget:
+      if any_prefill and self.prefixes.num_missing(head) > budget:
         break
-      seq = self._admit(now, reserve=num_tokens)
+      seq = self._admit(now, reserve=len(head.tokens))
       if seq is None:
         break
-      budget -= num_tokens
+      budget -= seq.num_left
       any_prefill = True
-      yield seq, num_tokens
+      yield seq, seq.num_left
     if not any_prefill:
       for seq in decodes:
         yield seq, 1

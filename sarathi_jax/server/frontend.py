@@ -61,6 +61,8 @@ class Caller:
       share its part fairly.
     min_priority: the smallest priority that its requests may have; None for
       any.
+    cache_scope: the name of its token; only requests of the same one share
+      pages of the KV cache. '' without one.
     is_admin: whether it may abort anybody's requests.
     timeout_s: seconds until its deadline; None without one.
     trace: its W3C trace context.
@@ -69,6 +71,7 @@ class Caller:
   tenant: str = ''
   client: str = ''
   min_priority: int | None = None
+  cache_scope: str = ''
   is_admin: bool = False
   timeout_s: float | None = None
   trace: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -210,6 +213,7 @@ class Frontend:
     *,
     priority: int = 0,
     tier: str = types.TIERS[0],
+    cache_salt: str = '',
     caller: Caller,
     protocol: str,
     size: int | None = None,
@@ -221,6 +225,7 @@ class Frontend:
       sampling: how to choose the tokens.
       request_id: the request's id; None for one of the frontend's making.
       priority, tier: see `types.Request`.
+      cache_salt: see `types.Request`; beside `caller.cache_scope`.
       caller: who asks.
       protocol: the protocol's name, for logs.
       size: bytes that the prompt came in, where that is known; else the
@@ -242,6 +247,7 @@ class Frontend:
       )
     self.limits.check_name('request_id', request_id or '')
     self.limits.check_name('x-client-id', caller.client)
+    self.limits.check_name('cache_salt', cache_salt)
     if caller.min_priority is not None and priority < caller.min_priority:
       raise errors.ForbiddenError(
         f'priority={priority}: must be >= {caller.min_priority} with the '
@@ -258,6 +264,10 @@ class Frontend:
       client=caller.client,
       priority=priority,
       tier=tier,
+      # Names of tokens have no spaces, so no two of these are alike.
+      cache_salt=f'{caller.cache_scope} {cache_salt}'
+      if caller.cache_scope or cache_salt
+      else '',
       key=str(next(self._keys)),
       deadline=(None if caller.timeout_s is None else now + caller.timeout_s),
     )

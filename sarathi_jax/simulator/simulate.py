@@ -245,6 +245,7 @@ def _drive(
           arrival_time=arrivals[i],
           sampling=workload.sampling(i),
           tier=workload.tier(i),
+          cache_salt=str(i),  # Prompts are alike only in that they are made up.
         )
       )
       i += 1

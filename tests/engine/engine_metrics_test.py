@@ -74,8 +74,8 @@ def test_a_single_token_has_no_time_between_tokens() -> None:
 
 def test_stats() -> None:
   engine = make_engine(max_num_seqs=2, look_ahead=True)
-  for name in 'abc':
-    engine.add(request(name, [1, 2, 3, 4, 5], 9))
+  for i, name in enumerate('abc'):
+    engine.add(request(name, [i, 2, 3, 4, 5], 9))
   step(engine)
   stats = dataclasses.asdict(engine.stats())
   expected = dict(

@@ -7,7 +7,8 @@ scheduler's own state only the queues' order and the pages held are read.
 
 The device is simulated: the token at position p of a sequence is
 `token_at(its id, p)`, so that a wrong token, position, slot or order shows.
-So is the memory of its pages: each chunk must find all tokens before it there.
+So is the memory of its pages: each chunk must find all tokens before it there,
+computed after the same tokens. What others computed must have been completed.
 """
 
 from __future__ import annotations
@@ -39,15 +40,27 @@ def make_request(
   arrival_time: float = 0.0,
   priority: int = 0,
   n: int = 1,
+  beginnings: tuple[tuple[str, int], ...] = (),
+  cache_salt: str = '',
 ) -> types.Request:
+  """Makes a request; its prompt is its own but for its beginnings.
+
+  Args:
+    beginnings: names, each with the length of what prompts share that have it.
+  """
+  prompt: list[int] = []
+  for name, length in (*beginnings, (request_id, prompt_len)):
+    stop = min(length, prompt_len)
+    prompt += (token_at(name, p) for p in range(len(prompt), stop))
   return types.Request(
     request_id=request_id,
-    prompt_token_ids=tuple(token_at(request_id, p) for p in range(prompt_len)),
+    prompt_token_ids=tuple(prompt),
     sampling=types.SamplingParams(
       max_tokens=max_tokens, stop_token_ids=stop_token_ids, n=n
     ),
     arrival_time=arrival_time,
     priority=priority,
+    cache_salt=cache_salt,
   )
 
 
@@ -67,8 +80,10 @@ class Checker:
     self._in_flight: deque[
       tuple[types.ScheduledBatch, list[Known], list[int]]
     ] = deque()
-    # (page, place in it) -> the token there, and its position.
+    # (page, place in it) -> what is there (a number of `Known.chain`), and the
+    # step that wrote it.
     self._memory: dict[tuple[int, int], tuple[int, int]] = {}
+    self.num_found = 0  # tokens that a chunk began after
     # slot -> (request, position, step) that the device sampled last.
     self._slots: dict[int, tuple[Known, int, int]] = {}
 
@@ -106,7 +121,9 @@ class Checker:
     self._check_state()
 
   def preempt_all(self) -> None:
+    """Voids all that was computed."""
     self.scheduler.preempt_all()
+    self._memory.clear()
     for known in self.live.values():
       known.num_computed = 0
       known.newest_step = -1
@@ -340,12 +357,34 @@ class Checker:
     for position in range(chunk.start + chunk.num_tokens):
       page, place = divmod(position, self.config.page_size)
       where = chunk.page_table[page], place
-      token = self._token(known, position)
+      content = self._content(known, position)
       if position >= chunk.start:
-        self._memory[where] = token, position
-      assert self._memory.get(where) == (token, position), (
+        self._memory[where] = content, self.num_steps
+      assert self._memory.get(where, (None,))[0] == content, (
         f'{known.id}: something else lies where its tokens should'
       )
+
+  def _check_found(self, known: Known, chunk: types.Chunk) -> None:
+    """A sequence may begin after full pages that were completed."""
+    size = self.config.page_size
+    assert self.config.prefix_cache, f'{known.id}: chunks must tile'
+    assert chunk.start % size == 0, f'{known.id}: begins within a page'
+    oldest = self.num_steps - len(self._in_flight)
+    for position in range(chunk.start):
+      page, place = divmod(position, size)
+      where = chunk.page_table[page], place
+      _, step = self._memory.get(where, (None, self.num_steps))
+      assert step < oldest, f'{known.id}: found what is not computed yet'
+    self.num_found += chunk.start
+    known.num_computed = chunk.start
+
+  def _content(self, known: Known, position: int) -> int:
+    """Returns what stands for all tokens up to a position."""
+    while len(known.chain) <= position:
+      token = self._token(known, len(known.chain))
+      before = known.chain[-1] if known.chain else 0
+      known.chain.append(hash((before, token, known.request.cache_salt)))
+    return known.chain[position]
 
   @staticmethod
   def _token(known: Known, position: int) -> int:
@@ -386,6 +425,8 @@ class Checker:
     n, start = chunk.num_tokens, chunk.start
     stop = start + n
     assert n >= 1, f'{known.id}: a chunk without tokens'
+    if start and not known.num_computed:
+      self._check_found(known, chunk)
     assert start == known.num_computed, f'{known.id}: chunks must tile'
     assert stop <= known.num_tokens < known.max_len, f'{known.id}: too long'
     assert chunk.samples == (stop == known.num_tokens), (
@@ -478,11 +519,20 @@ class Checker:
       for place, page in mine:
         held.setdefault(page, []).append((seq, place))
     for holders in held.values():
+      if len(holders) == 1:
+        continue
       places = {(id(seq.request), place) for seq, place in holders}
-      is_of_prompt = all(
+      is_of_prompt = len(places) == 1 and all(
         place * config.page_size < seq.prompt_len for seq, place in holders
       )
-      assert len(holders) == 1 or (len(places) == 1 and is_of_prompt), (
+      contents = {
+        (place + 1) * config.page_size <= seq.num_computed
+        and self._content(
+          self.live[seq.key], (place + 1) * config.page_size - 1
+        )
+        for seq, place in holders
+      }
+      assert is_of_prompt or (len(contents) == 1 and all(contents)), (
         'a page has two owners'
       )
     assert set(held) <= set(range(config.num_pages)), 'no such page'

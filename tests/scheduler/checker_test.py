@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import random
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
 from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import prefix_cache
 from sarathi_jax.scheduler import sarathi
 from sarathi_jax.scheduler import sequence
 from tests.scheduler import checker as checker_lib
@@ -32,7 +33,7 @@ class ExceedsTheBudget(sarathi.SarathiScheduler):
 
 class SkipsAToken(sarathi.SarathiScheduler):
   def _take(self, seq: sequence.Sequence, n: int) -> types.Chunk:
-    if seq.num_left > n:
+    if seq.num_computed and seq.num_left > n:
       seq.num_computed += 1
     return super()._take(seq, n)
 
@@ -140,6 +141,7 @@ class GivesAPageTwice(sarathi.SarathiScheduler):
   def __init__(self, config: config_lib.SchedulerConfig) -> None:
     super().__init__(config)
     self.pages = _DoublePool(config.num_pages, config.page_size)
+    self.prefixes = prefix_cache.PrefixCache(config, self.pages)
 
 
 class _DoublePool(pages.PagePool):
@@ -201,6 +203,56 @@ class ForgetsForks(sarathi.SarathiScheduler):
     return ()
 
 
+class IgnoresWhatIsBefore(sarathi.SarathiScheduler):
+  """Pages of the same tokens, whatever is before them, are taken as equal."""
+
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self.prefixes = _Unchained(config, self.pages)
+
+
+class _Unchained(prefix_cache.PrefixCache):
+  def _make_keys(self, seq: sequence.Sequence, num_pages: int) -> None:
+    size = self._pool.page_size
+    for i in range(len(seq.keys), num_pages):
+      seq.keys.append(repr(seq.tokens[i * size : (i + 1) * size]).encode())
+
+
+class IgnoresTheSalt(sarathi.SarathiScheduler):
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self.prefixes = _Unsalted(config, self.pages)
+
+
+class _Unsalted(prefix_cache.PrefixCache):
+  def _root(self, request: types.Request) -> bytes:
+    return b''
+
+
+class RegistersWhatIsInFlight(sarathi.SarathiScheduler):
+  def _take(self, seq: sequence.Sequence, n: int) -> types.Chunk:
+    chunk = super()._take(seq, n)
+    self.prefixes.register(seq, min(seq.num_computed, len(seq.tokens)))
+    return chunk
+
+
+class FindsThePageOfAnother(sarathi.SarathiScheduler):
+  """Does not hold what it found, so that others may take it."""
+
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self.pages = _ForgetfulPool(config.num_pages, config.page_size)
+    self.prefixes = prefix_cache.PrefixCache(config, self.pages)
+
+
+class _ForgetfulPool(pages.PagePool):
+  def give_back(self, pages: Sequence[int]) -> None:
+    super().give_back([p for p in pages if self.num_holders(p)])
+
+  def share(self, pages: Sequence[int]) -> list[int]:
+    return list(pages)
+
+
 class AdmitsNobody(sarathi.SarathiScheduler):
   def _admit(
     self, now: float, reserve: int | None = None
@@ -232,6 +284,10 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   CopiesTooLate: 'something else lies where its tokens should',
   GivesUpThePageToCopy: 'pages were lost or made',
   ForgetsForks: 'a fork was left behind',
+  IgnoresWhatIsBefore: 'something else lies where its tokens should',
+  IgnoresTheSalt: 'something else lies where its tokens should',
+  RegistersWhatIsInFlight: 'found what is not computed yet',
+  FindsThePageOfAnother: 'pages were lost or made',
   AdmitsNobody: 'deadlock',
 }
 

@@ -33,6 +33,7 @@ def make(policy: str = 'sarathi', **changes: Any) -> Checker:
           num_pages=64,
           page_size=4,
           look_ahead=False,
+          prefix_cache=False,
         )
         | changes
       )

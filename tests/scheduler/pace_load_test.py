@@ -128,6 +128,7 @@ def make_scheduler(
       max_model_len=1024,
       num_pages=1100,
       page_size=64,
+      prefix_cache=False,  # All prompts are alike.
       **fields,
     ),
     device.num_rows,

@@ -31,6 +31,7 @@ def run(
         'num_pages': 512 * 128,
         'page_size': 64,
         'num_stages': num_stages,
+        'prefix_cache': False,
         **fields,
       }
     ),

@@ -31,6 +31,7 @@ class Workload:
     stop_rate: the part of the vocabulary that ends a request.
     priorities: that requests have.
     most: the most sequences of a request.
+    beginnings: the names of what prompts may begin with.
   """
 
   config: config_lib.SchedulerConfig
@@ -41,6 +42,7 @@ class Workload:
   stop_rate: float
   priorities: tuple[int, ...]
   most: int
+  beginnings: tuple[str, ...]
 
 
 def make_workload(rng: random.Random) -> Workload:
@@ -60,6 +62,8 @@ def make_workload(rng: random.Random) -> Workload:
       look_ahead=rng.random() < 0.5,
       short_prompt_share=rng.choice((0.0, 0.25, 0.9)),
       prefix_cost=(0.0, 0.0, 0.01, 1.0)[max_model_len % 4],
+      prefix_cache=rng.random() < 0.8,
+      prefix_cache_misses=rng.random() < 0.2,
     ),
     num_requests=rng.randint(1, 16),
     arrival_rate=rng.choice((0.2, 0.8, 1.0)),
@@ -68,6 +72,7 @@ def make_workload(rng: random.Random) -> Workload:
     stop_rate=rng.choice((0.0, 0.0, 0.05)),
     priorities=rng.choice(((0,), (0, 0, 0, -1), (3, 0, -2, -(2**31)))),
     most=rng.choice((1, 1, max_num_seqs)),
+    beginnings=('a', 'b', 'c')[: rng.randint(0, 3)],
   )
 
 
@@ -85,6 +90,11 @@ def draw_request(
     arrival_time=arrival_time,
     priority=rng.choice(workload.priorities),
     n=rng.choice((1, rng.randint(1, workload.most))),
+    cache_salt=rng.choice(('', '', '', 'salt')),
+    beginnings=tuple(
+      (name, rng.choice((9, 20, max_model_len)))
+      for name in workload.beginnings[: rng.randint(0, 2)]
+    ),
   )
 
 
@@ -132,15 +142,17 @@ def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
 @pytest.mark.parametrize('policy', POLICIES)
 def test_soak(policy: str) -> None:
   """Some 5,000 steps a policy of what hypothesis would not draw."""
-  num_steps = num_preempted = num_finished = 0
+  num_steps = num_preempted = num_finished = num_found = 0
   seed = 0
   while num_steps < 5000:
     checker = run(policy, seed)
     num_steps += checker.num_steps
     num_preempted += checker.num_preempted
     num_finished += len(checker.finished)
+    num_found += checker.num_found
     seed += 1
   assert num_finished > 100
+  assert num_found > 100
   # Where all memory is reserved at first, nothing is ever preempted.
   assert (num_preempted > 50) == (policy in ('sarathi', 'vllm'))
 

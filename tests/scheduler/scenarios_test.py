@@ -32,6 +32,7 @@ def make_config(**fields: Any) -> config_lib.SchedulerConfig:
     page_size=4,
     look_ahead=False,
     short_prompt_share=0.0,
+    prefix_cache=False,
   )
   return config_lib.SchedulerConfig(**(defaults | fields))
 

@@ -29,6 +29,7 @@ def make(
       look_ahead=False,
       eos_token_ids=(9,),
       max_adjusted_seqs=max_adjusted_seqs,
+      prefix_cache=False,
     )
   )
 

@@ -30,7 +30,12 @@ def test_whole_and_streamed(client: Client, kind: str) -> None:
   assert (
     text_of(choice) == http_client.TEXT and choice['finish_reason'] == 'length'
   )
-  usage = {'prompt_tokens': 2, 'completion_tokens': 4, 'total_tokens': 6}
+  usage = {
+    'prompt_tokens': 2,
+    'completion_tokens': 4,
+    'total_tokens': 6,
+    'prompt_tokens_details': {'cached_tokens': 0},
+  }
   assert whole['usage'] == usage and whole['model'] == 'counting'
 
   for with_usage in (False, True):

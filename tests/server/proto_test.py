@@ -63,9 +63,11 @@ def test_messages_have_the_fields_of_the_types() -> None:
     _fields(state.EngineStats) | set(sarathi_v1.OWN_STATS)
   )
   assert _names(pb.RequestState) == _fields(state.RequestState)
-  assert _names(pb.Timing) | {'num_prompt_tokens', 'num_output_tokens'} == (
-    _fields(types.RequestMetrics)
-  )
+  assert _names(pb.Timing) | {
+    'num_prompt_tokens',
+    'num_cached_tokens',
+    'num_output_tokens',
+  } == _fields(types.RequestMetrics)
   assert {
     name.removeprefix('FINISH_REASON_').lower()
     for name, _ in pb.FinishReason.items()

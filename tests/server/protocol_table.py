@@ -142,6 +142,7 @@ def rows() -> tuple[Row, ...]:
     Row('request_id', 'mine', lambda r: r.request_id.endswith('mine')),
     Row('priority', 3, lambda r: r.priority == 3),
     Row('tier', 'batch', lambda r: r.tier == 'batch'),
+    Row('cache_salt', 's', lambda r: r.cache_salt.endswith('s')),
     Row('client', 'ann', lambda r: r.client.endswith('ann')),
     *itertools.starmap(_sampling, sampling_fields.EXAMPLES.items()),
   )

@@ -53,6 +53,7 @@ def of_metadata(
     tenant=tenant,
     client=f'{tenant}/{client_id}' if client_id else tenant,
     min_priority=token.min_priority if token else None,
+    cache_scope=token.name if token else '',
     is_admin=token is not None and token.is_admin,
     timeout_s=timeout_s,
     trace={key: metadata[key] for key in _TRACE_HEADERS if key in metadata},

@@ -51,10 +51,11 @@ class Answer:
       'created': int(time.time()),
       'model': engine.info.model_name,
     }
-    self.usage = {
+    self.usage: dict[str, Any] = {
       'prompt_tokens': 0,
       'completion_tokens': 0,
       'total_tokens': 0,
+      'prompt_tokens_details': {'cached_tokens': 0},
     }
     self.of_prompt: dict[str, Any] = {}
 
@@ -67,9 +68,10 @@ class Answer:
       return dataclasses.replace(output, **nothing)
     return output._replace(**nothing)
 
-  def count(self, num_prompt: int, num_tokens: int) -> None:
-    """Counts tokens of a prompt, if not yet counted, and of its output."""
+  def count(self, num_prompt: int, num_cached: int, num_tokens: int) -> None:
+    """Counts tokens of a prompt, those found of it, and its outputs'."""
     num_tokens *= self.call.has_output
+    self.usage['prompt_tokens_details']['cached_tokens'] += num_cached
     self.usage['prompt_tokens'] += num_prompt
     self.usage['completion_tokens'] += num_tokens
     self.usage['total_tokens'] += num_prompt + num_tokens

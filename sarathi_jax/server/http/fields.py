@@ -45,6 +45,7 @@ ANY = Kind('', lambda v: True)  # its reader checks it
 
 # What every form reads itself.
 OWN: Mapping[str, Kind] = {
+  'cache_salt': TEXT,  # vLLM's
   'max_completion_tokens': _COUNT,  # max_tokens by its newer name
   'model': TEXT,
   'priority': _INT32,
@@ -62,7 +63,6 @@ _STREAM_OPTIONS: Mapping[str, Kind] = {'include_usage': FLAG}
 NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'add_generation_prompt': (True,),
   'audio': (),
-  'cache_salt': (),
   'chat_template': (),
   'continue_final_message': (False,),
   'detokenize': (True,),
@@ -102,7 +102,7 @@ class Asked(NamedTuple):
     include_usage: whether the last event has the usage.
     token_ids: whether the answer has the token ids of prompts and output.
     user: who the client calls for.
-    priority, tier: see `types.Request`.
+    priority, tier, cache_salt: see `types.Request`.
   """
 
   sampling: types.SamplingParams
@@ -112,6 +112,7 @@ class Asked(NamedTuple):
   user: str
   priority: int
   tier: str
+  cache_salt: str
 
 
 def read(
@@ -189,6 +190,7 @@ def read(
     own.get('user', ''),
     own.get('priority', 0),
     own.get('tier', types.TIERS[0]),
+    own.get('cache_salt', ''),
   ), {name: value for name, value in own.items() if name in form}
 
 

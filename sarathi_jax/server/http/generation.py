@@ -110,6 +110,7 @@ class _Answer:
       f'{self._id}-{index}' if several else self._id,
       priority=asked.priority,
       tier=asked.tier,
+      cache_salt=asked.cache_salt,
       caller=self._caller,
       protocol=self._form.protocol,
       size=self._size,
@@ -144,7 +145,9 @@ class _Answer:
             num + len(whole.text), functools.partial(of_output.add, whole)
           )
           self._choices[index * n + whole.output_index] = choice or {}
-      self._answer.count(len(prompt_ids), sum(stream.num_tokens))
+      self._answer.count(
+        len(prompt_ids), stream.num_cached, sum(stream.num_tokens)
+      )
 
   async def _write(
     self, choices: Sequence[answers.Choice], stream: outbox.Stream

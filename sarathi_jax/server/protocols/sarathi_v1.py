@@ -75,6 +75,7 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
         request.request_id if request.HasField('request_id') else None,
         priority=request.priority,
         tier=request.tier or types.TIERS[0],
+        cache_salt=request.cache_salt,
         caller=caller.of(context),
         protocol=NAME,
       ) as stream:
@@ -210,6 +211,7 @@ def finished(delta: types.OutputDelta) -> pb.Finished:
   elif delta.stop_reason is not None:
     message.stop_token_id = delta.stop_reason
   if delta.metrics is not None:
+    message.usage.cached_tokens = delta.metrics.num_cached_tokens
     message.timing.CopyFrom(
       pb.Timing(**{name: getattr(delta.metrics, name) for name in _TIMING})
     )

@@ -289,6 +289,8 @@ def _complete(
     finish_reason=whole.finish_reason.value if whole.finish_reason else '',
     index=whole.output_index,
   )
+  if whole.metrics is not None:
+    complete.cached_tokens = whole.metrics.num_cached_tokens
   if isinstance(whole.stop_reason, str):
     complete.matched_stop_str = whole.stop_reason
   elif whole.stop_reason is not None:

@@ -34,6 +34,8 @@ class Stream:
   Attributes:
     request: see above.
     num_tokens: tokens that the reader took, of each output.
+    num_cached: tokens of the prompt that were found in the KV cache, once it
+      took the last delta of the first output.
     last: the last delta that it took.
   """
 
@@ -47,6 +49,7 @@ class Stream:
     self.request = request
     num = request.sampling.n
     self.num_tokens = [0] * num
+    self.num_cached = 0
     self.last: types.OutputDelta | None = None
     self._open = set(range(num))  # outputs whose last delta is not put
     self._num_left = num  # whose last delta is not taken
@@ -120,6 +123,8 @@ class Stream:
     if delta.num_left != self._num_left:  # as others were merged after it
       delta = delta._replace(num_left=self._num_left)
     self.num_tokens[delta.output_index] += len(delta.token_ids)
+    if delta.metrics is not None:
+      self.num_cached += delta.metrics.num_cached_tokens
     self._num_taken += 1
     self.last = delta
     return delta

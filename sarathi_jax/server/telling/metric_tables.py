@@ -122,6 +122,16 @@ COUNTERS = (
     lambda s: s.stats.num_prefilled,
   ),
   Value(
+    'prefix_cache_queries',
+    'Tokens of requests that were looked up in the KV cache.',
+    lambda s: s.stats.num_looked_up,
+  ),
+  Value(
+    'prefix_cache_hits',
+    'Those of them that were there, and not computed.',
+    lambda s: s.stats.num_found,
+  ),
+  Value(
     'generation_tokens', 'Tokens generated.', lambda s: s.totals.num_generated
   ),
   Value('steps', 'Steps launched.', lambda s: s.totals.num_steps),

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the beginnings of sequences in the pages of others, and of the past.
+
+Pages are registered when the batch that wrote them has completed, so none is
+found that a failed step wrote. A request that begins with what another is just
+computing waits for it, page by page, rather than computing it, too.
+"""
+
+from __future__ import annotations
+
+from sarathi_jax import config as config_lib
+from sarathi_jax import types
+from sarathi_jax.scheduler import pages as pages_lib
+from sarathi_jax.scheduler import prefixes
+from sarathi_jax.scheduler import sequence
+
+Sequence = sequence.Sequence
+# Steps that a request waits for another one that computes what it needs.
+_MOST_STEPS = 256
+
+
+class PrefixCache:
+  """Shares full pages between sequences that begin alike.
+
+  Args:
+    config: the scheduler's.
+    pool: of the pages.
+
+  Attributes:
+    num_looked_up: tokens of the sequences admitted for the first time.
+    num_found: those that were in pages already.
+    num_found_again: those of preempted sequences.
+  """
+
+  def __init__(
+    self, config: config_lib.SchedulerConfig, pool: pages_lib.PagePool
+  ) -> None:
+    self._pool = pool
+    self._is_on = config.prefix_cache
+    self._finds = config.prefix_cache and not config.prefix_cache_misses
+    self._dynamic_rope_len = config.dynamic_rope_len
+    # Which sequence computes the page of a key that is not registered.
+    self._coming: dict[bytes, Sequence] = {}
+    self.num_looked_up = 0
+    self.num_found = 0
+    self.num_found_again = 0
+
+  def find(self, seq: Sequence) -> list[int]:
+    """Returns the pages that hold the beginning of a waiting sequence.
+
+    At least one token is left to compute. They are not held yet, so they are
+    only valid until a page is taken.
+    """
+    if not self._is_on:
+      return seq.found
+    if seq.found_at != self._pool.num_forgotten:
+      seq.found_at = self._pool.num_forgotten
+      seq.found = []
+    num_pages = (len(seq.tokens) - 1) // self._pool.page_size
+    if len(seq.found) < num_pages:
+      self._make_keys(seq, num_pages)
+      found = self._pool.find(seq.keys[:num_pages], len(seq.found))
+      # Of what is not computed there are no log-probabilities to tell.
+      if self._finds and seq.prompt_logprobs is None:
+        seq.found += found
+    return seq.found
+
+  def num_missing(self, seq: Sequence) -> int:
+    """Returns the tokens of a waiting sequence that are to be computed."""
+    return len(seq.tokens) - len(self.find(seq)) * self._pool.page_size
+
+  def is_coming(self, seq: Sequence, step: int) -> bool:
+    """Whether a waiting sequence should wait for what another computes.
+
+    Args:
+      seq: the sequence.
+      step: the number of the next step.
+    """
+    if not self._coming:
+      return False
+    num_found = len(self.find(seq))
+    keys = seq.keys
+    if num_found >= (len(seq.tokens) - 1) // self._pool.page_size:
+      return False
+    if keys[num_found] not in self._coming:
+      return False
+    seq.waits_since = step if seq.waits_since is None else seq.waits_since
+    return step - seq.waits_since < _MOST_STEPS
+
+  def begin(self, seq: Sequence) -> None:
+    """Gives a sequence that is admitted the pages that were found for it."""
+    found = self.find(seq)
+    num_tokens = len(found) * self._pool.page_size
+    seq.pages = self._pool.share(found)
+    seq.page_table = tuple(seq.pages)
+    seq.num_computed = num_tokens
+    seq.num_registered = len(found)
+    seq.found = []
+    seq.waits_since = None
+    if seq.num_preemptions:
+      self.num_found_again += num_tokens
+    else:
+      self.num_looked_up += len(seq.tokens)
+      self.num_found += num_tokens
+      seq.num_cached = num_tokens
+    seq.num_prefilled = max(seq.num_prefilled, min(num_tokens, seq.prompt_len))
+    if self._finds:
+      num_full = len(seq.tokens) // self._pool.page_size
+      self._make_keys(seq, num_full)
+      for key in seq.keys[len(found) : num_full]:
+        self._coming.setdefault(key, seq)
+
+  def register(self, seq: Sequence, num_tokens: int) -> None:
+    """Lets others find the full pages of tokens [0, num_tokens).
+
+    Args:
+      seq: a running sequence.
+      num_tokens: what is in the cache for sure.
+    """
+    if not self._is_on:
+      return
+    num_pages = num_tokens // self._pool.page_size
+    self._make_keys(seq, num_pages)
+    for i in range(seq.num_registered, num_pages):
+      key = seq.keys[i]
+      self._pool.register(seq.pages[i], key)
+      if self._coming.get(key) is seq:
+        del self._coming[key]
+    seq.num_registered = num_pages
+
+  def end(self, seq: Sequence) -> None:
+    """Tells that a sequence computes no more; before its pages are freed."""
+    if self._coming:
+      for key in seq.keys[seq.num_registered :]:
+        if self._coming.get(key) is seq:
+          del self._coming[key]
+    seq.num_registered = 0
+
+  def _make_keys(self, seq: Sequence, num_pages: int) -> None:
+    if len(seq.keys) < num_pages:
+      prefixes.extend(
+        seq.keys,
+        self._root(seq.request) if not seq.keys else b'',
+        seq.tokens,
+        num_pages,
+        self._pool.page_size,
+      )
+
+  def _root(self, request: types.Request) -> bytes:
+    extras: dict[str, str | int] = {'page_size': self._pool.page_size}
+    if request.cache_salt:
+      extras['salt'] = request.cache_salt
+    if self._dynamic_rope_len is not None:
+      # Up to this length positions are rotated alike.
+      extras['rope_len'] = max(
+        len(request.prompt_token_ids), self._dynamic_rope_len
+      )
+    return prefixes.root(**extras)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of full pages: what a page of the KV cache holds, and all before it.
+
+A page's key is the sha256 of the key of the page before it, and of its own
+tokens. The first one's is made from a root, which says what else the keys and
+values depend on. So two pages of the same key hold the same, as far as anybody
+can find out; and every process gives a page the same key, so that routers can
+compare what replicas hold.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Sequence
+import hashlib
+
+
+def root(**extras: str | int) -> bytes:
+  """Returns the key before the first page.
+
+  Args:
+    extras: what else the cache depends on, by name. Each has its name and its
+      length in the key, so that no two sets of them are alike.
+  """
+  digest = hashlib.sha256(b'sarathi_jax')
+  for name, value in sorted(extras.items()):
+    for part in (name, type(value).__name__, str(value)):
+      data = part.encode('utf-8', 'surrogatepass')
+      digest.update(len(data).to_bytes(8, 'little') + data)
+  return digest.digest()
+
+
+def extend(
+  keys: list[bytes],
+  root_key: bytes,
+  tokens: Sequence[int],
+  num_pages: int,
+  page_size: int,
+) -> None:
+  """Adds keys of a sequence's pages until there are `num_pages` of them.
+
+  Args:
+    keys: of its first pages.
+    root_key: see `root`.
+    tokens: of the whole sequence, at least of all these pages.
+    num_pages: of which to have keys.
+    page_size: tokens of a page.
+  """
+  start = len(keys) * page_size
+  stop = num_pages * page_size
+  assert stop <= len(tokens), (stop, len(tokens))
+  packed = array.array('i', tokens[start:stop]).tobytes()
+  key = keys[-1] if keys else root_key
+  step = len(packed) // max(1, num_pages - len(keys))
+  for at in range(0, len(packed), step or 1):
+    key = hashlib.sha256(key + packed[at : at + step]).digest()
+    keys.append(key)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is found in the cache, batch by batch, worked by hand.
+
+`checker` holds for all of it: what a chunk begins after is what its own tokens
+would have left there, and was computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sarathi_jax import types
+from sarathi_jax.scheduler import prefix_cache
+from tests.scheduler import checker as checker_lib
+from tests.scheduler import scenarios_test
+
+PAGE = 4
+show = scenarios_test.show
+
+
+def make(policy: str = 'sarathi', **fields: Any) -> checker_lib.Checker:
+  config = scenarios_test.make_config(
+    **(dict(page_size=PAGE, prefix_cache=True) | fields)
+  )
+  return checker_lib.make_checker(policy, config)
+
+
+def add(
+  checker: checker_lib.Checker,
+  request_id: str,
+  length: int,
+  *beginnings: tuple[str, int],
+  max_tokens: int = 1,
+  **fields: Any,
+) -> None:
+  checker.add(
+    checker_lib.make_request(
+      request_id, length, max_tokens, beginnings=beginnings, **fields
+    )
+  )
+
+
+def steps(checker: checker_lib.Checker) -> list[str]:
+  """All batches until all is done, one at a time."""
+  batches = []
+  while not checker.is_idle:
+    batches.append(show(checker.schedule()))
+    checker.complete()
+  return batches
+
+
+def test_what_is_full_and_alike_is_found() -> None:
+  checker = make()
+  add(checker, 'A', 8)
+  assert steps(checker) == ['A[0,8)']
+  # The same again: a token at least is computed, so a whole page of them.
+  add(checker, 'B', 8, ('A', 8))
+  assert steps(checker) == ['B[4,8)']
+  add(checker, 'C', 12, ('A', 8))
+  assert steps(checker) == ['C[8,12)']
+  add(checker, 'D', 12, ('A', 7))  # The second page is another.
+  assert steps(checker) == ['D[4,12)']
+  add(checker, 'E', 4, ('A', 4))
+  assert steps(checker) == ['E[0,4)']
+  prefixes = checker.scheduler.prefixes
+  assert (prefixes.num_looked_up, prefixes.num_found) == (44, 16)
+  assert checker.scheduler.num_prefilled == 44 - 16
+
+
+def test_outputs_are_found_by_the_next_turn_of_a_chat() -> None:
+  checker = make()
+  add(checker, 'A', 6, max_tokens=7)
+  assert steps(checker)[0] == 'A[0,6)'
+  # Of its 13 tokens the last one is in no page: nobody went on after it.
+  turn = types.Request(
+    request_id='B',
+    prompt_token_ids=(*(checker_lib.token_at('A', p) for p in range(13)), 1),
+    sampling=types.SamplingParams(max_tokens=1),
+  )
+  checker.add(turn)
+  assert steps(checker) == ['B[12,14)']
+
+
+def test_found_tokens_cost_nothing_of_the_budget() -> None:
+  checker = make(token_budget=8)
+  add(checker, 'A', 24)
+  assert len(steps(checker)) == 3
+  add(checker, 'B', 26, ('A', 24))
+  add(checker, 'C', 6)
+  assert steps(checker) == ['B[24,26) C[0,6)']
+
+
+@pytest.mark.parametrize('policy', ['vllm', 'orca', 'faster_transformer'])
+def test_policies_that_take_prompts_whole_take_what_is_missing(policy) -> None:
+  checker = make(policy, token_budget=8)
+  add(checker, 'A', 24)
+  steps(checker)
+  add(checker, 'B', 26, ('A', 24))
+  add(checker, 'C', 6)
+  assert steps(checker) == ['B[24,26) C[0,6)']
+
+
+def test_what_another_is_computing_is_waited_for() -> None:
+  checker = make(token_budget=8)
+  add(checker, 'A', 20)
+  add(checker, 'B', 22, ('A', 20))
+  add(checker, 'C', 10, ('A', 6))
+  assert steps(checker) == [
+    'A[0,8)',  # A takes all.
+    'A[8,16)',
+    'A[16,20)',  # B's next page is A's: it waits, and C may not overtake it.
+    'B[20,22) C[4,10)',
+  ]
+
+
+def test_it_waits_no_longer_if_the_other_is_gone() -> None:
+  checker = make(token_budget=8, look_ahead=True)
+  add(checker, 'A', 10)
+  add(checker, 'B', 10, ('A', 10))
+  assert show(checker.schedule()) == 'A[0,8)'
+  checker.remove('A')
+  assert show(checker.schedule()) == 'B[0,8)'
+  checker.complete()
+
+
+def test_it_waits_for_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(prefix_cache, '_MOST_STEPS', 2)
+  checker = make(token_budget=8, max_model_len=64, short_prompt_share=0.5)
+  add(checker, 'A', 60)
+  assert show(checker.schedule()) == 'A[0,8)'
+  checker.complete()
+  add(checker, 'B', 40, ('A', 40))
+  assert steps(checker)[:4] == [
+    'A[8,16)',
+    'A[16,24)',
+    'A[24,28) B[24,28)',  # As a shorter one that shares nothing would.
+    'A[28,32) B[28,32)',
+  ]
+
+
+def test_what_is_in_flight_is_not_found() -> None:
+  checker = make(token_budget=8, look_ahead=True)
+  add(checker, 'A', 8)
+  add(checker, 'B', 8, ('A', 8))
+  assert show(checker.schedule()) == 'A[0,8)'
+  assert show(checker.schedule()) == ''  # A's pages are not there yet.
+  checker.complete()
+  assert show(checker.schedule()) == 'B[4,8)'
+
+
+def test_the_preempted_get_back_what_nobody_took() -> None:
+  checker = make(num_pages=8, max_num_seqs=2, token_budget=32)
+  add(checker, 'A', 12, max_tokens=8)
+  add(checker, 'B', 12, max_tokens=8)
+  batches = steps(checker)
+  assert batches[0] == 'A[0,12) B[0,12)'
+  again = next(b for b in batches[1:] if 'B[' in b)
+  # B lost its last page to A, and of its 16 tokens finds the first 12.
+  assert again.endswith('B[12,17)') or again.endswith('B[8,17)'), batches
+  assert checker.scheduler.prefixes.num_found_again
+  assert checker.scheduler.num_prefilled == 24
+
+
+def test_who_has_the_least_room_evicts_the_longest_unused() -> None:
+  checker = make(num_pages=8, token_budget=32)
+  for name in 'AB':
+    add(checker, name, 12)
+    steps(checker)
+  add(checker, 'A2', 13, ('A', 12))  # A's are the latest again.
+  assert steps(checker) == ['A2[12,13)']
+  add(checker, 'C', 16)  # Takes the two without a key, and two of B's.
+  steps(checker)
+  add(checker, 'B2', 13, ('B', 12))
+  assert steps(checker) == ['B2[4,13)']
+
+
+def test_found_pages_count_as_room_that_is_taken() -> None:
+  """Or the pool would be overcommitted."""
+  checker = make(num_pages=8, token_budget=32)
+  add(checker, 'A', 16)
+  steps(checker)
+  add(checker, 'B', 16, max_tokens=16)
+  assert show(checker.schedule()) == 'B[0,16)'
+  checker.complete()
+  # B has 4 of 8 pages, and needs one; A's four lie free. C finds three of
+  # these, and needs two more: there is but one.
+  add(checker, 'C', 20, ('A', 16))
+  assert show(checker.schedule()) == 'B16'
+  checker.complete()
+
+
+def test_salts_and_weights_keep_apart() -> None:
+  checker = make()
+  add(checker, 'A', 8, cache_salt='ann')
+  steps(checker)
+  add(checker, 'B', 8, ('A', 8), cache_salt='bob')
+  assert steps(checker) == ['B[0,8)']
+  add(checker, 'C', 8, ('A', 8), cache_salt='ann')
+  assert steps(checker) == ['C[4,8)']
+  checker.preempt_all()
+  add(checker, 'D', 8, ('A', 8), cache_salt='ann')
+  assert steps(checker) == ['D[0,8)']
+
+
+def test_where_rotations_depend_on_the_prompts_length() -> None:
+  checker = make(dynamic_rope_len=8, token_budget=32)
+  for name, length, batch in (
+    ('A', 8, 'A[0,8)'),
+    ('B', 7, 'B[4,7)'),  # Up to 8 all are alike.
+    ('C', 12, 'C[0,12)'),
+    ('D', 12, 'D[4,12)'),
+    ('E', 13, 'E[0,13)'),
+  ):
+    add(checker, name, length, ('A', 7))
+    assert steps(checker) == [batch]
+
+
+@pytest.mark.parametrize(
+  'fields', [{'prefix_cache': False}, {'prefix_cache_misses': True}]
+)
+def test_nothing_is_found_where_it_is_off(fields) -> None:
+  checker = make(**fields)
+  for name in 'AB':
+    add(checker, name, 8, ('A', 8))
+    assert steps(checker) == [f'{name}[0,8)']
+  assert checker.scheduler.prefixes.num_found == 0
+
+
+def test_a_failed_sequence_leaves_nothing() -> None:
+  checker = make()
+  scheduler = checker.scheduler
+  (seq,) = scheduler.add(checker_lib.make_request('A', 8, 4))
+  batch = scheduler.schedule(0.0)
+  (event,) = scheduler.complete(
+    batch, types.Sampled.of(batch.chunks, [1], [float('nan')])
+  )
+  assert event.finish_reason is types.FinishReason.ERROR and seq.is_finished
+  assert scheduler.pages.num_registered == 0

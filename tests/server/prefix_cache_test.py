@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a prompt was in the cache is told; nobody finds what is others'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import pathlib
+from typing import Any
+
+import pytest
+
+from sarathi_jax.server import sarathi_pb2 as pb
+from tests.server import fake
+from tests.server import http_client
+
+PROMPT = list(range(1, 12))  # two full pages of four, and a part of one
+
+
+@pytest.fixture
+def running(
+  tokenizer_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> Iterator[fake.RunningServer]:
+  tokens = tmp_path / 'tokens'
+  tokens.write_text('ann ann-secret\nbob bob-secret\n')
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(fake.make_engine, tokenizer_folder=tokenizer_folder),
+      wait=True,
+      http_port=0,
+      auth_tokens=tokens,
+    )
+  ) as server:
+    yield server
+
+
+def test_who_finds_what(running: fake.RunningServer) -> None:
+  client = http_client.Client.of(running)
+
+  def cached(name: str, **fields: Any) -> int:
+    status, whole = client.json(
+      '/v1/completions',
+      {'model': 'counting', 'prompt': PROMPT, 'max_tokens': 1, **fields},
+      authorization=f'Bearer {name}-secret',
+    )
+    assert status == 200, whole
+    found: int = whole['usage']['prompt_tokens_details']['cached_tokens']
+    return found
+
+  def cached_by_grpc(name: str, salt: str) -> int:
+    *_, last = running.stub.Generate(
+      pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=PROMPT),
+        sampling=pb.SamplingParams(max_tokens=1),
+        cache_salt=salt,
+      ),
+      metadata=[('authorization', f'Bearer {name}-secret')],
+      timeout=fake.TIMEOUT_S,
+    )
+    found: int = last.finished.usage.cached_tokens
+    return found
+
+  assert [cached('ann'), cached('ann')] == [0, 8]
+  assert [cached('bob'), cached('bob')] == [0, 8]  # By itself alone.
+  assert [cached('ann', cache_salt='x')] == [0]
+  assert [cached_by_grpc('ann', 'x'), cached_by_grpc('ann', '')] == [8, 8]
+  assert [cached_by_grpc('bob', 'x'), cached_by_grpc('bob', '')] == [0, 8]
+  # Neither a name and a salt that look like another name, nor like a salt.
+  assert cached('ann', cache_salt='ann') == 0
+  assert cached('ann', prompt=[PROMPT, PROMPT], n=1, cache_salt='y') == 8
+  status, refused = client.json(
+    '/v1/completions',
+    {'model': 'counting', 'prompt': PROMPT, 'cache_salt': 'x' * 300},
+    authorization='Bearer ann-secret',
+  )
+  assert status == 400 and 'max_id_chars' in refused['error']['message']
