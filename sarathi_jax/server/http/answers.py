@@ -237,5 +237,6 @@ def echo(prompt: tokenizer_lib.Prompt, engine: engine_lib.Engine) -> str:
 def not_finite(request_id: str) -> errors.StepError:
   """Makes the error of a request that could not be sampled."""
   return errors.StepError(
-    f'{request_id}: its logits are NaN or infinite; see the log of the server.'
+    f'{request_id}: no token can be sampled: its logits are NaN or infinite, '
+    'or its grammar came to a dead end; see the log of the server.'
   )
