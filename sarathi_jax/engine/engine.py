@@ -301,8 +301,16 @@ class Engine:
     ]
     return (
       scheduler.slots.num_free() - sum(1 + len(seq.forks) for seq in ahead),
-      scheduler.config.token_budget - sum(len(seq.tokens) for seq in ahead),
+      scheduler.config.token_budget
+      - sum(map(scheduler.prefixes.num_missing, ahead)),
     )
+
+  def num_missing(self, request: types.Request) -> int:
+    """Returns the tokens of a request that its prefill would compute now.
+
+    Any thread may ask. It hashes the prompt: some microseconds a page.
+    """
+    return self._scheduler.prefixes.num_missing_of(request)
 
   def num_output(self, key: str) -> int:
     """Returns the tokens generated so far by what goes on of a request."""

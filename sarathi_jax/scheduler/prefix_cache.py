@@ -69,6 +69,19 @@ class PrefixCache:
     """Returns the tokens of a waiting sequence that are to be computed."""
     return len(seq.tokens) - len(self.find(seq)) * self._pool.page_size
 
+  def num_missing_of(self, request: types.Request) -> int:
+    """Returns the tokens of a request, not yet added, that are to be computed.
+
+    Any thread may ask: it only looks.
+    """
+    tokens = request.prompt_token_ids
+    if not self._finds or request.sampling.prompt_logprobs is not None:
+      return len(tokens)
+    page_size, keys = self._pool.page_size, list[bytes]()
+    num_pages = (len(tokens) - 1) // page_size
+    prefixes.extend(keys, self._root(request), tokens, num_pages, page_size)
+    return len(tokens) - len(self._pool.find(keys)) * page_size
+
   def is_coming(self, seq: Sequence, step: int) -> bool:
     """Whether a waiting sequence should wait for what another computes.
 

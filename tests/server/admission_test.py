@@ -322,6 +322,11 @@ def test_what_can_not_make_its_deadline_is_refused(
   assert code is grpc.StatusCode.DEADLINE_EXCEEDED
   assert 'its prompt alone takes 15 s' in details
   assert running.engine.metrics.num_aborted == 0
+  # Of a prompt that was found in the cache but for a page, a step is left.
+  thread._waiting._step_s = 0.0
+  list(running.generate(token_ids=[1] * 20))
+  thread._waiting._step_s = 5.0
+  assert fake.take(running.generate(token_ids=[1] * 20, timeout=10))
 
 
 def test_a_prompt_too_long_for_the_server_is_refused(

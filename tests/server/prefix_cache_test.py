@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from sarathi_jax import types
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.queue import admission
+from sarathi_jax.server.queue import outbox
 from tests.server import fake
 from tests.server import http_client
 
@@ -75,3 +78,31 @@ def test_who_finds_what(running: fake.RunningServer) -> None:
     authorization='Bearer ann-secret',
   )
   assert status == 400 and 'max_id_chars' in refused['error']['message']
+
+
+def test_found_tokens_take_no_room_of_a_step() -> None:
+  """Or requests that are all there would begin one by one."""
+  engine = fake.make_engine(token_budget=8)
+  queue = admission.Queue(admission.Limits())
+
+  def push(*names: str) -> None:
+    for name in names:
+      request = types.Request(
+        request_id=name,
+        prompt_token_ids=(1,) * 38,
+        sampling=types.SamplingParams(max_tokens=1),
+      )
+      queue.push(outbox.Stream(request, lambda stream: None))
+
+  def begin() -> list[str]:
+    begun = [stream.request for stream, _ in queue.begin(engine)]
+    for request in begun:
+      engine.add(request)
+    return [request.request_id for request in begun]
+
+  push('a', 'b', 'c', 'd')
+  assert begin() == ['a']
+  while engine.has_work:
+    engine.step()
+  assert begin() == ['b', 'c', 'd']  # Of each two tokens are missing.
+  assert begin() == []

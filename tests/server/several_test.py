@@ -99,7 +99,12 @@ def test_choices_are_numbered_and_the_prompt_counts_once(
   assert [c['index'] for c in whole['choices']] == [0, 1, 2]
   assert [text_of(c) for c in whole['choices']] == OUTPUTS
   assert {c['finish_reason'] for c in whole['choices']} == {'length'}
-  usage = {'prompt_tokens': 2, 'completion_tokens': 12, 'total_tokens': 14}
+  usage = {
+    'prompt_tokens': 2,
+    'completion_tokens': 12,
+    'total_tokens': 14,
+    'prompt_tokens_details': {'cached_tokens': 0},
+  }
   assert whole['usage'] == usage
   options = {'stream_options': {'include_usage': True}}
   *events, last = client.events(path, {**body, **ASK, **options})
@@ -412,6 +417,9 @@ class _Engine:
 
   def room(self, priority: int) -> tuple[int, int]:
     return self.num, 1000
+
+  def num_missing(self, request: types.Request) -> int:
+    return len(request.prompt_token_ids)
 
 
 def test_no_more_begin_than_have_slots() -> None:

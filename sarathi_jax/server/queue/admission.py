@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import math
 
 from sarathi_jax import errors
@@ -84,6 +84,8 @@ class Queue:
     num_outputs: outputs of the requests that wait; a request may have several.
     num_tokens: tokens of the prompts that wait.
     has_room: whether more may begin, as far as is known.
+    num_missing: returns the tokens of a request's prompt to compute; all until
+      an engine says what it has of them.
   """
 
   def __init__(self, limits: Limits) -> None:
@@ -98,6 +100,9 @@ class Queue:
     self.num_outputs = 0
     self.num_tokens = 0
     self.has_room = True
+    self.num_missing: Callable[[types.Request], int] = lambda request: len(
+      request.prompt_token_ids
+    )
 
   def __len__(self) -> int:
     return len(self._streams)
@@ -189,6 +194,7 @@ class Queue:
       None if that is to begin.
     """
     now = engine.clock()
+    self.num_missing = engine.num_missing
     priority: int | None = None
     taken: list[tuple[outbox.Stream, Exception | None]] = []
     num_outputs = num_tokens = 0  # of those that are to begin
@@ -203,7 +209,7 @@ class Queue:
       taken.append((self.pop(), error))
       if error is None:
         num_outputs += request.sampling.n
-        num_tokens += len(request.prompt_token_ids)
+        num_tokens += self.num_missing(request)
     room = engine.room(_LEAST_URGENT)
     self.has_room = room[0] > num_outputs and room[1] > num_tokens
     return taken
@@ -263,10 +269,15 @@ class Queue:
     """Returns the error for a request that is too late; None if it is not."""
     if request.deadline is None:
       return None
-    num_steps = math.ceil(len(request.prompt_token_ids) / self._token_budget)
-    wait_s, left_s = num_steps * self._step_s, request.deadline - now
-    if left_s > wait_s:
-      return None
+    left_s = request.deadline - now
+    # What was found of a prompt is looked up only where it would be too long.
+    for num_tokens in (
+      lambda: len(request.prompt_token_ids),
+      lambda: self.num_missing(request),
+    ):
+      wait_s = math.ceil(num_tokens() / self._token_budget) * self._step_s
+      if left_s > wait_s:
+        return None
     return errors.DeadlineError(
       f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
       f'its prompt alone takes {wait_s:.3g} s.'
