@@ -19,6 +19,7 @@ from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from sarathi_jax.runner import programs
 from sarathi_jax.runner import weights
 from tests import logprobs_oracle
 from tests import naive
@@ -266,6 +267,17 @@ def test_log_probabilities_do_not_depend_on_the_mesh(
   logits_of = logprobs_oracle.logits_of(MODELS['llama'], make_params('llama'))
   for request in requests:
     logprobs_oracle.check(done[request.request_id], request.sampling, logits_of)
+
+
+def test_a_program_of_its_own_tells_of_prompts_on_gpus(monkeypatch):
+  monkeypatch.setattr(programs, '_tells_apart', lambda mesh: True)
+  make_runner.cache_clear()
+  try:
+    test_log_probabilities_do_not_depend_on_the_mesh(2, 2, SCARCE, True, 16)
+    layouts = make_runner('llama', 2, 2, 16)._programs.layouts
+    assert [n for n in layouts if layouts[n].tells_prompts] == [17]
+  finally:
+    make_runner.cache_clear()
 
 
 @pytest.mark.parametrize(

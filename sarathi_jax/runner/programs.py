@@ -71,7 +71,8 @@ class StepPrograms:
     sizes: the steps' numbers of tokens, ascending.
     others: the numbers of the other programs.
     masked: of these, those that sample rows anew -> how many rows.
-    layouts: size -> the layout of its batches.
+    layouts: the number of a step's program, its size but for one, -> the layout
+      of its batches.
     pages_per_seq: P.
     weights: the weights on the mesh, as ShapeDtypeStruct.
   """
@@ -103,16 +104,22 @@ class StepPrograms:
       n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
       for n in self.sizes
     }
+    is_apart = _tells_apart(mesh)
     self.layouts = {
       n: batch_lib.BatchLayout(
         num_tokens=n,
         num_rows=rows[n],
         num_samples=rows[n],
         pages_per_seq=self.pages_per_seq,
-        tells_prompts=_tells_prompts(n) or n == self.sizes[-1],
+        tells_prompts=not is_apart
+        and (_tells_prompts(n) or n == self.sizes[-1]),
       )
       for n in self.sizes
     }
+    if is_apart:  # Numbered as if it had a token more.
+      self.layouts[self.sizes[-1] + 1] = dataclasses.replace(
+        self.layouts[self.sizes[-1]], tells_prompts=True
+      )
     self._model = model
     self._mesh = mesh
     self._dtype = layout.dtype
@@ -128,6 +135,7 @@ class StepPrograms:
       *([SET_UP] if num_adjusted else ()),
       *([COPY] if max_num_seqs > 1 else ()),  # else none share pages
       *self.masked,
+      *(self.layouts.keys() - set(self.sizes)),
     )
     self._steps: dict[int, Any] = {}
 
@@ -339,7 +347,11 @@ class StepPrograms:
     sizes = self.sizes[bisect.bisect_left(self.sizes, num_tokens) :]
     if not tells_prompts:
       return sizes[0]
-    return next(size for size in sizes if self.layouts[size].tells_prompts)
+    return next(
+      size
+      for size in (*sizes, *self.others)
+      if size in self.layouts and self.layouts[size].tells_prompts
+    )
 
   def __getitem__(self, size: int) -> Any:
     return self._steps[size]
@@ -361,7 +373,7 @@ class StepPrograms:
     """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
     return (
-      (size, self._model) if size in self.others else self._spec(size, state),
+      self._spec(size, state) if size in self.layouts else (size, self._model),
       state,
       self.weights,
       sorted((options or {}).items()),
@@ -371,6 +383,15 @@ class StepPrograms:
 def _tells_prompts(size: int) -> bool:
   """Whether a step tells of prompts, which takes a fourth more to compile."""
   return size >= 32 and size.bit_count() == 1
+
+
+def _tells_apart(mesh: Mesh) -> bool:
+  """Whether a program of its own tells of prompts.
+
+  The devices of a mesh talk to one another to do that, and a condition in which
+  they do can't be in a CUDA graph.
+  """
+  return mesh.size > 1 and mesh.devices.flat[0].platform != 'cpu'
 
 
 def extra_bytes(compiled: Any) -> int:

@@ -15,7 +15,6 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
-from sarathi_jax.runner import logprobs
 from sarathi_jax.runner import sampling
 from sarathi_jax.runner import told as told_lib
 
@@ -79,23 +78,18 @@ def _sample_shares(
 ) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples a share of the rows on each device; returns all, on all."""
   num_rows = logits.shape[0]
-  output, told = _sample_rows(
+  shares = _sample_rows(
     shares_of(model, logits, shards),
     adjustments,
     **{name: share_of(row, shards) for name, row in rows.items()},
   )
 
-  def gathered(shares: Any) -> Any:
-    return jax.tree.map(
-      lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], shares
-    )
-
-  return gathered(output), lax.cond(  # All devices have the same rows.
-    (rows['telling'] > 0).any(),
-    gathered,
-    lambda told: logprobs.zeros(num_rows, told.named.shape[1]),
-    told,
+  # What is told, too, though it may be nothing: a condition in which devices
+  # talk to one another can't be in a CUDA graph.
+  gathered: tuple[batch_lib.StepOutput, told_lib.ToldArrays] = jax.tree.map(
+    lambda x: lax.all_gather(x, shards.axes, tiled=True)[:num_rows], shares
   )
+  return gathered
 
 
 def shares_of(

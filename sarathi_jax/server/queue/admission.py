@@ -271,17 +271,18 @@ class Queue:
       return None
     left_s = request.deadline - now
     # What was found of a prompt is looked up only where it would be too long.
-    for num_tokens in (
-      lambda: len(request.prompt_token_ids),
-      lambda: self.num_missing(request),
-    ):
-      wait_s = math.ceil(num_tokens() / self._token_budget) * self._step_s
-      if left_s > wait_s:
-        return None
+    wait_s = self._prefill_s(len(request.prompt_token_ids))
+    if left_s <= wait_s:
+      wait_s = self._prefill_s(self.num_missing(request))
+    if left_s > wait_s:
+      return None
     return errors.DeadlineError(
       f'{request.request_id}: its deadline is in {max(left_s, 0):.3g} s; '
       f'its prompt alone takes {wait_s:.3g} s.'
     )
+
+  def _prefill_s(self, num_tokens: int) -> float:
+    return math.ceil(num_tokens / self._token_budget) * self._step_s
 
   def _retry_after_s(self) -> float:
     """Estimates in how many seconds half of what waits will have begun."""
