@@ -52,6 +52,7 @@ def test_an_llm_is_made_and_used(
     llm.update_params(new_params)
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
     llm._runner.recover()
+    llm.engine.invalidate_cache()  # as an engine does
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
 
 
