@@ -101,6 +101,7 @@ def test_echo_scores_a_prompt(
       'prompt_tokens': 3,
       'completion_tokens': max_tokens,
       'total_tokens': 3 + max_tokens,
+      'prompt_tokens_details': {'cached_tokens': 0},
     }
   rest = slice(3 + max_tokens)
   assert text == 't1 t2 t5' + (' t6' if max_tokens else '')

@@ -38,8 +38,14 @@ def test_arguments_say_what_is_loaded(
 ) -> None:
   asked: dict[str, Any] = {}
 
+  class Engine:
+    has_grammars = False
+
+    def warm_up_grammars(self) -> None:
+      self.has_grammars = True
+
   class Loaded:
-    engine = 'an engine'
+    engine = Engine()
 
   def load_llm(checkpoint: str, config: Any, **fields: Any) -> Loaded:
     asked.update(fields, checkpoint=checkpoint, config=config)
@@ -63,7 +69,7 @@ def test_arguments_say_what_is_loaded(
   assert (asked['checkpoint'], asked['cache_dir']) == (checkpoint, 'c')
   assert asked['model_name'] == name
   assert asked['config'].max_num_seqs == max_num_seqs
-  assert asked['engine'] == 'an engine'
+  assert asked['engine'] is Loaded.engine and Loaded.engine.has_grammars
   assert asked['config'].token_budget == 256
   assert (asked['server'].port, asked['server'].drain_s) == (1234, 2)
 
