@@ -140,8 +140,17 @@ def keep(
   kept: Float[Array, 'most columns'],
   logits: Float[Array, 'R columns'],
   is_masked: Bool[Array, ' R'],
+  *,
+  always: bool = False,
 ) -> Float[Array, 'most columns']:
-  """Returns `kept`, which begins with the masked rows, if there are any."""
+  """Returns `kept`, which begins with the masked rows, if there are any.
+
+  Args:
+    kept, logits: a device's columns.
+    is_masked: which rows follow a grammar.
+    always: whether to copy as many rows, whichever they are, if none does: on
+      meshes of GPUs XLA puts this condition into no CUDA graph.
+  """
   most, num_rows = len(kept), len(logits)
   counts = sorted({min(size, num_rows) for size in sizes(most)})
 
@@ -149,6 +158,8 @@ def keep(
     (rows,) = jnp.nonzero(is_masked, size=count, fill_value=0)
     return lax.dynamic_update_slice(kept, logits[rows], (0, 0))
 
+  if always:
+    return save(counts[-1], kept)
   num = is_masked.sum(dtype=jnp.int32)
   which = sum((num > count).astype(jnp.int32) for count in [0, *counts[:-1]])
   return lax.switch(

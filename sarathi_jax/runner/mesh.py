@@ -112,3 +112,8 @@ def on(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Sharding:
   if mesh.size == 1:
     return SingleDeviceSharding(mesh.devices.item())
   return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def is_of_gpus(mesh: Mesh) -> bool:
+  """Whether it has several devices, and these have CUDA graphs."""
+  return mesh.size > 1 and mesh.devices.flat[0].platform != 'cpu'

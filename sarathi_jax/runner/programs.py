@@ -391,7 +391,7 @@ def _tells_apart(mesh: Mesh) -> bool:
   The devices of a mesh talk to one another to do that, and a condition in which
   they do can't be in a CUDA graph.
   """
-  return mesh.size > 1 and mesh.devices.flat[0].platform != 'cpu'
+  return mesh_lib.is_of_gpus(mesh)
 
 
 def extra_bytes(compiled: Any) -> int:

@@ -180,7 +180,9 @@ def stage_step(
   kept = state.logits
   if kept is not None:
     is_masked = batch_lib.sampling_of(leaving.sampling)['is_masked']
-    kept = masking.keep(kept, logits, is_masked)
+    kept = masking.keep(
+      kept, logits, is_masked, always=mesh_lib.is_of_gpus(spec.mesh)
+    )
   slots = state_lib.SlotState(
     sampling_rows.keep_last(last_tokens, leaving, output.tokens), adjustments
   )
