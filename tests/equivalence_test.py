@@ -49,6 +49,16 @@ MAX_SEQS = 8
 PAGE_SIZE = 16
 PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
 UNLIMITED = MAX_LEN  # Whole prompts are never longer.
+# Of each kind one, where all of them were tried with something else.
+LIMITS = pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [
+    (MAX_SEQS, SCARCE, True),
+    (17, SCARCE, False),
+    (64, PLENTY, True),
+    (UNLIMITED, SCARCE, True),
+  ],
+)
 
 
 @functools.cache
@@ -216,15 +226,7 @@ def test_the_kernel_computes_the_same(
 
 
 @pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
-@pytest.mark.parametrize(
-  'token_budget,num_pages,look_ahead',
-  [
-    (MAX_SEQS, SCARCE, True),
-    (17, SCARCE, False),
-    (64, PLENTY, True),
-    (UNLIMITED, SCARCE, True),
-  ],
-)
+@LIMITS
 def test_weights_as_they_are_read_compute_the_same(
   read_runner,
   requests,
@@ -281,15 +283,7 @@ def test_adjusted_logits_do_not_depend_on_how_they_are_computed(
 
 
 @pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
-@pytest.mark.parametrize(
-  'token_budget,num_pages,look_ahead',
-  [
-    (MAX_SEQS, SCARCE, True),
-    (17, SCARCE, False),
-    (64, PLENTY, True),
-    (UNLIMITED, SCARCE, True),
-  ],
-)
+@LIMITS
 def test_log_probabilities_do_not_depend_on_how_they_are_computed(
   runner, logits_of, telling, policy, token_budget, num_pages, look_ahead
 ):
@@ -326,15 +320,7 @@ def expected_several(params, several):
 
 
 @pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
-@pytest.mark.parametrize(
-  'token_budget,num_pages,look_ahead',
-  [
-    (MAX_SEQS, SCARCE, True),
-    (17, SCARCE, False),
-    (64, PLENTY, True),
-    (UNLIMITED, SCARCE, True),
-  ],
-)
+@LIMITS
 def test_outputs_of_one_prompt_are_those_of_requests_of_their_own(
   runner, several, expected_several, policy, token_budget, num_pages, look_ahead
 ):

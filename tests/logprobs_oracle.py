@@ -8,7 +8,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sarathi_jax import models
@@ -32,15 +31,7 @@ def logits_of(model: model_config_lib.ModelConfig, params: Any) -> LogitsOf:
 
   @jax.jit
   def run(tokens):
-    hidden, _ = models.forward(
-      model,
-      params,
-      [None] * model.num_layers,
-      tokens,
-      jnp.arange(max_len, dtype=jnp.int32),
-      None,
-      models.causal_attend,
-    )
+    hidden = naive.hidden_of(model, params, tokens)
     return models.unembed(model, params, hidden)
 
   def of(tokens):

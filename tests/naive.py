@@ -230,6 +230,22 @@ def make_tokenizer(vocab_size: int) -> tokenizer_lib.Tokenizer:
   return tokenizer_lib.Tokenizer.copy_of(words)
 
 
+def hidden_of(
+  model: model_config_lib.ModelConfig, params: Any, tokens: jax.Array
+) -> jax.Array:
+  """The hidden states after all layers, without a cache."""
+  hidden, _ = models.forward(
+    model,
+    params,
+    [None] * model.num_layers,
+    tokens,
+    jnp.arange(len(tokens), dtype=jnp.int32),
+    None,
+    models.causal_attend,
+  )
+  return hidden
+
+
 def recompute(
   model: model_config_lib.ModelConfig,
   params: Any,
@@ -239,15 +255,7 @@ def recompute(
 
   @jax.jit
   def next_logits(tokens, length):
-    hidden, _ = models.forward(
-      model,
-      params,
-      [None] * model.num_layers,
-      tokens,
-      jnp.arange(max_len, dtype=jnp.int32),
-      None,
-      models.causal_attend,
-    )
+    hidden = hidden_of(model, params, tokens)
     return models.unembed(model, params, hidden[length - 1][None])
 
   @jax.jit

@@ -15,6 +15,7 @@ import pytest
 from sarathi_jax import models
 from sarathi_jax.models import matrices
 from sarathi_jax.models import moe
+from tests import naive
 from tests import parallel_test
 
 
@@ -71,15 +72,7 @@ def test_every_matrix_is_multiplied_by_matmul(name):
 
   @jax.jit
   def logits(params):
-    hidden, _ = models.forward(
-      model,
-      params,
-      [None] * model.num_layers,
-      tokens,
-      tokens,
-      None,
-      models.causal_attend,
-    )
+    hidden = naive.hidden_of(model, params, tokens)
     return models.unembed(model, params, hidden)
 
   np.testing.assert_array_equal(logits(opaque), logits(params))
