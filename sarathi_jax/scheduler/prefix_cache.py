@@ -89,7 +89,7 @@ class PrefixCache:
       seq: the sequence.
       step: the number of the next step.
     """
-    if not self._coming:
+    if not self._coming or seq.prompt_logprobs is not None:
       return False
     num_found = len(self.find(seq))
     keys = seq.keys

@@ -7,6 +7,7 @@ would have left there, and was computed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -113,6 +114,16 @@ def test_what_another_is_computing_is_waited_for() -> None:
     'A[16,20)',  # B's next page is A's: it waits, and C may not overtake it.
     'B[20,22) C[4,10)',
   ]
+
+
+def test_what_finds_nothing_waits_for_nothing() -> None:
+  """A prompt that is told of is computed, whatever is there."""
+  checker = make(token_budget=12)
+  add(checker, 'A', 8)
+  told = checker_lib.make_request('B', 8, 1, beginnings=(('A', 8),))
+  sampling = dataclasses.replace(told.sampling, prompt_logprobs=0)
+  checker.add(dataclasses.replace(told, sampling=sampling))
+  assert show(checker.schedule()) == 'A[0,8) B[0,4)'
 
 
 def test_it_waits_no_longer_if_the_other_is_gone() -> None:
