@@ -131,6 +131,9 @@ class EngineConfig:
       the KV cache.
     prefix_cache_misses: whether to find none, but to do all else: to measure
       what finding them saves.
+    cache_aware_window: of how many requests, the first ones of a priority and
+      client, the one begins next of which the most is found in the cache; each
+      is passed by fewer than so many. 1: first come, first served.
     tp: tensor parallelism: devices that share each layer; None for one, but
       on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
       as a large model can use, if it is to run several sequences.
@@ -163,6 +166,7 @@ class EngineConfig:
   attention: str | None = None
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
+  cache_aware_window: int = 1
   tp: int | None = None
   pp: int = 1
   seed: int = 0
@@ -210,7 +214,10 @@ class EngineConfig:
 
 
 _ENGINE_RULES: Mapping[str, Rule] = {
-  **dict.fromkeys(('token_budget', 'max_num_seqs', 'page_size', 'pp'), SIZE),
+  **dict.fromkeys(
+    ('token_budget', 'max_num_seqs', 'page_size', 'cache_aware_window', 'pp'),
+    SIZE,
+  ),
   **dict.fromkeys(('max_model_len', 'num_pages', 'tp'), or_none(SIZE)),
   'max_adjusted_seqs': or_none(
     (lambda value: is_int(value) and value >= 0, 'must be an integer >= 0')
@@ -269,7 +276,8 @@ class SchedulerConfig:
 
   Attributes:
     token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms, ttft_slo_ms,
-      batch_tbt_slo_ms, prefix_cache, prefix_cache_misses: see `EngineConfig`.
+      batch_tbt_slo_ms, prefix_cache, prefix_cache_misses, cache_aware_window:
+      see `EngineConfig`.
     max_adjusted_seqs: the most sequences running at once whose logits are
       adjusted; they have the first slots. None for all.
     max_model_len: the most tokens of a sequence.
@@ -302,6 +310,7 @@ class SchedulerConfig:
   max_adjusted_seqs: int | None = None
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
+  cache_aware_window: int = 1
   dynamic_rope_len: int | None = None
 
   @classmethod

@@ -31,6 +31,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'memory_utilization': 1.1}, 'memory_utilization=1.1: must be in (0, 1]'),
   ({'memory_utilization': '1'}, "memory_utilization='1': must be in (0, 1]"),
   ({'short_prompt_share': 1}, 'short_prompt_share=1: must be in [0, 1)'),
+  ({'cache_aware_window': 0}, 'cache_aware_window=0: must be an integer >= 1'),
   ({'short_prompt_share': -0.1}, 'short_prompt_share=-0.1: must be in [0, 1)'),
   ({'look_ahead': 'no'}, "look_ahead='no': must be true or false"),
   ({'seed': -1}, 'seed=-1: must be an integer in [0, 2**63)'),
@@ -82,6 +83,7 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
     batch_tbt_slo_ms=90.0,
     prefix_cache=False,
     prefix_cache_misses=True,
+    cache_aware_window=8,
     seed=3,
   )
   resolved: dict[str, Any] = dict(

@@ -114,6 +114,12 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'Find nothing in the prefix cache, but do all else: to measure what it '
     'saves.',
   ),
+  'cache_aware_window': (
+    flags.DEFINE_integer,
+    'Number of waiting requests, the first ones of a priority and client, of '
+    'which the one begins next that finds the most in the prefix cache; each '
+    'is passed by fewer than so many. 1: first come, first served.',
+  ),
   'tp': (
     flags.DEFINE_integer,
     'Tensor parallelism: number of devices that share each layer. Default: '

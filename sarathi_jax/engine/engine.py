@@ -310,7 +310,24 @@ class Engine:
 
     Any thread may ask. It hashes the prompt: some microseconds a page.
     """
-    return self._scheduler.prefixes.num_missing_of(request)
+    prefixes = self._scheduler.prefixes
+    return prefixes.num_missing(prefixes.looked_for(request))
+
+  @property
+  def cache_aware_window(self) -> int:
+    """See `EngineConfig`."""
+    return self._scheduler.config.cache_aware_window
+
+  def looked_for(self, request: types.Request) -> sequence.Sequence:
+    """Returns what `most_found` compares, of a request that was not added."""
+    return self._scheduler.prefixes.looked_for(request)
+
+  def most_found(self, few: Iterable[sequence.Sequence]) -> sequence.Sequence:
+    """Returns the one of which the most is in the cache; of equals the first.
+
+    It looks for each once, and again only where that may be gone.
+    """
+    return next(self._scheduler.prefixes.by_found(few))
 
   def num_output(self, key: str) -> int:
     """Returns the tokens generated so far by what goes on of a request."""

@@ -9,7 +9,8 @@ that
 - the least urgent sequences give up their pages first, and are recomputed
   later;
 - what is in flight is never preempted;
-- the most urgent requests are admitted first.
+- the most urgent requests are admitted first, but for a few that may pass
+  others of the same client where `cache_aware_window` says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sarathi_jax import types
 from sarathi_jax.scheduler import forks as forks_lib
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import passing
 from sarathi_jax.scheduler import prefix_cache
 from sarathi_jax.scheduler import sequence
 from sarathi_jax.scheduler import slots
@@ -299,8 +301,9 @@ class Scheduler(abc.ABC):
     return (s for s in self.running if s.is_prefilling)
 
   def _next_to_admit(self, now: float) -> Sequence | None:
-    """Returns the most urgent waiting sequence that has arrived, or None.
+    """Returns the waiting sequence that goes next, of those that have arrived.
 
+    It is the most urgent one, or, in a window, the one that finds the most.
     None if there are no free slots for it and its forks, if another computes
     what it begins with, or if this step preempts: a newcomer would take the
     room just made.
@@ -308,13 +311,26 @@ class Scheduler(abc.ABC):
     if not self.waiting or self._preempted or not self.slots.num_free():
       return None
     seq = urgency.first_arrived(self.waiting, now)
-    if seq is None or len(seq.forks) >= self.slots.num_free(
-      is_adjusted=seq.setup is not None
-    ):
+    if seq is None:
       return None
-    if self.waits_for_prefixes and self.prefixes.is_coming(seq, self._step):
-      return None
-    return seq
+    few: Iterable[Sequence] = (seq,)
+    if self.config.cache_aware_window > 1:
+      few = self.prefixes.by_found(self._first_few(now))
+    for seq in few:
+      if len(seq.forks) >= self.slots.num_free(
+        is_adjusted=seq.setup is not None
+      ):
+        return None
+      if not self.waits_for_prefixes or not self.prefixes.is_coming(
+        seq, self._step
+      ):
+        return seq
+    return None
+
+  def _first_few(self, now: float) -> list[Sequence]:
+    return passing.first_few(
+      urgency.first_turn(self.waiting, now), self.config.cache_aware_window
+    )
 
   def _admit(self, now: float, reserve: int | None = None) -> Sequence | None:
     """Moves the next waiting sequence to running, if there is room now.
@@ -345,6 +361,8 @@ class Scheduler(abc.ABC):
     )
     if num_pages + owed > num_free:
       return None
+    if self.config.cache_aware_window > 1:
+      passing.note(self._first_few(now), seq)
     self.waiting.remove(seq)
     self.prefixes.begin(seq)
     seq.prefill_len = len(seq.tokens)

@@ -97,13 +97,15 @@ class PagePool:
       self._by_key[key] = page
       self._keys[page] = key
 
-  def find(self, keys: Sequence[bytes], start: int = 0) -> list[int]:
-    """Returns the pages of keys[start:], up to the first that there is none of.
+  def find(
+    self, keys: Sequence[bytes], start: int = 0, stop: int | None = None
+  ) -> list[int]:
+    """Returns pages of keys[start:stop], up to the first that there is none of.
 
     They are not held: share them before anything else is taken.
     """
     pages = []
-    for i in range(start, len(keys)):
+    for i in range(start, len(keys) if stop is None else stop):
       page = self._by_key.get(keys[i])
       if page is None:
         break

@@ -8,9 +8,12 @@ computing waits for it, page by page, rather than computing it, too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
 from sarathi_jax.scheduler import pages as pages_lib
+from sarathi_jax.scheduler import passing
 from sarathi_jax.scheduler import prefixes
 from sarathi_jax.scheduler import sequence
 
@@ -35,6 +38,7 @@ class PrefixCache:
   def __init__(
     self, config: config_lib.SchedulerConfig, pool: pages_lib.PagePool
   ) -> None:
+    self._config = config
     self._pool = pool
     self._is_on = config.prefix_cache
     self._finds = config.prefix_cache and not config.prefix_cache_misses
@@ -54,33 +58,45 @@ class PrefixCache:
     if not self._is_on:
       return seq.found
     if seq.found_at != self._pool.num_forgotten:
-      seq.found_at = self._pool.num_forgotten
       seq.found = []
+    self.guess(seq)
+    return seq.found
+
+  def guess(self, seq: Sequence) -> int:
+    """Returns how many pages `find` would, but for what was forgotten since.
+
+    It looks only for what comes after the pages that were found before.
+    """
+    if not self._is_on:
+      return 0
+    if not seq.found:
+      seq.found_at = self._pool.num_forgotten
+    num_found = len(seq.found)
     num_pages = (len(seq.tokens) - 1) // self._pool.page_size
-    if len(seq.found) < num_pages:
+    if num_found < num_pages:
       self._make_keys(seq, num_pages)
-      found = self._pool.find(seq.keys[:num_pages], len(seq.found))
+      found = self._pool.find(seq.keys, num_found, num_pages)
       # Of what is not computed there are no log-probabilities to tell.
       if self._finds and seq.prompt_logprobs is None:
         seq.found += found
-    return seq.found
+    return len(seq.found)
 
   def num_missing(self, seq: Sequence) -> int:
     """Returns the tokens of a waiting sequence that are to be computed."""
     return len(seq.tokens) - len(self.find(seq)) * self._pool.page_size
 
-  def num_missing_of(self, request: types.Request) -> int:
-    """Returns the tokens of a request, not yet added, that are to be computed.
+  def looked_for(self, request: types.Request) -> Sequence:
+    """Returns a sequence to look for, of a request that is not added yet.
 
-    Any thread may ask: it only looks.
+    Any thread may ask.
     """
-    tokens = request.prompt_token_ids
-    if not self._finds or request.sampling.prompt_logprobs is not None:
-      return len(tokens)
-    page_size, keys = self._pool.page_size, list[bytes]()
-    num_pages = (len(tokens) - 1) // page_size
-    prefixes.extend(keys, self._root(request), tokens, num_pages, page_size)
-    return len(tokens) - len(self._pool.find(keys)) * page_size
+    return Sequence.of(request, self._config, 0, 0)
+
+  def by_found(self, few: Iterable[Sequence]) -> Iterator[Sequence]:
+    """Yields waiting sequences, the one of which the most is found first."""
+    return passing.by_found(
+      tuple(few), self.guess, lambda seq: len(self.find(seq))
+    )
 
   def is_coming(self, seq: Sequence, step: int) -> bool:
     """Whether a waiting sequence should wait for what another computes.

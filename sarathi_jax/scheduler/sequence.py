@@ -57,6 +57,7 @@ class Sequence:
     found: while it waits, pages that hold its beginning.
     found_at: what the pool had forgotten when these were found.
     waits_since: the step from which on it waits for what another computes.
+    num_passed: sequences that came later and went first; see `passing`.
     num_cached: tokens of the prompt that were found, and not computed.
     num_in_flight: the number of batches in flight that hold it.
     last_step: the step of the last batch that held it.
@@ -94,6 +95,7 @@ class Sequence:
   found: list[int] = dataclasses.field(default_factory=list)
   found_at: int = 0
   waits_since: int | None = None
+  num_passed: int = 0
   num_cached: int = 0
   num_in_flight: int = 0
   last_step: int = -1

@@ -8,7 +8,7 @@ that came first. So where all are equal, it is first come, first served.
 from __future__ import annotations
 
 import bisect
-from collections.abc import MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
 import operator
 
 from sarathi_jax.scheduler import sequence
@@ -41,3 +41,21 @@ def first_arrived(
   if queue[-1].request.priority == first.request.priority:
     return None  # All have one priority, so they are in the order of arrival.
   return next((s for s in queue if s.request.arrival_time <= now), None)
+
+
+def first_turn(
+  queue: Iterable[sequence.Sequence], now: float
+) -> Iterator[sequence.Sequence]:
+  """Yields the most urgent ones that have arrived, of one priority and client.
+
+  They end where another client's turn is.
+  """
+  turn = None
+  for seq in queue:
+    request = seq.request
+    if request.arrival_time > now:
+      continue
+    of = request.priority, request.tenant, request.client
+    if of != (turn := turn or of):
+      return
+    yield seq

@@ -34,6 +34,7 @@ VALUES = dict(
   look_ahead=False,
   prefix_cache=False,
   prefix_cache_misses=True,
+  cache_aware_window=8,
   short_prompt_share=0.5,
   tbt_slo_ms=50.0,
   ttft_slo_ms=700.0,

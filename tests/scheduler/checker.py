@@ -42,6 +42,7 @@ def make_request(
   n: int = 1,
   beginnings: tuple[tuple[str, int], ...] = (),
   cache_salt: str = '',
+  client: str = '',
 ) -> types.Request:
   """Makes a request; its prompt is its own but for its beginnings.
 
@@ -61,6 +62,7 @@ def make_request(
     arrival_time=arrival_time,
     priority=priority,
     cache_salt=cache_salt,
+    client=client,
   )
 
 
@@ -226,6 +228,7 @@ class Checker:
       known = self.live[request_id]
       assert not known.flights, f'{known.id} was preempted in flight'
       known.num_computed = 0
+      known.num_waited = 0
       known.newest_step = -1
     least = min((self.live[i].urgency for i in batch.preempted), default=None)
     assert least is None or all(
@@ -234,13 +237,24 @@ class Checker:
 
   def _check_admitted(self, admitted: set[str], now: float) -> None:
     left_out = [
-      self.live[s.key].urgency
+      self.live[s.key]
       for s in self.scheduler.waiting
       if s.request.arrival_time <= now
     ]
-    assert not (admitted and left_out) or (
-      max(self.live[i].urgency for i in admitted) < min(left_out)
-    ), 'one was admitted before one that is more urgent'
+    most = self.config.cache_aware_window - 1
+    for one in (self.live[i] for i in admitted):
+      passed = [k for k in left_out if k.urgency < one.urgency]
+      assert not passed or most, 'one was admitted before one more urgent'
+      assert all(k.request.priority == one.request.priority for k in passed), (
+        'one was admitted before one of a more urgent priority'
+      )
+      assert all(k.request.client == one.request.client for k in passed), (
+        "one was admitted before another client's"
+      )
+      assert len(passed) <= most, 'one was admitted from beyond the window'
+      for known in passed:
+        known.num_passed += 1
+        assert known.num_passed <= most, f'{known.id}: was passed by too many'
 
   def _running(self) -> set[str]:
     return {s.key for s in self.scheduler.running}
@@ -481,13 +495,16 @@ class Checker:
       urgency = [self.live[i].urgency for i in queue]
       assert urgency == sorted(urgency), 'not by urgency'
     # Of the same priority, who came first runs first.
-    order = [
-      self.live[i].urgency
-      for i in sorted(
-        running + waiting, key=lambda i: self.live[i].request.priority
+    for known in (self.live[i] for i in waiting):
+      passed_by = {
+        self.live[i].request.key
+        for i in running
+        if self.live[i].request.priority == known.request.priority
+        and self.live[i].urgency > known.urgency
+      }
+      assert len(passed_by) < config.cache_aware_window, (
+        'not first come, first served'
       )
-    ]
-    assert order == sorted(order), 'not first come, first served'
     seqs = [self._seqs[i] for i in running]
     seqs += [self._seqs[k.id] for k in behind]
     self._check_pages(seqs)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
 import random
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
 from sarathi_jax.scheduler import pages
+from sarathi_jax.scheduler import passing
 from sarathi_jax.scheduler import prefix_cache
 from sarathi_jax.scheduler import sarathi
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import urgency
 from tests.scheduler import checker as checker_lib
 from tests.scheduler import properties_test
 
@@ -253,6 +256,60 @@ class _ForgetfulPool(pages.PagePool):
     return list(pages)
 
 
+class _Window(sarathi.SarathiScheduler):
+  """Chooses from others than it may."""
+
+  def _first_few(self, now: float) -> list[sequence.Sequence]:
+    few = super()._first_few(now)
+    return self._wrong(few, now) if self.config.cache_aware_window > 1 else few
+
+  def _wrong(
+    self, few: list[sequence.Sequence], now: float
+  ) -> list[sequence.Sequence]:
+    raise NotImplementedError
+
+
+class LooksBeyondTheWindow(_Window):
+  def _wrong(
+    self, few: list[sequence.Sequence], now: float
+  ) -> list[sequence.Sequence]:
+    return list(urgency.first_turn(self.waiting, now))
+
+
+class PassesForEver(_Window):
+  """Does not count who was passed."""
+
+  def _wrong(
+    self, few: list[sequence.Sequence], now: float
+  ) -> list[sequence.Sequence]:
+    turn = urgency.first_turn(self.waiting, now)
+    return list(itertools.islice(turn, self.config.cache_aware_window))
+
+
+class PassesTheMoreUrgent(_Window):
+  def _wrong(
+    self, few: list[sequence.Sequence], now: float
+  ) -> list[sequence.Sequence]:
+    arrived = [s for s in self.waiting if s.request.arrival_time <= now]
+    client = arrived[0].request.client
+    return passing.first_few(
+      itertools.takewhile(lambda s: s.request.client == client, arrived),
+      self.config.cache_aware_window,
+    )
+
+
+class PassesOtherClients(_Window):
+  def _wrong(
+    self, few: list[sequence.Sequence], now: float
+  ) -> list[sequence.Sequence]:
+    arrived = [s for s in self.waiting if s.request.arrival_time <= now]
+    priority = arrived[0].request.priority
+    return passing.first_few(
+      (s for s in arrived if s.request.priority == priority),
+      self.config.cache_aware_window,
+    )
+
+
 class AdmitsNobody(sarathi.SarathiScheduler):
   def _admit(
     self, now: float, reserve: int | None = None
@@ -268,10 +325,10 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   TakesPromptsTwice: 'a request is in the batch twice',
   CarriesAStaleToken: 'a token that only the device can know',
   SamplesTooEarly: 'a chunk samples where it reaches the end',
-  AdmitsTheLastFirst: 'before one that is more urgent',
+  AdmitsTheLastFirst: 'before one more urgent',
   PreemptsTheOldest: 'preempted is who is the least urgent',
   PreemptsTheYoungest: 'preempted is who is the least urgent',
-  AdmitsByArrival: 'before one that is more urgent',
+  AdmitsByArrival: 'before one more urgent',
   PreemptsInFlight: 'was preempted in flight',
   NeverPreempts: 'nothing was scheduled',
   CountsTheOutputAnew: 'events',
@@ -288,6 +345,10 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   IgnoresTheSalt: 'something else lies where its tokens should',
   RegistersWhatIsInFlight: 'found what is not computed yet',
   FindsThePageOfAnother: 'pages were lost or made',
+  LooksBeyondTheWindow: 'from beyond the window',
+  PassesForEver: 'was passed by too many',
+  PassesTheMoreUrgent: 'before one of a more urgent priority',
+  PassesOtherClients: "before another client's",
   AdmitsNobody: 'deadlock',
 }
 
@@ -298,9 +359,14 @@ def first_fault(
   ],
 ) -> str | None:
   """What the checker says of a class on the soak's workloads."""
-  for seed in range(100):
+  for seed in range(130):
     rng = random.Random(seed)
-    workload = properties_test.make_workload(rng)
+    make = (
+      properties_test.make_workload
+      if seed < 100
+      else properties_test.make_queue
+    )
+    workload = make(rng)
     checker = checker_lib.Checker(scheduler_class(workload.config), 'sarathi')
     try:
       properties_test.drive(checker, workload, rng)

@@ -25,6 +25,7 @@ class Known:
     num_waited: steps since it could decode, that it was not in.
     is_gone: finished or removed.
     first: the sequence at the end of whose prefill it begins; None since then.
+    num_passed: how many that came later were admitted before it.
     chain: for each of its first tokens a number that stands for all up to it.
   """
 
@@ -42,6 +43,7 @@ class Known:
   num_waited: int = 0
   is_gone: bool = False
   first: Known | None = None
+  num_passed: int = 0
   chain: list[int] = dataclasses.field(default_factory=list)
 
   @property

@@ -207,7 +207,7 @@ def test_counts_add_up(ops: list[tuple[str, int, int, str]]) -> None:
       len(r.prompt_token_ids) for r in here.values()
     )
   assert sorted(_order_ids(queue)) == sorted(here)
-  assert queue.peek() is None and not queue._lines
+  assert not queue.line() and not queue._lines
 
 
 def _order_ids(queue: admission.Queue) -> list[str]:

@@ -106,3 +106,50 @@ def test_found_tokens_take_no_room_of_a_step() -> None:
     engine.step()
   assert begin() == ['b', 'c', 'd']  # Of each two tokens are missing.
   assert begin() == []
+
+
+def test_of_a_clients_requests_the_first_are_those_that_find_the_most() -> None:
+  """A few of these; and no other client's turn is taken."""
+  engine = fake.make_engine(
+    token_budget=8, max_num_seqs=1, cache_aware_window=3
+  )
+  queue = admission.Queue(admission.Limits())
+
+  def push(name: str, prompt: tuple[int, ...], client: str = 'ann') -> None:
+    request = types.Request(
+      request_id=name,
+      prompt_token_ids=prompt,
+      sampling=types.SamplingParams(max_tokens=1),
+      client=client,
+    )
+    queue.push(outbox.Stream(request, lambda stream: None))
+
+  def served() -> list[str]:
+    """All that waits, one at a time, as each fills the only slot."""
+    names = []
+    while len(queue):
+      for stream, _ in queue.begin(engine):
+        names.append(stream.request.request_id)
+        engine.add(stream.request)
+      while engine.has_work:
+        engine.step()
+    return names
+
+  known = (1,) * 38
+  push('first', known)
+  assert served() == ['first']
+  push('cold', (2,) * 38)
+  for i in range(4):
+    push(f'hot{i}', known)
+  push('other', (3,) * 39, 'bob')
+  names = served()
+  # Two of the window of three pass the first; then it is its turn.
+  assert [n for n in names if n != 'other'] == [
+    'hot0',
+    'hot1',
+    'cold',
+    'hot2',
+    'hot3',
+  ]
+  # The clients take turns, whatever is found.
+  assert names.index('other') <= 2

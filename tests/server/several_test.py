@@ -418,6 +418,8 @@ class _Engine:
   def room(self, priority: int) -> tuple[int, int]:
     return self.num, 1000
 
+  cache_aware_window = 1
+
   def num_missing(self, request: types.Request) -> int:
     return len(request.prompt_token_ids)
 

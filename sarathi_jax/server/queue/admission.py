@@ -5,8 +5,10 @@ Requests wait here, not in the scheduler, which is given what a step could
 begin. Those of the smallest `priority` go first; among these, the tenant that
 was served least so far, counted in tokens, as the Virtual Token Counter does
 (Sheng et al., OSDI 2024); of its clients, again the one that was served least;
-the requests of one client in order of arrival. So one client's thousand prompts
-do not hold up another's one, and a tenant gains nothing by more clients.
+the requests of one client in order of arrival, but for those that may pass its
+others, as more of them is in the cache (`scheduler/passing.py`). So one
+client's thousand prompts do not hold up another's one, and a tenant gains
+nothing by more clients.
 Imports no gRPC and no JAX.
 """
 
@@ -14,12 +16,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import math
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.scheduler import passing
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.queue import outbox
 
@@ -160,19 +163,33 @@ class Queue:
     self.num_outputs += request.sampling.n
     self.num_tokens += num_tokens
 
-  def peek(self) -> outbox.Stream | None:
-    """Returns the stream that begins next."""
+  def line(self) -> Sequence[outbox.Stream]:
+    """Returns the streams of the client whose turn it is, in order."""
     if not self._streams:
-      return None
+      return ()
     tenants = self._lines[min(self._lines)]
     tenant = self._tenants.least(tenants)
     client = self._clients[tenant].least(tenants[tenant])
-    return tenants[tenant][client][0]
+    return tenants[tenant][client]
 
-  def pop(self) -> outbox.Stream:
-    """Takes out the stream that begins next, and counts its prompt."""
-    stream = self.peek()
-    assert stream is not None
+  def pop(self, engine: engine_lib.Engine | None = None) -> outbox.Stream:
+    """Takes out the stream that begins next, and counts its prompt.
+
+    Args:
+      engine: knows what is in the cache; None: in order of arrival.
+    """
+    window = engine.cache_aware_window if engine else 1
+    few = passing.first_few(self.line(), window)
+    stream = few[0]
+    if len(few) > 1:
+      assert engine is not None
+      for waiting in few:
+        if waiting.looked_for is None:
+          waiting.looked_for = engine.looked_for(waiting.request)
+      most = engine.most_found(s.looked_for for s in few if s.looked_for)
+      stream = next(s for s in few if s.looked_for is most)
+      passing.note(few, stream)
+    stream.looked_for = None
     request = stream.request
     self._tenants.begin(request.tenant)
     self._clients[request.tenant].begin(request.client)
@@ -198,15 +215,16 @@ class Queue:
     priority: int | None = None
     taken: list[tuple[outbox.Stream, Exception | None]] = []
     num_outputs = num_tokens = 0  # of those that are to begin
-    while (stream := self.peek()) is not None:
-      request = stream.request
-      if request.priority != priority:
-        priority = request.priority
+    while line := self.line():
+      if line[0].request.priority != priority:
+        priority = line[0].request.priority
         room = engine.room(priority)
       if room[0] <= num_outputs or room[1] <= num_tokens:
         break
+      stream = self.pop(engine)
+      request = stream.request
       error = self._late(request, now)
-      taken.append((self.pop(), error))
+      taken.append((stream, error))
       if error is None:
         num_outputs += request.sampling.n
         num_tokens += self.num_missing(request)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.scheduler import sequence
 
 
 class Stream:
@@ -37,6 +38,8 @@ class Stream:
     num_cached: tokens of the prompt that were found in the KV cache, once it
       took the last delta of the first output.
     last: the last delta that it took.
+    looked_for: while it waits to begin, what is looked for in the cache.
+    num_passed: requests that came later and began first; see `passing`.
   """
 
   def __init__(
@@ -51,6 +54,8 @@ class Stream:
     self.num_tokens = [0] * num
     self.num_cached = 0
     self.last: types.OutputDelta | None = None
+    self.looked_for: sequence.Sequence | None = None
+    self.num_passed = 0
     self._open = set(range(num))  # outputs whose last delta is not put
     self._num_left = num  # whose last delta is not taken
     self._num_taken = 0  # deltas
