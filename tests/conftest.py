@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Iterator
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -34,6 +35,13 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   atexit.register(
     shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
   )
+
+# How XLA makes loops by MLIR takes twice as long to compile. The newest JAX has
+# no other way, so that is tested, too.
+if importlib.metadata.version('jax').startswith('0.10.'):
+  os.environ['XLA_FLAGS'] = ' '.join(
+    ('--xla_cpu_use_fusion_emitters=false', os.environ.get('XLA_FLAGS', ''))
+  ).strip()
 
 # What JAX has traced stays: looking through it for garbage takes ever longer.
 gc.set_threshold(20_000, 50, 50)
