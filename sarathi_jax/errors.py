@@ -5,9 +5,11 @@
   ├── InvalidRequestError   the request is wrong: gRPC INVALID_ARGUMENT
   │   ├── UnsupportedError  the request is right, but asks what we don't do
   │   ├── ForbiddenError    its caller may not: gRPC PERMISSION_DENIED
-  │   └── NotFoundError     it names what is not here: gRPC NOT_FOUND
+  │   ├── NotFoundError     it names what is not here: gRPC NOT_FOUND
+  │   └── ExpiredError      it goes on after what is lost: gRPC OUT_OF_RANGE
   ├── BusyError             another thread uses it
   ├── CapacityError         too much at once: gRPC RESOURCE_EXHAUSTED
+  ├── MissedError           its reader was too slow: gRPC DATA_LOSS
   ├── DeadlineError         can't be done in time: gRPC DEADLINE_EXCEEDED
   ├── StepError             its step failed, others go on: gRPC INTERNAL
   ├── ConfigError           the engine's configuration or model is wrong
@@ -71,6 +73,10 @@ class NotFoundError(InvalidRequestError):
   """A request that names a model, or another thing, that is not here."""
 
 
+class ExpiredError(InvalidRequestError):
+  """A request to go on after a place that is not known, or no more."""
+
+
 class BusyError(SarathiError, RuntimeError):
   """A call while another thread uses an object that admits one at a time."""
 
@@ -87,6 +93,10 @@ class CapacityError(SarathiError):
   def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
     super().__init__(message)
     self.retry_after_s = retry_after_s
+
+
+class MissedError(SarathiError):
+  """What a reader has not yet read is no longer kept: it was too slow."""
 
 
 class DeadlineError(SarathiError):

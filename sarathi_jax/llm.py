@@ -457,6 +457,18 @@ class LLM:
           f'{errors.describe(error)}. The old weights stay.'
         ) from error
 
+  def reset_prefix_cache(self) -> bool:
+    """Forgets what earlier prompts and outputs left in the KV cache.
+
+    Returns:
+      False, and nothing is forgotten, while requests are under way.
+
+    Raises:
+      BusyError: another thread uses this LLM.
+    """
+    with self._runs.turns.take('reset_prefix_cache'), self._runs.inside():
+      return self.engine.reset_prefix_cache()
+
   def _check_weights(self) -> None:
     if not self._runner.has_params:
       raise errors.ConfigError(

@@ -21,6 +21,7 @@ from sarathi_jax.engine import info as info_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
 from sarathi_jax.scheduler import pace as pace_lib
+from sarathi_jax.scheduler import page_log
 from sarathi_jax.scheduler import runner as runner_lib
 from sarathi_jax.scheduler import sequence
 from sarathi_jax.text import detokenizer
@@ -234,6 +235,29 @@ class Engine:
     """Drops the whole KV cache, for new weights; recomputes what is running."""
     self.drain()
     self._scheduler.preempt_all()
+
+  def reset_prefix_cache(self) -> bool:
+    """Forgets what prompts could begin with; False while there are requests.
+
+    Theirs is in use: `invalidate_cache` recomputes them. Those that are gone,
+    but for a batch in flight, put nothing there any more.
+    """
+    if self._live:
+      return False
+    self._scheduler.pages.unregister_all()
+    return True
+
+  def keep_page_log(self) -> None:
+    """Keeps a log of what can be found in the cache; before any request.
+
+    Without a prefix cache there is nothing to keep one of.
+    """
+    self._scheduler.prefixes.keep_log()
+
+  @property
+  def page_log(self) -> page_log.PageLog | None:
+    """The log of what can be found in the cache; None without."""
+    return self._scheduler.pages.log
 
   def recover(self, fault: Exception) -> list[str]:
     """Goes on after `step` raised `fault`, if the device can.

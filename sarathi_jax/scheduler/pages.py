@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from sarathi_jax.scheduler import page_log
+
 
 class PagePool:
   """Hands out page numbers, and counts the holders of each page.
@@ -25,6 +27,7 @@ class PagePool:
     num_pages, page_size: the cache.
     num_evicted: pages with a key that were taken for something else.
     num_forgotten: keys that lead nowhere any more, for any reason.
+    log: is told which pages are found no more; None for none.
   """
 
   def __init__(self, num_pages: int, page_size: int) -> None:
@@ -32,6 +35,7 @@ class PagePool:
     self.page_size = page_size
     self.num_evicted = 0
     self.num_forgotten = 0
+    self.log: page_log.PageLog | None = None
     self._free = list(range(num_pages))[::-1]  # without a key
     self._idle: OrderedDict[int, None] = OrderedDict()  # free, with a key
     self._num_holders = [0] * num_pages
@@ -86,16 +90,20 @@ class PagePool:
       if not self._num_holders[page]:
         self._set_free(page)
 
-  def register(self, page: int, key: bytes) -> None:
+  def register(self, page: int, key: bytes) -> bool:
     """Lets a page that is held be found by what it holds.
 
-    Does nothing if another page is: pages in use are never exchanged.
+    Returns:
+      Whether it is found from now on. It is not if it was before, or if another
+      page is: pages in use are never exchanged.
     """
     assert self._num_holders[page], f'page {page} is free'
     assert self._keys[page] in (None, key), f'page {page} has a key'
-    if key not in self._by_key:
-      self._by_key[key] = page
-      self._keys[page] = key
+    if key in self._by_key:
+      return False
+    self._by_key[key] = page
+    self._keys[page] = key
+    return True
 
   def find(
     self, keys: Sequence[bytes], start: int = 0, stop: int | None = None
@@ -115,15 +123,23 @@ class PagePool:
   def unregister(self, pages: Sequence[int]) -> None:
     """Lets pages be found no more."""
     for page in pages:
-      if self._keys[page] is not None:
-        self._forget(page)
-        if not self._num_holders[page]:
-          del self._idle[page]
-          self._free.append(page)
+      if (key := self._keys[page]) is not None:
+        self._unregister(page)
+        if self.log is not None:
+          self.log.remove(key)
 
   def unregister_all(self) -> None:
     """Lets no page be found, as none holds any more what it did."""
-    self.unregister(list(self._by_key.values()))
+    for page in list(self._by_key.values()):
+      self._unregister(page)
+    if self.log is not None:
+      self.log.clear()
+
+  def _unregister(self, page: int) -> None:
+    self._forget(page)
+    if not self._num_holders[page]:
+      del self._idle[page]
+      self._free.append(page)
 
   def _set_free(self, page: int) -> None:
     if self._keys[page] is None:
@@ -134,12 +150,16 @@ class PagePool:
   def _evict(self) -> int:
     """Returns the page that is free for the longest, without its key."""
     page, _ = self._idle.popitem(last=False)
-    self._forget(page)
+    key = self._forget(page)
     self.num_evicted += 1
+    if self.log is not None:
+      self.log.remove(key)
     return page
 
-  def _forget(self, page: int) -> None:
+  def _forget(self, page: int) -> bytes:
+    """Takes away a page's key; returns it."""
     key, self._keys[page] = self._keys[page], None
     assert key is not None
     del self._by_key[key]
     self.num_forgotten += 1
+    return key

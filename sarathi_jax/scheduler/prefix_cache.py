@@ -8,10 +8,12 @@ computing waits for it, page by page, rather than computing it, too.
 
 from __future__ import annotations
 
+import array
 from collections.abc import Iterable, Iterator
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
+from sarathi_jax.scheduler import page_log
 from sarathi_jax.scheduler import pages as pages_lib
 from sarathi_jax.scheduler import passing
 from sarathi_jax.scheduler import prefixes
@@ -152,7 +154,9 @@ class PrefixCache:
     self._make_keys(seq, num_pages)
     for i in range(seq.num_registered, num_pages):
       key = seq.keys[i]
-      self._pool.register(seq.pages[i], key)
+      is_new = self._pool.register(seq.pages[i], key)
+      if is_new and self._pool.log is not None:
+        self._pool.log.store(self._contents(seq, i))
       if self._coming.get(key) is seq:
         del self._coming[key]
     seq.num_registered = num_pages
@@ -165,6 +169,21 @@ class PrefixCache:
           del self._coming[key]
     seq.num_registered = 0
 
+  def keep_log(self) -> None:
+    """Notes from now on, while nothing is there, what can be found."""
+    assert not self._pool.num_registered
+    if self._finds:
+      self._pool.log = page_log.PageLog()
+
+  def _contents(self, seq: Sequence, place: int) -> page_log.Stored:
+    size = self._pool.page_size
+    return page_log.Stored(
+      seq.keys[place],
+      seq.keys[place - 1] if place else None,
+      array.array('i', seq.tokens[place * size : (place + 1) * size]).tobytes(),
+      self._namespace(seq.request),
+    )
+
   def _make_keys(self, seq: Sequence, num_pages: int) -> None:
     if len(seq.keys) < num_pages:
       prefixes.extend(
@@ -176,12 +195,24 @@ class PrefixCache:
       )
 
   def _root(self, request: types.Request) -> bytes:
-    extras: dict[str, str | int] = {'page_size': self._pool.page_size}
+    return prefixes.root(
+      page_size=self._pool.page_size, **self._extras(request)
+    )
+
+  def _namespace(self, request: types.Request) -> str:
+    match self._extras(request):
+      case {'rope_len': rope_len}:
+        return f'{request.cache_salt} rope_len={rope_len}'
+      case _:
+        return request.cache_salt
+
+  def _extras(self, request: types.Request) -> dict[str, str | int]:
+    """Returns what sets a request's pages apart from others' of its tokens."""
+    extras: dict[str, str | int] = {}
     if request.cache_salt:
       extras['salt'] = request.cache_salt
-    if self._dynamic_rope_len is not None:
-      # Up to this length positions are rotated alike.
-      extras['rope_len'] = max(
-        len(request.prompt_token_ids), self._dynamic_rope_len
-      )
-    return prefixes.root(**extras)
+    rope_len, num_tokens = self._dynamic_rope_len, len(request.prompt_token_ids)
+    # Up to this length positions are rotated alike.
+    if rope_len is not None and num_tokens > rope_len:
+      extras['rope_len'] = num_tokens
+    return extras

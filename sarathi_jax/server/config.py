@@ -30,6 +30,8 @@ class ServerConfig:
     reflection: whether the server describes its services.
     control: whether sarathi.v1.Control is served; None: only if tokens guard
       it, or no other machine can reach the port.
+    kv_events: whether VllmEngine.SubscribeKvEvents tells what the KV cache
+      holds, of whosever prompts; None: as for `control`.
     metrics_port: where Prometheus scrapes metrics over HTTP; 0 for any port
       that is free, None for no metrics.
     metrics_prefix: what names of metrics begin with; 'vllm' suits dashboards
@@ -58,6 +60,7 @@ class ServerConfig:
   tls: tls_lib.TlsFiles | None = None
   reflection: bool = True
   control: bool | None = None
+  kv_events: bool | None = None
   metrics_port: int | None = None
   metrics_prefix: str = 'sarathi'
   http_port: int | None = None
@@ -125,8 +128,15 @@ class ServerConfig:
 
   @property
   def serves_control(self) -> bool:
-    if self.control is not None:
-      return self.control
+    return self._is_guarded if self.control is None else self.control
+
+  @property
+  def serves_kv_events(self) -> bool:
+    return self._is_guarded if self.kv_events is None else self.kv_events
+
+  @property
+  def _is_guarded(self) -> bool:
+    """Whether nobody calls who runs neither the server nor the machine."""
     return self.auth_tokens is not None or self.is_local
 
   @property

@@ -44,6 +44,14 @@ _FLAGS: dict[str, tuple[Any, str]] = {
     'Default: only with --auth_tokens, or if no other machine can reach '
     '--host.',
   ),
+  'kv_events': (
+    flags.DEFINE_bool,
+    'Whether VllmEngine.SubscribeKvEvents tells gateways what the KV cache '
+    "holds: the token ids of everybody's prompts and outputs but of those with "
+    'a cache_salt; with --auth_tokens of all, to administrators alone. '
+    'Default: only with --auth_tokens, or if no other machine can reach '
+    '--host.',
+  ),
   'metrics_port': (
     flags.DEFINE_integer,
     'Port at which Prometheus scrapes metrics, '

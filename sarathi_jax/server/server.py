@@ -39,9 +39,11 @@ from sarathi_jax.server.protocols import health
 from sarathi_jax.server.protocols import malformed
 from sarathi_jax.server.protocols import open_inference
 from sarathi_jax.server.protocols import sarathi_v1
+from sarathi_jax.server.protocols import vllm_cache
 from sarathi_jax.server.protocols import vllm_engine
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
+from sarathi_jax.server.telling import kv_journal
 from sarathi_jax.server.telling import telemetry as telemetry_lib
 
 if TYPE_CHECKING:
@@ -120,6 +122,16 @@ class Server:
     self.frontend = frontend_lib.Frontend(
       self._engine_thread, config.limits, self.telemetry.observers
     )
+    self._journal = (
+      kv_journal.KvJournal(
+        self._engine_thread,
+        config.limits,
+        # To administrators alone, then.
+        tells_all=config.auth_tokens is not None,
+      )
+      if config.serves_kv_events
+      else None
+    )
     self._gateway: gateway.Gateway | None = None
     self._http: listener.Listener | None = None
     self.http_port = config.http_port
@@ -151,7 +163,14 @@ class Server:
       ),
       vllm_engine.NAME: adder(
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server,
-        vllm_engine.VllmEngineService(self.frontend),
+        vllm_engine.VllmEngineService(
+          self.frontend,
+          vllm_cache.CacheCalls(
+            self.frontend,
+            self._journal,
+            may_flush=self._config.serves_control,
+          ),
+        ),
       ),
       open_inference.NAME: adder(
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
@@ -175,7 +194,11 @@ class Server:
       auth.Interceptor(
         auth.Tokens(self._config.auth_tokens),
         (health.NAME,),
-        (control_v1.NAME, reflection.SERVICE_NAME),
+        (
+          control_v1.NAME,
+          reflection.SERVICE_NAME,
+          *vllm_engine.ADMIN_METHODS,
+        ),
       ),
       parse,
     )
@@ -240,6 +263,8 @@ class Server:
     """
     engine = await self._loading
     await self.telemetry.observe_engine()
+    if self._journal is not None:
+      await self._journal.prepare()
     self.frontend.serve(engine)
     self._health.set(True)
     if self._gateway is not None:
@@ -268,6 +293,8 @@ class Server:
     self._health.set(False)
     self._engine_thread.stop()
     self.frontend.cut_off()
+    if self._journal is not None:
+      self._journal.close()
     if self._gateway is not None:
       await self._gateway.stop()
     self._is_broken = self._why_no_calls() is not None

@@ -297,3 +297,20 @@ def test_weights_in_half_precision(dtype, make_llm):
   assert all(len(c.token_ids) == 6 for c in done)
   assert all(np.isfinite(c.logprobs).all() for c in done)
   assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens_of(done)
+
+
+def test_what_the_cache_has_can_be_forgotten(llm):
+  prompt = list(range(1, 40))
+
+  def num_found() -> int:
+    (done,) = llm.generate([prompt], GREEDY)
+    return done.metrics.num_cached_tokens
+
+  num_found()
+  assert num_found() > 0
+  stream = llm.stream(prompt, GREEDY)
+  next(stream)
+  assert not llm.reset_prefix_cache()  # It is in use.
+  stream.close()
+  assert llm.reset_prefix_cache()
+  assert num_found() == 0 < num_found()

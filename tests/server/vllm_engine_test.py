@@ -293,7 +293,6 @@ def test_the_tokenizer_comes_as_a_zip(server: fake.RunningServer) -> None:
   [
     ('Embed', pb.EmbedRequest()),
     ('StartProfile', common_pb2.StartProfileRequest()),
-    ('SubscribeKvEvents', common_pb2.SubscribeKvEventsRequest()),
   ],
 )
 def test_the_rest_is_unimplemented(

@@ -138,7 +138,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
   Args:
     tokens: the known tokens.
     open_services: services that need no token, as probes have none.
-    admin_services: services that need an administrator's token.
+    admin_services: services, or methods, that need an administrator's token.
   """
 
   def __init__(
@@ -156,7 +156,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
     continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
     handler_call_details: grpc.HandlerCallDetails,
   ) -> Any:
-    service = handler_call_details.method.split('/')[1]
+    method = handler_call_details.method
+    service = method.split('/')[1]
     if service in self._open:
       return await continuation(handler_call_details)
     token = self._token(handler_call_details)
@@ -167,12 +168,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
         grpc.StatusCode.UNAUTHENTICATED,
         'needs a token that the server knows: "authorization: Bearer TOKEN".',
       )
-    if service in self._admin and not token.is_admin:
+    guarded = {service, method} & {*self._admin}
+    if guarded and not token.is_admin:
       return await _refuse(
         continuation,
         handler_call_details,
         grpc.StatusCode.PERMISSION_DENIED,
-        f'{service}: needs the token of an administrator.',
+        f'{guarded.pop().strip("/")}: needs the token of an administrator.',
       )
     CURRENT.set(token)
     return await continuation(handler_call_details)

@@ -262,6 +262,16 @@ class Limits:
     'each takes a task and the memory of its prompt; the next is read when one '
     'ends',
   )
+  max_kv_subscribers: int = _row(
+    16,
+    'calls at once that are told what the KV cache holds',
+    'each may hold on to a list of all its pages',
+  )
+  max_kv_history: int = _row(
+    2**16,
+    'changes of the KV cache that are kept for who is told of them',
+    'each has the tokens of a page; who falls further behind starts anew',
+  )
   max_trace_s: float = _row(
     600.0, 'seconds of a trace', 'its events stay in memory until its end'
   )

@@ -17,9 +17,11 @@ from sarathi_jax import errors
 CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
   (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
   (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
+  (errors.ExpiredError, grpc.StatusCode.OUT_OF_RANGE),
   (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
   (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),  # new weights
   (errors.CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+  (errors.MissedError, grpc.StatusCode.DATA_LOSS),
   (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
   (errors.StepError, grpc.StatusCode.INTERNAL),
   (errors.EngineDeadError, grpc.StatusCode.UNAVAILABLE),

@@ -36,9 +36,12 @@ from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server.guard import caller
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.protocols import status
+from sarathi_jax.server.protocols import vllm_cache
 from sarathi_jax.server.queue import outbox
 
 NAME = pb.DESCRIPTOR.services_by_name['VllmEngine'].full_name
+# For administrators: others' prompts and cache are in their hands.
+ADMIN_METHODS = (f'/{NAME}/SubscribeKvEvents', f'/{NAME}/FlushCache')
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _CHUNK_BYTES = 64 * 1024
@@ -85,10 +88,18 @@ class _Constraint(types.StructuredOutputsParams):
 
 
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
-  """Serves the protocol; see vllm_engine.proto of smg-grpc-proto."""
+  """Serves the protocol; see vllm_engine.proto of smg-grpc-proto.
 
-  def __init__(self, frontend: frontend_lib.Frontend) -> None:
+  Args:
+    frontend: admits requests and reaches the engine.
+    cache: serves what is about the cache.
+  """
+
+  def __init__(
+    self, frontend: frontend_lib.Frontend, cache: vllm_cache.CacheCalls
+  ) -> None:
     self._frontend = frontend
+    self._cache = cache
     self._start = time.monotonic()
     self._last_load = (self._start, 0)  # when, tokens generated until then
     self._throughput = 0.0
@@ -211,10 +222,12 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
   async def FlushCache(
     self, request: common_pb2.FlushCacheRequest, context: Context
   ) -> common_pb2.FlushCacheResponse:
-    # There is no prefix cache: nothing is kept that could be stale.
-    return common_pb2.FlushCacheResponse(
-      success=True, message='there is no prefix cache'
-    )
+    return await self._cache.flush(request, context)
+
+  async def SubscribeKvEvents(
+    self, request: common_pb2.SubscribeKvEventsRequest, context: Context
+  ) -> None:
+    await self._cache.subscribe(request, context)
 
   @property
   def _folder(self) -> pathlib.Path | None:

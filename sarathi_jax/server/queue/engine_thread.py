@@ -32,6 +32,7 @@ from absl import logging
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.scheduler import page_log
 from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import endings
@@ -44,6 +45,7 @@ _STEP_S = 1.0
 _MAX_FAULTS = 3
 
 T = TypeVar('T')
+_OnPages = Callable[[list[page_log.Event]], None]
 
 
 class _Command(NamedTuple):
@@ -90,6 +92,8 @@ class EngineThread:
     self._streams = delivery.Delivery(loop)
     self._endings = endings.Endings(self._waiting, self._streams, self._wakeup)
     self._pause = pausing.Pause()
+    # Who is told what becomes of pages, if anybody.
+    self._on_pages: _OnPages | None = None
     self._num_faults = 0  # steps that failed since one went well
     self._step_began: float | None = None  # the one under way; read by any
     # Not joined at exit: a second signal must not wait for a long step.
@@ -200,6 +204,24 @@ class EngineThread:
       )
     )
 
+  async def follow_pages(self, tell: _OnPages) -> None:
+    """Tells what the prefix cache has, and from then on what becomes of it.
+
+    Args:
+      tell: called on the event loop; with what is there before this returns.
+
+    Raises:
+      UnsupportedError: the engine has no prefix cache, or no log of it.
+    """
+
+    def begin(engine: engine_lib.Engine) -> None:
+      if engine.page_log is None:
+        raise errors.UnsupportedError('prefix_cache: is off, or not told of.')
+      delivery.call_on(self._loop, tell, engine.page_log.follow())
+      self._on_pages = tell
+
+    await self.call(begin)
+
   async def call(self, function: Callable[[engine_lib.Engine], T]) -> T:
     """Runs a function of the engine between two steps.
 
@@ -301,6 +323,8 @@ class EngineThread:
             self._endings.route(delta)
           self._step_began = None
           self._streams.flush()
+        if self._on_pages is not None:
+          self._tell_pages(engine, self._on_pages)
         if not engine.has_work:
           self._pause.tell_idle()
           self._waiting.has_room = True
@@ -352,6 +376,11 @@ class EngineThread:
       except Exception as error:
         self._streams.remove(stream.request.key)
         self._streams.put(stream, error)
+
+  def _tell_pages(self, engine: engine_lib.Engine, tell: _OnPages) -> None:
+    assert engine.page_log is not None
+    if events := engine.page_log.take():
+      delivery.call_on(self._loop, tell, events)
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
     num_steps, busy_s = engine.metrics.num_steps, engine.metrics.busy_s
