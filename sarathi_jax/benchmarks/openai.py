@@ -35,8 +35,7 @@ class HttpTarget:
 
   @contextlib.asynccontextmanager
   async def open(self) -> AsyncIterator[open_loop.Ask]:
-    text = ''.join([line async for line in self._request('GET', '/v1/models')])
-    model = json.loads(text)['data'][0]['id']
+    model = (await self.json('GET', '/v1/models'))['data'][0]['id']
 
     async def ask(
       request: open_loop.Request,
@@ -57,6 +56,16 @@ class HttpTarget:
           count = told
 
     yield ask
+
+  async def json(self, method: str, path: str, body: Any = None) -> Any:
+    """Returns an answer that is JSON, whole.
+
+    Raises:
+      RequestError: there is no connection, or a status other than 200.
+    """
+    return json.loads(
+      ''.join([line async for line in self._request(method, path, body)])
+    )
 
   def _body(self, model: str, request: open_loop.Request) -> dict[str, Any]:
     body: dict[str, Any] = {

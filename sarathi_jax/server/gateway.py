@@ -93,7 +93,8 @@ class Gateway:
       '--prometheus-port',
       str(_free_port()),
       '--policy',
-      'round_robin',
+      # By what each of several holds, which they tell (`vllm_cache`).
+      'cache_aware' if len(workers) > 1 else 'round_robin',
       '--log-level',
       'warn',
       '--health-check-interval-secs',
