@@ -4,7 +4,9 @@
   python -m sarathi_jax.simulator --config=configs/yi_34b_a100_tp2.py \
       --qps=1 --policy=sarathi --token_budget=512 --trace=trace.json
 
-Prints what a live engine reports. --trace writes a Chrome trace, which shows
+Prints what a live engine reports. With --turns, requests are chats':
+  --workload=chat_turns --turns=5 --system_len=500 [--noprefix_cache]
+--trace writes a Chrome trace, which shows
 hybrid batches and pipeline bubbles (ui.perfetto.dev opens it).
 """
 
@@ -79,6 +81,10 @@ def main() -> None:
   console.print(
     report.summary_table(result.metrics, result.seconds, result.num_preemptions)
   )
+  if result.found:
+    console.print(
+      f"{result.found:.1%} of the prompts' tokens were found in the cache."
+    )
   busy = ', '.join(f'{part:.1%}' for part in result.busy)
   console.print(
     f'Stages were busy {busy} of the time. Simulated in '

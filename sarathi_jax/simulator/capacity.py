@@ -63,6 +63,11 @@ def define_flags() -> None:
     'SLOs to compare: the most that the '
     'P99 time between tokens may be, seconds.',
   )
+  flags.DEFINE_list(
+    'compare_prefix_cache',
+    None,
+    'Prefix caches to compare: on, off. Default: as --prefix_cache says.',
+  )
   flags.DEFINE_float(
     'slo_delay_p50',
     2.0,
@@ -103,6 +108,7 @@ class Row:
     policy: the scheduling policy.
     token_budget: a number, 'auto', or None for policies without one.
     slo: what must hold.
+    prefix_cache: whether there is one; None where it is not compared.
   """
 
   scenario: scenario_lib.Scenario | None
@@ -111,11 +117,13 @@ class Row:
   policy: str
   token_budget: int | str | None
   slo: search.Slo
+  prefix_cache: bool | None = None
 
   @property
   def label(self) -> str:
     budget = '' if self.token_budget is None else f' {self.token_budget}'
-    return f'{self.policy}{budget}'
+    cache = {None: '', True: ', cache', False: ', no cache'}[self.prefix_cache]
+    return f'{self.policy}{budget}{cache}'
 
   def result(self, found: search.Capacity) -> dict[str, Any]:
     """Returns a line of capacity.json; times are None where no rate held."""
@@ -129,8 +137,14 @@ class Row:
       'capacity_qps': found.qps,
       **{
         name: getattr(best, name, None)
-        for name in ('p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')
+        for name in (
+          'p99_tbt_s',
+          'p50_ttft_s',
+          'p50_scheduling_delay_s',
+          'found',
+        )
       },
+      'prefix_cache': self.prefix_cache,
     }
 
 
@@ -139,10 +153,17 @@ def rows_of(
   policies: Sequence[str],
   budgets: Sequence[int | str | None],
   slos: Sequence[search.Slo],
+  caches: Sequence[bool | None] = (None,),
 ) -> list[Row]:
-  """Makes a row of every combination; of budgets only if a policy has one."""
+  """Makes a row of every combination; of budgets only if a policy has one.
+
+  Args:
+    base: what is simulated, but for the rest.
+    policies, budgets, slos: to compare.
+    caches: whether there is a prefix cache; None: as `base` has it.
+  """
   rows = []
-  for policy, slo in itertools.product(policies, slos):
+  for policy, slo, cache in itertools.product(policies, slos, caches):
     of_policy = budgets if scenario_lib.has_budget(policy) else [None]
     for budget in of_policy:
       config_lib.check(
@@ -152,6 +173,8 @@ def rows_of(
         f'policy={policy!r} has no budget that follows the SLO',
       )
       scenario = base.with_policy(policy, budget, slo.p99_tbt_s)
+      if cache is not None:
+        scenario = scenario.with_prefix_cache(cache)
       shown = (
         scenario.config.token_budget
         if (budget is None and scenario_lib.has_budget(policy))
@@ -165,6 +188,7 @@ def rows_of(
           policy=policy,
           token_budget=shown,
           slo=slo,
+          prefix_cache=cache,
         )
       )
   return rows
@@ -241,6 +265,15 @@ def _slos() -> list[search.Slo]:
   ]
 
 
+def _caches() -> list[bool | None]:
+  known = {'on': True, 'off': False}
+  for text in FLAGS.compare_prefix_cache or ():
+    config_lib.check(
+      text in known, 'compare_prefix_cache', text, 'must be on or off'
+    )
+  return [known[text] for text in FLAGS.compare_prefix_cache or ()] or [None]
+
+
 def _simulated(
   console: rich.console.Console,
 ) -> tuple[list[Row], list[search.Capacity]]:
@@ -249,6 +282,7 @@ def _simulated(
     FLAGS.policy,
     [scenario_lib.budget_of(text) for text in FLAGS.token_budget or [None]],
     _slos(),
+    _caches(),
   )
   with rich.progress.Progress(
     rich.progress.TextColumn('{task.description}'),
@@ -294,6 +328,7 @@ def show(
     'P99 TBT',
     'P50 TTFT',
     'P50 scheduling delay',
+    'found',
     title=f'{rows[0].config}, {rows[0].workload}',
   )
   for row, capacity in zip(rows, found, strict=True):
@@ -306,6 +341,7 @@ def show(
         _seconds(getattr(best, name, None))
         for name in ('p99_tbt_s', 'p50_ttft_s', 'p50_scheduling_delay_s')
       ),
+      f'{best.found:.0%}' if best and best.found is not None else '-',
     )
   console.print(table)
 
@@ -321,9 +357,7 @@ def main() -> None:
       console,
       FLAGS.target,
       _slos(),
-      scenario_lib.workload_from_flags(
-        num_requests=FLAGS.num_requests, batch_share=FLAGS.batch_share
-      ),
+      scenario_lib.workload_from_flags(**scenario_lib.simulated_fields()),
       start_qps=FLAGS.start_qps,
       precision=FLAGS.precision,
     )

@@ -164,7 +164,14 @@ def requests(
   """Makes a workload's requests, with random prompts.
 
   No two begin alike, so that no server has one in its cache.
+
+  Raises:
+    ConfigError: the workload has chats, whose turns wait for answers.
   """
+  if workload.chats is not None:
+    raise errors.ConfigError(
+      'workload: chats (turns > 1, or system_len) can only be simulated.'
+    )
   rng = np.random.default_rng([seed, vocab_size])
   return [
     Request(

@@ -35,6 +35,7 @@ def point(result: simulate.Result, slo: search.Slo, qps: float) -> search.Point:
     p99_tbt_s=result.p99_tbt_s,
     p50_ttft_s=result.p50_ttft_s,
     p50_scheduling_delay_s=result.p50_scheduling_delay_s,
+    found=result.found,
     holds=(
       result.is_complete
       and result.p99_tbt_s <= slo.p99_tbt_s
@@ -51,6 +52,10 @@ def lost(
   num_gaps = int((workload.output_lens - 1).sum())
   # The engine does not tell gaps of the tier batch from those that count.
   all_count = not workload.is_batch.any()
+  # Turns of chats come later than it says, and never half of all at once.
+  has_turns = workload.chats is not None and bool(
+    (workload.chats.after >= 0).any()
+  )
   num_steps = 0
 
   def is_lost(engine: engine_lib.Engine, now: float) -> bool:
@@ -60,6 +65,8 @@ def lost(
       return False
     if all_count and slo.is_lost(engine.metrics.tbt_s, num_gaps):
       return True
+    if has_turns:
+      return False
     # More than half of all requests wait, and have done so for too long.
     waiting = engine.stats().num_waiting
     oldest = workload.arrived_at[

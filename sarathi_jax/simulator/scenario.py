@@ -41,6 +41,9 @@ _FIELDS = (
   'max_model_len',
   'look_ahead',
   'kv_cache_dtype',
+  'prefix_cache',
+  'cache_aware_window',
+  'memory_utilization',
 )
 # Fields of a configuration that does not follow an SLO.
 _UNPACED: Mapping[str, None] = dict.fromkeys(
@@ -129,6 +132,13 @@ class Scenario:
     )
 
 
+  def with_prefix_cache(self, is_on: bool) -> Scenario:
+    """Returns the same scenario, with or without the prefix cache."""
+    return dataclasses.replace(
+      self, config=dataclasses.replace(self.config, prefix_cache=is_on)
+    )
+
+
 def has_budget(policy: str) -> bool:
   """Says whether the token budget matters to this policy."""
   return policy in ('sarathi', 'chunked_only')
@@ -189,6 +199,24 @@ def define_flags() -> None:
   )
 
 
+  flags.DEFINE_float(
+    'turns',
+    1.0,
+    'Mean number of turns of a chat. Lengths are those of what a turn adds, '
+    'as --workload=chat_turns has them. Default: no chats.',
+    lower_bound=1.0,
+  )
+  flags.DEFINE_float(
+    'think_s', 10.0, 'Mean time between an answer and the next turn, seconds.'
+  )
+  flags.DEFINE_integer(
+    'system_len', 0, 'Tokens that the prompts of all chats begin with.'
+  )
+  flags.DEFINE_integer(
+    'max_chat_len', 8192, 'The most tokens of a chat; it ends before.'
+  )
+
+
 def define_workload_flags(source: str) -> None:
   """Defines the flags of a workload, whose lengths are those of `source`."""
   flags.DEFINE_string('workload', source, workload_lib.SOURCES)
@@ -245,10 +273,22 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
     config=dataclasses.replace(deployment.config, **changes),
     workload=workload_from_flags(
       qps=qps,
-      num_requests=FLAGS.num_requests,
-      batch_share=FLAGS.batch_share,
+      **simulated_fields(),
     ),
   )
+
+
+def simulated_fields() -> dict[str, Any]:
+  """Returns the fields of a workload whose flags only `define_flags` has."""
+  names = (
+    'num_requests',
+    'batch_share',
+    'turns',
+    'think_s',
+    'system_len',
+    'max_chat_len',
+  )
+  return {name: FLAGS[name].value for name in names}
 
 
 def workload_from_flags(**more: Any) -> workload_lib.WorkloadConfig:

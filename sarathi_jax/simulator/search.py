@@ -62,6 +62,8 @@ class Point:
     p99_tbt_s, p50_ttft_s, p50_scheduling_delay_s: see their names; of a probe
       that ended early, of what it saw.
     holds: whether the SLO was met.
+    found: the part of the prompts' tokens that was in the cache; None where
+      nobody tells.
   """
 
   qps: float
@@ -69,6 +71,7 @@ class Point:
   p50_ttft_s: float
   p50_scheduling_delay_s: float
   holds: bool
+  found: float | None = None
 
 
 # Sees what happens at each of several rates, at once if it can.

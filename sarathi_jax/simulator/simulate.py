@@ -16,11 +16,11 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.models import facts
 from sarathi_jax.scheduler import pacing
+from sarathi_jax.simulator import asking
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import runner as runner_lib
 from sarathi_jax.simulator import workload as workload_lib
 
-_TOKEN = 1  # Any would do, as in the paper's artifact.
 StopWhen = Callable[[engine_lib.Engine, float], bool]
 OnToken = Callable[[int, float], None]
 
@@ -36,6 +36,7 @@ class Result:
     num_preemptions: preemptions of all requests.
     busy: fraction of the time that each simulated stage computed, in [0, 1].
     is_complete: False if `stop_when` ended it.
+    found: the part of the prompts' tokens that was in the cache, in [0, 1].
     interactive_tbt_s: times between tokens of the tier 'interactive', where
       there are requests of another; these are what an SLO is about.
   """
@@ -46,6 +47,7 @@ class Result:
   num_preemptions: int
   busy: tuple[float, ...]
   is_complete: bool = True
+  found: float = 0.0
   interactive_tbt_s: metrics_lib.Quantiles | None = None
 
   @property
@@ -227,41 +229,29 @@ def _drive(
   on_token: OnToken | None,
 ) -> Result:
   began, clock = engine.clock(), engine.clock
-  arrivals = (workload.arrived_at - workload.arrived_at[0] + began).tolist()
-  prompt_lens = workload.prompt_lens.tolist()
+  before = engine.stats()
+  coming = asking.Asking(workload, began)
   requests: list[types.RequestMetrics] = []
-  prompts: dict[int, tuple[int, ...]] = {}
-  n, i, stopped = len(arrivals), 0, False
-  while (i < n or engine.has_work) and not stopped:
-    wait_until(engine.step_at if engine.has_work else arrivals[i])
-    now = clock()
-    while i < n and arrivals[i] <= now:
-      length = prompt_lens[i]
-      prompt = prompts.setdefault(length, (_TOKEN,) * length)
-      engine.add(
-        types.Request(
-          request_id=str(i),
-          prompt_token_ids=prompt,
-          arrival_time=arrivals[i],
-          sampling=workload.sampling(i),
-          tier=workload.tier(i),
-          cache_salt=str(i),  # Prompts are alike only in that they are made up.
-        )
-      )
-      i += 1
+  stopped = False
+  while (coming.next_at < math.inf or engine.has_work) and not stopped:
+    wait_until(engine.step_at if engine.has_work else coming.next_at)
+    for request in coming.take(clock()):
+      engine.add(request)
     for delta in engine.step():
       if delta.metrics is not None:
         requests.append(delta.metrics)
+      coming.hear(delta, clock())
       if on_token is not None:
         on_token(int(delta.request_id), clock())
     stopped = stop_when is not None and stop_when(engine, clock() - began)
   seconds = clock() - began
   num_preemptions = sum(r.num_preemptions for r in requests)
-  for j in range(i if stopped else 0):
-    engine.abort(str(j))
+  for key in coming.asked if stopped else ():
+    engine.abort(key)
   if stopped:
     engine.drain()
     engine.step()
+  after = engine.stats()
   return Result(
     metrics=engine.metrics,
     requests=tuple(requests),
@@ -269,4 +259,6 @@ def _drive(
     num_preemptions=num_preemptions,
     busy=(),
     is_complete=not stopped,
+    found=(after.num_found - before.num_found)
+    / max(after.num_looked_up - before.num_looked_up, 1),
   )

@@ -6,6 +6,10 @@ that the paper prints (table 2). Arrivals are Poisson, gamma (bursty), the
 trace's own, or those of the paper's artifact: gaps are cut at three times their
 mean, so that its load is 5 % above what it says. Everything comes from one
 seed, so that two rates differ in nothing but the rate.
+
+Requests may be the turns of chats (`chats`): then lengths are those of what a
+turn adds, and it is chats that arrive; a turn comes some time after the answer
+before it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import numpy.typing as npt
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.simulator import chats as chats_lib
 
 ARRIVALS = ('poisson', 'gamma', 'trace', 'artifact')
 # Longer ones are slips of whoever made the trace.
@@ -89,6 +94,14 @@ DATASETS: Mapping[str, Lengths] = {
     prompt=(16, 30, 56, 77, 133, 245, 449, 674, 900, 900),
     output=(8, 15, 22, 28, 40, 60, 90, 118, 120, 120),
   ),
+  # Ours, for the turns of chats: a question's length is log-normal, of median
+  # 60 and sigma 1.2; an answer's is that of the artifact's chats.
+  'chat_turns': Lengths(
+    probabilities=(0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1),
+    cap=8192,
+    prompt=(4, 4, 8, 13, 27, 60, 135, 279, 432, 978, 2000),
+    output=(2, 10, 42, 84, 228, 415, 628, 834, 920, 998, 1024),
+  ),
 }
 SOURCES = (
   f'Where lengths come from: {", ".join(DATASETS)} (the first two are the '
@@ -111,6 +124,13 @@ class WorkloadConfig:
     cv: the coefficient of variation of gamma's gaps; 1 is Poisson.
     length_scale: what lengths are multiplied by, for small models.
     batch_share: the part of requests that are of the tier 'batch', in [0, 1].
+    turns: the mean number of turns of a chat, which varies as that of throws
+      of a die until a certain side shows; 1 for requests that have nothing to
+      do with each other.
+    think_s: the mean time between an answer and the next turn, seconds; varies
+      as the gaps of a Poisson process.
+    system_len: tokens that the prompts of all chats begin with.
+    max_chat_len: the most tokens of a chat; it ends before.
     seed: the seed of everything random.
   """
 
@@ -121,6 +141,10 @@ class WorkloadConfig:
   cv: float = 2.0
   length_scale: float = 1.0
   batch_share: float = 0.0
+  turns: float = 1.0
+  think_s: float = 10.0
+  system_len: int = 0
+  max_chat_len: int = 8192
   seed: int = 0
 
   def __post_init__(self) -> None:
@@ -137,6 +161,22 @@ class WorkloadConfig:
       self.qps,
       'must be given unless arrivals=trace',
     )
+    config_lib.check(
+      not self.has_chats or self.arrivals in ('poisson', 'gamma'),
+      'arrivals',
+      self.arrivals,
+      'chats (turns > 1, or system_len) can arrive by poisson or gamma only',
+    )
+    config_lib.check(
+      self.system_len < self.max_chat_len - 1,
+      'system_len',
+      self.system_len,
+      f'leaves nothing of max_chat_len={self.max_chat_len}',
+    )
+
+  @property
+  def has_chats(self) -> bool:
+    return self.turns > 1 or self.system_len > 0
 
 
 _RULES: Mapping[str, config_lib.Rule] = {
@@ -148,6 +188,10 @@ _RULES: Mapping[str, config_lib.Rule] = {
   'cv': config_lib.POSITIVE,
   'length_scale': config_lib.POSITIVE,
   'batch_share': (lambda value: 0 <= value <= 1, 'must be in [0, 1]'),
+  'turns': (lambda value: value >= 1, 'must be >= 1'),
+  'think_s': (lambda value: value >= 0, 'must be seconds >= 0'),
+  'system_len': (lambda value: value >= 0, 'must be >= 0'),
+  'max_chat_len': (lambda value: value >= 2, 'must be >= 2'),
   'seed': (lambda value: value >= 0, 'must be >= 0'),
 }
 
@@ -157,33 +201,63 @@ class Workload:
   """The requests that arrive, in order.
 
   Attributes:
-    arrived_at: [n] seconds from the start, not decreasing.
-    prompt_lens: [n] tokens, at least 1.
+    arrived_at: [n] seconds from the start, not decreasing; of a later turn of a
+      chat, when it would come if answers took no time.
+    prompt_lens: [n] tokens, at least 1; of all of a chat so far.
     output_lens: [n] tokens, at least 1.
     is_batch: [n] whether each is of the tier 'batch'.
+    chats: who comes after whom; None where requests have nothing to do with
+      each other.
   """
 
   arrived_at: Floats
   prompt_lens: Ints
   output_lens: Ints
   is_batch: npt.NDArray[np.bool_]
+  chats: chats_lib.Chats | None = None
 
   def __len__(self) -> int:
     return len(self.arrived_at)
 
   @property
   def qps(self) -> float:
-    """Requests a second, from the first arrival to the last."""
-    span = float(self.arrived_at[-1] - self.arrived_at[0])
-    return (len(self) - 1) / span if span else math.inf
+    """Requests a second, from the first arrival to the last.
+
+    Of chats it is how many begin a second, by how many turns each has.
+    """
+    first = self._first
+    span = float(first[-1] - first[0])
+    per_first = len(self) / len(first)
+    return (len(first) - 1) / span * per_first if span else math.inf
+
+  @property
+  def _first(self) -> Floats:
+    """Arrivals of what comes after nothing."""
+    if self.chats is None:
+      return self.arrived_at
+    return self.arrived_at[self.chats.after < 0]
 
   def at_rate(self, qps: float) -> Workload:
-    """Returns the same requests in the same rhythm, at another mean rate."""
+    """Returns the same requests in the same rhythm, at another mean rate.
+
+    Nobody thinks faster: only chats begin faster or more slowly.
+    """
     if not math.isfinite(self.qps):
       return self
     scale = self.qps / qps
+    if self.chats is None:
+      return dataclasses.replace(
+        self, arrived_at=(self.arrived_at - self.arrived_at[0]) * scale
+      )
+    first = self._first
+    arrived_at, order = self.chats.arrivals((first - first[0]) * scale)
     return dataclasses.replace(
-      self, arrived_at=(self.arrived_at - self.arrived_at[0]) * scale
+      self,
+      arrived_at=arrived_at[order],
+      prompt_lens=self.prompt_lens[order],
+      output_lens=self.output_lens[order],
+      is_batch=self.is_batch[order],
+      chats=self.chats.ordered(order),
     )
 
   def sampling(self, i: int) -> types.SamplingParams:
@@ -245,12 +319,32 @@ def make(config: WorkloadConfig) -> Workload:
       (x * config.length_scale).round().astype(np.int64).clip(1)
       for x in (prompt, output)
     )
+  chats, num_first = None, n
+  if config.has_chats:
+    chats, prompt, output = chats_lib.make(
+      np.random.default_rng([config.seed, 3]),
+      prompt,
+      output,
+      turns=config.turns,
+      think_s=config.think_s,
+      system_len=config.system_len,
+      max_len=config.max_chat_len,
+    )
+    num_first = int((chats.after < 0).sum())
   workload = Workload(
-    arrived_at=_arrivals(config, n, own, arrival_rng),
+    arrived_at=_arrivals(config, num_first, own, arrival_rng),
     prompt_lens=prompt,
     output_lens=output,
     is_batch=tier_rng.random(n) < config.batch_share,
+    chats=chats,
   )
+  if chats is not None:
+    # Arrivals are those of chats so far; this adds those of turns.
+    assert config.qps is not None
+    first = workload.arrived_at
+    return dataclasses.replace(
+      workload, arrived_at=chats.arrivals(first)[0]
+    ).at_rate(config.qps)
   is_rescaled = config.arrivals == 'trace' and config.qps is not None
   return workload.at_rate(config.qps or 1) if is_rescaled else workload
 

@@ -34,6 +34,8 @@ KEYS = {
   'p99_tbt_s',
   'p50_ttft_s',
   'p50_scheduling_delay_s',
+  'found',
+  'prefix_cache',
 }
 
 
