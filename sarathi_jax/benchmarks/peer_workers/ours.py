@@ -23,6 +23,8 @@ def main() -> None:
     ),
   )
 
+  ttfts: list[float] = []
+
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
       [tokens for tokens, _ in prompts],
@@ -31,9 +33,10 @@ def main() -> None:
         for _, n in prompts
       ],
     )
+    ttfts[:] = [d.metrics.ttft_s for d in done if d.metrics.ttft_s is not None]
     return [list(d.token_ids) for d in done]
 
-  workload.serve(args, generate, sarathi_jax.__version__)
+  workload.serve(args, generate, sarathi_jax.__version__, lambda: [*ttfts])
 
 
 if __name__ == '__main__':

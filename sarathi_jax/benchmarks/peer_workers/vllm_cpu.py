@@ -23,9 +23,10 @@ def main() -> None:
     max_num_seqs=args.max_num_seqs,
     skip_tokenizer_init=True,
     max_num_batched_tokens=args.token_budget,
-    enable_prefix_caching=False,
+    disable_log_stats=False,  # It would not tell when first tokens came.
     seed=0,
   )
+  ttfts: list[float] = []
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
@@ -38,9 +39,10 @@ def main() -> None:
       ],
       use_tqdm=False,
     )
+    ttfts[:] = [d.metrics.first_token_latency for d in done]
     return [list(d.outputs[0].token_ids) for d in done]
 
-  workload.serve(args, generate, vllm.__version__)
+  workload.serve(args, generate, vllm.__version__, lambda: [*ttfts])
 
 
 if __name__ == '__main__':

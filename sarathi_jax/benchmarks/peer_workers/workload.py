@@ -2,7 +2,9 @@
 """The closed loads that engines are compared on, and their protocol.
 
 Standard library only: each worker runs under its own engine's Python, which
-need not have sarathi_jax. A worker loads its model, and says its version; then
+need not have sarathi_jax. All prompts of a load come at once; those of chats
+again and again, each turn when all of the one before are answered, with all that
+was said before. A worker loads its model, and says its version; then
 it makes a run for each line of standard input, {"load": a name of `LOADS`,
 "seed": an integer}, and answers with a line of JSON. So the parent can let
 engines take turns while all stay loaded.
@@ -26,11 +28,16 @@ Prompts = list[tuple[list[int], int]]  # (token ids, tokens to generate)
 
 
 class Load(NamedTuple):
-  """Requests that all come at once; lengths in tokens, to draw from."""
+  """Requests that all come at once; lengths in tokens, to draw from.
+
+  Of chats, each has `turns`, and `new_len` tokens are a later turn's own.
+  """
 
   num_requests: int
   prompt_lens: tuple[int, ...]
   output_lens: tuple[int, ...]
+  turns: int = 1
+  new_len: int = 0
 
 
 LOADS = {
@@ -38,6 +45,7 @@ LOADS = {
   'long_prompts': Load(24, (700, 900), (16, 64)),
   'single_stream': Load(1, (16, 64), (128,)),
   'many_short': Load(128, (8, 16, 32), (8, 16, 32)),
+  'multi_turn': Load(8, (800,), (32,), turns=4, new_len=32),
 }
 
 
@@ -53,6 +61,24 @@ def draw(load: Load, seed: int) -> Prompts:
       rng.choice(load.output_lens),
     )
     for _ in range(load.num_requests)
+  ]
+
+
+def next_turn(
+  load: Load, prompts: Prompts, outputs: list[list[int]], seed: int
+) -> Prompts:
+  """Returns the next prompts of chats, after these outputs."""
+  rng = random.Random(seed)
+  return [
+    (
+      [
+        *tokens,
+        *output,
+        *(rng.randrange(5, VOCAB_SIZE) for _ in range(load.new_len)),
+      ],
+      num,
+    )
+    for (tokens, num), output in zip(prompts, outputs, strict=True)
   ]
 
 
@@ -75,6 +101,7 @@ def serve(
   args: argparse.Namespace,
   generate: Callable[[Prompts], list[list[int]]],
   version: str,
+  ttfts: Callable[[], list[float]] = list,
 ) -> None:
   """Makes runs until standard input ends.
 
@@ -83,26 +110,31 @@ def serve(
     generate: continues prompts greedily, ignoring the end of sequence, and
       returns the tokens of each.
     version: the engine's.
+    ttfts: returns how long the first tokens of the last outputs took, seconds;
+      nothing where the engine does not tell.
   """
   answers = args.answers
   print(json.dumps({'version': version}), file=answers, flush=True)
   for line in sys.stdin:
     asked = json.loads(line)
-    prompts = draw(LOADS[asked['load']], asked['seed'])
-    start = time.perf_counter()
-    outputs = generate(prompts)
-    seconds = time.perf_counter() - start
-    lengths = [len(tokens) for tokens in outputs]
-    assert lengths == [n for _, n in prompts], 'outputs of a wrong length'
-    print(
-      json.dumps(
+    load = LOADS[asked['load']]
+    prompts = draw(load, asked['seed'])
+    turns = []
+    for turn in range(load.turns):
+      if turn:
+        prompts = next_turn(load, prompts, outputs, asked['seed'] + turn)
+      start = time.perf_counter()
+      outputs = generate(prompts)
+      seconds = time.perf_counter() - start
+      lengths = [len(tokens) for tokens in outputs]
+      assert lengths == [n for _, n in prompts], 'outputs of a wrong length'
+      turns.append(
         {
           'seconds': seconds,
           'num_prompt_tokens': sum(len(p) for p, _ in prompts),
           'num_output_tokens': sum(n for _, n in prompts),
           'outputs': outputs,
+          'ttft_s': ttfts(),
         }
-      ),
-      file=answers,
-      flush=True,
-    )
+      )
+    print(json.dumps({'turns': turns}), file=answers, flush=True)
