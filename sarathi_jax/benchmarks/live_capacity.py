@@ -36,6 +36,7 @@ from sarathi_jax.benchmarks import throughput
 from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.simulator import lengths as lengths_lib
 from sarathi_jax.simulator import probe as probe_lib
 from sarathi_jax.simulator import runner as runner_lib
 from sarathi_jax.simulator import search
@@ -165,7 +166,7 @@ class Setup:
 
 def max_model_len(workload: workload_lib.WorkloadConfig) -> int:
   """Returns the most tokens of a dataset's sequence, scaled."""
-  cap = workload_lib.DATASETS[workload.source].cap
+  cap = lengths_lib.DATASETS[workload.source].cap
   return math.ceil(cap * workload.length_scale) + 2  # Both are rounded.
 
 

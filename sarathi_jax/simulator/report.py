@@ -59,7 +59,8 @@ _NOT_MODELLED = """\
 - Kernels of 2024 (cuBLAS, FlashAttention-2), not ours: what our kernels take
   is measured by scripts/gpu_check.
 - Memory: blocks, fragmentation and activations by formula; no swapping.
-- Speculation, prefix caching, preemption by anything but recompute.
+- Speculation, preemption by anything but recompute. No two prompts begin
+  alike.
 """
 
 

@@ -131,7 +131,6 @@ class Scenario:
       self, config=dataclasses.replace(self.config, **changes)
     )
 
-
   def with_prefix_cache(self, is_on: bool) -> Scenario:
     """Returns the same scenario, with or without the prefix cache."""
     return dataclasses.replace(
@@ -197,7 +196,6 @@ def define_flags() -> None:
     None,
     'Number of requests. Default: all of a trace, or 2048.',
   )
-
 
   flags.DEFINE_float(
     'turns',

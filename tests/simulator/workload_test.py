@@ -14,7 +14,7 @@ from sarathi_jax.simulator import workload
 
 Config = workload.WorkloadConfig
 
-# The paper's table 2, outputs' deviations put right; see workload.DATASETS.
+# The paper's table 2, outputs' deviations put right; see lengths.DATASETS.
 TABLE_2 = {
   'openchat_sharegpt4': ((1730, 5696, 2088), (415, 834, 265.6), 8192),
   'arxiv_summarization': ((7059, 12985, 3638), (208, 371, 101), 16384),

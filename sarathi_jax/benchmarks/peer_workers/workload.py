@@ -3,8 +3,8 @@
 
 Standard library only: each worker runs under its own engine's Python, which
 need not have sarathi_jax. All prompts of a load come at once; those of chats
-again and again, each turn when all of the one before are answered, with all that
-was said before. A worker loads its model, and says its version; then
+again and again, each turn when all of the one before are answered, with all
+that was said before. A worker loads its model, and says its version; then
 it makes a run for each line of standard input, {"load": a name of `LOADS`,
 "seed": an integer}, and answers with a line of JSON. So the parent can let
 engines take turns while all stay loaded.
@@ -119,7 +119,7 @@ def serve(
     asked = json.loads(line)
     load = LOADS[asked['load']]
     prompts = draw(load, asked['seed'])
-    turns = []
+    turns, outputs = [], list[list[int]]()
     for turn in range(load.turns):
       if turn:
         prompts = next_turn(load, prompts, outputs, asked['seed'] + turn)
