@@ -50,7 +50,7 @@ def begin(
     (fork.copy_from,) = pool.share([first.pages[num_full]])
     fork.room = num
   fork.num_computed = fork.prefill_len = num
-  fork.keys = first.keys.copy()
+  fork.keys, fork.contents = first.keys.copy(), first.contents.copy()
   fork.num_prefilled = fork.prompt_len
   fork.first_scheduled_time = first.first_scheduled_time
   fork.num_pending = fork.num_in_flight = 1

@@ -8,7 +8,6 @@ computing waits for it, page by page, rather than computing it, too.
 
 from __future__ import annotations
 
-import array
 from collections.abc import Iterable, Iterator
 
 from sarathi_jax import config as config_lib
@@ -156,7 +155,12 @@ class PrefixCache:
       key = seq.keys[i]
       is_new = self._pool.register(seq.pages[i], key)
       if is_new and self._pool.log is not None:
-        self._pool.log.store(self._contents(seq, i))
+        parent = seq.keys[i - 1] if i else None
+        self._pool.log.store(
+          page_log.Stored(
+            key, parent, seq.contents[i], self._namespace(seq.request)
+          )
+        )
       if self._coming.get(key) is seq:
         del self._coming[key]
     seq.num_registered = num_pages
@@ -175,19 +179,11 @@ class PrefixCache:
     if self._finds:
       self._pool.log = page_log.PageLog()
 
-  def _contents(self, seq: Sequence, place: int) -> page_log.Stored:
-    size = self._pool.page_size
-    return page_log.Stored(
-      seq.keys[place],
-      seq.keys[place - 1] if place else None,
-      array.array('i', seq.tokens[place * size : (place + 1) * size]).tobytes(),
-      self._namespace(seq.request),
-    )
-
   def _make_keys(self, seq: Sequence, num_pages: int) -> None:
     if len(seq.keys) < num_pages:
       prefixes.extend(
         seq.keys,
+        seq.contents,
         self._root(seq.request) if not seq.keys else b'',
         seq.tokens,
         num_pages,
@@ -200,11 +196,10 @@ class PrefixCache:
     )
 
   def _namespace(self, request: types.Request) -> str:
-    match self._extras(request):
-      case {'rope_len': rope_len}:
-        return f'{request.cache_salt} rope_len={rope_len}'
-      case _:
-        return request.cache_salt
+    if self._dynamic_rope_len is None:
+      return request.cache_salt
+    rope_len = self._extras(request).get('rope_len')
+    return request.cache_salt + (f' rope_len={rope_len}' if rope_len else '')
 
   def _extras(self, request: types.Request) -> dict[str, str | int]:
     """Returns what sets a request's pages apart from others' of its tokens."""

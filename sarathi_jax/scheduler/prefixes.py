@@ -32,6 +32,7 @@ def root(**extras: str | int) -> bytes:
 
 def extend(
   keys: list[bytes],
+  contents: list[bytes],
   root_key: bytes,
   tokens: Sequence[int],
   num_pages: int,
@@ -41,6 +42,7 @@ def extend(
 
   Args:
     keys: of its first pages.
+    contents: the tokens of each of these pages, int32.
     root_key: see `root`.
     tokens: of the whole sequence, at least of all these pages.
     num_pages: of which to have keys.
@@ -53,5 +55,7 @@ def extend(
   key = keys[-1] if keys else root_key
   step = len(packed) // max(1, num_pages - len(keys))
   for at in range(0, len(packed), step or 1):
-    key = hashlib.sha256(key + packed[at : at + step]).digest()
+    page = packed[at : at + step]
+    key = hashlib.sha256(key + page).digest()
     keys.append(key)
+    contents.append(page)

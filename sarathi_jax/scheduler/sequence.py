@@ -53,6 +53,7 @@ class Sequence:
       copy before it writes; None for none.
     room: tokens for which it has pages that it may write to.
     keys: of its first full pages, as far as they were needed.
+    contents: the tokens of these pages, int32, which `keys` are made of.
     num_registered: its first pages that others can find.
     found: while it waits, pages that hold its beginning.
     found_at: what the pool had forgotten when these were found.
@@ -91,6 +92,7 @@ class Sequence:
   copy_from: int | None = None
   room: int = 0
   keys: list[bytes] = dataclasses.field(default_factory=list)
+  contents: list[bytes] = dataclasses.field(default_factory=list)
   num_registered: int = 0
   found: list[int] = dataclasses.field(default_factory=list)
   found_at: int = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 
 from hypothesis import given
@@ -17,8 +18,14 @@ def keys_of(
   tokens: list[int], page_size: int = 3, num_pages: int | None = None, **extras
 ) -> list[bytes]:
   keys: list[bytes] = []
+  contents: list[bytes] = []
   num_pages = len(tokens) // page_size if num_pages is None else num_pages
-  prefixes.extend(keys, prefixes.root(**extras), tokens, num_pages, page_size)
+  prefixes.extend(
+    keys, contents, prefixes.root(**extras), tokens, num_pages, page_size
+  )
+  assert [t for page in contents for t in array.array('i', page)] == (
+    tokens[: num_pages * page_size]
+  )
   return keys
 
 
@@ -33,7 +40,7 @@ def test_keys_are_alike_where_all_tokens_up_to_the_page_are(one, two) -> None:
 def test_keys_do_not_depend_on_when_they_were_made(tokens, first) -> None:
   keys = keys_of(tokens, num_pages=first)
   assert len(keys) == first
-  prefixes.extend(keys, prefixes.root(), tokens, 4, 3)
+  prefixes.extend(keys, [], prefixes.root(), tokens, 4, 3)
   assert keys == keys_of(tokens)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 from collections.abc import Callable, Sequence
 import random
@@ -23,13 +22,10 @@ ROOT = prefixes.root()
 def stored(tokens: Sequence[int], namespace: str = '') -> page_log.Stored:
   """The last page of a sequence whose pages are of one token each."""
   keys: list[bytes] = []
-  prefixes.extend(keys, ROOT, tokens, len(tokens), 1)
-  return page_log.Stored(
-    keys[-1],
-    keys[-2] if len(keys) > 1 else None,
-    array.array('i', tokens[-1:]).tobytes(),
-    namespace,
-  )
+  contents: list[bytes] = []
+  prefixes.extend(keys, contents, ROOT, tokens, len(tokens), 1)
+  parent = keys[-2] if len(keys) > 1 else None
+  return page_log.Stored(keys[-1], parent, contents[-1], namespace)
 
 
 class Follower:
