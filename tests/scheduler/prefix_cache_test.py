@@ -7,6 +7,7 @@ would have left there, and was computed.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 from typing import Any
 
@@ -249,3 +250,35 @@ def test_a_failed_sequence_leaves_nothing() -> None:
   )
   assert event.finish_reason is types.FinishReason.ERROR and seq.is_finished
   assert scheduler.pages.num_registered == 0
+
+
+def test_the_log_says_what_pages_hold_and_whose_they_are() -> None:
+  """Of a model whose rotations depend on lengths beyond eight."""
+  checker = make(dynamic_rope_len=8)
+  checker.scheduler.prefixes.keep_log()
+  add(checker, 'A', 8)
+  add(checker, 'B', 12)
+  add(checker, 'C', 4, cache_salt='mine')
+  add(checker, 'D', 12, cache_salt='mine')
+  add(checker, 'A2', 8, ('A', 8))  # Nothing new.
+  steps(checker)
+  log = checker.scheduler.pages.log
+  assert log is not None
+  logged: dict[str, list[tuple[int, ...]]] = {}
+  keys: list[bytes | None] = [None]
+  for page in log.follow():
+    assert page.parent in keys
+    keys.append(page.key)
+    logged.setdefault(page.namespace, []).append(
+      tuple(array.array('i', page.tokens))
+    )
+  of = {
+    name: tuple(checker_lib.token_at(name, p) for p in range(12))
+    for name in 'ABCD'
+  }
+  assert logged == {
+    '': [of['A'][:4], of['A'][4:8]],
+    ' rope_len=12': [of['B'][:4], of['B'][4:8], of['B'][8:]],
+    'mine': [of['C'][:4]],
+    'mine rope_len=12': [of['D'][:4], of['D'][4:8], of['D'][8:]],
+  }

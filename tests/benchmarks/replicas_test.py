@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chats that replicas are measured by: each turn has all before it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sarathi_jax.benchmarks import replicas
+from tests import absl_flags
+
+
+@pytest.fixture(autouse=True)
+def _flags() -> Iterator[None]:
+  with absl_flags.defined(replicas.define_flags):
+    yield
+
+
+class FakeTarget:
+  """A server that finds all but the last message of each chat."""
+
+  def __init__(self) -> None:
+    self.asked: list[list[str]] = []
+    self.most_at_once = self._num = 0
+
+  async def json(self, method: str, path: str, body: Any) -> Any:
+    assert (method, path) == ('POST', '/v1/chat/completions')
+    self._num += 1
+    self.most_at_once = max(self.most_at_once, self._num)
+    await asyncio.sleep(0)
+    self._num -= 1
+    texts = [message['content'] for message in body['messages']]
+    self.asked.append(texts)
+    return {
+      'choices': [{'message': {'content': f'answer {len(texts)}'}}],
+      'usage': {
+        'prompt_tokens': 10 * len(texts),
+        'prompt_tokens_details': {'cached_tokens': 10 * (len(texts) - 1)},
+      },
+    }
+
+
+def test_chats_go_on_and_what_was_found_is_counted() -> None:
+  absl_flags.parse('--turns=3', '--at_once=2')
+  target: Any = FakeTarget()
+  had: list[None] = []
+  found = asyncio.run(replicas.have_chats(target, 5, lambda: had.append(None)))
+  assert len(had) == 5 and target.most_at_once == 2
+  assert (found.num_tokens, found.num_found) == (5 * 90, 5 * 60)
+  by_len = {n: [a for a in target.asked if len(a) == n] for n in (1, 3, 5)}
+  assert [len(asked) for asked in by_len.values()] == [5, 5, 5]
+  assert {tuple(a[:3]) for a in by_len[5]} == {tuple(a) for a in by_len[3]}
+  assert len({a[0] for a in by_len[1]}) == 5  # Each is another chat.
+  assert {a[1] for a in by_len[5]} == {'answer 1'}
