@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import sys
 from typing import Any
+import warnings
 
 from absl import app
 from absl import flags
@@ -42,9 +43,16 @@ def run(
   def called(argv: Sequence[str]) -> Any:
     if verbosity is not None and not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(verbosity)
-    return call(main, argv, takes_arguments=takes_arguments)
+    with warnings.catch_warnings():
+      warnings.showwarning = _show_warning
+      return call(main, argv, takes_arguments=takes_arguments)
 
   app.run(called)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+  """Tells the message alone: where in the code it arose helps no user."""
+  print(f'warning: {message}', file=sys.stderr)
 
 
 def call(

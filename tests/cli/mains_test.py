@@ -8,7 +8,9 @@ import dataclasses
 import subprocess
 import sys
 import tomllib
+import warnings
 
+from absl import app
 import pytest
 
 from sarathi_jax import config as config_lib
@@ -56,6 +58,19 @@ def help_of(*command: str) -> str:
   )
   assert done.stderr == ''
   return done.stdout
+
+
+def test_warnings_are_one_line(
+  capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def warn() -> None:
+    warnings.warn('kept: can not be written.', RuntimeWarning, stacklevel=1)
+
+  monkeypatch.setattr(app, 'run', lambda main: main(['name']))
+  with warnings.catch_warnings():
+    warnings.simplefilter('always')
+    mains.run(warn)
+  assert capsys.readouterr().err == 'warning: kept: can not be written.\n'
 
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture) -> None:
