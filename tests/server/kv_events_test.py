@@ -247,6 +247,14 @@ def test_what_was_there_comes_first_and_what_comes_follows() -> None:
         assert third.catch_up().beginnings() == {(7,) * 4}
 
 
+def test_loads_tell_how_much_is_found() -> None:
+  with serving() as running:
+    for expected in (0, 8 / 22):
+      generate(running, PROMPT)
+      (load,) = stub_of(running).GetLoads(pb.GetLoadsRequest()).loads
+      assert load.cache_hit_rate == pytest.approx(expected)
+
+
 def test_a_large_cache_comes_in_parts() -> None:
   with serving(dict(num_pages=2**12, max_model_len=2**13)) as running:
     for first in range(3):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import asyncio
 from collections.abc import Iterator, Sequence
+import contextlib
 import math
 import time
 from typing import Any
@@ -70,8 +71,11 @@ class CacheCalls:
       # smg takes a call that is not answered for a server that hangs.
       await context.send_initial_metadata(())
       try:
-        async for batch in self._journal.follow(request.start_sequence_number):
-          await context.write(message_of(batch, page_size))
+        async with contextlib.aclosing(
+          self._journal.follow(request.start_sequence_number)
+        ) as batches:
+          async for batch in batches:
+            await context.write(message_of(batch, page_size))
       except errors.UnsupportedError as error:  # smg asks no more, then.
         await context.abort(_UNIMPLEMENTED, status.message_of(error))
 

@@ -196,6 +196,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
             max_total_num_tokens=stats.num_pages * info.page_size,
             token_usage=num_used / stats.num_pages,
             gen_throughput=self._measure(stats.num_generated),
+            cache_hit_rate=stats.num_found / max(1, stats.num_looked_up),
             utilization=stats.num_running / info.max_num_seqs,
             max_running_requests=info.max_num_seqs,
             num_waiting_uncached_tokens=(

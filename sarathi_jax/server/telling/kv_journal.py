@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 import contextlib
 import time
 from typing import NamedTuple
@@ -97,8 +97,8 @@ class KvJournal:
     """Has the engine keep a log; before there are requests."""
     await self._engine_thread.call(lambda engine: engine.keep_page_log())
 
-  async def follow(self, after: int = 0) -> AsyncIterator[Batch]:
-    """Yields what becomes of pages, until the caller leaves.
+  async def follow(self, after: int = 0) -> AsyncGenerator[Batch, None]:
+    """Yields what becomes of pages, until the caller closes it.
 
     Args:
       after: the number of the last batch that the caller has; 0 to begin with
