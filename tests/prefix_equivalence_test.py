@@ -144,6 +144,7 @@ def test_what_is_found_is_what_would_be_computed(
     token_budget=token_budget,
     num_pages=num_pages,
     look_ahead=look_ahead,
+    cache_aware_window=1 if look_ahead else 3,
   )
   assert_same(got, expected)
   found = scheduler.prefixes.num_found / scheduler.prefixes.num_looked_up

@@ -136,7 +136,8 @@ class Worker:
     """Returns one run's numbers; of chats, those of later turns.
 
     They are the seconds, tokens and outputs, and how long first tokens took:
-    `ttft_s`, and of first turns `first_ttft_s`; empty where nobody tells.
+    `ttft_s`, and of first turns `first_ttft_s`, empty where nobody tells; and
+    `found`, the part of the prompts' tokens that was in a cache.
 
     Raises:
       PeerError: it ended; has the end of its output.
@@ -154,6 +155,8 @@ class Worker:
       'num_output_tokens': sum(turn['num_output_tokens'] for turn in counted),
       'outputs': [tokens for turn in counted for tokens in turn['outputs']],
       'first_ttft_s': turns[0]['ttft_s'],
+      'found': sum(turn['num_found'] for turn in counted)
+      / sum(turn['num_prompt_tokens'] for turn in counted),
       'ttft_s': [seconds for turn in counted for seconds in turn['ttft_s']],
     }
 
@@ -284,6 +287,7 @@ def summarize(found: Runs) -> list[dict[str, Any]]:
           ),
           'ttft_s': _medians(theirs, 'ttft_s'),
           'first_ttft_s': _medians(theirs, 'first_ttft_s'),
+          'found': statistics.median(row['found'] for row in theirs),
           'agreement': statistics.mean(
             agreement(a['outputs'], b['outputs'])
             for a, b in zip(ours, theirs, strict=True)
@@ -305,6 +309,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
     'range',
     'same tokens',
     'TTFT (of first turns)',
+    'found',
   ):
     shown.add_column(name, justify='right')
   load = None
@@ -334,6 +339,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> rich.table.Table:
         )
         if row[name]
       ),
+      f'{row["found"]:.0%}',
     )
     load = row['load']
   return shown
@@ -377,7 +383,7 @@ def main() -> None:
   for name, python in pythons.items():
     common.check_program(PEERS[name][0], python)
   console = rich.console.Console(
-    highlight=False, width=None if sys.stdout.isatty() else 130
+    highlight=False, width=None if sys.stdout.isatty() else 150
   )
   rows, versions = _measured(console, pythons)
   console.print(

@@ -97,7 +97,7 @@ def _work(folder: str) -> None:
     args,
     lambda prompts: [continued(p, n) for p, n in prompts],
     VERSION,
-    lambda: [STEP_S],
+    lambda: [(STEP_S, 8)],
   )
 
 

@@ -159,6 +159,8 @@ def test_of_chats_later_turns_are_measured(
     assert row['agreement'] == 1
     # The fake takes its time for every prompt's first token.
     assert len(row['ttft_s']) == len(row['first_ttft_s']) == 1
+    # Eight tokens of each turn's prompts, which have 8 * 864 and more.
+    assert row['found'] == 3 * 8 / (8 * (864 + 928 + 992))
 
 
 def test_mixed_is_what_was_measured_before() -> None:
@@ -182,6 +184,7 @@ def test_ratios_are_of_runs_with_the_same_prompts() -> None:
         'outputs': [[1, 2, 3]],
         'ttft_s': [s, 3 * s, 2 * s],
         'first_ttft_s': [],
+        'found': s / 8,
       }
       for s in seconds
     ]
@@ -191,6 +194,7 @@ def test_ratios_are_of_runs_with_the_same_prompts() -> None:
   )
   assert ours['median'] == 6
   assert (ours['ttft_s'], ours['first_ttft_s']) == ([2, 4, 8], [])
+  assert ours['found'] == 2 / 8
   assert theirs['ours_over_theirs'] == {
     'median': 1,
     'lowest': 0.5,

@@ -23,7 +23,7 @@ def main() -> None:
     ),
   )
 
-  ttfts: list[float] = []
+  told: list[tuple[float, int]] = []
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
@@ -33,10 +33,14 @@ def main() -> None:
         for _, n in prompts
       ],
     )
-    ttfts[:] = [d.metrics.ttft_s for d in done if d.metrics.ttft_s is not None]
+    told[:] = [
+      (d.metrics.ttft_s, d.metrics.num_cached_tokens)
+      for d in done
+      if d.metrics.ttft_s is not None
+    ]
     return [list(d.token_ids) for d in done]
 
-  workload.serve(args, generate, sarathi_jax.__version__, lambda: [*ttfts])
+  workload.serve(args, generate, sarathi_jax.__version__, lambda: [*told])
 
 
 if __name__ == '__main__':

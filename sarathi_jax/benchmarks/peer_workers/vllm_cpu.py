@@ -26,7 +26,7 @@ def main() -> None:
     disable_log_stats=False,  # It would not tell when first tokens came.
     seed=0,
   )
-  ttfts: list[float] = []
+  told: list[tuple[float, int]] = []
 
   def generate(prompts: workload.Prompts) -> list[list[int]]:
     done = llm.generate(
@@ -39,10 +39,12 @@ def main() -> None:
       ],
       use_tqdm=False,
     )
-    ttfts[:] = [d.metrics.first_token_latency for d in done]
+    told[:] = [
+      (d.metrics.first_token_latency, d.num_cached_tokens or 0) for d in done
+    ]
     return [list(d.outputs[0].token_ids) for d in done]
 
-  workload.serve(args, generate, vllm.__version__, lambda: [*ttfts])
+  workload.serve(args, generate, vllm.__version__, lambda: [*told])
 
 
 if __name__ == '__main__':

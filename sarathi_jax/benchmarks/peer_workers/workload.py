@@ -101,7 +101,7 @@ def serve(
   args: argparse.Namespace,
   generate: Callable[[Prompts], list[list[int]]],
   version: str,
-  ttfts: Callable[[], list[float]] = list,
+  told: Callable[[], list[tuple[float, int]]] = list,
 ) -> None:
   """Makes runs until standard input ends.
 
@@ -110,8 +110,9 @@ def serve(
     generate: continues prompts greedily, ignoring the end of sequence, and
       returns the tokens of each.
     version: the engine's.
-    ttfts: returns how long the first tokens of the last outputs took, seconds;
-      nothing where the engine does not tell.
+    told: returns of each of the last outputs how long its first token took,
+      seconds, and how many tokens of its prompt were found in a cache; nothing
+      where the engine does not tell.
   """
   answers = args.answers
   print(json.dumps({'version': version}), file=answers, flush=True)
@@ -134,7 +135,8 @@ def serve(
           'num_prompt_tokens': sum(len(p) for p, _ in prompts),
           'num_output_tokens': sum(n for _, n in prompts),
           'outputs': outputs,
-          'ttft_s': ttfts(),
+          'ttft_s': [seconds for seconds, _ in told()],
+          'num_found': sum(num for _, num in told()),
         }
       )
     print(json.dumps({'turns': turns}), file=answers, flush=True)
