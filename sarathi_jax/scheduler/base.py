@@ -255,7 +255,6 @@ class Scheduler(abc.ABC):
     assert oldest is batch, 'batches complete in the order of their launch'
     events: list[types.TokenEvent] = []
     failed: list[types.TokenEvent] = []
-    page_size = self.pages.page_size
     is_any_nan = math.isnan(
       sum(itertools.chain.from_iterable(sampled.logprobs))
     )
@@ -271,10 +270,8 @@ class Scheduler(abc.ABC):
         )
       if seq.is_finished:
         continue
-      num_computed = chunk.start + chunk.num_tokens
-      if num_computed // page_size > seq.num_registered:
-        self.prefixes.register(seq, num_computed)
       if not chunk.samples:
+        self.prefixes.register(seq, chunk.start + chunk.num_tokens)
         continue
       seq.num_pending -= chunk.samples
       if is_any_nan and math.isnan(sum(logprobs)):
@@ -283,7 +280,10 @@ class Scheduler(abc.ABC):
         continue
       seq.tokens += tokens
       event = types.TokenEvent(chunk.request_id, tokens, logprobs, None)
-      if len(seq.tokens) >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
+      num_tokens = len(seq.tokens)
+      if num_tokens > seq.full_at:  # The new ones are not in the cache yet.
+        self.prefixes.register(seq, num_tokens - len(tokens))
+      if num_tokens >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
         num, reason = seq.end(len(tokens))
         event = types.TokenEvent(
           chunk.request_id, tokens[:num], logprobs[:num], reason

@@ -9,6 +9,7 @@ computing waits for it, page by page, rather than computing it, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+import math
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
@@ -124,7 +125,7 @@ class PrefixCache:
     seq.pages = self._pool.share(found)
     seq.page_table = tuple(seq.pages)
     seq.num_computed = num_tokens
-    seq.num_registered = len(found)
+    self._set_registered(seq, len(found))
     seq.found = []
     seq.waits_since = None
     if seq.num_preemptions:
@@ -147,9 +148,10 @@ class PrefixCache:
       seq: a running sequence.
       num_tokens: what is in the cache for sure.
     """
-    if not self._is_on:
-      return
     num_pages = num_tokens // self._pool.page_size
+    if not self._is_on:
+      self._set_registered(seq, 0)
+      return
     self._make_keys(seq, num_pages)
     for i in range(seq.num_registered, num_pages):
       key = seq.keys[i]
@@ -163,7 +165,7 @@ class PrefixCache:
         )
       if self._coming.get(key) is seq:
         del self._coming[key]
-    seq.num_registered = num_pages
+    self._set_registered(seq, num_pages)
 
   def end(self, seq: Sequence) -> None:
     """Tells that a sequence computes no more; before its pages are freed."""
@@ -171,13 +173,19 @@ class PrefixCache:
       for key in seq.keys[seq.num_registered :]:
         if self._coming.get(key) is seq:
           del self._coming[key]
-    seq.num_registered = 0
+    self._set_registered(seq, 0)
 
   def keep_log(self) -> None:
     """Notes from now on, while nothing is there, what can be found."""
     assert not self._pool.num_registered
     if self._finds:
       self._pool.log = page_log.PageLog()
+
+  def _set_registered(self, seq: Sequence, num_pages: int) -> None:
+    seq.num_registered = num_pages
+    seq.full_at = (
+      (num_pages + 1) * self._pool.page_size if self._is_on else math.inf
+    )
 
   def _make_keys(self, seq: Sequence, num_pages: int) -> None:
     if len(seq.keys) < num_pages:

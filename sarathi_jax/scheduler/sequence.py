@@ -55,6 +55,8 @@ class Sequence:
     keys: of its first full pages, as far as they were needed.
     contents: the tokens of these pages, int32, which `keys` are made of.
     num_registered: its first pages that others can find.
+    full_at: the tokens in the cache with which one more page can be found; 0
+      if it was not looked at yet.
     found: while it waits, pages that hold its beginning.
     found_at: what the pool had forgotten when these were found.
     waits_since: the step from which on it waits for what another computes.
@@ -94,6 +96,7 @@ class Sequence:
   keys: list[bytes] = dataclasses.field(default_factory=list)
   contents: list[bytes] = dataclasses.field(default_factory=list)
   num_registered: int = 0
+  full_at: float = 0
   found: list[int] = dataclasses.field(default_factory=list)
   found_at: int = 0
   waits_since: int | None = None
