@@ -127,6 +127,10 @@ class EngineConfig:
     batch_tbt_slo_ms: like tbt_slo_ms, for requests of the tier 'batch'; None:
       these bound no step.
     attention: the implementation of ragged_paged_attention; None picks one.
+    deterministic: whether a request's logits have the same bits whatever else
+      runs with it, however its prompt is cut into chunks, preempted or not, and
+      whether or not the prefix cache has what it begins with. Each step then
+      computes token_budget tokens, however few there are, so choose it small.
     prefix_cache: whether prompts that begin as others did use their pages of
       the KV cache.
     prefix_cache_misses: whether to find none, but to do all else: to measure
@@ -164,6 +168,7 @@ class EngineConfig:
   ttft_slo_ms: float | None = None
   batch_tbt_slo_ms: float | None = None
   attention: str | None = None
+  deterministic: bool = False
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
   cache_aware_window: int = 1
@@ -191,6 +196,19 @@ class EngineConfig:
         value,
         'needs tbt_slo_ms',
       )
+    check(
+      not self.deterministic or self.tbt_slo_ms is None,
+      'tbt_slo_ms',
+      self.tbt_slo_ms,
+      'must be None with deterministic, whose steps all take as long',
+    )
+    check(
+      not self.deterministic or self.attention != 'pallas_mosaic',
+      'attention',
+      self.attention,
+      'must be another with deterministic, as it computes decodes by other '
+      'sums than chunks',
+    )
 
   def num_adjusted_seqs(self, vocab_size: int) -> int:
     """Returns `max_adjusted_seqs`, resolved for a model's vocabulary."""
@@ -240,7 +258,14 @@ _ENGINE_RULES: Mapping[str, Rule] = {
   'dtype': one_of(DTYPES),
   'kv_cache_dtype': one_of(KV_CACHE_DTYPES),
   **dict.fromkeys(
-    ('look_ahead', 'grammars', 'prefix_cache', 'prefix_cache_misses'), FLAG
+    (
+      'look_ahead',
+      'grammars',
+      'deterministic',
+      'prefix_cache',
+      'prefix_cache_misses',
+    ),
+    FLAG,
   ),
   'compilation_cache_dir': or_none(
     (

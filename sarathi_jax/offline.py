@@ -16,7 +16,8 @@ A request without a seed has one made of --seed and its id: its random numbers
 depend neither on interruptions nor on how requests are scheduled. With float32
 weights its tokens don't either, but for rounding. With 16 bits rounding decides
 between tokens that are nearly as likely, and depends on what else is in a step:
-some outputs of a run that is repeated, or resumed, differ.
+some outputs of a run that is repeated, or resumed, differ, but for
+--deterministic.
 
 Where there is no terminal, a line per minute tells how far it is.
 """

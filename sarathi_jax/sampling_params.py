@@ -95,7 +95,8 @@ class SamplingParams:
       numbers, whatever else runs. So they give the same tokens, but where
       rounding, which does depend on what else is in a step, decides between
       two that are nearly as likely: seldom with float32 weights, often enough
-      to notice with 16 bits. None or, as in vLLM, -1: the engine draws one.
+      to notice with 16 bits, never if the engine is `deterministic`. None or,
+      as in vLLM, -1: the engine draws one.
     stop: strings that end the output, which excludes them.
     stop_token_ids: tokens that end the output, which includes them.
     include_stop_str_in_output: keep the stop string at the end of the text.

@@ -63,6 +63,24 @@ def test_an_unknown_policy_is_refused_and_the_known_are_named() -> None:
   )
 
 
+@pytest.mark.parametrize(
+  ('fields', 'said'),
+  [
+    ({'tbt_slo_ms': 50}, 'tbt_slo_ms=50: must be None with deterministic'),
+    (
+      {'attention': 'pallas_mosaic'},
+      "attention='pallas_mosaic': must be another with deterministic",
+    ),
+    ({'deterministic': 1}, 'deterministic=1: must be true or false'),
+  ],
+)
+def test_what_can_not_be_deterministic_is_refused(
+  fields: dict[str, Any], said: str
+) -> None:
+  with pytest.raises(errors.ConfigError, match=said):
+    config_lib.EngineConfig(**{'deterministic': True} | fields)
+
+
 def make_scheduler_config(**fields: Any) -> config_lib.SchedulerConfig:
   defaults = dict(
     token_budget=8, max_num_seqs=4, max_model_len=32, num_pages=8, page_size=4

@@ -324,7 +324,10 @@ def expected_several(params, several):
 def test_outputs_of_one_prompt_are_those_of_requests_of_their_own(
   runner, several, expected_several, policy, token_budget, num_pages, look_ahead
 ):
-  """Pages that fork, beside those that don't, under preemption."""
+  """Pages that fork, beside those that don't, under preemption.
+
+  Each output follows its grammar by itself, and ends with it.
+  """
   got, stats = run_engine(
     runner,
     several,

@@ -172,7 +172,10 @@ def make_adjusted(
 def make_several(
   vocab_size: int, prompt_lens: Sequence[int], most: int
 ) -> list[types.Request]:
-  """Requests of several outputs each, up to `most`; of some, adjusted."""
+  """Requests of several outputs each, up to `most`.
+
+  Of some they are adjusted, of some each follows a grammar.
+  """
   adjusted = ADJUSTED[1], ADJUSTED[2], ALONE[2], ALONE[3]
   return [
     types.Request(
@@ -183,7 +186,11 @@ def make_several(
       ),
     )
     for i, request in enumerate(make_requests(vocab_size, prompt_lens)[::2])
-    for name, sampling in (('plain', SEEDED), ('adjusted', adjusted))
+    for name, sampling in (
+      ('plain', SEEDED),
+      ('adjusted', adjusted),
+      ('grammar', STRUCTURED[::2]),
+    )
   ]
 
 

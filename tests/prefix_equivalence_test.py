@@ -39,12 +39,21 @@ def waves() -> list[Wave]:
 
   system, shot = draw(21), draw(17)
 
+  # Several outputs, that follow grammars, find and are found, too.
+  samplings = (
+    naive.GREEDY,
+    naive.SEEDED[0],
+    dataclasses.replace(naive.STRUCTURED[0], n=3),
+    naive.SEEDED[1],
+    dataclasses.replace(naive.STRUCTURED[2], n=2),
+  )
+
   def wave(name: str, prompts: list[tuple[int, ...]]) -> Wave:
     return [
       types.Request(
         request_id=f'{name}{i}',
         prompt_token_ids=prompt,
-        sampling=naive.SEEDED[i // 2 % 4] if i % 2 else naive.GREEDY,
+        sampling=samplings[i % len(samplings)],
         cache_salt='other' if i % 6 == 5 else '',
       )
       for i, prompt in enumerate(prompts)
@@ -63,7 +72,7 @@ def waves() -> list[Wave]:
 def expected(params, waves):
   recompute = naive.recompute(keystone.MODEL, params)
   known: dict[Any, naive.Tokens] = {}
-  for request in itertools.chain(*waves):
+  for request in naive.apart([*itertools.chain(*waves)]):
     what = request.prompt_token_ids, request.sampling
     known[request.request_id] = known[what] = known.get(what) or recompute(
       request
@@ -84,14 +93,15 @@ class Poisoning:
   def __getattr__(self, name: str) -> Any:
     return getattr(self._runner, name)
 
-  def launch(self, batch: types.ScheduledBatch) -> Any:
+  def is_spoilt(self, page: int) -> bool:
     pages = self._pages
-    readable = {*pages._by_key.values()}
+    is_found = page in pages._by_key.values()
+    return not pages.num_holders(page) and not is_found
+
+  def launch(self, batch: types.ScheduledBatch) -> Any:
+    num_pages = self._pages.num_pages
     spoilt = np.zeros(keystone.PLENTY, bool)
-    spoilt[: pages.num_pages] = [
-      not pages.num_holders(page) and page not in readable
-      for page in range(pages.num_pages)
-    ]
+    spoilt[:num_pages] = [self.is_spoilt(page) for page in range(num_pages)]
     state = self._runner._state
     kv = jax.tree.map(lambda leaf: _spoil(leaf, spoilt), state.kv)
     self._runner._state = dataclasses.replace(state, kv=kv)
@@ -100,6 +110,10 @@ class Poisoning:
 
 @jax.jit
 def _spoil(leaf: jax.Array, spoilt: Any) -> jax.Array:
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    return leaf  # Its scales are spoilt.
+  # The pages of a pipeline's stages lie behind one another.
+  spoilt = jnp.tile(spoilt, len(leaf) // len(spoilt))
   shape = (-1,) + (1,) * (leaf.ndim - 1)
   return jnp.where(spoilt.reshape(shape), jnp.nan, leaf)
 

@@ -78,6 +78,7 @@ def ragged_paged_attention(
   sliding_window: int | None = None,
   soft_cap: float | None = None,
   plan: tuple[jax.Array, ...] | None = None,
+  batch_invariant: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
   """Computes causal attention of a hybrid batch over its paged cache.
@@ -111,6 +112,9 @@ def ragged_paged_attention(
     soft_cap: scores become soft_cap * tanh(score / soft_cap).
     plan: of `make_plan` for these arguments, to share it among layers; None:
       it is made here.
+    batch_invariant: whether each query's output has the same bits in every
+      batch of these shapes, as a decode or in any chunk. That takes longer:
+      decodes are computed as chunks are.
     implementation: a key of `IMPLEMENTATIONS`; None: the fastest here of
       those that read such pages.
 
@@ -121,9 +125,7 @@ def ragged_paged_attention(
     ValueError: shapes, dtypes or options don't fit; says which and why.
     NotImplementedError: they do, but this implementation can't do it.
   """
-  name = (
-    _for_pages(k_pages) if implementation is None else (_known(implementation))
-  )
+  name = _chosen(k_pages, implementation, batch_invariant)
   validate.static_validate(
     q,
     k_pages,
@@ -155,7 +157,7 @@ def ragged_paged_attention(
     k_pages,
     v_pages,
     batch_lib.Batch(kv_lens, page_indices, cu_q_lens, distribution),
-    batch_lib.Options(scale, sliding_window, soft_cap),
+    batch_lib.Options(scale, sliding_window, soft_cap, batch_invariant),
     **planned,
   )
 
@@ -168,6 +170,7 @@ def make_plan(
   distribution: jax.Array,
   *,
   sliding_window: int | None = None,
+  batch_invariant: bool = False,
   implementation: str | None = None,
 ) -> tuple[Any, ...] | None:
   """Plans how a batch is cut into work; arguments as of the attention.
@@ -182,9 +185,7 @@ def make_plan(
     ValueError: shapes, dtypes or the window don't fit; says which and why.
     NotImplementedError: the implementation doesn't support such shapes.
   """
-  name = (
-    _for_pages(k_pages) if implementation is None else (_known(implementation))
-  )
+  name = _chosen(k_pages, implementation, batch_invariant)
   validate.validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
   validate.validate_options(sliding_window, None)
   if name not in _SHAPES:
@@ -199,7 +200,9 @@ def make_plan(
     shape=shape,
   )
   if name == 'pallas_triton':
-    return pallas_triton.make_plan(**batch, sizes=tuning.choose(shape))
+    return pallas_triton.make_plan(
+      **batch, sizes=tuning.choose(shape), batch_invariant=batch_invariant
+    )
   tuning.choose_mosaic(shape)
   plan: tuple[Any, ...] = _pallas_mosaic().make_plan(**batch)
   return plan
@@ -349,6 +352,20 @@ def write_kv(
   return WRITERS[implementation](k_pages, v_pages, k, v, slot_mapping)
 
 
+def _chosen(
+  k_pages: Pages, implementation: str | None, batch_invariant: bool
+) -> str:
+  """Returns the name of what attends, by the arguments of the attention."""
+  if implementation is None:
+    return _for_pages(k_pages, batch_invariant)
+  if batch_invariant and implementation == 'pallas_mosaic':
+    raise NotImplementedError(
+      f'{implementation=}: decodes and chunks have kernels of their own, so it '
+      "can't be batch_invariant."
+    )
+  return _known(implementation)
+
+
 def _known(implementation: str) -> str:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
@@ -358,10 +375,12 @@ def _known(implementation: str) -> str:
   return implementation
 
 
-def _for_pages(k_pages: Pages) -> str:
+def _for_pages(k_pages: Pages, batch_invariant: bool = False) -> str:
   """Returns the name of the implementation for pages of this layout."""
   if not layout.is_rows(k_pages):
     return 'xla'
+  if batch_invariant:
+    return 'pallas_triton'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
   name, reason = _fastest(
     page_size, num_kv_heads, head_dim, quantization.values_of(k_pages).dtype

@@ -32,3 +32,4 @@ class Options:
   scale: float
   sliding_window: int | None = None
   soft_cap: float | None = None
+  batch_invariant: bool = False

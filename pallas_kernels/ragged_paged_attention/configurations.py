@@ -70,7 +70,11 @@ def cases(device: str) -> Iterator[Case]:
         name, heads, kv_heads, head_dim, plain, kv_dtype='float8_e4m3fn'
       )
     if name in ('mistral-7b', 'gemma-7b'):
-      yield _case(name, heads, kv_heads, head_dim, special)
+      for options in (
+        special,
+        dataclasses.replace(special, batch_invariant=True),
+      ):
+        yield _case(name, heads, kv_heads, head_dim, options)
       for kept in ('int8', 'float8_e4m3fn'):
         yield _case(name, heads, kv_heads, head_dim, special, kv_dtype=kept)
       for options in (plain, special):
@@ -157,6 +161,7 @@ def _case(
     functools.partial(
       api.make_plan,
       sliding_window=options.sliding_window,
+      batch_invariant=options.batch_invariant,
       implementation=implementation,
     ),
     q,
@@ -172,6 +177,7 @@ def _case(
     *([f'pages of {page_size}'] if page_size != 64 else []),
     *(['window'] if options.sliding_window else []),
     *(['cap'] if options.soft_cap else []),
+    *(['invariant'] if options.batch_invariant else []),
     *(['Mosaic'] if implementation == 'pallas_mosaic' else []),
   ]
 

@@ -16,6 +16,7 @@ On CPUs it runs in Pallas's interpreter, for tests.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -51,18 +52,26 @@ def make_plan(
   sliding_window: int | None,
   sizes: tuning.Sizes,
   shape: tuning.Shape,
+  batch_invariant: bool = False,
 ) -> plan_lib.Plan:
   """Plans a traced batch, for all layers of one window."""
   return plan_lib.make(
     kv_lens,
     cu_q_lens,
     distribution,
-    tiling=sizes.tiling(shape),
+    tiling=_tiling(sizes, shape, batch_invariant),
     num_tokens=num_tokens,
     group=shape.group,
     sliding_window=sliding_window,
     xp=jnp,
   )
+
+
+def _tiling(
+  sizes: tuning.Sizes, shape: tuning.Shape, batch_invariant: bool
+) -> plan_lib.Tiling:
+  tiling = sizes.tiling(shape)
+  return dataclasses.replace(tiling, has_narrow=not batch_invariant)
 
 
 def ragged_paged_attention(
@@ -97,6 +106,7 @@ def ragged_paged_attention(
       sliding_window=options.sliding_window,
       sizes=sizes,
       shape=shape,
+      batch_invariant=options.batch_invariant,
     )
   validate.check(
     isinstance(plan, plan_lib.Plan),
@@ -139,7 +149,7 @@ def _launch(
 ) -> jax.Array:
   """Launches both kernels. The output replaces q, row by row."""
   heads = shape.num_kv_heads
-  tiling = sizes.tiling(shape)
+  tiling = _tiling(sizes, shape, options.batch_invariant)
   num_items, num_merges = len(plan.rows), len(plan.merge_seq)
   slots = (
     tiling.num_narrow(q.shape[0], len(batch.kv_lens), shape.group)
@@ -163,6 +173,8 @@ def _launch(
     interpret=interpret,
     name='ragged_paged_attention',
   )(q, k_pages, v_pages, *batch[:3], *plan[:6])
+  if not tiling.has_narrow:  # Nothing is split.
+    return out
   return pl.pallas_call(
     functools.partial(_merge, shape=shape, rows=tiling.narrow_rows),
     grid=(num_merges * heads,),
@@ -220,7 +232,7 @@ def _attend(
         starts_ref,
         *refs,
         num_rows=size,
-        may_split=size == tiling.narrow_rows,
+        may_split=tiling.has_narrow and size == tiling.narrow_rows,
         shape=shape,
         block_n=tiling.block_n,
         options=options,
@@ -345,6 +357,8 @@ def _attend_tile(
   full_stop = jnp.clip(
     (past + first_row_ref[item] // shape.group + 1) // block_n, start, stop
   )
+  if options.batch_invariant:  # Whether all see one depends on the tile.
+    full_stop = start
   state = (
     [jnp.zeros((num_rows, size), jnp.float32) for _, size in shape.pieces],
     jnp.full((num_rows,), _MASKED, jnp.float32),

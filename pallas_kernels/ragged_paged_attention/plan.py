@@ -41,6 +41,8 @@ class Tiling:
     min_split: the least key blocks of a split.
     has_wide: whether there are wide tiles; if not, another kernel does
       prefills (see `make_chunks`).
+    has_narrow: whether there are narrow tiles; if not, all are wide, of which
+      none is split, so that no row's sums depend on the batch.
   """
 
   wide_rows: int
@@ -49,11 +51,15 @@ class Tiling:
   num_items: int
   min_split: int = 4
   has_wide: bool = True
+  has_narrow: bool = True
 
   @property
   def row_counts(self) -> tuple[int, ...]:
     """The numbers of rows that tiles have."""
-    return (*([self.wide_rows] if self.has_wide else ()), self.narrow_rows)
+    return (
+      *([self.wide_rows] if self.has_wide else ()),
+      *([self.narrow_rows] if self.has_narrow else ()),
+    )
 
   def num_narrow(self, num_tokens: int, num_seqs: int, group: int) -> int:
     """Returns the most tiles of small sequences in a batch."""
@@ -116,6 +122,8 @@ def make(
   q_lens, is_small = _q_lens(
     cu_q_lens, distribution, tiling.narrow_rows // group, xp
   )
+  if not tiling.has_narrow:
+    is_small = xp.zeros_like(is_small)
   tile_rows = xp.where(is_small, tiling.narrow_rows, tiling.wide_rows)
   tiles = _ceil(q_lens * group, tile_rows)
   if not tiling.has_wide:

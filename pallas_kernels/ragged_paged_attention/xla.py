@@ -27,14 +27,21 @@ def ragged_paged_attention(
   options: batch_lib.Options,
 ) -> jax.Array:
   """Attends as `api.ragged_paged_attention`; pages are tiles (see `layout`)."""
+  if options.batch_invariant:
+    # Decodes share blocks of work, so they are chunks of a token, too.
+    batch = batch._replace(distribution=batch.distribution.at[0].set(0))
   num_tokens, num_heads, head_dim = q.shape
   num_kv_heads = quantization.values_of(k_pages).shape[1]
   grouped = (q.astype(jnp.float32) * options.scale).reshape(
     num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim
   )
-  most = min(num_tokens, batch.kv_lens.shape[0])  # decodes
-  decoded = xla_decode.decodes(grouped[:most], k_pages, v_pages, batch, options)
-  is_decode = (jnp.arange(most) < batch.distribution[0])[:, None, None, None]
-  out = jnp.zeros_like(grouped).at[:most].set(jnp.where(is_decode, decoded, 0))
+  out = jnp.zeros_like(grouped)
+  if not options.batch_invariant:
+    most = min(num_tokens, batch.kv_lens.shape[0])  # decodes
+    decoded = xla_decode.decodes(
+      grouped[:most], k_pages, v_pages, batch, options
+    )
+    is_decode = (jnp.arange(most) < batch.distribution[0])[:, None, None, None]
+    out = out.at[:most].set(jnp.where(is_decode, decoded, 0))
   out = xla_prefill.chunks(out, grouped, k_pages, v_pages, batch, options)
   return out.reshape(q.shape).astype(q.dtype)

@@ -19,6 +19,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _TILE = 64  # queries
+_INVARIANT_TILE = 16  # of one size, whether one query fills it or all
 _BLOCK = 64  # keys, in whole pages
 
 
@@ -34,7 +35,8 @@ def chunks(
   kv_lens, page_indices, cu_q_lens, distribution = batch
   sliding_window = options.sliding_window
   num_tokens, num_kv_heads, group, head_dim = q.shape
-  size = min(_TILE, num_tokens)
+  tile_size = _INVARIANT_TILE if options.batch_invariant else _TILE
+  size = min(tile_size, num_tokens)
   page_size = layout.sizes(k_pages)[2]
   per_block = min(max(_BLOCK // page_size, 1), page_indices.shape[1])
   block_size = per_block * page_size

@@ -105,6 +105,12 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'Implementation of attention: reference, xla, pallas_triton '
     'or pallas_mosaic. Default: chosen for the device.',
   ),
+  'deterministic': (
+    flags.DEFINE_bool,
+    "Give each request's logits the same bits whatever else runs, and whether "
+    'or not the prefix cache has its beginning. Each step then computes '
+    '--token_budget tokens, however few there are.',
+  ),
   'prefix_cache': (
     flags.DEFINE_bool,
     'Let prompts use the KV cache of what others, or earlier ones, began with.',

@@ -71,6 +71,19 @@ def make_mesh(
     axis_names,
     'they are those of a mesh, and there is none',
   )
+  mesh = _choose_mesh(model, config, users, axis_names, home)
+  if config.deterministic:
+    mesh_lib.check_deterministic(mesh)
+  return mesh
+
+
+def _choose_mesh(
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  users: Mesh | None,
+  axis_names: mesh_lib.AxisNames | None,
+  home: Collection[jax.Device],
+) -> Mesh:
   tp = config.tp or (1 if home or users else choose_tp(model, config))
   asked = parallel.Parallelism(tp=tp, pp=config.pp)
   if users is not None:

@@ -97,6 +97,8 @@ def check(
   mesh = mesh_lib.make(
     parallelism, compiler.devices_for(device, parallelism.num_devices)
   )
+  if config.deterministic:
+    mesh_lib.check_deterministic(mesh)
   dtype = placement.choose_dtype(config.dtype, _DTYPE, mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
   with compiler.on(device):

@@ -175,6 +175,8 @@ def sample(
   num_rows: int,
   state: state_lib.DeviceState,
   ints: Int[Array, ' message'],
+  *,
+  deterministic: bool = False,
 ) -> tuple[state_lib.DeviceState, tuple[Array, Array]]:
   """Samples the kept rows; `state` is donated.
 
@@ -183,6 +185,7 @@ def sample(
     num_rows: M.
     state: of the step that kept them.
     ints: `MaskedArrays`, see `message`.
+    deterministic: see `sampling.sample`.
 
   Returns:
     The state, as if the step had sampled so, and of M rows `batch.StepOutput`,
@@ -195,7 +198,13 @@ def sample(
   def run(kept: Array, slots: state_lib.SlotState, ints: Array) -> Any:
     rows = MaskedArrays(**message(num_rows, model.vocab_size).split(ints))
     output, told, adjustments = sampling_rows.sample(
-      model, kept[:num_rows], rows, slots.adjustments, shards, rows.masks
+      model,
+      kept[:num_rows],
+      rows,
+      slots.adjustments,
+      shards,
+      rows.masks,
+      deterministic=deterministic,
     )
     last_tokens = sampling_rows.keep_last(
       slots.last_tokens, rows, output.tokens

@@ -107,6 +107,25 @@ def shards_of(mesh: Mesh) -> sharding.Shards:
   )
 
 
+def check_deterministic(mesh: Mesh) -> None:
+  """Raises ConfigError if sums over a mesh can't be `deterministic`.
+
+  More than two devices sum in an order that depends on the place in the batch
+  (rings), but for those of one process's CPU.
+  """
+  devices = mesh.devices.flat
+  is_one_cpu = devices[0].platform == 'cpu' and (
+    len({device.process_index for device in devices}) == 1
+  )
+  config_lib.check(
+    mesh.shape[TP] <= 2 or is_one_cpu,
+    'tp',
+    mesh.shape[TP],
+    'must be at most 2 with deterministic, as the order in which more devices '
+    'sum depends on the place in the batch; use pp',
+  )
+
+
 def on(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> Sharding:
   """Returns the sharding of an array whose axes are split over `axes`."""
   if mesh.size == 1:

@@ -28,6 +28,7 @@ def attend_to(
   windows: Collection[int | None],
   shards: sharding.Shards,
   implementation: str | None,
+  batch_invariant: bool = False,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
   """Makes a `models.Attend` that writes keys and values to pages, and attends.
 
@@ -44,7 +45,7 @@ def attend_to(
     queries: (heads, head dim, dtype) of the queries.
     windows: the sliding windows that layers have.
     shards: of the mesh.
-    implementation: of ragged_paged_attention; None picks one.
+    implementation, batch_invariant: of ragged_paged_attention.
   """
   k_pages, _ = kv[0]
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
@@ -66,6 +67,7 @@ def attend_to(
       of.cu_q_lens,
       of.distribution,
       sliding_window=window,
+      batch_invariant=batch_invariant,
       implementation=implementation,
     )
 
@@ -104,6 +106,7 @@ def attend_to(
         sliding_window=options.window,
         soft_cap=options.soft_cap,
         plan=plans[rows is None, options.window],
+        batch_invariant=batch_invariant,
         implementation=implementation,
       )
 

@@ -91,12 +91,15 @@ class StepPrograms:
     max_num_seqs = config.max_num_seqs
     is_cpu = mesh.devices.flat[0].platform == 'cpu'
     self.weights = placement.shapes(model, mesh, layout)
-    self.sizes = batch_lib.ladder(
-      max_step_tokens,
-      max_num_seqs,
-      fine=is_cpu,
-      small=is_cpu and placement.bytes_of(self.weights) >= LARGE,
-    )
+    self._deterministic = config.deterministic
+    self.sizes: tuple[int, ...] = (max_step_tokens,)
+    if not self._deterministic:
+      self.sizes = batch_lib.ladder(
+        max_step_tokens,
+        max_num_seqs,
+        fine=is_cpu,
+        small=is_cpu and placement.bytes_of(self.weights) >= LARGE,
+      )
     self.pages_per_seq = math.ceil(max_model_len / config.page_size)
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of different sizes meet in a pipeline, so all have as many rows.
@@ -104,7 +107,7 @@ class StepPrograms:
       n: min(n, max_num_seqs) if self._num_stages == 1 else max_num_seqs
       for n in self.sizes
     }
-    is_apart = _tells_apart(mesh)
+    is_apart = _tells_apart(mesh) and not self._deterministic
     self.layouts = {
       n: batch_lib.BatchLayout(
         num_tokens=n,
@@ -130,6 +133,7 @@ class StepPrograms:
     self.masked = {
       masked(n): n
       for n in (masking.sizes(max_num_seqs) if config.grammars else ())
+      if not self._deterministic or n == max_num_seqs
     }
     self.others = (
       *([SET_UP] if num_adjusted else ()),
@@ -223,7 +227,13 @@ class StepPrograms:
   def _lower_masked(self, num_rows: int, num_pages: int) -> Any:
     return self._lower_other(
       'sample_masked',
-      functools.partial(masking.sample, self._model, self._mesh, num_rows),
+      functools.partial(
+        masking.sample,
+        self._model,
+        self._mesh,
+        num_rows,
+        deterministic=self._deterministic,
+      ),
       masking.message(num_rows, self._model.vocab_size).size,
       num_pages,
     )
@@ -364,6 +374,7 @@ class StepPrograms:
       self._config.page_size,
       self._config.attention,
       self._dtype,
+      self._deterministic,
       *jax.tree.map(lambda leaf: leaf.sharding, (self.weights, state)),
     )
 
@@ -373,7 +384,9 @@ class StepPrograms:
     """Returns all that `lower` and `compile` make a step of."""
     state = self.state_shapes(num_pages)
     return (
-      self._spec(size, state) if size in self.layouts else (size, self._model),
+      self._spec(size, state)
+      if size in self.layouts
+      else (size, self._model, self._deterministic),
       state,
       self.weights,
       sorted((options or {}).items()),

@@ -142,6 +142,8 @@ def sample(
   adjust: Adjust | None = None,
   tell: Tell | None = None,
   allowed: Bool[Array, 'S V'] | None = None,
+  *,
+  deterministic: bool = False,
 ) -> tuple[batch.StepOutput, told_lib.ToldArrays | None]:
   """Samples one token a row.
 
@@ -156,6 +158,8 @@ def sample(
     adjust: adjusts logits before anything else; None if none are.
     tell: what to tell beside the token; None for nothing.
     allowed: the tokens that may be sampled, whatever adjusts them; None: all.
+    deterministic: whether what one row asks for leads others by no other
+      branch, which XLA may round otherwise.
 
   Returns:
     Token ids (int32) and their log-probabilities (float32) as each row asks, by
@@ -246,6 +250,8 @@ def sample(
     if asks is not None:
       picks[2:] = [do_all]
       which = jnp.where(asks.any(), 2, which)
+  if deterministic:
+    picks, which = [do_all], jnp.int32(0)
   tokens, told = lax.switch(which, picks, asked, logprobs_lib.argmax(asked))
   if allowed is not None:
     tokens = jnp.where((asked == _NEVER).all(-1), _VOID, tokens)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ def sample(
   adjustments: adjusting.Adjustments | None,
   shards: sharding.Shards,
   masks: Int[Array, 'R words'] | None = None,
+  *,
+  deterministic: bool = False,
 ) -> tuple[
   batch_lib.StepOutput, told_lib.ToldArrays, adjusting.Adjustments | None
 ]:
@@ -42,6 +45,7 @@ def sample(
     shards: the devices.
     masks: which tokens may come, see `masking`. None: rows that follow a
       grammar are not sampled for good, so no adjustment counts them.
+    deterministic: see `sampling.sample`.
 
   Returns:
     What is sampled, what is told of it, and the adjustments, which know of it.
@@ -58,10 +62,13 @@ def sample(
     counts &= ~is_masked
   else:
     rows['masks'] = masks
+  sample_rows = functools.partial(_sample_rows, deterministic=deterministic)
   if not shards.axes:
-    output, told = _sample_rows(logits, adjustments, **rows)
+    output, told = sample_rows(logits, adjustments, **rows)
   else:
-    output, told = _sample_shares(model, logits, adjustments, rows, shards)
+    output, told = _sample_shares(
+      model, logits, adjustments, rows, shards, sample_rows
+    )
   if adjustments is not None:
     adjustments = adjusting.count(
       adjustments, b.sample_slots, counts, output.tokens
@@ -75,10 +82,11 @@ def _sample_shares(
   adjustments: adjusting.Adjustments | None,
   rows: dict[str, Array],
   shards: sharding.Shards,
+  sample_rows: Callable[..., Any],
 ) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples a share of the rows on each device; returns all, on all."""
   num_rows = logits.shape[0]
-  shares = _sample_rows(
+  shares = sample_rows(
     shares_of(model, logits, shards),
     adjustments,
     **{name: share_of(row, shards) for name, row in rows.items()},
@@ -134,6 +142,7 @@ def _sample_rows(
   positions: Int[Array, ' rows'],
   telling: Int[Array, ' rows'],
   masks: Int[Array, 'rows words'] | None = None,
+  deterministic: bool = False,
   **others: Array,
 ) -> tuple[batch_lib.StepOutput, told_lib.ToldArrays]:
   """Samples one token a row; see `sampling.sample` for the `others`."""
@@ -160,6 +169,7 @@ def _sample_rows(
     adjust=adjust,
     tell=sampling.Tell(telling, named),
     allowed=None if masks is None else _allowed(masks, logits.shape[1]),
+    deterministic=deterministic,
     **others,
   )
   assert told is not None

@@ -52,6 +52,7 @@ class StepSpec:
     page_size: tokens in a page.
     attention: implementation of ragged_paged_attention; None picks one.
     dtype: that the model computes in.
+    deterministic: whether no row's bits depend on the others.
     weights: the sharding of each array of the weights.
     state: the sharding of each array of the state.
   """
@@ -62,6 +63,7 @@ class StepSpec:
   page_size: int
   attention: str | None
   dtype: Any
+  deterministic: bool
   weights: Any
   state: state_lib.DeviceState
 
@@ -165,7 +167,12 @@ def stage_step(
     model, params, models.final_norm(model, params, last), shards
   )
   output, told, adjustments = sampling_rows.sample(
-    model, logits, leaving, state.slots.adjustments, shards
+    model,
+    logits,
+    leaving,
+    state.slots.adjustments,
+    shards,
+    deterministic=spec.deterministic,
   )
 
   def rows_of_prompts() -> prompt_rows.RowsOf:
@@ -262,6 +269,7 @@ def _contexts(
     windows={kind.attention.window for kind in kinds},
     shards=shards,
     implementation=spec.attention,
+    batch_invariant=spec.deterministic,
   )
 
   def context(

@@ -75,6 +75,12 @@ def make_scheduler(
   Raises:
     ConfigError: the model, or one sequence, does not fit.
   """
+  config_lib.check(
+    not config.deterministic,
+    'deterministic',
+    True,
+    'must be false: what such steps take is not simulated',
+  )
   num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
   return scheduler_lib.make(
     config,

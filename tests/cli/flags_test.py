@@ -48,6 +48,7 @@ VALUES = dict(
   tool_parser='hermes',
   reasoning_parser='none',
 )
+APART = dict(deterministic=True)  # fits no target for the time between tokens
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -71,20 +72,21 @@ def write(folder: pathlib.Path, text: str) -> str:
 
 def test_every_field_has_a_flag():
   # The cache of compiled steps is in --cache_dir, with what else is kept.
-  assert set(VALUES) == set(FIELDS) - {'compilation_cache_dir'}
-  for name in VALUES:
+  assert {*VALUES, *APART} == set(FIELDS) - {'compilation_cache_dir'}
+  for name in (*VALUES, *APART):
     assert absl.FLAGS[name].help
 
 
 def test_defaults_are_those_of_the_config():
   assert config_of() == config_lib.EngineConfig()
-  for name, value in VALUES.items():
+  for name, value in (VALUES | APART).items():
     assert value != FIELDS[name].default, name
 
 
 def test_flags_set_fields():
-  args = [f'--{name}={value}' for name, value in VALUES.items()]
-  assert config_of(*args) == config_lib.EngineConfig(**VALUES)
+  for values in (VALUES, APART):
+    args = [f'--{name}={value}' for name, value in values.items()]
+    assert config_of(*args) == config_lib.EngineConfig(**values)
 
 
 def test_flags_override_the_config_file(tmp_path):

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import mesh as mesh_lib
 
 LARGE = model_config_lib.LlamaConfig(
   vocab_size=8192,
@@ -58,6 +63,26 @@ def test_one_core_has_it_alone(
   monkeypatch.setattr(xla_flags, 'num_cores', lambda: 2)
   config = dataclasses.replace(CONFIG, **fields)
   assert building.make_mesh(LARGE, config).size == 1
+
+
+def test_sums_of_many_devices_are_not_deterministic() -> None:
+  """Only those of one process's CPU are in an order that is always the same."""
+  config = dataclasses.replace(CONFIG, deterministic=True, tp=6)
+  mesh = building.make_mesh(LARGE, config)
+  assert mesh.shape['tp'] == 6
+  shape = {'pp': 1, 'tp': 6}
+  for kinds in (['gpu'] * 6, ['cpu'] * 6):
+    devices = np.array(
+      [
+        types.SimpleNamespace(platform=kind, process_index=i // 3)
+        for i, kind in enumerate(kinds)
+      ]
+    )
+    absent: Any = types.SimpleNamespace(devices=devices, shape=shape)
+    with pytest.raises(errors.ConfigError, match='tp=6: must be at most 2'):
+      mesh_lib.check_deterministic(absent)
+  shape['tp'] = 2
+  mesh_lib.check_deterministic(absent)
 
 
 def test_live_weights_stay_where_they_are(

@@ -43,7 +43,8 @@ SAMPLING: tuple[dict[str, Any], ...] = (
   dict(structured_outputs={'regex': '(t1|t22|t3)+'}),
 )
 PROMPTS = ([1, 2, 3], [7] * 20, [5, 9] * 6)
-ENGINE = dict(token_budget=4, max_num_seqs=4, page_size=8, num_pages=32)
+PAGE_SIZE = 8
+ENGINE = dict(token_budget=4, max_num_seqs=4, page_size=PAGE_SIZE, num_pages=32)
 TIMEOUT_S = 240.0
 
 
@@ -171,8 +172,14 @@ def served(checkpoint: pathlib.Path) -> Iterator[tuple[Hosts, grpc.Channel]]:
 
 
 def _generate(
-  channel: grpc.Channel, prompt: list[int], max_tokens: int, **sampling: Any
+  channel: grpc.Channel,
+  prompt: list[int],
+  max_tokens: int,
+  *,
+  num_found: int = 0,
+  **sampling: Any,
 ) -> list[int]:
+  """Returns an output; `num_found` tokens of its prompt are in the cache."""
   stub = sarathi_pb2_grpc.SarathiStub(channel)
   tokens: list[int] = []
   for response in stub.Generate(
@@ -185,6 +192,7 @@ def _generate(
     timeout=TIMEOUT_S,
   ):
     tokens += response.token_ids
+  assert response.finished.usage.cached_tokens == num_found
   return tokens
 
 
@@ -212,14 +220,17 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
   hosts, channel = served
   llm = LLM.from_checkpoint(checkpoint, config=EngineConfig(**ENGINE))
   outputs = []
-  for sampling in SAMPLING:
+  for i, sampling in enumerate(SAMPLING):
     done = llm.generate(
       PROMPTS,
       SamplingParams(temperature=0, ignore_eos=True, max_tokens=20, **sampling),
     )
     outputs.append([one.token_ids for one in done])
     for prompt, expected in zip(PROMPTS, outputs[-1], strict=True):
-      assert tuple(_generate(channel, prompt, 20, **sampling)) == expected
+      # From the second time on, in the prefix cache, on both hosts.
+      num_found = (len(prompt) - 1) // PAGE_SIZE * PAGE_SIZE if i else 0
+      got = _generate(channel, prompt, 20, num_found=num_found, **sampling)
+      assert tuple(got) == expected
   _check_logprobs(llm, channel)
   assert outputs[0] != outputs[1]
   assert {t for tokens in outputs[2] for t in tokens} <= {1, 22, 3}

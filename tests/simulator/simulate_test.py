@@ -223,6 +223,15 @@ def test_too_long_requests_are_told_before() -> None:
     )
 
 
+def test_what_is_not_simulated_is_refused() -> None:
+  with pytest.raises(errors.ConfigError, match='deterministic=True: must be f'):
+    simulate.simulate(
+      cost_model_test.cost_of(paper.MISTRAL),
+      config_lib.EngineConfig(deterministic=True),
+      make_workload((0, 90, 20)),
+    )
+
+
 def test_an_early_end_leaves_the_engine_in_order() -> None:
   clock = runner_lib.Clock()
   config = config_lib.SchedulerConfig(

@@ -107,12 +107,21 @@ MIXED = arg_specs.BY_NAME['mixed']
 
 _jitted = jax.jit(
   rpa.ragged_paged_attention,
-  static_argnames=('scale', 'sliding_window', 'soft_cap', 'implementation'),
+  static_argnames=(
+    'scale',
+    'sliding_window',
+    'soft_cap',
+    'batch_invariant',
+    'implementation',
+  ),
 )
 
 
 def attend(
-  spec: arg_spec.ArgSpec, arrays: Mapping[str, Any], implementation: str
+  spec: arg_spec.ArgSpec,
+  arrays: Mapping[str, Any],
+  implementation: str,
+  **options: Any,
 ) -> np.ndarray:
   """The outputs of all rows, as float32."""
   call = (
@@ -124,6 +133,7 @@ def attend(
   out = call(
     **(arrays | dict(k_pages=k_pages, v_pages=v_pages)),
     **spec.options,
+    **options,
     implementation=implementation,
   )
   assert out.dtype == arrays['q'].dtype
@@ -148,7 +158,13 @@ def fit(spec: arg_spec.ArgSpec, implementation: str) -> arg_spec.ArgSpec:
   )
 
 
-def check(spec: arg_spec.ArgSpec, implementation: str, seed: int = 0) -> None:
+def check(
+  spec: arg_spec.ArgSpec,
+  implementation: str,
+  seed: int = 0,
+  *,
+  batch_invariant: bool = False,
+) -> None:
   spec = fit(spec, implementation)
   arrays = arg_spec.make(spec, seed, unused=float('nan'))
   rpa.dynamic_validate(
@@ -164,7 +180,7 @@ def check(spec: arg_spec.ArgSpec, implementation: str, seed: int = 0) -> None:
       )
     }
   )
-  got = attend(spec, arrays, implementation)
+  got = attend(spec, arrays, implementation, batch_invariant=batch_invariant)
   want = attend(spec, arrays, 'reference')
   real = sum(spec.all_q_lens)
   assert np.isfinite(got).all()
@@ -300,6 +316,61 @@ def test_batch_mates_change_nothing(implementation: str):
       together[starts[s] : starts[s] + q_len],
       rtol=0,
       atol=2e-6,
+    )
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:2])
+@pytest.mark.parametrize(
+  ('name', 'batch_invariant'),
+  [('long_hybrid', True), ('window_soft_cap', True), ('long_hybrid', False)],
+)
+def test_if_asked_for_batch_mates_change_no_bit(
+  name: str, batch_invariant: bool, implementation: str
+):
+  """Nor whether a query is of a chunk, or a decode of its own.
+
+  The negative control is that they do if nobody asks.
+  """
+  spec = fit(arg_specs.BY_NAME[name], implementation)
+  arrays = arg_spec.make(spec, unused=float('nan'))
+  run = functools.partial(
+    attend,
+    spec,
+    implementation=implementation,
+    batch_invariant=batch_invariant,
+  )
+  together = run(arrays)
+  num_different = 0
+  starts = np.asarray(arrays['cu_q_lens'])
+  for s, (q_len, context) in enumerate(
+    zip(spec.all_q_lens, spec.contexts, strict=True)
+  ):
+    table = arrays['page_indices']
+    for i in range(q_len):
+      alone = arrays | {
+        'kv_lens': jnp.zeros_like(arrays['kv_lens'])
+        .at[0]
+        .set(context - q_len + i + 1),
+        'page_indices': table.at[0].set(table[s]),
+        'q': jnp.roll(arrays['q'], -(starts[s] + i), axis=0),
+        'cu_q_lens': jnp.ones_like(arrays['cu_q_lens']).at[0].set(0),
+        'distribution': jnp.array([1, 1], jnp.int32),
+      }
+      num_different += not np.array_equal(
+        run(alone)[0], together[starts[s] + i]
+      )
+  assert (num_different == 0) == batch_invariant
+  check(spec, implementation, batch_invariant=batch_invariant)
+
+
+def test_a_kernel_that_is_not_batch_invariant_says_so():
+  arrays = arg_spec.make(MIXED)
+  with pytest.raises(NotImplementedError, match='be batch_invariant'):
+    rpa.ragged_paged_attention(
+      **arrays,
+      scale=1.0,
+      batch_invariant=True,
+      implementation='pallas_mosaic',
     )
 
 
