@@ -83,6 +83,34 @@ def test_a_recomputed_output_goes_on_where_it_was(look_ahead: bool) -> None:
   assert alone['x'] == ([5, 6, 7, 8, 9, 0], STOP)
 
 
+@pytest.mark.parametrize('look_ahead', [True, False])
+def test_each_of_several_outputs_follows_by_itself(look_ahead: bool) -> None:
+  """Recomputed in the middle, and beside others that find their pages, too."""
+  outputs = {'regex': '(t[1-8])*t9t0'}
+  engine = make_engine(look_ahead=look_ahead, num_pages=8, token_budget=16)
+  found: dict[tuple[str, int], list[types.OutputDelta]] = {}
+  counts = 3, 1, 2, 3
+  several = [
+    request(f'r{i}', (i,) * 6 + (4,), structured_outputs=outputs, n=n)
+    for i, n in enumerate(counts)
+  ]
+  for one in several:
+    engine.check(one)
+    engine.add(one)
+  for deltas in harness.finish(engine).values():
+    for delta in deltas:
+      found.setdefault((delta.request_id, delta.output_index), []).append(delta)
+  assert engine.stats().num_preemptions > 0
+  assert {
+    key: (harness.tokens_of(deltas), deltas[-1].finish_reason)
+    for key, deltas in found.items()
+  } == {
+    (f'r{i}', index): ([5, 6, 7, 8, 9, 0], STOP)
+    for i, n in enumerate(counts)
+    for index in range(n)
+  }
+
+
 def test_what_else_ends_an_output() -> None:
   open_end = {'regex': '(t5|t7|t9)+'}
   got = run(
