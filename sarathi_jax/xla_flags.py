@@ -35,8 +35,9 @@ class Flag:
 
 
 TABLE: tuple[Flag, ...] = (
-  # Sampling branches on what the batch asks for, and its filters loop. XLA
-  # puts branches into CUDA graphs, but without this flag none with a loop in
+  # Sampling branches on what the batch asks for, and what it tells of likely
+  # tokens loops, as do filters where there is no kernel for them. XLA puts
+  # branches into CUDA graphs, but without this flag none with a loop in
   # it. Where a branch is in no graph, the host waits for the device at each
   # step. XLA leaves loops out by itself if the driver is older than CUDA 12.3.
   # Not +COLLECTIVES: it would make one graph of a step on several devices, too,

@@ -26,9 +26,12 @@ from pallas_kernels.aot import cases as cases_lib
 from pallas_kernels.aot import compiler
 from pallas_kernels.aot import report
 from pallas_kernels.aot import toolkit
+from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.ragged_paged_attention import configurations
 
 FLAGS = flags.FLAGS
+# What to compile for a device, of each operation.
+CASES = configurations.cases, filter_cases.cases
 
 
 def define_flags() -> None:
@@ -46,7 +49,7 @@ def define_flags() -> None:
 
 def _compile_kernels() -> list[cases_lib.Result]:
   with compiler.on(FLAGS.device):
-    cases = list(configurations.cases(FLAGS.device))
+    cases = [case for of in CASES for case in of(FLAGS.device)]
   with rich.progress.Progress(transient=True) as progress:
     task = progress.add_task('Compiling', total=len(cases))
     return cases_lib.check(

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import pallas_triton
@@ -394,7 +395,7 @@ def _default(
   page_size: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
 ) -> str:
   """Returns what `implementation=None` means on the default device."""
-  device = tuning.default_device()
+  device = devices.default()
   if device.platform not in ('gpu', 'cuda'):
     return 'xla'
   name, reason = _fastest(page_size, num_kv_heads, head_dim, dtype)

@@ -21,7 +21,6 @@ import functools
 import math
 import operator
 from typing import Any
-import warnings
 
 import jax
 from jax import lax
@@ -34,11 +33,6 @@ from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import validate
-
-# JAX 0.11 and newer warn at every lowering. Nothing else serves Ampere.
-warnings.filterwarnings(
-  'ignore', '.*Pallas Triton backend is deprecated', DeprecationWarning
-)
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
@@ -41,7 +42,7 @@ def write(
   Raises:
     NotImplementedError: the kernel doesn't support such pages, or the device.
   """
-  tuning.check_device(tuning.default_device())
+  devices.check_triton(devices.default())
   tuning.check_indices(k_pages)
   if not layout.is_rows(k_pages):
     raise NotImplementedError(

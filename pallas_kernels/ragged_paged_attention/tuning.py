@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu_targets
+from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
@@ -179,12 +179,12 @@ def choose(shape: Shape) -> Sizes:
   Raises:
     NotImplementedError: there are none for such a shape or device.
   """
-  device = default_device()
-  check_device(device)
-  target, width = _target(device), jnp.dtype(shape.dtype).itemsize
+  device = devices.default()
+  devices.check_triton(device)
+  target, width = devices.target_of(device), jnp.dtype(shape.dtype).itemsize
   tuned = TUNED.get(
     (
-      measured_as(device),
+      devices.measured_as(device),
       shape.dtype,
       shape.kv_dtype,
       shape.group,
@@ -192,12 +192,12 @@ def choose(shape: Shape) -> Sizes:
       shape.page_size,
     )
   )
-  num_blocks = 2 * _multiprocessors(device)
+  num_blocks = 2 * devices.multiprocessors(device)
   if tuned is not None:
     return Sizes(*tuned, num_blocks=num_blocks)
   if width == 4 and shape.kv_dtype != shape.dtype:
     return Sizes(*_CONVERTED, num_blocks=num_blocks)
-  rows = _ITS_OWN.get(_capability(device), _SIZES[target])
+  rows = _ITS_OWN.get(devices.capability_of(device), _SIZES[target])
   for (itemsize, head_dim), sizes in rows.items():
     if itemsize == width and shape.head_dim <= head_dim:
       return Sizes(*sizes, num_blocks=num_blocks)
@@ -236,33 +236,9 @@ _CANDIDATES: tuple[_Numbers, ...] = (
 
 def candidates() -> Iterator[Sizes]:
   """Yields sizes worth trying on the default device, most promising first."""
-  num_blocks = 2 * _multiprocessors(default_device())
+  num_blocks = 2 * devices.multiprocessors(devices.default())
   for numbers in _CANDIDATES:
     yield Sizes(*numbers, num_blocks=num_blocks)
-
-
-def check_device(device: Any) -> None:
-  """Raises NotImplementedError if pallas_triton can't run there.
-
-  Args:
-    device: a jax.Device.
-  """
-  if device.platform == 'cpu':
-    return
-  _check(
-    device.platform in ('gpu', 'cuda'),
-    'platform',
-    device.platform,
-    'must be gpu, or cpu to be interpreted',
-  )
-  capability = str(getattr(device, 'compute_capability', ''))
-  major = capability.partition('.')[0]
-  _check(
-    major.isdigit() and int(major) >= 8,
-    'compute_capability',
-    capability,
-    'must be 8.0 or above',
-  )
 
 
 def check_indices(pages: quantization.Pages) -> None:
@@ -278,42 +254,14 @@ def check_indices(pages: quantization.Pages) -> None:
 
 def fastest() -> tuple[str, ...]:
   """Returns the implementations for the default device, fastest first."""
-  return _FASTEST.get(measured_as(default_device()), ('pallas_triton',))
+  return _FASTEST.get(
+    devices.measured_as(devices.default()), ('pallas_triton',)
+  )
 
 
 def writer() -> str:
   """Returns the fastest writer of pages of rows, on the default device."""
-  return _WRITER.get(measured_as(default_device()), 'xla')
-
-
-def _target(device: Any) -> str:
-  return gpu_targets.alike(_capability(device))
-
-
-def measured_as(device: Any) -> str:
-  """Returns the target whose measurements hold for a device; '' if none's do.
-
-  Such a target has the same multiprocessors, and not just as much room.
-
-  Args:
-    device: a jax.Device.
-  """
-  target = _target(device)
-  major, minor = gpu_targets.get(target).compute_capability
-  return target if _capability(device) == f'{major}.{minor}' else ''
-
-
-def _capability(device: Any) -> str:
-  """Its compute capability, '9.0' where CUDA says '9.0a'; '' of a CPU."""
-  return str(getattr(device, 'compute_capability', '')).rstrip('af')
-
-
-def _multiprocessors(device: Any) -> int:
-  """Returns a device's count, if it says so: an H100 has 114 or 132."""
-  count: int | None = getattr(device, 'core_count', None)
-  if device.platform == 'cpu' or not count:
-    return gpu_targets.get(_target(device)).multiprocessors
-  return count
+  return _WRITER.get(devices.measured_as(devices.default()), 'xla')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -355,7 +303,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
     jax.__version__,
     'must be 0.11 or newer',
   )
-  device = default_device()
+  device = devices.default()
   if not (interpret := device.platform == 'cpu'):
     capability = str(getattr(device, 'compute_capability', ''))
     check(
@@ -384,20 +332,11 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
   )
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
-  num_blocks = _INTERPRETED_BLOCKS if interpret else _multiprocessors(device)
+  num_blocks = (
+    _INTERPRETED_BLOCKS if interpret else devices.multiprocessors(device)
+  )
   return MosaicSizes(
     *MOSAIC[shape.head_dim], heads, queries, num_blocks, interpret
-  )
-
-
-def default_device() -> jax.Device:
-  """Returns the device on which JAX computes by default."""
-  config: Any = jax.config
-  device = config.jax_default_device
-  return (
-    jax.devices(device)[0]
-    if device is None or isinstance(device, str)
-    else device
   )
 
 

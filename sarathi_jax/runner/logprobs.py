@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
+from pallas_kernels import ordered_bits
 from sarathi_jax.runner import told
 
 _GROUP = 128  # columns
@@ -101,7 +102,7 @@ def _largest_by_passes(x: Float[Array, 'S n']) -> Int[Array, 'S K']:
     )
 
   found = jnp.zeros((len(x), told.NUM_TOP), jnp.int32)
-  return lax.fori_loop(0, told.NUM_TOP, take, (sortable(x), found))[1]
+  return lax.fori_loop(0, told.NUM_TOP, take, (ordered_bits.of(x), found))[1]
 
 
 def argmax(x: Array) -> Int[Array, ' S']:
@@ -109,11 +110,3 @@ def argmax(x: Array) -> Int[Array, ' S']:
   index = jnp.arange(x.shape[-1], dtype=jnp.int32)[None, :]
   is_top = x == x.max(axis=-1, keepdims=True)
   return jnp.where(is_top, index, x.shape[-1] - 1).min(axis=-1)
-
-
-def sortable(x: Float[Array, 'S V']) -> UInt[Array, 'S V']:
-  """Returns floats as unsigned integers of the same order, none of them 0."""
-  x = jnp.where(x == 0, 0, x)  # -0.0 is no less than 0.0.
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
-  sign = jnp.uint32(0x80000000)
-  return jnp.where(bits >= sign, ~bits, bits | sign)

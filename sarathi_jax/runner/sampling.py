@@ -25,8 +25,8 @@ What is asked acts on the float32 logits l in vLLM's order, by its formulas:
 
 0 is a program of its own (`masking`), 1 to 5 are `adjusting`'s. Tokens as
 likely as the last that a filter keeps are kept, too: of top-p's, vLLM keeps
-some. Thresholds are found by bisecting the bits of a float, in 32 passes over
-the logits, instead of by sorting them.
+some. Thresholds are found without sorting, on GPUs by one kernel
+(`pallas_kernels.filter_threshold`).
 
 Log-probabilities (`SamplingParams.logprobs_mode`) are of the logits as they
 came, of these after 7, or of those that the token is drawn from, after 10 (or
@@ -41,8 +41,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import filter_threshold
 from sarathi_jax.runner import batch
 from sarathi_jax.runner import logprobs as logprobs_lib
 from sarathi_jax.runner import told as told_lib
@@ -79,29 +80,6 @@ class Tell(NamedTuple):
 _TEMPERATURE, _PROCESSED = 2, 3
 
 
-def _largest_threshold(
-  keys: UInt[Array, 'S V'],
-  is_asked: Bool[Array, ' S'],
-  enough: Callable[[Bool[Array, 'S V']], Bool[Array, ' S']],
-) -> Bool[Array, 'S V']:
-  """Selects the fewest largest keys of each row that are `enough`.
-
-  Keeps all ties; and all keys of rows that do not ask. If none does, it makes
-  no pass over the keys.
-  """
-
-  def set_bit(i: Array, threshold: Array) -> Array:
-    bit = jnp.uint32(0x80000000) >> lax.convert_element_type(i, jnp.uint32)
-    candidate = threshold | bit
-    keep = enough(keys >= candidate[:, None])
-    return jnp.where(keep, candidate, threshold)
-
-  zeros = jnp.zeros(keys.shape[0], jnp.uint32)
-  num_bits = jnp.where(is_asked.any(), 32, 0)
-  threshold = lax.fori_loop(0, num_bits, set_bit, zeros)
-  return keys >= jnp.where(is_asked, threshold, 0)[:, None]
-
-
 def filter_logits(
   logits: Float[Array, 'S V'],
   top_k: Int[Array, ' S'],
@@ -111,24 +89,15 @@ def filter_logits(
   """Sets the logits of tokens that must not be sampled to minus infinity.
 
   Args:
-    logits: float32, divided by the temperature.
+    logits: float32, divided by the temperature, less the row's largest.
     top_k: how many of the likeliest tokens to keep; 0 for all.
     top_p: keep the likeliest tokens that make up this probability.
     min_p: keep tokens at least this fraction as likely as the likeliest.
   """
-  relative = logits - logits.max(axis=-1, keepdims=True)
-  logits = jnp.where(relative >= jnp.log(min_p)[:, None], logits, _NEVER)
-  keys = logprobs_lib.sortable(logits)
-  kept = _largest_threshold(
-    keys, top_k > 0, lambda m: m.sum(-1, dtype=jnp.int32) >= top_k
-  )
-  logits = jnp.where(kept, logits, _NEVER)
-  probs = jax.nn.softmax(logits, axis=-1)
-  top_p = jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny)  # Keeps one token.
-  kept = _largest_threshold(
-    keys, top_p < 1, lambda m: jnp.where(m, probs, 0).sum(-1) >= top_p
-  )
-  return jnp.where(kept, logits, _NEVER)
+  # Of a row that has a NaN, none are likely enough: all its logits are.
+  logits = jnp.where(logits >= jnp.log(min_p)[:, None], logits, _NEVER)
+  least = filter_threshold.least_kept(logits, top_k, top_p)
+  return jnp.where(logits >= least[:, None], logits, _NEVER)
 
 
 def sample(

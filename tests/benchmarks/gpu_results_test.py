@@ -168,6 +168,7 @@ def test_targets_take_the_worst() -> None:
     'engine': [
       {'point': 'decode 64 x 1 after 2047', 'of_floor': 1.2},
     ],
+    'filters': [{'point': 'normal 64 x 32000 pallas_triton', 'us': 90.0}],
     'variants': [
       {'point': 'as served', 'tokens': [5, 6, 7, 8]},
       {'point': 'no split-K', 'tokens': [5, 6, 7, 8]},
@@ -183,6 +184,7 @@ def test_targets_take_the_worst() -> None:
     (pytest.approx(11 / 12), 'yes'),
     (1.2, 'yes'),
     (None, 'not measured'),
+    (90, 'yes'),
     (0.75, 'no'),
     *[(None, 'not measured')] * 2,
   ]

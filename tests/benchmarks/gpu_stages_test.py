@@ -105,6 +105,16 @@ def test_writing_is_measured(tmp_path: pathlib.Path) -> None:
   }
 
 
+def test_filters_are_measured(tmp_path: pathlib.Path) -> None:
+  assert {
+    row['point'] for row in measured('filters', tmp_path) if row['us'] > 0
+  } == {
+    f'{kind} 2 x 40 {by}'
+    for kind in ('normal', 'flat')
+    for by in ('pallas_triton', 'xla', '(1024, 4, 4, 8)')
+  }
+
+
 def test_other_sizes_are_measured(tmp_path: pathlib.Path) -> None:
   rows = measured('tune', tmp_path)
   assert [row['point'] for row in rows] == [

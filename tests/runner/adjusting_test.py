@@ -130,9 +130,12 @@ def _adjust(state: Any, logits: Any, rows: dict[str, Any]) -> Any:
 
 @jax.jit
 def _filtered(adjusted: Any, rows: dict[str, Any]) -> Any:
-  scaled = adjusted / rows['temperature'][:, None]
+  relative = adjusted - adjusted.max(axis=-1, keepdims=True)
   return sampling.filter_logits(
-    scaled, rows['top_k'], rows['top_p'], rows['min_p']
+    relative / rows['temperature'][:, None],
+    rows['top_k'],
+    rows['top_p'],
+    rows['min_p'],
   )
 
 
@@ -199,8 +202,9 @@ def test_random_combinations_are_those_of_the_definition() -> None:
       if np.isneginf(want).all():
         continue
       # The filters' ties are those of what the device divides.
+      relative = got[i] - got[i].max()
       x, margin = sampling_oracle.filter_row(
-        got[i].astype(np.float64) / np.float32(s.temperature),
+        relative.astype(np.float64) / np.float32(s.temperature),
         s.top_k,
         s.top_p,
         s.min_p,

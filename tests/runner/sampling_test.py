@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.filter_threshold import tuning
 from sarathi_jax.runner import sampling
 from tests import sampling_oracle
 
@@ -53,6 +54,7 @@ def rows(elements):
   min_p=rows(st.just(0.0) | st.just(1.0) | st.floats(0.001, 1)),
 )
 def test_filters_are_what_they_are_defined_to_be(logits, top_k, top_p, min_p):
+  logits -= logits.max(axis=-1, keepdims=True)
   got = np.asarray(filter_logits(logits, top_k, top_p, min_p))
   for row in range(S):
     kept = may_be_sampled(
@@ -70,7 +72,7 @@ def one_row(values, top_k=0, top_p=1.0, min_p=0.0) -> list[int]:
     return np.full(S, x, dtype)
 
   got = filter_logits(
-    logits,
+    logits - logits.max(axis=-1, keepdims=True),
     fill(top_k, np.int32),
     fill(top_p, np.float32),
     fill(min_p, np.float32),
@@ -98,41 +100,6 @@ def one_row(values, top_k=0, top_p=1.0, min_p=0.0) -> list[int]:
 )
 def test_filters_by_hand(fields, kept):
   assert one_row([1, 2, -1, 1, 0], **fields) == kept
-
-
-@pytest.mark.parametrize(
-  'fields,num_passes',
-  [
-    (dict(top_p=np.float32(0.5)), [0, 32]),
-    (dict(top_k=np.int32(3)), [32, 0]),
-    (dict(top_k=np.int32(3), top_p=np.float32(0.5)), [32, 32]),
-    (dict(min_p=np.float32(0.5)), [0, 0]),
-  ],
-)
-def test_a_filter_that_nobody_asks_for_makes_no_pass(
-  monkeypatch, fields, num_passes
-):
-  counts = []
-  threshold = sampling._largest_threshold
-
-  def counted(keys, is_asked, enough):
-    counts.append(0)
-    i = len(counts) - 1
-
-    def count(kept):
-      counts[i] += 1
-      return np.asarray(enough(kept))
-
-    with jax.disable_jit():
-      return threshold(keys, is_asked, count)
-
-  monkeypatch.setattr(sampling, '_largest_threshold', counted)
-  rows = dict(top_k=np.int32(0), top_p=np.float32(1), min_p=np.float32(0))
-  sampling.filter_logits(
-    np.zeros((S, V), np.float32),
-    **{name: np.full(S, value) for name, value in (rows | fields).items()},
-  )
-  assert counts == num_passes
 
 
 def test_minus_zero_is_zero():
@@ -195,6 +162,35 @@ def test_a_row_does_not_depend_on_the_programs_default_generator(batch):
   with jax.default_prng_impl('rbg'):
     got, _ = jax.jit(lambda b: sampling.sample(**b)[0])(batch)
   np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize('vocab_size', [33, 700])
+def test_a_gpus_kernel_gives_the_same_tokens(vocab_size, monkeypatch):
+  """Of all filters at once, and of rows that are not sane; interpreted."""
+  rng = np.random.default_rng(3)
+  num = 3000
+  logits = rng.normal(0, 4, (num, vocab_size)).astype(np.float32)
+  logits[: num // 2] = logits[: num // 2].round(1)
+  logits[::7, ::2] = -np.inf
+  for row, bad in enumerate((np.nan, np.inf, -np.inf)):
+    logits[row, row] = bad
+  logits[3] = -np.inf
+  rows = dict(
+    logits=logits,
+    temperature=rng.choice([0, 0.3, 1, 5], num).astype(np.float32),
+    top_k=rng.choice([0, 1, 5, vocab_size // 2], num).astype(np.int32),
+    top_p=rng.choice([1, 1e-6, 0.3, 0.95], num).astype(np.float32),
+    min_p=rng.choice([0, 0, 0.1], num).astype(np.float32),
+    seeds=words(range(num)),
+    positions=np.arange(num, dtype=np.int32),
+  )
+  expected = sample(**rows)
+  monkeypatch.setattr(tuning, 'fastest', lambda: 'pallas_triton')
+  with_kernel = jax.jit(lambda **rows: sampling.sample(**rows)[0]).trace(**rows)
+  assert 'name=least_kept' in str(with_kernel.jaxpr)
+  got = with_kernel.lower().compile()(**rows)
+  np.testing.assert_array_equal(got.tokens, expected.tokens)
+  np.testing.assert_array_equal(got.logprobs, expected.logprobs)
 
 
 N, FEW = 4096, 12

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 import itertools
 
+from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from sarathi_jax import config as config_lib
 from sarathi_jax.benchmarks import throughput
 from sarathi_jax.benchmarks.gpu import attention as attention_lib
@@ -39,6 +40,7 @@ class Size:
     num_tried: how many sizes of tiles are tried.
     quantized: the attention's points on quantized caches.
     written: tokens whose keys and values are put into pages.
+    filtered: rows and tokens of logits that are filtered.
     workload: requests for the whole engine.
     idle: decodes in which to look for the device's waiting.
     chats: requests for the capacity.
@@ -63,6 +65,7 @@ class Size:
   num_tried: int
   quantized: tuple[attention_lib.Sweep, ...]
   written: tuple[int, ...]
+  filtered: tuple[tuple[int, int], ...]
   workload: throughput.Workload
   idle: Point
   chats: workload_lib.WorkloadConfig
@@ -168,6 +171,7 @@ def _full() -> Size:
       for kept in ('int8', 'float8_e4m3fn')
     ),
     written=(64, 512, 2048),
+    filtered=(*filter_specs.SHAPES, (1, 152064)),
     workload=throughput.Workload(
       num_requests=256, prompt_lens=(32, 128, 512), output_lens=(16, 64, 128)
     ),
@@ -253,6 +257,7 @@ def _tiny() -> Size:
       ),
     ),
     written=(4,),
+    filtered=((2, 40),),
     workload=throughput.Workload(
       num_requests=4, prompt_lens=(8, 64), output_lens=(4, 8)
     ),

@@ -176,6 +176,12 @@ STAGES: Mapping[str, Stage] = {
   'write': Stage(
     lambda run: tune.writes(run.journal, run.size.tuned, run.size.written), 60
   ),
+  'filters': Stage(
+    lambda run: tune.filters(
+      run.journal, run.size.filtered, run.size.num_tried
+    ),
+    120,
+  ),
   'sweep': Stage(
     lambda run: attention.run(
       run.journal, run.size.rest, run.limits, run.size.attention

@@ -219,6 +219,12 @@ TARGETS: tuple[Target, ...] = (
     _point('engine, decode 64 x 1 after 2047', 'idle', 'serving'),
     at_most=True,
   ),
+  Target(
+    'top-k and top-p, 64 x 32000: microseconds',
+    150,
+    _point('normal 64 x 32000 pallas_triton', 'us', 'filters'),
+    at_most=True,
+  ),
   # Other choices of matmuls may round otherwise, and draw another token.
   Target('drawn tokens: the same by other choices of XLA', 0.9, _same_tokens),
   Target(

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the tables of `ragged_paged_attention.tuning` need of a GPU."""
+"""Measures what the tables of the kernels' `tuning` need of a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -11,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import filter_threshold
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.filter_threshold import arg_specs as filter_specs
+from pallas_kernels.filter_threshold import pallas_triton as filter_kernel
+from pallas_kernels.filter_threshold import tuning as filter_tuning
 from pallas_kernels.ragged_paged_attention import tuning
 from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import attention
@@ -106,4 +112,46 @@ def sizes(
     journal.measure(
       f'{batch.name}: {", ".join(numbers)}',
       functools.partial(row, batch, sizes),
+    )
+
+
+def filters(
+  journal: journal_lib.Journal,
+  shapes: tuple[tuple[int, int], ...],
+  most: int,
+) -> None:
+  """Times what finds the threshold of top-k and top-p.
+
+  Of rows that keep few tokens, and of rows that keep many. The sizes that win
+  go into `filter_threshold.tuning._SIZES`; plain XLA, should it win, into
+  `_FASTEST`.
+
+  Args:
+    journal: as for `attention.run`.
+    shapes: rows and tokens of the logits.
+    most: number of sizes to try, the default ones among them.
+  """
+  ways: Mapping[str, Callable[..., jax.Array]] = {
+    name: jax.jit(
+      functools.partial(filter_threshold.least_kept, implementation=name)
+    )
+    for name in ('pallas_triton', 'xla')
+  } | {
+    str(dataclasses.astuple(sizes)): jax.jit(
+      functools.partial(filter_kernel.least_kept, sizes=sizes)
+    )
+    for sizes in filter_tuning.CANDIDATES[: most - 1]
+  }
+
+  def row(spec: filter_specs.ArgSpec, by: str) -> journal_lib.Row:
+    args = [jnp.asarray(x) for x in filter_specs.make(spec)]
+    took = timing.seconds(lambda: ways[by](*args))
+    return {**dataclasses.asdict(spec), 'by': by, 'us': took * 1e6}
+
+  for (rows, vocab_size), by, kind in itertools.product(
+    shapes, ways, ('normal', 'flat')
+  ):
+    spec = filter_specs.ArgSpec(kind, rows, vocab_size)
+    journal.measure(
+      f'{kind} {rows} x {vocab_size} {by}', functools.partial(row, spec, by)
     )

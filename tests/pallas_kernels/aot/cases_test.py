@@ -22,6 +22,7 @@ import pytest
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
 from pallas_kernels.aot import compiler
+from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.ragged_paged_attention import configurations
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
@@ -36,11 +37,10 @@ def get_model():
 """
 _COMMAND = """
 from pallas_kernels.aot import main
-from pallas_kernels.ragged_paged_attention import configurations
 from tests.pallas_kernels.aot import matmul
 import sys
 names = sys.argv.pop(1).split(',')
-configurations.cases = lambda device: (getattr(matmul, name) for name in names)
+main.CASES = lambda device: (getattr(matmul, name) for name in names),
 main.run()
 """
 
@@ -144,11 +144,20 @@ def test_every_configuration_compiles_for_every_device(device: str) -> None:
   check_all(configurations.cases(device), device)
 
 
-def check_all(chosen: Iterable[configurations.Case], device: str) -> None:
+@matmul.needs_wheels
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_filter_compiles(device: str) -> None:
+  """In one launch, and for all devices: registers are just enough."""
+  for result in check_all(filter_cases.cases(device), device):
+    assert [kernel.name for kernel in result.kernels] == ['least_kept']
+
+
+def check_all(chosen: Iterable[cases.Case], device: str) -> list[cases.Result]:
   """Compiles cases, of which none may have a problem."""
   results = cases.check(chosen, device)
   assert results
   assert not {r.name: r.problems for r in results if r.problems}
+  return results
 
 
 def _step(

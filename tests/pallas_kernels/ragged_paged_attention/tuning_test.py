@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import devices
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import configurations
@@ -69,8 +70,8 @@ def _pretend(
   jax_version: tuple[int, ...] = (0, 11, 2),
 ) -> None:
   monkeypatch.setattr(
-    tuning,
-    'default_device',
+    devices,
+    'default',
     lambda: types.SimpleNamespace(
       platform='gpu', device_kind=kind, compute_capability=capability
     ),
@@ -177,8 +178,8 @@ def test_the_device_knows_its_multiprocessors_best(
   monkeypatch: pytest.MonkeyPatch,
 ):
   monkeypatch.setattr(
-    tuning,
-    'default_device',
+    devices,
+    'default',
     lambda: types.SimpleNamespace(
       platform='gpu',
       device_kind='NVIDIA H100 PCIe',
@@ -250,7 +251,7 @@ def test_where_the_kernel_cannot_run(
   device: dict[str, str], match: str, monkeypatch: pytest.MonkeyPatch
 ):
   monkeypatch.setattr(
-    tuning, 'default_device', lambda: types.SimpleNamespace(**device)
+    devices, 'default', lambda: types.SimpleNamespace(**device)
   )
   with pytest.raises(NotImplementedError, match=match):
     rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_triton')
@@ -260,8 +261,8 @@ def test_a_gpu_gets_the_kernel_where_it_can(
   monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
   monkeypatch.setattr(
-    tuning,
-    'default_device',
+    devices,
+    'default',
     lambda: types.SimpleNamespace(
       platform='gpu',
       device_kind='NVIDIA A100-SXM4-80GB',
@@ -273,8 +274,8 @@ def test_a_gpu_gets_the_kernel_where_it_can(
   assert rpa.init_pages(2, 8, 2, 32, 'bfloat16')[0].ndim == 5
   assert 'falls back to plain XLA: pallas_triton: page_size=8' in caplog.text
   monkeypatch.setattr(
-    tuning,
-    'default_device',
+    devices,
+    'default',
     lambda: types.SimpleNamespace(
       platform='gpu', device_kind='Tesla V100', compute_capability='7.0'
     ),
