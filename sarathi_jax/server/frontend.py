@@ -319,6 +319,7 @@ class Frontend:
     self, prompt: Prompt, draft: types.Request, size: int | None
   ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
+    self.limits.check_logprobs(draft.sampling, self.engine.info.max_model_len)
     # Before anything is tokenized; those that are being count as well.
     self.check_room(draft.sampling.n)
     if size is None:

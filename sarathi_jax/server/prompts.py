@@ -36,6 +36,8 @@ def prepare(
   limits.check_sampling(request.sampling)  # as tools make more of it
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   limits.check_prompt_logprobs(request)
+  room = max_model_len - len(request.prompt_token_ids)
+  request = limits.ended(request, room)
   engine.check(request)
   return engine.prepared(request)
 

@@ -6,11 +6,22 @@ After t, token t + 1 + d has the log-probability -d; see FakeRunner.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import json
+import threading
 from typing import Any
 
 import pytest
+from smg_grpc_proto import vllm_engine_pb2
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
+from sarathi_jax.server import open_inference_pb2
+from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.protocols import open_inference
+from sarathi_jax.server.protocols import sarathi_v1
+from sarathi_jax.server.protocols import vllm_engine
 from tests.server import fake
 from tests.server.http_client import BODIES
 from tests.server.http_client import Client
@@ -159,14 +170,23 @@ def test_each_of_several_prompts_is_scored(client: Client) -> None:
   ] == [[None, 0.0], [None, -2.0]]
 
 
+@contextlib.contextmanager
+def _limited(
+  running: fake.RunningServer, name: str, most: int
+) -> Iterator[None]:
+  limits = running.server.frontend.limits
+  before = getattr(limits, name)
+  object.__setattr__(limits, name, most)
+  try:
+    yield
+  finally:
+    object.__setattr__(limits, name, before)
+
+
 def test_what_is_told_of_a_long_prompt_is_bounded(
   client: Client, ours: tuple[fake.RunningServer, Client]
 ) -> None:
-  running, _ = ours
-  limits = running.server.frontend.limits
-  most = limits.max_prompt_logprobs
-  object.__setattr__(limits, 'max_prompt_logprobs', 100)
-  try:
+  with _limited(ours[0], 'max_prompt_logprobs', 100):
     fine, long = [1] * 50, [1] * 51
     asked = dict(prompt_logprobs=1, max_tokens=1)
     assert _whole(client, 'text', prompt=fine, **asked)
@@ -176,8 +196,89 @@ def test_what_is_told_of_a_long_prompt_is_bounded(
     )
     assert (status, param) == (400, 'prompt_logprobs')
     assert 'has 102' in message and 'max_prompt_logprobs=100' in message
-  finally:
-    object.__setattr__(limits, 'max_prompt_logprobs', most)
+
+
+def test_what_is_told_of_outputs_is_bounded(
+  client: Client, ours: tuple[fake.RunningServer, Client]
+) -> None:
+  path, body = BODIES['chat']
+  asked = {**body, 'logprobs': True, 'top_logprobs': 2, 'n': 2}
+  asked |= {'temperature': 1, 'ignore_eos': True}
+  with _limited(ours[0], 'max_logprobs', 24):
+    assert client.json(path, {**asked, 'max_tokens': 4})[0] == 200
+    status, message, param = client.refused(path, {**asked, 'max_tokens': 5})
+    assert (status, param) == (400, 'logprobs')
+    assert 'has 30' in message and 'max_logprobs=24' in message
+    # Without max_tokens, the outputs end there.
+    asked.pop('max_tokens', None)
+    whole = client.json(path, asked)[1]
+    assert [
+      (choice['finish_reason'], len(choice['logprobs']['content']))
+      for choice in whole['choices']
+    ] == [('length', 4)] * 2
+
+
+def test_what_one_response_tells_is_bounded_as_a_whole(
+  client: Client, ours: tuple[fake.RunningServer, Client]
+) -> None:
+  """Of all prompts, and of their outputs; of a stream, nothing is kept."""
+  path, body = BODIES['text']
+  asked = {**body, 'logprobs': 1, 'max_tokens': 2, 'echo': True}
+  with _limited(ours[0], 'max_logprobs', 24):
+    two, three = [[1, 2, 5, 6]] * 2, [[1, 2, 5, 6]] * 3
+    assert client.json(path, {**asked, 'prompt': two})[0] == 200
+    status, message, param = client.refused(path, {**asked, 'prompt': three})
+    assert (status, param) == (400, 'logprobs')
+    assert 'has 36' in message and 'max_logprobs=24' in message
+    assert client.events(path, {**asked, 'prompt': three})
+
+
+_TOLD = {
+  'sarathi': (sarathi_v1, '_response'),
+  'vllm': (vllm_engine, '_complete'),
+  'open inference': (open_inference.OpenInferenceService, '_respond'),
+}
+
+
+@pytest.mark.parametrize('protocol', _TOLD)
+def test_grpc_tells_much_on_a_thread_of_its_own(
+  ours: tuple[fake.RunningServer, Client],
+  protocol: str,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """So that others' streams don't wait for it."""
+  running, _ = ours
+  owner, name = _TOLD[protocol]
+  make, threads = getattr(owner, name), []
+
+  def made(*args: Any) -> Any:
+    threads.append(threading.current_thread())
+    return make(*args)
+
+  monkeypatch.setattr(owner, name, made)
+  prompt, asked = [1, 2, 5] * 33, {'max_tokens': 2, 'prompt_logprobs': 1}
+  if protocol == 'sarathi':
+    list(running.generate(token_ids=prompt, sampling=asked))
+  elif protocol == 'vllm':
+    stub = vllm_engine_pb2_grpc.VllmEngineStub(running.channel)
+    request = vllm_engine_pb2.GenerateRequest(
+      tokenized=vllm_engine_pb2.TokenizedInput(input_ids=prompt),
+      sampling_params=vllm_engine_pb2.SamplingParams(**asked),
+    )
+    list(stub.Generate(request, timeout=fake.TIMEOUT_S))
+  else:
+    infer = open_inference_pb2.ModelInferRequest(model_name='counting')
+    infer.inputs.add(
+      name='input_ids',
+      datatype='INT64',
+      shape=[len(prompt)],
+      contents=open_inference_pb2.InferTensorContents(int64_contents=prompt),
+    )
+    infer.parameters['sampling_parameters'].string_param = json.dumps(asked)
+    open_inference_pb2_grpc.GRPCInferenceServiceStub(
+      running.channel
+    ).ModelInfer(infer, timeout=fake.TIMEOUT_S)
+  assert threads[0] is not running._thread
 
 
 def test_grpc_tells_the_same(server: fake.RunningServer) -> None:

@@ -170,6 +170,34 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], str]] = {
     lambda: _sampled(bad_words=['z' * 2000] * 3),
     'max_bad_word_chars=4096',
   ),
+  'logprobs': (
+    _SARATHI,
+    lambda: _sampled(max_tokens=100_000, logprobs=20),
+    'logprobs: has 2,100,000 log-probabilities of all outputs: must be at most '
+    'max_logprobs=524288',
+  ),
+  'logprobs of outputs': (
+    _SARATHI,
+    lambda: _sampled(max_tokens=65_537, logprobs=0, n=8),
+    'has 524,296 log-probabilities',
+  ),
+  'named logprobs': (
+    _SARATHI,
+    lambda: _sampled(max_tokens=100_000, logprob_token_ids=[1, 2, 3, 4, 5]),
+    'has 600,000 log-probabilities',
+  ),
+  'vllm logprobs': (
+    _VLLM,
+    lambda: _vllm_sampled(max_tokens=50_000, logprobs=5, n=2),
+    'has 600,000 log-probabilities',
+  ),
+  'JSON of logprobs': (
+    _INFER,
+    lambda: _infer(
+      sampling_parameters=json.dumps({'max_tokens': 100_000, 'logprobs': 20})
+    ),
+    'max_logprobs=524288',
+  ),
   'request id': (
     _SARATHI,
     lambda: pb.GenerateRequest(text='x', request_id='r' * 257),

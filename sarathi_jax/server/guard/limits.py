@@ -179,6 +179,13 @@ class Limits:
     'each is kept until the prompt is computed, and takes up to 40 bytes of a '
     'response',
   )
+  max_logprobs: int = _row(
+    2**19,
+    'log-probabilities of all outputs, n times max_tokens times 1 + logprobs + '
+    'logprob_token_ids; and of an HTTP response as a whole, with its prompts',
+    'each is kept until a client has it, and takes up to 80 bytes and 10 us of '
+    'a response. Where max_tokens is not given, outputs end there',
+  )
   max_choices: int = _row(
     4096,
     'texts of which an output is to be one',
@@ -346,12 +353,32 @@ class Limits:
 
   def check_prompt_logprobs(self, request: types.Request) -> None:
     """Refuses a prompt of which too much is to be told."""
-    if request.sampling.prompt_logprobs is not None:
-      self.check(
-        'max_prompt_logprobs',
-        len(request.prompt_token_ids) * (1 + request.sampling.prompt_logprobs),
-        'prompt_logprobs',
-      )
+    num = num_prompt_logprobs(request)
+    self.check('max_prompt_logprobs', num, 'prompt_logprobs')
+
+  def check_logprobs(
+    self, sampling: types.SamplingParams, max_model_len: int
+  ) -> None:
+    """Refuses outputs of which too much is to be told, if it says how long."""
+    if sampling.max_tokens is not None:
+      num = num_logprobs(sampling, max_model_len)
+      self.check('max_logprobs', num, 'logprobs')
+
+  def ended(self, request: types.Request, room: int) -> types.Request:
+    """Has outputs end before too much is told, where nobody says when.
+
+    Args:
+      request: the request.
+      room: tokens that an output may have.
+    """
+    sampling = request.sampling
+    num = num_logprobs(sampling, room)
+    if sampling.max_tokens is not None or num <= self.max_logprobs:
+      return request
+    most = max(self.max_logprobs // (num // room), 1)
+    return dataclasses.replace(
+      request, sampling=dataclasses.replace(sampling, max_tokens=most)
+    )
 
   def check_prompt_tokens(self, num_tokens: int, max_model_len: int) -> None:
     """Refuses a prompt that is too long for the server, or for its model."""
@@ -375,6 +402,28 @@ class Limits:
         _LEAST_PROMPT_CHARS,
       ),
     )
+
+
+def num_logprobs(sampling: types.SamplingParams, room: int) -> int:
+  """Counts the log-probabilities that may be told of outputs.
+
+  Args:
+    sampling: of the request.
+    room: tokens that an output may have.
+  """
+  if not sampling.tells:
+    return 0
+  named = sampling.logprob_token_ids or ()
+  each = 1 + (sampling.logprobs or 0) + len(named)
+  return sampling.n * each * min(sampling.max_tokens or room, room)
+
+
+def num_prompt_logprobs(request: types.Request) -> int:
+  """Counts the log-probabilities that are told of a request's prompt."""
+  num_top = request.sampling.prompt_logprobs
+  if num_top is None:
+    return 0
+  return len(request.prompt_token_ids) * (1 + num_top)
 
 
 def without() -> Limits:

@@ -17,6 +17,7 @@ import uuid
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.server import frontend as frontend_lib
+from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import answers
 from sarathi_jax.server.http import exchange as exchange_lib
 from sarathi_jax.server.http import forms
@@ -74,6 +75,7 @@ class _Answer:
       len(call.prompts) * call.asked.sampling.n
     )
     self._num_chars = 0  # of log-probabilities, about
+    self._num_told = 0  # of these, at most
 
   async def run(self) -> None:
     """Answers."""
@@ -115,6 +117,7 @@ class _Answer:
       protocol=self._form.protocol,
       size=self._size,
     ) as stream:
+      self._count(stream.request)
       self._num_left -= 1
       if not self._num_left:
         self._all_wait.set()
@@ -148,6 +151,20 @@ class _Answer:
       self._answer.count(
         len(prompt_ids), stream.num_cached, sum(stream.num_tokens)
       )
+
+  def _count(self, request: types.Request) -> None:
+    """Refuses prompts of which one response would tell too much together.
+
+    Raises:
+      InvalidRequestError: of all so far it would.
+    """
+    if self._call.asked.stream:
+      return  # Each is told of as it comes.
+    room = self._frontend.engine.info.max_model_len
+    room -= len(request.prompt_token_ids)
+    self._num_told += limits_lib.num_logprobs(request.sampling, room)
+    self._num_told += limits_lib.num_prompt_logprobs(request)
+    self._frontend.limits.check('max_logprobs', self._num_told, 'logprobs')
 
   async def _write(
     self, choices: Sequence[answers.Choice], stream: outbox.Stream

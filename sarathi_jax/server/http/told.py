@@ -8,9 +8,10 @@ import itertools
 from typing import Any, NamedTuple
 
 from sarathi_jax import types
+from sarathi_jax.server.protocols import messages
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-_CHARS = 40  # of each log-probability in a response, about
+_CHARS = 64  # of each log-probability in a response, about
 _Tokenizer = tokenizer_lib.Tokenizer | None
 
 
@@ -30,8 +31,7 @@ class Position(NamedTuple):
 
 def num_chars(delta: types.OutputDelta) -> int:
   """Returns about how many characters it takes to tell of an output."""
-  told = itertools.chain(delta.told, delta.prompt_logprobs or ())
-  return _CHARS * sum(len(at.token_ids) for at in told)
+  return _CHARS * messages.num_told(delta)
 
 
 def of_output(

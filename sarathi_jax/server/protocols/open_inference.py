@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 import contextlib
+import functools
 import json
 from typing import Any
 
@@ -153,7 +154,7 @@ class OpenInferenceService(
         )
       async with self._open(call, caller_lib.of(context)) as stream:
         deltas = [delta async for delta in stream]
-        return self._response(call, outbox.merge(deltas))
+        return await self._response(call, outbox.merge(deltas))
 
   async def ModelStreamInfer(self, requests: Any, context: Context) -> None:
     # The error that refuses a request ends its own responses, not the stream.
@@ -195,25 +196,22 @@ class OpenInferenceService(
           so_far = deltas.setdefault(delta.output_index, [])
           so_far.append(delta)
           if call.stream or delta.finish_reason is not None:
-            await write(
-              pb.ModelStreamInferResponse(
-                infer_response=self._response(call, outbox.merge(so_far))
-              )
-            )
+            response = await self._response(call, outbox.merge(so_far))
+            await write(pb.ModelStreamInferResponse(infer_response=response))
             so_far.clear()
     except Exception as error:
       status.log_defect(error)
       code, message = status.of(error)
-      response = pb.ModelStreamInferResponse(
+      refusal = pb.ModelStreamInferResponse(
         error_message=f'[{code.name}] {message}'
       )
       # By which the client knows it, if it is none that it was refused for.
-      response.infer_response.id = errors.cut(request.id)
-      response.infer_response.model_name = errors.cut(request.model_name)
+      refusal.infer_response.id = errors.cut(request.id)
+      refusal.infer_response.model_name = errors.cut(request.model_name)
       for key, value in status.hints(error):
-        response.infer_response.parameters[key].string_param = value
-      _set_final(response.infer_response, True)
-      await write(response)
+        refusal.infer_response.parameters[key].string_param = value
+      _set_final(refusal.infer_response, True)
+      await write(refusal)
 
   async def _read(self, request: pb.ModelInferRequest) -> _Call:
     """Reads a request for the model that is served."""
@@ -256,7 +254,14 @@ class OpenInferenceService(
         f'{served!r} is, version {describe.VERSION!r}.'
       )
 
-  def _response(
+  async def _response(
+    self, call: _Call, delta: types.OutputDelta
+  ) -> pb.ModelInferResponse:
+    return await messages.make(
+      delta, functools.partial(self._respond, call, delta)
+    )
+
+  def _respond(
     self, call: _Call, delta: types.OutputDelta
   ) -> pb.ModelInferResponse:
     response = pb.ModelInferResponse(

@@ -7,6 +7,7 @@ Imports no JAX.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 import time
 from typing import Any
 
@@ -117,16 +118,9 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
 
 
 async def _write(stream: outbox.Stream, context: Context) -> None:
-  request_id = stream.request.request_id
   async for delta in stream:
-    response = pb.GenerateResponse(
-      request_id=request_id,
-      text=delta.text,
-      token_ids=delta.token_ids,
-      logprobs=delta.logprobs,
-      told=_told(delta.told),
-      prompt_logprobs=_told(delta.prompt_logprobs or ()),
-      index=delta.output_index,
+    response = await messages.make(
+      delta, functools.partial(_response, stream.request.request_id, delta)
     )
     if delta.finish_reason is not None:
       response.finished.CopyFrom(finished(delta))
@@ -137,6 +131,18 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
         delta.output_index
       ]
     await context.write(response)
+
+
+def _response(request_id: str, delta: types.OutputDelta) -> pb.GenerateResponse:
+  return pb.GenerateResponse(
+    request_id=request_id,
+    text=delta.text,
+    token_ids=delta.token_ids,
+    logprobs=delta.logprobs,
+    told=_told(delta.told),
+    prompt_logprobs=_told(delta.prompt_logprobs or ()),
+    index=delta.output_index,
+  )
 
 
 def _told(told: types.Told) -> list[pb.TokenLogprobs]:

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -265,7 +266,6 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
 async def _write(
   request: pb.GenerateRequest, stream: outbox.Stream, context: Context
 ) -> None:
-  num_prompt = len(stream.request.prompt_token_ids)
   wants_logprobs = request.sampling_params.HasField('logprobs')
   deltas: list[list[types.OutputDelta]] = [
     [] for _ in range(stream.request.sampling.n)
@@ -274,22 +274,34 @@ async def _write(
     of_output = deltas[delta.output_index]
     of_output.append(delta)
     if request.stream:
-      chunk = pb.GenerateStreamChunk(
-        token_ids=delta.token_ids,
-        prompt_tokens=num_prompt,
-        completion_tokens=len(delta.token_ids),
-        index=delta.output_index,
+      chunk = await messages.make(
+        delta, functools.partial(_chunk, stream.request, delta, wants_logprobs)
       )
-      if wants_logprobs:
-        chunk.output_logprobs.CopyFrom(_logprobs(delta))
-      if delta.prompt_logprobs is not None:
-        chunk.input_logprobs.CopyFrom(_of_prompt(stream.request, delta))
       await context.write(pb.GenerateResponse(chunk=chunk))
     if delta.finish_reason is not None:
-      complete = _complete(
-        stream.request, outbox.merge(of_output), wants_logprobs
+      whole = outbox.merge(of_output)
+      complete = await messages.make(
+        whole,
+        functools.partial(_complete, stream.request, whole, wants_logprobs),
       )
       await context.write(pb.GenerateResponse(complete=complete))
+
+
+def _chunk(
+  request: types.Request, delta: types.OutputDelta, wants_logprobs: bool
+) -> pb.GenerateStreamChunk:
+  """Makes the message of a piece of an output."""
+  chunk = pb.GenerateStreamChunk(
+    token_ids=delta.token_ids,
+    prompt_tokens=len(request.prompt_token_ids),
+    completion_tokens=len(delta.token_ids),
+    index=delta.output_index,
+  )
+  if wants_logprobs:
+    chunk.output_logprobs.CopyFrom(_logprobs(delta))
+  if delta.prompt_logprobs is not None:
+    chunk.input_logprobs.CopyFrom(_of_prompt(request, delta))
+  return chunk
 
 
 def _complete(
