@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 import openai
+import pydantic
 import pytest
 
 from sarathi_jax.server.guard import limits as limits_lib
@@ -208,6 +209,33 @@ def test_openais_client(family: Any) -> None:
     + ('<think>\n' if chosen.end else '')
   )
   assert json.dumps([WEATHER, NOW]) in prompt
+
+
+class _Weather(pydantic.BaseModel):
+  city: str
+  degrees: int
+
+
+def test_openais_client_parses_a_response_format(served: Served) -> None:
+  """As its own `parse` asks: by a class, whole and streamed."""
+  body: Any = {name: BODY[name] for name in ('model', 'messages')}
+  paris = _Weather(city='Paris', degrees=21)
+  with served.openai() as client:
+    chats = client.chat.completions
+    served.speaker.say(paris.model_dump_json())
+    whole = chats.parse(**body, response_format=_Weather)
+    assert whole.choices[0].message.parsed == paris
+    with chats.stream(**body, response_format=_Weather) as stream:
+      streamed = stream.get_final_completion()
+    assert streamed.choices[0].message.parsed == paris
+    plain = chats.create(**body, response_format={'type': 'json_object'})
+    assert json.loads(plain.choices[0].message.content or '') == dict(paris)
+    # A number, where the class has a string: another token is taken.
+    served.speaker.say('{"city":7')
+    with pytest.raises(openai.LengthFinishReasonError) as cut:
+      chats.parse(**body, response_format=_Weather, max_tokens=9)
+    (choice,) = cut.value.completion.choices
+    assert re.match(r'{\s*"city"\s*:\s*($|")', choice.message.content or '')
 
 
 def asked(served: Served, **more: Any) -> tuple[Any, str]:
