@@ -334,6 +334,7 @@ def main() -> None:
       token_budget=FLAGS.token_budget,
       max_num_seqs=FLAGS.max_num_seqs,
       max_model_len=max_model_len(workload),
+      prefix_cache=False,  # One engine is given each load several times.
       compilation_cache_dir=os.path.join(
         config_lib.default_cache_dir(), 'live_capacity'
       ),

@@ -218,6 +218,7 @@ def main() -> None:
     num_pages=FLAGS.max_num_seqs * 128,
     page_size=64,
     num_stages=FLAGS.num_stages,
+    prefix_cache=False,  # All prompts are of one token.
   )
   requests = chat_requests(FLAGS.num_requests, FLAGS.seed)
   table = rich.table.Table(

@@ -99,6 +99,7 @@ def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
       max_model_len=longest,
       max_num_seqs=options['max_num_seqs'],
       num_pages=options['max_num_seqs'] * -(-longest // 64),
+      prefix_cache=False,  # One engine is given each load twice.
     ),
   )
   loading.collect_less_garbage()

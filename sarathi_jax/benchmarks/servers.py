@@ -115,6 +115,7 @@ class Setup:
       f'--max_num_seqs={self.max_num_seqs}',
       f'--kv_cache_gib={self.kv_cache_gib}',
       f'--token_budget={side.token_budget}',
+      '--noprefix_cache',  # Rates have the same prompts.
       *slos,
       *self.args[OURS],
     ]
