@@ -177,6 +177,7 @@ def chat_requests(num: int, seed: int) -> list[types.Request]:
         request_id=str(i),
         prompt_token_ids=(1,) * prompt_len,
         arrival_time=0.0,
+        cache_salt=str(i),  # Their tokens are alike.
         sampling=types.SamplingParams(
           temperature=0, ignore_eos=True, max_tokens=output_len
         ),
@@ -218,7 +219,6 @@ def main() -> None:
     num_pages=FLAGS.max_num_seqs * 128,
     page_size=64,
     num_stages=FLAGS.num_stages,
-    prefix_cache=False,  # All prompts are of one token.
   )
   requests = chat_requests(FLAGS.num_requests, FLAGS.seed)
   table = rich.table.Table(
