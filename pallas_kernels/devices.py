@@ -3,11 +3,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+import functools
+from typing import Any, TypeVar
 
 import jax
+from jax import lax
 
 from pallas_kernels import gpu_targets
+
+T = TypeVar('T')
+
+
+def launch(kernel: Callable[..., T], *args: Any) -> T:
+  """Calls what launches a kernel; on CPUs Pallas interprets it, for tests.
+
+  Args:
+    kernel: takes `args`, and `interpret`, whether to.
+    args: trees of arrays.
+  """
+  out: T = lax.platform_dependent(
+    *args,
+    cpu=functools.partial(kernel, interpret=True),
+    default=functools.partial(kernel, interpret=False),
+  )
+  return out
 
 
 def default() -> jax.Device:

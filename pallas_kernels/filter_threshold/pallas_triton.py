@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import devices
 from pallas_kernels.filter_threshold import tuning
 
 _NEVER = -np.inf
@@ -63,13 +64,7 @@ def least_kept(
   """
   sizes = (sizes or tuning.choose()).for_vocab(logits.shape[1])
   launch = functools.partial(_launch, sizes=sizes)
-  return lax.platform_dependent(
-    logits,
-    top_k,
-    top_p,
-    cpu=functools.partial(launch, interpret=True),
-    default=functools.partial(launch, interpret=False),
-  )
+  return devices.launch(launch, logits, top_k, top_p)
 
 
 def _launch(

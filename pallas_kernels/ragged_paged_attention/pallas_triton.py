@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
@@ -118,15 +119,7 @@ def ragged_paged_attention(
     f'must be of make_plan for these arguments, {items}',
   )
   launch = functools.partial(_launch, shape=shape, sizes=sizes, options=options)
-  return lax.platform_dependent(
-    q,
-    k_pages,
-    v_pages,
-    batch,
-    plan,
-    cpu=functools.partial(launch, interpret=True),
-    default=functools.partial(launch, interpret=False),
-  )
+  return devices.launch(launch, q, k_pages, v_pages, batch, plan)
 
 
 def _launch(

@@ -17,7 +17,6 @@ import itertools
 from typing import Any
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
@@ -51,12 +50,8 @@ def write(
     )
   if not slot_mapping.size:
     return k_pages, v_pages  # No grid is empty.
-  return lax.platform_dependent(
-    slot_mapping,
-    _as_kept(k, v, k_pages),
-    (k_pages, v_pages),
-    cpu=functools.partial(_launch, interpret=True),
-    default=functools.partial(_launch, interpret=False),
+  return devices.launch(
+    _launch, slot_mapping, _as_kept(k, v, k_pages), (k_pages, v_pages)
   )
 
 
