@@ -89,7 +89,8 @@ class SamplingParams:
       of several tokens, each of at most MAX_SPELLING_TOKENS.
     min_tokens: the least tokens to generate: before them, neither the model's
       end of sequence nor `stop_token_ids` are sampled, and stop strings
-      are text like any other.
+      are text like any other. At most max_tokens; without these it may be more
+      than the context has room for, whose end then ends the output.
     seed: in [-2**63, 2**63), of the first output; each next one has one more
       (vLLM's rule). The same seed, prompt and weights give the same random
       numbers, whatever else runs. So they give the same tokens, but where

@@ -31,6 +31,7 @@ from sarathi_jax.runner import packing
 
 _NEVER = -jnp.inf
 _MAX = float(np.finfo(np.float32).max)
+_MAX_INT = int(np.iinfo(np.int32).max)
 _WORDS = sampling_params.MAX_SPELLINGS
 _LENGTH = sampling_params.MAX_SPELLING_TOKENS
 _NUM_NAMED = sampling_params.MAX_LOGPROB_TOKEN_IDS
@@ -222,7 +223,8 @@ def messages(chunk: types.Chunk) -> Iterator[np.ndarray]:
     told = message().split(ints)
     told['slot'][:] = chunk.slot
     told['is_first'][:] = i == 0
-    told['min_len'][:] = chunk.prompt_len + sampling.min_tokens
+    # However many are asked for; no sequence becomes longer than this.
+    told['min_len'][:] = min(chunk.prompt_len + sampling.min_tokens, _MAX_INT)
     told['other_bias'][:] = 0 if sampling.allowed_token_ids is None else -np.inf
     part = slice(i * _NUM_IDS, (i + 1) * _NUM_IDS)
     _fill(told['ids'], told['bits'], ids[part], bits[part])
@@ -252,7 +254,7 @@ def _fill(
 ) -> None:
   some = np.fromiter(some, np.int32)
   ids[: len(some)] = some
-  ids[len(some) :] = np.iinfo(np.int32).max
+  ids[len(some) :] = _MAX_INT
   values[: len(some)] = np.asarray(theirs)
 
 

@@ -250,6 +250,10 @@ def case_of(**fields: Any) -> Case:
       {1: -np.inf, 8: -np.inf},
     ),
     (case_of(min_tokens=3, stop_token_ids=[8]), {}),
+    *(
+      (case_of(min_tokens=num), {1: -np.inf})
+      for num in (2**31 - 4, 2**31 - 1, 2**31, 10**30)
+    ),
   ],
 )
 @pytest.mark.parametrize('num_told', [0, 2, 3])
