@@ -276,7 +276,8 @@ def _send(
         reply = connection.getresponse()
         reply.read()
       except (OSError, http.client.HTTPException) as error:
-        raise AssertionError((path, body[:2000])) from error
+        # What it was goes with the error through a pipe; its cause would not.
+        raise AssertionError((repr(error), path, body[:2000])) from error
       assert reply.status == _NOT_DONE or reply.status not in _FAULTS, (
         reply.status,
         path,
