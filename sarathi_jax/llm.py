@@ -506,6 +506,11 @@ class LLM:
       )
       for prompt, params in zip(prompts, sampling, strict=True)
     ]
-    for request in requests:
-      self.engine.check(request)
+    for index, request in enumerate(requests):
+      try:
+        self.engine.check(request)
+      except errors.InvalidRequestError as error:
+        if len(requests) == 1:
+          raise
+        raise type(error)(f'prompts[{index}]: {error}') from error
     return requests

@@ -19,7 +19,7 @@ def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
   """Raises InvalidRequestError for tokens that the model does not have."""
   sampling = request.sampling
   for field, ids in (
-    ('prompt_token_ids', request.prompt_token_ids),
+    ('prompt', request.prompt_token_ids),
     ('stop_token_ids', sampling.stop_token_ids),
     ('allowed_token_ids', sampling.allowed_token_ids or ()),
     ('bad_token_ids', sampling.bad_token_ids),
@@ -30,16 +30,15 @@ def check_tokens(request: types.Request, info: info_lib.EngineInfo) -> None:
       if kind is bool or not issubclass(kind, numbers.Integral):
         bad = next(i for i in ids if type(i) is kind)
         raise errors.InvalidRequestError(
-          f'{request.request_id}: {field} has {errors.shown(bad)}; token ids '
-          'must be integers.'
+          f'{field}: has {errors.shown(bad)}; token ids must be integers.'
         )
-    check_known(f'{request.request_id}: {field}', ids, info.vocab_size)
+    check_known(field, ids, info.vocab_size)
   for field in ('logprobs', 'prompt_logprobs'):
     num = getattr(sampling, field)
     if num is not None and num > info.vocab_size:
       raise errors.InvalidRequestError(
-        f'{request.request_id}: {field}={num}: must be at most the size of the '
-        f'vocabulary, {info.vocab_size}.'
+        f'{field}={num}: must be at most the size of the vocabulary, '
+        f'{info.vocab_size}.'
       )
 
 
@@ -48,7 +47,7 @@ def check_known(name: str, ids: Collection[int], vocab_size: int) -> None:
   if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
     bad = next(i for i in ids if not 0 <= i < vocab_size)
     raise errors.InvalidRequestError(
-      f'{name} has the unknown token id {errors.shown(bad)}; ids must be in '
+      f'{name}: has the unknown token id {errors.shown(bad)}; ids must be in '
       f'[0, {vocab_size}).'
     )
 
@@ -109,7 +108,6 @@ def check_some_are_left(
   }
   if ruled_out.issuperset(sampling.allowed_token_ids):
     raise errors.InvalidRequestError(
-      f'{request.request_id}: allowed_token_ids='
-      f'{errors.shown(sampling.allowed_token_ids)}: all of them are ruled out '
-      'by bad_token_ids, bad_words or min_tokens.'
+      f'allowed_token_ids={errors.shown(sampling.allowed_token_ids)}: all of '
+      'them are ruled out by bad_token_ids, bad_words or min_tokens.'
     )

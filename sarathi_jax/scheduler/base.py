@@ -104,27 +104,26 @@ class Scheduler(abc.ABC):
     num_tokens = len(request.prompt_token_ids)
     if not num_tokens:
       raise errors.InvalidRequestError(
-        f'{request.request_id}: the prompt is empty; it must have at least '
-        'one token.'
+        'prompt: is empty; must have at least one token.'
       )
     if num_tokens >= self.config.max_model_len:
       raise errors.InvalidRequestError(
-        f'{request.request_id}: a prompt of {num_tokens} tokens leaves no '
-        f'room to generate; max_model_len={self.config.max_model_len}.'
+        f'prompt: has {num_tokens} tokens, which leaves no room to generate; '
+        f'max_model_len={self.config.max_model_len}.'
       )
     if request.sampling.is_adjusted and not self.config.num_adjusted_seqs:
       raise errors.UnsupportedError(
-        f'{request.request_id}: its sampling needs memory that this engine '
-        'does not keep, as max_adjusted_seqs=0: penalties, biases, token ids '
-        'and words to allow or to rule out, min_tokens.'
+        'sampling: needs memory that this engine does not keep, as '
+        'max_adjusted_seqs=0: penalties, biases, token ids and words to allow '
+        'or to rule out, min_tokens.'
       )
     field, most = 'max_num_seqs', self.config.max_num_seqs
     if request.sampling.is_adjusted:
       field, most = 'max_adjusted_seqs', self.config.num_adjusted_seqs
     if request.sampling.n > most:
       raise errors.InvalidRequestError(
-        f'{request.request_id}: n={request.sampling.n}: must be at most '
-        f'{field}={most}, as all of them run at once.'
+        f'n={request.sampling.n}: must be at most {field}={most}, as all of '
+        'them run at once.'
       )
 
   def add(

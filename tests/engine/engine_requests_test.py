@@ -70,37 +70,37 @@ def test_aborting_what_is_unknown_or_done() -> None:
 
 
 BAD: tuple[tuple[types.Request, type[Exception], str], ...] = (
-  (request('r', []), errors.InvalidRequestError, 'r: the prompt is empty'),
+  (request('r', []), errors.InvalidRequestError, 'prompt: is empty'),
   (
     request('r', range(32)),
     errors.InvalidRequestError,
-    'r: a prompt of 32 tokens leaves no room',
+    'prompt: has 32 tokens, which leaves no room',
   ),
   (
     request('r', [1, 100]),
     errors.InvalidRequestError,
-    'r: prompt_token_ids has the unknown token id 100; ids must be in [0, 100)',
+    'prompt: has the unknown token id 100; ids must be in [0, 100)',
   ),
   (request('r', [-1, 2]), errors.InvalidRequestError, 'token id -1'),
   (
     request('r', [1.5]),
     errors.InvalidRequestError,  # type: ignore
-    'r: prompt_token_ids has 1.5; token ids must be integers',
+    'prompt: has 1.5; token ids must be integers',
   ),
   (
     request('r', [True]),
     errors.InvalidRequestError,
-    'r: prompt_token_ids has True; token ids must be integers',
+    'prompt: has True; token ids must be integers',
   ),
   (
     request('r', ['a']),
     errors.InvalidRequestError,  # type: ignore
-    "r: prompt_token_ids has 'a'; token ids must be integers",
+    "prompt: has 'a'; token ids must be integers",
   ),
   (
     request('r', [1], stop_token_ids=(3, 100)),
     errors.InvalidRequestError,
-    'r: stop_token_ids has the unknown token id 100',
+    'stop_token_ids: has the unknown token id 100',
   ),
   (
     request('r', [1], stop=('x',)),
@@ -145,9 +145,9 @@ def test_an_id_may_be_used_again_when_its_request_is_done() -> None:
 @pytest.mark.parametrize(
   ('fields', 'match'),
   [
-    (dict(allowed_token_ids=(100,)), 'allowed_token_ids has the unknown'),
-    (dict(bad_token_ids=(7, 100)), 'bad_token_ids has the unknown'),
-    (dict(logit_bias={100: 1.0}), 'logit_bias has the unknown'),
+    (dict(allowed_token_ids=(100,)), 'allowed_token_ids: has the unknown'),
+    (dict(bad_token_ids=(7, 100)), 'bad_token_ids: has the unknown'),
+    (dict(logit_bias={100: 1.0}), 'logit_bias: has the unknown'),
     (dict(bad_words=('a',)), 'has no tokenizer; use bad_token_ids'),
     (
       dict(allowed_token_ids=(1, 2), bad_token_ids=(2, 1)),

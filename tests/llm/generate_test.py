@@ -125,6 +125,16 @@ def test_sampling_of_another_type_is_refused(llm, sampling):
       use([1], sampling)
 
 
+def test_a_bad_prompt_of_several_is_named(llm):
+  with pytest.raises(
+    errors.InvalidRequestError,
+    match=r'prompts\[2\]: prompt: has the unknown token id -5',
+  ):
+    llm.generate([[1], [2], [-5], [3]], GREEDY)
+  with pytest.raises(errors.InvalidRequestError, match='prompt: is empty'):
+    llm.generate([[]], GREEDY)
+
+
 def test_it_can_be_used_again_and_again(llm, greedy):
   for _ in range(3):
     assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['old']

@@ -28,7 +28,7 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
   ({'prompt': 5}, 'prompt=5: must be a text'),
   ({'prompt': None}, 'prompt=None: must be a text'),
   ({'prompt': '\ud800'}, 'prompt'),
-  ({'prompt_token_ids': []}, 'the prompt is empty'),
+  ({'prompt_token_ids': []}, 'prompt: is empty'),
   ({'prompt_token_ids': 'abc'}, 'must be a list of integers'),
   ({'prompt_token_ids': [1, True]}, 'must be a list of integers'),
   ({'prompt_token_ids': [1, 2.0]}, 'must be a list of integers'),

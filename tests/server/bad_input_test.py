@@ -24,7 +24,11 @@ BAD: tuple[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]], ...] = (
   ({'chat': pb.Chat()}, {}, ('prompt=[]', 'empty')),
   ({'token_ids': [1] * 128}, {}, ('128 tokens', 'max_model_len=128')),
   ({'text': 't1 ' * 5000}, {}, ('5000 tokens', 'max_model_len=128')),
-  ({'token_ids': [1, 64]}, {}, ('unknown token id 64', '[0, 64)')),
+  (
+    {'token_ids': [1, 64]},
+    {},
+    ('prompt: has the unknown token id 64', '[0, 64)'),
+  ),
   ({'token_ids': [-1]}, {}, ('unknown token id -1', '[0, 64)')),
   ({**IDS, 'tier': 'slow'}, {}, ("tier='slow'", 'interactive, batch')),
   (IDS, {'max_tokens': 0}, ('max_tokens=0', '>= 1')),

@@ -108,7 +108,7 @@ def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
     raise errors.InvalidRequestError(
       f'tokens={errors.shown(ids)}: must be a list of token ids.'
     )
-  checks.check_known('tokens:', ids, engine.info.vocab_size)
+  checks.check_known('tokens', ids, engine.info.vocab_size)
   return {'prompt': _tokenizer(engine).decode(ids, skip_special_tokens=False)}
 
 
