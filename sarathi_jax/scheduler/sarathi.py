@@ -53,7 +53,7 @@ class SarathiScheduler(base.Scheduler):
     prompts = [_prompt(s, s.num_left, now) for s in self._prefills()]
     if self._next_to_admit(now):
       prompts += [
-        _prompt(s, self.prefixes.num_missing(s), now)
+        _prompt(s, self.prefixes.guess_missing(s), now)
         for s in itertools.islice(self.waiting, 8)
       ]
     return self.pace.budget(
@@ -121,7 +121,7 @@ class SarathiScheduler(base.Scheduler):
     lens = [s.num_left for s in behind]
     if self._next_to_admit(now):
       lens += [
-        self.prefixes.num_missing(s)
+        self.prefixes.guess_missing(s)
         for s in itertools.islice(self.waiting, 8)
         if s.request.arrival_time <= now
       ]
