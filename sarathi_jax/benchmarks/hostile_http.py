@@ -62,6 +62,7 @@ _LARGE: Mapping[str, Callable[[], bytes]] = {
   ),
   'a header': lambda: _request(_TEXTS, b'', 'a: ' + 'b' * _LARGEST),
   'headers': lambda: _request(_TEXTS, b'', *(['a: b'] * (_LARGEST // 6))),
+  'pipelined requests': lambda: b'GET / HTTP/1.1\r\n\r\n' * (_LARGEST // 18),
   'a message of parts': lambda: _request(
     _CHATS,
     json.dumps(

@@ -251,6 +251,12 @@ class Limits:
     'HTTP connections at once',
     'each takes an open file and up to 128 KiB of buffers',
   )
+  max_pipelined: int = _row(
+    8,
+    'requests that wait on an HTTP connection for the one before them',
+    'each is kept whole, and 256 KiB, which come at once, may be 14,000. More '
+    'are not answered, and their connection is closed after the others',
+  )
   max_escapes: int = _row(
     2**20,
     'backslashes in an HTTP body',

@@ -2,8 +2,9 @@
 """One connection of HTTP: uvicorn's, with bounds on bytes and time.
 
 uvicorn takes headers of any length, waits for ever for a request to come whole
-and for a client to read, and tells only the last of several pipelined requests
-that their client left. The parser is httptools', in C: h11, in Python, holds
+and for a client to read, takes any number of pipelined requests, tells only the
+last of them that their client left, and answers to what is no request in the
+middle of another answer. The parser is httptools', in C: h11, in Python, holds
 this thread, which all share, 300 ms for 256 KiB of a body in chunks of a byte,
 60 times as long, and adds 20 us to each event of a stream.
 """
@@ -39,19 +40,22 @@ class Connection(httptools_impl.HttpToolsProtocol):
 
   Attributes:
     most_connections: at once.
+    most_pipelined: requests that wait for the one before them.
     most_body: bytes of a body.
   """
 
   most_connections: int
+  most_pipelined: int
   most_body: int
 
   def __init__(self, *args: Any, **kwargs: Any) -> None:
     super().__init__(*args, **kwargs)
     # Bytes that came since a request ended, or some of a body was here.
     self._num_head = 0
-    self._num_unwanted = 0  # bytes of a body whose request is answered
+    self._num_unwanted = 0  # bytes that nobody is to have
     self._num_bytes = self._num_chunks = 0  # of a body
     self._in_head = True
+    self._takes_more = True  # requests, once those that are here are answered
     self._problem = _NO_REQUEST  # why the parser stops
     self._timer: asyncio.TimerHandle | None = None  # for a head to be here
     self._writing: asyncio.TimerHandle | None = None
@@ -81,6 +85,9 @@ class Connection(httptools_impl.HttpToolsProtocol):
     super().connection_lost(exc)
 
   def data_received(self, data: bytes) -> None:
+    if not self._takes_more:
+      self._count_unwanted(len(data))
+      return
     if self._in_head and self._timer is None:
       self._expect_head()
     self._num_head += len(data)
@@ -104,9 +111,11 @@ class Connection(httptools_impl.HttpToolsProtocol):
     if self._timer is not None:
       self._timer.cancel()
       self._timer = None
+    if len(self.pipeline) >= self.most_pipelined:
+      self._in_head = True  # of one that is not taken
+      raise ValueError('too many requests')
     super().on_headers_complete()
-    self._cycles = [c for c in self._cycles if not c.response_complete]
-    self._cycles.append(self.cycle)
+    self._cycles = [*self._unanswered(), self.cycle]
 
   def on_body(self, body: bytes) -> None:
     self._num_head = 0
@@ -117,9 +126,7 @@ class Connection(httptools_impl.HttpToolsProtocol):
       raise ValueError('too many chunks')
     if self.cycle.response_complete:
       # It is read, so that its client reads the answer; but not for ever.
-      self._num_unwanted += len(body)
-      if self._num_unwanted > self.most_body:
-        self.transport.abort()
+      self._count_unwanted(len(body))
     super().on_body(body)
 
   def on_message_complete(self) -> None:
@@ -139,10 +146,27 @@ class Connection(httptools_impl.HttpToolsProtocol):
     super().resume_writing()
 
   def send_400_response(self, msg: str) -> None:
-    """Answers to what is no request."""
+    """Answers to what is no request, or is not taken, unless others wait."""
     del msg  # uvicorn's, which knows one problem
-    if not self.transport.is_closing():
+    waiting = self._unanswered()
+    if self.transport.is_closing():
+      return
+    if waiting and self._in_head:
+      self._takes_more = False
+      waiting[-1].keep_alive = False
+    elif not waiting or (len(waiting) == 1 and not waiting[0].response_started):
       self._refuse(*self._problem)
+    else:
+      self.transport.abort()
+
+  def _unanswered(self) -> list[httptools_impl.RequestResponseCycle]:
+    return [c for c in self._cycles if not c.response_complete]
+
+  def _count_unwanted(self, num: int) -> None:
+    """Reads on, so that a client reads its answers; but not for ever."""
+    self._num_unwanted += num
+    if self._num_unwanted > self.most_body:
+      self.transport.abort()
 
   def _expect_head(self) -> None:
     self._timer = self.loop.call_later(_HEAD_S, self.transport.close)

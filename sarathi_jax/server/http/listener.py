@@ -101,6 +101,7 @@ class Listener:
 
     class Connection(connection.Connection):
       most_connections = limits.max_connections
+      most_pipelined = limits.max_pipelined
       most_body = round(limits.max_message_mib * 2**20)
 
     return uvicorn.Config(
