@@ -463,6 +463,9 @@ class Engine:
       if times.last_token is None:
         times.first_token = now
         first.append(now - live.seq.request.arrival_time)
+        if not live.seq.index:
+          self.metrics.num_begun_tokens += live.seq.prompt_len
+          self.metrics.num_begun_cached += live.seq.num_cached
       else:
         gap = now - times.last_token
         gaps.append(gap)

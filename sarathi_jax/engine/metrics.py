@@ -104,6 +104,8 @@ class EngineMetrics:
       was under way.
     num_prompt_tokens, num_output_tokens: of finished requests; of several
       outputs of a request, the first one's end counts the prompt.
+    num_begun_tokens: of prompts whose first token was sampled, each once.
+    num_begun_cached: those of them that were found in the KV cache.
     num_generated: tokens sampled so far, of all requests.
     num_finished: outputs that ended by themselves; a request has `sampling.n`.
     finish_reasons: the same, by reason.
@@ -129,6 +131,8 @@ class EngineMetrics:
   busy_s: float = 0.0
   num_prompt_tokens: int = 0
   num_output_tokens: int = 0
+  num_begun_tokens: int = 0
+  num_begun_cached: int = 0
   num_generated: int = 0
   num_finished: int = 0
   finish_reasons: Counter[types.FinishReason] = dataclasses.field(

@@ -20,8 +20,9 @@ class EngineStats:
   of which a request may have several.
 
   `num_prefilled` counts each token of a prompt once, however often it was
-  computed. `num_looked_up` counts tokens of requests that were admitted, and
-  `num_found` those of them that were in the KV cache.
+  computed. `num_looked_up` counts tokens of requests that were looked for in
+  the KV cache as they were admitted, `num_found` those of them that were there,
+  and `num_found_again` those that were there after a preemption.
   """
 
   num_running: int
@@ -35,6 +36,7 @@ class EngineStats:
   num_prefilled: int
   num_looked_up: int
   num_found: int
+  num_found_again: int
   num_generated: int
   num_finished: int
   num_aborted: int
@@ -122,6 +124,7 @@ def engine_stats(
     num_prefilled=scheduler.num_prefilled,
     num_looked_up=scheduler.prefixes.num_looked_up,
     num_found=scheduler.prefixes.num_found,
+    num_found_again=scheduler.prefixes.num_found_again,
     num_generated=metrics.num_generated,
     num_finished=metrics.num_finished,
     num_aborted=metrics.num_aborted,

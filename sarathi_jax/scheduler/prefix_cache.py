@@ -32,7 +32,8 @@ class PrefixCache:
     pool: of the pages.
 
   Attributes:
-    num_looked_up: tokens of the sequences admitted for the first time.
+    num_looked_up: tokens of the sequences admitted for the first time, if they
+      were looked for.
     num_found: those that were in pages already.
     num_found_again: those of preempted sequences.
   """
@@ -135,7 +136,8 @@ class PrefixCache:
     if seq.num_preemptions:
       self.num_found_again += num_tokens
     else:
-      self.num_looked_up += len(seq.tokens)
+      if self._is_on and seq.prompt_logprobs is None:
+        self.num_looked_up += len(seq.tokens)
       self.num_found += num_tokens
       seq.num_cached = num_tokens
     seq.num_prefilled = max(seq.num_prefilled, min(num_tokens, seq.prompt_len))

@@ -275,7 +275,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_in_flight", "num_pages", "num_free_pages", "num_preemptions", "num_steps", "padding_waste", "num_prefilled", "num_generated", "num_finished", "num_aborted", "token_budget", "last_step_tokens", "decode_stall_s", "ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s", "is_paused", "num_queued", "uptime_s", "num_looked_up", "num_found")
+    __slots__ = ("num_running", "num_waiting", "num_in_flight", "num_pages", "num_free_pages", "num_preemptions", "num_steps", "padding_waste", "num_prefilled", "num_generated", "num_finished", "num_aborted", "token_budget", "last_step_tokens", "decode_stall_s", "ttft_p50_s", "ttft_p99_s", "tbt_p50_s", "tbt_p99_s", "is_paused", "num_queued", "uptime_s", "num_looked_up", "num_found", "num_found_again")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -300,6 +300,7 @@ class GetStatsResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     NUM_LOOKED_UP_FIELD_NUMBER: _ClassVar[int]
     NUM_FOUND_FIELD_NUMBER: _ClassVar[int]
+    NUM_FOUND_AGAIN_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_in_flight: int
@@ -324,7 +325,8 @@ class GetStatsResponse(_message.Message):
     uptime_s: float
     num_looked_up: int
     num_found: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_in_flight: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., padding_waste: _Optional[float] = ..., num_prefilled: _Optional[int] = ..., num_generated: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_aborted: _Optional[int] = ..., token_budget: _Optional[int] = ..., last_step_tokens: _Optional[int] = ..., decode_stall_s: _Optional[float] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p99_s: _Optional[float] = ..., tbt_p50_s: _Optional[float] = ..., tbt_p99_s: _Optional[float] = ..., is_paused: _Optional[bool] = ..., num_queued: _Optional[int] = ..., uptime_s: _Optional[float] = ..., num_looked_up: _Optional[int] = ..., num_found: _Optional[int] = ...) -> None: ...
+    num_found_again: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_in_flight: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., padding_waste: _Optional[float] = ..., num_prefilled: _Optional[int] = ..., num_generated: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_aborted: _Optional[int] = ..., token_budget: _Optional[int] = ..., last_step_tokens: _Optional[int] = ..., decode_stall_s: _Optional[float] = ..., ttft_p50_s: _Optional[float] = ..., ttft_p99_s: _Optional[float] = ..., tbt_p50_s: _Optional[float] = ..., tbt_p99_s: _Optional[float] = ..., is_paused: _Optional[bool] = ..., num_queued: _Optional[int] = ..., uptime_s: _Optional[float] = ..., num_looked_up: _Optional[int] = ..., num_found: _Optional[int] = ..., num_found_again: _Optional[int] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ("mode",)

@@ -61,6 +61,7 @@ def test_what_is_so_anyway_may_be_said(client: Client, kind: str) -> None:
     for name, values in _NEUTRAL[path].items()
     for value in values[:1]
   }
+  assert said['metadata'] == {}
   nothing = dict.fromkeys(
     {*fields.OWN, *own, *_NEUTRAL[path], *sampling_params.UNSUPPORTED}
     - {'messages', 'prompt'}
@@ -69,6 +70,23 @@ def test_what_is_so_anyway_may_be_said(client: Client, kind: str) -> None:
     status, told = client.json(path, {**body, **more})
     assert status == 200, told
     assert text_of(told['choices'][0]) == http_client.TEXT
+
+
+def test_stream_options_that_say_what_is_so_anyway(client: Client) -> None:
+  for kind, (path, body) in BODIES.items():
+    options = {
+      'include_usage': False,
+      'include_obfuscation': False,
+      'continuous_usage_stats': False,
+    }
+    assert client.events(path, {**body, 'stream_options': options}), kind
+    for name in ('include_obfuscation', 'continuous_usage_stats'):
+      status, message, _ = client.refused(
+        path, {**body, 'stream': True, 'stream_options': {name: True}}
+      )
+      assert status == 400, message
+      assert message.startswith(f'stream_options.{name}=True'), message
+      assert 'not supported' in message
 
 
 def test_what_other_fields_are_refused(client: Client) -> None:

@@ -6,9 +6,10 @@ After t, token t + 1 + d has the log-probability -d; see FakeRunner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
+import math
 import threading
 from typing import Any
 
@@ -16,12 +17,14 @@ import pytest
 from smg_grpc_proto import vllm_engine_pb2
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
+from sarathi_jax import types
 from sarathi_jax.server import open_inference_pb2
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server.protocols import open_inference
 from sarathi_jax.server.protocols import sarathi_v1
 from sarathi_jax.server.protocols import vllm_engine
+from sarathi_jax.server.queue import pausing
 from tests.server import fake
 from tests.server.http_client import BODIES
 from tests.server.http_client import Client
@@ -155,6 +158,63 @@ def test_prompts_in_a_field_of_their_own(client: Client, kind: str) -> None:
   assert of(client.json(path, asked)[1]) == expected
   first, *more = client.events(path, asked)
   assert of(first) == expected and not any(map(of, more))
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_prompt_that_was_never_read_has_no_log_probabilities(
+  stepped: Callable[..., Any], stream: bool
+) -> None:
+  """Its request ends, as an administrator may have it, before its prefill."""
+  running, _, client = stepped()
+  thread = running.server.frontend.engine_thread
+  running.run(thread.pause(pausing.PauseMode.KEEP))  # So it does not begin.
+  path, body = BODIES['text']
+  asked = dict(prompt=[1, 2, 5], echo=True, logprobs=2, max_tokens=2)
+
+  def abort() -> None:
+    running.wait_until_open(1)
+    (open_,) = running.server.frontend._streams.values()
+    name = open_.request.request_id
+    running.stub.Abort(pb.AbortRequest(request_ids=[name]))
+
+  aborting = threading.Thread(target=abort)
+  aborting.start()
+  if stream:
+    events = client.events(path, {**body, **asked})
+    (choice,) = [c for event in events for c in event['choices']]
+  else:
+    status, whole = client.json(path, {**body, **asked})
+    assert status == 200, whole
+    (choice,) = whole['choices']
+  aborting.join()
+  assert choice['finish_reason'] == 'abort'
+  assert choice['text'] == 't1 t2 t5'
+  assert choice['logprobs'] == {
+    'tokens': ['t1', 't2', 't5'],
+    'token_logprobs': [None] * 3,
+    'top_logprobs': [None] * 3,
+    'text_offset': [0, 2, 4],
+  }
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_a_prompt_that_can_not_be_read_is_told_so(
+  stepped: Callable[..., Any], stream: bool
+) -> None:
+  _, runner, client = stepped()
+  runner.open()
+  fetch = runner.fetch
+
+  def nan(pending: types.Sampled) -> types.Sampled:
+    sampled = fetch(pending)
+    nothing = [(math.nan,) * len(row) for row in sampled.logprobs]
+    return sampled._replace(logprobs=nothing)
+
+  runner.fetch = nan
+  path, body = BODIES['text']
+  asked = dict(prompt=[1, 2, 5], echo=True, logprobs=2, stream=stream)
+  _, _, text = client.ask('POST', path, {**body, **asked})
+  assert 'NaN or infinite' in text, text
 
 
 def test_a_prompt_of_one_token(client: Client) -> None:

@@ -125,6 +125,9 @@ def test_names_are_those_of_vllm() -> None:
     'kv_cache_usage_perc',
     'num_preemptions_total',
     'prompt_tokens_total',
+    'prompt_tokens_cached_total',
+    'prefix_cache_queries_total',
+    'prefix_cache_hits_total',
     'generation_tokens_total',
     'time_to_first_token_seconds',
     'inter_token_latency_seconds',
@@ -209,7 +212,40 @@ def test_prompts_count_once_though_they_are_computed_again(
   value = functools.partial(_value, _scrape(running)[1])
   assert value('num_preemptions_total') > 0
   assert value('prompt_tokens_total') == 4 * 40
+  assert value('prompt_tokens_computed_total') == 4 * 40
+  assert value('prompt_tokens_cached_total') == 0
+  assert (
+    value('prefix_cache_hits_again_total')
+    == (running.engine._scheduler.prefixes.num_found_again)
+    > 0
+  )
   assert running.stats().num_prefilled == 4 * 40
+
+
+def test_tokens_that_were_found_are_told_by_vllms_names() -> None:
+  """There, `prompt_tokens` has those in the cache, and may be subtracted."""
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, metrics_port=0)
+  ) as running:
+    prompt = list(range(1, 12))  # two full pages of four, and a part of one
+    for more in ({}, {}, {'n': 3}, {'prompt_logprobs': 1}):
+      list(running.generate(token_ids=prompt, sampling=more))
+    value = functools.partial(_value, _scrape(running)[1])
+    assert value('prompt_tokens_total') == 4 * 11
+    assert value('prompt_tokens_cached_total') == 2 * 8
+    assert value('prompt_tokens_computed_total') == 4 * 11 - 2 * 8
+    # Of what is told of a prompt nothing is looked for.
+    assert value('prefix_cache_queries_total') == 3 * 11
+    assert value('prefix_cache_hits_total') == 2 * 8
+  with contextlib.closing(
+    fake.RunningServer(
+      functools.partial(fake.make_engine, prefix_cache=False), metrics_port=0
+    )
+  ) as running:
+    list(running.generate(token_ids=prompt))
+    value = functools.partial(_value, _scrape(running)[1])
+    assert value('prompt_tokens_total') == 11
+    assert value('prefix_cache_queries_total') == 0
 
 
 def test_a_connection_that_says_nothing_holds_up_nobody(

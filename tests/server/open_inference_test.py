@@ -98,6 +98,9 @@ def test_infer_text(server: fake.RunningServer) -> None:
   assert outputs['output_ids'] == [3, 4, 5]
   assert outputs['finish_reason'] == [b'length']
   assert outputs['logprobs'] == [0.0, 0.0, 0.0]
+  assert outputs['prompt_tokens'] == [2]
+  assert outputs['completion_tokens'] == [3]
+  assert outputs['cached_tokens'] == [0]
 
 
 def test_several_log_probabilities_are_rows(

@@ -10,8 +10,12 @@ import pathlib
 from typing import Any
 
 import pytest
+from smg_grpc_proto import vllm_engine_pb2
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from sarathi_jax import types
+from sarathi_jax.server import open_inference_pb2
+from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import outbox
@@ -78,6 +82,74 @@ def test_who_finds_what(running: fake.RunningServer) -> None:
     authorization='Bearer ann-secret',
   )
   assert status == 400 and 'max_id_chars' in refused['error']['message']
+
+
+def test_every_protocol_tells_what_was_found(
+  tokenizer_folder: pathlib.Path,
+) -> None:
+  make = functools.partial(fake.make_engine, tokenizer_folder=tokenizer_folder)
+  with contextlib.closing(fake.RunningServer(make, http_port=0)) as running:
+    client = http_client.Client.of(running)
+    inference: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(
+      running.channel
+    )
+    infer = open_inference_pb2.ModelInferRequest(model_name='counting')
+    infer.inputs.add(
+      name='input_ids',
+      datatype='INT64',
+      shape=[len(PROMPT)],
+      contents=open_inference_pb2.InferTensorContents(int64_contents=PROMPT),
+    )
+    infer.parameters['max_tokens'].int64_param = 3
+    infer.parameters['stream'].bool_param = True
+
+    def by_http() -> Any:
+      body = {'model': 'counting', 'prompt': PROMPT, 'max_tokens': 3}
+      used = client.json('/v1/completions', body)[1]['usage']
+      return [
+        used['prompt_tokens'],
+        used['completion_tokens'],
+        used['prompt_tokens_details']['cached_tokens'],
+      ]
+
+    def by_sarathi() -> Any:
+      *_, last = running.generate(token_ids=PROMPT, sampling={'max_tokens': 3})
+      used = last.finished.usage
+      return [used.prompt_tokens, used.completion_tokens, used.cached_tokens]
+
+    def by_vllm() -> Any:
+      (response,) = vllm_engine_pb2_grpc.VllmEngineStub(
+        running.channel
+      ).Generate(
+        vllm_engine_pb2.GenerateRequest(
+          tokenized=vllm_engine_pb2.TokenizedInput(input_ids=PROMPT),
+          sampling_params=vllm_engine_pb2.SamplingParams(max_tokens=3),
+        ),
+        timeout=fake.TIMEOUT_S,
+      )
+      used = response.complete
+      return [used.prompt_tokens, used.completion_tokens, used.cached_tokens]
+
+    def by_open_inference() -> Any:
+      *first, last = (
+        dict(
+          zip(
+            [output.name for output in r.infer_response.outputs],
+            r.infer_response.raw_output_contents,
+            strict=True,
+          )
+        )
+        for r in inference.ModelStreamInfer(
+          iter([infer]), timeout=fake.TIMEOUT_S
+        )
+      )
+      names = 'prompt_tokens', 'completion_tokens', 'cached_tokens'
+      assert not any(name in outputs for outputs in first for name in names)
+      return [int.from_bytes(last[name], 'little') for name in names]
+
+    assert by_http() == [11, 3, 0]
+    for told in (by_http, by_sarathi, by_vllm, by_open_inference):
+      assert told() == [11, 3, 8], told
 
 
 def test_found_tokens_take_no_room_of_a_step() -> None:

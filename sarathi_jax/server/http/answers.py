@@ -215,7 +215,7 @@ class Choice:
       return positions
     num_top = answer.call.asked.sampling.logprobs or 0
     of_prompt = told_lib.of_prompt(
-      self._prompt_ids, delta.prompt_logprobs or (), num_top, answer.tokenizer
+      self._prompt_ids, delta.prompt_logprobs, num_top, answer.tokenizer
     )
     return [*of_prompt, *positions]
 

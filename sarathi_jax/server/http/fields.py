@@ -57,6 +57,11 @@ OWN: Mapping[str, Kind] = {
   'user': TEXT,
 }
 _STREAM_OPTIONS: Mapping[str, Kind] = {'include_usage': FLAG}
+# As `NOT_DONE`, of these: OpenAI's, and vLLM's.
+_NO_STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+  'include_obfuscation': (False,),
+  'continuous_usage_stats': (False,),
+}
 # What OpenAI and vLLM know and we don't do -> the values at which it changes
 # nothing. Those of `sampling_params` that are here would change the form of an
 # answer: to honour them there is not enough.
@@ -71,7 +76,7 @@ NOT_DONE: Mapping[str, tuple[Any, ...]] = {
   'function_call': ('none', 'auto'),
   'functions': ([],),
   'length_penalty': (1, 1.0),
-  'metadata': (),
+  'metadata': ({},),
   'modalities': (['text'],),
   'output_kind': (),
   'prediction': (),
@@ -178,10 +183,13 @@ def read(
       f'stream_options={errors.shown(options)}: needs stream=true.'
     )
   for name, value in options.items():
-    if name not in _STREAM_OPTIONS:
-      raise unknown(f'stream_options.{name}', value)
-    if value is not None:
-      check(f'stream_options.{name}', value, _STREAM_OPTIONS[name])
+    where = f'stream_options.{name}'
+    if name in _NO_STREAM_OPTIONS:
+      _check_neutral(where, value, _NO_STREAM_OPTIONS[name])
+    elif name not in _STREAM_OPTIONS:
+      raise unknown(where, value)
+    elif value is not None:
+      check(where, value, _STREAM_OPTIONS[name])
   return Asked(
     info.sampling(sampling, defaults),
     stream,

@@ -46,9 +46,19 @@ def of_output(
 
 
 def of_prompt(
-  ids: tuple[int, ...], told: types.Told, num_top: int, tokenizer: _Tokenizer
+  ids: tuple[int, ...],
+  told: types.Told | None,
+  num_top: int,
+  tokenizer: _Tokenizer,
 ) -> Iterator[Position]:
-  """Yields what is told of a prompt, of as many of the likeliest tokens."""
+  """Yields what is told of a prompt, of as many of the likeliest tokens.
+
+  Its tokens alone, where `told` is None: it was not read to its end.
+  """
+  if told is None:
+    for token in ids:
+      yield Position(_bytes(token, tokenizer), None, [])
+    return
   yield Position(_bytes(ids[0], tokenizer), None, [])
   for token, at in zip(ids[1:], told, strict=True):
     yield Position(

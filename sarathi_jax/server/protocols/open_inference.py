@@ -283,6 +283,10 @@ class OpenInferenceService(
     ):
       if name in call.outputs:
         tensors.add_output(response, name, datatype, values)
+    for name, field in describe.USED.items():
+      if name in call.outputs and delta.metrics is not None:
+        used = getattr(delta.metrics, field)
+        tensors.add_output(response, name, 'INT32', [used])
     for of, told in (
       ('told', delta.told),
       ('prompt_told', delta.prompt_logprobs or ()),

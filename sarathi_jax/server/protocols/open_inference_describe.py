@@ -42,6 +42,12 @@ TOLD: Tensors = (
   ('logprobs', 'FP32', -1),
   ('ranks', 'INT32', -1),
 )
+# Name -> field of RequestMetrics: tokens, in an output's last response.
+USED = {
+  'prompt_tokens': 'num_prompt_tokens',
+  'completion_tokens': 'num_output_tokens',
+  'cached_tokens': 'num_cached_tokens',
+}
 OUTPUTS: Tensors = (
   ('text_output', 'BYTES', 1),
   ('output_ids', 'INT64', -1),
@@ -53,6 +59,7 @@ OUTPUTS: Tensors = (
     for name, datatype, size in TOLD
   ),
   ('index', 'INT32', 1),  # of the output, below n
+  *((name, 'INT32', 1) for name in USED),
 )
 _BACKEND = 'sarathi_jax'
 

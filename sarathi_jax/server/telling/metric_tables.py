@@ -118,8 +118,13 @@ COUNTERS = (
   ),
   Value(
     'prompt_tokens',
-    'Tokens of prompts computed, each counted once.',
-    lambda s: s.stats.num_prefilled,
+    'Tokens of prompts whose first token came, found or computed.',
+    lambda s: s.totals.num_begun_tokens,
+  ),
+  Value(
+    'prompt_tokens_cached',
+    'Those of them that were found in the KV cache.',
+    lambda s: s.totals.num_begun_cached,
   ),
   Value(
     'prefix_cache_queries',
@@ -133,6 +138,16 @@ COUNTERS = (
   ),
   Value(
     'generation_tokens', 'Tokens generated.', lambda s: s.totals.num_generated
+  ),
+  Value(
+    'prompt_tokens_computed',
+    'Tokens of prompts computed, each counted once.',
+    lambda s: s.stats.num_prefilled,
+  ),
+  Value(
+    'prefix_cache_hits_again',
+    'Tokens of preempted requests that were still in the KV cache.',
+    lambda s: s.stats.num_found_again,
   ),
   Value('steps', 'Steps launched.', lambda s: s.totals.num_steps),
   Value(
