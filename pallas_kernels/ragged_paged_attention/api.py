@@ -107,7 +107,7 @@ def ragged_paged_attention(
     cu_q_lens: int32 [S + 1], where in [0, T] a sequence's tokens start; the
       end is repeated for padding.
     distribution: int32 [2], (num_decodes, num_seqs).
-    scale: multiplies q . k.
+    scale: multiplies q . k; above 0.
     sliding_window: a query at p attends to (p - sliding_window, p]; None:
       to [0, p].
     soft_cap: scores become soft_cap * tanh(score / soft_cap).
@@ -145,7 +145,9 @@ def ragged_paged_attention(
     quantization.values_of(k_pages).shape,
     f'must be as from init_pages for {name!r}',
   )
-  validate.check(math.isfinite(scale), 'scale', scale, 'must be finite')
+  validate.check(
+    0 < scale < math.inf, 'scale', scale, 'must be above 0, and finite'
+  )
   validate.check(
     plan is None or name in _SHAPES,
     'plan',

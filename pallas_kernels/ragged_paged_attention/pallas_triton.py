@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 import operator
+import struct
 from typing import Any
 
 import jax
@@ -147,7 +148,13 @@ def _launch(
     num_warps=sizes.num_warps, num_stages=sizes.num_stages
   )
   out, *partials = pl.pallas_call(
-    functools.partial(_attend, shape=shape, tiling=tiling, options=options),
+    functools.partial(
+      _attend,
+      shape=shape,
+      tiling=tiling,
+      options=options,
+      interpret=interpret,
+    ),
     grid=(num_items * heads,),
     out_shape=[
       jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -185,6 +192,7 @@ def _attend(
   shape: tuning.Shape,
   tiling: plan_lib.Tiling,
   options: batch_lib.Options,
+  interpret: bool,
 ) -> None:
   """Does one work item for one KV head: the kernel's entry.
 
@@ -201,6 +209,7 @@ def _attend(
     shape: what the kernel is compiled for.
     tiling: how the work is cut.
     options: of the attention.
+    interpret: see `_weights`.
   """
   item = pl.program_id(0) // shape.num_kv_heads
   head = pl.program_id(0) % shape.num_kv_heads
@@ -223,6 +232,7 @@ def _attend(
         shape=shape,
         block_n=tiling.block_n,
         options=options,
+        interpret=interpret,
       )
     )
 
@@ -259,8 +269,11 @@ def _attend_tile(
   shape: tuning.Shape,
   block_n: int,
   options: batch_lib.Options,
+  interpret: bool,
 ) -> None:
   scale, window = options.scale, options.sliding_window
+  factor = math.log2(math.e) * (scale if options.soft_cap is None else 1.0)
+  weigh = functools.partial(_weights, factor=factor, interpret=interpret)
   seq, start, stop = seq_ref[item], start_ref[item], stop_ref[item]
   tokens, heads, query = _rows(
     starts_ref, seq, first_row_ref[item], head, num_rows, shape.group
@@ -321,17 +334,16 @@ def _attend_tile(
     scores = scaled(scores, k_ref)
     if (cap := options.soft_cap) is not None:
       scores = cap * jnp.tanh(scores * (scale / cap))
-      scores *= math.log2(math.e)
-    else:
-      scores *= scale * math.log2(math.e)
     if masked:
       seen = at[None] <= q_at[:, None]
       if window is not None:
         seen &= at[None] > q_at[:, None] - window
       scores = jnp.where(seen, scores, _MASKED)
     new_top = jnp.maximum(top, scores.max(axis=1))
-    decay = jnp.exp2(top - new_top)
-    weights = jnp.exp2(scores - new_top[:, None])
+    # Where a row sees nothing yet, its top's rounded product would not cancel.
+    reached = jnp.where(new_top > _MASKED, new_top, 0.0) if masked else new_top
+    decay = weigh(top, reached)
+    weights = weigh(scores, reached)
     factors = scaled(weights, v_ref).astype(mixing)
     acc = [
       a * decay[:, None] + dot(factors, v)
@@ -378,7 +390,7 @@ def _attend_tile(
   def store_partial() -> None:
     for (first, size), a in zip(shape.pieces, acc, strict=True):
       plgpu.store(acc_ref.at[slot, head, :, pl.ds(first, size)], a)
-    plgpu.store(top_ref.at[slot, head, :], top)
+    plgpu.store(top_ref.at[slot, head, :], top * factor)
     plgpu.store(norm_ref.at[slot, head, :], norm)
 
   if not may_split:
@@ -386,6 +398,40 @@ def _attend_tile(
   else:
     pl.when(slot < 0)(store_result)
     pl.when(slot >= 0)(store_partial)
+
+
+def _weights(
+  scores: jax.Array, tops: jax.Array, *, factor: float, interpret: bool
+) -> jax.Array:
+  """Returns 2 ** ((scores - tops) * factor).
+
+  A GPU takes two instructions for it, if told so: by itself it keeps product
+  and difference apart, and multiplies twice more for results that are denormal,
+  which are 0 here.
+
+  Args:
+    scores: [rows, ...] float32.
+    tops: [rows] float32, not so large that what their product is rounded by
+      matters.
+    factor: see above.
+    interpret: whether Pallas interprets the kernel, as it does on CPUs.
+  """
+  tops = tops.reshape(-1, *[1] * (scores.ndim - 1))
+  if interpret:
+    return jnp.exp2((scores - tops) * factor)
+  (bits,) = struct.unpack('>I', struct.pack('>f', factor))
+  (result,) = plgpu.elementwise_inline_asm(
+    f"""{{
+    .reg .f32 power;
+    fma.rn.ftz.f32 power, $1, 0f{bits:08X}, $2;
+    ex2.approx.ftz.f32 $0, power;
+    }}""",
+    args=[scores, jnp.broadcast_to(tops * -factor, scores.shape)],
+    constraints='=f,f,f',
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(scores.shape, scores.dtype)],
+  )
+  return result
 
 
 def _merge(
