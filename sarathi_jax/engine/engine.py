@@ -34,8 +34,8 @@ _AHEAD, _AHEAD_S = 0.2, 5e-3
 # The most by which the expected time of a step grows at once: it is to be on
 # the short side, as a device that waits is worse than an early plan.
 _GROWTH, _GROWTH_S = 1.25, 1e-3
-# Requests' lists of bad words whose token ids are remembered.
-_KEPT_BAD_WORDS = 1024
+# Requests' lists of words of which it is remembered what was found in them.
+_KEPT_WORDS = 1024
 Pending = runner_lib.Pending
 Runner = runner_lib.Runner
 EngineInfo = info_lib.EngineInfo
@@ -89,8 +89,11 @@ class Engine:
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
     # So those of a request are tokenized once, by `check`, on another thread.
-    self._bad_words_of = functools.lru_cache(_KEPT_BAD_WORDS)(
+    self._bad_words_of = functools.lru_cache(_KEPT_WORDS)(
       functools.partial(checks.bad_words_of, tokenizer)
+    )
+    self._has_special = functools.lru_cache(_KEPT_WORDS)(
+      functools.partial(detokenizer.has_special, tokenizer)
     )
     self._following = following.Following(tokenizer, info)
     self._scheduler = scheduler
@@ -127,6 +130,8 @@ class Engine:
         f'stop={errors.shown(sampling.stop)}: this model has no tokenizer, so '
         'its output has no text to find stop strings in; use stop_token_ids.'
       )
+    if sampling.stop:
+      self._has_special(sampling.stop)
     bad_words = self._bad_words_of(sampling.bad_words)
     checks.check_some_are_left(request, bad_words, self._info.eos_token_ids)
     self._following.compile(sampling)
@@ -155,10 +160,12 @@ class Engine:
     self._following.add(request)
     seqs = self._scheduler.add(request, bad_words)
     has_grammar = request.sampling.structured_outputs is not None
+    stops = request.sampling.stop
+    has_special = bool(stops) and self._has_special(stops)
     for seq in seqs:
       detok = None
       if self.tokenizer is not None:
-        detok = detokenizer.Detokenizer(self.tokenizer, request)
+        detok = detokenizer.Detokenizer(self.tokenizer, request, has_special)
       self._live[seq.key] = _Live(seq, detok, has_grammar)
     if len(seqs) > 1:
       self._several[request.key] = [seq.key for seq in seqs]

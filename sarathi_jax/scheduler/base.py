@@ -145,15 +145,23 @@ class Scheduler(abc.ABC):
     seed = request.sampling.seed
     if seed is None:
       seed = self._random.getrandbits(31)
-    seqs = [
+    first = Sequence.of(
+      request, self.config, next(self._orders), seed, bad_words
+    )
+    first.forks = [
       Sequence.of(
-        request, self.config, next(self._orders), seed, bad_words, index
+        request,
+        self.config,
+        next(self._orders),
+        seed,
+        bad_words,
+        first,
+        index,
       )
-      for index in range(request.sampling.n)
+      for index in range(1, request.sampling.n)
     ]
-    seqs[0].forks = seqs[1:]
-    urgency.insert(self.waiting, seqs[0])
-    return seqs
+    urgency.insert(self.waiting, first)
+    return [first, *first.forks]
 
   def remove(self, seq: Sequence) -> bool:
     """Ends a sequence now and frees its pages; returns False if it has ended.

@@ -117,6 +117,7 @@ class Sequence:
     order: int,
     seed: int,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    first: Sequence | None = None,
     index: int = 0,
   ) -> Sequence:
     """Makes a sequence of a request that came after `order` others.
@@ -126,6 +127,8 @@ class Sequence:
       order: how many came before.
       seed: of the request's random numbers.
       bad_words: the token ids of each of the request's.
+      first: the request's first, which has what is the same for all of them;
+        None to make it.
       index: which of the request's sequences.
     """
     sampling = request.sampling
@@ -138,19 +141,8 @@ class Sequence:
       urgency=(request.priority, order),
       # As vLLM derives it; what is too large is the smallest again.
       seed=(seed + index - _MIN_SEED) % 2**64 + _MIN_SEED,
-      stop_ids=frozenset(sampling.stop_token_ids).union(
-        () if sampling.ignore_eos else config.eos_token_ids
-      ),
-      setup=types.SlotSetup(
-        (),
-        # As in vLLM, the model's own end even if it would be ignored.
-        (*config.eos_token_ids, *sampling.stop_token_ids)
-        if sampling.min_tokens
-        else (),
-        bad_words,
-      )
-      if sampling.is_adjusted
-      else None,
+      stop_ids=first.stop_ids if first else _stop_ids(sampling, config),
+      setup=first.setup if first else _setup(sampling, config, bad_words),
       prompt_len=prompt_len,
       max_len=prompt_len + min(sampling.max_tokens or room, room),
       tokens=list(request.prompt_token_ids),
@@ -223,3 +215,23 @@ class Sequence:
     new = max(min(stop, self.prompt_len) - self.num_prefilled, 0)
     self.num_prefilled += new
     return new
+
+
+def _stop_ids(
+  sampling: types.SamplingParams, config: config_lib.SchedulerConfig
+) -> frozenset[int]:
+  return frozenset(sampling.stop_token_ids).union(
+    () if sampling.ignore_eos else config.eos_token_ids
+  )
+
+
+def _setup(
+  sampling: types.SamplingParams,
+  config: config_lib.SchedulerConfig,
+  bad_words: tuple[tuple[int, ...], ...],
+) -> types.SlotSetup | None:
+  if not sampling.is_adjusted:
+    return None
+  # As in vLLM, the model's own end even if it would be ignored.
+  ends = (*config.eos_token_ids, *sampling.stop_token_ids)
+  return types.SlotSetup((), ends if sampling.min_tokens else (), bad_words)

@@ -35,6 +35,7 @@ def prepare(
   request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
   limits.check_sampling(request.sampling)  # as tools make more of it
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
+  limits.check_n_tokens(request)
   limits.check_prompt_logprobs(request)
   room = max_model_len - len(request.prompt_token_ids)
   request = limits.ended(request, room)

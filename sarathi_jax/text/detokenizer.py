@@ -56,6 +56,17 @@ class _Pending(NamedTuple):
 _NONE = _Pending('', '')
 
 
+def has_special(
+  tokenizer: tokenizer_lib.Tokenizer, stops: tuple[str, ...]
+) -> bool:
+  """Whether a stop string has the text of a special token in it."""
+  joined = '\0'.join(stops)  # Most are in none, which one search tells.
+  return any(
+    text in joined and any(text in stop for stop in stops)
+    for text in tokenizer.special_tokens.values()
+  )
+
+
 class Detokenizer:
   """Turns one request's tokens into the text that may be shown.
 
@@ -63,10 +74,18 @@ class Detokenizer:
   where special tokens are left out of the text, too, but for those that the
   request wants shown. One that ends within the
   request's `min_tokens` is text like any other.
+
+  Args:
+    tokenizer: the model's.
+    request: the request.
+    has_special: that of its stop strings; to be found once for all outputs.
   """
 
   def __init__(
-    self, tokenizer: tokenizer_lib.Tokenizer, request: types.Request
+    self,
+    tokenizer: tokenizer_lib.Tokenizer,
+    request: types.Request,
+    has_special: bool,
   ) -> None:
     sampling = request.sampling
     self._stops = sampling.stop
@@ -74,20 +93,11 @@ class Detokenizer:
     # Tokens that are yet to come before a stop string may end the request.
     self._num_unheeded = sampling.min_tokens if self._stops else 0
     skip = sampling.skip_special_tokens
-    shown = request.shown_token_ids
-    special = (
-      tokenizer.special_tokens if skip and (self._stops or shown) else {}
-    )
+    self._shown = request.shown_token_ids
     # Whether special tokens are decoded: some are to be shown, or stop strings
     # to be found in them. The others are left out here.
-    decodes = bool(shown) or any(
-      text in stop for text in special.values() for stop in self._stops
-    )
-    self._hidden = (
-      {token: text for token, text in special.items() if token not in shown}
-      if decodes
-      else {}
-    )
+    decodes = bool(self._shown) or has_special
+    self._hidden = tokenizer.special_tokens if skip and decodes else {}
     self._stream = tokenizer.stream(
       request.prompt_token_ids, skip and not decodes
     )
@@ -129,7 +139,7 @@ class Detokenizer:
       return new, None
     if not self._hidden:
       return self._find_stop(_Pending(new, ''))
-    special = self._hidden.get(token, '')
+    special = '' if token in self._shown else self._hidden.get(token, '')
     num_hidden = len(special) if new.endswith(special) else 0
     return self._find_stop(
       _Pending(new, '1' * (len(new) - num_hidden) + '0' * num_hidden)

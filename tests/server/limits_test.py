@@ -113,6 +113,15 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], str]] = {
     'prompt: has 9,000,000 characters of a prompt: must be at most '
     f'max_prompt_chars={16 * 2**17}',
   ),
+  'a long prompt of many outputs': (
+    _SARATHI,
+    lambda: pb.GenerateRequest(
+      token_ids=pb.TokenIds(ids=[5] * 20_000),
+      sampling=pb.SamplingParams(n=128, temperature=1, max_tokens=2),
+    ),
+    f'n=128: has 2,560,000 tokens of a prompt: must be at most max_n_tokens='
+    f'{2**21}',
+  ),
   'chat text': (
     _SARATHI,
     lambda: pb.GenerateRequest(

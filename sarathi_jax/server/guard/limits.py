@@ -131,6 +131,12 @@ class Limits:
     'outputs of a prompt',
     'each is a sequence of its own to the engine, and waits as one',
   )
+  max_n_tokens: int = _row(
+    2**21,
+    'tokens of a prompt, times its outputs',
+    "each output has a list of its own, and counts the prompt's pages: the "
+    "engine's thread takes 10 ms for a million",
+  )
   max_stops: int = _row(
     128,
     'stop strings',
@@ -394,6 +400,13 @@ class Limits:
         f'prompt: has {num_tokens} tokens, which leaves no room to generate; '
         f'max_model_len={max_model_len}.'
       )
+
+  def check_n_tokens(self, request: types.Request) -> None:
+    """Refuses a long prompt of many outputs."""
+    n = request.sampling.n
+    if n > 1:
+      num = n * len(request.prompt_token_ids)
+      self.check('max_n_tokens', num, f'n={n}')
 
   def check_prompt_chars(self, num_chars: int, max_model_len: int) -> None:
     """Refuses a text that must not even be tokenized."""
