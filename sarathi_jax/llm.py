@@ -322,8 +322,10 @@ class LLM:
     Raises:
       See `generate`.
     """
-    one = bool(messages) and isinstance(messages[0], Mapping)
-    several: Any = [messages] if one else messages
+    are_several = isinstance(messages, (list, tuple)) and not (
+      messages and isinstance(messages[0], Mapping)
+    )
+    several: Any = messages if are_several else [messages]
     prompts = [chats.Chat(messages=chat, **options) for chat in several]
     completions = self.generate(prompts, sampling)
     num_begun = itertools.accumulate(not done.index for done in completions)
@@ -382,14 +384,7 @@ class LLM:
     opened = opening.open_checkpoint(
       path, cache_dir or config_lib.default_cache_dir(), **options
     )
-    building.check_same(
-      str(path),
-      opened.metadata,
-      self.model,
-      self._dtype,
-      self._config,
-      self._runner.mesh,
-    )
+    self._check_opened(opened, str(path))
     return opened
 
   def load_weights(self, opened: checkpoint.Checkpoint) -> None:
@@ -398,8 +393,13 @@ class LLM:
     Replaces the old weights array by array, so that memory suffices; nothing
     is served meanwhile. Recomputes the requests under way.
 
+    Args:
+      opened: of `open_weights`.
+
     Raises:
       BusyError: another thread uses this LLM; the old weights stay.
+      ConfigError: it is something else, or of another model or dtype; the old
+        weights stay.
       EngineDeadError: they can't be read; the old ones are gone.
       UnsupportedError: several hosts serve the weights.
     """
@@ -407,13 +407,26 @@ class LLM:
       raise errors.UnsupportedError(
         "weights: can't be replaced while several hosts serve them; start anew."
       )
-    with (
-      self._runs.turns.take('load_weights'),
-      self._runs.whole(),
-      settings.own(),
-    ):
-      self.engine.invalidate_cache()
-      self._runner.load_params(opened.read)
+    with self._runs.turns.take('load_weights'), settings.own():
+      if not isinstance(opened, checkpoint.Checkpoint):
+        raise errors.ConfigError(
+          f'opened: is a {type(opened).__name__}; must be what open_weights '
+          'returns.'
+        )
+      self._check_opened(opened, str(opened.folder))
+      with self._runs.whole():
+        self.engine.invalidate_cache()
+        self._runner.load_params(opened.read)
+
+  def _check_opened(self, opened: checkpoint.Checkpoint, path: str) -> None:
+    building.check_same(
+      path,
+      opened.metadata,
+      self.model,
+      self._dtype,
+      self._config,
+      self._runner.mesh,
+    )
 
   @property
   def num_compiled(self) -> int:

@@ -100,7 +100,8 @@ class Runs:
 
   def step(self) -> None:
     """Steps the engine, and hands out the outputs to their runs."""
-    self._check()
+    if self.fault is None:
+      self._check()
     with self.whole():
       for delta in self._engine.step():
         if run := self._runs.get(delta.request_id):

@@ -350,7 +350,7 @@ class DeviceRunner:
   @property
   def has_params(self) -> bool:
     """Whether all weights are there: none was donated or deleted."""
-    return not any(leaf.is_deleted() for leaf in self._leaves)
+    return not any(leaf is None or leaf.is_deleted() for leaf in self._leaves)
 
   def recover(self) -> None:
     """Makes the cache anew, as a failed step may have destroyed it.

@@ -43,6 +43,13 @@ class Chat:
   )
 
   def __post_init__(self) -> None:
+    _check(
+      isinstance(self.messages, Sequence)
+      and not isinstance(self.messages, (str, bytes)),
+      'messages',
+      self.messages,
+      'a list of objects with role and content',
+    )
     _check(isinstance(self.tools, (list, tuple)), 'tools', self.tools, 'a list')
     names = [_name(tool, f'tools[{i}]') for i, tool in enumerate(self.tools)]
     seen: set[str] = set()

@@ -47,6 +47,14 @@ def test_a_chat_is_a_prompt_with_a_reply(llm: Any) -> None:
     llm.chat(CHAT, tools=[NOW])
 
 
+@pytest.mark.parametrize(
+  'messages', [CHAT[0], None, 5, 'hi', [5], ['hi'], [None], [CHAT, 5], {}]
+)
+def test_what_is_no_chat(llm: Any, messages: Any) -> None:
+  with pytest.raises(errors.InvalidRequestError, match='messages'):
+    llm.chat(messages, GREEDY)
+
+
 def test_tools_and_reasoning(
   llm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

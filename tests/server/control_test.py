@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import pathlib
+import threading
 from typing import Any
 
 import grpc
@@ -135,6 +136,28 @@ def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
     )
     assert code is grpc.StatusCode.INVALID_ARGUMENT and says in details
   assert len(done) == 1 and running.is_alive()
+
+
+def test_weights_that_are_lost_end_the_server() -> None:
+  """Liveness, and whoever started it, know at once; not the next client."""
+
+  def lose(weights: Any) -> None:
+    raise errors.EngineDeadError('the weights are gone')
+
+  hooks = control_v1.Hooks(load_weights=str, update_weights=lose)
+  with contextlib.closing(
+    fake.RunningServer(fake.make_engine, hooks=hooks)
+  ) as running:
+    failed = threading.Event()
+    running.server.on_failed = failed.set
+    call = running.generate(token_ids=[1], sampling={'max_tokens': 120})
+    code, details = _refusal(
+      lambda: _control(running).UpdateWeights(pb.UpdateWeightsRequest(path='x'))
+    )
+    assert code is grpc.StatusCode.UNAVAILABLE and 'are gone' in details
+    assert failed.wait(fake.TIMEOUT_S)
+    assert isinstance(running.server.fault, errors.EngineDeadError)
+    del call
 
 
 def test_reset_cache_recomputes_what_runs(

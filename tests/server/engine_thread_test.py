@@ -209,6 +209,33 @@ def test_a_fault_fails_every_request_and_all_later_ones(
   asyncio.run(scenario())
 
 
+def test_a_call_that_loses_the_engine_ends_it() -> None:
+  """As weights that can't be read, where the old ones are gone."""
+  deaths = []
+
+  def lose(fault: Exception) -> Any:
+    raise fault
+
+  async def scenario() -> None:
+    thread = engine_thread.EngineThread(
+      fake.make_engine, asyncio.get_running_loop(), deaths.append
+    )
+    await thread.start()
+    with pytest.raises(errors.ConfigError):  # Any other harms nobody.
+      await thread.call(lambda engine: lose(errors.ConfigError('a')))
+    stream = thread.submit(_request('a', max_tokens=100_000))
+    fault = errors.EngineDeadError('the weights are gone')
+    with pytest.raises(errors.EngineDeadError, match='the weights are gone'):
+      await thread.call(lambda engine: lose(fault))
+    with pytest.raises(errors.EngineDeadError, match='after a fault'):
+      await _tokens(stream)
+    assert thread.join(fake.TIMEOUT_S)
+    await asyncio.sleep(0)
+    assert deaths == [fault] and not thread.is_up
+
+  asyncio.run(scenario())
+
+
 def test_stop_fails_what_is_left() -> None:
   async def scenario(thread: engine_thread.EngineThread, engine: Any) -> None:
     stream = thread.submit(_request('a', max_tokens=100))

@@ -51,7 +51,8 @@ class Hooks:
 
   Attributes:
     load_weights: reads the weights of a checkpoint; any thread.
-    update_weights: has the model use them; on the engine's thread.
+    update_weights: has the model use them; on the engine's thread, which ends
+      where it raises EngineDeadError: the old ones are gone then.
     start_profile: begins to record the device into a folder.
     stop_profile: ends the recording.
     num_compiled: counts the programs compiled so far.

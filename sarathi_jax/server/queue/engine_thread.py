@@ -49,9 +49,9 @@ _OnPages = Callable[[list[page_log.Event]], None]
 
 
 class _Command(NamedTuple):
-  """What the engine's thread shall do between two steps. Neither raises."""
+  """What the engine's thread shall do between two steps."""
 
-  run: Callable[[engine_lib.Engine], None]
+  run: Callable[[engine_lib.Engine], None]  # raises what ends the engine
   fail: Callable[[Exception], None]  # instead of `run`: the engine is gone
 
 
@@ -226,7 +226,8 @@ class EngineThread:
     """Runs a function of the engine between two steps.
 
     Raises:
-      EngineDeadError: the engine has stopped.
+      EngineDeadError: the engine has stopped; or the function raised it, which
+        ends the engine.
     """
     result: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -236,6 +237,8 @@ class EngineThread:
           result.set_result(function(engine))
         except Exception as error:
           result.set_exception(error)
+          if isinstance(error, errors.EngineDeadError):
+            raise
 
     def fail(error: Exception) -> None:
       if result.set_running_or_notify_cancel():
