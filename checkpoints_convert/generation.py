@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert import harmless
 from sarathi_jax import checkpoint
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax import sampling_params
-from sarathi_jax.checkpoint import json_file
 
 _FILE = 'generation_config.json'
 _TOKENS = ('eos_token_id', 'bos_token_id', 'pad_token_id')
@@ -175,9 +176,15 @@ def _token_ids(
   if value is None:
     path, value = path.parent / 'config.json', config.get(name)
   ids = [] if value is None else value if isinstance(value, list) else [value]
-  if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+  if not all(map(config_lib.is_int, ids)):
     raise errors.CheckpointError(
       f'{path}: {name}={value!r}: must be a token id, or a list of them.'
+    )
+  size = config.get('vocab_size')
+  if name == 'eos_token_id' and size and not all(0 <= i < size for i in ids):
+    raise errors.CheckpointError(  # It would never end an output.
+      f"{path}: {name}={value!r}: must be of the model's vocabulary, in [0, "
+      f'{size}).'
     )
   return tuple(ids)
 

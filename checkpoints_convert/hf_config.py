@@ -18,7 +18,7 @@ from checkpoints_convert import families
 from checkpoints_convert import generation
 from checkpoints_convert import harmless
 from sarathi_jax import errors
-from sarathi_jax.checkpoint import json_file
+from sarathi_jax import json_file
 from sarathi_jax.models import config as config_lib
 
 # Attributes of quantized checkpoints.
@@ -67,21 +67,27 @@ class Attributes:
       raise self.error(f'{name}: missing')
     return self._values.pop(name)
 
-  def size(self, name: str, default: int | None = None) -> int:
+  def size(
+    self,
+    name: str,
+    default: int | None = None,
+    most: int = config_lib.MOST,
+  ) -> int:
     """Takes an integer >= 1; for sizes that are calculated with here.
 
     Args:
       name: the attribute.
       default: for when it is absent; None if it must not be.
+      most: the largest that it may be.
 
     Raises:
-      CheckpointError: it is missing, or not such an integer.
+      CheckpointError: it is missing, or none.
     """
     value = self.take(name, default)
     if value is None:
       raise self.error(f'{name}: missing')
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise self.refuse(name, value, 'must be an integer >= 1')
+    if type(value) is not int or not 1 <= value <= most:
+      raise self.refuse(name, value, f'must be an integer in [1, {most}]')
     return value
 
   def refuse(self, name: str, value: Any, rule: str) -> errors.CheckpointError:
@@ -139,8 +145,10 @@ def read(
     raise
   except errors.ConfigError as e:
     raise attributes.error(str(e).rstrip('.')) from e
-  except (AttributeError, TypeError, ValueError) as e:
-    raise attributes.error(f'an attribute is of the wrong type: {e}') from e
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as e:
+    raise attributes.error(
+      f'an attribute is of the wrong type, or out of range: {e}'
+    ) from e
   attributes.finish()
   return model, family.rules(model), raw
 
@@ -188,7 +196,9 @@ def common(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.require('intermediate_size'),
-    num_layers=attributes.size('num_hidden_layers'),
+    num_layers=attributes.size(
+      'num_hidden_layers', most=config_lib.MOST_LAYERS
+    ),
     num_heads=num_heads,
     num_kv_heads=(
       attributes.take('num_key_value_heads', kv_heads) or num_heads
@@ -302,7 +312,7 @@ def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   factor = numbers.pop('factor', None)
   original = numbers.pop('original_max_position_embeddings', positions)
   if factor is None:
-    factor = positions / original
+    factor = positions / (original or 1)  # 0 is refused by name.
   mscale = numbers.pop('mscale', None)
   mscale_all_dim = numbers.pop('mscale_all_dim', None)
   attention_factor = numbers.pop('attention_factor', None)

@@ -203,7 +203,8 @@ def _leaf(
 
 def _regex(pattern: str) -> re.Pattern[str]:
   escaped = re.escape(pattern)
-  return re.compile(re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>[0-9]+)', escaped))
+  # More digits are of no model, and none that Python reads.
+  return re.compile(re.sub(r'\\\{(\w+)\\\}', r'(?P<\1>[0-9]{1,9})', escaped))
 
 
 def _missing(path: str, rules: Sequence[Rule]) -> str:

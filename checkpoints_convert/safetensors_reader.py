@@ -8,9 +8,8 @@ this process's memory, and a truncated file is a signal instead of an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from sarathi_jax import errors
+from sarathi_jax import json_file
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
@@ -86,10 +86,6 @@ class Reader:
       raise
 
   def _add(self, path: pathlib.Path, names: frozenset[str] | None) -> None:
-    if not path.is_file():
-      raise errors.CheckpointError(
-        f'{path}: missing, though the index {INDEX} names it.'
-      )
     tensors = _read_header(path)
     if names is not None and names != tensors.keys():
       odd = sorted(names ^ tensors.keys())
@@ -161,65 +157,95 @@ def _files(folder: pathlib.Path) -> dict[pathlib.Path, frozenset[str] | None]:
 def _index_files(
   folder: pathlib.Path,
 ) -> dict[pathlib.Path, frozenset[str] | None]:
-  try:
-    weight_map = json.loads((folder / INDEX).read_bytes())['weight_map']
-    shards: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-      shards.setdefault(shard, set()).add(name)
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
+  weight_map = json_file.read(folder / INDEX).get('weight_map')
+  if not isinstance(weight_map, dict):
     raise errors.CheckpointError(
-      f'{folder / INDEX}: not a valid index: {e}.'
-    ) from e
-  for shard in shards:
+      f'{folder / INDEX}: not a valid index: weight_map must be an object.'
+    )
+  shards: dict[str, set[str]] = {}
+  for name, shard in weight_map.items():
     if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:
       raise errors.CheckpointError(
         f'{folder / INDEX}: shard {shard!r} is not a plain file name.'
       )
+    shards.setdefault(shard, set()).add(name)
   return {
     folder / shard: frozenset(names) for shard, names in sorted(shards.items())
   }
 
 
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
-  size = path.stat().st_size
-  with path.open('rb') as file:
-    length = int.from_bytes(file.read(8), 'little')
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-      raise errors.CheckpointError(f'{path}: truncated or not safetensors.')
-    raw = file.read(length)
   try:
-    header = json.loads(raw)
+    size = path.stat().st_size
+    with path.open('rb') as file:
+      length = int.from_bytes(file.read(8), 'little')
+      if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise errors.CheckpointError(f'{path}: truncated or not safetensors.')
+      header = json_file.parse(file.read(length))
     header.pop('__metadata__', None)
     tensors = {
       name: _tensor(path, name, entry, 8 + length)
       for name, entry in header.items()
     }
-  except (ValueError, KeyError, TypeError, AttributeError) as e:
-    if isinstance(e, errors.CheckpointError):
-      raise
+  except errors.CheckpointError:
+    raise
+  except FileNotFoundError as e:
+    raise errors.CheckpointError(
+      f'{path}: missing, though the index {INDEX} names it.'
+    ) from e
+  except OSError as e:
+    raise errors.CheckpointError(f'{path}: can not be read: {e}.') from e
+  except (ValueError, KeyError, TypeError) as e:
     raise errors.CheckpointError(f'{path}: damaged header: {e}.') from e
-  for tensor in tensors.values():
-    if tensor.offset + tensor.num_bytes > size:
-      raise errors.CheckpointError(
-        f'{path}: truncated: {tensor.name} ends at byte '
-        f'{tensor.offset + tensor.num_bytes} of {size}.'
-      )
+  _check_places(path, tensors.values(), 8 + length, size)
   return tensors
+
+
+def _check_places(
+  path: pathlib.Path, tensors: Iterable[Tensor], start: int, size: int
+) -> None:
+  """Refuses a file whose bytes are not each of one tensor, as the format does.
+
+  Args:
+    path: the file.
+    tensors: all of it.
+    start: the first byte after the header.
+    size: of the file, bytes.
+  """
+  end, before = start, 'the header'
+  for tensor in sorted(tensors, key=lambda t: (t.offset, t.num_bytes)):
+    if tensor.offset != end:
+      raise errors.CheckpointError(
+        f'{path}: damaged header: {tensor.name} begins at byte '
+        f'{tensor.offset}, and {before} ends at byte {end}.'
+      )
+    end, before = end + tensor.num_bytes, tensor.name
+  if end > size:
+    raise errors.CheckpointError(
+      f'{path}: truncated: {before} ends at byte {end} of {size}.'
+    )
+  if end < size:
+    raise errors.CheckpointError(
+      f'{path}: damaged header: its tensors end at byte {end} of {size}.'
+    )
 
 
 def _tensor(
   path: pathlib.Path, name: str, entry: Mapping[str, Any], base: int
 ) -> Tensor:
-  start, stop = entry['data_offsets']
-  if not 0 <= start <= stop:
-    raise ValueError(f'{name} has data_offsets={[start, stop]}')
+  (start, stop), shape = entry['data_offsets'], entry['shape']
+  if (
+    not isinstance(shape, list)
+    or not all(type(n) is int and n >= 0 for n in (start, stop, *shape))
+    or start > stop
+    or not isinstance(entry['dtype'], str)
+  ):
+    raise ValueError(
+      f'{name} has data_offsets={[start, stop]}, shape={shape}, '
+      f'dtype={entry["dtype"]}'
+    )
   tensor = Tensor(
-    name,
-    tuple(entry['shape']),
-    entry['dtype'],
-    path,
-    base + start,
-    stop - start,
+    name, tuple(shape), entry['dtype'], path, base + start, stop - start
   )
   if tensor.dtype in DTYPES:
     wanted = math.prod(tensor.shape) * tensor.numpy_dtype.itemsize

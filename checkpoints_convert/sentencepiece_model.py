@@ -10,6 +10,7 @@ with sentencepiece itself before it is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import operator
 import pathlib
 import random
 import re
@@ -23,7 +24,7 @@ from tokenizers import pre_tokenizers
 from tokenizers import processors
 
 from sarathi_jax import errors
-from sarathi_jax.checkpoint import json_file
+from sarathi_jax import json_file
 from sarathi_jax.text import chat
 
 FILE = 'tokenizer.model'
@@ -97,13 +98,18 @@ def build(folder: pathlib.Path) -> tokenizers.Tokenizer:
         f'{folder / FILE}: {token.content!r} can not be token {i}, as '
         f'tokenizer_config.json or added_tokens.json has it. {_WAY_OUT}'
       )
-  if source.starts or source.ends:
+  around = {
+    text: made.token_to_id(text) for text in {*source.starts, *source.ends}
+  }
+  if None in around.values():
+    raise errors.CheckpointError(
+      f'{folder / FILE}: of {sorted(around)}, which tokenizer_config.json puts '
+      f'around texts, one is none of its tokens. {_WAY_OUT}'
+    )
+  if around:
     made.post_processor = processors.TemplateProcessing(
       single=[*source.starts, '$A', *source.ends],
-      special_tokens=[
-        (token, made.token_to_id(token))
-        for token in {*source.starts, *source.ends}
-      ],
+      special_tokens=list(around.items()),
     )
   _compare(folder / FILE, made, source)
   return made
@@ -155,7 +161,15 @@ def _read(folder: pathlib.Path) -> _Source:
   source = _Source(
     proto, whole, later, prefix, config.get('legacy') is not False, {}, *around
   )
-  return source._replace(added=_added(folder, config, source))
+  try:
+    return source._replace(added=_added(folder, config, source))
+  except errors.CheckpointError:
+    raise
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise errors.CheckpointError(
+      f'{folder}: tokenizer_config.json or added_tokens.json: the tokens that '
+      f'are added are not as transformers writes them: {errors.describe(e)}.'
+    ) from e
 
 
 def _added(
@@ -177,7 +191,7 @@ def _added(
   special |= set(map(chat.text_of, more))
   if (folder / 'added_tokens.json').is_file():
     added |= {
-      i: tokenizers.AddedToken(
+      operator.index(i): tokenizers.AddedToken(
         content, special=content in special, normalized=False
       )
       for content, i in json_file.read(folder / 'added_tokens.json').items()

@@ -10,7 +10,6 @@ only vocab.json and merges.txt, transformers makes it.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 
@@ -18,6 +17,7 @@ import tokenizers
 
 from checkpoints_convert import sentencepiece_model
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax.text import chat
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
@@ -57,14 +57,14 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
     CheckpointError: there is a tokenizer, but it can't be read, or is of
       another kind.
   """
+  made = target / 'tokenizer.json'
   for name in FILES:
     if (folder / name).is_file():
-      if name.endswith('.json'):
-        _check(folder / name)
+      if name.endswith('.json') and name != made.name:
+        json_file.read(folder / name)  # Refused now, and not when it is served.
       (target / name).parent.mkdir(exist_ok=True)
       shutil.copyfile(folder / name, target / name)
   chat.ChatTemplate.from_folder(folder)
-  made = target / 'tokenizer.json'
   if made.is_file():
     _take(folder / made.name, made)
   elif (folder / sentencepiece_model.FILE).is_file():
@@ -73,14 +73,6 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
     _build(folder, made)
   else:
     _refuse_foreign(folder)
-
-
-def _check(path: pathlib.Path) -> None:
-  """Refuses a damaged file now, and not when the model is to be served."""
-  try:
-    json.loads(path.read_bytes())
-  except ValueError as e:
-    raise errors.CheckpointError(f'{path}: can not be read: {e}') from e
 
 
 def _take(path: pathlib.Path, made: pathlib.Path) -> None:

@@ -53,7 +53,7 @@ def or_none(rule: Rule, text: str | None = None) -> Rule:
 def one_of(values: Collection[object]) -> Rule:
   """Returns the rule that a value must be one of these."""
   return (
-    lambda value: value in values,
+    lambda value: value in tuple(values),  # Unlike a dict, takes lists, too.
     f'must be one of {", ".join(map(str, values))}',
   )
 

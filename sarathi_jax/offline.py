@@ -97,7 +97,9 @@ def parse_line(
   try:
     fields = prompt_lines.decode(text)
   except errors.InvalidRequestError as error:
-    return Line(number, f'line-{number}', (), error)
+    if b'"custom_id"' not in text:  # Whose answers have another form.
+      return Line(number, f'line-{number}', (), error)
+    fields = {'custom_id': None}
   if batch_files.KEYS & fields.keys():
     return batch_files.parse(number, text, defaults, seed, engine)
   return prompt_lines.parse(number, fields, defaults, seed, engine)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from sarathi_jax import batch_files
 from sarathi_jax import errors
+from sarathi_jax import json_file
 
 
 class Written(NamedTuple):
@@ -29,7 +30,7 @@ def read_written(path: pathlib.Path) -> Written:
       if not line.endswith(b'\n'):
         break
       try:
-        result = json.loads(line)
+        result = json_file.parse(line)
         if batch_files.KEYS & result.keys():
           batch_files.add_written(result, written.ids, written.lines)
         elif 'error' in result:

@@ -42,6 +42,7 @@ LAYERS: Mapping[str, Layer] = {
       'sarathi_jax.types',
       'sarathi_jax.config',
       'sarathi_jax.errors',
+      'sarathi_jax.json_file',
       'sarathi_jax.sampling_fields',
       'sarathi_jax.sampling_params',
       'sarathi_jax.structured_outputs',

@@ -35,7 +35,9 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.take('ffn_hidden_size') or 4 * hidden_size,
-    num_layers=attributes.size('num_hidden_layers'),
+    num_layers=attributes.size(
+      'num_hidden_layers', most=config_lib.MOST_LAYERS
+    ),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=hidden_size // num_heads,

@@ -10,10 +10,11 @@ import os
 import pathlib
 from typing import Any
 
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax import sampling_params
-from sarathi_jax.checkpoint import json_file
-from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import config as model_config_lib
 
 FORMAT_VERSION = 1
 METADATA = 'sarathi.json'
@@ -48,7 +49,7 @@ class CheckpointMetadata:
     source: where it came from.
   """
 
-  model: config_lib.ModelConfig
+  model: model_config_lib.ModelConfig
   dtype: str
   eos_token_ids: tuple[int, ...] = ()
   bos_token_id: int | None = None
@@ -67,23 +68,23 @@ class CheckpointMetadata:
     return default_sampling(self.generation)
 
   def __post_init__(self) -> None:
-    _check(
-      self.dtype in DTYPE_BYTES,
-      'dtype',
-      self.dtype,
-      f'must be one of {", ".join(DTYPE_BYTES)}',
-    )
+    holds, rule = config_lib.one_of(DTYPE_BYTES)
+    _check(holds(self.dtype), 'dtype', self.dtype, rule)
     object.__setattr__(self, 'eos_token_ids', tuple(self.eos_token_ids))
+    size = self.model.vocab_size
     _check(
-      all(_is_id(token) for token in self.eos_token_ids),
+      all(
+        config_lib.is_int(token) and 0 <= token < size
+        for token in self.eos_token_ids
+      ),
       'eos_token_ids',
       self.eos_token_ids,
-      'must be token ids',
+      f"must be token ids of the model's vocabulary, in [0, {size})",
     )
     for name in ('bos_token_id', 'pad_token_id'):
       value = getattr(self, name)
       _check(
-        value is None or _is_id(value),
+        value is None or config_lib.is_int(value),
         name,
         value,
         'must be a token id or null',
@@ -113,10 +114,6 @@ def default_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
 def _check(ok: bool, field: str, value: object, rule: str) -> None:
   if not ok:
     raise errors.CheckpointError(f'{field}={value!r}: {rule}.')
-
-
-def _is_id(value: object) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
 
 
 def load_metadata(directory: PathLike) -> CheckpointMetadata:
@@ -156,7 +153,7 @@ def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
   )
   for name in ('model', 'dtype'):
     _check(name in fields, name, None, 'missing')
-  model = config_lib.ModelConfig.from_dict(fields.pop('model'))
+  model = model_config_lib.ModelConfig.from_dict(fields.pop('model'))
   _check(
     isinstance(fields.get('eos_token_ids', []), list),
     'eos_token_ids',

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -69,7 +68,7 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
       return checkpointer.restore(
         folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args)
       )
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # What orbax raises has no common type.
       raise errors.CheckpointError(f'{folder}: can not be read: {e}') from e
 
 
@@ -91,29 +90,25 @@ def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
 def _check_array(
   folder: pathlib.Path, name: str, shape: tuple[int, ...], dtype: str
 ) -> None:
-  try:
-    stored = json.loads((folder / '.zarray').read_bytes())
-    chunks = tuple(stored['chunks'])
-    stored_shape = tuple(stored['shape'])
-  except FileNotFoundError as e:
-    raise errors.CheckpointError(f'{folder.parent}: lacks {name}.') from e
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise errors.CheckpointError(f'{folder / ".zarray"}: damaged: {e}.') from e
-  if stored_shape != shape:
+  if not folder.is_dir():
+    raise errors.CheckpointError(f'{folder.parent}: lacks {name}.')
+  stored = params_reader.Stored.of(folder)
+  if stored.shape != shape:
     raise errors.CheckpointError(
-      f'{folder.parent}: {name} has shape {stored_shape}; the model wants '
+      f'{folder.parent}: {name} has shape {stored.shape}; the model wants '
       f'{shape}.'
     )
-  if stored.get('dtype') != _ZARR_DTYPES[dtype]:
+  if stored.dtype != _ZARR_DTYPES[dtype]:
     raise errors.CheckpointError(
-      f'{folder.parent}: {name} is stored as {stored.get("dtype")}, and not '
-      f'as {dtype}.'
+      f'{folder.parent}: {name} is stored as {stored.dtype}, and not as '
+      f'{dtype}.'
     )
-  if stored.get('compressor') is not None:
+  if not stored.is_plain:
     return
-  num_bytes = math.prod(chunks) * metadata_lib.DTYPE_BYTES[dtype]
+  num_bytes = math.prod(stored.chunks) * metadata_lib.DTYPE_BYTES[dtype]
   grid = [
-    range(-(-size // chunk)) for size, chunk in zip(shape, chunks, strict=True)
+    range(-(-size // chunk))
+    for size, chunk in zip(shape, stored.chunks, strict=True)
   ]
   for index in itertools.product(*grid):
     path = folder / '.'.join(map(str, index))

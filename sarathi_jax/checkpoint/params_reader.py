@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import functools
 import itertools
-import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from sarathi_jax import errors
+from sarathi_jax import json_file
 
 Slices = tuple[slice, ...]
 # Reads a part of a parameter, by its name, such as 'layers.3.attn.q'. Any
@@ -40,38 +40,80 @@ def open_params(folder: pathlib.Path) -> Read:
   return functools.partial(_read, folder)
 
 
+class Stored(NamedTuple):
+  """How an array lies in its folder, as .zarray says.
+
+  Attributes:
+    shape: of the array.
+    chunks: the shape of a chunk, each in a file of its own.
+    dtype: NumPy's name, or 'bfloat16'.
+    is_plain: whether a file holds a chunk's numbers in C order, and no more.
+  """
+
+  shape: tuple[int, ...]
+  chunks: tuple[int, ...]
+  dtype: str
+  is_plain: bool
+
+  @classmethod
+  def of(cls, array: pathlib.Path) -> Stored:
+    """Reads an array's .zarray.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    path = array / '.zarray'
+    fields = json_file.read(path)
+    shape: Any = fields.get('shape')
+    chunks: Any = fields.get('chunks')
+    if not (
+      _are_sizes(shape) and _are_sizes(chunks) and len(shape) == len(chunks)
+    ):
+      raise errors.CheckpointError(
+        f'{path}: damaged: shape={shape!r}, chunks={chunks!r}.'
+      )
+    return cls(
+      tuple(shape),
+      tuple(chunks),
+      str(fields.get('dtype')),
+      fields.get('compressor') is None and fields.get('order') == 'C',
+    )
+
+
+def _are_sizes(values: Any) -> bool:
+  return isinstance(values, list) and all(
+    type(value) is int and value >= 1 for value in values
+  )
+
+
 def _read(folder: pathlib.Path, name: str, index: Slices) -> np.ndarray:
   array = folder / name
   try:
-    stored = json.loads((array / '.zarray').read_bytes())
-    if stored.get('compressor') is not None or stored.get('order') != 'C':
+    stored = Stored.of(array)
+    if not stored.is_plain:
       return _read_by_tensorstore(
         {'driver': 'file', 'path': f'{folder}/'}, name, index
       )
     return _map(array, stored, index)
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except (ArithmeticError, OSError, ValueError, TypeError) as e:
     raise errors.CheckpointError(f'{array}: can not be read: {e}') from e
 
 
-def _map(
-  array: pathlib.Path, stored: dict[str, Any], index: Slices
-) -> np.ndarray:
-  dtype = _DTYPES.get(stored['dtype']) or np.dtype(stored['dtype'])
-  chunks = tuple(stored['chunks'])
+def _map(array: pathlib.Path, stored: Stored, index: Slices) -> np.ndarray:
+  dtype = _DTYPES.get(stored.dtype) or np.dtype(stored.dtype)
   wanted = [
-    range(*s.indices(size))
-    for s, size in zip(index, stored['shape'], strict=True)
+    range(*s.indices(size)) for s, size in zip(index, stored.shape, strict=True)
   ]
   part = np.empty(tuple(map(len, wanted)), dtype)
   if not part.size:
     return part
   per_axis = [
     list(_overlaps(span, size))
-    for span, size in zip(wanted, chunks, strict=True)
+    for span, size in zip(wanted, stored.chunks, strict=True)
   ]
   for pieces in itertools.product(*per_axis):
     name = '.'.join(str(number) for number, _, _ in pieces)
-    chunk = np.memmap(array / name, dtype, 'r', shape=chunks)
+    chunk = np.memmap(array / name, dtype, 'r', shape=stored.chunks)
     part[tuple(to for _, _, to in pieces)] = chunk[
       tuple(of for _, of, _ in pieces)
     ]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-import json
 import random
 from typing import Any, ClassVar, Self
 
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.text import chats
@@ -106,14 +106,9 @@ def decode(text: bytes) -> dict[str, Any]:
     InvalidRequestError: it is none.
   """
   try:
-    fields = json.loads(text.decode('utf-8-sig'))
-  except UnicodeDecodeError as error:
-    raise errors.InvalidRequestError(f'not UTF-8: {error}.') from error
-  except (ValueError, RecursionError) as error:
-    raise errors.InvalidRequestError(f'not JSON: {error}.') from error
-  if not isinstance(fields, dict):
-    raise errors.InvalidRequestError('must be a JSON object.')
-  return fields
+    return json_file.parse(text)
+  except ValueError as error:
+    raise errors.InvalidRequestError(f'{error}.') from error
 
 
 def parse(

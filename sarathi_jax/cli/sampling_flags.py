@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import json
 from typing import Any
 
 from absl import flags
 
+from sarathi_jax import json_file
 from sarathi_jax import sampling_params
 
 FLAGS = flags.FLAGS
@@ -43,13 +43,10 @@ class _BiasParser(flags.ArgumentParser[tuple[int, float]]):
 
 
 class _JsonParser(flags.ArgumentParser[Any]):
-  """Parses JSON."""
+  """Parses a JSON object."""
 
   def parse(self, argument: str) -> Any:
-    try:
-      return json.loads(argument)
-    except ValueError as error:
-      raise ValueError(f'must be JSON: {error}') from error
+    return json_file.parse(argument.encode())
 
 
 def define(*, but: tuple[str, ...] = ()) -> None:

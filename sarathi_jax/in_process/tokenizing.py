@@ -11,6 +11,7 @@ import tokenizers
 
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax.text import chat
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
@@ -109,7 +110,7 @@ def _of_folder(
   if (folder / checkpoint.METADATA).is_file():
     return checkpoint.load_metadata(folder).eos_token_ids
   for name in _MODEL_FILES:
-    value = chat.read_json(folder / name).get('eos_token_id')
+    value = json_file.read_if_there(folder / name).get('eos_token_id')
     try:
       ids = _ids(value)
     except TypeError:
@@ -120,7 +121,7 @@ def _of_folder(
     if ids:
       return ids
   for name in _TOKENIZER_FILES:
-    text = chat.text_of(chat.read_json(folder / name).get('eos_token'))
+    text = chat.text_of(json_file.read_if_there(folder / name).get('eos_token'))
     if text and (found := tokenizer.token_id(text)) is not None:
       return (found,)
   return ()

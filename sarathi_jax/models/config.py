@@ -16,6 +16,11 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.models import kinds
 
+# What is calculated with must fit: positions and sizes into int32, and into
+# memory what is made for each layer, or expert, before any weights are read.
+MOST = 2**31 - 1
+MOST_LAYERS = 10_000
+
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 
 # Kind of rotary embedding -> the fields that it takes beside theta.
@@ -41,10 +46,24 @@ ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 _check, _check_types = config_lib.check, config_lib.check_fields
-_SIZE, _FLAG = config_lib.SIZE, config_lib.FLAG
-_POSITIVE = (config_lib.POSITIVE[0], 'must be a finite number > 0')
-_WINDOW = config_lib.or_none(_SIZE, 'must be an integer >= 1, or null for none')
-_is_size, _is_positive = _SIZE[0], _POSITIVE[0]
+_FLAG = config_lib.FLAG
+
+
+def _up_to(most: int) -> config_lib.Rule:
+  return (
+    lambda value: config_lib.is_int(value) and 1 <= value <= most,
+    f'must be an integer in [1, {most}]',
+  )
+
+
+_SIZE = _up_to(MOST)
+_COUNT = _up_to(MOST_LAYERS)
+_POSITIVE = (
+  lambda value: config_lib.is_real(value) and 2.0**-126 <= value < 2.0**128,
+  'must be a number > 0 that float32 can hold',
+)
+_WINDOW = config_lib.or_none(_SIZE, f'{_SIZE[1]}, or null for none')
+_is_int, _is_size, _is_positive = config_lib.is_int, _SIZE[0], _POSITIVE[0]
 
 
 def _from_dict(cls: Any, fields: Mapping[str, Any], what: str) -> Any:
@@ -102,11 +121,13 @@ class RopeConfig:
 
   def __post_init__(self) -> None:
     _check(_is_positive(self.theta), 'rope.theta', self.theta, _POSITIVE[1])
+    holds, rule = config_lib.one_of(ROPE_FIELDS)
+    _check(holds(self.kind), 'rope.kind', self.kind, rule)
     _check(
-      self.kind in ROPE_FIELDS,
-      'rope.kind',
-      self.kind,
-      f'must be one of {", ".join(ROPE_FIELDS)}',
+      self.kind != 'yarn' or self.theta > 1,
+      'rope.theta',
+      self.theta,
+      "must be > 1 with kind='yarn', which divides by its logarithm",
     )
     _check(
       self.rotary_dim is None
@@ -207,7 +228,7 @@ class ModelConfig:
         'vocab_size': _SIZE,
         'hidden_size': _SIZE,
         'intermediate_size': _SIZE,
-        'num_layers': _SIZE,
+        'num_layers': _COUNT,
         'num_heads': _SIZE,
         'num_kv_heads': _SIZE,
         'head_dim': _SIZE,
@@ -242,15 +263,31 @@ class ModelConfig:
       rotary_dim,
       f'must be even and at most head_dim={self.head_dim}',
     )
+    _check(
+      self.rope.kind != 'dynamic' or rotary_dim > 2,
+      'rope.rotary_dim',
+      rotary_dim,
+      "must be > 2 with kind='dynamic'",
+    )
+    _check(
+      self._scaled_len <= MOST,
+      'rope.factor',
+      self.rope.factor,
+      f'makes a context of more than {MOST} tokens',
+    )
 
   @property
   def context_len(self) -> int:
     """The most tokens of a sequence, with scaled rotary embeddings."""
+    return max(self.max_position_embeddings, int(self._scaled_len))
+
+  @property
+  def _scaled_len(self) -> float:
     rope = self.rope
     if rope.kind not in ('linear', 'dynamic', 'yarn'):
       return self.max_position_embeddings
     original = rope.original_max_position or self.max_position_embeddings
-    return max(self.max_position_embeddings, int(original * (rope.factor or 1)))
+    return original * (rope.factor or 1)
 
   @property
   def mlp(self) -> Mlp:
@@ -293,7 +330,9 @@ class ModelConfig:
     fields = dict(fields)
     family = fields.pop('family', None)
     _check(
-      family in CONFIGS and issubclass(CONFIGS[family], cls),
+      isinstance(family, str)
+      and family in CONFIGS
+      and issubclass(CONFIGS[family], cls),
       'family',
       family,
       f'must be one of {", ".join(CONFIGS)}',
@@ -332,15 +371,17 @@ class LlamaConfig(ModelConfig):
       self, dict.fromkeys(('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm'), _FLAG)
     )
     if self.window_layers is not None:
-      layers = tuple(self.window_layers)
+      layers = self.window_layers
       _check(
-        all(layer in range(self.num_layers) for layer in layers)
+        isinstance(layers, (list, tuple))
+        and all(_is_int(layer) and layer < self.num_layers for layer in layers)
+        and min(layers, default=0) >= 0
         and list(layers) == sorted(set(layers)),
         'window_layers',
         layers,
         f'must be layers in [0, {self.num_layers}), ascending',
       )
-      object.__setattr__(self, 'window_layers', layers)
+      object.__setattr__(self, 'window_layers', tuple(layers))
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     kind = super(LlamaConfig, self).layer_kind(layer)
@@ -367,7 +408,7 @@ class MixtralConfig(ModelConfig):
 
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
-    _check_types(self, {'num_experts': _SIZE, 'experts_per_token': _SIZE})
+    _check_types(self, {'num_experts': _COUNT, 'experts_per_token': _COUNT})
     _check(
       self.experts_per_token <= self.num_experts,
       'experts_per_token',

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
 from pallas_kernels import gpu_targets
 from sarathi_jax import errors
+from sarathi_jax import json_file
 
 _FOLDER = pathlib.Path(__file__).parent / 'devices'
 LINKS = ('nvlink', 'pcie', 'network')
@@ -128,10 +128,11 @@ def load(name: str) -> Hardware:
       'like theirs.'
     )
   try:
-    fields = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise errors.ConfigError(f'device={name!r}: {error}.') from error
-  return from_dict(fields, path.stem)
+    return from_dict(json_file.read(path), path.stem)
+  except (ArithmeticError, AttributeError, RecursionError, TypeError) as error:
+    raise errors.ConfigError(
+      f'device={name!r}: something is of the wrong type: {error}.'
+    ) from error
 
 
 def from_dict(fields: Any, name: str) -> Hardware:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import csv
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import optimize
 
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import operators
 from sarathi_jax.simulator import tables
@@ -124,7 +124,7 @@ def read_gpu_check(path: str) -> list[Step]:
     ConfigError: the file is malformed, or its stage `engine` was not run.
   """
   try:
-    rows = json.loads(pathlib.Path(path).read_text())['results']['engine']
+    rows = json_file.read(pathlib.Path(path))['results']['engine']
     return [
       Step(
         table='gpu_check',
@@ -143,7 +143,7 @@ def read_gpu_check(path: str) -> list[Step]:
       for row in rows
       if row.keys() >= {'step_s', 'sequences', 'context', 'tokens'}
     ]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise errors.ConfigError(
       f'gpu_check={path!r}: not what scripts/gpu_check writes with its stage '
       f'engine: {type(error).__name__}: {error}.'

@@ -20,6 +20,7 @@ from jinja2 import meta
 from jinja2 import sandbox
 
 from sarathi_jax import errors
+from sarathi_jax import json_file
 from sarathi_jax.text import messages as messages_lib
 
 FILE, MORE_FILES = 'chat_template.jinja', 'additional_chat_templates'
@@ -61,9 +62,9 @@ class _Parsed(NamedTuple):
         messages_lib.contents_of(tree),
         meta.find_undeclared_variables(tree),
       )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Of jinja2, or of Python, which compiles it.
       raise errors.CheckpointError(
-        f"chat template: can't be read: {error}"
+        f"chat template: can't be read: {errors.describe(error)}"
       ) from error
 
 
@@ -179,11 +180,11 @@ def tokenizer_config(folder: pathlib.Path) -> dict[str, Any]:
   enough to say everything by itself.
 
   Raises:
-    CheckpointError: one of them is not JSON.
+    CheckpointError: one of them is not a JSON object.
   """
-  config = read_json(folder / 'tokenizer_config.json')
+  config = json_file.read_if_there(folder / 'tokenizer_config.json')
   if config.get('added_tokens_decoder') is None:
-    config |= read_json(folder / 'special_tokens_map.json')
+    config |= json_file.read_if_there(folder / 'special_tokens_map.json')
   return config
 
 
@@ -204,7 +205,7 @@ def _sources(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
     more = folder / MORE_FILES / f'{_WITH_TOOLS}.jinja'
     files = {_DEFAULT: file, **({_WITH_TOOLS: more} if more.is_file() else {})}
     return {name: _text_in(file) for name, file in files.items()}
-  source = config.get('chat_template') or read_json(
+  source = config.get('chat_template') or json_file.read_if_there(
     folder / 'chat_template.json'
   ).get('chat_template')
   try:
@@ -235,18 +236,3 @@ def _text_in(file: pathlib.Path) -> str:
     return file.read_text(encoding='utf-8')
   except ValueError as error:
     raise errors.CheckpointError(f"{file}: can't be read: {error}") from error
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; returns {} without a file, or an object in it.
-
-  Raises:
-    CheckpointError: it is not JSON.
-  """
-  if not file.is_file():
-    return {}
-  try:
-    fields = json.loads(file.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise errors.CheckpointError(f'{file}: not JSON: {error}') from error
-  return fields if isinstance(fields, dict) else {}

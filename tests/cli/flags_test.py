@@ -16,6 +16,7 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax.cli import flags
+from sarathi_jax.cli import sampling_flags
 from tests import absl_flags
 
 FIELDS = {f.name: f for f in dataclasses.fields(config_lib.EngineConfig)}
@@ -267,3 +268,11 @@ def test_processes_that_cant_be_are_refused(args, words):
     processes_of(*args)
   for word in words:
     assert word in str(caught.value)
+
+
+@pytest.mark.parametrize('value', ['', '{', '[' * 200_000, '[]', '\udcff'])
+def test_a_flag_that_is_an_object(value: str) -> None:
+  parser = sampling_flags._JsonParser()
+  assert parser.parse('{"regex": "a"}') == {'regex': 'a'}
+  with pytest.raises(ValueError):  # absl names the flag.
+    parser.parse(value)

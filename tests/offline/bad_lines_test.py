@@ -15,6 +15,8 @@ BAD_LINES: Sequence[tuple[Any, str]] = (
   (b'{"prompt": "\xff"}', 'not UTF-8'),
   (b'{"prompt": ', 'not JSON'),
   (b'[' * 100_000, 'not JSON'),
+  (b'{"prompt": %s}' % (b'[' * 900 + b']' * 900), 'nested too deeply'),
+  (b'{"prompt": "a", "prompt": "b"}', 'prompt is there twice'),
   (b'{"prompt_token_ids": [' + b'9' * 5000 + b']}', 'not JSON'),
   ([1, 2], 'must be a JSON object'),
   ({'prompt': 'a', 'promt': 'b'}, 'promt: unknown key'),

@@ -71,6 +71,8 @@ def test_an_output_that_exists_is_left_alone(run):
   assert 'exists; --resume goes on with it' in run.fails()
   assert 'line 1 is not one of our results' in run.fails('--resume')
   assert run.output.read_text() == 'mine\n'
+  run.output.write_text('[' * 200_000 + '\n')
+  assert 'line 1 is not one of our results' in run.fails('--resume')
   # An input, given as the output by mistake.
   run.write({'request_id': 'a', **GOOD})
   assert 'not one of our results' in run.fails(
