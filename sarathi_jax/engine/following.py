@@ -99,9 +99,8 @@ class Following:
     """Follows a request's outputs from their beginning, if it has a grammar."""
     grammar = request.grammar or self.compile(request.sampling)
     if grammar is not None:
-      for index in range(request.sampling.n):
-        key = request.key_of(index)
-        self._matchers[key] = grammar.matcher(request.sampling)
+      for index, found in enumerate(grammar.matchers(request.sampling)):
+        self._matchers[request.key_of(index)] = found
 
   def drop(self, key: str) -> None:
     """Follows an output no longer."""

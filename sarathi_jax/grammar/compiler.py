@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 import functools
+import re
 import threading
+import time
 
 import llguidance
 import numpy as np
@@ -21,8 +23,14 @@ from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Params = structured_outputs.StructuredOutputsParams
 _KEPT = 256  # grammars
-_KEPT_CHARS = 4 << 20  # of what these were made of
+# Of all that are kept: the processor's time that it took to compile them, which
+# goes with their memory, and characters of what they were made of.
+_KEPT_S, _KEPT_CHARS = 2.0, 4 << 20
 _FAULT_CHARS = 1024  # of llguidance's words
+# Where in the text that we wrote, and that text.
+_OURS = re.compile(
+  r'^at \d+\(\d+\): failed to compile JSON schema: |\n +\d+ \| .*', re.DOTALL
+)
 
 
 class Grammar:
@@ -47,12 +55,18 @@ class Grammar:
     self._eos_token_ids = eos_token_ids
     self.is_empty = is_empty
 
-  def matcher(self, sampling: types.SamplingParams) -> matcher_lib.Matcher:
-    """Returns where an output is before its first token."""
+  def matchers(
+    self, sampling: types.SamplingParams
+  ) -> list[matcher_lib.Matcher]:
+    """Returns where a request's outputs are before their first tokens."""
     ends = matcher_lib.Ends(
       self._eos_token_ids, sampling.stop_token_ids, sampling.ignore_eos
     )
-    return matcher_lib.Matcher(self._inner.deep_copy(), ends)
+    allowance = matcher_lib.Allowance()
+    return [
+      matcher_lib.Matcher(self._inner.deep_copy(), ends, allowance)
+      for _ in range(sampling.n)
+    ]
 
 
 class Grammars:
@@ -78,9 +92,9 @@ class Grammars:
     self._eos_token_ids = eos_token_ids
     self._lock = threading.Lock()
     self._vocabulary: llguidance.LLTokenizer | None = None
-    # What was asked for -> its grammar, or what is wrong with it.
-    self._kept: OrderedDict[Params, Grammar | str] = OrderedDict()
-    self._num_chars = 0
+    # What was asked for -> its grammar, or what is wrong with it, and its share
+    # of what may be kept.
+    self._kept: OrderedDict[Params, tuple[Grammar | str, float]] = OrderedDict()
 
   def warm_up(self) -> None:
     """Reads the vocabulary, which keeps the interpreter: 1 s for 150,000."""
@@ -98,12 +112,14 @@ class Grammars:
         llguidance's words.
     """
     with self._lock:
-      found = self._kept.get(outputs)
+      found, _ = self._kept.get(outputs, (None, 0.0))
       if found is not None:
         self._kept.move_to_end(outputs)
     if found is None:
+      self.warm_up()
+      began = time.thread_time()
       found = self._compile(outputs)
-      self._keep(outputs, found)
+      self._keep(outputs, found, time.thread_time() - began)
     if isinstance(found, str):
       raise errors.InvalidRequestError(
         f'{outputs.shown(outputs.kind)}: {found}'
@@ -112,8 +128,6 @@ class Grammars:
 
   def masks(self, matchers: Sequence[matcher_lib.Matcher]) -> np.ndarray:
     """Returns which tokens may come next, of each output.
-
-    Computes without the interpreter.
 
     Returns:
       [len(matchers), ceil(V / 32)] int32: token i is bit i % 32 of word
@@ -124,12 +138,10 @@ class Grammars:
     found = np.zeros((len(matchers), num_words), np.int32)
     # One by one: its own threads took 2 to 7 times as long on two cores.
     for matcher, mask in zip(matchers, found, strict=True):
-      matcher.inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-      matcher.mend(mask)
+      matcher.fill(mask)
     return found[:, : -(-self._vocab_size // 32)]
 
   def _compile(self, outputs: Params) -> Grammar | str:
-    self.warm_up()
     assert self._vocabulary is not None
     try:
       text = texts.text_of(outputs, self._tokenizer.special_tokens)
@@ -144,6 +156,8 @@ class Grammars:
     mask = np.frombuffer(inner.compute_bitmask(), np.uint8)
     fault = inner.get_error()
     if fault:
+      if outputs.kind != 'grammar':
+        fault = _OURS.sub('', fault)
       return errors.cut(fault.strip(), _FAULT_CHARS)
     first = np.flatnonzero(np.unpackbits(mask, bitorder='little')).tolist()
     begin = {token for token in first if token < self._vocab_size}
@@ -152,24 +166,32 @@ class Grammars:
     is_empty = begin.issubset(self._eos_token_ids)
     return Grammar(inner, self._eos_token_ids, is_empty)
 
-  def _keep(self, outputs: Params, found: Grammar | str) -> None:
+  def _keep(
+    self, outputs: Params, found: Grammar | str, seconds: float
+  ) -> None:
+    share = seconds / _KEPT_S + outputs.num_chars / _KEPT_CHARS
     with self._lock:
-      if outputs not in self._kept:
-        self._num_chars += outputs.num_chars
-      self._kept[outputs] = found
-      while len(self._kept) > _KEPT or (
-        self._num_chars > _KEPT_CHARS and len(self._kept) > 1
-      ):
-        oldest, _ = self._kept.popitem(last=False)
-        self._num_chars -= oldest.num_chars
+      self._kept[outputs] = found, share
+      total = sum(share for _, share in self._kept.values())
+      while len(self._kept) > _KEPT or (total > 1 and len(self._kept) > 1):
+        _, (_, share) = self._kept.popitem(last=False)
+        total -= share
 
 
 @functools.cache
 def _limits() -> llguidance.LLParserLimits:
-  """Returns bounds of a mask's time, a fifth and a half of the defaults.
+  """Returns bounds of time and memory, a tenth to a half of the defaults.
 
-  A grammar that was made to be slow took 2.6 s for a mask before it gave up.
+  Fuel is of regular expressions. Without the bounds, one of 15 characters took
+  165 MB, outputs grew to 110 MB each, and a mask took 2.6 s. With 131,072
+  tokens, grammars of 32,768 characters took up to 40,000 at first and 25,000 in
+  a step, and a string of at most 20,000 characters 4 states a character.
   """
   return llguidance.LLParserLimits(
-    verbose_errors=False, step_max_items=10_000, max_items_in_row=1000
+    verbose_errors=False,
+    initial_lexer_fuel=100_000,
+    step_lexer_fuel=100_000,
+    max_lexer_states=65_536,
+    step_max_items=10_000,
+    max_items_in_row=1000,
   )

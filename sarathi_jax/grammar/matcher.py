@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import time
 from typing import NamedTuple
 
 import llguidance
 import numpy as np
+
+# Of masks, on average and beyond that at once. With 131,072 tokens they take
+# 0.01 to 1 ms, and up to 25 ms where much comes that was not there before.
+_EACH_S, _AT_ONCE_S = 0.003, 0.25
+_SLOW = 'Its masks take too long: make the grammar less ambiguous.'
 
 
 class Ends(NamedTuple):
@@ -24,21 +30,45 @@ class Ends(NamedTuple):
   ignores_eos: bool = False
 
 
+class Allowance:
+  """The time that the masks of one request may take, all its outputs'.
+
+  A grammar of a few characters can have a mask take 0.1 s, for which all
+  requests of a step wait. The time is the processor's, in seconds: a busy
+  machine ends nobody's output.
+  """
+
+  def __init__(self) -> None:
+    self._left = _AT_ONCE_S
+
+  def take(self, seconds: float) -> None:
+    """Takes the time of a mask, and puts back that of a usual one."""
+    self._left = min(self._left + _EACH_S, _AT_ONCE_S) - seconds
+
+  @property
+  def is_spent(self) -> bool:
+    return self._left < 0
+
+
 class Matcher:
   """Where one output is in its grammar. One thread at a time may use it.
 
   Args:
     inner: llguidance's, at the beginning of the output; is this one's alone.
     ends: see `Ends`.
+    allowance: of its request.
 
   Attributes:
     num_consumed: tokens of the output so far.
   """
 
-  def __init__(self, inner: llguidance.LLMatcher, ends: Ends) -> None:
+  def __init__(
+    self, inner: llguidance.LLMatcher, ends: Ends, allowance: Allowance
+  ) -> None:
     self.inner = inner
     self.num_consumed = 0
     self._ends = ends
+    self._allowance = allowance
 
   def consume(self, tokens: Sequence[int]) -> None:
     """Takes in what was sampled; what it doesn't allow is a `fault`."""
@@ -48,19 +78,26 @@ class Matcher:
   @property
   def is_over(self) -> bool:
     """Whether nothing may come any more, at the grammar's end or by a fault."""
-    return self.inner.is_stopped()
+    return self._allowance.is_spent or self.inner.is_stopped()
 
   @property
   def fault(self) -> str:
-    """Why the grammar can't go on: llguidance's words; '' if it can."""
-    return self.inner.get_error()
+    """Why the grammar can't go on, by llguidance's words; '' if it can."""
+    return self.inner.get_error() or _SLOW * self._allowance.is_spent
 
-  def mend(self, mask: np.ndarray) -> None:
-    """Makes a mask of the grammar's one of the request's.
+  def fill(self, mask: np.ndarray) -> None:
+    """Says which tokens may come next. Computes without the interpreter.
 
     Args:
       mask: [ceil(V / 32)] int32, see `Grammars.masks`.
     """
+    began = time.thread_time()
+    self.inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    self._allowance.take(time.thread_time() - began)
+    self._mend(mask)
+
+  def _mend(self, mask: np.ndarray) -> None:
+    """Makes a mask of the grammar's one of the request's."""
     ends = self._ends
     if not (ends.others or ends.ignores_eos):
       return

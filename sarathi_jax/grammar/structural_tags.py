@@ -92,14 +92,14 @@ class Writer:
     return self._text(_of(said, 'value', str))
 
   def _json_schema(self, said: Mapping[str, Any]) -> str:
-    return f'%json {json.dumps(_of(said, "json_schema", dict | bool))}'
+    return of_schema(_of(said, 'json_schema', dict | bool))
 
   def _any_text(self, said: Mapping[str, Any]) -> str:
     del said
     return _ANY
 
   def _regex(self, said: Mapping[str, Any]) -> str:
-    return f'/{llguidance.regex_to_lark(_of(said, "pattern", str), "")}/'
+    return of_regex(_of(said, 'pattern', str))
 
   def _sequence(self, said: Mapping[str, Any]) -> str:
     return f'({" ".join(map(self._format, _some(said, "elements")))})'
@@ -118,11 +118,11 @@ class Writer:
     return f'{self._format(content)} {self._text(end)}'
 
   def _triggered_tags(self, said: Mapping[str, Any]) -> str:
-    triggers, tags = _some(said, 'triggers'), _some(said, 'tags')
+    triggers, tags = _triggers(said), _some(said, 'tags')
     rests: dict[str, list[str]] = {trigger: [] for trigger in triggers}
     for tag in tags:
       begin = _of(tag, 'begin', str)
-      trigger = next((t for t in triggers if t and begin.startswith(t)), None)
+      trigger = next((t for t in triggers if begin.startswith(t)), None)
       _check(
         trigger is not None,
         f'the beginning {errors.shown(begin)} has none of the triggers '
@@ -183,9 +183,19 @@ def _from_legacy(tag: Mapping[str, Any]) -> dict[str, Any]:
     )
   return {
     'type': 'triggered_tags',
-    'triggers': _some(tag, 'triggers'),
+    'triggers': _triggers(tag),
     'tags': tags,
   }
+
+
+def of_schema(schema: Mapping[str, Any] | bool) -> str:
+  """Returns a part of a rule that is JSON of a schema."""
+  return f'%json {json.dumps(schema)}'
+
+
+def of_regex(pattern: str) -> str:
+  """Returns a part of a rule that matches a regular expression."""
+  return f'/{llguidance.regex_to_lark(pattern, "")}/'
 
 
 def _quoted(text: str) -> str:
@@ -205,6 +215,15 @@ def _some(said: Mapping[str, Any], name: str) -> Sequence[Any]:
   values: list[Any] = _of(said, name, list)
   _check(bool(values), f'{name}: must not be empty')
   return values
+
+
+def _triggers(said: Mapping[str, Any]) -> Sequence[str]:
+  triggers = _some(said, 'triggers')
+  _check(
+    all(isinstance(trigger, str) and trigger for trigger in triggers),
+    f'triggers={errors.shown(triggers)}: must be texts that are not empty',
+  )
+  return triggers
 
 
 def _flag(said: Mapping[str, Any], name: str) -> bool:

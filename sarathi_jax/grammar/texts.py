@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-import decimal
 import json
-import math
 import re
 from typing import Any
 
@@ -15,22 +13,23 @@ from llguidance import gbnf_to_lark
 
 from sarathi_jax import errors
 from sarathi_jax import structured_outputs
+from sarathi_jax.grammar import multiples
 from sarathi_jax.grammar import structural_tags
 
-# Of all in a grammar, with a common power of ten taken out: llguidance takes
-# memory and time for each number below, 4 GB and 100 s for ten million.
-_MOST_MULTIPLE, _MOST_DIGITS = 10_000, 20
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]{1,40})')
-_ESCAPE = re.compile(r'\\u([0-9a-fA-F]{4})')
+# Has each mask of a long constant take microseconds, where it took 5 ms to find
+# all the tokens of its rest: outputs have it in any tokens that spell it. After
+# all else, as the last word counts.
+_END = '\n%llguidance {"no_forcing": true}'
 # What Rust's regular expressions give a meaning; `re.escape` has more.
 _META = re.compile(r'[\\.+*?()|\[\]{}^$#&\-~/]')
+_OPTIONS = 'x-guidance'  # of a schema, in llguidance's own words
 
 
 def text_of(
   outputs: structured_outputs.StructuredOutputsParams,
   special: Mapping[int, str],
 ) -> str:
-  """Returns the text of a grammar; whether it is sound, llguidance tells.
+  """Returns a grammar in Lark's syntax; whether it is sound, llguidance tells.
 
   Args:
     outputs: what it is to be of.
@@ -39,7 +38,20 @@ def text_of(
   Raises:
     InvalidRequestError: it can't be written.
   """
-  _check_multiples(outputs)
+  text = _lark_of(outputs, special)
+  if not multiples.are_small(text):
+    raise errors.InvalidRequestError(
+      f'{outputs.shown(outputs.kind)}: multipleOf is too large; the '
+      'least common multiple of all, without a power of ten, must be at most '
+      f'{multiples.MOST}.'
+    )
+  return llguidance.LLMatcher.grammar_from_lark(text + _END)
+
+
+def _lark_of(
+  outputs: structured_outputs.StructuredOutputsParams,
+  special: Mapping[int, str],
+) -> str:
   match outputs.kind:
     case 'json':
       assert outputs.json is not None
@@ -51,47 +63,17 @@ def text_of(
       return _of_schema({'type': 'object'}, outputs)
     case 'regex':
       assert outputs.regex is not None
-      return llguidance.LLMatcher.grammar_from_regex(outputs.regex)
+      return f'start: {structural_tags.of_regex(outputs.regex)}'
     case 'choice':
       assert outputs.choice is not None
       # A regular expression, as a rule of many texts takes ten times as long.
-      return llguidance.LLMatcher.grammar_from_regex(
-        '|'.join(_META.sub(r'\\\g<0>', text) for text in outputs.choice)
-      )
+      any_of = '|'.join(_META.sub(r'\\\g<0>', t) for t in outputs.choice)
+      return f'start: {structural_tags.of_regex(any_of)}'
     case 'grammar':
-      assert outputs.grammar is not None
-      return llguidance.LLMatcher.grammar_from_lark(_lark(outputs))
+      return _lark(outputs)
   assert outputs.structural_tag is not None
   writer = structural_tags.Writer(special)
-  return llguidance.LLMatcher.grammar_from_lark(
-    writer.write(json.loads(outputs.structural_tag))
-  )
-
-
-def _check_multiples(
-  outputs: structured_outputs.StructuredOutputsParams,
-) -> None:
-  """Refuses numbers of which outputs must be multiples that are too large."""
-  said = str(getattr(outputs, outputs.kind))
-  said = _ESCAPE.sub(lambda match: chr(int(match[1], 16)), said)
-  found = [decimal.Decimal(text) for text in _MULTIPLE.findall(said)]
-  if not found:
-    return
-  exponent = min(
-    int(number.normalize().as_tuple().exponent) for number in found
-  )
-  is_small = exponent > -_MOST_DIGITS and all(
-    abs(number) < _MOST_MULTIPLE for number in found
-  )
-  scaled = (
-    [int(number.scaleb(-exponent)) for number in found] if is_small else []
-  )
-  if not is_small or abs(math.lcm(*scaled)) > _MOST_MULTIPLE:
-    raise errors.InvalidRequestError(
-      f'{outputs.shown(outputs.kind)}: multipleOf is too large; the '
-      'least common multiple of all, without a power of ten, must be at most '
-      f'{_MOST_MULTIPLE}.'
-    )
+  return writer.write(json.loads(outputs.structural_tag))
 
 
 def _of_schema(
@@ -100,7 +82,10 @@ def _of_schema(
   options: Any = {'whitespace_flexible': not outputs.disable_any_whitespace}
   if outputs.whitespace_pattern is not None:
     options['whitespace_pattern'] = outputs.whitespace_pattern
-  return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=options)
+  said = schema.get(_OPTIONS, {})
+  if isinstance(said, dict):  # else llguidance refuses it
+    schema[_OPTIONS] = {**options, **said}
+  return f'start: {structural_tags.of_schema(schema)}'
 
 
 def _close(schema: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
+from sarathi_jax.grammar import matcher
 from tests import naive
 from tests.engine import harness
 
@@ -128,6 +130,28 @@ def test_what_else_ends_an_output() -> None:
     'text': ([5, 7], STOP),
     'early': ([5, 7], STOP),
   }
+
+
+def test_masks_that_take_too_long_end_their_request_alone(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """All its outputs, whatever became of others before."""
+  engine = make_engine()
+  others = request('other'), request('plain', structured_outputs=None)
+  slow = request('slow', n=2, temperature=1.0)
+  for one in (slow, *others):
+    engine.check(one)
+    engine.add(engine.prepared(one))
+  clock = itertools.chain([0.0, 0.9], itertools.repeat(0.9))
+  monkeypatch.setattr(matcher.time, 'thread_time', lambda: next(clock))
+  got = harness.finish(engine)
+  assert [
+    (delta.output_index, delta.token_ids, delta.finish_reason)
+    for delta in got['slow']
+    if delta.finish_reason
+  ] == [(0, (5,), ERROR), (1, (5,), ERROR)]
+  assert harness.tokens_of(got['other']) == OUTPUT
+  assert len(harness.tokens_of(got['plain'])) == 12
 
 
 class _Heedless(fake_runner.FakeRunner):

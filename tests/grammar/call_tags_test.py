@@ -137,7 +137,7 @@ def test_strict_tools_are_called_by_their_schema(name: str) -> None:
 
 def accepts(outputs: Any, text: str) -> bool:
   params = walks.types.SamplingParams(structured_outputs=outputs)
-  matcher = grammars().compile(outputs).matcher(params)
+  matcher = grammars().compile(outputs).matchers(params)[0]
   tokenizer = grammars()._tokenizer
   for token in tokenizer.encode(text, add_special_tokens=False):
     (mask,) = grammars().masks([matcher])

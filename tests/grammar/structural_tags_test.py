@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import copy
 from typing import Any
 
 import pytest
@@ -92,7 +95,7 @@ _CASES: tuple[tuple[Any, list[str], list[str]], ...] = (
 def _is_of(tag: Any, text: str) -> bool:
   of = walks.grammars()
   grammar = of.compile(types.StructuredOutputsParams(structural_tag=tag))
-  matcher = grammar.matcher(types.SamplingParams())
+  matcher = grammar.matchers(types.SamplingParams())[0]
   tokens = of._tokenizer.encode(text, add_special_tokens=False)
   inner = matcher.inner
   return bool(
@@ -133,6 +136,19 @@ def test_the_older_form() -> None:
     ({'format': _tag('a') | {'end': None}}, 'end=None'),
     ({'format': _tag('a') | {'content': None}}, 'content=None'),
     ({'format': _CALLS | {'triggers': ['<g']}}, 'has none of the triggers'),
+    ({'format': _CALLS | {'triggers': [5]}}, r'triggers=\[5\]: must be texts'),
+    ({'format': _CALLS | {'triggers': [[]]}}, r'triggers=\[\[\]\]: must be'),
+    ({'format': _CALLS | {'triggers': ['<f=', None]}}, 'must be texts'),
+    ({'format': _CALLS | {'triggers': ['<f=', '']}}, 'that are not empty'),
+    (
+      {
+        'triggers': [{}],
+        'structures': [{'begin': '', 'schema': {}, 'end': ''}],
+      },
+      'must be texts',
+    ),
+    ({'format': _ROW | {'tags': [5]}}, 'begin=None'),
+    ({'format': _ROW | {'separator': 5}}, 'separator=5'),
     ({'format': _CALLS | {'at_least_one': 1}}, 'at_least_one=1'),
     (
       {'format': {'type': 'json_schema', 'json_schema': {'type': 'x'}}},
@@ -159,3 +175,52 @@ def test_a_deep_tag_is_refused() -> None:
     tag = {'type': 'or', 'elements': [tag]}
   with pytest.raises(errors.InvalidRequestError):
     _is_of({'format': tag}, 'a')
+
+
+_ODD = (
+  None,
+  True,
+  5,
+  1e300,
+  '',
+  'a\ud800',
+  '\x00',
+  [],
+  [[]],
+  [None],
+  {},
+  {'type': 5},
+)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+  """Yields each part of a tag: what it is in, and where in that."""
+  pairs = value.items() if isinstance(value, dict) else enumerate(value)
+  for key, part in list(pairs):
+    yield value, key
+    if isinstance(part, dict | list):
+      yield from _places(part)
+
+
+@pytest.mark.parametrize(
+  'tag',
+  [
+    *({'format': form} for form, _, _ in _CASES),
+    {
+      'triggers': ['<f='],
+      'structures': [{'begin': '<f=x>', 'schema': _SCHEMA, 'end': '</f>'}],
+    },
+  ],
+)
+def test_a_part_of_any_other_kind_is_taken_or_refused(tag: Any) -> None:
+  """By an error that is told, whatever has taken its place."""
+  tag = copy.deepcopy(tag)
+  for within, key in list(_places(tag)):
+    kept = within[key]
+    for odd in _ODD:
+      within[key] = odd
+      with contextlib.suppress(errors.SarathiError):
+        walks.grammars().compile(
+          types.StructuredOutputsParams(structural_tag=tag)
+        )
+    within[key] = kept

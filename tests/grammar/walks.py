@@ -47,7 +47,7 @@ def walk(
 ) -> tuple[list[int], bool]:
   """Draws an output; returns its tokens, but its end, and whether it ended."""
   params = types.SamplingParams(structured_outputs=outputs, **sampling)
-  matcher = of.compile(outputs).matcher(params)
+  matcher = of.compile(outputs).matchers(params)[0]
   ends = {*of._eos_token_ids, *params.stop_token_ids}
   if params.ignore_eos:
     ends -= {*of._eos_token_ids}

@@ -205,8 +205,7 @@ class Limits:
     32_768,
     'characters of a schema, of choices, of a regular expression or a grammar; '
     f'at most {structured_outputs.MOST_CHARS}',
-    'compiling them takes a core for up to 0.3 s, and each mask of a constant '
-    'that long 17 ms',
+    'compiling them takes a core for up to 0.1 s',
   )
   max_id_chars: int = _row(
     256,
