@@ -34,6 +34,7 @@ from sarathi_jax.runner import settings
 from sarathi_jax.runner import weights as weights_lib
 from sarathi_jax.text import chats
 from sarathi_jax.text import collector
+from sarathi_jax.text import prompts as text_prompts
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
@@ -507,7 +508,7 @@ class LLM:
       )
     now = self.engine.clock()
     requests = [
-      tokenizer_lib.with_prompt(
+      text_prompts.with_prompt(
         types.Request(
           request_id=f'llm-{next(self._ids)}',
           sampling=params,

@@ -105,7 +105,8 @@ class SamplingParams:
     skip_special_tokens: leave special tokens out of the text.
     structured_outputs: what the output has to be; a StructuredOutputsParams, or
       a dict of its fields. Nothing else is sampled, and an output ends where
-      its grammar does, whatever `min_tokens` and `ignore_eos` say.
+      its grammar does, whatever `min_tokens` and `ignore_eos` say. After a
+      chat, what the model thinks comes before, and it may call tools instead.
     logprobs: how many of the likeliest tokens to tell the log-probabilities
       of, with each sampled token's, at most MAX_LOGPROBS; None to tell but the
       sampled token's log-probability, which is always told.

@@ -17,6 +17,8 @@ from sarathi_jax import errors
 
 # Of any field. What is larger takes milliseconds to be read alone.
 MOST_CHARS = 2**18
+# In a structural tag of `ReplyParams`: its `answer`.
+ANSWER: Mapping[str, Any] = {'type': 'answer'}
 # The fields of which exactly one says what the output has to be.
 KINDS = ('json', 'regex', 'choice', 'grammar', 'json_object', 'structural_tag')
 
@@ -50,6 +52,8 @@ class StructuredOutputsParams:
 
   # How errors name fields, where clients know them by other names.
   NAMES: ClassVar[Mapping[str, str]] = {}
+  # Whether the model may reason before it, though its prompt is no chat.
+  AFTER_REASONING: ClassVar[bool] = False
 
   json: str | None = None
   regex: str | None = None
@@ -180,6 +184,38 @@ class StructuredOutputsParams:
         for name, said in value.items()
       }
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplyParams(StructuredOutputsParams):
+  """What a whole reply has to be, by a structural tag that is ours.
+
+  Attributes:
+    answer: what a client asks for, which stands in the tag as `ANSWER`; None if
+      it asks for nothing.
+    has_calls: whether there may be calls; then errors name the tools.
+  """
+
+  answer: StructuredOutputsParams | None = None
+  has_calls: bool = False
+
+  def shown(self, field: str) -> str:
+    if self.answer is None or self.has_calls:
+      return StructuredOutputsParams.shown(self, field)
+    return self.answer.shown(self.answer.kind)
+
+  def named(self, field: str) -> str:
+    if self.answer is None or self.has_calls:
+      return 'tools'
+    return self.answer.named(self.answer.kind)
+
+  @property
+  def num_chars(self) -> int:
+    num = len(self.structural_tag or '')
+    return num + (0 if self.answer is None else self.answer.num_chars)
+
+  def _said(self) -> tuple[Any, ...]:
+    return *StructuredOutputsParams._said(self), self.answer
 
 
 def _is_small(value: Any) -> bool:

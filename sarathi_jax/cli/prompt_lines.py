@@ -15,9 +15,9 @@ from sarathi_jax import json_file
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.text import chats
+from sarathi_jax.text import prompts as prompts_lib
 from sarathi_jax.text import replies
 from sarathi_jax.text import reply_reader
-from sarathi_jax.text import tokenizer as tokenizer_lib
 
 # Of a chat, beside its messages; see `chats.Chat`.
 _CHAT_KEYS = (
@@ -148,7 +148,7 @@ def parse(
       arrival_time=engine.clock(),
       key=str(number),
     )
-    request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
+    request = prompts_lib.with_prompt(draft, engine.tokenizer, prompt)
     engine.check(request)
   except errors.InvalidRequestError as error:
     return line.refused(error)
@@ -183,7 +183,7 @@ def _sampling(
   return make(given or {})
 
 
-def _prompt(fields: Mapping[str, Any]) -> tokenizer_lib.Prompt:
+def _prompt(fields: Mapping[str, Any]) -> prompts_lib.Prompt:
   keys = [key for key in _PROMPT_KEYS if key in fields]
   if len(keys) != 1:
     raise errors.InvalidRequestError(
@@ -208,7 +208,7 @@ def _prompt(fields: Mapping[str, Any]) -> tokenizer_lib.Prompt:
     return chats.Chat(messages=value, **more)
   if more:
     raise errors.InvalidRequestError(f'{min(more)}: is for messages.')
-  prompt: tokenizer_lib.Prompt = value
+  prompt: prompts_lib.Prompt = value
   return prompt
 
 

@@ -121,6 +121,8 @@ class Grammars:
       found = self._compile(outputs)
       self._keep(outputs, found, time.thread_time() - began)
     if isinstance(found, str):
+      if isinstance(outputs, structured_outputs.ReplyParams) and outputs.answer:
+        self.compile(outputs.answer)  # Says so if that is what is wrong.
       raise errors.InvalidRequestError(
         f'{outputs.shown(outputs.kind)}: {found}'
       )
@@ -144,7 +146,7 @@ class Grammars:
   def _compile(self, outputs: Params) -> Grammar | str:
     assert self._vocabulary is not None
     try:
-      text = texts.text_of(outputs, self._tokenizer.special_tokens)
+      text = texts.text_of(outputs, self._tokenizer.added_tokens)
     except errors.SarathiError:
       raise
     except (ValueError, RecursionError) as error:

@@ -4,7 +4,7 @@
 A structural tag says where in free text there is structure, as in calls of
 tools. There are two forms: {"structures": [{begin, schema, end}], "triggers":
 [...]}, and {"format": {...}}, which is made of what `_FORMATS` names, by
-xgrammar's meanings. Text that is a special token of the model may be written
+xgrammar's meanings. Text that is an added token of the model may be written
 as that token, or letter by letter.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import llguidance
 
 from sarathi_jax import errors
+from sarathi_jax import structured_outputs
 
 _ANY = '/(?s:.*)/'
 
@@ -26,12 +27,16 @@ class Writer:
   """Writes one grammar.
 
   Args:
-    special: the texts of the model's special tokens, by id.
+    added: the texts of the model's added tokens, by id; only as these tokens
+      does it write them.
+    answer: the name of the grammar that `ANSWER` stands for, in a tag of ours;
+      '' in one of a client's.
   """
 
-  def __init__(self, special: Mapping[int, str]) -> None:
-    self._special = {text: token for token, text in special.items()}
-    texts = sorted(map(re.escape, self._special), key=len, reverse=True)
+  def __init__(self, added: Mapping[int, str], answer: str = '') -> None:
+    self._answer = answer
+    self._added = {text: token for token, text in added.items()}
+    texts = sorted(map(re.escape, self._added), key=len, reverse=True)
     self._find = re.compile('|'.join(texts)) if texts else None
     self._rules: list[str] = []
 
@@ -50,6 +55,8 @@ class Writer:
   def _format(self, said: Any) -> str:
     """Returns a part of a rule that is what a format describes."""
     _check(isinstance(said, dict), f'{errors.shown(said)}: must be an object')
+    if self._answer and said == structured_outputs.ANSWER:
+      return f'@{self._answer}'
     kind = said.get('type')
     writer = _FORMATS.get(kind) if isinstance(kind, str) else None
     if writer is None:
@@ -65,27 +72,39 @@ class Writer:
     return name
 
   def _text(self, text: str) -> str:
-    """Returns a part that is a text."""
+    """Returns a part that is a text.
+
+    The lexer prefers what is longer, and never turns back. So in a tag of ours
+    a text that may stand beside an answer has its first character by itself, or
+    is a token: else an answer of which the first word begins the text could not
+    go on otherwise.
+    """
     if not text:
       return '""'
     parts, start = [], 0
     for match in self._find.finditer(text) if self._find else ():
       if match.start() > start:
         parts.append(_quoted(text[start : match.start()]))
-      token = self._special[match[0]]
-      parts.append(f'(<[{token}]> | {_quoted(match[0])})')
+      parts.append(self._token(match[0]))
       start = match.end()
+    if self._answer and not start:
+      parts, start = [_quoted(text[0])], 1
     if start < len(text):
       parts.append(_quoted(text[start:]))
     return ' '.join(parts)
+
+  def _token(self, text: str) -> str:
+    """Returns a part that is an added token, by its id or as a client may."""
+    token = f'<[{self._added[text]}]>'
+    return token if self._answer else f'({token} | {_quoted(text)})'
 
   def _until(self, end: str) -> str:
     """Returns a part that is any text up to some, and that."""
     if not end:
       return _ANY
     found = self._rule(f'{_ANY} {_quoted(end)}', '[lazy]')
-    if end in self._special:
-      return f'({_ANY} <[{self._special[end]}]> | {found})'
+    if end in self._added:
+      return f'({_ANY} <[{self._added[end]}]> | {found})'
     return found
 
   def _const_string(self, said: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from sarathi_jax.grammar import structural_tags
 # all the tokens of its rest: outputs have it in any tokens that spell it. After
 # all else, as the last word counts.
 _END = '\n%llguidance {"no_forcing": true}'
+_ANSWER = 'answer'  # the name of a grammar within another
 # What Rust's regular expressions give a meaning; `re.escape` has more.
 _META = re.compile(r'[\\.+*?()|\[\]{}^$#&\-~/]')
 _OPTIONS = 'x-guidance'  # of a schema, in llguidance's own words
@@ -27,30 +28,40 @@ _OPTIONS = 'x-guidance'  # of a schema, in llguidance's own words
 
 def text_of(
   outputs: structured_outputs.StructuredOutputsParams,
-  special: Mapping[int, str],
+  added: Mapping[int, str],
 ) -> str:
-  """Returns a grammar in Lark's syntax; whether it is sound, llguidance tells.
+  """Returns a grammar as llguidance reads it, which tells whether it is sound.
 
   Args:
     outputs: what it is to be of.
-    special: the texts of the model's special tokens, by id.
+    added: the texts of the model's added tokens, by id.
 
   Raises:
     InvalidRequestError: it can't be written.
   """
-  text = _lark_of(outputs, special)
-  if not multiples.are_small(text):
+  parts = [_lark_of(outputs, added)]
+  if isinstance(outputs, structured_outputs.ReplyParams) and outputs.answer:
+    text_of(outputs.answer, added)  # By itself, so that errors name it.
+    parts.append(_lark_of(outputs.answer, added))
+  if not multiples.are_small('\n'.join(parts)):
     raise errors.InvalidRequestError(
       f'{outputs.shown(outputs.kind)}: multipleOf is too large; the '
       'least common multiple of all, without a power of ten, must be at most '
       f'{multiples.MOST}.'
     )
-  return llguidance.LLMatcher.grammar_from_lark(text + _END)
+  around, *inner = (part + _END for part in parts)
+  if not inner:
+    return llguidance.LLMatcher.grammar_from_lark(around)
+  grammars = [
+    {'lark_grammar': around},
+    *({'lark_grammar': part, 'name': _ANSWER} for part in inner),
+  ]
+  return json.dumps({'grammars': grammars})
 
 
 def _lark_of(
   outputs: structured_outputs.StructuredOutputsParams,
-  special: Mapping[int, str],
+  added: Mapping[int, str],
 ) -> str:
   match outputs.kind:
     case 'json':
@@ -72,7 +83,8 @@ def _lark_of(
     case 'grammar':
       return _lark(outputs)
   assert outputs.structural_tag is not None
-  writer = structural_tags.Writer(special)
+  is_reply = isinstance(outputs, structured_outputs.ReplyParams)
+  writer = structural_tags.Writer(added, _ANSWER if is_reply else '')
   return writer.write(json.loads(outputs.structural_tag))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sarathi_jax.text import tokenizer
+from sarathi_jax.text import prompts as prompts_lib
 
 
-def listed(prompts: Any) -> list[tokenizer.Prompt]:
+def listed(prompts: Any) -> list[prompts_lib.Prompt]:
   """Returns one prompt or several as a list of prompts, without arrays.
 
   Args:
@@ -52,7 +52,7 @@ def _is_vllms(prompt: Any) -> bool:
   )
 
 
-def _prompt(prompt: Any) -> tokenizer.Prompt:
+def _prompt(prompt: Any) -> prompts_lib.Prompt:
   if _is_vllms(prompt):
     (prompt,) = map(_plain, prompt.values())
-  return tokenizer.checked(prompt)
+  return prompts_lib.checked(prompt)

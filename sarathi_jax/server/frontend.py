@@ -33,9 +33,9 @@ from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
 from sarathi_jax.server.queue import outbox
-from sarathi_jax.text import tokenizer as tokenizer_lib
+from sarathi_jax.text import prompts as prompts_lib
 
-Prompt = tokenizer_lib.Prompt
+Prompt = prompts_lib.Prompt
 _LEAST_CHAT = 2048  # bytes that reading one is taken for
 # What compiling a grammar is taken for: so many bytes, and so many a character.
 _LEAST_GRAMMAR, _GRAMMAR_CHAR = 2048, 4
@@ -325,7 +325,7 @@ class Frontend:
     if size is None:
       size = prompts.num_chars(prompt)
     # No chat at once, however short: what its template does is its own affair.
-    if prompts.is_chat(prompt):
+    if prompts_lib.is_chat(prompt):
       size = max(_LEAST_CHAT, size)
     size += sum(map(len, draft.sampling.bad_words))
     outputs = draft.sampling.structured_outputs

@@ -14,9 +14,9 @@ from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server.queue import admission
 from sarathi_jax.text import chats
-from sarathi_jax.text import tokenizer as tokenizer_lib
+from sarathi_jax.text import prompts as prompts_lib
 
-Prompt = tokenizer_lib.Prompt
+Prompt = prompts_lib.Prompt
 
 
 def prepare(
@@ -32,7 +32,7 @@ def prepare(
   """
   max_model_len = engine.info.max_model_len
   check_size(prompt, limits, max_model_len)
-  request = tokenizer_lib.with_prompt(draft, engine.tokenizer, prompt)
+  request = prompts_lib.with_prompt(draft, engine.tokenizer, prompt)
   limits.check_sampling(request.sampling)  # as tools make more of it
   limits.check_prompt_tokens(len(request.prompt_token_ids), max_model_len)
   limits.check_n_tokens(request)
@@ -54,7 +54,7 @@ def check_size(
   parts = prompt.messages if isinstance(prompt, chats.Chat) else prompt
   if not len(parts):  # else a tokenizer may make a lone BOS of it
     raise errors.InvalidRequestError(f'prompt={parts!r}: must not be empty.')
-  if is_chat(prompt):
+  if prompts_lib.is_chat(prompt):
     limits.check('max_messages', len(parts), 'chat')
   elif not isinstance(prompt, str):
     limits.check_prompt_tokens(len(parts), max_model_len)
@@ -67,22 +67,12 @@ def check_size(
   limits.check_prompt_chars(num_chars(prompt), max_model_len)
 
 
-def is_chat(prompt: Prompt) -> bool:
-  """Whether a prompt is a chat, or a list of messages."""
-  parts: Any = prompt
-  return isinstance(prompt, chats.Chat) or (
-    not isinstance(prompt, str)
-    and len(prompt) > 0
-    and isinstance(parts[0], Mapping)
-  )
-
-
 def num_chars(prompt: Prompt) -> int:
   """Counts the characters of a text or of a chat, and ids as one each."""
   if isinstance(prompt, chats.Chat):
     more = (prompt.offered, prompt.chat_template_kwargs)
     return num_chars(prompt.messages) + sum(_measured(m)[0] for m in more)
-  if not is_chat(prompt):
+  if not prompts_lib.is_chat(prompt):
     return len(prompt)
   num, parts = 0, [prompt]
   while parts:  # of any JSON that messages have

@@ -1,58 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what an output with calls has to be, as a structural tag.
+"""Says what a reply has to be: its reasoning, its calls, or an answer.
 
 So a model that must call is held to the form in which it writes calls anyway,
-and the reader of replies needs no other.
+and the reader of replies needs no other. What a client asks of an answer holds
+for neither what the model thinks nor its calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+import json
+from typing import Any
 
-from sarathi_jax import types
+from sarathi_jax import errors
+from sarathi_jax import structured_outputs
 from sarathi_jax.text import chats
 from sarathi_jax.text import reply_formats
 
 _Format = dict[str, Any]
-
-
-class ToolOutputs(types.StructuredOutputsParams):
-  """What an output with calls has to be; errors name the tools."""
-
-  NAMES: ClassVar[Mapping[str, str]] = {'structural_tag': 'tools'}
+_Params = structured_outputs.StructuredOutputsParams
 
 
 def outputs_of(
-  formats: reply_formats.Formats, chat: chats.Chat, thinks: bool
-) -> ToolOutputs | None:
-  """Returns what the reply to a chat has to be; None for anything.
+  formats: reply_formats.Formats,
+  chat: chats.Chat | None,
+  prompt_end: str,
+  answer: _Params | None = None,
+) -> _Params | None:
+  """Returns what the reply to a prompt has to be; None for anything.
 
   Args:
     formats: how the model writes.
-    chat: the chat.
-    thinks: whether its prompt began the reasoning.
+    chat: the chat; None if there are no tools.
+    prompt_end: the last characters of the prompt, by which it is seen whether
+      the model thinks.
+    answer: what a client asks of an answer; None for anything. A structural tag
+      says of all but the reasoning what it is, calls as well.
+
+  Raises:
+    InvalidRequestError: it asks for calls that must be in two ways.
   """
-  form = formats.tools
+  reply = None
+  if chat is not None and formats.tools is not None and chat.callable:
+    reply = _with_calls(formats.tools, chat, answer)
+  has_calls = reply is not None
+  reasoning = _reasoning(formats.reasoning, prompt_end)
+  if reply is None:
+    if answer is None or not reasoning:
+      return answer
+    reply = {**structured_outputs.ANSWER}
+  tag: Any = {'format': _sequence(*reasoning, reply)}
+  return structured_outputs.ReplyParams(
+    structural_tag=tag, answer=answer, has_calls=has_calls
+  )
+
+
+def _with_calls(
+  form: reply_formats.ToolFormat, chat: chats.Chat, answer: _Params | None
+) -> _Format | None:
+  """Returns what a reply with calls has to be; None if tools don't say."""
   must_call = chat.tool_choice != chats.AUTO
   is_strict = any(map(_is_strict, chat.offered))
-  if form is None or not chat.callable or not (must_call or is_strict):
+  if answer is not None and answer.structural_tag is not None:
+    if must_call or is_strict:
+      raise errors.InvalidRequestError(
+        'tools: that must be called, or are strict, exclude '
+        f'{answer.named(answer.kind)} with a structural tag.'
+      )
     return None
-  tags = [
-    _tag(form.frame, tool, held=must_call or _is_strict(tool))
+  if not (must_call or is_strict or answer is not None):
+    return None
+  arguments = {
+    tool['function']['name']: _arguments(
+      tool, held=must_call or _is_strict(tool)
+    )
     for tool in chat.offered
     if tool['function']['name'] in chat.callable
-  ]
-  is_one = chat.named is not None or not chat.parallel_tool_calls
-  reply = (
-    _sequence(*_calls(form.frame, tags, is_one))
-    if must_call
-    else _maybe_calls(form, tags, is_one)
-  )
-  tag: Any = {
-    'format': _sequence(*_reasoning(formats.reasoning, thinks), reply)
   }
-  return ToolOutputs(structural_tag=tag)
+  tags = [_tag(form.frame, *item) for item in arguments.items()]
+  is_one = chat.named is not None or not chat.parallel_tool_calls
+  calls = _sequence(*_calls(form.frame, tags, is_one))
+  if must_call:  # There is no answer then.
+    return calls
+  if answer is None:
+    return _maybe_calls(form, tags, is_one)
+  if form.is_bare:
+    calls = _or(*(_object(form.frame, *item) for item in arguments.items()))
+  return _or(calls, {**structured_outputs.ANSWER})
 
 
 def _calls(
@@ -97,35 +131,54 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
   return bool(tool['function'].get('strict'))
 
 
-def _tag(
-  frame: reply_formats.Frame, tool: Mapping[str, Any], held: bool
-) -> _Format:
-  """Returns a call of a tool, with arguments of its schema, if held to it."""
-  function = tool['function']
-  schema = function.get('parameters') if held else {}
+def _arguments(tool: Mapping[str, Any], held: bool) -> _Format:
+  """Returns the schema of a tool's arguments: its own, if held to it."""
+  schema = tool['function'].get('parameters') if held else {}
   if held and not schema:
     schema = {'properties': {}, 'additionalProperties': False}
+  return {'type': 'object', **schema}
+
+
+def _tag(frame: reply_formats.Frame, name: str, arguments: _Format) -> _Format:
+  """Returns a call of a tool."""
   return {
     'type': 'tag',
-    'begin': f'{frame.begin}{function["name"]}{frame.middle}',
-    'content': {
-      'type': 'json_schema',
-      'json_schema': {'type': 'object', **schema},
-    },
+    'begin': f'{frame.begin}{name}{frame.middle}',
+    'content': {'type': 'json_schema', 'json_schema': arguments},
     'end': frame.end,
   }
 
 
+def _object(
+  frame: reply_formats.Frame, name: str, arguments: _Format
+) -> _Format:
+  """Returns a call that is an object, told from an answer as objects are.
+
+  Between texts, of which one begins another, the longer one would be preferred.
+  """
+  call = json.loads(f'{frame.begin}{name}{frame.middle}null{frame.end}')
+  schema = {
+    'type': 'object',
+    'properties': {
+      key: arguments if value is None else {'const': value}
+      for key, value in call.items()
+    },
+    'required': [*call],
+    'additionalProperties': False,
+  }
+  return {'type': 'json_schema', 'json_schema': schema}
+
+
 def _reasoning(
-  form: reply_formats.ReasoningFormat | None, thinks: bool
+  form: reply_formats.ReasoningFormat | None, prompt_end: str
 ) -> list[_Format]:
   """Returns what may come before the reply."""
-  if form is None:
+  if form is None or form.is_over(prompt_end):
     return []
   # No more, as small models never end it.
   space = {'type': 'regex', 'pattern': r'[ \t\r\n]{0,4}'}
   thought = [_until(form.end), space]
-  if thinks:
+  if form.is_begun(prompt_end):
     return thought
   return [_or(_sequence(_text(form.begin), *thought), _text(''))]
 

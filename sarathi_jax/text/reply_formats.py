@@ -79,6 +79,14 @@ class ReasoningFormat(NamedTuple):
   begin: str
   end: str
 
+  def is_begun(self, prompt_end: str) -> bool:
+    """Whether a prompt that ends so has it think."""
+    return prompt_end.rstrip().endswith(self.begin)
+
+  def is_over(self, prompt_end: str) -> bool:
+    """Whether a prompt that ends so has it think no more."""
+    return prompt_end.rstrip().endswith(self.end)
+
 
 # In the order in which their words are looked for: templates of the later rows
 # may be modelled on the earlier ones' models.

@@ -40,10 +40,8 @@ class ReplyReader(call_readers.Caller):
   ) -> None:
     self._formats = formats
     self._tools = tools
-    self._thinks = (
-      formats.reasoning is not None
-      and prompt_end.rstrip().endswith(formats.reasoning.begin)
-    )
+    reasoning = formats.reasoning
+    self._thinks = reasoning is not None and reasoning.is_begun(prompt_end)
     self._most_calls = None if parallel else 1
     self._source = incremental.Source()
     self._content: list[str] = []

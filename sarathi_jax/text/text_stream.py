@@ -40,13 +40,14 @@ class Pieces:
   """The bytes of a tokenizer's tokens.
 
   Attributes:
-    special: texts of the special tokens, by id.
+    added: texts of the tokens that only their whole texts are, by id.
+    special: those of them that are left out of a text.
   """
 
   def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
     self._tokenizer = tokenizer
     added = tokenizer.get_added_tokens_decoder()
-    self._added = {token: piece.content for token, piece in added.items()}
+    self.added = {token: piece.content for token, piece in added.items()}
     self.special = {
       token: piece.content for token, piece in added.items() if piece.special
     }
@@ -57,8 +58,8 @@ class Pieces:
 
   def bytes_of(self, token: int) -> bytes:
     """Returns the bytes that a token adds to the text; b'' if it is unknown."""
-    if token in self._added:
-      return self._added[token].encode()
+    if token in self.added:
+      return self.added[token].encode()
     piece = self._tokenizer.id_to_token(token) or ''
     if self._is_byte_level and all(c in _ALPHABET for c in piece):
       return bytes(_ALPHABET[c] for c in piece)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 import copy
 import dataclasses
-import operator
 import pathlib
 from typing import Any
 
@@ -187,29 +186,17 @@ class Tokenizer:
 
   def prepare(self, request: types.Request, chat: chats.Chat) -> types.Request:
     """Returns a chat's request so that its reply can be read, and has to be
-    what its tools ask for.
+    what it and its tools ask for.
 
     Raises:
-      UnsupportedError: it asks for calls that can't be.
+      InvalidRequestError: it asks for calls that can't be.
     """
     if chat.offered and self._formats.tools is None:
       raise errors.UnsupportedError(
         "tools: how this model writes calls of tools can't be told from its "
         'chat template; whoever serves it may say so by tool_parser.'
       )
-    reasoning = self._formats.reasoning
-    thinks = reasoning is not None and (
-      self._end_of(request.prompt_token_ids).rstrip().endswith(reasoning.begin)
-    )
-    sampling = request.sampling
-    outputs = call_tags.outputs_of(self._formats, chat, thinks)
-    if outputs is not None:
-      if sampling.structured_outputs is not None:
-        raise errors.InvalidRequestError(
-          'tools: that must be called, or are strict, exclude '
-          'structured_outputs and response_format.'
-        )
-      sampling = dataclasses.replace(sampling, structured_outputs=outputs)
+    request = self.after_reasoning(request, chat)
     marks = [
       *(
         self._formats.tools.marks
@@ -222,9 +209,29 @@ class Tokenizer:
     special = self.special_tokens
     return dataclasses.replace(
       request,
-      sampling=sampling,
       shown_token_ids=tuple(i for i in ids if i is not None and i in special),
     )
+
+  def after_reasoning(
+    self, request: types.Request, chat: chats.Chat | None = None
+  ) -> types.Request:
+    """Returns a request whose grammar begins where the model's reasoning ends.
+
+    Args:
+      request: the request.
+      chat: its chat; None if there are no tools.
+
+    Raises:
+      InvalidRequestError: see `call_tags.outputs_of`.
+    """
+    before = request.sampling.structured_outputs
+    outputs = call_tags.outputs_of(
+      self._formats, chat, self._end_of(request.prompt_token_ids), before
+    )
+    if outputs is before:
+      return request
+    sampling = dataclasses.replace(request.sampling, structured_outputs=outputs)
+    return dataclasses.replace(request, sampling=sampling)
 
   def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
     # A batch, as the library's `encode` lets no other thread run; `fast`
@@ -258,6 +265,11 @@ class Tokenizer:
     return text
 
   @property
+  def added_tokens(self) -> Mapping[int, str]:
+    """The texts of tokens that only these are, special or not, by id."""
+    return self._pieces.added
+
+  @property
   def special_tokens(self) -> Mapping[int, str]:
     """The texts of the special tokens, by id."""
     return self._pieces.special
@@ -286,73 +298,3 @@ def encode_all(tokenizer: tokenizers.Tokenizer) -> bool:
   if varies:
     model.dropout = None
   return was_set
-
-
-def checked(prompt: Any) -> Prompt:
-  """Returns `prompt` if it may be one; its content is checked when encoded.
-
-  Raises:
-    InvalidRequestError: it is neither a text nor a list.
-  """
-  if isinstance(prompt, (str, chats.Chat)) or (
-    isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))
-  ):
-    return prompt
-  raise _wrong(prompt)
-
-
-def _wrong(prompt: Any) -> errors.InvalidRequestError:
-  return errors.InvalidRequestError(
-    f'prompt={errors.shown(prompt)}: must be a text, a list of token ids, or a '
-    'list of messages.'
-  )
-
-
-def with_prompt(
-  request: types.Request, tokenizer: Tokenizer | None, prompt: Prompt
-) -> types.Request:
-  """Returns a request for the continuation of a prompt.
-
-  Raises:
-    InvalidRequestError: see `encode_prompt`; or it can't be asked for so.
-  """
-  request = dataclasses.replace(
-    request, prompt_token_ids=encode_prompt(tokenizer, prompt)
-  )
-  if isinstance(prompt, chats.Chat) and tokenizer is not None:
-    request = tokenizer.prepare(request, prompt)
-  return request
-
-
-def encode_prompt(
-  tokenizer: Tokenizer | None, prompt: Prompt
-) -> tuple[int, ...]:
-  """Returns the token ids of a text, of a chat, or of token ids.
-
-  Raises:
-    InvalidRequestError: it is none of these, or there is no tokenizer.
-  """
-  prompt = checked(prompt)
-  is_chat = isinstance(prompt, chats.Chat) or (
-    not isinstance(prompt, str)
-    and len(prompt) > 0
-    and isinstance(prompt[0], Mapping)
-  )
-  if isinstance(prompt, str) or is_chat:
-    if not prompt:
-      # The tokenizer itself might add a token that starts a text.
-      raise errors.InvalidRequestError("prompt='': must not be empty.")
-    if tokenizer is None:
-      raise errors.UnsupportedError(
-        'prompt: this model has no tokenizer; send token ids.'
-      )
-    if is_chat:
-      return tokenizer.apply_chat_template(prompt)  # type: ignore
-    return tokenizer.encode(prompt)  # type: ignore
-  ids: Any = prompt
-  if any(isinstance(token, bool) for token in ids):
-    raise _wrong(prompt)
-  try:
-    return tuple(map(operator.index, ids))
-  except TypeError:
-    raise _wrong(prompt) from None

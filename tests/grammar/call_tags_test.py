@@ -54,7 +54,7 @@ def grammars() -> compiler.Grammars:
 
 def drawn(formats: reply_formats.Formats, chat: Any, seed: int) -> Any:
   """The reply that a random output of a chat is; None if it has no end."""
-  outputs = call_tags.outputs_of(formats, chat, False)
+  outputs = call_tags.outputs_of(formats, chat, '')
   assert outputs is not None
   tokenizer = grammars()._tokenizer
   thought = f'<think>{seed}</think>' if formats.reasoning else ''
@@ -115,7 +115,7 @@ def test_strict_tools_are_called_by_their_schema(name: str) -> None:
     messages=MESSAGES,
     tools=[tool('weather', parameters=SCHEMA, strict=True), tool('now')],
   )
-  outputs = call_tags.outputs_of(formats, chat, False)
+  outputs = call_tags.outputs_of(formats, chat, '')
   assert outputs is not None
   frame = formats.tools.frame  # type: ignore[union-attr]
 
@@ -141,13 +141,15 @@ def accepts(outputs: Any, text: str) -> bool:
   tokenizer = grammars()._tokenizer
   for token in tokenizer.encode(text, add_special_tokens=False):
     (mask,) = grammars().masks([matcher])
-    if matcher.is_over or token not in walks.allowed(mask, 320):
+    if matcher.is_over or token not in walks.allowed(
+      mask, grammars()._vocab_size
+    ):
       return False
     matcher.consume([token])
   if matcher.is_over:
     return True
   (mask,) = grammars().masks([matcher])
-  return walks.EOS in walks.allowed(mask, 320)
+  return walks.EOS in walks.allowed(mask, grammars()._vocab_size)
 
 
 def test_nothing_has_to_be_where_nothing_must_be_called() -> None:
@@ -158,4 +160,4 @@ def test_nothing_has_to_be_where_nothing_must_be_called() -> None:
     {},
   ):
     chat = chats.Chat(messages=MESSAGES, **options)  # type: ignore[arg-type]
-    assert call_tags.outputs_of(formats, chat, False) is None
+    assert call_tags.outputs_of(formats, chat, '') is None

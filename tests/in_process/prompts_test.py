@@ -11,7 +11,7 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax.in_process import prompts
-from sarathi_jax.text import tokenizer
+from sarathi_jax.text import prompts as prompts_lib
 
 CHAT = [{'role': 'user', 'content': 'x'}]
 
@@ -82,10 +82,10 @@ def test_what_is_no_prompt_is_refused_by_what_it_is(given: Any) -> None:
   with pytest.raises(errors.InvalidRequestError, match=r'^prompt=.*must be a'):
     for prompt in prompts.listed(given):
       if not isinstance(prompt, str):
-        tokenizer.encode_prompt(None, prompt)
+        prompts_lib.encode_prompt(None, prompt)
 
 
 def test_a_large_prompt_is_not_repeated_in_an_error() -> None:
   with pytest.raises(errors.InvalidRequestError) as caught:
-    tokenizer.encode_prompt(None, [1.5] * 10**6)  # type: ignore[list-item]
+    prompts_lib.encode_prompt(None, [1.5] * 10**6)  # type: ignore[list-item]
   assert len(str(caught.value)) < 300

@@ -10,6 +10,7 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.engine import following
 from sarathi_jax.text import chat as chat_lib
 from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import tokenizer_fixture
@@ -84,3 +85,25 @@ def test_parsers_are_the_engines(make_llm: Any, params: Any) -> None:
   for name in ('tool_parser', 'reasoning_parser'):
     with pytest.raises(errors.ConfigError, match=f"{name}='x': must be one"):
       make_llm(params, **{name: 'x'})
+
+
+def test_an_answer_begins_after_the_reasoning(
+  llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Which this template opens, and which this model does not end."""
+  made = tokenizer_lib.Tokenizer.copy_of(
+    tokenizer_fixture.make(),
+    chat_lib.ChatTemplate('{{ messages[0].content }}</think><think>', {}),
+  )
+  monkeypatch.setattr(llm.engine, 'tokenizer', made)
+  monkeypatch.setattr(
+    llm.engine, '_following', following.Following(made, llm.engine.info)
+  )
+  yes = types.SamplingParams(
+    temperature=0, max_tokens=4, structured_outputs={'regex': 'yes+'}
+  )
+  (done,) = llm.chat(CHAT, yes)
+  assert done.reply.content == '' and len(done.token_ids) == 4
+  assert not done.text.startswith('yes')
+  (done,) = llm.generate(['a fox<think>'], yes)
+  assert done.text.startswith('yes')

@@ -423,15 +423,6 @@ def test_schemas_that_are_none(served: Served) -> None:
   status, message, param = served.client.refused(CHAT, {**BODY, **more})
   assert (status, param) == (400, 'tools') and 'strin' in message, message
   assert asked(served, tools=[bad])  # of which nobody makes a grammar
-  status, message, param = served.client.refused(
-    CHAT,
-    {
-      **BODY,
-      'tool_choice': 'required',
-      'response_format': {'type': 'json_object'},
-    },
-  )
-  assert (status, param) == (400, 'tools') and 'exclude' in message
 
 
 def test_too_large_a_grammar_is_told_by_the_field(tmp_path: Any) -> None:

@@ -170,7 +170,7 @@ def test_every_field_arrives() -> None:
     *(
       (field, value)
       for field, value in sampling_fields.NOT_SUPPORTED
-      if value and field in _NAMES - {*vllm_engine._NO_EFFECT}
+      if value and field in _NAMES - {vllm_engine._NO_EFFECT}
     ),
     ('json_schema', '{'),
     ('json_schema', '{"type": "strin"}'),

@@ -66,8 +66,9 @@ _OF_A_CALL = re.compile(
   r'(?P<call>.+?)(-p\d+)?-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}'
 )
 _MAX_CALL_CHARS = 128
-# About the text, which the client makes; grammars begin with the first token.
-_NO_EFFECT = ('spaces_between_special_tokens', 'grammar_from_first_token')
+# About the text, which the client makes.
+_NO_EFFECT = 'spaces_between_special_tokens'
+_AT_ONCE = 'grammar_from_first_token'
 # Names of its constraints -> those of `StructuredOutputsParams`, if others.
 _FIELDS = {'json_schema': 'json'}
 # Fields of GenerateRequest that are set only for what this engine does not do.
@@ -86,6 +87,13 @@ class _Constraint(types.StructuredOutputsParams):
   NAMES: ClassVar[Mapping[str, str]] = {
     name: name for name in structured_outputs.KINDS
   } | {ours: theirs for theirs, ours in _FIELDS.items()}
+  AFTER_REASONING: ClassVar[bool] = True
+
+
+class _AtOnce(_Constraint):
+  """The same, from the first token: the gateway has cared for reasoning."""
+
+  AFTER_REASONING: ClassVar[bool] = False
 
 
 class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]
@@ -407,8 +415,9 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
       outputs: Any = {_FIELDS.get(field.name, field.name): value}
       if field.name == 'choice':
         outputs = {'choice': tuple(value.choices)}
-      fields['structured_outputs'] = _Constraint(**outputs)
-    elif field.name not in _NO_EFFECT:
+      kind = _AtOnce if message.grammar_from_first_token else _Constraint
+      fields['structured_outputs'] = kind(**outputs)
+    elif field.name not in (_NO_EFFECT, _AT_ONCE):
       plain = {'logit_bias': dict, 'stop': tuple, 'stop_token_ids': tuple}
       fields[field.name] = plain.get(field.name, lambda v: v)(value)
   for name, default in _FOR_ZERO.items():
