@@ -182,16 +182,16 @@ class Grammars:
 
 @functools.cache
 def _limits() -> llguidance.LLParserLimits:
-  """Returns bounds of time and memory, a tenth to a half of the defaults.
+  """Returns bounds of time and memory, a fifth to a half of the defaults.
 
-  Fuel is of regular expressions. Without the bounds, one of 15 characters took
-  165 MB, outputs grew to 110 MB each, and a mask took 2.6 s. With 131,072
-  tokens, grammars of 32,768 characters took up to 40,000 at first and 25,000 in
-  a step, and a string of at most 20,000 characters 4 states a character.
+  Fuel is of regular expressions. Without the bounds, outputs grew to 110 MB
+  each, and a mask took 2.6 s. With 131,072 tokens, grammars of 32,768
+  characters took up to 500,000 at first (all parts of a text) and 25,000 in a
+  step, and a string of at most 20,000 characters 4 states a character.
   """
   return llguidance.LLParserLimits(
     verbose_errors=False,
-    initial_lexer_fuel=100_000,
+    initial_lexer_fuel=500_000,
     step_lexer_fuel=100_000,
     max_lexer_states=65_536,
     step_max_items=10_000,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+import random
 import resource
 import time
 from typing import Any
@@ -129,7 +130,7 @@ def test_as_much_is_kept_as_it_cost_to_compile(
   'said',
   [
     {'regex': '(' * 20_000 + 'a' + ')' * 20_000},
-    {'regex': '|'.join(f'(x{i}|y)+[a-z]{{1,9}}' for i in range(9000))},
+    {'regex': '|'.join(f'(x{i}|y)+[a-z]{{1,9}}' for i in range(60_000))},
   ],
 )
 def test_what_takes_too_much_to_be_compiled_is_refused(
@@ -137,3 +138,28 @@ def test_what_takes_too_much_to_be_compiled_is_refused(
 ) -> None:
   with pytest.raises(errors.InvalidRequestError):
     _grammars().compile(Params(**said))
+
+
+_LETTERS = ''.join(random.Random(0).choices('abcdefghij ', k=32_000))
+
+
+@pytest.mark.parametrize(
+  'said',
+  [
+    {'grammar': f'start: %regex {{"substring_chars": "{_LETTERS}"}}'},
+    {'choice': [_LETTERS[i : i + 8] for i in range(0, 32_000, 8)]},
+    {'json': {'const': '日' * 10_000}},
+    {'json': {'type': 'object', 'properties': {
+      f'p{i}': {'type': 'string', 'pattern': f'^[a-z]{{1,{i + 1}}}$'}
+      for i in range(200)}}},
+    {'json': {'type': 'string', 'minLength': 9_999, 'maxLength': 30_000}},
+  ],
+)  # fmt: skip
+def test_what_is_large_but_plain_is_compiled(said: dict[str, Any]) -> None:
+  of = _grammars()
+  matcher = of.compile(Params(**said)).matchers(types.SamplingParams())[0]
+  for _ in range(40):
+    matcher.consume([walks.allowed(of.masks([matcher])[0], 320)[-1]])
+    if matcher.is_over:
+      break
+  assert not matcher.fault
