@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import uuid
 
 import pytest
@@ -169,3 +171,13 @@ def test_model_info_and_stats(server: fake.RunningServer) -> None:
   assert list(info.eos_token_ids) == [60]
   stats = server.stats()
   assert (stats.num_pages, stats.num_free_pages) == (64, 64)
+
+
+def test_a_recommendation_beyond_32_bits_is_told_as_the_largest() -> None:
+  recommended = {'top_k': 2**40, 'temperature': 0.5}
+  make = functools.partial(fake.make_engine, default_sampling=recommended)
+  with contextlib.closing(fake.RunningServer(make)) as running:
+    info = running.stub.GetModelInfo(pb.GetModelInfoRequest())
+  assert info.default_sampling == pb.SamplingParams(
+    top_k=2**31 - 1, temperature=0.5
+  )

@@ -46,6 +46,9 @@ _STATS = tuple(
   if field.name not in OWN_STATS
 )
 
+# A recommended `top_k` beyond all vocabularies is as good as this.
+_MAX_INT = 2**31 - 1
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -97,9 +100,13 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
   ) -> pb.GetModelInfoResponse:
     async with status.reported(context):
       engine = self._frontend.engine
+      recommended: dict[str, Any] = {
+        name: min(value, _MAX_INT) if type(value) is int else value
+        for name, value in engine.info.default_sampling.items()
+      }
       return pb.GetModelInfoResponse(
         has_tokenizer=engine.tokenizer is not None,
-        default_sampling=pb.SamplingParams(**engine.info.default_sampling),
+        default_sampling=pb.SamplingParams(**recommended),
         **{name: getattr(engine.info, name) for name in _MODEL_INFO},
       )
 
