@@ -38,7 +38,8 @@ class Grammar:
 
   Args:
     inner: llguidance's, at the beginning.
-    eos_token_ids: the model's.
+    num_words: of its masks.
+    eos_token_ids: those of the vocabulary.
     is_empty: whether only an empty output fits.
 
   Attributes:
@@ -48,10 +49,12 @@ class Grammar:
   def __init__(
     self,
     inner: llguidance.LLMatcher,
+    num_words: int,
     eos_token_ids: tuple[int, ...],
     is_empty: bool,
   ) -> None:
     self._inner = inner
+    self._num_words = num_words
     self._eos_token_ids = eos_token_ids
     self.is_empty = is_empty
 
@@ -64,7 +67,9 @@ class Grammar:
     )
     allowance = matcher_lib.Allowance()
     return [
-      matcher_lib.Matcher(self._inner.deep_copy(), ends, allowance)
+      matcher_lib.Matcher(
+        self._inner.deep_copy(), self._num_words, ends, allowance
+      )
       for _ in range(sampling.n)
     ]
 
@@ -135,13 +140,16 @@ class Grammars:
       [len(matchers), ceil(V / 32)] int32: token i is bit i % 32 of word
       i // 32. Bits beyond V may be anything.
     """
-    assert self._vocabulary is not None
-    num_words = -(-self._vocabulary.vocab_size // 32)
-    found = np.zeros((len(matchers), num_words), np.int32)
+    found = np.empty((len(matchers), self._num_words), np.int32)
     # One by one: its own threads took 2 to 7 times as long on two cores.
     for matcher, mask in zip(matchers, found, strict=True):
       matcher.fill(mask)
     return found[:, : -(-self._vocab_size // 32)]
+
+  @property
+  def _num_words(self) -> int:
+    assert self._vocabulary is not None
+    return -(-self._vocabulary.vocab_size // 32)
 
   def _compile(self, outputs: Params) -> Grammar | str:
     assert self._vocabulary is not None
@@ -166,7 +174,8 @@ class Grammars:
     if not begin:
       return 'no token of this model begins such an output.'
     is_empty = begin.issubset(self._eos_token_ids)
-    return Grammar(inner, self._eos_token_ids, is_empty)
+    eos = vocabulary.ends(self._vocab_size, self._eos_token_ids)
+    return Grammar(inner, self._num_words, eos, is_empty)
 
   def _keep(
     self, outputs: Params, found: Grammar | str, seconds: float

@@ -55,6 +55,7 @@ class Matcher:
 
   Args:
     inner: llguidance's, at the beginning of the output; is this one's alone.
+    num_words: of a mask, ceil(V / 32), with V that of llguidance's vocabulary.
     ends: see `Ends`.
     allowance: of its request.
 
@@ -63,22 +64,39 @@ class Matcher:
   """
 
   def __init__(
-    self, inner: llguidance.LLMatcher, ends: Ends, allowance: Allowance
+    self,
+    inner: llguidance.LLMatcher,
+    num_words: int,
+    ends: Ends,
+    allowance: Allowance,
   ) -> None:
     self.inner = inner
     self.num_consumed = 0
+    self._num_words = num_words
+    self._allowed: np.ndarray | None = None  # by the grammar, next
     self._ends = ends
     self._allowance = allowance
 
   def consume(self, tokens: Sequence[int]) -> None:
     """Takes in what was sampled; what it doesn't allow is a `fault`."""
+    self._allowed = None
     self.inner.consume_tokens(list(tokens))
     self.num_consumed += len(tokens)
 
   @property
   def is_over(self) -> bool:
-    """Whether nothing may come any more, at the grammar's end or by a fault."""
-    return self._allowance.is_spent or self.inner.is_stopped()
+    """Whether nothing may come any more, at the grammar's end or by a fault.
+
+    Of some ends llguidance tells but by the mask: then the model's own may
+    come, and no other token; whatever rules that out, the output is over.
+    """
+    if self._allowance.is_spent or self.inner.is_stopped():
+      return True
+    if not self.num_consumed or not self.inner.is_accepting():
+      return False
+    rest = self._mask().copy()
+    _clear(rest, self._ends.eos)
+    return self._allowance.is_spent or not rest.any()
 
   @property
   def fault(self) -> str:
@@ -86,30 +104,32 @@ class Matcher:
     return self.inner.get_error() or _SLOW * self._allowance.is_spent
 
   def fill(self, mask: np.ndarray) -> None:
-    """Says which tokens may come next. Computes without the interpreter.
+    """Says which tokens may come next.
 
     Args:
-      mask: [ceil(V / 32)] int32, see `Grammars.masks`.
+      mask: [num_words] int32, see `Grammars.masks`.
     """
-    began = time.thread_time()
-    self.inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-    self._allowance.take(time.thread_time() - began)
-    self._mend(mask)
-
-  def _mend(self, mask: np.ndarray) -> None:
-    """Makes a mask of the grammar's one of the request's."""
+    mask[:] = self._mask()
     ends = self._ends
-    if not (ends.others or ends.ignores_eos):
-      return
     if ends.others and self.inner.is_accepting():
       for token in ends.others:
         mask[token // 32] |= _bit(token)
     if ends.ignores_eos:
-      kept = mask.copy()
-      for token in ends.eos:
-        kept[token // 32] &= ~_bit(token)
-      if kept.any():  # else only an empty output would do
-        mask[:] = kept
+      _clear(mask, ends.eos)
+
+  def _mask(self) -> np.ndarray:
+    """Returns the grammar's own mask; computes it without the interpreter."""
+    if self._allowed is None:
+      self._allowed = mask = np.zeros(self._num_words, np.int32)
+      began = time.thread_time()
+      self.inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+      self._allowance.take(time.thread_time() - began)
+    return self._allowed
+
+
+def _clear(mask: np.ndarray, tokens: Sequence[int]) -> None:
+  for token in tokens:
+    mask[token // 32] &= ~_bit(token)
 
 
 def _bit(token: int) -> np.int32:

@@ -27,8 +27,7 @@ def read(
   Returns:
     One of V tokens or more; what is beyond them, no output can have.
   """
-  # It needs an end; where the model has none, one beyond its tokens.
-  eos = eos_token_ids or (vocab_size,)
+  eos = ends(vocab_size, eos_token_ids)
   num = max(vocab_size, *(token + 1 for token in eos))
   options: dict[str, Any] = {'n_vocab': num, 'eos_token': list(eos)}
   try:
@@ -39,6 +38,11 @@ def read(
     return llguidance.LLTokenizer(
       llguidance.TokenizerWrapper(pieces), **options
     )
+
+
+def ends(vocab_size: int, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns a vocabulary's ends: the model's; else one beyond its tokens."""
+  return eos_token_ids or (vocab_size,)
 
 
 class _Pieces:

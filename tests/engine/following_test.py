@@ -9,12 +9,15 @@ import itertools
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.models
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import fake_runner
 from sarathi_jax.grammar import matcher
+from sarathi_jax.text import tokenizer as tokenizer_lib
 from tests import naive
 from tests.engine import harness
 
@@ -279,6 +282,57 @@ def test_an_engine_may_have_none() -> None:
   engine._following._info = dataclasses.replace(engine.info, grammars=False)
   with pytest.raises(errors.UnsupportedError, match='grammars=False'):
     engine.check(request('a'))
+
+
+# After "5" only an end may come, which llguidance tells by the mask alone.
+_MULTIPLE = {
+  'json': {'type': 'number', 'multipleOf': 5, 'minimum': 0, 'maximum': 20}
+}
+
+
+@pytest.mark.parametrize('look_ahead', [True, False])
+@pytest.mark.parametrize('eos_token_ids', [(20,), ()])
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    {},
+    {'min_tokens': 5},
+    {'ignore_eos': True},
+    {'min_tokens': 5, 'stop_token_ids': (9,)},
+    {'bad_token_ids': (20,)},
+    {'n': 3},
+  ],
+)
+def test_an_output_ends_where_only_an_end_may_come(
+  sampling: Any, eos_token_ids: tuple[int, ...], look_ahead: bool
+) -> None:
+  """Whatever rules that end out; nor is it told, as elsewhere it is not."""
+  engine = harness.make_engine(
+    tokenizer=_digits(), look_ahead=look_ahead, eos_token_ids=eos_token_ids
+  )
+  one = request('a', (2,), structured_outputs=_MULTIPLE, **sampling)
+  plain = request('p', (4,), structured_outputs=None, max_tokens=3)
+  engine.check(one)
+  engine.add(one)
+  engine.add(plain)
+  ends = []
+  for deltas in harness.finish(engine).values():
+    for delta in deltas:
+      if delta.finish_reason is not None:
+        ends.append((delta.request_id, delta.finish_reason))
+      if delta.request_id == 'a':
+        assert delta.token_ids == (5,)
+  n = sampling.get('n', 1)
+  assert sorted(ends) == [('a', STOP)] * n + [('p', LENGTH)]
+
+
+def _digits() -> tokenizer_lib.Tokenizer:
+  """A vocabulary in which tokens 0 to 9 are digits."""
+  words = {f'{i}' if i < 10 else f't{i}': i for i in range(harness.VOCAB_SIZE)}
+  made = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(words, unk_token='0')  # type: ignore[call-arg]
+  )
+  return tokenizer_lib.Tokenizer.copy_of(made)
 
 
 def test_an_empty_output() -> None:
