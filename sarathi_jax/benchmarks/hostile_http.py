@@ -77,6 +77,46 @@ _LARGE: Mapping[str, Callable[[], bytes]] = {
       }
     ).encode(),
   ),
+  'arguments of parts': lambda: _request(
+    _CHATS,
+    json.dumps(
+      {
+        'messages': [
+          {'role': 'user', 'content': 'x'},
+          {
+            'role': 'assistant',
+            'tool_calls': [
+              {
+                'function': {
+                  'name': 'f',
+                  'arguments': '{"a":[' + '[],' * 600_000 + '0]}',
+                }
+              }
+            ],
+          },
+        ],
+        **_ONE,
+      }
+    ).encode(),
+  ),
+  'prompts told often': lambda: _request(
+    _TEXTS,
+    json.dumps(
+      {
+        'prompt': [[5] * 100_000] * 8,
+        'n': 16,
+        'max_tokens': 1,
+        'return_token_ids': True,
+      }
+    ).encode(),
+  ),
+  'characters of many tokens': lambda: _request(
+    '/tokenize',
+    json.dumps(
+      {'prompt': '\U00020000' * 1_000_000, 'return_token_strs': True},
+      ensure_ascii=False,
+    ).encode(),
+  ),
   'ids to tokenize': lambda: _request(
     '/detokenize', json.dumps({'tokens': [-1] * 1_000_000}).encode()
   ),
@@ -93,6 +133,10 @@ _SERVED: Mapping[str, Callable[[], bytes]] = {
   ),
   '100,000 words to tokenize': lambda: _request(
     '/tokenize', json.dumps({'prompt': 'the ' * 100_000}).encode()
+  ),
+  '100,000 tokens to tell': lambda: _request(
+    '/tokenize',
+    json.dumps({'prompt': 'the ' * 50_000, 'return_token_strs': True}).encode(),
   ),
   '100,000 ids to detokenize': lambda: _request(
     '/detokenize', json.dumps({'tokens': [5] * 100_000}).encode()

@@ -93,7 +93,10 @@ class Engine:
       functools.partial(checks.bad_words_of, tokenizer)
     )
     self._has_special = functools.lru_cache(_KEPT_WORDS)(
-      functools.partial(detokenizer.has_special, tokenizer)
+      functools.partial(
+        detokenizer.has_special,
+        tokenizer.special_tokens.values() if tokenizer else (),
+      )
     )
     self._following = following.Following(tokenizer, info)
     self._scheduler = scheduler

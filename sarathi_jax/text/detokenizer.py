@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from sarathi_jax import types
@@ -56,14 +56,11 @@ class _Pending(NamedTuple):
 _NONE = _Pending('', '')
 
 
-def has_special(
-  tokenizer: tokenizer_lib.Tokenizer, stops: tuple[str, ...]
-) -> bool:
+def has_special(special: Collection[str], stops: tuple[str, ...]) -> bool:
   """Whether a stop string has the text of a special token in it."""
   joined = '\0'.join(stops)  # Most are in none, which one search tells.
   return any(
-    text in joined and any(text in stop for stop in stops)
-    for text in tokenizer.special_tokens.values()
+    text in joined and any(text in stop for stop in stops) for text in special
   )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import operator
 from typing import Any
@@ -40,14 +40,21 @@ def with_prompt(
   request: types.Request,
   tokenizer: tokenizer_lib.Tokenizer | None,
   prompt: Prompt,
+  check: Callable[[int], None] | None = None,
 ) -> types.Request:
   """Returns a request for the continuation of a prompt.
+
+  Args:
+    request: how to continue it.
+    tokenizer: the model's, if it has one.
+    prompt: what to continue.
+    check: see `Tokenizer.encode`.
 
   Raises:
     InvalidRequestError: see `encode_prompt`; or it can't be asked for so.
   """
   request = dataclasses.replace(
-    request, prompt_token_ids=encode_prompt(tokenizer, prompt)
+    request, prompt_token_ids=encode_prompt(tokenizer, prompt, check)
   )
   if tokenizer is None:
     return request
@@ -70,7 +77,9 @@ def is_chat(prompt: Prompt) -> bool:
 
 
 def encode_prompt(
-  tokenizer: tokenizer_lib.Tokenizer | None, prompt: Prompt
+  tokenizer: tokenizer_lib.Tokenizer | None,
+  prompt: Prompt,
+  check: Callable[[int], None] | None = None,
 ) -> tuple[int, ...]:
   """Returns the token ids of a text, of a chat, or of token ids.
 
@@ -88,8 +97,8 @@ def encode_prompt(
         'prompt: this model has no tokenizer; send token ids.'
       )
     if has_messages:
-      return tokenizer.apply_chat_template(prompt)  # type: ignore
-    return tokenizer.encode(prompt)  # type: ignore
+      return tokenizer.apply_chat_template(prompt, check)  # type: ignore
+    return tokenizer.encode(prompt, check=check)  # type: ignore
   ids: Any = prompt
   if any(isinstance(token, bool) for token in ids):
     raise _wrong(prompt)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import copy
 import dataclasses
 import pathlib
@@ -93,14 +93,23 @@ class Tokenizer:
     return made
 
   def encode(
-    self, text: str, add_special_tokens: bool = True
+    self,
+    text: str,
+    add_special_tokens: bool = True,
+    check: Callable[[int], None] | None = None,
   ) -> tuple[int, ...]:
     """Returns a prompt's token ids, with the special tokens that start one.
+
+    Args:
+      text: the prompt.
+      add_special_tokens: whether to add those.
+      check: told how many ids there are, before they are listed, which keeps
+        all threads; may refuse them.
 
     Raises:
       InvalidRequestError: it can't be tokenized.
     """
-    return self._encode(text, add_special_tokens)
+    return self._encode(text, add_special_tokens, check)
 
   def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Returns words as token ids: at the start of a text, and after a space.
@@ -132,9 +141,15 @@ class Tokenizer:
     return self._pieces.bytes_of(token_id)
 
   def apply_chat_template(
-    self, messages: Sequence[Message] | chats.Chat
+    self,
+    messages: Sequence[Message] | chats.Chat,
+    check: Callable[[int], None] | None = None,
   ) -> tuple[int, ...]:
     """Returns a chat's token ids, up to where the assistant's answer begins.
+
+    Args:
+      messages: the chat.
+      check: see `encode`.
 
     Raises:
       InvalidRequestError: they are not messages that the template takes.
@@ -155,7 +170,7 @@ class Tokenizer:
       messages.messages, messages.offered, messages.chat_template_kwargs
     )
     # The template writes the special tokens itself.
-    return self._encode(text, add_special_tokens=False)
+    return self._encode(text, add_special_tokens=False, check=check)
 
   def reply_reader(
     self, prompt: Prompt, prompt_token_ids: Sequence[int]
@@ -233,7 +248,12 @@ class Tokenizer:
     sampling = dataclasses.replace(request.sampling, structured_outputs=outputs)
     return dataclasses.replace(request, sampling=sampling)
 
-  def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+  def _encode(
+    self,
+    text: str,
+    add_special_tokens: bool,
+    check: Callable[[int], None] | None = None,
+  ) -> tuple[int, ...]:
     # A batch, as the library's `encode` lets no other thread run; `fast`
     # computes no offsets.
     try:
@@ -244,6 +264,8 @@ class Tokenizer:
       raise errors.InvalidRequestError(
         f"prompt: can't be tokenized: {errors.cut(str(error))}"
       ) from error
+    if check is not None:
+      check(len(encoding))
     return tuple(encoding.ids)
 
   def stream(

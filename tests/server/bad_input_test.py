@@ -82,7 +82,7 @@ def test_an_empty_request_id_is_refused(server: fake.RunningServer) -> None:
 def test_a_chat_without_a_template_is_refused_by_name(
   server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def refuse(messages: object) -> tuple[int, ...]:
+  def refuse(messages: object, check: Any) -> tuple[int, ...]:
     assert messages == [{'role': 'user', 'content': 'hi'}]
     raise errors.UnsupportedError('messages: no chat template.')
 
@@ -148,7 +148,7 @@ def test_text_and_stop_strings_need_a_tokenizer(gated: Any) -> None:
 def test_a_defect_of_ours_is_internal_and_keeps_its_details(
   server: fake.RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def fail(text: str) -> tuple[int, ...]:
+  def fail(text: str, check: Any) -> tuple[int, ...]:
     raise KeyError('a secret of the prompt')
 
   monkeypatch.setattr(server.engine.tokenizer, 'encode', fail)

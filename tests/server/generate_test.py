@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 import uuid
 
 import pytest
@@ -142,9 +143,9 @@ def test_a_long_prompt_is_prepared_off_the_event_loop(
   threads = []
   encode = server.engine.tokenizer.encode
 
-  def spy(text: str) -> tuple[int, ...]:
+  def spy(text: str, check: Any) -> tuple[int, ...]:
     threads.append(threading.current_thread())
-    return encode(text)
+    return encode(text, check=check)
 
   monkeypatch.setattr(server.engine.tokenizer, 'encode', spy)
   for text in ('t1', 't1' + ' ' * 2000 + 't2'):

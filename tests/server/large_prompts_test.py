@@ -108,7 +108,7 @@ def test_prompts_that_are_being_tokenized_count_as_waiting(
   monkeypatch.setattr(
     running.engine.tokenizer,
     'encode',
-    lambda text: go.wait(fake.TIMEOUT_S) and encode(text),
+    lambda text, check: go.wait(fake.TIMEOUT_S) and encode(text, check=check),
   )
   text = 't1' + ' ' * 2000
   held = [

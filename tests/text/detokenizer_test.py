@@ -338,8 +338,9 @@ def test_marks_are_shown_though_special_tokens_are_not(
       harness.make_request('a', tokenizer.encode('a'), 9, stop=stop),
       shown_token_ids=shown,
     )
+    special = tokenizer.special_tokens.values()
     made = detokenizer.Detokenizer(
-      tokenizer, request, detokenizer.has_special(tokenizer, stop)
+      tokenizer, request, detokenizer.has_special(special, stop)
     )
     parts = [
       made.step(token, False)[0] for token in (bos, *words, bos, *words, eos)

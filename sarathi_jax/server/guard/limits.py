@@ -192,6 +192,13 @@ class Limits:
     'each is kept until a client has it, and takes up to 80 bytes and 10 us of '
     'a response. Where max_tokens is not given, outputs end there',
   )
+  max_echoed_chars: int = _row(
+    2**23,
+    'characters of prompts in a response, where each output has them: echo and '
+    'text_input, and a token id of return_token_ids as 8',
+    'they are written in Python, 1 us for an id, and kept until a client has '
+    'them',
+  )
   max_choices: int = _row(
     4096,
     'texts of which an output is to be one',
@@ -397,6 +404,18 @@ class Limits:
     if num_tokens >= max_model_len:
       raise errors.InvalidRequestError(
         f'prompt: has {num_tokens} tokens, which leaves no room to generate; '
+        f'max_model_len={max_model_len}.'
+      )
+
+  def check_counted(self, num_tokens: int, max_model_len: int) -> None:
+    """Refuses a prompt of more tokens than are listed for who counts them.
+
+    It may be too long to be served, which is what its client wants to know.
+    """
+    most = max(2 * max_model_len, _LEAST_PROMPT_CHARS)
+    if num_tokens > most:
+      raise errors.InvalidRequestError(
+        f'prompt: has {num_tokens:,} tokens: must be at most {most:,}; '
         f'max_model_len={max_model_len}.'
       )
 

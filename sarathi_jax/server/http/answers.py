@@ -128,6 +128,14 @@ class Choice:
     self._is_first = True
     self._num_before = 0  # characters of the pieces before
 
+  def num_chars(self, delta: types.OutputDelta) -> int:
+    """Returns about how many characters it takes to tell what was gained."""
+    num = told_lib.num_chars(delta)
+    if not self._is_first:
+      return num
+    answer = self._answer
+    return num + num_of_prompt(answer.call, self._prompt_ids, self._text)
+
   def event(self, delta: types.OutputDelta) -> dict[str, Any] | None:
     """Returns the event that tells of what was gained; None if none does."""
     is_first = self._is_first
@@ -218,6 +226,19 @@ class Choice:
       self._prompt_ids, delta.prompt_logprobs, num_top, answer.tokenizer
     )
     return [*of_prompt, *positions]
+
+
+def num_of_prompt(
+  call: forms.Call, prompt_ids: Sequence[int], text: str
+) -> int:
+  """Returns about how many characters a choice has of its prompt.
+
+  Args:
+    call: says what is told.
+    prompt_ids: the prompt's tokens.
+    text: that is echoed.
+  """
+  return len(text) + told_lib.ID_CHARS * len(prompt_ids) * call.asked.token_ids
 
 
 def echo(prompt: tokenizer_lib.Prompt, engine: engine_lib.Engine) -> str:

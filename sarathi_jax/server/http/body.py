@@ -55,8 +55,34 @@ def parse(data: bytes, limits: limits_lib.Limits) -> dict[str, Any]:
   return fields
 
 
-def check(data: bytes, limits: limits_lib.Limits) -> None:
+def check_parts(text: str, limits: limits_lib.Limits, field: str) -> None:
+  """Refuses JSON within a body that has too many parts to be parsed at once.
+
+  Args:
+    text: the JSON, which is one text to the body.
+    limits: the bounds; numbers count as fields here.
+    field: where it is.
+
+  Raises:
+    InvalidRequestError: there are too many.
+  """
+  data = text.encode(errors='surrogatepass')
+  check(data, limits, field, numbers='max_fields')
+
+
+def check(
+  data: bytes,
+  limits: limits_lib.Limits,
+  field: str = 'body',
+  numbers: str = 'max_numbers',
+) -> None:
   """Refuses a body with too many parts; whether it is JSON, it does not ask.
+
+  Args:
+    data: the body, or some other JSON.
+    limits: the bounds.
+    field: where it is.
+    numbers: the row that bounds what stands behind commas.
 
   Raises:
     InvalidRequestError: there are too many.
@@ -69,7 +95,7 @@ def check(data: bytes, limits: limits_lib.Limits) -> None:
       stop += 1  # what it escapes belongs to it
     part = data[start:stop]
     num_escapes += part.count(b'\\')
-    limits.check_so_far('max_escapes', num_escapes, 'body')
+    limits.check_so_far('max_escapes', num_escapes, field)
     part = part.replace(b'\\\\', b'').replace(b'\\"', b'')
     pieces = part.split(_QUOTE)
     outside = b''.join(pieces[num_quotes % 2 :: 2]).translate(
@@ -84,9 +110,9 @@ def check(data: bytes, limits: limits_lib.Limits) -> None:
     limits.check_so_far(
       'max_fields',
       num[ord('[')] + num[ord('{')] + max(num_keys, num_texts),
-      'body',
+      field,
     )
-    limits.check_so_far('max_numbers', num[ord(',')], 'body')
+    limits.check_so_far(numbers, num[ord(',')], field)
     start = stop
 
 

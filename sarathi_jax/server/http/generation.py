@@ -21,7 +21,6 @@ from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.http import answers
 from sarathi_jax.server.http import exchange as exchange_lib
 from sarathi_jax.server.http import forms
-from sarathi_jax.server.http import told
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.queue import outbox
 from sarathi_jax.text import tokenizer as tokenizer_lib
@@ -74,8 +73,9 @@ class _Answer:
     self._choices: list[dict[str, Any]] = [{}] * (
       len(call.prompts) * call.asked.sampling.n
     )
-    self._num_chars = 0  # of log-probabilities, about
-    self._num_told = 0  # of these, at most
+    self._num_chars = 0  # of the choices so far, about
+    self._num_told = 0  # log-probabilities, at most
+    self._num_echoed = 0  # characters of prompts, about
 
   async def run(self) -> None:
     """Answers."""
@@ -94,11 +94,7 @@ class _Answer:
       await self._exchange.write(last + _DONE, is_last=True)
       return
     whole = self._answer.whole(self._choices)
-    size = (
-      len(self._choices) * 64
-      + 4 * self._answer.usage['total_tokens']
-      + self._num_chars
-    )
+    size = len(self._choices) * 64 + self._num_chars
     data = await messages.read(size, lambda: exchange_lib.encode(whole, size))
     await self._exchange.reply_bytes(data)
 
@@ -117,17 +113,12 @@ class _Answer:
       protocol=self._form.protocol,
       size=self._size,
     ) as stream:
-      self._count(stream.request)
+      echo = await self._echo(prompt)
+      self._count(stream.request, echo)
       self._num_left -= 1
       if not self._num_left:
         self._all_wait.set()
       await self._all_wait.wait()
-      echo = ''
-      if self._call.echo:
-        size: Any = prompt if isinstance(prompt, (list, tuple)) else ()
-        echo = await messages.read(
-          len(size), lambda: answers.echo(prompt, self._frontend.engine)
-        )
       prompt_ids = stream.request.prompt_token_ids
       n = asked.sampling.n
       choices = [
@@ -141,23 +132,40 @@ class _Answer:
         for whole in outbox.merge_each(deltas):
           if whole.finish_reason is types.FinishReason.ERROR:
             raise answers.not_finite(stream.request.request_id)
-          num = told.num_chars(whole)
-          self._num_chars += num
           of_output = choices[whole.output_index]
+          num = of_output.num_chars(whole)
+          self._num_chars += num
           choice: dict[str, Any] | None = await messages.read(
-            num + len(whole.text), functools.partial(of_output.add, whole)
+            num, functools.partial(of_output.add, whole)
           )
           self._choices[index * n + whole.output_index] = choice or {}
       self._answer.count(
         len(prompt_ids), stream.num_cached, sum(stream.num_tokens)
       )
 
-  def _count(self, request: types.Request) -> None:
+  async def _echo(self, prompt: tokenizer_lib.Prompt) -> str:
+    """Returns what the text of a prompt's choices begins with."""
+    if not self._call.echo:
+      return ''
+    size: Any = prompt if isinstance(prompt, (list, tuple)) else ()
+    return await messages.read(
+      len(size), lambda: answers.echo(prompt, self._frontend.engine)
+    )
+
+  def _count(self, request: types.Request, echo: str) -> None:
     """Refuses prompts of which one response would tell too much together.
+
+    Args:
+      request: of one of the prompts.
+      echo: what its choices begin with.
 
     Raises:
       InvalidRequestError: of all so far it would.
     """
+    self._num_echoed += (
+      request.sampling.n if self._form.has_prompt_by_choice else 1
+    ) * answers.num_of_prompt(self._call, request.prompt_token_ids, echo)
+    self._frontend.limits.check('max_echoed_chars', self._num_echoed, 'prompt')
     if self._call.asked.stream:
       return  # Each is told of as it comes.
     room = self._frontend.engine.info.max_model_len
@@ -171,8 +179,8 @@ class _Answer:
   ) -> None:
     """Writes the events of one prompt's choices."""
     async for delta in stream:
-      size = told.num_chars(delta) + len(delta.text)
       choice = choices[delta.output_index]
+      size = choice.num_chars(delta)
       event = await messages.read(
         size, functools.partial(_piece, choice, delta, size)
       )

@@ -18,6 +18,7 @@ from sarathi_jax.server.http import fields
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
+_TOKEN_CHARS = 16  # of a token in a response, its id and its text
 _TOKENIZE: Mapping[str, fields.Kind] = {
   'add_special_tokens': fields.FLAG,
   'chat_template_kwargs': fields.OBJECT,
@@ -59,6 +60,10 @@ def _tokens(
       'prompt: one of prompt, messages must be set.'
     )
   tokenizer = _tokenizer(engine)
+
+  def check(num: int) -> None:
+    limits.check_counted(num, engine.info.max_model_len)
+
   if 'messages' in own:
     if 'add_special_tokens' in own:
       raise errors.InvalidRequestError(
@@ -67,13 +72,15 @@ def _tokens(
       )
     asked = chat.chat_of(own, limits)
     prompts.check_size(asked, limits, engine.info.max_model_len)
-    ids = tokenizer.apply_chat_template(asked)
+    ids = tokenizer.apply_chat_template(asked, check)
   else:
     for name in ('chat_template_kwargs', 'tools'):
       if name in own:
         raise errors.InvalidRequestError(f'{name}: is for messages.')
     prompts.check_size(own['prompt'], limits, engine.info.max_model_len)
-    ids = tokenizer.encode(own['prompt'], own.get('add_special_tokens', True))
+    ids = tokenizer.encode(
+      own['prompt'], own.get('add_special_tokens', True), check
+    )
   answer: dict[str, Any] = {
     'count': len(ids),
     'max_model_len': engine.info.max_model_len,
@@ -94,10 +101,18 @@ async def detokenize(
   Raises:
     HttpError, SarathiError: it can't.
   """
-  await _answer(frontend, exchange, lambda body: _text(body, frontend.engine))
+  await _answer(
+    frontend,
+    exchange,
+    lambda body: _text(body, frontend.engine, frontend.limits),
+  )
 
 
-def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
+def _text(
+  body: Mapping[str, Any],
+  engine: engine_lib.Engine,
+  limits: limits_lib.Limits,
+) -> dict[str, Any]:
   ids: Any = _read(body, _DETOKENIZE, engine).get('tokens')
   most = engine.info.max_model_len
   if isinstance(ids, list) and len(ids) > most:
@@ -109,7 +124,9 @@ def _text(body: Mapping[str, Any], engine: engine_lib.Engine) -> dict[str, Any]:
       f'tokens={errors.shown(ids)}: must be a list of token ids.'
     )
   checks.check_known('tokens', ids, engine.info.vocab_size)
-  return {'prompt': _tokenizer(engine).decode(ids, skip_special_tokens=False)}
+  text = _tokenizer(engine).decode(ids, skip_special_tokens=False)
+  limits.check_prompt_chars(len(text), engine.info.max_model_len)
+  return {'prompt': text}
 
 
 async def _answer(
@@ -119,9 +136,13 @@ async def _answer(
 ) -> None:
   """Answers with what is computed of the body; beside the loop, if large."""
   body, size = await exchange.read(frontend.limits)
-  await exchange.reply_bytes(
-    await messages.read(size, lambda: exchange_lib.encode(compute(body)))
-  )
+
+  def make() -> bytes:
+    made = compute(body)
+    size = _TOKEN_CHARS * len(made.get('tokens', ()))
+    return exchange_lib.encode(made, size)
+
+  await exchange.reply_bytes(await messages.read(size, make))
 
 
 def _read(

@@ -12,6 +12,7 @@ from sarathi_jax.server.protocols import messages
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _CHARS = 64  # of each log-probability in a response, about
+ID_CHARS = 8  # of a token id
 _Tokenizer = tokenizer_lib.Tokenizer | None
 
 
@@ -31,7 +32,10 @@ class Position(NamedTuple):
 
 def num_chars(delta: types.OutputDelta) -> int:
   """Returns about how many characters it takes to tell of an output."""
-  return _CHARS * messages.num_told(delta)
+  num = len(delta.text) + ID_CHARS * len(delta.token_ids)
+  if isinstance(delta.stop_reason, str):
+    num += len(delta.stop_reason)
+  return num + _CHARS * messages.num_told(delta)
 
 
 def of_output(

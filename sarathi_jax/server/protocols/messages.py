@@ -43,11 +43,19 @@ async def read(size: float, function: Callable[[], T]) -> T:
   )
 
 
-async def make(delta: types.OutputDelta, function: Callable[[], T]) -> T:
-  """Returns what `function` makes of an output, and of all that is told."""
-  if not (delta.told or delta.prompt_logprobs):
+async def make(
+  delta: types.OutputDelta, function: Callable[[], T], size: int = 0
+) -> T:
+  """Returns what `function` makes of an output, and of all that is told.
+
+  Args:
+    delta: the output.
+    function: makes the message.
+    size: bytes that it has beside these.
+  """
+  if not (delta.told or delta.prompt_logprobs or size):
     return function()
-  return await read(_TOLD * num_told(delta), function)
+  return await read(size + _TOLD * num_told(delta), function)
 
 
 @functools.cache

@@ -237,9 +237,15 @@ class OpenInferenceService(
     call: _Call,
     caller: frontend_lib.Caller,
   ) -> contextlib.AbstractAsyncContextManager[outbox.Stream]:
+    sampling = self._frontend.engine.info.sampling(call.sampling)
+    self._frontend.limits.check(
+      'max_echoed_chars',
+      sampling.n * len(call.echo),
+      'exclude_input_in_output',
+    )
     return self._frontend.open(
       call.prompt,
-      self._frontend.engine.info.sampling(call.sampling),
+      sampling,
       priority=call.priority,
       caller=caller,
       protocol=NAME,
@@ -257,8 +263,11 @@ class OpenInferenceService(
   async def _response(
     self, call: _Call, delta: types.OutputDelta
   ) -> pb.ModelInferResponse:
+    is_first = delta.output_index not in call.echoed
     return await messages.make(
-      delta, functools.partial(self._respond, call, delta)
+      delta,
+      functools.partial(self._respond, call, delta),
+      len(call.echo) * is_first,
     )
 
   def _respond(
