@@ -27,10 +27,12 @@ _KEPT = 256  # grammars
 # goes with their memory, and characters of what they were made of.
 _KEPT_S, _KEPT_CHARS = 2.0, 4 << 20
 _FAULT_CHARS = 1024  # of llguidance's words
-# Where in the text that we wrote, and that text.
+# Of llguidance's words: where in the text that we wrote, and that text; and our
+# line after a grammar that a client wrote.
 _OURS = re.compile(
   r'^at \d+\(\d+\): failed to compile JSON schema: |\n +\d+ \| .*', re.DOTALL
 )
+_OUR_LINE = re.compile(rf'\n +\d+ \| {re.escape(texts.END.strip())}')
 
 
 class Grammar:
@@ -166,9 +168,8 @@ class Grammars:
     mask = np.frombuffer(inner.compute_bitmask(), np.uint8)
     fault = inner.get_error()
     if fault:
-      if outputs.kind != 'grammar':
-        fault = _OURS.sub('', fault)
-      return errors.cut(fault.strip(), _FAULT_CHARS)
+      ours = _OUR_LINE if outputs.kind == 'grammar' else _OURS
+      return errors.cut(ours.sub('', fault).strip(), _FAULT_CHARS)
     first = np.flatnonzero(np.unpackbits(mask, bitorder='little')).tolist()
     begin = {token for token in first if token < self._vocab_size}
     if not begin:

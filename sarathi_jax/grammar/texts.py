@@ -19,7 +19,7 @@ from sarathi_jax.grammar import structural_tags
 # Has each mask of a long constant take microseconds, where it took 5 ms to find
 # all the tokens of its rest: outputs have it in any tokens that spell it. After
 # all else, as the last word counts.
-_END = '\n%llguidance {"no_forcing": true}'
+END = '\n%llguidance {"no_forcing": true}'
 _ANSWER = 'answer'  # the name of a grammar within another
 # What Rust's regular expressions give a meaning; `re.escape` has more.
 _META = re.compile(r'[\\.+*?()|\[\]{}^$#&\-~/]')
@@ -49,7 +49,7 @@ def text_of(
       'least common multiple of all, without a power of ten, must be at most '
       f'{multiples.MOST}.'
     )
-  around, *inner = (part + _END for part in parts)
+  around, *inner = (part + END for part in parts)
   if not inner:
     return llguidance.LLMatcher.grammar_from_lark(around)
   grammars = [

@@ -161,6 +161,7 @@ def test_what_is_no_grammar_is_refused_in_the_librarys_words(
     with pytest.raises(errors.InvalidRequestError, match=says) as caught:
       of.compile(Params(**said))
     assert len(str(caught.value)) < 2000
+    assert 'llguidance' not in str(caught.value)
 
 
 def test_what_no_token_spells_is_refused() -> None:
