@@ -68,10 +68,7 @@ class Attributes:
     return self._values.pop(name)
 
   def size(
-    self,
-    name: str,
-    default: int | None = None,
-    most: int = config_lib.MOST,
+    self, name: str, default: int | None = None, most: int = config_lib.MOST
   ) -> int:
     """Takes an integer >= 1; for sizes that are calculated with here.
 
@@ -200,10 +197,8 @@ def common(
       'num_hidden_layers', most=config_lib.MOST_LAYERS
     ),
     num_heads=num_heads,
-    num_kv_heads=(
-      attributes.take('num_key_value_heads', kv_heads) or num_heads
-    ),
-    head_dim=attributes.take('head_dim') or hidden_size // num_heads,
+    num_kv_heads=attributes.take('num_key_value_heads', kv_heads or num_heads),
+    head_dim=attributes.take('head_dim', hidden_size // num_heads),
     max_position_embeddings=length,
     norm_eps=attributes.take('rms_norm_eps', eps),
     activation=activation(attributes, 'hidden_act', 'silu'),
@@ -256,7 +251,10 @@ def read_rope(
     )
   if values.pop('partial_rotary_factor', 1.0) not in (None, 1.0):
     raise attributes.error('partial_rotary_factor: only 1 is supported')
-  theta = values.pop('rope_theta', None) or theta
+  if (own := values.pop('rope_theta', None)) is not None:
+    theta = own
+  if type(theta) not in (int, float):  # `float` takes texts, and true, too.
+    raise attributes.refuse('rope_theta', theta, 'must be a number')
   numbers = {name: value for name, value in values.items() if value is not None}
   rope, length = _ROPES[kind](numbers, theta, positions)
   if numbers:

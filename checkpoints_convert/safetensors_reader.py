@@ -103,14 +103,19 @@ class Reader:
     """Fills `rows`, in C order, with the tensor's rows from `start` on.
 
     Raises:
-      CheckpointError: the file is truncated.
+      CheckpointError: the file is truncated, or can't be read.
     """
     row_bytes = math.prod(tensor.shape[1:]) * rows.itemsize
     view = rows.reshape(-1).view(np.uint8).data
     offset = tensor.offset + start * row_bytes
     file = self._files[tensor.path]
     while view:
-      got = os.preadv(file, [view], offset)
+      try:
+        got = os.preadv(file, [view], offset)
+      except OSError as e:
+        raise errors.CheckpointError(
+          f'{tensor.path}: can not be read: {e}.'
+        ) from e
       if not got:
         raise errors.CheckpointError(
           f'{tensor.path}: truncated inside {tensor.name}.'

@@ -34,7 +34,7 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
   return config_lib.FalconConfig(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
-    intermediate_size=attributes.take('ffn_hidden_size') or 4 * hidden_size,
+    intermediate_size=attributes.take('ffn_hidden_size', 4 * hidden_size),
     num_layers=attributes.size(
       'num_hidden_layers', most=config_lib.MOST_LAYERS
     ),
@@ -63,8 +63,8 @@ def _variant(
   new = attributes.flag('new_decoder_architecture', False)
   parallel = attributes.flag('parallel_attn', True)
   multi_query = attributes.flag('multi_query', True)
-  kv_heads = attributes.take('num_kv_heads') or num_heads
-  norms = attributes.take('num_ln_in_parallel_attn') or (2 if new else 1)
+  kv_heads = attributes.take('num_kv_heads', num_heads)
+  norms = attributes.take('num_ln_in_parallel_attn', 2 if new else 1)
   if new and not parallel:
     raise attributes.refuse(
       'parallel_attn', parallel, 'must be true in the new architecture'

@@ -20,6 +20,7 @@ from absl import app
 from absl import flags
 import rich.console
 
+from sarathi_jax import json_file
 from sarathi_jax.cli import mains
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments as experiments_lib
@@ -162,7 +163,7 @@ def main() -> None:
         )
         + '\n'
       )
-    kept = json.loads(path.read_text())
+    kept = json_file.read(path)
     title = name.replace('_', ' ').capitalize()
     text = inspect.getdoc(known[name])
     how = f'Host costs: {kept["host"]}. Chats: {kept["chats"]}.'

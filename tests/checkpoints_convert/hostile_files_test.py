@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import copy
+import errno
 import itertools
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from checkpoints_convert import convert
@@ -196,6 +199,36 @@ def test_config(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   assert rotated
 
 
+@pytest.mark.parametrize('theta', [True, '10000', [1]])
+@pytest.mark.parametrize('name', ['rope_theta', 'rope_parameters'])
+def test_a_theta_that_is_no_number(
+  name: str, theta: Any, tmp_path: pathlib.Path
+) -> None:
+  value = theta if name == 'rope_theta' else {'rope_theta': theta}
+  with pytest.raises(errors.CheckpointError, match=r'rope_theta=.*a number'):
+    hf_config.read(_folder(tmp_path, _LLAMA | {name: value}))
+
+
+@pytest.mark.parametrize(
+  ('config', 'field'),
+  [
+    (_LLAMA, 'num_key_value_heads'),
+    (_LLAMA, 'head_dim'),
+    (CONFIGS[-1], 'num_kv_heads'),
+    (CONFIGS[-1], 'ffn_hidden_size'),
+    (CONFIGS[-1], 'num_ln_in_parallel_attn'),
+    (_LLAMA, 'rope_theta'),
+    (_LLAMA, 'rope_parameters'),
+  ],
+)
+def test_zero_is_not_the_default(
+  config: dict[str, Any], field: str, tmp_path: pathlib.Path
+) -> None:
+  value = {'rope_theta': 0} if field == 'rope_parameters' else 0
+  with pytest.raises(errors.CheckpointError, match=r'=0(\.0)?: must'):
+    hf_config.read(_folder(tmp_path, config | {field: value}))
+
+
 @pytest.mark.parametrize('config', CONFIGS)
 def test_metadata(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   (tmp_path / 'config.json').write_text(json.dumps(config))
@@ -326,6 +359,21 @@ def test_a_number_in_a_name(tmp_path: pathlib.Path) -> None:
     pytest.raises(errors.CheckpointError, match='no use'),
   ):
     convert.make_plan(tmp_path, reader, None)
+
+
+def test_a_disk_that_fails(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def fail(*args: Any) -> int:
+    raise OSError(errno.EIO, 'Input/output error')
+
+  _write_tensors(tmp_path / 'model.safetensors', json.dumps(_HEADER).encode())
+  monkeypatch.setattr(os, 'preadv', fail)
+  with (
+    safetensors_reader.Reader(tmp_path) as reader,
+    pytest.raises(errors.CheckpointError, match=r'model.*Input/output error'),
+  ):
+    reader.read_rows(reader.tensors['a'], 0, np.empty(2, np.float32))
 
 
 def test_indexes(tmp_path: pathlib.Path) -> None:
