@@ -47,8 +47,21 @@ async def answer(
     size, lambda: form.read(body, info, frontend.limits)
   )
   frontend.check_room(len(call.prompts) * call.asked.sampling.n)
+  least = _num_echoed(form, call)
+  frontend.limits.check('max_echoed_chars', least, 'prompt')
   async with exchange.while_connected():
     await _Answer(exchange, frontend, form, call, size).run()
+
+
+def _num_echoed(form: forms.Form, call: forms.Call) -> int:
+  """Counts what is told of prompts, as far as it is known at once."""
+  n = call.asked.sampling.n if form.has_prompt_by_choice else 1
+  num = 0
+  for prompt in call.prompts:
+    ids: Any = prompt if isinstance(prompt, (list, tuple)) else ()
+    text = prompt if call.echo and isinstance(prompt, str) else ''
+    num += n * answers.num_of_prompt(call, ids, text)
+  return num
 
 
 class _Answer:
