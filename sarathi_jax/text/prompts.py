@@ -62,7 +62,7 @@ def with_prompt(
     return tokenizer.prepare(request, prompt)
   outputs = request.sampling.structured_outputs
   if outputs is not None and (outputs.AFTER_REASONING or is_chat(prompt)):
-    return tokenizer.after_reasoning(request)
+    return tokenizer.prepare(request)
   return request
 
 

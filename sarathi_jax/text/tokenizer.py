@@ -199,54 +199,42 @@ class Tokenizer:
     ids = prompt_token_ids[-_NUM_END:]
     return self.decode(ids, skip_special_tokens=False)
 
-  def prepare(self, request: types.Request, chat: chats.Chat) -> types.Request:
-    """Returns a chat's request so that its reply can be read, and has to be
-    what it and its tools ask for.
+  def prepare(
+    self, request: types.Request, chat: chats.Chat | None = None
+  ) -> types.Request:
+    """Returns a request so that its reply can be read, and has to be what it
+    and its tools ask for. Its grammar begins where the reasoning ends.
+
+    Args:
+      request: the request, with its prompt.
+      chat: the chat that this is of; None if there are no tools.
 
     Raises:
       InvalidRequestError: it asks for calls that can't be.
     """
-    if chat.offered and self._formats.tools is None:
+    form, reasoning = self._formats
+    if chat is not None and chat.offered and form is None:
       raise errors.UnsupportedError(
         "tools: how this model writes calls of tools can't be told from its "
         'chat template; whoever serves it may say so by tool_parser.'
       )
-    request = self.after_reasoning(request, chat)
-    marks = [
-      *(
-        self._formats.tools.marks
-        if self._formats.tools and chat.offered
-        else ()
-      ),
-      *(self._formats.reasoning or ()),
-    ]
-    ids = map(self.token_id, marks)
+    sampling = request.sampling
+    outputs = call_tags.outputs_of(
+      self._formats,
+      chat,
+      self._end_of(request.prompt_token_ids),
+      sampling.structured_outputs,
+    )
+    if outputs is not sampling.structured_outputs:
+      sampling = dataclasses.replace(sampling, structured_outputs=outputs)
+    calls = form.marks if form and chat is not None and chat.offered else ()
+    ids = map(self.token_id, (*calls, *(reasoning or ())))
     special = self.special_tokens
     return dataclasses.replace(
       request,
+      sampling=sampling,
       shown_token_ids=tuple(i for i in ids if i is not None and i in special),
     )
-
-  def after_reasoning(
-    self, request: types.Request, chat: chats.Chat | None = None
-  ) -> types.Request:
-    """Returns a request whose grammar begins where the model's reasoning ends.
-
-    Args:
-      request: the request.
-      chat: its chat; None if there are no tools.
-
-    Raises:
-      InvalidRequestError: see `call_tags.outputs_of`.
-    """
-    before = request.sampling.structured_outputs
-    outputs = call_tags.outputs_of(
-      self._formats, chat, self._end_of(request.prompt_token_ids), before
-    )
-    if outputs is before:
-      return request
-    sampling = dataclasses.replace(request.sampling, structured_outputs=outputs)
-    return dataclasses.replace(request, sampling=sampling)
 
   def _encode(
     self,

@@ -188,6 +188,7 @@ def test_gateways_say_where_their_constraints_begin(family: Any) -> None:
 
 
 def test_chats_over_grpc(family: Any) -> None:
+  """Their text has the marks, though other special tokens are left out."""
   served, thought = family
   served.speaker.say(thought + 'no')
   text = ''.join(
@@ -196,7 +197,6 @@ def test_chats_over_grpc(family: Any) -> None:
       chat=pb.Chat(messages=[pb.ChatMessage(role='user', content='a')]),
       sampling={
         'max_tokens': 99,
-        'skip_special_tokens': False,
         'structured_outputs': pb.StructuredOutputs(regex='yes'),
       },
     )
