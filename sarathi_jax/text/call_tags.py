@@ -19,6 +19,7 @@ from sarathi_jax.text import reply_formats
 
 _Format = dict[str, Any]
 _Params = structured_outputs.StructuredOutputsParams
+_ID = 'tool:arguments'  # of a schema within another
 
 
 def outputs_of(
@@ -160,7 +161,8 @@ def _object(
   schema = {
     'type': 'object',
     'properties': {
-      key: arguments if value is None else {'const': value}
+      # By its $id, what it refers to is still within itself.
+      key: {'$id': _ID, **arguments} if value is None else {'const': value}
       for key, value in call.items()
     },
     'required': [*call],

@@ -300,3 +300,37 @@ def test_a_mark_of_a_clients_tag_may_be_a_token() -> None:
   outputs = Params(structural_tag={'format': tag})
   assert call_tags_test.accepts(outputs, '<tool_call>{"n": 4}</tool_call>')
   assert not call_tags_test.accepts(outputs, '<tool_call>{"m": 4}</tool_call>')
+
+
+@pytest.mark.parametrize('name', reply_formats.TOOLS)
+def test_what_a_schema_refers_to_is_in_it(name: str) -> None:
+  """Though a call as a whole may be an object of a schema."""
+  place = {
+    'type': 'object',
+    'properties': {
+      'x': {'type': 'integer'},
+      'in': {'$ref': '#/$defs/place'},
+    },
+    'required': ['x'],
+    'additionalProperties': False,
+  }
+  parameters = {
+    'type': 'object',
+    'properties': {'at': {'$ref': '#/$defs/place'}},
+    'required': ['at'],
+    'additionalProperties': False,
+    '$defs': {'place': place},
+  }
+  form = reply_formats.TOOLS[name]
+  outputs = call_tags.outputs_of(
+    reply_formats.Formats(form),
+    chat([call_tags_test.tool('f', parameters=parameters, strict=True)]),
+    '',
+    KINDS['json'].params,
+  )
+  for arguments, is_one in (
+    ('{"at": {"x": 1, "in": {"x": 2}}}', True),
+    ('{"at": {"y": 1}}', False),
+  ):
+    text = call(form.frame, arguments, 'f')
+    assert call_tags_test.accepts(outputs, text) == is_one
