@@ -173,13 +173,15 @@ def make_plan(
   distribution: jax.Array,
   *,
   sliding_window: int | None = None,
+  decodes_only: bool = False,
   batch_invariant: bool = False,
   implementation: str | None = None,
 ) -> tuple[Any, ...] | None:
   """Plans how a batch is cut into work; arguments as of the attention.
 
   Reads only the shapes and dtypes of q and k_pages: layers that have these and
-  the window in common can share a plan.
+  the window in common can share a plan. If `decodes_only`, there will be no
+  chunks of prefills, and no launch for them.
 
   Returns:
     Arrays, a NamedTuple of the implementation; None if it needs no plan.
@@ -201,6 +203,7 @@ def make_plan(
     num_tokens=q.shape[0],
     sliding_window=sliding_window,
     shape=shape,
+    decodes_only=decodes_only,
   )
   if name == 'pallas_triton':
     return pallas_triton.make_plan(

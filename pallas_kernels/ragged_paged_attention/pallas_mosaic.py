@@ -19,9 +19,8 @@ On CPUs it runs in Mosaic's interpreter, for tests.
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -43,13 +42,6 @@ _TILED: Any = dict(
 )
 
 
-class Plan(NamedTuple):
-  """A batch's work: the small sequences, and the chunks of prefills."""
-
-  small: plan_lib.Plan
-  chunks: plan_lib.Chunks
-
-
 def make_plan(
   kv_lens: jax.Array,
   cu_q_lens: jax.Array,
@@ -58,7 +50,8 @@ def make_plan(
   num_tokens: int,
   sliding_window: int | None,
   shape: tuning.Shape,
-) -> Plan:
+  decodes_only: bool = False,
+) -> plan_lib.Plan:
   """Plans a traced batch, for all layers of one window.
 
   Raises:
@@ -72,16 +65,21 @@ def make_plan(
     num_tokens=num_tokens,
     sliding_window=sliding_window,
   )
-  sizes, small = tuning.choose_mosaic(shape), _small_sizes(shape)
-  return Plan(
-    pallas_triton.make_plan(**batch, sizes=small, shape=shape),
-    plan_lib.make_chunks(
+  sizes, small = tuning.choose_mosaic(shape), tuning.choose(shape)
+  plan = pallas_triton.make_plan(
+    **batch, sizes=small, shape=shape, decodes_only=True
+  )
+  if decodes_only:
+    return plan
+  return plan._replace(
+    chunks=plan_lib.make_chunks(
       **batch,
-      tile=sizes.queries,
+      rows=sizes.queries,
+      group=1,  # A tile has a query's heads apart, or side by side.
       block_n=sizes.block_n,
-      small=small.tiling(shape).narrow_rows // shape.group,
+      small=small.tiling.most_queries(shape.group),
       xp=jnp,
-    ),
+    )
   )
 
 
@@ -92,7 +90,7 @@ def ragged_paged_attention(
   batch: batch_lib.Batch,
   options: batch_lib.Options,
   *,
-  plan: Plan | None = None,
+  plan: plan_lib.Plan | None = None,
 ) -> jax.Array:
   """Attends as `api.ragged_paged_attention`; pages are rows (see `layout`).
 
@@ -117,20 +115,16 @@ def ragged_paged_attention(
       shape=shape,
     )
   validate.check(
-    isinstance(plan, Plan),
+    isinstance(plan, plan_lib.Plan),
     'plan',
     type(plan).__name__,
     'must be of make_plan for this implementation',
   )
   out = pallas_triton.ragged_paged_attention(
-    q,
-    k_pages,
-    v_pages,
-    batch,
-    options,
-    plan=plan.small,
-    sizes=_small_sizes(shape),
+    q, k_pages, v_pages, batch, options, plan=plan._replace(chunks=None)
   )
+  if plan.chunks is None:
+    return out
   # Without it XLA fuses a slice of a larger array with the call, and leaves
   # both out of the CUDA graph.
   ints = lax.optimization_barrier(batch[:3])
@@ -138,10 +132,6 @@ def ragged_paged_attention(
   rows_ref = jax.new_ref(out)
   _kernel(spec)(rows_ref, k_pages, v_pages, *ints, *plan.chunks)
   return jax.freeze(rows_ref)
-
-
-def _small_sizes(shape: tuning.Shape) -> tuning.Sizes:
-  return dataclasses.replace(tuning.choose(shape), has_wide=False)
 
 
 def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pallas, lowered to Triton: NVIDIA GPUs from Ampere on.
 
-One launch does a hybrid batch by its plan (see `plan`): a block of the GPU
-takes a work item and a KV head, keeps a tile of query rows in registers, and
-walks over blocks of keys and values with the online softmax of
-FlashAttention-2 (arXiv 2307.08691). A second launch merges the partial
-results of split decodes.
+A hybrid batch is done by its plan (see `plan`): by one launch its small
+sequences, by another its chunks of prefills, each with tiles of its own sizes;
+a third merges the partial results of split decodes. Blocks of the GPU, a few
+for each multiprocessor, take work items in turn. For an item and a KV head a
+block keeps a tile of query rows in registers, and walks over blocks of keys and
+values with the online softmax of FlashAttention-2 (arXiv 2307.08691).
 
 A ref is a reference to an array in the GPU's memory. Shape letters are those
-of `api`; W, M are those of `plan.Plan`. B is the number of slots for partial
-results, R the rows of a narrow tile (Tiling.narrow_rows).
+of `api`; W, M are those of `plan.Small` and `plan.Chunks`. R is the number of
+rows of a tile.
 
 On CPUs it runs in Pallas's interpreter, for tests.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 import functools
 import math
 import operator
@@ -31,12 +32,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import merging
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import validate
-
-_MASKED = -1e30  # finite: the difference of two of them is no NaN
 
 
 def make_plan(
@@ -48,26 +48,31 @@ def make_plan(
   sliding_window: int | None,
   sizes: tuning.Sizes,
   shape: tuning.Shape,
+  decodes_only: bool = False,
   batch_invariant: bool = False,
 ) -> plan_lib.Plan:
   """Plans a traced batch, for all layers of one window."""
-  return plan_lib.make(
-    kv_lens,
-    cu_q_lens,
-    distribution,
-    tiling=_tiling(sizes, shape, batch_invariant),
+  batch: Any = dict(
+    kv_lens=kv_lens,
+    cu_q_lens=cu_q_lens,
+    distribution=distribution,
     num_tokens=num_tokens,
     group=shape.group,
     sliding_window=sliding_window,
     xp=jnp,
   )
-
-
-def _tiling(
-  sizes: tuning.Sizes, shape: tuning.Shape, batch_invariant: bool
-) -> plan_lib.Tiling:
-  tiling = sizes.tiling(shape)
-  return dataclasses.replace(tiling, has_narrow=not batch_invariant)
+  tiling = sizes.tiling
+  small = chunks = None
+  if not batch_invariant:
+    small = plan_lib.make_small(**batch, tiling=tiling)
+  if batch_invariant or not decodes_only:
+    chunks = plan_lib.make_chunks(
+      **batch,
+      rows=sizes.chunks.rows,
+      block_n=sizes.chunks.block_n,
+      small=None if batch_invariant else tiling.most_queries(shape.group),
+    )
+  return plan_lib.Plan(small, chunks)
 
 
 def ragged_paged_attention(
@@ -84,7 +89,8 @@ def ragged_paged_attention(
 
   Args:
     q, k_pages, v_pages, batch, options: see there.
-    plan: of `make_plan` for the same sizes; None makes it here.
+    plan: of `make_plan` for the same sizes, or a part of one, by which only the
+      outputs of its sequences take the place of their queries; None makes it.
     sizes: None for those that `tuning` has for the default device.
 
   Raises:
@@ -110,15 +116,17 @@ def ragged_paged_attention(
     type(plan).__name__,
     'must be of make_plan for this implementation',
   )
-  items = sizes.tiling(shape).num_work_items(
-    q.shape[0], len(batch.kv_lens), shape.group
-  )
-  validate.check(
-    len(plan.rows) == items,
-    'plan',
-    f'{len(plan.rows)} items',
-    f'must be of make_plan for these arguments, {items}',
-  )
+  sized = q.shape[0], len(batch.kv_lens), shape.group
+  for part, items in (
+    (plan.small, sizes.tiling.num_work_items(*sized)),
+    (plan.chunks, plan_lib.num_chunks(sizes.chunks.rows, *sized)),
+  ):
+    validate.check(
+      part is None or len(part.seq) == items,
+      'plan',
+      f'{part and len(part.seq)} items',
+      f'must be of make_plan for these arguments, {items}',
+    )
   launch = functools.partial(_launch, shape=shape, sizes=sizes, options=options)
   return devices.launch(launch, q, k_pages, v_pages, batch, plan)
 
@@ -135,119 +143,53 @@ def _launch(
   options: batch_lib.Options,
   interpret: bool,
 ) -> jax.Array:
-  """Launches both kernels. The output replaces q, row by row."""
-  heads = shape.num_kv_heads
-  tiling = _tiling(sizes, shape, options.batch_invariant)
-  num_items, num_merges = len(plan.rows), len(plan.merge_seq)
-  slots = (
-    tiling.num_narrow(q.shape[0], len(batch.kv_lens), shape.group)
-    + tiling.num_items
-  )
-  partial = (slots, heads, tiling.narrow_rows)
-  params = plgpu.CompilerParams(
-    num_warps=sizes.num_warps, num_stages=sizes.num_stages
-  )
-  out, *partials = pl.pallas_call(
-    functools.partial(
-      _attend,
-      shape=shape,
-      tiling=tiling,
-      options=options,
-      interpret=interpret,
-    ),
-    grid=(num_items * heads,),
-    out_shape=[
-      jax.ShapeDtypeStruct(q.shape, q.dtype),
-      jax.ShapeDtypeStruct((*partial, shape.head_dim), jnp.float32),
-      jax.ShapeDtypeStruct(partial, jnp.float32),
-      jax.ShapeDtypeStruct(partial, jnp.float32),
-    ],
-    input_output_aliases={0: 0},
-    compiler_params=params,
-    interpret=interpret,
-    name='ragged_paged_attention',
-  )(q, k_pages, v_pages, *batch[:3], *plan[:6])
-  if not tiling.has_narrow:  # Nothing is split.
-    return out
-  return pl.pallas_call(
-    functools.partial(_merge, shape=shape, rows=tiling.narrow_rows),
-    grid=(num_merges * heads,),
-    out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    input_output_aliases={0: 0},
-    interpret=interpret,
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-    name='merge_splits',
-  )(out, *partials, batch.cu_q_lens, *plan[6:])
+  """Launches the kernels. Outputs replace queries, row by row."""
 
-
-def _attend(
-  q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
-  kv_lens_ref: Any,
-  pages_ref: Any,
-  starts_ref: Any,
-  rows_ref: Any,
-  *refs: Any,
-  shape: tuning.Shape,
-  tiling: plan_lib.Tiling,
-  options: batch_lib.Options,
-  interpret: bool,
-) -> None:
-  """Does one work item for one KV head: the kernel's entry.
-
-  Args:
-    q_ref: [T, H, h], queries.
-    k_ref: [N, K, page_size, h], keys; or a `Quantized` of such refs, with
-      scales [N, K, page_size].
-    v_ref: like k_ref, values.
-    kv_lens_ref: [S] int32.
-    pages_ref: [S, P] int32, the page table.
-    starts_ref: [S + 1] int32, `cu_q_lens`.
-    rows_ref: [W] int32, `Plan.rows`.
-    *refs: the rest, from `seq_ref` on, of `_attend_tile`.
-    shape: what the kernel is compiled for.
-    tiling: how the work is cut.
-    options: of the attention.
-    interpret: see `_weights`.
-  """
-  item = pl.program_id(0) // shape.num_kv_heads
-  head = pl.program_id(0) % shape.num_kv_heads
-  rows = rows_ref[item]
-  for size in tiling.row_counts:
-    pl.when(rows == size)(
+  def call(
+    kernel: Callable[..., None], tile: tuning.Tile, name: str, *partials: Any
+  ) -> Any:
+    return pl.pallas_call(
       functools.partial(
-        _attend_tile,
-        item,
-        head,
-        q_ref,
-        k_ref,
-        v_ref,
-        kv_lens_ref,
-        pages_ref,
-        starts_ref,
-        *refs,
-        num_rows=size,
-        may_split=tiling.has_narrow and size == tiling.narrow_rows,
+        kernel,
+        tile=tile,
         shape=shape,
-        block_n=tiling.block_n,
         options=options,
         interpret=interpret,
-      )
+      ),
+      grid=(tile.num_blocks,),
+      out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *partials],
+      input_output_aliases={0: 0},
+      compiler_params=plgpu.CompilerParams(
+        num_warps=tile.num_warps, num_stages=tile.num_stages
+      ),
+      interpret=interpret,
+      name=name,
     )
 
+  arguments = (k_pages, v_pages, *batch[:3])
+  if (small := plan.small) is not None:
+    tile = sizes.small
+    partial = len(small.seq), shape.num_kv_heads, tile.rows
+    q, *partials = call(
+      _attend_small,
+      tile,
+      'attend_small',
+      *(
+        jax.ShapeDtypeStruct(size, jnp.float32)
+        for size in ((*partial, shape.head_dim), partial, partial)
+      ),
+    )(q, *arguments, *small[:6])
+    (q,) = call(merging.merge, sizes.merge, 'merge_splits')(
+      q, *partials, batch.cu_q_lens, *small[6:]
+    )
+  if (chunks := plan.chunks) is not None:
+    (q,) = call(_attend_chunks, sizes.chunks, 'attend_chunks')(
+      q, *arguments, *chunks
+    )
+  return q
 
-# Does a work item's tile of `num_rows` rows for one KV head. Its result may be
-# partial if `may_split`. For the refs up to `starts_ref` see `_attend`.
-#   seq_ref, first_row_ref, start_ref, stop_ref, slot_ref: [W] int32, of `Plan`.
-#   out_ref: [T, H, h], outputs; the same memory as q_ref.
-#   acc_ref: [B, K, R, h] float32, partial sums of weighted values.
-#   top_ref: [B, K, R] float32, the highest scores of the partial sums, times
-#     log2(e).
-#   norm_ref: [B, K, R] float32, their sums of weights.
-def _attend_tile(
-  item: jax.Array,
-  head: jax.Array,
+
+def _attend_small(
   q_ref: Any,
   k_ref: Any,
   v_ref: Any,
@@ -259,24 +201,188 @@ def _attend_tile(
   start_ref: Any,
   stop_ref: Any,
   slot_ref: Any,
+  count_ref: Any,
   out_ref: Any,
   acc_ref: Any,
   top_ref: Any,
   norm_ref: Any,
   *,
-  num_rows: int,
-  may_split: bool,
+  tile: tuning.Tile,
   shape: tuning.Shape,
-  block_n: int,
+  **constants: Any,
+) -> None:
+  """Attends of small sequences: a kernel's entry.
+
+  Args:
+    q_ref: [T, H, h], queries.
+    k_ref: [N, K, page_size, h], keys; or a `Quantized` of such refs, with
+      scales [N, K, page_size].
+    v_ref: like k_ref, values.
+    kv_lens_ref: [S] int32.
+    pages_ref: [S, P] int32, the page table.
+    starts_ref: [S + 1] int32, `cu_q_lens`.
+    seq_ref, first_row_ref, start_ref, stop_ref, slot_ref: [W] int32, of
+      `plan.Small`.
+    count_ref: [1] int32, of it.
+    out_ref: [T, H, h], outputs; the same memory as q_ref.
+    acc_ref: [W, K, R, h] float32, partial sums of weighted values.
+    top_ref: [W, K, R] float32, the highest scores of the partial sums, times
+      log2(e).
+    norm_ref: [W, K, R] float32, their sums of weights.
+    tile: its sizes.
+    shape: what the kernel is compiled for.
+    **constants: see `_attend`.
+  """
+
+  def attend(turn: jax.Array) -> None:
+    item, head = turn // shape.num_kv_heads, turn % shape.num_kv_heads
+    seq, first_row = seq_ref[item], first_row_ref[item]
+    acc, top, norm = _attend(
+      q_ref,
+      k_ref,
+      v_ref,
+      kv_lens_ref,
+      pages_ref,
+      starts_ref,
+      seq,
+      first_row,
+      start_ref[item],
+      stop_ref[item],
+      head,
+      tile=tile,
+      shape=shape,
+      **constants,
+    )
+    slot = slot_ref[item]
+
+    @pl.when(slot < 0)
+    def store_result() -> None:
+      tokens, heads, _ = _rows(
+        starts_ref, seq, first_row, head, tile.rows, shape.group
+      )
+      _store(out_ref, tokens, heads, acc, norm, shape)
+
+    @pl.when(slot >= 0)
+    def store_partial() -> None:
+      for (first, size), a in zip(shape.pieces, acc, strict=True):
+        plgpu.store(acc_ref.at[slot, head, :, pl.ds(first, size)], a)
+      plgpu.store(top_ref.at[slot, head, :], top)
+      plgpu.store(norm_ref.at[slot, head, :], norm)
+
+  merging.take_turns(count_ref[0] * shape.num_kv_heads, attend)
+
+
+def _attend_chunks(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  kv_lens_ref: Any,
+  pages_ref: Any,
+  starts_ref: Any,
+  seq_ref: Any,
+  first_row_ref: Any,
+  start_ref: Any,
+  stop_ref: Any,
+  count_ref: Any,
+  out_ref: Any,
+  *,
+  tile: tuning.Tile,
+  shape: tuning.Shape,
+  **constants: Any,
+) -> None:
+  """Attends of chunks of prefills: a kernel's entry.
+
+  Args:
+    q_ref, k_ref, v_ref, kv_lens_ref, pages_ref, starts_ref: see
+      `_attend_small`.
+    seq_ref, first_row_ref, start_ref, stop_ref: [W] int32, of `plan.Chunks`.
+    count_ref: [1] int32, of it.
+    out_ref: [T, H, h], outputs; the same memory as q_ref.
+    tile, shape, **constants: see `_attend_small`.
+  """
+
+  def attend(turn: jax.Array) -> None:
+    item, head = turn // shape.num_kv_heads, turn % shape.num_kv_heads
+    seq, first_row = seq_ref[item], first_row_ref[item]
+    acc, _, norm = _attend(
+      q_ref,
+      k_ref,
+      v_ref,
+      kv_lens_ref,
+      pages_ref,
+      starts_ref,
+      seq,
+      first_row,
+      start_ref[item],
+      stop_ref[item],
+      head,
+      tile=tile,
+      shape=shape,
+      **constants,
+    )
+    tokens, heads, _ = _rows(
+      starts_ref, seq, first_row, head, tile.rows, shape.group
+    )
+    _store(out_ref, tokens, heads, acc, norm, shape)
+
+  merging.take_turns(count_ref[0] * shape.num_kv_heads, attend)
+
+
+def _store(
+  out_ref: Any,
+  tokens: jax.Array,
+  heads: jax.Array,
+  acc: list[jax.Array],
+  norm: jax.Array,
+  shape: tuning.Shape,
+) -> None:
+  """Stores the outputs of a tile's rows; see `_rows` and `_attend`."""
+  for d, a in zip(shape.channels(), acc, strict=True):
+    plgpu.store(
+      out_ref.at[tokens[:, None], heads[:, None], d[None]],
+      (a / norm[:, None]).astype(out_ref.dtype),
+    )
+
+
+def _attend(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  kv_lens_ref: Any,
+  pages_ref: Any,
+  starts_ref: Any,
+  seq: jax.Array,
+  first_row: jax.Array,
+  start: jax.Array,
+  stop: jax.Array,
+  head: jax.Array,
+  *,
+  tile: tuning.Tile,
+  shape: tuning.Shape,
   options: batch_lib.Options,
   interpret: bool,
-) -> None:
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+  """Attends of a tile's rows of one KV head to a range of key blocks.
+
+  Args:
+    q_ref, k_ref, v_ref, kv_lens_ref, pages_ref, starts_ref: see
+      `_attend_small`.
+    seq, first_row, start, stop: the work item's, see `plan`.
+    head: the KV head.
+    tile, shape: see `_attend_small`.
+    options: of the attention.
+    interpret: see `_weights`.
+
+  Returns:
+    Sums of weighted values, [R, size] for each of `shape.pieces`; the highest
+    scores, times log2(e), [R]; and the sums of weights, [R]. All are float32.
+  """
   scale, window = options.scale, options.sliding_window
   factor = math.log2(math.e) * (scale if options.soft_cap is None else 1.0)
   weigh = functools.partial(_weights, factor=factor, interpret=interpret)
-  seq, start, stop = seq_ref[item], start_ref[item], stop_ref[item]
+  block_n = tile.block_n
   tokens, heads, query = _rows(
-    starts_ref, seq, first_row_ref[item], head, num_rows, shape.group
+    starts_ref, seq, first_row, head, tile.rows, shape.group
   )
   kv_len = kv_lens_ref[seq]
   past = kv_len - (starts_ref[seq + 1] - starts_ref[seq])
@@ -338,10 +444,12 @@ def _attend_tile(
       seen = at[None] <= q_at[:, None]
       if window is not None:
         seen &= at[None] > q_at[:, None] - window
-      scores = jnp.where(seen, scores, _MASKED)
+      scores = jnp.where(seen, scores, merging.MASKED)
     new_top = jnp.maximum(top, scores.max(axis=1))
     # Where a row sees nothing yet, its top's rounded product would not cancel.
-    reached = jnp.where(new_top > _MASKED, new_top, 0.0) if masked else new_top
+    reached = (
+      jnp.where(new_top > merging.MASKED, new_top, 0.0) if masked else new_top
+    )
     decay = weigh(top, reached)
     weights = weigh(scores, reached)
     factors = scaled(weights, v_ref).astype(mixing)
@@ -352,20 +460,20 @@ def _attend_tile(
     return acc, new_top, norm * decay + weights.sum(axis=1), next_page
 
   # The blocks that all rows see entirely need no mask.
-  last = first_row_ref[item] + num_rows - 1
   full_stop = jnp.clip(
-    (past + first_row_ref[item] // shape.group + 1) // block_n, start, stop
+    (past + first_row // shape.group + 1) // block_n, start, stop
   )
   if options.batch_invariant:  # Whether all see one depends on the tile.
     full_stop = start
   state = (
-    [jnp.zeros((num_rows, size), jnp.float32) for _, size in shape.pieces],
-    jnp.full((num_rows,), _MASKED, jnp.float32),
-    jnp.zeros((num_rows,), jnp.float32),
+    [jnp.zeros((tile.rows, size), jnp.float32) for _, size in shape.pieces],
+    jnp.full((tile.rows,), merging.MASKED, jnp.float32),
+    jnp.zeros((tile.rows,), jnp.float32),
     pages_ref[seq, start // (shape.page_size // block_n)],
   )
   full_start = start
   if window is not None:
+    last = first_row + tile.rows - 1
     oldest = past + last // shape.group - window + 1
     full_start = jnp.clip((oldest + block_n - 1) // block_n, start, full_stop)
     state = lax.fori_loop(
@@ -377,27 +485,7 @@ def _attend_tile(
   acc, top, norm, _ = lax.fori_loop(
     full_stop, stop, functools.partial(body, True), state
   )
-
-  slot = slot_ref[item]
-
-  def store_result() -> None:
-    for d, a in zip(shape.channels(), acc, strict=True):
-      plgpu.store(
-        out_ref.at[tokens[:, None], heads[:, None], d[None]],
-        (a / norm[:, None]).astype(out_ref.dtype),
-      )
-
-  def store_partial() -> None:
-    for (first, size), a in zip(shape.pieces, acc, strict=True):
-      plgpu.store(acc_ref.at[slot, head, :, pl.ds(first, size)], a)
-    plgpu.store(top_ref.at[slot, head, :], top * factor)
-    plgpu.store(norm_ref.at[slot, head, :], norm)
-
-  if not may_split:
-    store_result()
-  else:
-    pl.when(slot < 0)(store_result)
-    pl.when(slot >= 0)(store_partial)
+  return acc, top * factor, norm
 
 
 def _weights(
@@ -432,78 +520,6 @@ def _weights(
     result_shape_dtypes=[jax.ShapeDtypeStruct(scores.shape, scores.dtype)],
   )
   return result
-
-
-def _merge(
-  old_out_ref: Any,
-  acc_ref: Any,
-  top_ref: Any,
-  norm_ref: Any,
-  starts_ref: Any,
-  seq_ref: Any,
-  row_ref: Any,
-  slot_ref: Any,
-  count_ref: Any,
-  out_ref: Any,
-  *,
-  shape: tuning.Shape,
-  rows: int,
-) -> None:
-  """Merges the partial results of a narrow tile, for one KV head.
-
-  Args:
-    old_out_ref: [T, H, h], the same memory as out_ref.
-    acc_ref: [B, K, R, h] float32; see `_attend_tile`.
-    top_ref, norm_ref: [B, K, R] float32.
-    starts_ref: [S + 1] int32, `cu_q_lens`.
-    seq_ref, row_ref, slot_ref, count_ref: [M] int32: the sequence and
-      `Plan.merge_row`, `merge_slot` and `merge_count` of each narrow tile.
-    out_ref: [T, H, h], outputs.
-    shape: what the kernel is compiled for.
-    rows: R.
-  """
-  del old_out_ref  # It is out_ref.
-  tile = pl.program_id(0) // shape.num_kv_heads
-  head = pl.program_id(0) % shape.num_kv_heads
-  count, slot = count_ref[tile], slot_ref[tile]
-
-  def body(i: jax.Array, state: Any) -> Any:
-    acc, top, norm = state
-    new = plgpu.load(top_ref.at[slot + i, head, :])
-    new_top = jnp.maximum(top, new)
-    old_weight, weight = jnp.exp2(top - new_top), jnp.exp2(new - new_top)
-    acc = [
-      a * old_weight[:, None]
-      + weight[:, None]
-      * plgpu.load(acc_ref.at[slot + i, head, :, pl.ds(first, size)])
-      for a, (first, size) in zip(acc, shape.pieces, strict=True)
-    ]
-    return (
-      acc,
-      new_top,
-      norm * old_weight + weight * plgpu.load(norm_ref.at[slot + i, head, :]),
-    )
-
-  @pl.when(count > 0)
-  def put_together() -> None:
-    acc, _, norm = lax.fori_loop(
-      0,
-      count,
-      body,
-      (
-        [jnp.zeros((rows, size), jnp.float32) for _, size in shape.pieces],
-        jnp.full((rows,), _MASKED, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-      ),
-    )
-    tokens, heads, _ = _rows(
-      starts_ref, seq_ref[tile], row_ref[tile], head, rows, shape.group
-    )
-    for d, a in zip(shape.channels(), acc, strict=True):
-      plgpu.store(
-        out_ref.at[tokens[:, None], heads[:, None], d[None]],
-        (a / norm[:, None]).astype(out_ref.dtype),
-      )
 
 
 def _rows(

@@ -6,15 +6,16 @@ group + head: heads that share keys fill a matmul's tile together. A work item
 is a tile of rows against a range of key blocks, done for every KV head.
 
 A small sequence, usually a decode, has few rows and waits for memory. It gets
-narrow tiles, and long contexts are split, so that all of the GPU reads. The
-splits' results are partial, and a second kernel merges them. The other
-sequences, chunks of prefills, get wide tiles. Items are ordered longest first,
-so that no long one is left when the others are done.
+tiles of few rows, and long contexts are split, so that all of the GPU reads.
+The splits' results are partial, and a second kernel merges them. The other
+sequences, chunks of prefills, wait for matmuls: their tiles have many rows.
+Items are ordered longest first, so that no long one is left when the others
+are done.
 
 All arrays have fixed shapes, and all arithmetic is in whole arrays, so that
 the same code runs on the host (NumPy) and in a traced step (jax.numpy). This
 is the plan of FlashInfer's scheduler (arXiv 2501.01005, section 3.3), with
-splits of one size in place of its search.
+splits of about one size in place of its search.
 
 `Any` is an array here: np.ndarray or jax.Array; `xp` is NumPy or jax.numpy.
 """
@@ -31,76 +32,97 @@ NO_SLOT = -1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiling:
-  """The sizes by which work is cut.
+  """How small sequences are cut.
 
   Attributes:
-    wide_rows: rows of a tile of a prefill.
-    narrow_rows: rows of a tile of a decode.
+    rows: rows of a tile.
     block_n: keys of a block.
-    num_items: the least items that keep a GPU busy; splits aim at it.
+    num_items: the items that keep a GPU busy; splits aim at it.
     min_split: the least key blocks of a split.
-    has_wide: whether there are wide tiles; if not, another kernel does
-      prefills (see `make_chunks`).
-    has_narrow: whether there are narrow tiles; if not, all are wide, of which
-      none is split, so that no row's sums depend on the batch.
   """
 
-  wide_rows: int
-  narrow_rows: int
+  rows: int
   block_n: int
   num_items: int
-  min_split: int = 4
-  has_wide: bool = True
-  has_narrow: bool = True
+  min_split: int = 2
 
-  @property
-  def row_counts(self) -> tuple[int, ...]:
-    """The numbers of rows that tiles have."""
-    return (
-      *([self.wide_rows] if self.has_wide else ()),
-      *([self.narrow_rows] if self.has_narrow else ()),
-    )
+  def most_queries(self, group: int) -> int:
+    """Returns how many queries a small sequence has at most."""
+    return self.rows // group
 
-  def num_narrow(self, num_tokens: int, num_seqs: int, group: int) -> int:
-    """Returns the most tiles of small sequences in a batch."""
-    return min(num_seqs, num_tokens) * -(-group // self.narrow_rows)
+  def num_tiles(self, num_tokens: int, num_seqs: int, group: int) -> int:
+    """Returns the most tiles of a batch."""
+    return min(num_seqs, num_tokens) * _ceil(group, self.rows)
 
   def num_work_items(self, num_tokens: int, num_seqs: int, group: int) -> int:
     """Returns the most work items of a batch."""
-    wide = self.has_wide * (
-      num_tokens * group // self.wide_rows + min(num_seqs, num_tokens)
-    )
-    return self.num_narrow(num_tokens, num_seqs, group) + self.num_items + wide
+    return self.num_tiles(num_tokens, num_seqs, group) + self.num_items
+
+  def num_merges(self, num_tokens: int, num_seqs: int, group: int) -> int:
+    """Returns the most tiles that are split: each has more blocks than a
+    split, of which all tiles together have `num_items`."""
+    return min(self.num_tiles(num_tokens, num_seqs, group), self.num_items)
 
 
-class Plan(NamedTuple):
-  """The work of a batch: int32 arrays of W items and M narrow tiles.
+class Small(NamedTuple):
+  """The work of small sequences: int32 arrays of W items and M split tiles.
 
   Attributes:
-    rows: [W], rows of the item's tile: Tiling.wide_rows, narrow_rows, or 0 for
-      padding. Items are ordered longest first.
-    seq: [W], the sequence.
+    seq: [W], the sequence. Items are ordered longest first.
     first_row: [W], first row of the tile, in the sequence's rows.
     start, stop: [W], the key blocks [start, stop) of the sequence.
     slot: [W], where the partial result goes; NO_SLOT if the result is whole.
-    merge_seq, merge_row: [M], sequences of the narrow tiles, and first rows.
+    count: [1], the number of real items; the rest is padding.
+    merge_seq, merge_row: [M], sequences of the split tiles, and first rows.
     merge_slot, merge_count: [M], a tile's partial results lie at slots
-      [merge_slot, merge_slot + merge_count); a count of 0: none to merge.
+      [merge_slot, merge_slot + merge_count).
+    num_merges: [1], the number of split tiles; the rest is padding.
   """
 
-  rows: Any
   seq: Any
   first_row: Any
   start: Any
   stop: Any
   slot: Any
+  count: Any
   merge_seq: Any
   merge_row: Any
   merge_slot: Any
   merge_count: Any
+  num_merges: Any
 
 
-def make(
+class Chunks(NamedTuple):
+  """Tiles of the chunks of prefills: int32 arrays of W tiles, longest first.
+
+  Attributes:
+    seq: [W], the sequence.
+    first_row: [W], first row of the tile, in the sequence's rows.
+    start, stop: [W], the key blocks [start, stop) of the sequence.
+    count: [1], the number of real tiles; the rest is padding.
+  """
+
+  seq: Any
+  first_row: Any
+  start: Any
+  stop: Any
+  count: Any
+
+
+class Plan(NamedTuple):
+  """The work of a batch.
+
+  Attributes:
+    small: of small sequences; None where all are cut as chunks are, so that no
+      row's sums depend on the batch.
+    chunks: of the others; None where there are none.
+  """
+
+  small: Small | None
+  chunks: Chunks | None
+
+
+def make_small(
   kv_lens: Any,
   cu_q_lens: Any,
   distribution: Any,
@@ -110,103 +132,57 @@ def make(
   group: int,
   sliding_window: int | None = None,
   xp: Any = np,
-) -> Plan:
-  """Plans a batch; arguments as of `api.ragged_paged_attention`.
+) -> Small:
+  """Plans small sequences; arguments as of `api.ragged_paged_attention`.
 
-  Worked example: group=4, narrow_rows=16, wide_rows=64, block_n=64,
-  num_items=4, min_split=4; a decode at 1024 keys, a chunk of 20 tokens after
-  100. The decode's 16 blocks make 4 splits of 4, of rows [0, 4); the chunk's
-  80 rows make two wide tiles, of 2 blocks each.
+  Worked example: group=4, rows=16, block_n=64, num_items=4, min_split=2; a
+  decode at 1024 keys. Its 16 blocks make 4 splits of 4, of rows [0, 4).
   """
   num_seqs = kv_lens.shape[0]
   q_lens, is_small = _q_lens(
-    cu_q_lens, distribution, tiling.narrow_rows // group, xp
+    cu_q_lens, distribution, tiling.most_queries(group), xp
   )
-  if not tiling.has_narrow:
-    is_small = xp.zeros_like(is_small)
-  tile_rows = xp.where(is_small, tiling.narrow_rows, tiling.wide_rows)
-  tiles = _ceil(q_lens * group, tile_rows)
-  if not tiling.has_wide:
-    tiles = xp.where(is_small, tiles, 0)
+  tiles = xp.where(is_small, _ceil(q_lens * group, tiling.rows), 0)
   first_block, last_block = _block_range(
     kv_lens - q_lens, kv_lens, tiling.block_n, sliding_window, xp
   )
   blocks = last_block - first_block
-  narrow_tiles = xp.where(is_small, tiles, 0)
   size = xp.maximum(
-    _ceil(xp.sum(blocks * narrow_tiles), tiling.num_items), tiling.min_split
+    _ceil(xp.sum(blocks * tiles), tiling.num_items), tiling.min_split
   )
-  splits = xp.where(is_small, xp.maximum(_ceil(blocks, size), 1), 1)
+  splits = xp.maximum(_ceil(blocks, size), 1)
+  # As long as each other, so that none is left when the others are done.
+  size = xp.maximum(_ceil(blocks, splits), 1)
+  splits = xp.maximum(_ceil(blocks, size), 1)
 
-  # Narrow items first, so that an item's place is its slot.
-  num_items = tiling.num_work_items(num_tokens, num_seqs, group)
-  narrow, num_narrow = _expand(narrow_tiles * splits, num_items, xp)
-  wide, num_wide = _expand(tiles - narrow_tiles, num_items, xp)
-  item = xp.arange(num_items)
-  is_narrow = item < num_narrow
-  is_wide = ~is_narrow & (item < num_narrow + num_wide)
-  at = xp.maximum(item - num_narrow, 0)
-  seq = xp.where(is_narrow, narrow.seq, wide.seq[at])
-  place = xp.where(is_narrow, narrow.place, wide.place[at])
-  tile, split = place // splits[seq], place % splits[seq]
-  first_row = tile * tile_rows[seq]
-  # The tile's own keys: a wide tile need not see all that its chunk does.
-  past = kv_lens[seq] - q_lens[seq]
-  first_query = first_row // group
-  last_query = xp.minimum(
-    (first_row + tile_rows[seq] - 1) // group, q_lens[seq] - 1
+  (seq, place), count = _expand(
+    tiles * splits, tiling.num_work_items(num_tokens, num_seqs, group), xp
   )
-  start, stop = _block_range(
-    past + first_query,
-    past + last_query + 1,
-    tiling.block_n,
-    sliding_window,
+  item = xp.arange(len(seq))  # an item's place is its slot
+  tile, split = place // splits[seq], place % splits[seq]
+  start = first_block[seq] + split * size[seq]
+  stop = xp.minimum(start + size[seq], last_block[seq])
+  slot = xp.where(splits[seq] > 1, item, NO_SLOT)
+  columns = (seq, tile * tiling.rows, start, stop, slot)
+  order = _longest_first(start, stop, count, xp)
+
+  (merged, place), num_merges = _expand(
+    xp.where(splits > 1, tiles, 0),
+    tiling.num_merges(num_tokens, num_seqs, group),
     xp,
   )
-  start = xp.where(is_narrow, first_block[seq] + split * size, start)
-  stop = xp.where(is_narrow, xp.minimum(start + size, last_block[seq]), stop)
-  real = is_narrow | is_wide
-  item_rows = xp.where(real, tile_rows[seq], 0)
-  cost = xp.where(real, (stop - start) * item_rows, -1)
-  order = xp.argsort(-cost, stable=True)
-  slot = xp.where(is_narrow & (splits[seq] > 1), item, NO_SLOT)
-
-  merge, num_merges = _expand(
-    narrow_tiles, tiling.num_narrow(num_tokens, num_seqs, group), xp
-  )
-  before = xp.cumsum(narrow_tiles * splits) - narrow_tiles * splits
-  count = splits[merge.seq]
-  to_merge = (xp.arange(merge.seq.shape[0]) < num_merges) & (count > 1)
-  columns = (item_rows, seq, first_row, start, stop, slot)
-  return Plan(
-    *(
-      x.astype(np.int32)
-      for x in (
-        *(column[order] for column in columns),
-        merge.seq,
-        merge.place * tiling.narrow_rows,
-        before[merge.seq] + merge.place * count,
-        xp.where(to_merge, count, 0),
-      )
+  before = xp.cumsum(tiles * splits) - tiles * splits
+  return Small(
+    *_as_int32(
+      *(column[order] for column in columns),
+      count,
+      merged,
+      place * tiling.rows,
+      before[merged] + place * splits[merged],
+      splits[merged],
+      num_merges,
     )
   )
-
-
-class Chunks(NamedTuple):
-  """Tiles of the chunks of prefills: int32 arrays of W tiles, longest first.
-
-  Attributes:
-    seq: [W], the sequence.
-    first_query: [W], first query of the tile, in the sequence.
-    start, stop: [W], the key blocks [start, stop) of the sequence.
-    count: [1], the number of real tiles; the rest is padding.
-  """
-
-  seq: Any
-  first_query: Any
-  start: Any
-  stop: Any
-  count: Any
 
 
 def make_chunks(
@@ -214,55 +190,79 @@ def make_chunks(
   cu_q_lens: Any,
   distribution: Any,
   *,
-  tile: int,
+  rows: int,
   block_n: int,
-  small: int,
+  small: int | None,
   num_tokens: int,
+  group: int,
   sliding_window: int | None = None,
   xp: Any = np,
 ) -> Chunks:
-  """Cuts what a plan without wide tiles leaves out into tiles of queries.
+  """Cuts what is not small into tiles.
+
+  Worked example: group=4, rows=64, block_n=64; a chunk of 20 tokens after 100.
+  Its 80 rows make two tiles, of 2 blocks each.
 
   Args:
     kv_lens, cu_q_lens, distribution: as of `api.ragged_paged_attention`.
-    tile: queries of a tile, each with all of its heads.
+    rows: of a tile.
     block_n: keys of a block.
-    small: the most queries that make a sequence small, beside decodes: the
-      other plan's Tiling.narrow_rows // group.
+    small: the most queries that make a sequence small, beside decodes; None:
+      no sequence is, nor are decodes.
     num_tokens: T.
+    group: rows of a query.
     sliding_window: as of `api.ragged_paged_attention`.
     xp: NumPy or jax.numpy.
   """
   num_seqs = kv_lens.shape[0]
   q_lens, is_small = _q_lens(cu_q_lens, distribution, small, xp)
-  tiles = xp.where(is_small, 0, _ceil(q_lens, tile))
+  tiles = xp.where(is_small, 0, _ceil(q_lens * group, rows))
   (seq, place), count = _expand(
-    tiles, num_tokens // tile + min(num_seqs, num_tokens), xp
+    tiles, num_chunks(rows, num_tokens, num_seqs, group), xp
   )
-  first = place * tile
+  first_row = place * rows
   past = kv_lens[seq] - q_lens[seq]
+  # The tile's own keys: it need not see all that its chunk does.
+  last_query = xp.minimum((first_row + rows - 1) // group, q_lens[seq] - 1)
   start, stop = _block_range(
-    past + first,
-    past + xp.minimum(first + tile, q_lens[seq]),
+    past + first_row // group,
+    past + last_query + 1,
     block_n,
     sliding_window,
     xp,
   )
-  cost = xp.where(xp.arange(len(seq)) < count, stop - start, -1)
-  order = xp.argsort(-cost, stable=True)
-  columns = [column[order] for column in (seq, first, start, stop)]
-  return Chunks(*(x.astype(np.int32) for x in (*columns, count.reshape(1))))
+  order = _longest_first(start, stop, count, xp)
+  columns = (column[order] for column in (seq, first_row, start, stop))
+  return Chunks(*_as_int32(*columns, count))
+
+
+def num_chunks(rows: int, num_tokens: int, num_seqs: int, group: int) -> int:
+  """Returns the most tiles of `make_chunks`."""
+  return num_tokens * group // rows + min(num_seqs, num_tokens)
+
+
+def _longest_first(start: Any, stop: Any, count: Any, xp: Any) -> Any:
+  """Returns the order of items; the `count` real ones come first."""
+  cost = xp.where(xp.arange(len(start)) < count, stop - start, -1)
+  return xp.argsort(-cost, stable=True)
+
+
+def _as_int32(*arrays: Any) -> list[Any]:
+  """Returns arrays as int32, numbers as [1]."""
+  return [x.astype(np.int32).reshape(x.shape or 1) for x in arrays]
 
 
 def _q_lens(
-  cu_q_lens: Any, distribution: Any, small: int, xp: Any
+  cu_q_lens: Any, distribution: Any, small: int | None, xp: Any
 ) -> tuple[Any, Any]:
-  """Returns the queries of each sequence, and which get narrow tiles, [S] each.
+  """Returns the queries of each sequence, and which are small, [S] each.
 
-  Padding has 0 queries.
+  Padding has 0 queries. Of `small` see `make_chunks`.
   """
   place = xp.arange(cu_q_lens.shape[0] - 1)
   q_lens = xp.where(place < distribution[1], cu_q_lens[1:] - cu_q_lens[:-1], 0)
+  if small is None:
+    return q_lens, xp.zeros_like(place, bool)
   return q_lens, (q_lens <= small) | (place < distribution[0])
 
 

@@ -109,54 +109,81 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-  """Tiles and how they are compiled; see `plan.Tiling`.
+class Tile:
+  """A kernel's tile, and how it is compiled and launched.
 
   Attributes:
-    wide_rows: query rows of a prefill's tile.
-    block_n: keys of a block.
+    rows: query rows.
+    block_n: keys of a block; they lie in one page.
     num_warps: of a block of the GPU.
     num_stages: of the pipeline that loads keys and values.
-    num_blocks: blocks that the GPU runs at once.
-    has_wide: whether prefills are this kernel's work, too.
+    num_blocks: blocks of the GPU, which take work items in turn.
   """
 
-  wide_rows: int
+  rows: int
   block_n: int
   num_warps: int
   num_stages: int
   num_blocks: int
-  has_wide: bool = True
-
-  def tiling(self, shape: Shape) -> plan_lib.Tiling:
-    narrow = min(max(16, _power_of_two(shape.group)), self.wide_rows // 2)
-    return plan_lib.Tiling(
-      wide_rows=self.wide_rows,
-      narrow_rows=narrow,
-      block_n=min(self.block_n, shape.page_size),
-      num_items=-(-2 * self.num_blocks // shape.num_kv_heads),
-      has_wide=self.has_wide,
-    )
 
 
-# The fields of Sizes that the tables hold.
-NUMBERS = 'wide_rows', 'block_n', 'num_warps', 'num_stages'
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+  """Tiles of `pallas_triton`'s kernels.
+
+  Attributes:
+    small: of small sequences.
+    chunks: of chunks of prefills.
+    merge: of what is split: partial results, as many at a time as `block_n`.
+    tiling: by which small sequences are cut.
+  """
+
+  small: Tile
+  chunks: Tile
+  merge: Tile
+  tiling: plan_lib.Tiling
+
+
+# The fields of `Tile` that the tables hold. `rows` of small sequences are more
+# where a group is.
+NUMBERS = 'rows', 'block_n', 'num_warps', 'num_stages'
+KINDS = 'small', 'chunks'
 _Numbers = tuple[int, int, int, int]
-# (device, dtype, kv_dtype, H / K, head_dim, page_size) ->
-TUNED: Mapping[tuple[str, str, str, int, int, int], _Numbers] = {}
+_MOST_SMALL = 32  # rows
+# Blocks for each multiprocessor: more than run at once, so that the rest begin
+# as others end; and so few that those without work don't matter.
+_PER_SM = {'small': 8, 'chunks': 2}
+_AT_ONCE = 3  # small ones that a multiprocessor runs at once, about
+# (kind, device, dtype, kv_dtype, H / K, head_dim, page_size) ->
+TUNED: Mapping[tuple[str, str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
-_WIDE = {(2, 256): (64, 32, 8, 2), (4, 256): (32, 16, 8, 2)}
-# For float32 over a quantized cache: with more stages, registers spill.
-_CONVERTED = (32, 16, 8, 1)
-_SIZES: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
-  'a100': {(2, 128): (64, 32, 4, 2)} | _WIDE,
-  'a40': {(2, 128): (64, 32, 4, 3)} | _WIDE,
-  'h100': {(2, 128): (64, 64, 4, 2)} | _WIDE,
+_Table = Mapping[tuple[int, int], _Numbers]
+# Of float32: with more stages, registers spill.
+_SMALL: _Table = {(2, 256): (16, 32, 4, 2), (4, 256): (16, 16, 4, 1)}
+_CHUNKS: _Table = {
+  (2, 256): (64, 32, 8, 2),
+  (4, 80): (32, 16, 4, 1),
+  (4, 256): (32, 16, 8, 1),
+}
+_SIZES: Mapping[tuple[str, str], _Table] = {
+  ('small', 'a100'): {(2, 128): (16, 32, 4, 3)} | _SMALL,
+  ('small', 'a40'): {(2, 128): (16, 32, 4, 3)} | _SMALL,
+  ('small', 'h100'): {(2, 128): (16, 64, 4, 3)} | _SMALL,
+  ('chunks', 'a100'): {(2, 128): (128, 64, 8, 2)} | _CHUNKS,
+  ('chunks', 'a40'): {(2, 128): (128, 64, 8, 2)} | _CHUNKS,
+  ('chunks', 'h100'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
+}
+# Those for a quantized cache, where the registers of the others spill.
+_QUANTIZED: Mapping[tuple[str, str], _Table] = {
+  ('small', 'h100'): {(2, 256): (16, 32, 4, 1)},
+  ('chunks', 'a100'): {(2, 128): (64, 32, 4, 2)},
+  ('chunks', 'a40'): {(2, 128): (64, 32, 4, 3)},
 }
 # Compute capability -> its own sizes, where those of its target spill.
-_ITS_OWN: Mapping[str, Mapping[tuple[int, int], _Numbers]] = {
-  '10.0': {**_SIZES['h100'], (2, 256): (32, 16, 8, 2)}
+_ITS_OWN: Mapping[tuple[str, str], _Table] = {
+  ('chunks', '10.0'): {**_SIZES['chunks', 'h100'], (2, 256): (32, 16, 8, 2)}
 }
+_MERGED_AT_ONCE = 16  # partial results
 # What `implementation=None` of `api.write_kv` means, for pages of rows: one of
 # `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
 _WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
@@ -179,11 +206,16 @@ def choose(shape: Shape) -> Sizes:
   Raises:
     NotImplementedError: there are none for such a shape or device.
   """
+  devices.check_triton(devices.default())
+  return _sizes(shape, **{kind: _numbers(kind, shape) for kind in KINDS})
+
+
+def _numbers(kind: str, shape: Shape) -> _Numbers:
   device = devices.default()
-  devices.check_triton(device)
   target, width = devices.target_of(device), jnp.dtype(shape.dtype).itemsize
   tuned = TUNED.get(
     (
+      kind,
       devices.measured_as(device),
       shape.dtype,
       shape.kv_dtype,
@@ -192,15 +224,16 @@ def choose(shape: Shape) -> Sizes:
       shape.page_size,
     )
   )
-  num_blocks = 2 * devices.multiprocessors(device)
   if tuned is not None:
-    return Sizes(*tuned, num_blocks=num_blocks)
-  if width == 4 and shape.kv_dtype != shape.dtype:
-    return Sizes(*_CONVERTED, num_blocks=num_blocks)
-  rows = _ITS_OWN.get(devices.capability_of(device), _SIZES[target])
-  for (itemsize, head_dim), sizes in rows.items():
+    return tuned
+  table = _ITS_OWN.get(
+    (kind, devices.capability_of(device)), _SIZES[kind, target]
+  )
+  if shape.kv_dtype != shape.dtype:
+    table = {**table, **_QUANTIZED.get((kind, target), {})}
+  for (itemsize, head_dim), numbers in sorted(table.items()):
     if itemsize == width and shape.head_dim <= head_dim:
-      return Sizes(*sizes, num_blocks=num_blocks)
+      return numbers
   _check(
     width in (2, 4),
     'dtype',
@@ -211,34 +244,72 @@ def choose(shape: Shape) -> Sizes:
   raise AssertionError
 
 
-# Sizes worth trying, the most promising first. Those have the fewest machine
-# instructions a product (tiles of 128 rows by eight warps), or load a block
-# before the current one is done (three stages).
-_CANDIDATES: tuple[_Numbers, ...] = (
-  (64, 64, 4, 2),
-  (128, 64, 8, 3),
-  (64, 64, 4, 3),
-  (128, 64, 8, 2),
-  (64, 32, 4, 3),
-  (128, 32, 8, 3),
-  (64, 32, 4, 2),
-  (128, 32, 8, 2),
-  (64, 64, 8, 2),
-  (64, 64, 8, 3),
-  (64, 32, 8, 2),
-  (64, 32, 8, 3),
-  (128, 64, 4, 2),
-  (128, 64, 4, 3),
-  (128, 32, 4, 2),
-  (128, 32, 4, 3),
-)
+def _sizes(shape: Shape, small: _Numbers, chunks: _Numbers) -> Sizes:
+  device = devices.default()
+  multiprocessors = (
+    _INTERPRETED_BLOCKS
+    if device.platform == 'cpu'
+    else devices.multiprocessors(device)
+  )
+
+  def tile(kind: str, numbers: _Numbers, least_rows: int) -> Tile:
+    rows, block_n, num_warps, num_stages = numbers
+    return Tile(
+      max(rows, least_rows),
+      min(block_n, shape.page_size),
+      num_warps,
+      num_stages,
+      _PER_SM[kind] * multiprocessors,
+    )
+
+  of_small = tile('small', small, min(_power_of_two(shape.group), _MOST_SMALL))
+  return Sizes(
+    of_small,
+    tile('chunks', chunks, 1),
+    dataclasses.replace(
+      of_small, block_n=_MERGED_AT_ONCE, num_warps=2, num_stages=1
+    ),
+    plan_lib.Tiling(
+      of_small.rows,
+      of_small.block_n,
+      -(-_AT_ONCE * multiprocessors // shape.num_kv_heads),
+    ),
+  )
 
 
-def candidates() -> Iterator[Sizes]:
-  """Yields sizes worth trying on the default device, most promising first."""
-  num_blocks = 2 * devices.multiprocessors(devices.default())
-  for numbers in _CANDIDATES:
-    yield Sizes(*numbers, num_blocks=num_blocks)
+# Sizes worth trying, the most promising first.
+_CANDIDATES: Mapping[str, tuple[_Numbers, ...]] = {
+  'small': (
+    (16, 64, 4, 3),
+    (16, 32, 4, 3),
+    (16, 32, 4, 4),
+    (16, 64, 4, 2),
+    (16, 64, 8, 3),
+    (16, 32, 2, 3),
+    (16, 32, 4, 2),
+  ),
+  'chunks': (
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (128, 32, 8, 3),
+    (128, 32, 8, 2),
+    (64, 32, 4, 3),
+  ),
+}
+
+
+def candidates(kind: str, shape: Shape) -> Iterator[tuple[_Numbers, Sizes]]:
+  """Yields sizes worth trying on the default device, most promising first.
+
+  Args:
+    kind: of `KINDS`, whose sizes vary; the other's are those of `choose`.
+    shape: what for.
+  """
+  chosen = {kind: _numbers(kind, shape) for kind in KINDS}
+  for numbers in _CANDIDATES[kind]:
+    yield numbers, _sizes(shape, **chosen | {kind: numbers})
 
 
 def check_indices(pages: quantization.Pages) -> None:

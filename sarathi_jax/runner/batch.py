@@ -114,6 +114,7 @@ class BatchLayout:
     num_samples: R, the most tokens that are sampled for it.
     pages_per_seq: P.
     tells_prompts: whether the step tells of prompts, see `Chunk.next_token`.
+    decodes_only: whether no sequence is a chunk of a prefill.
   """
 
   num_tokens: int
@@ -121,6 +122,7 @@ class BatchLayout:
   num_samples: int
   pages_per_seq: int
   tells_prompts: bool = False
+  decodes_only: bool = False
 
   @property
   def input(self) -> packing.Packing:

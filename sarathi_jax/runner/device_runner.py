@@ -58,7 +58,8 @@ class _InPipeline(NamedTuple):
 
   Attributes:
     buffer: the batch, packed.
-    size: of its step.
+    num_tokens: of the batch.
+    decodes_only: whether it has no chunks of prefills.
     is_batch: whether there is one.
     tells: whether it asks for more than tokens and their log-probabilities.
     tells_prompts: whether it asks for those of prompts.
@@ -67,7 +68,8 @@ class _InPipeline(NamedTuple):
   """
 
   buffer: np.ndarray
-  size: int
+  num_tokens: int
+  decodes_only: bool
   is_batch: bool
   tells: bool = False
   tells_prompts: bool = False
@@ -240,9 +242,9 @@ class DeviceRunner:
       self.num_pages,
       self._page_bytes,
     )
-    smallest = self._programs.sizes[0]
+    smallest = self._programs.layouts[self._programs.sizes[0]]
     self._nothing = _InPipeline(
-      np.zeros(self._programs.layouts[smallest].size, np.int32), smallest, False
+      np.zeros(smallest.size, np.int32), 0, True, False
     )
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
@@ -252,12 +254,17 @@ class DeviceRunner:
     self._asked: dict[int, _Asked] = {}
     self._masked: dict[int, _Masked] = {}
 
-  def launch(self, batch: types.ScheduledBatch) -> Pending:
-    prefills = itertools.takewhile(
-      lambda chunk: chunk.is_prefill, reversed(batch.chunks)
+  def program_for(self, batch: types.ScheduledBatch) -> int:
+    """Returns the number of the step that a batch takes, if it is alone."""
+    prefills = _prefills(batch)
+    return self._programs.size_for(
+      batch.size,
+      decodes_only=not prefills,
+      tells_prompts=_tells_prompts(prefills),
     )
-    tells_prompts = any(chunk.next_token is not None for chunk in prefills)
-    size = self._programs.size_for(batch.size, tells_prompts=tells_prompts)
+
+  def launch(self, batch: types.ScheduledBatch) -> Pending:
+    prefills, size = _prefills(batch), self.program_for(batch)
     buffer = self._builder.build(batch, self._programs.layouts[size])
     setups = itertools.chain.from_iterable(
       adjusting.messages(chunk)
@@ -267,7 +274,14 @@ class DeviceRunner:
     tells = self._programs.layouts[size].tells(buffer)
     self._step(
       _InPipeline(
-        buffer, size, True, tells, tells_prompts, tuple(setups), batch.copies
+        buffer,
+        batch.size,
+        not prefills,
+        True,
+        tells,
+        _tells_prompts(prefills),
+        tuple(setups),
+        batch.copies,
       )
     )
     return Pending(
@@ -328,23 +342,22 @@ class DeviceRunner:
     )
 
   def num_rows(self, num_tokens: int) -> int:
-    return self._programs.size_for(num_tokens)
+    return self._programs.layouts[
+      self._programs.size_for(num_tokens, decodes_only=True)
+    ].num_tokens
 
   def compile(
-    self, num_tokens: int, options: Mapping[str, Any] | None = None
+    self, program: int, options: Mapping[str, Any] | None = None
   ) -> None:
-    """Compiles the step for so many tokens, even if it was compiled before.
+    """Compiles a step, even if it was compiled before.
 
     Args:
-      num_tokens: tokens of a batch.
+      program: its number, see `program_for`.
       options: XLA's options by name, beside those of the environment.
     """
     with jax.default_device(self.mesh.local_devices[0]):
       self._programs.compile(
-        self.num_pages,
-        lambda done, total: None,
-        [self._programs.size_for(num_tokens)],
-        options,
+        self.num_pages, lambda done, total: None, [program], options
       )
 
   @property
@@ -407,9 +420,11 @@ class DeviceRunner:
   def _step(self, entering: _InPipeline) -> None:
     """Runs one step: one batch enters, the others advance by one stage."""
     self._stages.appendleft(entering)
-    size = max(stage.size for stage in self._stages)
-    if self._stages[-1].tells_prompts:
-      size = self._programs.size_for(size, tells_prompts=True)
+    size = self._programs.size_for(
+      max(stage.num_tokens for stage in self._stages),
+      decodes_only=all(stage.decodes_only for stage in self._stages),
+      tells_prompts=self._stages[-1].tells_prompts,
+    )
     ints = entering.buffer
     if self.num_stages > 1:
       buffers = np.zeros(
@@ -489,6 +504,16 @@ class DeviceRunner:
         self._leaves, self._state, ints
       )
     return outputs
+
+
+def _prefills(batch: types.ScheduledBatch) -> tuple[types.Chunk, ...]:
+  """Returns the chunks of prefills, which come after all decodes."""
+  last = itertools.takewhile(lambda c: c.is_prefill, reversed(batch.chunks))
+  return tuple(last)
+
+
+def _tells_prompts(prefills: tuple[types.Chunk, ...]) -> bool:
+  return any(chunk.next_token is not None for chunk in prefills)
 
 
 def _temp_bytes(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+import itertools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def attend_to(
   windows: Collection[int | None],
   shards: sharding.Shards,
   implementation: str | None,
+  decodes_only: bool = False,
   batch_invariant: bool = False,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
   """Makes a `models.Attend` that writes keys and values to pages, and attends.
@@ -45,7 +47,9 @@ def attend_to(
     queries: (heads, head dim, dtype) of the queries.
     windows: the sliding windows that layers have.
     shards: of the mesh.
-    implementation, batch_invariant: of ragged_paged_attention.
+    implementation: of ragged_paged_attention.
+    decodes_only: whether the batch has no chunks of prefills.
+    batch_invariant: of ragged_paged_attention.
   """
   k_pages, _ = kv[0]
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
@@ -59,7 +63,9 @@ def attend_to(
   batches = {True: b, False: _samples_of(b, row)}  # by whether of all tokens
   *heads, dtype = queries
 
-  def plan(of: batch_lib.BatchArrays, num: int, window: int | None) -> Any:
+  def plan(is_all: bool, window: int | None) -> Any:
+    num = len(row if is_all else b.sample_tokens)
+    of = batches[is_all]
     return rpa.make_plan(
       jax.ShapeDtypeStruct((num, *heads), rpa.query_dtype(k_pages, dtype)),
       k_pages,
@@ -67,14 +73,14 @@ def attend_to(
       of.cu_q_lens,
       of.distribution,
       sliding_window=window,
+      decodes_only=decodes_only or not is_all,
       batch_invariant=batch_invariant,
       implementation=implementation,
     )
 
   plans = {
-    (is_all, window): plan(of, len(row if is_all else b.sample_tokens), window)
-    for is_all, of in batches.items()
-    for window in windows
+    (is_all, window): plan(is_all, window)
+    for is_all, window in itertools.product(batches, windows)
   }
 
   def attend(

@@ -42,6 +42,10 @@ def masked(num_rows: int) -> int:
   return COPY - num_rows
 
 
+# On GPUs, steps of fewer tokens take as long as reading the weights: they are
+# for decodes, and hybrid batches take this size.
+_LEAST_HYBRID = 128
+
 # From so many bytes of weights on, a CPU's small steps take as long as reading
 # them. The steps of smaller models take as long as their many operations.
 LARGE = 32 << 20
@@ -71,8 +75,8 @@ class StepPrograms:
     sizes: the steps' numbers of tokens, ascending.
     others: the numbers of the other programs.
     masked: of these, those that sample rows anew -> how many rows.
-    layouts: the number of a step's program, its size but for one, -> the layout
-      of its batches.
+    layouts: the number of a step's program, its size but for those that come
+      after the largest, -> the layout of its batches.
     pages_per_seq: P.
     weights: the weights on the mesh, as ShapeDtypeStruct.
   """
@@ -119,10 +123,22 @@ class StepPrograms:
       )
       for n in self.sizes
     }
-    if is_apart:  # Numbered as if it had a token more.
+    # Programs beside those of the sizes are numbered after these.
+    if is_apart:
       self.layouts[self.sizes[-1] + 1] = dataclasses.replace(
         self.layouts[self.sizes[-1]], tells_prompts=True
       )
+    # A size -> the number of its program for decodes alone.
+    self._of_decodes: dict[int, int] = {}
+    if _knows_decodes(mesh) and not self._deterministic:
+      for n in self.sizes[:-1]:
+        if n <= max_num_seqs:
+          has_both = n >= _LEAST_HYBRID
+          number = n + (self.sizes[-1] + 1) * has_both
+          self._of_decodes[n] = number
+          self.layouts[number] = dataclasses.replace(
+            self.layouts[n], decodes_only=True
+          )
     self._model = model
     self._mesh = mesh
     self._dtype = layout.dtype
@@ -347,20 +363,29 @@ class StepPrograms:
       for n in (self.sizes[-1], *self.others)
     )
 
-  def size_for(self, num_tokens: int, *, tells_prompts: bool = False) -> int:
-    """Returns the smallest size that holds so many tokens.
+  def size_for(
+    self,
+    num_tokens: int,
+    *,
+    decodes_only: bool = False,
+    tells_prompts: bool = False,
+  ) -> int:
+    """Returns the number of the smallest step that holds so many tokens.
 
     Args:
       num_tokens: of a batch.
+      decodes_only: whether it has no chunks of prefills.
       tells_prompts: whether the step is to tell of prompts.
     """
     sizes = self.sizes[bisect.bisect_left(self.sizes, num_tokens) :]
-    if not tells_prompts:
-      return sizes[0]
+    if decodes_only:
+      return self._of_decodes.get(sizes[0], sizes[0])
     return next(
       size
       for size in (*sizes, *self.others)
-      if size in self.layouts and self.layouts[size].tells_prompts
+      if size in self.layouts
+      and not self.layouts[size].decodes_only
+      and self.layouts[size].tells_prompts >= tells_prompts
     )
 
   def __getitem__(self, size: int) -> Any:
@@ -391,6 +416,11 @@ class StepPrograms:
       self.weights,
       sorted((options or {}).items()),
     )
+
+
+def _knows_decodes(mesh: Mesh) -> bool:
+  """Whether decodes have programs of their own, without what prefills need."""
+  return bool(mesh.devices.flat[0].platform != 'cpu')
 
 
 def _tells_prompts(size: int) -> bool:

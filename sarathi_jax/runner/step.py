@@ -269,6 +269,7 @@ def _contexts(
     windows={kind.attention.window for kind in kinds},
     shards=shards,
     implementation=spec.attention,
+    decodes_only=spec.layout.decodes_only,
     batch_invariant=spec.deterministic,
   )
 

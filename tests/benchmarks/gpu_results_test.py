@@ -104,7 +104,8 @@ def test_kernels_are_compared_by_point() -> None:
 
 
 def test_the_best_sizes_are_so_for_all_batches() -> None:
-  numbers = dict(wide_rows=64, block_n=32, num_warps=4, num_stages=2)
+  numbers = dict(rows=64, block_n=32, num_warps=4, num_stages=2)
+  numbers |= dict(kernel='chunks')
   found = {
     'tune': [
       {'batch': 'a', **numbers, 'us': 10.0},
@@ -112,10 +113,12 @@ def test_the_best_sizes_are_so_for_all_batches() -> None:
       {'batch': 'a', **numbers, 'num_warps': 8, 'us': 20.0},
       {'batch': 'b', **numbers, 'num_warps': 8, 'us': 5.0},
       {'batch': 'a', **numbers, 'num_stages': 3, 'us': 1.0},  # not with b
+      {'batch': 'a', **numbers, 'kernel': 'small', 'us': 3.0},
       {**numbers, 'num_stages': 3, 'absent': 'shared memory'},
     ]
   }
-  first, second = targets.best_sizes(found)
+  small, first, second = targets.best_sizes(found)
+  assert (small['kernel'], small['over_best']) == ('small', 1)
   assert (first['num_warps'], second['num_warps']) == (8, 4)
   assert first['over_best'] == pytest.approx((20 * 1) ** 0.5)
   assert second['over_best'] == pytest.approx((10 * 4) ** 0.5)

@@ -84,6 +84,30 @@ def test_large_models_have_steps_of_few_tokens_on_cpus():
   assert sizes(vocab_size=1 << 20) == (1, 4, 8, 16)
 
 
+def test_decodes_have_programs_of_their_own_on_gpus(monkeypatch):
+  monkeypatch.setattr(programs, '_knows_decodes', lambda mesh: True)
+  steps = programs.StepPrograms(
+    MODEL,
+    mesh_lib.make(),
+    tiny.engine_config(token_budget=256, max_num_seqs=160),
+    layout=placement.of_live(jnp.float32),
+    kv_dtype=jnp.float32,
+    max_model_len=32,
+    max_step_tokens=256,
+  )
+  for num_tokens in range(1, 257):
+    of_decodes = steps.layouts[steps.size_for(num_tokens, decodes_only=True)]
+    of_all = steps.layouts[steps.size_for(num_tokens)]
+    telling = steps.layouts[steps.size_for(num_tokens, tells_prompts=True)]
+    assert of_decodes.num_tokens >= num_tokens
+    assert of_decodes.decodes_only == (num_tokens <= 160)
+    # A small hybrid batch takes a step that reads the weights as long.
+    assert of_all.num_tokens >= max(num_tokens, 128)
+    assert not of_all.decodes_only and not telling.decodes_only
+    assert telling.tells_prompts and telling.num_tokens >= num_tokens
+  assert steps.layouts.keys() <= {*steps.sizes, *steps.others}
+
+
 def test_what_is_compiled_can_be_chosen():
   config = tiny.engine_config(
     token_budget=16, num_pages=NUM_PAGES, page_size=PAGE_SIZE
@@ -99,8 +123,6 @@ def test_what_is_compiled_can_be_chosen():
       sizes=(),
     )
     assert not compiled.count('jit(run)')
-    runner.compile(3)
-    assert compiled.count('jit(run)') == 1
     chunk = types.Chunk(
       request_id='a',
       slot=0,
@@ -115,8 +137,12 @@ def test_what_is_compiled_can_be_chosen():
       sampling=types.SamplingParams(temperature=0),
     )
     batch = types.ScheduledBatch(0, (chunk,), 3)
+    runner.compile(runner.program_for(batch))
+    assert compiled.count('jit(run)') == 1
     first = runner.fetch(runner.launch(batch))
-    runner.compile(3, {'xla_cpu_enable_fast_math': False})
+    runner.compile(
+      runner.program_for(batch), {'xla_cpu_enable_fast_math': False}
+    )
     assert compiled.count('jit(run)') == 2
   assert runner.fetch(runner.launch(batch)).tokens == first.tokens
   with pytest.raises(KeyError):

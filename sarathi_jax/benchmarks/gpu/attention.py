@@ -23,6 +23,7 @@ from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import pallas_triton
+from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
 from sarathi_jax.benchmarks import journal as journal_lib
 from sarathi_jax.benchmarks.gpu import timing
@@ -59,6 +60,18 @@ class Sweep:
   pool_tokens: int = 2**21
   calls: int = 8
 
+  @property
+  def shape(self) -> tuning.Shape:
+    """What kernels are compiled for."""
+    return tuning.Shape(
+      self.dtype,
+      quantization.kept_dtype(self.kv_dtype or self.dtype).name,
+      self.num_kv_heads,
+      self.num_heads // self.num_kv_heads,
+      self.head_dim,
+      self.page_size,
+    )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
@@ -79,6 +92,10 @@ class Batch:
   @property
   def num_tokens(self) -> int:
     return self.decodes + self.chunk
+
+  def has(self, kind: str) -> bool:
+    """Says whether there is work for a kernel, of `tuning.KINDS`."""
+    return bool(self.decodes if kind == 'small' else self.chunk)
 
   @property
   def lens(self) -> list[int]:

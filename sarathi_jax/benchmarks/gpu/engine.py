@@ -174,9 +174,9 @@ def steps(
   peak = gpu_targets.matmul_flops(jax.devices()[0].device_kind)
 
   @functools.cache
-  def compiled(size: int) -> float:
+  def compiled(program: int) -> float:
     start = time.perf_counter()
-    runner().compile(size)
+    runner().compile(program)
     return time.perf_counter() - start
 
   def row(point: Point) -> journal_lib.Row:
@@ -186,7 +186,7 @@ def steps(
     if needed > runner().num_pages:
       return {'left_out': f'{needed} pages needed, {runner().num_pages} there'}
     batch = point.batch(config.page_size)
-    compile_s = compiled(runner().num_rows(batch.num_tokens))
+    compile_s = compiled(runner().program_for(batch))
     times = step_seconds(runner(), batch)
     floor = work.num_bytes(point) / limits['copy_bytes_per_s']
     rate = work.flops(point) / times['step_s']
@@ -204,7 +204,7 @@ def steps(
 
   def kernels(point: Point) -> journal_lib.Row:
     batch = point.batch(config.page_size)
-    compiled(runner().num_rows(batch.num_tokens))
+    compiled(runner().program_for(batch))
 
     def run() -> None:
       for _ in range(_TRACED_STEPS):
@@ -312,7 +312,7 @@ def variants(
   def row(options: Mapping[str, Any]) -> journal_lib.Row:
     start = time.perf_counter()
     try:
-      runner().compile(batch.num_tokens, options)
+      runner().compile(runner().program_for(batch), options)
     except jax.errors.JaxRuntimeError as error:  # Not with this XLA.
       return journal_lib.absent(error)
     compile_s = time.perf_counter() - start

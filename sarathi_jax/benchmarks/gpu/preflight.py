@@ -157,7 +157,7 @@ def _filtered(size: sizes.Size) -> journal_lib.Row:
   )
   point = dataclasses.replace(size.varied, filtered=True)
   batch = point.batch(size.config.page_size)
-  runner.compile(batch.num_tokens)
+  runner.compile(runner.program_for(batch))
   first, second = (runner.fetch(runner.launch(batch)) for _ in range(2))
   _check(first.tokens == second.tokens, 'the second step drew other tokens')
   return {'distinct': len(set(first.tokens)), 'of': len(first.tokens)}

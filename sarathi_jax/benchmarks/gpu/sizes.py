@@ -156,7 +156,7 @@ def _full() -> Size:
         attention_lib.hybrids((64, 2048, 448, 4096))[0],
       ),
     ),
-    num_tried=8,
+    num_tried=5,
     quantized=tuple(
       attention_lib.Sweep(
         kv_dtype=kept,

@@ -52,8 +52,9 @@ def show_verdicts(
     )
   if verdicts.tuned:
     console.print(
-      'For tuning.TUNED, if it wins by more than the noise:\n'
-      f'  {verdicts.tuned}',
+      'For tuning.TUNED, if they win by more than the noise:',
+      *verdicts.tuned,
+      sep='\n  ',
       markup=False,
     )
   show(console, 'targets', verdicts.targets)

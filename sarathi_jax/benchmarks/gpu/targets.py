@@ -133,12 +133,23 @@ def over_mosaic(results: Mapping[str, Rows]) -> dict[str, float]:
 
 
 def best_sizes(results: Mapping[str, Rows]) -> Rows:
+  """Finds the best of the sizes that were tried, for each kernel."""
+  return [row for k in tuning.KINDS for row in best_sizes_of(k, results)]
+
+
+def best_sizes_of(kernel: str, results: Mapping[str, Rows]) -> Rows:
   """Finds the best of the sizes that were tried, for `tuning.TUNED`.
 
   `over_best` is their time over the best one's, the geometric mean over the
   batches. Only sizes that all batches could be run with are here.
+
+  Args:
+    kernel: of `tuning.KINDS`.
+    results: of the stages.
   """
-  rows = [r for r in results.get('tune', []) if 'us' in r]
+  rows = [
+    r for r in results.get('tune', []) if 'us' in r and r['kernel'] == kernel
+  ]
   best: dict[str, float] = {}
   for row in rows:
     best[row['batch']] = min(row['us'], best.get(row['batch'], row['us']))
@@ -148,7 +159,8 @@ def best_sizes(results: Mapping[str, Rows]) -> Rows:
       row['us'] / best[row['batch']]
     )
   found = [
-    dict(zip(tuning.NUMBERS, numbers, strict=True))
+    {'kernel': kernel}
+    | dict(zip(tuning.NUMBERS, numbers, strict=True))
     | {'over_best': statistics.geometric_mean(ratios)}
     for numbers, ratios in tried.items()
     if len(ratios) == len(best)
@@ -156,24 +168,25 @@ def best_sizes(results: Mapping[str, Rows]) -> Rows:
   return sorted(found, key=lambda row: row['over_best'])[:5]
 
 
-def tuned_line(
+def tuned_lines(
   results: Mapping[str, Rows], sweep: attention.Sweep, device: str
-) -> str | None:
-  """Returns the best sizes as a line of `tuning.TUNED`; see `judge_all`."""
-  best = best_sizes(results)
-  if not best:
-    return None
-  kept = sweep.kv_dtype or sweep.dtype
-  key = (
-    gpu_targets.name_of(device) or device,
-    sweep.dtype,
-    kept,
-    sweep.num_heads // sweep.num_kv_heads,
-    sweep.head_dim,
-    sweep.page_size,
-  )
-  numbers = tuple(best[0][name] for name in tuning.NUMBERS)
-  return f'{key}: {numbers},'
+) -> list[str]:
+  """Returns the best sizes as lines of `tuning.TUNED`; see `judge_all`."""
+  shape = sweep.shape
+  lines = []
+  for kernel in tuning.KINDS:
+    for best in best_sizes_of(kernel, results)[:1]:
+      key = (
+        kernel,
+        gpu_targets.name_of(device) or device,
+        shape.dtype,
+        shape.kv_dtype,
+        shape.group,
+        shape.head_dim,
+        shape.page_size,
+      )
+      lines.append(f'{key}: {tuple(best[name] for name in tuning.NUMBERS)},')
+  return lines
 
 
 TARGETS: tuple[Target, ...] = (
@@ -282,12 +295,12 @@ class Verdicts:
   Attributes:
     targets: rows of `judge`.
     comparisons: results of `COMPARISONS`, by name.
-    tuned: the best sizes, as a line of `tuning.TUNED`.
+    tuned: the best sizes, as lines of `tuning.TUNED`.
   """
 
   targets: Rows
   comparisons: Mapping[str, Any]
-  tuned: str | None
+  tuned: list[str]
 
 
 def judge_all(
@@ -303,5 +316,5 @@ def judge_all(
   return Verdicts(
     judge(results),
     {name: compare(results) for name, compare in COMPARISONS.items()},
-    tuned_line(results, tuned, device),
+    tuned_lines(results, tuned, device),
   )

@@ -83,36 +83,49 @@ def writes(
 def sizes(
   journal: journal_lib.Journal, sweep: attention.Sweep, most: int | None = None
 ) -> None:
-  """Times pallas_triton with sizes that are worth a try.
+  """Times pallas_triton with sizes that are worth a try, for each kernel.
 
   Sizes that can't be compiled, as shared memory does not suffice, are absent.
-  The winner goes into `tuning.TUNED`, under the sweep's shape; CI then compiles
-  it to look for spills.
+  The winners go into `tuning.TUNED`, under the sweep's shape; CI then compiles
+  them to look for spills.
 
   Args:
     journal: as for `attention.run`.
     sweep: the shape, and batches that count alike.
     most: number of sizes to try, the most promising first; None: all.
   """
-  tried = tuple(itertools.islice(tuning.candidates(), most))
+  shape = sweep.shape
+  tried = {
+    kind: tuple(itertools.islice(tuning.candidates(kind, shape), most))
+    for kind in tuning.KINDS
+  }
   kernel = functools.cache(
-    lambda: attention.Kernel(sweep, 'pallas_triton', tried)
+    lambda: attention.Kernel(
+      sweep,
+      'pallas_triton',
+      [sizes for of_kind in tried.values() for _, sizes in of_kind],
+    )
   )
 
-  def row(batch: attention.Batch, sizes: tuning.Sizes) -> journal_lib.Row:
-    numbers = {name: getattr(sizes, name) for name in tuning.NUMBERS}
+  def row(
+    batch: attention.Batch, about: journal_lib.Row, sizes: tuning.Sizes
+  ) -> journal_lib.Row:
     try:
       took = kernel().seconds(batch, sizes)
     except Exception as error:
-      return numbers | journal_lib.absent(error)
-    return {'batch': batch.name, **numbers, 'us': took * 1e6}
+      return about | journal_lib.absent(error)
+    return {'batch': batch.name, **about, 'us': took * 1e6}
 
-  for sizes, batch in itertools.product(tried, sweep.batches):
-    numbers = [str(getattr(sizes, name)) for name in tuning.NUMBERS]
-    journal.measure(
-      f'{batch.name}: {", ".join(numbers)}',
-      functools.partial(row, batch, sizes),
-    )
+  for kind, of_kind in tried.items():
+    for (numbers, sizes), batch in itertools.product(of_kind, sweep.batches):
+      if batch.has(kind):
+        about = {'kernel': kind} | dict(
+          zip(tuning.NUMBERS, numbers, strict=True)
+        )
+        journal.measure(
+          f'{batch.name}: {kind} {", ".join(map(str, numbers))}',
+          functools.partial(row, batch, about, sizes),
+        )
 
 
 def filters(

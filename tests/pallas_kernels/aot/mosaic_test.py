@@ -97,7 +97,7 @@ def test_every_configuration_compiles(
   for case in found:
     assert [
       kernel['name'] for kernel in case['kernels'] if kernel['is_ours']
-    ] == ['ragged_paged_attention', 'merge_splits', 'attend_chunks']
+    ] == ['attend_small', 'merge_splits', 'attend_chunks']
 
 
 @needs_mosaic
@@ -109,7 +109,8 @@ def test_tritons_compile_on_this_jax_too(device: str) -> None:
   results = cases.check(itertools.chain(first, last), device)
   assert not {r.name: r.problems for r in results if r.problems}
   assert {k.name for r in results for k in r.kernels if k.is_ours} == {
-    'ragged_paged_attention',
+    'attend_chunks',
+    'attend_small',
     'merge_splits',
     'write_kv',
     'least_kept',

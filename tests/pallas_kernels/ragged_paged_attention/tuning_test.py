@@ -150,28 +150,51 @@ def test_mosaics_kernel_is_not_chosen_by_itself(
 
 def test_tuned_sizes_go_first(monkeypatch: pytest.MonkeyPatch):
   shape = tuning.Shape('bfloat16', 'int8', 8, 4, 128, 64)
+  key = 'a100', 'bfloat16', 'int8', 4, 128, 64
   monkeypatch.setattr(
-    tuning, 'TUNED', {('a100', 'bfloat16', 'int8', 4, 128, 64): (128, 16, 8, 3)}
+    tuning,
+    'TUNED',
+    {('small', *key): (16, 16, 2, 4), ('chunks', *key): (32, 16, 8, 3)},
   )
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
-  assert tuning.choose(shape).wide_rows == 64
+  small = tuning.Tile(16, 16, 2, 4, 8 * 108)
+  chunks = tuning.Tile(32, 16, 8, 3, 2 * 108)
   _pretend(monkeypatch, 'NVIDIA A100-SXM4-80GB', '8.0')
-  sizes = tuning.choose(shape)
-  assert (
-    sizes.wide_rows,
-    sizes.block_n,
-    sizes.num_warps,
-    sizes.num_stages,
-    sizes.num_blocks,
-  ) == (128, 16, 8, 3, 2 * 108)
-  assert tuning.choose(dataclasses.replace(shape, page_size=32)).wide_rows == 64
+  tuned = tuning.choose(shape)
+  assert (tuned.small, tuned.chunks) == (small, chunks)
+  assert tuned.tiling.block_n == 16
+  others = tuning.choose(dataclasses.replace(shape, page_size=32))
+  assert small != others.small and chunks != others.chunks
   _pretend(monkeypatch, 'NVIDIA A800-SXM4-80GB', '8.0')
-  assert tuning.choose(shape).wide_rows == 128
-  _pretend(monkeypatch, 'Orin (nvgpu)', '8.7')  # It is like A100, but no A100.
-  assert tuning.choose(shape).wide_rows == 64
+  assert tuning.choose(shape) == tuned
+  for other in (
+    ('NVIDIA H100 80GB HBM3', '9.0'),
+    ('Orin (nvgpu)', '8.7'),  # It is like A100, but no A100.
+  ):
+    _pretend(monkeypatch, *other)
+    assert tuning.choose(shape).chunks.rows != 32
   assert 'tuned 4 128 bfloat16 KV int8' in {
     case.name for case in configurations.cases('a100')
   }
+
+
+@pytest.mark.parametrize(
+  ('group', 'page_size', 'rows', 'block_n'),
+  [(1, 64, 16, 64), (7, 16, 16, 16), (29, 32, 32, 32), (71, 256, 32, 64)],
+)
+def test_tiles_fit_the_group_and_the_page(
+  group: int,
+  page_size: int,
+  rows: int,
+  block_n: int,
+  monkeypatch: pytest.MonkeyPatch,
+):
+  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  sizes = tuning.choose(
+    tuning.Shape('bfloat16', 'bfloat16', 8, group, 128, page_size)
+  )
+  assert (sizes.small.rows, sizes.small.block_n) == (rows, block_n)
+  assert (sizes.tiling.rows, sizes.tiling.block_n) == (rows, block_n)
+  assert (sizes.merge.rows, sizes.chunks.block_n) == (rows, block_n)
 
 
 def test_the_device_knows_its_multiprocessors_best(
@@ -188,8 +211,9 @@ def test_the_device_knows_its_multiprocessors_best(
     ),
   )
   shape = tuning.Shape('bfloat16', 'bfloat16', 8, 4, 128, 64)
-  assert tuning.choose(shape).num_blocks == 2 * 114
-  assert all(c.num_blocks == 2 * 114 for c in tuning.candidates())
+  assert tuning.choose(shape).chunks.num_blocks == 2 * 114
+  for _, sizes in tuning.candidates('small', shape):
+    assert sizes.small.num_blocks == 8 * 114
 
 
 @pytest.mark.parametrize(
@@ -223,7 +247,7 @@ def test_a_b200_takes_what_does_not_spill_there(
   hopper = tuning.choose(shape), tuning.choose(wide)
   _pretend(monkeypatch, 'NVIDIA B200', '10.0')
   assert tuning.choose(shape) == hopper[0]
-  assert tuning.choose(wide).wide_rows < hopper[1].wide_rows
+  assert tuning.choose(wide).chunks.rows < hopper[1].chunks.rows
 
 
 @pytest.mark.parametrize(
