@@ -97,9 +97,10 @@ def cases(device: str) -> Iterator[Case]:
         yield _case(name, heads, kv_heads, head_dim, plain, dtype, page_size=16)
         for kept in ('int8', 'float8_e4m3fn'):
           yield _case(name, heads, kv_heads, head_dim, plain, dtype, kept)
-  for target, *of in dict.fromkeys(key[1:] for key in tuning.TUNED):
+  for target, dtype, kept, group, head_dim, page_size in dict.fromkeys(
+    key[1:] for key in tuning.TUNED
+  ):
     if target == device:
-      dtype, kept, group, head_dim, page_size = of
       yield _case(
         f'tuned {group} {head_dim}',
         4 * group,

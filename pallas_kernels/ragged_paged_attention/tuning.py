@@ -157,7 +157,7 @@ _AT_ONCE = 3  # small ones that a multiprocessor runs at once, about
 # (kind, device, dtype, kv_dtype, H / K, head_dim, page_size) ->
 TUNED: Mapping[tuple[str, str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
-_Table = Mapping[tuple[int, int], _Numbers]
+_Table = dict[tuple[int, int], _Numbers]
 # Of float32: with more stages, registers spill.
 _SMALL: _Table = {(2, 256): (16, 32, 4, 2), (4, 256): (16, 16, 4, 1)}
 _CHUNKS: _Table = {
