@@ -85,7 +85,8 @@ def check(
     name: the deployment's.
     model, config: what to serve, and how.
     device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
-    tokens: tokens of the batch; None: the most.
+    tokens: tokens of the batch, all of decodes where these have a step of their
+      own; None: the most.
 
   Raises:
     sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
@@ -131,10 +132,12 @@ def check(
       tokens,
       f'must be at most {most}, as of the largest step',
     )
-    size = next(n for n in programs.sizes if n >= (tokens or most))
+    size = programs.size_for(tokens or most, decodes_only=tokens is not None)
+    layout = programs.layouts[size]
+    what = f'{layout.num_tokens} tokens' + ', decodes' * layout.decodes_only
     num_pages = memory.num_pages or programs.pages_per_seq
     case = cases.measure(
-      f'{name}, {size} tokens', device, lambda: programs.lower(size, num_pages)
+      f'{name}, {what}', device, lambda: programs.lower(size, num_pages)
     )
     if case.compiled is None:
       return StepResult(device, case, memory, [], 0)

@@ -207,7 +207,9 @@ def test_a_step_of_decodes_is_one_graph(tmp_path: pathlib.Path) -> None:
     tmp_path, 'h100', 'configs/mistral_7b_h100.py', '--tokens=128'
   )
   assert status == 0
-  assert case['name'].endswith(', 128 tokens')
+  assert case['name'].endswith(', 128 tokens, decodes')
+  ours = {kernel['name'] for kernel in case['kernels'] if kernel['is_ours']}
+  assert 'attend_small' in ours and 'attend_chunks' not in ours
   assert (case['graphs'], case['outside_graphs']) == (1, [])
 
 
