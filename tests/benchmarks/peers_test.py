@@ -133,7 +133,7 @@ def test_turns_begin_with_all_that_was_said() -> None:
   answers = [[i] * 32 for i in range(len(first))]
   turns = [first]
   for turn in range(1, load.turns):
-    turns.append(workload.next_turn(load, turns[-1], answers, turn))
+    turns.append(workload.next_turn(load, turns[-1], answers, 3, turn))
     for (before, _), answer, (prompt, num) in zip(
       turns[-2], answers, turns[-1], strict=True
     ):
@@ -141,6 +141,17 @@ def test_turns_begin_with_all_that_was_said() -> None:
       assert len(prompt) == len(before) + 32 + load.new_len and num == 32
   assert max(len(p) + n for p, n in turns[-1]) <= workload.MAX_MODEL_LEN
   assert len({tuple(p[-load.new_len :]) for p, _ in turns[1] + turns[2]}) == 16
+
+
+def test_shared_prefixes_stay_and_groups_are_new_each_turn() -> None:
+  shared, groups = (workload.LOADS[n] for n in ('shared_prefix', 'rl_groups'))
+  for load, num_different in ((shared, 32), (groups, 4)):
+    turns = [workload.draw(load, 3)]
+    for turn in range(1, load.turns):
+      turns.append(workload.next_turn(load, turns[-1], [], 3, turn))
+    prompts = [tuple(tokens) for drawn in turns for tokens, _ in drawn]
+    assert len(prompts) == 32 and len(set(prompts)) == num_different
+    assert len({p[: load.shared_len] for p in prompts}) == 1
 
 
 def test_of_chats_later_turns_are_measured(

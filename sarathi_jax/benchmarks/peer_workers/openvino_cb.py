@@ -18,7 +18,7 @@ def main() -> None:
   scheduler.max_num_batched_tokens = args.token_budget
   scheduler.max_num_seqs = args.max_num_seqs
   scheduler.dynamic_split_fuse = True  # chunked prefills
-  scheduler.enable_prefix_caching = False
+  scheduler.enable_prefix_caching = True
   scheduler.cache_size = 1  # GiB
   pipeline = openvino_genai.ContinuousBatchingPipeline(
     args.model,

@@ -2,9 +2,8 @@
 """The closed loads that engines are compared on, and their protocol.
 
 Standard library only: each worker runs under its own engine's Python, which
-need not have sarathi_jax. All prompts of a load come at once; those of chats
-again and again, each turn when all of the one before are answered, with all
-that was said before. A worker loads its model, and says its version; then
+need not have sarathi_jax. All prompts of a turn come at once, when all of the
+one before are answered. A worker loads its model, and says its version; then
 it makes a run for each line of standard input, {"load": a name of `LOADS`,
 "seed": an integer}, and answers with a line of JSON. So the parent can let
 engines take turns while all stay loaded.
@@ -30,7 +29,15 @@ Prompts = list[tuple[list[int], int]]  # (token ids, tokens to generate)
 class Load(NamedTuple):
   """Requests that all come at once; lengths in tokens, to draw from.
 
-  Of chats, each has `turns`, and `new_len` tokens are a later turn's own.
+  Attributes:
+    num_requests: requests of a turn.
+    prompt_lens: lengths of prompts to draw from; of chats, of first turns.
+    output_lens: lengths of outputs to draw from.
+    turns: times that requests come.
+    new_len: tokens that each prompt adds to all that was said before, from the
+      second turn on; 0 where later prompts are not chats that go on.
+    shared_len: first tokens that all prompts share, those of all turns.
+    group_size: requests that have the same prompt.
   """
 
   num_requests: int
@@ -38,6 +45,8 @@ class Load(NamedTuple):
   output_lens: tuple[int, ...]
   turns: int = 1
   new_len: int = 0
+  shared_len: int = 0
+  group_size: int = 1
 
 
 LOADS = {
@@ -46,38 +55,40 @@ LOADS = {
   'single_stream': Load(1, (16, 64), (128,)),
   'many_short': Load(128, (8, 16, 32), (8, 16, 32)),
   'multi_turn': Load(8, (800,), (32,), turns=4, new_len=32),
+  'shared_prefix': Load(8, (832,), (32,), turns=4, shared_len=800),
+  'rl_groups': Load(8, (800,), (32,), turns=4, group_size=8),
 }
 
 
-def draw(load: Load, seed: int) -> Prompts:
-  """Draws random prompts, fresh for every seed."""
-  rng = random.Random(seed)
-  return [
-    (
-      [
-        rng.randrange(5, VOCAB_SIZE)
-        for _ in range(rng.choice(load.prompt_lens))
-      ],
-      rng.choice(load.output_lens),
-    )
-    for _ in range(load.num_requests)
-  ]
+def _tokens(rng: random.Random, num: int) -> list[int]:
+  return [rng.randrange(5, VOCAB_SIZE) for _ in range(num)]
+
+
+def draw(load: Load, seed: int, turn: int = 0) -> Prompts:
+  """Draws a turn's random prompts, fresh for every seed below 1,000."""
+  shared = _tokens(random.Random(seed), load.shared_len)
+  rng = random.Random(seed + 1000 * turn)
+  drawn: Prompts = []
+  while len(drawn) < load.num_requests:
+    tokens = _tokens(rng, rng.choice(load.prompt_lens))
+    tokens[: len(shared)] = shared
+    drawn += [(tokens, rng.choice(load.output_lens))] * load.group_size
+  return drawn
 
 
 def next_turn(
-  load: Load, prompts: Prompts, outputs: list[list[int]], seed: int
+  load: Load,
+  prompts: Prompts,
+  outputs: list[list[int]],
+  seed: int,
+  turn: int,
 ) -> Prompts:
-  """Returns the next prompts of chats, after these outputs."""
-  rng = random.Random(seed)
+  """Returns a later turn's prompts; those of chats go on after `outputs`."""
+  if not load.new_len:
+    return draw(load, seed, turn)
+  rng = random.Random(seed + 1000 * turn)
   return [
-    (
-      [
-        *tokens,
-        *output,
-        *(rng.randrange(5, VOCAB_SIZE) for _ in range(load.new_len)),
-      ],
-      num,
-    )
+    ([*tokens, *output, *_tokens(rng, load.new_len)], num)
     for (tokens, num), output in zip(prompts, outputs, strict=True)
   ]
 
@@ -123,7 +134,7 @@ def serve(
     turns, outputs = [], list[list[int]]()
     for turn in range(load.turns):
       if turn:
-        prompts = next_turn(load, prompts, outputs, asked['seed'] + turn)
+        prompts = next_turn(load, prompts, outputs, asked['seed'], turn)
       start = time.perf_counter()
       outputs = generate(prompts)
       seconds = time.perf_counter() - start
