@@ -57,6 +57,17 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     qk_norm=True,
     tie_word_embeddings=True,
   ),
+  'olmo': model_config_lib.LlamaConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=1,  # Each device has a copy, of which norms count one.
+    norms='after',
+    qk_norm=True,
+    qk_norm_is_wide=True,
+    sliding_window=20,
+    window_layers=(0, 1),
+    window_rope=model_config_lib.RopeConfig(theta=500.0),
+  ),
   'mixtral': model_config_lib.MixtralConfig(
     **_SIZES, num_layers=3, num_kv_heads=4, num_experts=4, experts_per_token=2
   ),

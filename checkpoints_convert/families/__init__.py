@@ -9,20 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from sarathi_jax import errors
 
-_HERE = 'checkpoints_convert.families'
 
-# The architecture that config.json names -> the module that reads it.
-ARCHITECTURES: Mapping[str, str] = {
-  'FalconForCausalLM': f'{_HERE}.falcon',
-  'LlamaForCausalLM': f'{_HERE}.llama',
-  'MistralForCausalLM': f'{_HERE}.mistral',
-  'MixtralForCausalLM': f'{_HERE}.mixtral',
-  'Qwen2ForCausalLM': f'{_HERE}.qwen2',
-  'Qwen3ForCausalLM': f'{_HERE}.qwen3',
+class Family(NamedTuple):
+  """What one architecture is read by.
+
+  Attributes:
+    model_type: as config.json names it, and the module that reads it.
+    models: those that are published, in words.
+  """
+
+  model_type: str
+  models: str
+
+
+# The architecture that config.json names -> what reads it.
+ARCHITECTURES: Mapping[str, Family] = {
+  'FalconForCausalLM': Family('falcon', 'Falcon 7B, 11B, 40B, 180B'),
+  'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
+  'MistralForCausalLM': Family('mistral', 'Mistral 7B, with its window'),
+  'MixtralForCausalLM': Family(
+    'mixtral', 'Mixtral; each token through all experts: exact, and slow'
+  ),
+  'Olmo2ForCausalLM': Family('olmo2', 'OLMo-2'),
+  'Olmo3ForCausalLM': Family('olmo3', 'OLMo-3'),
+  'Qwen2ForCausalLM': Family('qwen2', 'Qwen2, Qwen2.5'),
+  'Qwen3ForCausalLM': Family('qwen3', 'Qwen3'),
 }
 
 
@@ -31,8 +46,8 @@ def architecture_of(model_type: object) -> str | None:
   return next(
     (
       name
-      for name, module in ARCHITECTURES.items()
-      if module == f'{_HERE}.{model_type}'
+      for name, family in ARCHITECTURES.items()
+      if family.model_type == model_type
     ),
     None,
   )
@@ -49,4 +64,6 @@ def find(architecture: str) -> Any:
       f'architecture {architecture!r} is not supported; supported: '
       f'{", ".join(ARCHITECTURES)}.'
     )
-  return importlib.import_module(ARCHITECTURES[architecture])
+  return importlib.import_module(
+    f'{__name__}.{ARCHITECTURES[architecture].model_type}'
+  )

@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints_convert import hf_config
+from checkpoints_convert import hf_rope
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import transforms
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import fields as fields_lib
 
 _LAYER = 'transformer.h.{layer}'
 _LEAF = 'layers.{layer}'
@@ -28,27 +30,25 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.FalconConfig:
   hidden_size = attributes.size('hidden_size')
   num_heads = attributes.size('num_attention_heads')
   parallel, num_norms, num_kv_heads = _variant(attributes, num_heads)
-  rope, length = hf_config.read_rope(
-    attributes, 10000.0, attributes.size('max_position_embeddings', 2048)
-  )
   return config_lib.FalconConfig(
     vocab_size=attributes.require('vocab_size'),
     hidden_size=hidden_size,
     intermediate_size=attributes.take('ffn_hidden_size', 4 * hidden_size),
     num_layers=attributes.size(
-      'num_hidden_layers', most=config_lib.MOST_LAYERS
+      'num_hidden_layers', most=fields_lib.MOST_LAYERS
     ),
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=hidden_size // num_heads,
-    max_position_embeddings=length,
     norm_eps=attributes.take('layer_norm_epsilon', 1e-5),
     activation=hf_config.activation(attributes, 'activation', 'gelu'),
-    rope=rope,
     tie_word_embeddings=attributes.flag('tie_word_embeddings', True),
     parallel=parallel,
     num_norms=num_norms,
     bias=attributes.flag('bias', False),
+    **hf_rope.read(
+      attributes, 10000.0, attributes.size('max_position_embeddings', 2048)
+    ),
   )
 
 

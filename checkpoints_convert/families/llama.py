@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from checkpoints_convert import hf_config
@@ -15,14 +16,23 @@ TOP_RULES: tuple[rules_lib.Rule, ...] = (
   rules_lib.Rule('model.embed_tokens.weight', 'embed'),
   rules_lib.Rule('model.norm.weight', 'final_norm.scale'),
   rules_lib.Rule('lm_head.weight', 'lm_head', transpose=True),
-  rules_lib.Rule(
-    f'{_LAYER}.input_layernorm.weight', 'layers.{layer}.attn_norm.scale'
-  ),
-  rules_lib.Rule(
-    f'{_LAYER}.post_attention_layernorm.weight', 'layers.{layer}.mlp_norm.scale'
-  ),
   # Written by old versions of transformers; config.json says the same.
   rules_lib.Rule(f'{_LAYER}.self_attn.rotary_emb.inv_freq', None),
+)
+
+
+def norms(leaves: Mapping[str, str]) -> tuple[rules_lib.Rule, ...]:
+  """Returns rules of a layer's norms, by the names of modules and leaves."""
+  return tuple(
+    rules_lib.Rule(
+      f'{_LAYER}.{name}.weight', 'layers.{layer}.' + leaf + '.scale'
+    )
+    for name, leaf in leaves.items()
+  )
+
+
+NORM_RULES = norms(
+  {'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'mlp_norm'}
 )
 
 ATTENTION_RULES: tuple[rules_lib.Rule, ...] = sum(
@@ -60,4 +70,4 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
   """Returns the `rules.Rule` of each tensor: the same for every config."""
   del config
-  return TOP_RULES + ATTENTION_RULES + MLP_RULES
+  return TOP_RULES + NORM_RULES + ATTENTION_RULES + MLP_RULES

@@ -41,4 +41,4 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
 def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
   """Returns the `rules.Rule` of each tensor."""
   del config
-  return llama.TOP_RULES + llama.ATTENTION_RULES + _MOE_RULES
+  return llama.TOP_RULES + llama.NORM_RULES + llama.ATTENTION_RULES + _MOE_RULES

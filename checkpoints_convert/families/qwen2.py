@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints_convert import hf_config
+from checkpoints_convert import hf_rope
 from checkpoints_convert.families import llama
 from sarathi_jax.models import config as config_lib
 
@@ -32,32 +33,10 @@ def windows(
   """
   window = attributes.take_or_none('sliding_window', 4096)
   first = attributes.take('max_window_layers', 28)
-  types = attributes.take('layer_types')
   if not attributes.flag('use_sliding_window', False):
     window = None
-  if types is None:
-    types = [
-      'sliding_attention'
-      if window is not None and i >= first
-      else 'full_attention'
-      for i in range(num_layers)
-    ]
-  known = {'sliding_attention', 'full_attention'}
-  if len(types) != num_layers or not known.issuperset(types):
-    raise attributes.refuse(
-      'layer_types',
-      types,
-      f'must be one of {sorted(known)} for each of the {num_layers} layers',
-    )
-  layers = tuple(
-    i for i, kind in enumerate(types) if kind == 'sliding_attention'
-  )
-  if layers and window is None:
-    raise attributes.refuse(
-      'layer_types', types, 'has sliding_attention, but there is no window'
-    )
-  if not layers:
-    return {}
-  if len(layers) == num_layers:
-    return dict(sliding_window=window)
-  return dict(sliding_window=window, window_layers=layers)
+  types = [
+    hf_rope.SLIDING if window is not None and i >= first else hf_rope.FULL
+    for i in range(num_layers)
+  ]
+  return hf_config.windows(attributes, num_layers, window, types)

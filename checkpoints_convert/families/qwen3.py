@@ -6,17 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints_convert import hf_config
-from checkpoints_convert import rules as rules_lib
 from checkpoints_convert.families import llama
 from checkpoints_convert.families import qwen2
 from sarathi_jax.models import config as config_lib
 
-_NORM_RULES = tuple(
-  rules_lib.Rule(
-    f'model.layers.{{layer}}.self_attn.{name}_norm.weight',
-    f'layers.{{layer}}.attn.{name}_norm.scale',
-  )
-  for name in 'qk'
+NORM_RULES = llama.norms(
+  {f'self_attn.{name}_norm': f'attn.{name}_norm' for name in 'qk'}
 )
 
 
@@ -38,4 +33,4 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
 
 def rules(config: config_lib.LlamaConfig) -> tuple[Any, ...]:
   """Returns Llama's rules, and those of the norms of q and k."""
-  return llama.rules(config) + _NORM_RULES
+  return llama.rules(config) + NORM_RULES

@@ -114,7 +114,8 @@ def attention(
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
   """Projects, rotates, attends, and projects back; on a shard, a part of it.
 
-  Heads of q and k are normalized first if `params` holds the norms (Qwen3).
+  Heads of q and k are normalized first if `params` holds the norms (Qwen3); or
+  all heads at once (OLMo-2).
   """
 
   def heads(name: str, x: jax.Array) -> jax.Array:
@@ -125,6 +126,13 @@ def attention(
     )
 
   q, k, v = layers.project_group(params, 'qkv', x, context.take)
+  if 'q_wide_norm' in params:
+    q, k = layers.wide_rms_norms(
+      (params['q_wide_norm'], params['k_wide_norm']),
+      (q, k),
+      config.norm_eps,
+      context.shards,
+    )
   cos, sin = context.rotation
   q = rope.apply(heads('q', q), (context.take(cos), context.take(sin)))
   k = rope.apply(heads('k', k), context.rotation)
@@ -140,21 +148,29 @@ def add_attention(
   x: Float[Array, 'T D'],
   context: LayerContext,
   *,
-  norm: Any,
+  norm: layers.Norm,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
-  """Normalizes, attends, and adds the result to the residual stream.
+  """Attends, and adds the result to the residual stream; normalizes either.
 
   Args:
     config, layer_kv, x, context: see `attention`.
-    params: of a block: 'attn_norm' and 'attn'.
+    params: of a block: 'attn', and its norms.
     norm: the family's norm, such as `layers.rms_norm`.
 
   Returns:
     The residual stream, of `context.rows`, and the layer's new state.
   """
-  normed = norm(params['attn_norm'], x, config.norm_eps)
+  normed = layers.read_stream(params, 'attn', x, norm, config.norm_eps)
   out, layer_kv = attention(config, params['attn'], layer_kv, normed, context)
-  return context.take(x) + context.shards.sum(out), layer_kv
+  x = layers.add_to_stream(
+    params,
+    'attn',
+    context.take(x),
+    context.shards.sum(out),
+    norm,
+    config.norm_eps,
+  )
+  return x, layer_kv
 
 
 def attention_specs(
@@ -163,6 +179,7 @@ def attention_specs(
   qkv_bias: bool = False,
   o_bias: bool = False,
   qk_norm: bool = False,
+  qk_norm_is_wide: bool = False,
 ) -> dict[str, Any]:
   """Returns the specs of `attention`'s parameters, a tree of ParamSpec."""
   width = ('embed', config.hidden_size)
@@ -177,9 +194,10 @@ def attention_specs(
     specs |= {f'{name}_bias': spec.bias(axis) for name, axis in inner.items()}
   if o_bias:
     specs['o_bias'] = spec.bias(width)
-  if qk_norm:
-    specs |= {
-      f'{name}_norm': {'scale': spec.scale(config.head_dim, None)}
-      for name in ('q', 'k')
-    }
+  for name in ('q', 'k') if qk_norm else ():
+    if qk_norm_is_wide:
+      axis, size = inner[name]
+      specs[f'{name}_wide_norm'] = {'scale': spec.scale(size, axis)}
+    else:
+      specs[f'{name}_norm'] = {'scale': spec.scale(config.head_dim, None)}
   return specs

@@ -14,159 +14,19 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
+from sarathi_jax.models import rope_config
 
-# What is calculated with must fit: positions and sizes into int32, and into
-# memory what is made for each layer, or expert, before any weights are read.
-MOST = 2**31 - 1
-MOST_LAYERS = 10_000
-
-ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
-
-# Kind of rotary embedding -> the fields that it takes beside theta.
-ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
-  'default': (),
-  'linear': ('factor',),
-  'dynamic': ('factor', 'original_max_position'),
-  'llama3': (
-    'factor',
-    'original_max_position',
-    'low_freq_factor',
-    'high_freq_factor',
-  ),
-  'yarn': (
-    'factor',
-    'original_max_position',
-    'attention_factor',
-    'beta_fast',
-    'beta_slow',
-    'truncate',
-  ),
-}
-
+RopeConfig = rope_config.RopeConfig
 
 _check, _check_types = config_lib.check, config_lib.check_fields
-_FLAG = config_lib.FLAG
-
-
-def _up_to(most: int) -> config_lib.Rule:
-  return (
-    lambda value: config_lib.is_int(value) and 1 <= value <= most,
-    f'must be an integer in [1, {most}]',
-  )
-
-
-_SIZE = _up_to(MOST)
-_COUNT = _up_to(MOST_LAYERS)
-_POSITIVE = (
-  lambda value: config_lib.is_real(value) and 2.0**-126 <= value < 2.0**128,
-  'must be a number > 0 that float32 can hold',
+_WINDOW = config_lib.or_none(
+  fields_lib.SIZE, f'{fields_lib.SIZE[1]}, or null for none'
 )
-_WINDOW = config_lib.or_none(_SIZE, f'{_SIZE[1]}, or null for none')
-_is_int, _is_size, _is_positive = config_lib.is_int, _SIZE[0], _POSITIVE[0]
 
-
-def _from_dict(cls: Any, fields: Mapping[str, Any], what: str) -> Any:
-  """Calls `cls`, after refusing unknown and missing fields by name."""
-  if not isinstance(fields, Mapping):
-    raise errors.ConfigError(f'{what}={fields!r}: must be an object.')
-  known = {f.name: f for f in dataclasses.fields(cls)}
-  for name in fields:
-    if name not in known:
-      raise errors.ConfigError(
-        f'{what}.{name}: unknown field; known: {", ".join(sorted(known))}.'
-      )
-  for name, field in known.items():
-    required = (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    )
-    if required and name not in fields:
-      raise errors.ConfigError(f'{what}.{name}: missing.')
-  return cls(**fields)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-  """Rotary position embedding (https://arxiv.org/abs/2104.09864) and scalings.
-
-  The fields that a kind does not take (see `ROPE_FIELDS`) are None.
-
-  Attributes:
-    theta: the base of the wavelengths.
-    kind: one of `ROPE_FIELDS`.
-    rotary_dim: how many leading numbers of a head are rotated; None for all.
-    factor: how much longer the context became, > 0.
-    original_max_position: tokens of context before the scaling.
-    low_freq_factor: wavelengths above original / this are divided by factor.
-    high_freq_factor: wavelengths below original / this are left alone.
-    attention_factor: multiplies cos and sin (YaRN's temperature).
-    beta_fast: rotations within the original context above which a frequency
-      is left alone.
-    beta_slow: rotations below which it is divided by factor.
-    truncate: whether YaRN rounds its range of frequencies to whole ones.
-  """
-
-  theta: float = 10000.0
-  kind: str = 'default'
-  rotary_dim: int | None = None
-  factor: float | None = None
-  original_max_position: int | None = None
-  low_freq_factor: float | None = None
-  high_freq_factor: float | None = None
-  attention_factor: float | None = None
-  beta_fast: float | None = None
-  beta_slow: float | None = None
-  truncate: bool | None = None
-
-  def __post_init__(self) -> None:
-    _check(_is_positive(self.theta), 'rope.theta', self.theta, _POSITIVE[1])
-    holds, rule = config_lib.one_of(ROPE_FIELDS)
-    _check(holds(self.kind), 'rope.kind', self.kind, rule)
-    _check(
-      self.kind != 'yarn' or self.theta > 1,
-      'rope.theta',
-      self.theta,
-      "must be > 1 with kind='yarn', which divides by its logarithm",
-    )
-    _check(
-      self.rotary_dim is None
-      or (_is_size(self.rotary_dim) and self.rotary_dim % 2 == 0),
-      'rope.rotary_dim',
-      self.rotary_dim,
-      'must be even and >= 2, or null',
-    )
-    takes = ROPE_FIELDS[self.kind]
-    special = {'original_max_position': _SIZE, 'truncate': _FLAG}
-    for name in sorted(
-      {name for names in ROPE_FIELDS.values() for name in names}
-    ):
-      value = getattr(self, name)
-      if name in takes:
-        holds, rule = special.get(name, _POSITIVE)
-        _check(
-          holds(value), f'rope.{name}', value, f'{rule} with kind={self.kind!r}'
-        )
-      else:
-        _check(
-          value is None,
-          f'rope.{name}',
-          value,
-          f'has no meaning with kind={self.kind!r}',
-        )
-    if self.low_freq_factor is not None and self.high_freq_factor is not None:
-      _check(
-        self.high_freq_factor > self.low_freq_factor,
-        'rope.high_freq_factor',
-        self.high_freq_factor,
-        f'must exceed low_freq_factor={self.low_freq_factor}',
-      )
-
-  @classmethod
-  def from_dict(cls, fields: Mapping[str, Any]) -> RopeConfig:
-    """Reads what `dataclasses.asdict` wrote; refuses unknown fields."""
-    config: RopeConfig = _from_dict(cls, fields, 'rope')
-    return config
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
+NORMS = ('before', 'after')
 
 
 class Mlp(NamedTuple):
@@ -217,7 +77,7 @@ class ModelConfig:
   max_position_embeddings: int
   norm_eps: float = 1e-5
   activation: str = 'silu'
-  rope: RopeConfig = RopeConfig()
+  rope: RopeConfig = rope_config.DEFAULT
   sliding_window: int | None = None
   tie_word_embeddings: bool = False
 
@@ -225,17 +85,17 @@ class ModelConfig:
     _check_types(
       self,
       {
-        'vocab_size': _SIZE,
-        'hidden_size': _SIZE,
-        'intermediate_size': _SIZE,
-        'num_layers': _COUNT,
-        'num_heads': _SIZE,
-        'num_kv_heads': _SIZE,
-        'head_dim': _SIZE,
-        'max_position_embeddings': _SIZE,
-        'norm_eps': _POSITIVE,
+        'vocab_size': fields_lib.SIZE,
+        'hidden_size': fields_lib.SIZE,
+        'intermediate_size': fields_lib.SIZE,
+        'num_layers': fields_lib.COUNT,
+        'num_heads': fields_lib.SIZE,
+        'num_kv_heads': fields_lib.SIZE,
+        'head_dim': fields_lib.SIZE,
+        'max_position_embeddings': fields_lib.SIZE,
+        'norm_eps': fields_lib.POSITIVE,
         'sliding_window': _WINDOW,
-        'tie_word_embeddings': _FLAG,
+        'tie_word_embeddings': config_lib.FLAG,
       },
     )
     _check(
@@ -250,30 +110,28 @@ class ModelConfig:
       self.activation,
       f'must be one of {", ".join(ACTIVATIONS)}',
     )
+    self._check_rope('rope', self.rope)
     _check(
-      isinstance(self.rope, RopeConfig),
-      'rope',
-      self.rope,
-      'must be a RopeConfig',
+      self._scaled_len <= fields_lib.MOST,
+      'rope.factor',
+      self.rope.factor,
+      f'makes a context of more than {fields_lib.MOST} tokens',
     )
-    rotary_dim = self.rope.rotary_dim or self.head_dim
+
+  def _check_rope(self, name: str, rope: Any) -> None:
+    _check(isinstance(rope, RopeConfig), name, rope, 'must be a RopeConfig')
+    rotary_dim = rope.rotary_dim or self.head_dim
     _check(
       rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
-      'rope.rotary_dim',
+      f'{name}.rotary_dim',
       rotary_dim,
       f'must be even and at most head_dim={self.head_dim}',
     )
     _check(
-      self.rope.kind != 'dynamic' or rotary_dim > 2,
-      'rope.rotary_dim',
+      rope.kind != 'dynamic' or rotary_dim > 2,
+      f'{name}.rotary_dim',
       rotary_dim,
       "must be > 2 with kind='dynamic'",
-    )
-    _check(
-      self._scaled_len <= MOST,
-      'rope.factor',
-      self.rope.factor,
-      f'makes a context of more than {MOST} tokens',
     )
 
   @property
@@ -337,23 +195,28 @@ class ModelConfig:
       family,
       f'must be one of {", ".join(CONFIGS)}',
     )
-    if 'rope' in fields:
-      fields['rope'] = RopeConfig.from_dict(fields['rope'])
-    config: Self = _from_dict(CONFIGS[family], fields, 'model')
+    for name in {'rope', 'window_rope'} & fields.keys():
+      if name == 'rope' or fields[name] is not None:
+        fields[name] = RopeConfig.from_dict(fields[name], name)
+    config: Self = fields_lib.from_dict(CONFIGS[family], fields, 'model')
     return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-  """Llama, Mistral, Yi, Qwen2 and Qwen3: one block, a few switches.
+  """Llama, and what has its layers but for a few switches.
 
   Attributes:
     qkv_bias: whether q, k and v add a bias (Qwen2).
     o_bias: whether o adds a bias.
     mlp_bias: whether gate, up and down add a bias.
+    norms: which side of attention and of the MLP is normalized, one of `NORMS`:
+      what they read, or what they give (OLMo-2).
     qk_norm: whether heads of q and k are RMS-normalized (Qwen3).
+    qk_norm_is_wide: whether that is over all heads at once (OLMo-2).
     window_layers: the layers that `sliding_window` holds for, ascending
       (Qwen); None for all.
+    window_rope: the rotary embedding of those layers (OLMo-3); None: `rope`.
   """
 
   family: ClassVar[str] = 'llama'
@@ -361,35 +224,66 @@ class LlamaConfig(ModelConfig):
   qkv_bias: bool = False
   o_bias: bool = False
   mlp_bias: bool = False
+  norms: str = 'before'
   qk_norm: bool = False
+  qk_norm_is_wide: bool = False
   window_layers: tuple[int, ...] | None = None
+  window_rope: RopeConfig | None = None
 
   def __post_init__(self) -> None:
     # Without arguments, super() does not survive slots=True.
     super(LlamaConfig, self).__post_init__()
     _check_types(
-      self, dict.fromkeys(('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm'), _FLAG)
+      self,
+      {
+        **dict.fromkeys(
+          ('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm', 'qk_norm_is_wide'),
+          config_lib.FLAG,
+        ),
+        'norms': config_lib.one_of(NORMS),
+      },
+    )
+    _check(
+      self.qk_norm or not self.qk_norm_is_wide,
+      'qk_norm_is_wide',
+      self.qk_norm_is_wide,
+      'has no meaning without qk_norm',
     )
     if self.window_layers is not None:
-      layers = self.window_layers
-      _check(
-        isinstance(layers, (list, tuple))
-        and all(_is_int(layer) and layer < self.num_layers for layer in layers)
-        and min(layers, default=0) >= 0
-        and list(layers) == sorted(set(layers)),
-        'window_layers',
-        layers,
-        f'must be layers in [0, {self.num_layers}), ascending',
+      object.__setattr__(
+        self, 'window_layers', self._ascending('window_layers')
       )
-      object.__setattr__(self, 'window_layers', tuple(layers))
+    if self.window_rope is not None:
+      self._check_rope('window_rope', self.window_rope)
+      _check(
+        self.sliding_window is not None,
+        'window_rope',
+        self.window_rope,
+        'has no meaning without sliding_window',
+      )
+
+  def _ascending(self, name: str) -> tuple[int, ...]:
+    layers = getattr(self, name)
+    _check(
+      isinstance(layers, (list, tuple))
+      and all(
+        config_lib.is_int(layer) and layer < self.num_layers for layer in layers
+      )
+      and min(layers, default=0) >= 0
+      and list(layers) == sorted(set(layers)),
+      name,
+      layers,
+      f'must be layers in [0, {self.num_layers}), ascending',
+    )
+    return tuple(layers)
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     kind = super(LlamaConfig, self).layer_kind(layer)
-    if self.window_layers is None or layer in self.window_layers:
-      return kind
-    return dataclasses.replace(
-      kind, attention=dataclasses.replace(kind.attention, window=None)
-    )
+    if self.window_layers is not None and layer not in self.window_layers:
+      return dataclasses.replace(
+        kind, attention=dataclasses.replace(kind.attention, window=None)
+      )
+    return dataclasses.replace(kind, rope=self.window_rope or self.rope)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,7 +302,10 @@ class MixtralConfig(ModelConfig):
 
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
-    _check_types(self, {'num_experts': _COUNT, 'experts_per_token': _COUNT})
+    _check_types(
+      self,
+      {'num_experts': fields_lib.COUNT, 'experts_per_token': fields_lib.COUNT},
+    )
     _check(
       self.experts_per_token <= self.num_experts,
       'experts_per_token',
@@ -443,7 +340,7 @@ class FalconConfig(ModelConfig):
 
   def __post_init__(self) -> None:
     super(FalconConfig, self).__post_init__()
-    _check_types(self, {'parallel': _FLAG, 'bias': _FLAG})
+    _check_types(self, {'parallel': config_lib.FLAG, 'bias': config_lib.FLAG})
     _check(
       self.num_norms in (1, 2), 'num_norms', self.num_norms, 'must be 1 or 2'
     )

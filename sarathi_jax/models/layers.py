@@ -7,8 +7,9 @@ a shard. There, `project_out` and the MLPs return one part of a sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -30,14 +31,47 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+Norm = Callable[[Params, jax.Array, float], jax.Array]
+
+
 def rms_norm(
   params: Params, x: Float[Array, '*rows D'], eps: float
 ) -> Float[Array, '*rows D']:
   """Divides by the root mean square over the last axis."""
   x32 = x.astype(jnp.float32)
-  variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-  normed = x32 * jax.lax.rsqrt(variance + eps)
-  return (normed * _rows(params['scale'], x)).astype(x.dtype)
+  return _divided(params, x32, mean_square(x32), eps).astype(x.dtype)
+
+
+def wide_rms_norms(
+  params: Sequence[Params],
+  parts: Sequence[Float[Array, 'rows part']],
+  eps: float,
+  shards: sharding.Shards,
+) -> list[Float[Array, 'rows part']]:
+  """Returns `rms_norm` of each, of rows that are split over shards.
+
+  The mean squares of all are summed at once: what counts is how often devices
+  wait for one another.
+  """
+  wide = [x.astype(jnp.float32) for x in parts]
+  squares = shards.mean(jnp.concatenate([mean_square(x) for x in wide]))
+  ends = list(itertools.accumulate(len(x) for x in parts))[:-1]
+  return [
+    _divided(p, x, square, eps).astype(part.dtype)
+    for p, x, square, part in zip(
+      params, wide, jnp.split(squares, ends), parts, strict=True
+    )
+  ]
+
+
+def mean_square(x: Float[Array, '*rows D']) -> Float[Array, '*rows 1']:
+  """Returns the mean of the squares of each row."""
+  return jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+
+
+def _divided(params: Params, x: Array, square: Array, eps: float) -> Array:
+  normed = x * jax.lax.rsqrt(square + eps)
+  return normed * _rows(params['scale'], x)
 
 
 def layer_norm(
@@ -50,6 +84,37 @@ def layer_norm(
   normed = x32 * jax.lax.rsqrt(variance + eps)
   scaled = normed * _rows(params['scale'], x) + _rows(params['bias'], x)
   return scaled.astype(x.dtype)
+
+
+def read_stream(
+  params: Params, branch: str, x: Float[Array, 'T D'], norm: Norm, eps: float
+) -> Float[Array, 'T D']:
+  """Returns what a branch of a block reads of the residual stream.
+
+  Args:
+    params: of the block. It normalizes by '`branch`_norm', if that is there.
+    branch: 'attn' or 'mlp'.
+    x: the residual stream.
+    norm, eps: the family's norm, such as `rms_norm`, and what that takes.
+  """
+  name = f'{branch}_norm'
+  return norm(params[name], x, eps) if name in params else x
+
+
+def add_to_stream(
+  params: Params,
+  branch: str,
+  x: Float[Array, 'T D'],
+  out: Float[Array, 'T D'],
+  norm: Norm,
+  eps: float,
+) -> Float[Array, 'T D']:
+  """Adds what a branch gave, the sum of all shards, to the residual stream.
+
+  It normalizes by '`branch`_out_norm', if that is there; see `read_stream`.
+  """
+  name = f'{branch}_out_norm'
+  return x + (norm(params[name], out, eps) if name in params else out)
 
 
 def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama, Mistral, Yi, Qwen2 and Qwen3."""
+"""Llama, and what has its layers but for switches: Mistral, Qwen, OLMo."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ norm_specs = layers.rms_norm_specs
 
 def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
-  return {
-    'attn_norm': norm_specs(config.hidden_size),
+  specs = {
     'attn': attention.attention_specs(
       config,
       qkv_bias=config.qkv_bias,
       o_bias=config.o_bias,
       qk_norm=config.qk_norm,
+      qk_norm_is_wide=config.qk_norm_is_wide,
     ),
-    'mlp_norm': norm_specs(config.hidden_size),
     'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias),
+  }
+  infix = {'before': '', 'after': '_out'}[config.norms]
+  return specs | {
+    f'{branch}{infix}_norm': norm_specs(config.hidden_size)
+    for branch in ('attn', 'mlp')
   }
 
 
@@ -38,11 +42,11 @@ def block(
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Adds attention, then the MLP, to the residual stream."""
+  shards, eps = context.shards, config.norm_eps
   x, layer_kv = attention.add_attention(
     config, params, layer_kv, x, context, norm=norm
   )
-  normed = norm(params['mlp_norm'], x, config.norm_eps)
-  out = layers.gated_mlp(
-    params['mlp'], normed, config.activation, context.shards
-  )
-  return x + context.shards.sum(out), layer_kv
+  normed = layers.read_stream(params, 'mlp', x, norm, eps)
+  out = layers.gated_mlp(params['mlp'], normed, config.activation, shards)
+  x = layers.add_to_stream(params, 'mlp', x, shards.sum(out), norm, eps)
+  return x, layer_kv

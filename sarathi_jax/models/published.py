@@ -27,6 +27,8 @@ _LLAMA_3_1: dict[str, Any] = dict(
   ),
 )
 
+_OLMO: dict[str, Any] = dict(norms='after', qk_norm=True, qk_norm_is_wide=True)
+
 MODELS: Mapping[str, config.ModelConfig] = {
   'tinyllama-1.1b': config.LlamaConfig(
     vocab_size=32000,
@@ -111,6 +113,44 @@ MODELS: Mapping[str, config.ModelConfig] = {
     norm_eps=1e-6,
     qk_norm=True,
     rope=config.RopeConfig(theta=1e6),
+  ),
+  'olmo-2-7b': config.LlamaConfig(
+    vocab_size=100352,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_position_embeddings=4096,
+    norm_eps=1e-6,
+    rope=config.RopeConfig(theta=5e5),
+    **_OLMO,
+  ),
+  'olmo-3-32b': config.LlamaConfig(
+    vocab_size=100278,
+    hidden_size=5120,
+    intermediate_size=27648,
+    num_layers=64,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=65536,
+    norm_eps=1e-6,
+    rope=config.RopeConfig(
+      theta=5e5,
+      kind='yarn',
+      factor=8.0,
+      original_max_position=8192,
+      attention_factor=1.2079441541679836,
+      beta_fast=32.0,
+      beta_slow=1.0,
+      truncate=True,
+    ),
+    sliding_window=4096,
+    window_layers=tuple(i for i in range(64) if i % 4 != 3),
+    window_rope=config.RopeConfig(theta=5e5),
+    **_OLMO,
   ),
   'mixtral-8x7b': config.MixtralConfig(
     vocab_size=32000,

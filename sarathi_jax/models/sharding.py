@@ -42,6 +42,10 @@ class Shards:
     """Returns the sum of all devices' parts, on each device."""
     return part if self.tp is None else lax.psum(part, self.tp)
 
+  def mean(self, part: Float[Array, '*shape']) -> Float[Array, '*shape']:
+    """Returns the mean of all devices' values, on each device."""
+    return part if self.tp is None else lax.pmean(part, self.tp)
+
   def once(self, bias: Float[Array, ' D']) -> Float[Array, ' D']:
     """Returns `bias` on the first device, else 0: a sum then has it once."""
     if self.tp is None:

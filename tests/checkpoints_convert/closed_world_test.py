@@ -257,6 +257,49 @@ def test_qwen_windows(
   assert [model.layer_window(i) for i in range(2)] == windows
 
 
+def _olmo3(**fields: Any) -> dict[str, Any]:
+  return fake.llama_config(
+    architectures=['Olmo3ForCausalLM'], rope_theta=None, **fields
+  )
+
+
+def test_olmo3_has_two_rotations(tmp_path: pathlib.Path) -> None:
+  """transformers 4 and 5; what is scaled has no window."""
+  yarn = dict(rope_type='yarn', factor=8.0, original_max_position_embeddings=64)
+  old = _read(tmp_path, _olmo3(rope_scaling=yarn, num_hidden_layers=4))
+  new = _read(
+    tmp_path,
+    _olmo3(
+      num_hidden_layers=4,
+      rope_parameters=dict(
+        full_attention=yarn | dict(rope_theta=5e5),
+        sliding_attention=dict(rope_type='default', rope_theta=5e5),
+      ),
+    ),
+  )
+  assert old == new
+  kinds = [old.layer_kind(i) for i in range(4)]
+  assert [kind.attention.window for kind in kinds] == [4096] * 3 + [None]
+  assert [kind.rope.kind for kind in kinds] == ['default'] * 3 + ['yarn']
+  assert {kind.rope.theta for kind in kinds} == {5e5}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(rope_theta=1e6), 'rope_theta=1000000.0: must be 500000'),
+    (dict(rope_parameters=dict(chunked_attention={})), 'chunked_attention'),
+    (dict(rope_parameters=dict(rope_type='default')), 'rope_type is of no'),
+    (dict(layer_types=['full_attention']), 'layer_types'),
+  ],
+)
+def test_olmo3_config_attribute(
+  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
+  with pytest.raises(errors.CheckpointError, match=match):
+    _read(tmp_path, _olmo3() | fields)
+
+
 def test_pickled_weights(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(tmp_path / 'hf')
   (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')

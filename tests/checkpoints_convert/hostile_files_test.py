@@ -149,6 +149,17 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     architectures=['Qwen3ForCausalLM'],
     layer_types=['full_attention', 'sliding_attention'],
   ),
+  _LLAMA
+  | dict(
+    architectures=['Olmo3ForCausalLM'],
+    rope_theta=5e5,
+    sliding_window=8,
+    layer_types=['full_attention', 'sliding_attention'],
+    rope_parameters={
+      'full_attention': ROPES[-1],
+      'sliding_attention': {'rope_theta': 1e4},
+    },
+  ),
   dict(
     architectures=['FalconForCausalLM'],
     vocab_size=29,

@@ -44,6 +44,9 @@ _SIZES: dict[str, Any] = dict(
   num_attention_heads=4,
   max_position_embeddings=128,
   initializer_range=0.12,
+  bos_token_id=1,
+  eos_token_id=2,
+  pad_token_id=0,
 )
 _GATED: dict[str, Any] = dict(
   _SIZES, intermediate_size=96, num_key_value_heads=2
@@ -130,6 +133,25 @@ CASES: Mapping[str, Any] = {
   'qwen3_yarn': lambda: transformers.Qwen3Config(
     **_GATED, head_dim=24, rope_parameters=_YARN
   ),
+  'olmo2': lambda: transformers.Olmo2Config(**_GATED),
+  'olmo2_mha_biases_linear': lambda: transformers.Olmo2Config(
+    **{
+      **_GATED,
+      'num_key_value_heads': 4,
+      'max_position_embeddings': CONTEXT,
+    },
+    attention_bias=True,
+    rope_parameters=_scaled('linear'),
+  ),
+  'olmo3': lambda: transformers.Olmo3Config(
+    **_GATED,
+    sliding_window=WINDOW,
+    layer_types=['sliding_attention', 'full_attention'],
+    rope_parameters=dict(
+      full_attention=_YARN,
+      sliding_attention=dict(rope_type='default', rope_theta=5000.0),
+    ),
+  ),
   'mixtral': lambda: transformers.MixtralConfig(
     **_GATED, num_local_experts=4, num_experts_per_tok=2
   ),
@@ -154,6 +176,21 @@ CASES: Mapping[str, Any] = {
     rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT
   ),
 }
+
+
+# Case -> switches that it has on; without any of them its logits are others.
+FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
+  'mistral_window': (dict(sliding_window=None), dict(sliding_window=13)),
+  'olmo3': (
+    dict(window_rope=None),
+    dict(window_layers=(1,)),
+    dict(sliding_window=WINDOW + 1),
+  ),
+}
+
+
+# Model type -> how large its embeddings are to be, beside what layers add.
+_EMBED_FACTORS: Mapping[str, float] = {'olmo2': 3.0, 'olmo3': 3.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,18 +222,23 @@ def make_model(config: Any) -> Any:
       if parameter.ndim == 1:  # norms and biases
         parameter.add_(0.05 * torch.randn_like(parameter))
     # Or each token's likeliest successor is the same, or itself.
-    model.get_input_embeddings().weight.mul_(0.3)
+    factor = _EMBED_FACTORS.get(config.model_type, 0.3)
+    model.get_input_embeddings().weight.mul_(factor)
   return model
 
 
-def run_reference(model: Any) -> Reference:
-  """Runs generate, as a user of transformers would."""
-  prompt = torch.randint(
+def _prompt_of(model: Any) -> torch.Tensor:
+  return torch.randint(
     3,
     model.config.vocab_size,
     (1, PROMPT_LEN),
     generator=torch.Generator().manual_seed(2),
   )
+
+
+def run_reference(model: Any) -> Reference:
+  """Runs generate, as a user of transformers would."""
+  prompt = _prompt_of(model)
   model.generation_config.eos_token_id = None
   with torch.no_grad():
     prompt_logits = model(prompt).logits[0]
@@ -318,6 +360,21 @@ def _convert(model: Any, folder: pathlib.Path) -> tuple[Any, Any]:
   )
 
 
+_KEPT: dict[str, Any] = {}
+
+
+def _converted(name: str, folder: pathlib.Path) -> Any:
+  """The model as ours, a prompt, and the logits that it should have."""
+  if name not in _KEPT:
+    model = make_model(CASES[name]())
+    prompt = _prompt_of(model)
+    with torch.no_grad():
+      logits = model(prompt).logits[0].numpy()
+    _KEPT.clear()
+    _KEPT[name] = (*_convert(model, folder), prompt[0].numpy(), logits)
+  return _KEPT[name]
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   model = make_model(CASES[name]())
@@ -327,6 +384,21 @@ def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   check(run_ours(config, params, theirs.prompt), theirs)
   done = run_served(config, params, theirs.prompt)
   check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
+
+
+@pytest.mark.parametrize(
+  ('name', 'switches'),
+  [(name, switches) for name in FLIPPED for switches in FLIPPED[name]],
+)
+def test_a_switch_that_is_off_is_noticed(
+  name: str, switches: Mapping[str, Any], tmp_path: pathlib.Path
+) -> None:
+  config, params, prompt, expected = _converted(name, tmp_path)
+  ours = _logits(config, params, prompt)
+  np.testing.assert_allclose(ours, expected, atol=TOLERANCE, rtol=0)
+  flipped = dataclasses.replace(config, **switches)
+  others = _logits(flipped, params, prompt)
+  assert np.abs(others - expected).max() > 100 * TOLERANCE
 
 
 def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:

@@ -46,6 +46,15 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     tie_word_embeddings=True,
     rope=config_lib.RopeConfig(rotary_dim=4),
   ),
+  'olmo': config_lib.LlamaConfig(
+    **_SIZES,
+    norms='after',
+    qk_norm=True,
+    qk_norm_is_wide=True,
+    sliding_window=3,
+    window_layers=(1,),
+    window_rope=config_lib.RopeConfig(theta=500.0),
+  ),
   'mixtral': config_lib.MixtralConfig(
     **_SIZES, num_experts=4, experts_per_token=2
   ),
