@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import dataclasses
 
 REGISTERS = 65536  # of 32 bits, of a multiprocessor; a block may have all
-_WARP = 32
+WARP = 32  # threads
+# Of a multiprocessor: each issues an instruction of a warp in a clock.
+SCHEDULERS = 4
 _MAX_REGISTERS = 255  # of a thread
 _REGISTER_UNIT = 256  # in which a warp is given registers
 _SHARED_UNIT = 128  # in which a block is given shared memory
@@ -62,8 +64,8 @@ class GpuTarget:
       registers: of a thread.
       shared_memory: bytes, of a block.
     """
-    warps = -(-threads // _WARP)
-    warp_registers = _round_up(max(registers, 1) * _WARP, _REGISTER_UNIT)
+    warps = -(-threads // WARP)
+    warp_registers = _round_up(max(registers, 1) * WARP, _REGISTER_UNIT)
     shared = _round_up(shared_memory + _SYSTEM_SHARED, _SHARED_UNIT)
     if (
       shared_memory > self.shared_memory_per_block or registers > _MAX_REGISTERS
@@ -71,9 +73,9 @@ class GpuTarget:
       return 0
     return min(
       self.blocks_per_multiprocessor,
-      self.threads_per_multiprocessor // (warps * _WARP),
-      # Each of the four schedulers has a quarter of the registers.
-      REGISTERS // 4 // warp_registers * 4 // warps,
+      self.threads_per_multiprocessor // (warps * WARP),
+      # Each scheduler has its part of the registers.
+      REGISTERS // SCHEDULERS // warp_registers * SCHEDULERS // warps,
       self.shared_memory // shared,
     )
 
@@ -85,7 +87,7 @@ class GpuTarget:
     return f'''\
 gpu_device_info {{
   threads_per_block_limit: 1024
-  threads_per_warp: {_WARP}
+  threads_per_warp: {WARP}
   shared_memory_per_block: 49152
   shared_memory_per_core: {self.shared_memory}
   threads_per_core_limit: {self.threads_per_multiprocessor}

@@ -47,6 +47,7 @@ class Result:
     warnings: what ptxas says will be slow.
     graphs: CUDA graphs that it is launched as, in parts.
     outside_graphs: kinds of thunks that are in no graph.
+    cubins: what ptxas made of the kernels, for `disassembly`.
     compiled: the jax.stages.Compiled; None where XLA refused.
   """
 
@@ -57,6 +58,7 @@ class Result:
   warnings: Sequence[str] = ()
   graphs: int = 0
   outside_graphs: Sequence[str] = ()
+  cubins: Sequence[bytes] = dataclasses.field(default=(), repr=False)
   compiled: Any = dataclasses.field(default=None, repr=False)
 
 
@@ -109,6 +111,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
   problems: list[str] = []
   slow: list[str] = []
   graphs, outside = 0, list[str]()
+  cubins = list[bytes]()
   compiled = None
   start = time.perf_counter()
   with compiler.on(device), tempfile.TemporaryDirectory() as temp:
@@ -131,6 +134,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
     if compiled is not None:
       ours = set(re.findall(r'\bname = "([^"]+)"', lowered.as_text()))
       said = toolkit.read_log(folder)
+      cubins = toolkit.read_cubins(folder)
       mosaic = list(kernels_lib.read_mosaic(folder / 'mosaic', target))
       if 'mosaic_gpu' in lowered.as_text() and not mosaic:
         problems.append(
@@ -160,7 +164,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
         f'memory; a block may have {target.shared_memory_per_block:,}'
       )
   return Result(
-    name, seconds, kernels, problems, slow, graphs, outside, compiled=compiled
+    name, seconds, kernels, problems, slow, graphs, outside, cubins, compiled
   )
 
 

@@ -142,13 +142,18 @@ def read(
     registers, spills = used.get(name, (-1, 0))
     yield Kernel(
       name,
-      re.sub(r'__\d+$', '', name) in ours,
+      unnumbered(name) in ours,
       threads,
       registers,
       spills,
       shared,
       target.blocks_that_fit(threads, registers, shared),
     )
+
+
+def unnumbered(name: str) -> str:
+  """Returns a kernel's name without the number that further ones end in."""
+  return re.sub(r'__\d+$', '', name)
 
 
 def read_thunks(dumps: pathlib.Path, name: str) -> str:

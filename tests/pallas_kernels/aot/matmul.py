@@ -16,12 +16,21 @@ import pytest
 from pallas_kernels.aot import toolkit
 
 _MISSING = toolkit.missing()
+_MISSING_DISASSEMBLY = toolkit.missing(disassembly=True)
 
 
 def needs_wheels(test: Callable[..., None]) -> Any:
   """Marks a test of the lane that has the compiler."""
   skip = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
   return pytest.mark.aot(skip(test))
+
+
+def needs_disassembler(test: Callable[..., None]) -> Any:
+  """Marks a test of that lane that reads machine code."""
+  reason = _MISSING_DISASSEMBLY
+  return needs_wheels(
+    pytest.mark.skipif(reason is not None, reason=str(reason))(test)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
