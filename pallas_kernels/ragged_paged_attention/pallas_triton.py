@@ -36,6 +36,7 @@ from pallas_kernels.ragged_paged_attention import merging
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
+from pallas_kernels.ragged_paged_attention import unpacking
 from pallas_kernels.ragged_paged_attention import validate
 
 
@@ -371,7 +372,7 @@ def _attend(
     head: the KV head.
     tile, shape: see `_attend_small`.
     options: of the attention.
-    interpret: see `_weights`.
+    interpret: whether Pallas interprets the kernel, as it does on CPUs.
 
   Returns:
     Sums of weighted values, [R, size] for each of `shape.pieces`; the highest
@@ -423,8 +424,10 @@ def _attend(
       """Loads the block's channels: [block_n, size] for each piece."""
       ref = quantization.values_of(pages)
       return [
-        quantization.decode(
-          load(ref.at[page, head, place, pl.ds(first, size)], size), dtype
+        unpacking.unpack(
+          load(ref.at[page, head, place, pl.ds(first, size)], size),
+          dtype,
+          interpret=interpret,
         )
         for first, size in shape.pieces
       ]
