@@ -4,6 +4,8 @@ r"""Tells how much of its GPUs a deployment takes, with no GPU at hand.
   python -m sarathi_jax.plan --config=configs/falcon_180b_a100_tp4_pp2.py
   python -m sarathi_jax.plan --config=configs/yi_34b_a100_tp2.py --tp=4 \
       --device=a40 --context=4096,32768
+  python -m sarathi_jax.plan --config=configs/mistral_7b_h100.py \
+      --tokens=64 --sass
 
 Compiles the largest step for the GPUs that the file names (the extra `aot`;
 no GPU and no driver), and shares out the memory of one of them as the engine
@@ -53,6 +55,12 @@ def define_flags() -> None:
     'Compile the step for a batch of so many tokens, such as '
     'one of decodes only. Default: the largest.',
     lower_bound=1,
+  )
+  flags.DEFINE_boolean(
+    'sass',
+    False,
+    'On a GPU, also tell what a layer launches and the bytes of each launch, '
+    'and count the instructions in the loops of the kernels.',
   )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
@@ -175,6 +183,7 @@ def _run(
     f'PP{config.pp}, steps of up to {config.token_budget} tokens'
   )
   if device == 'cpu':
+    config_lib.check(not FLAGS.sass, 'sass', True, 'must be for a GPU')
     memory, problems = on_cpu(model, config), []
     if memory.problem:
       problems = [memory.problem]
@@ -187,10 +196,12 @@ def _run(
       device,
       f'must be cpu or one of {", ".join(gpu_targets.TARGETS)}',
     )
-    if reason := toolkit.missing():
+    if reason := toolkit.missing(disassembly=FLAGS.sass):
       sys.exit(f'error: {reason}')
     with console.status(f'Compiling for {num_devices} x {device} ...'):
-      result = absent_gpus.check(name, model, config, device, FLAGS.tokens)
+      result = absent_gpus.check(
+        name, model, config, device, FLAGS.tokens, sass=FLAGS.sass
+      )
     memory, problems, more = (
       result.memory,
       list(result.case.problems),

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections import Counter
 import dataclasses
-import math
 import re
+
+from pallas_kernels.aot import hlo_types
 
 _KINDS = (
   'all-reduce',
@@ -15,20 +16,9 @@ _KINDS = (
   'all-to-all',
   'collective-permute',
 )
-_BYTES = {
-  'pred': 1,
-  's8': 1,
-  'u8': 1,
-  'bf16': 2,
-  'f16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-}
 _CALL = re.compile(
   rf'^\s*(?:ROOT )?\S+ = (.+?) ({"|".join(_KINDS)})(-start)?\(', re.M
 )
-_ARRAY = re.compile(r'\b(pred|[a-z]+\d+)\[([\d,]*)\]')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +41,7 @@ def read(hlo: str) -> list[Collective]:
   counts: Counter[str] = Counter()
   sizes: Counter[str] = Counter()
   for result, kind, start in _CALL.findall(hlo):
-    arrays = [_num_bytes(*array) for array in _ARRAY.findall(result)]
+    arrays = hlo_types.array_bytes(result)
     # An asynchronous one lists its input, its output, and more.
     if start and kind != 'all-reduce':
       arrays = arrays[:2][-1:]
@@ -62,7 +52,3 @@ def read(hlo: str) -> list[Collective]:
     for kind in _KINDS
     if counts[kind]
   ]
-
-
-def _num_bytes(dtype: str, shape: str) -> int:
-  return _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(','))))

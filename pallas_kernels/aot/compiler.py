@@ -86,7 +86,7 @@ def in_place_problems(compiled: Any, donated: Any, kv: Any) -> list[str]:
       f'donated, the KV cache above all, is {expected:,}'
     )
   text = compiled.as_text()
-  for shape in sorted({_hlo_type(leaf) for leaf in jax.tree.leaves(kv)}):
+  for shape in sorted(hlo_types(kv)):
     copies = re.findall(
       rf'^.*= \(?{re.escape(shape)}\S* .*?copy(?:-start)?\(.*$', text, re.M
     )
@@ -106,14 +106,19 @@ def num_bytes(tree: Any) -> int:
   )
 
 
+def hlo_types(tree: Any) -> set[str]:
+  """Returns the types of arrays as HLO writes them, such as 'bf16[8,128]'.
+
+  Args:
+    tree: of arrays or ShapeDtypeStruct.
+  """
+  return {
+    f'{_HLO_TYPES[leaf.dtype.name]}[{",".join(map(str, _local_shape(leaf)))}]'
+    for leaf in jax.tree.leaves(tree)
+  }
+
+
 def _local_shape(leaf: Any) -> tuple[int, ...]:
   shape: tuple[int, ...] = leaf.shape
   sharding = getattr(leaf, 'sharding', None)
   return shape if sharding is None else sharding.shard_shape(shape)
-
-
-def _hlo_type(leaf: Any) -> str:
-  """Returns the leaf's type as HLO writes it: 'bf16[8,128]'."""
-  return (
-    f'{_HLO_TYPES[leaf.dtype.name]}[{",".join(map(str, _local_shape(leaf)))}]'
-  )

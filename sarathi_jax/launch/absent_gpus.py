@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -16,10 +16,12 @@ from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
 from pallas_kernels.aot import collectives
 from pallas_kernels.aot import compiler
+from pallas_kernels.aot import estimates
 from pallas_kernels.aot import report
 from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
+from sarathi_jax.launch import layers
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import batch as batch_lib
@@ -42,6 +44,8 @@ class StepResult:
     memory: what it takes of each device.
     sent: what a device receives from others in one step.
     least_sent: bytes of the sums and hops that every step needs.
+    loops: inner loops of its Pallas kernels, if they were asked for.
+    layer: what a layer launches; None if it was not asked for, or not found.
   """
 
   device: str
@@ -49,6 +53,8 @@ class StepResult:
   memory: memory_lib.MemoryPlan
   sent: list[collectives.Collective]
   least_sent: int
+  loops: Sequence[estimates.Judged] = ()
+  layer: layers.Layer | None = None
 
   def tables(self) -> Iterator[rich.table.Table]:
     """Yields the tables that people read."""
@@ -61,6 +67,10 @@ class StepResult:
     yield table
     if self.sent:
       yield report.sent_table(self.sent, self.least_sent)
+    if self.loops:
+      yield report.loops_table({self.case.name: self.loops})
+    if self.layer:
+      yield self.layer.table()
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the result for JSON."""
@@ -69,6 +79,8 @@ class StepResult:
       'memory': memory_dict(self.memory),
       'sent': [dataclasses.asdict(one) for one in self.sent],
       'least_sent': self.least_sent,
+      'loops': report.loop_dicts(self.loops),
+      'layer': self.layer and self.layer.as_dict(),
     }
 
 
@@ -78,6 +90,8 @@ def check(
   config: config_lib.EngineConfig,
   device: str,
   tokens: int | None = None,
+  *,
+  sass: bool = False,
 ) -> StepResult:
   """Compiles a step of a deployment.
 
@@ -87,6 +101,7 @@ def check(
     device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
     tokens: tokens of the batch, all of decodes where these have a step of their
       own; None: the most.
+    sass: whether to find `loops` and `layer`.
 
   Raises:
     sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
@@ -158,12 +173,15 @@ def check(
       f'{memory.problem} {memory.missing / 2**30:.2f} GiB are '
       'missing on each device.'
     )
+  text = case.compiled.as_text()
   return StepResult(
     device,
     dataclasses.replace(case, problems=problems),
     memory,
-    collectives.read(case.compiled.as_text()),
+    collectives.read(text),
     _least_sent(model, parallelism, programs.layouts[size], dtype),
+    estimates.judge(case, device) if sass else (),
+    layers.read(text, compiler.hlo_types(state.kv)) if sass else None,
   )
 
 

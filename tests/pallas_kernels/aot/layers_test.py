@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer of decodes launches, and the bytes of it, are bounded.
+
+They follow from the compiled program alone. Products are counted as XLA's
+kernels; on a GPU, where it times them, cuBLAS's may take their places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import source_tree
+from tests.pallas_kernels.aot import deployments_test
+from tests.pallas_kernels.aot import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+  """The most that a layer costs today, and so may cost.
+
+  Attributes:
+    device: compiled for.
+    tokens: decodes of the step.
+    launches: of a layer. It should be 10 at the most.
+    traffic: bytes that are read and written, the cache's left out, as a
+      multiple of the weights. It should be 1.05 at the most.
+  """
+
+  device: str
+  tokens: int
+  launches: int
+  traffic: float
+
+
+@matmul.needs_disassembler
+@pytest.mark.parametrize('bounds', [Bounds('h100', 64, 14, 1.19)], ids=str)
+def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
+  check(bounds, tmp_path)
+
+
+@matmul.needs_disassembler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'bounds',
+  [
+    Bounds('h100', 8, 14, 1.03),
+    Bounds('a100', 64, 13, 1.18),
+    Bounds('a40', 64, 14, 1.12),
+  ],
+  ids=str,
+)
+def test_a_layer_of_other_steps(bounds: Bounds, tmp_path: pathlib.Path) -> None:
+  check(bounds, tmp_path)
+
+
+def check(bounds: Bounds, folder: pathlib.Path) -> None:
+  """Compiles a step of two layers of Mistral, and looks at one."""
+  config = folder / 'shallow.py'
+  config.write_text(deployments_test.shallow('mistral_7b_h100'))
+  path = folder / 'plan.json'
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.plan',
+      f'--config={config}',
+      f'--device={bounds.device}',
+      f'--tokens={bounds.tokens}',
+      '--num_pages=2048',
+      '--sass',
+      f'--json={path}',
+    ],
+    cwd=source_tree.ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+  )
+  print(done.stdout)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(path.read_text())
+  layer = found['layer']
+  assert len(layer['launches']) <= bounds.launches
+  assert layer['bytes'] <= bounds.traffic * layer['least_bytes']
+  # The same loops as of kernels alone.
+  assert {loop['kernel'] for loop in found['loops']} >= {'attend_small'}
