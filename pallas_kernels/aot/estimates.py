@@ -3,7 +3,8 @@
 
 An estimate is no measurement. It knows rates, as the maker tells them, and no
 latencies: a loop takes at least as long, and longer where too little is under
-way to hide what it waits for.
+way to hide what it waits for. Each instruction counts once, though some, such
+as conversions and powers, take the place of several.
 """
 
 from __future__ import annotations
