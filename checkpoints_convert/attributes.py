@@ -38,15 +38,15 @@ class Attributes:
       raise self.refuse(name, value, 'must be true or false')
     return bool(value)
 
-  def require(self, name: str) -> Any:
-    """Takes an attribute without a default; returns its JSON value.
+  def require(self, name: str, default: Any = None) -> Any:
+    """Takes an attribute that must be there, or have a default; its JSON value.
 
     Raises:
-      CheckpointError: it is absent or null.
+      CheckpointError: it is absent or null, and has no default.
     """
-    if self._values.get(name) is None:
+    if (value := self.take(name, default)) is None:
       raise self.error(f'{name}: missing')
-    return self._values.pop(name)
+    return value
 
   def size(
     self, name: str, default: int | None = None, most: int = fields_lib.MOST
@@ -61,9 +61,7 @@ class Attributes:
     Raises:
       CheckpointError: it is missing, or none.
     """
-    value = self.take(name, default)
-    if value is None:
-      raise self.error(f'{name}: missing')
+    value = self.require(name, default)
     if type(value) is not int or not 1 <= value <= most:
       raise self.refuse(name, value, f'must be an integer in [1, {most}]')
     return value

@@ -16,6 +16,7 @@ import numpy as np
 from checkpoints_convert import changes
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
+from checkpoints_convert import nested
 from checkpoints_convert import orbax_writer
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
@@ -59,6 +60,7 @@ class Plan:
     leaves: a tree of `transforms.Leaf`: dicts and lists, as the parameters.
     generation: what it says of how to generate.
     raw: the decoded config.json.
+    left_out: a line, for people, that says what is not converted; mostly ''.
   """
 
   folder: pathlib.Path
@@ -67,6 +69,7 @@ class Plan:
   leaves: Any
   generation: generation_lib.Generation
   raw: Mapping[str, Any]
+  left_out: str = ''
 
   def all_leaves(self) -> list[transforms.Leaf]:
     return jax.tree.leaves(self.leaves)
@@ -101,11 +104,14 @@ def make_plan(
     raise errors.CheckpointError(
       f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.'
     )
-  model, rules, raw = hf_config.read(folder)
+  model, rules, raw, is_nested = hf_config.read(folder)
   parallelism.check(model)
-  dtype = dtype or _main_dtype(reader.tensors)
+  tensors, left_out = dict(reader.tensors), ''
+  if is_nested:
+    tensors, left_out = nested.take_text(tensors)
+  dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
-  model, tensors = tied.settle(model, reader, rules)
+  model, tensors = tied.settle(model, tensors, reader, rules)
   leaves = rules_lib.plan(
     tensors,
     rules,
@@ -113,7 +119,7 @@ def make_plan(
     safetensors_reader.DTYPES[DTYPES[dtype]],
     parallelism,
   )
-  return Plan(folder, model, dtype, leaves, generation, raw)
+  return Plan(folder, model, dtype, leaves, generation, raw, left_out)
 
 
 def convert(

@@ -33,6 +33,7 @@ class DirectParams:
 
   Attributes:
     metadata: what sarathi.json would say.
+    left_out: see `convert.Plan`.
   """
 
   def __init__(
@@ -49,6 +50,7 @@ class DirectParams:
         folder, self._reader, None, sampling_defaults=sampling_defaults
       )
       self.metadata: checkpoint.CheckpointMetadata = convert.metadata_of(plan)
+      self.left_out = plan.left_out
     except BaseException:
       self._reader.close()
       raise

@@ -70,6 +70,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   'tie_encoder_decoder': (False,),
   'torchscript': (False,),
   'use_bfloat16': (False,),
+  'use_bidirectional_attention': (False,),
 }
 
 

@@ -9,13 +9,14 @@ classes, which leave out what equals them. null is as good as absent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoints_convert import attributes as attributes_lib
 from checkpoints_convert import families
 from checkpoints_convert import hf_rope
+from checkpoints_convert import nested
 from sarathi_jax import errors
 from sarathi_jax import json_file
 from sarathi_jax.models import config as config_lib
@@ -33,16 +34,28 @@ ACTIVATIONS: Mapping[str, str] = {
 }
 
 
-def read(
-  folder: pathlib.Path,
-) -> tuple[config_lib.ModelConfig, Sequence[Any], dict[str, Any]]:
+class Config(NamedTuple):
+  """What config.json says.
+
+  Attributes:
+    model: the model.
+    rules: of its family.
+    raw: the decoded file; of a model that takes images, too, as if the text
+      part were alone.
+    is_nested: whether it is of such a model; see `nested`.
+  """
+
+  model: config_lib.ModelConfig
+  rules: Sequence[Any]
+  raw: dict[str, Any]
+  is_nested: bool
+
+
+def read(folder: pathlib.Path) -> Config:
   """Reads the config of a Hugging Face checkpoint.
 
   Args:
     folder: holds config.json.
-
-  Returns:
-    The model, its family's rules, and the decoded config.json.
 
   Raises:
     CheckpointError: no or damaged config.json, an architecture that is not
@@ -50,7 +63,11 @@ def read(
   """
   path = folder / 'config.json'
   raw = json_file.read(path)
-  family = families.find(_architecture(raw, path))
+  architecture = _architecture(raw, path)
+  family = families.find(architecture)
+  is_nested = families.ARCHITECTURES[architecture].is_nested
+  if is_nested:
+    raw = nested.flatten(raw, str(path))
   attributes = Attributes(raw, str(path))
   try:
     model = family.read_config(attributes)
@@ -63,7 +80,7 @@ def read(
       f'an attribute is of the wrong type, or out of range: {e}'
     ) from e
   attributes.finish()
-  return model, family.rules(model), raw
+  return Config(model, family.rules(model), raw, is_nested)
 
 
 def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:
@@ -90,6 +107,8 @@ def common(
   theta: float | Mapping[str, float],
   eps: float,
   positions: int,
+  activation_name: str = 'hidden_act',
+  **defaults: Any,
 ) -> dict[str, Any]:
   """Takes the attributes that Llama-like families share; returns the fields.
 
@@ -100,23 +119,41 @@ def common(
       what `hf_rope.read_by_type` takes.
     eps: the default of rms_norm_eps.
     positions: the default of max_position_embeddings.
+    activation_name: of the attribute with the activation function.
+    **defaults: of the other attributes. Without one, head_dim is hidden_size
+      divided by the heads, the activation is silu, nothing is tied, and other
+      attributes must be there.
   """
-  num_heads = attributes.size('num_attention_heads')
-  hidden_size = attributes.size('hidden_size')
   positions = attributes.size('max_position_embeddings', positions)
+  num_heads = attributes.size(
+    'num_attention_heads', defaults.get('num_attention_heads')
+  )
+  hidden_size = attributes.size('hidden_size', defaults.get('hidden_size'))
+  vocab_size, intermediate_size = (
+    attributes.require(name, defaults.get(name))
+    for name in ('vocab_size', 'intermediate_size')
+  )
   return dict(
-    vocab_size=attributes.require('vocab_size'),
+    vocab_size=vocab_size,
     hidden_size=hidden_size,
-    intermediate_size=attributes.require('intermediate_size'),
+    intermediate_size=intermediate_size,
     num_layers=attributes.size(
-      'num_hidden_layers', most=fields_lib.MOST_LAYERS
+      'num_hidden_layers',
+      defaults.get('num_hidden_layers'),
+      fields_lib.MOST_LAYERS,
     ),
     num_heads=num_heads,
     num_kv_heads=attributes.take('num_key_value_heads', kv_heads or num_heads),
-    head_dim=attributes.take('head_dim', hidden_size // num_heads),
+    head_dim=attributes.take(
+      'head_dim', defaults.get('head_dim', hidden_size // num_heads)
+    ),
     norm_eps=attributes.take('rms_norm_eps', eps),
-    activation=activation(attributes, 'hidden_act', 'silu'),
-    tie_word_embeddings=attributes.flag('tie_word_embeddings', False),
+    activation=activation(
+      attributes, activation_name, defaults.get(activation_name, 'silu')
+    ),
+    tie_word_embeddings=attributes.flag(
+      'tie_word_embeddings', defaults.get('tie_word_embeddings', False)
+    ),
     **(
       hf_rope.read_by_type(attributes, theta, positions)
       if isinstance(theta, Mapping)
@@ -135,21 +172,28 @@ def activation(attributes: Attributes, name: str, default: str) -> str:
   return ACTIVATIONS[value]
 
 
-def windows(
+def with_windows(
   attributes: Attributes,
-  num_layers: int,
+  fields: Mapping[str, Any],
   window: Any,
-  types: Sequence[str],
+  has_window: Callable[[int], bool],
 ) -> dict[str, Any]:
-  """Returns the config's fields for the sliding window; none without one.
+  """Returns the config's fields, with those for the sliding window, if any.
 
   Args:
     attributes: to take `layer_types` from.
-    num_layers: L.
+    fields: of `common`.
     window: the sliding window, or None.
-    types: of each layer, if the file lists none: `hf_rope.FULL` or `SLIDING`.
+    has_window: says whether a layer has it, if the file lists no types.
   """
-  types = attributes.take('layer_types', types)
+  num_layers = fields['num_layers']
+  types = attributes.take(
+    'layer_types',
+    [
+      hf_rope.SLIDING if has_window(i) else hf_rope.FULL
+      for i in range(num_layers)
+    ],
+  )
   known = {hf_rope.FULL, hf_rope.SLIDING}
   if len(types) != num_layers or not known.issuperset(types):
     raise attributes.refuse(
@@ -163,7 +207,7 @@ def windows(
       'layer_types', types, 'has sliding_attention, but there is no window'
     )
   if not layers:
-    return {}
+    return {k: v for k, v in fields.items() if k != 'window_rope'}
   if len(layers) == num_layers:
-    return dict(sliding_window=window)
-  return dict(sliding_window=window, window_layers=layers)
+    return dict(fields, sliding_window=window)
+  return dict(fields, sliding_window=window, window_layers=layers)

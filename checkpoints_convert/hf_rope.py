@@ -57,7 +57,8 @@ def read_by_type(
     positions: max_position_embeddings.
 
   Returns:
-    What `read` does, and `window_rope`.
+    `rope`, `window_rope`, and `max_position_embeddings`: `positions`, which
+    these models tell as they are once scaled.
   """
   both = attributes.take('rope_parameters') or {}
   scaling = attributes.take('rope_scaling') or {}
@@ -65,16 +66,16 @@ def read_by_type(
     raise attributes.refuse(
       'rope_parameters', both, f'{unknown[0]} is of no type of layers'
     )
-  (full, length), (sliding, _) = (
+  full, sliding = (
     _read_one(
       attributes,
       {**(both.get(name) or {}), **(scaling if name == FULL else {})},
       thetas[name],
       positions,
-    )
+    )[0]
     for name in (FULL, SLIDING)
   )
-  return dict(rope=full, window_rope=sliding, max_position_embeddings=length)
+  return dict(rope=full, window_rope=sliding, max_position_embeddings=positions)
 
 
 def _read_one(

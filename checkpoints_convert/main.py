@@ -109,6 +109,8 @@ def main() -> None:
     allow_nonfinite=_ALLOW_NONFINITE.value,
   )
   seconds = time.monotonic() - start
+  if plan.left_out:
+    print(plan.left_out)
   print(
     f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
     f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -16,6 +16,7 @@ from sarathi_jax.models import config as config_lib
 
 def settle(
   model: config_lib.ModelConfig,
+  tensors: Mapping[str, safetensors_reader.Tensor],
   reader: safetensors_reader.Reader,
   rules: Sequence[rules_lib.Rule],
 ) -> tuple[config_lib.ModelConfig, dict[str, safetensors_reader.Tensor]]:
@@ -26,13 +27,14 @@ def settle(
 
   Args:
     model: as config.json has it.
+    tensors: of the checkpoint, by the names that rules have.
     reader: of the checkpoint.
     rules: the family's.
 
   Returns:
     The model, and its tensors by name.
   """
-  tensors = dict(reader.tensors)
+  tensors = dict(tensors)
   head = tensors.get('lm_head.weight')
   if not model.tie_word_embeddings or head is None:
     return model, tensors

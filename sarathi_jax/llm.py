@@ -238,7 +238,9 @@ class LLM:
     metadata = opened.metadata
     with settings.own():
       mesh = make_mesh(metadata.model)
-      dtype = placement.choose_dtype(config.dtype, metadata.dtype, mesh)
+      dtype = placement.choose_dtype(
+        metadata.model, config.dtype, metadata.dtype, mesh
+      )
       layout = placement.of_checkpoint(mesh, dtype)
       memory.check_weights(metadata.model, config, mesh, layout)
       with progress.told(on_loaded, 'Loading weights') as tell:

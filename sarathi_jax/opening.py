@@ -86,6 +86,8 @@ def open_checkpoint(
   params = direct.DirectParams(
     origin, sampling_defaults=sampling_defaults, allow_nonfinite=allow_nonfinite
   )
+  if params.left_out:
+    _warn(params.left_out)
   kept = _kept(pathlib.Path(cache_dir, 'tokenizers'), origin)
   if not kept.is_dir():
     whole_folder.make(kept, functools.partial(tokenizer_files.write, origin))
@@ -113,8 +115,9 @@ def resolve(
     cache_dir: the folder that keeps converted checkpoints.
     bar: makes a progress bar, if something is to be converted; see `Bar`.
     on_model: called with the model to convert; may raise to refuse it.
-    say: called with a line for people when this waits for another process, or
-      when an older version's conversion is not used. Warns by default.
+    say: called with a line for people when this waits for another process,
+      when an older version's conversion is not used, or when a part of the
+      model is not converted. Warns by default.
     sampling_defaults: whether to keep the sampling that its makers recommend;
       if not, none of it is refused.
     allow_nonfinite: whether weights may be NaN or infinite.
@@ -176,7 +179,11 @@ def _convert(
   while not (target / checkpoint.METADATA).is_file():
     on_model(hf_config.read(origin)[0])
     try:
-      convert.convert(origin, target, bar=bar or convert.no_bar, **options)
+      plan = convert.convert(
+        origin, target, bar=bar or convert.no_bar, **options
+      )
+      if plan.left_out:
+        say(plan.left_out)
     except staging.BusyError:
       if not has_waited:
         has_waited = True

@@ -68,6 +68,23 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     window_layers=(0, 1),
     window_rope=model_config_lib.RopeConfig(theta=500.0),
   ),
+  'gemma': model_config_lib.LlamaConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=2,
+    norms='around',
+    norm_from_one=True,
+    qk_norm=True,
+    sliding_window=20,
+    window_layers=(0, 1),
+    window_rope=model_config_lib.RopeConfig(theta=500.0),
+    embed_scale=4.0,
+    attention_scale=0.3,
+    attention_soft_cap=2.0,
+    logit_soft_cap=5.0,
+    activation='gelu_tanh',
+    tie_word_embeddings=True,
+  ),
   'mixtral': model_config_lib.MixtralConfig(
     **_SIZES, num_layers=3, num_kv_heads=4, num_experts=4, experts_per_token=2
   ),

@@ -20,15 +20,22 @@ class Family(NamedTuple):
   Attributes:
     model_type: as config.json names it, and the module that reads it.
     models: those that are published, in words.
+    is_nested: whether it takes images, too; see `nested`.
   """
 
   model_type: str
   models: str
+  is_nested: bool = False
 
 
 # The architecture that config.json names -> what reads it.
 ARCHITECTURES: Mapping[str, Family] = {
   'FalconForCausalLM': Family('falcon', 'Falcon 7B, 11B, 40B, 180B'),
+  'Gemma2ForCausalLM': Family('gemma2', 'Gemma-2'),
+  'Gemma3ForCausalLM': Family('gemma3_text', 'Gemma-3 270M, 1B'),
+  'Gemma3ForConditionalGeneration': Family(
+    'gemma3', 'Gemma-3 4B, 12B, 27B; without images', is_nested=True
+  ),
   'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
   'MistralForCausalLM': Family('mistral', 'Mistral 7B, with its window'),
   'MixtralForCausalLM': Family(

@@ -30,17 +30,8 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
     eps=1e-5,
     positions=2048,
   )
-  num_layers = fields['num_layers']
-  windows = hf_config.windows(
-    attributes,
-    num_layers,
-    attributes.take_or_none('sliding_window', 4096),
-    [
-      hf_rope.FULL if i % 4 == 3 else hf_rope.SLIDING for i in range(num_layers)
-    ],
-  )
-  if not windows:
-    del fields['window_rope']
+  window = attributes.take_or_none('sliding_window', 4096)
   return config_lib.LlamaConfig(
-    **olmo2.switches(attributes), **fields, **windows
+    **olmo2.switches(attributes),
+    **hf_config.with_windows(attributes, fields, window, lambda i: i % 4 != 3),
   )

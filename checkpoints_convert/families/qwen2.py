@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints_convert import hf_config
-from checkpoints_convert import hf_rope
 from checkpoints_convert.families import llama
 from sarathi_jax.models import config as config_lib
 
@@ -19,14 +18,14 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
     attributes, kv_heads=32, theta=10000.0, eps=1e-6, positions=32768
   )
   return config_lib.LlamaConfig(
-    qkv_bias=True, **fields, **windows(attributes, fields['num_layers'])
+    qkv_bias=True, **with_windows(attributes, fields)
   )
 
 
-def windows(
-  attributes: hf_config.Attributes, num_layers: int
+def with_windows(
+  attributes: hf_config.Attributes, fields: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns the config's fields for the sliding window; none without one.
+  """Returns the config's fields, with those for the sliding window, if any.
 
   Newer files list `layer_types`. In older ones the layers from
   `max_window_layers` on have the window, if `use_sliding_window` says so.
@@ -35,8 +34,6 @@ def windows(
   first = attributes.take('max_window_layers', 28)
   if not attributes.flag('use_sliding_window', False):
     window = None
-  types = [
-    hf_rope.SLIDING if window is not None and i >= first else hf_rope.FULL
-    for i in range(num_layers)
-  ]
-  return hf_config.windows(attributes, num_layers, window, types)
+  return hf_config.with_windows(
+    attributes, fields, window, lambda i: window is not None and i >= first
+  )

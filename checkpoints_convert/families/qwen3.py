@@ -17,17 +17,20 @@ NORM_RULES = llama.norms(
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:
   """Reads what transformers' Qwen3Config reads, with its defaults."""
-  head_dim = attributes.take('head_dim', 128)
   fields = hf_config.common(
-    attributes, kv_heads=32, theta=10000.0, eps=1e-6, positions=32768
+    attributes,
+    kv_heads=32,
+    theta=10000.0,
+    eps=1e-6,
+    positions=32768,
+    head_dim=128,
   )
   bias = attributes.flag('attention_bias', False)
   return config_lib.LlamaConfig(
     qk_norm=True,
     qkv_bias=bias,
     o_bias=bias,
-    **{**fields, 'head_dim': head_dim},
-    **qwen2.windows(attributes, fields['num_layers']),
+    **qwen2.with_windows(attributes, fields),
   )
 
 

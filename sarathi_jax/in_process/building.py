@@ -160,7 +160,7 @@ def check_same(
     )
   if dtype not in (
     jnp.dtype(metadata.dtype),
-    placement.choose_dtype(config.dtype, metadata.dtype, mesh),
+    placement.choose_dtype(model, config.dtype, metadata.dtype, mesh),
   ):
     raise errors.CheckpointError(
       f'{path}: is in {metadata.dtype}, and {dtype} is served.'

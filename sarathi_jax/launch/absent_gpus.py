@@ -115,7 +115,7 @@ def check(
   )
   if config.deterministic:
     mesh_lib.check_deterministic(mesh)
-  dtype = placement.choose_dtype(config.dtype, _DTYPE, mesh)
+  dtype = placement.choose_dtype(model, config.dtype, _DTYPE, mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
   with compiler.on(device):
     programs = building.step_programs(

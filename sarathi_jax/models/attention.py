@@ -180,6 +180,7 @@ def attention_specs(
   o_bias: bool = False,
   qk_norm: bool = False,
   qk_norm_is_wide: bool = False,
+  norm_from_one: bool = False,
 ) -> dict[str, Any]:
   """Returns the specs of `attention`'s parameters, a tree of ParamSpec."""
   width = ('embed', config.hidden_size)
@@ -195,9 +196,8 @@ def attention_specs(
   if o_bias:
     specs['o_bias'] = spec.bias(width)
   for name in ('q', 'k') if qk_norm else ():
-    if qk_norm_is_wide:
-      axis, size = inner[name]
-      specs[f'{name}_wide_norm'] = {'scale': spec.scale(size, axis)}
-    else:
-      specs[f'{name}_norm'] = {'scale': spec.scale(config.head_dim, None)}
+    axis, size = inner[name] if qk_norm_is_wide else (None, config.head_dim)
+    specs[f'{name}_wide_norm' if qk_norm_is_wide else f'{name}_norm'] = (
+      layers.rms_norm_specs(size, axis, from_one=norm_from_one)
+    )
   return specs

@@ -24,9 +24,17 @@ _check, _check_types = config_lib.check, config_lib.check_fields
 _WINDOW = config_lib.or_none(
   fields_lib.SIZE, f'{fields_lib.SIZE[1]}, or null for none'
 )
+_FACTOR = config_lib.or_none(
+  fields_lib.POSITIVE, f'{fields_lib.POSITIVE[1]}, or null for none'
+)
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
-NORMS = ('before', 'after')
+# Where the norms of attention and of an MLP are -> what their names have.
+NORMS: Mapping[str, tuple[str, ...]] = {
+  'before': ('',),
+  'after': ('_out',),
+  'around': ('', '_out'),
+}
 
 
 class Mlp(NamedTuple):
@@ -63,6 +71,11 @@ class ModelConfig:
     sliding_window: a token at p attends to (p - sliding_window, p]; None: to
       [0, p]. See `layer_window`.
     tie_word_embeddings: whether the embedding is the output matrix, too.
+    embed_scale: multiplies embeddings, rounded to the dtype of these (Gemma).
+    attention_scale: multiplies q . k; None: 1 / sqrt(head_dim).
+    attention_soft_cap: see `kinds.AttentionOptions`.
+    logit_soft_cap: the same of logits.
+    overflows_float16: whether what layers give may be too large for float16.
   """
 
   family: ClassVar[str] = ''
@@ -80,6 +93,11 @@ class ModelConfig:
   rope: RopeConfig = rope_config.DEFAULT
   sliding_window: int | None = None
   tie_word_embeddings: bool = False
+  embed_scale: float = 1.0
+  attention_scale: float | None = None
+  attention_soft_cap: float | None = None
+  logit_soft_cap: float | None = None
+  overflows_float16: bool = False
 
   def __post_init__(self) -> None:
     _check_types(
@@ -96,6 +114,11 @@ class ModelConfig:
         'norm_eps': fields_lib.POSITIVE,
         'sliding_window': _WINDOW,
         'tie_word_embeddings': config_lib.FLAG,
+        'embed_scale': fields_lib.POSITIVE,
+        'attention_scale': _FACTOR,
+        'attention_soft_cap': _FACTOR,
+        'logit_soft_cap': _FACTOR,
+        'overflows_float16': config_lib.FLAG,
       },
     )
     _check(
@@ -142,10 +165,9 @@ class ModelConfig:
   @property
   def _scaled_len(self) -> float:
     rope = self.rope
-    if rope.kind not in ('linear', 'dynamic', 'yarn'):
+    if rope.kind not in ('dynamic', 'yarn'):
       return self.max_position_embeddings
-    original = rope.original_max_position or self.max_position_embeddings
-    return original * (rope.factor or 1)
+    return (rope.original_max_position or 1) * (rope.factor or 1)
 
   @property
   def mlp(self) -> Mlp:
@@ -157,14 +179,31 @@ class ModelConfig:
     """The number of sums over devices that a layer takes, if they share it."""
     return 2
 
+  @property
+  def norms_per_layer(self) -> int:
+    """The number of norms over D that a layer has."""
+    return 2
+
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     """Returns what a layer in [0, L) has in common with others of its kind."""
     del layer
     return kinds.LayerKind(
       kinds.AttentionOptions(
-        scale=self.head_dim**-0.5, window=self.sliding_window
+        scale=self.attention_scale or self.head_dim**-0.5,
+        window=self.sliding_window,
+        soft_cap=self.attention_soft_cap,
       ),
       self.rope,
+    )
+
+  def check_dtype(self, name: str) -> None:
+    """Raises ConfigError if the model can't be computed in a dtype."""
+    _check(
+      name != 'float16' or not self.overflows_float16,
+      'dtype',
+      name,
+      'what layers of this model give is too large for it; take bfloat16 or '
+      'float32',
     )
 
   def layer_window(self, layer: int) -> int | None:
@@ -211,7 +250,8 @@ class LlamaConfig(ModelConfig):
     o_bias: whether o adds a bias.
     mlp_bias: whether gate, up and down add a bias.
     norms: which side of attention and of the MLP is normalized, one of `NORMS`:
-      what they read, or what they give (OLMo-2).
+      what they read, what they give (OLMo-2), or both (Gemma).
+    norm_from_one: whether norms multiply by 1 + what they have (Gemma).
     qk_norm: whether heads of q and k are RMS-normalized (Qwen3).
     qk_norm_is_wide: whether that is over all heads at once (OLMo-2).
     window_layers: the layers that `sliding_window` holds for, ascending
@@ -225,6 +265,7 @@ class LlamaConfig(ModelConfig):
   o_bias: bool = False
   mlp_bias: bool = False
   norms: str = 'before'
+  norm_from_one: bool = False
   qk_norm: bool = False
   qk_norm_is_wide: bool = False
   window_layers: tuple[int, ...] | None = None
@@ -237,10 +278,17 @@ class LlamaConfig(ModelConfig):
       self,
       {
         **dict.fromkeys(
-          ('qkv_bias', 'o_bias', 'mlp_bias', 'qk_norm', 'qk_norm_is_wide'),
+          (
+            'qkv_bias',
+            'o_bias',
+            'mlp_bias',
+            'norm_from_one',
+            'qk_norm',
+            'qk_norm_is_wide',
+          ),
           config_lib.FLAG,
         ),
-        'norms': config_lib.one_of(NORMS),
+        'norms': config_lib.one_of(tuple(NORMS)),
       },
     )
     _check(
@@ -261,6 +309,10 @@ class LlamaConfig(ModelConfig):
         self.window_rope,
         'has no meaning without sliding_window',
       )
+
+  @property
+  def norms_per_layer(self) -> int:
+    return 2 * len(NORMS[self.norms])
 
   def _ascending(self, name: str) -> tuple[int, ...]:
     layers = getattr(self, name)

@@ -12,20 +12,24 @@ from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 
 norm = layers.layer_norm
-norm_specs = layers.layer_norm_specs
+
+
+def norm_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
+  """Returns the specs of `norm`'s parameters."""
+  return layers.layer_norm_specs(config.hidden_size)
 
 
 def layer_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
   """Returns the specs of one `block`; 'mlp_norm' only with two norms."""
   specs = {
-    'attn_norm': norm_specs(config.hidden_size),
+    'attn_norm': norm_specs(config),
     'attn': attention.attention_specs(
       config, qkv_bias=config.bias, o_bias=config.bias
     ),
     'mlp': layers.mlp_specs(config, gated=False, bias=config.bias),
   }
   if config.num_norms == 2:
-    specs['mlp_norm'] = norm_specs(config.hidden_size)
+    specs['mlp_norm'] = norm_specs(config)
   return specs
 
 

@@ -37,7 +37,10 @@ Norm = Callable[[Params, jax.Array, float], jax.Array]
 def rms_norm(
   params: Params, x: Float[Array, '*rows D'], eps: float
 ) -> Float[Array, '*rows D']:
-  """Divides by the root mean square over the last axis."""
+  """Divides by the root mean square over the last axis, and multiplies.
+
+  By `scale`, or, in float32, by 1 + `offset`.
+  """
   x32 = x.astype(jnp.float32)
   return _divided(params, x32, mean_square(x32), eps).astype(x.dtype)
 
@@ -71,6 +74,8 @@ def mean_square(x: Float[Array, '*rows D']) -> Float[Array, '*rows 1']:
 
 def _divided(params: Params, x: Array, square: Array, eps: float) -> Array:
   normed = x * jax.lax.rsqrt(square + eps)
+  if 'offset' in params:
+    return normed * (1 + _rows(params['offset'], x))
   return normed * _rows(params['scale'], x)
 
 
@@ -214,9 +219,13 @@ def mlp_specs(
   return specs
 
 
-def rms_norm_specs(size: int) -> dict[str, spec.ParamSpec]:
+def rms_norm_specs(
+  size: int, axis: str | None = 'embed', *, from_one: bool = False
+) -> dict[str, spec.ParamSpec]:
   """Returns the specs of `rms_norm`'s parameters."""
-  return {'scale': spec.scale(size)}
+  if from_one:
+    return {'offset': spec.bias((axis, size))}
+  return {'scale': spec.scale(size, axis)}
 
 
 def layer_norm_specs(size: int) -> dict[str, spec.ParamSpec]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama, and what has its layers but for switches: Mistral, Qwen, OLMo."""
+"""Llama, and what has its layers but for switches.
+
+Mistral, Qwen, OLMo, Gemma.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,13 @@ from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 
 norm = layers.rms_norm
-norm_specs = layers.rms_norm_specs
+
+
+def norm_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
+  """Returns the specs of `norm`'s parameters."""
+  return layers.rms_norm_specs(
+    config.hidden_size, from_one=config.norm_from_one
+  )
 
 
 def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
@@ -24,13 +33,14 @@ def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
       o_bias=config.o_bias,
       qk_norm=config.qk_norm,
       qk_norm_is_wide=config.qk_norm_is_wide,
+      norm_from_one=config.norm_from_one,
     ),
     'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias),
   }
-  infix = {'before': '', 'after': '_out'}[config.norms]
   return specs | {
-    f'{branch}{infix}_norm': norm_specs(config.hidden_size)
+    f'{branch}{side}_norm': norm_specs(config)
     for branch in ('attn', 'mlp')
+    for side in config_lib.NORMS[config.norms]
   }
 
 

@@ -13,15 +13,19 @@ from sarathi_jax.models import layers
 from sarathi_jax.models import moe
 
 norm = layers.rms_norm
-norm_specs = layers.rms_norm_specs
+
+
+def norm_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
+  """Returns the specs of `norm`'s parameters."""
+  return layers.rms_norm_specs(config.hidden_size)
 
 
 def layer_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
   return {
-    'attn_norm': norm_specs(config.hidden_size),
+    'attn_norm': norm_specs(config),
     'attn': attention.attention_specs(config),
-    'mlp_norm': norm_specs(config.hidden_size),
+    'mlp_norm': norm_specs(config),
     'moe': moe.moe_specs(config),
   }
 

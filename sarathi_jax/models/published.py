@@ -29,6 +29,15 @@ _LLAMA_3_1: dict[str, Any] = dict(
 
 _OLMO: dict[str, Any] = dict(norms='after', qk_norm=True, qk_norm_is_wide=True)
 
+_GEMMA: dict[str, Any] = dict(
+  norm_eps=1e-6,
+  activation='gelu_tanh',
+  norms='around',
+  norm_from_one=True,
+  tie_word_embeddings=True,
+  overflows_float16=True,
+)
+
 MODELS: Mapping[str, config.ModelConfig] = {
   'tinyllama-1.1b': config.LlamaConfig(
     vocab_size=32000,
@@ -151,6 +160,41 @@ MODELS: Mapping[str, config.ModelConfig] = {
     window_layers=tuple(i for i in range(64) if i % 4 != 3),
     window_rope=config.RopeConfig(theta=5e5),
     **_OLMO,
+  ),
+  'gemma-2-9b': config.LlamaConfig(
+    vocab_size=256000,
+    hidden_size=3584,
+    intermediate_size=14336,
+    num_layers=42,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=256,
+    max_position_embeddings=8192,
+    sliding_window=4096,
+    window_layers=tuple(range(0, 42, 2)),
+    embed_scale=3584**0.5,
+    attention_scale=256**-0.5,
+    attention_soft_cap=50.0,
+    logit_soft_cap=30.0,
+    **_GEMMA,
+  ),
+  'gemma-3-27b': config.LlamaConfig(
+    vocab_size=262208,
+    hidden_size=5376,
+    intermediate_size=21504,
+    num_layers=62,
+    num_heads=32,
+    num_kv_heads=16,
+    head_dim=128,
+    max_position_embeddings=131072,
+    qk_norm=True,
+    rope=config.RopeConfig(theta=1e6, kind='linear', factor=8.0),
+    sliding_window=1024,
+    window_layers=tuple(i for i in range(62) if i % 6 != 5),
+    window_rope=config.RopeConfig(theta=1e4),
+    embed_scale=5376**0.5,
+    attention_scale=168**-0.5,
+    **_GEMMA,
   ),
   'mixtral-8x7b': config.MixtralConfig(
     vocab_size=32000,

@@ -42,7 +42,7 @@ def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:
   return ParamSpec((rows[1], columns[1]), (rows[0], columns[0]))
 
 
-def bias(axis: tuple[str, int]) -> ParamSpec:
+def bias(axis: tuple[str | None, int]) -> ParamSpec:
   """Returns the spec of a vector that is added."""
   return ParamSpec((axis[1],), (axis[0],), 'bias')
 

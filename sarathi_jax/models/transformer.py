@@ -49,7 +49,7 @@ def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
   specs = {
     'embed': spec.matrix(vocab, width),
     'layers': [family.layer_specs(config) for _ in range(config.num_layers)],
-    'final_norm': family.norm_specs(config.hidden_size),
+    'final_norm': family.norm_specs(config),
   }
   if not config.tie_word_embeddings:
     specs['lm_head'] = spec.matrix(width, ('logits', config.vocab_size))
@@ -155,8 +155,10 @@ def embed(
   shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'T D']:
   """Returns the residual stream that enters the first layer."""
-  del config  # All families take the embedding unchanged so far.
-  return shards.embed(params['embed'], tokens)
+  x = shards.embed(params['embed'], tokens)
+  if config.embed_scale == 1:
+    return x
+  return x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def run_layers(
@@ -231,4 +233,7 @@ def unembed(
     if config.tie_word_embeddings
     else params['lm_head']
   )
-  return matrices.matmul(hidden, head, jnp.float32)
+  logits = matrices.matmul(hidden, head, jnp.float32)
+  if (cap := config.logit_soft_cap) is not None:
+    logits = cap * jnp.tanh(logits / cap)
+  return logits

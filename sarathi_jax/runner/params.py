@@ -38,7 +38,8 @@ def check_params(
 
   Raises:
     ConfigError: a leaf is missing, unknown, deleted, or of another shape or
-      dtype. Names it, and says what to hand over if the tree is nearly right.
+      dtype, or of one that the model can't be computed in. Names it, and says
+      what to hand over if the tree is nearly right.
   """
   tree = models.param_specs(model)
   specs, leaves = tree_lib.named_leaves(tree), tree_lib.named_leaves(params)
@@ -67,7 +68,7 @@ def check_params(
       )
   for name, leaf in leaves.items():
     _check_leaf(name, leaf, specs[name].shape, dtype)
-  dtype_of(leaves)
+  model.check_dtype(dtype_of(leaves).name)
   return jax.tree.unflatten(
     jax.tree.structure(tree), [leaves[name] for name in specs]
   )

@@ -170,21 +170,28 @@ def array_of(node: Node, leaf: int, whole: Any) -> Any:
   return whole if node is None else jax.tree.leaves(node.of(whole))[leaf]
 
 
-def choose_dtype(name: str, dtype: Any, mesh: Mesh) -> Any:
+def choose_dtype(
+  model: model_config_lib.ModelConfig, name: str, dtype: Any, mesh: Mesh
+) -> Any:
   """Returns the dtype that a checkpoint's weights are served in.
 
   'auto' is its own, except on CPUs: XLA multiplies no 16-bit floats there, and
   widens all of a matrix each time that it is used.
 
   Args:
+    model: the model.
     name: `config.dtype`.
     dtype: of the checkpoint.
     mesh: the devices.
+
+  Raises:
+    ConfigError: the model can't be computed in it.
   """
-  if name != config_lib.AUTO:
-    return jnp.dtype(name)
-  is_cpu = mesh.devices.flat[0].platform == 'cpu'
-  return jnp.dtype(jnp.float32 if is_cpu else dtype)
+  if name == config_lib.AUTO:
+    is_cpu = mesh.devices.flat[0].platform == 'cpu'
+    name = 'float32' if is_cpu else jnp.dtype(dtype).name
+  model.check_dtype(name)
+  return jnp.dtype(name)
 
 
 def places(

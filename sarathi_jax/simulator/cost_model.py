@@ -282,9 +282,8 @@ class CostModel:
       2 * heads,  # rotation
       (2 + mlp.is_gated) * inner * mlp.experts_per_token,  # activation
       2 * 2 * self.num_kv_heads * self.model.head_dim,  # into the cache
-      3 * width,
-      3 * width,
-    ]  # two norms, which read twice
+      *[3 * width] * self.model.norms_per_layer,  # which read twice
+    ]
     seconds += sum(
       operators.elementwise(hw, n * x * operators.BYTES) for x in numbers
     )

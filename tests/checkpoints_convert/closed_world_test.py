@@ -194,6 +194,7 @@ def test_both_ways_to_write_rope(tmp_path: pathlib.Path) -> None:
   assert old == new
   assert old.rope == config_lib.RopeConfig(theta=5e5, kind='linear', factor=2.0)
   assert old.max_position_embeddings == 128  # 64, stretched
+  assert old.context_len == 128
 
 
 def test_defaults_are_those_of_transformers(tmp_path: pathlib.Path) -> None:
@@ -298,6 +299,151 @@ def test_olmo3_config_attribute(
 ) -> None:
   with pytest.raises(errors.CheckpointError, match=match):
     _read(tmp_path, _olmo3() | fields)
+
+
+def _gemma3(**fields: Any) -> dict[str, Any]:
+  return fake.llama_config(
+    architectures=['Gemma3ForCausalLM'], rope_theta=None, **fields
+  )
+
+
+def test_gemma3_has_two_rotations(tmp_path: pathlib.Path) -> None:
+  old = _read(
+    tmp_path,
+    _gemma3(
+      num_hidden_layers=6,
+      rope_local_base_freq=1e4,
+      rope_scaling=dict(rope_type='linear', factor=8.0),
+      sliding_window=8,
+      sliding_window_pattern=3,
+      hidden_activation='gelu_pytorch_tanh',
+      max_position_embeddings=None,
+    )
+    | dict(rope_theta=1e6),
+  )
+  kinds = [old.layer_kind(i) for i in range(6)]
+  assert [kind.attention.window for kind in kinds] == [8, 8, None] * 2
+  assert [kind.rope for kind in kinds[1:3]] == [
+    config_lib.RopeConfig(theta=1e4),
+    config_lib.RopeConfig(theta=1e6, kind='linear', factor=8.0),
+  ]
+  assert old.context_len == 131072  # Told as it is once scaled.
+  assert old.activation == 'gelu_tanh'  # hidden_act is not read.
+  assert old.embed_scale == fake.WIDTH**0.5
+  assert old.overflows_float16 and old.tie_word_embeddings
+
+
+def test_gemma2_without_caps(tmp_path: pathlib.Path) -> None:
+  """null means none; what is absent has a default."""
+  config = _gemma3() | dict(architectures=['Gemma2ForCausalLM'])
+  model = _read(tmp_path, config | dict(attn_logit_softcapping=None))
+  assert (model.attention_soft_cap, model.logit_soft_cap) == (None, 30.0)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping=50.0'),
+    (dict(use_bidirectional_attention=True), 'use_bidirectional_attention'),
+    (dict(query_pre_attn_scalar=0), 'query_pre_attn_scalar=0'),
+    (dict(rope_local_base_freq='1'), "rope_theta='1'"),
+    (dict(sliding_window=None), 'there is no window'),
+  ],
+)
+def test_gemma3_config_attribute(
+  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
+) -> None:
+  with pytest.raises(errors.CheckpointError, match=match):
+    _read(tmp_path, _gemma3() | fields)
+
+
+def _nested(
+  folder: pathlib.Path,
+  config: dict[str, Any],
+  tensors: dict[str, np.ndarray],
+) -> pathlib.Path:
+  text = _gemma3() | dict(head_dim=fake.HEAD_DIM)
+  return fake.write(
+    folder,
+    dict(
+      architectures=['Gemma3ForConditionalGeneration'],
+      text_config=text,
+      eos_token_id=[2, 3],
+      mm_tokens_per_image=256,
+      vision_config=dict(hidden_size=8),
+      **config,
+    ),
+    tensors,
+  )
+
+
+def _gemma3_tensors(beginning: str) -> dict[str, np.ndarray]:
+  shapes = fake.llama_shapes(tied=True)
+  for layer in range(fake.LAYERS):
+    prefix = f'model.layers.{layer}'
+    shapes |= {
+      f'{prefix}.{side}_feedforward_layernorm.weight': (fake.WIDTH,)
+      for side in ('pre', 'post')
+    } | {
+      f'{prefix}.self_attn.{name}_norm.weight': (fake.HEAD_DIM,)
+      for name in 'qk'
+    }
+  tensors = fake.random_tensors(shapes)
+  return {
+    beginning + name.removeprefix('model.'): x for name, x in tensors.items()
+  }
+
+
+@pytest.mark.parametrize(
+  ('beginning', 'of_images'),
+  [
+    ('language_model.model.', 'vision_tower.a.weight'),
+    ('model.language_model.', 'model.multi_modal_projector.a.weight'),
+  ],
+)
+def test_what_is_of_images_is_left_out(
+  beginning: str, of_images: str, tmp_path: pathlib.Path
+) -> None:
+  """By name, and said; texts' names are those of the hub, or of version 5."""
+  tensors = _gemma3_tensors(beginning)
+  tensors[of_images] = np.ones((2, 3), np.float32)
+  plan = convert.convert(
+    _nested(tmp_path / 'hf', {}, tensors), tmp_path / 'out', check=True
+  )
+  assert f'1 tensors of {of_images.split(".")[-3]}, 24 bytes' in plan.left_out
+  assert plan.generation.eos_token_ids == (2, 3)
+  assert plan.model.tie_word_embeddings and plan.model.num_layers == 2
+
+
+@pytest.mark.parametrize(
+  ('config', 'tensors', 'match'),
+  [
+    (
+      {},
+      {'audio_tower.a': np.ones(2, np.float32)},
+      r'holds audio_tower\.a, for which',
+    ),
+    (
+      {},
+      {'model.norm.weight': np.ones(fake.WIDTH, np.float32)},
+      r'norm\.weight and model\..*norm\.weight: are the same',
+    ),
+    ({'audio_config': {'a': 1}}, {}, 'audio_config='),
+    ({'text_config': None}, {}, 'text_config=None'),
+  ],
+)
+def test_what_may_be_of_the_text_is_not_left_out(
+  config: dict[str, Any],
+  tensors: dict[str, np.ndarray],
+  match: str,
+  tmp_path: pathlib.Path,
+) -> None:
+  folder = _nested(
+    tmp_path / 'hf', {}, _gemma3_tensors('model.language_model.') | tensors
+  )
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | config))
+  _refused(folder, match)
 
 
 def test_pickled_weights(tmp_path: pathlib.Path) -> None:

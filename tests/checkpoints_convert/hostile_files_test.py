@@ -160,6 +160,24 @@ CONFIGS: tuple[dict[str, Any], ...] = (
       'sliding_attention': {'rope_theta': 1e4},
     },
   ),
+  _LLAMA
+  | dict(
+    architectures=['Gemma2ForCausalLM'],
+    hidden_activation='gelu_pytorch_tanh',
+    query_pre_attn_scalar=4,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    sliding_window=8,
+  ),
+  _LLAMA
+  | dict(
+    architectures=['Gemma3ForCausalLM'],
+    rope_theta=1e6,
+    rope_local_base_freq=1e4,
+    rope_scaling={'rope_type': 'linear', 'factor': 8.0},
+    sliding_window=8,
+    sliding_window_pattern=2,
+  ),
   dict(
     architectures=['FalconForCausalLM'],
     vocab_size=29,
@@ -199,7 +217,7 @@ def test_config(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   rotated = set()
 
   def use() -> None:
-    model, _, _ = hf_config.read(tmp_path)
+    model = hf_config.read(tmp_path).model
     _calculate(model)
     if model.rope not in rotated:
       rotated.add(model.rope)
@@ -243,7 +261,7 @@ def test_zero_is_not_the_default(
 @pytest.mark.parametrize('config', CONFIGS)
 def test_metadata(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  model, _, _ = hf_config.read(tmp_path)
+  model = hf_config.read(tmp_path).model
   checkpoint.write_metadata(
     tmp_path,
     checkpoint.CheckpointMetadata(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
+from sarathi_jax import models
 from sarathi_jax import opening
 from sarathi_jax import types
 from sarathi_jax.runner import memory
@@ -146,11 +149,30 @@ def test_gpus_take_a_checkpoints_own() -> None:
     devices = np.array([_Gpu()])
 
   mesh: Any = Mesh()
-  assert placement.choose_dtype('auto', 'bfloat16', mesh) == jnp.bfloat16
-  assert placement.choose_dtype('float32', 'bfloat16', mesh) == jnp.float32
-  assert (
-    placement.choose_dtype('auto', 'bfloat16', mesh_lib.make()) == jnp.float32
+  choose = functools.partial(placement.choose_dtype, tiny.MODEL)
+  assert choose('auto', 'bfloat16', mesh) == jnp.bfloat16
+  assert choose('float32', 'bfloat16', mesh) == jnp.float32
+  assert choose('auto', 'bfloat16', mesh_lib.make()) == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ('name', 'kept'), [('float16', 'bfloat16'), ('auto', 'float16')]
+)
+def test_models_that_overflow_float16_are_not_served_in_it(name, kept) -> None:
+  class Mesh:
+    devices = np.array([_Gpu()])
+
+  mesh: Any = Mesh()
+  gemma = dataclasses.replace(tiny.MODEL, overflows_float16=True)
+  with pytest.raises(errors.ConfigError, match=r"dtype='float16': .*bfloat16"):
+    placement.choose_dtype(gemma, name, kept, mesh)
+  assert placement.choose_dtype(gemma, 'bfloat16', kept, mesh) == jnp.bfloat16
+  assert placement.choose_dtype(gemma, 'auto', kept, mesh_lib.make()) == (
+    jnp.float32
   )
+  live = models.init_params(gemma, jax.random.key(0), jnp.float16)
+  with pytest.raises(errors.ConfigError, match=r"dtype='float16': .*bfloat16"):
+    llm_lib.LLM(gemma, live, eos_token_ids=(), config=tiny.engine_config())
 
 
 def test_weights_that_the_machine_cant_hold(open_in, monkeypatch) -> None:

@@ -37,6 +37,15 @@ WINDOW = 12
 CONTEXT = 32  # of the original, for those rotary embeddings that are scaled
 TOLERANCE = 1e-4
 
+_TOKENS: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+# Of the part that takes images, and is left out.
+_SIGHT: dict[str, Any] = dict(
+  hidden_size=16,
+  intermediate_size=16,
+  num_hidden_layers=1,
+  num_attention_heads=2,
+  patch_size=4,
+)
 _SIZES: dict[str, Any] = dict(
   vocab_size=199,
   hidden_size=64,
@@ -44,9 +53,7 @@ _SIZES: dict[str, Any] = dict(
   num_attention_heads=4,
   max_position_embeddings=128,
   initializer_range=0.12,
-  bos_token_id=1,
-  eos_token_id=2,
-  pad_token_id=0,
+  **_TOKENS,
 )
 _GATED: dict[str, Any] = dict(
   _SIZES, intermediate_size=96, num_key_value_heads=2
@@ -152,6 +159,46 @@ CASES: Mapping[str, Any] = {
       sliding_attention=dict(rope_type='default', rope_theta=5000.0),
     ),
   ),
+  'gemma2': lambda: transformers.Gemma2Config(
+    **_GATED,
+    head_dim=24,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=20,
+    attn_logit_softcapping=1.5,
+    final_logit_softcapping=4.0,
+  ),
+  'gemma2_untied_biases_no_caps': lambda: transformers.Gemma2Config(
+    **_GATED,
+    head_dim=16,
+    sliding_window=WINDOW,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+  ),
+  'gemma3': lambda: transformers.Gemma3TextConfig(
+    **_GATED,
+    head_dim=24,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=20,
+    layer_types=['sliding_attention', 'full_attention'],
+    rope_parameters=dict(
+      full_attention=_scaled('linear', rope_theta=1e6),
+      sliding_attention=dict(rope_type='default', rope_theta=1e4),
+    ),
+  ),
+  'gemma3_with_images': lambda: transformers.Gemma3Config(
+    text_config=dict(
+      _GATED,
+      head_dim=16,
+      query_pre_attn_scalar=2,
+      sliding_window=WINDOW,
+      sliding_window_pattern=2,
+    ),
+    vision_config=dict(_SIGHT, image_size=8),
+    mm_tokens_per_image=4,
+    **_TOKENS,
+  ),
   'mixtral': lambda: transformers.MixtralConfig(
     **_GATED, num_local_experts=4, num_experts_per_tok=2
   ),
@@ -185,6 +232,19 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     dict(window_rope=None),
     dict(window_layers=(1,)),
     dict(sliding_window=WINDOW + 1),
+  ),
+  'gemma2': (
+    dict(attention_soft_cap=None),
+    dict(logit_soft_cap=None),
+    dict(attention_scale=None),
+    dict(embed_scale=1.0),
+    dict(activation='silu'),
+    dict(window_layers=(1,)),
+  ),
+  'gemma3': (
+    dict(window_rope=None),
+    dict(attention_scale=None),
+    dict(embed_scale=1.0),
   ),
 }
 
@@ -230,7 +290,7 @@ def make_model(config: Any) -> Any:
 def _prompt_of(model: Any) -> torch.Tensor:
   return torch.randint(
     3,
-    model.config.vocab_size,
+    model.config.get_text_config().vocab_size,
     (1, PROMPT_LEN),
     generator=torch.Generator().manual_seed(2),
   )

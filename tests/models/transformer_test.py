@@ -55,6 +55,21 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     window_layers=(1,),
     window_rope=config_lib.RopeConfig(theta=500.0),
   ),
+  'gemma': config_lib.LlamaConfig(
+    **_SIZES,
+    norms='around',
+    norm_from_one=True,
+    qk_norm=True,
+    sliding_window=3,
+    window_layers=(1,),
+    window_rope=config_lib.RopeConfig(theta=500.0),
+    embed_scale=4.0,
+    attention_scale=0.3,
+    attention_soft_cap=2.0,
+    logit_soft_cap=5.0,
+    activation='gelu_tanh',
+    tie_word_embeddings=True,
+  ),
   'mixtral': config_lib.MixtralConfig(
     **_SIZES, num_experts=4, experts_per_token=2
   ),
@@ -256,6 +271,15 @@ def test_a_soft_cap_bounds_scores_as_the_kernels_do() -> None:
     implementation='reference',
   )
   np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_the_factor_of_embeddings_is_rounded_first() -> None:
+  """As in Gemma, which was trained so: sqrt(3072) is 55.5 in bfloat16."""
+  config = config_lib.LlamaConfig(**_SIZES, embed_scale=3072**0.5)
+  table = jnp.full((50, 32), 2.0)
+  for dtype, factor in (('bfloat16', 55.5), ('float32', 3072**0.5)):
+    x = models.embed(config, {'embed': table.astype(dtype)}, _tokens(3))
+    np.testing.assert_allclose(x.astype(jnp.float32), 2 * factor, rtol=1e-6)
 
 
 def test_query_heads_read_their_group() -> None:
