@@ -110,7 +110,7 @@ def read(hlo: str, uncounted: Collection[str] = ()) -> list[Launch]:
         },
         needs[one.name],
         sum(reads.values()),
-        _written(one, computations, uncounted),
+        _written(one, entry, computations, uncounted),
       )
     )
   return launches
@@ -180,6 +180,7 @@ def _reads(
 
 def _written(
   one: _Instruction,
+  entry: _Computation,
   computations: dict[str, _Computation],
   uncounted: Collection[str],
 ) -> int:
@@ -192,14 +193,33 @@ def _written(
     root = _source(root.name, fused)
     made = root.operands if root.opcode == 'tuple' else (root.name,)
     return sum(_updated(_source(name, fused), fused) for name in made)
-  if not one.pallas_name or not (aliased := _aliased(one)):
+  if not one.pallas_name:
     return one.num_bytes
-  arrays = re.findall(r'\w+\[[\d,]*\]', one.result)
   return sum(
     sum(hlo_types.array_bytes(array))
-    for place, array in enumerate(arrays)
-    if place in aliased and array not in uncounted
+    for place, array in enumerate(re.findall(r'\w+\[[\d,]*\]', one.result))
+    if array not in uncounted
+    and (place in _aliased(one) or not _is_partial(one, place, entry))
   )
+
+
+def _is_partial(one: _Instruction, place: int, entry: _Computation) -> bool:
+  """Tells whether a result of a Pallas kernel is for other such kernels alone,
+  and not for them to write into."""
+  names = {
+    line.name
+    for line in entry.values()
+    if line.opcode == 'get-tuple-element'
+    and line.operands == (one.name,)
+    and re.search(rf'\bindex={place}\b', line.attributes)
+  }
+  readers = [
+    line.pallas_name is not None and at not in _aliased(line).values()
+    for line in entry.values()
+    for at, name in enumerate(line.operands)
+    if name in names
+  ]
+  return bool(readers) and all(readers)
 
 
 def _updated(one: _Instruction, among: _Computation) -> int:

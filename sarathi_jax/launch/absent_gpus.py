@@ -21,7 +21,7 @@ from pallas_kernels.aot import report
 from sarathi_jax import config as config_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
-from sarathi_jax.launch import layers
+from sarathi_jax.launch import layers as layers_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import batch as batch_lib
@@ -45,7 +45,7 @@ class StepResult:
     sent: what a device receives from others in one step.
     least_sent: bytes of the sums and hops that every step needs.
     loops: inner loops of its Pallas kernels, if they were asked for.
-    layer: what a layer launches; None if it was not asked for, or not found.
+    layers: what each launches, from the second on, if it was asked for.
   """
 
   device: str
@@ -54,7 +54,7 @@ class StepResult:
   sent: list[collectives.Collective]
   least_sent: int
   loops: Sequence[estimates.Judged] = ()
-  layer: layers.Layer | None = None
+  layers: Sequence[layers_lib.Layer] = ()
 
   def tables(self) -> Iterator[rich.table.Table]:
     """Yields the tables that people read."""
@@ -69,8 +69,8 @@ class StepResult:
       yield report.sent_table(self.sent, self.least_sent)
     if self.loops:
       yield report.loops_table({self.case.name: self.loops})
-    if self.layer:
-      yield self.layer.table()
+    if self.layers:
+      yield layers_lib.table(self.layers)
 
   def as_dict(self) -> dict[str, Any]:
     """Returns the result for JSON."""
@@ -80,7 +80,7 @@ class StepResult:
       'sent': [dataclasses.asdict(one) for one in self.sent],
       'least_sent': self.least_sent,
       'loops': report.loop_dicts(self.loops),
-      'layer': self.layer and self.layer.as_dict(),
+      'layers': [layer.as_dict() for layer in self.layers],
     }
 
 
@@ -101,7 +101,7 @@ def check(
     device: 'a100', 'a40' or 'h100'; as many as `config` asks for.
     tokens: tokens of the batch, all of decodes where these have a step of their
       own; None: the most.
-    sass: whether to find `loops` and `layer`.
+    sass: whether to find `loops` and `layers`.
 
   Raises:
     sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
@@ -181,7 +181,7 @@ def check(
     collectives.read(text),
     _least_sent(model, parallelism, programs.layouts[size], dtype),
     estimates.judge(case, device) if sass else (),
-    layers.read(text, compiler.hlo_types(state.kv)) if sass else None,
+    layers_lib.read(text, compiler.hlo_types(state.kv)) if sass else (),
   )
 
 

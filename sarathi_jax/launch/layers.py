@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
+import statistics
 from typing import Any
 
 import rich.box
@@ -45,6 +47,7 @@ class Layer:
     return {
       'bytes': self.num_bytes,
       'least_bytes': self.least_bytes,
+      'num_launches': len(self.launches),
       'launches': [
         {
           key: getattr(one, key)
@@ -54,43 +57,17 @@ class Layer:
       ],
     }
 
-  def table(self) -> rich.table.Table:
-    """Returns a table that people read."""
-    table = rich.table.Table(
-      'a layer launches',
-      caption='Bytes as if each launch read its inputs once, and wrote its '
-      'outputs, without the KV cache, which is read by the length of contexts. '
-      'XLA chooses other kernels for products where it can time them.',
-      box=rich.box.SIMPLE_HEAD,
-    )
-    table.add_column('')
-    for column in ('MB read', 'written'):
-      table.add_column(column, justify='right')
-    for one in self.launches:
-      table.add_row(one.name, one.result, _mb(one.read), _mb(one.written))
-    table.add_section()
-    table.add_row(
-      f'{len(self.launches)} launches',
-      f'{self.num_bytes / self.least_bytes:.3f} of the weights',
-      _mb(sum(one.read for one in self.launches)),
-      _mb(sum(one.written for one in self.launches)),
-    )
-    table.add_row('weights', '', _mb(self.least_bytes), '')
-    return table
 
+def read(hlo: str, kv_types: set[str]) -> list[Layer]:
+  """Finds the layers of a step, from the second on.
 
-def read(hlo: str, kv_types: set[str]) -> Layer | None:
-  """Finds the second layer of a step.
-
-  Where there are more, it is one like most: the first plans what all use, and
-  the last one computes only what is sampled from.
+  The first is left out, as it has what is done once for all. The last computes
+  only what is sampled from. The others may differ, too, where XLA has additions
+  of several layers in one kernel.
 
   Args:
     hlo: the step's optimized program.
     kv_types: of the cache's arrays, as in 'bf16[8,128]'.
-
-  Returns:
-    None where there are no two layers with our attention.
   """
   launches = launches_lib.read(hlo, kv_types)
   ends: list[int] = []  # the last launch of each layer's attention
@@ -101,10 +78,43 @@ def read(hlo: str, kv_types: set[str]) -> Layer | None:
         ends[-1] = place
       else:
         ends.append(place)
-  if len(ends) < 2:
-    return None
-  before, behind = ({*launches[end].needs, end} for end in ends[:2])
-  return Layer([launches[place] for place in sorted(behind - before)])
+  before = [{*launches[end].needs, end} for end in ends]
+  return [
+    Layer([launches[place] for place in sorted(behind - ahead)])
+    for ahead, behind in itertools.pairwise(before)
+  ]
+
+
+def table(layers: Sequence[Layer]) -> rich.table.Table:
+  """Returns a table of the first of these layers, for people.
+
+  Args:
+    layers: one at least.
+  """
+  layer = layers[0]
+  table = rich.table.Table(
+    'a layer launches',
+    caption='Bytes as if each launch read its inputs once, and wrote its '
+    'outputs, without the KV cache, which is read by the length of contexts. '
+    'XLA chooses other kernels for products where it can time them.',
+    box=rich.box.SIMPLE_HEAD,
+  )
+  table.add_column('')
+  for column in ('MB read', 'written'):
+    table.add_column(column, justify='right')
+  for one in layer.launches:
+    table.add_row(one.name, one.result, _mb(one.read), _mb(one.written))
+  table.add_section()
+  table.add_row(
+    f'{len(layer.launches)} launches',
+    f'{layer.num_bytes / layer.least_bytes:.3f} of the weights',
+    _mb(sum(one.read for one in layer.launches)),
+    _mb(sum(one.written for one in layer.launches)),
+  )
+  table.add_row('weights', '', _mb(layer.least_bytes), '')
+  mean = statistics.fmean(len(each.launches) for each in layers)
+  table.add_row('launches, on average', f'{mean:.1f}', '', '')
+  return table
 
 
 def _mb(num_bytes: int) -> str:

@@ -61,8 +61,7 @@ _INTS = 100 * 4
 
 def test_a_layer_lies_between_two_attentions() -> None:
   """Without the plan, that all layers use, and what else is in between."""
-  layer = layers.read(_STEP, {_KV})
-  assert layer is not None
+  (layer,) = layers.read(_STEP, {_KV})
   assert [
     (one.name, one.result, one.read, one.written) for one in layer.launches
   ] == [
@@ -79,6 +78,15 @@ def test_a_layer_lies_between_two_attentions() -> None:
   assert layer.least_bytes == _WEIGHTS + _INTS
 
 
+def test_a_kernels_result_is_counted_unless_it_is_partial() -> None:
+  """What other Pallas kernels write into, or XLA's read, is whole."""
+  first = launches.read(_STEP, {_KV})[3]
+  assert (first.name, first.written) == ('attend_small', _ROWS)
+  plain = _STEP.replace('output_to_operand_aliasing={{0}: (0, {})}, ', '')
+  first = launches.read(plain, {_KV})[3]
+  assert (first.name, first.written) == ('attend_small', _ROWS)
+
+
 def test_what_is_no_kernel_is_no_launch() -> None:
   found = launches.read(_STEP, {_KV})
   assert len(found) == 11
@@ -89,4 +97,4 @@ def test_what_is_no_kernel_is_no_launch() -> None:
 
 def test_a_step_without_two_attentions_has_no_layer() -> None:
   first, _, _ = _STEP.partition('  %product.1 =')
-  assert layers.read(first + '}\n', {_KV}) is None
+  assert layers.read(first + '}\n', {_KV}) == []

@@ -60,9 +60,9 @@ def test_matrices_that_are_put_together_are_named() -> None:
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_deployments_step_compiles(name: str, tmp_path: pathlib.Path) -> None:
   """In place, without spills, sending no more than it must."""
-  config = tmp_path / f'{name}.py'
-  config.write_text(shallow(name))
-  check_step(config, tmp_path / 'plan.json')
+  shallow = tmp_path / f'{name}.py'
+  shallow.write_text(_SHALLOW.format(name=name))
+  check_step(shallow, tmp_path / 'plan.json')
 
 
 @matmul.needs_wheels
@@ -70,11 +70,6 @@ def test_a_deployments_step_compiles(name: str, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_deployment_fits(name: str, tmp_path: pathlib.Path) -> None:
   check_step(source_tree.ROOT / f'configs/{name}.py', tmp_path / 'plan.json')
-
-
-def shallow(name: str) -> str:
-  """Returns a file for --config: a deployment with two layers a stage."""
-  return _SHALLOW.format(name=name)
 
 
 def check_step(config: pathlib.Path, path: pathlib.Path) -> None:

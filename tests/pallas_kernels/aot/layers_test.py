@@ -10,19 +10,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
 import pytest
 
 from tests import source_tree
-from tests.pallas_kernels.aot import deployments_test
 from tests.pallas_kernels.aot import matmul
+
+# The first layer can't be told from what comes before it.
+_SHALLOW = """
+import dataclasses, runpy
+_whole = runpy.run_path('configs/mistral_7b_h100.py')
+get_config = _whole['get_config']
+def get_model():
+  return dataclasses.replace(_whole['get_model'](), num_layers=4)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-  """The most that a layer costs today, and so may cost.
+  """The most that layers cost today, on average, and so may cost.
 
   Attributes:
     device: compiled for.
@@ -34,7 +43,7 @@ class Bounds:
 
   device: str
   tokens: int
-  launches: int
+  launches: float
   traffic: float
 
 
@@ -50,7 +59,7 @@ def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
   'bounds',
   [
     Bounds('h100', 8, 14, 1.03),
-    Bounds('a100', 64, 13, 1.18),
+    Bounds('a100', 64, 13.7, 1.18),
     Bounds('a40', 64, 14, 1.12),
   ],
   ids=str,
@@ -60,9 +69,9 @@ def test_a_layer_of_other_steps(bounds: Bounds, tmp_path: pathlib.Path) -> None:
 
 
 def check(bounds: Bounds, folder: pathlib.Path) -> None:
-  """Compiles a step of two layers of Mistral, and looks at one."""
+  """Compiles a step of some layers of Mistral, and looks at them."""
   config = folder / 'shallow.py'
-  config.write_text(deployments_test.shallow('mistral_7b_h100'))
+  config.write_text(_SHALLOW)
   path = folder / 'plan.json'
   done = subprocess.run(
     [
@@ -84,8 +93,14 @@ def check(bounds: Bounds, folder: pathlib.Path) -> None:
   print(done.stdout)
   assert done.returncode == 0, done.stderr
   found = json.loads(path.read_text())
-  layer = found['layer']
-  assert len(layer['launches']) <= bounds.launches
-  assert layer['bytes'] <= bounds.traffic * layer['least_bytes']
+  layers = found['layers']
+  assert len(layers) == 3
+  launches, traffic, least = (
+    statistics.fmean(layer[key] for layer in layers)
+    for key in ('num_launches', 'bytes', 'least_bytes')
+  )
+  print(f'{launches:.2f} launches, {traffic / least:.3f} of the weights')
+  assert launches <= bounds.launches
+  assert traffic <= bounds.traffic * least
   # The same loops as of kernels alone.
   assert {loop['kernel'] for loop in found['loops']} >= {'attend_small'}
