@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import kinds
@@ -60,12 +60,15 @@ class LayerContext(NamedTuple):
     shards: how the weights are split over devices.
     rows: the tokens whose output is read; None: all. For the others the block
       computes keys and values only.
+    is_token: of each row of the output, whether it is a token's, and no
+      padding; None: all are.
   """
 
   rotation: rope.Rotation
   attend: Callable[..., Attended]
   shards: sharding.Shards = sharding.WHOLE
   rows: Rows | None = None
+  is_token: Bool[Array, ' rows'] | None = None
 
   def take(self, x: Float[Array, 'T D']) -> Float[Array, 'rows D']:
     """Returns the rows of x that are in `rows`."""

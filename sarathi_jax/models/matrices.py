@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiplies by matrices of weights, however these lie in memory.
 
-`matmul` is the one place where a weight is multiplied. A matrix is an array, or
-a node of params: a class with the methods of `Matrix`, which has all there is
-to know of it. Nodes may have arrays of any dtype; what is multiplied, and the
-product, are in the model's.
+`matmul` is the one place where a weight is multiplied, and `grouped_matmul`
+the one for experts'. A matrix is an array, or a node of params: a class with
+the methods of `Matrix`, which has all there is to know of it. Nodes may have
+arrays of any dtype; what is multiplied, and the product, are in the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import itertools
 from typing import Any, Protocol, Self
@@ -17,7 +17,9 @@ from typing import Any, Protocol, Self
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import grouped_matmul as grouped_matmul_lib
 
 # With more rows, copies of W take a small part of the time, and copies of x^T
 # a large one.
@@ -101,6 +103,39 @@ def matmul(
     return jnp.matmul(x, w, preferred_element_type=dtype)
   product: Array = w.multiply(x, x.dtype if dtype is None else dtype)
   return product
+
+
+def grouped_matmul(
+  x: Float[Array, 'T in'],
+  matrices: Sequence[Any],
+  group_sizes: Int[Array, ' G'],
+  *,
+  rows: Int[Array, ' R'] | None = None,
+  combine: Callable[..., Array] = grouped_matmul_lib.first,
+) -> Float[Array, 'R out']:
+  """Multiplies each row by the matrix of its group, such as an expert.
+
+  Args:
+    x, group_sizes, rows, combine: see `pallas_kernels.grouped_matmul`.
+    matrices: of one kind, or of several: each an array [G, in, out], or a
+      `Matrix`.
+  """
+  is_node = any(hasattr(w, 'multiply') for w in matrices)
+  return grouped_matmul_lib.grouped_matmul(
+    x,
+    matrices,
+    group_sizes,
+    rows=rows,
+    combine=combine,
+    matmul=_of_group if is_node else None,
+  )
+
+
+def _of_group(x: Float[Array, 'n in'], w: Any) -> Float[Array, 'n out']:
+  if isinstance(w, Transposed) and x.shape[IN] == 1:
+    # With barriers, XLA copies what it takes out of all groups' matrices.
+    w = w.array.swapaxes(IN, OUT)
+  return matmul(x, w, jnp.float32)
 
 
 @jax.tree_util.register_dataclass

@@ -42,5 +42,5 @@ def block(
     config, params, layer_kv, x, context, norm=norm
   )
   normed = norm(params['mlp_norm'], x, config.norm_eps)
-  out = moe.moe(config, params['moe'], normed)
+  out = moe.moe(config, params['moe'], normed, context.is_token)
   return x + context.shards.sum(out), layer_kv

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts, computed densely.
+"""A mixture of experts: each token goes through those that it chooses.
 
-Every expert computes every token, and the router's weights, most of them 0,
-choose among the results. That costs E / experts_per_token times the arithmetic
-of a grouped matmul. But a step of a few hundred tokens has to read all experts'
-weights either way, nothing is dropped, and a token's result does not depend on
-the others in its batch. (jax.lax.ragged_dot has a kernel on TPU only; elsewhere
-it masks E copies of its input.)
+Pairs of a token and an expert are sorted by experts, and each expert's rows are
+multiplied by its matrices (`pallas_kernels.grouped_matmul`). So a step reads
+the experts that its tokens chose, and no others; nothing is dropped, and what a
+token gets does not depend on what the others in its batch chose.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import grouped_matmul
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
@@ -25,8 +24,8 @@ def route(
   config: config_lib.MixtralConfig,
   router: Float[Array, 'D E'],
   x: Float[Array, 'T D'],
-) -> Float[Array, 'T E']:
-  """Returns the experts' weights in float32: 0 for all but the chosen ones.
+) -> tuple[Int[Array, 'T k'], Float[Array, 'T k']]:
+  """Returns the experts that each token chooses, and their weights in float32.
 
   Takes the softmax over all experts, and scales the top ones to sum to 1.
   """
@@ -34,28 +33,46 @@ def route(
     matrices.matmul(x, router).astype(jnp.float32), axis=-1
   )
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
-  top = top / jnp.sum(top, axis=-1, keepdims=True)
-  chosen = jax.nn.one_hot(experts, probs.shape[-1], dtype=top.dtype)
-  return jnp.sum(chosen * top[:, :, None], axis=1)
+  return experts, top / jnp.sum(top, axis=-1, keepdims=True)
 
 
 def moe(
   config: config_lib.MixtralConfig,
   params: layers.Params,
   x: Float[Array, 'T D'],
+  is_token: Bool[Array, ' T'] | None = None,
 ) -> Float[Array, 'T D']:
-  """Returns the weighted sum of the experts' gated MLPs; on a shard, a part."""
-  weights = route(config, params['router'], x)
-  # Each expert's own rows: of rows that all share, XLA on GPUs would make one
-  # product, and to that end copy all experts' matrices in each step.
-  rows = jnp.broadcast_to(x, (weights.shape[1], *x.shape))
-  gate = layers.ACTIVATIONS[config.activation](
-    matrices.matmul(rows, params['gate'])
+  """Returns the weighted sum of the experts' gated MLPs; on a shard, a part.
+
+  Args:
+    config: the model.
+    params: as `moe_specs` says.
+    x: the tokens, normalized.
+    is_token: which rows are tokens; None: all. The others choose no experts,
+      and get 0.
+  """
+  experts, weights = route(config, params['router'], x)
+  if is_token is not None:
+    experts = jnp.where(is_token[:, None], experts, config.num_experts)
+  groups = grouped_matmul.group(experts.reshape(-1), config.num_experts)
+
+  def gated(gate: Array, up: Array) -> Array:
+    return layers.ACTIVATIONS[config.activation](gate) * up
+
+  inner = matrices.grouped_matmul(
+    x,
+    (params['gate'], params['up']),
+    groups.sizes,
+    rows=groups.order // config.experts_per_token,
+    combine=gated,
   )
-  inner = gate * matrices.matmul(rows, params['up'])
-  out = matrices.matmul(inner, params['down'])
-  weighted = out.astype(jnp.float32) * weights.T[:, :, None]
-  return jnp.sum(weighted, axis=0).astype(x.dtype)
+  out = matrices.grouped_matmul(inner, (params['down'],), groups.sizes)
+  # Summed in the order of a token's own choice, whichever expert came first.
+  chosen = out[groups.places].reshape(*experts.shape, -1).astype(jnp.float32)
+  total = jnp.sum(chosen * weights[:, :, None], axis=1)
+  if is_token is not None:
+    total = jnp.where(is_token[:, None], total, 0)
+  return total.astype(x.dtype)
 
 
 def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:

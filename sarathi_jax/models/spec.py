@@ -33,8 +33,13 @@ class ParamSpec:
 
   @property
   def is_factor(self) -> bool:
-    """Whether rows are multiplied by it: one matrix, and no lookup table."""
-    return len(self.shape) == 2 and self.axes[0] != 'vocab'
+    """Whether rows are multiplied by it: it is no vector, and no table."""
+    return len(self.shape) > 1 and self.axes[0] != 'vocab'
+
+  @property
+  def is_of_experts(self) -> bool:
+    """Whether it has a matrix for each expert."""
+    return self.axes[0] == 'experts'
 
 
 def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:

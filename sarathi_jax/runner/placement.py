@@ -228,7 +228,7 @@ def places(
     paths = {name: f'{path}.{name}' if path else name for name in specs}
     groups = {}
     for group, names in spec.GROUPS.items() if layout.merged else ():
-      if not specs.keys() >= set(names) or not specs[names[0]].is_factor:
+      if not specs.keys() >= set(names) or specs[names[0]].is_of_experts:
         continue
       nodes = {layout.node(paths[name], specs[name]) for name in names}
       if len(nodes) > 1:  # Some are kept otherwise, so all stay apart.

@@ -276,6 +276,10 @@ def _contexts(
   def context(
     kinds: Kinds, rows: Array | None, writes: bool
   ) -> models.LayerContext:
+    if rows is None:
+      is_token = jnp.arange(spec.layout.num_tokens) < b.cu_q_lens[-1]
+    else:
+      is_token = jnp.arange(rows.shape[0]) < b.num_samples
     return models.LayerContext(
       shards.by_stage([kind.rope for kind in kinds], rotations.__getitem__),
       functools.partial(
@@ -286,6 +290,7 @@ def _contexts(
       ),
       shards,
       rows,
+      is_token,
     )
 
   return context

@@ -296,11 +296,10 @@ def test_route_chooses_and_normalizes() -> None:
   assert isinstance(config, config_lib.MixtralConfig)
   x = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
   router = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]))
-  weights = moe.route(config, router, x)
-  np.testing.assert_allclose(weights[0], [0, 0, 3 / 7, 4 / 7], atol=1e-6)
-  assert weights[1, 0] == pytest.approx(7 / 8)
-  np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
-  assert ((weights > 0).sum(axis=1) == 2).all()
+  experts, weights = moe.route(config, router, x)
+  assert experts.tolist() == [[3, 2], [0, 1]]
+  expected = [[4 / 7, 3 / 7], [7 / 8, 1 / 8]]
+  np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
 def test_moe_is_the_sum_over_the_chosen_experts() -> None:
@@ -309,13 +308,19 @@ def test_moe_is_the_sum_over_the_chosen_experts() -> None:
   params = _init(config, scale=0.3)
   layer = params['layers'][0]['moe']
   x = jax.random.normal(jax.random.key(2), (6, 32))
-  weights = moe.route(config, layer['router'], x)
+  experts, weights = moe.route(config, layer['router'], x)
   expected = np.zeros((6, 32), np.float32)
   for t in range(6):
-    for e in np.flatnonzero(weights[t]):
+    for e, weight in zip(experts[t], weights[t], strict=True):
       inner = jax.nn.silu(x[t] @ layer['gate'][e]) * (x[t] @ layer['up'][e])
-      expected[t] += weights[t, e] * (inner @ layer['down'][e])
+      expected[t] += weight * (inner @ layer['down'][e])
   np.testing.assert_allclose(moe.moe(config, layer, x), expected, atol=1e-4)
+  # Padding chooses nobody, and so takes nobody's place.
+  is_token = jnp.arange(6) < 4
+  x = x.at[4:].set(jnp.nan)
+  got = moe.moe(config, layer, x, is_token)
+  np.testing.assert_allclose(got[:4], expected[:4], atol=1e-4)
+  assert not got[4:].any()
 
 
 def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that choose groups, as data, for tests and the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+# How tokens choose: each for itself; a few groups far more often than others;
+# all the same ones.
+ROUTINGS = 'uniform', 'skewed', 'same'
+
+
+class Args(NamedTuple):
+  """Arrays of one case; see `api.grouped_matmul`.
+
+  Attributes:
+    x: [T, in], rows of the tokens.
+    matrices: of each kind, [G, in, out].
+    keys: [T, k] int32, the groups that each token chose, all others G.
+  """
+
+  x: np.ndarray
+  matrices: tuple[np.ndarray, ...]
+  keys: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArgSpec:
+  """Shapes, from which `make` draws arguments.
+
+  Attributes:
+    num_tokens: T, of which the last `num_padding` choose nothing.
+    num_groups: G.
+    chosen: groups that each token chooses, k.
+    num_in, num_out: the sizes of a matrix.
+    routing: one of `ROUTINGS`.
+    num_padding: rows of no group.
+  """
+
+  num_tokens: int
+  num_groups: int
+  chosen: int
+  num_in: int = 32
+  num_out: int = 48
+  routing: str = 'uniform'
+  num_padding: int = 0
+
+
+def choose(spec: ArgSpec, seed: int = 0) -> np.ndarray:
+  """Draws the groups that tokens choose: [T, k] int32, none twice."""
+  rng = np.random.default_rng(seed)
+  likely = {
+    'uniform': np.ones(spec.num_groups),
+    'skewed': 1 / np.arange(1, spec.num_groups + 1),
+    'same': np.arange(spec.num_groups) < spec.chosen,
+  }[spec.routing]
+  shuffled = rng.permutation(likely) / likely.sum()
+  keys = np.stack(
+    [
+      rng.choice(spec.num_groups, spec.chosen, replace=False, p=shuffled)
+      for _ in range(spec.num_tokens)
+    ]
+  ).astype(np.int32)
+  keys[spec.num_tokens - spec.num_padding :] = spec.num_groups
+  return keys
+
+
+def make(spec: ArgSpec, kinds: int = 1, seed: int = 0) -> Args:
+  """Draws arguments.
+
+  There is NaN in all that must not be read: matrices of groups that nobody
+  chose, and rows that chose none.
+
+  Args:
+    spec: their shapes.
+    kinds: of matrices.
+    seed: of all that is drawn.
+  """
+  rng = np.random.default_rng(seed)
+  keys = choose(spec, seed)
+  x = rng.normal(size=(spec.num_tokens, spec.num_in)).astype(np.float32)
+  x[spec.num_tokens - spec.num_padding :] = np.nan
+  shape = spec.num_groups, spec.num_in, spec.num_out
+  matrices = tuple(
+    rng.normal(size=shape).astype(np.float32) for _ in range(kinds)
+  )
+  for matrix in matrices:
+    matrix[~np.isin(np.arange(spec.num_groups), keys)] = np.nan
+  return Args(x, matrices, keys)
+
+
+# As mixtures have them, but narrower: few rows, and many, of few groups and of
+# many, by all that `tuning` tells apart.
+TESTS: tuple[ArgSpec, ...] = (
+  ArgSpec(1, 8, 2),
+  ArgSpec(1, 1, 1),
+  ArgSpec(3, 128, 8),
+  ArgSpec(16, 128, 8, routing='skewed'),
+  ArgSpec(32, 8, 2, num_padding=15),
+  ArgSpec(40, 5, 3, num_in=80, num_out=24),
+  ArgSpec(64, 128, 8, routing='same'),
+  ArgSpec(64, 8, 2, routing='skewed', num_padding=1),
+  ArgSpec(130, 4, 2, num_padding=60),
+  ArgSpec(8, 8, 2, num_padding=8),
+)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In JAX's own operations: a loop over blocks of rows. The way on CPUs.
+
+A block has rows of one group, and each turn of the loop multiplies one by the
+group's matrices. There are as many turns as blocks with rows, so matrices of
+groups without any are not read, and rows of no group cost nothing.
+
+A turn writes as many rows as a block may have. Those beyond the group's end are
+another's, whose block comes later and writes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import tuning
+
+
+def grouped_matmul(
+  x: jax.Array,
+  matrices: tuple[Any, ...],
+  group_sizes: jax.Array,
+  rows: jax.Array,
+  combine: Callable[..., jax.Array],
+  matmul: Callable[[jax.Array, Any], jax.Array],
+  *,
+  differentiable: bool = False,
+) -> jax.Array:
+  """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
+
+  Args:
+    x, matrices, group_sizes, rows, combine, matmul: see there.
+    differentiable: whether to turn as often as could be needed, as reverse-mode
+      differentiation takes it.
+  """
+  (num_rows,), (num_groups,) = rows.shape, group_sizes.shape
+  size = tuning.xla_rows(num_rows, num_groups)
+  blocks = -(-group_sizes // size)
+  last, ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
+  rows = jnp.pad(rows, (0, size - 1))
+
+  def multiply(start: jax.Array, group: jax.Array) -> jax.Array:
+    these = x[lax.dynamic_slice_in_dim(rows, start, size)]
+    of_group = jax.tree.map(
+      lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False),
+      matrices,
+    )
+    return combine(*(matmul(these, w) for w in of_group)).astype(x.dtype)
+
+  def turn(block: jax.Array, out: jax.Array) -> jax.Array:
+    group = (last <= block).sum(dtype=jnp.int32)
+    start = ends[group] - group_sizes[group]
+    start += size * (block - last[group] + blocks[group])
+    return lax.dynamic_update_slice_in_dim(
+      out, multiply(start, group), start, axis=0
+    )
+
+  shape = jax.eval_shape(multiply, last[0], last[0]).shape
+  out = jnp.zeros((num_rows + size - 1, *shape[1:]), x.dtype)
+  if not differentiable:
+    return lax.fori_loop(0, last[-1], turn, out)[:num_rows]
+  return lax.fori_loop(
+    0,
+    min(num_groups, num_rows) + num_rows // size,
+    lambda block, out: lax.cond(
+      block < last[-1], turn, lambda block, out: out, block, out
+    ),
+    out,
+  )[:num_rows]
