@@ -31,11 +31,12 @@ from pallas_kernels.aot import estimates
 from pallas_kernels.aot import report
 from pallas_kernels.aot import toolkit
 from pallas_kernels.filter_threshold import configurations as filter_cases
+from pallas_kernels.grouped_matmul import configurations as grouped_cases
 from pallas_kernels.ragged_paged_attention import configurations
 
 FLAGS = flags.FLAGS
 # What to compile for a device, of each operation.
-CASES = configurations.cases, filter_cases.cases
+CASES = configurations.cases, filter_cases.cases, grouped_cases.cases
 
 
 def define_flags() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul import pallas_triton
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tuning
 from pallas_kernels.grouped_matmul import xla
@@ -20,6 +21,7 @@ from pallas_kernels.grouped_matmul import xla
 IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'reference': reference.grouped_matmul,
   'xla': xla.grouped_matmul,
+  'pallas_triton': pallas_triton.grouped_matmul,
 }
 
 
@@ -68,9 +70,7 @@ def grouped_matmul(
     ValueError: shapes or dtypes don't fit; says which and why.
     NotImplementedError: the implementation can't run here.
   """
-  if implementation is None:
-    implementation = 'xla' if matmul is not None else tuning.fastest()
-  if implementation not in IMPLEMENTATIONS:
+  if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f'{implementation=}: must be None or one of {", ".join(IMPLEMENTATIONS)}.'
     )
@@ -109,6 +109,12 @@ def grouped_matmul(
     )
   if rows is None:
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)
+  if implementation is None:
+    implementation = (
+      'xla'
+      if matmul is not None
+      else tuning.fastest(tuning.Shape.of(x, matrices, group_sizes, rows))
+    )
   return _multiply(
     implementation,
     combine,

@@ -100,9 +100,18 @@ TESTS: tuple[ArgSpec, ...] = (
   ArgSpec(3, 128, 8),
   ArgSpec(16, 128, 8, routing='skewed'),
   ArgSpec(32, 8, 2, num_padding=15),
-  ArgSpec(40, 5, 3, num_in=80, num_out=24),
+  ArgSpec(40, 5, 3, num_in=80, num_out=112),
   ArgSpec(64, 128, 8, routing='same'),
   ArgSpec(64, 8, 2, routing='skewed', num_padding=1),
   ArgSpec(130, 4, 2, num_padding=60),
   ArgSpec(8, 8, 2, num_padding=8),
 )
+
+# Of published models: G, k, the width of the stream, and within an expert of
+# one device.
+MODELS: dict[str, tuple[int, int, int, int]] = {
+  'qwen3-30b-a3b': (128, 8, 2048, 768),
+  'qwen3-235b-a22b-tp8': (128, 8, 4096, 192),
+  'mixtral-8x7b': (8, 2, 4096, 14336),
+}
+TOKENS = 1, 16, 32, 64, 512, 2048  # of steps

@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+
+from pallas_kernels import devices
+
 # XLA's on CPUs: with so many rows for each group on average, at most -> rows of
 # a block. Chosen by times on one core of an EPYC (Zen 4), float32: one row is
 # multiplied as its matrix is read, in place, and of more rows the matrix is
@@ -22,6 +30,137 @@ def xla_rows(num_rows: int, num_groups: int) -> int:
   return _XLA_MOST_ROWS
 
 
-def fastest() -> str:
-  """Returns the fastest implementation for the default device."""
-  return 'xla'
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+  """The shape that a kernel is compiled for.
+
+  Attributes:
+    dtype: of rows and matrices.
+    num_rows, num_groups, num_in, num_out: R, G and the sizes of a matrix.
+    num_kinds: of matrices.
+  """
+
+  dtype: str
+  num_rows: int
+  num_groups: int
+  num_in: int
+  num_out: int
+  num_kinds: int
+
+  @classmethod
+  def of(
+    cls, x: Any, matrices: Sequence[Any], group_sizes: Any, rows: Any
+  ) -> Shape:
+    """Returns the shape of a call; see `api.grouped_matmul`."""
+    return cls(
+      x.dtype.name,
+      rows.shape[0],
+      group_sizes.shape[0],
+      *matrices[0].shape[1:],
+      len(matrices),
+    )
+
+  @property
+  def itemsize(self) -> int:
+    return jax.numpy.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+  """A tile of the GPU kernel; see `pallas_triton`.
+
+  Attributes:
+    rows: of a group.
+    columns: of a matrix; in the tables, of all kinds together.
+    depth: numbers of a row that are multiplied at a time.
+    num_warps: of a block of the GPU.
+    num_stages: of the pipeline that loads.
+  """
+
+  rows: int
+  columns: int
+  depth: int
+  num_warps: int
+  num_stages: int
+
+  def for_shape(self, shape: Shape) -> Sizes:
+    """Returns these, or less where that does not divide a matrix."""
+    return dataclasses.replace(
+      self,
+      columns=_fitting(shape.num_out, max(self.columns // shape.num_kinds, 16)),
+      depth=_fitting(shape.num_in, self.depth),
+    )
+
+
+def _fitting(size: int, most: int) -> int:
+  """Returns the largest power of two that divides a size, `most` at most."""
+  return min(size & -size, most)
+
+
+_LEAST = 16  # that a side of a product has on a GPU
+# With so many rows for each group on average, at most -> the tile. Tokens that
+# are few enough to be decodes thus find room in a tile even if all choose the
+# same groups: of 128 of which each takes 8, 16 tokens, 32, and 64.
+_Table = tuple[tuple[int, Sizes], ...]
+_MANY = 2**31
+_AMPERE: _Table = (
+  (1, Sizes(16, 128, 64, 4, 4)),
+  (2, Sizes(32, 128, 64, 4, 3)),
+  (64, Sizes(64, 128, 64, 4, 3)),
+  (_MANY, Sizes(128, 128, 64, 8, 3)),
+)
+_HALF: Mapping[str, _Table] = {
+  'a100': _AMPERE,
+  'a40': (
+    (1, Sizes(16, 128, 32, 4, 4)),
+    (2, Sizes(32, 128, 32, 4, 4)),
+    (64, Sizes(64, 128, 32, 4, 3)),
+    (_MANY, Sizes(128, 128, 32, 8, 3)),
+  ),
+  'h100': _AMPERE,
+}
+_FLOAT32: _Table = (
+  (1, Sizes(16, 64, 32, 4, 2)),
+  (_MANY, Sizes(32, 64, 32, 4, 2)),
+)
+# What `implementation=None` means on a GPU that it supports, until a
+# measurement says otherwise.
+_FASTEST = 'pallas_triton'
+
+
+def choose(shape: Shape) -> Sizes:
+  """Returns the sizes for a shape, on the default device; CPUs interpret.
+
+  Raises:
+    NotImplementedError: the kernel can't run there, or not for such a shape.
+  """
+  device = devices.default()
+  devices.check_triton(device)
+  for name in ('num_in', 'num_out'):
+    size = getattr(shape, name)
+    if size % _LEAST:
+      raise NotImplementedError(
+        f'pallas_triton: {name}={size}: must be a multiple of {_LEAST}.'
+      )
+  if shape.itemsize not in (2, 4):
+    raise NotImplementedError(
+      f'pallas_triton: dtype={shape.dtype}: must be float32, bfloat16 or '
+      'float16.'
+    )
+  table = _FLOAT32
+  if shape.itemsize == 2:
+    table = _HALF[devices.target_of(device)]
+  return next(
+    sizes for most, sizes in table if shape.num_rows <= most * shape.num_groups
+  )
+
+
+def fastest(shape: Shape) -> str:
+  """Returns the fastest implementation for a shape, on the default device."""
+  if devices.default().platform == 'cpu':
+    return 'xla'
+  try:
+    choose(shape)
+  except NotImplementedError:
+    return 'xla'
+  return _FASTEST

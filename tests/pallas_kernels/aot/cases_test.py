@@ -23,6 +23,7 @@ from pallas_kernels import gpu_targets
 from pallas_kernels.aot import cases
 from pallas_kernels.aot import compiler
 from pallas_kernels.filter_threshold import configurations as filter_cases
+from pallas_kernels.grouped_matmul import configurations as grouped_cases
 from pallas_kernels.ragged_paged_attention import configurations
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
@@ -150,6 +151,19 @@ def test_every_filter_compiles(device: str) -> None:
   """In one launch, and for all devices: registers are just enough."""
   for result in check_all(filter_cases.cases(device), device):
     assert [kernel.name for kernel in result.kernels] == ['least_kept']
+
+
+@matmul.needs_wheels
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_product_of_groups_compiles(device: str) -> None:
+  """For all devices; several blocks at a time where tokens are few."""
+  with compiler.on(device):
+    chosen = list(grouped_cases.cases(device))
+  for case, result in zip(chosen, check_all(chosen, device), strict=True):
+    (kernel,) = result.kernels
+    assert kernel.name == 'grouped_matmul'
+    few = case.spec.num_tokens * case.spec.chosen <= 64 * case.spec.num_groups
+    assert kernel.blocks_per_sm >= (2 if few else 1), case.name
 
 
 def check_all(chosen: Iterable[cases.Case], device: str) -> list[cases.Result]:

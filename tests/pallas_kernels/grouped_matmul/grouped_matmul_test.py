@@ -84,10 +84,10 @@ def test_products_of_several_kinds_are_combined(name):
 @pytest.mark.parametrize('chosen', [1, 4])
 def test_gradients_are_those_of_the_definition(name, chosen):
   """Training computes with the same functions."""
-  args = arg_specs.make(arg_specs.ArgSpec(40, 6, chosen, 8, 12), kinds=2)
+  args = arg_specs.make(arg_specs.ArgSpec(40, 6, chosen, 16, 32), kinds=2)
   matrices = jax.tree.map(jnp.nan_to_num, args.matrices)
   groups = grouped_matmul.group(args.keys.reshape(-1), 6)
-  mixing = np.random.default_rng(0).normal(size=(40 * chosen, 12))
+  mixing = np.random.default_rng(0).normal(size=(40 * chosen, 32))
 
   rows = groups.order // chosen
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default configurations, to compile for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import pallas_triton
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+  """Something to compile for a GPU; a `pallas_kernels.aot.cases.Case`.
+
+  Attributes:
+    name: for people.
+    spec: of the tokens, and of the matrices.
+    kinds: of matrices; two are a gate and what it gates.
+    dtype: of all.
+  """
+
+  name: str
+  spec: arg_specs.ArgSpec
+  kinds: int
+  dtype: str = 'bfloat16'
+
+  def function(
+    self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *matrices: jax.Array
+  ) -> jax.Array:
+    return pallas_triton.grouped_matmul(
+      x, matrices, sizes, rows, _gated if self.kinds == 2 else _only
+    )
+
+  @property
+  def args(self) -> Any:
+    spec = self.spec
+    rows = spec.num_tokens * spec.chosen
+    matrix = jax.ShapeDtypeStruct(
+      (spec.num_groups, spec.num_in, spec.num_out), jnp.dtype(self.dtype)
+    )
+    return (
+      jax.ShapeDtypeStruct(
+        # What is computed of a token in one launch is a row in the next.
+        (spec.num_tokens if self.kinds == 2 else rows, spec.num_in),
+        jnp.dtype(self.dtype),
+      ),
+      jax.ShapeDtypeStruct((spec.num_groups,), jnp.int32),
+      jax.ShapeDtypeStruct((rows,), jnp.int32),
+      *[matrix] * self.kinds,
+    )
+
+
+def _only(product: jax.Array) -> jax.Array:
+  return product
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  return jax.nn.silu(gate) * up
+
+
+def cases(device: str) -> Iterator[Case]:
+  """Yields every default configuration, for `pallas_kernels.aot`.
+
+  Iterate, and compile, while the default device is the one of this name.
+  """
+  del device  # All have the same.
+  for model, (num_groups, chosen, width, inner) in arg_specs.MODELS.items():
+    for num_tokens in arg_specs.TOKENS:
+      for kinds, sizes in ((2, (width, inner)), (1, (inner, width))):
+        spec = arg_specs.ArgSpec(num_tokens, num_groups, chosen, *sizes)
+        name = (
+          f'experts {model} {num_tokens} {"gated" if kinds == 2 else "out"}'
+        )
+        yield Case(name, spec, kinds)
+        if num_tokens == 64 and model == 'mixtral-8x7b':
+          for dtype in ('float16', 'float32'):
+            yield Case(f'{name} {dtype}', spec, kinds, dtype)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pallas, lowered to Triton: NVIDIA GPUs from Ampere on. One launch.
+
+A block of the GPU takes a tile of rows, which are of one group (see `plan`),
+and some columns of each kind of that group's matrices. Blocks that share a
+group follow one another, so what several of them read of its matrices comes
+from the cache. Where tokens are few, a tile has room for all rows of a group,
+and nothing is read twice. Rows are taken from where they lie, by their indices.
+
+On CPUs it runs in Pallas's interpreter, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels import devices
+from pallas_kernels.grouped_matmul import plan as plan_lib
+from pallas_kernels.grouped_matmul import tuning
+
+
+def grouped_matmul(
+  x: jax.Array,
+  matrices: tuple[jax.Array, ...],
+  group_sizes: jax.Array,
+  rows: jax.Array,
+  combine: Callable[..., jax.Array],
+  matmul: Any = None,
+  *,
+  sizes: tuning.Sizes | None = None,
+) -> jax.Array:
+  """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
+
+  Args:
+    x, matrices, group_sizes, rows, combine: see there.
+    matmul: not used.
+    sizes: None for those that `tuning` has for the default device.
+
+  Raises:
+    NotImplementedError: the kernel can't run there, or not for such shapes.
+  """
+  del matmul
+  shape = tuning.Shape.of(x, matrices, group_sizes, rows)
+  sizes = (sizes or tuning.choose(shape)).for_shape(shape)
+  plan = plan_lib.make_plan(group_sizes, shape.num_rows, sizes.rows)
+  launch = functools.partial(
+    _launch, combine=combine, sizes=sizes, num_kinds=len(matrices)
+  )
+  return devices.launch(launch, x, rows, *plan, *matrices)
+
+
+def _launch(
+  x: jax.Array,
+  rows: jax.Array,
+  groups: jax.Array,
+  starts: jax.Array,
+  stops: jax.Array,
+  *matrices: jax.Array,
+  combine: Callable[..., jax.Array],
+  sizes: tuning.Sizes,
+  num_kinds: int,
+  interpret: bool,
+) -> jax.Array:
+  num_out = matrices[0].shape[2]
+  num_tiles = groups.shape[0]
+  return pl.pallas_call(
+    functools.partial(
+      _kernel, combine=combine, sizes=sizes, num_kinds=num_kinds
+    ),
+    grid=(num_tiles * (num_out // sizes.columns),),
+    out_shape=jax.ShapeDtypeStruct((rows.shape[0], num_out), x.dtype),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=sizes.num_warps, num_stages=sizes.num_stages
+    ),
+    interpret=interpret,
+    name='grouped_matmul',
+  )(x, rows, groups, starts, stops, *matrices)
+
+
+def _kernel(
+  x_ref: Any,
+  rows_ref: Any,
+  groups_ref: Any,
+  starts_ref: Any,
+  stops_ref: Any,
+  *refs: Any,
+  combine: Callable[..., jax.Array],
+  sizes: tuning.Sizes,
+  num_kinds: int,
+) -> None:
+  """Multiplies a tile of rows by some columns.
+
+  Args:
+    x_ref: [T, in].
+    rows_ref: [R] int32.
+    groups_ref, starts_ref, stops_ref: [M] int32, see `plan.Plan`.
+    refs: matrices, [G, in, out] of each kind, and the result, [R, out].
+    combine: see `api.grouped_matmul`.
+    sizes: of the tile; all divide what they cut.
+    num_kinds: of matrices.
+  """
+  *matrices, out_ref = refs
+  num_in, num_out = matrices[0].shape[1:]
+  num_columns = num_out // sizes.columns
+  tile = pl.program_id(0) // num_columns
+  first = (pl.program_id(0) % num_columns) * sizes.columns
+  columns = pl.ds(first, sizes.columns)
+  group, start, stop = groups_ref[tile], starts_ref[tile], stops_ref[tile]
+  dot: Any = plgpu.dot
+  if x_ref.dtype == jnp.float32:  # It isn't rounded to TensorFloat32.
+    dot = functools.partial(dot, allow_tf32=False)
+
+  @pl.when(start < stop)
+  def multiply() -> None:
+    # Rows beyond the tile's repeat its last one: they compute and store the
+    # same, so that neither loads nor stores need a mask.
+    places = jnp.minimum(
+      start + jnp.arange(sizes.rows, dtype=jnp.int32), stop - 1
+    )
+    rows = plgpu.load(rows_ref.at[places])
+
+    def add(i: jax.Array, sums: Any) -> Any:
+      depth = i * sizes.depth + jnp.arange(sizes.depth, dtype=jnp.int32)
+      x = plgpu.load(x_ref.at[rows[:, None], depth[None, :]])
+      return [
+        total
+        + dot(
+          x,
+          plgpu.load(
+            matrix.at[group, pl.ds(i * sizes.depth, sizes.depth), columns]
+          ),
+        )
+        for total, matrix in zip(sums, matrices, strict=True)
+      ]
+
+    zeros = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
+    sums = lax.fori_loop(0, num_in // sizes.depth, add, [zeros] * num_kinds)
+    out = combine(*sums).astype(out_ref.dtype)
+    at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
+    plgpu.store(out_ref.at[places[:, None], at[None, :]], out)
