@@ -6,7 +6,7 @@ r"""Mixtral-8x7B on two H100-80G, TP2.
   scripts/serve /checkpoints/mixtral-8x7b \
       --config=configs/mixtral_8x7b_h100_tp2.py
 
-Every expert is computed for every token, and the router chooses among them.
+A step reads the experts that its tokens choose, and computes no others.
 
 What it takes of the GPUs, checked without one:
 

@@ -2,10 +2,10 @@
 """Pallas, lowered to Triton: NVIDIA GPUs from Ampere on. One launch.
 
 A block of the GPU takes a tile of rows, which are of one group (see `plan`),
-and some columns of each kind of that group's matrices. Blocks that share a
-group follow one another, so what several of them read of its matrices comes
-from the cache. Where tokens are few, a tile has room for all rows of a group,
-and nothing is read twice. Rows are taken from where they lie, by their indices.
+and some columns of each kind of that group's matrices. Blocks that share both
+group and columns follow one another, so that all but one read these from the
+cache. Where tokens are few, a tile has room for all rows of a group, and
+nothing is read twice. Rows are taken from where they lie, by their indices.
 
 On CPUs it runs in Pallas's interpreter, for tests.
 """
@@ -54,15 +54,13 @@ def grouped_matmul(
   launch = functools.partial(
     _launch, combine=combine, sizes=sizes, num_kinds=len(matrices)
   )
-  return devices.launch(launch, x, rows, *plan, *matrices)
+  return devices.launch(launch, x, rows, plan, *matrices)
 
 
 def _launch(
   x: jax.Array,
   rows: jax.Array,
-  groups: jax.Array,
-  starts: jax.Array,
-  stops: jax.Array,
+  plan: plan_lib.Plan,
   *matrices: jax.Array,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
@@ -70,7 +68,7 @@ def _launch(
   interpret: bool,
 ) -> jax.Array:
   num_out = matrices[0].shape[2]
-  num_tiles = groups.shape[0]
+  num_tiles = plan.groups.shape[0]
   return pl.pallas_call(
     functools.partial(
       _kernel, combine=combine, sizes=sizes, num_kinds=num_kinds
@@ -82,15 +80,13 @@ def _launch(
     ),
     interpret=interpret,
     name='grouped_matmul',
-  )(x, rows, groups, starts, stops, *matrices)
+  )(x, rows, plan, *matrices)
 
 
 def _kernel(
   x_ref: Any,
   rows_ref: Any,
-  groups_ref: Any,
-  starts_ref: Any,
-  stops_ref: Any,
+  plan: Any,
   *refs: Any,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
@@ -101,7 +97,7 @@ def _kernel(
   Args:
     x_ref: [T, in].
     rows_ref: [R] int32.
-    groups_ref, starts_ref, stops_ref: [M] int32, see `plan.Plan`.
+    plan: a `plan.Plan` of refs.
     refs: matrices, [G, in, out] of each kind, and the result, [R, out].
     combine: see `api.grouped_matmul`.
     sizes: of the tile; all divide what they cut.
@@ -109,11 +105,10 @@ def _kernel(
   """
   *matrices, out_ref = refs
   num_in, num_out = matrices[0].shape[1:]
-  num_columns = num_out // sizes.columns
-  tile = pl.program_id(0) // num_columns
-  first = (pl.program_id(0) % num_columns) * sizes.columns
+  tile, column = plan.item(pl.program_id(0), num_out // sizes.columns)
+  first = column * sizes.columns
   columns = pl.ds(first, sizes.columns)
-  group, start, stop = groups_ref[tile], starts_ref[tile], stops_ref[tile]
+  group, start, stop = plan.groups[tile], plan.starts[tile], plan.stops[tile]
   dot: Any = plgpu.dot
   if x_ref.dtype == jnp.float32:  # It isn't rounded to TensorFloat32.
     dot = functools.partial(dot, allow_tf32=False)

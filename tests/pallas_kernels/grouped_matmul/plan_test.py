@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: each row once, in few tiles; and what a GPU has to do by it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu_targets
+from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import plan as plan_lib
+from pallas_kernels.grouped_matmul import tuning
+
+SIZES = [
+  [3, 0, 1],
+  [0, 0, 0],
+  [0, 0, 17],
+  [16, 16, 16],
+  [1] * 40,
+  np.random.default_rng(0).integers(0, 70, 128).tolist(),
+]
+
+
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+@pytest.mark.parametrize('tile_rows', [1, 2, 16, 64])
+@pytest.mark.parametrize('more', [0, 5, 300])
+def test_each_row_is_in_one_tile_of_its_group(sizes, tile_rows, more):
+  sizes = np.asarray(sizes, np.int32)
+  num_rows = int(sizes.sum()) + more
+  plan = plan_lib.make_plan(sizes, num_rows, tile_rows, np)
+  expected = np.repeat(np.arange(len(sizes)), sizes)
+  got = np.full(len(expected), -1)
+  used = plan.starts < plan.stops
+  for group, start, stop in zip(*plan[:3], strict=True):
+    assert 0 <= start <= stop <= min(start + tile_rows, len(expected))
+    assert (got[start:stop] == -1).all()
+    got[start:stop] = group
+  np.testing.assert_array_equal(got, expected)
+  assert used.sum() == sum(-(-sizes // tile_rows))
+  assert not used[used.sum() :].any()
+  items = [plan.item(i, 3) for i in range(3 * len(used))]
+  assert sorted(items) == list(itertools.product(range(len(used)), range(3)))
+  # Of a group and its columns, one after the other.
+  pairs = [(plan.groups[tile], column) for tile, column in items if used[tile]]
+  assert len(list(itertools.groupby(pairs))) == len(set(pairs))
+  traced = jax.jit(plan_lib.make_plan, static_argnums=(1, 2))(
+    jnp.asarray(sizes), num_rows, tile_rows
+  )
+  jax.tree.map(np.testing.assert_array_equal, plan, plan_lib.Plan(*traced))
+
+
+def test_there_are_just_enough_tiles():
+  for groups, rows, size in itertools.product(
+    (1, 3, 8), range(1, 20), (1, 4, 16)
+  ):
+    # As many groups as can be with one row, and one with all others.
+    used = min(groups, rows)
+    sizes = np.zeros(groups, np.int32)
+    sizes[:used] = 1
+    sizes[0] += rows - used
+    plan = plan_lib.make_plan(sizes, rows, size, np)
+    assert (plan.starts < plan.stops).sum() == len(plan.groups)
+
+
+class Work(NamedTuple):
+  """Bytes that a GPU's memory gives and takes, and operations."""
+
+  bytes: int
+  flops: int
+
+  def __add__(self, other: Any) -> Work:
+    return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+  def seconds(self, target: gpu_targets.GpuTarget) -> float:
+    return max(self.bytes / target.bandwidth, self.flops / target.matmul_flops)
+
+
+def work_of(
+  keys: np.ndarray,
+  shape: tuning.Shape,
+  target: gpu_targets.GpuTarget,
+  name: str,
+) -> tuple[Work, Work]:
+  """What the kernel does, padding counted, and the least there is to do.
+
+  What was read stays in a cache of the device's size until that is full, the
+  oldest first.
+  """
+  sizes = next(
+    sizes
+    for most, sizes in tuning._HALF[name]
+    if shape.num_rows <= most * shape.num_groups
+  ).for_shape(shape)
+  group_sizes = np.bincount(keys.ravel(), minlength=shape.num_groups)
+  order = np.argsort(keys.ravel(), kind='stable')
+  # In the first launch rows are tokens; in the second, what was made of them.
+  rows = (
+    order // keys.shape[1] if shape.num_kinds == 2 else np.arange(len(order))
+  )
+  plan = plan_lib.make_plan(
+    group_sizes.astype(np.int32), shape.num_rows, sizes.rows, np
+  )
+  number = shape.itemsize
+
+  def pieces() -> Iterator[tuple[Any, int]]:
+    num_columns = shape.num_out // sizes.columns
+    for i in range(len(plan.groups) * num_columns):
+      tile, column = plan.item(i, num_columns)
+      places = range(plan.starts[tile], plan.stops[tile])
+      if places:
+        yield (
+          ('matrix', plan.groups[tile], column),
+          shape.num_kinds * shape.num_in * sizes.columns * number,
+        )
+      for place in places:
+        yield ('row', rows[place]), shape.num_in * number
+        yield ('out', place, column), sizes.columns * number
+
+  cache = collections.OrderedDict[Any, int]()
+  moved = held = 0
+  for piece, size in pieces():
+    if piece not in cache:
+      moved += size
+      held += size
+      cache[piece] = size
+    cache.move_to_end(piece)
+    while held > target.l2_bytes and len(cache) > 1:
+      held -= cache.popitem(last=False)[1]
+  matrix = shape.num_kinds * shape.num_in * shape.num_out
+  tiles = (plan.starts < plan.stops).sum()
+  read = len(np.unique(rows)) * shape.num_in
+  written = shape.num_rows * shape.num_out
+  used = (group_sizes > 0).sum()
+  return (
+    Work(moved, tiles * sizes.rows * 2 * matrix),
+    Work(
+      (used * matrix + read + written) * number, 2 * shape.num_rows * matrix
+    ),
+  )
+
+
+@pytest.mark.parametrize('name', gpu_targets.TARGETS)
+@pytest.mark.parametrize('routing', arg_specs.ROUTINGS)
+@pytest.mark.parametrize('num_tokens', [1, 16, 64, 512])
+def test_a_gpu_has_little_more_to_do_than_it_must(name, routing, num_tokens):
+  """Of the experts of Qwen3-30B-A3B, in both launches together."""
+  target = gpu_targets.TARGETS[name]
+  groups, chosen, width, inner = arg_specs.MODELS['qwen3-30b-a3b']
+  keys = arg_specs.choose(
+    arg_specs.ArgSpec(num_tokens, groups, chosen, routing=routing)
+  )
+  done = least = Work(0, 0)
+  for kinds, num_in, num_out in ((2, width, inner), (1, inner, width)):
+    shape = tuning.Shape('bfloat16', keys.size, groups, num_in, num_out, kinds)
+    works = work_of(keys, shape, target, name)
+    done, least = done + works[0], least + works[1]
+  assert least.bytes <= done.bytes <= 1.1 * least.bytes
+  # Where tokens are few, products wait for memory, those of padding, too.
+  assert done.seconds(target) <= 1.1 * least.seconds(target)
