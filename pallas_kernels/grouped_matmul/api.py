@@ -113,7 +113,7 @@ def grouped_matmul(
     implementation = (
       'xla'
       if matmul is not None
-      else tuning.fastest(tuning.Shape.of(x, matrices, group_sizes, rows))
+      else tuning.fastest(tuning.Shape.of(x, matrices, rows))
     )
   return _multiply(
     implementation,

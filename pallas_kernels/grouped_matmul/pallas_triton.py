@@ -48,7 +48,7 @@ def grouped_matmul(
     NotImplementedError: the kernel can't run there, or not for such shapes.
   """
   del matmul
-  shape = tuning.Shape.of(x, matrices, group_sizes, rows)
+  shape = tuning.Shape.of(x, matrices, rows)
   sizes = (sizes or tuning.choose(shape)).for_shape(shape)
   plan = plan_lib.make_plan(group_sizes, shape.num_rows, sizes.rows)
   launch = functools.partial(

@@ -48,15 +48,15 @@ class Shape:
   num_kinds: int
 
   @classmethod
-  def of(
-    cls, x: Any, matrices: Sequence[Any], group_sizes: Any, rows: Any
-  ) -> Shape:
+  def of(cls, x: Any, matrices: Sequence[Any], rows: Any) -> Shape:
     """Returns the shape of a call; see `api.grouped_matmul`."""
+    num_groups, num_in, num_out = matrices[0].shape
     return cls(
       x.dtype.name,
       rows.shape[0],
-      group_sizes.shape[0],
-      *matrices[0].shape[1:],
+      num_groups,
+      num_in,
+      num_out,
       len(matrices),
     )
 
