@@ -38,9 +38,7 @@ ARCHITECTURES: Mapping[str, Family] = {
   ),
   'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
   'MistralForCausalLM': Family('mistral', 'Mistral 7B, with its window'),
-  'MixtralForCausalLM': Family(
-    'mixtral', 'Mixtral; each token through all experts: exact, and slow'
-  ),
+  'MixtralForCausalLM': Family('mixtral', 'Mixtral'),
   'Olmo2ForCausalLM': Family('olmo2', 'OLMo-2'),
   'Olmo3ForCausalLM': Family('olmo3', 'OLMo-3'),
   'Qwen2ForCausalLM': Family('qwen2', 'Qwen2, Qwen2.5'),
