@@ -22,6 +22,7 @@ HEADS: Mapping[str, tuple[int, int, int]] = {
   'phi-2': (32, 32, 80),
   'h96': (32, 8, 96),
   'gemma-7b': (16, 16, 256),
+  'gemma-2-9b': (16, 8, 256),
 }
 
 _43M: dict[str, Any] = dict(

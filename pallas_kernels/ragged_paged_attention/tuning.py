@@ -267,7 +267,10 @@ def _sizes(shape: Shape, small: _Numbers, chunks: _Numbers) -> Sizes:
     of_small,
     tile('chunks', chunks, 1),
     dataclasses.replace(
-      of_small, block_n=_MERGED_AT_ONCE, num_warps=2, num_stages=1
+      of_small,
+      block_n=_MERGED_AT_ONCE,
+      num_warps=2 * -(-shape.head_dim // 128),  # With 2 for 256, some spill.
+      num_stages=1,
     ),
     plan_lib.Tiling(
       of_small.rows,
