@@ -48,6 +48,16 @@ class Attributes:
       raise self.error(f'{name}: missing')
     return value
 
+  def only(self, **values: Any) -> None:
+    """Takes attributes that are known at one value each, and absent else.
+
+    Raises:
+      CheckpointError: one has another value; names it.
+    """
+    for name, known in values.items():
+      if (value := self.take(name, known)) != known:
+        raise self.refuse(name, value, f'only {known!r} is supported')
+
   def size(
     self, name: str, default: int | None = None, most: int = fields_lib.MOST
   ) -> int:

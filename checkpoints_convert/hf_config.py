@@ -108,6 +108,7 @@ def common(
   eps: float,
   positions: int,
   activation_name: str = 'hidden_act',
+  rope_options: Mapping[str, Any] | None = None,
   **defaults: Any,
 ) -> dict[str, Any]:
   """Takes the attributes that Llama-like families share; returns the fields.
@@ -120,6 +121,7 @@ def common(
     eps: the default of rms_norm_eps.
     positions: the default of max_position_embeddings.
     activation_name: of the attribute with the activation function.
+    rope_options: further arguments of `hf_rope.read`.
     **defaults: of the other attributes. Without one, head_dim is hidden_size
       divided by the heads, the activation is silu, nothing is tied, and other
       attributes must be there.
@@ -133,6 +135,9 @@ def common(
     attributes.require(name, defaults.get(name))
     for name in ('vocab_size', 'intermediate_size')
   )
+  head_dim = attributes.take(
+    'head_dim', defaults.get('head_dim', hidden_size // num_heads)
+  )
   return dict(
     vocab_size=vocab_size,
     hidden_size=hidden_size,
@@ -144,9 +149,7 @@ def common(
     ),
     num_heads=num_heads,
     num_kv_heads=attributes.take('num_key_value_heads', kv_heads or num_heads),
-    head_dim=attributes.take(
-      'head_dim', defaults.get('head_dim', hidden_size // num_heads)
-    ),
+    head_dim=head_dim,
     norm_eps=attributes.take('rms_norm_eps', eps),
     activation=activation(
       attributes, activation_name, defaults.get(activation_name, 'silu')
@@ -157,7 +160,9 @@ def common(
     **(
       hf_rope.read_by_type(attributes, theta, positions)
       if isinstance(theta, Mapping)
-      else hf_rope.read(attributes, theta, positions)
+      else hf_rope.read(
+        attributes, theta, positions, head_dim=head_dim, **(rope_options or {})
+      )
     ),
   )
 

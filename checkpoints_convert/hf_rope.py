@@ -7,20 +7,30 @@ transformers 5 writes `rope_parameters`, older versions write `rope_theta` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import dataclasses
 import math
 from typing import Any
 
 from checkpoints_convert import attributes as attributes_lib
+from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
 
 FULL, SLIDING = 'full_attention', 'sliding_attention'
 Fields = dict[str, Any]  # of a config
 _Rope = tuple[config_lib.RopeConfig, int]  # and the context length
+# Takes numbers out of the first, a rotation's; then theta, and positions.
+Kind = Callable[[dict[str, Any], float, int], _Rope]
 
 
 def read(
-  attributes: attributes_lib.Attributes, theta: float, positions: int
+  attributes: attributes_lib.Attributes,
+  theta: float,
+  positions: int,
+  *,
+  partial: float | None = None,
+  head_dim: int = 0,
+  kinds: Mapping[str, Kind] | None = None,
 ) -> Fields:
   """Reads the rotary embedding of all layers, and the context length.
 
@@ -28,6 +38,9 @@ def read(
     attributes: to take from.
     theta: the default of rope_theta.
     positions: max_position_embeddings.
+    partial: the default of partial_rotary_factor; None: there is no such.
+    head_dim: of which that many are rotated.
+    kinds: reads each kind of rotation; None for `KINDS`.
 
   Returns:
     `rope`, and `max_position_embeddings`, the tokens of context that it is good
@@ -38,7 +51,17 @@ def read(
   scaling = attributes.take('rope_scaling')
   both = attributes.take('rope_parameters') or {}
   values = {**both, **(scaling or {})}
-  rope, length = _read_one(attributes, values, theta, positions)
+  rotary_dim = None
+  if partial is not None:
+    partial = attributes.take('partial_rotary_factor', partial)
+    partial = values.pop('partial_rotary_factor', None) or partial
+    if type(partial) not in (int, float) or not 0 < partial <= 1:
+      raise attributes.refuse(
+        'partial_rotary_factor', partial, 'must be a number in (0, 1]'
+      )
+    rotary_dim = int(head_dim * partial) if partial < 1 else None
+  rope, length = _read_one(attributes, values, theta, positions, kinds or KINDS)
+  rope = dataclasses.replace(rope, rotary_dim=rotary_dim)
   return dict(rope=rope, max_position_embeddings=length)
 
 
@@ -72,6 +95,7 @@ def read_by_type(
       {**(both.get(name) or {}), **(scaling if name == FULL else {})},
       thetas[name],
       positions,
+      KINDS,
     )[0]
     for name in (FULL, SLIDING)
   )
@@ -83,6 +107,7 @@ def _read_one(
   values: Mapping[str, Any],
   theta: float,
   positions: int,
+  kinds: Mapping[str, Kind],
 ) -> _Rope:
   values = dict(values)
   for name, value in values.items():
@@ -92,9 +117,9 @@ def _read_one(
       )
   old_name = values.pop('type', None)
   kind = values.pop('rope_type', None) or old_name or 'default'
-  if kind not in _ROPES:
+  if kind not in kinds:
     raise attributes.refuse(
-      'rope_type', kind, f'must be one of {", ".join(_ROPES)}'
+      'rope_type', kind, f'must be one of {", ".join(kinds)}'
     )
   if values.pop('partial_rotary_factor', 1.0) not in (None, 1.0):
     raise attributes.error('partial_rotary_factor: only 1 is supported')
@@ -103,7 +128,7 @@ def _read_one(
   if type(theta) not in (int, float):  # `float` takes texts, and true, too.
     raise attributes.refuse('rope_theta', theta, 'must be a number')
   numbers = {name: value for name, value in values.items() if value is not None}
-  rope, length = _ROPES[kind](numbers, theta, positions)
+  rope, length = kinds[kind](numbers, theta, positions)
   if numbers:
     raise attributes.error(
       f'rope_type={kind!r} with {", ".join(sorted(numbers))}: not supported'
@@ -111,8 +136,8 @@ def _read_one(
   return rope, length
 
 
-def _default(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
-  # Scalings are sometimes switched off by their type alone.
+def default(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  """Reads what is not scaled; scalings are sometimes switched off by type."""
   numbers.pop('factor', None)
   numbers.pop('original_max_position_embeddings', None)
   return config_lib.RopeConfig(theta=float(theta)), positions
@@ -177,13 +202,39 @@ def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   return rope, int(original * factor)
 
 
+def longrope(
+  numbers: dict[str, Any], theta: float, positions: int, *, original: int
+) -> _Rope:
+  """Reads LongRoPE's, whose original context the config has beside it."""
+  if numbers.pop('original_max_position_embeddings', original) != original:
+    raise errors.ConfigError(
+      'rope_parameters.original_max_position_embeddings: must be '
+      f'original_max_position_embeddings={original}'
+    )
+  factor = numbers.pop('factor', None) or positions / original
+  attention_factor = numbers.pop('attention_factor', None)
+  if attention_factor is None:
+    attention_factor = 1.0
+    if factor > 1:
+      attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+  rope = config_lib.RopeConfig(
+    theta=float(theta),
+    kind='longrope',
+    original_max_position=original,
+    attention_factor=attention_factor,
+    short_factors=numbers.pop('short_factor', None),
+    long_factors=numbers.pop('long_factor', None),
+  )
+  return rope, positions
+
+
 def _temperature(factor: float, mscale: float = 1.0) -> float:
   """Returns what YaRN multiplies cos and sin with by default."""
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-_ROPES = {
-  'default': _default,
+KINDS: Mapping[str, Kind] = {
+  'default': default,
   'linear': _linear,
   'dynamic': _dynamic,
   'llama3': _llama3,

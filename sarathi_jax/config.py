@@ -316,6 +316,8 @@ class SchedulerConfig:
     seed: see `EngineConfig`.
     dynamic_rope_len: the longest prompt whose keys in the cache do not depend
       on its length; None where no prompt's do.
+    rope_counts_outputs: whether that is the prompt and the most that is put
+      out; of longer ones all keys are alike then.
   """
 
   token_budget: int
@@ -337,6 +339,7 @@ class SchedulerConfig:
   prefix_cache_misses: bool = False
   cache_aware_window: int = 1
   dynamic_rope_len: int | None = None
+  rope_counts_outputs: bool = False
 
   @classmethod
   def of(cls, config: EngineConfig, **resolved: Any) -> SchedulerConfig:

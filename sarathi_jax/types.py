@@ -123,7 +123,7 @@ class Chunk(NamedTuple):
     is_prefill: whether this is part of a prefill (a recompute is, too).
     samples: how many tokens are sampled, one after each of its last tokens; 0
       for a part of a prefill that does not end it.
-    prompt_len: tokens of the request's prompt, on which dynamic RoPE depends.
+    prompt_len: tokens of the request's prompt.
     seed: of the request's random numbers, a signed 64-bit integer.
     sampling: how to choose the tokens.
     setup: with the first chunk of a sequence in its slot, if its logits are
@@ -131,6 +131,8 @@ class Chunk(NamedTuple):
     next_token: the token of the prompt that follows the chunk, where the
       log-probabilities of the prompt are told; -1 where the prompt ends with
       the chunk; None where none are told.
+    rope_len: what rotations by a length go by (`models.rope.tables`): that of
+      the prompt, or the most that the sequence may come to.
   """
 
   request_id: str
@@ -146,6 +148,7 @@ class Chunk(NamedTuple):
   sampling: SamplingParams
   setup: SlotSetup | None = None
   next_token: int | None = None
+  rope_len: int = 0
 
 
 class TokenLogprobs(NamedTuple):

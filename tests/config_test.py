@@ -110,6 +110,7 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
     num_stages=2,
     prefix_cost=0.5,
     dynamic_rope_len=7,
+    rope_counts_outputs=True,
     eos_token_ids=(1,),
   )
   made = config_lib.SchedulerConfig.of(

@@ -41,6 +41,9 @@ ARCHITECTURES: Mapping[str, Family] = {
   'MixtralForCausalLM': Family('mixtral', 'Mixtral'),
   'Olmo2ForCausalLM': Family('olmo2', 'OLMo-2'),
   'Olmo3ForCausalLM': Family('olmo3', 'OLMo-3'),
+  'Phi3ForCausalLM': Family(
+    'phi3', 'Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini'
+  ),
   'Qwen2ForCausalLM': Family('qwen2', 'Qwen2, Qwen2.5'),
   'Qwen3ForCausalLM': Family('qwen3', 'Qwen3'),
 }

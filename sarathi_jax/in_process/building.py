@@ -262,6 +262,7 @@ def build_engine(
     eos_token_ids=tuple(eos_token_ids),
     prefix_cost=facts.prefix_cost(model, runner.num_stages),
     dynamic_rope_len=facts.dynamic_rope_len(model),
+    rope_counts_outputs=facts.rope_counts_outputs(model),
   )
   return engine_lib.Engine(
     scheduler,

@@ -156,6 +156,14 @@ class ModelConfig:
       rotary_dim,
       "must be > 2 with kind='dynamic'",
     )
+    for which in ('short_factors', 'long_factors'):
+      factors = getattr(rope, which)
+      _check(
+        factors is None or len(factors) == rotary_dim // 2,
+        f'{name}.{which}',
+        factors,
+        f'must be {rotary_dim // 2} numbers, one a frequency',
+      )
 
   @property
   def context_len(self) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pallas_kernels import attention_work
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import rope_config
 
 
 class Matrix(NamedTuple):
@@ -52,19 +53,28 @@ def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
 
 
 def dynamic_rope_len(model: config_lib.ModelConfig) -> int | None:
-  """Returns the longest prompt whose keys don't depend on its length.
+  """Returns the longest sequence whose keys don't depend on its length.
 
-  None if no prompt's do: only 'dynamic' rotations look at lengths.
+  None if no sequence's do. 'dynamic' rotations look at the prompt's length,
+  'longrope' ones at what it may become; see `rope_counts_outputs`.
   """
-  ropes = {model.layer_kind(i).rope for i in range(model.num_layers)}
   return min(
     (
       rope.original_max_position
-      for rope in ropes
-      if rope.kind == 'dynamic' and rope.original_max_position
+      for rope in _ropes(model)
+      if rope.kind in rope_config.BY_LENGTH and rope.original_max_position
     ),
     default=None,
   )
+
+
+def rope_counts_outputs(model: config_lib.ModelConfig) -> bool:
+  """Says whether rotations go by the prompt and the most that is put out."""
+  return any(rope.kind == 'longrope' for rope in _ropes(model))
+
+
+def _ropes(model: config_lib.ModelConfig) -> set[config_lib.RopeConfig]:
+  return {model.layer_kind(i).rope for i in range(model.num_layers)}
 
 
 def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:

@@ -196,6 +196,17 @@ MODELS: Mapping[str, config.ModelConfig] = {
     attention_scale=168**-0.5,
     **_GEMMA,
   ),
+  'phi-4': config.LlamaConfig(
+    vocab_size=100352,
+    hidden_size=5120,
+    intermediate_size=17920,
+    num_layers=40,
+    num_heads=40,
+    num_kv_heads=10,
+    head_dim=128,
+    max_position_embeddings=16384,
+    rope=config.RopeConfig(theta=250000.0),
+  ),
   'mixtral-8x7b': config.MixtralConfig(
     vocab_size=32000,
     hidden_size=4096,

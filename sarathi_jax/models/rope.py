@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import rope_config
 
 Rotation = tuple[Array, Array]  # cos, sin [T, rotary_dim / 2] float32
 
@@ -35,20 +36,25 @@ def tables(
     config: the kind of embedding and its fields.
     head_dim: h.
     positions: of the tokens in their sequences.
-    rope_lens: needed, and read, by 'dynamic' only. transformers rotates all of
-      a prompt with the base for the prompt's length, and each later token with
-      the base for the length so far, itself included; keys stay as they were
-      cached. So this is max(prompt length, position + 1) for every token,
-      whatever chunks it is computed in.
+    rope_lens: needed, and read, by kinds of `rope_config.BY_LENGTH` only.
+      'dynamic': transformers rotates all of a prompt with the base for the
+      prompt's length, and each later token with the base for the length so
+      far, itself included; keys stay as they were cached. So this is
+      max(prompt length, position + 1) for every token, whatever chunks it is
+      computed in. 'longrope': the most tokens that the sequence may come to,
+      the same for all of its tokens; transformers computes a sequence anew
+      that grows beyond the original context.
 
   Returns:
     cos and sin, [T, rotary_dim / 2] float32.
   """
   dim = config.rotary_dim or head_dim
-  if config.kind == 'dynamic':
+  if config.kind in rope_config.BY_LENGTH:
     if rope_lens is None:
-      raise ValueError("rope_lens=None: rope.kind='dynamic' needs lengths.")
-    frequencies = _dynamic(config, dim, rope_lens)
+      raise ValueError(
+        f'rope_lens=None: rope.kind={config.kind!r} needs lengths.'
+      )
+    frequencies = _BY_LENGTH[config.kind](config, dim, rope_lens)
   else:
     frequencies = jnp.asarray(_STATIC[config.kind](config, dim))[None, :]
   angles = positions.astype(jnp.float32)[:, None] * frequencies
@@ -166,3 +172,22 @@ def _dynamic(
   growth = config.factor * length / original - (config.factor - 1)
   base = config.theta * growth ** (dim / (dim - 2))
   return 1 / base[:, None] ** jnp.asarray(_exponents(dim))[None, :]
+
+
+def _longrope(
+  config: config_lib.RopeConfig, dim: int, lens: Int[Array, ' T']
+) -> Float[Array, 'T pairs']:
+  """Returns frequencies by LongRoPE: longer sequences have others."""
+  assert config.original_max_position
+  powers = np.float32(config.theta) ** _exponents(dim)
+  short, long = (
+    jnp.asarray(1 / (np.array(factors, np.float32) * powers))[None, :]
+    for factors in (config.short_factors, config.long_factors)
+  )
+  return jnp.where(lens[:, None] > config.original_max_position, long, short)
+
+
+_BY_LENGTH: Mapping[str, Callable[..., Float[Array, 'T pairs']]] = {
+  'dynamic': _dynamic,
+  'longrope': _longrope,
+}

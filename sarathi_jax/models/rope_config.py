@@ -29,7 +29,23 @@ ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
     'beta_slow',
     'truncate',
   ),
+  'longrope': (
+    'original_max_position',
+    'attention_factor',
+    'short_factors',
+    'long_factors',
+  ),
 }
+# Those by which a token's rotation goes by a length, beside its position.
+BY_LENGTH = 'dynamic', 'longrope'
+_FACTORS = (
+  lambda value: (
+    isinstance(value, (list, tuple))
+    and bool(value)
+    and all(map(fields_lib.POSITIVE[0], value))
+  ),
+  'must be numbers > 0 that float32 can hold',
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +62,14 @@ class RopeConfig:
     original_max_position: tokens of context before the scaling.
     low_freq_factor: wavelengths above original / this are divided by factor.
     high_freq_factor: wavelengths below original / this are left alone.
-    attention_factor: multiplies cos and sin (YaRN's temperature).
+    attention_factor: multiplies cos and sin (a temperature).
     beta_fast: rotations within the original context above which a frequency
       is left alone.
     beta_slow: rotations below which it is divided by factor.
     truncate: whether YaRN rounds its range of frequencies to whole ones.
+    short_factors: what each frequency is divided by in sequences of up to
+      original_max_position tokens (LongRoPE, arXiv 2402.13753).
+    long_factors: the same in longer ones, from their first token on.
   """
 
   theta: float = 10000.0
@@ -64,6 +83,8 @@ class RopeConfig:
   beta_fast: float | None = None
   beta_slow: float | None = None
   truncate: bool | None = None
+  short_factors: tuple[float, ...] | None = None
+  long_factors: tuple[float, ...] | None = None
 
   def __post_init__(self) -> None:
     config_lib.check(
@@ -91,6 +112,8 @@ class RopeConfig:
     special = {
       'original_max_position': fields_lib.SIZE,
       'truncate': config_lib.FLAG,
+      'short_factors': _FACTORS,
+      'long_factors': _FACTORS,
     }
     for name in sorted(
       {name for names in ROPE_FIELDS.values() for name in names}
@@ -108,6 +131,9 @@ class RopeConfig:
           value,
           f'has no meaning with kind={self.kind!r}',
         )
+    for name in ('short_factors', 'long_factors'):
+      if (factors := getattr(self, name)) is not None:
+        object.__setattr__(self, name, tuple(factors))
     if self.low_freq_factor is not None and self.high_freq_factor is not None:
       config_lib.check(
         self.high_freq_factor > self.low_freq_factor,

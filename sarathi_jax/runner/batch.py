@@ -46,7 +46,7 @@ class BatchArrays(NamedTuple):
     distribution: [2] number of decodes, which come first, and of sequences.
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.
-    prompt_lens: [S] tokens of each sequence's prompt.
+    rope_lens: [S] of each sequence, see `types.Chunk`.
     next_tokens: [S] one more than `types.Chunk.next_token`, or -1 where that is
       -1; 0 where nothing is told of the prompt.
     num_samples: [1] the number of real rows of the following fields.
@@ -64,7 +64,7 @@ class BatchArrays(NamedTuple):
   distribution: Any
   slots: Any
   from_device: Any
-  prompt_lens: Any
+  rope_lens: Any
   next_tokens: Any
   num_samples: Any
   sample_tokens: Any
@@ -167,7 +167,7 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     distribution=(2,),
     slots=row,
     from_device=row,
-    prompt_lens=row,
+    rope_lens=row,
     next_tokens=row,
     num_samples=(1,),
     sample_tokens=sample,
@@ -237,7 +237,7 @@ class BatchBuilder:
     np.cumsum(q_lens, out=fields.cu_q_lens[1 : n + 1])
     fields.cu_q_lens[n + 1 :] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
-    fields.prompt_lens[:n] = columns.prompt_len
+    fields.rope_lens[:n] = columns.rope_len
     if columns.next_token.count(None) != n:
       fields.next_tokens[:n] = [
         0 if token is None else token + 1 or -1 for token in columns.next_token

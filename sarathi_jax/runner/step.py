@@ -26,6 +26,7 @@ from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import kinds as kinds_lib
 from sarathi_jax.models import rope as rope_lib
+from sarathi_jax.models import rope_config
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
@@ -249,8 +250,8 @@ def _contexts(
   kinds = dict.fromkeys(itertools.chain(*spec.kinds))
   ropes = {kind.rope for kind in kinds}
   lens = None
-  if any(rope.kind == 'dynamic' for rope in ropes):
-    lens = jnp.maximum(b.prompt_lens[row], positions + 1)
+  if any(rope.kind in rope_config.BY_LENGTH for rope in ropes):
+    lens = jnp.maximum(b.rope_lens[row], positions + 1)
   rotations = {
     rope: rope_lib.tables(rope, spec.model.head_dim, positions, lens)
     for rope in ropes

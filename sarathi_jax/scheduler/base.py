@@ -539,6 +539,7 @@ class Scheduler(abc.ABC):
       seq.seed,
       request.sampling,
       setup,
+      rope_len=seq.rope_len,
     )
     if is_prefill and seq.prompt_logprobs is not None:
       return chunk._replace(next_token=seq.next_token(stop))

@@ -74,6 +74,7 @@ def begin(
     fork.seed,
     fork.request.sampling,
     setup,
+    rope_len=fork.rope_len,
   )
 
 

@@ -220,8 +220,13 @@ class PrefixCache:
     extras: dict[str, str | int] = {}
     if request.cache_salt:
       extras['salt'] = request.cache_salt
-    rope_len, num_tokens = self._dynamic_rope_len, len(request.prompt_token_ids)
+    if (rope_len := self._dynamic_rope_len) is None:
+      return extras
     # Up to this length positions are rotated alike.
-    if rope_len is not None and num_tokens > rope_len:
-      extras['rope_len'] = num_tokens
+    prompt_len, max_len = sequence.lens_of(request, self._config)
+    if self._config.rope_counts_outputs:
+      if max_len > rope_len:
+        extras['rope_len'] = 'long'
+    elif prompt_len > rope_len:
+      extras['rope_len'] = prompt_len
     return extras

@@ -36,6 +36,7 @@ class Sequence:
       are not adjusted.
     prompt_len: tokens of the prompt.
     max_len: its length, prompt and output, at which it ends.
+    rope_len: see `types.Chunk`.
     tokens: prompt and output, as far as the host knows them.
     num_computed: see above.
     num_pending: see above.
@@ -81,6 +82,7 @@ class Sequence:
   setup: types.SlotSetup | None
   prompt_len: int
   max_len: int
+  rope_len: int
   tokens: list[int]
   num_computed: int = 0
   num_pending: int = 0
@@ -132,8 +134,7 @@ class Sequence:
       index: which of the request's sequences.
     """
     sampling = request.sampling
-    prompt_len = len(request.prompt_token_ids)
-    room = config.max_model_len - prompt_len
+    prompt_len, max_len = lens_of(request, config)
     return cls(
       request=request,
       index=index,
@@ -144,7 +145,8 @@ class Sequence:
       stop_ids=first.stop_ids if first else _stop_ids(sampling, config),
       setup=first.setup if first else _setup(sampling, config, bad_words),
       prompt_len=prompt_len,
-      max_len=prompt_len + min(sampling.max_tokens or room, room),
+      max_len=max_len,
+      rope_len=max_len if config.rope_counts_outputs else prompt_len,
       tokens=list(request.prompt_token_ids),
       # Told once, with the first of several outputs.
       prompt_logprobs=None if index or sampling.prompt_logprobs is None else [],
@@ -215,6 +217,15 @@ class Sequence:
     new = max(min(stop, self.prompt_len) - self.num_prefilled, 0)
     self.num_prefilled += new
     return new
+
+
+def lens_of(
+  request: types.Request, config: config_lib.SchedulerConfig
+) -> tuple[int, int]:
+  """Returns the prompt's length, and the most that a sequence may come to."""
+  prompt_len = len(request.prompt_token_ids)
+  room = config.max_model_len - prompt_len
+  return prompt_len, prompt_len + min(request.sampling.max_tokens or room, room)
 
 
 def _stop_ids(

@@ -258,103 +258,10 @@ def test_qwen_windows(
   assert [model.layer_window(i) for i in range(2)] == windows
 
 
-def _olmo3(**fields: Any) -> dict[str, Any]:
-  return fake.llama_config(
-    architectures=['Olmo3ForCausalLM'], rope_theta=None, **fields
-  )
-
-
-def test_olmo3_has_two_rotations(tmp_path: pathlib.Path) -> None:
-  """transformers 4 and 5; what is scaled has no window."""
-  yarn = dict(rope_type='yarn', factor=8.0, original_max_position_embeddings=64)
-  old = _read(tmp_path, _olmo3(rope_scaling=yarn, num_hidden_layers=4))
-  new = _read(
-    tmp_path,
-    _olmo3(
-      num_hidden_layers=4,
-      rope_parameters=dict(
-        full_attention=yarn | dict(rope_theta=5e5),
-        sliding_attention=dict(rope_type='default', rope_theta=5e5),
-      ),
-    ),
-  )
-  assert old == new
-  kinds = [old.layer_kind(i) for i in range(4)]
-  assert [kind.attention.window for kind in kinds] == [4096] * 3 + [None]
-  assert [kind.rope.kind for kind in kinds] == ['default'] * 3 + ['yarn']
-  assert {kind.rope.theta for kind in kinds} == {5e5}
-
-
-@pytest.mark.parametrize(
-  ('fields', 'match'),
-  [
-    (dict(rope_theta=1e6), 'rope_theta=1000000.0: must be 500000'),
-    (dict(rope_parameters=dict(chunked_attention={})), 'chunked_attention'),
-    (dict(rope_parameters=dict(rope_type='default')), 'rope_type is of no'),
-    (dict(layer_types=['full_attention']), 'layer_types'),
-  ],
-)
-def test_olmo3_config_attribute(
-  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
-) -> None:
-  with pytest.raises(errors.CheckpointError, match=match):
-    _read(tmp_path, _olmo3() | fields)
-
-
 def _gemma3(**fields: Any) -> dict[str, Any]:
   return fake.llama_config(
     architectures=['Gemma3ForCausalLM'], rope_theta=None, **fields
   )
-
-
-def test_gemma3_has_two_rotations(tmp_path: pathlib.Path) -> None:
-  old = _read(
-    tmp_path,
-    _gemma3(
-      num_hidden_layers=6,
-      rope_local_base_freq=1e4,
-      rope_scaling=dict(rope_type='linear', factor=8.0),
-      sliding_window=8,
-      sliding_window_pattern=3,
-      hidden_activation='gelu_pytorch_tanh',
-      max_position_embeddings=None,
-    )
-    | dict(rope_theta=1e6),
-  )
-  kinds = [old.layer_kind(i) for i in range(6)]
-  assert [kind.attention.window for kind in kinds] == [8, 8, None] * 2
-  assert [kind.rope for kind in kinds[1:3]] == [
-    config_lib.RopeConfig(theta=1e4),
-    config_lib.RopeConfig(theta=1e6, kind='linear', factor=8.0),
-  ]
-  assert old.context_len == 131072  # Told as it is once scaled.
-  assert old.activation == 'gelu_tanh'  # hidden_act is not read.
-  assert old.embed_scale == fake.WIDTH**0.5
-  assert old.overflows_float16 and old.tie_word_embeddings
-
-
-def test_gemma2_without_caps(tmp_path: pathlib.Path) -> None:
-  """null means none; what is absent has a default."""
-  config = _gemma3() | dict(architectures=['Gemma2ForCausalLM'])
-  model = _read(tmp_path, config | dict(attn_logit_softcapping=None))
-  assert (model.attention_soft_cap, model.logit_soft_cap) == (None, 30.0)
-
-
-@pytest.mark.parametrize(
-  ('fields', 'match'),
-  [
-    (dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping=50.0'),
-    (dict(use_bidirectional_attention=True), 'use_bidirectional_attention'),
-    (dict(query_pre_attn_scalar=0), 'query_pre_attn_scalar=0'),
-    (dict(rope_local_base_freq='1'), "rope_theta='1'"),
-    (dict(sliding_window=None), 'there is no window'),
-  ],
-)
-def test_gemma3_config_attribute(
-  fields: dict[str, Any], match: str, tmp_path: pathlib.Path
-) -> None:
-  with pytest.raises(errors.CheckpointError, match=match):
-    _read(tmp_path, _gemma3() | fields)
 
 
 def _nested(

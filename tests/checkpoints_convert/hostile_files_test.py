@@ -162,6 +162,19 @@ CONFIGS: tuple[dict[str, Any], ...] = (
   ),
   _LLAMA
   | dict(
+    architectures=['Phi3ForCausalLM'],
+    original_max_position_embeddings=32,
+    partial_rotary_factor=0.5,
+    rope_scaling={
+      'type': 'longrope',
+      'short_factor': [1.5],
+      'long_factor': [3.0],
+      'attention_factor': 1.1,
+    },
+    sliding_window=8,
+  ),
+  _LLAMA
+  | dict(
     architectures=['Gemma2ForCausalLM'],
     hidden_activation='gelu_pytorch_tanh',
     query_pre_attn_scalar=4,

@@ -70,6 +70,17 @@ _EXAMPLES = (
     activation='gelu_tanh',
     tie_word_embeddings=True,
   ),
+  config_lib.LlamaConfig(
+    **_SIZES,
+    rope=config_lib.RopeConfig(
+      kind='longrope',
+      rotary_dim=4,
+      original_max_position=32,
+      attention_factor=1.1,
+      short_factors=(1.0, 1.5),
+      long_factors=(2.0, 3.0),
+    ),
+  ),
   config_lib.MixtralConfig(**_SIZES, num_experts=4, experts_per_token=2),
   config_lib.FalconConfig(**_SIZES, num_norms=2, activation='gelu'),
 )
@@ -124,6 +135,19 @@ def test_a_family_reads_only_itself() -> None:
     (config_lib.LlamaConfig, dict(embed_scale=0.0), r'embed_scale=0\.0'),
     (config_lib.LlamaConfig, dict(logit_soft_cap=-1.0), 'logit_soft_cap=-1'),
     (config_lib.LlamaConfig, dict(attention_scale='1'), "attention_scale='1'"),
+    (
+      config_lib.LlamaConfig,
+      dict(
+        rope=config_lib.RopeConfig(
+          kind='longrope',
+          original_max_position=8,
+          attention_factor=1.0,
+          short_factors=(1.0,) * 4,
+          long_factors=(1.0, 2.0),
+        )
+      ),
+      r'rope\.long_factors=.*must be 4 numbers',
+    ),
     (config_lib.LlamaConfig, dict(norms='none'), "norms='none'"),
     (config_lib.LlamaConfig, dict(qk_norm_is_wide=True), 'without qk_norm'),
     (config_lib.LlamaConfig, dict(window_rope=_YARN), 'without sliding_window'),
@@ -157,7 +181,17 @@ def test_bad_value(cls: Any, fields: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize(
   ('fields', 'match'),
   [
-    (dict(kind='longrope'), "kind='longrope'"),
+    (dict(kind='ntk'), "kind='ntk'"),
+    (
+      dict(
+        kind='longrope',
+        original_max_position=8,
+        attention_factor=1.0,
+        short_factors=(1.0, 'x'),
+        long_factors=(1.0, 2.0),
+      ),
+      'short_factors',
+    ),
     (dict(theta=-1.0), r'theta=-1\.0'),
     (dict(rotary_dim=3), 'rotary_dim=3'),
     (dict(kind='linear'), 'factor=None'),

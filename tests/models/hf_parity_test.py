@@ -69,6 +69,18 @@ def _scaled(rope_type: str, **fields: Any) -> Any:
   return rope | fields
 
 
+def _phi3(**fields: Any) -> Any:
+  return transformers.Phi3Config(**_GATED, **fields)
+
+
+def _longrope(num: int) -> dict[str, Any]:
+  return dict(
+    rope_type='longrope',
+    short_factor=[1.0 + 0.1 * i for i in range(num)],
+    long_factor=[1.5 + 0.8 * i for i in range(num)],
+  )
+
+
 def _falcon(**fields: Any) -> Any:
   return transformers.FalconConfig(**{**_SIZES, **fields})
 
@@ -199,6 +211,16 @@ CASES: Mapping[str, Any] = {
     mm_tokens_per_image=4,
     **_TOKENS,
   ),
+  'phi3': lambda: _phi3(sliding_window=WINDOW),
+  'phi3_longrope': lambda: _phi3(
+    original_max_position_embeddings=CONTEXT,
+    rope_parameters=_longrope(8),
+  ),
+  'phi3_longrope_partial_tied': lambda: _phi3(
+    original_max_position_embeddings=CONTEXT,
+    rope_parameters=_longrope(6) | dict(partial_rotary_factor=0.75),
+    tie_word_embeddings=True,
+  ),
   'mixtral': lambda: transformers.MixtralConfig(
     **_GATED, num_local_experts=4, num_experts_per_tok=2
   ),
@@ -320,10 +342,12 @@ def run_reference(model: Any) -> Reference:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: Any, params: Any, tokens: Any) -> Any:
+def _logits(
+  config: Any, params: Any, tokens: Any, rope_len: int = PROMPT_LEN
+) -> Any:
   """Logits of a whole sequence [T] whose first PROMPT_LEN are the prompt."""
   positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  rope_lens = jnp.maximum(positions + 1, PROMPT_LEN)
+  rope_lens = jnp.maximum(positions + 1, rope_len)
   hidden, _ = models.forward(
     config,
     params,
@@ -459,6 +483,44 @@ def test_a_switch_that_is_off_is_noticed(
   flipped = dataclasses.replace(config, **switches)
   others = _logits(flipped, params, prompt)
   assert np.abs(others - expected).max() > 100 * TOLERANCE
+
+
+def test_longrope_within_the_original_context(tmp_path: pathlib.Path) -> None:
+  """By what a request may come to: those that stay within have other factors.
+
+  Those that may go beyond have the long ones from their first token on, as
+  transformers has once it is beyond.
+  """
+  model = make_model(CASES['phi3_longrope']())
+  prompt, num_new = _prompt_of(model)[:, :10], CONTEXT - 10
+  out = model.generate(
+    prompt,
+    attention_mask=torch.ones_like(prompt),
+    do_sample=False,
+    max_new_tokens=num_new,
+    pad_token_id=0,
+  )
+  config, params = _convert(model, tmp_path)
+  llm = sarathi_jax.LLM(
+    config,
+    params,
+    eos_token_ids=(),
+    config=sarathi_jax.EngineConfig(
+      token_budget=12, max_num_seqs=8, page_size=16, num_pages=14
+    ),
+  )
+  within, beyond = (
+    llm.generate(
+      [prompt[0].numpy()],
+      sarathi_jax.SamplingParams(temperature=0, max_tokens=max_tokens),
+    )[0].token_ids
+    for max_tokens in (num_new, num_new + 1)
+  )
+  assert list(within) == out[0, 10:].tolist()
+  assert len(set(within)) >= 5, 'proves nothing'
+  assert within != beyond[:num_new]
+  logits = _logits(config, params, np.array([*prompt[0], *beyond[:-1]]), 64)
+  assert list(beyond) == logits[9:].argmax(-1).tolist()
 
 
 def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import rope
@@ -94,6 +96,41 @@ def test_dynamic_uses_the_length_it_is_given(length: int) -> None:
   cos, sin = embedding(torch.zeros(1), torch.from_numpy(positions)[None])
   np.testing.assert_allclose(ours[0], cos[0, :, :8], atol=1e-4)
   np.testing.assert_allclose(ours[1], sin[0, :, :8], atol=1e-4)
+
+
+@pytest.mark.parametrize('length', [64, 65])
+def test_longrope_has_two_sets_of_frequencies(length: int) -> None:
+  """All tokens have that for the sequence's length, as in transformers."""
+  short, long = (1.0, 1.25, 1.5, 2.0), (2.0, 4.5, 9.0, 30.0)
+  positions = np.arange(length, dtype=np.int32)
+  hf_config = transformers.Phi3Config(
+    hidden_size=16,
+    num_attention_heads=1,
+    max_position_embeddings=256,
+    original_max_position_embeddings=64,
+    partial_rotary_factor=0.5,
+    rope_parameters=dict(
+      rope_type='longrope', short_factor=list(short), long_factor=list(long)
+    ),
+  )
+  embedding = modeling_phi3.Phi3RotaryEmbedding(hf_config)
+  cos, sin = embedding(torch.zeros(1), torch.from_numpy(positions)[None])
+  config = config_lib.RopeConfig(
+    kind='longrope',
+    rotary_dim=8,
+    original_max_position=64,
+    attention_factor=embedding.attention_scaling,
+    short_factors=short,
+    long_factors=long,
+  )
+  assert config.attention_factor == pytest.approx(
+    (1 + math.log(4) / math.log(64)) ** 0.5
+  )
+  ours = rope.tables(
+    config, 16, jnp.asarray(positions), jnp.full(length, length, jnp.int32)
+  )
+  np.testing.assert_allclose(ours[0], cos[0, :, :4], atol=1e-5)
+  np.testing.assert_allclose(ours[1], sin[0, :, :4], atol=1e-5)
 
 
 def test_dynamic_needs_lengths() -> None:

@@ -229,6 +229,21 @@ def test_where_rotations_depend_on_the_prompts_length() -> None:
     assert steps(checker) == [batch]
 
 
+def test_where_rotations_depend_on_what_may_be_put_out() -> None:
+  """Of two kinds: those of up to 12 tokens, and those that may be longer."""
+  checker = make(dynamic_rope_len=12, rope_counts_outputs=True, token_budget=32)
+  for name, length, max_tokens, batch in (
+    ('A', 8, 4, 'A[0,8)'),
+    ('B', 9, 3, 'B[8,9)'),
+    ('C', 9, 4, 'C[0,9)'),
+    ('D', 13, 1, 'D[8,13)'),
+    ('E', 9, 7, 'E[8,9)'),
+    ('F', 9, 1, 'F[8,9)'),
+  ):
+    add(checker, name, length, ('A', 13), max_tokens=max_tokens)
+    assert steps(checker)[0] == batch
+
+
 @pytest.mark.parametrize(
   'fields', [{'prefix_cache': False}, {'prefix_cache_misses': True}]
 )
