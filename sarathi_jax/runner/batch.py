@@ -250,7 +250,9 @@ class BatchBuilder:
       np.int32,
       batch.num_tokens,
     )
-    fields.distribution[:] = n - sum(columns.is_prefill), n
+    # What computes one token attends as decodes do.
+    several = (q_lens > 1).nonzero()[0]
+    fields.distribution[:] = several[0] if len(several) else n, n
     self._add_samples(
       fields,
       np.fromiter(columns.samples, np.int32, n),

@@ -176,7 +176,9 @@ class Scheduler(abc.ABC):
       self.waiting.remove(seq)
       _end(seq)
     else:
-      self._finish(seq)
+      # Of what was recomputed after a preemption this would not be known.
+      is_known = seq.num_output and not seq.num_preemptions
+      self._finish(seq, len(seq.tokens) - 1 if is_known else 0)
     return True
 
   def set_token_budget(self, token_budget: int) -> None:
@@ -288,14 +290,17 @@ class Scheduler(abc.ABC):
       seq.tokens += tokens
       event = types.TokenEvent(chunk.request_id, tokens, logprobs, None)
       num_tokens = len(seq.tokens)
-      if num_tokens > seq.full_at:  # The new ones are not in the cache yet.
-        self.prefixes.register(seq, num_tokens - len(tokens))
+      num_cached = num_tokens - len(tokens)  # The new ones are not there yet.
+      if num_tokens > seq.full_at:
+        self.prefixes.register(seq, num_cached)
+      if chunk.is_prefill:
+        self.prefixes.register_rest(seq, num_cached)
       if num_tokens >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
         num, reason = seq.end(len(tokens))
         event = types.TokenEvent(
           chunk.request_id, tokens[:num], logprobs[:num], reason
         )
-        self._finish(seq)
+        self._finish(seq, num_cached)
       events.append(event)
     if sampled.tells:
       events = _told(events, seqs, sampled)
@@ -371,7 +376,7 @@ class Scheduler(abc.ABC):
     if self.config.cache_aware_window > 1:
       passing.note(self._first_few(now), seq)
     self.waiting.remove(seq)
-    self.prefixes.begin(seq)
+    self._copies += self.prefixes.begin(seq)
     seq.prefill_len = len(seq.tokens)
     for s in (seq, *seq.forks):
       s.slot = self.slots.take(is_adjusted=s.setup is not None)
@@ -547,7 +552,7 @@ class Scheduler(abc.ABC):
 
   def _preempt(self, seq: Sequence) -> None:
     assert not seq.num_in_flight and not seq.num_pending
-    self._release(seq)
+    self._release(seq, seq.num_computed)
     seq.num_computed = seq.prefill_len = 0
     seq.num_preemptions += 1
     self.num_preemptions += 1
@@ -557,15 +562,22 @@ class Scheduler(abc.ABC):
   def _fail(self, seq: Sequence) -> None:
     """Ends a sequence of which something is NaN, and maybe its pages."""
     self.pages.unregister(seq.pages)
-    self._finish(seq)
+    self._finish(seq, 0)
 
-  def _finish(self, seq: Sequence) -> None:
-    self._release(seq)
+  def _finish(self, seq: Sequence, num_cached: int) -> None:
+    self._release(seq, num_cached)
     _end(seq)
 
-  def _release(self, seq: Sequence) -> None:
+  def _release(self, seq: Sequence, num_cached: int) -> None:
+    """Takes back all that a sequence has.
+
+    Args:
+      seq: the sequence.
+      num_cached: its first tokens that are in the cache for sure, so that
+        others may find them; 0 if none are known to be.
+    """
     self.running.remove(seq)
-    self.prefixes.end(seq)
+    self.prefixes.end(seq, num_cached)
     for s in (seq, *seq.forks):
       forks_lib.release(s, self.pages)
       self.slots.give_back(s.slot)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from sarathi_jax.scheduler import beginnings
 from sarathi_jax.scheduler import page_log
 
 
@@ -21,13 +22,16 @@ class PagePool:
   be found, even when it is free, until it is taken for something else. Pages
   without a key are taken first, then those free for the longest; of those given
   back at once, the last first, as nobody can use a page without those before
-  it.
+  it. A page that is not full can be registered, too, by what it holds so far,
+  to which whoever finds it has no part but by copying.
 
   Attributes:
     num_pages, page_size: the cache.
     num_evicted: pages with a key that were taken for something else.
-    num_forgotten: keys that lead nowhere any more, for any reason.
-    log: is told which pages are found no more; None for none.
+    num_forgotten: keys of full pages that lead nowhere any more, for any
+      reason.
+    beginnings: of the pages that have a key.
+    log: is told which full pages are found no more; None for none.
   """
 
   def __init__(self, num_pages: int, page_size: int) -> None:
@@ -35,12 +39,14 @@ class PagePool:
     self.page_size = page_size
     self.num_evicted = 0
     self.num_forgotten = 0
+    self.beginnings = beginnings.Beginnings()
     self.log: page_log.PageLog | None = None
     self._free = list(range(num_pages))[::-1]  # without a key
     self._idle: OrderedDict[int, None] = OrderedDict()  # free, with a key
     self._num_holders = [0] * num_pages
     self._keys: list[bytes | None] = [None] * num_pages
     self._by_key: dict[bytes, int] = {}
+    self._in_part: set[bytes] = set()  # keys of pages that are not full
 
   @property
   def num_free(self) -> int:
@@ -90,19 +96,39 @@ class PagePool:
       if not self._num_holders[page]:
         self._set_free(page)
 
-  def register(self, page: int, key: bytes) -> bool:
+  def register(
+    self,
+    page: int,
+    key: bytes,
+    parent: bytes = b'',
+    tokens: bytes = b'',
+    *,
+    in_part: bool = False,
+  ) -> bool:
     """Lets a page that is held be found by what it holds.
+
+    Args:
+      page: that holds it. What it held in part before it holds still, and
+        more.
+      key: of what it holds.
+      parent, tokens: see `Beginnings.add`.
+      in_part: whether it is not full.
 
     Returns:
       Whether it is found from now on. It is not if it was before, or if another
       page is: pages in use are never exchanged.
     """
     assert self._num_holders[page], f'page {page} is free'
-    assert self._keys[page] in (None, key), f'page {page} has a key'
     if key in self._by_key:
       return False
+    if (old := self._keys[page]) is not None:
+      assert old in self._in_part, f'page {page} has a key'
+      self._forget(page)
     self._by_key[key] = page
     self._keys[page] = key
+    self.beginnings.add(key, parent, tokens)
+    if in_part:
+      self._in_part.add(key)
     return True
 
   def find(
@@ -120,20 +146,35 @@ class PagePool:
       pages.append(page)
     return pages
 
+  def find_beginning(
+    self, parent: bytes, tokens: bytes
+  ) -> tuple[int, int] | None:
+    """Returns a page that begins with some of `tokens`, and with how many.
+
+    It is not held: it is to be copied before anything else is taken.
+
+    Args:
+      parent: the key of the page before it.
+      tokens: that a sequence goes on with, int32.
+    """
+    found = self.beginnings.find(parent, tokens)
+    return (
+      None if found is None else (self._by_key[found.key], found.num_tokens)
+    )
+
   def unregister(self, pages: Sequence[int]) -> None:
     """Lets pages be found no more."""
     for page in pages:
-      if (key := self._keys[page]) is not None:
+      if self._keys[page] is not None:
         self._unregister(page)
-        if self.log is not None:
-          self.log.remove(key)
 
   def unregister_all(self) -> None:
     """Lets no page be found, as none holds any more what it did."""
-    for page in list(self._by_key.values()):
-      self._unregister(page)
-    if self.log is not None:
-      self.log.clear()
+    log, self.log = self.log, None
+    self.unregister(list(self._by_key.values()))
+    self.log = log
+    if log is not None:
+      log.clear()
 
   def _unregister(self, page: int) -> None:
     self._forget(page)
@@ -150,16 +191,19 @@ class PagePool:
   def _evict(self) -> int:
     """Returns the page that is free for the longest, without its key."""
     page, _ = self._idle.popitem(last=False)
-    key = self._forget(page)
+    self._forget(page)
     self.num_evicted += 1
-    if self.log is not None:
-      self.log.remove(key)
     return page
 
-  def _forget(self, page: int) -> bytes:
-    """Takes away a page's key; returns it."""
+  def _forget(self, page: int) -> None:
+    """Takes away a page's key."""
     key, self._keys[page] = self._keys[page], None
     assert key is not None
     del self._by_key[key]
+    self.beginnings.remove(key)
+    if key in self._in_part:
+      self._in_part.remove(key)
+      return
     self.num_forgotten += 1
-    return key
+    if self.log is not None:
+      self.log.remove(key)

@@ -4,6 +4,9 @@
 Pages are registered when the batch that wrote them has completed, so none is
 found that a failed step wrote. A request that begins with what another is just
 computing waits for it, page by page, rather than computing it, too.
+
+Full pages are shared. Where a sequence goes on as a page begins, full or not,
+the page is copied: the copy is its own, and holds these tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from sarathi_jax.scheduler import sequence
 Sequence = sequence.Sequence
 # Steps that a request waits for another one that computes what it needs.
 _MOST_STEPS = 256
+# The part of a page that is worth a copy.
+_LEAST = 4  # a fourth
 
 
 class PrefixCache:
-  """Shares full pages between sequences that begin alike.
+  """Shares pages between sequences that begin alike.
 
   Args:
     config: the scheduler's.
@@ -45,6 +50,7 @@ class PrefixCache:
     self._pool = pool
     self._is_on = config.prefix_cache
     self._finds = config.prefix_cache and not config.prefix_cache_misses
+    self._least = max(1, pool.page_size // _LEAST)
     self._dynamic_rope_len = config.dynamic_rope_len
     # Which sequence computes the page of a key that is not registered.
     self._coming: dict[bytes, Sequence] = {}
@@ -89,7 +95,10 @@ class PrefixCache:
     return len(seq.tokens) - len(self.find(seq)) * self._pool.page_size
 
   def guess_missing(self, seq: Sequence) -> int:
-    """As `num_missing`, or fewer: it is not looked for again at each step."""
+    """As `num_missing`, or fewer: it is not looked for again at each step.
+
+    Neither counts what is found within a page.
+    """
     return len(seq.tokens) - self.guess(seq) * self._pool.page_size
 
   def looked_for(self, request: types.Request) -> Sequence:
@@ -123,11 +132,25 @@ class PrefixCache:
     seq.waits_since = step if seq.waits_since is None else seq.waits_since
     return step - seq.waits_since < _MOST_STEPS
 
-  def begin(self, seq: Sequence) -> None:
-    """Gives a sequence that is admitted the pages that were found for it."""
+  def begin(self, seq: Sequence) -> list[tuple[int, int]]:
+    """Gives a sequence that is admitted the pages that were found for it.
+
+    At least one more page is free.
+
+    Returns:
+      Pages (from, to) to copy before anything is computed.
+    """
     found = self.find(seq)
     num_tokens = len(found) * self._pool.page_size
     seq.pages = self._pool.share(found)
+    copies = []
+    if beginning := self._find_within(seq, len(found)):
+      source, num_within = beginning
+      (own,) = self._pool.take(1)
+      seq.pages.append(own)
+      num_tokens += num_within
+      if source != own:  # It was the only free one, and has these tokens.
+        copies = [(source, own)]
     seq.page_table = tuple(seq.pages)
     seq.num_computed = num_tokens
     self._set_registered(seq, len(found))
@@ -146,6 +169,21 @@ class PrefixCache:
       self._make_keys(seq, num_full)
       for key in seq.keys[len(found) : num_full]:
         self._coming.setdefault(key, seq)
+    return copies
+
+  def _find_within(
+    self, seq: Sequence, num_pages: int
+  ) -> tuple[int, int] | None:
+    """Returns a page that begins as `seq` goes on, and how many tokens do."""
+    if not self._finds or seq.prompt_logprobs is not None:
+      return None
+    start = num_pages * self._pool.page_size
+    # One is left to compute.
+    stop = min(start + self._pool.page_size, len(seq.tokens) - 1)
+    found = self._pool.find_beginning(
+      self._parent(seq, num_pages), prefixes.pack(seq.tokens[start:stop])
+    )
+    return found if found and found[1] >= self._least else None
 
   def register(self, seq: Sequence, num_tokens: int) -> None:
     """Lets others find the full pages of tokens [0, num_tokens).
@@ -161,7 +199,9 @@ class PrefixCache:
     self._make_keys(seq, num_pages)
     for i in range(seq.num_registered, num_pages):
       key = seq.keys[i]
-      is_new = self._pool.register(seq.pages[i], key)
+      is_new = self._pool.register(
+        seq.pages[i], key, self._parent(seq, i), seq.contents[i]
+      )
       if is_new and self._pool.log is not None:
         parent = seq.keys[i - 1] if i else None
         self._pool.log.store(
@@ -173,8 +213,37 @@ class PrefixCache:
         del self._coming[key]
     self._set_registered(seq, num_pages)
 
-  def end(self, seq: Sequence) -> None:
-    """Tells that a sequence computes no more; before its pages are freed."""
+  def register_rest(self, seq: Sequence, num_tokens: int) -> None:
+    """Lets others find what tokens [0, num_tokens) fill of a page in part.
+
+    Args:
+      seq: a running sequence.
+      num_tokens: what is in the cache for sure.
+    """
+    num_pages, num_within = divmod(num_tokens, self._pool.page_size)
+    if not self._is_on or num_within < self._least:
+      return
+    if num_pages == len(seq.pages):
+      return  # The page is that of the sequence whose fork it is.
+    self._make_keys(seq, num_pages)
+    parent = self._parent(seq, num_pages)
+    tokens = prefixes.pack(seq.tokens[num_tokens - num_within : num_tokens])
+    self._pool.register(
+      seq.pages[num_pages],
+      prefixes.key_of(parent, tokens),
+      parent,
+      tokens,
+      in_part=True,
+    )
+
+  def end(self, seq: Sequence, num_tokens: int) -> None:
+    """Tells that a sequence computes no more; before its pages are freed.
+
+    Args:
+      seq: the sequence.
+      num_tokens: what is in the cache for sure; 0 for nothing.
+    """
+    self.register_rest(seq, num_tokens)
     if self._coming:
       for key in seq.keys[seq.num_registered :]:
         if self._coming.get(key) is seq:
@@ -203,6 +272,10 @@ class PrefixCache:
         num_pages,
         self._pool.page_size,
       )
+
+  def _parent(self, seq: Sequence, num_pages: int) -> bytes:
+    """Returns the key before the page after so many, of which it has keys."""
+    return seq.keys[num_pages - 1] if num_pages else self._root(seq.request)
 
   def _root(self, request: types.Request) -> bytes:
     return prefixes.root(

@@ -30,6 +30,21 @@ def root(**extras: str | int) -> bytes:
   return digest.digest()
 
 
+def pack(tokens: Sequence[int]) -> bytes:
+  """Returns tokens as int32."""
+  return array.array('i', tokens).tobytes()
+
+
+def key_of(parent: bytes, tokens: bytes) -> bytes:
+  """Returns the key of a page.
+
+  Args:
+    parent: the key of the page before it, or the root.
+    tokens: its tokens, or those that it has so far; int32.
+  """
+  return hashlib.sha256(parent + tokens).digest()
+
+
 def extend(
   keys: list[bytes],
   contents: list[bytes],
@@ -51,11 +66,11 @@ def extend(
   start = len(keys) * page_size
   stop = num_pages * page_size
   assert stop <= len(tokens), (stop, len(tokens))
-  packed = array.array('i', tokens[start:stop]).tobytes()
+  packed = pack(tokens[start:stop])
   key = keys[-1] if keys else root_key
   step = len(packed) // max(1, num_pages - len(keys))
   for at in range(0, len(packed), step or 1):
     page = packed[at : at + step]
-    key = hashlib.sha256(key + page).digest()
+    key = key_of(key, page)
     keys.append(key)
     contents.append(page)

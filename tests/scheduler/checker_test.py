@@ -135,9 +135,9 @@ class SharesASlot(sarathi.SarathiScheduler):
 
 
 class ForgetsAPage(sarathi.SarathiScheduler):
-  def _release(self, seq: sequence.Sequence) -> None:
+  def _release(self, seq: sequence.Sequence, num_cached: int) -> None:
     seq.pages = seq.pages[1:]
-    super()._release(seq)
+    super()._release(seq, 0)
 
 
 class GivesAPageTwice(sarathi.SarathiScheduler):
@@ -191,12 +191,12 @@ class CopiesTooLate(sarathi.SarathiScheduler):
 
 
 class GivesUpThePageToCopy(sarathi.SarathiScheduler):
-  def _finish(self, seq: sequence.Sequence) -> None:
+  def _finish(self, seq: sequence.Sequence, num_cached: int) -> None:
     for other in self.running:
       if other is not seq and other.copy_from in seq.pages:
         other.copy_from = None
         other.room = len(other.pages) * self.pages.page_size
-    super()._finish(seq)
+    super()._finish(seq, num_cached)
 
 
 class ForgetsForks(sarathi.SarathiScheduler):
@@ -219,6 +219,7 @@ class _Unchained(prefix_cache.PrefixCache):
     size = self._pool.page_size
     for i in range(len(seq.keys), num_pages):
       seq.keys.append(repr(seq.tokens[i * size : (i + 1) * size]).encode())
+      seq.contents.append(b'')
 
 
 class IgnoresTheSalt(sarathi.SarathiScheduler):

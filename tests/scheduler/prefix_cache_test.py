@@ -53,29 +53,91 @@ def steps(checker: checker_lib.Checker) -> list[str]:
   return batches
 
 
-def test_what_is_full_and_alike_is_found() -> None:
+def test_what_is_alike_is_found() -> None:
   checker = make()
   add(checker, 'A', 8)
   assert steps(checker) == ['A[0,8)']
-  # The same again: a token at least is computed, so a whole page of them.
+  # The same again: a token at least is computed.
   add(checker, 'B', 8, ('A', 8))
-  assert steps(checker) == ['B[4,8)']
+  assert steps(checker) == ['B[7,8)']
   add(checker, 'C', 12, ('A', 8))
   assert steps(checker) == ['C[8,12)']
-  add(checker, 'D', 12, ('A', 7))  # The second page is another.
-  assert steps(checker) == ['D[4,12)']
+  add(checker, 'D', 12, ('A', 7))  # The second page is another, at its end.
+  assert steps(checker) == ['D[7,12)']
   add(checker, 'E', 4, ('A', 4))
-  assert steps(checker) == ['E[0,4)']
+  assert steps(checker) == ['E[3,4)']
   prefixes = checker.scheduler.prefixes
-  assert (prefixes.num_looked_up, prefixes.num_found) == (44, 16)
-  assert checker.scheduler.num_prefilled == 44 - 16
+  assert (prefixes.num_looked_up, prefixes.num_found) == (44, 25)
+  assert checker.scheduler.num_prefilled == 44 - 25
+
+
+def test_pages_that_are_used_in_part_are_copied() -> None:
+  """And those of the sequence that is found are left as they are."""
+  checker = make()
+  add(checker, 'A', 10, max_tokens=2)
+  steps(checker)
+  add(checker, 'B', 12, ('A', 10))
+  add(checker, 'C', 12, ('A', 9))
+  batch = checker.schedule()
+  assert show(batch) == 'B[10,12) C[9,12)'
+  (first, own_b), (second, own_c) = batch.copies
+  assert first == second and len({first, own_b, own_c}) == 3
+  for chunk, own in zip(batch.chunks, (own_b, own_c), strict=True):
+    assert chunk.page_table[2] == own
+  checker.complete()
+
+
+def test_answers_that_are_cut_off_are_found() -> None:
+  checker = make(token_budget=8)
+  add(checker, 'A', 5, max_tokens=8)
+  for _ in range(3):
+    checker.schedule()
+    checker.complete()
+  checker.remove('A')
+  # Of its eight tokens the last one was not computed.
+  add(checker, 'B', 10, ('A', 8))
+  assert steps(checker) == ['B[7,10)']
+
+
+def test_what_is_recomputed_in_flight_is_not_found() -> None:
+  checker = make(look_ahead=True)
+  add(checker, 'A', 2, max_tokens=8)
+  checker.schedule()
+  checker.complete()
+  checker.preempt_all()
+  assert show(checker.schedule()) == 'A[0,3)'
+  checker.remove('A')
+  add(checker, 'B', 4, ('A', 2))
+  assert show(checker.schedule()) == 'B[0,4)'
+  checker.complete()
+
+
+def test_a_small_part_of_a_page_is_not_worth_a_copy() -> None:
+  checker = make(page_size=16, token_budget=64, max_model_len=128)
+  add(checker, 'A', 31)
+  steps(checker)
+  for name, alike, start in (('B', 20, 20), ('C', 19, 16), ('D', 3, 0)):
+    add(checker, name, 40, ('A', alike))
+    assert steps(checker) == [f'{name}[{start},40)']
+
+
+def test_of_many_that_begin_alike_the_latest_are_compared() -> None:
+  checker = make(num_pages=60)
+  for i in range(12):
+    add(checker, f'A{i}', 7, ('shared', 5), (f'part{i}', 6 + i % 2))
+    steps(checker)
+  add(checker, 'B', 8, ('shared', 5), ('part11', 7))
+  assert steps(checker) == ['B[7,8)']
+  add(checker, 'C', 8, ('shared', 5), ('part1', 7))
+  assert steps(checker) == ['C[5,8)']
 
 
 def test_outputs_are_found_by_the_next_turn_of_a_chat() -> None:
   checker = make()
   add(checker, 'A', 6, max_tokens=7)
   assert steps(checker)[0] == 'A[0,6)'
-  # Of its 13 tokens the last one is in no page: nobody went on after it.
+  # Of its 13 tokens the last one is in no page: nobody went on after it. So it
+  # is wherever the answer ends.
   turn = types.Request(
     request_id='B',
     prompt_token_ids=(*(checker_lib.token_at('A', p) for p in range(13)), 1),
@@ -113,7 +175,7 @@ def test_what_another_is_computing_is_waited_for() -> None:
     'A[0,8)',  # A takes all.
     'A[8,16)',
     'A[16,20)',  # B's next page is A's: it waits, and C may not overtake it.
-    'B[20,22) C[4,10)',
+    'B[20,22) C[6,10)',
   ]
 
 
@@ -159,7 +221,7 @@ def test_what_is_in_flight_is_not_found() -> None:
   assert show(checker.schedule()) == 'A[0,8)'
   assert show(checker.schedule()) == ''  # A's pages are not there yet.
   checker.complete()
-  assert show(checker.schedule()) == 'B[4,8)'
+  assert show(checker.schedule()) == 'B[7,8)'
 
 
 def test_the_preempted_get_back_what_nobody_took() -> None:
@@ -176,7 +238,7 @@ def test_the_preempted_get_back_what_nobody_took() -> None:
 
 
 def test_who_has_the_least_room_evicts_the_longest_unused() -> None:
-  checker = make(num_pages=8, token_budget=32)
+  checker = make(num_pages=9, token_budget=32)
   for name in 'AB':
     add(checker, name, 12)
     steps(checker)
@@ -210,7 +272,7 @@ def test_salts_and_weights_keep_apart() -> None:
   add(checker, 'B', 8, ('A', 8), cache_salt='bob')
   assert steps(checker) == ['B[0,8)']
   add(checker, 'C', 8, ('A', 8), cache_salt='ann')
-  assert steps(checker) == ['C[4,8)']
+  assert steps(checker) == ['C[7,8)']
   checker.preempt_all()
   add(checker, 'D', 8, ('A', 8), cache_salt='ann')
   assert steps(checker) == ['D[0,8)']
@@ -220,9 +282,9 @@ def test_where_rotations_depend_on_the_prompts_length() -> None:
   checker = make(dynamic_rope_len=8, token_budget=32)
   for name, length, batch in (
     ('A', 8, 'A[0,8)'),
-    ('B', 7, 'B[4,7)'),  # Up to 8 all are alike.
+    ('B', 7, 'B[6,7)'),  # Up to 8 all are alike.
     ('C', 12, 'C[0,12)'),
-    ('D', 12, 'D[4,12)'),
+    ('D', 12, 'D[7,12)'),
     ('E', 13, 'E[0,13)'),
   ):
     add(checker, name, length, ('A', 7))

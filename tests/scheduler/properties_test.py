@@ -50,7 +50,7 @@ class Workload:
 def make_workload(rng: random.Random) -> Workload:
   """Draws one; pages are scarce in most."""
   max_model_len = rng.randint(2, rng.choice((8, 60, 60)))
-  page_size = rng.randint(1, rng.choice((2, 8)))
+  page_size = rng.randint(1, rng.choice((2, 8, 16)))
   per_seq = -(-max_model_len // page_size)
   max_num_seqs = rng.randint(1, rng.choice((2, 8, 8)))
   return Workload(
@@ -107,6 +107,10 @@ def draw_request(
   rng: random.Random, request_id: str, workload: Workload, arrival_time: float
 ) -> types.Request:
   max_model_len = workload.config.max_model_len
+  number = int(request_id[1:])
+  beginnings = workload.beginnings[: rng.randint(0, 2)]
+  if number and rng.random() < 0.3:  # A later turn, it may be.
+    beginnings = (f'r{rng.randrange(number)}',)
   return checker_lib.make_request(
     request_id,
     prompt_len=rng.randint(
@@ -118,10 +122,9 @@ def draw_request(
     priority=rng.choice(workload.priorities),
     n=rng.choice((1, rng.randint(1, workload.most))),
     cache_salt=rng.choice(('', '', '', 'salt')),
-    client=workload.clients[int(request_id[1:]) % len(workload.clients)],
+    client=workload.clients[number % len(workload.clients)],
     beginnings=tuple(
-      (name, rng.choice((9, 20, max_model_len)))
-      for name in workload.beginnings[: rng.randint(0, 2)]
+      (name, rng.choice((9, 20, max_model_len))) for name in beginnings
     ),
   )
 
@@ -170,7 +173,7 @@ def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
 @pytest.mark.parametrize('policy', POLICIES)
 def test_soak(policy: str) -> None:
   """Some 5,000 steps a policy of what hypothesis would not draw."""
-  num_steps = num_preempted = num_finished = num_found = 0
+  num_steps = num_preempted = num_finished = num_found = num_within = 0
   seed = 0
   while num_steps < 5000:
     checker = run(policy, seed)
@@ -179,9 +182,11 @@ def test_soak(policy: str) -> None:
       num_preempted += checker.num_preempted
     num_finished += len(checker.finished)
     num_found += checker.num_found
+    num_within += checker.num_within
     seed += 1
   assert num_finished > 100
   assert num_found > 100
+  assert num_within > 20
   # Where all memory is reserved at first, nothing is preempted but for forks.
   assert bool(num_preempted) == (policy in ('sarathi', 'vllm'))
 
