@@ -203,7 +203,9 @@ def test_a_router_knows_what_each_prompt_will_find() -> None:
       chat = rng.randrange(3)
       expected = early.catch_up().num_found(chats[chat])
       num_hits += expected > 0
-      assert generate(running, chats[chat], rng.randint(1, 9)) == expected
+      found = generate(running, chats[chat], rng.randint(1, 9))
+      # What is found within a page is told of no more than that page.
+      assert expected <= found < expected + 4
       chats[chat] = [*chats[chat], *rng.choices(range(8), k=rng.randint(1, 6))]
       if len(chats[chat]) > 30:
         chats[chat] = chats[chat][: rng.randint(1, 12)]
@@ -249,7 +251,7 @@ def test_what_was_there_comes_first_and_what_comes_follows() -> None:
 
 def test_loads_tell_how_much_is_found() -> None:
   with serving() as running:
-    for expected in (0, 8 / 22):
+    for expected in (0, 10 / 22):
       generate(running, PROMPT)
       (load,) = stub_of(running).GetLoads(pb.GetLoadsRequest()).loads
       assert load.cache_hit_rate == pytest.approx(expected)
@@ -451,7 +453,7 @@ def test_a_flush_waits_until_nothing_runs() -> None:
     list(call)
     assert whole.result().success
     assert generate(running, PROMPT) == 0
-    assert generate(running, PROMPT) == 8
+    assert generate(running, PROMPT) == 10
 
 
 @pytest.mark.parametrize('timeout_s', [-1.0, float('nan'), float('inf')])

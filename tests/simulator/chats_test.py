@@ -149,10 +149,10 @@ def test_the_cache_saves_what_was_said() -> None:
     1: [186, 187, 188, 189],
     2: [40, 42, 44, 46],
   }
-  # Of the other prompt the first 4 tokens are found; of the turn 20 of the 23
-  # that were computed, as 3 fill no page.
-  print(soon)
-  assert cold.found == 0 and hot.found == 24 / 80
+  # Of the other prompt the first 4 tokens are found, of the turn all 23 that
+  # were computed.
+  assert soon[1][0] < late[1][0]
+  assert cold.found == 0 and hot.found == 27 / 80
 
 
 def test_runs_of_chats_are_complete_and_the_same_by_seed() -> None:
