@@ -88,6 +88,16 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
   'mixtral': model_config_lib.MixtralConfig(
     **_SIZES, num_layers=3, num_kv_heads=4, num_experts=4, experts_per_token=2
   ),
+  'qwen_moe': model_config_lib.MixtralConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=4,
+    num_experts=16,
+    experts_per_token=3,
+    weights_sum_to_one=False,
+    qk_norm=True,
+    tie_word_embeddings=True,
+  ),
   'falcon_7b': model_config_lib.FalconConfig(
     **_SIZES,
     num_layers=3,

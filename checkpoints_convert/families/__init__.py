@@ -46,6 +46,9 @@ ARCHITECTURES: Mapping[str, Family] = {
   ),
   'Qwen2ForCausalLM': Family('qwen2', 'Qwen2, Qwen2.5'),
   'Qwen3ForCausalLM': Family('qwen3', 'Qwen3'),
+  'Qwen3MoeForCausalLM': Family(
+    'qwen3_moe', 'Qwen3 30B-A3B, 235B-A22B; Qwen3-Coder'
+  ),
 }
 
 

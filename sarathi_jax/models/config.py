@@ -347,30 +347,40 @@ class LlamaConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class MixtralConfig(ModelConfig):
-  """Mixtral: Mistral with a mixture of experts for an MLP.
+class MixtralConfig(LlamaConfig):
+  """Mixtral, Qwen3-MoE: Llama's layers with a mixture of experts for an MLP.
 
   Attributes:
     num_experts: E.
     experts_per_token: how many experts each token goes through.
+    weights_sum_to_one: whether the weights of a token's experts are divided by
+      their sum.
   """
 
   family: ClassVar[str] = 'mixtral'
 
   num_experts: int
   experts_per_token: int
+  weights_sum_to_one: bool = True
 
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
     _check_types(
       self,
-      {'num_experts': fields_lib.COUNT, 'experts_per_token': fields_lib.COUNT},
+      {
+        'num_experts': fields_lib.COUNT,
+        'experts_per_token': fields_lib.COUNT,
+        'weights_sum_to_one': config_lib.FLAG,
+      },
     )
     _check(
       self.experts_per_token <= self.num_experts,
       'experts_per_token',
       self.experts_per_token,
       f'exceeds num_experts={self.num_experts}',
+    )
+    _check(
+      not self.mlp_bias, 'mlp_bias', self.mlp_bias, 'experts have no biases'
     )
 
   @property

@@ -28,6 +28,13 @@ class Matrix(NamedTuple):
   copies: int = 1
   used: int = 1
 
+  def num_read(self, tokens: float) -> float:
+    """Returns how many of the copies some tokens use.
+
+    On average, if all are as likely to be chosen.
+    """
+    return float(self.copies * (1 - (1 - self.used / self.copies) ** tokens))
+
 
 def layer_matrices(
   model: config_lib.ModelConfig, tp: int = 1
@@ -91,6 +98,6 @@ def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
   return (
     whole
     / model.num_layers
-    / (2 * layer_size(model))
+    / sum(2 * m.rows * m.columns * m.used for m in layer_matrices(model))
     * attention_work.pair_flops(model.num_heads, model.head_dim)
   )

@@ -6,6 +6,7 @@ Mistral, Qwen, OLMo, Gemma.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -26,18 +27,22 @@ def norm_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
 
 def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
-  specs = {
-    'attn': attention.attention_specs(
-      config,
-      qkv_bias=config.qkv_bias,
-      o_bias=config.o_bias,
-      qk_norm=config.qk_norm,
-      qk_norm_is_wide=config.qk_norm_is_wide,
-      norm_from_one=config.norm_from_one,
-    ),
-    'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias),
+  return around_specs(config) | {
+    'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias)
   }
-  return specs | {
+
+
+def around_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
+  """Returns the specs of all but the MLP's parameters."""
+  attn = attention.attention_specs(
+    config,
+    qkv_bias=config.qkv_bias,
+    o_bias=config.o_bias,
+    qk_norm=config.qk_norm,
+    qk_norm_is_wide=config.qk_norm_is_wide,
+    norm_from_one=config.norm_from_one,
+  )
+  return {'attn': attn} | {
     f'{branch}{side}_norm': norm_specs(config)
     for branch in ('attn', 'mlp')
     for side in config_lib.NORMS[config.norms]
@@ -52,11 +57,26 @@ def block(
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Adds attention, then the MLP, to the residual stream."""
-  shards, eps = context.shards, config.norm_eps
+
+  def mlp(x: Array) -> Array:
+    return layers.gated_mlp(params['mlp'], x, config.activation, context.shards)
+
+  return block_around(config, params, layer_kv, x, context, mlp)
+
+
+def block_around(
+  config: config_lib.LlamaConfig,
+  params: layers.Params,
+  layer_kv: attention.LayerKv,
+  x: Float[Array, 'T D'],
+  context: attention.LayerContext,
+  mlp: Callable[[Array], Array],
+) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
+  """Does as `block`, with an MLP that is given; on a shard, a part of it."""
+  eps = config.norm_eps
   x, layer_kv = attention.add_attention(
     config, params, layer_kv, x, context, norm=norm
   )
-  normed = layers.read_stream(params, 'mlp', x, norm, eps)
-  out = layers.gated_mlp(params['mlp'], normed, config.activation, shards)
-  x = layers.add_to_stream(params, 'mlp', x, shards.sum(out), norm, eps)
-  return x, layer_kv
+  out = mlp(layers.read_stream(params, 'mlp', x, norm, eps))
+  out = context.shards.sum(out)
+  return layers.add_to_stream(params, 'mlp', x, out, norm, eps), layer_kv

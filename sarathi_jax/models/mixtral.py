@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral (https://arxiv.org/abs/2401.04088)."""
+"""Mixtral (https://arxiv.org/abs/2401.04088) and Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -10,24 +10,15 @@ from jaxtyping import Array, Float
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
+from sarathi_jax.models import llama
 from sarathi_jax.models import moe
 
-norm = layers.rms_norm
-
-
-def norm_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
-  """Returns the specs of `norm`'s parameters."""
-  return layers.rms_norm_specs(config.hidden_size)
+norm, norm_specs = llama.norm, llama.norm_specs
 
 
 def layer_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
-  return {
-    'attn_norm': norm_specs(config),
-    'attn': attention.attention_specs(config),
-    'mlp_norm': norm_specs(config),
-    'moe': moe.moe_specs(config),
-  }
+  return llama.around_specs(config) | {'moe': moe.moe_specs(config)}
 
 
 def block(
@@ -38,9 +29,8 @@ def block(
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Adds attention, then the experts' output, to the residual stream."""
-  x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, context, norm=norm
-  )
-  normed = norm(params['mlp_norm'], x, config.norm_eps)
-  out = moe.moe(config, params['moe'], normed, context.is_token)
-  return x + context.shards.sum(out), layer_kv
+
+  def mlp(x: Array) -> Array:
+    return moe.moe(config, params['moe'], x, context.is_token)
+
+  return llama.block_around(config, params, layer_kv, x, context, mlp)

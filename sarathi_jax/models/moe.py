@@ -27,13 +27,16 @@ def route(
 ) -> tuple[Int[Array, 'T k'], Float[Array, 'T k']]:
   """Returns the experts that each token chooses, and their weights in float32.
 
-  Takes the softmax over all experts, and scales the top ones to sum to 1.
+  These are the top of the softmax over all experts, divided by their sum if
+  the config says so.
   """
   probs = jax.nn.softmax(
     matrices.matmul(x, router).astype(jnp.float32), axis=-1
   )
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
-  return experts, top / jnp.sum(top, axis=-1, keepdims=True)
+  if config.weights_sum_to_one:
+    top = top / jnp.sum(top, axis=-1, keepdims=True)
+  return experts, top
 
 
 def moe(

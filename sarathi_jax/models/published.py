@@ -38,6 +38,23 @@ _GEMMA: dict[str, Any] = dict(
   overflows_float16=True,
 )
 
+_QWEN3_MOE: dict[str, Any] = dict(
+  vocab_size=151936,
+  num_kv_heads=4,
+  head_dim=128,
+  norm_eps=1e-6,
+  qk_norm=True,
+  num_experts=128,
+  experts_per_token=8,
+)
+_QWEN3_30B: dict[str, Any] = dict(
+  hidden_size=2048,
+  intermediate_size=768,
+  num_layers=48,
+  num_heads=32,
+  **_QWEN3_MOE,
+)
+
 MODELS: Mapping[str, config.ModelConfig] = {
   'tinyllama-1.1b': config.LlamaConfig(
     vocab_size=32000,
@@ -219,5 +236,24 @@ MODELS: Mapping[str, config.ModelConfig] = {
     rope=config.RopeConfig(theta=1e6),
     num_experts=8,
     experts_per_token=2,
+  ),
+  'qwen3-30b-a3b': config.MixtralConfig(
+    max_position_embeddings=40960,
+    rope=config.RopeConfig(theta=1e6),
+    **_QWEN3_30B,
+  ),
+  'qwen3-coder-30b-a3b': config.MixtralConfig(
+    max_position_embeddings=262144,
+    rope=config.RopeConfig(theta=1e7),
+    **_QWEN3_30B,
+  ),
+  'qwen3-235b-a22b': config.MixtralConfig(
+    hidden_size=4096,
+    intermediate_size=1536,
+    num_layers=94,
+    num_heads=64,
+    max_position_embeddings=40960,
+    rope=config.RopeConfig(theta=1e6),
+    **_QWEN3_MOE,
   ),
 }

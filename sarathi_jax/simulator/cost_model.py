@@ -269,11 +269,10 @@ class CostModel:
     hw, width = self.hardware, self.model.hidden_size
     seconds = 0.0
     for matrix in self._matrices:
-      # In a mixture of experts, each expert sees its part of the tokens.
-      pairs = n * matrix.used
-      experts = min(matrix.copies, pairs)
+      # Of a mixture, each expert that is chosen sees its part of the tokens.
+      experts = matrix.num_read(n)
       seconds += experts * operators.matmul(
-        hw, pairs / experts, matrix.rows, matrix.columns
+        hw, n * matrix.used / experts, matrix.rows, matrix.columns
       )
     mlp = self.model.mlp
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim

@@ -75,6 +75,30 @@ def test_each_token_goes_through_some_of_the_experts() -> None:
   ]
 
 
+def test_few_tokens_read_few_of_the_experts() -> None:
+  """On average over all choices: 2 of 8 by one, then of the others."""
+  expert = facts.layer_matrices(published.MODELS['mixtral-8x7b'])[-1]
+  found = [expert.num_read(n) for n in (0, 1, 2, 1000)]
+  assert found == pytest.approx([0, 2, 2 + 2 * 6 / 8, 8])
+
+
+def test_published_mixtures_have_the_sizes_of_their_names() -> None:
+  """Billions of numbers, and of those that a token goes through."""
+  for name, total, active in (
+    ('qwen3-30b-a3b', 30.5, 3.3),
+    ('qwen3-coder-30b-a3b', 30.5, 3.3),
+    ('qwen3-235b-a22b', 235, 22),
+    ('mixtral-8x7b', 46.7, 12.9),
+  ):
+    model = MODELS[name]
+    vocabulary = 2 * model.vocab_size * model.hidden_size
+    matrices = facts.layer_matrices(model)
+    for expected, key in ((total, 'copies'), (active, 'used')):
+      layer = sum(m.rows * m.columns * getattr(m, key) for m in matrices)
+      got = (vocabulary + model.num_layers * layer) / 1e9
+      assert got == pytest.approx(expected, rel=0.02), (name, key)
+
+
 @pytest.mark.parametrize('dtype', attention_work.NUMBER_BYTES)
 def test_keys_and_values_are_those_of_the_cache(dtype: str) -> None:
   model = published.MODELS['mistral-7b']

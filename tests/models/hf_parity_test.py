@@ -227,6 +227,23 @@ CASES: Mapping[str, Any] = {
   'mixtral_window_top3': lambda: transformers.MixtralConfig(
     **_GATED, num_local_experts=5, num_experts_per_tok=3, sliding_window=WINDOW
   ),
+  'qwen3_moe': lambda: transformers.Qwen3MoeConfig(
+    **_GATED,
+    head_dim=24,
+    moe_intermediate_size=40,
+    num_experts=8,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+  ),
+  'qwen3_moe_biases_weights_as_they_are': lambda: transformers.Qwen3MoeConfig(
+    **_GATED,
+    moe_intermediate_size=56,
+    num_experts=5,
+    num_experts_per_tok=2,
+    norm_topk_prob=False,
+    attention_bias=True,
+    tie_word_embeddings=True,
+  ),
   'falcon_7b': _falcon,
   'falcon_7b_untied_biases': lambda: _falcon(
     bias=True, tie_word_embeddings=False
@@ -263,6 +280,7 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     dict(activation='silu'),
     dict(window_layers=(1,)),
   ),
+  'qwen3_moe': (dict(weights_sum_to_one=False), dict(experts_per_token=2)),
   'gemma3': (
     dict(window_rope=None),
     dict(attention_scale=None),

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen3-MoE: Qwen3's attention, and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checkpoints_convert import hf_config
+from checkpoints_convert import rules as rules_lib
+from checkpoints_convert.families import llama
+from checkpoints_convert.families import qwen3
+from sarathi_jax.models import config as config_lib
+
+_MOE = 'model.layers.{layer}.mlp'
+_LEAF = 'layers.{layer}.moe'
+
+_MOE_RULES = (
+  rules_lib.Rule(f'{_MOE}.gate.weight', f'{_LEAF}.router', transpose=True),
+  *(
+    rules_lib.Rule(
+      f'{_MOE}.experts.{{expert}}.{name}_proj.weight',
+      f'{_LEAF}.{name}',
+      transpose=True,
+    )
+    for name in ('gate', 'up', 'down')
+  ),
+)
+
+
+def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
+  """Reads what transformers' Qwen3MoeConfig reads, with its defaults."""
+  fields = hf_config.common(
+    attributes,
+    kv_heads=4,
+    theta=10000.0,
+    eps=1e-6,
+    positions=32768,
+    intermediate_size=6144,
+  )
+  bias = attributes.flag('attention_bias', False)
+  for name in ('sliding_window', 'max_window_layers'):  # There is no window.
+    attributes.take(name)
+  if attributes.flag('use_sliding_window', False):
+    raise attributes.refuse(
+      'use_sliding_window',
+      True,
+      'must be false: versions of transformers differ in which layers have it',
+    )
+  for name, needed in (('decoder_sparse_step', 1), ('mlp_only_layers', [])):
+    if (value := attributes.take(name, needed)) != needed:
+      raise attributes.refuse(
+        name, value, f'must be {needed}: every layer must have experts'
+      )
+  # transformers 5 writes another name than the hub has.
+  num_experts = attributes.take('num_local_experts')
+  same = attributes.take('num_experts', num_experts)
+  if num_experts not in (None, same):
+    raise attributes.refuse(
+      'num_experts', same, f'must be num_local_experts={num_experts}'
+    )
+  return config_lib.MixtralConfig(
+    num_experts=128 if same is None else same,
+    experts_per_token=attributes.take('num_experts_per_tok', 8),
+    weights_sum_to_one=attributes.flag('norm_topk_prob', False),
+    qk_norm=True,
+    qkv_bias=bias,
+    o_bias=bias,
+    **fields
+    | dict(intermediate_size=attributes.take('moe_intermediate_size', 768)),
+  )
+
+
+def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
+  """Returns the `rules.Rule` of each tensor."""
+  del config
+  return (
+    *llama.TOP_RULES,
+    *llama.NORM_RULES,
+    *llama.ATTENTION_RULES,
+    *qwen3.NORM_RULES,
+    *_MOE_RULES,
+  )
