@@ -33,10 +33,16 @@ from pallas_kernels.aot import toolkit
 from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.grouped_matmul import configurations as grouped_cases
 from pallas_kernels.ragged_paged_attention import configurations
+from pallas_kernels.rotate_and_write import configurations as rotate_cases
 
 FLAGS = flags.FLAGS
 # What to compile for a device, of each operation.
-CASES = configurations.cases, filter_cases.cases, grouped_cases.cases
+CASES = (
+  configurations.cases,
+  rotate_cases.cases,
+  filter_cases.cases,
+  grouped_cases.cases,
+)
 
 
 def define_flags() -> None:

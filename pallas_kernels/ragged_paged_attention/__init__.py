@@ -2,7 +2,6 @@
 """Attention of a hybrid batch, decodes and prefill chunks, over paged KV."""
 
 from pallas_kernels.ragged_paged_attention.api import IMPLEMENTATIONS
-from pallas_kernels.ragged_paged_attention.api import WRITERS
 from pallas_kernels.ragged_paged_attention.api import init_pages
 from pallas_kernels.ragged_paged_attention.api import make_plan
 from pallas_kernels.ragged_paged_attention.api import most_pages
@@ -17,7 +16,6 @@ from pallas_kernels.ragged_paged_attention.validate import static_validate
 
 __all__ = [
   'IMPLEMENTATIONS',
-  'WRITERS',
   'Quantized',
   'dynamic_validate',
   'init_pages',

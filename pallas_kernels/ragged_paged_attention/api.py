@@ -21,7 +21,6 @@ from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import pallas_triton
-from pallas_kernels.ragged_paged_attention import pallas_write
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import reference
 from pallas_kernels.ragged_paged_attention import tuning
@@ -52,11 +51,6 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'xla': xla.ragged_paged_attention,
   'pallas_triton': pallas_triton.ragged_paged_attention,
   'pallas_mosaic': _attend_by_mosaic,
-}
-# The implementations of `write_kv`: XLA's scatter, and a kernel.
-WRITERS: Mapping[str, Callable[..., tuple[Pages, Pages]]] = {
-  'xla': layout.write,
-  'pallas_triton': pallas_write.write,
 }
 _LAYOUTS = {
   'reference': layout.TILES,
@@ -326,9 +320,10 @@ def write_kv(
   k: jax.Array,
   v: jax.Array,
   slot_mapping: jax.Array,
-  implementation: str | None = None,
 ) -> tuple[Pages, Pages]:
   """Writes new keys and values to their pages; in place where donated.
+
+  By XLA's scatter: `rotate_and_write` has a kernel that does more at once.
 
   Args:
     k_pages: as `init_pages` made them, for any implementation.
@@ -337,25 +332,15 @@ def write_kv(
     v: like k.
     slot_mapping: int32 [T], page * page_size + offset of every token, all
       different; those outside [0, N * page_size) are dropped (padding).
-    implementation: a key of `WRITERS`; None: the fastest here for such pages.
 
   Returns:
     The pages, updated.
 
   Raises:
     ValueError: shapes or dtypes don't fit; says which and why.
-    NotImplementedError: they do, but this implementation can't do it.
   """
-  if implementation is None:
-    implementation = tuning.writer() if layout.is_rows(k_pages) else 'xla'
-  validate.check(
-    implementation in WRITERS,
-    'implementation',
-    implementation,
-    f'must be None or one of {", ".join(WRITERS)}',
-  )
   validate.validate_written(k_pages, v_pages, k, v, slot_mapping)
-  return WRITERS[implementation](k_pages, v_pages, k, v, slot_mapping)
+  return layout.write(k_pages, v_pages, k, v, slot_mapping)
 
 
 def _chosen(

@@ -41,10 +41,6 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
   'h96': ('float32',),
 }
 _OF_EACH_HEAD_DIM = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
-# Further dtypes of pages that `pallas_write` is compiled for: for one model of
-# each head dim, and for Mistral alone.
-_WRITTEN = ('float32', 'int8')
-_WRITTEN_ONCE = ('float16', 'float8_e4m3fn')
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -55,12 +51,6 @@ def cases(device: str) -> Iterator[Case]:
   compile it.
   """
   for name, (heads, kv_heads, head_dim) in arg_specs.HEADS.items():
-    for kept in (
-      'bfloat16',
-      *_WRITTEN * (name in _OF_EACH_HEAD_DIM),
-      *_WRITTEN_ONCE * (name == 'mistral-7b'),
-    ):
-      yield _write_case(name, kv_heads, head_dim, kept)
     plain = batch_lib.Options(head_dim**-0.5)
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
     yield _case(name, heads, kv_heads, head_dim, plain)
@@ -189,15 +179,3 @@ def _case(
     )
 
   return Case(' '.join(what), attend, (q, *pages, batch, plan))
-
-
-def _write_case(model: str, kv_heads: int, head_dim: int, kept: str) -> Case:
-  pages = jax.eval_shape(
-    lambda: layout.init(layout.ROWS, 1024, 64, kv_heads, head_dim, kept)
-  )
-  new = jax.ShapeDtypeStruct((512, kv_heads, head_dim), 'bfloat16')
-  return Case(
-    f'{model} write KV {kept}',
-    api.WRITERS['pallas_triton'],
-    (*pages, new, new, jax.ShapeDtypeStruct((512,), jnp.int32)),
-  )

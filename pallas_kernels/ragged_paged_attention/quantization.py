@@ -30,6 +30,7 @@ DTYPES = tuple(_KEPT)
 SCALE_DTYPE = jnp.dtype(jnp.float32)
 KEPT_DTYPES = tuple(kept for kept, _ in _KEPT.values())
 _TINY = 1e-30  # The scale where all numbers are 0: 0 / 0 would be NaN.
+_LEAST_NORMAL = 121 << 23  # the bits of 2**-6, the least of float8_e4m3fn
 
 
 class Quantized(NamedTuple):
@@ -78,8 +79,8 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
       f'dtype={dtype}: must be one of {", ".join(d.name for d in _KEPT)}.'
     )
   x = x.astype(jnp.float32)
-  _, largest = _KEPT[dtype]
-  scales = jnp.maximum(jnp.abs(x).max(-1) / largest, _TINY)
+  kept, largest = _KEPT[dtype]
+  scales = scales_of(jnp.abs(x).max(-1), kept)
   # Division may round up to beyond the largest, which fp8 would make NaN.
   scaled = jnp.clip(x / scales[..., None], -largest, largest)
   if dtype == INT8:
@@ -87,6 +88,58 @@ def quantize(x: jax.Array, dtype: jax.typing.DTypeLike) -> Quantized:
   return Quantized(
     lax.bitcast_convert_type(scaled.astype(FP8), jnp.uint8), scales
   )
+
+
+def scales_of(peaks: jax.Array, kept: jax.typing.DTypeLike) -> jax.Array:
+  """Returns scales, by each row's largest absolute number, float32.
+
+  Args:
+    peaks: float32.
+    kept: the dtype of what is kept: int8, or uint8 for float8_e4m3fn.
+  """
+  return jnp.maximum(peaks / _largest(kept), _TINY)
+
+
+def encode(x: jax.Array, kept: jax.typing.DTypeLike) -> jax.Array:
+  """Rounds numbers to bytes, as `quantize` does, within a GPU's kernel.
+
+  There is no rounding to even in Triton, nor float8_e4m3fn before Ada; so both
+  are made of operations that every device has.
+
+  Args:
+    x: float32, numbers divided by their scale.
+    kept: see `scales_of`.
+
+  Returns:
+    Bytes of the dtype `kept`.
+  """
+  largest = _largest(kept)
+  x = jnp.clip(x, -largest, largest)
+  if jnp.dtype(kept) == INT8:
+    return _nearest(x).astype(INT8)
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  sign, bits = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
+  # Of 23 bits of a mantissa three are left, and a bias of 7 of 127: a carry
+  # goes into the exponent, as it should. Numbers below 2**-6 are multiples of
+  # 2**-9.
+  normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+  small = _nearest(jnp.abs(x) * 512)
+  return (jnp.where(bits < _LEAST_NORMAL, small, normal) | sign).astype(
+    jnp.uint8
+  )
+
+
+def _nearest(x: jax.Array) -> jax.Array:
+  """Rounds small float32 to int32, halves to even."""
+  whole = x.astype(jnp.int32)
+  rest = jnp.abs(x - whole.astype(jnp.float32))  # exact
+  is_up = (rest > 0.5) | ((rest == 0.5) & ((whole & 1) == 1))
+  away = is_up.astype(jnp.int32)
+  return jnp.where(x < 0, whole - away, whole + away)
+
+
+def _largest(kept: jax.typing.DTypeLike) -> float:
+  return next(most for dtype, most in _KEPT.values() if dtype == kept)
 
 
 def quantize_like(x: jax.Array, pages: Quantized) -> Quantized:

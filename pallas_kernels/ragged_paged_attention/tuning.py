@@ -184,9 +184,6 @@ _ITS_OWN: Mapping[tuple[str, str], _Table] = {
   ('chunks', '10.0'): {**_SIZES['chunks', 'h100'], (2, 256): (32, 16, 8, 2)}
 }
 _MERGED_AT_ONCE = 16  # partial results
-# What `implementation=None` of `api.write_kv` means, for pages of rows: one of
-# `api.WRITERS`, by `scripts/gpu_check --stages=write`, which has not run yet.
-_WRITER: Mapping[str, str] = {'a100': 'xla', 'a40': 'xla', 'h100': 'xla'}
 # `implementation=None` means the first of these that supports the pages. Only a
 # measurement may put pallas_mosaic before pallas_triton on H100, and there is
 # none yet: `scripts/gpu_check` has both in its sweep.
@@ -331,11 +328,6 @@ def fastest() -> tuple[str, ...]:
   return _FASTEST.get(
     devices.measured_as(devices.default()), ('pallas_triton',)
   )
-
-
-def writer() -> str:
-  """Returns the fastest writer of pages of rows, on the default device."""
-  return _WRITER.get(devices.measured_as(devices.default()), 'xla')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

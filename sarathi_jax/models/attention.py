@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import rotate_and_write
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import kinds
 from sarathi_jax.models import layers
@@ -54,9 +55,9 @@ class LayerContext(NamedTuple):
   """A block's arguments beside its weights and the residual stream.
 
   Attributes:
-    rotation: of every token, by the rotary embedding of the layer's kind.
-    attend: (layer_kv, q, k, v) -> what an `Attend` returns, of this kind and
-      these rows.
+    attend: (layer_kv, q, k, v, norms) -> what an `Attend` returns, of this kind
+      and these rows; queries and keys are yet to be normalized, if there are
+      norms of heads, and rotated.
     shards: how the weights are split over devices.
     rows: the tokens whose output is read; None: all. For the others the block
       computes keys and values only.
@@ -64,7 +65,6 @@ class LayerContext(NamedTuple):
       padding; None: all are.
   """
 
-  rotation: rope.Rotation
   attend: Callable[..., Attended]
   shards: sharding.Shards = sharding.WHOLE
   rows: Rows | None = None
@@ -108,6 +108,40 @@ def causal_attend(
   return out.reshape(num_rows, num_heads, head_dim), layer_kv
 
 
+def turn_and_attend(
+  attend: Attend,
+  rotation: rope.Rotation,
+  layer_kv: LayerKv,
+  q: Float[Array, 'rows H h'],
+  k: Float[Array, 'T K h'],
+  v: Float[Array, 'T K h'],
+  *,
+  norms: rotate_and_write.HeadNorms | None,
+  options: kinds.AttentionOptions,
+  rows: Rows | None,
+) -> Attended:
+  """Normalizes and rotates queries and keys before an `Attend` gets them.
+
+  Args:
+    attend, layer_kv, v, options, rows: see `Attend`.
+    rotation: of every token, by the rotary embedding of the layer's kind.
+    q: queries, as projected.
+    k: keys, as projected.
+    norms: of queries and of keys; None: there are none.
+  """
+  cos, sin = rotation
+  of_queries = rotation if rows is None else (cos[rows], sin[rows])
+  q_norm, k_norm = norms or (None, None)
+  return attend(
+    layer_kv,
+    rotate_and_write.turn(q, of_queries, q_norm),
+    rotate_and_write.turn(k, rotation, k_norm),
+    v,
+    options=options,
+    rows=rows,
+  )
+
+
 def attention(
   config: config_lib.ModelConfig,
   params: layers.Params,
@@ -120,14 +154,12 @@ def attention(
   Heads of q and k are normalized first if `params` holds the norms (Qwen3); or
   all heads at once (OLMo-2).
   """
-
-  def heads(name: str, x: jax.Array) -> jax.Array:
-    split = x.reshape(x.shape[0], -1, config.head_dim)
-    norm = params.get(f'{name}_norm')
-    return (
-      split if norm is None else layers.rms_norm(norm, split, config.norm_eps)
+  norms = None
+  if 'q_norm' in params:
+    norms = (
+      layers.head_norm(params['q_norm'], config.norm_eps),
+      layers.head_norm(params['k_norm'], config.norm_eps),
     )
-
   q, k, v = layers.project_group(params, 'qkv', x, context.take)
   if 'q_wide_norm' in params:
     q, k = layers.wide_rms_norms(
@@ -136,10 +168,8 @@ def attention(
       config.norm_eps,
       context.shards,
     )
-  cos, sin = context.rotation
-  q = rope.apply(heads('q', q), (context.take(cos), context.take(sin)))
-  k = rope.apply(heads('k', k), context.rotation)
-  out, layer_kv = context.attend(layer_kv, q, k, heads('v', v))
+  q, k, v = (x.reshape(x.shape[0], -1, config.head_dim) for x in (q, k, v))
+  out, layer_kv = context.attend(layer_kv, q, k, v, norms=norms)
   out = out.reshape(q.shape[0], -1)
   return layers.project_out(params, 'o', out, context.shards), layer_kv
 

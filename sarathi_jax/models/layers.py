@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import rotate_and_write
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import sharding
@@ -43,6 +44,13 @@ def rms_norm(
   """
   x32 = x.astype(jnp.float32)
   return _divided(params, x32, mean_square(x32), eps).astype(x.dtype)
+
+
+def head_norm(params: Params, eps: float) -> rotate_and_write.HeadNorm:
+  """Returns `rms_norm` of heads, to be done where they are rotated."""
+  if 'offset' in params:
+    return rotate_and_write.HeadNorm(params['offset'], eps, offset=1)
+  return rotate_and_write.HeadNorm(params['scale'], eps)
 
 
 def wide_rms_norms(

@@ -78,21 +78,6 @@ def _computed_once(always: Array, rotation: Rotation) -> Rotation:
   )
 
 
-def apply(
-  x: Float[Array, 'T heads h'], rotation: Rotation
-) -> Float[Array, 'T heads h']:
-  """Rotates each head's pairs (i, i + rotary_dim / 2)."""
-  cos, sin = (table[:, None, :] for table in rotation)
-  half = cos.shape[-1]
-  x32 = x.astype(jnp.float32)
-  left, right, rest = jnp.split(x32, (half, 2 * half), axis=-1)
-  turned = jnp.stack(
-    [left * cos - right * sin, right * cos + left * sin], axis=-2
-  )
-  turned = turned.reshape(*x.shape[:-1], 2 * half)
-  return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
-
-
 def _exponents(dim: int) -> np.ndarray:
   return np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
 

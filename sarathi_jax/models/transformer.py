@@ -138,8 +138,13 @@ def forward(
     rows: attention.Rows | None,
   ) -> attention.LayerContext:
     return attention.LayerContext(
-      rotations[kind.rope],
-      functools.partial(attend, options=kind.attention, rows=rows),
+      functools.partial(
+        attention.turn_and_attend,
+        attend,
+        rotations[kind.rope],
+        options=kind.attention,
+        rows=rows,
+      ),
       rows=rows,
     )
 

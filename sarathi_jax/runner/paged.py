@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels import rotate_and_write
 from sarathi_jax.models import kinds
+from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
@@ -32,11 +34,13 @@ def attend_to(
   decodes_only: bool = False,
   batch_invariant: bool = False,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
-  """Makes a `models.Attend` that writes keys and values to pages, and attends.
+  """Makes what rotates, writes keys and values to pages, and attends.
 
-  Its `options` are one a stage: those of the layer there. Queries are of all
-  tokens, or, with `rows`, of those that are sampled from. Unless it `writes`,
-  the keys and values are there already. Layers share plans.
+  It is called as a `models.Attend`, with queries and keys as projected, their
+  norms and their `rotation`. Its `options` are one a stage: those of the layer
+  there. Queries are of all tokens, or, with `rows`, of those that are sampled
+  from. Unless it `writes`, the keys and values are there already. Layers share
+  plans.
 
   Args:
     kv: the pages, one pair a layer.
@@ -89,15 +93,29 @@ def attend_to(
     k: Float[Array, 'T K h'],
     v: Float[Array, 'T K h'],
     *,
+    norms: rotate_and_write.HeadNorms | None,
+    rotation: rope.Rotation,
     options: Sequence[kinds.AttentionOptions],
     rows: Array | None,
     writes: bool,
   ) -> tuple[Array, kv_cache.LayerKv]:
-    # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
-    q_kv = q.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     pages = layer_kv
     if writes:
-      pages = rpa.write_kv(*layer_kv, k, v, slot_mapping)
+      turned, pages = rotate_and_write.rotate_and_write(
+        q,
+        k,
+        v,
+        rotation,
+        *layer_kv,
+        slot_mapping,
+        norms=norms,
+        rows=rows,
+      )
+    else:
+      assert rows is None
+      turned = rotate_and_write.turn(q, rotation, norms and norms[0])
+    # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
+    q_kv = turned.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     of = batches[rows is None]
 
     def within(options: kinds.AttentionOptions) -> Array:

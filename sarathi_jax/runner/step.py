@@ -282,9 +282,11 @@ def _contexts(
     else:
       is_token = jnp.arange(rows.shape[0]) < b.num_samples
     return models.LayerContext(
-      shards.by_stage([kind.rope for kind in kinds], rotations.__getitem__),
       functools.partial(
         attend,
+        rotation=shards.by_stage(
+          [kind.rope for kind in kinds], rotations.__getitem__
+        ),
         options=[kind.attention for kind in kinds],
         rows=rows,
         writes=writes,

@@ -14,6 +14,7 @@ import transformers
 from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 
+from pallas_kernels import rotate_and_write
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import rope
 
@@ -141,11 +142,11 @@ def test_dynamic_needs_lengths() -> None:
     rope.tables(config, 16, jnp.arange(3), None)
 
 
-def test_apply_rotates_pairs_and_leaves_the_rest() -> None:
+def test_pairs_are_rotated_and_the_rest_is_left() -> None:
   """A quarter turn of pairs (0, 2) and (1, 3) of a head of 6."""
   cos, sin = jnp.zeros((1, 2)), jnp.ones((1, 2))
   x = jnp.asarray([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]], jnp.bfloat16)
-  turned = rope.apply(x, (cos, sin))
+  turned = rotate_and_write.turn(x, (cos, sin), None)
   assert turned.dtype == jnp.bfloat16
   assert turned[0, 0].tolist() == [-3.0, -4.0, 1.0, 2.0, 5.0, 6.0]
 

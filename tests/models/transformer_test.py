@@ -196,9 +196,12 @@ def test_the_last_layer_computes_what_leaves_only(name: str) -> None:
       models.embed(config, params, tokens),
       [config.layer_kind(i) for i in range(config.num_layers)],
       lambda kind, rows: models.LayerContext(
-        rotation,
         functools.partial(
-          models.causal_attend, options=kind.attention, rows=rows
+          attention.turn_and_attend,
+          models.causal_attend,
+          rotation,
+          options=kind.attention,
+          rows=rows,
         ),
         rows=rows,
       ),
@@ -339,9 +342,12 @@ def test_lengths_of_heads_and_mlp_come_from_arrays() -> None:
 
   x = jax.random.normal(jax.random.key(3), (5, 32))
   context = models.LayerContext(
-    rope.tables(config.rope, 8, jnp.arange(5), None),
     functools.partial(
-      models.causal_attend, options=config.layer_kind(0).attention
+      attention.turn_and_attend,
+      models.causal_attend,
+      rope.tables(config.rope, 8, jnp.arange(5), None),
+      options=config.layer_kind(0).attention,
+      rows=None,
     ),
   )
 

@@ -106,7 +106,7 @@ def _full() -> Size:
     # Each worker takes two tests at a time, from the first on.
     tests=(
       f'{_KERNEL_TESTS}/attention_test.py',
-      f'{_KERNEL_TESTS}/write_kv_test.py',
+      'tests/pallas_kernels/rotate_and_write',
       'tests/pallas_kernels',
       '-m',
       'gpu',

@@ -15,6 +15,7 @@ import numpy as np
 
 from pallas_kernels import filter_threshold
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels import rotate_and_write
 from pallas_kernels.filter_threshold import arg_specs as filter_specs
 from pallas_kernels.filter_threshold import pallas_triton as filter_kernel
 from pallas_kernels.filter_threshold import tuning as filter_tuning
@@ -29,16 +30,19 @@ def writes(
   sweep: attention.Sweep,
   num_tokens: tuple[int, ...],
 ) -> None:
-  """Times the ways to put new keys and values into their pages, in place.
+  """Times the ways to rotate, and to put keys and values into their pages.
 
-  The faster one here goes into `tuning._WRITER`.
+  Of a merged projection, in place. Plain XLA, should it win, goes into
+  `rotate_and_write.tuning._FASTEST`.
 
   Args:
     journal: as for `attention.run`.
-    sweep: the shape of the pages.
+    sweep: the shape of queries and pages.
     num_tokens: tokens of a step, for each measurement.
   """
   shape = sweep.page_size, sweep.num_kv_heads, sweep.head_dim
+  heads = sweep.num_heads, sweep.num_kv_heads, sweep.num_kv_heads
+  *ends, width = (n * sweep.head_dim for n in itertools.accumulate(heads))
   num_slots = sweep.pool_tokens // sweep.page_size * sweep.page_size
 
   def row(kept: str, tokens: int, name: str) -> journal_lib.Row:
@@ -51,29 +55,42 @@ def writes(
       .reshape(-1, tokens),
       jnp.int32,
     )
-    # Each call has keys and values of its own, as each layer: of equal ones
-    # XLA would round those of all calls at once.
+    # Each call has a projection of its own, as each layer: of equal ones XLA
+    # would round those of all calls at once.
     new = jax.random.normal(
-      jax.random.key(0), (sweep.calls, 2, tokens, *shape[1:]), sweep.dtype
+      jax.random.key(0), (sweep.calls, tokens, width), sweep.dtype
     )
+    angles = jax.random.normal(jax.random.key(1), (tokens, sweep.head_dim // 2))
+    rotation = jnp.cos(angles), jnp.sin(angles)
 
-    def chain(pages: Any, new: jax.Array, slots: jax.Array) -> Any:
-      for (k, v), mine in zip(new, slots, strict=True):
-        pages = rpa.write_kv(pages[0], pages[1], k, v, mine, name)
-      return pages
+    def chain(
+      pages: Any, new: jax.Array, slots: jax.Array, rotation: Any
+    ) -> Any:
+      rotated = []
+      k_pages, v_pages = pages
+      for merged, mine in zip(new, slots, strict=True):
+        q, k, v = (
+          x.reshape(tokens, -1, sweep.head_dim)
+          for x in jnp.split(merged, ends, axis=1)
+        )
+        q, (k_pages, v_pages) = rotate_and_write.rotate_and_write(
+          q, k, v, rotation, k_pages, v_pages, mine, implementation=name
+        )
+        rotated.append(q)
+      return (k_pages, v_pages), rotated
 
     run = jax.jit(chain, donate_argnums=0)
     kept_pages = [pages]
 
     def once() -> Any:
-      kept_pages[0] = run(kept_pages[0], new, slots)
-      return kept_pages[0]
+      kept_pages[0], rotated = run(kept_pages[0], new, slots, rotation)
+      return rotated
 
     took = timing.seconds(once) / sweep.calls
-    return {'kept': kept, 'new': tokens, 'writer': name, 'us': took * 1e6}
+    return {'kept': kept, 'new': tokens, 'by': name, 'us': took * 1e6}
 
   for kept, tokens, name in itertools.product(
-    (sweep.dtype, 'int8'), num_tokens, rpa.WRITERS
+    (sweep.dtype, 'int8'), num_tokens, ('xla', 'pallas_triton')
   ):
     journal.measure(
       f'{kept} {tokens} {name}', functools.partial(row, kept, tokens, name)

@@ -25,6 +25,7 @@ from pallas_kernels.aot import compiler
 from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.grouped_matmul import configurations as grouped_cases
 from pallas_kernels.ragged_paged_attention import configurations
+from pallas_kernels.rotate_and_write import configurations as rotate_cases
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
@@ -164,6 +165,15 @@ def test_every_product_of_groups_compiles(device: str) -> None:
     assert kernel.name == 'grouped_matmul'
     few = case.spec.num_tokens * case.spec.chosen <= 64 * case.spec.num_groups
     assert kernel.blocks_per_sm >= (2 if few else 1), case.name
+
+
+@matmul.needs_wheels
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_rotation_compiles(device: str) -> None:
+  """In one launch of ours, whatever pages are kept in."""
+  for result in check_all(rotate_cases.cases(device), device):
+    ours = [kernel.name for kernel in result.kernels if kernel.is_ours]
+    assert ours == ['rotate_and_write']
 
 
 def check_all(chosen: Iterable[cases.Case], device: str) -> list[cases.Result]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels import rotate_and_write
 from pallas_kernels.aot import compiler
 from pallas_kernels.aot import toolkit
 from tests.pallas_kernels.aot import matmul
@@ -77,14 +78,16 @@ def test_a_donated_cache_is_written_in_place() -> None:
 
 @matmul.needs_wheels
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
-@pytest.mark.parametrize('writer', rpa.WRITERS)
+@pytest.mark.parametrize('writer', ['xla', 'pallas_triton'])
 def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
   """Also where the device knows no fp8."""
 
   def step(
     pages: Any, q: jax.Array, k: jax.Array, slots: jax.Array, ints: Any
   ) -> Any:
-    pages = rpa.write_kv(*pages, k, k, slots, writer)
+    q, pages = rotate_and_write.rotate_and_write(
+      q, k, k, None, *pages, slots, implementation=writer
+    )
     return pages, rpa.ragged_paged_attention(
       q, *pages, *ints, scale=1.0, implementation='pallas_triton'
     )

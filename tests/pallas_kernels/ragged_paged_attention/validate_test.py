@@ -78,11 +78,6 @@ def test_options(options: dict[str, Any], match: str):
     ('k', zeros(3, 2, 16, dtype='int32'), 'k=int32: must be a float'),
     ('slot_mapping', zeros(3), r'slot_mapping=float32\(3,\): must be int32'),
     ('v_pages', zeros(64, 2, 1, 8, 16), r'v_pages=\(64, .*as from init_pages'),
-    (
-      'implementation',
-      'cuda',
-      'implementation=cuda: must be None or one of xla',
-    ),
   ],
 )
 def test_what_is_written(name: str, value: Any, match: str):

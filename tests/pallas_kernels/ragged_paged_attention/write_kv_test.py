@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
-from typing import Any
 
 import hypothesis
 from hypothesis import strategies
@@ -17,16 +15,9 @@ import pytest
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels.ragged_paged_attention import layout
 
-# Layout and implementation.
-WRITERS: list[Any] = [
-  pytest.param(layout.ROWS, 'xla', id='rows'),
-  pytest.param(layout.TILES, 'xla', id='tiles'),
-  pytest.param(
-    layout.ROWS, 'pallas_triton', marks=pytest.mark.gpu, id='pallas_triton'
-  ),
-]
+LAYOUTS = layout.ROWS, layout.TILES
 
-_write = jax.jit(rpa.write_kv, static_argnames='implementation')
+_write = jax.jit(rpa.write_kv)
 _quantize = jax.jit(rpa.quantize, static_argnames='dtype')
 
 
@@ -56,7 +47,7 @@ def test_tiles_and_rows_are_the_same_pages(page_size: int):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(('name', 'writer'), WRITERS)
+@pytest.mark.parametrize('name', LAYOUTS)
 @hypothesis.given(
   slots=strategies.lists(
     strategies.integers(-3, 60),
@@ -66,13 +57,9 @@ def test_tiles_and_rows_are_the_same_pages(page_size: int):
   )
 )
 @hypothesis.settings(max_examples=25)
-def test_writes_slots_and_drops_padding(
-  name: str, writer: str, slots: list[int]
-):
+def test_writes_slots_and_drops_padding(name: str, slots: list[int]):
   k, v = _new(5)
-  pages = _write(
-    *_pages(name), k, v, jnp.array(slots, jnp.int32), implementation=writer
-  )
+  pages = _write(*_pages(name), k, v, jnp.array(slots, jnp.int32))
   for got, new in zip(layout.to_rows(*pages), (k, v), strict=True):
     want = np.zeros((6, 2, 8, 20), np.float32)
     for token, slot in enumerate(slots):
@@ -81,23 +68,21 @@ def test_writes_slots_and_drops_padding(
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(('name', 'writer'), WRITERS)
-def test_keeps_what_was_there_and_rounds_to_the_cache(name: str, writer: str):
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_keeps_what_was_there_and_rounds_to_the_cache(name: str):
   k, v = _new(1)
   pages = tuple(x + 7 for x in _pages(name, dtype='bfloat16'))
   got, _ = layout.to_rows(
-    *rpa.write_kv(
-      *pages, k / 3, v, jnp.array([9], jnp.int32), implementation=writer
-    )
+    *rpa.write_kv(*pages, k / 3, v, jnp.array([9], jnp.int32))
   )
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got[1, :, 1], (k[0] / 3).astype(jnp.bfloat16))
   assert (np.asarray(got.at[1, :, 1].set(7), np.float32) == 7).all()
 
 
-@pytest.mark.parametrize(('name', 'writer'), WRITERS)
+@pytest.mark.parametrize('name', LAYOUTS)
 @pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
-def test_quantizes_what_it_writes(name: str, writer: str, dtype: str):
+def test_quantizes_what_it_writes(name: str, dtype: str):
   k, v = _new(2)
   pages = layout.to_rows(
     *_write(
@@ -105,7 +90,6 @@ def test_quantizes_what_it_writes(name: str, writer: str, dtype: str):
       k,
       v,
       jnp.array([9, 60], jnp.int32),
-      implementation=writer,
     )
   )
   for got, new in zip(pages, (k, v), strict=True):
@@ -115,104 +99,14 @@ def test_quantizes_what_it_writes(name: str, writer: str, dtype: str):
       assert np.count_nonzero(x) == np.count_nonzero(y)  # and nothing else
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-  'dtype', ['float32', 'bfloat16', 'float16', 'int8', 'float8_e4m3fn']
-)
-@pytest.mark.parametrize(
-  ('num_kv_heads', 'head_dim', 'page_size'),
-  [(1, 64, 16), (2, 128, 16), (3, 80, 16), (7, 96, 4), (12, 16, 8)],
-)
-def test_the_kernel_does_what_scatter_does(
-  dtype: str, num_kv_heads: int, head_dim: int, page_size: int
-):
-  """And touches nothing else."""
-  rng = np.random.default_rng(0)
-  num_slots = 6 * page_size
-  pages = jax.tree.map(
-    lambda x: jnp.asarray(rng.uniform(1, 100, x.shape).astype(x.dtype)),
-    layout.init(layout.ROWS, 6, page_size, num_kv_heads, head_dim, dtype),
-  )
-  k, v = jnp.asarray(
-    rng.standard_normal((2, 9, num_kv_heads, head_dim)), jnp.bfloat16
-  )
-  # The first, the last, and what lies just beside.
-  slots = jnp.array(
-    [
-      3,
-      -1,
-      num_slots - 1,
-      num_slots,
-      0,
-      page_size,
-      -(2**31),
-      2**31 - 1,
-      page_size - 1,
-    ],
-    jnp.int32,
-  )
-  want, got = (
-    _write(*pages, k, v.astype(jnp.float32), slots, implementation=writer)
-    for writer in ('xla', 'pallas_triton')
-  )
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for x, y, old in zip(*map(jax.tree.leaves, (got, want, pages)), strict=True):
-    assert x.dtype == y.dtype
-    np.testing.assert_array_equal(x, y)
-    assert (x != old).any()
-
-
-@pytest.mark.gpu
-def test_the_kernel_may_have_nothing_to_write():
-  pages = _pages(layout.ROWS)
-  k, v = _new(0)
-  got = _write(
-    *pages, k, v, jnp.zeros(0, jnp.int32), implementation='pallas_triton'
-  )
-  assert not any(x.any() for x in got)
-
-
-def _tiles() -> Any:
-  return jax.eval_shape(lambda: _pages(layout.TILES))
-
-
-def _many() -> Any:
-  """More than int32 can index."""
-  return jax.eval_shape(
-    lambda: layout.init(layout.ROWS, 6710887, 8, 2, 20, 'int8')
-  )
-
-
-@pytest.mark.parametrize(
-  ('pages', 'message'),
-  [
-    (_tiles, r'k_pages=\(.*\): must be rows'),
-    (
-      _many,
-      r'k_pages=\(6710887, .*\): must be less than 2147483648 numbers',
-    ),
-  ],
-)
-def test_what_the_kernel_cannot_have_is_named(
-  pages: Callable[[], Any], message: str
-):
-  with pytest.raises(NotImplementedError, match=f'pallas_triton: {message}'):
-    jax.eval_shape(
-      functools.partial(rpa.write_kv, implementation='pallas_triton'),
-      *pages(),
-      *_new(5),
-      jnp.arange(5, dtype=jnp.int32),
-    )
-
-
-@pytest.mark.parametrize(('name', 'writer'), WRITERS)
+@pytest.mark.parametrize('name', LAYOUTS)
 @pytest.mark.parametrize('dtype', ['float32', 'int8', 'float8_e4m3fn'])
-def test_is_in_place_when_donated(name: str, writer: str, dtype: str):
+def test_is_in_place_when_donated(name: str, dtype: str):
   pages = _pages(name, dtype=dtype)
   k, v = _new(5)
   compiled = (
     jax.jit(
-      functools.partial(rpa.write_kv, implementation=writer),
+      functools.partial(rpa.write_kv),
       donate_argnums=(0, 1),
     )
     .lower(*pages, k, v, jnp.arange(5, dtype=jnp.int32))
@@ -221,8 +115,6 @@ def test_is_in_place_when_donated(name: str, writer: str, dtype: str):
   leaves = jax.tree.leaves(pages)
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes == sum(x.nbytes for x in leaves)
-  if writer == 'pallas_triton' and jax.default_backend() == 'cpu':
-    return  # Pallas's interpreter copies what it works on.
   for x in leaves:
     shape = f'[{",".join(map(str, x.shape))}]'
     copies = [
