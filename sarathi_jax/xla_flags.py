@@ -43,6 +43,11 @@ TABLE: tuple[Flag, ...] = (
   # Not +COLLECTIVES: it would make one graph of a step on several devices, too,
   # where collectives now separate its parts, but it was never tried.
   Flag('xla_gpu_enable_command_buffer', '+WHILE', (0, 10, 2), (0, 13)),
+  # XLA cuts matmuls of few rows along what they sum over, before it looks for
+  # the fastest kernel: of 64 rows all of a layer, into 2 to 8 parts. These go
+  # through memory as float32, and keep sums of the residual stream out of the
+  # norms that read them. cuBLASLt may still split by itself, where that wins.
+  Flag('xla_gpu_experimental_force_split_k', '1', (0, 10, 2), (0, 13)),
 )
 
 

@@ -18,15 +18,16 @@ from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
 
 GRAPHS = '--xla_gpu_enable_command_buffer=+WHILE'
+OURS = f'{GRAPHS} --xla_gpu_experimental_force_split_k=1'
 
 
 @pytest.mark.parametrize(
   ('version', 'expected'),
   [
     ((0, 10, 1), ''),
-    ((0, 10, 2), GRAPHS),
-    ((0, 11, 2), GRAPHS),
-    ((0, 12, 0), GRAPHS),
+    ((0, 10, 2), OURS),
+    ((0, 11, 2), OURS),
+    ((0, 12, 0), OURS),
     ((0, 13, 0), ''),
   ],
 )
@@ -44,7 +45,7 @@ def test_versions_are_read(
   environ: dict[str, str] = {}
   xla_flags.set_environment(environ)
   assert environ == {
-    'XLA_FLAGS': GRAPHS,
+    'XLA_FLAGS': OURS,
     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.95',
   }
 
@@ -56,17 +57,20 @@ def test_what_the_user_set_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5',
   }
   xla_flags.set_environment(environ)
-  assert environ['XLA_FLAGS'] == f'{GRAPHS} --xla_gpu_enable_command_buffer='
+  assert environ['XLA_FLAGS'] == f'{OURS} --xla_gpu_enable_command_buffer='
   assert environ['XLA_PYTHON_CLIENT_MEM_FRACTION'] == '0.5'
 
 
 @pytest.mark.parametrize(
   ('given', 'unset'),
   [
-    ('', GRAPHS),
-    ('--xla_other=1', GRAPHS),
-    (GRAPHS, ''),
-    ('--xla_gpu_enable_command_buffer=', ''),
+    ('', OURS),
+    ('--xla_other=1', OURS),
+    (OURS, ''),
+    (
+      '--xla_gpu_enable_command_buffer=',
+      '--xla_gpu_experimental_force_split_k=1',
+    ),
   ],
 )
 def test_what_nobody_set_is_told(
@@ -78,7 +82,7 @@ def test_what_nobody_set_is_told(
 
 @pytest.mark.parametrize(
   ('platform', 'flags', 'is_warned'),
-  [('gpu', '', True), ('gpu', GRAPHS, False), ('cpu', '', False)],
+  [('gpu', '', True), ('gpu', OURS, False), ('cpu', '', False)],
 )
 def test_an_engine_on_a_gpu_warns_of_them(
   platform: str, flags: str, is_warned: bool, monkeypatch: pytest.MonkeyPatch

@@ -174,7 +174,7 @@ def test_targets_take_the_worst() -> None:
     'filters': [{'point': 'normal 64 x 32000 pallas_triton', 'us': 90.0}],
     'variants': [
       {'point': 'as served', 'tokens': [5, 6, 7, 8]},
-      {'point': 'no split-K', 'tokens': [5, 6, 7, 8]},
+      {'point': 'split-K', 'tokens': [5, 6, 7, 8]},
       {'point': 'no graphs', 'tokens': [5, 6, 9, 8]},
     ],
   }

@@ -35,8 +35,9 @@ _TRACED_STEPS = 4
 # are those of `xla_flags`.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
   'as served': {},
-  # Small matmuls cut along what they sum over, with partial sums in float32.
-  'no split-K': {'xla_gpu_experimental_force_split_k': 1},
+  # Small matmuls cut along what they sum over, with partial sums in float32,
+  # where XLA sees fit.
+  'split-K': {'xla_gpu_experimental_force_split_k': 0},
   # XLA merges matmuls with one operand in common (q, k, v; gate, up) into one
   # if one of them has less than 32 MiB.
   'matmuls apart': {'xla_gpu_dot_merger_threshold_mb': 0},
