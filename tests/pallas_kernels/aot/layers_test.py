@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer of decodes launches, and the bytes of it, are bounded.
+"""What a layer launches, and the bytes of it, are bounded.
 
 They follow from the compiled program alone. Products are counted as XLA's
 kernels; on a GPU, where it times them, cuBLAS's may take their places.
@@ -35,20 +35,21 @@ class Bounds:
 
   Attributes:
     device: compiled for.
-    tokens: decodes of the step.
-    launches: of a layer. It should be 10 at the most.
+    tokens: decodes of the step; None: the largest step, which has chunks, too.
+    launches: of a layer of decodes. It should be 10 at the most: XLA adds up
+      the residual stream once in three layers.
     traffic: bytes that are read and written, the cache's left out, as a
-      multiple of the weights. It should be 1.05 at the most.
+      multiple of the weights. Of decodes it should be 1.05 at the most.
   """
 
   device: str
-  tokens: int
+  tokens: int | None
   launches: float
   traffic: float
 
 
 @matmul.needs_disassembler
-@pytest.mark.parametrize('bounds', [Bounds('h100', 64, 14, 1.19)], ids=str)
+@pytest.mark.parametrize('bounds', [Bounds('h100', 64, 10.4, 1.055)], ids=str)
 def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
   check(bounds, tmp_path)
 
@@ -58,9 +59,11 @@ def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   'bounds',
   [
-    Bounds('h100', 8, 14, 1.03),
-    Bounds('a100', 64, 13.7, 1.18),
-    Bounds('a40', 64, 14, 1.12),
+    Bounds('h100', 8, 10.7, 1.01),
+    # Twelve, but for the last layer, which plans for what is sampled from.
+    Bounds('h100', None, 16.4, 1.85),
+    Bounds('a100', 64, 10.4, 1.055),
+    Bounds('a40', 64, 10.4, 1.055),
   ],
   ids=str,
 )
@@ -80,7 +83,7 @@ def check(bounds: Bounds, folder: pathlib.Path) -> None:
       'sarathi_jax.plan',
       f'--config={config}',
       f'--device={bounds.device}',
-      f'--tokens={bounds.tokens}',
+      *([f'--tokens={bounds.tokens}'] if bounds.tokens else []),
       '--num_pages=2048',
       '--sass',
       f'--json={path}',
