@@ -8,7 +8,6 @@ a page of 64 tokens half are alike in the mean, where two sequences part.
 from __future__ import annotations
 
 import bisect
-import itertools
 from typing import NamedTuple
 
 _TOKEN_BYTES = 4  # of an int32
@@ -18,11 +17,16 @@ _MOST = 8
 
 
 class Beginnings:
-  """Keeps what pages hold, by the key of the page before them."""
+  """Keeps what pages hold, and which came last after each page.
+
+  Nearly all pages are the only ones behind theirs, so the others are a chain,
+  which ends where one was removed.
+  """
 
   def __init__(self) -> None:
-    self._after: dict[bytes, dict[bytes, bytes]] = {}
-    self._parents: dict[bytes, bytes] = {}
+    self._pages: dict[bytes, tuple[bytes, bytes]] = {}  # key -> parent, tokens
+    self._latest: dict[bytes, bytes] = {}  # parent -> key
+    self._older: dict[bytes, bytes] = {}  # key -> the one of its parent before
 
   def add(self, key: bytes, parent: bytes, tokens: bytes) -> None:
     """Adds a page.
@@ -32,25 +36,34 @@ class Beginnings:
       parent: of the page before it, or the root; see `prefixes`.
       tokens: its tokens, int32.
     """
-    self._after.setdefault(parent, {})[key] = tokens
-    self._parents[key] = parent
+    self._pages[key] = parent, tokens
+    if parent in self._latest:
+      self._older[key] = self._latest[parent]
+    self._latest[parent] = key
 
   def remove(self, key: bytes) -> None:
     """Removes a page that was added."""
-    parent = self._parents.pop(key)
-    pages = self._after[parent]
-    del pages[key]
-    if not pages:
-      del self._after[parent]
+    parent, _ = self._pages.pop(key)
+    older = self._older.pop(key, b'')
+    if self._latest.get(parent) != key:
+      return
+    if older in self._pages:
+      self._latest[parent] = older
+    else:
+      del self._latest[parent]
 
   def find(self, parent: bytes, tokens: bytes) -> Beginning | None:
     """Returns the page after `parent` that begins with the most of `tokens`."""
-    newest = reversed(self._after.get(parent, {}).items())
-    found = (
-      Beginning(key, _num_alike(held, tokens))
-      for key, held in itertools.islice(newest, _MOST)
-    )
-    return max(found, key=lambda beginning: beginning.num_tokens, default=None)
+    best = None
+    key = self._latest.get(parent, b'')
+    for _ in range(_MOST):
+      if key not in self._pages:
+        break
+      num_tokens = _num_alike(self._pages[key][1], tokens)
+      if best is None or num_tokens > best.num_tokens:
+        best = Beginning(key, num_tokens)
+      key = self._older.get(key, b'')
+    return best
 
 
 class Beginning(NamedTuple):

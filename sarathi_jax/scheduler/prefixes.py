@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import array
 from collections.abc import Sequence
+import functools
 import hashlib
 
 
+@functools.lru_cache(1024)
 def root(**extras: str | int) -> bytes:
   """Returns the key before the first page.
 
