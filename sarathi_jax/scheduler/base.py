@@ -290,17 +290,14 @@ class Scheduler(abc.ABC):
       seq.tokens += tokens
       event = types.TokenEvent(chunk.request_id, tokens, logprobs, None)
       num_tokens = len(seq.tokens)
-      num_cached = num_tokens - len(tokens)  # The new ones are not there yet.
-      if num_tokens > seq.full_at:
-        self.prefixes.register(seq, num_cached)
-      if chunk.is_prefill:
-        self.prefixes.register_rest(seq, num_cached)
+      if num_tokens > seq.full_at:  # The new ones are not in the cache yet.
+        self.prefixes.register(seq, num_tokens - len(tokens))
       if num_tokens >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
         num, reason = seq.end(len(tokens))
         event = types.TokenEvent(
           chunk.request_id, tokens[:num], logprobs[:num], reason
         )
-        self._finish(seq, num_cached)
+        self._finish(seq, num_tokens - len(tokens))
       events.append(event)
     if sampled.tells:
       events = _told(events, seqs, sampled)
@@ -544,7 +541,8 @@ class Scheduler(abc.ABC):
       seq.seed,
       request.sampling,
       setup,
-      rope_len=seq.rope_len,
+      None,
+      seq.rope_len,  # By name it takes a tenth of a microsecond more.
     )
     if is_prefill and seq.prompt_logprobs is not None:
       return chunk._replace(next_token=seq.next_token(stop))
@@ -569,13 +567,7 @@ class Scheduler(abc.ABC):
     _end(seq)
 
   def _release(self, seq: Sequence, num_cached: int) -> None:
-    """Takes back all that a sequence has.
-
-    Args:
-      seq: the sequence.
-      num_cached: its first tokens that are in the cache for sure, so that
-        others may find them; 0 if none are known to be.
-    """
+    """Takes back all; of the cache there are `num_cached` tokens for sure."""
     self.running.remove(seq)
     self.prefixes.end(seq, num_cached)
     for s in (seq, *seq.forks):

@@ -154,6 +154,7 @@ class PrefixCache:
     seq.page_table = tuple(seq.pages)
     seq.num_computed = num_tokens
     self._set_registered(seq, len(found))
+    seq.full_at = 0  # Its first token tells that all of the prompt is there.
     seq.found = []
     seq.waits_since = None
     if seq.num_preemptions:
@@ -186,7 +187,7 @@ class PrefixCache:
     return found if found and found[1] >= self._least else None
 
   def register(self, seq: Sequence, num_tokens: int) -> None:
-    """Lets others find the full pages of tokens [0, num_tokens).
+    """Lets others find the pages of tokens [0, num_tokens).
 
     Args:
       seq: a running sequence.
@@ -212,14 +213,10 @@ class PrefixCache:
       if self._coming.get(key) is seq:
         del self._coming[key]
     self._set_registered(seq, num_pages)
+    self._register_rest(seq, num_tokens)
 
-  def register_rest(self, seq: Sequence, num_tokens: int) -> None:
-    """Lets others find what tokens [0, num_tokens) fill of a page in part.
-
-    Args:
-      seq: a running sequence.
-      num_tokens: what is in the cache for sure.
-    """
+  def _register_rest(self, seq: Sequence, num_tokens: int) -> None:
+    """Registers the page that tokens [0, num_tokens) fill in part."""
     num_pages, num_within = divmod(num_tokens, self._pool.page_size)
     if not self._is_on or num_within < self._least:
       return
@@ -243,7 +240,7 @@ class PrefixCache:
       seq: the sequence.
       num_tokens: what is in the cache for sure; 0 for nothing.
     """
-    self.register_rest(seq, num_tokens)
+    self._register_rest(seq, num_tokens)
     if self._coming:
       for key in seq.keys[seq.num_registered :]:
         if self._coming.get(key) is seq:
