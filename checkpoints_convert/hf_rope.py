@@ -31,6 +31,7 @@ def read(
   partial: float | None = None,
   head_dim: int = 0,
   kinds: Mapping[str, Kind] | None = None,
+  absent: Mapping[str, Any] | None = None,
 ) -> Fields:
   """Reads the rotary embedding of all layers, and the context length.
 
@@ -41,6 +42,7 @@ def read(
     partial: the default of partial_rotary_factor; None: there is no such.
     head_dim: of which that many are rotated.
     kinds: reads each kind of rotation; None for `KINDS`.
+    absent: rope_parameters, if there are none.
 
   Returns:
     `rope`, and `max_position_embeddings`, the tokens of context that it is good
@@ -50,7 +52,7 @@ def read(
   theta = attributes.take('rope_theta', theta)
   scaling = attributes.take('rope_scaling')
   both = attributes.take('rope_parameters') or {}
-  values = {**both, **(scaling or {})}
+  values = {**both, **(scaling or {})} or dict(absent or {})
   rotary_dim = None
   if partial is not None:
     partial = attributes.take('partial_rotary_factor', partial)
@@ -175,7 +177,8 @@ def _llama3(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
   return rope, positions
 
 
-def _yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+def yarn(numbers: dict[str, Any], theta: float, positions: int) -> _Rope:
+  """Reads YaRN's."""
   factor = numbers.pop('factor', None)
   original = numbers.pop('original_max_position_embeddings', positions)
   if factor is None:
@@ -238,5 +241,5 @@ KINDS: Mapping[str, Kind] = {
   'linear': _linear,
   'dynamic': _dynamic,
   'llama3': _llama3,
-  'yarn': _yarn,
+  'yarn': yarn,
 }

@@ -50,11 +50,16 @@ class Select:
 
   For example, with two groups of two query heads, one key and one value head,
   each one row: stride=4, offset=0, width=2 are the queries 0, 1, 4, 5.
+
+  Attributes:
+    paired: so many of a group's first rows are pairs, one behind the other; the
+      parameter has the first of all pairs, then the second ones.
   """
 
   stride: int
   offset: int
   width: int
+  paired: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,16 +90,20 @@ class Part:
     if self.select is None:
       reader.read_rows(self.tensor, start, rows)
       return
-    stride, offset, width = dataclasses.astuple(self.select)
+    stride, offset, width, paired = dataclasses.astuple(self.select)
     done = 0
     while done < len(rows):
       group, within = divmod(start + done, width)
       length = min(width - within, len(rows) - done)
-      reader.read_rows(
-        self.tensor,
-        group * stride + offset + within,
-        rows[done : done + length],
-      )
+      part, first = rows[done : done + length], group * stride + offset
+      if not paired:
+        reader.read_rows(self.tensor, first + within, part)
+      else:
+        whole = np.empty((width, *rows.shape[1:]), rows.dtype)
+        reader.read_rows(self.tensor, first, whole)
+        order = np.arange(width)
+        order[:paired] = order[:paired].reshape(-1, 2).T.ravel()
+        part[:] = whole[order[within : within + length]]
       done += length
 
 

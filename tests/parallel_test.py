@@ -67,6 +67,7 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     sliding_window=20,
     window_layers=(0, 1),
     window_rope=model_config_lib.RopeConfig(theta=500.0),
+    unrotated_layers=(1,),
   ),
   'gemma': model_config_lib.LlamaConfig(
     **_SIZES,
@@ -84,6 +85,25 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     logit_soft_cap=5.0,
     activation='gelu_tanh',
     tie_word_embeddings=True,
+  ),
+  'granite': model_config_lib.LlamaConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=2,
+    rope=model_config_lib.RopeConfig(
+      kind='yarn',
+      rotary_dim=8,
+      factor=4.0,
+      original_max_position=8,
+      attention_factor=1.1,
+      beta_fast=32.0,
+      beta_slow=1.0,
+      truncate=True,
+    ),
+    query_growth=0.5,
+    embed_scale=3.0,
+    residual_scale=0.5,
+    logit_scale=2.0,
   ),
   'mixtral': model_config_lib.MixtralConfig(
     **_SIZES, num_layers=3, num_kv_heads=4, num_experts=4, experts_per_token=2

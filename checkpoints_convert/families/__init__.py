@@ -36,8 +36,18 @@ ARCHITECTURES: Mapping[str, Family] = {
   'Gemma3ForConditionalGeneration': Family(
     'gemma3', 'Gemma-3 4B, 12B, 27B; without images', is_nested=True
   ),
+  'Glm4ForCausalLM': Family('glm4', 'GLM-4-0414 9B and 32B, GLM-Z1'),
+  'GlmForCausalLM': Family('glm', 'GLM-4-9B of 2024, GLM-Edge'),
+  'GraniteForCausalLM': Family('granite', 'Granite 3, dense'),
   'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
-  'MistralForCausalLM': Family('mistral', 'Mistral 7B, with its window'),
+  'Ministral3ForCausalLM': Family('ministral3', 'Ministral-3'),
+  'MinistralForCausalLM': Family('ministral', 'Ministral 8B of 2024'),
+  'Mistral3ForConditionalGeneration': Family(
+    'mistral3',
+    'Mistral Small 3.1, 3.2, Magistral, Devstral, Ministral-3; without images',
+    is_nested=True,
+  ),
+  'MistralForCausalLM': Family('mistral', 'Mistral 7B, Nemo, Small 3'),
   'MixtralForCausalLM': Family('mixtral', 'Mixtral'),
   'Olmo2ForCausalLM': Family('olmo2', 'OLMo-2'),
   'Olmo3ForCausalLM': Family('olmo3', 'OLMo-3'),
@@ -49,6 +59,7 @@ ARCHITECTURES: Mapping[str, Family] = {
   'Qwen3MoeForCausalLM': Family(
     'qwen3_moe', 'Qwen3 30B-A3B, 235B-A22B; Qwen3-Coder'
   ),
+  'SmolLM3ForCausalLM': Family('smollm3', 'SmolLM3'),
 }
 
 

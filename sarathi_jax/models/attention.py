@@ -63,12 +63,14 @@ class LayerContext(NamedTuple):
       computes keys and values only.
     is_token: of each row of the output, whether it is a token's, and no
       padding; None: all are.
+    query_factors: see `rope.query_factors`.
   """
 
   attend: Callable[..., Attended]
   shards: sharding.Shards = sharding.WHOLE
   rows: Rows | None = None
   is_token: Bool[Array, ' rows'] | None = None
+  query_factors: Float[Array, ' T'] | None = None
 
   def take(self, x: Float[Array, 'T D']) -> Float[Array, 'rows D']:
     """Returns the rows of x that are in `rows`."""
@@ -168,6 +170,9 @@ def attention(
       config.norm_eps,
       context.shards,
     )
+  if context.query_factors is not None:  # Rotations change no lengths.
+    factors = context.take(context.query_factors)[:, None]
+    q = (q.astype(jnp.float32) * factors).astype(q.dtype)
   q, k, v = (x.reshape(x.shape[0], -1, config.head_dim) for x in (q, k, v))
   out, layer_kv = context.attend(layer_kv, q, k, v, norms=norms)
   out = out.reshape(q.shape[0], -1)
@@ -182,6 +187,7 @@ def add_attention(
   context: LayerContext,
   *,
   norm: layers.Norm,
+  scale: float = 1.0,
 ) -> tuple[Float[Array, 'rows D'], LayerKv]:
   """Attends, and adds the result to the residual stream; normalizes either.
 
@@ -189,6 +195,7 @@ def add_attention(
     config, layer_kv, x, context: see `attention`.
     params: of a block: 'attn', and its norms.
     norm: the family's norm, such as `layers.rms_norm`.
+    scale: see `layers.add_to_stream`.
 
   Returns:
     The residual stream, of `context.rows`, and the layer's new state.
@@ -202,6 +209,7 @@ def add_attention(
     context.shards.sum(out),
     norm,
     config.norm_eps,
+    scale,
   )
   return x, layer_kv
 

@@ -37,6 +37,9 @@ NORMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_UNROTATED = RopeConfig(kind='none')
+
+
 class Mlp(NamedTuple):
   """The shape of an MLP.
 
@@ -74,7 +77,11 @@ class ModelConfig:
     embed_scale: multiplies embeddings, rounded to the dtype of these (Gemma).
     attention_scale: multiplies q . k; None: 1 / sqrt(head_dim).
     attention_soft_cap: see `kinds.AttentionOptions`.
-    logit_soft_cap: the same of logits.
+    query_growth: multiplies a query at p by
+      1 + this * ln(1 + floor(p / rope.original_max_position)) (Ministral-3);
+      None: by 1.
+    logit_scale: multiplies logits.
+    logit_soft_cap: caps them then, as attention_soft_cap does scores.
     overflows_float16: whether what layers give may be too large for float16.
   """
 
@@ -96,6 +103,8 @@ class ModelConfig:
   embed_scale: float = 1.0
   attention_scale: float | None = None
   attention_soft_cap: float | None = None
+  query_growth: float | None = None
+  logit_scale: float = 1.0
   logit_soft_cap: float | None = None
   overflows_float16: bool = False
 
@@ -115,8 +124,10 @@ class ModelConfig:
         'sliding_window': _WINDOW,
         'tie_word_embeddings': config_lib.FLAG,
         'embed_scale': fields_lib.POSITIVE,
+        'logit_scale': fields_lib.POSITIVE,
         'attention_scale': _FACTOR,
         'attention_soft_cap': _FACTOR,
+        'query_growth': _FACTOR,
         'logit_soft_cap': _FACTOR,
         'overflows_float16': config_lib.FLAG,
       },
@@ -134,6 +145,12 @@ class ModelConfig:
       f'must be one of {", ".join(ACTIVATIONS)}',
     )
     self._check_rope('rope', self.rope)
+    _check(
+      self.query_growth is None or self.rope.original_max_position is not None,
+      'query_growth',
+      self.query_growth,
+      'needs rope.original_max_position',
+    )
     _check(
       self._scaled_len <= fields_lib.MOST,
       'rope.factor',
@@ -191,6 +208,11 @@ class ModelConfig:
   def norms_per_layer(self) -> int:
     """The number of norms over D that a layer has."""
     return 2
+
+  @property
+  def statistics_per_layer(self) -> int:
+    """Numbers a token that devices which share a layer sum beside, at once."""
+    return 0
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     """Returns what a layer in [0, L) has in common with others of its kind."""
@@ -265,6 +287,8 @@ class LlamaConfig(ModelConfig):
     window_layers: the layers that `sliding_window` holds for, ascending
       (Qwen); None for all.
     window_rope: the rotary embedding of those layers (OLMo-3); None: `rope`.
+    unrotated_layers: the layers without rotary embedding, ascending (SmolLM3).
+    residual_scale: multiplies what attention and the MLP give (Granite).
   """
 
   family: ClassVar[str] = 'llama'
@@ -278,6 +302,8 @@ class LlamaConfig(ModelConfig):
   qk_norm_is_wide: bool = False
   window_layers: tuple[int, ...] | None = None
   window_rope: RopeConfig | None = None
+  unrotated_layers: tuple[int, ...] = ()
+  residual_scale: float = 1.0
 
   def __post_init__(self) -> None:
     # Without arguments, super() does not survive slots=True.
@@ -297,6 +323,7 @@ class LlamaConfig(ModelConfig):
           config_lib.FLAG,
         ),
         'norms': config_lib.one_of(tuple(NORMS)),
+        'residual_scale': fields_lib.POSITIVE,
       },
     )
     _check(
@@ -305,10 +332,9 @@ class LlamaConfig(ModelConfig):
       self.qk_norm_is_wide,
       'has no meaning without qk_norm',
     )
-    if self.window_layers is not None:
-      object.__setattr__(
-        self, 'window_layers', self._ascending('window_layers')
-      )
+    for name in ('window_layers', 'unrotated_layers'):
+      if name == 'unrotated_layers' or self.window_layers is not None:
+        object.__setattr__(self, name, self._ascending(name))
     if self.window_rope is not None:
       self._check_rope('window_rope', self.window_rope)
       _check(
@@ -317,10 +343,28 @@ class LlamaConfig(ModelConfig):
         self.window_rope,
         'has no meaning without sliding_window',
       )
+    # Stages, whose layers may differ, compute in one program.
+    parts = {self.layer_kind(i).rope.rotary_dim for i in range(self.num_layers)}
+    _check(
+      len(parts) == 1,
+      'rope.rotary_dim',
+      self.rope.rotary_dim,
+      'must be that of all layers',
+    )
+    _check(
+      self.query_growth is None or not self.qk_norm or self.qk_norm_is_wide,
+      'query_growth',
+      self.query_growth,
+      'is not supported with norms of heads, which come after it',
+    )
 
   @property
   def norms_per_layer(self) -> int:
     return 2 * len(NORMS[self.norms])
+
+  @property
+  def statistics_per_layer(self) -> int:
+    return 2 * self.qk_norm_is_wide
 
   def _ascending(self, name: str) -> tuple[int, ...]:
     layers = getattr(self, name)
@@ -339,11 +383,12 @@ class LlamaConfig(ModelConfig):
 
   def layer_kind(self, layer: int) -> kinds.LayerKind:
     kind = super(LlamaConfig, self).layer_kind(layer)
+    attention, rope = kind.attention, self.window_rope or self.rope
     if self.window_layers is not None and layer not in self.window_layers:
-      return dataclasses.replace(
-        kind, attention=dataclasses.replace(kind.attention, window=None)
-      )
-    return dataclasses.replace(kind, rope=self.window_rope or self.rope)
+      attention, rope = dataclasses.replace(attention, window=None), self.rope
+    if layer in self.unrotated_layers:
+      rope = dataclasses.replace(_UNROTATED, rotary_dim=rope.rotary_dim)
+    return kinds.LayerKind(attention, rope)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

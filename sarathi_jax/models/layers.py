@@ -121,13 +121,19 @@ def add_to_stream(
   out: Float[Array, 'T D'],
   norm: Norm,
   eps: float,
+  scale: float = 1.0,
 ) -> Float[Array, 'T D']:
   """Adds what a branch gave, the sum of all shards, to the residual stream.
 
-  It normalizes by '`branch`_out_norm', if that is there; see `read_stream`.
+  It normalizes by '`branch`_out_norm', if that is there; see `read_stream`. And
+  it multiplies by `scale`.
   """
   name = f'{branch}_out_norm'
-  return x + (norm(params[name], out, eps) if name in params else out)
+  if name in params:
+    out = norm(params[name], out, eps)
+  if scale != 1:
+    out = (out.astype(jnp.float32) * scale).astype(out.dtype)
+  return x + out
 
 
 def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Llama, and what has its layers but for switches.
 
-Mistral, Qwen, OLMo, Gemma.
+Mistral, Yi, Qwen, OLMo, Gemma, Phi, SmolLM, Granite, GLM.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def block_around(
   mlp: Callable[[Array], Array],
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
   """Does as `block`, with an MLP that is given; on a shard, a part of it."""
-  eps = config.norm_eps
+  eps, scale = config.norm_eps, config.residual_scale
   x, layer_kv = attention.add_attention(
-    config, params, layer_kv, x, context, norm=norm
+    config, params, layer_kv, x, context, norm=norm, scale=scale
   )
   out = mlp(layers.read_stream(params, 'mlp', x, norm, eps))
   out = context.shards.sum(out)
-  return layers.add_to_stream(params, 'mlp', x, out, norm, eps), layer_kv
+  return layers.add_to_stream(params, 'mlp', x, out, norm, eps, scale), layer_kv

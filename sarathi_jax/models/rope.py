@@ -67,6 +67,17 @@ def tables(
   )
 
 
+def query_factors(
+  config: config_lib.ModelConfig, positions: Int[Array, ' T']
+) -> Float[Array, ' T'] | None:
+  """Returns what each token's queries are multiplied by; None for 1."""
+  if config.query_growth is None:
+    return None
+  assert config.rope.original_max_position
+  turns = positions // config.rope.original_max_position
+  return 1 + config.query_growth * jnp.log1p(turns.astype(jnp.float32))
+
+
 def _computed_once(always: Array, rotation: Rotation) -> Rotation:
   """Keeps XLA's CPU backend from computing sines in each layer and head.
 
@@ -84,6 +95,12 @@ def _exponents(dim: int) -> np.ndarray:
 
 def _default(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
   return np.float32(1) / np.float32(config.theta) ** _exponents(dim)
+
+
+def _none(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
+  """Returns frequencies of 0: angles of 0, which change nothing."""
+  del config
+  return np.zeros(dim // 2, np.float32)
 
 
 def _linear(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
@@ -141,6 +158,7 @@ def _yarn(config: config_lib.RopeConfig, dim: int) -> np.ndarray:
 
 _STATIC: Mapping[str, Callable[[config_lib.RopeConfig, int], np.ndarray]] = {
   'default': _default,
+  'none': _none,
   'linear': _linear,
   'llama3': _llama3,
   'yarn': _yarn,

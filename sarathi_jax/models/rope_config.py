@@ -13,6 +13,7 @@ from sarathi_jax.models import fields as fields_lib
 # Kind of rotary embedding -> the fields that it takes beside theta.
 ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
   'default': (),
+  'none': (),
   'linear': ('factor',),
   'dynamic': ('factor', 'original_max_position'),
   'llama3': (
@@ -56,7 +57,7 @@ class RopeConfig:
 
   Attributes:
     theta: the base of the wavelengths.
-    kind: one of `ROPE_FIELDS`.
+    kind: one of `ROPE_FIELDS`; 'none': nothing is rotated.
     rotary_dim: how many leading numbers of a head are rotated; None for all.
     factor: how much longer the context became, > 0.
     original_max_position: tokens of context before the scaling.

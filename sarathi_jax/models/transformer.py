@@ -132,6 +132,7 @@ def forward(
     kind.rope: rope.tables(kind.rope, config.head_dim, positions, rope_lens)
     for kind in dict.fromkeys(kinds)
   }
+  query_factors = rope.query_factors(config, positions)
 
   def context(
     kind: kinds_lib.LayerKind,
@@ -146,6 +147,7 @@ def forward(
         rows=rows,
       ),
       rows=rows,
+      query_factors=query_factors,
     )
 
   x = embed(config, params, tokens)
@@ -239,6 +241,8 @@ def unembed(
     else params['lm_head']
   )
   logits = matrices.matmul(hidden, head, jnp.float32)
+  if config.logit_scale != 1:
+    logits = logits * config.logit_scale
   if (cap := config.logit_soft_cap) is not None:
     logits = cap * jnp.tanh(logits / cap)
   return logits

@@ -256,6 +256,7 @@ def _contexts(
     rope: rope_lib.tables(rope, spec.model.head_dim, positions, lens)
     for rope in ropes
   }
+  query_factors = rope_lib.query_factors(spec.model, positions)
   attend = paged.attend_to(
     kv,
     b,
@@ -294,6 +295,7 @@ def _contexts(
       shards,
       rows,
       is_token,
+      query_factors,
     )
 
   return context

@@ -7,10 +7,12 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoints_convert import convert
 from checkpoints_convert import hf_config
+from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import parallel
@@ -241,3 +243,97 @@ def test_rows_of_a_fused_matrix_that_are_too_many(
   folder = fake.write(tmp_path / 'hf', _phi3(), fake.random_tensors(shapes))
   with pytest.raises(errors.CheckpointError, match=r'qkv_proj\.weight: has'):
     convert.convert(folder, tmp_path / 'out')
+
+
+@pytest.mark.parametrize(
+  ('architecture', 'fields', 'match'),
+  [
+    ('SmolLM3ForCausalLM', dict(no_rope_layers=[1]), r'no_rope_layers=\[1\]'),
+    ('SmolLM3ForCausalLM', dict(no_rope_layers=[1, 2]), 'must be 0 or 1'),
+    (
+      'SmolLM3ForCausalLM',
+      dict(layer_types=['sliding_attention'] * 2, sliding_window=8),
+      'there is no window',
+    ),
+    ('GraniteForCausalLM', dict(logits_scaling=0), 'logits_scaling=0'),
+    ('GraniteForCausalLM', dict(residual_multiplier='a'), "residual_scale='a'"),
+    ('Glm4ForCausalLM', dict(partial_rotary_factor='a'), "rotary_factor='a'"),
+    (
+      'Ministral3ForCausalLM',
+      dict(rope_parameters=dict(rope_type='yarn', factor=2.0)),
+      'llama_4_scaling_beta: missing',
+    ),
+    (
+      'Ministral3ForCausalLM',
+      dict(rope_parameters=dict(rope_type='linear', factor=2.0)),
+      "rope_type='linear'",
+    ),
+  ],
+)
+def test_config_attribute(
+  architecture: str,
+  fields: dict[str, Any],
+  match: str,
+  tmp_path: pathlib.Path,
+) -> None:
+  with pytest.raises(errors.CheckpointError, match=match):
+    _read(tmp_path, fake.llama_config(architectures=[architecture], **fields))
+
+
+def test_smollm3_rotates_in_three_of_four_layers(
+  tmp_path: pathlib.Path,
+) -> None:
+  config = fake.llama_config(
+    architectures=['SmolLM3ForCausalLM'], num_hidden_layers=8
+  )
+  model = _read(tmp_path, config)
+  kinds = [model.layer_kind(i).rope.kind for i in range(8)]
+  assert kinds == (['default'] * 3 + ['none']) * 2
+
+
+def test_mistral3_reads_by_the_texts_type(tmp_path: pathlib.Path) -> None:
+  text = fake.llama_config(rope_theta=None, head_dim=fake.HEAD_DIM)
+  outer = dict(architectures=['Mistral3ForConditionalGeneration'])
+  growth = []
+  for kind in ('mistral', 'ministral3'):
+    model = _read(
+      tmp_path, outer | dict(text_config=text | dict(model_type=kind))
+    )
+    growth.append(model.query_growth)
+  assert growth == [None, 0.1]
+  with pytest.raises(errors.CheckpointError, match="model_type='llama'"):
+    _read(tmp_path, outer | dict(text_config=text))
+
+
+def test_pairs_side_by_side_are_put_apart(tmp_path: pathlib.Path) -> None:
+  """In the first half of each head, as only that is rotated."""
+  config = fake.llama_config(
+    architectures=['GlmForCausalLM'], head_dim=8, attention_bias=False
+  )
+  shapes = fake.llama_shapes() | {
+    f'model.layers.{layer}.{name}.weight': shape
+    for layer in range(fake.LAYERS)
+    for name, shape in (
+      ('self_attn.q_proj', (fake.HEADS * 8, fake.WIDTH)),
+      ('self_attn.k_proj', (fake.KV_HEADS * 8, fake.WIDTH)),
+      ('self_attn.v_proj', (fake.KV_HEADS * 8, fake.WIDTH)),
+      ('self_attn.o_proj', (fake.WIDTH, fake.HEADS * 8)),
+      ('mlp.gate_up_proj', (2 * fake.INNER, fake.WIDTH)),
+    )
+  }
+  shapes = {
+    name: shape
+    for name, shape in shapes.items()
+    if name.split('.')[-2] not in ('gate_proj', 'up_proj')
+  }
+  tensors = fake.random_tensors(shapes)
+  folder = fake.write(tmp_path / 'hf', config, tensors)
+  for tp in (1, 2):
+    out = tmp_path / f'out{tp}'
+    convert.convert(
+      folder, out, parallelism=parallel.Parallelism(tp=tp), check=True
+    )
+    k = checkpoint.restore_params(out)['layers'][1]['attn']['k']
+    whole = tensors['model.layers.1.self_attn.k_proj.weight']
+    order = [0, 2, 1, 3, 4, 5, 6, 7, 8, 10, 9, 11, 12, 13, 14, 15]
+    np.testing.assert_array_equal(k, whole[order].T)

@@ -40,6 +40,7 @@ from sarathi_jax.simulator import hardware
 from sarathi_jax.text import chat
 from tests import tokenizer_fixture
 from tests.checkpoints_convert import fake_checkpoint as fake
+from tests.checkpoints_convert import hostile_configs
 
 Read = Callable[[pathlib.Path], Any]
 
@@ -106,108 +107,6 @@ def _check_all(
   assert num_taken and num_refused
 
 
-ROPES: tuple[dict[str, Any], ...] = (
-  {},
-  {'rope_type': 'linear', 'factor': 2.0},
-  {'rope_type': 'dynamic', 'factor': 2.0},
-  {
-    'rope_type': 'llama3',
-    'factor': 8.0,
-    'low_freq_factor': 1.0,
-    'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 32,
-  },
-  {
-    'rope_type': 'yarn',
-    'factor': 2.0,
-    'original_max_position_embeddings': 32,
-    'mscale': 1.0,
-    'mscale_all_dim': 0.5,
-    'beta_fast': 32,
-    'beta_slow': 1,
-    'truncate': True,
-  },
-)
-_LLAMA = fake.llama_config(head_dim=4, tie_word_embeddings=False)
-_QWEN2 = _LLAMA | dict(
-  use_sliding_window=True, sliding_window=8, max_window_layers=1
-)
-CONFIGS: tuple[dict[str, Any], ...] = (
-  *(
-    _LLAMA | ({'rope_scaling': scaling} if scaling else {}) for scaling in ROPES
-  ),
-  _LLAMA | dict(architectures=['MistralForCausalLM'], sliding_window=8),
-  _LLAMA
-  | dict(
-    architectures=['MixtralForCausalLM'],
-    num_local_experts=4,
-    num_experts_per_tok=2,
-  ),
-  _QWEN2 | dict(architectures=['Qwen2ForCausalLM']),
-  _QWEN2
-  | dict(
-    architectures=['Qwen3ForCausalLM'],
-    layer_types=['full_attention', 'sliding_attention'],
-  ),
-  _LLAMA
-  | dict(
-    architectures=['Olmo3ForCausalLM'],
-    rope_theta=5e5,
-    sliding_window=8,
-    layer_types=['full_attention', 'sliding_attention'],
-    rope_parameters={
-      'full_attention': ROPES[-1],
-      'sliding_attention': {'rope_theta': 1e4},
-    },
-  ),
-  _LLAMA
-  | dict(
-    architectures=['Phi3ForCausalLM'],
-    original_max_position_embeddings=32,
-    partial_rotary_factor=0.5,
-    rope_scaling={
-      'type': 'longrope',
-      'short_factor': [1.5],
-      'long_factor': [3.0],
-      'attention_factor': 1.1,
-    },
-    sliding_window=8,
-  ),
-  _LLAMA
-  | dict(
-    architectures=['Gemma2ForCausalLM'],
-    hidden_activation='gelu_pytorch_tanh',
-    query_pre_attn_scalar=4,
-    attn_logit_softcapping=50.0,
-    final_logit_softcapping=30.0,
-    sliding_window=8,
-  ),
-  _LLAMA
-  | dict(
-    architectures=['Gemma3ForCausalLM'],
-    rope_theta=1e6,
-    rope_local_base_freq=1e4,
-    rope_scaling={'rope_type': 'linear', 'factor': 8.0},
-    sliding_window=8,
-    sliding_window_pattern=2,
-  ),
-  dict(
-    architectures=['FalconForCausalLM'],
-    vocab_size=29,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    num_ln_in_parallel_attn=2,
-    new_decoder_architecture=True,
-    layer_norm_epsilon=1e-5,
-    activation='gelu',
-    rope_parameters={'rope_theta': 1e4},
-  ),
-)
-
-
 def _calculate(model: config_lib.ModelConfig) -> None:
   assert 0 < model.context_len < 2**31
   model.layer_kind(0), model.layer_kind(model.num_layers - 1)
@@ -219,13 +118,13 @@ def _calculate(model: config_lib.ModelConfig) -> None:
 def _rotate(model: config_lib.ModelConfig) -> None:
   if model.head_dim > 64:
     return  # As much memory as they ask for.
-  cos, _ = rope.tables(
+  rotation = rope.tables(
     model.rope, model.head_dim, jnp.arange(2), jnp.full(2, 99)
   )
-  assert jnp.isfinite(cos).all()
+  assert all(jnp.isfinite(table).all() for table in jax.tree.leaves(rotation))
 
 
-@pytest.mark.parametrize('config', CONFIGS)
+@pytest.mark.parametrize('config', hostile_configs.CONFIGS)
 def test_config(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   rotated = set()
 
@@ -248,19 +147,19 @@ def test_a_theta_that_is_no_number(
 ) -> None:
   value = theta if name == 'rope_theta' else {'rope_theta': theta}
   with pytest.raises(errors.CheckpointError, match=r'rope_theta=.*a number'):
-    hf_config.read(_folder(tmp_path, _LLAMA | {name: value}))
+    hf_config.read(_folder(tmp_path, hostile_configs.LLAMA | {name: value}))
 
 
 @pytest.mark.parametrize(
   ('config', 'field'),
   [
-    (_LLAMA, 'num_key_value_heads'),
-    (_LLAMA, 'head_dim'),
-    (CONFIGS[-1], 'num_kv_heads'),
-    (CONFIGS[-1], 'ffn_hidden_size'),
-    (CONFIGS[-1], 'num_ln_in_parallel_attn'),
-    (_LLAMA, 'rope_theta'),
-    (_LLAMA, 'rope_parameters'),
+    (hostile_configs.LLAMA, 'num_key_value_heads'),
+    (hostile_configs.LLAMA, 'head_dim'),
+    (hostile_configs.CONFIGS[-1], 'num_kv_heads'),
+    (hostile_configs.CONFIGS[-1], 'ffn_hidden_size'),
+    (hostile_configs.CONFIGS[-1], 'num_ln_in_parallel_attn'),
+    (hostile_configs.LLAMA, 'rope_theta'),
+    (hostile_configs.LLAMA, 'rope_parameters'),
   ],
 )
 def test_zero_is_not_the_default(
@@ -271,7 +170,7 @@ def test_zero_is_not_the_default(
     hf_config.read(_folder(tmp_path, config | {field: value}))
 
 
-@pytest.mark.parametrize('config', CONFIGS)
+@pytest.mark.parametrize('config', hostile_configs.CONFIGS)
 def test_metadata(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
   (tmp_path / 'config.json').write_text(json.dumps(config))
   model = hf_config.read(tmp_path).model
@@ -305,7 +204,7 @@ def test_generation(tmp_path: pathlib.Path) -> None:
   _check_all(
     tmp_path / 'generation_config.json',
     whole,
-    lambda: generation.read(tmp_path, _LLAMA),
+    lambda: generation.read(tmp_path, hostile_configs.LLAMA),
   )
 
 
@@ -315,9 +214,9 @@ def test_tokens_that_never_come_end_nothing(
   ids: Any, name: str, tmp_path: pathlib.Path
 ) -> None:
   """An output would go on without a word; the vocabulary has 29."""
-  config = _LLAMA
+  config = hostile_configs.LLAMA
   if name == 'config.json':
-    config = _LLAMA | {'eos_token_id': ids}
+    config = hostile_configs.LLAMA | {'eos_token_id': ids}
   else:
     (tmp_path / name).write_text(json.dumps({'eos_token_id': ids}))
   with pytest.raises(
@@ -395,7 +294,9 @@ def test_a_number_in_a_name(tmp_path: pathlib.Path) -> None:
   _write_tensors(
     tmp_path / 'model.safetensors', json.dumps({name: _HEADER['a']}).encode(), 8
   )
-  _folder(tmp_path, _LLAMA | dict(architectures=['MixtralForCausalLM']))
+  _folder(
+    tmp_path, hostile_configs.LLAMA | dict(architectures=['MixtralForCausalLM'])
+  )
   with (
     safetensors_reader.Reader(tmp_path) as reader,
     pytest.raises(errors.CheckpointError, match='no use'),
@@ -518,7 +419,7 @@ def _tokenizer_files(folder: pathlib.Path) -> None:
 READERS: Mapping[str, tuple[Read, ...]] = {
   'config.json': (hf_config.read,),
   'generation_config.json': (
-    lambda folder: generation.read(folder, _LLAMA),
+    lambda folder: generation.read(folder, hostile_configs.LLAMA),
     _tokenizer_files,
   ),
   'sarathi.json': (checkpoint.load_metadata,),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,6 +133,36 @@ def test_longrope_has_two_sets_of_frequencies(length: int) -> None:
   )
   np.testing.assert_allclose(ours[0], cos[0, :, :4], atol=1e-5)
   np.testing.assert_allclose(ours[1], sin[0, :, :4], atol=1e-5)
+
+
+def test_no_rotation_is_one_by_nothing() -> None:
+  """Bit by bit, so that layers with and without are of one shape."""
+  rotation = rope.tables(
+    config_lib.RopeConfig(kind='none', rotary_dim=4), 8, jnp.arange(9), None
+  )
+  x = jax.random.normal(jax.random.key(0), (9, 2, 8), jnp.bfloat16)
+  np.testing.assert_array_equal(rotate_and_write.turn(x, rotation, None), x)
+
+
+def test_queries_grow_with_each_original_context() -> None:
+  config = config_lib.LlamaConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=8,
+    rope=config_lib.RopeConfig(
+      kind='dynamic', factor=2.0, original_max_position=4
+    ),
+    query_growth=0.1,
+  )
+  factors = rope.query_factors(config, jnp.array([0, 3, 4, 7, 8]))
+  np.testing.assert_allclose(
+    factors, 1 + 0.1 * np.log([1, 1, 2, 2, 3]), atol=1e-6
+  )
 
 
 def test_dynamic_needs_lengths() -> None:

@@ -54,6 +54,7 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     sliding_window=3,
     window_layers=(1,),
     window_rope=config_lib.RopeConfig(theta=500.0),
+    unrotated_layers=(1,),
   ),
   'gemma': config_lib.LlamaConfig(
     **_SIZES,
@@ -69,6 +70,23 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     logit_soft_cap=5.0,
     activation='gelu_tanh',
     tie_word_embeddings=True,
+  ),
+  'granite': config_lib.LlamaConfig(
+    **_SIZES,
+    rope=config_lib.RopeConfig(
+      kind='yarn',
+      rotary_dim=4,
+      factor=4.0,
+      original_max_position=8,
+      attention_factor=1.1,
+      beta_fast=32.0,
+      beta_slow=1.0,
+      truncate=True,
+    ),
+    query_growth=0.5,
+    embed_scale=3.0,
+    residual_scale=0.5,
+    logit_scale=2.0,
   ),
   'mixtral': config_lib.MixtralConfig(
     **_SIZES, num_experts=4, experts_per_token=2

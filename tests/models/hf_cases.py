@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models of transformers, of every family, for `hf_parity_test`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+
+from sarathi_jax.models import config as config_lib
+
+PROMPT_LEN = 40  # more than WINDOW and CONTEXT
+WINDOW = 12
+CONTEXT = 32  # of the original, for those rotary embeddings that are scaled
+
+_TOKENS: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+# Of the part that takes images, and is left out.
+_SIGHT: dict[str, Any] = dict(
+  hidden_size=16,
+  intermediate_size=16,
+  num_hidden_layers=1,
+  num_attention_heads=2,
+  patch_size=4,
+)
+_SIZES: dict[str, Any] = dict(
+  vocab_size=199,
+  hidden_size=64,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=128,
+  initializer_range=0.12,
+  **_TOKENS,
+)
+_GATED: dict[str, Any] = dict(
+  _SIZES, intermediate_size=96, num_key_value_heads=2
+)
+
+
+def llama(**fields: Any) -> Any:
+  """The config of a tiny Llama."""
+  return transformers.LlamaConfig(**{**_GATED, **fields})
+
+
+def _scaled(rope_type: str, **fields: Any) -> Any:
+  rope = dict(rope_type=rope_type, rope_theta=10000.0, factor=4.0)
+  return rope | fields
+
+
+def _phi3(**fields: Any) -> Any:
+  return transformers.Phi3Config(**_GATED, **fields)
+
+
+def _longrope(num: int) -> dict[str, Any]:
+  return dict(
+    rope_type='longrope',
+    short_factor=[1.0 + 0.1 * i for i in range(num)],
+    long_factor=[1.5 + 0.8 * i for i in range(num)],
+  )
+
+
+def _falcon(**fields: Any) -> Any:
+  return transformers.FalconConfig(**{**_SIZES, **fields})
+
+
+_YARN = _scaled('yarn', original_max_position_embeddings=CONTEXT)
+_GROWING = _YARN | dict(
+  llama_4_scaling_beta=0.5,
+  max_position_embeddings=128,
+  mscale=1.0,
+  mscale_all_dim=1.0,
+)
+
+CASES: Mapping[str, Any] = {
+  'llama_mha': lambda: llama(num_key_value_heads=4),
+  'llama_gqa': llama,
+  'llama_mqa_tied': lambda: llama(
+    num_key_value_heads=1, tie_word_embeddings=True
+  ),
+  'llama_biases': lambda: llama(attention_bias=True, mlp_bias=True),
+  'llama_head_dim': lambda: llama(head_dim=24, hidden_act='gelu_new'),
+  'llama_linear': lambda: llama(
+    rope_parameters=_scaled('linear'), max_position_embeddings=CONTEXT
+  ),
+  'llama_dynamic': lambda: llama(
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT
+  ),
+  'llama3': lambda: llama(
+    rope_parameters=_scaled(
+      'llama3',
+      original_max_position_embeddings=CONTEXT,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      rope_theta=500000.0,
+    )
+  ),
+  'llama_yarn': lambda: llama(rope_parameters=_YARN),
+  'llama_yarn_numbers': lambda: llama(
+    rope_parameters=dict(
+      _YARN,
+      beta_fast=16.0,
+      beta_slow=2.0,
+      mscale=0.8,
+      mscale_all_dim=0.5,
+      truncate=False,
+    )
+  ),
+  'yi': lambda: llama(
+    rope_parameters=dict(rope_type='default', rope_theta=5000000.0),
+    rms_norm_eps=1e-5,
+  ),
+  'mistral_window': lambda: transformers.MistralConfig(
+    **_GATED, sliding_window=WINDOW
+  ),
+  'mistral_no_window': lambda: transformers.MistralConfig(
+    **_GATED, sliding_window=None, head_dim=24
+  ),
+  'qwen2': lambda: transformers.Qwen2Config(**_GATED),
+  'qwen2_tied_windows': lambda: transformers.Qwen2Config(
+    **_GATED,
+    tie_word_embeddings=True,
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+    max_window_layers=1,
+  ),
+  'qwen3': lambda: transformers.Qwen3Config(**_GATED, head_dim=24),
+  'qwen3_biases_windows': lambda: transformers.Qwen3Config(
+    **_GATED,
+    head_dim=8,
+    attention_bias=True,
+    tie_word_embeddings=True,
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+    max_window_layers=0,
+  ),
+  'qwen3_yarn': lambda: transformers.Qwen3Config(
+    **_GATED, head_dim=24, rope_parameters=_YARN
+  ),
+  'olmo2': lambda: transformers.Olmo2Config(**_GATED),
+  'olmo2_mha_biases_linear': lambda: transformers.Olmo2Config(
+    **{
+      **_GATED,
+      'num_key_value_heads': 4,
+      'max_position_embeddings': CONTEXT,
+    },
+    attention_bias=True,
+    rope_parameters=_scaled('linear'),
+  ),
+  'olmo3': lambda: transformers.Olmo3Config(
+    **_GATED,
+    sliding_window=WINDOW,
+    layer_types=['sliding_attention', 'full_attention'],
+    rope_parameters=dict(
+      full_attention=_YARN,
+      sliding_attention=dict(rope_type='default', rope_theta=5000.0),
+    ),
+  ),
+  'gemma2': lambda: transformers.Gemma2Config(
+    **_GATED,
+    head_dim=24,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=20,
+    attn_logit_softcapping=1.5,
+    final_logit_softcapping=4.0,
+  ),
+  'gemma2_untied_biases_no_caps': lambda: transformers.Gemma2Config(
+    **_GATED,
+    head_dim=16,
+    sliding_window=WINDOW,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+  ),
+  'gemma3': lambda: transformers.Gemma3TextConfig(
+    **_GATED,
+    head_dim=24,
+    sliding_window=WINDOW,
+    query_pre_attn_scalar=20,
+    layer_types=['sliding_attention', 'full_attention'],
+    rope_parameters=dict(
+      full_attention=_scaled('linear', rope_theta=1e6),
+      sliding_attention=dict(rope_type='default', rope_theta=1e4),
+    ),
+  ),
+  'gemma3_with_images': lambda: transformers.Gemma3Config(
+    text_config=dict(
+      _GATED,
+      head_dim=16,
+      query_pre_attn_scalar=2,
+      sliding_window=WINDOW,
+      sliding_window_pattern=2,
+    ),
+    vision_config=dict(_SIGHT, image_size=8),
+    mm_tokens_per_image=4,
+    **_TOKENS,
+  ),
+  'phi3': lambda: _phi3(sliding_window=WINDOW),
+  'phi3_longrope': lambda: _phi3(
+    original_max_position_embeddings=CONTEXT,
+    rope_parameters=_longrope(8),
+  ),
+  'phi3_longrope_partial_tied': lambda: _phi3(
+    original_max_position_embeddings=CONTEXT,
+    rope_parameters=_longrope(6) | dict(partial_rotary_factor=0.75),
+    tie_word_embeddings=True,
+  ),
+  'smollm3': lambda: transformers.SmolLM3Config(
+    **_GATED,
+    no_rope_layers=[1, 0],
+    layer_types=['full_attention', 'sliding_attention'],
+    use_sliding_window=True,
+    sliding_window=WINDOW,
+  ),
+  'granite': lambda: transformers.GraniteConfig(
+    **_GATED,
+    embedding_multiplier=1.5,
+    attention_multiplier=0.4,
+    residual_multiplier=0.8,
+    logits_scaling=0.7,
+    tie_word_embeddings=True,
+  ),
+  'glm': lambda: transformers.GlmConfig(**_GATED, head_dim=24),
+  'glm4': lambda: transformers.Glm4Config(
+    **_GATED, head_dim=16, attention_bias=False
+  ),
+  'ministral': lambda: transformers.MinistralConfig(
+    **_GATED,
+    head_dim=24,
+    sliding_window=WINDOW,
+    layer_types=['sliding_attention', 'full_attention'],
+  ),
+  'ministral3': lambda: transformers.Ministral3Config(
+    **_GATED, head_dim=24, rope_parameters=_GROWING
+  ),
+  'mistral3': lambda: transformers.Mistral3Config(
+    text_config=dict(_GATED, model_type='mistral', head_dim=24),
+    vision_config=dict(_SIGHT, model_type='pixtral', image_size=8, head_dim=8),
+    tie_word_embeddings=False,
+    **_TOKENS,
+  ),
+  'mistral3_of_ministral3': lambda: transformers.Mistral3Config(
+    text_config=dict(
+      _GATED, model_type='ministral3', head_dim=24, rope_parameters=_GROWING
+    ),
+    vision_config=dict(_SIGHT, model_type='pixtral', image_size=8, head_dim=8),
+    **_TOKENS,
+  ),
+  'mixtral': lambda: transformers.MixtralConfig(
+    **_GATED, num_local_experts=4, num_experts_per_tok=2
+  ),
+  'mixtral_window_top3': lambda: transformers.MixtralConfig(
+    **_GATED, num_local_experts=5, num_experts_per_tok=3, sliding_window=WINDOW
+  ),
+  'qwen3_moe': lambda: transformers.Qwen3MoeConfig(
+    **_GATED,
+    head_dim=24,
+    moe_intermediate_size=40,
+    num_experts=8,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+  ),
+  'qwen3_moe_biases_weights_as_they_are': lambda: transformers.Qwen3MoeConfig(
+    **_GATED,
+    moe_intermediate_size=56,
+    num_experts=5,
+    num_experts_per_tok=2,
+    norm_topk_prob=False,
+    attention_bias=True,
+    tie_word_embeddings=True,
+  ),
+  'falcon_7b': _falcon,
+  'falcon_7b_untied_biases': lambda: _falcon(
+    bias=True, tie_word_embeddings=False
+  ),
+  'falcon_40b': lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
+  'falcon_11b_one_norm': lambda: _falcon(
+    new_decoder_architecture=True,
+    num_kv_heads=2,
+    num_ln_in_parallel_attn=1,
+    ffn_hidden_size=80,
+  ),
+  'falcon_sequential_mha': lambda: _falcon(
+    multi_query=False, parallel_attn=False, bias=True
+  ),
+  'falcon_dynamic': lambda: _falcon(
+    rope_parameters=_scaled('dynamic'), max_position_embeddings=CONTEXT
+  ),
+}
+
+
+# Case -> switches that it has on; without any of them its logits are others.
+FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
+  'mistral_window': (dict(sliding_window=None), dict(sliding_window=13)),
+  'olmo3': (
+    dict(window_rope=None),
+    dict(window_layers=(1,)),
+    dict(sliding_window=WINDOW + 1),
+  ),
+  'gemma2': (
+    dict(attention_soft_cap=None),
+    dict(logit_soft_cap=None),
+    dict(attention_scale=None),
+    dict(embed_scale=1.0),
+    dict(activation='silu'),
+    dict(window_layers=(1,)),
+  ),
+  'qwen3_moe': (dict(weights_sum_to_one=False), dict(experts_per_token=2)),
+  'gemma3': (
+    dict(window_rope=None),
+    dict(attention_scale=None),
+    dict(embed_scale=1.0),
+  ),
+  'smollm3': (dict(unrotated_layers=()), dict(window_layers=(0,))),
+  'granite': (
+    dict(embed_scale=1.0),
+    dict(attention_scale=None),
+    dict(residual_scale=1.0),
+    dict(logit_scale=1.0),
+  ),
+  'phi3_longrope': (dict(rope=config_lib.RopeConfig()),),
+  'glm': (dict(rope=config_lib.RopeConfig()),),
+  'ministral3': (dict(query_growth=None),),
+}
+
+
+# Model type -> how large its embeddings are to be, beside what layers add.
+EMBED_FACTORS: Mapping[str, float] = {'olmo2': 3.0, 'olmo3': 3.0}
