@@ -290,6 +290,10 @@ class CostModel:
       seconds += self.model.sums_per_layer * operators.all_reduce(
         hw, n * width * operators.BYTES, self.tp, self._tp_link
       )
+      if numbers_summed := self.model.statistics_per_layer:
+        seconds += operators.all_reduce(
+          hw, 4 * n * numbers_summed, self.tp, self._tp_link
+        )
     return float(seconds)
 
   @property

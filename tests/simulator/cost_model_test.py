@@ -13,6 +13,8 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.cli import deployment
+from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import published
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
 from sarathi_jax.simulator import hardware as hardware_lib
@@ -33,6 +35,36 @@ def cost_of(name: str, host: str = 'none') -> cost_model.CostModel:
     pp=read.config.pp,
     host=cost_model.HOSTS[host],
   )
+
+
+def test_norms_that_devices_share_take_a_sum_more() -> None:
+  """It is small, and takes about as long to begin as a large one."""
+  olmo = published.MODELS['olmo-2-7b']
+  assert isinstance(olmo, model_config_lib.LlamaConfig)
+  apart = dataclasses.replace(olmo, qk_norm_is_wide=False)
+
+  def extra(tp: int) -> float:
+    wide, narrow = (
+      cost_model.CostModel(model, A100, tp=tp)._layer_seconds(8)
+      for model in (olmo, apart)
+    )
+    return wide - narrow
+
+  assert extra(1) == 0
+  a_sum = float(
+    operators.all_reduce(A100, 8 * 4096 * 2, 2, A100.link_within(0, 1))
+  )
+  assert 0.3 * a_sum < extra(2) <= a_sum
+
+
+def test_four_norms_take_twice_as_long_as_two() -> None:
+  gemma = published.MODELS['gemma-2-9b']
+  two, four = (
+    cost_model.CostModel(model, A100)._layer_seconds(256)
+    for model in (dataclasses.replace(gemma, norms='before'), gemma)
+  )
+  norm = float(operators.elementwise(A100, 256 * 3 * 3584 * operators.BYTES))
+  assert four - two == pytest.approx(2 * norm)
 
 
 def test_matmul_is_bound_by_memory_then_by_arithmetic() -> None:
