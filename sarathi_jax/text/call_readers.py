@@ -134,6 +134,13 @@ def hermes(
   yield from source.literal('</tool_call>')
 
 
+def granite(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads the list of calls after <|tool_call|>, which nothing ends."""
+  yield from _json_calls(source, caller)
+
+
 def mistral(
   source: incremental.Source, caller: Caller, mark: str
 ) -> incremental.Waiting[None]:

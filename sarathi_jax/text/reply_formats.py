@@ -135,6 +135,13 @@ TOOLS: Mapping[str, ToolFormat] = {
     ),
     inner=('</tool_call>',),
   ),
+  # Granite 3.1 to 3.3.
+  'granite': ToolFormat(
+    ('<|tool_call|> followed by a JSON list',),
+    ('<|tool_call|>',),
+    call_readers.granite,
+    Frame('{"name": "', '", "arguments": ', '}', ', ', '<|tool_call|>[', ']'),
+  ),
   # Llama 3.1, 3.2 and 3.3.
   'llama3_json': ToolFormat(
     (

@@ -104,6 +104,14 @@ WRITTEN: tuple[tuple[str, str, str, Calls], ...] = (
     '',
     [('add', ADD), ('now', '{}')],
   ),
+  # Granite 3.1 to 3.3.
+  (
+    'granite',
+    f'<|tool_call|>[{{"name": "add", "arguments": {ADD}}}, '
+    f'{{"name": "now", "arguments": {{}}}}]',
+    '',
+    [('add', ADD), ('now', '{}')],
+  ),
   # Llama 3.1 to 3.3.
   (
     'llama3_json',
@@ -372,6 +380,11 @@ def test_formats_are_chosen_by_templates() -> None:
     ('... <tool_call>\\n{"name": <function-name>}', 'hermes', None),
     ('<tool_call> ... </think>', 'hermes', 'qwen3'),
     ('<tool_call>\n<function=f>', None, None),  # Qwen3-Coder's
+    (
+      'respond only with <|tool_call|> followed by a JSON list of tools used',
+      'granite',
+      None,
+    ),
     ('"[TOOL_CALLS]" [THINK]x[/THINK]', 'mistral', 'mistral'),
     ('[TOOL_CALLS] [ARGS]', 'mistral_args', None),
     ('please respond with JSON for a function call.', 'llama3_json', None),
