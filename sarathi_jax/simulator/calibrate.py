@@ -39,6 +39,7 @@ from sarathi_jax.cli import deployment
 from sarathi_jax.cli import mains
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import step_tables
 from sarathi_jax.simulator import tables as tables_lib
 
@@ -217,7 +218,7 @@ def _calibrate_tables(console: rich.console.Console) -> Hardware:
   return fitted[FLAGS.device[0]]
 
 
-def _cost(host: cost_model.Host) -> cost_model.CostModel:
+def _cost(host: hosts.Host) -> cost_model.CostModel:
   """Makes the cost model of what was measured: --config, on --device."""
   if not FLAGS.config:
     raise errors.ConfigError('config: must be given, what was measured.')
@@ -232,7 +233,7 @@ def _cost(host: cost_model.Host) -> cost_model.CostModel:
 
 
 def _calibrate_host(console: rich.console.Console) -> None:
-  cost = _cost(cost_model.HOSTS['none'])
+  cost = _cost(hosts.HOSTS['none'])
   steps = step_tables.read_artifact(FLAGS.artifact)
   fitted = step_tables.fit_host(cost, steps)
   _show(
@@ -240,14 +241,14 @@ def _calibrate_host(console: rich.console.Console) -> None:
     "Steps of the artifact, by the host's costs",
     {
       name: step_tables.summary(cost.with_host(host), steps)
-      for name, host in (*cost_model.HOSTS.items(), ('fitted', fitted))
+      for name, host in (*hosts.HOSTS.items(), ('fitted', fitted))
     },
   )
   console.print(fitted)
 
 
 def _calibrate_gpu(console: rich.console.Console) -> Hardware:
-  cost = _cost(cost_model.HOSTS['none'])
+  cost = _cost(hosts.HOSTS['none'])
   steps = step_tables.read_gpu_check(FLAGS.gpu_check)
   fitted = step_tables.fit_efficiencies(cost, steps) if FLAGS.fit else cost
   _show(

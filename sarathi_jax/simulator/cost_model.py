@@ -4,14 +4,13 @@
 A layer is four matmuls (a mixture of experts more), attention of decodes by
 the bytes of their keys and values, attention of chunks by chunk times context,
 elementwise work, and all-reduces. A stage is its layers; the last one has the
-head as well. `Host` is what the software around it costs.
+head as well. `hosts` has what the software around it costs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-import dataclasses
 import itertools
 
 from pallas_kernels import attention_work
@@ -21,6 +20,7 @@ from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import facts
 from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import operators
 
 _NO_WINDOW = 1 << 60
@@ -28,39 +28,6 @@ _NO_WINDOW = 1 << 60
 _RESERVED = 1.5e9
 # EngineConfig.kv_cache_dtype -> dtype, where it has another name.
 _DTYPES = {'auto': 'bfloat16', 'fp8': 'float8_e4m3fn'}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-  """What the host adds to a step.
-
-  Attributes:
-    launch_s: the least time of a layer, seconds, because its kernels are
-      launched one by one; hidden behind them where they take longer.
-    step_s: seconds added to each step, when the device waits for the host.
-    seq_s: seconds added for each sequence of the step.
-    lockstep: whether pipeline stages begin together and wait for the slowest,
-      as in one SPMD program; else each goes on by itself.
-  """
-
-  launch_s: float = 0.0
-  step_s: float = 0.0
-  seq_s: float = 0.0
-  lockstep: bool = False
-
-
-HOSTS: Mapping[str, Host] = {
-  # The whole step is one program, and the next one is launched meanwhile.
-  'none': Host(lockstep=True),
-  # Eager PyTorch, a scheduler and a sampler that the device waits for. Steps of
-  # 32 decodes take 20 and 40 ms with Mistral-7B and Yi-34B, 32 and 60 layers:
-  # the paper's SLOs are 5 times that. What a sequence costs is such that
-  # Sarathi's capacities in figures 10 and 12 come out.
-  'paper': Host(launch_s=0.62e-3, seq_s=0.3e-3),
-  # Reproduces the steps timed one by one in its artifact (Yi-34B). Its decodes
-  # take twice what the paper's text has: `calibrate --artifact`.
-  'artifact': Host(launch_s=0.5e-3, step_s=16.4e-3, seq_s=1.12e-3),
-}
 
 
 class CostModel:
@@ -71,7 +38,7 @@ class CostModel:
     hardware: what it runs on.
     tp: devices that share each layer.
     pp: pipeline stages, of tp devices each.
-    host: see `Host`.
+    host: see `hosts.Host`.
     kv_cache_dtype: see `EngineConfig`.
 
   Raises:
@@ -85,7 +52,7 @@ class CostModel:
     *,
     tp: int = 1,
     pp: int = 1,
-    host: Host = HOSTS['none'],
+    host: hosts.Host = hosts.HOSTS['none'],
     kv_cache_dtype: str = 'auto',
   ) -> None:
     config_lib.check(
@@ -133,10 +100,12 @@ class CostModel:
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
       for s in range(pp - 1)
     ]
+    self._num_sums = model.sums_per_layer if tp > 1 else 0
+    self._launch_s = host.launch_s + self._num_sums * host.sum_s
     self._layer_s: dict[int, float] = {}
     self._head_s: dict[int, float] = {}
 
-  def with_host(self, host: Host) -> CostModel:
+  def with_host(self, host: hosts.Host) -> CostModel:
     """Returns the same model with another host."""
     return self._on(self.hardware, host)
 
@@ -144,7 +113,7 @@ class CostModel:
     """Returns the same model on other hardware."""
     return self._on(hardware, self.host)
 
-  def _on(self, hardware: hardware_lib.Hardware, host: Host) -> CostModel:
+  def _on(self, hardware: hardware_lib.Hardware, host: hosts.Host) -> CostModel:
     return CostModel(
       self.model,
       hardware,
@@ -166,18 +135,12 @@ class CostModel:
     return self._stage_seconds(
       len(contexts) + sum(c.num_tokens for c in prefills),
       sum(c.samples for c in chunks),
-      len(chunks),
+      self._host_seconds(len(chunks), sum(contexts)),
       {
         window: (
           sum(map(min, contexts, itertools.repeat(window))),
           sum(
-            operators.prefill_attention(
-              self.hardware,
-              c.num_tokens,
-              min(c.start, window),
-              self.num_heads,
-              self.model.head_dim,
-            )
+            self.chunk_seconds(c.num_tokens, min(c.start, window))
             for c in prefills
           ),
         )
@@ -205,15 +168,37 @@ class CostModel:
     return self._stage_seconds(
       tokens,
       rows,
-      num_seqs,
+      self._host_seconds(num_seqs, kv_tokens),
       dict.fromkeys(self._all_windows, (kv_tokens, prefill_s)),
+    )
+
+  def chunk_seconds(self, tokens: int, before: int) -> float:
+    """Predicts one layer's attention of a chunk after `before` tokens."""
+    return float(
+      operators.prefill_attention(
+        self.hardware,
+        tokens,
+        before,
+        self.num_heads,
+        self.model.head_dim,
+        self.host.appending,
+      )
+    )
+
+  def _host_seconds(self, num_seqs: int, kv_tokens: int) -> float:
+    host = self.host
+    return (
+      host.step_s
+      + host.workers_s * (self.tp * self.pp > 1)
+      + host.seq_s * num_seqs
+      + host.context_s * kv_tokens
     )
 
   def _stage_seconds(
     self,
     tokens: int,
     rows: int,
-    num_seqs: int,
+    host_s: float,
     loads: Mapping[int, tuple[int, float]],
   ) -> list[float]:
     """Predicts as `stage_seconds`; `loads`: kv_tokens, prefill_s by window."""
@@ -228,11 +213,10 @@ class CostModel:
         + attention_s
         + prefill_s
         + calls * self.hardware.efficiencies.attention_s,
-        self.host.launch_s,
+        self._launch_s,
       )
-    serial_s = self.host.step_s + self.host.seq_s * num_seqs
     seconds = [
-      sum(n * layer_s[window] for window, n in windows.items()) + serial_s
+      sum(n * layer_s[window] for window, n in windows.items()) + host_s
       for windows in self._windows
     ]
     seconds[-1] += self.head_seconds(rows)
@@ -286,8 +270,8 @@ class CostModel:
     seconds += sum(
       operators.elementwise(hw, n * x * operators.BYTES) for x in numbers
     )
-    if self.tp > 1:
-      seconds += self.model.sums_per_layer * operators.all_reduce(
+    if self._num_sums:
+      seconds += self._num_sums * operators.all_reduce(
         hw, n * width * operators.BYTES, self.tp, self._tp_link
       )
       if numbers_summed := self.model.statistics_per_layer:

@@ -13,7 +13,7 @@ from sarathi_jax.cli import deployment as deployment_lib
 from sarathi_jax.simulator import capacity
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware
-from sarathi_jax.simulator import operators
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import paper
 from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import search
@@ -36,7 +36,7 @@ class Settings:
     num_requests: requests of each simulation.
     jobs: processes that simulate at once.
     precision: relative precision of capacities.
-    host: a name in cost_model.HOSTS.
+    host: a name in hosts.HOSTS.
     chat_trace: CSV with the chat lengths of the paper's artifact; None draws
       lengths that have their quantiles.
   """
@@ -62,7 +62,7 @@ class Settings:
       name=name,
       model=read.known_model(),
       hardware=hardware.load(read.device),
-      host=cost_model.HOSTS[self.host],
+      host=hosts.HOSTS[self.host],
       config=dataclasses.replace(
         read.config, look_ahead=False, short_prompt_share=0.0
       ),
@@ -197,15 +197,7 @@ def prefill_seconds(
     n = min(chunk, prompt - start)
     total += sum(
       cost.stage_seconds(
-        n,
-        int(start + n == prompt),
-        1,
-        0,
-        float(
-          operators.prefill_attention(
-            cost.hardware, n, start, cost.num_heads, cost.model.head_dim
-          )
-        ),
+        n, int(start + n == prompt), 1, 0, cost.chunk_seconds(n, start)
       )
     )
   return total

@@ -107,6 +107,15 @@ class Hardware:
     efficiency: float = getattr(self.efficiencies, link)
     return self.link_rates[link] * efficiency
 
+  def ring_rate(self, link: str) -> float:
+    """Returns the bytes a second of rings whose slowest hop is a link.
+
+    Where NVLink joins pairs, each device of a pair has a PCIe link of its own:
+    rings in both directions leave the pair by both.
+    """
+    ways = self.nvlink_group if link == 'pcie' else 1
+    return self.link_rate(link) * ways
+
 
 def names() -> list[str]:
   """Returns the devices that come with the package."""

@@ -22,8 +22,8 @@ import rich.console
 
 from sarathi_jax import json_file
 from sarathi_jax.cli import mains
-from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments as experiments_lib
+from sarathi_jax.simulator import hosts
 
 FLAGS = flags.FLAGS
 
@@ -83,7 +83,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'host',
     'paper',
-    list(cost_model.HOSTS),
+    list(hosts.HOSTS),
     'What the host costs: as in the paper (eager PyTorch), as '
     "in its artifact's tables, or none.",
   )

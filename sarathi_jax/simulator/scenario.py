@@ -16,6 +16,7 @@ from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import workload as workload_lib
 
 FLAGS = flags.FLAGS
@@ -69,7 +70,7 @@ class Scenario:
   model: model_config_lib.ModelConfig
   hardware: hardware_lib.Hardware
   config: config_lib.EngineConfig
-  host: cost_model.Host
+  host: hosts.Host
   workload: workload_lib.WorkloadConfig
   batch_tbt_slo_ms: float | None = None
 
@@ -172,7 +173,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     'host',
     'paper',
-    list(cost_model.HOSTS),
+    list(hosts.HOSTS),
     'What the host costs: as in the '
     "paper (eager PyTorch), as in its artifact's tables, or none.",
   )
@@ -266,7 +267,7 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
     name=deployment.name,
     model=deployment.known_model(),
     hardware=hardware_lib.load(device),
-    host=cost_model.HOSTS[FLAGS.host],
+    host=hosts.HOSTS[FLAGS.host],
     batch_tbt_slo_ms=FLAGS.batch_tbt_slo_ms,
     config=dataclasses.replace(deployment.config, **changes),
     workload=workload_from_flags(

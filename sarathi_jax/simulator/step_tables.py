@@ -15,7 +15,7 @@ from scipy import optimize
 from sarathi_jax import errors
 from sarathi_jax import json_file
 from sarathi_jax.simulator import cost_model
-from sarathi_jax.simulator import operators
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import tables
 
 # Context of the artifact's decodes, which it does not tell.
@@ -48,27 +48,15 @@ class Step:
     """Returns what the model predicts, seconds."""
     total = 0.0
     for tokens, before in self.chunks or ((0, 0),):
-      each = (
-        float(
-          operators.prefill_attention(
-            cost.hardware,
-            tokens,
-            before,
-            cost.num_heads,
-            cost.model.head_dim,
-          )
-        )
-        if tokens
-        else 0.0
-      )
       prefills = self.num_prefills if tokens else 0
+      num_seqs = self.num_decodes + prefills
       total += sum(
         cost.stage_seconds(
           self.num_decodes + prefills * tokens,
-          self.num_decodes + prefills,
-          self.num_decodes + prefills,
+          num_seqs,
+          num_seqs,
           self.num_decodes * self.context,
-          prefills * each,
+          prefills * cost.chunk_seconds(tokens, before) if prefills else 0.0,
         )
       )
     return total
@@ -150,13 +138,13 @@ def read_gpu_check(path: str) -> list[Step]:
     ) from error
 
 
-def fit_host(cost: CostModel, steps: Sequence[Step]) -> cost_model.Host:
+def fit_host(cost: CostModel, steps: Sequence[Step]) -> hosts.Host:
   """Fits the host's costs, 3 numbers, that explain the steps best."""
   scale = np.array([1e-3, 1e-2, 1e-3])
 
-  def at(x: Any) -> cost_model.Host:
+  def at(x: Any) -> hosts.Host:
     launch, step, seq = (x * scale).tolist()
-    return cost_model.Host(launch_s=launch, step_s=step, seq_s=seq)
+    return hosts.Host(launch_s=launch, step_s=step, seq_s=seq)
 
   return at(
     _fit(lambda x: cost.with_host(at(x)), np.array([0.5, 0.1, 0.5]), steps)

@@ -187,7 +187,9 @@ def _attention(name: str, rows: list[dict[str, str]]) -> Iterator[Table]:
     seconds=_seconds(chunks, 'attn_prefill'),
     predict=lambda hw: (
       hw.efficiencies.attention_s
-      + operators.prefill_attention(hw, tokens, before, heads // tp, head)
+      + operators.prefill_attention(
+        hw, tokens, before, heads // tp, head, operators.APPENDING
+      )
     ),
   )
 

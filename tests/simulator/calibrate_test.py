@@ -15,6 +15,7 @@ from sarathi_jax import errors
 from sarathi_jax.simulator import calibrate
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import operators
 from sarathi_jax.simulator import step_tables
 from sarathi_jax.simulator import tables
@@ -195,7 +196,7 @@ def _steps(cost: cost_model.CostModel) -> list[step_tables.Step]:
 
 
 def test_the_host_is_fitted_to_whole_steps() -> None:
-  true = cost_model.Host(launch_s=2e-4, step_s=5e-3, seq_s=4e-4)
+  true = hosts.Host(launch_s=2e-4, step_s=5e-3, seq_s=4e-4)
   cost = cost_model_test.cost_of('mistral_7b_a100')
   found = step_tables.fit_host(cost, _steps(cost.with_host(true)))
   assert found.step_s == pytest.approx(true.step_s, rel=0.05)

@@ -18,6 +18,7 @@ from sarathi_jax.models import published
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
 from sarathi_jax.simulator import hardware as hardware_lib
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import operators
 from sarathi_jax.simulator import paper
 
@@ -33,7 +34,7 @@ def cost_of(name: str, host: str = 'none') -> cost_model.CostModel:
     hardware_lib.load(read.device),
     tp=read.config.tp or 1,
     pp=read.config.pp,
-    host=cost_model.HOSTS[host],
+    host=hosts.HOSTS[host],
   )
 
 

@@ -13,8 +13,8 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.models import published
-from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hardware
+from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import probe
 from sarathi_jax.simulator import scenario as scenario_lib
 from sarathi_jax.simulator import search
@@ -46,7 +46,7 @@ def _paced() -> scenario_lib.Scenario:
     name='paced',
     model=published.MODELS['mistral-7b'],
     hardware=hardware.load('a100'),
-    host=cost_model.HOSTS['none'],
+    host=hosts.HOSTS['none'],
     workload=workload_lib.WorkloadConfig(source='openchat_sharegpt4'),
     config=config_lib.EngineConfig(tbt_slo_ms=50, batch_tbt_slo_ms=500),
   )
