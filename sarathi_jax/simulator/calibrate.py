@@ -233,7 +233,7 @@ def _cost(host: hosts.Host) -> cost_model.CostModel:
 
 
 def _calibrate_host(console: rich.console.Console) -> None:
-  cost = _cost(hosts.HOSTS['none'])
+  cost = _cost(hosts.HOSTS['artifact'])
   steps = step_tables.read_artifact(FLAGS.artifact)
   fitted = step_tables.fit_host(cost, steps)
   _show(

@@ -32,7 +32,18 @@ CAPACITY: Mapping[tuple[str, str, float], Mapping[str, float]] = {
   (MISTRAL, CHAT, 0.5): {'orca': 1.06, 'vllm': 1.56, 'sarathi': 2.28},
   (YI, CHAT, 0.2): {'orca': 0.27, 'vllm': 0.29, 'sarathi': 1.08},
   (YI, CHAT, 1.0): {'orca': 0.50, 'vllm': 0.71, 'sarathi': 1.22},
+  (MISTRAL, ARXIV, 0.1): {'orca': 0.34, 'vllm': 0.44, 'sarathi': 0.62},
+  (MISTRAL, ARXIV, 0.5): {'orca': 0.39, 'vllm': 0.47, 'sarathi': 0.77},
+  (LLAMA, CHAT, 1.0): {'sarathi': 0.72},
+  (LLAMA, CHAT, 5.0): {'sarathi': 0.82},
 }
+
+# Figure 1, Yi-34B, prompts of arXiv: its artifact's vector figure shows what
+# vLLM's steps took after its first prompts, 1,536 tokens of 32 sequences in
+# 14.08 s. Their prompts had just filled the cache: 8,000 tokens each or more.
+FIGURE_1_DECODES = 32
+FIGURE_1_CONTEXT = 8000
+FIGURE_1_STEP_S = 0.2933
 
 # Figure 12, chat: deployment -> (SLO -> QPS of vLLM (batch 128), and of
 # Sarathi with budgets of 512 and 2048).

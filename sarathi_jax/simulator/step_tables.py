@@ -16,9 +16,10 @@ from sarathi_jax import errors
 from sarathi_jax import json_file
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import hosts
+from sarathi_jax.simulator import paper
 from sarathi_jax.simulator import tables
 
-# Context of the artifact's decodes, which it does not tell.
+# Context of the artifact's decodes, as long as its sequences may be there.
 _CONTEXT = 1024
 # The efficiencies that gpu_check's steps tell.
 _OF_GPU_CHECK = ('gemm', 'memory', 'decode_attention', 'prefill_attention')
@@ -104,6 +105,14 @@ def _artifact(folder: pathlib.Path) -> Iterator[Step]:
       seconds=float(row['prefill_execution_time']) / 1e3,
     )
 
+  yield Step(
+    table='figure-1',
+    num_decodes=paper.FIGURE_1_DECODES,
+    context=paper.FIGURE_1_CONTEXT,
+    chunks=(),
+    seconds=paper.FIGURE_1_STEP_S,
+  )
+
 
 def read_gpu_check(path: str) -> list[Step]:
   """Reads the steps of a gpu_check.json.
@@ -139,12 +148,14 @@ def read_gpu_check(path: str) -> list[Step]:
 
 
 def fit_host(cost: CostModel, steps: Sequence[Step]) -> hosts.Host:
-  """Fits the host's costs, 3 numbers, that explain the steps best."""
-  scale = np.array([1e-3, 1e-2, 1e-3])
+  """Fits what launches, steps and contexts cost; the rest is `cost.host`'s."""
+  scale = np.array([1e-3, 1e-2, 1e-6])
 
   def at(x: Any) -> hosts.Host:
-    launch, step, seq = (x * scale).tolist()
-    return hosts.Host(launch_s=launch, step_s=step, seq_s=seq)
+    launch, step, context = (x * scale).tolist()
+    return dataclasses.replace(
+      cost.host, launch_s=launch, step_s=step, context_s=context
+    )
 
   return at(
     _fit(lambda x: cost.with_host(at(x)), np.array([0.5, 0.1, 0.5]), steps)

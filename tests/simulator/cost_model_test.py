@@ -142,8 +142,60 @@ def test_launches_bound_short_steps_and_hide_behind_long_ones() -> None:
     floor = 32 * host.launch_s + none.head_seconds(8)
     assert (bare < floor) == is_short
     assert sum(paper_host.stage_seconds(*load)) == pytest.approx(
-      max(bare, floor) + 8 * host.seq_s
+      max(bare, floor) + host.step_s + 8 * host.seq_s + 8000 * host.context_s
     )
+
+
+def test_several_devices_cost_messages_and_launches_of_sums() -> None:
+  costs = [
+    cost_model.CostModel(
+      cost_of(paper.YI).model, A100, tp=tp, host=hosts.HOSTS['paper']
+    )
+    for tp in (1, 2)
+  ]
+  host = costs[0].host
+  one, two = (
+    sum(c.stage_seconds(1, 0, 1, 0, 0.0)) - host.step_s - host.seq_s
+    for c in costs
+  )
+  launches = 60 * (host.launch_s + 2 * host.sum_s)
+  assert two == pytest.approx(launches + host.workers_s)
+  assert one > 60 * host.launch_s  # its weights take longer to read
+
+
+# Yi-34B, TP2: how much longer a chunk of the artifact's (figure 9) takes after
+# 4,096 more tokens, milliseconds: prompts of 16,384 against those of 8,192.
+@pytest.mark.parametrize(
+  ('chunk', 'ms'), [(512, 18.62), (1024, 29.06), (2048, 45.61)]
+)
+def test_chunks_after_long_prefixes_take_what_the_artifact_measured(
+  chunk: int, ms: float
+) -> None:
+  cost = cost_of(paper.YI, 'artifact')
+  near, far = (cost.chunk_seconds(chunk, before) for before in (4096, 8192))
+  assert 60e3 * (far - near) == pytest.approx(ms, rel=0.12)
+
+
+def test_only_software_that_appends_in_its_attention_pays_for_it() -> None:
+  none, paper_host = (cost_of(paper.YI, h) for h in ('none', 'paper'))
+  for before in (0, 8192):
+    alone = none.chunk_seconds(4096, before)
+    assert paper_host.chunk_seconds(4096, before) > 1.1 * alone
+
+
+# A40, NVLink in pairs: two of Vidur's medians, of 2023 and 2024, milliseconds.
+@pytest.mark.parametrize(
+  ('workers', 'mib', 'ms'),
+  [(2, 8, (0.244, 0.223)), (4, 8, (0.388, 0.336)), (4, 32, (1.317, 1.275))],
+)
+def test_pairs_of_a40_sum_at_what_was_measured(
+  workers: int, mib: int, ms: tuple[float, float]
+) -> None:
+  a40 = hardware_lib.load('a40')
+  seconds = operators.all_reduce(
+    a40, mib * 2**20, workers, a40.link_within(0, workers - 1)
+  )
+  assert 0.9 * min(ms) < 1e3 * seconds < 1.1 * max(ms)
 
 
 def test_weights_and_cache_fill_the_memory() -> None:

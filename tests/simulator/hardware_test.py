@@ -46,6 +46,7 @@ def test_facts_of_gpus_are_those_that_kernels_are_compiled_for(
     ('a100', 3, 'pcie'),
     ('a100', 7, 'network'),
     ('a100_dgx', 7, 'nvlink'),
+    ('a40', 1, 'nvlink'),
     ('a40', 7, 'pcie'),
   ],
 )
@@ -53,6 +54,14 @@ def test_a_group_is_as_slow_as_its_slowest_link(
   device: str, last: int, link: str
 ) -> None:
   assert hardware.load(device).link_within(0, last) == link
+
+
+def test_rings_leave_a_pair_by_both_of_its_links() -> None:
+  pairs, switched = (hardware.load(n) for n in ('a100', 'a100_dgx'))
+  assert pairs.ring_rate('pcie') == 2 * pairs.link_rate('pcie')
+  for link in ('nvlink', 'network'):
+    assert pairs.ring_rate(link) == pairs.link_rate(link)
+  assert switched.ring_rate('nvlink') == switched.link_rate('nvlink')
 
 
 def _write(path: pathlib.Path, **changes: Any) -> str:
