@@ -82,8 +82,8 @@ the paper measured, and no hardware's (`hosts.HOSTS`):
   those of a lower load, or of other prompts; we kept the script's.
 - The A40s of LLaMA2-70B are pairs by NVLink, as the paper says: all-reduces
   among four reach 40 GB/s in Vidur's tables of 2023. Its table of May 2024
-  shows 5 GB/s, without peer access, which the paper's capacities rule out:
-  all-reduces alone would take more than the time there was.
+  shows 5 GB/s, without peer access, which the paper's capacities rule out: at
+  0.82 QPS all-reduces and matmuls would take 1.3 times the time there was.
 - Kernels of 2024 (cuBLAS, FlashAttention-2), not ours: what our kernels take
   is measured by scripts/gpu_check.
 - Memory: blocks, fragmentation and activations by formula; no swapping.
