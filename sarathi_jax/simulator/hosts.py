@@ -39,9 +39,9 @@ class Host:
 # Sarathi-Serve's: eager PyTorch, a process for each device, Ray between them, a
 # scheduler and a sampler that the device waits for. step_s, workers_s and seq_s
 # were measured: Vidur's tables of that engine's CPU time (A100, 8 to 128
-# sequences). Launches are such that steps of few decodes take 17 and 40 ms with
-# Mistral-7B, on one device, and Yi-34B, on two: what vLLM's and Orca's
-# capacities come from.
+# sequences). Launches were chosen by hand: steps of few decodes then take 17 and
+# 40 ms with Mistral-7B, on one device, and Yi-34B, on two, near what the paper
+# says, and vLLM's and Orca's capacities of these two come out.
 _SARATHI = Host(
   launch_s=0.43e-3,
   sum_s=0.05e-3,
@@ -53,7 +53,7 @@ _SARATHI = Host(
 HOSTS: Mapping[str, Host] = {
   # The whole step is one program, and the next one is launched meanwhile.
   'none': Host(lockstep=True),
-  # The one number that is fitted to capacities, those of chats in figure 10.
+  # This was fitted to capacities, those of chats in figure 10.
   'paper': dataclasses.replace(_SARATHI, context_s=0.09e-6),
   # The steps timed one by one in its artifact (Yi-34B), and its figure 1, whose
   # decodes take so much longer: `calibrate --artifact`.
