@@ -39,9 +39,9 @@ class Host:
 # Sarathi-Serve's: eager PyTorch, a process for each device, Ray between them, a
 # scheduler and a sampler that the device waits for. step_s, workers_s and seq_s
 # were measured: Vidur's tables of that engine's CPU time (A100, 8 to 128
-# sequences). Launches were chosen by hand: steps of few decodes then take 17 and
-# 40 ms with Mistral-7B, on one device, and Yi-34B, on two, near what the paper
-# says, and vLLM's and Orca's capacities of these two come out.
+# sequences). Launches were chosen by hand: steps of few decodes then take 17 ms
+# with Mistral-7B, on one device, and 40 with Yi-34B, on two, near what the
+# paper says, and vLLM's and Orca's capacities of these two come out.
 _SARATHI = Host(
   launch_s=0.43e-3,
   sum_s=0.05e-3,
