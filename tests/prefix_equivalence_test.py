@@ -174,6 +174,7 @@ def test_a_key_that_ignores_what_is_before_is_noticed(
     size = self._pool.page_size
     for i in range(len(seq.keys), num_pages):
       seq.keys.append(repr(seq.tokens[i * size : (i + 1) * size]).encode())
+      seq.contents.append(b'')
 
   monkeypatch.setattr(prefix_cache.PrefixCache, '_make_keys', make_keys)
   got, _ = run(
