@@ -83,7 +83,11 @@ def results_of(
 
 
 def without_names(body: dict[str, Any]) -> dict[str, Any]:
-  return {k: v for k, v in body.items() if k not in ('id', 'created')}
+  """Leaves out what is another's each time: names, what was in the cache."""
+  kept = {k: v for k, v in body.items() if k not in ('id', 'created')}
+  if usage := kept.get('usage'):
+    kept['usage'] = usage | {'prompt_tokens_details': None}
+  return kept
 
 
 BODIES: tuple[tuple[str, dict[str, Any]], ...] = (

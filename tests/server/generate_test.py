@@ -44,7 +44,8 @@ def test_the_end_tells_reason_usage_and_times(
   )[-1].finished
   assert finished.finish_reason == pb.FINISH_REASON_LENGTH
   assert finished.WhichOneof('stop_reason') is None
-  assert finished.usage == pb.Usage(prompt_tokens=3, completion_tokens=4)
+  usage = finished.usage
+  assert (usage.prompt_tokens, usage.completion_tokens) == (3, 4)
   timing = finished.timing
   assert 0 <= timing.scheduling_delay_s <= timing.ttft_s <= timing.e2e_s
   assert 0 <= timing.tpot_s <= timing.max_tbt_s <= timing.e2e_s
