@@ -248,8 +248,8 @@ class PrefixCache:
     self._set_registered(seq, 0)
 
   def keep_log(self) -> None:
-    """Notes from now on, while nothing is there, what can be found."""
-    assert not self._pool.num_registered
+    """Notes from now on what can be found; forgets what was there before."""
+    self._pool.unregister_all()
     if self._finds:
       self._pool.log = page_log.PageLog()
 
