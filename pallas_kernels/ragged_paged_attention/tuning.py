@@ -159,10 +159,15 @@ TUNED: Mapping[tuple[str, str, str, str, int, int, int], _Numbers] = {}
 # (bytes of a number, head_dim up to) ->
 _Table = dict[tuple[int, int], _Numbers]
 # Of float32: with more stages, registers spill.
-_SMALL: _Table = {(2, 256): (16, 32, 4, 2), (4, 256): (16, 16, 4, 1)}
+_SMALL: _Table = {
+  (2, 256): (16, 32, 4, 2),
+  (4, 80): (16, 16, 2, 1),
+  (4, 256): (16, 16, 4, 1),
+}
 _CHUNKS: _Table = {
   (2, 256): (64, 32, 8, 2),
   (4, 80): (32, 16, 4, 1),
+  (4, 96): (32, 32, 8, 1),
   (4, 256): (32, 16, 8, 1),
 }
 _SIZES: Mapping[tuple[str, str], _Table] = {
