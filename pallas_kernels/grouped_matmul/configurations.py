@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import grouping_triton
 from pallas_kernels.grouped_matmul import pallas_triton
 
 
@@ -56,6 +57,29 @@ class Case:
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class GroupingCase:
+  """The same of sorting rows by groups.
+
+  Attributes:
+    num_rows, num_groups: R, G.
+  """
+
+  num_rows: int
+  num_groups: int
+
+  @property
+  def name(self) -> str:
+    return f'group {self.num_rows} by {self.num_groups}'
+
+  def function(self, keys: jax.Array) -> Any:
+    return grouping_triton.sort(keys, self.num_groups)
+
+  @property
+  def args(self) -> Any:
+    return (jax.ShapeDtypeStruct((self.num_rows,), jnp.int32),)
+
+
 def _only(product: jax.Array) -> jax.Array:
   return product
 
@@ -64,12 +88,15 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * up
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str) -> Iterator[Case | GroupingCase]:
   """Yields every default configuration, for `pallas_kernels.aot`.
 
   Iterate, and compile, while the default device is the one of this name.
   """
   del device  # All have the same.
+  for num_groups, chosen in sorted({m[:2] for m in arg_specs.MODELS.values()}):
+    for num_tokens in arg_specs.TOKENS:
+      yield GroupingCase(num_tokens * chosen, num_groups)
   for model, (num_groups, chosen, width, inner) in arg_specs.MODELS.items():
     for num_tokens in arg_specs.TOKENS:
       for kinds, sizes in ((2, (width, inner)), (1, (inner, width))):

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import devices
+from pallas_kernels.grouped_matmul import grouping_triton
 
 
 class Groups(NamedTuple):
@@ -35,9 +39,20 @@ def group(keys: jax.Array, num_groups: int) -> Groups:
       it belongs to none.
     num_groups: G.
   """
-  (num_rows,) = keys.shape
-  rows = jnp.arange(num_rows, dtype=jnp.int32)
+  sort = sort_by_xla
+  if devices.default().platform != 'cpu':
+    with contextlib.suppress(NotImplementedError):
+      devices.check_triton(devices.default())
+      sort = grouping_triton.sort
+  return Groups(*sort(keys, num_groups))
+
+
+def sort_by_xla(
+  keys: jax.Array, num_groups: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Does it in JAX's own operations."""
+  rows = jnp.arange(keys.shape[0], dtype=jnp.int32)
   _, order = jax.lax.sort((keys, rows), num_keys=1, is_stable=True)
   places = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True)
   is_in = keys[:, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, :]
-  return Groups(is_in.sum(0, dtype=jnp.int32), order, places)
+  return is_in.sum(0, dtype=jnp.int32), order, places

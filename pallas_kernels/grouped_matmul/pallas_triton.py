@@ -50,65 +50,62 @@ def grouped_matmul(
   del matmul
   shape = tuning.Shape.of(x, matrices, rows)
   sizes = (sizes or tuning.choose(shape)).for_shape(shape)
-  plan = plan_lib.make_plan(group_sizes, shape.num_rows, sizes.rows)
-  launch = functools.partial(
-    _launch, combine=combine, sizes=sizes, num_kinds=len(matrices)
+  launch = functools.partial(_launch, combine=combine, sizes=sizes, shape=shape)
+  # Vectors have lengths that are powers of two.
+  more = (1 << (shape.num_groups - 1).bit_length()) - shape.num_groups
+  return devices.launch(
+    launch, x, rows, jnp.pad(group_sizes, (0, more)), *matrices
   )
-  return devices.launch(launch, x, rows, plan, *matrices)
 
 
 def _launch(
   x: jax.Array,
   rows: jax.Array,
-  plan: plan_lib.Plan,
+  group_sizes: jax.Array,
   *matrices: jax.Array,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
-  num_kinds: int,
+  shape: tuning.Shape,
   interpret: bool,
 ) -> jax.Array:
-  num_out = matrices[0].shape[2]
-  num_tiles = plan.groups.shape[0]
+  num_tiles = plan_lib.most_tiles(shape.num_rows, shape.num_groups, sizes.rows)
   return pl.pallas_call(
-    functools.partial(
-      _kernel, combine=combine, sizes=sizes, num_kinds=num_kinds
-    ),
-    grid=(num_tiles * (num_out // sizes.columns),),
-    out_shape=jax.ShapeDtypeStruct((rows.shape[0], num_out), x.dtype),
+    functools.partial(_kernel, combine=combine, sizes=sizes),
+    grid=(num_tiles * (shape.num_out // sizes.columns),),
+    out_shape=jax.ShapeDtypeStruct((shape.num_rows, shape.num_out), x.dtype),
     compiler_params=plgpu.CompilerParams(
       num_warps=sizes.num_warps, num_stages=sizes.num_stages
     ),
     interpret=interpret,
     name='grouped_matmul',
-  )(x, rows, plan, *matrices)
+  )(x, rows, group_sizes, *matrices)
 
 
 def _kernel(
   x_ref: Any,
   rows_ref: Any,
-  plan: Any,
+  sizes_ref: Any,
   *refs: Any,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
-  num_kinds: int,
 ) -> None:
   """Multiplies a tile of rows by some columns.
 
   Args:
     x_ref: [T, in].
     rows_ref: [R] int32.
-    plan: a `plan.Plan` of refs.
+    sizes_ref: [G] int32 of the groups, and zeros up to a power of two.
     refs: matrices, [G, in, out] of each kind, and the result, [R, out].
     combine: see `api.grouped_matmul`.
     sizes: of the tile; all divide what they cut.
-    num_kinds: of matrices.
   """
   *matrices, out_ref = refs
   num_in, num_out = matrices[0].shape[1:]
-  tile, column = plan.item(pl.program_id(0), num_out // sizes.columns)
+  group, start, stop, column = plan_lib.item_of(
+    pl.program_id(0), sizes_ref[...], sizes.rows, num_out // sizes.columns
+  )
   first = column * sizes.columns
   columns = pl.ds(first, sizes.columns)
-  group, start, stop = plan.groups[tile], plan.starts[tile], plan.stops[tile]
   dot: Any = plgpu.dot
   if x_ref.dtype == jnp.float32:  # It isn't rounded to TensorFloat32.
     dot = functools.partial(dot, allow_tf32=False)
@@ -137,7 +134,7 @@ def _kernel(
       ]
 
     zeros = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
-    sums = lax.fori_loop(0, num_in // sizes.depth, add, [zeros] * num_kinds)
+    sums = lax.fori_loop(0, num_in // sizes.depth, add, [zeros] * len(matrices))
     out = combine(*sums).astype(out_ref.dtype)
     at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
     plgpu.store(out_ref.at[places[:, None], at[None, :]], out)

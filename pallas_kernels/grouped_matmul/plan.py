@@ -1,87 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts groups of rows into tiles, for the blocks of a GPU.
+"""Cuts groups of rows into work items, for the blocks of a GPU.
 
-A tile is rows of one group, and is multiplied by that group's matrix, some
-columns at a time. Tiles of a group take the same columns one after the other,
-so that all but the first find them in the cache.
+An item is a tile of rows, all of one group, and some columns of that group's
+matrices. Items of a group that have the same columns follow one another, so
+that all but the first find them in the cache.
 
-All arrays have fixed shapes, and all arithmetic is in whole arrays, so the same
-code runs on the host (NumPy) and in a traced step (jax.numpy): `Any` is an
-array, `xp` is NumPy or jax.numpy.
+Each block finds its own item in the groups' sizes: a launch that does it for
+all would take longer. Items that nobody needs come last, and have no rows.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 
-class Plan(NamedTuple):
-  """Tiles, group after group; those that nobody needs are last, and empty.
+class Item(NamedTuple):
+  """A work item, of scalars, int32.
 
   Attributes:
-    groups: [M] int32, the group of each tile.
-    starts: [M] int32, its first row.
-    stops: [M] int32, the row after its last; its first one's where it is empty.
-    firsts: [M] int32, the first tile of its group.
-    counts: [M] int32, the number of tiles of its group.
+    group: its rows' group.
+    start, stop: its rows; the same where it has none.
+    column: which of the group's columns, in [0, num_columns).
   """
 
-  groups: Any
-  starts: Any
-  stops: Any
-  firsts: Any
-  counts: Any
-
-  def item(self, i: Any, num_columns: int) -> tuple[Any, Any]:
-    """Returns the tile and the column of work item i, in [0, M * columns).
-
-    Worked example, 2 columns, groups of 1 and of 2 tiles -> (0, 0), (0, 1),
-    (1, 0), (2, 0), (1, 1), (2, 1).
-    """
-    any_tile = i // num_columns
-    first, count = self.firsts[any_tile], self.counts[any_tile]
-    place = i - first * num_columns
-    return first + place % count, place // count
+  group: Any
+  start: Any
+  stop: Any
+  column: Any
 
 
 def most_tiles(num_rows: int, num_groups: int, tile_rows: int) -> int:
-  """Returns M, the most tiles that groups can take, whatever their sizes."""
+  """Returns the most tiles that groups can take, whatever their sizes."""
   groups = min(num_groups, num_rows)
   return groups + (num_rows - groups) // tile_rows
 
 
-def make_plan(
-  group_sizes: Any, num_rows: int, tile_rows: int, xp: Any = jnp
-) -> Plan:
-  """Cuts each group into as few tiles as it takes.
+def item_of(
+  i: Any, group_sizes: jax.Array, tile_rows: int, num_columns: int
+) -> Item:
+  """Returns the work item of a number in [0, most_tiles * num_columns).
 
-  Worked example: group_sizes=[3, 0, 1], num_rows=5, tile_rows=2 -> groups
-  [0, 0, 2, 2], starts [0, 2, 3, 4], stops [2, 3, 4, 4], firsts [0, 0, 2, 3],
-  counts [2, 2, 1, 1].
+  Worked example: group_sizes=[3, 0, 1], tile_rows=2, num_columns=2 -> of group
+  0 rows [0, 2) and [2, 3) with column 0, then both with column 1; of group 2
+  row [3, 4) with column 0, then with column 1.
 
   Args:
-    group_sizes: [G] int32.
-    num_rows: R, at least the sum of the sizes.
+    i: the number, an int32 scalar.
+    group_sizes: [G] int32; may have zeros behind.
     tile_rows: rows of a tile.
-    xp: the arrays' module.
+    num_columns: in how many parts each matrix's columns are cut.
   """
-  (num_groups,) = group_sizes.shape
   tiles = -(-group_sizes // tile_rows)
-  last, ends = (xp.cumsum(x, dtype=xp.int32) for x in (tiles, group_sizes))
-  tile = xp.arange(most_tiles(num_rows, num_groups, tile_rows), dtype=xp.int32)
-  group = (last[None, :] <= tile[:, None]).sum(1, dtype=xp.int32)
-  is_used = group < num_groups
-  group = xp.minimum(group, num_groups - 1)
-  end, first = ends[group], last[group] - tiles[group]
-  # Those beyond all groups begin where the last group ends.
-  start = end - group_sizes[group] + tile_rows * (tile - first)
-  start = xp.minimum(start, end)
-  return Plan(
+  last, ends = jnp.cumsum(tiles), jnp.cumsum(group_sizes)
+  # Sums of vectors are all that a block of a GPU has in place of indices.
+  is_before = last * num_columns <= i
+  group = is_before.sum(dtype=jnp.int32)
+  is_it = jnp.arange(len(group_sizes), dtype=jnp.int32) == group
+
+  def of_group(x: jax.Array) -> jax.Array:
+    return jnp.where(is_it, x, 0).sum(dtype=jnp.int32)
+
+  size, end, count = map(of_group, (group_sizes, ends, tiles))
+  place = i - num_columns * jnp.where(is_before, tiles, 0).sum(dtype=jnp.int32)
+  count = jnp.maximum(count, 1)  # Of no group, where there is no item left.
+  start = end - size + tile_rows * (place % count)
+  return Item(
     group,
-    start,
-    xp.minimum(start + tile_rows, end),
-    xp.where(is_used, first, tile),
-    xp.where(is_used, tiles[group], 1),
+    jnp.minimum(start, end),
+    jnp.minimum(start + tile_rows, end),
+    jnp.minimum(place // count, num_columns - 1),
   )

@@ -18,6 +18,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul import plan
 from pallas_kernels.grouped_matmul import tuning
 
 
@@ -66,7 +67,7 @@ def grouped_matmul(
     return lax.fori_loop(0, last[-1], turn, out)[:num_rows]
   return lax.fori_loop(
     0,
-    min(num_groups, num_rows) + num_rows // size,
+    plan.most_tiles(num_rows, num_groups, size),
     lambda block, out: lax.cond(
       block < last[-1], turn, lambda block, out: out, block, out
     ),

@@ -427,6 +427,12 @@ class MixtralConfig(LlamaConfig):
     _check(
       not self.mlp_bias, 'mlp_bias', self.mlp_bias, 'experts have no biases'
     )
+    _check(  # Triton, which multiplies them on GPUs, has no erf.
+      self.activation != 'gelu',
+      'activation',
+      self.activation,
+      'experts must have silu, gelu_tanh or relu',
+    )
 
   @property
   def mlp(self) -> Mlp:

@@ -205,6 +205,16 @@ def test_a_family_reads_only_itself() -> None:
       dict(num_experts=2, experts_per_token=3),
       'experts_per_token=3',
     ),
+    (
+      config_lib.MixtralConfig,
+      dict(num_experts=2, experts_per_token=1, mlp_bias=True),
+      'mlp_bias=True',
+    ),
+    (
+      config_lib.MixtralConfig,
+      dict(num_experts=2, experts_per_token=1, activation='gelu'),
+      "activation='gelu'",
+    ),
     (config_lib.FalconConfig, dict(num_norms=3), 'num_norms=3'),
     (config_lib.FalconConfig, dict(parallel=False), 'num_norms=1'),
   ],

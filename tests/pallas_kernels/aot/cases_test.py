@@ -161,7 +161,10 @@ def test_every_product_of_groups_compiles(device: str) -> None:
   with compiler.on(device):
     chosen = list(grouped_cases.cases(device))
   for case, result in zip(chosen, check_all(chosen, device), strict=True):
-    (kernel,) = (kernel for kernel in result.kernels if kernel.is_ours)
+    (kernel,) = result.kernels
+    if isinstance(case, grouped_cases.GroupingCase):
+      assert kernel.name == 'group_rows'
+      continue
     assert kernel.name == 'grouped_matmul'
     few = case.spec.num_tokens * case.spec.chosen <= 64 * case.spec.num_groups
     assert kernel.blocks_per_sm >= (2 if few else 1), case.name

@@ -22,7 +22,7 @@ from tests.pallas_kernels.aot import matmul
 # The first layer can't be told from what comes before it.
 _SHALLOW = """
 import dataclasses, runpy
-_whole = runpy.run_path('configs/mistral_7b_h100.py')
+_whole = runpy.run_path('configs/{config}.py')
 get_config = _whole['get_config']
 def get_model():
   return dataclasses.replace(_whole['get_model'](), num_layers=4)
@@ -40,12 +40,14 @@ class Bounds:
       the residual stream once in three layers.
     traffic: bytes that are read and written, the cache's left out, as a
       multiple of the weights. Of decodes it should be 1.05 at the most.
+    config: of `configs`.
   """
 
   device: str
   tokens: int | None
   launches: float
   traffic: float
+  config: str = 'mistral_7b_h100'
 
 
 @matmul.needs_disassembler
@@ -64,6 +66,8 @@ def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
     Bounds('h100', None, 16.4, 1.85),
     Bounds('a100', 64, 10.4, 1.055),
     Bounds('a40', 64, 10.4, 1.055),
+    # Routing takes seven; all experts are counted, as tokens may choose all.
+    Bounds('h100', 64, 23, 1.04, 'qwen3_30b_a3b_h100'),
   ],
   ids=str,
 )
@@ -72,9 +76,9 @@ def test_a_layer_of_other_steps(bounds: Bounds, tmp_path: pathlib.Path) -> None:
 
 
 def check(bounds: Bounds, folder: pathlib.Path) -> None:
-  """Compiles a step of some layers of Mistral, and looks at them."""
+  """Compiles a step of some layers, and looks at them."""
   config = folder / 'shallow.py'
-  config.write_text(_SHALLOW)
+  config.write_text(_SHALLOW.format(config=bounds.config))
   path = folder / 'plan.json'
   done = subprocess.run(
     [

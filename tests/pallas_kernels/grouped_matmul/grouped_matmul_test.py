@@ -14,6 +14,8 @@ import pytest
 
 from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import grouping
+from pallas_kernels.grouped_matmul import grouping_triton
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tuning
 
@@ -134,20 +136,36 @@ def test_a_row_has_the_same_bits_whatever_others_choose(
     np.testing.assert_array_equal(after[7], before[7], routing)
 
 
-def test_groups_are_sorted_and_their_rows_keep_their_order():
-  for given, num_groups in (
+@pytest.mark.parametrize(
+  'sort',
+  [
+    pytest.param(grouping.sort_by_xla, id='xla'),
+    pytest.param(
+      grouping_triton.sort, marks=pytest.mark.gpu, id='pallas_triton'
+    ),
+  ],
+)
+@pytest.mark.parametrize(
+  'keys,num_groups',
+  [
     ([1, 0, 3, 1], 3),
     ([5, 5, 5], 5),
-    (np.random.default_rng(0).integers(0, 9, 300), 8),
-  ):
-    keys = np.asarray(given, np.int32)
-    groups = grouped_matmul.group(jnp.asarray(keys), num_groups)
-    order = np.argsort(keys, kind='stable')
-    np.testing.assert_array_equal(groups.order, order)
-    np.testing.assert_array_equal(groups.places[order], np.arange(len(keys)))
-    np.testing.assert_array_equal(
-      groups.sizes, np.bincount(keys, minlength=num_groups)[:num_groups]
-    )
+    ([0], 1),
+    (np.random.default_rng(0).integers(0, 9, 300).tolist(), 8),
+    (np.random.default_rng(1).integers(0, 129, 512).tolist(), 128),
+  ],
+  ids=str,
+)
+def test_groups_are_sorted_and_their_rows_keep_their_order(
+  sort, keys, num_groups
+):
+  sizes, order, places = sort(jnp.asarray(keys, jnp.int32), num_groups)
+  expected = np.argsort(keys, kind='stable')
+  np.testing.assert_array_equal(order, expected)
+  np.testing.assert_array_equal(places[expected], np.arange(len(keys)))
+  np.testing.assert_array_equal(
+    sizes, np.bincount(keys, minlength=num_groups)[:num_groups]
+  )
 
 
 @pytest.mark.parametrize('rows_a_group', [1, 8, 16, 64, 65])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -28,32 +29,48 @@ SIZES = [
 ]
 
 
+@functools.cache
+def _items(num_groups: int, tile_rows: int, num_columns: int) -> Any:
+  return jax.jit(
+    jax.vmap(
+      lambda i, sizes: plan_lib.item_of(i, sizes, tile_rows, num_columns),
+      in_axes=(0, None),
+    )
+  )
+
+
+def items_of(
+  sizes: np.ndarray, num_rows: int, tile_rows: int, num_columns: int
+) -> list[plan_lib.Item]:
+  """All work items, in their order."""
+  num = plan_lib.most_tiles(num_rows, len(sizes), tile_rows) * num_columns
+  items = _items(len(sizes), tile_rows, num_columns)(
+    jnp.arange(num, dtype=jnp.int32), jnp.asarray(sizes, jnp.int32)
+  )
+  return [plan_lib.Item(*one) for one in np.stack(items, axis=1).tolist()]
+
+
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
 @pytest.mark.parametrize('tile_rows', [1, 2, 16, 64])
 @pytest.mark.parametrize('more', [0, 5, 300])
-def test_each_row_is_in_one_tile_of_its_group(sizes, tile_rows, more):
-  sizes = np.asarray(sizes, np.int32)
-  num_rows = int(sizes.sum()) + more
-  plan = plan_lib.make_plan(sizes, num_rows, tile_rows, np)
+def test_each_row_meets_each_column_once(sizes, tile_rows, more):
+  num_columns = 3
+  total = sum(sizes)
+  items = items_of(np.asarray(sizes), total + more, tile_rows, num_columns)
+  got = np.full((total, num_columns), -1)
+  for group, start, stop, column in items:
+    assert 0 <= start <= stop <= min(start + tile_rows, total)
+    assert 0 <= column < num_columns
+    assert (got[start:stop, column] == -1).all()
+    got[start:stop, column] = group
   expected = np.repeat(np.arange(len(sizes)), sizes)
-  got = np.full(len(expected), -1)
-  used = plan.starts < plan.stops
-  for group, start, stop in zip(*plan[:3], strict=True):
-    assert 0 <= start <= stop <= min(start + tile_rows, len(expected))
-    assert (got[start:stop] == -1).all()
-    got[start:stop] = group
-  np.testing.assert_array_equal(got, expected)
-  assert used.sum() == sum(-(-sizes // tile_rows))
-  assert not used[used.sum() :].any()
-  items = [plan.item(i, 3) for i in range(3 * len(used))]
-  assert sorted(items) == list(itertools.product(range(len(used)), range(3)))
+  np.testing.assert_array_equal(got, np.stack([expected] * num_columns, axis=1))
+  used = [item for item in items if item.start < item.stop]
+  assert items[: len(used)] == used
+  assert len(used) == num_columns * sum(-(-size // tile_rows) for size in sizes)
   # Of a group and its columns, one after the other.
-  pairs = [(plan.groups[tile], column) for tile, column in items if used[tile]]
+  pairs = [(item.group, item.column) for item in used]
   assert len(list(itertools.groupby(pairs))) == len(set(pairs))
-  traced = jax.jit(plan_lib.make_plan, static_argnums=(1, 2))(
-    jnp.asarray(sizes), num_rows, tile_rows
-  )
-  jax.tree.map(np.testing.assert_array_equal, plan, plan_lib.Plan(*traced))
 
 
 def test_there_are_just_enough_tiles():
@@ -65,8 +82,8 @@ def test_there_are_just_enough_tiles():
     sizes = np.zeros(groups, np.int32)
     sizes[:used] = 1
     sizes[0] += rows - used
-    plan = plan_lib.make_plan(sizes, rows, size, np)
-    assert (plan.starts < plan.stops).sum() == len(plan.groups)
+    items = items_of(sizes, rows, size, 1)
+    assert all(item.start < item.stop for item in items)
 
 
 class Work(NamedTuple):
@@ -104,22 +121,19 @@ def work_of(
   rows = (
     order // keys.shape[1] if shape.num_kinds == 2 else np.arange(len(order))
   )
-  plan = plan_lib.make_plan(
-    group_sizes.astype(np.int32), shape.num_rows, sizes.rows, np
+  items = items_of(
+    group_sizes, shape.num_rows, sizes.rows, shape.num_out // sizes.columns
   )
   number = shape.itemsize
 
   def pieces() -> Iterator[tuple[Any, int]]:
-    num_columns = shape.num_out // sizes.columns
-    for i in range(len(plan.groups) * num_columns):
-      tile, column = plan.item(i, num_columns)
-      places = range(plan.starts[tile], plan.stops[tile])
-      if places:
+    for group, start, stop, column in items:
+      if start < stop:
         yield (
-          ('matrix', plan.groups[tile], column),
+          ('matrix', group, column),
           shape.num_kinds * shape.num_in * sizes.columns * number,
         )
-      for place in places:
+      for place in range(start, stop):
         yield ('row', rows[place]), shape.num_in * number
         yield ('out', place, column), sizes.columns * number
 
@@ -134,12 +148,15 @@ def work_of(
     while held > target.l2_bytes and len(cache) > 1:
       held -= cache.popitem(last=False)[1]
   matrix = shape.num_kinds * shape.num_in * shape.num_out
-  tiles = (plan.starts < plan.stops).sum()
   read = len(np.unique(rows)) * shape.num_in
   written = shape.num_rows * shape.num_out
   used = (group_sizes > 0).sum()
   return (
-    Work(moved, tiles * sizes.rows * 2 * matrix),
+    Work(
+      moved,
+      sum(item.start < item.stop for item in items)
+      * (sizes.rows * 2 * shape.num_kinds * shape.num_in * sizes.columns),
+    ),
     Work(
       (used * matrix + read + written) * number, 2 * shape.num_rows * matrix
     ),
