@@ -18,7 +18,9 @@ import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
+from sarathi_jax import models
 from sarathi_jax import types
+from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
@@ -30,19 +32,33 @@ from tests import naive
 from tests import prefix_equivalence_test as prefixes
 
 BUDGET = 20
+_PLAIN = {f.name for f in dataclasses.fields(keystone.MODEL)}
+# A mixture of experts of the same sizes: each reads other rows in each step.
+MODELS: dict[str, model_config_lib.ModelConfig] = {
+  'llama': keystone.MODEL,
+  'experts': model_config_lib.MixtralConfig(
+    **{name: getattr(keystone.MODEL, name) for name in _PLAIN},
+    num_experts=6,
+    experts_per_token=2,
+  ),
+}
 Told = dict[str, tuple[Any, ...]]  # by the keys of outputs
 
 
 @functools.cache
 def make_runner(
-  dtype: str, kv_cache_dtype: str, tp: int
+  dtype: str, kv_cache_dtype: str, tp: int, name: str = 'llama'
 ) -> device_runner.DeviceRunner:
-  params = jax.tree.map(lambda x: x.astype(dtype), keystone.make_params())
+  model = MODELS[name]
+  params = jax.tree.map(
+    lambda x: x.astype(dtype),
+    models.init_params(model, jax.random.key(0), jnp.float32, scale=0.3),
+  )
   mesh = mesh_lib.make(parallel.Parallelism(tp=tp, pp=tp))
   layout = placement.of_live(jnp.dtype(dtype))
   return device_runner.DeviceRunner(
-    keystone.MODEL,
-    weights.place_live(keystone.MODEL, mesh, layout, params),
+    model,
+    weights.place_live(model, mesh, layout, params),
     layout,
     mesh,
     config_lib.EngineConfig(
@@ -63,6 +79,7 @@ def make_runner(
     ('float32', 'auto', 1),
     ('bfloat16', 'auto', 1),
     ('float32', 'int8', 1),
+    ('float32', 'auto', 1, 'experts'),
     pytest.param(('float32', 'auto', 2), marks=pytest.mark.slow),
   ],
   ids=str,
