@@ -67,7 +67,7 @@ def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
     Bounds('a100', 64, 10.4, 1.055),
     Bounds('a40', 64, 10.4, 1.055),
     # Routing takes seven; all experts are counted, as tokens may choose all.
-    Bounds('h100', 64, 23, 1.04, 'qwen3_30b_a3b_h100'),
+    Bounds('h100', 64, 18, 1.015, 'qwen3_30b_a3b_h100'),
   ],
   ids=str,
 )
