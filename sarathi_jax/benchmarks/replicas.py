@@ -249,4 +249,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags, verbosity=logging.WARNING)
+  mains.run(
+    main, define_flags, starts_processes=True, verbosity=logging.WARNING
+  )

@@ -28,7 +28,6 @@ import contextlib
 import itertools
 import json
 import pathlib
-import signal
 import statistics
 import sys
 import tempfile
@@ -413,34 +412,28 @@ def _plot(path: str, runs: serve_runs.Runs) -> None:
   )
 
 
-def main() -> int | None:
-  # So that servers are stopped with it.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def main() -> None:
   console = rich.console.Console(
     highlight=False, width=None if sys.stdout.isatty() else 120
   )
   versions = {servers.OURS: sarathi_jax.__version__}
-  try:
-    with (
-      tempfile.TemporaryDirectory() as folder,
-      common.progress(console) as progress,
-    ):
-      runs = serve_runs.Runs(_journal(folder), console, progress)
-      if FLAGS.model_size:
-        results = _compared(runs)
-        versions[servers.VLLM] = servers.version(FLAGS.vllm_python)
-      else:
-        results = _running(runs)
-  except KeyboardInterrupt:
-    return 128 + signal.SIGINT
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    common.progress(console) as progress,
+  ):
+    runs = serve_runs.Runs(_journal(folder), console, progress)
+    if FLAGS.model_size:
+      results = _compared(runs)
+      versions[servers.VLLM] = servers.version(FLAGS.vllm_python)
+    else:
+      results = _running(runs)
   console.print(serve_tables.points(results['points']))
   console.print(serve_tables.capacities(results['capacity']))
   common.write_json(FLAGS.json, 'serve', FLAGS, results, engines=versions)
   runs.journal.forget()
   if FLAGS.plot:
     _plot(FLAGS.plot, runs)
-  return None
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags)
+  mains.run(main, define_flags, starts_processes=True)

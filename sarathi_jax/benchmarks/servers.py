@@ -183,10 +183,12 @@ class Server:
 
   def stop(self) -> None:
     """Ends the server, and what it started."""
-    self._process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      self._process.wait(_STOP_S)
-    common.kill(self._process)
+    try:
+      self._process.terminate()
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self._process.wait(_STOP_S)
+    finally:  # If Ctrl-C is pressed again, too.
+      common.kill(self._process)
 
 
 @contextlib.contextmanager

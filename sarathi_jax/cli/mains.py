@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import signal
 import sys
 from typing import Any
 import warnings
@@ -20,6 +21,7 @@ def run(
   define_flags: Callable[[], object] = lambda: None,
   *,
   takes_arguments: bool = False,
+  starts_processes: bool = False,
   verbosity: int | None = None,
 ) -> None:
   """Runs a main, whose `--help` shows its module's docstring and flags.
@@ -31,6 +33,8 @@ def run(
     main: see `call`.
     define_flags: defines flags that are not yet defined.
     takes_arguments: see `call`.
+    starts_processes: whether it starts others, and ends them when it ends. A
+      signal that ends it then raises SystemExit, which it cleans up after.
     verbosity: the level of absl's log, where --verbosity does not say; None:
       absl's own. JAX, which looks for TPUs, and Orbax log a lot.
   """
@@ -45,9 +49,25 @@ def run(
       logging.set_verbosity(verbosity)
     with warnings.catch_warnings():
       warnings.showwarning = _show_warning
+      if starts_processes:
+        _exit_at_signals()
       return call(main, argv, takes_arguments=takes_arguments)
 
   app.run(called)
+
+
+def _exit_at_signals() -> None:
+  """Lets what ends a process by itself raise SystemExit in it.
+
+  It does nothing about a signal that is ignored, as SIGHUP is under nohup.
+  """
+
+  def leave(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, leave)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -5,12 +5,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
 
 from sarathi_jax.benchmarks import replicas
 from tests import absl_flags
+from tests import source_tree
+
+# Its server is a shell that says who it is, and never answers.
+_COMMAND = """
+import runpy, sys
+sys.executable = sys.argv.pop(1)
+runpy.run_module('sarathi_jax.benchmarks.replicas', run_name='__main__')
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +69,26 @@ def test_chats_go_on_and_what_was_found_is_counted() -> None:
   assert {tuple(a[:3]) for a in by_len[5]} == {tuple(a) for a in by_len[3]}
   assert len({a[0] for a in by_len[1]}) == 5  # Each is another chat.
   assert {a[1] for a in by_len[5]} == {'answer 1'}
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_its_servers_end_with_it(
+  number: signal.Signals, tmp_path: pathlib.Path
+) -> None:
+  said, server = tmp_path / 'pid', tmp_path / 'server'
+  server.write_text(f'#!/bin/sh\necho $$ > {said}\nexec sleep 60\n')
+  server.chmod(0o755)
+  process = subprocess.Popen(
+    [sys.executable, '-c', _COMMAND, str(server), '--setups=one'],
+    cwd=source_tree.ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+  )
+  while not (said.exists() and said.read_text().endswith('\n')):
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.send_signal(number)
+  told = process.communicate()[1]
+  assert (process.returncode, told) == (128 + number, b'')
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(said.read_text()), 0)

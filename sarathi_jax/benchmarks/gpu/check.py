@@ -324,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags)
+  mains.run(main, define_flags, starts_processes=True)
