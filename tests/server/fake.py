@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+import contextlib
 import functools
 import pathlib
 import socket
@@ -147,6 +148,14 @@ def take(call: Any, num_tokens: int | None = None) -> list[int]:
     tokens += response.token_ids
   assert num_tokens in (None, len(tokens))
   return tokens
+
+
+def code_of(call: Any) -> grpc.StatusCode:
+  """Returns the status of a stream, which is read to its end."""
+  with contextlib.suppress(grpc.RpcError):
+    list(call)
+  code: grpc.StatusCode = call.code()
+  return code
 
 
 class RunningServer:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from sarathi_jax import types
+from sarathi_jax.server import gateway as gateway_lib
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.protocols import health
 from tests.server import behind_smg
@@ -205,8 +206,12 @@ def test_a_long_line_in_its_log_ends_nothing(
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_it_is_replaced(
-  served: tuple[fake.RunningServer, Client], number: signal.Signals
+  served: tuple[fake.RunningServer, Client],
+  number: signal.Signals,
+  monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+  monkeypatch.setattr(gateway_lib, '_PROBE_S', 0.2)
+  monkeypatch.setattr(gateway_lib, '_ANSWER_S', 1.5)
   running, client = served
   stub = health_pb2_grpc.HealthStub(running.channel)
 

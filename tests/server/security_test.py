@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens, TLS, limits: who gets in, and what is told to whom."""
+"""Tokens and limits: who gets in, and what is told to whom."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from collections.abc import Iterator
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import socket
-import ssl
-import subprocess
 from typing import Any
-import urllib.request
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -28,7 +22,6 @@ from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server.guard import auth
 from sarathi_jax.server.guard import limits
-from sarathi_jax.server.guard import tls
 from tests.server import fake
 
 _USER, _ADMIN = 'user-secret', 'admin-secret'
@@ -54,14 +47,8 @@ def guarded(tokens: pathlib.Path) -> Iterator[fake.RunningServer]:
     yield running
 
 
-def _code(call: Any) -> grpc.StatusCode:
-  with contextlib.suppress(grpc.RpcError):
-    list(call)
-  return call.code()
-
-
 def _generate(running: fake.RunningServer, **kwargs: Any) -> grpc.StatusCode:
-  return _code(
+  return fake.code_of(
     running.stub.Generate(
       pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])),
       timeout=fake.TIMEOUT_S,
@@ -173,7 +160,7 @@ def test_the_log_names_the_client_and_no_prompt(
     )
   ) as running:
     _generate(running, metadata=[*_metadata(_USER), ('x-client-id', 'app')])
-    _code(
+    fake.code_of(
       running.stub.Generate(
         pb.GenerateRequest(text='my secret'), metadata=_metadata(_USER)
       )
@@ -239,194 +226,5 @@ def test_a_message_too_large_is_refused() -> None:
     )
   ) as running:
     call = running.generate(text='x' * 20_000)
-    assert _code(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert fake.code_of(call) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert running.is_alive()
-
-
-def _openssl(folder: pathlib.Path, *args: str) -> None:
-  subprocess.run(
-    ['openssl', *args], cwd=folder, check=True, capture_output=True
-  )
-
-
-@pytest.fixture(scope='module')
-def certs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """ca.pem, and what it signed: server.pem, client.pem, new.pem."""
-  folder = tmp_path_factory.mktemp('certs')
-  _openssl(
-    folder,
-    'req',
-    '-x509',
-    '-newkey',
-    'rsa:2048',
-    '-nodes',
-    '-days',
-    '1',
-    '-subj',
-    '/CN=test ca',
-    '-keyout',
-    'ca.key',
-    '-out',
-    'ca.pem',
-  )
-  (folder / 'ext').write_text('subjectAltName=IP:127.0.0.1,DNS:localhost\n')
-  for name in ('server', 'client', 'new'):
-    _openssl(
-      folder,
-      'req',
-      '-newkey',
-      'rsa:2048',
-      '-nodes',
-      '-subj',
-      f'/CN={name}',
-      '-keyout',
-      f'{name}.key',
-      '-out',
-      f'{name}.csr',
-    )
-    _openssl(
-      folder,
-      'x509',
-      '-req',
-      '-in',
-      f'{name}.csr',
-      '-CA',
-      'ca.pem',
-      '-CAkey',
-      'ca.key',
-      '-CAcreateserial',
-      '-days',
-      '1',
-      '-extfile',
-      'ext',
-      '-out',
-      f'{name}.pem',
-    )
-  return folder
-
-
-def _is_served(
-  running: fake.RunningServer, certs: pathlib.Path, client: str | None = None
-) -> bool:
-  key, chain = (
-    (None, None)
-    if client is None
-    else ((certs / f'{client}.{end}').read_bytes() for end in ('key', 'pem'))
-  )
-  credentials = grpc.ssl_channel_credentials(
-    (certs / 'ca.pem').read_bytes(), key, chain
-  )
-  with grpc.secure_channel(
-    f'127.0.0.1:{running.server.port}', credentials
-  ) as channel:
-    stub = running.stub_of(channel)
-    return (
-      _code(
-        stub.Generate(
-          pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])), timeout=5
-        )
-      )
-      is grpc.StatusCode.OK
-    )
-
-
-def test_tls(certs: pathlib.Path) -> None:
-  files = tls.TlsFiles(cert=certs / 'server.pem', key=certs / 'server.key')
-  with contextlib.closing(
-    fake.RunningServer(fake.make_engine, tls=files)
-  ) as running:
-    assert _is_served(running, certs)
-    assert _generate(running) is grpc.StatusCode.UNAVAILABLE  # plain text
-
-
-def test_mutual_tls(certs: pathlib.Path) -> None:
-  files = tls.TlsFiles(
-    cert=certs / 'server.pem',
-    key=certs / 'server.key',
-    client_ca=certs / 'ca.pem',
-  )
-  with contextlib.closing(
-    fake.RunningServer(fake.make_engine, tls=files)
-  ) as running:
-    assert _is_served(running, certs, 'client')
-    assert not _is_served(running, certs)
-
-
-def test_a_renewed_certificate_is_used(
-  certs: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  files = tls.TlsFiles(cert=tmp_path / 'cert.pem', key=tmp_path / 'key.pem')
-
-  def install(name: str) -> None:
-    for path, end in ((files.cert, 'pem'), (files.key, 'key')):
-      (tmp_path / 'part').write_bytes((certs / f'{name}.{end}').read_bytes())
-      os.replace(tmp_path / 'part', path)
-
-  def served(running: fake.RunningServer) -> str:
-    return ssl.get_server_certificate(('127.0.0.1', running.server.port))
-
-  install('server')
-  with contextlib.closing(
-    fake.RunningServer(fake.make_engine, tls=files)
-  ) as running:
-    assert served(running).split() == (certs / 'server.pem').read_text().split()
-    install('new')
-    assert served(running).split() == (certs / 'new.pem').read_text().split()
-    assert _is_served(running, certs)
-
-
-def _scrapes(
-  running: fake.RunningServer, certs: pathlib.Path, client: str | None = None
-) -> bool:
-  context = ssl.create_default_context(cafile=certs / 'ca.pem')
-  if client is not None:
-    context.load_cert_chain(certs / f'{client}.pem', certs / f'{client}.key')
-  port = running.server.telemetry.metrics_port
-  try:
-    with urllib.request.urlopen(
-      f'https://127.0.0.1:{port}/metrics', context=context, timeout=5
-    ) as reply:
-      return b'sarathi:engine_up' in reply.read()
-  except OSError:
-    return False
-
-
-def test_metrics_are_guarded_as_calls_are(
-  certs: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  files = tls.TlsFiles(
-    cert=tmp_path / 'cert.pem',
-    key=tmp_path / 'key.pem',
-    client_ca=certs / 'ca.pem',
-  )
-
-  def install(name: str) -> None:
-    for path, end in ((files.cert, 'pem'), (files.key, 'key')):
-      shutil.copy(certs / f'{name}.{end}', path)
-
-  install('server')
-  with contextlib.closing(
-    fake.RunningServer(fake.make_engine, tls=files, metrics_port=0)
-  ) as running:
-    address = '127.0.0.1', running.server.telemetry.metrics_port
-    with socket.create_connection(address):  # says nothing, holds up nobody
-      assert _scrapes(running, certs, 'client')
-    assert not _scrapes(running, certs)
-    with (
-      pytest.raises(OSError),
-      urllib.request.urlopen(
-        f'http://127.0.0.1:{address[1]}/metrics', timeout=5
-      ),
-    ):
-      pass
-    install('new')
-    assert _scrapes(running, certs, 'client')
-    assert (
-      ssl.get_server_certificate(address).split()
-      == (certs / 'new.pem').read_text().split()
-    )
-
-
-def test_a_missing_certificate_is_one_error(tmp_path: pathlib.Path) -> None:
-  with pytest.raises(errors.ConfigError, match='tls_key'):
-    tls.credentials(tls.TlsFiles(cert=tmp_path / 'a', key=tmp_path / 'b'))
