@@ -93,7 +93,7 @@ class StepPrograms:
     max_step_tokens: int,
   ) -> None:
     max_num_seqs = config.max_num_seqs
-    is_cpu = mesh.devices.flat[0].platform == 'cpu'
+    self._is_cpu = is_cpu = mesh.devices.flat[0].platform == 'cpu'
     self.weights = placement.shapes(model, mesh, layout)
     self._deterministic = config.deterministic
     self.sizes: tuple[int, ...] = (max_step_tokens,)
@@ -291,7 +291,11 @@ class StepPrograms:
     options: Mapping[str, Any] | None = None,
     kept: kept_lib.Kept = kept_lib.NOWHERE,
   ) -> None:
-    """Compiles some sizes, the largest first, several at a time.
+    """Compiles some sizes, the largest first, several at a time on GPUs.
+
+    On CPUs it is one at a time, while the next one is traced: there a process
+    that serializes a program for a cache, while another thread compiles, dies
+    of a segmentation fault now and then (jaxlib 0.10.2).
 
     Args:
       num_pages: of the cache.
@@ -328,7 +332,8 @@ class StepPrograms:
       return size, place.compile(lowered, options or {})
 
     on_compiled(0, len(asked))
-    pool = futures.ThreadPoolExecutor(max_workers=4)
+    loading = futures.ThreadPoolExecutor(max_workers=4)
+    compiling = futures.ThreadPoolExecutor(max_workers=1 if self._is_cpu else 4)
     try:
       # Settings that affect programs may be a thread's own: read them here.
       places = {
@@ -338,7 +343,7 @@ class StepPrograms:
         for n in asked
       }
       jobs: Collection[_Job] = [
-        pool.submit(load, place, n) for n, place in places.items()
+        loading.submit(load, place, n) for n, place in places.items()
       ]
       while jobs:
         jobs = gather(jobs)
@@ -346,7 +351,7 @@ class StepPrograms:
         if n not in done:
           jobs = {
             *jobs,
-            pool.submit(
+            compiling.submit(
               compile_and_keep, places[n], n, self.lower(n, num_pages)
             ),
           }
@@ -354,7 +359,8 @@ class StepPrograms:
       while jobs:
         jobs = gather(jobs)
     finally:  # No compilation heeds Ctrl-C, so don't wait for any after it.
-      pool.shutdown(wait=False, cancel_futures=True)
+      for pool in (loading, compiling):
+        pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, num_pages: int) -> int:
     """Returns bytes of a device that any program needs; see `extra_bytes`."""
