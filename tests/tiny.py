@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 from typing import Any
 
@@ -27,6 +27,9 @@ MODEL = model_config_lib.LlamaConfig(
   head_dim=8,
   max_position_embeddings=64,
 )
+# Fields of an engine that runs steps alone. Programs for adjusted logits and
+# grammars are most of what there is to compile.
+STEPS_ALONE: Mapping[str, Any] = dict(max_adjusted_seqs=0, grammars=False)
 
 
 def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:

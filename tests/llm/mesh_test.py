@@ -78,7 +78,10 @@ def make(
     axis_names=axis_names,
     eos_token_ids=(),
     config=tiny.engine_config(
-      token_budget=4, compilation_cache_dir=cache_dir, **fields
+      token_budget=4,
+      compilation_cache_dir=cache_dir,
+      **tiny.STEPS_ALONE,
+      **fields,
     ),
   )
 
@@ -136,7 +139,9 @@ def test_weights_that_lie_otherwise_are_moved(cache_dir, axis_names, pp):
     max_position_embeddings=64,
   )
   params = models.init_params(model, jax.random.key(0), jnp.float32, scale=0.4)
-  config = tiny.engine_config(token_budget=4, compilation_cache_dir=cache_dir)
+  config = tiny.engine_config(
+    token_budget=4, compilation_cache_dir=cache_dir, **tiny.STEPS_ALONE
+  )
   expected = tokens_of(
     llm_lib.LLM(model, params, config=config, eos_token_ids=())
   )

@@ -292,7 +292,9 @@ def test_a_training_loop(llm):
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_weights_in_half_precision(dtype, make_llm):
-  llm = make_llm(tiny.make_params(dtype=dtype), token_budget=4)
+  llm = make_llm(
+    tiny.make_params(dtype=dtype), token_budget=4, **tiny.STEPS_ALONE
+  )
   done = llm.generate(PROMPTS, GREEDY)
   assert all(len(c.token_ids) == 6 for c in done)
   assert all(np.isfinite(c.logprobs).all() for c in done)

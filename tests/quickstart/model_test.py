@@ -18,6 +18,7 @@ from sarathi_jax import errors
 from sarathi_jax import quickstart
 from sarathi_jax.quickstart import text
 from sarathi_jax.quickstart import training
+from tests import tiny
 
 PROMPT = 'The for statement is used to'
 
@@ -40,11 +41,12 @@ def llm(folder: pathlib.Path) -> sarathi_jax.LLM:
 
 def _small() -> sarathi_jax.EngineConfig:
   return sarathi_jax.EngineConfig(
-    token_budget=16,
+    token_budget=4,
     max_num_seqs=4,
     max_model_len=128,
     page_size=32,
     num_pages=16,
+    **tiny.STEPS_ALONE,
   )
 
 

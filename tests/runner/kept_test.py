@@ -34,10 +34,11 @@ PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
 
 # Of 4 tokens and as many sequences.
 ALL = [4, programs.SET_UP, programs.COPY, programs.masked(4)]
+FEW = [4, programs.COPY]  # of `tiny.STEPS_ALONE`
 
 
 def make(folder: pathlib.Path, **fields: Any) -> llm_lib.LLM:
-  """Has one step to compile, and what sets up slots."""
+  """Has one step to compile, and the other programs."""
   return llm_lib.LLM(
     MODEL,
     PARAMS,
@@ -59,14 +60,14 @@ def tokens_of(llm: llm_lib.LLM) -> list[tuple[int, ...]]:
 
 def test_what_jaxs_cache_had_is_not_kept(tmp_path: pathlib.Path) -> None:
   """As after an update of our code: XLA can't write again what it read."""
-  expected = tokens_of(make(tmp_path))
+  expected = tokens_of(make(tmp_path, **tiny.STEPS_ALONE))
   for path in tmp_path.glob('step-*'):
     path.unlink()
   jax.clear_caches()
-  assert tokens_of(make(tmp_path)) == expected
+  assert tokens_of(make(tmp_path, **tiny.STEPS_ALONE)) == expected
   assert not list(tmp_path.glob('step-*'))
   jax.clear_caches()
-  assert tokens_of(make(tmp_path)) == expected
+  assert tokens_of(make(tmp_path, **tiny.STEPS_ALONE)) == expected
 
 
 @pytest.fixture
@@ -84,17 +85,26 @@ def lowered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-  'fields', [{}, {'kv_cache_dtype': 'int8'}, {'tp': 2}], ids=str
+  ('fields', 'asked'),
+  [
+    ({}, ALL),
+    ({'kv_cache_dtype': 'int8', **tiny.STEPS_ALONE}, FEW),
+    ({'tp': 2, **tiny.STEPS_ALONE}, FEW),
+  ],
+  ids=str,
 )
 def test_a_second_start_traces_nothing(
-  fields: dict[str, Any], tmp_path: pathlib.Path, lowered: list[int]
+  fields: dict[str, Any],
+  asked: list[int],
+  tmp_path: pathlib.Path,
+  lowered: list[int],
 ) -> None:
   first = tokens_of(make(tmp_path, **fields))
-  assert lowered == ALL
+  assert lowered == asked
   names = sorted(os.listdir(tmp_path))
-  assert len([name for name in names if name.startswith('step-')]) == len(ALL)
+  assert len([n for n in names if n.startswith('step-')]) == len(asked)
   again = make(tmp_path, **fields)
-  assert lowered == ALL
+  assert lowered == asked
   assert tokens_of(again) == first
   assert sorted(os.listdir(tmp_path)) == names  # and nothing is left
 
@@ -102,12 +112,12 @@ def test_a_second_start_traces_nothing(
 def test_where_a_function_was_replaced_nothing_is_found_or_kept(
   tmp_path: pathlib.Path, lowered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  first = tokens_of(make(tmp_path))
+  first = tokens_of(make(tmp_path, **tiny.STEPS_ALONE))
   names = os.listdir(tmp_path)
   unembed = transformer.unembed
   monkeypatch.setattr(transformer, 'unembed', lambda *args: -unembed(*args))
-  assert tokens_of(make(tmp_path)) != first
-  assert lowered == ALL * 2
+  assert tokens_of(make(tmp_path, **tiny.STEPS_ALONE)) != first
+  assert lowered == FEW * 2
   assert {n for n in os.listdir(tmp_path) if n.startswith('step-')} == {
     n for n in names if n.startswith('step-')
   }

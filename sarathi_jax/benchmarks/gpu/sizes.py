@@ -216,7 +216,12 @@ def _tiny() -> Size:
     ),
     dtype='float32',
     config=config_lib.EngineConfig(
-      token_budget=32, max_num_seqs=8, max_model_len=256, num_pages=64
+      token_budget=32,
+      max_num_seqs=8,
+      max_model_len=256,
+      num_pages=64,
+      max_adjusted_seqs=0,
+      grammars=False,
     ),
     attention='xla',  # Interpreted, the kernel takes a minute.
     kernel_spec='mixed',
