@@ -286,4 +286,16 @@ TESTS: tuple[ArgSpec, ...] = (
     page_size=16,
     max_tokens=512,
   ),
+  ArgSpec(
+    name='rests_of_tiles',  # CPUs take 64 rows, or 16
+    contexts=(90, 4, 90, 100, 150, 65, 80, 200),
+    q_lens=(4, 16, 17, 64, 65, 80, 81),
+    num_decodes=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    page_size=16,
+    sliding_window=50,
+    max_tokens=512,
+  ),
 )

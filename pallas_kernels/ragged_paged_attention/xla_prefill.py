@@ -19,7 +19,7 @@ from pallas_kernels.ragged_paged_attention import quantization
 
 _MASKED = -1e30  # finite: the difference of two of them is no NaN
 _TILE = 64  # queries
-_INVARIANT_TILE = 16  # of one size, whether one query fills it or all
+_SMALL_TILE = 16  # of few that are left, and all where batches don't matter
 _BLOCK = 64  # keys, in whole pages
 
 
@@ -35,15 +35,17 @@ def chunks(
   kv_lens, page_indices, cu_q_lens, distribution = batch
   sliding_window = options.sliding_window
   num_tokens, num_kv_heads, group, head_dim = q.shape
-  tile_size = _INVARIANT_TILE if options.batch_invariant else _TILE
-  size = min(tile_size, num_tokens)
+  small = min(_SMALL_TILE, num_tokens)
+  large = small if options.batch_invariant else min(_TILE, num_tokens)
   page_size = layout.sizes(k_pages)[2]
   per_block = min(max(_BLOCK // page_size, 1), page_indices.shape[1])
   block_size = per_block * page_size
   tables = jnp.pad(page_indices, ((0, 0), (0, per_block)))
 
-  def tile(s: jax.Array, row: jax.Array, out: jax.Array) -> jax.Array:
-    """Sets the chunk's rows from `row` on, as many as a tile holds."""
+  def tile(
+    size: int, s: jax.Array, row: jax.Array, out: jax.Array
+  ) -> jax.Array:
+    """Sets the chunk's rows from `row` on, at most `size`."""
     # No tile may reach beyond the batch: the last one starts earlier, with
     # rows of other sequences.
     start = jnp.minimum(row, num_tokens - size)
@@ -109,14 +111,24 @@ def chunks(
       out, jnp.where(mine[:, None, None, None], new, old), start, 0
     )
 
+  def tiles(
+    size: int, s: jax.Array, row: jax.Array, count: jax.Array, out: jax.Array
+  ) -> jax.Array:
+    return lax.fori_loop(
+      0, count, lambda t, out: tile(size, s, row + t * size, out), out
+    )
+
   def chunk(s: jax.Array, out: jax.Array) -> jax.Array:
     first, stop = cu_q_lens[s], cu_q_lens[s + 1]
-    return lax.fori_loop(
-      0,
-      (stop - first + size - 1) // size,
-      lambda t, out: tile(s, first + t * size, out),
-      out,
-    )
+    # A few rows that are left take a small tile: prompts often go on from what
+    # is cached by a few tokens.
+    rest = (stop - first) % large
+    num_small = ((rest > 0) & (rest <= small)).astype(jnp.int32)
+    num_large = (stop - first + large - 1) // large - num_small
+    if small == large:
+      return tiles(small, s, first, num_large + num_small, out)
+    out = tiles(large, s, first, num_large, out)
+    return tiles(small, s, first + num_large * large, num_small, out)
 
   return lax.fori_loop(distribution[0], distribution[1], chunk, out)
 
