@@ -11,7 +11,9 @@ import atexit
 from collections.abc import Iterator
 import gc
 import importlib.metadata
+import itertools
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -45,6 +47,11 @@ if importlib.metadata.version('jax').startswith('0.10.'):
 
 # What JAX has traced stays: looking through it for garbage takes ever longer.
 gc.set_threshold(20_000, 50, 50)
+# Programs that nobody has any more keep their memory until then, in pieces.
+# Linux gives a process 65,530; LLVM ends it by a segmentation fault without.
+_MAPS = pathlib.Path('/proc/self/maps')
+_MANY_MAPS = 40_000
+_TESTS_BETWEEN = 5
 
 # A shell's background jobs ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,6 +63,16 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile('project')
+
+
+_run = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+  if next(_run) % _TESTS_BETWEEN or not _MAPS.exists():
+    return
+  if _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
+    gc.collect()
 
 
 @pytest.fixture(scope='module', autouse=True)
