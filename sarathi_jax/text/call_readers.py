@@ -4,22 +4,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import json
 import re
+from typing import Any
 
+from sarathi_jax.text import call_arguments
 from sarathi_jax.text import incremental
+from sarathi_jax.text import literals
 
 _MOST_NAME = 256
 _MOST_KEY = 64
 _MOST_ARGUMENTS_AS_TEXT = 2**20
 _NAME = re.compile(r'[\w./:-]+')
+_WORD = re.compile(r'\w+')
+_ELEMENT_NAME = re.compile(r'[^<>\n]+')
+_ELEMENT_ENDS = ('\n</parameter>', '</parameter>')
 MalformedError = incremental.MalformedError
 
 
 class Caller:
   """What a format tells of the calls that it reads; see `reply_reader`."""
 
-  def begin(self, name: str) -> None:
-    """Begins a call; MalformedError if no such tool was offered."""
+  def begin(self, name: str) -> Mapping[str, Any]:
+    """Begins a call, and returns the schema of the tool's arguments.
+
+    Raises:
+      MalformedError: no such tool was offered.
+    """
     raise NotImplementedError
 
   def add(self, arguments: str) -> None:
@@ -139,6 +151,143 @@ def granite(
 ) -> incremental.Waiting[None]:
   """Reads the list of calls after <|tool_call|>, which nothing ends."""
   yield from _json_calls(source, caller)
+
+
+def phi4_mini(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads a list of calls, or one; the last mark is often left out."""
+  yield from _json_calls(source, caller)
+  yield from source.space()
+  yield from source.literal('<|/tool_call|>')
+
+
+def glm4(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads a name on a line of its own, and its arguments."""
+  name = yield from source.run(_NAME, _MOST_NAME)
+  if not (yield from source.literal('\n')):
+    raise MalformedError
+  yield from source.space()
+  yield from _named(source, caller, name)
+
+
+def olmo3(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads calls as Python writes them, a line each, and </function_calls>."""
+  has_calls = False
+  while True:
+    yield from source.space()
+    if has_calls and (yield from source.literal('</function_calls>')):
+      return
+    name = yield from source.run(_NAME, _MOST_NAME)
+    if has_calls and not name:
+      return
+    if not (yield from source.literal('(')):
+      raise MalformedError
+    caller.begin(name)
+    yield from _python_arguments(source, caller)
+    caller.end()
+    has_calls = True
+
+
+def _python_arguments(
+  source: incremental.Source, caller: Caller
+) -> incremental.Waiting[None]:
+  """Reads name=value, ... and ), and tells them as an object."""
+  caller.add('{')
+  separator = ''
+  while True:
+    yield from source.space()
+    if (yield from source.literal(')')):
+      break
+    if separator:
+      if not (yield from source.literal(',')):
+        raise MalformedError
+      yield from source.space()
+      if (yield from source.literal(')')):
+        break
+    key = yield from source.run(_WORD, _MOST_KEY)
+    yield from source.space()
+    if not key or not (yield from source.literal('=')):
+      raise MalformedError
+    caller.add(f'{separator}{json.dumps(key, ensure_ascii=False)}: ')
+    separator = ', '
+    yield from source.space()
+    yield from literals.value(source, caller.add)
+  caller.add('}')
+
+
+def qwen3_coder(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads <function=NAME>, an element for each argument, and the ends."""
+  yield from source.space()
+  if not (yield from source.literal('<function=')):
+    raise MalformedError
+  name = yield from source.run(_NAME, _MOST_NAME)
+  if not (yield from source.literal('>')):
+    raise MalformedError
+  properties = caller.begin(name).get('properties') or {}
+  caller.add('{')
+  separator = ''
+  while True:
+    yield from source.space()
+    if (yield from source.literal('</function>')):
+      break
+    if not (yield from source.literal('<parameter=')):
+      raise MalformedError
+    key = yield from source.run(_ELEMENT_NAME, _MOST_KEY)
+    if not (yield from source.literal('>')):
+      raise MalformedError
+    caller.add(f'{separator}{json.dumps(key, ensure_ascii=False)}: ')
+    separator = ', '
+    yield from _element(source, caller, properties.get(key))
+  caller.add('}')
+  caller.end()
+  yield from source.space()
+  yield from source.literal('</tool_call>')
+
+
+def _element(
+  source: incremental.Source, caller: Caller, schema: Any
+) -> incremental.Waiting[None]:
+  """Reads a value as it is, and its end; tells a text, or else JSON."""
+  yield from source.literal('\n')
+  kinds = call_arguments.kinds(schema)
+  if kinds == {'string'}:
+    caller.add('"')
+    mark = yield from source.until(
+      _ELEMENT_ENDS, lambda text: caller.add(literals.escaped(text))
+    )
+    if not mark:
+      raise MalformedError
+    caller.add('"')
+    return
+  parts: list[str] = []
+  if not (yield from source.until(_ELEMENT_ENDS, parts.append)):
+    caller.add(''.join(parts))
+    raise MalformedError
+  text = ''.join(parts)
+  caller.add(_as_json(text, may_be=not kinds <= {'string', 'null'}))
+
+
+def _as_json(text: str, may_be: bool) -> str:
+  """Returns the JSON of a value, whose text may be JSON itself."""
+  word = literals.WORDS.get(text.strip(), text.strip())
+  if may_be:
+    try:
+      json.loads(word, parse_constant=_refuse)
+      return word
+    except (ValueError, RecursionError):
+      pass
+  return 'null' if word == 'null' else json.dumps(text, ensure_ascii=False)
+
+
+def _refuse(word: str) -> None:
+  raise ValueError(word)
 
 
 def mistral(

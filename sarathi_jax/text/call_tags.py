@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import json
+import re
 from typing import Any
 
 from sarathi_jax import errors
 from sarathi_jax import structured_outputs
+from sarathi_jax.text import call_arguments
 from sarathi_jax.text import chats
 from sarathi_jax.text import reply_formats
+from sarathi_jax.text import tags
 
-_Format = dict[str, Any]
+_Format = tags.Format
 _Params = structured_outputs.StructuredOutputsParams
 _ID = 'tool:arguments'  # of a schema within another
 
@@ -45,12 +48,16 @@ def outputs_of(
   if chat is not None and formats.tools is not None and chat.callable:
     reply = _with_calls(formats.tools, chat, answer)
   has_calls = reply is not None
-  reasoning = _reasoning(formats.reasoning, prompt_end)
+  thinks = formats.reasoning
+  if thinks is not None and thinks.is_over(prompt_end):
+    thinks = None
   if reply is None:
-    if answer is None or not reasoning:
+    if answer is None or thinks is None:
       return answer
     reply = {**structured_outputs.ANSWER}
-  tag: Any = {'format': _sequence(*reasoning, reply)}
+  if thinks is not None:
+    reply = _after_reasoning(thinks, thinks.is_begun(prompt_end), reply)
+  tag: Any = {'format': reply}
   return structured_outputs.ReplyParams(
     structural_tag=tag, answer=answer, has_calls=has_calls
   )
@@ -78,61 +85,95 @@ def _with_calls(
     for tool in chat.offered
     if tool['function']['name'] in chat.callable
   }
-  tags = [_tag(form.frame, *item) for item in arguments.items()]
+  each = [_tag(form.frame, *item) for item in arguments.items()]
   is_one = chat.named is not None or not chat.parallel_tool_calls
-  calls = _sequence(*_calls(form.frame, tags, is_one))
+  calls = _calls(form.frame, each, is_one)
   if must_call:  # There is no answer then.
     return calls
   if answer is None:
-    return _maybe_calls(form, tags, is_one)
-  if form.is_bare:
-    calls = _or(*(_object(form.frame, *item) for item in arguments.items()))
-  return _or(calls, {**structured_outputs.ANSWER})
+    return _maybe_calls(form, calls, each, is_one, [*chat.callable])
+  if form.bare is reply_formats.Bare.OBJECT:
+    calls = tags.one_of(
+      *(_object(form.frame, *item) for item in arguments.items())
+    )
+  return tags.one_of(calls, {**structured_outputs.ANSWER})
 
 
 def _calls(
-  frame: reply_formats.Frame, tags: list[_Format], is_one: bool
-) -> list[_Format]:
+  frame: reply_formats.Frame, each: list[_Format], is_one: bool
+) -> _Format:
   """Returns at least one call, and what is around them."""
-  calls = {
-    'type': 'tags_with_separator',
-    'tags': tags,
-    'separator': frame.separator or '',
-    'at_least_one': True,
-    'stop_after_first': is_one or frame.separator is None,
-  }
-  return [_text(frame.before), calls, _text(frame.after)]
+  calls = tags.separated(
+    each,
+    frame.separator or '',
+    at_least_one=True,
+    stop_after_first=is_one or frame.separator is None,
+  )
+  return tags.sequence(tags.text(frame.before), calls, tags.text(frame.after))
 
 
 def _maybe_calls(
-  form: reply_formats.ToolFormat, tags: list[_Format], is_one: bool
+  form: reply_formats.ToolFormat,
+  calls: _Format,
+  each: list[_Format],
+  is_one: bool,
+  names: list[str],
 ) -> _Format:
   """Returns any text, but that calls in it are of these tags."""
   frame = form.frame
-  if form.is_bare:
-    calls = _sequence(*_calls(frame, tags, is_one))
-    return _or(
-      calls, {'type': 'regex', 'pattern': r'[ \t\r\n]*([^ \t\r\n{](.|\n)*)?'}
-    )
+  if form.bare is reply_formats.Bare.OBJECT:
+    other = r'[ \t\r\n]*([^ \t\r\n{](.|\n)*)?'
+    return tags.one_of(calls, tags.regex(other))
+  if form.bare is reply_formats.Bare.NAME:
+    return _call_or_text(calls, [f'{name}{frame.middle}' for name in names])
   if not frame.before:
     return {
       'type': 'triggered_tags',
       'triggers': [form.begins[0]],
-      'tags': tags,
+      'tags': each,
       'stop_after_first': is_one,
     }
   mark = next(m for m in form.marks if frame.before.startswith(m))
   rest = frame._replace(before=frame.before.removeprefix(mark))
-  return _or(
-    _sequence(_until(mark), *_calls(rest, tags, is_one)), {'type': 'any_text'}
+  return tags.one_of(
+    tags.sequence(tags.until(mark), _calls(rest, each, is_one)),
+    {'type': 'any_text'},
   )
+
+
+def _call_or_text(calls: _Format, begins: list[str]) -> _Format:
+  """Returns calls, or any text that, after space, begins with none.
+
+  Each part of a beginning is a text of its own, and the longest one is taken:
+  what comes after it is the rest of a call, or not that.
+  """
+  nexts: dict[str, set[str]] = {}
+  for begin in begins:
+    for i, char in enumerate(begin):
+      nexts.setdefault(begin[:i], set()).add(char)
+  others = [
+    tags.sequence(
+      tags.text(path),
+      tags.one_of(
+        tags.text(''),
+        tags.sequence(
+          tags.regex(f'[^{re.escape("".join(sorted(some)))}{space}]'),
+          {'type': 'any_text'},
+        ),
+      ),
+    )
+    for path, some in nexts.items()
+    for space in ['' if path else r' \t\r\n']
+  ]
+  space = tags.regex(r'[ \t\r\n]*')
+  return tags.sequence(space, tags.one_of(calls, *others))
 
 
 def _is_strict(tool: Mapping[str, Any]) -> bool:
   return bool(tool['function'].get('strict'))
 
 
-def _arguments(tool: Mapping[str, Any], held: bool) -> _Format:
+def _arguments(tool: Mapping[str, Any], held: bool) -> call_arguments.Schema:
   """Returns the schema of a tool's arguments: its own, if held to it."""
   schema = tool['function'].get('parameters') if held else {}
   if held and not schema:
@@ -140,18 +181,17 @@ def _arguments(tool: Mapping[str, Any], held: bool) -> _Format:
   return {'type': 'object', **schema}
 
 
-def _tag(frame: reply_formats.Frame, name: str, arguments: _Format) -> _Format:
+def _tag(
+  frame: reply_formats.Frame, name: str, arguments: call_arguments.Schema
+) -> _Format:
   """Returns a call of a tool."""
-  return {
-    'type': 'tag',
-    'begin': f'{frame.begin}{name}{frame.middle}',
-    'content': {'type': 'json_schema', 'json_schema': arguments},
-    'end': frame.end,
-  }
+  return tags.tag(
+    f'{frame.begin}{name}{frame.middle}', frame.arguments(arguments), frame.end
+  )
 
 
 def _object(
-  frame: reply_formats.Frame, name: str, arguments: _Format
+  frame: reply_formats.Frame, name: str, arguments: call_arguments.Schema
 ) -> _Format:
   """Returns a call that is an object, told from an answer as objects are.
 
@@ -168,39 +208,22 @@ def _object(
     'required': [*call],
     'additionalProperties': False,
   }
-  return {'type': 'json_schema', 'json_schema': schema}
+  return tags.json(schema)
 
 
-def _reasoning(
-  form: reply_formats.ReasoningFormat | None, prompt_end: str
-) -> list[_Format]:
-  """Returns what may come before the reply."""
-  if form is None or form.is_over(prompt_end):
-    return []
+def _after_reasoning(
+  form: reply_formats.ReasoningFormat, is_begun: bool, reply: _Format
+) -> _Format:
+  """Returns a reply after what is thought, if anything is."""
   # No more, as small models never end it.
-  space = {'type': 'regex', 'pattern': r'[ \t\r\n]{0,4}'}
-  thought = [_until(form.end), space]
-  if form.is_begun(prompt_end):
-    return thought
-  return [_or(_sequence(_text(form.begin), *thought), _text(''))]
-
-
-def _until(end: str) -> _Format:
-  return {
-    'type': 'tag',
-    'begin': '',
-    'content': {'type': 'any_text'},
-    'end': end,
-  }
-
-
-def _sequence(*parts: _Format) -> _Format:
-  return {'type': 'sequence', 'elements': [*parts]}
-
-
-def _or(*parts: _Format) -> _Format:
-  return {'type': 'or', 'elements': [*parts]}
-
-
-def _text(text: str) -> _Format:
-  return {'type': 'const_string', 'value': text}
+  space = tags.regex(r'[ \t\r\n]{0,4}')
+  thought = tags.sequence(tags.until(form.end), space)
+  whole = reply
+  if form.before:
+    whole = tags.sequence(tags.text(form.before), reply, tags.text(form.after))
+  if is_begun:
+    return tags.sequence(thought, whole)
+  thought = tags.sequence(tags.text(form.begin), thought)
+  if form.before:
+    return tags.one_of(tags.sequence(thought, whole), reply)
+  return tags.sequence(tags.one_of(thought, tags.text('')), reply)

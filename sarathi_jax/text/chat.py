@@ -25,6 +25,7 @@ from sarathi_jax.text import messages as messages_lib
 
 FILE, MORE_FILES = 'chat_template.jinja', 'additional_chat_templates'
 _DEFAULT, _WITH_TOOLS = 'default', 'tool_use'
+_TOOLS = ('tools', 'xml_tools')  # the latter is SmolLM3's
 
 
 class _Generation(ext.Extension):
@@ -47,20 +48,34 @@ def _to_json(value: Any, **options: Any) -> str:
 
 
 class _Parsed(NamedTuple):
-  """A template, the kind of contents it takes, and the variables it reads."""
+  """A template.
+
+  Attributes:
+    template: the template.
+    contents: the kind of contents it takes.
+    variables: those it reads.
+    tools: the variable that it reads tools from, if it does.
+    has_tools_in_messages: whether it has them from a message instead.
+  """
 
   template: jinja2.Template
   contents: messages_lib.Contents
   variables: Set[str]
+  tools: str | None
+  has_tools_in_messages: bool
 
   @classmethod
   def of(cls, source: str, environment: jinja2.Environment) -> _Parsed:
     try:
       tree = environment.parse(source)
+      variables = meta.find_undeclared_variables(tree)
+      tools = next((name for name in _TOOLS if name in variables), None)
       return cls(
         environment.from_string(source),
         messages_lib.contents_of(tree),
-        meta.find_undeclared_variables(tree),
+        variables,
+        tools,
+        messages_lib.has_tools(tree, tools),
       )
     except Exception as error:  # Of jinja2, or of Python, which compiles it.
       raise errors.CheckpointError(
@@ -127,6 +142,12 @@ class ChatTemplate:
       sources.get(_WITH_TOOLS),
     )
 
+  @property
+  def takes_tools(self) -> bool:
+    """Whether chats may have tools."""
+    parsed = self._with_tools
+    return parsed.tools is not None or parsed.has_tools_in_messages
+
   def takes(self, variable: str) -> bool:
     """Whether a template reads a variable."""
     return any(
@@ -159,6 +180,10 @@ class ChatTemplate:
       'documents': None,
       **self._special_tokens,
     }
+    if tools and parsed.has_tools_in_messages:
+      ours['messages'] = messages_lib.with_tools(prepared, tools)
+    elif tools and parsed.tools is not None:
+      ours[parsed.tools] = list(tools)
     for name in variables:
       if name in ours or not self.takes(name):
         raise errors.UnsupportedError(

@@ -113,11 +113,14 @@ class Chat:
     return () if self.tool_choice == NONE else tuple(self.tools)
 
   @property
-  def callable(self) -> tuple[str, ...]:
-    """The names of the tools that it may call."""
-    if self.named is not None:
-      return (self.named,)
-    return tuple(tool['function']['name'] for tool in self.offered)
+  def callable(self) -> dict[str, Mapping[str, Any]]:
+    """The tools that it may call, by name the schema of their arguments."""
+    functions = (tool['function'] for tool in self.offered)
+    return {
+      function['name']: function.get('parameters') or {}
+      for function in functions
+      if self.named in (None, function['name'])
+    }
 
 
 def _name(tool: Any, where: str) -> str:

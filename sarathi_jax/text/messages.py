@@ -9,7 +9,7 @@ does this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import enum
 import json
 from typing import Any
@@ -54,6 +54,23 @@ class _Arguments(dict[str, Any]):
 
   def __radd__(self, other: str) -> str:
     return other + self._text
+
+
+class _Tools(list[Any]):
+  """Tools in a message: a list to some templates (GLM-4), a text to others.
+
+  The text is of functions alone, as Phi-4-mini's card has them.
+  """
+
+  def __str__(self) -> str:
+    functions = [tool['function'] for tool in self]
+    return json.dumps(functions, ensure_ascii=False)
+
+  def __add__(self, other: Any) -> Any:
+    return str(self) + other
+
+  def __radd__(self, other: str) -> str:
+    return other + str(self)
 
 
 class Contents(enum.Enum):
@@ -104,13 +121,47 @@ def contents_of(template: nodes.Template) -> Contents:
   return Contents.EITHER if asks else Contents.PARTS
 
 
+def has_tools(template: nodes.Template, tools: str | None) -> bool:
+  """Whether a template reads tools from a message.
+
+  Args:
+    template: the template.
+    tools: a variable that it reads them from, too: then only if it sets that.
+  """
+  places: Iterator[nodes.Node] = template.find_all(
+    (nodes.Getattr, nodes.Getitem)
+  )
+  if tools is not None:
+    places = (
+      assign.node
+      for assign in template.find_all(nodes.Assign)
+      if isinstance(assign.target, nodes.Name) and assign.target.name == tools
+    )
+  return any(_is_of(node, 'tools') for node in places)
+
+
+def with_tools(
+  messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]
+) -> list[Mapping[str, Any]]:
+  """Returns prepared messages with the tools in the system's, the first one."""
+  messages = list(messages)
+  if not messages or messages[0]['role'] != 'system':
+    messages.insert(0, {'role': 'system', 'content': ''})
+  messages[0] = {**messages[0], 'tools': _Tools(tools)}
+  return messages
+
+
 def _is_content(node: nodes.Node) -> bool:
+  return _is_of(node, 'content')
+
+
+def _is_of(node: nodes.Node, name: str) -> bool:
   if isinstance(node, nodes.Getattr):
-    return node.attr == 'content'
+    return node.attr == name
   return (
     isinstance(node, nodes.Getitem)
     and isinstance(node.arg, nodes.Const)
-    and node.arg.value == 'content'
+    and node.arg.value == name
   )
 
 

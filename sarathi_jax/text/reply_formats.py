@@ -4,18 +4,22 @@
 
 No registry has a library for it that is kept and needs no torch. A format is
 chosen by words of the checkpoint's chat template, which shows a model its own
-earlier calls as it is to write them. Names are vLLM's. Sources: the chat
-templates of the models that a row names.
+earlier calls as it is to write them. Names are vLLM's, where it has one.
+Sources: the chat templates and cards of the models that a row names, which
+README lists as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+import enum
 from typing import NamedTuple
 
 from sarathi_jax import errors
+from sarathi_jax.text import call_arguments
 from sarathi_jax.text import call_readers
 from sarathi_jax.text import incremental
+from sarathi_jax.text import tags
 
 AUTO, NONE = 'auto', 'none'
 
@@ -25,14 +29,23 @@ Read = Callable[
 ]
 
 
+class Bare(enum.Enum):
+  """What a reply that is a call begins with, where no mark does."""
+
+  OBJECT = '{'
+  NAME = 'name'
+
+
 class Frame(NamedTuple):
   """How calls are written that must be: what is around them, and in them.
 
   A call is `begin`, its name, `middle`, its arguments, `end`.
 
   Attributes:
-    before, after: all calls.
+    begin, middle, end: see above.
     separator: between two; None where there is only ever one.
+    before, after: all calls.
+    arguments: how they are written; see `call_arguments`.
   """
 
   begin: str
@@ -41,12 +54,16 @@ class Frame(NamedTuple):
   separator: str | None = ''
   before: str = ''
   after: str = ''
+  arguments: Callable[[call_arguments.Schema], tags.Format] = (
+    call_arguments.as_json
+  )
 
 
 class ToolFormat(NamedTuple):
   """A way to write calls.
 
   Attributes:
+    models: who writes so.
     words: one of them is in the templates of those that write so.
     begins: marks that begin calls.
     read: reads the calls after one of the marks, and tells of them. It raises
@@ -54,17 +71,18 @@ class ToolFormat(NamedTuple):
     frame: how calls are written.
     others: marks that say nothing.
     inner: marks that are in calls.
-    is_bare: whether a reply that begins with '{' is one call or more.
+    bare: what makes a reply without a mark a call, or several; None: nothing.
     id_chars: characters of a call's id, if the template insists on some.
   """
 
+  models: str
   words: tuple[str, ...]
   begins: tuple[str, ...]
   read: Read
   frame: Frame
   others: tuple[str, ...] = ()
   inner: tuple[str, ...] = ()
-  is_bare: bool = False
+  bare: Bare | None = None
   id_chars: int | None = None
 
   @property
@@ -74,10 +92,33 @@ class ToolFormat(NamedTuple):
 
 
 class ReasoningFormat(NamedTuple):
-  """The marks around what a model thinks."""
+  """The marks around what a model thinks.
 
+  Attributes:
+    models: who writes so.
+    begin, end: what it thinks.
+    before, after: the answer then.
+    words: one of them is in the templates of those that write so; if there are
+      none, a mark.
+  """
+
+  models: str
   begin: str
   end: str
+  before: str = ''
+  after: str = ''
+  words: tuple[str, ...] = ()
+
+  @property
+  def marks(self) -> tuple[str, ...]:
+    """All of them."""
+    marks = (self.begin, self.end, self.before, self.after)
+    return tuple(filter(None, marks))
+
+  def is_of(self, template: str) -> bool:
+    """Whether a chat template shows it."""
+    # Some templates only begin it, others only take it out again.
+    return any(word in template for word in self.words or self.marks)
 
   def is_begun(self, prompt_end: str) -> bool:
     """Whether a prompt that ends so has it think."""
@@ -91,8 +132,8 @@ class ReasoningFormat(NamedTuple):
 # In the order in which their words are looked for: templates of the later rows
 # may be modelled on the earlier ones' models.
 TOOLS: Mapping[str, ToolFormat] = {
-  # DeepSeek-R1's distillations of Llama and Qwen2.
   'deepseek_v3': ToolFormat(
+    "DeepSeek-R1's distillations of Llama and Qwen2",
     (call_readers.SEP,),
     ('<｜tool▁call▁begin｜>',),
     call_readers.deepseek,
@@ -107,8 +148,8 @@ TOOLS: Mapping[str, ToolFormat] = {
     ('<｜tool▁calls▁begin｜>', '<｜tool▁calls▁end｜>'),
     (call_readers.SEP, call_readers.END),
   ),
-  # Mistral Small from 3.1 on, Devstral, Magistral.
   'mistral_args': ToolFormat(
+    'Mistral Small from 3.2 on, Devstral, Magistral, Ministral 3',
     ('[ARGS]',),
     ('[TOOL_CALLS]',),
     call_readers.mistral,
@@ -116,8 +157,8 @@ TOOLS: Mapping[str, ToolFormat] = {
     inner=('[ARGS]', '[CALL_ID]'),
     id_chars=9,
   ),
-  # Mistral 7B v0.3, Nemo, Mixtral 8x22B.
   'mistral': ToolFormat(
+    'Mistral 7B v0.3, Nemo, Mixtral 8x22B, Ministral, Mistral Small to 3.1',
     ('[TOOL_CALLS]',),
     ('[TOOL_CALLS]',),
     call_readers.mistral,
@@ -125,8 +166,22 @@ TOOLS: Mapping[str, ToolFormat] = {
     inner=('[ARGS]', '[CALL_ID]'),
     id_chars=9,
   ),
-  # Qwen2.5, Qwen3, QwQ, Hermes, SmolLM2; lists of calls are xLAM's.
+  'qwen3_coder': ToolFormat(
+    'Qwen3-Coder',
+    ('<function=',),
+    ('<tool_call>',),
+    call_readers.qwen3_coder,
+    Frame(
+      '<tool_call>\n<function=',
+      '>\n',
+      '</function>\n</tool_call>',
+      '\n',
+      arguments=call_arguments.as_elements,
+    ),
+    inner=('</tool_call>',),
+  ),
   'hermes': ToolFormat(
+    'Qwen2.5, Qwen3, Qwen3-MoE, QwQ, SmolLM2 and 3, Hermes, xLAM',
     ('<tool_call>',),
     ('<tool_call>',),
     call_readers.hermes,
@@ -135,15 +190,61 @@ TOOLS: Mapping[str, ToolFormat] = {
     ),
     inner=('</tool_call>',),
   ),
-  # Granite 3.1 to 3.3.
   'granite': ToolFormat(
+    'Granite 3.0 to 3.3',
     ('<|tool_call|> followed by a JSON list',),
     ('<|tool_call|>',),
     call_readers.granite,
     Frame('{"name": "', '", "arguments": ', '}', ', ', '<|tool_call|>[', ']'),
   ),
-  # Llama 3.1, 3.2 and 3.3.
+  'phi4_mini_json': ToolFormat(
+    "Phi-4-mini, where a template asks for vLLM's form",
+    ('functools[',),
+    ('functools',),
+    call_readers.granite,
+    Frame('{"name": "', '", "arguments": ', '}', ', ', 'functools[', ']'),
+  ),
+  'phi4_mini': ToolFormat(
+    'Phi-4-mini',
+    ('<|/tool|>',),
+    ('<|tool_call|>',),
+    call_readers.phi4_mini,
+    Frame(
+      '{"name": "',
+      '", "arguments": ',
+      '}',
+      ', ',
+      '<|tool_call|>[',
+      ']<|/tool_call|>',
+    ),
+    inner=('<|/tool_call|>',),
+  ),
+  'olmo3': ToolFormat(
+    'OLMo-3',
+    ('<function_calls>',),
+    ('<function_calls>',),
+    call_readers.olmo3,
+    Frame(
+      '',
+      '(',
+      ')',
+      '\n',
+      '<function_calls>',
+      '</function_calls>',
+      call_arguments.as_python,
+    ),
+    inner=('</function_calls>',),
+  ),
+  'glm4': ToolFormat(
+    'GLM-4',
+    ('在调用上述函数时，请使用 Json 格式表示调用的参数',),
+    (),
+    call_readers.glm4,
+    Frame('', '\n', '', None),
+    bare=Bare.NAME,
+  ),
   'llama3_json': ToolFormat(
+    'Llama 3.1, 3.2 and 3.3',
     (
       'respond with JSON for a function call',
       'respond with a JSON for a function call',
@@ -151,16 +252,36 @@ TOOLS: Mapping[str, ToolFormat] = {
     ('<|python_tag|>',),
     call_readers.llama,
     Frame('{"name": "', '", "parameters": ', '}', None),
-    is_bare=True,
+    bare=Bare.OBJECT,
   ),
 }
 # Words of templates whose calls look like a row's, but are others.
-_NOT_OURS = ('<function=', '<arg_key>')
-_THINK = ReasoningFormat('<think>', '</think>')
+_NOT_OURS = ('<arg_key>',)
 REASONING: Mapping[str, ReasoningFormat] = {
-  'deepseek_r1': _THINK,  # its distillations
-  'qwen3': _THINK,  # and QwQ
-  'mistral': ReasoningFormat('[THINK]', '[/THINK]'),  # Magistral
+  'granite': ReasoningFormat(
+    'Granite 3.2',
+    'Here is my thought process:',
+    'Here is my response:',
+  ),
+  'granite_response': ReasoningFormat(
+    'Granite 3.3',
+    '<think>',
+    '</think>',
+    '<response>',
+    '</response>',
+    ('<response></response>',),
+  ),
+  'deepseek_r1': ReasoningFormat(
+    "DeepSeek-R1's distillations", '<think>', '</think>'
+  ),
+  'qwen3': ReasoningFormat(
+    'Qwen3, Qwen3-MoE, QwQ, SmolLM3, OLMo-3 Think, GLM-Z1',
+    '<think>',
+    '</think>',
+  ),
+  'mistral': ReasoningFormat(
+    "Magistral, Ministral 3's Reasoning", '[THINK]', '[/THINK]'
+  ),
 }
 
 
@@ -206,6 +327,6 @@ def choose(
   reasoning = REASONING.get(reasoning_parser)
   if reasoning_parser == AUTO:
     reasoning = next(
-      (row for row in REASONING.values() if row.end in template), None
+      (row for row in REASONING.values() if row.is_of(template)), None
     )
   return Formats(tools, reasoning)

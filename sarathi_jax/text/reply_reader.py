@@ -10,7 +10,8 @@ and beside calls, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 import uuid
 
 from sarathi_jax import types
@@ -25,7 +26,8 @@ class ReplyReader(call_readers.Caller):
 
   Args:
     formats: how the model writes.
-    tools: the names of the tools that it may call; none: calls are content.
+    tools: the tools that it may call, by name the schema of their arguments;
+      none: calls are content.
     prompt_end: the last characters of the prompt, by which it is seen whether
       the template began the reasoning.
     parallel: whether more than one call is told.
@@ -34,7 +36,7 @@ class ReplyReader(call_readers.Caller):
   def __init__(
     self,
     formats: reply_formats.Formats,
-    tools: Collection[str],
+    tools: Mapping[str, Mapping[str, Any]],
     prompt_end: str,
     parallel: bool = True,
   ) -> None:
@@ -67,7 +69,7 @@ class ReplyReader(call_readers.Caller):
     self._content, self._reasoning, self._calls = [], [], []
     return gained
 
-  def begin(self, name: str) -> None:
+  def begin(self, name: str) -> Mapping[str, Any]:
     if name not in self._tools:
       raise incremental.MalformedError
     self._num_begun += 1
@@ -75,6 +77,7 @@ class ReplyReader(call_readers.Caller):
     self._space = []
     self._has_content = False
     self._gain(self._new_id(), name, '')
+    return self._tools[name]
 
   def add(self, arguments: str) -> None:
     self._gain('', '', arguments)
@@ -99,6 +102,9 @@ class ReplyReader(call_readers.Caller):
     yield  # until there is something to read
     if self._formats.reasoning is not None:
       yield from self._think(self._formats.reasoning)
+    reasoning = self._formats.reasoning
+    if reasoning is not None and reasoning.before and self._thinks:
+      yield from self._response(reasoning)
     form = self._formats.tools if self._tools else None
     if form is None:
       yield from self._source.until((), self._say)
@@ -124,13 +130,22 @@ class ReplyReader(call_readers.Caller):
     self._space = []
     yield from source.space()
 
+  def _response(
+    self, form: reply_formats.ReasoningFormat
+  ) -> incremental.Waiting[None]:
+    """Reads an answer that has marks of its own, if it has."""
+    if (yield from self._source.literal(form.before)):
+      yield from self._source.space()
+      yield from self._source.until((form.after,), self._say)
+
   def _answer(
     self, form: reply_formats.ToolFormat
   ) -> incremental.Waiting[None]:
     source = self._source
-    if form.is_bare:
+    if form.bare is not None:
       yield from source.space(self._say)
-      if (yield from source.next()) == '{':
+      is_named = form.bare is reply_formats.Bare.NAME
+      if is_named or (yield from source.next()) == form.bare.value:
         yield from self._call(form, '')
     marks = (*form.begins, *form.others)
     while mark := (yield from source.until(marks, self._say)):

@@ -162,7 +162,7 @@ class Tokenizer:
       )
     if not isinstance(messages, chats.Chat):
       messages = chats.Chat(messages=messages)
-    if messages.offered and not self._chat.takes('tools'):
+    if messages.offered and not self._chat.takes_tools:
       raise errors.UnsupportedError(
         "tools: this model's chat template has no place for tools."
       )
@@ -228,7 +228,7 @@ class Tokenizer:
     if outputs is not sampling.structured_outputs:
       sampling = dataclasses.replace(sampling, structured_outputs=outputs)
     calls = form.marks if form and chat is not None and chat.offered else ()
-    ids = map(self.token_id, (*calls, *(reasoning or ())))
+    ids = map(self.token_id, (*calls, *(reasoning.marks if reasoning else ())))
     special = self.special_tokens
     return dataclasses.replace(
       request,

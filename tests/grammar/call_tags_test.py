@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 from sarathi_jax.grammar import compiler
+from sarathi_jax.text import call_arguments
 from sarathi_jax.text import call_tags
 from sarathi_jax.text import chats
 from sarathi_jax.text import reply_formats
@@ -49,7 +50,24 @@ def grammars() -> compiler.Grammars:
   words = tokenizers.Tokenizer.from_str(tokenizer_fixture.make().to_str())
   marks = {mark for form in reply_formats.TOOLS.values() for mark in form.marks}
   words.add_special_tokens(sorted(m for m in marks if 'tool_call>' not in m))
-  return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 320, (1,))
+  return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 360, (1,))
+
+
+def written(form: reply_formats.ToolFormat, arguments: str, name: str) -> str:
+  """A call of a tool as a model writes it, whose arguments are this JSON."""
+  frame, values = form.frame, json.loads(arguments)
+  if frame.arguments is call_arguments.as_python:
+    arguments = ', '.join(f'{k}={json.dumps(v)}' for k, v in values.items())
+  elif frame.arguments is call_arguments.as_elements:
+    arguments = ''.join(
+      f'<parameter={k}>\n{v if isinstance(v, str) else json.dumps(v)}'
+      '\n</parameter>\n'
+      for k, v in values.items()
+    )
+  return (
+    f'{frame.before}{frame.begin}{name}{frame.middle}{arguments}{frame.end}'
+    f'{frame.after}'
+  )
 
 
 def drawn(formats: reply_formats.Formats, chat: Any, seed: int) -> Any:
@@ -117,22 +135,21 @@ def test_strict_tools_are_called_by_their_schema(name: str) -> None:
   )
   outputs = call_tags.outputs_of(formats, chat, '')
   assert outputs is not None
-  frame = formats.tools.frame  # type: ignore[union-attr]
+  form = reply_formats.TOOLS[name]
 
   def is_allowed(text: str) -> bool:
     return accepts(outputs, text)
 
   def call(arguments: str, tool: str = 'weather') -> str:
-    return (
-      f'{frame.before}{frame.begin}{tool}{frame.middle}{arguments}{frame.end}'
-      f'{frame.after}'
-    )
+    return written(form, arguments, tool)
 
   assert is_allowed('It is sunny in [Paris] {today}.')
   assert is_allowed(call('{"city": "Pari"}'))
   assert is_allowed(call('{"a": 1}', 'now'))
   assert not is_allowed(call('{"town": "Pari"}'))
-  assert not is_allowed(call('{}', 'other'))
+  # A name of no tool is text, where nothing else begins a call.
+  is_text = form.bare is reply_formats.Bare.NAME
+  assert is_allowed(call('{}', 'other')) == is_text
 
 
 def accepts(outputs: Any, text: str) -> bool:

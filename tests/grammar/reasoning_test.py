@@ -78,7 +78,7 @@ KINDS = {
 
 def read(formats: reply_formats.Formats, end: str, text: str) -> types.Reply:
   """A reply that comes one character at a time."""
-  reader = reply_reader.ReplyReader(formats, ('weather', 'now'), end)
+  reader = reply_reader.ReplyReader(formats, call_tags_test.SCHEMAS, end)
   return replies.merged(
     [reader.read(part) for part in text] + [reader.read('', True)]
   )
@@ -100,14 +100,12 @@ def grammars_of_tokens() -> compiler.Grammars:
       *reply_formats.TOOLS.values(),
       *reply_formats.REASONING.values(),
     )
-    for mark in (
-      form.marks if isinstance(form, reply_formats.ToolFormat) else form
-    )
+    for mark in form.marks
   }
   words.add_tokens(
     [tokenizers.AddedToken(m, normalized=False) for m in sorted(marks)]
   )
-  return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 330, (1,))
+  return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 380, (1,))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -115,7 +113,8 @@ def grammars_of_tokens() -> compiler.Grammars:
 def test_an_answer_comes_after_what_is_thought(row: str, kind: str) -> None:
   marks = reply_formats.REASONING[row]
   formats = reply_formats.Formats(reasoning=marks)
-  params, good, bad = KINDS[kind]
+  params, plain, bad = KINDS[kind]
+  good = f'{marks.before}{plain}{marks.after}'
   thought = 'Is it {"m": 1}? [No], <b>.'
   for end, before in (
     (f'[assistant]{marks.begin}\n', f'{thought}\n{marks.end}\n\n'),
@@ -124,16 +123,16 @@ def test_an_answer_comes_after_what_is_thought(row: str, kind: str) -> None:
   ):
     outputs = call_tags.outputs_of(formats, None, end, params)
     assert call_tags_test.accepts(outputs, before + good), (end, before)
-    assert not call_tags_test.accepts(outputs, before + bad)
+    assert not call_tags_test.accepts(outputs, f'{before}{marks.before}{bad}')
     assert not call_tags_test.accepts(outputs, before + good + 'x')
     reply = read(formats, end, before + good)
-    assert reply == types.Reply(good, thought), reply
+    assert reply == types.Reply(plain, thought), reply
   # Where it was not asked to think, it need not; where it was, it must end it.
   outputs = call_tags.outputs_of(formats, None, '[assistant]', params)
-  assert call_tags_test.accepts(outputs, good)
+  assert call_tags_test.accepts(outputs, plain)
   assert not call_tags_test.accepts(outputs, bad)
   outputs = call_tags.outputs_of(formats, None, marks.begin, params)
-  assert not call_tags_test.accepts(outputs, good)
+  assert not call_tags_test.accepts(outputs, plain)
 
 
 @pytest.mark.parametrize('row', reply_formats.REASONING)
@@ -192,15 +191,11 @@ STRICT = [
 ]
 
 
+call = call_tags_test.written
+
+
 def chat(tools: Any = TOOLS, **options: Any) -> chats.Chat:
   return chats.Chat(messages=call_tags_test.MESSAGES, tools=tools, **options)
-
-
-def call(frame: reply_formats.Frame, arguments: str, name: str) -> str:
-  return (
-    f'{frame.before}{frame.begin}{name}{frame.middle}{arguments}{frame.end}'
-    f'{frame.after}'
-  )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +211,9 @@ def test_a_reply_is_calls_or_the_answer(
     form, reply_formats.REASONING.get(reasoning or '')
   )
   params, good, bad = KINDS[kind]
-  is_object = form.is_bare and kind == 'json_object'  # as any call is
+  is_object = (
+    form.bare is reply_formats.Bare.OBJECT and kind == 'json_object'
+  )  # as any call is
   for tools in (TOOLS, STRICT):
     outputs = call_tags.outputs_of(formats, chat(tools), '', params)
     for before in ('', '<think>So.</think>\n') if reasoning else ('',):
@@ -225,13 +222,13 @@ def test_a_reply_is_calls_or_the_answer(
         return call_tags_test.accepts(of, before + text)
 
       assert accepts(good) and not accepts(bad)
-      assert accepts(call(form.frame, '{"city": "Pari"}', 'weather'))
-      assert accepts(call(form.frame, '{}', 'now'))
-      assert accepts(call(form.frame, '{}', 'other')) == is_object
-      assert not accepts('I look.' + call(form.frame, '{}', 'now'))
-      any_arguments = call(form.frame, '{"town": 1}', 'weather')
+      assert accepts(call(form, '{"city": "Pari"}', 'weather'))
+      assert accepts(call(form, '{}', 'now'))
+      assert accepts(call(form, '{}', 'other')) == is_object
+      assert not accepts('I look.' + call(form, '{}', 'now'))
+      any_arguments = call(form, '{"town": 1}', 'weather')
       assert accepts(any_arguments) == (tools is TOOLS or is_object)
-      text = before + call(form.frame, '{"city": "Pari"}', 'weather')
+      text = before + call(form, '{"city": "Pari"}', 'weather')
       (made,) = read(formats, '', text).tool_calls
       assert made[2:] == ('weather', '{"city": "Pari"}')
     # Where there must be calls, there is no answer that the format is of.
@@ -240,16 +237,14 @@ def test_a_reply_is_calls_or_the_answer(
     )
     assert not call_tags_test.accepts(outputs, good)
     assert call_tags_test.accepts(
-      outputs, call(form.frame, '{"city": "Pari"}', 'weather')
+      outputs, call(form, '{"city": "Pari"}', 'weather')
     )
     # And without tools that may be called, no calls.
     outputs = call_tags.outputs_of(
       formats, chat(tools, tool_choice='none'), '', params
     )
     assert call_tags_test.accepts(outputs, good)
-    assert is_object == call_tags_test.accepts(
-      outputs, call(form.frame, '{}', 'now')
-    )
+    assert is_object == call_tags_test.accepts(outputs, call(form, '{}', 'now'))
 
 
 def test_a_structural_tag_says_itself_what_calls_are() -> None:
@@ -332,5 +327,5 @@ def test_what_a_schema_refers_to_is_in_it(name: str) -> None:
     ('{"at": {"x": 1, "in": {"x": 2}}}', True),
     ('{"at": {"y": 1}}', False),
   ):
-    text = call(form.frame, arguments, 'f')
+    text = call(form, arguments, 'f')
     assert call_tags_test.accepts(outputs, text) == is_one

@@ -12,13 +12,9 @@ import transformers
 from sarathi_jax import errors
 from sarathi_jax.text import chat
 from tests import tokenizer_fixture
+from tests.text import template_manners as manners
 
-MESSAGES = [
-  {'role': 'system', 'content': 'Be brief.'},
-  {'role': 'user', 'content': 'Say "<é & 日本>"'},
-  {'role': 'assistant', 'content': 'No.'},
-  {'role': 'user', 'content': 'Why?'},
-]
+MESSAGES = manners.MESSAGES
 
 TEMPLATES = {
   'plain': '{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>'
@@ -104,6 +100,63 @@ def test_tools_are_written_as_transformers_does(tmp_path, template, as_files):
   if isinstance(template, list):
     assert ours.render(MESSAGES, TOOLS, {'odd': 3}).endswith(' 3')
     assert 'with {{' in ours.words and 'plain' in ours.words
+
+
+@pytest.mark.parametrize('manner', manners.TEMPLATES)
+def test_makers_manners_are_rendered_as_transformers_does(tmp_path, manner):
+  _write(tmp_path, manners.TEMPLATES[manner])
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = chat.ChatTemplate.from_folder(tmp_path)
+  for variables in ({}, {'enable_thinking': False}, {'thinking': True}):
+    if not all(map(ours.takes, variables)):
+      continue
+    assert ours.render(
+      manners.CALLED, TOOLS, variables
+    ) == theirs.apply_chat_template(
+      manners.CALLED,
+      tools=TOOLS,
+      tokenize=False,
+      add_generation_prompt=True,
+      **variables,
+    )
+
+
+@pytest.mark.parametrize(
+  'template, text',
+  [
+    # Phi-4-mini's card: the functions' JSON in the system's message.
+    (
+      "{% for m in messages %}{% if 'tools' in m and m['tools'] is not none %}"
+      "{{ m['content'] + '<|tool|>' + m['tools'] + '<|/tool|>' }}"
+      "{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+      '<|tool|>'
+      + json.dumps([tool['function'] for tool in TOOLS])
+      + '<|/tool|>',
+    ),
+    # The first GLM-4's: it goes through them.
+    (
+      "{% for m in messages %}{% if m['tools'] is defined %}"
+      "{% set tools = m['tools'] %}{% for tool in tools %}"
+      "{% if tool['type'] == 'function' %}{{ tool['function'] | tojson }}"
+      '{% endif %}{% endfor %}{% endif %}{{ m.content }}{% endfor %}',
+      json.dumps(TOOLS[0]['function']),
+    ),
+    # SmolLM3's card: by another name.
+    (
+      '{% for t in xml_tools or [] %}{{ t.function | tojson }}{% endfor %}'
+      '{% for m in messages %}{{ m.content }}{% endfor %}',
+      json.dumps(TOOLS[0]['function']),
+    ),
+  ],
+)
+def test_tools_are_where_a_maker_has_them(template, text):
+  """Which transformers leaves to who calls it."""
+  ours = chat.ChatTemplate(template, {})
+  assert ours.takes_tools
+  assert text in ours.render(MESSAGES, TOOLS)
+  assert ours.render([MESSAGES[1]], TOOLS).startswith(text)
+  assert text not in ours.render(MESSAGES)
+  assert not chat.ChatTemplate('{{ messages }}', {}).takes_tools
 
 
 def test_a_template_that_sets_its_tools_takes_them():

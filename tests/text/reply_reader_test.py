@@ -17,7 +17,18 @@ from sarathi_jax.text import replies
 from sarathi_jax.text import reply_formats
 from sarathi_jax.text import reply_reader
 
-TOOLS = ('get_weather', 'add', 'now')
+TOOLS: dict[str, dict[str, Any]] = {
+  'get_weather': {
+    'type': 'object',
+    'properties': {
+      'city': {'type': 'string'},
+      'days': {'type': 'integer'},
+      'in': {'anyOf': [{'type': 'string'}, {'type': 'null'}]},
+    },
+  },
+  'add': {},
+  'now': {},
+}
 PARIS = '{"city": "Paris, \\"FR\\"", "days": [1, 2.5e3, null], "s": {"k": ""}}'
 ADD = '{"a":1,"b":-2}'
 Calls = list[tuple[str, str]]
@@ -112,6 +123,72 @@ WRITTEN: tuple[tuple[str, str, str, Calls], ...] = (
     '',
     [('add', ADD), ('now', '{}')],
   ),
+  # Phi-4-mini: by its special tokens, or as vLLM's template has it.
+  (
+    'phi4_mini',
+    f'<|tool_call|>[{{"name": "add", "arguments": {ADD}}}, {{"name": "now", '
+    '"arguments": {}}]<|/tool_call|>',
+    '',
+    [('add', ADD), ('now', '{}')],
+  ),
+  ('phi4_mini', '<|tool_call|>{"name": "now"}', '', [('now', '{}')]),
+  (
+    'phi4_mini_json',
+    f'functools[{{"name": "add", "arguments": {ADD}}}]',
+    '',
+    [('add', ADD)],
+  ),
+  # GLM-4: a name on the first line.
+  ('glm4', f'get_weather\n{PARIS}', '', [('get_weather', PARIS)]),
+  ('glm4', f'\nadd\n{ADD}\n', '', [('add', ADD)]),
+  # OLMo-3: Python, whose values are JSON in its template.
+  (
+    'olmo3',
+    f'I ask. <function_calls>get_weather(city="Paris", s={PARIS})\n'
+    'now()</function_calls>',
+    'I ask. ',
+    [
+      ('get_weather', f'{{"city": "Paris", "s": {PARIS}}}'),
+      ('now', '{}'),
+    ],
+  ),
+  (
+    'olmo3',
+    "<function_calls>\nadd(a='it\\'s \\x41\\q\n', b=[True, (None, -1e3,)], "
+    'c="\\ud83d\\ude00\\u00e9", )\n</function_calls>',
+    '',
+    [
+      (
+        'add',
+        '{"a": "it\'s A\\\\q\\n", "b": [true, [null, -1e3]], '
+        '"c": "\\ud83d\\ude00é"}',
+      )
+    ],
+  ),
+  # Qwen3-Coder: texts as they are, others as JSON or as Python prints them.
+  (
+    'qwen3_coder',
+    'So.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis, "FR"\n'
+    '<b>\n</parameter>\n<parameter=days>\n2\n</parameter>\n<parameter=in>\nnull\n'
+    '</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n'
+    '</function>\n</tool_call>',
+    'So.\n',
+    [
+      (
+        'get_weather',
+        '{"city": "Paris, \\"FR\\"\\n<b>", "days": 2, "in": null}',
+      ),
+      ('now', '{}'),
+    ],
+  ),
+  (
+    'qwen3_coder',
+    '<tool_call><function=add><parameter=a>True</parameter><parameter=b>\n'
+    '[1, {"c": 2}]\n</parameter><parameter=d>\nNaN, not JSON\n</parameter>'
+    '</function></tool_call>',
+    '',
+    [('add', '{"a": true, "b": [1, {"c": 2}], "d": "NaN, not JSON"}')],
+  ),
   # Llama 3.1 to 3.3.
   (
     'llama3_json',
@@ -201,6 +278,15 @@ def test_what_models_write(
     '[TOOL_CALLS',
     '<|python_tag|>brave_search.call(query="x")',
     '<think>no</think>',
+    'now',
+    'now\n',
+    'now\nand then {}',
+    'other\n{"a": 1}',
+    '<function_calls>other(a=1)</function_calls>',
+    '<function_calls></function_calls>',
+    '<function_calls>1 + 1</function_calls>',
+    '<tool_call>\n<function=other>\n</function>\n</tool_call>',
+    'functools.partial(now)',
   ],
 )
 def test_what_is_no_call_is_content(parser: str, text: str) -> None:
@@ -266,6 +352,31 @@ def test_malformed_calls(text: str, content: str, calls: Calls) -> None:
   assert (reply.content, calls_of(reply)) == (content, calls)
 
 
+@pytest.mark.parametrize(
+  'name, text, calls',
+  [
+    ('olmo3', '<function_calls>add(a="x', [('add', '{"a": "x')]),
+    ('olmo3', '<function_calls>add(a=1, b', [('add', '{"a": 1')]),
+    ('glm4', 'add\n{"a": 1', [('add', '{"a": 1')]),
+    (
+      'qwen3_coder',
+      '<tool_call><function=get_weather><parameter=city>\nPar',
+      [('get_weather', '{"city": "Par')],
+    ),
+    (
+      'qwen3_coder',
+      '<tool_call><function=get_weather><parameter=days>\n[1, 2',
+      [('get_weather', '{"days": [1, 2')],
+    ),
+  ],
+)
+def test_what_is_cut_off_is_told_so_far(
+  name: str, text: str, calls: Calls
+) -> None:
+  reply = same_however_cut(text, name)
+  assert (reply.content, calls_of(reply)) == ('', calls)
+
+
 THINKING: tuple[tuple[str, str, str, str], ...] = (
   # Qwen3 writes the mark itself; R1's template does, in the prompt.
   ('', '<think>\nHm.\n\n  So.\n</think>\n\nYes. ', 'Hm.\n\n  So.', 'Yes. '),
@@ -287,6 +398,32 @@ def test_reasoning(
 ) -> None:
   reply = same_however_cut(text, 'none', 'qwen3', prompt_end=prompt_end)
   assert reply == (content, reasoning, ())
+
+
+@pytest.mark.parametrize(
+  'row, text, reasoning, content',
+  [
+    (
+      'granite',
+      'Here is my thought process: Hm. Here is my response: Yes.',
+      'Hm.',
+      'Yes.',
+    ),
+    ('granite', 'Here is my thought: no.', '', 'Here is my thought: no.'),
+    (
+      'granite_response',
+      '<think>Hm.</think>\n<response> Yes. </response>',
+      'Hm.',
+      'Yes. ',
+    ),
+    ('granite_response', '<think>Hm.</think>\n\nYes.', 'Hm.', 'Yes.'),
+    ('granite_response', '<response>Yes.', '', '<response>Yes.'),
+  ],
+)
+def test_reasoning_of_granite(
+  row: str, text: str, reasoning: str, content: str
+) -> None:
+  assert same_however_cut(text, 'none', row) == (content, reasoning, ())
 
 
 def test_reasoning_then_calls() -> None:
@@ -324,7 +461,7 @@ def test_only_one_call_where_they_may_not_be_parallel() -> None:
 
 
 def test_without_tools_calls_are_content() -> None:
-  reader = reply_reader.ReplyReader(reply_formats.choose('', 'hermes'), (), '')
+  reader = reply_reader.ReplyReader(reply_formats.choose('', 'hermes'), {}, '')
   text = _CALL + '{}}</tool_call>'
   assert reader.read(text, is_last=True).content == text
 
@@ -357,14 +494,47 @@ NUM = 2**20
 )
 @pytest.mark.parametrize('size', [32, NUM * 2])
 def test_hostile_outputs(text: str, size: int) -> None:
+  _is_read_in_time(text, size, 'hermes')
+
+
+_ELEMENT = '<tool_call><function=get_weather><parameter='
+
+
+@pytest.mark.parametrize(
+  'name, text',
+  [
+    ('olmo3', '<function_calls>add(a=' + '[' * NUM),
+    ('olmo3', '<function_calls>add(a="' + '\\' * NUM),
+    ('olmo3', "<function_calls>add(a='" + '\\n' * (NUM // 2)),
+    ('olmo3', "<function_calls>add(a='" + 'x' * NUM),
+    ('olmo3', '<function_calls>add(' + ' ' * NUM),
+    ('olmo3', '<function_calls>' * (NUM // 16)),
+    ('qwen3_coder', _ELEMENT + 'city>' + '\n' * NUM),
+    ('qwen3_coder', _ELEMENT + 'days>' + '[' * NUM),
+    ('qwen3_coder', _ELEMENT + 'k' * NUM),
+    ('qwen3_coder', '<tool_call><function=' * (NUM // 20)),
+    ('glm4', 'n' * NUM),
+    ('glm4', 'now\n' + ' ' * NUM),
+    ('phi4_mini_json', 'functools' * (NUM // 9)),
+  ],
+  ids=range(13),
+)
+@pytest.mark.parametrize('size', [32, NUM * 2])
+def test_hostile_outputs_of_others(name: str, text: str, size: int) -> None:
+  _is_read_in_time(text, size, name)
+
+
+def _is_read_in_time(text: str, size: int, name: str) -> None:
   """A megabyte of anything takes time by its length, and loses nothing."""
   if size == 32:
     text = text[: NUM // 4]  # which takes its time by the piece
   pieces = [text[i : i + size] for i in range(0, len(text), size)]
   start = time.process_time()
-  reply = read(pieces, 'hermes', 'qwen3')
+  reply = read(pieces, name, 'qwen3')
   seconds = time.process_time() - start
   assert seconds < 20, seconds  # by its square: minutes
+  if name != 'hermes':
+    return
   kept = sum(len(t) for t in (reply.content, reply.reasoning)) + sum(
     len(call.arguments) for call in reply.tool_calls
   )
@@ -379,7 +549,14 @@ def test_formats_are_chosen_by_templates() -> None:
     ('{{ messages }}', None, None),
     ('... <tool_call>\\n{"name": <function-name>}', 'hermes', None),
     ('<tool_call> ... </think>', 'hermes', 'qwen3'),
-    ('<tool_call>\n<function=f>', None, None),  # Qwen3-Coder's
+    ('<tool_call>\n<function=f>', 'qwen3_coder', None),
+    ('<tool_call>{name}\n<arg_key>', None, None),  # GLM-4.5's
+    ('<function_calls> <|im_start|>assistant\n<think>', 'olmo3', 'deepseek_r1'),
+    ("'<|tool|>' + message['tools'] + '<|/tool|>'", 'phi4_mini', None),
+    ('calls: functools[...] <|/tool|>', 'phi4_mini_json', None),
+    ('在调用上述函数时，请使用 Json 格式表示调用的参数。', 'glm4', None),
+    ("after 'Here is my thought process:' and", None, 'granite'),
+    ('<think></think> <response></response>', None, 'granite_response'),
     (
       'respond only with <|tool_call|> followed by a JSON list of tools used',
       'granite',
@@ -390,10 +567,10 @@ def test_formats_are_chosen_by_templates() -> None:
     ('please respond with JSON for a function call.', 'llama3_json', None),
     ('<｜tool▁sep｜> </think>', 'deepseek_v3', 'deepseek_r1'),
   ):
-    assert choose(template) == (
-      table.get(tools or ''),
-      thinking.get(reasoning or ''),
-    ), template
+    found = choose(template)
+    assert found.tools is table.get(tools or ''), template
+    row = thinking.get(reasoning or '')
+    assert (found.reasoning and found.reasoning.marks) == (row and row.marks)
   assert choose('<tool_call></think>', 'none', 'none') == (None, None)
   assert choose('', 'mistral', 'qwen3') == (
     table['mistral'],
