@@ -24,6 +24,14 @@ def get_model():
   return dataclasses.replace(
     _whole['get_model'](), num_layers=2 * get_config().pp)
 """
+# A push compiles one of each kind of step; `--slow` has all, with all layers.
+KINDS = (
+  'mistral_7b_a100',  # a device alone
+  'falcon_180b_a100_tp8',  # one sum a layer, and another block
+  'llama2_70b_a40_tp4_pp2',  # stages
+  'llama_3_1_70b_h100_tp4',  # Hopper's products and sums
+  'mixtral_8x7b_h100_tp2',  # experts
+)
 CONFIGS = sorted(
   path.stem
   for path in (source_tree.ROOT / 'configs').glob('*.py')
@@ -57,7 +65,7 @@ def test_matrices_that_are_put_together_are_named() -> None:
 
 
 @matmul.needs_wheels
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', KINDS)
 def test_a_deployments_step_compiles(name: str, tmp_path: pathlib.Path) -> None:
   """In place, without spills, sending no more than it must."""
   shallow = tmp_path / f'{name}.py'
