@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import array
-from collections.abc import Iterator
-import contextlib
-import functools
 import pathlib
 import random
-import threading
 from typing import Any
 
 import grpc
 import pytest
 from smg_grpc_proto import vllm_engine_pb2 as pb
-from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
 
 from sarathi_jax.scheduler import page_log
@@ -24,170 +19,11 @@ from sarathi_jax.server import sarathi_pb2
 from sarathi_jax.server import sarathi_pb2_grpc
 from sarathi_jax.server.guard import limits as limits_lib
 from tests.server import fake
+from tests.server import kv_router
 
-PAGE = 4
+PAGE = kv_router.PAGE
 PROMPT = list(range(1, 12))  # two full pages, and a part of one
 _CODE = grpc.StatusCode
-
-
-class Router:
-  """Knows what a server's cache has, by its messages alone."""
-
-  def __init__(self) -> None:
-    self.last = 0
-    # hash -> (the hash before it, tokens, salt)
-    self.pages: dict[int, tuple[int | None, tuple[int, ...], str]] = {}
-    self.seen: list[str] = []  # kinds of events
-
-  def apply(self, message: common_pb2.KvEventBatch) -> None:
-    if message.HasField('snapshot') and not message.snapshot.index:
-      assert message.events[0].WhichOneof('data') == 'cleared'
-      self.last = message.sequence_number - 1
-    assert message.sequence_number == self.last + 1
-    self.last = message.sequence_number
-    assert message.events and message.timestamp > 0
-    for event in message.events:
-      kind = event.WhichOneof('data')
-      self.seen.append(kind)
-      if kind == 'stored':
-        self._store(event.stored)
-      elif kind == 'removed':
-        for page in event.removed.block_hashes:
-          del self.pages[page]
-          assert all(parent != page for parent, _, _ in self.pages.values())
-      else:
-        self.pages.clear()
-
-  def _store(self, stored: common_pb2.KvBlocksStored) -> None:
-    parent = None
-    if stored.HasField('parent_block_hash'):
-      parent = stored.parent_block_hash
-    for block in stored.blocks:
-      assert block.block_hash not in self.pages
-      assert parent is None or parent in self.pages
-      assert len(block.token_ids) == block.block_size
-      self.pages[block.block_hash] = (
-        parent,
-        tuple(block.token_ids),
-        stored.cache_salt,
-      )
-      parent = block.block_hash
-
-  def beginnings(self, salt: str | None = None) -> set[tuple[int, ...]]:
-    """What prompts may begin with, of any salt or one."""
-
-    def tokens(page: int) -> tuple[int, ...]:
-      parent, own, _ = self.pages[page]
-      return own if parent is None else tokens(parent) + own
-
-    return {
-      tokens(page) for page, of in self.pages.items() if salt in (None, of[2])
-    }
-
-  def num_found(self, prompt: list[int]) -> int:
-    known = self.beginnings('')
-    num = 0
-    while num + PAGE < len(prompt) and tuple(prompt[: num + PAGE]) in known:
-      num += PAGE
-    return num
-
-
-class Following:
-  """A router that follows a server on a thread of its own."""
-
-  def __init__(
-    self, running: fake.RunningServer, start: int = 0, token: str = ''
-  ) -> None:
-    self.router = Router()
-    self.router.last = start
-    self._running = running
-    self.call = subscribe(running, start, token)
-    self._thread = threading.Thread(target=self._read, daemon=True)
-    self._thread.start()
-
-  def _read(self) -> None:
-    with contextlib.suppress(grpc.RpcError):
-      for message in self.call:
-        self.router.apply(message)
-
-  def catch_up(self) -> Router:
-    """Waits until the router knows of all that has been."""
-    journal = self._running.server._journal
-    assert journal is not None
-    # What an earlier step did has been told when the engine is asked again.
-    self._running.run(
-      self._running.server._engine_thread.call(lambda engine: None)
-    )
-    fake.wait_until(lambda: self.router.last >= journal._sequence)
-    return self.router
-
-  def stop(self) -> None:
-    self.call.cancel()
-    self._thread.join()
-
-
-def stub_of(running: fake.RunningServer) -> Any:
-  return vllm_engine_pb2_grpc.VllmEngineStub(running.channel)
-
-
-def subscribe(
-  running: fake.RunningServer, start: int = 0, token: str = ''
-) -> Any:
-  return stub_of(running).SubscribeKvEvents(
-    common_pb2.SubscribeKvEventsRequest(start_sequence_number=start),
-    timeout=fake.TIMEOUT_S,
-    metadata=[('authorization', f'Bearer {token}')] if token else None,
-  )
-
-
-def generate(
-  running: fake.RunningServer, prompt: list[int], max_tokens: int = 1
-) -> int:
-  """Runs a prompt; returns how many of its tokens were found."""
-  (whole,) = stub_of(running).Generate(
-    pb.GenerateRequest(
-      tokenized=pb.TokenizedInput(input_ids=prompt),
-      sampling_params=pb.SamplingParams(max_tokens=max_tokens),
-    ),
-    timeout=fake.TIMEOUT_S,
-  )
-  found: int = whole.complete.cached_tokens
-  return found
-
-
-def flush(running: fake.RunningServer, timeout_s: float = 0.0, **kwargs: Any):
-  return stub_of(running).FlushCache(
-    common_pb2.FlushCacheRequest(timeout_s=timeout_s),
-    timeout=fake.TIMEOUT_S,
-    **kwargs,
-  )
-
-
-def end_of(call: Any) -> tuple[grpc.StatusCode, str]:
-  with contextlib.suppress(grpc.RpcError):
-    list(call)
-  return call.code(), call.details()
-
-
-@contextlib.contextmanager
-def serving(
-  engine: dict[str, Any] | None = None, **config: Any
-) -> Iterator[fake.RunningServer]:
-  with contextlib.closing(
-    fake.RunningServer(
-      functools.partial(fake.make_engine, **(engine or {})), **config
-    )
-  ) as running:
-    yield running
-
-
-@contextlib.contextmanager
-def following(running: fake.RunningServer, *args: Any) -> Iterator[Following]:
-  follower = Following(running, *args)
-  try:
-    yield follower
-  finally:
-    follower.stop()
 
 
 def test_a_router_knows_what_each_prompt_will_find() -> None:
@@ -196,26 +32,26 @@ def test_a_router_knows_what_each_prompt_will_find() -> None:
   chats = [[1] * 6, [1] * 4 + [2] * 5, [3] * 3]
   num_hits = 0
   with (
-    serving(dict(num_pages=12, max_model_len=40)) as running,
-    following(running) as early,
+    kv_router.serving(dict(num_pages=12, max_model_len=40)) as running,
+    kv_router.following(running) as early,
   ):
     for turn in range(60):
       chat = rng.randrange(3)
       expected = early.catch_up().num_found(chats[chat])
       num_hits += expected > 0
-      found = generate(running, chats[chat], rng.randint(1, 9))
+      found = kv_router.generate(running, chats[chat], rng.randint(1, 9))
       # What is found within a page is told of no more than that page.
       assert expected <= found < expected + 4
       chats[chat] = [*chats[chat], *rng.choices(range(8), k=rng.randint(1, 6))]
       if len(chats[chat]) > 30:
         chats[chat] = chats[chat][: rng.randint(1, 12)]
       if turn == 40:
-        assert flush(running).success
+        assert kv_router.flush(running).success
         assert not early.catch_up().pages
       if turn == 45:
         control: Any = sarathi_pb2_grpc.ControlStub(running.channel)
         control.ResetCache(sarathi_pb2.ResetCacheRequest())
-    with following(running) as late:  # From a snapshot alone.
+    with kv_router.following(running) as late:  # From a snapshot alone.
       assert late.catch_up().pages == early.catch_up().pages != {}
   assert num_hits > 20 and {*early.router.seen} == {
     'stored',
@@ -226,43 +62,44 @@ def test_a_router_knows_what_each_prompt_will_find() -> None:
 
 def test_what_was_there_comes_first_and_what_comes_follows() -> None:
   limits = limits_lib.Limits(max_kv_history=4)
-  with serving(limits=limits) as running:
-    generate(running, PROMPT)
-    with following(running) as first:
+  with kv_router.serving(limits=limits) as running:
+    kv_router.generate(running, PROMPT)
+    with kv_router.following(running) as first:
       assert first.catch_up().beginnings() == {
         tuple(PROMPT[:4]),
         tuple(PROMPT[:8]),
       }
       seen = first.router.last
-      generate(running, [9] * 9)
+      kv_router.generate(running, [9] * 9)
       assert tuple([9] * 8) in first.catch_up().beginnings()
       # Who knows of the first part goes on after it.
-      with following(running, seen) as second:
+      with kv_router.following(running, seen) as second:
         assert second.catch_up().beginnings() == {(9,) * 4, (9,) * 8}
-      generate(running, [8] * 12)  # More than is kept, with the one before.
+      # More than is kept, with the one before.
+      kv_router.generate(running, [8] * 12)
       first.catch_up()
       for start in (1, seen, first.router.last + 1):
-        code, words = end_of(subscribe(running, start))
+        code, words = kv_router.end_of(kv_router.subscribe(running, start))
         assert code is _CODE.OUT_OF_RANGE and 'start_sequence_number' in words
-      with following(running, first.router.last) as third:
-        generate(running, [7] * 5)
+      with kv_router.following(running, first.router.last) as third:
+        kv_router.generate(running, [7] * 5)
         assert third.catch_up().beginnings() == {(7,) * 4}
 
 
 def test_loads_tell_how_much_is_found() -> None:
-  with serving() as running:
+  with kv_router.serving() as running:
     for expected in (0, 10 / 22):
-      generate(running, PROMPT)
-      (load,) = stub_of(running).GetLoads(pb.GetLoadsRequest()).loads
+      kv_router.generate(running, PROMPT)
+      (load,) = kv_router.stub_of(running).GetLoads(pb.GetLoadsRequest()).loads
       assert load.cache_hit_rate == pytest.approx(expected)
 
 
 def test_a_large_cache_comes_in_parts() -> None:
-  with serving(dict(num_pages=2**12, max_model_len=2**13)) as running:
+  with kv_router.serving(dict(num_pages=2**12, max_model_len=2**13)) as running:
     for first in range(3):
-      generate(running, [first] + [1, 2, 3] * 600)
-    call = subscribe(running)
-    router = Router()
+      kv_router.generate(running, [first] + [1, 2, 3] * 600)
+    call = kv_router.subscribe(running)
+    router = kv_router.Router()
     parts = [next(call)]
     parts += [next(call) for _ in range(parts[0].snapshot.count - 1)]
     for message in parts:
@@ -274,7 +111,7 @@ def test_a_large_cache_comes_in_parts() -> None:
       == {len(router.pages)}
       == {3 * 450}
     )
-    generate(running, [5] * 5)
+    kv_router.generate(running, [5] * 5)
     router.apply(next(call))  # Numbered behind the last part.
     assert (5,) * 4 in router.beginnings()
     call.cancel()
@@ -284,10 +121,13 @@ def test_who_reads_too_slowly_is_ended_and_holds_up_nobody() -> None:
   limits = limits_lib.Limits(max_kv_history=1000)
   size = 1024
   engine = dict(page_size=size, num_pages=4, max_model_len=2 * size)
-  with serving(engine, limits=limits) as running, following(running) as other:
+  with (
+    kv_router.serving(engine, limits=limits) as running,
+    kv_router.following(running) as other,
+  ):
     journal = running.server._journal
     assert journal is not None
-    slow = subscribe(running)
+    slow = kv_router.subscribe(running)
     next(slow)
     other.catch_up()
     tokens = array.array('i', [2**30] * size).tobytes()  # 5 KiB of a message
@@ -303,10 +143,10 @@ def test_who_reads_too_slowly_is_ended_and_holds_up_nobody() -> None:
       running.run(come_and_go(first))
       other.catch_up()
     assert journal._num_kept <= 1000
-    code, words = end_of(slow)
+    code, words = kv_router.end_of(slow)
     assert code is _CODE.DATA_LOSS and 'max_kv_history=1000' in words
     assert not other.router.pages
-    generate(running, [1] * (size + 1))
+    kv_router.generate(running, [1] * (size + 1))
     assert len(other.catch_up().pages) == 1
 
 
@@ -318,19 +158,22 @@ def test_a_failed_step_clears_all() -> None:
     runners[0].open()
     return runners[0]
 
-  with serving(dict(runner=make)) as running, following(running) as follower:
-    generate(running, PROMPT)
+  with (
+    kv_router.serving(dict(runner=make)) as running,
+    kv_router.following(running) as follower,
+  ):
+    kv_router.generate(running, PROMPT)
     assert follower.catch_up().pages
     runners[0].fault = RuntimeError('made up')
     with pytest.raises(grpc.RpcError):
-      generate(running, [5] * 5)
+      kv_router.generate(running, [5] * 5)
     assert not follower.catch_up().pages
-    assert generate(running, PROMPT) == 0
+    assert kv_router.generate(running, PROMPT) == 0
     assert len(follower.catch_up().pages) == 2
 
 
 def test_salted_pages_are_told_to_nobody_without_tokens() -> None:
-  with serving() as running, following(running) as follower:
+  with kv_router.serving() as running, kv_router.following(running) as follower:
     for salt in ('mine', ''):
       list(
         running.generate(
@@ -338,7 +181,7 @@ def test_salted_pages_are_told_to_nobody_without_tokens() -> None:
         )
       )
       assert len(follower.catch_up().pages) == (0 if salt else 2)
-    assert flush(running).success and not follower.catch_up().pages
+    assert kv_router.flush(running).success and not follower.catch_up().pages
 
 
 def test_with_tokens_administrators_are_told_of_all(
@@ -346,15 +189,21 @@ def test_with_tokens_administrators_are_told_of_all(
 ) -> None:
   tokens = tmp_path / 'tokens'
   tokens.write_text('ann ann-secret\nops ops-secret admin\n')
-  with serving(auth_tokens=tokens, host='127.0.0.1') as running:
-    assert end_of(subscribe(running))[0] is _CODE.UNAUTHENTICATED
-    code, words = end_of(subscribe(running, token='ann-secret'))
+  with kv_router.serving(auth_tokens=tokens, host='127.0.0.1') as running:
+    assert (
+      kv_router.end_of(kv_router.subscribe(running))[0] is _CODE.UNAUTHENTICATED
+    )
+    code, words = kv_router.end_of(
+      kv_router.subscribe(running, token='ann-secret')
+    )
     assert code is _CODE.PERMISSION_DENIED and 'SubscribeKvEvents' in words
     with pytest.raises(grpc.RpcError) as caught:
-      flush(running, metadata=[('authorization', 'Bearer ann-secret')])
+      kv_router.flush(
+        running, metadata=[('authorization', 'Bearer ann-secret')]
+      )
     assert caught.value.code() is _CODE.PERMISSION_DENIED
     assert 'FlushCache' in caught.value.details()
-    with following(running, 0, 'ops-secret') as follower:
+    with kv_router.following(running, 0, 'ops-secret') as follower:
       for salt in ('', 'mine'):
         list(
           running.stub.Generate(
@@ -369,7 +218,7 @@ def test_with_tokens_administrators_are_told_of_all(
       fake.wait_until(lambda: len(follower.router.pages) == 4)
       for salt in ('ann ', 'ann mine'):
         assert len(follower.router.beginnings(salt)) == 2
-      assert flush(
+      assert kv_router.flush(
         running, metadata=[('authorization', 'Bearer ops-secret')]
       ).success
 
@@ -393,41 +242,41 @@ def test_strangers_are_told_nothing(
 
 def test_what_is_not_served_is_unimplemented() -> None:
   """So that smg asks no more, and goes by what it routed itself."""
-  with serving(kv_events=False, control=False) as running:
-    code, words = end_of(subscribe(running))
+  with kv_router.serving(kv_events=False, control=False) as running:
+    code, words = kv_router.end_of(kv_router.subscribe(running))
     assert code is _CODE.UNIMPLEMENTED and '--kv_events' in words
     with pytest.raises(grpc.RpcError) as caught:
-      flush(running)
+      kv_router.flush(running)
     assert caught.value.code() is _CODE.UNIMPLEMENTED
     assert '--control' in caught.value.details()
     assert running.engine.page_log is None
-  with serving(dict(prefix_cache=False)) as running:
-    code, words = end_of(subscribe(running))
+  with kv_router.serving(dict(prefix_cache=False)) as running:
+    code, words = kv_router.end_of(kv_router.subscribe(running))
     assert code is _CODE.UNIMPLEMENTED and 'prefix_cache' in words
 
 
 def test_so_many_may_follow() -> None:
   limits = limits_lib.Limits(max_kv_subscribers=2)
-  with serving(limits=limits) as running:
-    calls = [subscribe(running) for _ in range(2)]
+  with kv_router.serving(limits=limits) as running:
+    calls = [kv_router.subscribe(running) for _ in range(2)]
     for call in calls:
       next(call)
-    code, words = end_of(subscribe(running))
+    code, words = kv_router.end_of(kv_router.subscribe(running))
     assert code is _CODE.RESOURCE_EXHAUSTED and 'max_kv_subscribers=2' in words
     calls[0].cancel()
     journal = running.server._journal
     assert journal is not None
     fake.wait_until(lambda: journal._num_followers == 1)
-    next(subscribe(running))
+    next(kv_router.subscribe(running))
 
 
 def test_who_follows_does_not_hold_up_the_end() -> None:
-  with serving() as running:
-    call = subscribe(running)
+  with kv_router.serving() as running:
+    call = kv_router.subscribe(running)
     next(call)
     running.run(running.server.drain())
     running.run(running.server.stop())
-    assert end_of(call)[0] is _CODE.UNAVAILABLE
+    assert kv_router.end_of(call)[0] is _CODE.UNAVAILABLE
 
 
 def test_a_flush_waits_until_nothing_runs() -> None:
@@ -437,28 +286,30 @@ def test_a_flush_waits_until_nothing_runs() -> None:
     runners.append(fake.GatedRunner(*args))
     return runners[0]
 
-  with serving(dict(runner=make)) as running:
+  with kv_router.serving(dict(runner=make)) as running:
     call = running.generate(token_ids=PROMPT, sampling={'max_tokens': 30})
     runners[0].let(2)
     next(call)
-    whole = stub_of(running).FlushCache.future(common_pb2.FlushCacheRequest())
+    whole = kv_router.stub_of(running).FlushCache.future(
+      common_pb2.FlushCacheRequest()
+    )
     # The engine is asked between two steps.
     fake.wait_until(lambda: bool(running.server._engine_thread._inbox))
     runners[0].let(1)
     assert not whole.result().success and 'run' in whole.result().message
-    whole = stub_of(running).FlushCache.future(
+    whole = kv_router.stub_of(running).FlushCache.future(
       common_pb2.FlushCacheRequest(timeout_s=fake.TIMEOUT_S)
     )
     runners[0].open()
     list(call)
     assert whole.result().success
-    assert generate(running, PROMPT) == 0
-    assert generate(running, PROMPT) == 10
+    assert kv_router.generate(running, PROMPT) == 0
+    assert kv_router.generate(running, PROMPT) == 10
 
 
 @pytest.mark.parametrize('timeout_s', [-1.0, float('nan'), float('inf')])
 def test_a_bad_timeout_is_refused(timeout_s: float) -> None:
-  with serving() as running, pytest.raises(grpc.RpcError) as caught:
-    flush(running, timeout_s)
+  with kv_router.serving() as running, pytest.raises(grpc.RpcError) as caught:
+    kv_router.flush(running, timeout_s)
   assert caught.value.code() is _CODE.INVALID_ARGUMENT
   assert 'timeout_s' in caught.value.details()
