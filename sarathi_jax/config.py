@@ -121,9 +121,10 @@ class EngineConfig:
     tbt_slo_ms: the target for the time between tokens (TBT), milliseconds.
       Each step's budget follows it by measured step times, up to
       token_budget; None for token_budget always. For policy sarathi only.
-    ttft_slo_ms: the target for the time to a prompt's first token (TTFT),
-      milliseconds, beyond the time that computing it takes. Where it can't be
-      met otherwise, tbt_slo_ms gives way; None: twenty times tbt_slo_ms.
+    ttft_slo_ms: the target for the median time to a prompt's first token
+      (TTFT), milliseconds, beyond the time that computing it takes. Where it
+      can't be met otherwise, tbt_slo_ms gives way; None: twenty times
+      tbt_slo_ms.
     batch_tbt_slo_ms: like tbt_slo_ms, for requests of the tier 'batch'; None:
       these bound no step.
     attention: the implementation of ragged_paged_attention; None picks one.

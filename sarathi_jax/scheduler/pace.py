@@ -3,18 +3,25 @@
 
 The first target is the time between tokens (TBT) of the tightest running
 request. Of the budgets that keep it, by the measured times of steps, a step
-takes the one that computes prompts the fastest. Where nothing decodes, nothing
+takes the one that computes prompts the soonest. Where nothing decodes, nothing
 bounds the budget.
 
-Waiting prompts are never left out: a step takes a chunk of some. If they would
-wait for their first token (TTFT) longer than its target, the budget grows.
-Where both targets can't be met, it is the budget whose worse ratio, of time to
-target, is the least. So a growing queue makes steps longer, until they compute
-as many tokens a second as the device can, but not longer than that needs.
+Waiting prompts are never left out: a step takes a chunk of some. The second
+target is the median time to a first token (TTFT). A queue that comes and goes
+does not miss it, so it makes nobody stutter. Only where most first tokens are
+late, or prompts wait many times the target, can't both be met. Then it is the
+budget whose worse ratio, of time to target, is the least. So a queue that stays
+makes steps longer, until they compute as many tokens a second as the device
+can, but not longer than that needs.
+
+In a pipeline, all stages wait for the longest of the steps under way. Where all
+slots are taken, so that others wait for decodes to end, what a chunk makes its
+step longer by counts for every decode: prompts are spread over several steps.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 import itertools
 import math
@@ -31,6 +38,9 @@ _SMALLEST = 8  # tokens of the smallest step that is tried
 _TRIED = 16  # budgets, evenly up to the largest, beside the powers of two
 _NO_TIME = 1e-6  # seconds; a model that is still learning may predict less
 _HALF_LIFE_S = 10.0  # of the memory of targets that were missed
+_REMEMBERED = 512  # first tokens whose median is held to the target
+# Times the target that prompts wait, on average, while most were in time.
+_PATIENCE = 10.0
 
 
 class Prompt(NamedTuple):
@@ -54,11 +64,13 @@ class _Plan(NamedTuple):
     tokens: all of its tokens.
     chunk: its tokens of prompts.
     seconds: its predicted time.
+    stalls: seconds by which other stages delay decodes for it, summed.
   """
 
   tokens: int
   chunk: int
   seconds: float
+  stalls: float
 
 
 class Pace:
@@ -92,6 +104,9 @@ class Pace:
       ),
     }
     self._over, self._noted = 0.0, 0.0
+    self._rate = math.inf  # of computing prompts, tokens a second
+    # Of the last first tokens, whether they were late.
+    self._were_late: deque[bool] = deque(maxlen=_REMEMBERED)
 
   def needed_s(self, now: float) -> float:
     """Returns the TBT that can be kept at this load, seconds.
@@ -110,6 +125,8 @@ class Pace:
     decodes: Sequence[sequence.Sequence],
     prompts: Sequence[Prompt],
     most: int,
+    *,
+    is_full: bool = False,
   ) -> int:
     """Returns the most tokens of the next step.
 
@@ -120,20 +137,15 @@ class Pace:
       decodes: the sequences whose next token is part of the step.
       prompts: the prompts, in the order in which they will be computed.
       most: the configured budget.
+      is_full: whether these and the running sequences take all slots.
 
     Returns:
       At most `most`; more than len(decodes), but if there are no prompts or
       no room.
     """
+    tiers = [s.request.tier for s in running if not s.is_prefilling]
     target = min(
-      (
-        t
-        for t in (
-          self._targets[s.request.tier] for s in running if not s.is_prefilling
-        )
-        if t is not None
-      ),
-      default=None,
+      (t for t in map(self._targets.get, tiers) if t is not None), default=None
     )
     if target is None or not self.model.num_observed:
       return most
@@ -144,62 +156,94 @@ class Pace:
       alone = self.model.predict((num_decodes, num_decodes, context, 0))
       self._note(now, alone * spread / target - 1)
       return num_decodes
-    plans = [
-      _Plan(
-        tokens,
-        tokens - num_decodes,
-        max(
-          _NO_TIME,
-          spread
-          * self.model.predict(_load(tokens, num_decodes, context, prompts)),
-        ),
+    alone, num_stalled = 0.0, is_full * len(tiers) * (self._num_stages - 1)
+    if num_stalled:
+      alone = self.model.predict((num_decodes, num_decodes, context, 0))
+    plans = []
+    for tokens in self._tried(num_decodes, sum(p.left for p in prompts), most):
+      mean = self.model.predict(_load(tokens, num_decodes, context, prompts))
+      plans.append(
+        _Plan(
+          tokens,
+          tokens - num_decodes,
+          max(_NO_TIME, spread * mean),
+          num_stalled * max(0.0, mean - alone),
+        )
       )
-      for tokens in self._tried(num_decodes, sum(p.left for p in prompts), most)
-    ]
     best = self._best(plans, target, prompts)
     self._note(now, best.seconds / target - 1)
     return best.tokens
 
+  def answer(self, prompt: Prompt) -> None:
+    """Notes that the next step ends a prompt, which brings its first token."""
+    if prompt.waited_s is not None:
+      self._were_late.append(
+        prompt.waited_s > self._allowed(prompt, self._rate)
+      )
+
   def _best(
     self, plans: Sequence[_Plan], target: float, prompts: Sequence[Prompt]
   ) -> _Plan:
-    """Returns the plan whose worse ratio, of time to target, is the least.
+    """Returns the plan that computes all prompts the soonest, within target.
 
-    One ratio is TBT's, the other the mean of the prompts'. Ratios below 1 count
-    as 1: of the plans that keep both targets, the best is the one that computes
-    all prompts the soonest.
+    Where the prompts' own target is lost, it is the plan whose worse ratio, of
+    time to target, is the least. One ratio is TBT's, the other the mean of the
+    prompts'. Ratios below 1 count as 1.
     """
     wanted = sum(p.left for p in prompts)
     kept = max(
       (p.chunk / p.seconds for p in plans if p.seconds <= target), default=0.0
     )
-    rate = max(kept, _LEAST_RATE * max(p.chunk / p.seconds for p in plans))
-    # The mean, not the worst: the worst prompt would be a short one that has
-    # waited. The smallest step helps that the most, and those behind the least.
-    waits = list(self._waits(prompts, rate))
+    self._rate = max(
+      kept, _LEAST_RATE * max(p.chunk / p.seconds for p in plans)
+    )
+    waits = list(self._waits(prompts, self._rate))
 
-    def ratio(plan: _Plan) -> float:
-      waiting = sum(
-        (waited + plan.seconds * math.ceil(ahead / plan.chunk)) / allowed
+    def seconds(plan: _Plan, tokens: float) -> float:
+      """Returns the time after which so many tokens are through all stages."""
+      num_steps = math.ceil(tokens / plan.chunk) + self._num_stages - 1
+      return num_steps * plan.seconds
+
+    def ratios(plan: _Plan) -> list[float]:
+      return [
+        (waited + seconds(plan, ahead)) / allowed
         for waited, ahead, allowed in waits
-      ) / max(1, len(waits))
-      return max(1.0, plan.seconds / target, waiting)
+      ]
 
-    def soonest(plan: _Plan) -> float:
-      return plan.seconds * math.ceil(wanted / plan.chunk)
+    def worse(plan: _Plan) -> float:
+      # The mean, not the worst: the worst prompt would be a short one that has
+      # waited. The smallest step helps that the most, and those behind the
+      # least.
+      return max(1.0, plan.seconds / target, _mean(ratios(plan)))
+
+    def delay(plan: _Plan) -> float:
+      return len(prompts) * seconds(plan, wanted) + plan.stalls
 
     keeping = [p for p in plans if p.seconds <= target]
-    if keeping and ratio(best := min(keeping, key=soonest)) == 1:
+    if keeping and not self._is_lost(ratios(best := min(keeping, key=delay))):
       return best
-    return min(plans, key=lambda plan: (ratio(plan), soonest(plan)))
+    return min(plans, key=lambda plan: (worse(plan), delay(plan)))
+
+  def _is_lost(self, ratios: Sequence[float]) -> bool:
+    """Says whether the target of prompts is lost if these wait so long.
+
+    Args:
+      ratios: of their time to target.
+    """
+    num_late = sum(self._were_late) + sum(r > 1 for r in ratios)
+    return (
+      2 * num_late > len(self._were_late) + len(ratios)
+      or _mean(ratios) > _PATIENCE
+    )
+
+  def _allowed(self, prompt: Prompt, rate: float) -> float:
+    """Returns the target, and the time to compute the prompt at `rate`."""
+    return self.ttft_target + (prompt.start + prompt.left) / rate
 
   def _waits(
     self, prompts: Sequence[Prompt], rate: float
   ) -> Iterator[tuple[float, float, float]]:
-    """Yields for each waiting prompt: seconds waited, tokens ahead, target.
-
-    The target includes the time to compute the prompt itself, at `rate`.
-    """
+    """Yields for each waiting prompt: seconds waited, tokens ahead, target."""
     # Up to each length, the tokens of all prompts that are not longer.
     lengths = sorted(p.left for p in prompts)
     up_to = dict(zip(lengths, itertools.accumulate(lengths), strict=True))
@@ -211,11 +255,7 @@ class Pace:
       ahead: float = before
       if self._share:  # Short prompts don't wait for longer ones.
         ahead = min(ahead, up_to[prompt.left] / self._share)
-      yield (
-        prompt.waited_s,
-        ahead,
-        self.ttft_target + (prompt.start + prompt.left) / rate,
-      )
+      yield prompt.waited_s, ahead, self._allowed(prompt, rate)
 
   def _tried(self, num_decodes: int, wanted: int, most: int) -> list[int]:
     """Returns budgets that are worth trying, such as the padded sizes."""
@@ -236,6 +276,10 @@ class Pace:
 
   def _fading(self, now: float) -> float:
     return float(0.5 ** (max(0.0, now - self._noted) / _HALF_LIFE_S))
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / max(1, len(values))
 
 
 def _load(

@@ -41,24 +41,40 @@ class SarathiScheduler(base.Scheduler):
     for i, seq in enumerate(prefills):
       if n := self._chunk_len(seq, budget, share, now, prefills[i + 1 :]):
         budget = max(0, budget - self._cost(seq, n))
+        self._note_first_token(seq, n, now)
         yield seq, n
     while budget and (new := self._admit(now)):
       if n := self._chunk_len(new, budget, share, now, []):
         budget = max(0, budget - self._cost(new, n))
+        self._note_first_token(new, n, now)
         yield new, n
 
   def _budget(self, now: float, decodes: list[sequence.Sequence]) -> int:
     if self.pace is None:
       return self.config.token_budget
     prompts = [_prompt(s, s.num_left, now) for s in self._prefills()]
+    # What finds no slot can't be computed, however long the step.
+    num_free = self.slots.num_free()
+    coming = list(itertools.islice(self.waiting, min(8, num_free)))
     if self._next_to_admit(now):
       prompts += [
-        _prompt(s, self.prefixes.guess_missing(s), now)
-        for s in itertools.islice(self.waiting, 8)
+        _prompt(s, self.prefixes.guess_missing(s), now) for s in coming
       ]
     return self.pace.budget(
-      now, self.running, decodes, prompts, self.config.token_budget
+      now,
+      self.running,
+      decodes,
+      prompts,
+      self.config.token_budget,
+      is_full=num_free <= len(coming),
     )
+
+  def _note_first_token(
+    self, seq: sequence.Sequence, n: int, now: float
+  ) -> None:
+    """Tells the pace where the next n tokens are a prefill's last."""
+    if self.pace is not None and n == seq.num_left:
+      self.pace.answer(_prompt(seq, n, now))
 
   def _fair_share(
     self,

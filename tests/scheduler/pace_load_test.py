@@ -18,6 +18,8 @@ from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.scheduler import step_time
+from sarathi_jax.simulator import probe
+from sarathi_jax.simulator import search
 from sarathi_jax.simulator import simulate
 from sarathi_jax.simulator import workload as workload_lib
 
@@ -194,6 +196,76 @@ def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
   )
   ours = run(device, workload, make_scheduler(device, tbt_slo_ms=slo_ms))
   assert fixed / ours.seconds >= 0.95
+
+
+def holds(result: simulate.Result, slo: search.Slo) -> bool:
+  return probe.point(result, slo, qps=1.0).holds
+
+
+@pytest.mark.parametrize('seed', range(2))
+@pytest.mark.parametrize(
+  ('name', 'slo_s', 'rates'),
+  [
+    ('cpu', 0.1, (3.5, 4.0, 4.5)),
+    ('slower', 0.2, (1.7, 2.0, 2.3)),
+    ('slowest', 0.3, (0.5, 0.6, 0.7)),
+    ('gpu', 0.015, (25.0,)),
+  ],
+)
+def test_it_holds_slos_wherever_a_fixed_budget_does(
+  name: str, slo_s: float, rates: Sequence[float], seed: int
+) -> None:
+  device, slo, num_held = DEVICES[name], search.Slo(p99_tbt_s=slo_s), 0
+  for qps in rates:
+    workload = chats(qps, min(40.0, 300 / qps), seed)
+    if any(
+      holds(run(device, workload, make_scheduler(device, budget)), slo)
+      for budget in (64, 128, 256, 384, 512)
+    ):
+      num_held += 1
+      ours = make_scheduler(device, tbt_slo_ms=slo_s * 1e3)
+      assert holds(run(device, workload, ours), slo)
+  assert num_held
+
+
+def joined(
+  *parts: tuple[float, workload_lib.Workload],
+) -> workload_lib.Workload:
+  """Workloads, each of which begins at a time."""
+  return workload_lib.Workload(
+    arrived_at=np.concatenate([begin + w.arrived_at for begin, w in parts]),
+    prompt_lens=np.concatenate([w.prompt_lens for _, w in parts]),
+    output_lens=np.concatenate([w.output_lens for _, w in parts]),
+    is_batch=np.concatenate([w.is_batch for _, w in parts]),
+  )
+
+
+def test_a_queue_that_comes_and_goes_makes_nobody_stutter() -> None:
+  """40 prompts at once wait for longer than their target."""
+  workload = joined(
+    (0.0, chats(2.0, 60.0, 0)),
+    (65.0, chats(1000.0, 0.04, 1)),
+    (66.0, chats(2.0, 30.0, 2)),
+  )
+  metrics = run(CPU, workload, make_scheduler(CPU, tbt_slo_ms=100.0)).metrics
+  assert at(metrics.ttft_s, 0.85) > 3.0
+  assert at(metrics.ttft_s, 0.5) < 1.0
+  assert at(metrics.tbt_s, 0.995) <= 0.100
+
+
+def test_prompts_are_not_left_to_wait_for_what_was_good_for_long() -> None:
+  """After 300 in time, three times the load that the target has room for."""
+  workload = joined((0.0, chats(2.0, 150.0, 0)), (160.0, chats(12.0, 40.0, 1)))
+  spent = {}
+  for name, scheduler in (
+    ('ours', make_scheduler(CPU, tbt_slo_ms=100.0)),
+    ('within', make_scheduler(CPU, 128)),
+    ('fastest', make_scheduler(CPU, 512)),
+  ):
+    result = run(CPU, workload, scheduler)
+    spent[name] = at(result.metrics.ttft_s, 0.99)
+  # It is nearer to the fastest budget than to one within the target.
+  assert spent['ours'] < (spent['fastest'] + spent['within']) / 2
 
 
 @pytest.mark.parametrize('seed', range(3))

@@ -15,6 +15,7 @@ from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from sarathi_jax.engine import fake_runner
+from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pacing
 from sarathi_jax.scheduler import step_time
 
@@ -226,6 +227,49 @@ def test_stages_share_the_target() -> None:
     add(scheduler, 'long', 15000)
     sizes.append(step(scheduler).num_tokens)
   assert sizes[1] == pytest.approx(sizes[0] / 2, abs=128)
+
+
+def chunk_of_long(stages: int, num_slots: int, num_behind: int = 0) -> int:
+  """Returns the tokens of a prompt of 1500 that join 60 decodes."""
+  scheduler = make(
+    400.0 * stages,
+    num_stages=stages,
+    max_num_seqs=num_slots,
+    prefix_cache=False,
+  )
+  for i in range(60):
+    add(scheduler, f'short {i}', 30)
+  step(scheduler)
+  add(scheduler, 'long', 1500)
+  for i in range(num_behind):
+    add(scheduler, f'behind {i}', 1500)
+  return step(scheduler).chunks[-1].num_tokens
+
+
+def test_a_pipeline_spreads_prompts_over_steps() -> None:
+  """A long step among short ones has all other stages wait."""
+  assert chunk_of_long(1, 128) == chunk_of_long(1, 61) == 1500
+  for stages in (2, 4):
+    assert chunk_of_long(stages, 61) < chunk_of_long(stages, 128) < 1000
+
+
+def test_prompts_without_slots_make_no_step_longer() -> None:
+  assert chunk_of_long(2, 61) == chunk_of_long(2, 61, num_behind=10)
+
+
+def test_most_first_tokens_must_be_late_before_steps_grow() -> None:
+  """The same prompt, late, after others that were in time or were not."""
+  sizes = {}
+  for waited_s in (0.0, 30.0):
+    scheduler = make(30.0, ttft_slo_ms=1000.0)
+    add(scheduler, 'first', 50)
+    step(scheduler)
+    assert scheduler.pace is not None
+    for _ in range(20):
+      scheduler.pace.answer(pace.Prompt(0, 50, waited_s))
+    add(scheduler, 'late', 9000)
+    sizes[waited_s] = scheduler.schedule(5.0).num_tokens
+  assert sizes[0.0] < 512 < sizes[30.0]
 
 
 def test_tiers_are_named() -> None:
