@@ -93,7 +93,7 @@ class StepPrograms:
     max_step_tokens: int,
   ) -> None:
     max_num_seqs = config.max_num_seqs
-    self._is_cpu = is_cpu = mesh.devices.flat[0].platform == 'cpu'
+    is_cpu = mesh.devices.flat[0].platform == 'cpu'
     self.weights = placement.shapes(model, mesh, layout)
     self._deterministic = config.deterministic
     self.sizes: tuple[int, ...] = (max_step_tokens,)
@@ -291,11 +291,7 @@ class StepPrograms:
     options: Mapping[str, Any] | None = None,
     kept: kept_lib.Kept = kept_lib.NOWHERE,
   ) -> None:
-    """Compiles some sizes, the largest first, several at a time on GPUs.
-
-    On CPUs it is one at a time, while the next one is traced: there a process
-    that serializes a program for a cache, while another thread compiles, dies
-    of a segmentation fault now and then (jaxlib 0.10.2).
+    """Compiles some sizes, the largest first, several at a time.
 
     Args:
       num_pages: of the cache.
@@ -332,8 +328,7 @@ class StepPrograms:
       return size, place.compile(lowered, options or {})
 
     on_compiled(0, len(asked))
-    loading = futures.ThreadPoolExecutor(max_workers=4)
-    compiling = futures.ThreadPoolExecutor(max_workers=1 if self._is_cpu else 4)
+    pool = futures.ThreadPoolExecutor(max_workers=4)
     try:
       # Settings that affect programs may be a thread's own: read them here.
       places = {
@@ -343,7 +338,7 @@ class StepPrograms:
         for n in asked
       }
       jobs: Collection[_Job] = [
-        loading.submit(load, place, n) for n, place in places.items()
+        pool.submit(load, place, n) for n, place in places.items()
       ]
       while jobs:
         jobs = gather(jobs)
@@ -351,7 +346,7 @@ class StepPrograms:
         if n not in done:
           jobs = {
             *jobs,
-            compiling.submit(
+            pool.submit(
               compile_and_keep, places[n], n, self.lower(n, num_pages)
             ),
           }
@@ -359,8 +354,7 @@ class StepPrograms:
       while jobs:
         jobs = gather(jobs)
     finally:  # No compilation heeds Ctrl-C, so don't wait for any after it.
-      for pool in (loading, compiling):
-        pool.shutdown(wait=False, cancel_futures=True)
+      pool.shutdown(wait=False, cancel_futures=True)
 
   def temp_bytes(self, num_pages: int) -> int:
     """Returns bytes of a device that any program needs; see `extra_bytes`."""
