@@ -35,7 +35,7 @@ from sarathi_jax.scheduler import step_time
 # is kept; below it, TBT gives way.
 _LEAST_RATE = 0.25
 _SMALLEST = 8  # tokens of the smallest step that is tried
-_TRIED = 16  # budgets, evenly up to the largest, beside the powers of two
+_PARTS = 4  # budgets that are tried between two powers of two
 _NO_TIME = 1e-6  # seconds; a model that is still learning may predict less
 _HALF_LIFE_S = 10.0  # of the memory of targets that were missed
 _REMEMBERED = 512  # first tokens whose median is held to the target
@@ -263,10 +263,11 @@ class Pace:
     tried = {largest}
     size = _SMALLEST
     while size < largest:
-      tried.add(self.model.num_rows(size))
+      tried.update(
+        self.model.num_rows(size * part // _PARTS)
+        for part in range(_PARTS, 2 * _PARTS)
+      )
       size *= 2
-    step = -(-most // _TRIED)
-    tried.update(range(step, largest, step))
     return sorted(n for n in tried if num_decodes < n <= largest)
 
   def _note(self, now: float, over: float) -> None:
