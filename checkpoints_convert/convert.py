@@ -16,6 +16,7 @@ import numpy as np
 from checkpoints_convert import changes
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
+from checkpoints_convert import mxfp4
 from checkpoints_convert import nested
 from checkpoints_convert import orbax_writer
 from checkpoints_convert import rules as rules_lib
@@ -109,6 +110,7 @@ def make_plan(
   tensors, left_out = dict(reader.tensors), ''
   if is_nested:
     tensors, left_out = nested.take_text(tensors)
+  tensors = mxfp4.unpacked(tensors)
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
   model, tensors = tied.settle(model, tensors, reader, rules)

@@ -84,14 +84,12 @@ class DirectParams:
       result, spans = result.T, spans[::-1]
     rows, *rest = spans
     tensor = part.tensor
-    row_bytes = (
-      np.prod(tensor.shape[1:], dtype=int) * tensor.numpy_dtype.itemsize
-    )
+    row_bytes = np.prod(part.row_shape, dtype=int) * tensor.numpy_dtype.itemsize
     step = max(1, _BLOCK_BYTES // max(1, int(row_bytes)))
     columns = tuple(slice(span.start, span.stop) for span in rest)
     for start in range(rows.start, rows.stop, step):
       stop = min(start + step, rows.stop)
-      block = np.empty((stop - start, *tensor.shape[1:]), tensor.numpy_dtype)
+      block = np.empty((stop - start, *part.row_shape), tensor.numpy_dtype)
       part.read(self._reader, start, block)
       values = transforms.cast(
         block[(slice(None), *columns)], leaf.dtype, tensor.name

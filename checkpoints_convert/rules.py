@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -36,12 +37,17 @@ class Rule:
     transpose: whether [out, in] becomes [in, out].
     select: which rows; None for all. The rules of one tensor share its rows
       among them.
+    column: (which, of how many): each so-many-th of the last axis, if not all.
+      The rules of one tensor share these among them.
+    is_stack: whether the tensor is a stack of matrices, one an expert.
   """
 
   tensor: str
   leaf: str | None
   transpose: bool = False
   select: transforms.Select | None = None
+  column: tuple[int, int] | None = None
+  is_stack: bool = False
 
 
 def linear(
@@ -139,21 +145,39 @@ def _place(
     path = rule.leaf.format(**numbers)
     if path not in wanted:
       return False
-    part = transforms.Part(tensor, rule.transpose, rule.select)
-    _check_rank(tensor, part)
+    pieces = {expert: tensor}
+    if rule.is_stack:
+      pieces = _items(tensor, wanted[path].shape[0])
     slots = parts.setdefault(path, {})
-    if expert in slots:
-      raise errors.CheckpointError(
-        f'{path}: both {slots[expert].tensor.name} and {tensor.name} fill it.'
-      )
-    slots[expert] = part
-    used += part.num_rows
-  if used != tensor.shape[0]:
+    for key, piece in pieces.items():
+      part = transforms.Part(piece, rule.transpose, rule.select, rule.column)
+      _check_rank(piece, part)
+      if slots.keys() & {key, None} or (key is None and slots):
+        other = slots.get(key) or next(iter(slots.values()))
+        raise errors.CheckpointError(
+          f'{path}: both {other.tensor.name} and {tensor.name} fill it.'
+        )
+      slots[key] = part
+      used += math.prod(part.shape)
+  size = math.prod(tensor.shape[1:])
+  if used != tensor.shape[0] * size:
     raise errors.CheckpointError(
       f'{tensor.name}: has {tensor.shape[0]} rows, of which the model uses '
-      f'{used}.'
+      f'{used // size}.'
     )
   return True
+
+
+def _items(
+  tensor: safetensors_reader.Tensor, num: int
+) -> dict[int | None, safetensors_reader.Tensor]:
+  """Returns the matrices of a stack, one an expert."""
+  if len(tensor.shape) != 3 or tensor.shape[0] != num or 0 in tensor.shape:
+    raise errors.CheckpointError(
+      f'{tensor.name}: shape {tensor.shape} is no stack of matrices of '
+      f'{num} experts.'
+    )
+  return {i: tensor.item(i) for i in range(num)}
 
 
 def _check_rank(

@@ -62,6 +62,20 @@ class Tensor:
       )
     return DTYPES[self.dtype]
 
+  def item(self, index: int) -> Tensor:
+    """Returns one of the tensors that are stacked in this one."""
+    size = self.num_bytes // self.shape[0]
+    return dataclasses.replace(
+      self,
+      shape=self.shape[1:],
+      offset=self.offset + index * size,
+      num_bytes=size,
+    )
+
+  def read(self, reader: Reader, start: int, rows: np.ndarray) -> None:
+    """Fills `rows` with rows from `start` on; see `Reader.read_rows`."""
+    reader.read_rows(self, start, rows)
+
 
 class Reader:
   """Open safetensors files. Reads are safe from several threads."""

@@ -57,8 +57,8 @@ def _equal(
   for start in range(0, a.shape[0], step):
     shape = (min(step, a.shape[0] - start), *a.shape[1:])
     ours, theirs = (np.empty(shape, a.numpy_dtype) for _ in range(2))
-    reader.read_rows(a, start, ours)
-    reader.read_rows(b, start, theirs)
+    a.read(reader, start, ours)
+    b.read(reader, start, theirs)
     if not np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)):
       return False
   return True

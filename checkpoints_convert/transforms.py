@@ -69,6 +69,7 @@ class Part:
   tensor: safetensors_reader.Tensor
   transpose: bool
   select: Select | None
+  column: tuple[int, int] | None = None  # see `rules.Rule`
 
   @property
   def num_rows(self) -> int:
@@ -80,15 +81,31 @@ class Part:
   @property
   def shape(self) -> tuple[int, ...]:
     """The shape of these rows in the parameter."""
-    shape = (self.num_rows, *self.tensor.shape[1:])
+    shape = (self.num_rows, *self.row_shape)
     return shape[::-1] if self.transpose else shape
+
+  @property
+  def row_shape(self) -> tuple[int, ...]:
+    """The shape of a row."""
+    shape = self.tensor.shape[1:]
+    if self.column is None or not shape:
+      return shape
+    which, num = self.column
+    return (*shape[:-1], len(range(which, shape[-1], num)))
 
   def read(
     self, reader: safetensors_reader.Reader, start: int, rows: np.ndarray
   ) -> None:
     """Fills `rows` with selected ones from `start` on, as in the file."""
+    if self.column is not None:
+      which, num = self.column
+      shape = len(rows), *self.tensor.shape[1:]
+      whole = np.empty(shape, rows.dtype)
+      self.tensor.read(reader, start, whole)
+      rows[:] = whole[..., which::num]
+      return
     if self.select is None:
-      reader.read_rows(self.tensor, start, rows)
+      self.tensor.read(reader, start, rows)
       return
     stride, offset, width, paired = dataclasses.astuple(self.select)
     done = 0
@@ -97,10 +114,10 @@ class Part:
       length = min(width - within, len(rows) - done)
       part, first = rows[done : done + length], group * stride + offset
       if not paired:
-        reader.read_rows(self.tensor, first + within, part)
+        self.tensor.read(reader, first + within, part)
       else:
         whole = np.empty((width, *rows.shape[1:]), rows.dtype)
-        reader.read_rows(self.tensor, first, whole)
+        self.tensor.read(reader, first, whole)
         order = np.arange(width)
         order[:paired] = order[:paired].reshape(-1, 2).T.ravel()
         part[:] = whole[order[within : within + length]]
@@ -203,7 +220,7 @@ class Leaf:
   ) -> np.ndarray:
     """Returns a chunk's rows, cast, laid out as they are in the file."""
     tensor = chunk.part.tensor
-    shape = (chunk.stop - chunk.start, *tensor.shape[1:])
+    shape = (chunk.stop - chunk.start, *chunk.part.row_shape)
     rows = scratch.take('rows', shape, tensor.numpy_dtype)
     chunk.part.read(reader, chunk.start, rows)
     return cast(rows, self.dtype, tensor.name)

@@ -38,6 +38,9 @@ ARCHITECTURES: Mapping[str, Family] = {
   ),
   'Glm4ForCausalLM': Family('glm4', 'GLM-4-0414 9B and 32B, GLM-Z1'),
   'GlmForCausalLM': Family('glm', 'GLM-4-9B of 2024, GLM-Edge'),
+  'GptOssForCausalLM': Family(
+    'gpt_oss', 'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16'
+  ),
   'GraniteForCausalLM': Family('granite', 'Granite 3, dense'),
   'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
   'Ministral3ForCausalLM': Family('ministral3', 'Ministral-3'),

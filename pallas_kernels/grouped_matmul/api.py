@@ -36,6 +36,7 @@ def grouped_matmul(
   group_sizes: jax.Array,
   *,
   rows: jax.Array | None = None,
+  biases: Sequence[jax.Array] = (),
   combine: Callable[..., jax.Array] = first,
   matmul: Callable[[jax.Array, Any], jax.Array] | None = None,
   implementation: str | None = None,
@@ -57,6 +58,8 @@ def grouped_matmul(
     group_sizes: [G] int32; their sum is at most R.
     rows: [R] int32, which row of x each one is; None: those of x, and R is T.
       A group has none of them twice.
+    biases: of each kind, [G, out] float, what is added to its products before
+      they are combined; none: nothing is.
     combine: makes the result of the kinds' products, number by number, all in
       float32.
     matmul: multiplies rows [n, in] by the tree of one group, in float32; None
@@ -74,7 +77,9 @@ def grouped_matmul(
     raise ValueError(
       f'{implementation=}: must be None or one of {", ".join(IMPLEMENTATIONS)}.'
     )
-  x, matrices = jax.tree.map(jnp.asarray, (x, tuple(matrices)))
+  x, matrices, biases = jax.tree.map(
+    jnp.asarray, (x, tuple(matrices), tuple(biases))
+  )
   _check(x.ndim == 2, 'x', x.shape, 'must have 2 axes')
   for name, indices in (('group_sizes', group_sizes), ('rows', rows)):
     if indices is not None:
@@ -85,13 +90,20 @@ def grouped_matmul(
         'must be int32, of 1 axis',
       )
   (num_groups,) = group_sizes.shape
-  for leaf in jax.tree.leaves(matrices):
-    _check(
-      leaf.shape[:1] == (num_groups,),
-      'matrices',
-      leaf.shape,
-      f'must begin with the number of groups, {num_groups}',
-    )
+  for name, arrays in (('matrices', matrices), ('biases', biases)):
+    for leaf in jax.tree.leaves(arrays):
+      _check(
+        leaf.shape[:1] == (num_groups,),
+        name,
+        leaf.shape,
+        f'must begin with the number of groups, {num_groups}',
+      )
+  _check(
+    len(biases) in (0, len(matrices)),
+    'biases',
+    len(biases),
+    f'must be none, or one of each kind of matrices, {len(matrices)}',
+  )
   if matmul is None:
     for w in matrices:
       _check(
@@ -121,6 +133,7 @@ def grouped_matmul(
     matmul or float32_matmul,
     x,
     matrices,
+    biases,
     group_sizes,
     rows,
   )
@@ -133,11 +146,12 @@ def _multiply(
   matmul: Callable[[jax.Array, Any], jax.Array],
   x: jax.Array,
   matrices: tuple[Any, ...],
+  biases: tuple[jax.Array, ...],
   group_sizes: jax.Array,
   rows: jax.Array,
 ) -> jax.Array:
   return IMPLEMENTATIONS[implementation](
-    x, matrices, group_sizes, rows, combine, matmul
+    x, matrices, group_sizes, rows, combine, matmul, biases
   )
 
 
@@ -149,13 +163,21 @@ def _backward(
   implementation: str, combine: Any, matmul: Any, args: Any, gradient: jax.Array
 ) -> Any:
   del implementation  # Only one can be differentiated.
-  x, matrices, group_sizes, rows = args
+  x, matrices, biases, group_sizes, rows = args
   _, pull = jax.vjp(
-    lambda x, matrices: xla.grouped_matmul(
-      x, matrices, group_sizes, rows, combine, matmul, differentiable=True
+    lambda x, matrices, biases: xla.grouped_matmul(
+      x,
+      matrices,
+      group_sizes,
+      rows,
+      combine,
+      matmul,
+      biases,
+      differentiable=True,
     ),
     x,
     matrices,
+    biases,
   )
   return *pull(gradient), None, None
 

@@ -113,5 +113,6 @@ MODELS: dict[str, tuple[int, int, int, int]] = {
   'qwen3-30b-a3b': (128, 8, 2048, 768),
   'qwen3-235b-a22b-tp8': (128, 8, 4096, 192),
   'mixtral-8x7b': (8, 2, 4096, 14336),
+  'gpt-oss-20b': (32, 4, 2880, 2880),
 }
 TOKENS = 1, 16, 32, 64, 512, 2048  # of steps

@@ -24,18 +24,25 @@ class Case:
     spec: of the tokens, and of the matrices.
     kinds: of matrices; two are a gate and what it gates.
     dtype: of all.
+    biases: whether there is one of each kind.
   """
 
   name: str
   spec: arg_specs.ArgSpec
   kinds: int
   dtype: str = 'bfloat16'
+  biases: bool = False
 
   def function(
-    self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *matrices: jax.Array
+    self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *more: jax.Array
   ) -> jax.Array:
     return pallas_triton.grouped_matmul(
-      x, matrices, sizes, rows, _gated if self.kinds == 2 else _only
+      x,
+      more[: self.kinds],
+      sizes,
+      rows,
+      _gated if self.kinds == 2 else _only,
+      biases=more[self.kinds :],
     )
 
   @property
@@ -54,6 +61,10 @@ class Case:
       jax.ShapeDtypeStruct((spec.num_groups,), jnp.int32),
       jax.ShapeDtypeStruct((rows,), jnp.int32),
       *[matrix] * self.kinds,
+      *[
+        jax.ShapeDtypeStruct((spec.num_groups, spec.num_out), matrix.dtype)
+        for _ in range(self.kinds if self.biases else 0)
+      ],
     )
 
 
@@ -104,7 +115,7 @@ def cases(device: str) -> Iterator[Case | GroupingCase]:
         name = (
           f'experts {model} {num_tokens} {"gated" if kinds == 2 else "out"}'
         )
-        yield Case(name, spec, kinds)
+        yield Case(name, spec, kinds, biases=model == 'gpt-oss-20b')
         if num_tokens == 64 and model == 'mixtral-8x7b':
           for dtype in ('float16', 'float32'):
             yield Case(f'{name} {dtype}', spec, kinds, dtype)

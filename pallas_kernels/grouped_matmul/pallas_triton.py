@@ -34,13 +34,14 @@ def grouped_matmul(
   rows: jax.Array,
   combine: Callable[..., jax.Array],
   matmul: Any = None,
+  biases: tuple[jax.Array, ...] = (),
   *,
   sizes: tuning.Sizes | None = None,
 ) -> jax.Array:
   """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
 
   Args:
-    x, matrices, group_sizes, rows, combine: see there.
+    x, matrices, group_sizes, rows, combine, biases: see there.
     matmul: not used.
     sizes: None for those that `tuning` has for the default device.
 
@@ -54,7 +55,7 @@ def grouped_matmul(
   # Vectors have lengths that are powers of two.
   more = (1 << (shape.num_groups - 1).bit_length()) - shape.num_groups
   return devices.launch(
-    launch, x, rows, jnp.pad(group_sizes, (0, more)), *matrices
+    launch, x, rows, jnp.pad(group_sizes, (0, more)), matrices, biases
   )
 
 
@@ -62,7 +63,9 @@ def _launch(
   x: jax.Array,
   rows: jax.Array,
   group_sizes: jax.Array,
-  *matrices: jax.Array,
+  matrices: tuple[jax.Array, ...],
+  biases: tuple[jax.Array, ...],
+  *,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
   shape: tuning.Shape,
@@ -78,14 +81,17 @@ def _launch(
     ),
     interpret=interpret,
     name='grouped_matmul',
-  )(x, rows, group_sizes, *matrices)
+  )(x, rows, group_sizes, matrices, biases)
 
 
 def _kernel(
   x_ref: Any,
   rows_ref: Any,
   sizes_ref: Any,
-  *refs: Any,
+  matrices: tuple[Any, ...],
+  biases: tuple[Any, ...],
+  out_ref: Any,
+  *,
   combine: Callable[..., jax.Array],
   sizes: tuning.Sizes,
 ) -> None:
@@ -95,11 +101,12 @@ def _kernel(
     x_ref: [T, in].
     rows_ref: [R] int32.
     sizes_ref: [G] int32 of the groups, and zeros up to a power of two.
-    refs: matrices, [G, in, out] of each kind, and the result, [R, out].
+    matrices: [G, in, out] of each kind.
+    biases: [G, out] of each kind, or none.
+    out_ref: [R, out], the result.
     combine: see `api.grouped_matmul`.
     sizes: of the tile; all divide what they cut.
   """
-  *matrices, out_ref = refs
   num_in, num_out = matrices[0].shape[1:]
   group, start, stop, column = plan_lib.item_of(
     pl.program_id(0), sizes_ref[...], sizes.rows, num_out // sizes.columns
@@ -135,6 +142,11 @@ def _kernel(
 
     zeros = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
     sums = lax.fori_loop(0, num_in // sizes.depth, add, [zeros] * len(matrices))
+    if biases:
+      sums = [
+        total + plgpu.load(bias.at[group, columns]).astype(jnp.float32)[None]
+        for total, bias in zip(sums, biases, strict=True)
+      ]
     out = combine(*sums).astype(out_ref.dtype)
     at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
     plgpu.store(out_ref.at[places[:, None], at[None, :]], out)

@@ -17,6 +17,7 @@ def grouped_matmul(
   rows: jax.Array,
   combine: Callable[..., jax.Array],
   matmul: Callable[[jax.Array, Any], jax.Array],
+  biases: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
   """Multiplies each row by its group's matrix; see `api.grouped_matmul`."""
   ends = jnp.cumsum(group_sizes)
@@ -24,8 +25,11 @@ def grouped_matmul(
   group = jnp.searchsorted(ends, places, side='right')
 
   def one(row: jax.Array, group: jax.Array) -> jax.Array:
-    of_group = jax.tree.map(lambda leaf: leaf[group], matrices)
-    out: jax.Array = combine(*(matmul(row[None], w)[0] for w in of_group))
+    of_group, added = jax.tree.map(lambda leaf: leaf[group], (matrices, biases))
+    products = [matmul(row[None], w)[0] for w in of_group]
+    if added:
+      products = [p + b for p, b in zip(products, added, strict=True)]
+    out: jax.Array = combine(*products)
     return out
 
   out = jax.vmap(one)(x[rows], jnp.minimum(group, len(group_sizes) - 1))

@@ -29,13 +29,14 @@ def grouped_matmul(
   rows: jax.Array,
   combine: Callable[..., jax.Array],
   matmul: Callable[[jax.Array, Any], jax.Array],
+  biases: tuple[jax.Array, ...] = (),
   *,
   differentiable: bool = False,
 ) -> jax.Array:
   """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
 
   Args:
-    x, matrices, group_sizes, rows, combine, matmul: see there.
+    x, matrices, group_sizes, rows, combine, matmul, biases: see there.
     differentiable: whether to turn as often as could be needed, as reverse-mode
       differentiation takes it.
   """
@@ -47,11 +48,14 @@ def grouped_matmul(
 
   def multiply(start: jax.Array, group: jax.Array) -> jax.Array:
     these = x[lax.dynamic_slice_in_dim(rows, start, size)]
-    of_group = jax.tree.map(
+    of_group, added = jax.tree.map(
       lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False),
-      matrices,
+      (matrices, biases),
     )
-    return combine(*(matmul(these, w) for w in of_group)).astype(x.dtype)
+    products = [matmul(these, w) for w in of_group]
+    if added:
+      products = [p + b[None, :] for p, b in zip(products, added, strict=True)]
+    return combine(*products).astype(x.dtype)
 
   def turn(block: jax.Array, out: jax.Array) -> jax.Array:
     group = (last <= block).sum(dtype=jnp.int32)

@@ -70,6 +70,7 @@ def ragged_paged_attention(
   distribution: jax.Array,
   *,
   scale: float,
+  sinks: jax.Array | None = None,
   sliding_window: int | None = None,
   soft_cap: float | None = None,
   plan: tuple[jax.Array, ...] | None = None,
@@ -102,6 +103,9 @@ def ragged_paged_attention(
       end is repeated for padding.
     distribution: int32 [2], (num_decodes, num_seqs).
     scale: multiplies q . k; above 0.
+    sinks: [H] float, for each query head a score of no key, which weighs among
+      the others: it takes their part of the attention (gpt-oss); neither scaled
+      nor capped. None: there are none.
     sliding_window: a query at p attends to (p - sliding_window, p]; None:
       to [0, p].
     soft_cap: scores become soft_cap * tanh(score / soft_cap).
@@ -120,7 +124,8 @@ def ragged_paged_attention(
     ValueError: shapes, dtypes or options don't fit; says which and why.
     NotImplementedError: they do, but this implementation can't do it.
   """
-  name = _chosen(k_pages, implementation, batch_invariant)
+  has_sinks = sinks is not None
+  name = _chosen(k_pages, implementation, batch_invariant, has_sinks)
   validate.static_validate(
     q,
     k_pages,
@@ -129,6 +134,7 @@ def ragged_paged_attention(
     page_indices,
     cu_q_lens,
     distribution,
+    sinks=sinks,
     sliding_window=sliding_window,
     soft_cap=soft_cap,
   )
@@ -148,14 +154,16 @@ def ragged_paged_attention(
     type(plan).__name__,
     f'must be None for {name!r}, which needs none',
   )
-  planned = {} if plan is None else {'plan': plan}
+  more: dict[str, Any] = {} if plan is None else {'plan': plan}
+  if has_sinks:
+    more['sinks'] = sinks
   return IMPLEMENTATIONS[name](
     q,
     k_pages,
     v_pages,
     batch_lib.Batch(kv_lens, page_indices, cu_q_lens, distribution),
     batch_lib.Options(scale, sliding_window, soft_cap, batch_invariant),
-    **planned,
+    **more,
   )
 
 
@@ -169,13 +177,15 @@ def make_plan(
   sliding_window: int | None = None,
   decodes_only: bool = False,
   batch_invariant: bool = False,
+  has_sinks: bool = False,
   implementation: str | None = None,
 ) -> tuple[Any, ...] | None:
   """Plans how a batch is cut into work; arguments as of the attention.
 
   Reads only the shapes and dtypes of q and k_pages: layers that have these and
   the window in common can share a plan. If `decodes_only`, there will be no
-  chunks of prefills, and no launch for them.
+  chunks of prefills, and no launch for them. `has_sinks` says whether there
+  will be sinks, which not all implementations have.
 
   Returns:
     Arrays, a NamedTuple of the implementation; None if it needs no plan.
@@ -184,7 +194,7 @@ def make_plan(
     ValueError: shapes, dtypes or the window don't fit; says which and why.
     NotImplementedError: the implementation doesn't support such shapes.
   """
-  name = _chosen(k_pages, implementation, batch_invariant)
+  name = _chosen(k_pages, implementation, batch_invariant, has_sinks)
   validate.validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
   validate.validate_options(sliding_window, None)
   if name not in _SHAPES:
@@ -344,11 +354,19 @@ def write_kv(
 
 
 def _chosen(
-  k_pages: Pages, implementation: str | None, batch_invariant: bool
+  k_pages: Pages,
+  implementation: str | None,
+  batch_invariant: bool,
+  has_sinks: bool,
 ) -> str:
   """Returns the name of what attends, by the arguments of the attention."""
   if implementation is None:
-    return _for_pages(k_pages, batch_invariant)
+    return _for_pages(k_pages, batch_invariant or has_sinks)
+  if has_sinks and implementation == 'pallas_mosaic':
+    raise NotImplementedError(
+      f'{implementation=}: its kernel for chunks has no sinks; pallas_triton '
+      'does.'
+    )
   if batch_invariant and implementation == 'pallas_mosaic':
     raise NotImplementedError(
       f'{implementation=}: decodes and chunks have kernels of their own, so it '
@@ -366,11 +384,11 @@ def _known(implementation: str) -> str:
   return implementation
 
 
-def _for_pages(k_pages: Pages, batch_invariant: bool = False) -> str:
+def _for_pages(k_pages: Pages, triton_only: bool) -> str:
   """Returns the name of the implementation for pages of this layout."""
   if not layout.is_rows(k_pages):
     return 'xla'
-  if batch_invariant:
+  if triton_only:
     return 'pallas_triton'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
   name, reason = _fastest(

@@ -34,6 +34,7 @@ class ArgSpec:
     kv_dtype: what keys and values are quantized to; None: not.
     sliding_window: see `api.ragged_paged_attention`.
     soft_cap: see `api.ragged_paged_attention`.
+    sinks: whether there are sinks, about as high as the highest scores.
   """
 
   name: str
@@ -52,6 +53,7 @@ class ArgSpec:
   kv_dtype: str | None = None
   sliding_window: int | None = None
   soft_cap: float | None = None
+  sinks: bool = False
 
   @property
   def all_q_lens(self) -> tuple[int, ...]:
@@ -132,6 +134,9 @@ def make(
       name: quantization.quantize(arrays[name], spec.kv_dtype)
       for name in ('k_pages', 'v_pages')
     }
+  if spec.sinks:
+    sinks = 3 * rng.standard_normal(spec.num_heads)
+    arrays['sinks'] = jnp.asarray(sinks, jnp.float32)
   return arrays | {name: jnp.asarray(x) for name, x in ints.items()}
 
 

@@ -23,6 +23,7 @@ HEADS: Mapping[str, tuple[int, int, int]] = {
   'h96': (32, 8, 96),
   'gemma-7b': (16, 16, 256),
   'gemma-2-9b': (16, 8, 256),
+  'gpt-oss-20b': (64, 8, 64),
 }
 
 _43M: dict[str, Any] = dict(

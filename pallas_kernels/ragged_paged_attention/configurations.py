@@ -40,6 +40,7 @@ _DTYPES: Mapping[str, tuple[str, ...]] = {
   'phi-2': ('float32',),
   'h96': ('float32',),
 }
+_WITH_SINKS = ('gpt-oss-20b',)
 _OF_EACH_HEAD_DIM = ('mistral-7b', 'falcon-7b', 'phi-2', 'h96', 'gemma-7b')
 
 
@@ -53,6 +54,14 @@ def cases(device: str) -> Iterator[Case]:
   for name, (heads, kv_heads, head_dim) in arg_specs.HEADS.items():
     plain = batch_lib.Options(head_dim**-0.5)
     special = batch_lib.Options(head_dim**-0.5, 4096, 30.0)
+    if name in _WITH_SINKS:
+      case = functools.partial(_case, name, heads, kv_heads, head_dim)
+      yield case(plain, sinks=True)
+      yield case(dataclasses.replace(plain, sliding_window=128), sinks=True)
+      for kept in ('int8', 'float8_e4m3fn'):
+        yield case(plain, kv_dtype=kept, sinks=True)
+      yield case(plain, 'float32', sinks=True)
+      continue
     yield _case(name, heads, kv_heads, head_dim, plain)
     yield _case(name, heads, kv_heads, head_dim, plain, kv_dtype='int8')
     if name in _OF_EACH_HEAD_DIM:  # It differs little from int8.
@@ -110,7 +119,7 @@ def mosaic_cases() -> Iterator[Case]:
   case = functools.partial(_case, implementation='pallas_mosaic')
   for name, sizes in arg_specs.HEADS.items():
     *_, head_dim = sizes
-    if head_dim not in tuning.MOSAIC:
+    if head_dim not in tuning.MOSAIC or name in _WITH_SINKS:
       continue
     scale = head_dim**-0.5
     yield case(name, *sizes, batch_lib.Options(scale))
@@ -137,6 +146,8 @@ def _case(
   kv_dtype: str | None = None,
   implementation: str = 'pallas_triton',
   page_size: int = 64,
+  *,
+  sinks: bool = False,
 ) -> Case:
   pages = jax.eval_shape(
     lambda: layout.init(
@@ -154,6 +165,7 @@ def _case(
       api.make_plan,
       sliding_window=options.sliding_window,
       batch_invariant=options.batch_invariant,
+      has_sinks=sinks,
       implementation=implementation,
     ),
     q,
@@ -169,13 +181,16 @@ def _case(
     *([f'pages of {page_size}'] if page_size != 64 else []),
     *(['window'] if options.sliding_window else []),
     *(['cap'] if options.soft_cap else []),
+    *(['sinks'] if sinks else []),
     *(['invariant'] if options.batch_invariant else []),
     *(['Mosaic'] if implementation == 'pallas_mosaic' else []),
   ]
 
   def attend(*args: Any) -> jax.Array:
+    *arrays, plan, more = args
     return api.IMPLEMENTATIONS[implementation](
-      *args[:-1], options=options, plan=args[-1]
+      *arrays, options=options, plan=plan, **more
     )
 
-  return Case(' '.join(what), attend, (q, *pages, batch, plan))
+  more = {'sinks': jax.ShapeDtypeStruct((heads,), jnp.float32)} if sinks else {}
+  return Case(' '.join(what), attend, (q, *pages, batch, plan, more))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -29,12 +30,33 @@ def take_turns(num_items: jax.Array, do: Callable[[jax.Array], None]) -> None:
   lax.fori_loop(0, turns, turn, None)
 
 
+def add_sinks(
+  norm: jax.Array, top: jax.Array, sinks_ref: Any, heads: jax.Array
+) -> jax.Array:
+  """Adds what sinks weigh to the sums of weights of whole rows.
+
+  To whole ones only: of a row that is split, once its parts are merged. A sink
+  far above all scores makes a sum infinite, and the output 0.
+
+  Args:
+    norm: [...] float32, the sums.
+    top: [...] float32, the highest scores of the rows, times log2(e).
+    sinks_ref: [H] float32; None: there are none.
+    heads: [...] int32, the rows' query heads.
+  """
+  if sinks_ref is None:
+    return norm
+  sinks = plgpu.load(sinks_ref.at[heads])
+  return norm + jnp.exp2(sinks * math.log2(math.e) - top)
+
+
 def merge(
   old_out_ref: Any,
   acc_ref: Any,
   top_ref: Any,
   norm_ref: Any,
   starts_ref: Any,
+  sinks_ref: Any,
   seq_ref: Any,
   row_ref: Any,
   slot_ref: Any,
@@ -53,6 +75,7 @@ def merge(
     old_out_ref: [T, H, h], the same memory as out_ref.
     acc_ref, top_ref, norm_ref: see `pallas_triton._attend_small`.
     starts_ref: [S + 1] int32, `cu_q_lens`.
+    sinks_ref: see `add_sinks`.
     seq_ref, row_ref, slot_ref, count_ref: [M] int32: `plan.Small.merge_seq`,
       `merge_row`, `merge_slot` and `merge_count`.
     num_merges_ref: [1] int32, of it.
@@ -99,7 +122,7 @@ def merge(
 
     @pl.when(first_token + query < end)
     def put_together() -> None:
-      acc, _, norm = lax.fori_loop(
+      acc, top, norm = lax.fori_loop(
         0,
         lax.div(count + tile.block_n - 1, tile.block_n),
         body,
@@ -109,9 +132,11 @@ def merge(
           jnp.float32(0),
         ),
       )
+      query_head = head * shape.group + member
+      norm = add_sinks(norm, top, sinks_ref, query_head)
       for d, a in zip(shape.channels(), acc, strict=True):
         plgpu.store(
-          out_ref.at[first_token + query, head * shape.group + member, d],
+          out_ref.at[first_token + query, query_head, d],
           (a / norm).astype(out_ref.dtype),
         )
 

@@ -84,6 +84,7 @@ def ragged_paged_attention(
   options: batch_lib.Options,
   *,
   plan: plan_lib.Plan | None = None,
+  sinks: jax.Array | None = None,
   sizes: tuning.Sizes | None = None,
 ) -> jax.Array:
   """Attends as `api.ragged_paged_attention`; pages are rows (see `layout`).
@@ -92,6 +93,7 @@ def ragged_paged_attention(
     q, k_pages, v_pages, batch, options: see there.
     plan: of `make_plan` for the same sizes, or a part of one, by which only the
       outputs of its sequences take the place of their queries; None makes it.
+    sinks: see `api.ragged_paged_attention`.
     sizes: None for those that `tuning` has for the default device.
 
   Raises:
@@ -129,7 +131,9 @@ def ragged_paged_attention(
       f'must be of make_plan for these arguments, {items}',
     )
   launch = functools.partial(_launch, shape=shape, sizes=sizes, options=options)
-  return devices.launch(launch, q, k_pages, v_pages, batch, plan)
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32)
+  return devices.launch(launch, q, k_pages, v_pages, batch, plan, sinks)
 
 
 def _launch(
@@ -138,6 +142,7 @@ def _launch(
   v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   plan: plan_lib.Plan,
+  sinks: jax.Array | None,
   *,
   shape: tuning.Shape,
   sizes: tuning.Sizes,
@@ -167,7 +172,8 @@ def _launch(
       name=name,
     )
 
-  arguments = (k_pages, v_pages, *batch[:3])
+  # No sinks are no argument.
+  arguments = (k_pages, v_pages, *batch[:3], sinks)
   if (small := plan.small) is not None:
     tile = sizes.small
     partial = len(small.seq), shape.num_kv_heads, tile.rows
@@ -181,7 +187,7 @@ def _launch(
       ),
     )(q, *arguments, *small[:6])
     (q,) = call(merging.merge, sizes.merge, 'merge_splits')(
-      q, *partials, batch.cu_q_lens, *small[6:]
+      q, *partials, batch.cu_q_lens, sinks, *small[6:]
     )
   if (chunks := plan.chunks) is not None:
     (q,) = call(_attend_chunks, sizes.chunks, 'attend_chunks')(
@@ -197,6 +203,7 @@ def _attend_small(
   kv_lens_ref: Any,
   pages_ref: Any,
   starts_ref: Any,
+  sinks_ref: Any,
   seq_ref: Any,
   first_row_ref: Any,
   start_ref: Any,
@@ -222,6 +229,7 @@ def _attend_small(
     kv_lens_ref: [S] int32.
     pages_ref: [S, P] int32, the page table.
     starts_ref: [S + 1] int32, `cu_q_lens`.
+    sinks_ref: [H] float32; None: there are none.
     seq_ref, first_row_ref, start_ref, stop_ref, slot_ref: [W] int32, of
       `plan.Small`.
     count_ref: [1] int32, of it.
@@ -261,7 +269,8 @@ def _attend_small(
       tokens, heads, _ = _rows(
         starts_ref, seq, first_row, head, tile.rows, shape.group
       )
-      _store(out_ref, tokens, heads, acc, norm, shape)
+      whole = merging.add_sinks(norm, top, sinks_ref, heads)
+      _store(out_ref, tokens, heads, acc, whole, shape)
 
     @pl.when(slot >= 0)
     def store_partial() -> None:
@@ -280,6 +289,7 @@ def _attend_chunks(
   kv_lens_ref: Any,
   pages_ref: Any,
   starts_ref: Any,
+  sinks_ref: Any,
   seq_ref: Any,
   first_row_ref: Any,
   start_ref: Any,
@@ -294,7 +304,7 @@ def _attend_chunks(
   """Attends of chunks of prefills: a kernel's entry.
 
   Args:
-    q_ref, k_ref, v_ref, kv_lens_ref, pages_ref, starts_ref: see
+    q_ref, k_ref, v_ref, kv_lens_ref, pages_ref, starts_ref, sinks_ref: see
       `_attend_small`.
     seq_ref, first_row_ref, start_ref, stop_ref: [W] int32, of `plan.Chunks`.
     count_ref: [1] int32, of it.
@@ -305,7 +315,7 @@ def _attend_chunks(
   def attend(turn: jax.Array) -> None:
     item, head = turn // shape.num_kv_heads, turn % shape.num_kv_heads
     seq, first_row = seq_ref[item], first_row_ref[item]
-    acc, _, norm = _attend(
+    acc, top, norm = _attend(
       q_ref,
       k_ref,
       v_ref,
@@ -324,6 +334,7 @@ def _attend_chunks(
     tokens, heads, _ = _rows(
       starts_ref, seq, first_row, head, tile.rows, shape.group
     )
+    norm = merging.add_sinks(norm, top, sinks_ref, heads)
     _store(out_ref, tokens, heads, acc, norm, shape)
 
   merging.take_turns(count_ref[0] * shape.num_kv_heads, attend)

@@ -21,6 +21,7 @@ def ragged_paged_attention(
   v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   options: batch_lib.Options,
+  sinks: jax.Array | None = None,  # [H]
 ) -> jax.Array:
   """Attends as `api.ragged_paged_attention`. Rows of padding are zero.
 
@@ -29,7 +30,7 @@ def ragged_paged_attention(
   """
   if any(
     isinstance(x, jax.core.Tracer)
-    for x in jax.tree.leaves((q, k_pages, v_pages, batch))
+    for x in jax.tree.leaves((q, k_pages, v_pages, batch, sinks))
   ):
     raise NotImplementedError(
       'reference: it looks at values: call it outside jax.jit.'
@@ -47,6 +48,7 @@ def ragged_paged_attention(
       _gather(keys, tables[s], context),
       _gather(values, tables[s], context),
       options,
+      None if sinks is None else np.asarray(sinks, np.float32),
     )
   return jnp.asarray(out, q.dtype)
 
@@ -78,6 +80,7 @@ def _attend(
   k: np.ndarray,  # [context, K, h]
   v: np.ndarray,  # [context, K, h]
   options: batch_lib.Options,
+  sinks: np.ndarray | None,  # [H]
 ) -> np.ndarray:
   """Returns the last `q_len` rows of causal attention, [q_len, H, h]."""
   q_len, num_heads, head_dim = q.shape
@@ -93,7 +96,12 @@ def _attend(
   if options.sliding_window is not None:
     seen &= distance < options.sliding_window
   scores = np.where(seen[:, None, None, :], scores, -np.inf)
+  if sinks is not None:
+    of_rows = sinks.reshape(1, num_kv_heads, -1, 1)
+    of_rows = np.broadcast_to(of_rows, (*scores.shape[:-1], 1))
+    scores = np.concatenate((scores, of_rows), -1)
   weights = np.exp(scores - scores.max(-1, keepdims=True))
   weights /= weights.sum(-1, keepdims=True)
+  weights = weights[..., :context]
   out = np.einsum('qkgc,ckh->qkgh', weights, v, optimize=True)
   return out.reshape(q_len, num_heads, head_dim)

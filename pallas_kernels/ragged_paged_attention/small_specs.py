@@ -122,6 +122,16 @@ TESTS: tuple[ArgSpec, ...] = (
   ArgSpec(name='window_16', sliding_window=16, **_MIXED),
   ArgSpec(name='soft_cap', soft_cap=2.0, **_MIXED),
   ArgSpec(name='window_soft_cap', sliding_window=9, soft_cap=2.0, **_MIXED),
+  ArgSpec(name='sinks', sinks=True, **_MIXED),
+  ArgSpec(name='window_sinks', sliding_window=9, sinks=True, **_MIXED),
+  ArgSpec(name='soft_cap_sinks', soft_cap=2.0, sinks=True, **_MIXED),
+  ArgSpec(name='int8_sinks', kv_dtype='int8', sinks=True, **_MIXED),
+  ArgSpec(
+    name='groups_of_7_sinks', sinks=True, **(_MIXED | dict(num_heads=14))
+  ),
+  ArgSpec(
+    name='alone_sinks', contexts=(293,), num_decodes=1, sinks=True, **_ALONE
+  ),
   ArgSpec(name='bfloat16', dtype='bfloat16', **_MIXED),
   ArgSpec(name='float16', dtype='float16', **_MIXED),
   *(
@@ -188,6 +198,19 @@ TESTS: tuple[ArgSpec, ...] = (
     page_size=16,
     max_seqs=8,
     max_tokens=128,
+  ),
+  ArgSpec(  # Sinks count once, where decodes are split, too.
+    name='long_sinks',
+    contexts=(700, 512, 300, 90),
+    q_lens=(3, 70),
+    num_decodes=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    page_size=16,
+    max_seqs=8,
+    max_tokens=128,
+    sinks=True,
   ),
   ArgSpec(
     name='long_hybrid_int8',

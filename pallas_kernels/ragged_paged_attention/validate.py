@@ -64,6 +64,7 @@ def static_validate(
   cu_q_lens: jax.Array,
   distribution: jax.Array,
   *,
+  sinks: jax.Array | None = None,
   sliding_window: int | None = None,
   soft_cap: float | None = None,
 ) -> None:
@@ -75,6 +76,13 @@ def static_validate(
   validate_batch(q, k_pages, kv_lens, cu_q_lens, distribution)
   _check_table(page_indices, kv_lens)
   _check_cache(k_pages, v_pages)
+  if sinks is not None:
+    check(
+      sinks.shape == q.shape[1:2] and jnp.issubdtype(sinks.dtype, jnp.floating),
+      'sinks',
+      f'{sinks.dtype}{sinks.shape}',
+      f'must be floats, {q.shape[1:2]}, one a head of q',
+    )
   validate_options(sliding_window, soft_cap)
 
 

@@ -25,6 +25,7 @@ def ragged_paged_attention(
   v_pages: quantization.Pages,
   batch: batch_lib.Batch,
   options: batch_lib.Options,
+  sinks: jax.Array | None = None,
 ) -> jax.Array:
   """Attends as `api.ragged_paged_attention`; pages are tiles (see `layout`)."""
   if options.batch_invariant:
@@ -35,13 +36,17 @@ def ragged_paged_attention(
   grouped = (q.astype(jnp.float32) * options.scale).reshape(
     num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim
   )
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, -1)
   out = jnp.zeros_like(grouped)
   if not options.batch_invariant:
     most = min(num_tokens, batch.kv_lens.shape[0])  # decodes
     decoded = xla_decode.decodes(
-      grouped[:most], k_pages, v_pages, batch, options
+      grouped[:most], k_pages, v_pages, batch, options, sinks
     )
     is_decode = (jnp.arange(most) < batch.distribution[0])[:, None, None, None]
     out = out.at[:most].set(jnp.where(is_decode, decoded, 0))
-  out = xla_prefill.chunks(out, grouped, k_pages, v_pages, batch, options)
+  out = xla_prefill.chunks(
+    out, grouped, k_pages, v_pages, batch, options, sinks
+  )
   return out.reshape(q.shape).astype(q.dtype)

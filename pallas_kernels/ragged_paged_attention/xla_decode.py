@@ -42,6 +42,7 @@ def decodes(
   v_pages: quantization.Pages,  # [N, K, h / l, page_size, l]
   batch: batch_lib.Batch,
   options: batch_lib.Options,
+  sinks: jax.Array | None = None,  # [K, G], float32
 ) -> jax.Array:
   """Returns float32 [D, K, G, h]; rows from num_decodes on mean nothing."""
   num_seqs = q.shape[0]
@@ -114,7 +115,9 @@ def decodes(
     num = (left + size - 1 if size == sizes[-1] else left) // size
     state = lax.fori_loop(0, num, functools.partial(block, size, done), state)
     done += num * size
-  acc, _, norm = state
+  acc, top, norm = state
+  if sinks is not None:
+    norm += jnp.exp(sinks[None] - top)
   out = acc[:num_seqs] / norm[:num_seqs, :, None, :, None]
   return out.swapaxes(2, 3).reshape(num_seqs, *q.shape[1:])
 

@@ -30,6 +30,7 @@ def chunks(
   v_pages: quantization.Pages,  # [N, K, h / l, page_size, l]
   batch: batch_lib.Batch,
   options: batch_lib.Options,
+  sinks: jax.Array | None = None,  # [K, G], float32
 ) -> jax.Array:
   """Returns `out` with the rows of the chunks set."""
   kv_lens, page_indices, cu_q_lens, distribution = batch
@@ -90,7 +91,7 @@ def chunks(
         norm * decay + weights.sum(1),
       )
 
-    acc, _, norm = lax.fori_loop(
+    acc, top, norm = lax.fori_loop(
       first,
       (stop + block_size - 1) // block_size,
       block,
@@ -100,6 +101,8 @@ def chunks(
         jnp.zeros(queries.shape[::2], jnp.float32),
       ),
     )
+    if sinks is not None:
+      norm += jnp.exp(jnp.repeat(sinks, size, axis=1) - top)
     new = (
       (acc / norm[:, None])
       .reshape(num_kv_heads, head_dim, group, size)

@@ -20,6 +20,7 @@ from sarathi_jax.models import spec
 
 LayerKv = Any  # what an `Attend` keeps for one layer: a pytree, or None
 Rows = Int[Array, ' S']
+Sinks = Float[Array, ' H']
 Attended = tuple[Float[Array, 'rows H h'], LayerKv]
 
 
@@ -35,6 +36,7 @@ class Attend(Protocol):
     *,
     options: kinds.AttentionOptions,
     rows: Rows | None,
+    sinks: Sinks | None,
   ) -> Attended:
     """Attends; query head j reads key and value head j // G.
 
@@ -45,6 +47,8 @@ class Attend(Protocol):
       v: values.
       options: of the layer's kind.
       rows: which of the T tokens the queries are of; None: all.
+      sinks: for each query head a score of no key, neither scaled nor capped,
+        which weighs among the others; None: there are none.
 
     Returns:
       The mix of values for every query, and the layer's new state.
@@ -55,9 +59,9 @@ class LayerContext(NamedTuple):
   """A block's arguments beside its weights and the residual stream.
 
   Attributes:
-    attend: (layer_kv, q, k, v, norms) -> what an `Attend` returns, of this kind
-      and these rows; queries and keys are yet to be normalized, if there are
-      norms of heads, and rotated.
+    attend: (layer_kv, q, k, v, norms, sinks) -> what an `Attend` returns, of
+      this kind and these rows; queries and keys are yet to be normalized, if
+      there are norms of heads, and rotated.
     shards: how the weights are split over devices.
     rows: the tokens whose output is read; None: all. For the others the block
       computes keys and values only.
@@ -85,6 +89,7 @@ def causal_attend(
   *,
   options: kinds.AttentionOptions,
   rows: Rows | None = None,
+  sinks: Sinks | None = None,
 ) -> Attended:
   """Attends within one whole sequence, at positions 0 to T - 1, no cache.
 
@@ -105,7 +110,13 @@ def causal_attend(
   if options.window is not None:
     seen &= distance < options.window
   scores = jnp.where(seen[None, None, :, :], scores, -jnp.inf)
+  if sinks is not None:
+    of_rows = sinks.astype(jnp.float32).reshape(*scores.shape[:2], 1, 1)
+    of_rows = jnp.broadcast_to(of_rows, (*scores.shape[:3], 1))
+    scores = jnp.concatenate((scores, of_rows), axis=-1)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  if sinks is not None:
+    weights = weights[..., :-1]
   out = jnp.einsum('kgts,skh->tkgh', weights, v)
   return out.reshape(num_rows, num_heads, head_dim), layer_kv
 
@@ -119,13 +130,14 @@ def turn_and_attend(
   v: Float[Array, 'T K h'],
   *,
   norms: rotate_and_write.HeadNorms | None,
+  sinks: Sinks | None,
   options: kinds.AttentionOptions,
   rows: Rows | None,
 ) -> Attended:
   """Normalizes and rotates queries and keys before an `Attend` gets them.
 
   Args:
-    attend, layer_kv, v, options, rows: see `Attend`.
+    attend, layer_kv, v, sinks, options, rows: see `Attend`.
     rotation: of every token, by the rotary embedding of the layer's kind.
     q: queries, as projected.
     k: keys, as projected.
@@ -141,6 +153,7 @@ def turn_and_attend(
     v,
     options=options,
     rows=rows,
+    sinks=sinks,
   )
 
 
@@ -174,7 +187,8 @@ def attention(
     factors = context.take(context.query_factors)[:, None]
     q = (q.astype(jnp.float32) * factors).astype(q.dtype)
   q, k, v = (x.reshape(x.shape[0], -1, config.head_dim) for x in (q, k, v))
-  out, layer_kv = context.attend(layer_kv, q, k, v, norms=norms)
+  sinks = params['sinks'] if config.attention_sinks else None
+  out, layer_kv = context.attend(layer_kv, q, k, v, norms=norms, sinks=sinks)
   out = out.reshape(q.shape[0], -1)
   return layers.project_out(params, 'o', out, context.shards), layer_kv
 
@@ -236,6 +250,8 @@ def attention_specs(
     specs |= {f'{name}_bias': spec.bias(axis) for name, axis in inner.items()}
   if o_bias:
     specs['o_bias'] = spec.bias(width)
+  if config.attention_sinks:
+    specs['sinks'] = spec.bias(('heads', config.num_heads))
   for name in ('q', 'k') if qk_norm else ():
     axis, size = inner[name] if qk_norm_is_wide else (None, config.head_dim)
     specs[f'{name}_wide_norm' if qk_norm_is_wide else f'{name}_norm'] = (

@@ -28,7 +28,7 @@ _FACTOR = config_lib.or_none(
   fields_lib.POSITIVE, f'{fields_lib.POSITIVE[1]}, or null for none'
 )
 
-ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu', 'quick_gelu')
 # Where the norms of attention and of an MLP are -> what their names have.
 NORMS: Mapping[str, tuple[str, ...]] = {
   'before': ('',),
@@ -77,6 +77,8 @@ class ModelConfig:
     embed_scale: multiplies embeddings, rounded to the dtype of these (Gemma).
     attention_scale: multiplies q . k; None: 1 / sqrt(head_dim).
     attention_soft_cap: see `kinds.AttentionOptions`.
+    attention_sinks: whether each query head has a score of its own, of no key,
+      which weighs among the others (gpt-oss).
     query_growth: multiplies a query at p by
       1 + this * ln(1 + floor(p / rope.original_max_position)) (Ministral-3);
       None: by 1.
@@ -103,6 +105,7 @@ class ModelConfig:
   embed_scale: float = 1.0
   attention_scale: float | None = None
   attention_soft_cap: float | None = None
+  attention_sinks: bool = False
   query_growth: float | None = None
   logit_scale: float = 1.0
   logit_soft_cap: float | None = None
@@ -127,6 +130,7 @@ class ModelConfig:
         'logit_scale': fields_lib.POSITIVE,
         'attention_scale': _FACTOR,
         'attention_soft_cap': _FACTOR,
+        'attention_sinks': config_lib.FLAG,
         'query_growth': _FACTOR,
         'logit_soft_cap': _FACTOR,
         'overflows_float16': config_lib.FLAG,
@@ -393,13 +397,19 @@ class LlamaConfig(ModelConfig):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MixtralConfig(LlamaConfig):
-  """Mixtral, Qwen3-MoE: Llama's layers with a mixture of experts for an MLP.
+  """Llama's layers with a mixture of experts for an MLP.
+
+  Mixtral, Qwen3-MoE, gpt-oss. With `mlp_bias`, each expert has biases.
 
   Attributes:
     num_experts: E.
     experts_per_token: how many experts each token goes through.
     weights_sum_to_one: whether the weights of a token's experts are divided by
-      their sum.
+      their sum. (Then they are a softmax of these experts' scores alone.)
+    router_bias: whether experts' scores add a bias.
+    gate_limit: the most that a gate may be before its activation; what it gates
+      is within this on either side, and 1 is added to it (gpt-oss). None: there
+      is no limit, and nothing is added.
   """
 
   family: ClassVar[str] = 'mixtral'
@@ -407,6 +417,8 @@ class MixtralConfig(LlamaConfig):
   num_experts: int
   experts_per_token: int
   weights_sum_to_one: bool = True
+  router_bias: bool = False
+  gate_limit: float | None = None
 
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
@@ -416,6 +428,8 @@ class MixtralConfig(LlamaConfig):
         'num_experts': fields_lib.COUNT,
         'experts_per_token': fields_lib.COUNT,
         'weights_sum_to_one': config_lib.FLAG,
+        'router_bias': config_lib.FLAG,
+        'gate_limit': _FACTOR,
       },
     )
     _check(
@@ -424,14 +438,11 @@ class MixtralConfig(LlamaConfig):
       self.experts_per_token,
       f'exceeds num_experts={self.num_experts}',
     )
-    _check(
-      not self.mlp_bias, 'mlp_bias', self.mlp_bias, 'experts have no biases'
-    )
     _check(  # Triton, which multiplies them on GPUs, has no erf.
       self.activation != 'gelu',
       'activation',
       self.activation,
-      'experts must have silu, gelu_tanh or relu',
+      'experts must have silu, gelu_tanh, relu or quick_gelu',
     )
 
   @property

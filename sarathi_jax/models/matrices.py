@@ -111,12 +111,13 @@ def grouped_matmul(
   group_sizes: Int[Array, ' G'],
   *,
   rows: Int[Array, ' R'] | None = None,
+  biases: Sequence[Float[Array, 'G out']] = (),
   combine: Callable[..., Array] = grouped_matmul_lib.first,
 ) -> Float[Array, 'R out']:
   """Multiplies each row by the matrix of its group, such as an expert.
 
   Args:
-    x, group_sizes, rows, combine: see `pallas_kernels.grouped_matmul`.
+    x, group_sizes, rows, biases, combine: see `pallas_kernels.grouped_matmul`.
     matrices: of one kind, or of several: each an array [G, in, out], or a
       `Matrix`.
   """
@@ -126,6 +127,7 @@ def grouped_matmul(
     matrices,
     group_sizes,
     rows=rows,
+    biases=biases,
     combine=combine,
     matmul=_of_group if is_node else None,
   )

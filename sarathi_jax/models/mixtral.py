@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral (https://arxiv.org/abs/2401.04088) and Qwen3-MoE."""
+"""Mixtral (https://arxiv.org/abs/2401.04088), Qwen3-MoE and gpt-oss."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def block(
   """Adds attention, then the experts' output, to the residual stream."""
 
   def mlp(x: Array) -> Array:
-    return moe.moe(config, params['moe'], x, context.is_token)
+    return moe.moe(config, params['moe'], x, context.is_token, context.shards)
 
   return llama.block_around(config, params, layer_kv, x, context, mlp)

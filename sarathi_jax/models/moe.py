@@ -17,6 +17,7 @@ from pallas_kernels import grouped_matmul
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
+from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 
@@ -24,15 +25,17 @@ def route(
   config: config_lib.MixtralConfig,
   router: Float[Array, 'D E'],
   x: Float[Array, 'T D'],
+  bias: Float[Array, ' E'] | None = None,
 ) -> tuple[Int[Array, 'T k'], Float[Array, 'T k']]:
   """Returns the experts that each token chooses, and their weights in float32.
 
   These are the top of the softmax over all experts, divided by their sum if
-  the config says so.
+  the config says so. A bias is added to the scores.
   """
-  probs = jax.nn.softmax(
-    matrices.matmul(x, router).astype(jnp.float32), axis=-1
-  )
+  scores = matrices.matmul(x, router).astype(jnp.float32)
+  if bias is not None:
+    scores += bias[None, :]
+  probs = jax.nn.softmax(scores, axis=-1)
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
   if config.weights_sum_to_one:
     top = top / jnp.sum(top, axis=-1, keepdims=True)
@@ -44,6 +47,7 @@ def moe(
   params: layers.Params,
   x: Float[Array, 'T D'],
   is_token: Bool[Array, ' T'] | None = None,
+  shards: sharding.Shards = sharding.WHOLE,
 ) -> Float[Array, 'T D']:
   """Returns the weighted sum of the experts' gated MLPs; on a shard, a part.
 
@@ -53,23 +57,37 @@ def moe(
     x: the tokens, normalized.
     is_token: which rows are tokens; None: all. The others choose no experts,
       and get 0.
+    shards: how the experts are split over devices.
   """
-  experts, weights = route(config, params['router'], x)
+  bias = params['router_bias'] if config.router_bias else None
+  experts, weights = route(config, params['router'], x, bias)
   if is_token is not None:
     experts = jnp.where(is_token[:, None], experts, config.num_experts)
   groups = grouped_matmul.group(experts.reshape(-1), config.num_experts)
 
   def gated(gate: Array, up: Array) -> Array:
+    if (limit := config.gate_limit) is not None:
+      gate = jnp.minimum(gate, limit)
+      up = jnp.clip(up, -limit, limit) + 1
     return layers.ACTIVATIONS[config.activation](gate) * up
+
+  into: tuple[Array, ...] = ()
+  back: tuple[Array, ...] = ()
+  if config.mlp_bias:
+    into = params['gate_bias'], params['up_bias']
+    back = (shards.once(params['down_bias']),)
 
   inner = matrices.grouped_matmul(
     x,
     (params['gate'], params['up']),
     groups.sizes,
     rows=groups.order // config.experts_per_token,
+    biases=into,
     combine=gated,
   )
-  out = matrices.grouped_matmul(inner, (params['down'],), groups.sizes)
+  out = matrices.grouped_matmul(
+    inner, (params['down'],), groups.sizes, biases=back
+  )
   # Summed in the order of a token's own choice, whichever expert came first.
   chosen = out[groups.places].reshape(*experts.shape, -1).astype(jnp.float32)
   total = jnp.sum(chosen * weights[:, :, None], axis=1)
@@ -86,9 +104,19 @@ def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
     config.intermediate_size,
   )
   into = spec.ParamSpec((num, width, inner), ('experts', 'embed', 'mlp'))
-  return {
+  specs = {
     'router': spec.ParamSpec((width, num), ('embed', None)),
     'gate': into,
     'up': into,
     'down': spec.ParamSpec((num, inner, width), ('experts', 'mlp', 'embed')),
   }
+  if config.router_bias:
+    specs['router_bias'] = spec.bias((None, num))
+  if config.mlp_bias:
+    specs |= {
+      f'{name}_bias': spec.ParamSpec(
+        (num, specs[name].shape[-1]), ('experts', specs[name].axes[-1]), 'bias'
+      )
+      for name in ('gate', 'up', 'down')
+    }
+  return specs

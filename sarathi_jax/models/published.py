@@ -8,6 +8,7 @@ random weights. To serve a model, its checkpoint says all this itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from sarathi_jax.models import config
@@ -53,6 +54,35 @@ _QWEN3_30B: dict[str, Any] = dict(
   num_layers=48,
   num_heads=32,
   **_QWEN3_MOE,
+)
+
+_GPT_OSS: dict[str, Any] = dict(
+  vocab_size=201088,
+  hidden_size=2880,
+  intermediate_size=2880,
+  num_heads=64,
+  num_kv_heads=8,
+  head_dim=64,
+  max_position_embeddings=131072,
+  activation='quick_gelu',
+  rope=config.RopeConfig(
+    theta=150000.0,
+    kind='yarn',
+    factor=32.0,
+    original_max_position=4096,
+    attention_factor=1 + 0.1 * math.log(32),
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=False,
+  ),
+  sliding_window=128,
+  attention_sinks=True,
+  qkv_bias=True,
+  o_bias=True,
+  mlp_bias=True,
+  experts_per_token=4,
+  router_bias=True,
+  gate_limit=7.0,
 )
 
 MODELS: Mapping[str, config.ModelConfig] = {
@@ -300,6 +330,18 @@ MODELS: Mapping[str, config.ModelConfig] = {
     max_position_embeddings=262144,
     rope=config.RopeConfig(theta=1e7),
     **_QWEN3_30B,
+  ),
+  'gpt-oss-20b': config.MixtralConfig(
+    num_layers=24,
+    num_experts=32,
+    window_layers=tuple(range(0, 24, 2)),
+    **_GPT_OSS,
+  ),
+  'gpt-oss-120b': config.MixtralConfig(
+    num_layers=36,
+    num_experts=128,
+    window_layers=tuple(range(0, 36, 2)),
+    **_GPT_OSS,
   ),
   'qwen3-235b-a22b': config.MixtralConfig(
     hidden_size=4096,

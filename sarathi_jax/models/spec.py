@@ -21,7 +21,7 @@ class ParamSpec:
   Attributes:
     shape: numbers along each axis.
     axes: a name for each axis, or None: 'vocab', 'logits' (V of the output
-      matrix), 'embed', 'heads' (H * h, whole heads one after another),
+      matrix), 'embed', 'heads' (H * h, whole heads one after another, or H),
       'kv_heads' (K * h), 'mlp', 'experts'. Sharding is defined by these.
     init: how to draw it at random: 'normal' and 'bias' around 0, 'scale'
       around 1.
@@ -34,7 +34,9 @@ class ParamSpec:
   @property
   def is_factor(self) -> bool:
     """Whether rows are multiplied by it: it is no vector, and no table."""
-    return len(self.shape) > 1 and self.axes[0] != 'vocab'
+    return (
+      len(self.shape) > 1 and self.axes[0] != 'vocab' and self.init != 'bias'
+    )
 
   @property
   def is_of_experts(self) -> bool:

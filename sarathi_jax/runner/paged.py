@@ -33,6 +33,7 @@ def attend_to(
   implementation: str | None,
   decodes_only: bool = False,
   batch_invariant: bool = False,
+  has_sinks: bool = False,
 ) -> Callable[..., tuple[Array, kv_cache.LayerKv]]:
   """Makes what rotates, writes keys and values to pages, and attends.
 
@@ -54,6 +55,7 @@ def attend_to(
     implementation: of ragged_paged_attention.
     decodes_only: whether the batch has no chunks of prefills.
     batch_invariant: of ragged_paged_attention.
+    has_sinks: whether layers have sinks.
   """
   k_pages, _ = kv[0]
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
@@ -79,6 +81,7 @@ def attend_to(
       sliding_window=window,
       decodes_only=decodes_only or not is_all,
       batch_invariant=batch_invariant,
+      has_sinks=has_sinks,
       implementation=implementation,
     )
 
@@ -94,6 +97,7 @@ def attend_to(
     v: Float[Array, 'T K h'],
     *,
     norms: rotate_and_write.HeadNorms | None,
+    sinks: Float[Array, ' H'] | None,
     rotation: rope.Rotation,
     options: Sequence[kinds.AttentionOptions],
     rows: Array | None,
@@ -127,6 +131,7 @@ def attend_to(
         of.cu_q_lens,
         of.distribution,
         scale=options.scale,
+        sinks=sinks,
         sliding_window=options.window,
         soft_cap=options.soft_cap,
         plan=plans[rows is None, options.window],

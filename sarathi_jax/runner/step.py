@@ -273,6 +273,7 @@ def _contexts(
     implementation=spec.attention,
     decodes_only=spec.layout.decodes_only,
     batch_invariant=spec.deterministic,
+    has_sinks=spec.model.attention_sinks,
   )
 
   def context(

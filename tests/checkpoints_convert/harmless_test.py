@@ -160,8 +160,8 @@ def test_null_is_as_good_as_absent(
         'hidden_act',
       )
     }
-  if kind in ('Glm', 'Glm4'):
-    del config['attention_bias']  # Of it alone the default is true.
+  if kind in ('Glm', 'Glm4', 'GptOss'):
+    del config['attention_bias']  # Of these the default is true.
   absent = {name: v for name, v in config.items() if v is not None}
   if families.ARCHITECTURES[architecture].is_nested:
     config, absent = (

@@ -207,8 +207,8 @@ def test_a_family_reads_only_itself() -> None:
     ),
     (
       config_lib.MixtralConfig,
-      dict(num_experts=2, experts_per_token=1, mlp_bias=True),
-      'mlp_bias=True',
+      dict(num_experts=2, experts_per_token=1, gate_limit=0.0),
+      'gate_limit=0.0',
     ),
     (
       config_lib.MixtralConfig,

@@ -44,9 +44,8 @@ def test_every_family_is_here() -> None:
 def test_matrices_are_those_of_the_parameters(name: str) -> None:
   model = MODELS[name]
   layer = models.param_specs(model)['layers'][0]
-  shapes = [leaf.shape for leaf in jax.tree.leaves(layer)]
   assert facts.layer_size(model) == sum(
-    math.prod(shape) for shape in shapes if len(shape) > 1
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(layer) if leaf.is_factor
   )
 
 
@@ -60,7 +59,7 @@ def test_devices_share_matrices(name: str, tp: int) -> None:
   assert facts.layer_size(model, tp) == sum(
     math.prod(map(parallelism.part_len, leaf.axes, leaf.shape))
     for leaf in jax.tree.leaves(layer)
-    if len(leaf.shape) > 1
+    if leaf.is_factor
   )
 
 
@@ -89,6 +88,8 @@ def test_published_mixtures_have_the_sizes_of_their_names() -> None:
     ('qwen3-coder-30b-a3b', 30.5, 3.3),
     ('qwen3-235b-a22b', 235, 22),
     ('mixtral-8x7b', 46.7, 12.9),
+    ('gpt-oss-20b', 20.9, 4.2),  # As told, 3.6: without the embedding.
+    ('gpt-oss-120b', 116.8, 5.7),
   ):
     model = MODELS[name]
     vocabulary = 2 * model.vocab_size * model.hidden_size

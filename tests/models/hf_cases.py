@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import json
+import pathlib
 from typing import Any
 
+import numpy as np
+from safetensors import torch as safetensors_torch
+import torch
 import transformers
+from transformers.integrations import mxfp4
 
 from sarathi_jax.models import config as config_lib
 
@@ -57,6 +63,43 @@ def _longrope(num: int) -> dict[str, Any]:
     short_factor=[1.0 + 0.1 * i for i in range(num)],
     long_factor=[1.5 + 0.8 * i for i in range(num)],
   )
+
+
+def gpt_oss(**fields: Any) -> Any:
+  """The config of a tiny gpt-oss."""
+  rope = _scaled(
+    'yarn', original_max_position_embeddings=CONTEXT, truncate=False
+  )
+  sizes = dict(
+    head_dim=24,
+    sliding_window=WINDOW,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    swiglu_limit=0.6,
+    rope_parameters=rope,
+  )
+  return transformers.GptOssConfig(**{**_GATED, **sizes, **fields})
+
+
+def save_with_packed_experts(model: Any, folder: pathlib.Path) -> None:
+  """Saves a gpt-oss as it is published: draws experts in MXFP4, in place."""
+  rng = np.random.default_rng(0)
+  tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
+  for name in [n for n in tensors if n.endswith(('up_proj', 'down_proj'))]:
+    num, rows, columns = tensors.pop(name).shape
+    shape = num, columns, rows // 32
+    blocks = torch.tensor(rng.integers(0, 256, (*shape, 16), np.uint8))
+    scales = torch.tensor(rng.integers(122, 124, shape, np.uint8))
+    tensors |= {f'{name}_blocks': blocks, f'{name}_scales': scales}
+    unpacked = mxfp4.convert_moe_packed_tensors(
+      blocks, scales, dtype=torch.float32
+    )
+    model.get_parameter(name).data.copy_(unpacked)
+  folder.mkdir()
+  safetensors_torch.save_file(tensors, folder / 'model.safetensors')
+  config = model.config.to_dict()
+  config['quantization_config'] = dict(quant_method='mxfp4')
+  (folder / 'config.json').write_text(json.dumps(config))
 
 
 def _falcon(**fields: Any) -> Any:
@@ -269,6 +312,10 @@ CASES: Mapping[str, Any] = {
     attention_bias=True,
     tie_word_embeddings=True,
   ),
+  'gpt_oss': gpt_oss,
+  'gpt_oss_no_biases_tied_top1': lambda: gpt_oss(
+    attention_bias=False, tie_word_embeddings=True, num_experts_per_tok=1
+  ),
   'falcon_7b': _falcon,
   'falcon_7b_untied_biases': lambda: _falcon(
     bias=True, tie_word_embeddings=False
@@ -306,6 +353,17 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     dict(window_layers=(1,)),
   ),
   'qwen3_moe': (dict(weights_sum_to_one=False), dict(experts_per_token=2)),
+  'gpt_oss': (
+    dict(attention_sinks=False),
+    dict(router_bias=False),
+    dict(mlp_bias=False),
+    dict(gate_limit=None),
+    dict(gate_limit=0.5),
+    dict(activation='silu'),
+    dict(window_layers=(1,)),
+    dict(experts_per_token=2),
+    dict(rope=config_lib.RopeConfig(theta=10000.0)),
+  ),
   'gemma3': (
     dict(window_rope=None),
     dict(attention_scale=None),

@@ -66,8 +66,8 @@ def make_model(config: Any) -> Any:
   )
   model = auto.from_config(config, dtype=torch.float32).eval()
   with torch.no_grad():
-    for parameter in model.parameters():
-      if parameter.ndim == 1:  # norms and biases
+    for name, parameter in model.named_parameters():
+      if parameter.ndim == 1 or name.endswith('bias'):  # norms, too
         parameter.add_(0.05 * torch.randn_like(parameter))
     # Or each token's likeliest successor is the same, or itself.
     factor = hf_cases.EMBED_FACTORS.get(config.model_type, 0.3)
@@ -287,6 +287,21 @@ def test_longrope_within_the_original_context(tmp_path: pathlib.Path) -> None:
   assert within != beyond[:num_new]
   logits = _logits(config, params, np.array([*prompt[0], *beyond[:-1]]), 64)
   assert list(beyond) == logits[9:].argmax(-1).tolist()
+
+
+def test_experts_in_mxfp4(tmp_path: pathlib.Path) -> None:
+  model = make_model(hf_cases.gpt_oss())
+  hf_cases.save_with_packed_experts(model, tmp_path / 'hf')
+  theirs = run_reference(model)
+  assert len(set(theirs.tokens.tolist())) >= 5, 'proves nothing'
+  convert.convert(
+    tmp_path / 'hf', tmp_path / 'out', dtype='float32', check=True
+  )
+  config = checkpoint.load_metadata(tmp_path / 'out').model
+  params = checkpoint.restore_params(tmp_path / 'out')
+  check(run_ours(config, params, theirs.prompt), theirs)
+  done = run_served(config, params, theirs.prompt)
+  check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 
 
 def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:

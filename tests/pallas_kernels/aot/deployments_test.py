@@ -31,6 +31,7 @@ KINDS = (
   'llama2_70b_a40_tp4_pp2',  # stages
   'llama_3_1_70b_h100_tp4',  # Hopper's products and sums
   'mixtral_8x7b_h100_tp2',  # experts
+  'gpt_oss_20b_h100',  # their biases, sinks, windows on some layers
 )
 CONFIGS = sorted(
   path.stem

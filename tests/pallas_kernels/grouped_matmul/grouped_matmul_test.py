@@ -34,6 +34,7 @@ def run(
   name: str,
   args: arg_specs.Args,
   combine: Callable[..., jax.Array] = grouped_matmul.first,
+  biases: tuple[np.ndarray, ...] = (),
 ) -> tuple[np.ndarray, Any]:
   """Returns what each token gets of each group it chose, [T, k, out]."""
   num_tokens, chosen = args.keys.shape
@@ -46,6 +47,7 @@ def run(
       matrices,
       groups.sizes,
       rows=groups.order // chosen,
+      biases=biases,
       combine=combine,
       implementation=name,
     )
@@ -83,6 +85,20 @@ def test_products_of_several_kinds_are_combined(name):
 
 
 @_by_name
+def test_biases_are_those_of_the_group(name):
+  """Added before products are combined; NaN where nobody chose a group."""
+  args = arg_specs.make(arg_specs.ArgSpec(9, 8, 2, num_out=112), kinds=2)
+  rng = np.random.default_rng(1)
+  biases = rng.normal(size=(2, 8, 112)).astype(np.float32)
+  biases[:, ~np.isin(np.arange(8), args.keys)] = np.nan
+  got, _ = run(name, args, gated, tuple(biases))
+  for token in range(9):
+    gate, up = np.add(expect(args, token), biases[:, args.keys[token]])
+    expected = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(got[token], expected, rtol=1e-4, atol=1e-4)
+
+
+@_by_name
 @pytest.mark.parametrize('chosen', [1, 4])
 def test_gradients_are_those_of_the_definition(name, chosen):
   """Training computes with the same functions."""
@@ -92,21 +108,30 @@ def test_gradients_are_those_of_the_definition(name, chosen):
   mixing = np.random.default_rng(0).normal(size=(40 * chosen, 32))
 
   rows = groups.order // chosen
+  biases = tuple(
+    np.random.default_rng(1).normal(size=(2, 6, 32)).astype(np.float32)
+  )
 
-  def found(x, matrices):
+  def found(x, matrices, biases):
     out = grouped_matmul.grouped_matmul(
-      x, matrices, groups.sizes, rows=rows, combine=gated, implementation=name
+      x,
+      matrices,
+      groups.sizes,
+      rows=rows,
+      biases=biases,
+      combine=gated,
+      implementation=name,
     )
     return jnp.sum(out * mixing)
 
-  def defined(x, matrices):
+  def defined(x, matrices, biases):
     out = reference.grouped_matmul(
-      x, matrices, groups.sizes, rows, gated, jnp.matmul
+      x, matrices, groups.sizes, rows, gated, jnp.matmul, biases
     )
     return jnp.sum(out * mixing)
 
   got, expected = (
-    jax.grad(total, argnums=(0, 1))(args.x, matrices)
+    jax.grad(total, argnums=(0, 1, 2))(args.x, matrices, biases)
     for total in (found, defined)
   )
   jax.tree.map(
@@ -205,6 +230,8 @@ def test_on_cpus_no_more_is_computed_than_blocks_take(rows_a_group):
     (dict(group_sizes=jnp.ones(2)), 'group_sizes=float32.*int32'),
     (dict(rows=jnp.ones((2, 2), jnp.int32)), 'rows=.*1 axis'),
     (dict(group_sizes=jnp.ones(3, jnp.int32)), 'matrices=.*groups, 3'),
+    (dict(biases=[jnp.ones((3, 3))]), 'biases=.*groups, 2'),
+    (dict(biases=[jnp.ones((2, 3))] * 2), 'biases=2: must be none, or one'),
     (dict(x=jnp.ones((4, 5))), r'matrices=float32.*float32\[2, 5'),
   ],
 )

@@ -68,6 +68,8 @@ _INTERPRETED = (
   'mixed',
   'window_9',
   'window_soft_cap',
+  'window_sinks',
+  'long_sinks',
   'float16',
   'groups_of_7',
   'head_dim_80',
@@ -81,6 +83,7 @@ def _can(spec: arg_spec.ArgSpec) -> bool:
   """Whether Mosaic's kernel has such specs, and is to be tried on this one."""
   return (
     spec.kv_dtype is None
+    and not spec.sinks
     and spec.head_dim <= 128
     and (jax.default_backend() == 'gpu' or spec.name in _INTERPRETED)
   )
@@ -322,7 +325,12 @@ def test_batch_mates_change_nothing(implementation: str):
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:2])
 @pytest.mark.parametrize(
   ('name', 'batch_invariant'),
-  [('long_hybrid', True), ('window_soft_cap', True), ('long_hybrid', False)],
+  [
+    ('long_hybrid', True),
+    ('window_soft_cap', True),
+    ('long_sinks', True),
+    ('long_hybrid', False),
+  ],
 )
 def test_if_asked_for_batch_mates_change_no_bit(
   name: str, batch_invariant: bool, implementation: str
@@ -361,6 +369,39 @@ def test_if_asked_for_batch_mates_change_no_bit(
       )
   assert (num_different == 0) == batch_invariant
   check(spec, implementation, batch_invariant=batch_invariant)
+
+
+@pytest.mark.parametrize('implementation', [*IMPLEMENTATIONS[:2], 'reference'])
+@pytest.mark.parametrize('name', ['long_sinks', 'window_sinks'])
+def test_sinks_take_their_part_of_the_attention(name: str, implementation: str):
+  """None if they are far below all scores, all if they are far above."""
+  spec = fit(arg_specs.BY_NAME[name], implementation)
+  arrays = arg_spec.make(spec, unused=float('nan'))
+  real = sum(spec.all_q_lens)
+
+  def run(sinks: Any) -> np.ndarray:
+    return attend(spec, arrays | {'sinks': sinks}, implementation)[:real]
+
+  of_all = (None, jnp.full(4, -1e4), jnp.full(4, 1e4))
+  without, low, high = map(run, of_all)
+  np.testing.assert_allclose(low, without, rtol=0, atol=1e-6)
+  np.testing.assert_array_equal(high, 0)
+  # A head's own: the others' outputs stay as they are.
+  one = run(jnp.array([-1e4, 0.0, -1e4, -1e4]))
+  np.testing.assert_allclose(
+    one[:, [0, 2, 3]], without[:, [0, 2, 3]], atol=1e-6
+  )
+  assert (np.abs(one[:, 1]) < np.abs(without[:, 1])).all()
+
+
+def test_a_kernel_without_sinks_says_so():
+  arrays = arg_spec.make(arg_specs.BY_NAME['sinks'])
+  with pytest.raises(
+    NotImplementedError, match='kernel for chunks has no sinks'
+  ):
+    rpa.ragged_paged_attention(
+      **arrays, scale=1.0, implementation='pallas_mosaic'
+    )
 
 
 def test_a_kernel_that_is_not_batch_invariant_says_so():

@@ -46,6 +46,8 @@ def zeros(*shape: int, dtype: str = 'float32') -> Any:
     ('page_indices', zeros(7, 8, dtype='int32'), 'page_indices=.* 8 rows'),
     ('cu_q_lens', zeros(8, dtype='int32'), r'cu_q_lens=\(8,\): .*, 9'),
     ('distribution', zeros(3, dtype='int32'), r'distribution=\(3,\)'),
+    ('sinks', zeros(2), r'sinks=float32\(2,\): must be floats, \(4,\)'),
+    ('sinks', zeros(4, dtype='int32'), r'sinks=int32.*must be floats'),
   ],
 )
 def test_static(name: str, value: Any, match: str):
