@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax import page_groups
 
 AUTO = 'auto'  # Chosen once the model and the device are known.
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16')
@@ -308,6 +309,8 @@ class SchedulerConfig:
       adjusted; they have the first slots. None for all.
     max_model_len: the most tokens of a sequence.
     num_pages, page_size: the KV cache.
+    windows: of the groups of layers, which take pages of their own; see
+      `page_groups`.
     num_stages: pipeline stages. A sequence's next token can be launched once
       that many later steps were launched.
     look_ahead: whether one batch more than stages may be in flight.
@@ -326,6 +329,7 @@ class SchedulerConfig:
   max_model_len: int
   num_pages: int
   page_size: int
+  windows: page_groups.Windows = page_groups.ONE_GROUP
   num_stages: int = 1
   look_ahead: bool = True
   short_prompt_share: float = 0.25
@@ -368,11 +372,22 @@ class SchedulerConfig:
       self.token_budget,
       f'must be at least max_num_seqs={self.max_num_seqs}',
     )
+    self.check_room()
+
+  def check_room(self, chunk: int = 1) -> None:
+    """Raises ConfigError if the cache has no room for one sequence.
+
+    Args:
+      chunk: the fewest tokens that are computed at once, if there are so many.
+    """
+    longest = page_groups.longest(
+      self.windows, self.num_pages, self.page_size, self.max_model_len, chunk
+    )
     check(
-      self.num_pages * self.page_size >= self.max_model_len,
+      longest == self.max_model_len,
       'num_pages',
       self.num_pages,
-      f'{self.num_pages * self.page_size} tokens of KV cache are too few '
+      f'{longest} tokens of KV cache are too few '
       f'for one sequence of max_model_len={self.max_model_len}; lower '
       'max_model_len or raise kv_cache_gib',
     )

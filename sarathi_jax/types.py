@@ -118,8 +118,10 @@ class Chunk(NamedTuple):
       sampled by a batch in flight (look-ahead).
     num_tokens: how many are computed: len(tokens), or 1 if that is empty; 0
       of a `Fork`.
-    page_table: the pages of tokens [0, start + num_tokens), in order. The
-      same object is passed on until a page is added.
+    page_table: the pages of tokens [0, start + num_tokens), in order; of
+      several groups of layers, one of each group for each place. For pages that
+      were given back, as no token yet to be computed attends to them, there is
+      any number. The same object is passed on until a page is added.
     is_prefill: whether this is part of a prefill (a recompute is, too).
     samples: how many tokens are sampled, one after each of its last tokens; 0
       for a part of a prefill that does not end it.

@@ -106,7 +106,8 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
   )
   resolved: dict[str, Any] = dict(
     max_model_len=32,
-    num_pages=8,
+    num_pages=10,
+    windows=(None, 7),
     num_stages=2,
     prefix_cost=0.5,
     dynamic_rope_len=7,

@@ -127,6 +127,7 @@ def run(
     max_num_seqs=keystone.MAX_SEQS,
     max_model_len=keystone.MAX_LEN,
     page_size=keystone.PAGE_SIZE,
+    windows=runner.windows,
     num_stages=runner.num_stages,
     token_budget=token_budget,
     num_pages=num_pages,

@@ -175,6 +175,7 @@ def run_engine(runner, requests, **limits):
     max_num_seqs=MAX_SEQS,
     max_model_len=MAX_LEN,
     page_size=PAGE_SIZE,
+    windows=runner.windows,
     **limits,
   )
 

@@ -14,6 +14,7 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import layer_groups
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import device_runner
@@ -237,6 +238,9 @@ def make_runner(
   parallelism = parallel.Parallelism(tp=tp, pp=pp)
   parallelism.check(model)
   mesh = mesh_lib.make(parallelism)
+  groups = layer_groups.of(
+    model, parallelism, max_model_len=MAX_LEN, page_size=PAGE_SIZE
+  )
   return device_runner.DeviceRunner(
     model,
     weights.place_live(model, mesh, layout, make_params(name)),
@@ -246,7 +250,7 @@ def make_runner(
       token_budget=token_budget,
       max_num_seqs=MAX_SEQS,
       page_size=PAGE_SIZE,
-      num_pages=PLENTY,
+      num_pages=PLENTY * len(groups.windows),
       attention=attention,
       kv_cache_dtype=kv_cache_dtype,
     ),
@@ -270,7 +274,8 @@ def run(
     max_num_seqs=MAX_SEQS,
     max_model_len=MAX_LEN,
     page_size=PAGE_SIZE,
-    num_pages=num_pages,
+    num_pages=num_pages * len(runner.windows),
+    windows=runner.windows,
     look_ahead=look_ahead,
     num_stages=runner.num_stages,
   )
@@ -333,7 +338,8 @@ def test_log_probabilities_do_not_depend_on_the_mesh(
     max_num_seqs=MAX_SEQS,
     max_model_len=MAX_LEN,
     page_size=PAGE_SIZE,
-    num_pages=num_pages,
+    num_pages=num_pages * len(runner.windows),
+    windows=runner.windows,
     look_ahead=look_ahead,
     num_stages=runner.num_stages,
   )

@@ -17,11 +17,16 @@ import pytest
 from sarathi_jax import config as config_lib
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import models
+from sarathi_jax import page_groups
 from sarathi_jax import plan
+from sarathi_jax.in_process import building
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import memory as memory_lib
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from tests import source_tree
+from tests.models import layer_groups_test
 
 MODEL = model_config_lib.LlamaConfig(
   vocab_size=97,
@@ -155,3 +160,41 @@ def test_what_cant_be_planned(args, words):
   done = run(*args)
   assert done.returncode == 1
   assert words in done.stderr
+
+
+@pytest.mark.parametrize('name', layer_groups_test.MODELS)
+def test_a_cache_of_windows_is_near_the_fewest_bytes(name: str):
+  """Of sequences of 32k tokens, beside one prompt that is being computed."""
+  model, context = layer_groups_test.MODELS[name], 32768
+  config = config_lib.EngineConfig(
+    max_model_len=context, max_num_seqs=64, token_budget=1024
+  )
+  mesh = mesh_lib.make()
+  dtype = jnp.dtype(jnp.bfloat16)
+  programs = building.step_programs(
+    model,
+    mesh,
+    config,
+    layout=placement.of_checkpoint(mesh, dtype),
+    kv_dtype=dtype,
+  )
+  memory = memory_lib.plan(
+    model,
+    config,
+    mesh,
+    programs,
+    kv_dtype=dtype,
+    temporaries=0,
+    device_bytes=placement.bytes_of(programs.weights) + (80 << 30),
+  )
+  num_seqs = memory.num_seqs_at(context)
+  assert not memory.problem and num_seqs >= 8
+  token = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+  least = token * sum(
+    min(context, model.layer_window(i) or context)
+    for i in range(model.num_layers)
+  )
+  one = page_groups.num_pages(memory.windows, context, memory.page_size)
+  assert one * memory.page <= 1.1 * least
+  if num_seqs < config.max_num_seqs:  # All that there is is used.
+    assert memory.kv_cache <= 1.1 * least * (num_seqs + 1)

@@ -100,7 +100,7 @@ class Poisoning:
 
   def launch(self, batch: types.ScheduledBatch) -> Any:
     num_pages = self._pages.num_pages
-    spoilt = np.zeros(keystone.PLENTY, bool)
+    spoilt = np.zeros(self._runner.num_pages, bool)
     spoilt[:num_pages] = [self.is_spoilt(page) for page in range(num_pages)]
     state = self._runner._state
     kv = jax.tree.map(lambda leaf: _spoil(leaf, spoilt), state.kv)
@@ -127,6 +127,7 @@ def run(runner, waves, *, policy: str, **limits: Any):
     max_num_seqs=keystone.MAX_SEQS,
     max_model_len=keystone.MAX_LEN,
     page_size=keystone.PAGE_SIZE,
+    windows=runner.windows,
     **limits,
   )
   engine._runner = Poisoning(runner, scheduler)

@@ -74,7 +74,10 @@ def chunks(
         0,
       )
       k = _keys(k_pages, pages)
-      v = jnp.where((k_at < stop).T[None], _values(v_pages, pages), 0)
+      kept = k_at < stop
+      if sliding_window is not None:  # Pages before it may be others' by now.
+        kept &= k_at > at - sliding_window
+      v = jnp.where(kept.T[None], _values(v_pages, pages), 0)
       scores = jnp.einsum('kph,kht->kpt', k, queries)
       if (cap := options.soft_cap) is not None:
         scores = cap * jnp.tanh(scores / cap)

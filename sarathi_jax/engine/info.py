@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax import types
 
 
@@ -23,7 +24,7 @@ class EngineInfo:
     max_model_len: the most tokens of a sequence, prompt and output.
     eos_token_ids: tokens that end a sequence.
     policy, token_budget, max_num_seqs: of the scheduler.
-    num_pages, page_size: of the KV cache.
+    num_pages, page_size, windows: of the KV cache; see `page_groups`.
     default_sampling: fields of `SamplingParams` for what a request leaves
       open, where they differ from its own defaults; see `sampling`.
     grammars: whether outputs may follow some (structured outputs).
@@ -39,6 +40,7 @@ class EngineInfo:
   max_num_seqs: int
   num_pages: int
   page_size: int
+  windows: page_groups.Windows = page_groups.ONE_GROUP
   default_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   grammars: bool = True
 
@@ -57,6 +59,12 @@ class EngineInfo:
     }
     shared['eos_token_ids'] = tuple(config.eos_token_ids)
     return cls(**shared, **others)
+
+  def kv_tokens(self, num_pages: int) -> int:
+    """Returns the tokens of the longest sequences that pages hold."""
+    return page_groups.num_tokens(
+      self.windows, num_pages, self.page_size, self.max_model_len
+    )
 
   def sampling(
     self,

@@ -257,6 +257,7 @@ def build_engine(
     runner.num_rows,
     max_model_len=runner.max_model_len,
     num_pages=runner.num_pages,
+    windows=runner.windows,
     num_stages=runner.num_stages,
     max_adjusted_seqs=config.num_adjusted_seqs(model.vocab_size),
     eos_token_ids=tuple(eos_token_ids),

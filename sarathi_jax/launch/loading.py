@@ -142,7 +142,7 @@ def load_llm(
     f'[bold]{rich.markup.escape(info.model_name)}[/] ({info.family}) ready '
     f'after {time.monotonic() - start:.1f} s: {info.policy}, '
     f'{info.token_budget} tokens a step, {info.max_num_seqs} sequences, '
-    f'{info.num_pages * info.page_size:,} tokens of KV cache, at most '
+    f'{info.kv_tokens(info.num_pages):,} tokens of KV cache, at most '
     f'{info.max_model_len:,} a sequence.',
     highlight=False,
     soft_wrap=True,

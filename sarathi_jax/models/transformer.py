@@ -176,13 +176,14 @@ def run_layers(
   kinds: Sequence[Kind],
   context: Callable[[Kind, attention.Rows | None], attention.LayerContext],
   leaving: attention.Rows | None = None,
+  kept_in: Sequence[int] | None = None,
 ) -> tuple[Float[Array, 'rows D'], list[attention.LayerKv]]:
   """Runs the residual stream through some layers: a stage's, or all.
 
   Args:
     config: the model.
     params: of these layers; on a shard, its part of them.
-    kv: what `attend` keeps, one a layer.
+    kv: what `attend` keeps.
     x: the residual stream.
     kinds: the kinds of these layers, hashable; those of one kind are traced
       once.
@@ -190,6 +191,7 @@ def run_layers(
       output that are read.
     leaving: the rows of x that are read after the last layer; None: all. For
       the others, the last layer computes keys and values only.
+    kept_in: of each layer, its number in `kv`; None: one a layer, in order.
 
   Returns:
     The residual stream after the layers, of the rows `leaving`, and the new
@@ -209,10 +211,12 @@ def run_layers(
     )
 
   kv = list(kv)
+  kept_in = range(len(params)) if kept_in is None else kept_in
   rows = [None] * (len(params) - 1) + [leaving]
   for i, (layer, kind) in enumerate(zip(params, kinds, strict=True)):
     # Layers that are alike are traced and lowered once; XLA inlines them.
-    x, kv[i] = block(layer, kv[i], x, kind, rows[i])
+    at = kept_in[i]
+    x, kv[at] = block(layer, kv[at], x, kind, rows[i])
   return x, kv
 
 

@@ -42,7 +42,8 @@ class BatchArrays(NamedTuple):
   Attributes:
     cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
     kv_lens: [S] tokens in the cache once this batch's were written.
-    page_indices: [S, P] pages of each sequence, in order.
+    page_indices: [S, P] pages of each sequence, in order; of several groups of
+      layers, place by place.
     distribution: [2] number of decodes, which come first, and of sequences.
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.

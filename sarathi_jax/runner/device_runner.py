@@ -17,6 +17,7 @@ import numpy as np
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import page_groups
 from sarathi_jax import types
 from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
@@ -147,6 +148,7 @@ class DeviceRunner:
   Attributes:
     mesh: the mesh that it runs on.
     num_pages: pages of the KV cache.
+    windows: of the groups of layers, see `models.layer_groups`.
     max_model_len: the most tokens of a sequence.
     num_programs: the number of programs to compile, nearly all of them steps.
     num_stages: stages of the pipeline.
@@ -212,15 +214,24 @@ class DeviceRunner:
           stats,
           _temp_bytes(config, stats[0], trial),
           parallelism,
+          trial.sizes[-1],
         )
       )
-      self.max_model_len = min(context, self.num_pages * config.page_size)
+      groups = kv_cache.groups_of(model, config, parallelism)
+      self.windows = groups.windows
+      self.max_model_len = page_groups.longest(
+        groups.windows,
+        self.num_pages,
+        config.page_size,
+        context,
+        trial.sizes[-1],
+      )
       self._programs = programs(self.max_model_len)
       numbers = (*self._programs.sizes, *self._programs.others)
       self.num_programs = len(numbers)
       self.num_stages = parallelism.pp
       self._page_bytes = kv_cache.page_bytes(
-        model, config.page_size, kv_dtype, parallelism
+        model, config.page_size, kv_dtype, parallelism, groups.num_arrays
       )
       self._start()
       self._programs.compile(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,9 @@ from jax.sharding import Mesh
 from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import page_groups
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import layer_groups
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import mesh as mesh_lib
 
@@ -23,6 +24,10 @@ CPU_DEFAULT_GIB = 1.0
 
 LayerKv = tuple[Any, Any]  # trees of arrays: pages of keys, of values
 
+
+# Implementations of attention whose blocks of keys may be several pages, the
+# first of which lie before the window; they are read, if not attended to.
+_READ_BEFORE_WINDOWS = ('pallas_mosaic',)
 
 _NAMES = {'fp8': 'float8_e4m3fn'}  # others are NumPy's
 
@@ -44,20 +49,44 @@ def choose_dtype(name: str, dtype: Any, platform: str) -> Any:
   return jnp.dtype(_NAMES.get(name, name))
 
 
+def groups_of(
+  model: model_config_lib.ModelConfig,
+  config: config_lib.EngineConfig,
+  parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+) -> layer_groups.LayerGroups:
+  """Returns the groups of layers of a deployment."""
+  return layer_groups.of(
+    model,
+    parallelism,
+    max_model_len=config.max_model_len or model.context_len,
+    page_size=config.page_size,
+    keep_all=config.attention in _READ_BEFORE_WINDOWS,
+  )
+
+
 def page_bytes(
   model: model_config_lib.ModelConfig,
   page_size: int,
   dtype: Any,
   parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+  num_layers: int | None = None,
 ) -> int:
-  """Returns the bytes of one page on a device: its layers' keys and values."""
+  """Returns the bytes of one page on a device: its layers' keys and values.
+
+  Args:
+    model: the model.
+    page_size: tokens in a page.
+    dtype: of the cache.
+    parallelism: how devices share the model.
+    num_layers: the layers of a group; None for all of a stage.
+  """
   num_heads = parallelism.num_kv_heads(model) // parallelism.tp
   pages = jax.eval_shape(
     lambda: rpa.init_pages(
       1, page_size, num_heads, model.head_dim, dtype, 'xla'
     )
   )
-  return parallelism.num_layers(model) * sum(
+  return (num_layers or parallelism.num_layers(model)) * sum(
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)
   )
 
@@ -69,11 +98,13 @@ def shapes(
   page_size: int,
   dtype: Any,
   attention: str | None,
+  num_layers: int | None = None,
 ) -> list[LayerKv]:
-  """Returns pages of keys and of values for each layer of a stage.
+  """Returns pages of keys and of values for each layer of a group.
 
   They are trees of ShapeDtypeStruct, laid out for attention: pages stage after
-  stage along the first axis, heads along the second.
+  stage along the first axis, heads along the second. Where `num_layers` is None
+  all layers of a stage are one group.
 
   Raises:
     NotImplementedError: the implementation doesn't support such pages.
@@ -99,7 +130,7 @@ def shapes(
     ),
     one_device,
   )
-  return [layer] * parallelism.num_layers(model)
+  return [layer] * (num_layers or parallelism.num_layers(model))
 
 
 def choose_num_pages(
@@ -110,6 +141,7 @@ def choose_num_pages(
   stats: Sequence[Mapping[str, int] | None],
   temp_bytes: int,
   parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
+  chunk: int = 1,
 ) -> int:
   """Returns the cache's pages: as configured, or as many as memory allows.
 
@@ -123,12 +155,16 @@ def choose_num_pages(
     temp_bytes: bytes of each device that the largest compiled step needs
       beside its arguments.
     parallelism: how the devices share the model.
+    chunk: the most tokens of a step.
 
   Raises:
     ConfigError: there is no room for one sequence of `config.max_model_len`,
       or, if that is not given, for a single page.
   """
-  size = page_bytes(model, config.page_size, dtype, parallelism)
+  groups = groups_of(model, config, parallelism)
+  size = page_bytes(
+    model, config.page_size, dtype, parallelism, groups.num_arrays
+  )
   free = config.cache_bytes(size)
   if free is not None:
     source = 'kv_cache_gib' if config.num_pages is None else 'num_pages'
@@ -144,7 +180,9 @@ def choose_num_pages(
   else:
     # Its devices share a CPU's memory.
     free, source = CPU_DEFAULT_GIB * GIB / len(stats), 'the default for a CPU'
-  per_seq = math.ceil(max_model_len / config.page_size)
+  per_seq = page_groups.num_pages(
+    groups.windows, max_model_len, config.page_size, min(chunk, max_model_len)
+  )
   most = config.num_pages or per_seq * config.max_num_seqs
   limit = rpa.most_pages(
     config.page_size,
@@ -162,7 +200,7 @@ def choose_num_pages(
     )
     most = min(most, limit)
   num_pages = int(min(free, most * size) // size)
-  needed = 1 if config.max_model_len is None else per_seq
+  needed = len(groups.windows) if config.max_model_len is None else per_seq
   if num_pages < needed:
     what = 'a page' if config.max_model_len is None else 'a sequence'
     raise errors.ConfigError(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax import page_groups
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
@@ -29,12 +30,15 @@ class MemoryPlan:
     weights: its part of the parameters.
     state: the state that steps keep beside the cache, see `state.DeviceState`.
     temporaries: what the largest step needs beside its arguments.
-    page: one page of the cache, with the device's layers and heads.
+    page: one page of the cache, with the heads that the device has of a group
+      of its layers.
     num_pages: the number of pages in the cache; 0 if a sequence has no room.
     page_size: tokens in a page.
     max_model_len: the most tokens of a sequence.
     max_num_seqs: the most sequences running at once.
     problem: why there is no room for the cache; '' if there is.
+    windows: of the groups of layers.
+    chunk: the most tokens of a step.
   """
 
   usable: int | None
@@ -47,6 +51,8 @@ class MemoryPlan:
   max_model_len: int
   max_num_seqs: int
   problem: str = ''
+  windows: page_groups.Windows = page_groups.ONE_GROUP
+  chunk: int = 1
 
   @property
   def kv_cache(self) -> int:
@@ -54,15 +60,17 @@ class MemoryPlan:
 
   @property
   def kv_tokens(self) -> int:
-    """The tokens that the cache holds."""
-    return self.num_pages * self.page_size
+    """The tokens that the cache holds, of the longest sequences."""
+    return page_groups.num_tokens(
+      self.windows, self.num_pages, self.page_size, self.max_model_len
+    )
 
   @property
   def missing(self) -> int:
     """The bytes that are missing to hold one sequence; 0 if it fits."""
     if self.usable is None or self.num_pages:
       return 0
-    pages = math.ceil(self.max_model_len / self.page_size)
+    pages = self._pages(self.max_model_len, self.chunk)
     return (
       self.weights
       + self.state
@@ -73,8 +81,15 @@ class MemoryPlan:
 
   def num_seqs_at(self, context: int) -> int:
     """Returns the most sequences of `context` tokens that run at once."""
-    pages = math.ceil(context / self.page_size)
-    return min(self.max_num_seqs, self.num_pages // pages)
+    pages = self._pages(context)
+    # Prompts hold more before they are computed, a step's tokens of them.
+    more = self._pages(context, self.chunk) - pages
+    return min(self.max_num_seqs, max(self.num_pages - more, 0) // pages)
+
+  def _pages(self, num_tokens: int, chunk: int = 1) -> int:
+    return page_groups.num_pages(
+      self.windows, num_tokens, self.page_size, min(chunk, num_tokens)
+    )
 
 
 def machine_bytes() -> int:
@@ -154,9 +169,11 @@ def plan(
     else {'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
   )
   problem = ''
+  groups = kv_cache.groups_of(model, config, parallelism)
+  chunk = programs.sizes[-1]
   try:
     num_pages = kv_cache.choose_num_pages(
-      model, config, context, kv_dtype, [stats], temporaries, parallelism
+      model, config, context, kv_dtype, [stats], temporaries, parallelism, chunk
     )
   except errors.ConfigError as error:
     num_pages, problem = 0, str(error)
@@ -170,10 +187,17 @@ def plan(
     weights=weights,
     state=state,
     temporaries=temporaries,
-    page=kv_cache.page_bytes(model, config.page_size, kv_dtype, parallelism),
+    page=kv_cache.page_bytes(
+      model, config.page_size, kv_dtype, parallelism, groups.num_arrays
+    ),
     num_pages=num_pages,
     page_size=config.page_size,
-    max_model_len=min(context, num_pages * config.page_size) or context,
+    max_model_len=page_groups.longest(
+      groups.windows, num_pages, config.page_size, context, chunk
+    )
+    or context,
     max_num_seqs=config.max_num_seqs,
     problem=problem,
+    windows=groups.windows,
+    chunk=chunk,
   )

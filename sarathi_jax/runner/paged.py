@@ -29,6 +29,7 @@ def attend_to(
   page_size: int,
   queries: tuple[int, int, Any],
   windows: Collection[int | None],
+  num_groups: int,
   shards: sharding.Shards,
   implementation: str | None,
   decodes_only: bool = False,
@@ -38,19 +39,20 @@ def attend_to(
   """Makes what rotates, writes keys and values to pages, and attends.
 
   It is called as a `models.Attend`, with queries and keys as projected, their
-  norms and their `rotation`. Its `options` are one a stage: those of the layer
-  there. Queries are of all tokens, or, with `rows`, of those that are sampled
-  from. Unless it `writes`, the keys and values are there already. Layers share
-  plans.
+  norms and their `rotation`. Its `options` and `groups` are one a stage: those
+  of the layer there. Queries are of all tokens, or, with `rows`, of those that
+  are sampled from. Unless it `writes`, the keys and values are there already.
+  Layers share plans.
 
   Args:
-    kv: the pages, one pair a layer.
+    kv: the pages, one pair for each layer of a group.
     b: the batch.
     row: each token's row in the batch.
     positions: each token's position in its sequence.
     page_size: tokens in a page.
     queries: (heads, head dim, dtype) of the queries.
     windows: the sliding windows that layers have.
+    num_groups: of layers, each with a page table.
     shards: of the mesh.
     implementation: of ragged_paged_attention.
     decodes_only: whether the batch has no chunks of prefills.
@@ -60,13 +62,18 @@ def attend_to(
   k_pages, _ = kv[0]
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
   is_real = jnp.arange(len(row), dtype=jnp.int32) < b.cu_q_lens[-1]
-  slot_mapping = jnp.where(
-    is_real,
-    b.page_indices[row, positions // page_size] * page_size
-    + positions % page_size,
-    num_slots,
-  )
-  batches = {True: b, False: _samples_of(b, row)}  # by whether of all tokens
+  # Of the groups, by whether of all tokens.
+  tables = {True: _by_group(b.page_indices, num_groups)}
+  slot_mappings = [
+    jnp.where(
+      is_real,
+      table[row, positions // page_size] * page_size + positions % page_size,
+      num_slots,
+    )
+    for table in tables[True]
+  ]
+  batches = {True: b, False: _samples_of(b, row)}
+  tables[False] = _by_group(batches[False].page_indices, num_groups)
   *heads, dtype = queries
 
   def plan(is_all: bool, window: int | None) -> Any:
@@ -100,6 +107,7 @@ def attend_to(
     sinks: Float[Array, ' H'] | None,
     rotation: rope.Rotation,
     options: Sequence[kinds.AttentionOptions],
+    groups: Sequence[int],
     rows: Array | None,
     writes: bool,
   ) -> tuple[Array, kv_cache.LayerKv]:
@@ -111,7 +119,7 @@ def attend_to(
         v,
         rotation,
         *layer_kv,
-        slot_mapping,
+        shards.by_stage(groups, slot_mappings.__getitem__),
         norms=norms,
         rows=rows,
       )
@@ -121,13 +129,14 @@ def attend_to(
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = turned.astype(rpa.query_dtype(layer_kv[0], q.dtype))
     of = batches[rows is None]
+    page_indices = shards.by_stage(groups, tables[rows is None].__getitem__)
 
     def within(options: kinds.AttentionOptions) -> Array:
       return rpa.ragged_paged_attention(
         q_kv,
         *pages,
         of.kv_lens,
-        of.page_indices,
+        page_indices,
         of.cu_q_lens,
         of.distribution,
         scale=options.scale,
@@ -142,6 +151,16 @@ def attend_to(
     return shards.by_stage(options, within).astype(q.dtype), pages
 
   return attend
+
+
+def _by_group(
+  page_indices: Int[Array, 'S places'], num_groups: int
+) -> list[Int[Array, 'S P']]:
+  """Returns the page table of each group of layers."""
+  if num_groups == 1:
+    return [page_indices]
+  places = page_indices.reshape(len(page_indices), -1, num_groups)
+  return [places[:, :, group] for group in range(num_groups)]
 
 
 def _samples_of(

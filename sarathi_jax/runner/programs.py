@@ -21,6 +21,7 @@ from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import copying
 from sarathi_jax.runner import kept as kept_lib
+from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -104,7 +105,13 @@ class StepPrograms:
         fine=is_cpu,
         small=is_cpu and placement.bytes_of(self.weights) >= LARGE,
       )
-    self.pages_per_seq = math.ceil(max_model_len / config.page_size)
+    self._groups = kv_cache.groups_of(
+      model, config, mesh_lib.parallelism_of(mesh)
+    )
+    # A place in the table of each group.
+    self.pages_per_seq = math.ceil(max_model_len / config.page_size) * len(
+      self._groups.windows
+    )
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of different sizes meet in a pipeline, so all have as many rows.
     rows = {
@@ -400,6 +407,7 @@ class StepPrograms:
       self._config.attention,
       self._dtype,
       self._deterministic,
+      self._groups,
       *jax.tree.map(lambda leaf: leaf.sharding, (self.weights, state)),
     )
 

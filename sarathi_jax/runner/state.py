@@ -48,7 +48,7 @@ class DeviceState:
   Its leaves are arrays, ShapeDtypeStruct or shardings.
 
   Attributes:
-    kv: the pages, one pair for each layer of a stage.
+    kv: the pages, one pair for each layer of a group of a stage's.
     slots: see `SlotState`.
     hidden: [pp * tokens, D] the hidden states that stages hand on; None
       without stages.
@@ -87,7 +87,15 @@ def shapes(
   num_stages = mesh.shape[mesh_lib.PP]
   return DeviceState(
     kv=kv_cache.shapes(
-      model, mesh, num_pages, config.page_size, kv_dtype, config.attention
+      model,
+      mesh,
+      num_pages,
+      config.page_size,
+      kv_dtype,
+      config.attention,
+      kv_cache.groups_of(
+        model, config, mesh_lib.parallelism_of(mesh)
+      ).num_arrays,
     ),
     slots=SlotState(
       last_tokens=jax.ShapeDtypeStruct(

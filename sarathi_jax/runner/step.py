@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import kinds as kinds_lib
+from sarathi_jax.models import layer_groups
 from sarathi_jax.models import rope as rope_lib
 from sarathi_jax.models import rope_config
 from sarathi_jax.models import sharding
@@ -38,8 +39,19 @@ from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import state as state_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
-Kinds = tuple[kinds_lib.LayerKind, ...]  # of one layer at each stage
 Outputs = tuple[Int[Array, ' output'], Int[Array, ' told']]
+
+
+class Layer(NamedTuple):
+  """What one layer of each stage has in common with others.
+
+  Attributes:
+    kinds: its kind at each stage.
+    groups: its group at each stage, see `layer_groups`.
+  """
+
+  kinds: tuple[kinds_lib.LayerKind, ...]
+  groups: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,7 @@ class StepSpec:
     attention: implementation of ragged_paged_attention; None picks one.
     dtype: that the model computes in.
     deterministic: whether no row's bits depend on the others.
+    groups: of the layers.
     weights: the sharding of each array of the weights.
     state: the sharding of each array of the state.
   """
@@ -65,19 +78,23 @@ class StepSpec:
   attention: str | None
   dtype: Any
   deterministic: bool
+  groups: layer_groups.LayerGroups
   weights: Any
   state: state_lib.DeviceState
 
   @property
-  def kinds(self) -> list[Kinds]:
-    """The kinds of layers: of each layer of a stage, its kind at each stage."""
+  def layers(self) -> list[Layer]:
+    """The layers of a stage."""
     parallelism = mesh_lib.parallelism_of(self.mesh)
     return [
-      tuple(
-        self.model.layer_kind(layer or 0)
-        for layer in parallelism.layers_of(self.model, i)
+      Layer(
+        tuple(
+          self.model.layer_kind(layer or 0)
+          for layer in parallelism.layers_of(self.model, i)
+        ),
+        groups,
       )
-      for i in range(parallelism.num_layers(self.model))
+      for i, groups in enumerate(self.groups.groups)
     ]
 
 
@@ -157,8 +174,7 @@ def stage_step(
   x, kv = run(slice(num_whole), state.kv, x)
   if is_early:
     last_layer, x_before = slice(num_whole, None), x
-    x, last_kv = run(last_layer, state.kv, x, leaving=leaving.sample_tokens)
-    kv += last_kv
+    x, kv = run(last_layer, kv, x, leaving=leaving.sample_tokens)
   if hidden is not None:
     hidden = lax.dynamic_update_slice_in_dim(
       hidden, _hand_on(x, shards), 0, axis=0
@@ -215,11 +231,12 @@ def _run_layers(
   return models.run_layers(
     spec.model,
     params[which],
-    kv[which],
+    kv,
     x,
-    spec.kinds[which],
+    spec.layers[which],
     functools.partial(context, writes=writes),
     leaving,
+    spec.groups.arrays[which],
   )
 
 
@@ -245,9 +262,11 @@ def _contexts(
 ) -> Callable[..., models.LayerContext]:
   """Returns what makes layers' contexts; see `models.run_layers`.
 
-  Beside a kind and rows, it takes whether keys and values are yet to be kept.
+  Beside a layer and rows, it takes whether keys and values are yet to be kept.
   """
-  kinds = dict.fromkeys(itertools.chain(*spec.kinds))
+  kinds = dict.fromkeys(
+    itertools.chain.from_iterable(layer.kinds for layer in spec.layers)
+  )
   ropes = {kind.rope for kind in kinds}
   lens = None
   if any(rope.kind in rope_config.BY_LENGTH for rope in ropes):
@@ -269,6 +288,7 @@ def _contexts(
       spec.dtype,
     ),
     windows={kind.attention.window for kind in kinds},
+    num_groups=len(spec.groups.windows),
     shards=shards,
     implementation=spec.attention,
     decodes_only=spec.layout.decodes_only,
@@ -277,7 +297,7 @@ def _contexts(
   )
 
   def context(
-    kinds: Kinds, rows: Array | None, writes: bool
+    layer: Layer, rows: Array | None, writes: bool
   ) -> models.LayerContext:
     if rows is None:
       is_token = jnp.arange(spec.layout.num_tokens) < b.cu_q_lens[-1]
@@ -287,9 +307,10 @@ def _contexts(
       functools.partial(
         attend,
         rotation=shards.by_stage(
-          [kind.rope for kind in kinds], rotations.__getitem__
+          [kind.rope for kind in layer.kinds], rotations.__getitem__
         ),
-        options=[kind.attention for kind in kinds],
+        options=[kind.attention for kind in layer.kinds],
+        groups=layer.groups,
         rows=rows,
         writes=writes,
       ),

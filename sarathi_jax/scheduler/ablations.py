@@ -23,6 +23,7 @@ class HybridOnlyScheduler(orca.OrcaScheduler):
 class ChunkedOnlyScheduler(base.Scheduler):
   """Chunked prefills without hybrid batches: chunks and decodes take turns."""
 
+  in_chunks = True
   _was_prefill = False
 
   @classmethod

@@ -24,9 +24,11 @@ import math
 import random
 
 from sarathi_jax import config as config_lib
-from sarathi_jax import errors
+from sarathi_jax import page_groups
 from sarathi_jax import types
+from sarathi_jax.scheduler import checks
 from sarathi_jax.scheduler import forks as forks_lib
+from sarathi_jax.scheduler import grouped
 from sarathi_jax.scheduler import pace
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import passing
@@ -55,7 +57,11 @@ class Scheduler(abc.ABC):
     self, config: config_lib.SchedulerConfig, num_rows: step_time.NumRows = int
   ) -> None:
     self.config = config
+    if not self.in_chunks:
+      config.check_room(config.max_model_len)
     self.pages = pages.PagePool(config.num_pages, config.page_size)
+    self._num_groups = len(config.windows)
+    self._has_windows = any(config.windows)
     self.prefixes = prefix_cache.PrefixCache(config, self.pages)
     # The pace that the budget follows, if any; it learns from `pacing`.
     self.pace = (
@@ -79,6 +85,8 @@ class Scheduler(abc.ABC):
 
   # Whether a request that begins as one under way does waits for it.
   waits_for_prefixes = True
+  # Whether a prompt may be computed in chunks as small as there is room for.
+  in_chunks = False
 
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
@@ -101,30 +109,7 @@ class Scheduler(abc.ABC):
 
   def check(self, request: types.Request) -> None:
     """Raises InvalidRequestError for a request that can never be served."""
-    num_tokens = len(request.prompt_token_ids)
-    if not num_tokens:
-      raise errors.InvalidRequestError(
-        'prompt: is empty; must have at least one token.'
-      )
-    if num_tokens >= self.config.max_model_len:
-      raise errors.InvalidRequestError(
-        f'prompt: has {num_tokens} tokens, which leaves no room to generate; '
-        f'max_model_len={self.config.max_model_len}.'
-      )
-    if request.sampling.is_adjusted and not self.config.num_adjusted_seqs:
-      raise errors.UnsupportedError(
-        'sampling: needs memory that this engine does not keep, as '
-        'max_adjusted_seqs=0: penalties, biases, token ids and words to allow '
-        'or to rule out, min_tokens.'
-      )
-    field, most = 'max_num_seqs', self.config.max_num_seqs
-    if request.sampling.is_adjusted:
-      field, most = 'max_adjusted_seqs', self.config.num_adjusted_seqs
-    if request.sampling.n > most:
-      raise errors.InvalidRequestError(
-        f'n={request.sampling.n}: must be at most {field}={most}, as all of '
-        'them run at once.'
-      )
+    checks.check(request, self.config)
 
   def add(
     self,
@@ -280,7 +265,7 @@ class Scheduler(abc.ABC):
       if seq.is_finished:
         continue
       if not chunk.samples:
-        self.prefixes.register(seq, chunk.start + chunk.num_tokens)
+        self._settle(seq, chunk.start + chunk.num_tokens)
         continue
       seq.num_pending -= chunk.samples
       if is_any_nan and math.isnan(sum(logprobs)):
@@ -291,7 +276,7 @@ class Scheduler(abc.ABC):
       event = types.TokenEvent(chunk.request_id, tokens, logprobs, None)
       num_tokens = len(seq.tokens)
       if num_tokens > seq.full_at:  # The new ones are not in the cache yet.
-        self.prefixes.register(seq, num_tokens - len(tokens))
+        self._settle(seq, num_tokens - len(tokens))
       if num_tokens >= seq.max_len or not seq.stop_ids.isdisjoint(tokens):
         num, reason = seq.end(len(tokens))
         event = types.TokenEvent(
@@ -300,7 +285,7 @@ class Scheduler(abc.ABC):
         self._finish(seq, num_tokens - len(tokens))
       events.append(event)
     if sampled.tells:
-      events = _told(events, seqs, sampled)
+      events = sequence.with_told(events, seqs, sampled)
     return events + failed
 
   # -- What policies are built from --
@@ -360,11 +345,13 @@ class Scheduler(abc.ABC):
     owed = 0
     if reserve is None:
       owed = sum(
-        self._num_pages(s, s.prefill_len) - len(s.pages)
+        max(0, self._num_pages(s, s.prefill_len) - grouped.num_held(s))
         for s in self._prefills()
       )
-    found = self.prefixes.find(seq)
-    num_pages = self._num_pages(seq, reserve or len(seq.tokens)) - len(found)
+    found = page_groups.held(self.prefixes.find(seq))
+    num_pages = self._num_pages(
+      seq, reserve or len(seq.tokens), is_whole=reserve is not None
+    ) - len(found)
     num_free = self.pages.num_free - sum(
       not self.pages.num_holders(page) for page in found
     )
@@ -382,9 +369,12 @@ class Scheduler(abc.ABC):
       seq.first_scheduled_time = now
     if reserve is not None:
       self._grow(seq, reserve)
-      num_own = forks_lib.num_own_pages(seq, self.pages, reserve)
+      num_own = forks_lib.num_own_pages(
+        seq, self.pages, reserve, self._num_groups
+      )
       for fork in seq.forks:
-        fork.pages = self.pages.take(min(num_own, self.pages.num_free))
+        most = self.pages.num_free // self._num_groups * self._num_groups
+        fork.pages = self.pages.take(min(num_own, most))
     urgency.insert(self.running, seq)
     return seq
 
@@ -413,8 +403,8 @@ class Scheduler(abc.ABC):
 
   def _num_that_fit(self, seq: Sequence) -> int:
     """Returns the tokens that could be computed next for `seq`, by pages."""
-    num_pages = len(seq.pages) + self.pages.num_free
-    return num_pages * self.pages.page_size - seq.num_computed
+    num_places = (len(seq.pages) + self.pages.num_free) // self._num_groups
+    return num_places * self.pages.page_size - seq.num_computed
 
   # -- Private --
 
@@ -437,20 +427,43 @@ class Scheduler(abc.ABC):
       seq.keep_told(chunk.start, told)
     return failed
 
-  def _num_pages(self, seq: Sequence, num_tokens: int) -> int:
-    """Returns the pages for a prefill with so many tokens, and its forks."""
-    num_pages = self.pages.num_for(num_tokens)
+  def _settle(self, seq: Sequence, num_tokens: int) -> None:
+    """Takes note that tokens [0, num_tokens) are in the cache for sure."""
+    self.prefixes.register(seq, num_tokens)
+    if self._has_windows:
+      grouped.give_back_behind(seq, num_tokens, self.config.windows, self.pages)
+
+  def _num_pages(
+    self, seq: Sequence, num_tokens: int, *, is_whole: bool = False
+  ) -> int:
+    """Returns the most pages of a prefill of so many tokens, and its forks.
+
+    Args:
+      seq: the sequence.
+      num_tokens: of the prefill.
+      is_whole: whether all are computed at once.
+    """
+    num_pages = page_groups.num_pages(
+      self.config.windows,
+      num_tokens,
+      self.pages.page_size,
+      num_tokens if is_whole else self.config.token_budget,
+    )
     if seq.forks:
-      num_own = forks_lib.num_own_pages(seq, self.pages, num_tokens)
+      num_own = forks_lib.num_own_pages(
+        seq, self.pages, num_tokens, self._num_groups
+      )
       num_pages += len(seq.forks) * num_own
     return min(num_pages, self.pages.num_pages)
 
   def _grow(self, seq: Sequence, num_tokens: int) -> None:
-    missing = self.pages.num_for(num_tokens) - len(seq.pages)
-    if missing > 0:
-      seq.pages.extend(self.pages.take(missing))
-      seq.page_table = tuple(seq.pages)
-    seq.room = len(seq.pages) * self.pages.page_size
+    num_pages = self.pages.num_for(num_tokens) * self._num_groups
+    if num_pages > len(seq.pages):
+      seq.pages.extend(self.pages.take(num_pages - len(seq.pages)))
+      seq.page_table = (
+        grouped.table_of(seq.pages) if self._has_windows else tuple(seq.pages)
+      )
+    seq.room = len(seq.pages) // self._num_groups * self.pages.page_size
 
   def _begin_forks(
     self, chunks: list[types.Chunk], seqs: list[Sequence]
@@ -462,7 +475,9 @@ class Scheduler(abc.ABC):
         break  # Prefills come last.
       if chunks[row].samples and seqs[row].forks:
         for fork in seqs[row].forks:
-          chunk = forks_lib.begin(fork, seqs[row], self.pages, self._step)
+          chunk = forks_lib.begin(
+            fork, seqs[row], self.pages, self._step, self._num_groups
+          )
           forks.append(types.Fork(row, chunk))
           urgency.insert(self.running, fork)
           seqs.append(fork)
@@ -488,8 +503,10 @@ class Scheduler(abc.ABC):
         and len(s.tokens) + s.num_pending < s.max_len
       ]
       starved = [s for s in decodes if s.num_computed == s.room]
-      num_pages = sum(forks_lib.needs_page(s, self.pages) for s in starved)
-      if num_pages <= self.pages.num_free:
+      num_places = sum(
+        forks_lib.needs_pages(s, self.pages, self._num_groups) for s in starved
+      )
+      if num_places * self._num_groups <= self.pages.num_free:
         for s in starved:
           self._make_room(s)
         return decodes
@@ -501,10 +518,12 @@ class Scheduler(abc.ABC):
       self._preempt(least_urgent)
 
   def _make_room(self, seq: Sequence) -> None:
-    """Gives a decode the page that it needs for its next token."""
-    if seq.copy_from is None or forks_lib.needs_page(seq, self.pages):
+    """Gives a decode the pages that it needs for its next token."""
+    if not seq.copy_from or forks_lib.needs_pages(
+      seq, self.pages, self._num_groups
+    ):
       self._grow(seq, seq.num_computed + 1)
-    if seq.copy_from is not None:
+    if seq.copy_from:
       self._copies += forks_lib.own_shared_page(seq, self.pages)
 
   def _take(self, seq: Sequence, n: int) -> types.Chunk:
@@ -559,7 +578,7 @@ class Scheduler(abc.ABC):
 
   def _fail(self, seq: Sequence) -> None:
     """Ends a sequence of which something is NaN, and maybe its pages."""
-    self.pages.unregister(seq.pages)
+    self.pages.unregister(page_groups.held(seq.pages))
     self._finish(seq, 0)
 
   def _finish(self, seq: Sequence, num_cached: int) -> None:
@@ -579,20 +598,3 @@ class Scheduler(abc.ABC):
 def _end(seq: Sequence) -> None:
   for s in (seq, *seq.forks):
     s.is_finished = True
-
-
-def _told(
-  events: list[types.TokenEvent],
-  seqs: Iterable[Sequence],
-  sampled: types.Sampled,
-) -> list[types.TokenEvent]:
-  """Returns events with what is told of their tokens, and of prompts, once."""
-  told = sampled.told or itertools.repeat(())
-  of = {seq.key: (seq, at) for seq, at in zip(seqs, told, strict=False)}
-  return [
-    event._replace(
-      told=of[event.request_id][1][: len(event.tokens)],
-      prompt_logprobs=of[event.request_id][0].take_told(),
-    )
-    for event in events
-  ]

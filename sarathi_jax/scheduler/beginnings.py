@@ -41,16 +41,19 @@ class Beginnings:
       self._older[key] = self._latest[parent]
     self._latest[parent] = key
 
-  def remove(self, key: bytes) -> None:
-    """Removes a page that was added."""
+  def remove(self, key: bytes) -> bool:
+    """Removes a page; returns whether it was added."""
+    if key not in self._pages:
+      return False
     parent, _ = self._pages.pop(key)
     older = self._older.pop(key, b'')
     if self._latest.get(parent) != key:
-      return
+      return True
     if older in self._pages:
       self._latest[parent] = older
     else:
       del self._latest[parent]
+    return True
 
   def find(self, parent: bytes, tokens: bytes) -> Beginning | None:
     """Returns the page after `parent` that begins with the most of `tokens`."""

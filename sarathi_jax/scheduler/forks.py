@@ -9,26 +9,35 @@ about to write to it, and holds it until then, whatever becomes of the first.
 
 from __future__ import annotations
 
+from sarathi_jax import page_groups
 from sarathi_jax import types
+from sarathi_jax.scheduler import grouped
 from sarathi_jax.scheduler import pages as pages_lib
 from sarathi_jax.scheduler import sequence
 
 Sequence = sequence.Sequence
 
 
-def num_own_pages(seq: Sequence, pool: pages_lib.PagePool, num: int) -> int:
+def num_own_pages(
+  seq: Sequence, pool: pages_lib.PagePool, num: int, num_groups: int
+) -> int:
   """Returns a fork's own pages of the first `num` tokens.
 
   Args:
     seq: the sequence whose fork it is, before the end of its prefill.
     pool: of the pages.
     num: at least the tokens of the prefill.
+    num_groups: of layers.
   """
-  return pool.num_for(num) - len(seq.tokens) // pool.page_size
+  return (pool.num_for(num) - len(seq.tokens) // pool.page_size) * num_groups
 
 
 def begin(
-  fork: Sequence, first: Sequence, pool: pages_lib.PagePool, step: int
+  fork: Sequence,
+  first: Sequence,
+  pool: pages_lib.PagePool,
+  step: int,
+  num_groups: int,
 ) -> types.Chunk:
   """Begins a fork with the batch that ends the prefill of `first`.
 
@@ -37,17 +46,21 @@ def begin(
     first: the sequence whose fork it is.
     pool: of the pages.
     step: of the batch.
+    num_groups: of layers.
 
   Returns:
     Its chunk.
   """
   num = first.num_computed
   num_full = num // pool.page_size
-  fork.pages[:0] = pool.share(first.pages[:num_full])
-  fork.page_table = tuple(fork.pages)
-  fork.room = len(fork.pages) * pool.page_size
+  shared, rest = num_full * num_groups, (num_full + 1) * num_groups
+  pool.share(page_groups.held(first.pages[:shared]))
+  fork.pages[:0] = first.pages[:shared]
+  fork.num_behind = first.num_behind.copy()
+  fork.page_table = grouped.table_of(fork.pages)
+  fork.room = len(fork.pages) // num_groups * pool.page_size
   if num % pool.page_size:
-    (fork.copy_from,) = pool.share([first.pages[num_full]])
+    fork.copy_from = tuple(pool.share(first.pages[shared:rest]))
     fork.room = num
   fork.num_computed = fork.prefill_len = num
   fork.keys, fork.contents = first.keys.copy(), first.contents.copy()
@@ -78,45 +91,51 @@ def begin(
   )
 
 
-def needs_page(seq: Sequence, pool: pages_lib.PagePool) -> bool:
-  """Whether a decode without room needs one more page for its next token."""
-  # A copy is not needed of what nobody else has any more.
-  return pool.num_for(seq.num_computed + 1) > len(seq.pages) and (
-    seq.copy_from is None or pool.num_holders(seq.copy_from) > 1
+def needs_pages(
+  seq: Sequence, pool: pages_lib.PagePool, num_groups: int
+) -> bool:
+  """Whether a decode without room needs one more place for its next token."""
+  # A copy is not needed of what nobody else has any more. Of the first group,
+  # which has the widest window, pages are held the longest.
+  return pool.num_for(seq.num_computed + 1) * num_groups > len(seq.pages) and (
+    not seq.copy_from or pool.num_holders(seq.copy_from[0]) > 1
   )
 
 
 def own_shared_page(
   seq: Sequence, pool: pages_lib.PagePool
 ) -> list[tuple[int, int]]:
-  """Gives a fork a page of its own for the one that it shares in part.
+  """Gives a fork pages of its own for those that it shares in part.
 
   Args:
-    seq: the sequence. It has the page for the copy, or `needs_page` no more.
+    seq: the sequence. It has the pages for the copies, or `needs_pages` no
+      more.
     pool: of the pages.
 
   Returns:
-    The page to copy and the copy; none if the page itself is its own now.
+    Each page to copy and its copy; none if the pages themselves are its own
+    now.
   """
-  source, seq.copy_from = seq.copy_from, None
-  assert source is not None
-  copies = []
-  place = seq.num_computed // pool.page_size
-  if place < len(seq.pages):
-    pool.give_back([source])
-    copies = [(source, seq.pages[place])]
+  sources, seq.copy_from = seq.copy_from, ()
+  num_groups = len(sources)
+  copies: list[tuple[int, int]] = []
+  start = seq.num_computed // pool.page_size * num_groups
+  if start < len(seq.pages):
+    pool.give_back(sources)
+    own = seq.pages[start : start + num_groups]
+    copies = list(zip(sources, own, strict=True))
   else:
-    seq.pages.append(source)
-    seq.page_table = tuple(seq.pages)
-  seq.room = len(seq.pages) * pool.page_size
+    seq.pages += sources
+    seq.page_table = grouped.table_of(seq.pages)
+  seq.room = len(seq.pages) // num_groups * pool.page_size
   return copies
 
 
 def release(seq: Sequence, pool: pages_lib.PagePool) -> None:
   """Gives back all pages of a sequence."""
-  pool.give_back(seq.pages)
-  if seq.copy_from is not None:
-    pool.give_back([seq.copy_from])
+  pool.give_back(page_groups.held(seq.pages))
+  pool.give_back(seq.copy_from)
   seq.pages = []
+  seq.num_behind = []
   seq.page_table = ()
-  seq.copy_from = None
+  seq.copy_from = ()

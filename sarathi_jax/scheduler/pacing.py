@@ -181,19 +181,20 @@ class _Kind(NamedTuple):
 
 def _kinds(config: config_lib.SchedulerConfig) -> Iterator[_Kind]:
   """Yields the batches to try, which fit the cache; a single decode first."""
-  room = config.num_pages * config.page_size
+  num_places = config.num_pages // len(config.windows)
+  room = num_places * config.page_size
   longest = config.max_model_len - 1
 
   def fit(num_decodes: int, context: int, chunk: int, start: int) -> _Kind:
     chunk = min(chunk, longest)
     start = min(start, longest - chunk)
-    pages = config.num_pages - -(-(start + chunk) // config.page_size)
-    each = pages // max(num_decodes, 1) * config.page_size
+    places = num_places - -(-(start + chunk) // config.page_size)
+    each = places // max(num_decodes, 1) * config.page_size
     return _Kind(
       num_decodes, max(0, min(context, longest, each - 1)), chunk, start
     )
 
-  most = min(config.max_num_seqs, config.num_pages)
+  most = min(config.max_num_seqs, num_places)
   yield fit(1, 1, 0, 0)
   for n in sorted({1, max(1, most // 4), most}):
     for context in (1, longest // 2):
@@ -213,8 +214,12 @@ def _chunks(
 
   def chunk(slot: int, start: int, n: int, is_prefill: bool) -> types.Chunk:
     nonlocal next_page
-    num_pages = -(-(start + n) // config.page_size)
-    pages = tuple(range(next_page, next_page + num_pages))
+    num_pages = -(-(start + n) // config.page_size) * len(config.windows)
+    # Where windows leave no pages for all tokens, what is read matters not.
+    pages = tuple(
+      page % config.num_pages
+      for page in range(next_page, next_page + num_pages)
+    )
     next_page += num_pages
     return types.Chunk(
       request_id=f'warm-up-{slot}',

@@ -30,6 +30,7 @@ class PagePool:
     num_evicted: pages with a key that were taken for something else.
     num_forgotten: keys of full pages that lead nowhere any more, for any
       reason.
+    num_registrations: keys that pages got.
     beginnings: of the pages that have a key.
     log: is told which full pages are found no more; None for none.
   """
@@ -39,6 +40,7 @@ class PagePool:
     self.page_size = page_size
     self.num_evicted = 0
     self.num_forgotten = 0
+    self.num_registrations = 0
     self.beginnings = beginnings.Beginnings()
     self.log: page_log.PageLog | None = None
     self._free = list(range(num_pages))[::-1]  # without a key
@@ -75,6 +77,20 @@ class PagePool:
       self._num_holders[page] = 1
     return pages
 
+  def take_for_copies(self, sources: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns each of some pages, and a page to copy it to.
+
+    Args:
+      sources: found by their keys, and not held. Where one of them is the
+        last one free, it is its own copy.
+    """
+    own = self.take(len(sources))
+    for i, source in enumerate(sources):
+      if source in own:
+        j = own.index(source)
+        own[i], own[j] = source, own[i]
+    return list(zip(sources, own, strict=True))
+
   def share(self, pages: Sequence[int]) -> list[int]:
     """Returns the same pages, which one more holds now.
 
@@ -101,7 +117,7 @@ class PagePool:
     page: int,
     key: bytes,
     parent: bytes = b'',
-    tokens: bytes = b'',
+    tokens: bytes | None = b'',
     *,
     in_part: bool = False,
   ) -> bool:
@@ -111,7 +127,8 @@ class PagePool:
       page: that holds it. What it held in part before it holds still, and
         more.
       key: of what it holds.
-      parent, tokens: see `Beginnings.add`.
+      parent, tokens: see `Beginnings.add`. Without tokens it is found by its
+        key alone, and the log is told nothing.
       in_part: whether it is not full.
 
     Returns:
@@ -124,9 +141,11 @@ class PagePool:
     if (old := self._keys[page]) is not None:
       assert old in self._in_part, f'page {page} has a key'
       self._forget(page)
+    self.num_registrations += 1
     self._by_key[key] = page
     self._keys[page] = key
-    self.beginnings.add(key, parent, tokens)
+    if tokens is not None:
+      self.beginnings.add(key, parent, tokens)
     if in_part:
       self._in_part.add(key)
     return True
@@ -146,21 +165,9 @@ class PagePool:
       pages.append(page)
     return pages
 
-  def find_beginning(
-    self, parent: bytes, tokens: bytes
-  ) -> tuple[int, int] | None:
-    """Returns a page that begins with some of `tokens`, and with how many.
-
-    It is not held: it is to be copied before anything else is taken.
-
-    Args:
-      parent: the key of the page before it.
-      tokens: that a sequence goes on with, int32.
-    """
-    found = self.beginnings.find(parent, tokens)
-    return (
-      None if found is None else (self._by_key[found.key], found.num_tokens)
-    )
+  def page_of(self, key: bytes) -> int | None:
+    """Returns the page of a key, as `find` does; None if there is none."""
+    return self._by_key.get(key)
 
   def unregister(self, pages: Sequence[int]) -> None:
     """Lets pages be found no more."""
@@ -200,10 +207,10 @@ class PagePool:
     key, self._keys[page] = self._keys[page], None
     assert key is not None
     del self._by_key[key]
-    self.beginnings.remove(key)
+    was_told = self.beginnings.remove(key)
     if key in self._in_part:
       self._in_part.remove(key)
       return
     self.num_forgotten += 1
-    if self.log is not None:
+    if self.log is not None and was_told:
       self.log.remove(key)

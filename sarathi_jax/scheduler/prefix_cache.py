@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator
 import math
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax import types
+from sarathi_jax.scheduler import grouped
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.scheduler import pages as pages_lib
 from sarathi_jax.scheduler import passing
@@ -49,6 +51,9 @@ class PrefixCache:
     self._config = config
     self._pool = pool
     self._is_on = config.prefix_cache
+    self._windows = config.windows
+    self._num_groups = len(config.windows)
+    self._has_windows = any(config.windows)
     self._finds = config.prefix_cache and not config.prefix_cache_misses
     self._least = max(1, pool.page_size // _LEAST)
     self._dynamic_rope_len = config.dynamic_rope_len
@@ -72,7 +77,7 @@ class PrefixCache:
     return seq.found
 
   def guess(self, seq: Sequence) -> int:
-    """Returns how many pages `find` would, but for what was forgotten since.
+    """Returns how many places `find` would, but for what was forgotten since.
 
     It looks only for what comes after the pages that were found before.
     """
@@ -80,19 +85,35 @@ class PrefixCache:
       return 0
     if not seq.found:
       seq.found_at = self._pool.num_forgotten
-    num_found = len(seq.found)
-    num_pages = (len(seq.tokens) - 1) // self._pool.page_size
-    if num_found < num_pages:
-      self._make_keys(seq, num_pages)
-      found = self._pool.find(seq.keys, num_found, num_pages)
+    num_found = len(seq.found) // self._num_groups
+    num_places = (len(seq.tokens) - 1) // self._pool.page_size
+    if num_found < num_places:
+      self._make_keys(seq, num_places)
       # Of what is not computed there are no log-probabilities to tell.
       if self._finds and seq.prompt_logprobs is None:
-        seq.found += found
-    return len(seq.found)
+        self._find_more(seq, num_found, num_places)
+    return len(seq.found) // self._num_groups
+
+  def _find_more(self, seq: Sequence, num_found: int, num_places: int) -> None:
+    if not self._has_windows:
+      seq.found += self._pool.find(seq.keys, num_found, num_places)
+      return
+    now = self._pool.num_registrations, self._pool.num_forgotten
+    if seq.found_after != now:
+      seq.found_after, seq.found_at = now, self._pool.num_forgotten
+      seq.found = grouped.find(
+        num_places,
+        self._windows,
+        self._pool.page_size,
+        lambda place, group: self._pool.page_of(
+          prefixes.key_in(seq.keys[place], group)
+        ),
+      )
 
   def num_missing(self, seq: Sequence) -> int:
     """Returns the tokens of a waiting sequence that are to be computed."""
-    return len(seq.tokens) - len(self.find(seq)) * self._pool.page_size
+    num_found = len(self.find(seq)) // self._num_groups
+    return len(seq.tokens) - num_found * self._pool.page_size
 
   def guess_missing(self, seq: Sequence) -> int:
     """As `num_missing`, or fewer: it is not looked for again at each step.
@@ -111,7 +132,9 @@ class PrefixCache:
   def by_found(self, few: Iterable[Sequence]) -> Iterator[Sequence]:
     """Yields waiting sequences, the one of which the most is found first."""
     return passing.by_found(
-      tuple(few), self.guess, lambda seq: len(self.find(seq))
+      tuple(few),
+      self.guess,
+      lambda seq: len(self.find(seq)) // self._num_groups,
     )
 
   def is_coming(self, seq: Sequence, step: int) -> bool:
@@ -123,7 +146,7 @@ class PrefixCache:
     """
     if not self._coming or seq.prompt_logprobs is not None:
       return False
-    num_found = len(self.find(seq))
+    num_found = len(self.find(seq)) // self._num_groups
     keys = seq.keys
     if num_found >= (len(seq.tokens) - 1) // self._pool.page_size:
       return False
@@ -135,27 +158,29 @@ class PrefixCache:
   def begin(self, seq: Sequence) -> list[tuple[int, int]]:
     """Gives a sequence that is admitted the pages that were found for it.
 
-    At least one more page is free.
+    At least one more page of each group is free.
 
     Returns:
       Pages (from, to) to copy before anything is computed.
     """
     found = self.find(seq)
-    num_tokens = len(found) * self._pool.page_size
-    seq.pages = self._pool.share(found)
+    num_found = len(found) // self._num_groups
+    num_tokens = num_found * self._pool.page_size
+    self._pool.share(page_groups.held(found))
+    seq.pages = list(found)
+    if self._has_windows:
+      seq.num_behind = grouped.num_behind(found, self._num_groups)
     copies = []
-    if beginning := self._find_within(seq, len(found)):
-      source, num_within = beginning
-      (own,) = self._pool.take(1)
-      seq.pages.append(own)
+    if beginning := self._find_within(seq, num_found):
+      sources, num_within = beginning
+      copies = self._pool.take_for_copies(sources)
+      seq.pages += [own for _, own in copies]
       num_tokens += num_within
-      if source != own:  # It was the only free one, and has these tokens.
-        copies = [(source, own)]
-    seq.page_table = tuple(seq.pages)
+    seq.page_table = grouped.table_of(seq.pages)
     seq.num_computed = num_tokens
-    self._set_registered(seq, len(found))
+    self._set_registered(seq, num_found)
     seq.full_at = 0  # Its first token tells that all of the prompt is there.
-    seq.found = []
+    seq.found, seq.found_after = [], None
     seq.waits_since = None
     if seq.num_preemptions:
       self.num_found_again += num_tokens
@@ -168,23 +193,35 @@ class PrefixCache:
     if self._finds:
       num_full = len(seq.tokens) // self._pool.page_size
       self._make_keys(seq, num_full)
-      for key in seq.keys[len(found) : num_full]:
+      for key in seq.keys[num_found:num_full]:
         self._coming.setdefault(key, seq)
-    return copies
+    # A page that was the only free one has these tokens already.
+    return [(source, own) for source, own in copies if source != own]
 
   def _find_within(
     self, seq: Sequence, num_pages: int
-  ) -> tuple[int, int] | None:
-    """Returns a page that begins as `seq` goes on, and how many tokens do."""
+  ) -> tuple[list[int], int] | None:
+    """Returns pages that begin as `seq` goes on, and how many tokens do.
+
+    There is one of each group.
+    """
     if not self._finds or seq.prompt_logprobs is not None:
       return None
     start = num_pages * self._pool.page_size
     # One is left to compute.
     stop = min(start + self._pool.page_size, len(seq.tokens) - 1)
-    found = self._pool.find_beginning(
+    found = self._pool.beginnings.find(
       self._parent(seq, num_pages), prefixes.pack(seq.tokens[start:stop])
     )
-    return found if found and found[1] >= self._least else None
+    if found is None or found.num_tokens < self._least:
+      return None
+    pages = [
+      page
+      for group in range(self._num_groups)
+      if (page := self._pool.page_of(prefixes.key_in(found.key, group)))
+      is not None
+    ]
+    return (pages, found.num_tokens) if len(pages) == self._num_groups else None
 
   def register(self, seq: Sequence, num_tokens: int) -> None:
     """Lets others find the pages of tokens [0, num_tokens).
@@ -195,14 +232,19 @@ class PrefixCache:
     """
     num_pages = num_tokens // self._pool.page_size
     if not self._is_on:
-      self._set_registered(seq, 0)
+      self._set_registered(seq, num_pages)
       return
     self._make_keys(seq, num_pages)
     for i in range(seq.num_registered, num_pages):
       key = seq.keys[i]
+      at = i * self._num_groups
       is_new = self._pool.register(
-        seq.pages[i], key, self._parent(seq, i), seq.contents[i]
+        seq.pages[at], key, self._parent(seq, i), seq.contents[i]
       )
+      for group in range(1, self._num_groups):
+        self._pool.register(
+          seq.pages[at + group], prefixes.key_in(key, group), tokens=None
+        )
       if is_new and self._pool.log is not None:
         parent = seq.keys[i - 1] if i else None
         self._pool.log.store(
@@ -220,18 +262,21 @@ class PrefixCache:
     num_pages, num_within = divmod(num_tokens, self._pool.page_size)
     if not self._is_on or num_within < self._least:
       return
-    if num_pages == len(seq.pages):
+    at = num_pages * self._num_groups
+    if at == len(seq.pages):
       return  # The page is that of the sequence whose fork it is.
     self._make_keys(seq, num_pages)
     parent = self._parent(seq, num_pages)
     tokens = prefixes.pack(seq.tokens[num_tokens - num_within : num_tokens])
-    self._pool.register(
-      seq.pages[num_pages],
-      prefixes.key_of(parent, tokens),
-      parent,
-      tokens,
-      in_part=True,
-    )
+    key = prefixes.key_of(parent, tokens)
+    self._pool.register(seq.pages[at], key, parent, tokens, in_part=True)
+    for group in range(1, self._num_groups):
+      self._pool.register(
+        seq.pages[at + group],
+        prefixes.key_in(key, group),
+        tokens=None,
+        in_part=True,
+      )
 
   def end(self, seq: Sequence, num_tokens: int) -> None:
     """Tells that a sequence computes no more; before its pages are freed.
@@ -256,7 +301,9 @@ class PrefixCache:
   def _set_registered(self, seq: Sequence, num_pages: int) -> None:
     seq.num_registered = num_pages
     seq.full_at = (
-      (num_pages + 1) * self._pool.page_size if self._is_on else math.inf
+      (num_pages + 1) * self._pool.page_size
+      if self._is_on or self._has_windows
+      else math.inf
     )
 
   def _make_keys(self, seq: Sequence, num_pages: int) -> None:

@@ -47,6 +47,11 @@ def key_of(parent: bytes, tokens: bytes) -> bytes:
   return hashlib.sha256(parent + tokens).digest()
 
 
+def key_in(key: bytes, group: int) -> bytes:
+  """Returns the key of a place's page of a group; the first one's is `key`."""
+  return key + bytes([group]) if group else key
+
+
 def extend(
   keys: list[bytes],
   contents: list[bytes],

@@ -21,6 +21,8 @@ from sarathi_jax.scheduler import sequence
 class SarathiScheduler(base.Scheduler):
   """Decodes first, then prefills begun, then new ones, in one token budget."""
 
+  in_chunks = True
+
   @classmethod
   def max_step_tokens(cls, config: config_lib.SchedulerConfig) -> int:
     return config.token_budget

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 import dataclasses
+import itertools
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import sampling_params
@@ -48,18 +50,23 @@ class Sequence:
       it has its slot.
     forks: the sequences that begin where its prefill ends; they run when it
       does, and have slots, but are in no queue.
-    pages: its pages of the cache, in order.
+    pages: its pages of the cache, in order; see `grouped` where layers form
+      several groups.
+    num_behind: of each group with a window, its first pages that were given
+      back; for several groups, of all.
     page_table: the same pages, as the tuple that chunks share.
-    copy_from: the page after these that it shares, of which it has to have a
-      copy before it writes; None for none.
+    copy_from: the page after these that it shares, one of each group, of which
+      it has to have a copy before it writes; empty for none.
     room: tokens for which it has pages that it may write to.
     keys: of its first full pages, as far as they were needed.
     contents: the tokens of these pages, int32, which `keys` are made of.
-    num_registered: its first pages that others can find.
+    num_registered: its first places whose pages others can find.
     full_at: the tokens in the cache with which one more page can be found; 0
       if it was not looked at yet.
-    found: while it waits, pages that hold its beginning.
+    found: while it waits, pages that hold its beginning; as `pages`.
     found_at: what the pool had forgotten when these were found.
+    found_after: what the pool had registered and forgotten then, where groups
+      have windows.
     waits_since: the step from which on it waits for what another computes.
     num_passed: sequences that came later and went first; see `passing`.
     num_cached: tokens of the prompt that were found, and not computed.
@@ -92,8 +99,9 @@ class Sequence:
   is_set_up: bool = False
   forks: list[Sequence] = dataclasses.field(default_factory=list)
   pages: list[int] = dataclasses.field(default_factory=list)
+  num_behind: list[int] = dataclasses.field(default_factory=list)
   page_table: tuple[int, ...] = ()
-  copy_from: int | None = None
+  copy_from: tuple[int, ...] = ()
   room: int = 0
   keys: list[bytes] = dataclasses.field(default_factory=list)
   contents: list[bytes] = dataclasses.field(default_factory=list)
@@ -101,6 +109,7 @@ class Sequence:
   full_at: float = 0
   found: list[int] = dataclasses.field(default_factory=list)
   found_at: int = 0
+  found_after: tuple[int, int] | None = None
   waits_since: int | None = None
   num_passed: int = 0
   num_cached: int = 0
@@ -217,6 +226,23 @@ class Sequence:
     new = max(min(stop, self.prompt_len) - self.num_prefilled, 0)
     self.num_prefilled += new
     return new
+
+
+def with_told(
+  events: list[types.TokenEvent],
+  seqs: Iterable[Sequence],
+  sampled: types.Sampled,
+) -> list[types.TokenEvent]:
+  """Returns events with what is told of their tokens, and of prompts, once."""
+  told = sampled.told or itertools.repeat(())
+  of = {seq.key: (seq, at) for seq, at in zip(seqs, told, strict=False)}
+  return [
+    event._replace(
+      told=of[event.request_id][1][: len(event.tokens)],
+      prompt_logprobs=of[event.request_id][0].take_told(),
+    )
+    for event in events
+  ]
 
 
 def lens_of(

@@ -19,6 +19,8 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import facts
+from sarathi_jax.models import layer_groups
+from sarathi_jax.models import parallel
 from sarathi_jax.simulator import hardware as hardware_lib
 from sarathi_jax.simulator import hosts
 from sarathi_jax.simulator import operators
@@ -298,15 +300,35 @@ class CostModel:
     """Bytes of a token's keys and values on the device that has most."""
     return max(self.stage_layers) * self._token_bytes
 
+  def groups(
+    self, config: config_lib.EngineConfig, max_model_len: int
+  ) -> layer_groups.LayerGroups:
+    """Returns the groups of layers of a deployment."""
+    return layer_groups.of(
+      self.model,
+      parallel.Parallelism(tp=self.tp, pp=self.pp),
+      max_model_len=max_model_len,
+      page_size=config.page_size,
+    )
+
   def num_pages(
-    self, config: config_lib.EngineConfig, max_step_tokens: int
+    self,
+    config: config_lib.EngineConfig,
+    max_step_tokens: int,
+    num_layers: int | None = None,
   ) -> int:
     """Returns how many pages of KV cache fit beside the weights.
+
+    Args:
+      config: of the engine.
+      max_step_tokens: the most tokens of a step.
+      num_layers: the layers of a group; None for all of a stage.
 
     Raises:
       ConfigError: not one page fits.
     """
-    page = self.kv_token_bytes * config.page_size
+    page = self._token_bytes * config.page_size
+    page *= num_layers or max(self.stage_layers)
     room = config.cache_bytes(page)
     if room is None:
       # For one layer at a time: its input, its output and what is inside.

@@ -82,12 +82,14 @@ def make_scheduler(
     'must be false: what such steps take is not simulated',
   )
   num_tokens = scheduler_lib.max_step_tokens(config, max_model_len)
+  groups = cost.groups(config, max_model_len)
   return scheduler_lib.make(
     config,
     cost.num_rows,
     max_model_len=max_model_len,
     num_stages=cost.pp,
-    num_pages=cost.num_pages(config, num_tokens),
+    num_pages=cost.num_pages(config, num_tokens, groups.num_arrays),
+    windows=groups.windows,
     prefix_cost=facts.prefix_cost(cost.model, cost.pp),
   )
 

@@ -14,11 +14,13 @@ computed after the same tokens. What others computed must have been completed.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 import math
 from typing import Any
 import zlib
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from tests.scheduler import known as known_lib
@@ -128,7 +130,7 @@ class Checker:
     self.scheduler.preempt_all()
     self._memory.clear()
     for known in self.live.values():
-      known.num_computed = 0
+      known.num_computed = known.num_settled = 0
       known.num_waited = 0
       known.newest_step = -1
     self._check_state()
@@ -167,6 +169,7 @@ class Checker:
     sampled = iter(tokens)
     for known, chunk in zip(knowns, batch.samplers, strict=True):
       token = next(sampled) if chunk.samples else None
+      known.num_settled = chunk.start + chunk.num_tokens
       known.flights.discard(batch.step)
       if known.is_gone or token is None:
         continue
@@ -221,7 +224,8 @@ class Checker:
 
   def _needs_page(self, known: Known) -> bool:
     held = self._seqs[known.id]
-    return known.num_computed >= len(held.pages) * self.config.page_size
+    num_places = len(held.pages) // len(self.config.windows)
+    return known.num_computed >= num_places * self.config.page_size
 
   def _check_preempted(self, batch: types.ScheduledBatch) -> None:
     assert len(set(batch.preempted)) == len(batch.preempted), 'named twice'
@@ -229,7 +233,7 @@ class Checker:
     for request_id in batch.preempted:
       known = self.live[request_id]
       assert not known.flights, f'{known.id} was preempted in flight'
-      known.num_computed = 0
+      known.num_computed = known.num_settled = 0
       known.num_waited = 0
       known.newest_step = -1
     least = min((self.live[i].urgency for i in batch.preempted), default=None)
@@ -269,7 +273,9 @@ class Checker:
       return
     starved = [k for k in ready if self._needs_page(k)]
     assert not ready or (
-      self._in_flight and len(starved) > self.scheduler.pages.num_free
+      self._in_flight
+      and len(starved) * len(self.config.windows)
+      > self.scheduler.pages.num_free
     ), f'nothing was scheduled though {[k.id for k in ready]} are ready'
     arrived = [k for k in self.live.values() if k.request.arrival_time <= now]
     assert self._in_flight or not arrived, (
@@ -369,30 +375,40 @@ class Checker:
           self._memory.pop((target, place), None)
 
   def _use_memory(self, known: Known, chunk: types.Chunk) -> None:
-    """Reads all tokens before a chunk's, and writes these."""
-    for position in range(chunk.start + chunk.num_tokens):
-      page, place = divmod(position, self.config.page_size)
-      where = chunk.page_table[page], place
-      content = self._content(known, position)
+    """Reads the tokens before a chunk's that it attends to, writes these."""
+    for where, group, position in self._places(
+      chunk, chunk.start, chunk.start + chunk.num_tokens
+    ):
+      content = self._content(known, position), group
       if position >= chunk.start:
         self._memory[where] = content, self.num_steps
       assert self._memory.get(where, (None,))[0] == content, (
         f'{known.id}: something else lies where its tokens should'
       )
 
+  def _places(
+    self, chunk: types.Chunk, start: int, stop: int
+  ) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Yields ((page, place in it), group, position) of what tokens read."""
+    for group, window in enumerate(self.config.windows):
+      first = 0 if window is None else max(0, start - window + 1)
+      for position in range(first, stop):
+        page, place = divmod(position, self.config.page_size)
+        number = chunk.page_table[page * len(self.config.windows) + group]
+        yield (number, place), group, position
+
   def _check_found(self, known: Known, chunk: types.Chunk) -> None:
     """A sequence may begin after what was completed."""
     size = self.config.page_size
     assert self.config.prefix_cache, f'{known.id}: chunks must tile'
     oldest = self.num_steps - len(self._in_flight)
-    for position in range(chunk.start):
-      page, place = divmod(position, size)
-      where = chunk.page_table[page], place
+    for where, _, _ in self._places(chunk, chunk.start, chunk.start):
       _, step = self._memory.get(where, (None, self.num_steps))
       assert step < oldest, f'{known.id}: found what is not computed yet'
     self.num_found += chunk.start
     self.num_within += chunk.start % size > 0
     known.num_computed = chunk.start
+    known.num_settled = chunk.start // size * size
 
   def _content(self, known: Known, position: int) -> int:
     """Returns what stands for all tokens up to a position."""
@@ -472,7 +488,9 @@ class Checker:
     num_tokens = chunk.start + chunk.num_tokens
     if self.policy in ('orca', 'faster_transformer') and not known.index:
       num_tokens = self.config.max_model_len  # They reserve for the longest.
-    num_pages = math.ceil(num_tokens / self.config.page_size)
+    num_pages = math.ceil(num_tokens / self.config.page_size) * len(
+      self.config.windows
+    )
     assert len(chunk.page_table) == num_pages or (
       # Forks have reserved as much as there was.
       known.index
@@ -480,7 +498,10 @@ class Checker:
       and len(chunk.page_table) >= num_pages
     ), f'{chunk.request_id}: too few or too many pages'
     held = self._seqs[known.id]
-    assert chunk.page_table == tuple(held.pages)[: len(chunk.page_table)], (
+    assert all(
+      page in (mine, page_groups.NOWHERE)
+      for page, mine in zip(held.pages, chunk.page_table, strict=False)
+    ) and {*chunk.page_table} <= {*range(self.config.num_pages)}, (
       f'{chunk.request_id}: pages of another'
     )
     assert chunk.slot == held.slot, f'{chunk.request_id}: another slot'
@@ -527,11 +548,17 @@ class Checker:
   def _check_pages(self, seqs: list[Any]) -> None:
     """Each page is free, or has as many holders as hold it."""
     pool, config = self.scheduler.pages, self.config
-    held: dict[int, list[tuple[Any, int]]] = {}
+    held: dict[int, list[tuple[Any, tuple[int, int]]]] = {}
     for seq in seqs:
-      mine = list(enumerate(seq.pages))
-      if seq.copy_from is not None:
-        mine.append((seq.num_computed // config.page_size, seq.copy_from))
+      self.live[seq.key].check_windows(seq.pages, config)
+      num_groups = len(config.windows)
+      mine = [
+        (divmod(i, num_groups), page)
+        for i, page in enumerate(seq.pages)
+        if page != page_groups.NOWHERE
+      ]
+      at = seq.num_computed // config.page_size
+      mine += [((at, group), page) for group, page in enumerate(seq.copy_from)]
       assert len({page for _, page in mine}) == len(mine), (
         'a page has two owners'
       )
@@ -542,14 +569,15 @@ class Checker:
         continue
       places = {(id(seq.request), place) for seq, place in holders}
       is_of_prompt = len(places) == 1 and all(
-        place * config.page_size < seq.prompt_len for seq, place in holders
+        place * config.page_size < seq.prompt_len for seq, (place, _) in holders
       )
       contents = {
         (place + 1) * config.page_size <= seq.num_computed
-        and self._content(
-          self.live[seq.key], (place + 1) * config.page_size - 1
+        and (
+          group,
+          self._content(self.live[seq.key], (place + 1) * config.page_size - 1),
         )
-        for seq, place in holders
+        for seq, (place, group) in holders
       }
       assert is_of_prompt or (len(contents) == 1 and all(contents)), (
         'a page has two owners'

@@ -11,6 +11,7 @@ import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import types
+from sarathi_jax.scheduler import grouped
 from sarathi_jax.scheduler import pages
 from sarathi_jax.scheduler import passing
 from sarathi_jax.scheduler import prefix_cache
@@ -161,11 +162,11 @@ class TakesTooManyPages(sarathi.SarathiScheduler):
 
 class WritesToASharedPage(sarathi.SarathiScheduler):
   def _make_room(self, seq: sequence.Sequence) -> None:
-    if seq.copy_from is not None:
+    if seq.copy_from:
       self.pages.give_back(self.pages.take(1))
-      seq.pages.append(seq.copy_from)
+      seq.pages += seq.copy_from
       seq.page_table = tuple(seq.pages)
-      seq.copy_from = None
+      seq.copy_from = ()
     super()._make_room(seq)
 
 
@@ -193,8 +194,8 @@ class CopiesTooLate(sarathi.SarathiScheduler):
 class GivesUpThePageToCopy(sarathi.SarathiScheduler):
   def _finish(self, seq: sequence.Sequence, num_cached: int) -> None:
     for other in self.running:
-      if other is not seq and other.copy_from in seq.pages:
-        other.copy_from = None
+      if other is not seq and {*other.copy_from} & {*seq.pages}:
+        other.copy_from = ()
         other.room = len(other.pages) * self.pages.page_size
     super()._finish(seq, num_cached)
 
@@ -311,6 +312,28 @@ class PassesOtherClients(_Window):
     )
 
 
+class GivesBackTooEarly(sarathi.SarathiScheduler):
+  def _settle(self, seq: sequence.Sequence, num_tokens: int) -> None:
+    super()._settle(seq, num_tokens)
+    if self._has_windows:
+      grouped.give_back_behind(
+        seq, seq.num_computed, self.config.windows, self.pages
+      )
+
+
+class KeepsWhatNobodyReads(sarathi.SarathiScheduler):
+  def _settle(self, seq: sequence.Sequence, num_tokens: int) -> None:
+    self.prefixes.register(seq, num_tokens)
+
+
+class FindsNoWindow(sarathi.SarathiScheduler):
+  """Takes a beginning for found of which the last window is missing."""
+
+  def __init__(self, config: config_lib.SchedulerConfig) -> None:
+    super().__init__(config)
+    self.prefixes._windows = tuple(w and 1 for w in config.windows)
+
+
 class AdmitsNobody(sarathi.SarathiScheduler):
   def _admit(
     self, now: float, reserve: int | None = None
@@ -346,6 +369,9 @@ BROKEN: Mapping[type[sarathi.SarathiScheduler], str] = {
   IgnoresTheSalt: 'something else lies where its tokens should',
   RegistersWhatIsInFlight: 'found what is not computed yet',
   FindsThePageOfAnother: 'pages were lost or made',
+  GivesBackTooEarly: 'gave back what is yet to be read',
+  KeepsWhatNobodyReads: 'keeps what nobody reads',
+  FindsNoWindow: 'something else lies where its tokens should',
   LooksBeyondTheWindow: 'from beyond the window',
   PassesForEver: 'was passed by too many',
   PassesTheMoreUrgent: 'before one of a more urgent priority',
@@ -360,14 +386,16 @@ def first_fault(
   ],
 ) -> str | None:
   """What the checker says of a class on the soak's workloads."""
-  for seed in range(130):
+  for seed in range(160):
     rng = random.Random(seed)
     make = (
       properties_test.make_workload
-      if seed < 100
+      if not 100 <= seed < 130
       else properties_test.make_queue
     )
     workload = make(rng)
+    if seed >= 130:
+      workload = properties_test.with_windows(workload, rng, 'sarathi')
     checker = checker_lib.Checker(scheduler_class(workload.config), 'sarathi')
     try:
       properties_test.drive(checker, workload, rng)

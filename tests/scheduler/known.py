@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax import types
 
 
@@ -18,6 +20,7 @@ class Known:
     order: counts the sequences as they were added.
     max_len: its length at which it must end.
     num_computed: tokens in the cache.
+    num_settled: tokens in the cache as far as completed batches tell.
     num_tokens: its length, tokens still on the device included.
     num_on_host: its length as far as completed batches tell.
     newest_step: the step that sampled its newest token; -1 for the prompt.
@@ -34,6 +37,7 @@ class Known:
   order: int
   max_len: int
   num_computed: int = 0
+  num_settled: int = 0
   num_tokens: int = 0
   num_on_host: int = 0
   newest_step: int = -1
@@ -58,3 +62,21 @@ class Known:
   def urgency(self) -> tuple[int, int]:
     """The smallest is the most urgent."""
     return self.request.priority, self.order
+
+  def check_windows(
+    self, pages: list[int], config: config_lib.SchedulerConfig
+  ) -> None:
+    """What no token yet to be computed attends to is given back; no more."""
+    size, settled = config.page_size, self.num_settled
+    for group, window in enumerate(config.windows):
+      mine = pages[group :: len(config.windows)]
+      first = mine.count(page_groups.NOWHERE)
+      assert page_groups.NOWHERE not in mine[first:], 'a page is missing'
+      assert first <= page_groups.first_place(window, settled, size), (
+        f'{self.id}: gave back what is yet to be read'
+      )
+      # As soon as a page is full.
+      settled_pages = settled // size * size
+      assert not mine or first >= min(
+        len(mine), page_groups.first_place(window, settled_pages, size)
+      ), f'{self.id}: keeps what nobody reads'

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import pytest
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from tests.scheduler import checker as checker_lib
@@ -103,6 +104,33 @@ def make_queue(rng: random.Random) -> Workload:
   )
 
 
+def with_windows(
+  workload: Workload, rng: random.Random, policy: str
+) -> Workload:
+  """Returns the same with layers in groups, of one window or several."""
+  config = workload.config
+  drawn = [
+    rng.randint(1, config.max_model_len + 1) for _ in range(rng.randint(0, 3))
+  ]
+  windows = (None,) * rng.randint(not drawn, 2) + (*sorted(drawn)[::-1],)
+  in_chunks = scheduler_lib.policy_class(policy).in_chunks
+  per_seq = page_groups.num_pages(
+    windows,
+    config.max_model_len,
+    config.page_size,
+    1 if in_chunks else config.max_model_len,
+  )
+  spare = config.num_pages - config.pages_per_seq
+  return dataclasses.replace(
+    workload,
+    config=dataclasses.replace(
+      config,
+      windows=windows,
+      num_pages=per_seq + spare * rng.choice((0, 1, len(windows))),
+    ),
+  )
+
+
 def draw_request(
   rng: random.Random, request_id: str, workload: Workload, arrival_time: float
 ) -> types.Request:
@@ -157,6 +185,8 @@ def drive(
 def run(policy: str, seed: int) -> checker_lib.Checker:
   rng = random.Random(seed)
   workload = make_workload(rng)
+  if seed % 2:
+    workload = with_windows(workload, rng, policy)
   checker = checker_lib.make_checker(policy, workload.config)
   drive(checker, workload, rng)
   return checker
@@ -167,6 +197,8 @@ def run(policy: str, seed: int) -> checker_lib.Checker:
 @hypothesis.settings(max_examples=60)
 def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
   workload = make_workload(rng)
+  if rng.random() < 0.5:
+    workload = with_windows(workload, rng, policy)
   drive(checker_lib.make_checker(policy, workload.config), workload, rng)
 
 
@@ -198,6 +230,8 @@ def test_who_finds_the_most_passes_a_few(policy: str) -> None:
   for seed in range(25):
     rng = random.Random(seed)
     workload = make_queue(rng)
+    if seed % 2:
+      workload = with_windows(workload, rng, policy)
     checker = checker_lib.make_checker(policy, workload.config)
     drive(checker, workload, rng)
     num_passed += sum(k.num_passed for k in checker.finished.values())
@@ -212,6 +246,8 @@ class Machine(stateful.RuleBasedStateMachine):
   )
   def start(self, policy: str, rng: random.Random) -> None:
     self.workload = make_workload(rng)
+    if rng.random() < 0.5:
+      self.workload = with_windows(self.workload, rng, policy)
     self.checker = checker_lib.make_checker(policy, self.workload.config)
     self.num_added = 0
 
