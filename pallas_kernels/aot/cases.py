@@ -176,6 +176,6 @@ def _watching_mosaic(
 
   Dumping admits one caller at a time.
   """
-  if jax.__version_info__ < (0, 11) or target.compute_capability < (9, 0):
+  if jax.__version_info__ < (0, 11):
     return contextlib.nullcontext()
   return toolkit.mosaic_dumps(folder)

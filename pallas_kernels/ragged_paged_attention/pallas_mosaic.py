@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pallas, lowered to Mosaic: prefills on Hopper, by wgmma and TMA.
+"""Pallas, lowered to Mosaic: prefills on Hopper, all on Ampere.
 
-Chunks of prefills are cut into tiles (`plan.make_chunks`). As many blocks
-(CTAs) as the GPU has multiprocessors take them in turn. A tile is of two query
-heads of a group, or of one head and twice the queries where a group is odd: so
-the two warpgroups that compute need the same keys, for 64 rows of queries
-each. A third warpgroup fetches: it finds pages of keys and values in the page
-table, and copies them by TMA into a ring of buffers in shared memory. It goes
-on to the next tile while the last one is being finished. This is the division
-of labour of FlashAttention-3 (arXiv 2407.08608, section 3.1), over pages.
-
-Decodes, and sequences as small, wait for memory and not for matmuls.
+On Hopper, chunks of prefills are cut into tiles (`plan.make_chunks`). As many
+blocks (CTAs) as the GPU has multiprocessors take them in turn. A tile is of two
+query heads of a group, or of one head and twice the queries where a group is
+odd: so the two warpgroups that compute need the same keys, for 64 rows of
+queries each. A third warpgroup fetches: it finds pages of keys and values in
+the page table, and copies them by TMA into a ring of buffers in shared memory.
+It goes on to the next tile while the last one is being finished. This is the
+division of labour of FlashAttention-3 (arXiv 2407.08608, section 3.1), over
+pages. Decodes, and sequences as small, wait for memory and not for matmuls.
 `pallas_triton` does them, so a hybrid batch takes one more launch.
 
-On CPUs it runs in Mosaic's interpreter, for tests.
+On Ampere the plan and the launches are those of `pallas_triton`: one for small
+sequences, one that merges what of them was split, one for chunks.
+
+On CPUs they run in Mosaic's interpreter, for tests.
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
-from pallas_kernels.ragged_paged_attention import mosaic_kernel
+from pallas_kernels.ragged_paged_attention import mosaic_ampere
+from pallas_kernels.ragged_paged_attention import mosaic_fetch
+from pallas_kernels.ragged_paged_attention import mosaic_hopper
+from pallas_kernels.ragged_paged_attention import mosaic_merge
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import tuning
@@ -65,7 +71,12 @@ def make_plan(
     num_tokens=num_tokens,
     sliding_window=sliding_window,
   )
-  sizes, small = tuning.choose_mosaic(shape), tuning.choose(shape)
+  sizes = tuning.choose_mosaic(shape)
+  if isinstance(sizes, tuning.Sizes):
+    return pallas_triton.make_plan(
+      **batch, sizes=sizes, shape=shape, decodes_only=decodes_only
+    )
+  small = tuning.choose(shape)
   plan = pallas_triton.make_plan(
     **batch, sizes=small, shape=shape, decodes_only=True
   )
@@ -102,9 +113,7 @@ def ragged_paged_attention(
     NotImplementedError: see `make_plan`.
   """
   shape = tuning.Shape.of(q, k_pages)
-  spec = mosaic_kernel.Spec(
-    shape, tuning.choose_mosaic(shape), options, q.shape[1]
-  )
+  sizes = tuning.choose_mosaic(shape)
   if plan is None:
     plan = make_plan(
       batch.kv_lens,
@@ -120,37 +129,158 @@ def ragged_paged_attention(
     type(plan).__name__,
     'must be of make_plan for this implementation',
   )
+  # Without it XLA fuses a slice of a larger array with the call, and leaves
+  # both out of the CUDA graph.
+  batch = batch_lib.Batch(
+    *lax.optimization_barrier(batch[:3]), batch.distribution
+  )
+  if isinstance(sizes, tuning.Sizes):
+    return _on_ampere(shape, sizes, q, k_pages, v_pages, batch, options, plan)
+  return _on_hopper(shape, sizes, q, k_pages, v_pages, batch, options, plan)
+
+
+def _on_ampere(
+  shape: tuning.Shape,
+  sizes: tuning.Sizes,
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
+  plan: plan_lib.Plan,
+) -> jax.Array:
+  """Launches a kernel for small sequences, another for chunks."""
+  interpret = devices.default().platform == 'cpu'
+  # Each row of queries is read before its outputs take its place.
+  rows_ref = jax.new_ref(q.reshape(-1, shape.head_dim))
+  arguments = rows_ref, k_pages, v_pages, *batch[:3]
+  if (small := plan.small) is not None:
+    spec = mosaic_fetch.Spec(shape, sizes.small, options, interpret)
+    partials = _ampere_kernel(spec, 'attend_small', len(small.seq))(
+      *arguments, *small[:6]
+    )
+    _merge_kernel(spec)(rows_ref, *partials, batch.cu_q_lens, *small[6:])
+  if (chunks := plan.chunks) is not None:
+    spec = mosaic_fetch.Spec(shape, sizes.chunks, options, interpret)
+    _ampere_kernel(spec, 'attend_chunks')(*arguments, *chunks)
+  return jax.freeze(rows_ref).reshape(q.shape)
+
+
+def _ampere_kernel(
+  spec: mosaic_fetch.Spec, name: str, slots: int | None = None
+) -> Callable[..., Any]:
+  """Returns a kernel; its arguments are those of `mosaic_fetch.Inputs`.
+
+  Args:
+    spec: what it is compiled for.
+    name: what profiles call it.
+    slots: partial results that there may be, which the kernel returns; None:
+      every result is whole, and there is no `Inputs.slot`.
+  """
+  tile, head_dim = spec.tile, spec.shape.head_dim
+  ring = tile.num_stages, tile.block_n, head_dim
+  out_type: Any = ()
+  if slots is not None:
+    rows = slots * spec.shape.num_kv_heads * tile.rows
+    out_type = tuple(
+      jax.ShapeDtypeStruct(shape, jnp.float32)
+      for shape in ((rows, head_dim), (rows,), (rows,))
+    )
+
+  def attend(*refs: Any) -> None:
+    fields = [
+      field
+      for field in mosaic_fetch.Inputs._fields
+      if field != 'slot' or slots is not None
+    ]
+    inputs, rest = refs[: len(fields)], refs[len(fields) :]
+    mosaic_ampere.attend(
+      spec,
+      mosaic_fetch.Inputs(
+        **{'slot': None} | dict(zip(fields, inputs, strict=True))
+      ),
+      None if slots is None else mosaic_ampere.Partials(*rest[:3]),
+      mosaic_fetch.Scratch(*rest[len(out_type) :]),
+    )
+
+  attend.__name__ = name
+  kernel: Callable[..., Any] = plgpu.kernel(
+    attend,
+    out_type=out_type,
+    grid=(tile.num_blocks,),
+    grid_names=('block',),
+    num_threads=spec.warpgroups,
+    thread_name='warpgroup',
+    scratch_types=[
+      plgpu.SMEM(ring, spec.shape.dtype, **_TILED),
+      plgpu.SMEM(ring, spec.shape.dtype, **_TILED),
+      *([plgpu.Barrier(num_arrivals=spec.warpgroups)] * spec.interpret),
+    ],
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=plgpu.InterpretGPUParams() if spec.interpret else None,
+  )
+  return kernel
+
+
+def _merge_kernel(spec: mosaic_fetch.Spec) -> Callable[..., Any]:
+  """Returns a kernel; its arguments are those of `mosaic_merge.Inputs`."""
+
+  def merge_splits(*refs: Any) -> None:
+    mosaic_merge.merge(spec, mosaic_merge.Inputs(*refs))
+
+  kernel: Callable[..., Any] = plgpu.kernel(
+    merge_splits,
+    out_type=(),
+    grid=(spec.tile.num_blocks,),
+    grid_names=('block',),
+    num_threads=1,
+    thread_name='warpgroup',
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    interpret=plgpu.InterpretGPUParams() if spec.interpret else None,
+  )
+  return kernel
+
+
+def _on_hopper(
+  shape: tuning.Shape,
+  sizes: tuning.MosaicSizes,
+  q: jax.Array,
+  k_pages: jax.Array,
+  v_pages: jax.Array,
+  batch: batch_lib.Batch,
+  options: batch_lib.Options,
+  plan: plan_lib.Plan,
+) -> jax.Array:
+  """Launches Triton's kernels for small sequences, then one for chunks."""
   out = pallas_triton.ragged_paged_attention(
     q, k_pages, v_pages, batch, options, plan=plan._replace(chunks=None)
   )
   if plan.chunks is None:
     return out
-  # Without it XLA fuses a slice of a larger array with the call, and leaves
-  # both out of the CUDA graph.
-  ints = lax.optimization_barrier(batch[:3])
+  spec = mosaic_hopper.Spec(shape, sizes, options, q.shape[1])
   # Each row of queries is read before its outputs take its place.
   rows_ref = jax.new_ref(out)
-  _kernel(spec)(rows_ref, k_pages, v_pages, *ints, *plan.chunks)
+  _hopper_kernel(spec)(rows_ref, k_pages, v_pages, *batch[:3], *plan.chunks)
   return jax.freeze(rows_ref)
 
 
-def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:
-  """Returns the kernel; its arguments are those of `mosaic_kernel.Inputs`."""
+def _hopper_kernel(spec: mosaic_hopper.Spec) -> Callable[..., Any]:
+  """Returns the kernel; its arguments are those of `mosaic_hopper.Inputs`."""
   sizes, dtype = spec.sizes, jnp.dtype(spec.shape.dtype)
-  rows = mosaic_kernel.WARPGROUPS, mosaic_kernel.ROWS, spec.shape.head_dim
+  rows = mosaic_hopper.WARPGROUPS, mosaic_hopper.ROWS, spec.shape.head_dim
   ring = sizes.num_stages, sizes.block_n, spec.shape.head_dim
   barriers: Any = functools.partial(
     plgpu.Barrier, num_barriers=sizes.num_stages
   )
   copies = max(sizes.block_n // spec.shape.page_size, 1)
-  warpgroups = mosaic_kernel.WARPGROUPS
+  warpgroups = mosaic_hopper.WARPGROUPS
 
   def attend_chunks(*refs: Any) -> None:
-    num_inputs = len(mosaic_kernel.Inputs._fields)
-    mosaic_kernel.run(
+    num_inputs = len(mosaic_hopper.Inputs._fields)
+    mosaic_hopper.run(
       spec,
-      mosaic_kernel.Inputs(*refs[:num_inputs]),
-      mosaic_kernel.Scratch(*refs[num_inputs:]),
+      mosaic_hopper.Inputs(*refs[:num_inputs]),
+      mosaic_hopper.Scratch(*refs[num_inputs:]),
     )
 
   kernel: Callable[..., Any] = plgpu.kernel(
@@ -160,7 +290,7 @@ def _kernel(spec: mosaic_kernel.Spec) -> Callable[..., Any]:
     grid_names=('block',),
     num_threads=warpgroups + 1,
     thread_name='thread',
-    scratch_types=mosaic_kernel.Scratch(
+    scratch_types=mosaic_hopper.Scratch(
       rows=plgpu.SMEM(rows, dtype),
       q=plgpu.SMEM(rows, dtype, **_TILED),
       k=plgpu.SMEM(ring, dtype, **_TILED),

@@ -190,13 +190,11 @@ _ITS_OWN: Mapping[tuple[str, str], _Table] = {
 }
 _MERGED_AT_ONCE = 16  # partial results
 # `implementation=None` means the first of these that supports the pages. Only a
-# measurement may put pallas_mosaic before pallas_triton on H100, and there is
-# none yet: `scripts/gpu_check` has both in its sweep.
-_FASTEST: Mapping[str, tuple[str, ...]] = {
-  'a100': ('pallas_triton',),
-  'a40': ('pallas_triton',),
-  'h100': ('pallas_triton', 'pallas_mosaic'),
-}
+# measurement may put pallas_mosaic before pallas_triton, and there is none yet:
+# `scripts/gpu_check` has both in its sweep.
+_FASTEST: Mapping[str, tuple[str, ...]] = dict.fromkeys(
+  ('a100', 'a40', 'h100'), ('pallas_triton', 'pallas_mosaic')
+)
 
 
 def choose(shape: Shape) -> Sizes:
@@ -246,7 +244,14 @@ def _numbers(kind: str, shape: Shape) -> _Numbers:
   raise AssertionError
 
 
-def _sizes(shape: Shape, small: _Numbers, chunks: _Numbers) -> Sizes:
+def _sizes(
+  shape: Shape,
+  small: _Numbers,
+  chunks: _Numbers,
+  *,
+  within_pages: bool = True,
+) -> Sizes:
+  """Returns sizes of these numbers; blocks of keys may have to be in a page."""
   device = devices.default()
   multiprocessors = (
     _INTERPRETED_BLOCKS
@@ -258,7 +263,7 @@ def _sizes(shape: Shape, small: _Numbers, chunks: _Numbers) -> Sizes:
     rows, block_n, num_warps, num_stages = numbers
     return Tile(
       max(rows, least_rows),
-      min(block_n, shape.page_size),
+      min(block_n, shape.page_size) if within_pages else block_n,
       num_warps,
       num_stages,
       _PER_SM[kind] * multiprocessors,
@@ -359,30 +364,43 @@ class MosaicSizes:
 MOSAIC_JAX = (0, 11)
 MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
 _INTERPRETED_BLOCKS = 2  # Each runs after the other.
+# Of Ampere's kernels, as of Triton's; a warpgroup multiplies 64 rows, of which
+# small sequences fill few.
+_MOSAIC_AMPERE: Mapping[int, Mapping[str, _Numbers]] = {
+  64: {'small': (16, 64, 4, 3), 'chunks': (128, 64, 8, 3)},
+  128: {'small': (16, 32, 4, 3), 'chunks': (128, 64, 8, 2)},
+}
+# Compute capability -> the JAX it takes.
+_MOSAIC_SERVES = {'8.0': (0, 12), '8.6': (0, 12), '9.0': MOSAIC_JAX}
+_INTERPRETED_AS = '9.0'  # on CPUs
 
 
-def choose_mosaic(shape: Shape) -> MosaicSizes:
+def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
   """Returns pallas_mosaic's sizes for a shape, on the default device.
+
+  Returns:
+    Those of Hopper's kernel, or of Ampere's.
 
   Raises:
     NotImplementedError: there are none for such a shape, device or JAX.
   """
   check = functools.partial(_check, who='pallas_mosaic')
+  device = devices.default()
+  interpret = device.platform == 'cpu'
+  capability = _INTERPRETED_AS if interpret else devices.capability_of(device)
   check(
-    jax.__version_info__ >= MOSAIC_JAX,
+    capability in _MOSAIC_SERVES,
+    'compute_capability',
+    capability,
+    f'must be one of {", ".join(_MOSAIC_SERVES)}',
+  )
+  oldest = _MOSAIC_SERVES[capability]
+  check(
+    jax.__version_info__ >= oldest,
     'jax',
     jax.__version__,
-    'must be 0.11 or newer',
+    f'must be {".".join(map(str, oldest))} or newer',
   )
-  device = devices.default()
-  if not (interpret := device.platform == 'cpu'):
-    capability = str(getattr(device, 'compute_capability', ''))
-    check(
-      capability in ('9.0', '9.0a'),
-      'compute_capability',
-      capability,
-      "must be 9.0, as Hopper's",
-    )
   check(
     shape.dtype in ('bfloat16', 'float16'),
     'dtype',
@@ -401,6 +419,8 @@ def choose_mosaic(shape: Shape) -> MosaicSizes:
     shape.head_dim,
     f'must be one of {", ".join(map(str, MOSAIC))}',
   )
+  if capability != '9.0':
+    return _sizes(shape, **_MOSAIC_AMPERE[shape.head_dim], within_pages=False)
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
   num_blocks = (

@@ -35,7 +35,7 @@ class Size:
     varied: the step that is compiled by other choices of XLA.
     sweep, rest: the attention's points, those that count most and the others.
     dense: the implementation of jax.nn's attention to compare with.
-    mosaic: points for the kernel for Hopper, all of them among the sweep's.
+    mosaic: points for Mosaic's kernels, all of them among the sweep's.
     tuned: batches for other sizes of tiles.
     num_tried: how many sizes of tiles are tried.
     quantized: the attention's points on quantized caches.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mosaic's kernel, compiled for an H100 that is not here."""
+"""Mosaic's kernels, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ptxas info    : Used 168 registers, used 16 barriers
   )
 
 
-def _compile(path: pathlib.Path, part: int) -> list[dict[str, Any]]:
+def _compile(path: pathlib.Path, device: str, part: int) -> Any:
   """What the command finds, alone: Mosaic keeps what a process compiled."""
   done = subprocess.run(
     [
@@ -73,7 +73,7 @@ def _compile(path: pathlib.Path, part: int) -> list[dict[str, Any]]:
       '-c',
       _COMMAND,
       str(part),
-      '--device=h100',
+      f'--device={device}',
       f'--json={path}',
     ],
     cwd=source_tree.ROOT,
@@ -87,18 +87,34 @@ def _compile(path: pathlib.Path, part: int) -> list[dict[str, Any]]:
   return found
 
 
-@needs_mosaic
-@pytest.mark.parametrize('part', [0, 1])
-def test_every_configuration_compiles(
-  part: int, tmp_path: pathlib.Path
-) -> None:
-  """Every second one: a process compiles one after the other."""
-  found = _compile(tmp_path / 'aot.json', part)
+def _check_all(path: pathlib.Path, device: str, part: int) -> None:
+  found = _compile(path, device, part)
   assert len(found) > 5
   for case in found:
-    assert [
+    assert sorted(
       kernel['name'] for kernel in case['kernels'] if kernel['is_ours']
-    ] == ['attend_small', 'merge_splits', 'attend_chunks']
+    ) == ['attend_chunks', 'attend_small', 'merge_splits']
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+  ('device', 'part'),
+  [('h100', 0), ('h100', 1), ('a100', 0), ('a40', 1)],
+)
+def test_every_configuration_compiles(
+  device: str, part: int, tmp_path: pathlib.Path
+) -> None:
+  """A process compiles one after the other; A100 and A40 have half each."""
+  _check_all(tmp_path / 'aot.json', device, part)
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize(('device', 'part'), [('a100', 1), ('a40', 0)])
+def test_every_other_configuration_compiles(
+  device: str, part: int, tmp_path: pathlib.Path
+) -> None:
+  _check_all(tmp_path / 'aot.json', device, part)
 
 
 @needs_mosaic
@@ -121,7 +137,10 @@ def test_tritons_compile_on_this_jax_too(device: str) -> None:
 
 @needs_mosaic
 @pytest.mark.slow
-def test_mistrals_step_compiles_in_place(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('device', ['h100', 'a100'])
+def test_mistrals_step_compiles_in_place(
+  device: str, tmp_path: pathlib.Path
+) -> None:
   path = tmp_path / 'plan.json'
   subprocess.run(
     [
@@ -129,7 +148,7 @@ def test_mistrals_step_compiles_in_place(tmp_path: pathlib.Path) -> None:
       '-m',
       'sarathi_jax.plan',
       f'--json={path}',
-      '--config=configs/mistral_7b_h100.py',
+      f'--config=configs/mistral_7b_{device}.py',
       '--attention=pallas_mosaic',
     ],
     cwd=source_tree.ROOT,

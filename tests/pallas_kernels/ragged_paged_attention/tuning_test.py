@@ -91,14 +91,20 @@ def _pretend(
     (8, 128, 'bfloat16', 'page_size=8: must be a power of two from 16 on'),
   ],
 )
+@pytest.mark.parametrize(
+  ('kind', 'capability'),
+  [('NVIDIA H100 80GB HBM3', '9.0'), ('NVIDIA A40', '8.6')],
+)
 def test_what_mosaics_kernel_cannot_do(
+  kind: str,
+  capability: str,
   page_size: int,
   head_dim: int,
   dtype: str,
   match: str,
   monkeypatch: pytest.MonkeyPatch,
 ):
-  _pretend(monkeypatch, 'NVIDIA H100 80GB HBM3', '9.0')
+  _pretend(monkeypatch, kind, capability, (0, 12, 0))
   assert rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')[0].ndim == 4
   with pytest.raises(NotImplementedError, match=match):
     rpa.init_pages(2, page_size, 2, head_dim, dtype, 'pallas_mosaic')
@@ -111,9 +117,14 @@ def test_what_mosaics_kernel_cannot_do(
       'NVIDIA A100-SXM4-80GB',
       '8.0',
       (0, 11, 2),
-      'compute_capability=8.0: must',
+      'jax=0.11.2: must be 0.12 or newer',
     ),
-    ('NVIDIA B200', '10.0', (0, 12, 0), 'compute_capability=10.0: must be 9.0'),
+    (
+      'NVIDIA B200',
+      '10.0',
+      (0, 12, 0),
+      'compute_capability=10.0: must be one of 8.0, 8.6, 9.0',
+    ),
     (
       'NVIDIA H100 PCIe',
       '9.0',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The body of `pallas_mosaic`'s kernel: what a block (CTA) does.
+"""The body of `pallas_mosaic`'s kernel for Hopper: wgmma and TMA.
 
 A ref is a reference to an array in the GPU's global or shared memory. Shape
 letters are those of `api`; W is the number of tiles in `plan.Chunks`.
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +19,12 @@ from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import mosaic_registers as registers
 from pallas_kernels.ragged_paged_attention import tuning
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
-ROWS = 64  # rows of queries in a warpgroup's matmul
+ROWS = registers.ROWS
 WARPGROUPS = 2  # those that compute
-_MASKED = -1e30  # finite: the difference of two of them is no NaN
-_LOG2_E = math.log2(math.e)
 # Registers of a thread: those that fetch lend theirs to those that compute.
 _FETCH_REGISTERS, _COMPUTE_REGISTERS = 24, 240
 
@@ -224,16 +222,7 @@ def _compute(
       full_start = jnp.clip(
         lax.div(oldest + (block_n - 1), jnp.int32(block_n)), start, full_stop
       )
-    state: Any = (
-      plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA),
-      *(
-        plgpu.layout_cast(
-          jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
-        )
-        for x in (_MASKED, 0.0)
-      ),
-      num_done,
-    )
+    state: Any = (*registers.start(spec.shape.head_dim), num_done)
     step = functools.partial(
       _key_block, spec, scratch, q_ref, past + first, kv_len
     )
@@ -250,9 +239,7 @@ def _compute(
 
     _store(
       rows_ref,
-      (acc * lax.broadcast_in_dim(1 / norm, shape, [0])).astype(
-        spec.shape.dtype
-      ),
+      (acc * registers.along_rows(1 / norm, shape)).astype(spec.shape.dtype),
     )
     plgpu.commit_smem()
     num_rows = q_stop - q_start - first
@@ -305,8 +292,7 @@ def _key_block(
     The new state.
   """
   acc, top, norm, num_done = state
-  block_n, options = spec.sizes.block_n, spec.options
-  shape = ROWS, block_n
+  shape = ROWS, spec.sizes.block_n
   slot = lax.rem(num_done, jnp.int32(spec.sizes.num_stages))
 
   def multiply(scores_ref: Any) -> jax.Array:
@@ -316,43 +302,23 @@ def _key_block(
   plgpu.barrier_wait(scratch.k_there.at[slot])
   scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
   plgpu.barrier_arrive(scratch.k_free.at[slot])
-  factor = options.scale * _LOG2_E
-  if (cap := options.soft_cap) is not None:
-    # tanh, whose own approximation is off by 2**-11.
-    scores = 1 - 2 / (jnp.exp2(scores * (2 * factor / cap)) + 1)
-    factor = cap * _LOG2_E
+  last = None
   if masked:
-    # The barrier keeps it from being computed once before the loop, and from
-    # taking up 64 registers meanwhile.
-    at = lax.optimization_barrier(
-      plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    )
-    last = _row_numbers() + (q_first - j * block_n)
-    scores = jnp.where(
-      at <= lax.broadcast_in_dim(last, shape, [0]), scores, _MASKED
-    )
-    if (window := options.sliding_window) is not None:
-      scores = jnp.where(
-        at > lax.broadcast_in_dim(last - window, shape, [0]), scores, _MASKED
-      )
-  new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-  decay = jnp.exp2(top - new_top)
-  weights = jnp.exp2(
-    scores * factor - lax.broadcast_in_dim(new_top, shape, [0])
-  )
+    last = registers.row_numbers() + (q_first - j * spec.sizes.block_n)
+  weights, decay, top = registers.weigh(spec.options, scores, top, last)
   norm = norm * decay + weights.sum(axis=1)
   weights = weights.astype(spec.shape.dtype)
   plgpu.barrier_wait(scratch.v_there.at[slot])
   if masked:
-    _clear_unwritten(spec, scratch.v.at[slot], kv_len - j * block_n)
+    _clear_unwritten(spec, scratch.v.at[slot], kv_len - j * spec.sizes.block_n)
   acc = _accumulate(
-    acc * lax.broadcast_in_dim(decay, acc.shape, [0]),
+    acc * registers.along_rows(decay, acc.shape),
     weights,
     scratch.v.at[slot],
     spec.sizes.interpret,
   )
   plgpu.barrier_arrive(scratch.v_free.at[slot])
-  return acc, new_top, norm, num_done + 1
+  return acc, top, norm, num_done + 1
 
 
 def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
@@ -374,7 +340,7 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
       for column in range(0, spec.shape.head_dim, 64):
         piece = v_ref.at[pl.ds(row, ROWS), pl.ds(column, 64)]
         values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
-        at = lax.broadcast_in_dim(_row_numbers(), shape, [0])
+        at = registers.along_rows(registers.row_numbers(), shape)
         piece[...] = jnp.where(
           at < num_rows - row, values, jnp.zeros_like(values)
         )
@@ -398,13 +364,6 @@ def _accumulate(
     )
   run: Any = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, weights, v_ref))
   return run(plgpu.ACC.init(acc))
-
-
-def _row_numbers() -> jax.Array:
-  numbers: jax.Array = plgpu.broadcasted_iota(
-    jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1)
-  )
-  return numbers
 
 
 def _store(ref: Any, value: jax.Array) -> None:
