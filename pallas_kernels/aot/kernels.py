@@ -78,18 +78,18 @@ def read_mosaic(
     target: the device.
   """
   for file in sorted(dumps.glob('*.ptxas')):
+    # Each of a name has a number, which lowering and compiling count apart.
+    name = file.stem.rpartition('_')[0]
+    (resources,) = dumps.glob(f'{name}_*.resources.txt')
     ((registers, spills),) = parse_ptxas(file.read_text()).values()
     found = re.search(
       r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text()
     )
-    asked = re.search(
-      r'smem_scratch_bytes=(\d+)',
-      file.with_suffix('.resources.txt').read_text(),
-    )
+    asked = re.search(r'smem_scratch_bytes=(\d+)', resources.read_text())
     assert found and asked, file
     threads, shared = int(found[1]), int(asked[1])
-    yield Kernel(  # Each of a name has a number.
-      file.stem.rpartition('_')[0],
+    yield Kernel(
+      name,
       True,
       threads,
       registers,

@@ -90,10 +90,13 @@ def _compile(path: pathlib.Path, device: str, part: int) -> Any:
 def _check_all(path: pathlib.Path, device: str, part: int) -> None:
   found = _compile(path, device, part)
   assert len(found) > 5
-  for case in found:
-    assert sorted(
-      kernel['name'] for kernel in case['kernels'] if kernel['is_ours']
-    ) == ['attend_chunks', 'attend_small', 'merge_splits']
+  ours = [
+    {kernel['name'] for kernel in case['kernels'] if kernel['is_ours']}
+    for case in found
+  ]
+  # What merges may be what another case has, and is then not compiled again.
+  assert all(names >= {'attend_chunks', 'attend_small'} for names in ours)
+  assert 'merge_splits' in set().union(*ours)
 
 
 @needs_mosaic
