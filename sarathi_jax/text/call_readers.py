@@ -18,6 +18,7 @@ _MOST_KEY = 64
 _MOST_ARGUMENTS_AS_TEXT = 2**20
 _NAME = re.compile(r'[\w./:-]+')
 _WORD = re.compile(r'\w+')
+_HEADER = re.compile(r'[\w ]+')
 _ELEMENT_NAME = re.compile(r'[^<>\n]+')
 _ELEMENT_ENDS = ('\n</parameter>', '</parameter>')
 MalformedError = incremental.MalformedError
@@ -307,6 +308,29 @@ def mistral(
   yield from source.literal('[ARGS]')
   yield from source.space()
   yield from _named(source, caller, name)
+
+
+def harmony(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads a call of a function: its name, the rest of a header, arguments.
+
+  The channel is before or after the name, and the kind of arguments is marked
+  or not.
+  """
+  name = yield from source.run(_NAME, _MOST_NAME)
+  while not (yield from source.literal('<|message|>')):
+    is_known = (
+      (yield from source.run(_HEADER, _MOST_NAME))
+      or (yield from source.literal('<|channel|>'))
+      or (yield from source.literal('<|constrain|>'))
+    )
+    if not is_known:
+      raise MalformedError
+  yield from source.space()
+  yield from _named(source, caller, name)
+  yield from source.space()
+  yield from source.literal('<|call|>')
 
 
 def _named(

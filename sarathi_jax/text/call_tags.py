@@ -45,16 +45,17 @@ def outputs_of(
     InvalidRequestError: it asks for calls that must be in two ways.
   """
   reply = None
-  if chat is not None and formats.tools is not None and chat.callable:
-    reply = _with_calls(formats.tools, chat, answer)
-  has_calls = reply is not None
   thinks = formats.reasoning
   if thinks is not None and thinks.is_over(prompt_end):
     thinks = None
+  mark = thinks.answer if thinks else ''
+  if chat is not None and formats.tools is not None and chat.callable:
+    reply = _with_calls(formats.tools, chat, answer, mark)
+  has_calls = reply is not None
   if reply is None:
     if answer is None or thinks is None:
       return answer
-    reply = {**structured_outputs.ANSWER}
+    reply = _marked(mark, structured_outputs.ANSWER)
   if thinks is not None:
     reply = _after_reasoning(thinks, thinks.is_begun(prompt_end), reply)
   tag: Any = {'format': reply}
@@ -63,10 +64,25 @@ def outputs_of(
   )
 
 
+def _marked(mark: str, answer: Mapping[str, Any]) -> _Format:
+  """Returns an answer behind what it begins with, if anything."""
+  return tags.sequence(tags.text(mark), {**answer}) if mark else {**answer}
+
+
 def _with_calls(
-  form: reply_formats.ToolFormat, chat: chats.Chat, answer: _Params | None
+  form: reply_formats.ToolFormat,
+  chat: chats.Chat,
+  answer: _Params | None,
+  mark: str,
 ) -> _Format | None:
-  """Returns what a reply with calls has to be; None if tools don't say."""
+  """Returns what a reply with calls has to be; None if tools don't say.
+
+  Args:
+    form: how the model writes calls.
+    chat: the chat.
+    answer: see `outputs_of`.
+    mark: what an answer begins with, if anything.
+  """
   must_call = chat.tool_choice != chats.AUTO
   is_strict = any(map(_is_strict, chat.offered))
   if answer is not None and answer.structural_tag is not None:
@@ -90,13 +106,15 @@ def _with_calls(
   calls = _calls(form.frame, each, is_one)
   if must_call:  # There is no answer then.
     return calls
+  if answer is None and mark:
+    return tags.one_of(calls, _marked(mark, {'type': 'any_text'}))
   if answer is None:
     return _maybe_calls(form, calls, each, is_one, [*chat.callable])
   if form.bare is reply_formats.Bare.OBJECT:
     calls = tags.one_of(
       *(_object(form.frame, *item) for item in arguments.items())
     )
-  return tags.one_of(calls, {**structured_outputs.ANSWER})
+  return tags.one_of(calls, _marked(mark, structured_outputs.ANSWER))
 
 
 def _calls(
@@ -215,9 +233,10 @@ def _after_reasoning(
   form: reply_formats.ReasoningFormat, is_begun: bool, reply: _Format
 ) -> _Format:
   """Returns a reply after what is thought, if anything is."""
-  # No more, as small models never end it.
+  # No more space, as small models never end it.
   space = tags.regex(r'[ \t\r\n]{0,4}')
-  thought = tags.sequence(tags.until(form.end), space)
+  between = tags.text(form.then) if form.then else space
+  thought = tags.sequence(tags.until(form.end), between)
   whole = reply
   if form.before:
     whole = tags.sequence(tags.text(form.before), reply, tags.text(form.after))

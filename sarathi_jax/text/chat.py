@@ -56,6 +56,7 @@ class _Parsed(NamedTuple):
     variables: those it reads.
     tools: the variable that it reads tools from, if it does.
     has_tools_in_messages: whether it has them from a message instead.
+    thinking: whether it reads `thinking` of messages.
   """
 
   template: jinja2.Template
@@ -63,6 +64,7 @@ class _Parsed(NamedTuple):
   variables: Set[str]
   tools: str | None
   has_tools_in_messages: bool
+  thinking: bool
 
   @classmethod
   def of(cls, source: str, environment: jinja2.Environment) -> _Parsed:
@@ -76,6 +78,7 @@ class _Parsed(NamedTuple):
         variables,
         tools,
         messages_lib.has_tools(tree, tools),
+        messages_lib.takes_thinking(tree),
       )
     except Exception as error:  # Of jinja2, or of Python, which compiles it.
       raise errors.CheckpointError(
@@ -172,7 +175,9 @@ class ChatTemplate:
         them.
     """
     parsed = self._with_tools if tools else self._plain
-    prepared = messages_lib.prepared(messages, parsed.contents)
+    prepared = messages_lib.prepared(
+      messages, parsed.contents, thinking=parsed.thinking
+    )
     ours = {
       'messages': prepared,
       'add_generation_prompt': True,

@@ -84,19 +84,22 @@ class Contents(enum.Enum):
 def prepared(
   messages: Sequence[Any],
   contents: Contents = Contents.TEXT,
+  *,
+  thinking: bool = False,
 ) -> list[dict[str, Any]]:
   """Returns messages whose contents are what a template takes.
 
   Args:
     messages: as OpenAI has them.
     contents: what the template takes; for TEXT, parts are joined, a line each.
+    thinking: whether it takes what a model thought as `thinking`.
 
   Raises:
     UnsupportedError: a part is not text.
     InvalidRequestError: these are not such messages.
   """
   return [
-    _prepared(message, f'messages[{i}]', contents)
+    _prepared(message, f'messages[{i}]', contents, thinking)
     for i, message in enumerate(messages)
   ]
 
@@ -151,6 +154,12 @@ def with_tools(
   return messages
 
 
+def takes_thinking(template: nodes.Template) -> bool:
+  """Whether a template reads `thinking` of messages (gpt-oss)."""
+  places = template.find_all((nodes.Getattr, nodes.Getitem))
+  return any(_is_of(node, 'thinking') for node in places)
+
+
 def _is_content(node: nodes.Node) -> bool:
   return _is_of(node, 'content')
 
@@ -165,7 +174,9 @@ def _is_of(node: nodes.Node, name: str) -> bool:
   )
 
 
-def _prepared(message: Any, where: str, contents: Contents) -> dict[str, Any]:
+def _prepared(
+  message: Any, where: str, contents: Contents, thinking: bool
+) -> dict[str, Any]:
   if not isinstance(message, Mapping):
     raise _wrong(where, message, 'must be an object with role and content')
   role = message.get('role')
@@ -175,6 +186,11 @@ def _prepared(message: Any, where: str, contents: Contents) -> dict[str, Any]:
     **message,
     'content': _content(message.get('content'), f'{where}.content', contents),
   }
+  # What is beside both content and calls, such a template refuses.
+  if thinking and not (message.get('content') and message.get('tool_calls')):
+    thought = message.get('reasoning_content')
+    if isinstance(thought, str) and thought:
+      made.setdefault('thinking', thought)
   if message.get('tool_calls'):
     made['tool_calls'] = [
       _tool_call(call, f'{where}.tool_calls[{i}]')

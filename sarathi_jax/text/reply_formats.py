@@ -100,6 +100,11 @@ class ReasoningFormat(NamedTuple):
     before, after: the answer then.
     words: one of them is in the templates of those that write so; if there are
       none, a mark.
+    then: what is between it and whatever comes next.
+    answer: what an answer begins with, whether or not it thought.
+    others: marks that say nothing, of replies whose parts are all marked: these
+      may think several times.
+    tokens: special tokens that marks are made of, if they are no tokens.
   """
 
   models: str
@@ -108,10 +113,16 @@ class ReasoningFormat(NamedTuple):
   before: str = ''
   after: str = ''
   words: tuple[str, ...] = ()
+  then: str = ''
+  answer: str = ''
+  others: tuple[str, ...] = ()
+  tokens: tuple[str, ...] = ()
 
   @property
   def marks(self) -> tuple[str, ...]:
-    """All of them."""
+    """All of them, or what they are made of."""
+    if self.tokens:
+      return self.tokens
     marks = (self.begin, self.end, self.before, self.after)
     return tuple(filter(None, marks))
 
@@ -126,6 +137,8 @@ class ReasoningFormat(NamedTuple):
 
   def is_over(self, prompt_end: str) -> bool:
     """Whether a prompt that ends so has it think no more."""
+    if self.answer:
+      return prompt_end.endswith(self.answer)
     return prompt_end.rstrip().endswith(self.end)
 
 
@@ -254,6 +267,23 @@ TOOLS: Mapping[str, ToolFormat] = {
     Frame('{"name": "', '", "parameters": ', '}', None),
     bare=Bare.OBJECT,
   ),
+  # OpenAI's harmony format.
+  'openai': ToolFormat(
+    'gpt-oss',
+    ('<|channel|>commentary',),
+    (
+      '<|channel|>commentary to=functions.',
+      '<|channel|>analysis to=functions.',
+      ' to=functions.',
+    ),
+    call_readers.harmony,
+    Frame(
+      '<|channel|>commentary to=functions.',
+      ' <|constrain|>json<|message|>',
+      '',
+      None,
+    ),
+  ),
 }
 # Words of templates whose calls look like a row's, but are others.
 _NOT_OURS = ('<arg_key>',)
@@ -281,6 +311,31 @@ REASONING: Mapping[str, ReasoningFormat] = {
   ),
   'mistral': ReasoningFormat(
     "Magistral, Ministral 3's Reasoning", '[THINK]', '[/THINK]'
+  ),
+  # Messages on channels, each begun as the prompt began the first.
+  'openai_gptoss': ReasoningFormat(
+    'gpt-oss',
+    '<|channel|>analysis<|message|>',
+    '<|end|>',
+    words=('<|channel|>analysis<|message|>',),
+    then='<|start|>assistant',
+    answer='<|channel|>final<|message|>',
+    others=(
+      '<|channel|>final<|message|>',
+      '<|channel|>commentary<|message|>',
+      '<|start|>assistant',
+      '<|end|>',
+      '<|return|>',
+    ),
+    tokens=(
+      '<|channel|>',
+      '<|constrain|>',
+      '<|message|>',
+      '<|start|>',
+      '<|end|>',
+      '<|call|>',
+      '<|return|>',
+    ),
   ),
 }
 

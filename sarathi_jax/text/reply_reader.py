@@ -105,11 +105,7 @@ class ReplyReader(call_readers.Caller):
     reasoning = self._formats.reasoning
     if reasoning is not None and reasoning.before and self._thinks:
       yield from self._response(reasoning)
-    form = self._formats.tools if self._tools else None
-    if form is None:
-      yield from self._source.until((), self._say)
-    else:
-      yield from self._answer(form)
+    yield from self._answer(self._formats.tools if self._tools else None)
     if not self._num_begun:
       self._content += self._space
 
@@ -125,10 +121,16 @@ class ReplyReader(call_readers.Caller):
       if not self._thinks:
         self._say(''.join(before))
         return
-    yield from source.space()
-    yield from source.until((form.end,), self._reason)
+    yield from self._thoughts(form)
+
+  def _thoughts(
+    self, form: reply_formats.ReasoningFormat
+  ) -> incremental.Waiting[None]:
+    self._space = ['\n'] if self._has_reasoned else []
+    yield from self._source.space()
+    yield from self._source.until((form.end,), self._reason)
     self._space = []
-    yield from source.space()
+    yield from self._source.space()
 
   def _response(
     self, form: reply_formats.ReasoningFormat
@@ -139,18 +141,22 @@ class ReplyReader(call_readers.Caller):
       yield from self._source.until((form.after,), self._say)
 
   def _answer(
-    self, form: reply_formats.ToolFormat
+    self, form: reply_formats.ToolFormat | None
   ) -> incremental.Waiting[None]:
-    source = self._source
-    if form.bare is not None:
+    source, thoughts = self._source, self._formats.reasoning
+    if form is not None and form.bare is not None:
       yield from source.space(self._say)
       is_named = form.bare is reply_formats.Bare.NAME
       if is_named or (yield from source.next()) == form.bare.value:
         yield from self._call(form, '')
-    marks = (*form.begins, *form.others)
+    marks = (*form.begins, *form.others) if form else ()
+    if thoughts is not None and thoughts.others:
+      marks = (*marks, *thoughts.others, thoughts.begin)
     while mark := (yield from source.until(marks, self._say)):
-      if mark in form.begins:
+      if form is not None and mark in form.begins:
         yield from self._call(form, mark)
+      elif thoughts is not None and mark == thoughts.begin:
+        yield from self._thoughts(thoughts)
 
   def _call(
     self, form: reply_formats.ToolFormat, mark: str

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 from typing import Any
@@ -32,6 +33,7 @@ SCHEMA = {
   'additionalProperties': False,
 }
 MESSAGES = [{'role': 'user', 'content': 'a'}]
+HARMONY = reply_formats.REASONING['openai_gptoss']
 
 
 def tool(name: str, **more: Any) -> dict[str, Any]:
@@ -49,7 +51,8 @@ SCHEMAS = {
 def grammars() -> compiler.Grammars:
   words = tokenizers.Tokenizer.from_str(tokenizer_fixture.make().to_str())
   marks = {mark for form in reply_formats.TOOLS.values() for mark in form.marks}
-  words.add_special_tokens(sorted(m for m in marks if 'tool_call>' not in m))
+  marks = {m for m in marks if 'tool_call>' not in m and ' to=' not in m}
+  words.add_special_tokens(sorted(marks | {*HARMONY.tokens}))
   return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 360, (1,))
 
 
@@ -75,7 +78,9 @@ def drawn(formats: reply_formats.Formats, chat: Any, seed: int) -> Any:
   outputs = call_tags.outputs_of(formats, chat, '')
   assert outputs is not None
   tokenizer = grammars()._tokenizer
-  thought = f'<think>{seed}</think>' if formats.reasoning else ''
+  thought = ''
+  if (form := formats.reasoning) is not None:
+    thought = f'{form.begin}{seed}{form.end}{form.then}'
   tokens, has_ended = walks.walk(
     grammars(),
     outputs,
@@ -90,8 +95,13 @@ def drawn(formats: reply_formats.Formats, chat: Any, seed: int) -> Any:
   return text, reader.read(text, is_last=True), reader.num_whole
 
 
-@pytest.mark.parametrize('name', reply_formats.TOOLS)
-@pytest.mark.parametrize('reasoning', [None, 'qwen3'])
+@pytest.mark.parametrize(
+  ('name', 'reasoning'),
+  [
+    *itertools.product(reply_formats.TOOLS, [None, 'qwen3']),
+    ('openai', 'openai_gptoss'),
+  ],
+)
 def test_what_must_be_called_is(name: str, reasoning: str | None) -> None:
   formats = reply_formats.Formats(
     reply_formats.TOOLS[name], reply_formats.REASONING.get(reasoning or '')
@@ -128,7 +138,8 @@ def test_what_must_be_called_is(name: str, reasoning: str | None) -> None:
 @pytest.mark.parametrize('name', reply_formats.TOOLS)
 def test_strict_tools_are_called_by_their_schema(name: str) -> None:
   """And any text may be written instead."""
-  formats = reply_formats.Formats(reply_formats.TOOLS[name])
+  reasoning = HARMONY if name == 'openai' else None
+  formats = reply_formats.Formats(reply_formats.TOOLS[name], reasoning)
   chat = chats.Chat(
     messages=MESSAGES,
     tools=[tool('weather', parameters=SCHEMA, strict=True), tool('now')],
@@ -143,13 +154,38 @@ def test_strict_tools_are_called_by_their_schema(name: str) -> None:
   def call(arguments: str, tool: str = 'weather') -> str:
     return written(form, arguments, tool)
 
-  assert is_allowed('It is sunny in [Paris] {today}.')
+  mark = reasoning.answer if reasoning else ''
+  assert is_allowed(f'{mark}It is sunny in [Paris] {{today}}.')
   assert is_allowed(call('{"city": "Pari"}'))
   assert is_allowed(call('{"a": 1}', 'now'))
   assert not is_allowed(call('{"town": "Pari"}'))
   # A name of no tool is text, where nothing else begins a call.
   is_text = form.bare is reply_formats.Bare.NAME
   assert is_allowed(call('{}', 'other')) == is_text
+  if reasoning is not None:
+    thought = f'{reasoning.begin}Hm.{reasoning.end}'
+    assert is_allowed(f'{thought}{reasoning.then}{mark}Yes.')
+    assert is_allowed(thought + reasoning.then + call('{}', 'now'))
+    assert not is_allowed(f'{thought}{mark}Yes.')
+
+
+def test_an_answer_is_behind_its_mark() -> None:
+  """And what it has to be is asked of it alone."""
+  outputs = call_tags.outputs_of(
+    reply_formats.Formats(None, HARMONY),
+    None,
+    '<|start|>assistant',
+    walks.types.StructuredOutputsParams(choice=('yes', 'no')),
+  )
+  thought = f'{HARMONY.begin}maybe{HARMONY.end}{HARMONY.then}'
+  for text, is_one in (
+    (f'{HARMONY.answer}yes', True),
+    (f'{thought}{HARMONY.answer}no', True),
+    (f'{thought}{HARMONY.answer}maybe', False),
+    (f'{thought}no', False),
+    ('yes', False),
+  ):
+    assert accepts(outputs, text) == is_one, text
 
 
 def accepts(outputs: Any, text: str) -> bool:

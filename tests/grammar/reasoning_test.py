@@ -101,11 +101,17 @@ def grammars_of_tokens() -> compiler.Grammars:
       *reply_formats.REASONING.values(),
     )
     for mark in form.marks
+    if ' to=' not in mark
   }
   words.add_tokens(
     [tokenizers.AddedToken(m, normalized=False) for m in sorted(marks)]
   )
   return compiler.Grammars(tokenizer_lib.Tokenizer.copy_of(words), 380, (1,))
+
+
+def _after(marks: reply_formats.ReasoningFormat) -> str:
+  """What is between what was thought and the rest."""
+  return marks.then or '\n\n'
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -114,23 +120,24 @@ def test_an_answer_comes_after_what_is_thought(row: str, kind: str) -> None:
   marks = reply_formats.REASONING[row]
   formats = reply_formats.Formats(reasoning=marks)
   params, plain, bad = KINDS[kind]
-  good = f'{marks.before}{plain}{marks.after}'
+  good = f'{marks.answer}{marks.before}{plain}{marks.after}'
   thought = 'Is it {"m": 1}? [No], <b>.'
   for end, before in (
-    (f'[assistant]{marks.begin}\n', f'{thought}\n{marks.end}\n\n'),
-    ('[assistant]', f'{marks.begin}\n{thought}\n{marks.end}\n\n'),
-    ('[assistant]', f'{marks.begin}{thought}{marks.end}'),
+    (f'[assistant]{marks.begin}\n', f'{thought}\n{marks.end}{_after(marks)}'),
+    ('[assistant]', f'{marks.begin}\n{thought}\n{marks.end}{_after(marks)}'),
+    ('[assistant]', f'{marks.begin}{thought}{marks.end}{marks.then}'),
   ):
     outputs = call_tags.outputs_of(formats, None, end, params)
     assert call_tags_test.accepts(outputs, before + good), (end, before)
-    assert not call_tags_test.accepts(outputs, f'{before}{marks.before}{bad}')
+    other = f'{before}{marks.answer}{marks.before}{bad}'
+    assert not call_tags_test.accepts(outputs, other)
     assert not call_tags_test.accepts(outputs, before + good + 'x')
     reply = read(formats, end, before + good)
     assert reply == types.Reply(plain, thought), reply
   # Where it was not asked to think, it need not; where it was, it must end it.
   outputs = call_tags.outputs_of(formats, None, '[assistant]', params)
-  assert call_tags_test.accepts(outputs, plain)
-  assert not call_tags_test.accepts(outputs, bad)
+  assert call_tags_test.accepts(outputs, marks.answer + plain)
+  assert not call_tags_test.accepts(outputs, marks.answer + bad)
   outputs = call_tags.outputs_of(formats, None, marks.begin, params)
   assert not call_tags_test.accepts(outputs, plain)
 
@@ -138,7 +145,7 @@ def test_an_answer_comes_after_what_is_thought(row: str, kind: str) -> None:
 @pytest.mark.parametrize('row', reply_formats.REASONING)
 def test_an_answer_comes_at_once_where_nothing_is_thought(row: str) -> None:
   marks = reply_formats.REASONING[row]
-  over = f'{marks.begin}\n\n{marks.end}\n\n'
+  over = f'{marks.begin}\n\n{marks.end}{_after(marks)}{marks.answer}'
   for formats, end in (
     (reply_formats.Formats(reasoning=marks), over),
     (reply_formats.Formats(), f'[assistant]{marks.begin}'),

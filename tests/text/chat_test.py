@@ -159,6 +159,90 @@ def test_tools_are_where_a_maker_has_them(template, text):
   assert not chat.ChatTemplate('{{ messages }}', {}).takes_tools
 
 
+# In the manner of gpt-oss's.
+HARMONY = """
+{%- macro system() -%}
+  {%- if reasoning_effort is not defined %}
+    {%- set reasoning_effort = "medium" %}
+  {%- endif %}
+  {{- "Date: " + strftime_now("%Y-%m-%d") + "\\n" }}
+  {{- "Reasoning: " + reasoning_effort + "\\n" }}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" + system() + "<|end|>" }}
+{%- if tools %}
+  {{- "<|start|>developer<|message|>namespace functions {\\n" }}
+  {%- for tool in tools %}
+    {{- "type " + tool.function.name + " = (_: " }}
+    {{- tool.function.parameters.properties.keys() | join(", ") + ")" }}
+  {%- endfor %}
+  {{- "}<|end|>" }}
+{%- endif %}
+{%- set last = namespace(name=none) %}
+{%- for message in messages %}
+  {%- if message.role == "assistant" and "tool_calls" in message %}
+    {%- if "thinking" in message %}
+      {{- "<|start|>assistant<|channel|>analysis<|message|>" }}
+      {{- message.thinking + "<|end|>" }}
+    {%- endif %}
+    {%- set call = message.tool_calls[0].function %}
+    {{- "<|start|>assistant to=functions." + call.name }}
+    {{- "<|channel|>commentary json<|message|>" }}
+    {{- call.arguments | tojson + "<|call|>" }}
+    {%- set last.name = call.name %}
+  {%- elif message.role == "tool" %}
+    {{- "<|start|>functions." + last.name + " to=assistant" }}
+    {{- "<|channel|>commentary<|message|>" + message.content | tojson }}
+    {{- "<|end|>" }}
+  {%- else %}
+    {{- "<|start|>" + message.role + "<|message|>" + message.content }}
+    {{- "<|end|>" }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start|>assistant" }}{%- endif %}"""
+
+
+def test_harmony_is_rendered_as_transformers_does(tmp_path):
+  """What a model thought before a call is told by the template's own name."""
+  _write(tmp_path, HARMONY)
+  call = {'name': 'f', 'arguments': {'a': 'é', 'b': [1]}}
+
+  def chat_of(arguments: object, **thought: str) -> list[dict[str, object]]:
+    made = dict(call, arguments=arguments)
+    return [
+      {'role': 'user', 'content': 'Why?'},
+      {
+        'role': 'assistant',
+        'content': '',
+        'tool_calls': [{'type': 'function', 'id': 'x', 'function': made}],
+        **thought,
+      },
+      {'role': 'tool', 'content': '"so"'},
+    ]
+
+  tool = {'type': 'function', 'function': {'name': 'f', 'description': 'd'}}
+  tool['function']['parameters'] = {'properties': {'a': {}, 'b': {}}}
+  theirs = transformers.AutoTokenizer.from_pretrained(
+    tmp_path
+  ).apply_chat_template(
+    chat_of(call['arguments'], thinking='Hm.'),
+    tools=[tool],
+    tokenize=False,
+    add_generation_prompt=True,
+    reasoning_effort='high',
+  )
+  ours = chat.ChatTemplate.from_folder(tmp_path)
+  assert ours is not None and 'Reasoning: high' in theirs
+  assert '<|message|>Hm.<|end|>' in theirs
+  for arguments in (call['arguments'], json.dumps(call['arguments'])):
+    assert theirs == ours.render(
+      chat_of(arguments, reasoning_content='Hm.'),
+      [tool],
+      {'reasoning_effort': 'high'},
+    )
+  plain = ours.render([{'role': 'user', 'content': 'Why?'}])
+  assert 'Reasoning: medium' in plain and plain.endswith('<|start|>assistant')
+
+
 def test_a_template_that_sets_its_tools_takes_them():
   """As Mistral's and Llama 3.1's do, where there are none."""
   template = chat.ChatTemplate(

@@ -247,6 +247,26 @@ WRITTEN: tuple[tuple[str, str, str, Calls], ...] = (
     'Hm.',
     [('add', ADD)],
   ),
+  # gpt-oss: the name is behind the role, or behind the channel.
+  (
+    'openai',
+    f' to=functions.add<|channel|>commentary json<|message|>{ADD}<|call|>',
+    '',
+    [('add', ADD)],
+  ),
+  (
+    'openai',
+    '<|channel|>commentary to=functions.get_weather <|constrain|>json'
+    f'<|message|>{PARIS}',
+    '',
+    [('get_weather', PARIS)],
+  ),
+  (
+    'openai',
+    f'<|channel|>analysis to=functions.add code<|message|>{ADD}<|call|>',
+    '',
+    [('add', ADD)],
+  ),
 )
 
 
@@ -426,6 +446,61 @@ def test_reasoning_of_granite(
   assert same_however_cut(text, 'none', row) == (content, reasoning, ())
 
 
+# gpt-oss, after '<|start|>assistant': text, reasoning, content and calls.
+ANALYSIS, FINAL = (
+  '<|channel|>analysis<|message|>',
+  '<|channel|>final<|message|>',
+)
+NEXT = '<|end|><|start|>assistant'
+CHANNELS: tuple[tuple[str, str, str, Calls], ...] = (
+  (f'{ANALYSIS}Hm. So.{NEXT}{FINAL}Yes. <b> ', 'Hm. So.', 'Yes. <b> ', []),
+  (f'{FINAL}Yes.<|return|>', '', 'Yes.', []),
+  (f'{ANALYSIS}Hm', 'Hm', '', []),
+  (f'{ANALYSIS}A{NEXT}{ANALYSIS}B{NEXT}{FINAL}C', 'A\nB', 'C', []),
+  (
+    f'{ANALYSIS}A.{NEXT}<|channel|>commentary<|message|>I ask.{NEXT}'
+    f'{ANALYSIS}B.{NEXT} to=functions.add<|channel|>commentary '
+    f'<|constrain|>json<|message|>{ADD}<|call|>',
+    'A.\nB.',
+    'I ask.',
+    [('add', ADD)],
+  ),
+  (
+    f'{ANALYSIS}A{NEXT}<|channel|>commentary to=functions.get_weather '
+    f'<|constrain|>json<|message|>{PARIS}',
+    'A',
+    '',
+    [('get_weather', PARIS)],
+  ),
+  # No tool that was offered.
+  (
+    f'{ANALYSIS}A{NEXT}<|channel|>commentary to=functions.other json'
+    '<|message|>{}',
+    'A',
+    '<|channel|>commentary to=functions.other json<|message|>{}',
+    [],
+  ),
+  ('It goes to=functions.', '', 'It goes to=functions.', []),
+)
+
+
+@pytest.mark.parametrize('text, reasoning, content, calls', CHANNELS)
+def test_channels(
+  text: str, reasoning: str, content: str, calls: Calls
+) -> None:
+  reply = same_however_cut(text, 'openai', 'openai_gptoss')
+  assert (reply.reasoning, reply.content) == (reasoning, content)
+  assert calls_of(reply) == calls
+
+
+def test_channels_without_tools() -> None:
+  reader = reply_reader.ReplyReader(
+    reply_formats.choose('', 'none', 'openai_gptoss'), {}, '<|start|>assistant'
+  )
+  reply = reader.read(f'{ANALYSIS}Hm.{NEXT}{FINAL}Yes.', is_last=True)
+  assert reply == ('Yes.', 'Hm.', ())
+
+
 def test_reasoning_then_calls() -> None:
   reply = same_however_cut(
     '<think>\nMaybe <tool_call>{"name": "now"}.\n</think>\n\n'
@@ -566,6 +641,11 @@ def test_formats_are_chosen_by_templates() -> None:
     ('[TOOL_CALLS] [ARGS]', 'mistral_args', None),
     ('please respond with JSON for a function call.', 'llama3_json', None),
     ('<｜tool▁sep｜> </think>', 'deepseek_v3', 'deepseek_r1'),
+    (
+      "'<|channel|>analysis<|message|>' '<|channel|>commentary '",
+      'openai',
+      'openai_gptoss',
+    ),
   ):
     found = choose(template)
     assert found.tools is table.get(tools or ''), template
