@@ -171,11 +171,8 @@ def project_group(
       project(params, first, take_first(x)),
       *(project(params, name, x) for name in others),
     ]
-  first, *others = params[group].multiply(x)
-  return [
-    _add_bias(out, params.get(f'{name}_bias'))
-    for name, out in zip(names, [take_first(first), *others], strict=True)
-  ]
+  first, *others = params[group].multiply(x, params.get(f'{group}_bias'))
+  return [take_first(first), *others]
 
 
 def project_out(

@@ -143,7 +143,7 @@ def _of_group(x: Float[Array, 'n in'], w: Any) -> Float[Array, 'n out']:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class SideBySide:
-  """Matrices that multiply the same rows, kept as one.
+  """Matrices that multiply the same rows, kept as one; or their biases.
 
   Attributes:
     matrix: all columns, an array or a `Matrix`. On a mesh each device has its
@@ -155,8 +155,15 @@ class SideBySide:
   widths: tuple[int, ...] = dataclasses.field(metadata={'static': True})
 
   def multiply(
-    self, x: Float[Array, 'T in']
+    self, x: Float[Array, 'T in'], bias: SideBySide | None = None
   ) -> Iterable[Float[Array, 'T columns']]:
-    """Returns x @ each of them."""
+    """Returns x @ each of them, plus its bias if there are some.
+
+    They are added before the product is cut, and so by the launch that makes
+    it.
+    """
     ends = list(itertools.accumulate(self.widths))[:-1]
-    return jnp.split(matmul(x, self.matrix), ends, axis=OUT)
+    out = matmul(x, self.matrix)
+    if bias is not None:
+      out += bias.matrix[None]
+    return jnp.split(out, ends, axis=OUT)

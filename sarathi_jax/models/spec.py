@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import dataclasses
 
 # Matrices that multiply the same rows, and the name of all of them where they
-# are kept as one (`matrices.SideBySide`).
+# are kept as one (`matrices.SideBySide`). So are then their biases, `qkv_bias`.
 GROUPS: Mapping[str, tuple[str, ...]] = {
   'qkv': ('q', 'k', 'v'),
   'gate_up': ('gate', 'up'),

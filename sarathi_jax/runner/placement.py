@@ -227,17 +227,24 @@ def places(
       return _place((part(path, specs, layers),), node, mesh, layout.dtype)
     paths = {name: f'{path}.{name}' if path else name for name in specs}
     groups = {}
+
+    def merge(group: str, names: tuple[str, ...], node: Node) -> None:
+      parts = tuple(part(paths.pop(n), specs[n], layers) for n in names)
+      groups[group] = matrices.SideBySide(
+        _place(parts, node, mesh, layout.dtype),
+        tuple(_share(one, mesh)[-1] for one in parts),
+      )
+
     for group, names in spec.GROUPS.items() if layout.merged else ():
       if not specs.keys() >= set(names) or specs[names[0]].is_of_experts:
         continue
       nodes = {layout.node(paths[name], specs[name]) for name in names}
       if len(nodes) > 1:  # Some are kept otherwise, so all stay apart.
         continue
-      parts = tuple(part(paths.pop(n), specs[n], layers) for n in names)
-      groups[group] = matrices.SideBySide(
-        _place(parts, nodes.pop(), mesh, layout.dtype),
-        tuple(_share(one, mesh)[-1] for one in parts),
-      )
+      merge(group, names, nodes.pop())
+      biases = tuple(f'{name}_bias' for name in names)
+      if biases[0] in specs:
+        merge(f'{group}_bias', biases, None)
     return groups | {
       name: tree(specs[name], inner, layers) for name, inner in paths.items()
     }

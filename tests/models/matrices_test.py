@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 from pallas_kernels import grouped_matmul
 from sarathi_jax import models
+from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
 from tests import naive
 from tests import parallel_test
@@ -116,6 +118,31 @@ def test_matrices_side_by_side_are_multiplied_as_one():
   assert lowered.as_text().count('dot_general') == 1
   for got, part in zip(group.multiply(x), parts, strict=True):
     np.testing.assert_allclose(got, x @ part, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_of_a_group_are_added_before_the_product_is_cut():
+  """So a GPU adds them where it multiplies, however many there are."""
+  names, widths = ('q', 'k', 'v'), (8, 4, 4)
+  x, *arrays = (
+    jax.random.normal(jax.random.key(i), shape)
+    for i, shape in enumerate(
+      [(3, 16), *((16, n) for n in widths), *((n,) for n in widths)]
+    )
+  )
+  parts, biases = arrays[:3], arrays[3:]
+  apart = {
+    **dict(zip(names, parts, strict=True)),
+    **{f'{n}_bias': b for n, b in zip(names, biases, strict=True)},
+  }
+  merged = {
+    'qkv': matrices.SideBySide(jnp.concatenate(parts, axis=1), widths),
+    'qkv_bias': matrices.SideBySide(jnp.concatenate(biases), widths),
+  }
+  project = functools.partial(layers.project_group, group='qkv', x=x)
+  for got, want in zip(project(merged), project(apart), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  lowered = jax.jit(lambda g: layers.project_group(g, 'qkv', x)).lower(merged)
+  assert lowered.as_text().count('stablehlo.add') == 1
 
 
 def test_few_rows_are_not_multiplied_by_a_copy_of_the_matrix():

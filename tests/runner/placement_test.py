@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,18 +42,20 @@ MODEL = model_config_lib.MixtralConfig(
   num_experts=2,
   experts_per_token=1,
 )
+LLAMA = model_config_lib.LlamaConfig(
+  vocab_size=50,
+  hidden_size=16,
+  intermediate_size=24,
+  num_layers=3,
+  num_heads=8,
+  num_kv_heads=4,
+  head_dim=4,
+  max_position_embeddings=64,
+)
 MODELS: dict[str, model_config_lib.ModelConfig] = {
   'mixtral': MODEL,
-  'llama': model_config_lib.LlamaConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=4,
-    max_position_embeddings=64,
-  ),
+  'llama': LLAMA,
+  'biases': dataclasses.replace(LLAMA, qkv_bias=True, mlp_bias=True),
 }
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
@@ -141,8 +144,9 @@ def apart(params: Any) -> Any:
       if isinstance(inner, matrices.SideBySide):
         ends = np.cumsum(inner.widths)[:-1]
         split = [np.split(s, ends, -1) for s in node_shares(inner.matrix)]
-        for i, member in enumerate(spec.GROUPS[name]):
-          found[member] = [parts[i] for parts in split]
+        of, bias, _ = name.partition('_bias')
+        for i, member in enumerate(spec.GROUPS[of]):
+          found[member + bias] = [parts[i] for parts in split]
       else:
         found[name] = walk(inner)
     return found
@@ -162,8 +166,9 @@ def test_a_device_has_the_same_columns_however_they_lie(name, tp, pp):
   )
   jax.tree.map(np.testing.assert_array_equal, apart(read), apart(live))
   layer = read['layers'][0]
-  assert layer['attn'].keys() == {'qkv', 'o'}
-  assert ('gate_up' in layer.get('mlp', {})) == (name == 'llama')
+  biased = {'qkv_bias'} if name == 'biases' else set()
+  assert layer['attn'].keys() == {'qkv', 'o'} | biased
+  assert ('gate_up' in layer.get('mlp', {})) == (name != 'mixtral')
   for matrix in (layer['attn']['qkv'].matrix, layer['attn']['o']):
     assert isinstance(matrix, matrices.Transposed)
   assert not isinstance(read['embed'], matrices.Transposed)

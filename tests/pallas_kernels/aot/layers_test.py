@@ -25,7 +25,7 @@ import dataclasses, runpy
 _whole = runpy.run_path('configs/{config}.py')
 get_config = _whole['get_config']
 def get_model():
-  return dataclasses.replace(_whole['get_model'](), num_layers=4)
+  return dataclasses.replace(_whole['get_model'](), num_layers=4, {model})
 """
 
 
@@ -41,6 +41,7 @@ class Bounds:
     traffic: bytes that are read and written, the cache's left out, as a
       multiple of the weights. Of decodes it should be 1.05 at the most.
     config: of `configs`.
+    model: what its model is changed to, as it is written.
   """
 
   device: str
@@ -48,6 +49,7 @@ class Bounds:
   launches: float
   traffic: float
   config: str = 'mistral_7b_h100'
+  model: str = ''
 
 
 @matmul.needs_disassembler
@@ -64,6 +66,7 @@ def test_a_layer(bounds: Bounds, tmp_path: pathlib.Path) -> None:
     Bounds('h100', 8, 10.7, 1.01),
     # Twelve, but for the last layer, which plans for what is sampled from.
     Bounds('h100', None, 16.4, 1.85),
+    Bounds('h100', 64, 10.4, 1.055, model='qkv_bias=True'),  # as Qwen2 has them
     Bounds('a100', 64, 10.4, 1.055),
     Bounds('a40', 64, 10.4, 1.055),
     # Routing takes seven; all experts are counted, as tokens may choose all.
@@ -78,7 +81,7 @@ def test_a_layer_of_other_steps(bounds: Bounds, tmp_path: pathlib.Path) -> None:
 def check(bounds: Bounds, folder: pathlib.Path) -> None:
   """Compiles a step of some layers, and looks at them."""
   config = folder / 'shallow.py'
-  config.write_text(_SHALLOW.format(config=bounds.config))
+  config.write_text(_SHALLOW.format(config=bounds.config, model=bounds.model))
   path = folder / 'plan.json'
   done = subprocess.run(
     [
