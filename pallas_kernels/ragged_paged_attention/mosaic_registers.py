@@ -234,9 +234,10 @@ def _pointers(
   """
   from jax.experimental.mosaic import gpu as mgpu
   from jaxlib.mlir import ir
-  from jaxlib.mlir.dialects import arith
+  from jaxlib.mlir.dialects import arith as typed_arith
   from jaxlib.mlir.dialects import vector
 
+  arith: Any = typed_arith  # Its types are those of another function.
   int32, int64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
   (row_size, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()
   size = arith.constant(int32, row_size)

@@ -131,9 +131,8 @@ def ragged_paged_attention(
   )
   # Without it XLA fuses a slice of a larger array with the call, and leaves
   # both out of the CUDA graph.
-  batch = batch_lib.Batch(
-    *lax.optimization_barrier(batch[:3]), batch.distribution
-  )
+  kv_lens, page_indices, cu_q_lens = lax.optimization_barrier(batch[:3])
+  batch = batch_lib.Batch(kv_lens, page_indices, cu_q_lens, batch.distribution)
   if isinstance(sizes, tuning.Sizes):
     return _on_ampere(shape, sizes, q, k_pages, v_pages, batch, options, plan)
   return _on_hopper(shape, sizes, q, k_pages, v_pages, batch, options, plan)

@@ -207,7 +207,7 @@ def choose(shape: Shape) -> Sizes:
     NotImplementedError: there are none for such a shape or device.
   """
   devices.check_triton(devices.default())
-  return _sizes(shape, **{kind: _numbers(kind, shape) for kind in KINDS})
+  return _sizes(shape, {kind: _numbers(kind, shape) for kind in KINDS})
 
 
 def _numbers(kind: str, shape: Shape) -> _Numbers:
@@ -245,13 +245,15 @@ def _numbers(kind: str, shape: Shape) -> _Numbers:
 
 
 def _sizes(
-  shape: Shape,
-  small: _Numbers,
-  chunks: _Numbers,
-  *,
-  within_pages: bool = True,
+  shape: Shape, numbers: Mapping[str, _Numbers], *, within_pages: bool = True
 ) -> Sizes:
-  """Returns sizes of these numbers; blocks of keys may have to be in a page."""
+  """Returns sizes of the numbers of `KINDS`.
+
+  Args:
+    shape: what for.
+    numbers: of each kind.
+    within_pages: whether a block of keys has to lie in one page.
+  """
   device = devices.default()
   multiprocessors = (
     _INTERPRETED_BLOCKS
@@ -259,8 +261,8 @@ def _sizes(
     else devices.multiprocessors(device)
   )
 
-  def tile(kind: str, numbers: _Numbers, least_rows: int) -> Tile:
-    rows, block_n, num_warps, num_stages = numbers
+  def tile(kind: str, least_rows: int) -> Tile:
+    rows, block_n, num_warps, num_stages = numbers[kind]
     return Tile(
       max(rows, least_rows),
       min(block_n, shape.page_size) if within_pages else block_n,
@@ -269,10 +271,10 @@ def _sizes(
       _PER_SM[kind] * multiprocessors,
     )
 
-  of_small = tile('small', small, min(_power_of_two(shape.group), _MOST_SMALL))
+  of_small = tile('small', min(_power_of_two(shape.group), _MOST_SMALL))
   return Sizes(
     of_small,
-    tile('chunks', chunks, 1),
+    tile('chunks', 1),
     dataclasses.replace(
       of_small,
       block_n=_MERGED_AT_ONCE,
@@ -319,7 +321,7 @@ def candidates(kind: str, shape: Shape) -> Iterator[tuple[_Numbers, Sizes]]:
   """
   chosen = {kind: _numbers(kind, shape) for kind in KINDS}
   for numbers in _CANDIDATES[kind]:
-    yield numbers, _sizes(shape, **chosen | {kind: numbers})
+    yield numbers, _sizes(shape, chosen | {kind: numbers})
 
 
 def check_indices(pages: quantization.Pages) -> None:
@@ -420,7 +422,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
     f'must be one of {", ".join(map(str, MOSAIC))}',
   )
   if capability != '9.0':
-    return _sizes(shape, **_MOSAIC_AMPERE[shape.head_dim], within_pages=False)
+    return _sizes(shape, _MOSAIC_AMPERE[shape.head_dim], within_pages=False)
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)
   num_blocks = (
