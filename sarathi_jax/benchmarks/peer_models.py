@@ -12,22 +12,28 @@ from sarathi_jax.benchmarks import common
 from sarathi_jax.checkpoint import whole_folder
 
 WORKERS = pathlib.Path(__file__).parent / 'peer_workers'
-SIZES = ('43m', '150m')
+# Llamas, and a Qwen3-MoE; `peer_workers/make_model.py` says their shapes.
+SIZES = ('43m', '150m', '236m-moe')
 
 
-def llama(size: str, python: str) -> pathlib.Path:
-  """Returns the folder of a random float32 Llama, as transformers writes it.
+def made(size: str, python: str) -> pathlib.Path:
+  """Returns the folder of a random float32 model, as transformers writes it.
 
   Args:
     size: one of `SIZES`.
     python: the Python of an environment with torch and transformers.
   """
   return _once(
-    _folder() / f'llama-{size}',
+    _folder() / f'{family(size)}-{size}',
     lambda folder: _run(
       [python, str(WORKERS / 'make_model.py'), str(folder), size]
     ),
   )
+
+
+def family(size: str) -> str:
+  """Returns the name of the family that a size is of."""
+  return 'qwen3' if size.endswith('moe') else 'llama'
 
 
 def openvino(model: pathlib.Path, python: str) -> pathlib.Path:

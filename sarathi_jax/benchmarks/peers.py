@@ -59,7 +59,8 @@ def define_flags() -> None:
     'model_size',
     '43m',
     peer_models.SIZES,
-    'Size of the random Llama that all engines run.',
+    'The random model that all engines run: a Llama of this size, or a '
+    'Qwen3-MoE of 64 experts, 4 a token.',
   )
   for name, (flag, _) in PEERS.items():
     flags.DEFINE_string(
@@ -209,7 +210,7 @@ def commands(pythons: Mapping[str, str], size: str) -> dict[str, list[str]]:
     pythons: peer -> its Python.
     size: the model's.
   """
-  model = peer_models.llama(size, next(iter(pythons.values())))
+  model = peer_models.made(size, next(iter(pythons.values())))
   models = dict.fromkeys(pythons, model)
   if python := pythons.get('openvino-genai'):
     models['openvino-genai'] = peer_models.openvino(model, python)
@@ -396,7 +397,8 @@ def main() -> None:
   console.print(
     table(
       rows,
-      f'{FLAGS.model_size} Llama, float32, {FLAGS.threads} threads, '
+      f'{peer_models.family(FLAGS.model_size)} {FLAGS.model_size}, float32, '
+      f'{FLAGS.threads} threads, '
       f'{FLAGS.runs} runs of each\n'
       + ', '.join(f'{name} {v}' for name, v in versions.items()),
     )

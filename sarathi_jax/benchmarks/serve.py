@@ -89,7 +89,7 @@ def define_flags() -> None:
     'model_size',
     None,
     peer_models.SIZES,
-    'Start servers on a random Llama of this size, and measure those.',
+    'Start servers on a random model of this size, and measure those.',
   )
   flags.DEFINE_string(
     'vllm_python',
@@ -306,7 +306,7 @@ def _compared(runs: serve_runs.Runs) -> dict[str, Any]:
   common.check_program('vllm_python', FLAGS.vllm_python)
   runs.say('Making the model')
   setup = servers.Setup(
-    model=peer_models.llama(FLAGS.model_size, FLAGS.vllm_python),
+    model=peer_models.made(FLAGS.model_size, FLAGS.vllm_python),
     vllm_python=FLAGS.vllm_python,
     max_model_len=FLAGS.max_model_len,
     max_num_seqs=FLAGS.max_num_seqs,
