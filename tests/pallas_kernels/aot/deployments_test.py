@@ -15,14 +15,18 @@ from sarathi_jax.launch import absent_gpus
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
-# Two layers a stage have every kernel, copy and collective that all have.
+# Two layers a stage have every kernel, copy and collective that all have: of
+# those whose layers are of two kinds, one is of each.
 _SHALLOW = """
 import dataclasses, runpy
 _whole = runpy.run_path('configs/{name}.py')
 DEVICE, get_config = _whole['DEVICE'], _whole['get_config']
 def get_model():
-  return dataclasses.replace(
-    _whole['get_model'](), num_layers=2 * get_config().pp)
+  model, num = _whole['get_model'](), 2 * get_config().pp
+  some = {{name: tuple(range(0, num, 2))
+          for name in ('window_layers', 'unrotated_layers')
+          if getattr(model, name, None)}}
+  return dataclasses.replace(model, num_layers=num, **some)
 """
 # A push compiles one of each kind of step; `--slow` has all, with all layers.
 KINDS = (
