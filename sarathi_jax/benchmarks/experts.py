@@ -12,6 +12,7 @@ that the time shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 import statistics
 import time
 from typing import Any
@@ -111,19 +112,19 @@ def measure(
   params = random_params(config)
   x = jax.random.normal(jax.random.key(1), (rows, config.hidden_size))
   ways: dict[str, Callable[[], jax.Array]] = {}
-  for name, way, weights in (
-    ('chosen', moe.moe, params),
-    ('all', through_all, side_by_side(params)),
-  ):
+  pairs: dict[str, tuple[Callable[..., jax.Array], Any]] = {
+    'chosen': (moe.moe, params),
+    'all': (through_all, side_by_side(params)),
+  }
+  for name, (way, weights) in pairs.items():
     compiled = jax.jit(way, static_argnums=0).lower(config, weights, x)
-    step = compiled.compile()
-    ways[name] = lambda step=step, weights=weights: step(weights, x)
+    ways[name] = functools.partial(compiled.compile(), weights, x)
   difference = float(jnp.abs(ways['chosen']() - ways['all']()).max())
   seconds: dict[str, list[float]] = {name: [] for name in ways}
   for _ in range(runs):
-    for name, way in ways.items():
+    for name, run in ways.items():
       start = time.perf_counter()
-      way().block_until_ready()
+      run().block_until_ready()
       seconds[name].append(time.perf_counter() - start)
   chosen, every = (statistics.median(seconds[name]) for name in ways)
   saved = config.num_experts / config.experts_per_token
