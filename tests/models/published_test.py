@@ -61,6 +61,8 @@ SAID = {
   'qwen3-30b-a3b': Total('30.5', _CARD, active='3.3', layers='29.9'),
   'qwen3-coder-30b-a3b': Total('30.5', _CARD, active='3.3'),
   'qwen3-235b-a22b': Total('235', _CARD, active='22', layers='234'),
+  'gpt-oss-20b': Total('20.91', _PAPER),
+  'gpt-oss-120b': Total('116.83', _PAPER),
 }
 
 
