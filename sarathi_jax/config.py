@@ -133,6 +133,9 @@ class EngineConfig:
       runs with it, however its prompt is cut into chunks, preempted or not, and
       whether or not the prefix cache has what it begins with. Each step then
       computes token_budget tokens, however few there are, so choose it small.
+    expert_parallel: whether each of the devices that share a layer has whole
+      experts of a mixture, and computes its own experts' rows; if not, it has
+      columns of all.
     prefix_cache: whether prompts that begin as others did use their pages of
       the KV cache.
     prefix_cache_misses: whether to find none, but to do all else: to measure
@@ -171,6 +174,7 @@ class EngineConfig:
   batch_tbt_slo_ms: float | None = None
   attention: str | None = None
   deterministic: bool = False
+  expert_parallel: bool = False
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
   cache_aware_window: int = 1
@@ -264,6 +268,7 @@ _ENGINE_RULES: Mapping[str, Rule] = {
       'look_ahead',
       'grammars',
       'deterministic',
+      'expert_parallel',
       'prefix_cache',
       'prefix_cache_misses',
     ),

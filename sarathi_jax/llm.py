@@ -114,6 +114,7 @@ class LLM:
         'a ModelConfig, as of opening.open_checkpoint. A checkpoint is '
         'served by LLM.from_checkpoint.'
       )
+    model = model.divided(config)
     words = tokenizing.tokenizer_of(tokenizer)
     eos_token_ids = tokenizing.eos_token_ids_of(eos_token_ids, tokenizer, words)
     config_lib.check(
@@ -236,20 +237,19 @@ class LLM:
       on_model=make_mesh,
     )
     metadata = opened.metadata
+    model = metadata.model.divided(config)
     with settings.own():
-      mesh = make_mesh(metadata.model)
-      dtype = placement.choose_dtype(
-        metadata.model, config.dtype, metadata.dtype, mesh
-      )
+      mesh = make_mesh(model)
+      dtype = placement.choose_dtype(model, config.dtype, metadata.dtype, mesh)
       layout = placement.of_checkpoint(mesh, dtype)
-      memory.check_weights(metadata.model, config, mesh, layout)
+      memory.check_weights(model, config, mesh, layout)
       with progress.told(on_loaded, 'Loading weights') as tell:
         placed = weights_lib.load(
-          metadata.model, mesh, layout, opened.read, on_loaded=tell
+          model, mesh, layout, opened.read, on_loaded=tell
         )
       llm = object.__new__(cls)
       llm._start(
-        metadata.model,
+        model,
         placed,
         layout,
         mesh,

@@ -88,6 +88,7 @@ def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   from sarathi_jax.runner import memory
   from sarathi_jax.runner import placement
 
+  model = model.divided(config)
   mesh = building.make_mesh(model, config)
   dtype = placement.choose_dtype(model, config.dtype, 'float32', mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')

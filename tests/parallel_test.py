@@ -135,6 +135,18 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     sliding_window=20,
     window_layers=(0, 2),
   ),
+  'whole_experts': model_config_lib.MixtralConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=4,
+    num_experts=8,
+    experts_per_token=3,
+    qk_norm=True,
+    mlp_bias=True,
+    router_bias=True,
+    gate_limit=1.0,
+    whole_experts=True,
+  ),
   'falcon_7b': model_config_lib.FalconConfig(
     **_SIZES,
     num_layers=3,

@@ -111,6 +111,11 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'or not the prefix cache has its beginning. Each step then computes '
     '--token_budget tokens, however few there are.',
   ),
+  'expert_parallel': (
+    flags.DEFINE_bool,
+    'Of a mixture of experts, give each of the --tp devices whole experts, '
+    'and not columns of each.',
+  ),
   'prefix_cache': (
     flags.DEFINE_bool,
     'Let prompts use the KV cache of what others, or earlier ones, began with.',

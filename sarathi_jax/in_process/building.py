@@ -59,6 +59,7 @@ def make_mesh(
     ConfigError: model, config, mesh and devices don't fit each other.
   """
   scheduler_lib.class_of(config)
+  model = model.divided(config)
   config_lib.check(
     (config.max_model_len or 1) <= model.context_len,
     'max_model_len',

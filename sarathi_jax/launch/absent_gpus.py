@@ -107,6 +107,7 @@ def check(
     sarathi_jax.errors.ConfigError: it can't work, whatever the memory; or no
       step has so many tokens.
   """
+  model = model.divided(config)
   parallelism = parallel.Parallelism(tp=config.tp or 1, pp=config.pp)
   parallelism.check(model)
   target = gpu_targets.get(device)

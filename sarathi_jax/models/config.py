@@ -47,11 +47,14 @@ class Mlp(NamedTuple):
     is_gated: whether another matrix gates the output of its first one.
     num_experts: the number of experts; 1 where there is no mixture.
     experts_per_token: how many of them each token goes through.
+    are_whole: whether devices that share a layer have whole experts, and not
+      columns of each.
   """
 
   is_gated: bool = True
   num_experts: int = 1
   experts_per_token: int = 1
+  are_whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +205,20 @@ class ModelConfig:
   def mlp(self) -> Mlp:
     """The shape of the model's MLPs."""
     return Mlp()
+
+  def divided(self, config: config_lib.EngineConfig) -> Self:
+    """Returns the model as devices share it in a deployment.
+
+    Raises:
+      ConfigError: it has nothing that could be shared so.
+    """
+    _check(
+      not config.expert_parallel,
+      'expert_parallel',
+      config.expert_parallel,
+      'this model is dense: it has no experts',
+    )
+    return self
 
   @property
   def sums_per_layer(self) -> int:
@@ -410,6 +427,7 @@ class MixtralConfig(LlamaConfig):
     gate_limit: the most that a gate may be before its activation; what it gates
       is within this on either side, and 1 is added to it (gpt-oss). None: there
       is no limit, and nothing is added.
+    whole_experts: see `Mlp.are_whole`; a deployment says it.
   """
 
   family: ClassVar[str] = 'mixtral'
@@ -419,6 +437,7 @@ class MixtralConfig(LlamaConfig):
   weights_sum_to_one: bool = True
   router_bias: bool = False
   gate_limit: float | None = None
+  whole_experts: bool = False
 
   def __post_init__(self) -> None:
     super(MixtralConfig, self).__post_init__()
@@ -430,6 +449,7 @@ class MixtralConfig(LlamaConfig):
         'weights_sum_to_one': config_lib.FLAG,
         'router_bias': config_lib.FLAG,
         'gate_limit': _FACTOR,
+        'whole_experts': config_lib.FLAG,
       },
     )
     _check(
@@ -448,8 +468,13 @@ class MixtralConfig(LlamaConfig):
   @property
   def mlp(self) -> Mlp:
     return Mlp(
-      num_experts=self.num_experts, experts_per_token=self.experts_per_token
+      num_experts=self.num_experts,
+      experts_per_token=self.experts_per_token,
+      are_whole=self.whole_experts,
     )
+
+  def divided(self, config: config_lib.EngineConfig) -> Self:
+    return dataclasses.replace(self, whole_experts=config.expert_parallel)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

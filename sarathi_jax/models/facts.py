@@ -20,13 +20,13 @@ class Matrix(NamedTuple):
   Attributes:
     rows, columns: sizes of one device's part.
     copies: matrices of its kind, one an expert.
-    used: how many of the copies each token uses.
+    used: how many of the copies a token uses, on average.
   """
 
   rows: int
   columns: int
   copies: int = 1
-  used: int = 1
+  used: float = 1
 
   def num_read(self, tokens: float) -> float:
     """Returns how many of the copies some tokens use.
@@ -42,8 +42,9 @@ def layer_matrices(
   """Returns the matrices that one of `tp` devices has of a layer."""
   width, mlp = model.hidden_size, model.mlp
   heads, kv_heads = model.num_heads // tp, max(model.num_kv_heads // tp, 1)
-  inner = -(-model.intermediate_size // tp)
-  experts = mlp.num_experts, mlp.experts_per_token
+  inner = -(-model.intermediate_size // (1 if mlp.are_whole else tp))
+  shares = tp if mlp.are_whole else 1
+  experts = mlp.num_experts // shares, mlp.experts_per_token / shares
   router = [Matrix(width, mlp.num_experts)] if mlp.num_experts > 1 else []
   return (
     Matrix(width, (heads + 2 * kv_heads) * model.head_dim),

@@ -20,6 +20,8 @@ from sarathi_jax.models import matrices
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
+_COLUMNS = ('experts', 'mlp')  # the axes of what devices have columns of
+
 
 def route(
   config: config_lib.MixtralConfig,
@@ -57,13 +59,20 @@ def moe(
     x: the tokens, normalized.
     is_token: which rows are tokens; None: all. The others choose no experts,
       and get 0.
-    shards: how the experts are split over devices.
+    shards: how the experts are split over devices: where these have whole
+      ones, each computes its own experts' rows.
   """
   bias = params['router_bias'] if config.router_bias else None
   experts, weights = route(config, params['router'], x, bias)
-  if is_token is not None:
-    experts = jnp.where(is_token[:, None], experts, config.num_experts)
-  groups = grouped_matmul.group(experts.reshape(-1), config.num_experts)
+  num = config.num_experts
+  is_here = None if is_token is None else is_token[:, None]
+  if config.whole_experts and shards.tp is not None:
+    (num, *_) = jax.tree.leaves(params['gate'])[0].shape
+    experts, is_mine = shards.mine(experts, num)
+    is_here = is_mine if is_here is None else is_mine & is_here
+  if is_here is not None:
+    experts = jnp.where(is_here, experts, num)
+  groups = grouped_matmul.group(experts.reshape(-1), num)
 
   def gated(gate: Array, up: Array) -> Array:
     if (limit := config.gate_limit) is not None:
@@ -75,7 +84,8 @@ def moe(
   back: tuple[Array, ...] = ()
   if config.mlp_bias:
     into = params['gate_bias'], params['up_bias']
-    back = (shards.once(params['down_bias']),)
+    bias = params['down_bias']
+    back = (bias if config.whole_experts else shards.once(bias),)
 
   inner = matrices.grouped_matmul(
     x,
@@ -90,7 +100,10 @@ def moe(
   )
   # Summed in the order of a token's own choice, whichever expert came first.
   chosen = out[groups.places].reshape(*experts.shape, -1).astype(jnp.float32)
-  total = jnp.sum(chosen * weights[:, :, None], axis=1)
+  chosen *= weights[:, :, None]
+  if config.whole_experts and is_here is not None:
+    chosen = jnp.where(is_here[:, :, None], chosen, 0)
+  total = jnp.sum(chosen, axis=1)
   if is_token is not None:
     total = jnp.where(is_token[:, None], total, 0)
   return total.astype(x.dtype)
@@ -103,19 +116,20 @@ def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
     config.hidden_size,
     config.intermediate_size,
   )
-  into = spec.ParamSpec((num, width, inner), ('experts', 'embed', 'mlp'))
+  experts, mlp = ('whole_experts', None) if config.whole_experts else _COLUMNS
+  into = spec.ParamSpec((num, width, inner), (experts, 'embed', mlp))
   specs = {
     'router': spec.ParamSpec((width, num), ('embed', None)),
     'gate': into,
     'up': into,
-    'down': spec.ParamSpec((num, inner, width), ('experts', 'mlp', 'embed')),
+    'down': spec.ParamSpec((num, inner, width), (experts, mlp, 'embed')),
   }
   if config.router_bias:
     specs['router_bias'] = spec.bias((None, num))
   if config.mlp_bias:
     specs |= {
       f'{name}_bias': spec.ParamSpec(
-        (num, specs[name].shape[-1]), ('experts', specs[name].axes[-1]), 'bias'
+        (num, specs[name].shape[-1]), (experts, specs[name].axes[-1]), 'bias'
       )
       for name in ('gate', 'up', 'down')
     }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Divides a model over a mesh of tp x pp devices. Arithmetic only; no JAX.
 
-`tp` devices share each layer: whole heads, MLP columns, rows of the
-embedding. `pp` stages hold consecutive layers, the same number each: where pp
-does not divide L, the last stage has layers of zeros, which change nothing. The
-output matrix is split over all devices.
+`tp` devices share each layer: whole heads, MLP columns or whole experts, rows
+of the embedding. `pp` stages hold consecutive layers, the same number each:
+where pp does not divide L, the last stage has layers of zeros, which change
+nothing. The output matrix is split over all devices.
 """
 
 from __future__ import annotations
@@ -54,12 +54,21 @@ class Parallelism:
       "must divide the model's num_kv_heads="
       f'{model.num_kv_heads}, or be a multiple of it',
     )
-    config_lib.check(
-      model.intermediate_size % self.tp == 0,
-      'tp',
-      self.tp,
-      f"must divide the model's intermediate_size={model.intermediate_size}",
-    )
+    if model.mlp.are_whole:
+      config_lib.check(
+        model.mlp.num_experts % self.tp == 0,
+        'tp',
+        self.tp,
+        "must, with expert_parallel, divide the model's "
+        f'num_experts={model.mlp.num_experts}',
+      )
+    else:
+      config_lib.check(
+        model.intermediate_size % self.tp == 0,
+        'tp',
+        self.tp,
+        f"must divide the model's intermediate_size={model.intermediate_size}",
+      )
     # Each device of a stage hands on its part of the hidden states.
     config_lib.check(
       self.pp == 1 or model.hidden_size % self.tp == 0,
@@ -92,6 +101,7 @@ class Parallelism:
       'heads': self.tp,
       'kv_heads': self.tp,
       'mlp': self.tp,
+      'whole_experts': self.tp,
       'logits': self.num_devices,
     }.get(axis or '', 1)
     multiple = self.num_devices if axis == 'vocab' else parts

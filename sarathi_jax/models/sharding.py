@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Value = TypeVar('Value')
 
@@ -60,10 +60,22 @@ class Shards:
     """Returns rows of the embedding; the caller refuses ids outside [0, V)."""
     if self.tp is None:
       return jnp.take(table, tokens, axis=0, mode='clip')
-    row = tokens - lax.axis_index(self.tp) * table.shape[0]
-    is_mine = (row >= 0) & (row < table.shape[0])
+    row, is_mine = self.mine(tokens, table.shape[0])
     rows = jnp.take(table, row, axis=0, mode='clip')
     return self.sum(jnp.where(is_mine[:, None], rows, 0))
+
+  def mine(
+    self, indices: Int[Array, '*shape'], num: int
+  ) -> tuple[Int[Array, '*shape'], Bool[Array, '*shape']]:
+    """Returns indices of a device's part, and which of them it has.
+
+    Args:
+      indices: of an axis that `tp` splits.
+      num: how many of them are each device's.
+    """
+    assert self.tp is not None
+    here = indices - lax.axis_index(self.tp) * num
+    return here, (here >= 0) & (here < num)
 
   def by_stage(
     self,

@@ -22,7 +22,8 @@ class ParamSpec:
     shape: numbers along each axis.
     axes: a name for each axis, or None: 'vocab', 'logits' (V of the output
       matrix), 'embed', 'heads' (H * h, whole heads one after another, or H),
-      'kv_heads' (K * h), 'mlp', 'experts'. Sharding is defined by these.
+      'kv_heads' (K * h), 'mlp', 'experts', or 'whole_experts' where devices
+      share these. Sharding is defined by these.
     init: how to draw it at random: 'normal' and 'bias' around 0, 'scale'
       around 1.
   """
@@ -41,7 +42,7 @@ class ParamSpec:
   @property
   def is_of_experts(self) -> bool:
     """Whether it has a matrix for each expert."""
-    return self.axes[0] == 'experts'
+    return self.axes[0] in ('experts', 'whole_experts')
 
 
 def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:

@@ -37,6 +37,7 @@ _SPLIT: Mapping[str | None, Any] = {
   'heads': mesh_lib.TP,
   'kv_heads': mesh_lib.TP,
   'mlp': mesh_lib.TP,
+  'whole_experts': mesh_lib.TP,
 }
 
 

@@ -263,13 +263,14 @@ def from_flags(qps: float | None = 1.0) -> Scenario:
   changes: dict[str, Any] = {
     name: value for name in _FIELDS if (value := FLAGS[name].value) is not None
   }
+  config = dataclasses.replace(deployment.config, **changes)
   return Scenario(
     name=deployment.name,
-    model=deployment.known_model(),
+    model=deployment.known_model().divided(config),
     hardware=hardware_lib.load(device),
     host=hosts.HOSTS[FLAGS.host],
     batch_tbt_slo_ms=FLAGS.batch_tbt_slo_ms,
-    config=dataclasses.replace(deployment.config, **changes),
+    config=config,
     workload=workload_from_flags(
       qps=qps,
       **simulated_fields(),

@@ -42,6 +42,7 @@ VALUES = dict(
   batch_tbt_slo_ms=500.0,
   attention='xla',
   tp=2,
+  expert_parallel=True,
   pp=4,
   seed=9,
   dtype='bfloat16',

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -29,6 +30,9 @@ TINY = dict(
 )
 MODELS = {
   **published.MODELS,
+  'whole experts': dataclasses.replace(
+    published.MODELS['qwen3-30b-a3b'], whole_experts=True
+  ),
   'biases': config_lib.LlamaConfig(**TINY, qkv_bias=True, mlp_bias=True),
   'sequential': config_lib.FalconConfig(
     **TINY, parallel=False, num_norms=2, bias=True
@@ -51,7 +55,12 @@ def test_matrices_are_those_of_the_parameters(name: str) -> None:
 
 @pytest.mark.parametrize(
   ('name', 'tp'),
-  [('llama-3.1-70b', 4), ('falcon-180b', 8), ('mixtral-8x7b', 2)],
+  [
+    ('llama-3.1-70b', 4),
+    ('falcon-180b', 8),
+    ('mixtral-8x7b', 2),
+    ('whole experts', 4),
+  ],
 )
 def test_devices_share_matrices(name: str, tp: int) -> None:
   model, parallelism = MODELS[name], parallel.Parallelism(tp=tp)
