@@ -4,8 +4,9 @@
 Log-probabilities that the engine tells are those, too, of prompts and outputs.
 
 A tiny random checkpoint of every family and variant is made by transformers,
-converted by our converter, restored, and run as a naive full recompute, and by
-the engine: in chunks, beside other prompts, over pages that are too few. The
+converted by our converter, restored, and run without a cache, all tokens at
+once, and by the engine: in chunks, beside other prompts, over pages that are
+too few. The
 weights are large, and no bias or norm is left where it changes nothing:
 transformers' own initialization gives outputs of a few repeated tokens,
 which agree whatever is wrong.
@@ -30,6 +31,7 @@ from checkpoints_convert import convert
 import sarathi_jax
 from sarathi_jax import checkpoint
 from sarathi_jax import models
+from tests import tiny
 from tests.models import hf_cases
 
 NUM_NEW = 64
@@ -126,31 +128,12 @@ def _logits(
   return models.unembed(config, params, hidden)
 
 
-def run_ours(config: Any, params: Any, prompt: np.ndarray) -> Reference:
-  """Computes everything anew for every token, padded to the final length."""
-  tokens = np.zeros(PROMPT_LEN + NUM_NEW, np.int32)
-  tokens[:PROMPT_LEN] = prompt
-  chosen_from = []
-  for length in range(PROMPT_LEN, PROMPT_LEN + NUM_NEW):
-    logits = np.asarray(_logits(config, params, tokens))
-    chosen_from.append(logits[length - 1])
-    tokens[length] = logits[length - 1].argmax()
-  return Reference(
-    prompt, logits[:PROMPT_LEN], tokens[PROMPT_LEN:], np.stack(chosen_from)
-  )
-
-
-def check(ours: Reference, theirs: Reference) -> None:
-  """Logits within the tolerance; tokens equal up to a tie of the reference."""
+def check_logits(config: Any, params: Any, theirs: Reference) -> None:
+  """Computes all of the reference's tokens at once, without a cache."""
+  tokens = np.concatenate([theirs.prompt, theirs.tokens]).astype(np.int32)
+  expected = np.concatenate([theirs.prompt_logits, theirs.logits[1:]])
   np.testing.assert_allclose(
-    ours.prompt_logits, theirs.prompt_logits, atol=TOLERANCE, rtol=0
-  )
-  num_same = check_tokens(ours.tokens, theirs)
-  np.testing.assert_allclose(
-    ours.logits[: num_same + 1],
-    theirs.logits[: num_same + 1],
-    atol=TOLERANCE,
-    rtol=0,
+    _logits(config, params, tokens)[:-1], expected, atol=TOLERANCE, rtol=0
   )
 
 
@@ -165,16 +148,25 @@ def check_tokens(tokens: Sequence[int], theirs: Reference) -> int:
   return len(tokens)
 
 
-def run_served(config: Any, params: Any, prompt: np.ndarray) -> Any:
-  """The engine's completion, in chunks of 12 at most, beside others'."""
-  llm = sarathi_jax.LLM(
+def make_llm(config: Any, params: Any) -> Any:
+  """Makes an LLM that compiles a step, and nothing that no test here needs."""
+  return sarathi_jax.LLM(
     config,
     params,
     eos_token_ids=(),
     config=sarathi_jax.EngineConfig(
-      token_budget=12, max_num_seqs=8, page_size=16, num_pages=14
+      token_budget=8,
+      max_num_seqs=8,
+      page_size=16,
+      num_pages=14,
+      **tiny.STEPS_ALONE,
     ),
   )
+
+
+def run_served(config: Any, params: Any, prompt: np.ndarray) -> Any:
+  """The engine's completion, in chunks of 8 at most, beside others'."""
+  llm = make_llm(config, params)
   sampling = sarathi_jax.SamplingParams(
     temperature=0, max_tokens=NUM_NEW, logprobs=5, prompt_logprobs=3
   )
@@ -231,7 +223,7 @@ def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   theirs = run_reference(model)
   assert len(set(theirs.tokens.tolist())) >= 5, 'proves nothing'
   config, params = _convert(model, tmp_path)
-  check(run_ours(config, params, theirs.prompt), theirs)
+  check_logits(config, params, theirs)
   done = run_served(config, params, theirs.prompt)
   check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 
@@ -267,14 +259,7 @@ def test_longrope_within_the_original_context(tmp_path: pathlib.Path) -> None:
     pad_token_id=0,
   )
   config, params = _convert(model, tmp_path)
-  llm = sarathi_jax.LLM(
-    config,
-    params,
-    eos_token_ids=(),
-    config=sarathi_jax.EngineConfig(
-      token_budget=12, max_num_seqs=8, page_size=16, num_pages=14
-    ),
-  )
+  llm = make_llm(config, params)
   within, beyond = (
     llm.generate(
       [prompt[0].numpy()],
@@ -299,7 +284,7 @@ def test_experts_in_mxfp4(tmp_path: pathlib.Path) -> None:
   )
   config = checkpoint.load_metadata(tmp_path / 'out').model
   params = checkpoint.restore_params(tmp_path / 'out')
-  check(run_ours(config, params, theirs.prompt), theirs)
+  check_logits(config, params, theirs)
   done = run_served(config, params, theirs.prompt)
   check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 
@@ -311,6 +296,6 @@ def test_one_nudged_weight_is_noticed(tmp_path: pathlib.Path) -> None:
   up = params['layers'][1]['mlp']['up']
   params['layers'][1]['mlp']['up'] = up.at[3, 5].add(0.1)
   with pytest.raises(AssertionError):
-    check(run_ours(config, params, theirs.prompt), theirs)
+    check_logits(config, params, theirs)
   with pytest.raises(AssertionError, match='differs'):
     check_tokens(run_served(config, params, theirs.prompt).token_ids, theirs)
