@@ -9,6 +9,7 @@ the outputs that differ are counted.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 import itertools
@@ -32,6 +33,7 @@ from sarathi_jax.runner import programs
 from sarathi_jax.runner import weights
 from tests import logprobs_oracle
 from tests import naive
+from tests import tiny
 
 MODEL = model_config_lib.LlamaConfig(
   vocab_size=97,
@@ -49,16 +51,39 @@ MAX_SEQS = 8
 PAGE_SIZE = 16
 PLENTY, SCARCE = MAX_SEQS * MAX_LEN // PAGE_SIZE, 10
 UNLIMITED = MAX_LEN  # Whole prompts are never longer.
+MIDDLE = 17  # tokens, where few programs are to be compiled
 # Of each kind one, where all of them were tried with something else.
-LIMITS = pytest.mark.parametrize(
-  'token_budget,num_pages,look_ahead',
-  [
-    (MAX_SEQS, SCARCE, True),
-    (17, SCARCE, False),
-    (64, PLENTY, True),
-    (UNLIMITED, SCARCE, True),
-  ],
+_FEW = (
+  (MAX_SEQS, SCARCE, True),
+  (MIDDLE, SCARCE, False),
+  (64, PLENTY, True),
+  (UNLIMITED, SCARCE, True),
 )
+_LIMITS = 'policy,token_budget,num_pages,look_ahead'
+
+
+def _of_policies(
+  limits: Sequence[tuple[Any, ...]], pushed: Collection[tuple[Any, ...]]
+) -> list[Any]:
+  """Returns parameters of each policy with each of `limits`.
+
+  All policies' batches go through the same compiled steps. So a push tries all
+  limits with our policy, and with each other one of them, beside `pushed`.
+  """
+  return [
+    pytest.param(
+      policy,
+      *one,
+      marks=()
+      if policy == 'sarathi' or one in pushed or i == limits.index(one)
+      else pytest.mark.slow,
+    )
+    for i, policy in enumerate(scheduler_lib.POLICIES)
+    for one in limits
+  ]
+
+
+LIMITS = pytest.mark.parametrize(_LIMITS, _of_policies(_FEW, ()))
 
 
 @functools.cache
@@ -77,6 +102,7 @@ def make_runner(
   *,
   as_read: bool = False,
   most_tokens: int = UNLIMITED + MAX_SEQS,
+  adjusts: bool = False,
 ) -> device_runner.DeviceRunner:
   config = config_lib.EngineConfig(
     token_budget=most_tokens,
@@ -84,6 +110,7 @@ def make_runner(
     page_size=PAGE_SIZE,
     num_pages=PLENTY,
     attention=attention,
+    **({} if adjusts else tiny.STEPS_ALONE),
   )
   mesh = mesh_lib.make()
   dtype = params['embed'].dtype
@@ -105,7 +132,7 @@ def make_runner(
 @functools.cache
 def shared_runner() -> device_runner.DeviceRunner:
   """One for all cases: schedulers differ, compiled steps don't."""
-  return make_runner(make_params(), 'xla')
+  return make_runner(make_params(), 'xla', adjusts=True)
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +143,7 @@ def runner() -> device_runner.DeviceRunner:
 @pytest.fixture(scope='module')
 def kernel_runner(params) -> device_runner.DeviceRunner:
   """With the GPU's kernel, interpreted: slow, so for some cases."""
-  return make_runner(params, 'pallas_triton', most_tokens=64)
+  return make_runner(params, 'pallas_triton', most_tokens=MIDDLE)
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +151,7 @@ def read_runner(params) -> device_runner.DeviceRunner:
   """As a checkpoint of a large model is served on a CPU."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(programs, 'LARGE', 0)
-    runner = make_runner(params, 'xla', as_read=True)
+    runner = make_runner(params, 'xla', as_read=True, most_tokens=MIDDLE)
   assert [runner.num_rows(n) for n in (1, 2, 5)] == [1, 4, 8]
   return runner
 
@@ -181,14 +208,14 @@ def run_engine(runner, requests, **limits):
 
 
 @pytest.mark.parametrize(
-  'policy,token_budget,num_pages,look_ahead',
-  list(
-    itertools.product(
-      scheduler_lib.POLICIES,
-      (MAX_SEQS, 17, 64, UNLIMITED),
-      (PLENTY, SCARCE),
-      (True, False),
-    )
+  _LIMITS,
+  _of_policies(
+    list(
+      itertools.product(
+        (MAX_SEQS, MIDDLE, 64, UNLIMITED), (PLENTY, SCARCE), (True, False)
+      )
+    ),
+    _FEW,
   ),
 )
 def test_tokens_do_not_depend_on_how_they_are_computed(
@@ -210,7 +237,7 @@ def test_tokens_do_not_depend_on_how_they_are_computed(
 
 @pytest.mark.parametrize(
   'token_budget,num_pages,look_ahead',
-  [(MAX_SEQS, SCARCE, True), (17, SCARCE, False), (64, PLENTY, True)],
+  [(MAX_SEQS, SCARCE, True), (MIDDLE, SCARCE, False), (MIDDLE, PLENTY, True)],
 )
 def test_the_kernel_computes_the_same(
   kernel_runner, requests, expected, token_budget, num_pages, look_ahead
@@ -227,7 +254,10 @@ def test_the_kernel_computes_the_same(
 
 
 @pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
-@LIMITS
+@pytest.mark.parametrize(
+  'token_budget,num_pages,look_ahead',
+  [(MAX_SEQS, SCARCE, True), (MIDDLE, SCARCE, False)],
+)
 def test_weights_as_they_are_read_compute_the_same(
   read_runner,
   requests,
@@ -248,15 +278,15 @@ def test_weights_as_they_are_read_compute_the_same(
   )
 
 
-@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
 @pytest.mark.parametrize(
-  'token_budget,num_pages,look_ahead,max_adjusted_seqs',
-  [
-    (MAX_SEQS, SCARCE, True, None),
-    (17, SCARCE, False, 3),
-    (64, PLENTY, True, 1),
-    (UNLIMITED, SCARCE, True, 5),
-  ],
+  f'{_LIMITS},max_adjusted_seqs',
+  _of_policies(
+    [
+      (*limits, most)
+      for limits, most in zip(_FEW, (None, 3, 1, 5), strict=True)
+    ],
+    (),
+  ),
 )
 def test_adjusted_logits_do_not_depend_on_how_they_are_computed(
   runner,
@@ -283,7 +313,6 @@ def test_adjusted_logits_do_not_depend_on_how_they_are_computed(
     assert stats.num_preemptions > 0
 
 
-@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
 @LIMITS
 def test_log_probabilities_do_not_depend_on_how_they_are_computed(
   runner, logits_of, telling, policy, token_budget, num_pages, look_ahead
@@ -320,7 +349,6 @@ def expected_several(params, several):
   return {r.request_id: recompute(r) for r in naive.apart(several)}
 
 
-@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
 @LIMITS
 def test_outputs_of_one_prompt_are_those_of_requests_of_their_own(
   runner, several, expected_several, policy, token_budget, num_pages, look_ahead
@@ -373,25 +401,11 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
   nudged['layers'][1]['mlp']['up'] = (
     nudged['layers'][1]['mlp']['up'].at[0, 0].add(1.0)
   )
-  config = config_lib.EngineConfig(
-    token_budget=64,
-    max_num_seqs=MAX_SEQS,
-    page_size=PAGE_SIZE,
-    num_pages=PLENTY,
-  )
-  runner = device_runner.DeviceRunner(
-    MODEL,
-    nudged,
-    placement.of_live(jnp.float32),
-    mesh_lib.make(),
-    config,
-    lambda max_model_len: 64,
-  )
   got, _ = run_engine(
-    runner,
+    make_runner(nudged, 'xla', most_tokens=MAX_SEQS),
     requests,
     policy='sarathi',
-    token_budget=64,
+    token_budget=MAX_SEQS,
     num_pages=PLENTY,
     look_ahead=True,
   )
@@ -424,10 +438,10 @@ def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
   rounded = make_runner(
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
     'xla',
-    most_tokens=64,
+    most_tokens=32,
   )
 
-  def run(runner, requests, token_budget=64, num_pages=PLENTY):
+  def run(runner, requests, token_budget=32, num_pages=PLENTY):
     got, _ = run_engine(
       runner,
       requests,
@@ -446,7 +460,7 @@ def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
     'again': num_different(run(rounded, requests)),
     'reversed': num_different(run(rounded, requests[::-1])),
     'other chunks, preemptions': num_different(
-      run(rounded, requests, 17, SCARCE)
+      run(rounded, requests, MIDDLE, SCARCE)
     ),
   }
   record_property('outputs of 200 that differ', counts)
