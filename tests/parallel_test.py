@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -24,6 +25,7 @@ from sarathi_jax.runner import programs
 from sarathi_jax.runner import weights
 from tests import logprobs_oracle
 from tests import naive
+from tests import tiny
 
 MAX_LEN = 64
 MAX_SEQS = 8
@@ -200,15 +202,36 @@ SCALED = placement.Layout(
   ),
   merged=True,
 )
-# tp, pp. A push has both kinds at once, and the largest.
-MESHES = [
-  (2, 2),
-  (2, 4),
-  *(
-    pytest.param(tp, pp, marks=pytest.mark.slow)
-    for tp, pp in ((2, 1), (1, 2), (4, 1), (4, 2), (1, 4))
-  ),
-]
+# tp, pp -> kinds of requests that a push tries with all limits, and others with
+# the hardest ones. It has both kinds of meshes at once, and the largest.
+KINDS = 'plain', 'adjusted', 'several', 'alike', 'logprobs'
+MESHES: dict[tuple[int, int], tuple[str, ...]] = {
+  (2, 2): KINDS,
+  (2, 4): ('plain',),  # Eight devices take two cores long.
+}
+SLOW_MESHES = (2, 1), (1, 2), (4, 1), (4, 2), (1, 4)
+_HARDEST = SCARCE, True, 16
+LIMITS = (PLENTY, True, 16), _HARDEST, (SCARCE, False, 8)
+
+
+def _on_meshes(kinds: Sequence[str], limits: Sequence[tuple[Any, ...]]) -> Any:
+  """Parametrizes a test by mesh, limits and kind."""
+  return pytest.mark.parametrize(
+    'tp,pp,num_pages,look_ahead,token_budget,kind',
+    [
+      pytest.param(
+        *mesh,
+        *one,
+        kind,
+        marks=()
+        if mesh in MESHES and (one == _HARDEST or kind in MESHES[mesh])
+        else pytest.mark.slow,
+      )
+      for mesh in (*MESHES, *SLOW_MESHES)
+      for kind in kinds
+      for one in limits
+    ],
+  )
 
 
 @functools.cache
@@ -244,8 +267,12 @@ def make_runner(
   attention: str = 'xla',
   kv_cache_dtype: str = 'auto',
   layout: placement.Layout = LIVE,
+  adjusts: bool = False,
 ) -> device_runner.DeviceRunner:
-  """One program, or two, of 8 and 16 tokens, which meet in the pipeline."""
+  """One program, or two, of 8 and 16 tokens, which meet in the pipeline.
+
+  Those for adjusted logits and for grammars are others.
+  """
   model = MODELS[name]
   parallelism = parallel.Parallelism(tp=tp, pp=pp)
   parallelism.check(model)
@@ -265,6 +292,7 @@ def make_runner(
       num_pages=PLENTY * len(groups.windows),
       attention=attention,
       kv_cache_dtype=kv_cache_dtype,
+      **({} if adjusts else tiny.STEPS_ALONE),
     ),
     lambda max_model_len: token_budget,
   )
@@ -314,18 +342,13 @@ def check(
   assert stats.num_found or kind != 'alike' or num_pages == SCARCE
 
 
-@pytest.mark.parametrize('kind', ['plain', 'adjusted', 'several', 'alike'])
-@pytest.mark.parametrize(
-  'num_pages,look_ahead,token_budget',
-  [(PLENTY, True, 16), (SCARCE, True, 16), (SCARCE, False, 8)],
-)
-@pytest.mark.parametrize('tp,pp', MESHES)
+@_on_meshes(KINDS[:-1], LIMITS)
 def test_tokens_do_not_depend_on_the_mesh(
   tp, pp, num_pages, look_ahead, token_budget, kind
 ):
   check(
     'llama',
-    make_runner('llama', tp, pp, 16),
+    make_runner('llama', tp, pp, 16, adjusts=True),
     num_pages=num_pages,
     look_ahead=look_ahead,
     token_budget=token_budget,
@@ -333,15 +356,13 @@ def test_tokens_do_not_depend_on_the_mesh(
   )
 
 
-@pytest.mark.parametrize(
-  'num_pages,look_ahead,token_budget', [(PLENTY, True, 16), (SCARCE, True, 16)]
-)
-@pytest.mark.parametrize('tp,pp', MESHES)
+@_on_meshes(KINDS[-1:], LIMITS[:2])
 def test_log_probabilities_do_not_depend_on_the_mesh(
-  tp, pp, num_pages, look_ahead, token_budget
+  tp, pp, num_pages, look_ahead, token_budget, kind
 ):
+  del kind  # There is one.
   requests = logprobs_oracle.requests(_SIZES['vocab_size'], PROMPT_LENS)
-  runner = make_runner('llama', tp, pp, 16)
+  runner = make_runner('llama', tp, pp, 16, adjusts=True)
   done, stats = naive.complete(
     runner,
     requests,
@@ -365,8 +386,8 @@ def test_a_program_of_its_own_tells_of_prompts_on_gpus(monkeypatch):
   monkeypatch.setattr(programs, '_tells_apart', lambda mesh: True)
   make_runner.cache_clear()
   try:
-    test_log_probabilities_do_not_depend_on_the_mesh(2, 2, SCARCE, True, 16)
-    layouts = make_runner('llama', 2, 2, 16)._programs.layouts
+    test_log_probabilities_do_not_depend_on_the_mesh(2, 2, *_HARDEST, '')
+    layouts = make_runner('llama', 2, 2, 16, adjusts=True)._programs.layouts
     assert [n for n in layouts if layouts[n].tells_prompts] == [17]
   finally:
     make_runner.cache_clear()
