@@ -6,7 +6,7 @@ They need the wheels of the extra `aot`; scripts/test brings them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import json
@@ -14,7 +14,8 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TypeVar
+import zlib
 
 import jax.numpy as jnp
 import pytest
@@ -25,10 +26,12 @@ from pallas_kernels.aot import compiler
 from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.grouped_matmul import configurations as grouped_cases
 from pallas_kernels.ragged_paged_attention import configurations
+from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.rotate_and_write import configurations as rotate_cases
 from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
+_Case = TypeVar('_Case', bound=cases.Case)
 DEVICES = list(gpu_targets.TARGETS)
 _SHALLOW = """
 import dataclasses, runpy
@@ -131,12 +134,19 @@ def test_command(
 
 @matmul.needs_wheels
 @pytest.mark.parametrize('device', DEVICES)
-def test_every_configuration_compiles(device: str) -> None:
-  """Each for one of the devices, in turn."""
-  mine = DEVICES.index(device)
+def test_every_kernel_of_attention_compiles(device: str) -> None:
+  """Each for one of the devices, of one of the models that have it."""
   with compiler.on(device):
-    chosen = list(configurations.cases(device))[mine :: len(DEVICES)]
-  check_all(chosen, device)
+    kernels = {
+      (
+        case.args[0].shape[-1],
+        # A tile of decodes has at least the heads of a group.
+        case.args[0].shape[1] > 16 * layout.sizes(case.args[1])[1],
+        case.name.partition(' ')[2],
+      ): case
+      for case in configurations.cases(device)
+    }
+  check_all(_turns(kernels.values(), device), device)
 
 
 @matmul.needs_wheels
@@ -157,9 +167,19 @@ def test_every_filter_compiles(device: str) -> None:
 @matmul.needs_wheels
 @pytest.mark.parametrize('device', DEVICES)
 def test_every_product_of_groups_compiles(device: str) -> None:
-  """For all devices; several blocks at a time where tokens are few."""
-  with compiler.on(device):
-    chosen = list(grouped_cases.cases(device))
+  """Each for one of the devices."""
+  check_groups(device, _turns(grouped_cases.cases(device), device))
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_product_of_groups_compiles_for_every_device(device: str) -> None:
+  check_groups(device, list(grouped_cases.cases(device)))
+
+
+def check_groups(device: str, chosen: Sequence[grouped_cases.Case]) -> None:
+  """Compiles cases: several blocks at a time where tokens are few."""
   for case, result in zip(chosen, check_all(chosen, device), strict=True):
     (kernel,) = result.kernels
     if isinstance(case, grouped_cases.GroupingCase):
@@ -173,10 +193,34 @@ def test_every_product_of_groups_compiles(device: str) -> None:
 @matmul.needs_wheels
 @pytest.mark.parametrize('device', DEVICES)
 def test_every_rotation_compiles(device: str) -> None:
-  """In one launch of ours, whatever pages are kept in."""
-  for result in check_all(rotate_cases.cases(device), device):
+  """Each for one of the devices."""
+  check_rotations(device, _turns(rotate_cases.cases(device), device))
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_rotation_compiles_for_every_device(device: str) -> None:
+  check_rotations(device, list(rotate_cases.cases(device)))
+
+
+def check_rotations(device: str, chosen: Sequence[rotate_cases.Case]) -> None:
+  """Compiles cases: in one launch of ours, whatever pages are kept in."""
+  for result in check_all(chosen, device):
     ours = [kernel.name for kernel in result.kernels if kernel.is_ours]
     assert ours == ['rotate_and_write']
+
+
+def _turns(all_cases: Iterable[_Case], device: str) -> list[_Case]:
+  """Returns the cases that are one device's to compile, whatever their order.
+
+  They are chosen by name, so that a new case does not move the others.
+  """
+  return [
+    case
+    for case in all_cases
+    if zlib.crc32(case.name.encode()) % len(DEVICES) == DEVICES.index(device)
+  ]
 
 
 def check_all(chosen: Iterable[cases.Case], device: str) -> list[cases.Result]:
