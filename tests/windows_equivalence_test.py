@@ -164,6 +164,7 @@ def test_tokens_do_not_depend_on_what_is_given_back(
     assert scheduler.prefixes.num_found > 0
 
 
+@pytest.mark.slow  # Its kernels are interpreted, in layers of many kinds.
 @pytest.mark.parametrize('name', MODELS)
 def test_the_kernel_reads_nothing_that_was_given_back(name):
   got, _ = run(
