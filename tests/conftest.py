@@ -47,8 +47,9 @@ if importlib.metadata.version('jax').startswith('0.10.'):
 
 # What JAX has traced stays: looking through it for garbage takes ever longer.
 gc.set_threshold(20_000, 50, 50)
-# Programs that nobody has any more keep their memory until then, in pieces.
-# Linux gives a process 65,530; LLVM ends it by a segmentation fault without.
+# Programs that nobody has any more keep their memory until then, in pieces, and
+# those that JAX keeps for functions until it is told. Linux gives a process
+# 65,530 pieces; LLVM ends it by a segmentation fault if there is none.
 _MAPS = pathlib.Path('/proc/self/maps')
 _MANY_MAPS = 40_000
 _TESTS_BETWEEN = 5
@@ -71,8 +72,17 @@ _run = itertools.count(1)
 def pytest_runtest_teardown() -> None:
   if next(_run) % _TESTS_BETWEEN or not _MAPS.exists():
     return
-  if _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
+  if _has_many_maps():
     gc.collect()
+  if _has_many_maps():
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+
+
+def _has_many_maps() -> bool:
+  return _MAPS.read_bytes().count(b'\n') > _MANY_MAPS
 
 
 @pytest.fixture(scope='module', autouse=True)
