@@ -170,7 +170,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   ),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'sarathi_jax.top': ('absl', 'grpc', 'rich'),
-  'pallas_kernels': ('jax', 'jaxtyping', 'numpy', 'absl', 'rich'),
+  'pallas_kernels': ('jax', '~jaxlib', 'jaxtyping', 'numpy', 'absl', 'rich'),
 }
 WITHOUT_JAX = (
   'sarathi_jax.scheduler',

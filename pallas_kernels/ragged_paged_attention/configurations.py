@@ -110,7 +110,7 @@ def cases(device: str) -> Iterator[Case]:
         None if kept == dtype else 'float8_e4m3fn' if kept == 'uint8' else kept,
         page_size=page_size,
       )
-  if jax.__version_info__ >= tuning.MOSAIC_JAX:
+  if tuning.has_mosaic():
     yield from mosaic_cases()
 
 

@@ -377,6 +377,12 @@ _MOSAIC_SERVES = {'8.0': (0, 12), '8.6': (0, 12), '9.0': MOSAIC_JAX}
 _INTERPRETED_AS = '9.0'  # on CPUs
 
 
+def has_mosaic() -> bool:
+  """Whether this JAX has pallas_mosaic's kernels for the default device."""
+  oldest = _MOSAIC_SERVES.get(devices.capability_of(devices.default()))
+  return oldest is not None and jax.__version_info__ >= oldest
+
+
 def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
   """Returns pallas_mosaic's sizes for a shape, on the default device.
 

@@ -63,9 +63,7 @@ def test_every_matrix_is_multiplied_by_matmul(name):
   model = parallel_test.MODELS[name]
   params = models.init_params(model, jax.random.key(0))
   opaque = jax.tree.map(
-    lambda leaf, x: (
-      Opaque(x) if len(leaf.shape) > 1 and leaf.axes[0] != 'vocab' else x
-    ),
+    lambda leaf, x: Opaque(x) if leaf.is_factor else x,
     models.param_specs(model),
     params,
   )

@@ -155,6 +155,7 @@ def test_the_client_loads_only_the_protocol_and_its_flags() -> None:
       'sarathi_jax.config',
       'sarathi_jax.errors',
       'sarathi_jax.json_file',
+      'sarathi_jax.page_groups',
       'sarathi_jax.sampling_fields',
       'sarathi_jax.sampling_params',
       'sarathi_jax.server',

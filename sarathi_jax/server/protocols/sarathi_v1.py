@@ -36,7 +36,7 @@ _TIMING = tuple(field.name for field in pb.Timing.DESCRIPTOR.fields)
 _MODEL_INFO = tuple(
   field.name
   for field in pb.GetModelInfoResponse.DESCRIPTOR.fields
-  if field.name not in ('has_tokenizer', 'default_sampling')
+  if field.name not in ('has_tokenizer', 'default_sampling', 'windows')
 )
 # Statistics that the server adds to the engine's.
 OWN_STATS = ('is_paused', 'num_queued', 'uptime_s')
@@ -107,6 +107,7 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
       return pb.GetModelInfoResponse(
         has_tokenizer=engine.tokenizer is not None,
         default_sampling=pb.SamplingParams(**recommended),
+        windows=[window or 0 for window in engine.info.windows],
         **{name: getattr(engine.info, name) for name in _MODEL_INFO},
       )
 
