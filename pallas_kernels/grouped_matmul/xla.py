@@ -54,7 +54,10 @@ def grouped_matmul(
     )
     products = [matmul(these, w) for w in of_group]
     if added:
-      products = [p + b[None, :] for p, b in zip(products, added, strict=True)]
+      products = [
+        p + b[None, :].astype(p.dtype)
+        for p, b in zip(products, added, strict=True)
+      ]
     return combine(*products).astype(x.dtype)
 
   def turn(block: jax.Array, out: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ def route(
   """
   scores = matrices.matmul(x, router).astype(jnp.float32)
   if bias is not None:
-    scores += bias[None, :]
+    scores += bias[None, :].astype(scores.dtype)
   probs = jax.nn.softmax(scores, axis=-1)
   top, experts = jax.lax.top_k(probs, config.experts_per_token)
   if config.weights_sum_to_one:

@@ -88,6 +88,16 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     residual_scale=0.5,
     logit_scale=2.0,
   ),
+  'gpt_oss': config_lib.MixtralConfig(
+    **_SIZES,
+    num_experts=4,
+    experts_per_token=2,
+    router_bias=True,
+    mlp_bias=True,
+    gate_limit=0.5,
+    activation='quick_gelu',
+    attention_sinks=True,
+  ),
   'mixtral': config_lib.MixtralConfig(
     **_SIZES, num_experts=4, experts_per_token=2
   ),
