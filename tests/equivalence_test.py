@@ -151,7 +151,7 @@ def read_runner(params) -> device_runner.DeviceRunner:
   """As a checkpoint of a large model is served on a CPU."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(programs, 'LARGE', 0)
-    runner = make_runner(params, 'xla', as_read=True, most_tokens=MIDDLE)
+    runner = make_runner(params, 'xla', as_read=True)
   assert [runner.num_rows(n) for n in (1, 2, 5)] == [1, 4, 8]
   return runner
 
