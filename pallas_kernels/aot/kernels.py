@@ -78,16 +78,20 @@ def read_mosaic(
     target: the device.
   """
   for file in sorted(dumps.glob('*.ptxas')):
-    # Each of a name has a number, which lowering and compiling count apart.
+    # Each of a name has a number, which lowering and compiling count apart: a
+    # step lowers a kernel for each layer, and compiles it once.
     name = file.stem.rpartition('_')[0]
-    (resources,) = dumps.glob(f'{name}_*.resources.txt')
     ((registers, spills),) = parse_ptxas(file.read_text()).values()
     found = re.search(
       r'\.(?:req|max)ntid (\d+)', file.with_suffix('.ptx').read_text()
     )
-    asked = re.search(r'smem_scratch_bytes=(\d+)', resources.read_text())
+    asked = [
+      int(size)
+      for resources in dumps.glob(f'{name}_*.resources.txt')
+      for size in re.findall(r'smem_scratch_bytes=(\d+)', resources.read_text())
+    ]
     assert found and asked, file
-    threads, shared = int(found[1]), int(asked[1])
+    threads, shared = int(found[1]), max(asked)
     yield Kernel(
       name,
       True,
