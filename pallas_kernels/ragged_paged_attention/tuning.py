@@ -372,6 +372,8 @@ _MOSAIC_AMPERE: Mapping[int, Mapping[str, _Numbers]] = {
   64: {'small': (16, 64, 4, 3), 'chunks': (128, 64, 8, 3)},
   128: {'small': (16, 32, 4, 3), 'chunks': (128, 64, 8, 2)},
 }
+# Numbers of one copy by cp.async: for each of four warps a tile of 8 by 64.
+_LEAST_COPY = 4 * 8 * 64
 # Compute capability -> the JAX it takes.
 _MOSAIC_SERVES = {'8.0': (0, 12), '8.6': (0, 12), '9.0': MOSAIC_JAX}
 _INTERPRETED_AS = '9.0'  # on CPUs
@@ -428,6 +430,13 @@ def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
     f'must be one of {", ".join(map(str, MOSAIC))}',
   )
   if capability != '9.0':
+    least = _LEAST_COPY // shape.head_dim
+    check(
+      interpret or shape.page_size >= least,
+      'page_size',
+      shape.page_size,
+      f'must be at least {least} with head_dim={shape.head_dim}, on Ampere',
+    )
     return _sizes(shape, _MOSAIC_AMPERE[shape.head_dim], within_pages=False)
   # Two warpgroups with 64 rows each.
   heads, queries = (1, 128) if shape.group % 2 else (2, 64)

@@ -145,6 +145,16 @@ def test_where_mosaics_kernel_cannot_run(
     rpa.init_pages(2, 64, 2, 128, 'bfloat16', 'pallas_mosaic')
 
 
+def test_pages_too_small_for_mosaics_copies_on_ampere(
+  monkeypatch: pytest.MonkeyPatch,
+):
+  _pretend(monkeypatch, 'NVIDIA A40', '8.6', (0, 12, 0))
+  for page_size, head_dim in ((16, 128), (32, 64)):
+    rpa.init_pages(2, page_size, 2, head_dim, 'bfloat16', 'pallas_mosaic')
+  with pytest.raises(NotImplementedError, match='page_size=16: must be at lea'):
+    rpa.init_pages(2, 16, 2, 64, 'bfloat16', 'pallas_mosaic')
+
+
 def test_mosaics_kernel_is_not_chosen_by_itself(
   monkeypatch: pytest.MonkeyPatch,
 ):
