@@ -215,7 +215,10 @@ def _ampere_kernel(
       plgpu.SMEM(ring, spec.shape.dtype, **_TILED),
       *([plgpu.Barrier(num_arrivals=spec.warpgroups)] * spec.interpret),
     ],
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True,
+      reduction_scratch_bytes=0,  # No sum crosses warps.
+    ),
     interpret=plgpu.InterpretGPUParams() if spec.interpret else None,
   )
   return kernel
