@@ -52,7 +52,7 @@ def test_experts_have_a_width_of_their_own(
     ),
   )
   assert isinstance(model, config_lib.MixtralConfig)
-  assert (model.intermediate_size, model.mlp) == (20, (True, 4, 2))
+  assert (model.intermediate_size, model.mlp) == (20, (True, 4, 2, False))
   assert model.qk_norm and model.weights_sum_to_one
   assert model.sliding_window is None
   # As transformers 5 writes it; by default, weights are as they are.

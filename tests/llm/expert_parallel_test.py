@@ -37,6 +37,7 @@ def texts(tp: int, **options: bool) -> list[tuple[int, ...]]:
   llm = LLM(
     MIXTURE,
     models.init_params(MIXTURE, jax.random.key(0), jnp.float32, scale=0.3),
+    eos_token_ids=(),
     config=EngineConfig(
       tp=tp,
       token_budget=16,
