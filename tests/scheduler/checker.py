@@ -355,8 +355,7 @@ class Checker:
       known = self.live[fork.chunk.request_id]
       self._check_fork(known, batch.chunks[fork.row], fork.chunk)
       known.num_computed = known.prompt_len
-      # It shares what its first one has, and gave back.
-      known.num_settled = known.first.num_settled
+      known.num_settled = known.first.num_settled  # shared, or given back
       known.num_tokens = known.prompt_len + 1
       known.flights.add(batch.step)
       known.newest_step = batch.step
