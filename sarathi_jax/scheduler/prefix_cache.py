@@ -95,7 +95,7 @@ class PrefixCache:
     return len(seq.found) // self._num_groups
 
   def _find_more(self, seq: Sequence, num_found: int, num_places: int) -> None:
-    if not self._has_windows:
+    if self._windows == page_groups.ONE_GROUP:
       seq.found += self._pool.find(seq.keys, num_found, num_places)
       return
     now = self._pool.num_registrations, self._pool.num_forgotten

@@ -80,7 +80,7 @@ class Gateway:
         raise errors.ConfigError(
           f"gateway_args={' '.join(args)!r}: {name} is {ours}'s."
         )
-    _check_port(host, port)
+    metrics_port = _port_beside(host, port)
     self._port, self._num_workers = port, len(workers)
     self._more_args = tuple(args)
     self._args: tuple[str, ...] = (
@@ -91,7 +91,7 @@ class Gateway:
       '--prometheus-host',
       '127.0.0.1',
       '--prometheus-port',
-      str(_free_port()),
+      str(metrics_port),
       '--policy',
       # By what each of several holds, which they tell (`vllm_cache`).
       'cache_aware' if len(workers) > 1 else 'round_robin',
@@ -372,19 +372,21 @@ def _accept_any() -> ssl.SSLContext:
   return context
 
 
-def _check_port(host: str, port: int) -> None:
+def _port_beside(host: str, port: int) -> int:
+  """Returns a port for smg's metrics that is not the one it serves at.
+
+  Raises:
+    ConfigError: it can't listen at `port`.
+  """
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
   try:
-    with socket.create_server(
-      (host, port), family=(socket.AF_INET6 if ':' in host else socket.AF_INET)
+    with (
+      socket.create_server((host, port), family=family),
+      socket.create_server(('127.0.0.1', 0)) as probe,
     ):
-      pass
+      free: int = probe.getsockname()[1]
+      return free
   except OSError as error:
     raise errors.ConfigError(
       f"gateway_port={port}: can't listen at {host}: {error.strerror}."
     ) from error
-
-
-def _free_port() -> int:
-  with socket.create_server(('127.0.0.1', 0)) as probe:
-    port: int = probe.getsockname()[1]
-    return port

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sarathi_jax import page_groups
 from sarathi_jax import types
 from tests.scheduler import checker as checker_lib
 from tests.scheduler import scenarios_test
@@ -51,8 +52,11 @@ def steps(checker: checker_lib.Checker) -> list[str]:
   return batches
 
 
-def test_what_is_alike_is_found() -> None:
-  checker = make()
+@pytest.mark.parametrize(
+  'windows', [(None,), (None, None), (6,), (None, 64), (None, None, 6, 1)]
+)
+def test_what_is_alike_is_found(windows: page_groups.Windows) -> None:
+  checker = make(windows=windows)
   add(checker, 'A', 8)
   assert steps(checker) == ['A[0,8)']
   # The same again: a token at least is computed.

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import contextlib
 import os
 import signal
+import socket
 import sys
 import time
+from typing import Any
 
 import psutil
 import pytest
@@ -232,6 +235,24 @@ def test_wrong_arguments_are_an_error_at_once(
 def test_what_is_ours_to_say_is_refused(arg: str) -> None:
   with pytest.raises(errors.ConfigError, match=arg.partition('=')[0]):
     gateway.Gateway('127.0.0.1', fake.free_port(), [], [arg])
+
+
+def test_its_metrics_have_a_port_of_their_own(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  port = fake.free_port()
+  listen = socket.create_server
+
+  def unlucky(address: tuple[str, int], **kwargs: Any) -> socket.socket:
+    if not address[1]:  # Any that is free is wanted; it may be this one.
+      with contextlib.suppress(OSError):
+        return listen((address[0], port), **kwargs)
+    return listen(address, **kwargs)
+
+  monkeypatch.setattr(socket, 'create_server', unlucky)
+  made = gateway.Gateway('127.0.0.1', port, [])
+  # smg refuses one port for both.
+  assert made._args[made._args.index('--prometheus-port') + 1] != str(port)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='has no PDEATHSIG')

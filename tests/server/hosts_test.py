@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from checkpoints_convert import convert
 from sarathi_jax import LLM
 from sarathi_jax import EngineConfig
 from sarathi_jax import SamplingParams
+from sarathi_jax.runner import joining
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
 from tests import naive
@@ -57,13 +57,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder / 'out'
 
 
-def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    port: int = probe.getsockname()[1]
-    return port
-
-
 class Hosts:
   """Two processes on this machine that play two hosts.
 
@@ -77,7 +70,7 @@ class Hosts:
     self, *args: str, by_slurm: bool = False, script: str = ''
   ) -> None:
     self.printed = ['', '']
-    self._coordinator = f'127.0.0.1:{_free_port()}'
+    self._coordinator = f'127.0.0.1:{joining.free_port()}'
     self._by_slurm = by_slurm
     self._script = script
     # Where they find the same key; not the developer's own.
