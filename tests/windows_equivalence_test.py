@@ -177,8 +177,17 @@ def test_the_kernel_reads_nothing_that_was_given_back(name):
   naive.assert_same(got, expected(name, 'plain'))
 
 
-@pytest.mark.parametrize('tp,pp', [(1, 2), (2, 2)])
-@pytest.mark.parametrize('name', MODELS)
+# A program takes ten seconds to compile for each mesh.
+@pytest.mark.parametrize(
+  'name,tp,pp',
+  [
+    ('mixed', 2, 2),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (('mixed', 1, 2), ('all', 1, 2), ('all', 2, 2))
+    ),
+  ],
+)
 def test_each_stage_has_its_groups(name, tp, pp):
   runner = make_runner(name, tp=tp, pp=pp, most_tokens=32)
   for kind in ('several', 'alike'):
