@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from sarathi_jax.config import EngineConfig as EngineConfig
   from sarathi_jax.errors import SarathiError as SarathiError
+  from sarathi_jax.in_process.scoring import (
+    compare_logprobs as compare_logprobs,
+  )
   from sarathi_jax.llm import LLM as LLM
   from sarathi_jax.types import Completion as Completion
   from sarathi_jax.types import FinishReason as FinishReason
@@ -40,6 +43,7 @@ _API = {
   'OutputDelta': 'types',
   'SamplingParams': 'types',
   'SarathiError': 'errors',
+  'compare_logprobs': 'in_process.scoring',
 }
 
 __all__ = tuple(_API)

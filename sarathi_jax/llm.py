@@ -13,16 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import opening
 from sarathi_jax import types
+from sarathi_jax.engine import checks
 from sarathi_jax.in_process import building
 from sarathi_jax.in_process import progress
 from sarathi_jax.in_process import prompts as prompts_lib
 from sarathi_jax.in_process import runs as runs_lib
+from sarathi_jax.in_process import scoring
 from sarathi_jax.in_process import tokenizing
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import hosts
@@ -301,6 +304,45 @@ class LLM:
     finally:
       run.close()
     return [done_of for r in requests for done_of in done[r.request_id]]
+
+  def score(
+    self,
+    prompts: Prompt | Sequence[Prompt],
+    completions: Iterable[Sequence[int]],
+  ) -> list[scoring.Logprobs]:
+    """Returns the log-probabilities of completions that are given.
+
+    They are of the logits as they came (`SamplingParams.logprobs_mode` raw), by
+    the steps that sample: chunks of prompts, packed as all are.
+
+    Args:
+      prompts: see `generate`.
+      completions: for each prompt the token ids that follow it, none to as many
+        as the model takes.
+
+    Returns:
+      For each completion, of each of its tokens, float32 (natural logarithm);
+      NaN where logits are not finite.
+
+    Raises:
+      See `generate`; InvalidRequestError, too, for another number of
+        completions, and for texts.
+    """
+    begun = self._requests(prompts, scoring.asked(()))
+    given = scoring.listed(completions, len(begun))
+    for i, tokens in enumerate(given):
+      checks.check_known(
+        f'completions[{i}]', tokens, self.engine.info.vocab_size
+      )
+    asked = [i for i, tokens in enumerate(given) if tokens]
+    done = self.generate(
+      [[*begun[i].prompt_token_ids, *given[i][:-1]] for i in asked],
+      [scoring.asked(given[i]) for i in asked],
+    )
+    scores = [np.zeros(0, np.float32) for _ in given]
+    for i, answer in zip(asked, done, strict=True):
+      scores[i] = scoring.read(answer, len(given[i]))
+    return scores
 
   def chat(
     self,
