@@ -153,7 +153,7 @@ def _parse(fields: dict[str, Any]) -> CheckpointMetadata:
   )
   for name in ('model', 'dtype'):
     _check(name in fields, name, None, 'missing')
-  model = model_config_lib.ModelConfig.from_dict(fields.pop('model'))
+  model = model_config_lib.from_dict(fields.pop('model'))
   _check(
     isinstance(fields.get('eos_token_ids', []), list),
     'eos_token_ids',

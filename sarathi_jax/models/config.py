@@ -10,286 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
+from sarathi_jax.models import base_config
 from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
 from sarathi_jax.models import rope_config
 
+Mlp = base_config.Mlp
+ModelConfig = base_config.ModelConfig
 RopeConfig = rope_config.RopeConfig
 
 _check, _check_types = config_lib.check, config_lib.check_fields
-_WINDOW = config_lib.or_none(
-  fields_lib.SIZE, f'{fields_lib.SIZE[1]}, or null for none'
-)
-_FACTOR = config_lib.or_none(
-  fields_lib.POSITIVE, f'{fields_lib.POSITIVE[1]}, or null for none'
-)
 
-ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu', 'quick_gelu')
 # Where the norms of attention and of an MLP are -> what their names have.
 NORMS: Mapping[str, tuple[str, ...]] = {
   'before': ('',),
   'after': ('_out',),
   'around': ('', '_out'),
 }
-
-
 _UNROTATED = RopeConfig(kind='none')
-
-
-class Mlp(NamedTuple):
-  """The shape of an MLP.
-
-  Attributes:
-    is_gated: whether another matrix gates the output of its first one.
-    num_experts: the number of experts; 1 where there is no mixture.
-    experts_per_token: how many of them each token goes through.
-    are_whole: whether devices that share a layer have whole experts, and not
-      columns of each.
-  """
-
-  is_gated: bool = True
-  num_experts: int = 1
-  experts_per_token: int = 1
-  are_whole: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-  """The fields that all families have; to be subclassed, not made.
-
-  Attributes:
-    family: the name in `CONFIGS`.
-    vocab_size: V, rows of the embedding.
-    hidden_size: D, width of the residual stream.
-    intermediate_size: F, width inside the MLP (of one expert).
-    num_layers: L.
-    num_heads: H, query heads.
-    num_kv_heads: K, a divisor of H.
-    head_dim: h, numbers a head.
-    max_position_embeddings: tokens of context, prompt and output together.
-    norm_eps: added to the variance.
-    activation: one of `ACTIVATIONS`.
-    rope: the rotary position embedding.
-    sliding_window: a token at p attends to (p - sliding_window, p]; None: to
-      [0, p]. See `layer_window`.
-    tie_word_embeddings: whether the embedding is the output matrix, too.
-    embed_scale: multiplies embeddings, rounded to the dtype of these (Gemma).
-    attention_scale: multiplies q . k; None: 1 / sqrt(head_dim).
-    attention_soft_cap: see `kinds.AttentionOptions`.
-    attention_sinks: whether each query head has a score of its own, of no key,
-      which weighs among the others (gpt-oss).
-    query_growth: multiplies a query at p by
-      1 + this * ln(1 + floor(p / rope.original_max_position)) (Ministral-3);
-      None: by 1.
-    logit_scale: multiplies logits.
-    logit_soft_cap: caps them then, as attention_soft_cap does scores.
-    overflows_float16: whether what layers give may be too large for float16.
-  """
-
-  family: ClassVar[str] = ''
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  max_position_embeddings: int
-  norm_eps: float = 1e-5
-  activation: str = 'silu'
-  rope: RopeConfig = rope_config.DEFAULT
-  sliding_window: int | None = None
-  tie_word_embeddings: bool = False
-  embed_scale: float = 1.0
-  attention_scale: float | None = None
-  attention_soft_cap: float | None = None
-  attention_sinks: bool = False
-  query_growth: float | None = None
-  logit_scale: float = 1.0
-  logit_soft_cap: float | None = None
-  overflows_float16: bool = False
-
-  def __post_init__(self) -> None:
-    _check_types(
-      self,
-      {
-        'vocab_size': fields_lib.SIZE,
-        'hidden_size': fields_lib.SIZE,
-        'intermediate_size': fields_lib.SIZE,
-        'num_layers': fields_lib.COUNT,
-        'num_heads': fields_lib.SIZE,
-        'num_kv_heads': fields_lib.SIZE,
-        'head_dim': fields_lib.SIZE,
-        'max_position_embeddings': fields_lib.SIZE,
-        'norm_eps': fields_lib.POSITIVE,
-        'sliding_window': _WINDOW,
-        'tie_word_embeddings': config_lib.FLAG,
-        'embed_scale': fields_lib.POSITIVE,
-        'logit_scale': fields_lib.POSITIVE,
-        'attention_scale': _FACTOR,
-        'attention_soft_cap': _FACTOR,
-        'attention_sinks': config_lib.FLAG,
-        'query_growth': _FACTOR,
-        'logit_soft_cap': _FACTOR,
-        'overflows_float16': config_lib.FLAG,
-      },
-    )
-    _check(
-      self.num_heads % self.num_kv_heads == 0,
-      'num_kv_heads',
-      self.num_kv_heads,
-      f'must divide num_heads={self.num_heads}',
-    )
-    _check(
-      self.activation in ACTIVATIONS,
-      'activation',
-      self.activation,
-      f'must be one of {", ".join(ACTIVATIONS)}',
-    )
-    self._check_rope('rope', self.rope)
-    _check(
-      self.query_growth is None or self.rope.original_max_position is not None,
-      'query_growth',
-      self.query_growth,
-      'needs rope.original_max_position',
-    )
-    _check(
-      self._scaled_len <= fields_lib.MOST,
-      'rope.factor',
-      self.rope.factor,
-      f'makes a context of more than {fields_lib.MOST} tokens',
-    )
-
-  def _check_rope(self, name: str, rope: Any) -> None:
-    _check(isinstance(rope, RopeConfig), name, rope, 'must be a RopeConfig')
-    rotary_dim = rope.rotary_dim or self.head_dim
-    _check(
-      rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
-      f'{name}.rotary_dim',
-      rotary_dim,
-      f'must be even and at most head_dim={self.head_dim}',
-    )
-    _check(
-      rope.kind != 'dynamic' or rotary_dim > 2,
-      f'{name}.rotary_dim',
-      rotary_dim,
-      "must be > 2 with kind='dynamic'",
-    )
-    for which in ('short_factors', 'long_factors'):
-      factors = getattr(rope, which)
-      _check(
-        factors is None or len(factors) == rotary_dim // 2,
-        f'{name}.{which}',
-        factors,
-        f'must be {rotary_dim // 2} numbers, one a frequency',
-      )
-
-  @property
-  def context_len(self) -> int:
-    """The most tokens of a sequence, with scaled rotary embeddings."""
-    return max(self.max_position_embeddings, int(self._scaled_len))
-
-  @property
-  def _scaled_len(self) -> float:
-    rope = self.rope
-    if rope.kind not in ('dynamic', 'yarn'):
-      return self.max_position_embeddings
-    return (rope.original_max_position or 1) * (rope.factor or 1)
-
-  @property
-  def mlp(self) -> Mlp:
-    """The shape of the model's MLPs."""
-    return Mlp()
-
-  def divided(self, config: config_lib.EngineConfig) -> Self:
-    """Returns the model as devices share it in a deployment.
-
-    Raises:
-      ConfigError: it has nothing that could be shared so.
-    """
-    _check(
-      not config.expert_parallel,
-      'expert_parallel',
-      config.expert_parallel,
-      'this model is dense: it has no experts',
-    )
-    return self
-
-  @property
-  def sums_per_layer(self) -> int:
-    """The number of sums over devices that a layer takes, if they share it."""
-    return 2
-
-  @property
-  def norms_per_layer(self) -> int:
-    """The number of norms over D that a layer has."""
-    return 2
-
-  @property
-  def statistics_per_layer(self) -> int:
-    """Numbers a token that devices which share a layer sum beside, at once."""
-    return 0
-
-  def layer_kind(self, layer: int) -> kinds.LayerKind:
-    """Returns what a layer in [0, L) has in common with others of its kind."""
-    del layer
-    return kinds.LayerKind(
-      kinds.AttentionOptions(
-        scale=self.attention_scale or self.head_dim**-0.5,
-        window=self.sliding_window,
-        soft_cap=self.attention_soft_cap,
-      ),
-      self.rope,
-    )
-
-  def check_dtype(self, name: str) -> None:
-    """Raises ConfigError if the model can't be computed in a dtype."""
-    _check(
-      name != 'float16' or not self.overflows_float16,
-      'dtype',
-      name,
-      'what layers of this model give is too large for it; take bfloat16 or '
-      'float32',
-    )
-
-  def layer_window(self, layer: int) -> int | None:
-    """Returns the sliding window of a layer in [0, L), or None."""
-    return self.layer_kind(layer).attention.window
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns all fields, as JSON can hold them; `family` names the class."""
-    return {'family': self.family, **dataclasses.asdict(self)}
-
-  @classmethod
-  def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-    """Reads what `to_dict` wrote.
-
-    Raises:
-      ConfigError: a family or field is unknown, a field is missing, a value is
-        bad, or the family is not a subclass of the class this is called on.
-    """
-    if not isinstance(fields, Mapping):
-      raise errors.ConfigError(f'model={fields!r}: must be an object.')
-    fields = dict(fields)
-    family = fields.pop('family', None)
-    _check(
-      isinstance(family, str)
-      and family in CONFIGS
-      and issubclass(CONFIGS[family], cls),
-      'family',
-      family,
-      f'must be one of {", ".join(CONFIGS)}',
-    )
-    for name in {'rope', 'window_rope'} & fields.keys():
-      if name == 'rope' or fields[name] is not None:
-        fields[name] = RopeConfig.from_dict(fields[name], name)
-    config: Self = fields_lib.from_dict(CONFIGS[family], fields, 'model')
-    return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,7 +99,7 @@ class LlamaConfig(ModelConfig):
       if name == 'unrotated_layers' or self.window_layers is not None:
         object.__setattr__(self, name, self._ascending(name))
     if self.window_rope is not None:
-      self._check_rope('window_rope', self.window_rope)
+      self.check_rope('window_rope', self.window_rope)
       _check(
         self.sliding_window is not None,
         'window_rope',
@@ -448,7 +190,7 @@ class MixtralConfig(LlamaConfig):
         'experts_per_token': fields_lib.COUNT,
         'weights_sum_to_one': config_lib.FLAG,
         'router_bias': config_lib.FLAG,
-        'gate_limit': _FACTOR,
+        'gate_limit': base_config.FACTOR_OR_NONE,
         'whole_experts': config_lib.FLAG,
       },
     )
@@ -520,3 +262,27 @@ class FalconConfig(ModelConfig):
 CONFIGS: Mapping[str, type[ModelConfig]] = {
   cls.family: cls for cls in (LlamaConfig, MixtralConfig, FalconConfig)
 }
+
+
+def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+  """Reads what `ModelConfig.to_dict` wrote.
+
+  Raises:
+    ConfigError: a family or field is unknown, a field is missing, or a value is
+      bad.
+  """
+  if not isinstance(fields, Mapping):
+    raise errors.ConfigError(f'model={fields!r}: must be an object.')
+  fields = dict(fields)
+  family = fields.pop('family', None)
+  _check(
+    isinstance(family, str) and family in CONFIGS,
+    'family',
+    family,
+    f'must be one of {", ".join(CONFIGS)}',
+  )
+  for name in {'rope', 'window_rope'} & fields.keys():
+    if name == 'rope' or fields[name] is not None:
+      fields[name] = RopeConfig.from_dict(fields[name], name)
+  config: ModelConfig = fields_lib.from_dict(CONFIGS[family], fields, 'model')
+  return config

@@ -112,7 +112,7 @@ def _calculate(model: config_lib.ModelConfig) -> None:
   model.layer_kind(0), model.layer_kind(model.num_layers - 1)
   facts.layer_size(model)
   models.param_specs(model)
-  assert config_lib.ModelConfig.from_dict(model.to_dict()) == model
+  assert config_lib.from_dict(model.to_dict()) == model
 
 
 def _rotate(model: config_lib.ModelConfig) -> None:
