@@ -16,6 +16,7 @@ CHANGES: Mapping[int, str] = {
   2: 'recommendations of generation_config.json that are not supported are '
   'refused, and tokenizers made of tokenizer.model alone give the tokens '
   'of sentencepiece',
+  3: 'how tokens choose experts is said otherwise',
 }
 VERSION = max(CHANGES)
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from checkpoints_convert import changes
+from checkpoints_convert import extra_layers
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
 from checkpoints_convert import mxfp4
@@ -105,11 +106,13 @@ def make_plan(
     raise errors.CheckpointError(
       f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.'
     )
-  model, rules, raw, is_nested = hf_config.read(folder)
+  model, rules, raw, is_nested, num_extra = hf_config.read(folder)
   parallelism.check(model)
   tensors, left_out = dict(reader.tensors), ''
   if is_nested:
     tensors, left_out = nested.take_text(tensors)
+  elif num_extra:
+    tensors, left_out = extra_layers.drop(tensors, model.num_layers, num_extra)
   tensors = mxfp4.unpacked(tensors)
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)

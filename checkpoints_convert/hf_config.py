@@ -32,6 +32,7 @@ ACTIVATIONS: Mapping[str, str] = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
+_MOST_EXTRA = 100  # layers behind the last one
 
 
 class Config(NamedTuple):
@@ -43,12 +44,15 @@ class Config(NamedTuple):
     raw: the decoded file; of a model that takes images, too, as if the text
       part were alone.
     is_nested: whether it is of such a model; see `nested`.
+    num_extra: how many layers are behind the model's last one; see
+      `families.Family`.
   """
 
   model: config_lib.ModelConfig
   rules: Sequence[Any]
   raw: dict[str, Any]
   is_nested: bool
+  num_extra: int
 
 
 def read(folder: pathlib.Path) -> Config:
@@ -65,10 +69,11 @@ def read(folder: pathlib.Path) -> Config:
   raw = json_file.read(path)
   architecture = _architecture(raw, path)
   family = families.find(architecture)
-  is_nested = families.ARCHITECTURES[architecture].is_nested
+  _, _, is_nested, extra_layers = families.ARCHITECTURES[architecture]
   if is_nested:
     raw = nested.flatten(raw, str(path))
   attributes = Attributes(raw, str(path))
+  num_extra = _num_extra(attributes, extra_layers)
   try:
     model = family.read_config(attributes)
   except errors.CheckpointError:
@@ -80,7 +85,23 @@ def read(folder: pathlib.Path) -> Config:
       f'an attribute is of the wrong type, or out of range: {e}'
     ) from e
   attributes.finish()
-  return Config(model, family.rules(model), raw, is_nested)
+  return Config(model, family.rules(model), raw, is_nested, num_extra)
+
+
+def _num_extra(attributes: Attributes, names: Sequence[str]) -> int:
+  """Takes how many layers are behind the last, by whichever name."""
+  known: int | None = None
+  for name in names:
+    if (value := attributes.take(name)) is None:
+      continue
+    if type(value) is not int or not 0 <= value <= _MOST_EXTRA:
+      raise attributes.refuse(
+        name, value, f'must be an integer in [0, {_MOST_EXTRA}]'
+      )
+    if known not in (None, value):
+      raise attributes.refuse(name, value, f'must be {known}, as {names[0]}')
+    known = value
+  return known or 0
 
 
 def _architecture(raw: Mapping[str, Any], path: pathlib.Path) -> str:

@@ -73,7 +73,7 @@ def plan(
     tensors: all of the checkpoint, by name.
     rules: the family's.
     specs: a tree of ParamSpec, dicts and lists.
-    dtype: of the parameters.
+    dtype: of the parameters, but for those that have their own.
     parallelism: chunks end where parts of such devices do.
 
   Returns:
@@ -218,7 +218,7 @@ def _leaf(
   return transforms.Leaf(
     path,
     wanted.shape,
-    dtype,
+    np.dtype(wanted.dtype or dtype),
     parts,
     stacked,
     parallelism.part_len(wanted.axes[axis], wanted.shape[axis]),

@@ -139,7 +139,7 @@ class LLM:
         axis_names=axis_names,
         home=params_lib.devices_of(params),
       )
-      layout = placement.of_live(params_lib.dtype_of(params))
+      layout = placement.of_live(params_lib.dtype_of(model, params))
       self._start(
         model,
         weights_lib.place_live(model, mesh, layout, params),

@@ -21,11 +21,14 @@ class Family(NamedTuple):
     model_type: as config.json names it, and the module that reads it.
     models: those that are published, in words.
     is_nested: whether it takes images, too; see `nested`.
+    extra_layers: names of the attribute that says how many layers are behind
+      the last one, which predict tokens further on, and are left out.
   """
 
   model_type: str
   models: str
   is_nested: bool = False
+  extra_layers: tuple[str, ...] = ()
 
 
 # The architecture that config.json names -> what reads it.
@@ -37,6 +40,11 @@ ARCHITECTURES: Mapping[str, Family] = {
     'gemma3', 'Gemma-3 4B, 12B, 27B; without images', is_nested=True
   ),
   'Glm4ForCausalLM': Family('glm4', 'GLM-4-0414 9B and 32B, GLM-Z1'),
+  'Glm4MoeForCausalLM': Family(
+    'glm4_moe',
+    'GLM-4.5, GLM-4.5-Air, GLM-4.6; without layers that predict further tokens',
+    extra_layers=('num_nextn_predict_layers', 'num_mtp_layers'),
+  ),
   'GlmForCausalLM': Family('glm', 'GLM-4-9B of 2024, GLM-Edge'),
   'GptOssForCausalLM': Family(
     'gpt_oss', 'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16'
@@ -58,6 +66,9 @@ ARCHITECTURES: Mapping[str, Family] = {
     'phi3', 'Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini'
   ),
   'Qwen2ForCausalLM': Family('qwen2', 'Qwen2, Qwen2.5'),
+  'Qwen2MoeForCausalLM': Family(
+    'qwen2_moe', 'Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B'
+  ),
   'Qwen3ForCausalLM': Family('qwen3', 'Qwen3'),
   'Qwen3MoeForCausalLM': Family(
     'qwen3_moe', 'Qwen3 30B-A3B, 235B-A22B; Qwen3-Coder'

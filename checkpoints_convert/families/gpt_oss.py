@@ -109,7 +109,7 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
   return config_lib.MixtralConfig(
     num_experts=attributes.take('num_local_experts', 128),
     experts_per_token=chosen,
-    router_bias=True,
+    router=config_lib.RouterConfig(bias=True),
     attention_sinks=True,
     qkv_bias=bias,
     o_bias=bias,

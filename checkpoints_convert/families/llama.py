@@ -45,13 +45,21 @@ ATTENTION_RULES: tuple[rules_lib.Rule, ...] = sum(
   (),
 )
 
-MLP_RULES: tuple[rules_lib.Rule, ...] = sum(
-  (
-    rules_lib.linear(f'{_LAYER}.mlp.{name}_proj', 'layers.{layer}.mlp.' + name)
-    for name in ('gate', 'up', 'down')
-  ),
-  (),
-)
+
+def mlp_rules(module: str, leaf: str) -> tuple[rules_lib.Rule, ...]:
+  """Returns rules of a gated MLP, by its module in a layer and its leaf."""
+  return sum(
+    (
+      rules_lib.linear(
+        f'{_LAYER}.{module}.{name}_proj', 'layers.{layer}.' + f'{leaf}.{name}'
+      )
+      for name in ('gate', 'up', 'down')
+    ),
+    (),
+  )
+
+
+MLP_RULES = mlp_rules('mlp', 'mlp')
 
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.LlamaConfig:

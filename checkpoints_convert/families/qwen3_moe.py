@@ -14,7 +14,7 @@ from sarathi_jax.models import config as config_lib
 _MOE = 'model.layers.{layer}.mlp'
 _LEAF = 'layers.{layer}.moe'
 
-_MOE_RULES = (
+MOE_RULES = (
   rules_lib.Rule(f'{_MOE}.gate.weight', f'{_LEAF}.router', transpose=True),
   *(
     rules_lib.Rule(
@@ -29,15 +29,40 @@ _MOE_RULES = (
 
 def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
   """Reads what transformers' Qwen3MoeConfig reads, with its defaults."""
-  fields = hf_config.common(
+  bias = attributes.flag('attention_bias', False)
+  return config_lib.MixtralConfig(
+    qk_norm=True,
+    qkv_bias=bias,
+    o_bias=bias,
+    **fields(
+      attributes, kv_heads=4, num_experts=128, experts_per_token=8, size=768
+    ),
+  )
+
+
+def fields(
+  attributes: hf_config.Attributes,
+  *,
+  kv_heads: int,
+  num_experts: int,
+  experts_per_token: int,
+  size: int,
+) -> dict[str, Any]:
+  """Returns the config's fields, but for attention's, of Qwen2-MoE or Qwen3's.
+
+  Args:
+    attributes: to take from.
+    kv_heads, num_experts, experts_per_token, size: defaults; the last one is of
+      moe_intermediate_size.
+  """
+  common = hf_config.common(
     attributes,
-    kv_heads=4,
+    kv_heads=kv_heads,
     theta=10000.0,
     eps=1e-6,
     positions=32768,
-    intermediate_size=6144,
+    intermediate_size=1,  # There are no layers of that.
   )
-  bias = attributes.flag('attention_bias', False)
   for name in ('sliding_window', 'max_window_layers'):  # There is no window.
     attributes.take(name)
   if attributes.flag('use_sliding_window', False):
@@ -52,21 +77,19 @@ def read_config(attributes: hf_config.Attributes) -> config_lib.MixtralConfig:
         name, value, f'must be {needed}: every layer must have experts'
       )
   # transformers 5 writes another name than the hub has.
-  num_experts = attributes.take('num_local_experts')
-  same = attributes.take('num_experts', num_experts)
-  if num_experts not in (None, same):
+  known = attributes.take('num_local_experts')
+  same = attributes.take('num_experts', known)
+  if known not in (None, same):
     raise attributes.refuse(
-      'num_experts', same, f'must be num_local_experts={num_experts}'
+      'num_experts', same, f'must be num_local_experts={known}'
     )
-  return config_lib.MixtralConfig(
-    num_experts=128 if same is None else same,
-    experts_per_token=attributes.take('num_experts_per_tok', 8),
-    weights_sum_to_one=attributes.flag('norm_topk_prob', False),
-    qk_norm=True,
-    qkv_bias=bias,
-    o_bias=bias,
-    **fields
-    | dict(intermediate_size=attributes.take('moe_intermediate_size', 768)),
+  return common | dict(
+    num_experts=num_experts if same is None else same,
+    experts_per_token=attributes.take('num_experts_per_tok', experts_per_token),
+    router=config_lib.RouterConfig(
+      sums_to_one=attributes.flag('norm_topk_prob', False)
+    ),
+    intermediate_size=attributes.take('moe_intermediate_size', size),
   )
 
 
@@ -78,5 +101,5 @@ def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
     *llama.NORM_RULES,
     *llama.ATTENTION_RULES,
     *qwen3.NORM_RULES,
-    *_MOE_RULES,
+    *MOE_RULES,
   )

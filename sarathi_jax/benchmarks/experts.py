@@ -27,6 +27,7 @@ from sarathi_jax.cli import mains
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import moe
+from sarathi_jax.models import router
 
 FLAGS = flags.FLAGS
 
@@ -93,7 +94,7 @@ def through_all(
     params: as `side_by_side` makes them.
     x: [rows, D].
   """
-  experts, weights = moe.route(config, params['router'], x)
+  experts, weights = router.route(config, params, x)
   shares = (
     jnp.zeros((len(x), config.num_experts))
     .at[jnp.arange(len(x))[:, None], experts]

@@ -55,7 +55,7 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
   args = jax.tree.map(
     lambda leaf, where: ocp.ArrayRestoreArgs(
       restore_type=jax.Array,
-      dtype=metadata.dtype,
+      dtype=leaf.dtype or metadata.dtype,
       sharding=where,
       global_shape=leaf.shape,
       strict=True,
@@ -84,7 +84,7 @@ def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
   from sarathi_jax.models import tree  # Here, as it loads JAX.
 
   for name, leaf in tree.named_leaves(specs).items():
-    _check_array(folder / name, name, leaf.shape, dtype)
+    _check_array(folder / name, name, leaf.shape, leaf.dtype or dtype)
 
 
 def _check_array(

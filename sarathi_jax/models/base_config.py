@@ -12,7 +12,7 @@ from sarathi_jax.models import kinds
 from sarathi_jax.models import rope_config
 
 _check, _check_types = config_lib.check, config_lib.check_fields
-_WINDOW = config_lib.or_none(
+SIZE_OR_NONE = config_lib.or_none(
   fields_lib.SIZE, f'{fields_lib.SIZE[1]}, or null for none'
 )
 FACTOR_OR_NONE = config_lib.or_none(
@@ -26,17 +26,23 @@ class Mlp(NamedTuple):
   """The shape of an MLP.
 
   Attributes:
+    size: width inside; of one expert.
     is_gated: whether another matrix gates the output of its first one.
     num_experts: the number of experts; 1 where there is no mixture.
     experts_per_token: how many of them each token goes through.
     are_whole: whether devices that share a layer have whole experts, and not
       columns of each.
+    shared_size: width inside one more expert, of all tokens; 0: there is none.
+    shared_gate: whether a matrix of one column gates what it gives.
   """
 
+  size: int
   is_gated: bool = True
   num_experts: int = 1
   experts_per_token: int = 1
   are_whole: bool = False
+  shared_size: int = 0
+  shared_gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +115,7 @@ class ModelConfig:
         'head_dim': fields_lib.SIZE,
         'max_position_embeddings': fields_lib.SIZE,
         'norm_eps': fields_lib.POSITIVE,
-        'sliding_window': _WINDOW,
+        'sliding_window': SIZE_OR_NONE,
         'tie_word_embeddings': config_lib.FLAG,
         'embed_scale': fields_lib.POSITIVE,
         'logit_scale': fields_lib.POSITIVE,
@@ -188,10 +194,20 @@ class ModelConfig:
       return self.max_position_embeddings
     return (rope.original_max_position or 1) * (rope.factor or 1)
 
+  def layer_mlp(self, layer: int) -> Mlp:
+    """Returns the shape of the MLP of a layer in [0, L)."""
+    del layer
+    return Mlp(self.intermediate_size)
+
   @property
-  def mlp(self) -> Mlp:
-    """The shape of the model's MLPs."""
-    return Mlp()
+  def num_dense(self) -> int:
+    """The number of first layers without what makes the others alike."""
+    return 0
+
+  @property
+  def mlp_widths(self) -> tuple[tuple[str, int], ...]:
+    """Widths that devices which share a layer have columns of, by field."""
+    return (('intermediate_size', self.intermediate_size),)
 
   def divided(self, config: config_lib.EngineConfig) -> Self:
     """Returns the model as devices share it in a deployment.

@@ -8,7 +8,7 @@ unknown field is refused, so that nothing about a model is ever ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, ClassVar, Self
 
@@ -18,10 +18,12 @@ from sarathi_jax.models import base_config
 from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
 from sarathi_jax.models import rope_config
+from sarathi_jax.models import router_config
 
 Mlp = base_config.Mlp
 ModelConfig = base_config.ModelConfig
 RopeConfig = rope_config.RopeConfig
+RouterConfig = router_config.RouterConfig
 
 _check, _check_types = config_lib.check, config_lib.check_fields
 
@@ -158,17 +160,22 @@ class LlamaConfig(ModelConfig):
 class MixtralConfig(LlamaConfig):
   """Llama's layers with a mixture of experts for an MLP.
 
-  Mixtral, Qwen3-MoE, gpt-oss. With `mlp_bias`, each expert has biases.
+  Mixtral, Qwen2-MoE, Qwen3-MoE, gpt-oss, GLM-4.5. With `mlp_bias`, each expert
+  has biases, and so have the other MLPs.
 
   Attributes:
     num_experts: E.
     experts_per_token: how many experts each token goes through.
-    weights_sum_to_one: whether the weights of a token's experts are divided by
-      their sum. (Then they are a softmax of these experts' scores alone.)
-    router_bias: whether experts' scores add a bias.
-    gate_limit: the most that a gate may be before its activation; what it gates
-      is within this on either side, and 1 is added to it (gpt-oss). None: there
-      is no limit, and nothing is added.
+    router: how it chooses them.
+    gate_limit: the most that an expert's gate may be before its activation;
+      what it gates is within this on either side, and 1 is added to it
+      (gpt-oss). None: there is no limit, and nothing is added.
+    shared_size: width inside the expert that all tokens go through, beside
+      those that they choose; None: there is none.
+    shared_gate: whether what it gives is multiplied by a sigmoid of a number
+      that each token makes of itself (Qwen2-MoE).
+    dense_sizes: widths inside the MLPs of the first layers, which have no
+      experts; as many as there are of these.
     whole_experts: see `Mlp.are_whole`; a deployment says it.
   """
 
@@ -176,9 +183,11 @@ class MixtralConfig(LlamaConfig):
 
   num_experts: int
   experts_per_token: int
-  weights_sum_to_one: bool = True
-  router_bias: bool = False
+  router: RouterConfig = router_config.DEFAULT
   gate_limit: float | None = None
+  shared_size: int | None = None
+  shared_gate: bool = False
+  dense_sizes: tuple[int, ...] = ()
   whole_experts: bool = False
 
   def __post_init__(self) -> None:
@@ -188,9 +197,9 @@ class MixtralConfig(LlamaConfig):
       {
         'num_experts': fields_lib.COUNT,
         'experts_per_token': fields_lib.COUNT,
-        'weights_sum_to_one': config_lib.FLAG,
-        'router_bias': config_lib.FLAG,
         'gate_limit': base_config.FACTOR_OR_NONE,
+        'shared_size': base_config.SIZE_OR_NONE,
+        'shared_gate': config_lib.FLAG,
         'whole_experts': config_lib.FLAG,
       },
     )
@@ -200,6 +209,29 @@ class MixtralConfig(LlamaConfig):
       self.experts_per_token,
       f'exceeds num_experts={self.num_experts}',
     )
+    _check(
+      isinstance(self.router, RouterConfig),
+      'router',
+      self.router,
+      'must be a RouterConfig',
+    )
+    self.router.check(self.num_experts, self.experts_per_token)
+    _check(
+      self.shared_size is not None or not self.shared_gate,
+      'shared_gate',
+      self.shared_gate,
+      'has no meaning without shared_size',
+    )
+    is_size, _ = fields_lib.SIZE
+    _check(
+      isinstance(self.dense_sizes, (list, tuple))
+      and all(map(is_size, self.dense_sizes))
+      and len(self.dense_sizes) < self.num_layers,
+      'dense_sizes',
+      self.dense_sizes,
+      f'must be sizes of fewer than num_layers={self.num_layers} layers',
+    )
+    object.__setattr__(self, 'dense_sizes', tuple(self.dense_sizes))
     _check(  # Triton, which multiplies them on GPUs, has no erf.
       self.activation != 'gelu',
       'activation',
@@ -207,13 +239,30 @@ class MixtralConfig(LlamaConfig):
       'experts must have silu, gelu_tanh, relu or quick_gelu',
     )
 
-  @property
-  def mlp(self) -> Mlp:
+  def layer_mlp(self, layer: int) -> Mlp:
+    if layer < self.num_dense:
+      return Mlp(self.dense_sizes[layer])
     return Mlp(
+      self.intermediate_size,
       num_experts=self.num_experts,
       experts_per_token=self.experts_per_token,
       are_whole=self.whole_experts,
+      shared_size=self.shared_size or 0,
+      shared_gate=self.shared_gate,
     )
+
+  @property
+  def num_dense(self) -> int:
+    return len(self.dense_sizes)
+
+  @property
+  def mlp_widths(self) -> tuple[tuple[str, int], ...]:
+    widths = [('dense_sizes', size) for size in self.dense_sizes]
+    if self.shared_size is not None:
+      widths.append(('shared_size', self.shared_size))
+    if not self.whole_experts:
+      widths.append(('intermediate_size', self.intermediate_size))
+    return tuple(widths)
 
   def divided(self, config: config_lib.EngineConfig) -> Self:
     return dataclasses.replace(self, whole_experts=config.expert_parallel)
@@ -250,9 +299,9 @@ class FalconConfig(ModelConfig):
       'must be 2 where attention and MLP follow one another',
     )
 
-  @property
-  def mlp(self) -> Mlp:
-    return Mlp(is_gated=False)
+  def layer_mlp(self, layer: int) -> Mlp:
+    del layer
+    return Mlp(self.intermediate_size, is_gated=False)
 
   @property
   def sums_per_layer(self) -> int:
@@ -261,6 +310,13 @@ class FalconConfig(ModelConfig):
 
 CONFIGS: Mapping[str, type[ModelConfig]] = {
   cls.family: cls for cls in (LlamaConfig, MixtralConfig, FalconConfig)
+}
+
+# Fields that have fields -> what reads them.
+_NESTED: Mapping[str, Callable[[Mapping[str, Any], str], Any]] = {
+  'rope': RopeConfig.from_dict,
+  'window_rope': RopeConfig.from_dict,
+  'router': RouterConfig.from_dict,
 }
 
 
@@ -281,8 +337,8 @@ def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     family,
     f'must be one of {", ".join(CONFIGS)}',
   )
-  for name in {'rope', 'window_rope'} & fields.keys():
-    if name == 'rope' or fields[name] is not None:
-      fields[name] = RopeConfig.from_dict(fields[name], name)
+  for name, read in _NESTED.items():
+    if name in fields and (name != 'window_rope' or fields[name] is not None):
+      fields[name] = read(fields[name], name)
   config: ModelConfig = fields_lib.from_dict(CONFIGS[family], fields, 'model')
   return config

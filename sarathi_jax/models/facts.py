@@ -7,6 +7,7 @@ every family that they agree with the parameters (`param_specs`).
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from pallas_kernels import attention_work
@@ -37,27 +38,35 @@ class Matrix(NamedTuple):
 
 
 def layer_matrices(
-  model: config_lib.ModelConfig, tp: int = 1
+  model: config_lib.ModelConfig, layer: int, tp: int = 1
 ) -> tuple[Matrix, ...]:
-  """Returns the matrices that one of `tp` devices has of a layer."""
-  width, mlp = model.hidden_size, model.mlp
+  """Returns the matrices that one of `tp` devices has of a layer in [0, L)."""
+  width, mlp = model.hidden_size, model.layer_mlp(layer)
   heads, kv_heads = model.num_heads // tp, max(model.num_kv_heads // tp, 1)
-  inner = -(-model.intermediate_size // (1 if mlp.are_whole else tp))
-  shares = tp if mlp.are_whole else 1
-  experts = mlp.num_experts // shares, mlp.experts_per_token / shares
   router = [Matrix(width, mlp.num_experts)] if mlp.num_experts > 1 else []
+  shares = tp if mlp.are_whole else 1
+  inner = -(-mlp.size // (tp // shares))
+  experts = mlp.num_experts // shares, mlp.experts_per_token / shares
+  shared: list[Matrix] = []
+  if mlp.shared_size:
+    columns = -(-mlp.shared_size // tp)
+    shared = [Matrix(width, 2 * columns), Matrix(columns, width)]
   return (
     Matrix(width, (heads + 2 * kv_heads) * model.head_dim),
     Matrix(heads * model.head_dim, width),
     *router,
+    *shared,
+    *[Matrix(width, 1)] * mlp.shared_gate,
     Matrix(width, (1 + mlp.is_gated) * inner, *experts),
     Matrix(inner, width, *experts),
   )
 
 
-def layer_size(model: config_lib.ModelConfig, tp: int = 1) -> int:
+def layer_size(model: config_lib.ModelConfig, layer: int, tp: int = 1) -> int:
   """Returns the numbers in the matrices of a layer, on one of `tp` devices."""
-  return sum(m.rows * m.columns * m.copies for m in layer_matrices(model, tp))
+  return sum(
+    m.rows * m.columns * m.copies for m in layer_matrices(model, layer, tp)
+  )
 
 
 def dynamic_rope_len(model: config_lib.ModelConfig) -> int | None:
@@ -95,10 +104,13 @@ def prefix_cost(model: config_lib.ModelConfig, num_stages: int) -> float:
   """
   if num_stages == 1:
     return 0.0
-  whole = sum(model.layer_window(i) is None for i in range(model.num_layers))
+  layers = range(model.num_layers)
+  whole = sum(model.layer_window(i) is None for i in layers)
+  matrices = itertools.chain.from_iterable(
+    layer_matrices(model, i) for i in layers
+  )
   return (
     whole
-    / model.num_layers
-    / sum(2 * m.rows * m.columns * m.used for m in layer_matrices(model))
     * attention_work.pair_flops(model.num_heads, model.head_dim)
+    / sum(2 * m.rows * m.columns * m.used for m in matrices)
   )

@@ -19,14 +19,15 @@ def norm_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
   return layers.layer_norm_specs(config.hidden_size)
 
 
-def layer_specs(config: config_lib.FalconConfig) -> dict[str, Any]:
+def layer_specs(config: config_lib.FalconConfig, layer: int) -> dict[str, Any]:
   """Returns the specs of one `block`; 'mlp_norm' only with two norms."""
+  size = config.layer_mlp(layer).size
   specs = {
     'attn_norm': norm_specs(config),
     'attn': attention.attention_specs(
       config, qkv_bias=config.bias, o_bias=config.bias
     ),
-    'mlp': layers.mlp_specs(config, gated=False, bias=config.bias),
+    'mlp': layers.mlp_specs(config, size, gated=False, bias=config.bias),
   }
   if config.num_norms == 2:
     specs['mlp_norm'] = norm_specs(config)

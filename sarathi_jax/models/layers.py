@@ -213,11 +213,11 @@ def plain_mlp(
 
 
 def mlp_specs(
-  config: config_lib.ModelConfig, *, gated: bool, bias: bool
+  config: config_lib.ModelConfig, size: int, *, gated: bool, bias: bool
 ) -> dict[str, spec.ParamSpec]:
-  """Returns the specs of either MLP's parameters."""
+  """Returns the specs of either MLP's parameters, `size` wide inside."""
   width = ('embed', config.hidden_size)
-  inner = ('mlp', config.intermediate_size)
+  inner = ('mlp', size)
   specs = {
     name: spec.matrix(width, inner)
     for name in (('gate', 'up') if gated else ('up',))

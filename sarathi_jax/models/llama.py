@@ -25,10 +25,11 @@ def norm_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
   )
 
 
-def layer_specs(config: config_lib.LlamaConfig) -> dict[str, Any]:
+def layer_specs(config: config_lib.LlamaConfig, layer: int) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
+  size = config.layer_mlp(layer).size
   return around_specs(config) | {
-    'mlp': layers.mlp_specs(config, gated=True, bias=config.mlp_bias)
+    'mlp': layers.mlp_specs(config, size, gated=True, bias=config.mlp_bias)
   }
 
 

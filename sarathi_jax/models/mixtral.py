@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral (https://arxiv.org/abs/2401.04088), Qwen3-MoE and gpt-oss."""
+"""Mixtral (https://arxiv.org/abs/2401.04088) and other mixtures of experts.
+
+Qwen2-MoE, Qwen3-MoE, gpt-oss, GLM-4.5.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from sarathi_jax.models import moe
 norm, norm_specs = llama.norm, llama.norm_specs
 
 
-def layer_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
+def layer_specs(config: config_lib.MixtralConfig, layer: int) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
+  if layer < config.num_dense:
+    return llama.layer_specs(config, layer)
   return llama.around_specs(config) | {'moe': moe.moe_specs(config)}
 
 
@@ -28,7 +33,12 @@ def block(
   x: Float[Array, 'T D'],
   context: attention.LayerContext,
 ) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
-  """Adds attention, then the experts' output, to the residual stream."""
+  """Adds attention, then the experts' output, to the residual stream.
+
+  A layer without experts is Llama's.
+  """
+  if 'moe' not in params:
+    return llama.block(config, params, layer_kv, x, context)
 
   def mlp(x: Array) -> Array:
     return moe.moe(config, params['moe'], x, context.is_token, context.shards)

@@ -4,44 +4,27 @@
 Pairs of a token and an expert are sorted by experts, and each expert's rows are
 multiplied by its matrices (`pallas_kernels.grouped_matmul`). So a step reads
 the experts that its tokens chose, and no others; nothing is dropped, and what a
-token gets does not depend on what the others in its batch chose.
+token gets does not depend on what the others in its batch chose. A shared
+expert is an MLP beside them, of all tokens.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import grouped_matmul
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
+from sarathi_jax.models import router
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
 
 _COLUMNS = ('experts', 'mlp')  # the axes of what devices have columns of
-
-
-def route(
-  config: config_lib.MixtralConfig,
-  router: Float[Array, 'D E'],
-  x: Float[Array, 'T D'],
-  bias: Float[Array, ' E'] | None = None,
-) -> tuple[Int[Array, 'T k'], Float[Array, 'T k']]:
-  """Returns the experts that each token chooses, and their weights in float32.
-
-  These are the top of the softmax over all experts, divided by their sum if
-  the config says so. A bias is added to the scores.
-  """
-  scores = matrices.matmul(x, router).astype(jnp.float32)
-  if bias is not None:
-    scores += bias[None, :].astype(scores.dtype)
-  probs = jax.nn.softmax(scores, axis=-1)
-  top, experts = jax.lax.top_k(probs, config.experts_per_token)
-  if config.weights_sum_to_one:
-    top = top / jnp.sum(top, axis=-1, keepdims=True)
-  return experts, top
 
 
 def moe(
@@ -62,8 +45,7 @@ def moe(
     shards: how the experts are split over devices: where these have whole
       ones, each computes its own experts' rows.
   """
-  bias = params['router_bias'] if config.router_bias else None
-  experts, weights = route(config, params['router'], x, bias)
+  experts, weights = router.route(config, params, x)
   num = config.num_experts
   is_here = None if is_token is None else is_token[:, None]
   if config.whole_experts and shards.tp is not None:
@@ -104,12 +86,14 @@ def moe(
   if config.whole_experts and is_here is not None:
     chosen = jnp.where(is_here[:, :, None], chosen, 0)
   total = jnp.sum(chosen, axis=1)
+  if config.shared_size is not None:
+    total += _shared(config, params, x, shards)
   if is_token is not None:
     total = jnp.where(is_token[:, None], total, 0)
   return total.astype(x.dtype)
 
 
-def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
+def moe_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
   """Returns the specs of `moe`'s parameters."""
   num, width, inner = (
     config.num_experts,
@@ -119,13 +103,10 @@ def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
   experts, mlp = ('whole_experts', None) if config.whole_experts else _COLUMNS
   into = spec.ParamSpec((num, width, inner), (experts, 'embed', mlp))
   specs = {
-    'router': spec.ParamSpec((width, num), ('embed', None)),
     'gate': into,
     'up': into,
     'down': spec.ParamSpec((num, inner, width), (experts, mlp, 'embed')),
   }
-  if config.router_bias:
-    specs['router_bias'] = spec.bias((None, num))
   if config.mlp_bias:
     specs |= {
       f'{name}_bias': spec.ParamSpec(
@@ -133,4 +114,34 @@ def moe_specs(config: config_lib.MixtralConfig) -> dict[str, spec.ParamSpec]:
       )
       for name in ('gate', 'up', 'down')
     }
+  return router.router_specs(config) | specs | _shared_specs(config)
+
+
+def _shared(
+  config: config_lib.MixtralConfig,
+  params: layers.Params,
+  x: Float[Array, 'T D'],
+  shards: sharding.Shards,
+) -> Float[Array, 'T D']:
+  """Returns what the shared expert gives, in float32; on a shard, a part."""
+  out = layers.gated_mlp(params['shared'], x, config.activation, shards)
+  out = out.astype(jnp.float32)
+  if not config.shared_gate:
+    return out
+  gate = matrices.matmul(x, params['shared_gate'], jnp.float32)
+  return out * jax.nn.sigmoid(gate)
+
+
+def _shared_specs(config: config_lib.MixtralConfig) -> dict[str, Any]:
+  if config.shared_size is None:
+    return {}
+  specs: dict[str, Any] = {
+    'shared': layers.mlp_specs(
+      config, config.shared_size, gated=True, bias=config.mlp_bias
+    )
+  }
+  if config.shared_gate:
+    specs['shared_gate'] = spec.ParamSpec(
+      (config.hidden_size, 1), ('embed', None)
+    )
   return specs

@@ -4,7 +4,9 @@
 `tp` devices share each layer: whole heads, MLP columns or whole experts, rows
 of the embedding. `pp` stages hold consecutive layers, the same number each:
 where pp does not divide L, the last stage has layers of zeros, which change
-nothing. The output matrix is split over all devices.
+nothing. So have all but the first stage in place of the first layers, if these
+are dense and the others are not: layers of one number are alike in all stages.
+The output matrix is split over all devices.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ class Parallelism:
 
   def check(self, model: model_config_lib.ModelConfig) -> None:
     """Raises ConfigError, with the numbers, if a model can't be so divided."""
+    num_alike = model.num_layers - model.num_dense
     config_lib.check(
-      self.pp <= model.num_layers,
+      self.pp <= num_alike,
       'pp',
       self.pp,
-      f'more stages than the model has layers, {model.num_layers}',
+      f'more stages than the model has layers, {num_alike}'
+      + ' with experts' * (model.num_dense > 0),
     )
     config_lib.check(
       model.num_heads % self.tp == 0,
@@ -54,20 +58,20 @@ class Parallelism:
       "must divide the model's num_kv_heads="
       f'{model.num_kv_heads}, or be a multiple of it',
     )
-    if model.mlp.are_whole:
+    mlp = model.layer_mlp(model.num_layers - 1)
+    config_lib.check(
+      not mlp.are_whole or mlp.num_experts % self.tp == 0,
+      'tp',
+      self.tp,
+      "must, with expert_parallel, divide the model's "
+      f'num_experts={mlp.num_experts}',
+    )
+    for name, width in model.mlp_widths:
       config_lib.check(
-        model.mlp.num_experts % self.tp == 0,
+        width % self.tp == 0,
         'tp',
         self.tp,
-        "must, with expert_parallel, divide the model's "
-        f'num_experts={model.mlp.num_experts}',
-      )
-    else:
-      config_lib.check(
-        model.intermediate_size % self.tp == 0,
-        'tp',
-        self.tp,
-        f"must divide the model's intermediate_size={model.intermediate_size}",
+        f"must divide the model's {name}={width}",
       )
     # Each device of a stage hands on its part of the hidden states.
     config_lib.check(
@@ -79,7 +83,8 @@ class Parallelism:
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:
     """Returns the layers of a stage, those of zeros counted in."""
-    return -(-model.num_layers // self.pp)
+    alike = model.num_layers - model.num_dense
+    return model.num_dense + -(-alike // self.pp)
 
   def num_kv_heads(self, model: model_config_lib.ModelConfig) -> int:
     """Returns the key and value heads of a whole stage, copies counted in."""
@@ -112,10 +117,13 @@ class Parallelism:
   ) -> tuple[int | None, ...]:
     """Returns each stage's layer number `index`; None for one of zeros.
 
-    Worked example, 5 layers in 2 stages: index 0 -> (0, 3), 2 -> (2, None).
+    Worked example, 5 layers in 2 stages: index 0 -> (0, 3), 2 -> (2, None). If
+    the first is dense: index 0 -> (0, None), 1 -> (1, 3), 2 -> (2, 4).
     """
-    per_stage = self.num_layers(model)
-    layers = range(index, per_stage * self.pp, per_stage)
+    if index < model.num_dense:
+      return (index, *[None] * (self.pp - 1))
+    per_stage = self.num_layers(model) - model.num_dense
+    layers = range(index, index + per_stage * self.pp, per_stage)
     return tuple(n if n < model.num_layers else None for n in layers)
 
 

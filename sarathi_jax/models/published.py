@@ -81,8 +81,29 @@ _GPT_OSS: dict[str, Any] = dict(
   o_bias=True,
   mlp_bias=True,
   experts_per_token=4,
-  router_bias=True,
+  router=config.RouterConfig(bias=True),
   gate_limit=7.0,
+)
+
+_QWEN2_MOE: dict[str, Any] = dict(
+  vocab_size=151936,
+  head_dim=128,
+  norm_eps=1e-6,
+  rope=config.RopeConfig(theta=1e6),
+  qkv_bias=True,
+  router=config.RouterConfig(sums_to_one=False),
+  shared_gate=True,
+)
+
+_GLM_4_5: dict[str, Any] = dict(
+  vocab_size=151552,
+  num_heads=96,
+  num_kv_heads=8,
+  head_dim=128,
+  max_position_embeddings=131072,
+  rope=config.RopeConfig(theta=1e6, rotary_dim=64),
+  qkv_bias=True,
+  experts_per_token=8,
 )
 
 MODELS: Mapping[str, config.ModelConfig] = {
@@ -330,6 +351,52 @@ MODELS: Mapping[str, config.ModelConfig] = {
     max_position_embeddings=262144,
     rope=config.RopeConfig(theta=1e7),
     **_QWEN3_30B,
+  ),
+  # That of chats.
+  'qwen1.5-moe-a2.7b': config.MixtralConfig(
+    hidden_size=2048,
+    intermediate_size=1408,
+    num_layers=24,
+    num_heads=16,
+    num_kv_heads=16,
+    max_position_embeddings=32768,
+    num_experts=60,
+    experts_per_token=4,
+    shared_size=5632,
+    **_QWEN2_MOE,
+  ),
+  'qwen2-57b-a14b': config.MixtralConfig(
+    hidden_size=3584,
+    intermediate_size=2560,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    max_position_embeddings=32768,
+    num_experts=64,
+    experts_per_token=8,
+    shared_size=20480,
+    **_QWEN2_MOE,
+  ),
+  'glm-4.5-air': config.MixtralConfig(
+    hidden_size=4096,
+    intermediate_size=1408,
+    num_layers=46,
+    num_experts=128,
+    router=config.RouterConfig(score='sigmoid', choice_bias=True),
+    shared_size=1408,
+    dense_sizes=(10944,),
+    **_GLM_4_5,
+  ),
+  'glm-4.5': config.MixtralConfig(
+    hidden_size=5120,
+    intermediate_size=1536,
+    num_layers=92,
+    qk_norm=True,
+    num_experts=160,
+    router=config.RouterConfig(score='sigmoid', choice_bias=True, scale=2.5),
+    shared_size=1536,
+    dense_sizes=(12288,) * 3,
+    **_GLM_4_5,
   ),
   'gpt-oss-20b': config.MixtralConfig(
     num_layers=24,

@@ -26,11 +26,13 @@ class ParamSpec:
       share these. Sharding is defined by these.
     init: how to draw it at random: 'normal' and 'bias' around 0, 'scale'
       around 1.
+    dtype: what it is always kept in; None: in what the model computes in.
   """
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   init: str = 'normal'
+  dtype: str | None = None
 
   @property
   def is_factor(self) -> bool:
@@ -50,9 +52,9 @@ def matrix(rows: tuple[str, int], columns: tuple[str, int]) -> ParamSpec:
   return ParamSpec((rows[1], columns[1]), (rows[0], columns[0]))
 
 
-def bias(axis: tuple[str | None, int]) -> ParamSpec:
+def bias(axis: tuple[str | None, int], dtype: str | None = None) -> ParamSpec:
   """Returns the spec of a vector that is added."""
-  return ParamSpec((axis[1],), (axis[0],), 'bias')
+  return ParamSpec((axis[1],), (axis[0],), 'bias', dtype)
 
 
 def scale(size: int, axis: str | None = 'embed') -> ParamSpec:

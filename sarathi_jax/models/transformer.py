@@ -48,7 +48,7 @@ def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
   vocab, width = ('vocab', config.vocab_size), ('embed', config.hidden_size)
   specs = {
     'embed': spec.matrix(vocab, width),
-    'layers': [family.layer_specs(config) for _ in range(config.num_layers)],
+    'layers': [family.layer_specs(config, i) for i in range(config.num_layers)],
     'final_norm': family.norm_specs(config),
   }
   if not config.tie_word_embeddings:
@@ -76,7 +76,7 @@ def init_params(
     return _draw(
       jax.random.fold_in(key, zlib.crc32(name.encode())),
       leaf.shape,
-      jnp.dtype(dtype),
+      jnp.dtype(leaf.dtype or dtype),
       _CENTERS[leaf.init],
       scale,
     )
@@ -115,9 +115,10 @@ def forward(
 
   Args:
     config: the model.
-    params: as `param_specs` says, in one dtype. Matmuls and the residual
-      stream use that; norms, softmax and rotations are in float32. Matrices
-      may be nodes, see `matrices`, and those of a group of `spec` be one.
+    params: as `param_specs` says; in one dtype, but for those that have their
+      own. Matmuls and the residual stream use that one; norms, softmax and
+      rotations are in float32. Matrices may be nodes, see `matrices`, and those
+      of a group of `spec` be one.
     kv: what `attend` keeps, one a layer. `[None] * L` for `causal_attend`.
     tokens: ids.
     positions: of the tokens in their sequences.

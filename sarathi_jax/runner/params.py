@@ -32,6 +32,7 @@ def check_params(
     model: the model.
     params: its weights. Only names count: tuples may be lists.
     dtype: the dtype that they must have; None for any that attention takes.
+      Those that have their own, by `ParamSpec.dtype`, must have that.
 
   Returns:
     The same arrays, as the tree of `models.param_specs`.
@@ -67,8 +68,8 @@ def check_params(
         + (f' {are_what} params.{near[0]}.' if near else '')
       )
   for name, leaf in leaves.items():
-    _check_leaf(name, leaf, specs[name].shape, dtype)
-  model.check_dtype(dtype_of(leaves).name)
+    _check_leaf(name, leaf, specs[name].shape, specs[name].dtype or dtype)
+  model.check_dtype(dtype_of(model, leaves).name)
   return jax.tree.unflatten(
     jax.tree.structure(tree), [leaves[name] for name in specs]
   )
@@ -120,14 +121,17 @@ def _packed(found: str, specs: Iterable[str]) -> str | None:
   return None
 
 
-def dtype_of(params: Params) -> Any:
-  """Returns the dtype of all arrays.
+def dtype_of(model: model_config_lib.ModelConfig, params: Params) -> Any:
+  """Returns the dtype of all arrays, but for those that have their own.
 
   Raises:
     ConfigError: there are several. Names an array of each.
   """
+  specs = tree_lib.named_leaves(models.param_specs(model))
   found = {
-    leaf.dtype: name for name, leaf in tree_lib.named_leaves(params).items()
+    leaf.dtype: name
+    for name, leaf in tree_lib.named_leaves(params).items()
+    if specs[name].dtype is None
   }
   if len(found) > 1:
     raise errors.ConfigError(

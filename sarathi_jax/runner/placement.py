@@ -59,7 +59,7 @@ class Layout:
 
   Attributes:
     dtype: that the model computes in. Parameters are converted to it first, and
-      kept in it but for what their nodes keep.
+      kept in it but for what their nodes keep, and what their specs say.
     node: says which node a parameter is kept as, by its name and spec; None:
       an array.
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
@@ -252,11 +252,14 @@ def places(
 
   specs = models.param_specs(model)
   layer_specs = specs.pop('layers')
+
+  def stages(index: int) -> Any:
+    layers = parallelism.layers_of(model, index)
+    layer = next(layer for layer in layers if layer is not None)
+    return tree(layer_specs[layer], 'layers.{}', layers)
+
   return tree(specs, '', (0,)) | {
-    'layers': [
-      tree(layer_specs[0], 'layers.{}', parallelism.layers_of(model, i))
-      for i in range(parallelism.num_layers(model))
-    ]
+    'layers': [stages(i) for i in range(parallelism.num_layers(model))]
   }
 
 
@@ -264,6 +267,7 @@ def _place(parts: tuple[Part, ...], node: Node, mesh: Mesh, dtype: Any) -> Any:
   """Returns the Place of parameters side by side, or their node of Places."""
   axes = _axes_of(parts[0].spec)
   assert all(_axes_of(part.spec) == axes for part in parts)
+  dtype = jnp.dtype(parts[0].spec.dtype or dtype)
   shares = [_share(part, mesh) for part in parts]
   share = (*shares[0][:-1], sum(share[-1] for share in shares))
 

@@ -87,16 +87,22 @@ class CostModel:
       model.head_dim,
       _DTYPES.get(kv_cache_dtype, kv_cache_dtype),
     )
-    # For each stage, the layers that attend to so many tokens.
-    windows = [
-      model.layer_window(i) or _NO_WINDOW for i in range(model.num_layers)
-    ]
+    # For each stage, the layers that attend to so many tokens and have the
+    # matrices of this number.
+    layers = range(model.num_layers)
+    windows = [model.layer_window(i) or _NO_WINDOW for i in layers]
+    mlps = list(dict.fromkeys(map(model.layer_mlp, layers)))
+    first = [next(i for i in layers if model.layer_mlp(i) == m) for m in mlps]
+    kinds = [(w, mlps.index(model.layer_mlp(i))) for i, w in enumerate(windows)]
     ends = [0, *itertools.accumulate(self.stage_layers)]
-    self._windows = [
-      Counter(windows[start:stop]) for start, stop in itertools.pairwise(ends)
+    self._kinds = [
+      Counter(kinds[start:stop]) for start, stop in itertools.pairwise(ends)
     ]
+    self._all_kinds = dict.fromkeys(kinds)
     self._all_windows = set(windows)
-    self._matrices = facts.layer_matrices(model, tp)
+    self._mlps = mlps
+    self._matrices = [facts.layer_matrices(model, i, tp) for i in first]
+    self._sizes = [facts.layer_size(model, i, tp) for i in first]
     self._tp_link = hardware.link_within(0, tp - 1)
     self._hop_links = [
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
@@ -104,7 +110,7 @@ class CostModel:
     ]
     self._num_sums = model.sums_per_layer if tp > 1 else 0
     self._launch_s = host.launch_s + self._num_sums * host.sum_s
-    self._layer_s: dict[int, float] = {}
+    self._layer_s: list[dict[int, float]] = [{} for _ in mlps]
     self._head_s: dict[int, float] = {}
 
   def with_host(self, host: hosts.Host) -> CostModel:
@@ -205,21 +211,22 @@ class CostModel:
   ) -> list[float]:
     """Predicts as `stage_seconds`; `loads`: kv_tokens, prefill_s by window."""
     layer_s = {}
-    for window, (kv_tokens, prefill_s) in loads.items():
+    for window, mlp in self._all_kinds:
+      kv_tokens, prefill_s = loads[window]
       attention_s = operators.decode_attention(
         self.hardware, kv_tokens, self._token_bytes
       )
       calls = (kv_tokens > 0) + (prefill_s > 0)
-      layer_s[window] = max(
-        self.layer_seconds(tokens)
+      layer_s[window, mlp] = max(
+        self.layer_seconds(tokens, mlp)
         + attention_s
         + prefill_s
         + calls * self.hardware.efficiencies.attention_s,
         self._launch_s,
       )
     seconds = [
-      sum(n * layer_s[window] for window, n in windows.items()) + host_s
-      for windows in self._windows
+      sum(n * layer_s[kind] for kind, n in kinds.items()) + host_s
+      for kinds in self._kinds
     ]
     seconds[-1] += self.head_seconds(rows)
     for s, link in enumerate(self._hop_links):
@@ -228,11 +235,17 @@ class CostModel:
       )
     return seconds
 
-  def layer_seconds(self, tokens: int) -> float:
-    """Predicts a layer without attention, for a batch of so many tokens."""
-    if tokens not in self._layer_s:
-      self._layer_s[tokens] = float(self._layer_seconds(tokens))
-    return self._layer_s[tokens]
+  def layer_seconds(self, tokens: int, mlp: int = -1) -> float:
+    """Predicts a layer without attention, for a batch of so many tokens.
+
+    Args:
+      tokens: of the batch.
+      mlp: which of the model's MLPs it has, in the order of their first layers.
+    """
+    known = self._layer_s[mlp]
+    if tokens not in known:
+      known[tokens] = float(self._layer_seconds(tokens, mlp))
+    return known[tokens]
 
   def head_seconds(self, rows: int) -> float:
     """Predicts the output matrix, for rows that a token is sampled after."""
@@ -251,21 +264,21 @@ class CostModel:
       )
     return self._head_s[rows]
 
-  def _layer_seconds(self, n: int) -> float:
+  def _layer_seconds(self, n: int, which: int = -1) -> float:
     hw, width = self.hardware, self.model.hidden_size
     seconds = 0.0
-    for matrix in self._matrices:
+    for matrix in self._matrices[which]:
       # Of a mixture, each expert that is chosen sees its part of the tokens.
       experts = matrix.num_read(n)
       seconds += experts * operators.matmul(
         hw, n * matrix.used / experts, matrix.rows, matrix.columns
       )
-    mlp = self.model.mlp
+    mlp = self._mlps[which]
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
-    inner = self.model.intermediate_size / self.tp
+    inner = (mlp.size * mlp.experts_per_token + mlp.shared_size) / self.tp
     numbers = [
       2 * heads,  # rotation
-      (2 + mlp.is_gated) * inner * mlp.experts_per_token,  # activation
+      (2 + mlp.is_gated) * inner,  # activation
       2 * 2 * self.num_kv_heads * self.model.head_dim,  # into the cache
       *[3 * width] * self.model.norms_per_layer,  # which read twice
     ]
@@ -289,11 +302,14 @@ class CostModel:
   @property
   def weight_bytes(self) -> float:
     """Bytes of weights on the device that has most of them."""
-    layer = facts.layer_size(self.model, self.tp)
+    layers = max(
+      sum(n * self._sizes[mlp] for (_, mlp), n in kinds.items())
+      for kinds in self._kinds
+    )
     vocab = self.model.vocab_size * self.model.hidden_size / self.tp
     if self.pp == 1 and not self.model.tie_word_embeddings:
       vocab *= 2  # else the embedding is on the first stage, the head the last
-    return operators.BYTES * (max(self.stage_layers) * layer + vocab)
+    return operators.BYTES * (layers + vocab)
 
   @property
   def kv_token_bytes(self) -> int:
@@ -332,11 +348,10 @@ class CostModel:
     room = config.cache_bytes(page)
     if room is None:
       # For one layer at a time: its input, its output and what is inside.
-      width = (
-        4 * self.model.hidden_size
-        + (2 * self.model.intermediate_size * self.model.mlp.experts_per_token)
-        // self.tp
+      inner = max(
+        m.size * m.experts_per_token + m.shared_size for m in self._mlps
       )
+      width = 4 * self.model.hidden_size + 2 * inner // self.tp
       room = int(
         self.hardware.memory_bytes * config.memory_utilization
         - self.weight_bytes

@@ -190,7 +190,7 @@ def test_the_published_config(tmp_path: pathlib.Path) -> None:
   assert isinstance(model, config_lib.MixtralConfig)
   assert [model.layer_window(i) for i in range(2)] == [128, None]
   assert model.rope.truncate is False and model.context_len == 131072
-  assert model.attention_sinks and model.mlp_bias and model.router_bias
+  assert model.attention_sinks and model.mlp_bias and model.router.bias
   assert (model.gate_limit, model.activation) == (7.0, 'quick_gelu')
 
 

@@ -45,6 +45,29 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     num_experts_per_tok=2,
   ),
   QWEN2 | dict(architectures=['Qwen2ForCausalLM']),
+  LLAMA
+  | dict(
+    architectures=['Qwen2MoeForCausalLM'],
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=16,
+    mlp_only_layers=[],
+  ),
+  LLAMA
+  | dict(
+    architectures=['Glm4MoeForCausalLM'],
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    n_shared_experts=1,
+    n_group=2,
+    topk_group=1,
+    routed_scaling_factor=2.5,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=1,
+    partial_rotary_factor=0.5,
+  ),
   QWEN2
   | dict(
     architectures=['Qwen3ForCausalLM'],

@@ -109,8 +109,8 @@ def _check_all(
 
 def _calculate(model: config_lib.ModelConfig) -> None:
   assert 0 < model.context_len < 2**31
-  model.layer_kind(0), model.layer_kind(model.num_layers - 1)
-  facts.layer_size(model)
+  for layer in (0, model.num_layers - 1):
+    model.layer_kind(layer), facts.layer_size(model, layer)
   models.param_specs(model)
   assert config_lib.from_dict(model.to_dict()) == model
 

@@ -52,13 +52,15 @@ def test_experts_have_a_width_of_their_own(
     ),
   )
   assert isinstance(model, config_lib.MixtralConfig)
-  assert (model.intermediate_size, model.mlp) == (20, (True, 4, 2, False))
-  assert model.qk_norm and model.weights_sum_to_one
+  assert model.layer_mlp(0) == config_lib.Mlp(
+    20, num_experts=4, experts_per_token=2
+  )
+  assert model.qk_norm and model.router.sums_to_one
   assert model.sliding_window is None
   # As transformers 5 writes it; by default, weights are as they are.
   other = _qwen3_moe() | dict(num_experts=None, num_local_experts=4)
   assert _read(tmp_path, other) == dataclasses.replace(
-    model, weights_sum_to_one=False
+    model, router=config_lib.RouterConfig(sums_to_one=False)
   )
 
 

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import weights
 from tests import tiny
 from tests.llm import common
@@ -235,6 +238,32 @@ def test_weights_of_a_dtype_that_attention_lacks(params, make_llm):
     errors.ConfigError, match=(r'int32.*must be float32 or bfloat16 or float16')
   ):
     make_llm(whole)
+
+
+def test_weights_that_have_a_dtype_of_their_own():
+  """What chooses experts is float32 in any model."""
+  model = config_lib.MixtralConfig(
+    vocab_size=16,
+    hidden_size=8,
+    intermediate_size=4,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=8,
+    num_experts=4,
+    experts_per_token=2,
+    router=config_lib.RouterConfig(score='sigmoid', choice_bias=True),
+  )
+  params = models.init_params(model, jax.random.key(0), jnp.bfloat16)
+  params_lib.check_params(model, params)
+  params_lib.check_params(model, params, jnp.dtype(jnp.bfloat16))
+  assert params_lib.dtype_of(model, params) == jnp.bfloat16
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  with pytest.raises(
+    errors.ConfigError, match=r'choice_bias: is bfloat16.*be float32\[4\]'
+  ):
+    params_lib.check_params(model, narrow)
 
 
 def test_weights_of_several_dtypes(params, make_llm):

@@ -100,6 +100,17 @@ _EXAMPLES = (
     logit_scale=2.0,
   ),
   config_lib.MixtralConfig(**_SIZES, num_experts=4, experts_per_token=2),
+  config_lib.MixtralConfig(
+    **_SIZES,
+    num_experts=4,
+    experts_per_token=2,
+    router=config_lib.RouterConfig(
+      score='sigmoid', choice_bias=True, num_groups=2, top_groups=1, scale=2.5
+    ),
+    shared_size=24,
+    shared_gate=True,
+    dense_sizes=(40, 40),
+  ),
   config_lib.FalconConfig(**_SIZES, num_norms=2, activation='gelu'),
 )
 
@@ -118,6 +129,8 @@ def test_closed_world() -> None:
     ({**fields, 'rope': {'base': 3}}, r'rope\.base: unknown'),
     ({**fields, 'rope': 3}, 'rope=3'),
     ({**fields, 'window_rope': {'base': 3}}, r'window_rope\.base: unknown'),
+    ({**_EXAMPLES[-2].to_dict(), 'router': {'top': 3}}, r'router\.top: unkn'),
+    ({**_EXAMPLES[-2].to_dict(), 'router': None}, 'router=None'),
     ({**fields, 'family': 'gpt'}, "family='gpt'"),
     ({**fields, 'num_experts': 3}, r'model\.num_experts'),
     ({k: v for k, v in fields.items() if k != 'family'}, 'family=None'),
@@ -209,6 +222,37 @@ def test_closed_world() -> None:
       dict(num_experts=2, experts_per_token=1, activation='gelu'),
       "activation='gelu'",
     ),
+    *(
+      (
+        config_lib.MixtralConfig,
+        dict(num_experts=6, experts_per_token=3) | fields,
+        match,
+      )
+      for fields, match in (
+        (dict(router={'score': 'softmax'}), 'must be a RouterConfig'),
+        (
+          dict(router=config_lib.RouterConfig(num_groups=4)),
+          r'router\.num_groups=4: must divide num_experts=6',
+        ),
+        (
+          dict(router=config_lib.RouterConfig(num_groups=6, top_groups=3)),
+          'groups of at least two',
+        ),
+        (
+          dict(router=config_lib.RouterConfig(num_groups=3, top_groups=1)),
+          r'router\.top_groups=1: .*enough for experts_per_token=3',
+        ),
+        (
+          dict(router=config_lib.RouterConfig(top_groups=2)),
+          'at most num_groups=1',
+        ),
+        (dict(shared_size=0), 'shared_size=0'),
+        (dict(shared_gate=True), 'without shared_size'),
+        (dict(dense_sizes=(8, 8, 8)), 'fewer than num_layers=3'),
+        (dict(dense_sizes=(0,)), r'dense_sizes=\(0,\)'),
+        (dict(dense_sizes=3), 'dense_sizes=3'),
+      )
+    ),
     (config_lib.FalconConfig, dict(num_norms=3), 'num_norms=3'),
     (config_lib.FalconConfig, dict(parallel=False), 'num_norms=1'),
   ],
@@ -256,6 +300,28 @@ def test_bad_value(cls: Any, fields: dict[str, Any], match: str) -> None:
 def test_bad_rope(fields: dict[str, Any], match: str) -> None:
   with pytest.raises(errors.ConfigError, match=match):
     config_lib.RopeConfig(**fields)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(score='tanh'), "score='tanh'"),
+    (dict(score=[]), r'score=\[\]'),
+    (dict(bias=1), 'bias=1'),
+    (dict(num_groups=0), 'num_groups=0'),
+    (dict(scale=0.0), r'scale=0\.0'),
+  ],
+)
+def test_bad_router(fields: dict[str, Any], match: str) -> None:
+  with pytest.raises(errors.ConfigError, match=match):
+    config_lib.RouterConfig(**fields)
+
+
+def test_first_layers_without_experts() -> None:
+  mlps = [_EXAMPLES[-2].layer_mlp(i) for i in range(3)]
+  assert [mlp.num_experts for mlp in mlps] == [1, 1, 4]
+  assert [mlp.shared_size for mlp in mlps] == [0, 0, 24]
+  assert [mlp.size for mlp in mlps] == [40, 40, 48]
 
 
 def test_layer_window() -> None:

@@ -312,6 +312,34 @@ CASES: Mapping[str, Any] = {
     attention_bias=True,
     tie_word_embeddings=True,
   ),
+  'qwen2_moe': lambda: transformers.Qwen2MoeConfig(
+    **_GATED,
+    moe_intermediate_size=40,
+    shared_expert_intermediate_size=56,
+    num_experts=6,
+    num_experts_per_tok=2,
+  ),
+  'glm4_moe': lambda: transformers.Glm4MoeConfig(
+    **_GATED,
+    moe_intermediate_size=40,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=2,
+    routed_scaling_factor=1.5,
+    use_qk_norm=True,
+    attention_bias=True,
+  ),
+  'glm4_moe_dense_tied_weights_as_they_are': lambda: transformers.Glm4MoeConfig(
+    **{**_GATED, 'num_hidden_layers': 3},
+    moe_intermediate_size=24,
+    n_routed_experts=4,
+    num_experts_per_tok=1,
+    norm_topk_prob=False,
+    first_k_dense_replace=2,
+    tie_word_embeddings=True,
+  ),
   'gpt_oss': gpt_oss,
   'gpt_oss_no_biases_tied_top1': lambda: gpt_oss(
     attention_bias=False, tie_word_embeddings=True, num_experts_per_tok=1
@@ -336,6 +364,10 @@ CASES: Mapping[str, Any] = {
 }
 
 
+_GLM_ROUTER: dict[str, Any] = dict(
+  score='sigmoid', choice_bias=True, num_groups=4, top_groups=2, scale=1.5
+)
+
 # Case -> switches that it has on; without any of them its logits are others.
 FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
   'mistral_window': (dict(sliding_window=None), dict(sliding_window=13)),
@@ -352,10 +384,35 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     dict(activation='silu'),
     dict(window_layers=(1,)),
   ),
-  'qwen3_moe': (dict(weights_sum_to_one=False), dict(experts_per_token=2)),
+  'qwen3_moe': (
+    dict(router=config_lib.RouterConfig(sums_to_one=False)),
+    dict(experts_per_token=2),
+  ),
+  'qwen2_moe': (
+    dict(router=config_lib.RouterConfig()),
+    dict(shared_gate=False),
+    dict(shared_size=None, shared_gate=False),
+  ),
+  'glm4_moe': (
+    *(
+      dict(router=config_lib.RouterConfig(**_GLM_ROUTER | fields))
+      for fields in (
+        dict(score='softmax'),
+        dict(choice_bias=False),
+        dict(num_groups=1, top_groups=1),
+        dict(num_groups=2),
+        dict(sums_to_one=False),
+        dict(scale=1.0),
+      )
+    ),
+    dict(shared_size=None),
+    dict(experts_per_token=2),
+    dict(qk_norm=False),
+    dict(rope=config_lib.RopeConfig()),
+  ),
   'gpt_oss': (
     dict(attention_sinks=False),
-    dict(router_bias=False),
+    dict(router=config_lib.RouterConfig()),
     dict(mlp_bias=False),
     dict(gate_limit=None),
     dict(gate_limit=0.5),

@@ -75,6 +75,9 @@ def make_model(config: Any) -> Any:
     for name, parameter in model.named_parameters():
       if parameter.ndim == 1 or name.endswith('bias'):  # norms, too
         parameter.add_(0.05 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+      if name.endswith('bias'):  # of the choice of experts
+        buffer.add_(0.3 * torch.randn_like(buffer))
     # Or each token's likeliest successor is the same, or itself.
     factor = hf_cases.EMBED_FACTORS.get(config.model_type, 0.3)
     model.get_input_embeddings().weight.mul_(factor)

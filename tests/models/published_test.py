@@ -11,7 +11,6 @@ import pytest
 import transformers
 
 from sarathi_jax import models
-from sarathi_jax.models import facts
 from sarathi_jax.models import published
 
 _CARD, _PAPER = "the model's card", "the model's report"
@@ -25,6 +24,7 @@ class Total(NamedTuple):
     total: its parameters.
     source: who says so.
     active: those that a token goes through.
+    looks_up: whether `active` has the embedding, of which a token takes a row.
     layers: those outside of embedding and output matrix.
     is_round: whether `total` is but a round number, right within 1 %.
   """
@@ -34,6 +34,7 @@ class Total(NamedTuple):
   active: str | None = None
   layers: str | None = None
   is_round: bool = False
+  looks_up: bool = True
 
 
 # As many digits as are said count.
@@ -61,8 +62,14 @@ SAID = {
   'qwen3-30b-a3b': Total('30.5', _CARD, active='3.3', layers='29.9'),
   'qwen3-coder-30b-a3b': Total('30.5', _CARD, active='3.3'),
   'qwen3-235b-a22b': Total('235', _CARD, active='22', layers='234'),
-  'gpt-oss-20b': Total('20.91', _PAPER),
-  'gpt-oss-120b': Total('116.83', _PAPER),
+  'qwen1.5-moe-a2.7b': Total('14.3', _CARD, active='2.7'),
+  'qwen2-57b-a14b': Total('57', _CARD, active='14'),
+  'glm-4.5-air': Total(
+    '106', _CARD, active='12', is_round=True, looks_up=False
+  ),
+  'glm-4.5': Total('355', _CARD, active='32', is_round=True, looks_up=False),
+  'gpt-oss-20b': Total('20.91', _PAPER, active='3.61', looks_up=False),
+  'gpt-oss-120b': Total('116.83', _PAPER, active='5.13', looks_up=False),
 }
 
 
@@ -82,11 +89,13 @@ def test_it_has_as_many_parameters_as_are_said(name: str) -> None:
   if said.layers is not None:
     _agrees(_size(specs['layers']), said.layers)
   if said.active is not None:
-    idle = sum(
-      m.rows * m.columns * (m.copies - m.used)
-      for m in facts.layer_matrices(model)
-    )
-    active = (total - model.num_layers * idle) / 1e9
+    mlp = model.layer_mlp(model.num_layers - 1)
+    leaves = jax.tree.leaves(specs['layers'])
+    idle = _size([leaf for leaf in leaves if leaf.is_of_experts])
+    idle -= idle * mlp.experts_per_token // mlp.num_experts
+    if not said.looks_up:
+      idle += _size(specs['embed'])
+    active = (total - idle) / 1e9
     last_digit = 10.0 ** -len(said.active.partition('.')[2])
     assert active == pytest.approx(float(said.active), abs=last_digit)
 

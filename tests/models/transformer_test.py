@@ -20,7 +20,9 @@ from sarathi_jax.models import kinds
 from sarathi_jax.models import layers
 from sarathi_jax.models import moe
 from sarathi_jax.models import rope
+from sarathi_jax.models import router
 from sarathi_jax.models import spec
+from sarathi_jax.models import tree
 
 _SIZES: dict[str, Any] = dict(
   vocab_size=50,
@@ -92,7 +94,7 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
     **_SIZES,
     num_experts=4,
     experts_per_token=2,
-    router_bias=True,
+    router=config_lib.RouterConfig(bias=True),
     mlp_bias=True,
     gate_limit=0.5,
     activation='quick_gelu',
@@ -100,6 +102,16 @@ CONFIGS: dict[str, config_lib.ModelConfig] = {
   ),
   'mixtral': config_lib.MixtralConfig(
     **_SIZES, num_experts=4, experts_per_token=2
+  ),
+  'glm_moe': config_lib.MixtralConfig(
+    **_SIZES,
+    num_experts=6,
+    experts_per_token=2,
+    router=config_lib.RouterConfig(
+      score='sigmoid', choice_bias=True, num_groups=3, top_groups=2, scale=2.5
+    ),
+    shared_size=16,
+    dense_sizes=(40,),
   ),
   'falcon': config_lib.FalconConfig(**_SIZES, activation='gelu'),
   'falcon_sequential': config_lib.FalconConfig(
@@ -150,7 +162,9 @@ def test_dtypes(name: str, dtype: str) -> None:
   """Every dtype works, and gives about what float32 does."""
   config = CONFIGS[name]
   params = _init(config, dtype, 0.1)
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+  specs = jax.tree.leaves(models.param_specs(config))
+  for leaf, want in zip(jax.tree.leaves(params), specs, strict=True):
+    assert leaf.dtype == (want.dtype or dtype)
   logits = _logits(config, params, _tokens(9))
   assert logits.dtype == jnp.float32 and logits.shape == (9, 50)
   exact = _logits(
@@ -200,9 +214,10 @@ def test_every_parameter_matters(name: str) -> None:
     )
   )(params)
   zero = [
-    jax.tree_util.keystr(path)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
-    if float(jnp.abs(leaf).max()) < 1e-6
+    name
+    for name, leaf in tree.named_leaves(grads).items()
+    # What chooses, and weighs nothing, has none.
+    if float(jnp.abs(leaf).max()) < 1e-6 and not name.endswith('choice_bias')
   ]
   assert not zero, zero
 
@@ -326,11 +341,36 @@ def test_route_chooses_and_normalizes() -> None:
   config = CONFIGS['mixtral']
   assert isinstance(config, config_lib.MixtralConfig)
   x = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
-  router = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]))
-  experts, weights = moe.route(config, router, x)
+  logits = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]]))
+  experts, weights = router.route(config, {'router': logits}, x)
   assert experts.tolist() == [[3, 2], [0, 1]]
   expected = [[4 / 7, 3 / 7], [7 / 8, 1 / 8]]
   np.testing.assert_allclose(weights, expected, atol=1e-6)
+
+
+def test_groups_and_biases_choose_and_do_not_weigh() -> None:
+  """Of pairs of experts; sigmoids of 0, 1 and so on, by hand."""
+  config = config_lib.MixtralConfig(
+    **_SIZES,
+    num_experts=6,
+    experts_per_token=2,
+    router=config_lib.RouterConfig(
+      score='sigmoid', choice_bias=True, num_groups=3, top_groups=1, scale=2.0
+    ),
+  )
+  params = {
+    'router': jnp.asarray([[3.0, -9.0, 1.0, 1.0, 0.0, 0.0]]),
+    'choice_bias': jnp.asarray([0.0, 0.0, 0.0, 0.0, 0.0, 0.5]),
+  }
+  scores = 1 / (1 + np.exp([-1.0, 0.0]))
+  for bias, chosen, own in (
+    (0.0, [2, 3], scores[[0, 0]]),  # The best one is in a weak pair.
+    (0.5, [5, 4], scores[[1, 1]]),
+  ):
+    params['choice_bias'] = params['choice_bias'].at[5].set(bias)
+    experts, weights = router.route(config, params, jnp.ones((1, 1)))
+    assert experts.tolist() == [chosen]
+    np.testing.assert_allclose(weights[0], 2 * own / own.sum(), rtol=1e-6)
 
 
 def test_moe_is_the_sum_over_the_chosen_experts() -> None:
@@ -339,7 +379,7 @@ def test_moe_is_the_sum_over_the_chosen_experts() -> None:
   params = _init(config, scale=0.3)
   layer = params['layers'][0]['moe']
   x = jax.random.normal(jax.random.key(2), (6, 32))
-  experts, weights = moe.route(config, layer['router'], x)
+  experts, weights = router.route(config, layer, x)
   expected = np.zeros((6, 32), np.float32)
   for t in range(6):
     for e, weight in zip(experts[t], weights[t], strict=True):

@@ -112,7 +112,7 @@ def make_runner(
   return device_runner.DeviceRunner(
     model,
     params,
-    placement.of_live(params_lib.dtype_of(params)),
+    placement.of_live(params_lib.dtype_of(model, params)),
     mesh_lib.make(),
     config,
     lambda max_model_len: config.token_budget,
@@ -261,7 +261,9 @@ class Work:
       read_bytes=sum(x.nbytes for x in jax.tree.leaves(params)) - looked_up,
       kv_bytes=model.num_layers
       * attention_work.token_bytes(
-        model.num_kv_heads, model.head_dim, params_lib.dtype_of(params).name
+        model.num_kv_heads,
+        model.head_dim,
+        params_lib.dtype_of(model, params).name,
       ),
       token_flops=2 * (_size(params['layers']) - left_out),
       last_flops=2 * (left_out + vocab.size),
