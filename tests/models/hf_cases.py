@@ -331,14 +331,13 @@ CASES: Mapping[str, Any] = {
     use_qk_norm=True,
     attention_bias=True,
   ),
-  'glm4_moe_dense_tied_weights_as_they_are': lambda: transformers.Glm4MoeConfig(
+  'glm4_moe_dense_top1_weights_as_they_are': lambda: transformers.Glm4MoeConfig(
     **{**_GATED, 'num_hidden_layers': 3},
     moe_intermediate_size=24,
     n_routed_experts=4,
     num_experts_per_tok=1,
     norm_topk_prob=False,
     first_k_dense_replace=2,
-    tie_word_embeddings=True,
   ),
   'gpt_oss': gpt_oss,
   'gpt_oss_no_biases_tied_top1': lambda: gpt_oss(
@@ -407,7 +406,6 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     ),
     dict(shared_size=None),
     dict(experts_per_token=2),
-    dict(qk_norm=False),
     dict(rope=config_lib.RopeConfig()),
   ),
   'gpt_oss': (
