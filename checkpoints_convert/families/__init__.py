@@ -50,6 +50,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     'gpt_oss', 'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16'
   ),
   'GraniteForCausalLM': Family('granite', 'Granite 3, dense'),
+  'GraniteMoeForCausalLM': Family('granitemoe', 'Granite 3 1B-A400M, 3B-A800M'),
   'LlamaForCausalLM': Family('llama', 'Llama 2, 3, 3.1, 3.2, 3.3; Yi'),
   'Ministral3ForCausalLM': Family('ministral3', 'Ministral-3'),
   'MinistralForCausalLM': Family('ministral', 'Ministral 8B of 2024'),

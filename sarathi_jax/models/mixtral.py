@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixtral (https://arxiv.org/abs/2401.04088) and other mixtures of experts.
 
-Qwen2-MoE, Qwen3-MoE, gpt-oss, GLM-4.5.
+Qwen2-MoE, Qwen3-MoE, gpt-oss, Granite, GLM-4.5.
 """
 
 from __future__ import annotations

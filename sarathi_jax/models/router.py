@@ -35,9 +35,12 @@ def route(
   """
   router = config.router
   is_alone = router.score == 'sigmoid'
-  # Rounded to 16 bits, logits would tie, or choose others than the makers' do.
+  # Rounded to 16 bits, logits would tie, or choose others than the makers' do;
+  # and of one dtype, XLA would merge this product with the shared expert's, for
+  # which it copies both matrices in each step.
+  is_exact = is_alone or config.shared_size is not None
   logits = matrices.matmul(
-    x, params['router'], jnp.float32 if is_alone else None
+    x, params['router'], jnp.float32 if is_exact else None
   ).astype(jnp.float32)
   if router.bias:
     logits += params['router_bias'][None, :].astype(logits.dtype)

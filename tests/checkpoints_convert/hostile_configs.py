@@ -114,6 +114,13 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     residual_multiplier=0.22,
     logits_scaling=8.0,
   ),
+  LLAMA
+  | dict(
+    architectures=['GraniteMoeForCausalLM'],
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    attention_multiplier=0.01,
+  ),
   LLAMA | dict(architectures=['Glm4ForCausalLM'], partial_rotary_factor=0.5),
   LLAMA
   | dict(

@@ -263,6 +263,15 @@ CASES: Mapping[str, Any] = {
     logits_scaling=0.7,
     tie_word_embeddings=True,
   ),
+  'granitemoe': lambda: transformers.GraniteMoeConfig(
+    **_GATED,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    embedding_multiplier=1.5,
+    attention_multiplier=0.4,
+    residual_multiplier=0.8,
+    logits_scaling=0.7,
+  ),
   'glm': lambda: transformers.GlmConfig(**_GATED, head_dim=24),
   'glm4': lambda: transformers.Glm4Config(
     **_GATED, head_dim=16, attention_bias=False
@@ -431,6 +440,7 @@ FLIPPED: Mapping[str, Sequence[Mapping[str, Any]]] = {
     dict(residual_scale=1.0),
     dict(logit_scale=1.0),
   ),
+  'granitemoe': (dict(experts_per_token=1), dict(residual_scale=1.0)),
   'phi3_longrope': (dict(rope=config_lib.RopeConfig()),),
   'glm': (dict(rope=config_lib.RopeConfig()),),
   'ministral3': (dict(query_growth=None),),
