@@ -431,13 +431,14 @@ def _attend(
         other=jnp.zeros((), ref.dtype),
       )
 
-    def load_block(pages: Any, dtype: str) -> list[jax.Array]:
+    def load_block(pages: Any, dtype: str, once: bool) -> list[jax.Array]:
       """Loads the block's channels: [block_n, size] for each piece."""
       ref = quantization.values_of(pages)
       return [
         unpacking.unpack(
           load(ref.at[page, head, place, pl.ds(first, size)], size),
           dtype,
+          once=page >= 0 if once else None,
           interpret=interpret,
         )
         for first, size in shape.pieces
@@ -449,7 +450,11 @@ def _attend(
         return x
       return x * load(pages.scales.at[page, head, place])[None]
 
-    parts = zip(queries, load_block(k_ref, shape.dtype), strict=True)
+    # Of larger heads, registers would spill. Warps of few rows have keys of
+    # their own.
+    once = shape.head_dim <= 128
+    keys = load_block(k_ref, shape.dtype, once and tile.rows >= 128)
+    parts = zip(queries, keys, strict=True)
     scores = functools.reduce(operator.add, (dot(x, k.T) for x, k in parts))
     scores = scaled(scores, k_ref)
     if (cap := options.soft_cap) is not None:
@@ -469,7 +474,7 @@ def _attend(
     factors = scaled(weights, v_ref).astype(mixing)
     acc = [
       a * decay[:, None] + dot(factors, v)
-      for a, v in zip(acc, load_block(v_ref, mixing), strict=True)
+      for a, v in zip(acc, load_block(v_ref, mixing, once), strict=True)
     ]
     return acc, new_top, norm * decay + weights.sum(axis=1), next_page
 

@@ -178,11 +178,19 @@ _SIZES: Mapping[tuple[str, str], _Table] = {
   ('chunks', 'a40'): {(2, 128): (128, 64, 8, 2)} | _CHUNKS,
   ('chunks', 'h100'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
 }
-# Those for a quantized cache, where the registers of the others spill.
+# Those for a quantized cache, where the registers of the others spill, or fewer
+# warps take fewer instructions: each of them loads the scales.
 _QUANTIZED: Mapping[tuple[str, str], _Table] = {
-  ('small', 'h100'): {(2, 256): (16, 32, 4, 1)},
-  ('chunks', 'a100'): {(2, 128): (64, 32, 4, 2)},
-  ('chunks', 'a40'): {(2, 128): (64, 32, 4, 3)},
+  ('small', 'a100'): {(2, 128): (16, 32, 2, 3)},
+  ('small', 'a40'): {(2, 128): (16, 16, 2, 4)},
+  ('small', 'h100'): {
+    (2, 64): (16, 64, 2, 3),
+    (2, 80): (16, 32, 2, 3),
+    (2, 128): (16, 64, 2, 3),
+    (2, 256): (16, 32, 4, 1),
+  },
+  ('chunks', 'a100'): {(2, 80): (128, 64, 8, 2), (2, 96): (128, 32, 8, 2)},
+  ('chunks', 'a40'): {(2, 128): (128, 32, 8, 3)},
 }
 # Compute capability -> its own sizes, where those of its target spill.
 _ITS_OWN: Mapping[tuple[str, str], _Table] = {

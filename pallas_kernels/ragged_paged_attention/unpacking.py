@@ -5,6 +5,14 @@ By itself, Triton makes up to ten: it converts a byte at a time, on Ampere int8
 at an eighth of the rate of arithmetic. These take two at a time, in the halves
 of a register, and all of them are in every GPU from Ampere on. Results are
 exact, those of `quantization.decode`.
+
+By itself, Triton would also move them behind the copy, through shared memory,
+that hands out what is multiplied: each warp would then convert all that it
+multiplies by, which is what the others do where their rows differ. And it would
+lay out what is multiplied as suits bytes, for which there is no ldmatrix. It
+does neither across a branch. So where each byte is to be converted once, by the
+thread that loads it, that is done in a branch, with the same in the other: LLVM
+joins both after Triton is done, and no branch is left.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+from jax import lax
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
@@ -47,7 +56,11 @@ HALVES = {
 
 
 def unpack(
-  values: jax.Array, dtype: jax.typing.DTypeLike, *, interpret: bool
+  values: jax.Array,
+  dtype: jax.typing.DTypeLike,
+  *,
+  interpret: bool,
+  once: jax.Array | None = None,
 ) -> jax.Array:
   """Returns `quantization.decode`, within a kernel of Pallas' Triton.
 
@@ -56,18 +69,28 @@ def unpack(
       that 4 divides.
     dtype: float32, bfloat16 or float16.
     interpret: whether Pallas interprets the kernel, as it does on CPUs.
+    once: bool; with it, one thread alone converts each byte. Whether it is true
+      does not matter, but it may be known only as the kernel runs, and may
+      change in each turn of a loop, else LLVM makes two loops. None: each
+      thread converts what it needs.
   """
   half = HALVES.get(jnp.dtype(dtype).name)
   if interpret or half is None or values.dtype.itemsize > 1:
     return quantization.decode(values, dtype)
-  (result,) = plgpu.elementwise_inline_asm(
-    assembly(values.dtype, half),
-    args=[values],
-    constraints='=r,=r,r',
-    pack=4,
-    result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, dtype)],
-  )
-  return result
+
+  def convert(values: jax.Array) -> jax.Array:
+    (result,) = plgpu.elementwise_inline_asm(
+      assembly(values.dtype, half),
+      args=[values],
+      constraints='=r,=r,r',
+      pack=4,
+      result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, dtype)],
+    )
+    return result
+
+  if once is None:
+    return convert(values)
+  return lax.cond(once, convert, convert, values)
 
 
 def assembly(kept: jnp.dtype, half: _Half) -> str:

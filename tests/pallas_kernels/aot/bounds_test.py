@@ -42,15 +42,15 @@ class Bounds:
 TABLE = (
   Bounds('a100', 'bfloat16', 0.2, 4.0),
   Bounds('h100', 'bfloat16', 0.15, 30.0),
-  Bounds('h100', 'bfloat16 KV float8_e4m3fn', 0.62, 50.0),
+  Bounds('a100', 'bfloat16 KV float8_e4m3fn', 0.55, 5.9),
 )
 SLOW = (
   Bounds('a40', 'bfloat16', 0.1, 4.0),
-  Bounds('h100', 'bfloat16 KV int8', 0.6, 50.0),
-  Bounds('a100', 'bfloat16 KV int8', 0.77, 16.0),
-  Bounds('a100', 'bfloat16 KV float8_e4m3fn', 0.83, 16.0),
-  Bounds('a40', 'bfloat16 KV int8', 0.3, 16.0),
-  Bounds('a40', 'bfloat16 KV float8_e4m3fn', 0.3, 16.0),
+  Bounds('h100', 'bfloat16 KV int8', 0.4, 48.0),
+  Bounds('h100', 'bfloat16 KV float8_e4m3fn', 0.45, 50.0),
+  Bounds('a100', 'bfloat16 KV int8', 0.51, 5.7),
+  Bounds('a40', 'bfloat16 KV int8', 0.25, 7.1),
+  Bounds('a40', 'bfloat16 KV float8_e4m3fn', 0.25, 7.3),
 )
 
 
