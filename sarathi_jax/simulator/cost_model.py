@@ -73,6 +73,12 @@ class CostModel:
     self.hardware = hardware
     self.tp = tp
     self.pp = pp
+    parallelism = parallel.Parallelism(tp=tp, pp=pp)
+    # Each stage has room for these, with zeros in place of those it lacks.
+    self._kept_layers = [
+      next(i for i in parallelism.layers_of(model, index) if i is not None)
+      for index in range(parallelism.num_layers(model))
+    ]
     self.host = host
     self.kv_cache_dtype = kv_cache_dtype
     # Stages differ by a layer at most; the first ones have one more.
@@ -102,7 +108,6 @@ class CostModel:
     self._all_windows = set(windows)
     self._mlps = mlps
     self._matrices = [facts.layer_matrices(model, i, tp) for i in first]
-    self._sizes = [facts.layer_size(model, i, tp) for i in first]
     self._tp_link = hardware.link_within(0, tp - 1)
     self._hop_links = [
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
@@ -302,9 +307,8 @@ class CostModel:
   @property
   def weight_bytes(self) -> float:
     """Bytes of weights on the device that has most of them."""
-    layers = max(
-      sum(n * self._sizes[mlp] for (_, mlp), n in kinds.items())
-      for kinds in self._kinds
+    layers = sum(
+      facts.layer_size(self.model, i, self.tp) for i in self._kept_layers
     )
     vocab = self.model.vocab_size * self.model.hidden_size / self.tp
     if self.pp == 1 and not self.model.tie_word_embeddings:
@@ -314,7 +318,7 @@ class CostModel:
   @property
   def kv_token_bytes(self) -> int:
     """Bytes of a token's keys and values on the device that has most."""
-    return max(self.stage_layers) * self._token_bytes
+    return len(self._kept_layers) * self._token_bytes
 
   def groups(
     self, config: config_lib.EngineConfig, max_model_len: int
@@ -344,7 +348,7 @@ class CostModel:
       ConfigError: not one page fits.
     """
     page = self._token_bytes * config.page_size
-    page *= num_layers or max(self.stage_layers)
+    page *= num_layers or len(self._kept_layers)
     room = config.cache_bytes(page)
     if room is None:
       # For one layer at a time: its input, its output and what is inside.

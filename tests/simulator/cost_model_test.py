@@ -14,6 +14,7 @@ from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.cli import deployment
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import facts
 from sarathi_jax.models import published
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
@@ -258,6 +259,18 @@ def test_layers_attend_to_their_own_windows() -> None:
   half = seconds(sliding_window=100, window_layers=tuple(range(16)))
   assert slides < whole
   assert half == pytest.approx((whole + slides) / 2)
+
+
+def test_all_stages_have_room_for_the_first_layers() -> None:
+  """Those without experts, of which the others have zeros."""
+  model = published.MODELS['glm-4.5']
+  cost = cost_model.CostModel(model, A100, tp=8, pp=2)
+  layers = 3 + 45  # of 89 with experts, half
+  assert cost.kv_token_bytes == layers * 2 * 2 * 128
+  dense, experts = (facts.layer_size(model, i, 8) for i in (0, 91))
+  vocab = model.vocab_size * model.hidden_size / 8
+  assert cost.weight_bytes == 2 * (3 * dense + 45 * experts + vocab)
+  assert cost.layer_seconds(64, 0) < cost.layer_seconds(64)
 
 
 def test_mixtures_read_every_expert_that_is_asked() -> None:
