@@ -11,8 +11,8 @@ from checkpoints_convert import harmless
 from sarathi_jax import errors
 from sarathi_jax.models import fields as fields_lib
 
-# Attributes of quantized checkpoints.
-_QUANTIZED = ('compression_config', 'quantization', 'quantization_config')
+# Of checkpoints that are quantized, as no format that is known here says it.
+_QUANTIZED = 'quantization'
 
 
 class Attributes:
@@ -93,9 +93,9 @@ class Attributes:
     for name, value in self._values.items():
       if value is None or name in generation.NAMES:
         continue
-      if name in _QUANTIZED:
+      if name == _QUANTIZED:
         raise self.refuse(
-          name, value, 'quantized checkpoints are not supported'
+          name, value, 'checkpoints that are quantized so are not supported'
         )
       if not harmless.is_harmless(name, value, remote_code=remote_code):
         raise self.refuse(

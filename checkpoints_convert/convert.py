@@ -20,6 +20,8 @@ from checkpoints_convert import hf_config
 from checkpoints_convert import mxfp4
 from checkpoints_convert import nested
 from checkpoints_convert import orbax_writer
+from checkpoints_convert import quantized
+from checkpoints_convert import quantizing
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import staging as staging_lib
@@ -31,6 +33,7 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.models import tree
 
 # The dtypes that parameters can have -> what safetensors calls them.
 DTYPES: Mapping[str, str] = {
@@ -63,6 +66,7 @@ class Plan:
     generation: what it says of how to generate.
     raw: the decoded config.json.
     left_out: a line, for people, that says what is not converted; mostly ''.
+    lost: what rounding lost, once it is converted, if it is quantized here.
   """
 
   folder: pathlib.Path
@@ -72,6 +76,7 @@ class Plan:
   generation: generation_lib.Generation
   raw: Mapping[str, Any]
   left_out: str = ''
+  lost: quantizing.Errors | None = None
 
   def all_leaves(self) -> list[transforms.Leaf]:
     return jax.tree.leaves(self.leaves)
@@ -88,6 +93,7 @@ def make_plan(
   parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
   *,
   sampling_defaults: bool = True,
+  quantize: str | None = None,
 ) -> Plan:
   """Checks everything that can be checked without reading a tensor.
 
@@ -97,6 +103,8 @@ def make_plan(
     dtype: one of `DTYPES`; None for what most of the checkpoint is in.
     parallelism: of the mesh that it is written for.
     sampling_defaults: whether the sampling that its makers recommend is kept.
+    quantize: codes to round its matrices to, of `quantization.CODES`; None:
+      they stay as they are.
 
   Raises:
     CheckpointError: something about the checkpoint is not known, or missing.
@@ -106,7 +114,7 @@ def make_plan(
     raise errors.CheckpointError(
       f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.'
     )
-  model, rules, raw, is_nested, num_extra = hf_config.read(folder)
+  model, rules, raw, is_nested, num_extra, scheme = hf_config.read(folder)
   parallelism.check(model)
   tensors, left_out = dict(reader.tensors), ''
   if is_nested:
@@ -114,9 +122,30 @@ def make_plan(
   elif num_extra:
     tensors, left_out = extra_layers.drop(tensors, model.num_layers, num_extra)
   tensors = mxfp4.unpacked(tensors)
+  if scheme is not None:
+    tensors, told = quantized.take(tensors, scheme, reader)
+    left_out = f'{left_out} {told}'.strip()
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
   model, tensors = tied.settle(model, tensors, reader, rules)
+  matrices = [
+    name
+    for name, leaf in tree.named_leaves(models.param_specs(model)).items()
+    if leaf.is_factor
+  ]
+  lost = None
+  if scheme is not None:
+    if quantize is not None:
+      raise errors.CheckpointError(
+        f'quantize={quantize!r}: the checkpoint is quantized already.'
+      )
+    group = scheme.block and scheme.block[1]
+    model = quantized.settle(model, tensors, rules, matrices, group)
+  elif quantize is not None:
+    model, tensors, lost = quantizing.apply(
+      model, tensors, rules, matrices, quantize
+    )
+  parallelism.check(model)
   leaves = rules_lib.plan(
     tensors,
     rules,
@@ -124,7 +153,7 @@ def make_plan(
     safetensors_reader.DTYPES[DTYPES[dtype]],
     parallelism,
   )
-  return Plan(folder, model, dtype, leaves, generation, raw, left_out)
+  return Plan(folder, model, dtype, leaves, generation, raw, left_out, lost)
 
 
 def convert(
@@ -136,6 +165,7 @@ def convert(
   parallelism: parallel.Parallelism = parallel.ONE_DEVICE,
   sampling_defaults: bool = True,
   allow_nonfinite: bool = False,
+  quantize: str | None = None,
   bar: Bar = no_bar,
 ) -> Plan:
   """Converts a Hugging Face checkpoint.
@@ -151,8 +181,9 @@ def convert(
     check: whether to read everything back and compare.
     parallelism: of a mesh. Each file then is of one of its devices, which is
       of use where files are far away. Any mesh can load it all the same.
-    sampling_defaults: see `make_plan`.
-    allow_nonfinite: whether weights may be NaN or infinite.
+    sampling_defaults, quantize: see `make_plan`.
+    allow_nonfinite: whether weights may be NaN or infinite; those that are
+      quantized here never may.
     bar: makes progress bars.
 
   Returns:
@@ -168,7 +199,12 @@ def convert(
   _check_free(target)
   with safetensors_reader.Reader(folder) as reader:
     plan = make_plan(
-      folder, reader, dtype, parallelism, sampling_defaults=sampling_defaults
+      folder,
+      reader,
+      dtype,
+      parallelism,
+      sampling_defaults=sampling_defaults,
+      quantize=quantize,
     )
     with (
       _write_errors(target),
@@ -191,13 +227,17 @@ def convert(
 def compare(
   plan: Plan, target: pathlib.Path, reader: safetensors_reader.Reader, bar: Bar
 ) -> None:
-  """Reads every parameter back and compares it with its tensors."""
+  """Reads every parameter back and compares it with its tensors.
+
+  Of what was quantized before, it also compares the numbers that codes and
+  scales stand for, theirs and ours.
+  """
   scratch = transforms.Scratch()
   with bar('verifying', plan.num_bytes) as progress:
     for leaf in plan.all_leaves():
       folder = target / checkpoint.PARAMS / leaf.path
       for chunk in leaf.chunks():
-        stored = _read_back(folder, leaf, chunk)
+        stored = _read_back(folder, leaf.path, chunk.index)
         rows = leaf.rows(reader, chunk, scratch)
         # NumPy's transpose, not the one that laid the chunk out.
         expected = rows.T if chunk.part.transpose else rows
@@ -210,16 +250,56 @@ def compare(
             f'{leaf.path}: differs from {chunk.part.tensor.name}, rows '
             f'[{chunk.start}, {chunk.stop}).'
           )
+        if isinstance(chunk.part.tensor, quantized.Codes):
+          _compare_numbers(plan, folder, leaf, chunk, stored, reader)
         progress(stored.nbytes)
 
 
+def _compare_numbers(
+  plan: Plan,
+  folder: pathlib.Path,
+  leaf: transforms.Leaf,
+  chunk: transforms.Chunk,
+  codes: np.ndarray,
+  reader: safetensors_reader.Reader,
+) -> None:
+  """Compares what a chunk of codes stands for, bit by bit.
+
+  Args:
+    plan: the conversion.
+    folder: of the codes.
+    leaf: the parameter of codes.
+    chunk: of it.
+    codes: the chunk, as it is stored.
+    reader: of the checkpoint.
+  """
+  how, tensor = plan.model.quantization, chunk.part.tensor
+  assert how is not None and isinstance(tensor, quantized.Codes)
+  path = leaf.path.removesuffix('values') + 'scale'
+  *front, _, columns = chunk.index
+  scale = _read_back(
+    folder.with_name(path), path, (*front, slice(None), columns)
+  )
+  rows = codes.shape[-2]
+  of_rows = np.repeat(scale, how.group or rows, axis=-2)[..., :rows, :]
+  ours = (codes.astype(np.float32) * of_rows).reshape(rows, -1)
+  theirs = np.empty((ours.shape[1], rows), np.float32)
+  numbers = dataclasses.replace(chunk.part, tensor=tensor.numbers)
+  numbers.read(reader, chunk.start, theirs)
+  if not np.array_equal(_bits(ours), _bits(theirs.T)):
+    raise errors.CheckpointError(
+      f'{leaf.path}: stands for other numbers than {chunk.part.tensor.name}, '
+      f'rows [{chunk.start}, {chunk.stop}).'
+    )
+
+
 def _read_back(
-  folder: pathlib.Path, leaf: transforms.Leaf, chunk: transforms.Chunk
+  folder: pathlib.Path, path: str, index: tuple[slice, ...]
 ) -> np.ndarray:
   try:
-    return orbax_writer.read_chunk(folder, chunk.index)
+    return orbax_writer.read_chunk(folder, index)
   except ValueError as e:  # what tensorstore raises for everything
-    raise errors.CheckpointError(f'{leaf.path}: can not be read: {e}') from e
+    raise errors.CheckpointError(f'{path}: can not be read: {e}') from e
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -230,6 +310,8 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
   """Returns the dtype of most of the bytes; config.json is sometimes wrong."""
   sizes: dict[str, int] = {}
   for tensor in tensors.values():
+    if isinstance(tensor, quantized.Codes | quantized.Scales):
+      continue
     name = {stored: name for name, stored in DTYPES.items()}.get(tensor.dtype)
     if name is None:
       _ = tensor.numpy_dtype  # raises, by name

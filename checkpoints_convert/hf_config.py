@@ -17,6 +17,7 @@ from checkpoints_convert import attributes as attributes_lib
 from checkpoints_convert import families
 from checkpoints_convert import hf_rope
 from checkpoints_convert import nested
+from checkpoints_convert import quantization_config
 from sarathi_jax import errors
 from sarathi_jax import json_file
 from sarathi_jax.models import config as config_lib
@@ -46,6 +47,7 @@ class Config(NamedTuple):
     is_nested: whether it is of such a model; see `nested`.
     num_extra: how many layers are behind the model's last one; see
       `families.Family`.
+    scheme: how weights are quantized; None: they are not.
   """
 
   model: config_lib.ModelConfig
@@ -53,6 +55,7 @@ class Config(NamedTuple):
   raw: dict[str, Any]
   is_nested: bool
   num_extra: int
+  scheme: quantization_config.Scheme | None
 
 
 def read(folder: pathlib.Path) -> Config:
@@ -76,6 +79,7 @@ def read(folder: pathlib.Path) -> Config:
   num_extra = _num_extra(attributes, extra_layers)
   try:
     model = family.read_config(attributes)
+    scheme = quantization_config.read(attributes)
   except errors.CheckpointError:
     raise
   except errors.ConfigError as e:
@@ -85,7 +89,7 @@ def read(folder: pathlib.Path) -> Config:
       f'an attribute is of the wrong type, or out of range: {e}'
     ) from e
   attributes.finish()
-  return Config(model, family.rules(model), raw, is_nested, num_extra)
+  return Config(model, family.rules(model), raw, is_nested, num_extra, scheme)
 
 
 def _num_extra(attributes: Attributes, names: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 
   python -m checkpoints_convert \\
     --source=DIR_OR_HUB_ID --target=DIR [--dtype=bfloat16] [--verify] \\
-    [--tp=4 --pp=2]
+    [--quantize=int8] [--tp=4 --pp=2]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import flags
 from absl import logging
+import rich.console
 import tqdm
 
 from sarathi_jax.cli import mains
@@ -71,6 +72,14 @@ _SAMPLING_DEFAULTS = flags.DEFINE_bool(
   'generation_config.json recommends, for requests that do not set their own. '
   'A recommendation that is not supported is then an error.',
 )
+_QUANTIZE = flags.DEFINE_enum(
+  'quantize',
+  None,
+  ['int8', 'fp8'],
+  'Round the matrices of a checkpoint of 16 or 32 bits to 8, with a scale for '
+  'each output: linear layers, experts and the output matrix. Prints by layer '
+  'what that loses. By default they stay as they are.',
+)
 _ALLOW_NONFINITE = flags.DEFINE_bool(
   'allow_nonfinite',
   False,
@@ -107,12 +116,19 @@ def main() -> None:
     parallelism=parallel.Parallelism(tp=_TP.value, pp=_PP.value),
     sampling_defaults=_SAMPLING_DEFAULTS.value,
     allow_nonfinite=_ALLOW_NONFINITE.value,
+    quantize=_QUANTIZE.value,
   )
   seconds = time.monotonic() - start
   if plan.left_out:
     print(plan.left_out)
+  if plan.lost is not None:
+    rich.console.Console().print(
+      plan.lost.table(f'Lost by {_QUANTIZE.value}, %, root mean square')
+    )
+  how = plan.model.quantization
+  dtypes = f'{how.codes} and {plan.dtype}' if how else plan.dtype
   print(
-    f'{_TARGET.value}: {plan.model.family}, {plan.dtype}, '
+    f'{_TARGET.value}: {plan.model.family}, {dtypes}, '
     f'{tqdm.tqdm.format_sizeof(plan.num_bytes, "B")} in {seconds:.1f} s'
     f'{", verified" if _VERIFY.value else ""}'
   )

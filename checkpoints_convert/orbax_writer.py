@@ -27,6 +27,7 @@ import tensorstore as ts
 
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import transforms
+from sarathi_jax.models import tree
 
 Progress = Callable[[int], object]  # called with bytes done since the last
 
@@ -64,7 +65,7 @@ def write(
     use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
   )
   with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(folder, args=ocp.args.PyTreeSave(leaves))
+    checkpointer.save(folder, args=ocp.args.PyTreeSave(tree.as_dicts(leaves)))
   return +writer.nonfinite
 
 

@@ -7,13 +7,13 @@ and a shape that is not the model's are errors, each by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
 
-import jax
 import numpy as np
 
 from checkpoints_convert import safetensors_reader
@@ -60,6 +60,27 @@ def linear(
   )
 
 
+def scale_of(tensor: str) -> str:
+  """Returns the name of the scales of a tensor with codes."""
+  return f'{tensor}_scale'
+
+
+def _of_scales(rules: Sequence[Rule]) -> Iterator[Rule]:
+  """Yields the rules of scales: rows of theirs are rows of their matrices."""
+  for rule in rules:
+    if rule.leaf is not None and rule.transpose:
+      yield dataclasses.replace(
+        rule, tensor=scale_of(rule.tensor), leaf=f'{rule.leaf}.scale'
+      )
+
+
+def places(name: str, rules: Sequence[Rule]) -> Iterator[tuple[Rule, str]]:
+  """Yields the rules of a tensor's name, and the paths that it fills."""
+  for rule in rules:
+    if rule.leaf and (match := _regex(rule.tensor).fullmatch(name)):
+      yield rule, rule.leaf.format(**match.groupdict())
+
+
 def plan(
   tensors: Mapping[str, safetensors_reader.Tensor],
   rules: Sequence[Rule],
@@ -84,18 +105,19 @@ def plan(
       a parameter without a tensor, or a wrong shape; by name.
   """
   wanted = tree.named_leaves(specs)
+  rules = (*rules, *_of_scales(rules))
   parts = _match(tensors, rules, wanted)
   missing = [_missing(path, rules) for path in wanted if path not in parts]
   if missing:
     raise errors.CheckpointError(
       f'the checkpoint lacks {_some(missing)}, which the model needs.'
     )
-  return jax.tree.unflatten(
-    jax.tree.structure(specs),
-    [
-      _leaf(path, parts[path], wanted[path], dtype, parallelism)
-      for path in wanted
-    ],
+  return tree.with_leaves(
+    specs,
+    {
+      path: _leaf(path, parts[path], leaf, dtype, parallelism)
+      for path, leaf in wanted.items()
+    },
   )
 
 
@@ -143,6 +165,8 @@ def _place(
     if rule.leaf is None:
       return True
     path = rule.leaf.format(**numbers)
+    if path not in wanted:
+      path = f'{path}.values'  # if it is quantized
     if path not in wanted:
       return False
     pieces = {expert: tensor}
@@ -225,6 +249,7 @@ def _leaf(
   )
 
 
+@functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
   escaped = re.escape(pattern)
   # More digits are of no model, and none that Python reads.
@@ -233,6 +258,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 def _missing(path: str, rules: Sequence[Rule]) -> str:
   """Returns the name of a tensor that would fill the path."""
+  path = path.removesuffix('.values')
   for rule in rules:
     if rule.leaf and (m := _regex(rule.leaf).fullmatch(path)):
       return rule.tensor.format(**{'expert': 0, **m.groupdict()})

@@ -58,7 +58,8 @@ class Tensor:
     if self.dtype not in DTYPES:
       raise errors.CheckpointError(
         f'{self.name}: dtype={self.dtype} can not be converted; supported: '
-        f'{", ".join(DTYPES)}. Quantized checkpoints are not supported.'
+        f'{", ".join(DTYPES)}, and what a quantization_config of config.json '
+        'explains.'
       )
     return DTYPES[self.dtype]
 
@@ -163,6 +164,11 @@ def _files(folder: pathlib.Path) -> dict[pathlib.Path, frozenset[str] | None]:
   if found:
     raise errors.CheckpointError(
       f'{folder}: {len(found)} safetensors files, but no {INDEX}.'
+    )
+  for path in folder.glob('*.gguf'):
+    raise errors.CheckpointError(
+      f'{path}: GGUF is not supported. Take the model as it is published in '
+      'safetensors; --quantize=int8 makes it as small.'
     )
   pickled = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLED)
   if pickled:

@@ -139,6 +139,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   'sarathi_jax.models.layer_groups': (),
   'sarathi_jax.models.published': (),
   'sarathi_jax.models.parallel': (),
+  'sarathi_jax.models.quantization': (),
   'sarathi_jax.models.spec': (),
   'sarathi_jax.cli.mains': ('absl',),
   'sarathi_jax.engine': ('absl',),

@@ -31,6 +31,7 @@ def test_each_kind_of_addition_has_its_proof() -> None:
     'A sampling field',
     'A kernel',
     'A way to keep weights',
+    'A way to quantize',
     'A protocol',
     'A device',
   ]

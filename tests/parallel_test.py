@@ -18,6 +18,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import layer_groups
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
+from sarathi_jax.models import quantization
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -165,6 +166,23 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     ),
     shared_size=24,
     dense_sizes=(56,),
+  ),
+  # Devices share groups of rows, and layers are kept in two ways.
+  'int8': model_config_lib.LlamaConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=2,
+    quantization=quantization.Quantization(
+      codes='int8', group=4, kept=('layers.*.attn.v', 'layers.1.mlp.up')
+    ),
+  ),
+  'fp8': model_config_lib.MixtralConfig(
+    **_SIZES,
+    num_layers=3,
+    num_kv_heads=2,
+    num_experts=4,
+    experts_per_token=2,
+    quantization=quantization.Quantization(codes='fp8'),
   ),
   'falcon_7b': model_config_lib.FalconConfig(
     **_SIZES,

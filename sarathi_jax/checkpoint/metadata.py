@@ -19,7 +19,7 @@ from sarathi_jax.models import config as model_config_lib
 FORMAT_VERSION = 1
 METADATA = 'sarathi.json'
 
-DTYPE_BYTES: Mapping[str, int] = {'bfloat16': 2, 'float16': 2, 'float32': 4}
+DTYPES = 'bfloat16', 'float16', 'float32'
 
 # The names kept of generation_config.json: fields of SamplingParams, and
 # do_sample, which may say that they are for nothing.
@@ -41,7 +41,7 @@ class CheckpointMetadata:
 
   Attributes:
     model: the model.
-    dtype: of the parameters: one of `DTYPE_BYTES`.
+    dtype: of the parameters that are not quantized: one of `DTYPES`.
     eos_token_ids: the tokens that end an output.
     bos_token_id: the token that a text starts with, if the model has one.
     pad_token_id: the token for padding, if the model has one.
@@ -68,7 +68,7 @@ class CheckpointMetadata:
     return default_sampling(self.generation)
 
   def __post_init__(self) -> None:
-    holds, rule = config_lib.one_of(DTYPE_BYTES)
+    holds, rule = config_lib.one_of(DTYPES)
     _check(holds(self.dtype), 'dtype', self.dtype, rule)
     object.__setattr__(self, 'eos_token_ids', tuple(self.eos_token_ids))
     size = self.model.vocab_size

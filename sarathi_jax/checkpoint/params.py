@@ -18,10 +18,13 @@ from sarathi_jax.checkpoint.metadata import PathLike
 
 PARAMS = 'params'
 
-_ZARR_DTYPES: Mapping[str, str] = {
-  'bfloat16': 'bfloat16',
-  'float16': '<f2',
-  'float32': '<f4',
+# dtype -> zarr's name, and the bytes of a number.
+_DTYPES: Mapping[str, tuple[str, int]] = {
+  'bfloat16': ('bfloat16', 2),
+  'float16': ('<f2', 2),
+  'float32': ('<f4', 4),
+  'float8_e4m3fn': ('float8_e4m3fn', 1),
+  'int8': ('|i1', 1),
 }
 
 
@@ -44,6 +47,8 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
   import jax  # Here, so that metadata can be read without JAX.
   import orbax.checkpoint as ocp
 
+  from sarathi_jax.models import tree
+
   specs = models.param_specs(metadata.model)
   folder = pathlib.Path(os.path.abspath(directory)) / PARAMS
   _check_arrays(folder, specs, metadata.dtype)
@@ -52,6 +57,7 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
   if isinstance(sharding, jax.sharding.Sharding):
     one = sharding
     sharding = jax.tree.map(lambda _: one, specs)
+  dicts = tree.as_dicts(specs)
   args = jax.tree.map(
     lambda leaf, where: ocp.ArrayRestoreArgs(
       restore_type=jax.Array,
@@ -60,16 +66,17 @@ def restore_params(directory: PathLike, sharding: Any = None) -> Any:
       global_shape=leaf.shape,
       strict=True,
     ),
-    specs,
-    sharding,
+    dicts,
+    tree.as_dicts(sharding),
   )
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     try:
-      return checkpointer.restore(
-        folder, args=ocp.args.PyTreeRestore(item=specs, restore_args=args)
+      restored = checkpointer.restore(
+        folder, args=ocp.args.PyTreeRestore(item=dicts, restore_args=args)
       )
     except Exception as e:  # What orbax raises has no common type.
       raise errors.CheckpointError(f'{folder}: can not be read: {e}') from e
+  return tree.with_leaves(specs, tree.named_leaves(restored))
 
 
 def _check_arrays(folder: pathlib.Path, specs: Any, dtype: str) -> None:
@@ -98,14 +105,15 @@ def _check_array(
       f'{folder.parent}: {name} has shape {stored.shape}; the model wants '
       f'{shape}.'
     )
-  if stored.dtype != _ZARR_DTYPES[dtype]:
+  wanted, number_bytes = _DTYPES[dtype]
+  if stored.dtype != wanted:
     raise errors.CheckpointError(
       f'{folder.parent}: {name} is stored as {stored.dtype}, and not as '
       f'{dtype}.'
     )
   if not stored.is_plain:
     return
-  num_bytes = math.prod(stored.chunks) * metadata_lib.DTYPE_BYTES[dtype]
+  num_bytes = math.prod(stored.chunks) * number_bytes
   grid = [
     range(-(-size // chunk))
     for size, chunk in zip(shape, stored.chunks, strict=True)

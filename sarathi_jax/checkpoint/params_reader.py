@@ -26,7 +26,10 @@ Slices = tuple[slice, ...]
 # thread may call it.
 Read = Callable[[str, Slices], np.ndarray]
 
-_DTYPES = {'bfloat16': np.dtype(ml_dtypes.bfloat16)}  # NumPy knows the others.
+_DTYPES = {  # NumPy knows the others.
+  name: np.dtype(getattr(ml_dtypes, name))
+  for name in ('bfloat16', 'float8_e4m3fn')
+}
 
 
 def open_params(folder: pathlib.Path) -> Read:
@@ -46,7 +49,7 @@ class Stored(NamedTuple):
   Attributes:
     shape: of the array.
     chunks: the shape of a chunk, each in a file of its own.
-    dtype: NumPy's name, or 'bfloat16'.
+    dtype: NumPy's name, or one of `_DTYPES`.
     is_plain: whether a file holds a chunk's numbers in C order, and no more.
   """
 

@@ -120,12 +120,14 @@ def choose_tp(
   take as long as its many operations, and as the sums between devices.
   """
   weights = sum(
-    math.prod(leaf.shape) for leaf in jax.tree.leaves(models.param_specs(model))
+    math.prod(leaf.shape)
+    * (_WEIGHT_BYTES if leaf.dtype is None else jnp.dtype(leaf.dtype).itemsize)
+    for leaf in jax.tree.leaves(models.param_specs(model))
   )
   if (
     jax.default_backend() != 'cpu'
     or jax.process_count() > 1
-    or weights * _WEIGHT_BYTES < programs_lib.LARGE
+    or weights < programs_lib.LARGE
     or config.pp > 1
     or config.max_num_seqs == 1
   ):

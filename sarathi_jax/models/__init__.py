@@ -40,6 +40,7 @@ if TYPE_CHECKING:
   from sarathi_jax.models.transformer import forward
   from sarathi_jax.models.transformer import init_params
   from sarathi_jax.models.transformer import param_specs
+  from sarathi_jax.models.transformer import quantize
   from sarathi_jax.models.transformer import run_layers
   from sarathi_jax.models.transformer import unembed
 
@@ -54,6 +55,7 @@ __all__ = [
   'forward',
   'init_params',
   'param_specs',
+  'quantize',
   'run_layers',
   'unembed',
 ]
@@ -75,6 +77,7 @@ _HOMES: Mapping[str, str] = {
   'forward': 'transformer',
   'init_params': 'transformer',
   'param_specs': 'transformer',
+  'quantize': 'transformer',
   'run_layers': 'transformer',
   'unembed': 'transformer',
 }

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
+from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import rope_config
 
 _check, _check_types = config_lib.check, config_lib.check_fields
@@ -76,6 +77,7 @@ class ModelConfig:
     logit_scale: multiplies logits.
     logit_soft_cap: caps them then, as attention_soft_cap does scores.
     overflows_float16: whether what layers give may be too large for float16.
+    quantization: of its matrices; None: they are in the model's dtype.
   """
 
   family: ClassVar[str] = ''
@@ -101,6 +103,7 @@ class ModelConfig:
   logit_scale: float = 1.0
   logit_soft_cap: float | None = None
   overflows_float16: bool = False
+  quantization: quantization_lib.Quantization | None = None
 
   def __post_init__(self) -> None:
     _check_types(
@@ -138,6 +141,12 @@ class ModelConfig:
       'activation',
       self.activation,
       f'must be one of {", ".join(ACTIVATIONS)}',
+    )
+    _check(
+      isinstance(self.quantization, quantization_lib.Quantization | None),
+      'quantization',
+      self.quantization,
+      'must be a Quantization or None',
     )
     self.check_rope('rope', self.rope)
     _check(

@@ -17,6 +17,7 @@ from sarathi_jax import errors
 from sarathi_jax.models import base_config
 from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
+from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import rope_config
 from sarathi_jax.models import router_config
 
@@ -317,6 +318,7 @@ _NESTED: Mapping[str, Callable[[Mapping[str, Any], str], Any]] = {
   'rope': RopeConfig.from_dict,
   'window_rope': RopeConfig.from_dict,
   'router': RouterConfig.from_dict,
+  'quantization': quantization_lib.Quantization.from_dict,
 }
 
 
@@ -338,7 +340,8 @@ def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     f'must be one of {", ".join(CONFIGS)}',
   )
   for name, read in _NESTED.items():
-    if name in fields and (name != 'window_rope' or fields[name] is not None):
+    may_be_none = name in ('window_rope', 'quantization')
+    if name in fields and not (may_be_none and fields[name] is None):
       fields[name] = read(fields[name], name)
   config: ModelConfig = fields_lib.from_dict(CONFIGS[family], fields, 'model')
   return config

@@ -7,6 +7,7 @@ every family that they agree with the parameters (`param_specs`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import itertools
 from typing import NamedTuple
 
@@ -22,12 +23,15 @@ class Matrix(NamedTuple):
     rows, columns: sizes of one device's part.
     copies: matrices of its kind, one an expert.
     used: how many of the copies a token uses, on average.
+    number_bytes: of a number, with its part of the scales, if it is quantized;
+      None: it is in the model's dtype.
   """
 
   rows: int
   columns: int
   copies: int = 1
   used: float = 1
+  number_bytes: float | None = None
 
   def num_read(self, tokens: float) -> float:
     """Returns how many of the copies some tokens use.
@@ -40,25 +44,82 @@ class Matrix(NamedTuple):
 def layer_matrices(
   model: config_lib.ModelConfig, layer: int, tp: int = 1
 ) -> tuple[Matrix, ...]:
-  """Returns the matrices that one of `tp` devices has of a layer in [0, L)."""
+  """Returns the matrices that one of `tp` devices has of a layer in [0, L).
+
+  Those that multiply the same rows and are kept alike are one.
+  """
+
+  def of(
+    rows: int, columns: dict[str, int], copies: int = 1, used: float = 1
+  ) -> Iterator[Matrix]:
+    kept: dict[float | None, int] = {}
+    for name, num in columns.items():
+      how = number_bytes(model, f'layers.{layer}.{name}', rows)
+      kept[how] = kept.get(how, 0) + num
+    for how, num in kept.items():
+      yield Matrix(rows, num, copies, used, how)
+
+  def mlp_of(
+    branch: str, inner: int, copies: int = 1, used: float = 1
+  ) -> Iterator[Matrix]:
+    into = ('gate', 'up') if mlp.is_gated else ('up',)
+    columns = {f'{branch}.{name}': inner for name in into}
+    yield from of(width, columns, copies, used)
+    yield from of(inner, {f'{branch}.down': width}, copies, used)
+
   width, mlp = model.hidden_size, model.layer_mlp(layer)
   heads, kv_heads = model.num_heads // tp, max(model.num_kv_heads // tp, 1)
-  router = [Matrix(width, mlp.num_experts)] if mlp.num_experts > 1 else []
+  q, kv = heads * model.head_dim, kv_heads * model.head_dim
   shares = tp if mlp.are_whole else 1
   inner = -(-mlp.size // (tp // shares))
   experts = mlp.num_experts // shares, mlp.experts_per_token / shares
-  shared: list[Matrix] = []
+  has_experts = mlp.num_experts > 1
+  found = [
+    *of(width, {'attn.q': q, 'attn.k': kv, 'attn.v': kv}),
+    *of(q, {'attn.o': width}),
+  ]
+  if has_experts:
+    found += of(width, {'moe.router': mlp.num_experts})
   if mlp.shared_size:
-    columns = -(-mlp.shared_size // tp)
-    shared = [Matrix(width, 2 * columns), Matrix(columns, width)]
-  return (
-    Matrix(width, (heads + 2 * kv_heads) * model.head_dim),
-    Matrix(heads * model.head_dim, width),
-    *router,
-    *shared,
-    *[Matrix(width, 1)] * mlp.shared_gate,
-    Matrix(width, (1 + mlp.is_gated) * inner, *experts),
-    Matrix(inner, width, *experts),
+    found += mlp_of('moe.shared', -(-mlp.shared_size // tp))
+  if mlp.shared_gate:
+    found += of(width, {'moe.shared_gate': 1})
+  found += mlp_of('moe' if has_experts else 'mlp', inner, *experts)
+  return tuple(found)
+
+
+def number_bytes(
+  model: config_lib.ModelConfig, name: str, rows: int
+) -> float | None:
+  """Returns the bytes of a matrix's numbers, scales included, by its name.
+
+  Returns None if it is not quantized.
+
+  Args:
+    model: the model.
+    name: of the matrix, such as 'layers.3.attn.q'.
+    rows: that a device has of it.
+  """
+  how = model.quantization
+  if how is None or not how.covers(name):
+    return None
+  return how.number_bytes(rows)
+
+
+def layer_bytes(
+  model: config_lib.ModelConfig, layer: int, dtype_bytes: int, tp: int = 1
+) -> float:
+  """Returns the bytes of a layer's matrices, on one of `tp` devices.
+
+  Args:
+    model: the model.
+    layer: in [0, L).
+    dtype_bytes: of a number that is not quantized.
+    tp: devices that share the layer.
+  """
+  return sum(
+    m.rows * m.columns * m.copies * (m.number_bytes or dtype_bytes)
+    for m in layer_matrices(model, layer, tp)
   )
 
 

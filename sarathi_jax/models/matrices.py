@@ -2,8 +2,9 @@
 """Multiplies by matrices of weights, however these lie in memory.
 
 `matmul` is the one place where a weight is multiplied, and `grouped_matmul`
-the one for experts'. A matrix is an array, or a node of params: a class with
-the methods of `Matrix`, which has all there is to know of it. Nodes may have
+the one for experts'. A matrix is an array, or a node of params that has all
+there is to know of it: a class with the methods of `Matrix`, where a layout
+wants it, or `quantized.Quantized`, where the model says so. Nodes may have
 arrays of any dtype; what is multiplied, and the product, are in the model's.
 """
 

@@ -73,6 +73,7 @@ class Parallelism:
         self.tp,
         f"must divide the model's {name}={width}",
       )
+    self._check_groups(model)
     # Each device of a stage hands on its part of the hidden states.
     config_lib.check(
       self.pp == 1 or model.hidden_size % self.tp == 0,
@@ -80,6 +81,23 @@ class Parallelism:
       self.tp,
       f"must divide the model's hidden_size={model.hidden_size}",
     )
+
+  def _check_groups(self, model: model_config_lib.ModelConfig) -> None:
+    """Raises ConfigError if devices would share rows with the same scales."""
+    how = model.quantization
+    if how is None or (group := how.group) is None or self.tp == 1:
+      return
+    rows = [('o', 'num_heads * head_dim', model.num_heads * model.head_dim)]
+    rows += [('down', *width) for width in model.mlp_widths]
+    for matrix, name, size in rows:
+      config_lib.check(
+        size // self.tp % group == 0,
+        'tp',
+        self.tp,
+        f'leaves {size // self.tp} rows of {matrix}, of {name}={size}, to each '
+        f'device; must be a multiple of {group}, which have scales in common '
+        '(quantization.group)',
+      )
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:
     """Returns the layers of a stage, those of zeros counted in."""

@@ -38,7 +38,10 @@ class ParamSpec:
   def is_factor(self) -> bool:
     """Whether rows are multiplied by it: it is no vector, and no table."""
     return (
-      len(self.shape) > 1 and self.axes[0] != 'vocab' and self.init != 'bias'
+      len(self.shape) > 1
+      and self.axes[0] != 'vocab'
+      and self.init != 'bias'
+      and self.dtype is None
     )
 
   @property

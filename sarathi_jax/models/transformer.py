@@ -23,9 +23,11 @@ from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import kinds as kinds_lib
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
+from sarathi_jax.models import quantized
 from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.models import spec
+from sarathi_jax.models import tree
 
 Kind = TypeVar('Kind')
 
@@ -42,8 +44,14 @@ def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
      'final_norm': {'scale': [D], ...},
      'lm_head': [D, V]}   # not if the embeddings are tied
 
-  All matrices are [in, out].
+  All matrices are [in, out]. Those that are quantized are nodes of specs, see
+  `quantized`.
   """
+  return _where_quantized(config, quantized.specs_of, _plain_specs(config))
+
+
+def _plain_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Returns the specs of the parameters, had none of them been quantized."""
   family = _family(config)
   vocab, width = ('vocab', config.vocab_size), ('embed', config.hidden_size)
   specs = {
@@ -56,6 +64,35 @@ def param_specs(config: config_lib.ModelConfig) -> dict[str, Any]:
   return specs
 
 
+def _where_quantized(
+  config: config_lib.ModelConfig, make: Callable[..., Any], params: Any
+) -> Any:
+  """Returns the tree with `make` of what is quantized, and of how it is."""
+  how = config.quantization
+  if how is None:
+    return params
+
+  def one(path: Any, leaf: spec.ParamSpec, param: Any) -> Any:
+    covered = leaf.is_factor and how.covers(tree.joined('', path))
+    return make(param, how) if covered else param
+
+  return jax.tree.map_with_path(one, _plain_specs(config), params)
+
+
+def quantize(config: config_lib.ModelConfig, params: Any) -> layers.Params:
+  """Quantizes live parameters as `config.quantization` says.
+
+  Args:
+    config: the model.
+    params: all in one dtype, as of a model without quantization.
+
+  Returns:
+    The parameters as `param_specs` says; those that are not quantized as they
+    are.
+  """
+  return _where_quantized(config, quantized.of, params)
+
+
 def init_params(
   config: config_lib.ModelConfig,
   key: Array,
@@ -66,6 +103,7 @@ def init_params(
 
   Draws norms around 1 and biases around 0, and not exactly at these, so that a
   test notices where one is left out. Every leaf has its own key, from its name.
+  What is to be quantized is, see `quantize`.
 
   Must not be jitted: it compiles a small program for each shape, while one for
   all leaves would take minutes.
@@ -81,7 +119,9 @@ def init_params(
       scale,
     )
 
-  return jax.tree_util.tree_map_with_path(draw, param_specs(config))
+  return quantize(
+    config, jax.tree_util.tree_map_with_path(draw, _plain_specs(config))
+  )
 
 
 # ParamSpec.init -> what parameters are drawn around.

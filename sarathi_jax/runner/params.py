@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import spec
 from sarathi_jax.models import tree as tree_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
@@ -30,7 +31,7 @@ def check_params(
 
   Args:
     model: the model.
-    params: its weights. Only names count: tuples may be lists.
+    params: its weights. Only names count: tuples may be lists, and nodes dicts.
     dtype: the dtype that they must have; None for any that attention takes.
       Those that have their own, by `ParamSpec.dtype`, must have that.
 
@@ -68,11 +69,9 @@ def check_params(
         + (f' {are_what} params.{near[0]}.' if near else '')
       )
   for name, leaf in leaves.items():
-    _check_leaf(name, leaf, specs[name].shape, specs[name].dtype or dtype)
+    _check_leaf(name, leaf, specs[name], dtype)
   model.check_dtype(dtype_of(model, leaves).name)
-  return jax.tree.unflatten(
-    jax.tree.structure(tree), [leaves[name] for name in specs]
-  )
+  return tree_lib.with_leaves(tree, leaves)
 
 
 def _packed(found: str, specs: Iterable[str]) -> str | None:
@@ -148,7 +147,7 @@ def devices_of(params: Params) -> set[jax.Device]:
 
 
 def _check_leaf(
-  name: str, leaf: Any, shape: tuple[int, ...], dtype: Any
+  name: str, leaf: Any, wanted: spec.ParamSpec, dtype: Any
 ) -> None:
   def check(ok: bool, is_what: object, must_be: object) -> None:
     if not ok:
@@ -163,8 +162,10 @@ def _check_leaf(
     'alive while it is served',
   )
   dtypes = _DTYPES if dtype is None else (dtype,)
+  if wanted.dtype is not None:
+    dtypes = (jnp.dtype(wanted.dtype),)
   check(
-    leaf.shape == shape and leaf.dtype in dtypes,
+    leaf.shape == wanted.shape and leaf.dtype in dtypes,
     f'{leaf.dtype}{list(leaf.shape)}',
-    f'{" or ".join(map(str, dtypes))}{list(shape)}',
+    f'{" or ".join(map(str, dtypes))}{list(wanted.shape)}',
   )

@@ -9,9 +9,10 @@ the vocabulary is padded with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -24,7 +25,9 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
+from sarathi_jax.models import quantized
 from sarathi_jax.models import spec
+from sarathi_jax.models import tree as tree_lib
 from sarathi_jax.runner import mesh as mesh_lib
 
 Params = Any  # a pytree of arrays
@@ -61,7 +64,7 @@ class Layout:
     dtype: that the model computes in. Parameters are converted to it first, and
       kept in it but for what their nodes keep, and what their specs say.
     node: says which node a parameter is kept as, by its name and spec; None:
-      an array.
+      an array. Quantized ones are nodes of the model's, whatever it says.
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
   """
 
@@ -202,6 +205,9 @@ def places(
 
   It is shaped as `models.param_specs`, but 'layers' are those of one stage, and
   there are the nodes and groups of the layout.
+
+  Raises:
+    ConfigError: layers of a kind are one array, and are kept in several ways.
   """
   parallelism = mesh_lib.parallelism_of(mesh)
   sizes: dict[str | None, int] = {
@@ -222,27 +228,55 @@ def places(
     )
     return Part(names, leaf, shape, model.head_dim)
 
+  def placed(
+    paths: Sequence[str],
+    specs: Sequence[Any],
+    node: Node,
+    layers: tuple[int | None, ...],
+  ) -> Any:
+    """Returns the Place of parameters side by side, or of each array of them.
+
+    These are quantized, all alike: codes are side by side, and scales.
+    """
+
+    def one(path: Any, *leaves: spec.ParamSpec) -> Any:
+      names = [tree_lib.joined(of, path) for of in paths]
+      parts = map(part, names, leaves, itertools.repeat(layers))
+      return _place(tuple(parts), node, mesh, layout.dtype)
+
+    return jax.tree.map_with_path(one, *specs)
+
+  def kind(path: str, specs: Any) -> Any:
+    """Returns what parameters that are to be one have in common."""
+    if isinstance(specs, spec.ParamSpec):
+      return layout.node(path, specs)
+    return jax.tree.structure(specs)
+
   def tree(specs: Any, path: str, layers: tuple[int | None, ...]) -> Any:
     if isinstance(specs, spec.ParamSpec):
-      node = layout.node(path, specs)
-      return _place((part(path, specs, layers),), node, mesh, layout.dtype)
+      return placed([path], [specs], layout.node(path, specs), layers)
+    if isinstance(specs, quantized.Quantized):
+      return placed([path], [specs], None, layers)
     paths = {name: f'{path}.{name}' if path else name for name in specs}
     groups = {}
 
     def merge(group: str, names: tuple[str, ...], node: Node) -> None:
-      parts = tuple(part(paths.pop(n), specs[n], layers) for n in names)
+      matrix = placed(
+        [paths.pop(n) for n in names], [specs[n] for n in names], node, layers
+      )
+      first: Place = jax.tree.leaves(matrix)[0]
       groups[group] = matrices.SideBySide(
-        _place(parts, node, mesh, layout.dtype),
-        tuple(_share(one, mesh)[-1] for one in parts),
+        matrix, tuple(first.share(one)[-1] for one in first.parts)
       )
 
     for group, names in spec.GROUPS.items() if layout.merged else ():
-      if not specs.keys() >= set(names) or specs[names[0]].is_of_experts:
+      if not specs.keys() >= set(names) or _is_of_experts(specs[names[0]]):
         continue
-      nodes = {layout.node(paths[name], specs[name]) for name in names}
-      if len(nodes) > 1:  # Some are kept otherwise, so all stay apart.
+      kinds = {kind(paths[name], specs[name]) for name in names}
+      if len(kinds) > 1:  # Some are kept otherwise, so all stay apart.
         continue
-      merge(group, names, nodes.pop())
+      (node,) = kinds
+      merge(group, names, node if isinstance(node, type) else None)
       biases = tuple(f'{name}_bias' for name in names)
       if biases[0] in specs:
         merge(f'{group}_bias', biases, None)
@@ -255,12 +289,30 @@ def places(
 
   def stages(index: int) -> Any:
     layers = parallelism.layers_of(model, index)
-    layer = next(layer for layer in layers if layer is not None)
-    return tree(layer_specs[layer], 'layers.{}', layers)
+    return tree(_specs_of_all(layer_specs, layers), 'layers.{}', layers)
 
   return tree(specs, '', (0,)) | {
     'layers': [stages(i) for i in range(parallelism.num_layers(model))]
   }
+
+
+def _specs_of_all(specs: Sequence[Any], layers: tuple[int | None, ...]) -> Any:
+  """Returns the specs that one layer of each stage has, which are one array."""
+  first, *others = [layer for layer in layers if layer is not None]
+  for other in others:
+    config_lib.check(
+      specs[other] == specs[first],
+      'pp',
+      len(layers),
+      f'layers {first} and {other} are to be one array, and only one of them '
+      'has a matrix that is not quantized (quantization.kept)',
+    )
+  return specs[first]
+
+
+def _is_of_experts(specs: Any) -> bool:
+  leaf: spec.ParamSpec = jax.tree.leaves(specs)[0]
+  return leaf.is_of_experts
 
 
 def _place(parts: tuple[Part, ...], node: Node, mesh: Mesh, dtype: Any) -> Any:

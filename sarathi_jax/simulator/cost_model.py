@@ -97,17 +97,19 @@ class CostModel:
     # matrices of this number.
     layers = range(model.num_layers)
     windows = [model.layer_window(i) or _NO_WINDOW for i in layers]
-    mlps = list(dict.fromkeys(map(model.layer_mlp, layers)))
-    first = [next(i for i in layers if model.layer_mlp(i) == m) for m in mlps]
-    kinds = [(w, mlps.index(model.layer_mlp(i))) for i, w in enumerate(windows)]
+    of = [
+      (model.layer_mlp(i), facts.layer_matrices(model, i, tp)) for i in layers
+    ]
+    distinct = list(dict.fromkeys(of))
+    kinds = [(w, distinct.index(of[i])) for i, w in enumerate(windows)]
     ends = [0, *itertools.accumulate(self.stage_layers)]
     self._kinds = [
       Counter(kinds[start:stop]) for start, stop in itertools.pairwise(ends)
     ]
     self._all_kinds = dict.fromkeys(kinds)
     self._all_windows = set(windows)
-    self._mlps = mlps
-    self._matrices = [facts.layer_matrices(model, i, tp) for i in first]
+    self._mlps = [mlp for mlp, _ in distinct]
+    self._matrices = [matrices for _, matrices in distinct]
     self._tp_link = hardware.link_within(0, tp - 1)
     self._hop_links = [
       hardware.link_within((s + 1) * tp - 1, (s + 1) * tp)
@@ -115,7 +117,7 @@ class CostModel:
     ]
     self._num_sums = model.sums_per_layer if tp > 1 else 0
     self._launch_s = host.launch_s + self._num_sums * host.sum_s
-    self._layer_s: list[dict[int, float]] = [{} for _ in mlps]
+    self._layer_s: list[dict[int, float]] = [{} for _ in distinct]
     self._head_s: dict[int, float] = {}
 
   def with_host(self, host: hosts.Host) -> CostModel:
@@ -262,6 +264,7 @@ class CostModel:
             rows,
             self.model.hidden_size,
             self.model.vocab_size / self.tp,
+            self._head_bytes,
           )
         )
         if rows
@@ -276,7 +279,11 @@ class CostModel:
       # Of a mixture, each expert that is chosen sees its part of the tokens.
       experts = matrix.num_read(n)
       seconds += experts * operators.matmul(
-        hw, n * matrix.used / experts, matrix.rows, matrix.columns
+        hw,
+        n * matrix.used / experts,
+        matrix.rows,
+        matrix.columns,
+        matrix.number_bytes or operators.BYTES,
       )
     mlp = self._mlps[which]
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
@@ -308,12 +315,23 @@ class CostModel:
   def weight_bytes(self) -> float:
     """Bytes of weights on the device that has most of them."""
     layers = sum(
-      facts.layer_size(self.model, i, self.tp) for i in self._kept_layers
+      facts.layer_bytes(self.model, i, operators.BYTES, self.tp)
+      for i in self._kept_layers
     )
     vocab = self.model.vocab_size * self.model.hidden_size / self.tp
+    number_bytes: float = operators.BYTES
     if self.pp == 1 and not self.model.tie_word_embeddings:
-      vocab *= 2  # else the embedding is on the first stage, the head the last
-    return operators.BYTES * (layers + vocab)
+      # Else the embedding is on the first stage, the head on the last.
+      number_bytes += self._head_bytes
+    return layers + number_bytes * vocab
+
+  @property
+  def _head_bytes(self) -> float:
+    """Bytes of a number of the output matrix."""
+    if self.model.tie_word_embeddings:
+      return operators.BYTES
+    width = self.model.hidden_size
+    return facts.number_bytes(self.model, 'lm_head', width) or operators.BYTES
 
   @property
   def kv_token_bytes(self) -> int:

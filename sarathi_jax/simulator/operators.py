@@ -45,12 +45,17 @@ APPENDING = 1.19
 
 
 def matmul(
-  hardware: hardware_lib.Hardware, n: Number, k: Number, m: Number
+  hardware: hardware_lib.Hardware,
+  n: Number,
+  k: Number,
+  m: Number,
+  weight_bytes: float = BYTES,
 ) -> Number:
   """Predicts [n, k] x [k, m], n tokens: a roofline with tile quantisation.
 
   Where memory and arithmetic take about as long, both are felt: their times add
-  as the sides of a right angle.
+  as the sides of a right angle. A weight is read in `weight_bytes`, as a kernel
+  does that takes codes apart; arithmetic is that of 16 bits.
   """
   fit = hardware.efficiencies
   rate = hardware.memory_rate * fit.memory
@@ -65,7 +70,7 @@ def matmul(
       if split > 1:  # Partial sums are written as float32 and added.
         seconds = seconds + 2 * n * m * 4 * split / rate
       best = np.minimum(best, seconds)
-  moved = BYTES * (k * m + n * k + n * m) / rate
+  moved = (weight_bytes * k * m + BYTES * (n * k + n * m)) / rate
   return fit.kernel_s + np.hypot(moved, best)
 
 

@@ -107,7 +107,7 @@ def test_quantized_tensor(tmp_path: pathlib.Path) -> None:
   ('fields', 'match'),
   [
     (dict(logit_scale=0.5), 'logit_scale=0.5'),
-    (dict(quantization_config={'bits': 4}), 'quantized checkpoints'),
+    (dict(quantization_config={'bits': 4}), 'quant_method=None'),
     (dict(hidden_act='mish'), "hidden_act='mish'"),
     (dict(num_key_value_heads=3), 'num_kv_heads=3'),
     (dict(hidden_size='16'), "hidden_size='16'"),

@@ -204,7 +204,6 @@ def test_a_window_that_is_null_is_none(tmp_path: pathlib.Path) -> None:
     dict(pruned_heads={'0': [1]}),
     dict(add_cross_attention=True),
     dict(quantization={'bits': 4, 'group_size': 64}),
-    dict(compression_config={'format': 'pack-quantized'}),
     # Code that comes along may read what no model of transformers does.
     dict(use_mrope=False, auto_map={'AutoModelForCausalLM': 'a.B'}),
     dict(tie_word_embeddings='no'),

@@ -16,6 +16,7 @@ from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import facts
 from sarathi_jax.models import parallel
 from sarathi_jax.models import published
+from sarathi_jax.models import quantization
 from sarathi_jax.runner import kv_cache
 
 TINY = dict(
@@ -80,6 +81,38 @@ def test_devices_share_matrices(name: str, tp: int) -> None:
       for leaf in jax.tree.leaves(layers[i])
       if leaf.is_factor
     )
+
+
+@pytest.mark.parametrize('group', [None, 128])
+@pytest.mark.parametrize(
+  ('name', 'tp', 'layer'),
+  [
+    ('llama-3.1-70b', 4, 0),
+    ('llama-3.1-70b', 4, 1),
+    ('falcon-180b', 8, 0),
+    ('mixtral-8x7b', 2, 0),
+  ],
+)
+def test_quantized_matrices_weigh_what_their_arrays_do(
+  name: str, tp: int, layer: int, group: int | None
+) -> None:
+  kept = ('layers.1.attn.v', 'layers.1.*.down', *quantization.ROUTERS)
+  model = dataclasses.replace(
+    MODELS[name],
+    quantization=quantization.Quantization(
+      codes='int8', group=group, kept=kept
+    ),
+  )
+  parallelism = parallel.Parallelism(tp=tp)
+  specs = models.param_specs(model)['layers'][layer]
+  assert facts.layer_bytes(model, layer, 2, tp) == pytest.approx(
+    sum(
+      math.prod(map(parallelism.part_len, leaf.axes, leaf.shape))
+      * (jnp.dtype(leaf.dtype).itemsize if leaf.dtype else 2)
+      for leaf in jax.tree.leaves(specs)
+      if leaf.is_factor or leaf.dtype
+    )
+  )
 
 
 def test_each_token_goes_through_some_of_the_experts() -> None:

@@ -25,6 +25,8 @@ from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
+from sarathi_jax.models import quantization
+from sarathi_jax.models import quantized
 from sarathi_jax.models import spec
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -57,6 +59,9 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
   'llama': LLAMA,
   'biases': dataclasses.replace(LLAMA, qkv_bias=True, mlp_bias=True),
 }
+INT8 = dataclasses.replace(
+  LLAMA, quantization=quantization.Quantization(codes='int8', group=2)
+)
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
 
@@ -172,6 +177,56 @@ def test_a_device_has_the_same_columns_however_they_lie(name, tp, pp):
   for matrix in (layer['attn']['qkv'].matrix, layer['attn']['o']):
     assert isinstance(matrix, matrices.Transposed)
   assert not isinstance(read['embed'], matrices.Transposed)
+
+
+@pytest.mark.parametrize('tp,pp', MESHES)
+def test_scales_lie_with_their_codes(tp, pp):
+  """Read or live, together or apart: dequantized, it is the same matrix."""
+  params = models.init_params(INT8, jax.random.key(0))
+  whole, mesh = named(params), mesh_of(tp, pp)
+
+  def read(name: str, index: Any) -> np.ndarray:
+    return whole[name][index]
+
+  plain = dataclasses.replace(INT8, quantization=None)
+  dequantized = jax.tree.map(
+    lambda node: (
+      quantized.dequantize(node, F32)
+      if isinstance(node, quantized.Quantized)
+      else node
+    ),
+    params,
+    is_leaf=lambda node: isinstance(node, quantized.Quantized),
+  )
+  for layout in (LAYOUTS['live'], LAYOUTS['gpu']):
+    placed = weights.place_live(INT8, mesh, layout, params)
+    assert_same(weights.load(INT8, mesh, layout, read), placed)
+    expected = weights.place_live(plain, mesh, layout, dequantized)
+    attn, exact = (p['layers'][1]['attn'] for p in (placed, expected))
+    assert attn.keys() == exact.keys()
+    for key in attn:
+      node, matrix = attn[key], exact[key]
+      if isinstance(node, matrices.SideBySide):
+        assert node.widths == matrix.widths
+        node, matrix = node.matrix, matrix.matrix
+      for values, scale, w in zip(
+        shares(node.values), shares(node.scale), shares(matrix), strict=True
+      ):
+        share = quantized.Quantized(values, scale, node.group)
+        np.testing.assert_array_equal(quantized.dequantize(share, F32), w)
+  assert placement.bytes_of(
+    placement.shapes(INT8, mesh, LAYOUTS['live'])
+  ) < placement.bytes_of(placement.shapes(plain, mesh, LAYOUTS['live']))
+
+
+def test_stages_whose_layers_differ_are_refused():
+  some = quantization.Quantization(codes='int8', kept=('layers.2.mlp.up',))
+  model = dataclasses.replace(LLAMA, num_layers=4, quantization=some)
+  placement.places(model, mesh_of(2, 1), LAYOUTS['live'])
+  with pytest.raises(
+    errors.ConfigError, match='pp=2: layers 0 and 2 are to be'
+  ):
+    placement.places(model, mesh_of(2, 2), LAYOUTS['live'])
 
 
 @pytest.mark.parametrize('tp,pp', MESHES)

@@ -16,6 +16,7 @@ from sarathi_jax.cli import deployment
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import facts
 from sarathi_jax.models import published
+from sarathi_jax.models import quantization
 from sarathi_jax.simulator import cost_model
 from sarathi_jax.simulator import experiments
 from sarathi_jax.simulator import hardware as hardware_lib
@@ -216,6 +217,28 @@ def test_smaller_numbers_make_a_larger_cache() -> None:
   assert half.kv_token_bytes == 131072 * 132 / 256  # a scale beside 128
   load = (64, 64, 64, 64 * 8192, 0.0)
   assert sum(half.stage_seconds(*load)) < 0.8 * sum(cost.stage_seconds(*load))
+
+
+@pytest.mark.parametrize(
+  ('group', 'number_bytes'), [(None, 1 + 4 / 4096), (128, 1 + 4 / 128)]
+)
+def test_quantized_weights_are_read_and_kept_in_their_own_bytes(
+  group: int | None, number_bytes: float
+) -> None:
+  cost = cost_of(paper.MISTRAL)
+  how = quantization.Quantization(codes='fp8', group=group)
+  half = cost_model.CostModel(
+    dataclasses.replace(cost.model, quantization=how), A100
+  )
+  embedding = 32000 * 4096 * 2
+  assert half.weight_bytes - embedding == pytest.approx(
+    (cost.weight_bytes - embedding) / 2 * number_bytes, rel=1e-3
+  )
+  config = config_lib.EngineConfig()
+  assert half.num_pages(config, 512) > cost.num_pages(config, 512)
+  load = (1, 1, 1, 100, 0.0)
+  seconds = [sum(one.stage_seconds(*load)) for one in (half, cost)]
+  assert 0.5 * seconds[1] < seconds[0] < 0.75 * seconds[1]
 
 
 @pytest.mark.parametrize('fields', [{}, {'kv_cache_gib': 70.0}])

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with codes are those with what they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import grouped_matmul
+from sarathi_jax import errors
+from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import matrices
+from sarathi_jax.models import parallel
+from sarathi_jax.models import quantization as quantization_lib
+from sarathi_jax.models import quantized
+from sarathi_jax.models import tree
+from tests import tiny
+
+# rows of a matrix, of a group: whole groups, one that is left, one in all.
+GROUPS = (48, None), (48, 16), (48, 20), (48, 64)
+
+
+def _of(w: Any, codes: str, group: int | None) -> quantized.Quantized:
+  return quantized.of(
+    jnp.asarray(w), quantization_lib.Quantization(codes=codes, group=group)
+  )
+
+
+def _exact(w: quantized.Quantized) -> np.ndarray:
+  """Number by number, in float64."""
+  values = np.asarray(w.values).astype(np.float64)
+  scale = np.asarray(w.scale, np.float64)
+  group = w.group or values.shape[-2]
+  for row in range(values.shape[-2]):
+    values[..., row, :] *= scale[..., row // group, :]
+  return values
+
+
+@pytest.mark.parametrize('codes', quantization_lib.CODES)
+@pytest.mark.parametrize(('rows', 'group'), GROUPS)
+def test_a_product_is_that_with_what_codes_stand_for(rows, group, codes):
+  rng = np.random.default_rng(0)
+  w = _of(rng.normal(0, 1, (rows, 20)).astype(np.float32), codes, group)
+  np.testing.assert_allclose(
+    quantized.dequantize(w, jnp.float32), _exact(w), rtol=1e-6
+  )
+  for num in (1, 3, 40):
+    x = rng.normal(0, 1, (num, rows))
+    for dtype, error in (('float32', 1e-5), ('bfloat16', 0.2)):
+      of_x = jnp.asarray(x, dtype)
+      got = jax.jit(matrices.matmul)(of_x, w)
+      assert got.dtype == dtype and got.shape == (num, 20)
+      np.testing.assert_allclose(
+        np.asarray(got, np.float64),
+        np.asarray(of_x, np.float64) @ _exact(w),
+        atol=error,
+      )
+    assert matrices.matmul(of_x, w, jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('group', [None, 16])
+def test_experts_are_multiplied_by_their_own_scales(group):
+  rng = np.random.default_rng(0)
+  w = _of(rng.normal(0, 1, (4, 48, 20)).astype(np.float32), 'int8', group)
+  x = rng.normal(0, 1, (24, 48)).astype(np.float32)
+  keys = rng.integers(0, 4, 24).astype(np.int32)
+  groups = grouped_matmul.group(jnp.asarray(keys), 4)
+  got = jax.jit(matrices.grouped_matmul)(
+    x, (w,), groups.sizes, rows=groups.order
+  )
+  expected = np.einsum('ri,rio->ro', x, _exact(w)[keys])
+  np.testing.assert_allclose(got[groups.places], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('codes', quantization_lib.CODES)
+@pytest.mark.parametrize(('rows', 'group'), GROUPS)
+def test_the_largest_number_of_a_group_is_the_largest_code(rows, group, codes):
+  w = np.random.default_rng(0).normal(0, 1, (2, rows, 5)).astype(np.float32)
+  w[0, :, 1] = 0
+  values, scale = quantized.encode(w, codes, group)
+  numbers = _exact(quantized.Quantized(values, scale, group))
+  most = quantization_lib.CODES[codes].most
+  assert np.abs(values.astype(np.float32)).max() == most
+  assert scale.shape == (2, -(-rows // (group or rows)), 5)
+  steps = np.repeat(scale, group or rows, axis=1)[:, :rows]
+  relative = 0 if codes == 'int8' else 2**-4
+  bound = np.maximum(relative * np.abs(w), steps / 2) * (1 + 1e-5)
+  assert (np.abs(numbers - w) <= bound).all() and not numbers[0, :, 1].any()
+
+
+@pytest.mark.parametrize('kind', [np.asarray, jnp.asarray])
+def test_tiny_numbers_have_codes_too(kind):
+  w = np.full((4, 2), 1e-44, np.float32)
+  values, scale = quantized.encode(kind(w), 'int8')
+  assert np.isfinite(scale).all() and not np.asarray(values).any()
+
+
+def test_few_rows_of_groups_put_no_matrix_together():
+  """Many do, where sums of each group would be more bytes."""
+  w = _of(np.ones((256, 64), np.float32), 'int8', 32)
+  of_matrix = 'f32[256,64]'
+  for num, is_put_together in ((1, False), (32, False), (33, True)):
+    made = str(jax.make_jaxpr(matrices.matmul)(jnp.ones((num, 256)), w))
+    products = [line for line in made.splitlines() if 'mul ' in line]
+    assert any(of_matrix in line for line in products) == is_put_together
+
+
+MODEL = dataclasses.replace(
+  tiny.MODEL, quantization=quantization_lib.Quantization(codes='int8', group=8)
+)
+
+
+def test_a_model_says_what_its_weights_are():
+  again = config_lib.from_dict(MODEL.to_dict())
+  assert again == MODEL
+  specs = tree.named_leaves(models.param_specs(MODEL))
+  down = 'layers.0.mlp.down'
+  assert specs[f'{down}.values'].shape == (24, 16)
+  assert specs[f'{down}.values'].dtype == 'int8'
+  assert specs[f'{down}.scale'].shape == (3, 16)
+  assert specs[f'{down}.scale'].axes == ('mlp', 'embed')
+  assert specs['lm_head.scale'].axes == ('embed', 'logits')
+  assert specs['embed'].dtype is specs['final_norm.scale'].dtype is None
+  kept = dataclasses.replace(
+    MODEL,
+    quantization=quantization_lib.Quantization(
+      codes='fp8', kept=('lm_head', 'layers.*.attn.?')
+    ),
+  )
+  specs = tree.named_leaves(models.param_specs(kept))
+  assert {'lm_head', 'layers.0.attn.q'} < specs.keys()
+  assert specs['layers.0.mlp.down.scale'].axes == (None, 'embed')
+
+
+def test_what_is_not_quantized_is_as_it_was():
+  plain = models.init_params(tiny.MODEL, jax.random.key(0))
+  drawn = models.init_params(MODEL, jax.random.key(0))
+  assert jax.tree.structure(drawn) == jax.tree.structure(
+    models.param_specs(MODEL)
+  )
+  by_name = tree.named_leaves(drawn)
+  for name, leaf in tree.named_leaves(plain).items():
+    if name in by_name:
+      np.testing.assert_array_equal(by_name[name], leaf)
+    else:
+      values, scale = (
+        by_name[f'{name}.{part}'] for part in ('values', 'scale')
+      )
+      node = quantized.Quantized(values, scale, 8)
+      numbers = quantized.dequantize(node, jnp.float32)
+      assert 0 < np.abs(numbers - leaf).max() <= np.abs(leaf).max() / 127
+  assert models.quantize(tiny.MODEL, plain) is plain
+
+
+@pytest.mark.parametrize(
+  ('fields', 'match'),
+  [
+    (dict(codes='int3'), "codes='int3': must be one of int8, fp8"),
+    (dict(codes='int8', group=0), 'group=0'),
+    (dict(codes='int8', kept=[3]), 'quantization.kept'),
+    (dict(codes='int8', odd=1), 'quantization.odd: unknown'),
+    (dict(group=8), 'quantization.codes: missing'),
+    (3, 'must be an object'),
+  ],
+)
+def test_other_ways_are_refused(fields, match):
+  with pytest.raises(errors.ConfigError, match=match):
+    config_lib.from_dict(tiny.MODEL.to_dict() | {'quantization': fields})
+
+
+def test_devices_share_no_group():
+  parallelism = parallel.Parallelism(tp=2)
+  model = dataclasses.replace(MODEL, num_kv_heads=2)
+  parallelism.check(
+    dataclasses.replace(
+      model, quantization=quantization_lib.Quantization(codes='int8', group=4)
+    )
+  )
+  with pytest.raises(
+    errors.ConfigError,
+    match='tp=2: leaves 12 rows of down, of intermediate_size=24, to each '
+    'device; must be a multiple of 8',
+  ):
+    parallelism.check(model)
