@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ import jax
 
 from pallas_kernels import gpu_targets
 from pallas_kernels.aot import compiler
+from pallas_kernels.aot import disassembly
 from pallas_kernels.aot import kernels as kernels_lib
 from pallas_kernels.aot import toolkit
 
@@ -48,6 +49,7 @@ class Result:
     graphs: CUDA graphs that it is launched as, in parts.
     outside_graphs: kinds of thunks that are in no graph.
     cubins: what ptxas made of the kernels, for `disassembly`.
+    mosaic: of the kernels that Mosaic compiled, their machine code.
     compiled: the jax.stages.Compiled; None where XLA refused.
   """
 
@@ -59,6 +61,9 @@ class Result:
   graphs: int = 0
   outside_graphs: Sequence[str] = ()
   cubins: Sequence[bytes] = dataclasses.field(default=(), repr=False)
+  mosaic: Mapping[str, str] = dataclasses.field(
+    default_factory=dict, repr=False
+  )
   compiled: Any = dataclasses.field(default=None, repr=False)
 
 
@@ -112,6 +117,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
   slow: list[str] = []
   graphs, outside = 0, list[str]()
   cubins = list[bytes]()
+  code = dict[str, str]()
   compiled = None
   start = time.perf_counter()
   with compiler.on(device), tempfile.TemporaryDirectory() as temp:
@@ -136,6 +142,7 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
       said = toolkit.read_log(folder)
       cubins = toolkit.read_cubins(folder)
       mosaic = list(kernels_lib.read_mosaic(folder / 'mosaic', target))
+      code = disassembly.read_mosaic(folder / 'mosaic')
       if 'mosaic_gpu' in lowered.as_text() and not mosaic:
         problems.append(
           'Mosaic does not say what its kernel takes: it keeps '
@@ -164,7 +171,16 @@ def measure(name: str, device: str, lower: Callable[[], Any]) -> Result:
         f'memory; a block may have {target.shared_memory_per_block:,}'
       )
   return Result(
-    name, seconds, kernels, problems, slow, graphs, outside, cubins, compiled
+    name,
+    seconds,
+    kernels,
+    problems,
+    slow,
+    graphs,
+    outside,
+    cubins,
+    code,
+    compiled,
   )
 
 

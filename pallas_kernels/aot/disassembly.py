@@ -11,6 +11,10 @@ import tempfile
 
 from pallas_kernels.aot import toolkit
 
+# A line of Mosaic's: how threads wait, place and instruction.
+_WITH_WAITS = re.compile(
+  r'^ *[^ :]+(?::[^ :]+)+ +(/\*[0-9a-f]+\*/.*?) *$', re.M
+)
 _SECTION = re.compile(r'^\s*\.section\s+\.text\.([^\s,]+),', re.M)
 
 
@@ -46,6 +50,19 @@ def disassemble(
       ).stdout
       found |= {k: v for k, v in split(text).items() if k in names}
   return found
+
+
+def read_mosaic(dumps: pathlib.Path) -> dict[str, str]:
+  """Returns kernel -> its code as nvdisasm prints it, from Mosaic's dumps.
+
+  Args:
+    dumps: the folder that `toolkit.mosaic_dumps` had it dump to. Without
+      nvdisasm it has no code.
+  """
+  return {
+    file.stem.rpartition('_')[0]: _WITH_WAITS.sub(r'\1 ;', file.read_text())
+    for file in sorted(dumps.glob('*.sass_ctrl'))
+  }
 
 
 def split(text: str) -> dict[str, str]:

@@ -21,6 +21,8 @@ _BITS = 8  # of a byte
 # Narrower loads are of single numbers that many threads share, such as the next
 # page: they would count too much.
 _LEAST_BITS = 64
+# Instructions of a loop that only waits for others, at most.
+_WAITING = 16
 # Kernels of which many blocks read the same keys at about the same time.
 _SHARING = ('attend_chunks',)
 
@@ -62,18 +64,21 @@ class Judged:
 def judge(result: cases.Result, device: str) -> list[Judged]:
   """Disassembles a case's kernels, and estimates each inner loop.
 
-  Kernels that Mosaic compiled are left out: XLA has no part in it.
+  Loops that only wait are left out. What Mosaic's kernels on Hopper load, by
+  TMA, is not counted.
 
   Raises:
     toolkit.UnavailableError: there is no nvdisasm.
   """
   ours = [kernel for kernel in result.kernels if kernel.is_ours]
   code = disassembly.disassemble(result.cubins, {k.name for k in ours})
+  code |= result.mosaic
   target = gpu_targets.get(device)
   return [
     Judged(kernel.name, loop, estimate(loop, kernel, target))
     for kernel in ours
     for loop in loops.parse(code.get(kernel.name, ''))
+    if loop.matrix or loop.loads or loop.instructions > _WAITING
   ]
 
 

@@ -64,8 +64,8 @@ def define_flags() -> None:
   flags.DEFINE_boolean(
     'sass',
     False,
-    'Disassemble the kernels, but for those of Mosaic: count the instructions '
-    'of each inner loop, and estimate what bounds it.',
+    'Disassemble the kernels: count the instructions of each inner loop, and '
+    'estimate what bounds it.',
   )
 
 

@@ -94,6 +94,6 @@ def _unmasked(
 ) -> estimates.Judged:
   """Returns the loop that most blocks of keys go through, the shortest."""
   return min(
-    (one for one in loops if one.kernel == kernel),
+    (one for one in loops if one.kernel == kernel and one.loop.matrix),
     key=lambda one: one.loop.instructions,
   )

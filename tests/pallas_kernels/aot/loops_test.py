@@ -88,6 +88,22 @@ def test_kernels_of_a_file_are_told_apart() -> None:
   assert 'EXIT' in found['first'] and 'EXIT' not in found['second__1']
 
 
+def test_what_mosaic_dumps_is_read(tmp_path: pathlib.Path) -> None:
+  (tmp_path / 'attend_small_0.sass_ctrl').write_text("""
+\t.section\t.text.attend_small_mosaic_gpu_kernel,"ax",@progbits
+.L_x_5:
+   -:-:2:Y:01        /*0050*/                 LDGSTS.E.BYPASS.128 [R2], [R4.64]
+   2:-:-:-:04        /*0060*/                   DEPBAR.LE SB0, 0x1
+   -:-:-:-:04        /*0070*/                   HMMA.16816.F32 R4, R8, R12, R4
+   1:-:-:Y:05        /*0080*/              @!P2 BRA `(.L_x_5)
+""")
+  code = disassembly.read_mosaic(tmp_path)
+  assert list(code) == ['attend_small']
+  (loop,) = loops.parse(code['attend_small'])
+  assert (loop.instructions, loop.matrix, loop.waits) == (4, 1, (1,))
+  assert loop.loads == ((128, 1),)
+
+
 @pytest.mark.parametrize(
   ('name', 'bound'),
   [('attend_small__1', 'memory'), ('attend_chunks', 'matrix')],

@@ -21,6 +21,7 @@ from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.ragged_paged_attention import configurations
 from pallas_kernels.rotate_and_write import configurations as rotate_cases
 from tests import source_tree
+from tests.pallas_kernels.aot import bounds_test
 from tests.pallas_kernels.aot import matmul
 
 _COMMAND = """
@@ -124,6 +125,12 @@ def test_every_configuration_compiles(
   # What merges may be what another case has, and is then not compiled again.
   assert all(names >= {'attend_chunks', 'attend_small'} for names in ours)
   assert 'merge_splits' in set().union(*ours)
+
+
+@matmul.needs_disassembler
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason='needs JAX 0.12')
+def test_loops_on_ampere() -> None:
+  bounds_test.check(bounds_test.Bounds('a100', 'bfloat16 Mosaic', 0.28, 3.9))
 
 
 @needs_mosaic
