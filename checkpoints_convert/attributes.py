@@ -58,6 +58,10 @@ class Attributes:
       if (value := self.take(name, known)) != known:
         raise self.refuse(name, value, f'only {known!r} is supported')
 
+  def rest(self) -> Mapping[str, Any]:
+    """Returns what nobody took yet."""
+    return dict(self._values)
+
   def size(
     self, name: str, default: int | None = None, most: int = fields_lib.MOST
   ) -> int:

@@ -17,6 +17,7 @@ from checkpoints_convert import changes
 from checkpoints_convert import extra_layers
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
+from checkpoints_convert import lora as lora_lib
 from checkpoints_convert import mxfp4
 from checkpoints_convert import nested
 from checkpoints_convert import orbax_writer
@@ -67,6 +68,7 @@ class Plan:
     raw: the decoded config.json.
     left_out: a line, for people, that says what is not converted; mostly ''.
     lost: what rounding lost, once it is converted, if it is quantized here.
+    adapter: the name of the LoRA adapter that is merged into it, if one is.
   """
 
   folder: pathlib.Path
@@ -77,6 +79,7 @@ class Plan:
   raw: Mapping[str, Any]
   left_out: str = ''
   lost: quantizing.Errors | None = None
+  adapter: str | None = None
 
   def all_leaves(self) -> list[transforms.Leaf]:
     return jax.tree.leaves(self.leaves)
@@ -94,6 +97,7 @@ def make_plan(
   *,
   sampling_defaults: bool = True,
   quantize: str | None = None,
+  adapter: lora_lib.Adapter | None = None,
 ) -> Plan:
   """Checks everything that can be checked without reading a tensor.
 
@@ -105,6 +109,7 @@ def make_plan(
     sampling_defaults: whether the sampling that its makers recommend is kept.
     quantize: codes to round its matrices to, of `quantization.CODES`; None:
       they stay as they are.
+    adapter: to merge into it.
 
   Raises:
     CheckpointError: something about the checkpoint is not known, or missing.
@@ -117,6 +122,8 @@ def make_plan(
   model, rules, raw, is_nested, num_extra, scheme = hf_config.read(folder)
   parallelism.check(model)
   tensors, left_out = dict(reader.tensors), ''
+  if adapter is not None:
+    tensors = adapter.merged(tensors)
   if is_nested:
     tensors, left_out = nested.take_text(tensors)
   elif num_extra:
@@ -153,7 +160,17 @@ def make_plan(
     safetensors_reader.DTYPES[DTYPES[dtype]],
     parallelism,
   )
-  return Plan(folder, model, dtype, leaves, generation, raw, left_out, lost)
+  return Plan(
+    folder,
+    model,
+    dtype,
+    leaves,
+    generation,
+    raw,
+    left_out,
+    lost,
+    None if adapter is None else adapter.folder.name,
+  )
 
 
 def convert(
@@ -166,6 +183,7 @@ def convert(
   sampling_defaults: bool = True,
   allow_nonfinite: bool = False,
   quantize: str | None = None,
+  lora: pathlib.Path | None = None,
   bar: Bar = no_bar,
 ) -> Plan:
   """Converts a Hugging Face checkpoint.
@@ -184,6 +202,7 @@ def convert(
     sampling_defaults, quantize: see `make_plan`.
     allow_nonfinite: whether weights may be NaN or infinite; those that are
       quantized here never may.
+    lora: the folder of a LoRA adapter to merge into it, see `lora`.
     bar: makes progress bars.
 
   Returns:
@@ -197,7 +216,11 @@ def convert(
   """
   target = pathlib.Path(os.path.abspath(target))
   _check_free(target)
-  with safetensors_reader.Reader(folder) as reader:
+  with contextlib.ExitStack() as stack:
+    reader = stack.enter_context(safetensors_reader.Reader(folder))
+    adapter = (
+      None if lora is None else stack.enter_context(lora_lib.Adapter(lora))
+    )
     plan = make_plan(
       folder,
       reader,
@@ -205,6 +228,7 @@ def convert(
       parallelism,
       sampling_defaults=sampling_defaults,
       quantize=quantize,
+      adapter=adapter,
     )
     with (
       _write_errors(target),
@@ -344,6 +368,7 @@ def metadata_of(
       'name': plan.folder.name,
       'architecture': (plan.raw.get('architectures') or [None])[0],
       'converter': changes.VERSION,
+      **({'lora': plan.adapter} if plan.adapter else {}),
       **({'nonfinite': dict(nonfinite)} if nonfinite else {}),
     },
   )
