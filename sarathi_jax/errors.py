@@ -78,7 +78,10 @@ class ExpiredError(InvalidRequestError):
 
 
 class BusyError(SarathiError, RuntimeError):
-  """A call while another thread uses an object that admits one at a time."""
+  """A call while another thread uses an object that admits one at a time.
+
+  Or while it sleeps. Nothing is lost: try again later.
+  """
 
 
 class CapacityError(SarathiError):

@@ -13,14 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import opening
 from sarathi_jax import types
-from sarathi_jax.engine import checks
 from sarathi_jax.in_process import building
 from sarathi_jax.in_process import progress
 from sarathi_jax.in_process import prompts as prompts_lib
@@ -182,7 +180,7 @@ class LLM:
     self.engine = building.build_engine(model, self._runner, config, **engine)
     self._dtype = layout.dtype
     self._ids = itertools.count()
-    self._runs = runs_lib.Runs(self.engine, self._check_weights)
+    self._runs = runs_lib.Runs(self.engine, self._check_awake)
 
   @classmethod
   def from_checkpoint(
@@ -329,20 +327,14 @@ class LLM:
         completions, and for texts.
     """
     begun = self._requests(prompts, scoring.asked(()))
-    given = scoring.listed(completions, len(begun))
-    for i, tokens in enumerate(given):
-      checks.check_known(
-        f'completions[{i}]', tokens, self.engine.info.vocab_size
-      )
-    asked = [i for i, tokens in enumerate(given) if tokens]
+    given = scoring.listed(completions, len(begun), self.engine.info.vocab_size)
+    asked = [pair for pair in zip(begun, given, strict=True) if pair[1]]
     done = self.generate(
-      [[*begun[i].prompt_token_ids, *given[i][:-1]] for i in asked],
-      [scoring.asked(given[i]) for i in asked],
+      [[*request.prompt_token_ids, *tokens[:-1]] for request, tokens in asked],
+      [scoring.asked(tokens) for _, tokens in asked],
     )
-    scores = [np.zeros(0, np.float32) for _ in given]
-    for i, answer in zip(asked, done, strict=True):
-      scores[i] = scoring.read(answer, len(given[i]))
-    return scores
+    answers = iter(done)
+    return [scoring.read(answers, len(tokens)) for tokens in given]
 
   def chat(
     self,
@@ -515,6 +507,34 @@ class LLM:
           f'{errors.describe(error)}. The old weights stay.'
         ) from error
 
+  def sleep(self) -> None:
+    """Gives the memory of the KV cache back, until `wake`; weights stay.
+
+    Requests under way wait, and are recomputed; until then, what computes gets
+    a BusyError. `update_params` may be called meanwhile.
+
+    Raises:
+      BusyError: another thread uses this LLM.
+      UnsupportedError: several hosts serve it.
+    """
+    if self._leader is not None:
+      raise errors.UnsupportedError("sleep: several hosts can't.")
+    with self._runs.turns.take('sleep'):
+      with self._runs.whole():
+        self.engine.invalidate_cache()
+      self._runner.sleep()
+
+  def wake(self) -> None:
+    """Takes the memory again that `sleep` gave back; compiles no step.
+
+    Raises:
+      BusyError: another thread uses this LLM.
+      ConfigError: the device has not enough of it; it sleeps on.
+    """
+    with self._runs.turns.take('wake'), settings.own():
+      if self._runner.is_asleep:
+        self._runner.wake()
+
   def reset_prefix_cache(self) -> bool:
     """Forgets what earlier prompts and outputs left in the KV cache.
 
@@ -527,7 +547,9 @@ class LLM:
     with self._runs.turns.take('reset_prefix_cache'), self._runs.inside():
       return self.engine.reset_prefix_cache()
 
-  def _check_weights(self) -> None:
+  def _check_awake(self) -> None:
+    if self._runner.is_asleep:
+      raise errors.BusyError('LLM: sleeps; call wake first.')
     if not self._runner.has_params:
       raise errors.ConfigError(
         'params: were deleted, or donated to a computation; call '

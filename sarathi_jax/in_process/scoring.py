@@ -8,7 +8,7 @@ and a sequence may be as long as the model takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -16,16 +16,20 @@ import numpy as np
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.engine import checks
 
 Logprobs = Float[np.ndarray, ' T']
 
 
-def listed(completions: Any, num_prompts: int) -> list[list[int]]:
+def listed(
+  completions: Any, num_prompts: int, vocab_size: int
+) -> list[list[int]]:
   """Returns the token ids of each completion.
 
   Args:
     completions: for each prompt a list or an array of token ids.
     num_prompts: how many there are to be.
+    vocab_size: what the ids are to be below.
 
   Raises:
     InvalidRequestError: there are others, or they are something else.
@@ -35,7 +39,10 @@ def listed(completions: Any, num_prompts: int) -> list[list[int]]:
     raise errors.InvalidRequestError(
       f'completions: {len(arrays)} for {num_prompts} prompts; must be one each.'
     )
-  return [array.tolist() for array in arrays]
+  given: list[list[int]] = [array.tolist() for array in arrays]
+  for i, tokens in enumerate(given):
+    checks.check_known(f'completions[{i}]', tokens, vocab_size)
+  return given
 
 
 def _array(completion: Any, index: int) -> np.ndarray:
@@ -62,13 +69,17 @@ def asked(completion: Sequence[int]) -> types.SamplingParams:
   )
 
 
-def read(done: types.Completion, num_tokens: int) -> Logprobs:
+def read(done: Iterator[types.Completion], num_tokens: int) -> Logprobs:
   """Returns the log-probabilities of the last tokens, and of the one after.
 
   Args:
-    done: what was answered to `asked`.
-    num_tokens: of the completion; at least one.
+    done: what was answered to `asked`; the next one is taken.
+    num_tokens: of the completion. Of none nothing was asked.
   """
+  return _of(next(done), num_tokens) if num_tokens else np.zeros(0, np.float32)
+
+
+def _of(done: types.Completion, num_tokens: int) -> Logprobs:
   if done.finish_reason == types.FinishReason.ERROR:
     return np.full(num_tokens, np.nan, np.float32)
   before = (done.prompt_logprobs or ())[-(num_tokens - 1) :]

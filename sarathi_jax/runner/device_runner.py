@@ -376,6 +376,23 @@ class DeviceRunner:
     """Whether all weights are there: none was donated or deleted."""
     return not any(leaf is None or leaf.is_deleted() for leaf in self._leaves)
 
+  @property
+  def is_asleep(self) -> bool:
+    """Whether there is no cache, so that nothing can be computed."""
+    return self._state is None
+
+  def sleep(self) -> None:
+    """Gives the memory of the cache back; nothing may be in flight."""
+    self._state = None
+
+  def wake(self) -> None:
+    """Takes the memory again that `sleep` gave back.
+
+    Raises:
+      ConfigError: there is not enough; it sleeps on.
+    """
+    self._start()
+
   def recover(self) -> None:
     """Makes the cache anew, as a failed step may have destroyed it.
 
