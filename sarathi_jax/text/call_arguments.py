@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import itertools
+import re
 from typing import Any
 
 from sarathi_jax import errors
@@ -45,22 +46,37 @@ def as_elements(schema: Schema) -> tags.Format:
   Paris
   </parameter>
   """
-  return _keys(
-    schema,
-    lambda name, value: tags.sequence(
-      tags.text(f'<parameter={name}>\n'),
-      _text_element(name, value)
-      if is_text(value)
-      else tags.sequence(tags.json(value), tags.text(ELEMENT_END)),
-    ),
-    tags.sequence(
-      tags.regex(r'<parameter=[^<>\n]+>\n'), tags.until(ELEMENT_END)
-    ),
-    '',
+  return _elements(schema, '<parameter=', '>\n', '\n</parameter>\n')
+
+
+def as_pairs(schema: Schema) -> tags.Format:
+  """Elements of keys and of values; texts are as they are, the rest JSON.
+
+  <arg_key>city</arg_key>
+  <arg_value>Paris</arg_value>
+  """
+  return _elements(
+    schema, '<arg_key>', '</arg_key>\n<arg_value>', '</arg_value>\n'
   )
 
 
-ELEMENT_END = '\n</parameter>\n'
+def _elements(
+  schema: Schema, before: str, between: str, end: str
+) -> tags.Format:
+  """Returns elements: a key after `before`, its value after `between`."""
+  return _keys(
+    schema,
+    lambda name, value: tags.sequence(
+      tags.text(f'{before}{name}{between}'),
+      _text_element(name, value, end)
+      if is_text(value)
+      else tags.sequence(tags.json(value), tags.text(end)),
+    ),
+    tags.sequence(
+      tags.regex(rf'{before}[^<>\n]+{re.escape(between)}'), tags.until(end)
+    ),
+    '',
+  )
 
 
 def is_text(schema: Any) -> bool:
@@ -129,7 +145,7 @@ def _with(shared: Schema, schema: Any) -> Any:
   return {**shared, **schema} if isinstance(schema, Mapping) else schema
 
 
-def _text_element(name: str, schema: Schema) -> tags.Format:
+def _text_element(name: str, schema: Schema, end: str) -> tags.Format:
   """Returns a text as it is, and the element's end."""
   said = {**schema, **next(filter(is_text, schema.get('anyOf', ())), {})}
   said.pop('anyOf', None)
@@ -142,10 +158,10 @@ def _text_element(name: str, schema: Schema) -> tags.Format:
   values = [said['const']] if 'const' in said else said.get('enum')
   if values is not None:
     return tags.sequence(
-      tags.one_of(*map(tags.text, map(str, values))), tags.text(ELEMENT_END)
+      tags.one_of(*map(tags.text, map(str, values))), tags.text(end)
     )
   if not _LENGTHS & {*said}:
-    return tags.until(ELEMENT_END)
+    return tags.until(end)
   # One line, or its end could be a part of it.
   least, most = said.get('minLength', 0), said.get('maxLength', '')
-  return tags.regex(rf'[^\n]{{{least},{most}}}\n</parameter>\n')
+  return tags.regex(rf'[^\n{end[0]}]{{{least},{most}}}{re.escape(end)}')

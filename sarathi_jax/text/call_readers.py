@@ -231,44 +231,91 @@ def qwen3_coder(
   name = yield from source.run(_NAME, _MOST_NAME)
   if not (yield from source.literal('>')):
     raise MalformedError
+  yield from _elements(
+    source,
+    caller,
+    name,
+    '<parameter=',
+    ('>', '\n'),
+    '</function>',
+    _ELEMENT_ENDS,
+  )
+  yield from source.space()
+  yield from source.literal('</tool_call>')
+
+
+def glm45(
+  source: incremental.Source, caller: Caller, mark: str
+) -> incremental.Waiting[None]:
+  """Reads a name, elements of a key and of a value, and </tool_call>."""
+  yield from source.space()
+  name = yield from source.run(_NAME, _MOST_NAME)
+  yield from _elements(
+    source,
+    caller,
+    name,
+    '<arg_key>',
+    ('</arg_key>', '\n', '<arg_value>'),
+    '</tool_call>',
+    ('</arg_value>',),
+  )
+
+
+def _elements(
+  source: incremental.Source,
+  caller: Caller,
+  name: str,
+  before: str,
+  between: tuple[str, ...],
+  end: str,
+  ends: tuple[str, ...],
+) -> incremental.Waiting[None]:
+  """Reads the arguments of a call of `name`, and tells them as an object.
+
+  Args:
+    source, caller: see the readers.
+    name: of the tool.
+    before: what each key is after.
+    between: what is between a key and its value; a line's end may be missing.
+    end: what ends all of them.
+    ends: what may end a value.
+  """
   properties = caller.begin(name).get('properties') or {}
   caller.add('{')
   separator = ''
   while True:
     yield from source.space()
-    if (yield from source.literal('</function>')):
+    if (yield from source.literal(end)):
       break
-    if not (yield from source.literal('<parameter=')):
+    if not (yield from source.literal(before)):
       raise MalformedError
     key = yield from source.run(_ELEMENT_NAME, _MOST_KEY)
-    if not (yield from source.literal('>')):
-      raise MalformedError
+    for part in between:
+      if not (yield from source.literal(part)) and part != '\n':
+        raise MalformedError
     caller.add(f'{separator}{json.dumps(key, ensure_ascii=False)}: ')
     separator = ', '
-    yield from _element(source, caller, properties.get(key))
+    yield from _element(source, caller, properties.get(key), ends)
   caller.add('}')
   caller.end()
-  yield from source.space()
-  yield from source.literal('</tool_call>')
 
 
 def _element(
-  source: incremental.Source, caller: Caller, schema: Any
+  source: incremental.Source, caller: Caller, schema: Any, ends: tuple[str, ...]
 ) -> incremental.Waiting[None]:
   """Reads a value as it is, and its end; tells a text, or else JSON."""
-  yield from source.literal('\n')
   kinds = call_arguments.kinds(schema)
   if kinds == {'string'}:
     caller.add('"')
     mark = yield from source.until(
-      _ELEMENT_ENDS, lambda text: caller.add(literals.escaped(text))
+      ends, lambda text: caller.add(literals.escaped(text))
     )
     if not mark:
       raise MalformedError
     caller.add('"')
     return
   parts: list[str] = []
-  if not (yield from source.until(_ELEMENT_ENDS, parts.append)):
+  if not (yield from source.until(ends, parts.append)):
     caller.add(''.join(parts))
     raise MalformedError
   text = ''.join(parts)

@@ -193,6 +193,20 @@ TOOLS: Mapping[str, ToolFormat] = {
     ),
     inner=('</tool_call>',),
   ),
+  'glm45': ToolFormat(
+    'GLM-4.5, GLM-4.6',
+    ('<arg_key>',),
+    ('<tool_call>',),
+    call_readers.glm45,
+    Frame(
+      '<tool_call>',
+      '\n',
+      '</tool_call>',
+      '\n',
+      arguments=call_arguments.as_pairs,
+    ),
+    inner=('</tool_call>',),
+  ),
   'hermes': ToolFormat(
     'Qwen2.5, Qwen3, Qwen3-MoE, QwQ, SmolLM2 and 3, Hermes, xLAM',
     ('<tool_call>',),
@@ -285,8 +299,6 @@ TOOLS: Mapping[str, ToolFormat] = {
     ),
   ),
 }
-# Words of templates whose calls look like a row's, but are others.
-_NOT_OURS = ('<arg_key>',)
 REASONING: Mapping[str, ReasoningFormat] = {
   'granite': ReasoningFormat(
     'Granite 3.2',
@@ -305,7 +317,7 @@ REASONING: Mapping[str, ReasoningFormat] = {
     "DeepSeek-R1's distillations", '<think>', '</think>'
   ),
   'qwen3': ReasoningFormat(
-    'Qwen3, Qwen3-MoE, QwQ, SmolLM3, OLMo-3 Think, GLM-Z1',
+    'Qwen3, Qwen3-MoE, QwQ, SmolLM3, OLMo-3 Think, GLM-Z1, GLM-4.5',
     '<think>',
     '</think>',
   ),
@@ -370,7 +382,7 @@ def choose(
         f'{", ".join((AUTO, NONE, *table))}.'
       )
   tools = TOOLS.get(tool_parser)
-  if tool_parser == AUTO and not any(w in template for w in _NOT_OURS):
+  if tool_parser == AUTO:
     tools = next(
       (
         row

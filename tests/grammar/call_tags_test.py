@@ -67,6 +67,12 @@ def written(form: reply_formats.ToolFormat, arguments: str, name: str) -> str:
       '\n</parameter>\n'
       for k, v in values.items()
     )
+  elif frame.arguments is call_arguments.as_pairs:
+    arguments = ''.join(
+      f'<arg_key>{k}</arg_key>\n<arg_value>'
+      f'{v if isinstance(v, str) else json.dumps(v)}</arg_value>\n'
+      for k, v in values.items()
+    )
   return (
     f'{frame.before}{frame.begin}{name}{frame.middle}{arguments}{frame.end}'
     f'{frame.after}'

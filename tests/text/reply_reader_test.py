@@ -189,6 +189,29 @@ WRITTEN: tuple[tuple[str, str, str, Calls], ...] = (
     '',
     [('add', '{"a": true, "b": [1, {"c": 2}], "d": "NaN, not JSON"}')],
   ),
+  # GLM-4.5: elements of keys and of values; GLM-4.7's without lines.
+  (
+    'glm45',
+    'So.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris, '
+    '"FR"\n<b></arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n'
+    '<arg_key>in</arg_key>\n<arg_value>null</arg_value>\n</tool_call>\n'
+    '<tool_call>now\n</tool_call>',
+    'So.\n',
+    [
+      (
+        'get_weather',
+        '{"city": "Paris, \\"FR\\"\\n<b>", "days": 2, "in": null}',
+      ),
+      ('now', '{}'),
+    ],
+  ),
+  (
+    'glm45',
+    '<tool_call>add<arg_key>a</arg_key><arg_value>True</arg_value><arg_key>b'
+    '</arg_key><arg_value>\n[1, {"c": 2}]</arg_value></tool_call>',
+    '',
+    [('add', '{"a": true, "b": [1, {"c": 2}]}')],
+  ),
   # Llama 3.1 to 3.3.
   (
     'llama3_json',
@@ -388,6 +411,11 @@ def test_malformed_calls(text: str, content: str, calls: Calls) -> None:
       '<tool_call><function=get_weather><parameter=days>\n[1, 2',
       [('get_weather', '{"days": [1, 2')],
     ),
+    (
+      'glm45',
+      '<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Par',
+      [('get_weather', '{"city": "Par')],
+    ),
   ],
 )
 def test_what_is_cut_off_is_told_so_far(
@@ -454,6 +482,7 @@ def test_hostile_outputs(text: str, size: int) -> None:
 
 
 _ELEMENT = '<tool_call><function=get_weather><parameter='
+_PAIR = '<tool_call>get_weather<arg_key>'
 
 
 @pytest.mark.parametrize(
@@ -469,11 +498,14 @@ _ELEMENT = '<tool_call><function=get_weather><parameter='
     ('qwen3_coder', _ELEMENT + 'days>' + '[' * NUM),
     ('qwen3_coder', _ELEMENT + 'k' * NUM),
     ('qwen3_coder', '<tool_call><function=' * (NUM // 20)),
+    ('glm45', '<tool_call>now<arg_key>' + 'k' * NUM),
+    ('glm45', _PAIR + 'city</arg_key><arg_value>' + '<' * NUM),
+    ('glm45', _PAIR + 'days</arg_key><arg_value>' + '[' * NUM),
     ('glm4', 'n' * NUM),
     ('glm4', 'now\n' + ' ' * NUM),
     ('phi4_mini_json', 'functools' * (NUM // 9)),
   ],
-  ids=range(13),
+  ids=range(16),
 )
 @pytest.mark.parametrize('size', [32, NUM * 2])
 def test_hostile_outputs_of_others(name: str, text: str, size: int) -> None:
@@ -506,7 +538,7 @@ def test_formats_are_chosen_by_templates() -> None:
     ('... <tool_call>\\n{"name": <function-name>}', 'hermes', None),
     ('<tool_call> ... </think>', 'hermes', 'qwen3'),
     ('<tool_call>\n<function=f>', 'qwen3_coder', None),
-    ('<tool_call>{name}\n<arg_key>', None, None),  # GLM-4.5's
+    ('<tool_call>{name}\n<arg_key> </think>', 'glm45', 'qwen3'),
     ('<function_calls> <|im_start|>assistant\n<think>', 'olmo3', 'deepseek_r1'),
     ("'<|tool|>' + message['tools'] + '<|/tool|>'", 'phi4_mini', None),
     ('calls: functools[...] <|/tool|>', 'phi4_mini_json', None),

@@ -90,6 +90,40 @@ TEMPLATES = {
 {%- endfor %}
 {{- m.get('content', none) }}
 {%- endfor %}{{ '<functions>' }}{{- tools | tojson }}""",
+  # GLM-4.5: calls as elements, thoughts before the last question left out.
+  'glm45': """[gMASK]<sop>
+{%- if tools -%}<|system|>
+{% for tool in tools %}{{ tool | tojson(ensure_ascii=False) }}
+{% endfor %}<tool_call>{function-name}
+<arg_key>{arg-key-1}</arg_key>{%- endif -%}
+{%- macro shown(content) -%}
+{%- if content is string %}{{ content }}{%- elif content is iterable -%}
+{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}
+{%- endif -%}{%- endmacro -%}
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages -%}
+{%- if m.role == 'user' %}{% set ns.last = loop.index0 -%}{%- endif %}
+{%- endfor %}
+{% for m in messages %}<|{{ m.role }}|>
+{%- set content = shown(m.content) %}
+{%- if m.role == 'assistant' and '</think>' in content %}
+{%- set thought = ((content.split('</think>')|first).split('<think>')|last) %}
+{%- set content = (content.split('</think>')|last).strip() %}
+{%- endif %}
+{%- if loop.index0 > ns.last and thought -%}
+{{ '\\n<think>' + thought.strip() + '</think>' }}
+{%- endif %}{{ content.strip() }}
+{%- for call in m.tool_calls or [] %}
+{%- if call.function %}{%- set call = call.function %}{%- endif %}
+{{ '\\n<tool_call>' + call.name }}
+{% for k, v in call.arguments.items() %}
+<arg_key>{{ k }}</arg_key>
+<arg_value>{{ v | tojson(ensure_ascii=False) if v is not string else v }}
+{%- endfor %}
+{%- endfor %}
+{%- endfor -%}
+{%- if enable_thinking is defined and not enable_thinking %}<think></think>
+{%- endif -%}""",
   # GLM-4: schemas as lines, in Chinese.
   'glm4': """[gMASK]<sop>{%- if tools -%}<|system|>
 # 可用工具
