@@ -121,7 +121,7 @@ def test_abort_ends_the_stream_with_its_usage(
   reply = running.stub.Abort.future(
     pb.AbortRequest(request_ids=['a', 'unknown'])
   )
-  fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
+  fake.step_until_done(reply, runner)
   assert list(reply.result(fake.TIMEOUT_S).aborted) == ['a']
   last = list(call)[-1]
   assert last.finished.finish_reason == pb.FINISH_REASON_ABORT

@@ -138,6 +138,18 @@ def wait_until(
     time.sleep(0.002)
 
 
+def step_until_done(reply: Any, runner: GatedRunner) -> None:
+  """Lets steps complete until a call is answered.
+
+  Slowly, so that what it asks for is there before an output's end, on a busy
+  machine, too.
+  """
+  while not reply.done():
+    runner.let(1)
+    with contextlib.suppress(grpc.FutureTimeoutError):
+      reply.result(0.02)
+
+
 def take(call: Any, num_tokens: int | None = None) -> list[int]:
   """The next tokens of a call, or all; a message may have several."""
   tokens: list[int] = []

@@ -178,24 +178,24 @@ def test_an_output_that_ends_early_ends_alone(client: Client) -> None:
 
 
 def test_openais_client(running: fake.RunningServer) -> None:
-  ours = openai.OpenAI(
+  with openai.OpenAI(
     base_url=f'http://127.0.0.1:{running.server.http_port}/v1',
     api_key='none',
     max_retries=0,
-  )
-  body: Any = {**http_client.CHAT, 'temperature': 1}
-  whole = ours.chat.completions.create(**body, n=2)
-  assert [c.message.content for c in whole.choices] == OUTPUTS[:2]
-  texts = ['', '']
-  for event in ours.chat.completions.create(**body, n=2, stream=True):
-    for choice in event.choices:
-      texts[choice.index] += choice.delta.content or ''
-  assert texts == OUTPUTS[:2]
-  body = {**http_client.PROMPT, 'temperature': 1}
-  told = ours.completions.create(**body, n=2)
-  assert [c.text for c in told.choices] == OUTPUTS[:2]
-  with pytest.raises(openai.BadRequestError, match='best_of=4'):
-    ours.completions.create(**body, n=2, best_of=4)
+  ) as ours:
+    body: Any = {**http_client.CHAT, 'temperature': 1}
+    whole = ours.chat.completions.create(**body, n=2)
+    assert [c.message.content for c in whole.choices] == OUTPUTS[:2]
+    texts = ['', '']
+    for event in ours.chat.completions.create(**body, n=2, stream=True):
+      for choice in event.choices:
+        texts[choice.index] += choice.delta.content or ''
+    assert texts == OUTPUTS[:2]
+    body = {**http_client.PROMPT, 'temperature': 1}
+    told = ours.completions.create(**body, n=2)
+    assert [c.text for c in told.choices] == OUTPUTS[:2]
+    with pytest.raises(openai.BadRequestError, match='best_of=4'):
+      ours.completions.create(**body, n=2, best_of=4)
 
 
 @pytest.mark.parametrize(
@@ -337,9 +337,10 @@ def test_an_abort_finishes_every_output(
   running: fake.RunningServer, made: dict[str, Striding]
 ) -> None:
   call = _held(running, made, request_id='x')
-  aborting = running.stub.Abort.future(pb.AbortRequest(request_ids=['x']))
+  reply = running.stub.Abort.future(pb.AbortRequest(request_ids=['x']))
+  fake.step_until_done(reply, made['runner'])
   made['runner'].open()
-  assert aborting.result(fake.TIMEOUT_S).aborted == ['x']
+  assert reply.result().aborted == ['x']
   ends = {
     r.index: r.finished.finish_reason
     for r in call

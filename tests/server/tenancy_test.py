@@ -163,7 +163,7 @@ def test_two_tokens_of_one_name_are_one_tenant(
     pb.AbortRequest(request_ids=['r']),
     metadata=[('authorization', 'Bearer ann-other')],
   )
-  fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
+  fake.step_until_done(reply, runner)
   assert list(reply.result().aborted) == ['r']
   runner.open()
 
@@ -240,7 +240,7 @@ def test_only_its_owner_or_an_administrator_aborts_a_request(
       'vllm': (_vllm(running), vllm.AbortRequest(request_ids=['r'])),
     }[protocol]
     reply = stub.Abort.future(message, metadata=_as(name), timeout=10)
-    fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
+    fake.step_until_done(reply, runner)
     reply.result()
 
   for owner, other, ends_it in (('ann', 'bob', 'ann'), ('ann', 'bob', 'ops')):

@@ -236,7 +236,7 @@ def test_abort_ends_a_stream(gated: Callable[..., Any]) -> None:
   runner.let(1)
   assert next(call).chunk.token_ids[0] == 2
   reply = _stub(running).Abort.future(pb.AbortRequest(request_ids=['a', 'b']))
-  fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
+  fake.step_until_done(reply, runner)
   assert list(call)[-1].complete.finish_reason == 'abort'
   runner.open()
   fake.wait_until(running.all_pages_are_free)
@@ -269,7 +269,7 @@ def test_loads(gated: Callable[..., Any]) -> None:
   calls = [_generate(running, [1, 2, 3], stream=True) for _ in range(3)]
   running.wait_until_open(3)
   reply = _stub(running).GetLoads.future(pb.GetLoadsRequest())
-  fake.wait_until(lambda: reply.done() or bool(runner.let(1)))
+  fake.step_until_done(reply, runner)
   (load,) = reply.result().loads
   assert (load.num_running_reqs, load.num_waiting_reqs) == (1, 2)
   assert load.num_waiting_uncached_tokens == 6
