@@ -29,6 +29,7 @@ from sarathi_jax import json_file
 _CONFIG = 'adapter_config.json'
 _PREFIX = 'base_model.model.'
 _A, _B = '.lora_A.weight', '.lora_B.weight'
+_MOST = 1e9  # a factor or a rank
 _MOST_KEPT = 16  # matrices of an adapter, in memory
 # What says how it was trained, where from, or which tensors there are: these
 # are looked at themselves.
@@ -204,13 +205,9 @@ def _module_of(name: str, folder: pathlib.Path) -> str:
 
 
 def _number(config: attributes.Attributes, name: str, value: Any) -> float:
-  if (
-    isinstance(value, bool)
-    or not isinstance(value, (int, float))
-    or not math.isfinite(value)
-  ):
-    raise config.refuse(name, value, 'must be a finite number')
-  return float(value)
+  if type(value) in (int, float) and abs(value) < _MOST:
+    return float(value)
+  raise config.refuse(name, value, f'must be a number below {_MOST:g}')
 
 
 def _patterns(config: attributes.Attributes, name: str) -> dict[str, Any]:
@@ -219,7 +216,8 @@ def _patterns(config: attributes.Attributes, name: str) -> dict[str, Any]:
   if not isinstance(patterns, dict):
     raise config.refuse(name, patterns, 'must be an object')
   for pattern, value in patterns.items():
-    _number(config, f'{name}[{pattern!r}]', value)
+    if _number(config, f'{name}[{pattern!r}]', value) <= 0:
+      raise config.refuse(f'{name}[{pattern!r}]', value, 'must be above 0')
     try:
       re.compile(pattern)
     except re.error as error:

@@ -10,6 +10,7 @@ say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import re
 from typing import Any, NamedTuple
 
 from checkpoints_convert import attributes as attributes_lib
@@ -144,8 +145,12 @@ def _compressed(said: _Said) -> Scheme:
   )
   formats = 'float-quantized', 'int-quantized', 'naive-quantized'
   said.only('format', *formats)
-  if said.take('sparsity_config', {}).get('format', 'dense') != 'dense':
-    raise said.refuse('sparsity_config', 'sparse')
+  sparsity = said.take('sparsity_config', {})
+  if not isinstance(sparsity, dict) or sparsity.get('format') not in (
+    None,
+    'dense',
+  ):
+    raise said.refuse('sparsity_config', sparsity)
   schemes = []
   for group in said.groups('config_groups'):
     group.ignore('targets', 'input_activations')
@@ -175,7 +180,8 @@ def _weights(said: _Said) -> Scheme:
   if strategy != 'block':
     return Scheme(dtype, strategy, '.weight_scale')
   if isinstance(block, str):
-    block = [int(n) for n in block.split('x') if n.isdecimal()]
+    sizes = re.fullmatch('([0-9]{1,9})x([0-9]{1,9})', block)
+    block = [*map(int, sizes.groups())] if sizes else block
   return Scheme(dtype, strategy, '.weight_scale', _block(said, block))
 
 
