@@ -25,6 +25,10 @@ _NO_TOOLS = {
   'MCP_HTTPS_PROXY': 'http://127.0.0.1:0',
   'MCP_NO_PROXY': '',
 }
+# It has the tokenizer from the servers; but of each chat it asks the hub for
+# the model's config, too. That tells the hub which model is served, and how
+# often; and where a network swallows such questions, each takes a minute.
+_NO_HUB = {'HF_ENDPOINT': 'http://127.0.0.1:0'}
 
 
 def main(told: dict[str, Any]) -> None:
@@ -34,6 +38,8 @@ def main(told: dict[str, Any]) -> None:
   args = launch_router.parse_router_args(told['args'])
   if args.mcp_config_path is None:
     os.environ.update(_NO_TOOLS)
+  if args.model_path is None and args.tokenizer_path is None:
+    os.environ.update(_NO_HUB)
   args.control_plane_api_keys = [
     *args.control_plane_api_keys,
     ('sarathi', 'sarathi', told['key'], 'admin'),

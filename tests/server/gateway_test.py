@@ -156,6 +156,21 @@ def test_nobody_has_it_connect_to_others(
   assert client.serves()
 
 
+def test_it_asks_no_hub_of_the_model(
+  folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  with socket.create_server(('127.0.0.1', 0)) as hub:
+    hub.settimeout(0.5)
+    monkeypatch.setenv(
+      'HF_ENDPOINT', f'http://127.0.0.1:{hub.getsockname()[1]}'
+    )
+    with behind_smg.serve(folder) as (_, client):
+      status, _ = client.json('/v1/chat/completions', CHAT)
+      assert status == 200
+      with pytest.raises(TimeoutError):
+        hub.accept()
+
+
 def test_the_key_is_nowhere_to_be_seen(
   guarded: tuple[fake.RunningServer, Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
