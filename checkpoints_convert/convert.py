@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from checkpoints_convert import changes
+from checkpoints_convert import coded
 from checkpoints_convert import extra_layers
 from checkpoints_convert import generation as generation_lib
 from checkpoints_convert import hf_config
@@ -21,6 +22,8 @@ from checkpoints_convert import lora as lora_lib
 from checkpoints_convert import mxfp4
 from checkpoints_convert import nested
 from checkpoints_convert import orbax_writer
+from checkpoints_convert import packed
+from checkpoints_convert import quantization_config
 from checkpoints_convert import quantized
 from checkpoints_convert import quantizing
 from checkpoints_convert import rules as rules_lib
@@ -34,6 +37,8 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.models import quantization as quantization_lib
+from sarathi_jax.models import quantized as quantized_lib
 from sarathi_jax.models import tree
 
 # The dtypes that parameters can have -> what safetensors calls them.
@@ -97,6 +102,7 @@ def make_plan(
   *,
   sampling_defaults: bool = True,
   quantize: str | None = None,
+  quantize_group: int | None = None,
   adapter: lora_lib.Adapter | None = None,
 ) -> Plan:
   """Checks everything that can be checked without reading a tensor.
@@ -109,6 +115,8 @@ def make_plan(
     sampling_defaults: whether the sampling that its makers recommend is kept.
     quantize: codes to round its matrices to, of `quantization.CODES`; None:
       they stay as they are.
+    quantize_group: rows that have a scale in common, if they are rounded; None:
+      what `Quantization.rounding_to` says.
     adapter: to merge into it.
 
   Raises:
@@ -118,6 +126,11 @@ def make_plan(
   if dtype is not None and dtype not in DTYPES:
     raise errors.CheckpointError(
       f'dtype={dtype!r}: must be one of {", ".join(DTYPES)}.'
+    )
+  if quantize_group is not None and quantize is None:
+    raise errors.CheckpointError(
+      f'quantize_group={quantize_group}: says how --quantize rounds, which is '
+      'not asked for.'
     )
   model, rules, raw, is_nested, num_extra, scheme = hf_config.read(folder)
   parallelism.check(model)
@@ -130,8 +143,11 @@ def make_plan(
     tensors, left_out = extra_layers.drop(tensors, model.num_layers, num_extra)
   tensors = mxfp4.unpacked(tensors)
   if scheme is not None:
-    tensors, told = quantized.take(tensors, scheme, reader)
-    left_out = f'{left_out} {told}'.strip()
+    if isinstance(scheme, quantization_config.Packing):
+      taken = packed.take(tensors, scheme, reader)
+    else:
+      taken = quantized.take(tensors, scheme, reader)
+    tensors, left_out = taken.tensors, f'{left_out} {taken.told}'.strip()
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
   model, tensors = tied.settle(model, tensors, reader, rules)
@@ -146,11 +162,14 @@ def make_plan(
       raise errors.CheckpointError(
         f'quantize={quantize!r}: the checkpoint is quantized already.'
       )
-    group = scheme.block and scheme.block[1]
-    model = quantized.settle(model, tensors, rules, matrices, group)
+    model = coded.settle(model, tensors, rules, matrices, taken.how)
+    tensors = packed.without_empty_biases(
+      tensors, rules, models.param_specs(model), reader
+    )
   elif quantize is not None:
+    how = quantization_lib.Quantization.rounding_to(quantize, quantize_group)
     model, tensors, lost = quantizing.apply(
-      model, tensors, rules, matrices, quantize
+      model, tensors, rules, matrices, how
     )
   parallelism.check(model)
   leaves = rules_lib.plan(
@@ -183,6 +202,7 @@ def convert(
   sampling_defaults: bool = True,
   allow_nonfinite: bool = False,
   quantize: str | None = None,
+  quantize_group: int | None = None,
   lora: pathlib.Path | None = None,
   bar: Bar = no_bar,
 ) -> Plan:
@@ -199,7 +219,7 @@ def convert(
     check: whether to read everything back and compare.
     parallelism: of a mesh. Each file then is of one of its devices, which is
       of use where files are far away. Any mesh can load it all the same.
-    sampling_defaults, quantize: see `make_plan`.
+    sampling_defaults, quantize, quantize_group: see `make_plan`.
     allow_nonfinite: whether weights may be NaN or infinite; those that are
       quantized here never may.
     lora: the folder of a LoRA adapter to merge into it, see `lora`.
@@ -228,6 +248,7 @@ def convert(
       parallelism,
       sampling_defaults=sampling_defaults,
       quantize=quantize,
+      quantize_group=quantize_group,
       adapter=adapter,
     )
     with (
@@ -274,7 +295,7 @@ def compare(
             f'{leaf.path}: differs from {chunk.part.tensor.name}, rows '
             f'[{chunk.start}, {chunk.stop}).'
           )
-        if isinstance(chunk.part.tensor, quantized.Codes):
+        if isinstance(chunk.part.tensor, coded.Codes):
           _compare_numbers(plan, folder, leaf, chunk, stored, reader)
         progress(stored.nbytes)
 
@@ -298,17 +319,25 @@ def _compare_numbers(
     reader: of the checkpoint.
   """
   how, tensor = plan.model.quantization, chunk.part.tensor
-  assert how is not None and isinstance(tensor, quantized.Codes)
-  path = leaf.path.removesuffix('values') + 'scale'
+  assert how is not None and isinstance(tensor, coded.Codes)
   *front, _, columns = chunk.index
-  scale = _read_back(
-    folder.with_name(path), path, (*front, slice(None), columns)
+
+  def read(name: str, *index: slice) -> np.ndarray:
+    path = leaf.path.removesuffix('values') + name
+    return _read_back(folder.with_name(path), path, (*front, *index))
+
+  node = quantized_lib.Quantized(
+    codes,
+    read('scale', slice(None), columns),
+    how.codes,
+    how.group,
+    read('zero', slice(None), columns) if how.zeros else None,
+    read('order', slice(None)) if how.reordered else None,
   )
-  rows = codes.shape[-2]
-  of_rows = np.repeat(scale, how.group or rows, axis=-2)[..., :rows, :]
-  ours = (codes.astype(np.float32) * of_rows).reshape(rows, -1)
-  theirs = np.empty((ours.shape[1], rows), np.float32)
   numbers = dataclasses.replace(chunk.part, tensor=tensor.numbers)
+  rows = tensor.numbers.shape[-1]
+  ours = quantized_lib.dequantize(node, np.float32, rows).reshape(rows, -1)
+  theirs = np.empty((ours.shape[1], rows), np.float32)
   numbers.read(reader, chunk.start, theirs)
   if not np.array_equal(_bits(ours), _bits(theirs.T)):
     raise errors.CheckpointError(
@@ -334,7 +363,7 @@ def _main_dtype(tensors: Mapping[str, safetensors_reader.Tensor]) -> str:
   """Returns the dtype of most of the bytes; config.json is sometimes wrong."""
   sizes: dict[str, int] = {}
   for tensor in tensors.values():
-    if isinstance(tensor, quantized.Codes | quantized.Scales):
+    if isinstance(tensor, coded.Made):
       continue
     name = {stored: name for name, stored in DTYPES.items()}.get(tensor.dtype)
     if name is None:

@@ -55,7 +55,7 @@ class Config(NamedTuple):
   raw: dict[str, Any]
   is_nested: bool
   num_extra: int
-  scheme: quantization_config.Scheme | None
+  scheme: quantization_config.Scheme | quantization_config.Packing | None
 
 
 def read(folder: pathlib.Path) -> Config:
@@ -70,6 +70,7 @@ def read(folder: pathlib.Path) -> Config:
   """
   path = folder / 'config.json'
   raw = json_file.read(path)
+  raw = quantization_config.with_own_file(raw, folder)
   architecture = _architecture(raw, path)
   family = families.find(architecture)
   _, _, is_nested, extra_layers = families.ARCHITECTURES[architecture]

@@ -3,7 +3,7 @@
 
   python -m checkpoints_convert \\
     --source=DIR_OR_HUB_ID --target=DIR [--dtype=bfloat16] [--verify] \\
-    [--quantize=int8] [--lora=DIR] [--tp=4 --pp=2]
+    [--quantize=int4] [--lora=DIR] [--tp=4 --pp=2]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import rich.console
 import tqdm
 
 from sarathi_jax.cli import mains
+from sarathi_jax.models import quantization
 
 _SOURCE = flags.DEFINE_string(
   'source',
@@ -75,10 +76,19 @@ _SAMPLING_DEFAULTS = flags.DEFINE_bool(
 _QUANTIZE = flags.DEFINE_enum(
   'quantize',
   None,
-  ['int8', 'fp8'],
-  'Round the matrices of a checkpoint of 16 or 32 bits to 8, with a scale for '
-  'each output: linear layers, experts and the output matrix. Prints by layer '
+  tuple(quantization.CODES),
+  'Round the matrices of a checkpoint of 16 or 32 bits: to 8, with a scale for '
+  'each output, linear layers, experts and the output matrix; to 4, with a '
+  'scale for each group of rows, all but the output matrix. Prints by layer '
   'what that loses. By default they stay as they are.',
+)
+_QUANTIZE_GROUP = flags.DEFINE_integer(
+  'quantize_group',
+  None,
+  'Inputs of an output that have a scale in common, with --quantize: 128 by '
+  'default for int4, 32 for mxfp4, all for 8 bits. Fewer lose less, and are '
+  'more scales. Devices that share a layer share whole groups.',
+  lower_bound=1,
 )
 _LORA = flags.DEFINE_string(
   'lora',
@@ -124,6 +134,7 @@ def main() -> None:
     sampling_defaults=_SAMPLING_DEFAULTS.value,
     allow_nonfinite=_ALLOW_NONFINITE.value,
     quantize=_QUANTIZE.value,
+    quantize_group=_QUANTIZE_GROUP.value,
     lora=source.locate(_LORA.value) if _LORA.value else None,
   )
   seconds = time.monotonic() - start

@@ -2,7 +2,8 @@
 """Reads what config.json says of quantized weights, as a closed world.
 
 Two of the formats have weights of 8 bits: compressed-tensors, and that of
-DeepSeek and transformers ('fp8'). What they say of activations is known and not
+DeepSeek and transformers ('fp8'). Three have packed ones, of 4 bits and of 8:
+compressed-tensors, AWQ and GPTQ. What they say of activations is known and not
 followed: these stay in 16 bits. Which matrices are as they were, their tensors
 say.
 """
@@ -10,21 +11,58 @@ say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import pathlib
 import re
 from typing import Any, NamedTuple
 
 from checkpoints_convert import attributes as attributes_lib
+from sarathi_jax import json_file
+from sarathi_jax.models import quantization
 
 NAMES = 'quantization_config', 'compression_config'
 REMEDY = (
-  'Convert the model as it is published in 16 bits, with --quantize=int8 or '
-  '--quantize=fp8.'
+  'Convert the model as it is published in 16 bits, with --quantize=int4, '
+  '--quantize=int8 or --quantize=fp8.'
 )
 _SUPPORTED = (
-  'supported are weights of 8 bits: compressed-tensors (FP8 and int8 W8A8), '
-  'and fp8 of DeepSeek and transformers'
+  'supported are compressed-tensors (FP8, int8 W8A8, and packed W4A16 and '
+  'W8A16), fp8 of DeepSeek and transformers, AWQ (gemm) and GPTQ (4 and 8 bits)'
 )
 _DEFAULT_BLOCK = 128, 128
+_PACKED = 'pack-quantized'
+_OWN_FILE = 'quantize_config.json'
+# How GPTQ and AWQ found codes, and what others run them by: not what they are.
+_HOW_FOUND = (
+  'act_group_aware',
+  'backend',
+  'batch_size',
+  'block_name_to_quantize',
+  'cache_block_outputs',
+  'damp_auto_increment',
+  'damp_percent',
+  'dataset',
+  'desc_act',  # Tensors say it, too.
+  'do_fuse',
+  'exllama_config',
+  'fuse_max_seq_len',
+  'is_marlin_format',
+  'max_input_length',
+  'meta',
+  'model_file_base_name',
+  'model_name_or_path',
+  'model_seqlen',
+  'module_name_preceding_first_block',
+  'modules_in_block_to_quantize',
+  'modules_to_fuse',
+  'modules_to_not_convert',
+  'mse',
+  'pad_token_id',
+  'static_groups',
+  'tokenizer',
+  'true_sequential',
+  'use_cuda_fp16',
+  'use_exllama',
+)
 
 
 class Scheme(NamedTuple):
@@ -47,6 +85,24 @@ class Scheme(NamedTuple):
     return {'tensor': (rows, columns), 'channel': (1, columns)}.get(
       self.strategy
     ) or (self.block or _DEFAULT_BLOCK)
+
+
+class Packing(NamedTuple):
+  """How weights are packed in words; see `packed`.
+
+  Attributes:
+    method: a key of `packed.LAYOUTS`.
+    bits: of a code, 4 or 8.
+    group: columns [out, in] of a group; None: all.
+    symmetric: whether there are no zero points but the middle.
+    less: what zero points are stored without.
+  """
+
+  method: str
+  bits: int
+  group: int | None
+  symmetric: bool
+  less: int = 0
 
 
 class _Said:
@@ -100,7 +156,20 @@ class _Said:
         raise self.refuse(name, value)
 
 
-def read(attributes: attributes_lib.Attributes) -> Scheme | None:
+def with_own_file(raw: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """Returns config.json with what AutoGPTQ says in a file of its own.
+
+  Args:
+    raw: what config.json says; if it is of quantization, it counts.
+    folder: of the checkpoint.
+  """
+  path = folder / _OWN_FILE
+  if any(raw.get(name) for name in NAMES) or not path.is_file():
+    return raw
+  return raw | {NAMES[0]: {'quant_method': 'gptq'} | json_file.read(path)}
+
+
+def read(attributes: attributes_lib.Attributes) -> Scheme | Packing | None:
   """Takes what says how weights are quantized; None if nothing does.
 
   Raises:
@@ -134,7 +203,7 @@ def _fp8(said: _Said) -> Scheme:
   return Scheme('F8_E4M3', 'block', suffix, _block(said, block))
 
 
-def _compressed(said: _Said) -> Scheme:
+def _compressed(said: _Said) -> Scheme | Packing:
   """Reads compressed-tensors' QuantizationConfig."""
   said.ignore(
     'ignore',
@@ -143,20 +212,20 @@ def _compressed(said: _Said) -> Scheme:
     'global_compression_ratio',
     'version',
   )
-  formats = 'float-quantized', 'int-quantized', 'naive-quantized'
-  said.only('format', *formats)
+  formats = 'float-quantized', 'int-quantized', 'naive-quantized', _PACKED
+  of_all = said.only('format', *formats)
   sparsity = said.take('sparsity_config', {})
   if not isinstance(sparsity, dict) or sparsity.get('format') not in (
     None,
     'dense',
   ):
     raise said.refuse('sparsity_config', sparsity)
-  schemes = []
+  schemes: list[Scheme | Packing] = []
   for group in said.groups('config_groups'):
     group.ignore('targets', 'input_activations')
-    group.only('format', *formats)
+    is_packed = (group.only('format', *formats) or of_all) == _PACKED
     weights = group.within('weights')
-    schemes.append(_weights(weights))
+    schemes.append((_packed_weights if is_packed else _weights)(weights))
     weights.finish()
     group.finish()
   if len(set(schemes)) != 1:
@@ -185,6 +254,66 @@ def _weights(said: _Said) -> Scheme:
   return Scheme(dtype, strategy, '.weight_scale', _block(said, block))
 
 
+def _packed_weights(said: _Said) -> Packing:
+  """Reads compressed-tensors' QuantizationArgs of weights in words."""
+  said.only('type', 'int')
+  said.only('dynamic', False)
+  said.only('actorder', False, 'weight', 'static', 'group', 'dynamic')
+  said.ignore('observer', 'observer_kwargs', 'scale_dtype', 'zp_dtype')
+  said.only('block_structure')
+  bits = said.only('num_bits', 4, 8) or 8
+  is_symmetric = said.only('symmetric', True, False)
+  strategy = said.only('strategy', 'channel', 'group') or 'group'
+  group = _group(said)
+  if (strategy == 'group') != (group is not None):
+    raise said.refuse('group_size', group)
+  return Packing('compressed-tensors', bits, group, is_symmetric is not False)
+
+
+def _group(said: _Said, default: int = -1) -> int | None:
+  """Takes group_size; what is packed has whole blocks in a group."""
+  value = said.take('group_size', default)
+  if value == -1:
+    return None
+  if type(value) is not int or value < 1 or value % quantization.BLOCK:
+    raise said.refuse('group_size', value)
+  return value
+
+
+def _awq(said: _Said) -> Packing:
+  """Reads transformers' AwqConfig, and that of AutoAWQ."""
+  said.ignore(*_HOW_FOUND, 'sym')
+  for name in ('version', 'format'):
+    value = said.take(name)
+    if value is not None and str(value).lower() != 'gemm':
+      raise said.refuse(name, value)
+  said.only('zero_point', True)
+  said.only('bits', 4)
+  said.only('lm_head', False)
+  return Packing('awq', 4, _group(said, 128), symmetric=False)
+
+
+def _gptq(said: _Said) -> Packing:
+  """Reads transformers' GPTQConfig, and those of AutoGPTQ and GPTQModel."""
+  said.ignore(*_HOW_FOUND, 'lm_head')
+  said.only('pack_dtype', 'int32')
+  formats = {
+    said.only(name, 'gptq', 'gptq_v2')
+    for name in ('checkpoint_format', 'format')
+  } - {None}
+  if len(formats) > 1:
+    raise said.refuse('format', sorted(formats))
+  bits = said.only('bits', 4, 8) or 4
+  is_symmetric = said.only('sym', True, False) is not False
+  return Packing(
+    'gptq',
+    bits,
+    _group(said, 128),
+    is_symmetric,
+    less=0 if 'gptq_v2' in formats else 1,
+  )
+
+
 def _block(said: _Said, value: Any) -> tuple[int, int]:
   if not (
     isinstance(value, list)
@@ -195,7 +324,9 @@ def _block(said: _Said, value: Any) -> tuple[int, int]:
   return value[0], value[1]
 
 
-_READERS: Mapping[str, Callable[[_Said], Scheme]] = {
+_READERS: Mapping[str, Callable[[_Said], Scheme | Packing]] = {
+  'awq': _awq,
   'compressed-tensors': _compressed,
   'fp8': _fp8,
+  'gptq': _gptq,
 }

@@ -10,19 +10,18 @@ has for 8 bits is known by name, and left out or refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import math
-import re
 
 import ml_dtypes
 import numpy as np
 
+from checkpoints_convert import coded
 from checkpoints_convert import quantization_config
 from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
 from sarathi_jax import errors
-from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import quantization as quantization_lib
 
 # What safetensors calls codes -> what we do, and NumPy.
@@ -31,16 +30,11 @@ _CODES: Mapping[str, tuple[str, np.dtype]] = {
   'I8': ('int8', np.dtype(np.int8)),
 }
 _WEIGHT = '.weight'
-# How names end of what is left out -> what it is, for people.
-_LEFT_OUT: Mapping[str, str] = {
-  r'\.(input|activation)_(scale|zero_point)': 'scales of activations',
-  r'\.([kqv]|output)_(scale|zero_point)': 'scales of the KV cache',
-}
 _ZERO_POINT = '.weight_zero_point'
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scales(safetensors_reader.Tensor):
+class Scales(coded.Made):
   """Scales of a matrix's rows, float32 [out, groups], as ours are.
 
   Attributes:
@@ -62,35 +56,33 @@ class Scales(safetensors_reader.Tensor):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Codes(safetensors_reader.Tensor):
+class Codes(coded.Codes):
   """A matrix's codes.
 
   Attributes:
+    stored: the tensor of them.
     scales: of the matrix.
   """
 
+  stored: safetensors_reader.Tensor
   scales: Scales
 
   @property
   def numpy_dtype(self) -> np.dtype:
     return _CODES[self.dtype][1]
 
+  def read(
+    self, reader: safetensors_reader.Reader, start: int, rows: np.ndarray
+  ) -> None:
+    reader.read_rows(self.stored, start, rows)
+
   @property
   def numbers(self) -> Numbers:
-    """The numbers that they stand for."""
-    return Numbers(
-      self.name,
-      self.shape,
-      'F32',
-      self.path,
-      self.offset,
-      4 * math.prod(self.shape),
-      self,
-    )
+    return Numbers.of(self.name, self.shape, 'F32', self.stored, self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Numbers(safetensors_reader.Tensor):
+class Numbers(coded.Made):
   """What codes stand for, as the formats say, to check ours by.
 
   Attributes:
@@ -118,7 +110,7 @@ def take(
   tensors: Mapping[str, safetensors_reader.Tensor],
   scheme: quantization_config.Scheme,
   reader: safetensors_reader.Reader,
-) -> tuple[dict[str, safetensors_reader.Tensor], str]:
+) -> coded.Taken:
   """Returns tensors by name: codes, and scales by the name of `scale_of`.
 
   Args:
@@ -126,17 +118,16 @@ def take(
     scheme: what config.json says of them.
     reader: of them.
 
-  Returns:
-    The tensors, and a line that says what is left out.
-
   Raises:
     CheckpointError: codes have no scales, or such that don't fit them; or there
       are no codes; by name.
   """
-  result, dropped = _without_others(tensors, reader)
+  result, told = coded.without_others(tensors)
+  for name in [name for name in result if name.endswith(_ZERO_POINT)]:
+    _check_zero(result.pop(name), reader)
   num = 0
-  for name, tensor in tensors.items():
-    if tensor.dtype not in _CODES or name not in result:
+  for name, tensor in list(result.items()):
+    if tensor.dtype not in _CODES:
       continue
     if tensor.dtype != scheme.dtype or not name.endswith(_WEIGHT):
       raise errors.CheckpointError(
@@ -150,14 +141,8 @@ def take(
       )
     scales = _scales(name, tensor, result.pop(stored), scheme)
     result[scales.name] = scales
-    result[name] = Codes(
-      name,
-      tensor.shape,
-      tensor.dtype,
-      tensor.path,
-      tensor.offset,
-      tensor.num_bytes,
-      scales,
+    result[name] = Codes.of(
+      name, tensor.shape, tensor.dtype, tensor, tensor, scales
     )
     num += 1
   if not num:
@@ -166,39 +151,13 @@ def take(
       f'{scheme.dtype}, of which it says that they are.'
     )
   codes, _ = _CODES[scheme.dtype]
-  told = [
+  kept = (
     f'{num:,} matrices stay in {codes}, and what they multiply in 16 or 32 '
-    'bits.',
-    *(f'{n:,} {what} are left out.' for what, n in dropped.items() if n),
-  ]
-  if dropped[_LEFT_OUT[r'\.([kqv]|output)_(scale|zero_point)']]:
-    told.append('A quantized KV cache makes its own.')
-  return result, ' '.join(told)
-
-
-def _without_others(
-  tensors: Mapping[str, safetensors_reader.Tensor],
-  reader: safetensors_reader.Reader,
-) -> tuple[dict[str, safetensors_reader.Tensor], dict[str, int]]:
-  """Returns the tensors but those that are left out, and the numbers of these.
-
-  Raises:
-    CheckpointError: a zero point of weights is not 0.
-  """
-  kept = {}
-  dropped = dict.fromkeys(_LEFT_OUT.values(), 0)
-  for name, tensor in tensors.items():
-    what = next(
-      (what for end, what in _LEFT_OUT.items() if re.search(f'{end}$', name)),
-      None,
-    )
-    if what is not None:
-      dropped[what] += 1
-    elif name.endswith(_ZERO_POINT):
-      _check_zero(tensor, reader)
-    else:
-      kept[name] = tensor
-  return kept, dropped
+    f'bits. {told}'
+  )
+  group = scheme.block and scheme.block[1]
+  how = quantization_lib.Quantization(codes=codes, group=group)
+  return coded.Taken(result, kept.strip(), how)
 
 
 def _check_zero(
@@ -240,73 +199,6 @@ def _scales(
       f'shape {codes.shape} and scales by {scheme.strategy}.'
     )
   _ = stored.numpy_dtype  # Raises, by name.
-  return Scales(
-    rules_lib.scale_of(name),
-    (rows, grid[1]),
-    'F32',
-    stored.path,
-    stored.offset,
-    4 * rows * grid[1],
-    stored,
-    block,
+  return Scales.of(
+    rules_lib.scale_of(name), (rows, grid[1]), 'F32', stored, stored, block
   )
-
-
-def settle(
-  model: config_lib.ModelConfig,
-  tensors: Mapping[str, safetensors_reader.Tensor],
-  rules: Sequence[rules_lib.Rule],
-  matrices: Iterable[str],
-  group: int | None,
-) -> config_lib.ModelConfig:
-  """Returns the model with the quantization that its tensors have.
-
-  Args:
-    model: as config.json has it, without.
-    tensors: by name, of `take`.
-    rules: the family's.
-    matrices: the paths of parameters that may be quantized.
-    group: columns of a matrix [out, in] that a scale is for; None: all.
-
-  Raises:
-    CheckpointError: what has codes can't be quantized, or a parameter is of
-      tensors with codes and of others; by name.
-  """
-  filled: dict[str, dict[bool, str]] = {}
-  for name, tensor in tensors.items():
-    for _, path in rules_lib.places(name, rules):
-      filled.setdefault(path, {})[tensor.dtype in _CODES] = name
-  matrices, codes = set(matrices), ''
-  for path, names in filled.items():
-    if True not in names:
-      continue
-    if False in names:
-      raise errors.CheckpointError(
-        f'{path}: {names[True]} is in codes, and {names[False]} is not.'
-      )
-    dtype = tensors[names[True]].dtype
-    if path not in matrices:
-      raise errors.CheckpointError(
-        f'{names[True]}: dtype={dtype}: only matrices that multiply can be '
-        'quantized.'
-      )
-    codes, _ = _CODES[dtype]
-  kept = [path for path in matrices if True not in filled.get(path, ())]
-  return dataclasses.replace(
-    model,
-    quantization=quantization_lib.Quantization(
-      codes=codes, group=group, kept=_patterns(kept, model.num_layers)
-    ),
-  )
-
-
-def _patterns(paths: Iterable[str], num_layers: int) -> tuple[str, ...]:
-  """Returns patterns of paths, one for what is so in all layers."""
-  by_kind: dict[str, list[str]] = {}
-  for path in paths:
-    kind = re.sub(r'^layers\.\d+\.', 'layers.*.', path)
-    by_kind.setdefault(kind, []).append(path)
-  found: list[str] = []
-  for kind, members in by_kind.items():
-    found += [kind] if len(members) == num_layers > 1 else members
-  return tuple(sorted(found))

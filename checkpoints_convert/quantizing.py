@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantizes matrices of 16 or 32 bits while they are converted.
 
-A row of a tensor [out, in] has one scale, by its largest number, so each row is
-read and rounded by itself, and no matrix is ever in memory whole.
+A row of a tensor [out, in] has scales of its own, by the largest numbers, so
+each row is read and rounded by itself, and no matrix is ever in memory whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
 from checkpoints_convert import transforms
 from sarathi_jax import errors
+from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import quantized as quantized_lib
@@ -106,22 +107,22 @@ def _layer_of(name: str) -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Rounded(safetensors_reader.Tensor):
-  """The codes, or the scales [out, 1], of a tensor [out, in].
+  """The codes [out, ...], or the scales [out, groups], of a tensor [out, in].
 
   Attributes:
     exact: the tensor.
-    codes: of `quantization.CODES`.
+    how: it is rounded.
     lost: adds what is lost, where codes are read; None: nothing does.
   """
 
   exact: safetensors_reader.Tensor
-  codes: str
+  how: quantization_lib.Quantization
   lost: Errors | None
 
   @property
   def numpy_dtype(self) -> np.dtype:
-    codes = quantization_lib.CODES[self.codes].dtype
-    return np.dtype(quantization_lib.SCALE if self.lost is None else codes)
+    kind = self.how.kind
+    return np.dtype(kind.scale if self.lost is None else kind.dtype)
 
   def item(self, index: int) -> _Rounded:
     return dataclasses.replace(
@@ -146,12 +147,13 @@ class _Rounded(safetensors_reader.Tensor):
           'infinite, for which there are no codes.'
         )
       exact = exact.astype(np.float32)
-      values, scale = quantized_lib.encode(exact.T, self.codes)
+      codes, group = self.how.codes, self.how.group
+      values, scale = codes_lib.encode(exact.T, codes, group)
       part[:] = scale.T if self.lost is None else values.T
       if self.lost is not None:
-        self.lost.add(
-          self.exact.name, exact, (values.astype(np.float32) * scale).T
-        )
+        node = quantized_lib.Quantized(values, scale, codes, group)
+        rounded = quantized_lib.dequantize(node, np.float32, width)
+        self.lost.add(self.exact.name, exact, rounded.T)
 
 
 def apply(
@@ -159,24 +161,22 @@ def apply(
   tensors: Mapping[str, safetensors_reader.Tensor],
   rules: Sequence[rules_lib.Rule],
   matrices: Iterable[str],
-  codes: str,
+  how: quantization_lib.Quantization,
 ) -> tuple[
   config_lib.ModelConfig, dict[str, safetensors_reader.Tensor], Errors
 ]:
   """Returns the model and its tensors in codes, and what that will lose.
 
-  All matrices are quantized but routers. Each has its scales beside it. Nothing
-  is read yet.
+  Each has its scales beside it. Nothing is read yet.
 
   Args:
     model, tensors, rules: of the checkpoint.
     matrices: the paths of parameters that may be quantized.
-    codes: of `quantization.CODES`.
+    how: they are rounded, and which.
 
   Raises:
     CheckpointError: a tensor has its rows along `in`; names it.
   """
-  how = quantization_lib.Quantization(codes=codes)
   covered = {path for path in matrices if how.covers(path)}
   found = {
     name: used
@@ -198,19 +198,21 @@ def apply(
         '--quantize.'
       )
     of_scales = rules_lib.scale_of(name)
-    for key, shape, dtype, size, errors_of in (
-      (name, tensor.shape, codes, 1, lost),
-      (of_scales, (*tensor.shape[:-1], 1), 'F32', 4, None),
+    *out, width = tensor.shape
+    for key, columns, size, errors_of in (
+      (name, how.kind.rows_of(width), 1, lost),
+      (of_scales, how.num_groups(width), how.kind.scale_bytes, None),
     ):
+      shape = (*out, columns)
       result[key] = _Rounded(
         key,
         shape,
-        dtype,
+        how.codes,
         tensor.path,
         tensor.offset,
         size * math.prod(shape),
         tensor,
-        codes,
+        how,
         errors_of,
       )
   return dataclasses.replace(model, quantization=how), result, lost

@@ -40,6 +40,7 @@ class Rule:
     column: (which, of how many): each so-many-th of the last axis, if not all.
       The rules of one tensor share these among them.
     is_stack: whether the tensor is a stack of matrices, one an expert.
+    is_shared: whether each rule of the tensor takes all of it.
   """
 
   tensor: str
@@ -48,6 +49,7 @@ class Rule:
   select: transforms.Select | None = None
   column: tuple[int, int] | None = None
   is_stack: bool = False
+  is_shared: bool = False
 
 
 def linear(
@@ -65,13 +67,30 @@ def scale_of(tensor: str) -> str:
   return f'{tensor}_scale'
 
 
-def _of_scales(rules: Sequence[Rule]) -> Iterator[Rule]:
-  """Yields the rules of scales: rows of theirs are rows of their matrices."""
+def zero_of(tensor: str) -> str:
+  """Returns the name of the zero points of a tensor with codes."""
+  return f'{tensor}_zero'
+
+
+def order_of(tensor: str) -> str:
+  """Returns the name of the order of the columns of a tensor with codes."""
+  return f'{tensor}_order'
+
+
+def _of_codes(rules: Sequence[Rule]) -> Iterator[Rule]:
+  """Yields the rules of what is beside codes.
+
+  Rows of scales and zero points are rows of their matrices; the order is that
+  of all rows.
+  """
   for rule in rules:
-    if rule.leaf is not None and rule.transpose:
+    if rule.leaf is None or not rule.transpose:
+      continue
+    for end, name in (('scale', scale_of), ('zero', zero_of)):
       yield dataclasses.replace(
-        rule, tensor=scale_of(rule.tensor), leaf=f'{rule.leaf}.scale'
+        rule, tensor=name(rule.tensor), leaf=f'{rule.leaf}.{end}'
       )
+    yield Rule(order_of(rule.tensor), f'{rule.leaf}.order', is_shared=True)
 
 
 def places(name: str, rules: Sequence[Rule]) -> Iterator[tuple[Rule, str]]:
@@ -105,7 +124,7 @@ def plan(
       a parameter without a tensor, or a wrong shape; by name.
   """
   wanted = tree.named_leaves(specs)
-  rules = (*rules, *_of_scales(rules))
+  rules = (*rules, *_of_codes(rules))
   parts = _match(tensors, rules, wanted)
   missing = [_missing(path, rules) for path in wanted if path not in parts]
   if missing:
@@ -184,7 +203,7 @@ def _place(
       slots[key] = part
       used += math.prod(part.shape)
   size = math.prod(tensor.shape[1:])
-  if used != tensor.shape[0] * size:
+  if not group[0].is_shared and used != tensor.shape[0] * size:
     raise errors.CheckpointError(
       f'{tensor.name}: has {tensor.shape[0]} rows, of which the model uses '
       f'{used // size}.'

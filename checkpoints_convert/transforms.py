@@ -252,7 +252,7 @@ def count_nonfinite(values: np.ndarray) -> int:
   conversion's time; NumPy's isfinite of bfloat16 would take as long as all the
   rest.
   """
-  if values.dtype.kind == 'i':
+  if values.dtype.kind in 'iu':
     return 0
   infinity = int(np.array(np.inf, values.dtype).view(f'u{values.itemsize}'))
   sign = 1 << (8 * values.itemsize - 1)

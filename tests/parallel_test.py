@@ -176,13 +176,16 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
       codes='int8', group=4, kept=('layers.*.attn.v', 'layers.1.mlp.up')
     ),
   ),
-  'fp8': model_config_lib.MixtralConfig(
-    **_SIZES,
+  # Experts of blocks of 32 rows, which devices share.
+  'int4': model_config_lib.MixtralConfig(
+    **_SIZES | dict(intermediate_size=128),
     num_layers=3,
     num_kv_heads=2,
     num_experts=4,
     experts_per_token=2,
-    quantization=quantization.Quantization(codes='fp8'),
+    quantization=quantization.Quantization(
+      codes='int4', group=32, kept=quantization.ROUTERS
+    ),
   ),
   'falcon_7b': model_config_lib.FalconConfig(
     **_SIZES,

@@ -25,6 +25,8 @@ _DTYPES: Mapping[str, tuple[str, int]] = {
   'float32': ('<f4', 4),
   'float8_e4m3fn': ('float8_e4m3fn', 1),
   'int8': ('|i1', 1),
+  'int32': ('<i4', 4),
+  'uint8': ('|u1', 1),
 }
 
 

@@ -83,20 +83,30 @@ class Parallelism:
     )
 
   def _check_groups(self, model: model_config_lib.ModelConfig) -> None:
-    """Raises ConfigError if devices would share rows with the same scales."""
+    """Raises ConfigError if devices would share rows that lie together."""
     how = model.quantization
-    if how is None or (group := how.group) is None or self.tp == 1:
+    if how is None or self.tp == 1:
+      return
+    config_lib.check(
+      not how.reordered,
+      'tp',
+      self.tp,
+      'the rows of each matrix have an order of their own '
+      '(quantization.reordered, as of a GPTQ with desc_act), which devices '
+      'can not share',
+    )
+    if (together := how.rows_together) == 1:
       return
     rows = [('o', 'num_heads * head_dim', model.num_heads * model.head_dim)]
     rows += [('down', *width) for width in model.mlp_widths]
     for matrix, name, size in rows:
       config_lib.check(
-        size // self.tp % group == 0,
+        size // self.tp % together == 0,
         'tp',
         self.tp,
         f'leaves {size // self.tp} rows of {matrix}, of {name}={size}, to each '
-        f'device; must be a multiple of {group}, which have scales in common '
-        '(quantization.group)',
+        f'device; must be a multiple of {together}, which lie together or have '
+        'scales in common (quantization.group)',
       )
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:

@@ -4,7 +4,8 @@
 Rows are multiplied by codes, which the model's dtype holds exactly, in sums of
 float32: a group's sum is multiplied by its scales, and all groups are added. So
 no matrix is put together, but for many rows and several groups, where sums of
-each group would be more bytes than the matrix.
+each group would be more bytes than the matrix. Codes of 4 bits are taken apart
+first, into a byte each.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
+from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import spec
 
 _SUM_BYTES = 4  # float32's
-_LEAST_SCALE = 2.0**-126  # float32's
 
 _IN, _OUT = -2, -1
 
@@ -33,107 +35,151 @@ class Quantized:
   """A matrix in codes, a node of params.
 
   Attributes:
-    values: the codes, [..., in, out]; or what stands for them in a tree, such
-      as a spec.
-    scale: [..., groups, out] float32.
+    values: the codes, [..., in, out]; of 4 bits, uint8 [..., bytes, out], see
+      `quantization`. Or what stands for them in a tree, such as a spec.
+    scale: [..., groups, out], float32 or the exponents that `Codes.scale` says.
+    codes: of `quantization.CODES`.
     group: rows of a group; None: all.
+    zero: [..., groups, out] uint8, the codes that stand for 0; None if they are
+      what the codes say.
+    order: [..., in] int32, the row of the matrix that each row of codes is;
+      None: they are in order.
   """
 
   values: Any
   scale: Any
+  codes: str = dataclasses.field(metadata={'static': True})
   group: int | None = dataclasses.field(default=None, metadata={'static': True})
+  zero: Any = None
+  order: Any = None
+
+  def arrays(self) -> dict[str, Any]:
+    """Returns the arrays that there are, by their names."""
+    names = 'values', 'scale', 'zero', 'order'
+    found = {name: getattr(self, name) for name in names}
+    return {name: array for name, array in found.items() if array is not None}
 
   def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
     """Returns x @ w, [..., T, out], summed in float32, in `dtype`."""
-    sums = _SUM_BYTES * x.shape[_IN] * self.scale.shape[_IN]
-    if self.scale.shape[_IN] == 1:
-      out = _dot(x, self.values.astype(x.dtype)) * self.scale
-    elif sums > x.dtype.itemsize * x.shape[-1]:
-      out = _dot(x, dequantize(self, x.dtype))
+    x, rows = self._in_order(x), x.shape[-1]
+    scale = codes_lib.scales(self.scale, self.codes)
+    sums = _SUM_BYTES * x.shape[_IN] * scale.shape[_IN]
+    if scale.shape[_IN] == 1:
+      out = _dot(x, self._numbers(rows).astype(x.dtype)) * scale
+    elif sums > x.dtype.itemsize * rows:
+      out = _dot(x, self._scaled(rows).astype(x.dtype))
     else:
       out = functools.reduce(
         jnp.add,
         (
           jnp.sum(_dot(rows, codes) * scale[..., None, :], axis=-3)
-          for rows, codes, scale in self._groups(x)
+          for rows, codes, scale in self._groups(x, scale)
         ),
       )
     return out.astype(dtype)
 
-  def _groups(self, x: Array) -> Iterator[tuple[Array, Array, Array]]:
+  def _in_order(self, x: Array) -> Array:
+    """Returns x with its numbers in the order of the codes' rows."""
+    if self.order is None:
+      return x
+    if self.order.ndim == 1:
+      return jnp.take(x, self.order, axis=-1)
+    # Of experts, each has its own.
+    return jnp.take_along_axis(x, self.order[..., None, :], axis=-1)
+
+  def _numbers(self, rows: int) -> Array:
+    numbers: Array = codes_lib.numbers(
+      self.values, self.codes, rows, self.group, self.zero
+    )
+    return numbers
+
+  def _scaled(self, rows: int) -> Array:
+    """Returns the matrix, its rows in the order of the codes', in float32."""
+    scale = codes_lib.scales(self.scale, self.codes)
+    spread = codes_lib.spread(scale, rows, self.group)
+    scaled: Array = self._numbers(rows).astype(np.float32) * spread
+    return scaled
+
+  def _groups(
+    self, x: Array, scale: Array
+  ) -> Iterator[tuple[Array, Array, Array]]:
     """Yields n groups of a size: all, and the last one if it is smaller.
 
     Of each, the numbers of x [..., n, T, size], the codes [..., n, size, out],
     as numbers like these, and the scales [..., n, out].
     """
-    *front, rows, columns = self.values.shape
     assert self.group is not None
+    numbers = self._numbers(x.shape[-1])
+    *front, rows, columns = numbers.shape
     whole, rest = divmod(rows, self.group)
     for first, num, size in ((0, whole, self.group), (whole, 1, rest)):
       if size:
         span = slice(first * self.group, first * self.group + num * size)
         of_x = x[..., span].reshape(*x.shape[:-1], num, size)
-        codes = self.values[..., span, :].reshape(*front, num, size, columns)
-        scale = self.scale[..., first : first + num, :]
-        yield of_x.swapaxes(-2, -3), codes.astype(x.dtype), scale
+        codes = numbers[..., span, :].reshape(*front, num, size, columns)
+        of_groups = scale[..., first : first + num, :]
+        yield of_x.swapaxes(-2, -3), codes.astype(x.dtype), of_groups
 
 
 def _dot(x: Array, w: Array) -> Array:
   return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
-def dequantize(w: Quantized, dtype: Any) -> Array:
-  """Returns the matrix [..., in, out], rounded once, to `dtype`."""
-  rows = w.values.shape[_IN]
-  scale = jnp.repeat(w.scale, w.group or rows, axis=_IN)[..., :rows, :]
-  return (w.values.astype(jnp.float32) * scale).astype(dtype)
-
-
-def encode(w: Any, codes: str, group: int | None = None) -> tuple[Any, Any]:
-  """Rounds a matrix to the nearest codes, by the largest number of each group.
+def dequantize(w: Quantized, dtype: Any, rows: int | None = None) -> Any:
+  """Returns the matrix [..., in, out], rounded once, to `dtype`.
 
   Args:
-    w: [..., in, out], finite; a NumPy array or a jax.Array.
-    codes: of `quantization.CODES`.
-    group: rows of a group; None: all.
-
-  Returns:
-    The codes, and the scales [..., groups, out] float32, of w's kind.
+    w: of NumPy's arrays, or jax.Arrays.
+    dtype: of the result.
+    rows: in; None: as many as there are codes, which are whole blocks of them
+      where they have 4 bits.
   """
-  xp = w.__array_namespace__()
-  kind = quantization_lib.CODES[codes]
-  *front, rows, columns = w.shape
-  size = group or rows
-  w = w.astype(xp.float32)
-  padding = [(0, 0)] * len(front) + [(0, -rows % size), (0, 0)]
-  groups = xp.pad(w, padding).reshape(*front, -1, size, columns)
-  most = xp.max(xp.abs(groups), axis=_IN)
-  scale = xp.maximum(most / xp.float32(kind.most), xp.float32(_LEAST_SCALE))
-  values = w / xp.repeat(scale, size, axis=_IN)[..., :rows, :]
-  dtype = jnp.dtype(kind.dtype)
-  if dtype.kind == 'i':
-    values = xp.rint(values)
-  return values.astype(dtype), scale
+  if rows is None:
+    is_packed = quantization_lib.CODES[w.codes].bits == 4
+    rows = w.values.shape[_IN] * (2 if is_packed else 1)
+  matrix = w._scaled(rows)
+  if w.order is not None:
+    xp = w.order.__array_namespace__()
+    places = xp.argsort(w.order, axis=-1)[..., None]
+    matrix = xp.take_along_axis(matrix, places, axis=_IN)
+  return matrix.astype(dtype)
 
 
-def of(w: Array, quantization: quantization_lib.Quantization) -> Quantized:
-  """Quantizes a matrix [..., in, out]; see `encode`."""
-  values, scale = encode(w, quantization.codes, quantization.group)
-  return Quantized(values, scale, quantization.group)
+def of(w: Array, how: quantization_lib.Quantization) -> Quantized:
+  """Rounds a matrix [..., in, out]; see `codes.encode`.
+
+  What has zero points has those of codes without, and rows are in order.
+  """
+  values, scale = codes_lib.encode(w, how.codes, how.group)
+  order = zero = None
+  if how.zeros:
+    zero = jnp.full(scale.shape, quantization_lib.INT4_ZERO, jnp.uint8)
+  if how.reordered:
+    order = jnp.broadcast_to(
+      jnp.arange(w.shape[_IN], dtype=jnp.int32), (*w.shape[:-2], w.shape[_IN])
+    )
+  return Quantized(values, scale, how.codes, how.group, zero, order)
 
 
 def specs_of(
-  leaf: spec.ParamSpec, quantization: quantization_lib.Quantization
+  leaf: spec.ParamSpec, how: quantization_lib.Quantization
 ) -> Quantized:
   """Returns the specs of a matrix that is quantized, in their node."""
   *front, rows, columns = leaf.shape
-  groups = quantization.num_groups(rows)
+  groups = how.num_groups(rows)
   *front_axes, in_axis, out_axis = leaf.axes
   axes = (*front_axes, in_axis if groups > 1 else None, out_axis)
+  of_groups = (*front, groups, columns), axes
+  kind = how.kind
   return Quantized(
-    spec.ParamSpec(leaf.shape, leaf.axes, dtype=quantization.dtype),
     spec.ParamSpec(
-      (*front, groups, columns), axes, dtype=quantization_lib.SCALE
+      (*front, kind.rows_of(rows), columns), leaf.axes, dtype=kind.dtype
     ),
-    quantization.group,
+    spec.ParamSpec(*of_groups, dtype=kind.scale),
+    how.codes,
+    how.group,
+    spec.ParamSpec(*of_groups, dtype='uint8') if how.zeros else None,
+    spec.ParamSpec((*front, rows), (*front_axes, in_axis), dtype='int32')
+    if how.reordered
+    else None,
   )

@@ -20,7 +20,7 @@ def joined(name: str, path: Any) -> str:
 def as_dicts(tree: Any) -> Any:
   """Returns a tree of dicts and lists alone; names stay the same."""
   if isinstance(tree, quantized.Quantized):
-    return {'values': tree.values, 'scale': tree.scale}
+    return tree.arrays()
   if isinstance(tree, dict):
     return {name: as_dicts(inner) for name, inner in tree.items()}
   return [as_dicts(inner) for inner in tree] if isinstance(tree, list) else tree

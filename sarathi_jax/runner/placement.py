@@ -250,6 +250,8 @@ def places(
     """Returns what parameters that are to be one have in common."""
     if isinstance(specs, spec.ParamSpec):
       return layout.node(path, specs)
+    if specs.order is not None:  # Each has its own, of what it multiplies.
+      return path
     return jax.tree.structure(specs)
 
   def tree(specs: Any, path: str, layers: tuple[int | None, ...]) -> Any:

@@ -44,6 +44,21 @@ class Format(NamedTuple):
   shape: tuple[int, ...] | None = None
   others: Callable[[int, int], dict[str, Any]] = lambda rows, columns: {}
 
+  def tensors_of(
+    self, module: str, weight: np.ndarray
+  ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Returns a weight's tensors by name, and what they stand for."""
+    codes, grid, exact = quantize(weight, self)
+    scales = torch.from_numpy(grid).to(self.scale_dtype)
+    if self.shape is not None:
+      scales = scales.reshape(self.shape)
+    others = self.others(*codes.shape)
+    return {
+      f'{module}.weight': _as_torch(codes, self),
+      f'{module}.{self.suffix}': scales,
+      **{f'{module}.{end}': other for end, other in others.items()},
+    }, exact
+
 
 def _compressed(strategy: str, kind: str, **fields: Any) -> dict[str, Any]:
   """As llm-compressor writes it."""
@@ -170,7 +185,7 @@ def _as_torch(codes: np.ndarray, one: Format) -> torch.Tensor:
 def save(
   model: Any,
   folder: pathlib.Path,
-  one: Format,
+  one: Any,
   *,
   kept: tuple[str, ...] = ('lm_head', '.mlp.gate.', 'embed_tokens', 'norm'),
   change: Callable[[dict[str, Any]], Any] = lambda tensors: None,
@@ -180,7 +195,8 @@ def save(
   Args:
     model: of transformers, float32.
     folder: to make.
-    one: the format.
+    one: the format, a `Format` or another that has these two of it: `config`
+      and `tensors_of`.
     kept: parts of names of what is not quantized.
     change: changes the tensors before they are written.
   """
@@ -190,15 +206,9 @@ def save(
   for name, weight in list(tensors.items()):
     if weight.ndim != 2 or any(part in name for part in kept):
       continue
-    codes, grid, exact[name] = quantize(weight.numpy(), one)
     module = name.removesuffix('.weight')
-    scales = torch.from_numpy(grid).to(one.scale_dtype)
-    tensors[name] = _as_torch(codes, one)
-    tensors[f'{module}.{one.suffix}'] = (
-      scales if one.shape is None else scales.reshape(one.shape)
-    )
-    for end, other in one.others(*codes.shape).items():
-      tensors[f'{module}.{end}'] = other
+    made, exact[name] = one.tensors_of(module, tensors.pop(name).numpy())
+    tensors |= made
   if one.config.get('kv_cache_scheme'):
     for which in 'kv':
       tensors[f'model.layers.0.self_attn.{which}_scale'] = torch.ones(1)
@@ -215,10 +225,11 @@ def _reload(
 ) -> None:
   """Has transformers read what the codes stand for, as it would in float32."""
   plain = {
-    name: torch.from_numpy(exact[name]) if name in exact else tensor
+    name: tensor
     for name, tensor in tensors.items()
-    if name.endswith(('.weight', '.bias'))
+    if name.endswith(('.weight', '.bias')) and name not in exact
   }
+  plain |= {name: torch.from_numpy(weight) for name, weight in exact.items()}
   safetensors_torch.save_file(
     plain, folder / 'model.safetensors', {'format': 'pt'}
   )

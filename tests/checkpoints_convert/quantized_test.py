@@ -134,7 +134,7 @@ def test_logits_are_those_of_the_dequantized_model(
   if name == 'by channel':
     for scale in wrong.values():
       params['layers'][0]['attn']['o'] = quantized.Quantized(
-        node.values, scale, node.group
+        node.values, scale, node.codes, node.group
       )
       assert _error(ours, params, model) > 100 * TOLERANCE
   if name == 'experts by block':  # as served, too
@@ -249,14 +249,19 @@ def _with_weights(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
   ('config', 'match'),
   [
-    ({'quant_method': 'awq', 'bits': 4}, "quant_method='awq'"),
-    ({'quant_method': 'gptq', 'bits': 4}, "quant_method='gptq'"),
+    ({'quant_method': 'awq', 'bits': 8}, 'bits=8'),
+    ({'quant_method': 'awq', 'version': 'gemv'}, "version='gemv'"),
+    ({'quant_method': 'awq', 'zero_point': False}, 'zero_point=False'),
+    ({'quant_method': 'gptq', 'bits': 3}, 'bits=3'),
+    ({'quant_method': 'gptq', 'group_size': 48}, 'group_size=48'),
+    ({'quant_method': 'gptq', 'checkpoint_format': 'marlin'}, "'marlin'"),
+    ({'quant_method': 'gptq', 'dynamic': {'a': {}}}, 'dynamic='),
     ({'quant_method': 'bitsandbytes'}, "quant_method='bitsandbytes'"),
     ({'quant_method': 'gguf'}, "quant_method='gguf'"),
     ({'quant_method': 'modelopt'}, "quant_method='modelopt'"),
     ({'quant_method': ['fp8']}, 'quant_method='),
     ({'bits': 4}, 'quant_method=None'),
-    (_COMPRESSED | {'format': 'pack-quantized'}, "format='pack-quantized'"),
+    (_COMPRESSED | {'format': 'pack-quantized'}, "weights.type='float'"),
     (_COMPRESSED | {'format': 'nvfp4-pack-quantized'}, "format='nvfp4"),
     (_COMPRESSED | {'odd': 1}, 'odd=1'),
     (_COMPRESSED | {'sparsity_config': 'x'}, "sparsity_config='x'"),
@@ -289,9 +294,9 @@ def test_what_is_not_known_is_refused_by_name(
 
 def test_the_older_name_is_read_alike(tmp_path: pathlib.Path) -> None:
   folder = fake.llama(
-    tmp_path / 'hf', compression_config={'format': 'pack-quantized'}
+    tmp_path / 'hf', compression_config={'format': 'marlin-24'}
   )
-  _refused(folder, "compression_config.format='pack-quantized': is not")
+  _refused(folder, "compression_config.format='marlin-24': is not")
 
 
 def test_what_is_said_to_be_quantized_must_be(tmp_path: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from checkpoints_convert import convert
 from checkpoints_convert import quantizing
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
+from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import quantized
 from tests.checkpoints_convert import fake_checkpoint as fake
 from tests.models import hf_cases
@@ -24,7 +25,8 @@ from tests.models import hf_parity_test as parity
 
 # Of numbers around 0, all alike likely: a step is 1/127 of the largest; of fp8,
 # at most 1/16 of the number itself.
-MOST_LOST = {'int8': 0.01, 'fp8': 0.03}
+GROUPS = {'int4': 128, 'mxfp4': 32}
+MOST_LOST = {'int8': 0.01, 'fp8': 0.03, 'int4': 0.1, 'mxfp4': 0.15}
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
@@ -47,21 +49,22 @@ def test_each_matrix_is_near_what_it_was(
     if not isinstance(node, quantized.Quantized):
       np.testing.assert_array_equal(w, node)
       return
-    assert str(node.values.dtype) == {'fp8': 'float8_e4m3fn'}.get(codes, codes)
+    assert node.codes == codes
     w = np.asarray(w).astype(np.float32)
-    values, scale = quantized.encode(w, codes)
+    values, scale = codes_lib.encode(w, codes, GROUPS.get(codes))
     np.testing.assert_array_equal(
       np.asarray(node.values).view(np.uint8), values.view(np.uint8)
     )
     np.testing.assert_array_equal(node.scale, scale)
-    lost = np.asarray(node.values).astype(np.float32) * node.scale - w
+    lost = quantized.dequantize(node, np.float32, len(w)) - w
     squares[jax.tree_util.keystr(path)] = [(lost**2).sum(), (w**2).sum()]
 
   jax.tree.map_with_path(compare, exact, params)
-  assert len(squares) == 2 * 7 + 1
+  keeps_head = codes in GROUPS
+  assert len(squares) == 2 * 7 + (not keeps_head)
   assert plan.lost is not None
   ratios = plan.lost.ratios()
-  assert list(ratios) == ['lm_head', '0', '1', 'all']
+  assert list(ratios) == [*['lm_head'] * (not keeps_head), '0', '1', 'all']
   assert list(ratios['0']) == ['q', 'all', 'k', 'v', 'o', 'gate', 'up', 'down']
   assert ratios['1']['k'] == pytest.approx(
     np.sqrt(np.divide(*squares["['layers'][1]['attn']['k']"])), rel=1e-3
@@ -103,7 +106,7 @@ def test_experts_in_mxfp4_are_rounded_and_routers_are_not(
   exact = model.state_dict()['model.layers.0.mlp.experts.gate_up_proj'].numpy()
   for name, which in (('gate', 0), ('up', 1)):
     w = exact[..., which::2]
-    values, scale = quantized.encode(w, 'int8')
+    values, scale = codes_lib.encode(w, 'int8')
     np.testing.assert_array_equal(moe[name].values, values)
     np.testing.assert_array_equal(moe[name].scale, scale)
   assert plan.lost is not None and 'gate_up' in plan.lost.ratios()['all']

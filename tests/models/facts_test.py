@@ -83,7 +83,15 @@ def test_devices_share_matrices(name: str, tp: int) -> None:
     )
 
 
-@pytest.mark.parametrize('group', [None, 128])
+@pytest.mark.parametrize(
+  ('codes', 'group', 'zeros'),
+  [
+    ('int8', None, False),
+    ('int8', 128, False),
+    ('int4', 128, True),
+    ('mxfp4', 32, False),
+  ],
+)
 @pytest.mark.parametrize(
   ('name', 'tp', 'layer'),
   [
@@ -94,13 +102,13 @@ def test_devices_share_matrices(name: str, tp: int) -> None:
   ],
 )
 def test_quantized_matrices_weigh_what_their_arrays_do(
-  name: str, tp: int, layer: int, group: int | None
+  name: str, tp: int, layer: int, codes: str, group: int | None, zeros: bool
 ) -> None:
   kept = ('layers.1.attn.v', 'layers.1.*.down', *quantization.ROUTERS)
   model = dataclasses.replace(
     MODELS[name],
     quantization=quantization.Quantization(
-      codes='int8', group=group, kept=kept
+      codes=codes, group=group, zeros=zeros, kept=kept
     ),
   )
   parallelism = parallel.Parallelism(tp=tp)

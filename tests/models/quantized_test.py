@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels import grouped_matmul
 from sarathi_jax import errors
 from sarathi_jax import models
+from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import matrices
 from sarathi_jax.models import parallel
@@ -22,8 +23,16 @@ from sarathi_jax.models import quantized
 from sarathi_jax.models import tree
 from tests import tiny
 
-# rows of a matrix, of a group: whole groups, one that is left, one in all.
-GROUPS = (48, None), (48, 16), (48, 20), (48, 64)
+# codes, rows of a matrix, of a group: whole groups, one that is left, one in
+# all; and of what is packed, whole blocks, and not.
+CASES = [
+  *(
+    (codes, 48, group) for codes in ('int8', 'fp8') for group in (None, 16, 20)
+  ),
+  ('int8', 48, 64),
+  *(('int4', *case) for case in ((48, None), (64, 32), (40, 32), (72, 64))),
+  *(('mxfp4', *case) for case in ((64, 32), (40, 32))),
+]
 
 
 def _of(w: Any, codes: str, group: int | None) -> quantized.Quantized:
@@ -32,72 +41,124 @@ def _of(w: Any, codes: str, group: int | None) -> quantized.Quantized:
   )
 
 
-def _exact(w: quantized.Quantized) -> np.ndarray:
-  """Number by number, in float64."""
-  values = np.asarray(w.values).astype(np.float64)
-  scale = np.asarray(w.scale, np.float64)
-  group = w.group or values.shape[-2]
-  for row in range(values.shape[-2]):
-    values[..., row, :] *= scale[..., row // group, :]
-  return values
+def _exact(w: quantized.Quantized, rows: int) -> np.ndarray:
+  """Row by row, in float64, as `quantization` says."""
+  values, scale = np.asarray(w.values), np.asarray(w.scale).astype(np.float64)
+  exact = np.zeros((*values.shape[:-2], rows, values.shape[-1]))
+  for row in range(rows):
+    of_group = np.s_[..., row // (w.group or rows), :]
+    if w.codes in ('int8', 'fp8'):
+      number = values[..., row, :].astype(np.float64)
+    else:
+      block, within = divmod(row, 32)
+      byte = values[..., 16 * block + within % 16, :].astype(int)
+      number = byte // 16 if within >= 16 else byte % 16
+      if w.codes == 'int4':
+        zero = 8 if w.zero is None else np.asarray(w.zero)[of_group].astype(int)
+        number = number - zero
+      else:
+        sign = np.where(number // 8, -1, 1)
+        number = sign * np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[number % 8]
+    factor = scale[of_group]
+    if w.codes == 'mxfp4':
+      factor = 2 ** (factor - 127)
+    to = row if w.order is None else int(w.order[row])
+    exact[..., to, :] = number * factor
+  return exact
 
 
-@pytest.mark.parametrize('codes', quantization_lib.CODES)
-@pytest.mark.parametrize(('rows', 'group'), GROUPS)
-def test_a_product_is_that_with_what_codes_stand_for(rows, group, codes):
+def _affine(w: quantized.Quantized, rows: int) -> quantized.Quantized:
+  """The codes with other zero points, and rows in another order."""
+  rng = np.random.default_rng(1)
+  return dataclasses.replace(
+    w,
+    zero=jnp.asarray(rng.integers(0, 16, w.scale.shape, np.uint8)),
+    order=jnp.asarray(rng.permutation(rows).astype(np.int32)),
+  )
+
+
+@pytest.mark.parametrize(
+  ('codes', 'rows', 'group', 'is_affine'),
+  [
+    *((*case, False) for case in CASES),
+    *((*case, True) for case in CASES if case[0] == 'int4'),
+  ],
+)
+def test_a_product_is_that_with_what_codes_stand_for(
+  codes, rows, group, is_affine
+):
   rng = np.random.default_rng(0)
   w = _of(rng.normal(0, 1, (rows, 20)).astype(np.float32), codes, group)
+  if is_affine:
+    w = _affine(w, rows)
   np.testing.assert_allclose(
-    quantized.dequantize(w, jnp.float32), _exact(w), rtol=1e-6
+    quantized.dequantize(w, jnp.float32, rows), _exact(w, rows), rtol=1e-6
   )
   for num in (1, 3, 40):
     x = rng.normal(0, 1, (num, rows))
-    for dtype, error in (('float32', 1e-5), ('bfloat16', 0.2)):
+    for dtype, error, ratio in (
+      ('float32', 1e-5, 1e-6),
+      ('bfloat16', 0.2, 0.01),
+    ):
       of_x = jnp.asarray(x, dtype)
       got = jax.jit(matrices.matmul)(of_x, w)
       assert got.dtype == dtype and got.shape == (num, 20)
       np.testing.assert_allclose(
         np.asarray(got, np.float64),
-        np.asarray(of_x, np.float64) @ _exact(w),
+        np.asarray(of_x, np.float64) @ _exact(w, rows),
         atol=error,
+        rtol=ratio,
       )
     assert matrices.matmul(of_x, w, jnp.float32).dtype == jnp.float32
 
 
-@pytest.mark.parametrize('group', [None, 16])
-def test_experts_are_multiplied_by_their_own_scales(group):
+@pytest.mark.parametrize(
+  ('codes', 'group'), [('int8', None), ('int8', 16), ('int4', 32)]
+)
+def test_experts_are_multiplied_by_their_own_scales(codes, group):
   rng = np.random.default_rng(0)
-  w = _of(rng.normal(0, 1, (4, 48, 20)).astype(np.float32), 'int8', group)
+  w = _of(rng.normal(0, 1, (4, 48, 20)).astype(np.float32), codes, group)
   x = rng.normal(0, 1, (24, 48)).astype(np.float32)
   keys = rng.integers(0, 4, 24).astype(np.int32)
   groups = grouped_matmul.group(jnp.asarray(keys), 4)
   got = jax.jit(matrices.grouped_matmul)(
     x, (w,), groups.sizes, rows=groups.order
   )
-  expected = np.einsum('ri,rio->ro', x, _exact(w)[keys])
+  expected = np.einsum('ri,rio->ro', x, _exact(w, 48)[keys])
   np.testing.assert_allclose(got[groups.places], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('codes', quantization_lib.CODES)
-@pytest.mark.parametrize(('rows', 'group'), GROUPS)
-def test_the_largest_number_of_a_group_is_the_largest_code(rows, group, codes):
+# Of a number; or a half of a step, which is for numbers around 0.
+RELATIVE = {'int8': 0, 'fp8': 2**-4, 'int4': 0, 'mxfp4': 1 / 5}
+
+
+@pytest.mark.parametrize('kind', [np.asarray, jnp.asarray])
+@pytest.mark.parametrize(('codes', 'rows', 'group'), CASES)
+def test_the_largest_number_of_a_group_is_the_largest_code(
+  codes, rows, group, kind
+):
   w = np.random.default_rng(0).normal(0, 1, (2, rows, 5)).astype(np.float32)
   w[0, :, 1] = 0
-  values, scale = quantized.encode(w, codes, group)
-  numbers = _exact(quantized.Quantized(values, scale, group))
-  most = quantization_lib.CODES[codes].most
-  assert np.abs(values.astype(np.float32)).max() == most
+  values, scale = codes_lib.encode(kind(w), codes, group)
+  numbers = _exact(quantized.Quantized(values, scale, codes, group), rows)
   assert scale.shape == (2, -(-rows // (group or rows)), 5)
-  steps = np.repeat(scale, group or rows, axis=1)[:, :rows]
-  relative = 0 if codes == 'int8' else 2**-4
-  bound = np.maximum(relative * np.abs(w), steps / 2) * (1 + 1e-5)
+  steps = codes_lib.spread(np.asarray(scale), rows, group).astype(np.float64)
+  if codes == 'mxfp4':
+    steps = 2 ** (steps - 128)
+  most = quantization_lib.CODES[codes].most
+  highest = np.abs(numbers[1] / steps[1]).max()
+  if codes == 'mxfp4':  # Scales are powers of two, so not all codes may be.
+    assert most <= highest <= 2 * most
+  else:
+    assert highest == pytest.approx(most)
+  bound = np.maximum(RELATIVE[codes] * np.abs(w), steps / 2) * (1 + 1e-5)
   assert (np.abs(numbers - w) <= bound).all() and not numbers[0, :, 1].any()
 
 
 @pytest.mark.parametrize('kind', [np.asarray, jnp.asarray])
 def test_tiny_numbers_have_codes_too(kind):
   w = np.full((4, 2), 1e-44, np.float32)
-  values, scale = quantized.encode(kind(w), 'int8')
+  values, scale = codes_lib.encode(kind(w), 'int8')
   assert np.isfinite(scale).all() and not np.asarray(values).any()
 
 
@@ -152,7 +213,7 @@ def test_what_is_not_quantized_is_as_it_was():
       values, scale = (
         by_name[f'{name}.{part}'] for part in ('values', 'scale')
       )
-      node = quantized.Quantized(values, scale, 8)
+      node = quantized.Quantized(values, scale, 'int8', 8)
       numbers = quantized.dequantize(node, jnp.float32)
       assert 0 < np.abs(numbers - leaf).max() <= np.abs(leaf).max() / 127
   assert models.quantize(tiny.MODEL, plain) is plain
@@ -161,7 +222,12 @@ def test_what_is_not_quantized_is_as_it_was():
 @pytest.mark.parametrize(
   ('fields', 'match'),
   [
-    (dict(codes='int3'), "codes='int3': must be one of int8, fp8"),
+    (dict(codes='int3'), "codes='int3': must be one of int8, fp8, int4"),
+    (dict(codes='int4', group=16), 'quantization.group=16: must be a mult'),
+    (dict(codes='mxfp4', group=64), 'quantization.group=64: must be 32'),
+    (dict(codes='mxfp4'), 'quantization.group=None: must be 32'),
+    (dict(codes='int8', zeros=True), 'quantization.zeros=True: only int4'),
+    (dict(codes='int4', zeros=1), 'zeros=1: must be true or false'),
     (dict(codes='int8', group=0), 'group=0'),
     (dict(codes='int8', kept=[3]), 'quantization.kept'),
     (dict(codes='int8', odd=1), 'quantization.odd: unknown'),
@@ -188,3 +254,8 @@ def test_devices_share_no_group():
     'device; must be a multiple of 8',
   ):
     parallelism.check(model)
+  alone = quantization_lib.Quantization(codes='int4')  # but for its bytes
+  with pytest.raises(errors.ConfigError, match=r'16 rows of o.*multiple of 32'):
+    parallelism.check(
+      dataclasses.replace(model, head_dim=16, quantization=alone)
+    )

@@ -62,6 +62,12 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
 INT8 = dataclasses.replace(
   LLAMA, quantization=quantization.Quantization(codes='int8', group=2)
 )
+INT4 = dataclasses.replace(
+  LLAMA,
+  head_dim=16,
+  intermediate_size=128,
+  quantization=quantization.Quantization(codes='int4', group=32, zeros=True),
+)
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
 
@@ -179,28 +185,30 @@ def test_a_device_has_the_same_columns_however_they_lie(name, tp, pp):
   assert not isinstance(read['embed'], matrices.Transposed)
 
 
+@pytest.mark.parametrize('quantized_model', [INT8, INT4], ids=['int8', 'int4'])
 @pytest.mark.parametrize('tp,pp', MESHES)
-def test_scales_lie_with_their_codes(tp, pp):
+def test_scales_lie_with_their_codes(tp, pp, quantized_model):
   """Read or live, together or apart: dequantized, it is the same matrix."""
-  params = models.init_params(INT8, jax.random.key(0))
+  model = quantized_model
+  params = models.init_params(model, jax.random.key(0))
   whole, mesh = named(params), mesh_of(tp, pp)
 
   def read(name: str, index: Any) -> np.ndarray:
     return whole[name][index]
 
-  plain = dataclasses.replace(INT8, quantization=None)
+  plain = dataclasses.replace(model, quantization=None)
   dequantized = jax.tree.map(
-    lambda node: (
-      quantized.dequantize(node, F32)
+    lambda leaf, node: (
+      quantized.dequantize(node, F32, leaf.shape[-2])
       if isinstance(node, quantized.Quantized)
       else node
     ),
+    models.param_specs(plain),
     params,
-    is_leaf=lambda node: isinstance(node, quantized.Quantized),
   )
   for layout in (LAYOUTS['live'], LAYOUTS['gpu']):
-    placed = weights.place_live(INT8, mesh, layout, params)
-    assert_same(weights.load(INT8, mesh, layout, read), placed)
+    placed = weights.place_live(model, mesh, layout, params)
+    assert_same(weights.load(model, mesh, layout, read), placed)
     expected = weights.place_live(plain, mesh, layout, dequantized)
     attn, exact = (p['layers'][1]['attn'] for p in (placed, expected))
     assert attn.keys() == exact.keys()
@@ -209,13 +217,18 @@ def test_scales_lie_with_their_codes(tp, pp):
       if isinstance(node, matrices.SideBySide):
         assert node.widths == matrix.widths
         node, matrix = node.matrix, matrix.matrix
-      for values, scale, w in zip(
-        shares(node.values), shares(node.scale), shares(matrix), strict=True
+      arrays = node.arrays()
+      for *of_device, w in zip(
+        *map(shares, arrays.values()), shares(matrix), strict=True
       ):
-        share = quantized.Quantized(values, scale, node.group)
-        np.testing.assert_array_equal(quantized.dequantize(share, F32), w)
+        share = dataclasses.replace(
+          node, **dict(zip(arrays, of_device, strict=True))
+        )
+        np.testing.assert_array_equal(
+          quantized.dequantize(share, F32, w.shape[-2]), w
+        )
   assert placement.bytes_of(
-    placement.shapes(INT8, mesh, LAYOUTS['live'])
+    placement.shapes(model, mesh, LAYOUTS['live'])
   ) < placement.bytes_of(placement.shapes(plain, mesh, LAYOUTS['live']))
 
 

@@ -220,13 +220,18 @@ def test_smaller_numbers_make_a_larger_cache() -> None:
 
 
 @pytest.mark.parametrize(
-  ('group', 'number_bytes'), [(None, 1 + 4 / 4096), (128, 1 + 4 / 128)]
+  ('codes', 'group', 'number_bytes'),
+  [
+    ('fp8', None, 1 + 4 / 4096),
+    ('fp8', 128, 1 + 4 / 128),
+    ('int4', 128, 0.5 + 4 / 128),
+  ],
 )
 def test_quantized_weights_are_read_and_kept_in_their_own_bytes(
-  group: int | None, number_bytes: float
+  codes: str, group: int | None, number_bytes: float
 ) -> None:
   cost = cost_of(paper.MISTRAL)
-  how = quantization.Quantization(codes='fp8', group=group)
+  how = quantization.Quantization(codes=codes, group=group)
   half = cost_model.CostModel(
     dataclasses.replace(cost.model, quantization=how), A100
   )
@@ -238,7 +243,8 @@ def test_quantized_weights_are_read_and_kept_in_their_own_bytes(
   assert half.num_pages(config, 512) > cost.num_pages(config, 512)
   load = (1, 1, 1, 100, 0.0)
   seconds = [sum(one.stage_seconds(*load)) for one in (half, cost)]
-  assert 0.5 * seconds[1] < seconds[0] < 0.75 * seconds[1]
+  least = number_bytes / 2
+  assert least * seconds[1] < seconds[0] < (least + 1) / 2 * seconds[1]
 
 
 @pytest.mark.parametrize('fields', [{}, {'kv_cache_gib': 70.0}])
