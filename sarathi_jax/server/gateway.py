@@ -32,6 +32,9 @@ NAME = 'gateway'
 
 _READY_S = 60.0  # from its start to its first answer
 _PROBE_S = 2.0  # between two questions
+# It is ready as soon as it has a worker, and asks that for the tokenizer then:
+# until it has it, it refuses texts with 503.
+_TOKENIZE = '/v1/tokenize', '{"model": "any", "prompt": "a"}'
 _ANSWER_S = 5.0
 _MAX_MISSED = 2  # answers, one after the other
 _STOP_S = 3.0  # for a clean end; requests have ended before
@@ -279,7 +282,9 @@ class Gateway:
         asked = loop.time()
         try:
           async with asyncio.timeout(_ANSWER_S):
-            is_ready = await connection.get('/readiness') == 200
+            is_ready = await connection.ask('/readiness') == 200
+            if is_ready and not self.is_serving:
+              is_ready = await connection.ask(*_TOKENIZE) != 503
           has_answered, num_missed = True, 0
         except _NO_ANSWER:
           connection.close()
@@ -293,7 +298,7 @@ class Gateway:
           ):
             raise
         self._set_serving(is_ready)
-        await asyncio.sleep(_PROBE_S if has_answered else 0.1)
+        await asyncio.sleep(_PROBE_S if is_ready else 0.1)
 
   def _set_serving(self, is_serving: bool) -> None:
     if is_serving != self.is_serving:
@@ -314,8 +319,8 @@ class _Connection:
       None
     )
 
-  async def get(self, path: str) -> int:
-    """Gets a path; returns the HTTP status.
+  async def ask(self, path: str, body: str = '') -> int:
+    """Gets a path, or posts a JSON body to it; returns the HTTP status.
 
     Raises:
       one of _NO_ANSWER: it gave no answer.
@@ -325,7 +330,11 @@ class _Connection:
         self._host, self._port, ssl=self._tls
       )
     reader, writer = self._streams
-    writer.write(f'GET {path} HTTP/1.1\r\nhost: gateway\r\n\r\n'.encode())
+    method = 'POST' if body else 'GET'
+    writer.write(
+      f'{method} {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: '
+      f'application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}'.encode()
+    )
     first, *fields = (
       (await reader.readuntil(b'\r\n\r\n')).decode('latin-1').splitlines()
     )

@@ -37,6 +37,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.send_header('content-length', '2')
     self.end_headers()
     self.wfile.write(b'ok')
+  def do_POST(self):
+    self.rfile.read(int(self.headers['content-length']))
+    self.do_GET()
   def log_message(self, *args):
     pass
 http.server.ThreadingHTTPServer.allow_reuse_address = True
@@ -194,6 +197,33 @@ def test_what_is_of_no_use_is_replaced(
     assert changes[:4] == [True, False, True, False]
 
   _run(ENDS[end], monkeypatch, work)
+
+
+@pytest.mark.parametrize('num_refusals', [0, 3, 10**9])
+def test_it_serves_once_it_has_the_tokenizer(
+  monkeypatch: pytest.MonkeyPatch, num_refusals: int
+) -> None:
+  has_no_tokenizer = f"""
+asked = []
+def do_POST(self):
+  self.rfile.read(int(self.headers['content-length']))
+  asked.append(self.path)
+  self.send_response(503 if len(asked) <= {num_refusals} else 200)
+  self.send_header('content-length', '0')
+  self.end_headers()
+Handler.do_POST = do_POST"""
+  child = _CHILD.replace('{misdeed}', has_no_tokenizer)
+  monkeypatch.setattr(gateway, '_CHILD', ('-c', child))
+  monkeypatch.setattr(gateway, '_READY_S', 2.0)
+
+  async def run() -> bool:
+    made = gateway.Gateway('127.0.0.1', fake.free_port(), ['127.0.0.1:1'])
+    try:
+      return await made.start(10)
+    finally:
+      await made.stop()
+
+  assert asyncio.run(run()) == (num_refusals < 10**9)
 
 
 def test_the_log_says_what_it_said_and_moves_no_cursor(
