@@ -307,16 +307,17 @@ class LLM:
     self,
     prompts: Prompt | Sequence[Prompt],
     completions: Iterable[Sequence[int]],
+    temperature: float = 1.0,
   ) -> list[scoring.Logprobs]:
     """Returns the log-probabilities of completions that are given.
 
-    They are of the logits as they came (`SamplingParams.logprobs_mode` raw), by
-    the steps that sample: chunks of prompts, packed as all are.
+    They are by the steps that sample: chunks of prompts, packed as all are.
 
     Args:
       prompts: see `generate`.
       completions: for each prompt the token ids that follow it, none to as many
         as the model takes.
+      temperature: that logits are divided by first, if it is not 0.
 
     Returns:
       For each completion, of each of its tokens, float32 (natural logarithm);
@@ -326,12 +327,12 @@ class LLM:
       See `generate`; InvalidRequestError, too, for another number of
         completions, and for texts.
     """
-    begun = self._requests(prompts, scoring.asked(()))
+    begun = self._requests(prompts, scoring.asked((), temperature))
     given = scoring.listed(completions, len(begun), self.engine.info.vocab_size)
     asked = [pair for pair in zip(begun, given, strict=True) if pair[1]]
     done = self.generate(
       [[*request.prompt_token_ids, *tokens[:-1]] for request, tokens in asked],
-      [scoring.asked(tokens) for _, tokens in asked],
+      [scoring.asked(tokens, temperature) for _, tokens in asked],
     )
     answers = iter(done)
     return [scoring.read(answers, len(tokens)) for tokens in given]

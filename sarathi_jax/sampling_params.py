@@ -111,7 +111,8 @@ class SamplingParams:
       of, with each sampled token's, at most MAX_LOGPROBS; None to tell but the
       sampled token's log-probability, which is always told.
     prompt_logprobs: likewise of the prompt, with each of its tokens but the
-      first; of the logits as they came.
+      first; of the logits as they came, whatever `logprobs_mode` says but
+      'temperature'.
     logprob_token_ids: tokens whose log-probabilities are told with each sampled
       token's, at most MAX_LOGPROB_TOKEN_IDS.
     logprobs_mode: what log-probabilities of the output are of: 'raw', the
@@ -338,6 +339,12 @@ class SamplingParams:
     """
     mode = LOGPROBS_MODES.index(self.logprobs_mode)
     return 1 + mode if mode or self.tells else 0
+
+  @property
+  def prompt_temperature(self) -> float:
+    """What logits of the prompt are divided by before they are told of."""
+    is_scaled = self.logprobs_mode == 'temperature' and self.temperature > 0
+    return self.temperature if is_scaled else 1.0
 
   @property
   def is_masked(self) -> bool:

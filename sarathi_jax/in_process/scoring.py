@@ -58,10 +58,19 @@ def _array(completion: Any, index: int) -> np.ndarray:
   return array
 
 
-def asked(completion: Sequence[int]) -> types.SamplingParams:
-  """Returns what to ask for after a prompt and all but its last token."""
+def asked(
+  completion: Sequence[int], temperature: float = 1.0
+) -> types.SamplingParams:
+  """Returns what to ask for after a prompt and all but its last token.
+
+  Args:
+    completion: the token ids.
+    temperature: that logits are divided by, if it is not 0.
+  """
   return types.SamplingParams(
-    temperature=0,
+    temperature=0 if temperature == 1 else temperature,  # Draws nothing.
+    logprobs_mode='temperature',
+    seed=0,
     max_tokens=1,
     ignore_eos=True,
     prompt_logprobs=0 if len(completion) > 1 else None,

@@ -50,6 +50,8 @@ class BatchArrays(NamedTuple):
     rope_lens: [S] of each sequence, see `types.Chunk`.
     next_tokens: [S] one more than `types.Chunk.next_token`, or -1 where that is
       -1; 0 where nothing is told of the prompt.
+    next_temperatures: [S] bits of what the prompt's logits are divided by
+      first; [0] if such a step tells nothing of prompts.
     num_samples: [1] the number of real rows of the following fields.
     sample_tokens: [R] index in the batch of the token to sample after.
     sample_slots: [R] the slot of its sequence, which keeps the last sample.
@@ -67,6 +69,7 @@ class BatchArrays(NamedTuple):
   from_device: Any
   rope_lens: Any
   next_tokens: Any
+  next_temperatures: Any
   num_samples: Any
   sample_tokens: Any
   sample_slots: Any
@@ -170,6 +173,7 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     from_device=row,
     rope_lens=row,
     next_tokens=row,
+    next_temperatures=(layout.num_rows if layout.tells_prompts else 0,),
     num_samples=(1,),
     sample_tokens=sample,
     sample_slots=sample,
@@ -242,6 +246,9 @@ class BatchBuilder:
     if columns.next_token.count(None) != n:
       fields.next_tokens[:n] = [
         0 if token is None else token + 1 or -1 for token in columns.next_token
+      ]
+      packing.as_float(fields.next_temperatures)[:n] = [
+        params.prompt_temperature for params in columns.sampling
       ]
     fields.from_device[:n] = np.fromiter(
       map(operator.not_, columns.tokens), np.int32, n

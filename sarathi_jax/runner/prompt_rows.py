@@ -20,6 +20,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import logprobs
+from sarathi_jax.runner import packing
 from sarathi_jax.runner import sampling_rows
 from sarathi_jax.runner import told as told_lib
 
@@ -55,7 +56,9 @@ def tell(
   num_padded = -(-num_tokens // block) * block
 
   def tell_all() -> told_lib.ToldArrays:
-    is_told, successors = _successors(layout, b)
+    row = rows_of_tokens(layout, b)
+    is_told, successors = _successors(layout, b, row)
+    temperature = packing.as_float(b.next_temperatures)[row]
     order = jnp.nonzero(is_told, size=num_padded, fill_value=0)[0]
     num_blocks = -(-is_told.sum(dtype=jnp.int32) // block)
     rows = rows_of()
@@ -66,8 +69,9 @@ def tell(
         model, params, models.final_norm(model, params, rows(some)), shards
       )
       mine = sampling_rows.share_of(successors[some], shards)
+      by = sampling_rows.share_of(temperature[some], shards)
       found = logprobs.tell(
-        sampling_rows.shares_of(model, logits, shards),
+        sampling_rows.shares_of(model, logits, shards) / by[:, None],
         mine,
         jnp.zeros((len(mine), 0), jnp.int32),
       )
@@ -108,11 +112,12 @@ def rows_of_tokens(
 
 
 def _successors(
-  layout: batch_lib.BatchLayout, b: batch_lib.BatchArrays
+  layout: batch_lib.BatchLayout,
+  b: batch_lib.BatchArrays,
+  row: Int[Array, ' T'],
 ) -> tuple[Bool[Array, ' T'], Int[Array, ' T']]:
   """Returns of which tokens the successors are told, and all successors."""
   index = jnp.arange(layout.num_tokens, dtype=jnp.int32)
-  row = rows_of_tokens(layout, b)
   next_token = b.next_tokens[row]
   is_last = index + 1 == b.cu_q_lens[row + 1]
   is_told = (index < b.cu_q_lens[-1]) & (next_token != 0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,10 +21,13 @@ SAMPLING = types.SamplingParams(temperature=0.7, max_tokens=12, seed=5)
 MAX_LEN = tiny.engine_config().max_model_len or tiny.MODEL.context_len
 
 
-def trainers(params: Any, prompt: list[int], completion: Any) -> np.ndarray:
+def trainers(
+  params: Any, prompt: list[int], completion: Any, temperature: float = 1
+) -> np.ndarray:
   """A full forward pass, as trainers have it."""
   tokens = jnp.asarray([*prompt, *completion], jnp.int32)
   logprobs = common.all_logprobs(params, tokens)
+  logprobs = jax.nn.log_softmax(logprobs / jnp.float32(temperature))
   rows = jnp.arange(len(prompt), len(tokens), dtype=jnp.int32)
   return np.asarray(logprobs[rows - 1, tokens[rows]], np.float32)
 
@@ -62,9 +66,40 @@ def test_they_are_what_was_told_when_they_were_sampled(llm):
   )
 
 
+@pytest.mark.parametrize('temperature', [0.7, 3])
+def test_at_a_temperature_they_are_of_logits_divided_by_it(
+  llm, params, temperature
+):
+  """Beside others, which are not; and as they were told when sampled."""
+  sampling = dataclasses.replace(
+    SAMPLING, temperature=temperature, logprobs_mode='temperature'
+  )
+  stream = llm.stream(list(range(40)), types.SamplingParams(prompt_logprobs=0))
+  done = llm.generate(common.PROMPTS, sampling)
+  completions = [c.token_ids for c in done]
+  scores = llm.score(common.PROMPTS, completions, temperature)
+  expected = [
+    trainers(params, *pair, temperature)
+    for pair in zip(common.PROMPTS, completions, strict=True)
+  ]
+  for ours in (scores, [c.logprobs for c in done]):
+    assert sarathi_jax.compare_logprobs(ours, expected).most < 1e-4
+  told = [t.logprobs[0] for d in stream for t in d.prompt_logprobs or ()]
+  np.testing.assert_allclose(
+    told, trainers(params, [0], range(1, 40)), atol=1e-4
+  )
+
+
+def test_a_temperature_of_0_divides_by_nothing(llm):
+  zero, one = (llm.score([[1, 2]], [[3, 4]], t)[0] for t in (0, 1))
+  assert zero.tolist() == one.tolist()
+  with pytest.raises(errors.InvalidRequestError, match='temperature=-1'):
+    llm.score([[1]], [[2]], -1)
+
+
 def test_nothing_is_compiled(llm):
   with tiny.count_compiles() as compiled:
-    llm.score(['t1 t2', [3, 4]], [[5, 6], [7]])
+    llm.score(['t1 t2', [3, 4]], [[5, 6], [7]], 2.0)
   assert compiled == []
 
 

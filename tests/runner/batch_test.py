@@ -15,7 +15,11 @@ from sarathi_jax.runner import batch as batch_lib
 
 PAGE_SIZE = 4
 LAYOUT = batch_lib.BatchLayout(
-  num_tokens=8, num_rows=4, num_samples=4, pages_per_seq=3
+  num_tokens=8,
+  num_rows=4,
+  num_samples=4,
+  pages_per_seq=3,
+  tells_prompts=True,
 )
 GREEDY = types.SamplingParams(temperature=0)
 
@@ -121,6 +125,7 @@ EXPECTED = batch_lib.BatchArrays(
   from_device=[0, 1, 0, 0],
   rope_lens=[4, 2, 9, 0],
   next_tokens=[0, 0, 0, 0],
+  next_temperatures=[0, 0, 0, 0],
   num_samples=[2],
   sample_tokens=[0, 1, 0, 0],
   sample_slots=[5, 0, 0, 0],
@@ -172,9 +177,18 @@ def test_several_tokens_of_a_sequence_are_sampled(builder):
 def test_what_follows_a_chunk_whose_prompt_is_told(
   builder, next_token, expected
 ):
-  buffer = builder.build(batch(A, B, C._replace(next_token=next_token)), LAYOUT)
+  c = C._replace(
+    next_token=next_token,
+    sampling=dataclasses.replace(C.sampling, logprobs_mode='temperature'),
+  )
+  buffer = builder.build(batch(A, B, c), LAYOUT)
+  scales = np.float32([1, 1, 2, 0]) * (next_token is not None)
   assert_equal(
-    LAYOUT.split(buffer), EXPECTED._replace(next_tokens=[0, 0, expected, 0])
+    LAYOUT.split(buffer),
+    EXPECTED._replace(
+      next_tokens=[0, 0, expected, 0],
+      next_temperatures=scales.view(np.int32),
+    ),
   )
   assert LAYOUT.tells(buffer) == (next_token is not None)
 
