@@ -81,6 +81,9 @@ LAYERS: Mapping[str, Layer] = {
       'runner',
     ),
   ),
+  'integrations': Layer(
+    ('sarathi_jax.integrations',), ('models', 'runner', 'llm')
+  ),
   'launch': Layer(
     ('sarathi_jax.launch',),
     ('kernels', 'models', 'checkpoint', 'runner', 'llm'),
@@ -103,6 +106,7 @@ LAYERS: Mapping[str, Layer] = {
       'sarathi_jax.plan',
       'sarathi_jax.benchmarks',
       'configs',
+      'examples',
       'tests',
     ),
     (
@@ -117,6 +121,7 @@ LAYERS: Mapping[str, Layer] = {
       'converter',
       'runner',
       'llm',
+      'integrations',
       'launch',
       'server',
       'simulator',
@@ -328,6 +333,7 @@ def test_what_is_imported_is_declared() -> None:
     *project['optional-dependencies']['otel'],
     *project['optional-dependencies']['quickstart'],
     *project['optional-dependencies']['sentencepiece'],
+    *project['optional-dependencies']['tunix'],
   ]
   declared = {re.split(r'[^\w-]', line)[0] for line in lines}
   used = {

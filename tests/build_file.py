@@ -56,6 +56,7 @@ DISTRIBUTIONS = {
   'grpc_tools': 'grpcio-tools',
   'opentelemetry': 'opentelemetry-sdk',
   'orbax': 'orbax-checkpoint',
+  'tunix': 'google-tunix',
 }
 
 

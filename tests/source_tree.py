@@ -12,7 +12,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ('sarathi_jax', 'pallas_kernels', 'checkpoints_convert')
-FOLDERS = (*PACKAGES, 'configs', 'tests')
+FOLDERS = (*PACKAGES, 'configs', 'examples', 'tests')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
