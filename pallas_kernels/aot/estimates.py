@@ -23,8 +23,8 @@ _BITS = 8  # of a byte
 _LEAST_BITS = 64
 # Instructions of a loop that only waits for others, at most.
 _WAITING = 16
-# Kernels of which many blocks read the same keys at about the same time.
-_SHARING = ('attend_chunks',)
+# Kernels of which many blocks read the same at about the same time.
+_SHARING = ('attend_chunks', 'quantized_matmul_many')
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from pallas_kernels.aot import report
 from pallas_kernels.aot import toolkit
 from pallas_kernels.filter_threshold import configurations as filter_cases
 from pallas_kernels.grouped_matmul import configurations as grouped_cases
+from pallas_kernels.quantized_matmul import configurations as quantized_cases
 from pallas_kernels.ragged_paged_attention import configurations
 from pallas_kernels.rotate_and_write import configurations as rotate_cases
 
@@ -42,6 +43,7 @@ CASES = (
   rotate_cases.cases,
   filter_cases.cases,
   grouped_cases.cases,
+  quantized_cases.cases,
 )
 
 

@@ -31,12 +31,12 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import devices
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import merging
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import tuning
-from pallas_kernels.ragged_paged_attention import unpacking
 from pallas_kernels.ragged_paged_attention import validate
 
 

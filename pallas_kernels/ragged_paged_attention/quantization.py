@@ -11,8 +11,8 @@ that checkpoints bring. For a head dim of 128, scales add one thirty-second.
 int8 is the more accurate of the two, wherever a head's largest number is not
 many times its usual one. fp8 is float8_e4m3fn. Its bits are kept as uint8, as
 vLLM and FlashInfer do: GPUs before Ada can't convert it, and XLA would convert
-whole caches on CPUs. `decode` converts it with integer operations that every
-device has.
+whole caches on CPUs. `unpacking.decode` converts it with integer operations
+that every device has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LEAST_NORMAL = 121 << 23  # the bits of 2**-6, the least of float8_e4m3fn
 
 
 class Quantized(NamedTuple):
-  """Numbers of one byte; number = decode(value) * scale.
+  """Numbers of one byte; number = unpacking.decode(value) * scale.
 
   Attributes:
     values: [..., h] int8, or uint8 for the bits of float8_e4m3fn. Where h is
@@ -148,20 +148,3 @@ def quantize_like(x: jax.Array, pages: Quantized) -> Quantized:
     d for d, (kept, _) in _KEPT.items() if kept == pages.values.dtype
   )
   return quantize(x, dtype)
-
-
-def decode(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Converts kept bytes to their numbers, exactly; converts floats, too.
-
-  Args:
-    values: int8, uint8 for the bits of float8_e4m3fn, or any float.
-    dtype: float32, bfloat16 or float16.
-  """
-  if values.dtype != jnp.uint8:
-    return values.astype(dtype)
-  # seee emmm -> s0ee eemm m000 0000, a float16 of 2**-8 times the number: its
-  # exponent has a bit more, and a bias of 15 where e4m3 has 7.
-  bits = values.astype(jnp.uint16)
-  bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-  halves = lax.bitcast_convert_type(bits, jnp.float16)
-  return (halves.astype(jnp.float32) * 256).astype(dtype)

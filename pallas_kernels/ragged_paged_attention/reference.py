@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
@@ -57,7 +58,7 @@ def _numbers(pages: quantization.Pages) -> np.ndarray:
   if not isinstance(pages, quantization.Quantized):
     return np.asarray(pages)
   return np.asarray(
-    quantization.decode(pages.values, jnp.float32) * pages.scales[..., None]
+    unpacking.decode(pages.values, jnp.float32) * pages.scales[..., None]
   )
 
 

@@ -26,6 +26,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
@@ -219,7 +220,7 @@ def _mix(
     x = lax.gather(
       tiles[:, c], tile, numbers, (1, lanes), mode='promise_in_bounds'
     )
-    x = quantization.decode(x, jnp.float32)
+    x = unpacking.decode(x, jnp.float32)
     if keep is not None:
       bits = lax.bitcast_convert_type(x, jnp.int32)
       bits &= keep[c][:, None, None, None, None]

@@ -13,6 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
@@ -143,7 +144,7 @@ def _keys(k_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   """Returns keys of some pages, [K, len(pages) * page_size, h] float32."""
   tiles = quantization.values_of(k_pages)[pages]
   tiles = tiles.transpose(1, 0, 2, 4, 3)  # [K, pages, tiles, l, h]
-  keys = quantization.decode(
+  keys = unpacking.decode(
     tiles.reshape(len(tiles), -1, tiles.shape[-1]), jnp.float32
   )
   return keys * _scales(k_pages, pages)[..., None]
@@ -154,7 +155,7 @@ def _values(v_pages: quantization.Pages, pages: jax.Array) -> jax.Array:
   tiles = quantization.values_of(v_pages)[pages]
   tiles = tiles.transpose(1, 2, 4, 0, 3)  # [K, h / l, l, pages, page_size]
   heads, outer, lanes = tiles.shape[:3]
-  values = quantization.decode(
+  values = unpacking.decode(
     tiles.reshape(heads, outer * lanes, -1), jnp.float32
   )
   return values * _scales(v_pages, pages)[:, None]

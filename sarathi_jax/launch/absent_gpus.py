@@ -163,6 +163,7 @@ def check(
     *case.problems,
     *compiler.in_place_problems(case.compiled, state, state.kv),
     *matrix_problems(case.compiled.as_text(), model.hidden_size),
+    *dequantized_problems(case.compiled.as_text(), layout.num_tokens),
   ]
   if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
     problems.append(
@@ -201,6 +202,34 @@ def matrix_problems(text: str, hidden_size: int) -> list[str]:
   return [
     f'{count} matrices {shape} of weights are put together in each step'
     for shape, count in collections.Counter(found).items()
+  ]
+
+
+def dequantized_problems(text: str, num_tokens: int) -> list[str]:
+  """Names matrices of codes that a step writes as numbers before it multiplies.
+
+  Args:
+    text: the step's optimized HLO.
+    num_tokens: of the step; arrays with as many rows are no matrices.
+  """
+  entry = text.partition('\nENTRY ')[2]
+  codes = re.findall(
+    r'= (?:s8|u8|f8e4m3fn)\[(\d+),(\d+)\]\S* parameter\(', entry
+  )
+  # Codes of 4 bits are two in a byte.
+  matrices = {
+    (packed * int(rows), int(columns))
+    for rows, columns in codes
+    for packed in (1, 2)
+  }
+  found = re.findall(
+    r'= (\w*f\d+\w*\[(\d+),(\d+)\])\S* (?!parameter|bitcast|get-tuple-element)',
+    entry,
+  )
+  return [
+    f'{count} matrices {shape} of weights are dequantized in each step'
+    for (shape, rows, columns), count in collections.Counter(found).items()
+    if (int(rows), int(columns)) in matrices and int(rows) != num_tokens
   ]
 
 

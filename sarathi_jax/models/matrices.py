@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as grouped_matmul_lib
+from sarathi_jax.models import quantized
 
 # With more rows, copies of W take a small part of the time, and copies of x^T
 # a large one.
@@ -138,6 +139,9 @@ def _of_group(x: Float[Array, 'n in'], w: Any) -> Float[Array, 'n out']:
   if isinstance(w, Transposed) and x.shape[IN] == 1:
     # With barriers, XLA copies what it takes out of all groups' matrices.
     w = w.array.swapaxes(IN, OUT)
+  if isinstance(w, quantized.Quantized):
+    # XLA takes it out of all groups' where it multiplies; a kernel could not.
+    return w.multiply(x, jnp.float32, implementation='xla')
   return matmul(x, w, jnp.float32)
 
 

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiplies by quantized matrices; see `quantization` for what these are.
 
-Rows are multiplied by codes, which the model's dtype holds exactly, in sums of
-float32: a group's sum is multiplied by its scales, and all groups are added. So
-no matrix is put together, but for many rows and several groups, where sums of
-each group would be more bytes than the matrix. Codes of 4 bits are taken apart
-first, into a byte each.
+`pallas_kernels.quantized_matmul` does, by codes as they are: on GPUs in a
+kernel, elsewhere by XLA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,11 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from pallas_kernels import quantized_matmul as quantized_matmul_lib
 from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import spec
-
-_SUM_BYTES = 4  # float32's
 
 _IN, _OUT = -2, -1
 
@@ -59,33 +53,35 @@ class Quantized:
     found = {name: getattr(self, name) for name in names}
     return {name: array for name, array in found.items() if array is not None}
 
-  def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
-    """Returns x @ w, [..., T, out], summed in float32, in `dtype`."""
-    x, rows = self._in_order(x), x.shape[-1]
-    scale = codes_lib.scales(self.scale, self.codes)
-    sums = _SUM_BYTES * x.shape[_IN] * scale.shape[_IN]
-    if scale.shape[_IN] == 1:
-      out = _dot(x, self._numbers(rows).astype(x.dtype)) * scale
-    elif sums > x.dtype.itemsize * rows:
-      out = _dot(x, self._scaled(rows).astype(x.dtype))
-    else:
-      out = functools.reduce(
-        jnp.add,
-        (
-          jnp.sum(_dot(rows, codes) * scale[..., None, :], axis=-3)
-          for rows, codes, scale in self._groups(x, scale)
-        ),
-      )
-    return out.astype(dtype)
+  def multiply(
+    self,
+    x: Float[Array, '... T in'],
+    dtype: Any,
+    implementation: str | None = None,
+  ) -> Array:
+    """Returns x @ w, [..., T, out], summed in float32, in `dtype`.
 
-  def _in_order(self, x: Array) -> Array:
-    """Returns x with its numbers in the order of the codes' rows."""
-    if self.order is None:
-      return x
-    if self.order.ndim == 1:
-      return jnp.take(x, self.order, axis=-1)
-    # Of experts, each has its own.
-    return jnp.take_along_axis(x, self.order[..., None, :], axis=-1)
+    Args:
+      x: rows; with the axes in front that the matrix has, or others if it has
+        none.
+      dtype: of the result.
+      implementation: see `pallas_kernels.quantized_matmul`.
+    """
+    if self.values.ndim > 2:
+      return jax.vmap(lambda x, w: w.multiply(x, dtype, 'xla'))(x, self)
+    if self.order is not None:
+      x = jnp.take(x, self.order, axis=-1)
+    out = quantized_matmul_lib.quantized_matmul(
+      x.reshape(-1, x.shape[-1]),
+      self.values,
+      self.scale,
+      codes=self.codes,
+      group=self.group,
+      zero=self.zero,
+      dtype=dtype,
+      implementation=implementation,
+    )
+    return out.reshape(*x.shape[:-1], -1)
 
   def _numbers(self, rows: int) -> Array:
     numbers: Array = codes_lib.numbers(
@@ -99,30 +95,6 @@ class Quantized:
     spread = codes_lib.spread(scale, rows, self.group)
     scaled: Array = self._numbers(rows).astype(np.float32) * spread
     return scaled
-
-  def _groups(
-    self, x: Array, scale: Array
-  ) -> Iterator[tuple[Array, Array, Array]]:
-    """Yields n groups of a size: all, and the last one if it is smaller.
-
-    Of each, the numbers of x [..., n, T, size], the codes [..., n, size, out],
-    as numbers like these, and the scales [..., n, out].
-    """
-    assert self.group is not None
-    numbers = self._numbers(x.shape[-1])
-    *front, rows, columns = numbers.shape
-    whole, rest = divmod(rows, self.group)
-    for first, num, size in ((0, whole, self.group), (whole, 1, rest)):
-      if size:
-        span = slice(first * self.group, first * self.group + num * size)
-        of_x = x[..., span].reshape(*x.shape[:-1], num, size)
-        codes = numbers[..., span, :].reshape(*front, num, size, columns)
-        of_groups = scale[..., first : first + num, :]
-        yield of_x.swapaxes(-2, -3), codes.astype(x.dtype), of_groups
-
-
-def _dot(x: Array, w: Array) -> Array:
-  return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
 def dequantize(w: Quantized, dtype: Any, rows: int | None = None) -> Any:

@@ -1,39 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA reads codes where it multiplies, on the GPUs on which it can."""
+"""Whole steps of quantized models, compiled: all products are by codes."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+import json
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
-from pallas_kernels.aot import compiler
-from sarathi_jax.models import matrices
-from sarathi_jax.models import quantization
-from sarathi_jax.models import quantized
+from sarathi_jax.launch import absent_gpus
+from tests import source_tree
 from tests.pallas_kernels.aot import matmul
 
-ROWS, COLUMNS = 4096, 14336
+_CONFIG = """
+import dataclasses
+from sarathi_jax import EngineConfig
+from sarathi_jax.models import published
+from sarathi_jax.models import quantization
+DEVICE = '{device}'
+def get_config():
+  return EngineConfig(
+    token_budget=512, max_num_seqs=64, max_model_len=4096, tp={tp})
+def get_model():
+  return dataclasses.replace(
+    published.MODELS['{model}'], num_layers=2,
+    quantization=quantization.Quantization({how}))
+"""
 
 
-@pytest.mark.parametrize('tokens', [16, 512])
-@pytest.mark.parametrize(
-  ('device', 'codes'),
-  [('a100', 'int8'), ('h100', 'int8'), ('h100', 'fp8')],
-)
+def test_matrices_that_are_dequantized_are_named() -> None:
+  """As XLA writes it; not what is within a launch, nor rows of a step."""
+  text = """
+%fused (p: s8[4096,6144]) -> bf16[16,6144] {
+  %convert.1 = bf16[4096,6144]{1,0} convert(%p)
+}
+
+ENTRY %main {
+  %p.1 = s8[4096,6144]{1,0} parameter(1)
+  %p.2 = u8[2048,512]{1,0} parameter(2)
+  %p.3 = bf16[4096,6144]{1,0} parameter(3)
+  %fusion.1 = bf16[4096,6144]{1,0} fusion(%p.1), kind=kLoop
+  %fusion.2 = f32[4096,512]{1,0} fusion(%p.2), kind=kLoop
+  %fusion.3 = bf16[16,6144]{1,0} fusion(%p.1), kind=kCustom
+"""
+  assert absent_gpus.dequantized_problems(text, 64) == [
+    '1 matrices bf16[4096,6144] of weights are dequantized in each step',
+    '1 matrices f32[4096,512] of weights are dequantized in each step',
+  ]
+  assert not absent_gpus.dequantized_problems(text, 4096)
+
+
 @matmul.needs_wheels
-def test_no_matrix_is_put_together(
-  device: str, codes: str, tokens: int
+@pytest.mark.parametrize(
+  'device,model,tp,how,tokens',
+  [('h100', 'llama-3.1-8b', 2, "codes='int8'", 64)],
+)
+def test_a_step_multiplies_by_codes(
+  device: str,
+  model: str,
+  tp: int,
+  how: str,
+  tokens: int,
+  tmp_path: pathlib.Path,
 ) -> None:
-  """Without the autotuner, which a GPU runs; see ARCHITECTURE.md."""
-  shape = jax.ShapeDtypeStruct
-  w = quantized.Quantized(
-    shape((ROWS, COLUMNS), jnp.dtype(quantization.CODES[codes].dtype)),
-    shape((1, COLUMNS), jnp.float32),
-    codes,
+  check_step(device, model, tp, how, tokens, tmp_path)
+
+
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'device,model,tp,how,tokens',
+  [
+    ('a100', 'llama-3.1-8b', 1, "codes='int8'", 512),
+    ('a100', 'llama-3.1-8b', 1, "codes='fp8', group=128", 64),
+    ('h100', 'qwen3-32b', 1, "codes='fp8'", 512),
+  ],
+)
+def test_other_steps_multiply_by_codes(
+  device: str,
+  model: str,
+  tp: int,
+  how: str,
+  tokens: int,
+  tmp_path: pathlib.Path,
+) -> None:
+  check_step(device, model, tp, how, tokens, tmp_path)
+
+
+def check_step(
+  device: str, model: str, tp: int, how: str, tokens: int, folder: pathlib.Path
+) -> None:
+  """Compiles a step, of which no matrix is written as numbers."""
+  config, path = folder / 'quantized.py', folder / 'plan.json'
+  config.write_text(_CONFIG.format(device=device, model=model, tp=tp, how=how))
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.plan',
+      f'--config={config}',
+      f'--json={path}',
+      *([f'--tokens={tokens}'] if tokens <= 64 else []),
+    ],
+    cwd=source_tree.ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
   )
-  x = shape((tokens, ROWS), jnp.bfloat16)
-  compiled = (
-    jax.jit(matrices.matmul).lower(*compiler.placed((x, w), device)).compile()
-  )
-  assert compiled.memory_analysis().temp_size_in_bytes < ROWS * COLUMNS
+  print(done.stdout)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(path.read_text())
+  assert found['problems'] == []
+  many = '_many' * (tokens > 64)
+  ours = [k['name'] for k in found['step']['kernels'] if k['is_ours']]
+  assert any(name.startswith(f'quantized_matmul{many}') for name in ours), ours

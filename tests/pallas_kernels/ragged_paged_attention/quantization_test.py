@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import quantization
 
 DTYPES = quantization.DTYPES
@@ -19,7 +20,7 @@ def test_every_byte_is_decoded(dtype: str) -> None:
   codes = np.arange(256, dtype=np.uint8)
   want = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
   got = np.asarray(
-    jax.jit(quantization.decode, static_argnums=1)(jnp.asarray(codes), dtype),
+    jax.jit(unpacking.decode, static_argnums=1)(jnp.asarray(codes), dtype),
     np.float32,
   )
   is_nan = np.isnan(want)
@@ -27,7 +28,7 @@ def test_every_byte_is_decoded(dtype: str) -> None:
   np.testing.assert_array_equal(got[~is_nan], want[~is_nan])
   ints = np.arange(-128, 128).astype(np.int8)
   np.testing.assert_array_equal(
-    np.asarray(quantization.decode(jnp.asarray(ints), dtype), np.float32),
+    np.asarray(unpacking.decode(jnp.asarray(ints), dtype), np.float32),
     ints.astype(np.float32),
   )
 
@@ -39,7 +40,7 @@ def test_errors_are_small(dtype: jnp.dtype) -> None:
   q = jax.jit(quantization.quantize, static_argnums=1)(jnp.asarray(x), dtype)
   assert q.values.shape == x.shape
   assert q.scales.shape == x.shape[:-1]
-  got = quantization.decode(q.values, 'float32') * q.scales[..., None]
+  got = unpacking.decode(q.values, 'float32') * q.scales[..., None]
   error = np.abs(got - x)
   top = np.abs(x).max(-1, keepdims=True)
   if dtype == quantization.INT8:
@@ -59,5 +60,5 @@ def test_errors_are_small(dtype: jnp.dtype) -> None:
 def test_extremes(dtype: jnp.dtype, value: float) -> None:
   x = jnp.array([[value, -value, 0.0, value / 2]], jnp.float32)
   q = quantization.quantize(x, dtype)
-  got = quantization.decode(q.values, 'float32') * q.scales[..., None]
+  got = unpacking.decode(q.values, 'float32') * q.scales[..., None]
   np.testing.assert_allclose(got, x, rtol=1 / 126, atol=1e-30)

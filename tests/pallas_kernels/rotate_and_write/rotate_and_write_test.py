@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import rotate_and_write as raw
+from pallas_kernels import unpacking
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.rotate_and_write import arg_specs
@@ -151,7 +152,7 @@ def test_bytes_are_as_xla_rounds_them(dtype: str) -> None:
   kept = quantization.kept_dtype(dtype)
   every = np.arange(256, dtype=np.uint8).view(np.int8)
   numbers = np.asarray(
-    quantization.decode(jnp.asarray(every.astype(kept)), 'float32')
+    unpacking.decode(jnp.asarray(every.astype(kept)), 'float32')
   )
   numbers = np.unique(numbers[np.isfinite(numbers) & (np.abs(numbers) < 449)])
   between = (numbers[1:] + numbers[:-1]) / 2

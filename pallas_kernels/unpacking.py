@@ -4,7 +4,7 @@
 By itself, Triton makes up to ten: it converts a byte at a time, on Ampere int8
 at an eighth of the rate of arithmetic. These take two at a time, in the halves
 of a register, and all of them are in every GPU from Ampere on. Results are
-exact, those of `quantization.decode`.
+exact, those of `decode`.
 
 By itself, Triton would also move them behind the copy, through shared memory,
 that hands out what is multiplied: each warp would then convert all that it
@@ -24,10 +24,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention import quantization
 
-
-class _Half(NamedTuple):
+class Half(NamedTuple):
   """Facts of a float of 16 bits, as the kernels' constants.
 
   Attributes:
@@ -50,9 +48,26 @@ class _Half(NamedTuple):
 
 
 HALVES = {
-  'bfloat16': _Half('bf16x2', 0x4300, 0xBF80, 4, 0x07F0, 0x7B80),
-  'float16': _Half('f16x2', 0x6400, 0xBC00, 1, 0x3F80, 0x5C00),
+  'bfloat16': Half('bf16x2', 0x4300, 0xBF80, 4, 0x07F0, 0x7B80),
+  'float16': Half('f16x2', 0x6400, 0xBC00, 1, 0x3F80, 0x5C00),
 }
+
+
+def decode(values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Converts kept bytes to their numbers, exactly; converts floats, too.
+
+  Args:
+    values: int8, uint8 for the bits of float8_e4m3fn, or any float.
+    dtype: float32, bfloat16 or float16.
+  """
+  if values.dtype != jnp.uint8:
+    return values.astype(dtype)
+  # seee emmm -> s0ee eemm m000 0000, a float16 of 2**-8 times the number: its
+  # exponent has a bit more, and a bias of 15 where e4m3 has 7.
+  bits = values.astype(jnp.uint16)
+  bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+  halves = lax.bitcast_convert_type(bits, jnp.float16)
+  return (halves.astype(jnp.float32) * 256).astype(dtype)
 
 
 def unpack(
@@ -62,7 +77,7 @@ def unpack(
   interpret: bool,
   once: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns `quantization.decode`, within a kernel of Pallas' Triton.
+  """Does what `decode` does, within a kernel of Pallas' Triton.
 
   Args:
     values: int8, uint8 for the bits of float8_e4m3fn, or any float; of a size
@@ -76,24 +91,42 @@ def unpack(
   """
   half = HALVES.get(jnp.dtype(dtype).name)
   if interpret or half is None or values.dtype.itemsize > 1:
-    return quantization.decode(values, dtype)
+    return decode(values, dtype)
+  return call(assembly(values.dtype, half), (values,), dtype, once)
 
-  def convert(values: jax.Array) -> jax.Array:
+
+def call(
+  ptx: str,
+  args: tuple[jax.Array, ...],
+  dtype: jax.typing.DTypeLike,
+  once: jax.Array | None,
+) -> jax.Array:
+  """Runs PTX on four bytes at a time, in a kernel.
+
+  Args:
+    ptx: of which $0 and $1 are four halves, $2 the bytes, and $3 and $4 what
+      else there is of each, in halves.
+    args: bytes, and what else there is, of their shape.
+    dtype: of the halves.
+    once: see `unpack`.
+  """
+
+  def convert(*args: jax.Array) -> jax.Array:
     (result,) = plgpu.elementwise_inline_asm(
-      assembly(values.dtype, half),
-      args=[values],
-      constraints='=r,=r,r',
+      ptx,
+      args=args,
+      constraints=','.join(('=r,=r,r', *['r,r'] * (len(args) - 1))),
       pack=4,
-      result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, dtype)],
+      result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )
     return result
 
   if once is None:
-    return convert(values)
-  return lax.cond(once, convert, convert, values)
+    return convert(*args)
+  return lax.cond(once, convert, convert, *args)
 
 
-def assembly(kept: jnp.dtype, half: _Half) -> str:
+def assembly(kept: jnp.dtype, half: Half) -> str:
   """Returns PTX that converts the four bytes of $2 to halves in $0 and $1."""
   convert = _int8 if kept == jnp.int8 else _fp8
   return '\n'.join(
@@ -101,7 +134,7 @@ def assembly(kept: jnp.dtype, half: _Half) -> str:
   )
 
 
-def _int8(half: _Half, pair: int) -> tuple[str, ...]:
+def _int8(half: Half, pair: int) -> tuple[str, ...]:
   """Converts two bytes, each a number below 128, less 128 if it is negative.
 
   Such a number is the lowest bits of a half of which one step is 1, and so is
@@ -109,15 +142,15 @@ def _int8(half: _Half, pair: int) -> tuple[str, ...]:
   """
   return (
     f'prmt.b32 x, $2, 0, {(0x4140, 0x4342)[pair]:#x};',
-    f'mov.b32 z, {_twice(half.one_a_step)};',
+    f'mov.b32 z, {twice(half.one_a_step)};',
     'lop3.b32 y, x, 0x800080, z, 0xea;',
     'lop3.b32 x, x, 0x7f007f, z, 0xea;',
-    f'mov.b32 z, {_twice(half.minus_one)};',
+    f'mov.b32 z, {twice(half.minus_one)};',
     f'fma.rn.{half.name} ${pair}, y, z, x;',
   )
 
 
-def _fp8(half: _Half, pair: int) -> tuple[str, ...]:
+def _fp8(half: Half, pair: int) -> tuple[str, ...]:
   """Converts two bytes, seee emmm, whose bits are moved to a half's.
 
   -0 is added, which changes nothing, not even -0.
@@ -126,12 +159,13 @@ def _fp8(half: _Half, pair: int) -> tuple[str, ...]:
     f'prmt.b32 x, $2, 0, {(0x1404, 0x3424)[pair]:#x};',
     'and.b32 y, x, 0x80008000;',
     f'shr.u32 x, x, {half.shift};',
-    f'lop3.b32 x, x, {_twice(half.mask)}, y, 0xea;',
-    f'mov.b32 y, {_twice(half.factor)};',
+    f'lop3.b32 x, x, {twice(half.mask)}, y, 0xea;',
+    f'mov.b32 y, {twice(half.factor)};',
     'mov.b32 z, 0x80008000;',
     f'fma.rn.{half.name} ${pair}, x, y, z;',
   )
 
 
-def _twice(bits: int) -> str:
+def twice(bits: int) -> str:
+  """Returns 16 bits in both halves of a register, as PTX writes it."""
   return f'{bits << 16 | bits:#x}'

@@ -11,8 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_paged_attention import quantization
-from pallas_kernels.ragged_paged_attention import unpacking
+from pallas_kernels import unpacking
 
 Words = np.ndarray  # [N] uint32, a register of N threads
 
@@ -49,20 +48,21 @@ INSTRUCTIONS: Mapping[str, Callable[..., Words]] = {
   'and.b32': np.bitwise_and,
   'lop3.b32': combine,
   'shr.u32': np.right_shift,
+  'shl.b32': np.left_shift,
   'fma.rn.f16x2': fma(np.float16),
   'fma.rn.bf16x2': fma(ml_dtypes.bfloat16),
 }
 
 
-def run(assembly: str, packed: Words) -> list[Words]:
-  """Runs a listing; returns $0 and $1."""
-  registers = {'$2': packed}
+def run(assembly: str, *given: Words) -> list[Words]:
+  """Runs a listing, given $2 and those that follow; returns $0 and $1."""
+  registers = {f'${2 + i}': words for i, words in enumerate(given)}
   for line in re.findall(r'^(\w+\.\S+ .*);$', assembly, re.MULTILINE):
     name, _, operands = line.partition(' ')
     target, *sources = operands.split(', ')
     registers[target] = INSTRUCTIONS[name](
       *(
-        registers[s] if s in registers else np.full_like(packed, int(s, 0))
+        registers[s] if s in registers else np.full_like(given[0], int(s, 0))
         for s in sources
       )
     )
@@ -78,7 +78,7 @@ def test_every_byte_becomes_its_number(kept: type, dtype: str) -> None:
   low, high = run(
     unpacking.assembly(jnp.dtype(kept), halves), values.view(np.uint32)[:, 0]
   )
-  expected = quantization.decode(jnp.asarray(values.view(kept)), dtype)
+  expected = unpacking.decode(jnp.asarray(values.view(kept)), dtype)
   found = np.stack([low, high], 1).view(np.uint16)
   np.testing.assert_array_equal(
     found, np.asarray(expected).view(np.uint16).reshape(found.shape)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of rows with a matrix in codes, of which few bytes are read."""
+
+from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS
+from pallas_kernels.quantized_matmul.api import quantized_matmul
+
+__all__ = ['IMPLEMENTATIONS', 'quantized_matmul']

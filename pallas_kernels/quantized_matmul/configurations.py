@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default configurations, to compile for GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul import arg_specs
+from pallas_kernels.quantized_matmul import operand
+from pallas_kernels.quantized_matmul import pallas_triton
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+  """Something to compile for a GPU; a `pallas_kernels.aot.cases.Case`.
+
+  Attributes:
+    name: for people.
+    spec: of the rows and the matrix.
+    dtype: of the rows.
+  """
+
+  name: str
+  spec: arg_specs.ArgSpec
+  dtype: str = 'bfloat16'
+
+  def function(self, x: jax.Array, w: operand.Operand) -> jax.Array:
+    spec = self.spec
+    return pallas_triton.quantized_matmul(
+      x, w, spec.codes, spec.group, jnp.dtype(self.dtype)
+    )
+
+  @property
+  def args(self) -> Any:
+    spec = self.spec
+    kind = operand.CODES[spec.codes]
+    of_groups = spec.groups, spec.num_out
+    return (
+      jax.ShapeDtypeStruct(
+        (spec.num_tokens, spec.num_in), jnp.dtype(self.dtype)
+      ),
+      operand.Operand(
+        jax.ShapeDtypeStruct(spec.values_shape, jnp.dtype(kind.dtype)),
+        jax.ShapeDtypeStruct(of_groups, jnp.dtype(kind.scale)),
+        jax.ShapeDtypeStruct(of_groups, jnp.uint8) if spec.has_zero else None,
+      ),
+    )
+
+
+def case(
+  model: str, matrix: str, kind: str, num_tokens: int, dtype: str = 'bfloat16'
+) -> Case:
+  """Returns the case of a model's matrix; see `arg_specs`."""
+  sizes = arg_specs.MODELS[model][matrix]
+  spec = arg_specs.ArgSpec(num_tokens, *sizes, *arg_specs.KINDS[kind])
+  name = f'weights {kind} {model} {matrix} {num_tokens}'
+  if dtype != 'bfloat16':
+    name += f' {dtype}'
+  return Case(name, spec, dtype)
+
+
+def cases(device: str) -> Iterator[Case]:
+  """Yields every default configuration, for `pallas_kernels.aot`.
+
+  Iterate, and compile, while the default device is the one of this name.
+  """
+  del device  # All have the same.
+  for model, matrices in arg_specs.MODELS.items():
+    for matrix in matrices:
+      for kind in arg_specs.KINDS:
+        for num_tokens in arg_specs.TOKENS:
+          # Of the others what is most used: sizes make no other kernel.
+          if model == 'llama-3.1-8b' or (
+            kind in ('int8', 'int4-128') and num_tokens in (16, 512)
+          ):
+            yield case(model, matrix, kind, num_tokens)
+  for dtype in ('float16', 'float32'):
+    for kind in ('int8', 'fp8', 'int4-128-zero', 'mxfp4'):
+      yield case('llama-3.1-8b', 'o', kind, 16, dtype)

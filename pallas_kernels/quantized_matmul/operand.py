@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix in codes, and what its codes stand for.
+
+A matrix [in, out] is codes, and scales [groups, out]: a number is what its code
+stands for, times the scale that its column has for its group of rows.
+
+| codes | kept as | a code stands for |
+|---|---|---|
+| int8 | int8 [in, out] | itself |
+| fp8 | float8_e4m3fn [in, out] | itself |
+| int4 | uint8 [bytes, out] | the code less 8, or less its group's zero |
+| mxfp4 | uint8 [bytes, out] | a number of E2M1 |
+
+Codes of 4 bits lie two in a byte, in blocks of 32 rows: byte i of a block's 16
+has row i in its low half, and row 16 + i in its high one. So each half of some
+bytes has rows that lie together, as products of a GPU take them. Rows that the
+last block has beyond `in` are multiplied by nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+BLOCK = 32  # rows whose codes of 4 bits are packed together
+HALF = BLOCK // 2
+INT4_ZERO = 8  # the code of 0, where there are no zeros
+
+
+class Codes(NamedTuple):
+  """A way to write numbers.
+
+  Attributes:
+    dtype: of an array of them.
+    bits: of a number.
+    scale: the dtype of scales; uint8 stands for 2 ** (scale - 127).
+  """
+
+  dtype: str
+  bits: int
+  scale: str = 'float32'
+
+
+CODES: Mapping[str, Codes] = {
+  'int8': Codes('int8', 8),
+  'fp8': Codes('float8_e4m3fn', 8),
+  'int4': Codes('uint8', 4),
+  'mxfp4': Codes('uint8', 4, 'uint8'),
+}
+
+
+class Operand(NamedTuple):
+  """The arrays of a matrix.
+
+  Attributes:
+    values: the codes.
+    scale: [groups, out], of the dtype that `Codes.scale` says.
+    zero: [groups, out] uint8, the codes of 0 of int4; None: they are 8.
+  """
+
+  values: jax.Array
+  scale: jax.Array
+  zero: jax.Array | None = None
+
+
+def numbers(w: Operand, codes: str, rows: int, group: int | None) -> jax.Array:
+  """Returns what codes stand for, [in, out], in a dtype of 8 bits or float32.
+
+  Args:
+    w: the matrix.
+    codes: of `CODES`.
+    rows: in.
+    group: rows of a group; None: all.
+  """
+  if CODES[codes].bits == 8:
+    return w.values
+  halves = w.values.reshape(-1, 1, HALF, w.values.shape[-1])
+  both = jnp.concatenate([halves & 15, halves >> 4], axis=1)
+  found = both.reshape(-1, w.values.shape[-1])[:rows].astype(jnp.int8)
+  if codes == 'mxfp4':
+    return e2m1(found, jnp.float32)
+  if w.zero is None:
+    return found - jnp.int8(INT4_ZERO)
+  return found - spread(w.zero, rows, group).astype(jnp.int8)
+
+
+def e2m1(codes: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the numbers of E2M1, codes 0 to 15, exactly: seem."""
+  codes = codes.astype(jnp.int32)
+  exponent, mantissa = codes >> 1 & 3, codes & 1
+  twice = jnp.where(
+    exponent == 0, mantissa, (2 | mantissa) << jnp.maximum(exponent - 1, 0)
+  )
+  signed = jnp.where(codes & 8 != 0, -0.5, 0.5)
+  return (twice.astype(jnp.float32) * signed).astype(dtype)
+
+
+def scales(scale: jax.Array) -> jax.Array:
+  """Returns scales as float32, however they are kept."""
+  if scale.dtype == jnp.float32:
+    return scale
+  bits = scale.astype(jnp.int32) << 23
+  # 2**-127 has no leading bit.
+  return lax.bitcast_convert_type(
+    jnp.where(bits == 0, 1 << 22, bits), jnp.float32
+  )
+
+
+def spread(of_groups: jax.Array, rows: int, group: int | None) -> jax.Array:
+  """Returns [in, out] of what groups have, [groups, out]."""
+  return jnp.repeat(of_groups, group or rows, axis=0)[:rows]
