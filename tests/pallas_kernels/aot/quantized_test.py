@@ -55,7 +55,7 @@ ENTRY %main {
 @matmul.needs_wheels
 @pytest.mark.parametrize(
   'device,model,tp,how,tokens',
-  [('h100', 'llama-3.1-8b', 2, "codes='int8'", 64)],
+  [('h100', 'llama-3.1-8b', 2, "codes='int4', group=128, zeros=True", 64)],
 )
 def test_a_step_multiplies_by_codes(
   device: str,
@@ -73,7 +73,9 @@ def test_a_step_multiplies_by_codes(
 @pytest.mark.parametrize(
   'device,model,tp,how,tokens',
   [
-    ('a100', 'llama-3.1-8b', 1, "codes='int8'", 512),
+    ('a100', 'llama-3.1-8b', 2, "codes='int8'", 512),
+    ('a40', 'llama-3.1-8b', 2, "codes='int8'", 64),
+    ('a100', 'llama-3.1-8b', 1, "codes='int4', group=128", 512),
     ('a100', 'llama-3.1-8b', 1, "codes='fp8', group=128", 64),
     ('h100', 'qwen3-32b', 1, "codes='fp8'", 512),
   ],
