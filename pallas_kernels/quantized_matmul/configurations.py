@@ -57,7 +57,8 @@ def case(
 ) -> Case:
   """Returns the case of a model's matrix; see `arg_specs`."""
   sizes = arg_specs.MODELS[model][matrix]
-  spec = arg_specs.ArgSpec(num_tokens, *sizes, *arg_specs.KINDS[kind])
+  codes, group, has_zero = arg_specs.KINDS[kind]
+  spec = arg_specs.ArgSpec(num_tokens, *sizes, codes, group, has_zero)
   name = f'weights {kind} {model} {matrix} {num_tokens}'
   if dtype != 'bfloat16':
     name += f' {dtype}'

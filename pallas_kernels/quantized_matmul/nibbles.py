@@ -59,7 +59,7 @@ def unpack(
       return operand.e2m1(found, dtype)
     of_zero = operand.INT4_ZERO if zero is None else zero[None]
     return (found - of_zero).astype(dtype)
-  args = (values,)
+  args: tuple[jax.Array, ...] = (values,)
   if codes == 'int4' and zero is not None:
     # As a code is before its zero is taken away.
     above = (zero + (1 << jnp.finfo(dtype).nmant)).astype(dtype)

@@ -20,7 +20,7 @@ last block has beyond `in` are multiplied by nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -54,7 +54,7 @@ CODES: Mapping[str, Codes] = {
 
 
 class Operand(NamedTuple):
-  """The arrays of a matrix.
+  """The arrays of a matrix, of jax or NumPy; or what stands for them.
 
   Attributes:
     values: the codes.
@@ -62,9 +62,9 @@ class Operand(NamedTuple):
     zero: [groups, out] uint8, the codes of 0 of int4; None: they are 8.
   """
 
-  values: jax.Array
-  scale: jax.Array
-  zero: jax.Array | None = None
+  values: Any
+  scale: Any
+  zero: Any = None
 
 
 def numbers(w: Operand, codes: str, rows: int, group: int | None) -> jax.Array:
@@ -77,10 +77,12 @@ def numbers(w: Operand, codes: str, rows: int, group: int | None) -> jax.Array:
     group: rows of a group; None: all.
   """
   if CODES[codes].bits == 8:
-    return w.values
+    values: jax.Array = w.values
+    return values
   halves = w.values.reshape(-1, 1, HALF, w.values.shape[-1])
   both = jnp.concatenate([halves & 15, halves >> 4], axis=1)
-  found = both.reshape(-1, w.values.shape[-1])[:rows].astype(jnp.int8)
+  found: jax.Array = both.reshape(-1, w.values.shape[-1])[:rows]
+  found = found.astype(jnp.int8)
   if codes == 'mxfp4':
     return e2m1(found, jnp.float32)
   if w.zero is None:

@@ -267,7 +267,7 @@ class _Tile:
   ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Yields rows of the matrix, and what their codes stand for."""
     dtype = self.plan.shape.dtype
-    how = dict(interpret=self.interpret, once=once)
+    how: dict[str, Any] = {'interpret': self.interpret, 'once': once}
     at = jnp.arange(codes.shape[0], dtype=jnp.int32)
     if self.plan.shape.bits == 8:
       yield place + at, unpacking.unpack(codes, dtype, **how)

@@ -29,10 +29,8 @@ def quantized_matmul(
 ) -> jax.Array:
   """Multiplies rows by a matrix in codes; see `api.quantized_matmul`."""
   (num_rows, rows), (groups, _) = x.shape, w.scale.shape
-  found, scale = (
-    operand.numbers(w, codes, rows, group),
-    operand.scales(w.scale),
-  )
+  found = operand.numbers(w, codes, rows, group)
+  scale = operand.scales(w.scale)
   if groups == 1:
     out = _dot(x, found.astype(x.dtype)) * scale
   elif _SUM_BYTES * num_rows * groups > x.dtype.itemsize * rows:

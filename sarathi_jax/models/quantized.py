@@ -68,7 +68,10 @@ class Quantized:
       implementation: see `pallas_kernels.quantized_matmul`.
     """
     if self.values.ndim > 2:
-      return jax.vmap(lambda x, w: w.multiply(x, dtype, 'xla'))(x, self)
+      several: Array = jax.vmap(lambda x, w: w.multiply(x, dtype, 'xla'))(
+        x, self
+      )
+      return several
     if self.order is not None:
       x = jnp.take(x, self.order, axis=-1)
     out = quantized_matmul_lib.quantized_matmul(
