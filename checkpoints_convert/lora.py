@@ -11,13 +11,13 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import math
 import pathlib
 import re
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -54,6 +54,23 @@ _IGNORED = (
 )
 # Those that start from other matrices than the checkpoint's are refused.
 _STARTS = (True, False, 'gaussian', 'orthogonal', 'eva')
+
+
+class Pair(NamedTuple):
+  """What an adapter adds to a linear layer: factor * B @ A.
+
+  Attributes:
+    module: the layer's name.
+    a: [rank, in].
+    b: [out, rank].
+    rank, factor: see above.
+  """
+
+  module: str
+  a: safetensors_reader.Tensor
+  b: safetensors_reader.Tensor
+  rank: int
+  factor: float
 
 
 class Adapter:
@@ -105,35 +122,16 @@ class Adapter:
         doesn't fit it, or is of another kind; by name.
     """
     result = dict(tensors)
-    parts = dict(self._reader.tensors)
-    while parts:
-      name = min(parts)
-      module = _module_of(name, self.folder)
-      pair = [parts.pop(name[: -len(_A)] + end, None) for end in (_A, _B)]
-      if (a := pair[0]) is None or (b := pair[1]) is None:
-        end = _A if pair[0] is None else _B
-        raise errors.CheckpointError(
-          f'{self.folder}: lacks {name[: -len(_A)]}{end}.'
-        )
-      target = f'{module}.weight'
+    for pair in self.pairs():
+      a, b = pair.a, pair.b
+      target = f'{pair.module}.weight'
       base = tensors.get(target)
       if base is None:
         raise errors.CheckpointError(
-          f'{self.folder}: {name}: the checkpoint has no {target}.'
+          f'{self.folder}: {a.name}: the checkpoint has no {target}.'
         )
-      rank = _first(self._ranks, module, self._rank)
-      for tensor, shape in (
-        (base, (b.shape[0], *a.shape[1:])),
-        (a, (rank, *base.shape[1:])),
-        (b, (base.shape[0], rank)),
-      ):
-        if tensor.shape != shape or len(shape) != 2:
-          raise errors.CheckpointError(
-            f'{self.folder}: {tensor.name}: shape {tensor.shape}; must be '
-            f'{shape}, for rank {rank} and the shape {base.shape} of {target}.'
-          )
-        _ = tensor.numpy_dtype  # raises, by name
-      alpha = _first(self._alphas, module, self._alpha)
+      self.check(pair, base.shape, target)
+      _ = base.numpy_dtype  # raises, by name
       result[target] = _Merged(
         base.name,
         base.shape,
@@ -145,13 +143,61 @@ class Adapter:
         self,
         a,
         b,
-        alpha / (math.sqrt(rank) if self._is_stabilized else rank),
+        pair.factor,
       )
     return result
+
+  def pairs(self) -> Iterator[Pair]:
+    """Yields the matrices that it has, by the names of modules.
+
+    Raises:
+      CheckpointError: a tensor is of another kind, or lacks its other; by name.
+    """
+    parts = dict(self._reader.tensors)
+    while parts:
+      name = min(parts)
+      module = _module_of(name, self.folder)
+      pair = [parts.pop(name[: -len(_A)] + end, None) for end in (_A, _B)]
+      if (a := pair[0]) is None or (b := pair[1]) is None:
+        end = _A if pair[0] is None else _B
+        raise errors.CheckpointError(
+          f'{self.folder}: lacks {name[: -len(_A)]}{end}.'
+        )
+      rank = _first(self._ranks, module, self._rank)
+      alpha = _first(self._alphas, module, self._alpha)
+      factor = alpha / (math.sqrt(rank) if self._is_stabilized else rank)
+      yield Pair(module, a, b, rank, factor)
+
+  def check(self, pair: Pair, shape: tuple[int, ...], target: str) -> None:
+    """Raises CheckpointError if a pair does not fit a matrix [out, in].
+
+    Args:
+      pair: of `pairs`.
+      shape: of the matrix.
+      target: its name.
+    """
+    a, b = pair.a, pair.b
+    for name, got, wanted in (
+      (target, shape, (b.shape[0], *a.shape[1:])),
+      (a.name, a.shape, (pair.rank, *shape[1:])),
+      (b.name, b.shape, (shape[0], pair.rank)),
+    ):
+      if got != wanted or len(wanted) != 2:
+        raise errors.CheckpointError(
+          f'{self.folder}: {name}: shape {got}; must be {wanted}, for rank '
+          f'{pair.rank} and the shape {shape} of {target}.'
+        )
+    for tensor in (a, b):
+      _ = tensor.numpy_dtype  # raises, by name
 
   def numbers(self, tensor: safetensors_reader.Tensor) -> np.ndarray:
     """Returns a matrix of the adapter, in float32."""
     return self._numbers(tensor)
+
+  @property
+  def reader(self) -> safetensors_reader.Reader:
+    """The reader of its tensors."""
+    return self._reader
 
   def _read(self, tensor: safetensors_reader.Tensor) -> np.ndarray:
     values = np.empty(tensor.shape, tensor.numpy_dtype)

@@ -99,6 +99,7 @@ def parse(
   defaults: Mapping[str, Any],
   seed: int,
   engine: engine_lib.Engine,
+  adapter: str | None = None,
 ) -> Line:
   """Makes requests of a line, or says what is wrong with it.
 
@@ -108,6 +109,7 @@ def parse(
     defaults: sampling fields for what a body leaves open.
     seed: of the run; see `prompt_lines.seeded`.
     engine: what is served.
+    adapter: the name of one, for a body that names no model.
   """
   line = Line(number, f'line-{number}', (), None)
   try:
@@ -126,6 +128,8 @@ def parse(
       )
     form, body = _asked(fields)
     line = dataclasses.replace(line, names=frozenset(body))
+    if adapter is not None and body.get('model') is None:
+      body['model'] = adapter
     return _prepared(line, form, body, defaults, seed, engine)
   except errors.InvalidRequestError as error:
     return dataclasses.replace(line, error=error)
@@ -181,6 +185,7 @@ def _prepared(
       priority=call.asked.priority,
       tier=call.asked.tier,
       cache_salt=call.asked.cache_salt,
+      adapter=engine.adapters.find(call.asked.adapter),
       key=f'{line.number}-{i}',
     )
     requests.append(prompts.prepare(engine, prompt, draft, _LIMITS))

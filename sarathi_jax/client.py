@@ -61,6 +61,9 @@ def define_flags() -> None:
     "server's --tbt_slo_ms (interactive) or --batch_tbt_slo_ms (batch). "
     'Default: interactive.',
   )
+  flags.DEFINE_string(
+    'adapter', None, 'LoRA adapter to ask for, by name. Default: none.'
+  )
   flags.DEFINE_float(
     'timeout_s', None, 'Give up after this many seconds.', lower_bound=0
   )
@@ -96,7 +99,10 @@ def _request(prompts: list[str]) -> pb.GenerateRequest:
     fill_context=FLAGS.fill_context, **sampling_flags.said()
   )
   request = pb.GenerateRequest(
-    request_id=FLAGS.request_id, tier=FLAGS.tier, sampling=sampling
+    request_id=FLAGS.request_id,
+    tier=FLAGS.tier,
+    adapter=FLAGS.adapter,
+    sampling=sampling,
   )
   if len(prompts) + (FLAGS.token_ids is not None) != 1:
     raise app.UsageError('give one prompt, in quotes, or --token_ids')

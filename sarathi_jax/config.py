@@ -143,6 +143,12 @@ class EngineConfig:
     cache_aware_window: of how many requests, the first ones of a priority and
       client, the one begins next of which the most is found in the cache; each
       is passed by fewer than so many. 1: first come, first served.
+    max_loras: the most LoRA adapters that a batch may have: room on the device
+      for so many of `max_lora_rank`; requests for others wait. None for as many
+      as there are at the start; if these are none, there is no room, and steps
+      are compiled once and not twice.
+    max_lora_rank: the highest rank of an adapter. None for that of those that
+      there are at the start, or 16.
     tp: tensor parallelism: devices that share each layer; None for one, but
       on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
       as a large model can use, if it is to run several sequences.
@@ -178,6 +184,8 @@ class EngineConfig:
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
   cache_aware_window: int = 1
+  max_loras: int | None = None
+  max_lora_rank: int | None = None
   tp: int | None = None
   pp: int = 1
   seed: int = 0
@@ -242,7 +250,10 @@ _ENGINE_RULES: Mapping[str, Rule] = {
     ('token_budget', 'max_num_seqs', 'page_size', 'cache_aware_window', 'pp'),
     SIZE,
   ),
-  **dict.fromkeys(('max_model_len', 'num_pages', 'tp'), or_none(SIZE)),
+  **dict.fromkeys(
+    ('max_model_len', 'num_pages', 'tp', 'max_loras', 'max_lora_rank'),
+    or_none(SIZE),
+  ),
   'max_adjusted_seqs': or_none(
     (lambda value: is_int(value) and value >= 0, 'must be an integer >= 0')
   ),
@@ -308,8 +319,8 @@ class SchedulerConfig:
 
   Attributes:
     token_budget, max_num_seqs, short_prompt_share, tbt_slo_ms, ttft_slo_ms,
-      batch_tbt_slo_ms, prefix_cache, prefix_cache_misses, cache_aware_window:
-      see `EngineConfig`.
+      batch_tbt_slo_ms, prefix_cache, prefix_cache_misses, cache_aware_window,
+      max_loras: see `EngineConfig`.
     max_adjusted_seqs: the most sequences running at once whose logits are
       adjusted; they have the first slots. None for all.
     max_model_len: the most tokens of a sequence.
@@ -348,6 +359,7 @@ class SchedulerConfig:
   prefix_cache: bool = True
   prefix_cache_misses: bool = False
   cache_aware_window: int = 1
+  max_loras: int | None = None
   dynamic_rope_len: int | None = None
   rope_counts_outputs: bool = False
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-import dataclasses
 import functools
 import itertools
 import os
@@ -19,9 +18,10 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import opening
 from sarathi_jax import types
+from sarathi_jax.in_process import adapters as adapters_lib
 from sarathi_jax.in_process import building
 from sarathi_jax.in_process import progress
-from sarathi_jax.in_process import prompts as prompts_lib
+from sarathi_jax.in_process import requests as requests_lib
 from sarathi_jax.in_process import runs as runs_lib
 from sarathi_jax.in_process import scoring
 from sarathi_jax.in_process import tokenizing
@@ -35,12 +35,12 @@ from sarathi_jax.runner import settings
 from sarathi_jax.runner import weights as weights_lib
 from sarathi_jax.text import chats
 from sarathi_jax.text import collector
-from sarathi_jax.text import prompts as text_prompts
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 Prompt = tokenizer_lib.Prompt
 OnCompiled = building.OnCompiled
+AdapterNames = str | None | Sequence[str | None]
 
 
 class LLM:
@@ -86,6 +86,8 @@ class LLM:
       tokenizer itself. Must be given where neither names any.
     model_name: a name for people.
     default_sampling: fields of `SamplingParams` for requests without them.
+    adapters: LoRA adapters that requests may ask for by name, trees of live
+      arrays; see `in_process.adapters.Source.read`.
     on_compiled: told how many steps are compiled, of how many, instead of a
       bar on standard error.
 
@@ -106,6 +108,7 @@ class LLM:
     eos_token_ids: int | Iterable[int] | None = None,
     model_name: str = '',
     default_sampling: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | None = None,
     on_compiled: OnCompiled | None = None,
   ) -> None:
     config = config_lib.or_default(config)
@@ -117,18 +120,16 @@ class LLM:
       )
     model = model.divided(config)
     words = tokenizing.tokenizer_of(tokenizer)
-    eos_token_ids = tokenizing.eos_token_ids_of(eos_token_ids, tokenizer, words)
-    config_lib.check(
-      all(0 <= token < model.vocab_size for token in eos_token_ids),
-      'eos_token_ids',
-      eos_token_ids,
-      f"must be of the model's vocabulary, in [0, {model.vocab_size})",
+    eos_token_ids = tokenizing.known_eos_token_ids(
+      eos_token_ids, tokenizer, words, model.vocab_size
     )
     params = params_lib.check_params(
       model,
       params,
       (None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)),
     )
+    source = adapters_lib.Source(model)
+    config, loaded = source.begin(config, adapters)
     with settings.own():
       mesh = building.make_mesh(
         model,
@@ -145,6 +146,8 @@ class LLM:
         mesh,
         config,
         on_compiled,
+        source,
+        adapters=loaded,
         tokenizer=words,
         eos_token_ids=eos_token_ids,
         model_name=model_name,
@@ -159,6 +162,7 @@ class LLM:
     mesh: jax.sharding.Mesh,
     config: config_lib.EngineConfig,
     on_compiled: OnCompiled | None,
+    source: adapters_lib.Source,
     leader: hosts.Leader | None = None,
     **engine: Any,
   ) -> None:
@@ -172,6 +176,7 @@ class LLM:
     )  # Checked before anything is compiled.
     self.model = model
     self._config = config
+    self.adapters = source
     self._leader = leader
     with progress.told(on_compiled, 'Compiling steps') as tell:
       self._runner = building.build_runner(
@@ -179,7 +184,9 @@ class LLM:
       )
     self.engine = building.build_engine(model, self._runner, config, **engine)
     self._dtype = layout.dtype
-    self._ids = itertools.count()
+    self._requests = functools.partial(
+      requests_lib.make, self.engine, itertools.count()
+    )
     self._runs = runs_lib.Runs(self.engine, self._check_awake)
 
   @classmethod
@@ -195,6 +202,7 @@ class LLM:
     sampling_defaults: bool = True,
     allow_nonfinite: bool = False,
     model_name: str | None = None,
+    adapters: Mapping[str, Any] | None = None,
     leader: hosts.Leader | None = None,
     on_loaded: OnCompiled | None = None,
     on_compiled: OnCompiled | None = None,
@@ -213,6 +221,7 @@ class LLM:
         recommend is the default of requests.
       allow_nonfinite: whether weights may be NaN or infinite.
       model_name: a name for people; by default, `path` as it is given.
+      adapters: see `LLM`; folders or hub ids of PEFT's, too.
       leader: the first process's end of the connections, where several
         processes serve; see `runner.hosts`.
       on_loaded: told how many arrays are loaded, of how many, instead of a bar
@@ -239,6 +248,8 @@ class LLM:
     )
     metadata = opened.metadata
     model = metadata.model.divided(config)
+    source = adapters_lib.Source(model, metadata)
+    config, loaded = source.begin(config, adapters)
     with settings.own():
       mesh = make_mesh(model)
       dtype = placement.choose_dtype(model, config.dtype, metadata.dtype, mesh)
@@ -256,7 +267,9 @@ class LLM:
         mesh,
         config,
         on_compiled,
+        source,
         leader,
+        adapters=loaded,
         tokenizer=tokenizer_lib.Tokenizer.from_folder(opened.folder),
         eos_token_ids=metadata.eos_token_ids,
         default_sampling=metadata.default_sampling,
@@ -270,6 +283,8 @@ class LLM:
     sampling: types.SamplingParams
     | Sequence[types.SamplingParams]
     | None = None,
+    *,
+    adapter: AdapterNames = None,
   ) -> list[types.Completion]:
     """Continues prompts, all at once, and waits until the last is done.
 
@@ -280,6 +295,8 @@ class LLM:
         a list of them.
       sampling: one for all of them, or one each; None: what the makers of the
         checkpoint recommend (`engine.info.default_sampling`).
+      adapter: the name of a LoRA adapter, or None for the model as it is; one
+        for all of them, or one each.
 
     Returns:
       The completions of each prompt, `SamplingParams.n` of them, in order.
@@ -290,7 +307,7 @@ class LLM:
       ConfigError: the weights were donated; see `update_params`.
       EngineDeadError: a step failed; make a new LLM.
     """
-    requests = self._requests(prompts, sampling)
+    requests = self._requests(prompts, sampling, adapter)
     collected = {r.request_id: collector.Collector(r) for r in requests}
     done: dict[str, list[types.Completion]] = {}
     run = runs_lib.Run(self._runs, requests, 'generate')
@@ -308,6 +325,8 @@ class LLM:
     prompts: Prompt | Sequence[Prompt],
     completions: Iterable[Sequence[int]],
     temperature: float = 1.0,
+    *,
+    adapter: str | None = None,
   ) -> list[scoring.Logprobs]:
     """Returns the log-probabilities of completions that are given.
 
@@ -318,6 +337,7 @@ class LLM:
       completions: for each prompt the token ids that follow it, none to as many
         as the model takes.
       temperature: that logits are divided by first, if it is not 0.
+      adapter: see `generate`; one for all.
 
     Returns:
       For each completion, of each of its tokens, float32 (natural logarithm);
@@ -327,12 +347,13 @@ class LLM:
       See `generate`; InvalidRequestError, too, for another number of
         completions, and for texts.
     """
-    begun = self._requests(prompts, scoring.asked((), temperature))
+    begun = self._requests(prompts, scoring.asked((), temperature), adapter)
     given = scoring.listed(completions, len(begun), self.engine.info.vocab_size)
     asked = [pair for pair in zip(begun, given, strict=True) if pair[1]]
     done = self.generate(
       [[*request.prompt_token_ids, *tokens[:-1]] for request, tokens in asked],
       [scoring.asked(tokens, temperature) for _, tokens in asked],
+      adapter=adapter,
     )
     answers = iter(done)
     return [scoring.read(answers, len(tokens)) for tokens in given]
@@ -344,13 +365,15 @@ class LLM:
     sampling: types.SamplingParams
     | Sequence[types.SamplingParams]
     | None = None,
+    *,
+    adapter: AdapterNames = None,
     **options: Any,
   ) -> list[types.Completion]:
     """Replies to chats, and tells apart what the replies say.
 
     Args:
       messages: of one chat, or of several.
-      sampling: see `generate`.
+      sampling, adapter: see `generate`.
       **options: tools, tool_choice, parallel_tool_calls and
         chat_template_kwargs of each chat; see `text.chats.Chat`.
 
@@ -365,24 +388,15 @@ class LLM:
     )
     several: Any = messages if are_several else [messages]
     prompts = [chats.Chat(messages=chat, **options) for chat in several]
-    completions = self.generate(prompts, sampling)
-    num_begun = itertools.accumulate(not done.index for done in completions)
-    return [
-      dataclasses.replace(done, reply=self._reply(prompts[num - 1], done))
-      for done, num in zip(completions, num_begun, strict=True)
-    ]
-
-  def _reply(self, chat: chats.Chat, done: types.Completion) -> types.Reply:
-    assert self.engine.tokenizer is not None  # or there were no chats
-    reader = self.engine.tokenizer.reply_reader(chat, done.prompt_token_ids)
-    if reader is None:
-      return types.Reply(done.text)
-    return reader.read(done.text, is_last=True)
+    completions = self.generate(prompts, sampling, adapter=adapter)
+    return requests_lib.with_replies(self.engine, prompts, completions)
 
   def stream(
     self,
     prompt: Prompt,
     sampling: types.SamplingParams | None = None,
+    *,
+    adapter: str | None = None,
   ) -> runs_lib.Run:
     """Continues one prompt, token by token; outputs come as they are made.
 
@@ -397,7 +411,7 @@ class LLM:
       InvalidRequestError: it can't be served.
     """
     return runs_lib.Run(
-      self._runs, self._requests([prompt], sampling), 'stream'
+      self._runs, self._requests([prompt], sampling, adapter), 'stream'
     )
 
   def open_weights(
@@ -508,6 +522,28 @@ class LLM:
           f'{errors.describe(error)}. The old weights stay.'
         ) from error
 
+  def load_adapter(self, name: str, adapter: Any) -> None:
+    """Lets requests ask for a LoRA adapter from now on; compiles nothing.
+
+    One of the same name is gone; requests that have it keep it.
+
+    Args:
+      name, adapter: see `LLM`, or `from_checkpoint`.
+
+    Raises:
+      ConfigError: it can't be served, or there is no room
+        (`EngineConfig.max_loras`, `max_lora_rank`).
+    """
+    self.engine.adapters.load(name, self.adapters.read(name, adapter))
+
+  def unload_adapter(self, name: str) -> None:
+    """Forgets an adapter; requests that have it keep it until they end.
+
+    Raises:
+      NotFoundError: there is none of this name.
+    """
+    self.engine.adapters.unload(name)
+
   def sleep(self) -> None:
     """Gives the memory of the KV cache back, until `wake`; weights stay.
 
@@ -556,42 +592,3 @@ class LLM:
         'params: were deleted, or donated to a computation; call '
         'update_params with those that took their place.'
       )
-
-  def _requests(self, prompts: Any, sampling: Any) -> list[types.Request]:
-    prompts = prompts_lib.listed(prompts)
-    if sampling is None or isinstance(sampling, types.SamplingParams):
-      sampling = [sampling or self.engine.info.sampling({})] * len(prompts)
-    if not isinstance(sampling, (list, tuple)) or not all(
-      isinstance(params, types.SamplingParams) for params in sampling
-    ):
-      raise errors.InvalidRequestError(
-        f'sampling={errors.shown(sampling)}: must be SamplingParams, or a list '
-        'of them; SamplingParams.from_dict makes them of an object.'
-      )
-    if len(sampling) != len(prompts):
-      raise errors.InvalidRequestError(
-        f'sampling: {len(sampling)} for {len(prompts)} prompts; must be one '
-        'for all, or one each.'
-      )
-    now = self.engine.clock()
-    requests = [
-      text_prompts.with_prompt(
-        types.Request(
-          request_id=f'llm-{next(self._ids)}',
-          sampling=params,
-          prompt_token_ids=(),
-          arrival_time=now,
-        ),
-        self.engine.tokenizer,
-        prompt,
-      )
-      for prompt, params in zip(prompts, sampling, strict=True)
-    ]
-    for index, request in enumerate(requests):
-      try:
-        self.engine.check(request)
-      except errors.InvalidRequestError as error:
-        if len(requests) == 1:
-          raise
-        raise type(error)(f'prompts[{index}]: {error}') from error
-    return requests

@@ -6,8 +6,9 @@
 
 A line of the input is an object with one of `prompt` (text),
 `prompt_token_ids` or `messages` (a chat), and maybe `request_id` (a text or an
-integer) and `sampling`, whose fields override the flags; null is not said. Or
-it is a line of OpenAI's batch files, see `batch_files`.
+integer), `adapter` (a name of --lora_modules; null for none) and `sampling`,
+whose fields override the flags; there null is not said. Or it is a line of
+OpenAI's batch files, see `batch_files`.
 Results are written as they finish, in any order. A line that can't be served
 becomes a result with `error` and `line`, and the rest is still done. After an
 interruption, --resume goes on with what is missing.
@@ -82,7 +83,14 @@ def define_flags() -> None:
     False,
     'Go on with the file --output: skip requests whose ids it holds.',
   )
+  flags.DEFINE_string(
+    'adapter',
+    None,
+    'LoRA adapter of --lora_modules for requests that name none. Default: the '
+    'model as it is.',
+  )
   engine_flags.define_engine_flags()
+  engine_flags.define_adapter_flags()
   sampling_flags.define(but=_ENGINES_OWN)
 
 
@@ -92,6 +100,7 @@ def parse_line(
   defaults: Mapping[str, Any],
   seed: int,
   engine: engine_lib.Engine,
+  adapter: str | None = None,
 ) -> Line:
   """Makes requests of a line, of either form, or says what is wrong with it."""
   try:
@@ -101,8 +110,8 @@ def parse_line(
       return Line(number, f'line-{number}', (), error)
     fields = {'custom_id': None}
   if batch_files.KEYS & fields.keys():
-    return batch_files.parse(number, text, defaults, seed, engine)
-  return prompt_lines.parse(number, fields, defaults, seed, engine)
+    return batch_files.parse(number, text, defaults, seed, engine, adapter)
+  return prompt_lines.parse(number, fields, defaults, seed, engine, adapter)
 
 
 def unwritten(
@@ -215,6 +224,7 @@ def _start(console: rich.console.Console) -> None:
   types.SamplingParams.from_dict(defaults)
   path = pathlib.Path(FLAGS.output).expanduser()
   load_options = engine_flags.loading_from_flags()
+  adapters = engine_flags.adapters_from_flags()
   leader = None
   if (processes := engine_flags.processes_from_flags()) is not None:
     from sarathi_jax.launch import loading
@@ -234,10 +244,14 @@ def _start(console: rich.console.Console) -> None:
       model_name=FLAGS.served_model_name,
       end=leader,
       console=console,
+      adapters=adapters,
       **load_options,
     ).engine
+    engine.adapters.find(FLAGS.adapter)
     lines = [
-      functools.partial(parse_line, number, text, defaults, config.seed, engine)
+      functools.partial(
+        parse_line, number, text, defaults, config.seed, engine, FLAGS.adapter
+      )
       for number, text in prompts
     ]
     _run(engine, lines, output, console)

@@ -36,6 +36,22 @@ class FinishReason(enum.Enum):
   ERROR = 'error'  # by a fault in the engine, or logits that aren't finite
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+  """A LoRA adapter that requests may ask for; two are never equal.
+
+  Attributes:
+    name: by which clients ask for it.
+    generation: how many of this name there were before: what one left in the
+      KV cache is of no use to another.
+    matrices: what it adds to each matrix, see `runner.adapters.Matrices`.
+  """
+
+  name: str
+  generation: int
+  matrices: Any = dataclasses.field(repr=False)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
   """One prompt to continue.
@@ -54,6 +70,8 @@ class Request:
       `EngineConfig.batch_tbt_slo_ms`.
     cache_salt: only requests of the same salt share pages of the KV cache: by
       their times they could tell what others asked.
+    adapter: what the model is changed by, of `Engine.adapters`; None for the
+      model as it is.
     key: unique among all requests that an engine has; the `request_id` of its
       chunks and deltas. By default the request's own.
     shown_token_ids: special tokens whose text is shown, though others' is not:
@@ -72,6 +90,7 @@ class Request:
   deadline: float | None = None
   tier: str = 'interactive'
   cache_salt: str = ''
+  adapter: Adapter | None = None
   key: str = dataclasses.field(default='', repr=False, compare=False)
   shown_token_ids: tuple[int, ...] = ()
   grammar: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -135,6 +154,8 @@ class Chunk(NamedTuple):
       the chunk; None where none are told.
     rope_len: what rotations by a length go by (`models.rope.tables`): that of
       the prompt, or the most that the sequence may come to.
+    adapter: one more than the device's slot of the request's adapter; 0 for
+      none.
   """
 
   request_id: str
@@ -151,6 +172,7 @@ class Chunk(NamedTuple):
   setup: SlotSetup | None = None
   next_token: int | None = None
   rope_len: int = 0
+  adapter: int = 0
 
 
 class TokenLogprobs(NamedTuple):
@@ -206,6 +228,7 @@ class ScheduledBatch(NamedTuple):
     preempted: keys of requests whose pages were taken back to make this batch.
     forks: sequences that begin at the ends of its prefills.
     copies: pages (from, to) to copy before it is computed, in order.
+    loads: adapters to put into slots before it is computed.
   """
 
   step: int
@@ -214,6 +237,7 @@ class ScheduledBatch(NamedTuple):
   preempted: tuple[str, ...] = ()
   forks: tuple[Fork, ...] = ()
   copies: tuple[tuple[int, int], ...] = ()
+  loads: tuple[tuple[int, Adapter], ...] = ()
 
   @property
   def samplers(self) -> tuple[Chunk, ...]:

@@ -102,6 +102,7 @@ def test_what_both_configs_have_is_the_same_in_both() -> None:
     prefix_cache=False,
     prefix_cache_misses=True,
     cache_aware_window=8,
+    max_loras=2,
     seed=3,
   )
   resolved: dict[str, Any] = dict(

@@ -131,6 +131,18 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'which the one begins next that finds the most in the prefix cache; each '
     'is passed by fewer than so many. 1: first come, first served.',
   ),
+  'max_loras': (
+    flags.DEFINE_integer,
+    'The most LoRA adapters in a step: the device has room for so many of '
+    '--max_lora_rank, and requests for others wait. Each size of step is then '
+    'compiled twice, with adapters and without. Default: as many as '
+    '--lora_modules names; if none, there is no room for any.',
+  ),
+  'max_lora_rank': (
+    flags.DEFINE_integer,
+    'The highest rank of a LoRA adapter. Default: that of --lora_modules, or '
+    '16.',
+  ),
   'tp': (
     flags.DEFINE_integer,
     'Tensor parallelism: number of devices that share each layer. Default: '
@@ -245,6 +257,41 @@ def loading_from_flags() -> dict[str, Any]:
     name: FLAGS[name].value
     for name in ('cache_dir', 'convert', 'sampling_defaults', 'allow_nonfinite')
   }
+
+
+def define_adapter_flags() -> None:
+  """Defines the flag that names adapters, for who serves them."""
+  flags.DEFINE_list(
+    'lora_modules',
+    [],
+    'LoRA adapters to serve beside the model, NAME=PATH,NAME=PATH: folders or '
+    'hub ids of PEFT. Requests ask for them by name.',
+  )
+
+
+def adapters_from_flags() -> dict[str, str]:
+  """Returns the adapters to serve: name -> folder or hub id.
+
+  Raises:
+    ConfigError: --lora_modules can't be read, or several hosts are to serve.
+  """
+  adapters: dict[str, str] = {}
+  for text in FLAGS.lora_modules:
+    name, sign, path = text.partition('=')
+    config_lib.check(
+      bool(name and sign and path) and name not in adapters,
+      'lora_modules',
+      text,
+      'must be NAME=PATH, of names that differ',
+    )
+    adapters[name] = path
+  config_lib.check(
+    not adapters or processes_from_flags() is None,
+    'lora_modules',
+    FLAGS.lora_modules,
+    "several hosts can't serve adapters",
+  )
+  return adapters
 
 
 def define_fields(**defaults: Any) -> None:

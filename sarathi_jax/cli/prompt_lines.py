@@ -29,7 +29,7 @@ _CHAT_KEYS = (
 # The largest seed drawn here. It never changes, so that results repeat.
 _MAX_DRAWN_SEED = 2**31 - 1
 _PROMPT_KEYS = ('prompt', 'prompt_token_ids', 'messages')
-_KEYS = {'request_id', 'sampling', *_PROMPT_KEYS, *_CHAT_KEYS}
+_KEYS = {'request_id', 'sampling', 'adapter', *_PROMPT_KEYS, *_CHAT_KEYS}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,8 +117,18 @@ def parse(
   defaults: Mapping[str, Any],
   seed: int,
   engine: engine_lib.Engine,
+  adapter: str | None = None,
 ) -> Line:
-  """Makes a request of a line, or says what is wrong with it."""
+  """Makes a request of a line, or says what is wrong with it.
+
+  Args:
+    number: of the line, from 1.
+    fields: the line.
+    defaults: sampling fields for what it leaves open.
+    seed: of the run; see `seeded`.
+    engine: what is served.
+    adapter: the name of one, where the line says nothing of it.
+  """
   line = Line(number, f'line-{number}', (), None)
   try:
     if unknown := fields.keys() - _KEYS:
@@ -146,6 +156,7 @@ def parse(
         str(given_id),
       ),
       arrival_time=engine.clock(),
+      adapter=engine.adapters.find(fields.get('adapter', adapter)),
       key=str(number),
     )
     request = prompts_lib.with_prompt(draft, engine.tokenizer, prompt)

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 import time
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from sarathi_jax import errors
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
+from sarathi_jax.engine import adapters as adapters_lib
 from sarathi_jax.engine import checks
 from sarathi_jax.engine import following
 from sarathi_jax.engine import info as info_lib
@@ -73,6 +75,10 @@ class Engine:
     info: what is served.
     tokenizer: None for token ids in and out only.
     clock: returns seconds, monotonic.
+    adapters: name -> the matrices of each that requests may name.
+
+  Attributes:
+    adapters: those that are loaded.
   """
 
   def __init__(
@@ -83,8 +89,10 @@ class Engine:
     info: EngineInfo,
     tokenizer: tokenizer_lib.Tokenizer | None = None,
     clock: Callable[[], float] = time.monotonic,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
   ) -> None:
     self._info = info
+    self.adapters = adapters_lib.Adapters(adapters, info.model_name)
     self.tokenizer = tokenizer
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
@@ -120,7 +128,9 @@ class Engine:
   def info(self) -> EngineInfo:
     """What is served at the moment; any thread may read it."""
     return dataclasses.replace(
-      self._info, token_budget=self._scheduler.config.token_budget
+      self._info,
+      token_budget=self._scheduler.config.token_budget,
+      adapters=self.adapters.names,
     )
 
   def check(self, request: types.Request) -> None:
@@ -330,8 +340,11 @@ class Engine:
         don't count.
     """
     scheduler = self._scheduler
+    may_begin = scheduler.slots.may_begin
     ahead = [
-      seq for seq in scheduler.waiting if seq.request.priority <= priority
+      seq
+      for seq in scheduler.waiting
+      if seq.request.priority <= priority and (not may_begin or may_begin(seq))
     ]
     return (
       scheduler.slots.num_free() - sum(1 + len(seq.forks) for seq in ahead),

@@ -28,6 +28,7 @@ class EngineInfo:
     default_sampling: fields of `SamplingParams` for what a request leaves
       open, where they differ from its own defaults; see `sampling`.
     grammars: whether outputs may follow some (structured outputs).
+    adapters: names of LoRA adapters that requests may ask for.
   """
 
   model_name: str = ''
@@ -43,6 +44,7 @@ class EngineInfo:
   windows: page_groups.Windows = page_groups.ONE_GROUP
   default_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   grammars: bool = True
+  adapters: tuple[str, ...] = ()
 
   @classmethod
   def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:

@@ -253,6 +253,7 @@ def build_engine(
   eos_token_ids: Sequence[int],
   model_name: str,
   default_sampling: Mapping[str, Any],
+  adapters: Mapping[str, Any],
 ) -> engine_lib.Engine:
   """Builds an engine around a runner; for the arguments see `llm.LLM`."""
   scheduler = scheduler_lib.make(
@@ -272,6 +273,7 @@ def build_engine(
     scheduler,
     pacing.paced(runner, scheduler, time.monotonic),
     tokenizer=tokenizer,
+    adapters=adapters,
     info=engine_lib.EngineInfo.of(
       scheduler.config,
       policy=config.policy,

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from sarathi_jax import checkpoint
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import json_file
 from sarathi_jax.text import chat
@@ -101,6 +102,23 @@ def eos_token_ids_of(
       'none does.'
     )
   return tuple(dict.fromkeys(found))
+
+
+def known_eos_token_ids(
+  eos_token_ids: int | Iterable[int] | None,
+  given: Any,
+  tokenizer: tokenizer_lib.Tokenizer | None,
+  vocab_size: int,
+) -> tuple[int, ...]:
+  """Returns `eos_token_ids_of`; raises ConfigError for one without a token."""
+  ids = eos_token_ids_of(eos_token_ids, given, tokenizer)
+  config_lib.check(
+    all(0 <= token < vocab_size for token in ids),
+    'eos_token_ids',
+    ids,
+    f"must be of the model's vocabulary, in [0, {vocab_size})",
+  )
+  return ids
 
 
 def _of_folder(

@@ -148,7 +148,11 @@ def check(
       tokens,
       f'must be at most {most}, as of the largest step',
     )
-    size = programs.size_for(tokens or most, decodes_only=tokens is not None)
+    size = programs.size_for(
+      tokens or most,
+      decodes_only=tokens is not None,
+      has_adapters=programs.slots is not None,
+    )
     layout = programs.layouts[size]
     what = f'{layout.num_tokens} tokens' + ', decodes' * layout.decodes_only
     num_pages = memory.num_pages or programs.pages_per_seq
@@ -250,6 +254,7 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
     table.add_column(column, justify='right')
   for name, size in (
     ('weights', memory.weights),
+    ('adapters', memory.adapters or None),
     ('kv cache', memory.kv_cache),
     ('temporaries', memory.temporaries + memory.state),
     ('usable', memory.usable),

@@ -49,6 +49,7 @@ def load_llm(
   convert: bool = True,
   end: hosts.Leader | hosts.Follower | None = None,
   model_name: str | None = None,
+  adapters: Mapping[str, Any] | None = None,
   console: rich.console.Console | None = None,
   **options: Any,
 ) -> llm_lib.LLM:
@@ -57,6 +58,7 @@ def load_llm(
   Args:
     checkpoint, config, cache_dir, convert: see `LLM.from_checkpoint`.
     model_name: what clients are told; None for `served_name`.
+    adapters: see `LLM.from_checkpoint`.
     end: this process's end, if it is one of several; see `join`. All load the
       same, or none goes on; the first one returns once all are warm.
     console: where to show the progress.
@@ -125,6 +127,7 @@ def load_llm(
       cache_dir=kept,
       convert=convert,
       model_name=model_name or served_name(checkpoint),
+      adapters=adapters,
       leader=leader,
       on_loaded=functools.partial(tell, 'Loading weights'),
       on_compiled=functools.partial(tell, 'Compiling steps'),
@@ -180,6 +183,12 @@ def join(
   """
   if processes is None:
     return None
+  config_lib.check(
+    config.max_loras is None,
+    'max_loras',
+    config.max_loras,
+    "several hosts can't serve adapters",
+  )
   xla_flags.set_environment(os.environ)
   end = hosts.start(**processes, facts=fingerprint.program(config))
   if not isinstance(end, hosts.Follower):

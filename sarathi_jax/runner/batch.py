@@ -58,6 +58,7 @@ class BatchArrays(NamedTuple):
     sample_positions: [R] the sampled token's position in its sequence.
     seeds: [R, 2] the low and the high half of each seed, two's complement.
     sampling: [F, R] bits of the sampling parameters, see `sampling_of`.
+    adapters: [S] see `types.Chunk.adapter`; None in steps without any.
     tokens: [T] ids; the last field, so that a buffer can be made longer.
   """
 
@@ -76,6 +77,7 @@ class BatchArrays(NamedTuple):
   sample_positions: Any
   seeds: Any
   sampling: Any
+  adapters: Any
   tokens: Any
 
 
@@ -119,6 +121,7 @@ class BatchLayout:
     pages_per_seq: P.
     tells_prompts: whether the step tells of prompts, see `Chunk.next_token`.
     decodes_only: whether no sequence is a chunk of a prefill.
+    has_adapters: whether sequences may have adapters.
   """
 
   num_tokens: int
@@ -127,6 +130,7 @@ class BatchLayout:
   pages_per_seq: int
   tells_prompts: bool = False
   decodes_only: bool = False
+  has_adapters: bool = False
 
   @property
   def input(self) -> packing.Packing:
@@ -152,7 +156,13 @@ class BatchLayout:
 
   def split(self, buffer: Any) -> BatchArrays:
     """Returns the fields of a batch's buffer, an array of NumPy or JAX."""
-    return BatchArrays(**self.input.split(buffer))
+    return BatchArrays(**{'adapters': None, **self.input.split(buffer)})
+
+  def widened(self, buffer: np.ndarray) -> np.ndarray:
+    """Returns a batch's buffer that lacks adapters, with none for each row."""
+    span = self.input.span('adapters')
+    nothing = np.zeros(span.stop - span.start, np.int32)
+    return np.concatenate((buffer[: span.start], nothing, buffer[span.start :]))
 
   def tells(self, buffer: np.ndarray) -> bool:
     """Whether a batch asks for what `told` packs."""
@@ -180,11 +190,16 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     sample_positions=sample,
     seeds=(*sample, 2),
     sampling=(NUM_SAMPLING, *sample),
+    adapters=row if layout.has_adapters else None,
     tokens=(layout.num_tokens,),
   )
   return (
     packing.Packing(
-      {name: (shape, packing.INT) for name, shape in batch._asdict().items()}
+      {
+        name: (shape, packing.INT)
+        for name, shape in batch._asdict().items()
+        if shape is not None
+      }
     ),
     output_packing(layout.num_samples),
   )
@@ -243,6 +258,8 @@ class BatchBuilder:
     fields.cu_q_lens[n + 1 :] = batch.num_tokens
     fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
     fields.rope_lens[:n] = columns.rope_len
+    if layout.has_adapters:
+      fields.adapters[:n] = columns.adapter
     if columns.next_token.count(None) != n:
       fields.next_tokens[:n] = [
         0 if token is None else token + 1 or -1 for token in columns.next_token

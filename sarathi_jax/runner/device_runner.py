@@ -21,6 +21,7 @@ from sarathi_jax import page_groups
 from sarathi_jax import types
 from sarathi_jax.checkpoint import params_reader
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adapters as adapters_lib
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import copying
@@ -64,6 +65,7 @@ class _InPipeline(NamedTuple):
     is_batch: whether there is one.
     tells: whether it asks for more than tokens and their log-probabilities.
     tells_prompts: whether it asks for those of prompts.
+    has_adapters: whether it has sequences with adapters.
     setups: what sets up slots before the batch is sampled from.
     copies: pages that a stage copies before it computes the batch.
   """
@@ -74,6 +76,7 @@ class _InPipeline(NamedTuple):
   is_batch: bool
   tells: bool = False
   tells_prompts: bool = False
+  has_adapters: bool = False
   setups: tuple[np.ndarray, ...] = ()
   copies: copying.Copies = ()
 
@@ -203,6 +206,12 @@ class DeviceRunner:
         trial.state_shapes(1)
       except NotImplementedError as error:
         raise errors.UnsupportedError(str(error)) from error
+      # Before the rest of the memory is the cache's.
+      self._adapters = (
+        None
+        if trial.slots is None
+        else adapters_lib.DeviceAdapters(model, mesh, layout, trial.slots)
+      )
       stats = [device.memory_stats() for device in devices]
       parallelism = mesh_lib.parallelism_of(mesh)
       self.num_pages = hosts.smallest(
@@ -237,7 +246,7 @@ class DeviceRunner:
       self._programs.compile(
         self.num_pages,
         on_compiled,
-        numbers if sizes is None else (*sizes, *self._programs.others),
+        numbers if sizes is None else self._programs.with_others(sizes),
         kept=kept,
       )
     self._builder = batch_lib.BatchBuilder(
@@ -248,14 +257,19 @@ class DeviceRunner:
     """Makes all state anew: the cache is zeros, and nothing is under way."""
     # The old state is freed first.
     self._state: state_lib.DeviceState | None = None
-    self._state = _init_state(
+    self._state = state_lib.take(
       self._programs.state_shapes(self.num_pages),
       self.num_pages,
       self._page_bytes,
     )
-    smallest = self._programs.layouts[self._programs.sizes[0]]
+    size = self._programs.size_for(0, decodes_only=True)
+    one = self._programs.layouts[size]
     self._nothing = _InPipeline(
-      np.zeros(smallest.size, np.int32), 0, True, False
+      np.zeros(one.size, np.int32),
+      0,
+      True,
+      False,
+      has_adapters=one.has_adapters,
     )
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
@@ -272,6 +286,8 @@ class DeviceRunner:
       batch.size,
       decodes_only=not prefills,
       tells_prompts=_tells_prompts(prefills),
+      has_adapters=self._adapters is not None
+      and any(chunk.adapter for chunk in batch.chunks),
     )
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
@@ -282,15 +298,19 @@ class DeviceRunner:
       for chunk in batch.samplers
       if chunk.setup is not None
     )
-    tells = self._programs.layouts[size].tells(buffer)
+    layout = self._programs.layouts[size]
+    for slot, adapter in batch.loads:
+      assert self._adapters is not None
+      self._adapters.put(slot, adapter.matrices)
     self._step(
       _InPipeline(
         buffer,
         batch.size,
         not prefills,
         True,
-        tells,
+        layout.tells(buffer),
         _tells_prompts(prefills),
+        layout.has_adapters,
         tuple(setups),
         batch.copies,
       )
@@ -298,7 +318,7 @@ class DeviceRunner:
     return Pending(
       batch.samplers,
       self._num_steps + self.num_stages - 2,
-      self._programs.layouts[size].split(buffer),
+      layout.split(buffer),
     )
 
   def mask(self, pending: Pending, masks: Mapping[int, np.ndarray]) -> None:
@@ -409,6 +429,8 @@ class DeviceRunner:
       raise errors.EngineDeadError('a step failed on one of several hosts')
     with settings.own():
       self._start()
+      if self._adapters is not None:
+        self._adapters.start()
 
   def update_params(self, params: Params) -> None:
     """Replaces the weights by live ones of the same shapes and dtypes.
@@ -452,14 +474,17 @@ class DeviceRunner:
       max(stage.num_tokens for stage in self._stages),
       decodes_only=all(stage.decodes_only for stage in self._stages),
       tells_prompts=self._stages[-1].tells_prompts,
+      has_adapters=any(stage.has_adapters for stage in self._stages),
     )
+    layout = self._programs.layouts[size]
     ints = entering.buffer
     if self.num_stages > 1:
-      buffers = np.zeros(
-        (self.num_stages, self._programs.layouts[size].size), np.int32
-      )
+      buffers = np.zeros((self.num_stages, layout.size), np.int32)
       for row, stage in zip(buffers, self._stages, strict=True):
-        row[: len(stage.buffer)] = stage.buffer
+        buffer = stage.buffer
+        if layout.has_adapters and not stage.has_adapters:
+          buffer = layout.widened(buffer)
+        row[: len(buffer)] = buffer
       ints = buffers.ravel()
     # Not earlier: batches between may be of those who had the slots before.
     for setup in self._stages[-1].setups:
@@ -475,7 +500,7 @@ class DeviceRunner:
         if tells:
           told.copy_to_host_async()
       self._outputs[self._num_steps] = _Output(
-        self._programs.layouts[size], output, told if tells else None
+        layout, output, told if tells else None
       )
     self._num_steps += 1
     asked = self._asked.pop(self._num_steps - 1, None)
@@ -526,11 +551,12 @@ class DeviceRunner:
         return self._compute(program, ints)
     # The call itself moves the integers to where the program wants them:
     # jax.device_put would take as long as the rest of the call.
+    leaves = self._leaves
+    if self._adapters is not None and self._programs.has_adapters(program):
+      leaves = leaves + self._adapters.leaves
     with jax.transfer_guard_host_to_device('allow'):
       outputs: tuple[jax.Array, jax.Array]
-      self._state, outputs = self._programs[program](
-        self._leaves, self._state, ints
-      )
+      self._state, outputs = self._programs[program](leaves, self._state, ints)
     return outputs
 
 
@@ -560,18 +586,3 @@ def _temp_bytes(
   if not stats or config.num_pages or config.kv_cache_gib:
     return 0
   return trial.temp_bytes(trial.pages_per_seq) + trial.state_bytes
-
-
-def _init_state(
-  shapes: state_lib.DeviceState, num_pages: int, page_bytes: int
-) -> state_lib.DeviceState:
-  try:
-    return jax.block_until_ready(state_lib.init(shapes))
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    raise errors.ConfigError(
-      f'num_pages={num_pages}: {num_pages * page_bytes / kv_cache.GIB:.3g} '
-      'GiB of KV cache are more than the device has free; lower num_pages or '
-      'kv_cache_gib.'
-    ) from error

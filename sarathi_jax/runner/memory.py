@@ -15,6 +15,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import page_groups
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adapters
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -39,6 +40,7 @@ class MemoryPlan:
     problem: why there is no room for the cache; '' if there is.
     windows: of the groups of layers.
     chunk: the most tokens of a step.
+    adapters: the room for LoRA adapters.
   """
 
   usable: int | None
@@ -53,6 +55,7 @@ class MemoryPlan:
   problem: str = ''
   windows: page_groups.Windows = page_groups.ONE_GROUP
   chunk: int = 1
+  adapters: int = 0
 
   @property
   def kv_cache(self) -> int:
@@ -73,6 +76,7 @@ class MemoryPlan:
     pages = self._pages(self.max_model_len, self.chunk)
     return (
       self.weights
+      + self.adapters
       + self.state
       + self.temporaries
       + pages * self.page
@@ -108,6 +112,8 @@ def check_weights(
   Call it before any are read. What else is needed is known later.
   """
   needed = placement.bytes_of(placement.shapes(model, mesh, layout))
+  if (slots := adapters.slots_of(config)) is not None:
+    needed += placement.bytes_of(adapters.shapes(model, mesh, layout, slots))
   for device in mesh.local_devices:
     stats = device.memory_stats()
     if stats is None:  # A CPU's, which can't tell.
@@ -162,11 +168,11 @@ def plan(
   parallelism = mesh_lib.parallelism_of(mesh)
   context = config.max_model_len or model.context_len
   weights = placement.bytes_of(programs.weights)
-  state = programs.state_bytes
+  state, room = programs.state_bytes, programs.adapter_bytes
   stats = (
     None
     if device_bytes is None
-    else {'bytes_limit': device_bytes, 'bytes_in_use': weights + state}
+    else {'bytes_limit': device_bytes, 'bytes_in_use': weights + room + state}
   )
   problem = ''
   groups = kv_cache.groups_of(model, config, parallelism)
@@ -185,6 +191,7 @@ def plan(
   return MemoryPlan(
     usable=usable,
     weights=weights,
+    adapters=room,
     state=state,
     temporaries=temporaries,
     page=kv_cache.page_bytes(

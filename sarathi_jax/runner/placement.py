@@ -242,7 +242,7 @@ def places(
     def one(path: Any, *leaves: spec.ParamSpec) -> Any:
       names = [tree_lib.joined(of, path) for of in paths]
       parts = map(part, names, leaves, itertools.repeat(layers))
-      return _place(tuple(parts), node, mesh, layout.dtype)
+      return place_of(tuple(parts), node, mesh, layout.dtype)
 
     return jax.tree.map_with_path(one, *specs)
 
@@ -317,7 +317,9 @@ def _is_of_experts(specs: Any) -> bool:
   return leaf.is_of_experts
 
 
-def _place(parts: tuple[Part, ...], node: Node, mesh: Mesh, dtype: Any) -> Any:
+def place_of(
+  parts: tuple[Part, ...], node: Node, mesh: Mesh, dtype: Any
+) -> Any:
   """Returns the Place of parameters side by side, or their node of Places."""
   axes = _axes_of(parts[0].spec)
   assert all(_axes_of(part.spec) == axes for part in parts)
@@ -374,11 +376,13 @@ def shapes(
   model: model_config_lib.ModelConfig, mesh: Mesh, layout: Layout
 ) -> Params:
   """Returns the parameters on the mesh as ShapeDtypeStruct, for compiling."""
-  return jax.tree.map(
-    lambda place: jax.ShapeDtypeStruct(
-      place.global_shape, place.dtype, sharding=place.sharding
-    ),
-    places(model, mesh, layout),
+  return jax.tree.map(shape_of, places(model, mesh, layout))
+
+
+def shape_of(place: Place) -> jax.ShapeDtypeStruct:
+  """Returns the array of a place, for compiling."""
+  return jax.ShapeDtypeStruct(
+    place.global_shape, place.dtype, sharding=place.sharding
   )
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import adapters
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import copying
@@ -59,7 +60,8 @@ class StepPrograms:
   the engine compile while it serves.
 
   All programs are called alike, (leaves, state, ints) -> (state, outputs), of
-  which there are two, see `step.stage_step`.
+  which there are two, see `step.stage_step`. Steps for batches with adapters
+  have these among their leaves, behind the weights.
   Callers, here or on other hosts, need only a program's number and its
   integers. Beside the steps there are `SET_UP` and `COPY`, whose integers are
   `adjusting.message` and `copying.messages` and whose outputs are empty, and
@@ -80,6 +82,8 @@ class StepPrograms:
       after the largest, -> the layout of its batches.
     pages_per_seq: P.
     weights: the weights on the mesh, as ShapeDtypeStruct.
+    slots: the room for adapters; None if there is none.
+    adapters: these on the mesh, as ShapeDtypeStruct; nothing if there is none.
   """
 
   def __init__(
@@ -146,6 +150,17 @@ class StepPrograms:
           self.layouts[number] = dataclasses.replace(
             self.layouts[n], decodes_only=True
           )
+    self.slots = adapters.slots_of(config)
+    self.adapters: list[Any] = []
+    # What is added to a program's number for the same one with adapters.
+    self._adapted = 0
+    if self.slots is not None:
+      self.adapters = adapters.shapes(model, mesh, layout, self.slots)
+      self._adapted = max(self.layouts) + 1
+      self.layouts |= {
+        number + self._adapted: dataclasses.replace(one, has_adapters=True)
+        for number, one in self.layouts.items()
+      }
     self._model = model
     self._mesh = mesh
     self._dtype = layout.dtype
@@ -183,6 +198,11 @@ class StepPrograms:
     )
 
   @property
+  def adapter_bytes(self) -> int:
+    """The bytes of a device that adapters take."""
+    return placement.bytes_of(self.adapters)
+
+  @property
   def state_bytes(self) -> int:
     """The bytes of a device that the state takes beside the cache."""
     return placement.bytes_of(dataclasses.replace(self.state_shapes(1), kv=[]))
@@ -203,13 +223,16 @@ class StepPrograms:
     layout = self.layouts[size]
     state = self.state_shapes(num_pages)
     leaves, treedef = jax.tree.flatten(self.weights)
+    added, of_added = jax.tree.flatten(self._added(size))
+    num, leaves = len(leaves), leaves + added
     spec = self._spec(size, state)
 
     def run(leaves: Any, state: state_lib.DeviceState, ints: Any) -> Any:
       # Flat leaves: walking the tree of weights each step costs milliseconds.
       return step.step(
         spec,
-        jax.tree.unflatten(treedef, leaves),
+        jax.tree.unflatten(treedef, leaves[:num])
+        | jax.tree.unflatten(of_added, leaves[num:]),
         state,
         ints.reshape(self._num_stages, layout.size),
       )
@@ -220,6 +243,14 @@ class StepPrograms:
       sharding=mesh_lib.on(self._mesh),
     )
     return jax.jit(run, donate_argnames='state').lower(leaves, state, ints)
+
+  def _added(self, size: int) -> dict[str, Any]:
+    """Returns what a program has beside the weights, by name."""
+    return {'adapters': self.adapters} if self.has_adapters(size) else {}
+
+  def has_adapters(self, size: int) -> bool:
+    """Whether a program is a step for batches with adapters."""
+    return size in self.layouts and self.layouts[size].has_adapters
 
   def _lower_set_up(self, num_pages: int) -> Any:
     def set_up(state: state_lib.DeviceState, ints: Any) -> Any:
@@ -365,10 +396,18 @@ class StepPrograms:
 
   def temp_bytes(self, num_pages: int) -> int:
     """Returns bytes of a device that any program needs; see `extra_bytes`."""
+    largest = self.sizes[-1]
     return max(
       extra_bytes(self.lower(n, num_pages).compile())
-      for n in (self.sizes[-1], *self.others)
+      for n in (largest, *self.others)
+      if n < self._adapted or n == largest + self._adapted or not self._adapted
     )
+
+  def with_others(self, sizes: Collection[int]) -> tuple[int, ...]:
+    """Returns the numbers of what is to be compiled beside steps of sizes."""
+    left_out = set(self.sizes) - set(sizes)
+    left_out |= {size + self._adapted for size in left_out}
+    return tuple(n for n in (*sizes, *self.others) if n not in left_out)
 
   def size_for(
     self,
@@ -376,6 +415,7 @@ class StepPrograms:
     *,
     decodes_only: bool = False,
     tells_prompts: bool = False,
+    has_adapters: bool = False,
   ) -> int:
     """Returns the number of the smallest step that holds so many tokens.
 
@@ -383,15 +423,19 @@ class StepPrograms:
       num_tokens: of a batch.
       decodes_only: whether it has no chunks of prefills.
       tells_prompts: whether the step is to tell of prompts.
+      has_adapters: whether it has sequences with adapters. Where rows must not
+        depend on others, all steps are of that kind, if any is.
     """
+    added = self._adapted * (has_adapters or self._deterministic)
     sizes = self.sizes[bisect.bisect_left(self.sizes, num_tokens) :]
     if decodes_only:
-      return self._of_decodes.get(sizes[0], sizes[0])
-    return next(
+      return self._of_decodes.get(sizes[0], sizes[0]) + added
+    return added + next(
       size
       for size in (*sizes, *self.others)
       if size in self.layouts
       and not self.layouts[size].decodes_only
+      and not self.layouts[size].has_adapters
       and self.layouts[size].tells_prompts >= tells_prompts
     )
 
@@ -399,6 +443,7 @@ class StepPrograms:
     return self._steps[size]
 
   def _spec(self, size: int, state: state_lib.DeviceState) -> step.StepSpec:
+    added = self._added(size)
     return step.StepSpec(
       self._model,
       self._mesh,
@@ -408,7 +453,8 @@ class StepPrograms:
       self._dtype,
       self._deterministic,
       self._groups,
-      *jax.tree.map(lambda leaf: leaf.sharding, (self.weights, state)),
+      self.slots if added else None,
+      *jax.tree.map(lambda leaf: leaf.sharding, (self.weights | added, state)),
     )
 
   def _facts(
@@ -421,7 +467,7 @@ class StepPrograms:
       if size in self.layouts
       else (size, self._model, self._deterministic),
       state,
-      self.weights,
+      self.weights | self._added(size),
       sorted((options or {}).items()),
     )
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import kv_cache
@@ -134,3 +135,21 @@ def init(shapes: DeviceState) -> DeviceState:
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes
   )
   return state
+
+
+def take(shapes: DeviceState, num_pages: int, page_bytes: int) -> DeviceState:
+  """Makes a state as `init` does.
+
+  Raises:
+    ConfigError: the device has no memory for so many pages, of so many bytes.
+  """
+  try:
+    return jax.block_until_ready(init(shapes))
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise errors.ConfigError(
+      f'num_pages={num_pages}: {num_pages * page_bytes / kv_cache.GIB:.3g} '
+      'GiB of KV cache are more than the device has free; lower num_pages or '
+      'kv_cache_gib.'
+    ) from error

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sarathi_jax import models
+from sarathi_jax.models import adapters as adapters_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import kinds as kinds_lib
 from sarathi_jax.models import layer_groups
@@ -67,7 +68,8 @@ class StepSpec:
     dtype: that the model computes in.
     deterministic: whether no row's bits depend on the others.
     groups: of the layers.
-    weights: the sharding of each array of the weights.
+    slots: the room for adapters, if the step has any.
+    weights: the sharding of each array of the weights, and of the adapters.
     state: the sharding of each array of the state.
   """
 
@@ -79,6 +81,7 @@ class StepSpec:
   dtype: Any
   deterministic: bool
   groups: layer_groups.LayerGroups
+  slots: adapters_lib.Slots | None
   weights: Any
   state: state_lib.DeviceState
 
@@ -135,7 +138,8 @@ def stage_step(
 
   Args:
     spec: what is fixed when the step is compiled.
-    params: the device's part of the weights.
+    params: the device's part of the weights, and in a step with adapters, by
+      that name, of these: of each layer, see `models.adapters`.
     state: the device's part: the pages of its stage's layers, and its columns
       of what the stage before handed on; donated.
     buffers: the batch at each stage, see `batch.BatchLayout`; zeros where a
@@ -149,9 +153,9 @@ def stage_step(
   hidden, last_tokens = state.hidden, state.slots.last_tokens
   shards = mesh_lib.shards_of(spec.mesh)
   stage = 0 if shards.pp is None else lax.axis_index(shards.pp)
-  layers = params['layers']
+  layers, added = params['layers'], params.get('adapters')
   if shards.pp is not None:
-    layers = jax.tree.map(lambda leaf: leaf[0], layers)
+    layers, added = jax.tree.map(lambda leaf: leaf[0], (layers, added))
   mine, leaving = (layout.split(buffers[i]) for i in (stage, -1))
   row, positions = _places_of_tokens(layout, mine)
   tokens = jnp.where(
@@ -161,15 +165,20 @@ def stage_step(
   if hidden is not None:
     before = _whole(hidden[: layout.num_tokens], shards)
     x = jnp.where(stage == 0, x, before)
+  # Only rows that are sampled from leave the last stage. If it is the only one,
+  # its last layer already leaves the other rows out.
+  is_early = hidden is None and layout.num_samples < layout.num_tokens
+  if added is not None:
+    assert spec.slots is not None
+    chosen = mine.adapters[row]
+    rows = (chosen, chosen[leaving.sample_tokens]) if is_early else (chosen,)
+    layers = adapters_lib.applied(layers, added, rows, spec.slots)
   run = functools.partial(
     _run_layers,
     spec,
     layers,
     _contexts(spec, state.kv, mine, row, positions, shards),
   )
-  # Only rows that are sampled from leave the last stage. If it is the only one,
-  # its last layer already leaves the other rows out.
-  is_early = hidden is None and layout.num_samples < layout.num_tokens
   num_whole = len(layers) - is_early
   x, kv = run(slice(num_whole), state.kv, x)
   if is_early:

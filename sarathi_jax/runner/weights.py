@@ -54,7 +54,19 @@ def load(
   Returns:
     The parameters, shaped as `places`.
   """
-  leaves, treedef = jax.tree.flatten(placement.places(model, mesh, layout))
+  places = placement.places(model, mesh, layout)
+  return load_places(places, read, old=old, on_loaded=on_loaded)
+
+
+def load_places(
+  places: Any,
+  read: params_reader.Read,
+  *,
+  old: list[Any] | None = None,
+  on_loaded: OnLoaded = lambda done, total: None,
+) -> Any:
+  """Reads each device's part of what lies at `places`, a tree; see `load`."""
+  leaves, treedef = jax.tree.flatten(places)
   done = 0
 
   def one(i: int) -> jax.Array:

@@ -14,6 +14,7 @@ from sarathi_jax import types
 from sarathi_jax.scheduler import grouped
 from sarathi_jax.scheduler import pages as pages_lib
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import urgency
 
 Sequence = sequence.Sequence
 
@@ -30,6 +31,36 @@ def num_own_pages(
     num_groups: of layers.
   """
   return (pool.num_for(num) - len(seq.tokens) // pool.page_size) * num_groups
+
+
+def begin_all(
+  chunks: list[types.Chunk],
+  seqs: list[Sequence],
+  running: list[Sequence],
+  pool: pages_lib.PagePool,
+  step: int,
+  num_groups: int,
+) -> tuple[types.Fork, ...]:
+  """Begins the forks of the prefills that end.
+
+  Args:
+    chunks: of the batch.
+    seqs: their sequences, to which it adds the forks.
+    running: all that run, by urgency, to which it adds them, too.
+    pool, step, num_groups: see `begin`.
+  """
+  forks = []
+  for row in reversed(range(len(chunks))):
+    if not chunks[row].is_prefill:
+      break  # Prefills come last.
+    if chunks[row].samples and seqs[row].forks:
+      for fork in seqs[row].forks:
+        chunk = begin(fork, seqs[row], pool, step, num_groups)
+        forks.append(types.Fork(row, chunk))
+        urgency.insert(running, fork)
+        seqs.append(fork)
+      seqs[row].forks = []
+  return tuple(forks)
 
 
 def begin(
@@ -88,6 +119,7 @@ def begin(
     fork.request.sampling,
     setup,
     rope_len=fork.rope_len,
+    adapter=fork.adapter_slot,
   )
 
 

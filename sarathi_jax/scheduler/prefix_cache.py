@@ -327,16 +327,19 @@ class PrefixCache:
     )
 
   def _namespace(self, request: types.Request) -> str:
-    if self._dynamic_rope_len is None:
-      return request.cache_salt
-    rope_len = self._extras(request).get('rope_len')
-    return request.cache_salt + (f' rope_len={rope_len}' if rope_len else '')
+    """Returns what tells a request's pages apart, for routers."""
+    extras = self._extras(request)
+    return request.cache_salt + ''.join(
+      f' {name}={value}' for name, value in extras.items() if name != 'salt'
+    )
 
   def _extras(self, request: types.Request) -> dict[str, str | int]:
     """Returns what sets a request's pages apart from others' of its tokens."""
     extras: dict[str, str | int] = {}
     if request.cache_salt:
       extras['salt'] = request.cache_salt
+    if (adapter := request.adapter) is not None:
+      extras |= {'adapter': adapter.name, 'generation': adapter.generation}
     if (rope_len := self._dynamic_rope_len) is None:
       return extras
     # Up to this length positions are rotated alike.

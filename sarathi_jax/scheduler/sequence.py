@@ -48,6 +48,7 @@ class Sequence:
     slot: its row on the device while it runs, else -1.
     is_set_up: whether a chunk of it told the device what `setup` has, since
       it has its slot.
+    adapter_slot: see `types.Chunk.adapter`, while it runs.
     forks: the sequences that begin where its prefill ends; they run when it
       does, and have slots, but are in no queue.
     pages: its pages of the cache, in order; see `grouped` where layers form
@@ -97,6 +98,7 @@ class Sequence:
   num_prefilled: int = 0
   slot: int = -1
   is_set_up: bool = False
+  adapter_slot: int = 0
   forks: list[Sequence] = dataclasses.field(default_factory=list)
   pages: list[int] = dataclasses.field(default_factory=list)
   num_behind: list[int] = dataclasses.field(default_factory=list)

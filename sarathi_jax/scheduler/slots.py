@@ -3,6 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from sarathi_jax.scheduler import adapter_slots
+from sarathi_jax.scheduler import sequence
+
+Sequence = sequence.Sequence
+
 
 class Slots:
   """Hands out slots; the first ones to sequences whose logits are adjusted.
@@ -12,9 +19,21 @@ class Slots:
   Args:
     num: how many there are.
     num_adjusted: how many of them, the first ones, have room for adjustments.
+    num_adapters: how many adapters they may have at once.
+
+  Attributes:
+    adapters: the slots of these.
+    may_begin: whether there is a slot for a sequence's adapter; None if none
+      has one.
   """
 
-  def __init__(self, num: int, num_adjusted: int) -> None:
+  def __init__(
+    self, num: int, num_adjusted: int, num_adapters: int = 0
+  ) -> None:
+    self.adapters = adapter_slots.AdapterSlots(num_adapters)
+    self.may_begin: Callable[[Sequence], bool] | None = None
+    if num_adapters:
+      self.may_begin = lambda seq: self.adapters.has_room(seq.request.adapter)
     slots = list(range(num))[::-1]
     self._num_adjusted = num_adjusted
     self._others = slots[: num - num_adjusted]
@@ -24,13 +43,17 @@ class Slots:
     """Returns how many sequences could have a slot."""
     return len(self._adjusted) + (0 if is_adjusted else len(self._others))
 
-  def take(self, *, is_adjusted: bool) -> int:
-    """Returns a slot that was free."""
-    if is_adjusted or not self._others:
-      return self._adjusted.pop()
-    return self._others.pop()
+  def give(self, seq: Sequence) -> None:
+    """Gives a sequence a slot that was free, and its adapter's."""
+    is_adjusted = seq.setup is not None
+    first = is_adjusted or not self._others
+    seq.slot = (self._adjusted if first else self._others).pop()
+    seq.is_set_up = False
+    seq.adapter_slot = self.adapters.take(seq.request.adapter)
 
-  def give_back(self, slot: int) -> None:
-    """Frees a slot."""
-    is_adjusted = slot < self._num_adjusted
-    (self._adjusted if is_adjusted else self._others).append(slot)
+  def take_back(self, seq: Sequence) -> None:
+    """Frees a sequence's slot."""
+    is_adjusted = seq.slot < self._num_adjusted
+    (self._adjusted if is_adjusted else self._others).append(seq.slot)
+    self.adapters.give_back(seq.adapter_slot)
+    seq.slot = -1

@@ -8,11 +8,13 @@ that came first. So where all are equal, it is first come, first served.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 import operator
 
 from sarathi_jax.scheduler import sequence
 
+# Whether a sequence may go now; None: any may.
+MayGo = Callable[[sequence.Sequence], bool] | None
 _URGENCY = operator.attrgetter('urgency')
 
 
@@ -29,12 +31,18 @@ def insert(
 
 
 def first_arrived(
-  queue: MutableSequence[sequence.Sequence], now: float
+  queue: MutableSequence[sequence.Sequence],
+  now: float,
+  may_go: MayGo = None,
 ) -> sequence.Sequence | None:
-  """Returns the most urgent sequence that has arrived; None if none has.
+  """Returns the most urgent sequence that has arrived, of those that may go.
 
-  The queue must not be empty.
+  Returns None if none has. The queue must not be empty.
   """
+  if may_go is not None:
+    return next(
+      (s for s in queue if s.request.arrival_time <= now and may_go(s)), None
+    )
   first = queue[0]
   if first.request.arrival_time <= now:
     return first
@@ -44,16 +52,16 @@ def first_arrived(
 
 
 def first_turn(
-  queue: Iterable[sequence.Sequence], now: float
+  queue: Iterable[sequence.Sequence], now: float, may_go: MayGo = None
 ) -> Iterator[sequence.Sequence]:
   """Yields the most urgent ones that have arrived, of one priority and client.
 
-  They end where another client's turn is.
+  They end where another client's turn is. Those that may not go are left out.
   """
   turn = None
   for seq in queue:
     request = seq.request
-    if request.arrival_time > now:
+    if request.arrival_time > now or (may_go and not may_go(seq)):
       continue
     of = request.priority, request.tenant, request.client
     if of != (turn := turn or of):

@@ -214,6 +214,7 @@ class Frontend:
     priority: int = 0,
     tier: str = types.TIERS[0],
     cache_salt: str = '',
+    adapter: str | None = None,
     caller: Caller,
     protocol: str,
     size: int | None = None,
@@ -226,6 +227,7 @@ class Frontend:
       request_id: the request's id; None for one of the frontend's making.
       priority, tier: see `types.Request`.
       cache_salt: see `types.Request`; beside `caller.cache_scope`.
+      adapter: the name of one; None for the model as it is.
       caller: who asks.
       protocol: the protocol's name, for logs.
       size: bytes that the prompt came in, where that is known; else the
@@ -233,6 +235,7 @@ class Frontend:
 
     Raises:
       InvalidRequestError: the request can't be served.
+      NotFoundError: there is no such adapter.
       ForbiddenError: the caller may not ask for this priority.
       CapacityError: too many wait, or the reader is too slow.
       DeadlineError: the request can't be served in time.
@@ -268,6 +271,7 @@ class Frontend:
       cache_salt=f'{caller.cache_scope} {cache_salt}'
       if caller.cache_scope or cache_salt
       else '',
+      adapter=self.engine.adapters.find(adapter),
       key=str(next(self._keys)),
       deadline=(None if caller.timeout_s is None else now + caller.timeout_s),
     )

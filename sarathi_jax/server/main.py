@@ -65,12 +65,14 @@ def define_flags() -> None:
   )
   server_flags.define_server_flags()
   engine_flags.define_engine_flags()
+  engine_flags.define_adapter_flags()
 
 
 def main(arguments: list[str]) -> None:
   _choose_checkpoint(arguments)
   config = server_flags.server_config_from_flags()
   engine_config = engine_flags.engine_config_from_flags()
+  adapters = engine_flags.adapters_from_flags()
   leader = _join(engine_config)
 
   # Not on top: a flag that is wrong or a port in use is told at once.
@@ -83,6 +85,7 @@ def main(arguments: list[str]) -> None:
       engine_config,
       end=leader,
       model_name=FLAGS.served_model_name,
+      adapters=adapters,
       **engine_flags.loading_from_flags(),
     )
 

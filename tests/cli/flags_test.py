@@ -36,6 +36,8 @@ VALUES = dict(
   prefix_cache=False,
   prefix_cache_misses=True,
   cache_aware_window=8,
+  max_loras=3,
+  max_lora_rank=24,
   short_prompt_share=0.5,
   tbt_slo_ms=50.0,
   ttft_slo_ms=700.0,
@@ -277,3 +279,18 @@ def test_a_flag_that_is_an_object(value: str) -> None:
   assert parser.parse('{"regex": "a"}') == {'regex': 'a'}
   with pytest.raises(ValueError):  # absl names the flag.
     parser.parse(value)
+
+
+def test_adapters_have_names():
+  with absl_flags.defined(flags.define_adapter_flags):
+    absl_flags.parse('--cache_dir=')
+    assert flags.adapters_from_flags() == {}
+    absl_flags.parse('--cache_dir=', '--lora_modules=a=/x=y,b=org/name')
+    assert flags.adapters_from_flags() == {'a': '/x=y', 'b': 'org/name'}
+    for text in ('a', 'a=', '=x', 'a=x,a=y'):
+      absl_flags.parse('--cache_dir=', f'--lora_modules={text}')
+      with pytest.raises(errors.ConfigError, match=r'lora_modules=.*NAME=PATH'):
+        flags.adapters_from_flags()
+    absl_flags.parse('--cache_dir=', '--lora_modules=a=x', '--distributed')
+    with pytest.raises(errors.ConfigError, match="several hosts can't serve"):
+      flags.adapters_from_flags()

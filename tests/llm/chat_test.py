@@ -62,8 +62,8 @@ def test_tools_and_reasoning(
   text = '<think>Hm.</think><tool_call>{"name": "now"}</tool_call>'
   generate = llm.generate
 
-  def say(*args: Any) -> list[types.Completion]:
-    return [dataclasses.replace(d, text=text) for d in generate(*args)]
+  def say(*args: Any, **named: Any) -> list[types.Completion]:
+    return [dataclasses.replace(d, text=text) for d in generate(*args, **named)]
 
   monkeypatch.setattr(llm, 'generate', say)
   (done,) = llm.chat(

@@ -33,6 +33,7 @@ def make_llm(cache_dir, tmp_path_factory):
     *,
     tokenizer: Any = words,
     default_sampling: Any = None,
+    adapters: Any = None,
     **fields: Any,
   ) -> llm_lib.LLM:
     return llm_lib.LLM(
@@ -41,6 +42,7 @@ def make_llm(cache_dir, tmp_path_factory):
       tokenizer=tokenizer,
       eos_token_ids=(),
       default_sampling=default_sampling,
+      adapters=adapters,
       config=tiny.engine_config(compilation_cache_dir=cache_dir, **fields),
     )
 

@@ -137,6 +137,7 @@ EXPECTED = batch_lib.BatchArrays(
     top_p=[1, 0.25, 1, 1],
     min_p=[0, 0, 0, 0],
   ),
+  adapters=None,
 )
 
 
@@ -152,6 +153,19 @@ def assert_equal(
 
 def test_a_hybrid_batch_by_hand(builder):
   assert_equal(build(builder, A, B, C), EXPECTED)
+
+
+def test_adapters_are_a_row_where_steps_have_any(builder):
+  """And a batch without any is the same but for that row."""
+  wide = dataclasses.replace(LAYOUT, has_adapters=True)
+  chunks = A._replace(adapter=2), B, C._replace(adapter=1)
+  got = build(builder, *chunks, layout=wide)
+  np.testing.assert_array_equal(got.adapters, [2, 0, 1, 0])
+  assert_equal(got._replace(adapters=None), EXPECTED)
+  np.testing.assert_array_equal(
+    wide.widened(builder.build(batch(A, B, C), LAYOUT)),
+    builder.build(batch(A, B, C), wide),
+  )
 
 
 def test_several_tokens_of_a_sequence_are_sampled(builder):
@@ -344,17 +358,22 @@ def test_parameters_beyond_32_bits_are_as_good_as_the_largest(builder):
   num_rows=st.integers(1, 9),
   num_samples=st.integers(1, 9),
   pages_per_seq=st.integers(1, 9),
+  has_adapters=st.booleans(),
 )
 def test_fields_tile_the_buffer(
-  num_tokens, num_rows, num_samples, pages_per_seq
+  num_tokens, num_rows, num_samples, pages_per_seq, has_adapters
 ):
   layout = batch_lib.BatchLayout(
-    num_tokens, num_rows, num_samples, pages_per_seq
+    num_tokens,
+    num_rows,
+    num_samples,
+    pages_per_seq,
+    has_adapters=has_adapters,
   )
   buffer = np.arange(layout.size, dtype=np.int32)
   fields = layout.split(buffer)
   np.testing.assert_array_equal(
-    np.concatenate([np.ravel(f) for f in fields]), buffer
+    np.concatenate([np.ravel(f) for f in fields if f is not None]), buffer
   )
   assert fields.tokens.shape == (num_tokens,)
   assert fields.page_indices.shape == (num_rows, pages_per_seq)

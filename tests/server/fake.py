@@ -95,6 +95,7 @@ def make_engine(
   model_name: str = 'counting',
   default_sampling: Mapping[str, Any] | None = None,
   vocab_size: int = VOCAB_SIZE,
+  adapters: Mapping[str, Any] | None = None,
   **changes: Any,
 ) -> engine_lib.Engine:
   """An engine of 64 pages of 4 tokens; `changes` are to SchedulerConfig."""
@@ -105,6 +106,7 @@ def make_engine(
       'max_model_len': 128,
       'num_pages': 64,
       'page_size': 4,
+      'max_loras': len(adapters or ()) or None,
       **changes,
     }
   )
@@ -120,6 +122,7 @@ def make_engine(
     scheduler_lib.policy_class('sarathi')(config),
     runner(vocab_size, config.max_num_seqs),
     info=info,
+    adapters=adapters or {},
     tokenizer=(
       None
       if tokenizer_folder is None

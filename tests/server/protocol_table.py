@@ -25,6 +25,7 @@ from sarathi_jax import llm as llm_lib
 from sarathi_jax import offline
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.in_process import requests
 from sarathi_jax.server import open_inference_pb2 as oip
 from sarathi_jax.server import open_inference_pb2_grpc as oip_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
@@ -87,7 +88,8 @@ def served() -> Iterator[Served]:
   with tempfile.TemporaryDirectory() as name:
     folder = http_client.write_tokenizer(pathlib.Path(name))
     (folder / 'chat_template.jinja').write_text(TEMPLATE)
-    with behind_smg.serve(folder, http_port=0) as (running, smg):
+    engine: dict[str, Any] = {'adapters': {'tuned': {}}}
+    with behind_smg.serve(folder, http_port=0, engine=engine) as (running, smg):
       seen: list[types.Request] = []
       add = running.engine.add
 
@@ -101,7 +103,7 @@ def served() -> Iterator[Served]:
         http_client.Client.of(running),
         smg,
         seen,
-        fake.make_engine(tokenizer_folder=folder),
+        fake.make_engine(tokenizer_folder=folder, **engine),
       )
 
 
@@ -143,6 +145,11 @@ def rows() -> tuple[Row, ...]:
     Row('priority', 3, lambda r: r.priority == 3),
     Row('tier', 'batch', lambda r: r.tier == 'batch'),
     Row('cache_salt', 's', lambda r: r.cache_salt.endswith('s')),
+    Row(
+      'adapter',
+      'tuned',
+      lambda r: r.adapter is not None and r.adapter.name == 'tuned',
+    ),
     Row('client', 'ann', lambda r: r.client.endswith('ann')),
     *itertools.starmap(_sampling, sampling_fields.EXAMPLES.items()),
   )
@@ -168,11 +175,18 @@ def _with_prompt(fields: dict[str, Any]) -> dict[str, Any]:
 def _llm(served: Served, fields: dict[str, Any]) -> None:
   sampling, others = _split(_with_prompt(fields))
   llm = object.__new__(llm_lib.LLM)
-  llm.engine, llm._ids = served.engine, itertools.count()
+  llm.engine = served.engine
   params = types.SamplingParams(**sampling)
+  adapter = others.pop('adapter', None)
 
-  def generate(prompts: Any, sampling: Any) -> list[types.Completion]:
-    served.seen.extend(llm._requests(prompts, sampling))
+  def generate(
+    prompts: Any, sampling: Any, adapter: str | None = None
+  ) -> list[types.Completion]:
+    served.seen.extend(
+      requests.make(
+        served.engine, itertools.count(), prompts, sampling, adapter
+      )
+    )
     return []
 
   prompt = next(others.pop(name) for name in _PROMPTS if name in others)
@@ -180,7 +194,7 @@ def _llm(served: Served, fields: dict[str, Any]) -> None:
   if 'messages' not in fields:
     if others:
       raise NoFieldError
-    llm.generate([prompt], params)
+    llm.generate([prompt], params, adapter=adapter)
     return
   with contextlib.suppress(ValueError):  # there are no completions
     llm.chat(prompt, params, **others)
@@ -228,8 +242,9 @@ def _body(path: str, fields: dict[str, Any]) -> dict[str, Any]:
     if 'prompt_token_ids' in body:
       body['prompt'] = body.pop('prompt_token_ids')
     body.setdefault('prompt', 't1 t2')
-  if 'client' in body:
-    body['user'] = body.pop('client')
+  for ours, theirs in (('client', 'user'), ('adapter', 'model')):
+    if ours in body:
+      body[theirs] = body.pop(ours)
   return {'max_tokens': 4, **body}
 
 
@@ -308,7 +323,7 @@ def _vllm(served: Served, fields: dict[str, Any]) -> None:
 def _open_inference(served: Served, fields: dict[str, Any]) -> None:
   sampling, others = _split(_with_prompt(fields))
   metadata = _client(others)
-  request = oip.ModelInferRequest(model_name='counting')
+  request = oip.ModelInferRequest(model_name=others.pop('adapter', 'counting'))
   if 'prompt' in others:
     text = others.pop('prompt').encode()
     request.inputs.add(
@@ -387,10 +402,11 @@ each protocol and looks at what came to the engine; a test sends all again.
 `taken`: it is no error, and seen in answers alone.
 
 Names are those of `SamplingParams` and of `sarathi_jax.offline`. For our HTTP,
-`logprobs` of chats is `top_logprobs`, token ids are a `prompt`, and `client` is
-`user`; `request_id` is its header `x-request-id`, in batch files `custom_id`.
-Over gRPC, `client` is the metadata `x-client-id`. The `id` of Open Inference is
-given back, and names no request; `n` is for its ModelStreamInfer.
+`logprobs` of chats is `top_logprobs`, token ids are a `prompt`, `client` is
+`user`, and `adapter` is the `model`, as for Open Inference; `request_id` is its
+header `x-request-id`, in batch files `custom_id`. Over gRPC, `client` is the
+metadata `x-client-id`. The `id` of Open Inference is given back, and names no
+request; `n` is for its ModelStreamInfer.
 """
 
 

@@ -49,7 +49,7 @@ class Answer:
       'id': form.prefix + request_id,
       'object': form.piece if call.asked.stream else form.whole,
       'created': int(time.time()),
-      'model': engine.info.model_name,
+      'model': call.asked.adapter or engine.info.model_name,
     }
     self.usage: dict[str, Any] = {
       'prompt_tokens': 0,

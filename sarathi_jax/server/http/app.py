@@ -165,21 +165,26 @@ async def _health(frontend: frontend_lib.Frontend, exchange: Exchange) -> None:
   )
 
 
-def _described(info: engine_lib.EngineInfo, started: int) -> dict[str, Any]:
-  return {
-    'id': info.model_name,
+def _described(
+  info: engine_lib.EngineInfo, started: int, adapter: str | None = None
+) -> dict[str, Any]:
+  """Describes the model, or an adapter, whose parent it is; as vLLM does."""
+  described = {
+    'id': adapter or info.model_name,
     'object': 'model',
     'created': started,
     'owned_by': 'sarathi_jax',
     'max_model_len': info.max_model_len,
   }
+  return described | ({'parent': info.model_name} if adapter else {})
 
 
 async def _models(
   frontend: frontend_lib.Frontend, started: int, exchange: Exchange
 ) -> None:
   info = frontend.engine.info
-  await exchange.reply({'object': 'list', 'data': [_described(info, started)]})
+  data = [_described(info, started, name) for name in (None, *info.adapters)]
+  await exchange.reply({'object': 'list', 'data': data})
 
 
 async def _model(
@@ -187,5 +192,5 @@ async def _model(
 ) -> None:
   info = frontend.engine.info
   exchange.names.add('model')
-  fields.check_model(exchange.path_params['name'], info)
-  await exchange.reply(_described(info, started))
+  adapter = fields.adapter_of(exchange.path_params['name'], info)
+  await exchange.reply(_described(info, started, adapter))

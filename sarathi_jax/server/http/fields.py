@@ -108,6 +108,7 @@ class Asked(NamedTuple):
     token_ids: whether the answer has the token ids of prompts and output.
     user: who the client calls for.
     priority, tier, cache_salt: see `types.Request`.
+    adapter: the name of one, which is then the model's; None for the model.
   """
 
   sampling: types.SamplingParams
@@ -118,6 +119,7 @@ class Asked(NamedTuple):
   priority: int
   tier: str
   cache_salt: str
+  adapter: str | None
 
 
 def read(
@@ -162,7 +164,7 @@ def read(
       )
     else:
       raise unknown(name, value)
-  check_model(own.get('model'), info)
+  adapter = adapter_of(own.get('model'), info)
   if 'max_completion_tokens' in own:
     _check_once(body, 'max_tokens', 'max_completion_tokens')
     sampling['max_tokens'] = own['max_completion_tokens']
@@ -199,6 +201,7 @@ def read(
     own.get('priority', 0),
     own.get('tier', types.TIERS[0]),
     own.get('cache_salt', ''),
+    adapter,
   ), {name: value for name, value in own.items() if name in form}
 
 
@@ -218,12 +221,21 @@ def unknown(name: str, value: Any) -> errors.UnsupportedError:
   )
 
 
-def check_model(name: str | None, info: engine_lib.EngineInfo) -> None:
-  """Raises NotFoundError for a model that is not here; None is the one."""
+def adapter_of(name: str | None, info: engine_lib.EngineInfo) -> str | None:
+  """Returns the adapter that a model's name means; None for the model itself.
+
+  Raises:
+    NotFoundError: neither has this name; None is the model.
+  """
+  if name in info.adapters:
+    return name
   if name not in (None, info.model_name):
+    served = ', '.join(map(repr, (info.model_name, *info.adapters)))
     raise errors.NotFoundError(
-      f'model={errors.shown(name)}: is not served here; {info.model_name!r} is.'
+      f'model={errors.shown(name)}: is not served here; {served} '
+      f'{"are" if info.adapters else "is"}.'
     )
+  return None
 
 
 def is_token_ids(value: Any) -> bool:

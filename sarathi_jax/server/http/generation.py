@@ -122,6 +122,7 @@ class _Answer:
       priority=asked.priority,
       tier=asked.tier,
       cache_salt=asked.cache_salt,
+      adapter=asked.adapter,
       caller=self._caller,
       protocol=self._form.protocol,
       size=self._size,

@@ -157,7 +157,7 @@ def _read(
     if value is not None:
       fields.check(name, value, known[name])
       own[name] = value
-  fields.check_model(own.get('model'), engine.info)
+  fields.adapter_of(own.get('model'), engine.info)  # or there is none
   return own
 
 

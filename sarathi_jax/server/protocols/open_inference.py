@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -19,6 +20,7 @@ import sarathi_jax
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
 from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import open_inference_pb2 as pb
 from sarathi_jax.server import open_inference_pb2_grpc
@@ -102,7 +104,7 @@ class OpenInferenceService(
   ) -> pb.ModelMetadataResponse:
     async with status.reported(context):
       self._check_model(request.name, request.version)
-      return describe.metadata(self._frontend.engine.info)
+      return describe.metadata(self._named(request.name))
 
   async def ModelConfig(
     self, request: pb.ModelConfigRequest, context: Context
@@ -110,7 +112,7 @@ class OpenInferenceService(
     async with status.reported(context):
       self._check_model(request.name, request.version)
       return pb.ModelConfigResponse(
-        config=describe.config(self._frontend.engine.info)
+        config=describe.config(self._named(request.name))
       )
 
   async def ModelStatistics(
@@ -130,12 +132,14 @@ class OpenInferenceService(
       frontend = self._frontend
       response = pb.RepositoryIndexResponse()
       if frontend.is_serving or not request.ready:
-        response.models.add(
-          name=frontend.engine.info.model_name,
-          version=describe.VERSION,
-          state='READY' if frontend.is_serving else 'UNAVAILABLE',
-          reason='' if frontend.is_serving else frontend.state.value,
-        )
+        info = frontend.engine.info
+        for name in (info.model_name, *info.adapters):
+          response.models.add(
+            name=name,
+            version=describe.VERSION,
+            state='READY' if frontend.is_serving else 'UNAVAILABLE',
+            reason='' if frontend.is_serving else frontend.state.value,
+          )
       return response
 
   async def ModelInfer(
@@ -247,18 +251,29 @@ class OpenInferenceService(
       call.prompt,
       sampling,
       priority=call.priority,
+      adapter=self._adapter_of(call.request.model_name),
       caller=caller,
       protocol=NAME,
     )
 
   def _check_model(self, name: str, version: str) -> None:
-    served = self._frontend.engine.info.model_name
-    if name != served or version not in ('', describe.VERSION):
+    info = self._frontend.engine.info
+    served = (info.model_name, *info.adapters)
+    if name not in served or version not in ('', describe.VERSION):
       raise errors.NotFoundError(
         f'model={errors.shown(name)}, version={errors.shown(version)}: is '
-        'not served here; '
-        f'{served!r} is, version {describe.VERSION!r}.'
+        f'not served here; {", ".join(map(repr, served))} '
+        f'{"are" if info.adapters else "is"}, version {describe.VERSION!r}.'
       )
+
+  def _adapter_of(self, model_name: str) -> str | None:
+    """Returns the adapter that a known name means; None for the model."""
+    info = self._frontend.engine.info
+    return None if model_name == info.model_name else model_name
+
+  def _named(self, name: str) -> engine_lib.EngineInfo:
+    """Returns what is served, by a known name."""
+    return dataclasses.replace(self._frontend.engine.info, model_name=name)
 
   async def _response(
     self, call: _Call, delta: types.OutputDelta

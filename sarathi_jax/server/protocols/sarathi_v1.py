@@ -80,6 +80,7 @@ class SarathiService(sarathi_pb2_grpc.SarathiServicer):
         priority=request.priority,
         tier=request.tier or types.TIERS[0],
         cache_salt=request.cache_salt,
+        adapter=request.adapter if request.HasField('adapter') else None,
         caller=caller.of(context),
         protocol=NAME,
       ) as stream:

@@ -102,6 +102,8 @@ class RequestLog:
         'prompt_tokens': len(request.prompt_token_ids),
         'priority': request.priority,
       }
+      if request.adapter is not None:
+        line['adapter'] = request.adapter.name
     if ended.last is not None and ended.last.metrics is not None:
       line |= {
         name: round(value, 6)
