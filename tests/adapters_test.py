@@ -22,6 +22,8 @@ from sarathi_jax import types
 from sarathi_jax.models import adapters as adapters_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
+from sarathi_jax.models import quantization
+from sarathi_jax.models import quantized
 from sarathi_jax.models import tree
 from sarathi_jax.runner import device_runner
 from sarathi_jax.runner import memory
@@ -309,3 +311,49 @@ def test_what_it_takes_is_counted() -> None:
     device_bytes=None,
   )
   assert got.adapters == held
+
+
+@pytest.mark.parametrize(
+  ('codes', 'layout'),
+  [
+    ('int4', MERGED),
+    pytest.param('int8', LIVE, marks=pytest.mark.slow),
+  ],
+)
+def test_quantized_matrices_have_adapters(
+  codes: str, layout: placement.Layout
+) -> None:
+  """Whose sums are not rounded; so has one that is kept as it is."""
+  model = dataclasses.replace(
+    MODEL,
+    quantization=quantization.Quantization(
+      codes=codes, kept=('layers.0.attn.q',)
+    ),
+  )
+  whole = jax.tree.map(
+    lambda leaf, spec: (
+      quantized.dequantize(leaf, F32)[: spec.shape[0]]
+      if isinstance(leaf, quantized.Quantized)
+      else leaf
+    ),
+    models.quantize(model, make_params()),
+    models.param_specs(MODEL),
+    is_leaf=lambda leaf: isinstance(leaf, quantized.Quantized),
+  )
+  asked = [r for r in requests() if r.sampling.temperature == 0][:6]
+  got, _ = run(
+    make_runner(layout=layout, model=model, most=MAX_SEQS), asked=asked
+  )
+  recompute = {
+    name: naive.recompute(MODEL, merged(name, whole))
+    for name in ('', *ADAPTERS)
+  }
+  of = {r.request_id: r.adapter for r in naive.apart(asked)}
+  naive.assert_same(
+    got,
+    {
+      r.request_id: recompute[r.adapter.name if r.adapter else ''](r)
+      for r in naive.apart(asked)
+    },
+  )
+  assert len(set(of.values())) == 3

@@ -32,6 +32,11 @@ class Adapters:
     """Their names, in the order of their loading."""
     return tuple(self._named)
 
+  @property
+  def loaded(self) -> tuple[types.Adapter, ...]:
+    """All, in the order of their loading."""
+    return tuple(self._named.values())
+
   def find(self, name: str | None) -> types.Adapter | None:
     """Returns an adapter; None for the model as it is.
 

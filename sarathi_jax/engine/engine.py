@@ -389,6 +389,10 @@ class Engine:
     now = self.clock()
     return [state.request_state(live.seq, now) for live in self._live.values()]
 
+  def adapter_states(self) -> list[state.AdapterState]:
+    """Returns how much each adapter is used, in the order of their loading."""
+    return state.adapter_states(self._scheduler, self.adapters)
+
   def stats(self) -> state.EngineStats:
     """Returns the load at this moment."""
     return state.engine_stats(

@@ -29,6 +29,7 @@ class EngineInfo:
       open, where they differ from its own defaults; see `sampling`.
     grammars: whether outputs may follow some (structured outputs).
     adapters: names of LoRA adapters that requests may ask for.
+    max_loras: the most of them in a step; None: there is no room for any.
   """
 
   model_name: str = ''
@@ -45,6 +46,7 @@ class EngineInfo:
   default_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   grammars: bool = True
   adapters: tuple[str, ...] = ()
+  max_loras: int | None = None
 
   @classmethod
   def of(cls, config: config_lib.SchedulerConfig, **others: Any) -> EngineInfo:

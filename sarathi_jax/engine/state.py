@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
+from sarathi_jax.engine import adapters as adapters_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.scheduler import sequence
 
@@ -78,6 +80,21 @@ class RequestState:
   age_s: float
 
 
+class AdapterState(NamedTuple):
+  """How much an adapter is used.
+
+  Attributes:
+    name, generation: see `types.Adapter`.
+    num_running: outputs that run with it.
+    num_waiting: outputs that wait, in the engine.
+  """
+
+  name: str
+  generation: int
+  num_running: int
+  num_waiting: int
+
+
 class Observer(Protocol):
   """Is told what an engine does, on the engine's thread: it must be quick.
 
@@ -136,6 +153,27 @@ def engine_stats(
     tbt_p50_s=metrics.tbt_s.quantile(0.5),
     tbt_p99_s=metrics.tbt_s.quantile(0.99),
   )
+
+
+def adapter_states(
+  scheduler: scheduler_lib.Scheduler, adapters: adapters_lib.Adapters
+) -> list[AdapterState]:
+  """Returns how much each adapter is used, in the order of their loading.
+
+  What was unloaded is left out, though requests may have it yet.
+  """
+  running, waiting = (
+    collections.Counter(
+      adapter
+      for seq in seqs
+      for adapter in [seq.request.adapter] * (1 + len(seq.forks))
+    )
+    for seqs in (scheduler.running, scheduler.waiting)
+  )
+  return [
+    AdapterState(a.name, a.generation, running[a], waiting[a])
+    for a in adapters.loaded
+  ]
 
 
 def request_state(seq: sequence.Sequence, now: float) -> RequestState:

@@ -99,6 +99,9 @@ def main(arguments: list[str]) -> None:
 
     return jax.profiler
 
+  def read_adapter(name: str, path: str) -> Any:
+    return llm().adapters.read(name, path)
+
   hooks = control_v1.Hooks(
     load_weights=lambda path: llm().open_weights(
       path, **engine_flags.loading_from_flags()
@@ -106,6 +109,7 @@ def main(arguments: list[str]) -> None:
     update_weights=lambda opened: llm().load_weights(opened),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
+    read_adapter=read_adapter,
     num_compiled=lambda: llm().num_compiled,
   )
   # The first of several processes tells the others how it ends.

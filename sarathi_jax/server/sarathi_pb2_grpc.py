@@ -289,6 +289,21 @@ class ControlStub:
                 request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/sarathi.v1.Control/LoadAdapter',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/sarathi.v1.Control/UnloadAdapter',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/sarathi.v1.Control/ListAdapters',
+                request_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -362,6 +377,27 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Lets requests ask for a LoRA adapter from now on. No step is compiled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Forgets an adapter; requests that have it keep it until they end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """The adapters that are loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -409,6 +445,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.ListRequests,
                     request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.FromString,
                     response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -655,6 +706,87 @@ class Control:
             '/sarathi.v1.Control/ListRequests',
             sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsRequest.SerializeToString,
             sarathi__jax_dot_server_dot_sarathi__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/LoadAdapter',
+            sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/UnloadAdapter',
+            sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sarathi.v1.Control/ListAdapters',
+            sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersRequest.SerializeToString,
+            sarathi__jax_dot_server_dot_sarathi__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,6 +25,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from sarathi_jax import errors
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import adapters
 from sarathi_jax.server import background
 from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import frontend as frontend_lib
@@ -122,6 +123,7 @@ class Server:
     self.frontend = frontend_lib.Frontend(
       self._engine_thread, config.limits, self.telemetry.observers
     )
+    self._loader = adapters.Loader(self.frontend, self._hooks.read_adapter)
     self._journal = (
       kv_journal.KvJournal(
         self._engine_thread,
@@ -181,7 +183,11 @@ class Server:
       services[control_v1.NAME] = adder(
         sarathi_pb2_grpc.add_ControlServicer_to_server,
         control_v1.ControlService(
-          self.frontend, self._hooks, self._set_draining, self._config.trace_dir
+          self.frontend,
+          self._hooks,
+          self._loader,
+          self._set_draining,
+          self._config.trace_dir,
         ),
       )
     return services
@@ -220,7 +226,8 @@ class Server:
     if self._config.http_port is not None:
       from sarathi_jax.server.http import listener  # takes 0.1 s to load
 
-      self._http = listener.Listener(self._config, self.frontend)
+      loader = self._loader if self._config.serves_control else None
+      self._http = listener.Listener(self._config, self.frontend, loader)
       self.http_port = self._http.port
       self._http.start()
       self.watch.add(self._http.as_background)

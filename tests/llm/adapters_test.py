@@ -218,3 +218,27 @@ def test_there_is_room_for_what_is_there_at_the_start() -> None:
   ):
     with pytest.raises(errors.ConfigError, match=says):
       config(**fields)
+
+
+@pytest.mark.slow
+def test_a_hundred_come_and_go(adapted, params) -> None:
+  """Of few names, in one slot; each output is that of its adapter alone."""
+  rng = np.random.default_rng(0)
+  expected = [
+    greedy(merged(params, arrays(seed)), PROMPTS[:1])[0] for seed in range(4)
+  ]
+  loaded: dict[str, int] = {}
+  with tiny.count_compiles() as compiled:
+    for _ in range(100):
+      name, seed = 'abc'[rng.integers(3)], int(rng.integers(4))
+      adapted.load_adapter(name, arrays(seed))
+      loaded[name] = seed
+      asked = [str(name) for name in rng.choice(list(loaded), 3)]
+      got = adapted.generate(PROMPTS[:1] * 3, GREEDY, adapter=asked)
+      assert common.tokens_of(got) == [expected[loaded[n]] for n in asked]
+      if len(loaded) == 3:
+        adapted.unload_adapter(name)
+        del loaded[name]
+  assert not compiled
+  for name in loaded:
+    adapted.unload_adapter(name)

@@ -4,6 +4,7 @@
 POST /v1/chat/completions   POST /v1/completions
 GET  /v1/models             GET  /v1/models/NAME
 POST /tokenize              POST /detokenize
+POST /v1/load_lora_adapter  POST /v1/unload_lora_adapter   administrators' own
 GET  /health                the one that needs no token
 """
 
@@ -24,8 +25,10 @@ from starlette import routing
 from starlette import types as asgi
 
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import adapters as adapters_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server.guard import auth
+from sarathi_jax.server.http import adapters as adapters_of_http
 from sarathi_jax.server.http import chat
 from sarathi_jax.server.http import completions
 from sarathi_jax.server.http import errors as http_errors
@@ -43,13 +46,16 @@ _TOKEN = 'token'  # of a scope: the token that a request came with
 
 
 def make(
-  frontend: frontend_lib.Frontend, tokens: auth.Tokens | None
+  frontend: frontend_lib.Frontend,
+  tokens: auth.Tokens | None,
+  loader: adapters_lib.Loader | None = None,
 ) -> asgi.ASGIApp:
   """Makes the application.
 
   Args:
     frontend: serves.
     tokens: those that let clients in; None: everyone may.
+    loader: of adapters, for administrators; None: nobody may load any.
   """
 
   def generate(form: forms.Form) -> _Answer:
@@ -77,6 +83,11 @@ def make(
       functools.partial(tokens_lib.detokenize, frontend),
     ),
     ('GET', '/health', functools.partial(_health, frontend)),
+    *(
+      ('POST', path, functools.partial(change, frontend, loader))
+      for path, change in adapters_of_http.CHANGES.items()
+      if loader is not None
+    ),
   )
   app = applications.Starlette(
     routes=[

@@ -15,6 +15,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
   (errors.NotFoundError, 404),
   (errors.ForbiddenError, 403),
   (errors.InvalidRequestError, 400),
+  (errors.ConfigError, 400),  # adapters
   (errors.CapacityError, 429),
   (errors.DeadlineError, 504),
   (errors.StepError, 500),

@@ -110,6 +110,11 @@ class Exchange:
     """The id that the client gave its request, if it did."""
     return self.headers.get(REQUEST_ID) or None
 
+  @property
+  def is_admin(self) -> bool:
+    """Whether an administrator asks; without tokens, whoever does is one."""
+    return self._token is None or self._token.is_admin
+
   def caller(self, user: str = '') -> frontend_lib.Caller:
     """Returns who asks; `user` tells apart clients that call for others."""
     host = self._client[0] if self._client else ''

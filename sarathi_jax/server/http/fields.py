@@ -205,6 +205,18 @@ def read(
   ), {name: value for name, value in own.items() if name in form}
 
 
+def only(body: Mapping[str, Any], known: Mapping[str, Kind]) -> dict[str, Any]:
+  """Returns the fields of a body that has no others; null is not said."""
+  own = {}
+  for name, value in body.items():
+    if name not in known:
+      raise unknown(name, value)
+    if value is not None:
+      check(name, value, known[name])
+      own[name] = value
+  return own
+
+
 def check(name: str, value: Any, kind: Kind) -> None:
   """Raises InvalidRequestError if a value is not of its kind."""
   if not kind.holds(value):

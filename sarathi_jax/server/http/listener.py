@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from sarathi_jax import errors
+from sarathi_jax.server import adapters as adapters_lib
 from sarathi_jax.server import background
 from sarathi_jax.server import config as config_lib
 from sarathi_jax.server import frontend as frontend_lib
@@ -45,7 +46,10 @@ class Listener:
   """
 
   def __init__(
-    self, config: config_lib.ServerConfig, frontend: frontend_lib.Frontend
+    self,
+    config: config_lib.ServerConfig,
+    frontend: frontend_lib.Frontend,
+    loader: adapters_lib.Loader | None = None,
   ) -> None:
     assert config.http_port is not None
     tokens = (
@@ -55,7 +59,7 @@ class Listener:
     self._contexts = None if config.tls is None else tls.contexts(config.tls)
     self._socket = _bind(config.host, config.http_port)
     self.port: int = self._socket.getsockname()[1]
-    self._app = app_lib.make(frontend, tokens)
+    self._app = app_lib.make(frontend, tokens, loader)
     self._server: uvicorn.Server | None = None
     self._task: asyncio.Task[None] | None = None
 

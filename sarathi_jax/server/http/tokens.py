@@ -150,13 +150,7 @@ def _read(
   known: Mapping[str, fields.Kind],
   engine: engine_lib.Engine,
 ) -> dict[str, Any]:
-  own = {}
-  for name, value in body.items():
-    if name not in known:
-      raise fields.unknown(name, value)
-    if value is not None:
-      fields.check(name, value, known[name])
-      own[name] = value
+  own = fields.only(body, known)
   fields.adapter_of(own.get('model'), engine.info)  # or there is none
   return own
 

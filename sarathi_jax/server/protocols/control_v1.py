@@ -23,6 +23,7 @@ from sarathi_jax import types
 from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.server import adapters as adapters_lib
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server import sarathi_pb2 as pb
 from sarathi_jax.server import sarathi_pb2_grpc
@@ -56,6 +57,7 @@ class Hooks:
     start_profile: begins to record the device into a folder.
     stop_profile: ends the recording.
     num_compiled: counts the programs compiled so far.
+    read_adapter: reads a LoRA adapter of a name and a path; any thread.
   """
 
   load_weights: Callable[[str], Any] | None = None
@@ -63,6 +65,7 @@ class Hooks:
   start_profile: Callable[[str], None] | None = None
   stop_profile: Callable[[], None] | None = None
   num_compiled: Callable[[], int] | None = None
+  read_adapter: adapters_lib.Read | None = None
 
 
 class ControlService(sarathi_pb2_grpc.ControlServicer):
@@ -71,6 +74,7 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
   Args:
     frontend: admits requests and reaches the engine.
     hooks: what the model can do.
+    loader: of adapters.
     set_draining: tells health and the frontend that the server drains.
     trace_dir: where profiles go; None to refuse them.
   """
@@ -79,12 +83,14 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
     self,
     frontend: frontend_lib.Frontend,
     hooks: Hooks,
+    loader: adapters_lib.Loader,
     set_draining: Callable[[bool], None],
     trace_dir: pathlib.Path | None,
   ) -> None:
     self._frontend = frontend
     self._thread = frontend.engine_thread
     self._hooks = hooks
+    self._loader = loader
     self._set_draining = set_draining
     self._trace_dir = trace_dir
     self._updating = asyncio.Lock()
@@ -215,6 +221,34 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
           pb.RequestState(**{n: getattr(s, n) for n in _REQUEST_STATE})
           for s in states
         ]
+      )
+
+  async def LoadAdapter(
+    self, request: pb.LoadAdapterRequest, context: Context
+  ) -> pb.LoadAdapterResponse:
+    async with self._checked(context):
+      await self._loader.load(
+        request.name,
+        request.path,
+        replace=request.replace,
+        fields=('name', 'path'),
+      )
+      return pb.LoadAdapterResponse()
+
+  async def UnloadAdapter(
+    self, request: pb.UnloadAdapterRequest, context: Context
+  ) -> pb.UnloadAdapterResponse:
+    async with self._checked(context):
+      await self._loader.unload(request.name)
+      return pb.UnloadAdapterResponse()
+
+  async def ListAdapters(
+    self, request: pb.ListAdaptersRequest, context: Context
+  ) -> pb.ListAdaptersResponse:
+    async with self._checked(context):
+      states = await self._thread.call(lambda engine: engine.adapter_states())
+      return pb.ListAdaptersResponse(
+        adapters=[pb.Adapter(**one._asdict()) for one in states]
       )
 
   @contextlib.asynccontextmanager

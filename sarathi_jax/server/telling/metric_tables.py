@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sarathi_jax.engine import engine as engine_lib
@@ -50,6 +50,7 @@ class Snapshot(NamedTuple):
   stats: state.EngineStats
   info: engine_lib.EngineInfo
   needed_tbt_s: float | None  # that can be held; None without a target
+  adapters: Sequence[state.AdapterState]
 
 
 class Value(NamedTuple):

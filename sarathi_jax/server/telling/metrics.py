@@ -177,6 +177,22 @@ class Collector(registry_lib.Collector):
       block_size=str(info.page_size),
       num_gpu_blocks=str(info.num_pages),
     )
+    if info.max_loras:
+      # As vLLM has it: names in labels, and the time, by which the last one is
+      # known of all that were ever told.
+      running, waiting = (
+        ','.join(one.name for one in snapshot.adapters if getattr(one, field))
+        for field in ('num_running', 'num_waiting')
+      )
+      yield self._gauge(
+        'lora_requests_info',
+        'Adapters of running and of waiting requests, and since when.',
+        time.time(),
+        model_name=model,
+        max_lora=str(info.max_loras),
+        running_lora_adapters=running,
+        waiting_lora_adapters=waiting,
+      )
     for histogram in tables.HISTOGRAMS:
       yield self._histogram(histogram, getattr(totals, histogram.field), model)
 
@@ -239,6 +255,7 @@ def _snapshot(engine: engine_lib.Engine) -> tables.Snapshot:
     engine.stats(),
     engine.info,
     None if engine.pace is None else engine.pace.needed_s(engine.clock()),
+    engine.adapter_states(),
   )
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads and unloads adapters while the server serves, for administrators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from sarathi_jax import errors
+from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.server import frontend as frontend_lib
+
+# Reads an adapter of a name and a path, any thread; see `LLM.read_adapter`.
+Read = Callable[[str, str], Any]
+
+
+class Loader:
+  """What protocols do with adapters.
+
+  Args:
+    frontend: reaches the engine.
+    read: reads one; None if the model can't.
+  """
+
+  def __init__(
+    self, frontend: frontend_lib.Frontend, read: Read | None
+  ) -> None:
+    self._frontend = frontend
+    self._read = read
+    self._loading = asyncio.Lock()
+
+  async def load(
+    self, name: str, path: str, *, replace: bool, fields: tuple[str, str]
+  ) -> None:
+    """Lets requests name an adapter from now on.
+
+    Args:
+      name: of the adapter.
+      path: a folder of PEFT on this machine, or a hub id.
+      replace: whether there may be one of this name, which is gone then;
+        requests that have it keep it.
+      fields: what clients call the name and the path.
+
+    Raises:
+      InvalidRequestError: one is there, or there is no name or path.
+      ConfigError: it can't be served.
+      UnsupportedError: this server can't read adapters.
+    """
+    if self._read is None:
+      raise errors.UnsupportedError(
+        f"{fields[0]}={errors.shown(name)}: this server can't read adapters."
+      )
+    for field, value in zip(fields, (name, path), strict=True):
+      if not value:
+        raise errors.InvalidRequestError(f"{field}='': must not be empty.")
+    read = self._read
+
+    def check(engine: engine_lib.Engine) -> None:
+      if name in engine.adapters.names and not replace:
+        raise errors.InvalidRequestError(
+          f'{fields[0]}={errors.shown(name)}: is loaded already; unload it, or '
+          'say that it is to be replaced.'
+        )
+
+    async with self._loading:
+      check(self._frontend.engine)  # before it is read
+      matrices = await asyncio.get_running_loop().run_in_executor(
+        None, read, name, path
+      )
+      await self._frontend.engine_thread.call(
+        lambda engine: engine.adapters.load(name, matrices)
+      )
+
+  async def unload(self, name: str) -> None:
+    """Forgets an adapter; requests that have it keep it until they end.
+
+    Raises:
+      NotFoundError: there is none of this name.
+    """
+    await self._frontend.engine_thread.call(
+      lambda engine: engine.adapters.unload(name)
+    )
