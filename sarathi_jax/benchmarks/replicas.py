@@ -129,9 +129,12 @@ async def _find_all(
       return
     if time.monotonic() > end:
       raise common.PeerError(f'smg sends nothing to one of {addresses}')
-    await asyncio.gather(
-      *(ask(gateway, [_user(f'{number} {i}')], 1) for i in range(4))
-    )
+    try:
+      await asyncio.gather(
+        *(ask(gateway, [_user(f'{number} {i}')], 1) for i in range(4))
+      )
+    except open_loop.RequestError:  # It has no tokenizer yet.
+      await asyncio.sleep(0.1)
 
 
 def num_finished(address: str) -> int:

@@ -393,8 +393,12 @@ class Engine:
     """Returns how much each adapter is used, in the order of their loading."""
     return state.adapter_states(self._scheduler, self.adapters)
 
+  def load(self) -> state.Load:
+    """Returns what routers go by, at this moment."""
+    return state.load(self._scheduler, self.metrics)
+
   def stats(self) -> state.EngineStats:
-    """Returns the load at this moment."""
+    """Returns all that is known of the load at this moment."""
     return state.engine_stats(
       self._scheduler,
       self.metrics,

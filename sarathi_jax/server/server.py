@@ -42,6 +42,7 @@ from sarathi_jax.server.protocols import open_inference
 from sarathi_jax.server.protocols import sarathi_v1
 from sarathi_jax.server.protocols import vllm_cache
 from sarathi_jax.server.protocols import vllm_engine
+from sarathi_jax.server.protocols import vllm_loads
 from sarathi_jax.server.queue import delivery
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
 from sarathi_jax.server.telling import kv_journal
@@ -158,6 +159,7 @@ class Server:
     def adder(add: Any, service: Any) -> Callable[[grpc.aio.Server], None]:
       return lambda server: add(service, server)
 
+    loads = vllm_loads.Loads(self.frontend)
     services = {
       sarathi_v1.NAME: adder(
         sarathi_pb2_grpc.add_SarathiServicer_to_server,
@@ -170,8 +172,10 @@ class Server:
           vllm_cache.CacheCalls(
             self.frontend,
             self._journal,
+            loads,
             may_flush=self._config.serves_control,
           ),
+          loads,
         ),
       ),
       open_inference.NAME: adder(

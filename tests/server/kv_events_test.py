@@ -94,6 +94,56 @@ def test_loads_tell_how_much_is_found() -> None:
       assert load.cache_hit_rate == pytest.approx(expected)
 
 
+def test_a_router_is_told_of_the_load_as_it_changes() -> None:
+  runners: list[fake.GatedRunner] = []
+
+  def make(*args: Any) -> fake.GatedRunner:
+    runners.append(fake.GatedRunner(*args))
+    return runners[0]
+
+  with (
+    kv_router.serving(dict(runner=make, max_num_seqs=1)) as running,
+    kv_router.following(running) as follower,
+  ):
+    calls = [
+      running.generate(token_ids=PROMPT, sampling={'max_tokens': 1})
+      for _ in range(3)
+    ]
+    running.wait_until_open(3)
+
+    def load_is(num_running: int, num_waiting: int) -> bool:
+      load = follower.router.load
+      return (load.running_requests, load.waiting_requests) == (
+        num_running,
+        num_waiting,
+      )
+
+    runners[0].let(1)
+    fake.wait_until(lambda: load_is(1, 1) or load_is(1, 2))
+    assert follower.router.load.max_running_requests == 1
+    runners[0].open()
+    for call in calls:
+      list(call)
+    fake.wait_until(lambda: load_is(0, 0))
+    load = follower.router.load
+    (asked,) = kv_router.stub_of(running).GetLoads(pb.GetLoadsRequest()).loads
+    assert load.cache_hit_rate == asked.cache_hit_rate == 20 / 33
+    assert load.token_usage == asked.token_usage
+    assert load.max_total_num_tokens == asked.max_total_num_tokens > 0
+    seen = load.sample  # It tells so much although nothing happens.
+    fake.wait_until(lambda: follower.router.load.sample > seen)
+
+
+def test_who_reads_an_end_goes_on_from_pages_that_are_told() -> None:
+  with kv_router.serving() as running, kv_router.following(running) as follower:
+    journal = running.server._journal
+    assert journal is not None
+    follower.catch_up()
+    for first in range(20):
+      kv_router.generate(running, [first] * (PAGE - 1), max_tokens=2)
+      assert len(journal._view.pages()) == first + 1
+
+
 def test_a_large_cache_comes_in_parts() -> None:
   with kv_router.serving(dict(num_pages=2**12, max_model_len=2**13)) as running:
     for first in range(3):
@@ -132,12 +182,16 @@ def test_who_reads_too_slowly_is_ended_and_holds_up_nobody() -> None:
     other.catch_up()
     tokens = array.array('i', [2**30] * size).tobytes()  # 5 KiB of a message
 
+    load = running.engine.load()
+
     async def come_and_go(first: int) -> None:
       pages = [
         page_log.Stored(i.to_bytes(8, 'big') * 4, None, tokens, '')
         for i in range(first, first + 100)
       ]
-      journal.add([*pages, *(page_log.Removed(page.key) for page in pages)])
+      journal.add(
+        [*pages, *(page_log.Removed(page.key) for page in pages)], load
+      )
 
     for first in range(1, 4001, 100):  # 20 MiB
       running.run(come_and_go(first))

@@ -10,6 +10,7 @@ import random
 import pytest
 
 from sarathi_jax import errors
+from sarathi_jax.engine import state
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.scheduler import pages as pages_lib
 from sarathi_jax.scheduler import prefixes
@@ -17,6 +18,7 @@ from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.telling import kv_journal
 
 ROOT = prefixes.root()
+IDLE = state.Load(0, 0, 9, 0, 0, 0)
 
 
 def stored(tokens: Sequence[int], namespace: str = '') -> page_log.Stored:
@@ -113,9 +115,9 @@ class FakeThread:
     self._there = list(there)
 
   async def follow_pages(
-    self, tell: Callable[[list[page_log.Event]], None]
+    self, tell: Callable[[list[page_log.Event], state.Load], None]
   ) -> None:
-    tell(self._there)
+    tell(self._there, IDLE)
 
 
 def make(
@@ -135,7 +137,9 @@ def test_namespaces_are_told_only_to_who_may_know(*, tells_all: bool) -> None:
     expected = (salted, plain) if tells_all else (plain,)
     batch = await anext(stream)
     assert batch.events == (page_log.Cleared(), *expected)
-    journal.add([page_log.Removed(salted.key), page_log.Removed(plain.key)])
+    journal.add(
+      [page_log.Removed(salted.key), page_log.Removed(plain.key)], IDLE
+    )
     assert len((await anext(stream)).events) == len(expected)
     await stream.aclose()
 
@@ -149,7 +153,7 @@ def test_who_falls_behind_is_told_and_costs_nothing() -> None:
     await anext(slow)
     last = (await anext(quick)).sequence
     for i in range(100):
-      journal.add([stored([i])])
+      journal.add([stored([i])], IDLE)
       assert (await anext(quick)).sequence == last + i + 1
     assert len(journal._history) == 8
     with pytest.raises(errors.MissedError, match='max_kv_history=8'):
@@ -171,14 +175,53 @@ def test_who_falls_behind_is_told_and_costs_nothing() -> None:
   asyncio.run(follow())
 
 
+def test_the_load_is_told_with_pages_or_when_it_moves(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  async def follow() -> None:
+    journal = make()
+    stream = journal.follow()
+    first = await anext(stream)
+
+    async def is_told() -> bool:
+      told = asyncio.ensure_future(anext(stream))
+      await asyncio.sleep(0.05)
+      if not told.done():
+        journal.add([stored([9])], IDLE)
+        assert (await told).events
+        journal.add([page_log.Removed(stored([9]).key)], IDLE)
+        assert (await anext(stream)).events
+        return False
+      batch = told.result()
+      assert not batch.events and batch.sequence == last
+      return True
+
+    last = first.sequence
+    busy = IDLE._replace(num_running=1)
+    journal.add([], busy)
+    journal.add([], busy._replace(num_waiting=3))
+    assert await is_told()  # Once, of both.
+    journal.add([], busy._replace(num_waiting=3, num_generated=7))
+    assert not await is_told()  # Tokens alone are no news.
+    assert not await is_told()
+    last = journal._sequence
+    monkeypatch.setattr(kv_journal, '_SILENCE_S', 0.01)
+    journal.add([], busy)
+    assert await is_told()
+    assert await is_told()  # Though nothing happened.
+    await stream.aclose()
+
+  asyncio.run(follow())
+
+
 def test_batches_are_cut() -> None:
   async def follow() -> None:
     journal = make(*(stored([i]) for i in range(300)), max_kv_history=1000)
     stream = journal.follow()
     parts = [await anext(stream) for _ in range(3)]
     assert [len(batch.events) for batch in parts] == [129, 128, 44]
-    journal.add([page_log.Removed(stored([i]).key) for i in range(300)])
-    journal.add([page_log.Cleared()])  # Nothing was there.
+    journal.add([page_log.Removed(stored([i]).key) for i in range(300)], IDLE)
+    journal.add([page_log.Cleared()], IDLE)  # Nothing was there.
     live = [await anext(stream) for _ in range(3)]
     assert [len(batch.events) for batch in live] == [128, 128, 44]
     sequences = [batch.sequence for batch in parts + live]

@@ -27,8 +27,14 @@ class Router:
     # hash -> (the hash before it, tokens, salt)
     self.pages: dict[int, tuple[int | None, tuple[int, ...], str]] = {}
     self.seen: list[str] = []  # kinds of events
+    self.load = common_pb2.EngineLoad()
 
   def apply(self, message: common_pb2.KvEventBatch) -> None:
+    assert message.load.sample > self.load.sample
+    self.load = message.load
+    if message.load.load_only:
+      assert message.sequence_number == self.last and not message.events
+      return
     if message.HasField('snapshot') and not message.snapshot.index:
       assert message.events[0].WhichOneof('data') == 'cleared'
       self.last = message.sequence_number - 1

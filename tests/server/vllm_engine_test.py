@@ -286,6 +286,7 @@ def test_the_tokenizer_comes_as_a_zip(server: fake.RunningServer) -> None:
   assert not any(chunk.sha256 for chunk in chunks[:-1])
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
     assert 't63' in json.loads(archive.read('tokenizer.json'))['model']['vocab']
+    assert 'model_type' in json.loads(archive.read('config.json'))
 
 
 @pytest.mark.parametrize(

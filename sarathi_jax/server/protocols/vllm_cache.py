@@ -5,8 +5,8 @@ Routers are told as smg's own servicers tell them: a stream begins with a
 snapshot, its batches are numbered without a gap, who asks for what is kept no
 more is told OUT_OF_RANGE, and who reads too slowly DATA_LOSS; then smg asks for
 a snapshot. A page's hash is a name for it. What smg compares with a prompt are
-the tokens: it hashes them itself, under the namespace. Loads are not told here:
-it asks for them by GetLoads. Imports no JAX.
+the tokens: it hashes them itself, under the namespace. The engine's load comes
+with each batch, and in batches of its own. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sarathi_jax import errors
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.server import frontend as frontend_lib
 from sarathi_jax.server.protocols import status
+from sarathi_jax.server.protocols import vllm_loads
 from sarathi_jax.server.telling import kv_journal
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -40,6 +41,7 @@ class CacheCalls:
   Args:
     frontend: reaches the engine.
     journal: what the cache holds; None to tell nobody.
+    loads: tells the engine's load.
     may_flush: whether whoever reaches us, and gets by the tokens, if there are
       any, may have the cache forgotten.
   """
@@ -48,11 +50,13 @@ class CacheCalls:
     self,
     frontend: frontend_lib.Frontend,
     journal: kv_journal.KvJournal | None,
+    loads: vllm_loads.Loads,
     *,
     may_flush: bool,
   ) -> None:
     self._frontend = frontend
     self._journal = journal
+    self._loads = loads
     self._may_flush = may_flush
 
   async def subscribe(
@@ -74,8 +78,14 @@ class CacheCalls:
         async with contextlib.aclosing(
           self._journal.follow(request.start_sequence_number)
         ) as batches:
+          sample = 0
           async for batch in batches:
-            await context.write(message_of(batch, page_size))
+            message = message_of(batch, page_size)
+            if (load := self._journal.load) is not None:
+              sample += 1
+              message.load.CopyFrom(self._loads.record_of(load, sample))
+              message.load.load_only = not batch.events
+            await context.write(message)
       except errors.UnsupportedError as error:  # smg asks no more, then.
         await context.abort(_UNIMPLEMENTED, status.message_of(error))
 

@@ -38,6 +38,7 @@ from sarathi_jax.server.guard import caller
 from sarathi_jax.server.protocols import messages
 from sarathi_jax.server.protocols import status
 from sarathi_jax.server.protocols import vllm_cache
+from sarathi_jax.server.protocols import vllm_loads
 from sarathi_jax.server.queue import outbox
 
 NAME = pb.DESCRIPTOR.services_by_name['VllmEngine'].full_name
@@ -102,16 +103,19 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
   Args:
     frontend: admits requests and reaches the engine.
     cache: serves what is about the cache.
+    loads: tells the engine's load.
   """
 
   def __init__(
-    self, frontend: frontend_lib.Frontend, cache: vllm_cache.CacheCalls
+    self,
+    frontend: frontend_lib.Frontend,
+    cache: vllm_cache.CacheCalls,
+    loads: vllm_loads.Loads,
   ) -> None:
     self._frontend = frontend
     self._cache = cache
+    self._loads = loads
     self._start = time.monotonic()
-    self._last_load = (self._start, 0)  # when, tokens generated until then
-    self._throughput = 0.0
     self._bundling = asyncio.Lock()
     self._bundle: tuple[bytes, str] | None = None  # of the tokenizer
 
@@ -188,31 +192,11 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         raise errors.NotFoundError(
           f'dp_rank={request.dp_rank}: there is one rank, 0.'
         )
-      stats = await self._frontend.stats()
-      info = self._frontend.engine.info
-      num_used = stats.num_pages - stats.num_free_pages
       return pb.GetLoadsResponse(
         timestamp=datetime.datetime.now(datetime.UTC).isoformat(),
         version=sarathi_jax.__version__,
         dp_rank_count=1,
-        loads=[
-          pb.SchedulerLoad(
-            dp_rank=0,
-            num_running_reqs=stats.num_running,
-            num_waiting_reqs=stats.num_waiting,
-            num_total_reqs=stats.num_running + stats.num_waiting,
-            num_used_tokens=info.kv_tokens(num_used),
-            max_total_num_tokens=info.kv_tokens(stats.num_pages),
-            token_usage=num_used / stats.num_pages,
-            gen_throughput=self._measure(stats.num_generated),
-            cache_hit_rate=stats.num_found / max(1, stats.num_looked_up),
-            utilization=stats.num_running / info.max_num_seqs,
-            max_running_requests=info.max_num_seqs,
-            num_waiting_uncached_tokens=(
-              self._frontend.engine_thread.num_queued_tokens
-            ),
-          )
-        ],
+        loads=[await self._loads.ask()],
       )
 
   async def GetTokenizer(
@@ -224,7 +208,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
       async with self._bundling:  # once: it takes a second for large ones
         if self._bundle is None:
           self._bundle = await asyncio.get_running_loop().run_in_executor(
-            None, bundle, self._folder
+            None, bundle, self._folder, self._frontend.engine.info.family
           )
       for chunk in chunks(*self._bundle):
         await context.write(chunk)
@@ -260,15 +244,6 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     return dataclasses.replace(
       who, client=f'{who.tenant}/{match["call"][:_MAX_CALL_CHARS]}'
     )
-
-  def _measure(self, num_generated: int) -> float:
-    """Returns tokens a second since the last call, or the one before."""
-    now = time.monotonic()
-    then, before = self._last_load
-    if now - then >= 1:
-      self._throughput = (num_generated - before) / (now - then)
-      self._last_load = (now, num_generated)
-    return self._throughput
 
 
 async def _write(
@@ -425,8 +400,11 @@ def sampling_of(message: pb.SamplingParams) -> types.SamplingParams:
   return types.SamplingParams.from_dict(fields)
 
 
-def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
+def bundle(folder: pathlib.Path, family: str) -> tuple[bytes, str]:
   """Returns a zip of a checkpoint's tokenizer, and its SHA-256.
+
+  In it is a config, too, which says as much as gateways want to know: without
+  one, smg asks Hugging Face for it, with every chat.
 
   Raises:
     NotFoundError: the checkpoint has no tokenizer.
@@ -438,6 +416,8 @@ def bundle(folder: pathlib.Path) -> tuple[bytes, str]:
         archive.write(folder / name, name)
     if not archive.namelist():
       raise errors.NotFoundError('tokenizer: this model has none.')
+    if 'config.json' not in archive.namelist():
+      archive.writestr('config.json', json.dumps({'model_type': family}))
   zipped = data.getvalue()
   return zipped, hashlib.sha256(zipped).hexdigest()
 

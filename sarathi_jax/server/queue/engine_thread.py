@@ -32,6 +32,7 @@ from absl import logging
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
+from sarathi_jax.engine import state
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.server.queue import admission
 from sarathi_jax.server.queue import delivery
@@ -45,7 +46,7 @@ _STEP_S = 1.0
 _MAX_FAULTS = 3
 
 T = TypeVar('T')
-_OnPages = Callable[[list[page_log.Event]], None]
+_OnPages = Callable[[list[page_log.Event], state.Load], None]
 
 
 class _Command(NamedTuple):
@@ -94,6 +95,7 @@ class EngineThread:
     self._pause = pausing.Pause()
     # Who is told what becomes of pages, if anybody.
     self._on_pages: _OnPages | None = None
+    self._told: state.Load | None = None
     self._num_faults = 0  # steps that failed since one went well
     self._step_began: float | None = None  # the one under way; read by any
     # Not joined at exit: a second signal must not wait for a long step.
@@ -207,6 +209,8 @@ class EngineThread:
   async def follow_pages(self, tell: _OnPages) -> None:
     """Tells what the prefix cache has, and from then on what becomes of it.
 
+    With that, the engine's load is told, and whenever it has changed.
+
     Args:
       tell: called on the event loop; with what is there before this returns.
 
@@ -217,7 +221,8 @@ class EngineThread:
     def begin(engine: engine_lib.Engine) -> None:
       if engine.page_log is None:
         raise errors.UnsupportedError('prefix_cache: is off, or not told of.')
-      delivery.call_on(self._loop, tell, engine.page_log.follow())
+      there = engine.page_log.follow()
+      delivery.call_on(self._loop, tell, there, engine.load())
       self._on_pages = tell
 
     await self.call(begin)
@@ -325,9 +330,11 @@ class EngineThread:
           for delta in self._step(engine):
             self._endings.route(delta)
           self._step_began = None
-          self._streams.flush()
+        # Whoever reads an output's end and goes on from it is to find that
+        # routers know of its pages.
         if self._on_pages is not None:
           self._tell_pages(engine, self._on_pages)
+        self._streams.flush()
         if not engine.has_work:
           self._pause.tell_idle()
           self._waiting.has_room = True
@@ -382,8 +389,10 @@ class EngineThread:
 
   def _tell_pages(self, engine: engine_lib.Engine, tell: _OnPages) -> None:
     assert engine.page_log is not None
-    if events := engine.page_log.take():
-      delivery.call_on(self._loop, tell, events)
+    events, load = engine.page_log.take(), engine.load()
+    if events or load != self._told:
+      self._told = load
+      delivery.call_on(self._loop, tell, events, load)
 
   def _step(self, engine: engine_lib.Engine) -> list[types.OutputDelta]:
     num_steps, busy_s = engine.metrics.num_steps, engine.metrics.busy_s

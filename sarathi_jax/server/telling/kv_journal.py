@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the prefix cache holds, for routers that follow it.
 
+With each change comes the engine's load; and without one, too, when requests
+begin or end, and now and then, as a router takes who says nothing for dead.
+
 The journal is told of each page that can be found, or no more, and tells all
 who follow. They share its history, which is bounded: each has but a place in
 it, and who falls behind its beginning is ended, to start anew from a snapshot.
@@ -23,6 +26,7 @@ import time
 from typing import NamedTuple
 
 from sarathi_jax import errors
+from sarathi_jax.engine import state
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.server.guard import limits as limits_lib
 from sarathi_jax.server.queue import engine_thread as engine_thread_lib
@@ -30,6 +34,7 @@ from sarathi_jax.server.queue import engine_thread as engine_thread_lib
 Event = page_log.Event
 # Making a message of so many holds the event loop for less than a millisecond.
 _MOST_EVENTS = 128
+_SILENCE_S = 1.0  # after which the load is told, though nothing changed
 
 
 class Part(NamedTuple):
@@ -52,7 +57,8 @@ class Batch(NamedTuple):
   Attributes:
     sequence: its number, one more than that of the batch before.
     time: when that was, seconds since the epoch.
-    events: what became of them; a snapshot begins with `Cleared`.
+    events: what became of them; a snapshot begins with `Cleared`. Without any
+      the batch is there for the load, and has the number of the one before.
     part: None unless it is a part of a snapshot.
   """
 
@@ -87,6 +93,7 @@ class KvJournal:
     self._is_closed = False
     self._changed = asyncio.Event()
     self._view = View()
+    self.load: state.Load | None = None  # the engine's; None: nobody follows
     self._history: deque[Batch] = deque()
     self._num_kept = 0  # events of the history
     # Greater than any of a server that was here before: who was told by that
@@ -118,36 +125,49 @@ class KvJournal:
         )
       await asyncio.shield(self._beginning)
       self._check_place(after)
+      told = None if after else self.load  # with the snapshot
       if not after:
         after = self._sequence
         for batch in self._snapshot():
           yield batch
       while True:
         if after < self._sequence:
+          told = self.load
           yield self._after(after)
           after += 1
+        elif _has_moved(told, self.load):
+          told = self.load
+          yield Batch(after, time.time(), ())
         else:
           changed = self._changed
           self._check_open()
-          await changed.wait()
+          try:
+            async with asyncio.timeout(_SILENCE_S):
+              await changed.wait()
+          except TimeoutError:
+            told = None
 
-  def add(self, events: Sequence[Event]) -> None:
-    """Takes in what became of pages, and tells the followers."""
-    told = self._view.take(
-      event
-      for event in events
-      if self._tells_all
-      or not isinstance(event, page_log.Stored)
-      or not event.namespace
+  def add(self, events: Sequence[Event], load: state.Load) -> None:
+    """Takes in what became of pages, and the load; tells the followers."""
+    before, self.load = self.load, load
+    told = tuple(
+      self._view.take(
+        event
+        for event in events
+        if self._tells_all
+        or not isinstance(event, page_log.Stored)
+        or not event.namespace
+      )
     )
     now = time.time()
-    for some in _cut(tuple(told)):
+    for some in _cut(told):
       self._sequence += 1
       self._history.append(Batch(self._sequence, now, some))
       self._num_kept += len(some)
     while self._num_kept > self._limits.max_kv_history:
       self._num_kept -= len(self._history.popleft().events)
-    self._wake()
+    if told or _has_moved(before, load):
+      self._wake()
 
   def close(self) -> None:
     """Ends all who follow, and whoever would."""
@@ -211,6 +231,11 @@ class KvJournal:
         (*cleared, *part),
         Part(place, len(parts), len(pages)),
       )
+
+
+def _has_moved(before: state.Load | None, load: state.Load | None) -> bool:
+  """Says whether requests have begun or ended."""
+  return before is None or load is None or before[:2] != load[:2]
 
 
 def _cut(events: tuple[Event, ...]) -> list[tuple[Event, ...]]:
