@@ -32,10 +32,10 @@ from sarathi_jax.runner import settings
 
 try:
   from tunix.rl.rollout import base_rollout
-except ImportError as error:
+except ModuleNotFoundError as error:
   raise ImportError(
-    'sarathi_jax.integrations.tunix needs google-tunix, which is not there: '
-    'pip install "sarathi-jax[tunix]".'
+    'sarathi_jax.integrations.tunix needs google-tunix with all that it needs, '
+    f'and there is no {error.name}: pip install "sarathi-jax[tunix]".'
   ) from error
 
 # Sequences of the most tokens that the KV cache has room for, if the engine's

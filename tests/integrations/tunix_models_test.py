@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
+import sys
 from typing import Any
 
 import jax
@@ -318,6 +320,14 @@ def test_the_function_is_the_trainers():
 def test_a_config_that_is_not_served_is_refused(name, fields, says):
   with pytest.raises(errors.ConfigError, match=says):
     read(name, **fields)
+
+
+def test_without_tunix_its_user_is_told_what_to_install(monkeypatch):
+  name = 'sarathi_jax.integrations.tunix'
+  monkeypatch.delitem(sys.modules, name, raising=False)
+  monkeypatch.setitem(sys.modules, 'tunix', None)
+  with pytest.raises(ImportError, match=r'pip install "sarathi-jax\[tunix\]"'):
+    importlib.import_module(name)
 
 
 def test_another_model_is_refused():
