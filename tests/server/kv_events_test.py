@@ -347,9 +347,7 @@ def test_a_flush_waits_until_nothing_runs() -> None:
     whole = kv_router.stub_of(running).FlushCache.future(
       common_pb2.FlushCacheRequest()
     )
-    # The engine is asked between two steps.
-    fake.wait_until(lambda: bool(running.server._engine_thread._inbox))
-    runners[0].let(1)
+    fake.step_until_done(whole, runners[0])
     assert not whole.result().success and 'run' in whole.result().message
     whole = kv_router.stub_of(running).FlushCache.future(
       common_pb2.FlushCacheRequest(timeout_s=fake.TIMEOUT_S)
