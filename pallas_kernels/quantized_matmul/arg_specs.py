@@ -120,4 +120,4 @@ KINDS: dict[str, tuple[str, int | None, bool]] = {
   'int4': ('int4', None, False),
   'mxfp4': ('mxfp4', 32, False),
 }
-TOKENS = 1, 16, 32, 64, 512  # of steps
+TOKENS = 16, 32, 64, 512  # of steps: one for each tile
