@@ -72,12 +72,12 @@ class Taken(NamedTuple):
   Attributes:
     tensors: by name.
     told: a line that says what was done, for people.
-    how: matrices are quantized; which are not is not known yet.
+    how: matrices are quantized; which are not is not known yet. None: none is.
   """
 
   tensors: dict[str, safetensors_reader.Tensor]
   told: str
-  how: quantization_lib.Quantization
+  how: quantization_lib.Quantization | None
 
 
 def without_others(

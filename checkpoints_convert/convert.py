@@ -103,6 +103,7 @@ def make_plan(
   sampling_defaults: bool = True,
   quantize: str | None = None,
   quantize_group: int | None = None,
+  keep_mxfp4: bool = False,
   adapter: lora_lib.Adapter | None = None,
 ) -> Plan:
   """Checks everything that can be checked without reading a tensor.
@@ -117,6 +118,7 @@ def make_plan(
       they stay as they are.
     quantize_group: rows that have a scale in common, if they are rounded; None:
       what `Quantization.rounding_to` says.
+    keep_mxfp4: whether matrices in MXFP4 stay so; if not, they become `dtype`.
     adapter: to merge into it.
 
   Raises:
@@ -141,13 +143,8 @@ def make_plan(
     tensors, left_out = nested.take_text(tensors)
   elif num_extra:
     tensors, left_out = extra_layers.drop(tensors, model.num_layers, num_extra)
-  tensors = mxfp4.unpacked(tensors)
-  if scheme is not None:
-    if isinstance(scheme, quantization_config.Packing):
-      taken = packed.take(tensors, scheme, reader)
-    else:
-      taken = quantized.take(tensors, scheme, reader)
-    tensors, left_out = taken.tensors, f'{left_out} {taken.told}'.strip()
+  taken = _take_codes(mxfp4.unpacked(tensors), scheme, reader, keep_mxfp4)
+  tensors, left_out = taken.tensors, f'{left_out} {taken.told}'.strip()
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
   model, tensors = tied.settle(model, tensors, reader, rules)
@@ -157,7 +154,7 @@ def make_plan(
     if leaf.is_factor
   ]
   lost = None
-  if scheme is not None:
+  if taken.how is not None:
     if quantize is not None:
       raise errors.CheckpointError(
         f'quantize={quantize!r}: the checkpoint is quantized already.'
@@ -192,6 +189,22 @@ def make_plan(
   )
 
 
+def _take_codes(
+  tensors: dict[str, safetensors_reader.Tensor],
+  scheme: quantization_config.Scheme | quantization_config.Packing | None,
+  reader: safetensors_reader.Reader,
+  keep_mxfp4: bool,
+) -> coded.Taken:
+  """Returns the tensors with those that are in codes as ours."""
+  if keep_mxfp4:
+    return mxfp4.take(tensors)
+  if scheme is None:
+    return coded.Taken(tensors, '', None)
+  if isinstance(scheme, quantization_config.Packing):
+    return packed.take(tensors, scheme, reader)
+  return quantized.take(tensors, scheme, reader)
+
+
 def convert(
   folder: pathlib.Path,
   target: pathlib.Path,
@@ -203,6 +216,7 @@ def convert(
   allow_nonfinite: bool = False,
   quantize: str | None = None,
   quantize_group: int | None = None,
+  keep_mxfp4: bool = False,
   lora: pathlib.Path | None = None,
   bar: Bar = no_bar,
 ) -> Plan:
@@ -219,7 +233,7 @@ def convert(
     check: whether to read everything back and compare.
     parallelism: of a mesh. Each file then is of one of its devices, which is
       of use where files are far away. Any mesh can load it all the same.
-    sampling_defaults, quantize, quantize_group: see `make_plan`.
+    sampling_defaults, quantize, quantize_group, keep_mxfp4: see `make_plan`.
     allow_nonfinite: whether weights may be NaN or infinite; those that are
       quantized here never may.
     lora: the folder of a LoRA adapter to merge into it, see `lora`.
@@ -249,6 +263,7 @@ def convert(
       sampling_defaults=sampling_defaults,
       quantize=quantize,
       quantize_group=quantize_group,
+      keep_mxfp4=keep_mxfp4,
       adapter=adapter,
     )
     with (
@@ -339,7 +354,8 @@ def _compare_numbers(
   ours = quantized_lib.dequantize(node, np.float32, rows).reshape(rows, -1)
   theirs = np.empty((ours.shape[1], rows), np.float32)
   numbers.read(reader, chunk.start, theirs)
-  if not np.array_equal(_bits(ours), _bits(theirs.T)):
+  # Where codes are taken apart to integers, -0 is 0.
+  if not np.array_equal(_bits(ours + 0), _bits(theirs.T + 0)):
     raise errors.CheckpointError(
       f'{leaf.path}: stands for other numbers than {chunk.part.tensor.name}, '
       f'rows [{chunk.start}, {chunk.stop}).'

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads matrices in MXFP4 as if they were in bfloat16, which holds all of it.
 
+Or as codes and scales of ours, which take a fourth of that.
+
 Of X there are X_blocks, uint8 [..., in / 32, 16], of two numbers a byte, the
 first one in its low half; and X_scales, uint8 [..., in / 32], for each 32
 numbers the power of two that they are times, plus 127. The format is of OCP's
@@ -15,12 +17,17 @@ import math
 
 import numpy as np
 
+from checkpoints_convert import coded
+from checkpoints_convert import rules as rules_lib
 from checkpoints_convert import safetensors_reader
 from sarathi_jax import errors
+from sarathi_jax.models import codes as codes_lib
+from sarathi_jax.models import quantization
 
 BLOCKS, SCALES = '_blocks', '_scales'
 _BYTES, _NUMBERS = 16, 32  # of a block
 _DTYPE = 'U8'
+_MOST_SCALE = 252  # With larger ones, some numbers are infinite, or NaN.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = np.array([*_MAGNITUDES, *(-x for x in _MAGNITUDES)], np.float32)
 # Byte -> its two numbers.
@@ -121,3 +128,96 @@ def unpacked(
       scales,
     )
   return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Codes(coded.Codes):
+  """The codes of a matrix, as ours lie: uint8 [..., out, bytes].
+
+  Attributes:
+    packed: the matrix.
+  """
+
+  packed: PackedTensor
+
+  @property
+  def numpy_dtype(self) -> np.dtype:
+    return np.dtype(np.uint8)
+
+  @property
+  def numbers(self) -> PackedTensor:
+    return self.packed
+
+  def item(self, index: int) -> Codes:
+    return dataclasses.replace(
+      self, shape=self.shape[1:], packed=self.packed.item(index)
+    )
+
+  def read(
+    self, reader: safetensors_reader.Reader, start: int, rows: np.ndarray
+  ) -> None:
+    stored = self.packed.blocks
+    blocks = np.empty((len(rows), *stored.shape[1:]), np.uint8)
+    stored.read(reader, start, blocks)
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1)
+    rows[:] = codes_lib.pack(codes.reshape(len(rows), -1).T).T
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scales(coded.Made):
+  """The scales of a matrix, uint8 [..., out, groups].
+
+  Attributes:
+    packed: the matrix.
+  """
+
+  packed: PackedTensor
+
+  @property
+  def numpy_dtype(self) -> np.dtype:
+    return np.dtype(np.uint8)
+
+  def item(self, index: int) -> Scales:
+    return dataclasses.replace(
+      self, shape=self.shape[1:], packed=self.packed.item(index)
+    )
+
+  def read(
+    self, reader: safetensors_reader.Reader, start: int, rows: np.ndarray
+  ) -> None:
+    self.packed.scales.read(reader, start, rows)
+    if rows.size and rows.max() > _MOST_SCALE:
+      raise errors.CheckpointError(
+        f'{self.packed.scales.name}: has scales of more than '
+        f'2**{_MOST_SCALE - 127}, of numbers that are infinite or NaN.'
+      )
+
+
+def take(tensors: Mapping[str, safetensors_reader.Tensor]) -> coded.Taken:
+  """Returns tensors by name, those in MXFP4 as our codes and scales.
+
+  Args:
+    tensors: of `unpacked`.
+
+  Raises:
+    CheckpointError: there are none.
+  """
+  result = dict(tensors)
+  found = [t for t in tensors.values() if isinstance(t, PackedTensor)]
+  if not found:
+    raise errors.CheckpointError(
+      f'keep_mxfp4: no tensor is named *{BLOCKS}, as those in MXFP4 are.'
+    )
+  for tensor in found:
+    *front, width = tensor.shape
+    for name, columns, cls in (
+      (tensor.name, width // 2, Codes),
+      (rules_lib.scale_of(tensor.name), width // _NUMBERS, Scales),
+    ):
+      shape = (*front, columns)
+      result[name] = cls.of(name, shape, 'MXFP4', tensor.blocks, tensor)
+  return coded.Taken(
+    result,
+    f'{len(found):,} tensors of experts stay in MXFP4.',
+    quantization.Quantization(codes='mxfp4', group=_NUMBERS),
+  )

@@ -43,8 +43,9 @@ _MERGED = {'checkpoints_convert/families': 'checkpoints_convert'} | {
   for folder in ('guard', 'http', 'protocols', 'queue', 'telling')
 }
 _DATA = {
-  'sarathi_jax/quickstart': 'sarathi_jax/quickstart/model/**',
+  'sarathi_jax/quickstart': 'sarathi_jax/quickstart/**',
   'sarathi_jax/simulator': 'sarathi_jax/simulator/**/*.json',
+  'tests/checkpoints_convert': 'tests/checkpoints_convert/*.safetensors',
 }
 # The first name of an import -> the distribution it comes from.
 DISTRIBUTIONS = {

@@ -47,7 +47,9 @@ ARCHITECTURES: Mapping[str, Family] = {
   ),
   'GlmForCausalLM': Family('glm', 'GLM-4-9B of 2024, GLM-Edge'),
   'GptOssForCausalLM': Family(
-    'gpt_oss', 'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16'
+    'gpt_oss',
+    'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16, '
+    'or kept (`--keep_mxfp4`)',
   ),
   'GraniteForCausalLM': Family('granite', 'Granite 3, dense'),
   'GraniteMoeForCausalLM': Family('granitemoe', 'Granite 3 1B-A400M, 3B-A800M'),

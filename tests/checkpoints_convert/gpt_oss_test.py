@@ -18,6 +18,7 @@ from checkpoints_convert import mxfp4
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax.models import config as config_lib
+from sarathi_jax.models import quantized
 from tests.checkpoints_convert import fake_checkpoint as fake
 
 WIDTH, INNER, EXPERTS, HEADS = 64, 32, 3, 4
@@ -183,6 +184,48 @@ def test_packed_experts_are_those_in_bfloat16(tmp_path: pathlib.Path) -> None:
     part = params('layers.1.moe.down', index)
     np.testing.assert_array_equal(part, np.asarray(layer['down'])[index])
     params.close()
+
+
+def test_experts_can_stay_in_their_codes(tmp_path: pathlib.Path) -> None:
+  packed = _packed()
+  source = fake.write(tmp_path / 'hf', _config(), _tensors() | packed)
+  plan = convert.convert(source, tmp_path / 'out', keep_mxfp4=True, check=True)
+  assert plan.dtype == 'bfloat16' and 'stay in MXFP4' in plan.left_out
+  how = plan.model.quantization
+  assert how is not None and (how.codes, how.group) == ('mxfp4', 32)
+  assert 'layers.*.attn.q' in how.kept and 'layers.*.moe.gate' not in how.kept
+  params = checkpoint.restore_params(tmp_path / 'out')
+  whole = _unpacked(packed)
+  moe = params['layers'][1]['moe']
+  gate_up = whole[f'{EXPERT}.gate_up_proj']
+  for name, expected in (
+    ('gate', gate_up[..., ::2]),
+    ('up', gate_up[..., 1::2]),
+    ('down', whole[f'{EXPERT}.down_proj']),
+  ):
+    np.testing.assert_array_equal(
+      quantized.dequantize(moe[name], np.float32),
+      expected.astype(np.float32),
+    )
+  # A fourth of bfloat16's, and a scale for 32 numbers.
+  assert moe['down'].values.nbytes == expected.nbytes // 4
+  assert moe['down'].scale.nbytes == expected.nbytes // 64
+
+
+def test_what_can_not_stay_in_mxfp4_is_told(tmp_path: pathlib.Path) -> None:
+  whole = fake.write(
+    tmp_path / 'whole', _config(), _tensors() | _unpacked(_packed())
+  )
+  packed = _packed()
+  packed[f'{EXPERT}.down_proj_scales'][2, 3] = 253
+  infinite = fake.write(tmp_path / 'infinite', _config(), _tensors() | packed)
+  for source, options, match in (
+    (whole, {}, 'keep_mxfp4: no tensor'),
+    (infinite, {}, 'down_proj_scales: has scales of more than'),
+    (infinite, dict(quantize='int8'), 'is quantized already'),
+  ):
+    with pytest.raises(errors.CheckpointError, match=match):
+      convert.convert(source, tmp_path / 'out', keep_mxfp4=True, **options)
 
 
 def test_the_published_config(tmp_path: pathlib.Path) -> None:
