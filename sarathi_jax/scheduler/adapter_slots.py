@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+import itertools
+
 from sarathi_jax import types
+from sarathi_jax.scheduler import sequence
+
+Sequence = sequence.Sequence
 
 
 class AdapterSlots:
@@ -13,10 +19,13 @@ class AdapterSlots:
 
   Args:
     num: how many there are.
+    most_passed: how many that came later may take a slot before one that waits
+      for one.
   """
 
-  def __init__(self, num: int) -> None:
+  def __init__(self, num: int, most_passed: int) -> None:
     self._num_users = [0] * num
+    self._most_passed = most_passed
     self.forget()
 
   def forget(self) -> None:
@@ -33,6 +42,29 @@ class AdapterSlots:
     return (
       adapter is None or 0 in self._num_users or adapter in self._held.values()
     )
+
+  def able(self, waiting: Iterable[Sequence]) -> Iterator[Sequence]:
+    """Yields those that could begin: they have no adapter, or it finds a slot.
+
+    Who finds none holds up nobody, until it was passed as often as may be. Then
+    none that comes later takes a slot, so that one gets free.
+
+    Args:
+      waiting: in order.
+    """
+    is_held = False
+    for seq in waiting:
+      adapter = seq.request.adapter
+      if adapter is None or (not is_held and self.has_room(adapter)):
+        yield seq
+      else:
+        is_held = is_held or seq.num_passed >= self._most_passed
+
+  def note(self, waiting: Iterable[Sequence], goes: Sequence) -> None:
+    """Notes whom one passes that is about to take a slot."""
+    if goes.request.adapter is not None:
+      for seq in itertools.takewhile(lambda seq: seq is not goes, waiting):
+        seq.num_passed += not self.has_room(seq.request.adapter)
 
   def take(self, adapter: types.Adapter | None) -> int:
     """Gives one more sequence its adapter's slot; returns one more than that.

@@ -308,7 +308,7 @@ class Scheduler(abc.ABC):
     """
     if not self.waiting or self._preempted or not self.slots.num_free():
       return None
-    seq = urgency.first_arrived(self.waiting, now, self.slots.may_begin)
+    seq = urgency.first_arrived(self.waiting, now, self.slots.able)
     if seq is None:
       return None
     few: Iterable[Sequence] = (seq,)
@@ -327,7 +327,7 @@ class Scheduler(abc.ABC):
 
   def _first_few(self, now: float) -> list[Sequence]:
     return passing.first_few(
-      urgency.first_turn(self.waiting, now, self.slots.may_begin),
+      urgency.first_turn(self.waiting, now, self.slots.able),
       self.config.cache_aware_window,
     )
 
@@ -364,6 +364,8 @@ class Scheduler(abc.ABC):
       return None
     if self.config.cache_aware_window > 1:
       passing.note(self._first_few(now), seq)
+    if self.slots.able is not None:
+      self.slots.adapters.note(urgency.arrived(self.waiting, now), seq)
     self.waiting.remove(seq)
     self._copies += self.prefixes.begin(seq)
     seq.prefill_len = len(seq.tokens)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sarathi_jax.scheduler import adapter_slots
 from sarathi_jax.scheduler import sequence
+from sarathi_jax.scheduler import urgency
 
 Sequence = sequence.Sequence
 
@@ -23,17 +22,15 @@ class Slots:
 
   Attributes:
     adapters: the slots of these.
-    may_begin: whether there is a slot for a sequence's adapter; None if none
-      has one.
+    able: see `adapter_slots`; None if no sequence has an adapter.
   """
 
   def __init__(
     self, num: int, num_adjusted: int, num_adapters: int = 0
   ) -> None:
-    self.adapters = adapter_slots.AdapterSlots(num_adapters)
-    self.may_begin: Callable[[Sequence], bool] | None = None
-    if num_adapters:
-      self.may_begin = lambda seq: self.adapters.has_room(seq.request.adapter)
+    # Those that run at once may pass: a slot is kept for at most so many more.
+    self.adapters = adapter_slots.AdapterSlots(num_adapters, most_passed=num)
+    self.able: urgency.Able = self.adapters.able if num_adapters else None
     slots = list(range(num))[::-1]
     self._num_adjusted = num_adjusted
     self._others = slots[: num - num_adjusted]

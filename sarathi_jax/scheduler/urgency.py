@@ -13,8 +13,10 @@ import operator
 
 from sarathi_jax.scheduler import sequence
 
-# Whether a sequence may go now; None: any may.
-MayGo = Callable[[sequence.Sequence], bool] | None
+# Yields those of a queue that may go now; None: any may.
+Able = (
+  Callable[[Iterable[sequence.Sequence]], Iterator[sequence.Sequence]] | None
+)
 _URGENCY = operator.attrgetter('urgency')
 
 
@@ -33,16 +35,14 @@ def insert(
 def first_arrived(
   queue: MutableSequence[sequence.Sequence],
   now: float,
-  may_go: MayGo = None,
+  able: Able = None,
 ) -> sequence.Sequence | None:
   """Returns the most urgent sequence that has arrived, of those that may go.
 
   Returns None if none has. The queue must not be empty.
   """
-  if may_go is not None:
-    return next(
-      (s for s in queue if s.request.arrival_time <= now and may_go(s)), None
-    )
+  if able is not None:
+    return next(able(arrived(queue, now)), None)
   first = queue[0]
   if first.request.arrival_time <= now:
     return first
@@ -51,18 +51,24 @@ def first_arrived(
   return next((s for s in queue if s.request.arrival_time <= now), None)
 
 
+def arrived(
+  queue: Iterable[sequence.Sequence], now: float
+) -> Iterator[sequence.Sequence]:
+  """Yields those that have arrived."""
+  return (seq for seq in queue if seq.request.arrival_time <= now)
+
+
 def first_turn(
-  queue: Iterable[sequence.Sequence], now: float, may_go: MayGo = None
+  queue: Iterable[sequence.Sequence], now: float, able: Able = None
 ) -> Iterator[sequence.Sequence]:
   """Yields the most urgent ones that have arrived, of one priority and client.
 
   They end where another client's turn is. Those that may not go are left out.
   """
   turn = None
-  for seq in queue:
+  there = arrived(queue, now)
+  for seq in there if able is None else able(there):
     request = seq.request
-    if request.arrival_time > now or (may_go and not may_go(seq)):
-      continue
     of = request.priority, request.tenant, request.client
     if of != (turn := turn or of):
       return

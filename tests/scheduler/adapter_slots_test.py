@@ -15,8 +15,10 @@ from sarathi_jax.scheduler import adapter_slots
 A, B, C = (types.Adapter(name, 0, {}) for name in 'abc')
 
 
-def make(max_loras: int, **fields: object) -> scheduler_lib.Scheduler:
-  return scheduler_lib.POLICIES['sarathi'](
+def make(
+  max_loras: int, policy: str = 'sarathi', **fields: object
+) -> scheduler_lib.Scheduler:
+  return scheduler_lib.POLICIES[policy](
     config_lib.SchedulerConfig(
       **dict(
         token_budget=32,
@@ -85,6 +87,28 @@ def test_who_finds_no_slot_waits_and_others_pass() -> None:
   assert batch.loads == ((0, B),)
 
 
+@pytest.mark.parametrize('window', [1, 3])
+@pytest.mark.parametrize('policy', scheduler_lib.POLICIES)
+def test_who_waits_for_a_slot_is_passed_by_so_many(
+  policy: str, window: int
+) -> None:
+  """However many come for what is there; who needs no slot goes on."""
+  scheduler = make(1, policy=policy, max_num_seqs=4, cache_aware_window=window)
+  add(scheduler, 'a', A)
+  add(scheduler, 'b', B)
+  began: list[str] = []
+  for i in range(40):
+    if i % 2:  # Some policies compute nothing else while prompts come.
+      add(scheduler, f'a{i}', A, num=3)
+      add(scheduler, f'none{i}', None, num=1)
+    began += numbers(run(scheduler))
+    if 'b' in began:
+      break
+  before_b = {name for name in began if name[0] == 'a'} - {'a'}
+  assert 'b' in began and len(before_b) <= 4
+  assert any(name.startswith('none') for name in began)
+
+
 def test_the_one_that_was_not_used_for_the_longest_goes() -> None:
   scheduler = make(2)
   loads = []
@@ -118,7 +142,7 @@ def test_a_fault_empties_all_slots() -> None:
 @pytest.mark.parametrize('num', [1, 2, 3])
 def test_slots_are_never_taken_from_who_uses_them(num: int) -> None:
   rng = random.Random(num)
-  slots = adapter_slots.AdapterSlots(num)
+  slots = adapter_slots.AdapterSlots(num, 4)
   on_device: dict[int, types.Adapter] = {}
   used: list[tuple[int, types.Adapter]] = []
   for _ in range(2000):
