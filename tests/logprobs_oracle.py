@@ -84,9 +84,16 @@ def check(
   else:
     assert done.prompt_logprobs is not None
     assert len(done.prompt_logprobs) == len(prompt) - 1
+    is_divided = sampling.logprobs_mode == 'temperature'
+    by = sampling.temperature if is_divided else 0
     for i, told in enumerate(done.prompt_logprobs):
       check_one(
-        told, prompt[i + 1], logits[i], sampling.prompt_logprobs, (), atol
+        told,
+        prompt[i + 1],
+        logits[i] / (by or 1),
+        sampling.prompt_logprobs,
+        (),
+        atol,
       )
   assert len(done.told) == (len(output) if sampling.tells else 0)
   bad_words = [
