@@ -340,14 +340,19 @@ class Engine:
         don't count.
     """
     scheduler = self._scheduler
-    may_begin = scheduler.slots.may_begin
-    ahead = [
-      seq
-      for seq in scheduler.waiting
-      if seq.request.priority <= priority and (not may_begin or may_begin(seq))
-    ]
+    waiting = [s for s in scheduler.waiting if s.request.priority <= priority]
+    able = scheduler.slots.able
+    ahead = waiting if able is None else list(able(waiting))
+
+    def num_of(seqs: list[sequence.Sequence]) -> int:
+      return sum(1 + len(seq.forks) for seq in seqs)
+
+    # Who waits for an adapter's slot leaves room for others, up to a number.
+    num_held = num_of(waiting) - num_of(ahead)
     return (
-      scheduler.slots.num_free() - sum(1 + len(seq.forks) for seq in ahead),
+      scheduler.slots.num_free()
+      - num_of(ahead)
+      - max(0, num_held - scheduler.config.max_num_seqs),
       scheduler.config.token_budget
       - sum(map(scheduler.prefixes.num_missing, ahead)),
     )

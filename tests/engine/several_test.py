@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import pytest
@@ -241,6 +242,23 @@ def test_room_counts_slots_of_outputs() -> None:
   assert engine.room(0) == (5, 2)
   step(engine)
   assert engine.room(0) == (5, 8)
+
+
+def test_who_waits_for_an_adapters_slot_leaves_room_up_to_a_number() -> None:
+  """Else whoever comes would wait in the engine, where nothing bounds them."""
+  engine = make_engine(max_num_seqs=4, max_loras=1)
+  a, b = (types.Adapter(name, 0, {}) for name in 'ab')
+
+  def add(name: str, adapter: types.Adapter) -> None:
+    engine.add(dataclasses.replace(request(name, range(6), 9), adapter=adapter))
+
+  add('r', a)
+  step(engine)
+  rooms = []
+  for i in range(7):
+    add(f'b{i}', b)
+    rooms.append(engine.room(0)[0])
+  assert rooms == [3, 3, 3, 3, 2, 1, 0]
 
 
 def test_progress_is_told_of_each_output() -> None:
