@@ -51,7 +51,7 @@ class BatchArrays(NamedTuple):
     next_tokens: [S] one more than `types.Chunk.next_token`, or -1 where that is
       -1; 0 where nothing is told of the prompt.
     next_temperatures: [S] bits of what the prompt's logits are divided by
-      first; [0] if such a step tells nothing of prompts.
+      first; as all stages read one another's, it is there whatever is told.
     num_samples: [1] the number of real rows of the following fields.
     sample_tokens: [R] index in the batch of the token to sample after.
     sample_slots: [R] the slot of its sequence, which keeps the last sample.
@@ -183,7 +183,7 @@ def _packings(layout: BatchLayout) -> tuple[packing.Packing, packing.Packing]:
     from_device=row,
     rope_lens=row,
     next_tokens=row,
-    next_temperatures=(layout.num_rows if layout.tells_prompts else 0,),
+    next_temperatures=row,
     num_samples=(1,),
     sample_tokens=sample,
     sample_slots=sample,
