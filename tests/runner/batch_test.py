@@ -460,3 +460,19 @@ def test_ladder(max_tokens, max_num_seqs, fine, small):
       assert above <= 1.5 * below
   assert len(sizes) <= 12 + max_tokens.bit_length() * (1 + fine) + 2 * small
   assert not small or sizes[0] == 1
+
+
+def test_stages_can_read_the_buffers_of_one_another():
+  """Each stage has another batch; all are read by one of their layouts."""
+  others = [
+    dataclasses.replace(LAYOUT, **changed)
+    for changed in ({'tells_prompts': False}, {'num_tokens': 16})
+  ]
+  for name in batch_lib.BatchArrays._fields:
+    if name not in ('adapters', 'tokens'):
+      (span,) = {
+        (found.start, found.stop)
+        for layout in (LAYOUT, *others)
+        if (found := layout.input.span(name))
+      }
+      assert span[0] < span[1]
