@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -85,8 +86,8 @@ def test_a_deployment_fits(name: str, tmp_path: pathlib.Path) -> None:
   check_step(source_tree.ROOT / f'configs/{name}.py', tmp_path / 'plan.json')
 
 
-def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
-  """Compiles a step, the plan in a file, and looks at all that it says."""
+def planned(config: pathlib.Path, path: pathlib.Path, *flags: str) -> Any:
+  """Compiles a step, and writes its plan to a file; returns it."""
   done = subprocess.run(
     [
       sys.executable,
@@ -94,6 +95,7 @@ def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
       'sarathi_jax.plan',
       f'--config={config}',
       f'--json={path}',
+      *flags,
     ],
     cwd=source_tree.ROOT,
     text=True,
@@ -104,6 +106,12 @@ def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
   assert done.returncode == 0, done.stderr
   found = json.loads(path.read_text())
   assert found['problems'] == []
+  return found
+
+
+def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
+  """Compiles a step, the plan in a file, and looks at all that it says."""
+  found = planned(config, path)
   memory = found['memory']
   used = (
     memory['weights']

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from sarathi_jax.launch import absent_gpus
-from tests import source_tree
+from tests.pallas_kernels.aot import deployments_test
 from tests.pallas_kernels.aot import matmul
 
 _CONFIG = """
@@ -97,24 +94,8 @@ def check_step(
   """Compiles a step, of which no matrix is written as numbers."""
   config, path = folder / 'quantized.py', folder / 'plan.json'
   config.write_text(_CONFIG.format(device=device, model=model, tp=tp, how=how))
-  done = subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'sarathi_jax.plan',
-      f'--config={config}',
-      f'--json={path}',
-      *([f'--tokens={tokens}'] if tokens <= 64 else []),
-    ],
-    cwd=source_tree.ROOT,
-    text=True,
-    capture_output=True,
-    check=False,
-  )
-  print(done.stdout)
-  assert done.returncode == 0, done.stderr
-  found = json.loads(path.read_text())
-  assert found['problems'] == []
+  flags = [f'--tokens={tokens}'] if tokens <= 64 else []
+  found = deployments_test.planned(config, path, *flags)
   many = '_many' * (tokens > 64)
   ours = [k['name'] for k in found['step']['kernels'] if k['is_ours']]
   assert any(name.startswith(f'quantized_matmul{many}') for name in ours), ours
