@@ -114,7 +114,9 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
   ),
   'qwen_moe': model_config_lib.MixtralConfig(
     **_SIZES,
-    num_layers=3,
+    num_layers=4,
+    dense_sizes=(56, 56),
+    dense_layers=(0, 2),
     num_kv_heads=4,
     num_experts=16,
     experts_per_token=3,

@@ -41,6 +41,7 @@ def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
     *llama.TOP_RULES,
     *llama.NORM_RULES,
     *llama.ATTENTION_RULES,
+    *llama.MLP_RULES,
     *qwen3_moe.MOE_RULES,
     *_SHARED_RULES,
   )

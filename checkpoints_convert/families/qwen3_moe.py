@@ -61,7 +61,7 @@ def fields(
     theta=10000.0,
     eps=1e-6,
     positions=32768,
-    intermediate_size=1,  # There are no layers of that.
+    intermediate_size=1,  # Unless there are dense layers.
   )
   for name in ('sliding_window', 'max_window_layers'):  # There is no window.
     attributes.take(name)
@@ -71,11 +71,7 @@ def fields(
       True,
       'must be false: versions of transformers differ in which layers have it',
     )
-  for name, needed in (('decoder_sparse_step', 1), ('mlp_only_layers', [])):
-    if (value := attributes.take(name, needed)) != needed:
-      raise attributes.refuse(
-        name, value, f'must be {needed}: every layer must have experts'
-      )
+  dense = _dense_layers(attributes, common['num_layers'])
   # transformers 5 writes another name than the hub has.
   known = attributes.take('num_local_experts')
   same = attributes.take('num_experts', known)
@@ -89,7 +85,26 @@ def fields(
     router=config_lib.RouterConfig(
       sums_to_one=attributes.flag('norm_topk_prob', False)
     ),
+    dense_layers=None if dense == tuple(range(len(dense))) else dense,
+    dense_sizes=(common['intermediate_size'],) * len(dense),
     intermediate_size=attributes.take('moe_intermediate_size', size),
+  )
+
+
+def _dense_layers(
+  attributes: hf_config.Attributes, num_layers: int
+) -> tuple[int, ...]:
+  """Takes which layers have no experts."""
+  step = attributes.size('decoder_sparse_step', 1)
+  listed = attributes.take('mlp_only_layers', [])
+  if not isinstance(listed, list) or not all(
+    type(i) is int and 0 <= i < num_layers for i in listed
+  ):
+    raise attributes.refuse(
+      'mlp_only_layers', listed, f'must be layers in [0, {num_layers})'
+    )
+  return tuple(
+    i for i in range(num_layers) if i in listed or (i + 1) % step != 0
   )
 
 
@@ -101,5 +116,6 @@ def rules(config: config_lib.MixtralConfig) -> tuple[Any, ...]:
     *llama.NORM_RULES,
     *llama.ATTENTION_RULES,
     *qwen3.NORM_RULES,
+    *llama.MLP_RULES,
     *MOE_RULES,
   )

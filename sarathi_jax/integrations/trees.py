@@ -67,7 +67,7 @@ def sizes_of(model: model_config_lib.ModelConfig) -> dict[str, int]:
     'v': model.vocab_size,
     'd': model.hidden_size,
     'f': model.intermediate_size,
-    'e': model.layer_mlp(model.num_layers - 1).num_experts,
+    'e': max(model.layer_mlp(i).num_experts for i in range(model.num_layers)),
     'n': model.num_heads,
     'k': model.num_kv_heads,
     'h': model.head_dim,

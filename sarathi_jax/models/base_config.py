@@ -210,7 +210,10 @@ class ModelConfig:
 
   @property
   def num_dense(self) -> int:
-    """The number of first layers without what makes the others alike."""
+    """The number of first layers without what makes the others alike.
+
+    0 where others are without it, too.
+    """
     return 0
 
   @property

@@ -175,8 +175,9 @@ class MixtralConfig(LlamaConfig):
       those that they choose; None: there is none.
     shared_gate: whether what it gives is multiplied by a sigmoid of a number
       that each token makes of itself (Qwen2-MoE).
-    dense_sizes: widths inside the MLPs of the first layers, which have no
-      experts; as many as there are of these.
+    dense_sizes: widths inside the MLPs of layers that have no experts; as many
+      as there are of these.
+    dense_layers: the layers that these are, ascending (Qwen); None: the first.
     whole_experts: see `Mlp.are_whole`; a deployment says it.
   """
 
@@ -189,6 +190,7 @@ class MixtralConfig(LlamaConfig):
   shared_size: int | None = None
   shared_gate: bool = False
   dense_sizes: tuple[int, ...] = ()
+  dense_layers: tuple[int, ...] | None = None
   whole_experts: bool = False
 
   def __post_init__(self) -> None:
@@ -233,6 +235,14 @@ class MixtralConfig(LlamaConfig):
       f'must be sizes of fewer than num_layers={self.num_layers} layers',
     )
     object.__setattr__(self, 'dense_sizes', tuple(self.dense_sizes))
+    if self.dense_layers is not None:
+      object.__setattr__(self, 'dense_layers', self._ascending('dense_layers'))
+      _check(
+        len(self.dense_layers) == len(self.dense_sizes),
+        'dense_layers',
+        self.dense_layers,
+        f'must be as many as dense_sizes={self.dense_sizes}',
+      )
     _check(  # Triton, which multiplies them on GPUs, has no erf.
       self.activation != 'gelu',
       'activation',
@@ -241,8 +251,8 @@ class MixtralConfig(LlamaConfig):
     )
 
   def layer_mlp(self, layer: int) -> Mlp:
-    if layer < self.num_dense:
-      return Mlp(self.dense_sizes[layer])
+    if not self.has_experts(layer):
+      return Mlp(self.dense_sizes[self._dense.index(layer)])
     return Mlp(
       self.intermediate_size,
       num_experts=self.num_experts,
@@ -252,9 +262,19 @@ class MixtralConfig(LlamaConfig):
       shared_gate=self.shared_gate,
     )
 
+  def has_experts(self, layer: int) -> bool:
+    """Says whether a layer in [0, L) has experts for an MLP."""
+    return layer not in self._dense
+
+  @property
+  def _dense(self) -> tuple[int, ...]:
+    if self.dense_layers is not None:
+      return self.dense_layers
+    return tuple(range(len(self.dense_sizes)))
+
   @property
   def num_dense(self) -> int:
-    return len(self.dense_sizes)
+    return len(self.dense_sizes) if self.dense_layers is None else 0
 
   @property
   def mlp_widths(self) -> tuple[tuple[str, int], ...]:

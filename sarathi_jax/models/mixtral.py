@@ -21,7 +21,7 @@ norm, norm_specs = llama.norm, llama.norm_specs
 
 def layer_specs(config: config_lib.MixtralConfig, layer: int) -> dict[str, Any]:
   """Returns the specs of one `block`'s parameters."""
-  if layer < config.num_dense:
+  if not config.has_experts(layer):
     return llama.layer_specs(config, layer)
   return llama.around_specs(config) | {'moe': moe.moe_specs(config)}
 

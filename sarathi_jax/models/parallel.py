@@ -58,14 +58,23 @@ class Parallelism:
       "must divide the model's num_kv_heads="
       f'{model.num_kv_heads}, or be a multiple of it',
     )
-    mlp = model.layer_mlp(model.num_layers - 1)
-    config_lib.check(
-      not mlp.are_whole or mlp.num_experts % self.tp == 0,
-      'tp',
-      self.tp,
-      "must, with expert_parallel, divide the model's "
-      f'num_experts={mlp.num_experts}',
-    )
+    for mlp in {model.layer_mlp(i) for i in range(model.num_layers)}:
+      config_lib.check(
+        not mlp.are_whole or mlp.num_experts % self.tp == 0,
+        'tp',
+        self.tp,
+        "must, with expert_parallel, divide the model's "
+        f'num_experts={mlp.num_experts}',
+      )
+    for index in range(self.num_layers(model)):
+      layers = [i for i in self.layers_of(model, index) if i is not None]
+      config_lib.check(
+        len({model.layer_mlp(i) for i in layers}) == 1,
+        'pp',
+        self.pp,
+        f'puts layers {", ".join(map(str, layers))} at the same place of their '
+        'stages, which takes MLPs of the same shape',
+      )
     for name, width in model.mlp_widths:
       config_lib.check(
         width % self.tp == 0,

@@ -65,10 +65,32 @@ def test_experts_have_a_width_of_their_own(
 
 
 @pytest.mark.parametrize(
+  ('fields', 'dense'),
+  [
+    (dict(mlp_only_layers=[0]), [0]),
+    (dict(decoder_sparse_step=2), [0, 2]),
+    (dict(decoder_sparse_step=2, mlp_only_layers=[1, 0]), [0, 1, 2]),
+    (dict(decoder_sparse_step=3), [0, 1, 3]),
+  ],
+  ids=str,
+)
+def test_layers_may_be_without_experts(
+  fields: dict[str, Any], dense: list[int], tmp_path: pathlib.Path
+) -> None:
+  config = _qwen3_moe(**fields) | dict(num_hidden_layers=4)
+  model = _read(tmp_path, config)
+  mlps = [model.layer_mlp(i) for i in range(4)]
+  assert [i for i, mlp in enumerate(mlps) if mlp.num_experts == 1] == dense
+  assert {mlps[i] for i in dense} == {config_lib.Mlp(fake.INNER)}
+
+
+@pytest.mark.parametrize(
   ('fields', 'match'),
   [
-    (dict(mlp_only_layers=[0]), r'mlp_only_layers=\[0\]: must be \[\]'),
-    (dict(decoder_sparse_step=2), 'decoder_sparse_step=2: must be 1'),
+    (dict(mlp_only_layers=[2]), r'mlp_only_layers=\[2\]: .* in \[0, 2\)'),
+    (dict(mlp_only_layers=0), 'mlp_only_layers=0'),
+    (dict(decoder_sparse_step=0), 'decoder_sparse_step=0'),
+    (dict(decoder_sparse_step=3), r'dense_sizes=.*fewer than num_layers=2'),
     (dict(use_sliding_window=True), 'use_sliding_window=True'),
     (dict(num_experts_per_tok=5), 'experts_per_token=5'),
     (dict(shared_expert_intermediate_size=8), 'shared_expert_intermediate'),

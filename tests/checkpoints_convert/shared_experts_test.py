@@ -110,7 +110,7 @@ def test_glm_as_it_is_published(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ('config', 'match'),
   [
-    (_qwen2_moe(mlp_only_layers=[0]), r'mlp_only_layers=\[0\]: must be \[\]'),
+    (_qwen2_moe(mlp_only_layers=['0']), r"mlp_only_layers=\['0'\]: must be"),
     (_qwen2_moe(use_sliding_window=True), 'use_sliding_window=True'),
     (
       _qwen2_moe(layer_types=['full_attention', 'sliding_attention']),

@@ -90,3 +90,24 @@ def test_what_can_not_be_so_divided_is_refused() -> None:
   parallel.Parallelism(tp=2).check(
     few.divided(EngineConfig(expert_parallel=True))
   )
+
+
+def test_stages_have_dense_layers_at_the_same_places() -> None:
+  sizes = SIZES | {'num_layers': 4}
+
+  def check(pp: int, *dense: int) -> None:
+    model = config_lib.MixtralConfig(
+      **sizes,
+      num_experts=4,
+      experts_per_token=2,
+      dense_sizes=(16,) * len(dense),
+      dense_layers=dense,
+    )
+    parallel.Parallelism(pp=pp).check(model)
+
+  check(2, 0, 2)
+  check(1, 0, 3)
+  with pytest.raises(errors.ConfigError, match='pp=2: puts layers 0, 2 at'):
+    check(2, 0, 3)
+  with pytest.raises(errors.ConfigError, match='pp=4: puts layers 0, 1, 2, 3'):
+    check(4, 0, 2)

@@ -111,6 +111,13 @@ _EXAMPLES = (
     shared_gate=True,
     dense_sizes=(40, 40),
   ),
+  config_lib.MixtralConfig(
+    **_SIZES,
+    num_experts=4,
+    experts_per_token=2,
+    dense_sizes=(40, 56),
+    dense_layers=(0, 2),
+  ),
   config_lib.FalconConfig(**_SIZES, num_norms=2, activation='gelu'),
 )
 
@@ -251,6 +258,8 @@ def test_closed_world() -> None:
         (dict(dense_sizes=(8, 8, 8)), 'fewer than num_layers=3'),
         (dict(dense_sizes=(0,)), r'dense_sizes=\(0,\)'),
         (dict(dense_sizes=3), 'dense_sizes=3'),
+        (dict(dense_sizes=(8,), dense_layers=(3,)), r'dense_layers=\(3,\)'),
+        (dict(dense_sizes=(8,), dense_layers=()), r'as many as dense_sizes'),
       )
     ),
     (config_lib.FalconConfig, dict(num_norms=3), 'num_norms=3'),
@@ -318,10 +327,12 @@ def test_bad_router(fields: dict[str, Any], match: str) -> None:
 
 
 def test_first_layers_without_experts() -> None:
-  mlps = [_EXAMPLES[-2].layer_mlp(i) for i in range(3)]
+  mlps = [_EXAMPLES[-3].layer_mlp(i) for i in range(3)]
   assert [mlp.num_experts for mlp in mlps] == [1, 1, 4]
   assert [mlp.shared_size for mlp in mlps] == [0, 0, 24]
   assert [mlp.size for mlp in mlps] == [40, 40, 48]
+  mlps = [_EXAMPLES[-2].layer_mlp(i) for i in range(3)]
+  assert [mlp.size for mlp in mlps] == [40, 48, 56]
 
 
 def test_layer_window() -> None:

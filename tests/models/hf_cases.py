@@ -314,6 +314,7 @@ CASES: Mapping[str, Any] = {
   ),
   'qwen3_moe_biases_weights_as_they_are': lambda: transformers.Qwen3MoeConfig(
     **_GATED,
+    decoder_sparse_step=2,
     moe_intermediate_size=56,
     num_experts=5,
     num_experts_per_tok=2,
@@ -323,6 +324,7 @@ CASES: Mapping[str, Any] = {
   ),
   'qwen2_moe': lambda: transformers.Qwen2MoeConfig(
     **_GATED,
+    mlp_only_layers=[1],
     moe_intermediate_size=40,
     shared_expert_intermediate_size=56,
     num_experts=6,
