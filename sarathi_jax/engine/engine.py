@@ -20,8 +20,10 @@ from sarathi_jax.engine import adapters as adapters_lib
 from sarathi_jax.engine import checks
 from sarathi_jax.engine import following
 from sarathi_jax.engine import info as info_lib
+from sarathi_jax.engine import live as live_lib
 from sarathi_jax.engine import metrics as metrics_lib
 from sarathi_jax.engine import state
+from sarathi_jax.engine import step_times
 from sarathi_jax.scheduler import pace as pace_lib
 from sarathi_jax.scheduler import page_log
 from sarathi_jax.scheduler import runner as runner_lib
@@ -30,12 +32,6 @@ from sarathi_jax.text import detokenizer
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 _ERROR, _STOP = types.FinishReason.ERROR, types.FinishReason.STOP
-# When to launch behind a batch that computes: this fraction of its time before
-# its end, and so many seconds, in which the host makes the next one.
-_AHEAD, _AHEAD_S = 0.2, 5e-3
-# The most by which the expected time of a step grows at once: it is to be on
-# the short side, as a device that waits is worse than an early plan.
-_GROWTH, _GROWTH_S = 1.25, 1e-3
 # Requests' lists of words of which it is remembered what was found in them.
 _KEPT_WORDS = 1024
 Pending = runner_lib.Pending
@@ -50,18 +46,6 @@ class _InFlight(NamedTuple):
   pending: Pending
   num_rows: int
   launched: float  # seconds on the engine's clock
-
-
-@dataclasses.dataclass(slots=True)
-class _Live:
-  """A sequence between `add` and its end."""
-
-  seq: sequence.Sequence
-  detokenizer: detokenizer.Detokenizer | None
-  has_grammar: bool
-  times: metrics_lib.RequestTimes = dataclasses.field(
-    default_factory=metrics_lib.RequestTimes
-  )
 
 
 class Engine:
@@ -109,17 +93,13 @@ class Engine:
     self._following = following.Following(tokenizer, info)
     self._scheduler = scheduler
     self._runner = runner
-    self._live: dict[str, _Live] = {}  # by the sequence's key
+    self._live: dict[str, live_lib.Live] = {}  # by the sequence's key
     # Of requests of several sequences, the keys of those that go on.
     self._several: dict[str, list[str]] = {}
     self._in_flight: deque[_InFlight] = deque()
     self._observers: tuple[state.Observer, ...] = ()
-    # The ends and the rows of the last steps, as many as there are stages.
-    num_stages = scheduler.config.num_stages
-    self._ends: deque[float] = deque(maxlen=num_stages)
-    self._rows: deque[int] = deque(maxlen=num_stages)
+    self._steps = step_times.StepTimes(scheduler.config.num_stages)
     self._last_step_tokens = 0
-    self._step_s: dict[int, float] = {}  # rows -> expected time of a step
     # The batch that the runner is working on: the culprit, if that raises.
     self._suspect: types.ScheduledBatch | None = None
     self._drained: list[types.OutputDelta] = []  # not yet returned by step
@@ -179,7 +159,7 @@ class Engine:
       detok = None
       if self.tokenizer is not None:
         detok = detokenizer.Detokenizer(self.tokenizer, request, has_special)
-      self._live[seq.key] = _Live(seq, detok, has_grammar)
+      self._live[seq.key] = live_lib.Live(seq, detok, has_grammar)
     if len(seqs) > 1:
       self._several[request.key] = [seq.key for seq in seqs]
 
@@ -215,9 +195,7 @@ class Engine:
     if len(self._in_flight) != 1 or self._scheduler.config.num_stages > 1:
       return 0.0
     ahead = self._in_flight[0]
-    began = max(ahead.launched, self._ends[-1] if self._ends else 0.0)
-    seconds = self._step_s.get(ahead.num_rows, 0.0)
-    return began + (1 - _AHEAD) * seconds - _AHEAD_S
+    return self._steps.next_launch(ahead.num_rows, ahead.launched)
 
   def step(self) -> list[types.OutputDelta]:
     """Launches what can be launched, then completes the oldest batch.
@@ -233,13 +211,12 @@ class Engine:
       self._send_masks()
       num_rows = self._runner.num_rows(batch.size)
       self._in_flight.append(_InFlight(batch, pending, num_rows, now))
-      self._rows.append(num_rows)
       self._last_step_tokens = batch.num_tokens
       self.metrics.record_step(
         batch.num_tokens,
         num_rows,
         self._scheduler.config.token_budget,
-        max(self._rows) * len(self._rows) / sum(self._rows) - 1,
+        self._steps.launched(num_rows),
       )
     if self._in_flight:
       self._complete_oldest()
@@ -339,23 +316,7 @@ class Engine:
       priority: of the requests to begin; waiting ones that are less urgent
         don't count.
     """
-    scheduler = self._scheduler
-    waiting = [s for s in scheduler.waiting if s.request.priority <= priority]
-    able = scheduler.slots.able
-    ahead = waiting if able is None else list(able(waiting))
-
-    def num_of(seqs: list[sequence.Sequence]) -> int:
-      return sum(1 + len(seq.forks) for seq in seqs)
-
-    # Who waits for an adapter's slot leaves room for others, up to a number.
-    num_held = num_of(waiting) - num_of(ahead)
-    return (
-      scheduler.slots.num_free()
-      - num_of(ahead)
-      - max(0, num_held - scheduler.config.max_num_seqs),
-      scheduler.config.token_budget
-      - sum(map(scheduler.prefixes.num_missing, ahead)),
-    )
+    return state.room(self._scheduler, priority)
 
   def num_missing(self, request: types.Request) -> int:
     """Returns the tokens of a request that its prefill would compute now.
@@ -420,11 +381,8 @@ class Engine:
     self._suspect = None
     now = self.clock()
     self.metrics.wait_s += now - start
-    began = max(launched, self._ends[-1]) if self._ends else launched
+    began = self._steps.completed(num_rows, launched, now)
     self.metrics.busy_s += now - began
-    self._step_s[num_rows] = min(
-      now - began, _GROWTH * self._step_s.get(num_rows, 0.0) + _GROWTH_S
-    )
     for observer in self._observers:
       observer.on_step(batch, num_rows, launched, began, now)
     events = self._scheduler.complete(batch, sampled)
@@ -441,8 +399,7 @@ class Engine:
     num_gained = len(events)
     while num_gained and events[num_gained - 1].finish_reason is _ERROR:
       num_gained -= 1
-    self._record_times(lives[:num_gained], now)
-    self._ends.append(now)
+    self.metrics.record_tokens(lives[:num_gained], now, self._steps.cycle_s)
     outputs = [
       self._output(event, live, now)
       for event, live in zip(events, lives, strict=True)
@@ -468,7 +425,7 @@ class Engine:
       self._suspect = None
 
   def _of_request(
-    self, output: types.OutputDelta, live: _Live
+    self, output: types.OutputDelta, live: live_lib.Live
   ) -> types.OutputDelta:
     """Returns a sequence's output as one of its request's."""
     seq = live.seq
@@ -492,32 +449,8 @@ class Engine:
       self._scheduler.remove(live.seq)
     return len(lives)
 
-  def _record_times(self, lives: Iterable[_Live], now: float) -> None:
-    gaps, first = [], []
-    for live in lives:
-      times = live.times
-      if times.last_token is None:
-        times.first_token = now
-        first.append(now - live.seq.request.arrival_time)
-        if not live.seq.index:
-          self.metrics.num_begun_tokens += live.seq.prompt_len
-          self.metrics.num_begun_cached += live.seq.num_cached
-      else:
-        gap = now - times.last_token
-        gaps.append(gap)
-        if gap > times.max_gap:  # noqa: PLR1730 (this is what most steps do)
-          times.max_gap = gap
-      times.last_token = now
-    self.metrics.tbt_s.add(gaps)
-    self.metrics.ttft_s.add(first)
-    if self._ends:  # The part of a gap beyond the last steps, one a stage.
-      step_s = now - self._ends[0]
-      self.metrics.decode_stall_s += sum(
-        gap - step_s for gap in gaps if gap > step_s
-      )
-
   def _output(
-    self, event: types.TokenEvent, live: _Live, now: float
+    self, event: types.TokenEvent, live: live_lib.Live, now: float
   ) -> types.OutputDelta:
     request_id, tokens, logprobs, reason, _, _ = event
     text = ''
@@ -563,7 +496,7 @@ class Engine:
       request_id, text, tokens, logprobs, reason, stop_reason, summary
     )
 
-  def _end_of_grammar(self, live: _Live) -> types.FinishReason | None:
+  def _end_of_grammar(self, live: live_lib.Live) -> types.FinishReason | None:
     """Ends a request whose grammar is over; returns why, None if it is not."""
     request = live.seq.request
     is_over, fault = self._following.end(live.seq.key)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from sarathi_jax import types
-from sarathi_jax.scheduler import sequence
+from sarathi_jax.engine import live as live_lib
 
 
 class Quantiles:
@@ -187,6 +187,36 @@ class EngineMetrics:
     self.num_scheduled_tokens += num_tokens
     self.num_padded_tokens += num_rows - num_tokens
 
+  def record_tokens(
+    self, lives: Iterable[live_lib.Live], now: float, cycle_s: float | None
+  ) -> None:
+    """Records that sequences gain tokens now.
+
+    Args:
+      lives: the sequences.
+      now: seconds on the engine's clock.
+      cycle_s: see `StepTimes`.
+    """
+    gaps, first = [], []
+    for live in lives:
+      times = live.times
+      if times.last_token is None:
+        times.first_token = now
+        first.append(now - live.seq.request.arrival_time)
+        if not live.seq.index:
+          self.num_begun_tokens += live.seq.prompt_len
+          self.num_begun_cached += live.seq.num_cached
+      else:
+        gap = now - times.last_token
+        gaps.append(gap)
+        if gap > times.max_gap:  # noqa: PLR1730 (this is what most steps do)
+          times.max_gap = gap
+      times.last_token = now
+    self.tbt_s.add(gaps)
+    self.ttft_s.add(first)
+    if cycle_s is not None:
+      self.decode_stall_s += sum(gap - cycle_s for gap in gaps if gap > cycle_s)
+
   def record_finished(
     self, metrics: types.RequestMetrics, reason: types.FinishReason, index: int
   ) -> None:
@@ -207,44 +237,3 @@ class EngineMetrics:
     if delay_s is not None and ttft_s is not None:
       self.prefill_s.add([ttft_s - delay_s])
       self.decode_s.add([metrics.e2e_s - ttft_s])
-
-
-@dataclasses.dataclass(slots=True)
-class RequestTimes:
-  """Times of a running request's tokens, seconds on the engine's clock."""
-
-  first_token: float | None = None
-  last_token: float | None = None
-  max_gap: float = 0.0
-
-  def summary(
-    self, seq: sequence.Sequence, num_output: int, now: float
-  ) -> types.RequestMetrics:
-    """Returns the metrics of a request that ends now.
-
-    Args:
-      seq: its progress.
-      num_output: tokens of its output.
-      now: seconds on the engine's clock.
-    """
-    arrival = seq.request.arrival_time
-    num_gaps = num_output - 1
-    first, last = self.first_token, self.last_token
-    tpot_s = None
-    if first is not None and last is not None and num_gaps > 0:
-      tpot_s = (last - first) / num_gaps
-    return types.RequestMetrics(
-      num_prompt_tokens=seq.prompt_len,
-      num_cached_tokens=seq.num_cached,
-      num_output_tokens=num_output,
-      num_preemptions=seq.num_preemptions,
-      scheduling_delay_s=(
-        None
-        if seq.first_scheduled_time is None
-        else seq.first_scheduled_time - arrival
-      ),
-      ttft_s=None if first is None else first - arrival,
-      tpot_s=tpot_s,
-      e2e_s=now - arrival,
-      max_tbt_s=None if tpot_s is None else self.max_gap,
-    )

@@ -175,6 +175,26 @@ def engine_stats(
   )
 
 
+def room(scheduler: scheduler_lib.Scheduler, priority: int) -> tuple[int, int]:
+  """Returns (sequences, tokens) that a step could begin; see `Engine.room`."""
+  waiting = [s for s in scheduler.waiting if s.request.priority <= priority]
+  able = scheduler.slots.able
+  ahead = waiting if able is None else list(able(waiting))
+
+  def num_of(seqs: list[sequence.Sequence]) -> int:
+    return sum(1 + len(seq.forks) for seq in seqs)
+
+  # Who waits for an adapter's slot leaves room for others, up to a number.
+  num_held = num_of(waiting) - num_of(ahead)
+  return (
+    scheduler.slots.num_free()
+    - num_of(ahead)
+    - max(0, num_held - scheduler.config.max_num_seqs),
+    scheduler.config.token_budget
+    - sum(map(scheduler.prefixes.num_missing, ahead)),
+  )
+
+
 def adapter_states(
   scheduler: scheduler_lib.Scheduler, adapters: adapters_lib.Adapters
 ) -> list[AdapterState]:
