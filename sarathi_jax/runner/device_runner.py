@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 import functools
 import itertools
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,100 +26,19 @@ from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import copying
 from sarathi_jax.runner import hosts
+from sarathi_jax.runner import in_flight
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
-from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 from sarathi_jax.runner import settings
 from sarathi_jax.runner import state as state_lib
-from sarathi_jax.runner import told as told_lib
 from sarathi_jax.runner import weights as weights_lib
 
 Params = Any  # a pytree of arrays, as placement.places says
 OnCompiled = programs_lib.OnCompiled
-
-
-class Pending(NamedTuple):
-  """A batch being computed.
-
-  Attributes:
-    chunks: of the batch, that may sample.
-    step: the step in which it leaves the last stage.
-    fields: the batch, as it is packed.
-  """
-
-  chunks: tuple[types.Chunk, ...]
-  step: int
-  fields: batch_lib.BatchArrays
-
-
-class _InPipeline(NamedTuple):
-  """A batch at a stage; an empty one where there was nothing to do.
-
-  Attributes:
-    buffer: the batch, packed.
-    num_tokens: of the batch.
-    decodes_only: whether it has no chunks of prefills.
-    is_batch: whether there is one.
-    tells: whether it asks for more than tokens and their log-probabilities.
-    tells_prompts: whether it asks for those of prompts.
-    has_adapters: whether it has sequences with adapters.
-    setups: what sets up slots before the batch is sampled from.
-    copies: pages that a stage copies before it computes the batch.
-  """
-
-  buffer: np.ndarray
-  num_tokens: int
-  decodes_only: bool
-  is_batch: bool
-  tells: bool = False
-  tells_prompts: bool = False
-  has_adapters: bool = False
-  setups: tuple[np.ndarray, ...] = ()
-  copies: copying.Copies = ()
-
-
-class _Output(NamedTuple):
-  """What a step computed.
-
-  Attributes:
-    layout: how it is packed.
-    output, told: see `step.stage_step`; None if it is not asked for.
-  """
-
-  layout: batch_lib.BatchLayout
-  output: jax.Array
-  told: jax.Array | None
-
-
-class _Asked(NamedTuple):
-  """Rows of a batch to sample anew.
-
-  Attributes:
-    rows: which samples of the batch.
-    num_rows: of the program.
-    ints: see `masking.message`.
-  """
-
-  rows: np.ndarray
-  num_rows: int
-  ints: np.ndarray
-
-
-class _Masked(NamedTuple):
-  """What was sampled anew.
-
-  Attributes:
-    rows, num_rows: see `_Asked`.
-    output, told: see `masking.sample`.
-  """
-
-  rows: np.ndarray
-  num_rows: int
-  output: jax.Array
-  told: jax.Array
+Pending = in_flight.Pending
 
 
 class DeviceRunner:
@@ -264,7 +183,7 @@ class DeviceRunner:
     )
     size = self._programs.size_for(0, decodes_only=True)
     one = self._programs.layouts[size]
-    self._nothing = _InPipeline(
+    self._nothing = in_flight.AtStage(
       np.zeros(one.size, np.int32),
       0,
       True,
@@ -274,24 +193,24 @@ class DeviceRunner:
     self._stages = deque([self._nothing] * self.num_stages, self.num_stages)
     self._num_steps = 0
     # Step -> what it computed, of batches that left.
-    self._outputs: dict[int, _Output] = {}
+    self._outputs: dict[int, in_flight.Output] = {}
     # Step -> what to sample anew after it, and what was.
-    self._asked: dict[int, _Asked] = {}
-    self._masked: dict[int, _Masked] = {}
+    self._asked: dict[int, in_flight.Asked] = {}
+    self._masked: dict[int, in_flight.Masked] = {}
 
   def program_for(self, batch: types.ScheduledBatch) -> int:
     """Returns the number of the step that a batch takes, if it is alone."""
-    prefills = _prefills(batch)
+    prefills = in_flight.prefills(batch)
     return self._programs.size_for(
       batch.size,
       decodes_only=not prefills,
-      tells_prompts=_tells_prompts(prefills),
+      tells_prompts=in_flight.tells_prompts(prefills),
       has_adapters=self._adapters is not None
       and any(chunk.adapter for chunk in batch.chunks),
     )
 
   def launch(self, batch: types.ScheduledBatch) -> Pending:
-    prefills, size = _prefills(batch), self.program_for(batch)
+    prefills, size = in_flight.prefills(batch), self.program_for(batch)
     buffer = self._builder.build(batch, self._programs.layouts[size])
     setups = itertools.chain.from_iterable(
       adjusting.messages(chunk)
@@ -303,13 +222,13 @@ class DeviceRunner:
       assert self._adapters is not None
       self._adapters.put(slot, adapter.matrices)
     self._step(
-      _InPipeline(
+      in_flight.AtStage(
         buffer,
         batch.size,
         not prefills,
         True,
         layout.tells(buffer),
-        _tells_prompts(prefills),
+        in_flight.tells_prompts(prefills),
         layout.has_adapters,
         tuple(setups),
         batch.copies,
@@ -322,19 +241,11 @@ class DeviceRunner:
     )
 
   def mask(self, pending: Pending, masks: Mapping[int, np.ndarray]) -> None:
-    ends = list(itertools.accumulate(c.samples for c in pending.chunks))
-    rows = masking.rows_of(pending.fields)
-    num_rows = next(n for n in self._programs.masked.values() if n >= len(rows))
-    asked = _Asked(
-      rows,
-      num_rows,
-      masking.packed(
-        pending.fields,
-        rows,
-        {ends[i] - 1: mask for i, mask in masks.items()},
-        num_rows,
-        self._model.vocab_size,
-      ),
+    asked = in_flight.asked(
+      pending,
+      masks,
+      self._programs.masked.values(),
+      self._model.vocab_size,
     )
     if pending.step >= self._num_steps:
       self._asked[pending.step] = asked
@@ -346,30 +257,10 @@ class DeviceRunner:
   def fetch(self, pending: Pending) -> types.Sampled:
     while self._num_steps <= pending.step:
       self._step(self._nothing)
-    layout, buffer, told = self._outputs.pop(pending.step)
-    masked = self._masked.pop(pending.step, None)
-    read = np.asarray if masked is None else np.array  # which may be written
-    with jax.transfer_guard_device_to_host('allow'):
-      output = batch_lib.StepOutput(**layout.output.split(read(buffer)))
-      if masked is not None:
-        where = batch_lib.output_packing(masked.num_rows)
-        found = batch_lib.StepOutput(**where.split(np.asarray(masked.output)))
-        masking.put(output, masked.rows, found)
-      tokens = output.tokens.tolist()
-      sampled = types.Sampled.of(
-        pending.chunks, tokens, output.logprobs.tolist()
-      )
-      if told is None:
-        return sampled
-      of_samples, of_prompts = layout.told.split(read(told))
-      if masked is not None:
-        told_anew, _ = told_lib.ToldOfStep(masked.num_rows, 0).split(
-          np.asarray(masked.told)
-        )
-        masking.put(of_samples, masked.rows, told_anew)
-    return sampled._replace(
-      told=told_lib.of_samples(pending.chunks, tokens, of_samples),
-      prompts=told_lib.of_prompts(pending.chunks, of_prompts),
+    return in_flight.sampled(
+      pending,
+      self._outputs.pop(pending.step),
+      self._masked.pop(pending.step, None),
     )
 
   def num_rows(self, num_tokens: int) -> int:
@@ -467,7 +358,7 @@ class DeviceRunner:
       )
     )
 
-  def _step(self, entering: _InPipeline) -> None:
+  def _step(self, entering: in_flight.AtStage) -> None:
     """Runs one step: one batch enters, the others advance by one stage."""
     self._stages.appendleft(entering)
     size = self._programs.size_for(
@@ -477,15 +368,7 @@ class DeviceRunner:
       has_adapters=any(stage.has_adapters for stage in self._stages),
     )
     layout = self._programs.layouts[size]
-    ints = entering.buffer
-    if self.num_stages > 1:
-      buffers = np.zeros((self.num_stages, layout.size), np.int32)
-      for row, stage in zip(buffers, self._stages, strict=True):
-        buffer = stage.buffer
-        if layout.has_adapters and not stage.has_adapters:
-          buffer = layout.widened(buffer)
-        row[: len(buffer)] = buffer
-      ints = buffers.ravel()
+    ints = in_flight.packed(self._stages, layout)
     # Not earlier: batches between may be of those who had the slots before.
     for setup in self._stages[-1].setups:
       self._run(programs_lib.SET_UP, setup)
@@ -499,7 +382,7 @@ class DeviceRunner:
         output.copy_to_host_async()
         if tells:
           told.copy_to_host_async()
-      self._outputs[self._num_steps] = _Output(
+      self._outputs[self._num_steps] = in_flight.Output(
         layout, output, told if tells else None
       )
     self._num_steps += 1
@@ -507,12 +390,14 @@ class DeviceRunner:
     if asked is not None:
       self._sample_masked(self._num_steps - 1, asked)
 
-  def _sample_masked(self, step: int, asked: _Asked) -> None:
+  def _sample_masked(self, step: int, asked: in_flight.Asked) -> None:
     """Samples rows of the batch that has just left the last stage."""
     output, told = self._run(programs_lib.masked(asked.num_rows), asked.ints)
     with jax.transfer_guard_device_to_host('allow'):
       output.copy_to_host_async()
-    self._masked[step] = _Masked(asked.rows, asked.num_rows, output, told)
+    self._masked[step] = in_flight.Masked(
+      asked.rows, asked.num_rows, output, told
+    )
 
   def _run(self, program: int, ints: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Runs a program on all hosts; returns its outputs."""
@@ -558,16 +443,6 @@ class DeviceRunner:
       outputs: tuple[jax.Array, jax.Array]
       self._state, outputs = self._programs[program](leaves, self._state, ints)
     return outputs
-
-
-def _prefills(batch: types.ScheduledBatch) -> tuple[types.Chunk, ...]:
-  """Returns the chunks of prefills, which come after all decodes."""
-  last = itertools.takewhile(lambda c: c.is_prefill, reversed(batch.chunks))
-  return tuple(last)
-
-
-def _tells_prompts(prefills: tuple[types.Chunk, ...]) -> bool:
-  return any(chunk.next_token is not None for chunk in prefills)
 
 
 def _temp_bytes(
