@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Collection, Mapping
-from concurrent import futures
 import dataclasses
 import functools
 import math
@@ -20,6 +19,7 @@ from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adapters
 from sarathi_jax.runner import adjusting
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import compiling
 from sarathi_jax.runner import copying
 from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
@@ -29,10 +29,7 @@ from sarathi_jax.runner import placement
 from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
 
-OnCompiled = Callable[[int, int], object]  # (programs compiled, of how many)
-_Compiled = tuple[int, Any]  # a number and its program; None if to compile
-_Job = futures.Future[_Compiled]
-_TELL_S = 5.0
+OnCompiled = compiling.OnCompiled
 
 # The numbers of the programs that set up a slot, and that copy pages; a step's
 # is its size.
@@ -338,61 +335,19 @@ class StepPrograms:
       options: XLA's options by name, beside those of the environment.
       kept: finds steps that were compiled before, and keeps these.
     """
-    asked = sorted(sizes, reverse=True)
-    done: set[int] = set()
-
-    def gather(
-      jobs: Collection[_Job],
-      timeout_s: float = _TELL_S,
-    ) -> Collection[_Job]:
-      """Takes the jobs that are done, tells the count, returns the rest."""
-      ready, rest = futures.wait(
-        jobs, timeout_s, return_when=futures.FIRST_COMPLETED
+    # Settings that affect programs may be a thread's own: read them here.
+    places = {
+      n: kept.place(
+        self._facts(n, num_pages, options), self._mesh.local_devices
       )
-      for job in ready:
-        size, compiled = job.result()
-        if compiled is not None:
-          self._steps[size] = compiled
-          done.add(size)
-      on_compiled(len(done), len(asked))
-      return rest
-
-    def load(place: kept_lib.Place, size: int) -> _Compiled:
-      return size, place.load()
-
-    def compile_and_keep(
-      place: kept_lib.Place, size: int, lowered: Any
-    ) -> _Compiled:
-      return size, place.compile(lowered, options or {})
-
-    on_compiled(0, len(asked))
-    pool = futures.ThreadPoolExecutor(max_workers=4)
-    try:
-      # Settings that affect programs may be a thread's own: read them here.
-      places = {
-        n: kept.place(
-          self._facts(n, num_pages, options), self._mesh.local_devices
-        )
-        for n in asked
-      }
-      jobs: Collection[_Job] = [
-        pool.submit(load, place, n) for n, place in places.items()
-      ]
-      while jobs:
-        jobs = gather(jobs)
-      for n in asked:
-        if n not in done:
-          jobs = {
-            *jobs,
-            pool.submit(
-              compile_and_keep, places[n], n, self.lower(n, num_pages)
-            ),
-          }
-          jobs = gather(jobs, 0)
-      while jobs:
-        jobs = gather(jobs)
-    finally:  # No compilation heeds Ctrl-C, so don't wait for any after it.
-      pool.shutdown(wait=False, cancel_futures=True)
+      for n in sorted(sizes, reverse=True)
+    }
+    self._steps |= compiling.run(
+      places,
+      lambda size: self.lower(size, num_pages),
+      on_compiled,
+      options or {},
+    )
 
   def temp_bytes(self, num_pages: int) -> int:
     """Returns bytes of a device that any program needs; see `extra_bytes`."""

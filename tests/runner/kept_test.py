@@ -23,6 +23,7 @@ from sarathi_jax import models
 from sarathi_jax import types
 from sarathi_jax.models import transformer
 from sarathi_jax.runner import compiled
+from sarathi_jax.runner import compiling
 from sarathi_jax.runner import kept
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
@@ -142,7 +143,7 @@ def test_what_is_kept_is_told_as_what_is_compiled(
 
 def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
   """Where there is no bar that moves, one line every minute needs a cause."""
-  monkeypatch.setattr(programs, '_TELL_S', 0.01)
+  monkeypatch.setattr(compiling, '_TELL_S', 0.01)
   told: list[tuple[int, int]] = []
   enough = threading.Event()
 
