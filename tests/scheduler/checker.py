@@ -5,67 +5,25 @@ What is right is said here a second time, without a look at how the scheduler
 does it: from the requests, the batches and the tokens alone. Of the
 scheduler's own state only the queues' order and the pages held are read.
 
-The device is simulated: the token at position p of a sequence is
-`token_at(its id, p)`, so that a wrong token, position, slot or order shows.
-So is the memory of its pages: each chunk must find all tokens before it there,
-computed after the same tokens. What others computed must have been completed.
+The device is simulated (`simulated`), with the memory of its pages.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 import math
 from typing import Any
-import zlib
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import page_groups
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import types
 from tests.scheduler import known as known_lib
+from tests.scheduler import simulated
 
 Known = known_lib.Known
-VOCAB = 1000
-
-
-def token_at(request_id: str, position: int) -> int:
-  """The token that the simulated model says at a position of a request."""
-  return zlib.crc32(f'{request_id}:{position}'.encode()) % VOCAB
-
-
-def make_request(
-  request_id: str,
-  prompt_len: int,
-  max_tokens: int | None,
-  stop_token_ids: tuple[int, ...] = (),
-  arrival_time: float = 0.0,
-  priority: int = 0,
-  n: int = 1,
-  beginnings: tuple[tuple[str, int], ...] = (),
-  cache_salt: str = '',
-  client: str = '',
-) -> types.Request:
-  """Makes a request; its prompt is its own but for its beginnings.
-
-  Args:
-    beginnings: names, each with the length of what prompts share that have it.
-  """
-  prompt: list[int] = []
-  for name, length in (*beginnings, (request_id, prompt_len)):
-    stop = min(length, prompt_len)
-    prompt += (token_at(name, p) for p in range(len(prompt), stop))
-  return types.Request(
-    request_id=request_id,
-    prompt_token_ids=tuple(prompt),
-    sampling=types.SamplingParams(
-      max_tokens=max_tokens, stop_token_ids=stop_token_ids, n=n
-    ),
-    arrival_time=arrival_time,
-    priority=priority,
-    cache_salt=cache_salt,
-    client=client,
-  )
+VOCAB = simulated.VOCAB
+make_request, token_at = simulated.make_request, simulated.token_at
 
 
 class Checker:
@@ -84,9 +42,7 @@ class Checker:
     self._in_flight: deque[
       tuple[types.ScheduledBatch, list[Known], list[int]]
     ] = deque()
-    # (page, place in it) -> what is there (a number of `Known.chain`), and the
-    # step that wrote it.
-    self._memory: dict[tuple[int, int], tuple[int, int]] = {}
+    self._memory = simulated.Memory(self.config)
     self.num_found = 0  # tokens that a chunk began after
     self.num_within = 0  # such chunks that began within a page
     # slot -> (request, position, step) that the device sampled last.
@@ -339,7 +295,7 @@ class Checker:
   def _launch(self, batch: types.ScheduledBatch) -> None:
     knowns = []
     tokens = []
-    self._copy(batch.copies)
+    self._memory.copy(batch.copies)
     for chunk in batch.chunks:
       known = self.live[chunk.request_id]
       self._check_chunk(batch.step, known, chunk)
@@ -367,63 +323,17 @@ class Checker:
     self._in_flight.append((batch, knowns, tokens))
     self.num_steps += 1
 
-  def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
-    for source, target in copies:
-      for place in range(self.config.page_size):
-        if (source, place) in self._memory:
-          self._memory[target, place] = self._memory[source, place]
-        else:
-          self._memory.pop((target, place), None)
-
-  def _use_memory(self, known: Known, chunk: types.Chunk) -> None:
-    """Reads the tokens before a chunk's that it attends to, writes these."""
-    for where, group, position in self._places(
-      chunk, chunk.start, chunk.start + chunk.num_tokens
-    ):
-      content = self._content(known, position), group
-      if position >= chunk.start:
-        self._memory[where] = content, self.num_steps
-      assert self._memory.get(where, (None,))[0] == content, (
-        f'{known.id}: something else lies where its tokens should'
-      )
-
-  def _places(
-    self, chunk: types.Chunk, start: int, stop: int
-  ) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """Yields ((page, place in it), group, position) of what tokens read."""
-    for group, window in enumerate(self.config.windows):
-      first = 0 if window is None else max(0, start - window + 1)
-      for position in range(first, stop):
-        page, place = divmod(position, self.config.page_size)
-        number = chunk.page_table[page * len(self.config.windows) + group]
-        yield (number, place), group, position
-
   def _check_found(self, known: Known, chunk: types.Chunk) -> None:
     """A sequence may begin after what was completed."""
     size = self.config.page_size
     assert self.config.prefix_cache, f'{known.id}: chunks must tile'
-    oldest = self.num_steps - len(self._in_flight)
-    for where, _, _ in self._places(chunk, chunk.start, chunk.start):
-      _, step = self._memory.get(where, (None, self.num_steps))
-      assert step < oldest, f'{known.id}: found what is not computed yet'
+    self._memory.check_found(
+      known, chunk, self.num_steps - len(self._in_flight)
+    )
     self.num_found += chunk.start
     self.num_within += chunk.start % size > 0
     known.num_computed = chunk.start
     known.num_settled = chunk.start // size * size
-
-  def _content(self, known: Known, position: int) -> int:
-    """Returns what stands for all tokens up to a position."""
-    while len(known.chain) <= position:
-      token = self._token(known, len(known.chain))
-      before = known.chain[-1] if known.chain else 0
-      known.chain.append(hash((before, token, known.request.cache_salt)))
-    return known.chain[position]
-
-  @staticmethod
-  def _token(known: Known, position: int) -> int:
-    if position < known.prompt_len:
-      return known.request.prompt_token_ids[position]
-    return token_at(known.id, position)
 
   def _check_fork(
     self, known: Known, ends: types.Chunk, chunk: types.Chunk
@@ -470,7 +380,7 @@ class Checker:
     )
     if stop <= known.num_on_host:
       assert chunk.tokens == tuple(
-        self._token(known, p) for p in range(start, stop)
+        known.token(p) for p in range(start, stop)
       ), f'{known.id}: wrong tokens'
     else:
       owner, position, sampled_at = self._slots[chunk.slot]
@@ -482,7 +392,7 @@ class Checker:
         f'{known.id}: its last token is not sampled yet'
       )
     self._check_page_table(known, chunk)
-    self._use_memory(known, chunk)
+    self._memory.use(known, chunk, step)
     self._check_request(known, chunk)
 
   def _check_page_table(self, known: Known, chunk: types.Chunk) -> None:
@@ -576,7 +486,7 @@ class Checker:
         (place + 1) * config.page_size <= seq.num_computed
         and (
           group,
-          self._content(self.live[seq.key], (place + 1) * config.page_size - 1),
+          self.live[seq.key].content((place + 1) * config.page_size - 1),
         )
         for seq, (place, group) in holders
       }

@@ -8,6 +8,7 @@ import dataclasses
 from sarathi_jax import config as config_lib
 from sarathi_jax import page_groups
 from sarathi_jax import types
+from tests.scheduler import simulated
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -62,6 +63,19 @@ class Known:
   def urgency(self) -> tuple[int, int]:
     """The smallest is the most urgent."""
     return self.request.priority, self.order
+
+  def token(self, position: int) -> int:
+    if position < self.prompt_len:
+      return self.request.prompt_token_ids[position]
+    return simulated.token_at(self.id, position)
+
+  def content(self, position: int) -> int:
+    """Returns what stands for all tokens up to a position."""
+    while len(self.chain) <= position:
+      token = self.token(len(self.chain))
+      before = self.chain[-1] if self.chain else 0
+      self.chain.append(hash((before, token, self.request.cache_salt)))
+    return self.chain[position]
 
   def check_windows(
     self, pages: list[int], config: config_lib.SchedulerConfig
