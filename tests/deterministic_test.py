@@ -222,8 +222,8 @@ def test_pages_whose_scales_are_not_there_are_noticed(requests):
   """Another: of a quantized cache, the scales of what is found are spoilt."""
 
   class Spoiling(prefixes.Poisoning):
-    def is_spoilt(self, page: int) -> bool:
-      return not self._pages.num_holders(page)
+    def kept(self) -> set[int]:
+      return set()
 
   runner = make_runner('float32', 'int8', 1)
   first, second = run(runner, requests, requests, wrap=Spoiling)

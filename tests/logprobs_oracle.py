@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import functools
 import itertools
 from typing import Any
 
@@ -19,25 +20,23 @@ from tests import sampling_oracle
 LogitsOf = Callable[[Sequence[int]], np.ndarray]
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-  x = logits - logits.max(axis=-1, keepdims=True)
-  with np.errstate(divide='ignore'):
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+  model: model_config_lib.ModelConfig, params: Any, tokens: Any
+) -> jax.Array:
+  return models.unembed(model, params, naive.hidden_of(model, params, tokens))
 
 
 def logits_of(model: model_config_lib.ModelConfig, params: Any) -> LogitsOf:
   """Returns what computes the logits after each of some tokens, [n, V]."""
   max_len = model.max_position_embeddings
 
-  @jax.jit
-  def run(tokens):
-    hidden = naive.hidden_of(model, params, tokens)
-    return models.unembed(model, params, hidden)
-
   def of(tokens):
     padded = np.zeros(max_len, np.int32)
     padded[: len(tokens)] = tokens
-    return np.asarray(run(padded))[: len(tokens)].astype(np.float64)
+    return np.asarray(_logits(model, params, padded))[: len(tokens)].astype(
+      np.float64
+    )
 
   return of
 
@@ -105,7 +104,7 @@ def check(
     )
     if margin < 1e-5:  # Rounding decides what is filtered.
       continue
-    assert abs(done.logprobs[i] - log_softmax(x)[token]) < atol
+    assert abs(done.logprobs[i] - sampling_oracle.log_softmax(x)[token]) < atol
     if sampling.tells:
       assert done.told[i].logprob == done.logprobs[i]
       check_one(
@@ -127,7 +126,7 @@ def check_one(
   atol: float,
 ) -> None:
   """Holds what is told at one position to the logits there, [V]."""
-  expected = log_softmax(logits)
+  expected = sampling_oracle.log_softmax(logits)
   ids = told.token_ids
   assert ids[0] == token and ids[1 + num_top :] == named
   got = np.array(told.logprobs)

@@ -253,22 +253,26 @@ def hidden_of(
   return hidden
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _next_logits(
+  model: model_config_lib.ModelConfig, params: Any, tokens: Any, length: Any
+) -> jax.Array:
+  hidden = hidden_of(model, params, tokens)
+  return models.unembed(model, params, hidden[length - 1][None])[0]
+
+
+@jax.jit
+def _sample(*row: Any) -> jax.Array:
+  output, _ = sampling_lib.sample(*(field[None] for field in row))
+  return output.tokens[0]
+
+
 def recompute(
   model: model_config_lib.ModelConfig,
   params: Any,
 ) -> Callable[[types.Request], Tokens]:
   """Continues a prompt by recomputing everything for each token."""
   max_len = model.max_position_embeddings
-
-  @jax.jit
-  def next_logits(tokens, length):
-    hidden = hidden_of(model, params, tokens)
-    return models.unembed(model, params, hidden[length - 1][None])
-
-  @jax.jit
-  def sample(logits, *rows):
-    output, _ = sampling_lib.sample(logits, *(r[None] for r in rows))
-    return output.tokens[0]
 
   def run(request: types.Request) -> Tokens:
     tokens = list(request.prompt_token_ids)
@@ -282,23 +286,22 @@ def recompute(
     for _ in range(min(s.max_tokens, max_len - len(tokens))):
       padded = np.zeros(max_len, np.int32)
       padded[: len(tokens)] = tokens
-      logits = next_logits(padded, np.int32(len(tokens)))
+      # NumPy does the little things, which would each be a program of JAX.
+      logits = np.asarray(
+        _next_logits(model, params, padded, np.int32(len(tokens)))
+      )
       adjusted = logits
       if allowed is not None:
         ids = sorted(allowed(tokens[num_prompt:]))
         if not ids:
           break
         adjusted = np.full_like(logits, -np.inf)
-        adjusted[:, ids] = logits[:, np.array(ids)]
+        adjusted[ids] = logits[ids]
       if s.is_adjusted:
         adjusted = sampling_oracle.adjust(
-          np.asarray(adjusted[0]),
-          s,
-          tokens[:num_prompt],
-          tokens[num_prompt:],
-          bad_words,
-        )[None].astype(np.float32)
-      token = sample(
+          adjusted, s, tokens[:num_prompt], tokens[num_prompt:], bad_words
+        ).astype(np.float32)
+      token = _sample(
         adjusted,
         np.float32(s.temperature),
         np.int32(s.top_k),
@@ -308,7 +311,7 @@ def recompute(
         np.int32(len(tokens)),
       )
       tokens.append(int(token))
-      logprobs.append(float(jax.nn.log_softmax(logits[0])[int(token)]))
+      logprobs.append(float(sampling_oracle.log_softmax(logits)[tokens[-1]]))
       if tokens[-1] in s.stop_token_ids:
         break
     return tokens[num_prompt:], logprobs

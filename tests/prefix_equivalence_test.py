@@ -9,6 +9,7 @@ holds, is made NaN before each step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -93,29 +94,35 @@ class Poisoning:
   def __getattr__(self, name: str) -> Any:
     return getattr(self._runner, name)
 
-  def is_spoilt(self, page: int) -> bool:
-    pages = self._pages
-    is_found = page in pages._by_key.values()
-    return not pages.num_holders(page) and not is_found
+  def kept(self) -> set[int]:
+    """The pages that can be found, though nobody may hold them."""
+    return {*self._pages._by_key.values()}
 
   def launch(self, batch: types.ScheduledBatch) -> Any:
-    num_pages = self._pages.num_pages
+    kept = self.kept()
     spoilt = np.zeros(self._runner.num_pages, bool)
-    spoilt[:num_pages] = [self.is_spoilt(page) for page in range(num_pages)]
+    spoilt[: self._pages.num_pages] = [
+      not (self._pages.num_holders(page) or page in kept)
+      for page in range(self._pages.num_pages)
+    ]
     state = self._runner._state
-    kv = jax.tree.map(lambda leaf: _spoil(leaf, spoilt), state.kv)
-    self._runner._state = dataclasses.replace(state, kv=kv)
+    self._runner._state = dataclasses.replace(
+      state, kv=_spoil(state.kv, spoilt)
+    )
     return self._runner.launch(batch)
 
 
-@jax.jit
-def _spoil(leaf: jax.Array, spoilt: Any) -> jax.Array:
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    return leaf  # Its scales are spoilt.
-  # The pages of a pipeline's stages lie behind one another.
-  spoilt = jnp.tile(spoilt, len(leaf) // len(spoilt))
-  shape = (-1,) + (1,) * (leaf.ndim - 1)
-  return jnp.where(spoilt.reshape(shape), jnp.nan, leaf)
+@functools.partial(jax.jit, donate_argnums=0)
+def _spoil(kv: Any, spoilt: Any) -> Any:
+  def spoil(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf  # Its scales are spoilt.
+    # The pages of a pipeline's stages lie behind one another.
+    pages = jnp.tile(spoilt, len(leaf) // len(spoilt))
+    shape = (-1,) + (1,) * (leaf.ndim - 1)
+    return jnp.where(pages.reshape(shape), jnp.nan, leaf)
+
+  return jax.tree.map(spoil, kv)
 
 
 def run(runner, waves, *, policy: str, **limits: Any):

@@ -17,6 +17,12 @@ def softmax(x: np.ndarray) -> np.ndarray:
   return exp / exp.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+  x = logits - logits.max(axis=-1, keepdims=True)
+  with np.errstate(divide='ignore'):
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
 def adjust(
   logits: np.ndarray,
   sampling: types.SamplingParams,

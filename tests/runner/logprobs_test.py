@@ -12,7 +12,7 @@ import pytest
 
 from sarathi_jax.runner import logprobs
 from sarathi_jax.runner import told
-from tests import logprobs_oracle
+from tests import sampling_oracle
 
 S = 24
 INF = np.float32(np.inf)
@@ -48,7 +48,7 @@ def test_what_is_told(
   tokens[4:] = rng.integers(0, vocab_size, S - 4)
   named = rng.integers(0, vocab_size, (S, 7)).astype(np.int32)
   got: Any = jax.jit(_fresh(logprobs.tell))(logits, tokens, named)
-  expected = logprobs_oracle.log_softmax(logits.astype(np.float64))
+  expected = sampling_oracle.log_softmax(logits.astype(np.float64))
   top = np.argsort(-logits, axis=-1, kind='stable')[:, : told.NUM_TOP]
   np.testing.assert_array_equal(got.top_ids, top)
   mine = logits[np.arange(S), tokens]
