@@ -143,13 +143,14 @@ def runner() -> device_runner.DeviceRunner:
 @pytest.fixture(scope='module')
 def kernel_runner(params) -> device_runner.DeviceRunner:
   """With the GPU's kernel, interpreted: slow, so for some cases."""
-  return make_runner(params, 'pallas_triton', most_tokens=MIDDLE)
+  with tiny.few_sizes():
+    return make_runner(params, 'pallas_triton', most_tokens=MIDDLE)
 
 
 @pytest.fixture(scope='module')
 def read_runner(params) -> device_runner.DeviceRunner:
   """As a checkpoint of a large model is served on a CPU."""
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, tiny.few_sizes():
     patch.setattr(programs, 'LARGE', 0)
     runner = make_runner(params, 'xla', as_read=True)
   assert [runner.num_rows(n) for n in (1, 2, 5)] == [1, 4, 8]

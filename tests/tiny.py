@@ -11,10 +11,12 @@ import jax
 from jax import monitoring
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.runner import batch as batch_lib
 
 # Its vocabulary is that of tokenizer_fixture.
 MODEL = model_config_lib.LlamaConfig(
@@ -48,6 +50,27 @@ def engine_config(**fields: Any) -> config_lib.EngineConfig:
   return config_lib.EngineConfig(
     **(dict(token_budget=8, max_num_seqs=4, page_size=8, num_pages=24) | fields)
   )
+
+
+@contextlib.contextmanager
+def few_sizes() -> Iterator[None]:
+  """Steps that are made meanwhile have two sizes, or three.
+
+  Each takes seconds to compile; `equivalence_test` has a whole ladder.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      batch_lib,
+      'ladder',
+      lambda most, seqs, *, fine=False, small=False: tuple(
+        sorted(
+          {seqs, most}
+          | ({1, 4} if small else set())
+          | ({3 * seqs} if most > 6 * seqs else set())
+        )
+      ),
+    )
+    yield
 
 
 @contextlib.contextmanager

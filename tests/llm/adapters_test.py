@@ -56,7 +56,9 @@ def merged(params: Any, adapter: Any) -> Any:
 
 @pytest.fixture(scope='module')
 def adapted(make_llm, params) -> llm_lib.LLM:
-  return make_llm(params, adapters={'one': arrays(1)}, grammars=False)
+  return make_llm(
+    params, adapters={'one': arrays(1)}, grammars=False, token_budget=4
+  )
 
 
 def greedy(params: Any, prompts: list[list[int]] = PROMPTS) -> Any:
@@ -188,7 +190,7 @@ def test_files_of_peft_beside_a_checkpoint(
     cache_dir=tmp_path / 'cache',
     adapters=folders,
     config=tiny.engine_config(
-      compilation_cache_dir=cache_dir, **tiny.STEPS_ALONE
+      compilation_cache_dir=cache_dir, token_budget=4, **tiny.STEPS_ALONE
     ),
   )
   assert llm._config.max_loras == 2 and llm._config.max_lora_rank == 4

@@ -16,6 +16,7 @@ from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
+from tests import tiny
 
 SIZES = dict(
   vocab_size=64,
@@ -40,10 +41,11 @@ def texts(tp: int, **options: bool) -> list[tuple[int, ...]]:
     eos_token_ids=(),
     config=EngineConfig(
       tp=tp,
-      token_budget=16,
+      token_budget=4,  # a program of one size
       max_num_seqs=4,
       page_size=8,
       num_pages=32,
+      **tiny.STEPS_ALONE,
       **options,
     ),
   )

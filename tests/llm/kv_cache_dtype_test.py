@@ -73,7 +73,9 @@ def test_wrong_scales_would_be_noticed(
     return q._replace(scales=q.scales * 1.25)
 
   monkeypatch.setattr(quantization, 'quantize', wrong)
-  llm = make_llm(params, kv_cache_dtype=name, **tiny.STEPS_ALONE)
+  llm = make_llm(
+    params, kv_cache_dtype=name, token_budget=4, **tiny.STEPS_ALONE
+  )
   assert error_of(llm, params) > TOLERANCES[name]
 
 

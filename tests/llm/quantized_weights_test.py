@@ -31,7 +31,7 @@ def _tokens(llm: LLM) -> list[tuple[int, ...]]:
 
 
 def _engine(**fields: Any) -> Any:
-  return tiny.engine_config(**tiny.STEPS_ALONE, **fields)
+  return tiny.engine_config(token_budget=4, **tiny.STEPS_ALONE, **fields)
 
 
 def _plain(model: Any, params: Any) -> tuple[Any, Any]:
