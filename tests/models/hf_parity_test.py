@@ -238,7 +238,15 @@ def _converted(name: str, folder: pathlib.Path) -> Any:
   return _KEPT[name]
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(
+      name, marks=[pytest.mark.slow] if name in hf_cases.SLOW_CASES else []
+    )
+    for name in CASES
+  ],
+)
 def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
   model = make_model(CASES[name]())
   theirs = run_reference(model)
@@ -251,7 +259,11 @@ def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
   ('name', 'switches'),
-  [(name, switches) for name in FLIPPED for switches in FLIPPED[name]],
+  [
+    pytest.param(name, switches, marks=[pytest.mark.slow] if i else [])
+    for name in FLIPPED
+    for i, switches in enumerate(FLIPPED[name])
+  ],
 )
 def test_a_switch_that_is_off_is_noticed(
   name: str, switches: Mapping[str, Any], tmp_path: pathlib.Path

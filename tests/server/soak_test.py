@@ -123,8 +123,8 @@ def test_random_cancels(seconds: float) -> None:
   'serve, found',
   [
     (soaked.leaks_objects, 'blocks'),
-    (soaked.leaks_files, 'files'),
-    (soaked.leaks_memory, 'rss'),
+    pytest.param(soaked.leaks_files, 'files', marks=pytest.mark.slow),
+    pytest.param(soaked.leaks_memory, 'rss', marks=pytest.mark.slow),
   ],
 )
 def test_a_leak_is_found(serve: Callable[[Any], None], found: str) -> None:

@@ -34,8 +34,7 @@ KINDS = (
   'mistral_7b_a100',  # a device alone
   'falcon_180b_a100_tp8',  # one sum a layer, and another block
   'llama2_70b_a40_tp4_pp2',  # stages
-  'llama_3_1_70b_h100_tp4',  # Hopper's products and sums
-  'mixtral_8x7b_h100_tp2',  # experts
+  'mixtral_8x7b_h100_tp2',  # experts, and Hopper's products and sums
   'gpt_oss_20b_h100',  # their biases, sinks, windows on some layers
 )
 CONFIGS = sorted(

@@ -77,6 +77,15 @@ _INTERPRETED = (
   'head_dim_128_bfloat16',
   'pages_of_256',
 )
+# Heads and pages of real models, for the tiles of kernels.
+_OF_TILES = (
+  'head_dim_64_bfloat16',
+  'head_dim_96_float16',
+  'head_dim_128_bfloat16',
+  'head_dim_128_float32',
+  'head_dim_256',
+  'pages_of_256',
+)
 
 
 def _can(spec: arg_spec.ArgSpec) -> bool:
@@ -93,7 +102,8 @@ def _cases() -> Iterator[Any]:
   # On a GPU, what is served counts first.
   production = arg_specs.PRODUCTION if jax.default_backend() == 'gpu' else ()
   for spec in production + small_specs.TESTS:
-    yield pytest.param(spec, 'xla', id=f'{spec.name}-xla')
+    marks = [pytest.mark.slow] if spec.name in _OF_TILES else []
+    yield pytest.param(spec, 'xla', id=f'{spec.name}-xla', marks=marks)
     for kernel in IMPLEMENTATIONS[1:]:
       (name,) = kernel.values
       is_slow = jax.default_backend() != 'gpu' and spec.name not in _INTERPRETED
