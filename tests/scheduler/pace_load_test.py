@@ -6,6 +6,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 import dataclasses
+import functools
 import random
 
 import numpy as np
@@ -182,6 +183,22 @@ def test_prompts_that_wait_get_on_at_every_step(name: str, seed: int) -> None:
   assert len(left_out) > 50 and not any(left_out)
 
 
+@functools.cache
+def saturated() -> workload_lib.Workload:
+  return chats(40.0, 12.0, 0)
+
+
+@functools.cache
+def best_of_fixed(name: str) -> float:
+  """Seconds with the fixed budget that is the fastest."""
+  return min(
+    run(
+      DEVICES[name], saturated(), make_scheduler(DEVICES[name], budget)
+    ).seconds
+    for budget in (64, 128, 256, 384, 512)
+  )
+
+
 @pytest.mark.parametrize('slo_ms', [30.0, 100.0, 300.0])
 @pytest.mark.parametrize('name', DEVICES)
 def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
@@ -189,13 +206,8 @@ def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
 ) -> None:
   device = DEVICES[name]
   slo_ms = max(slo_ms, 1.1e3 * device.rows[8])  # A decode alone can meet it.
-  workload = chats(40.0, 12.0, 0)
-  fixed = min(
-    run(device, workload, make_scheduler(device, budget)).seconds
-    for budget in (64, 128, 256, 384, 512)
-  )
-  ours = run(device, workload, make_scheduler(device, tbt_slo_ms=slo_ms))
-  assert fixed / ours.seconds >= 0.95
+  ours = run(device, saturated(), make_scheduler(device, tbt_slo_ms=slo_ms))
+  assert best_of_fixed(name) / ours.seconds >= 0.95
 
 
 def holds(result: simulate.Result, slo: search.Slo) -> bool:
