@@ -419,6 +419,8 @@ def test_a_nudged_weight_is_noticed(params, requests, expected):
 MOST_DIFFERENT = 3
 
 
+# The newest JAX's lane has it, where sums are rounded as in what is served.
+@pytest.mark.slow
 def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
   params, runner, record_property
 ):

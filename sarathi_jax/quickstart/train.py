@@ -128,8 +128,10 @@ class _Sampler:
       tokenizer=str(folder),
       eos_token_ids=[end],
       config=sarathi_jax.EngineConfig(
-        token_budget=64,
+        token_budget=16,  # Each size of steps is one to compile.
         max_num_seqs=len(PROMPTS),
+        max_adjusted_seqs=0,
+        grammars=False,
         max_model_len=context,
         page_size=64,
         num_pages=-(-context // 64) * len(PROMPTS),
