@@ -149,6 +149,9 @@ class EngineConfig:
       are compiled once and not twice.
     max_lora_rank: the highest rank of an adapter. None for that of those that
       there are at the start, or 16.
+    max_cpu_loras: the most adapters that may be loaded, all in the host's
+      memory; with one more, that goes which no request asked for the longest,
+      but for those that there are at the start. None for any number.
     tp: tensor parallelism: devices that share each layer; None for one, but
       on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
       as a large model can use, if it is to run several sequences.
@@ -186,6 +189,7 @@ class EngineConfig:
   cache_aware_window: int = 1
   max_loras: int | None = None
   max_lora_rank: int | None = None
+  max_cpu_loras: int | None = None
   tp: int | None = None
   pp: int = 1
   seed: int = 0
@@ -251,7 +255,14 @@ _ENGINE_RULES: Mapping[str, Rule] = {
     SIZE,
   ),
   **dict.fromkeys(
-    ('max_model_len', 'num_pages', 'tp', 'max_loras', 'max_lora_rank'),
+    (
+      'max_model_len',
+      'num_pages',
+      'tp',
+      'max_loras',
+      'max_lora_rank',
+      'max_cpu_loras',
+    ),
     or_none(SIZE),
   ),
   'max_adjusted_seqs': or_none(

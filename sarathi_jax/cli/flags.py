@@ -143,6 +143,12 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     'The highest rank of a LoRA adapter. Default: that of --lora_modules, or '
     '16.',
   ),
+  'max_cpu_loras': (
+    flags.DEFINE_integer,
+    "The most LoRA adapters that are loaded, in the host's memory. With one "
+    'more, that goes which no request asked for the longest, but for those of '
+    '--lora_modules. Default: any number.',
+  ),
   'tp': (
     flags.DEFINE_integer,
     'Tensor parallelism: number of devices that share each layer. Default: '
@@ -273,7 +279,8 @@ def adapters_from_flags() -> dict[str, str]:
   """Returns the adapters to serve: name -> folder or hub id.
 
   Raises:
-    ConfigError: --lora_modules can't be read, or several hosts are to serve.
+    ConfigError: --lora_modules can't be read, or several hosts are to serve,
+      which are not told how much room to make.
   """
   adapters: dict[str, str] = {}
   for text in FLAGS.lora_modules:
@@ -286,10 +293,10 @@ def adapters_from_flags() -> dict[str, str]:
     )
     adapters[name] = path
   config_lib.check(
-    not adapters or processes_from_flags() is None,
-    'lora_modules',
-    FLAGS.lora_modules,
-    "several hosts can't serve adapters",
+    not adapters or FLAGS.max_loras or processes_from_flags() is None,
+    'max_loras',
+    FLAGS.max_loras,
+    'must be said, and max_lora_rank, where several hosts serve adapters',
   )
   return adapters
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
+import itertools
 from typing import Any
 
 from sarathi_jax import config as config_lib
@@ -24,8 +25,20 @@ class Adapters:
     self._model_name = model_name
     self._num_loaded: collections.Counter[str] = collections.Counter()
     self._named: Mapping[str, types.Adapter] = {}
+    self._most: int | None = None
+    self._times = itertools.count()
+    self._last_asked: dict[str, int] = {}
     for name, matrices in loaded.items():
       self.load(name, matrices)
+    self._stay = frozenset(loaded)
+
+  def limit(self, most: int | None) -> None:
+    """Says how many may be loaded; None for any number.
+
+    Those of the start always are. Of the others, that goes which was not asked
+    for the longest, as if it was unloaded.
+    """
+    self._most = most
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -50,6 +63,7 @@ class Adapters:
       raise errors.NotFoundError(
         f'adapter={errors.shown(name)}: must be one that is loaded: {loaded}.'
       )
+    self._last_asked[name] = next(self._times)
     return self._named[name]
 
   def load(self, name: str, matrices: Any) -> None:
@@ -58,14 +72,17 @@ class Adapters:
     Requests that have it keep it until they end.
 
     Raises:
-      ConfigError: the model has this name.
+      ConfigError: the model has this name; or as many are loaded as may be, all
+        since the start.
     """
     config_lib.check(
       name != self._model_name, 'adapters', name, "is the model's own name"
     )
-    adapter = types.Adapter(name, self._num_loaded[name], matrices)
+    named = self._with_room(name)
+    named[name] = types.Adapter(name, self._num_loaded[name], matrices)
     self._num_loaded[name] += 1
-    self._named = {**self._named, name: adapter}
+    self._last_asked[name] = next(self._times)
+    self._named = named
 
   def unload(self, name: str) -> None:
     """Forgets an adapter; requests that have it keep it until they end.
@@ -75,3 +92,21 @@ class Adapters:
     """
     self.find(name)
     self._named = {n: a for n, a in self._named.items() if n != name}
+    self._last_asked.pop(name, None)
+
+  def _with_room(self, name: str) -> dict[str, types.Adapter]:
+    """Returns those that stay where one more is loaded, of this name."""
+    named = dict(self._named)
+    if name in named or self._most is None or len(named) < self._most:
+      return named
+    others = named.keys() - self._stay
+    config_lib.check(
+      bool(others),
+      'max_cpu_loras',
+      self._most,
+      f'leaves no room for adapter {errors.shown(name)}, as those of the start '
+      'stay',
+    )
+    goes = min(others, key=lambda n: self._last_asked.get(n, -1))
+    del named[goes], self._last_asked[goes]
+    return named

@@ -100,6 +100,15 @@ class Source:
         config, max_loras=num, max_lora_rank=config.max_lora_rank or rank
       )
     self._config = config
+    least = max(config.max_loras or 1, len(found))
+    config_lib.check(
+      config.max_cpu_loras is None
+      or (config.max_loras is not None and config.max_cpu_loras >= least),
+      'max_cpu_loras',
+      config.max_cpu_loras,
+      f'must be at least {least}, as many as a step or the start may have, and '
+      'there must be room for adapters (max_loras)',
+    )
     for name, matrices in found.items():
       _check_room(config, name, matrices)
     return config, found

@@ -269,7 +269,7 @@ def build_engine(
     dynamic_rope_len=facts.dynamic_rope_len(model),
     rope_counts_outputs=facts.rope_counts_outputs(model),
   )
-  return engine_lib.Engine(
+  engine = engine_lib.Engine(
     scheduler,
     pacing.paced(runner, scheduler, time.monotonic),
     tokenizer=tokenizer,
@@ -284,6 +284,8 @@ def build_engine(
       grammars=config.grammars,
     ),
   )
+  engine.adapters.limit(config.max_cpu_loras)
+  return engine
 
 
 def _compilation_cache_dir(config: config_lib.EngineConfig) -> str | None:

@@ -184,10 +184,10 @@ def join(
   if processes is None:
     return None
   config_lib.check(
-    config.max_loras is None,
-    'max_loras',
-    config.max_loras,
-    "several hosts can't serve adapters",
+    config.max_loras is None or config.max_lora_rank is not None,
+    'max_lora_rank',
+    config.max_lora_rank,
+    'must be said where several hosts serve adapters',
   )
   xla_flags.set_environment(os.environ)
   end = hosts.start(**processes, facts=fingerprint.program(config))

@@ -8,9 +8,10 @@ are. All slots of a matrix are one array, of which one is written at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from sarathi_jax.runner import weights as weights_lib
 Matrices = Mapping[str, tuple[np.ndarray, np.ndarray]]
 DEFAULT_RANK = 16  # vLLM's
 _A, _B = '.a', '.b'
+_MESSAGE_NUMBERS = 1 << 24  # after which a message to other hosts ends
 
 
 def slots_of(config: config_lib.EngineConfig) -> adapters_lib.Slots | None:
@@ -176,6 +178,60 @@ class DeviceAdapters:
       one = weights_lib.load_places(self._of_one, read)
       self._arrays = self._put(self._arrays, one, np.int32(slot))
     self.leaves = jax.tree.leaves(self._arrays)
+
+
+def messages(slot: int, adapter: Matrices) -> Iterator[np.ndarray]:
+  """Yields what tells other hosts to put an adapter in a slot, int32.
+
+  A message has some matrices: its bytes of JSON, that, and their numbers.
+  """
+  left = list(adapter.items())
+  while True:
+    size = 0
+    part: list[tuple[str, tuple[np.ndarray, np.ndarray]]] = []
+    while left and (not part or size < _MESSAGE_NUMBERS):
+      part.append(left.pop(0))
+      size += sum(array.size for array in part[-1][1])
+    head = json.dumps(
+      {
+        'slot': slot,
+        'is_last': not left,
+        'shapes': [(name, len(a), *b.shape) for name, (a, b) in part],
+      }
+    ).encode()
+    head += b' ' * (-len(head) % 4)
+    yield np.concatenate(
+      [
+        np.array([len(head)], np.int32),
+        np.frombuffer(head, np.int32),
+        *(
+          np.asarray(array, np.float32).reshape(-1).view(np.int32)
+          for _, pair in part
+          for array in pair
+        ),
+      ]
+    )
+    if not left:
+      return
+
+
+class Received:
+  """Puts adapters in slots as another host's messages say."""
+
+  def __init__(self) -> None:
+    self._matrices: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+  def take(self, ints: np.ndarray, into: DeviceAdapters) -> None:
+    """Takes one of `messages`, in order; with the last, all is put there."""
+    size = int(ints[0])
+    head = json.loads(ints[1:].view(np.uint8)[:size].tobytes())
+    numbers = ints[1 + size // 4 :].view(np.float32)
+    for name, rows, rank, columns in head['shapes']:
+      a, b, numbers = np.split(numbers, (rows * rank, (rows + columns) * rank))
+      self._matrices[name] = a.reshape(rows, rank), b.reshape(rank, columns)
+    if head['is_last']:
+      matrices, self._matrices = self._matrices, {}
+      into.put(head['slot'], matrices)
 
 
 def _put(

@@ -219,8 +219,7 @@ class DeviceRunner:
     )
     layout = self._programs.layouts[size]
     for slot, adapter in batch.loads:
-      assert self._adapters is not None
-      self._adapters.put(slot, adapter.matrices)
+      self._put_adapter(slot, adapter.matrices)
     self._step(
       in_flight.AtStage(
         buffer,
@@ -239,6 +238,14 @@ class DeviceRunner:
       self._num_steps + self.num_stages - 2,
       layout.split(buffer),
     )
+
+  def _put_adapter(self, slot: int, matrices: adapters_lib.Matrices) -> None:
+    """Puts an adapter in a slot, on all hosts."""
+    assert self._adapters is not None
+    if self._leader is not None:
+      for message in adapters_lib.messages(slot, matrices):
+        self._leader.send(programs_lib.PUT_ADAPTER, message)
+    self._adapters.put(slot, matrices)
 
   def mask(self, pending: Pending, masks: Mapping[int, np.ndarray]) -> None:
     asked = in_flight.asked(
@@ -422,7 +429,12 @@ class DeviceRunner:
       while len(computing) > num_left:  # Nobody else would notice a fault.
         jax.block_until_ready(computing.popleft())
 
+    received = adapters_lib.Received()
     for program, ints in follower.steps(on_idle=wait):
+      if program == programs_lib.PUT_ADAPTER:
+        assert self._adapters is not None
+        received.take(ints, self._adapters)
+        continue
       computing.append(self._compute(program, ints))
       wait(self.num_stages + 1)  # as many as the first process has in flight
 

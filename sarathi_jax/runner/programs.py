@@ -34,6 +34,7 @@ OnCompiled = compiling.OnCompiled
 # The numbers of the programs that set up a slot, and that copy pages; a step's
 # is its size.
 SET_UP, COPY = -1, -2
+PUT_ADAPTER = 0  # what other hosts are told; no program
 
 
 def masked(num_rows: int) -> int:

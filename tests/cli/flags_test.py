@@ -38,6 +38,7 @@ VALUES = dict(
   cache_aware_window=8,
   max_loras=3,
   max_lora_rank=24,
+  max_cpu_loras=5,
   short_prompt_share=0.5,
   tbt_slo_ms=50.0,
   ttft_slo_ms=700.0,
@@ -292,5 +293,5 @@ def test_adapters_have_names():
       with pytest.raises(errors.ConfigError, match=r'lora_modules=.*NAME=PATH'):
         flags.adapters_from_flags()
     absl_flags.parse('--cache_dir=', '--lora_modules=a=x', '--distributed')
-    with pytest.raises(errors.ConfigError, match="several hosts can't serve"):
+    with pytest.raises(errors.ConfigError, match='max_loras=None: must be sa'):
       flags.adapters_from_flags()

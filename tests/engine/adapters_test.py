@@ -38,3 +38,38 @@ def test_what_is_not_loaded_is_named(name: object) -> None:
 def test_the_models_name_is_its_own() -> None:
   with pytest.raises(errors.ConfigError, match="adapters='m': is the model's"):
     adapters_lib.Adapters({'m': 1}, 'm')
+
+
+def test_of_too_many_that_goes_which_nobody_asked_for_the_longest() -> None:
+  adapters = adapters_lib.Adapters({'stays': 0})
+  adapters.limit(3)
+  adapters.load('a', 1)
+  adapters.load('b', 2)
+  in_use = adapters.find('a')
+  adapters.load('c', 3)
+  assert adapters.names == ('stays', 'a', 'c')
+  adapters.load('a', 4)  # In its own place.
+  assert adapters.names == ('stays', 'a', 'c')
+  adapters.find('c')
+  adapters.load('d', 5)
+  assert adapters.names == ('stays', 'c', 'd')
+  assert in_use is not None and in_use.matrices == 1  # Whoever has it keeps it.
+  adapters.load('b', 6)
+  again = adapters.find('b')
+  assert again is not None and again.generation == 1
+  adapters.limit(1)
+  adapters.unload('b')
+  adapters.unload('d')
+  with pytest.raises(
+    errors.ConfigError, match=r"max_cpu_loras=1: .*'x'.*start"
+  ):
+    adapters.load('x', 7)
+
+
+def test_adapters_that_come_and_go_leave_nothing() -> None:
+  adapters = adapters_lib.Adapters({})
+  adapters.limit(2)
+  for i in range(100):
+    adapters.load(f'a{i}', i)
+  assert adapters.names == ('a98', 'a99')
+  assert len(adapters._last_asked) == 2

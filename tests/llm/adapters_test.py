@@ -170,6 +170,29 @@ def test_names_and_room(llm, adapted) -> None:
     llm.generate(PROMPTS, GREEDY, adapter=['x'])
 
 
+def test_how_many_are_loaded_is_bounded(make_llm, params) -> None:
+  """More than the device has slots; and what was unloaded comes again."""
+  llm = make_llm(
+    params, adapters={'one': arrays(1)}, grammars=False, max_cpu_loras=3
+  )
+  for seed in (3, 4, 5, 3):
+    llm.load_adapter(f'a{seed}', arrays(seed))
+  assert llm.engine.info.adapters == ('one', 'a5', 'a3')
+  got = llm.generate(PROMPTS, GREEDY, adapter=['a3', 'one', 'a5'])
+  expected = [
+    greedy(merged(params, arrays(seed)), [prompt])[0]
+    for seed, prompt in zip((3, 1, 5), PROMPTS, strict=True)
+  ]
+  assert common.tokens_of(got) == expected
+  for fields, says in (
+    (dict(max_cpu_loras=1, max_loras=2), 'must be at least 2'),
+    (dict(max_cpu_loras=1, max_loras=None), 'there must be room'),
+    (dict(max_cpu_loras=0), 'max_cpu_loras=0: must be an integer >= 1'),
+  ):
+    with pytest.raises(errors.ConfigError, match=says):
+      make_llm(params, grammars=False, **fields)
+
+
 def test_files_of_peft_beside_a_checkpoint(
   tmp_path: pathlib.Path, cache_dir: str
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import json
 import os
 import pathlib
 import re
@@ -29,6 +30,7 @@ from sarathi_jax.server import sarathi_pb2_grpc
 from tests import naive
 from tests import source_tree
 from tests.checkpoints_convert import fake_checkpoint as fake
+from tests.checkpoints_convert import lora_test
 
 # What both hosts keep of a request: nothing, what adjusts its logits, and those
 # that wait for masks.
@@ -343,3 +345,53 @@ def test_an_offline_run_on_two_hosts_that_slurm_started(
     hosts.close()
   assert len(output.read_text().splitlines()) == 3
   assert 'requests' in hosts.printed[0] and 'requests' not in hosts.printed[1]
+
+
+@pytest.mark.slow
+def test_adapters_reach_all_hosts(
+  checkpoint: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Both stages, and both devices of each: the tokens are one device's."""
+  shapes = dict.fromkeys(set(lora_test.LINEAR) - {'lm_head'}, lora_test.RANK)
+  of = {
+    module: (0.2 * a, 0.2 * b)
+    for module, (a, b) in lora_test.matrices(shapes).items()
+  }
+  adapter = lora_test.write(tmp_path / 'adapter', of)
+  prompts, output = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
+  prompts.write_text(
+    ''.join(
+      json.dumps({'prompt_token_ids': prompt} | more) + '\n'
+      for prompt in PROMPTS
+      for more in ({}, {'adapter': 'one'})
+    )
+  )
+  hosts = Hosts(
+    'sarathi_jax.offline',
+    f'--checkpoint={checkpoint}',
+    f'--prompts={prompts}',
+    f'--output={output}',
+    f'--lora_modules=one={adapter}',
+    '--max_loras=2',
+    f'--max_lora_rank={lora_test.RANK}',
+    '--max_tokens=8',
+    '--temperature=0',
+    '--ignore_eos',
+  )
+  try:
+    assert [p.wait(TIMEOUT_S) for p in hosts.processes] == [0, 0], hosts.printed
+  finally:
+    hosts.close()
+  llm = LLM.from_checkpoint(
+    checkpoint, config=EngineConfig(**ENGINE), adapters={'one': adapter}
+  )
+  done = llm.generate(
+    [prompt for prompt in PROMPTS for _ in range(2)],
+    SamplingParams(temperature=0, ignore_eos=True, max_tokens=8),
+    adapter=[None, 'one'] * len(PROMPTS),
+  )
+  lines = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [tuple(line['token_ids']) for line in lines] == [
+    one.token_ids for one in done
+  ]
+  assert done[0].token_ids != done[1].token_ids

@@ -85,6 +85,31 @@ def test_a_deployment_fits(name: str, tmp_path: pathlib.Path) -> None:
   check_step(source_tree.ROOT / f'configs/{name}.py', tmp_path / 'plan.json')
 
 
+@matmul.needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['mistral_7b_a100', 'llama_3_1_70b_h100_tp4'])
+def test_a_step_with_adapters_compiles(
+  name: str, tmp_path: pathlib.Path
+) -> None:
+  """They take the bytes of their ranks, and send nothing more."""
+  shallow = tmp_path / f'{name}.py'
+  shallow.write_text(_SHALLOW.format(name=name))
+  found = check_step(shallow, tmp_path / 'plan.json', '--max_loras=8')
+  model = deployment.read(str(shallow)).model
+  tp = 4 if name.endswith('tp4') else 1
+  width, inner = model.hidden_size, model.intermediate_size // tp
+  q, k = (
+    num * model.head_dim // tp for num in (model.num_heads, model.num_kv_heads)
+  )
+  # Rows and columns of a device's part of each: A has the rows, B the columns.
+  sides = ((width, q), (width, k), (width, k), (q, width))
+  sides += ((width, inner), (width, inner), (inner, width))
+  numbers = 8 * 16 * sum(rows + columns for rows, columns in sides)
+  # Side by side, as they are on GPUs, B has the rows of all of its group.
+  numbers += 8 * 16 * (2 * (q + 2 * k) + 2 * inner)
+  assert found['memory']['adapters'] == 2 * model.num_layers * numbers
+
+
 def planned(config: pathlib.Path, path: pathlib.Path, *flags: str) -> Any:
   """Compiles a step, and writes its plan to a file; returns it."""
   done = subprocess.run(
@@ -108,18 +133,20 @@ def planned(config: pathlib.Path, path: pathlib.Path, *flags: str) -> Any:
   return found
 
 
-def check_step(config: pathlib.Path, path: pathlib.Path) -> None:
+def check_step(config: pathlib.Path, path: pathlib.Path, *flags: str) -> Any:
   """Compiles a step, the plan in a file, and looks at all that it says."""
-  found = planned(config, path)
+  found = planned(config, path, *flags)
   memory = found['memory']
   used = (
     memory['weights']
     + memory['kv_cache']
     + memory['temporaries']
     + memory['state']
+    + memory['adapters']
   )
   assert used <= memory['usable']
   assert all(found['sequences'].values())
   sent = {one['kind']: one for one in found['sent']}
   reduced = sent.get('all-reduce', {'num_bytes': 0})['num_bytes']
   assert reduced <= 1.01 * found['least_sent'] + 2**20
+  return found
