@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from sarathi_jax.config import EngineConfig as EngineConfig
   from sarathi_jax.errors import SarathiError as SarathiError
+  from sarathi_jax.in_process.layouts import Layout as Layout
   from sarathi_jax.in_process.scoring import (
     compare_logprobs as compare_logprobs,
   )
+  from sarathi_jax.in_process.trees import Leaf as Leaf
   from sarathi_jax.llm import LLM as LLM
   from sarathi_jax.types import Completion as Completion
   from sarathi_jax.types import FinishReason as FinishReason
@@ -40,6 +42,8 @@ _API = {
   'EngineConfig': 'config',
   'FinishReason': 'types',
   'LLM': 'llm',
+  'Layout': 'in_process.layouts',
+  'Leaf': 'in_process.trees',
   'OutputDelta': 'types',
   'SamplingParams': 'types',
   'SarathiError': 'errors',

@@ -19,6 +19,8 @@ from sarathi_jax import opening
 from sarathi_jax import types
 from sarathi_jax.in_process import adapters as adapters_lib
 from sarathi_jax.in_process import building
+from sarathi_jax.in_process import layouts
+from sarathi_jax.in_process import live as live_lib
 from sarathi_jax.in_process import progress
 from sarathi_jax.in_process import requests as requests_lib
 from sarathi_jax.in_process import runs as runs_lib
@@ -73,6 +75,9 @@ class LLM(served.Served):
     params: its weights, a tree of jax.Arrays; see `models.param_specs`. They
       are not copied, so they must not be donated or deleted while this serves
       them.
+    layout: whose tree `params` is, if it is not as `models.param_specs` says: a
+      name in `in_process.layouts.LAYOUTS`, such as 'nnx' or 'maxtext', or a
+      table of your own. What does not lie as ours is copied, leaf by leaf.
     mesh: where to run; None for where the weights are, or for `config.tp *
       config.pp` devices. Weights that lie there as the model needs them (see
       `runner.placement`) are served as they are; others are copied there.
@@ -101,6 +106,7 @@ class LLM(served.Served):
     model: model_config_lib.ModelConfig,
     params: Params = None,
     *,
+    layout: str | layouts.Layout | Sequence[layouts.Leaf] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis_names: mesh_lib.AxisNames | None = None,
     tokenizer: Any = None,
@@ -118,16 +124,14 @@ class LLM(served.Served):
         'a ModelConfig, as of opening.open_checkpoint. A checkpoint is '
         'served by LLM.from_checkpoint.'
       )
-    model = model.divided(config)
+    self._live = live_lib.LiveParams(model.divided(config), layout)
+    model = self._live.model
     words = tokenizing.tokenizer_of(tokenizer)
     eos_token_ids = tokenizing.known_eos_token_ids(
       eos_token_ids, tokenizer, words, model.vocab_size
     )
-    params = params_lib.check_params(
-      model,
-      params,
-      (None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)),
-    )
+    dtype = None if config.dtype == config_lib.AUTO else jnp.dtype(config.dtype)
+    params = self._live.read(params, dtype)
     source = adapters_lib.Source(model)
     config, loaded = source.begin(config, adapters)
     with settings.own():
@@ -138,11 +142,12 @@ class LLM(served.Served):
         axis_names=axis_names,
         home=params_lib.devices_of(params),
       )
-      layout = placement.of_live(params_lib.dtype_of(model, params))
+      lies = placement.of_live(self._live.dtype_of(params, dtype))
+      self._live.begin(mesh, lies.dtype)
       self._start(
         model,
-        weights_lib.place_live(model, mesh, layout, params),
-        layout,
+        weights_lib.place_live(model, mesh, lies, self._live.as_ours(params)),
+        lies,
         mesh,
         config,
         on_compiled,
@@ -231,6 +236,7 @@ class LLM(served.Served):
           model, mesh, layout, opened.read, on_loaded=tell
         )
       llm = object.__new__(cls)
+      llm._live = live_lib.LiveParams(model)
       llm._start(
         model,
         placed,

@@ -342,6 +342,18 @@ class RequestMetrics:
   max_tbt_s: float | None
 
 
+class VersionSpan(NamedTuple):
+  """Tokens behind one another that the same weights gave.
+
+  Attributes:
+    version: of the weights, see `Engine.weight_version`.
+    num_tokens: how many.
+  """
+
+  version: int
+  num_tokens: int
+
+
 class OutputDelta(NamedTuple):
   """The output that one request gained in one step, or one of its several.
 
@@ -361,6 +373,8 @@ class OutputDelta(NamedTuple):
       the first, if `SamplingParams.prompt_logprobs` asks for it.
     output_index: which of the request's outputs it is of.
     num_left: how many of these go on.
+    versions: of the weights that the tokens were sampled by, in their order; ()
+      if they are the first that the engine had.
   """
 
   request_id: str
@@ -374,11 +388,31 @@ class OutputDelta(NamedTuple):
   prompt_logprobs: Told | None = None
   output_index: int = 0
   num_left: int = 0
+  versions: tuple[VersionSpan, ...] = ()
 
   @property
   def ends_request(self) -> bool:
     """Whether it is the last delta of its request."""
     return self.finish_reason is not None and not self.num_left
+
+  def with_version(self, version: int) -> OutputDelta:
+    """Returns it with the version of the weights that gave its tokens."""
+    if not self.token_ids:
+      return self
+    return self._replace(versions=(VersionSpan(version, len(self.token_ids)),))
+
+
+def versions_of(deltas: Iterable[OutputDelta]) -> tuple[VersionSpan, ...]:
+  """Returns the versions of the tokens of an output's deltas, in order."""
+  found: list[VersionSpan] = []
+  for delta in deltas:
+    spans = delta.versions or (VersionSpan(0, len(delta.token_ids)),)
+    for version, num in spans:
+      if found and found[-1].version == version:
+        found[-1] = VersionSpan(version, found[-1].num_tokens + num)
+      elif num:
+        found.append(VersionSpan(version, num))
+  return tuple(found)
 
 
 class ToolCall(NamedTuple):
@@ -428,6 +462,8 @@ class Completion:
     metrics: its measurements.
     told, prompt_logprobs: see `OutputDelta`.
     reply: what `text` says, told apart; of `LLM.chat` alone.
+    versions: of the weights that its tokens were sampled by, in their order;
+      () without a token.
   """
 
   request_id: str
@@ -442,3 +478,4 @@ class Completion:
   prompt_logprobs: Told | None = None
   reply: Reply | None = None
   index: int = 0
+  versions: tuple[VersionSpan, ...] = ()

@@ -13,6 +13,8 @@ from typing import Any
 
 from sarathi_jax import checkpoint
 from sarathi_jax import models
+from sarathi_jax.in_process import background
+from sarathi_jax.in_process import trees
 from tests import source_tree
 
 SECTION = (
@@ -21,7 +23,7 @@ SECTION = (
   .partition('## Embed it')[2]
   .partition('\n## ')[0]
 )
-EXAMPLE, TREE = re.findall('```python\n(.*?)```', SECTION, re.S)
+EXAMPLE, TREE, TABLE, THREAD = re.findall('```python\n(.*?)```', SECTION, re.S)
 SIZES = 'token_budget=128, max_num_seqs=16'
 
 
@@ -67,3 +69,18 @@ def test_it_stops_where_the_model_does_and_keeps_what_it_compiled(
   assert shapes['embed'] == specs['embed'].shape
   assert shapes.keys() == specs.keys()
   assert shapes['layers'][0].keys() == specs['layers'][0].keys()
+
+
+def test_a_table_is_of_leaves_that_can_be_read() -> None:
+  names: dict[str, Any] = {}
+  exec(TABLE, names)
+  *leaves, rest = names['layout']
+  assert rest is ... and all(isinstance(leaf, trees.Leaf) for leaf in leaves)
+  for leaf in leaves:
+    assert set(''.join(leaf.groups)) <= set(''.join(leaf.source))
+
+
+def test_a_thread_has_the_methods_that_are_called() -> None:
+  called = re.findall(r'rollouts\.(\w+)', THREAD)
+  assert len(called) > 3
+  assert all(hasattr(background.Background, name) for name in called)

@@ -63,6 +63,7 @@ class Engine:
 
   Attributes:
     adapters: those that are loaded.
+    weight_version: which weights are served: 0 at first, see `new_weights`.
   """
 
   def __init__(
@@ -77,6 +78,7 @@ class Engine:
   ) -> None:
     self._info = info
     self.adapters = adapters_lib.Adapters(adapters, info.model_name)
+    self.weight_version = 0
     self.tokenizer = tokenizer
     self.clock = clock
     self.metrics = metrics_lib.EngineMetrics()
@@ -232,6 +234,20 @@ class Engine:
     """Drops the whole KV cache, for new weights; recomputes what is running."""
     self.drain()
     self._scheduler.preempt_all()
+
+  def new_weights(
+    self, version: int | None = None, *, keeps: bool = False
+  ) -> None:
+    """Is told that other weights are served from now on.
+
+    Args:
+      version: a number for them; None: one more than the last.
+      keeps: whether what runs goes on with its pages, or is recomputed.
+    """
+    self.drain()
+    self._scheduler.new_weights(keeps=keeps)
+    last = self.weight_version
+    self.weight_version = last + 1 if version is None else version
 
   def reset_prefix_cache(self) -> bool:
     """Forgets what prompts could begin with; False while there are requests.
@@ -412,6 +428,8 @@ class Engine:
         )
         for output, event in zip(outputs, events, strict=True)
       ]
+    if self.weight_version:
+      outputs = [o.with_version(self.weight_version) for o in outputs]
     self.metrics.num_generated += sum([len(o.token_ids) for o in outputs])
     if self._several:
       outputs = list(map(self._of_request, outputs, lives))

@@ -6,12 +6,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+from typing import Protocol
 
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.in_process import interrupts
 from sarathi_jax.in_process import turns as turns_lib
+
+
+class Reader(Protocol):
+  """Who is told of what some requests gain.
+
+  Attributes:
+    inbox: what was not read yet.
+  """
+
+  inbox: deque[types.OutputDelta]
 
 
 class Run(Iterator[types.OutputDelta]):
@@ -88,12 +99,12 @@ class Runs:
     self.fault: Exception | None = None
     self._engine = engine
     self._check = check
-    self._runs: dict[str, Run] = {}  # by request
+    self._runs: dict[str, Reader] = {}  # by request
     self._abandoned: deque[str] = deque()
     self._is_inside = False
 
-  def begin(self, request: types.Request, run: Run) -> None:
-    """Adds a request of a run."""
+  def begin(self, request: types.Request, run: Reader) -> None:
+    """Adds a request of a run, or of another reader."""
     with self.inside():
       self._engine.add(request)
       self._runs[request.request_id] = run

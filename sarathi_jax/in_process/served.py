@@ -6,6 +6,7 @@ How these are replaced while it lives is here; what it is asked, in `LLM`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import pathlib
 from typing import Any
 
@@ -17,18 +18,21 @@ from sarathi_jax import errors
 from sarathi_jax import opening
 from sarathi_jax import types
 from sarathi_jax.in_process import adapters as adapters_lib
+from sarathi_jax.in_process import background as background_lib
 from sarathi_jax.in_process import building
+from sarathi_jax.in_process import live as live_lib
 from sarathi_jax.in_process import progress
 from sarathi_jax.in_process import runs as runs_lib
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import hosts
-from sarathi_jax.runner import params as params_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import settings
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
-Params = Any  # a pytree of arrays, as models.param_specs says
+Params = live_lib.Params
 OnCompiled = building.OnCompiled
+# What becomes of requests that are running -> whether they keep their pages.
+_ON_UPDATE = {'recompute': False, 'keep': True}
 
 
 class Served:
@@ -39,6 +43,9 @@ class Served:
     model: the model's configuration.
     adapters: reads what is loaded as an adapter.
   """
+
+  _live: live_lib.LiveParams
+  _requests: Callable[..., list[types.Request]]
 
   def _start(
     self,
@@ -97,14 +104,21 @@ class Served:
     self._check_opened(opened, str(path))
     return opened
 
-  def load_weights(self, opened: checkpoint.Checkpoint) -> None:
+  def load_weights(
+    self,
+    opened: checkpoint.Checkpoint,
+    *,
+    on_update: str = 'recompute',
+    version: int | None = None,
+  ) -> None:
     """Serves a checkpoint's weights from now on, without compiling.
 
     Replaces the old weights array by array, so that memory suffices; nothing
-    is served meanwhile. Recomputes the requests under way.
+    is served meanwhile.
 
     Args:
       opened: of `open_weights`.
+      on_update, version: see `update_params`.
 
     Raises:
       BusyError: another thread uses this LLM; the old weights stay.
@@ -117,6 +131,7 @@ class Served:
       raise errors.UnsupportedError(
         "weights: can't be replaced while several hosts serve them; start anew."
       )
+    keeps = _keeps(on_update, version)
     with self._runs.turns.take('load_weights'), settings.own():
       if not isinstance(opened, checkpoint.Checkpoint):
         raise errors.ConfigError(
@@ -125,8 +140,9 @@ class Served:
         )
       self._check_opened(opened, str(opened.folder))
       with self._runs.whole():
-        self.engine.invalidate_cache()
+        self.engine.drain()
         self._runner.load_params(opened.read)
+        self.engine.new_weights(version, keeps=keeps)
 
   def _check_opened(self, opened: checkpoint.Checkpoint, path: str) -> None:
     building.check_same(
@@ -151,11 +167,25 @@ class Served:
     """Runs a step that all processes meet in, before there are requests."""
     self._runner.connect()
 
-  def update_params(self, params: Params) -> None:
+  def update_params(
+    self,
+    params: Params,
+    *,
+    on_update: str = 'recompute',
+    version: int | None = None,
+  ) -> None:
     """Serves new weights from now on, without compiling.
 
-    Does not copy them where they lie as the engine's do. Drops the KV cache,
-    and recomputes the requests under way.
+    Does not copy them where they lie as the engine's do.
+
+    Args:
+      params: in the layout that it began with.
+      on_update: what becomes of requests under way. 'recompute': the new
+        weights compute what they have so far, which later tokens attend to.
+        'keep': they go on with what the KV cache has of them, by the weights
+        that computed it; of requests that come, nothing is found there.
+      version: a number for these weights, which tokens have from now on
+        (`Completion.versions`); None: one more than the last. The first are 0.
 
     Raises:
       BusyError: another thread uses this LLM; the old weights stay.
@@ -163,14 +193,17 @@ class Served:
         where they are served; the old weights stay.
       EngineDeadError: there was no memory to move them; the old ones are gone.
     """
-    params = params_lib.check_params(self.model, params, self._dtype)
+    keeps = _keeps(on_update, version)
+    params = self._live.read(params, self._dtype)
     with self._runs.turns.take('update_params'), settings.own():
       with self._runs.whole():
         self.engine.drain()  # Batches in flight use the old weights.
+      with self._runs.inside():
+        params = self._live.as_ours(params)
       try:
         with self._runs.inside():
           self._runner.update_params(params)
-          self.engine.invalidate_cache()
+          self.engine.new_weights(version, keeps=keeps)
       except errors.EngineDeadError as error:
         self._runs.fault = error
         raise
@@ -179,6 +212,35 @@ class Served:
           "params: can't be moved to where they are served: "
           f'{errors.describe(error)}. The old weights stay.'
         ) from error
+
+  def check_params(self, params: Params) -> None:
+    """Checks what `update_params` would; any thread may call it.
+
+    Raises:
+      ConfigError: they have another tree, shape or dtype.
+    """
+    self._live.read(params, self._dtype)
+
+  @property
+  def wanted_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves that `update_params` takes, by their names."""
+    return self._live.wanted(self._dtype)
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The mesh ('pp', 'tp') that it runs on."""
+    return self._runner.mesh
+
+  def background(self) -> background_lib.Background:
+    """Lets a thread of its own generate, while this one trains.
+
+    Returns:
+      What to ask for it; until it is closed nobody else may use this LLM.
+
+    Raises:
+      BusyError: another thread uses this LLM.
+    """
+    return background_lib.Background(self)
 
   def load_adapter(self, name: str, adapter: Any) -> None:
     """Lets requests ask for a LoRA adapter from now on; compiles nothing.
@@ -250,3 +312,24 @@ class Served:
         'params: were deleted, or donated to a computation; call '
         'update_params with those that took their place.'
       )
+
+
+def _keeps(on_update: Any, version: Any) -> bool:
+  """Returns whether what runs keeps its pages.
+
+  Raises:
+    ConfigError: `on_update` or `version` is something else.
+  """
+  config_lib.check(
+    on_update in _ON_UPDATE,
+    'on_update',
+    on_update,
+    f'must be one of {", ".join(_ON_UPDATE)}',
+  )
+  config_lib.check(
+    version is None or (type(version) is int and version >= 0),
+    'version',
+    version,
+    'must be an integer >= 0',
+  )
+  return _ON_UPDATE[on_update]

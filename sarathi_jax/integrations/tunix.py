@@ -25,10 +25,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import llm as llm_lib
 from sarathi_jax import types
-from sarathi_jax.in_process import building
-from sarathi_jax.integrations import trees
 from sarathi_jax.integrations import tunix_models
-from sarathi_jax.runner import settings
 
 try:
   from tunix.rl.rollout import base_rollout
@@ -92,34 +89,19 @@ class SarathiRollout(base_rollout.BaseRollout):
     family = tunix_models.family_of(type(rollout_actor))
     theirs: Any = rollout_actor.config  # type: ignore[attr-defined]
     config = _engine_config(config, rollout_config)
-    model = tunix_models.read_config(
-      family, theirs, config.max_model_len or 0
-    ).divided(config)
     leaves = _leaves_of(nnx.state(rollout_actor))
     dtype = jnp.dtype(
       rollout_config.data_type
       or getattr(theirs, 'dtype', None)
       or next(iter(leaves.values())).dtype
     )
-    if axis_names is None:
-      axis_names = {'tp': mesh.axis_names}
-    with settings.own():
-      mesh = building.make_mesh(
-        model, config, users=mesh, axis_names=axis_names
-      )
-      self._convert = trees.Converter(
-        model,
-        tunix_models.leaves_of(family, model),
-        mesh,
-        dtype,
-        type(rollout_actor).__name__,
-      )
-      params = self._convert(leaves)
     self.llm = llm_lib.LLM(
-      model,
-      params,
+      tunix_models.read_config(family, theirs, config.max_model_len or 0),
+      leaves,
+      layout='tunix',
       mesh=mesh,
-      config=config,
+      axis_names=axis_names or {'tp': mesh.axis_names},
+      config=dataclasses.replace(config, dtype=dtype.name),
       eos_token_ids=(),
       model_name=type(rollout_actor).__name__,
       on_compiled=on_compiled,
@@ -244,9 +226,7 @@ class SarathiRollout(base_rollout.BaseRollout):
     del filter_types  # `params` says it.
     leaves = _leaves_of(params)
     with self._turn:
-      with settings.own():
-        made = self._convert(leaves)
-      self.llm.update_params(made)
+      self.llm.update_params(leaves)
 
   def pad_id(self) -> int:
     """Returns the tokenizer's."""

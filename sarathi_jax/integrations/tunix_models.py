@@ -14,10 +14,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from sarathi_jax import errors
-from sarathi_jax.integrations import trees
 from sarathi_jax.models import config as config_lib
-
-Leaf = trees.Leaf
 
 # Fields by which no number changes, but for rounding.
 _WITHOUT_EFFECT = frozenset(
@@ -52,13 +49,11 @@ class Family(NamedTuple):
     fields: names of the fields of its config, and of ours.
     made: returns other fields of ours.
     read: the fields of its config that `made` reads, or that nothing reads.
-    leaves: describes its tree.
   """
 
   fields: Mapping[str, str]
   made: Callable[[Any], dict[str, Any]]
   read: tuple[str, ...]
-  leaves: tuple[Leaf, ...]
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -125,87 +120,24 @@ def _scaled(theta: float, factor: float) -> config_lib.RopeConfig:
   )
 
 
-_MLP = tuple(
-  Leaf(f'layers.{{}}.mlp.{name}', f'layers.{{}}.mlp.{name}_proj.kernel', axes)
-  for name, axes in (('gate', 'df'), ('up', 'df'), ('down', 'fd'))
-)
-_EMBED = Leaf('embed', 'embedder.input_embedding', 'vd')
-_LLAMA = (
-  _EMBED,
-  Leaf('final_norm.scale', 'final_norm.w', 'd'),
-  Leaf('lm_head', 'lm_head.w', 'dv'),
-  Leaf('layers.{}.attn_norm.scale', 'layers.{}.input_layernorm.w', 'd'),
-  Leaf('layers.{}.mlp_norm.scale', 'layers.{}.post_attention_layernorm.w', 'd'),
-  Leaf('layers.{}.attn.q', 'layers.{}.attn.q_proj.w', 'dnh->d nh'),
-  Leaf('layers.{}.attn.k', 'layers.{}.attn.k_proj.w', 'dkh->d kh'),
-  Leaf('layers.{}.attn.v', 'layers.{}.attn.v_proj.w', 'dkh->d kh'),
-  Leaf('layers.{}.attn.o', 'layers.{}.attn.o_proj.w', 'nhd->nh d'),
-  *_MLP,
-)
-_QWEN2 = _LLAMA + tuple(
-  Leaf(f'layers.{{}}.attn.{name}_bias', f'layers.{{}}.attn.{name}_bias', axes)
-  for name, axes in (('q', 'q'), ('k', 'r'), ('v', 'r'))
-)
-_QWEN3 = (
-  *_LLAMA,
-  Leaf('layers.{}.attn.q_norm.scale', 'layers.{}.attn.q_norm.w', 'h'),
-  Leaf('layers.{}.attn.k_norm.scale', 'layers.{}.attn.k_norm.w', 'h'),
-  Leaf('layers.{}.moe.router', 'layers.{}.mlp.router.kernel', 'de'),
-  Leaf('layers.{}.moe.gate', 'layers.{}.mlp.gate_proj', 'edf'),
-  Leaf('layers.{}.moe.up', 'layers.{}.mlp.up_proj', 'edf'),
-  Leaf('layers.{}.moe.down', 'layers.{}.mlp.down_proj', 'efd'),
-)
-_GEMMA3 = (
-  _EMBED,
-  Leaf('final_norm.offset', 'final_norm.scale', 'd'),
-  *(
-    Leaf(f'layers.{{}}.{ours}.offset', f'layers.{{}}.{theirs}.scale', axes)
-    for ours, theirs, axes in (
-      ('attn_norm', 'pre_attention_norm', 'd'),
-      ('attn_out_norm', 'post_attention_norm', 'd'),
-      ('mlp_norm', 'pre_ffw_norm', 'd'),
-      ('mlp_out_norm', 'post_ffw_norm', 'd'),
-      ('attn.q_norm', 'attn._query_norm', 'h'),
-      ('attn.k_norm', 'attn._key_norm', 'h'),
-    )
-  ),
-  Leaf('layers.{}.attn.q', 'layers.{}.attn.q_einsum.w', 'ndh->d nh'),
-  Leaf('layers.{}.attn.k', 'layers.{}.attn.kv_einsum.w', '0kdh->d kh'),
-  Leaf('layers.{}.attn.v', 'layers.{}.attn.kv_einsum.w', '1kdh->d kh'),
-  Leaf('layers.{}.attn.o', 'layers.{}.attn.attn_vec_einsum.w', 'nhd->nh d'),
-  *_MLP,
-)
-# Where all heads have keys and values of their own.
-_GEMMA3_QKV = tuple(
-  Leaf(f'layers.{{}}.attn.{name}', 'layers.{}.attn.qkv_einsum.w', axes)
-  for name, axes in (
-    ('q', '0ndh->d nh'),
-    ('k', '1ndh->d nh'),
-    ('v', '2ndh->d nh'),
-  )
-)
-
 # By the names of their classes.
 FAMILIES: Mapping[str, Family] = {
   'tunix.models.llama3.model.Llama3': Family(
     _FIELDS | {'norm_eps': 'norm_eps', 'weight_tying': 'tie_word_embeddings'},
     _llama,
     ('rope_theta',),
-    _LLAMA,
   ),
   'tunix.models.qwen2.model.Qwen2': Family(
     _FIELDS
     | {'norm_eps': 'norm_eps', 'use_tied_embedding': 'tie_word_embeddings'},
     _qwen2,
     ('rope_theta',),
-    _QWEN2,
   ),
   'tunix.models.qwen3.model.Qwen3': Family(
     _FIELDS
     | {'norm_eps': 'norm_eps', 'use_tied_embedding': 'tie_word_embeddings'},
     _qwen3,
     ('rope_theta', 'num_experts', 'num_experts_per_tok'),
-    _QWEN3,
   ),
   'tunix.models.gemma3.model.Gemma3': Family(
     {
@@ -222,7 +154,6 @@ FAMILIES: Mapping[str, Family] = {
       'query_pre_attn_norm',
       'vision_config',
     ),
-    _GEMMA3,
   ),
 }
 
@@ -271,12 +202,3 @@ def read_config(
     else config_lib.LlamaConfig
   )
   return kind(max_position_embeddings=context, **fields)
-
-
-def leaves_of(
-  family: Family, model: config_lib.ModelConfig
-) -> tuple[Leaf, ...]:
-  """Returns the table of a model's leaves."""
-  if family.leaves is _GEMMA3 and model.num_heads == model.num_kv_heads:
-    return _GEMMA3 + _GEMMA3_QKV
-  return family.leaves

@@ -21,7 +21,7 @@ Params = Any  # a pytree of arrays, as models.param_specs says
 
 _BOX = 'value'  # The name of the array in flax's boxes, such as nnx.Param.
 _MOST_OUTER = 2  # Outer keys that a message names: {'params': ...}.
-_DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
+DTYPES = tuple(map(jnp.dtype, ('float32', 'bfloat16', 'float16')))
 
 
 def check_params(
@@ -161,7 +161,7 @@ def _check_leaf(
     'deleted, or donated to a computation',
     'alive while it is served',
   )
-  dtypes = _DTYPES if dtype is None else (dtype,)
+  dtypes = DTYPES if dtype is None else (dtype,)
   if wanted.dtype is not None:
     dtypes = (jnp.dtype(wanted.dtype),)
   check(

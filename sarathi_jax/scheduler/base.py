@@ -176,6 +176,12 @@ class Scheduler(queues.Queues, abc.ABC):
       self._preempt(seq)
     self.pages.unregister_all()
 
+  def new_weights(self, *, keeps: bool) -> None:
+    """Takes back all pages; or lets nobody else find what is in them."""
+    if not keeps:
+      return self.preempt_all()
+    return self.prefixes.forget(self.running)
+
   @property
   def is_idle(self) -> bool:
     return not (self.waiting or self.running)

@@ -97,6 +97,7 @@ def begin(
   fork.keys, fork.contents = first.keys.copy(), first.contents.copy()
   # Which others find already: that of 8,000 takes a millisecond to look up.
   fork.num_registered, fork.full_at = first.num_registered, first.full_at
+  fork.keeps_to_itself = first.keeps_to_itself
   fork.num_prefilled = fork.prompt_len
   fork.first_scheduled_time = first.first_scheduled_time
   fork.num_pending = fork.num_in_flight = 1

@@ -179,6 +179,7 @@ class PrefixCache:
     seq.page_table = grouped.table_of(seq.pages)
     seq.num_computed = num_tokens
     self._set_registered(seq, num_found)
+    seq.keeps_to_itself = False
     seq.full_at = 0  # Its first token tells that all of the prompt is there.
     seq.found, seq.found_after = [], None
     seq.waits_since = None
@@ -231,7 +232,7 @@ class PrefixCache:
       num_tokens: what is in the cache for sure.
     """
     num_pages = num_tokens // self._pool.page_size
-    if not self._is_on:
+    if not self._is_on or seq.keeps_to_itself:
       self._set_registered(seq, num_pages)
       return
     self._make_keys(seq, num_pages)
@@ -260,7 +261,7 @@ class PrefixCache:
   def _register_rest(self, seq: Sequence, num_tokens: int) -> None:
     """Registers the page that tokens [0, num_tokens) fill in part."""
     num_pages, num_within = divmod(num_tokens, self._pool.page_size)
-    if not self._is_on or num_within < self._least:
+    if not self._is_on or seq.keeps_to_itself or num_within < self._least:
       return
     at = num_pages * self._num_groups
     if at == len(seq.pages):
@@ -291,6 +292,17 @@ class PrefixCache:
         if self._coming.get(key) is seq:
           del self._coming[key]
     self._set_registered(seq, 0)
+
+  def forget(self, running: Iterable[Sequence]) -> None:
+    """Lets nothing be found of what is there, nor of what comes of it.
+
+    Args:
+      running: all that have pages, which they keep to themselves.
+    """
+    for seq in running:
+      seq.keeps_to_itself = True
+    self._pool.unregister_all()
+    self._coming.clear()
 
   def keep_log(self) -> None:
     """Notes from now on what can be found; forgets what was there before."""

@@ -64,6 +64,8 @@ class Sequence:
     num_registered: its first places whose pages others can find.
     full_at: the tokens in the cache with which one more page can be found; 0
       if it was not looked at yet.
+    keeps_to_itself: whether others must not find its pages, as they hold what
+      weights gave that are no more served.
     found: while it waits, pages that hold its beginning; as `pages`.
     found_at: what the pool had forgotten when these were found.
     found_after: what the pool had registered and forgotten then, where groups
@@ -109,6 +111,7 @@ class Sequence:
   contents: list[bytes] = dataclasses.field(default_factory=list)
   num_registered: int = 0
   full_at: float = 0
+  keeps_to_itself: bool = False
   found: list[int] = dataclasses.field(default_factory=list)
   found_at: int = 0
   found_after: tuple[int, int] | None = None

@@ -106,7 +106,9 @@ def main(arguments: list[str]) -> None:
     load_weights=lambda path: llm().open_weights(
       path, **engine_flags.loading_from_flags()
     ),
-    update_weights=lambda opened: llm().load_weights(opened),
+    update_weights=lambda opened, on_update: llm().load_weights(
+      opened, on_update=on_update
+    ),
     start_profile=lambda folder: profiler().start_trace(folder),
     stop_profile=lambda: profiler().stop_trace(),
     read_adapter=read_adapter,

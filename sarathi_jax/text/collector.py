@@ -37,4 +37,5 @@ class Collector:
       told=tuple(t for d in deltas for t in d.told),
       prompt_logprobs=deltas[0].prompt_logprobs,
       index=last.output_index,
+      versions=types.versions_of(deltas),
     )

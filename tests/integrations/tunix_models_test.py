@@ -16,7 +16,8 @@ import pytest
 
 from sarathi_jax import errors
 from sarathi_jax import models
-from sarathi_jax.integrations import trees
+from sarathi_jax.in_process import layouts
+from sarathi_jax.in_process import trees
 from sarathi_jax.integrations import tunix_models
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import tree as tree_lib
@@ -164,16 +165,16 @@ def draw(name: str, dtype: Any = np.float32) -> dict[str, jax.Array]:
 def converter(
   name: str, tp: int = 1, dtype: Any = jnp.float32
 ) -> tuple[trees.Converter, config_lib.ModelConfig]:
-  family, model = read(name)
+  _, model = read(name)
   mesh = mesh_lib.make(mesh_lib.parallel.Parallelism(tp=tp))
-  leaves = tunix_models.leaves_of(family, model)
+  leaves = layouts.LAYOUTS['tunix'].rows(model)
   return trees.Converter(model, leaves, mesh, dtype, 'Model'), model
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_tree_is_as_it_is_described(name):
-  family, model = read(name)
-  leaves = tunix_models.leaves_of(family, model)
+  _, model = read(name)
+  leaves = layouts.LAYOUTS['tunix'].rows(model)
   assert trees.shapes_of(model, leaves) == shapes(name)
 
 

@@ -303,3 +303,44 @@ def test_the_log_says_what_pages_hold_and_whose_they_are() -> None:
     'mine': [of['C'][:4]],
     'mine rope_len=12': [of['D'][:4], of['D'][4:8], of['D'][8:]],
   }
+
+
+@pytest.mark.parametrize('num_steps', [1, 3, 5])
+def test_what_runs_keeps_to_itself_what_other_weights_gave(num_steps) -> None:
+  """Full pages, those in part, what is computed after them, and forks."""
+  checker = make(token_budget=4)
+  add(checker, 'A', 5, max_tokens=7, n=2)
+  for _ in range(num_steps):
+    checker.schedule()
+    checker.complete()
+  checker.scheduler.new_weights(keeps=True)
+  steps(checker)
+  assert checker.num_preempted == 0
+  for fork, first in (('A', 'B[0,4)'), ('A/1', 'C[5,8)')):
+    name = first[0]  # By the new ones, which the next one finds.
+    add(checker, name, 8, ('A', 5), (fork, 8))
+    assert steps(checker)[0] == first
+    add(checker, 'D', 12, ('A', 5), (fork, 12))
+    assert steps(checker) == ['D[8,12)']
+
+
+def test_nobody_waits_for_what_is_kept() -> None:
+  checker = make(token_budget=4, page_size=8)
+  add(checker, 'A', 16, max_tokens=8)
+  checker.schedule()
+  add(checker, 'B', 12, ('A', 12))
+  checker.complete()
+  checker.scheduler.new_weights(keeps=True)
+  assert steps(checker)[3] == 'A16 B[0,3)'
+
+
+def test_what_is_recomputed_by_new_weights_is_found_again() -> None:
+  checker = make(token_budget=16)
+  add(checker, 'A', 8, max_tokens=4)
+  checker.schedule()
+  checker.complete()
+  checker.scheduler.new_weights(keeps=True)
+  checker.preempt_all()
+  steps(checker)
+  add(checker, 'B', 10, ('A', 10))
+  assert steps(checker) == ['B[9,10)']

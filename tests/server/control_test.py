@@ -42,7 +42,7 @@ def events(
 
   hooks = control_v1.Hooks(
     load_weights=load,
-    update_weights=done.append,
+    update_weights=lambda *args: done.append(args),
     start_profile=lambda folder: done.append(('start', folder)),
     stop_profile=lambda: done.append('stop'),
   )
@@ -126,8 +126,20 @@ def test_drain_and_resume(events: tuple[fake.RunningServer, list[Any]]) -> None:
 
 def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
   running, done = events
-  response = _control(running).UpdateWeights(pb.UpdateWeightsRequest(path='x'))
-  assert done == ['weights of x'] and response.pause_s >= 0
+  for on_update in ('recompute', 'keep'):
+    response = _control(running).UpdateWeights(
+      pb.UpdateWeightsRequest(
+        path='x', on_update=f'ON_UPDATE_{on_update.upper()}'
+      )
+    )
+    assert done.pop() == ('weights of x', on_update)
+    assert response.pause_s >= 0 and response.version == 0  # of the fake
+  code, details = _refusal(
+    lambda: _control(running).UpdateWeights(
+      pb.UpdateWeightsRequest(path='x', on_update=7)
+    )
+  )
+  assert code is grpc.StatusCode.INVALID_ARGUMENT and 'on_update=7' in details
   for path, says in (('bad', 'another model'), ('', 'path')):
     code, details = _refusal(
       lambda path=path: _control(running).UpdateWeights(
@@ -135,13 +147,13 @@ def test_update_weights(events: tuple[fake.RunningServer, list[Any]]) -> None:
       )
     )
     assert code is grpc.StatusCode.INVALID_ARGUMENT and says in details
-  assert len(done) == 1 and running.is_alive()
+  assert not done and running.is_alive()
 
 
 def test_weights_that_are_lost_end_the_server() -> None:
   """Liveness, and whoever started it, know at once; not the next client."""
 
-  def lose(weights: Any) -> None:
+  def lose(weights: Any, on_update: str) -> None:
     raise errors.EngineDeadError('the weights are gone')
 
   hooks = control_v1.Hooks(load_weights=str, update_weights=lose)

@@ -63,7 +63,13 @@ class Answer:
     """Returns an output as far as it is asked for."""
     if self.call.has_output:
       return output
-    nothing: Any = {'text': '', 'token_ids': (), 'logprobs': (), 'told': ()}
+    nothing: Any = {
+      'text': '',
+      'token_ids': (),
+      'logprobs': (),
+      'told': (),
+      'versions': (),
+    }
     if isinstance(output, types.Completion):
       return dataclasses.replace(output, **nothing)
     return output._replace(**nothing)
@@ -192,6 +198,8 @@ class Choice:
       )
     if call.asked.token_ids:
       choice['token_ids'] = delta.token_ids
+      if any(span.version for span in delta.versions):
+        choice['weight_versions'] = [v._asdict() for v in delta.versions]
     if self._is_first:
       choice |= self._of_prompt(delta)
     self._num_before += len(reply.content)

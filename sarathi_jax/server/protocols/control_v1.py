@@ -20,6 +20,7 @@ import grpc
 
 from sarathi_jax import errors
 from sarathi_jax import types
+from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import state
 from sarathi_jax.engine import trace
 from sarathi_jax.scheduler import sequence
@@ -37,6 +38,10 @@ _PAUSE_MODES = {
   pb.PAUSE_MODE_KEEP: pausing.PauseMode.KEEP,
   pb.PAUSE_MODE_WAIT: pausing.PauseMode.WAIT,
   pb.PAUSE_MODE_ABORT: pausing.PauseMode.ABORT,
+}
+_ON_UPDATE = {
+  pb.ON_UPDATE_RECOMPUTE: 'recompute',
+  pb.ON_UPDATE_KEEP: 'keep',
 }
 _REQUEST_STATE = tuple(
   field.name for field in pb.RequestState.DESCRIPTOR.fields
@@ -61,7 +66,7 @@ class Hooks:
   """
 
   load_weights: Callable[[str], Any] | None = None
-  update_weights: Callable[[Any], None] | None = None
+  update_weights: Callable[[Any, str], None] | None = None
   start_profile: Callable[[str], None] | None = None
   stop_profile: Callable[[], None] | None = None
   num_compiled: Callable[[], int] | None = None
@@ -134,13 +139,25 @@ class ControlService(sarathi_pb2_grpc.ControlServicer):
         )
       if not request.path:
         raise errors.InvalidRequestError("path='': must name a checkpoint.")
+      if request.on_update not in _ON_UPDATE:
+        raise errors.InvalidRequestError(
+          f'on_update={request.on_update}: is not an OnUpdate.'
+        )
+      on_update = _ON_UPDATE[request.on_update]
       async with self._updating:
         weights = await asyncio.get_running_loop().run_in_executor(
           None, load, request.path
         )
         start = time.monotonic()
-        await self._thread.call(lambda engine: update(weights))
-        return pb.UpdateWeightsResponse(pause_s=time.monotonic() - start)
+
+        def use(engine: engine_lib.Engine) -> int:
+          update(weights, on_update)
+          return engine.weight_version
+
+        version = await self._thread.call(use)
+        return pb.UpdateWeightsResponse(
+          pause_s=time.monotonic() - start, version=version
+        )
 
   async def ResetCache(
     self, request: pb.ResetCacheRequest, context: Context

@@ -151,6 +151,7 @@ def _response(request_id: str, delta: types.OutputDelta) -> pb.GenerateResponse:
     told=_told(delta.told),
     prompt_logprobs=_told(delta.prompt_logprobs or ()),
     index=delta.output_index,
+    versions=[pb.VersionSpan(**v._asdict()) for v in delta.versions],
   )
 
 

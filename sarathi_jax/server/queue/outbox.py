@@ -176,6 +176,9 @@ def merge(deltas: Sequence[types.OutputDelta]) -> types.OutputDelta:
     logprobs=tuple(p for delta in deltas for p in delta.logprobs),
     told=tuple(t for delta in deltas for t in delta.told),
     prompt_logprobs=deltas[0].prompt_logprobs,
+    versions=(
+      types.versions_of(deltas) if any(d.versions for d in deltas) else ()
+    ),
   )
 
 
