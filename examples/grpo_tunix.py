@@ -29,13 +29,25 @@ from tunix.rl import common
 from tunix.rl import rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
+from tunix.rl.rollout import vanilla_rollout
 
 import sarathi_jax
 from sarathi_jax.integrations import tunix as sarathi_tunix
 
-_MODELS = {'llama3': 'Llama3', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}
+_MODELS = {
+  'llama3': 'Llama3',
+  'qwen2': 'Qwen2',
+  'qwen3': 'Qwen3',
+  'gemma3': 'Gemma3',
+}
 _MODEL = flags.DEFINE_enum(
   'model', 'qwen3', list(_MODELS), 'Which model of tunix is trained.'
+)
+_SAMPLER = flags.DEFINE_enum(
+  'sampler',
+  'sarathi',
+  ['sarathi', 'vanilla'],
+  "What continues prompts: sarathi_jax, or tunix's own sampler, to compare.",
 )
 _STEPS = flags.DEFINE_integer(
   'steps', 30, 'How many steps to train for.', lower_bound=1
@@ -90,15 +102,15 @@ class Letters:
     return 2
 
 
-class Rollout(sarathi_tunix.SarathiRollout):
-  """Says how far its log-probabilities are from the trainer's."""
+class Says:
+  """Says how far a rollout's log-probabilities are from the trainer's."""
 
-  def __init__(self, rollout_actor: nnx.Module, **kwargs: Any) -> None:
-    super().__init__(rollout_actor, **kwargs)
+  def __init__(self, rollout_actor: nnx.Module, *args: Any, **kw: Any) -> None:
+    super().__init__(rollout_actor, *args, **kw)
     self._actor = rollout_actor
 
   def generate(self, prompts: Any, rollout_config: Any, **kwargs: Any) -> Any:
-    output = super().generate(prompts, rollout_config, **kwargs)
+    output: Any = super().generate(prompts, rollout_config, **kwargs)
     width = rollout_config.max_tokens_to_generate
     completions = np.full((len(prompts), width), self.pad_id(), np.int32)
     for row, tokens in zip(completions, output.tokens, strict=True):
@@ -121,6 +133,30 @@ class Rollout(sarathi_tunix.SarathiRollout):
     return output
 
 
+class Rollout(Says, sarathi_tunix.SarathiRollout):
+  """Ours."""
+
+
+class Vanilla(Says, vanilla_rollout.VanillaRollout):
+  """tunix's own."""
+
+  def __init__(
+    self, rollout_actor: Any, tokenizer: Any, mesh: Any, rollout_config: Any
+  ) -> None:
+    del mesh  # It samples where the model is.
+    config = rollout_actor.config
+    super().__init__(
+      rollout_actor,
+      tokenizer,
+      base_rollout.CacheConfig(
+        rollout_config.kv_cache_size,
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+      ),
+    )
+
+
 def share_of_vowels(
   prompts: Sequence[str], completions: Sequence[str], **unused: Any
 ) -> list[float]:
@@ -135,16 +171,25 @@ def share_of_vowels(
 def make_model(name: str) -> nnx.Module:
   """Makes a tiny model with random weights."""
   module = importlib.import_module(f'tunix.models.{name}.model')
+  own = (
+    dict(
+      num_embed=Letters.vocab_size,
+      sliding_window_size=8,
+      param_dtype=jnp.float32,
+    )
+    if name == 'gemma3'
+    else dict(
+      vocab_size=Letters.vocab_size, rope_theta=1_000_000, norm_eps=1e-6
+    )
+  )
   config = module.ModelConfig(
     num_layers=2,
-    vocab_size=Letters.vocab_size,
     embed_dim=32,
     hidden_dim=64,
     num_heads=4,
     head_dim=8,
     num_kv_heads=2,
-    rope_theta=1_000_000,
-    norm_eps=1e-6,
+    **own,
   )
   model: nnx.Module = getattr(module, _MODELS[name])(config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)  # Its own weights are 0 in part.
@@ -174,7 +219,11 @@ def main(argv: list[str]) -> None:
       role_to_mesh=dict.fromkeys(
         (rl_cluster.Role.ACTOR, rl_cluster.Role.ROLLOUT), mesh
       ),
-      rollout_engine=functools.partial(Rollout, config=engine),
+      rollout_engine=(
+        functools.partial(Rollout, config=engine)
+        if _SAMPLER.value == 'sarathi'
+        else Vanilla
+      ),
       rollout_config=base_rollout.RolloutConfig(
         max_prompt_length=_PROMPT_LEN,
         max_tokens_to_generate=_MAX_TOKENS.value,

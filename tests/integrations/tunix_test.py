@@ -331,10 +331,10 @@ def test_bfloat16_is_served_where_it_is_asked_for(made):
   assert 1e-4 < difference.mean < 0.1
 
 
-def test_the_example_learns():
-  """By GRPO; what it samples is what it trains, and memory stays."""
+def run_example(*flags: str) -> list[tuple[float, float]]:
+  """Returns each step's reward, and the most that log-probabilities differ."""
   done = subprocess.run(
-    [sys.executable, 'examples/grpo_tunix.py', '--steps=20'],
+    [sys.executable, 'examples/grpo_tunix.py', '--steps=20', *flags],
     cwd=source_tree.ROOT,
     env={
       name: value
@@ -352,5 +352,22 @@ def test_the_example_learns():
   )
   lines = re.findall(r'reward ([\d.]+); .* ([\d.e-]+) at most', done.stdout)
   assert len(lines) == 20, done.stderr[-2000:]
-  assert float(lines[0][0]) < 0.5 and float(lines[-1][0]) > 0.9
-  assert max(float(most) for _, most in lines) < 1e-4
+  return [(float(reward), float(most)) for reward, most in lines]
+
+
+@pytest.mark.parametrize('model', ['qwen3', 'llama3', 'gemma3'])
+def test_rewards_grow_as_with_its_own_sampler(model):
+  """By GRPO; and what is sampled is what is trained."""
+  ours = run_example(f'--model={model}')
+  theirs = run_example(f'--model={model}', '--sampler=vanilla')
+  assert max(most for _, most in ours) < 1e-4
+  for run in (ours, theirs):
+    rewards = [reward for reward, _ in run]
+    assert rewards[0] < 0.5 and rewards[-1] > 0.9
+  # Other draws, of a few outputs a step.
+  curves = [
+    np.mean([reward for reward, _ in run[i : i + 5]])
+    for run in (ours, theirs)
+    for i in range(0, 20, 5)
+  ]
+  np.testing.assert_allclose(curves[:4], curves[4:], atol=0.15)
