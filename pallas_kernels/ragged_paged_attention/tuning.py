@@ -174,8 +174,12 @@ _SIZES: Mapping[tuple[str, str], _Table] = {
   ('small', 'a100'): {(2, 128): (16, 32, 4, 3)} | _SMALL,
   ('small', 'a40'): {(2, 128): (16, 32, 4, 3)} | _SMALL,
   ('small', 'h100'): {(2, 128): (16, 64, 4, 3)} | _SMALL,
-  ('chunks', 'a100'): {(2, 128): (128, 64, 8, 2)} | _CHUNKS,
-  ('chunks', 'a40'): {(2, 128): (128, 64, 8, 2)} | _CHUNKS,
+  ('chunks', 'a100'): _CHUNKS
+  | {
+    (2, 128): (128, 64, 8, 3),
+    (2, 256): (64, 32, 8, 3),
+  },
+  ('chunks', 'a40'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
   ('chunks', 'h100'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
 }
 # Those for a quantized cache, where the registers of the others spill, or fewer

@@ -42,7 +42,7 @@ class Bounds:
 TABLE = (
   Bounds('a100', 'bfloat16', 0.2, 4.0),
   Bounds('h100', 'bfloat16', 0.15, 30.0),
-  Bounds('a100', 'bfloat16 KV float8_e4m3fn', 0.55, 5.9),
+  Bounds('a100', 'bfloat16 KV float8_e4m3fn', 0.55, 6.0),
 )
 SLOW = (
   Bounds('a40', 'bfloat16', 0.1, 4.0),
@@ -81,7 +81,8 @@ def check(bounds: Bounds) -> None:
   decodes = _unmasked('attend_small', loops)
   prefills = _unmasked('attend_chunks', loops)
   assert all(one.loop.loads[0][0] == 128 for one in (decodes, prefills))
-  assert 0 not in decodes.loop.waits  # It loads ahead.
+  for one in (decodes, prefills):
+    assert 0 not in one.loop.waits  # It loads a turn ahead.
   issue = decodes.estimate.issue / decodes.estimate.memory
   each = prefills.loop.instructions / prefills.loop.matrix
   print(f'issue {issue:.3f}, each {each:.2f}')
