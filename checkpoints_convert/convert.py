@@ -103,7 +103,7 @@ def make_plan(
   sampling_defaults: bool = True,
   quantize: str | None = None,
   quantize_group: int | None = None,
-  keep_mxfp4: bool = False,
+  keep_mxfp4: bool | None = None,
   adapter: lora_lib.Adapter | None = None,
 ) -> Plan:
   """Checks everything that can be checked without reading a tensor.
@@ -118,7 +118,8 @@ def make_plan(
       they stay as they are.
     quantize_group: rows that have a scale in common, if they are rounded; None:
       what `Quantization.rounding_to` says.
-    keep_mxfp4: whether matrices in MXFP4 stay so; if not, they become `dtype`.
+    keep_mxfp4: whether matrices in MXFP4 stay so; if not, they become `dtype`,
+      and may be rounded. None: where there are any, and none is rounded.
     adapter: to merge into it.
 
   Raises:
@@ -143,7 +144,10 @@ def make_plan(
     tensors, left_out = nested.take_text(tensors)
   elif num_extra:
     tensors, left_out = extra_layers.drop(tensors, model.num_layers, num_extra)
-  taken = _take_codes(mxfp4.unpacked(tensors), scheme, reader, keep_mxfp4)
+  tensors = mxfp4.unpacked(tensors)
+  if keep_mxfp4 is None:
+    keep_mxfp4 = quantize is None and mxfp4.is_in(tensors)
+  taken = _take_codes(tensors, scheme, reader, keep_mxfp4)
   tensors, left_out = taken.tensors, f'{left_out} {taken.told}'.strip()
   dtype = dtype or _main_dtype(tensors)
   generation = generation_lib.read(folder, raw, sampling=sampling_defaults)
@@ -216,7 +220,7 @@ def convert(
   allow_nonfinite: bool = False,
   quantize: str | None = None,
   quantize_group: int | None = None,
-  keep_mxfp4: bool = False,
+  keep_mxfp4: bool | None = None,
   lora: pathlib.Path | None = None,
   bar: Bar = no_bar,
 ) -> Plan:

@@ -92,10 +92,10 @@ _QUANTIZE_GROUP = flags.DEFINE_integer(
 )
 _KEEP_MXFP4 = flags.DEFINE_bool(
   'keep_mxfp4',
-  False,
+  None,
   "Keep matrices that are in MXFP4, gpt-oss's experts, in their 4 bits: a "
-  'fourth of the memory. By default they become of --dtype, which loses '
-  'nothing, and which experts have a fast kernel for.',
+  'fourth of the memory. That is the default, but with --quantize. By '
+  '--nokeep_mxfp4 they become of --dtype, of which bfloat16 loses nothing.',
 )
 _LORA = flags.DEFINE_string(
   'lora',

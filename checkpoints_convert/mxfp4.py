@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads matrices in MXFP4 as if they were in bfloat16, which holds all of it.
+"""Reads matrices in MXFP4 as codes and scales of ours.
 
-Or as codes and scales of ours, which take a fourth of that.
+Or as if they were in bfloat16, which holds all of it, in four times the bytes.
 
 Of X there are X_blocks, uint8 [..., in / 32, 16], of two numbers a byte, the
 first one in its low half; and X_scales, uint8 [..., in / 32], for each 32
@@ -128,6 +128,11 @@ def unpacked(
       scales,
     )
   return result
+
+
+def is_in(tensors: Mapping[str, safetensors_reader.Tensor]) -> bool:
+  """Says whether some of the tensors of `unpacked` are in MXFP4."""
+  return any(isinstance(tensor, PackedTensor) for tensor in tensors.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -126,8 +126,9 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     qk_norm=True,
     tie_word_embeddings=True,
   ),
+  # As published: experts of blocks of 32 rows, which devices share.
   'gpt_oss': model_config_lib.MixtralConfig(
-    **_SIZES,
+    **_SIZES | dict(intermediate_size=128),
     num_layers=3,
     num_kv_heads=2,
     num_experts=4,
@@ -141,6 +142,9 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
     activation='quick_gelu',
     sliding_window=20,
     window_layers=(0, 2),
+    quantization=quantization.Quantization(
+      codes='mxfp4', group=32, kept=('*.attn.*', '*.router', 'lm_head')
+    ),
   ),
   'whole_experts': model_config_lib.MixtralConfig(
     **_SIZES,
@@ -179,15 +183,17 @@ MODELS: dict[str, model_config_lib.ModelConfig] = {
       codes='int8', group=4, kept=('layers.*.attn.v', 'layers.1.mlp.up')
     ),
   ),
-  # Experts of blocks of 32 rows, which devices share.
+  # Whole experts, and shared ones of blocks of 32 rows, which devices share.
   'int4': model_config_lib.MixtralConfig(
-    **_SIZES | dict(intermediate_size=128),
+    **_SIZES,
     num_layers=3,
     num_kv_heads=2,
     num_experts=4,
     experts_per_token=2,
+    shared_size=128,
+    whole_experts=True,
     quantization=quantization.Quantization(
-      codes='int4', group=32, kept=quantization.ROUTERS
+      codes='int4', group=32, zeros=True, kept=quantization.ROUTERS
     ),
   ),
   'falcon_7b': model_config_lib.FalconConfig(

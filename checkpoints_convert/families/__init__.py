@@ -48,8 +48,8 @@ ARCHITECTURES: Mapping[str, Family] = {
   'GlmForCausalLM': Family('glm', 'GLM-4-9B of 2024, GLM-Edge'),
   'GptOssForCausalLM': Family(
     'gpt_oss',
-    'gpt-oss 20B, 120B; experts in MXFP4 are read as bfloat16, '
-    'or kept (`--keep_mxfp4`)',
+    'gpt-oss 20B, 120B; experts stay in MXFP4, or are read as bfloat16 '
+    '(`--nokeep_mxfp4`)',
   ),
   'GraniteForCausalLM': Family('granite', 'Granite 3, dense'),
   'GraniteMoeForCausalLM': Family('granitemoe', 'Granite 3 1B-A400M, 3B-A800M'),

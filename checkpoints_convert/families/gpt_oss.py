@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """gpt-oss: sinks, windows on every other layer, and experts of a kind.
 
-Published with experts in MXFP4, which are read as bfloat16; transformers and
-others also write them as such.
+Published with experts in MXFP4, which stay so, or are read as bfloat16;
+transformers and others also write them as such.
 """
 
 from __future__ import annotations

@@ -4,7 +4,15 @@
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.api import first
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.coded import Coded
 from pallas_kernels.grouped_matmul.grouping import Groups
 from pallas_kernels.grouped_matmul.grouping import group
 
-__all__ = ['IMPLEMENTATIONS', 'Groups', 'first', 'group', 'grouped_matmul']
+__all__ = [
+  'IMPLEMENTATIONS',
+  'Coded',
+  'Groups',
+  'first',
+  'group',
+  'grouped_matmul',
+]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import pallas_triton
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tuning
@@ -54,7 +55,8 @@ def grouped_matmul(
   Args:
     x: [T, in].
     matrices: of one kind, or of several, such as gate and up. Each is an array
-      [G, in, out]; or, with `matmul`, a tree of arrays with G in front.
+      [G, in, out]; or, with `matmul`, a tree of arrays with G in front; with
+      `Coded`, a `quantized_matmul.Operand`.
     group_sizes: [G] int32; their sum is at most R.
     rows: [R] int32, which row of x each one is; None: those of x, and R is T.
       A group has none of them twice.
@@ -62,8 +64,9 @@ def grouped_matmul(
       they are combined; none: nothing is.
     combine: makes the result of the kinds' products, number by number, all in
       float32.
-    matmul: multiplies rows [n, in] by the tree of one group, in float32; None
-      where matrices are arrays.
+    matmul: multiplies rows [n, in] by the tree of one group, in float32; or
+      `Coded`, of which kernels multiply by the codes as they are. None where
+      matrices are arrays.
     implementation: a key of `IMPLEMENTATIONS`; None: the fastest here.
 
   Returns:
@@ -104,7 +107,9 @@ def grouped_matmul(
     len(biases),
     f'must be none, or one of each kind of matrices, {len(matrices)}',
   )
-  if matmul is None:
+  if isinstance(matmul, coded.Coded):
+    matmul.check(matrices, num_groups, x.shape[1])
+  elif matmul is None:
     for w in matrices:
       _check(
         w.ndim == 3 and w.shape[1] == x.shape[1] and w.dtype == x.dtype,
@@ -117,16 +122,12 @@ def grouped_matmul(
       implementation != 'pallas_triton',
       'matmul',
       matmul,
-      f'must be None with {implementation=}',
+      f'must be None or Coded with {implementation=}',
     )
   if rows is None:
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)
   if implementation is None:
-    implementation = (
-      'xla'
-      if matmul is not None
-      else tuning.fastest(tuning.Shape.of(x, matrices, rows))
-    )
+    implementation = tuning.fastest(x, matrices, rows, matmul)
   return _multiply(
     implementation,
     combine,

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pallas_kernels.quantized_matmul import arg_specs as quantized_specs
+from pallas_kernels.quantized_matmul import operand
+
 # How tokens choose: each for itself; a few groups far more often than others;
 # all the same ones.
 ROUTINGS = 'uniform', 'skewed', 'same'
@@ -92,6 +95,44 @@ def make(spec: ArgSpec, kinds: int = 1, seed: int = 0) -> Args:
   return Args(x, matrices, keys)
 
 
+def make_coded(
+  spec: ArgSpec,
+  codes: str,
+  group: int | None = None,
+  has_zero: bool = False,
+  kinds: int = 1,
+) -> tuple[np.ndarray, list[operand.Operand], np.ndarray]:
+  """Draws x, matrices in codes, and the groups that tokens choose.
+
+  Scales of groups that nobody chose, which must not be read, are no numbers.
+
+  Args:
+    spec: of the shapes.
+    codes, group, has_zero: of the matrices; see `quantized_specs.ArgSpec`.
+    kinds: of matrices.
+  """
+  x, _, keys = make(spec)
+  of_one = quantized_specs.ArgSpec(
+    1, spec.num_in, spec.num_out, codes, group, has_zero
+  )
+  matrices = []
+  for kind in range(kinds):
+    drawn = [
+      quantized_specs.make(of_one, seed=1 + kind + kinds * g)[1]
+      for g in range(spec.num_groups)
+    ]
+    w = operand.Operand(
+      np.stack([one.values for one in drawn]),
+      np.stack([one.scale for one in drawn]),
+      np.stack([one.zero for one in drawn]) if has_zero else None,
+    )
+    unread = ~np.isin(np.arange(spec.num_groups), keys)
+    # 2 ** 128 is none of float32's.
+    w.scale[unread] = np.nan if w.scale.dtype == np.float32 else 255
+    matrices.append(w)
+  return x, matrices, keys
+
+
 # As mixtures have them, but narrower: few rows, and many, of few groups and of
 # many, by all that `tuning` tells apart.
 TESTS: tuple[ArgSpec, ...] = (
@@ -115,4 +156,12 @@ MODELS: dict[str, tuple[int, int, int, int]] = {
   'mixtral-8x7b': (8, 2, 4096, 14336),
   'gpt-oss-20b': (32, 4, 2880, 2880),
 }
+# Ways to quantize matrices, in `quantized_specs.KINDS`, as they are published.
+CODED: tuple[tuple[str, str], ...] = (
+  ('qwen3-30b-a3b', 'int4-128'),
+  ('qwen3-30b-a3b', 'int4-128-zero'),
+  ('qwen3-30b-a3b', 'fp8-128'),
+  ('qwen3-30b-a3b', 'int8'),
+  ('gpt-oss-20b', 'mxfp4'),
+)
 TOKENS = 1, 16, 32, 64, 512, 2048  # of steps

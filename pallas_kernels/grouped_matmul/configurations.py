@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import arg_specs
+from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import grouping_triton
 from pallas_kernels.grouped_matmul import pallas_triton
+from pallas_kernels.quantized_matmul import arg_specs as quantized_specs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,8 +25,10 @@ class Case:
     name: for people.
     spec: of the tokens, and of the matrices.
     kinds: of matrices; two are a gate and what it gates.
-    dtype: of all.
+    dtype: of all that is in no codes.
     biases: whether there is one of each kind.
+    codes: the key of `quantized_specs.KINDS` of how matrices are kept; None:
+      they are arrays.
   """
 
   name: str
@@ -32,16 +36,21 @@ class Case:
   kinds: int
   dtype: str = 'bfloat16'
   biases: bool = False
+  codes: str | None = None
 
   def function(
-    self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *more: jax.Array
+    self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *more: Any
   ) -> jax.Array:
+    matmul = None
+    if self.codes is not None:
+      matmul = coded.Coded(*quantized_specs.KINDS[self.codes][:2])
     return pallas_triton.grouped_matmul(
       x,
       more[: self.kinds],
       sizes,
       rows,
       _gated if self.kinds == 2 else _only,
+      matmul,
       biases=more[self.kinds :],
     )
 
@@ -49,9 +58,6 @@ class Case:
   def args(self) -> Any:
     spec = self.spec
     rows = spec.num_tokens * spec.chosen
-    matrix = jax.ShapeDtypeStruct(
-      (spec.num_groups, spec.num_in, spec.num_out), jnp.dtype(self.dtype)
-    )
     return (
       jax.ShapeDtypeStruct(
         # What is computed of a token in one launch is a row in the next.
@@ -60,11 +66,29 @@ class Case:
       ),
       jax.ShapeDtypeStruct((spec.num_groups,), jnp.int32),
       jax.ShapeDtypeStruct((rows,), jnp.int32),
-      *[matrix] * self.kinds,
+      *[self._matrix()] * self.kinds,
       *[
-        jax.ShapeDtypeStruct((spec.num_groups, spec.num_out), matrix.dtype)
+        jax.ShapeDtypeStruct(
+          (spec.num_groups, spec.num_out), jnp.dtype(self.dtype)
+        )
         for _ in range(self.kinds if self.biases else 0)
       ],
+    )
+
+  def _matrix(self) -> Any:
+    spec = self.spec
+    if self.codes is None:
+      return jax.ShapeDtypeStruct(
+        (spec.num_groups, spec.num_in, spec.num_out), jnp.dtype(self.dtype)
+      )
+    one = quantized_specs.ArgSpec(
+      1, spec.num_in, spec.num_out, *quantized_specs.KINDS[self.codes]
+    )
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        (spec.num_groups, *leaf.shape), leaf.dtype
+      ),
+      quantized_specs.shapes(one),
     )
 
 
@@ -91,12 +115,41 @@ class GroupingCase:
     return (jax.ShapeDtypeStruct((self.num_rows,), jnp.int32),)
 
 
+CODED_TOKENS = 16, 32, 512, 8192  # of steps: one for each tile at least
+
+
 def _only(product: jax.Array) -> jax.Array:
   return product
 
 
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.silu(gate) * up
+
+
+def case(
+  model: str,
+  num_tokens: int,
+  kinds: int,
+  dtype: str = 'bfloat16',
+  codes: str | None = None,
+) -> Case:
+  """Returns the case of a model's experts; see `arg_specs`.
+
+  Args:
+    model: of `arg_specs.MODELS`.
+    num_tokens: T.
+    kinds: 2: gate and up; 1: down.
+    dtype, codes: see `Case`.
+  """
+  num_groups, chosen, width, inner = arg_specs.MODELS[model]
+  sizes = (width, inner) if kinds == 2 else (inner, width)
+  spec = arg_specs.ArgSpec(num_tokens, num_groups, chosen, *sizes)
+  name = f'experts {model} {num_tokens} {"gated" if kinds == 2 else "out"}'
+  if codes is not None:
+    name = f'experts {codes} {name.removeprefix("experts ")}'
+  if dtype != 'bfloat16':
+    name += f' {dtype}'
+  return Case(name, spec, kinds, dtype, model == 'gpt-oss-20b', codes)
 
 
 def cases(device: str) -> Iterator[Case | GroupingCase]:
@@ -108,14 +161,14 @@ def cases(device: str) -> Iterator[Case | GroupingCase]:
   for num_groups, chosen in sorted({m[:2] for m in arg_specs.MODELS.values()}):
     for num_tokens in arg_specs.TOKENS:
       yield GroupingCase(num_tokens * chosen, num_groups)
-  for model, (num_groups, chosen, width, inner) in arg_specs.MODELS.items():
+  for model in arg_specs.MODELS:
     for num_tokens in arg_specs.TOKENS:
-      for kinds, sizes in ((2, (width, inner)), (1, (inner, width))):
-        spec = arg_specs.ArgSpec(num_tokens, num_groups, chosen, *sizes)
-        name = (
-          f'experts {model} {num_tokens} {"gated" if kinds == 2 else "out"}'
-        )
-        yield Case(name, spec, kinds, biases=model == 'gpt-oss-20b')
-        if num_tokens == 64 and model == 'mixtral-8x7b':
-          for dtype in ('float16', 'float32'):
-            yield Case(f'{name} {dtype}', spec, kinds, dtype)
+      for kinds in (2, 1):
+        yield case(model, num_tokens, kinds)
+  for dtype in ('float16', 'float32'):
+    for kinds in (2, 1):
+      yield case('mixtral-8x7b', 64, kinds, dtype)
+  for model, codes in arg_specs.CODED:
+    for num_tokens in CODED_TOKENS:
+      for kinds in (2, 1):
+        yield case(model, num_tokens, kinds, codes=codes)

@@ -6,14 +6,17 @@ and some columns of each kind of that group's matrices. Blocks that share both
 group and columns follow one another, so that all but one read these from the
 cache. Where tokens are few, a tile has room for all rows of a group, and
 nothing is read twice. Rows are taken from where they lie, by their indices.
+Codes are multiplied as `quantized_matmul`'s kernel does it, by its tile.
 
 On CPUs it runs in Pallas's interpreter, for tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,108 +26,53 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import devices
+from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import plan as plan_lib
 from pallas_kernels.grouped_matmul import tuning
+from pallas_kernels.quantized_matmul import plan as quantized_plan
+from pallas_kernels.quantized_matmul import tile as tile_lib
+from pallas_kernels.quantized_matmul import tuning as quantized_tuning
 
 
-def grouped_matmul(
-  x: jax.Array,
-  matrices: tuple[jax.Array, ...],
-  group_sizes: jax.Array,
-  rows: jax.Array,
-  combine: Callable[..., jax.Array],
-  matmul: Any = None,
-  biases: tuple[jax.Array, ...] = (),
-  *,
-  sizes: tuning.Sizes | None = None,
-) -> jax.Array:
-  """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrays:
+  """Multiplies by arrays [G, in, out], whose sizes tiles divide.
 
-  Args:
-    x, matrices, group_sizes, rows, combine, biases: see there.
-    matmul: not used.
-    sizes: None for those that `tuning` has for the default device.
-
-  Raises:
-    NotImplementedError: the kernel can't run there, or not for such shapes.
+  Attributes:
+    sizes: of a block.
   """
-  del matmul
-  shape = tuning.Shape.of(x, matrices, rows)
-  sizes = (sizes or tuning.choose(shape)).for_shape(shape)
-  launch = functools.partial(_launch, combine=combine, sizes=sizes, shape=shape)
-  # Vectors have lengths that are powers of two.
-  more = (1 << (shape.num_groups - 1).bit_length()) - shape.num_groups
-  return devices.launch(
-    launch, x, rows, jnp.pad(group_sizes, (0, more)), matrices, biases
-  )
 
+  sizes: tuning.Sizes
 
-def _launch(
-  x: jax.Array,
-  rows: jax.Array,
-  group_sizes: jax.Array,
-  matrices: tuple[jax.Array, ...],
-  biases: tuple[jax.Array, ...],
-  *,
-  combine: Callable[..., jax.Array],
-  sizes: tuning.Sizes,
-  shape: tuning.Shape,
-  interpret: bool,
-) -> jax.Array:
-  num_tiles = plan_lib.most_tiles(shape.num_rows, shape.num_groups, sizes.rows)
-  return pl.pallas_call(
-    functools.partial(_kernel, combine=combine, sizes=sizes),
-    grid=(num_tiles * (shape.num_out // sizes.columns),),
-    out_shape=jax.ShapeDtypeStruct((shape.num_rows, shape.num_out), x.dtype),
-    compiler_params=plgpu.CompilerParams(
-      num_warps=sizes.num_warps, num_stages=sizes.num_stages
-    ),
-    interpret=interpret,
-    name='grouped_matmul',
-  )(x, rows, group_sizes, matrices, biases)
+  @property
+  def name(self) -> str:
+    """The kernel's."""
+    return 'grouped_matmul'
 
+  def products(
+    self,
+    x_ref: Any,
+    matrices: Sequence[Any],
+    group: jax.Array,
+    rows: jax.Array,
+    columns: Any,
+    interpret: bool,
+  ) -> Sequence[jax.Array]:
+    """Returns the products with each kind, [rows, columns] float32.
 
-def _kernel(
-  x_ref: Any,
-  rows_ref: Any,
-  sizes_ref: Any,
-  matrices: tuple[Any, ...],
-  biases: tuple[Any, ...],
-  out_ref: Any,
-  *,
-  combine: Callable[..., jax.Array],
-  sizes: tuning.Sizes,
-) -> None:
-  """Multiplies a tile of rows by some columns.
-
-  Args:
-    x_ref: [T, in].
-    rows_ref: [R] int32.
-    sizes_ref: [G] int32 of the groups, and zeros up to a power of two.
-    matrices: [G, in, out] of each kind.
-    biases: [G, out] of each kind, or none.
-    out_ref: [R, out], the result.
-    combine: see `api.grouped_matmul`.
-    sizes: of the tile; all divide what they cut.
-  """
-  num_in, num_out = matrices[0].shape[1:]
-  group, start, stop, column = plan_lib.item_of(
-    pl.program_id(0), sizes_ref[...], sizes.rows, num_out // sizes.columns
-  )
-  first = column * sizes.columns
-  columns = pl.ds(first, sizes.columns)
-  dot: Any = plgpu.dot
-  if x_ref.dtype == jnp.float32:  # It isn't rounded to TensorFloat32.
-    dot = functools.partial(dot, allow_tf32=False)
-
-  @pl.when(start < stop)
-  def multiply() -> None:
-    # Rows beyond the tile's repeat its last one: they compute and store the
-    # same, so that neither loads nor stores need a mask.
-    places = jnp.minimum(
-      start + jnp.arange(sizes.rows, dtype=jnp.int32), stop - 1
-    )
-    rows = plgpu.load(rows_ref.at[places])
+    Args:
+      x_ref: [T, in].
+      matrices: of each kind, refs with G in front.
+      group: which of these.
+      rows: [rows] int32, of x.
+      columns: a pl.ds.
+      interpret: whether Pallas interprets the kernel.
+    """
+    del interpret
+    sizes = self.sizes
+    dot: Any = plgpu.dot
+    if x_ref.dtype == jnp.float32:  # It isn't rounded to TensorFloat32.
+      dot = functools.partial(dot, allow_tf32=False)
 
     def add(i: jax.Array, sums: Any) -> Any:
       depth = i * sizes.depth + jnp.arange(sizes.depth, dtype=jnp.int32)
@@ -141,7 +89,162 @@ def _kernel(
       ]
 
     zeros = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
-    sums = lax.fori_loop(0, num_in // sizes.depth, add, [zeros] * len(matrices))
+    turns = x_ref.shape[1] // sizes.depth
+    sums: list[jax.Array] = lax.fori_loop(
+      0, turns, add, [zeros] * len(matrices)
+    )
+    return sums
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Codes:
+  """Multiplies by codes, `quantized_matmul.Operand`s with G in front.
+
+  Attributes:
+    plan: how a block multiplies.
+  """
+
+  plan: quantized_plan.Plan
+
+  @property
+  def name(self) -> str:
+    """The kernel's."""
+    return 'grouped_matmul_codes'
+
+  @property
+  def sizes(self) -> quantized_tuning.Sizes:
+    """Those of a block."""
+    return self.plan.sizes
+
+  def products(
+    self,
+    x_ref: Any,
+    matrices: Sequence[Any],
+    group: jax.Array,
+    rows: jax.Array,
+    columns: Any,
+    interpret: bool,
+  ) -> Sequence[jax.Array]:
+    """Returns the products; see `Arrays`."""
+    tile = tile_lib.Tile(
+      x_ref, matrices, self.plan, rows, columns, interpret, (group,)
+    )
+    sums: Sequence[jax.Array] = tile.products(
+      0, self.plan.turns, pl.program_id(0), True
+    )
+    return sums
+
+
+def grouped_matmul(
+  x: jax.Array,
+  matrices: tuple[Any, ...],
+  group_sizes: jax.Array,
+  rows: jax.Array,
+  combine: Callable[..., jax.Array],
+  matmul: Any = None,
+  biases: tuple[jax.Array, ...] = (),
+  *,
+  multiplier: Arrays | Codes | None = None,
+) -> jax.Array:
+  """Multiplies each row by its group's matrix; see `api.grouped_matmul`.
+
+  Args:
+    x, matrices, group_sizes, rows, combine, biases: see there.
+    matmul: `Coded`, where matrices are.
+    multiplier: None for what `tuning` has for the default device.
+
+  Raises:
+    NotImplementedError: the kernel can't run there, or not for such shapes.
+  """
+  shape = tuning.Shape.of(x, matrices, rows)
+  if isinstance(matmul, coded.Coded):
+    multiplier = multiplier or Codes(tuning.choose_coded(shape, matmul))
+    matrices = tuple(map(tile_lib.readable, matrices))
+  multiplier = multiplier or Arrays(tuning.choose(shape).for_shape(shape))
+  launch = functools.partial(
+    _launch, combine=combine, multiplier=multiplier, shape=shape
+  )
+  # Vectors have lengths that are powers of two.
+  more = (1 << (shape.num_groups - 1).bit_length()) - shape.num_groups
+  return devices.launch(
+    launch, x, rows, jnp.pad(group_sizes, (0, more)), matrices, biases
+  )
+
+
+def _launch(
+  x: jax.Array,
+  rows: jax.Array,
+  group_sizes: jax.Array,
+  matrices: tuple[Any, ...],
+  biases: tuple[jax.Array, ...],
+  *,
+  combine: Callable[..., jax.Array],
+  multiplier: Arrays | Codes,
+  shape: tuning.Shape,
+  interpret: bool,
+) -> jax.Array:
+  sizes = multiplier.sizes
+  num_tiles = plan_lib.most_tiles(shape.num_rows, shape.num_groups, sizes.rows)
+  return pl.pallas_call(
+    functools.partial(
+      _kernel, combine=combine, multiplier=multiplier, interpret=interpret
+    ),
+    grid=(num_tiles * -(-shape.num_out // sizes.columns),),
+    out_shape=jax.ShapeDtypeStruct((shape.num_rows, shape.num_out), x.dtype),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=sizes.num_warps, num_stages=sizes.num_stages
+    ),
+    interpret=interpret,
+    name=multiplier.name,
+  )(x, rows, group_sizes, matrices, biases)
+
+
+def _kernel(
+  x_ref: Any,
+  rows_ref: Any,
+  sizes_ref: Any,
+  matrices: tuple[Any, ...],
+  biases: tuple[Any, ...],
+  out_ref: Any,
+  *,
+  combine: Callable[..., jax.Array],
+  multiplier: Arrays | Codes,
+  interpret: bool,
+) -> None:
+  """Multiplies a tile of rows by some columns.
+
+  Args:
+    x_ref: [T, in].
+    rows_ref: [R] int32.
+    sizes_ref: [G] int32 of the groups, and zeros up to a power of two.
+    matrices: of each kind, with G in front.
+    biases: [G, out] of each kind, or none.
+    out_ref: [R, out], the result.
+    combine: see `api.grouped_matmul`.
+    multiplier: by which the tile is multiplied.
+    interpret: whether Pallas interprets the kernel.
+  """
+  sizes, num_out = multiplier.sizes, out_ref.shape[1]
+  group, start, stop, column = plan_lib.item_of(
+    pl.program_id(0), sizes_ref[...], sizes.rows, -(-num_out // sizes.columns)
+  )
+  first = column * sizes.columns
+  if num_out % sizes.columns:
+    # Columns that would end behind the matrix begin earlier: they are computed
+    # and stored twice, the same, so that neither loads nor stores need a mask.
+    first = jnp.minimum(first, num_out - sizes.columns)
+    first = pl.multiple_of(first, math.gcd(num_out, sizes.columns))
+  columns = pl.ds(first, sizes.columns)
+
+  @pl.when(start < stop)
+  def multiply() -> None:
+    # Rows beyond the tile's repeat its last one: they compute and store the
+    # same.
+    places = jnp.minimum(
+      start + jnp.arange(sizes.rows, dtype=jnp.int32), stop - 1
+    )
+    rows = plgpu.load(rows_ref.at[places])
+    sums = multiplier.products(x_ref, matrices, group, rows, columns, interpret)
     if biases:
       sums = [
         total + plgpu.load(bias.at[group, columns]).astype(jnp.float32)[None]

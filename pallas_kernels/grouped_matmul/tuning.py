@@ -10,6 +10,10 @@ from typing import Any
 import jax
 
 from pallas_kernels import devices
+from pallas_kernels.grouped_matmul import coded
+from pallas_kernels.quantized_matmul import operand
+from pallas_kernels.quantized_matmul import plan as quantized_plan
+from pallas_kernels.quantized_matmul import tuning as quantized_tuning
 
 # XLA's on CPUs: with so many rows for each group on average, at most -> rows of
 # a block. Chosen by times on one core of an EPYC (Zen 4), float32: one row is
@@ -35,7 +39,7 @@ class Shape:
   """The shape that a kernel is compiled for.
 
   Attributes:
-    dtype: of rows and matrices.
+    dtype: of rows.
     num_rows, num_groups, num_in, num_out: R, G and the sizes of a matrix.
     num_kinds: of matrices.
   """
@@ -50,12 +54,15 @@ class Shape:
   @classmethod
   def of(cls, x: Any, matrices: Sequence[Any], rows: Any) -> Shape:
     """Returns the shape of a call; see `api.grouped_matmul`."""
-    num_groups, num_in, num_out = matrices[0].shape
+    first = matrices[0]
+    if isinstance(first, operand.Operand):
+      first = first.values
+    num_groups, *_, num_out = first.shape
     return cls(
       x.dtype.name,
       rows.shape[0],
       num_groups,
-      num_in,
+      x.shape[1],
       num_out,
       len(matrices),
     )
@@ -123,6 +130,8 @@ _FLOAT32: _Table = (
   (1, Sizes(16, 64, 32, 4, 2)),
   (_MANY, Sizes(32, 64, 32, 4, 2)),
 )
+# Of several kinds in codes: registers hold no more, nor as many columns.
+_DEPTH_OF_SEVERAL = 64
 # What `implementation=None` means on a GPU that it supports, until a
 # measurement says otherwise.
 _FASTEST = 'pallas_triton'
@@ -147,6 +156,44 @@ def choose(shape: Shape) -> Sizes:
       f'pallas_triton: dtype={shape.dtype}: must be float32, bfloat16 or '
       'float16.'
     )
+  return _largest(shape, device)
+
+
+def choose_coded(shape: Shape, how: coded.Coded) -> quantized_plan.Plan:
+  """Returns how a block multiplies its rows by codes: as one that has as many.
+
+  Raises:
+    NotImplementedError: see `choose`.
+  """
+  device = devices.default()
+  devices.check_triton(device)
+  of_tile = quantized_tuning.Shape(
+    shape.dtype,
+    how.codes,
+    _largest(shape, device).rows,
+    shape.num_in,
+    shape.num_out,
+    how.group or shape.num_in,
+  )
+  return plan_coded(of_tile, quantized_tuning.choose(of_tile), shape.num_kinds)
+
+
+def plan_coded(
+  of_tile: quantized_tuning.Shape,
+  sizes: quantized_tuning.Sizes,
+  num_kinds: int,
+) -> quantized_plan.Plan:
+  """Returns the plan of a block; its columns are of all kinds together."""
+  columns = max(sizes.columns // num_kinds, _LEAST)
+  depth = sizes.depth
+  if num_kinds > 1 and sizes.rows == quantized_tuning.FEW_ROWS:
+    columns, depth = columns // 2, min(depth, _DEPTH_OF_SEVERAL)
+  return quantized_plan.of_tile(
+    of_tile, dataclasses.replace(sizes, columns=columns, depth=depth)
+  )
+
+
+def _largest(shape: Shape, device: Any) -> Sizes:
   table = _FLOAT32
   if shape.itemsize == 2:
     table = _HALF[devices.target_of(device)]
@@ -155,12 +202,21 @@ def choose(shape: Shape) -> Sizes:
   )
 
 
-def fastest(shape: Shape) -> str:
-  """Returns the fastest implementation for a shape, on the default device."""
-  if devices.default().platform == 'cpu':
+def fastest(x: Any, matrices: Sequence[Any], rows: Any, matmul: Any) -> str:
+  """Returns the fastest implementation of a call, on the default device.
+
+  Args:
+    x, matrices, rows, matmul: see `api.grouped_matmul`.
+  """
+  is_coded = isinstance(matmul, coded.Coded)
+  if devices.default().platform == 'cpu' or not (is_coded or matmul is None):
     return 'xla'
+  shape = Shape.of(x, matrices, rows)
   try:
-    choose(shape)
+    if is_coded:
+      choose_coded(shape, matmul)
+    else:
+      choose(shape)
   except NotImplementedError:
     return 'xla'
   return _FASTEST

@@ -3,5 +3,6 @@
 
 from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.operand import Operand
 
-__all__ = ['IMPLEMENTATIONS', 'quantized_matmul']
+__all__ = ['IMPLEMENTATIONS', 'Operand', 'quantized_matmul']

@@ -61,48 +61,22 @@ def quantized_matmul(
     ValueError: shapes or dtypes don't fit; says which and why.
     NotImplementedError: the implementation can't run here.
   """
-  for name, value, known in (
-    ('implementation', implementation, (None, *IMPLEMENTATIONS)),
-    ('codes', codes, tuple(operand.CODES)),
-  ):
-    if value not in known:
-      raise ValueError(
-        f'{name}={value!r}: must be one of {", ".join(map(str, known))}.'
-      )
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(
+      f'{implementation=}: must be None or one of {", ".join(IMPLEMENTATIONS)}.'
+    )
   w = operand.Operand(values, scale, zero)
-  _check(x, w, codes, group)
+  if x.ndim != 2 or x.dtype.name not in ('float32', 'bfloat16', 'float16'):
+    raise ValueError(
+      f'x={x.dtype}{x.shape}: must be float32, bfloat16 or float16, of 2 axes.'
+    )
+  operand.check(w, codes, x.shape[1], group)
   dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   if implementation is None:
     implementation = tuning.fastest(tuning.Shape.of(x, w, codes, group))
   if implementation != 'pallas_triton':
     return IMPLEMENTATIONS[implementation](x, w, codes, group, dtype)
   return _multiply(codes, group, dtype, x, w)
-
-
-def _check(
-  x: jax.Array, w: operand.Operand, codes: str, group: int | None
-) -> None:
-  kind = operand.CODES[codes]
-  if x.ndim != 2 or x.dtype.name not in ('float32', 'bfloat16', 'float16'):
-    raise ValueError(
-      f'x={x.dtype}{x.shape}: must be float32, bfloat16 or float16, of 2 axes.'
-    )
-  rows, columns = x.shape[1], w.values.shape[-1]
-  kept = rows if kind.bits == 8 else operand.HALF * -(-rows // operand.BLOCK)
-  groups = 1 if group is None else -(-rows // group)
-  expected = [
-    ('values', w.values, kind.dtype, (kept, columns)),
-    ('scale', w.scale, kind.scale, (groups, columns)),
-  ]
-  if w.zero is not None:
-    if codes != 'int4':
-      raise ValueError(f'zero={w.zero.shape}: must be None with {codes}.')
-    expected.append(('zero', w.zero, 'uint8', (groups, columns)))
-  for name, array, dtype, shape in expected:
-    if array.shape != shape or array.dtype.name != dtype:
-      raise ValueError(
-        f'{name}={array.dtype}{array.shape}: must be {dtype}{shape}.'
-      )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

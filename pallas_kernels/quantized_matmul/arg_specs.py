@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,6 +66,17 @@ def make(spec: ArgSpec, seed: int = 0) -> tuple[np.ndarray, operand.Operand]:
     zero = rng.integers(0, 16, of_groups).astype(np.uint8)
   x = rng.normal(size=(spec.num_tokens, spec.num_in)).astype(np.float32)
   return x, operand.Operand(values, scale, zero)
+
+
+def shapes(spec: ArgSpec) -> operand.Operand:
+  """Returns the shapes and dtypes of the matrix."""
+  kind = operand.CODES[spec.codes]
+  of_groups = spec.groups, spec.num_out
+  return operand.Operand(
+    jax.ShapeDtypeStruct(spec.values_shape, jnp.dtype(kind.dtype)),
+    jax.ShapeDtypeStruct(of_groups, jnp.dtype(kind.scale)),
+    jax.ShapeDtypeStruct(of_groups, jnp.uint8) if spec.has_zero else None,
+  )
 
 
 # All codes; groups of whole turns, of parts of one, of several parts, and the

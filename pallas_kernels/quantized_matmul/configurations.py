@@ -37,18 +37,10 @@ class Case:
 
   @property
   def args(self) -> Any:
-    spec = self.spec
-    kind = operand.CODES[spec.codes]
-    of_groups = spec.groups, spec.num_out
+    x = self.spec.num_tokens, self.spec.num_in
     return (
-      jax.ShapeDtypeStruct(
-        (spec.num_tokens, spec.num_in), jnp.dtype(self.dtype)
-      ),
-      operand.Operand(
-        jax.ShapeDtypeStruct(spec.values_shape, jnp.dtype(kind.dtype)),
-        jax.ShapeDtypeStruct(of_groups, jnp.dtype(kind.scale)),
-        jax.ShapeDtypeStruct(of_groups, jnp.uint8) if spec.has_zero else None,
-      ),
+      jax.ShapeDtypeStruct(x, jnp.dtype(self.dtype)),
+      arg_specs.shapes(self.spec),
     )
 
 

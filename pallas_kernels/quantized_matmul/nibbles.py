@@ -39,6 +39,7 @@ def unpack(
   zero: jax.Array | None,
   dtype: jax.typing.DTypeLike,
   *,
+  scale: jax.Array | None = None,
   interpret: bool,
   once: jax.Array,
 ) -> jax.Array:
@@ -50,13 +51,16 @@ def unpack(
     codes: int4 or mxfp4.
     zero: [columns] int32, the codes of 0; None: they are 8.
     dtype: of the result: bfloat16, float16 or float32.
+    scale: [columns] bfloat16 powers of two, by which mxfp4's are multiplied;
+      None: they are not.
     interpret, once: see `unpacking.unpack`.
   """
   half = unpacking.HALVES.get(jnp.dtype(dtype).name)
   if interpret or half is None:
     found = (values.astype(jnp.int32) >> (4 * high)) & 15
     if codes == 'mxfp4':
-      return operand.e2m1(found, dtype)
+      numbers = operand.e2m1(found, dtype)
+      return numbers if scale is None else numbers * scale[None]
     of_zero = operand.INT4_ZERO if zero is None else zero[None]
     return (found - of_zero).astype(dtype)
   args: tuple[jax.Array, ...] = (values,)
@@ -64,6 +68,8 @@ def unpack(
     # As a code is before its zero is taken away.
     above = (zero + (1 << jnp.finfo(dtype).nmant)).astype(dtype)
     args = (values, jnp.broadcast_to(above[None], values.shape))
+  if scale is not None:
+    args = (values, jnp.broadcast_to(scale[None], values.shape))
   return unpacking.call(
     assembly(codes, jnp.dtype(dtype).name, high, len(args) == 2),
     args,
@@ -72,18 +78,19 @@ def unpack(
   )
 
 
-def assembly(codes: str, dtype: str, high: bool, has_zero: bool) -> str:
+def assembly(codes: str, dtype: str, high: bool, has_more: bool) -> str:
   """Returns PTX that converts half of the four bytes of $2 to $0 and $1.
 
-  With zeros, $3 and $4 have the halves of which one step is 1, plus the zeros.
+  With more, $3 and $4 have of int4 the halves of which one step is 1, plus the
+  zeros; of mxfp4 the scales.
   """
   half = unpacking.HALVES[dtype]
   if codes == 'int4':
-    lines = _int4(half, high, has_zero)
+    lines = _int4(half, high, has_more)
   else:
     lines = (
-      *_e2m1(half, _E2M1[dtype], 0, high),
-      *_e2m1(half, _E2M1[dtype], 1, high),
+      *_e2m1(half, _E2M1[dtype], 0, high, has_more),
+      *_e2m1(half, _E2M1[dtype], 1, high, has_more),
     )
   return '\n'.join(('{', '.reg .b32 v, w, x, y, z;', *lines, '}'))
 
@@ -111,10 +118,14 @@ def _int4(half: unpacking.Half, high: bool, has_zero: bool) -> tuple[str, ...]:
 
 
 def _e2m1(
-  half: unpacking.Half, moved: _E2m1, pair: int, high: bool
+  half: unpacking.Half, moved: _E2m1, pair: int, high: bool, has_scale: bool
 ) -> tuple[str, ...]:
-  """Converts two codes, seem, whose bits are moved to a half's."""
+  """Converts two codes, seem, whose bits are moved to a half's.
+
+  Ampere multiplies halves of bfloat16 by `fma` alone; -0 changes nothing.
+  """
   less = 4 * high
+  scaled = f'fma.rn.{half.name} ${pair}, w, ${3 + pair}, z;'
   return (
     f'prmt.b32 x, $2, 0, {(0x4140, 0x4342)[pair]:#x};',
     f'shl.b32 y, x, {_SIGN_SHIFT - less};',
@@ -123,5 +134,6 @@ def _e2m1(
     f'lop3.b32 x, x, {unpacking.twice(7 << moved.shift)}, y, 0xea;',
     f'mov.b32 y, {unpacking.twice(moved.factor)};',
     'mov.b32 z, 0x80008000;',
-    f'fma.rn.{half.name} ${pair}, x, y, z;',
+    f'fma.rn.{half.name} {"w" if has_scale else f"${pair}"}, x, y, z;',
+    *[scaled] * has_scale,
   )

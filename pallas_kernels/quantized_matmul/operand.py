@@ -67,6 +67,39 @@ class Operand(NamedTuple):
   zero: Any = None
 
 
+def check(
+  w: Operand,
+  codes: str,
+  rows: int,
+  group: int | None,
+  front: tuple[int, ...] = (),
+) -> None:
+  """Raises ValueError if arrays don't fit; says which and why.
+
+  Args:
+    w, codes, rows, group: see `numbers`.
+    front: the lengths of the axes that all arrays have in front.
+  """
+  if codes not in CODES:
+    raise ValueError(f'{codes=}: must be one of {", ".join(CODES)}.')
+  kind, columns = CODES[codes], w.values.shape[-1]
+  kept = rows if kind.bits == 8 else HALF * -(-rows // BLOCK)
+  groups = 1 if group is None else -(-rows // group)
+  expected = [
+    ('values', w.values, kind.dtype, (*front, kept, columns)),
+    ('scale', w.scale, kind.scale, (*front, groups, columns)),
+  ]
+  if w.zero is not None:
+    if codes != 'int4':
+      raise ValueError(f'zero={w.zero.shape}: must be None with {codes}.')
+    expected.append(('zero', w.zero, 'uint8', (*front, groups, columns)))
+  for name, array, dtype, shape in expected:
+    if array.shape != shape or array.dtype.name != dtype:
+      raise ValueError(
+        f'{name}={array.dtype}{array.shape}: must be {dtype}{shape}.'
+      )
+
+
 def numbers(w: Operand, codes: str, rows: int, group: int | None) -> jax.Array:
   """Returns what codes stand for, [in, out], in a dtype of 8 bits or float32.
 
@@ -109,6 +142,14 @@ def scales(scale: jax.Array) -> jax.Array:
   # 2**-127 has no leading bit.
   return lax.bitcast_convert_type(
     jnp.where(bits == 0, 1 << 22, bits), jnp.float32
+  )
+
+
+def powers(scale: jax.Array) -> jax.Array:
+  """Returns scales of uint8 as bfloat16, which has all float32's exponents."""
+  bits = scale.astype(jnp.uint16) << 7
+  return lax.bitcast_convert_type(
+    jnp.where(scale == 0, jnp.uint16(1 << 6), bits), jnp.bfloat16
   )
 
 

@@ -76,6 +76,18 @@ class Plan:
     )
 
 
+def of_tile(shape: tuning.Shape, sizes: tuning.Sizes) -> Plan:
+  """Returns how a product is cut into tiles of a size, its sums not split."""
+  columns = min(sizes.columns, 1 << (shape.num_out.bit_length() - 1))
+  part = depth = sizes.depth
+  if shape.has_groups:
+    part = min(part, shape.group & -shape.group)
+    # What is loaded for each group takes registers, as do sums of many rows.
+    depth = min(depth, part * min(_MOST_PARTS, 128 // sizes.rows))
+  sizes = dataclasses.replace(sizes, columns=columns, depth=depth)
+  return Plan(shape, sizes, part, 1)
+
+
 def of(shape: tuning.Shape, sizes: tuning.Sizes, multiprocessors: int) -> Plan:
   """Returns how a product is cut.
 
@@ -95,19 +107,13 @@ def of(shape: tuning.Shape, sizes: tuning.Sizes, multiprocessors: int) -> Plan:
     columns //= 2
     if sizes.rows < tuning.FEW_ROWS:  # As many bytes are under way.
       depth *= 2
-  columns = min(columns, 1 << (shape.num_out.bit_length() - 1))
-  part = depth
-  if shape.has_groups:
-    part = min(part, shape.group & -shape.group)
-    # What is loaded for each group takes registers, as do sums of many rows.
-    depth = min(depth, part * min(_MOST_PARTS, 128 // sizes.rows))
-  whole = Plan(
-    shape, dataclasses.replace(sizes, columns=columns, depth=depth), part, 1
+  whole = of_tile(
+    shape, dataclasses.replace(sizes, columns=columns, depth=depth)
   )
   # Sums that are split may be half as many bytes as the codes.
   most = min(
     whole.turns // _FEWEST_TURNS,
     whole.values_bytes // (4 * _SUM_BYTES * shape.num_rows * shape.num_out),
   )
-  splits = min(-(-wanted // tiles_of(columns)), most)
+  splits = min(-(-wanted // tiles_of(whole.sizes.columns)), most)
   return dataclasses.replace(whole, splits=max(splits, 1))

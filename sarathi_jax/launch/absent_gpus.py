@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -167,7 +168,9 @@ def check(
     *case.problems,
     *compiler.in_place_problems(case.compiled, state, state.kv),
     *matrix_problems(case.compiled.as_text(), model.hidden_size),
-    *dequantized_problems(case.compiled.as_text(), layout.num_tokens),
+    *dequantized_problems(
+      case.compiled.as_text(), *_row_counts(model, layout.num_tokens)
+    ),
   ]
   if waits := {'kConditional', 'kWhile'} & set(case.outside_graphs):
     problems.append(
@@ -209,32 +212,56 @@ def matrix_problems(text: str, hidden_size: int) -> list[str]:
   ]
 
 
-def dequantized_problems(text: str, num_tokens: int) -> list[str]:
+def dequantized_problems(text: str, *num_rows: int) -> list[str]:
   """Names matrices of codes that a step writes as numbers before it multiplies.
+
+  An expert's, and those of all experts, too; in loops, too.
 
   Args:
     text: the step's optimized HLO.
-    num_tokens: of the step; arrays with as many rows are no matrices.
+    *num_rows: of what the step computes, such as its tokens; arrays with as
+      many rows are no matrices.
   """
   entry = text.partition('\nENTRY ')[2]
-  codes = re.findall(
-    r'= (?:s8|u8|f8e4m3fn)\[(\d+),(\d+)\]\S* parameter\(', entry
-  )
-  # Codes of 4 bits are two in a byte.
-  matrices = {
-    (packed * int(rows), int(columns))
-    for rows, columns in codes
-    for packed in (1, 2)
-  }
+  codes = re.findall(r'= (?:s8|u8|f8e4m3fn)\[([\d,]+)\]\S* parameter\(', entry)
+  matrices = set()
+  for shape in map(_numbers, codes):
+    if len(shape) > 1:
+      *front, rows, columns = shape
+      # Codes of 4 bits are two in a byte.
+      for several, packed in itertools.product(((), front), (1, 2)):
+        matrices.add((*several, packed * rows, columns))
   found = re.findall(
-    r'= (\w*f\d+\w*\[(\d+),(\d+)\])\S* (?!parameter|bitcast|get-tuple-element)',
-    entry,
+    r'= (\w*f\d+\w*)\[([\d,]+)\]\S* (?!parameter|bitcast|get-tuple-element)',
+    _outside_launches(text),
+  )
+  # An axis of 1 in front is what a loop cut out of all experts.
+  counted = collections.Counter(
+    (dtype, tuple(itertools.dropwhile(lambda n: n == 1, _numbers(shape))))
+    for dtype, shape in found
   )
   return [
-    f'{count} matrices {shape} of weights are dequantized in each step'
-    for (shape, rows, columns), count in collections.Counter(found).items()
-    if (int(rows), int(columns)) in matrices and int(rows) != num_tokens
+    f'{count} matrices {dtype}[{",".join(map(str, shape))}] of weights are '
+    'dequantized in each step'
+    for (dtype, shape), count in counted.items()
+    if shape in matrices and shape[-2] not in num_rows
   ]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  return tuple(map(int, text.split(',')))
+
+
+def _outside_launches(text: str) -> str:
+  """Returns HLO without what is within fusions, of which each is a launch."""
+  inside = set(re.findall(r'\bcalls=%?([\w.-]+)', text))
+  computations = re.split(r'\n(?=(?:ENTRY )?%?[\w.-]+ \()', text)
+  return '\n'.join(
+    one
+    for one in computations
+    if (name := re.match(r'%?([\w.-]+) \(', one)) is None
+    or name[1] not in inside
+  )
 
 
 def memory_dict(memory: memory_lib.MemoryPlan) -> dict[str, Any]:
@@ -262,6 +289,15 @@ def memory_table(memory: memory_lib.MemoryPlan) -> rich.table.Table:
     if size is not None:
       table.add_row(name, f'{size:,}', f'{size / 2**30:.2f}')
   return table
+
+
+def _row_counts(
+  model: model_config_lib.ModelConfig, num_tokens: int
+) -> tuple[int, ...]:
+  """Returns the rows of what a step computes: tokens, and those of experts."""
+  layers = range(model.num_layers)
+  chosen = max(model.layer_mlp(i).experts_per_token for i in layers)
+  return num_tokens, num_tokens * chosen
 
 
 def _least_sent(

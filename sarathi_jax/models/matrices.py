@@ -123,7 +123,13 @@ def grouped_matmul(
     matrices: of one kind, or of several: each an array [G, in, out], or a
       `Matrix`.
   """
-  is_node = any(hasattr(w, 'multiply') for w in matrices)
+  if any(getattr(w, 'order', None) is not None for w in matrices):
+    return _in_orders(x, matrices, group_sizes, rows, biases, combine)
+  matmul: Any = None
+  if any(hasattr(w, 'multiply') for w in matrices):
+    matmul = _of_group
+  if (coded := quantized.coded(matrices)) is not None:
+    matrices, matmul = coded
   return grouped_matmul_lib.grouped_matmul(
     x,
     matrices,
@@ -131,8 +137,29 @@ def grouped_matmul(
     rows=rows,
     biases=biases,
     combine=combine,
-    matmul=_of_group if is_node else None,
+    matmul=matmul,
   )
+
+
+def _in_orders(
+  x: Float[Array, 'T in'],
+  matrices: Sequence[Any],
+  group_sizes: Int[Array, ' G'],
+  rows: Int[Array, ' R'] | None,
+  biases: Sequence[Float[Array, 'G out']],
+  combine: Callable[..., Array],
+) -> Float[Array, 'R out']:
+  """Does it kind by kind, as each takes what it multiplies in other orders."""
+  if rows is not None:
+    x = jnp.take(x, rows, axis=0)
+  products = []
+  for i, w in enumerate(matrices):
+    given, codes = quantized.in_order(x, w, group_sizes)
+    product = grouped_matmul(
+      given, [codes], group_sizes, biases=biases[i : i + 1]
+    )
+    products.append(product.astype(jnp.float32))
+  return combine(*products).astype(x.dtype)
 
 
 def _of_group(x: Float[Array, 'n in'], w: Any) -> Float[Array, 'n out']:

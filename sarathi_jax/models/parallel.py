@@ -16,6 +16,13 @@ import dataclasses
 from sarathi_jax import config as config_lib
 from sarathi_jax.models import config as model_config_lib
 
+# A width of `mlp_widths` -> the MLP that has it.
+_BRANCHES = {
+  'intermediate_size': 'mlp',
+  'dense_sizes': 'mlp',
+  'shared_size': 'moe.shared',
+}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parallelism:
@@ -96,26 +103,27 @@ class Parallelism:
     how = model.quantization
     if how is None or self.tp == 1:
       return
-    config_lib.check(
-      not how.reordered,
-      'tp',
-      self.tp,
-      'the rows of each matrix have an order of their own '
-      '(quantization.reordered, as of a GPTQ with desc_act), which devices '
-      'can not share',
-    )
     if (together := how.rows_together) == 1:
       return
-    rows = [('o', 'num_heads * head_dim', model.num_heads * model.head_dim)]
-    rows += [('down', *width) for width in model.mlp_widths]
-    for matrix, name, size in rows:
+    layers = range(model.num_layers)
+    has_experts = any(model.layer_mlp(i).num_experts > 1 for i in layers)
+    heads = 'attn.o', 'num_heads * head_dim', model.num_heads * model.head_dim
+    shared = [(*heads, '')]
+    for name, width in model.mlp_widths:
+      branch, remedy = _BRANCHES[name], ''
+      if name == 'intermediate_size' and has_experts:
+        branch = 'moe'
+        remedy = '; or let devices have whole experts (expert_parallel)'
+      shared.append((f'{branch}.down', name, width, remedy))
+    for matrix, name, size, remedy in shared:
+      is_quantized = any(how.covers(f'layers.{i}.{matrix}') for i in layers)
       config_lib.check(
-        size // self.tp % together == 0,
+        not is_quantized or size // self.tp % together == 0,
         'tp',
         self.tp,
         f'leaves {size // self.tp} rows of {matrix}, of {name}={size}, to each '
         f'device; must be a multiple of {together}, which lie together or have '
-        'scales in common (quantization.group)',
+        f'scales in common (quantization.group){remedy}',
       )
 
   def num_layers(self, model: model_config_lib.ModelConfig) -> int:

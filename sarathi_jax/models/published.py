@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of published models, as in their config.json. No JAX.
+"""Published models, as their config.json and their files have them. No JAX.
 
 They are for what needs no weights: memory plans, simulations, benchmarks with
 random weights. To serve a model, its checkpoint says all this itself.
@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from sarathi_jax.models import config
+from sarathi_jax.models import quantization
 
 _LLAMA_3_1: dict[str, Any] = dict(
   vocab_size=128256,
@@ -65,6 +66,12 @@ _GPT_OSS: dict[str, Any] = dict(
   head_dim=64,
   max_position_embeddings=131072,
   activation='quick_gelu',
+  # Of experts alone.
+  quantization=quantization.Quantization(
+    codes='mxfp4',
+    group=32,
+    kept=('layers.*.attn.*', 'layers.*.moe.router', 'lm_head'),
+  ),
   rope=config.RopeConfig(
     theta=150000.0,
     kind='yarn',

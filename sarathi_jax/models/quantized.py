@@ -7,14 +7,17 @@ kernel, elsewhere by XLA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
+from pallas_kernels import grouped_matmul as grouped_matmul_lib
 from pallas_kernels import quantized_matmul as quantized_matmul_lib
 from sarathi_jax.models import codes as codes_lib
 from sarathi_jax.models import quantization as quantization_lib
@@ -38,6 +41,9 @@ class Quantized:
       what the codes say.
     order: [..., in] int32, the row of the matrix that each row of codes is;
       None: they are in order.
+    gathered: the axis of the mesh whose devices each have a part of the rows,
+      by `order` of all of the matrix: what these multiply is gathered first.
+      None: they have all, or those that lie together.
   """
 
   values: Any
@@ -46,6 +52,9 @@ class Quantized:
   group: int | None = dataclasses.field(default=None, metadata={'static': True})
   zero: Any = None
   order: Any = None
+  gathered: str | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
 
   def arrays(self) -> dict[str, Any]:
     """Returns the arrays that there are, by their names."""
@@ -73,7 +82,7 @@ class Quantized:
       )
       return several
     if self.order is not None:
-      x = jnp.take(x, self.order, axis=-1)
+      x = jnp.take(self.gather(x), self.order, axis=-1)
     out = quantized_matmul_lib.quantized_matmul(
       x.reshape(-1, x.shape[-1]),
       self.values,
@@ -85,6 +94,13 @@ class Quantized:
       implementation=implementation,
     )
     return out.reshape(*x.shape[:-1], -1)
+
+  def gather(self, x: Float[Array, '*T in']) -> Float[Array, '*T all']:
+    """Returns x as `order` counts: with the parts of all devices."""
+    if self.gathered is None:
+      return x
+    whole: Array = lax.all_gather(x, self.gathered, axis=x.ndim - 1, tiled=True)
+    return whole
 
   def _numbers(self, rows: int) -> Array:
     numbers: Array = codes_lib.numbers(
@@ -98,6 +114,45 @@ class Quantized:
     spread = codes_lib.spread(scale, rows, self.group)
     scaled: Array = self._numbers(rows).astype(np.float32) * spread
     return scaled
+
+
+def coded(
+  matrices: Sequence[Any],
+) -> tuple[list[quantized_matmul_lib.Operand], grouped_matmul_lib.Coded] | None:
+  """Returns experts' matrices, and how to multiply by them, for kernels.
+
+  Returns:
+    None if they are not all in codes of one way, with their rows in order.
+  """
+  ways = {
+    (w.codes, w.group) if isinstance(w, Quantized) and w.order is None else None
+    for w in matrices
+  }
+  if len(ways) > 1 or (way := ways.pop()) is None:
+    return None
+  return (
+    [quantized_matmul_lib.Operand(w.values, w.scale, w.zero) for w in matrices],
+    grouped_matmul_lib.Coded(*way),
+  )
+
+
+def in_order(
+  x: Float[Array, 'R in'], w: Any, group_sizes: Int[Array, ' G']
+) -> tuple[Float[Array, 'R in'], Any]:
+  """Returns rows as the codes of their groups' matrices take them, and these.
+
+  Args:
+    x: rows, group after group.
+    w: the matrices [G, in, out] of all groups.
+    group_sizes: the rows of each.
+  """
+  if not isinstance(w, Quantized) or w.order is None:
+    return x, w
+  places = jnp.arange(x.shape[0], dtype=jnp.int32)
+  group = jnp.searchsorted(jnp.cumsum(group_sizes), places, side='right')
+  order = jnp.take(w.order, group, axis=0, mode='clip')
+  x = jnp.take_along_axis(w.gather(x), order, axis=-1)
+  return x, dataclasses.replace(w, order=None, gathered=None)
 
 
 def dequantize(w: Quantized, dtype: Any, rows: int | None = None) -> Any:

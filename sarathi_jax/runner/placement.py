@@ -258,7 +258,7 @@ def places(
     if isinstance(specs, spec.ParamSpec):
       return placed([path], [specs], layout.node(path, specs), layers)
     if isinstance(specs, quantized.Quantized):
-      return placed([path], [specs], None, layers)
+      return placed([path], [_with_gathered(specs, mesh)], None, layers)
     paths = {name: f'{path}.{name}' if path else name for name in specs}
     groups = {}
 
@@ -310,6 +310,18 @@ def _specs_of_all(specs: Sequence[Any], layers: tuple[int | None, ...]) -> Any:
       'has a matrix that is not quantized (quantization.kept)',
     )
   return specs[first]
+
+
+def _with_gathered(
+  specs: quantized.Quantized, mesh: Mesh
+) -> quantized.Quantized:
+  """Returns the specs with what is to be gathered before they multiply."""
+  if specs.order is None:
+    return specs
+  axis = _SPLIT.get(specs.order.axes[-1])
+  if axis is None or mesh.shape.get(axis, 1) == 1:
+    return specs
+  return dataclasses.replace(specs, gathered=axis)
 
 
 def _is_of_experts(specs: Any) -> bool:

@@ -121,10 +121,15 @@ def _unpacked(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _convert(
-  folder: pathlib.Path, tensors: dict[str, np.ndarray], **fields: Any
+  folder: pathlib.Path,
+  tensors: dict[str, np.ndarray],
+  keep_mxfp4: bool | None = None,
+  **fields: Any,
 ) -> Any:
   source = fake.write(folder / 'hf', _config(**fields), tensors)
-  return convert.convert(source, folder / 'out', check=True)
+  return convert.convert(
+    source, folder / 'out', check=True, keep_mxfp4=keep_mxfp4
+  )
 
 
 def _refused(
@@ -157,7 +162,10 @@ def test_every_byte_and_scale_is_what_transformers_reads() -> None:
 def test_packed_experts_are_those_in_bfloat16(tmp_path: pathlib.Path) -> None:
   packed = _packed()
   plan = _convert(
-    tmp_path / 'packed', _tensors() | packed, quantization_config=PACKING
+    tmp_path / 'packed',
+    _tensors() | packed,
+    keep_mxfp4=False,
+    quantization_config=PACKING,
   )
   assert plan.dtype == 'bfloat16'
   whole = _tensors() | _unpacked(packed)
@@ -175,21 +183,19 @@ def test_packed_experts_are_those_in_bfloat16(tmp_path: pathlib.Path) -> None:
   for name in layer:
     np.testing.assert_array_equal(got['layers'][1]['moe'][name], layer[name])
   # Read without being converted, a part at a time.
-  for name in ('packed', 'whole'):
-    params = direct.DirectParams(tmp_path / name / 'hf')
-    index = slice(1, 3), slice(5, 60), slice(3, 20)
-    part = params('layers.1.moe.gate', index)
-    np.testing.assert_array_equal(part, np.asarray(layer['gate'])[index])
-    index = slice(0, 2), slice(5, 20), slice(3, 60)
-    part = params('layers.1.moe.down', index)
-    np.testing.assert_array_equal(part, np.asarray(layer['down'])[index])
-    params.close()
+  params = direct.DirectParams(tmp_path / 'whole' / 'hf')
+  index = slice(1, 3), slice(5, 60), slice(3, 20)
+  part = params('layers.1.moe.gate', index)
+  np.testing.assert_array_equal(part, np.asarray(layer['gate'])[index])
+  index = slice(0, 2), slice(5, 20), slice(3, 60)
+  part = params('layers.1.moe.down', index)
+  np.testing.assert_array_equal(part, np.asarray(layer['down'])[index])
+  params.close()
 
 
-def test_experts_can_stay_in_their_codes(tmp_path: pathlib.Path) -> None:
+def test_experts_stay_in_their_codes(tmp_path: pathlib.Path) -> None:
   packed = _packed()
-  source = fake.write(tmp_path / 'hf', _config(), _tensors() | packed)
-  plan = convert.convert(source, tmp_path / 'out', keep_mxfp4=True, check=True)
+  plan = _convert(tmp_path, _tensors() | packed)
   assert plan.dtype == 'bfloat16' and 'stay in MXFP4' in plan.left_out
   how = plan.model.quantization
   assert how is not None and (how.codes, how.group) == ('mxfp4', 32)
@@ -210,6 +216,14 @@ def test_experts_can_stay_in_their_codes(tmp_path: pathlib.Path) -> None:
   # A fourth of bfloat16's, and a scale for 32 numbers.
   assert moe['down'].values.nbytes == expected.nbytes // 4
   assert moe['down'].scale.nbytes == expected.nbytes // 64
+  # Read without being converted, a part at a time.
+  direct_params = direct.DirectParams(tmp_path / 'hf')
+  assert direct_params.metadata.model == plan.model
+  index = slice(1, 3), slice(5, 20), slice(3, 20)
+  for name in ('gate', 'down'):
+    part = direct_params(f'layers.1.moe.{name}.values', index)
+    np.testing.assert_array_equal(part, np.asarray(moe[name].values)[index])
+  direct_params.close()
 
 
 def test_what_can_not_stay_in_mxfp4_is_told(tmp_path: pathlib.Path) -> None:
@@ -284,12 +298,12 @@ def _without(name: str) -> dict[str, np.ndarray]:
     (
       _packed()
       | {f'{EXPERT}.down_proj_scales': np.full((3, WIDTH, 1), 255, np.uint8)},
-      r'NaN or infinite, in .*down_proj_blocks',
+      'down_proj_scales: has scales of more than',
     ),
     (
       _packed()
       | {f'{EXPERT}.down_proj': np.zeros((EXPERTS, INNER, WIDTH), np.float32)},
-      'both .*down_proj.* fill it',
+      'down_proj_blocks is in codes, and .*down_proj is not',
     ),
     (
       _without(f'{EXPERT}.down_proj_scales')

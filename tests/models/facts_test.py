@@ -30,7 +30,10 @@ TINY = dict(
   max_position_embeddings=16,
 )
 MODELS: dict[str, config_lib.ModelConfig] = {
-  **published.MODELS,
+  **{
+    name: dataclasses.replace(model, quantization=None)
+    for name, model in published.MODELS.items()
+  },
   'whole experts': dataclasses.replace(
     published.MODELS['qwen3-30b-a3b'], whole_experts=True
   ),
@@ -121,6 +124,17 @@ def test_quantized_matrices_weigh_what_their_arrays_do(
       if leaf.is_factor or leaf.dtype
     )
   )
+
+
+def test_gpt_oss_weighs_what_its_files_do() -> None:
+  """12.8 and 60.8 GiB, says its card, of which most is experts in 4.25 bits."""
+  for name, gibibytes in (('gpt-oss-20b', 12.8), ('gpt-oss-120b', 60.8)):
+    specs = models.param_specs(published.MODELS[name])
+    total = sum(
+      math.prod(leaf.shape) * jnp.dtype(leaf.dtype or 'bfloat16').itemsize
+      for leaf in jax.tree.leaves(specs)
+    )
+    assert total / 2**30 == pytest.approx(gibibytes, abs=0.05)
 
 
 def test_each_token_goes_through_some_of_the_experts() -> None:

@@ -307,8 +307,8 @@ def test_longrope_within_the_original_context(tmp_path: pathlib.Path) -> None:
   assert list(beyond) == logits[9:].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize('keep', [False, True])
-def test_experts_in_mxfp4(keep: bool, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('keep', [False, None])
+def test_experts_in_mxfp4(keep: bool | None, tmp_path: pathlib.Path) -> None:
   model = make_model(hf_cases.gpt_oss())
   hf_cases.save_with_packed_experts(model, tmp_path / 'hf')
   theirs = run_reference(model)
@@ -323,7 +323,8 @@ def test_experts_in_mxfp4(keep: bool, tmp_path: pathlib.Path) -> None:
   config = checkpoint.load_metadata(tmp_path / 'out').model
   params = checkpoint.restore_params(tmp_path / 'out')
   check_logits(config, params, theirs)
-  if keep:  # In float32 they are as all experts are.
+  assert (config.quantization is None) == (keep is False)
+  if keep is None:  # In float32 they are as all experts are.
     done = run_served(config, params, theirs.prompt)
     check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 

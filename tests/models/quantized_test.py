@@ -250,12 +250,42 @@ def test_devices_share_no_group():
   )
   with pytest.raises(
     errors.ConfigError,
-    match='tp=2: leaves 12 rows of down, of intermediate_size=24, to each '
+    match=r'tp=2: leaves 12 rows of mlp.down, of intermediate_size=24, to each '
     'device; must be a multiple of 8',
   ):
     parallelism.check(model)
   alone = quantization_lib.Quantization(codes='int4')  # but for its bytes
-  with pytest.raises(errors.ConfigError, match=r'16 rows of o.*multiple of 32'):
+  with pytest.raises(
+    errors.ConfigError, match=r'16 rows of attn.o.*multiple of 32'
+  ):
     parallelism.check(
       dataclasses.replace(model, head_dim=16, quantization=alone)
     )
+
+
+def test_experts_share_no_group_but_whole():
+  """Attention is not quantized, so of `o` nothing is refused."""
+  model = config_lib.MixtralConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=96,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    num_experts=4,
+    experts_per_token=2,
+    quantization=quantization_lib.Quantization(
+      codes='mxfp4', group=32, kept=('layers.*.attn.*', 'lm_head')
+    ),
+  )
+  parallelism = parallel.Parallelism(tp=2)
+  with pytest.raises(
+    errors.ConfigError,
+    match=r'tp=2: leaves 48 rows of moe.down, of intermediate_size=96.*or let '
+    'devices have whole experts',
+  ):
+    parallelism.check(model)
+  parallelism.check(dataclasses.replace(model, intermediate_size=128))
+  parallelism.check(dataclasses.replace(model, whole_experts=True))

@@ -99,6 +99,19 @@ def test_a_product_of_halves_is_rounded_once(codes: str, dtype: str) -> None:
 
 
 @pytest.mark.gpu
+def test_scales_of_mxfp4_are_exact_in_bfloat16() -> None:
+  """All that codes may have, to the least and the largest."""
+  spec = arg_specs.ArgSpec(3, 160, 64, 'mxfp4', 32)
+  x, w = arg_specs.make(spec)
+  w.scale[:] = np.arange(5 * 64).reshape(5, 64) % 253
+  x = np.eye(3, 160, 40, dtype=jnp.bfloat16)  # So one number is each sum.
+  got = run('small tiles', spec, x, w)
+  np.testing.assert_array_equal(
+    np.asarray(got, np.float64), matrix_of(spec, w)[40:43]
+  )
+
+
+@pytest.mark.gpu
 def test_a_row_has_the_same_bits_whatever_others_are() -> None:
   spec = arg_specs.ArgSpec(20, 96, 40, 'int4', 32)
   x, w = arg_specs.make(spec)
@@ -133,7 +146,7 @@ def test_gradients_are_those_of_the_definition(codes: str) -> None:
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('high', [False, True])
-@pytest.mark.parametrize('codes', ['int4', 'zero', 'mxfp4'])
+@pytest.mark.parametrize('codes', ['int4', 'zero', 'mxfp4', 'scaled'])
 def test_instructions_convert_every_code(
   codes: str, high: bool, dtype: str
 ) -> None:
@@ -149,9 +162,12 @@ def test_instructions_convert_every_code(
     expected = found.astype(np.int32) - 8
   else:
     expected = np.take(E2M1, found & 7) * np.where(found & 8, -1, 1)
-  ptx = nibbles.assembly(
-    'int4' if codes == 'zero' else codes, dtype, high, codes == 'zero'
-  )
+  if codes == 'scaled':
+    scale = np.ldexp(np.float32(1), zero.astype(np.int32) - 7).astype(dtype)
+    expected = expected * scale.astype(np.float32)
+    given += list(np.ascontiguousarray(scale.view(np.uint32).T))
+  of = {'zero': 'int4', 'scaled': 'mxfp4'}
+  ptx = nibbles.assembly(of.get(codes, codes), dtype, high, codes in of)
   halves = np.stack(unpacking_test.run(ptx, *given), 1).view(dtype)
   np.testing.assert_array_equal(halves, expected.astype(dtype))
 

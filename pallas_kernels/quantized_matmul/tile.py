@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block of a GPU multiplies by codes: a tile of rows by some columns.
+
+It loads codes, converts each once, and hands them out to its warps as numbers
+of x's dtype, through shared memory, where a product of 16 bits has its matrix,
+too; so no matrix is put together in memory. Codes are converted without their
+scales, exactly; a group's sum is multiplied by its scales, in float32. But
+MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: then
+there is one sum, of all groups.
+
+Several matrices that multiply the same rows share a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels import unpacking
+from pallas_kernels.quantized_matmul import nibbles
+from pallas_kernels.quantized_matmul import operand
+from pallas_kernels.quantized_matmul import plan as plan_lib
+
+
+def readable(w: operand.Operand) -> operand.Operand:
+  """Returns the arrays that a kernel reads: Ampere knows no dtype of fp8."""
+  if w.values.dtype != jnp.float8_e4m3fn:
+    return w
+  return w._replace(values=lax.bitcast_convert_type(w.values, jnp.uint8))
+
+
+class OfGroup(NamedTuple):
+  """What some columns have for a group of rows.
+
+  Attributes:
+    scale: [columns], as it is kept.
+    zero: [columns] int32, or None.
+  """
+
+  scale: jax.Array
+  zero: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tile:
+  """A tile of rows, and columns of matrices.
+
+  Attributes:
+    x_ref: [T, in].
+    matrices: of refs, all of one kind and shape.
+    plan: how the product is cut.
+    rows: [rows] int32, of x.
+    columns: a pl.ds, of each matrix.
+    interpret: whether Pallas interprets the kernel.
+    front: indices of the axes that the matrices have in front.
+  """
+
+  x_ref: Any
+  matrices: Sequence[operand.Operand]
+  plan: plan_lib.Plan
+  rows: jax.Array
+  columns: Any
+  interpret: bool
+  front: tuple[Any, ...] = ()
+
+  @property
+  def _has_scaled_numbers(self) -> bool:
+    """Whether what is multiplied has its scales already."""
+    shape = self.plan.shape
+    return (
+      shape.has_groups and shape.codes == 'mxfp4' and shape.dtype == 'bfloat16'
+    )
+
+  def products(self, start: Any, stop: Any, item: Any, is_last: Any) -> Any:
+    """Returns the products with each matrix, [rows, columns] float32.
+
+    Args:
+      start, stop: the turns, of the plan's, of a span of what is summed.
+      item: a number that is known only as the kernel runs.
+      is_last: whether the span is the last one: rows of the matrix that are
+        left after all turns are its own. Where it is False, or they would be
+        behind the matrix, 0 is added for them.
+    """
+    plan, sizes = self.plan, self.plan.sizes
+    parts = [p * plan.part for p in range(sizes.depth // plan.part)]
+
+    def turn(i: jax.Array, state: Any) -> Any:
+      sums, of_groups = state
+      following = of_groups
+      if plan.shape.has_groups:  # A turn ahead: products would wait for them.
+        begin = (i + 1) * sizes.depth
+        following = [self._of_groups(begin + part) for part in parts]
+      for part, of_group in zip(parts, of_groups, strict=True):
+        sums = self._add(sums, i * sizes.depth + part, of_group, i + item)
+      return sums, following
+
+    sums = [
+      jnp.zeros((sizes.rows, sizes.columns), jnp.float32) for _ in self.matrices
+    ]
+    of_groups = [self._of_groups(start * sizes.depth + part) for part in parts]
+    sums, _ = lax.fori_loop(start, stop, turn, (sums, of_groups))
+    for place in range(plan.turns * sizes.depth, plan.shape.num_in, plan.part):
+      sums = self._add(sums, place, self._of_groups(place), item, is_last)
+    if not plan.shape.has_groups:
+      sums = [
+        total * operand.scales(of.scale)[None]
+        for total, of in zip(sums, of_groups[0], strict=True)
+      ]
+    return sums
+
+  def _of_groups(self, place: Any) -> list[OfGroup]:
+    """Loads what the group of a row has, of each matrix.
+
+    Rows beyond the matrices are taken for those of the last group.
+    """
+    return [self._of_group(w, place) for w in self.matrices]
+
+  def _of_group(self, w: operand.Operand, place: Any) -> OfGroup:
+    last = w.scale.shape[-2] - 1
+    group = jnp.minimum(place // self.plan.shape.group, last)
+    at = *self.front, group, self.columns
+    scale = plgpu.load(w.scale.at[at])
+    if w.zero is None:
+      return OfGroup(scale)
+    return OfGroup(scale, plgpu.load(w.zero.at[at]).astype(jnp.int32))
+
+  def _add(
+    self,
+    sums: Sequence[jax.Array],
+    place: Any,
+    of_groups: Sequence[OfGroup],
+    turn: Any,
+    is_last: Any = None,
+  ) -> list[jax.Array]:
+    """Adds the products with some rows of each matrix.
+
+    Args:
+      sums: of each, [rows, columns] float32.
+      place: the first of `plan.part` rows.
+      of_groups: of these rows.
+      turn: a number that changes in each turn of a loop, for
+        `unpacking.unpack`.
+      is_last: whether to add anything; of the rows, some may be behind the
+        matrix. None: all are in it.
+    """
+    shape = self.plan.shape
+    packed = 8 // shape.bits
+    kept = pl.ds(place // packed, self.plan.part // packed)
+    codes = [
+      self._load(w.values, self.front, kept, self.columns, is_last, axis=0)
+      for w in self.matrices
+    ]
+    dot: Any = plgpu.dot
+    if shape.dtype == 'float32':  # It isn't rounded to TensorFloat32.
+      dot = functools.partial(dot, allow_tf32=False)
+    products = []
+    for at, numbers in self._numbers(codes, place, of_groups, turn & 1 == 0):
+      x = self._load(self.x_ref, (), self.rows, at, is_last, axis=1)
+      products.append([dot(x, w) for w in numbers])
+    return [
+      self._sum(total, functools.reduce(jnp.add, found), of.scale)
+      for total, found, of in zip(
+        sums, zip(*products, strict=True), of_groups, strict=True
+      )
+    ]
+
+  def _sum(
+    self, total: jax.Array, product: jax.Array, scale: jax.Array
+  ) -> jax.Array:
+    """Adds a product, times the scales of its group."""
+    if self._has_scaled_numbers or not self.plan.shape.has_groups:
+      return total + product
+    scale = operand.scales(scale)[None]
+    if self.interpret:
+      return total + product * scale
+    # Triton makes two instructions of it by itself.
+    (total,) = plgpu.elementwise_inline_asm(
+      'fma.rn.f32 $0, $1, $2, $3;',
+      args=[product, jnp.broadcast_to(scale, total.shape), total],
+      constraints='=f,f,f,f',
+      pack=1,
+      result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, total.dtype)],
+    )
+    return total
+
+  def _load(
+    self,
+    ref: Any,
+    front: tuple[Any, ...],
+    rows: Any,
+    columns: Any,
+    is_last: Any,
+    axis: int,
+  ) -> jax.Array:
+    """Loads rows and columns of an array, 0 for those behind its end.
+
+    Args:
+      ref: of the array.
+      front: indices of the axes in front of these.
+      rows, columns: indices, or a pl.ds.
+      is_last: whether to load; None: all, and nothing is behind the end.
+      axis: the one of rows and columns of which some may be.
+    """
+    if is_last is None and not isinstance(columns, jax.Array):
+      return plgpu.load(ref.at[*front, rows, columns])
+    rows, columns = (_indices(span) for span in (rows, columns))
+    at = rows[:, None], columns[None, :]
+    if is_last is None:
+      return plgpu.load(ref.at[*front, *at])
+    is_in = at[axis] < ref.shape[len(front) + axis]
+    mask = jnp.broadcast_to(is_last & is_in, (rows.size, columns.size))
+    return plgpu.load(
+      ref.at[*front, *at], mask=mask, other=jnp.zeros((), ref.dtype)
+    )
+
+  def _numbers(
+    self,
+    codes: Sequence[jax.Array],
+    place: Any,
+    of_groups: Sequence[OfGroup],
+    once: jax.Array,
+  ) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
+    """Yields rows of the matrices, and what the codes of each stand for."""
+    dtype = self.plan.shape.dtype
+    how: dict[str, Any] = {'interpret': self.interpret, 'once': once}
+    at = jnp.arange(codes[0].shape[0], dtype=jnp.int32)
+    if self.plan.shape.bits == 8:
+      yield place + at, [unpacking.unpack(c, dtype, **how) for c in codes]
+      return
+    scales = [
+      operand.powers(of.scale) if self._has_scaled_numbers else None
+      for of in of_groups
+    ]
+    # Of each block, 16 rows lie together: Triton sees it in these operations.
+    rows = lax.div(at, operand.HALF) * operand.BLOCK + lax.rem(at, operand.HALF)
+    for high in (False, True):
+      yield (
+        place + high * operand.HALF + rows,
+        [
+          nibbles.unpack(
+            c, high, self.plan.shape.codes, of.zero, dtype, scale=scale, **how
+          )
+          for c, of, scale in zip(codes, of_groups, scales, strict=True)
+        ],
+      )
+
+
+def _indices(span: Any) -> jax.Array:
+  if isinstance(span, jax.Array):
+    return span
+  return span.start + jnp.arange(span.size, dtype=jnp.int32)
