@@ -18,7 +18,8 @@ from pallas_kernels.quantized_matmul import tuning as quantized_tuning
 # XLA's on CPUs: with so many rows for each group on average, at most -> rows of
 # a block. Chosen by times on one core of an EPYC (Zen 4), float32: one row is
 # multiplied as its matrix is read, in place, and of more rows the matrix is
-# copied first, after which 16 rows or more are computed at 80 % of the rate.
+# copied first, once a group, after which 16 rows or more are computed at 80 %
+# of the rate.
 _XLA_ROWS: tuple[tuple[int, int], ...] = ((4, 1), (8, 8), (64, 16))
 _XLA_MOST_ROWS = 32
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In JAX's own operations: a loop over blocks of rows. The way on CPUs.
+"""In JAX's own operations: loops over blocks of rows. The way on CPUs.
 
-A block has rows of one group, and each turn of the loop multiplies one by the
-group's matrices. There are as many turns as blocks with rows, so matrices of
-groups without any are not read, and rows of no group cost nothing.
+A block has rows of one group, and each turn multiplies one by the group's
+matrices. There are as many turns as blocks with rows, so matrices of groups
+without any are not read, and rows of no group cost nothing. On CPUs XLA
+multiplies several rows by a copy of a matrix: so that it makes one a group, and
+not one a block, blocks of a group are a loop of their own.
 
 A turn writes as many rows as a block may have. Those beyond the group's end are
 another's, whose block comes later and writes them again.
@@ -18,6 +20,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from pallas_kernels import devices
 from pallas_kernels.grouped_matmul import plan
 from pallas_kernels.grouped_matmul import tuning
 
@@ -46,12 +49,15 @@ def grouped_matmul(
   last, ends = jnp.cumsum(blocks), jnp.cumsum(group_sizes)
   rows = jnp.pad(rows, (0, size - 1))
 
-  def multiply(start: jax.Array, group: jax.Array) -> jax.Array:
-    these = x[lax.dynamic_slice_in_dim(rows, start, size)]
-    of_group, added = jax.tree.map(
+  def take(group: jax.Array) -> Any:
+    return jax.tree.map(
       lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False),
       (matrices, biases),
     )
+
+  def multiply(start: jax.Array, taken: Any) -> jax.Array:
+    these = x[lax.dynamic_slice_in_dim(rows, start, size)]
+    of_group, added = taken
     products = [matmul(these, w) for w in of_group]
     if added:
       products = [
@@ -60,23 +66,39 @@ def grouped_matmul(
       ]
     return combine(*products).astype(x.dtype)
 
-  def turn(block: jax.Array, out: jax.Array) -> jax.Array:
-    group = (last <= block).sum(dtype=jnp.int32)
-    start = ends[group] - group_sizes[group]
-    start += size * (block - last[group] + blocks[group])
+  def block(
+    group: jax.Array, number: jax.Array, taken: Any, out: jax.Array
+  ) -> jax.Array:
+    start = ends[group] - group_sizes[group] + size * number
     return lax.dynamic_update_slice_in_dim(
-      out, multiply(start, group), start, axis=0
+      out, multiply(start, taken), start, axis=0
     )
 
-  shape = jax.eval_shape(multiply, last[0], last[0]).shape
+  def turn(i: jax.Array, out: jax.Array) -> jax.Array:
+    group = (last <= i).sum(dtype=jnp.int32)
+    number = i - last[group] + blocks[group]
+    return block(group, number, take(group), out)
+
+  def blocks_of_one(i: jax.Array, out: jax.Array) -> jax.Array:
+    group = used[i]
+    taken = lax.optimization_barrier(take(group))
+    return lax.fori_loop(
+      0, blocks[group], lambda n, out: block(group, n, taken, out), out
+    )
+
+  shape = jax.eval_shape(multiply, last[0], take(last[0])).shape
   out = jnp.zeros((num_rows + size - 1, *shape[1:]), x.dtype)
-  if not differentiable:
+  if differentiable:
+    return lax.fori_loop(
+      0,
+      plan.most_tiles(num_rows, num_groups, size),
+      lambda i, out: lax.cond(i < last[-1], turn, lambda i, out: out, i, out),
+      out,
+    )[:num_rows]
+  # One row is multiplied by the matrix where that lies, as are all on GPUs.
+  if size == 1 or devices.default().platform != 'cpu':
     return lax.fori_loop(0, last[-1], turn, out)[:num_rows]
-  return lax.fori_loop(
-    0,
-    plan.most_tiles(num_rows, num_groups, size),
-    lambda block, out: lax.cond(
-      block < last[-1], turn, lambda block, out: out, block, out
-    ),
-    out,
-  )[:num_rows]
+  used = jnp.argsort(group_sizes == 0, stable=True)
+  return lax.fori_loop(0, (group_sizes > 0).sum(), blocks_of_one, out)[
+    :num_rows
+  ]
