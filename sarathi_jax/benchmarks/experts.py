@@ -5,8 +5,8 @@
 
 Of one layer: through the experts that each row chose, as models go, and through
 all of them, as one product of the rows with all their columns, which is the
-fastest way to do that. The arithmetic saved is E / k; `of it` is how much of
-that the time shows.
+fastest way to do that. Weights are kept as steps keep those of a checkpoint.
+The arithmetic saved is E / k; `of it` is how much of that the time shows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from sarathi_jax.benchmarks import common
 from sarathi_jax.cli import mains
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import layers
+from sarathi_jax.models import matrices
 from sarathi_jax.models import moe
 from sarathi_jax.models import router
+from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import placement
 
 FLAGS = flags.FLAGS
 
@@ -100,10 +103,24 @@ def through_all(
     .at[jnp.arange(len(x))[:, None], experts]
     .set(weights)
   )
-  inner = layers.ACTIVATIONS[config.activation](x @ params['gate'])
-  inner *= x @ params['up']
+  inner = layers.ACTIVATIONS[config.activation](
+    matrices.matmul(x, params['gate'])
+  )
+  inner *= matrices.matmul(x, params['up'])
   inner *= jnp.repeat(shares, config.intermediate_size, axis=1)
-  return inner @ params['down']
+  return matrices.matmul(inner, params['down'])
+
+
+def as_served(
+  config: config_lib.MixtralConfig, params: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+  """Returns parameters as steps on this device keep those of a checkpoint."""
+  layout = placement.of_checkpoint(mesh_lib.make(), jnp.float32)
+  kept: dict[str, Any] = {}
+  for name, leaf in moe.moe_specs(config).items():
+    node = layout.node(name, leaf)
+    kept[name] = params[name] if node is None else node.of(params[name])
+  return kept
 
 
 def measure(
@@ -114,8 +131,8 @@ def measure(
   x = jax.random.normal(jax.random.key(1), (rows, config.hidden_size))
   ways: dict[str, Callable[[], jax.Array]] = {}
   pairs: dict[str, tuple[Callable[..., jax.Array], Any]] = {
-    'chosen': (moe.moe, params),
-    'all': (through_all, side_by_side(params)),
+    'chosen': (moe.moe, as_served(config, params)),
+    'all': (through_all, as_served(config, side_by_side(params))),
   }
   for name, (way, weights) in pairs.items():
     compiled = jax.jit(way, static_argnums=0).lower(config, weights, x)
