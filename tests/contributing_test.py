@@ -28,6 +28,7 @@ def test_each_kind_of_addition_has_its_proof() -> None:
   _, *sections = TEXT.split('\n## ')
   assert [section.partition('\n')[0] for section in sections] == [
     'A model',
+    "A trainer's layout",
     'A sampling field',
     'A kernel',
     'A way to keep weights',

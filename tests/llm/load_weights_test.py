@@ -65,8 +65,12 @@ def test_what_is_no_such_checkpoint_changes_nothing(
   assert (*tokens, *(t for d in stream for t in d.token_ids)) == greedy['old'][
     0
   ]
-  llm.load_weights(opened)
-  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == greedy['new']
+  with pytest.raises(errors.ConfigError, match="on_update='x'"):
+    llm.load_weights(opened, on_update='x')
+  llm.load_weights(opened, on_update='keep', version=7)
+  done = llm.generate(PROMPTS, GREEDY)
+  assert tokens_of(done) == greedy['new']
+  assert {span.version for one in done for span in one.versions} == {7}
 
 
 def _fail_to_load(llm, opened, monkeypatch) -> None:
