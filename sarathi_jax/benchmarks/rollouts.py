@@ -23,6 +23,7 @@ import time
 from typing import Any, NamedTuple
 
 from absl import flags
+from absl import logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -328,4 +329,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  mains.run(main, define_flags)
+  mains.run(main, define_flags, verbosity=logging.WARNING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -331,21 +332,25 @@ def test_bfloat16_is_served_where_it_is_asked_for(made):
   assert 1e-4 < difference.mean < 0.1
 
 
+def environ() -> dict[str, str]:
+  """Returns that of a program of its own, in which JAX is lenient."""
+  return {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith('JAX_NUM')
+  } | {
+    'PYTHONPATH': f'{source_tree.ROOT}:{os.environ.get("PYTHONPATH", "")}',
+    'JAX_NUMPY_DTYPE_PROMOTION': 'standard',
+    'JAX_NUMPY_RANK_PROMOTION': 'allow',
+  }
+
+
 def run_example(*flags: str) -> list[tuple[float, float]]:
   """Returns each step's reward, and the most that log-probabilities differ."""
   done = subprocess.run(
     [sys.executable, 'examples/grpo_tunix.py', '--steps=20', *flags],
     cwd=source_tree.ROOT,
-    env={
-      name: value
-      for name, value in os.environ.items()
-      if not name.startswith('JAX_NUM')
-    }
-    | {
-      'PYTHONPATH': f'{source_tree.ROOT}:{os.environ.get("PYTHONPATH", "")}',
-      'JAX_NUMPY_DTYPE_PROMOTION': 'standard',
-      'JAX_NUMPY_RANK_PROMOTION': 'allow',
-    },
+    env=environ(),
     capture_output=True,
     text=True,
     check=False,
@@ -371,3 +376,31 @@ def test_rewards_grow_as_with_its_own_sampler(model):
     for i in range(0, 20, 5)
   ]
   np.testing.assert_allclose(curves[:4], curves[4:], atol=0.15)
+
+
+def test_memory_stays_over_updates(tmp_path):
+  """As the benchmark measures it; nothing is compiled, and 16 bits are near."""
+  path = tmp_path / 'found.json'
+  small = ('updates=10', 'width=64', 'layers=1', 'prompts=2', 'max_tokens=8')
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'sarathi_jax.benchmarks.rollouts',
+      '--runs=1',
+      f'--json={path}',
+      *(f'--{flag}' for flag in small),
+    ],
+    cwd=tmp_path,
+    env=environ(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(path.read_text())['results']
+  assert found['memory']['live_bytes_grow_by'] == 0
+  assert found['memory']['compiled'] == []
+  assert found['logprobs']['float32']['most'] < 1e-4
+  assert 0 < found['logprobs']['bfloat16']['mean'] < 0.1
+  assert found['speed']['times_as_fast'] > 0
