@@ -24,6 +24,7 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import tree as tree_lib
+from sarathi_jax.runner import alive
 from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 
@@ -201,15 +202,7 @@ def check(
         + (f' {are_what} params.{near}.' if near else '')
       )
   for name, leaf in found.items():
-    if not isinstance(leaf, jax.Array) or leaf.is_deleted():
-      is_what = (
-        'deleted, or donated to a computation'
-        if isinstance(leaf, jax.Array)
-        else f'a {type(leaf).__name__}'
-      )
-      raise errors.ConfigError(
-        f'params.{name}: is {is_what}; must be a jax.Array that is alive.'
-      )
+    alive.check(name, leaf)
     if leaf.shape != wanted[name]:
       raise errors.ConfigError(
         f'params.{name}: has the shape {list(leaf.shape)}; must have '

@@ -16,6 +16,8 @@ from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import spec
 from sarathi_jax.models import tree as tree_lib
+from sarathi_jax.runner import alive
+from sarathi_jax.runner import qarrays
 
 Params = Any  # a pytree of arrays, as models.param_specs says
 
@@ -32,6 +34,7 @@ def check_params(
   Args:
     model: the model.
     params: its weights. Only names count: tuples may be lists, and nodes dicts.
+      Matrices that the model quantizes may be QArrays, see `qarrays`.
     dtype: the dtype that they must have; None for any that attention takes.
       Those that have their own, by `ParamSpec.dtype`, must have that.
 
@@ -50,6 +53,7 @@ def check_params(
       f'params: is a {type(params).__name__}; must be a tree of arrays, as '
       'models.param_specs says.'
     )
+  leaves = dict(qarrays.adopt(model, leaves))
   unknown, missing = leaves.keys() - specs.keys(), specs.keys() - leaves.keys()
   # A leaf of the layers is the most informative.
   for name in sorted(unknown, key=lambda name: ('layers' not in name, name))[
@@ -149,23 +153,12 @@ def devices_of(params: Params) -> set[jax.Device]:
 def _check_leaf(
   name: str, leaf: Any, wanted: spec.ParamSpec, dtype: Any
 ) -> None:
-  def check(ok: bool, is_what: object, must_be: object) -> None:
-    if not ok:
-      raise errors.ConfigError(
-        f'params.{name}: is {is_what}; must be {must_be}.'
-      )
-
-  check(isinstance(leaf, jax.Array), f'a {type(leaf).__name__}', 'a jax.Array')
-  check(
-    not leaf.is_deleted(),
-    'deleted, or donated to a computation',
-    'alive while it is served',
-  )
+  alive.check(name, leaf)
   dtypes = DTYPES if dtype is None else (dtype,)
   if wanted.dtype is not None:
     dtypes = (jnp.dtype(wanted.dtype),)
-  check(
-    leaf.shape == wanted.shape and leaf.dtype in dtypes,
-    f'{leaf.dtype}{list(leaf.shape)}',
-    f'{" or ".join(map(str, dtypes))}{list(wanted.shape)}',
-  )
+  if leaf.shape != wanted.shape or leaf.dtype not in dtypes:
+    raise errors.ConfigError(
+      f'params.{name}: is {leaf.dtype}{list(leaf.shape)}; must be '
+      f'{" or ".join(map(str, dtypes))}{list(wanted.shape)}.'
+    )

@@ -49,6 +49,19 @@ def _plain(model: Any, params: Any) -> tuple[Any, Any]:
   )
 
 
+def _as_qwix(params: Any) -> Any:
+  """The same, as qwix names it."""
+
+  def one(node: Any) -> Any:
+    if not isinstance(node, quantized.Quantized):
+      return node
+    return {'qvalue': node.values, 'scale': node.scale}
+
+  return jax.tree.map(
+    one, params, is_leaf=lambda node: isinstance(node, quantized.Quantized)
+  )
+
+
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
   folder = tmp_path_factory.mktemp('quantized')
@@ -71,6 +84,9 @@ def test_tokens_are_those_of_the_dequantized_model(converted: Any) -> None:
   expected_of_others = _tokens(live)
   assert expected_of_others != expected
   live.update_params(params)
+  assert _tokens(live) == expected
+  live.update_params(others)
+  live.update_params(_as_qwix(params))
   assert _tokens(live) == expected
   shared.update_params(others)
   assert _tokens(shared) == expected_of_others
