@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes matrices packed in words of 32 bits, as the formats' documents say.
 
-In NumPy, code by code. What the writer of compressed-tensors makes is compared
-with what their own library made (`packed_golden`).
+In NumPy, code by code. What these write is compared with what the formats' own
+libraries made (`packed_golden`).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def _llama(folder: pathlib.Path, name: str, **options: Any) -> Any:
   return model
 
 
-@pytest.mark.parametrize('name', packed_golden.NAMES)
+@pytest.mark.parametrize('name', packed_golden.LIBRARIES)
 def test_ours_is_what_the_library_writes(name: str) -> None:
   stored = {
     key.removeprefix(f'{name}.'): array
@@ -44,12 +44,14 @@ def test_ours_is_what_the_library_writes(name: str) -> None:
     if key.startswith(f'{name}.')
   }
   grid = packed_golden.grid_of(name)
-  np.testing.assert_array_equal(stored.pop('weight'), grid.exact)
-  ours = packed_formats.compressed(grid, FORMATS[name].bits)
-  assert ours.keys() == stored.keys()
+  dtype = packed_golden.LIBRARIES[name].dtype
+  np.testing.assert_array_equal(stored.pop('weight'), grid.exact.astype(dtype))
+  ours = FORMATS[name].write(grid, FORMATS[name].bits)
+  # AutoGPTQ writes a bias where there is none, too.
+  assert ours.keys() - {'bias'} == stored.keys()
   for end, array in stored.items():
     np.testing.assert_array_equal(ours[end], array)
-    assert end == 'weight_scale' or ours[end].dtype == array.dtype
+    assert end.endswith(('scale', 'scales')) or ours[end].dtype == array.dtype
 
 
 def _plain(node: Any, rows: int) -> np.ndarray:
