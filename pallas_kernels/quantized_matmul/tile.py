@@ -5,8 +5,8 @@ It loads codes, converts each once, and hands them out to its warps as numbers
 of x's dtype, through shared memory, where a product of 16 bits has its matrix,
 too; so no matrix is put together in memory. Codes are converted without their
 scales, exactly; a group's sum is multiplied by its scales, in float32. But
-MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: then
-there is one sum, of all groups.
+MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: where
+rows are many, there is then one sum, of all groups.
 
 Several matrices that multiply the same rows share a loop.
 """
@@ -28,6 +28,7 @@ from pallas_kernels import unpacking
 from pallas_kernels.quantized_matmul import nibbles
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import plan as plan_lib
+from pallas_kernels.quantized_matmul import tuning
 
 
 def readable(w: operand.Operand) -> operand.Operand:
@@ -73,10 +74,16 @@ class Tile:
 
   @property
   def _has_scaled_numbers(self) -> bool:
-    """Whether what is multiplied has its scales already."""
+    """Whether what is multiplied has its scales already.
+
+    For few rows, sums of groups are fewer than codes.
+    """
     shape = self.plan.shape
     return (
-      shape.has_groups and shape.codes == 'mxfp4' and shape.dtype == 'bfloat16'
+      shape.has_groups
+      and shape.codes == 'mxfp4'
+      and shape.dtype == 'bfloat16'
+      and self.plan.sizes.rows >= tuning.FEW_ROWS
     )
 
   def products(self, start: Any, stop: Any, item: Any, is_last: Any) -> Any:

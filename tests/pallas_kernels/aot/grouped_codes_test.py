@@ -57,8 +57,8 @@ DECODES = (
   ('a40', 'qwen3-30b-a3b', 'int4-128', 1.1),
   ('a100', 'qwen3-30b-a3b', 'fp8-128', 1.1),
   ('h100', 'qwen3-30b-a3b', 'fp8-128', 1.1),
-  ('a100', 'gpt-oss-20b', 'mxfp4', 1.9),
-  ('h100', 'gpt-oss-20b', 'mxfp4', 1.9),
+  ('a100', 'gpt-oss-20b', 'mxfp4', 1.7),
+  ('h100', 'gpt-oss-20b', 'mxfp4', 1.7),
   ('a40', 'gpt-oss-20b', 'mxfp4', 1.25),
 )
 
