@@ -17,6 +17,11 @@ bytes has rows that lie together, as products of a GPU take them. Rows that the
 last block has beyond `in` are multiplied by nothing.
 """
 
+# `sarathi_jax.models.codes` says it, too, for who loads no JAX: converters and
+# plans. There E2M1's numbers are doubled, to stay in 8 bits, and their scales
+# halved, which a kernel could not share, as it has instructions of its own for
+# both. `tests/models/quantized_test.py` holds the two to the same numbers.
+
 from __future__ import annotations
 
 from collections.abc import Mapping
