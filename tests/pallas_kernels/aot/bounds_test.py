@@ -81,8 +81,9 @@ def check(bounds: Bounds) -> None:
   decodes = _unmasked('attend_small', loops)
   prefills = _unmasked('attend_chunks', loops)
   assert all(one.loop.loads[0][0] == 128 for one in (decodes, prefills))
-  for one in (decodes, prefills):
-    assert 0 not in one.loop.waits  # It loads a turn ahead.
+  assert 0 not in decodes.loop.waits  # It loads a turn ahead.
+  if 'Mosaic' not in case.name:  # whose chunks have two blocks on the way
+    assert 0 not in prefills.loop.waits
   issue = decodes.estimate.issue / decodes.estimate.memory
   each = prefills.loop.instructions / prefills.loop.matrix
   print(f'issue {issue:.3f}, each {each:.2f}')
