@@ -34,6 +34,10 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
   ({'cache_aware_window': 0}, 'cache_aware_window=0: must be an integer >= 1'),
   ({'short_prompt_share': -0.1}, 'short_prompt_share=-0.1: must be in [0, 1)'),
   ({'look_ahead': 'no'}, "look_ahead='no': must be true or false"),
+  (
+    {'quantized_activations': 'int8'},
+    "quantized_activations='int8': must be one of fp8",
+  ),
   ({'seed': -1}, 'seed=-1: must be an integer in [0, 2**63)'),
   (
     {'seed': 2**63},

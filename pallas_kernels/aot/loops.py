@@ -14,7 +14,7 @@ _INSTRUCTION = re.compile(
 )
 # The products of a warp, as the first suffix names them: rows, columns, depth.
 _HMMA = {'1688': 16 * 8 * 8, '16816': 16 * 8 * 16}
-_WARPS = 4  # that share a HGMMA
+_WARPS = 4  # that share a HGMMA, or a QGMMA
 _WIDTHS = {'128': 128, '64': 64, 'U16': 16, 'S16': 16, 'U8': 8, 'S8': 8}
 
 
@@ -25,7 +25,8 @@ class Loop:
   Attributes:
     instructions: all of them, also those that a predicate turns off.
     matrix: those that multiply matrices, such as HMMA and HGMMA.
-    flops: operations of these.
+    flops: operations of these; half of those of 8 bits (QGMMA), which take half
+      of the time.
     loads: (bits of a thread, number) of those that load from global memory,
       the widest first.
     waits: of each wait for asynchronous loads, how many groups of them may
@@ -111,4 +112,5 @@ def _flops(opcode: str) -> int:
   if _kind(opcode) == 'HMMA':
     return 2 * _HMMA[shape]
   rows, columns, depth = map(int, shape.split('x'))
-  return 2 * rows * columns * depth // _WARPS
+  flops = 2 * rows * columns * depth // _WARPS
+  return flops // 2 if _kind(opcode) == 'QGMMA' else flops

@@ -159,7 +159,7 @@ def grouped_matmul(
   shape = tuning.Shape.of(x, matrices, rows)
   if isinstance(matmul, coded.Coded):
     multiplier = multiplier or Codes(tuning.choose_coded(shape, matmul))
-    matrices = tuple(map(tile_lib.readable, matrices))
+    matrices = jax.tree.map(tile_lib.readable, tuple(matrices))
   multiplier = multiplier or Arrays(tuning.choose(shape).for_shape(shape))
   launch = functools.partial(
     _launch, combine=combine, multiplier=multiplier, shape=shape

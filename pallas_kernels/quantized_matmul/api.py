@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import pallas_triton
 from pallas_kernels.quantized_matmul import reference
+from pallas_kernels.quantized_matmul import rows
 from pallas_kernels.quantized_matmul import tuning
 from pallas_kernels.quantized_matmul import xla
 
@@ -31,6 +32,8 @@ def quantized_matmul(
   codes: str,
   group: int | None = None,
   zero: jax.Array | None = None,
+  activations: str | None = None,
+  by_columns: bool = False,
   dtype: jax.typing.DTypeLike | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
@@ -51,11 +54,16 @@ def quantized_matmul(
     codes: a key of `operand.CODES`.
     group: rows of a group, of which the last may have fewer; None: all.
     zero: [groups, out] uint8, of int4, the codes of 0; None: they are 8.
+    activations: what rows of x are rounded to first, of `rows.CODES`, which
+      Hopper then multiplies as such; None: they stay as they are.
+    by_columns: whether values are [out, in], as Hopper multiplies rows of 8
+      bits by; only with codes of 8 bits.
     dtype: of the result; None: x's.
     implementation: a key of `IMPLEMENTATIONS`; None: the fastest here.
 
   Returns:
-    [T, out]. It can be differentiated, by x and scale.
+    [T, out]. It can be differentiated, by x and scale; where rows are rounded,
+    as if they had not been.
 
   Raises:
     ValueError: shapes or dtypes don't fit; says which and why.
@@ -70,33 +78,70 @@ def quantized_matmul(
     raise ValueError(
       f'x={x.dtype}{x.shape}: must be float32, bfloat16 or float16, of 2 axes.'
     )
-  operand.check(w, codes, x.shape[1], group)
+  operand.check(w, codes, x.shape[1], group, by_columns=by_columns)
+  if activations not in (None, *rows.CODES):
+    raise ValueError(
+      f'{activations=}: must be None or one of {", ".join(rows.CODES)}.'
+    )
+  if activations is not None and (codes != activations or len(scale) > 1):
+    raise ValueError(
+      f'{activations=}: needs the same codes, and a group of all rows; '
+      f'{codes=}, {group=}.'
+    )
   dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   if implementation is None:
-    implementation = tuning.fastest(tuning.Shape.of(x, w, codes, group))
-  if implementation != 'pallas_triton':
-    return IMPLEMENTATIONS[implementation](x, w, codes, group, dtype)
-  return _multiply(codes, group, dtype, x, w)
+    implementation = tuning.fastest(
+      tuning.Shape.of(x, w, codes, group, by_columns)
+    )
+  if by_columns and implementation != 'pallas_triton':
+    w, by_columns = w._replace(values=values.T), False
+  how = _How(implementation, codes, group, activations, by_columns, dtype)
+  if implementation != 'pallas_triton' and activations is None:
+    return how.multiply(x, w)
+  return _multiply(how, x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _multiply(
-  codes: str, group: int | None, dtype: Any, x: jax.Array, w: operand.Operand
-) -> jax.Array:
-  return pallas_triton.quantized_matmul(x, w, codes, group, dtype)
+class _How(NamedTuple):
+  """The arguments of a product but for arrays."""
+
+  implementation: str
+  codes: str
+  group: int | None
+  activations: str | None
+  by_columns: bool
+  dtype: Any
+
+  def multiply(self, x: jax.Array, w: operand.Operand) -> jax.Array:
+    product = IMPLEMENTATIONS[self.implementation]
+    if self.by_columns:
+      product = functools.partial(product, by_columns=True)
+    if self.activations is None:
+      return product(x, w, self.codes, self.group, self.dtype)
+    found, scale = rows.rounded(x)
+    if self.implementation == 'pallas_triton':
+      return product(found, w, self.codes, self.group, self.dtype, scale=scale)
+    # x's dtype holds them exactly.
+    found = found.astype(x.dtype)
+    out = product(found, w, self.codes, self.group, jnp.float32)
+    return (out * scale).astype(self.dtype)
 
 
-def _forward(codes: str, group: int | None, dtype: Any, *args: Any) -> Any:
-  return _multiply(codes, group, dtype, *args), args
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(how: _How, x: jax.Array, w: operand.Operand) -> jax.Array:
+  return how.multiply(x, w)
 
 
-def _backward(
-  codes: str, group: int | None, dtype: Any, args: Any, gradient: jax.Array
-) -> Any:
+def _forward(how: _How, *args: Any) -> Any:
+  return _multiply(how, *args), args
+
+
+def _backward(how: _How, args: Any, gradient: jax.Array) -> Any:
   x, w = args
+  if how.by_columns:
+    w = w._replace(values=w.values.T)
   _, pull = jax.vjp(
     lambda x, scale: xla.quantized_matmul(
-      x, w._replace(scale=scale), codes, group, dtype
+      x, w._replace(scale=scale), how.codes, how.group, how.dtype
     ),
     x,
     w.scale,

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from pallas_kernels.quantized_matmul import arg_specs
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import pallas_triton
+from pallas_kernels.quantized_matmul import tuning
+
+_ROUNDED = 'float8_e4m3fn'  # the dtype of rows that are rounded
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,26 +25,47 @@ class Case:
   Attributes:
     name: for people.
     spec: of the rows and the matrix.
-    dtype: of the rows.
+    dtype: of the rows. With float8_e4m3fn, they have scales, and the result is
+      of bfloat16.
+    by_columns: whether codes lie so.
   """
 
   name: str
   spec: arg_specs.ArgSpec
   dtype: str = 'bfloat16'
+  by_columns: bool = False
 
-  def function(self, x: jax.Array, w: operand.Operand) -> jax.Array:
+  @property
+  def is_rounded(self) -> bool:
+    return self.dtype == _ROUNDED
+
+  def function(
+    self, x: jax.Array, w: operand.Operand, scale: jax.Array | None = None
+  ) -> jax.Array:
     spec = self.spec
+    dtype = jnp.dtype('bfloat16' if self.is_rounded else self.dtype)
     return pallas_triton.quantized_matmul(
-      x, w, spec.codes, spec.group, jnp.dtype(self.dtype)
+      x,
+      w,
+      spec.codes,
+      spec.group,
+      dtype,
+      by_columns=self.by_columns,
+      scale=scale,
     )
 
   @property
   def args(self) -> Any:
-    x = self.spec.num_tokens, self.spec.num_in
-    return (
-      jax.ShapeDtypeStruct(x, jnp.dtype(self.dtype)),
-      arg_specs.shapes(self.spec),
+    spec = self.spec
+    w = arg_specs.shapes(spec)
+    if self.by_columns:
+      values = jax.ShapeDtypeStruct(w.values.shape[::-1], w.values.dtype)
+      w = w._replace(values=values)
+    x = jax.ShapeDtypeStruct(
+      (spec.num_tokens, spec.num_in), jnp.dtype(self.dtype)
     )
+    scale = jax.ShapeDtypeStruct((spec.num_tokens, 1), jnp.float32)
+    return (x, w, scale) if self.is_rounded else (x, w)
 
 
 def case(
@@ -57,6 +81,15 @@ def case(
   return Case(name, spec, dtype)
 
 
+def rounded(model: str, matrix: str, num_tokens: int) -> Case:
+  """Returns the case of rows that are rounded, too: fp8 by fp8."""
+  few = num_tokens <= tuning.FEW_ROWS
+  made = case(model, matrix, 'fp8', num_tokens, 'bfloat16' if few else _ROUNDED)
+  return dataclasses.replace(
+    made, name=f'{made.name} by columns', by_columns=True
+  )
+
+
 # Of these all ways are compiled: tiles of the one are narrow, of the other not.
 _WHOLE = ('llama-3.1-8b', 'o'), ('llama-3.1-8b', 'gate_up')
 
@@ -66,7 +99,10 @@ def cases(device: str) -> Iterator[Case]:
 
   Iterate, and compile, while the default device is the one of this name.
   """
-  del device  # All have the same.
+  if device == 'h100':  # Others have the rest.
+    for model, matrix in (*_WHOLE, ('qwen2.5-72b-tp8', 'down')):
+      for num_tokens in (16, 64, 65, 512, 2048):
+        yield rounded(model, matrix, num_tokens)
   for model, matrices in arg_specs.MODELS.items():
     for matrix in matrices:
       for kind in arg_specs.KINDS:

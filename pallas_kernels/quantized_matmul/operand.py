@@ -78,20 +78,29 @@ def check(
   rows: int,
   group: int | None,
   front: tuple[int, ...] = (),
+  by_columns: bool = False,
 ) -> None:
   """Raises ValueError if arrays don't fit; says which and why.
 
   Args:
     w, codes, rows, group: see `numbers`.
     front: the lengths of the axes that all arrays have in front.
+    by_columns: whether values are [out, in], which those of 8 bits may be.
   """
   if codes not in CODES:
     raise ValueError(f'{codes=}: must be one of {", ".join(CODES)}.')
-  kind, columns = CODES[codes], w.values.shape[-1]
+  kind, columns = CODES[codes], w.values.shape[-2 if by_columns else -1]
+  if by_columns and kind.bits != 8:
+    raise ValueError(f'by_columns=True: must be False with {codes}.')
   kept = rows if kind.bits == 8 else HALF * -(-rows // BLOCK)
   groups = 1 if group is None else -(-rows // group)
   expected = [
-    ('values', w.values, kind.dtype, (*front, kept, columns)),
+    (
+      'values',
+      w.values,
+      kind.dtype,
+      (*front, *((columns, kept) if by_columns else (kept, columns))),
+    ),
     ('scale', w.scale, kind.scale, (*front, groups, columns)),
   ]
   if w.zero is not None:

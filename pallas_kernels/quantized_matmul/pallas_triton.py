@@ -33,32 +33,47 @@ def quantized_matmul(
   group: int | None,
   dtype: jax.typing.DTypeLike,
   *,
+  by_columns: bool = False,
+  scale: jax.Array | None = None,
   sizes: tuning.Sizes | None = None,
 ) -> jax.Array:
   """Multiplies rows by a matrix in codes; see `api.quantized_matmul`.
 
   Args:
-    x, w, codes, group, dtype: see there.
+    x, w, codes, group, dtype, by_columns: see there. x may be of float8_e4m3fn,
+      too: it is multiplied as such on Hopper, if codes lie by columns and rows
+      are many. (Few wait for the matrix.)
+    scale: [T, 1] float32 that rows of the product are multiplied by, or None.
     sizes: None for those that `tuning` has for the default device.
 
   Raises:
     NotImplementedError: the kernel can't run there, or not for such shapes.
   """
-  shape = tuning.Shape.of(x, w, codes, group)
+  if x.dtype == jnp.float8_e4m3fn and not (
+    by_columns
+    and len(x) > tuning.FEW_ROWS
+    and tuning.has_fp8(devices.default())
+  ):
+    x = x.astype(jnp.bfloat16)  # Which holds it exactly.
+  shape = tuning.Shape.of(x, w, codes, group, by_columns)
   plan = plan_lib.of(
     shape,
     sizes or tuning.choose(shape),
     devices.multiprocessors(devices.default()),
   )
-  kept = jnp.float32 if plan.splits > 1 else dtype
-  launch = functools.partial(_launch, plan=plan, dtype=kept)
-  sums = devices.launch(launch, x, tile_lib.readable(w))
-  return sums.sum(axis=0).astype(dtype) if plan.splits > 1 else sums[0]
+  x, w = jax.tree.map(tile_lib.readable, (x, w))
+  if plan.splits == 1:
+    launch = functools.partial(_launch, plan=plan, dtype=dtype)
+    return devices.launch(launch, x, w, scale)[0]
+  launch = functools.partial(_launch, plan=plan, dtype=jnp.float32)
+  sums = devices.launch(launch, x, w, None).sum(axis=0)
+  return (sums if scale is None else sums * scale).astype(dtype)
 
 
 def _launch(
   x: jax.Array,
   w: operand.Operand,
+  scale: jax.Array | None,
   *,
   plan: plan_lib.Plan,
   dtype: jax.typing.DTypeLike,
@@ -77,12 +92,13 @@ def _launch(
     ),
     interpret=interpret,
     name=f'quantized_matmul{few}',
-  )(x, w)
+  )(x, w, scale)
 
 
 def _kernel(
   x_ref: Any,
   w: operand.Operand,
+  scale_ref: Any,
   out_ref: Any,
   *,
   plan: plan_lib.Plan,
@@ -93,6 +109,7 @@ def _kernel(
   Args:
     x_ref: [T, in].
     w: of refs.
+    scale_ref: [T, 1] that rows of the product are multiplied by, or None.
     out_ref: [splits, T, out], the result.
     plan: of the items.
     interpret: whether Pallas interprets the kernel.
@@ -117,6 +134,8 @@ def _kernel(
   tile = tile_lib.Tile(x_ref, [w], plan, rows, columns, interpret)
   start, stop = ((split + end) * plan.turns // plan.splits for end in range(2))
   (sums,) = tile.products(start, stop, item, split == plan.splits - 1)
+  if scale_ref is not None:
+    sums *= plgpu.load(scale_ref.at[rows, 0])[:, None]
   at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
   plgpu.store(
     out_ref.at[split, rows[:, None], at[None, :]], sums.astype(out_ref.dtype)

@@ -25,17 +25,18 @@ from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels import unpacking
+from pallas_kernels.quantized_matmul import fp8_dot
 from pallas_kernels.quantized_matmul import nibbles
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import plan as plan_lib
 from pallas_kernels.quantized_matmul import tuning
 
 
-def readable(w: operand.Operand) -> operand.Operand:
-  """Returns the arrays that a kernel reads: Ampere knows no dtype of fp8."""
-  if w.values.dtype != jnp.float8_e4m3fn:
-    return w
-  return w._replace(values=lax.bitcast_convert_type(w.values, jnp.uint8))
+def readable(array: jax.Array) -> jax.Array:
+  """Returns an array as a kernel reads it: Ampere knows no dtype of fp8."""
+  if array.dtype != jnp.float8_e4m3fn:
+    return array
+  return lax.bitcast_convert_type(array, jnp.uint8)
 
 
 class OfGroup(NamedTuple):
@@ -161,23 +162,45 @@ class Tile:
     shape = self.plan.shape
     packed = 8 // shape.bits
     kept = pl.ds(place // packed, self.plan.part // packed)
+    span, axis = (kept, self.columns), 0
+    if shape.by_columns:
+      span, axis = (self.columns, kept), 1
     codes = [
-      self._load(w.values, self.front, kept, self.columns, is_last, axis=0)
+      self._load(w.values, self.front, *span, is_last, axis=axis)
       for w in self.matrices
     ]
-    dot: Any = plgpu.dot
-    if shape.dtype == 'float32':  # It isn't rounded to TensorFloat32.
-      dot = functools.partial(dot, allow_tf32=False)
     products = []
     for at, numbers in self._numbers(codes, place, of_groups, turn & 1 == 0):
       x = self._load(self.x_ref, (), self.rows, at, is_last, axis=1)
-      products.append([dot(x, w) for w in numbers])
+      products.append([self._dot(x, w) for w in numbers])
     return [
       self._sum(total, functools.reduce(jnp.add, found), of.scale)
       for total, found, of in zip(
         sums, zip(*products, strict=True), of_groups, strict=True
       )
     ]
+
+  def _dot(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Multiplies, in float32, by numbers of a matrix as they lie."""
+    shape = self.plan.shape
+    if shape.is_fp8:
+      x = self._fp8(x)
+    if shape.is_fp8 and not self.interpret:
+      return fp8_dot.dot(x, numbers.T)
+    product: jax.Array = plgpu.dot(
+      x,
+      numbers,
+      trans_b=shape.by_columns,
+      # Float32 isn't rounded to TensorFloat32.
+      allow_tf32=False if shape.dtype == 'float32' else None,
+    )
+    return product
+
+  def _fp8(self, bits: jax.Array) -> jax.Array:
+    """Returns numbers of e4m3 that are multiplied as such."""
+    if self.interpret:
+      return unpacking.decode(bits, jnp.float32)
+    return lax.bitcast_convert_type(bits, jnp.float8_e4m3fn)
 
   def _sum(
     self, total: jax.Array, product: jax.Array, scale: jax.Array
@@ -235,10 +258,14 @@ class Tile:
     of_groups: Sequence[OfGroup],
     once: jax.Array,
   ) -> Iterator[tuple[jax.Array, list[jax.Array]]]:
-    """Yields rows of the matrices, and what the codes of each stand for."""
+    """Yields rows of the matrices, and the numbers of each, as codes lie."""
     dtype = self.plan.shape.dtype
     how: dict[str, Any] = {'interpret': self.interpret, 'once': once}
-    at = jnp.arange(codes[0].shape[0], dtype=jnp.int32)
+    num = codes[0].shape[1 if self.plan.shape.by_columns else 0]
+    at = jnp.arange(num, dtype=jnp.int32)
+    if self.plan.shape.is_fp8:
+      yield place + at, [self._fp8(c) for c in codes]
+      return
     if self.plan.shape.bits == 8:
       yield place + at, [unpacking.unpack(c, dtype, **how) for c in codes]
       return

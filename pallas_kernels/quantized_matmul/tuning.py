@@ -22,6 +22,7 @@ class Shape:
     codes: of `operand.CODES`.
     num_rows, num_in, num_out: T, and the sizes of the matrix.
     group: rows of the matrix that have scales in common; `num_in`: all.
+    by_columns: whether codes are [out, in].
   """
 
   dtype: str
@@ -30,10 +31,16 @@ class Shape:
   num_in: int
   num_out: int
   group: int
+  by_columns: bool = False
 
   @classmethod
   def of(
-    cls, x: Any, w: operand.Operand, codes: str, group: int | None
+    cls,
+    x: Any,
+    w: operand.Operand,
+    codes: str,
+    group: int | None,
+    by_columns: bool = False,
   ) -> Shape:
     """Returns the shape of a call; see `api.quantized_matmul`."""
     num_rows, num_in = x.shape
@@ -45,11 +52,17 @@ class Shape:
       num_in,
       num_out,
       num_in if groups == 1 or group is None else group,
+      by_columns,
     )
 
   @property
   def has_groups(self) -> bool:
     return self.group < self.num_in
+
+  @property
+  def is_fp8(self) -> bool:
+    """Whether rows are of 8 bits, too."""
+    return self.dtype == 'float8_e4m3fn'
 
   @property
   def bits(self) -> int:
@@ -105,6 +118,8 @@ _MANY_OF_GROUPS: Mapping[str, Sizes] = {
   'a40': Sizes(128, 64, 64, 4, 3),
   'h100': Sizes(128, 64, 128, 4, 3),
 }
+# Of rows of 8 bits, which are many.
+_FP8 = Sizes(128, 128, 128, 8, 3)
 _FLOAT32: _Table = (
   (16, Sizes(16, 64, 32, 4, 2)),
   (2**31, Sizes(32, 64, 32, 4, 2)),
@@ -135,15 +150,22 @@ def choose(shape: Shape) -> Sizes:
       f'must be a multiple of {block} with {shape.codes}',
     ),
     (
-      shape.itemsize in (2, 4),
+      shape.num_in % _LEAST == 0 or not shape.by_columns,
+      'num_in',
+      f'must be a multiple of {_LEAST} where codes lie by columns',
+    ),
+    (
+      shape.itemsize in (2, 4) or shape.is_fp8,
       'dtype',
-      'must be float32, bfloat16 or float16',
+      'must be float32, bfloat16, float16 or float8_e4m3fn',
     ),
   ):
     if not ok:
       raise NotImplementedError(
         f'pallas_triton: {name}={getattr(shape, name)}: {rule}.'
       )
+  if shape.is_fp8:
+    return _FP8
   table = _FLOAT32
   if shape.itemsize == 2:
     many = _MANY
@@ -151,6 +173,15 @@ def choose(shape: Shape) -> Sizes:
       many = _MANY_OF_GROUPS[devices.target_of(device)]
     table = (*_FEW[shape.bits], (2**31, many))
   return next(sizes for most, sizes in table if shape.num_rows <= most)
+
+
+def has_fp8(device: Any) -> bool:
+  """Says whether a device multiplies numbers of fp8: Hopper; CPUs interpret.
+
+  Args:
+    device: a jax.Device.
+  """
+  return device.platform == 'cpu' or devices.capability_of(device) == '9.0'
 
 
 def fastest(shape: Shape) -> str:

@@ -83,6 +83,12 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
     flags.DEFINE_string,
     f'Dtype of the KV cache: {", ".join(config_lib.KV_CACHE_DTYPES)}.',
   ),
+  'quantized_activations': (
+    flags.DEFINE_string,
+    'Round what matrices of fp8 multiply to fp8, too, each token by a scale of '
+    f'its own: {", ".join(config_lib.QUANTIZED_ACTIVATIONS)}. It changes '
+    "numbers. Default: it stays in the model's dtype.",
+  ),
   'tbt_slo_ms': (
     flags.DEFINE_float,
     'Time between tokens to aim at, milliseconds: the '

@@ -75,6 +75,7 @@ def make_mesh(
   mesh = _choose_mesh(model, config, users, axis_names, home)
   if config.deterministic:
     mesh_lib.check_deterministic(mesh)
+  mesh_lib.check_activations(mesh, model)
   return mesh
 
 

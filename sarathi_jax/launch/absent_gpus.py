@@ -117,6 +117,7 @@ def check(
   )
   if config.deterministic:
     mesh_lib.check_deterministic(mesh)
+  mesh_lib.check_activations(mesh, model)
   dtype = placement.choose_dtype(model, config.dtype, _DTYPE, mesh)
   kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
   with compiler.on(device):

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple, Self
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import errors
 from sarathi_jax.models import fields as fields_lib
 from sarathi_jax.models import kinds
 from sarathi_jax.models import quantization as quantization_lib
@@ -222,10 +223,11 @@ class ModelConfig:
     return (('intermediate_size', self.intermediate_size),)
 
   def divided(self, config: config_lib.EngineConfig) -> Self:
-    """Returns the model as devices share it in a deployment.
+    """Returns the model as it is computed in a deployment.
 
     Raises:
-      ConfigError: it has nothing that could be shared so.
+      ConfigError: it has nothing that could be shared so, or that rounds so
+        what it multiplies.
     """
     _check(
       not config.expert_parallel,
@@ -233,7 +235,32 @@ class ModelConfig:
       config.expert_parallel,
       'this model is dense: it has no experts',
     )
-    return self
+    return self.rounding(config.quantized_activations)
+
+  def rounding(self, activations: str | None) -> Self:
+    """Returns the model that rounds what matrices multiply.
+
+    Args:
+      activations: see `Quantization`; None: as the model is.
+
+    Raises:
+      ConfigError: its matrices are not of codes that multiply such rows.
+    """
+    if activations is None:
+      return self
+    how = self.quantization
+    if how is None or not how.multiplies(activations):
+      found = 'not quantized'
+      if how is not None:
+        group = f', each {how.group} inputs' if how.group else ''
+        found = f'{how.codes} with a scale for each output{group}'
+      raise errors.ConfigError(
+        f'quantized_activations={activations!r}: needs weights of '
+        f'{activations} with one scale for each output or tensor; the '
+        f"model's are {found}."
+      )
+    how = dataclasses.replace(how, activations=activations)
+    return dataclasses.replace(self, quantization=how)
 
   @property
   def sums_per_layer(self) -> int:

@@ -286,7 +286,8 @@ class MixtralConfig(LlamaConfig):
     return tuple(widths)
 
   def divided(self, config: config_lib.EngineConfig) -> Self:
-    return dataclasses.replace(self, whole_experts=config.expert_parallel)
+    shared = dataclasses.replace(self, whole_experts=config.expert_parallel)
+    return shared.rounding(config.quantized_activations)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

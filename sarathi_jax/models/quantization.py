@@ -91,6 +91,9 @@ class Quantization:
       the numbers that it multiplies are brought into (GPTQ's `desc_act`).
     kept: patterns (fnmatch) of the names of matrices that are not quantized,
       such as 'lm_head' or 'layers.*.moe.router'.
+    activations: the codes that rows are rounded to before these matrices
+      multiply them, each by a scale of its own, as it comes; None: they stay in
+      the model's dtype. A deployment says it.
   """
 
   codes: str
@@ -98,6 +101,7 @@ class Quantization:
   zeros: bool = False
   reordered: bool = False
   kept: tuple[str, ...] = ROUTERS
+  activations: str | None = None
 
   def __post_init__(self) -> None:
     config_lib.check_fields(
@@ -107,6 +111,9 @@ class Quantization:
         'group': _GROUP,
         'zeros': config_lib.FLAG,
         'reordered': config_lib.FLAG,
+        'activations': config_lib.or_none(
+          config_lib.one_of(config_lib.QUANTIZED_ACTIVATIONS)
+        ),
       },
     )
     config_lib.check(
@@ -133,6 +140,12 @@ class Quantization:
       'quantization.kept',
       self.kept,
       'must be names of matrices',
+    )
+    config_lib.check(
+      self.activations is None or self.multiplies(self.activations),
+      'quantization.activations',
+      self.activations,
+      'needs the same codes, with a scale for each output (group=None)',
     )
     object.__setattr__(self, 'kept', tuple(self.kept))
 
@@ -161,6 +174,10 @@ class Quantization:
     """The rows of which devices have all or none, if they share rows."""
     block = 1 if self.kind.bits == 8 else BLOCK
     return max(block, self.group or 1)
+
+  def multiplies(self, activations: str) -> bool:
+    """Says whether rows of such codes can be multiplied by these."""
+    return self.codes == activations and self.group is None
 
   def covers(self, name: str) -> bool:
     """Says whether the matrix of a name is quantized."""

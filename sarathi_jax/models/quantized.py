@@ -44,6 +44,9 @@ class Quantized:
     gathered: the axis of the mesh whose devices each have a part of the rows,
       by `order` of all of the matrix: what these multiply is gathered first.
       None: they have all, or those that lie together.
+    activations: what it rounds rows to before it multiplies them, see
+      `Quantization`. A device rounds what it has of a row.
+    by_columns: whether values are [out, in], of codes of 8 bits.
   """
 
   values: Any
@@ -55,6 +58,10 @@ class Quantized:
   gathered: str | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
+  activations: str | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
+  by_columns: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def arrays(self) -> dict[str, Any]:
     """Returns the arrays that there are, by their names."""
@@ -90,6 +97,8 @@ class Quantized:
       codes=self.codes,
       group=self.group,
       zero=self.zero,
+      activations=self.activations,
+      by_columns=self.by_columns,
       dtype=dtype,
       implementation=implementation,
     )
@@ -103,8 +112,11 @@ class Quantized:
     return whole
 
   def _numbers(self, rows: int) -> Array:
+    values = self.values
+    if self.by_columns:
+      values = values.swapaxes(_IN, _OUT)
     numbers: Array = codes_lib.numbers(
-      self.values, self.codes, rows, self.group, self.zero
+      values, self.codes, rows, self.group, self.zero
     )
     return numbers
 
@@ -122,10 +134,13 @@ def coded(
   """Returns experts' matrices, and how to multiply by them, for kernels.
 
   Returns:
-    None if they are not all in codes of one way, with their rows in order.
+    None if they are not all in codes of one way, with their rows in order, or
+    if they round what they multiply, which kernels of experts do not.
   """
   ways = {
-    (w.codes, w.group) if isinstance(w, Quantized) and w.order is None else None
+    (w.codes, w.group)
+    if isinstance(w, Quantized) and w.order is None and w.activations is None
+    else None
     for w in matrices
   }
   if len(ways) > 1 or (way := ways.pop()) is None:
@@ -166,7 +181,8 @@ def dequantize(w: Quantized, dtype: Any, rows: int | None = None) -> Any:
   """
   if rows is None:
     is_packed = quantization_lib.CODES[w.codes].bits == 4
-    rows = w.values.shape[_IN] * (2 if is_packed else 1)
+    kept = w.values.shape[_OUT if w.by_columns else _IN]
+    rows = kept * (2 if is_packed else 1)
   matrix = w._scaled(rows)
   if w.order is not None:
     xp = w.order.__array_namespace__()
@@ -188,7 +204,15 @@ def of(w: Array, how: quantization_lib.Quantization) -> Quantized:
     order = jnp.broadcast_to(
       jnp.arange(w.shape[_IN], dtype=jnp.int32), (*w.shape[:-2], w.shape[_IN])
     )
-  return Quantized(values, scale, how.codes, how.group, zero, order)
+  return Quantized(
+    values,
+    scale,
+    how.codes,
+    how.group,
+    zero,
+    order,
+    activations=how.activations,
+  )
 
 
 def specs_of(
@@ -212,4 +236,5 @@ def specs_of(
     spec.ParamSpec((*front, rows), (*front_axes, in_axis), dtype='int32')
     if how.reordered
     else None,
+    activations=how.activations,
   )

@@ -14,7 +14,9 @@ from jax.sharding import Sharding
 from jax.sharding import SingleDeviceSharding
 import numpy as np
 
+from pallas_kernels import devices as devices_lib
 from sarathi_jax import config as config_lib
+from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import parallel
 from sarathi_jax.models import sharding
 
@@ -123,6 +125,25 @@ def check_deterministic(mesh: Mesh) -> None:
     mesh.shape[TP],
     'must be at most 2 with deterministic, as the order in which more devices '
     'sum depends on the place in the batch; use pp',
+  )
+
+
+def check_activations(mesh: Mesh, model: model_config_lib.ModelConfig) -> None:
+  """Raises ConfigError if a mesh can't multiply what the model rounds.
+
+  CPUs compute the same, in the model's dtype.
+  """
+  how = model.quantization
+  if how is None or how.activations is None:
+    return
+  device = mesh.devices.flat[0]
+  capability = devices_lib.capability_of(device)
+  config_lib.check(
+    device.platform == 'cpu' or capability == '9.0',
+    'quantized_activations',
+    how.activations,
+    f'{device.device_kind} (compute capability {capability or "none"}) has no '
+    'matrix units of fp8 that there is a kernel for; Hopper (9.0) has, as H100',
   )
 
 

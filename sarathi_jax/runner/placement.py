@@ -66,11 +66,14 @@ class Layout:
     node: says which node a parameter is kept as, by its name and spec; None:
       an array. Quantized ones are nodes of the model's, whatever it says.
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
+    codes_by_columns: whether codes that multiply rows of codes lie so, but for
+      experts'; see `quantized.Quantized`.
   """
 
   dtype: Any
   node: Callable[[str, spec.ParamSpec], Node] = as_array
   merged: bool = False
+  codes_by_columns: bool = False
 
 
 def of_live(dtype: Any) -> Layout:
@@ -82,11 +85,12 @@ def of_checkpoint(mesh: Mesh, dtype: Any) -> Layout:
   """Returns how weights that are read lie on a mesh: as steps are fastest.
 
   On GPUs, a launch less is worth it, and XLA would merge products itself, of
-  matrices that it first copies. On CPUs no gain was seen.
+  matrices that it first copies. On CPUs no gain was seen. Hopper multiplies
+  codes by codes where what is summed lies together.
   """
   if mesh.devices.flat[0].platform == 'cpu':
     return Layout(jnp.dtype(dtype), transposed)
-  return Layout(jnp.dtype(dtype), merged=True)
+  return Layout(jnp.dtype(dtype), merged=True, codes_by_columns=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -238,13 +242,31 @@ def places(
 
     These are quantized, all alike: codes are side by side, and scales.
     """
+    first = specs[0]
+    by_columns = (
+      layout.codes_by_columns
+      and isinstance(first, quantized.Quantized)
+      and first.activations is not None
+      and not _is_of_experts(first)
+    )
 
     def one(path: Any, *leaves: spec.ParamSpec) -> Any:
       names = [tree_lib.joined(of, path) for of in paths]
       parts = map(part, names, leaves, itertools.repeat(layers))
-      return place_of(tuple(parts), node, mesh, layout.dtype)
+      is_turned = by_columns and leaves[0] is first.values
+      return place_of(
+        tuple(parts),
+        matrices.Transposed if is_turned else node,
+        mesh,
+        layout.dtype,
+      )
 
-    return jax.tree.map_with_path(one, *specs)
+    made = jax.tree.map_with_path(one, *specs)
+    if by_columns:
+      return dataclasses.replace(
+        made, values=made.values.array, by_columns=True
+      )
+    return made
 
   def kind(path: str, specs: Any) -> Any:
     """Returns what parameters that are to be one have in common."""

@@ -16,6 +16,7 @@ from sarathi_jax import errors
 from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
 from sarathi_jax.models import config as model_config_lib
+from sarathi_jax.models import quantization
 from sarathi_jax.runner import mesh as mesh_lib
 
 LARGE = model_config_lib.LlamaConfig(
@@ -83,6 +84,26 @@ def test_sums_of_many_devices_are_not_deterministic() -> None:
       mesh_lib.check_deterministic(absent)
   shape['tp'] = 2
   mesh_lib.check_deterministic(absent)
+
+
+def test_gpus_without_matrix_units_of_fp8_refuse_to_round_to_it() -> None:
+  how = quantization.Quantization(codes='fp8', activations='fp8')
+  model = dataclasses.replace(SMALL, quantization=how)
+
+  def check(capability: str) -> None:
+    device = types.SimpleNamespace(
+      platform='gpu', device_kind='X', compute_capability=capability
+    )
+    absent: Any = types.SimpleNamespace(devices=np.array([device]))
+    mesh_lib.check_activations(absent, model)
+
+  check('9.0')
+  for other in ('8.0', '8.6'):
+    with pytest.raises(
+      errors.ConfigError, match=f"quantized_activations='fp8': X .*{other}"
+    ):
+      check(other)
+  mesh_lib.check_activations(mesh_lib.make(), model)
 
 
 def test_live_weights_stay_where_they_are(

@@ -128,6 +128,28 @@ def test_experts_are_multiplied_by_their_own_scales(codes, group):
   np.testing.assert_allclose(got[groups.places], expected, atol=1e-4)
 
 
+def test_experts_round_each_row_by_its_own_scale():
+  rng = np.random.default_rng(0)
+  how = quantization_lib.Quantization(codes='fp8', activations='fp8')
+  w = quantized.of(
+    jnp.asarray(rng.normal(0, 1, (4, 48, 20)).astype(np.float32)), how
+  )
+  x = rng.normal(0, 1, (24, 48)).astype(np.float32)
+  keys = rng.integers(0, 4, 24).astype(np.int32)
+  groups = grouped_matmul.group(jnp.asarray(keys), 4)
+  got = jax.jit(matrices.grouped_matmul)(
+    x, (w,), groups.sizes, rows=groups.order
+  )
+  scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(448)
+  codes = (x / scale).astype(jnp.float8_e4m3fn).astype(np.float64)
+  expected = np.einsum('ri,rio->ro', codes * scale, _exact(w, 48)[keys])
+  np.testing.assert_allclose(got[groups.places], expected, atol=1e-4)
+  assert (
+    np.abs(expected - np.einsum('ri,rio->ro', x, _exact(w, 48)[keys])).max()
+    > 0.01
+  )
+
+
 # Of a number; or a half of a step, which is for numbers around 0.
 RELATIVE = {'int8': 0, 'fp8': 2**-4, 'int4': 0, 'mxfp4': 1 / 5}
 
@@ -231,6 +253,9 @@ def test_what_is_not_quantized_is_as_it_was():
     (dict(codes='int8', group=0), 'group=0'),
     (dict(codes='int8', kept=[3]), 'quantization.kept'),
     (dict(codes='int8', odd=1), 'quantization.odd: unknown'),
+    (dict(codes='int8', activations='fp8'), 'activations=.fp8.: needs the'),
+    (dict(codes='fp8', activations='int8'), 'activations=.int8.: must be one'),
+    (dict(codes='fp8', group=128, activations='fp8'), 'each output .group=N'),
     (dict(group=8), 'quantization.codes: missing'),
     (3, 'must be an object'),
   ],

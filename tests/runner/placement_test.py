@@ -68,6 +68,10 @@ INT4 = dataclasses.replace(
   intermediate_size=128,
   quantization=quantization.Quantization(codes='int4', group=32, zeros=True),
 )
+FP8 = dataclasses.replace(
+  LLAMA,
+  quantization=quantization.Quantization(codes='fp8', activations='fp8'),
+)
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
 
@@ -92,7 +96,7 @@ F32 = jnp.dtype(jnp.float32)
 LAYOUTS = {
   'live': placement.of_live(F32),
   'cpu': placement.Layout(F32, placement.transposed),
-  'gpu': placement.Layout(F32, merged=True),
+  'gpu': placement.Layout(F32, merged=True, codes_by_columns=True),
   'both': placement.Layout(F32, placement.transposed, merged=True),
 }
 
@@ -130,6 +134,32 @@ def test_live_and_read_weights_lie_the_same(tp, pp, lies):
     or name.endswith(('.k', '.v'))
   )
   assert most <= num_read <= most + (tp * pp - 1) * copied
+
+
+@pytest.mark.parametrize('tp,pp', [(1, 1), (2, 2)])
+def test_codes_that_multiply_codes_may_lie_by_columns(tp, pp):
+  params = models.init_params(FP8, jax.random.key(0), jnp.float32)
+  whole = named(params)
+  mesh = mesh_of(tp, pp)
+
+  def nodes(by_columns: bool) -> list[Any]:
+    layout = placement.Layout(F32, merged=True, codes_by_columns=by_columns)
+    placed = weights.place_live(FP8, mesh, layout, params)
+    assert_same(
+      weights.load(FP8, mesh, layout, lambda name, i: whole[name][i]), placed
+    )
+    found = jax.tree.leaves(
+      placed, is_leaf=lambda node: isinstance(node, quantized.Quantized)
+    )
+    return [one for one in found if isinstance(one, quantized.Quantized)]
+
+  for rows, columns in zip(nodes(False), nodes(True), strict=True):
+    assert (rows.by_columns, columns.by_columns) == (False, True)
+    for ours, theirs in (
+      (columns.values.swapaxes(-1, -2), rows.values),
+      (columns.scale, rows.scale),
+    ):
+      np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def shares(array: jax.Array) -> list[np.ndarray]:

@@ -67,7 +67,8 @@ def check_all(device: str, chosen: list[configurations.Case]) -> None:
 def plan_of(case: configurations.Case, device: str) -> plan_lib.Plan:
   spec = case.spec
   with compiler.on(device):
-    shape = tuning.Shape.of(*case.args, spec.codes, spec.group)
+    x, w, *_ = case.args
+    shape = tuning.Shape.of(x, w, spec.codes, spec.group, case.by_columns)
     return plan_lib.of(
       shape,
       tuning.choose(shape),
@@ -147,6 +148,28 @@ OTHER_CHUNKS = (
   ('a100', 'int4-32', 1.01),
   ('h100', 'int4-128-zero', 1.01),
 )
+
+
+@matmul.needs_disassembler
+@pytest.mark.parametrize('tokens', [512, 2048])
+def test_chunks_that_are_rounded_multiply_8_bits(tokens: int) -> None:
+  """In less time than 16 bits, with scales in the launch that multiplies."""
+  case = configurations.rounded(MODEL, 'gate_up', tokens)
+  check_all('h100', [case])
+  plain = _Plain(configurations.case(MODEL, 'gate_up', 'fp8', tokens))
+
+  def time_of(case: Any, plan: plan_lib.Plan) -> float:
+    """Nanoseconds of a multiprocessor for 2**20 products."""
+    one = loop_of(case, 'h100')
+    sizes = plan.sizes
+    products = sizes.rows * sizes.columns * sizes.depth / 2**20
+    time = max(one.estimate.issue, one.estimate.matrix) / products
+    print(f'{case.name}: {one.loop}, {one.estimate}, {time=:.0f} ns')
+    return time
+
+  assert time_of(case, plan_of(case, 'h100')) <= 0.6 * time_of(
+    plain, plan_of(plain.of, 'h100')
+  )
 
 
 @dataclasses.dataclass(frozen=True)

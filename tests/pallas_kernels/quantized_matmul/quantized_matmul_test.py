@@ -18,6 +18,7 @@ from pallas_kernels.quantized_matmul import nibbles
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import pallas_triton
 from pallas_kernels.quantized_matmul import plan as plan_lib
+from pallas_kernels.quantized_matmul import rows
 from pallas_kernels.quantized_matmul import tuning
 from tests.pallas_kernels import unpacking_test
 
@@ -97,6 +98,97 @@ def test_a_product_of_halves_is_rounded_once(codes: str, dtype: str) -> None:
   exact = x.astype(np.float64) @ matrix_of(spec, w)
   got = run('small tiles', spec, x, w)
   np.testing.assert_array_equal(got, exact.astype(np.float32).astype(dtype))
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+  """Number by number, what rows of fp8 stand for, in float64.
+
+  XLA divides by 448 as it likes, and halves of steps are frequent: so scales
+  are its own.
+  """
+  scales = np.asarray(jax.jit(rows.rounded)(x)[1])
+  most = np.abs(x).max(axis=1, keepdims=True)
+  np.testing.assert_allclose(
+    scales, np.maximum(most / 448, 2.0**-126), rtol=1e-6
+  )
+  kinds = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+  known = np.unique(kinds.astype(np.float64)[np.isfinite(kinds)])
+  found = np.empty(x.shape)
+  for row, (numbers, scale) in enumerate(zip(x, scales, strict=True)):
+    # Exactly between two is the even one: e4m3's codes are in order.
+    places = np.float64(numbers / scale)
+    above = np.clip(np.searchsorted(known, places), 1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    middle = (low + high) / 2
+    is_even = low.astype(jnp.float8_e4m3fn).view(np.uint8) % 2 == 0
+    takes_low = (places < middle) | ((places == middle) & is_even)
+    found[row] = np.where(takes_low, low, high) * np.float64(scale)
+  return found
+
+
+# Rows that are few and many, and of a size that no tile divides.
+ROUNDED = (
+  arg_specs.ArgSpec(3, 80, 40, 'fp8'),
+  arg_specs.ArgSpec(70, 272, 48, 'fp8'),
+  arg_specs.ArgSpec(130, 64, 16, 'fp8'),
+)
+
+
+@pytest.mark.parametrize('spec', ROUNDED, ids=str)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('by_columns', [False, True])
+@pytest.mark.parametrize(
+  'name',
+  ['reference', 'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)],
+)
+def test_rows_are_rounded_by_scales_of_their_own(
+  spec: arg_specs.ArgSpec, name: str, by_columns: bool, dtype: str
+) -> None:
+  x, w = arg_specs.make(spec)
+  x *= np.logspace(-20, 20, len(x), dtype=np.float32)[:, None]
+  x[1] = 0
+  x = np.asarray(x, dtype)
+  expected = rounded(x.astype(np.float32)) @ matrix_of(spec, w)
+  got = jax.jit(
+    lambda x, w: quantized_matmul.quantized_matmul(
+      x,
+      w.values.T if by_columns else w.values,
+      w.scale,
+      codes='fp8',
+      activations='fp8',
+      by_columns=by_columns,
+      dtype=jnp.float32,
+      implementation=name,
+    )
+  )(x, w)
+  most = np.abs(expected).max(axis=1, keepdims=True)
+  assert (np.abs(got - expected) <= 3e-6 * most).all()
+
+
+def test_a_row_that_is_rounded_has_the_same_bits_whatever_others_are() -> None:
+  x = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+  before = jax.jit(rows.rounded)(x)
+  x[0], x[3] = np.inf, np.nan
+  after = jax.jit(rows.rounded)(x)
+  others = np.array([1, 2, 4])
+  for was, now in zip(before, after, strict=True):
+    np.testing.assert_array_equal(was[others], now[others])
+    assert jnp.isfinite(was).all()
+  assert np.isnan(np.asarray(after[0], np.float32)[[0, 3]]).all()
+
+
+def test_gradients_are_those_of_rows_that_were_not_rounded() -> None:
+  spec = arg_specs.ArgSpec(2, 32, 16, 'fp8')
+  x, w = arg_specs.make(spec)
+
+  def total(x: jax.Array, activations: str | None) -> jax.Array:
+    out = quantized_matmul.quantized_matmul(
+      x, w.values, w.scale, codes='fp8', activations=activations
+    )
+    return jnp.sum(out * np.arange(16, dtype=np.float32)[None])
+
+  got, expected = (jax.grad(total)(x, kind) for kind in ('fp8', None))
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 @pytest.mark.gpu
@@ -204,6 +296,13 @@ def test_multiprocessors_are_filled_with_few_sums(
     (dict(values=jnp.ones((4, 3))), r'values=float32.*must be int8\(4, 3\)'),
     (dict(group=2), r'scale=float32\(1, 3\): must be float32\(2, 3\)'),
     (dict(zero=jnp.ones((1, 3), jnp.uint8)), 'zero=.*None with int8'),
+    (
+      dict(activations='int8'),
+      "activations='int8': must be None or one of fp8",
+    ),
+    (dict(activations='fp8'), "activations='fp8': needs the same codes"),
+    (dict(by_columns=True), r'values=int8\(4, 3\): must be int8\(4, 4\)'),
+    (dict(codes='int4', by_columns=True), 'by_columns=True: .*False with int4'),
     (dict(codes='int4'), r'values=int8\(4, 3\): must be uint8\(16, 3\)'),
   ],
 )
