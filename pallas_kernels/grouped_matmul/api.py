@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import coded
+from pallas_kernels.grouped_matmul import pallas_mosaic
 from pallas_kernels.grouped_matmul import pallas_triton
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.grouped_matmul import tuning
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'reference': reference.grouped_matmul,
   'xla': xla.grouped_matmul,
   'pallas_triton': pallas_triton.grouped_matmul,
+  'pallas_mosaic': pallas_mosaic.grouped_matmul,
 }
 
 
@@ -119,7 +121,7 @@ def grouped_matmul(
       )
   else:
     _check(
-      implementation != 'pallas_triton',
+      implementation not in ('pallas_triton', 'pallas_mosaic'),
       'matmul',
       matmul,
       f'must be None or Coded with {implementation=}',

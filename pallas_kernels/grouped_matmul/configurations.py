@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_devices
 from pallas_kernels.grouped_matmul import arg_specs
 from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import grouping_triton
+from pallas_kernels.grouped_matmul import pallas_mosaic
 from pallas_kernels.grouped_matmul import pallas_triton
 from pallas_kernels.quantized_matmul import arg_specs as quantized_specs
 
@@ -29,6 +31,7 @@ class Case:
     biases: whether there is one of each kind.
     codes: the key of `quantized_specs.KINDS` of how matrices are kept; None:
       they are arrays.
+    multiply: the kernel's function.
   """
 
   name: str
@@ -37,6 +40,7 @@ class Case:
   dtype: str = 'bfloat16'
   biases: bool = False
   codes: str | None = None
+  multiply: Callable[..., jax.Array] = pallas_triton.grouped_matmul
 
   def function(
     self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *more: Any
@@ -44,7 +48,7 @@ class Case:
     matmul = None
     if self.codes is not None:
       matmul = coded.Coded(*quantized_specs.KINDS[self.codes][:2])
-    return pallas_triton.grouped_matmul(
+    return self.multiply(
       x,
       more[: self.kinds],
       sizes,
@@ -172,3 +176,24 @@ def cases(device: str) -> Iterator[Case | GroupingCase]:
     for num_tokens in CODED_TOKENS:
       for kinds in (2, 1):
         yield case(model, num_tokens, kinds, codes=codes)
+  if mosaic_devices.has_kernels():
+    yield from mosaic_cases()
+
+
+def mosaic_cases() -> Iterator[Case]:
+  """Yields the cases of pallas_mosaic, which need a recent enough JAX.
+
+  Of tiles of one warpgroup, and of two.
+  """
+  for model, (num_groups, chosen, width, inner) in arg_specs.MODELS.items():
+    for num_tokens in (16, 4096):
+      for kinds, sizes in ((2, (width, inner)), (1, (inner, width))):
+        yield Case(
+          f'experts {model} {num_tokens} '
+          f'{"gated" if kinds == 2 else "out"} Mosaic',
+          arg_specs.ArgSpec(num_tokens, num_groups, chosen, *sizes),
+          kinds,
+          'float16' if model == 'mixtral-8x7b' else 'bfloat16',
+          biases=model == 'gpt-oss-20b',
+          multiply=pallas_mosaic.grouped_matmul,
+        )

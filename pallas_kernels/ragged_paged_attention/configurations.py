@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_devices
 from pallas_kernels.ragged_paged_attention import api
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
@@ -110,7 +111,7 @@ def cases(device: str) -> Iterator[Case]:
         None if kept == dtype else 'float8_e4m3fn' if kept == 'uint8' else kept,
         page_size=page_size,
       )
-  if tuning.has_mosaic():
+  if mosaic_devices.has_kernels():
     yield from mosaic_cases()
 
 

@@ -24,11 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_rows
 from pallas_kernels.ragged_paged_attention import mosaic_fetch as fetching
 from pallas_kernels.ragged_paged_attention import mosaic_registers as registers
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
-ROWS = registers.ROWS
+ROWS = mosaic_rows.ROWS
 _SWIZZLED = 64  # channels of shared memory whose places are exchanged
 
 
@@ -111,16 +112,16 @@ def _tile(
   begin, end = inputs.cu_q_lens[seq], inputs.cu_q_lens[seq + 1]
   past = item.kv_len - (end - begin)
   mine = jnp.minimum(
-    registers.row_numbers() + lax.axis_index('warpgroup') * ROWS,
+    mosaic_rows.row_numbers() + lax.axis_index('warpgroup') * ROWS,
     spec.tile.rows - 1,
   )
   place, query = places(spec, inputs.cu_q_lens, seq, first_row, head, mine)
   queries = [
-    registers.load_rows(
+    mosaic_rows.load_rows(
       inputs.rows.at[:, pl.ds(i, _SWIZZLED)],
       place,
       spec.interpret,
-      registers.mma_layout('LHS', spec.shape.dtype),
+      mosaic_rows.mma_layout('LHS', spec.shape.dtype),
     )
     for i in range(0, spec.shape.head_dim, _SWIZZLED)
   ]
@@ -182,8 +183,8 @@ def _store(
   shape: Any = acc.shape
 
   def store_result() -> None:
-    out = acc * registers.along_rows(1 / norm, shape)
-    registers.store_rows(
+    out = acc * mosaic_rows.along_rows(1 / norm, shape)
+    mosaic_rows.store_rows(
       inputs.rows, place, out.astype(spec.shape.dtype), spec.interpret
     )
 
@@ -205,7 +206,7 @@ def _store(
       (partials.top, top * registers.factor(spec.options)),
       (partials.norm, norm),
     ):
-      registers.store_rows(ref, to, value, spec.interpret)
+      mosaic_rows.store_rows(ref, to, value, spec.interpret)
 
 
 def _key_block(
@@ -246,7 +247,7 @@ def _key_block(
   norm = norm * decay + weights.sum(axis=1)
   acc = _accumulate(
     spec,
-    acc * registers.along_rows(decay, acc.shape),
+    acc * mosaic_rows.along_rows(decay, acc.shape),
     weights.astype(spec.shape.dtype),
     scratch.v.at[slot],
     item.kv_len - j * block_n if masked else None,
@@ -270,7 +271,7 @@ def _scores(
       k_ref[...].T,
       preferred_element_type=jnp.float32,
     )
-  layout = registers.mma_layout('RHS', spec.shape.dtype)
+  layout = mosaic_rows.mma_layout('RHS', spec.shape.dtype)
   scores = plgpu.layout_cast(
     jnp.zeros((ROWS, spec.tile.block_n), jnp.float32), plgpu.Layout.WGMMA
   )
@@ -315,11 +316,11 @@ def _accumulate(
       clear(v_ref[...], 0, layout=layout),
       preferred_element_type=jnp.float32,
     )
-  layout = registers.mma_layout('RHS', spec.shape.dtype)
+  layout = mosaic_rows.mma_layout('RHS', spec.shape.dtype)
   for i, piece in enumerate(registers.as_left_operands(weights)):
-    first = i * registers.STEP
+    first = i * mosaic_rows.STEP
     values = plgpu.load(
-      v_ref.at[pl.ds(first, registers.STEP)], layout=layout, optimized=False
+      v_ref.at[pl.ds(first, mosaic_rows.STEP)], layout=layout, optimized=False
     )
     acc = plgpu.mma(acc, piece, clear(values, first, layout=layout))
   return acc

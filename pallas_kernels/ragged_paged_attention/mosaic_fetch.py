@@ -9,6 +9,7 @@ the number of items in `plan.Small` or `plan.Chunks`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_copies
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import tuning
 
@@ -150,40 +152,16 @@ def fetch(
         (inputs.k_pages, scratch.k),
         (inputs.v_pages, scratch.v),
       ):
-        _copy(
-          spec,
+        mosaic_copies.copy(
           pool.at[page, item.head, source],
           ring.at[slot, target],
+          spec.interpret,
         )
 
   if not spec.interpret:
-    # As many are waited for by number, one must seem to have been made.
-    @pl.when(j >= item.stop)
-    def copy_nothing() -> None:
-      for _ in range(2 * spec.parts):
-        _commit()
-
-
-def _copy(spec: Spec, source: Any, target: Any) -> None:
-  if spec.interpret:  # The interpreter knows TMA only.
-    target[...] = source[...]
-  else:
-    plgpu.copy_gmem_to_smem(
-      source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    pl.when(j >= item.stop)(
+      functools.partial(mosaic_copies.commit, 2 * spec.parts)
     )
-
-
-def _commit() -> None:
-  """Makes a group of no copies."""
-
-  @plgpu.inline_mgpu()
-  def commit(context: Any) -> None:
-    del context
-    from jaxlib.mlir.dialects import nvvm
-
-    nvvm.cp_async_commit_group()
-
-  commit()
 
 
 def wait(spec: Spec, scratch: Scratch) -> None:
@@ -195,18 +173,4 @@ def wait(spec: Spec, scratch: Scratch) -> None:
 
 def meet(spec: Spec, scratch: Scratch) -> None:
   """Has all warpgroups of a block wait for each other."""
-  if spec.warpgroups == 1:
-    return
-  if spec.interpret:
-    plgpu.barrier_arrive(scratch.meet)
-    plgpu.barrier_wait(scratch.meet)
-    return
-
-  @plgpu.inline_mgpu()  # Mosaic's barriers are in shared memory, and slower.
-  def synchronize(context: Any) -> None:
-    del context
-    from jaxlib.mlir.dialects import gpu
-
-    gpu.barrier()
-
-  synchronize()
+  mosaic_copies.meet(spec.warpgroups, scratch.meet)

@@ -18,12 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_rows
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import mosaic_registers as registers
 from pallas_kernels.ragged_paged_attention import tuning
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 lacks half of it.
-ROWS = registers.ROWS
+ROWS = mosaic_rows.ROWS
 WARPGROUPS = 2  # those that compute
 # Registers of a thread: those that fetch lend theirs to those that compute.
 _FETCH_REGISTERS, _COMPUTE_REGISTERS = 24, 240
@@ -239,7 +240,7 @@ def _compute(
 
     _store(
       rows_ref,
-      (acc * registers.along_rows(1 / norm, shape)).astype(spec.shape.dtype),
+      (acc * mosaic_rows.along_rows(1 / norm, shape)).astype(spec.shape.dtype),
     )
     plgpu.commit_smem()
     num_rows = q_stop - q_start - first
@@ -304,7 +305,7 @@ def _key_block(
   plgpu.barrier_arrive(scratch.k_free.at[slot])
   last = None
   if masked:
-    last = registers.row_numbers() + (q_first - j * spec.sizes.block_n)
+    last = mosaic_rows.row_numbers() + (q_first - j * spec.sizes.block_n)
   weights, decay, top = registers.weigh(spec.options, scores, top, last)
   norm = norm * decay + weights.sum(axis=1)
   weights = weights.astype(spec.shape.dtype)
@@ -312,7 +313,7 @@ def _key_block(
   if masked:
     _clear_unwritten(spec, scratch.v.at[slot], kv_len - j * spec.sizes.block_n)
   acc = _accumulate(
-    acc * registers.along_rows(decay, acc.shape),
+    acc * mosaic_rows.along_rows(decay, acc.shape),
     weights,
     scratch.v.at[slot],
     spec.sizes.interpret,
@@ -340,7 +341,7 @@ def _clear_unwritten(spec: Spec, v_ref: Any, num_rows: jax.Array) -> None:
       for column in range(0, spec.shape.head_dim, 64):
         piece = v_ref.at[pl.ds(row, ROWS), pl.ds(column, 64)]
         values = plgpu.load(piece, layout=plgpu.Layout.WGMMA)
-        at = registers.along_rows(registers.row_numbers(), shape)
+        at = mosaic_rows.along_rows(mosaic_rows.row_numbers(), shape)
         piece[...] = jnp.where(
           at < num_rows - row, values, jnp.zeros_like(values)
         )

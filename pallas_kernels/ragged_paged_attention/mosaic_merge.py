@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_rows
 from pallas_kernels.ragged_paged_attention import mosaic_ampere
 from pallas_kernels.ragged_paged_attention import mosaic_fetch
 from pallas_kernels.ragged_paged_attention import mosaic_registers as registers
@@ -49,7 +50,7 @@ def merge(spec: mosaic_fetch.Spec, inputs: Inputs) -> None:
     head = lax.rem(rest, jnp.int32(kv_heads))
     columns = pl.ds(lax.rem(work, jnp.int32(pieces)) * _COLUMNS, _COLUMNS)
     slot, count = inputs.slot[item], inputs.count[item]
-    mine = jnp.minimum(registers.row_numbers(), spec.tile.rows - 1)
+    mine = jnp.minimum(mosaic_rows.row_numbers(), spec.tile.rows - 1)
     place, _ = mosaic_ampere.places(
       spec,
       inputs.cu_q_lens,
@@ -62,7 +63,7 @@ def merge(spec: mosaic_fetch.Spec, inputs: Inputs) -> None:
     def load(ref: Any, i: jax.Array) -> Any:
       number = jnp.minimum(i, count - 1) + slot
       at = (number * kv_heads + head) * spec.tile.rows + mine
-      return registers.load_rows(ref, at, spec.interpret)
+      return mosaic_rows.load_rows(ref, at, spec.interpret)
 
     def some(i: jax.Array, state: registers.State) -> registers.State:
       """Takes _AT_ONCE results into the sums."""
@@ -76,12 +77,12 @@ def merge(spec: mosaic_fetch.Spec, inputs: Inputs) -> None:
       for t in tops:
         new_top = jnp.maximum(new_top, t)
       decay = jnp.exp2(top - new_top)
-      acc = acc * registers.along_rows(decay, acc.shape)
+      acc = acc * mosaic_rows.along_rows(decay, acc.shape)
       norm = norm * decay
       for n, t in zip(numbers, tops, strict=True):
         weight = jnp.exp2(t - new_top)
         norm = norm + weight * load(inputs.norm, n)
-        acc = acc + registers.along_rows(weight, acc.shape) * load(
+        acc = acc + mosaic_rows.along_rows(weight, acc.shape) * load(
           inputs.acc.at[:, columns], n
         )
       return registers.State(acc, new_top, norm)
@@ -92,8 +93,8 @@ def merge(spec: mosaic_fetch.Spec, inputs: Inputs) -> None:
       some,
       registers.start(_COLUMNS),
     )
-    out = acc * registers.along_rows(1 / norm, acc.shape)
-    registers.store_rows(
+    out = acc * mosaic_rows.along_rows(1 / norm, acc.shape)
+    mosaic_rows.store_rows(
       inputs.rows.at[:, columns],
       place,
       out.astype(spec.shape.dtype),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices
+from pallas_kernels import mosaic_devices
 from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import plan as plan_lib
 from pallas_kernels.ragged_paged_attention import quantization
@@ -375,7 +376,6 @@ class MosaicSizes:
   interpret: bool
 
 
-MOSAIC_JAX = (0, 11)
 MOSAIC = {64: (128, 4), 128: (128, 2)}  # head_dim -> block_n, num_stages
 _INTERPRETED_BLOCKS = 2  # Each runs after the other.
 # Of Ampere's kernels, as of Triton's; a warpgroup multiplies 64 rows, of which
@@ -386,15 +386,6 @@ _MOSAIC_AMPERE: Mapping[int, Mapping[str, _Numbers]] = {
 }
 # Numbers of one copy by cp.async: for each of four warps a tile of 8 by 64.
 _LEAST_COPY = 4 * 8 * 64
-# Compute capability -> the JAX it takes.
-_MOSAIC_SERVES = {'8.0': (0, 12), '8.6': (0, 12), '9.0': MOSAIC_JAX}
-_INTERPRETED_AS = '9.0'  # on CPUs
-
-
-def has_mosaic() -> bool:
-  """Whether this JAX has pallas_mosaic's kernels for the default device."""
-  oldest = _MOSAIC_SERVES.get(devices.capability_of(devices.default()))
-  return oldest is not None and jax.__version_info__ >= oldest
 
 
 def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
@@ -409,20 +400,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
   check = functools.partial(_check, who='pallas_mosaic')
   device = devices.default()
   interpret = device.platform == 'cpu'
-  capability = _INTERPRETED_AS if interpret else devices.capability_of(device)
-  check(
-    capability in _MOSAIC_SERVES,
-    'compute_capability',
-    capability,
-    f'must be one of {", ".join(_MOSAIC_SERVES)}',
-  )
-  oldest = _MOSAIC_SERVES[capability]
-  check(
-    jax.__version_info__ >= oldest,
-    'jax',
-    jax.__version__,
-    f'must be {".".join(map(str, oldest))} or newer',
-  )
+  capability = mosaic_devices.capability()
   check(
     shape.dtype in ('bfloat16', 'float16'),
     'dtype',
@@ -441,7 +419,7 @@ def choose_mosaic(shape: Shape) -> MosaicSizes | Sizes:
     shape.head_dim,
     f'must be one of {", ".join(map(str, MOSAIC))}',
   )
-  if capability != '9.0':
+  if capability != mosaic_devices.HOPPER:
     least = _LEAST_COPY // shape.head_dim
     check(
       interpret or shape.page_size >= least,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import mosaic_devices
 from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import small_specs
 from pallas_kernels.ragged_paged_attention import tuning
@@ -29,7 +30,7 @@ SPECS = [spec for spec in small_specs.TESTS if attention_test._can(spec)]
 
 @pytest.fixture(autouse=True)
 def interpreted_as_ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-  monkeypatch.setattr(tuning, '_INTERPRETED_AS', '8.0')
+  monkeypatch.setattr(mosaic_devices, '_INTERPRETED_AS', '8.0')
   jax.clear_caches()  # of Hopper's, of the same name
   yield
   jax.clear_caches()

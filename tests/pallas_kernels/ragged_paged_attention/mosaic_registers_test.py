@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ragged_paged_attention import mosaic_registers as registers
+from pallas_kernels import mosaic_rows
 
 pytestmark = pytest.mark.skipif(
   jax.__version_info__ < (0, 12), reason='needs JAX 0.12'
@@ -65,30 +65,30 @@ def of(layout: Any) -> Any:
 @pytest.mark.parametrize('columns', [16, 32, 64, 128])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_weights_are_left_operands_as_they_lie(columns: int, dtype: str):
-  shape = registers.ROWS, columns
+  shape = mosaic_rows.ROWS, columns
   np.testing.assert_array_equal(
-    held(of(registers.plgpu.Layout.WGMMA), shape),
-    held(of(registers.mma_layout('LHS', dtype)), shape),
+    held(of(mosaic_rows.plgpu.Layout.WGMMA), shape),
+    held(of(mosaic_rows.mma_layout('LHS', dtype)), shape),
   )
 
 
 def test_mmas_results_lie_as_wgmmas_do():
-  layout = registers.plgpu.Layout.MMA_ACC(jnp.dtype('bfloat16'))
-  assert of(layout) == of(registers.plgpu.Layout.WGMMA)
+  layout = mosaic_rows.plgpu.Layout.MMA_ACC(jnp.dtype('bfloat16'))
+  assert of(layout) == of(mosaic_rows.plgpu.Layout.WGMMA)
 
 
 @pytest.mark.parametrize(
   'layout',
   [
-    lambda: registers.plgpu.Layout.WGMMA,
-    lambda: registers.mma_layout('LHS', 'bfloat16'),
+    lambda: mosaic_rows.plgpu.Layout.WGMMA,
+    lambda: mosaic_rows.mma_layout('LHS', 'bfloat16'),
   ],
 )
 def test_registers_are_of_two_rows_in_turn(layout: Any):
   """As `_pointers` counts them, and as a row's own numbers are held."""
-  shape = registers.ROWS, 64
+  shape = mosaic_rows.ROWS, 64
   rows = held(of(layout()), shape) // shape[1]
-  of_rows = of(registers.plgpu.Layout.WGMMA.reduce(1))
+  of_rows = of(mosaic_rows.plgpu.Layout.WGMMA.reduce(1))
   mine = held(of_rows, shape[:1])[..., 0]
   assert mine.shape[-1] == 2
   for register in range(rows.shape[2]):
