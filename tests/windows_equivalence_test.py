@@ -73,6 +73,7 @@ def make_runner(
   tp: int = 1,
   pp: int = 1,
   most_tokens: int = keystone.UNLIMITED + keystone.MAX_SEQS,
+  adjusts: bool = True,
 ) -> device_runner.DeviceRunner:
   model = MODELS[name]
   mesh = mesh_lib.make(parallel.Parallelism(tp=tp, pp=pp))
@@ -90,6 +91,7 @@ def make_runner(
         num_pages=PLENTY[name],
         attention=attention,
         kv_cache_dtype=kv_cache_dtype,
+        **({} if adjusts else tiny.STEPS_ALONE),
       ),
       lambda max_model_len: most_tokens,
     )
@@ -97,10 +99,12 @@ def make_runner(
 
 @functools.cache
 def requests(kind: str) -> Any:
-  if kind == 'several':
-    return naive.make_several(
+  if kind in ('several', 'forks'):
+    found = naive.make_several(
       _SIZES['vocab_size'], PROMPT_LENS[1::2], keystone.MAX_SEQS
     )
+    # Of those that fork, some are neither adjusted nor follow a grammar.
+    return [r for r in found if kind == 'several' or r.request_id[0] == 'p']
   make = {'plain': naive.make_requests, 'alike': naive.make_alike}[kind]
   return make(_SIZES['vocab_size'], PROMPT_LENS)
 
@@ -202,19 +206,21 @@ def test_the_kernel_reads_nothing_that_was_given_back(name):
   ],
 )
 def test_each_stage_has_its_groups(name, tp, pp):
-  runner = make_runner(name, tp=tp, pp=pp, most_tokens=32)
-  for kind in ('several', 'alike'):
+  runner = make_runner(name, tp=tp, pp=pp, most_tokens=32, adjusts=False)
+  for kind in ('forks', 'alike'):
     got, _ = run(runner, kind, token_budget=32, num_pages=SCARCE[name])
     naive.assert_same(got, expected(name, kind))
 
 
 def test_bytes_are_given_back_with_their_scales():
   """The tokens are those of a cache of which nothing is given back."""
-  runner = make_runner('mixed', kv_cache_dtype='int8', most_tokens=32)
+  runner = make_runner(
+    'mixed', kv_cache_dtype='int8', most_tokens=32, adjusts=False
+  )
   kept, given_back = (
     run(
       runner,
-      'several',
+      'forks',
       token_budget=32,
       num_pages=PLENTY['mixed'],
       prefix_cache=False,
