@@ -10,10 +10,10 @@ be enough.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
-from jax._src.pallas.triton import lowering  # It has no public name.
 from jax.extend import core
 import jax.numpy as jnp
 
@@ -30,6 +30,7 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
   Returns:
     [rows, columns] float32.
   """
+  _register()
   zeros = jnp.zeros((a.shape[0], b.shape[1]), jnp.float32)
   product: jax.Array = _fp8_dot.bind(a, b, zeros)
   return product
@@ -41,10 +42,14 @@ def _abstract(a: Any, b: Any, zeros: Any) -> Any:
   return zeros
 
 
-@lowering.register_lowering(_fp8_dot)
-def _lower(ctx: Any, a: Any, b: Any, zeros: Any) -> Any:
+@functools.cache
+def _register() -> None:
+  """Says how it is lowered, once: by a name of JAX's that is not public."""
+  from jax._src.pallas.triton import lowering
   from jaxlib.triton import dialect
 
-  del ctx
-  depth = a.type.shape[1]
-  return dialect.dot(a, b, zeros, max_num_imprecise_acc=depth)
+  @lowering.register_lowering(_fp8_dot)
+  def lower(ctx: Any, a: Any, b: Any, zeros: Any) -> Any:
+    del ctx
+    depth = a.type.shape[1]
+    return dialect.dot(a, b, zeros, max_num_imprecise_acc=depth)

@@ -144,7 +144,6 @@ def boxed(params: Any, box: Callable[[QArray], Any]) -> Any:
     ),
     (dict(codes='int4', zeros=True), lambda s: (1, s[1]), {}),
   ],
-  ids=str,
 )
 def test_a_qarray_is_a_node_of_the_same_numbers(fields, tiles, more) -> None:
   """As it is, in qwix's boxes, and in dicts."""
@@ -258,7 +257,6 @@ def test_experts_have_tiles_of_their_own() -> None:
     (dict(codes='int4', reordered=True), {}, 'no int4 with rows in another'),
     (dict(kept=('layers.*.down',)), {}, "an array.*kept=.'layers.*.down'"),
   ],
-  ids=str,
 )
 def test_what_a_node_can_not_hold_is_refused_by_name(
   fields, change, message
