@@ -50,6 +50,7 @@ VALUES = dict(
   seed=9,
   dtype='bfloat16',
   kv_cache_dtype='int8',
+  quantized_activations='fp8',
   tool_parser='hermes',
   reasoning_parser='none',
 )
