@@ -19,6 +19,7 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import quantized
+from tests import naive
 from tests import tiny
 from tests.checkpoints_convert import fake_checkpoint as fake
 
@@ -77,15 +78,7 @@ def reference(model: Any, params: Any, tokens: list[int], parts: int) -> Any:
 
   @jax.jit
   def run(params: Any, tokens: Any) -> Any:
-    hidden, _ = models.forward(
-      model,
-      params,
-      [None] * model.num_layers,
-      tokens,
-      jnp.arange(len(tokens), dtype=jnp.int32),
-      None,
-      models.causal_attend,
-    )
+    hidden = naive.hidden_of(model, params, tokens)
     return jax.nn.log_softmax(models.unembed(model, params, hidden))
 
   padded = np.zeros(48, np.int32)
