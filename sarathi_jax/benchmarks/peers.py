@@ -369,8 +369,9 @@ def _measured(
         f'--{flag}={FLAGS[flag].value}'
         for flag in ('max_num_seqs', 'token_budget', 'threads')
       ]
-      workers.append(Worker(name, [*command, *arguments], FLAGS.threads))
-      closing.callback(workers[-1].close)
+      with mains.signals_held():
+        workers.append(Worker(name, [*command, *arguments], FLAGS.threads))
+        closing.callback(workers[-1].close)
       workers[-1].load()
       progress.advance(making)
     progress.remove_task(making)

@@ -17,6 +17,7 @@ import time
 
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import openai
+from sarathi_jax.cli import mains
 from sarathi_jax.runner import joining
 from sarathi_jax.simulator import open_loop
 
@@ -205,17 +206,18 @@ def running(
   """
   with tempfile.TemporaryDirectory() as folder:
     log = pathlib.Path(folder) / 'log'
-    with log.open('wb') as file:
-      process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=file,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-      )
-    server = Server(process, log, target)
-    try:
+    with contextlib.ExitStack() as stack:
+      with log.open('wb') as file, mains.signals_held():
+        process = subprocess.Popen(
+          command,
+          env=dict(environment),
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
+        )
+        server = Server(process, log, target)
+        stack.callback(server.stop)
       deadline = time.monotonic() + start_s
       while not server.answers():
         server.check()
@@ -226,8 +228,6 @@ def running(
           )
         time.sleep(_LOOK_S)
       yield server
-    finally:
-      server.stop()
 
 
 @contextlib.contextmanager

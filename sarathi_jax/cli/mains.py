@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import signal
 import sys
 from typing import Any
@@ -14,6 +15,8 @@ from absl import flags
 from absl import logging
 
 from sarathi_jax import errors
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(
@@ -65,9 +68,33 @@ def _exit_at_signals() -> None:
   def leave(number: int, _: Any) -> None:
     sys.exit(128 + number)
 
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  for number in _ENDING:
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+  """Holds what would end this process back until the block's end.
+
+  A block starts a process and says who will end it: what a signal raises in
+  between would leave a process that nobody knows of.
+  """
+  held: list[int] = []
+  handlers = {
+    number: handler
+    for number in _ENDING
+    if callable(handler := signal.getsignal(number))
+  }
+  for number in handlers:
+    signal.signal(number, lambda number, _: held.append(number))
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for late in held:
+      signal.raise_signal(late)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

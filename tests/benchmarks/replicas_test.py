@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sarathi_jax.benchmarks import replicas
+from sarathi_jax.benchmarks import servers
 from tests import absl_flags
 from tests import source_tree
 
@@ -91,3 +92,25 @@ def test_its_servers_end_with_it(
   assert process.wait(60) == 128 + number
   with pytest.raises(ProcessLookupError):
     os.kill(int(said.read_text()), 0)
+
+
+def test_no_signal_leaves_a_server_that_just_started(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  started: list[subprocess.Popen[bytes]] = []
+
+  class Signalled(subprocess.Popen[bytes]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+      super().__init__(*args, **kwargs)
+      started.append(self)
+      signal.raise_signal(signal.SIGINT)
+
+  monkeypatch.setattr(subprocess, 'Popen', Signalled)
+  target: Any = FakeTarget()
+  with (
+    pytest.raises(KeyboardInterrupt),
+    servers.running(['sleep', '60'], os.environ, target),
+  ):
+    pass
+  (server,) = started
+  assert server.returncode == -signal.SIGTERM

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import pathlib
 import subprocess
 import time
 
 from sarathi_jax.benchmarks import common
 from sarathi_jax.benchmarks import journal as journal_lib
+from sarathi_jax.cli import mains
 
 # A process that fails with this says why in its last line, and all end.
 USAGE_ERROR = 2
@@ -68,19 +70,20 @@ def _run_once(
   most_s: float,
 ) -> int | None:
   """Returns the exit status, negative for a signal; None if it was stopped."""
-  with log.open('a') as file:
-    process = subprocess.Popen(
-      command,
-      cwd=cwd,
-      stdout=file,
-      stderr=file,
-      stdin=subprocess.DEVNULL,
-      start_new_session=True,
-      env=dict(environment),
-    )
-  try:
-    return process.wait(max(0.0, most_s))
-  except subprocess.TimeoutExpired:
-    return None
-  finally:  # With all that it started, which holds the GPU's memory.
-    common.kill(process)
+  with contextlib.ExitStack() as stack:
+    with log.open('a') as file, mains.signals_held():
+      process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=file,
+        stderr=file,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        env=dict(environment),
+      )
+      # With all that it started, which holds the GPU's memory.
+      stack.callback(common.kill, process)
+    try:
+      return process.wait(max(0.0, most_s))
+    except subprocess.TimeoutExpired:
+      return None
