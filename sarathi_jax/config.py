@@ -154,9 +154,10 @@ class EngineConfig:
       are compiled once and not twice.
     max_lora_rank: the highest rank of an adapter. None for that of those that
       there are at the start, or 16.
-    max_cpu_loras: the most adapters that may be loaded, all in the host's
-      memory; with one more, that goes which no request asked for the longest,
-      but for those that there are at the start. None for any number.
+    max_cpu_loras: the most adapters that may be in the host's memory; with one
+      more, that goes which no request asked for the longest, but for those that
+      there are at the start. If it came from files, it is read again when one
+      does. None for any number.
     tp: tensor parallelism: devices that share each layer; None for one, but
       on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
       as a large model can use, if it is to run several sequences.

@@ -151,9 +151,9 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   ),
   'max_cpu_loras': (
     flags.DEFINE_integer,
-    "The most LoRA adapters that are loaded, in the host's memory. With one "
-    'more, that goes which no request asked for the longest, but for those of '
-    '--lora_modules. Default: any number.',
+    "The most LoRA adapters in the host's memory. With one more, that goes "
+    'which no request asked for the longest, but for those of --lora_modules; '
+    'it is read again when one does. Default: any number.',
   ),
   'tp': (
     flags.DEFINE_integer,

@@ -7,6 +7,8 @@ How these are replaced while it lives is here; what it is asked, in `LLM`.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
+import os
 import pathlib
 from typing import Any
 
@@ -254,7 +256,13 @@ class Served:
       ConfigError: it can't be served, or there is no room
         (`EngineConfig.max_loras`, `max_lora_rank`).
     """
-    self.engine.adapters.load(name, self.adapters.read(name, adapter))
+    self.engine.adapters.load(
+      name,
+      self.adapters.read(name, adapter),
+      functools.partial(self.adapters.read, name, adapter)
+      if isinstance(adapter, (str, os.PathLike))
+      else None,  # Arrays would be kept by it.
+    )
 
   def unload_adapter(self, name: str) -> None:
     """Forgets an adapter; requests that have it keep it until they end.

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+import functools
 from typing import Any
 
 from sarathi_jax import errors
+from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.server import frontend as frontend_lib
 
@@ -54,7 +56,7 @@ class Loader:
     for field, value in zip(fields, (name, path), strict=True):
       if not value:
         raise errors.InvalidRequestError(f"{field}='': must not be empty.")
-    read = self._read
+    again = functools.partial(self._read, name, path)
 
     def check(engine: engine_lib.Engine) -> None:
       if name in engine.adapters.names and not replace:
@@ -65,12 +67,27 @@ class Loader:
 
     async with self._loading:
       check(self._frontend.engine)  # before it is read
-      matrices = await asyncio.get_running_loop().run_in_executor(
-        None, read, name, path
-      )
-      await self._frontend.engine_thread.call(
-        lambda engine: engine.adapters.load(name, matrices)
-      )
+      await self._load(name, again)
+
+  async def read_again(self, name: str) -> types.Adapter | None:
+    """Returns an adapter that went for others (`--max_cpu_loras`), read again.
+
+    Raises:
+      NotFoundError: it was unloaded meanwhile.
+      SarathiError: its files are not there any more, or others.
+    """
+    async with self._loading:
+      adapters = self._frontend.engine.adapters
+      if again := adapters.away(name):
+        return await self._load(name, again)
+      return adapters.find(name)  # Who waited here before has read it.
+
+  async def _load(self, name: str, again: Callable[[], Any]) -> types.Adapter:
+    """Reads an adapter beside the engine, and loads it between two steps."""
+    matrices = await asyncio.get_running_loop().run_in_executor(None, again)
+    return await self._frontend.engine_thread.call(
+      lambda engine: engine.adapters.load(name, matrices, again)
+    )
 
   async def unload(self, name: str) -> None:
     """Forgets an adapter; requests that have it keep it until they end.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import (
   AsyncIterator,
+  Awaitable,
   Callable,
   Collection,
   Iterator,
@@ -114,7 +115,7 @@ class Ended:
 class Frontend:
   """The event loop's side of an engine thread.
 
-  `state` is the server's to set.
+  `state` and `read_again` are the server's to set.
 
   Args:
     engine_thread: runs the engine; for what must happen between two steps.
@@ -125,7 +126,10 @@ class Frontend:
     engine_thread, limits: see above.
     num_open: requests between admission and the end of their reader.
     last_arrival: when the last request came, seconds since the epoch.
+    read_again: returns the adapter of a name that went for others.
   """
+
+  read_again: Callable[[str], Awaitable[types.Adapter | None]]
 
   def __init__(
     self,
@@ -256,6 +260,8 @@ class Frontend:
         f'priority={priority}: must be >= {caller.min_priority} with the '
         f'token of {caller.tenant}.'
       )
+    adapters = self.engine.adapters
+    away = adapter if adapters.away(adapter) else None
     now = self.engine.clock()
     self.last_arrival = time.time()
     draft = types.Request(
@@ -271,7 +277,7 @@ class Frontend:
       cache_salt=f'{caller.cache_scope} {cache_salt}'
       if caller.cache_scope or cache_salt
       else '',
-      adapter=self.engine.adapters.find(adapter),
+      adapter=None if away else adapters.find(adapter),
       key=str(next(self._keys)),
       deadline=(None if caller.timeout_s is None else now + caller.timeout_s),
     )
@@ -284,7 +290,7 @@ class Frontend:
       started=self.last_arrival,
     )
     try:
-      end.request = await self._prepare(prompt, draft, size)
+      end.request = await self._prepare(prompt, draft, size, away)
       with self._submitted(end.request) as end.stream:
         try:
           yield end.stream
@@ -320,7 +326,11 @@ class Frontend:
           del self._streams[named]
 
   async def _prepare(
-    self, prompt: Prompt, draft: types.Request, size: int | None
+    self,
+    prompt: Prompt,
+    draft: types.Request,
+    size: int | None,
+    away: str | None,
   ) -> types.Request:
     self.limits.check_sampling(draft.sampling)
     self.limits.check_logprobs(draft.sampling, self.engine.info.max_model_len)
@@ -337,6 +347,8 @@ class Frontend:
       size += _LEAST_GRAMMAR + _GRAMMAR_CHAR * outputs.num_chars
     self._num_preparing += draft.sampling.n
     try:
+      if away is not None:
+        draft = dataclasses.replace(draft, adapter=await self.read_again(away))
       return await messages.read(
         size, lambda: prompts.prepare(self.engine, prompt, draft, self.limits)
       )

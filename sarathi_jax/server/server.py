@@ -125,6 +125,7 @@ class Server:
       self._engine_thread, config.limits, self.telemetry.observers
     )
     self._loader = adapters.Loader(self.frontend, self._hooks.read_adapter)
+    self.frontend.read_again = self._loader.read_again
     self._journal = (
       kv_journal.KvJournal(
         self._engine_thread,

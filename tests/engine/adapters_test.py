@@ -66,6 +66,41 @@ def test_of_too_many_that_goes_which_nobody_asked_for_the_longest() -> None:
     adapters.load('x', 7)
 
 
+def test_what_goes_is_read_again_where_it_can_be() -> None:
+  adapters = adapters_lib.Adapters({})
+  adapters.limit(1)
+  reads: list[str] = []
+
+  def again() -> str:
+    reads.append('a')
+    if len(reads) == 2:
+      raise errors.ConfigError('a: is gone.')
+    return 'read again'
+
+  first = adapters.load('a', 'read', again)
+  adapters.load('live', 'arrays')
+  assert adapters.names == ('live', 'a') and adapters.away('a') is again
+  assert adapters.loaded == (adapters.find('live'),)
+  second = adapters.find('a')
+  assert second is not None and second.matrices == 'read again'
+  assert (first.generation, second.generation) == (0, 1)
+  assert adapters.names == ('a',) and adapters.away('a') is None
+  with pytest.raises(errors.NotFoundError, match='live arrays have to be'):
+    adapters.find('live')
+  adapters.load('live', 'arrays')
+  with pytest.raises(errors.ConfigError, match='is gone'):
+    adapters.find('a')
+  assert adapters.names == ('live', 'a')  # As before.
+  adapters.unload('a')
+  assert adapters.names == ('live',) and adapters.away('a') is None
+  adapters.load('a', 'read', again)
+  adapters.load('b', 'read', again)
+  adapters.load('a', 'arrays')  # It is another now: nothing reads it again.
+  assert adapters.names == ('a', 'b')
+  adapters.find('b')
+  assert adapters.names == ('b',) and len(reads) == 3
+
+
 def test_adapters_that_come_and_go_leave_nothing() -> None:
   adapters = adapters_lib.Adapters({})
   adapters.limit(2)

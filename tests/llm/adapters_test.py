@@ -196,7 +196,10 @@ def test_how_many_are_loaded_is_bounded(make_llm, params) -> None:
 def test_files_of_peft_beside_a_checkpoint(
   tmp_path: pathlib.Path, cache_dir: str
 ) -> None:
-  """The tokens of a conversion that they were merged in."""
+  """The tokens of a conversion that they were merged in.
+
+  What goes for others, of more than may be in memory, is read again.
+  """
   base = fake.llama(tmp_path / 'hf')
   folders = {}
   for seed, name in enumerate(('first', 'second')):
@@ -213,7 +216,10 @@ def test_files_of_peft_beside_a_checkpoint(
     cache_dir=tmp_path / 'cache',
     adapters=folders,
     config=tiny.engine_config(
-      compilation_cache_dir=cache_dir, token_budget=4, **tiny.STEPS_ALONE
+      compilation_cache_dir=cache_dir,
+      token_budget=4,
+      max_cpu_loras=3,
+      **tiny.STEPS_ALONE,
     ),
   )
   assert llm._config.max_loras == 2 and llm._config.max_lora_rank == 4
@@ -233,6 +239,13 @@ def test_files_of_peft_beside_a_checkpoint(
     )
     assert list(done.token_ids) == tokens
     np.testing.assert_allclose(done.logprobs, logprobs, atol=1e-4)
+  llm.load_adapter('late', folders['first'])
+  llm.load_adapter('live', {})
+  assert [one.name for one in llm.engine.adapters.loaded][2:] == ['live']
+  again = llm.generate(prompt, sampling, adapter='late')
+  assert common.tokens_of(again) == common.tokens_of(got[:1])
+  with pytest.raises(errors.NotFoundError, match=r"'live'.*max_cpu_loras=3"):
+    llm.generate(prompt, sampling, adapter='live')
 
 
 def test_there_is_room_for_what_is_there_at_the_start() -> None:

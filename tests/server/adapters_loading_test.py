@@ -133,6 +133,36 @@ def test_paths_of_vllm(make: Callable[..., fake.RunningServer]) -> None:
   assert client.json(path, {**ask, 'model': 'a'})[0] == 404
 
 
+def test_what_went_for_others_is_read_again(
+  make: Callable[..., fake.RunningServer],
+) -> None:
+  """As of vLLM: a request names it, and waits; nobody loads it anew."""
+  running = make()
+  running.engine.adapters.limit(1)
+  client = http_client.Client.of(running)
+  control = _control(running)
+  for name in ('a', 'b', 'c'):
+    control.LoadAdapter(pb.LoadAdapterRequest(name=name, path=f'of {name}'))
+  assert _loaded(running) == [('c', 0)]
+  path, ask = http_client.BODIES['text']
+  assert client.json(path, {**ask, 'model': 'a'})[1]['model'] == 'a'
+  assert _loaded(running) == [('a', 1)]
+  assert running.engine.adapters.find('a').matrices == {'path': 'of a'}
+  call = running.generate(
+    token_ids=[1, 2], sampling={'max_tokens': 3}, adapter='b'
+  )
+  assert fake.take(call) == [3, 4, 5]
+  assert _loaded(running) == [('b', 1)]
+  assert running.engine.info.adapters == ('b', 'c', 'a')
+  code, says = _refusal(
+    lambda: control.LoadAdapter(pb.LoadAdapterRequest(name='c', path='x'))
+  )
+  assert code is grpc.StatusCode.INVALID_ARGUMENT and 'is loaded' in says
+  control.UnloadAdapter(pb.UnloadAdapterRequest(name='c'))
+  assert client.json(path, {**ask, 'model': 'c'})[0] == 404
+  running.assert_nothing_is_left()
+
+
 def test_administrators_alone(
   make: Callable[..., fake.RunningServer], tmp_path: pathlib.Path
 ) -> None:
