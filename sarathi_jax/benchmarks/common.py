@@ -63,8 +63,13 @@ def machine() -> dict[str, Any]:
   }
 
 
-def _without_folder(value: Any) -> Any:
-  """Cuts a path to its last name, as the rest says nothing elsewhere."""
+def without_folder(value: Any) -> Any:
+  """Cuts a path to its last name, as the rest says nothing elsewhere.
+
+  Or each path of several.
+  """
+  if isinstance(value, list):
+    return [without_folder(one) for one in value]
   is_path = isinstance(value, str) and os.path.isabs(value)
   return os.path.basename(value) if is_path else value
 
@@ -144,7 +149,7 @@ def command(module: str, arguments: Sequence[str]) -> str:
       '-m',
       f'sarathi_jax.benchmarks.{module}',
       *(
-        f'{name}={_without_folder(value)}' if is_given else argument
+        f'{name}={without_folder(value)}' if is_given else argument
         for argument in arguments
         for name, is_given, value in [argument.partition('=')]
       ),
@@ -166,7 +171,7 @@ def flag_values(benchmark: str, flags: Any) -> dict[str, Any]:
     'sarathi_jax.cli.flags',
   )
   return {
-    flag.name: _without_folder(flag.value)
+    flag.name: without_folder(flag.value)
     for module, defined in flags.flags_by_module_dict().items()
     if module.endswith(ours)
     for flag in defined

@@ -3,6 +3,8 @@
 
   python -m sarathi_jax.benchmarks.perplexity \\
     --checkpoint=/checkpoints/llama --checkpoint=/checkpoints/llama-int4
+  python -m sarathi_jax.benchmarks.perplexity --checkpoint=HF_DIR_OR_HUB_ID \\
+    --rounded=int8 --rounded=int4:64
 
 By the engine's own steps (`LLM.score`): as it is served, with its dtype, its
 kernels and its KV cache. The text is cut into windows, of which the first token
@@ -13,11 +15,12 @@ other windows. By default the text is one that the quickstart model did not see.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-import json
+from collections.abc import Iterator, Sequence
+import contextlib
 import math
 import pathlib
-from typing import NamedTuple
+import tempfile
+from typing import Any, NamedTuple
 
 from absl import flags
 import numpy as np
@@ -26,10 +29,13 @@ import rich.console
 import rich.table
 
 import sarathi_jax
+from sarathi_jax import config as config_lib
 from sarathi_jax import errors
 from sarathi_jax import quickstart
+from sarathi_jax.benchmarks import common
 from sarathi_jax.cli import flags as engine_flags
 from sarathi_jax.cli import mains
+from sarathi_jax.models import quantization
 
 FLAGS = flags.FLAGS
 
@@ -40,6 +46,14 @@ def define_flags() -> None:
     str(quickstart.MODEL),
     'Checkpoint to measure: a converted one, or a Hugging Face folder or hub '
     'id, which is converted once. Several are compared with the first.',
+  )
+  flags.DEFINE_multi_string(
+    'rounded',
+    [],
+    'A way to round the first checkpoint, a Hugging Face one, to compare with '
+    'it: what --quantize of checkpoints_convert takes, and with a colon behind '
+    'it what --quantize_group does. It is converted into a folder that is then '
+    'removed.',
   )
   flags.DEFINE_string(
     'text', str(quickstart.HELD_OUT), 'File with the text, in UTF-8.'
@@ -121,31 +135,68 @@ def table(results: Sequence[tuple[str, Result]]) -> rich.table.Table:
   return made
 
 
-def main() -> None:
-  config = engine_flags.engine_config_from_flags()
-  options = engine_flags.loading_from_flags()
+@contextlib.contextmanager
+def _rounded(path: str, how: str) -> Iterator[str]:
+  """Yields the folder of a checkpoint that is rounded.
+
+  Raises:
+    ConfigError: `how` is no such way.
+  """
+  from checkpoints_convert import convert
+  from checkpoints_convert import source
+
+  codes, has_group, group = how.partition(':')
+  config_lib.check(
+    codes in quantization.CODES and (group.isdecimal() or not has_group),
+    'rounded',
+    how,
+    f'must be one of {", ".join(quantization.CODES)}, or with a group, as in '
+    'int4:64',
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    target = pathlib.Path(folder, 'rounded')
+    convert.convert(
+      source.locate(path),
+      target,
+      quantize=codes,
+      quantize_group=int(group) if group else None,
+    )
+    yield str(target)
+
+
+def _results(config: Any, options: Any) -> Iterator[tuple[str, Result]]:
   text = pathlib.Path(FLAGS.text).read_text('utf-8')
-  results = []
-  for path in FLAGS.checkpoint:
+
+  def of(path: str) -> Result:
     llm = sarathi_jax.LLM.from_checkpoint(path, config=config, **options)
     tokenizer = llm.engine.tokenizer
     if tokenizer is None:
       raise errors.CheckpointError(f'{path}: has no tokenizer.')
-    result = measure(llm, tokenizer.encode(text), FLAGS.window)
-    results.append((path, result))
-    del llm  # The next one takes its memory.
+    return measure(llm, tokenizer.encode(text), FLAGS.window)
+
+  for path in FLAGS.checkpoint:
+    yield path, of(path)
+  for how in FLAGS.rounded:
+    with _rounded(FLAGS.checkpoint[0], how) as path:
+      yield how, of(path)
+
+
+def main() -> None:
+  config = engine_flags.engine_config_from_flags()
+  options = engine_flags.loading_from_flags()
+  results = list(_results(config, options))
   rich.console.Console(highlight=False).print(table(results))
-  if FLAGS.json:
-    pathlib.Path(FLAGS.json).write_text(
-      json.dumps(
-        {
-          path: result._asdict() | {'perplexity': result.perplexity}
-          for path, result in results
-        },
-        indent=2,
-      )
-      + '\n'
-    )
+  common.write_json(
+    FLAGS.json,
+    'perplexity',
+    FLAGS,
+    [
+      {'name': common.without_folder(name)}
+      | result._asdict()
+      | {'perplexity': result.perplexity}
+      for name, result in results
+    ],
+  )
 
 
 if __name__ == '__main__':

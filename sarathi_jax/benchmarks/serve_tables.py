@@ -256,16 +256,21 @@ def read() -> dict[str, Any]:
   }
 
 
-def insert(text: str, table: str) -> str:
+def insert(text: str, table: str, mark: str = _BEGIN) -> str:
   """Returns a text with what is between its marks replaced.
+
+  Args:
+    text: of the file.
+    table: what to put there.
+    mark: the line that begins it.
 
   Raises:
     ConfigError: the text has no marks.
   """
-  before, begin, rest = text.partition(_BEGIN)
+  before, begin, rest = text.partition(mark)
   _, end, after = rest.partition(_END)
   if not begin or not end:
-    raise errors.ConfigError(f'no {_BEGIN.strip()} and {_END.strip()}')
+    raise errors.ConfigError(f'no {mark.strip()} and {_END.strip()}')
   table = f'\n{table}\n' if table else '\n'
   return before + begin + table + end + after
 

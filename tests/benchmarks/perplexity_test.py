@@ -24,10 +24,13 @@ from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax import quickstart
 from sarathi_jax.benchmarks import perplexity
+from sarathi_jax.benchmarks import perplexity_table
+from sarathi_jax.benchmarks import serve_tables
 from sarathi_jax.models import quantization
 from sarathi_jax.models import quantized
 from sarathi_jax.quickstart import text
 from tests import absl_flags
+from tests import source_tree
 
 WINDOW = 128
 # codes, rows of a group, and how much larger perplexity may be.
@@ -149,14 +152,18 @@ def _flags() -> Iterator[None]:
     yield
 
 
-def test_checkpoints_are_compared(
+def test_checkpoints_are_compared_with_what_they_are_rounded_to(
   _flags: None,
   tmp_path: pathlib.Path,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
   one, two = perplexity.Result(9, 2.0), perplexity.Result(9, 2.1)
-  results = iter((one, two))
+  results = iter((one, two, two))
   monkeypatch.setattr(perplexity, 'measure', lambda *_: next(results))
+  rounded = []
+  monkeypatch.setattr(
+    convert, 'convert', lambda *args, **how: rounded.append(how)
+  )
   monkeypatch.setattr(
     sarathi_jax.LLM, 'from_checkpoint', lambda path, **_: _Scorer()
   )
@@ -165,12 +172,30 @@ def test_checkpoints_are_compared(
     rich.console, 'Console', lambda **_: _CONSOLE(file=out, width=80)
   )
   path = tmp_path / 'out.json'
-  absl_flags.parse('--checkpoint=a', '--checkpoint=b', f'--json={path}')
+  absl_flags.parse(
+    f'--checkpoint={quickstart.MODEL}',
+    '--checkpoint=b',
+    '--rounded=int4:64',
+    f'--json={path}',
+  )
   perplexity.main()
   lines = [line.split() for line in out.getvalue().splitlines()]
-  assert ['a', '9', '7.389'] in lines
-  assert ['b', '9', '8.166', '+10.52'] in lines
-  assert json.loads(path.read_text())['b']['loss'] == 2.1
+  for name in ('b', 'int4:64'):
+    assert [name, '9', '8.166', '+10.52'] in lines
+  assert rounded == [dict(quantize='int4', quantize_group=64)]
+  found = json.loads(path.read_text())
+  assert found['flags']['checkpoint'] == ['model', 'b']
+  assert [(row['name'], row['loss']) for row in found['results']] == [
+    ('model', 2.0),
+    ('b', 2.1),
+    ('int4:64', 2.1),
+  ]
+
+
+def test_the_readme_is_what_the_results_say() -> None:
+  text = (source_tree.ROOT / 'README.md').read_text()
+  table = perplexity_table.readme(perplexity_table.read())
+  assert serve_tables.insert(text, table, perplexity_table.BEGIN) == text
 
 
 _CONSOLE = rich.console.Console
