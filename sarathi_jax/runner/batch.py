@@ -33,6 +33,7 @@ from sarathi_jax import sampling_fields
 from sarathi_jax import sampling_params
 from sarathi_jax import types
 from sarathi_jax.runner import packing
+from sarathi_jax.runner import page_tables
 from sarathi_jax.runner import told as told_lib
 
 
@@ -43,7 +44,7 @@ class BatchArrays(NamedTuple):
     cu_q_lens: [S + 1] where each sequence's tokens begin in the batch.
     kv_lens: [S] tokens in the cache once this batch's were written.
     page_indices: [S, P] pages of each sequence, in order; of several groups of
-      layers, place by place.
+      layers, or of one with a window, see `page_tables`.
     distribution: [2] number of decodes, which come first, and of sequences.
     slots: [S] see `types.Chunk`.
     from_device: [S] 1 where the one token is in the device's array, by slot.
@@ -122,6 +123,7 @@ class BatchLayout:
     tells_prompts: whether the step tells of prompts, see `Chunk.next_token`.
     decodes_only: whether no sequence is a chunk of a prefill.
     has_adapters: whether sequences may have adapters.
+    tables: how a sequence's P pages lie; None: its one table is whole.
   """
 
   num_tokens: int
@@ -131,6 +133,7 @@ class BatchLayout:
   tells_prompts: bool = False
   decodes_only: bool = False
   has_adapters: bool = False
+  tables: page_tables.PageTables | None = None
 
   @property
   def input(self) -> packing.Packing:
@@ -225,10 +228,12 @@ class BatchBuilder:
   anew would cost more than the rest of the step's host work.
   """
 
-  def __init__(self, max_num_seqs: int, pages_per_seq: int) -> None:
+  def __init__(
+    self, max_num_seqs: int, places: int, num_groups: int = 1
+  ) -> None:
     self._tables: list[tuple[int, ...] | None] = [None] * max_num_seqs
     self._params: list[types.SamplingParams | None] = [None] * max_num_seqs
-    self._pages = np.zeros((max_num_seqs, pages_per_seq), np.int32)
+    self._pages = np.zeros((max_num_seqs, num_groups, places), np.int32)
     self._sampling = np.zeros((NUM_SAMPLING, max_num_seqs), np.int32)
 
   def build(
@@ -252,11 +257,15 @@ class BatchBuilder:
       self._remember_sampling(fork.chunk.slot, fork.chunk.sampling)
     slots = np.array(columns.slot, np.int32)
     fields.slots[:n] = slots
-    np.take(self._pages, slots, axis=0, out=fields.page_indices[:n])
+    starts = np.array(columns.start, np.int32)
+    if (tables := layout.tables) is None:
+      np.take(self._pages[:, 0], slots, axis=0, out=fields.page_indices[:n])
+    else:
+      tables.write(self._pages, slots, starts, fields.page_indices[:n])
     q_lens = np.array(columns.num_tokens, np.int32)
     np.cumsum(q_lens, out=fields.cu_q_lens[1 : n + 1])
     fields.cu_q_lens[n + 1 :] = batch.num_tokens
-    fields.kv_lens[:n] = q_lens + np.array(columns.start, np.int32)
+    fields.kv_lens[:n] = q_lens + starts
     fields.rope_lens[:n] = columns.rope_len
     if layout.has_adapters:
       fields.adapters[:n] = columns.adapter
@@ -330,8 +339,12 @@ class BatchBuilder:
     )
 
   def _remember_table(self, slot: int, table: tuple[int, ...]) -> None:
-    self._pages[slot, : len(table)] = table
-    self._pages[slot, len(table) :] = 0  # of the request here before
+    # Place by place, a page of each group.
+    groups = self._pages.shape[1]
+    num = len(table) // groups
+    pages = np.array(table, np.int32).reshape(num, groups)
+    self._pages[slot, :, :num] = pages.T
+    self._pages[slot, :, num:] = 0  # of the request here before
     self._tables[slot] = table
 
 

@@ -169,7 +169,9 @@ class DeviceRunner:
         kept=kept,
       )
     self._builder = batch_lib.BatchBuilder(
-      config.max_num_seqs, self._programs.pages_per_seq
+      config.max_num_seqs,
+      self._programs.places,
+      len(self._programs.windows),
     )
 
   def _start(self) -> None:

@@ -13,11 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels import rotate_and_write
+from sarathi_jax import page_groups
 from sarathi_jax.models import kinds
 from sarathi_jax.models import rope
 from sarathi_jax.models import sharding
 from sarathi_jax.runner import batch as batch_lib
 from sarathi_jax.runner import kv_cache
+from sarathi_jax.runner import page_tables
 
 
 def attend_to(
@@ -28,8 +30,8 @@ def attend_to(
   *,
   page_size: int,
   queries: tuple[int, int, Any],
-  windows: Collection[int | None],
-  num_groups: int,
+  windows: Collection[tuple[int | None, int]],
+  tables: page_tables.PageTables | None,
   shards: sharding.Shards,
   implementation: str | None,
   decodes_only: bool = False,
@@ -51,8 +53,8 @@ def attend_to(
     positions: each token's position in its sequence.
     page_size: tokens in a page.
     queries: (heads, head dim, dtype) of the queries.
-    windows: the sliding windows that layers have.
-    num_groups: of layers, each with a page table.
+    windows: the sliding windows that layers have, each with a group of layers.
+    tables: of the groups; None: there is one, whose table is whole.
     shards: of the mesh.
     implementation: of ragged_paged_attention.
     decodes_only: whether the batch has no chunks of prefills.
@@ -62,27 +64,46 @@ def attend_to(
   k_pages, _ = kv[0]
   num_slots = jax.tree.leaves(kv)[0].shape[0] * page_size
   is_real = jnp.arange(len(row), dtype=jnp.int32) < b.cu_q_lens[-1]
-  # Of the groups, by whether of all tokens.
-  tables = {True: _by_group(b.page_indices, num_groups)}
-  slot_mappings = [
-    jnp.where(
-      is_real,
-      table[row, positions // page_size] * page_size + positions % page_size,
-      num_slots,
-    )
-    for table in tables[True]
-  ]
+  tables = tables or page_tables.PageTables(
+    page_groups.ONE_GROUP, page_size, b.page_indices.shape[1], len(row)
+  )
+  # Of all tokens, and of those that are sampled from.
   batches = {True: b, False: _samples_of(b, row)}
-  tables[False] = _by_group(batches[False].page_indices, num_groups)
+  by_group = {
+    is_all: tables.split(of.page_indices) for is_all, of in batches.items()
+  }
+  starts = b.kv_lens - (b.cu_q_lens[1:] - b.cu_q_lens[:-1])
+  # Of each sequence, by the window of a group: the tokens before its table.
+  before = {
+    kept: tables.first_places(kept, starts) * page_size
+    for kept in set(tables.windows)
+  }
+
+  def kv_lens(is_all: bool, kept: int | None) -> Array:
+    """Returns lengths as if each sequence began where its table does."""
+    lens: Array = batches[is_all].kv_lens
+    if kept is None:
+      return lens
+    rows = row[b.sample_tokens]
+    return jnp.maximum(lens - before[kept][... if is_all else rows], 0)
+
+  def slot_mapping(group: int) -> Array:
+    at = positions
+    if (kept := tables.windows[group]) is not None:
+      at -= before[kept][row]
+    pages = by_group[True][group][row, at // page_size]
+    return jnp.where(is_real, pages * page_size + at % page_size, num_slots)
+
+  slot_mappings = [slot_mapping(group) for group in range(len(tables.windows))]
   *heads, dtype = queries
 
-  def plan(is_all: bool, window: int | None) -> Any:
+  def plan(is_all: bool, window: int | None, kept: int | None) -> Any:
     num = len(row if is_all else b.sample_tokens)
     of = batches[is_all]
     return rpa.make_plan(
       jax.ShapeDtypeStruct((num, *heads), rpa.query_dtype(k_pages, dtype)),
       k_pages,
-      of.kv_lens,
+      kv_lens(is_all, kept),
       of.cu_q_lens,
       of.distribution,
       sliding_window=window,
@@ -93,9 +114,22 @@ def attend_to(
     )
 
   plans = {
-    (is_all, window): plan(is_all, window)
-    for is_all, window in itertools.product(batches, windows)
+    (is_all, *kind): plan(is_all, *kind)
+    for is_all, kind in itertools.product(
+      batches, {(window, tables.windows[group]) for window, group in windows}
+    )
   }
+
+  def table(is_all: bool, groups: Sequence[int]) -> Array:
+    """Returns this stage's table, of a group at each."""
+    width = max(by_group[is_all][group].shape[1] for group in groups)
+
+    def of(group: int) -> Array:
+      array = by_group[is_all][group]
+      return jnp.pad(array, ((0, 0), (0, width - array.shape[1])))
+
+    page_indices: Array = shards.by_stage(groups, of)
+    return page_indices
 
   def attend(
     layer_kv: kv_cache.LayerKv,
@@ -128,14 +162,15 @@ def attend_to(
       turned = rotate_and_write.turn(q, rotation, norms and norms[0])
     # The cache may have a dtype of its own, see `kv_cache.choose_dtype`.
     q_kv = turned.astype(rpa.query_dtype(layer_kv[0], q.dtype))
-    of = batches[rows is None]
-    page_indices = shards.by_stage(groups, tables[rows is None].__getitem__)
+    is_all = rows is None
+    of, page_indices = batches[is_all], table(is_all, groups)
 
-    def within(options: kinds.AttentionOptions) -> Array:
+    def within(kind: tuple[kinds.AttentionOptions, int | None]) -> Array:
+      options, kept = kind
       return rpa.ragged_paged_attention(
         q_kv,
         *pages,
-        of.kv_lens,
+        kv_lens(is_all, kept),
         page_indices,
         of.cu_q_lens,
         of.distribution,
@@ -143,24 +178,18 @@ def attend_to(
         sinks=sinks,
         sliding_window=options.window,
         soft_cap=options.soft_cap,
-        plan=plans[rows is None, options.window],
+        plan=plans[is_all, options.window, kept],
         batch_invariant=batch_invariant,
         implementation=implementation,
       )
 
-    return shards.by_stage(options, within).astype(q.dtype), pages
+    here = [
+      (kind, tables.windows[group])
+      for kind, group in zip(options, groups, strict=True)
+    ]
+    return shards.by_stage(here, within).astype(q.dtype), pages
 
   return attend
-
-
-def _by_group(
-  page_indices: Int[Array, 'S places'], num_groups: int
-) -> list[Int[Array, 'S P']]:
-  """Returns the page table of each group of layers."""
-  if num_groups == 1:
-    return [page_indices]
-  places = page_indices.reshape(len(page_indices), -1, num_groups)
-  return [places[:, :, group] for group in range(num_groups)]
 
 
 def _samples_of(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sarathi_jax import config as config_lib
+from sarathi_jax import page_groups
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.runner import adapters
 from sarathi_jax.runner import adjusting
@@ -25,6 +26,7 @@ from sarathi_jax.runner import kept as kept_lib
 from sarathi_jax.runner import kv_cache
 from sarathi_jax.runner import masking
 from sarathi_jax.runner import mesh as mesh_lib
+from sarathi_jax.runner import page_tables
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import state as state_lib
 from sarathi_jax.runner import step
@@ -78,7 +80,8 @@ class StepPrograms:
     masked: of these, those that sample rows anew -> how many rows.
     layouts: the number of a step's program, its size but for those that come
       after the largest, -> the layout of its batches.
-    pages_per_seq: P.
+    places: of a sequence's whole page table, that of each group of layers.
+    windows: of these groups.
     weights: the weights on the mesh, as ShapeDtypeStruct.
     slots: the room for adapters; None if there is none.
     adapters: these on the mesh, as ShapeDtypeStruct; nothing if there is none.
@@ -95,6 +98,7 @@ class StepPrograms:
     max_model_len: int,
     max_step_tokens: int,
   ) -> None:
+    self._config = config
     max_num_seqs = config.max_num_seqs
     is_cpu = mesh.devices.flat[0].platform == 'cpu'
     self.weights = placement.shapes(model, mesh, layout)
@@ -110,10 +114,8 @@ class StepPrograms:
     self._groups = kv_cache.groups_of(
       model, config, mesh_lib.parallelism_of(mesh)
     )
-    # A place in the table of each group.
-    self.pages_per_seq = math.ceil(max_model_len / config.page_size) * len(
-      self._groups.windows
-    )
+    self.places = math.ceil(max_model_len / config.page_size)
+    self.windows = self._groups.windows
     self._num_stages = mesh.shape[mesh_lib.PP]
     # Batches of different sizes meet in a pipeline, so all have as many rows.
     rows = {
@@ -126,7 +128,10 @@ class StepPrograms:
         num_tokens=n,
         num_rows=rows[n],
         num_samples=rows[n],
-        pages_per_seq=self.pages_per_seq,
+        pages_per_seq=tables.size
+        if (tables := self._tables(n)) is not None
+        else self.places,
+        tables=tables,
         tells_prompts=not is_apart
         and (_tells_prompts(n) or n == self.sizes[-1]),
       )
@@ -163,7 +168,6 @@ class StepPrograms:
     self._mesh = mesh
     self._dtype = layout.dtype
     self._kv_dtype = kv_dtype
-    self._config = config
     num_adjusted = config.num_adjusted_seqs(model.vocab_size)
     # Numbers of the programs that sample rows anew -> how many.
     self.masked = {
@@ -178,6 +182,24 @@ class StepPrograms:
       *(self.layouts.keys() - set(self.sizes)),
     )
     self._steps: dict[int, Any] = {}
+
+  @property
+  def pages_per_seq(self) -> int:
+    """Pages that a sequence has, if none is given back."""
+    return self.places * len(self.windows)
+
+  def _tables(self, size: int) -> page_tables.PageTables | None:
+    """Returns how a step of some size is sent page tables."""
+    if self.windows == page_groups.ONE_GROUP:
+      return None
+    return page_tables.PageTables(
+      # Where keys are cut into blocks follows from where a table begins.
+      (None,) * len(self.windows) if self._deterministic else self.windows,
+      self._config.page_size,
+      self.places,
+      # Batches of different sizes meet in a pipeline.
+      size if self._num_stages == 1 else self.sizes[-1],
+    )
 
   def state_shapes(self, num_pages: int) -> state_lib.DeviceState:
     """Returns the state that steps update, as ShapeDtypeStruct.

@@ -296,8 +296,12 @@ def _contexts(
       spec.model.head_dim,
       spec.dtype,
     ),
-    windows={kind.attention.window for kind in kinds},
-    num_groups=len(spec.groups.windows),
+    windows={
+      (kind.attention.window, group)
+      for layer in spec.layers
+      for kind, group in zip(layer.kinds, layer.groups, strict=True)
+    },
+    tables=spec.layout.tables,
     shards=shards,
     implementation=spec.attention,
     decodes_only=spec.layout.decodes_only,

@@ -78,7 +78,7 @@ def params(got: batch_lib.BatchArrays) -> dict[str, list[float]]:
 
 @pytest.fixture
 def builder() -> batch_lib.BatchBuilder:
-  return batch_lib.BatchBuilder(max_num_seqs=6, pages_per_seq=3)
+  return batch_lib.BatchBuilder(max_num_seqs=6, places=3)
 
 
 # The example of the module's docstring.
