@@ -71,5 +71,4 @@ def choose(shape: tuning.Shape) -> Sizes:
     if shape.num_rows <= most * shape.num_groups
   )
   most = max(sizes.columns // shape.num_kinds, DEPTH)
-  columns = min(shape.num_out & -shape.num_out, most)
-  return dataclasses.replace(sizes, columns=columns)
+  return dataclasses.replace(sizes, columns=tuning.fitting(shape.num_out, most))

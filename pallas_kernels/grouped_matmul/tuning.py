@@ -95,14 +95,14 @@ class Sizes:
     """Returns these, or less where that does not divide a matrix."""
     return dataclasses.replace(
       self,
-      columns=_fitting(shape.num_out, max(self.columns // shape.num_kinds, 16)),
-      depth=_fitting(shape.num_in, self.depth),
+      columns=fitting(shape.num_out, max(self.columns // shape.num_kinds, 16)),
+      depth=fitting(shape.num_in, self.depth),
     )
 
 
-def _fitting(size: int, most: int) -> int:
+def fitting(size: int, most: int) -> int:
   """Returns the largest power of two that divides a size, `most` at most."""
-  return min(size & -size, most)
+  return min(size & -size, 1 << (most.bit_length() - 1))
 
 
 _LEAST = 16  # that a side of a product has on a GPU

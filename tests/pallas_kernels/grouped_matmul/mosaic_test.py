@@ -19,6 +19,7 @@ from pallas_kernels import grouped_matmul
 from pallas_kernels import mosaic_devices
 from pallas_kernels.grouped_matmul import arg_specs
 from pallas_kernels.grouped_matmul import mosaic_sizes
+from pallas_kernels.grouped_matmul import pallas_mosaic
 from pallas_kernels.grouped_matmul import tuning
 from tests.pallas_kernels.grouped_matmul import grouped_matmul_test
 
@@ -90,6 +91,42 @@ def test_each_row_is_multiplied_by_its_groups_matrix(
 @pytest.mark.usefixtures('capability')
 def test_biased_products_of_several_kinds_are_combined() -> None:
   check(SPECS[0], grouped_matmul_test.gated, kinds=2, biases=True)
+
+
+@needs_jax
+@pytest.mark.usefixtures('capability')
+def test_groups_of_several_tiles_and_of_none() -> None:
+  """A tile of 64 rows has 56 of a group, wherever that begins."""
+  sizes = np.array([0, 57, 1, 0, 113, 7, 0], np.int32)
+  rng = np.random.default_rng(0)
+  x, w = (
+    jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    for shape in ((sizes.sum() + 3, 64), (len(sizes), 64, 64))
+  )
+  got = pallas_mosaic.grouped_matmul(
+    x,
+    (w,),
+    jnp.asarray(sizes),
+    jnp.arange(len(x), dtype=jnp.int32)[::-1],
+    grouped_matmul.first,
+    sizes=mosaic_sizes.Sizes(warpgroups=1, columns=64, num_stages=2),
+  )
+  x, w = (np.asarray(a, np.float32) for a in (x, w))
+  group = np.repeat(np.arange(len(sizes)), sizes)
+  expected = np.einsum('ri,rio->ro', x[::-1][: len(group)], w[group])
+  np.testing.assert_allclose(
+    np.asarray(got[: len(group)], np.float32), expected, rtol=1e-2, atol=0.1
+  )
+
+
+@pytest.mark.parametrize('kinds', [1, 2, 3])
+def test_tiles_have_columns_that_divide_a_matrix(
+  kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(mosaic_devices, 'SERVES', {'9.0': (0, 10)})
+  shape = tuning.Shape('bfloat16', 8, 4, 64, 512, kinds)
+  assert 512 % mosaic_sizes.choose(shape).columns == 0
+  assert 512 % tuning.Sizes(16, 128, 64, 4, 4).for_shape(shape).columns == 0
 
 
 @pytest.mark.parametrize(
