@@ -79,6 +79,27 @@ ARCHITECTURES: Mapping[str, Family] = {
   'SmolLM3ForCausalLM': Family('smollm3', 'SmolLM3'),
 }
 
+# What those have that is not here, of which it is often asked.
+_LATENT = 'attends through latent vectors (MLA)'
+_LINEAR = 'has layers of linear attention (gated delta nets)'
+_WITHOUT: Mapping[str, str] = {
+  **dict.fromkeys(
+    (f'DeepseekV{version}ForCausalLM' for version in ('2', '3', '32', '4')),
+    _LATENT,
+  ),
+  **dict.fromkeys(
+    (
+      'Qwen3NextForCausalLM',
+      *(
+        f'Qwen3_5{size}For{use}'
+        for size in ('', 'Moe')
+        for use in ('CausalLM', 'ConditionalGeneration')
+      ),
+    ),
+    _LINEAR,
+  ),
+}
+
 
 def architecture_of(model_type: object) -> str | None:
   """Returns the architecture of a model type ('llama'); None if unknown."""
@@ -99,8 +120,11 @@ def find(architecture: str) -> Any:
     CheckpointError: no module reads it.
   """
   if architecture not in ARCHITECTURES:
+    why = (
+      f', as it {_WITHOUT[architecture]}' if architecture in _WITHOUT else ''
+    )
     raise errors.CheckpointError(
-      f'architecture {architecture!r} is not supported; supported: '
+      f'architecture {architecture!r} is not supported{why}; supported: '
       f'{", ".join(ARCHITECTURES)}.'
     )
   return importlib.import_module(

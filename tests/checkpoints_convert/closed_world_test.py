@@ -127,6 +127,14 @@ def test_quantized_tensor(tmp_path: pathlib.Path) -> None:
       dict(architectures=['BloomForCausalLM']),
       "'BloomForCausalLM' is not supported; supported: .*LlamaForCausalLM",
     ),
+    (
+      dict(architectures=['Qwen3_5MoeForConditionalGeneration']),
+      r"'Qwen3_5Moe.*' is not supported, as it has layers of linear attention",
+    ),
+    (
+      dict(architectures=['DeepseekV3ForCausalLM']),
+      r'is not supported, as it attends through latent vectors \(MLA\)',
+    ),
     (dict(architectures=['A', 'B']), 'architectures'),
     (dict(hidden_size=None), 'hidden_size: missing'),
   ],
