@@ -11,12 +11,12 @@ import atexit
 from collections.abc import Iterator
 import gc
 import importlib.metadata
-import itertools
 import os
 import pathlib
 import shutil
 import signal
 import tempfile
+import time
 
 import hypothesis
 import pytest
@@ -38,12 +38,15 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
   )
 
-# How XLA makes loops by MLIR takes twice as long to compile. The newest JAX has
-# no other way, so that is tested, too.
+# LLVM is given a program whole: in parts, for more threads than there are cores
+# left, it takes a tenth longer. How XLA makes loops by MLIR takes twice as long
+# to compile. The newest JAX has no other way, so that is tested, too.
+_FLAGS = ['--xla_cpu_parallel_codegen_split_count=1']
 if importlib.metadata.version('jax').startswith('0.10.'):
-  os.environ['XLA_FLAGS'] = ' '.join(
-    ('--xla_cpu_use_fusion_emitters=false', os.environ.get('XLA_FLAGS', ''))
-  ).strip()
+  _FLAGS.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join(
+  (*_FLAGS, os.environ.get('XLA_FLAGS', ''))
+).strip()
 
 # What JAX has traced stays: looking through it for garbage takes ever longer.
 gc.set_threshold(20_000, 50, 50)
@@ -51,8 +54,9 @@ gc.set_threshold(20_000, 50, 50)
 # those that JAX keeps for functions until it is told. Linux gives a process
 # 65,530 pieces; LLVM ends it by a segmentation fault if there is none.
 _MAPS = pathlib.Path('/proc/self/maps')
+# To count them takes longer than most tests.
 _MANY_MAPS = 40_000
-_TESTS_BETWEEN = 5
+_SECONDS_BETWEEN = 3
 
 # A shell's background jobs ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,12 +70,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('project')
 
 
-_run = itertools.count(1)
+_counted_at_s = [time.monotonic()]
 
 
 def pytest_runtest_teardown() -> None:
-  if next(_run) % _TESTS_BETWEEN or not _MAPS.exists():
+  now = time.monotonic()
+  if now < _counted_at_s[-1] + _SECONDS_BETWEEN or not _MAPS.exists():
     return
+  _counted_at_s[-1] = now
   if _has_many_maps():
     gc.collect()
   if _has_many_maps():
