@@ -72,16 +72,23 @@ def layout_of(layout: Any) -> Layout:
 
 
 def named(layout: Layout, params: Any) -> dict[str, Any]:
-  """Returns the leaves of a trainer's tree by their names in a table."""
-  leaves = {
-    name.removesuffix(_BOX): leaf
-    for name, leaf in tree_lib.named_leaves(params).items()
-  }
-  for key in layout.outer * 2:  # 'params' may be there twice (MaxText).
-    leaves = {
-      name.removeprefix(f'{key}.'): leaf for name, leaf in leaves.items()
-    }
-  return leaves
+  """Returns the leaves of a trainer's tree by their names in a table.
+
+  Raises:
+    ConfigError: two have the same name there.
+  """
+  found: dict[str, Any] = {}
+  for whole, leaf in tree_lib.named_leaves(params).items():
+    name = whole.removesuffix(_BOX)
+    for key in layout.outer * 2:  # 'params' may be there twice (MaxText).
+      name = name.removeprefix(f'{key}.')
+    if name in found:
+      raise errors.ConfigError(
+        f'params.{whole}: there are two of {name}, inside and outside of '
+        f'{" or ".join(layout.outer)}.'
+      )
+    found[name] = leaf
+  return found
 
 
 def _rows(

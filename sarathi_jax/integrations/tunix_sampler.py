@@ -9,10 +9,12 @@ the types of its answers, where they are there.
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib
+import sys
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ _NOT_SERVED = {
   'return_routed_experts': False,
   'beam_size': None,
 }
+_MOST_TOLD = 1000  # updates of weights, of which it is known that they came
 _FINISH_REASONS = {
   types.FinishReason.STOP: 'stop',
   types.FinishReason.LENGTH: 'length',
@@ -51,7 +54,7 @@ class SamplingResponse:
     token_ids: [T] int32, with the one that ended it.
     logprobs: [T] float32, of logits divided by the temperature; None if they
       are not asked for.
-    finish_reason: 'stop', 'length' or 'error'.
+    finish_reason: a value of `_FINISH_REASONS`.
     routed_experts: None.
   """
 
@@ -78,12 +81,10 @@ class LoadInfo:
 @functools.cache
 def _types() -> Any:
   """Returns tunix's module with these types, or this one."""
-  for name in ('tunix.experimental.rollout.sampler', __name__):
-    try:
-      return importlib.import_module(name)
-    except ModuleNotFoundError:
-      continue
-  raise AssertionError('this module is there')
+  try:
+    return importlib.import_module('tunix.experimental.rollout.sampler')
+  except ModuleNotFoundError:
+    return sys.modules[__name__]
 
 
 class SarathiSampler:
@@ -114,7 +115,7 @@ class SarathiSampler:
     self._on_update = on_update
     self._running: background.Background | None = None
     self._staged: tuple[Any, int] | None = None
-    self._synced: set[str] = set()
+    self._synced: collections.deque[str] = collections.deque(maxlen=_MOST_TOLD)
 
   # -- Its life --
 
@@ -174,13 +175,18 @@ class SarathiSampler:
 
     Raises:
       InvalidRequestError: one can't be served; none was started.
-      UnsupportedError: it asks for logits, experts or beams.
+      UnsupportedError: it asks for logits, experts or beams, or all for
+        something else.
     """
+    asks = bool(kwargs.pop('return_logprobs', False))
+    if kwargs:
+      raise errors.UnsupportedError(
+        f'{min(kwargs)}: is not supported; say it in sampling_params.'
+      )
     are_several = isinstance(sampling_requests, (list, tuple)) and not (
-      sampling_requests and isinstance(sampling_requests[0], int)
+      sampling_requests and isinstance(sampling_requests[0], (int, np.integer))
     )
     requests = list(sampling_requests) if are_several else [sampling_requests]
-    asks = bool(kwargs.get('return_logprobs'))
     submitted = self._thread.submit(
       [self._prompt(getattr(r, 'prompt', r)) for r in requests],
       [self._sampling(getattr(r, 'sampling_params', None)) for r in requests],
@@ -289,23 +295,19 @@ class SarathiSampler:
       )
     self._llm.check_params(weights)
     self._staged = weights, int(sync_request.policy_version)
-    self._synced.add(str(getattr(sync_request, 'request_id', '')))
+    self._synced.append(str(getattr(sync_request, 'request_id', '')))
 
   async def post_weight_sync(
     self, sync_request: Any = None, **kwargs: Any
   ) -> None:
     """Serves what `weight_sync` took; tokens have its policy version."""
     del sync_request, kwargs
+    update = self._thread.update_params
     staged, self._staged = self._staged, None
     if staged is not None:
       weights, version = staged
       await asyncio.to_thread(
-        functools.partial(
-          self._thread.update_params,
-          weights,
-          version=version,
-          on_update=self._on_update,
-        )
+        update, weights, version=version, on_update=self._on_update
       )
 
   async def abort_weight_sync(

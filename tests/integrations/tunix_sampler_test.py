@@ -156,6 +156,10 @@ def test_new_weights_are_served_after_the_last_of_three_calls(sampler):
     await getattr(sampler, last)(request)
 
   first = ask(sampler, 'ab')
+  tokens = list(map(np.int32, first.prompt_token_ids))
+  again = asyncio.run(sampler.sample(tokens, return_logprobs=True))
+  assert again.prompt_token_ids.tolist() == tokens
+  assert len(again.logprobs) == len(again.token_ids)
   assert asyncio.run(sampler.get_transfer_status('w')) == 'UNKNOWN'
   asyncio.run(sync('abort_weight_sync', 41))
   assert ask(sampler, 'ab').token_ids.tolist() == first.token_ids.tolist()
@@ -163,6 +167,12 @@ def test_new_weights_are_served_after_the_last_of_three_calls(sampler):
   other = ask(sampler, 'ab')
   assert other.token_ids.tolist() != first.token_ids.tolist()
   assert other.metadata == {'versions': [(42, 4)], 'policy_version': 42}
+  asyncio.run(sampler.stop())
+  with pytest.raises(errors.BusyError, match='call start'):
+    asyncio.run(sync('post_weight_sync', 43))
+  asyncio.run(sampler.start())  # What had come is served yet.
+  asyncio.run(sampler.post_weight_sync())
+  assert ask(sampler, 'ab').metadata['policy_version'] == 43
   names = set(sampler.get_target_state())
   assert 'layers.0.attn.q' in names
   metadata = asyncio.run(sampler.get_weight_sync_metadata())
@@ -193,6 +203,8 @@ def test_what_is_not_served_is_refused(sampler):
   ):
     with pytest.raises(errors.UnsupportedError, match='is not supported'):
       ask(sampler, 'ab', SamplingParams(**fields))
+  with pytest.raises(errors.UnsupportedError, match='max_tokens: is not'):
+    asyncio.run(sampler.sample([np.int32(7)], max_tokens=3))
   with pytest.raises(errors.UnsupportedError, match='migrate_kv_cache'):
     asyncio.run(sampler.migrate_kv_cache('a', 'b', [1]))
   with pytest.raises(errors.UnsupportedError, match='weights=None'):

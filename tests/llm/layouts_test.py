@@ -407,6 +407,11 @@ def test_norms_of_heads_and_biases_have_their_rows():
       lambda p: p,
       r'weight: missing in a llama \(equinox\)\. Found is params\.embed',
     ),
+    (
+      'nnx',
+      lambda p: p | {'model': {'lm_head': p['lm_head']}},
+      r'lm_head\.kernel: there are two of lm_head\.kernel, inside and outside',
+    ),
     ('pytorch', lambda p: p, "layout='pytorch': must be one of plain, stacked"),
     ([1], lambda p: p, r'layout=\[1\]: must be one of .*, a Layout, or a list'),
     (
