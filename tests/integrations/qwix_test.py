@@ -18,7 +18,11 @@ from sarathi_jax.runner import params as params_lib
 from tests import tiny
 
 qwix = pytest.importorskip('qwix', reason='needs qwix: scripts/test --slow')
-pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings('ignore')]
+pytestmark = [
+  pytest.mark.tunix,
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore'),
+]
 
 
 @pytest.mark.parametrize('codes', ['int8', 'fp8', 'int4'])

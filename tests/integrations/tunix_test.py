@@ -5,11 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import importlib
-import json
-import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 from flax import nnx
@@ -20,11 +15,14 @@ import pytest
 
 import sarathi_jax
 from sarathi_jax import errors
-from tests import source_tree
 from tests import tiny
 
 pytest.importorskip('tunix', reason='needs google-tunix: scripts/test --slow')
-pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings('ignore')]
+pytestmark = [
+  pytest.mark.tunix,
+  pytest.mark.slow,
+  pytest.mark.filterwarnings('ignore'),
+]
 
 _SIZES = dict(
   num_layers=2,
@@ -330,77 +328,3 @@ def test_bfloat16_is_served_where_it_is_asked_for(made):
     [row[: len(t)] for row, t in zip(theirs, output.tokens, strict=True)],
   )
   assert 1e-4 < difference.mean < 0.1
-
-
-def environ() -> dict[str, str]:
-  """Returns that of a program of its own, in which JAX is lenient."""
-  return {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith('JAX_NUM')
-  } | {
-    'PYTHONPATH': f'{source_tree.ROOT}:{os.environ.get("PYTHONPATH", "")}',
-    'JAX_NUMPY_DTYPE_PROMOTION': 'standard',
-    'JAX_NUMPY_RANK_PROMOTION': 'allow',
-  }
-
-
-def run_example(*flags: str) -> list[tuple[float, float]]:
-  """Returns each step's reward, and the most that log-probabilities differ."""
-  done = subprocess.run(
-    [sys.executable, 'examples/grpo_tunix.py', '--steps=20', *flags],
-    cwd=source_tree.ROOT,
-    env=environ(),
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  lines = re.findall(r'reward ([\d.]+); .* ([\d.e-]+) at most', done.stdout)
-  assert len(lines) == 20, done.stderr[-2000:]
-  return [(float(reward), float(most)) for reward, most in lines]
-
-
-@pytest.mark.parametrize('model', ['qwen3', 'llama3', 'gemma3'])
-def test_rewards_grow_as_with_its_own_sampler(model):
-  """By GRPO; and what is sampled is what is trained."""
-  ours = run_example(f'--model={model}')
-  theirs = run_example(f'--model={model}', '--sampler=vanilla')
-  assert max(most for _, most in ours) < 1e-4
-  for run in (ours, theirs):
-    rewards = [reward for reward, _ in run]
-    assert np.mean(rewards[-5:]) - rewards[0] > 0.3
-  # Other draws, of a few outputs a step.
-  curves = [
-    np.mean([reward for reward, _ in run[i : i + 5]])
-    for run in (ours, theirs)
-    for i in range(0, 20, 5)
-  ]
-  np.testing.assert_allclose(curves[:4], curves[4:], atol=0.25)
-
-
-def test_memory_stays_over_updates(tmp_path):
-  """As the benchmark measures it; nothing is compiled, and 16 bits are near."""
-  path = tmp_path / 'found.json'
-  small = ('updates=10', 'width=64', 'layers=1', 'prompts=2', 'max_tokens=8')
-  done = subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'sarathi_jax.benchmarks.rollouts',
-      '--runs=1',
-      f'--json={path}',
-      *(f'--{flag}' for flag in small),
-    ],
-    cwd=tmp_path,
-    env=environ(),
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(path.read_text())['results']
-  assert found['memory']['live_bytes_grow_by'] == 0
-  assert found['memory']['compiled'] == []
-  assert found['logprobs']['float32']['most'] < 1e-4
-  assert 0 < found['logprobs']['bfloat16']['mean'] < 0.1
-  assert found['speed']['times_as_fast'] > 0
