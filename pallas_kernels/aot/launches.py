@@ -74,17 +74,20 @@ class _Instruction:
 _Computation = dict[str, _Instruction]
 
 
-def read(hlo: str, uncounted: Collection[str] = ()) -> list[Launch]:
+def read(
+  hlo: str, uncounted: Collection[str] = (), merges: Collection[str] = ()
+) -> list[Launch]:
   """Returns the launches of a program, in their order.
 
   A branch or a loop is one launch, whose bytes are not counted. Of a Pallas
-  kernel neither are arrays of the types that are named, nor those that it has
-  for other such kernels alone: what it reads and writes of these depends on
+  kernel neither are arrays of the types that are named, nor partial results,
+  nor what these are merged into, as it is read: how much of them depends on
   more than the program.
 
   Args:
     hlo: the optimized program, as of `compiled.as_text()`.
     uncounted: types as in 'bf16[8,128]', above all of the KV cache.
+    merges: Pallas kernels; a result that only these read is partial.
   """
   computations, entry = _parse(hlo)
   places: dict[str, int] = {}  # of instructions that are launches
@@ -97,7 +100,7 @@ def read(hlo: str, uncounted: Collection[str] = ()) -> list[Launch]:
     )
     if one.is_free:
       continue
-    reads = dict(_reads(one, entry, computations, uncounted))
+    reads = dict(_reads(one, entry, computations, uncounted, merges))
     places[one.name] = len(launches)
     launches.append(
       Launch(
@@ -110,7 +113,7 @@ def read(hlo: str, uncounted: Collection[str] = ()) -> list[Launch]:
         },
         needs[one.name],
         sum(reads.values()),
-        _written(one, entry, computations, uncounted),
+        _written(one, entry, computations, uncounted, merges),
       )
     )
   return launches
@@ -159,19 +162,19 @@ def _reads(
   entry: _Computation,
   computations: dict[str, _Computation],
   uncounted: Collection[str],
+  merges: Collection[str],
 ) -> Iterator[tuple[str, int]]:
   """Yields what a launch reads, and how many bytes of it."""
   if one.opcode in ('conditional', 'while', 'call'):
     return
   fused = _called(one, computations)
-  aliased = _aliased(one).values()
   total: dict[str, int] = {}
   for place, name in enumerate(one.operands):
     source = _source(name, entry)
     size = entry[name].num_bytes
     if one.pallas_name:
-      partial = source.pallas_name is not None and place not in aliased
-      size *= not partial and not _is_named(entry[name], uncounted)
+      is_partial = one.pallas_name in merges and source.pallas_name is not None
+      size *= not is_partial and not _is_named(entry[name], uncounted)
     elif fused is not None:
       size = _read_of_parameter(place, fused, size)
     total[source.name] = total.get(source.name, 0) + size
@@ -183,6 +186,7 @@ def _written(
   entry: _Computation,
   computations: dict[str, _Computation],
   uncounted: Collection[str],
+  merges: Collection[str],
 ) -> int:
   """Returns the bytes that a launch writes."""
   if one.opcode in ('conditional', 'while', 'call'):
@@ -199,13 +203,14 @@ def _written(
     sum(hlo_types.array_bytes(array))
     for place, array in enumerate(re.findall(r'\w+\[[\d,]*\]', one.result))
     if array not in uncounted
-    and (place in _aliased(one) or not _is_partial(one, place, entry))
+    and (place in _aliased(one) or not _is_partial(one, place, entry, merges))
   )
 
 
-def _is_partial(one: _Instruction, place: int, entry: _Computation) -> bool:
-  """Tells whether a result of a Pallas kernel is for other such kernels alone,
-  and not for them to write into."""
+def _is_partial(
+  one: _Instruction, place: int, entry: _Computation, merges: Collection[str]
+) -> bool:
+  """Tells whether a result is only for kernels that merge it."""
   names = {
     line.name
     for line in entry.values()
@@ -214,7 +219,7 @@ def _is_partial(one: _Instruction, place: int, entry: _Computation) -> bool:
     and re.search(rf'\bindex={place}\b', line.attributes)
   }
   readers = [
-    line.pallas_name is not None and at not in _aliased(line).values()
+    line.pallas_name in merges and at not in _aliased(line).values()
     for line in entry.values()
     for at, name in enumerate(line.operands)
     if name in names

@@ -25,6 +25,7 @@ import rich.progress
 import rich.text
 
 from pallas_kernels import gpu_targets
+from pallas_kernels.add_and_norm import configurations as norm_cases
 from pallas_kernels.aot import cases as cases_lib
 from pallas_kernels.aot import compiler
 from pallas_kernels.aot import estimates
@@ -41,6 +42,7 @@ FLAGS = flags.FLAGS
 CASES = (
   configurations.cases,
   rotate_cases.cases,
+  norm_cases.cases,
   filter_cases.cases,
   grouped_cases.cases,
   quantized_cases.cases,

@@ -9,6 +9,7 @@ from pallas_kernels.ragged_paged_attention.api import pages_from_rows
 from pallas_kernels.ragged_paged_attention.api import query_dtype
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.api import write_kv
+from pallas_kernels.ragged_paged_attention.layout import is_rows
 from pallas_kernels.ragged_paged_attention.quantization import Quantized
 from pallas_kernels.ragged_paged_attention.quantization import quantize
 from pallas_kernels.ragged_paged_attention.validate import dynamic_validate
@@ -19,6 +20,7 @@ __all__ = [
   'Quantized',
   'dynamic_validate',
   'init_pages',
+  'is_rows',
   'make_plan',
   'most_pages',
   'pages_from_rows',

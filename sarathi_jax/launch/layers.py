@@ -16,6 +16,7 @@ from pallas_kernels.aot import launches as launches_lib
 
 # Kernels of attention; a layer launches some of them, in this order.
 _ATTENTION = 'attend_small', 'merge_splits', 'attend_chunks'
+_MERGES = {'merge_splits'}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def read(hlo: str, kv_types: set[str]) -> list[Layer]:
     hlo: the step's optimized program.
     kv_types: of the cache's arrays, as in 'bf16[8,128]'.
   """
-  launches = launches_lib.read(hlo, kv_types)
+  launches = launches_lib.read(hlo, kv_types, _MERGES)
   ends: list[int] = []  # the last launch of each layer's attention
   for place, one in enumerate(launches):
     if one.name in _ATTENTION:

@@ -68,6 +68,8 @@ class LayerContext(NamedTuple):
     is_token: of each row of the output, whether it is a token's, and no
       padding; None: all are.
     query_factors: see `rope.query_factors`.
+    adds_late: whether the block may leave sums to who reads the stream, see
+      `layers.read_stream`. That has no gradient on GPUs.
   """
 
   attend: Callable[..., Attended]
@@ -75,6 +77,7 @@ class LayerContext(NamedTuple):
   rows: Rows | None = None
   is_token: Bool[Array, ' rows'] | None = None
   query_factors: Float[Array, ' T'] | None = None
+  adds_late: bool = False
 
   def take(self, x: Float[Array, 'T D']) -> Float[Array, 'rows D']:
     """Returns the rows of x that are in `rows`."""
@@ -197,12 +200,12 @@ def add_attention(
   config: config_lib.ModelConfig,
   params: layers.Params,
   layer_kv: LayerKv,
-  x: Float[Array, 'T D'],
+  x: layers.Stream,
   context: LayerContext,
   *,
   norm: layers.Norm,
   scale: float = 1.0,
-) -> tuple[Float[Array, 'rows D'], LayerKv]:
+) -> tuple[layers.Stream, LayerKv]:
   """Attends, and adds the result to the residual stream; normalizes either.
 
   Args:
@@ -214,9 +217,9 @@ def add_attention(
   Returns:
     The residual stream, of `context.rows`, and the layer's new state.
   """
-  normed = layers.read_stream(params, 'attn', x, norm, config.norm_eps)
+  x, normed = layers.read_stream(params, 'attn', x, norm, config.norm_eps)
   out, layer_kv = attention(config, params['attn'], layer_kv, normed, context)
-  x = layers.add_to_stream(
+  added = layers.add_to_stream(
     params,
     'attn',
     context.take(x),
@@ -224,8 +227,9 @@ def add_attention(
     norm,
     config.norm_eps,
     scale,
+    late=context.adds_late,
   )
-  return x, layer_kv
+  return added, layer_kv
 
 
 def attention_specs(

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import add_and_norm
 from pallas_kernels import rotate_and_write
 from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import matrices
@@ -34,6 +35,21 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 Norm = Callable[[Params, jax.Array, float], jax.Array]
+
+
+class LateSum(NamedTuple):
+  """A residual stream to which the output of a branch is yet to be added.
+
+  Attributes:
+    x: [T, D], the stream.
+    out: [T, D], the output.
+  """
+
+  x: jax.Array
+  out: jax.Array
+
+
+Stream = jax.Array | LateSum  # the residual stream, between branches
 
 
 def rms_norm(
@@ -100,10 +116,17 @@ def layer_norm(
   return scaled.astype(x.dtype)
 
 
+def whole_stream(x: Stream) -> Float[Array, 'T D']:
+  """Returns the residual stream as one array."""
+  return x.x + x.out if isinstance(x, LateSum) else x
+
+
 def read_stream(
-  params: Params, branch: str, x: Float[Array, 'T D'], norm: Norm, eps: float
-) -> Float[Array, 'T D']:
-  """Returns what a branch of a block reads of the residual stream.
+  params: Params, branch: str, x: Stream, norm: Norm, eps: float
+) -> tuple[Float[Array, 'T D'], Float[Array, 'T D']]:
+  """Returns the residual stream, and what a branch of a block reads of it.
+
+  A late sum is taken where it is normalized: in one launch, on GPUs.
 
   Args:
     params: of the block. It normalizes by '`branch`_norm', if that is there.
@@ -111,8 +134,14 @@ def read_stream(
     x: the residual stream.
     norm, eps: the family's norm, such as `rms_norm`, and what that takes.
   """
-  name = f'{branch}_norm'
-  return norm(params[name], x, eps) if name in params else x
+  weights = params.get(f'{branch}_norm')
+  if isinstance(x, LateSum) and weights is not None and norm is rms_norm:
+    by = head_norm(weights, eps)
+    return add_and_norm.add_and_norm(
+      *x, by.weight, eps=by.eps, offset=by.offset
+    )
+  x = whole_stream(x)
+  return x, x if weights is None else norm(weights, x, eps)
 
 
 def add_to_stream(
@@ -123,18 +152,20 @@ def add_to_stream(
   norm: Norm,
   eps: float,
   scale: float = 1.0,
-) -> Float[Array, 'T D']:
+  *,
+  late: bool = False,
+) -> Stream:
   """Adds what a branch gave, the sum of all shards, to the residual stream.
 
   It normalizes by '`branch`_out_norm', if that is there; see `read_stream`. And
-  it multiplies by `scale`.
+  it multiplies by `scale`. If it is `late`, who reads the stream adds.
   """
   name = f'{branch}_out_norm'
   if name in params:
     out = norm(params[name], out, eps)
   if scale != 1:
     out = (out.astype(jnp.float32) * scale).astype(out.dtype)
-  return x + out
+  return LateSum(x, out) if late else x + out
 
 
 def _rows(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
@@ -54,9 +54,9 @@ def block(
   config: config_lib.LlamaConfig,
   params: layers.Params,
   layer_kv: attention.LayerKv,
-  x: Float[Array, 'T D'],
+  x: layers.Stream,
   context: attention.LayerContext,
-) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
+) -> tuple[layers.Stream, attention.LayerKv]:
   """Adds attention, then the MLP, to the residual stream."""
 
   def mlp(x: Array) -> Array:
@@ -69,15 +69,18 @@ def block_around(
   config: config_lib.LlamaConfig,
   params: layers.Params,
   layer_kv: attention.LayerKv,
-  x: Float[Array, 'T D'],
+  x: layers.Stream,
   context: attention.LayerContext,
   mlp: Callable[[Array], Array],
-) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
+) -> tuple[layers.Stream, attention.LayerKv]:
   """Does as `block`, with an MLP that is given; on a shard, a part of it."""
   eps, scale = config.norm_eps, config.residual_scale
   x, layer_kv = attention.add_attention(
     config, params, layer_kv, x, context, norm=norm, scale=scale
   )
-  out = mlp(layers.read_stream(params, 'mlp', x, norm, eps))
-  out = context.shards.sum(out)
-  return layers.add_to_stream(params, 'mlp', x, out, norm, eps, scale), layer_kv
+  x, normed = layers.read_stream(params, 'mlp', x, norm, eps)
+  out = context.shards.sum(mlp(normed))
+  added = layers.add_to_stream(
+    params, 'mlp', x, out, norm, eps, scale, late=context.adds_late
+  )
+  return added, layer_kv

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sarathi_jax.models import attention
 from sarathi_jax.models import config as config_lib
@@ -30,9 +30,9 @@ def block(
   config: config_lib.MixtralConfig,
   params: layers.Params,
   layer_kv: attention.LayerKv,
-  x: Float[Array, 'T D'],
+  x: layers.Stream,
   context: attention.LayerContext,
-) -> tuple[Float[Array, 'rows D'], attention.LayerKv]:
+) -> tuple[layers.Stream, attention.LayerKv]:
   """Adds attention, then the experts' output, to the residual stream.
 
   A layer without experts is Llama's.

@@ -243,7 +243,7 @@ def run_layers(
   def block(
     layer: layers.Params,
     layer_kv: attention.LayerKv,
-    x: Array,
+    x: layers.Stream,
     kind: Kind,
     rows: attention.Rows | None,
   ) -> Any:
@@ -251,14 +251,14 @@ def run_layers(
       config, layer, layer_kv, x, context(kind, rows)
     )
 
-  kv = list(kv)
+  kv, stream = list(kv), x
   kept_in = range(len(params)) if kept_in is None else kept_in
   rows = [None] * (len(params) - 1) + [leaving]
   for i, (layer, kind) in enumerate(zip(params, kinds, strict=True)):
     # Layers that are alike are traced and lowered once; XLA inlines them.
     at = kept_in[i]
-    x, kv[at] = block(layer, kv[at], x, kind, rows[i])
-  return x, kv
+    stream, kv[at] = block(layer, kv[at], stream, kind, rows[i])
+  return layers.whole_stream(stream), kv
 
 
 def final_norm(

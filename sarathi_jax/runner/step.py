@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import ragged_paged_attention as rpa
 from sarathi_jax import models
 from sarathi_jax.models import adapters as adapters_lib
 from sarathi_jax.models import config as model_config_lib
@@ -309,6 +310,9 @@ def _contexts(
     has_sinks=spec.model.attention_sinks,
   )
 
+  # Where Pallas attends, as on GPUs, it adds and normalizes, too.
+  has_kernels = rpa.is_rows(kv[0][0])
+
   def context(
     layer: Layer, rows: Array | None, writes: bool
   ) -> models.LayerContext:
@@ -331,6 +335,7 @@ def _contexts(
       rows,
       is_token,
       query_factors,
+      adds_late=has_kernels,
     )
 
   return context

@@ -70,7 +70,7 @@ def test_a_layer_lies_between_two_attentions() -> None:
     ('write.1', _KV, 8 * 256 * 4 + 8 * 4, _ROWS),
     # Neither the cache nor partial results.
     ('attend_small', 'bf16[8,256]', _ROWS + _INTS, _ROWS),
-    ('merge_splits', 'bf16[8,256]', _ROWS + 4, _ROWS),
+    ('merge_splits', 'bf16[8,256]', 4, _ROWS),
   ]
   assert layer.num_bytes == sum(
     one.read + one.written for one in layer.launches
@@ -80,11 +80,21 @@ def test_a_layer_lies_between_two_attentions() -> None:
 
 def test_a_kernels_result_is_counted_unless_it_is_partial() -> None:
   """What other Pallas kernels write into, or XLA's read, is whole."""
-  first = launches.read(_STEP, {_KV})[3]
+  first = launches.read(_STEP, {_KV}, {'merge_splits'})[3]
   assert (first.name, first.written) == ('attend_small', _ROWS)
   plain = _STEP.replace('output_to_operand_aliasing={{0}: (0, {})}, ', '')
-  first = launches.read(plain, {_KV})[3]
+  first = launches.read(plain, {_KV}, {'merge_splits'})[3]
   assert (first.name, first.written) == ('attend_small', _ROWS)
+
+
+def test_a_sum_that_kernels_hand_on_is_counted() -> None:
+  """As that of the residual stream: only what is merged is partial."""
+  found = launches.read(_STEP, {_KV}, {'merge_splits'})
+  assert [one.written for one in found[3:5]] == [_ROWS, _ROWS]
+  found = launches.read(_STEP, {_KV})
+  partial = 9 * 2 * 16 * 4
+  assert [one.written for one in found[3:5]] == [_ROWS + partial, _ROWS]
+  assert found[4].read == _ROWS + partial + 4
 
 
 def test_what_is_no_kernel_is_no_launch() -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpu_targets
+from pallas_kernels.add_and_norm import configurations as norm_cases
 from pallas_kernels.aot import cases
 from pallas_kernels.aot import compiler
 from pallas_kernels.filter_threshold import configurations as filter_cases
@@ -214,6 +215,16 @@ def check_rotations(device: str, chosen: Sequence[rotate_cases.Case]) -> None:
   for result in check_all(chosen, device):
     ours = [kernel.name for kernel in result.kernels if kernel.is_ours]
     assert ours == ['rotate_and_write']
+
+
+@matmul.needs_wheels
+@pytest.mark.parametrize('device', DEVICES)
+def test_every_sum_and_norm_compiles(device: str) -> None:
+  """In one launch, several at a time on a multiprocessor."""
+  for result in check_all(norm_cases.cases(device), device):
+    (kernel,) = result.kernels
+    assert kernel.name == 'add_and_norm'
+    assert kernel.blocks_per_sm >= 2
 
 
 def _turns(all_cases: Iterable[_Case], device: str) -> list[_Case]:

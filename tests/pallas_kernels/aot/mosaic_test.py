@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from pallas_kernels import gpu_targets
+from pallas_kernels.add_and_norm import configurations as norm_cases
 from pallas_kernels.aot import cases
 from pallas_kernels.aot import kernels
 from pallas_kernels.filter_threshold import configurations as filter_cases
@@ -147,13 +148,15 @@ def test_tritons_compile_on_this_jax_too(device: str) -> None:
   first = itertools.islice(configurations.cases(device), 2)
   last = itertools.islice(filter_cases.cases(device), 2, 3)
   turned = itertools.islice(rotate_cases.cases(device), 1)
-  results = cases.check(itertools.chain(first, turned, last), device)
+  normed = itertools.islice(norm_cases.cases(device), 1)
+  results = cases.check(itertools.chain(first, turned, normed, last), device)
   assert not {r.name: r.problems for r in results if r.problems}
   assert {k.name for r in results for k in r.kernels if k.is_ours} == {
     'attend_chunks',
     'attend_small',
     'merge_splits',
     'rotate_and_write',
+    'add_and_norm',
     'least_kept',
   }
 
