@@ -100,8 +100,8 @@ def test_writing_is_measured(tmp_path: pathlib.Path) -> None:
   assert {
     row['point'] for row in measured('write', tmp_path) if 'us' in row
   } == {
-    f'{kept} 4 {name}'
-    for kept in ('float32', 'int8')
+    f'{kind} 4 {name}'
+    for kind in ('float32', 'int8', 'norm')
     for name in ('xla', 'pallas_triton')
   }
 

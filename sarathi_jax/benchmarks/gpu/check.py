@@ -9,8 +9,8 @@ Stages, the most important first: `preflight` (what would fail all the others),
 important points), `tune` (the kernel with other tiles), `mosaic` (the kernel
 for Hopper, where there is one); and, for a second call, `serving` (the engine's
 loop), `capacity` (the paper's chats, live, by policy at one SLO), `write` (what
-puts keys and values into pages), `filters` (what finds the threshold of top-k
-and top-p), `sweep` (the kernel's other points),
+puts keys and values into pages, and what adds and normalizes), `filters` (what
+finds the threshold of top-k and top-p), `sweep` (the kernel's other points),
 `quantized` (the kernel on caches of int8 and fp8), `torch` (torch's attention
 on the same shapes). Each runs in a process of its own, under a limit of its
 own; README.md beside this file tells more.

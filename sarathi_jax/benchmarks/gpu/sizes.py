@@ -39,7 +39,8 @@ class Size:
     tuned: batches for other sizes of tiles.
     num_tried: how many sizes of tiles are tried.
     quantized: the attention's points on quantized caches.
-    written: tokens whose keys and values are put into pages.
+    written: tokens whose keys and values are put into pages, and whose sums
+      are normalized.
     filtered: rows and tokens of logits that are filtered.
     workload: requests for the whole engine.
     idle: decodes in which to look for the device's waiting.
@@ -107,6 +108,7 @@ def _full() -> Size:
     tests=(
       f'{_KERNEL_TESTS}/attention_test.py',
       'tests/pallas_kernels/rotate_and_write',
+      'tests/pallas_kernels/add_and_norm',
       'tests/pallas_kernels',
       '-m',
       'gpu',

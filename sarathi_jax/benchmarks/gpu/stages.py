@@ -106,6 +106,11 @@ def _quantized(run: Run) -> None:
     attention.run(run.journal, sweep, run.limits, run.size.attention)
 
 
+def _write(run: Run) -> None:
+  for measure in (tune.writes, tune.norms):
+    measure(run.journal, run.size.tuned, run.size.written)
+
+
 def _torch(run: Run) -> None:
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # torch takes it.
   attention.run_torch(
@@ -173,9 +178,7 @@ STAGES: Mapping[str, Stage] = {
     xla_flags='--xla_enable_command_buffers_during_profiling=true',
   ),
   'capacity': Stage(_capacity, 300),
-  'write': Stage(
-    lambda run: tune.writes(run.journal, run.size.tuned, run.size.written), 60
-  ),
+  'write': Stage(_write, 60),
   'filters': Stage(
     lambda run: tune.filters(
       run.journal, run.size.filtered, run.size.num_tried

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import add_and_norm
 from pallas_kernels import filter_threshold
 from pallas_kernels import ragged_paged_attention as rpa
 from pallas_kernels import rotate_and_write
@@ -94,6 +95,49 @@ def writes(
   ):
     journal.measure(
       f'{kept} {tokens} {name}', functools.partial(row, kept, tokens, name)
+    )
+
+
+def norms(
+  journal: journal_lib.Journal,
+  sweep: attention.Sweep,
+  num_tokens: tuple[int, ...],
+) -> None:
+  """Times the ways to add to the residual stream, and to normalize it.
+
+  Each call adds to the sum of the one before, as layers do. Plain XLA, should
+  it win, goes into `add_and_norm.tuning._FASTEST`.
+
+  Args:
+    journal: as for `attention.run`.
+    sweep: the shape; a row is as wide as all heads of its queries.
+    num_tokens: tokens of a step, for each measurement.
+  """
+  width = sweep.num_heads * sweep.head_dim
+
+  def row(tokens: int, name: str) -> journal_lib.Row:
+    drawn = jax.random.normal(
+      jax.random.key(0), (sweep.calls + 1, tokens, width), sweep.dtype
+    )
+    weight = jnp.ones(width, sweep.dtype)
+
+    @jax.jit
+    def chain(drawn: jax.Array, weight: jax.Array) -> Any:
+      x, *outs = drawn
+      normed = []
+      for out in outs:
+        x, each = add_and_norm.add_and_norm(
+          x, out, weight, eps=1e-5, implementation=name
+        )
+        normed.append(each)
+      return x, normed
+
+    took = timing.seconds(lambda: chain(drawn, weight)) / sweep.calls
+    return {'new': tokens, 'by': name, 'us': took * 1e6}
+
+  for tokens, name in itertools.product(num_tokens, ('xla', 'pallas_triton')):
+    journal.measure(
+      f'norm {tokens} {name}', functools.partial(row, tokens, name)
     )
 
 
