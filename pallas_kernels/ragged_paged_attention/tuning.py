@@ -181,7 +181,11 @@ _SIZES: Mapping[tuple[str, str], _Table] = {
     (2, 256): (64, 32, 8, 3),
   },
   ('chunks', 'a40'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
-  ('chunks', 'h100'): {(2, 128): (128, 64, 8, 3)} | _CHUNKS,
+  ('chunks', 'h100'): _CHUNKS
+  | {
+    (2, 128): (128, 64, 8, 3),
+    (2, 256): (128, 32, 8, 3),
+  },
 }
 # Those for a quantized cache, where the registers of the others spill, or fewer
 # warps take fewer instructions: each of them loads the scales.
