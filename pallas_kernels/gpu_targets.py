@@ -34,6 +34,7 @@ class GpuTarget:
     l2_bytes: of its cache.
     clock_ghz: the highest.
     matmul_flops: a second, of dense bfloat16 on the tensor cores.
+    fp8_flops: the same of e4m3; None: they have no instruction for it.
   """
 
   device_kind: str
@@ -48,6 +49,7 @@ class GpuTarget:
   l2_bytes: int
   clock_ghz: float
   matmul_flops: float
+  fp8_flops: float | None = None
 
   @property
   def shared_memory_per_block(self) -> int:
@@ -158,6 +160,7 @@ TARGETS: Mapping[str, GpuTarget] = {
     l2_bytes=52_428_800,
     clock_ghz=1.98,
     matmul_flops=989.4e12,
+    fp8_flops=1978.9e12,
   ),
 }
 

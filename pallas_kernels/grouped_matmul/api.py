@@ -167,6 +167,8 @@ def _backward(
 ) -> Any:
   del implementation  # Only one can be differentiated.
   x, matrices, biases, group_sizes, rows = args
+  if isinstance(matmul, coded.Coded):
+    matmul = matmul.differentiable()
   _, pull = jax.vjp(
     lambda x, matrices, biases: xla.grouped_matmul(
       x,

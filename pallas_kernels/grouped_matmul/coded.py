@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul import operand
+from pallas_kernels.quantized_matmul import rows
 from pallas_kernels.quantized_matmul import xla
 
 
@@ -22,15 +23,29 @@ class Coded:
   group, in JAX's own operations; kernels know what it stands for.
 
   Attributes:
-    codes, group: of every kind; see `quantized_matmul`.
+    codes, group, activations, by_columns: of every kind; see
+      `quantized_matmul`.
   """
 
   codes: str
   group: int | None = None
+  activations: str | None = None
+  by_columns: bool = False
 
   def __call__(self, x: jax.Array, w: operand.Operand) -> jax.Array:
     """Multiplies rows [n, in], in float32."""
-    return xla.quantized_matmul(x, w, self.codes, self.group, jnp.float32)
+    if self.by_columns:
+      w = w._replace(values=w.values.T)
+    given, scale = x, None
+    if self.activations is not None:
+      given, scale = rows.rounded(x)
+      given = given.astype(x.dtype)  # Which holds them exactly.
+    out = xla.quantized_matmul(given, w, self.codes, self.group, jnp.float32)
+    return out if scale is None else out * scale
+
+  def differentiable(self) -> Coded:
+    """Returns what gradients are of: rows as they are."""
+    return dataclasses.replace(self, activations=None)
 
   def check(
     self, matrices: Sequence[Any], num_groups: int, num_in: int
@@ -41,4 +56,12 @@ class Coded:
         raise ValueError(
           f'matrices={type(w).__name__}: must be Operands, as matmul is Coded.'
         )
-      operand.check(w, self.codes, num_in, self.group, (num_groups,))
+      operand.check(
+        w,
+        self.codes,
+        num_in,
+        self.group,
+        (num_groups,),
+        by_columns=self.by_columns,
+      )
+      rows.check(self.activations, self.codes, w.scale.shape[-2])

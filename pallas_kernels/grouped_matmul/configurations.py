@@ -31,6 +31,8 @@ class Case:
     biases: whether there is one of each kind.
     codes: the key of `quantized_specs.KINDS` of how matrices are kept; None:
       they are arrays.
+    rounded: whether rows are rounded to these codes, too, and codes lie by
+      columns.
     multiply: the kernel's function.
   """
 
@@ -40,21 +42,29 @@ class Case:
   dtype: str = 'bfloat16'
   biases: bool = False
   codes: str | None = None
+  rounded: bool = False
   multiply: Callable[..., jax.Array] = pallas_triton.grouped_matmul
+
+  @property
+  def matmul(self) -> coded.Coded | None:
+    """How the codes are multiplied, if matrices are."""
+    if self.codes is None:
+      return None
+    codes, group, _ = quantized_specs.KINDS[self.codes]
+    if not self.rounded:
+      return coded.Coded(codes, group)
+    return coded.Coded(codes, group, activations=codes, by_columns=True)
 
   def function(
     self, x: jax.Array, sizes: jax.Array, rows: jax.Array, *more: Any
   ) -> jax.Array:
-    matmul = None
-    if self.codes is not None:
-      matmul = coded.Coded(*quantized_specs.KINDS[self.codes][:2])
     return self.multiply(
       x,
       more[: self.kinds],
       sizes,
       rows,
       _gated if self.kinds == 2 else _only,
-      matmul,
+      self.matmul,
       biases=more[self.kinds :],
     )
 
@@ -88,11 +98,15 @@ class Case:
     one = quantized_specs.ArgSpec(
       1, spec.num_in, spec.num_out, *quantized_specs.KINDS[self.codes]
     )
+    w = quantized_specs.shapes(one)
+    if self.rounded:
+      values = jax.ShapeDtypeStruct(w.values.shape[::-1], w.values.dtype)
+      w = w._replace(values=values)
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         (spec.num_groups, *leaf.shape), leaf.dtype
       ),
-      quantized_specs.shapes(one),
+      w,
     )
 
 
@@ -156,12 +170,21 @@ def case(
   return Case(name, spec, kinds, dtype, model == 'gpt-oss-20b', codes)
 
 
+def rounded(model: str, num_tokens: int, kinds: int) -> Case:
+  """Returns the case of rows that are rounded, too: fp8 by fp8."""
+  made = case(model, num_tokens, kinds, codes='fp8')
+  return dataclasses.replace(made, name=f'{made.name} rounded', rounded=True)
+
+
 def cases(device: str) -> Iterator[Case | GroupingCase]:
   """Yields every default configuration, for `pallas_kernels.aot`.
 
   Iterate, and compile, while the default device is the one of this name.
   """
-  del device  # All have the same.
+  if device == 'h100':  # Others have the rest.
+    for num_tokens in CODED_TOKENS:
+      for kinds in (2, 1):
+        yield rounded('qwen3-30b-a3b', num_tokens, kinds)
   for num_groups, chosen in sorted({m[:2] for m in arg_specs.MODELS.values()}):
     for num_tokens in arg_specs.TOKENS:
       yield GroupingCase(num_tokens * chosen, num_groups)

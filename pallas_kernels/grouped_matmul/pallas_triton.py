@@ -30,6 +30,7 @@ from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import plan as plan_lib
 from pallas_kernels.grouped_matmul import tuning
 from pallas_kernels.quantized_matmul import plan as quantized_plan
+from pallas_kernels.quantized_matmul import rows as rounding
 from pallas_kernels.quantized_matmul import tile as tile_lib
 from pallas_kernels.quantized_matmul import tuning as quantized_tuning
 
@@ -116,6 +117,11 @@ class Codes:
     """Those of a block."""
     return self.plan.sizes
 
+  @property
+  def dtype(self) -> str:
+    """That of the rows that a block multiplies."""
+    return self.plan.shape.dtype
+
   def products(
     self,
     x_ref: Any,
@@ -156,18 +162,22 @@ def grouped_matmul(
   Raises:
     NotImplementedError: the kernel can't run there, or not for such shapes.
   """
-  shape = tuning.Shape.of(x, matrices, rows)
+  shape, dtype, scale = tuning.Shape.of(x, matrices, rows), x.dtype, None
   if isinstance(matmul, coded.Coded):
     multiplier = multiplier or Codes(tuning.choose_coded(shape, matmul))
-    matrices = jax.tree.map(tile_lib.readable, tuple(matrices))
+    assert isinstance(multiplier, Codes)
+    if matmul.activations is not None:
+      x, scale = rounding.rounded(x)
+      x = x.astype(multiplier.dtype)  # Which holds them exactly.
+    x, matrices = jax.tree.map(tile_lib.readable, (x, tuple(matrices)))
   multiplier = multiplier or Arrays(tuning.choose(shape).for_shape(shape))
   launch = functools.partial(
-    _launch, combine=combine, multiplier=multiplier, shape=shape
+    _launch, combine=combine, multiplier=multiplier, shape=shape, dtype=dtype
   )
   # Vectors have lengths that are powers of two.
   more = (1 << (shape.num_groups - 1).bit_length()) - shape.num_groups
   return devices.launch(
-    launch, x, rows, jnp.pad(group_sizes, (0, more)), matrices, biases
+    launch, x, rows, jnp.pad(group_sizes, (0, more)), matrices, biases, scale
   )
 
 
@@ -177,10 +187,12 @@ def _launch(
   group_sizes: jax.Array,
   matrices: tuple[Any, ...],
   biases: tuple[jax.Array, ...],
+  scale: jax.Array | None,
   *,
   combine: Callable[..., jax.Array],
   multiplier: Arrays | Codes,
   shape: tuning.Shape,
+  dtype: jax.typing.DTypeLike,
   interpret: bool,
 ) -> jax.Array:
   sizes = multiplier.sizes
@@ -190,13 +202,13 @@ def _launch(
       _kernel, combine=combine, multiplier=multiplier, interpret=interpret
     ),
     grid=(num_tiles * -(-shape.num_out // sizes.columns),),
-    out_shape=jax.ShapeDtypeStruct((shape.num_rows, shape.num_out), x.dtype),
+    out_shape=jax.ShapeDtypeStruct((shape.num_rows, shape.num_out), dtype),
     compiler_params=plgpu.CompilerParams(
       num_warps=sizes.num_warps, num_stages=sizes.num_stages
     ),
     interpret=interpret,
     name=multiplier.name,
-  )(x, rows, group_sizes, matrices, biases)
+  )(x, rows, group_sizes, matrices, biases, scale)
 
 
 def _kernel(
@@ -205,6 +217,7 @@ def _kernel(
   sizes_ref: Any,
   matrices: tuple[Any, ...],
   biases: tuple[Any, ...],
+  scale_ref: Any,
   out_ref: Any,
   *,
   combine: Callable[..., jax.Array],
@@ -219,6 +232,7 @@ def _kernel(
     sizes_ref: [G] int32 of the groups, and zeros up to a power of two.
     matrices: of each kind, with G in front.
     biases: [G, out] of each kind, or none.
+    scale_ref: [T, 1] float32 that products of rows are multiplied by, or None.
     out_ref: [R, out], the result.
     combine: see `api.grouped_matmul`.
     multiplier: by which the tile is multiplied.
@@ -245,6 +259,9 @@ def _kernel(
     )
     rows = plgpu.load(rows_ref.at[places])
     sums = multiplier.products(x_ref, matrices, group, rows, columns, interpret)
+    if scale_ref is not None:
+      scale = plgpu.load(scale_ref.at[rows, 0])[:, None]
+      sums = [total * scale for total in sums]
     if biases:
       sums = [
         total + plgpu.load(bias.at[group, columns]).astype(jnp.float32)[None]

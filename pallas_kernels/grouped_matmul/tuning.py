@@ -57,7 +57,7 @@ class Shape:
     """Returns the shape of a call; see `api.grouped_matmul`."""
     first = matrices[0]
     if isinstance(first, operand.Operand):
-      first = first.values
+      first = first.scale
     num_groups, *_, num_out = first.shape
     return cls(
       x.dtype.name,
@@ -168,13 +168,22 @@ def choose_coded(shape: Shape, how: coded.Coded) -> quantized_plan.Plan:
   """
   device = devices.default()
   devices.check_triton(device)
+  if how.activations is not None:
+    shape = dataclasses.replace(shape, dtype='bfloat16')
+  num_rows = _largest(shape, device).rows
+  dtype = shape.dtype
+  if how.activations is not None and quantized_tuning.takes_fp8(
+    num_rows, how.by_columns
+  ):
+    dtype = quantized_tuning.FP8
   of_tile = quantized_tuning.Shape(
-    shape.dtype,
+    dtype,
     how.codes,
-    _largest(shape, device).rows,
+    num_rows,
     shape.num_in,
     shape.num_out,
     how.group or shape.num_in,
+    how.by_columns,
   )
   return plan_coded(of_tile, quantized_tuning.choose(of_tile), shape.num_kinds)
 

@@ -79,15 +79,7 @@ def quantized_matmul(
       f'x={x.dtype}{x.shape}: must be float32, bfloat16 or float16, of 2 axes.'
     )
   operand.check(w, codes, x.shape[1], group, by_columns=by_columns)
-  if activations not in (None, *rows.CODES):
-    raise ValueError(
-      f'{activations=}: must be None or one of {", ".join(rows.CODES)}.'
-    )
-  if activations is not None and (codes != activations or len(scale) > 1):
-    raise ValueError(
-      f'{activations=}: needs the same codes, and a group of all rows; '
-      f'{codes=}, {group=}.'
-    )
+  rows.check(activations, codes, len(scale))
   dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   if implementation is None:
     implementation = tuning.fastest(

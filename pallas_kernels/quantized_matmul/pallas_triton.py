@@ -49,11 +49,7 @@ def quantized_matmul(
   Raises:
     NotImplementedError: the kernel can't run there, or not for such shapes.
   """
-  if x.dtype == jnp.float8_e4m3fn and not (
-    by_columns
-    and len(x) > tuning.FEW_ROWS
-    and tuning.has_fp8(devices.default())
-  ):
+  if x.dtype == tuning.FP8 and not tuning.takes_fp8(len(x), by_columns):
     x = x.astype(jnp.bfloat16)  # Which holds it exactly.
   shape = tuning.Shape.of(x, w, codes, group, by_columns)
   plan = plan_lib.of(

@@ -44,3 +44,22 @@ def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     lax.reduce_precision(x, 8, jnp.finfo(_DTYPE).nmant),
   )
   return nearest.astype(_DTYPE), scale
+
+
+def check(activations: str | None, codes: str, groups: int) -> None:
+  """Raises ValueError if a matrix does not multiply such rows; says why.
+
+  Args:
+    activations: what rows are rounded to; None: they are not.
+    codes: of the matrix, of `operand.CODES`.
+    groups: that its rows are in.
+  """
+  if activations not in (None, *CODES):
+    raise ValueError(
+      f'{activations=}: must be None or one of {", ".join(CODES)}.'
+    )
+  if activations is not None and (codes != activations or groups > 1):
+    raise ValueError(
+      f'{activations=}: needs the same codes, and a group of all rows; '
+      f'{codes=}, {groups=}.'
+    )

@@ -62,7 +62,7 @@ class Shape:
   @property
   def is_fp8(self) -> bool:
     """Whether rows are of 8 bits, too."""
-    return self.dtype == 'float8_e4m3fn'
+    return self.dtype == FP8
 
   @property
   def bits(self) -> int:
@@ -92,6 +92,7 @@ class Sizes:
   num_stages: int
 
 
+FP8 = 'float8_e4m3fn'  # the dtype of rows of 8 bits
 _LEAST = 16  # that a side of a product has on a GPU
 _ALIGNED = 8  # columns: what a thread loads at once
 FEW_ROWS = 64  # as decodes have: such products wait for memory
@@ -157,7 +158,7 @@ def choose(shape: Shape) -> Sizes:
     (
       shape.itemsize in (2, 4) or shape.is_fp8,
       'dtype',
-      'must be float32, bfloat16, float16 or float8_e4m3fn',
+      f'must be float32, bfloat16, float16 or {FP8}',
     ),
   ):
     if not ok:
@@ -173,6 +174,18 @@ def choose(shape: Shape) -> Sizes:
       many = _MANY_OF_GROUPS[devices.target_of(device)]
     table = (*_FEW[shape.bits], (2**31, many))
   return next(sizes for most, sizes in table if shape.num_rows <= most)
+
+
+def takes_fp8(num_rows: int, by_columns: bool) -> bool:
+  """Says whether rows of fp8 are multiplied as such, on the default device.
+
+  Few wait for the matrix, and are multiplied in 16 bits.
+
+  Args:
+    num_rows: of them.
+    by_columns: whether codes lie so.
+  """
+  return by_columns and num_rows > FEW_ROWS and has_fp8(devices.default())
 
 
 def has_fp8(device: Any) -> bool:

@@ -134,12 +134,11 @@ def coded(
   """Returns experts' matrices, and how to multiply by them, for kernels.
 
   Returns:
-    None if they are not all in codes of one way, with their rows in order, or
-    if they round what they multiply, which kernels of experts do not.
+    None if they are not all in codes of one way, with their rows in order.
   """
   ways = {
-    (w.codes, w.group)
-    if isinstance(w, Quantized) and w.order is None and w.activations is None
+    (w.codes, w.group, w.activations, w.by_columns)
+    if isinstance(w, Quantized) and w.order is None
     else None
     for w in matrices
   }

@@ -66,8 +66,8 @@ class Layout:
     node: says which node a parameter is kept as, by its name and spec; None:
       an array. Quantized ones are nodes of the model's, whatever it says.
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
-    codes_by_columns: whether codes that multiply rows of codes lie so, but for
-      experts'; see `quantized.Quantized`.
+    codes_by_columns: whether codes that multiply rows of codes lie so; see
+      `quantized.Quantized`.
   """
 
   dtype: Any
@@ -247,7 +247,6 @@ def places(
       layout.codes_by_columns
       and isinstance(first, quantized.Quantized)
       and first.activations is not None
-      and not _is_of_experts(first)
     )
 
     def one(path: Any, *leaves: spec.ParamSpec) -> Any:

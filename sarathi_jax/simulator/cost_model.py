@@ -44,7 +44,8 @@ class CostModel:
     kv_cache_dtype: see `EngineConfig`.
 
   Raises:
-    ConfigError: tp or pp does not divide the model.
+    ConfigError: tp or pp does not divide the model, or the hardware does not
+      multiply what the model rounds.
   """
 
   def __init__(
@@ -69,6 +70,15 @@ class CostModel:
       pp,
       f'must be in [1, num_layers={model.num_layers}]',
     )
+    rounded = model.quantization and model.quantization.activations
+    config_lib.check(
+      not rounded or hardware.fp8_flops is not None,
+      'quantized_activations',
+      rounded,
+      f'{hardware.name} has no matrix units of fp8 (fp8_flops)',
+    )
+    # A second, of what multiplies codes.
+    self._flops_of_codes = hardware.fp8_flops if rounded else None
     self.model = model
     self.hardware = hardware
     self.tp = tp
@@ -265,6 +275,7 @@ class CostModel:
             self.model.hidden_size,
             self.model.vocab_size / self.tp,
             self._head_bytes,
+            self._flops_of(self._head_number_bytes),
           )
         )
         if rows
@@ -284,6 +295,7 @@ class CostModel:
         matrix.rows,
         matrix.columns,
         matrix.number_bytes or operators.BYTES,
+        self._flops_of(matrix.number_bytes),
       )
     mlp = self._mlps[which]
     heads = (self.num_heads + self.num_kv_heads) * self.model.head_dim
@@ -328,10 +340,18 @@ class CostModel:
   @property
   def _head_bytes(self) -> float:
     """Bytes of a number of the output matrix."""
+    return self._head_number_bytes or operators.BYTES
+
+  @property
+  def _head_number_bytes(self) -> float | None:
+    """See `facts.number_bytes`."""
     if self.model.tie_word_embeddings:
-      return operators.BYTES
-    width = self.model.hidden_size
-    return facts.number_bytes(self.model, 'lm_head', width) or operators.BYTES
+      return None
+    return facts.number_bytes(self.model, 'lm_head', self.model.hidden_size)
+
+  def _flops_of(self, number_bytes: float | None) -> float | None:
+    """Returns the rate of a matrix that may be quantized, if not 16 bits'."""
+    return None if number_bytes is None else self._flops_of_codes
 
   @property
   def kv_token_bytes(self) -> int:

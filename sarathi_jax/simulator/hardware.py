@@ -23,6 +23,7 @@ from sarathi_jax import json_file
 
 _FOLDER = pathlib.Path(__file__).parent / 'devices'
 LINKS = ('nvlink', 'pcie', 'network')
+_OPTIONAL = {'fp8_flops'}  # fields that a file may leave out, or null
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class Hardware:
   Attributes:
     name: the device's name, for people.
     flops: dense 16-bit floating-point operations a second.
+    fp8_flops: those of fp8 by fp8; None: it has none.
     memory_bytes: memory of one device.
     memory_rate: bytes a second.
     num_sms: processors of a device, which tiles of work are spread over.
@@ -85,6 +87,7 @@ class Hardware:
   link_rates: Mapping[str, float]
   message_s: float
   efficiencies: Efficiencies
+  fp8_flops: float | None = None
 
   def with_efficiencies(self, **values: float) -> Hardware:
     """Returns the same hardware with some efficiencies replaced."""
@@ -152,7 +155,11 @@ def from_dict(fields: Any, name: str) -> Hardware:
 
   if not isinstance(fields, dict):
     raise fail('must be an object')
-  fields = {k: v for k, v in fields.items() if k != 'source'}
+  fields = {
+    k: v
+    for k, v in fields.items()
+    if k != 'source' and not (k in _OPTIONAL and v is None)
+  }
   gpu = fields.pop('gpu', None)
   if gpu is not None:
     if gpu not in gpu_targets.TARGETS:
@@ -170,8 +177,8 @@ def from_dict(fields: Any, name: str) -> Hardware:
     ('efficiencies', Efficiencies, fields.get('efficiencies')),
   ):
     known = {f.name for f in dataclasses.fields(cls)}
-    if not isinstance(part, dict) or set(part) != known:
-      wrong = sorted(known ^ set(part or {}))
+    if not isinstance(part, dict) or set(part) | _OPTIONAL & known != known:
+      wrong = sorted(known ^ (set(part or {}) | _OPTIONAL & known))
       raise fail(f'{what or "fields"} {", ".join(wrong)}: missing or unknown')
     for key, value in part.items():
       numbers = value.values() if key == 'link_rates' else [value]
@@ -193,10 +200,12 @@ def from_dict(fields: Any, name: str) -> Hardware:
 
 def _facts_of(gpu: gpu_targets.GpuTarget) -> dict[str, float]:
   """Returns the fields of `Hardware` that are a GPU's."""
-  return {
+  facts = {
     'flops': gpu.matmul_flops,
     'memory_bytes': gpu.memory_bytes,
     'memory_rate': gpu.bandwidth,
     'num_sms': gpu.multiprocessors,
     'clock_hz': gpu.clock_ghz * 1e9,
+    'fp8_flops': gpu.fp8_flops,
   }
+  return {name: fact for name, fact in facts.items() if fact is not None}

@@ -50,16 +50,18 @@ def matmul(
   k: Number,
   m: Number,
   weight_bytes: float = BYTES,
+  flops: float | None = None,
 ) -> Number:
   """Predicts [n, k] x [k, m], n tokens: a roofline with tile quantisation.
 
   Where memory and arithmetic take about as long, both are felt: their times add
   as the sides of a right angle. A weight is read in `weight_bytes`, as a kernel
-  does that takes codes apart; arithmetic is that of 16 bits.
+  does that takes codes apart. Arithmetic is that of 16 bits, or what reaches
+  the same part of `flops` a second.
   """
   fit = hardware.efficiencies
   rate = hardware.memory_rate * fit.memory
-  of_sm = hardware.flops * fit.gemm / hardware.num_sms
+  of_sm = (flops or hardware.flops) * fit.gemm / hardware.num_sms
   best: Number = np.inf
   for rows, cols in _TILES:
     eff = 1.0 if rows == 128 else _SMALL_TILE

@@ -42,6 +42,7 @@ _FIELDS = (
   'max_model_len',
   'look_ahead',
   'kv_cache_dtype',
+  'quantized_activations',
   'prefix_cache',
   'cache_aware_window',
   'memory_utilization',

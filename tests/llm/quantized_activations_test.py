@@ -17,6 +17,7 @@ from sarathi_jax import SamplingParams
 from sarathi_jax import checkpoint
 from sarathi_jax import errors
 from sarathi_jax import models
+from sarathi_jax.models import config as config_lib
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import quantized
 from tests import naive
@@ -94,6 +95,24 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Any:
   return folder / 'out'
 
 
+MIXTURE = config_lib.MixtralConfig(
+  vocab_size=64,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  max_position_embeddings=64,
+  num_experts=4,
+  experts_per_token=2,
+  quantization=quantization_lib.Quantization(
+    codes='fp8',
+    kept=(*quantization_lib.ROUTERS, 'lm_head', 'layers.*.attn.*'),
+  ),
+)
+
+
 def engine(**fields: Any) -> Any:
   return tiny.engine_config(**tiny.STEPS_ALONE, **fields)
 
@@ -108,6 +127,29 @@ def test_tokens_are_those_of_a_model_that_rounds(
   llm = LLM.from_checkpoint(
     converted, config=engine(tp=tp, quantized_activations='fp8')
   )
+  check(llm, model, params, tp)
+
+
+@pytest.mark.parametrize('tp', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_experts_round_what_they_multiply(tp: int) -> None:
+  """What a token is to each of them, and what each is inside."""
+  params = models.init_params(MIXTURE, jax.random.key(0), jnp.float32)
+  for layer in params['layers']:
+    for name in ('gate', 'up', 'down'):  # So that they weigh among the rest.
+      node = layer['moe'][name]
+      layer['moe'][name] = dataclasses.replace(node, scale=8 * node.scale)
+  llm = LLM(
+    MIXTURE,
+    params,
+    eos_token_ids=(),
+    config=engine(tp=tp, quantized_activations='fp8'),
+  )
+  check(llm, MIXTURE, params, tp)
+
+
+def check(llm: LLM, model: Any, params: Any, tp: int) -> None:
+  """Compares tokens, and their log-probabilities, with the reference's."""
+  assert llm.model.quantization is not None
   assert llm.model.quantization.activations == 'fp8'
   apart = 0.0
   for prompt, done in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):

@@ -68,10 +68,7 @@ INT4 = dataclasses.replace(
   intermediate_size=128,
   quantization=quantization.Quantization(codes='int4', group=32, zeros=True),
 )
-FP8 = dataclasses.replace(
-  LLAMA,
-  quantization=quantization.Quantization(codes='fp8', activations='fp8'),
-)
+FP8 = quantization.Quantization(codes='fp8', activations='fp8')
 MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
 
 
@@ -136,17 +133,20 @@ def test_live_and_read_weights_lie_the_same(tp, pp, lies):
   assert most <= num_read <= most + (tp * pp - 1) * copied
 
 
-@pytest.mark.parametrize('tp,pp', [(1, 1), (2, 2)])
-def test_codes_that_multiply_codes_may_lie_by_columns(tp, pp):
-  params = models.init_params(FP8, jax.random.key(0), jnp.float32)
+@pytest.mark.parametrize(
+  'of,tp,pp', [(LLAMA, 1, 1), (LLAMA, 2, 2), (MODEL, 2, 2)]
+)
+def test_codes_that_multiply_codes_may_lie_by_columns(of, tp, pp):
+  model = dataclasses.replace(of, quantization=FP8)
+  params = models.init_params(model, jax.random.key(0), jnp.float32)
   whole = named(params)
   mesh = mesh_of(tp, pp)
 
   def nodes(by_columns: bool) -> list[Any]:
     layout = placement.Layout(F32, merged=True, codes_by_columns=by_columns)
-    placed = weights.place_live(FP8, mesh, layout, params)
+    placed = weights.place_live(model, mesh, layout, params)
     assert_same(
-      weights.load(FP8, mesh, layout, lambda name, i: whole[name][i]), placed
+      weights.load(model, mesh, layout, lambda name, i: whole[name][i]), placed
     )
     found = jax.tree.leaves(
       placed, is_leaf=lambda node: isinstance(node, quantized.Quantized)

@@ -247,6 +247,29 @@ def test_quantized_weights_are_read_and_kept_in_their_own_bytes(
   assert least * seconds[1] < seconds[0] < (least + 1) / 2 * seconds[1]
 
 
+@pytest.mark.parametrize(
+  'name,most', [('llama-3.1-8b', 0.65), ('qwen3-30b-a3b', 0.8)]
+)
+def test_rows_that_are_rounded_are_multiplied_at_the_rate_of_fp8(
+  name: str, most: float
+) -> None:
+  h100 = hardware_lib.load('h100')
+  how = quantization.Quantization(codes='fp8')
+  model = dataclasses.replace(published.MODELS[name], quantization=how)
+  plain, rounded = (
+    cost_model.CostModel(one, h100) for one in (model, model.rounding('fp8'))
+  )
+  assert rounded.weight_bytes == plain.weight_bytes
+  # Many rows wait for products, few for bytes.
+  assert rounded.layer_seconds(16384) < most * plain.layer_seconds(16384)
+  assert rounded.layer_seconds(1) > 0.9 * plain.layer_seconds(1)
+  assert rounded.head_seconds(8192) < 0.6 * plain.head_seconds(8192)
+  with pytest.raises(
+    errors.ConfigError, match=r"quantized_activations='fp8': A100.* has no"
+  ):
+    cost_model.CostModel(model.rounding('fp8'), A100)
+
+
 @pytest.mark.parametrize('fields', [{}, {'kv_cache_gib': 70.0}])
 def test_what_does_not_fit_is_refused(fields: dict) -> None:
   model = cost_of(paper.FALCON).model

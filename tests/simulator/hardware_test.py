@@ -33,8 +33,9 @@ def test_facts_of_gpus_are_those_that_kernels_are_compiled_for(
     gpu.bandwidth,
     gpu.multiprocessors,
   )
-  assert (device.flops, device.clock_hz) == (
+  assert (device.flops, device.fp8_flops, device.clock_hz) == (
     gpu.matmul_flops,
+    gpu.fp8_flops,
     gpu.clock_ghz * 1e9,
   )
 

@@ -14,7 +14,6 @@ from pallas_kernels.aot import cases
 from pallas_kernels.aot import compiler
 from pallas_kernels.aot import estimates
 from pallas_kernels.grouped_matmul import arg_specs
-from pallas_kernels.grouped_matmul import coded
 from pallas_kernels.grouped_matmul import configurations
 from pallas_kernels.grouped_matmul import tuning
 from pallas_kernels.quantized_matmul import arg_specs as quantized_specs
@@ -47,6 +46,25 @@ def test_experts_in_codes_compile(
     'grouped_matmul_codes'
   ]
   assert result.compiled.memory_analysis().temp_size_in_bytes == 0
+
+
+@matmul.needs_disassembler
+def test_chunks_that_are_rounded_multiply_8_bits() -> None:
+  """In half of the time of 16 bits, and nothing else is put together."""
+  case = configurations.rounded('qwen3-30b-a3b', 8192, 2)
+  assert plan_of(case, 'h100').shape.is_fp8
+  (result,) = cases.check([case], 'h100')
+  assert not result.problems
+  loop = max(
+    (one for one in estimates.judge(result, 'h100') if one.loop.matrix),
+    key=lambda one: one.loop.instructions,
+  )
+  sizes = plan_of(case, 'h100').sizes
+  target = gpu_targets.get('h100')
+  products = 2 * 2 * sizes.rows * sizes.columns * sizes.depth
+  of_16_bits = products / (target.matmul_flops / target.multiprocessors) * 1e9
+  print(f'{loop.loop}, {loop.estimate}, {of_16_bits=:.0f} ns')
+  assert max(loop.estimate.issue, loop.estimate.matrix) <= 0.6 * of_16_bits
 
 
 # Of the time that the bytes of the experts that are chosen take, at the most.
@@ -111,10 +129,11 @@ def time_of(device: str, model: str, codes: str, tokens: int) -> float:
 
 def plan_of(case: configurations.Case, device: str) -> plan_lib.Plan:
   x, _, rows, *more = case.args
+  how = case.matmul
+  assert how is not None
   with compiler.on(device):
     return tuning.choose_coded(
-      tuning.Shape.of(x, more[: case.kinds], rows),
-      coded.Coded(*quantized_specs.KINDS[case.codes or ''][:2]),
+      tuning.Shape.of(x, more[: case.kinds], rows), how
     )
 
 

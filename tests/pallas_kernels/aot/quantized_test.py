@@ -21,8 +21,9 @@ def get_config():
   return EngineConfig(
     token_budget=512, max_num_seqs=64, max_model_len=4096, tp={tp})
 def get_model():
+  model = published.MODELS['{model}']
   return dataclasses.replace(
-    published.MODELS['{model}'], num_layers=2,
+    model, num_layers=2, window_layers=model.window_layers and (0,),
     quantization=quantization.Quantization({how}))
 """
 # What gpt-oss is published with.

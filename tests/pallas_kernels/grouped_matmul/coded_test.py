@@ -143,6 +143,45 @@ def test_rows_are_multiplied_by_what_their_groups_codes_stand_for(
       )
 
 
+# Tiles of few rows, of 16 bits, and of many, which multiply 8 bits by 8.
+ROUNDED = (
+  arg_specs.ArgSpec(9, 4, 2, 80, 40, 'skewed', 2),
+  arg_specs.ArgSpec(70, 2, 2, 144, 48),
+)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['reference', 'xla', pytest.param('pallas_triton', marks=pytest.mark.gpu)],
+)
+@pytest.mark.parametrize('by_columns', [False, True])
+@pytest.mark.parametrize('spec', ROUNDED, ids=str)
+def test_rows_are_rounded_by_scales_of_their_own(
+  spec: arg_specs.ArgSpec, by_columns: bool, name: str
+) -> None:
+  how = grouped_matmul.Coded('fp8', None, 'fp8', by_columns)
+  x, matrices, keys = arg_specs.make_coded(spec, 'fp8', kinds=2)
+  num = spec.num_tokens - spec.num_padding
+  x[:num] *= np.logspace(-20, 20, num, dtype=np.float32)[:, None]
+  given = [
+    w._replace(values=w.values.swapaxes(-1, -2)) if by_columns else w
+    for w in matrices
+  ]
+  got = jax.jit(lambda args: call(name, how, args))((x, given, keys))
+  rows = quantized_matmul_test.rounded(x[:num])
+  found = [
+    {g: numbers_of(spec, how, w, g) for g in np.unique(keys[:num])}
+    for w in matrices
+  ]
+  for token, row in enumerate(rows):
+    for place, g in enumerate(keys[token]):
+      gate, up = (row @ of[g] for of in found)
+      most = max(abs(gate).max(), abs(up).max())
+      np.testing.assert_allclose(
+        got[token, place], gate - 3 * up, rtol=0, atol=1e-5 * most
+      )
+
+
 @pytest.mark.gpu
 def test_a_row_has_the_same_bits_whatever_others_choose() -> None:
   spec = arg_specs.ArgSpec(24, 8, 2, 64, 32)
