@@ -110,7 +110,8 @@ def test_two_replicas_find_what_one_does(folder: pathlib.Path) -> None:
   with behind_smg(folder, 2) as (servers, client):
     wait_until_followed(servers)
     together = have_chats(client)
-    assert all(s.stats().num_finished > 20 for s in servers)
+    # New chats go to either one, by chance: of 20, twice in a million none.
+    assert all(s.stats().num_finished for s in servers)
     told = kv_metrics(servers[-1])
     # It knows how each page comes after others.
     assert told['smg_kv_event_blocks_total'] > 100
