@@ -111,6 +111,20 @@ _FEW: Mapping[int, _Table] = {
     (FEW_ROWS, Sizes(64, 128, 128, 4, 3)),
   ),
 }
+# A multiprocessor of 100 KiB has room for one block of some of these. An A40's
+# memory is slow: so many bytes need not be under way.
+_FEW_OF_A40: Mapping[int, _Table] = {
+  8: (
+    (16, Sizes(16, 128, 64, 4, 4)),
+    (32, Sizes(32, 128, 64, 4, 3)),
+    (FEW_ROWS, Sizes(64, 128, 64, 4, 3)),
+  ),
+  4: (
+    (16, Sizes(16, 128, 128, 4, 3)),
+    (32, Sizes(32, 128, 128, 4, 3)),
+    (FEW_ROWS, Sizes(64, 128, 64, 4, 3)),
+  ),
+}
 # With more: each code is converted once for as many rows as registers allow.
 # Sums of groups take as many again.
 _MANY = Sizes(128, 128, 64, 8, 3)
@@ -172,7 +186,8 @@ def choose(shape: Shape) -> Sizes:
     many = _MANY
     if shape.has_groups:
       many = _MANY_OF_GROUPS[devices.target_of(device)]
-    table = (*_FEW[shape.bits], (2**31, many))
+    few = _FEW_OF_A40 if devices.target_of(device) == 'a40' else _FEW
+    table = (*few[shape.bits], (2**31, many))
   return next(sizes for most, sizes in table if shape.num_rows <= most)
 
 
