@@ -26,6 +26,7 @@ LINEAR = {
   for name, shape in fake.llama_shapes().items()
   if name.endswith('_proj.weight') or name == 'lm_head.weight'
 }
+RANKS_OF_LAYERS = {module: RANK for module in LINEAR if module != 'lm_head'}
 K0 = 'model.layers.0.self_attn.k_proj'
 # As PEFT 0.21 writes it.
 CONFIG: dict[str, Any] = {

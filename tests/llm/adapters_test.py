@@ -206,7 +206,7 @@ def test_files_of_peft_beside_a_checkpoint(
     of = {
       module: (0.2 * a, 0.2 * (seed + 1) * b)
       for module, (a, b) in lora_test.matrices(
-        dict.fromkeys(set(lora_test.LINEAR) - {'lm_head'}, lora_test.RANK)
+        lora_test.RANKS_OF_LAYERS
       ).items()
     }
     folders[name] = lora_test.write(tmp_path / name, of)

@@ -352,10 +352,9 @@ def test_adapters_reach_all_hosts(
   checkpoint: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
   """Both stages, and both devices of each: the tokens are one device's."""
-  shapes = dict.fromkeys(set(lora_test.LINEAR) - {'lm_head'}, lora_test.RANK)
   of = {
     module: (0.2 * a, 0.2 * b)
-    for module, (a, b) in lora_test.matrices(shapes).items()
+    for module, (a, b) in lora_test.matrices(lora_test.RANKS_OF_LAYERS).items()
   }
   adapter = lora_test.write(tmp_path / 'adapter', of)
   prompts, output = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
