@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any, TypeVar
 
@@ -90,6 +90,22 @@ def measured_as(device: Any) -> str:
   target = target_of(device)
   major, minor = gpu_targets.get(target).compute_capability
   return target if capability_of(device) == f'{major}.{minor}' else ''
+
+
+def fastest(measured: Mapping[str, str]) -> str:
+  """Returns an operation's fastest implementation, for the default device.
+
+  Args:
+    measured: of targets, by their names; others take Triton's where it can run.
+  """
+  device = default()
+  if device.platform == 'cpu':
+    return 'xla'
+  try:
+    check_triton(device)
+  except NotImplementedError:
+    return 'xla'
+  return measured.get(measured_as(device), 'pallas_triton')
 
 
 def multiprocessors(device: Any) -> int:

@@ -23,11 +23,4 @@ def num_warps(width: int) -> int:
 
 def fastest() -> str:
   """Returns the fastest implementation for the default device."""
-  device = devices.default()
-  if device.platform == 'cpu':
-    return 'xla'
-  try:
-    devices.check_triton(device)
-  except NotImplementedError:
-    return 'xla'
-  return _FASTEST.get(devices.measured_as(device), 'pallas_triton')
+  return devices.fastest(_FASTEST)
