@@ -10,9 +10,11 @@ the outputs that differ are counted.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from typing import Any
 
 import jax
@@ -129,10 +131,21 @@ def make_runner(
   )
 
 
+def sizes() -> contextlib.AbstractContextManager[None]:
+  """All of them, but where LLVM optimizes: for seconds each.
+
+  There are a few then, and `scripts/test --slow` asks for all.
+  """
+  every = jax.config.read('jax_disable_most_optimizations')
+  every = every or 'EVERY_SIZE' in os.environ
+  return contextlib.nullcontext() if every else tiny.few_sizes()
+
+
 @functools.cache
 def shared_runner() -> device_runner.DeviceRunner:
   """One for all cases: schedulers differ, compiled steps don't."""
-  return make_runner(make_params(), 'xla', adjusts=True)
+  with sizes():
+    return make_runner(make_params(), 'xla', adjusts=True)
 
 
 @pytest.fixture(scope='module')
@@ -438,11 +451,12 @@ def test_few_outputs_of_16_bits_depend_on_how_they_are_computed(
     )
     for i in range(200)
   ]
-  rounded = make_runner(
-    jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
-    'xla',
-    most_tokens=32,
-  )
+  with sizes():
+    rounded = make_runner(
+      jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
+      'xla',
+      most_tokens=32,
+    )
 
   def run(runner, requests, token_budget=32, num_pages=PLENTY):
     got, _ = run_engine(
