@@ -97,6 +97,7 @@ _FIRST = (
   'windows_equivalence_test.py',
   'parallel_test.py',
   'equivalence_test.py',
+  'prefix_equivalence_test.py',
 )
 
 
