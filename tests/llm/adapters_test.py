@@ -173,7 +173,11 @@ def test_names_and_room(llm, adapted) -> None:
 def test_how_many_are_loaded_is_bounded(make_llm, params) -> None:
   """More than the device has slots; and what was unloaded comes again."""
   llm = make_llm(
-    params, adapters={'one': arrays(1)}, grammars=False, max_cpu_loras=3
+    params,
+    adapters={'one': arrays(1)},
+    token_budget=4,
+    max_cpu_loras=3,
+    **tiny.STEPS_ALONE,
   )
   for seed in (3, 4, 5, 3):
     llm.load_adapter(f'a{seed}', arrays(seed))

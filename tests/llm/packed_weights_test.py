@@ -21,7 +21,8 @@ PROMPTS = [[1, 2, 3, 4, 5], [9, 8], [7] * 11]
 
 
 def _tokens(folder: pathlib.Path, **fields: Any) -> list[tuple[int, ...]]:
-  config = tiny.engine_config(**tiny.STEPS_ALONE, **fields)
+  # A program of one size.
+  config = tiny.engine_config(token_budget=4, **tiny.STEPS_ALONE, **fields)
   done = LLM.from_checkpoint(folder, config=config).generate(
     PROMPTS, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
   )

@@ -114,7 +114,8 @@ MIXTURE = config_lib.MixtralConfig(
 
 
 def engine(**fields: Any) -> Any:
-  return tiny.engine_config(**tiny.STEPS_ALONE, **fields)
+  # A program of one size.
+  return tiny.engine_config(token_budget=4, **tiny.STEPS_ALONE, **fields)
 
 
 @pytest.mark.parametrize('tp', [1, 2])
