@@ -263,7 +263,8 @@ SLOW_FAMILIES = (
   'llama',  # has the meshes above
   'gemma',  # norms after sums, as olmo; its vocabulary is tied, as qwen's
   'granite',  # factors of what is summed or divided already
-  'mixtral',  # less than whole_experts, and kept in another way below
+  'mixtral',  # less than gpt_oss, and kept in another way below
+  'whole_experts',  # int4 has such, and gpt_oss their biases
   'qwen_moe',
   'falcon_180b',  # heads and norms of their own, as llama
   'falcon_sequential',  # biases, as qwen

@@ -4,9 +4,9 @@
 Log-probabilities that the engine tells are those, too, of prompts and outputs.
 
 A tiny random checkpoint of every family and variant is made by transformers,
-converted by our converter, restored, and run without a cache, all tokens at
-once, and by the engine: in chunks, beside other prompts, over pages that are
-too few. The
+converted by our converter, restored, and run by the engine: in chunks, beside
+other prompts, over pages that are too few. Without a cache, all tokens at once,
+those are run that have a switch to turn off; `scripts/test --slow` has all. The
 weights are large, and no bias or norm is left where it changes nothing:
 transformers' own initialization gives outputs of a few repeated tokens,
 which agree whatever is wrong.
@@ -238,6 +238,14 @@ def _converted(name: str, folder: pathlib.Path) -> Any:
   return _KEPT[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_same_logits(name: str, tmp_path: pathlib.Path) -> None:
+  model = make_model(CASES[name]())
+  theirs = run_reference(model)
+  check_logits(*_convert(model, tmp_path), theirs)
+
+
 @pytest.mark.parametrize(
   'name',
   [
@@ -248,11 +256,11 @@ def _converted(name: str, folder: pathlib.Path) -> Any:
   ],
 )
 def test_same_tokens(name: str, tmp_path: pathlib.Path) -> None:
+  """Of each token, the likeliest and their log-probabilities are theirs."""
   model = make_model(CASES[name]())
   theirs = run_reference(model)
   assert len(set(theirs.tokens.tolist())) >= 5, 'proves nothing'
   config, params = _convert(model, tmp_path)
-  check_logits(config, params, theirs)
   done = run_served(config, params, theirs.prompt)
   check_logprobs(done, check_tokens(done.token_ids, theirs), theirs)
 
