@@ -27,6 +27,17 @@ from sarathi_jax.simulator import workload as workload_lib
 MOST = 512
 
 
+def seeds(num: int) -> pytest.MarkDecorator:
+  """Parametrizes a test by seeds, of which a push has the first."""
+  return pytest.mark.parametrize(
+    'seed',
+    [
+      pytest.param(seed, marks=[pytest.mark.slow] if seed else [])
+      for seed in range(num)
+    ],
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
   """Steps of a model that is there in a few sizes only, as ours are.
@@ -159,7 +170,7 @@ def at(quantiles: metrics_lib.Quantiles, q: float) -> float:
   return value
 
 
-@pytest.mark.parametrize('seed', range(3))
+@seeds(3)
 @pytest.mark.parametrize('name', DEVICES)
 def test_prompts_that_wait_get_on_at_every_step(name: str, seed: int) -> None:
   """Whatever the target, and far beyond what the device can serve."""
@@ -214,7 +225,7 @@ def holds(result: simulate.Result, slo: search.Slo) -> bool:
   return probe.point(result, slo, qps=1.0).holds
 
 
-@pytest.mark.parametrize('seed', range(2))
+@seeds(2)
 @pytest.mark.parametrize(
   ('name', 'slo_s', 'rates'),
   [
@@ -280,7 +291,7 @@ def test_prompts_are_not_left_to_wait_for_what_was_good_for_long() -> None:
   assert spent['ours'] < (spent['fastest'] + spent['within']) / 2
 
 
-@pytest.mark.parametrize('seed', range(3))
+@seeds(3)
 def test_both_targets_are_kept_where_they_can_be(seed: int) -> None:
   scheduler = make_scheduler(CPU, tbt_slo_ms=100.0)
   metrics = run(CPU, chats(2.0, 120.0, seed), scheduler).metrics

@@ -194,7 +194,7 @@ def run(policy: str, seed: int) -> checker_lib.Checker:
 
 @pytest.mark.parametrize('policy', POLICIES)
 @hypothesis.given(rng=st.randoms(use_true_random=False))
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 def test_every_batch_is_right(policy: str, rng: random.Random) -> None:
   workload = make_workload(rng)
   if rng.random() < 0.5:
@@ -283,6 +283,6 @@ class Machine(stateful.RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = hypothesis.settings(
-  max_examples=80, stateful_step_count=40
+  max_examples=50, stateful_step_count=40
 )
 MachineTest = Machine.TestCase

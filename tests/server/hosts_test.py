@@ -270,6 +270,7 @@ def test_a_lost_host_ends_the_service_at_once(served):
   assert 'process 1 of 2 is gone' in hosts.printed[0]
 
 
+@pytest.mark.slow  # JAX's own client ends them, too.
 def test_the_others_end_when_the_first_one_is_lost(served):
   hosts, _ = served
   hosts.processes[0].kill()
@@ -325,6 +326,7 @@ def test_an_exception_on_one_host_ends_all_with_its_words(checkpoint):
   assert hosts.printed[1].splitlines()[-1] == f'error: {line}'
 
 
+@pytest.mark.slow
 def test_an_offline_run_on_two_hosts_that_slurm_started(
   checkpoint: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
