@@ -69,7 +69,16 @@ INT4 = dataclasses.replace(
   quantization=quantization.Quantization(codes='int4', group=32, zeros=True),
 )
 FP8 = quantization.Quantization(codes='fp8', activations='fp8')
-MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2))  # tp, pp
+# tp, pp; a push has each with others, and `--slow` alone.
+MESHES = (
+  (1, 1),
+  (2, 2),
+  (4, 2),
+  *(
+    pytest.param(*mesh, marks=pytest.mark.slow)
+    for mesh in ((2, 1), (4, 1), (1, 2))
+  ),
+)
 
 
 def mesh_of(tp: int, pp: int) -> Any:
