@@ -59,6 +59,7 @@ def test_attention_is_measured_and_goes_on(tmp_path: pathlib.Path) -> None:
   assert again[:3] == rows[:3] and again[3] != rows[3]
 
 
+@pytest.mark.slow  # The next has what runs them.
 def test_the_tests_are_run(tmp_path: pathlib.Path) -> None:
   rows = measured('tests', tmp_path)
   assert len(rows) > 1 and not [row for row in rows if 'error' in row]

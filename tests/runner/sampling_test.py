@@ -164,7 +164,9 @@ def test_a_row_does_not_depend_on_the_programs_default_generator(batch):
   np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize('vocab_size', [33, 700])
+@pytest.mark.parametrize(
+  'vocab_size', [pytest.param(33, marks=pytest.mark.slow), 700]
+)
 def test_a_gpus_kernel_gives_the_same_tokens(vocab_size, monkeypatch):
   """Of all filters at once, and of rows that are not sane; interpreted."""
   rng = np.random.default_rng(3)

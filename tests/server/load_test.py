@@ -115,6 +115,7 @@ def test_many_streams_over_http(num_streams: int) -> None:
     running.assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_http_runs() -> None:
   row = server_front.compare_http(20, 10, 0.001, 0, repeats=1)
   assert row['http_us_per_token'] > 0 < row['grpc_us_per_token']
