@@ -66,13 +66,16 @@ def grouped_matmul(
       ]
     return combine(*products).astype(x.dtype)
 
+  def store(start: jax.Array, taken: Any, out: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(
+      out, multiply(start, taken), start, axis=0
+    )
+
   def block(
     group: jax.Array, number: jax.Array, taken: Any, out: jax.Array
   ) -> jax.Array:
     start = ends[group] - group_sizes[group] + size * number
-    return lax.dynamic_update_slice_in_dim(
-      out, multiply(start, taken), start, axis=0
-    )
+    return store(start, taken, out)
 
   def turn(i: jax.Array, out: jax.Array) -> jax.Array:
     group = (last <= i).sum(dtype=jnp.int32)
@@ -95,9 +98,15 @@ def grouped_matmul(
       lambda i, out: lax.cond(i < last[-1], turn, lambda i, out: out, i, out),
       out,
     )[:num_rows]
-  # One row is multiplied by the matrix where that lies, as are all on GPUs.
-  if size == 1 or devices.default().platform != 'cpu':
+  if devices.default().platform != 'cpu':
     return lax.fori_loop(0, last[-1], turn, out)[:num_rows]
+  if size == 1:  # It is multiplied by the matrix where that lies.
+    # Found once: a turn of a few us would launch four operations to find it.
+    is_before = ends[None, :] <= jnp.arange(num_rows)[:, None]
+    groups = is_before.sum(1, dtype=jnp.int32)
+    return lax.fori_loop(
+      0, ends[-1], lambda i, out: store(i, take(groups[i]), out), out
+    )
   used = jnp.argsort(group_sizes == 0, stable=True)
   return lax.fori_loop(0, (group_sizes > 0).sum(), blocks_of_one, out)[
     :num_rows

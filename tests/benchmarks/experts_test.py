@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from sarathi_jax.benchmarks import experts
 from tests import source_tree
 
@@ -18,6 +20,13 @@ def test_it_measures_what_is_the_same() -> None:
     assert row['largest difference'] < 1e-5
     assert row['arithmetic saved'] == 4
     assert row['times as fast'] == row['all, ms'] / row['chosen, ms']
+    part = 1 - row['chosen, ms'] / row['all, ms']
+    assert row['time saved, of arithmetic'] == pytest.approx(part / 0.75)
+
+
+def test_where_no_arithmetic_is_saved_no_part_of_it_is_told() -> None:
+  row = experts.measure(experts.model(2, 2, 16, 8), 1, runs=1)
+  assert row['time saved, of arithmetic'] is None
 
 
 def test_the_command_writes_its_results(tmp_path) -> None:

@@ -223,6 +223,22 @@ def test_on_cpus_no_more_is_computed_than_blocks_take(rows_a_group):
   assert turns * size <= tokens + num_groups * (size - 1)
 
 
+def test_on_cpus_a_turn_of_one_row_does_not_look_for_its_group(monkeypatch):
+  """Each operation of a turn is a launch, beside products of a few us."""
+  turns = []
+
+  def record(start, stop, turn, out):
+    turns.append(str(jax.make_jaxpr(turn)(0, out)))
+    return out
+
+  monkeypatch.setattr(jax.lax, 'fori_loop', record)
+  grouped_matmul.grouped_matmul(
+    jnp.ones((16, 8)), (jnp.ones((16, 8, 8)),), jnp.ones(16, jnp.int32)
+  )
+  (turn,) = turns
+  assert 'dot_general' in turn and 'reduce' not in turn
+
+
 @pytest.mark.parametrize(
   'change,message',
   [
