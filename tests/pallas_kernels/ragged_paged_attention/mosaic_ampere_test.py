@@ -25,14 +25,12 @@ pytestmark = [
     jax.default_backend() != 'cpu', reason='is for the interpreter'
   ),
 ]
-# What others have, too, of which a push tries each for Hopper.
+# What others have, too, and ends that a push tries for Hopper.
 _SLOW = (
+  *attention_test._IN_OTHERS,
   'one_token',
   'one_token_prefill',
   'whole_bucket_prefill',
-  '4_decodes',
-  'all_phases',
-  'window_9',
 )
 SPECS = [
   pytest.param(
