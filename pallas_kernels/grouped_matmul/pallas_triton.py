@@ -5,8 +5,10 @@ A block of the GPU takes a tile of rows, which are of one group (see `plan`),
 and some columns of each kind of that group's matrices. Blocks that share both
 group and columns follow one another, so that all but one read these from the
 cache. Where tokens are few, a tile has room for all rows of a group, and
-nothing is read twice. Rows are taken from where they lie, by their indices.
-Codes are multiplied as `quantized_matmul`'s kernel does it, by its tile.
+nothing is read twice. One that has few rows computes few: the kernel has a loop
+for each number of them that it may multiply at once. Rows are taken from where
+they lie, by their indices. Codes are multiplied as `quantized_matmul`'s kernel
+does it, by its tile.
 
 On CPUs it runs in Pallas's interpreter, for tests.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -50,22 +53,27 @@ class Arrays:
     """The kernel's."""
     return 'grouped_matmul'
 
+  @property
+  def ways(self) -> tuning.Ways:
+    """Those of multiplying a tile; see `tuning.Sizes`."""
+    return self.sizes.ways or ((self.sizes.rows,),)
+
   def products(
     self,
     x_ref: Any,
     matrices: Sequence[Any],
     group: jax.Array,
-    rows: jax.Array,
+    parts: Sequence[jax.Array],
     columns: Any,
     interpret: bool,
-  ) -> Sequence[jax.Array]:
-    """Returns the products with each kind, [rows, columns] float32.
+  ) -> Sequence[Sequence[jax.Array]]:
+    """Returns each part's products with each kind, [rows, columns] float32.
 
     Args:
       x_ref: [T, in].
       matrices: of each kind, refs with G in front.
       group: which of these.
-      rows: [rows] int32, of x.
+      parts: rows of x, [rows] int32 of each part.
       columns: a pl.ds.
       interpret: whether Pallas interprets the kernel.
     """
@@ -76,24 +84,23 @@ class Arrays:
       dot = functools.partial(dot, allow_tf32=False)
 
     def add(i: jax.Array, sums: Any) -> Any:
-      depth = i * sizes.depth + jnp.arange(sizes.depth, dtype=jnp.int32)
-      x = plgpu.load(x_ref.at[rows[:, None], depth[None, :]])
-      return [
-        total
-        + dot(
-          x,
-          plgpu.load(
-            matrix.at[group, pl.ds(i * sizes.depth, sizes.depth), columns]
-          ),
+      depth = pl.ds(i * sizes.depth, sizes.depth)
+      at = i * sizes.depth + jnp.arange(sizes.depth, dtype=jnp.int32)
+      loaded = [plgpu.load(w.at[group, depth, columns]) for w in matrices]
+      added = []
+      for rows, totals in zip(parts, sums, strict=True):
+        x = plgpu.load(x_ref.at[rows[:, None], at[None, :]])
+        added.append(
+          [total + dot(x, w) for total, w in zip(totals, loaded, strict=True)]
         )
-        for total, matrix in zip(sums, matrices, strict=True)
-      ]
+      return added
 
-    zeros = jnp.zeros((sizes.rows, sizes.columns), jnp.float32)
+    zeros = [
+      [jnp.zeros((rows.size, sizes.columns), jnp.float32)] * len(matrices)
+      for rows in parts
+    ]
     turns = x_ref.shape[1] // sizes.depth
-    sums: list[jax.Array] = lax.fori_loop(
-      0, turns, add, [zeros] * len(matrices)
-    )
+    sums: list[list[jax.Array]] = lax.fori_loop(0, turns, add, zeros)
     return sums
 
 
@@ -113,6 +120,11 @@ class Codes:
     return 'grouped_matmul_codes'
 
   @property
+  def ways(self) -> tuning.Ways:
+    """One alone: codes are converted for all rows, be they few or many."""
+    return ((self.sizes.rows,),)
+
+  @property
   def sizes(self) -> quantized_tuning.Sizes:
     """Those of a block."""
     return self.plan.sizes
@@ -127,18 +139,16 @@ class Codes:
     x_ref: Any,
     matrices: Sequence[Any],
     group: jax.Array,
-    rows: jax.Array,
+    parts: Sequence[jax.Array],
     columns: Any,
     interpret: bool,
-  ) -> Sequence[jax.Array]:
+  ) -> Sequence[Sequence[jax.Array]]:
     """Returns the products; see `Arrays`."""
+    (rows,) = parts
     tile = tile_lib.Tile(
       x_ref, matrices, self.plan, rows, columns, interpret, (group,)
     )
-    sums: Sequence[jax.Array] = tile.products(
-      0, self.plan.turns, pl.program_id(0), True
-    )
-    return sums
+    return [tile.products(0, self.plan.turns, pl.program_id(0), True)]
 
 
 def grouped_matmul(
@@ -249,16 +259,9 @@ def _kernel(
     first = jnp.minimum(first, num_out - sizes.columns)
     first = pl.multiple_of(first, math.gcd(num_out, sizes.columns))
   columns = pl.ds(first, sizes.columns)
+  at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
 
-  @pl.when(start < stop)
-  def multiply() -> None:
-    # Rows beyond the tile's repeat its last one: they compute and store the
-    # same.
-    places = jnp.minimum(
-      start + jnp.arange(sizes.rows, dtype=jnp.int32), stop - 1
-    )
-    rows = plgpu.load(rows_ref.at[places])
-    sums = multiplier.products(x_ref, matrices, group, rows, columns, interpret)
+  def store(places: jax.Array, rows: jax.Array, sums: Any) -> None:
     if scale_ref is not None:
       scale = plgpu.load(scale_ref.at[rows, 0])[:, None]
       sums = [total * scale for total in sums]
@@ -268,5 +271,25 @@ def _kernel(
         for total, bias in zip(sums, biases, strict=True)
       ]
     out = combine(*sums).astype(out_ref.dtype)
-    at = first + jnp.arange(sizes.columns, dtype=jnp.int32)
     plgpu.store(out_ref.at[places[:, None], at[None, :]], out)
+
+  def multiply(way: Sequence[int]) -> None:
+    ends = itertools.accumulate(way)
+    # Rows beyond the tile's repeat its last one: they compute and store the
+    # same.
+    places = [
+      jnp.minimum(start + jnp.arange(end - num, end, dtype=jnp.int32), stop - 1)
+      for num, end in zip(way, ends, strict=True)
+    ]
+    parts = [plgpu.load(rows_ref.at[some]) for some in places]
+    sums = multiplier.products(
+      x_ref, matrices, group, parts, columns, interpret
+    )
+    for one in zip(places, parts, sums, strict=True):
+      store(*one)
+
+  num, fewer = stop - start, 0
+  for way in multiplier.ways:
+    is_it = (fewer < num) & (num <= sum(way))
+    pl.when(is_it)(functools.partial(multiply, way))
+    fewer = sum(way)

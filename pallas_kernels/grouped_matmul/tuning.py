@@ -73,6 +73,10 @@ class Shape:
     return jax.numpy.dtype(self.dtype).itemsize
 
 
+# Of multiplying a tile: of each, the rows of its products, from few to all.
+Ways = tuple[tuple[int, ...], ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
   """A tile of the GPU kernel; see `pallas_triton`.
@@ -83,6 +87,8 @@ class Sizes:
     depth: numbers of a row that are multiplied at a time.
     num_warps: of a block of the GPU.
     num_stages: of the pipeline that loads.
+    ways: of multiplying it: the first that has room for the rows there are is
+      taken. None: always all rows at once.
   """
 
   rows: int
@@ -90,6 +96,12 @@ class Sizes:
   depth: int
   num_warps: int
   num_stages: int
+  ways: Ways = ()
+
+  def way(self, num: int) -> tuple[int, ...]:
+    """Returns how a tile that has so many rows is multiplied."""
+    ways = self.ways or ((self.rows,),)
+    return next(way for way in ways if num <= sum(way))
 
   def for_shape(self, shape: Shape) -> Sizes:
     """Returns these, or less where that does not divide a matrix."""
@@ -111,21 +123,33 @@ _LEAST = 16  # that a side of a product has on a GPU
 # same groups: of 128 of which each takes 8, 16 tokens, 32, and 64.
 _Table = tuple[tuple[int, Sizes], ...]
 _MANY = 2**31
-_AMPERE: _Table = (
-  (1, Sizes(16, 128, 64, 4, 4)),
-  (2, Sizes(32, 128, 64, 4, 3)),
-  (64, Sizes(64, 128, 64, 4, 3)),
-  (_MANY, Sizes(128, 128, 64, 8, 3)),
-)
+# Chosen by machine code. A tensor core multiplies 16 rows at least. A product
+# of Triton's has a power of two of rows; one of 64 takes more registers than
+# two of 32, and eight warps would compute it twice. All ways of a tile are of
+# one instruction, so that sums have one order: on Hopper 64 rows and more are
+# multiplied by another, so that a tile of 128 has one way alone.
+_TO_32: Ways = ((16,), (32,))
+_TO_64: Ways = (*_TO_32, (32, 16), (32, 32))
+_TO_128: Ways = ((32,), (32, 32), (32, 32, 32), (128,))
 _HALF: Mapping[str, _Table] = {
-  'a100': _AMPERE,
+  'a100': (
+    (1, Sizes(16, 128, 64, 4, 4)),
+    (2, Sizes(32, 128, 64, 4, 3, _TO_32)),
+    (64, Sizes(64, 128, 64, 4, 3, _TO_64)),
+    (_MANY, Sizes(128, 128, 64, 8, 3, _TO_128)),
+  ),
   'a40': (
     (1, Sizes(16, 128, 32, 4, 4)),
-    (2, Sizes(32, 128, 32, 4, 3)),
-    (64, Sizes(64, 128, 32, 4, 3)),
-    (_MANY, Sizes(128, 128, 32, 8, 3)),
+    (2, Sizes(32, 128, 32, 4, 3, _TO_32)),
+    (64, Sizes(64, 128, 32, 4, 3, _TO_64)),
+    (_MANY, Sizes(128, 128, 32, 8, 3, _TO_128)),
   ),
-  'h100': _AMPERE,
+  'h100': (
+    (1, Sizes(16, 128, 64, 4, 4)),
+    (2, Sizes(32, 128, 64, 4, 3, _TO_32)),
+    (64, Sizes(64, 128, 64, 4, 3, _TO_64)),
+    (_MANY, Sizes(128, 128, 64, 8, 3)),
+  ),
 }
 _FLOAT32: _Table = (
   (1, Sizes(16, 64, 32, 4, 2)),

@@ -162,6 +162,35 @@ def test_a_row_has_the_same_bits_whatever_others_choose(
     np.testing.assert_array_equal(after[7], before[7], routing)
 
 
+@_by_name
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    # Of few rows each on average, and of more: tiles of 32, of 64 and of 128.
+    [1, 0, 16, 17, 33, *[0] * 35],
+    [1, 15, 16, 17, 32, 33, 48, 49, 64, 65, 100],
+    [1, 16, 17, 32, 33, 64, 65, 128, 129, 300],
+  ],
+  ids=str,
+)
+def test_tiles_have_a_way_for_however_many_rows(name, sizes):
+  """In bfloat16, by whole numbers, which are exact in whatever order."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-3, 4, (sum(sizes), 64)).astype(np.float32)
+  matrices = rng.integers(-3, 4, (len(sizes), 64, 32)).astype(np.float32)
+  got = grouped_matmul.grouped_matmul(
+    jnp.asarray(x, jnp.bfloat16),
+    [jnp.asarray(matrices, jnp.bfloat16)],
+    jnp.asarray(sizes, jnp.int32),
+    implementation=name,
+  )
+  whose = np.repeat(np.arange(len(sizes)), sizes)
+  expected = jnp.asarray(
+    np.einsum('ri,rio->ro', x, matrices[whose]), jnp.bfloat16
+  )
+  np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize(
   'sort',
   [

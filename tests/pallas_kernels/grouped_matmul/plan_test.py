@@ -7,6 +7,7 @@ import collections
 from collections.abc import Iterator
 import functools
 import itertools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -88,13 +89,20 @@ def test_there_are_just_enough_tiles():
 
 
 class Work(NamedTuple):
-  """Bytes that a GPU's memory gives and takes, and operations."""
+  """What a GPU does, or has to.
+
+  Attributes:
+    bytes: that its memory gives and takes.
+    flops: operations of its tensor cores.
+    useful: of them, those of rows that there are.
+  """
 
   bytes: int
   flops: int
+  useful: int
 
   def __add__(self, other: Any) -> Work:
-    return Work(self.bytes + other.bytes, self.flops + other.flops)
+    return Work(*map(operator.add, self, other))
 
   def seconds(self, target: gpu_targets.GpuTarget) -> float:
     return max(self.bytes / target.bandwidth, self.flops / target.matmul_flops)
@@ -109,7 +117,8 @@ def work_of(
   """What the kernel does, padding counted, and the least there is to do.
 
   What was read stays in a cache of the device's size until that is full, the
-  oldest first.
+  oldest first. The least operations are those of tensor cores, which multiply a
+  matrix by 16 rows at a time.
   """
   sizes = next(
     sizes
@@ -152,14 +161,17 @@ def work_of(
   read = len(np.unique(rows)) * shape.num_in
   written = shape.num_rows * shape.num_out
   used = (group_sizes > 0).sum()
+  # Of each column of a tile, the rows that its way has.
+  computed = sum(
+    sum(sizes.way(stop - start)) for _, start, stop, _ in items if start < stop
+  )
+  of_column = 2 * shape.num_kinds * shape.num_in * sizes.columns
+  fewest = (-(-group_sizes // 16) * 16).sum()
+  useful = 2 * shape.num_rows * matrix
   return (
+    Work(moved, computed * of_column, useful),
     Work(
-      moved,
-      sum(item.start < item.stop for item in items)
-      * (sizes.rows * 2 * shape.num_kinds * shape.num_in * sizes.columns),
-    ),
-    Work(
-      (used * matrix + read + written) * number, 2 * shape.num_rows * matrix
+      (used * matrix + read + written) * number, 2 * fewest * matrix, useful
     ),
   )
 
@@ -174,11 +186,26 @@ def test_a_gpu_has_little_more_to_do_than_it_must(name, routing, num_tokens):
   keys = arg_specs.choose(
     arg_specs.ArgSpec(num_tokens, groups, chosen, routing=routing)
   )
-  done = least = Work(0, 0)
+  done = least = Work(0, 0, 0)
   for kinds, num_in, num_out in ((2, width, inner), (1, inner, width)):
     shape = tuning.Shape('bfloat16', keys.size, groups, num_in, num_out, kinds)
     works = work_of(keys, shape, target, name)
     done, least = done + works[0], least + works[1]
+  print(
+    f'bytes {done.bytes / least.bytes:.3f}, operations '
+    f'{done.flops / least.flops:.3f} of the least; of those of the rows that '
+    f'there are {done.flops / done.useful:.2f}'
+  )
   assert least.bytes <= done.bytes <= 1.1 * least.bytes
-  # Where tokens are few, products wait for memory, those of padding, too.
+  assert least.flops <= done.flops <= 1.1 * least.flops
   assert done.seconds(target) <= 1.1 * least.seconds(target)
+
+
+@pytest.mark.parametrize('name', gpu_targets.TARGETS)
+def test_a_tile_has_a_way_for_each_number_of_rows(name):
+  """Of which the fewest that has room is taken, and the last is the tile."""
+  for _, sizes in tuning._HALF[name]:
+    computed = [sum(sizes.way(1 + num)) for num in range(sizes.rows)]
+    assert computed == sorted(computed)
+    assert all(num < most for num, most in enumerate(computed))
+    assert computed[-1] == sizes.rows
