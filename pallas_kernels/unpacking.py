@@ -111,11 +111,13 @@ def call(
     once: see `unpack`.
   """
 
+  registers = sum(arg.dtype.itemsize for arg in args)  # of four numbers each
+
   def convert(*args: jax.Array) -> jax.Array:
     (result,) = plgpu.elementwise_inline_asm(
       ptx,
       args=args,
-      constraints=','.join(('=r,=r,r', *['r,r'] * (len(args) - 1))),
+      constraints=','.join(['=r'] * 2 + ['r'] * registers),
       pack=4,
       result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
     )

@@ -51,8 +51,8 @@ def unpack(
     codes: int4 or mxfp4.
     zero: [columns] int32, the codes of 0; None: they are 8.
     dtype: of the result: bfloat16, float16 or float32.
-    scale: [columns] bfloat16 powers of two, by which mxfp4's are multiplied;
-      None: they are not.
+    scale: [bytes, columns] uint8, which stand for powers of two, by which
+      mxfp4's are multiplied in bfloat16; None: they are not.
     interpret, once: see `unpacking.unpack`.
   """
   half = unpacking.HALVES.get(jnp.dtype(dtype).name)
@@ -60,7 +60,7 @@ def unpack(
     found = (values.astype(jnp.int32) >> (4 * high)) & 15
     if codes == 'mxfp4':
       numbers = operand.e2m1(found, dtype)
-      return numbers if scale is None else numbers * scale[None]
+      return numbers if scale is None else numbers * operand.powers(scale)
     of_zero = operand.INT4_ZERO if zero is None else zero[None]
     return (found - of_zero).astype(dtype)
   args: tuple[jax.Array, ...] = (values,)
@@ -69,7 +69,7 @@ def unpack(
     above = (zero + (1 << jnp.finfo(dtype).nmant)).astype(dtype)
     args = (values, jnp.broadcast_to(above[None], values.shape))
   if scale is not None:
-    args = (values, jnp.broadcast_to(scale[None], values.shape))
+    args = (values, scale)
   return unpacking.call(
     assembly(codes, jnp.dtype(dtype).name, high, len(args) == 2),
     args,
@@ -81,8 +81,8 @@ def unpack(
 def assembly(codes: str, dtype: str, high: bool, has_more: bool) -> str:
   """Returns PTX that converts half of the four bytes of $2 to $0 and $1.
 
-  With more, $3 and $4 have of int4 the halves of which one step is 1, plus the
-  zeros; of mxfp4 the scales.
+  With more, of int4 $3 and $4 have the halves of which one step is 1, plus the
+  zeros; of mxfp4 $3 has the bytes of scales.
   """
   half = unpacking.HALVES[dtype]
   if codes == 'int4':
@@ -125,7 +125,13 @@ def _e2m1(
   Ampere multiplies halves of bfloat16 by `fma` alone; -0 changes nothing.
   """
   less = 4 * high
-  scaled = f'fma.rn.{half.name} ${pair}, w, ${3 + pair}, z;'
+  scaled = (  # Of 0 it is 2**-127, which has no leading bit.
+    f'prmt.b32 x, $3, 0, {(0x1404, 0x3424)[pair]:#x};',
+    'shr.u32 x, x, 1;',
+    f'mov.b32 y, {unpacking.twice(1 << 6)};',
+    f'max.{half.name} x, x, y;',
+    f'fma.rn.{half.name} ${pair}, w, x, z;',
+  )
   return (
     f'prmt.b32 x, $2, 0, {(0x4140, 0x4342)[pair]:#x};',
     f'shl.b32 y, x, {_SIGN_SHIFT - less};',
@@ -135,5 +141,5 @@ def _e2m1(
     f'mov.b32 y, {unpacking.twice(moved.factor)};',
     'mov.b32 z, 0x80008000;',
     f'fma.rn.{half.name} {"w" if has_scale else f"${pair}"}, x, y, z;',
-    *[scaled] * has_scale,
+    *(scaled if has_scale else ()),
   )

@@ -39,6 +39,16 @@ class Plan:
   splits: int
 
   @property
+  def has_scaled_numbers(self) -> bool:
+    """Whether what is multiplied has its scales already; see `tile`."""
+    return _has_scaled_numbers(self.shape, self.sizes)
+
+  @property
+  def has_sums_of_groups(self) -> bool:
+    """Whether a group's sum is multiplied by its scales."""
+    return self.shape.has_groups and not self.has_scaled_numbers
+
+  @property
   def row_tiles(self) -> int:
     return -(-self.shape.num_rows // self.sizes.rows)
 
@@ -76,11 +86,16 @@ class Plan:
     )
 
 
+def _has_scaled_numbers(shape: tuning.Shape, sizes: tuning.Sizes) -> bool:
+  # For few rows, sums of groups are fewer than codes.
+  return shape.may_scale_numbers and sizes.rows >= tuning.FEW_ROWS
+
+
 def of_tile(shape: tuning.Shape, sizes: tuning.Sizes) -> Plan:
   """Returns how a product is cut into tiles of a size, its sums not split."""
   columns = min(sizes.columns, 1 << (shape.num_out.bit_length() - 1))
   part = depth = sizes.depth
-  if shape.has_groups:
+  if shape.has_groups and not _has_scaled_numbers(shape, sizes):
     part = min(part, shape.group & -shape.group)
     # What is loaded for each group takes registers, as do sums of many rows.
     depth = min(depth, part * min(_MOST_PARTS, 128 // sizes.rows))

@@ -6,7 +6,9 @@ of x's dtype, through shared memory, where a product of 16 bits has its matrix,
 too; so no matrix is put together in memory. Codes are converted without their
 scales, exactly; a group's sum is multiplied by its scales, in float32. But
 MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: where
-rows are many, there is then one sum, of all groups.
+rows are many, there is then one sum, of all groups. Scales are then loaded as
+codes lie, each as often as there are bytes of its group: threads that convert
+have theirs, and nothing is handed out.
 
 Several matrices that multiply the same rows share a loop.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,6 @@ from pallas_kernels.quantized_matmul import fp8_dot
 from pallas_kernels.quantized_matmul import nibbles
 from pallas_kernels.quantized_matmul import operand
 from pallas_kernels.quantized_matmul import plan as plan_lib
-from pallas_kernels.quantized_matmul import tuning
 
 
 def readable(array: jax.Array) -> jax.Array:
@@ -73,20 +73,6 @@ class Tile:
   interpret: bool
   front: tuple[Any, ...] = ()
 
-  @property
-  def _has_scaled_numbers(self) -> bool:
-    """Whether what is multiplied has its scales already.
-
-    For few rows, sums of groups are fewer than codes.
-    """
-    shape = self.plan.shape
-    return (
-      shape.has_groups
-      and shape.codes == 'mxfp4'
-      and shape.dtype == 'bfloat16'
-      and self.plan.sizes.rows >= tuning.FEW_ROWS
-    )
-
   def products(self, start: Any, stop: Any, item: Any, is_last: Any) -> Any:
     """Returns the products with each matrix, [rows, columns] float32.
 
@@ -103,7 +89,7 @@ class Tile:
     def turn(i: jax.Array, state: Any) -> Any:
       sums, of_groups = state
       following = of_groups
-      if plan.shape.has_groups:  # A turn ahead: products would wait for them.
+      if plan.has_sums_of_groups:  # A turn ahead: products would wait for them.
         begin = (i + 1) * sizes.depth
         following = [self._of_groups(begin + part) for part in parts]
       for part, of_group in zip(parts, of_groups, strict=True):
@@ -169,16 +155,34 @@ class Tile:
       self._load(w.values, self.front, *span, is_last, axis=axis)
       for w in self.matrices
     ]
-    products = []
-    for at, numbers in self._numbers(codes, place, of_groups, turn & 1 == 0):
+    scales: Sequence[jax.Array | None] = [None] * len(codes)
+    if self.plan.has_scaled_numbers:
+      scales = [self._scales(w, kept, is_last) for w in self.matrices]
+    products: Sequence[Any] = sums
+    if self.plan.has_sums_of_groups:
+      products = [None] * len(codes)
+    numbers = self._numbers(codes, scales, place, of_groups, turn & 1 == 0)
+    for at, of_each in numbers:
       x = self._load(self.x_ref, (), self.rows, at, is_last, axis=1)
-      products.append([self._dot(x, w) for w in numbers])
+      products = [
+        self._dot(x, w) if product is None else product + self._dot(x, w)
+        for product, w in zip(products, of_each, strict=True)
+      ]
+    if not self.plan.has_sums_of_groups:
+      return list(products)
     return [
-      self._sum(total, functools.reduce(jnp.add, found), of.scale)
-      for total, found, of in zip(
-        sums, zip(*products, strict=True), of_groups, strict=True
-      )
+      self._sum(total, product, of.scale)
+      for total, product, of in zip(sums, products, of_groups, strict=True)
     ]
+
+  def _scales(self, w: operand.Operand, kept: Any, is_last: Any) -> jax.Array:
+    """Loads the scale of each code, as codes lie."""
+    blocks = self.plan.shape.group // operand.BLOCK
+    groups = lax.div(_indices(kept), operand.HALF * blocks)
+    if is_last is not None:
+      groups = jnp.minimum(groups, w.scale.shape[-2] - 1)
+    at = groups[:, None], _indices(self.columns)[None, :]
+    return plgpu.load(w.scale.at[*self.front, *at])
 
   def _dot(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
     """Multiplies, in float32, by numbers of a matrix as they lie."""
@@ -206,8 +210,6 @@ class Tile:
     self, total: jax.Array, product: jax.Array, scale: jax.Array
   ) -> jax.Array:
     """Adds a product, times the scales of its group."""
-    if self._has_scaled_numbers or not self.plan.shape.has_groups:
-      return total + product
     scale = operand.scales(scale)[None]
     if self.interpret:
       return total + product * scale
@@ -254,6 +256,7 @@ class Tile:
   def _numbers(
     self,
     codes: Sequence[jax.Array],
+    scales: Sequence[jax.Array | None],
     place: Any,
     of_groups: Sequence[OfGroup],
     once: jax.Array,
@@ -269,10 +272,6 @@ class Tile:
     if self.plan.shape.bits == 8:
       yield place + at, [unpacking.unpack(c, dtype, **how) for c in codes]
       return
-    scales = [
-      operand.powers(of.scale) if self._has_scaled_numbers else None
-      for of in of_groups
-    ]
     # Of each block, 16 rows lie together: Triton sees it in these operations.
     rows = lax.div(at, operand.HALF) * operand.BLOCK + lax.rem(at, operand.HALF)
     for high in (False, True):

@@ -60,6 +60,14 @@ class Shape:
     return self.group < self.num_in
 
   @property
+  def may_scale_numbers(self) -> bool:
+    """Whether what is multiplied may have its scales already, exactly.
+
+    Scales that are powers of two bfloat16 has, and the numbers with them.
+    """
+    return self.has_groups and (self.codes, self.dtype) == ('mxfp4', 'bfloat16')
+
+  @property
   def is_fp8(self) -> bool:
     """Whether rows are of 8 bits, too."""
     return self.dtype == FP8
@@ -133,6 +141,12 @@ _MANY_OF_GROUPS: Mapping[str, Sizes] = {
   'a40': Sizes(128, 64, 64, 4, 3),
   'h100': Sizes(128, 64, 128, 4, 3),
 }
+# Of numbers that have their scales.
+_MANY_SCALED: Mapping[str, Sizes] = {
+  'a100': Sizes(128, 64, 64, 4, 3),
+  'a40': Sizes(128, 64, 64, 4, 3),
+  'h100': _MANY,
+}
 # Of rows of 8 bits, which are many.
 _FP8 = Sizes(128, 128, 128, 8, 3)
 _FLOAT32: _Table = (
@@ -185,7 +199,8 @@ def choose(shape: Shape) -> Sizes:
   if shape.itemsize == 2:
     many = _MANY
     if shape.has_groups:
-      many = _MANY_OF_GROUPS[devices.target_of(device)]
+      of = _MANY_SCALED if shape.may_scale_numbers else _MANY_OF_GROUPS
+      many = of[devices.target_of(device)]
     few = _FEW_OF_A40 if devices.target_of(device) == 'a40' else _FEW
     table = (*few[shape.bits], (2**31, many))
   return next(sizes for most, sizes in table if shape.num_rows <= most)

@@ -42,6 +42,12 @@ def fma(dtype: type) -> Callable[[Words, Words, Words], Words]:
   return run
 
 
+def largest(a: Words, b: Words) -> Words:
+  """PTX's max of two bfloat16."""
+  halves = (x.view(ml_dtypes.bfloat16) for x in (a, b))
+  return np.maximum(*halves).view(np.uint32)
+
+
 INSTRUCTIONS: Mapping[str, Callable[..., Words]] = {
   'mov.b32': lambda x: x,
   'prmt.b32': permute,
@@ -49,6 +55,7 @@ INSTRUCTIONS: Mapping[str, Callable[..., Words]] = {
   'lop3.b32': combine,
   'shr.u32': np.right_shift,
   'shl.b32': np.left_shift,
+  'max.bf16x2': largest,
   'fma.rn.f16x2': fma(np.float16),
   'fma.rn.bf16x2': fma(ml_dtypes.bfloat16),
 }

@@ -53,12 +53,7 @@ def test_chunks_that_are_rounded_multiply_8_bits() -> None:
   """In half of the time of 16 bits, and nothing else is put together."""
   case = configurations.rounded('qwen3-30b-a3b', 8192, 2)
   assert plan_of(case, 'h100').shape.is_fp8
-  (result,) = cases.check([case], 'h100')
-  assert not result.problems
-  loop = max(
-    (one for one in estimates.judge(result, 'h100') if one.loop.matrix),
-    key=lambda one: one.loop.instructions,
-  )
+  loop = loop_of(case, 'h100')
   sizes = plan_of(case, 'h100').sizes
   target = gpu_targets.get('h100')
   products = 2 * 2 * sizes.rows * sizes.columns * sizes.depth
@@ -104,12 +99,7 @@ def time_of(device: str, model: str, codes: str, tokens: int) -> float:
   for kinds in (2, 1):
     case = configurations.case(model, tokens, kinds, codes=codes)
     plan = plan_of(case, device)
-    (result,) = cases.check([case], device)
-    assert not result.problems
-    loop = max(
-      (one for one in estimates.judge(result, device) if one.loop.matrix),
-      key=lambda one: one.loop.instructions,
-    )
+    loop = loop_of(case, device)
     spec = case.spec
     tiles = int((-(-sizes // plan.sizes.rows)).sum()) * plan.column_tiles
     matrix = plan.values_bytes + of_groups_bytes(case)
@@ -125,6 +115,38 @@ def time_of(device: str, model: str, codes: str, tokens: int) -> float:
     total += max(work, memory)
   print(f'{total / least:.3f} of the time of the bytes')
   return total / least
+
+
+# Of the tensor cores' time, at the most. It should be 1.15.
+CHUNKS = (
+  ('h100', 'gpt-oss-20b', 'mxfp4', 1.01),
+  ('a100', 'gpt-oss-20b', 'mxfp4', 1.01),
+  ('a40', 'gpt-oss-20b', 'mxfp4', 1.01),
+  ('h100', 'qwen3-30b-a3b', 'int4-128', 1.01),
+)
+
+
+@matmul.needs_disassembler
+@pytest.mark.slow
+@pytest.mark.parametrize('device,model,codes,most', CHUNKS)
+def test_chunks_wait_for_products(
+  device: str, model: str, codes: str, most: float
+) -> None:
+  for kinds in (2, 1):
+    case = configurations.case(model, 2048, kinds, codes=codes)
+    one = loop_of(case, device)
+    print(f'{case.name}: {one.loop}, {one.estimate}')
+    assert one.estimate.issue <= most * one.estimate.matrix
+
+
+def loop_of(case: configurations.Case, device: str) -> estimates.Judged:
+  """Compiles a case, and returns its loop."""
+  (result,) = cases.check([case], device)
+  assert not result.problems
+  return max(
+    (one for one in estimates.judge(result, device) if one.loop.matrix),
+    key=lambda one: one.loop.instructions,
+  )
 
 
 def plan_of(case: configurations.Case, device: str) -> plan_lib.Plan:

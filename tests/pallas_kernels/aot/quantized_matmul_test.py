@@ -138,14 +138,16 @@ def check_decodes(device: str, kind: str, most: float) -> None:
 
 
 # Of the time of the same tile of 16 bits, at the most. It should be 1.15.
-CHUNKS = (('a100', 'int8', 1.01), ('h100', 'int4-128', 1.01))
+CHUNKS = (('a100', 'int8', 1.01), ('h100', 'mxfp4', 1.01))
 OTHER_CHUNKS = (
   ('a40', 'int4-128', 1.01),
   ('a100', 'int4-128', 1.01),
   ('a100', 'fp8-128', 1.01),
   ('h100', 'int8', 1.01),
   ('h100', 'fp8-128', 1.01),
+  ('h100', 'int4-128', 1.01),
   ('a100', 'int4-32', 1.01),
+  ('a100', 'mxfp4', 1.01),
   ('h100', 'int4-128-zero', 1.01),
 )
 
