@@ -94,12 +94,17 @@ def _has_scaled_numbers(shape: tuning.Shape, sizes: tuning.Sizes) -> bool:
 def of_tile(shape: tuning.Shape, sizes: tuning.Sizes) -> Plan:
   """Returns how a product is cut into tiles of a size, its sums not split."""
   columns = min(sizes.columns, 1 << (shape.num_out.bit_length() - 1))
+  # Hopper's products have 64 rows of the first operand, at least.
+  columns_first = sizes.columns_first and columns >= _NARROWEST
   part = depth = sizes.depth
   if shape.has_groups and not _has_scaled_numbers(shape, sizes):
     part = min(part, shape.group & -shape.group)
     # What is loaded for each group takes registers, as do sums of many rows.
-    depth = min(depth, part * min(_MOST_PARTS, 128 // sizes.rows))
-  sizes = dataclasses.replace(sizes, columns=columns, depth=depth)
+    parts = 2 if columns_first else 128 // sizes.rows
+    depth = min(depth, part * min(_MOST_PARTS, parts))
+  sizes = dataclasses.replace(
+    sizes, columns=columns, depth=depth, columns_first=columns_first
+  )
   return Plan(shape, sizes, part, 1)
 
 

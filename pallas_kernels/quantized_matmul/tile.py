@@ -96,13 +96,16 @@ class Tile:
         sums = self._add(sums, i * sizes.depth + part, of_group, i + item)
       return sums, following
 
-    sums = [
-      jnp.zeros((sizes.rows, sizes.columns), jnp.float32) for _ in self.matrices
-    ]
+    span = sizes.rows, sizes.columns
+    if sizes.columns_first:
+      span = span[::-1]
+    sums = [jnp.zeros(span, jnp.float32) for _ in self.matrices]
     of_groups = [self._of_groups(start * sizes.depth + part) for part in parts]
     sums, _ = lax.fori_loop(start, stop, turn, (sums, of_groups))
     for place in range(plan.turns * sizes.depth, plan.shape.num_in, plan.part):
       sums = self._add(sums, place, self._of_groups(place), item, is_last)
+    if sizes.columns_first:
+      sums = [total.T for total in sums]
     if not plan.shape.has_groups:
       sums = [
         total * operand.scales(of.scale)[None]
@@ -185,16 +188,21 @@ class Tile:
     return plgpu.load(w.scale.at[*self.front, *at])
 
   def _dot(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Multiplies, in float32, by numbers of a matrix as they lie."""
+    """Multiplies, in float32, by numbers of a matrix as they lie.
+
+    Of [columns, rows], where columns are first.
+    """
     shape = self.plan.shape
     if shape.is_fp8:
       x = self._fp8(x)
     if shape.is_fp8 and not self.interpret:
       return fp8_dot.dot(x, numbers.T)
+    operands, transposed = (x, numbers), (False, shape.by_columns)
+    if self.plan.sizes.columns_first:
+      operands, transposed = (numbers, x), (not shape.by_columns, True)
     product: jax.Array = plgpu.dot(
-      x,
-      numbers,
-      trans_b=shape.by_columns,
+      *operands,
+      *transposed,
       # Float32 isn't rounded to TensorFloat32.
       allow_tf32=False if shape.dtype == 'float32' else None,
     )
@@ -210,7 +218,8 @@ class Tile:
     self, total: jax.Array, product: jax.Array, scale: jax.Array
   ) -> jax.Array:
     """Adds a product, times the scales of its group."""
-    scale = operand.scales(scale)[None]
+    at = 1 if self.plan.sizes.columns_first else 0
+    scale = jnp.expand_dims(operand.scales(scale), at)
     if self.interpret:
       return total + product * scale
     # Triton makes two instructions of it by itself.

@@ -91,6 +91,10 @@ class Sizes:
     depth: rows of the matrix that a turn of the loop takes.
     num_warps: of a block of the GPU.
     num_stages: of the pipeline that loads.
+    columns_first: whether the matrix, not x, is the first operand, so that sums
+      are [columns, rows]. Hopper takes the first one from registers, where
+      numbers of codes are made; and a thread has the sums of a few columns,
+      whose scales it needs.
   """
 
   rows: int
@@ -98,6 +102,7 @@ class Sizes:
   depth: int
   num_warps: int
   num_stages: int
+  columns_first: bool = False
 
 
 FP8 = 'float8_e4m3fn'  # the dtype of rows of 8 bits
@@ -139,7 +144,7 @@ _MANY = Sizes(128, 128, 64, 8, 3)
 _MANY_OF_GROUPS: Mapping[str, Sizes] = {
   'a100': Sizes(128, 64, 64, 4, 3),
   'a40': Sizes(128, 64, 64, 4, 3),
-  'h100': Sizes(128, 64, 128, 4, 3),
+  'h100': Sizes(128, 64, 128, 4, 3, columns_first=True),
 }
 # Of numbers that have their scales.
 _MANY_SCALED: Mapping[str, Sizes] = {

@@ -88,6 +88,18 @@ def test_a_product_is_that_with_what_codes_stand_for(
 
 
 @pytest.mark.gpu
+def test_the_matrix_may_be_the_first_operand() -> None:
+  spec = arg_specs.ArgSpec(20, 176, 72, 'int4', 64, True)
+  x, w = arg_specs.make(spec)
+  sizes = dataclasses.replace(SIZES, columns_first=True)
+  got = pallas_triton.quantized_matmul(
+    x, w, spec.codes, spec.group, x.dtype, sizes=sizes
+  )
+  expected = x.astype(np.float64) @ matrix_of(spec, w)
+  np.testing.assert_allclose(got, expected, atol=2e-6 * abs(expected).max())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('codes', ['fp8', 'int4'])
 def test_a_product_of_halves_is_rounded_once(codes: str, dtype: str) -> None:
