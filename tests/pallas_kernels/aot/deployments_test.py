@@ -32,9 +32,9 @@ def get_model():
   return dataclasses.replace(model, num_layers=num, **some)
 """
 # A push compiles one of each kind of step; `--slow` has all, with all layers.
-# Of each the fields of its engine that are others.
+# Of each the fields of its engine that are others. Of a device alone
+# layers_test.py has a step.
 KINDS = {
-  'mistral_7b_a100': '',  # a device alone
   'llama2_70b_a40_tp4_pp2': '',  # stages
   # Experts that two devices share, with biases, sinks, windows on some layers;
   # and Hopper's products and sums.

@@ -132,12 +132,12 @@ def test_every_configuration_compiles(
 
 
 @needs_mosaic
-@_in_parts(3)
+@_in_parts(5)
 def test_every_product_of_experts_compiles(
   device: str, part: int, tmp_path: pathlib.Path
 ) -> None:
-  found = _compile(tmp_path / 'aot.json', 'grouped_matmul', device, part, 3)
-  assert len(found) > 4
+  found = _compile(tmp_path / 'aot.json', 'grouped_matmul', device, part, 5)
+  assert len(found) > 2
   for case in found:
     assert 'grouped_matmul' in {kernel['name'] for kernel in case['kernels']}
 
