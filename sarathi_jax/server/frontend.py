@@ -185,9 +185,13 @@ class Frontend:
 
   async def stats(self) -> state.EngineStats:
     """Returns what the engine does now, and counts our queue as waiting."""
-    stats = await self.engine_thread.call(lambda engine: engine.stats())
+    thread = self.engine_thread
+    # Both on the thread that takes from the queue, so that each is counted.
+    stats, num_queued = await thread.call(
+      lambda engine: (engine.stats(), thread.num_queued)
+    )
     return dataclasses.replace(
-      stats, num_waiting=stats.num_waiting + self.engine_thread.num_queued
+      stats, num_waiting=stats.num_waiting + num_queued
     )
 
   def check_room(self, num_outputs: int) -> None:

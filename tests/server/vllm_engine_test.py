@@ -268,6 +268,8 @@ def test_loads(gated: Callable[..., Any]) -> None:
   running, runner = gated(max_num_seqs=1)
   calls = [_generate(running, [1, 2, 3], stream=True) for _ in range(3)]
   running.wait_until_open(3)
+  thread = running.server.frontend.engine_thread
+  fake.wait_until(lambda: thread.num_queued == 2)
   reply = _stub(running).GetLoads.future(pb.GetLoadsRequest())
   fake.step_until_done(reply, runner)
   (load,) = reply.result().loads

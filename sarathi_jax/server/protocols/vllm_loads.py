@@ -35,15 +35,19 @@ class Loads:
 
   async def ask(self) -> pb.SchedulerLoad:
     """Returns the load between two steps."""
-    return self.message_of(
-      await self._frontend.engine_thread.call(lambda engine: engine.load())
+    thread = self._frontend.engine_thread
+    # Both on the thread that takes from the queue: else what it takes in
+    # between would be in neither.
+    load, num_queued = await thread.call(
+      lambda engine: (engine.load(), thread.num_queued)
     )
+    return self._message(load, num_queued)
 
-  def message_of(self, load: state.Load) -> pb.SchedulerLoad:
+  def _message(self, load: state.Load, num_queued: int) -> pb.SchedulerLoad:
     """Returns the message of a load, with what waits before the engine."""
     info = self._frontend.engine.info
     thread = self._frontend.engine_thread
-    num_waiting = load.num_waiting + thread.num_queued
+    num_waiting = load.num_waiting + num_queued
     num_used = info.num_pages - load.num_free_pages
     return pb.SchedulerLoad(
       dp_rank=0,
@@ -67,7 +71,7 @@ class Loads:
       load: the engine's.
       sample: the number of the record in its stream.
     """
-    of = self.message_of(load)
+    of = self._message(load, self._frontend.engine_thread.num_queued)
     return common_pb2.EngineLoad(
       running_requests=of.num_running_reqs,
       waiting_requests=of.num_waiting_reqs,
