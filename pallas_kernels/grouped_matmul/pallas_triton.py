@@ -56,7 +56,7 @@ class Arrays:
   @property
   def ways(self) -> tuning.Ways:
     """Those of multiplying a tile; see `tuning.Sizes`."""
-    return self.sizes.ways or ((self.sizes.rows,),)
+    return self.sizes.ways
 
   def products(
     self,

@@ -88,7 +88,7 @@ class Sizes:
     num_warps: of a block of the GPU.
     num_stages: of the pipeline that loads.
     ways: of multiplying it: the first that has room for the rows there are is
-      taken. None: always all rows at once.
+      taken.
   """
 
   rows: int
@@ -96,12 +96,14 @@ class Sizes:
   depth: int
   num_warps: int
   num_stages: int
-  ways: Ways = ()
+  ways: Ways = ()  # once made, never none: all rows at once
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, 'ways', self.ways or ((self.rows,),))
 
   def way(self, num: int) -> tuple[int, ...]:
     """Returns how a tile that has so many rows is multiplied."""
-    ways = self.ways or ((self.rows,),)
-    return next(way for way in ways if num <= sum(way))
+    return next(way for way in self.ways if num <= sum(way))
 
   def for_shape(self, shape: Shape) -> Sizes:
     """Returns these, or less where that does not divide a matrix."""

@@ -3,7 +3,8 @@
 
 It loads codes, converts each once, and hands them out to its warps as numbers
 of x's dtype, through shared memory, where a product of 16 bits has its matrix,
-too; so no matrix is put together in memory. Codes are converted without their
+too; so no matrix is put together in memory. Hopper takes them from registers,
+where columns are multiplied by rows. Codes are converted without their
 scales, exactly; a group's sum is multiplied by its scales, in float32. But
 MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: where
 rows are many, there is then one sum, of all groups. Scales are then loaded as
