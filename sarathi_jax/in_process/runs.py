@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import sys
 from typing import Protocol
 
 from sarathi_jax import errors
@@ -73,8 +74,11 @@ class Run(Iterator[types.OutputDelta]):
     if left:
       self._runs.abandon(left)
 
-  def __del__(self) -> None:
-    if self._left:
+  def __del__(
+    self, is_finalizing: Callable[[], bool] = sys.is_finalizing
+  ) -> None:
+    # As Python ends, modules are gone, this one's as well.
+    if self._left and not is_finalizing():
       self.close()
 
 

@@ -124,6 +124,9 @@ def packed(
     buffer = stage.buffer
     if layout.has_adapters and not stage.has_adapters:
       buffer = layout.widened(buffer)
+    # One that is to tell of a prompt was packed for a step that can, which may
+    # be larger than the one that it enters; tokens, which end it, are padded.
+    buffer = buffer[: layout.size]
     row[: len(buffer)] = buffer
   return buffers.ravel()
 

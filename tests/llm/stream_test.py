@@ -62,3 +62,11 @@ def test_leaving_one_stream_leaves_the_other(llm, greedy):
   left.close()
   tokens += [t for d in kept for t in d.token_ids]
   assert tuple(tokens) == greedy['old'][0]
+
+
+def test_what_is_left_as_python_ends_is_left_alone(llm, greedy):
+  stream = llm.stream(PROMPTS[0], GREEDY)
+  first = next(stream)
+  stream.__del__(is_finalizing=lambda: True)
+  rest = [token for delta in stream for token in delta.token_ids]
+  assert (*first.token_ids, *rest) == greedy['old'][0]

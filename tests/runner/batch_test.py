@@ -12,6 +12,7 @@ import pytest
 
 from sarathi_jax import types
 from sarathi_jax.runner import batch as batch_lib
+from sarathi_jax.runner import in_flight
 
 PAGE_SIZE = 4
 LAYOUT = batch_lib.BatchLayout(
@@ -476,3 +477,18 @@ def test_stages_can_read_the_buffers_of_one_another():
         if (found := layout.input.span(name))
       }
       assert span[0] < span[1]
+
+
+@pytest.mark.parametrize('num_tokens', (4, 8, 16))
+def test_a_step_takes_what_was_packed_for_another(builder, num_tokens):
+  """A short prompt is told of by a large step, but enters in a small one."""
+  prompt = chunk('a', slot=0, start=0, tokens=(5, 6, 7), pages=(2,))
+  layouts = [dataclasses.replace(LAYOUT, num_tokens=n) for n in (4, 8, 16)]
+  stages = [
+    in_flight.AtStage(builder.build(batch(prompt), layout), 3, False, True)
+    for layout in layouts
+  ]
+  step = dataclasses.replace(LAYOUT, num_tokens=num_tokens)
+  rows = in_flight.packed(stages, step).reshape(len(stages), step.size)
+  expected = builder.build(batch(prompt), step)
+  np.testing.assert_array_equal(rows, [expected] * len(stages))
