@@ -8,6 +8,8 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+from absl import logging
+
 from sarathi_jax import errors
 from sarathi_jax import types
 from sarathi_jax.engine import engine as engine_lib
@@ -73,13 +75,21 @@ class Loader:
     """Returns an adapter that went for others (`--max_cpu_loras`), read again.
 
     Raises:
-      NotFoundError: it was unloaded meanwhile.
-      SarathiError: its files are not there any more, or others.
+      NotFoundError: it was unloaded meanwhile; or its files are not there any
+        more, or others.
     """
     async with self._loading:
       adapters = self._frontend.engine.adapters
       if again := adapters.away(name):
-        return await self._load(name, again)
+        try:
+          return await self._load(name, again)
+        except errors.ConfigError as error:
+          # It has paths, which are for those who load adapters.
+          logging.error("Adapter %r can't be read again: %s", name, error)
+          raise errors.NotFoundError(
+            f"adapter={errors.shown(name)}: can't be read again; see the log "
+            'of the server.'
+          ) from error
       return adapters.find(name)  # Who waited here before has read it.
 
   async def _load(self, name: str, again: Callable[[], Any]) -> types.Adapter:

@@ -163,6 +163,30 @@ def test_what_went_for_others_is_read_again(
   running.assert_nothing_is_left()
 
 
+def test_what_cant_be_read_again_tells_no_paths(
+  make: Callable[..., fake.RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  running = make()
+  running.engine.adapters.limit(1)
+  control = _control(running)
+  for name in ('a', 'b'):
+    control.LoadAdapter(pb.LoadAdapterRequest(name=name, path=f'/of/{name}'))
+  missing = errors.CheckpointError('/of/a: no such folder.')
+  away = running.engine.adapters._away
+  monkeypatch.setitem(away, 'a', lambda: (_ for _ in ()).throw(missing))
+  path, ask = http_client.BODIES['text']
+  status, told = http_client.Client.of(running).json(
+    path, {**ask, 'model': 'a'}
+  )
+  assert status == 404 and '/of' not in str(told)
+  code, says = _refusal(
+    lambda: fake.take(running.generate(token_ids=[1], adapter='a'))
+  )
+  assert code is grpc.StatusCode.NOT_FOUND
+  assert says == "adapter='a': can't be read again; see the log of the server."
+  running.assert_nothing_is_left()
+
+
 def test_administrators_alone(
   make: Callable[..., fake.RunningServer], tmp_path: pathlib.Path
 ) -> None:
