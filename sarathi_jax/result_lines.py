@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,9 @@ from typing import Any, NamedTuple
 from sarathi_jax import batch_files
 from sarathi_jax import errors
 from sarathi_jax import json_file
+
+# Of results of ours.
+_BEGINNINGS = b'{"request_id": ', b'{"id": "batch_req_'
 
 
 class Written(NamedTuple):
@@ -27,27 +31,44 @@ def read_written(path: pathlib.Path) -> Written:
   whole = 0
   with path.open('rb') as file:
     for number, line in enumerate(file, 1):
-      if not line.endswith(b'\n'):
-        break
+      is_cut = not line.endswith(b'\n')
       try:
-        result = json_file.parse(line)
-        if batch_files.KEYS & result.keys():
-          batch_files.add_written(result, written.ids, written.lines)
-        elif 'error' in result:
-          written.lines.add(result['line'])
-        else:
-          # An input, given by mistake, has ids only.
-          result['outputs' if 'outputs' in result else 'metrics']
-          written.ids.add(str(result['request_id']))
+        _add(line, Written(set(), set()) if is_cut else written)
       except (ValueError, KeyError, TypeError):
-        raise errors.ConfigError(
-          f'output={str(path)!r}: line {number} is not one of our results; '
-          "won't go on with this file."
-        ) from None
-      whole += len(line)
+        if not (is_cut and _may_be_ours(line)):
+          raise errors.ConfigError(
+            f'output={str(path)!r}: line {number} is not one of our results; '
+            "won't go on with this file."
+          ) from None
+      whole += 0 if is_cut else len(line)
   if whole < path.stat().st_size:
     os.truncate(path, whole)
   return written
+
+
+def _add(line: bytes, written: Written) -> None:
+  """Notes what a line stands for.
+
+  Raises:
+    ValueError, KeyError, TypeError: it is no result of ours.
+  """
+  result = json_file.parse(line)
+  if batch_files.KEYS & result.keys():
+    batch_files.add_written(result, written.ids, written.lines)
+  elif 'error' in result:
+    written.lines.add(result['line'])
+  else:
+    # An input, given by mistake, has ids only.
+    result['outputs' if 'outputs' in result else 'metrics']
+    written.ids.add(str(result['request_id']))
+
+
+def _may_be_ours(cut: bytes) -> bool:
+  """Whether a line that was cut off begins as a result of ours does."""
+  with contextlib.suppress(ValueError):
+    json_file.parse(cut)
+    return False  # It is whole.
+  return any(begin.startswith(cut[: len(begin)]) for begin in _BEGINNINGS)
 
 
 def has_failed(result: Mapping[str, Any]) -> bool:

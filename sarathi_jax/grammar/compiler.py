@@ -32,6 +32,8 @@ _FAULT_CHARS = 1024  # of llguidance's words
 _OURS = re.compile(
   r'^at \d+\(\d+\): failed to compile JSON schema: |\n +\d+ \| .*', re.DOTALL
 )
+# Its word for what can't begin, and its mark of words that it left out.
+_NOTHING, _LEFT_OUT = 'NoExtension', '<non-verbose/>'
 _OUR_LINE = re.compile(rf'\n +\d+ \| {re.escape(texts.END.strip())}')
 
 
@@ -167,7 +169,10 @@ class Grammars:
     # The first mask takes the longest: here it does so once, and may fail.
     mask = np.frombuffer(inner.compute_bitmask(), np.uint8)
     fault = inner.get_error()
+    if fault.startswith(_NOTHING):
+      return 'no output fits it.'
     if fault:
+      fault = fault.replace(_LEFT_OUT, '')
       ours = _OUR_LINE if outputs.kind == 'grammar' else _OURS
       return errors.cut(ours.sub('', fault).strip(), _FAULT_CHARS)
     first = np.flatnonzero(np.unpackbits(mask, bitorder='little')).tolist()

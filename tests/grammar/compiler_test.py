@@ -143,6 +143,9 @@ def test_a_pattern_of_space() -> None:
     ({'json': {'oneOf': [{}, {}]}}, 'oneOf constraints are not supported'),
     ({'json': {'pattern': '(?=a)', 'type': 'string'}}, 'look-around'),
     ({'json': {'enum': []}}, 'Unsatisfiable'),
+    ({'json': {'$ref': '#'}}, 'no output fits it'),
+    ({'regex': r'[^\x00-\x{10FFFF}]'}, 'no output fits it'),
+    ({'grammar': 'root ::= root'}, 'no output fits it'),
     ({'regex': '['}, 'unclosed character class'),
     ({'regex': r'(a)\1'}, 'backreferences are not supported'),
     ({'regex': r'\bab'}, 'lookarounds not supported'),
@@ -162,6 +165,7 @@ def test_what_is_no_grammar_is_refused_in_the_librarys_words(
       of.compile(Params(**said))
     assert len(str(caught.value)) < 2000
     assert 'llguidance' not in str(caught.value)
+    assert 'non-verbose' not in str(caught.value)
 
 
 def test_what_no_token_spells_is_refused() -> None:

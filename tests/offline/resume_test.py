@@ -71,10 +71,17 @@ def test_an_output_that_exists_is_left_alone(run):
   assert 'exists; --resume goes on with it' in run.fails()
   assert 'line 1 is not one of our results' in run.fails('--resume')
   assert run.output.read_text() == 'mine\n'
+  run.output.write_text('mine')  # No end of a line: it was not cut off.
+  assert 'line 1 is not one of our results' in run.fails('--resume')
+  assert run.output.read_text() == 'mine'
   run.output.write_text('[' * 200_000 + '\n')
   assert 'line 1 is not one of our results' in run.fails('--resume')
   # An input, given as the output by mistake.
   run.write({'request_id': 'a', **GOOD})
+  assert 'not one of our results' in run.fails(
+    '--resume', f'--output={run.prompts}'
+  )
+  run.prompts.write_text('{"request_id": "a", "prompt": "b"}')
   assert 'not one of our results' in run.fails(
     '--resume', f'--output={run.prompts}'
   )
