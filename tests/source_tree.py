@@ -105,15 +105,20 @@ def read_imports(file: File, ours: frozenset[str]) -> Iterator[Import]:
         yield Import(first, is_lazy)
 
 
+# Of statements; no statement is below them.
+_WITHIN = ast.expr, ast.arguments, ast.keyword, ast.operator, ast.withitem
+
+
 def _walk(node: ast.AST, is_lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
-  """Every node below, and whether importing the file leaves it out."""
+  """Every statement below, and whether importing the file leaves it out."""
   yield node, is_lazy
   is_lazy |= isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
   is_lazy |= (
     isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
   )
   for child in ast.iter_child_nodes(node):
-    yield from _walk(child, is_lazy)
+    if not isinstance(child, _WITHIN):
+      yield from _walk(child, is_lazy)
 
 
 def _imported(node: ast.AST, ours: frozenset[str]) -> Iterator[str]:

@@ -34,14 +34,19 @@ MODEL = model_config_lib.LlamaConfig(
 STEPS_ALONE: Mapping[str, Any] = dict(max_adjusted_seqs=0, grammars=False)
 
 
-def make_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
+def make_params(
+  seed: int = 0,
+  dtype: Any = jnp.float32,
+  *,
+  model: model_config_lib.ModelConfig = MODEL,
+) -> Any:
   """Lively weights, drawn by NumPy, which need not be compiled."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda leaf: jnp.asarray(
       (leaf.init == 'scale') + rng.normal(0, 0.4, leaf.shape), dtype
     ),
-    models.param_specs(MODEL),
+    models.param_specs(model),
   )
 
 

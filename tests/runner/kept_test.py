@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import pytest
 
 from sarathi_jax import llm as llm_lib
-from sarathi_jax import models
 from sarathi_jax import types
 from sarathi_jax.models import transformer
 from sarathi_jax.runner import compiled
@@ -31,7 +30,7 @@ from sarathi_jax.runner import programs
 from tests import tiny
 
 MODEL = dataclasses.replace(tiny.MODEL, num_kv_heads=2)
-PARAMS = models.init_params(MODEL, jax.random.key(0), jnp.float32, scale=0.4)
+PARAMS = tiny.make_params(model=MODEL)
 
 # Of 4 tokens and as many sequences.
 ALL = [4, programs.SET_UP, programs.COPY, programs.masked(4)]
