@@ -30,6 +30,7 @@ from tests import equivalence_test as keystone
 from tests import logprobs_oracle
 from tests import naive
 from tests import prefix_equivalence_test as prefixes
+from tests import tiny
 
 BUDGET = 20
 _PLAIN = {f.name for f in dataclasses.fields(keystone.MODEL)}
@@ -56,21 +57,22 @@ def make_runner(
   )
   mesh = mesh_lib.make(parallel.Parallelism(tp=tp, pp=tp))
   layout = placement.of_live(jnp.dtype(dtype))
-  return device_runner.DeviceRunner(
-    model,
-    weights.place_live(model, mesh, layout, params),
-    layout,
-    mesh,
-    config_lib.EngineConfig(
-      token_budget=BUDGET,
-      max_num_seqs=keystone.MAX_SEQS,
-      page_size=keystone.PAGE_SIZE,
-      num_pages=keystone.PLENTY,
-      kv_cache_dtype=kv_cache_dtype,
-      deterministic=True,
-    ),
-    lambda max_model_len: BUDGET,
-  )
+  with tiny.few_sizes():
+    return device_runner.DeviceRunner(
+      model,
+      weights.place_live(model, mesh, layout, params),
+      layout,
+      mesh,
+      config_lib.EngineConfig(
+        token_budget=BUDGET,
+        max_num_seqs=keystone.MAX_SEQS,
+        page_size=keystone.PAGE_SIZE,
+        num_pages=keystone.PLENTY,
+        kv_cache_dtype=kv_cache_dtype,
+        deterministic=True,
+      ),
+      lambda max_model_len: BUDGET,
+    )
 
 
 @pytest.fixture(

@@ -148,15 +148,16 @@ def random_regex(rng: random.Random, depth: int = 3) -> str:
 @pytest.fixture(scope='module')
 def llm() -> llm_lib.LLM:
   model = dataclasses.replace(tiny.MODEL, max_position_embeddings=512)
-  return llm_lib.LLM(
-    model,
-    params=tiny.make_params(),
-    tokenizer=tokenizer_fixture.make(),
-    eos_token_ids=(walks.EOS,),
-    config=tiny.engine_config(
-      token_budget=32, max_num_seqs=16, page_size=16, num_pages=200
-    ),
-  )
+  with tiny.few_sizes():
+    return llm_lib.LLM(
+      model,
+      params=tiny.make_params(),
+      tokenizer=tokenizer_fixture.make(),
+      eos_token_ids=(walks.EOS,),
+      config=tiny.engine_config(
+        token_budget=32, max_num_seqs=16, page_size=16, num_pages=200
+      ),
+    )
 
 
 def _outputs(num_schemas: int, num_regexes: int) -> Iterator[dict[str, Any]]:

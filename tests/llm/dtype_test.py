@@ -74,7 +74,10 @@ def test_what_is_served(
   llm = llm_lib.LLM.from_checkpoint(
     'x',
     config=tiny.engine_config(
-      compilation_cache_dir=cache_dir, dtype=asked, **tiny.STEPS_ALONE
+      token_budget=4,  # one program
+      compilation_cache_dir=cache_dir,
+      dtype=asked,
+      **tiny.STEPS_ALONE,
     ),
   )
   assert dtypes_of(llm) == {served}
@@ -103,7 +106,8 @@ def test_other_weights_of_the_live_ones_dtype_or_of_the_asked_one(
   open_in, make_llm
 ) -> None:
   half = tiny.make_params(dtype=jnp.bfloat16)
-  llm = make_llm(half, **tiny.STEPS_ALONE)  # As they are, without a copy.
+  # As they are, without a copy.
+  llm = make_llm(half, token_budget=4, **tiny.STEPS_ALONE)
   assert dtypes_of(llm) == {'bfloat16'}
   open_in('bfloat16')
   llm.load_weights(llm.open_weights('x'))

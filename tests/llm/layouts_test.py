@@ -271,7 +271,9 @@ def make_llm(params: Any, layout: Any, cache_dir: str) -> llm_lib.LLM:
     layout=layout,
     eos_token_ids=(),
     config=tiny.engine_config(
-      compilation_cache_dir=cache_dir, **tiny.STEPS_ALONE
+      token_budget=4,  # one program
+      compilation_cache_dir=cache_dir,
+      **tiny.STEPS_ALONE,
     ),
   )
 

@@ -133,6 +133,9 @@ def start(
       *run.flags,
       f'--checkpoint={hugging_face}',
       '--max_tokens=60',
+      # Or each of them has programs to compile that nothing here runs.
+      '--max_adjusted_seqs=0',
+      '--nogrammars',
       *flags,
     ],
     stderr=subprocess.PIPE,
