@@ -138,8 +138,10 @@ def test_command(
 def test_every_kernel_of_attention_compiles(device: str) -> None:
   """Each for one of the devices, of one of the models that have it.
 
-  Those of float32, which few serve on a GPU, are left to `--slow`: they have no
-  tensor cores' products, and take long to compile.
+  Left to `--slow` are those of float32, which few serve on a GPU: they have no
+  tensor cores' products, and take long to compile. And those of pages in 8 bits
+  that have a part of others: float8's, which are read as int8's, but for one
+  model, and those of small pages.
   """
   with compiler.on(device):
     kernels = {
@@ -150,7 +152,7 @@ def test_every_kernel_of_attention_compiles(device: str) -> None:
         case.name.partition(' ')[2],
       ): case
       for case in configurations.cases(device)
-      if case.args[0].dtype != 'float32'
+      if case.args[0].dtype != 'float32' and not _is_in_others(case)
     }
   check_all(_turns(kernels.values(), device), device)
 
@@ -173,11 +175,15 @@ def test_every_filter_compiles(device: str) -> None:
 @matmul.needs_wheels
 @pytest.mark.parametrize('device', DEVICES)
 def test_every_product_of_groups_compiles(device: str) -> None:
-  """Each for one of the devices; of codes grouped_codes_test.py has some."""
+  """Each for one of the devices; of codes grouped_codes_test.py has some.
+
+  A model's that differ from another's in sizes alone are left to `--slow`.
+  """
   plain = (
     case
     for case in grouped_cases.cases(device)
-    if isinstance(case, grouped_cases.GroupingCase) or case.codes is None
+    if isinstance(case, grouped_cases.GroupingCase)
+    or (case.codes is None and 'qwen3-235b' not in case.name)
   )
   check_groups(device, _turns(plain, device))
 
@@ -230,6 +236,14 @@ def test_every_sum_and_norm_compiles(device: str) -> None:
     (kernel,) = result.kernels
     assert kernel.name == 'add_and_norm'
     assert kernel.blocks_per_sm >= 2
+
+
+def _is_in_others(case: configurations.Case) -> bool:
+  """Whether a case of pages in 8 bits has nothing that no other one has."""
+  model = case.name.partition(' ')[0]
+  return 'KV' in case.name and (
+    'pages' in case.name or ('float8' in case.name and model != 'mistral-7b')
+  )
 
 
 def _turns(all_cases: Iterable[_Case], device: str) -> list[_Case]:

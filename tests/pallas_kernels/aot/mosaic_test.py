@@ -114,12 +114,12 @@ def _in_parts(parts: int) -> Any:
 
 
 @needs_mosaic
-@_in_parts(6)  # A push has both head sizes, windows, caps and pages thereby.
+@_in_parts(8)  # A push has both head sizes, windows and caps thereby.
 def test_every_configuration_compiles(
   device: str, part: int, tmp_path: pathlib.Path
 ) -> None:
   found = _compile(
-    tmp_path / 'aot.json', 'ragged_paged_attention', device, part, 6
+    tmp_path / 'aot.json', 'ragged_paged_attention', device, part, 8
   )
   assert len(found) > 1
   ours = [
@@ -132,12 +132,12 @@ def test_every_configuration_compiles(
 
 
 @needs_mosaic
-@_in_parts(5)
+@_in_parts(7)
 def test_every_product_of_experts_compiles(
   device: str, part: int, tmp_path: pathlib.Path
 ) -> None:
-  found = _compile(tmp_path / 'aot.json', 'grouped_matmul', device, part, 5)
-  assert len(found) > 2
+  found = _compile(tmp_path / 'aot.json', 'grouped_matmul', device, part, 7)
+  assert len(found) > 1
   for case in found:
     assert 'grouped_matmul' in {kernel['name'] for kernel in case['kernels']}
 
@@ -152,7 +152,7 @@ def test_loops_on_ampere() -> None:
 @pytest.mark.parametrize('device', list(gpu_targets.TARGETS))
 def test_tritons_compile_on_this_jax_too(device: str) -> None:
   """Each kernel once; the other lane has them all, on the oldest JAX."""
-  first = itertools.islice(configurations.cases(device), 2)
+  first = itertools.islice(configurations.cases(device), 1)
   last = itertools.islice(filter_cases.cases(device), 2, 3)
   turned = itertools.islice(rotate_cases.cases(device), 1)
   normed = itertools.islice(norm_cases.cases(device), 1)

@@ -28,6 +28,8 @@ pytestmark = [
 # What others have, too, and ends that a push tries for Hopper.
 _SLOW = (
   *attention_test._IN_OTHERS,
+  *attention_test._OF_HOPPER,
+  *attention_test._OF_TRITON,
   'one_token',
   'one_token_prefill',
   'whole_bucket_prefill',
