@@ -32,6 +32,8 @@ from tests import source_tree
 from tests.checkpoints_convert import fake_checkpoint as fake
 from tests.checkpoints_convert import lora_test
 
+# Tokens of an output: each takes both hosts a round of messages.
+NUM_NEW = 8
 # What both hosts keep of a request: nothing, what adjusts its logits, and those
 # that wait for masks.
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -40,7 +42,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     frequency_penalty=1.5,
     repetition_penalty=1.25,
     logit_bias={3: 2.0},
-    min_tokens=20,
+    min_tokens=NUM_NEW,
   ),
   dict(structured_outputs={'regex': '(t1|t22|t3)+'}),
 )
@@ -219,7 +221,9 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
   for i, sampling in enumerate(SAMPLING):
     done = llm.generate(
       PROMPTS,
-      SamplingParams(temperature=0, ignore_eos=True, max_tokens=20, **sampling),
+      SamplingParams(
+        temperature=0, ignore_eos=True, max_tokens=NUM_NEW, **sampling
+      ),
     )
     outputs.append([one.token_ids for one in done])
     for prompt, expected in zip(PROMPTS, outputs[-1], strict=True):
@@ -228,7 +232,7 @@ def test_two_hosts_serve_what_one_device_does_and_end_together(
       rest = (len(prompt) - 1) % PAGE_SIZE
       num_found = len(prompt) - 1 - (rest if rest < PAGE_SIZE // 4 else 0)
       num_found = num_found if i else None
-      got = _generate(channel, prompt, 20, num_found=num_found, **sampling)
+      got = _generate(channel, prompt, NUM_NEW, num_found=num_found, **sampling)
       assert tuple(got) == expected
   _check_logprobs(llm, channel)
   assert outputs[0] != outputs[1]
