@@ -185,6 +185,27 @@ def test_tokens_do_not_depend_on_what_is_given_back(
     assert scheduler.prefixes.num_found > 0
 
 
+# The same runner as above: the others make theirs, and one is kept.
+@pytest.mark.parametrize('kind', ['plain', 'alike'])
+def test_what_is_given_back_too_early_is_noticed(kind, monkeypatch):
+  """The negative control: the window is a page too narrow."""
+  right = page_groups.first_place
+  monkeypatch.setattr(
+    page_groups,
+    'first_place',
+    lambda window, num_tokens, page_size: right(
+      window, num_tokens + PAGE_SIZE * (window is not None), page_size
+    ),
+  )
+  got, _ = run(
+    make_runner('mixed'), kind, token_budget=17, num_pages=SCARCE['mixed']
+  )
+  assert any(
+    tokens != expected('mixed', kind)[key][0]
+    for key, (tokens, _) in got.items()
+  )
+
+
 @pytest.mark.slow  # Its kernels are interpreted, in layers of many kinds.
 @pytest.mark.parametrize('name', MODELS)
 def test_the_kernel_reads_nothing_that_was_given_back(name):
@@ -214,14 +235,15 @@ def test_each_stage_has_its_groups(name, tp, pp):
 
 def test_bytes_are_given_back_with_their_scales():
   """The tokens are those of a cache of which nothing is given back."""
+  budget = keystone.MAX_SEQS  # A program of one size.
   runner = make_runner(
-    'mixed', kv_cache_dtype='int8', most_tokens=32, adjusts=False
+    'mixed', kv_cache_dtype='int8', most_tokens=budget, adjusts=False
   )
   kept, given_back = (
     run(
       runner,
       'forks',
-      token_budget=32,
+      token_budget=budget,
       num_pages=PLENTY['mixed'],
       prefix_cache=False,
       windows=windows,
@@ -229,23 +251,3 @@ def test_bytes_are_given_back_with_their_scales():
     for windows in ((None,) * 4, runner.windows)
   )
   naive.assert_same(given_back, kept)
-
-
-@pytest.mark.parametrize('kind', ['plain', 'alike'])
-def test_what_is_given_back_too_early_is_noticed(kind, monkeypatch):
-  """The negative control: the window is a page too narrow."""
-  right = page_groups.first_place
-  monkeypatch.setattr(
-    page_groups,
-    'first_place',
-    lambda window, num_tokens, page_size: right(
-      window, num_tokens + PAGE_SIZE * (window is not None), page_size
-    ),
-  )
-  got, _ = run(
-    make_runner('mixed'), kind, token_budget=17, num_pages=SCARCE['mixed']
-  )
-  assert any(
-    tokens != expected('mixed', kind)[key][0]
-    for key, (tokens, _) in got.items()
-  )
