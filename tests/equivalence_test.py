@@ -134,11 +134,11 @@ def make_runner(
 def sizes() -> contextlib.AbstractContextManager[None]:
   """All of them, but where LLVM optimizes: for seconds each.
 
-  There are a few then, and `scripts/test --slow` asks for all.
+  There are two then, and `scripts/test --slow` asks for all.
   """
   every = jax.config.read('jax_disable_most_optimizations')
   every = every or 'EVERY_SIZE' in os.environ
-  return contextlib.nullcontext() if every else tiny.few_sizes()
+  return contextlib.nullcontext() if every else tiny.few_sizes(2)
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def runner() -> device_runner.DeviceRunner:
 @pytest.fixture(scope='module')
 def kernel_runner(params) -> device_runner.DeviceRunner:
   """With the GPU's kernel, interpreted: slow, so for some cases."""
-  with tiny.few_sizes():
+  with tiny.few_sizes(1):
     return make_runner(params, 'pallas_triton', most_tokens=MIDDLE)
 
 

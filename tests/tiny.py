@@ -58,10 +58,14 @@ def engine_config(**fields: Any) -> config_lib.EngineConfig:
 
 
 @contextlib.contextmanager
-def few_sizes() -> Iterator[None]:
-  """Steps that are made meanwhile have two sizes, or three.
+def few_sizes(number: int = 3) -> Iterator[None]:
+  """Steps that are made meanwhile have a few sizes.
 
   Each takes seconds to compile; `equivalence_test` has a whole ladder.
+
+  Args:
+    number: 1: the largest; 2: that of as many tokens as sequences, too; 3: one
+      between them, if they are far apart.
   """
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
@@ -69,9 +73,10 @@ def few_sizes() -> Iterator[None]:
       'ladder',
       lambda most, seqs, *, fine=False, small=False: tuple(
         sorted(
-          {seqs, most}
+          {most}
           | ({1, 4} if small else set())
-          | ({3 * seqs} if most > 6 * seqs else set())
+          | ({seqs} if number > 1 else set())
+          | ({3 * seqs} if number > 2 and most > 6 * seqs else set())
         )
       ),
     )

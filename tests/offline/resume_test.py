@@ -160,7 +160,7 @@ def wait_for_results(
 def test_killed_interrupted_and_resumed(cold, hugging_face):
   """Three processes do what one would have done; nothing is done twice."""
   rng = np.random.default_rng(0)
-  ids = {f'r{i}' for i in range(120)}
+  ids = {f'r{i}' for i in range(60)}
   cold.write(
     *[
       {'request_id': i, 'prompt_token_ids': rng.integers(2, VOCAB, 20).tolist()}
