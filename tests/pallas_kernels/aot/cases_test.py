@@ -109,7 +109,8 @@ def test_a_case_without_a_kernel_is_refused() -> None:
 @pytest.mark.parametrize(
   ('names', 'status', 'words'),
   [
-    ('GOOD', 0, '1 of 1 compile for a40'),
+    # mosaic_test.py has commands that end well, on the newest JAX.
+    pytest.param('GOOD', 0, '1 of 1 compile for a40', marks=pytest.mark.slow),
     ('GOOD,SPILLS,TOO_MUCH_SHARED', 1, 'spills: spills: spills '),
   ],
 )
@@ -140,8 +141,8 @@ def test_every_kernel_of_attention_compiles(device: str) -> None:
 
   Left to `--slow` are those of float32, which few serve on a GPU: they have no
   tensor cores' products, and take long to compile. And those of pages in 8 bits
-  that have a part of others: float8's, which are read as int8's, but for one
-  model, and those of small pages.
+  that are others' in parts: float8's, which are read as int8's, but for one
+  (bounds_test.py has A100's), and those of small pages.
   """
   with compiler.on(device):
     kernels = {
@@ -238,12 +239,14 @@ def test_every_sum_and_norm_compiles(device: str) -> None:
     assert kernel.blocks_per_sm >= 2
 
 
+_FLOAT8 = 'mistral-7b bfloat16 KV float8_e4m3fn'
+
+
 def _is_in_others(case: configurations.Case) -> bool:
   """Whether a case of pages in 8 bits has nothing that no other one has."""
-  model = case.name.partition(' ')[0]
-  return 'KV' in case.name and (
-    'pages' in case.name or ('float8' in case.name and model != 'mistral-7b')
-  )
+  is_float8 = 'float8' in case.name
+  is_small = 'KV' in case.name and 'pages' in case.name
+  return is_small or (is_float8 and case.name != _FLOAT8)
 
 
 def _turns(all_cases: Iterable[_Case], device: str) -> list[_Case]:

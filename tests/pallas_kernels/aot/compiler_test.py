@@ -77,7 +77,14 @@ def test_a_donated_cache_is_written_in_place() -> None:
 
 
 @matmul.needs_wheels
-@pytest.mark.parametrize('dtype', ['bfloat16', 'int8', 'float8_e4m3fn'])
+@pytest.mark.parametrize(
+  'dtype',
+  [
+    'bfloat16',
+    'int8',
+    pytest.param('float8_e4m3fn', marks=pytest.mark.slow),  # as int8
+  ],
+)
 @pytest.mark.parametrize('writer', ['xla', 'pallas_triton'])
 def test_a_cache_is_written_in_place_and_read(dtype: str, writer: str) -> None:
   """Also where the device knows no fp8."""
