@@ -158,9 +158,8 @@ class EngineConfig:
       more, that goes which no request asked for the longest, but for those that
       there are at the start. If it came from files, it is read again when one
       does. None for any number.
-    tp: tensor parallelism: devices that share each layer; None for one, but
-      on a CPU, where its cores are devices (`xla_flags.share_cpu`), for as many
-      as a large model can use, if it is to run several sequences.
+    tp: tensor parallelism: devices that share each layer; None for one, or for
+      those of a mesh that is given.
     pp: pipeline parallelism: stages, of tp devices each.
     seed: of the random numbers of requests without a seed of their own.
     tool_parser, reasoning_parser: how the model writes calls of tools, and what

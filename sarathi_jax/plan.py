@@ -15,7 +15,6 @@ does not fit, spills registers, or copies its KV cache.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -64,21 +63,6 @@ def define_flags() -> None:
   )
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
   engine_flags.define_engine_flags()
-
-
-def _shared(
-  model: Any, config: config_lib.EngineConfig
-) -> config_lib.EngineConfig:
-  """Returns the config with the `tp` that this CPU would serve it with."""
-  import jax
-
-  from sarathi_jax.in_process import building
-
-  if config.tp is not None:
-    jax.config.update('jax_num_cpu_devices', config.tp * config.pp)
-    return config
-  xla_flags.share_cpu(os.environ)
-  return dataclasses.replace(config, tp=building.choose_tp(model, config))
 
 
 def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
@@ -169,10 +153,10 @@ def _run(
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
-  if device == 'cpu':
-    config = _shared(model, config)
   tp = config.tp or 1
   num_devices = tp * config.pp
+  if device == 'cpu':
+    jax.config.update('jax_num_cpu_devices', num_devices)
   jax.config.update('jax_enable_compilation_cache', False)
   from pallas_kernels import gpu_targets
   from pallas_kernels.aot import toolkit

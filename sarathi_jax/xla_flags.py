@@ -13,14 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 import dataclasses
 import importlib.metadata
-import os
 import re
 
 Version = tuple[int, ...]
 # The fraction of a GPU's memory to take: a main has the GPU for itself. JAX's
 # own default is three quarters.
 MEMORY_FRACTION = 0.95
-_MOST_CPU_DEVICES = 8
 _CPU_DEVICES = '--xla_force_host_platform_device_count'
 
 
@@ -89,24 +87,19 @@ def set_environment(environ: MutableMapping[str, str]) -> None:
   environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', str(MEMORY_FRACTION))
 
 
-def share_cpu(environ: MutableMapping[str, str]) -> None:
-  """Makes devices of a CPU's cores, which a model may share (`--tp`).
+def make_cpu_devices(
+  environ: MutableMapping[str, str], num_devices: int
+) -> None:
+  """Makes devices of a CPU, for what has several (`--tp`, `--pp`).
 
-  XLA runs parts of a step on one thread a device; above all chunks' attention.
-  Call it before JAX first computes. Changes nothing if the user has said how
-  many devices there are, and nothing on a GPU.
+  Call it before JAX first computes. Changes nothing for one, nor if the user
+  has said how many there are, and nothing on a GPU.
 
   Args:
     environ: os.environ.
+    num_devices: how many.
   """
   given = environ.get('XLA_FLAGS', '')
-  if _CPU_DEVICES not in given and 'JAX_NUM_CPU_DEVICES' not in environ:
-    devices = min(num_cores(), _MOST_CPU_DEVICES)
-    environ['XLA_FLAGS'] = f'{given} {_CPU_DEVICES}={devices}'.strip()
-
-
-def num_cores() -> int:
-  """Returns the number of cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+  is_said = _CPU_DEVICES in given or 'JAX_NUM_CPU_DEVICES' in environ
+  if num_devices > 1 and not is_said:
+    environ['XLA_FLAGS'] = f'{given} {_CPU_DEVICES}={num_devices}'.strip()

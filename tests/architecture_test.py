@@ -176,7 +176,15 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
   ),
   'sarathi_jax.client': ('absl', 'google', 'grpc', 'rich'),
   'sarathi_jax.top': ('absl', 'grpc', 'rich'),
-  'pallas_kernels': ('jax', '~jaxlib', 'jaxtyping', 'numpy', 'absl', 'rich'),
+  'pallas_kernels': (
+    'jax',
+    '~jaxlib',
+    'jaxtyping',
+    'llvmlite',
+    'numpy',
+    'absl',
+    'rich',
+  ),
 }
 WITHOUT_JAX = (
   'sarathi_jax.scheduler',

@@ -133,22 +133,26 @@ def test_xla_knows_them() -> None:
 
 
 @pytest.mark.parametrize(
-  ('environ', 'expected'),
+  ('environ', 'num_devices', 'expected'),
   [
-    ({}, '--xla_force_host_platform_device_count=3'),
-    ({'XLA_FLAGS': '--x=1'}, '--x=1 --xla_force_host_platform_device_count=3'),
+    ({}, 3, '--xla_force_host_platform_device_count=3'),
+    ({}, 1, None),
+    (
+      {'XLA_FLAGS': '--x=1'},
+      3,
+      '--x=1 --xla_force_host_platform_device_count=3',
+    ),
     (
       {'XLA_FLAGS': '--xla_force_host_platform_device_count=5'},
+      3,
       '--xla_force_host_platform_device_count=5',
     ),
-    ({'JAX_NUM_CPU_DEVICES': '2'}, None),
+    ({'JAX_NUM_CPU_DEVICES': '2'}, 3, None),
   ],
 )
-def test_cores_are_devices_unless_the_user_said(
-  environ: dict[str, str],
-  expected: str | None,
-  monkeypatch: pytest.MonkeyPatch,
+def test_a_cpu_is_as_many_devices_as_are_asked_for(
+  environ: dict[str, str], num_devices: int, expected: str | None
 ) -> None:
-  monkeypatch.setattr(xla_flags, 'num_cores', lambda: 3)
-  xla_flags.share_cpu(environ)
+  """Unless the user said how many."""
+  xla_flags.make_cpu_devices(environ, num_devices)
   assert environ.get('XLA_FLAGS') == expected

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
 from pallas_kernels.ragged_paged_attention import layout
+from pallas_kernels.ragged_paged_attention import llvm
 from pallas_kernels.ragged_paged_attention import pallas_triton
 from pallas_kernels.ragged_paged_attention import quantization
 from pallas_kernels.ragged_paged_attention import reference
@@ -49,12 +50,14 @@ def _attend_by_mosaic(
 IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
   'reference': reference.ragged_paged_attention,
   'xla': xla.ragged_paged_attention,
+  'llvm': llvm.ragged_paged_attention,
   'pallas_triton': pallas_triton.ragged_paged_attention,
   'pallas_mosaic': _attend_by_mosaic,
 }
 _LAYOUTS = {
   'reference': layout.TILES,
   'xla': layout.TILES,
+  'llvm': layout.LINES,
   'pallas_triton': layout.ROWS,
   'pallas_mosaic': layout.ROWS,
 }
@@ -138,9 +141,8 @@ def ragged_paged_attention(
     sliding_window=sliding_window,
     soft_cap=soft_cap,
   )
-  is_rows = layout.is_rows(k_pages)
   validate.check(
-    name == 'reference' or is_rows == (_LAYOUTS[name] == layout.ROWS),
+    name == 'reference' or layout.of(k_pages) == _LAYOUTS[name],
     'k_pages',
     quantization.values_of(k_pages).shape,
     f'must be as from init_pages for {name!r}',
@@ -235,8 +237,7 @@ def init_pages(
     head_dim: h.
     dtype: float32, bfloat16, float16; int8 or float8_e4m3fn to quantize what
       is written, with a scale for each token and head (see `quantization`).
-    implementation: what will read them; None: on a GPU the fastest that can,
-      else 'xla'.
+    implementation: what will read them; None: the fastest that can.
 
   Returns:
     (k_pages, v_pages) in the implementation's layout (see `layout`), arrays
@@ -387,7 +388,7 @@ def _known(implementation: str) -> str:
 def _for_pages(k_pages: Pages, triton_only: bool) -> str:
   """Returns the name of the implementation for pages of this layout."""
   if not layout.is_rows(k_pages):
-    return 'xla'
+    return 'llvm' if layout.of(k_pages) == layout.LINES else 'xla'
   if triton_only:
     return 'pallas_triton'
   _, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
@@ -405,11 +406,19 @@ def _default(
   """Returns what `implementation=None` means on the default device."""
   device = devices.default()
   if device.platform not in ('gpu', 'cuda'):
-    return 'xla'
+    return _of_cpu(page_size, head_dim, dtype)
   name, reason = _fastest(page_size, num_kv_heads, head_dim, dtype)
   if reason:
     _say_once(f'Attention falls back to {name or "plain XLA"}: {reason}')
   return name or 'xla'
+
+
+def _of_cpu(page_size: int, head_dim: int, dtype: jax.typing.DTypeLike) -> str:
+  try:
+    llvm.check(page_size, head_dim, dtype)
+  except NotImplementedError:
+    return 'xla'
+  return 'llvm'
 
 
 def _fastest(

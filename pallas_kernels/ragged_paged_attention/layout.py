@@ -6,6 +6,7 @@ tiles:  keys   [N, K, page_size / l, h, l], l positions side by side;
         values [N, K, h / l, page_size, l], l channels side by side.
         l is 8, a vector of float32 as XLA uses them, or less where it must
         divide the axis.
+lines:  tiles of 16, a line of a processor's cache: for a kernel of ours.
 scales: of quantized ones, [N, K, page_size] in either layout.
 
 Tiles are for XLA on CPUs. The numbers that a vector of l scores, or of l
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 from pallas_kernels.ragged_paged_attention import quantization
 
 Pages = quantization.Pages
-ROWS, TILES = 'rows', 'tiles'
-_LANES = 8  # 16 and more are a third slower: the factors spill
+ROWS, TILES, LINES = 'rows', 'tiles', 'lines'
+# Of XLA's, 16 and more are a third slower: the factors spill.
+_LANES = {TILES: 8, LINES: 16}
 
 
 def init(
@@ -40,8 +42,8 @@ def init(
 ) -> tuple[Pages, Pages]:
   """Returns zeroed keys and values; see `api.init_pages`."""
   shapes: list[tuple[int, ...]] = [(page_size, head_dim)] * 2
-  if layout == TILES:
-    l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
+  if layout != ROWS:
+    l_k, l_v = (math.gcd(n, _LANES[layout]) for n in (page_size, head_dim))
     shapes = [
       (page_size // l_k, head_dim, l_k),
       (head_dim // l_v, page_size, l_v),
@@ -72,9 +74,17 @@ def sizes(k_pages: Pages) -> tuple[int, int, int, int]:
   return num_pages, num_kv_heads, tiles * lanes, head_dim
 
 
+def of(pages: Pages) -> str:
+  """Returns the name of the pages' layout."""
+  values = quantization.values_of(pages)
+  if values.ndim == 4:
+    return ROWS
+  return LINES if values.shape[-1] == _LANES[LINES] else TILES
+
+
 def is_rows(pages: Pages) -> bool:
   """Says whether pages are laid out as rows, not as tiles."""
-  return quantization.values_of(pages).ndim == 4
+  return of(pages) == ROWS
 
 
 def to_rows(k_pages: Pages, v_pages: Pages) -> tuple[Pages, Pages]:
@@ -97,7 +107,7 @@ def from_rows(
   if layout == ROWS:
     return k_pages, v_pages
   num_pages, num_kv_heads, page_size, head_dim = sizes(k_pages)
-  l_k, l_v = math.gcd(page_size, _LANES), math.gcd(head_dim, _LANES)
+  l_k, l_v = (math.gcd(n, _LANES[layout]) for n in (page_size, head_dim))
   k_shape = num_pages, num_kv_heads, -1, l_k, head_dim
   v_shape = num_pages, num_kv_heads, page_size, -1, l_v
   return (

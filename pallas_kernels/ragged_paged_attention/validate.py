@@ -293,7 +293,7 @@ def _check_cache(k_pages: Pages, v_pages: Pages) -> None:
   num_pages, num_kv_heads, page_size, head_dim = layout.sizes(k_pages)
   like: Any = jax.eval_shape(
     lambda: layout.init(
-      layout.ROWS if layout.is_rows(k_pages) else layout.TILES,
+      layout.of(k_pages),
       num_pages,
       page_size,
       num_kv_heads,

@@ -26,7 +26,7 @@ def rotate_and_write(
 ) -> Any:
   """Rotates and writes; see `api.rotate_and_write`."""
   q_norm, k_norm = norms or (None, None)
-  kind = layout.ROWS if layout.is_rows(k_pages) else layout.TILES
+  kind = layout.of(k_pages)
   num_pages, _, page_size, _ = layout.sizes(k_pages)
   both = layout.to_rows(k_pages, v_pages)
   kept = [jax.tree.map(np.array, pages) for pages in both]

@@ -108,7 +108,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   ),
   'attention': (
     flags.DEFINE_string,
-    'Implementation of attention: reference, xla, pallas_triton '
+    'Implementation of attention: reference, xla, llvm, pallas_triton '
     'or pallas_mosaic. Default: chosen for the device.',
   ),
   'deterministic': (
@@ -157,8 +157,7 @@ _ENGINE_FLAGS: dict[str, tuple[Any, str]] = {
   ),
   'tp': (
     flags.DEFINE_integer,
-    'Tensor parallelism: number of devices that share each layer. Default: '
-    '1; on a CPU, the cores that a large model can use.',
+    'Tensor parallelism: number of devices that share each layer. Default: 1.',
   ),
   'pp': (
     flags.DEFINE_integer,

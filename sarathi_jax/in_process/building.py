@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 import functools
-import math
 import os
 import time
 from typing import Any
@@ -18,7 +17,6 @@ from jax.sharding import Mesh
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import models
 from sarathi_jax import scheduler as scheduler_lib
 from sarathi_jax import xla_flags
 from sarathi_jax.engine import engine as engine_lib
@@ -35,7 +33,6 @@ from sarathi_jax.scheduler import pacing
 from sarathi_jax.text import tokenizer as tokenizer_lib
 
 OnCompiled = programs_lib.OnCompiled
-_WEIGHT_BYTES = 4  # on a CPU
 
 
 def make_mesh(
@@ -86,15 +83,14 @@ def _choose_mesh(
   axis_names: mesh_lib.AxisNames | None,
   home: Collection[jax.Device],
 ) -> Mesh:
-  tp = config.tp or (1 if home or users else choose_tp(model, config))
-  asked = parallel.Parallelism(tp=tp, pp=config.pp)
+  asked = parallel.Parallelism(tp=config.tp or 1, pp=config.pp)
   if users is not None:
     mesh = mesh_lib.of_users(users, axis_names)
     given = mesh_lib.parallelism_of(mesh)
     config_lib.check(
       asked in (given, parallel.Parallelism()),
       'tp, pp',
-      (tp, config.pp),
+      (asked.tp, config.pp),
       f'the mesh has tp={given.tp}, pp={given.pp}',
     )
     given.check(model)
@@ -109,38 +105,6 @@ def _choose_mesh(
     'with neither tp, pp nor a mesh they must be on one',
   )
   return mesh_lib.make(asked, list(home))
-
-
-def choose_tp(
-  model: model_config_lib.ModelConfig, config: config_lib.EngineConfig
-) -> int:
-  """Returns how many devices share each layer, where nobody has said.
-
-  On a CPU, devices are its cores. Hybrid steps of a large model take less time
-  on several, and its steps of a single sequence more; those of a small model
-  take as long as its many operations, and as the sums between devices.
-  """
-  weights = sum(
-    math.prod(leaf.shape)
-    * (_WEIGHT_BYTES if leaf.dtype is None else jnp.dtype(leaf.dtype).itemsize)
-    for leaf in jax.tree.leaves(models.param_specs(model))
-  )
-  if (
-    jax.default_backend() != 'cpu'
-    or jax.process_count() > 1
-    or weights < programs_lib.LARGE
-    or config.pp > 1
-    or config.max_num_seqs == 1
-  ):
-    return 1
-  most = min(jax.device_count(), xla_flags.num_cores(), model.num_kv_heads)
-  for tp in range(most, 1, -1):
-    try:
-      parallel.Parallelism(tp=tp).check(model)
-    except errors.ConfigError:
-      continue
-    return tp
-  return 1
 
 
 def check_same(

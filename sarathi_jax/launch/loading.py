@@ -71,7 +71,7 @@ def load_llm(
   console = console or rich.console.Console(stderr=True)
   xla_flags.set_environment(os.environ)
   if end is None:
-    xla_flags.share_cpu(os.environ)
+    xla_flags.make_cpu_devices(os.environ, (config.tp or 1) * config.pp)
   path = pathlib.Path(checkpoint).expanduser()
   start = time.monotonic()
   told = progress_lib.Lines(console)

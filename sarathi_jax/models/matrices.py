@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
+import functools
 import itertools
+import math
 from typing import Any, Protocol, Self
 
 import jax
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as grouped_matmul_lib
+from pallas_kernels import panel_matmul
 from sarathi_jax.models import quantized
 
 # With more rows, copies of W take a small part of the time, and copies of x^T
@@ -42,8 +45,11 @@ class Matrix(Protocol):
     """Returns for each array the matrix's axes that its last two follow."""
 
   @classmethod
-  def of(cls, w: Any) -> Self:
-    """Makes the node of a matrix, a NumPy array or a jax.Array, as it is."""
+  def of(cls, w: Any) -> Matrix:
+    """Makes the node of a matrix, a NumPy array or a jax.Array, as it is.
+
+    It may be another class's, by the matrix's shape and dtype.
+    """
 
   def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
     """Returns x @ w, [..., T, out], summed in `dtype`."""
@@ -91,6 +97,40 @@ class Transposed:
     return out
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Panels:
+  """A matrix of float32 on a CPU, in panels of a few columns.
+
+  Attributes:
+    array: [..., out / COLUMNS, in * COLUMNS], see `panel_matmul.to_panels`; or
+      what stands for it in a tree, such as a spec.
+  """
+
+  array: Any
+
+  @classmethod
+  def axes(cls) -> Panels:
+    return cls((OUT, IN))
+
+  @classmethod
+  def of(cls, w: Any) -> Panels | Transposed:
+    """Makes the node; `Transposed` of a matrix that panels don't divide."""
+    if w.dtype != jnp.float32 or w.shape[OUT] % panel_matmul.COLUMNS:
+      return Transposed.of(w)
+    return cls(panel_matmul.to_panels(w))
+
+  def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
+    num_groups = self.array.size // math.prod(self.array.shape[-2:])
+    rows = x.reshape(-1, x.shape[-1])
+    out = panel_matmul.grouped_matmul(
+      rows,
+      self.array.reshape(num_groups, *self.array.shape[-2:]),
+      jnp.full(num_groups, rows.shape[0] // num_groups, jnp.int32),
+    )
+    return out.reshape(*x.shape[:-1], -1).astype(dtype)
+
+
 def matmul(
   x: Float[Array, '... T in'], w: Any, dtype: Any = None
 ) -> Float[Array, '... T out']:
@@ -125,6 +165,8 @@ def grouped_matmul(
   """
   if any(getattr(w, 'order', None) is not None for w in matrices):
     return _in_orders(x, matrices, group_sizes, rows, biases, combine)
+  if all(isinstance(w, Panels) for w in matrices):
+    return _in_panels(x, matrices, group_sizes, rows, biases, combine)
   matmul: Any = None
   if any(hasattr(w, 'multiply') for w in matrices):
     matmul = _of_group
@@ -159,6 +201,27 @@ def _in_orders(
       given, [codes], group_sizes, biases=biases[i : i + 1]
     )
     products.append(product.astype(jnp.float32))
+  return combine(*products).astype(x.dtype)
+
+
+def _in_panels(
+  x: Float[Array, 'T in'],
+  matrices: Sequence[Panels],
+  group_sizes: Int[Array, ' G'],
+  rows: Int[Array, ' R'] | None,
+  biases: Sequence[Float[Array, 'G out']],
+  combine: Callable[..., Array],
+) -> Float[Array, 'R out']:
+  if rows is not None:
+    x = jnp.take(x, rows, axis=0)
+  products = [
+    panel_matmul.grouped_matmul(x, w.array, group_sizes) for w in matrices
+  ]
+  if biases:
+    of_rows = functools.partial(
+      jnp.repeat, repeats=group_sizes, axis=0, total_repeat_length=x.shape[0]
+    )
+    products = [p + of_rows(b) for p, b in zip(products, biases, strict=True)]
   return combine(*products).astype(x.dtype)
 
 

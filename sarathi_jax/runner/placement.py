@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import Sharding
 
+from pallas_kernels import panel_matmul
 from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
@@ -56,6 +57,12 @@ def transposed(name: str, leaf: spec.ParamSpec) -> Node:
   return matrices.Transposed if leaf.is_factor else None
 
 
+def in_panels(name: str, leaf: spec.ParamSpec) -> Node:
+  """Keeps what rows are multiplied by as `matrices.Panels`, where it fits."""
+  del name
+  return matrices.Panels if leaf.is_factor else None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
   """How the weights of a model lie.
@@ -89,7 +96,8 @@ def of_checkpoint(mesh: Mesh, dtype: Any) -> Layout:
   codes by codes where what is summed lies together.
   """
   if mesh.devices.flat[0].platform == 'cpu':
-    return Layout(jnp.dtype(dtype), transposed)
+    has_kernel = panel_matmul.is_available()
+    return Layout(jnp.dtype(dtype), in_panels if has_kernel else transposed)
   return Layout(jnp.dtype(dtype), merged=True, codes_by_columns=True)
 
 
@@ -370,22 +378,24 @@ def place_of(
   order = tuple(range(len(axes)))
   if node is None:
     return place(jax.ShapeDtypeStruct(share, dtype), order)
-  arrays, treedef = _arrays_of(node, share, dtype)
+  made = _shapes_of(node, share, dtype)
+  arrays: list[Any]
+  treedef: Any
+  arrays, treedef = jax.tree.flatten(made)
   return treedef.unflatten(
     place(array, (*order[:-2], *(order[axis] for axis in last)), leaf)
     for leaf, (array, last) in enumerate(
-      zip(arrays, treedef.flatten_up_to(node.axes()), strict=True)
+      zip(arrays, treedef.flatten_up_to(made.axes()), strict=True)
     )
   )
 
 
 @functools.cache  # Layers are alike, and tracing takes time.
-def _arrays_of(
+def _shapes_of(
   node: type[matrices.Matrix], share: tuple[int, ...], dtype: Any
 ) -> Any:
-  """Returns the shapes of a node's arrays, and their tree."""
-  whole = jax.ShapeDtypeStruct(share, dtype)
-  return jax.tree.flatten(jax.eval_shape(node.of, whole))
+  """Returns a node with the shapes of its arrays."""
+  return jax.eval_shape(node.of, jax.ShapeDtypeStruct(share, dtype))
 
 
 def _axes_of(leaf: spec.ParamSpec) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ import pytest
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
-from sarathi_jax import xla_flags
 from sarathi_jax.in_process import building
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import quantization
@@ -31,39 +30,6 @@ LARGE = model_config_lib.LlamaConfig(
 )
 SMALL = dataclasses.replace(LARGE, num_layers=1, vocab_size=300)
 CONFIG = config_lib.EngineConfig()
-
-
-@pytest.mark.parametrize(
-  ('model', 'cores', 'expected'),
-  [
-    (LARGE, 1, 1),
-    (LARGE, 2, 2),
-    (LARGE, 3, 3),
-    (LARGE, 4, 3),  # 4 does not divide the heads
-    (LARGE, 64, 6),  # a key head each
-    (SMALL, 2, 1),
-  ],
-)
-def test_cores_share_a_large_model(
-  model: model_config_lib.ModelConfig,
-  cores: int,
-  expected: int,
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  monkeypatch.setattr(xla_flags, 'num_cores', lambda: cores)
-  mesh = building.make_mesh(model, CONFIG)
-  assert mesh.shape == {'pp': 1, 'tp': expected}
-
-
-@pytest.mark.parametrize(
-  'fields', [{'tp': 1}, {'max_num_seqs': 1}], ids=['told', 'one sequence']
-)
-def test_one_core_has_it_alone(
-  fields: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-  monkeypatch.setattr(xla_flags, 'num_cores', lambda: 2)
-  config = dataclasses.replace(CONFIG, **fields)
-  assert building.make_mesh(LARGE, config).size == 1
 
 
 def test_sums_of_many_devices_are_not_deterministic() -> None:
@@ -106,10 +72,7 @@ def test_gpus_without_matrix_units_of_fp8_refuse_to_round_to_it() -> None:
   mesh_lib.check_activations(mesh_lib.make(), model)
 
 
-def test_live_weights_stay_where_they_are(
-  monkeypatch: pytest.MonkeyPatch,
-) -> None:
-  monkeypatch.setattr(xla_flags, 'num_cores', lambda: 2)
+def test_live_weights_stay_where_they_are() -> None:
   home = jax.devices()[3]
   mesh = building.make_mesh(LARGE, CONFIG, home=[home])
   assert mesh.devices.ravel().tolist() == [home]

@@ -15,6 +15,7 @@ import transformers
 
 from checkpoints_convert import convert
 from checkpoints_convert import direct
+from pallas_kernels import panel_matmul
 from sarathi_jax import checkpoint
 from sarathi_jax import config as config_lib
 from sarathi_jax import errors
@@ -101,7 +102,8 @@ def assert_same(one: Any, other: Any) -> None:
 F32 = jnp.dtype(jnp.float32)
 LAYOUTS = {
   'live': placement.of_live(F32),
-  'cpu': placement.Layout(F32, placement.transposed),
+  'cpu': placement.Layout(F32, placement.in_panels),
+  'turned': placement.Layout(F32, placement.transposed),
   'gpu': placement.Layout(F32, merged=True, codes_by_columns=True),
   'both': placement.Layout(F32, placement.transposed, merged=True),
 }
@@ -182,6 +184,8 @@ def apart(params: Any) -> Any:
   def node_shares(node: Any) -> list[np.ndarray]:
     if isinstance(node, matrices.Transposed):
       return [share.swapaxes(-1, -2) for share in shares(node.array)]
+    if isinstance(node, matrices.Panels):
+      return [panel_matmul.from_panels(share) for share in shares(node.array)]
     return shares(node)
 
   def walk(tree: Any) -> Any:

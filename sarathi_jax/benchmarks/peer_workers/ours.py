@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs sarathi_jax, for `peers`."""
 
-import os
-
 import sarathi_jax
 from sarathi_jax import LLM
 from sarathi_jax import EngineConfig
 from sarathi_jax import SamplingParams
-from sarathi_jax import xla_flags
 from sarathi_jax.benchmarks.peer_workers import workload
 
 
 def main() -> None:
   args = workload.parse_args()
-  xla_flags.share_cpu(os.environ)  # as our programs do
   llm = LLM.from_checkpoint(
     args.model,
     config=EngineConfig(

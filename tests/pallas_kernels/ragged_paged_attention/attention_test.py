@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ragged_paged_attention as rpa
+from pallas_kernels.llvm import panels
 from pallas_kernels.ragged_paged_attention import arg_spec
 from pallas_kernels.ragged_paged_attention import arg_specs
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import llvm
+from pallas_kernels.ragged_paged_attention import llvm_kernel
 from pallas_kernels.ragged_paged_attention import small_specs
 from pallas_kernels.ragged_paged_attention import tuning
 from pallas_kernels.ragged_paged_attention import xla_decode
@@ -48,8 +51,13 @@ MOSAIC = pytest.param(
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
   ),
 )
+LLVM = pytest.param(
+  'llvm',
+  marks=pytest.mark.skipif(panels.tile() is None, reason='no such processor'),
+)
 IMPLEMENTATIONS: list[Any] = [
   'xla',
+  LLVM,
   pytest.param('pallas_triton', marks=pytest.mark.gpu),
   MOSAIC,
 ]
@@ -113,7 +121,9 @@ def _cases() -> Iterator[Any]:
   for spec in production + small_specs.TESTS:
     marks = [pytest.mark.slow] if spec.name in _OF_TILES else []
     yield pytest.param(spec, 'xla', id=f'{spec.name}-xla', marks=marks)
-    for kernel in IMPLEMENTATIONS[1:]:
+    if spec.kv_dtype is None:
+      yield pytest.param(spec, 'llvm', id=f'{spec.name}-llvm', marks=LLVM.marks)
+    for kernel in IMPLEMENTATIONS[2:]:
       (name,) = kernel.values
       is_slow = jax.default_backend() != 'gpu' and (
         spec.name not in _INTERPRETED
@@ -175,6 +185,8 @@ def fit(spec: arg_spec.ArgSpec, implementation: str) -> arg_spec.ArgSpec:
     page_size=max(16, 1 << (spec.page_size - 1).bit_length()),
     head_dim=-(-spec.head_dim // 16) * 16,
   )
+  if implementation == 'llvm':
+    return dataclasses.replace(spec, dtype='float32', kv_dtype=None)
   if implementation == 'pallas_triton':
     return spec
   return dataclasses.replace(
@@ -254,7 +266,7 @@ def test_any_lengths(implementation: str, data: strategies.DataObject):
 
 
 # Mosaic's kernel has two head dims, and its interpreter takes its time.
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:2])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:3])
 @hypothesis.given(data=strategies.data())
 @hypothesis.settings(max_examples=2)
 def test_any_shapes(implementation: str, data: strategies.DataObject):
@@ -345,7 +357,7 @@ def test_batch_mates_change_nothing(implementation: str):
     )
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:2])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS[:3])
 @pytest.mark.parametrize(
   ('name', 'batch_invariant'),
   [
@@ -390,7 +402,8 @@ def test_if_asked_for_batch_mates_change_no_bit(
       num_different += not np.array_equal(
         run(alone)[0], together[starts[s] + i]
       )
-  assert (num_different == 0) == batch_invariant
+  # On CPUs a kernel computes all alike, asked for or not.
+  assert (num_different == 0) == (batch_invariant or implementation == 'llvm')
   check(spec, implementation, batch_invariant=batch_invariant)
 
 
@@ -536,3 +549,29 @@ def test_decodes_on_cpu_copy_no_pages(monkeypatch: pytest.MonkeyPatch):
   )
   got, keys = _decode_temp_bytes()
   assert got > keys
+
+
+@pytest.mark.skipif(panels.tile() is None, reason='no such processor')
+def test_threads_of_a_cpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+  """However many there are: a push's devices have no threads to share."""
+  spec = fit(arg_specs.BY_NAME['long_hybrid'], 'llvm')
+  arrays = arg_spec.make(spec, unused=float('nan'))
+  k_pages, v_pages = rpa.pages_from_rows(
+    arrays['k_pages'], arrays['v_pages'], 'llvm'
+  )
+  arrays |= {'k_pages': k_pages, 'v_pages': v_pages}
+
+  def jitted() -> Any:
+    call = functools.partial(
+      rpa.ragged_paged_attention, **spec.options, implementation='llvm'
+    )
+    return jax.jit(call)
+
+  alone = jitted()(**arrays)
+  target = 'tests.ragged_paged_attention'
+  assert llvm_kernel.register(target, num_devices=1)
+  monkeypatch.setattr(llvm, '_TARGET', target)
+  shared = jitted()
+  assert target in shared.lower(**arrays).as_text()
+  for _ in range(50):
+    np.testing.assert_array_equal(shared(**arrays), alone)

@@ -63,7 +63,7 @@ def test_static(name: str, value: Any, match: str):
     (dict(soft_cap=0.0), r'soft_cap=0\.0: must be None or above 0'),
     (
       dict(implementation='cuda'),
-      'must be None or one of pallas_mosaic, pallas_triton, reference, xla',
+      'None or one of llvm, pallas_mosaic, pallas_triton, reference, xla',
     ),
   ],
 )

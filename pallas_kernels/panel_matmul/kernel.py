@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel, whose pieces are some panels, for all groups of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from pallas_kernels.llvm import calls
+from pallas_kernels.llvm import emit
+from pallas_kernels.llvm import panels
+from pallas_kernels.llvm import threads
+from pallas_kernels.llvm.emit import int64
+
+_PIECES_OF_A_THREAD = 4  # for one may be kept from its core
+
+
+def register(target: str, num_devices: int) -> bool:
+  """Compiles the kernel and tells XLA of it.
+
+  Args:
+    target: the name by which XLA calls it.
+    num_devices: who share the threads that XLA computes with.
+
+  Returns:
+    Whether there is one for this processor.
+  """
+  if panels.tile() is None:
+    return False
+  module = ir.Module(target)
+  calls.write_handler(
+    module, target, ((2, 3, 1), (2,)), _handler(module, num_devices)
+  )
+  calls.compile_handler(module, target)
+  return True
+
+
+def _handler(
+  module: ir.Module, num_devices: int
+) -> Callable[[ir.IRBuilder, calls.Frame], None]:
+  """Returns what writes the call.
+
+  Arguments are rows [R, in], panels [G, out / COLUMNS, in * COLUMNS] and the
+  groups' sizes [G] int32; the result is [R, out].
+  """
+  multiply = panels.write_matmul(module, 'matmul')
+
+  def piece(b: ir.IRBuilder, number: Any, values: list[Any]) -> None:
+    x, w, sizes, out, groups, num_in, num_out, most = values
+    first = b.mul(number, most)
+    stride = b.mul(num_in, int64(panels.COLUMNS))
+    size_of_matrix = b.mul(num_in, num_out)
+    left = b.sub(b.sdiv(num_out, int64(panels.COLUMNS)), first)
+    count = b.select(b.icmp_signed('<', most, left), most, left)
+    to = emit.at(b, out, b.mul(first, int64(panels.COLUMNS)))
+
+    def group(i: Any, carried: list[Any]) -> list[Any]:
+      (start,) = carried
+      size = b.load(emit.at(b, sizes, i, emit.I32), typ=emit.I32)
+      size = b.sext(size, emit.I64)
+      with b.if_then(b.icmp_signed('>', size, int64(0))):
+        begin = b.add(b.mul(i, size_of_matrix), b.mul(first, stride))
+        here = emit.at(b, w, begin)
+        b.call(
+          multiply,
+          [
+            emit.at(b, x, b.mul(start, num_in)),
+            num_in,
+            here,
+            stride,
+            num_in,
+            emit.at(b, to, b.mul(start, num_out)),
+            num_out,
+            size,
+            count,
+            emit.at(b, here, b.mul(count, stride)),
+          ],
+        )
+      return [b.add(start, size)]
+
+    emit.loop(b, groups, group, [int64(0)])
+
+  types = [*[emit.POINTER] * 4, *[emit.I64] * 4]
+  share = threads.write_sharing(module, piece, types)
+
+  def write(b: ir.IRBuilder, frame: calls.Frame) -> None:
+    x, w, sizes = frame.arguments
+    (out,) = frame.results
+    num_threads = threads.number_of(b, frame, num_devices)
+    pieces = b.mul(num_threads, int64(_PIECES_OF_A_THREAD))
+    is_one = b.icmp_signed('==', num_threads, int64(1))
+    pieces = b.select(is_one, num_threads, pieces)
+    # Whole tiles of panels, side by side in memory.
+    _, unit = panels.tile() or (0, 1)
+    total = w.dims[1]
+    units = _quotient(b, total, b.mul(pieces, int64(unit)))
+    most = b.mul(units, int64(unit))
+    share(
+      b,
+      frame,
+      num_threads,
+      _quotient(b, total, most),
+      [
+        *(buffer.data for buffer in (x, w, sizes, out)),
+        sizes.dims[0],
+        x.dims[1],
+        out.dims[1],
+        most,
+      ],
+    )
+
+  return write
+
+
+def _quotient(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+  """Returns x / y, rounded up."""
+  return b.sdiv(b.sub(b.add(x, y), int64(1)), y)

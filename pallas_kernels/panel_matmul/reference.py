@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How matrices lie in panels, and what is computed of them, in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.llvm import COLUMNS
+
+
+def to_panels(w: Any) -> Any:
+  """Returns a matrix in panels; see `api.to_panels`."""
+  *outer, num_in, num_out = w.shape
+  panels = w.reshape(*outer, num_in, num_out // COLUMNS, COLUMNS)
+  return panels.swapaxes(-3, -2).reshape(
+    *outer, num_out // COLUMNS, num_in * COLUMNS
+  )
+
+
+def from_panels(panels: Any) -> Any:
+  """Returns what `to_panels` made them of."""
+  *outer, num_panels, size = panels.shape
+  lines = panels.reshape(*outer, num_panels, size // COLUMNS, COLUMNS)
+  return lines.swapaxes(-3, -2).reshape(
+    *outer, size // COLUMNS, num_panels * COLUMNS
+  )
+
+
+def grouped_matmul(
+  x: np.ndarray, panels: np.ndarray, group_sizes: np.ndarray
+) -> np.ndarray:
+  """Returns the rows that groups have; see `api.grouped_matmul`."""
+  ends = np.cumsum(group_sizes)
+  rows = np.split(x, ends)[: len(ends)]
+  return np.concatenate(
+    [
+      of_group @ w
+      for of_group, w in zip(rows, from_panels(panels), strict=True)
+    ]
+  )
