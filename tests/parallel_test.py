@@ -476,6 +476,7 @@ def test_every_family_runs_on_a_mesh(name, tp, pp, layout):
   )
 
 
+@pytest.mark.slow  # A push has them on two devices of two stages, above.
 def test_merged_matrices_compute_the_same_on_one_device():
   """With rows that leave the last layer, and without."""
   check(

@@ -92,9 +92,9 @@ def test_chunks_and_batches_change_nothing(make_llm, params, name: str) -> None:
   assert common.tokens_of(whole) == common.tokens_of(alone)
 
 
-@pytest.mark.parametrize(
-  'name', ['int8', pytest.param('fp8', marks=pytest.mark.slow)]
-)
+# A push has the kernel in an engine in the keystone, and with bytes by itself.
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['int8', 'fp8'])
 def test_the_gpus_kernel_serves_the_same(name: str) -> None:
   """Interpreted, on a CPU; its heads are 16 wide at least.
 

@@ -13,7 +13,8 @@ from sarathi_jax.cli import mains
 from tests import absl_flags
 
 VOCAB, CONTEXT = 300, 256
-ENGINE = ['--token_budget=8', '--max_num_seqs=4', '--page_size=16']
+# A program of one size.
+ENGINE = ['--token_budget=4', '--max_num_seqs=4', '--page_size=16']
 SAMPLING = ['--max_tokens=5', '--ignore_eos']
 GOOD: dict[str, Any] = {'prompt_token_ids': [5, 6]}
 Result = dict[str, Any]
