@@ -211,7 +211,14 @@ def best_of_fixed(name: str) -> float:
 
 
 @pytest.mark.parametrize('slo_ms', [30.0, 100.0, 300.0])
-@pytest.mark.parametrize('name', DEVICES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'cpu',
+    'gpu',
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ('slower', 'slowest')),
+  ],
+)
 def test_at_saturation_it_is_as_fast_as_the_best_fixed_budget(
   name: str, slo_ms: float
 ) -> None:
