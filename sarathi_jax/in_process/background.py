@@ -124,7 +124,7 @@ class Background:
     def command() -> None:
       try:
         answer.set_result(do())
-      except Exception as error:
+      except BaseException as error:  # sys.exit() is its caller's, too.
         answer.set_exception(error)
 
     if not self._send(command):

@@ -329,7 +329,7 @@ def _keeps(on_update: Any, version: Any) -> bool:
     ConfigError: `on_update` or `version` is something else.
   """
   config_lib.check(
-    on_update in _ON_UPDATE,
+    on_update in tuple(_ON_UPDATE),  # Unlike a dict, takes lists, too.
     'on_update',
     on_update,
     f'must be one of {", ".join(_ON_UPDATE)}',

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent import futures
+import sys
 import threading
 import time
 from typing import Any
@@ -122,8 +123,11 @@ def test_what_is_refused_is_told_at_once(llm):
   with llm.background() as rollouts:
     with pytest.raises(errors.InvalidRequestError, match=r'prompts\[1\]'):
       rollouts.submit([[1], [10**6]])
-    with pytest.raises(errors.ConfigError, match='on_update'):
-      rollouts.update_params({}, on_update='x')
+    for wrong in ('x', []):
+      with pytest.raises(errors.ConfigError, match='on_update'):
+        rollouts.update_params({}, on_update=wrong)
+    with pytest.raises(SystemExit):  # Of the caller, not of the thread.
+      rollouts.call(sys.exit)
 
 
 def test_a_fault_reaches_whoever_waits(make_llm, params, monkeypatch):

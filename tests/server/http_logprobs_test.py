@@ -21,6 +21,9 @@ from sarathi_jax import types
 from sarathi_jax.server import open_inference_pb2
 from sarathi_jax.server import open_inference_pb2_grpc
 from sarathi_jax.server import sarathi_pb2 as pb
+from sarathi_jax.server.guard import limits
+from sarathi_jax.server.http import answers
+from sarathi_jax.server.http import completions
 from sarathi_jax.server.protocols import open_inference
 from sarathi_jax.server.protocols import sarathi_v1
 from sarathi_jax.server.protocols import vllm_engine
@@ -74,6 +77,22 @@ def test_the_likeliest_tokens_of_a_completion(client: Client) -> None:
   path, body = BODIES['text']
   events = client.events(path, {**body, **asked})
   assert _merged(events, 'logprobs', 'top_logprobs') == told['top_logprobs']
+
+
+def test_where_tokens_begin_is_the_same_in_pieces() -> None:
+  """Some tokens have a text that is held back, or not shown at all."""
+  engine = fake.make_engine()
+  body = {'prompt': [1], 'logprobs': 0}
+  call = completions.FORM.read(body, engine.info, limits.without())
+  choice = answers.Answer(completions.FORM, call, engine, 'id').choice(
+    0, [1], (1,)
+  )
+  pieces = [
+    choice.add(types.OutputDelta('id', text, tokens, (0.0,) * len(tokens)))
+    for text, tokens in (('', (2, 3)), ('t2 t3 t4', (4,)), (' t5', (5,)))
+  ]
+  offsets = [piece['logprobs']['text_offset'] for piece in pieces if piece]
+  assert offsets == [[0, 1], [2], [3]]
 
 
 @pytest.mark.parametrize('kind', BODIES)

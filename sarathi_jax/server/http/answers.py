@@ -132,7 +132,7 @@ class Choice:
     self._reader = reader
     self._text = text
     self._is_first = True
-    self._num_before = 0  # characters of the pieces before
+    self._num_before = 0  # characters of the tokens that were told
 
   def num_chars(self, delta: types.OutputDelta) -> int:
     """Returns about how many characters it takes to tell what was gained."""
@@ -193,16 +193,15 @@ class Choice:
       )
       choice['stop_reason'] = delta.stop_reason
     if call.logprobs:
-      choice['logprobs'] = form.logprobs(
-        self._positions(delta), self._num_before
-      )
+      positions = self._positions(delta)
+      choice['logprobs'] = form.logprobs(positions, self._num_before)
+      self._num_before += sum(len(told_lib.text(at.token)) for at in positions)
     if call.asked.token_ids:
       choice['token_ids'] = delta.token_ids
       if any(span.version for span in delta.versions):
         choice['weight_versions'] = [v._asdict() for v in delta.versions]
     if self._is_first:
       choice |= self._of_prompt(delta)
-    self._num_before += len(reply.content)
     self._is_first = False
     return choice
 
