@@ -43,6 +43,7 @@ class Shape:
     dtype: of rows.
     num_rows, num_groups, num_in, num_out: R, G and the sizes of a matrix.
     num_kinds: of matrices.
+    has_zero: whether these are codes whose groups have zeros.
   """
 
   dtype: str
@@ -51,13 +52,14 @@ class Shape:
   num_in: int
   num_out: int
   num_kinds: int
+  has_zero: bool = False
 
   @classmethod
   def of(cls, x: Any, matrices: Sequence[Any], rows: Any) -> Shape:
     """Returns the shape of a call; see `api.grouped_matmul`."""
-    first = matrices[0]
+    first, has_zero = matrices[0], False
     if isinstance(first, operand.Operand):
-      first = first.scale
+      first, has_zero = first.scale, first.zero is not None
     num_groups, *_, num_out = first.shape
     return cls(
       x.dtype.name,
@@ -66,6 +68,7 @@ class Shape:
       x.shape[1],
       num_out,
       len(matrices),
+      has_zero,
     )
 
   @property
@@ -210,6 +213,7 @@ def choose_coded(shape: Shape, how: coded.Coded) -> quantized_plan.Plan:
     shape.num_out,
     how.group or shape.num_in,
     how.by_columns,
+    shape.has_zero,
   )
   return plan_coded(of_tile, quantized_tuning.choose(of_tile), shape.num_kinds)
 

@@ -6,7 +6,7 @@ As `pallas_kernels.unpacking` does for bytes. Results are exact.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def unpack(
   zero: jax.Array | None,
   dtype: jax.typing.DTypeLike,
   *,
-  scale: jax.Array | None = None,
+  more: jax.Array | None = None,
   interpret: bool,
   once: jax.Array,
 ) -> jax.Array:
@@ -49,10 +49,11 @@ def unpack(
     values: [bytes, columns] uint8, of a size that 4 divides.
     high: whether it is the one of the high half.
     codes: int4 or mxfp4.
-    zero: [columns] int32, the codes of 0; None: they are 8.
+    zero: [columns] int32, the codes of 0; None: they are `more`, or 8.
     dtype: of the result: bfloat16, float16 or float32.
-    scale: [bytes, columns] uint8, which stand for powers of two, by which
-      mxfp4's are multiplied in bfloat16; None: they are not.
+    more: [bytes, columns] uint8, of each byte; None: there is no more. Of int4
+      the codes of 0; of mxfp4 what stands for powers of two, by which numbers
+      are multiplied in bfloat16.
     interpret, once: see `unpacking.unpack`.
   """
   half = unpacking.HALVES.get(jnp.dtype(dtype).name)
@@ -60,42 +61,48 @@ def unpack(
     found = (values.astype(jnp.int32) >> (4 * high)) & 15
     if codes == 'mxfp4':
       numbers = operand.e2m1(found, dtype)
-      return numbers if scale is None else numbers * operand.powers(scale)
-    of_zero = operand.INT4_ZERO if zero is None else zero[None]
+      return numbers if more is None else numbers * operand.powers(more)
+    of_zero: Any = operand.INT4_ZERO
+    if zero is not None:
+      of_zero = zero[None]
+    elif more is not None:
+      of_zero = more.astype(jnp.int32)
     return (found - of_zero).astype(dtype)
   args: tuple[jax.Array, ...] = (values,)
-  if codes == 'int4' and zero is not None:
+  if more is not None:
+    args = (values, more)
+  elif codes == 'int4' and zero is not None:
     # As a code is before its zero is taken away.
     above = (zero + (1 << jnp.finfo(dtype).nmant)).astype(dtype)
     args = (values, jnp.broadcast_to(above[None], values.shape))
-  if scale is not None:
-    args = (values, scale)
-  return unpacking.call(
-    assembly(codes, jnp.dtype(dtype).name, high, len(args) == 2),
-    args,
-    dtype,
-    once,
-  )
+  size = args[1].dtype.itemsize if len(args) > 1 else None
+  ptx = assembly(codes, jnp.dtype(dtype).name, high, size)
+  return unpacking.call(ptx, args, dtype, once)
 
 
-def assembly(codes: str, dtype: str, high: bool, has_more: bool) -> str:
+def assembly(codes: str, dtype: str, high: bool, more: int | None) -> str:
   """Returns PTX that converts half of the four bytes of $2 to $0 and $1.
 
-  With more, of int4 $3 and $4 have the halves of which one step is 1, plus the
-  zeros; of mxfp4 $3 has the bytes of scales.
+  Args:
+    codes, dtype, high: see `unpack`.
+    more: the bytes of what else a code has. With 1, $3 has four: of int4 zeros,
+      of mxfp4 scales. With 2, $3 and $4 have halves: those of which one step is
+      1, plus int4's zeros.
   """
   half = unpacking.HALVES[dtype]
   if codes == 'int4':
-    lines = _int4(half, high, has_more)
+    lines = _int4(half, high, more)
   else:
     lines = (
-      *_e2m1(half, _E2M1[dtype], 0, high, has_more),
-      *_e2m1(half, _E2M1[dtype], 1, high, has_more),
+      *_e2m1(half, _E2M1[dtype], 0, high, more is not None),
+      *_e2m1(half, _E2M1[dtype], 1, high, more is not None),
     )
   return '\n'.join(('{', '.reg .b32 v, w, x, y, z;', *lines, '}'))
 
 
-def _int4(half: unpacking.Half, high: bool, has_zero: bool) -> tuple[str, ...]:
+def _int4(
+  half: unpacking.Half, high: bool, more: int | None
+) -> tuple[str, ...]:
   """Converts four codes: each is the lower byte of a half, of which one step is
   1, and whose upper byte is always the same."""
   upper = half.one_a_step >> 8
@@ -110,7 +117,11 @@ def _int4(half: unpacking.Half, high: bool, has_zero: bool) -> tuple[str, ...]:
       for pair, bytes_of in enumerate((0x4140, 0x4342))
       for line in (
         f'prmt.b32 w, x, z, {bytes_of:#x};',
-        f'mov.b32 v, {f"${3 + pair}" if has_zero else zero};',
+        {
+          None: f'mov.b32 v, {zero};',
+          1: f'prmt.b32 v, $3, z, {bytes_of:#x};',
+          2: f'mov.b32 v, ${3 + pair};',
+        }[more],
         f'fma.rn.{half.name} ${pair}, v, y, w;',
       )
     ),

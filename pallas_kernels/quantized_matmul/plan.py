@@ -19,6 +19,7 @@ _FEWEST_TURNS = 4  # of a span, to fill the pipeline
 _SUM_BYTES = 4  # float32's
 _NARROWEST = 64  # columns, to which tiles are cut before sums are split
 _MOST_PARTS = 4  # of a turn
+_DEPTH_OF_ZEROS = 64  # rows of a turn, whose zeros two blocks have room for
 _FILLED = 0.75  # of the multiprocessors, at least
 
 
@@ -42,6 +43,11 @@ class Plan:
   def has_scaled_numbers(self) -> bool:
     """Whether what is multiplied has its scales already; see `tile`."""
     return _has_scaled_numbers(self.shape, self.sizes)
+
+  @property
+  def has_zeros_as_codes(self) -> bool:
+    """Whether zeros are loaded as codes lie; see `tile`."""
+    return self.sizes.columns_first and _has_small_groups(self.shape, self.part)
 
   @property
   def has_sums_of_groups(self) -> bool:
@@ -91,6 +97,11 @@ def _has_scaled_numbers(shape: tuning.Shape, sizes: tuning.Sizes) -> bool:
   return shape.may_scale_numbers and sizes.rows >= tuning.FEW_ROWS
 
 
+def _has_small_groups(shape: tuning.Shape, part: int) -> bool:
+  """Says whether zeros cost more than their loads, each for all its codes."""
+  return shape.has_zero and part <= _DEPTH_OF_ZEROS
+
+
 def of_tile(shape: tuning.Shape, sizes: tuning.Sizes) -> Plan:
   """Returns how a product is cut into tiles of a size, its sums not split."""
   columns = min(sizes.columns, 1 << (shape.num_out.bit_length() - 1))
@@ -102,6 +113,8 @@ def of_tile(shape: tuning.Shape, sizes: tuning.Sizes) -> Plan:
     # What is loaded for each group takes registers, as do sums of many rows.
     parts = 2 if columns_first else 128 // sizes.rows
     depth = min(depth, part * min(_MOST_PARTS, parts))
+    if columns_first and _has_small_groups(shape, part):
+      depth = min(depth, _DEPTH_OF_ZEROS)
   sizes = dataclasses.replace(
     sizes, columns=columns, depth=depth, columns_first=columns_first
   )

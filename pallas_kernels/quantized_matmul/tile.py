@@ -9,7 +9,8 @@ scales, exactly; a group's sum is multiplied by its scales, in float32. But
 MXFP4's are powers of two, and bfloat16 has the numbers with them exactly: where
 rows are many, there is then one sum, of all groups. Scales are then loaded as
 codes lie, each as often as there are bytes of its group: threads that convert
-have theirs, and nothing is handed out.
+have theirs, and nothing is handed out. Zeros are, too, where Hopper takes
+numbers from registers: they are then converted as codes are.
 
 Several matrices that multiply the same rows share a loop.
 """
@@ -52,6 +53,29 @@ class OfGroup(NamedTuple):
   zero: jax.Array | None = None
 
 
+class Place(NamedTuple):
+  """Where rows of a matrix begin that are multiplied at a time.
+
+  What is known only as the kernel runs stays apart from what is not: places of
+  a turn then differ by constants, which loads take without an instruction.
+
+  Attributes:
+    turn: int32, of the loop.
+    depth: rows of a turn.
+    part: the row of the turn's.
+  """
+
+  turn: Any
+  depth: int = 1
+  part: int = 0
+
+  def over(self, size: int) -> Any:
+    """Returns the place divided by a size, rounded down."""
+    if self.depth % size:
+      return (self.turn * self.depth + self.part) // size
+    return self.turn * (self.depth // size) + self.part // size
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tile:
   """A tile of rows, and columns of matrices.
@@ -85,25 +109,36 @@ class Tile:
         behind the matrix, 0 is added for them.
     """
     plan, sizes = self.plan, self.plan.sizes
-    parts = [p * plan.part for p in range(sizes.depth // plan.part)]
+    parts = range(0, sizes.depth if plan.turns else plan.part, plan.part)
 
     def turn(i: jax.Array, state: Any) -> Any:
       sums, of_groups = state
       following = of_groups
+      if sizes.columns_first and len(parts) > 1:
+        # It is seen that no place overflows.
+        i &= (1 << plan.turns.bit_length()) - 1
       if plan.has_sums_of_groups:  # A turn ahead: products would wait for them.
-        begin = (i + 1) * sizes.depth
-        following = [self._of_groups(begin + part) for part in parts]
+        following = of_parts(jnp.minimum(i + 1, plan.turns - 1))
       for part, of_group in zip(parts, of_groups, strict=True):
-        sums = self._add(sums, i * sizes.depth + part, of_group, i + item)
+        sums = self._add(sums, place_of(i, part), of_group, i + item)
       return sums, following
+
+    def of_parts(turn: Any) -> list[list[OfGroup]]:
+      return [self._of_groups(place_of(turn, part)) for part in parts]
+
+    def place_of(turn: Any, part: int) -> Place:
+      if sizes.columns_first:
+        return Place(turn, sizes.depth, part)
+      return Place(turn * sizes.depth + part)  # In fewer registers.
 
     span = sizes.rows, sizes.columns
     if sizes.columns_first:
       span = span[::-1]
     sums = [jnp.zeros(span, jnp.float32) for _ in self.matrices]
-    of_groups = [self._of_groups(start * sizes.depth + part) for part in parts]
+    of_groups = of_parts(jnp.int32(start))
     sums, _ = lax.fori_loop(start, stop, turn, (sums, of_groups))
-    for place in range(plan.turns * sizes.depth, plan.shape.num_in, plan.part):
+    for part in range(0, plan.rest, plan.part):
+      place = place_of(jnp.int32(plan.turns), part)
       sums = self._add(sums, place, self._of_groups(place), item, is_last)
     if sizes.columns_first:
       sums = [total.T for total in sums]
@@ -114,26 +149,27 @@ class Tile:
       ]
     return sums
 
-  def _of_groups(self, place: Any) -> list[OfGroup]:
-    """Loads what the group of a row has, of each matrix.
-
-    Rows beyond the matrices are taken for those of the last group.
-    """
+  def _of_groups(self, place: Place) -> list[OfGroup]:
+    """Loads what the group of a row has, of each matrix."""
     return [self._of_group(w, place) for w in self.matrices]
 
-  def _of_group(self, w: operand.Operand, place: Any) -> OfGroup:
-    last = w.scale.shape[-2] - 1
-    group = jnp.minimum(place // self.plan.shape.group, last)
-    at = *self.front, group, self.columns
+  def _of_group(self, w: operand.Operand, place: Place) -> OfGroup:
+    at = *self.front, self._group(place), self.columns
     scale = plgpu.load(w.scale.at[at])
-    if w.zero is None:
+    if w.zero is None or self.plan.has_zeros_as_codes:
       return OfGroup(scale)
     return OfGroup(scale, plgpu.load(w.zero.at[at]).astype(jnp.int32))
+
+  def _group(self, place: Place) -> Any:
+    size = self.plan.shape.group
+    if place.depth % size:
+      return lax.div(place.over(1), jnp.int32(size))
+    return place.over(size)
 
   def _add(
     self,
     sums: Sequence[jax.Array],
-    place: Any,
+    place: Place,
     of_groups: Sequence[OfGroup],
     turn: Any,
     is_last: Any = None,
@@ -142,7 +178,7 @@ class Tile:
 
     Args:
       sums: of each, [rows, columns] float32.
-      place: the first of `plan.part` rows.
+      place: of the first of `plan.part` rows.
       of_groups: of these rows.
       turn: a number that changes in each turn of a loop, for
         `unpacking.unpack`.
@@ -151,7 +187,7 @@ class Tile:
     """
     shape = self.plan.shape
     packed = 8 // shape.bits
-    kept = pl.ds(place // packed, self.plan.part // packed)
+    kept = pl.ds(place.over(packed), self.plan.part // packed)
     span, axis = (kept, self.columns), 0
     if shape.by_columns:
       span, axis = (self.columns, kept), 1
@@ -159,13 +195,22 @@ class Tile:
       self._load(w.values, self.front, *span, is_last, axis=axis)
       for w in self.matrices
     ]
-    scales: Sequence[jax.Array | None] = [None] * len(codes)
+    more: Sequence[jax.Array | None] = [None] * len(codes)
     if self.plan.has_scaled_numbers:
-      scales = [self._scales(w, kept, is_last) for w in self.matrices]
+      blocks = shape.group // operand.BLOCK
+      groups = lax.div(_indices(kept), operand.HALF * blocks)
+      if is_last is not None:
+        groups = jnp.minimum(groups, self.matrices[0].scale.shape[-2] - 1)
+      more = [self._as_codes(w.scale, groups) for w in self.matrices]
+    elif self.plan.has_zeros_as_codes:
+      groups = jnp.full(codes[0].shape[0], self._group(place))
+      more = [self._as_codes(w.zero, groups) for w in self.matrices]
     products: Sequence[Any] = sums
     if self.plan.has_sums_of_groups:
       products = [None] * len(codes)
-    numbers = self._numbers(codes, scales, place, of_groups, turn & 1 == 0)
+    numbers = self._numbers(
+      codes, more, place.over(1), of_groups, turn & 1 == 0
+    )
     for at, of_each in numbers:
       x = self._load(self.x_ref, (), self.rows, at, is_last, axis=1)
       products = [
@@ -179,14 +224,15 @@ class Tile:
       for total, product, of in zip(sums, products, of_groups, strict=True)
     ]
 
-  def _scales(self, w: operand.Operand, kept: Any, is_last: Any) -> jax.Array:
-    """Loads the scale of each code, as codes lie."""
-    blocks = self.plan.shape.group // operand.BLOCK
-    groups = lax.div(_indices(kept), operand.HALF * blocks)
-    if is_last is not None:
-      groups = jnp.minimum(groups, w.scale.shape[-2] - 1)
+  def _as_codes(self, ref: Any, groups: jax.Array) -> jax.Array:
+    """Loads what groups have, for each of their codes, as codes lie.
+
+    Args:
+      ref: of it.
+      groups: [bytes], the group of each.
+    """
     at = groups[:, None], _indices(self.columns)[None, :]
-    return plgpu.load(w.scale.at[*self.front, *at])
+    return plgpu.load(ref.at[*self.front, *at])
 
   def _dot(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
     """Multiplies, in float32, by numbers of a matrix as they lie.
@@ -266,7 +312,7 @@ class Tile:
   def _numbers(
     self,
     codes: Sequence[jax.Array],
-    scales: Sequence[jax.Array | None],
+    more: Sequence[jax.Array | None],
     place: Any,
     of_groups: Sequence[OfGroup],
     once: jax.Array,
@@ -289,9 +335,9 @@ class Tile:
         place + high * operand.HALF + rows,
         [
           nibbles.unpack(
-            c, high, self.plan.shape.codes, of.zero, dtype, scale=scale, **how
+            c, high, self.plan.shape.codes, of.zero, dtype, more=of_code, **how
           )
-          for c, of, scale in zip(codes, of_groups, scales, strict=True)
+          for c, of, of_code in zip(codes, of_groups, more, strict=True)
         ],
       )
 

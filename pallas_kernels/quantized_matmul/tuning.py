@@ -23,6 +23,7 @@ class Shape:
     num_rows, num_in, num_out: T, and the sizes of the matrix.
     group: rows of the matrix that have scales in common; `num_in`: all.
     by_columns: whether codes are [out, in].
+    has_zero: whether groups have codes of 0 of their own.
   """
 
   dtype: str
@@ -32,6 +33,7 @@ class Shape:
   num_out: int
   group: int
   by_columns: bool = False
+  has_zero: bool = False
 
   @classmethod
   def of(
@@ -53,6 +55,7 @@ class Shape:
       num_out,
       num_in if groups == 1 or group is None else group,
       by_columns,
+      w.zero is not None,
     )
 
   @property

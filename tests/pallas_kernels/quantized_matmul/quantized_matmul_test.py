@@ -256,7 +256,9 @@ def test_gradients_are_those_of_the_definition(codes: str) -> None:
 @pytest.mark.parametrize(
   'codes,dtype',
   [
-    *itertools.product(('int4', 'zero', 'mxfp4'), ('bfloat16', 'float16')),
+    *itertools.product(
+      ('int4', 'zero', 'as_codes', 'mxfp4'), ('bfloat16', 'float16')
+    ),
     ('scaled', 'bfloat16'),
   ],
 )
@@ -267,7 +269,10 @@ def test_instructions_convert_every_code(
   zero = np.random.default_rng(1).integers(0, 16, (4096, 4), np.uint8)
   given = [bits.view(np.uint32)[:, 0]]
   found = bits >> 4 if high else bits & 15
-  if codes == 'zero':
+  if codes == 'as_codes':
+    expected = found.astype(np.int32) - zero
+    given.append(zero.view(np.uint32)[:, 0])
+  elif codes == 'zero':
     expected = found.astype(np.int32) - zero
     above = (zero + np.float32(1 << jnp.finfo(dtype).nmant)).astype(dtype)
     given += list(np.ascontiguousarray(above.view(np.uint32).T))
@@ -279,8 +284,12 @@ def test_instructions_convert_every_code(
     scale = np.random.default_rng(2).integers(0, 253, (4096, 4), np.uint8)
     expected = np.ldexp(expected, scale.astype(np.int32) - 127)
     given.append(scale.view(np.uint32)[:, 0])
-  of = {'zero': 'int4', 'scaled': 'mxfp4'}
-  ptx = nibbles.assembly(of.get(codes, codes), dtype, high, codes in of)
+  of, more = {
+    'zero': ('int4', 2),
+    'as_codes': ('int4', 1),
+    'scaled': ('mxfp4', 1),
+  }.get(codes, (codes, None))
+  ptx = nibbles.assembly(of, dtype, high, more)
   halves = np.stack(unpacking_test.run(ptx, *given), 1).view(dtype)
   np.testing.assert_array_equal(halves, expected.astype(dtype))
 
