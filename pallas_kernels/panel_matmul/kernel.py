@@ -56,13 +56,8 @@ def _handler(
     count = b.select(b.icmp_signed('<', most, left), most, left)
     to = emit.at(b, out, b.mul(first, int64(panels.COLUMNS)))
 
-    def group(i: Any, carried: list[Any]) -> list[Any]:
-      (start,) = carried
-      size = b.load(emit.at(b, sizes, i, emit.I32), typ=emit.I32)
-      size = b.sext(size, emit.I64)
+    def of_group(after: Any, here: Any, start: Any, size: Any) -> None:
       with b.if_then(b.icmp_signed('>', size, int64(0))):
-        begin = b.add(b.mul(i, size_of_matrix), b.mul(first, stride))
-        here = emit.at(b, w, begin)
         b.call(
           multiply,
           [
@@ -75,12 +70,30 @@ def _handler(
             num_out,
             size,
             count,
-            emit.at(b, here, b.mul(count, stride)),
+            after,
           ],
         )
-      return [b.add(start, size)]
 
-    emit.loop(b, groups, group, [int64(0)])
+    # A group waits for the next one with rows, whose panels it asks for.
+    def group(i: Any, carried: list[Any]) -> list[Any]:
+      start, *waiting = carried
+      size = b.load(emit.at(b, sizes, i, emit.I32), typ=emit.I32)
+      size = b.sext(size, emit.I64)
+      begin = b.add(b.mul(i, size_of_matrix), b.mul(first, stride))
+      found = emit.at(b, w, begin), start, size
+      has_rows = b.icmp_signed('>', size, int64(0))
+      with b.if_then(has_rows):
+        of_group(found[0], *waiting)
+      return [
+        b.add(start, size),
+        *(
+          b.select(has_rows, new, old)
+          for new, old in zip(found, waiting, strict=True)
+        ),
+      ]
+
+    _, *last = emit.loop(b, groups, group, [int64(0), w, int64(0), int64(0)])
+    of_group(emit.at(b, last[0], b.mul(count, stride)), *last)
 
   types = [*[emit.POINTER] * 4, *[emit.I64] * 4]
   share = threads.write_sharing(module, piece, types)
