@@ -63,7 +63,7 @@ IMPLEMENTATIONS: list[Any] = [
 ]
 # What Mosaic's kernel, and on a push Triton's, is tried on where it is
 # interpreted, which takes its time: one compilation serves those that differ in
-# values only.
+# values only. On a push CPUs' is, too.
 _INTERPRETED = (
   'empty',
   'one_token',
