@@ -122,7 +122,10 @@ def _cases() -> Iterator[Any]:
     marks = [pytest.mark.slow] if spec.name in _OF_TILES else []
     yield pytest.param(spec, 'xla', id=f'{spec.name}-xla', marks=marks)
     if spec.kv_dtype is None:
-      yield pytest.param(spec, 'llvm', id=f'{spec.name}-llvm', marks=LLVM.marks)
+      marks = [] if spec.name in _INTERPRETED else [pytest.mark.slow]
+      yield pytest.param(
+        spec, 'llvm', id=f'{spec.name}-llvm', marks=[*LLVM.marks, *marks]
+      )
     for kernel in IMPLEMENTATIONS[2:]:
       (name,) = kernel.values
       is_slow = jax.default_backend() != 'gpu' and (
