@@ -140,10 +140,6 @@ def write_handler(
   b.ret(null)
 
 
-# What is called while the process lives: engines, which own the machine code.
-_kept: list[Any] = []
-
-
 def compile_handler(module: ir.Module, name: str) -> None:
   """Compiles a module for this processor and registers a handler of it.
 
@@ -169,5 +165,5 @@ def compile_handler(module: ir.Module, name: str) -> None:
   function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
     engine.get_function_address(name)
   )
+  engine.detach()  # Its machine code is called while the process lives.
   jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform='cpu')
-  _kept.append((engine, function))

@@ -270,6 +270,8 @@ def init_pages(
     )
   if implementation is None:
     implementation = _default(page_size, num_kv_heads, head_dim, dtype)
+  elif implementation == 'llvm':
+    llvm.check(page_size, head_dim, dtype)
   elif implementation in _SHAPES:
     _check_shape(implementation, page_size, num_kv_heads, head_dim, dtype)
   return layout.init(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.llvm import COLUMNS
 from pallas_kernels.ragged_paged_attention import batch as batch_lib
+from pallas_kernels.ragged_paged_attention import layout
 from pallas_kernels.ragged_paged_attention import quantization
 
 _TARGET = 'pallas_kernels.ragged_paged_attention'
@@ -50,8 +51,8 @@ def ragged_paged_attention(
 
   Every batch is computed alike, so that `batch_invariant` costs nothing.
   """
-  *_, head_dim, _ = quantization.values_of(k_pages).shape
-  check(COLUMNS, head_dim, quantization.values_of(k_pages).dtype)
+  _, _, page_size, head_dim = layout.sizes(k_pages)
+  check(page_size, head_dim, quantization.values_of(k_pages).dtype)
   has_sinks = sinks is not None
   if sinks is None:
     sinks = jnp.zeros(q.shape[1])

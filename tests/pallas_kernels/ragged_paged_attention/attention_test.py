@@ -578,3 +578,21 @@ def test_threads_of_a_cpu_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
   assert target in shared.lower(**arrays).as_text()
   for _ in range(50):
     np.testing.assert_array_equal(shared(**arrays), alone)
+
+
+@pytest.mark.parametrize(
+  ('page_size', 'head_dim', 'dtype', 'match'),
+  [
+    (24, 64, 'float32', 'llvm: page_size=24: must be a multiple of 16'),
+    (16, 40, 'float32', 'llvm: head_dim=40: must be a multiple of 16'),
+    (16, 64, 'int8', 'llvm: dtype=int8: must be float32'),
+  ],
+)
+def test_what_cpus_kernel_lacks_xla_does(
+  page_size: int, head_dim: int, dtype: str, match: str
+) -> None:
+  sizes = 2, page_size, 1, head_dim, dtype
+  with pytest.raises(NotImplementedError, match=match):
+    rpa.init_pages(*sizes, 'llvm')
+  chosen, by_xla = (rpa.init_pages(*sizes, name) for name in (None, 'xla'))
+  assert jax.tree.map(jnp.shape, chosen) == jax.tree.map(jnp.shape, by_xla)
