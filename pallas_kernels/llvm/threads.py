@@ -46,7 +46,8 @@ def write_sharing(
     types: of these, of 8 bytes each.
 
   Returns:
-    `share(b, frame, threads, pieces, values)`: writes a call of it.
+    `share(b, frame, threads, pieces, values)`: writes a call of it, by at most
+    so many threads.
   """
   run = _write_run(module, piece, types)
   task, release = _write_task(module, run)
@@ -59,6 +60,9 @@ def write_sharing(
     pieces: Any,
     values: Sequence[Any],
   ) -> None:
+    one = int64(1)
+    most = b.select(b.icmp_signed('>', pieces, one), pieces, one)
+    threads = b.select(b.icmp_signed('<', most, threads), most, threads)
     malloc = emit.external(module, 'malloc', emit.I64, result=emit.POINTER)
     work = b.call(malloc, [int64(size)])
     fields = (int64(0), int64(0), threads, pieces, *values)
@@ -70,7 +74,7 @@ def write_sharing(
       _call(b, frame, _SCHEDULE, arguments)
       return carried
 
-    emit.loop(b, b.sub(threads, int64(1)), ask)
+    emit.loop(b, b.sub(threads, one), ask)
     b.call(run, [work])
     _wait(b, work, pieces)
     b.call(release, [work])
