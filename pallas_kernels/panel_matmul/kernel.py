@@ -27,18 +27,19 @@ def register(target: str, num_devices: int) -> bool:
   Returns:
     Whether there is one for this processor.
   """
-  if panels.tile() is None:
+  tile = panels.tile()
+  if tile is None:
     return False
   module = ir.Module(target)
   calls.write_handler(
-    module, target, ((2, 3, 1), (2,)), _handler(module, num_devices)
+    module, target, ((2, 3, 1), (2,)), _handler(module, num_devices, tile[1])
   )
   calls.compile_handler(module, target)
   return True
 
 
 def _handler(
-  module: ir.Module, num_devices: int
+  module: ir.Module, num_devices: int, num_panels: int
 ) -> Callable[[ir.IRBuilder, calls.Frame], None]:
   """Returns what writes the call.
 
@@ -106,10 +107,8 @@ def _handler(
     is_one = b.icmp_signed('==', num_threads, int64(1))
     pieces = b.select(is_one, num_threads, pieces)
     # Whole tiles of panels, side by side in memory.
-    _, unit = panels.tile() or (0, 1)
-    total = w.dims[1]
-    units = _quotient(b, total, b.mul(pieces, int64(unit)))
-    most = b.mul(units, int64(unit))
+    total, tile = w.dims[1], int64(num_panels)
+    most = b.mul(_quotient(b, total, b.mul(pieces, tile)), tile)
     share(
       b,
       frame,

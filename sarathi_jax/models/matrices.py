@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
-import functools
 import itertools
 import math
 from typing import Any, Protocol, Self
@@ -163,10 +162,19 @@ def grouped_matmul(
     matrices: of one kind, or of several: each an array [G, in, out], or a
       `Matrix`.
   """
+  multiply: Any = None
   if any(getattr(w, 'order', None) is not None for w in matrices):
-    return _in_orders(x, matrices, group_sizes, rows, biases, combine)
-  if all(isinstance(w, Panels) for w in matrices):
-    return _in_panels(x, matrices, group_sizes, rows, biases, combine)
+    multiply = _in_order
+  elif all(isinstance(w, Panels) for w in matrices):
+    multiply = _in_panels
+  if multiply is not None:
+    if rows is not None:
+      x = jnp.take(x, rows, axis=0)
+    products = [
+      multiply(x, w, group_sizes, biases[i : i + 1])
+      for i, w in enumerate(matrices)
+    ]
+    return combine(*products).astype(x.dtype)
   matmul: Any = None
   if any(hasattr(w, 'multiply') for w in matrices):
     matmul = _of_group
@@ -183,46 +191,28 @@ def grouped_matmul(
   )
 
 
-def _in_orders(
-  x: Float[Array, 'T in'],
-  matrices: Sequence[Any],
+def _in_order(
+  x: Float[Array, 'R in'],
+  w: quantized.Quantized,
   group_sizes: Int[Array, ' G'],
-  rows: Int[Array, ' R'] | None,
   biases: Sequence[Float[Array, 'G out']],
-  combine: Callable[..., Array],
 ) -> Float[Array, 'R out']:
-  """Does it kind by kind, as each takes what it multiplies in other orders."""
-  if rows is not None:
-    x = jnp.take(x, rows, axis=0)
-  products = []
-  for i, w in enumerate(matrices):
-    given, codes = quantized.in_order(x, w, group_sizes)
-    product = grouped_matmul(
-      given, [codes], group_sizes, biases=biases[i : i + 1]
-    )
-    products.append(product.astype(jnp.float32))
-  return combine(*products).astype(x.dtype)
+  """Does one kind alone, as each takes its rows in an order of its own."""
+  given, codes = quantized.in_order(x, w, group_sizes)
+  out = grouped_matmul(given, [codes], group_sizes, biases=biases)
+  return out.astype(jnp.float32)
 
 
 def _in_panels(
-  x: Float[Array, 'T in'],
-  matrices: Sequence[Panels],
+  x: Float[Array, 'R in'],
+  w: Panels,
   group_sizes: Int[Array, ' G'],
-  rows: Int[Array, ' R'] | None,
   biases: Sequence[Float[Array, 'G out']],
-  combine: Callable[..., Array],
 ) -> Float[Array, 'R out']:
-  if rows is not None:
-    x = jnp.take(x, rows, axis=0)
-  products = [
-    panel_matmul.grouped_matmul(x, w.array, group_sizes) for w in matrices
-  ]
-  if biases:
-    of_rows = functools.partial(
-      jnp.repeat, repeats=group_sizes, axis=0, total_repeat_length=x.shape[0]
-    )
-    products = [p + of_rows(b) for p, b in zip(products, biases, strict=True)]
-  return combine(*products).astype(x.dtype)
+  out = panel_matmul.grouped_matmul(x, w.array, group_sizes)
+  for bias in biases:
+    out += jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=len(x))
+  return out
 
 
 def _of_group(x: Float[Array, 'n in'], w: Any) -> Float[Array, 'n out']:
