@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 import numbers
 
+import numpy as np
+
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
 from sarathi_jax import types
@@ -87,18 +89,22 @@ def bad_words_of(
 
 
 def check_some_are_left(
-  request: types.Request, bad_words: BadWords, eos_token_ids: Iterable[int]
+  request: types.Request,
+  bad_words: BadWords,
+  eos_token_ids: Iterable[int],
+  begins: np.ndarray | None = None,
 ) -> None:
-  """Raises InvalidRequestError if no token that is allowed may be sampled.
+  """Raises InvalidRequestError if no token may be sampled at first.
 
   Args:
     request: the request.
     bad_words: see `bad_words_of`.
     eos_token_ids: the model's.
+    begins: which tokens the request's grammar begins with, [V] bool; None:
+      with any.
   """
   sampling = request.sampling
-  if sampling.allowed_token_ids is None:
-    return
+  allowed = sampling.allowed_token_ids
   ruled_out = {
     *sampling.bad_token_ids,
     *(ids[0] for ids in bad_words if len(ids) == 1),
@@ -106,8 +112,17 @@ def check_some_are_left(
       (*eos_token_ids, *sampling.stop_token_ids) if sampling.min_tokens else ()
     ),
   }
-  if ruled_out.issuperset(sampling.allowed_token_ids):
+  if begins is not None:
+    left = begins.copy()
+    left[list(sampling.stop_token_ids)] = True  # where it may be empty
+    left[list(ruled_out)] = False
+    if not (left if allowed is None else left[list(allowed)]).any():
+      raise errors.InvalidRequestError(
+        'structured_outputs: all tokens that begin such an output are ruled '
+        'out by allowed_token_ids, bad_token_ids, bad_words or min_tokens.'
+      )
+  if allowed is not None and ruled_out.issuperset(allowed):
     raise errors.InvalidRequestError(
-      f'allowed_token_ids={errors.shown(sampling.allowed_token_ids)}: all of '
+      f'allowed_token_ids={errors.shown(allowed)}: all of '
       'them are ruled out by bad_token_ids, bad_words or min_tokens.'
     )

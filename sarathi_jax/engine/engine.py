@@ -128,8 +128,13 @@ class Engine:
     if sampling.stop:
       self._has_special(sampling.stop)
     bad_words = self._bad_words_of(sampling.bad_words)
-    checks.check_some_are_left(request, bad_words, self._info.eos_token_ids)
-    self._following.compile(sampling)
+    grammar = self._following.compile(sampling)
+    checks.check_some_are_left(
+      request,
+      bad_words,
+      self._info.eos_token_ids,
+      None if grammar is None else grammar.begins,
+    )
 
   def prepared(self, request: types.Request) -> types.Request:
     """Returns a checked request with what `add` would take time for."""

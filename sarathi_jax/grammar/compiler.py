@@ -44,10 +44,10 @@ class Grammar:
     inner: llguidance's, at the beginning.
     num_words: of its masks.
     eos_token_ids: those of the vocabulary.
-    is_empty: whether only an empty output fits.
+    begins: which tokens may come first, [V] bool.
 
   Attributes:
-    is_empty: see above.
+    is_empty: whether only an empty output fits.
   """
 
   def __init__(
@@ -55,12 +55,20 @@ class Grammar:
     inner: llguidance.LLMatcher,
     num_words: int,
     eos_token_ids: tuple[int, ...],
-    is_empty: bool,
+    begins: np.ndarray,
   ) -> None:
     self._inner = inner
     self._num_words = num_words
     self._eos_token_ids = eos_token_ids
-    self.is_empty = is_empty
+    self._begins = np.packbits(begins)  # many are kept, and V may be large
+    self._vocab_size = len(begins)
+    first = np.flatnonzero(begins).tolist()
+    self.is_empty = set(first).issubset(eos_token_ids)
+
+  @property
+  def begins(self) -> np.ndarray:
+    """Which tokens may come first, [V] bool."""
+    return np.unpackbits(self._begins, count=self._vocab_size).view(bool)
 
   def matchers(
     self, sampling: types.SamplingParams
@@ -175,13 +183,12 @@ class Grammars:
       fault = fault.replace(_LEFT_OUT, '')
       ours = _OUR_LINE if outputs.kind == 'grammar' else _OURS
       return errors.cut(ours.sub('', fault).strip(), _FAULT_CHARS)
-    first = np.flatnonzero(np.unpackbits(mask, bitorder='little')).tolist()
-    begin = {token for token in first if token < self._vocab_size}
-    if not begin:
+    bits = np.unpackbits(mask, bitorder='little')
+    begins = bits[: self._vocab_size].view(bool)
+    if not begins.any():
       return 'no token of this model begins such an output.'
-    is_empty = begin.issubset(self._eos_token_ids)
     eos = vocabulary.ends(self._vocab_size, self._eos_token_ids)
-    return Grammar(inner, self._num_words, eos, is_empty)
+    return Grammar(inner, self._num_words, eos, begins)
 
   def _keep(
     self, outputs: Params, found: Grammar | str, seconds: float

@@ -268,11 +268,32 @@ def run_added(engine: engine_lib.Engine, one: types.Request) -> Any:
       {'structured_outputs': {'choice': ['']}, 'ignore_eos': True},
       'only an empty output fits',
     ),
+    ({'allowed_token_ids': (6, 8)}, 'all tokens that begin .* ruled out'),
+    ({'bad_token_ids': (5, 7, 9)}, 'all tokens that begin .* ruled out'),
+    ({'bad_words': ('t5', 't7', 't9')}, 'all tokens that begin'),
   ],
 )
 def test_what_can_not_be_is_refused(sampling: Any, says: str) -> None:
   with pytest.raises(errors.InvalidRequestError, match=says):
     make_engine(eos_token_ids=(20,)).check(request('a', **sampling))
+
+
+@pytest.mark.parametrize(
+  'sampling',
+  [
+    {'allowed_token_ids': (6, 7)},
+    {'bad_token_ids': (5, 7)},
+    {
+      'structured_outputs': {'regex': '(t5)?'},
+      'allowed_token_ids': (6,),
+      'stop_token_ids': (6,),
+    },
+  ],
+)
+def test_where_a_token_is_left_it_comes(sampling: Any) -> None:
+  engine = make_engine(eos_token_ids=(20,))
+  (_, reason) = run(engine, request('a', max_tokens=1, **sampling))['a']
+  assert reason in (STOP, LENGTH)
 
 
 def test_an_engine_may_have_none() -> None:
