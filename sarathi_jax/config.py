@@ -115,8 +115,8 @@ class EngineConfig:
       leaves to the prompts behind it, in [0, 1).
     dtype: the dtype that a checkpoint's weights are kept and computed with:
       'float32', 'bfloat16' or 'float16'; 'auto' for the checkpoint's own, but
-      on a CPU 'float32', as 16 bits take several times as long there. Live
-      weights keep their own.
+      on a CPU computed with in float32, where matrices keep their 16 bits.
+      Live weights keep their own.
     kv_cache_dtype: 'auto' for the weights' ('float32' on a CPU), 'float32',
       'bfloat16' or 'float16'; 'int8' or 'fp8' (e4m3) for half the memory or
       less, with a scale for each token and head.

@@ -228,8 +228,9 @@ class LLM(served.Served):
     config, loaded = source.begin(config, adapters)
     with settings.own():
       mesh = make_mesh(model)
-      dtype = placement.choose_dtype(model, config.dtype, metadata.dtype, mesh)
-      layout = placement.of_checkpoint(mesh, dtype)
+      layout = placement.choose_layout(
+        model, config.dtype, metadata.dtype, mesh
+      )
       memory.check_weights(model, config, mesh, layout)
       with progress.told(on_loaded, 'Loading weights') as tell:
         placed = weights_lib.load(

@@ -68,20 +68,17 @@ def define_flags() -> None:
 def on_cpu(model: Any, config: config_lib.EngineConfig) -> Any:
   """Makes the `runner.memory.MemoryPlan` of a deployment on CPU devices."""
   from sarathi_jax.in_process import building
+  from sarathi_jax.launch import absent_gpus
   from sarathi_jax.runner import kv_cache
   from sarathi_jax.runner import memory
   from sarathi_jax.runner import placement
 
   model = model.divided(config)
   mesh = building.make_mesh(model, config)
-  dtype = placement.choose_dtype(model, config.dtype, 'float32', mesh)
-  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'cpu')
+  layout = placement.choose_layout(model, config.dtype, absent_gpus.DTYPE, mesh)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, layout.dtype, 'cpu')
   programs = building.step_programs(
-    model,
-    mesh,
-    config,
-    layout=placement.of_checkpoint(mesh, dtype),
-    kv_dtype=kv_dtype,
+    model, mesh, config, layout=layout, kv_dtype=kv_dtype
   )
 
   def plan(temporaries: int) -> memory.MemoryPlan:

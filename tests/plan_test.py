@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+import dataclasses
 import json
 import os
 import pathlib
@@ -86,11 +87,12 @@ def bytes_by_device(tree: Any) -> Counter[jax.Device]:
 
 
 def test_a_plan_is_what_the_engine_allocates():
-  planned = plan.on_cpu(MODEL, CONFIG)
+  config = dataclasses.replace(CONFIG, dtype='float32')
+  planned = plan.on_cpu(MODEL, config)
   llm = llm_lib.LLM(
     MODEL,
     models.init_params(MODEL, jax.random.key(0), jnp.float32),
-    config=CONFIG,
+    config=config,
     eos_token_ids=(),
   )
   runner = llm._runner

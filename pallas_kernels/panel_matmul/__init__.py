@@ -2,6 +2,7 @@
 """Products with matrices in panels: those of CPUs."""
 
 from pallas_kernels.llvm import COLUMNS
+from pallas_kernels.panel_matmul.api import DTYPES
 from pallas_kernels.panel_matmul.api import grouped_matmul
 from pallas_kernels.panel_matmul.api import is_available
 from pallas_kernels.panel_matmul.api import matmul
@@ -10,6 +11,7 @@ from pallas_kernels.panel_matmul.reference import from_panels
 
 __all__ = [
   'COLUMNS',
+  'DTYPES',
   'from_panels',
   'grouped_matmul',
   'is_available',

@@ -16,15 +16,30 @@ import jax.numpy as jnp
 from pallas_kernels.llvm import COLUMNS
 from pallas_kernels.panel_matmul import reference
 
-_TARGET = 'pallas_kernels.panel_matmul'
+DTYPES = ('float32', 'bfloat16', 'float16')  # that panels may have
+_TARGET = 'pallas_kernels.panel_matmul.{}'
+
+
+def is_available(dtype: str = 'float32') -> bool:
+  """Says whether there is a kernel for this processor; compiles it once.
+
+  Args:
+    dtype: of panels, one of DTYPES.
+  """
+  return _register(dtype)
 
 
 @functools.cache
-def is_available() -> bool:
-  """Says whether there is a kernel for this processor; compiles it."""
-  from pallas_kernels.panel_matmul import kernel  # Who has GPUs needs no LLVM.
+def _register(dtype: str) -> bool:
+  # Who has GPUs needs no LLVM.
+  from pallas_kernels.llvm import panels
+  from pallas_kernels.panel_matmul import kernel
 
-  return kernel.register(_TARGET, len(jax.local_devices(backend='cpu')))
+  return kernel.register(
+    _TARGET.format(dtype),
+    len(jax.local_devices(backend='cpu')),
+    panels.KEPT[dtype],
+  )
 
 
 def to_panels(w: Any) -> Any:
@@ -44,7 +59,7 @@ def matmul(x: jax.Array, panels: jax.Array) -> jax.Array:
 
   Args:
     x: [T, in] float32.
-    panels: `to_panels` of w.
+    panels: `to_panels` of w, in one of DTYPES: what is multiplied is float32.
   """
   sizes = jnp.full(1, x.shape[0], jnp.int32)
   return grouped_matmul(x, panels[None], sizes)
@@ -57,18 +72,23 @@ def grouped_matmul(
 
   Args:
     x: [R, in] float32, group after group.
-    panels: `to_panels` of [G, in, out].
+    panels: `to_panels` of [G, in, out], in one of DTYPES.
     group_sizes: [G] int32; their sum is at most R.
 
   Returns:
     [R, out] float32. Rows of no group are undefined.
 
   Raises:
-    NotImplementedError: there is no kernel for this processor.
+    NotImplementedError: there is no kernel for this processor, or dtype.
   """
-  if not is_available():
+  dtype = panels.dtype.name
+  if dtype not in DTYPES:
+    raise NotImplementedError(f'panel_matmul: not for panels of {dtype}.')
+  if not is_available(dtype):
     raise NotImplementedError('panel_matmul: not for this processor.')
   num_out = panels.shape[1] * COLUMNS
   result = jax.ShapeDtypeStruct((x.shape[0], num_out), jnp.float32)
-  out: jax.Array = jax.ffi.ffi_call(_TARGET, result)(x, panels, group_sizes)
+  out: jax.Array = jax.ffi.ffi_call(_TARGET.format(dtype), result)(
+    x, panels, group_sizes
+  )
   return out

@@ -17,12 +17,15 @@ from pallas_kernels.llvm.emit import int64
 _PIECES_OF_A_THREAD = 4  # for one may be kept from its core
 
 
-def register(target: str, num_devices: int) -> bool:
+def register(
+  target: str, num_devices: int, kept: panels.Kept = panels.FLOAT32
+) -> bool:
   """Compiles the kernel and tells XLA of it.
 
   Args:
     target: the name by which XLA calls it.
     num_devices: who share the threads that XLA computes with.
+    kept: how panels keep their numbers.
 
   Returns:
     Whether there is one for this processor.
@@ -32,21 +35,24 @@ def register(target: str, num_devices: int) -> bool:
     return False
   module = ir.Module(target)
   calls.write_handler(
-    module, target, ((2, 3, 1), (2,)), _handler(module, num_devices, tile[1])
+    module,
+    target,
+    ((2, 3, 1), (2,)),
+    _handler(module, num_devices, tile[1], kept),
   )
   calls.compile_handler(module, target)
   return True
 
 
 def _handler(
-  module: ir.Module, num_devices: int, num_panels: int
+  module: ir.Module, num_devices: int, num_panels: int, kept: panels.Kept
 ) -> Callable[[ir.IRBuilder, calls.Frame], None]:
   """Returns what writes the call.
 
   Arguments are rows [R, in], panels [G, out / COLUMNS, in * COLUMNS] and the
   groups' sizes [G] int32; the result is [R, out].
   """
-  multiply = panels.write_matmul(module, 'matmul')
+  multiply = panels.write_matmul(module, 'matmul', kept=kept)
 
   def piece(b: ir.IRBuilder, number: Any, values: list[Any]) -> None:
     x, w, sizes, out, groups, num_in, num_out, most = values
@@ -81,7 +87,7 @@ def _handler(
       size = b.load(emit.at(b, sizes, i, emit.I32), typ=emit.I32)
       size = b.sext(size, emit.I64)
       begin = b.add(b.mul(i, size_of_matrix), b.mul(first, stride))
-      found = emit.at(b, w, begin), start, size
+      found = emit.at(b, w, begin, kept.number), start, size
       has_rows = b.icmp_signed('>', size, int64(0))
       with b.if_then(has_rows):
         of_group(found[0], *waiting)
@@ -94,7 +100,8 @@ def _handler(
       ]
 
     _, *last = emit.loop(b, groups, group, [int64(0), w, int64(0), int64(0)])
-    of_group(emit.at(b, last[0], b.mul(count, stride)), *last)
+    end = emit.at(b, last[0], b.mul(count, stride), kept.number)
+    of_group(end, *last)
 
   types = [*[emit.POINTER] * 4, *[emit.I64] * 4]
   share = threads.write_sharing(module, piece, types)

@@ -78,7 +78,7 @@ class Served:
         model, placed, layout, mesh, config, tell, leader
       )
     self.engine = building.build_engine(model, self._runner, config, **engine)
-    self._dtype = layout.dtype
+    self._dtype = layout.given_dtype
     self._runs = runs_lib.Runs(self.engine, self._check_awake)
 
   def open_weights(

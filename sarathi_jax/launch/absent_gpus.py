@@ -32,7 +32,7 @@ from sarathi_jax.runner import mesh as mesh_lib
 from sarathi_jax.runner import placement
 from sarathi_jax.runner import programs as programs_lib
 
-_DTYPE = 'bfloat16'  # of checkpoints, where `config.dtype` does not say
+DTYPE = 'bfloat16'  # of checkpoints, where `config.dtype` does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ def check(
   if config.deterministic:
     mesh_lib.check_deterministic(mesh)
   mesh_lib.check_activations(mesh, model)
-  dtype = placement.choose_dtype(model, config.dtype, _DTYPE, mesh)
-  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, dtype, 'gpu')
+  lies = placement.choose_layout(model, config.dtype, DTYPE, mesh)
+  kv_dtype = kv_cache.choose_dtype(config.kv_cache_dtype, lies.dtype, 'gpu')
   with compiler.on(device):
     programs = building.step_programs(
       model,
@@ -127,7 +127,7 @@ def check(
       dataclasses.replace(
         config, attention=config.attention or 'pallas_triton'
       ),
-      layout=placement.of_checkpoint(mesh, dtype),
+      layout=lies,
       kv_dtype=kv_dtype,
     )
 
@@ -189,7 +189,7 @@ def check(
     dataclasses.replace(case, problems=problems),
     memory,
     collectives.read(text),
-    _least_sent(model, parallelism, programs.layouts[size], dtype),
+    _least_sent(model, parallelism, programs.layouts[size], lies.dtype),
     estimates.judge(case, device) if sass else (),
     layers_lib.read(text, compiler.hlo_types(state.kv)) if sass else (),
   )

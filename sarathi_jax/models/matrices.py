@@ -99,7 +99,9 @@ class Transposed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Panels:
-  """A matrix of float32 on a CPU, in panels of a few columns.
+  """A matrix on a CPU, in panels of a few columns.
+
+  It is kept as it comes, in 32 bits or in 16, and multiplied in float32.
 
   Attributes:
     array: [..., out / COLUMNS, in * COLUMNS], see `panel_matmul.to_panels`; or
@@ -114,14 +116,17 @@ class Panels:
 
   @classmethod
   def of(cls, w: Any) -> Panels | Transposed:
-    """Makes the node; `Transposed` of a matrix that panels don't divide."""
-    if w.dtype != jnp.float32 or w.shape[OUT] % panel_matmul.COLUMNS:
-      return Transposed.of(w)
+    """Makes the node; `Transposed` of a matrix that panels don't divide.
+
+    That one is float32, for XLA would widen it each time that it is used.
+    """
+    if w.shape[OUT] % panel_matmul.COLUMNS:
+      return Transposed.of(w.astype(jnp.float32))
     return cls(panel_matmul.to_panels(w))
 
   def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
     num_groups = self.array.size // math.prod(self.array.shape[-2:])
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     out = panel_matmul.grouped_matmul(
       rows,
       self.array.reshape(num_groups, *self.array.shape[-2:]),
@@ -209,6 +214,7 @@ def _in_panels(
   group_sizes: Int[Array, ' G'],
   biases: Sequence[Float[Array, 'G out']],
 ) -> Float[Array, 'R out']:
+  x = x.astype(jnp.float32)
   out = panel_matmul.grouped_matmul(x, w.array, group_sizes)
   for bias in biases:
     out += jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=len(x))

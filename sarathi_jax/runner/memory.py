@@ -117,7 +117,7 @@ def check_weights(
   for device in mesh.local_devices:
     stats = device.memory_stats()
     if stats is None:  # A CPU's, which can't tell.
-      _check_machine(config, needed * len(mesh.local_devices), layout.dtype)
+      _check_machine(config, needed * len(mesh.local_devices), layout)
       return
     usable = stats.get('bytes_limit', math.inf) * config.memory_utilization
     config_lib.check(
@@ -130,19 +130,18 @@ def check_weights(
 
 
 def _check_machine(
-  config: config_lib.EngineConfig, needed: int, dtype: Any
+  config: config_lib.EngineConfig, needed: int, layout: placement.Layout
 ) -> None:
   usable = machine_bytes()
   config_lib.check(
     needed <= usable,
     'dtype',
     config.dtype,
-    f'the weights take {needed / kv_cache.GIB:.3g} GiB in {dtype}, and this '
+    f'the weights take {needed / kv_cache.GIB:.3g} GiB in '
+    f'{layout.given_dtype}, and this '
     f'machine has {usable / kv_cache.GIB:.3g} GiB of memory'
     + (
-      '; bfloat16 takes half of it, but several times as long'
-      if dtype == jnp.float32
-      else ''
+      '; bfloat16 takes half of it' if layout.given_dtype == jnp.float32 else ''
     ),
   )
 

@@ -74,7 +74,8 @@ def check_params(
       )
   for name, leaf in leaves.items():
     _check_leaf(name, leaf, specs[name], dtype)
-  model.check_dtype(dtype_of(model, leaves).name)
+  if dtype is None:
+    model.check_dtype(dtype_of(model, leaves).name)
   return tree_lib.with_leaves(tree, leaves)
 
 

@@ -75,12 +75,24 @@ class Layout:
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
     codes_by_columns: whether codes that multiply rows of codes lie so; see
       `quantized.Quantized`.
+    given: the dtype that parameters come in where it is another, and that
+      panels keep.
   """
 
   dtype: Any
   node: Callable[[str, spec.ParamSpec], Node] = as_array
   merged: bool = False
   codes_by_columns: bool = False
+  given: Any = None
+
+  @property
+  def given_dtype(self) -> Any:
+    """The dtype that parameters come in."""
+    return self.dtype if self.given is None else self.given
+
+  def converted(self, node: Node) -> Any:
+    """Returns the dtype that a node is made of."""
+    return self.given_dtype if node is matrices.Panels else self.dtype
 
 
 def of_live(dtype: Any) -> Layout:
@@ -88,17 +100,37 @@ def of_live(dtype: Any) -> Layout:
   return Layout(jnp.dtype(dtype))
 
 
-def of_checkpoint(mesh: Mesh, dtype: Any) -> Layout:
+def of_checkpoint(mesh: Mesh, dtype: Any, given: Any = None) -> Layout:
   """Returns how weights that are read lie on a mesh: as steps are fastest.
 
   On GPUs, a launch less is worth it, and XLA would merge products itself, of
   matrices that it first copies. On CPUs no gain was seen. Hopper multiplies
   codes by codes where what is summed lies together.
+
+  Args:
+    mesh: the devices.
+    dtype: that the model computes in.
+    given: that the weights are in, for panels to keep; None: `dtype`.
   """
-  if mesh.devices.flat[0].platform == 'cpu':
-    has_kernel = panel_matmul.is_available()
-    return Layout(jnp.dtype(dtype), in_panels if has_kernel else transposed)
-  return Layout(jnp.dtype(dtype), merged=True, codes_by_columns=True)
+  dtype = jnp.dtype(dtype)
+  if mesh.devices.flat[0].platform != 'cpu':
+    return Layout(dtype, merged=True, codes_by_columns=True)
+  if not panel_matmul.is_available():
+    return Layout(dtype, transposed)
+  given = None if given is None else jnp.dtype(given)
+  return Layout(dtype, in_panels, given=None if given == dtype else given)
+
+
+def choose_layout(
+  model: model_config_lib.ModelConfig, name: str, dtype: Any, mesh: Mesh
+) -> Layout:
+  """Returns how a checkpoint's weights lie; as `choose_dtype` and its errors.
+
+  What nobody asked to be in a dtype is kept as it is, where panels can.
+  """
+  chosen = choose_dtype(model, name, dtype, mesh)
+  is_open = name == config_lib.AUTO
+  return of_checkpoint(mesh, chosen, dtype if is_open else None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -191,8 +223,8 @@ def choose_dtype(
 ) -> Any:
   """Returns the dtype that a checkpoint's weights are served in.
 
-  'auto' is its own, except on CPUs: XLA multiplies no 16-bit floats there, and
-  widens all of a matrix each time that it is used.
+  'auto' is its own, except on CPUs: these compute in float32, and XLA would
+  widen all of a matrix of 16 bits each time that it is used.
 
   Args:
     model: the model.
@@ -265,7 +297,7 @@ def places(
         tuple(parts),
         matrices.Transposed if is_turned else node,
         mesh,
-        layout.dtype,
+        layout.converted(node),
       )
 
     made = jax.tree.map_with_path(one, *specs)

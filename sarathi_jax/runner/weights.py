@@ -235,7 +235,7 @@ def _place_one(
     parts = [
       jnp.zeros(part.shape, place.source_dtype, device=as_parts)
       if name is None
-      else jax.device_put(_shaped(part, named[name]), as_parts)
+      else jax.device_put(_shaped(place, part, named[name]), as_parts)
       for part, name in zip(place.parts, names, strict=True)
     ]
     if place.node is not None or len(parts) > 1:
@@ -249,8 +249,12 @@ def _place_one(
   return _stack(place.sharding)(*ready)
 
 
-def _shaped(part: placement.Part, source: jax.Array) -> jax.Array:
-  """Returns a parameter with heads repeated, and padded."""
+def _shaped(
+  place: placement.Place, part: placement.Part, source: jax.Array
+) -> jax.Array:
+  """Returns a parameter in its dtype, with heads repeated, and padded."""
+  if part.spec.dtype is None:
+    source = source.astype(place.source_dtype)
   padding = tuple(
     want - size for want, size in zip(part.shape, part.spec.shape, strict=True)
   )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's weights are served in: 16 bits are slow on CPUs."""
+"""What a checkpoint's weights are served in: on CPUs, panels keep 16 bits."""
 
 from __future__ import annotations
 
@@ -62,13 +62,16 @@ def dtypes_of(llm: llm_lib.LLM) -> set[str]:
 @pytest.mark.parametrize(
   ('asked', 'kept', 'served'),
   [
-    ('auto', 'bfloat16', 'float32'),
-    ('float32', 'float16', 'float32'),
-    ('bfloat16', 'float32', 'bfloat16'),
+    ('auto', 'float32', {'float32'}),
+    ('auto', 'bfloat16', {'float32', 'bfloat16'}),
+    ('auto', 'float16', {'float32', 'float16'}),
+    ('float32', 'float16', {'float32'}),
+    # Panels don't divide the output matrix, which XLA multiplies.
+    ('bfloat16', 'float32', {'bfloat16', 'float32'}),
   ],
 )
 def test_what_is_served(
-  open_in, params, cache_dir, asked: str, kept: str, served: str
+  open_in, params, cache_dir, asked: str, kept: str, served: set[str]
 ) -> None:
   open_in(kept)
   llm = llm_lib.LLM.from_checkpoint(
@@ -80,11 +83,11 @@ def test_what_is_served(
       **tiny.STEPS_ALONE,
     ),
   )
-  assert dtypes_of(llm) == {served}
+  assert dtypes_of(llm) == served
   tokens = tokens_of(llm.generate(PROMPTS, GREEDY))
-  if served == 'float32':  # Nothing is rounded but what is kept.
+  if asked != 'bfloat16':  # Nothing is rounded but what is kept.
     rounded = jax.tree.map(
-      lambda leaf: leaf.astype(kept).astype(served), params
+      lambda leaf: leaf.astype(kept).astype(jnp.float32), params
     )
     recompute = naive.recompute(tiny.MODEL, rounded)
     assert tokens == [
@@ -98,8 +101,40 @@ def test_what_is_served(
       for prompt in PROMPTS
     ]
   llm.load_weights(llm.open_weights('y'))
-  assert dtypes_of(llm) == {served}
+  assert dtypes_of(llm) == served
   assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens
+
+
+def test_live_weights_for_what_panels_keep_are_of_its_dtype(
+  open_in, params, cache_dir
+) -> None:
+  """Others would be rounded, and nobody told."""
+  open_in('bfloat16')
+  llm = llm_lib.LLM.from_checkpoint(
+    'x',
+    config=tiny.engine_config(
+      token_budget=4, compilation_cache_dir=cache_dir, **tiny.STEPS_ALONE
+    ),
+  )
+  assert {leaf.dtype.name for leaf in llm.wanted_params.values()} == {
+    'bfloat16'
+  }
+  tokens, kept = tokens_of(llm.generate(PROMPTS, GREEDY)), dtypes_of(llm)
+  other = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), params)
+  with pytest.raises(
+    errors.ConfigError, match=r'params\..*: is float32.*; must be bfloat16'
+  ):
+    llm.update_params(params)
+  llm.update_params(jax.tree.map(lambda leaf: leaf * 0, other))
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) != tokens
+  llm.update_params(other)
+  assert dtypes_of(llm) == kept
+  assert tokens_of(llm.generate(PROMPTS, GREEDY)) == tokens
+  open_in('float32')
+  with pytest.raises(
+    errors.CheckpointError, match='y: is in float32, and bfloat16 is served'
+  ):
+    llm.open_weights('y')
 
 
 def test_other_weights_of_the_live_ones_dtype_or_of_the_asked_one(
@@ -182,16 +217,21 @@ def test_models_that_overflow_float16_are_not_served_in_it(name, kept) -> None:
     llm_lib.LLM(gemma, live, eos_token_ids=(), config=tiny.engine_config())
 
 
-def test_weights_that_the_machine_cant_hold(open_in, monkeypatch) -> None:
-  """Named before any is read: twice what the checkpoint has."""
+@pytest.mark.parametrize(
+  ('asked', 'said'),
+  [
+    ('auto', r'GiB in bfloat16, and this machine has .* of memory\.$'),
+    ('float32', r'GiB in float32, and .* bfloat16 takes half of it'),
+  ],
+)
+def test_weights_that_the_machine_cant_hold(
+  open_in, monkeypatch, asked: str, said: str
+) -> None:
+  """Named before any is read."""
   open_in('bfloat16')
   monkeypatch.setattr(weights, 'load', None)  # It is not called.
   monkeypatch.setattr(memory, 'machine_bytes', lambda: 30_000)
   with pytest.raises(
-    errors.ConfigError,
-    match=(
-      r"dtype='auto': the weights take .* GiB in float32, and this machine "
-      r'has .* bfloat16 takes half of it'
-    ),
+    errors.ConfigError, match=f"dtype='{asked}': the weights take .* {said}"
   ):
-    llm_lib.LLM.from_checkpoint('x', config=tiny.engine_config())
+    llm_lib.LLM.from_checkpoint('x', config=tiny.engine_config(dtype=asked))

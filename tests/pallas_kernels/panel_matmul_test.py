@@ -42,6 +42,25 @@ def test_it_is_the_product(num_rows, num_in, num_out):
   np.testing.assert_allclose(got, x @ w, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('num_rows', [1, 8, 12, 33])
+def test_16_bits_give_the_bits_of_what_they_widen_to(num_rows, dtype):
+  x = normal(num_rows, 77)
+  panels = panel_matmul.to_panels(normal(3, 77, 80).astype(jnp.dtype(dtype)))
+  # Denormal and huge ones, and what is none.
+  panels[:, :, :64] *= jnp.asarray(6e-8, dtype)
+  panels[:, 1, 64:80] = jnp.finfo(dtype).max
+  panels[:, 2, :16] = np.inf
+  sizes = np.array([num_rows - 1, 0, 1], np.int32)
+  expected = grouped(x, panels.astype(np.float32), sizes)
+  np.testing.assert_array_equal(grouped(x, panels, sizes), expected)
+
+
+def test_other_dtypes_are_refused_by_name():
+  with pytest.raises(NotImplementedError, match='not for panels of int8'):
+    grouped(normal(1, 4), np.zeros((1, 1, 64), np.int8), np.ones(1, np.int32))
+
+
 @pytest.mark.parametrize(
   'sizes', [(30, 0, 1, 2, 0), (0, 0, 0, 0, 33), (1, 1, 1, 1, 1)], ids=str
 )
@@ -66,26 +85,34 @@ def test_a_row_has_the_same_bits_whatever_the_others_are():
     np.testing.assert_array_equal(grouped(alone, panels, sizes)[3], whole[row])
 
 
+@pytest.mark.parametrize('dtype', panel_matmul.DTYPES)
 @pytest.mark.parametrize('processor', panels.TILES, ids=str)
-def test_every_processors_tile_gives_the_same_bits(processor, monkeypatch):
+def test_every_processors_tile_gives_the_same_bits(
+  processor, dtype, monkeypatch
+):
   """By this one's instructions: what they have differs in sizes alone."""
   monkeypatch.setattr(calls, 'processor', lambda: processor)
-  target = f'tests.panel_matmul.{processor}'
-  assert kernel.register(target, num_devices=8)
-  x, w = normal(29, 33), panel_matmul.to_panels(normal(3, 33, 80))
+  target = f'tests.panel_matmul.{processor}.{dtype}'
+  assert kernel.register(target, 8, panels.KEPT[dtype])
+  x = normal(29, 33)
+  w = panel_matmul.to_panels(normal(3, 33, 80).astype(jnp.dtype(dtype)))
   sizes = np.array([1, 17, 11], np.int32)
   call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((29, 80), jnp.float32))
   got = jax.jit(call)(x, w, sizes)
   np.testing.assert_array_equal(got, grouped(x, w, sizes))
 
 
+@pytest.mark.parametrize('dtype', panel_matmul.DTYPES)
 @pytest.mark.parametrize('triple', ['aarch64-unknown-linux-gnu'])
-def test_it_compiles_for_processors_that_are_not_here(triple, monkeypatch):
+def test_it_compiles_for_processors_that_are_not_here(
+  triple, dtype, monkeypatch
+):
   monkeypatch.setattr(calls, 'processor', lambda: calls.Processor(32, 4))
   binding.initialize_all_targets()
   binding.initialize_all_asmprinters()
   module = ir.Module('absent')
-  panels.write_matmul(module, 'matmul').linkage = 'external'
+  kept = panels.KEPT[dtype]
+  panels.write_matmul(module, 'matmul', kept=kept).linkage = 'external'
   machine = binding.Target.from_triple(triple).create_target_machine(opt=3)
   assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
   assert 'fmla' in assembly

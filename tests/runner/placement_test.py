@@ -99,10 +99,11 @@ def assert_same(one: Any, other: Any) -> None:
     np.testing.assert_array_equal(a, b)
 
 
-F32 = jnp.dtype(jnp.float32)
+F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 LAYOUTS = {
   'live': placement.of_live(F32),
   'cpu': placement.Layout(F32, placement.in_panels),
+  'kept': placement.Layout(F32, placement.in_panels, given=BF16),
   'turned': placement.Layout(F32, placement.transposed),
   'gpu': placement.Layout(F32, merged=True, codes_by_columns=True),
   'both': placement.Layout(F32, placement.transposed, merged=True),
@@ -419,4 +420,5 @@ def test_what_is_read_lies_as_its_devices_are_fastest() -> None:
 
   mesh: Any = Mesh()
   assert placement.of_checkpoint(mesh, F32) == LAYOUTS['gpu']
-  assert placement.of_checkpoint(mesh_of(2, 1), F32) == LAYOUTS['cpu']
+  for dtype in (None, F32):
+    assert placement.of_checkpoint(mesh_of(2, 1), F32, dtype) == LAYOUTS['cpu']
