@@ -202,10 +202,10 @@ def _latencies(size: str, runs: Sequence[Row]) -> list[str]:
     for row in merged
   }
   return [
-    f'| {size}: P50 TTFT, P99 TBT, ms, at | {" | ".join(sides)} |',
+    f'| {size}: P50 TTFT, P99 TBT, ms, at requests of | {" | ".join(sides)} |',
     '|' + '---|' * (1 + len(sides)),
     *(
-      f'| {qps:g} requests/s | '
+      f'| {qps:g} a second | '
       f'{" | ".join(cells.get((qps, side), "-") for side in sides)} |'
       for qps in sorted({row['qps'] for row in merged})
     ),

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 import numbers
-
-import numpy as np
+from typing import Any
 
 from sarathi_jax import errors
 from sarathi_jax import sampling_params
@@ -92,7 +91,7 @@ def check_some_are_left(
   request: types.Request,
   bad_words: BadWords,
   eos_token_ids: Iterable[int],
-  begins: np.ndarray | None = None,
+  begins: Any = None,
 ) -> None:
   """Raises InvalidRequestError if no token may be sampled at first.
 
@@ -100,8 +99,8 @@ def check_some_are_left(
     request: the request.
     bad_words: see `bad_words_of`.
     eos_token_ids: the model's.
-    begins: which tokens the request's grammar begins with, [V] bool; None:
-      with any.
+    begins: which tokens the request's grammar begins with, NumPy's [V] bool;
+      None: with any.
   """
   sampling = request.sampling
   allowed = sampling.allowed_token_ids

@@ -185,9 +185,9 @@ def test_the_readme_s_table(ours: float, theirs: float, cells: str) -> None:
   )
   assert 'vLLM 1.2, best of budgets 128, 512' in table
   assert table.splitlines()[-3:] == [
-    '| 43m: P50 TTFT, P99 TBT, ms, at | ours 512 | vLLM 128 |',
+    '| 43m: P50 TTFT, P99 TBT, ms, at requests of | ours 512 | vLLM 128 |',
     '|---|---|---|',
-    '| 2 requests/s | 100, 40 | 200, 40 |',
+    '| 2 a second | 100, 40 | 200, 40 |',
   ]
 
 
