@@ -19,6 +19,25 @@ def to_panels(w: Any) -> Any:
   )
 
 
+def in_pairs(values: Any) -> Any:
+  """Returns packed codes in another order; see `api.in_pairs`."""
+  xp = values.__array_namespace__()
+  blocks = values.reshape(*values.shape[:-2], -1, 16, values.shape[-1])
+  rows = xp.concatenate([blocks & 15, blocks >> 4], axis=-2)
+  pairs = rows[..., ::2, :] | rows[..., 1::2, :] << 4
+  return pairs.reshape(values.shape)
+
+
+def from_pairs(values: Any) -> Any:
+  """Returns what `in_pairs` made them of."""
+  xp = values.__array_namespace__()
+  blocks = values.reshape(*values.shape[:-2], -1, 16, 1, values.shape[-1])
+  rows = xp.concatenate([blocks & 15, blocks >> 4], axis=-2)
+  rows = rows.reshape(*values.shape[:-2], -1, 32, values.shape[-1])
+  both = rows[..., :16, :] | rows[..., 16:, :] << 4
+  return both.reshape(values.shape)
+
+
 def from_panels(panels: Any) -> Any:
   """Returns what `to_panels` made them of."""
   *outer, num_panels, size = panels.shape

@@ -4,5 +4,6 @@
 from pallas_kernels.quantized_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.quantized_matmul.operand import Operand
+from pallas_kernels.quantized_matmul.rows import rounded
 
-__all__ = ['IMPLEMENTATIONS', 'Operand', 'quantized_matmul']
+__all__ = ['IMPLEMENTATIONS', 'Operand', 'quantized_matmul', 'rounded']

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import itertools
-import math
 from typing import Any, Protocol, Self
 
 import jax
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as grouped_matmul_lib
 from pallas_kernels import panel_matmul
+from sarathi_jax.models import panels
 from sarathi_jax.models import quantized
 
 # With more rows, copies of W take a small part of the time, and copies of x^T
@@ -125,14 +125,23 @@ class Panels:
     return cls(panel_matmul.to_panels(w))
 
   def multiply(self, x: Float[Array, '... T in'], dtype: Any) -> Array:
-    num_groups = self.array.size // math.prod(self.array.shape[-2:])
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = panel_matmul.grouped_matmul(
-      rows,
-      self.array.reshape(num_groups, *self.array.shape[-2:]),
-      jnp.full(num_groups, rows.shape[0] // num_groups, jnp.int32),
-    )
-    return out.reshape(*x.shape[:-1], -1).astype(dtype)
+    return panels.multiply(x, self.array).astype(dtype)
+
+  def multiply_groups(
+    self, x: Float[Array, 'R in'], group_sizes: Int[Array, ' G']
+  ) -> Float[Array, 'R out']:
+    """Multiplies rows, group after group, by theirs of the matrices."""
+    return panels.multiply_groups(x, self.array, group_sizes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedPanels(Panels):
+  """Codes of 4 bits in panels; `quantized.Quantized` multiplies by them."""
+
+  @classmethod
+  def of(cls, w: Any) -> PackedPanels:
+    return cls(panel_matmul.to_panels(panel_matmul.in_pairs(w)))
 
 
 def matmul(
@@ -170,7 +179,9 @@ def grouped_matmul(
   multiply: Any = None
   if any(getattr(w, 'order', None) is not None for w in matrices):
     multiply = _in_order
-  elif all(isinstance(w, Panels) for w in matrices):
+  elif all(
+    isinstance(w, Panels) or getattr(w, 'in_panels', False) for w in matrices
+  ):
     multiply = _in_panels
   if multiply is not None:
     if rows is not None:
@@ -210,12 +221,11 @@ def _in_order(
 
 def _in_panels(
   x: Float[Array, 'R in'],
-  w: Panels,
+  w: Panels | quantized.Quantized,
   group_sizes: Int[Array, ' G'],
   biases: Sequence[Float[Array, 'G out']],
 ) -> Float[Array, 'R out']:
-  x = x.astype(jnp.float32)
-  out = panel_matmul.grouped_matmul(x, w.array, group_sizes)
+  out = w.multiply_groups(x, group_sizes)
   for bias in biases:
     out += jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=len(x))
   return out

@@ -2,12 +2,12 @@
 """Multiplies by quantized matrices; see `quantization` for what these are.
 
 `pallas_kernels.quantized_matmul` does, by codes as they are: on GPUs in a
-kernel, elsewhere by XLA.
+kernel, elsewhere by XLA; where they lie in panels, `panel_matmul`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from pallas_kernels import grouped_matmul as grouped_matmul_lib
+from pallas_kernels import panel_matmul
 from pallas_kernels import quantized_matmul as quantized_matmul_lib
 from sarathi_jax.models import codes as codes_lib
+from sarathi_jax.models import panels
 from sarathi_jax.models import quantization as quantization_lib
 from sarathi_jax.models import spec
 
@@ -47,6 +49,8 @@ class Quantized:
     activations: what it rounds rows to before it multiplies them, see
       `Quantization`. A device rounds what it has of a row.
     by_columns: whether values are [out, in], of codes of 8 bits.
+    in_panels: whether values, scale and zero lie in panels, as CPUs take them;
+      see `panel_matmul.to_panels`, of codes of 4 bits also `in_pairs`.
   """
 
   values: Any
@@ -62,6 +66,7 @@ class Quantized:
     default=None, metadata={'static': True}
   )
   by_columns: bool = dataclasses.field(default=False, metadata={'static': True})
+  in_panels: bool = dataclasses.field(default=False, metadata={'static': True})
 
   def arrays(self) -> dict[str, Any]:
     """Returns the arrays that there are, by their names."""
@@ -83,6 +88,8 @@ class Quantized:
       dtype: of the result.
       implementation: see `pallas_kernels.quantized_matmul`.
     """
+    if self.in_panels:
+      return self._by_panels(x).astype(dtype)
     if self.values.ndim > 2:
       several: Array = jax.vmap(lambda x, w: w.multiply(x, dtype, 'xla'))(
         x, self
@@ -103,6 +110,32 @@ class Quantized:
       implementation=implementation,
     )
     return out.reshape(*x.shape[:-1], -1)
+
+  def multiply_groups(
+    self, x: Float[Array, 'R in'], group_sizes: Int[Array, ' G']
+  ) -> Float[Array, 'R out']:
+    """Multiplies rows, group after group, by theirs of matrices in panels."""
+    return self._rounded(
+      x,
+      lambda x, coded: panels.multiply_groups(
+        x, self.values, group_sizes, coded
+      ),
+    )
+
+  def _by_panels(self, x: Float[Array, '... T in']) -> Array:
+    if self.order is not None:
+      x = jnp.take_along_axis(self.gather(x), self.order[..., None, :], axis=-1)
+    return self._rounded(
+      x, lambda x, coded: panels.multiply(x, self.values, coded)
+    )
+
+  def _rounded(self, x: Array, multiply: Callable[..., Array]) -> Array:
+    """Multiplies rows, rounded before if they are to be, by codes in panels."""
+    coded = panel_matmul.Coded(self.codes, self.scale, self.zero, self.group)
+    if self.activations is None:
+      return multiply(x, coded)
+    found, scale = quantized_matmul_lib.rounded(x)
+    return multiply(found, coded) * scale
 
   def gather(self, x: Float[Array, '*T in']) -> Float[Array, '*T all']:
     """Returns x as `order` counts: with the parts of all devices."""
@@ -134,11 +167,12 @@ def coded(
   """Returns experts' matrices, and how to multiply by them, for kernels.
 
   Returns:
-    None if they are not all in codes of one way, with their rows in order.
+    None if they are not all in codes of one way, with their rows in order, or
+    some lie in panels.
   """
   ways = {
     (w.codes, w.group, w.activations, w.by_columns)
-    if isinstance(w, Quantized) and w.order is None
+    if isinstance(w, Quantized) and w.order is None and not w.in_panels
     else None
     for w in matrices
   }
@@ -178,6 +212,13 @@ def dequantize(w: Quantized, dtype: Any, rows: int | None = None) -> Any:
     rows: in; None: as many as there are codes, which are whole blocks of them
       where they have 4 bits.
   """
+  if w.in_panels:
+    arrays = w.arrays()
+    arrays.pop('order', None)
+    apart = {name: panel_matmul.from_panels(x) for name, x in arrays.items()}
+    if quantization_lib.CODES[w.codes].bits == 4:
+      apart['values'] = panel_matmul.from_pairs(apart['values'])
+    w = dataclasses.replace(w, **apart, in_panels=False)
   if rows is None:
     is_packed = quantization_lib.CODES[w.codes].bits == 4
     kept = w.values.shape[_OUT if w.by_columns else _IN]

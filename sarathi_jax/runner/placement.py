@@ -26,6 +26,7 @@ from sarathi_jax import config as config_lib
 from sarathi_jax import models
 from sarathi_jax.models import config as model_config_lib
 from sarathi_jax.models import matrices
+from sarathi_jax.models import quantization
 from sarathi_jax.models import quantized
 from sarathi_jax.models import spec
 from sarathi_jax.models import tree as tree_lib
@@ -75,6 +76,7 @@ class Layout:
     merged: whether the matrices of each of `spec.GROUPS` are kept as one.
     codes_by_columns: whether codes that multiply rows of codes lie so; see
       `quantized.Quantized`.
+    codes_in_panels: whether codes lie in panels, too, which divide them.
     given: the dtype that parameters come in where it is another, and that
       panels keep.
   """
@@ -83,6 +85,7 @@ class Layout:
   node: Callable[[str, spec.ParamSpec], Node] = as_array
   merged: bool = False
   codes_by_columns: bool = False
+  codes_in_panels: bool = False
   given: Any = None
 
   @property
@@ -118,7 +121,12 @@ def of_checkpoint(mesh: Mesh, dtype: Any, given: Any = None) -> Layout:
   if not panel_matmul.is_available():
     return Layout(dtype, transposed)
   given = None if given is None else jnp.dtype(given)
-  return Layout(dtype, in_panels, given=None if given == dtype else given)
+  return Layout(
+    dtype,
+    in_panels,
+    codes_in_panels=True,
+    given=None if given == dtype else given,
+  )
 
 
 def choose_layout(
@@ -283,29 +291,38 @@ def places(
     These are quantized, all alike: codes are side by side, and scales.
     """
     first = specs[0]
-    by_columns = (
-      layout.codes_by_columns
-      and isinstance(first, quantized.Quantized)
-      and first.activations is not None
-    )
 
     def one(path: Any, *leaves: spec.ParamSpec) -> Any:
       names = [tree_lib.joined(of, path) for of in paths]
-      parts = map(part, names, leaves, itertools.repeat(layers))
-      is_turned = by_columns and leaves[0] is first.values
-      return place_of(
-        tuple(parts),
-        matrices.Transposed if is_turned else node,
-        mesh,
-        layout.converted(node),
-      )
+      parts = tuple(map(part, names, leaves, itertools.repeat(layers)))
+      of_leaf = nodes.get(id(leaves[0]), node)
+      return place_of(parts, of_leaf, mesh, layout.converted(of_leaf))
 
-    made = jax.tree.map_with_path(one, *specs)
+    nodes: dict[int, Node] = {}
+    if not isinstance(first, quantized.Quantized):
+      return jax.tree.map_with_path(one, *specs)
+    by_columns = layout.codes_by_columns and first.activations is not None
+    in_panels = layout.codes_in_panels and all(
+      _share(part('', of.values, layers), mesh)[-1] % panel_matmul.COLUMNS == 0
+      for of in specs
+    )
     if by_columns:
-      return dataclasses.replace(
-        made, values=made.values.array, by_columns=True
+      nodes[id(first.values)] = matrices.Transposed
+    if in_panels:
+      is_packed = quantization.CODES[first.codes].bits == 4
+      of_values = matrices.PackedPanels if is_packed else matrices.Panels
+      nodes |= dict.fromkeys(
+        map(id, (first.scale, first.zero)), matrices.Panels
       )
-    return made
+      nodes[id(first.values)] = of_values
+    made = jax.tree.map_with_path(one, *specs)
+    kept = {
+      name: getattr(place, 'array', place)
+      for name, place in made.arrays().items()
+    }
+    return dataclasses.replace(
+      made, **kept, by_columns=by_columns, in_panels=in_panels
+    )
 
   def kind(path: str, specs: Any) -> Any:
     """Returns what parameters that are to be one have in common."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels import panel_matmul
 from sarathi_jax import errors
 from sarathi_jax import models
 from sarathi_jax.models import codes as codes_lib
@@ -110,6 +111,70 @@ def test_a_product_is_that_with_what_codes_stand_for(
         rtol=ratio,
       )
     assert matrices.matmul(of_x, w, jnp.float32).dtype == jnp.float32
+
+
+def _in_panels(w: quantized.Quantized) -> quantized.Quantized:
+  arrays = w.arrays()
+  arrays.pop('order', None)
+  if w.codes in ('int4', 'mxfp4'):
+    arrays['values'] = panel_matmul.in_pairs(w.values)
+  lie = {name: panel_matmul.to_panels(array) for name, array in arrays.items()}
+  return dataclasses.replace(w, **lie, in_panels=True)
+
+
+@pytest.mark.parametrize(
+  ('codes', 'rows', 'group', 'is_affine'),
+  [
+    *((*case, False) for case in CASES),
+    *((*case, True) for case in CASES if case[0] == 'int4'),
+  ],
+)
+def test_codes_in_panels_are_the_same_matrix(codes, rows, group, is_affine):
+  rng = np.random.default_rng(0)
+  plain = _of(rng.normal(0, 1, (3, rows, 32)).astype(np.float32), codes, group)
+  if is_affine:
+    plain = jax.tree.map(
+      lambda *each: jnp.stack(each),
+      *(
+        _affine(jax.tree.map(lambda leaf, i=i: leaf[i], plain), rows)
+        for i in range(3)
+      ),
+    )
+  w = _in_panels(plain)
+  np.testing.assert_array_equal(
+    quantized.dequantize(w, jnp.float32, rows),
+    quantized.dequantize(plain, jnp.float32, rows),
+  )
+  x = rng.normal(0, 1, (3, 5, rows)).astype(np.float32)
+  exact = np.asarray(quantized.dequantize(plain, jnp.float32, rows))
+  expected = np.einsum('gti,gio->gto', x.astype(float), exact)
+  got = jax.jit(matrices.matmul)(x, w)
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+  sizes = np.full(3, 5, np.int32)
+  got = jax.jit(matrices.grouped_matmul)(x.reshape(15, rows), (w,), sizes)
+  np.testing.assert_allclose(got, expected.reshape(15, 32), atol=1e-4)
+  alone = jax.tree.map(lambda leaf: leaf[0], w)
+  for dtype, error in (('float32', 1e-4), ('bfloat16', 0.2)):
+    got = jax.jit(matrices.matmul)(jnp.asarray(x[0], dtype), alone)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(
+      np.asarray(got, np.float64), expected[0], atol=error
+    )
+
+
+def test_what_codes_in_panels_multiply_may_be_rounded():
+  rng = np.random.default_rng(0)
+  how = quantization_lib.Quantization(codes='fp8', activations='fp8')
+  plain = quantized.of(
+    jnp.asarray(rng.normal(0, 1, (48, 32)).astype(np.float32)), how
+  )
+  x = rng.normal(0, 1, (7, 48)).astype(np.float32)
+  np.testing.assert_allclose(
+    matrices.matmul(x, _in_panels(plain)),
+    matrices.matmul(x, plain),
+    rtol=1e-5,
+    atol=1e-5,
+  )
 
 
 @pytest.mark.parametrize(

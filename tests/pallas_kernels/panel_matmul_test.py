@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels import panel_matmul
 from pallas_kernels.llvm import calls
+from pallas_kernels.llvm import kept as kept_lib
 from pallas_kernels.llvm import panels
 from pallas_kernels.panel_matmul import kernel
 from pallas_kernels.panel_matmul import reference
@@ -93,7 +94,7 @@ def test_every_processors_tile_gives_the_same_bits(
   """By this one's instructions: what they have differs in sizes alone."""
   monkeypatch.setattr(calls, 'processor', lambda: processor)
   target = f'tests.panel_matmul.{processor}.{dtype}'
-  assert kernel.register(target, 8, panels.KEPT[dtype])
+  assert kernel.register(target, 8, kept_lib.KEPT[dtype])
   x = normal(29, 33)
   w = panel_matmul.to_panels(normal(3, 33, 80).astype(jnp.dtype(dtype)))
   sizes = np.array([1, 17, 11], np.int32)
@@ -111,7 +112,7 @@ def test_it_compiles_for_processors_that_are_not_here(
   binding.initialize_all_targets()
   binding.initialize_all_asmprinters()
   module = ir.Module('absent')
-  kept = panels.KEPT[dtype]
+  kept = kept_lib.KEPT[dtype]
   panels.write_matmul(module, 'matmul', kept=kept).linkage = 'external'
   machine = binding.Target.from_triple(triple).create_target_machine(opt=3)
   assembly = machine.emit_assembly(binding.parse_assembly(str(module)))

@@ -102,7 +102,7 @@ def assert_same(one: Any, other: Any) -> None:
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 LAYOUTS = {
   'live': placement.of_live(F32),
-  'cpu': placement.Layout(F32, placement.in_panels),
+  'cpu': placement.Layout(F32, placement.in_panels, codes_in_panels=True),
   'kept': placement.Layout(F32, placement.in_panels, given=BF16),
   'turned': placement.Layout(F32, placement.transposed),
   'gpu': placement.Layout(F32, merged=True, codes_by_columns=True),
@@ -250,7 +250,12 @@ def test_scales_lie_with_their_codes(tp, pp, quantized_model):
     models.param_specs(plain),
     params,
   )
-  for layout in (LAYOUTS['live'], LAYOUTS['gpu']):
+  num_in_panels = 0
+  for layout in (
+    LAYOUTS['live'],
+    LAYOUTS['gpu'],
+    placement.Layout(F32, codes_in_panels=True),
+  ):
     placed = weights.place_live(model, mesh, layout, params)
     assert_same(weights.load(model, mesh, layout, read), placed)
     expected = weights.place_live(plain, mesh, layout, dequantized)
@@ -262,6 +267,7 @@ def test_scales_lie_with_their_codes(tp, pp, quantized_model):
         assert node.widths == matrix.widths
         node, matrix = node.matrix, matrix.matrix
       arrays = node.arrays()
+      num_in_panels += node.in_panels
       for *of_device, w in zip(
         *map(shares, arrays.values()), shares(matrix), strict=True
       ):
@@ -271,6 +277,7 @@ def test_scales_lie_with_their_codes(tp, pp, quantized_model):
         np.testing.assert_array_equal(
           quantized.dequantize(share, F32, w.shape[-2]), w
         )
+  assert num_in_panels
   assert placement.bytes_of(
     placement.shapes(model, mesh, LAYOUTS['live'])
   ) < placement.bytes_of(placement.shapes(plain, mesh, LAYOUTS['live']))
