@@ -136,6 +136,36 @@ class Panels:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
+class Table(Panels):
+  """An embedding [V, D] on a CPU, whose transpose is the output matrix.
+
+  It is kept as that one, in panels of 16 tokens, and a token's row is read out
+  of its panel, as float32. V is a multiple of 16.
+  """
+
+  @classmethod
+  def axes(cls) -> Table:
+    return cls((IN, OUT))
+
+  @classmethod
+  def of(cls, w: Any) -> Table:
+    return cls(panel_matmul.to_panels(w.swapaxes(IN, OUT)))
+
+  @property
+  def num_rows(self) -> int:
+    return int(self.array.shape[0]) * panel_matmul.COLUMNS
+
+  def rows(self, tokens: Int[Array, ' T']) -> Float[Array, 'T D']:
+    """Returns rows of the embedding, of ids that are cut to [0, V)."""
+    tokens = jnp.clip(tokens, 0, self.num_rows - 1)
+    panel, column = jnp.divmod(tokens, panel_matmul.COLUMNS)
+    lines = self.array.reshape(len(self.array), -1, panel_matmul.COLUMNS)
+    rows: Array = lines[panel, :, column]
+    return rows.astype(jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
 class PackedPanels(Panels):
   """Codes of 4 bits in panels; `quantized.Quantized` multiplies by them."""
 

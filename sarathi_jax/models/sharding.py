@@ -54,15 +54,27 @@ class Shards:
 
   def embed(
     self,
-    table: Float[Array, 'V D'],
+    table: Any,
     tokens: Int[Array, ' T'],
   ) -> Float[Array, 'T D']:
-    """Returns rows of the embedding; the caller refuses ids outside [0, V)."""
-    if self.tp is None:
+    """Returns rows of the embedding; the caller refuses ids outside [0, V).
+
+    Args:
+      table: an array [V, D], or a `matrices.Table`.
+      tokens: the ids.
+    """
+
+    def rows_of(tokens: Int[Array, ' T']) -> Float[Array, 'T D']:
+      if hasattr(table, 'rows'):
+        found: Array = table.rows(tokens)
+        return found
       return jnp.take(table, tokens, axis=0, mode='clip')
-    row, is_mine = self.mine(tokens, table.shape[0])
-    rows = jnp.take(table, row, axis=0, mode='clip')
-    return self.sum(jnp.where(is_mine[:, None], rows, 0))
+
+    if self.tp is None:
+      return rows_of(tokens)
+    num = table.num_rows if hasattr(table, 'rows') else table.shape[0]
+    row, is_mine = self.mine(tokens, num)
+    return self.sum(jnp.where(is_mine[:, None], rows_of(row), 0))
 
   def mine(
     self, indices: Int[Array, '*shape'], num: int

@@ -39,10 +39,15 @@ class ParamSpec:
     """Whether rows are multiplied by it: it is no vector, and no table."""
     return (
       len(self.shape) > 1
-      and self.axes[0] != 'vocab'
+      and not self.is_table
       and self.init != 'bias'
       and self.dtype is None
     )
+
+  @property
+  def is_table(self) -> bool:
+    """Whether tokens have a row of it each."""
+    return self.axes[0] == 'vocab'
 
   @property
   def is_of_experts(self) -> bool:

@@ -280,11 +280,9 @@ def unembed(
 
   On a shard, computes those of its part of the vocabulary.
   """
-  head = (
-    matrices.Transposed(shards.head_rows(params['embed']))
-    if config.tie_word_embeddings
-    else params['lm_head']
-  )
+  head = params['embed' if config.tie_word_embeddings else 'lm_head']
+  if config.tie_word_embeddings and not isinstance(head, matrices.Table):
+    head = matrices.Transposed(shards.head_rows(head))
   logits = matrices.matmul(hidden, head, jnp.float32)
   if config.logit_scale != 1:
     logits = logits * config.logit_scale

@@ -64,6 +64,11 @@ def in_panels(name: str, leaf: spec.ParamSpec) -> Node:
   return matrices.Panels if leaf.is_factor else None
 
 
+def tables_in_panels(name: str, leaf: spec.ParamSpec) -> Node:
+  """Keeps an embedding that is the output matrix in panels, too."""
+  return matrices.Table if leaf.is_table else in_panels(name, leaf)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
   """How the weights of a model lie.
@@ -95,7 +100,8 @@ class Layout:
 
   def converted(self, node: Node) -> Any:
     """Returns the dtype that a node is made of."""
-    return self.given_dtype if node is matrices.Panels else self.dtype
+    keeps = isinstance(node, type) and issubclass(node, matrices.Panels)
+    return self.given_dtype if keeps else self.dtype
 
 
 def of_live(dtype: Any) -> Layout:
@@ -138,7 +144,19 @@ def choose_layout(
   """
   chosen = choose_dtype(model, name, dtype, mesh)
   is_open = name == config_lib.AUTO
-  return of_checkpoint(mesh, chosen, dtype if is_open else None)
+  layout = of_checkpoint(mesh, chosen, dtype if is_open else None)
+  parallelism = mesh_lib.parallelism_of(mesh)
+  share, rest = divmod(parallelism.vocab_size(model), parallelism.tp)
+  if (
+    model.tie_word_embeddings
+    and layout.node is in_panels
+    and layout.dtype == jnp.float32
+    and parallelism.pp == 1  # where each stage multiplies by a part of it
+    and not rest
+    and share % panel_matmul.COLUMNS == 0
+  ):
+    return dataclasses.replace(layout, node=tables_in_panels)
+  return layout
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul
+from pallas_kernels import panel_matmul
 from sarathi_jax import models
 from sarathi_jax.models import layers
 from sarathi_jax.models import matrices
@@ -151,3 +152,20 @@ def test_few_rows_are_not_multiplied_by_a_copy_of_the_matrix():
   assert 'f32[512,8]{1,0} dot(' in dot
   assert 'lhs_contracting_dims={1}, rhs_contracting_dims={0}' in dot
   assert compiled.memory_analysis().temp_size_in_bytes < w.nbytes / 4
+
+
+@pytest.mark.skipif(not panel_matmul.is_available(), reason='no such processor')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_table_in_panels_has_the_same_rows(dtype):
+  w = jax.random.normal(jax.random.key(0), (48, 20), jnp.dtype(dtype))
+  table = matrices.Table.of(w)
+  assert table.num_rows == 48 and table.array.dtype == dtype
+  tokens = jnp.array([0, 47, 15, 16, 17, 48, -1], jnp.int32)  # cut to 0..47
+  expected = jnp.take(w, tokens, axis=0, mode='clip').astype(jnp.float32)
+  np.testing.assert_array_equal(
+    jax.jit(matrices.Table.rows)(table, tokens), expected
+  )
+  x = jax.random.normal(jax.random.key(1), (5, 20))
+  np.testing.assert_allclose(
+    matrices.matmul(x, table), x @ w.astype(jnp.float32).T, atol=1e-5
+  )
