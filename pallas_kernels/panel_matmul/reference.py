@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.llvm import COLUMNS
+from pallas_kernels.quantized_matmul import operand
 
 
 def to_panels(w: Any) -> Any:
@@ -22,7 +23,9 @@ def to_panels(w: Any) -> Any:
 def in_pairs(values: Any) -> Any:
   """Returns packed codes in another order; see `api.in_pairs`."""
   xp = values.__array_namespace__()
-  blocks = values.reshape(*values.shape[:-2], -1, 16, values.shape[-1])
+  blocks = values.reshape(
+    *values.shape[:-2], -1, operand.HALF, values.shape[-1]
+  )
   rows = xp.concatenate([blocks & 15, blocks >> 4], axis=-2)
   pairs = rows[..., ::2, :] | rows[..., 1::2, :] << 4
   return pairs.reshape(values.shape)
@@ -31,10 +34,11 @@ def in_pairs(values: Any) -> Any:
 def from_pairs(values: Any) -> Any:
   """Returns what `in_pairs` made them of."""
   xp = values.__array_namespace__()
-  blocks = values.reshape(*values.shape[:-2], -1, 16, 1, values.shape[-1])
-  rows = xp.concatenate([blocks & 15, blocks >> 4], axis=-2)
-  rows = rows.reshape(*values.shape[:-2], -1, 32, values.shape[-1])
-  both = rows[..., :16, :] | rows[..., 16:, :] << 4
+  front, columns = values.shape[:-2], values.shape[-1]
+  bytes_ = values.reshape(*front, -1, 1, columns)
+  rows = xp.concatenate([bytes_ & 15, bytes_ >> 4], axis=-2)
+  rows = rows.reshape(*front, -1, operand.BLOCK, columns)
+  both = rows[..., : operand.HALF, :] | rows[..., operand.HALF :, :] << 4
   return both.reshape(values.shape)
 
 
