@@ -9,12 +9,17 @@ version is called as before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
+import os
+import pathlib
 from typing import Any
 
 import jax
+import llvmlite
 from llvmlite import binding
 from llvmlite import ir
 
@@ -28,6 +33,7 @@ _IS_METADATA, _METADATA = 8, 24  # of XLA_FFI_Metadata_Extension
 _MAJOR, _MINOR, _TRAITS = 24, 28, 32  # of XLA_FFI_Metadata
 _DATA, _DIMS = 24, 40  # of XLA_FFI_Buffer
 _METADATA_TYPE = 1
+_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,27 +149,59 @@ def write_handler(
 def compile_handler(module: ir.Module, name: str) -> None:
   """Compiles a module for this processor and registers a handler of it.
 
+  Machine code is kept where JAX keeps what it compiles, if it does.
+
   Args:
     module: the module, named for the target: no other has its name.
     name: of the function, and of the target.
   """
   binding.initialize_native_target()
   binding.initialize_native_asmprinter()
+  processor = (
+    binding.get_host_cpu_name(),
+    binding.get_host_cpu_features().flatten(),
+  )
   machine = binding.Target.from_default_triple().create_target_machine(
-    cpu=binding.get_host_cpu_name(),
-    features=binding.get_host_cpu_features().flatten(),
-    opt=3,
+    *processor, opt=3
   )
-  parsed = binding.parse_assembly(str(module))
-  parsed.verify()
-  passes = binding.create_pass_builder(
-    machine, binding.create_pipeline_tuning_options(speed_level=2)
-  )
-  passes.getModulePassManager().run(parsed, passes)
-  engine = binding.create_mcjit_compiler(parsed, machine)
+  text = str(module)
+  key = repr((llvmlite.__version__, binding.llvm_version_info, processor, text))
+  code = _kept(key, lambda: _machine_code(text, machine))
+  engine = binding.create_mcjit_compiler(binding.parse_assembly(''), machine)
+  engine.add_object_file(binding.ObjectFileRef.from_data(code))
   engine.finalize_object()
   function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
     engine.get_function_address(name)
   )
   engine.detach()  # Its machine code is called while the process lives.
   jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform='cpu')
+
+
+def _machine_code(text: str, machine: binding.TargetMachine) -> bytes:
+  parsed = binding.parse_assembly(text)
+  parsed.verify()
+  passes = binding.create_pass_builder(
+    machine, binding.create_pipeline_tuning_options(speed_level=2)
+  )
+  passes.getModulePassManager().run(parsed, passes)
+  code: bytes = machine.emit_object(parsed)
+  return code
+
+
+def _kept(key: str, make: Callable[[], bytes]) -> bytes:
+  """Returns what is kept under a key; makes and keeps it if nothing is."""
+  folder = jax.config.values['jax_compilation_cache_dir']
+  if folder is None or '://' in folder:
+    return make()
+  digest = hashlib.sha256(key.encode()).hexdigest()
+  path = pathlib.Path(folder) / f'llvm-{digest}'
+  with contextlib.suppress(OSError):
+    found = path.read_bytes()
+    if hashlib.sha256(found[_DIGEST:]).digest() == found[:_DIGEST]:
+      return found[_DIGEST:]
+  code = make()
+  with contextlib.suppress(OSError):  # It may be nobody's to write.
+    part = path.with_name(f'{path.name}.{os.getpid()}')
+    part.write_bytes(hashlib.sha256(code).digest() + code)
+    part.replace(path)
+  return code

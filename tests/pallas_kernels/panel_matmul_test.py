@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from llvmlite import binding
@@ -132,3 +134,38 @@ def test_threads_share_it():
   expected = grouped(x, panels, sizes)
   for _ in range(200):
     np.testing.assert_array_equal(run(x, panels, sizes), expected)
+
+
+def test_machine_code_is_kept_where_jax_keeps_its_own(tmp_path, monkeypatch):
+  x, w = normal(3, 8), panel_matmul.to_panels(normal(1, 8, 16))
+  sizes = np.array([3], np.int32)
+  register = jax.ffi.register_ffi_target
+  numbers = itertools.count()
+
+  def product() -> np.ndarray:
+    """Compiles the same module again, for XLA by a name of its own."""
+    target = f'tests.kept.{next(numbers)}'
+    monkeypatch.setattr(
+      jax.ffi,
+      'register_ffi_target',
+      lambda name, *args, **fields: register(target, *args, **fields),
+    )
+    assert kernel.register('tests.kept', 8)
+    shape = jax.ShapeDtypeStruct((3, 16), jnp.float32)
+    return np.asarray(jax.jit(jax.ffi.ffi_call(target, shape))(x, w, sizes))
+
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  try:
+    expected = product()
+    (file,) = tmp_path.glob('llvm-*')
+    whole = file.read_bytes()
+    with monkeypatch.context() as patch:
+      patch.setattr(calls, '_machine_code', None)  # It is not called.
+      np.testing.assert_array_equal(product(), expected)
+    # What is damaged is made anew.
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    np.testing.assert_array_equal(product(), expected)
+    assert file.read_bytes() == whole
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
