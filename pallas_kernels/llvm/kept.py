@@ -5,7 +5,9 @@ What has 16 bits is widened exactly. Codes (`quantized_matmul.operand` says what
 they stand for) become numbers exactly, and these are multiplied by what their
 column has for their group of rows, rounded once. float16 has all numbers of
 fp8 and E2M1 but for a power of two, which scales take over: the processor
-widens it, denormal ones too, where XLA has it flush those of float32.
+widens it, denormal ones too, where XLA has it flush those of float32. What no
+finite matrix has is not told apart: e4m3's NaN is read as 480, and MXFP4's
+scales above 2 ** 113 as that.
 """
 
 from __future__ import annotations

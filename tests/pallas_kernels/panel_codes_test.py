@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from llvmlite import binding
-from llvmlite import ir
 import numpy as np
 import pytest
 
@@ -173,18 +171,3 @@ def test_every_processors_tile_gives_the_same_bits(way, processor, monkeypatch):
     np.array([way[1] or 96], np.int32),
   )
   np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.parametrize('codes', list(kept_lib.KEPT)[3:])
-def test_it_compiles_for_processors_that_are_not_here(codes, monkeypatch):
-  monkeypatch.setattr(calls, 'processor', lambda: calls.Processor(32, 4))
-  binding.initialize_all_targets()
-  binding.initialize_all_asmprinters()
-  module = ir.Module('absent')
-  kept = kept_lib.KEPT[codes]
-  panels.write_matmul(module, 'matmul', kept=kept).linkage = 'external'
-  machine = binding.Target.from_triple(
-    'aarch64-unknown-linux-gnu'
-  ).create_target_machine(opt=3)
-  assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
-  assert 'fmla' in assembly

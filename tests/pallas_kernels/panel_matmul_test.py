@@ -105,16 +105,16 @@ def test_every_processors_tile_gives_the_same_bits(
   np.testing.assert_array_equal(got, grouped(x, w, sizes))
 
 
-@pytest.mark.parametrize('dtype', panel_matmul.DTYPES)
+@pytest.mark.parametrize('name', kept_lib.KEPT)
 @pytest.mark.parametrize('triple', ['aarch64-unknown-linux-gnu'])
 def test_it_compiles_for_processors_that_are_not_here(
-  triple, dtype, monkeypatch
+  triple, name, monkeypatch
 ):
   monkeypatch.setattr(calls, 'processor', lambda: calls.Processor(32, 4))
   binding.initialize_all_targets()
   binding.initialize_all_asmprinters()
   module = ir.Module('absent')
-  kept = kept_lib.KEPT[dtype]
+  kept = kept_lib.KEPT[name]
   panels.write_matmul(module, 'matmul', kept=kept).linkage = 'external'
   machine = binding.Target.from_triple(triple).create_target_machine(opt=3)
   assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
