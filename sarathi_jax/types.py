@@ -372,7 +372,7 @@ class OutputDelta(NamedTuple):
     prompt_logprobs: with the first delta only: of each token of the prompt but
       the first, if `SamplingParams.prompt_logprobs` asks for it.
     output_index: which of the request's outputs it is of.
-    num_left: how many of these go on.
+    num_left: with the last delta of an output: how many of the others go on.
     versions: of the weights that the tokens were sampled by, in their order; ()
       if they are the first that the engine had.
   """

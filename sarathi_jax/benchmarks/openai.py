@@ -64,7 +64,7 @@ class HttpTarget:
       RequestError: there is no connection, or a status other than 200.
     """
     return json.loads(
-      ''.join([line async for line in self._request(method, path, body)])
+      b''.join([data async for data in self._request(method, path, body)])
     )
 
   def _body(self, model: str, request: open_loop.Request) -> dict[str, Any]:
@@ -85,19 +85,23 @@ class HttpTarget:
     }
 
   async def _events(self, body: dict[str, Any]) -> AsyncIterator[Any]:
-    async for line in self._request('POST', '/v1/completions', body):
-      # Other lines are empty, or say how long the next part is.
-      data = line.removeprefix('data:').strip()
-      if line.startswith('data:') and data != '[DONE]':
-        event = json.loads(data)
+    left = b''
+    async for data in self._request('POST', '/v1/completions', body):
+      *lines, left = (left + data).split(b'\n')
+      for line in lines:
+        # Other lines are empty, or say how long the next part is.
+        said = line.removeprefix(b'data:').strip()
+        if not line.startswith(b'data:') or said == b'[DONE]':
+          continue
+        event = json.loads(said)
         if 'error' in event:
           raise open_loop.RequestError(json.dumps(event['error']))
         yield event
 
   async def _request(
     self, method: str, path: str, body: Any = None
-  ) -> AsyncIterator[str]:
-    """Yields the lines of an answer. Each request has its own connection.
+  ) -> AsyncIterator[bytes]:
+    """Yields an answer as it comes. Each request has its own connection.
 
     Raises:
       RequestError: there is no connection, or a status other than 200.
@@ -123,8 +127,8 @@ class HttpTarget:
         if ' 200 ' not in status:
           said = (await reader.read(500)).decode(errors='replace')
           raise open_loop.RequestError(f'{status.strip()}: {said}')
-        while line := await reader.readline():
-          yield line.decode()
+        while data := await reader.read(1 << 16):
+          yield data
       finally:
         writer.close()
     except OSError as error:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what serving adds: one load, in process and through the server.
 
-  python -m sarathi_jax.benchmarks.server_adds --pairs=10
+  python -m sarathi_jax.benchmarks.server_adds --rounds=10
 
-Requests come at the same times to one engine of random weights, in pairs of
+Requests come at the same times to one engine of random weights, in rounds of
 runs, whose order alternates. In one run a loop adds them and steps; in the
-other they come over gRPC, from clients in a process of their own. Times between
-tokens are those of whoever reads them: the loop, or the clients. It also
-measures CPU time a step: of the thread that steps, of the event loop, of all
-other threads of that process, which are XLA's and gRPC's, and of the clients,
-who share the machine's cores.
+others they come over gRPC or OpenAI's HTTP, from clients in a process of their
+own. Times between tokens are those of whoever reads them: the loop, or the
+clients. It also measures CPU time a step: of the thread that steps, of the
+event loop, of all other threads of that process, which are XLA's and gRPC's,
+and of the clients, who share the machine's cores.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import os
 import random
 import statistics
+import sys
 import threading
 import time
 from typing import Any
@@ -27,9 +28,12 @@ from absl import flags
 import numpy as np
 import rich
 import rich.table
+import uvloop
 
 from sarathi_jax import config as config_lib
 from sarathi_jax.benchmarks import common
+from sarathi_jax.benchmarks import openai
+from sarathi_jax.benchmarks import peer_models
 from sarathi_jax.cli import mains
 from sarathi_jax.engine import engine as engine_lib
 from sarathi_jax.engine import metrics as metrics_lib
@@ -42,13 +46,17 @@ FLAGS = flags.FLAGS
 MakeEngine = Callable[[Mapping[str, Any]], engine_lib.Engine]
 _RESAMPLES = 2000
 _QUANTILES = (0.5, 0.99)
+_DIRECT = 'direct'  # in process
+_PROTOCOLS = ('grpc', 'http')
 
 
 def define_flags() -> None:
-  flags.DEFINE_string(
-    'model',
+  flags.DEFINE_enum(
+    'model_size',
     '43m',
-    'Shape of the model; see the flag --model of benchmarks.throughput.',
+    peer_models.SIZES,
+    'The random model to run; see the flag --model_size of benchmarks.peers. '
+    'transformers and torch make it.',
   )
   flags.DEFINE_integer('token_budget', 128, 'The most tokens of a step.')
   flags.DEFINE_integer(
@@ -60,7 +68,13 @@ def define_flags() -> None:
   flags.DEFINE_float(
     'seconds', 6.0, 'Seconds for which requests come in each run.'
   )
-  flags.DEFINE_integer('pairs', 10, 'Pairs of runs to measure.')
+  flags.DEFINE_multi_enum(
+    'protocol',
+    list(_PROTOCOLS),
+    _PROTOCOLS,
+    'Protocol to serve by; each that is given is measured.',
+  )
+  flags.DEFINE_integer('rounds', 10, 'Runs of each kind to measure.')
   flags.DEFINE_string('json', None, 'File to write the results to, as JSON.')
 
 
@@ -79,27 +93,19 @@ def make_workload(
 
 
 def make_engine(options: Mapping[str, Any]) -> engine_lib.Engine:
-  """Makes an engine of random weights, warm."""
-  import jax
-  import jax.numpy as jnp
-
+  """Makes an engine as a server does, of a checkpoint, warm."""
   from sarathi_jax import llm as llm_lib
-  from sarathi_jax import models
-  from sarathi_jax.benchmarks import throughput
   from sarathi_jax.launch import loading
 
-  model = throughput.MODELS[options['model']]
   longest = options['prompt_len'] + options['output_len']
-  llm = llm_lib.LLM(
-    model,
-    models.init_params(model, jax.random.key(0), jnp.float32, scale=0.06),
-    eos_token_ids=(),
+  llm = llm_lib.LLM.from_checkpoint(
+    peer_models.made(options['model_size'], sys.executable),
     config=config_lib.EngineConfig(
       token_budget=options['token_budget'],
       max_model_len=longest,
       max_num_seqs=options['max_num_seqs'],
       num_pages=options['max_num_seqs'] * -(-longest // 64),
-      prefix_cache=False,  # One engine is given each load twice.
+      prefix_cache=False,  # One engine is given each load several times.
     ),
   )
   loading.collect_less_garbage()
@@ -152,7 +158,7 @@ def work(pipe: Any, options: Mapping[str, Any], make: MakeEngine) -> None:
   pipe.send('ready')
   while (command := pipe.recv()) is not None:
     how, seed = command
-    if how == 'direct':
+    if how == _DIRECT:
       before = _cpu_s()
       metrics = simulate.drive(
         engine, make_workload(options, seed), wait_until=common.sleep_until
@@ -163,16 +169,18 @@ def work(pipe: Any, options: Mapping[str, Any], make: MakeEngine) -> None:
         | {'steps': metrics.num_steps}
       )
     else:
-      asyncio.run(_serve(pipe, engine))
+      uvloop.run(_serve(pipe, engine))
 
 
 async def _serve(pipe: Any, engine: engine_lib.Engine) -> None:
-  server = server_lib.Server(server_lib.ServerConfig(port=0), lambda: engine)
+  server = server_lib.Server(
+    server_lib.ServerConfig(port=0, http_port=0), lambda: engine
+  )
   await server.start()
   await server.warm()
   engine.metrics = type(engine.metrics)()
   before = _cpu_s()
-  pipe.send(server.port)
+  pipe.send((server.port, server.http_port))
   await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
   pipe.send(
     _ms_per_step(before, _cpu_s(), engine)
@@ -188,16 +196,22 @@ async def _serve(pipe: Any, engine: engine_lib.Engine) -> None:
 
 
 def served(
-  pipe: Any, options: Mapping[str, Any], seed: int
+  pipe: Any, options: Mapping[str, Any], protocol: str, seed: int
 ) -> dict[str, float]:
   """Sends a load to a server in the other process."""
-  pipe.send(('served', seed))
-  target = open_loop.GrpcTarget(f'127.0.0.1:{pipe.recv()}')
+  pipe.send((protocol, seed))
+  grpc_port, http_port = pipe.recv()
+  grpc = open_loop.GrpcTarget(f'127.0.0.1:{grpc_port}')
+  target: open_loop.Target = grpc
+  if protocol == 'http':
+    target = openai.HttpTarget(
+      f'http://127.0.0.1:{http_port}', has_token_ids=True
+    )
   asked = open_loop.requests(
-    make_workload(options, seed), target.info(10).vocab_size, seed
+    make_workload(options, seed), grpc.info(10).vocab_size, seed
   )
   before = time.process_time()
-  seen = asyncio.run(open_loop.run(target, asked))
+  seen = uvloop.run(open_loop.run(target, asked))
   assert not seen.errors, seen.errors
   client_s = time.process_time() - before
   pipe.send('done')
@@ -211,67 +225,84 @@ def served(
 
 def measure(
   options: Mapping[str, Any],
-  num_pairs: int,
-  on_pair: Callable[[dict[str, Any]], None],
+  protocols: Sequence[str],
+  num_rounds: int,
+  on_round: Callable[[dict[str, Any]], None],
   make: MakeEngine = make_engine,
 ) -> list[dict[str, Any]]:
-  """Runs pairs, after one that warms up."""
+  """Runs rounds, after one that warms up."""
   with common.process(work, options, make) as here:
     here.recv()
-    pairs = []
-    for seed in range(num_pairs + 1):
-      pair: dict[str, Any] = {}
-      for how in ('direct', 'served')[:: 1 if seed % 2 else -1]:
-        if how == 'served':
-          pair[how] = served(here, options, seed)
-        else:
+    rounds = []
+    for seed in range(num_rounds + 1):
+      found: dict[str, Any] = {}
+      for how in (_DIRECT, *protocols)[:: 1 if seed % 2 else -1]:
+        if how == _DIRECT:
           here.send((how, seed))
-          pair[how] = here.recv()
+          found[how] = here.recv()
+        else:
+          found[how] = served(here, options, how, seed)
       if seed:
-        pairs.append(pair)
-        on_pair(pair)
-  return pairs
+        rounds.append(found)
+        on_round(found)
+  return rounds
 
 
-def summary(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Returns medians, and 95 % intervals of the pairs' ratios, by resampling."""
+def summary(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Returns medians, and ratios to those in process.
+
+  A ratio is the median of those of the rounds, with its 95 % interval, by
+  resampling.
+  """
   rng = random.Random(0)
   rows = []
-  for name in dict.fromkeys((*pairs[0]['direct'], *pairs[0]['served'])):
+  names = (name for found in rounds[0].values() for name in found)
+  for name in dict.fromkeys(names):
     row: dict[str, Any] = {'quantity': name}
-    for how in ('direct', 'served'):
-      values = [pair[how][name] for pair in pairs if name in pair[how]]
+    for how in rounds[0]:
+      values = [found[how][name] for found in rounds if name in found[how]]
       row[how] = statistics.median(values) if values else None
-    if None not in (row['direct'], row['served']) and row['direct']:
-      ratios = [p['served'][name] / p['direct'][name] for p in pairs]
+      if how == _DIRECT or not (values and row[_DIRECT]):
+        continue
+      ratios = [found[how][name] / found[_DIRECT][name] for found in rounds]
       medians = sorted(
         statistics.median(rng.choices(ratios, k=len(ratios)))
         for _ in range(_RESAMPLES)
       )
-      row['ratio'] = statistics.median(ratios)
-      row['low'] = medians[round(0.025 * _RESAMPLES)]
-      row['high'] = medians[round(0.975 * _RESAMPLES) - 1]
+      row[f'{how}_ratio'] = {
+        'median': statistics.median(ratios),
+        'low': medians[round(0.025 * _RESAMPLES)],
+        'high': medians[round(0.975 * _RESAMPLES) - 1],
+      }
     rows.append(row)
   return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+def table(
+  rows: Sequence[Mapping[str, Any]], protocols: Sequence[str]
+) -> rich.table.Table:
   """Makes a table for people."""
-  shown = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-  for name in ('', 'in process', 'served', 'served / in process', '95 %'):
-    shown.add_column(name, justify='right' if name else 'left')
+  shown = rich.table.Table(box=None, padding=(0, 1, 0, 0))
+  shown.add_column('')
+  for name in (_DIRECT, *protocols):
+    shown.add_column(name, justify='right')
+    if name != _DIRECT:
+      shown.add_column('ratio (95 %)')
 
   def number(value: float | None) -> str:
     return '-' if value is None else f'{value:.4g}'
 
   for row in rows:
-    shown.add_row(
-      row['quantity'],
-      number(row['direct']),
-      number(row['served']),
-      number(row.get('ratio')),
-      f'{row["low"]:.3f} to {row["high"]:.3f}' if 'low' in row else '-',
-    )
+    cells = [number(row[_DIRECT])]
+    for how in protocols:
+      ratio = row.get(f'{how}_ratio')
+      cells += [
+        number(row[how]),
+        '-'
+        if ratio is None
+        else '{median:.2f} ({low:.2f}-{high:.2f})'.format(**ratio),
+      ]
+    shown.add_row(row['quantity'], *cells)
   return shown
 
 
@@ -279,7 +310,7 @@ def main() -> None:
   options = {
     name: FLAGS[name].value
     for name in (
-      'model',
+      'model_size',
       'token_budget',
       'max_num_seqs',
       'qps',
@@ -289,25 +320,25 @@ def main() -> None:
     )
   }
 
-  def on_pair(pair: dict[str, Any]) -> None:
+  def on_round(found: dict[str, Any]) -> None:
     print(
       ' '.join(
-        f'{how}: P50 {pair[how]["tbt_p50_ms"]:.1f} '
-        f'P99 {pair[how]["tbt_p99_ms"]:.1f} ms, '
-        f'{pair[how]["cpu_ms"]:.1f} ms of CPU a step;'
-        for how in ('direct', 'served')
+        f'{how}: P50 {one["tbt_p50_ms"]:.1f} P99 {one["tbt_p99_ms"]:.1f} ms, '
+        f'{one["cpu_ms"]:.1f} ms of CPU a step;'
+        for how, one in found.items()
       ),
       flush=True,
     )
 
-  pairs = measure(options, FLAGS.pairs, on_pair)
-  rows = summary(pairs)
-  rich.print(table(rows))
+  protocols = list(dict.fromkeys(FLAGS.protocol))
+  rounds = measure(options, protocols, FLAGS.rounds, on_round)
+  rows = summary(rounds)
+  rich.print(table(rows, protocols))
   common.write_json(
     FLAGS.json,
     'server_adds',
     FLAGS,
-    {'summary': rows, 'pairs': pairs},
+    {'summary': rows, 'rounds': rounds},
     cores_usable=len(os.sched_getaffinity(0)),
   )
 

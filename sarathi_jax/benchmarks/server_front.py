@@ -28,6 +28,7 @@ from absl import flags
 import grpc
 import rich
 import rich.table
+import uvloop
 
 from sarathi_jax import config as config_lib
 from sarathi_jax import scheduler as scheduler_lib
@@ -145,7 +146,7 @@ def serve(
       pipe.send(_Spent(time.process_time(), engine_s))
     await server.stop()
 
-  asyncio.run(main())
+  uvloop.run(main())
 
 
 def serve_floor(
@@ -201,7 +202,7 @@ def serve_floor(
     ticking.cancel()
     await server.stop(None)
 
-  asyncio.run(main())
+  uvloop.run(main())
 
 
 async def drive(port: int, num_streams: int, num_tokens: int) -> list[int]:

@@ -10,7 +10,6 @@ does not wait for the requests that are running.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 import contextlib
 import functools
@@ -23,6 +22,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import rich.console
+import uvloop
 
 from sarathi_jax import errors
 from sarathi_jax import quickstart
@@ -193,7 +193,7 @@ def serve(
     code = await server_lib.serve(server, on_ready)
     return code, server
 
-  code, server = asyncio.run(served())
+  code, server = uvloop.run(served())
   if server.fault is not None:
     if leader is not None:
       raise server.fault

@@ -316,13 +316,12 @@ class GrpcTarget:
         )
         try:
           async for response in call:
-            timing = response.finished.timing
-            yield Message(
-              response.token_ids,
-              timing.scheduling_delay_s
-              if timing.HasField('scheduling_delay_s')
-              else None,
-            )
+            delay_s = None
+            if response.HasField('finished'):
+              timing = response.finished.timing
+              if timing.HasField('scheduling_delay_s'):
+                delay_s = timing.scheduling_delay_s
+            yield Message(response.token_ids, delay_s)
         except grpc.RpcError as error:
           raise _refusal(error) from error
 

@@ -198,7 +198,7 @@ class Choice:
       self._num_before += sum(len(told_lib.text(at.token)) for at in positions)
     if call.asked.token_ids:
       choice['token_ids'] = delta.token_ids
-      if any(span.version for span in delta.versions):
+      if delta.versions and any(v.version for v in delta.versions):
         choice['weight_versions'] = [v._asdict() for v in delta.versions]
     if self._is_first:
       choice |= self._of_prompt(delta)

@@ -30,6 +30,8 @@ _TOLD = 8
 
 def num_told(delta: types.OutputDelta) -> int:
   """Counts the log-probabilities that are told beside an output."""
+  if not (delta.told or delta.prompt_logprobs):
+    return 0
   told = itertools.chain(delta.told, delta.prompt_logprobs or ())
   return sum(len(at.token_ids) for at in told)
 

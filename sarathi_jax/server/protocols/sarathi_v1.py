@@ -143,20 +143,22 @@ async def _write(stream: outbox.Stream, context: Context) -> None:
 
 
 def _response(request_id: str, delta: types.OutputDelta) -> pb.GenerateResponse:
-  return pb.GenerateResponse(
+  response = pb.GenerateResponse(
     request_id=request_id,
     text=delta.text,
     token_ids=delta.token_ids,
     logprobs=delta.logprobs,
-    told=_told(delta.told),
-    prompt_logprobs=_told(delta.prompt_logprobs or ()),
     index=delta.output_index,
-    versions=[pb.VersionSpan(**v._asdict()) for v in delta.versions],
   )
-
-
-def _told(told: types.Told) -> list[pb.TokenLogprobs]:
-  return [pb.TokenLogprobs(**at._asdict()) for at in told]
+  # Most have none of these, and there is a message for each token.
+  for told, field in (
+    (delta.told, response.told),
+    (delta.prompt_logprobs, response.prompt_logprobs),
+    (delta.versions, response.versions),
+  ):
+    for each in told or ():
+      field.add(**each._asdict())
+  return response
 
 
 def prompt_of(request: pb.GenerateRequest) -> frontend_lib.Prompt:

@@ -77,10 +77,12 @@ class Stream:
       return
     if isinstance(item, Exception):
       self._error = item
+    elif item.finish_reason is None:
+      self._deltas.append(item)
     else:
-      self._add(item)
-      if len(self._deltas) > self._max_waiting:
-        self._overflow()
+      self._add_last(item)
+    if len(self._deltas) > self._max_waiting:
+      self._overflow()
     if self._waiter is not None and not self._waiter.done():
       self._waiter.set_result(None)
 
@@ -109,11 +111,8 @@ class Stream:
     assert self._error is not None
     raise self._error
 
-  def _add(self, delta: types.OutputDelta) -> None:
-    """Adds a delta; one of an abort stands for all outputs that went on."""
-    if delta.finish_reason is None:
-      self._deltas.append(delta)
-      return
+  def _add_last(self, delta: types.OutputDelta) -> None:
+    """Adds an output's last; that of an abort is of all that went on."""
     ended = {delta.output_index}
     if delta.finish_reason is types.FinishReason.ABORT:
       ended = self._open
@@ -125,8 +124,8 @@ class Stream:
     if delta.finish_reason is not None:
       self._num_left -= 1
       self._ended = not self._num_left
-    if delta.num_left != self._num_left:  # as others were merged after it
-      delta = delta._replace(num_left=self._num_left)
+      if delta.num_left != self._num_left:  # as others were merged after it
+        delta = delta._replace(num_left=self._num_left)
     self.num_tokens[delta.output_index] += len(delta.token_ids)
     if delta.metrics is not None:
       self.num_cached += delta.metrics.num_cached_tokens
