@@ -4,11 +4,17 @@
 A task takes one piece after the other, as does who asks, until none is left.
 Nobody waits for a task that has not begun, since all threads may wait thus. So
 what tasks look at outlives the call: whoever comes last frees it.
+
+Who asks waits for the last pieces: at first by looking again and again, as most
+are done in less time than it takes to wake up; then asleep. What it waits for
+is then most likely a thread whose core another program has, or our own host
+code, and a core that only looks would be missed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import platform
 from typing import Any
 
 from llvmlite import ir
@@ -20,8 +26,16 @@ from pallas_kernels.llvm.emit import int64
 # Bytes from the beginning of XLA_FFI_Api.
 _SCHEDULE, _NUM_THREADS = 136, 144
 # What tasks look at, int64s: the next piece, how many are done, who holds it,
-# and how many pieces there are; then the work's own.
-_NEXT, _DONE, _HOLDERS, _PIECES, _WORK = range(5)
+# how many pieces there are, and a semaphore that tells that all are done, which
+# POSIX's libraries have in 32 bytes at most; then the work's own.
+_NEXT, _DONE, _HOLDERS, _PIECES, _ALL_DONE, _WORK = 0, 1, 2, 3, 4, 8
+# How often to look before falling asleep, 10 to 100 us.
+_LOOKS = 2500
+# What takes a while and leaves the core to others that share it, by machine.
+_PAUSES: Mapping[str, tuple[str, Sequence[Any]]] = {
+  'x86_64': ('llvm.x86.sse2.pause', ()),
+  'aarch64': ('llvm.aarch64.isb', (ir.Constant(emit.I32, 15),)),
+}
 
 
 def number_of(b: ir.IRBuilder, frame: calls.Frame, num_devices: int) -> Any:
@@ -65,9 +79,11 @@ def write_sharing(
     threads = b.select(b.icmp_signed('<', most, threads), most, threads)
     malloc = emit.external(module, 'malloc', emit.I64, result=emit.POINTER)
     work = b.call(malloc, [int64(size)])
-    fields = (int64(0), int64(0), threads, pieces, *values)
-    for number, value in enumerate(fields):
+    for number, value in enumerate((int64(0), int64(0), threads, pieces)):
       b.store(value, _field(b, work, number))
+    for number, value in enumerate(values, _WORK):
+      b.store(value, _field(b, work, number))
+    _semaphore(b, 'init', work, *[ir.Constant(emit.I32, 0)] * 2)
     arguments = _arguments(b, frame, task, work)
 
     def ask(_: Any, carried: list[Any]) -> list[Any]:
@@ -103,7 +119,10 @@ def _write_run(
   b.cbranch(b.icmp_signed('<', number, pieces), compute, end)
   b.position_at_end(compute)
   piece(b, number, values)
-  b.atomic_rmw('add', _field(b, work, _DONE), int64(1), 'release')
+  before = b.atomic_rmw('add', _field(b, work, _DONE), int64(1), 'release')
+  is_last = b.icmp_signed('==', b.add(before, int64(1)), pieces)
+  with b.if_then(is_last):
+    _semaphore(b, 'post', work)
   b.branch(turn)
   b.position_at_end(end)
   b.ret_void()
@@ -129,12 +148,36 @@ def _write_task(
 
 def _wait(b: ir.IRBuilder, work: Any, pieces: Any) -> None:
   """Writes a loop until all pieces are done."""
-  turn, after = b.append_basic_block('wait'), b.append_basic_block('done')
-  b.branch(turn)
-  b.position_at_end(turn)
+  before = b.block
+  look, again, sleep, after = (
+    b.append_basic_block(label) for label in ('look', 'again', 'sleep', 'done')
+  )
+  b.branch(look)
+  b.position_at_end(look)
+  looks = b.phi(emit.I64)
   done = b.load_atomic(_field(b, work, _DONE), 'acquire', align=8, typ=emit.I64)
-  b.cbranch(b.icmp_signed('<', done, pieces), turn, after)
+  b.cbranch(b.icmp_signed('<', done, pieces), again, after)
+  b.position_at_end(again)
+  if pause := _PAUSES.get(platform.machine()):
+    name, arguments = pause
+    types = [argument.type for argument in arguments]
+    b.call(emit.external(b.module, name, *types), arguments)
+  more = b.add(looks, int64(1))
+  b.cbranch(b.icmp_signed('<', more, int64(_LOOKS)), look, sleep)
+  b.position_at_end(sleep)
+  # Signals end it early, and where there are no semaphores it returns at once.
+  _semaphore(b, 'wait', work)
+  b.branch(look)
+  for looked, block in ((int64(0), before), (more, again), (more, sleep)):
+    looks.add_incoming(looked, block)
   b.position_at_end(after)
+
+
+def _semaphore(b: ir.IRBuilder, what: str, work: Any, *arguments: Any) -> None:
+  """Writes a call of one of the functions of POSIX's semaphores."""
+  types = [emit.POINTER, *(argument.type for argument in arguments)]
+  function = emit.external(b.module, f'sem_{what}', *types, result=emit.I32)
+  b.call(function, [_field(b, work, _ALL_DONE), *arguments])
 
 
 def _arguments(b: ir.IRBuilder, frame: calls.Frame, *fields: Any) -> Any:

@@ -16,6 +16,7 @@ from pallas_kernels import panel_matmul
 from pallas_kernels.llvm import calls
 from pallas_kernels.llvm import kept as kept_lib
 from pallas_kernels.llvm import panels
+from pallas_kernels.llvm import threads
 from pallas_kernels.panel_matmul import kernel
 from pallas_kernels.panel_matmul import reference
 
@@ -121,9 +122,14 @@ def test_it_compiles_for_processors_that_are_not_here(
   assert 'fmla' in assembly
 
 
-def test_threads_share_it():
-  """However many there are: a push's devices have no threads to share."""
-  target = 'tests.panel_matmul'
+@pytest.mark.parametrize('looks', [1, 2500])
+def test_threads_share_it(looks, monkeypatch):
+  """However many there are: a push's devices have no threads to share.
+
+  Who looks once before sleeping does sleep in some of the runs.
+  """
+  monkeypatch.setattr(threads, '_LOOKS', looks)
+  target = f'tests.panel_matmul.{looks}'
   assert kernel.register(target, num_devices=1)
   x, panels = normal(70, 64), panel_matmul.to_panels(normal(4, 64, 16 * 29))
   sizes = np.array([1, 0, 60, 9], np.int32)
