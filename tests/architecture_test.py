@@ -170,6 +170,7 @@ MAY_IMPORT_OTHERS: Mapping[str, tuple[str, ...]] = {
     'smg_grpc_proto',
     'starlette',
     'uvicorn',
+    'uvloop',
     'opentelemetry',
     '~jax',
     '~smg',

@@ -63,16 +63,14 @@ class Shards:
       table: an array [V, D], or a `matrices.Table`.
       tokens: the ids.
     """
-
-    def rows_of(tokens: Int[Array, ' T']) -> Float[Array, 'T D']:
-      if hasattr(table, 'rows'):
-        found: Array = table.rows(tokens)
-        return found
-      return jnp.take(table, tokens, axis=0, mode='clip')
-
+    rows_of: Callable[[Array], Array]
+    if hasattr(table, 'rows'):
+      num, rows_of = table.num_rows, table.rows
+    else:
+      num = table.shape[0]
+      rows_of = functools.partial(jnp.take, table, axis=0, mode='clip')
     if self.tp is None:
       return rows_of(tokens)
-    num = table.num_rows if hasattr(table, 'rows') else table.shape[0]
     row, is_mine = self.mine(tokens, num)
     return self.sum(jnp.where(is_mine[:, None], rows_of(row), 0))
 

@@ -206,6 +206,17 @@ def test_codes_of_another_kind_are_refused(tmp_path: pathlib.Path) -> None:
   _refused(tmp_path / 'hf', r'up_proj\.weight: dtype=I8: is not of what')
 
 
+def test_a_code_that_is_no_number_is_refused(tmp_path: pathlib.Path) -> None:
+  """CPUs' panels would read it as 480."""
+
+  def with_nan(tensors: dict[str, torch.Tensor]) -> None:
+    codes = tensors['model.layers.1.mlp.up_proj.weight'].view(torch.uint8)
+    codes[3, 5] = 0xFF
+
+  _llama(tmp_path / 'hf', change=with_nan)
+  _refused(tmp_path / 'hf', r'up_proj\.weight \(1\)')
+
+
 @pytest.mark.parametrize(
   ('end', 'match'),
   [
